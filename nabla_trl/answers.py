@@ -1,0 +1,484 @@
+r"""Find the final answer in a response and compare it with the gold one. Text only: no torch, no sympy here.
+
+`extract_answer` reads a response, `AnswerChecker` compares. The checker settles plain numbers in this
+process; everything else goes to math-verify. Its own time-outs use `SIGALRM` (main thread only, and C code
+does not hear it), so they are off, and it runs in worker processes that this module starts, times and kills.
+
+Workers are `subprocess`es that speak JSON lines, not `multiprocessing` ones: `spawn` would import the
+caller's main script, and with it torch, into each, and would break scripts without a `__main__` guard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import ChainMap, Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from enum import Enum
+from functools import lru_cache
+
+# ---------------------------------------------------------------- find
+
+_THINK_BLOCK = re.compile(r"<(think|thinking)>.*?</\1>", re.DOTALL | re.IGNORECASE)
+_THINK_OPEN = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
+_THINK_CLOSE = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w))")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?|\.\d+"
+_CURRENCY = r"(?:\\?[$£€]\s?)"
+_NUMBER = (
+    rf"(?P<sign>(?<![\w)\]}}])[-+])?(?:{_CURRENCY}(?P<inner>[-+])?)?"
+    rf"(?P<body>\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|\d+\s?/\s?\d+(?!\s?/)|{_DIGITS})"
+    r"(?!\d)(?!(?:st|nd|rd|th)\b)(?P<percent>\s?\\?%|\s+percent\b)?"
+)
+# Not inside a word (CO2), a decimal (3.14), an exponent (x^2) or a subscript. ASCII, for 共18个 is no word.
+_ANY_NUMBER = re.compile(rf"(?<![\w.^]){_NUMBER}", re.ASCII)
+_UNIT = r"(?:[ \t]+[A-Za-z][A-Za-z ]*)?[.;]?[ \t]*(?=\n|$)"
+_HASHES_NUMBER = re.compile(rf"####[ \t]*(?P<answer>{_NUMBER}){_UNIT}")
+_HASHES_LAST_LINE = re.compile(r"####[ \t]*(?P<answer>[^\s#][^\n#]*)$")
+# "…;#8": only at the start of a line or of a step, so that "door #3" and Markdown headings are left alone.
+_HASH_NUMBER = re.compile(rf"(?:^|[;\n])[ \t]*#[ \t]*(?P<answer>{_NUMBER})[ \t]*(?=[;\n]|$)")
+_PHRASE = re.compile(
+    r"\banswers?\b(?:\s+[^\s.,:;=?!]+){0,8}?[\s*_]*(?:\b(?:is|are|was|be|equals)\b|:|=)[\s:*_]*"
+    r"|^[#*_ \t]*(?:the )?(?:final )?answer[*_ \t]*\n[\s*_]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+_MATH = (
+    r"(?:\$\$(?:[^$]+)\$\$|\\\[(?:.+?)\\\]|\\\((?:.+?)\\\)"
+    # A dollar sign may be money: a closing one touches the formula, and no digit follows it (Pandoc's rule).
+    r"|(?<!\\)\$(?=\S)(?:[^$\n]*?[^$\s\\])\$(?!\d))"
+)
+_MATH_RUN = re.compile(rf"{_MATH}(?:\s*(?:,?\s*(?:and|or)|,)\s*{_MATH})*", re.DOTALL)
+_SENTENCE_END = re.compile(r"(?<=[^\s.\\])[.!?](?=\s|$)|\s+I hope\b")
+# "18 because …", "18 eggs a day", but neither "3 and 5" nor "2 pi".
+_LEADING_NUMBER = re.compile(rf"{_NUMBER}(?=,?\s+(?:a\b|\(|(?!(?:and|or|pi|sqrt)\b)[A-Za-z]{{2}}))")
+_NOT_ONE_VALUE = re.compile(r",\s|\b(?:and|or)\b|\d[A-Za-z]|\^")  # "3, 5", "2x + 3y = 0"
+# Marks prose, where the answer is a number in it, as against a formula: "it is 12", but not "ab + 2 sin x".
+_FUNCTION = r"(?:and|sin|cos|tan|cot|sec|csc|log|exp|sqrt|mod)\b"
+_WORD = re.compile(rf"(?<![A-Za-z])(?:(?!{_FUNCTION})[A-Za-z]{{3}}|[A-Za-z]{{2}} [A-Za-z]{{2}})")
+_CLOSING = re.compile(r"(?<!\\right)[.,;:]+$")
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The final answer that a response commits to, or None. The last one wins.
+
+    Thinking is no answer: `<think>…</think>` goes, and so do everything before a lone `</think>` (some
+    templates open the block in the prompt) and everything after a `<think>` that is never closed, a `\boxed`
+    included. The first kind of marker found decides:
+
+    - `\boxed{…}` or `\fbox{…}` with balanced braces; one that is cut off is no answer, nor is what is in it;
+    - `#### 18`, or `#8` at the start of a line or step;
+    - "the answer is …" or "Answer: …";
+    - the last plain number: sign, thousands commas, decimals, a/b, %; without its currency sign.
+    """
+    text = _without_thinking(text).replace("−", "-")
+    box, text = _last_box(text)
+    for find in (lambda _: box, _after_hashes, _after_phrase, _last_number):
+        if answer := find(text):
+            return answer
+    return None
+
+
+def _without_thinking(text: str) -> str:
+    text = _THINK_BLOCK.sub(" ", text)
+    text = _THINK_CLOSE.split(text)[-1]
+    return _THINK_OPEN.split(text)[0]
+
+
+def _last_box(text: str) -> tuple[str | None, str]:
+    """The content of the last complete, non-empty box, and the text up to an unfinished one."""
+    answer = None
+    for match in _BOX.finditer(text):
+        content = match[1] or _balanced(text, match.end())
+        if content is None:
+            return answer, text[: match.start()]
+        answer = trim_answer(content) or answer
+    return answer, text
+
+
+def _balanced(text: str, start: int) -> str | None:
+    """`text[start:…]` up to the brace that closes the one before `start`; None if there is none."""
+    depth = 1
+    for match in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)  # an escaped brace, two characters, counts for nothing
+        if depth == 0:
+            return text[start : match.start()]
+    return None
+
+
+def _after_hashes(text: str) -> str | None:
+    found = [*_HASHES_NUMBER.finditer(text), *_HASH_NUMBER.finditer(text)]
+    last = max(found, key=lambda match: match.start(), default=None)
+    other = _HASHES_LAST_LINE.search(text.rstrip())
+    if other and (last is None or other.start() > last.start()) and not _is_heading(other["answer"]):
+        return trim_answer(other["answer"])
+    return _number_text(last) if last else None
+
+
+def _is_heading(line: str) -> bool:
+    """Whether the words after `####` title a section, unlike "yes", "due east" or a formula."""
+    return "\\" not in line and bool(_WORD.search(line)) and (":" in line or len(line.split()) > 3)
+
+
+def _after_phrase(text: str) -> str | None:
+    for match in reversed(list(_PHRASE.finditer(text))):
+        if answer := _in_sentence(text[match.end() :]):
+            return answer
+    return None
+
+
+def _in_sentence(text: str) -> str | None:
+    """The answer in what follows "the answer is": a formula, a number with its unit, or a few words."""
+    if formula := _MATH_RUN.match(text):
+        return trim_answer(formula[0])
+    line = text.split("\n", 1)[0]
+    if number := _LEADING_NUMBER.match(line):
+        return _number_text(number)
+    if formula := _MATH_RUN.search(line):
+        return trim_answer(formula[0])
+    line = trim_answer(_SENTENCE_END.split(line, maxsplit=1)[0])
+    tail = line if _NOT_ONE_VALUE.search(line) else line.rsplit("=", 1)[-1].strip()
+    if number := _ANY_NUMBER.fullmatch(tail) or _LEADING_NUMBER.match(tail):
+        return _number_text(number)
+    if "\\" in line or not _WORD.search(line):
+        return line or None
+    return _last_number(line) or (line if len(line.split()) <= 6 else None)
+
+
+def _last_number(text: str) -> str | None:
+    found = list(_ANY_NUMBER.finditer(text))
+    return _number_text(found[-1]) if found else None
+
+
+def _number_text(match: re.Match[str]) -> str:
+    sign = "-" if "-" in (match["sign"], match["inner"]) else ""
+    return sign + match["body"].replace(" ", "") + ("%" if match["percent"] else "")
+
+
+def trim_answer(answer: str) -> str:
+    r"""`answer` without outer space, Markdown emphasis, `$…$`, `\(…\)`, `\[…\]` and closing punctuation."""
+    previous = None
+    while answer != previous:
+        previous = answer
+        answer = _CLOSING.sub("", answer.strip(" \t\r\n*_`~\u00a0"))
+        for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+            inner = answer[len(left) : -len(right)]
+            if answer.startswith(left) and answer.endswith(right) and inner and left not in inner:
+                answer = inner
+    return answer
+
+
+# ---------------------------------------------------------------- compare
+
+
+class Verdict(str, Enum):
+    """What came of one comparison. Only RIGHT is correct; the others are told apart to be counted."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"  # nothing was predicted
+    NO_GOLD = "no_gold"  # nothing to compare with
+    BAD_GOLD = "bad_gold"  # the gold answer cannot be parsed
+    TIMEOUT = "timeout"
+    ERROR = "error"  # the comparison ended its worker, or ran out of memory
+
+    @property
+    def right(self) -> bool:
+        """True for RIGHT alone."""
+        return self is Verdict.RIGHT
+
+
+_PLAIN = re.compile(r"([-+]?)((?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.(\d+))?|\.(\d+))", re.ASCII)
+_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z]+(?: [A-Za-z]+)*")
+# Keywords of math-verify, which mean something in running text too.
+_NOT_A_WORD = re.compile(r"\b(?:and|or|pct|percent\w*)\b", re.IGNORECASE)
+_UNIT_WORDS = r"(?!(?:dozen|hundred|thousand|[mb]illion)\b)[A-Za-z]{3,}(?: [A-Za-z]+)*"
+_WITH_UNIT = re.compile(rf"([-+]?[\d.,]*\d) ?({_UNIT_WORDS})")
+_FLOAT_TOLERANCE = Decimal("0.000002")  # math-verify rounds floats to 6 decimals
+_KNOWN_LIMIT = 100_000
+
+
+@lru_cache(maxsize=1 << 16)
+def normalize_answer(answer: str) -> str:
+    r"""`answer` in one writing: trimmed, single spaces, no currency or `$` signs, no `\!`, no unary plus."""
+    if _PLAIN.fullmatch(answer):
+        return answer.removeprefix("+")
+    text = re.sub(r"\\!\s*|\\?[$£€]|(?<!\\)\\[()\[\]]", "", trim_answer(answer))
+    text = re.sub(r"\s*\bpercent\b", "%", text.replace("−", "-"))
+    text = trim_answer(re.sub(r"\s+", " ", text)).rstrip("\\ ")
+    return re.sub(r"^\+\s?(?=[\d.])", "", text)
+
+
+@lru_cache(maxsize=1 << 16)
+def _plain_number(text: str) -> tuple[Decimal, bool] | None:
+    """(exact value, has decimals) of a plain number; None for other text and beyond a float's digits."""
+    match = _PLAIN.fullmatch(text)
+    decimals = match and (match[3] or match[4])
+    if not match or len(text) > (16 if decimals else 300):
+        return None
+    return Decimal(text.replace(",", "")), bool(decimals)
+
+
+def _fast_verdict(predicted: str, gold: str) -> Verdict | None:
+    """The verdict on two normalised answers where math-verify is certain to give the same; else None."""
+    if (one := _plain_number(predicted)) and (other := _plain_number(gold)):
+        gap = abs(one[0] - other[0])
+        if 0 < gap < _FLOAT_TOLERANCE and (one[1] or other[1]):
+            return None
+        return Verdict.WRONG if gap else Verdict.RIGHT
+    # Other text may be identical and yet not parse, and such a gold answer must not count as met.
+    if predicted == gold and _WORDS.fullmatch(gold) and not _NOT_A_WORD.search(gold):
+        return Verdict.RIGHT
+    return None
+
+
+@lru_cache(maxsize=1 << 16)
+def _read_gold(gold: str) -> str | None:
+    """The normalised gold answer, also out of a worked solution (with a box or ####); None: none in it."""
+    marked = re.search(r"\\boxed|\\fbox|####", gold)
+    return normalize_answer((extract_answer(gold) or "") if marked else gold) or None
+
+
+def compare(predicted: str, gold: str) -> str:
+    """The `Verdict` value of two normalised answers by math-verify, however long it takes; for workers."""
+    from math_verify import verify
+
+    try:
+        parsed = _parse(gold)
+        if not parsed:
+            return Verdict.BAD_GOLD.value
+        right = verify(parsed, _parse(predicted), timeout_seconds=None, raise_on_error=True)
+    except (MemoryError, RecursionError):
+        return Verdict.ERROR.value
+    except Exception:  # math-verify's own reading of a comparison it cannot make: not shown equal
+        return Verdict.WRONG.value
+    return (Verdict.RIGHT if right else Verdict.WRONG).value
+
+
+def _parse(answer: str) -> list:
+    """`answer`, the whole of it, as math-verify's expressions; empty if it is not mathematics."""
+    from math_verify import LatexExtractionConfig, parse
+
+    if _WORDS.fullmatch(answer):  # or letters become a product, and "Paris" equals "pairs"
+        answer = rf"\text{{{answer}}}"
+    elif match := _WITH_UNIT.fullmatch(answer):
+        answer = rf"{match[1]}\text{{ {match[2]}}}"
+    # LaTeX only: the plain reader would take any number it can find in text that it cannot parse.
+    config = [LatexExtractionConfig()]
+    return parse(f"${answer}$", config, fallback_mode="no_fallback", parsing_timeout=None)
+
+
+class AnswerChecker:
+    """Compares predicted with gold answers. A context manager; `counts` adds up the verdicts it gave.
+
+    workers: how many processes may run at once; they are started when a pair first needs one. timeout:
+    seconds for one comparison; after it the worker is killed and replaced, and that pair alone is TIMEOUT.
+    A comparison that ends its worker is ERROR. May be called from any thread.
+    """
+
+    def __init__(self, workers: int = 1, timeout: float = 5.0, *, _compare_file: str = __file__) -> None:
+        if workers < 1 or not timeout > 0:
+            raise ValueError(f"workers must be at least 1 and timeout above 0, not {workers} and {timeout}")
+        self.counts: Counter[Verdict] = Counter()
+        self._start: Callable[[], _Worker] = lambda: _Worker(_compare_file, timeout)
+        self._slots: list[_Worker | None] = [None] * workers
+        self._known: dict[tuple[str, str], Verdict] = {}
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _end_workers, self._slots)
+
+    def __enter__(self) -> AnswerChecker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers and wait until they are gone. A later `check` would start new ones."""
+        with self._lock:
+            _end_workers(self._slots)
+
+    def check(self, pairs: Sequence[tuple[str | None, str | None]]) -> list[Verdict]:
+        """Verdicts on (predicted, gold) pairs, in order.
+
+        Predicted answers are what `extract_answer` gives; gold ones may be solutions with a box or `####`.
+        Without a gold answer NO_GOLD, then without a predicted one NO_ANSWER: a gold answer is only parsed to
+        be compared with something. Raises RuntimeError if no worker can be started.
+        """
+        with self._lock:
+            keyed = [_settle(predicted, gold) for predicted, gold in pairs]
+            unknown = dict.fromkeys(key for key in keyed if isinstance(key, tuple) and key not in self._known)
+            fresh = self._run(list(unknown)) if unknown else {}
+            settled = ChainMap(fresh, self._known)
+            verdicts = [key if isinstance(key, Verdict) else settled[key] for key in keyed]
+            self._remember(fresh)
+            self.counts.update(verdicts)
+        return verdicts
+
+    def _remember(self, fresh: dict[tuple[str, str], Verdict]) -> None:
+        if len(self._known) > _KNOWN_LIMIT:
+            self._known.clear()
+        lasting = (Verdict.RIGHT, Verdict.WRONG, Verdict.BAD_GOLD)  # a time-out may have been a busy machine
+        self._known.update({key: verdict for key, verdict in fresh.items() if verdict in lasting})
+
+    def _run(self, keys: list[tuple[str, str]]) -> dict[tuple[str, str], Verdict]:
+        """Verdicts on distinct pairs from the workers, one thread feeding each."""
+        pending, verdicts = deque(keys), {}
+
+        def feed(slot: int) -> None:
+            for key in _taken_from(pending):
+                verdicts[key] = self._ask(slot, key)
+
+        count = min(len(self._slots), len(keys))
+        with ThreadPoolExecutor(count) as threads:
+            try:
+                for future in [threads.submit(feed, slot) for slot in range(count)]:
+                    future.result()
+            except BaseException:  # Ctrl-C too: threads end once there is no work and their workers are gone
+                pending.clear()
+                _end_workers(self._slots)
+                raise
+        return verdicts
+
+    def _ask(self, slot: int, key: tuple[str, str]) -> Verdict:
+        worker = self._slots[slot]
+        if worker is None or worker.process.poll() is not None:
+            worker = self._slots[slot] = self._start()
+        return worker.ask(key)
+
+
+def _taken_from(pending: deque[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The items of a queue that other threads take from too."""
+    with contextlib.suppress(IndexError):
+        while True:
+            yield pending.popleft()
+
+
+def _settle(predicted: str | None, gold: str | None) -> Verdict | tuple[str, str]:
+    """A verdict that needs no worker, or the normalised pair that needs one."""
+    if gold is None or not gold.strip():
+        return Verdict.NO_GOLD
+    if (gold := _read_gold(gold)) is None:
+        return Verdict.BAD_GOLD
+    if not predicted or not (predicted := normalize_answer(predicted)):
+        return Verdict.NO_ANSWER
+    return _fast_verdict(predicted, gold) or (predicted, gold)
+
+
+# ---------------------------------------------------------------- worker processes
+
+_START_SECONDS = 120.0  # importing sympy on a busy machine
+_ORPHAN_SECONDS = 2  # after its time-out a worker ends by itself, should its parent be gone
+_MEMORY_BYTES = 4 << 30
+_BOOT = """
+import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)
+import importlib.util, sys
+sys.path[:] = [entry for entry in sys.path if entry]
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+load("answers", sys.argv[1])._serve(lambda: load("answers_compare", sys.argv[2]).compare, float(sys.argv[3]))
+"""
+
+
+def _end_workers(slots: list[_Worker | None]) -> None:
+    for slot, worker in enumerate(slots):
+        if worker is not None:
+            worker.end()
+            slots[slot] = None
+
+
+class _Worker:
+    """A process that compares one pair at a time; it loads this file alone, not the package."""
+
+    def __init__(self, compare_file: str, timeout: float) -> None:
+        self.timeout = timeout
+        command = [sys.executable, "-c", _BOOT, __file__, compare_file, str(timeout)]
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, encoding="ascii")
+        assert self.process.stdin and self.process.stdout  # for the type checker: both are pipes
+        self._requests, self._replies = self.process.stdin, self.process.stdout
+        hello = self._read(_START_SECONDS)
+        if hello != "ready":
+            self.end()
+            raise RuntimeError(f"no worker for math-verify could be started: {hello or 'it gave no sign'}")
+
+    def ask(self, key: tuple[str, str]) -> Verdict:
+        """The verdict on one normalised pair; a worker that hung or died has ended when this returns."""
+        began = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):
+            self._requests.write(json.dumps(key) + "\n")
+            self._requests.flush()
+        answer = self._read(self.timeout)
+        late = time.monotonic() - began >= self.timeout
+        if late or answer is None:
+            self.end()
+        return Verdict(answer or (Verdict.TIMEOUT if late else Verdict.ERROR))
+
+    def _read(self, seconds: float) -> str | None:
+        """The worker's next line, or None when it died; it is killed after `seconds`."""
+        timer = threading.Timer(seconds, self.process.kill)
+        timer.start()
+        try:
+            return json.loads(self._replies.readline() or "null")
+        finally:
+            timer.cancel()
+            timer.join()  # whether it killed the worker is settled now
+
+    def end(self) -> None:
+        """Kill the process, reap it and close its pipes."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self._requests, self._replies):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+def _serve(load_compare: Callable[[], Callable[[str, str], str]], timeout: float) -> None:
+    """A worker's life: one JSON line (predicted, gold) in, one verdict out, until standard input ends."""
+    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)  # what a library prints must not be read as a verdict
+
+    def reply(value: str) -> None:
+        print(json.dumps(value), file=replies, flush=True)
+
+    logging.disable(logging.WARNING)  # math-verify warns that its time-out is off
+    _limit_memory()
+    try:
+        compare = load_compare()
+        compare("1", "1")  # imports math-verify now, not on the first pair's time
+    except Exception as error:
+        return reply(f"{type(error).__name__}: {error}")
+    reply("ready")
+    for line in sys.stdin:
+        _end_after(math.ceil(timeout) + _ORPHAN_SECONDS)
+        reply(compare(*json.loads(line)))
+        _end_after(0)
+
+
+def _end_after(seconds: int) -> None:
+    """End this process in so many seconds, 0 for never: it may hang when nobody is left to kill it."""
+    if sys.platform != "win32":
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
+
+
+def _limit_memory() -> None:
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
