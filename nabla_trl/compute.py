@@ -1,0 +1,262 @@
+"""What a method costs: tokens by model and kind, FLOPs by formula, wall seconds by problem.
+
+The formula, for one sequence (a multiply-add is 2 FLOPs), where `count` tokens are placed at
+positions p = start .. start + count - 1 of a causal model:
+
+    forward  = 2 * linear_params * count                               every weight matrix, once per token
+             + 4 * attention_width * layers * sum over p of (p + 1)    Q.K^T and A.V over the causal half
+             + 2 * head_params * head                                  output head, at `head` positions only
+
+    backward, frozen weights  = 1x linear + 2x attention + 1x head     activations only: dX, and dQ dK dV dA
+    backward, trained weights = 2x linear + 2x attention + 2x head     dX and dW
+    train    = forward + backward
+
+attention_width is query heads x head_dim (grouped keys are repeated, so query heads count). Work on a
+token earlier in a cache is not charged again, but attending to it is. A detached prefix under backward is
+charged its dK and dV, because kernels compute them before they are thrown away.
+
+Left out, all below one percent of a model of useful size: embedding look-ups, norms, rotary angles, biases,
+softmax, activations, sampling. Sliding-window layers are charged as full attention (an upper bound), padding
+is not charged (a batch costs what its rows would cost alone), dense attention kernels that compute the masked
+half and gradient checkpointing's second forward are not charged either: the formula counts what the method
+needs, the seconds show what the machine did.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+KINDS = ("prefill", "decode", "forward", "backward", "train")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The few numbers of a transformer that its FLOPs depend on.
+
+    `name` labels the model in the token counts ("policy", "reward", ...); `linear_params` are the weights
+    in matmuls applied at every token (embeddings and output head excluded); `head_params` are those of the
+    output head (lm_head or score), applied only where its output is needed.
+    """
+
+    name: str
+    linear_params: int
+    layers: int
+    attention_width: int
+    head_params: int
+
+    def forward_flops(self, start: int, count: int, head: int | None = None) -> float:
+        """FLOPs of `count` tokens placed at positions start .. start + count - 1 of one sequence.
+
+        `head`: positions at which the output head is applied; None means all `count`. A count of 0 with a
+        `head` charges the head alone.
+        """
+        linear, attention, output = self._parts(start, count, head)
+        return float(linear + attention + output)
+
+    def backward_flops(self, start: int, count: int, head: int | None = None, frozen: bool = True) -> float:
+        """FLOPs of the backward alone, for the same tokens; add `forward_flops` for the forward it needs.
+
+        `frozen`: gradients with respect to activations only (token gradients; also LoRA, whose own
+        matrices are negligible); False adds those of the weights.
+        """
+        linear, attention, output = self._parts(start, count, head)
+        weights = 1 if frozen else 2
+        return float(weights * (linear + output) + 2 * attention)
+
+    def _parts(self, start: int, count: int, head: int | None) -> tuple[int, int, int]:
+        """Forward FLOPs of the linear layers, the attention and the output head."""
+        attended = count * start + count * (count + 1) // 2
+        return (
+            2 * self.linear_params * count,
+            4 * self.attention_width * self.layers * attended,
+            2 * self.head_params * (count if head is None else head),
+        )
+
+
+@dataclass
+class Cost:
+    """What was spent: FLOPs, wall seconds, and tokens by "<model>/<kind>"; costs add up with `+`."""
+
+    flops: float = 0.0
+    seconds: float = 0.0
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Cost) -> Cost:
+        tokens = dict(self.tokens)
+        for name, count in other.tokens.items():
+            tokens[name] = tokens.get(name, 0) + count
+        return Cost(self.flops + other.flops, self.seconds + other.seconds, tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        return {"flops": self.flops, "seconds": self.seconds, "tokens": dict(self.tokens)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Cost:
+        """The inverse of `to_dict`."""
+        tokens = {str(name): int(count) for name, count in data["tokens"].items()}
+        return cls(float(data["flops"]), float(data["seconds"]), tokens)
+
+
+class Meter:
+    """One account per key (a problem id), charged by whoever does the work; not thread-safe.
+
+    Nothing is free: wasted and rejected work is charged like any other. Work that belongs to no problem
+    (training, an audit) gets a key of its own and so counts in `total`.
+    """
+
+    def __init__(self) -> None:
+        self._costs: dict[str, Cost] = {}
+        self._inner: list[float] = []  # one entry per open clock: seconds already given to clocks inside it
+
+    def charge(
+        self,
+        key: str,
+        size: ModelSize,
+        kind: str,
+        start: int,
+        count: int,
+        *,
+        head: int | None = None,
+        frozen: bool = True,
+    ) -> None:
+        """Charge `key` for `count` tokens of one sequence at positions start .. start + count - 1.
+
+        kind: "prefill", "decode" and "forward" cost one forward; "backward" costs the backward alone;
+        "train" costs both. `head` as in `ModelSize.forward_flops`. `frozen` matters to "backward" and
+        "train" only: True where base weights get no gradient (token gradients, LoRA), False in full training.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind of work {kind!r}; known: {', '.join(KINDS)}")
+        if start < 0 or count < 0 or (head is not None and head < 0):
+            raise ValueError(f"cannot charge start={start}, count={count}, head={head}: negative")
+        flops = 0.0
+        if kind != "backward":
+            flops += size.forward_flops(start, count, head)
+        if kind in ("backward", "train"):
+            flops += size.backward_flops(start, count, head, frozen)
+        cost = self._account(key)
+        cost.flops += flops
+        name = f"{size.name}/{kind}"
+        cost.tokens[name] = cost.tokens.get(name, 0) + count
+
+    def charge_many(
+        self,
+        keys: Sequence[str],
+        size: ModelSize,
+        kind: str,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        heads: Sequence[int] | None = None,
+        *,
+        frozen: bool = True,
+    ) -> None:
+        """`charge` for every row of a batch; the sequences are of one length (ValueError otherwise)."""
+        each_head = [None] * len(keys) if heads is None else heads
+        for key, start, count, head in zip(keys, starts, counts, each_head, strict=True):
+            self.charge(key, size, kind, start, count, head=head, frozen=frozen)
+
+    @contextmanager
+    def clock(self, keys: Sequence[str]) -> Iterator[None]:
+        """Share the wall seconds of the `with` block evenly over `keys`, also when the block raises.
+
+        A key listed n times (n rows of a batch) gets n shares. Clocks may nest: the seconds of an inner
+        clock belong to its own keys and are taken out of the outer one, so that nothing counts twice. An
+        accelerator works asynchronously: end the block with something that reads a result back.
+        Raises ValueError if `keys` is empty.
+        """
+        if not keys:
+            raise ValueError("a clock needs at least one key to charge the seconds to")
+        keys = list(keys)
+        self._inner.append(0.0)
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = perf_counter() - began
+            share = (elapsed - self._inner.pop()) / len(keys)
+            if self._inner:
+                self._inner[-1] += elapsed
+            for key in keys:
+                self._account(key).seconds += share
+
+    def cost(self, key: str) -> Cost:
+        """A copy of what `key` has cost so far; zero for a key never charged."""
+        return self._costs.get(key, Cost()) + Cost()
+
+    def total(self) -> Cost:
+        """The sum over all keys."""
+        return sum(self._costs.values(), Cost())
+
+    def _account(self, key: str) -> Cost:
+        cost = self._costs.get(key)
+        if cost is None:
+            cost = self._costs[key] = Cost()
+        return cost
+
+
+def model_size(model: PreTrainedModel, name: str) -> ModelSize:
+    """Measure a causal LM or a sequence classifier (also under PEFT, adapters included).
+
+    Weights count where they are matrices (ndim >= 2) and no embedding table; a tied head counts as a head.
+    Of a mixture of experts the share that one token uses is counted if the config states it
+    (`num_experts_per_tok` and `num_experts` or `num_local_experts`), otherwise all experts.
+    Raises ValueError for any other kind of model.
+    """
+    config = model.config.get_text_config()
+    head = _output_head(model)
+    in_head = {id(module) for module in head.modules()}
+    params: Counter[str] = Counter()
+    for path, module in model.named_modules():
+        if ".original_module" in path:  # PEFT keeps it beside the trained copy, and runs the copy
+            continue
+        part = "head" if id(module) in in_head else "experts" if ".experts." in f"{path}." else "other"
+        params[part] += _matrix_params(module)
+    active, of = _active_experts(config)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelSize(
+        name=name,
+        linear_params=params["other"] + params["experts"] * active // of,
+        layers=config.num_hidden_layers,
+        attention_width=heads * head_dim,
+        head_params=params["head"],
+    )
+
+
+def _output_head(model: PreTrainedModel) -> nn.Module:
+    kind = type(model).__name__
+    if kind.endswith("ForSequenceClassification"):
+        head = getattr(model, "score", None)  # encoders name theirs differently, and aren't supported
+    else:
+        head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{kind} has no lm_head and no `score` head: load a causal LM or a reward model")
+    return head
+
+
+def _matrix_params(module: nn.Module) -> int:
+    """Matrix entries that `module` owns itself, its children not counted."""
+    from torch import nn  # here, so that a report needs no torch
+
+    if isinstance(module, nn.Embedding):
+        return 0
+    if isinstance(module, nn.Linear):  # not numel: 4-bit weights are packed, two to a byte
+        return module.in_features * module.out_features
+    return sum(weight.numel() for weight in module.parameters(recurse=False) if weight.ndim >= 2)
+
+
+def _active_experts(config: Any) -> tuple[int, int]:
+    """(experts used per token, experts there), (1, 1) where the config does not say."""
+    active = getattr(config, "num_experts_per_tok", None)
+    there = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    return (active, there) if active and there else (1, 1)

@@ -1,0 +1,427 @@
+"""Traces: what a method did to one problem, on disk as parquet shards, and as rows for the trainers.
+
+Sequences stay token ids from the prompt's template to the trainer's rows; texts are for people. A shard is
+written whole (temporary file, fsync, rename), so a folder holds finished shards or nothing, whatever
+happens to the process. `datasets.load_dataset("parquet", data_files=...)` reads the shards as they are: the
+columns are the fields of `Trace`, with `cost` spread over `flops`, `seconds` and `tokens`; `tokens` and
+`meta` are JSON objects in string columns, since their keys differ from run to run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nabla_trl.compute import Cost
+
+FORMAT_VERSION = "1"
+_VERSION_KEY = b"nabla_trl.traces"
+IGNORED = -100  # the label that a loss skips
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One proposal: branch off the incumbent at `position`, taking `new` instead of `old`.
+
+    `position` indexes the response; `suffix` is the proposed response from there on, `new` first. Every
+    revision of a round is proposed against the incumbent at the start of that round, and a round accepts one
+    at most; a method that proposes one branch at a time makes each its own round. `flops` is what the problem
+    had cost, cumulatively, once this revision was scored.
+    """
+
+    round: int
+    position: int
+    old: int
+    new: int
+    suffix: tuple[int, ...]
+    reward_before: float
+    reward_after: float
+    accepted: bool
+    flops: float
+
+
+@dataclass
+class Trace:
+    """What one method made of one problem with one seed.
+
+    `initial_ids` is the first response, `response_ids` the one that was kept: the accepted revisions turn one
+    into the other, and a method without revisions stores the same ids in both. Rewards are nan where a method
+    uses none. `stop` says why it ended ("rounds", "budget", "patience", "exhausted", "single", ...);
+    `finished`: the response ends with a stop token. A problem that failed has `error` set and is no sample.
+    """
+
+    problem_id: str
+    task: str
+    method: str
+    seed: int
+    prompt: str
+    response: str
+    prompt_ids: list[int]
+    initial_ids: list[int]
+    response_ids: list[int]
+    reward_initial: float
+    reward: float
+    answer: str | None
+    gold: str | None
+    correct: bool | None
+    revisions: list[Revision]
+    cost: Cost
+    stop: str
+    finished: bool
+    meta: dict[str, str]
+    error: str | None = None
+
+    def bases(self) -> Iterator[tuple[Revision, list[int]]]:
+        """Each revision with the response ids it was proposed against (the incumbent of its round)."""
+        incumbent = base = list(self.initial_ids)
+        current: int | None = None
+        for revision in self.revisions:
+            if revision.round != current:
+                base, current = incumbent, revision.round
+            yield revision, base
+            if revision.accepted:
+                incumbent = base[: revision.position] + list(revision.suffix)
+
+    def incumbents(self) -> list[tuple[list[int], float]]:
+        """Response ids and reward after 0, 1, 2, ... accepted revisions."""
+        states = [(list(self.initial_ids), self.reward_initial)]
+        for revision, base in self.bases():
+            if revision.accepted:
+                states.append((base[: revision.position] + list(revision.suffix), revision.reward_after))
+        return states
+
+    def validate(self) -> None:
+        """Raise ValueError if the record contradicts itself.
+
+        A trace with an `error` may lack its prompt and its rewards.
+        """
+        if self.error is None and not self.prompt_ids:
+            raise ValueError(f"{self._label()}: empty prompt (no prompt ids)")
+        rewards = (self.reward_initial, self.reward)
+        unrewarded = all(map(math.isnan, rewards)) and not self.revisions
+        if self.error is None and not unrewarded and not all(map(math.isfinite, rewards)):
+            raise ValueError(f"{self._label()}: rewards {rewards} are not finite, yet no error is recorded")
+        accepted = [revision.round for revision in self.revisions if revision.accepted]
+        rounds = [revision.round for revision in self.revisions]
+        if len(set(accepted)) < len(accepted) or rounds != sorted(rounds):
+            raise ValueError(f"{self._label()}: rounds must not decrease and may accept one revision each")
+        for revision, base in self.bases():
+            self._check_revision(revision, base)
+        if self.incumbents()[-1][0] != list(self.response_ids):
+            raise ValueError(f"{self._label()}: accepted revisions do not turn initial_ids into response_ids")
+
+    def _check_revision(self, revision: Revision, base: list[int]) -> None:
+        where = f"{self._label()}: revision at position {revision.position} of round {revision.round}"
+        if not 0 <= revision.position < len(base) or base[revision.position] != revision.old:
+            raise ValueError(f"{where} does not fit the incumbent: token {revision.old} is not there")
+        if not revision.suffix or revision.suffix[0] != revision.new:
+            raise ValueError(f"{where}: the suffix does not begin with the new token {revision.new}")
+        if revision.accepted and self.error is None and not math.isfinite(revision.reward_after):
+            raise ValueError(f"{where} was accepted with reward {revision.reward_after}")
+
+    def _label(self) -> str:
+        return f"trace {self.problem_id!r} (seed {self.seed}, {self.method})"
+
+
+_IDS = pa.list_(pa.int32())
+_REVISION = pa.struct(
+    [
+        ("round", pa.int32()),
+        ("position", pa.int32()),
+        ("old", pa.int32()),
+        ("new", pa.int32()),
+        ("suffix", _IDS),
+        ("reward_before", pa.float64()),
+        ("reward_after", pa.float64()),
+        ("accepted", pa.bool_()),
+        ("flops", pa.float64()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("problem_id", pa.string()),
+        ("task", pa.string()),
+        ("method", pa.string()),
+        ("seed", pa.int64()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("prompt_ids", _IDS),
+        ("initial_ids", _IDS),
+        ("response_ids", _IDS),
+        ("reward_initial", pa.float64()),
+        ("reward", pa.float64()),
+        ("answer", pa.string()),
+        ("gold", pa.string()),
+        ("correct", pa.bool_()),
+        ("revisions", pa.list_(_REVISION)),
+        ("flops", pa.float64()),
+        ("seconds", pa.float64()),
+        ("tokens", pa.string()),  # JSON
+        ("stop", pa.string()),
+        ("finished", pa.bool_()),
+        ("meta", pa.string()),  # JSON
+        ("error", pa.string()),
+    ],
+    metadata={_VERSION_KEY: FORMAT_VERSION.encode()},
+)
+_COST_COLUMNS = ("flops", "seconds", "tokens")
+_KEY_COLUMNS = ("problem_id", "seed", "method")
+
+
+class TraceWriter:
+    """Write traces as shards `traces-<rank>-<chunk>.parquet` of `chunk_size` traces; a context manager.
+
+    Each process needs a `rank` of its own. Numbering goes on from the shards already there, and no shard is
+    ever changed. Leaving the `with` block writes what is pending, also after an exception or Ctrl-C.
+    Temporary files that a killed process of the same rank left behind are removed at the start.
+    """
+
+    def __init__(self, folder: str | Path, rank: int = 0, chunk_size: int = 256) -> None:
+        if rank < 0 or chunk_size < 1:
+            raise ValueError(f"rank {rank} must be at least 0 and chunk_size {chunk_size} at least 1")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.chunk_size = chunk_size
+        self._prefix = f"traces-{rank:05d}-"
+        for stale in self.folder.glob(f"{self._prefix}*.parquet.tmp"):
+            stale.unlink()
+        shards = self.folder.glob(f"{self._prefix}[0-9]*.parquet")
+        self._chunk = max((int(path.stem.removeprefix(self._prefix)) for path in shards), default=-1) + 1
+        self._pending: list[pa.RecordBatch] = []
+
+    def add(self, trace: Trace) -> None:
+        """Take one trace, and write a shard once `chunk_size` of them are pending (OSError as for `flush`).
+
+        ValueError if the trace contradicts itself or does not fit the columns; it is not taken then.
+        """
+        trace.validate()
+        try:  # converted here and not in `flush`, so that one bad trace can't take a whole chunk with it
+            row = pa.RecordBatch.from_pylist([_to_row(trace)], schema=SCHEMA)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{trace._label()} does not fit the trace columns: {error}") from error
+        self._pending.append(row)
+        if len(self._pending) >= self.chunk_size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the pending traces as one shard, on disk when this returns.
+
+        OSError names the file that could not be written (disk full, ...): earlier shards are untouched, the
+        pending traces stay pending, and `flush` can be called again.
+        """
+        if not self._pending:
+            return
+        path = self.folder / f"{self._prefix}{self._chunk:05d}.parquet"
+        if path.exists():
+            raise FileExistsError(f"{path} was written by another process; give each process its own rank")
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            _write_table(pa.Table.from_batches(self._pending).combine_chunks(), temporary)
+            os.replace(temporary, path)
+        except OSError as error:
+            advice = f"{error.strerror or error}; earlier shards are kept, make room and run again"
+            raise OSError(error.errno, advice, str(path)) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        self._pending, self._chunk = [], self._chunk + 1
+        _sync_folder(self.folder)
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.flush()
+
+
+def read_traces(
+    folder_or_files: str | Path | Iterable[str | Path], columns: Sequence[str] | None = None
+) -> list[Trace]:
+    """All traces of a folder (or of one shard, or of several), sorted by problem id, seed and method.
+
+    `columns`: names of the `Trace` fields to read, faster where texts or revisions aren't needed; problem id,
+    seed and method are always read, and the fields left out hold empty values. Raises ValueError for a shard
+    that can't be read, for an unknown column, and for the first (problem, seed, method) found twice.
+    """
+    stored = None if columns is None else _stored_columns(columns)
+    rows = [row for path in _shards(folder_or_files) for row in _read_table(path, stored).to_pylist()]
+    traces = sorted((_from_row(row) for row in rows), key=_key)
+    for before, after in pairwise(traces):
+        if _key(before) == _key(after):
+            raise ValueError(f"{after._label()} is there twice; remove one of the shards that hold it")
+    return traces
+
+
+def finished_ids(folder: str | Path) -> set[tuple[str, int]]:
+    """(problem id, seed) of every trace in the folder, error rows included; empty if there is no folder yet.
+
+    Reads these two columns only. Methods are not told apart: keep one folder per method.
+    """
+    done: set[tuple[str, int]] = set()
+    for path in _shards(folder) if Path(folder).exists() else []:
+        table = _read_table(path, ["problem_id", "seed"])
+        done.update(zip(table["problem_id"].to_pylist(), table["seed"].to_pylist(), strict=True))
+    return done
+
+
+class Rows(NamedTuple):
+    """Rows for a trainer, and how often something was left out, by reason."""
+
+    rows: list[dict[str, list[int]]]
+    skipped: Counter[str]
+
+
+def sft_rows(traces: Iterable[Trace]) -> Rows:
+    """One row per trace: `input_ids` = prompt + response, `labels` = -100 over the prompt, then the response.
+
+    Skipped and counted: traces with an "error", "unfinished" ones, "empty" responses. ValueError for a trace
+    without a prompt.
+    """
+    out = Rows([], Counter())
+    for trace in traces:
+        if trace.error is not None:
+            out.skipped["error"] += 1
+        elif not trace.response_ids:
+            out.skipped["empty"] += 1
+        elif not trace.finished:
+            out.skipped["unfinished"] += 1
+        elif not trace.prompt_ids:
+            raise ValueError(f"{trace._label()}: no prompt ids; was it read without that column?")
+        else:
+            prompt, response = list(trace.prompt_ids), list(trace.response_ids)
+            out.rows.append({"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response})
+    return out
+
+
+def preference_rows(traces: Iterable[Trace]) -> Rows:
+    """One row per revision that was decided by the reward: the better and the worse continuation of a prefix.
+
+    `prompt_ids` = prompt + shared part of the response, `chosen_ids` and `rejected_ids` = the proposal and
+    the incumbent from the branch on. An accepted proposal with a higher reward is chosen, a rejected one with
+    a lower reward is rejected. Skipped and counted: traces with an "error"; revisions with a "tie", with a
+    "non-finite" reward, or decided "against the reward" (Metropolis does); "duplicate" rows. ValueError for a
+    trace that contradicts itself.
+    """
+    out = Rows([], Counter())
+    seen: set[tuple[tuple[int, ...], ...]] = set()
+    for trace in traces:
+        if trace.error is not None:
+            out.skipped["error"] += 1
+            continue
+        trace.validate()
+        for revision, base in trace.bases():
+            if reason := _undecided(revision):
+                out.skipped[reason] += 1
+                continue
+            proposal, incumbent = list(revision.suffix), base[revision.position :]
+            chosen, rejected = (proposal, incumbent) if revision.accepted else (incumbent, proposal)
+            prompt = list(trace.prompt_ids) + base[: revision.position]
+            key = (tuple(prompt), tuple(chosen), tuple(rejected))
+            if key in seen:
+                out.skipped["duplicate"] += 1
+                continue
+            seen.add(key)
+            out.rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    return out
+
+
+def _undecided(revision: Revision) -> str | None:
+    """Why a revision says nothing about which continuation is better; None if it does."""
+    gain = revision.reward_after - revision.reward_before
+    if not math.isfinite(gain):
+        return "non-finite"
+    if gain == 0:
+        return "tie"
+    return None if (gain > 0) == revision.accepted else "against the reward"
+
+
+def _key(trace: Trace) -> tuple[str, int, str]:
+    return trace.problem_id, trace.seed, trace.method
+
+
+def _to_row(trace: Trace) -> dict[str, Any]:
+    row = dict(vars(trace))
+    cost = row.pop("cost")
+    row["revisions"] = [vars(revision) for revision in trace.revisions]
+    row |= {"flops": cost.flops, "seconds": cost.seconds, "tokens": json.dumps(cost.tokens)}
+    row["meta"] = json.dumps(trace.meta, ensure_ascii=False)
+    return row
+
+
+def _from_row(row: dict[str, Any]) -> Trace:
+    """A trace from stored columns; the fields of columns that were not read stay empty."""
+    row = _empty_row() | row
+    row["revisions"] = [Revision(**{**entry, "suffix": tuple(entry["suffix"])}) for entry in row["revisions"]]
+    row["cost"] = Cost(row.pop("flops"), row.pop("seconds"), json.loads(row.pop("tokens")))
+    row["meta"] = json.loads(row["meta"])
+    return Trace(**row)
+
+
+def _empty_row() -> dict[str, Any]:
+    texts = dict.fromkeys(("task", "prompt", "response", "stop"), "")
+    lists: dict[str, Any] = {name: [] for name in ("prompt_ids", "initial_ids", "response_ids", "revisions")}
+    rewards = dict.fromkeys(("reward_initial", "reward"), math.nan)
+    unknown = dict.fromkeys(("answer", "gold", "correct", "error"))
+    cost = {"flops": 0.0, "seconds": 0.0, "tokens": "{}"}
+    return {**texts, **lists, **rewards, **unknown, **cost, "finished": False, "meta": "{}"}
+
+
+def _stored_columns(columns: Sequence[str]) -> list[str]:
+    known = [field.name for field in fields(Trace)]
+    if unknown := [name for name in columns if name not in known]:
+        raise ValueError(f"no such trace column: {', '.join(unknown)}; known: {', '.join(known)}")
+    wanted = dict.fromkeys((*_KEY_COLUMNS, *columns))
+    return [column for name in wanted for column in (_COST_COLUMNS if name == "cost" else (name,))]
+
+
+def _shards(folder_or_files: str | Path | Iterable[str | Path]) -> list[Path]:
+    if not isinstance(folder_or_files, (str, Path)):
+        return [Path(file) for file in folder_or_files]
+    path = Path(folder_or_files)
+    if path.is_dir():
+        return sorted(path.glob("traces-*.parquet"))
+    if not path.exists():
+        raise ValueError(f"{path}: no such folder or trace file")
+    return [path]
+
+
+def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"none").decode()
+            if version == FORMAT_VERSION and file.schema_arrow.equals(SCHEMA):
+                return file.read(columns)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: damaged trace shard ({reason}); delete it and run again") from error
+    raise ValueError(f"{path}: not a trace shard of format {FORMAT_VERSION} (its format: {version})")
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    with path.open("wb") as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable: it is the folder that holds the name."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
