@@ -1,0 +1,281 @@
+"""Result rows to problem × seed grids, and grids to intervals. Numpy only.
+
+Every interval is a 95% percentile bootstrap over *problems*: problems are what a claim generalises to, seeds
+only make each problem's score less noisy. So the seeds of one problem are averaged first and problems are
+resampled whole (Efron and Tibshirani 1993, chapters 6 and 13; Koehn 2004 for the paired form).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+BOOTSTRAP_SEED = 20_260_101
+
+METRICS = ("accuracy", "flops", "seconds", "reward")
+_IDENTITY = ("method", "task", "problem", "seed")
+_FIELDS = (*_IDENTITY, "correct", "reward", "flops", "seconds", "reward_by_round", "error")
+_SEARCHES = ("greedy", "self_consistency", "best_of", "control", "nabla")
+_ORDER = (*_SEARCHES, "distilled_greedy", "distilled_best_of")
+_NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95% interval; `seeds` and `problems` are 0 where they do not apply."""
+
+    value: float
+    low: float
+    high: float
+    seeds: int = 0
+    problems: int = 0
+
+    @classmethod
+    def exact(cls, value: float, seeds: int = 0, problems: int = 0) -> Interval:
+        """A figure without sampling error (a count, a clock)."""
+        return cls(float(value), float(value), float(value), seeds, problems)
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+    def entry(self) -> dict[str, float]:
+        """The five keys of a summary.json entry."""
+        counts = {"seeds": self.seeds, "problems": self.problems}
+        return {"value": self.value, "low": self.low, "high": self.high, **counts}
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """A paired difference of means, with the two-sided p-value of a sign-flip permutation test."""
+
+    p_value: float = math.nan
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One method's rows: `columns[metric]` is problems × seeds, NaN where a row has no such number."""
+
+    problems: tuple[str, ...]
+    seeds: tuple[int, ...]
+    columns: dict[str, np.ndarray]
+    rounds: tuple[tuple[float, ...] | None, ...]  # reward by round, problem-major like columns.ravel()
+    errors: int
+    ungraded: int
+
+    def scores(self, metric: str) -> dict[str, np.ndarray]:
+        """Problem id -> its values by seed."""
+        return dict(zip(self.problems, self.columns[metric], strict=True))
+
+
+def family(method: str) -> tuple[str, float]:
+    """Method -> (family, size): nabla@0.33 -> (nabla, 0.33), best_of_8 -> (best_of, 8).
+
+    The size of an unnumbered method is infinite: it is the run at the configuration's own budget.
+    """
+    name, _, fraction = method.partition("@")
+    if fraction:
+        return name, float(fraction)
+    match = _NUMBERED.fullmatch(name)
+    return (match["family"], float(match["number"])) if match else (name, math.inf)
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Methods in the order of the report; unknown ones last, as they came."""
+
+    def rank(method: str) -> tuple[int, float]:
+        name, size = family(method)
+        return (_ORDER.index(name), size) if name in _ORDER else (len(_ORDER), 0.0)
+
+    return sorted(dict.fromkeys(methods), key=rank)
+
+
+def grids(rows: Sequence[Mapping]) -> dict[str, Grid]:
+    """Result rows -> one complete grid per method, all over the same problems.
+
+    A row with an error counts as wrong, and so does one that could not be graded (`correct` is None).
+    Raises ValueError on no rows, a missing field, several tasks, a repeated row or a missing one.
+    """
+    _check_fields(rows)
+    cells: dict[str, dict[tuple[str, int], Mapping]] = {}
+    for row in rows:
+        own = cells.setdefault(row["method"], {})
+        if (row["problem"], row["seed"]) in own:
+            raise ValueError(f"two rows for {_where(row['method'], row['problem'], row['seed'])}: remove one")
+        own[row["problem"], row["seed"]] = row
+    problems = tuple(dict.fromkeys(row["problem"] for row in rows))
+    return {method: _grid(method, cells[method], problems) for method in in_order(cells)}
+
+
+def mean_interval(matrix: np.ndarray) -> Interval:
+    """Mean over problems of the mean over seeds, with its bootstrap interval.
+
+    `matrix` is problems × seeds (one seed is fine). NaN cells are left out, and problems that hold only NaN.
+    Raises ValueError if no number is left.
+    """
+    matrix = np.atleast_2d(np.asarray(matrix, dtype=np.float64))
+    matrix = matrix[np.isfinite(matrix).any(axis=1)]
+    if not matrix.size:
+        raise ValueError("no number to average: every cell is missing")
+    means = np.nanmean(np.where(np.isfinite(matrix), matrix, np.nan), axis=1)
+    low, high = _percentiles(means.mean(), resampled_means(means[:, None])[:, 0])
+    return Interval(float(means.mean()), low, high, seeds=matrix.shape[1], problems=len(means))
+
+
+def paired_difference(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> Difference:
+    """Mean of a − b over the same problems, seeds averaged within each; `seeds` is the smaller of the counts.
+
+    `a` and `b` map a problem to its values by seed. Raises ValueError naming problems that only one side has.
+    """
+    mean_a, mean_b = _common_means(a, b)
+    gaps = mean_a - mean_b
+    low, high = _percentiles(gaps.mean(), resampled_means(gaps[:, None])[:, 0])
+    seeds = min(len(next(iter(a.values()))), len(next(iter(b.values()))))
+    return Difference(float(gaps.mean()), low, high, seeds, len(gaps), p_value=sign_flip_p_value(gaps))
+
+
+def share_of_gain(
+    part: Mapping[str, Sequence[float]],
+    whole: Mapping[str, Sequence[float]],
+    base: Mapping[str, Sequence[float]],
+) -> Interval | None:
+    """(part − base) / (whole − base) with its bootstrap interval; None where the whole's gain may be zero.
+
+    Without that guard a resample with a gain near zero would make the ratio mean nothing.
+    """
+    gain = paired_difference(whole, base)
+    if gain.low <= 0:
+        return None
+    part_means, base_means = _common_means(part, base)
+    whole_means, _ = _common_means(whole, base)
+    gains = np.stack([part_means - base_means, whole_means - base_means], axis=1)
+    top, bottom = resampled_means(gains).T
+    # a few resamples may still divide by a gain of zero or less: they belong at the far ends
+    ratios = np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.copysign(np.inf, top))
+    value = gains[:, 0].mean() / gains[:, 1].mean()
+    low, high = _percentiles(value, ratios)
+    return Interval(float(value), low, high, gain.seeds, gain.problems)
+
+
+def sign_flip_p_value(gaps: np.ndarray) -> float:
+    """Two-sided p-value of "the mean gap is zero": how often random signs give a mean at least as far off.
+
+    Never below 1/(RESAMPLES + 1), as the observed signs count among the draws (Phipson and Smyth 2010).
+    """
+    # gaps are multiples of 1/seeds, so ties with the observed sum are common and must survive rounding
+    reach = abs(gaps.sum()) - 1e-5 * np.abs(gaps).sum()
+    sums = _times(_signs(len(gaps)), gaps)
+    return (int((np.abs(sums) >= reach).sum()) + 1) / (RESAMPLES + 1)
+
+
+def resampled_means(columns: np.ndarray) -> np.ndarray:
+    """(problems, k) -> (RESAMPLES, k): means over problems drawn with replacement, alike for all columns."""
+    centre = columns.mean(axis=0)  # taken off first, so that float32 rounds the spread and not the level
+    spread = columns - centre
+    scale = np.maximum(np.abs(spread).max(axis=0), np.finfo(np.float64).tiny)
+    sums = [_times(_counts(len(columns)), column) for column in (spread / scale).T]
+    return centre + scale * np.stack(sums, axis=1) / len(columns)
+
+
+def reward_rounds(grid: Grid) -> list[Interval]:
+    """Mean incumbent reward by round; a list that ended early is carried forward. Empty without records."""
+    longest = max((len(one) for one in grid.rounds if one), default=0)
+    filled = [
+        [*one, *[one[-1]] * (longest - len(one))] if one else [math.nan] * longest for one in grid.rounds
+    ]
+    cube = np.array(filled, dtype=np.float64).reshape(len(grid.problems), len(grid.seeds), longest)
+    return [mean_interval(cube[:, :, step]) for step in range(longest) if np.isfinite(cube[:, :, step]).any()]
+
+
+@lru_cache(maxsize=2)
+def _counts(problems: int) -> np.ndarray:
+    """(RESAMPLES, problems) float32: how often each resample drew each problem; 40 kB per problem."""
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    counts = np.empty((RESAMPLES, problems), dtype=np.float32)
+    for row in counts:
+        row[:] = np.bincount(rng.integers(0, problems, problems), minlength=problems)
+    return counts
+
+
+@lru_cache(maxsize=2)
+def _signs(problems: int) -> np.ndarray:
+    """(RESAMPLES, problems) float32 of random −1 and +1."""
+    draws = np.random.default_rng(BOOTSTRAP_SEED).integers(0, 2, (RESAMPLES, problems), dtype=np.int8)
+    return draws.astype(np.float32) * 2 - 1
+
+
+def _times(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    # not `@`: its threads cost fifty times the product itself when other processes hold the cores
+    return np.einsum("rp,p->r", matrix, vector.astype(np.float32))
+
+
+def _percentiles(value: float, draws: np.ndarray) -> tuple[float, float]:
+    # "nearest" never interpolates towards an infinite ratio
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
+    return min(float(low), float(value)), max(
+        float(high), float(value)
+    )  # equal scores differ by rounding alone
+
+
+def _common_means(
+    a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]
+) -> tuple[np.ndarray, np.ndarray]:
+    odd = sorted(a.keys() ^ b.keys())
+    if odd:
+        raise ValueError(f"paired difference: {len(odd)} problems are on one side only ({_some(odd)})")
+    if not a:
+        raise ValueError("paired difference: no problems")
+    return np.array([np.mean(a[key]) for key in a]), np.array([np.mean(b[key]) for key in a])
+
+
+def _check_fields(rows: Sequence[Mapping]) -> None:
+    if not rows:
+        raise ValueError("no result rows: run the evaluate stage first")
+    for number, row in enumerate(rows):
+        missing = [field for field in _FIELDS if field not in row]
+        if missing:
+            raise ValueError(f"result row {number} lacks {_some(missing)}")
+    tasks = sorted({row["task"] for row in rows})
+    if len(tasks) > 1:
+        raise ValueError(f"rows of {len(tasks)} tasks ({_some(tasks)}): report one task at a time")
+
+
+def _grid(method: str, cells: Mapping[tuple[str, int], Mapping], problems: tuple[str, ...]) -> Grid:
+    seeds = tuple(sorted({seed for _, seed in cells}))
+    keys = [(problem, seed) for problem in problems for seed in seeds]
+    holes = [key for key in keys if key not in cells]
+    if holes:
+        more = f" and {len(holes) - 1} more" if len(holes) > 1 else ""
+        raise ValueError(
+            f"no row for {_where(method, *holes[0])}{more}: finish the evaluation before the report"
+        )
+    rows = [cells[key] for key in keys]
+    shape = (len(problems), len(seeds))
+    columns = {
+        metric: np.array([_number(row[metric]) for row in rows]).reshape(shape) for metric in METRICS[1:]
+    }
+    right = [bool(row["correct"]) and row["error"] is None for row in rows]
+    columns["accuracy"] = np.array(right, dtype=np.float64).reshape(shape)
+    errors = sum(row["error"] is not None for row in rows)
+    ungraded = sum(row["correct"] is None and row["error"] is None for row in rows)
+    rounds = tuple(tuple(map(_number, row["reward_by_round"] or ())) or None for row in rows)
+    return Grid(problems, seeds, columns, rounds, errors, ungraded)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _where(method: str, problem: str, seed: int) -> str:
+    return f"method {method!r}, problem {problem!r}, seed {seed}"
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(map(repr, names[:most])) + (", …" if len(names) > most else "")

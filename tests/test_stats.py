@@ -1,0 +1,202 @@
+"""Intervals cover what they promise, pairs are compared as pairs, and incomplete rows are refused by name."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from nabla_trl import stats
+
+
+def row(method="greedy", problem="p0", seed=0, **changes):
+    base = {
+        "method": method,
+        "task": "chains",
+        "problem": problem,
+        "seed": seed,
+        "correct": True,
+        "reward": 1.0,
+    }
+    return {**base, "flops": 2e6, "seconds": 0.01, "reward_by_round": None, "error": None, **changes}
+
+
+def by_problem(matrix):
+    return {f"p{number}": values for number, values in enumerate(np.asarray(matrix, dtype=float))}
+
+
+def difficulties(rng, problems):
+    """Chances of a right answer that differ much between problems, as they do in practice. Mean 0.5."""
+    return rng.beta(0.4, 0.4, problems)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_interval_covers_the_true_accuracy(seeds):
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        chance = difficulties(rng, 100)
+        found = stats.mean_interval(rng.random((100, seeds)) < chance[:, None])
+        hits += found.low <= 0.5 <= found.high
+        assert (found.seeds, found.problems) == (seeds, 100)
+    assert 0.90 <= hits / 200 <= 0.99
+
+
+def test_paired_interval_covers_the_true_difference_and_null_p_values_are_not_small():
+    rng = np.random.default_rng(2)
+    covered, small, null_small = 0, 0, 0
+    for _ in range(200):
+        chance = difficulties(rng, 100)[:, None]
+        ours = rng.random((100, 3)) < 0.8 * chance + 0.2
+        twin, theirs = (rng.random((100, 3)) < chance for _ in range(2))
+        found = stats.paired_difference(by_problem(ours), by_problem(theirs))
+        covered += found.low <= 0.1 <= found.high
+        small += found.p_value < 0.05
+        null_small += stats.paired_difference(by_problem(twin), by_problem(theirs)).p_value < 0.05
+    assert 0.90 <= covered / 200 <= 0.99
+    assert small / 200 > 0.8
+    assert null_small / 200 < 0.10
+
+
+def test_interval_has_the_width_of_the_normal_theory():
+    values = np.random.default_rng(3).normal(size=(400, 1))
+    found = stats.mean_interval(values)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(400), rel=0.05)
+    assert found.value == pytest.approx(values.mean())
+
+
+def test_pairing_removes_what_the_problems_have_in_common():
+    rng = np.random.default_rng(4)
+    common = rng.normal(size=(100, 1)) * 10
+    a, b = common + rng.normal(size=(100, 1)) * 0.1 + 0.2, common
+    assert stats.paired_difference(by_problem(a), by_problem(b)).low > 0
+    assert stats.mean_interval(a).low < 0 < stats.mean_interval(b).high
+
+
+def test_swapping_the_sides_changes_the_sign_only():
+    rng = np.random.default_rng(5)
+    a, b = (by_problem(rng.random((50, 2))) for _ in range(2))
+    one, other = stats.paired_difference(a, b), stats.paired_difference(b, a)
+    assert one.value == pytest.approx(-other.value)
+    assert one.low == pytest.approx(-other.high, abs=1e-3)
+    assert one.p_value == other.p_value
+
+
+def test_sides_may_have_different_seeds_but_not_different_problems():
+    a, b = by_problem(np.ones((4, 3))), by_problem(np.zeros((4, 1)))
+    assert stats.paired_difference(a, b).seeds == 1
+    with pytest.raises(ValueError, match=r"one side only .*'p3'"):
+        stats.paired_difference(a, {name: one for name, one in b.items() if name != "p3"})
+    with pytest.raises(ValueError, match="no problems"):
+        stats.paired_difference({}, {})
+
+
+@pytest.mark.parametrize("gaps", [[1, 0, -1, 2, 1, 3, 0, 2], [0.5, 0.5, -0.5, 1.0, 0.5, 0.5, 0.0, 0.5]])
+def test_sign_flips_match_their_full_enumeration(gaps):
+    gaps = np.array(gaps, dtype=float)
+    signs = np.array(list(itertools.product([-1, 1], repeat=len(gaps))))
+    exact = (np.abs(signs @ gaps) >= abs(gaps.sum()) - 1e-9).mean()
+    assert stats.sign_flip_p_value(gaps) == pytest.approx(exact, abs=0.015)
+
+
+def test_methods_that_agree_everywhere_do_not_differ():
+    same = by_problem(np.eye(10)[:, :2])
+    found = stats.paired_difference(same, same)
+    assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
+
+
+def test_share_of_gain():
+    base = np.zeros((60, 1))
+    whole = np.r_[np.ones((30, 1)), np.zeros((30, 1))]
+    half = np.r_[np.ones((15, 1)), np.zeros((45, 1))]
+    found = stats.share_of_gain(*map(by_problem, (half, whole, base)))
+    assert found.value == pytest.approx(0.5)
+    assert 0.2 < found.low < 0.5 < found.high < 0.8
+    everything = stats.share_of_gain(*map(by_problem, (whole, whole, base)))
+    assert (everything.low, everything.high) == pytest.approx((1, 1))
+    assert stats.share_of_gain(*map(by_problem, (half, base, base))) is None
+
+
+def test_missing_numbers_are_left_out_and_nothing_left_is_an_error():
+    found = stats.mean_interval([[1, math.nan], [math.nan, math.nan], [3, 5]])
+    assert (found.value, found.problems) == (2.5, 2)
+    with pytest.raises(ValueError, match="no number"):
+        stats.mean_interval([[math.nan]])
+
+
+def test_large_values_keep_their_digits():
+    found = stats.mean_interval([[1e15], [1e15 + 8]])
+    assert (found.low, found.high) == (1e15, 1e15 + 8)
+
+
+def test_a_failed_or_ungraded_row_counts_as_wrong():
+    rows = [
+        row(problem="p0"),
+        row(problem="p1", error="boom"),
+        row(problem="p2", correct=None),
+        row(problem="p3"),
+    ]
+    grid = stats.grids(rows)["greedy"]
+    assert grid.columns["accuracy"].ravel().tolist() == [1, 0, 0, 1]
+    assert (grid.errors, grid.ungraded) == (1, 1)
+
+
+def test_grids_do_not_depend_on_the_order_of_rows_within_a_method():
+    rows = [row("nabla", f"p{p}", s, flops=10 * p + s) for p in range(3) for s in range(2)]
+    one = stats.grids(rows)["nabla"]
+    other = stats.grids([rows[i] for i in (3, 0, 5, 2, 1, 4)])["nabla"]
+    assert {key: list(value) for key, value in one.scores("flops").items()} == {
+        key: list(value) for key, value in other.scores("flops").items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no result rows"),
+        ([row(), row()], "two rows for method 'greedy', problem 'p0', seed 0"),
+        (
+            [row(), row("nabla"), row("nabla", "p1")],
+            "no row for method 'greedy', problem 'p1', seed 0: finish",
+        ),
+        ([row("nabla", "p0", 0), row("nabla", "p1", 1)], r"method 'nabla', problem 'p0', seed 1 and 1 more"),
+        ([row(), row(problem="p1", task="amc")], "rows of 2 tasks \\('amc', 'chains'\\)"),
+        ([{key: one for key, one in row().items() if key != "flops"}], "result row 0 lacks 'flops'"),
+    ],
+)
+def test_bad_rows_are_refused_by_name(rows, message):
+    with pytest.raises(ValueError, match=message):
+        stats.grids(rows)
+
+
+def test_a_reward_list_that_ended_early_is_carried_forward():
+    lists = {"p0": [0.0, 4.0], "p1": [2.0, 2.0, 6.0], "p2": None}
+    rows = [row("nabla", name, reward_by_round=one) for name, one in lists.items()]
+    curve = stats.reward_rounds(stats.grids(rows)["nabla"])
+    assert [one.value for one in curve] == [1, 3, 5]
+    assert stats.reward_rounds(stats.grids([row()])["greedy"]) == []
+
+
+def test_methods_are_ordered_by_kind_then_budget():
+    names = [
+        "new",
+        "distilled_greedy",
+        "nabla",
+        "best_of_16",
+        "nabla@0.33",
+        "best_of_2",
+        "greedy",
+        "nabla@0.1",
+    ]
+    expected = [
+        "greedy",
+        "best_of_2",
+        "best_of_16",
+        "nabla@0.1",
+        "nabla@0.33",
+        "nabla",
+        "distilled_greedy",
+        "new",
+    ]
+    assert stats.in_order(names) == expected
+    assert stats.family("self_consistency_16") == ("self_consistency", 16)
