@@ -1,0 +1,159 @@
+"""The reward audit: does a higher reward mean a righter answer, before anything searches with it?
+
+Works on a scored pool of samples of the policy with verifier labels. Reward hacking shows as a best-of-N curve
+that turns down while the reward still rises (Gao et al., arXiv 2210.10760).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import comb
+from typing import Any
+
+import numpy as np
+
+from nabla_trl.answers import AnswerChecker
+from nabla_trl.baselines import Pool
+from nabla_trl.stats import mean_interval
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the audit found on P problems with N samples each.
+
+    Attributes:
+        best_of_n: n → accuracy of the highest reward among n samples, unbiased over the pool, with its interval
+            {"value", "low", "high"}.
+        reward_of_n: n → mean reward of that sample.
+        auc: probability that a right sample scores above a wrong one of the same problem.
+        correlation: mean correlation of reward and correctness within problems that have both.
+        length_correlation: the same for reward and length.
+        verdict: a sentence.
+    """
+
+    problems: int
+    samples: int
+    accuracy: float
+    best_of_n: dict[int, dict[str, float]]
+    reward_of_n: dict[int, float]
+    auc: float
+    correlation: float
+    length_correlation: float
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def audit(pool: Pool, checker: AnswerChecker) -> Audit:
+    """Audit the reward that scored a pool.
+
+    Raises:
+        ValueError: no gold answers, only right or only wrong samples, all rewards equal, or fewer than two
+            samples per problem: each named.
+    """
+    entries = [entry for entry in pool.entries if entry.error is None and entry.problem.answer]
+    if not entries:
+        raise ValueError("the audit needs problems with a gold answer")
+    rewards = np.array([[draw.reward for draw in entry.draws] for entry in entries])
+    lengths = np.array([[len(draw.ids) for draw in entry.draws] for entry in entries], dtype=float)
+    pairs = [(draw.answer, entry.problem.answer) for entry in entries for draw in entry.draws]
+    right = np.array([verdict.right for verdict in checker.check(pairs)]).reshape(rewards.shape)
+    return audit_arrays(rewards, right, lengths)
+
+
+def audit_arrays(rewards: np.ndarray, right: np.ndarray, lengths: np.ndarray) -> Audit:
+    """The audit of [P, N] rewards, correctness and lengths."""
+    problems, samples = rewards.shape
+    if samples < 2:
+        raise ValueError("the audit needs at least two samples per problem")
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"the audit met {int((~np.isfinite(rewards)).sum())} rewards that are not finite")
+    if right.all() or not right.any():
+        raise ValueError(
+            f"the audit needs right and wrong samples, but all {right.size} are {'right' if right.all() else 'wrong'}"
+        )
+    if np.ptp(rewards) == 0:
+        raise ValueError(f"the reward gave {rewards.flat[0]:g} to every sample: there is nothing to audit")
+    sizes = [n for n in (2**k for k in range(12)) if n <= samples]
+    accuracies = {n: best_of_n_values(rewards, right.astype(float), n) for n in sizes}
+    curve = {n: float(values.mean()) for n, values in accuracies.items()}
+    auc = within_auc(rewards, right)
+    return Audit(
+        problems=problems,
+        samples=samples,
+        accuracy=float(right.mean()),
+        best_of_n={n: mean_interval(values[:, None]).entry() for n, values in accuracies.items()},
+        reward_of_n={n: float(best_of_n_values(rewards, rewards, n).mean()) for n in sizes},
+        auc=auc,
+        correlation=within_correlation(rewards, right.astype(float)),
+        length_correlation=within_correlation(rewards, lengths),
+        verdict=verdict(curve, auc),
+    )
+
+
+def best_of_n_values(rewards: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+    """Per problem, the expected value of the highest-reward sample among n of the N drawn without replacement.
+
+    Exact: with samples sorted by reward, the k-th lowest (from 0) is the best of n with probability
+    C(k, n−1) / C(N, n). Equal rewards share their values evenly.
+
+    Args:
+        rewards, values: [P, N].
+
+    Returns:
+        [P]
+    """
+    weights = np.array([float(comb(k, n - 1)) for k in range(rewards.shape[1])])
+    weights /= weights.sum()
+    rows = zip(rewards, values, strict=True)
+    return np.array(
+        [
+            weights @ _mean_over_ties(np.sort(row), value[np.argsort(row, kind="stable")])
+            for row, value in rows
+        ]
+    )
+
+
+def _mean_over_ties(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
+    _, group = np.unique(ordered, return_inverse=True)
+    return (np.bincount(group, values) / np.bincount(group))[group]
+
+
+def within_auc(rewards: np.ndarray, right: np.ndarray) -> float:
+    """P(right sample scores above a wrong one of the same problem), ties counted half; over all such pairs."""
+    above = pairs = 0.0
+    for row, good in zip(rewards, right, strict=True):
+        gaps = row[good][:, None] - row[~good][None]
+        above += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
+        pairs += gaps.size
+    if not pairs:
+        raise ValueError("the audit needs a problem with both right and wrong samples")
+    return above / pairs
+
+
+def within_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean Pearson correlation within problems, over those where both vary; 0 if there is none."""
+    values = [
+        float(np.corrcoef(x, y)[0, 1]) for x, y in zip(a, b, strict=True) if np.ptp(x) > 0 and np.ptp(y) > 0
+    ]
+    return float(np.mean(values)) if values else 0.0
+
+
+def verdict(curve: dict[int, float], auc: float) -> str:
+    """A sentence on whether a search may trust the reward."""
+    sizes: Sequence[int] = sorted(curve)
+    peak = max(sizes, key=lambda n: curve[n])
+    largest = sizes[-1]
+    if auc < 0.6:
+        return f"the reward hardly tells right from wrong (AUC {auc:.2f}): do not search with it"
+    if peak != largest and curve[peak] - curve[largest] > 0.02:
+        return (
+            f"the reward ranks (AUC {auc:.2f}) but turns: best-of-N falls from {curve[peak]:.3f} at {peak} "
+            f"to {curve[largest]:.3f} at {largest}; trust it up to {peak} samples"
+        )
+    return (
+        f"the reward ranks (AUC {auc:.2f}) and best-of-N rises from {curve[sizes[0]]:.3f} to {curve[largest]:.3f} "
+        f"up to {largest} samples without turning"
+    )

@@ -1,0 +1,239 @@
+"""Methods without revisions: greedy decoding, best-of-N and self-consistency, over one pool of samples.
+
+A pool holds N independent responses per problem. Best-of-n (the highest reward among the first n) and
+self-consistency (the commonest answer among the first n; Wang et al., arXiv 2203.11171) read nested prefixes of
+the same pool, so a curve over n costs one pool; each n is charged the samples that it reads, and no others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nabla_trl.answers import extract_answer, normalize_answer
+from nabla_trl.compute import Cost, Meter
+from nabla_trl.generate import Draft, Job, Sampling, generate, prompt_caches, random_stream
+from nabla_trl.models import Policy
+from nabla_trl.records import error_trace, response_trace, run_meta
+from nabla_trl.rewards import Reward
+from nabla_trl.tasks import Problem
+from nabla_trl.terms import Sample
+from nabla_trl.traces import Trace
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One response of a pool. `generation` and `scoring` are its own costs."""
+
+    ids: list[int]
+    reward: float
+    answer: str | None
+    generation: Cost
+    scoring: Cost
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The responses to one problem; `prefill` is paid once by the policy and `scored_prefill` by the reward."""
+
+    problem: Problem
+    prompt: list[int]
+    draws: list[Draw]
+    prefill: Cost
+    scored_prefill: Cost
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Pool:
+    """N independent responses to each problem, scored if a reward was given."""
+
+    policy: Policy
+    reward: str
+    seed: int
+    config_hash: str
+    entries: list[Entry]
+
+
+def draw_pool(
+    problems: Sequence[Problem],
+    count: int,
+    *,
+    policy: Policy,
+    reward: Reward | None,
+    sampling: Sampling,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Pool:
+    """Draw `count` responses per problem; response i of a problem does not depend on `count` or on the batch."""
+    name = "none" if reward is None else reward.name
+    entries = []
+    per_batch = max(1, batch_size // count)
+    for begin in range(0, len(problems), per_batch):
+        entries += _draw_entries(
+            problems[begin : begin + per_batch], count, policy, reward, sampling, seed, batch_size
+        )
+    return Pool(policy, name, seed, f"{sampling}", entries)
+
+
+def _draw_entries(
+    problems: Sequence[Problem],
+    count: int,
+    policy: Policy,
+    reward: Reward | None,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+) -> list[Entry]:
+    prompts, errors = _encode(problems, policy)
+    if not prompts:
+        return [Entry(problem, [], [], Cost(), Cost(), errors[problem.id]) for problem in problems]
+    made, scored = Meter(), Meter()
+    with made.clock([problem.id for problem, _ in prompts]):
+        caches = prompt_caches(policy, [(problem.id, ids) for problem, ids in prompts], made)
+    jobs, samples = [], []
+    for (problem, ids), cache in zip(prompts, caches, strict=True):
+        limit = min(sampling.max_new_tokens, policy.context - len(ids))
+        for draw in range(count):
+            stream = random_stream(seed, problem.id, "suffix", 0 if draw == 0 else f"pool-{draw}")
+            jobs.append(Job(_account(problem, draw), ids, stream, limit, cache))
+    drafts = generate(policy, jobs, sampling, meter=made, batch_size=batch_size)
+    rewards = [math.nan] * len(drafts)
+    if reward is not None:
+        for index, draft in enumerate(drafts):
+            problem, ids = prompts[index // count]
+            samples.append(Sample(problem, ids, draft.ids, _account(problem, index % count)))
+        bare = reward.prompt_memos([Sample(problem, ids, []) for problem, ids in prompts], scored)
+        memos = [bare[index // count] for index in range(len(samples))]
+        rewards, _ = reward.score(samples, memos, meter=scored)
+    entries = {
+        problem.id: _entry(
+            problem, ids, drafts[row * count :][:count], rewards[row * count :][:count], policy, made, scored
+        )
+        for row, (problem, ids) in enumerate(prompts)
+    }
+    return [
+        entries[p.id] if p.id in entries else Entry(p, [], [], Cost(), Cost(), errors[p.id]) for p in problems
+    ]
+
+
+def _encode(
+    problems: Sequence[Problem], policy: Policy
+) -> tuple[list[tuple[Problem, list[int]]], dict[str, str]]:
+    prompts, errors = [], {}
+    for problem in problems:
+        try:
+            prompts.append((problem, policy.encode(problem)))
+        except ValueError as error:
+            errors[problem.id] = str(error)
+    return prompts, errors
+
+
+def _entry(
+    problem: Problem,
+    prompt: list[int],
+    drafts: Sequence[Draft],
+    rewards: Sequence[float],
+    policy: Policy,
+    made: Meter,
+    scored: Meter,
+) -> Entry:
+    draws = [
+        Draw(
+            draft.ids,
+            value,
+            extract_answer(policy.decode(draft.ids)),
+            made.cost(_account(problem, number)),
+            scored.cost(_account(problem, number)),
+        )
+        for number, (draft, value) in enumerate(zip(drafts, rewards, strict=True))
+    ]
+    return Entry(problem, prompt, draws, made.cost(problem.id), scored.cost(problem.id))
+
+
+def _account(problem: Problem, draw: int) -> str:
+    return f"{problem.id}#{draw}"
+
+
+def best_of(pool: Pool, count: int, method: str | None = None) -> list[Trace]:
+    """Of the first `count` responses the one with the highest reward; the first among equals.
+
+    best-of-1 is a plain sample: its reward is recorded but not charged, since nothing needs it.
+    """
+    traces = []
+    for entry in pool.entries:
+        name = method or f"best_of_{count}"
+        draws = entry.draws[:count]
+        unusable = entry.error or (
+            None if all(_is_number(d.reward) for d in draws) else f"the reward {pool.reward} gave nan"
+        )
+        if unusable:
+            traces.append(_error(pool, entry, name, unusable))
+            continue
+        best = max(draws, key=lambda draw: draw.reward)
+        cost = sum((draw.generation for draw in draws), entry.prefill)
+        if count > 1:
+            cost = sum((draw.scoring for draw in draws), cost + entry.scored_prefill)
+        traces.append(_trace(pool, entry, name, best, cost))
+    return traces
+
+
+def self_consistency(pool: Pool, count: int) -> list[Trace]:
+    """The commonest answer among the first `count` responses (ties: the one seen first); no reward is charged."""
+    traces = []
+    for entry in pool.entries:
+        name = f"self_consistency_{count}"
+        if entry.error:
+            traces.append(_error(pool, entry, name, entry.error))
+            continue
+        draws = entry.draws[:count]
+        votes = Counter(normalize_answer(draw.answer) for draw in draws if draw.answer is not None)
+        winner = votes.most_common(1)[0][0] if votes else None
+        chosen = next(
+            (d for d in draws if d.answer is not None and normalize_answer(d.answer) == winner), draws[0]
+        )
+        traces.append(
+            _trace(pool, entry, name, chosen, sum((draw.generation for draw in draws), entry.prefill))
+        )
+    return traces
+
+
+def greedy(
+    problems: Sequence[Problem],
+    *,
+    policy: Policy,
+    reward: Reward | None,
+    max_new_tokens: int,
+    method: str = "greedy",
+    batch_size: int = 256,
+) -> list[Trace]:
+    """One greedy response per problem; its reward is recorded but not charged."""
+    sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
+    pool = draw_pool(problems, 1, policy=policy, reward=reward, sampling=sampling, batch_size=batch_size)
+    return best_of(pool, 1, method)
+
+
+def _is_number(reward: float) -> bool:
+    return not math.isnan(reward)
+
+
+def _trace(pool: Pool, entry: Entry, method: str, draw: Draw, cost: Cost) -> Trace:
+    return response_trace(
+        pool.policy,
+        entry.problem,
+        method=method,
+        seed=pool.seed,
+        prompt=entry.prompt,
+        response=draw.ids,
+        reward=draw.reward,
+        cost=cost,
+        meta=run_meta(pool.policy, pool.reward, pool.config_hash),
+    )
+
+
+def _error(pool: Pool, entry: Entry, method: str, message: str) -> Trace:
+    return error_trace(
+        entry.problem, method, pool.seed, message, run_meta(pool.policy, pool.reward, pool.config_hash)
+    )

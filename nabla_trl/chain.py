@@ -1,0 +1,74 @@
+"""The state of one problem's search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nabla_trl.generate import Draft
+from nabla_trl.tasks import Problem
+from nabla_trl.terms import Memo, Sample
+from nabla_trl.traces import Revision
+
+
+@dataclass
+class Chain:
+    """One problem's search: the incumbent response and what is known about it.
+
+    Attributes:
+        room: most tokens of a response, by the configuration and the contexts of policy and reward.
+        candidates, logp: [T, K] the policy's candidates along the incumbent and their log π.
+        cache: kv row of prompt and incumbent (all but the last token) in the policy.
+        memos: the reward's memory of the incumbent; `prompt_memos` of the bare prompt.
+        scores: [T, K] proposal scores of the solver; None until asked for.
+        tried: (position, token) branches rejected from this incumbent.
+        position: where the sequential scan stands.
+    """
+
+    problem: Problem
+    prompt: list[int]
+    room: int
+    response: list[int]
+    finished: bool
+    candidates: Tensor
+    logp: Tensor
+    cache: Tensor | None
+    prompt_memos: list[Memo]
+    memos: list[Memo]
+    reward: float
+    initial: list[int]
+    initial_reward: float
+    scores: Tensor | None = None
+    tried: set[tuple[int, int]] = field(default_factory=set)
+    position: int = 0
+    rounds: int = 0
+    rollouts: int = 1
+    idle: int = 0
+    accepted: int = 0
+    revisions: list[Revision] = field(default_factory=list)
+    stop: str = ""
+    error: str | None = None
+
+    def choice(self) -> Tensor:
+        """[T] column of each incumbent token among the candidates."""
+        own = torch.tensor(self.response)[:, None]
+        return (self.candidates == own).int().argmax(-1)
+
+    def sample(self, response: list[int] | None = None) -> Sample:
+        return Sample(self.problem, self.prompt, self.response if response is None else response)
+
+
+@dataclass
+class Proposal:
+    """A branch: `token` at `position`, then a regenerated suffix."""
+
+    chain: Chain
+    position: int
+    token: int
+    response: list[int]
+    draft: Draft | None = None
+
+    def finished(self, stops: frozenset[int]) -> bool:
+        return self.response[-1] in stops

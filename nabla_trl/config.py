@@ -1,0 +1,169 @@
+"""The reasoner's configuration: one dataclass, read from keywords, YAML and the command line alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nabla_trl.dto import SOLVERS, SteConfig
+from nabla_trl.generate import Sampling
+
+PROPOSALS = ("global", "sequential")
+
+# The paper's settings (arXiv 2603.04948): one response scanned left to right, eight rollouts at most.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "solver": "ste",
+        "proposals": "sequential",
+        "rollouts": 8,
+        "rounds": 0,
+        "temperature": 0.7,
+        "steps": 20,
+        "lr": 0.01,
+        "lr_end": 0.001,
+        "tau": 1.0,
+        "direct": True,
+        "postfix": True,
+        "confidence": 0.97,
+        "resample_temperature": 0.5,
+    },
+}
+
+# Options that only one solver or one kind of proposal reads, with their defaults.
+_STE = {"steps": 20, "lr": 0.01, "lr_end": 0.001, "tau": 1.0, "direct": True, "postfix": True}
+_SEQUENTIAL = {"confidence": 0.97, "resample_temperature": 0.5}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ReasonerConfig:
+    """How a response is refined. Options that belong to another solver or proposal are refused, not ignored.
+
+    Raises:
+        ValueError: a value out of range, or an option that the chosen solver or proposal does not read.
+    """
+
+    solver: str = _option(
+        "mirror", "mirror (closed form), ste (Adam on logits, the paper) or none (the control)"
+    )
+    proposals: str = _option(
+        "global", "global (best branches over all positions) or sequential (scan left to right)"
+    )
+    beta: float = _option(1.0, "KL coefficient β; the reward counts λ = 1/β times against log π")
+    rounds: int = _option(16, "most rounds of proposals; 0 = no limit")
+    rollouts: int = _option(0, "most responses drawn per problem, the first one included; 0 = no limit")
+    flops: float = _option(
+        0.0, "FLOPs budget per problem; no round starts that is expected to end above it; 0 = none"
+    )
+    patience: int = _option(0, "stop after this many rounds without an acceptance; 0 = never")
+    branches: int = _option(1, "branches regenerated per round (global proposals)")
+    candidates: int = _option(16, "policy tokens considered per position")
+    candidate_min_p: float = _option(
+        0.0, "drop candidates below this fraction of the position's likeliest token"
+    )
+    temperature: float = _option(1.0, "sampling temperature of responses and suffixes; 0 = greedy")
+    top_k: int = _option(0, "sample from the k likeliest tokens; 0 = all")
+    top_p: float = _option(1.0, "nucleus sampling mass; 1 = all")
+    sample_min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
+    max_new_tokens: int = _option(512, "longest response, in tokens")
+    batch_size: int = _option(64, "problems refined together")
+    steps: int | None = _option(None, "ste: optimiser steps (20)")
+    lr: float | None = _option(None, "ste: first learning rate (0.01)")
+    lr_end: float | None = _option(None, "ste: last learning rate of the cosine (0.001)")
+    tau: float | None = _option(None, "ste: softmax temperature of the backward (1)")
+    direct: bool | None = _option(None, "ste: gradient of the policy's likelihood at the token itself (true)")
+    postfix: bool | None = _option(
+        None, "ste: gradient of the policy's likelihood through later tokens (true)"
+    )
+    confidence: float | None = _option(
+        None, "sequential: skip positions where the policy's top token exceeds it (0.97)"
+    )
+    resample_temperature: float | None = _option(None, "sequential: temperature of the resampled token (0.5)")
+
+    def __post_init__(self) -> None:
+        self._check_choice("solver", SOLVERS)
+        self._check_choice("proposals", PROPOSALS)
+        self._settle(_STE, self.solver == "ste", "solver ste")
+        self._settle(_SEQUENTIAL, self.proposals == "sequential", "sequential proposals")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be a positive number, not {self.beta}")
+        for name in ("rounds", "rollouts", "flops", "patience"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative")
+        for name in ("branches", "candidates", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if not 0 <= self.candidate_min_p < 1:
+            raise ValueError(f"candidate_min_p must be in [0, 1), not {self.candidate_min_p}")
+        if self.proposals == "sequential":
+            self._check_sequential()
+        if not (self.rounds or self.rollouts or self.flops or self.patience) and self.proposals == "global":
+            raise ValueError("the search would never end: set rounds, rollouts, flops or patience")
+        self.sampling()
+        if self.solver == "ste":
+            self.ste()
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> ReasonerConfig:
+        """A named setting with overrides.
+
+        Raises:
+            ValueError: unknown preset or option.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
+        known = {option.name for option in fields(cls)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def method(self) -> str:
+        return "control" if self.solver == "none" else "nabla"
+
+    @property
+    def lam(self) -> float:
+        return 1.0 / self.beta
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.sample_min_p, self.max_new_tokens)
+
+    def ste(self) -> SteConfig:
+        return SteConfig(self.steps, self.lr, self.lr_end, self.tau)
+
+    def hash(self) -> str:
+        """Identifies everything that can change a trace; the batch size cannot."""
+        values = {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+
+    def _check_sequential(self) -> None:
+        if self.branches != 1:
+            raise ValueError("sequential proposals regenerate one branch at a time: branches must be 1")
+        if not 0 < self.confidence <= 1:
+            raise ValueError(f"confidence must be in (0, 1], not {self.confidence}")
+        if not 0 < self.resample_temperature < math.inf:
+            raise ValueError(
+                f"resample_temperature must be a positive number, not {self.resample_temperature}"
+            )
+
+    def _settle(self, defaults: dict[str, Any], applies: bool, owner: str) -> None:
+        """Fill in the defaults of options that apply; refuse those that do not."""
+        for name, default in defaults.items():
+            if applies and getattr(self, name) is None:
+                setattr(self, name, default)
+            elif not applies and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} belongs to {owner}; this configuration has solver {self.solver}, {self.proposals}"
+                )

@@ -1,0 +1,137 @@
+"""Run methods on problems and seeds, and keep one row for each (method, problem, seed).
+
+A plan is a list of steps; each step makes the rows of one or several methods from the same work (best-of-n for
+all n reads one pool). What is on disk already is not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from nabla_trl import baselines
+from nabla_trl.answers import AnswerChecker
+from nabla_trl.config import ReasonerConfig
+from nabla_trl.generate import Sampling
+from nabla_trl.models import Policy
+from nabla_trl.records import grade
+from nabla_trl.rewards import Reward
+from nabla_trl.rowstore import Row, RowStore, trace_row
+from nabla_trl.search import solve
+from nabla_trl.tasks import Problem
+from nabla_trl.traces import Trace
+
+# The problems of one batch, and the seed, to traces of every method of the step.
+Work = Callable[[Sequence[Problem], int], list[Trace]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work and the methods whose rows it makes; a deterministic one runs with one seed."""
+
+    methods: tuple[str, ...]
+    work: Work
+    seeds: tuple[int, ...]
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every step of an evaluation shares."""
+
+    policy: Policy
+    reward: Reward
+    config: ReasonerConfig
+    seeds: tuple[int, ...]
+
+    def sampling(self) -> Sampling:
+        return self.config.sampling()
+
+    def greedy(self, policy: Policy | None = None, method: str = "greedy") -> Step:
+        def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            return baselines.greedy(
+                problems,
+                policy=policy or self.policy,
+                reward=self.reward,
+                max_new_tokens=self.config.max_new_tokens,
+                method=method,
+                batch_size=self.config.batch_size,
+            )
+
+        return Step((method,), work, self.seeds[:1], self.config.batch_size)
+
+    def pool(
+        self,
+        best_of: Sequence[int],
+        majority: Sequence[int] = (),
+        *,
+        policy: Policy | None = None,
+        names: dict[int, str] | None = None,
+    ) -> Step:
+        """best-of-n and self-consistency from one pool; `names` renames best-of-n methods."""
+        count = max([*best_of, *majority])
+        titles = {n: (names or {}).get(n, f"best_of_{n}") for n in best_of}
+
+        def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            pool = baselines.draw_pool(
+                problems,
+                count,
+                policy=policy or self.policy,
+                reward=self.reward,
+                sampling=self.sampling(),
+                seed=seed,
+                batch_size=max(self.config.batch_size, count),
+            )
+            made = [trace for n in best_of for trace in baselines.best_of(pool, n, titles[n])]
+            return made + [trace for n in majority for trace in baselines.self_consistency(pool, n)]
+
+        methods = (*titles.values(), *(f"self_consistency_{n}" for n in majority))
+        return Step(methods, work, self.seeds, max(1, self.config.batch_size // count))
+
+    def search(self, method: str, **changes: object) -> Step:
+        """The reasoner with options changed, under a name of its own."""
+        config = replace(self.config, **changes)
+
+        def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            traces = solve(problems, policy=self.policy, reward=self.reward, config=config, seed=seed)
+            return [replace(trace, method=method) for trace in traces]
+
+        return Step((method,), work, self.seeds, config.batch_size)
+
+
+def run_step(
+    step: Step,
+    problems: Sequence[Problem],
+    store: RowStore,
+    checker: AnswerChecker,
+    progress: Callable[[str, int, int], None] = lambda methods, done, total: None,
+) -> list[Row]:
+    """Run a step where rows are missing; returns the rows it added. Each batch is on disk before the next starts."""
+    added: list[Row] = []
+    total = len(problems) * len(step.seeds)
+    done = 0
+    for seed in step.seeds:
+        missing = [
+            p for p in problems if any((m, p.task, p.id, seed) not in store.done for m in step.methods)
+        ]
+        done += len(problems) - len(missing)
+        for begin in range(0, len(missing), step.batch_size):
+            batch = missing[begin : begin + step.batch_size]
+            rows = [trace_row(trace, store.run) for trace in grade(step.work(batch, seed), checker)]
+            store.append(rows)
+            added += rows
+            done += len(batch)
+            progress(step.methods[-1], done, total)
+    return added
+
+
+def mean_flops(rows: Sequence[Row], method: str) -> float:
+    """Mean FLOPs per problem of a method.
+
+    Raises:
+        ValueError: the method has no rows.
+    """
+    values = [row["flops"] for row in rows if row["method"] == method]
+    if not values:
+        raise ValueError(f"no rows of {method}: it must be evaluated before budgets can be set by it")
+    return sum(values) / len(values)

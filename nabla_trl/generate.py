@@ -1,0 +1,304 @@
+"""Token ids in, token ids out: batched decoding that can start from, and gives back, prefix caches.
+
+The loop is our own rather than `model.generate` because branching needs what that does not return per row:
+the cache of each sequence, the policy's candidates at each position, and randomness that belongs to the
+sequence and not to the batch. Logit warping is transformers' own. Equal to `model.generate` where the two
+overlap (tests).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from nabla_trl import kv
+from nabla_trl.compute import Meter
+from nabla_trl.models import Policy
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number of at least 0, not {self.temperature}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
+            raise ValueError("sampling needs top_k >= 0, 0 < top_p <= 1 and 0 <= min_p < 1")
+
+    def warpers(self) -> LogitsProcessorList:
+        chain = LogitsProcessorList()
+        if self.temperature not in (0.0, 1.0):
+            chain.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            chain.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            chain.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            chain.append(MinPLogitsWarper(self.min_p))
+        return chain
+
+
+def random_stream(seed: int, problem_id: str, *draw: int | str) -> np.random.Generator:
+    """The random numbers of one draw of one problem: independent of batch, order, shard and resume."""
+    key = hashlib.blake2b(repr((seed, problem_id, *draw)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+
+
+@dataclass
+class Job:
+    """One continuation to draw.
+
+    Attributes:
+        key: problem id, for the meter.
+        prefix: ids the continuation starts from (prompt, or prompt and a branch); not empty.
+        stream: randomness of this continuation; unused when greedy.
+        limit: most tokens to draw, at least 1.
+        cache: kv row of `prefix[:-1]`, or None to have it computed.
+    """
+
+    key: str
+    prefix: list[int]
+    stream: np.random.Generator | None
+    limit: int
+    cache: Tensor | None = None
+
+
+_Prompt = tuple[str, tuple[int, ...]]  # problem id and prefix
+
+
+@dataclass
+class Draft:
+    """A drawn continuation of T tokens.
+
+    Attributes:
+        ids: the T new tokens, stop token included.
+        finished: the last token is a stop token.
+        candidates: [T, K] long, the policy's K likeliest tokens at each position, the drawn one among them.
+        logp: [T, K] float32, log π of the candidates (temperature 1, unwarped); −inf for forbidden tokens.
+        cache: kv row of `prefix + ids[:-1]`, None unless asked for.
+    """
+
+    ids: list[int]
+    finished: bool
+    candidates: Tensor
+    logp: Tensor
+    cache: Tensor | None = None
+
+
+def prompt_caches(policy: Policy, prompts: Sequence[tuple[str, list[int]]], meter: Meter) -> list[Tensor]:
+    """kv rows of every prompt but its last token, for (problem id, prompt ids) pairs."""
+    rows = kv.prefill(policy.model, [ids[:-1] for _, ids in prompts])
+    for key, ids in prompts:
+        meter.charge(key, policy.size, "prefill", 0, len(ids) - 1, head=0)
+    return rows
+
+
+def generate(
+    policy: Policy,
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    *,
+    meter: Meter,
+    candidates: int = 1,
+    keep_cache: bool = False,
+    batch_size: int = 256,
+) -> list[Draft]:
+    """Draw every job's continuation, `batch_size` rows at a time.
+
+    Args:
+        candidates: K, how many tokens to record per position (capped at the vocabulary).
+        keep_cache: return each row's cache.
+
+    Raises:
+        ValueError: NaN or infinite logits.
+    """
+    drafts: list[Draft] = []
+    prompts: dict[_Prompt, Tensor] = {}
+    for begin in range(0, len(jobs), batch_size):
+        batch, later = jobs[begin : begin + batch_size], jobs[begin + batch_size :]
+        with meter.clock([job.key for job in batch]):
+            caches = _job_caches(policy, batch, prompts, meter)
+            drafts += _generate_batch(policy, batch, caches, sampling, meter, candidates, keep_cache)
+        wanted = {_prompt(job) for job in later if job.cache is None}
+        prompts = {prompt: row for prompt, row in prompts.items() if prompt in wanted}
+    return drafts
+
+
+@dataclass
+class _Rows:
+    """The rows still being drawn; `index` says which job each row is."""
+
+    index: Tensor  # [B] long
+    tokens: Tensor  # [B] the token to feed next
+    positions: Tensor  # [B] its position
+    mask: Tensor  # [B, cached]
+    uniforms: Tensor  # [B, longest limit] float64
+
+    def select(self, keep: Tensor) -> _Rows:
+        return _Rows(
+            self.index[keep], self.tokens[keep], self.positions[keep], self.mask[keep], self.uniforms[keep]
+        )
+
+
+@torch.no_grad()
+def _generate_batch(
+    policy: Policy,
+    jobs: Sequence[Job],
+    cached: list[Tensor],
+    sampling: Sampling,
+    meter: Meter,
+    width: int,
+    keep_cache: bool,
+) -> list[Draft]:
+    cache, mask = kv.stack(cached)
+    rows = _start(policy, jobs, mask, sampling)
+    limits = torch.tensor([job.limit for job in jobs], device=policy.device)
+    stops = torch.tensor(sorted(policy.stop_ids), device=policy.device)
+    warpers = sampling.warpers()
+    steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    caches: dict[int, Tensor] = {}
+    while len(rows.index):
+        rows.mask = torch.cat((rows.mask, rows.mask.new_ones(len(rows.mask), 1)), dim=1)
+        logits = _next_logits(policy, rows, cache)
+        drawn = draw(
+            logits.masked_fill(policy.forbidden, -torch.inf), rows.uniforms[:, len(steps)], warpers, sampling
+        )
+        steps.append((rows.index, drawn, *top_candidates(logits, drawn, policy.forbidden, width)))
+        rows.tokens, rows.positions = drawn, rows.positions + 1
+        done = torch.isin(drawn, stops) | (limits[rows.index] <= len(steps))
+        if done.any():
+            if keep_cache:
+                caches |= _finished_caches(cache, rows, done)
+            going = torch.nonzero(~done).squeeze(1)
+            cache.batch_select_indices(going)
+            rows = rows.select(going)
+    drafts = _collect(steps, len(jobs), caches, policy)
+    for job, draft in zip(jobs, drafts, strict=True):
+        meter.charge(job.key, policy.size, "decode", len(job.prefix) - 1, len(draft.ids))
+    return drafts
+
+
+def _prompt(job: Job) -> _Prompt:
+    return job.key, tuple(job.prefix)
+
+
+def _job_caches(
+    policy: Policy, jobs: Sequence[Job], prompts: dict[_Prompt, Tensor], meter: Meter
+) -> list[Tensor]:
+    """Each job's cache; prompts without one are prefilled once, however many jobs and batches share them."""
+    new = {_prompt(job): job for job in jobs if job.cache is None and _prompt(job) not in prompts}
+    if new:
+        rows = prompt_caches(policy, [(job.key, job.prefix) for job in new.values()], meter)
+        prompts.update(zip(new, rows, strict=True))
+    return [prompts[_prompt(job)] if job.cache is None else job.cache for job in jobs]
+
+
+def _start(policy: Policy, jobs: Sequence[Job], mask: Tensor, sampling: Sampling) -> _Rows:
+    longest = max(job.limit for job in jobs)
+    uniforms = torch.zeros(len(jobs), longest, dtype=torch.float64)
+    if sampling.temperature > 0:
+        for row, job in enumerate(jobs):
+            if job.stream is None:
+                raise ValueError("sampling needs a random stream for every job")
+            uniforms[row, : job.limit] = torch.from_numpy(job.stream.random(job.limit))
+    device = policy.device
+    return _Rows(
+        index=torch.arange(len(jobs), device=device),
+        tokens=torch.tensor([job.prefix[-1] for job in jobs], device=device),
+        positions=torch.tensor([len(job.prefix) - 1 for job in jobs], device=device),
+        mask=mask,
+        uniforms=uniforms.to(device),
+    )
+
+
+def _next_logits(policy: Policy, rows: _Rows, cache: DynamicCache) -> Tensor:
+    """Logits [B, V] float32 after feeding each row's next token."""
+    output = policy.model(
+        input_ids=rows.tokens[:, None],
+        attention_mask=rows.mask,
+        position_ids=rows.positions[:, None],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    logits = output.logits[:, -1].float()
+    if not (logits < torch.inf).all():  # −inf only means that a token is impossible
+        raise ValueError(f"{policy.name} gave NaN or infinite logits")
+    return logits
+
+
+def draw(logits: Tensor, uniforms: Tensor, warpers: LogitsProcessorList, sampling: Sampling) -> Tensor:
+    """One token per row of logits [B, V] by inverting the CDF at `uniforms` [B] (arg max when greedy).
+
+    The sum runs in float64, so that the draw hardly depends on rounding; a token of zero mass is never drawn.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    warped = warpers(torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device), logits)
+    mass = warped.softmax(-1, dtype=torch.float64).cumsum(-1)
+    target = uniforms[:, None] * mass[:, -1:]
+    return torch.searchsorted(mass, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+def top_candidates(logits: Tensor, drawn: Tensor, forbidden: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` likeliest tokens of each row and their log π; the drawn token is always among them.
+
+    Returns:
+        ids [B, K] long and log-probabilities [B, K] float32 (−inf where forbidden).
+    """
+    logp = logits.log_softmax(-1).masked_fill(forbidden, -torch.inf)
+    values, ids = logp.topk(min(width, logp.shape[-1]), dim=-1)
+    absent = (ids != drawn[:, None]).all(-1)
+    ids[absent, -1] = drawn[absent]
+    values[absent, -1] = logp[absent].gather(1, drawn[absent, None]).squeeze(1)
+    return ids, values
+
+
+def _finished_caches(cache: DynamicCache, rows: _Rows, done: Tensor) -> dict[int, Tensor]:
+    indices = torch.nonzero(done).squeeze(1)
+    end = rows.mask.shape[1]
+    spans = [(begin, end) for begin in (rows.mask[indices] == 0).sum(1).tolist()]
+    taken = kv.unstack(cache, indices, spans)
+    return dict(zip(rows.index[indices].tolist(), taken, strict=True))
+
+
+def _collect(
+    steps: list[tuple[Tensor, Tensor, Tensor, Tensor]], count: int, caches: dict[int, Tensor], policy: Policy
+) -> list[Draft]:
+    """Turn per-step columns into per-job drafts."""
+    lengths = torch.zeros(count, dtype=torch.long)
+    ids = torch.zeros(count, len(steps), dtype=torch.long)
+    top = torch.zeros(count, len(steps), steps[0][2].shape[1], dtype=torch.long)
+    logp = torch.zeros(top.shape)
+    for step, (index, drawn, step_top, step_logp) in enumerate(steps):
+        index = index.cpu()
+        lengths[index] = step + 1
+        ids[index, step], top[index, step], logp[index, step] = drawn.cpu(), step_top.cpu(), step_logp.cpu()
+    drafts = []
+    for job, length in enumerate(lengths.tolist()):
+        tokens = ids[job, :length].tolist()
+        tables = top[job, :length].clone(), logp[job, :length].clone()
+        drafts.append(Draft(tokens, tokens[-1] in policy.stop_ids, *tables, caches.get(job)))
+    return drafts

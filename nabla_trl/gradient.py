@@ -1,0 +1,123 @@
+"""Token gradients: ∂(objective)/∂Y at the hard tokens, for a few candidates per position or for all tokens.
+
+Y is the one-hot matrix (T × V) of a response. For a term with input embeddings E and value f, the derivative is
+(∂f/∂e_t)·E_v, plus log π(v | y_<t) where f is a log-likelihood (DESIGN: "direct" and "postfix" parts; paper:
+arXiv 2603.04948, the straight-through gradient with a hard forward). It depends on the tokens alone, so callers
+compute it once per distinct response. Memory: the T × V matrix is never formed when candidates are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nabla_trl.compute import Meter
+from nabla_trl.terms import Feed, LikelihoodTerm, Memo, Sample, Term
+
+# Most embedding entries (floats) gathered at once for candidate scores.
+GATHER_BUDGET = 2**24
+
+
+def token_gradient(
+    terms: Sequence[Term],
+    samples: Sequence[Sample],
+    memos: Sequence[Sequence[Memo]],
+    candidates: Sequence[Tensor] | None,
+    *,
+    meter: Meter,
+    direct: bool = True,
+    postfix: bool = True,
+) -> list[Tensor]:
+    """G = ∂(Σ weight·term)/∂Y for each sample, in one forward and one backward per term.
+
+    Args:
+        terms: the objective.
+        samples: B responses, none empty.
+        memos: per sample, one prompt memo per term (`Term.prompt_memos`).
+        candidates: per sample [T_i, K] policy ids, or None for the whole vocabulary.
+        direct: include the direct part of log-likelihood terms.
+        postfix: include the part through the input embeddings of log-likelihood terms.
+
+    Returns:
+        per sample [T_i, K] (or [T_i, policy rows]) float tensors on the CPU; 0 where a term lacks the token.
+    """
+    totals: list[Tensor] | None = None
+    for index, term in enumerate(terms):
+        rows = [memo[index] for memo in memos]
+        through = postfix or not isinstance(term, LikelihoodTerm)
+        parts = _term_gradient(term, samples, rows, candidates, meter, direct, through)
+        parts = [term.weight * part for part in parts]
+        totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
+    if totals is None:
+        raise ValueError("an objective needs at least one term")
+    return totals
+
+
+def _term_gradient(
+    term: Term,
+    samples: Sequence[Sample],
+    memos: Sequence[Memo],
+    candidates: Sequence[Tensor] | None,
+    meter: Meter,
+    direct: bool,
+    through: bool,
+) -> list[Tensor]:
+    encoded = [term.encode(sample) for sample in samples]
+    feed = term.feed(encoded, memos, [0] * len(samples))
+    _charge(term, samples, feed, meter, through)
+    mapped = _mapped(term, samples, candidates)
+    embeds = term.model.get_input_embeddings()(feed.ids).detach().requires_grad_(through)
+    with torch.enable_grad():
+        hidden, _ = term.hidden(feed, embeds)
+    # A response whose stop token the term drops has one row less here than in the sample.
+    tables = (
+        None
+        if candidates is None
+        else [m.clamp(min=0)[: len(e.response)] for m, e in zip(mapped, encoded, strict=True)]
+    )
+    seeded, direct_parts = term.seed(hidden, feed, encoded, tables)
+    precision = torch.promote_types(seeded.dtype, torch.float32)
+    slopes = torch.autograd.grad(hidden, embeds, seeded)[0] if through else None
+    results = []
+    for row, (sample, code) in enumerate(zip(samples, encoded, strict=True)):
+        total = torch.zeros(
+            len(sample.response), mapped[row].shape[-1], dtype=precision, device=seeded.device
+        )
+        if slopes is not None:
+            # Response token t is fed at index t + 1; a last token that is not fed has no effect on later ones.
+            slope = slopes[row, 1 : min(feed.counts[row], len(code.response) + 1)]
+            total[: len(slope)] += _through_embedding(term, slope, mapped[row], full=candidates is None)
+        if direct and direct_parts is not None:
+            part = direct_parts[row]
+            total[: len(part)] += part if candidates is not None else part[:, mapped[row][0].clamp(min=0)]
+        results.append(total.masked_fill(mapped[row] < 0, 0.0).cpu())
+    return results
+
+
+def _mapped(term: Term, samples: Sequence[Sample], candidates: Sequence[Tensor] | None) -> list[Tensor]:
+    """The term's ids of the candidates: [T, K], or the whole mapping as [1, policy rows]."""
+    if candidates is None:
+        return [term.mapping[None]] * len(samples)
+    return [term.mapping[table.to(term.mapping.device)] for table in candidates]
+
+
+def _through_embedding(term: Term, slope: Tensor, mapped: Tensor, full: bool) -> Tensor:
+    """(∂f/∂e_t)·E_v for slopes [T, d] and ids [T, K] (or one row of ids for all t): [T, K]."""
+    weight = term.embedding.detach()
+    if full:
+        return slope @ weight[mapped[0].clamp(min=0)].T
+    ids = mapped[: len(slope)].clamp(min=0)
+    size = max(1, GATHER_BUDGET // max(1, ids.shape[1] * weight.shape[1]))
+    chunks = zip(slope.split(size), ids.split(size), strict=True)
+    parts = [torch.einsum("td,tkd->tk", some, weight[table]) for some, table in chunks]
+    return torch.cat(parts) if parts else slope.new_zeros(ids.shape)
+
+
+def _charge(term: Term, samples: Sequence[Sample], feed: Feed, meter: Meter, through: bool) -> None:
+    for sample, start, count in zip(samples, feed.starts, feed.counts, strict=True):
+        head = term.charge_head(count)
+        meter.charge(sample.key, term.size, "forward", start, count, head=head)
+        if through:
+            meter.charge(sample.key, term.size, "backward", start, count, head=head)

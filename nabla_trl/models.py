@@ -1,0 +1,303 @@
+"""Policies and tokenizers: loading, prompts, stop tokens, and the map between two vocabularies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from nabla_trl.compute import ModelSize, model_size
+from nabla_trl.kv import check_cacheable
+from nabla_trl.tasks import Problem
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass
+class Policy:
+    """A frozen causal LM with its tokenizer.
+
+    Attributes:
+        name: hub id or path, as the user gave it.
+        stop_ids: tokens that end a response (every eos of tokenizer and generation config).
+        forbidden: [rows of the output head] bool, tokens that must not be sampled: rows without a token string
+            and a padding token that is not a stop token.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    size: ModelSize
+    stop_ids: frozenset[int]
+    forbidden: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def context(self) -> int:
+        """Longest sequence (tokens) the position encoding was made for."""
+        return context_length(self.model)
+
+    def encode(self, problem: Problem) -> list[int]:
+        """Prompt ids: the chat template with a generation prompt, or a plain question without one.
+
+        Raises:
+            ValueError: the prompt is empty, holds unknown characters, fills the context, or the template refuses it.
+        """
+        ids = prompt_ids(self.tokenizer, problem)
+        return check_prompt(ids, problem, self.tokenizer, name=self.name, context=self.context)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def tokenizer_hash(self) -> str:
+        """Identifies the map from ids to token strings."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+    if tokenizer.chat_template is None:
+        text = "\n\n".join(message["content"] for message in problem.chat()) + "\n"
+        return list(tokenizer(text)["input_ids"])
+    text = render(tokenizer, problem, problem.chat(), add_generation_prompt=True)
+    # The template writes its own special tokens: letting the tokenizer add them again would double the BOS.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    chat: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """The chat template's text.
+
+    Raises:
+        ValueError: the template refuses the chat (a role it does not know, turns that do not alternate).
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"{problem.id}: the chat template refuses the messages: {one_line(error)}"
+        ) from error
+
+
+def check_prompt(
+    ids: list[int], problem: Problem, tokenizer: PreTrainedTokenizerBase, *, name: str, context: int
+) -> list[int]:
+    """Refuse a prompt that is empty, fills the context, or has characters that the tokenizer does not know."""
+    unknown = tokenizer.unk_token_id
+    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        unknown = None  # byte-level tokenizers know everything, and name another special token here
+    if not ids:
+        raise ValueError(f"{problem.id}: the prompt is empty after tokenisation")
+    if unknown is not None and unknown in ids:
+        raise ValueError(f"{problem.id}: {name}'s tokenizer does not know some characters of the prompt")
+    if len(ids) >= context:
+        raise ValueError(f"{problem.id}: the prompt has {len(ids)} tokens, the context of {name} {context}")
+    return ids
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Longest sequence (tokens) that the position encoding of a model was made for."""
+    return model.config.get_text_config().max_position_embeddings
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(cannot_load("a tokenizer", name, error)) from error
+
+
+def load_policy(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    adapter: str | None = None,
+    revision: str | None = None,
+) -> Policy:
+    """Load a frozen policy from a hub id or a local folder, with an optional LoRA adapter merged in memory.
+
+    Raises:
+        ValueError: nothing loadable at `name`, weights missing from the file or of another shape, no such dtype
+            or device, a cache that cannot be cut, no eos token, an adapter that does not fit or changes nothing.
+    """
+    tokenizer = load_tokenizer(name, revision=revision)
+    model = load_model(AutoModelForCausalLM, name, dtype=dtype, device=device, revision=revision)
+    if adapter is not None:
+        model = merge_adapter(model, adapter)
+    return freeze_policy(model, tokenizer, name if adapter is None else f"{name}+{adapter}")
+
+
+def freeze_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Policy:
+    """Wrap a model that is already in memory; the model is put in eval mode and frozen."""
+    check_cacheable(model)
+    model.eval().requires_grad_(False)
+    stops = stop_tokens(model, tokenizer)
+    rows = model.get_output_embeddings().weight.shape[0]
+    forbidden = torch.ones(rows, dtype=torch.bool)
+    known = [index for index in tokenizer.get_vocab().values() if index < rows]
+    forbidden[known] = False
+    padding = tokenizer.pad_token_id
+    if padding is not None and padding < rows and padding not in stops:
+        forbidden[padding] = True
+    return Policy(model, tokenizer, name, model_size(model, "policy"), stops, forbidden.to(model.device))
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = configured if isinstance(configured, list) else [configured]
+    stops = frozenset(index for index in [*listed, tokenizer.eos_token_id] if index is not None)
+    if not stops:
+        raise ValueError(f"{model.name_or_path or 'the model'} has no eos token: responses could never end")
+    return stops
+
+
+def load_model(
+    auto: Any, name: str, *, dtype: str, device: str | None, revision: str | None = None
+) -> PreTrainedModel:
+    """`auto.from_pretrained`, refusing files that leave weights newly initialised."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    where = usable_device(device)
+    try:
+        model, info = auto.from_pretrained(
+            name, dtype=DTYPES[dtype], revision=revision, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(cannot_load("a model", name, error)) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{name} has no weights for {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}: "
+            f"they would be random. Is it a {auto.__name__.removeprefix('AutoModelFor')} model?"
+        )
+    return model.to(where)
+
+
+def usable_device(device: str | None) -> str:
+    """`device`, or the default one; ValueError where there is none of that name."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use device {device!r}: {one_line(error)}") from error
+    return device
+
+
+def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """Merge a LoRA adapter into the weights (in their own dtype).
+
+    Raises:
+        ValueError: not an adapter folder, made for another base, or without effect.
+    """
+    from peft import PeftModel
+
+    if not Path(adapter, "adapter_config.json").exists() and Path(adapter).exists():
+        raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json")
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            wrapped = PeftModel.from_pretrained(model, adapter)
+        loaded = wrapped.load_adapter(adapter, "default")  # again, for what from_pretrained does not tell
+        odd = sorted([*loaded.missing_keys, *loaded.unexpected_keys])
+        merged = wrapped.merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot put adapter {adapter} on {model.name_or_path}: {one_line(error)}"
+        ) from error
+    if odd:
+        raise ValueError(
+            f"adapter {adapter} was made for another base than {model.name_or_path}: {odd[0]} does not match"
+        )
+    if all(torch.equal(before[name], weight) for name, weight in merged.named_parameters()):
+        raise ValueError(f"adapter {adapter} changes no weight of {model.name_or_path}: it is inert")
+    return merged
+
+
+def architecture(name: str, revision: str | None = None) -> str:
+    """The class name in a model's config ("" where the config names none)."""
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(cannot_load("a model config", name, error)) from error
+    return (config.architectures or [""])[0]
+
+
+def vocabulary_map(
+    source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, *, source_rows: int, target_rows: int
+) -> Tensor:
+    """Target id of each source id, matched by token string; −1 where the target has no such token.
+
+    Only special and added tokens may be missing: a reward that lacks an ordinary token of the policy cannot
+    read its responses.
+
+    Args:
+        source_rows: rows of the source's output head; rows beyond its vocabulary map to −1.
+        target_rows: rows of the target's embedding.
+
+    Returns:
+        [source_rows] long.
+
+    Raises:
+        ValueError: ordinary tokens are missing; the first five are named.
+    """
+    theirs = target.get_vocab()
+    special = set(source.all_special_tokens) | set(source.get_added_vocab())
+    mapping = torch.full((source_rows,), -1, dtype=torch.long)
+    missing = []
+    for token, index in sorted(source.get_vocab().items(), key=lambda item: item[1]):
+        match = theirs.get(token)
+        if match is not None and match < target_rows and index < source_rows:
+            mapping[index] = match
+        elif token not in special and index < source_rows:
+            missing.append(token)
+    if missing:
+        named = ", ".join(map(repr, missing[:5]))
+        raise ValueError(
+            f"the reward's vocabulary lacks {len(missing)} of the policy's tokens ({named}{' …' if len(missing) > 5 else ''}): "
+            "gradients need a reward over the same token strings"
+        )
+    return mapping
+
+
+def cannot_load(what: str, name: str, error: BaseException) -> str:
+    where = "" if Path(name).exists() else " (no such folder here, so taken for a hub id)"
+    return f"cannot load {what} from {name!r}{where}: {one_line(error)}"
+
+
+def one_line(error: BaseException, width: int = 200) -> str:
+    """An error's text on one line, cut at `width` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= width else f"{text[: width - 2]} …"

@@ -1,0 +1,119 @@
+"""Building traces: what every method writes down about a response, and where it came from."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import version
+
+from nabla_trl.answers import AnswerChecker, extract_answer
+from nabla_trl.compute import Cost
+from nabla_trl.models import Policy
+from nabla_trl.tasks import Problem
+from nabla_trl.traces import Revision, Trace
+
+PACKAGES = ("nabla-trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "math-verify")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def run_meta(policy: Policy, reward: str, config_hash: str) -> dict[str, str]:
+    """Provenance that travels with every trace."""
+    return {
+        "policy": policy.name,
+        "reward": reward,
+        "config_hash": config_hash,
+        "tokenizer_hash": policy.tokenizer_hash(),
+        **{f"version/{name}": number for name, number in versions().items()},
+    }
+
+
+def response_trace(
+    policy: Policy,
+    problem: Problem,
+    *,
+    method: str,
+    seed: int,
+    prompt: list[int],
+    response: list[int],
+    reward: float,
+    cost: Cost,
+    meta: dict[str, str],
+    stop: str = "single",
+    initial: list[int] | None = None,
+    reward_initial: float | None = None,
+    revisions: Sequence[Revision] = (),
+    answer: str | None = None,
+    error: str | None = None,
+) -> Trace:
+    """A trace of a response; `answer` overrides the one extracted from its text (self-consistency)."""
+    text = policy.decode(response)
+    return Trace(
+        problem_id=problem.id,
+        task=problem.task,
+        method=method,
+        seed=seed,
+        prompt=policy.tokenizer.decode(prompt),
+        response=text,
+        prompt_ids=prompt,
+        initial_ids=response if initial is None else initial,
+        response_ids=response,
+        reward_initial=reward if reward_initial is None else reward_initial,
+        reward=reward,
+        answer=extract_answer(text) if answer is None else answer,
+        gold=problem.answer,
+        correct=None,
+        revisions=list(revisions),
+        cost=cost,
+        stop=stop,
+        finished=bool(response) and response[-1] in policy.stop_ids,
+        meta=meta,
+        error=error,
+    )
+
+
+def error_trace(problem: Problem, method: str, seed: int, message: str, meta: dict[str, str]) -> Trace:
+    """The visible record of a problem that could not be run."""
+    return Trace(
+        problem_id=problem.id,
+        task=problem.task,
+        method=method,
+        seed=seed,
+        prompt=problem.question,
+        response="",
+        prompt_ids=[],
+        initial_ids=[],
+        response_ids=[],
+        reward_initial=math.nan,
+        reward=math.nan,
+        answer=None,
+        gold=problem.answer,
+        correct=None,
+        revisions=[],
+        cost=Cost(),
+        stop="error",
+        finished=False,
+        meta=meta,
+        error=message,
+    )
+
+
+def grade(traces: Sequence[Trace], checker: AnswerChecker) -> list[Trace]:
+    """Copies with `correct` set: None where there is no usable gold answer."""
+    verdicts = checker.check([(trace.answer, trace.gold) for trace in traces])
+    return [
+        replace(
+            trace,
+            correct=None
+            if verdict.name in ("NO_GOLD", "BAD_GOLD")
+            else verdict.right and trace.error is None,
+        )
+        for trace, verdict in zip(traces, verdicts, strict=True)
+    ]

@@ -1,0 +1,305 @@
+"""Differentiable terms: what one language model contributes to an objective over response tokens.
+
+A reward, and the policy's own likelihood, are weighted sums of terms. A term reads a response in its own
+vocabulary and gives a value per response, and to the gradient room two things: the derivative of that value by
+the last hidden states (`seed`), and, where the value depends on the one-hot of a token directly, that part.
+
+Layout of one forward: a cached prefix (left-padded), then the *fed* tokens (right-padded). The first fed token
+is the last one of the prefix proper, because the first response token is predicted from it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nabla_trl import kv
+from nabla_trl.compute import Meter, ModelSize
+from nabla_trl.tasks import Problem
+
+# Most logits (floats) held at once; heads over a large vocabulary are applied in slices of this size.
+LOGIT_BUDGET = 2**24
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response to a problem, in the policy's ids; `account` is the meter's key where it is not the problem's id."""
+
+    problem: Problem
+    prompt: list[int]
+    response: list[int]
+    account: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.problem.id if self.account is None else self.account
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample in a term's own ids; `tail` closes the turn after the response. All ids are real (≥ 0)."""
+
+    prompt: list[int]
+    response: list[int]
+    tail: list[int]
+
+
+@dataclass
+class Memo:
+    """What a term remembers of a response, so that one that shares its beginning is scored from the branch on.
+
+    Attributes:
+        cache: kv row of the prompt (all but its last token) and the response fed so far.
+        logp: [T] log-likelihood of each response token; empty for terms without one.
+    """
+
+    cache: Tensor
+    logp: Tensor
+
+
+@dataclass
+class Feed:
+    """One padded batch: B rows, R fed tokens at most, C cached ones at most."""
+
+    ids: Tensor  # [B, R]
+    mask: Tensor  # [B, R]
+    positions: Tensor  # [B, R]
+    rows: list[Tensor]  # kv row of each prefix
+    starts: list[int]  # position of each row's first fed token
+    counts: list[int]  # fed tokens of each row
+
+
+class Term(ABC):
+    """One model's share in an objective.
+
+    Attributes:
+        weight: factor of this term in its sum.
+        mapping: [policy rows] long, this model's id of each policy token, −1 where it has none.
+        encode_prompt: problem and policy prompt ids → this model's prompt ids.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        size: ModelSize,
+        *,
+        mapping: Tensor,
+        weight: float = 1.0,
+        encode_prompt: Callable[[Problem, list[int]], list[int]],
+    ):
+        self.model, self.size, self.weight = model, size, weight
+        self.mapping = mapping.to(model.device)
+        self.encode_prompt = encode_prompt
+
+    @abstractmethod
+    def encode(self, sample: Sample) -> Encoded: ...
+
+    @abstractmethod
+    def fed(self, encoded: Encoded, shared: int) -> list[int]:
+        """Ids to feed when `shared` response tokens are in the cache already; the first one is re-fed."""
+
+    @abstractmethod
+    def values(
+        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]
+    ) -> list[Tensor]:
+        """Per row, the numbers whose sum (with the memo's) is its value: [new tokens] or [1]. Scores are float32."""
+
+    @abstractmethod
+    def seed(
+        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], candidates: Sequence[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Derivative of the summed values by `hidden` [B, R, d] and the direct part per row ([T, K] or [T, V]).
+
+        `candidates` are [T, K] ids of this model, or None for its whole vocabulary.
+        """
+
+    @abstractmethod
+    def charge_head(self, count: int) -> int:
+        """Positions to which the output head is applied when `count` tokens are fed."""
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, d] input embeddings."""
+        return self.model.get_input_embeddings().weight
+
+    def prompt_memos(self, samples: Sequence[Sample], meter: Meter) -> list[Memo]:
+        """Memos of the bare prompts."""
+        prompts = [self.encode_prompt(sample.problem, sample.prompt) for sample in samples]
+        for sample, prompt in zip(samples, prompts, strict=True):
+            meter.charge(sample.key, self.size, "prefill", 0, len(prompt) - 1, head=0)
+        rows = kv.prefill(self.model, [prompt[:-1] for prompt in prompts])
+        return [Memo(row, torch.zeros(0)) for row in rows]
+
+    def feed(self, encoded: Sequence[Encoded], memos: Sequence[Memo], shared: Sequence[int]) -> Feed:
+        tokens = [self.fed(row, count) for row, count in zip(encoded, shared, strict=True)]
+        starts = [len(row.prompt) - 1 + count for row, count in zip(encoded, shared, strict=True)]
+        ids, mask = kv.pad(tokens, self.model.device, left=False)
+        positions = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(
+            ids.shape[1], device=ids.device
+        )
+        rows = [memo.cache[:, :, :, :start] for memo, start in zip(memos, starts, strict=True)]
+        # Padding repeats the last real position, which exists in every position table.
+        last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, tokens, strict=True)])
+        positions = positions.minimum(last.to(ids.device)[:, None])
+        return Feed(ids, mask, positions, rows, starts, [len(row) for row in tokens])
+
+    def hidden(
+        self, feed: Feed, embeds: Tensor | None = None, keep: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Last hidden states [B, R, d] of the fed tokens (or of `embeds` in their place), and kv rows if kept."""
+        cache, cached = kv.stack(feed.rows)
+        output = self.model.base_model(
+            input_ids=feed.ids if embeds is None else None,
+            inputs_embeds=embeds,
+            attention_mask=torch.cat((cached, feed.mask), dim=1),
+            position_ids=feed.positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        if not keep:
+            return output.last_hidden_state, []
+        padding, width = (cached == 0).sum(1).tolist(), cached.shape[1]
+        spans = [(begin, width + count) for begin, count in zip(padding, feed.counts, strict=True)]
+        return output.last_hidden_state, kv.unstack(cache, torch.arange(len(spans)), spans)
+
+    @torch.no_grad()
+    def score(
+        self,
+        samples: Sequence[Sample],
+        memos: Sequence[Memo],
+        shared: Sequence[int],
+        meter: Meter,
+        keep: bool = False,
+    ) -> tuple[list[float], list[Memo]]:
+        """Values (unweighted) of samples that share their first `shared` response tokens with the memos' ones."""
+        encoded = [self.encode(sample) for sample in samples]
+        feed = self.feed(encoded, memos, shared)
+        for sample, start, count in zip(samples, feed.starts, feed.counts, strict=True):
+            meter.charge(sample.key, self.size, "forward", start, count, head=self.charge_head(count))
+        hidden, rows = self.hidden(feed, keep=keep)
+        new = self.values(hidden, feed, encoded, shared)
+        logps = [
+            torch.cat((memo.logp[:count].to(fresh), fresh))
+            for memo, count, fresh in zip(memos, shared, new, strict=True)
+        ]
+        values = [float(logp.double().sum()) for logp in logps]
+        kept = [
+            Memo(row, logp if self.remembers else torch.zeros(0))
+            for row, logp in zip(rows, logps, strict=False)
+        ]
+        return values, kept
+
+    remembers = False
+
+
+class LikelihoodTerm(Term):
+    """Σ_t log π(y_t | x, y_<t): the log-likelihood of the response under a causal LM."""
+
+    remembers = True
+
+    def encode(self, sample: Sample) -> Encoded:
+        return Encoded(
+            self.encode_prompt(sample.problem, sample.prompt), self.mapping[sample.response].tolist(), tail=[]
+        )
+
+    def fed(self, encoded: Encoded, shared: int) -> list[int]:
+        sequence = encoded.prompt + encoded.response
+        return sequence[len(encoded.prompt) - 1 + shared : -1]
+
+    def charge_head(self, count: int) -> int:
+        return count
+
+    def values(
+        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]
+    ) -> list[Tensor]:
+        targets = [row.response[count:] for row, count in zip(encoded, shared, strict=True)]
+        flat = torch.cat([hidden[row, : len(ids)] for row, ids in enumerate(targets)])
+        wanted = torch.tensor([index for ids in targets for index in ids], device=flat.device)
+        chunks = zip(self._slices(flat), self._slices(wanted), strict=True)
+        logp = torch.cat([self._logp(states).gather(1, ids[:, None]).squeeze(1) for states, ids in chunks])
+        return list(logp.split([len(ids) for ids in targets]))
+
+    def seed(
+        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], candidates: Sequence[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        lengths = [len(row.response) for row in encoded]
+        flat = torch.cat([hidden[row, :length] for row, length in enumerate(lengths)]).detach()
+        wanted = torch.tensor([index for row in encoded for index in row.response], device=flat.device)
+        table = None if candidates is None else torch.cat(list(candidates))
+        by_hidden, direct = [], []
+        for number, states in enumerate(self._slices(flat)):
+            begin = number * self._slice_size()
+            rows = slice(begin, begin + len(states))
+            with torch.enable_grad():
+                states.requires_grad_(True)
+                logp = self._logp(states)
+                total = logp.gather(1, wanted[rows, None]).sum()
+            by_hidden.append(torch.autograd.grad(total, states)[0])
+            logp = logp.detach()
+            direct.append(logp if table is None else logp.gather(1, table[rows]))
+        seeded = torch.zeros_like(hidden)
+        for row, part in enumerate(torch.cat(by_hidden).split(lengths)):
+            seeded[row, : len(part)] = part
+        return seeded, list(torch.cat(direct).split(lengths))
+
+    def _logp(self, states: Tensor) -> Tensor:
+        logits = self.model.get_output_embeddings()(states)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def _slice_size(self) -> int:
+        return max(1, LOGIT_BUDGET // self.model.get_output_embeddings().weight.shape[0])
+
+    def _slices(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self._slice_size())
+
+
+class ScoreTerm(Term):
+    """r(x, y): the scalar head of a sequence-classification model at the last token of the closed turn.
+
+    Args:
+        tail: ids that close the assistant's turn in the reward's template; may be empty.
+        stop_ids: the policy's stop tokens. A trailing one is kept if it opens the tail, dropped otherwise.
+    """
+
+    def __init__(self, *args, tail: list[int], stop_ids: frozenset[int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tail, self.stop_ids = tail, stop_ids
+
+    def encode(self, sample: Sample) -> Encoded:
+        response, tail = self.mapping[sample.response].tolist(), self.tail
+        if sample.response and sample.response[-1] in self.stop_ids:
+            if tail and response[-1] == tail[0]:
+                tail = tail[1:]
+            elif tail or response[-1] < 0:
+                response = response[:-1]
+        return Encoded(self.encode_prompt(sample.problem, sample.prompt), response, tail)
+
+    def fed(self, encoded: Encoded, shared: int) -> list[int]:
+        sequence = encoded.prompt + encoded.response + encoded.tail
+        return sequence[len(encoded.prompt) - 1 + shared :]
+
+    def charge_head(self, count: int) -> int:
+        return 1
+
+    def values(
+        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]
+    ) -> list[Tensor]:
+        return list(self._scores(hidden, feed).unsqueeze(1))
+
+    def seed(
+        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], candidates: Sequence[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        leaf = hidden.detach().requires_grad_(True)
+        with torch.enable_grad():
+            total = self._scores(leaf, feed).sum()
+        return torch.autograd.grad(total, leaf)[0], None
+
+    def _scores(self, hidden: Tensor, feed: Feed) -> Tensor:
+        last = torch.tensor(feed.counts, device=hidden.device) - 1
+        scores = self.model.score(hidden[torch.arange(len(last), device=last.device), last]).squeeze(-1)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,0 +1,124 @@
+"""Distillation: supervised fine-tuning of a LoRA adapter on the ids of refined traces. The one room that loads TRL."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nabla_trl.compute import ModelSize, model_size
+from nabla_trl.models import load_model, load_tokenizer
+from nabla_trl.traces import Trace, sft_rows
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+
+@dataclass
+class LoraArguments:
+    """The adapter."""
+
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapter, over its rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "modules to adapt; all-linear = all but the head"},
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run did: rows used, rows left out by reason, tokens and FLOPs spent, wall seconds."""
+
+    rows: int
+    skipped: dict[str, int]
+    epochs: float
+    tokens: int
+    flops: float
+    seconds: float
+    loss: float
+
+
+def train_sft(
+    policy: str, traces: Sequence[Trace], output: Path, *, lora: LoraArguments, config: SFTConfig, dtype: str
+) -> Trained:
+    """Train an adapter for `policy` on finished traces and write it to `output` (whole or not at all).
+
+    The trainer sees `input_ids` and `labels`: text is never tokenised again.
+
+    Raises:
+        ValueError: no usable trace, or a loss that is not finite.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTTrainer
+
+    rows, skipped = sft_rows(traces)
+    if not rows:
+        raise ValueError(
+            f"no trace can be trained on ({_listed(skipped)}): raise max_new_tokens, rounds or the number of problems"
+        )
+    model = load_model_for_training(policy, dtype, config)
+    modules: Any = lora.lora_target_modules
+    adapter = LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=modules[0] if modules == ["all-linear"] else modules,
+        task_type="CAUSAL_LM",
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(policy),
+        peft_config=adapter,
+    )
+    size = model_size(model, "policy")
+    result = trainer.train()
+    if not result.training_loss == result.training_loss:
+        raise ValueError(
+            f"the training loss became nan (learning_rate {config.learning_rate}): no adapter written"
+        )
+    if trainer.accelerator.is_main_process:
+        _save_adapter(trainer, output)
+    trainer.accelerator.wait_for_everyone()
+    epochs = float(trainer.state.epoch or 0.0)
+    return Trained(
+        rows=len(rows),
+        skipped=dict(skipped),
+        epochs=epochs,
+        tokens=round(epochs * sum(len(row["input_ids"]) for row in rows)),
+        flops=epochs * sum(_row_flops(size, row) for row in rows),
+        seconds=float(result.metrics["train_runtime"]),
+        loss=float(result.training_loss),
+    )
+
+
+def load_model_for_training(policy: str, dtype: str, config: SFTConfig) -> Any:
+    """The policy with weights in `dtype`, on the device of the trainer."""
+    from transformers import AutoModelForCausalLM
+
+    return load_model(AutoModelForCausalLM, policy, dtype=dtype, device=str(config.device))
+
+
+def _row_flops(size: ModelSize, row: dict[str, list[int]]) -> float:
+    """Forward and backward of one row with a frozen base (LoRA's own matrices are negligible)."""
+    count = len(row["input_ids"])
+    return size.forward_flops(0, count) + size.backward_flops(0, count, frozen=True)
+
+
+def _save_adapter(trainer: Any, output: Path) -> None:
+    scratch = output.with_name(output.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    trainer.save_model(str(scratch))
+    shutil.rmtree(output, ignore_errors=True)
+    scratch.rename(output)
+
+
+def _listed(skipped: dict[str, int]) -> str:
+    return json.dumps(dict(skipped)) if skipped else "there are none"

@@ -1,0 +1,365 @@
+"""From a policy and a reward to traces, a LoRA adapter and an honest comparison.
+
+    accelerate launch recipes/distill.py --config recipes/tiny/distill.yaml
+    accelerate launch recipes/distill.py --config recipes/gsm8k/distill.yaml \
+        --policy Qwen/Qwen2.5-0.5B-Instruct --reward PATH_OR_HUB_ID --dataset gsm8k
+
+Stages: traces (audit the reward, refine the training problems), train (SFT of a LoRA adapter on the traces),
+evaluate (every method on held-out problems), report. Each resumes where it was stopped and is skipped when its
+output is there; `--stages evaluate,report` runs only those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from tqdm import tqdm
+from trl import SFTConfig
+
+from nabla_trl.answers import AnswerChecker
+from nabla_trl.audit import audit
+from nabla_trl.baselines import draw_pool
+from nabla_trl.config import ReasonerConfig
+from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
+from nabla_trl.models import Policy, load_policy
+from nabla_trl.parsing import parse, run_main
+from nabla_trl.records import grade, versions
+from nabla_trl.report import terminal_table, write_report
+from nabla_trl.rewards import Reward, load_reward
+from nabla_trl.rowstore import RowStore
+from nabla_trl.search import solve
+from nabla_trl.tasks import Problem, check_disjoint, load_problems
+from nabla_trl.traces import TraceWriter, finished_ids, read_traces
+from nabla_trl.training import LoraArguments, train_sft
+
+STAGES = ("traces", "train", "evaluate", "report")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _numbers(values: list[Any], text: str) -> Any:
+    return field(default_factory=lambda: list(values), metadata={"help": text})
+
+
+@dataclass
+class DistillArguments:
+    """Models, problems and what to compare. The search is set by the reasoner's options, training by TRL's."""
+
+    policy: str = field(metadata={"help": "hub id or path of the policy, a causal LM"})
+    reward: str = field(
+        metadata={"help": "hub id or path of a reward model with one label, or logratio:A[,B]"}
+    )
+    dataset: str = _option(
+        "chains", "gsm8k, math500, amc, aime24, aime25, chains, or a .jsonl file to train on"
+    )
+    eval_dataset: str = _option("", "the held-out task or .jsonl file; empty = the dataset's eval_split")
+    train_split: str = _option("train", "split that traces are made of")
+    eval_split: str = _option("test", "split that methods are compared on")
+    train_limit: int = _option(1000, "training problems")
+    eval_limit: int = _option(300, "held-out problems")
+    stages: str = _option(",".join(STAGES), "comma-separated stages to run")
+    seeds: list[int] = _numbers([0, 1, 2], "seeds of every method that samples")
+    best_of: list[int] = _numbers([1, 2, 4, 8, 16, 32], "sizes of best-of-N; 16 sets the budgets")
+    self_consistency: list[int] = _numbers([16], "sizes of self-consistency")
+    budgets: list[float] = _numbers(
+        [0.1, 0.2, 0.33, 0.5, 1.0], "budgets of nabla and control, in FLOPs of best-of-16"
+    )
+    distilled_best_of: int = _option(8, "best-of-N with the distilled policy")
+    audit_problems: int = _option(64, "training problems of the reward audit; 0 = no audit")
+    audit_samples: int = _option(16, "samples per problem of the reward audit")
+    dtype: str = _option("float32", "weights of frozen models: float32, bfloat16 or float16")
+    title: str = _option("Test-time gradient search and its distillation", "title of the report")
+
+    def __post_init__(self) -> None:
+        unknown = [stage for stage in self.stages.split(",") if stage not in STAGES]
+        if unknown:
+            raise ValueError(f"unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must be distinct and not empty")
+        if 16 not in self.best_of:
+            raise ValueError("best_of must include 16: it sets the budgets")
+        if any(budget <= 0 for budget in self.budgets):
+            raise ValueError("budgets must be positive")
+
+
+class Run:
+    """One run: its settings, its output folder and, once asked for, its models."""
+
+    def __init__(self, args: DistillArguments, reasoner: ReasonerConfig, lora: LoraArguments, sft: SFTConfig):
+        self.args, self.reasoner, self.lora, self.sft = args, reasoner, lora, sft
+        self.state = PartialState()
+        self.folder = Path(sft.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.traces, self.adapter = self.folder / "traces", self.folder / "adapter"
+        self.checker = AnswerChecker()
+        self._models: tuple[Policy, Reward] | None = None
+        self.train, self.held_out = self._problems()
+
+    def _problems(self) -> tuple[list[Problem], list[Problem]]:
+        args = self.args
+        train = load_problems(args.dataset, split=args.train_split, limit=args.train_limit)
+        held_out = load_problems(
+            args.eval_dataset or args.dataset, split=args.eval_split, limit=args.eval_limit
+        )
+        check_disjoint(train, held_out)
+        graded = [problem for problem in held_out if problem.answer]
+        if not graded:
+            raise ValueError("no held-out problem has a gold answer: nothing could be compared")
+        if len(graded) < len(held_out):
+            self.say(f"{len(held_out) - len(graded)} held-out problems have no gold answer and are left out")
+        return train, graded
+
+    def models(self) -> tuple[Policy, Reward]:
+        if self._models is None:
+            device = str(self.state.device)
+            policy = load_policy(self.args.policy, dtype=self.args.dtype, device=device)
+            rows = 4 * self.reasoner.batch_size
+            reward = load_reward(
+                self.args.reward, policy=policy, dtype=self.args.dtype, device=device, batch_size=rows
+            )
+            self._models = policy, reward
+        return self._models
+
+    def say(self, text: str) -> None:
+        if self.state.is_main_process:
+            print(text, flush=True)
+
+    def settings(self, *parts: object) -> str:
+        """Hash of what a stage's output depends on."""
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    # --- stages ---------------------------------------------------------------------------------------
+
+    def stage_traces(self) -> None:
+        """Audit the reward on training problems, then refine them; one shard per process and chunk."""
+        if self.state.is_main_process and self.args.audit_problems and not self._path("audit.json").exists():
+            self._audit()
+        self.state.wait_for_everyone()
+        self._claim("traces", self.args.policy, self.args.reward, self.args.dataset, self.reasoner.hash())
+        mine = self.train[self.state.process_index :: self.state.num_processes]
+        done = finished_ids(self.traces) if self.traces.exists() else set()
+        todo = [problem for problem in mine if (problem.id, self.args.seeds[0]) not in done]
+        if not todo:
+            self.say(f"traces: {len(mine)} problems are there already")
+            return
+        policy, reward = self.models()
+        size = self.reasoner.batch_size
+        proposed = accepted = 0
+        total, seen = 0.0, 0
+        with (
+            TraceWriter(self.traces, rank=self.state.process_index, chunk_size=size) as writer,
+            tqdm(
+                total=len(todo), desc="traces", unit="problem", disable=not self.state.is_main_process
+            ) as bar,
+        ):
+            for begin in range(0, len(todo), size):
+                batch = todo[begin : begin + size]
+                made = solve(
+                    batch, policy=policy, reward=reward, config=self.reasoner, seed=self.args.seeds[0]
+                )
+                for trace in grade(made, self.checker):
+                    writer.add(trace)
+                    proposed += len(trace.revisions)
+                    accepted += sum(revision.accepted for revision in trace.revisions)
+                    if trace.error is None:
+                        total, seen = total + trace.reward, seen + 1
+                writer.flush()
+                bar.update(len(batch))
+                bar.set_postfix_str(
+                    f"{proposed} revisions proposed, {accepted} accepted, reward {total / max(seen, 1):.2f}"
+                )
+
+    def _audit(self) -> None:
+        policy, reward = self.models()
+        problems = [problem for problem in self.train if problem.answer][: self.args.audit_problems]
+        pool = draw_pool(
+            problems,
+            self.args.audit_samples,
+            policy=policy,
+            reward=reward,
+            sampling=self.reasoner.sampling(),
+            batch_size=4 * self.reasoner.batch_size,
+        )
+        found = audit(pool, self.checker)
+        self._write("audit.json", found.to_dict())
+        self.say(f"audit: {found.verdict}")
+
+    def stage_train(self) -> None:
+        """SFT of a LoRA adapter on the final response of every trace."""
+        if (self.adapter / "adapter_config.json").exists():
+            self.say("train: the adapter is there already")
+            return
+        made = read_traces(self.traces)
+        self.sft.output_dir = str(self.folder / "trainer")
+        trained = train_sft(
+            self.args.policy, made, self.adapter, lora=self.lora, config=self.sft, dtype="float32"
+        )
+        facts = asdict(trained) | {"trace_flops": sum(trace.cost.flops for trace in made)}
+        facts["trace_seconds"] = sum(trace.cost.seconds for trace in made)
+        if self.state.is_main_process:
+            self._write("train.json", facts)
+        self.say(
+            f"train: {trained.rows} rows, loss {trained.loss:.3f}, {trained.seconds:.0f} s; left out: {trained.skipped}"
+        )
+
+    def stage_evaluate(self) -> None:
+        """Every method on the held-out problems; budgets are fractions of best-of-16's measured FLOPs."""
+        store = self._store()
+        policy, reward = self.models()
+        bench = Bench(policy, reward, self.reasoner, tuple(self.args.seeds))
+        self._run(bench.pool(self.args.best_of, self.args.self_consistency), store)
+        self._run(bench.greedy(), store)
+        self.state.wait_for_everyone()
+        full = mean_flops(store.read(), "best_of_16")
+        for step in self._search_steps(bench, full):
+            self._run(step, store)
+        if reward.rival is not None:
+            self._run(bench.pool([1], policy=reward.rival, names={1: "reward_model_sampling"}), store)
+        if self.adapter.exists():
+            tuned = load_policy(
+                self.args.policy,
+                dtype=self.args.dtype,
+                device=str(self.state.device),
+                adapter=str(self.adapter),
+            )
+            self._run(bench.greedy(tuned, "distilled_greedy"), store)
+            count = self.args.distilled_best_of
+            self._run(bench.pool([count], policy=tuned, names={count: f"distilled_best_of_{count}"}), store)
+        self.state.wait_for_everyone()
+
+    def _search_steps(self, bench: Bench, full: float) -> list[Step]:
+        steps = [bench.search("nabla"), bench.search("control", **CONTROL)]
+        for budget in self.args.budgets:
+            limits = {"flops": budget * full, "rounds": 0}
+            steps.append(bench.search(f"nabla@{budget:g}", **limits))
+            steps.append(bench.search(f"control@{budget:g}", **limits, **CONTROL))
+        return steps
+
+    def _run(self, step: Step, store: RowStore) -> None:
+        mine = self.held_out[self.state.process_index :: self.state.num_processes]
+        with tqdm(
+            total=len(mine) * len(step.seeds), unit="row", leave=False, disable=not self.state.is_main_process
+        ) as bar:
+
+            def progress(method: str, done: int, total: int) -> None:
+                bar.set_description(method)
+                bar.update(done - bar.n)
+
+            begun = time.perf_counter()
+            added = run_step(step, mine, store, self.checker, progress)
+        if added:
+            last = [row for row in added if row["method"] == step.methods[-1]]
+            right = sum(bool(row["correct"]) for row in last) / len(last)
+            self.say(
+                f"{step.methods[-1]:>24}: {right:.3f} right of {len(last)} rows, {time.perf_counter() - begun:.1f} s"
+            )
+
+    def stage_report(self) -> None:
+        if not self.state.is_main_process:
+            return
+        rows = self._store().read()
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._path("rows.jsonl").write_text(lines, encoding="utf-8")
+        summary = write_report(self.folder, rows, self.facts())
+        terminal_table(summary)
+        for label, path in self.files().items():
+            print(f"{label:>10}: {path}")
+
+    # --- facts and files ------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        trained = self._read("train.json")
+        facts = {
+            "title": self.args.title,
+            "command": " ".join(["accelerate launch", *sys.argv]),
+            "policy": self.args.policy,
+            "reward": self.args.reward,
+            "task": self.args.eval_dataset or self.args.dataset,
+            "reward_kind": self.models()[1].kind,
+            "versions": versions(),
+            "seeds": self.args.seeds,
+            "setup_seconds": float(os.environ.get("NABLA_SETUP_SECONDS", "0")),
+            "total_seconds": time.perf_counter() - STARTED,
+            "audit": self._read("audit.json"),
+            "files": self.files(),
+            "notes": [f"{len(self.train)} training and {len(self.held_out)} held-out problems, disjoint"],
+        }
+        if trained:
+            facts["train_flops"] = trained["flops"] + trained["trace_flops"]
+            facts["train_seconds"] = trained["seconds"] + trained["trace_seconds"]
+        return facts
+
+    def files(self) -> dict[str, str]:
+        names = {
+            "report": "report.md",
+            "summary": "summary.json",
+            "rows": "rows.jsonl",
+            "traces": "traces",
+            "adapter": "adapter",
+            "plots": "plots",
+        }
+        return {label: str(self._path(name)) for label, name in names.items()}
+
+    def _store(self) -> RowStore:
+        run = self.settings(asdict(self.args) | {"stages": "", "title": ""}, self.reasoner.hash())
+        return RowStore(self.folder / "rows", run, rank=self.state.process_index)
+
+    def _claim(self, stage: str, *parts: object) -> None:
+        """Refuse to add to output made with other settings."""
+        mark, want = self._path(f"{stage}.settings.json"), [str(part) for part in parts]
+        if not mark.exists():
+            if self.state.is_main_process:
+                self._write(mark.name, want)
+        elif json.loads(mark.read_text()) != want:
+            had = json.loads(mark.read_text())
+            changed = [f"{new!r} (was {old!r})" for old, new in zip(had, want, strict=True) if old != new]
+            raise ValueError(
+                f"{self.traces} was made with other settings, now {', '.join(changed)}: use another --output_dir"
+            )
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name
+
+    def _write(self, name: str, content: Any) -> None:
+        scratch = self._path(name + ".tmp")
+        scratch.write_text(json.dumps(content, indent=1))
+        scratch.replace(self._path(name))
+
+    def _read(self, name: str) -> Any:
+        return json.loads(self._path(name).read_text()) if self._path(name).exists() else None
+
+
+CONTROL = {
+    "solver": "none",
+    "steps": None,
+    "lr": None,
+    "lr_end": None,
+    "tau": None,
+    "direct": None,
+    "postfix": None,
+}
+STARTED = time.perf_counter()
+
+
+def main(argv: Sequence[str]) -> None:
+    args, reasoner, lora, sft = parse([DistillArguments, ReasonerConfig, LoraArguments, SFTConfig], argv)
+    run = Run(args, reasoner, lora, sft)
+    with run.checker:
+        for stage in args.stages.split(","):
+            getattr(run, f"stage_{stage}")()
+            run.state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,47 @@
+"""Shared fixtures. Models are tiny, random and frozen, so one of each serves the whole session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false"
+)
+
+import pytest
+import torch
+import worlds
+
+from nabla_trl.models import Policy
+from nabla_trl.rewards import Reward
+from nabla_trl.tasks import Problem
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def policy() -> Policy:
+    """A float32 Llama over the character vocabulary."""
+    return worlds.tiny_policy()
+
+
+@pytest.fixture(scope="session")
+def scalar_reward(policy: Policy) -> Reward:
+    return worlds.tiny_scalar(policy)
+
+
+@pytest.fixture(scope="session")
+def logratio_reward(policy: Policy) -> Reward:
+    return worlds.tiny_logratio(policy)
+
+
+@pytest.fixture(scope="session", params=["scalar", "log-ratio"])
+def reward(request: pytest.FixtureRequest) -> Reward:
+    """Each kind of differentiable reward in turn."""
+    return request.getfixturevalue("scalar_reward" if request.param == "scalar" else "logratio_reward")
+
+
+@pytest.fixture
+def problems() -> list[Problem]:
+    """Four questions of different lengths."""
+    return worlds.tiny_problems()
