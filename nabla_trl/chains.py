@@ -1,7 +1,8 @@
 """The embedded task: chains of 5 to 7 operations (+ - *) on digits modulo 10, worked from left to right.
 
-Question "9-5*4+7*2-6", solution "9-5=4;4*4=6;6+7=3;3*2=6;6-6=0;#0", answer "0". Problems are drawn
-procedurally. The hash of the question alone decides whether it belongs to the train or to the test split, so
+Question "9-5*4+7*2-6", solution "9-5=4;4*4=6;6+7=3;3*2=6;6-6=0;#0", answer "0". A step may end in a comma as
+well as in a semicolon, as the writer likes: as in any prose, being unsure of the next token need not mean that
+there is a mistake to be made. (The last step ends in a semicolon.) Problems are drawn procedurally. The hash of the question alone decides whether it belongs to the train or to the test split, so
 the two cannot overlap whatever the seeds and the limits. Text only: this room imports no torch.
 """
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from nabla_trl.tasks import Problem
 
 OPERATORS = "+-*"
+SEPARATORS = ";,"  # either may end a step; the gold solution writes the first
 MIN_OPERATIONS, MAX_OPERATIONS = 5, 7
 DEFAULT_LIMITS = {"train": 1000, "test": 300}
 TEST_SHARE = 8  # one question in 8 belongs to the test split
@@ -95,10 +97,15 @@ def gold_solution(question: str) -> str:
     return _work(question, apply)
 
 
+def styled_solution(question: str, rng: random.Random) -> str:
+    """A right solution with separators of the writer's liking. Raises ValueError if the text is no chain."""
+    return _work(question, apply, rng)
+
+
 def noisy_solution(question: str, rng: random.Random) -> str:
     """A worked solution by someone with the knowledge gap: each fact in it goes wrong with its own probability.
 
-    Later steps go on from the wrong result. Raises ValueError if the text is no chain.
+    Later steps go on from the wrong result; separators are of the writer's liking. Raises ValueError if the text is no chain.
     """
     gap = knowledge_gap()
 
@@ -108,7 +115,7 @@ def noisy_solution(question: str, rng: random.Random) -> str:
             return slip.wrong
         return apply(left, operator, right)
 
-    return _work(question, recall)
+    return _work(question, recall, rng)
 
 
 @cache
@@ -130,11 +137,12 @@ def knowledge_gap() -> Mapping[Fact, Slip]:
 def first_error(problem: Problem, response_text: str) -> int | None:
     """Index of the first character of the response that departs from the gold solution; None if all is right.
 
-    A response that stops early is wrong at its own length, one that goes on at the solution's length. Raises
+    Which separator ends a step is not an error. A response that stops early is wrong at its own length, one that goes on at the solution's length. Raises
     ValueError for a problem without a solution.
     """
     if problem.solution is None:
         raise ValueError(f"problem {problem.id} has no solution to compare with")
+    response_text = response_text.replace(SEPARATORS[1], SEPARATORS[0])
     if response_text == problem.solution:
         return None
     pairs = zip(response_text, problem.solution, strict=False)
@@ -159,15 +167,16 @@ def _problem(kind: type[Problem], identifier: str, question: str) -> Problem:
     )
 
 
-def _work(question: str, recall: Callable[[int, str, int], int]) -> str:
+def _work(question: str, recall: Callable[[int, str, int], int], style: random.Random | None = None) -> str:
     if not _QUESTION.fullmatch(question):
         raise ValueError(f"not a chain of digits and {OPERATORS}: {question!r}")
     current, written = int(question[0]), []
     for operator, digit in zip(question[1::2], question[2::2], strict=True):
         result = recall(current, operator, int(digit))
-        written.append(f"{current}{operator}{digit}={result};")
+        written.append(f"{current}{operator}{digit}={result}")
         current = result
-    return "".join(written) + f"#{current}"
+    ends = [SEPARATORS[0] if style is None else style.choice(SEPARATORS) for _ in written[1:]] + [SEPARATORS[0]]
+    return "".join(step + end for step, end in zip(written, ends, strict=True)) + f"#{current}"
 
 
 def _check_split(split: str) -> None:

@@ -1,0 +1,188 @@
+"""Make the embedded world: a tokenizer, a clean model and a policy with a knowledge gap, all for the chains task.
+
+    python recipes/tiny/make_world.py --out data/tiny --seed 0
+
+A small Llama is trained on right solutions ("clean"); the policy is trained on from there on solutions by someone who
+half knows a quarter of the facts (`nabla_trl.chains.knowledge_gap`). Every question is from the train split. Both are
+saved in bf16 with their tokenizer, loaded again, measured on the test split, and described in OUT/README.md. One seed
+on one machine gives the same files. About five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from world_card import measure, write_card
+
+from nabla_trl import chains
+
+PAD, USER, ASSISTANT, END, UNKNOWN = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>"
+CHARACTERS = "0123456789+-*=;,#"
+BATCH = 64
+CLEAN_STEPS, CLEAN_RATE = 700, 3e-3
+POLICY_STEPS, POLICY_RATE = 400, 2e-3
+
+# Loops in the template mark what the assistant says ({% generation %}), so that trainers can find its tokens.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{ '<|user|>' + message['content'] + '<|end|>' }}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{ '<|assistant|>' }}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{%- else -%}"
+    "{{ raise_exception('this template knows the roles user and assistant, not ' + message['role']) }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A fast tokenizer with one token per character and five special tokens; adds nothing by itself."""
+    specials = [PAD, USER, ASSISTANT, END, UNKNOWN]
+    vocabulary = {token: index for index, token in enumerate([*specials, *CHARACTERS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()  # joins tokens without spaces
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A fresh Llama of 0.38M parameters over the tokenizer's vocabulary, weights from torch's global seed."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=288,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """(question, solution) rows as input_ids, attention_mask and labels (of the response only), each rows × longest."""
+    chats = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
+        for question, solution in rows
+    ]
+    batch = tokenizer.apply_chat_template(
+        chats,
+        padding=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"padding_side": "right"},
+    )
+    labels = batch["input_ids"].masked_fill(batch["assistant_masks"] == 0, -100)
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    work: Callable[[str, random.Random], str],
+    *,
+    steps: int,
+    rate: float,
+    rng: random.Random,
+) -> None:
+    """Train in place on `steps` fresh batches of train-split questions, each answered by work(question, rng)."""
+    questions = chains.stream("train", rng)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.98))
+    # Up, flat, down: the long flat part teaches the last rare facts, the way down settles them.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.25 * steps))
+    )
+    model.train()
+    for step in range(1, steps + 1):
+        rows = [(question, work(question, rng)) for question in islice(questions, BATCH)]
+        loss = model(**encode(tokenizer, rows)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 50 == 0:
+            print(f"  step {step}/{steps}  loss {loss.item():.4f}", flush=True)
+    model.eval()
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:
+    """Save model and tokenizer in bf16 and return the model as a user will load it, in float32."""
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # A cast copy: the float32 weights go on to the next training.
+    copy = LlamaForCausalLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    copy.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def main() -> None:
+    """Build, train, save, measure, write the card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data/tiny"), help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and training data")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; another number rounds differently")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(options.seed)
+    start = time.perf_counter()
+
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    print(f"clean: {model.num_parameters():,} parameters")
+    train(
+        model,
+        tokenizer,
+        chains.styled_solution,
+        steps=CLEAN_STEPS,
+        rate=CLEAN_RATE,
+        rng=random.Random(f"clean/{options.seed}"),
+    )
+    clean = save(model, tokenizer, options.out / "clean")
+    print("policy: from the clean model on")
+    train(
+        model,
+        tokenizer,
+        chains.noisy_solution,
+        steps=POLICY_STEPS,
+        rate=POLICY_RATE,
+        rng=random.Random(f"policy/{options.seed}"),
+    )
+    policy = save(model, tokenizer, options.out / "policy")
+
+    facts = measure(clean, policy, tokenizer, seed=options.seed)
+    write_card(options.out, facts, seed=options.seed)
+    print(f"done in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
