@@ -34,7 +34,7 @@ class Chain:
     finished: bool
     candidates: Tensor
     logp: Tensor
-    cache: Tensor | None
+    cache: Tensor
     prompt_memos: list[Memo]
     memos: list[Memo]
     reward: float
@@ -55,6 +55,12 @@ class Chain:
         """[T] column of each incumbent token among the candidates."""
         own = torch.tensor(self.response)[:, None]
         return (self.candidates == own).int().argmax(-1)
+
+    def solved(self) -> Tensor:
+        """The scores, once the solver has run."""
+        if self.scores is None:
+            raise RuntimeError(f"{self.problem.id}: proposals were asked for before the solver ran")
+        return self.scores
 
     def sample(self, response: list[int] | None = None) -> Sample:
         return Sample(self.problem, self.prompt, self.response if response is None else response)

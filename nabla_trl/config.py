@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from nabla_trl.dto import SOLVERS, SteConfig
@@ -34,12 +34,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # Options that only one solver or one kind of proposal reads, with their defaults.
-_STE = {"steps": 20, "lr": 0.01, "lr_end": 0.001, "tau": 1.0, "direct": True, "postfix": True}
+_STE = {"steps": 20, "lr": 0.01, "lr_end": 0.001, "tau": 1.0, "direct": True}
 _SEQUENTIAL = {"confidence": 0.97, "resample_temperature": 0.5}
 
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """The sequential scan: positions whose top token exceeds `confidence` are skipped, others are resampled."""
+
+    confidence: float
+    resample_temperature: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence <= 1:
+            raise ValueError(f"confidence must be in (0, 1], not {self.confidence}")
+        if not 0 < self.resample_temperature < math.inf:
+            raise ValueError(f"resample_temperature must be a positive number, not {self.resample_temperature}")
 
 
 @dataclass
@@ -50,24 +64,16 @@ class ReasonerConfig:
         ValueError: a value out of range, or an option that the chosen solver or proposal does not read.
     """
 
-    solver: str = _option(
-        "mirror", "mirror (closed form), ste (Adam on logits, the paper) or none (the control)"
-    )
-    proposals: str = _option(
-        "global", "global (best branches over all positions) or sequential (scan left to right)"
-    )
+    solver: str = _option("mirror", "mirror (closed form), ste (Adam on logits, the paper) or none (the control)")
+    proposals: str = _option("global", "global (best branches over all positions) or sequential (scan left to right)")
     beta: float = _option(1.0, "KL coefficient β; the reward counts λ = 1/β times against log π")
     rounds: int = _option(16, "most rounds of proposals; 0 = no limit")
     rollouts: int = _option(0, "most responses drawn per problem, the first one included; 0 = no limit")
-    flops: float = _option(
-        0.0, "FLOPs budget per problem; no round starts that is expected to end above it; 0 = none"
-    )
+    flops: float = _option(0.0, "FLOPs budget per problem; no round starts that is expected to end above it; 0 = none")
     patience: int = _option(0, "stop after this many rounds without an acceptance; 0 = never")
     branches: int = _option(1, "branches regenerated per round (global proposals)")
     candidates: int = _option(16, "policy tokens considered per position")
-    candidate_min_p: float = _option(
-        0.0, "drop candidates below this fraction of the position's likeliest token"
-    )
+    candidate_min_p: float = _option(0.0, "drop candidates below this fraction of the position's likeliest token")
     temperature: float = _option(1.0, "sampling temperature of responses and suffixes; 0 = greedy")
     top_k: int = _option(0, "sample from the k likeliest tokens; 0 = all")
     top_p: float = _option(1.0, "nucleus sampling mass; 1 = all")
@@ -80,7 +86,8 @@ class ReasonerConfig:
     tau: float | None = _option(None, "ste: softmax temperature of the backward (1)")
     direct: bool | None = _option(None, "ste: gradient of the policy's likelihood at the token itself (true)")
     postfix: bool | None = _option(
-        None, "ste: gradient of the policy's likelihood through later tokens (true)"
+        None, "mirror, ste: gradient of log-likelihoods through later tokens too (ste: true; mirror: false, since a "
+        "branch draws its later tokens anew)"
     )
     confidence: float | None = _option(
         None, "sequential: skip positions where the policy's top token exceeds it (0.97)"
@@ -91,6 +98,7 @@ class ReasonerConfig:
         self._check_choice("solver", SOLVERS)
         self._check_choice("proposals", PROPOSALS)
         self._settle(_STE, self.solver == "ste", "solver ste")
+        self._settle({"postfix": self.solver == "ste"}, self.solver != "none", "solvers mirror and ste")
         self._settle(_SEQUENTIAL, self.proposals == "sequential", "sequential proposals")
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta must be a positive number, not {self.beta}")
@@ -102,13 +110,15 @@ class ReasonerConfig:
                 raise ValueError(f"{name} must be at least 1")
         if not 0 <= self.candidate_min_p < 1:
             raise ValueError(f"candidate_min_p must be in [0, 1), not {self.candidate_min_p}")
-        if self.proposals == "sequential":
-            self._check_sequential()
+        if self.proposals == "sequential" and self.branches != 1:
+            raise ValueError("sequential proposals regenerate one branch at a time: branches must be 1")
         if not (self.rounds or self.rollouts or self.flops or self.patience) and self.proposals == "global":
             raise ValueError("the search would never end: set rounds, rollouts, flops or patience")
         self.sampling()
         if self.solver == "ste":
             self.ste()
+        if self.proposals == "sequential":
+            self.scan()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ReasonerConfig:
@@ -125,6 +135,11 @@ class ReasonerConfig:
             raise ValueError(f"unknown option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
         return cls(**{**PRESETS[name], **overrides})
 
+    def control(self) -> ReasonerConfig:
+        """The same loop without the gradient."""
+        unset: dict[str, Any] = dict.fromkeys([*_STE, "postfix"])
+        return replace(self, solver="none", **unset)
+
     @property
     def method(self) -> str:
         return "control" if self.solver == "none" else "nabla"
@@ -137,7 +152,10 @@ class ReasonerConfig:
         return Sampling(self.temperature, self.top_k, self.top_p, self.sample_min_p, self.max_new_tokens)
 
     def ste(self) -> SteConfig:
-        return SteConfig(self.steps, self.lr, self.lr_end, self.tau)
+        return SteConfig(**{name: getattr(self, name) for name in ("steps", "lr", "lr_end", "tau")})
+
+    def scan(self) -> ScanConfig:
+        return ScanConfig(**{name: getattr(self, name) for name in _SEQUENTIAL})
 
     def hash(self) -> str:
         """Identifies everything that can change a trace; the batch size cannot."""
@@ -147,16 +165,6 @@ class ReasonerConfig:
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-
-    def _check_sequential(self) -> None:
-        if self.branches != 1:
-            raise ValueError("sequential proposals regenerate one branch at a time: branches must be 1")
-        if not 0 < self.confidence <= 1:
-            raise ValueError(f"confidence must be in (0, 1], not {self.confidence}")
-        if not 0 < self.resample_temperature < math.inf:
-            raise ValueError(
-                f"resample_temperature must be a positive number, not {self.resample_temperature}"
-            )
 
     def _settle(self, defaults: dict[str, Any], applies: bool, owner: str) -> None:
         """Fill in the defaults of options that apply; refuse those that do not."""

@@ -107,6 +107,12 @@ class Draft:
     logp: Tensor
     cache: Tensor | None = None
 
+    def kept(self) -> Tensor:
+        """The cache of a draft made with `keep_cache`."""
+        if self.cache is None:
+            raise RuntimeError("the draft was made without keep_cache")
+        return self.cache
+
 
 def prompt_caches(policy: Policy, prompts: Sequence[tuple[str, list[int]]], meter: Meter) -> list[Tensor]:
     """kv rows of every prompt but its last token, for (problem id, prompt ids) pairs."""
@@ -158,9 +164,7 @@ class _Rows:
     uniforms: Tensor  # [B, longest limit] float64
 
     def select(self, keep: Tensor) -> _Rows:
-        return _Rows(
-            self.index[keep], self.tokens[keep], self.positions[keep], self.mask[keep], self.uniforms[keep]
-        )
+        return _Rows(self.index[keep], self.tokens[keep], self.positions[keep], self.mask[keep], self.uniforms[keep])
 
 
 @torch.no_grad()
@@ -183,9 +187,7 @@ def _generate_batch(
     while len(rows.index):
         rows.mask = torch.cat((rows.mask, rows.mask.new_ones(len(rows.mask), 1)), dim=1)
         logits = _next_logits(policy, rows, cache)
-        drawn = draw(
-            logits.masked_fill(policy.forbidden, -torch.inf), rows.uniforms[:, len(steps)], warpers, sampling
-        )
+        drawn = draw(logits.masked_fill(policy.forbidden, -torch.inf), rows.uniforms[:, len(steps)], warpers, sampling)
         steps.append((rows.index, drawn, *top_candidates(logits, drawn, policy.forbidden, width)))
         rows.tokens, rows.positions = drawn, rows.positions + 1
         done = torch.isin(drawn, stops) | (limits[rows.index] <= len(steps))
@@ -205,9 +207,7 @@ def _prompt(job: Job) -> _Prompt:
     return job.key, tuple(job.prefix)
 
 
-def _job_caches(
-    policy: Policy, jobs: Sequence[Job], prompts: dict[_Prompt, Tensor], meter: Meter
-) -> list[Tensor]:
+def _job_caches(policy: Policy, jobs: Sequence[Job], prompts: dict[_Prompt, Tensor], meter: Meter) -> list[Tensor]:
     """Each job's cache; prompts without one are prefilled once, however many jobs and batches share them."""
     new = {_prompt(job): job for job in jobs if job.cache is None and _prompt(job) not in prompts}
     if new:

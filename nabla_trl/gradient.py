@@ -55,6 +55,36 @@ def token_gradient(
     return totals
 
 
+def direct_gradient(
+    terms: Sequence[LikelihoodTerm],
+    samples: Sequence[Sample],
+    memos: Sequence[Sequence[Memo]],
+    candidates: Sequence[Tensor],
+    *,
+    meter: Meter,
+) -> list[Tensor]:
+    """The direct part of G alone, read from the memos of scored responses: no forward, no backward, only heads.
+
+    It leaves out how a token changes the likelihood of the later ones that stand now. A branch draws those anew.
+
+    Args:
+        memos: per sample one memo per term, of the response itself.
+
+    Returns:
+        per sample [T_i, K] on the CPU.
+    """
+    results = []
+    for sample, remembered, table in zip(samples, memos, candidates, strict=True):
+        total = torch.zeros(table.shape)
+        for term, memo in zip(terms, remembered, strict=True):
+            mapped = term.mapping[table.to(term.mapping.device)]
+            meter.charge(sample.key, term.size, "forward", len(sample.prompt) - 1, 0, head=len(table))
+            part = term.direct(memo, mapped.clamp(min=0)).masked_fill(mapped < 0, 0.0)
+            total = total + term.weight * part.cpu()
+        results.append(total)
+    return results
+
+
 def _term_gradient(
     term: Term,
     samples: Sequence[Sample],
@@ -82,9 +112,7 @@ def _term_gradient(
     slopes = torch.autograd.grad(hidden, embeds, seeded)[0] if through else None
     results = []
     for row, (sample, code) in enumerate(zip(samples, encoded, strict=True)):
-        total = torch.zeros(
-            len(sample.response), mapped[row].shape[-1], dtype=precision, device=seeded.device
-        )
+        total = torch.zeros(len(sample.response), mapped[row].shape[-1], dtype=precision, device=seeded.device)
         if slopes is not None:
             # Response token t is fed at index t + 1; a last token that is not fed has no effect on later ones.
             slope = slopes[row, 1 : min(feed.counts[row], len(code.response) + 1)]

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from nabla_trl import dto
 from nabla_trl.chain import Chain
-from nabla_trl.compute import Meter
+from nabla_trl.compute import Meter, ModelSize
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.gradient import token_gradient
 from nabla_trl.models import Policy
 from nabla_trl.rewards import Reward
-from nabla_trl.terms import LikelihoodTerm, Memo
+from nabla_trl.terms import LikelihoodTerm
 
 
 def solve_tokens(
@@ -29,15 +29,9 @@ def solve_tokens(
     if config.solver == "none":
         scores = [chain.logp for chain in chains]
     elif config.solver == "mirror":
-        gradients = reward.gradient(
-            [chain.sample() for chain in chains],
-            [chain.prompt_memos for chain in chains],
-            [chain.candidates for chain in chains],
-            meter=meter,
-        )
         scores = [
             dto.mirror(chain.logp, gradient.float(), chain.choice(), config.lam)
-            for chain, gradient in zip(chains, gradients, strict=True)
+            for chain, gradient in zip(chains, _reward_gradients(chains, reward, config, meter), strict=True)
         ]
     else:
         scores = _ste(chains, policy, reward, config, meter)
@@ -45,34 +39,62 @@ def solve_tokens(
         chain.scores = score
 
 
+def reads_memos(reward: Reward, config: ReasonerConfig) -> bool:
+    """The gradient is the direct part of log-likelihoods, known from scoring the incumbent."""
+    return config.solver == "mirror" and reward.dense and not config.postfix
+
+
+def _reward_gradients(
+    chains: Sequence[Chain], reward: Reward, config: ReasonerConfig, meter: Meter
+) -> list[Tensor]:
+    samples, tables = [chain.sample() for chain in chains], [chain.candidates for chain in chains]
+    if reads_memos(reward, config):
+        return reward.direct_gradient(samples, [chain.memos for chain in chains], tables, meter=meter)
+    return reward.gradient(samples, [chain.prompt_memos for chain in chains], tables, meter=meter)
+
+
 def _ste(
     chains: Sequence[Chain], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
 ) -> list[Tensor]:
-    likelihood = policy_likelihood(policy)
-    own_memos = [[Memo(chain.cache[:, :, :, : len(chain.prompt) - 1], torch.zeros(0))] for chain in chains]
+    known: dict[tuple[int, ...], Tensor] = {}  # by row and tokens: tokens that flip back cost nothing
 
     def loss_gradient(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
-        """∂L/∂Y of L = −λ·r − log π at the given hard tokens."""
-        tables = [chains[row].candidates for row in rows]
-        chosen = [
-            table.gather(1, choice[:, None]).squeeze(1).tolist()
-            for table, choice in zip(tables, hard, strict=True)
-        ]
-        moved = [chains[row].sample(ids) for row, ids in zip(rows, chosen, strict=True)]
-        by_reward = reward.gradient(moved, [chains[row].prompt_memos for row in rows], tables, meter=meter)
-        by_policy = token_gradient(
-            [likelihood],
-            moved,
-            [own_memos[row] for row in rows],
-            tables,
-            meter=meter,
-            direct=bool(config.direct),
-            postfix=bool(config.postfix),
-        )
-        return [-config.lam * r.float() - p.float() for r, p in zip(by_reward, by_policy, strict=True)]
+        tokens = [chains[row].candidates.gather(1, c[:, None]).squeeze(1) for row, c in zip(rows, hard, strict=True)]
+        keys = [(row, *ids.tolist()) for row, ids in zip(rows, tokens, strict=True)]
+        new = [key for key in keys if key not in known]
+        if new:
+            at, responses = [chains[key[0]] for key in new], [list(key[1:]) for key in new]
+            known.update(zip(new, _loss_gradient(at, responses, policy, reward, config, meter), strict=True))
+        return [known[key] for key in keys]
 
     starts = [chain.logp.masked_fill(~_placeable(chain, reward.readable), -torch.inf) for chain in chains]
     return dto.ste(starts, [chain.choice() for chain in chains], loss_gradient, config.ste())
+
+
+def _loss_gradient(
+    chains: Sequence[Chain],
+    responses: Sequence[list[int]],
+    policy: Policy,
+    reward: Reward,
+    config: ReasonerConfig,
+    meter: Meter,
+) -> list[Tensor]:
+    """∂L/∂Y of L = −λ·r − log π at the chains' candidates, with other tokens in place of their responses."""
+    samples = [chain.sample(ids) for chain, ids in zip(chains, responses, strict=True)]
+    tables = [chain.candidates for chain in chains]
+    likelihood = policy_likelihood(policy)
+    prompts = [[likelihood.prompt_memo(chain.cache[:, :, :, : len(chain.prompt) - 1])] for chain in chains]
+    by_reward = reward.gradient(samples, [chain.prompt_memos for chain in chains], tables, meter=meter)
+    by_policy = token_gradient(
+        [likelihood],
+        samples,
+        prompts,
+        tables,
+        meter=meter,
+        direct=bool(config.direct),
+        postfix=bool(config.postfix),
+    )
+    return [-config.lam * r.float() - p.float() for r, p in zip(by_reward, by_policy, strict=True)]
 
 
 def _placeable(chain: Chain, readable: Tensor) -> Tensor:
@@ -99,9 +121,7 @@ def allowed(chain: Chain, readable: Tensor, config: ReasonerConfig) -> Tensor:
     return usable
 
 
-def global_branches(
-    chain: Chain, noise: Tensor, readable: Tensor, config: ReasonerConfig
-) -> list[tuple[int, int]]:
+def global_branches(chain: Chain, noise: Tensor, readable: Tensor, config: ReasonerConfig) -> list[tuple[int, int]]:
     """k distinct (position, token) branches, drawn without replacement with weight exp(score) (Gumbel top-k).
 
     Args:
@@ -111,7 +131,7 @@ def global_branches(
     for position, token in chain.tried:
         usable[position] &= chain.candidates[position] != token
     count = min(config.branches, int(usable.sum()))
-    keys = (chain.scores.double() + noise).masked_fill(~usable, -torch.inf).flatten()
+    keys = (chain.solved().double() + noise).masked_fill(~usable, -torch.inf).flatten()
     width = chain.candidates.shape[1]
     picks = keys.topk(count).indices.tolist()
     return [(pick // width, int(chain.candidates[pick // width, pick % width])) for pick in picks]
@@ -122,16 +142,15 @@ def sequential_branch(
 ) -> list[tuple[int, int]]:
     """Resample unsure positions from left to right until one changes; empty at the end of the response."""
     usable = allowed(chain, readable, config)
+    scan, scores = config.scan(), chain.solved()
     while chain.position < len(chain.response):
         position = chain.position
         chain.position += 1
-        if float(chain.logp[position].max().exp()) > config.confidence:
+        if float(chain.logp[position].max().exp()) > scan.confidence:
             continue
         own = chain.candidates[position] == chain.response[position]
-        scores = (chain.scores[position] / config.resample_temperature).masked_fill(
-            ~(usable[position] | own), -torch.inf
-        )
-        mass = scores.softmax(-1, dtype=torch.float64).cumsum(-1).numpy()
+        row = (scores[position] / scan.resample_temperature).masked_fill(~(usable[position] | own), -torch.inf)
+        mass = row.softmax(-1, dtype=torch.float64).cumsum(-1).numpy()
         pick = int(np.searchsorted(mass, stream.random() * mass[-1], side="right"))
         if not own[pick]:
             return [(position, int(chain.candidates[position, pick]))]
@@ -142,17 +161,24 @@ def expected_flops(
     chain: Chain, positions: Sequence[int], policy: Policy, reward: Reward, config: ReasonerConfig
 ) -> float:
     """FLOPs of the next round if its suffixes are as long as the incumbent's, with the gradient if it is due."""
-    length, begin = len(chain.response), len(chain.prompt) - 1
-    total = 0.0
-    for position in positions:
-        left = length - position
-        total += policy.size.forward_flops(begin + position, left)
-        for term in reward.terms:
-            total += term.size.forward_flops(begin + position, left, head=term.charge_head(left))
-    if chain.scores is None and config.solver != "none":
-        sizes = [(term.size, term.charge_head(length)) for term in reward.terms]
-        if config.solver == "ste":
-            sizes.append((policy.size, length))
-        for size, head in sizes:
-            total += size.forward_flops(begin, length, head) + size.backward_flops(begin, length, head)
+    length, prompt = len(chain.response), len(chain.prompt)
+    total = sum(policy.size.forward_flops(prompt + at, length - at - 1) for at in positions)
+    due = chain.scores is None and config.solver != "none"
+    for term in reward.terms:
+        encoded = term.encode(chain.sample())
+        begin = len(encoded.prompt) - 1
+        for at in positions:
+            count = len(term.fed(encoded, at))
+            total += term.size.forward_flops(begin + at, count, term.charge_head(count))
+        if due:
+            count = len(term.fed(encoded, 0))
+            head = term.charge_head(count)
+            free = reads_memos(reward, config)
+            total += term.size.forward_flops(begin, 0, head) if free else _both_ways(term.size, begin, count, head)
+    if due and config.solver == "ste":
+        total += _both_ways(policy.size, prompt - 1, length, length)
     return total
+
+
+def _both_ways(size: ModelSize, start: int, count: int, head: int) -> float:
+    return size.forward_flops(start, count, head) + size.backward_flops(start, count, head)

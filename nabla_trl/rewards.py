@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_trl.answers import AnswerChecker, Verdict, extract_answer
 from nabla_trl.compute import Meter, model_size
-from nabla_trl.gradient import token_gradient
+from nabla_trl.gradient import direct_gradient, token_gradient
 from nabla_trl.kv import check_cacheable
 from nabla_trl.models import (
     Policy,
@@ -105,9 +105,7 @@ class Reward:
                 for number, term in enumerate(self.terms):
                     bases = [memos[index][number] for index in rows]
                     scores, fresh = term.score(some, bases, counts, meter, keep)
-                    totals = [
-                        total + term.weight * score for total, score in zip(totals, scores, strict=True)
-                    ]
+                    totals = [total + term.weight * score for total, score in zip(totals, scores, strict=True)]
                     columns.append(fresh)
             for row, index in enumerate(rows):
                 values[index] = totals[row]
@@ -131,11 +129,24 @@ class Reward:
                 gradients += token_gradient(self.terms, samples[rows], memos[rows], some, meter=meter)
         return gradients
 
+    @property
+    def dense(self) -> bool:
+        """Every term is a log-likelihood, so the reward has a direct gradient at every token."""
+        return all(isinstance(term, LikelihoodTerm) for term in self.terms)
+
+    def direct_gradient(
+        self, samples: Sequence[Sample], memos: Sequence[Sequence[Memo]], candidates: Sequence[Tensor], *, meter: Meter
+    ) -> list[Tensor]:
+        """The direct part of ∂r/∂Y at the candidates [T, K], from the memos of the responses; dense rewards only."""
+        terms = [term for term in self.terms if isinstance(term, LikelihoodTerm)]
+        if len(terms) < len(self.terms):
+            raise ValueError(f"{self.name} has no direct gradient: it is not a sum of log-likelihoods")
+        with meter.clock([sample.key for sample in samples]):
+            return direct_gradient(terms, samples, memos, candidates, meter=meter)
+
     def _can_read(self, sample: Sample) -> bool:
         body = (
-            sample.response[:-1]
-            if sample.response[-1:] and sample.response[-1] in self.stop_ids
-            else sample.response
+            sample.response[:-1] if sample.response[-1:] and sample.response[-1] in self.stop_ids else sample.response
         )
         if not self.readable[body].all():
             return False
@@ -196,13 +207,11 @@ def log_ratio(policy: Policy, better: Policy, reference: Policy, name: str) -> R
     readable = torch.stack([term.mapping.cpu() >= 0 for term in terms]).all(0)
     stops = frozenset(index for index in policy.stop_ids if readable[index])
     if not stops:
-        raise ValueError(
-            f"{name} has none of the policy's stop tokens: it cannot tell how likely a response ends"
-        )
+        raise ValueError(f"{name} has none of the policy's stop tokens: it cannot tell how likely a response ends")
     return Reward(name, "log-ratio", terms, readable, stops, rival=better)
 
 
-def scalar(policy: Policy, model, tokenizer: PreTrainedTokenizerBase, name: str) -> Reward:
+def scalar(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Reward:
     """A sequence-classification model with one label as reward, from memory.
 
     Raises:
@@ -335,12 +344,10 @@ def check_reward(reward: Reward, policy: Policy) -> None:
         tolerance = 1e-3 if term.model.dtype in (torch.float32, torch.float64) else 5e-2
         for label, value in (("embeddings", soft), ("the prefix cache", cached[0])):
             if abs(value - hard) > tolerance * max(1.0, abs(hard)):
-                raise ValueError(
-                    f"{reward.name} scores a probe {hard:.4f} from ids but {value:.4f} through {label}"
-                )
+                raise ValueError(f"{reward.name} scores a probe {hard:.4f} from ids but {value:.4f} through {label}")
 
 
-def _plain_value(term: Term, encoded, ids: Tensor, soft: bool) -> float:
+def _plain_value(term: Term, encoded: Encoded, ids: Tensor, soft: bool) -> float:
     """A term's value by the model's own full forward, without any of our batching."""
     inputs = {"inputs_embeds": term.model.get_input_embeddings()(ids)} if soft else {"input_ids": ids}
     if isinstance(term, LikelihoodTerm):

@@ -74,9 +74,7 @@ class _Search:
                 rooms.append(self.room(problem, ids))
                 prompts.append((problem, ids))
             except ValueError as error:
-                failed[problem.id] = error_trace(
-                    problem, self.config.method, self.seed, str(error), self.meta
-                )
+                failed[problem.id] = error_trace(problem, self.config.method, self.seed, str(error), self.meta)
         if not prompts:
             return []
         keys = [problem.id for problem, _ in prompts]
@@ -99,7 +97,7 @@ class _Search:
                 finished=draft.finished,
                 candidates=draft.candidates,
                 logp=draft.logp,
-                cache=draft.cache,
+                cache=draft.kept(),
                 prompt_memos=first,
                 memos=memo,
                 reward=value,
@@ -152,8 +150,7 @@ class _Search:
             return False
         spent = self.meter.cost(chain.problem.id).flops
         return (
-            spent + propose.expected_flops(chain, positions, self.policy, self.reward, self.config)
-            > self.config.flops
+            spent + propose.expected_flops(chain, positions, self.policy, self.reward, self.config) > self.config.flops
         )
 
     def solve_tokens(self, chains: list[Chain]) -> None:
@@ -161,18 +158,13 @@ class _Search:
             return
         propose.solve_tokens(chains, self.policy, self.reward, self.config, self.meter)
         for chain in chains:
-            if chain.scores.isnan().any():
-                chain.error, chain.stop = (
-                    f"the token gradient of the reward {self.reward.name} holds NaN",
-                    "error",
-                )
+            if chain.solved().isnan().any():
+                chain.error, chain.stop = f"the token gradient of {self.reward.name} holds NaN", "error"
 
     def propose(self, chain: Chain) -> list[tuple[int, int]]:
         readable = self.reward.readable
         if self.config.proposals == "global":
-            noise = self.stream(chain.problem, "branch", chain.rounds).gumbel(
-                size=tuple(chain.candidates.shape)
-            )
+            noise = self.stream(chain.problem, "branch", chain.rounds).gumbel(size=tuple(chain.candidates.shape))
             return propose.global_branches(chain, torch.from_numpy(noise), readable, self.config)
         stream = self.stream(chain.problem, "resample", chain.rounds)
         return propose.sequential_branch(chain, stream, readable, self.config)
@@ -214,9 +206,7 @@ class _Search:
         for index, proposal in enumerate(proposals):
             rounds.setdefault(proposal.chain.problem.id, []).append(index)
         for rows in rounds.values():
-            self.judge_chain(
-                [proposals[i] for i in rows], [rewards[i] for i in rows], [memos[i] for i in rows]
-            )
+            self.judge_chain([proposals[i] for i in rows], [rewards[i] for i in rows], [memos[i] for i in rows])
 
     def judge_chain(self, proposals: list[Proposal], rewards: list[float], memos: list[list[Memo]]) -> None:
         chain = proposals[0].chain
@@ -254,7 +244,7 @@ class _Search:
         else:
             chain.candidates = torch.cat((chain.candidates, draft.candidates))
             chain.logp = torch.cat((chain.logp, draft.logp))
-            chain.cache = draft.cache
+            chain.cache = draft.kept()
         chain.response, chain.reward, chain.memos = proposal.response, value, memos
         chain.finished = proposal.finished(self.policy.stop_ids)
         chain.scores, chain.tried, chain.idle = None, set(), 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,10 +57,12 @@ class Memo:
     Attributes:
         cache: kv row of the prompt (all but its last token) and the response fed so far.
         logp: [T] log-likelihood of each response token; empty for terms without one.
+        hidden: [T, d] the states it was predicted from; empty likewise.
     """
 
     cache: Tensor
     logp: Tensor
+    hidden: Tensor
 
 
 @dataclass
@@ -104,9 +107,7 @@ class Term(ABC):
         """Ids to feed when `shared` response tokens are in the cache already; the first one is re-fed."""
 
     @abstractmethod
-    def values(
-        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]
-    ) -> list[Tensor]:
+    def values(self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]) -> list[Tensor]:
         """Per row, the numbers whose sum (with the memo's) is its value: [new tokens] or [1]. Scores are float32."""
 
     @abstractmethod
@@ -127,30 +128,31 @@ class Term(ABC):
         """[V, d] input embeddings."""
         return self.model.get_input_embeddings().weight
 
+    def prompt_memo(self, cache: Tensor) -> Memo:
+        """The memo of a cached prefix of which no response token is known."""
+        width = self.model.config.get_text_config().hidden_size
+        return Memo(cache, cache.new_zeros(0), cache.new_zeros(0, width))
+
     def prompt_memos(self, samples: Sequence[Sample], meter: Meter) -> list[Memo]:
         """Memos of the bare prompts."""
         prompts = [self.encode_prompt(sample.problem, sample.prompt) for sample in samples]
         for sample, prompt in zip(samples, prompts, strict=True):
             meter.charge(sample.key, self.size, "prefill", 0, len(prompt) - 1, head=0)
         rows = kv.prefill(self.model, [prompt[:-1] for prompt in prompts])
-        return [Memo(row, torch.zeros(0)) for row in rows]
+        return [self.prompt_memo(row) for row in rows]
 
     def feed(self, encoded: Sequence[Encoded], memos: Sequence[Memo], shared: Sequence[int]) -> Feed:
         tokens = [self.fed(row, count) for row, count in zip(encoded, shared, strict=True)]
         starts = [len(row.prompt) - 1 + count for row, count in zip(encoded, shared, strict=True)]
         ids, mask = kv.pad(tokens, self.model.device, left=False)
-        positions = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(
-            ids.shape[1], device=ids.device
-        )
+        positions = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
         rows = [memo.cache[:, :, :, :start] for memo, start in zip(memos, starts, strict=True)]
         # Padding repeats the last real position, which exists in every position table.
         last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, tokens, strict=True)])
         positions = positions.minimum(last.to(ids.device)[:, None])
         return Feed(ids, mask, positions, rows, starts, [len(row) for row in tokens])
 
-    def hidden(
-        self, feed: Feed, embeds: Tensor | None = None, keep: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
+    def hidden(self, feed: Feed, embeds: Tensor | None = None, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Last hidden states [B, R, d] of the fed tokens (or of `embeds` in their place), and kv rows if kept."""
         cache, cached = kv.stack(feed.rows)
         output = self.model.base_model(
@@ -188,19 +190,44 @@ class Term(ABC):
             for memo, count, fresh in zip(memos, shared, new, strict=True)
         ]
         values = [float(logp.double().sum()) for logp in logps]
-        kept = [
-            Memo(row, logp if self.remembers else torch.zeros(0))
-            for row, logp in zip(rows, logps, strict=False)
-        ]
-        return values, kept
+        if not keep:
+            return values, []
+        states = [hidden[row, : len(fresh)] for row, fresh in enumerate(new)]
+        return values, self.remember(rows, logps, states, memos, shared)
 
-    remembers = False
+    def remember(
+        self,
+        rows: Sequence[Tensor],
+        logps: Sequence[Tensor],
+        states: Sequence[Tensor],
+        memos: Sequence[Memo],
+        shared: Sequence[int],
+    ) -> list[Memo]:
+        """Memos of freshly scored responses."""
+        return [self.prompt_memo(row) for row in rows]
 
 
 class LikelihoodTerm(Term):
     """Σ_t log π(y_t | x, y_<t): the log-likelihood of the response under a causal LM."""
 
-    remembers = True
+    def remember(
+        self,
+        rows: Sequence[Tensor],
+        logps: Sequence[Tensor],
+        states: Sequence[Tensor],
+        memos: Sequence[Memo],
+        shared: Sequence[int],
+    ) -> list[Memo]:
+        known = zip(rows, logps, states, memos, shared, strict=True)
+        return [
+            Memo(row, logp, torch.cat((memo.hidden[:count], fresh))) for row, logp, fresh, memo, count in known
+        ]
+
+    @torch.no_grad()
+    def direct(self, memo: Memo, candidates: Tensor) -> Tensor:
+        """log π(v | y_<t) of candidates [T, K] (this model's ids) along a remembered response: the head alone."""
+        chunks = zip(self._slices(memo.hidden), self._slices(candidates), strict=True)
+        return torch.cat([self._logp(states).gather(1, ids) for states, ids in chunks])
 
     def encode(self, sample: Sample) -> Encoded:
         return Encoded(
@@ -214,9 +241,7 @@ class LikelihoodTerm(Term):
     def charge_head(self, count: int) -> int:
         return count
 
-    def values(
-        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]
-    ) -> list[Tensor]:
+    def values(self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]) -> list[Tensor]:
         targets = [row.response[count:] for row, count in zip(encoded, shared, strict=True)]
         flat = torch.cat([hidden[row, : len(ids)] for row, ids in enumerate(targets)])
         wanted = torch.tensor([index for ids in targets for index in ids], device=flat.device)
@@ -266,7 +291,7 @@ class ScoreTerm(Term):
         stop_ids: the policy's stop tokens. A trailing one is kept if it opens the tail, dropped otherwise.
     """
 
-    def __init__(self, *args, tail: list[int], stop_ids: frozenset[int], **kwargs):
+    def __init__(self, *args: Any, tail: list[int], stop_ids: frozenset[int], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.tail, self.stop_ids = tail, stop_ids
 
@@ -286,9 +311,7 @@ class ScoreTerm(Term):
     def charge_head(self, count: int) -> int:
         return 1
 
-    def values(
-        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]
-    ) -> list[Tensor]:
+    def values(self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]) -> list[Tensor]:
         return list(self._scores(hidden, feed).unsqueeze(1))
 
     def seed(
