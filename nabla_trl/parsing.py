@@ -1,73 +1,222 @@
-"""Command lines: dataclasses from YAML and flags through TRL's parser, and mistakes reported in one line."""
+"""Command lines: dataclasses filled from a preset, a YAML file and flags, and mistakes reported in one line.
+
+A later source wins over an earlier one: defaults, `--preset`, `--config file.yaml`, flags. The YAML file is
+checked against the dataclasses before TRL's parser sees it, since that takes any value for a default.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from trl import TrlParser
 
-from nabla_trl.config import PRESETS
+Presets = Mapping[str, Mapping[str, Any]]
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def parse(dataclasses: Sequence[type], argv: Sequence[str], *, prog: str | None = None) -> tuple[Any, ...]:
-    """Fill dataclasses from `--config file.yaml` and flags; flags win over the file, the file over a `--preset`.
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
 
-    Raises:
-        ValueError: an unknown key of the file, a missing file, or a value a dataclass refuses.
-        SystemExit: an unknown flag, or --help (argparse prints why).
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind every option that has one, and descriptions with their own line breaks."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False or action.default == ""
+        return action.help if silent else super()._get_help_string(action)
+
+
+class _OneLine(argparse.ArgumentParser):
+    """argparse prints a usage of many lines and exits; a caller can do better with an exception."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class Parser(TrlParser, _OneLine):
+    """TRL's parser with `--config` and `--preset` explained in --help, and nothing unknown let through.
+
+    Args:
+        dataclasses: their fields are the options; `metadata["help"]` explains them.
+        presets: name -> option values, for `--preset` and the YAML key `preset`; none = no such option.
+        kwargs: as for `argparse.ArgumentParser`.
     """
-    from trl import TrlParser
 
-    argv = list(argv)
-    for index, word in enumerate(argv):
-        if word.startswith("--config="):
-            argv[index : index + 1] = ["--config", word.removeprefix("--config=")]
-    parser = TrlParser(list(dataclasses), prog=prog)
-    preset = _preset(argv)
-    if preset is not None:
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-        parser.set_defaults(**PRESETS[preset])
-    return parser.parse_args_and_config(argv)
+    def __init__(self, dataclasses: Sequence[type], *, presets: Presets | None = None, **kwargs: Any):
+        kwargs = {"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs}
+        super().__init__(list(dataclasses), **kwargs)  # type: ignore[arg-type]  # TrlParser is untyped for mypy
+        self.presets = presets or {}
+        self.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it")
+        if self.presets:
+            names = ", ".join(self.presets)
+            self.add_argument("--preset", metavar="NAME", help=f"{names}; file and flags win over it")
+
+    def read(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """The filled dataclasses in their order, then a namespace of the arguments added by hand.
+
+        Raises:
+            UsageError: an unknown flag, a missing or malformed argument.
+            ValueError: an unknown or ill-typed key of the file, an unknown preset, or a value a dataclass refuses.
+            SystemExit: --help.
+        """
+        self._refuse_unknown(argv)
+        config, preset = self._sources(argv)
+        values = {} if config is None else read_yaml(config)
+        if self.presets:
+            own = values.pop("preset", None)
+            self.set_defaults(**self._preset(own if preset is None else preset))
+        if config is not None:
+            self.set_defaults_with_config(**checked(values, self.dataclass_types, where=config))
+        # Without look_for_args_file, a file "nabla-trl.args" beside the program would add options.
+        *filled, rest = self.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+        if rest:
+            self.error(f"unexpected argument {rest[0]!r}")
+        return tuple(filled)
+
+    def _sources(self, argv: Sequence[str]) -> tuple[str | None, str | None]:
+        """--config and --preset, which must be known before anything else is parsed."""
+        peek = _OneLine(prog=self.prog, add_help=False, allow_abbrev=False)
+        peek.add_argument("--config")
+        peek.add_argument("--preset")
+        found, _ = peek.parse_known_args(list(argv))
+        return found.config, found.preset
+
+    def _preset(self, name: Any) -> Mapping[str, Any]:
+        if name is None:
+            return {}
+        if str(name) not in self.presets:
+            raise ValueError(f"unknown preset {name!r}: choose from {', '.join(self.presets)}")
+        return self.presets[name]
+
+    def _refuse_unknown(self, argv: Sequence[str]) -> None:
+        """Before argparse complains of a required option, which may be the very one that was misspelt."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in argv:
+            flag = word.partition("=")[0]
+            if word == "--":
+                return
+            if flag.startswith("--") and " " not in flag and flag not in known:
+                self.error(f"unknown option {flag}{_suggestion(flag, known)}")
 
 
-def _preset(argv: list[str]) -> str | None:
-    """Take `--preset NAME` out of the arguments, or `preset:` out of reach of the YAML's own keys."""
-    if "--preset" in argv:
-        index = argv.index("--preset")
-        if index + 1 >= len(argv):
-            raise ValueError("--preset needs a name")
-        name = argv[index + 1]
-        del argv[index : index + 2]
-        return name
-    return None
+def parse(
+    dataclasses: Sequence[type], argv: Sequence[str], *, presets: Presets | None = None, prog: str | None = None
+) -> tuple[Any, ...]:
+    """The dataclasses filled from `argv`; raises what `Parser.read` raises."""
+    return Parser(dataclasses, presets=presets, prog=prog).read(argv)[: len(dataclasses)]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping.
 
     Raises:
-        ValueError: no such file, or not a mapping.
+        ValueError: no such file, no YAML, or not a mapping.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read {path}: {reason}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of options")
+        raise ValueError(f"{path} must hold a mapping of options, one 'name: value' on a line")
     return content
 
 
-def run_main(main: Callable[[Sequence[str]], int | None]) -> int:
-    """Call a command's main; a ValueError becomes one line on stderr and exit code 1."""
+def checked(values: Mapping[Any, Any], dataclasses: Iterable[type[Any]], *, where: str | Path) -> dict[str, Any]:
+    """Option values converted to the types of the dataclasses' fields (a float's `1` becomes 1.0).
+
+    Fields of other types than bool, int, float, str, lists of these, and either or None, are passed on as they are.
+
+    Raises:
+        ValueError: an unknown key, or a value of another type; `where` begins the message.
+    """
+    hints: dict[str, Any] = {}
+    for one in dataclasses:
+        resolved = get_type_hints(one)
+        hints |= {name: resolved[name] for name, field in one.__dataclass_fields__.items() if field.init}
+    fitted = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key {key!r}{_suggestion(str(key), hints)}")
+        try:
+            fitted[key] = _fit(value, hints[key])
+        except TypeError as error:
+            raise ValueError(f"{where}: {key} must be {error}, not {value!r}") from None
+    return fitted
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """`value` as a `hint`; TypeError says what it must be."""
+    if get_origin(hint) in (Union, UnionType):
+        others = [one for one in get_args(hint) if one is not NoneType]
+        if len(others) > 1 or (value is None and NoneType in get_args(hint)):
+            return value
+        hint = others[0]
+    if get_origin(hint) is list:
+        return _fit_list(value, get_args(hint)[0])
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        return _as_float(value)
+    if hint not in _KINDS or (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
+        return value
+    raise TypeError(_KINDS[hint] + (" (in quotes)" if hint is str else ""))
+
+
+def _fit_list(value: Any, hint: Any) -> list[Any]:
     try:
-        return main(sys.argv[1:]) or 0
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        if not isinstance(value, list):
+            raise TypeError(_KINDS.get(hint, "values"))
+        return [_fit(one, hint) for one in value]
+    except TypeError as error:
+        raise TypeError(f"a list, each {error}") from None
+
+
+def _as_float(value: int | str) -> float:
+    try:
+        return float(value)  # YAML reads 1e-3, which has no point, as text
+    except ValueError:
+        raise TypeError(_KINDS[float]) from None
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    match = get_close_matches(name, known, n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def run_main(
+    main: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None = None,
+    *,
+    stopped: str = "stopped; run the same command again to go on",
+) -> int:
+    """Call a command's main and return its exit code; what a user can mend becomes one line on stderr.
+
+    Args:
+        argv: the arguments; None = those of the process.
+        stopped: what to say after Ctrl-C.
+
+    Returns:
+        What main returns (None = 0); 1 after a ValueError or OSError, 2 after a UsageError, 130 after Ctrl-C,
+        141 where the reader of stdout has gone away.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
+        return 141
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 130

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,18 @@ from trl import SFTConfig
 from nabla_trl.answers import AnswerChecker
 from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
-from nabla_trl.config import ReasonerConfig
+from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.parsing import parse, run_main
-from nabla_trl.records import grade, versions
+from nabla_trl.records import versions
 from nabla_trl.report import terminal_table, write_report
+from nabla_trl.results import store_results
 from nabla_trl.rewards import Reward, load_reward
 from nabla_trl.rowstore import RowStore
-from nabla_trl.search import solve
 from nabla_trl.tasks import Problem, check_disjoint, load_problems
-from nabla_trl.traces import TraceWriter, finished_ids, read_traces
+from nabla_trl.traces import read_traces
+from nabla_trl.tracing import claim_settings, search_settings, unfinished, write_traces
 from nabla_trl.training import LoraArguments, train_sft
 
 STAGES = ("traces", "train", "evaluate", "report")
@@ -48,32 +49,29 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _numbers(values: list[Any], text: str) -> Any:
-    return field(default_factory=lambda: list(values), metadata={"help": text})
-
-
 @dataclass
 class DistillArguments:
     """Models, problems and what to compare. The search is set by the reasoner's options, training by TRL's."""
 
     policy: str = field(metadata={"help": "hub id or path of the policy, a causal LM"})
-    reward: str = field(
-        metadata={"help": "hub id or path of a reward model with one label, or logratio:A[,B]"}
-    )
-    dataset: str = _option(
-        "chains", "gsm8k, math500, amc, aime24, aime25, chains, or a .jsonl file to train on"
-    )
+    reward: str = field(metadata={"help": "hub id or path of a reward model with one label, or logratio:A[,B]"})
+    dataset: str = _option("chains", "gsm8k, math500, amc, aime24, aime25, chains, or a .jsonl file to train on")
     eval_dataset: str = _option("", "the held-out task or .jsonl file; empty = the dataset's eval_split")
     train_split: str = _option("train", "split that traces are made of")
     eval_split: str = _option("test", "split that methods are compared on")
     train_limit: int = _option(1000, "training problems")
     eval_limit: int = _option(300, "held-out problems")
     stages: str = _option(",".join(STAGES), "comma-separated stages to run")
-    seeds: list[int] = _numbers([0, 1, 2], "seeds of every method that samples")
-    best_of: list[int] = _numbers([1, 2, 4, 8, 16, 32], "sizes of best-of-N; 16 sets the budgets")
-    self_consistency: list[int] = _numbers([16], "sizes of self-consistency")
-    budgets: list[float] = _numbers(
-        [0.1, 0.2, 0.33, 0.5, 1.0], "budgets of nabla and control, in FLOPs of best-of-16"
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of every method that samples"}
+    )
+    best_of: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32], metadata={"help": "sizes of best-of-N; 16 sets the budgets"}
+    )
+    self_consistency: list[int] = field(default_factory=lambda: [16], metadata={"help": "sizes of self-consistency"})
+    budgets: list[float] = field(
+        default_factory=lambda: [0.1, 0.2, 0.33, 0.5, 1.0],
+        metadata={"help": "budgets of nabla and control, in FLOPs of best-of-16"},
     )
     distilled_best_of: int = _option(8, "best-of-N with the distilled policy")
     audit_problems: int = _option(64, "training problems of the reward audit; 0 = no audit")
@@ -109,9 +107,7 @@ class Run:
     def _problems(self) -> tuple[list[Problem], list[Problem]]:
         args = self.args
         train = load_problems(args.dataset, split=args.train_split, limit=args.train_limit)
-        held_out = load_problems(
-            args.eval_dataset or args.dataset, split=args.eval_split, limit=args.eval_limit
-        )
+        held_out = load_problems(args.eval_dataset or args.dataset, split=args.eval_split, limit=args.eval_limit)
         check_disjoint(train, held_out)
         graded = [problem for problem in held_out if problem.answer]
         if not graded:
@@ -146,39 +142,29 @@ class Run:
         if self.state.is_main_process and self.args.audit_problems and not self._path("audit.json").exists():
             self._audit()
         self.state.wait_for_everyone()
-        self._claim("traces", self.args.policy, self.args.reward, self.args.dataset, self.reasoner.hash())
         mine = self.train[self.state.process_index :: self.state.num_processes]
-        done = finished_ids(self.traces) if self.traces.exists() else set()
-        todo = [problem for problem in mine if (problem.id, self.args.seeds[0]) not in done]
+        todo = unfinished(mine, self.traces, self.args.seeds[0])
+        if todo:
+            self.models()  # first: what cannot be loaded must not claim the folder
+        settings = {"policy": self.args.policy, "reward": self.args.reward, "dtype": self.args.dtype, "adapter": ""}
+        settings |= {"dataset": self.args.dataset, "split": self.args.train_split}
+        claim_settings(self._path("traces.settings.json"), settings | search_settings(self.reasoner))
         if not todo:
             self.say(f"traces: {len(mine)} problems are there already")
             return
         policy, reward = self.models()
-        size = self.reasoner.batch_size
-        proposed = accepted = 0
-        total, seen = 0.0, 0
-        with (
-            TraceWriter(self.traces, rank=self.state.process_index, chunk_size=size) as writer,
-            tqdm(
-                total=len(todo), desc="traces", unit="problem", disable=not self.state.is_main_process
-            ) as bar,
-        ):
-            for begin in range(0, len(todo), size):
-                batch = todo[begin : begin + size]
-                made = solve(
-                    batch, policy=policy, reward=reward, config=self.reasoner, seed=self.args.seeds[0]
-                )
-                for trace in grade(made, self.checker):
-                    writer.add(trace)
-                    proposed += len(trace.revisions)
-                    accepted += sum(revision.accepted for revision in trace.revisions)
-                    if trace.error is None:
-                        total, seen = total + trace.reward, seen + 1
-                writer.flush()
-                bar.update(len(batch))
-                bar.set_postfix_str(
-                    f"{proposed} revisions proposed, {accepted} accepted, reward {total / max(seen, 1):.2f}"
-                )
+        tally = write_traces(
+            todo,
+            self.traces,
+            policy=policy,
+            reward=reward,
+            config=self.reasoner,
+            seed=self.args.seeds[0],
+            checker=self.checker,
+            rank=self.state.process_index,
+            bar=self.state.is_main_process,
+        )
+        self.say(f"traces: {tally}")
 
     def _audit(self) -> None:
         policy, reward = self.models()
@@ -202,16 +188,12 @@ class Run:
             return
         made = read_traces(self.traces)
         self.sft.output_dir = str(self.folder / "trainer")
-        trained = train_sft(
-            self.args.policy, made, self.adapter, lora=self.lora, config=self.sft, dtype="float32"
-        )
+        trained = train_sft(self.args.policy, made, self.adapter, lora=self.lora, config=self.sft, dtype="float32")
         facts = asdict(trained) | {"trace_flops": sum(trace.cost.flops for trace in made)}
         facts["trace_seconds"] = sum(trace.cost.seconds for trace in made)
         if self.state.is_main_process:
             self._write("train.json", facts)
-        self.say(
-            f"train: {trained.rows} rows, loss {trained.loss:.3f}, {trained.seconds:.0f} s; left out: {trained.skipped}"
-        )
+        self.say(f"train: {trained.rows} rows, loss {trained.loss:.3f}, {trained.seconds:.0f} s")
 
     def stage_evaluate(self) -> None:
         """Every method on the held-out problems; budgets are fractions of best-of-16's measured FLOPs."""
@@ -239,11 +221,11 @@ class Run:
         self.state.wait_for_everyone()
 
     def _search_steps(self, bench: Bench, full: float) -> list[Step]:
-        steps = [bench.search("nabla"), bench.search("control", **CONTROL)]
+        configs = {"nabla": self.reasoner, "control": self.reasoner.control()}
+        steps = [bench.search(name, config) for name, config in configs.items()]
         for budget in self.args.budgets:
-            limits = {"flops": budget * full, "rounds": 0}
-            steps.append(bench.search(f"nabla@{budget:g}", **limits))
-            steps.append(bench.search(f"control@{budget:g}", **limits, **CONTROL))
+            limit: dict[str, Any] = {"flops": budget * full, "rounds": 0, "patience": 0}
+            steps += [bench.search(f"{name}@{budget:g}", replace(c, **limit)) for name, c in configs.items()]
         return steps
 
     def _run(self, step: Step, store: RowStore) -> None:
@@ -269,10 +251,9 @@ class Run:
         if not self.state.is_main_process:
             return
         rows = self._store().read()
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._path("rows.jsonl").write_text(lines, encoding="utf-8")
-        summary = write_report(self.folder, rows, self.facts())
-        terminal_table(summary)
+        facts = self.facts()
+        store_results(self.folder, rows, facts)
+        terminal_table(write_report(self.folder, rows, facts))
         for label, path in self.files().items():
             print(f"{label:>10}: {path}")
 
@@ -315,19 +296,6 @@ class Run:
         run = self.settings(asdict(self.args) | {"stages": "", "title": ""}, self.reasoner.hash())
         return RowStore(self.folder / "rows", run, rank=self.state.process_index)
 
-    def _claim(self, stage: str, *parts: object) -> None:
-        """Refuse to add to output made with other settings."""
-        mark, want = self._path(f"{stage}.settings.json"), [str(part) for part in parts]
-        if not mark.exists():
-            if self.state.is_main_process:
-                self._write(mark.name, want)
-        elif json.loads(mark.read_text()) != want:
-            had = json.loads(mark.read_text())
-            changed = [f"{new!r} (was {old!r})" for old, new in zip(had, want, strict=True) if old != new]
-            raise ValueError(
-                f"{self.traces} was made with other settings, now {', '.join(changed)}: use another --output_dir"
-            )
-
     def _path(self, name: str) -> Path:
         return self.folder / name
 
@@ -340,20 +308,12 @@ class Run:
         return json.loads(self._path(name).read_text()) if self._path(name).exists() else None
 
 
-CONTROL = {
-    "solver": "none",
-    "steps": None,
-    "lr": None,
-    "lr_end": None,
-    "tau": None,
-    "direct": None,
-    "postfix": None,
-}
 STARTED = time.perf_counter()
 
 
 def main(argv: Sequence[str]) -> None:
-    args, reasoner, lora, sft = parse([DistillArguments, ReasonerConfig, LoraArguments, SFTConfig], argv)
+    dataclasses = [DistillArguments, ReasonerConfig, LoraArguments, SFTConfig]
+    args, reasoner, lora, sft = parse(dataclasses, argv, presets=PRESETS)
     run = Run(args, reasoner, lora, sft)
     with run.checker:
         for stage in args.stages.split(","):

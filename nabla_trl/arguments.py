@@ -1,0 +1,116 @@
+"""The options of the subcommands of `nabla-trl`, apart from the search's (`nabla_trl.config.ReasonerConfig`)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nabla_trl.models import Policy
+    from nabla_trl.rewards import Reward
+
+DATASETS = "gsm8k, math500, amc, aime24, aime25, chains, or the path of a .jsonl file"
+METHODS = "greedy,best_of_16,nabla,control"
+DISTILLED = "distilled_greedy,distilled_best_of_8"
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _needed(text: str) -> Any:
+    return field(metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    policy: str = _needed("hub id or path of the policy, a causal LM")
+    reward: str = _needed(
+        "hub id or path of a reward model with one label, or logratio:A[,B] for log p_A − log p_B of two causal LMs "
+        "(B: the policy)"
+    )
+    adapter: str | None = _option(None, "LoRA adapter to put on the policy")
+    dtype: str = _option("float32", "weights: float32, bfloat16 or float16")
+    device: str | None = _option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
+
+    def load(self, rows: int, *, adapter: bool = True) -> tuple[Policy, Reward]:
+        """Policy (with its adapter, unless told otherwise) and reward, which scores `rows` responses together."""
+        from nabla_trl.models import load_policy
+        from nabla_trl.rewards import load_reward
+
+        _quiet()
+        policy = load_policy(
+            self.policy, dtype=self.dtype, device=self.device, adapter=self.adapter if adapter else None
+        )
+        return policy, load_reward(self.reward, policy=policy, dtype=self.dtype, device=self.device, batch_size=rows)
+
+    def settings(self) -> dict[str, str]:
+        """What results depend on, the adapter aside."""
+        return {"policy": self.policy, "reward": self.reward, "dtype": self.dtype}
+
+
+def _quiet() -> None:
+    """Bars of loading weights, libraries' deprecations and a missing 4-bit kernel tell a user nothing here."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@dataclass
+class SolveArguments:
+    seed: int = _option(0, "the same seed gives the same answer")
+
+
+@dataclass
+class TracesArguments:
+    dataset: str = _needed(DATASETS)
+    output_dir: str = _needed("folder to write traces/ into; what is there already is not made again")
+    split: str = _option("train", "split of the dataset")
+    limit: int = _option(1000, "problems; 0 = all")
+    seed: int = _option(0, "seed of the search; traces of several seeds can share a folder")
+
+
+@dataclass
+class EvalArguments:
+    dataset: str = _needed(DATASETS)
+    output_dir: str = _needed("folder of the rows; rows that are there already are not made again")
+    methods: str = _option(
+        "",
+        f"comma-separated: greedy, best_of_N, self_consistency_N, nabla, control, nabla@F or control@F (at F times "
+        f"best_of_16's FLOPs), reward_model_sampling (log-ratio rewards), and with an adapter distilled_greedy, "
+        f"distilled_best_of_N; empty = {METHODS}, with an adapter also {DISTILLED}",
+    )
+    split: str = _option("test", "split of the dataset")
+    limit: int = _option(300, "problems; 0 = all")
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of every method that samples"}
+    )
+    title: str = _option("Evaluation", "title of the report")
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must be distinct and not empty")
+
+
+@dataclass
+class ReportArguments:
+    output_dir: str = _needed("folder of an evaluation by nabla-trl eval or recipes/distill.py")
+
+
+@dataclass
+class AuditArguments:
+    dataset: str = _needed(DATASETS)
+    split: str = _option("train", "split of the dataset: audit on problems that nothing is evaluated on")
+    audit_problems: int = _option(64, "problems; 0 = all")
+    audit_samples: int = _option(16, "samples per problem, at least 2")
+    seed: int = _option(0, "seed of the samples")
+    temperature: float = _option(1.0, "sampling temperature")
+    top_k: int = _option(0, "sample from the k likeliest tokens; 0 = all")
+    top_p: float = _option(1.0, "nucleus sampling mass; 1 = all")
+    sample_min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
+    max_new_tokens: int = _option(512, "longest response, in tokens")
+    batch_size: int = _option(256, "responses drawn and scored together")

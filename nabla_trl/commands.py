@@ -1,0 +1,287 @@
+"""What the subcommands of `nabla-trl` do. Rooms that load torch are imported once a command needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from nabla_trl.answers import AnswerChecker
+from nabla_trl.arguments import (
+    DISTILLED,
+    METHODS,
+    AuditArguments,
+    EvalArguments,
+    ModelArguments,
+    ReportArguments,
+    SolveArguments,
+    TracesArguments,
+)
+from nabla_trl.parsing import Parser
+from nabla_trl.tasks import Problem, load_problems
+
+if TYPE_CHECKING:
+    from nabla_trl.audit import Audit
+    from nabla_trl.evaluate import Step
+    from nabla_trl.rowstore import RowStore
+
+# --- solve --------------------------------------------------------------------------------------------
+
+
+SOLVE_HELP = """--json prints one object:
+  problem_id, task, method, seed, prompt, response, answer, gold, correct, error
+  initial, prompt_ids, initial_ids, response_ids   the first response; token ids
+  reward_initial, reward      null where they are not finite
+  revisions                   [{round, position, old, new, suffix, old_text,
+                              new_text, suffix_text, reward_before,
+                              reward_after, accepted, flops}]; position indexes
+                              the response, flops are those spent until then
+  cost                        {flops, seconds, tokens}, rejected work included
+  stop, finished              why the search ended; whether the response did
+  meta                        models, versions, hash of the configuration"""
+
+
+def solve(argv: Sequence[str]) -> int:
+    from nabla_trl.config import PRESETS, ReasonerConfig
+
+    parser = Parser(
+        [ModelArguments, SolveArguments, ReasonerConfig],
+        presets=PRESETS,
+        prog="nabla-trl solve",
+        usage="nabla-trl solve QUESTION --policy P --reward R [options]",
+        description="Refine the answer to one question and show how it changed.",
+        epilog=SOLVE_HELP,
+    )
+    parser.add_argument("question", help='the question; "-" reads it from stdin, "--" goes before one like "-3+4"')
+    parser.add_argument("--json", action="store_true", help="print the trace as one JSON object, see below")
+    models, args, config, extra = parser.read(argv)
+    question = (sys.stdin.read() if extra.question == "-" else extra.question).strip()
+    if not question:
+        raise ValueError("the question is empty")
+
+    from nabla_trl.console import show_trace, trace_json
+    from nabla_trl.reasoner import NablaReasoner
+
+    with redirect_stdout(sys.stderr):  # what a library prints must not get into the JSON
+        policy, reward = models.load(4 * config.batch_size)
+        trace = NablaReasoner(policy, reward, config).solve(question, seed=args.seed)
+    if extra.json:
+        print(json.dumps(trace_json(trace, policy.decode), allow_nan=False))
+    elif trace.error is None:
+        show_trace(trace, question, policy.decode, Console())
+    if trace.error is not None:
+        raise ValueError(trace.error)
+    return 0
+
+
+# --- traces -------------------------------------------------------------------------------------------
+
+
+def traces(argv: Sequence[str]) -> int:
+    from nabla_trl.config import PRESETS, ReasonerConfig
+
+    parser = Parser(
+        [ModelArguments, TracesArguments, ReasonerConfig],
+        presets=PRESETS,
+        prog="nabla-trl traces",
+        usage="nabla-trl traces --policy P --reward R --dataset D --output_dir DIR [options]",
+        description="Refine the answers to many problems and store them as parquet shards, for one process; "
+        "recipes/distill.py\nmakes the same traces on several devices and goes on to train on them.",
+    )
+    models, args, config = parser.read(argv)[:3]
+
+    from nabla_trl.tracing import claim_settings, search_settings, unfinished, write_traces
+
+    problems = load_problems(args.dataset, split=args.split, limit=args.limit or None)
+    output = Path(args.output_dir)
+    folder = output / "traces"
+    settings = models.settings() | {"adapter": models.adapter or "", "dataset": args.dataset, "split": args.split}
+    todo = unfinished(problems, folder, args.seed)
+    if todo:
+        policy, reward = models.load(4 * config.batch_size)  # first: what cannot be loaded must not claim the folder
+    claim_settings(output / "traces.settings.json", settings | search_settings(config))
+    if todo:
+        with AnswerChecker() as checker:
+            tally = write_traces(
+                todo,
+                folder,
+                policy=policy,
+                reward=reward,
+                config=config,
+                seed=args.seed,
+                checker=checker,
+                bar=sys.stderr.isatty(),
+            )
+        print(tally)
+    print(f"{len(todo)} traces made, {len(problems) - len(todo)} were there: {folder}")
+    return 0
+
+
+# --- eval and report ----------------------------------------------------------------------------------
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    from nabla_trl.config import PRESETS, ReasonerConfig
+
+    parser = Parser(
+        [ModelArguments, EvalArguments, ReasonerConfig],
+        presets=PRESETS,
+        prog="nabla-trl eval",
+        usage="nabla-trl eval --policy P --reward R --dataset D --output_dir DIR [options]",
+        description="Run methods on held-out problems and print their accuracy and cost. --adapter is the policy of "
+        "the\ndistilled_ methods; all others use the policy without it, and so does the reward.",
+    )
+    models, args, config = parser.read(argv)[:3]
+
+    from nabla_trl.evaluate import Bench, mean_flops
+    from nabla_trl.methods import method_names, steps
+    from nabla_trl.models import load_policy
+    from nabla_trl.records import versions
+    from nabla_trl.report import summarise, terminal_table
+    from nabla_trl.results import store_results
+    from nabla_trl.rowstore import RowStore
+    from nabla_trl.tracing import claim_settings, search_settings
+
+    names = method_names(args.methods or ",".join([METHODS, DISTILLED] if models.adapter else [METHODS]))
+    problems = _graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
+    folder = Path(args.output_dir)
+    policy, reward = models.load(4 * config.batch_size, adapter=False)
+    tuned = None
+    if models.adapter:
+        tuned = load_policy(models.policy, dtype=models.dtype, device=models.device, adapter=models.adapter)
+    settings = models.settings() | {"dataset": args.dataset, "split": args.split, "limit": str(args.limit)}
+    settings |= search_settings(config)
+    claim_settings(folder / "eval.settings.json", settings)
+    if models.adapter:  # apart, so that an adapter trained later can join the rows that are there
+        claim_settings(folder / "adapter.settings.json", {"adapter": models.adapter})
+    store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
+    bench = Bench(policy, reward, config, tuple(args.seeds))
+    _run_steps(steps(names, bench, tuned, lambda: mean_flops(store.read(), "best_of_16")), problems, store)
+    facts = {
+        "title": args.title,
+        "command": shlex.join(["nabla-trl", "eval", *argv]),
+        "policy": models.policy,
+        "reward": models.reward,
+        "task": args.dataset,
+        "reward_kind": reward.kind,
+        "versions": versions(),
+        "seeds": args.seeds,
+        "files": {"rows": "rows.jsonl", "facts": "facts.json"},
+    }
+    rows = store.read()
+    store_results(folder, rows, facts)
+    terminal_table(summarise(rows, facts))
+    print(f"rows: {folder / 'rows.jsonl'}; nabla-trl report --output_dir {folder} writes a page with plots")
+    return 0
+
+
+def _graded(problems: Sequence[Problem]) -> list[Problem]:
+    graded = [problem for problem in problems if problem.answer]
+    if not graded:
+        raise ValueError("no problem has a gold answer: nothing could be compared")
+    if len(graded) < len(problems):
+        print(f"{len(problems) - len(graded)} problems have no gold answer and are left out", file=sys.stderr)
+    return graded
+
+
+def _run_steps(steps: Iterable[Step], problems: Sequence[Problem], store: RowStore) -> None:
+    from nabla_trl.evaluate import run_step
+
+    with AnswerChecker() as checker:
+        for step in steps:
+            with tqdm(total=len(problems) * len(step.seeds), desc=step.methods[-1], unit="row", disable=None) as bar:
+
+                def progress(method: str, done: int, total: int, bar: tqdm = bar) -> None:
+                    bar.update(done - bar.n)
+
+                run_step(step, problems, store, checker, progress)
+
+
+def report(argv: Sequence[str]) -> int:
+    parser = Parser(
+        [ReportArguments],
+        prog="nabla-trl report",
+        description="Write report.md, summary.json and plots/ again from rows.jsonl and facts.json. Needs no models.",
+    )
+    args = parser.read(argv)[0]
+
+    from nabla_trl.report import terminal_table, write_report
+    from nabla_trl.results import load_results
+
+    folder = Path(args.output_dir)
+    rows, facts = load_results(folder)
+    terminal_table(write_report(folder, rows, facts))
+    print(f"report: {folder / 'report.md'}")
+    return 0
+
+
+# --- audit --------------------------------------------------------------------------------------------
+
+
+def audit(argv: Sequence[str]) -> int:
+    parser = Parser(
+        [ModelArguments, AuditArguments],
+        prog="nabla-trl audit",
+        usage="nabla-trl audit --policy P --reward R --dataset D [options]",
+        description="Measure whether a reward prefers right answers among samples of the policy, before anything "
+        "searches with it.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    models, args, extra = parser.read(argv)
+
+    from nabla_trl.audit import audit as audited
+    from nabla_trl.baselines import draw_pool
+    from nabla_trl.generate import Sampling
+
+    if args.audit_samples < 2:
+        raise ValueError("audit_samples must be at least 2: the audit compares samples of a problem")
+    problems = _graded(load_problems(args.dataset, split=args.split, limit=args.audit_problems or None))
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.sample_min_p, args.max_new_tokens)
+    with redirect_stdout(sys.stderr), AnswerChecker() as checker:
+        policy, reward = models.load(args.batch_size)
+        pool = draw_pool(
+            problems,
+            args.audit_samples,
+            policy=policy,
+            reward=reward,
+            sampling=sampling,
+            seed=args.seed,
+            batch_size=args.batch_size,
+        )
+        found = audited(pool, checker)
+    if extra.json:
+        print(json.dumps(found.to_dict()))
+    else:
+        _show_audit(found, Console())
+    return 0
+
+
+def _show_audit(found: Audit, console: Console) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("best of", "accuracy [95%]", "reward"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for count, one in found.best_of_n.items():
+        span = f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+        table.add_row(str(count), span, f"{found.reward_of_n[count]:.3f}")
+    console.print(table)
+    lines = {
+        "right samples": f"{found.accuracy:.3f} of {found.problems} × {found.samples}",
+        "AUC within problems": f"{found.auc:.3f}",
+        "correlation with right": f"{found.correlation:+.3f}",
+        "correlation with length": f"{found.length_correlation:+.3f}",
+    }
+    for label, value in lines.items():
+        console.print(f"{label:<24}{value}", highlight=False, markup=False)
+    console.print(f"verdict: {found.verdict}", highlight=False, markup=False)
+
+
+COMMANDS = {"solve": solve, "traces": traces, "eval": evaluate, "report": report, "audit": audit}

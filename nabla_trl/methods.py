@@ -1,0 +1,89 @@
+"""Method names as users write them, and the steps of an evaluation that make their rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from nabla_trl.evaluate import Bench, Step
+from nabla_trl.models import Policy
+
+RIVAL = "reward_model_sampling"
+SYNTAX = (
+    "greedy, best_of_N, self_consistency_N, nabla, control, nabla@F and control@F (budget F times best_of_16's "
+    f"FLOPs), {RIVAL} (log-ratio rewards), distilled_greedy, distilled_best_of_N (need an adapter)"
+)
+_FORMS = re.compile(
+    rf"greedy|{RIVAL}|distilled_greedy|(distilled_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*"
+    r"|(nabla|control)(@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*))?"
+)
+
+
+def method_names(text: str) -> list[str]:
+    """Names from a comma-separated list.
+
+    Raises:
+        ValueError: none, an unknown one, or a budget without the best_of_16 that sets it.
+    """
+    names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    if not names:
+        raise ValueError(f"no methods: give some of {SYNTAX}")
+    unknown = next((name for name in names if not _FORMS.fullmatch(name)), None)
+    if unknown is not None:
+        raise ValueError(f"unknown method {unknown!r}: known are {SYNTAX}")
+    budgeted = next((name for name in names if "@" in name), None)
+    if budgeted is not None and "best_of_16" not in names:
+        raise ValueError(f"the budget of {budgeted} is a share of best_of_16's FLOPs: add best_of_16 to the methods")
+    return names
+
+
+def steps(
+    names: Sequence[str], bench: Bench, tuned: Policy | None, best_of_16_flops: Callable[[], float]
+) -> Iterator[Step]:
+    """The steps of these methods; each must have run before the next is asked for.
+
+    Args:
+        tuned: the policy of distilled_* methods.
+        best_of_16_flops: mean FLOPs per problem, read once the rows of best_of_16 are there.
+
+    Raises:
+        ValueError: before the first step, where a method lacks the policy, solver or better model it needs.
+    """
+    _check(names, bench, tuned)
+    best_of, majority = _sizes(names, "best_of_"), _sizes(names, "self_consistency_")
+    if best_of or majority:
+        yield bench.pool(best_of, majority)
+    if "greedy" in names:
+        yield bench.greedy()
+    configs = {"nabla": bench.config, "control": bench.config.control()}
+    for name in names:
+        method, _, share = name.partition("@")
+        if method in configs:
+            config = configs[method]
+            if share:
+                config = replace(config, flops=float(share) * best_of_16_flops(), rounds=0, patience=0)
+            yield bench.search(name, config)
+    if RIVAL in names:
+        yield bench.pool([1], policy=bench.reward.rival, names={1: RIVAL})
+    if "distilled_greedy" in names:
+        yield bench.greedy(tuned, "distilled_greedy")
+    sizes = _sizes(names, "distilled_best_of_")
+    if sizes:
+        yield bench.pool(sizes, policy=tuned, names={size: f"distilled_best_of_{size}" for size in sizes})
+
+
+def _check(names: Sequence[str], bench: Bench, tuned: Policy | None) -> None:
+    distilled = next((name for name in names if name.startswith("distilled_")), None)
+    if distilled is not None and tuned is None:
+        raise ValueError(f"{distilled} needs an adapter")
+    if distilled is None and tuned is not None:
+        raise ValueError("there is an adapter, but no distilled_ method that uses it")
+    if RIVAL in names and bench.reward.rival is None:
+        raise ValueError(f"{RIVAL} needs a log-ratio reward: {bench.reward.name} has no model to sample from")
+    if bench.config.solver == "none" and any(name.startswith("nabla") for name in names):
+        raise ValueError("solver none is the control: ask for control instead of nabla, or choose another solver")
+
+
+def _sizes(names: Sequence[str], prefix: str) -> list[int]:
+    return [int(name.removeprefix(prefix)) for name in names if name.startswith(prefix)]

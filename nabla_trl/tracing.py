@@ -1,0 +1,124 @@
+"""Making a folder of traces: the search over many problems, graded and written as it goes, resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nabla_trl.answers import AnswerChecker
+from nabla_trl.config import ReasonerConfig
+from nabla_trl.models import Policy
+from nabla_trl.records import grade
+from nabla_trl.rewards import Reward
+from nabla_trl.search import solve
+from nabla_trl.tasks import Problem
+from nabla_trl.traces import Trace, TraceWriter, finished_ids
+
+
+@dataclass
+class Tally:
+    """What the traces written so far add up to. Rewards are sums over the traces without an error."""
+
+    traces: int = 0
+    errors: int = 0
+    first_error: str = ""
+    proposed: int = 0
+    accepted: int = 0
+    reward_before: float = 0.0
+    reward_after: float = 0.0
+
+    def add(self, trace: Trace) -> None:
+        self.traces += 1
+        self.proposed += len(trace.revisions)
+        self.accepted += sum(revision.accepted for revision in trace.revisions)
+        if trace.error is not None:
+            self.errors += 1
+            self.first_error = self.first_error or trace.error
+        else:
+            self.reward_before += trace.reward_initial
+            self.reward_after += trace.reward
+
+    def __str__(self) -> str:
+        sound = max(self.traces - self.errors, 1)
+        text = (
+            f"{self.accepted} of {self.proposed} revisions accepted, "
+            f"mean reward {self.reward_before / sound:.2f} → {self.reward_after / sound:.2f}"
+        )
+        return f"{text}, {self.errors} failed (the first: {self.first_error})" if self.errors else text
+
+
+def unfinished(problems: Sequence[Problem], folder: Path, seed: int) -> list[Problem]:
+    """The problems without a trace of this seed in the folder."""
+    done = finished_ids(folder)
+    return [problem for problem in problems if (problem.id, seed) not in done]
+
+
+def write_traces(
+    problems: Sequence[Problem],
+    folder: Path,
+    *,
+    policy: Policy,
+    reward: Reward,
+    config: ReasonerConfig,
+    seed: int,
+    checker: AnswerChecker,
+    rank: int = 0,
+    bar: bool = True,
+) -> Tally:
+    """Refine a response to each problem and write graded traces, one shard per `config.batch_size` problems.
+
+    A batch is on disk before the next begins, so that little is lost when the process ends early.
+
+    Args:
+        rank: number of this process; each needs its own.
+        bar: show a progress bar on stderr.
+
+    Raises:
+        ValueError: as `solve` and `TraceWriter`.
+        OSError: a shard that cannot be written.
+    """
+    tally, size = Tally(), config.batch_size
+    with (
+        TraceWriter(folder, rank=rank, chunk_size=size) as writer,
+        tqdm(total=len(problems), desc="traces", unit="problem", disable=not bar) as progress,
+    ):
+        for begin in range(0, len(problems), size):
+            made = solve(problems[begin : begin + size], policy=policy, reward=reward, config=config, seed=seed)
+            for trace in grade(made, checker):
+                writer.add(trace)
+                tally.add(trace)
+            writer.flush()
+            progress.update(len(made))
+            progress.set_postfix_str(str(tally))
+    return tally
+
+
+def search_settings(config: ReasonerConfig) -> dict[str, str]:
+    """The options of a search that can change a trace, for `claim_settings`."""
+    return {name: str(value) for name, value in asdict(config).items() if name != "batch_size"}
+
+
+def claim_settings(mark: Path, settings: Mapping[str, str]) -> None:
+    """Note beside an output what it is made with; refuse to add to one made with other settings.
+
+    Several processes may claim the same settings at once.
+
+    Raises:
+        ValueError: the note is there and differs; the differences are named.
+    """
+    if not mark.exists():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        draft = mark.with_name(f"{mark.name}.{os.getpid()}.tmp")
+        draft.write_text(json.dumps(dict(settings), indent=1), encoding="utf-8")
+        draft.replace(mark)
+        return
+    had = json.loads(mark.read_text(encoding="utf-8"))
+    names = [name for name in {**had, **settings} if had.get(name) != settings.get(name)]
+    if names:
+        changed = ", ".join(f"{name} {settings.get(name)!r} (was {had.get(name)!r})" for name in names)
+        raise ValueError(f"{mark.parent} was made with other settings, now {changed}: use another --output_dir")
