@@ -120,9 +120,7 @@ def _read(path: Path) -> list[Row]:
     rows = []
     text = path.read_text(encoding="utf-8")
     # Another process may be in the middle of its last line: only whole lines count.
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

@@ -1,0 +1,123 @@
+"""Rows: made once, kept through kills, the same whatever the batch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from nabla_trl.answers import AnswerChecker
+from nabla_trl.config import ReasonerConfig
+from nabla_trl.evaluate import Bench, mean_flops, run_step
+from nabla_trl.rowstore import RowStore, reward_by_round, row_key
+
+CONFIG = ReasonerConfig(rounds=3, max_new_tokens=8, batch_size=2)
+
+
+@pytest.fixture
+def checker():
+    with AnswerChecker() as one:
+        yield one
+
+
+@pytest.fixture
+def asked(problems):
+    return [replace(problem, answer=str(index)) for index, problem in enumerate(problems)]
+
+
+@pytest.fixture
+def bench(policy, scalar_reward):
+    return Bench(policy, scalar_reward, CONFIG, (0, 1))
+
+
+def facts(rows):
+    """Rows without what differs from run to run; rewards to the precision of another batch's rounding."""
+    kept = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    for row in kept:
+        row["reward"] = round(row["reward"], 4)
+        row["reward_by_round"] = [round(value, 4) for value in row["reward_by_round"]]
+    return kept
+
+
+def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_path):
+    store = RowStore(tmp_path, "run")
+    for step in (bench.greedy(), bench.pool([1, 2], [2]), bench.search("nabla", CONFIG)):
+        run_step(step, asked, store, checker)
+    rows = store.read()
+    assert len({row_key(row) for row in rows}) == len(rows) == 4 + 3 * 8 + 8
+    assert {row["method"] for row in rows} == {"greedy", "best_of_1", "best_of_2", "self_consistency_2", "nabla"}
+    for row in rows:
+        assert row["flops"] > 0 and row["correct"] in (True, False) and row["error"] is None
+        assert row["reward_by_round"][-1] == pytest.approx(row["reward"])
+
+
+def test_what_is_there_is_not_run_again(bench, asked, checker, tmp_path):
+    step = bench.search("nabla", CONFIG)
+    first = run_step(step, asked, RowStore(tmp_path, "run"), checker)
+    assert len(first) == 8
+    assert run_step(step, asked, RowStore(tmp_path, "run"), checker) == []
+
+
+def test_a_run_cut_off_in_a_row_ends_with_the_same_rows(bench, asked, checker, tmp_path):
+    step = bench.pool([1, 2])
+    whole = RowStore(tmp_path / "whole", "run")
+    run_step(step, asked, whole, checker)
+    torn = RowStore(tmp_path / "torn", "run")
+    run_step(step, asked[:3], torn, checker)
+    data = torn.path.read_bytes()
+    torn.path.write_bytes(data[: len(data) - 37])
+    again = RowStore(tmp_path / "torn", "run")
+    assert len(again.done) == 11
+    run_step(step, list(reversed(asked)), again, checker)
+    assert facts(again.read()) == facts(whole.read())
+
+
+def test_rows_of_other_settings_are_refused(bench, asked, checker, tmp_path):
+    run_step(bench.greedy(), asked, RowStore(tmp_path, "one"), checker)
+    with pytest.raises(ValueError, match="other settings"):
+        RowStore(tmp_path, "two")
+
+
+def test_a_corrupt_line_is_named(bench, asked, checker, tmp_path):
+    store = RowStore(tmp_path, "run")
+    run_step(bench.greedy(), asked, store, checker)
+    lines = store.path.read_text().splitlines()
+    store.path.write_text("\n".join([lines[0], "{broken", *lines[1:]]) + "\n")
+    with pytest.raises(ValueError, match=r"rows-00000.jsonl:2 is not JSON"):
+        RowStore(tmp_path, "run")
+
+
+def test_rows_of_several_processes_are_read_together(bench, asked, checker, tmp_path):
+    step = bench.greedy()
+    for rank in range(2):
+        run_step(step, asked[rank::2], RowStore(tmp_path, "run", rank), checker)
+    alone = RowStore(tmp_path / "alone", "run")
+    run_step(step, asked, alone, checker)
+    assert facts(RowStore(tmp_path, "run").read()) == facts(alone.read())
+
+
+def test_an_error_is_a_row(bench, asked, checker, tmp_path):
+    bad = [*asked[:1], replace(asked[1], question="?!")]
+    rows = run_step(bench.search("nabla", CONFIG), bad, RowStore(tmp_path, "run"), checker)
+    assert [bool(row["error"]) for row in rows] == [False, True] * 2
+    assert [row["correct"] for row in rows if row["error"]] == [False, False]
+    json.dumps(rows, allow_nan=False)
+
+
+def test_a_missing_gold_answer_is_neither_right_nor_wrong(bench, problems, checker, tmp_path):
+    rows = run_step(bench.greedy(), problems, RowStore(tmp_path, "run"), checker)
+    assert [row["correct"] for row in rows] == [None] * 4
+
+
+def test_reward_by_round_follows_the_incumbent(bench, asked):
+    for trace in bench.search("nabla", replace(CONFIG, branches=2)).work(asked, 0):
+        curve = reward_by_round(trace)
+        assert curve[0] == trace.reward_initial and curve[-1] == trace.reward
+        assert len(curve) == 1 + len({revision.round for revision in trace.revisions})
+        assert curve == sorted(curve)
+
+
+def test_mean_flops_needs_rows():
+    with pytest.raises(ValueError, match="no rows of best_of_16"):
+        mean_flops([], "best_of_16")
