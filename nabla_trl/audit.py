@@ -109,10 +109,7 @@ def best_of_n_values(rewards: np.ndarray, values: np.ndarray, n: int) -> np.ndar
     weights /= weights.sum()
     rows = zip(rewards, values, strict=True)
     return np.array(
-        [
-            weights @ _mean_over_ties(np.sort(row), value[np.argsort(row, kind="stable")])
-            for row, value in rows
-        ]
+        [weights @ _mean_over_ties(np.sort(row), value[np.argsort(row, kind="stable")]) for row, value in rows]
     )
 
 
@@ -135,9 +132,7 @@ def within_auc(rewards: np.ndarray, right: np.ndarray) -> float:
 
 def within_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Mean Pearson correlation within problems, over those where both vary; 0 if there is none."""
-    values = [
-        float(np.corrcoef(x, y)[0, 1]) for x, y in zip(a, b, strict=True) if np.ptp(x) > 0 and np.ptp(y) > 0
-    ]
+    values = [float(np.corrcoef(x, y)[0, 1]) for x, y in zip(a, b, strict=True) if np.ptp(x) > 0 and np.ptp(y) > 0]
     return float(np.mean(values)) if values else 0.0
 
 

@@ -114,14 +114,10 @@ def _draw_entries(
         )
         for row, (problem, ids) in enumerate(prompts)
     }
-    return [
-        entries[p.id] if p.id in entries else Entry(p, [], [], Cost(), Cost(), errors[p.id]) for p in problems
-    ]
+    return [entries[p.id] if p.id in entries else Entry(p, [], [], Cost(), Cost(), errors[p.id]) for p in problems]
 
 
-def _encode(
-    problems: Sequence[Problem], policy: Policy
-) -> tuple[list[tuple[Problem, list[int]]], dict[str, str]]:
+def _encode(problems: Sequence[Problem], policy: Policy) -> tuple[list[tuple[Problem, list[int]]], dict[str, str]]:
     prompts, errors = [], {}
     for problem in problems:
         try:
@@ -191,12 +187,8 @@ def self_consistency(pool: Pool, count: int) -> list[Trace]:
         draws = entry.draws[:count]
         votes = Counter(normalize_answer(draw.answer) for draw in draws if draw.answer is not None)
         winner = votes.most_common(1)[0][0] if votes else None
-        chosen = next(
-            (d for d in draws if d.answer is not None and normalize_answer(d.answer) == winner), draws[0]
-        )
-        traces.append(
-            _trace(pool, entry, name, chosen, sum((draw.generation for draw in draws), entry.prefill))
-        )
+        chosen = next((d for d in draws if d.answer is not None and normalize_answer(d.answer) == winner), draws[0])
+        traces.append(_trace(pool, entry, name, chosen, sum((draw.generation for draw in draws), entry.prefill)))
     return traces
 
 
@@ -234,6 +226,4 @@ def _trace(pool: Pool, entry: Entry, method: str, draw: Draw, cost: Cost) -> Tra
 
 
 def _error(pool: Pool, entry: Entry, method: str, message: str) -> Trace:
-    return error_trace(
-        entry.problem, method, pool.seed, message, run_meta(pool.policy, pool.reward, pool.config_hash)
-    )
+    return error_trace(entry.problem, method, pool.seed, message, run_meta(pool.policy, pool.reward, pool.config_hash))

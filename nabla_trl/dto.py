@@ -82,15 +82,10 @@ def ste(
     for step in range(config.steps):
         if step:
             left = [gone | (z.argmax(-1) != top) for z, top, gone in zip(logits, begun, left, strict=True)]
-            now = [
-                torch.where(gone, z.argmax(-1), own)
-                for z, own, gone in zip(logits, choices, left, strict=True)
-            ]
+            now = [torch.where(gone, z.argmax(-1), own) for z, own, gone in zip(logits, choices, left, strict=True)]
             flipped = [row for row, (a, b) in enumerate(zip(now, hard, strict=True)) if not torch.equal(a, b)]
             if flipped:
-                for row, slope in zip(
-                    flipped, loss_gradient(flipped, [now[row] for row in flipped]), strict=True
-                ):
+                for row, slope in zip(flipped, loss_gradient(flipped, [now[row] for row in flipped]), strict=True):
                     slopes[row], hard[row] = slope, now[row]
         for z, slope in zip(logits, slopes, strict=True):
             z.grad = _through_softmax(z, slope, config.tau)

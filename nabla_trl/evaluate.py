@@ -88,9 +88,8 @@ class Bench:
         methods = (*titles.values(), *(f"self_consistency_{n}" for n in majority))
         return Step(methods, work, self.seeds, max(1, self.config.batch_size // count))
 
-    def search(self, method: str, **changes: object) -> Step:
-        """The reasoner with options changed, under a name of its own."""
-        config = replace(self.config, **changes)
+    def search(self, method: str, config: ReasonerConfig) -> Step:
+        """The reasoner under a configuration and a name of its own."""
 
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
             traces = solve(problems, policy=self.policy, reward=self.reward, config=config, seed=seed)
@@ -111,9 +110,7 @@ def run_step(
     total = len(problems) * len(step.seeds)
     done = 0
     for seed in step.seeds:
-        missing = [
-            p for p in problems if any((m, p.task, p.id, seed) not in store.done for m in step.methods)
-        ]
+        missing = [p for p in problems if any((m, p.task, p.id, seed) not in store.done for m in step.methods)]
         done += len(problems) - len(missing)
         for begin in range(0, len(missing), step.batch_size):
             batch = missing[begin : begin + step.batch_size]

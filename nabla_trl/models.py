@@ -100,13 +100,9 @@ def render(
         ValueError: the template refuses the chat (a role it does not know, turns that do not alternate).
     """
     try:
-        return tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
-        raise ValueError(
-            f"{problem.id}: the chat template refuses the messages: {one_line(error)}"
-        ) from error
+        raise ValueError(f"{problem.id}: the chat template refuses the messages: {one_line(error)}") from error
 
 
 def check_prompt(
@@ -190,9 +186,7 @@ def load_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     where = usable_device(device)
     try:
-        model, info = auto.from_pretrained(
-            name, dtype=DTYPES[dtype], revision=revision, output_loading_info=True
-        )
+        model, info = auto.from_pretrained(name, dtype=DTYPES[dtype], revision=revision, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(cannot_load("a model", name, error)) from error
     missing = sorted(info["missing_keys"])
@@ -234,13 +228,9 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
         odd = sorted([*loaded.missing_keys, *loaded.unexpected_keys])
         merged = wrapped.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot put adapter {adapter} on {model.name_or_path}: {one_line(error)}"
-        ) from error
+        raise ValueError(f"cannot put adapter {adapter} on {model.name_or_path}: {one_line(error)}") from error
     if odd:
-        raise ValueError(
-            f"adapter {adapter} was made for another base than {model.name_or_path}: {odd[0]} does not match"
-        )
+        raise ValueError(f"adapter {adapter} does not fit {model.name_or_path}: {odd[0]} is in one of them only")
     if all(torch.equal(before[name], weight) for name, weight in merged.named_parameters()):
         raise ValueError(f"adapter {adapter} changes no weight of {model.name_or_path}: it is inert")
     return merged
@@ -284,9 +274,9 @@ def vocabulary_map(
         elif token not in special and index < source_rows:
             missing.append(token)
     if missing:
-        named = ", ".join(map(repr, missing[:5]))
+        named = ", ".join(map(repr, missing[:5])) + (" …" if len(missing) > 5 else "")
         raise ValueError(
-            f"the reward's vocabulary lacks {len(missing)} of the policy's tokens ({named}{' …' if len(missing) > 5 else ''}): "
+            f"the reward's vocabulary lacks {len(missing)} of the policy's tokens ({named}): "
             "gradients need a reward over the same token strings"
         )
     return mapping

@@ -172,9 +172,7 @@ def _break_even(summary: Mapping, titles: Mapping[str, str]) -> Figure | None:
     if "flops.training" not in summary or f"flops.{own}" not in summary or not rivals:
         return None
     count = EngFormatter(places=1, sep="")
-    crossings = {
-        name: summary.get(f"break_even.{own}-{name}", {"value": math.inf})["value"] for name in rivals
-    }
+    crossings = {name: summary.get(f"break_even.{own}-{name}", {"value": math.inf})["value"] for name in rivals}
     shown = {name: value for name, value in crossings.items() if 1 <= value <= MOST_QUERIES}
     paid = ", ".join(f"{count(value)} against {name}" for name, value in shown.items())
     title = f"Queries until training is paid back: {paid}" if paid else "Total FLOPs against queries answered"
@@ -265,9 +263,7 @@ class _Labels:
         x, y = self.axes.transData.transform((point.x, point.y))
         self.taken.append((x - 7, y - 7, x + 7, y + 7))
 
-    def place(
-        self, text: str, x: float, y: float, colour: str, *, size: float = 9, weight: str = "normal"
-    ) -> None:
+    def place(self, text: str, x: float, y: float, colour: str, *, size: float = 9, weight: str = "normal") -> None:
         """Write `text` near the data point (x, y), with a thin line to it where it can't stand beside it."""
         look = {"fontsize": size, "fontweight": weight, "color": colour, "ha": "center", "va": "center"}
         label = self.axes.annotate(text, (x, y), xytext=(0, 0), textcoords="offset pixels", zorder=5, **look)
@@ -292,8 +288,7 @@ class _Labels:
         outside = max(0, frame.x0 + 3 - left) + max(0, right - self.figure.bbox.x1 + 4)
         outside += max(0, top - frame.y1 - 4) + max(0, frame.y0 + 3 - bottom)
         covered = sum(
-            max(0, min(right, r) - max(left, x)) * max(0, min(top, t) - max(bottom, b))
-            for x, b, r, t in self.taken
+            max(0, min(right, r) - max(left, x)) * max(0, min(top, t) - max(bottom, b)) for x, b, r, t in self.taken
         )
         xy = self.ink[:, :2]
         inside = ((xy > (left - 1, bottom - 1)) & (xy < (right + 1, top + 1))).all(axis=1)

@@ -111,9 +111,7 @@ def grade(traces: Sequence[Trace], checker: AnswerChecker) -> list[Trace]:
     return [
         replace(
             trace,
-            correct=None
-            if verdict.name in ("NO_GOLD", "BAD_GOLD")
-            else verdict.right and trace.error is None,
+            correct=None if verdict.name in ("NO_GOLD", "BAD_GOLD") else verdict.right and trace.error is None,
         )
         for trace, verdict in zip(traces, verdicts, strict=True)
     ]

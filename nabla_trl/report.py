@@ -27,9 +27,7 @@ FLOPS_SHARE = 1 / 3  # target: nabla reaches best-of-16 at no more than this sha
 GAIN_SHARE = 0.6  # target: the share of nabla's gain that one greedy decode keeps after distillation
 EQUAL_FLOPS = 0.9  # a control that spent less than this share of nabla's FLOPs was not given an equal budget
 RIVAL = "reward_model_sampling"
-RIVAL_NOTE = (
-    f"The reward is a log-ratio, so the obvious rival is sampling from the better model itself, {RIVAL}"
-)
+RIVAL_NOTE = f"The reward is a log-ratio, so the obvious rival is sampling from the better model itself, {RIVAL}"
 NO_TURN = "Nowhere is the run with the most FLOPs worse than a cheaper one of its kind, beyond chance."
 _EXPECTED = (
     "greedy",
@@ -301,9 +299,7 @@ def verdict(summary: Summary, facts: Mapping) -> list[str]:
             found.append(_against_control(summary, method, control))
     for a, b in (("nabla", "greedy"), ("distilled_greedy", "greedy"), ("distilled_best_of_8", "best_of_8")):
         if f"paired.{a}-{b}" in summary:
-            found.append(
-                f"{a} {accuracy(summary, a)} against {b} {accuracy(summary, b)}; {_gap(summary, a, b)}"
-            )
+            found.append(f"{a} {accuracy(summary, a)} against {b} {accuracy(summary, b)}; {_gap(summary, a, b)}")
     absent = _missing(summary, *_EXPECTED)
     note = [f"Missing, and so not compared: {', '.join(absent)}."] if absent else []
     return [f"{sentence}." for sentence in found] + _rival(summary, facts) + note
@@ -329,7 +325,7 @@ def _titles(summary: Summary, facts: Mapping) -> dict[str, str]:
         ratio = _ratio(summary, cost, method, "best_of_16") if method else math.nan
         unit = "FLOPs" if cost == "flops" else "seconds"
         titles[cost] = f"Accuracy against {unit} per problem"
-        if math.isfinite(ratio):
+        if method and math.isfinite(ratio):
             a, b = accuracy(summary, method), accuracy(summary, "best_of_16")
             titles[cost] = f"{method} scores {a} at {ratio:.2f} of best_of_16's {unit} ({b})"
     problems = max(one["problems"] for one in summary.values())
@@ -418,9 +414,7 @@ def _paired(summary: Summary) -> str:
             lines.append([f"{a} − {b}", _span(one, "+.3f"), chance, f"{_ratio(summary, 'flops', a, b):.2f}"])
     if not lines:
         return "Missing: no two methods that belong together were evaluated."
-    note = (
-        "p: two-sided sign-flip permutation test over problems, not corrected for how many tests there are."
-    )
+    note = "p: two-sided sign-flip permutation test over problems, not corrected for how many tests there are."
     return _table(["a − b", "difference", "p", "FLOPs a / b"], lines) + f"\n\n{note}"
 
 
@@ -468,9 +462,7 @@ def _break_even(summary: Summary, facts: Mapping) -> str:
         elif not method.startswith("distilled"):
             never.append(method)
     page = f"{head}\n\n" + _table(["method", "accuracy", "queries"], lines) if lines else head
-    return page + (
-        f"\n\nNever, as each query costs no less than theirs: {', '.join(never)}." if never else ""
-    )
+    return page + (f"\n\nNever, as each query costs no less than theirs: {', '.join(never)}." if never else "")
 
 
 def _plots(drawn: Mapping[str, Path], folder: Path) -> list[str]:

@@ -187,9 +187,7 @@ def resampled_means(columns: np.ndarray) -> np.ndarray:
 def reward_rounds(grid: Grid) -> list[Interval]:
     """Mean incumbent reward by round; a list that ended early is carried forward. Empty without records."""
     longest = max((len(one) for one in grid.rounds if one), default=0)
-    filled = [
-        [*one, *[one[-1]] * (longest - len(one))] if one else [math.nan] * longest for one in grid.rounds
-    ]
+    filled = [[*one, *[one[-1]] * (longest - len(one))] if one else [math.nan] * longest for one in grid.rounds]
     cube = np.array(filled, dtype=np.float64).reshape(len(grid.problems), len(grid.seeds), longest)
     return [mean_interval(cube[:, :, step]) for step in range(longest) if np.isfinite(cube[:, :, step]).any()]
 
@@ -219,14 +217,10 @@ def _times(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
 def _percentiles(value: float, draws: np.ndarray) -> tuple[float, float]:
     # "nearest" never interpolates towards an infinite ratio
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
-    return min(float(low), float(value)), max(
-        float(high), float(value)
-    )  # equal scores differ by rounding alone
+    return min(float(low), float(value)), max(float(high), float(value))  # equal scores differ by rounding alone
 
 
-def _common_means(
-    a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]
-) -> tuple[np.ndarray, np.ndarray]:
+def _common_means(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
     odd = sorted(a.keys() ^ b.keys())
     if odd:
         raise ValueError(f"paired difference: {len(odd)} problems are on one side only ({_some(odd)})")
@@ -253,14 +247,10 @@ def _grid(method: str, cells: Mapping[tuple[str, int], Mapping], problems: tuple
     holes = [key for key in keys if key not in cells]
     if holes:
         more = f" and {len(holes) - 1} more" if len(holes) > 1 else ""
-        raise ValueError(
-            f"no row for {_where(method, *holes[0])}{more}: finish the evaluation before the report"
-        )
+        raise ValueError(f"no row for {_where(method, *holes[0])}{more}: finish the evaluation before the report")
     rows = [cells[key] for key in keys]
     shape = (len(problems), len(seeds))
-    columns = {
-        metric: np.array([_number(row[metric]) for row in rows]).reshape(shape) for metric in METRICS[1:]
-    }
+    columns = {metric: np.array([_number(row[metric]) for row in rows]).reshape(shape) for metric in METRICS[1:]}
     right = [bool(row["correct"]) and row["error"] is None for row in rows]
     columns["accuracy"] = np.array(right, dtype=np.float64).reshape(shape)
     errors = sum(row["error"] is not None for row in rows)

@@ -311,8 +311,7 @@ def _messages(row: dict[str, Any], where: str) -> tuple[dict[str, str], ...] | N
     if value is None:
         return None
     is_chat = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in value
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     )
     if not is_chat or not value or value[-1]["role"] != "user":
         raise ValueError(

@@ -81,9 +81,7 @@ def train_sft(
     size = model_size(model, "policy")
     result = trainer.train()
     if not result.training_loss == result.training_loss:
-        raise ValueError(
-            f"the training loss became nan (learning_rate {config.learning_rate}): no adapter written"
-        )
+        raise ValueError(f"the training loss became nan (learning_rate {config.learning_rate}): no adapter written")
     if trainer.accelerator.is_main_process:
         _save_adapter(trainer, output)
     trainer.accelerator.wait_for_everyone()

@@ -358,9 +358,7 @@ def test_plain_numbers_start_no_worker_and_a_worker_that_cannot_start_is_a_clear
 ) -> None:
     with AnswerChecker(_compare_file=str(tmp_path / "missing.py")) as checker:
         assert checker.check([("1,234.0", "1234"), ("3", "4"), ("Evelyn", "Evelyn")])[0].right
-        with pytest.raises(
-            RuntimeError, match="no worker for math-verify could be started: FileNotFoundError"
-        ):
+        with pytest.raises(RuntimeError, match="no worker for math-verify could be started: FileNotFoundError"):
             checker.check([("x+1", "1+x")])
         assert sum(checker.counts.values()) == 3
 
@@ -422,8 +420,6 @@ time.sleep(60)
 
 
 def test_imports_neither_torch_nor_sympy() -> None:
-    code = (
-        "import sys, nabla_trl.answers; sys.exit(bool({'torch', 'sympy', 'transformers'} & set(sys.modules)))"
-    )
+    code = "import sys, nabla_trl.answers; sys.exit(bool({'torch', 'sympy', 'transformers'} & set(sys.modules)))"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0

@@ -119,9 +119,7 @@ def test_summary_equals_plain_means_of_the_rows(summary):
     rows = make_rows()
     for method in WORLD:
         own = [one for one in rows if one["method"] == method]
-        assert summary[f"accuracy.{method}"]["value"] == pytest.approx(
-            np.mean([one["correct"] for one in own])
-        )
+        assert summary[f"accuracy.{method}"]["value"] == pytest.approx(np.mean([one["correct"] for one in own]))
         assert summary[f"flops.{method}"]["value"] == pytest.approx(np.mean([one["flops"] for one in own]))
     assert summary["paired.nabla-greedy"]["value"] == pytest.approx(0.4)
     assert summary["recovered.distilled_greedy"]["value"] == pytest.approx(0.75)
@@ -135,9 +133,7 @@ def test_break_even_pays_the_training_back(summary):
 
 def test_every_accuracy_stands_beside_its_interval(written):
     rows = table(section(written, "Results"))
-    assert [one["method"] for one in rows] == report.methods(
-        json.loads((written / "summary.json").read_text())
-    )
+    assert [one["method"] for one in rows] == report.methods(json.loads((written / "summary.json").read_text()))
     for one in rows:
         assert re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", one["accuracy"]), one
     for heading in ("Verdict", "Figures to reach", "Is the reward sound under search?", "Break-even"):
@@ -245,9 +241,7 @@ def test_what_is_not_there_is_named_and_its_old_figure_removed(tmp_path):
         "accuracy_flops",
         "accuracy_seconds",
     ]
-    assert "Not drawn for want of rows or facts: Reward over rounds, Break-even." in section(
-        tmp_path, "Plots"
-    )
+    assert "Not drawn for want of rows or facts: Reward over rounds, Break-even." in section(tmp_path, "Plots")
     assert "Missing: the FLOPs of training" in section(tmp_path, "Break-even")
     assert "nabla" in section(tmp_path, "Verdict").split("Missing, and so not compared: ")[1]
     assert "not audited" in section(tmp_path, "Is the reward sound under search?")

@@ -29,9 +29,7 @@ CHAT = [
 
 
 def write_lines(path: Path, *rows: Any) -> str:
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8"
-    )
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
     return str(path)
 
 

@@ -79,9 +79,7 @@ def make_trace(number: int, *, seed: int = 0, rounds: int = 4) -> Trace:
         gold=draw.choice([None, "7"]),
         correct=draw.choice([None, True, False]),
         revisions=revisions,
-        cost=Cost(
-            draw.choice(AWKWARD_FLOATS), draw.random(), {"policy/decode": number, "reward/backward": 3}
-        ),
+        cost=Cost(draw.choice(AWKWARD_FLOATS), draw.random(), {"policy/decode": number, "reward/backward": 3}),
         stop="rounds",
         finished=True,
         meta={"policy": "tiny/∇", "config_hash": "ab12"},
@@ -461,9 +459,7 @@ def test_preference_rows_skip_and_count_what_decides_nothing() -> None:
     ]
     rows, skipped = preference_rows([worked_trace(), *undecided])
     assert len(rows) == 3
-    assert skipped == Counter(
-        {"tie": 1, "non-finite": 1, "against the reward": 1, "error": 1, "duplicate": 2 * 3}
-    )
+    assert skipped == Counter({"tie": 1, "non-finite": 1, "against the reward": 1, "error": 1, "duplicate": 2 * 3})
     accepted_though_worse = _revised(0, reward_after=-1.0)
     assert preference_rows([accepted_though_worse]).skipped == Counter({"against the reward": 1})
     with pytest.raises(ValueError, match="does not fit the incumbent"):
@@ -475,9 +471,7 @@ def test_preference_rows_rebuild_the_two_responses() -> None:
         trace = make_trace(number)
         rows, skipped = preference_rows([trace])
         assert len(rows) + skipped["duplicate"] == len(trace.revisions)
-        pairs = [
-            {tuple(row["prompt_ids"] + row[side]) for side in ("chosen_ids", "rejected_ids")} for row in rows
-        ]
+        pairs = [{tuple(row["prompt_ids"] + row[side]) for side in ("chosen_ids", "rejected_ids")} for row in rows]
         for revision, base in trace.bases():
             proposal = base[: revision.position] + list(revision.suffix)
             assert {tuple(trace.prompt_ids + ids) for ids in (base, proposal)} in pairs

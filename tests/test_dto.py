@@ -1,0 +1,596 @@
+"""dto and propose: solvers against literal references, branches against their stated distribution."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import worlds
+from torch import Tensor
+
+from nabla_trl import dto, kv, propose
+from nabla_trl.chain import Chain
+from nabla_trl.compute import Meter
+from nabla_trl.config import PRESETS, ReasonerConfig
+from nabla_trl.dto import SteConfig
+from nabla_trl.gradient import token_gradient
+from nabla_trl.models import Policy
+from nabla_trl.rewards import Reward
+from nabla_trl.tasks import Problem
+from nabla_trl.terms import Sample
+
+DOUBLE = torch.float64
+END = worlds.TOKENS.index(worlds.END)
+LAM = 0.5
+
+# --- ste against a literal reference -----------------------------------------------------------------------
+
+
+def literal_ste(
+    logp: Tensor, choice: Tensor, objective: Callable[[Tensor], Tensor], config: SteConfig
+) -> tuple[Tensor, list[list[int]]]:
+    """Autograd through everything at every step; the optimised logits and the hard tokens of each step."""
+    z = logp.clone().requires_grad_(True)
+    adam = torch.optim.Adam([z], lr=config.lr)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=config.steps, eta_min=config.lr_end)
+    start, left, seen = logp.argmax(-1), torch.zeros(len(logp), dtype=torch.bool), []
+    for _ in range(config.steps):
+        left |= z.argmax(-1) != start
+        hard = torch.where(left, z.argmax(-1), choice)
+        soft = (z / config.tau).softmax(-1)
+        one_hot = F.one_hot(hard, z.shape[1]).to(z.dtype) + soft - soft.detach()
+        adam.zero_grad()
+        objective(one_hot).backward()
+        adam.step()
+        cosine.step()
+        seen.append(hard.tolist())
+    return z.detach(), seen
+
+
+def log_likelihood(model: Any, item: Sample, rows: Tensor, direct: bool = True, postfix: bool = True) -> Tensor:
+    """Σ Y·log p of one-hot rows [T, V] by one full forward."""
+    whole = torch.cat((F.one_hot(torch.tensor(item.prompt), rows.shape[1]).to(rows.dtype), rows))
+    embeds = (whole if postfix else whole.detach()) @ model.get_input_embeddings().weight
+    logp = model(inputs_embeds=embeds[None]).logits[0].log_softmax(-1)[len(item.prompt) - 1 : -1]
+    return ((rows if direct else rows.detach()) * logp).sum()
+
+
+def score(model: Any, item: Sample, rows: Tensor) -> Tensor:
+    """A classifier's score; the template closes the turn with the stop token, unless the response has done so."""
+    tail = [] if int(rows[-1].argmax()) == END else [END]
+    before, after = (F.one_hot(torch.tensor(ids, dtype=torch.long), rows.shape[1]) for ids in (item.prompt, tail))
+    whole = torch.cat((before.to(rows.dtype), rows, after.to(rows.dtype)))
+    return model(inputs_embeds=(whole @ model.get_input_embeddings().weight)[None]).logits.squeeze()
+
+
+def reward_value(reward: Reward, item: Sample, rows: Tensor, postfix: bool = True) -> Tensor:
+    if reward.kind == "scalar":
+        return score(reward.terms[0].model, item, rows)
+    better, base = (log_likelihood(term.model, item, rows, postfix=postfix) for term in reward.terms)
+    return better - base
+
+
+def relaxed_objective(
+    policy: Policy, reward: Reward, item: Sample, direct: bool = True, postfix: bool = True
+) -> Callable[[Tensor], Tensor]:
+    """one-hot [T, V] → −λ·r − log π."""
+
+    def objective(rows: Tensor) -> Tensor:
+        own = log_likelihood(policy.model, item, rows, direct, postfix)
+        return -LAM * reward_value(reward, item, rows) - own
+
+    return objective
+
+
+class Problems:
+    """Responses of a policy with everything `ste` wants, over the whole vocabulary."""
+
+    def __init__(self, policy: Policy, reward: Reward, texts: list[tuple[str, bool]]):
+        self.policy, self.reward = policy, reward
+        questions = worlds.tiny_problems()
+        self.samples = [worlds.sample(policy, questions[i], t, finished=f) for i, (t, f) in enumerate(texts)]
+        self.choices = [torch.tensor(item.response) for item in self.samples]
+        self.logp = [self._logp(item) for item in self.samples]
+        self.calls: list[list[int]] = []
+        self.hard: list[Tensor] = list(self.choices)
+
+    def _logp(self, item: Sample) -> Tensor:
+        with torch.no_grad():
+            logits = self.policy.model(torch.tensor([item.prompt + item.response])).logits[0]
+        logp = logits[len(item.prompt) - 1 : -1].log_softmax(-1)
+        return logp.masked_fill(self.policy.forbidden, -torch.inf)
+
+    def gradient(self, rows: list[int], hard: list[Tensor]) -> list[Tensor]:
+        """∂L/∂Y by the package's token gradients; records who asked."""
+        if self.calls:
+            assert all(not torch.equal(self.hard[row], now) for row, now in zip(rows, hard, strict=True))
+        self.calls.append(rows)
+        for row, now in zip(rows, hard, strict=True):
+            self.hard[row] = now
+        moved = [
+            Sample(self.samples[row].problem, self.samples[row].prompt, now.tolist())
+            for row, now in zip(rows, hard, strict=True)
+        ]
+        own = propose.policy_likelihood(self.policy)
+        total = [torch.zeros(()) for _ in rows]
+        for terms, factor in ((self.reward.terms, -LAM), ([own], -1.0)):
+            memos = list(zip(*(term.prompt_memos(moved, Meter()) for term in terms), strict=True))
+            parts = token_gradient(terms, moved, memos, None, meter=Meter())
+            total = [a + factor * b for a, b in zip(total, parts, strict=True)]
+        return total
+
+    def only(self, row: int) -> Problems:
+        alone = object.__new__(Problems)
+        alone.policy, alone.reward, alone.calls = self.policy, self.reward, []
+        alone.samples, alone.choices = [self.samples[row]], [self.choices[row]]
+        alone.logp, alone.hard = [self.logp[row]], [self.choices[row]]
+        return alone
+
+    def solve(self, config: SteConfig) -> list[Tensor]:
+        return dto.ste(self.logp, self.choices, self.gradient, config)
+
+
+TEXTS = [("4-5=9;#9", True), ("3*4", False)]
+
+
+@pytest.fixture(scope="module", params=["scalar", "log-ratio"])
+def world(request: pytest.FixtureRequest) -> tuple[Policy, Reward]:
+    policy = worlds.tiny_policy(dtype=DOUBLE)
+    return policy, (worlds.tiny_scalar if request.param == "scalar" else worlds.tiny_logratio)(policy)
+
+
+def test_ste_equals_the_literal_reference(world: tuple[Policy, Reward]) -> None:
+    """… over 100 steps in which tokens flip, and asks for a gradient at flips only."""
+    config = SteConfig(steps=100, lr=0.1, lr_end=0.01, tau=1.0 if world[1].kind == "scalar" else 0.7)
+    ours = Problems(*world, TEXTS)
+    found = ours.solve(config)
+    asked = Counter(row for rows in ours.calls for row in rows)
+    flips = 0
+    for row, item in enumerate(ours.samples):
+        objective = relaxed_objective(*world, item)
+        expected, seen = literal_ste(ours.logp[row], ours.choices[row], objective, config)
+        finite = expected.isfinite()
+        assert finite.equal(found[row].isfinite()) and not finite.all()
+        assert float((found[row] - expected)[finite].abs().max()) <= 1e-6
+        assert float((expected - ours.logp[row])[finite].abs().max()) > 1  # it went somewhere
+        changed = sum(a != b for a, b in pairwise(seen))
+        assert seen[0] == item.response and asked[row] == 1 + changed
+        flips += changed
+    assert flips >= 5 and len(ours.calls) < config.steps
+
+
+def test_a_batch_of_rows_equals_single_rows(world: tuple[Policy, Reward]) -> None:
+    config = SteConfig(steps=40, lr=0.2, lr_end=0.01)
+    together = Problems(*world, TEXTS)
+    solved = together.solve(config)
+    assert len(together.calls) > 1
+    for row, logits in enumerate(solved):
+        alone = together.only(row)
+        assert torch.allclose(alone.solve(config)[0], logits, rtol=0, atol=1e-9)
+
+
+def test_without_a_flip_one_gradient_serves_all_steps() -> None:
+    calls = []
+
+    def constant(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
+        calls.append(rows)
+        return [torch.tensor([[-1.0, 0.0, 1.0]]) for _ in rows]
+
+    logp = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    dto.ste([logp, logp], [torch.tensor([0]), torch.tensor([2])], constant, SteConfig(steps=50, lr=0.1))
+    assert calls == [[0, 1]]
+
+
+def test_once_the_arg_max_has_moved_the_arg_max_is_the_token() -> None:
+    """Also when it comes back to where it began: the incumbent's token does not return."""
+    seen = []
+
+    def pushed(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
+        seen.append(hard[0].tolist())
+        slope = torch.zeros(1, 3)
+        slope[0, 1 if len(seen) == 1 else 0] = -3.0
+        return [slope]
+
+    logp = torch.tensor([[0.5, 0.45, 0.05]]).log()
+    dto.ste([logp], [torch.tensor([2])], pushed, SteConfig(steps=60, lr=0.1, lr_end=0.1))
+    assert seen == [[2], [1], [0]]
+
+
+def test_ste_solves_a_quadratic() -> None:
+    """½‖Y − C‖² over one-hot rows is least at the arg max of C, wherever the search begins."""
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.randn(6, 5, generator=generator).log_softmax(-1)
+    best = torch.randint(0, 5, (6,), generator=generator)
+    target = 3.0 * F.one_hot(best, 5) + 0.1 * torch.rand(6, 5, generator=generator)
+    choice = torch.randint(0, 5, (6,), generator=generator)
+    assert (choice != best).any() and (logp.argmax(-1) != best).any()
+
+    def slope(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
+        return [F.one_hot(hard[0], 5) - target]
+
+    solved = dto.ste([logp], [choice], slope, SteConfig(steps=100, lr=0.1))[0]
+    assert solved.argmax(-1).equal(best)
+
+
+# --- mirror ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numbers() -> tuple[Tensor, Tensor, Tensor]:
+    """log π [T, K], ∂r/∂Y [T, K] and the incumbent's columns [T]."""
+    generator = torch.Generator().manual_seed(1)
+    logp = (2 * torch.randn(5, 7, generator=generator, dtype=DOUBLE)).log_softmax(-1)
+    slope = 3 * torch.randn(5, 7, generator=generator, dtype=DOUBLE)
+    return logp, slope, torch.tensor([0, 3, 6, 2, 2])
+
+
+@pytest.mark.parametrize("lam", [0.1, 1.0, 4.0])
+def test_mirror_is_the_optimum_of_its_proximal_problem(numbers: tuple[Tensor, ...], lam: float) -> None:
+    logp, slope, choice = numbers
+    scores = dto.mirror(logp, slope, choice, lam)
+    advantage = lam * (slope - slope[torch.arange(5), choice][:, None])
+    q = scores.softmax(-1)
+
+    def objective(q: Tensor) -> Tensor:
+        return (q * (q.log() - logp - advantage)).sum(-1)
+
+    # Stationarity on the simplex: the derivative is the same for every token, up to the multiplier.
+    derivative = q.log() - logp - advantage
+    assert torch.allclose(derivative, derivative[:, :1].expand(-1, 7), rtol=0, atol=1e-10)
+    assert (q > 0).all() and torch.allclose(q.sum(-1), torch.ones(5, dtype=DOUBLE))
+    random = torch.distributions.Dirichlet(torch.full((7,), 0.7, dtype=DOUBLE))
+    torch.manual_seed(2)
+    for other in random.sample((200, 5)).clamp(min=1e-12):
+        for step in (1.0, 0.1, 1e-3):
+            moved = (1 - step) * q + step * other / other.sum(-1, keepdim=True)
+            assert (objective(moved) >= objective(q) - 1e-12).all()
+        assert (objective(other / other.sum(-1, keepdim=True)) > objective(q) + 1e-6).all()
+
+
+def test_mirror_scores_compare_across_positions(numbers: tuple[Tensor, ...]) -> None:
+    """An incumbent's own score is its log π; at λ → 0 so is everyone's; what is forbidden stays so."""
+    logp, slope, choice = numbers
+    logp[0, 1] = -torch.inf
+    scores = dto.mirror(logp, slope, choice, 2.0)
+    assert torch.equal(scores.gather(1, choice[:, None]), logp.gather(1, choice[:, None]))
+    assert scores[0, 1] == -torch.inf
+    assert torch.allclose(dto.mirror(logp, slope, choice, 1e-12).softmax(-1), logp.softmax(-1), atol=1e-10)
+    shifted = dto.mirror(logp, slope + torch.randn(5, 1, dtype=DOUBLE), choice, 2.0)
+    assert torch.allclose(shifted, scores, atol=1e-12)
+
+
+# --- the three solvers through solve_tokens ----------------------------------------------------------------
+
+
+def make_chain(candidates: Tensor, logp: Tensor, response: list[int], **values: Any) -> Chain:
+    defaults = {"cache": None, "prompt": [0], "room": 99, "prompt_memos": [], "memos": []}
+    return Chain(
+        problem=Problem(id="p", question="1"),
+        response=response,
+        finished=False,
+        candidates=candidates,
+        logp=logp,
+        reward=0.0,
+        initial=response,
+        initial_reward=0.0,
+        **{**defaults, **values},
+    )
+
+
+def real_chains(policy: Policy, reward: Reward) -> list[Chain]:
+    """Chains over the whole vocabulary, in the policy's precision."""
+    ready = Problems(policy, reward, TEXTS)
+    bare = reward.prompt_memos(ready.samples, Meter())
+    _, kept = reward.score(ready.samples, bare, meter=Meter(), keep=True)
+    caches = kv.prefill(policy.model, [item.prompt + item.response[:-1] for item in ready.samples])
+    chains = []
+    for item, logp, first, memo, cache in zip(ready.samples, ready.logp, bare, kept, caches, strict=True):
+        table = torch.arange(logp.shape[1]).expand(len(item.response), -1)
+        known = {"prompt": item.prompt, "prompt_memos": first, "memos": memo, "cache": cache}
+        chain = make_chain(table, logp, item.response, **known)
+        chain.problem = item.problem
+        chains.append(chain)
+    return chains
+
+
+def test_none_is_the_policy_and_costs_nothing(world: tuple[Policy, Reward]) -> None:
+    chains, meter = real_chains(*world), Meter()
+    propose.solve_tokens(chains, *world, ReasonerConfig(solver="none"), meter)
+    assert all(torch.equal(chain.scores, chain.logp) for chain in chains)
+    assert meter.total().flops == 0
+
+
+@pytest.mark.parametrize("postfix", [False, True])
+def test_mirror_reads_the_reward_alone(world: tuple[Policy, Reward], postfix: bool) -> None:
+    """Of log-likelihoods, the part through later tokens only if asked for; a scalar reward has no other part."""
+    reward = world[1]
+    chains, meter = real_chains(*world), Meter()
+    config = ReasonerConfig(solver="mirror", beta=1 / LAM, postfix=postfix)
+    propose.solve_tokens(chains, *world, config, meter)
+    for chain in chains:
+        rows = F.one_hot(torch.tensor(chain.response), chain.logp.shape[1]).to(DOUBLE).requires_grad_(True)
+        slope = LAM * torch.autograd.grad(reward_value(reward, chain.sample(), rows, postfix), rows)[0]
+        expected = chain.logp + slope - slope.gather(1, torch.tensor(chain.response)[:, None])
+        finite = chain.logp.isfinite()
+        assert torch.allclose(chain.scores[finite], expected[finite], rtol=1e-5, atol=1e-4)
+        assert meter.cost(chain.problem.id).flops > 0
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("postfix", [True, False])
+def test_ste_descends_the_paper_loss(world: tuple[Policy, Reward], direct: bool, postfix: bool) -> None:
+    """L = −λ·r − log π, its switches included, from chain to scores (gradients in float32 there)."""
+    chains = real_chains(*world)
+    config = ReasonerConfig(solver="ste", beta=1 / LAM, steps=20, lr=0.1, tau=0.9, direct=direct, postfix=postfix)
+    propose.solve_tokens(chains, *world, config, Meter())
+    moved = 0
+    for chain in chains:
+        objective = relaxed_objective(*world, chain.sample(), direct, postfix)
+        expected, seen = literal_ste(chain.logp, torch.tensor(chain.response), objective, config.ste())
+        finite = expected.isfinite()
+        assert torch.allclose(chain.scores[finite], expected[finite], rtol=0, atol=1e-3)
+        moved += seen[-1] != chain.response
+    assert moved
+
+
+@pytest.mark.parametrize("options", [{"solver": "mirror"}, {"postfix": True}, {"solver": "ste", "steps": 1}])
+def test_the_budget_expects_what_the_gradient_costs(world: tuple[Policy, Reward], options: dict[str, Any]) -> None:
+    chains, meter, config = real_chains(*world), Meter(), ReasonerConfig(**options)
+    expected = [propose.expected_flops(chain, [], *world, config) for chain in chains]
+    propose.solve_tokens(chains, *world, config, meter)
+    assert [meter.cost(chain.problem.id).flops for chain in chains] == expected
+    assert [propose.expected_flops(chain, [], *world, config) for chain in chains] == [0.0, 0.0]  # paid for
+
+
+def test_ste_pays_once_for_tokens_that_come_back(
+    world: tuple[Policy, Reward], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains, meter, requests, solve = real_chains(*world), Meter(), [], dto.ste
+
+    def watched(logp: Any, choices: Any, loss_gradient: dto.GradientFn, config: SteConfig) -> list[Tensor]:
+        def asked(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
+            requests.extend((row, *tokens.tolist()) for row, tokens in zip(rows, hard, strict=True))
+            return loss_gradient(rows, hard)
+
+        return solve(logp, choices, asked, config)
+
+    monkeypatch.setattr(dto, "ste", watched)
+    config = ReasonerConfig(solver="ste", beta=1 / LAM, steps=60, lr=1.0, lr_end=1.0)
+    propose.solve_tokens(chains, *world, config, meter)
+    assert len(requests) > len(set(requests))
+    for row, chain in enumerate(chains):
+        distinct = sum(request[0] == row for request in set(requests))
+        assert meter.cost(chain.problem.id).tokens["policy/backward"] == distinct * len(chain.response)
+
+
+def test_ste_never_asks_the_reward_to_read_what_it_cannot() -> None:
+    """A likely token that the reward lacks may stand as the response's stop, and nowhere else."""
+    close = "<|close|>"
+    tokens = [*(token for token in worlds.TOKENS if token != worlds.END), close]
+    own = worlds.char_tokenizer(tokens, eos=close, template=worlds.TEMPLATE.replace(worlds.END, close))
+    policy = worlds.tiny_policy(dtype=DOUBLE)
+    reward = worlds.tiny_scalar(policy, tokenizer=own)
+    chains = real_chains(policy, reward)
+    for chain in chains:
+        chain.logp = chain.logp.clone()
+        chain.logp[:, END] = chain.logp.amax(-1) + 5  # the stop token is everywhere the likeliest
+    propose.solve_tokens(chains, policy, reward, ReasonerConfig(solver="ste", lr=0.3, steps=30), Meter())
+    for chain, (_, finished) in zip(chains, TEXTS, strict=True):
+        assert chain.scores[:, END].isfinite().tolist() == [False] * (len(chain.response) - 1) + [finished]
+
+
+# --- global branches ---------------------------------------------------------------------------------------
+
+READABLE = torch.ones(20, dtype=torch.bool)
+
+
+def toy_chain(**values: Any) -> Chain:
+    """Three positions with four candidates each; log π is uniform, scores differ; token 13 is forbidden."""
+    candidates = torch.tensor([[1, 2, 3, 4], [4, 3, 12, 13], [5, 6, 7, 8]])
+    logp = torch.full((3, 4), math.log(0.25))
+    logp[1, 3] = -torch.inf
+    chain = make_chain(candidates, logp, [2, 4, 8], **values)
+    chain.scores = torch.tensor([[0.5, 9.0, -1.0, 0.0], [9.0, 1.0, -0.5, -torch.inf], [0.2, -2.0, 1.5, 9.0]])
+    return chain
+
+
+def global_draws(chain: Chain, readable: Tensor, draws: int, **config: Any) -> Counter[tuple]:
+    stream, settings = np.random.default_rng(0), ReasonerConfig(solver="none", **config)
+    shape = tuple(chain.candidates.shape)
+    noises = (torch.from_numpy(stream.gumbel(size=shape)) for _ in range(draws))
+    return Counter(tuple(propose.global_branches(chain, noise, readable, settings)) for noise in noises)
+
+
+def chi_square(counts: Counter[tuple], expected: dict[tuple, float]) -> float:
+    """The statistic over its degrees of freedom; about 1 if `expected` (probabilities) is right."""
+    draws = sum(counts.values())
+    assert set(counts) <= set(expected) and sum(expected.values()) == pytest.approx(1)
+    parts = ((counts[key] - draws * p) ** 2 / (draws * p) for key, p in expected.items())
+    return sum(parts) / (len(expected) - 1)
+
+
+def without_replacement(weights: dict[tuple, float]) -> dict[tuple, float]:
+    """Probability of each ordered pair."""
+    total = sum(weights.values())
+    return {(a, b): weights[a] / total * weights[b] / (total - weights[a]) for a in weights for b in weights if a != b}
+
+
+def test_global_branches_are_drawn_by_exp_score_without_replacement() -> None:
+    chain = toy_chain()
+    chain.tried = {(2, 5), (0, 6)}  # (0, 6) is no candidate there: tried elsewhere, it excludes nothing
+    readable = READABLE.clone()
+    readable[12] = False
+    weights = {(0, 1): 0.5, (0, 3): -1.0, (0, 4): 0.0, (1, 3): 1.0, (2, 6): -2.0, (2, 7): 1.5}
+    expected = without_replacement({branch: math.exp(score) for branch, score in weights.items()})
+    counts = global_draws(chain, readable, 6000, branches=2)
+    assert chi_square(counts, expected) < 1.6
+    assert chi_square(counts, {pair: 1 / len(expected) for pair in expected}) > 10  # the test can tell
+
+
+def test_global_branches_use_up_what_there_is() -> None:
+    (all_,) = global_draws(toy_chain(), READABLE, 1, branches=99)
+    usable = {(0, 1), (0, 3), (0, 4), (1, 3), (1, 12), (2, 5), (2, 6), (2, 7)}
+    assert set(all_) == usable and len(all_) == len(usable)
+    chain = toy_chain()
+    chain.tried = set(usable)
+    assert global_draws(chain, READABLE, 1, branches=3) == {(): 1}
+    assert global_draws(toy_chain(), ~READABLE, 1) == {(): 1}
+
+
+def test_candidate_min_p_drops_what_the_policy_finds_unlikely() -> None:
+    """Relative to the position's likeliest token, the incumbent's included."""
+    chain = toy_chain()
+    chain.logp = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.9, 0.08, 0.02, 0.0], [0.25] * 4]).log()
+    (drawn,) = global_draws(chain, READABLE, 1, branches=99, candidate_min_p=0.2)
+    assert set(drawn) == {(0, 1), (0, 3), (2, 5), (2, 6), (2, 7)}
+
+
+# --- the sequential scan -----------------------------------------------------------------------------------
+
+
+def test_sequential_scan_skips_confident_positions_and_ends() -> None:
+    chain = toy_chain()
+    sure = torch.tensor([0.98, 0.01, 0.005, 0.005]).log()
+    chain.logp = sure.expand(3, 4)
+    chain.scores[chain.scores == 9.0] = -torch.inf  # no incumbent would stay, if asked
+    config = ReasonerConfig(solver="none", proposals="sequential")
+    assert propose.sequential_branch(chain, np.random.default_rng(0), READABLE, config) == []
+    assert chain.position == 3
+
+    chain.position, chain.logp = 0, torch.stack((sure, toy_chain().logp[1], sure))
+    ((position, token),) = propose.sequential_branch(chain, np.random.default_rng(0), READABLE, config)
+    assert (position, chain.position) == (1, 2) and token in (3, 12)
+    assert propose.sequential_branch(chain, np.random.default_rng(0), READABLE, config) == []
+
+
+def test_sequential_scan_resamples_from_left_to_right() -> None:
+    """At temperature T from softmax(score / T) over what may stand there; keeping the incumbent moves on."""
+    temperature = 2.0
+    config = ReasonerConfig(solver="none", proposals="sequential", resample_temperature=temperature)
+    readable, stream, counts = READABLE.clone(), np.random.default_rng(0), Counter()
+    readable[[12, 8]] = False  # 8 is an incumbent: it may stay
+    for _ in range(4000):
+        chain = toy_chain()
+        chain.scores = chain.scores.masked_fill(chain.scores == 9.0, 2.0)
+        counts[tuple(propose.sequential_branch(chain, stream, readable, config))] += 1
+    weights = [
+        {1: 0.5, None: 2.0, 3: -1.0, 4: 0.0},
+        {None: 2.0, 3: 1.0},
+        {5: 0.2, 6: -2.0, 7: 1.5, None: 2.0},
+    ]
+    expected, arrived = {}, 1.0
+    for position, row in enumerate(weights):
+        mass = {token: math.exp(score / temperature) for token, score in row.items()}
+        total = sum(mass.values())
+        expected |= {((position, token),): arrived * m / total for token, m in mass.items() if token is not None}
+        arrived *= mass[None] / total
+    expected[()] = arrived
+    assert chi_square(counts, expected) < 2
+
+
+# --- configuration -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": 0},
+        {"lr": 0.0},
+        {"lr": -0.1},
+        {"lr": math.nan},
+        {"lr_end": -1e-3},
+        {"tau": 0.0},
+        {"tau": -1.0},
+    ],
+)
+def test_ste_config_refuses(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        SteConfig(**bad)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        ReasonerConfig(solver="ste", **bad)
+
+
+def test_ste_rate_is_torch_cosine() -> None:
+    config = SteConfig(steps=7, lr=0.3, lr_end=0.05)
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=7, eta_min=0.05)
+    for step in range(7):
+        assert config.rate(step) == pytest.approx(cosine.get_last_lr()[0], rel=1e-12)
+        optimiser.step()
+        cosine.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "adam"}, "solver must be one of"),
+        ({"proposals": "local"}, "proposals must be one of"),
+        ({"beta": 0.0}, "beta"),
+        ({"beta": -1.0}, "beta"),
+        ({"rounds": -1}, "rounds"),
+        ({"rollouts": -1}, "rollouts"),
+        ({"flops": -1.0}, "flops"),
+        ({"patience": -1}, "patience"),
+        ({"branches": 0}, "branches"),
+        ({"candidates": 0}, "candidates"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"candidate_min_p": 1.0}, "candidate_min_p"),
+        ({"candidate_min_p": -0.1}, "candidate_min_p"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"sample_min_p": 1.0}, "min_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"rounds": 0}, "never end"),
+        ({"proposals": "sequential", "branches": 2}, "branches must be 1"),
+        ({"proposals": "sequential", "resample_temperature": 0.0}, "resample_temperature"),
+        ({"proposals": "sequential", "confidence": math.nan}, "confidence"),
+        ({"beta": math.nan}, "beta"),
+    ],
+)
+def test_reasoner_config_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReasonerConfig(**options)
+
+
+@pytest.mark.parametrize("solver", ["mirror", "none"])
+@pytest.mark.parametrize("option", [{"steps": 5}, {"lr": 0.1}, {"lr_end": 0.1}, {"tau": 1.0}, {"direct": True}])
+def test_options_of_ste_are_refused_elsewhere(solver: str, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} belongs to solver ste"):
+        ReasonerConfig(solver=solver, **option)
+    assert ReasonerConfig(solver="ste", **option)
+
+
+def test_postfix_belongs_to_what_has_a_gradient() -> None:
+    """A branch draws its later tokens anew, so `mirror` leaves the effect on them out unless told otherwise."""
+    with pytest.raises(ValueError, match="postfix belongs to solvers mirror and ste"):
+        ReasonerConfig(solver="none", postfix=False)
+    assert ReasonerConfig(solver="ste").postfix is True and ReasonerConfig(solver="mirror").postfix is False
+    assert ReasonerConfig(solver="mirror", postfix=True).postfix is True
+
+
+@pytest.mark.parametrize("option", [{"confidence": 0.9}, {"resample_temperature": 1.0}])
+def test_options_of_the_scan_are_refused_elsewhere(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} belongs to sequential"):
+        ReasonerConfig(**option)
+    assert ReasonerConfig(proposals="sequential", **option)
+
+
+def test_the_paper_preset_is_the_papers() -> None:
+    """arXiv 2603.04948: Adam 0.01 → 0.001 in 20 steps, a scan with at most eight rollouts."""
+    config = ReasonerConfig.preset("paper", beta=2.0)
+    assert (config.solver, config.proposals, config.rollouts) == ("ste", "sequential", 8)
+    assert config.ste() == SteConfig(steps=20, lr=0.01, lr_end=0.001, tau=1.0)
+    assert config.direct and config.postfix and config.lam == 0.5
+    assert set(PRESETS) == {"default", "paper"} and ReasonerConfig.preset("default") == ReasonerConfig()
+    with pytest.raises(ValueError, match="unknown preset"):
+        ReasonerConfig.preset("papre")
+    with pytest.raises(ValueError, match="unknown option 'learning_rate'"):
+        ReasonerConfig.preset("paper", learning_rate=0.1)
