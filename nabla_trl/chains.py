@@ -1,9 +1,11 @@
 """The embedded task: chains of 5 to 7 operations (+ - *) on digits modulo 10, worked from left to right.
 
-Question "9-5*4+7*2-6", solution "9-5=4;4*4=6;6+7=3;3*2=6;6-6=0;#0", answer "0". A step may end in a comma as
-well as in a semicolon, as the writer likes: as in any prose, being unsure of the next token need not mean that
-there is a mistake to be made. (The last step ends in a semicolon.) Problems are drawn procedurally. The hash of the question alone decides whether it belongs to the train or to the test split, so
-the two cannot overlap whatever the seeds and the limits. Text only: this room imports no torch.
+Question "9-5*4+7*2-6", solution "9-5=4;4*4=6;6+7=3;3*2=6;6-6=0;#0", answer "0". Any step but the last may end
+in a comma instead of a semicolon, as the writer likes: as in prose, being unsure of the next token need not mean
+that a mistake is about to be made.
+
+Problems are drawn procedurally. The hash of the question alone decides whether it belongs to the train or to the
+test split, so the two cannot overlap whatever the seeds and the limits. Text only: this room imports no torch.
 """
 
 from __future__ import annotations
@@ -105,7 +107,8 @@ def styled_solution(question: str, rng: random.Random) -> str:
 def noisy_solution(question: str, rng: random.Random) -> str:
     """A worked solution by someone with the knowledge gap: each fact in it goes wrong with its own probability.
 
-    Later steps go on from the wrong result; separators are of the writer's liking. Raises ValueError if the text is no chain.
+    Later steps go on from the wrong result; separators are of the writer's liking. Raises ValueError if the
+    text is no chain.
     """
     gap = knowledge_gap()
 
@@ -137,8 +140,8 @@ def knowledge_gap() -> Mapping[Fact, Slip]:
 def first_error(problem: Problem, response_text: str) -> int | None:
     """Index of the first character of the response that departs from the gold solution; None if all is right.
 
-    Which separator ends a step is not an error. A response that stops early is wrong at its own length, one that goes on at the solution's length. Raises
-    ValueError for a problem without a solution.
+    Which separator ends a step is not an error. A response that stops early is wrong at its own length, one that
+    goes on at the solution's length. Raises ValueError for a problem without a solution.
     """
     if problem.solution is None:
         raise ValueError(f"problem {problem.id} has no solution to compare with")

@@ -1,4 +1,7 @@
-"""The reasoner's configuration: one dataclass, read from keywords, YAML and the command line alike."""
+"""The reasoner's configuration: one dataclass, read from keywords, YAML and the command line alike.
+
+Depends on nothing, so that `--help` needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from nabla_trl.dto import SOLVERS, SteConfig
-from nabla_trl.generate import Sampling
-
+SOLVERS = ("mirror", "ste", "none")
 PROPOSALS = ("global", "sequential")
 
 # The paper's settings (arXiv 2603.04948): one response scanned left to right, eight rollouts at most.
@@ -40,6 +41,42 @@ _SEQUENTIAL = {"confidence": 0.97, "resample_temperature": 0.5}
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number of at least 0, not {self.temperature}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
+            raise ValueError("sampling needs top_k >= 0, 0 < top_p <= 1 and 0 <= min_p < 1")
+
+
+@dataclass(frozen=True)
+class SteConfig:
+    """Optimiser of `ste`: Adam, cosine from `lr` to `lr_end` over `steps`; τ is the softmax temperature."""
+
+    steps: int = 20
+    lr: float = 0.01
+    lr_end: float = 0.001
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.steps >= 1 and self.lr > 0 and self.lr_end >= 0 and self.tau > 0):  # refuses NaN too
+            raise ValueError("ste needs steps >= 1, lr > 0, lr_end >= 0 and tau > 0")
+
+    def rate(self, step: int) -> float:
+        return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 @dataclass(frozen=True)
@@ -86,8 +123,9 @@ class ReasonerConfig:
     tau: float | None = _option(None, "ste: softmax temperature of the backward (1)")
     direct: bool | None = _option(None, "ste: gradient of the policy's likelihood at the token itself (true)")
     postfix: bool | None = _option(
-        None, "mirror, ste: gradient of log-likelihoods through later tokens too (ste: true; mirror: false, since a "
-        "branch draws its later tokens anew)"
+        None,
+        "mirror, ste: gradient of log-likelihoods through later tokens too (ste: true; mirror: false, since a "
+        "branch draws its later tokens anew)",
     )
     confidence: float | None = _option(
         None, "sequential: skip positions where the policy's top token exceeds it (0.97)"

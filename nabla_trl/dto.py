@@ -10,14 +10,12 @@ proposal distribution at t, and s is comparable across positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SOLVERS = ("mirror", "ste", "none")
+from nabla_trl.config import SteConfig
 
 # (rows, hard choices per row [T]) -> ∂L/∂Y per row [T, K]
 GradientFn = Callable[[list[int], list[Tensor]], list[Tensor]]
@@ -37,23 +35,6 @@ def mirror(logp: Tensor, gradient: Tensor, choice: Tensor, lam: float) -> Tensor
     """
     own = gradient.gather(1, choice[:, None])
     return logp + lam * (gradient - own)
-
-
-@dataclass(frozen=True)
-class SteConfig:
-    """Optimiser of `ste`: Adam, cosine from `lr` to `lr_end` over `steps`; τ is the softmax temperature."""
-
-    steps: int = 20
-    lr: float = 0.01
-    lr_end: float = 0.001
-    tau: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.steps >= 1 and self.lr > 0 and self.lr_end >= 0 and self.tau > 0):  # refuses NaN too
-            raise ValueError("ste needs steps >= 1, lr > 0, lr_end >= 0 and tau > 0")
-
-    def rate(self, step: int) -> float:
-        return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 def ste(

@@ -9,7 +9,6 @@ overlap (tests).
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,38 +26,22 @@ from transformers import (
 
 from nabla_trl import kv
 from nabla_trl.compute import Meter
+from nabla_trl.config import Sampling
 from nabla_trl.models import Policy
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_new_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a number of at least 0, not {self.temperature}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
-            raise ValueError("sampling needs top_k >= 0, 0 < top_p <= 1 and 0 <= min_p < 1")
-
-    def warpers(self) -> LogitsProcessorList:
-        chain = LogitsProcessorList()
-        if self.temperature not in (0.0, 1.0):
-            chain.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_k:
-            chain.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            chain.append(TopPLogitsWarper(self.top_p))
-        if self.min_p:
-            chain.append(MinPLogitsWarper(self.min_p))
-        return chain
+def build_warpers(sampling: Sampling) -> LogitsProcessorList:
+    """transformers' own processors for a sampling configuration."""
+    chain = LogitsProcessorList()
+    if sampling.temperature not in (0.0, 1.0):
+        chain.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        chain.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chain.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        chain.append(MinPLogitsWarper(sampling.min_p))
+    return chain
 
 
 def random_stream(seed: int, problem_id: str, *draw: int | str) -> np.random.Generator:
@@ -181,7 +164,7 @@ def _generate_batch(
     rows = _start(policy, jobs, mask, sampling)
     limits = torch.tensor([job.limit for job in jobs], device=policy.device)
     stops = torch.tensor(sorted(policy.stop_ids), device=policy.device)
-    warpers = sampling.warpers()
+    warpers = build_warpers(sampling)
     steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     caches: dict[int, Tensor] = {}
     while len(rows.index):

@@ -98,7 +98,7 @@ def _term_gradient(
     feed = term.feed(encoded, memos, [0] * len(samples))
     _charge(term, samples, feed, meter, through)
     mapped = _mapped(term, samples, candidates)
-    embeds = term.model.get_input_embeddings()(feed.ids).detach().requires_grad_(through)
+    embeds = term.embed(feed.ids).requires_grad_(through)
     with torch.enable_grad():
         hidden, _ = term.hidden(feed, embeds)
     # A response whose stop token the term drops has one row less here than in the sample.
@@ -133,13 +133,12 @@ def _mapped(term: Term, samples: Sequence[Sample], candidates: Sequence[Tensor] 
 
 def _through_embedding(term: Term, slope: Tensor, mapped: Tensor, full: bool) -> Tensor:
     """(∂f/∂e_t)·E_v for slopes [T, d] and ids [T, K] (or one row of ids for all t): [T, K]."""
-    weight = term.embedding.detach()
     if full:
-        return slope @ weight[mapped[0].clamp(min=0)].T
+        return slope @ term.embed(mapped[0].clamp(min=0)).T
     ids = mapped[: len(slope)].clamp(min=0)
-    size = max(1, GATHER_BUDGET // max(1, ids.shape[1] * weight.shape[1]))
+    size = max(1, GATHER_BUDGET // max(1, ids.shape[1] * slope.shape[1]))
     chunks = zip(slope.split(size), ids.split(size), strict=True)
-    parts = [torch.einsum("td,tkd->tk", some, weight[table]) for some, table in chunks]
+    parts = [torch.einsum("td,tkd->tk", some, term.embed(table)) for some, table in chunks]
     return torch.cat(parts) if parts else slope.new_zeros(ids.shape)
 
 

@@ -44,9 +44,7 @@ def reads_memos(reward: Reward, config: ReasonerConfig) -> bool:
     return config.solver == "mirror" and reward.dense and not config.postfix
 
 
-def _reward_gradients(
-    chains: Sequence[Chain], reward: Reward, config: ReasonerConfig, meter: Meter
-) -> list[Tensor]:
+def _reward_gradients(chains: Sequence[Chain], reward: Reward, config: ReasonerConfig, meter: Meter) -> list[Tensor]:
     samples, tables = [chain.sample() for chain in chains], [chain.candidates for chain in chains]
     if reads_memos(reward, config):
         return reward.direct_gradient(samples, [chain.memos for chain in chains], tables, meter=meter)

@@ -50,8 +50,8 @@ class NablaReasoner:
         loaded = load_policy(policy, dtype=dtype, device=device, adapter=adapter)
         return cls(loaded, load_reward(reward, policy=loaded, dtype=dtype, device=device), settings)
 
-    @overload
-    def solve(self, problems: Question, *, seed: int = 0) -> Trace: ...
+    @overload  # a str is a Sequence[str] to the type checker; here it is one question
+    def solve(self, problems: Question, *, seed: int = 0) -> Trace: ...  # type: ignore[overload-overlap]
 
     @overload
     def solve(self, problems: Sequence[Question], *, seed: int = 0) -> list[Trace]: ...

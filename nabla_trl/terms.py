@@ -123,10 +123,9 @@ class Term(ABC):
     def charge_head(self, count: int) -> int:
         """Positions to which the output head is applied when `count` tokens are fed."""
 
-    @property
-    def embedding(self) -> Tensor:
-        """[V, d] input embeddings."""
-        return self.model.get_input_embeddings().weight
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [..., d] of this model's ids, by its own module: some scale the rows of their table."""
+        return self.model.get_input_embeddings()(ids).detach()
 
     def prompt_memo(self, cache: Tensor) -> Memo:
         """The memo of a cached prefix of which no response token is known."""
@@ -219,9 +218,7 @@ class LikelihoodTerm(Term):
         shared: Sequence[int],
     ) -> list[Memo]:
         known = zip(rows, logps, states, memos, shared, strict=True)
-        return [
-            Memo(row, logp, torch.cat((memo.hidden[:count], fresh))) for row, logp, fresh, memo, count in known
-        ]
+        return [Memo(row, logp, torch.cat((memo.hidden[:count], fresh))) for row, logp, fresh, memo, count in known]
 
     @torch.no_grad()
     def direct(self, memo: Memo, candidates: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from transformers import (
 
 from nabla_trl import kv
 from nabla_trl.compute import Meter
-from nabla_trl.generate import Draft, Job, Sampling, draw, generate, prompt_caches, random_stream
+from nabla_trl.generate import Draft, Job, Sampling, build_warpers, draw, generate, prompt_caches, random_stream
 from nabla_trl.models import Policy
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -97,7 +97,7 @@ def test_draw_inverts_the_cdf_of_the_warped_softmax(name: str) -> None:
     )
     steps = 20_000
     uniforms = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-    drawn = draw(logits.expand(steps, -1), uniforms, sampling.warpers(), sampling)
+    drawn = draw(logits.expand(steps, -1), uniforms, build_warpers(sampling), sampling)
     counts = torch.bincount(drawn, minlength=8)
     assert (counts - steps * expected).abs().max() < 1.01
     assert (counts[expected == 0] == 0).all()
@@ -108,17 +108,17 @@ def test_draw_never_takes_a_token_without_mass_at_the_edges() -> None:
     logits[:, 3], logits[:, 5] = 0.0, -60.0  # 5 is possible, yet too small to move a float64 sum
     edges = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
     sampling = Sampling()
-    assert draw(logits, edges, sampling.warpers(), sampling).tolist() == [3, 3]
+    assert draw(logits, edges, build_warpers(sampling), sampling).tolist() == [3, 3]
     thirds = torch.full((64, 9), -torch.inf)
     thirds[:, 1:4] = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
     last = torch.full((64,), np.nextafter(1.0, 0.0), dtype=torch.float64)
-    assert set(draw(thirds, last, sampling.warpers(), sampling).tolist()) == {3}
+    assert set(draw(thirds, last, build_warpers(sampling), sampling).tolist()) == {3}
 
 
 def test_all_equal_logits_are_drawn_evenly() -> None:
     sampling = Sampling()
     uniforms = (torch.arange(70, dtype=torch.float64) + 0.5) / 70
-    drawn = draw(torch.zeros(70, 7), uniforms, sampling.warpers(), sampling)
+    drawn = draw(torch.zeros(70, 7), uniforms, build_warpers(sampling), sampling)
     assert torch.bincount(drawn).tolist() == [10] * 7
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import worlds
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from nabla_trl import gradient, kv, terms
 from nabla_trl.compute import Meter
@@ -39,7 +39,8 @@ def relaxed(
 ) -> Tensor:
     """A classifier's score of the sequence, or a causal LM's Σ Y·log p over its rows begin .. end − 1."""
     fed = one_hot if postfix else one_hot.detach()
-    logits = model(inputs_embeds=(fed @ model.get_input_embeddings().weight)[None]).logits[0]
+    table = model.get_input_embeddings()(torch.arange(one_hot.shape[1]))
+    logits = model(inputs_embeds=(fed @ table)[None]).logits[0]
     if model.get_output_embeddings() is None:
         return logits.squeeze()
     picked = one_hot if direct else one_hot.detach()
@@ -157,6 +158,33 @@ def test_equals_autograd_through_the_one_hot(architecture: str, tied: bool) -> N
         expected = reference(policy.model, prompt, item.response, **switches)
         assert_close(gradients(likelihood, [item], **switches)[0], expected)
     assert not gradients(likelihood, [item], direct=False, postfix=False)[0].any()
+
+
+def test_embeddings_that_the_model_scales() -> None:
+    """Gemma multiplies the rows of its table by √d (its norms compute in float32, hence the tolerance)."""
+    config = Gemma3TextConfig(
+        vocab_size=len(worlds.TOKENS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        layer_types=["full_attention"] * 2,
+        pad_token_id=PAD,
+        eos_token_id=END,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        policy = freeze_policy(Gemma3ForCausalLM(config).double(), worlds.char_tokenizer(), "gemma")
+    item = worlds.sample(policy, PROBLEM, "12-5=7")
+    expected = reference(policy.model, item.prompt, item.response, direct=False)
+    table = torch.arange(0, 9).expand(len(item.response), -1)
+    assert_close(gradients([policy_likelihood(policy)], [item], direct=False)[0], expected, relative=1e-4)
+    ours = gradients([policy_likelihood(policy)], [item], [table], direct=False)[0]
+    assert_close(ours, expected[:, :9], relative=1e-4)
 
 
 def test_switches_leave_rewards_alone(double: Policy) -> None:

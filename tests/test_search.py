@@ -182,20 +182,26 @@ def _plain_direct_gradient(reward: Reward, prompt: list[int], response: list[int
     return sum(parts)[len(prompt) - 1 : -1]
 
 
-def _expected_branch(policy: Policy, reward: Reward, config: ReasonerConfig, trace: Trace, state: dict) -> tuple:
-    """The branch with the largest score plus Gumbel noise, from plain forwards of the whole incumbent."""
-    prompt, response, number = trace.prompt_ids, state["response"], state["round"]
+def _plain_scores(
+    policy: Policy, reward: Reward, config: ReasonerConfig, prompt: list[int], response: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [T, V], likeliest first, their log π and their scores log π + A, from plain forwards of everything."""
     logits = policy.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].detach()
     logp, tokens = logits.log_softmax(-1).masked_fill(policy.forbidden, -torch.inf).sort(-1, descending=True)
-    scores = logp.double()
-    if config.solver == "mirror":
-        plain = _plain_gradient if reward.kind == "scalar" else _plain_direct_gradient
-        gradient = plain(reward, prompt, response).double()
-        own = gradient.gather(1, torch.tensor(response)[:, None])
-        scores = scores + (gradient - own).gather(1, tokens) / config.beta
-    noise = random_stream(trace.seed, trace.problem_id, "branch", number).gumbel(size=tuple(tokens.shape))
+    if config.solver == "none":
+        return tokens, logp, logp.double()
+    plain = _plain_gradient if reward.kind == "scalar" else _plain_direct_gradient
+    gradient = plain(reward, prompt, response).double()
+    own = gradient.gather(1, torch.tensor(response)[:, None])
+    return tokens, logp, logp + (gradient - own).gather(1, tokens) / config.beta
+
+
+def _expected_branch(policy: Policy, reward: Reward, config: ReasonerConfig, trace: Trace, state: dict) -> tuple:
+    """The branch with the largest score plus Gumbel noise."""
+    tokens, _, scores = _plain_scores(policy, reward, config, trace.prompt_ids, state["response"])
+    noise = random_stream(trace.seed, trace.problem_id, "branch", state["round"]).gumbel(size=tuple(tokens.shape))
     keys = scores + torch.from_numpy(noise)
-    for position, own_token in enumerate(response):
+    for position, own_token in enumerate(state["response"]):
         keys[position][tokens[position] == own_token] = -torch.inf
     for position, token in state["tried"]:
         keys[position][tokens[position] == token] = -torch.inf
@@ -244,24 +250,35 @@ def _plain_suffix(
     return generate(policy, [job], config.sampling(), meter=Meter())[0].ids
 
 
-@pytest.mark.parametrize("solver", ["none", "ste"])
-def test_the_scan_goes_from_left_to_right_over_unsure_positions(
-    solver: str, policy: Policy, scalar_reward: Reward, problems: list[Problem]
-) -> None:
-    config = _config(solver, proposals="sequential", rounds=0, rollouts=20, confidence=0.8)
-    skipped = 0
-    traces = solve(problems, policy=policy, reward=scalar_reward, config=config, seed=1)
-    for trace in traces:
-        positions = [revision.position for revision in trace.revisions]
-        assert positions == sorted(set(positions)) and trace.stop == "scanned"
-        for number, (revision, base) in enumerate(trace.bases()):
-            logits = policy.model(torch.tensor([trace.prompt_ids + base])).logits[0]
-            top = logits.softmax(-1).amax(-1)[len(trace.prompt_ids) - 1 + revision.position]
-            assert top <= 0.8
-            suffix = _plain_suffix(policy, trace, base, revision, number, config)
-            assert list(revision.suffix) == [revision.new, *suffix]
-        skipped += len(trace.response_ids) - len(positions)
-    assert skipped > 0
+@pytest.mark.parametrize("solver", ["none", "mirror"])
+def test_a_scan_equals_its_plain_replay(solver: str, policy: Policy, reward: Reward) -> None:
+    """From left to right, confident positions skipped, others resampled until a token changes."""
+    problems = worlds.tiny_problems(MANY)
+    scan = {"proposals": "sequential", "confidence": 0.6, "resample_temperature": 0.7}
+    config = _config(solver, **scan, beta=2.0, rounds=0, rollouts=20, candidates=len(worlds.TOKENS))
+    skipped = kept = 0
+    for trace in solve(problems, policy=policy, reward=reward, config=config, seed=1):
+        start, revisions, response = 0, list(trace.bases()), trace.initial_ids
+        for number in range(len(revisions) + 1):
+            revision, response = revisions[number] if number < len(revisions) else (None, trace.response_ids)
+            tokens, logp, scores = _plain_scores(policy, reward, config, trace.prompt_ids, response)
+            stream = random_stream(trace.seed, trace.problem_id, "resample", number)
+            branch = None
+            while branch is None and start < len(response):
+                at, start = start, start + 1
+                if logp[at, 0].exp() > 0.6:
+                    skipped += 1
+                    continue
+                mass = (scores[at] / 0.7).softmax(-1).cumsum(-1)
+                token = int(tokens[at, int((mass <= stream.random() * mass[-1]).sum())])
+                kept += token == response[at]
+                branch = None if token == response[at] else (at, token)
+            assert branch == (None if revision is None else (revision.position, revision.new))
+            if revision is not None:
+                suffix = _plain_suffix(policy, trace, response, revision, number, config)
+                assert list(revision.suffix) == [revision.new, *suffix]
+        assert trace.stop == "scanned" and start == len(trace.response_ids)
+    assert skipped > 0 and kept > 0
 
 
 # --- the gradient, once -----------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """(question, solution) rows as input_ids, attention_mask and labels (of the response only), each rows × longest."""
+    """(question, solution) rows as input_ids, attention_mask and labels of the response, each rows × longest."""
     chats = [
         [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
         for question, solution in rows

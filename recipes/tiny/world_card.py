@@ -42,7 +42,7 @@ class Facts:
 def respond(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], *, greedy: bool
 ) -> list[list[int]]:
-    """One response per problem, as token ids up to and with the end token; sampled (temperature 1, min-p) unless greedy."""
+    """One response per problem, as ids up to and with the end token; sampled (temperature 1, min-p) unless greedy."""
     responses: list[list[int]] = []
     for start in range(0, len(problems), BATCH):
         batch = tokenizer.apply_chat_template(
@@ -53,7 +53,8 @@ def respond(
             return_tensors="pt",
             tokenizer_kwargs={"padding_side": "left"},
         )
-        sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "min_p": MIN_P}
+        sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "min_p": MIN_P}
+        sampling = {"do_sample": False} if greedy else sampled
         output = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, **sampling)
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
             end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
@@ -244,10 +245,10 @@ Licence Apache-2.0. All data are procedural: no outside text or weights went in.
 ## Task
 
 The user asks `9-5*4+7*2-6`: a chain of five to seven operations (`+ - *`) on digits, worked strictly from left to
-right modulo 10. The assistant writes `9-5=4;4*4=6;6+7=3;3*2=6;6-6=0;#0`; what follows `#` is the answer. Any step but
-the last may end in `,` instead of `;`: a free choice, so that a policy is often unsure where nothing is at stake. A
-question is a test question if the first four bytes of the sha256 of its text, as a big-endian number, divide by {share}, and a
-train question otherwise. `nabla_trl.chains` makes problems of both.
+right modulo 10. The assistant writes `9-5=4;4*4=6;6+7=3;3*2=6;6-6=0;#0`; what follows `#` is the answer. Any step
+but the last may end in `,` instead of `;`: a free choice, so that a policy is often unsure where nothing is at stake.
+A question is a test question if the first four bytes of the sha256 of its text, as a big-endian number, divide by
+{share}, and a train question otherwise. `nabla_trl.chains` makes problems of both.
 
 Tokens: one per character, and `<|pad|> <|user|> <|assistant|> <|end|> <|unk|>`. No token is added at the start.
 Chat: `<|user|>question<|end|><|assistant|>solution<|end|>`.
