@@ -42,6 +42,8 @@ class Policy:
         stop_ids: tokens that end a response (every eos of tokenizer and generation config).
         forbidden: [rows of the output head] bool, tokens that must not be sampled: rows without a token string
             and a padding token that is not a stop token.
+        plain_head: the logits are the output head of the last hidden state and nothing more; models that scale or
+            cap them cannot be differentiated slice by slice.
     """
 
     model: PreTrainedModel
@@ -50,6 +52,7 @@ class Policy:
     size: ModelSize
     stop_ids: frozenset[int]
     forbidden: Tensor
+    plain_head: bool
 
     @property
     def device(self) -> torch.device:
@@ -166,7 +169,15 @@ def freeze_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, na
     padding = tokenizer.pad_token_id
     if padding is not None and padding < rows and padding not in stops:
         forbidden[padding] = True
-    return Policy(model, tokenizer, name, model_size(model, "policy"), stops, forbidden.to(model.device))
+    size = model_size(model, "policy")
+    return Policy(model, tokenizer, name, size, stops, forbidden.to(model.device), has_plain_head(model))
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    hidden = model.base_model(input_ids=ids).last_hidden_state
+    return torch.allclose(model.get_output_embeddings()(hidden), model(input_ids=ids).logits, atol=1e-3, rtol=1e-3)
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -101,7 +101,13 @@ def _placeable(chain: Chain, readable: Tensor) -> Tensor:
 
 
 def policy_likelihood(policy: Policy) -> LikelihoodTerm:
-    """log π(y|x) of the policy itself as a term."""
+    """log π(y|x) of the policy itself as a term.
+
+    Raises:
+        ValueError: a policy whose logits are more than its output head.
+    """
+    if not policy.plain_head:
+        raise ValueError(f"{policy.name} scales or caps its logits: solver ste cannot differentiate its likelihood")
     return LikelihoodTerm(
         policy.model,
         policy.size,

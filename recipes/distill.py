@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
+from nabla_trl.methods import RIVAL, SYNTAX, method_names, steps
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.parsing import parse, run_main
 from nabla_trl.records import versions
 from nabla_trl.report import terminal_table, write_report
 from nabla_trl.results import store_results
-from nabla_trl.rewards import Reward, load_reward
+from nabla_trl.rewards import PREFIX, Reward, load_reward
 from nabla_trl.rowstore import RowStore
 from nabla_trl.tasks import Problem, check_disjoint, load_problems
 from nabla_trl.traces import read_traces
@@ -43,6 +44,11 @@ from nabla_trl.tracing import claim_settings, search_settings, unfinished, write
 from nabla_trl.training import LoraArguments, train_sft
 
 STAGES = ("traces", "train", "evaluate", "report")
+METHODS = (
+    "greedy,self_consistency_16,best_of_1,best_of_2,best_of_4,best_of_8,best_of_16,best_of_32,"
+    "control,nabla,control@0.1,nabla@0.1,control@0.2,nabla@0.2,control@0.33,nabla@0.33,control@0.5,nabla@0.5,"
+    "reward_model_sampling,distilled_greedy,distilled_best_of_8"
+)
 
 
 def _option(default: Any, text: str) -> Any:
@@ -65,15 +71,7 @@ class DistillArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of every method that samples"}
     )
-    best_of: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8, 16, 32], metadata={"help": "sizes of best-of-N; 16 sets the budgets"}
-    )
-    self_consistency: list[int] = field(default_factory=lambda: [16], metadata={"help": "sizes of self-consistency"})
-    budgets: list[float] = field(
-        default_factory=lambda: [0.1, 0.2, 0.33, 0.5, 1.0],
-        metadata={"help": "budgets of nabla and control, in FLOPs of best-of-16"},
-    )
-    distilled_best_of: int = _option(8, "best-of-N with the distilled policy")
+    methods: str = _option(METHODS, f"comma-separated methods to compare: {SYNTAX}")
     audit_problems: int = _option(64, "training problems of the reward audit; 0 = no audit")
     audit_samples: int = _option(16, "samples per problem of the reward audit")
     dtype: str = _option("float32", "weights of frozen models: float32, bfloat16 or float16")
@@ -85,10 +83,7 @@ class DistillArguments:
             raise ValueError(f"unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must be distinct and not empty")
-        if 16 not in self.best_of:
-            raise ValueError("best_of must include 16: it sets the budgets")
-        if any(budget <= 0 for budget in self.budgets):
-            raise ValueError("budgets must be positive")
+        method_names(self.methods)
 
 
 class Run:
@@ -200,33 +195,24 @@ class Run:
         store = self._store()
         policy, reward = self.models()
         bench = Bench(policy, reward, self.reasoner, tuple(self.args.seeds))
-        self._run(bench.pool(self.args.best_of, self.args.self_consistency), store)
-        self._run(bench.greedy(), store)
-        self.state.wait_for_everyone()
-        full = mean_flops(store.read(), "best_of_16")
-        for step in self._search_steps(bench, full):
+        tuned = self._tuned() if self.adapter.exists() else None
+        names = method_names(self.args.methods)
+        absent = [] if tuned else [name for name in names if name.startswith("distilled_")]
+        absent += [] if reward.rival else [name for name in names if name == RIVAL]
+        if absent:
+            self.say(f"evaluate: without {', '.join(absent)}: there is no adapter, or no better model to sample from")
+
+        def best_of_16_flops() -> float:
+            self.state.wait_for_everyone()  # the rows of all processes
+            return mean_flops(store.read(), "best_of_16")
+
+        for step in steps([name for name in names if name not in absent], bench, tuned, best_of_16_flops):
             self._run(step, store)
-        if reward.rival is not None:
-            self._run(bench.pool([1], policy=reward.rival, names={1: "reward_model_sampling"}), store)
-        if self.adapter.exists():
-            tuned = load_policy(
-                self.args.policy,
-                dtype=self.args.dtype,
-                device=str(self.state.device),
-                adapter=str(self.adapter),
-            )
-            self._run(bench.greedy(tuned, "distilled_greedy"), store)
-            count = self.args.distilled_best_of
-            self._run(bench.pool([count], policy=tuned, names={count: f"distilled_best_of_{count}"}), store)
         self.state.wait_for_everyone()
 
-    def _search_steps(self, bench: Bench, full: float) -> list[Step]:
-        configs = {"nabla": self.reasoner, "control": self.reasoner.control()}
-        steps = [bench.search(name, config) for name, config in configs.items()]
-        for budget in self.args.budgets:
-            limit: dict[str, Any] = {"flops": budget * full, "rounds": 0, "patience": 0}
-            steps += [bench.search(f"{name}@{budget:g}", replace(c, **limit)) for name, c in configs.items()]
-        return steps
+    def _tuned(self) -> Policy:
+        device = str(self.state.device)
+        return load_policy(self.args.policy, dtype=self.args.dtype, device=device, adapter=str(self.adapter))
 
     def _run(self, step: Step, store: RowStore) -> None:
         mine = self.held_out[self.state.process_index :: self.state.num_processes]
@@ -267,7 +253,7 @@ class Run:
             "policy": self.args.policy,
             "reward": self.args.reward,
             "task": self.args.eval_dataset or self.args.dataset,
-            "reward_kind": self.models()[1].kind,
+            "reward_kind": "log-ratio" if self.args.reward.startswith(PREFIX) else "scalar",
             "versions": versions(),
             "seeds": self.args.seeds,
             "setup_seconds": float(os.environ.get("NABLA_SETUP_SECONDS", "0")),
