@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from nabla_trl.parsing import quiet_libraries
 
 if TYPE_CHECKING:
     from nabla_trl.models import Policy
@@ -40,7 +40,7 @@ class ModelArguments:
         from nabla_trl.models import load_policy
         from nabla_trl.rewards import load_reward
 
-        _quiet()
+        quiet_libraries()
         policy = load_policy(
             self.policy, dtype=self.dtype, device=self.device, adapter=self.adapter if adapter else None
         )
@@ -49,15 +49,6 @@ class ModelArguments:
     def settings(self) -> dict[str, str]:
         """What results depend on, the adapter aside."""
         return {"policy": self.policy, "reward": self.reward, "dtype": self.dtype}
-
-
-def _quiet() -> None:
-    """Bars of loading weights, libraries' deprecations and a missing 4-bit kernel tell a user nothing here."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass

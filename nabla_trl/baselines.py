@@ -19,7 +19,7 @@ from nabla_trl.models import Policy
 from nabla_trl.records import error_trace, response_trace, run_meta
 from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
-from nabla_trl.terms import Sample
+from nabla_trl.terms import Known, Sample
 from nabla_trl.traces import Trace
 
 
@@ -87,15 +87,14 @@ def _draw_entries(
     seed: int,
     batch_size: int,
 ) -> list[Entry]:
-    prompts, errors = _encode(problems, policy)
+    prompts, limits, errors = _encode(problems, policy, reward, sampling)
     if not prompts:
         return [Entry(problem, [], [], Cost(), Cost(), errors[problem.id]) for problem in problems]
     made, scored = Meter(), Meter()
     with made.clock([problem.id for problem, _ in prompts]):
         caches = prompt_caches(policy, [(problem.id, ids) for problem, ids in prompts], made)
     jobs, samples = [], []
-    for (problem, ids), cache in zip(prompts, caches, strict=True):
-        limit = min(sampling.max_new_tokens, policy.context - len(ids))
+    for (problem, ids), limit, cache in zip(prompts, limits, caches, strict=True):
         for draw in range(count):
             stream = random_stream(seed, problem.id, "suffix", 0 if draw == 0 else f"pool-{draw}")
             jobs.append(Job(_account(problem, draw), ids, stream, limit, cache))
@@ -104,7 +103,8 @@ def _draw_entries(
     if reward is not None:
         for index, draft in enumerate(drafts):
             problem, ids = prompts[index // count]
-            samples.append(Sample(problem, ids, draft.ids, _account(problem, index % count)))
+            known = Known(policy.model, draft.candidates, draft.logp)
+            samples.append(Sample(problem, ids, draft.ids, _account(problem, index % count), known))
         bare = reward.prompt_memos([Sample(problem, ids, []) for problem, ids in prompts], scored)
         memos = [bare[index // count] for index in range(len(samples))]
         rewards, _ = reward.score(samples, memos, meter=scored)
@@ -117,14 +117,20 @@ def _draw_entries(
     return [entries[p.id] if p.id in entries else Entry(p, [], [], Cost(), Cost(), errors[p.id]) for p in problems]
 
 
-def _encode(problems: Sequence[Problem], policy: Policy) -> tuple[list[tuple[Problem, list[int]]], dict[str, str]]:
-    prompts, errors = [], {}
+def _encode(
+    problems: Sequence[Problem], policy: Policy, reward: Reward | None, sampling: Sampling
+) -> tuple[list[tuple[Problem, list[int]]], list[int], dict[str, str]]:
+    """Prompts with the most tokens a response to each may have, and why the others cannot be run."""
+    prompts, limits, errors = [], [], {}
     for problem in problems:
         try:
-            prompts.append((problem, policy.encode(problem)))
+            ids = policy.encode(problem)
+            rooms = [sampling.max_new_tokens, policy.context - len(ids)]
+            limits.append(min(rooms if reward is None else [*rooms, reward.room(problem, ids)]))
+            prompts.append((problem, ids))
         except ValueError as error:
             errors[problem.id] = str(error)
-    return prompts, errors
+    return prompts, limits, errors
 
 
 def _entry(
@@ -162,13 +168,11 @@ def best_of(pool: Pool, count: int, method: str | None = None) -> list[Trace]:
     for entry in pool.entries:
         name = method or f"best_of_{count}"
         draws = entry.draws[:count]
-        unusable = entry.error or (
-            None if all(_is_number(d.reward) for d in draws) else f"the reward {pool.reward} gave nan"
-        )
-        if unusable:
-            traces.append(_error(pool, entry, name, unusable))
+        best = max(draws, key=lambda draw: draw.reward, default=None)
+        unusable = entry.error or _unusable(pool.reward, draws, best)
+        if best is None or unusable:
+            traces.append(_error(pool, entry, name, unusable or "no response was drawn"))
             continue
-        best = max(draws, key=lambda draw: draw.reward)
         cost = sum((draw.generation for draw in draws), entry.prefill)
         if count > 1:
             cost = sum((draw.scoring for draw in draws), cost + entry.scored_prefill)
@@ -207,8 +211,12 @@ def greedy(
     return best_of(pool, 1, method)
 
 
-def _is_number(reward: float) -> bool:
-    return not math.isnan(reward)
+def _unusable(reward: str, draws: Sequence[Draw], best: Draw | None) -> str | None:
+    if any(math.isnan(draw.reward) for draw in draws):
+        return f"the reward {reward} gave nan"
+    if best is not None and best.reward == -math.inf:
+        return f"the reward {reward} cannot read the response"
+    return None
 
 
 def _trace(pool: Pool, entry: Entry, method: str, draw: Draw, cost: Cost) -> Trace:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from nabla_trl.generate import Draft
 from nabla_trl.tasks import Problem
-from nabla_trl.terms import Memo, Sample
+from nabla_trl.terms import Known, Memo, Sample
 from nabla_trl.traces import Revision
 
 
@@ -65,6 +66,10 @@ class Chain:
     def sample(self, response: list[int] | None = None) -> Sample:
         return Sample(self.problem, self.prompt, self.response if response is None else response)
 
+    def drawn(self, model: PreTrainedModel) -> Sample:
+        """The incumbent with what `model`, the policy, showed when it was drawn."""
+        return replace(self.sample(), known=Known(model, self.candidates, self.logp))
+
 
 @dataclass
 class Proposal:
@@ -78,3 +83,15 @@ class Proposal:
 
     def finished(self, stops: frozenset[int]) -> bool:
         return self.response[-1] in stops
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """[T, K] candidates along the proposal and their log π: the incumbent's up to the branch, then the draft's."""
+        end = self.position + 1
+        candidates, logp = self.chain.candidates[:end], self.chain.logp[:end]
+        if self.draft is None:
+            return candidates, logp
+        return torch.cat((candidates, self.draft.candidates)), torch.cat((logp, self.draft.logp))
+
+    def drawn(self, model: PreTrainedModel) -> Sample:
+        """The proposal with what `model`, the policy, showed when it was drawn."""
+        return replace(self.chain.sample(self.response), known=Known(model, *self.tables()))

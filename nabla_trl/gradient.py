@@ -77,12 +77,17 @@ def direct_gradient(
     for sample, remembered, table in zip(samples, memos, candidates, strict=True):
         total = torch.zeros(table.shape)
         for term, memo in zip(terms, remembered, strict=True):
-            mapped = term.mapping[table.to(term.mapping.device)]
-            meter.charge(sample.key, term.size, "forward", len(sample.prompt) - 1, 0, head=len(table))
-            part = term.direct(memo, mapped.clamp(min=0)).masked_fill(mapped < 0, 0.0)
-            total = total + term.weight * part.cpu()
+            total = total + term.weight * _direct(term, sample, memo, table, meter)
         results.append(total)
     return results
+
+
+def _direct(term: LikelihoodTerm, sample: Sample, memo: Memo, table: Tensor, meter: Meter) -> Tensor:
+    if sample.known is not None and term.knows(sample) and torch.equal(sample.known.candidates, table):
+        return sample.known.logp.nan_to_num(neginf=0.0)
+    mapped = term.mapping[table.to(term.mapping.device)]
+    meter.charge(sample.key, term.size, "forward", len(sample.prompt) - 1, 0, head=len(table))
+    return term.direct(memo, mapped.clamp(min=0)).masked_fill(mapped < 0, 0.0).cpu()
 
 
 def _term_gradient(

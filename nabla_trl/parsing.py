@@ -7,8 +7,10 @@ checked against the dataclasses before TRL's parser sees it, since that takes an
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -220,3 +222,12 @@ def run_main(
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130
+
+
+def quiet_libraries() -> None:
+    """Bars of loading weights, libraries' deprecations and a missing 4-bit kernel tell a user nothing here."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -31,7 +31,7 @@ def solve_tokens(
     elif config.solver == "mirror":
         scores = [
             dto.mirror(chain.logp, gradient.float(), chain.choice(), config.lam)
-            for chain, gradient in zip(chains, _reward_gradients(chains, reward, config, meter), strict=True)
+            for chain, gradient in zip(chains, _reward_gradients(chains, policy, reward, config, meter), strict=True)
         ]
     else:
         scores = _ste(chains, policy, reward, config, meter)
@@ -44,8 +44,10 @@ def reads_memos(reward: Reward, config: ReasonerConfig) -> bool:
     return config.solver == "mirror" and reward.dense and not config.postfix
 
 
-def _reward_gradients(chains: Sequence[Chain], reward: Reward, config: ReasonerConfig, meter: Meter) -> list[Tensor]:
-    samples, tables = [chain.sample() for chain in chains], [chain.candidates for chain in chains]
+def _reward_gradients(
+    chains: Sequence[Chain], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
+) -> list[Tensor]:
+    samples, tables = [chain.drawn(policy.model) for chain in chains], [chain.candidates for chain in chains]
     if reads_memos(reward, config):
         return reward.direct_gradient(samples, [chain.memos for chain in chains], tables, meter=meter)
     return reward.gradient(samples, [chain.prompt_memos for chain in chains], tables, meter=meter)
@@ -170,15 +172,17 @@ def expected_flops(
     due = chain.scores is None and config.solver != "none"
     for term in reward.terms:
         encoded = term.encode(chain.sample())
-        begin = len(encoded.prompt) - 1
-        for at in positions:
+        begin, known = len(encoded.prompt) - 1, term.knows(chain.drawn(policy.model))
+        for at in positions if not known else ():
             count = len(term.fed(encoded, at))
             total += term.size.forward_flops(begin + at, count, term.charge_head(count))
         if due:
             count = len(term.fed(encoded, 0))
             head = term.charge_head(count)
-            free = reads_memos(reward, config)
-            total += term.size.forward_flops(begin, 0, head) if free else _both_ways(term.size, begin, count, head)
+            if not reads_memos(reward, config):
+                total += _both_ways(term.size, begin, count, head)
+            elif not known:
+                total += term.size.forward_flops(begin, 0, head)
     if due and config.solver == "ste":
         total += _both_ways(policy.size, prompt - 1, length, length)
     return total

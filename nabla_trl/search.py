@@ -23,7 +23,7 @@ from nabla_trl.models import Policy
 from nabla_trl.records import error_trace, response_trace, run_meta
 from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
-from nabla_trl.terms import Memo, Sample
+from nabla_trl.terms import Known, Memo, Sample
 from nabla_trl.traces import Revision, Trace
 
 
@@ -85,7 +85,10 @@ class _Search:
                 for (p, ids), room, cache in zip(prompts, rooms, caches, strict=True)
             ]
             drafts = self.draw(jobs)
-            samples = [Sample(p, ids, d.ids) for (p, ids), d in zip(prompts, drafts, strict=True)]
+            samples = [
+                Sample(p, ids, d.ids, known=Known(self.policy.model, d.candidates, d.logp))
+                for (p, ids), d in zip(prompts, drafts, strict=True)
+            ]
             bare = self.reward.prompt_memos(samples, self.meter)
             rewards, memos = self.reward.score(samples, bare, meter=self.meter, keep=True)
         chains = [
@@ -196,7 +199,7 @@ class _Search:
     def judge(self, proposals: list[Proposal]) -> None:
         """Score all proposals as incumbents are scored, and keep each chain's best if it is strictly higher."""
         rewards, memos = self.reward.score(
-            [p.chain.sample(p.response) for p in proposals],
+            [p.drawn(self.policy.model) for p in proposals],
             [p.chain.memos for p in proposals],
             meter=self.meter,
             shared=[p.position for p in proposals],
@@ -237,14 +240,8 @@ class _Search:
             self.accept(chain, proposals[keep], rewards[keep], memos[keep])
 
     def accept(self, chain: Chain, proposal: Proposal, value: float, memos: list[Memo]) -> None:
-        draft, at = proposal.draft, proposal.position
-        chain.candidates, chain.logp = chain.candidates[: at + 1], chain.logp[: at + 1]
-        if draft is None:
-            chain.cache = self.prefix_cache(proposal)
-        else:
-            chain.candidates = torch.cat((chain.candidates, draft.candidates))
-            chain.logp = torch.cat((chain.logp, draft.logp))
-            chain.cache = draft.kept()
+        cache = self.prefix_cache(proposal) if proposal.draft is None else proposal.draft.kept()
+        (chain.candidates, chain.logp), chain.cache = proposal.tables(), cache
         chain.response, chain.reward, chain.memos = proposal.response, value, memos
         chain.finished = proposal.finished(self.policy.stop_ids)
         chain.scores, chain.tried, chain.idle = None, set(), 0

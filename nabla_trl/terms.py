@@ -28,6 +28,23 @@ LOGIT_BUDGET = 2**24
 
 
 @dataclass(frozen=True)
+class Known:
+    """What drawing a response showed: `model` gave `candidates` [T, K] the log-probabilities `logp` [T, K].
+
+    The drawn tokens are among the candidates. A likelihood under that very model need not be computed again.
+    """
+
+    model: PreTrainedModel
+    candidates: Tensor
+    logp: Tensor
+
+    def own(self, response: Sequence[int]) -> Tensor:
+        """[T] log-probability of each response token."""
+        column = (self.candidates == torch.tensor(response)[:, None]).int().argmax(-1)
+        return self.logp.gather(1, column[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True)
 class Sample:
     """A response to a problem, in the policy's ids; `account` is the meter's key where it is not the problem's id."""
 
@@ -35,6 +52,7 @@ class Sample:
     prompt: list[int]
     response: list[int]
     account: str | None = None
+    known: Known | None = None
 
     @property
     def key(self) -> str:
@@ -118,6 +136,10 @@ class Term(ABC):
 
         `candidates` are [T, K] ids of this model, or None for its whole vocabulary.
         """
+
+    def knows(self, sample: Sample) -> bool:
+        """This term's value was shown when the sample was drawn."""
+        return False
 
     @abstractmethod
     def charge_head(self, count: int) -> int:
@@ -225,6 +247,22 @@ class LikelihoodTerm(Term):
         """log π(v | y_<t) of candidates [T, K] (this model's ids) along a remembered response: the head alone."""
         chunks = zip(self._slices(memo.hidden), self._slices(candidates), strict=True)
         return torch.cat([self._logp(states).gather(1, ids) for states, ids in chunks])
+
+    def knows(self, sample: Sample) -> bool:
+        return sample.known is not None and sample.known.model is self.model
+
+    def score(
+        self,
+        samples: Sequence[Sample],
+        memos: Sequence[Memo],
+        shared: Sequence[int],
+        meter: Meter,
+        keep: bool = False,
+    ) -> tuple[list[float], list[Memo]]:
+        if not all(self.knows(sample) for sample in samples):
+            return super().score(samples, memos, shared, meter, keep)
+        values = [float(sample.known.own(sample.response).double().sum()) for sample in samples if sample.known]
+        return values, list(memos) if keep else []
 
     def encode(self, sample: Sample) -> Encoded:
         return Encoded(

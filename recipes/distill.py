@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 from trl import SFTConfig
@@ -32,7 +33,7 @@ from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
 from nabla_trl.methods import RIVAL, SYNTAX, method_names, steps
 from nabla_trl.models import Policy, load_policy
-from nabla_trl.parsing import parse, run_main
+from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.records import versions
 from nabla_trl.report import terminal_table, write_report
 from nabla_trl.results import store_results
@@ -46,7 +47,7 @@ from nabla_trl.training import LoraArguments, train_sft
 STAGES = ("traces", "train", "evaluate", "report")
 METHODS = (
     "greedy,self_consistency_16,best_of_1,best_of_2,best_of_4,best_of_8,best_of_16,best_of_32,"
-    "control,nabla,control@0.1,nabla@0.1,control@0.2,nabla@0.2,control@0.33,nabla@0.33,control@0.5,nabla@0.5,"
+    "control,nabla,control@0.1,nabla@0.1,control@0.2,nabla@0.2,control@0.33,nabla@0.33,"
     "reward_model_sampling,distilled_greedy,distilled_best_of_8"
 )
 
@@ -92,6 +93,9 @@ class Run:
     def __init__(self, args: DistillArguments, reasoner: ReasonerConfig, lora: LoraArguments, sft: SFTConfig):
         self.args, self.reasoner, self.lora, self.sft = args, reasoner, lora, sft
         self.state = PartialState()
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.state.num_processes != asked:
+            raise ValueError(f"{asked} processes were asked for, but {self.state.num_processes} started")
         self.folder = Path(sft.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.traces, self.adapter = self.folder / "traces", self.folder / "adapter"
@@ -298,6 +302,9 @@ STARTED = time.perf_counter()
 
 
 def main(argv: Sequence[str]) -> None:
+    # First of all: whatever made a state before would choose the back end.
+    PartialState(cpu=not torch.cuda.is_available())
+    quiet_libraries()
     dataclasses = [DistillArguments, ReasonerConfig, LoraArguments, SFTConfig]
     args, reasoner, lora, sft = parse(dataclasses, argv, presets=PRESETS)
     run = Run(args, reasoner, lora, sft)
