@@ -231,11 +231,10 @@ class Run:
             begun = time.perf_counter()
             added = run_step(step, mine, store, self.checker, progress)
         if added:
-            last = [row for row in added if row["method"] == step.methods[-1]]
-            right = sum(bool(row["correct"]) for row in last) / len(last)
-            self.say(
-                f"{step.methods[-1]:>24}: {right:.3f} right of {len(last)} rows, {time.perf_counter() - begun:.1f} s"
-            )
+            rows = {name: [row["correct"] for row in added if row["method"] == name] for name in step.methods}
+            shares = ", ".join(f"{name} {sum(map(bool, right)) / len(right):.3f}" for name, right in rows.items())
+            here = " in this process" if self.state.num_processes > 1 else ""
+            self.say(f"{shares} ({len(added)} rows{here}, {time.perf_counter() - begun:.1f} s)")
 
     def stage_report(self) -> None:
         if not self.state.is_main_process:

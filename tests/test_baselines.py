@@ -120,3 +120,21 @@ def test_prompts_are_read_once(policy, reward):
     entry = pool(problem, 6, policy, reward).entries[0]
     assert entry.prefill.tokens == {"policy/prefill": len(entry.prompt) - 1}
     assert all("policy/prefill" not in draw.generation.tokens for draw in entry.draws)
+
+
+def test_a_reference_that_drew_the_response_is_not_asked_again(problems, policy, logratio_reward):
+    """Its likelihood is known from drawing: the same reward, at the cost of the other model alone."""
+    made = pool(problems, 2, policy, logratio_reward)
+    for entry in made.entries:
+        for draw in entry.draws:
+            afresh = [Sample(entry.problem, entry.prompt, draw.ids)]
+            values, _ = logratio_reward.score(afresh, logratio_reward.prompt_memos(afresh, Meter()), meter=Meter())
+            assert draw.reward == pytest.approx(values[0], abs=1e-4)
+            assert set(draw.scoring.tokens) == {"reward/forward"}
+
+
+def test_what_another_policy_showed_does_not_count(problems, policy, logratio_reward):
+    other = worlds.tiny_policy(seed=7)
+    made = pool(problems, 1, other, logratio_reward)
+    for entry in made.entries:
+        assert set(entry.draws[0].scoring.tokens) == {"reward/forward", "reference/forward"}
