@@ -38,7 +38,7 @@ class ModelArguments:
     def load(self, rows: int, *, adapter: bool = True) -> tuple[Policy, Reward]:
         """Policy (with its adapter, unless told otherwise) and reward, which scores `rows` responses together."""
         from nabla_trl.models import load_policy
-        from nabla_trl.rewards import load_reward
+        from nabla_trl.reward_models import load_reward
 
         quiet_libraries()
         policy = load_policy(

@@ -7,7 +7,8 @@ from typing import Any, overload
 
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.models import Policy, load_policy
-from nabla_trl.rewards import Reward, load_reward
+from nabla_trl.reward_models import load_reward
+from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
 from nabla_trl.tasks import Problem
 from nabla_trl.traces import Trace

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from nabla_trl.compute import ModelSize, model_size
 from nabla_trl.models import load_model, load_tokenizer
-from nabla_trl.traces import Trace, sft_rows
+from nabla_trl.traces import Trace
+from nabla_trl.views import sft_rows
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -51,7 +52,7 @@ def train_sft(
     The trainer sees `input_ids` and `labels`: text is never tokenised again.
 
     Raises:
-        ValueError: no usable trace, or a loss that is not finite.
+        ValueError: no usable trace, a loss that is not finite, or an adapter that did not change.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -82,6 +83,11 @@ def train_sft(
     result = trainer.train()
     if not result.training_loss == result.training_loss:
         raise ValueError(f"the training loss became nan (learning_rate {config.learning_rate}): no adapter written")
+    if all(not weight.any() for name, weight in trainer.model.named_parameters() if "lora_B" in name):
+        raise ValueError(
+            f"{trainer.state.global_step} steps of training changed nothing: lower warmup_steps or raise "
+            "num_train_epochs"
+        )
     if trainer.accelerator.is_main_process:
         _save_adapter(trainer, output)
     trainer.accelerator.wait_for_everyone()

@@ -37,7 +37,8 @@ from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.records import versions
 from nabla_trl.report import terminal_table, write_report
 from nabla_trl.results import store_results
-from nabla_trl.rewards import PREFIX, Reward, load_reward
+from nabla_trl.reward_models import PREFIX, load_reward
+from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore
 from nabla_trl.tasks import Problem, check_disjoint, load_problems
 from nabla_trl.traces import read_traces

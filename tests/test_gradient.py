@@ -22,7 +22,8 @@ from nabla_trl.compute import Meter
 from nabla_trl.gradient import token_gradient
 from nabla_trl.models import Policy, freeze_policy
 from nabla_trl.propose import policy_likelihood
-from nabla_trl.rewards import Reward, log_ratio, scalar
+from nabla_trl.reward_models import log_ratio, scalar
+from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import LikelihoodTerm, Sample, Term
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def run(*command: str, code: int = 0) -> tuple[str, str]:
 
 def arguments(folder: Path, *options: str) -> list[str]:
     sizes = ["--train_limit", "24", "--eval_limit", "8", "--audit_problems", "8", "--audit_samples", "8"]
-    small = ["--output_dir", str(folder), *sizes, "--num_train_epochs", "1", "--methods", METHODS, "--seeds", "0"]
+    steps = ["--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--warmup_steps", "0"]
+    small = ["--output_dir", str(folder), *sizes, *steps, "--methods", METHODS, "--seeds", "0"]
     return ["--config", "recipes/tiny/distill.yaml", *small, *options]
 
 
@@ -100,6 +102,13 @@ def test_the_adapter_is_not_inert(finished):
     from nabla_trl.models import load_policy  # refuses an inert adapter
 
     load_policy(str(ROOT / "data/tiny/policy"), adapter=str(finished / "adapter"))
+
+
+def test_training_that_changes_nothing_is_refused(finished, tmp_path):
+    shutil.copytree(finished / "traces", tmp_path / "traces")
+    with pytest.raises(ValueError, match="training changed nothing"):
+        distill_here(tmp_path, "--stages", "train", "--warmup_steps", "50", "--max_steps", "1")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_finished_stages_are_skipped(finished):

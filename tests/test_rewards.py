@@ -21,7 +21,8 @@ from transformers import (
 from nabla_trl.answers import AnswerChecker, Verdict
 from nabla_trl.compute import Meter
 from nabla_trl.models import Policy
-from nabla_trl.rewards import PREFIX, Reward, Verifier, check_reward, load_reward, log_ratio, scalar
+from nabla_trl.reward_models import PREFIX, check_reward, load_reward, log_ratio, scalar
+from nabla_trl.rewards import Reward, Verifier
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Sample
 

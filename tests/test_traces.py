@@ -24,10 +24,9 @@ from nabla_trl.traces import (
     Trace,
     TraceWriter,
     finished_ids,
-    preference_rows,
     read_traces,
-    sft_rows,
 )
+from nabla_trl.views import preference_rows, sft_rows
 
 AWKWARD_FLOATS = [0.1 + 0.2, -0.0, 5e-324, 1.7976931348623157e308, 1e16 + 2]
 AWKWARD_TEXTS = ["", "∇β → 7 🙂", "a\x00b\r\n", "\u202eright to left", '"quoted", {json}']

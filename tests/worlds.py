@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from nabla_trl.models import Policy, freeze_policy
-from nabla_trl.rewards import Reward, log_ratio, scalar
+from nabla_trl.reward_models import log_ratio, scalar
+from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Sample
 
