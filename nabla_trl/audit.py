@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from nabla_trl.answers import AnswerChecker
 from nabla_trl.baselines import Pool
+from nabla_trl.checker import AnswerChecker
 from nabla_trl.stats import mean_interval
 
 

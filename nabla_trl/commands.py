@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from nabla_trl.answers import AnswerChecker
 from nabla_trl.arguments import (
     DISTILLED,
     METHODS,
@@ -26,6 +25,7 @@ from nabla_trl.arguments import (
     SolveArguments,
     TracesArguments,
 )
+from nabla_trl.checker import AnswerChecker
 from nabla_trl.parsing import Parser
 from nabla_trl.tasks import Problem, load_problems
 
@@ -146,9 +146,10 @@ def evaluate(argv: Sequence[str]) -> int:
     from nabla_trl.methods import method_names, steps
     from nabla_trl.models import load_policy
     from nabla_trl.records import versions
-    from nabla_trl.report import summarise, terminal_table
+    from nabla_trl.report import terminal_table
     from nabla_trl.results import store_results
     from nabla_trl.rowstore import RowStore
+    from nabla_trl.summary import summarise
     from nabla_trl.tracing import claim_settings, search_settings
 
     names = method_names(args.methods or ",".join([METHODS, DISTILLED] if models.adapter else [METHODS]))

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from nabla_trl.report import si
 from nabla_trl.traces import Revision, Trace
+from nabla_trl.verdicts import si
 
 Decode = Callable[[list[int]], str]  # ids to text, special tokens left out
 

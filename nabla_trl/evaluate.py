@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from nabla_trl import baselines
-from nabla_trl.answers import AnswerChecker
+from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.generate import Sampling
 from nabla_trl.models import Policy

@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 
-from nabla_trl.answers import AnswerChecker, extract_answer
+from nabla_trl.answers import extract_answer
+from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Cost
 from nabla_trl.models import Policy
 from nabla_trl.tasks import Problem

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nabla_trl.answers import AnswerChecker, Verdict, extract_answer
+from nabla_trl.answers import Verdict, extract_answer
+from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter
 from nabla_trl.gradient import direct_gradient, token_gradient
 from nabla_trl.models import (

@@ -26,9 +26,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 from trl import SFTConfig
 
-from nabla_trl.answers import AnswerChecker
 from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
+from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
 from nabla_trl.methods import RIVAL, SYNTAX, method_names, steps

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from nabla_trl import answers
-from nabla_trl.answers import AnswerChecker, Verdict, extract_answer, normalize_answer
+from nabla_trl.answers import Verdict, extract_answer, normalize_answer
+from nabla_trl.checker import AnswerChecker
 
 # A comparison that misbehaves on demand; workers load it by path in place of math-verify's.
 STAND_IN = """
@@ -391,7 +392,7 @@ def test_no_orphans(stand_in: Path, ending: str) -> None:
     last = "hang" if ending != "kill idle" else "five"
     script = f"""
 import time
-from nabla_trl.answers import AnswerChecker
+from nabla_trl.checker import AnswerChecker
 checker = AnswerChecker(2, {1 if ending == "kill hung" else 60}, _compare_file={str(stand_in)!r})
 checker.check([("ready", "set")])
 checker.check([({last!r}, "nine")])
@@ -420,6 +421,6 @@ time.sleep(60)
 
 
 def test_imports_neither_torch_nor_sympy() -> None:
-    code = "import sys, nabla_trl.answers; sys.exit(bool({'torch', 'sympy', 'transformers'} & set(sys.modules)))"
+    code = "import sys, nabla_trl.checker; sys.exit(bool({'torch', 'sympy', 'transformers'} & set(sys.modules)))"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0

@@ -7,9 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from nabla_trl.answers import AnswerChecker
 from nabla_trl.audit import audit, audit_arrays, best_of_n_values, within_auc, within_correlation
 from nabla_trl.baselines import draw_pool
+from nabla_trl.checker import AnswerChecker
 from nabla_trl.generate import Sampling
 
 RNG = np.random.default_rng(0)

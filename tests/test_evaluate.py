@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from nabla_trl.answers import AnswerChecker
+from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.evaluate import Bench, mean_flops, run_step
 from nabla_trl.rowstore import RowStore, reward_by_round, row_key

@@ -12,6 +12,8 @@ import pytest
 from rich.console import Console
 
 from nabla_trl import report
+from nabla_trl.summary import methods, summarise
+from nabla_trl.verdicts import RIVAL_NOTE, accuracy, si, targets, verdict
 
 PROBLEMS, SEEDS = 60, 2
 # method -> share of the problems it solves, FLOPs per problem
@@ -75,7 +77,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def summary():
-    return report.summarise(make_rows(), FACTS)
+    return summarise(make_rows(), FACTS)
 
 
 def section(folder, heading):
@@ -88,7 +90,7 @@ def table(text):
 
 
 def verdicts(rows, facts=FACTS):
-    return [line[-1] for line in report.targets(report.summarise(rows, facts))]
+    return [line[-1] for line in targets(summarise(rows, facts))]
 
 
 def test_summary_holds_the_agreed_names(summary):
@@ -133,7 +135,7 @@ def test_break_even_pays_the_training_back(summary):
 
 def test_every_accuracy_stands_beside_its_interval(written):
     rows = table(section(written, "Results"))
-    assert [one["method"] for one in rows] == report.methods(json.loads((written / "summary.json").read_text()))
+    assert [one["method"] for one in rows] == methods(json.loads((written / "summary.json").read_text()))
     for one in rows:
         assert re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", one["accuracy"]), one
     for heading in ("Verdict", "Figures to reach", "Is the reward sound under search?", "Break-even"):
@@ -166,19 +168,17 @@ def test_targets_reached_and_not_reached_follow_the_numbers():
 
 def test_the_run_that_is_judged_is_chosen_by_cost_not_by_accuracy():
     lucky = {**WORLD, "nabla@0.1": (0.9, 9e6), "nabla@0.33": (0.5, 31e6)}
-    measured, verdict = report.targets(report.summarise(make_rows(lucky), FACTS))[0][1:]
+    measured, verdict = targets(summarise(make_rows(lucky), FACTS))[0][1:]
     assert measured.startswith("nabla@0.33 ")
     assert verdict == "NOT reached"
 
 
 def test_an_unequal_or_missing_control_decides_nothing():
     unequal = {**WORLD, "control@0.33": (0.2, 15e6)}
-    lines = report.targets(report.summarise(make_rows(unequal), FACTS))
+    lines = targets(summarise(make_rows(unequal), FACTS))
     assert lines[1][2] == "not measured"
     assert "budgets were not equal" in lines[1][1]
-    lines = report.targets(
-        report.summarise(make_rows(without=["control@0.33", "control", "best_of_16", "greedy"]), FACTS)
-    )
+    lines = targets(summarise(make_rows(without=["control@0.33", "control", "best_of_16", "greedy"]), FACTS))
     assert [line[2] for line in lines] == ["not measured"] * 3
     assert "missing: best_of_16" in lines[0][1]
     assert "missing: greedy" in lines[2][1]
@@ -186,9 +186,9 @@ def test_an_unequal_or_missing_control_decides_nothing():
 
 def test_without_a_gain_no_share_of_it_is_claimed():
     flat = {**WORLD, "nabla": (0.40, 61e6)}
-    summary = report.summarise(make_rows(flat), FACTS)
+    summary = summarise(make_rows(flat), FACTS)
     assert "recovered.distilled_greedy" not in summary
-    assert report.targets(summary)[2][2] == "NOT reached"
+    assert targets(summary)[2][2] == "NOT reached"
 
 
 @pytest.mark.parametrize(
@@ -196,22 +196,22 @@ def test_without_a_gain_no_share_of_it_is_claimed():
 )
 def test_a_log_ratio_reward_names_its_rival(skill, words):
     rows = make_rows({**WORLD, "reward_model_sampling": (skill, 6e6)})
-    last = report.verdict(report.summarise(rows, FACTS), FACTS)[-1]
-    assert last.startswith(report.RIVAL_NOTE)
+    last = verdict(summarise(rows, FACTS), FACTS)[-1]
+    assert last.startswith(RIVAL_NOTE)
     assert words in last
 
 
 def test_rival_missing_or_not_called_for():
     rows = make_rows(without=["reward_model_sampling"])
-    summary = report.summarise(rows, FACTS)
-    assert "missing: reward_model_sampling" in report.verdict(summary, FACTS)[-1]
-    scalar = report.verdict(summary, {**FACTS, "reward_kind": "scalar"})
+    summary = summarise(rows, FACTS)
+    assert "missing: reward_model_sampling" in verdict(summary, FACTS)[-1]
+    scalar = verdict(summary, {**FACTS, "reward_kind": "scalar"})
     assert not any("rival" in line for line in scalar)
 
 
 def test_turning_accuracy_is_said(summary):
     assert report.NO_TURN in report.turning(summary)
-    turned = report.summarise(make_rows({**WORLD, "best_of_32": (0.45, 192e6)}), FACTS)
+    turned = summarise(make_rows({**WORLD, "best_of_32": (0.45, 192e6)}), FACTS)
     assert "turns under more search: best_of_32" in report.turning(turned)
     assert report.NO_TURN not in report.turning(turned)
 
@@ -262,13 +262,13 @@ def test_terminal_table_fits_and_shows_every_method(summary):
     lines = screen.getvalue().splitlines()
     assert len(lines) == len(WORLD) + 1
     assert max(map(len, lines)) <= 80
-    for method, line in zip(report.methods(summary), lines[1:], strict=True):
+    for method, line in zip(methods(summary), lines[1:], strict=True):
         assert line.startswith(method + " ")
-        assert report.accuracy(summary, method) in line
+        assert accuracy(summary, method) in line
 
 
 def test_si():
-    texts = [report.si(1.2e8, "FLOPs"), report.si(0.0113, "s"), report.si(999_900), report.si(0, "s")]
+    texts = [si(1.2e8, "FLOPs"), si(0.0113, "s"), si(999_900), si(0, "s")]
     assert texts == ["120 MFLOPs", "11.3 ms", "1 M", "0 s"]
 
 

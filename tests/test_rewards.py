@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nabla_trl.answers import AnswerChecker, Verdict
+from nabla_trl.answers import Verdict
+from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter
 from nabla_trl.models import Policy
 from nabla_trl.reward_models import PREFIX, check_reward, load_reward, log_ratio, scalar

@@ -1,0 +1,186 @@
+"""The numbers of a summary in words: figures, targets, verdicts, titles. Every sentence is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from nabla_trl.summary import (
+    FLOPS_SHARE,
+    RIVAL,
+    Summary,
+    cost_ratio,
+    main_nabla,
+    methods,
+    nabla_within,
+    unmeasured,
+)
+
+GAIN_SHARE = 0.6  # target: the share of nabla's gain that one greedy decode keeps after distillation
+EQUAL_FLOPS = 0.9  # a control that spent less than this share of nabla's FLOPs was not given an equal budget
+RIVAL_NOTE = f"The reward is a log-ratio, so the obvious rival is sampling from the better model itself, {RIVAL}"
+_EXPECTED = (
+    "greedy",
+    "best_of_8",
+    "best_of_16",
+    "control",
+    "nabla",
+    "distilled_greedy",
+    "distilled_best_of_8",
+)
+_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
+
+
+def accuracy(summary: Summary, method: str) -> str:
+    """An accuracy as it is always printed: with its interval."""
+    return span(summary[f"accuracy.{method}"])
+
+
+def si(value: float, unit: str = "") -> str:
+    """Three significant digits and an SI prefix: 1.2e8, "FLOPs" -> "120 MFLOPs"."""
+    value = float(f"{value:.3g}")
+    power = math.floor(math.log10(abs(value)) / 3) if value else 0
+    power = min(max(power, min(_PREFIXES)), max(_PREFIXES))
+    return f"{value / 1000.0**power:.3g} {_PREFIXES[power]}{unit}".rstrip()
+
+
+def span(one: Mapping[str, float], form: str = ".3f") -> str:
+    """A value and its interval: 0.957 [0.940, 0.972]."""
+    return f"{one['value']:{form}} [{one['low']:{form}}, {one['high']:{form}}]"
+
+
+def gap_in_words(summary: Summary, a: str, b: str) -> str:
+    """The paired difference a − b, its p-value, and which side of zero it is on."""
+    one = summary[f"paired.{a}-{b}"]
+    side = "ahead" if one["low"] > 0 else "behind" if one["high"] < 0 else "not distinguishable from zero"
+    return f"paired difference {span(one, '+.3f')}, {chance_in_words(summary, a, b)}: {side}"
+
+
+def chance_in_words(summary: Summary, a: str, b: str) -> str:
+    """The p-value of the paired difference a − b."""
+    p_value = summary[f"p_value.{a}-{b}"]["value"]
+    return f"p = {p_value:.3f}" if p_value >= 0.001 else "p < 0.001"
+
+
+def cost_in_words(summary: Summary, cost: str, method: str) -> str:
+    """A method's cost (flops or seconds) per problem, with its unit."""
+    one = summary.get(f"{cost}.{method}")
+    return si(one["value"], "s" if cost == "seconds" else "FLOPs") if one else "–"
+
+
+def relative_in_words(summary: Summary, method: str) -> str:
+    """A method's FLOPs as a share of best_of_16's."""
+    ratio = cost_ratio(summary, "flops", method, "best_of_16")
+    return f"{ratio:.2f}" if math.isfinite(ratio) else "–"
+
+
+def _against_best_of_16(summary: Summary, method: str) -> str:
+    return (
+        f"{method} reaches {accuracy(summary, method)} at {relative_in_words(summary, method)} of best_of_16's FLOPs "
+        f"(best_of_16: {accuracy(summary, 'best_of_16')}); {gap_in_words(summary, method, 'best_of_16')}"
+    )
+
+
+def _against_control(summary: Summary, method: str, control: str) -> str:
+    return (
+        f"{method} {accuracy(summary, method)} against {control} {accuracy(summary, control)}, which spent "
+        f"{cost_ratio(summary, 'flops', control, method):.2f} of its FLOPs; {gap_in_words(summary, method, control)}"
+    )
+
+
+def targets(summary: Summary) -> list[tuple[str, str, str]]:
+    """(target, measurement, verdict) by figure to reach; verdicts: reached, NOT reached, not measured."""
+    share, gain = f"{FLOPS_SHARE:.2f}", f"{GAIN_SHARE:.0%}"
+    return [
+        (f"nabla reaches best_of_16 at no more than {share} of its FLOPs", *_cheap_target(summary)),
+        ("nabla beats the control at equal FLOPs, paired interval without zero", *_control_target(summary)),
+        (f"distilled_greedy keeps at least {gain} of nabla's gain over greedy", *_distilled_target(summary)),
+    ]
+
+
+def _cheap_target(summary: Summary) -> tuple[str, str]:
+    main = main_nabla(summary)
+    if main is None or unmeasured(summary, "best_of_16"):
+        return f"missing: {'nabla' if main is None else 'best_of_16'}", "not measured"
+    method = nabla_within(summary)
+    if method is None:
+        return f"no nabla run was that cheap: {_against_best_of_16(summary, main)}", "NOT reached"
+    reached = summary[f"paired.{method}-best_of_16"]["value"] >= 0
+    return _against_best_of_16(summary, method), "reached" if reached else "NOT reached"
+
+
+def _control_target(summary: Summary) -> tuple[str, str]:
+    method = nabla_within(summary) or main_nabla(summary)
+    control = method.replace("nabla", "control") if method else "control"
+    if method is None or unmeasured(summary, control):
+        return f"missing: {control if method else 'nabla'}", "not measured"
+    measured = _against_control(summary, method, control)
+    if cost_ratio(summary, "flops", control, method) < EQUAL_FLOPS:
+        return f"the budgets were not equal: {measured}", "not measured"
+    return measured, "reached" if summary[f"paired.{method}-{control}"]["low"] > 0 else "NOT reached"
+
+
+def _distilled_target(summary: Summary) -> tuple[str, str]:
+    missing = unmeasured(summary, "distilled_greedy", "greedy", "nabla")
+    if missing:
+        return f"missing: {', '.join(missing)}", "not measured"
+    share = summary.get("recovered.distilled_greedy")
+    if share is None:
+        gap = gap_in_words(summary, "nabla", "greedy")
+        return f"nabla's gain over greedy may be zero, so a share of it means nothing: {gap}", "NOT reached"
+    cost = cost_ratio(summary, "flops", "distilled_greedy", "greedy")
+    measured = (
+        f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of the gain: greedy "
+        f"{accuracy(summary, 'greedy')}, distilled_greedy {accuracy(summary, 'distilled_greedy')}, nabla "
+        f"{accuracy(summary, 'nabla')}; {cost:.2f} of greedy's FLOPs per query"
+    )
+    return measured, "reached" if share["value"] >= GAIN_SHARE else "NOT reached"
+
+
+def verdict(summary: Summary, facts: Mapping) -> list[str]:
+    """What the numbers say, one sentence per comparison that was measured."""
+    found = []
+    for method in methods(summary):
+        if f"paired.{method}-best_of_16" in summary:
+            found.append(_against_best_of_16(summary, method))
+    for method in methods(summary):
+        control = method.replace("nabla", "control")
+        if f"paired.{method}-{control}" in summary:
+            found.append(_against_control(summary, method, control))
+    for a, b in (("nabla", "greedy"), ("distilled_greedy", "greedy"), ("distilled_best_of_8", "best_of_8")):
+        if f"paired.{a}-{b}" in summary:
+            found.append(
+                f"{a} {accuracy(summary, a)} against {b} {accuracy(summary, b)}; {gap_in_words(summary, a, b)}"
+            )
+    absent = unmeasured(summary, *_EXPECTED)
+    note = [f"Missing, and so not compared: {', '.join(absent)}."] if absent else []
+    return [f"{sentence}." for sentence in found] + _rival(summary, facts) + note
+
+
+def _rival(summary: Summary, facts: Mapping) -> list[str]:
+    if facts["reward_kind"] != "log-ratio":
+        return []
+    ours = main_nabla(summary)
+    if ours is None or unmeasured(summary, RIVAL):
+        return [f"{RIVAL_NOTE}; missing: {RIVAL if ours else 'nabla'}."]
+    gap = summary[f"paired.{ours}-{RIVAL}"]
+    winner = f"{ours} wins" if gap["low"] > 0 else "the rival wins" if gap["high"] < 0 else "neither is ahead"
+    cost = f"{accuracy(summary, RIVAL)} at {cost_ratio(summary, 'flops', RIVAL, ours):.2f} of {ours}'s FLOPs"
+    measured = f"{cost}, {ours} {accuracy(summary, ours)}; {gap_in_words(summary, ours, RIVAL)}"
+    return [f"{RIVAL_NOTE}: {measured}. Here {winner}."]
+
+
+def plot_titles(summary: Summary, facts: Mapping) -> dict[str, str]:
+    """Titles of the plots, by what they say: flops, seconds, and the subject of them all."""
+    method = nabla_within(summary) or main_nabla(summary)
+    titles = {}
+    for cost in ("flops", "seconds"):
+        ratio = cost_ratio(summary, cost, method, "best_of_16") if method else math.nan
+        unit = "FLOPs" if cost == "flops" else "seconds"
+        titles[cost] = f"Accuracy against {unit} per problem"
+        if method and math.isfinite(ratio):
+            a, b = accuracy(summary, method), accuracy(summary, "best_of_16")
+            titles[cost] = f"{method} scores {a} at {ratio:.2f} of best_of_16's {unit} ({b})"
+    problems = max(one["problems"] for one in summary.values())
+    titles["subject"] = f"{facts['task']}, {problems} held-out problems"
+    return titles
