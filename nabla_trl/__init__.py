@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nabla_trl.config import ReasonerConfig
     from nabla_trl.reasoner import NablaReasoner
     from nabla_trl.tasks import Problem, check_disjoint, load_problems
     from nabla_trl.traces import Trace, read_traces
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NablaReasoner",
     "Problem",
+    "ReasonerConfig",
     "Trace",
     "__version__",
     "check_disjoint",
@@ -25,6 +27,7 @@ __all__ = [
 
 _ROOM_OF = {
     "NablaReasoner": "reasoner",
+    "ReasonerConfig": "config",
     "Problem": "tasks",
     "check_disjoint": "tasks",
     "load_problems": "tasks",

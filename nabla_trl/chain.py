@@ -47,7 +47,6 @@ class Chain:
     rounds: int = 0
     rollouts: int = 1
     idle: int = 0
-    accepted: int = 0
     revisions: list[Revision] = field(default_factory=list)
     stop: str = ""
     error: str | None = None

@@ -245,7 +245,6 @@ class _Search:
         chain.response, chain.reward, chain.memos = proposal.response, value, memos
         chain.finished = proposal.finished(self.policy.stop_ids)
         chain.scores, chain.tried, chain.idle = None, set(), 0
-        chain.accepted += 1
 
     def draw(self, jobs: list[Job]) -> list[Draft]:
         config = self.config
