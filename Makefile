@@ -31,7 +31,7 @@ export TOKENIZERS_PARALLELISM := false
 # seconds.setup of summary.json: what this very call of make spent on the environment, else 0.
 demo: $(STAMP)
 	NABLA_SETUP_SECONDS=$$(awk '$$1 == "$(STARTED)" { s = $$2 } END { print s + 0 }' $(SETUP_LOG)) \
-	$(BIN)/accelerate launch --config_file recipes/accelerate/multi_cpu.yaml --num_cpu_threads_per_process 2 \
+	$(BIN)/accelerate launch --config_file recipes/accelerate/multi_cpu.yaml --num_cpu_threads_per_process 1 \
 		recipes/distill.py --config recipes/tiny/distill.yaml
 
 # One thread per worker: two workers with two threads each on two cores take twice as long.

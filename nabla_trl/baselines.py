@@ -45,6 +45,11 @@ class Entry:
     scored_prefill: Cost
     error: str | None = None
 
+    def cost(self) -> Cost:
+        """All that was spent on the problem."""
+        parts = [cost for draw in self.draws for cost in (draw.generation, draw.scoring)]
+        return sum(parts, self.prefill + self.scored_prefill)
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -162,21 +167,21 @@ def _account(problem: Problem, draw: int) -> str:
 def best_of(pool: Pool, count: int, method: str | None = None) -> list[Trace]:
     """Of the first `count` responses the one with the highest reward; the first among equals.
 
-    best-of-1 is a plain sample: its reward is recorded but not charged, since nothing needs it.
+    best-of-1 is a plain sample: its reward is recorded if there is one, but not charged, since nothing needs it.
     """
     traces = []
     for entry in pool.entries:
         name = method or f"best_of_{count}"
         draws = entry.draws[:count]
-        best = max(draws, key=lambda draw: draw.reward, default=None)
-        unusable = entry.error or _unusable(pool.reward, draws, best)
-        if best is None or unusable:
-            traces.append(_error(pool, entry, name, unusable or "no response was drawn"))
-            continue
         cost = sum((draw.generation for draw in draws), entry.prefill)
         if count > 1:
             cost = sum((draw.scoring for draw in draws), cost + entry.scored_prefill)
-        traces.append(_trace(pool, entry, name, best, cost))
+        unusable = entry.error or (_unusable(pool.reward, draws) if count > 1 else None)
+        if unusable:
+            traces.append(_error(pool, entry, name, unusable, cost))
+        else:
+            best = draws[0] if count == 1 else max(draws, key=lambda draw: draw.reward)
+            traces.append(_trace(pool, entry, name, best, cost))
     return traces
 
 
@@ -186,7 +191,7 @@ def self_consistency(pool: Pool, count: int) -> list[Trace]:
     for entry in pool.entries:
         name = f"self_consistency_{count}"
         if entry.error:
-            traces.append(_error(pool, entry, name, entry.error))
+            traces.append(_error(pool, entry, name, entry.error, entry.prefill))
             continue
         draws = entry.draws[:count]
         votes = Counter(normalize_answer(draw.answer) for draw in draws if draw.answer is not None)
@@ -211,11 +216,11 @@ def greedy(
     return best_of(pool, 1, method)
 
 
-def _unusable(reward: str, draws: Sequence[Draw], best: Draw | None) -> str | None:
+def _unusable(reward: str, draws: Sequence[Draw]) -> str | None:
     if any(math.isnan(draw.reward) for draw in draws):
         return f"the reward {reward} gave nan"
-    if best is not None and best.reward == -math.inf:
-        return f"the reward {reward} cannot read the response"
+    if all(draw.reward == -math.inf for draw in draws):
+        return f"the reward {reward} cannot read any response"
     return None
 
 
@@ -227,11 +232,12 @@ def _trace(pool: Pool, entry: Entry, method: str, draw: Draw, cost: Cost) -> Tra
         seed=pool.seed,
         prompt=entry.prompt,
         response=draw.ids,
-        reward=draw.reward,
+        reward=draw.reward if math.isfinite(draw.reward) else math.nan,
         cost=cost,
         meta=run_meta(pool.policy, pool.reward, pool.config_hash),
     )
 
 
-def _error(pool: Pool, entry: Entry, method: str, message: str) -> Trace:
-    return error_trace(entry.problem, method, pool.seed, message, run_meta(pool.policy, pool.reward, pool.config_hash))
+def _error(pool: Pool, entry: Entry, method: str, message: str, cost: Cost) -> Trace:
+    meta = run_meta(pool.policy, pool.reward, pool.config_hash)
+    return error_trace(entry.problem, method, pool.seed, message, meta, cost)

@@ -27,7 +27,7 @@ from nabla_trl.arguments import (
 )
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.parsing import Parser
-from nabla_trl.tasks import Problem, load_problems
+from nabla_trl.tasks import Problem, data_identity, load_problems
 
 if TYPE_CHECKING:
     from nabla_trl.audit import Audit
@@ -104,7 +104,11 @@ def traces(argv: Sequence[str]) -> int:
     problems = load_problems(args.dataset, split=args.split, limit=args.limit or None)
     output = Path(args.output_dir)
     folder = output / "traces"
-    settings = models.settings() | {"adapter": models.adapter or "", "dataset": args.dataset, "split": args.split}
+    settings = models.settings() | {
+        "adapter": models.adapter or "",
+        "dataset": data_identity(args.dataset),
+        "split": args.split,
+    }
     todo = unfinished(problems, folder, args.seed)
     if todo:
         policy, reward = models.load(4 * config.batch_size)  # first: what cannot be loaded must not claim the folder
@@ -159,7 +163,11 @@ def evaluate(argv: Sequence[str]) -> int:
     tuned = None
     if models.adapter:
         tuned = load_policy(models.policy, dtype=models.dtype, device=models.device, adapter=models.adapter)
-    settings = models.settings() | {"dataset": args.dataset, "split": args.split, "limit": str(args.limit)}
+    settings = models.settings() | {
+        "dataset": data_identity(args.dataset),
+        "split": args.split,
+        "limit": str(args.limit),
+    }
     settings |= search_settings(config)
     claim_settings(folder / "eval.settings.json", settings)
     if models.adapter:  # apart, so that an adapter trained later can join the rows that are there

@@ -149,22 +149,6 @@ class Meter:
         name = f"{size.name}/{kind}"
         cost.tokens[name] = cost.tokens.get(name, 0) + count
 
-    def charge_many(
-        self,
-        keys: Sequence[str],
-        size: ModelSize,
-        kind: str,
-        starts: Sequence[int],
-        counts: Sequence[int],
-        heads: Sequence[int] | None = None,
-        *,
-        frozen: bool = True,
-    ) -> None:
-        """`charge` for every row of a batch; the sequences are of one length (ValueError otherwise)."""
-        each_head = [None] * len(keys) if heads is None else heads
-        for key, start, count, head in zip(keys, starts, counts, each_head, strict=True):
-            self.charge(key, size, kind, start, count, head=head, frozen=frozen)
-
     @contextmanager
     def clock(self, keys: Sequence[str]) -> Iterator[None]:
         """Share the wall seconds of the `with` block evenly over `keys`, also when the block raises.

@@ -67,8 +67,12 @@ class Bench:
         *,
         policy: Policy | None = None,
         names: dict[int, str] | None = None,
+        scored: bool = True,
     ) -> Step:
-        """best-of-n and self-consistency from one pool; `names` renames best-of-n methods."""
+        """best-of-n and self-consistency from one pool; `names` renames best-of-n methods.
+
+        A policy of another vocabulary cannot be read by the reward: draw from it with `scored` off (n = 1).
+        """
         count = max([*best_of, *majority])
         titles = {n: (names or {}).get(n, f"best_of_{n}") for n in best_of}
 
@@ -77,7 +81,7 @@ class Bench:
                 problems,
                 count,
                 policy=policy or self.policy,
-                reward=self.reward,
+                reward=self.reward if scored else None,
                 sampling=self.sampling(),
                 seed=seed,
                 batch_size=max(self.config.batch_size, count),

@@ -65,7 +65,7 @@ def steps(
                 config = replace(config, flops=float(share) * best_of_16_flops(), rounds=0, patience=0)
             yield bench.search(name, config)
     if RIVAL in names:
-        yield bench.pool([1], policy=bench.reward.rival, names={1: RIVAL})
+        yield bench.pool([1], policy=bench.reward.rival, names={1: RIVAL}, scored=False)
     if "distilled_greedy" in names:
         yield bench.greedy(tuned, "distilled_greedy")
     sizes = _sizes(names, "distilled_best_of_")

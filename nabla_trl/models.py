@@ -230,6 +230,7 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
     if not Path(adapter, "adapter_config.json").exists() and Path(adapter).exists():
         raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json")
+    _check_base(adapter, model.name_or_path)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     try:
         with warnings.catch_warnings():
@@ -245,6 +246,18 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     if all(torch.equal(before[name], weight) for name, weight in merged.named_parameters()):
         raise ValueError(f"adapter {adapter} changes no weight of {model.name_or_path}: it is inert")
     return merged
+
+
+def _check_base(adapter: str, base: str) -> None:
+    """Refuse an adapter that was made for another base; a hub id and a local copy cannot be told apart here."""
+    note = Path(adapter, "adapter_config.json")
+    if not note.exists():
+        return
+    meant = json.loads(note.read_text(encoding="utf-8")).get("base_model_name_or_path") or base
+    here, there = Path(base).exists(), Path(meant).exists()
+    same = Path(base).resolve() == Path(meant).resolve() if here and there else base == meant or here != there
+    if not same:
+        raise ValueError(f"adapter {adapter} was made for {meant}, not for {base}")
 
 
 def architecture(name: str, revision: str | None = None) -> str:

@@ -80,8 +80,10 @@ def response_trace(
     )
 
 
-def error_trace(problem: Problem, method: str, seed: int, message: str, meta: dict[str, str]) -> Trace:
-    """The visible record of a problem that could not be run."""
+def error_trace(
+    problem: Problem, method: str, seed: int, message: str, meta: dict[str, str], cost: Cost | None = None
+) -> Trace:
+    """The visible record of a problem that could not be run; `cost` is what was spent on it all the same."""
     return Trace(
         problem_id=problem.id,
         task=problem.task,
@@ -98,7 +100,7 @@ def error_trace(problem: Problem, method: str, seed: int, message: str, meta: di
         gold=problem.answer,
         correct=None,
         revisions=[],
-        cost=Cost(),
+        cost=Cost() if cost is None else cost,
         stop="error",
         finished=False,
         meta=meta,

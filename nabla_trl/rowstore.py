@@ -88,10 +88,10 @@ class RowStore:
     def read(self) -> list[Row]:
         """Rows of all processes, in a fixed order."""
         rows = [row for path in sorted(self.folder.glob("rows-*.jsonl")) for row in _read(path)]
-        other = next((row for row in rows if row["run"] != self.run), None)
+        other = next((row for row in rows if row.get("run") != self.run), None)
         if other is not None:
             raise ValueError(
-                f"{self.folder} holds rows of other settings (run {other['run']}, now {self.run}): "
+                f"{self.folder} holds rows of other settings (run {other.get('run')}, now {self.run}): "
                 "use another --output_dir, or delete them"
             )
         return sorted({row_key(row): row for row in rows}.values(), key=row_key)

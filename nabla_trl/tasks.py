@@ -13,6 +13,7 @@ A line of a JSONL file holds `question` (or `problem`, or `prompt`) and may hold
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -84,6 +85,14 @@ def load_problems(
     if seed is not None:
         random.Random(seed).shuffle(problems)
     return problems[:limit]
+
+
+def data_identity(name_or_path: str) -> str:
+    """A task's name; for a file its path and a hash of its content, since ids are line numbers there."""
+    path = Path(name_or_path)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return name_or_path
+    return f"{name_or_path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
 
 
 def check_disjoint(train: list[Problem], held_out: list[Problem]) -> None:

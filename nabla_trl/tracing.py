@@ -117,7 +117,10 @@ def claim_settings(mark: Path, settings: Mapping[str, str]) -> None:
         draft.write_text(json.dumps(dict(settings), indent=1), encoding="utf-8")
         draft.replace(mark)
         return
-    had = json.loads(mark.read_text(encoding="utf-8"))
+    try:
+        had = json.loads(mark.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{mark} is not JSON ({error}): the folder's settings are not known") from error
     names = [name for name in {**had, **settings} if had.get(name) != settings.get(name)]
     if names:
         changed = ", ".join(f"{name} {settings.get(name)!r} (was {had.get(name)!r})" for name in names)

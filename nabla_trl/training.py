@@ -80,6 +80,7 @@ def train_sft(
         peft_config=adapter,
     )
     size = model_size(model, "policy")
+    added = sum(weight.numel() for name, weight in trainer.model.named_parameters() if "lora_" in name)
     result = trainer.train()
     if not result.training_loss == result.training_loss:
         raise ValueError(f"the training loss became nan (learning_rate {config.learning_rate}): no adapter written")
@@ -97,7 +98,7 @@ def train_sft(
         skipped=dict(skipped),
         epochs=epochs,
         tokens=round(epochs * sum(len(row["input_ids"]) for row in rows)),
-        flops=epochs * sum(_row_flops(size, row) for row in rows),
+        flops=epochs * sum(_row_flops(size, added, row) for row in rows),
         seconds=float(result.metrics["train_runtime"]),
         loss=float(result.training_loss),
     )
@@ -110,10 +111,11 @@ def load_model_for_training(policy: str, dtype: str, config: SFTConfig) -> Any:
     return load_model(AutoModelForCausalLM, policy, dtype=dtype, device=str(config.device))
 
 
-def _row_flops(size: ModelSize, row: dict[str, list[int]]) -> float:
-    """Forward and backward of one row with a frozen base (LoRA's own matrices are negligible)."""
+def _row_flops(size: ModelSize, added: int, row: dict[str, list[int]]) -> float:
+    """Forward and backward of one row: a frozen base, and `added` weights of the adapter that are trained."""
     count = len(row["input_ids"])
-    return size.forward_flops(0, count) + size.backward_flops(0, count, frozen=True)
+    base = size.forward_flops(0, count) + size.backward_flops(0, count, frozen=True)
+    return base + 3 * 2 * added * count
 
 
 def _save_adapter(trainer: Any, output: Path) -> None:

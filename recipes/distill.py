@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from trl import SFTConfig
 from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
 from nabla_trl.checker import AnswerChecker
+from nabla_trl.compute import Cost
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
 from nabla_trl.methods import RIVAL, SYNTAX, method_names, steps
@@ -40,7 +42,7 @@ from nabla_trl.results import store_results
 from nabla_trl.reward_models import PREFIX, load_reward
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore
-from nabla_trl.tasks import Problem, check_disjoint, load_problems
+from nabla_trl.tasks import Problem, check_disjoint, data_identity, load_problems
 from nabla_trl.traces import read_traces
 from nabla_trl.tracing import claim_settings, search_settings, unfinished, write_traces
 from nabla_trl.training import LoraArguments, train_sft
@@ -88,6 +90,21 @@ class DistillArguments:
         method_names(self.methods)
 
 
+# TRL's options that decide what an adapter becomes.
+TRAINING = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_length",
+    "seed",
+)
+
+
 class Run:
     """One run: its settings, its output folder and, once asked for, its models."""
 
@@ -102,6 +119,7 @@ class Run:
         self.traces, self.adapter = self.folder / "traces", self.folder / "adapter"
         self.checker = AnswerChecker()
         self._models: tuple[Policy, Reward] | None = None
+        self._before = self._read("clock.json") or {"total": 0.0, "setup": 0.0}
         self.train, self.held_out = self._problems()
 
     def _problems(self) -> tuple[list[Problem], list[Problem]]:
@@ -131,14 +149,10 @@ class Run:
         if self.state.is_main_process:
             print(text, flush=True)
 
-    def settings(self, *parts: object) -> str:
-        """Hash of what a stage's output depends on."""
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
     # --- stages ---------------------------------------------------------------------------------------
 
     def stage_traces(self) -> None:
-        """Audit the reward on training problems, then refine them; one shard per process and chunk."""
+        """Audit the reward on training problems, then refine them; one shard per process and batch."""
         if self.state.is_main_process and self.args.audit_problems and not self._path("audit.json").exists():
             self._audit()
         self.state.wait_for_everyone()
@@ -146,9 +160,8 @@ class Run:
         todo = unfinished(mine, self.traces, self.args.seeds[0])
         if todo:
             self.models()  # first: what cannot be loaded must not claim the folder
-        settings = {"policy": self.args.policy, "reward": self.args.reward, "dtype": self.args.dtype, "adapter": ""}
-        settings |= {"dataset": self.args.dataset, "split": self.args.train_split}
-        claim_settings(self._path("traces.settings.json"), settings | search_settings(self.reasoner))
+        settings = self._search_settings() | {"adapter": "", "split": self.args.train_split}
+        claim_settings(self._path("traces.settings.json"), settings | {"dataset": data_identity(self.args.dataset)})
         if not todo:
             self.say(f"traces: {len(mine)} problems are there already")
             return
@@ -164,7 +177,14 @@ class Run:
             rank=self.state.process_index,
             bar=self.state.is_main_process,
         )
-        self.say(f"traces: {tally}")
+        self.say(f"traces{self._here()}: {tally}")
+
+    def _search_settings(self) -> dict[str, str]:
+        models = {"policy": self.args.policy, "reward": self.args.reward, "dtype": self.args.dtype}
+        return models | search_settings(self.reasoner)
+
+    def _here(self) -> str:
+        return " of this process" if self.state.num_processes > 1 else ""
 
     def _audit(self) -> None:
         policy, reward = self.models()
@@ -177,22 +197,29 @@ class Run:
             sampling=self.reasoner.sampling(),
             batch_size=4 * self.reasoner.batch_size,
         )
-        found = audit(pool, self.checker)
-        self._write("audit.json", found.to_dict())
-        self.say(f"audit: {found.verdict}")
+        spent = sum((entry.cost() for entry in pool.entries), Cost())
+        try:
+            found = audit(pool, self.checker).to_dict()
+        except ValueError as error:  # worth knowing, but no reason not to go on
+            found = {"verdict": f"the reward could not be audited: {error}"}
+        self._write("audit.json", found | {"flops": spent.flops})
+        self.say(f"audit: {found['verdict']}")
 
     def stage_train(self) -> None:
         """SFT of a LoRA adapter on the final response of every trace."""
-        if (self.adapter / "adapter_config.json").exists():
+        made = read_traces(self.traces)
+        settings = {name: str(getattr(self.sft, name)) for name in TRAINING} | {"traces": str(len(made))}
+        settings |= {name: str(value) for name, value in asdict(self.lora).items()}
+        claim_settings(self._path("train.settings.json"), settings | {"policy": self.args.policy})
+        if (self.adapter / "adapter_config.json").exists() and self._path("train.json").exists():
             self.say("train: the adapter is there already")
             return
-        made = read_traces(self.traces)
         self.sft.output_dir = str(self.folder / "trainer")
         trained = train_sft(self.args.policy, made, self.adapter, lora=self.lora, config=self.sft, dtype="float32")
-        facts = asdict(trained) | {"trace_flops": sum(trace.cost.flops for trace in made)}
-        facts["trace_seconds"] = sum(trace.cost.seconds for trace in made)
+        spent = sum((trace.cost for trace in made), Cost())
+        facts = asdict(trained) | {"trace_flops": spent.flops, "trace_seconds": spent.seconds}
         if self.state.is_main_process:
-            self._write("train.json", facts)
+            self._write("train.json", facts | {"processes": self.state.num_processes})
         self.say(f"train: {trained.rows} rows, loss {trained.loss:.3f}, {trained.seconds:.0f} s")
 
     def stage_evaluate(self) -> None:
@@ -200,8 +227,9 @@ class Run:
         store = self._store()
         policy, reward = self.models()
         bench = Bench(policy, reward, self.reasoner, tuple(self.args.seeds))
-        tuned = self._tuned() if self.adapter.exists() else None
         names = method_names(self.args.methods)
+        wanted = any(name.startswith("distilled_") for name in names)
+        tuned = self._tuned() if wanted and self.adapter.exists() else None
         absent = [] if tuned else [name for name in names if name.startswith("distilled_")]
         absent += [] if reward.rival else [name for name in names if name == RIVAL]
         if absent:
@@ -216,6 +244,9 @@ class Run:
         self.state.wait_for_everyone()
 
     def _tuned(self) -> Policy:
+        weights = (self.adapter / "adapter_model.safetensors").read_bytes()
+        # Rows of an earlier adapter must not pass for those of this one.
+        claim_settings(self._path("rows/adapter.settings.json"), {"adapter": hashlib.sha256(weights).hexdigest()[:16]})
         device = str(self.state.device)
         return load_policy(self.args.policy, dtype=self.args.dtype, device=device, adapter=str(self.adapter))
 
@@ -234,13 +265,14 @@ class Run:
         if added:
             rows = {name: [row["correct"] for row in added if row["method"] == name] for name in step.methods}
             shares = ", ".join(f"{name} {sum(map(bool, right)) / len(right):.3f}" for name, right in rows.items())
-            here = " in this process" if self.state.num_processes > 1 else ""
-            self.say(f"{shares} ({len(added)} rows{here}, {time.perf_counter() - begun:.1f} s)")
+            self.say(f"{shares} ({len(added)} rows{self._here()}, {time.perf_counter() - begun:.1f} s)")
 
     def stage_report(self) -> None:
         if not self.state.is_main_process:
             return
         rows = self._store().read()
+        if not rows:
+            raise ValueError(f"{self.folder} holds no rows: run the stage evaluate first")
         facts = self.facts()
         store_results(self.folder, rows, facts)
         terminal_table(write_report(self.folder, rows, facts))
@@ -250,7 +282,7 @@ class Run:
     # --- facts and files ------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        trained = self._read("train.json")
+        trained, audited = self._read("train.json"), self._read("audit.json")
         facts = {
             "title": self.args.title,
             "command": " ".join(["accelerate launch", *sys.argv]),
@@ -260,16 +292,27 @@ class Run:
             "reward_kind": "log-ratio" if self.args.reward.startswith(PREFIX) else "scalar",
             "versions": versions(),
             "seeds": self.args.seeds,
-            "setup_seconds": float(os.environ.get("NABLA_SETUP_SECONDS", "0")),
-            "total_seconds": time.perf_counter() - STARTED,
-            "audit": self._read("audit.json"),
+            "setup_seconds": self.clock()["setup"],
+            "total_seconds": self.clock()["total"],
+            "audit": audited,
             "files": self.files(),
             "notes": [f"{len(self.train)} training and {len(self.held_out)} held-out problems, disjoint"],
         }
         if trained:
-            facts["train_flops"] = trained["flops"] + trained["trace_flops"]
-            facts["train_seconds"] = trained["seconds"] + trained["trace_seconds"]
+            facts["train_flops"] = trained["flops"] + trained["trace_flops"] + (audited or {}).get("flops", 0.0)
+            # Traces are timed in each process; side by side they take that much less on the clock.
+            facts["train_seconds"] = trained["seconds"] + trained["trace_seconds"] / trained["processes"]
         return facts
+
+    def clock(self) -> dict[str, float]:
+        """Seconds of this run so far, earlier calls included, and of making the environment."""
+        before = self._before
+        setup = float(os.environ.get("NABLA_SETUP_SECONDS", "0"))
+        return {"total": before["total"] + time.perf_counter() - STARTED, "setup": max(before["setup"], setup)}
+
+    def save_clock(self) -> None:
+        if self.state.is_main_process:
+            self._write("clock.json", self.clock())
 
     def files(self) -> dict[str, str]:
         names = {
@@ -283,7 +326,10 @@ class Run:
         return {label: str(self._path(name)) for label, name in names.items()}
 
     def _store(self) -> RowStore:
-        run = self.settings(asdict(self.args) | {"stages": "", "title": ""}, self.reasoner.hash())
+        settings = self._search_settings() | {"split": self.args.eval_split}
+        settings["dataset"] = data_identity(self.args.eval_dataset or self.args.dataset)
+        claim_settings(self._path("rows/eval.settings.json"), settings)
+        run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         return RowStore(self.folder / "rows", run, rank=self.state.process_index)
 
     def _path(self, name: str) -> Path:
@@ -295,7 +341,11 @@ class Run:
         scratch.replace(self._path(name))
 
     def _read(self, name: str) -> Any:
-        return json.loads(self._path(name).read_text()) if self._path(name).exists() else None
+        path = self._path(name)
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}): delete it to have it made again") from error
 
 
 STARTED = time.perf_counter()
@@ -303,7 +353,8 @@ STARTED = time.perf_counter()
 
 def main(argv: Sequence[str]) -> None:
     # First of all: whatever made a state before would choose the back end.
-    PartialState(cpu=not torch.cuda.is_available())
+    # A process may wait for hours for another one that has longer answers to draw.
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     quiet_libraries()
     dataclasses = [DistillArguments, ReasonerConfig, LoraArguments, SFTConfig]
     args, reasoner, lora, sft = parse(dataclasses, argv, presets=PRESETS)
@@ -312,6 +363,7 @@ def main(argv: Sequence[str]) -> None:
         for stage in args.stages.split(","):
             getattr(run, f"stage_{stage}")()
             run.state.wait_for_everyone()
+            run.save_clock()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from nabla_trl import baselines
 from nabla_trl.answers import normalize_answer
 from nabla_trl.compute import Cost, Meter
 from nabla_trl.config import ReasonerConfig
+from nabla_trl.evaluate import Bench
 from nabla_trl.generate import Sampling
+from nabla_trl.methods import steps
 from nabla_trl.search import solve
 from nabla_trl.terms import Sample
 
@@ -138,3 +140,26 @@ def test_what_another_policy_showed_does_not_count(problems, policy, logratio_re
     made = pool(problems, 1, other, logratio_reward)
     for entry in made.entries:
         assert set(entry.draws[0].scoring.tokens) == {"reward/forward", "reference/forward"}
+
+
+def test_a_reward_that_fails_costs_only_the_methods_that_need_it(problems, policy, scalar_reward, monkeypatch):
+    monkeypatch.setattr(
+        type(scalar_reward), "score", lambda self, samples, memos, **_: ([math.nan] * len(samples), [])
+    )
+    made = pool(problems, 2, policy, scalar_reward)
+    for single, several in zip(baselines.best_of(made, 1), baselines.best_of(made, 2), strict=True):
+        assert single.error is None and math.isnan(single.reward)
+        assert "gave nan" in several.error
+        assert several.cost.flops > single.cost.flops, "work that came to nothing is paid for"
+
+
+def test_a_rival_of_another_vocabulary_is_only_drawn_from(problems, policy):
+    shuffled, new_ids = worlds.permuted_tokenizer(policy.tokenizer)
+    model = worlds.permuted_model(worlds.tiny_model(seed=2), new_ids, len(shuffled) + 6)
+    rival = worlds.freeze_policy(model, shuffled, "rival")
+    reward = worlds.log_ratio(policy, rival, policy, "ratio")
+    bench = Bench(policy, reward, ReasonerConfig(max_new_tokens=8), (0,))
+    (step,) = steps(["reward_model_sampling"], bench, None, lambda: 0.0)
+    for trace in step.work(problems, 0):
+        assert trace.error is None and trace.method == "reward_model_sampling"
+        assert trace.prompt_ids == rival.encode(next(p for p in problems if p.id == trace.problem_id))

@@ -236,19 +236,6 @@ def test_cost_is_a_copy() -> None:
     assert meter.cost("a").tokens == {"policy/decode": 2}
 
 
-def test_charge_many_equals_single_charges() -> None:
-    many, singles = Meter(), Meter()
-    keys, starts, counts, heads = ["a", "b", "a"], [0, 3, 7], [5, 2, 1], [1, 2, 0]
-    many.charge_many(keys, SIZE, "train", starts, counts, heads, frozen=False)
-    many.charge_many(keys, SIZE, "decode", starts, counts)
-    for key, start, count, head in zip(keys, starts, counts, heads, strict=True):
-        singles.charge(key, SIZE, "train", start, count, head=head, frozen=False)
-        singles.charge(key, SIZE, "decode", start, count)
-    assert many.cost("a") == singles.cost("a") and many.cost("b") == singles.cost("b")
-    with pytest.raises(ValueError, match="shorter"):
-        many.charge_many(keys, SIZE, "decode", [0], counts)
-
-
 @pytest.fixture
 def wait(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that stands still; the test adds to its only entry."""

@@ -14,6 +14,7 @@ import worlds
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     MistralConfig,
@@ -223,6 +224,13 @@ def test_an_adapter_of_another_base_is_refused(made_for: dict, architecture: str
     _adapter(tmp_path / "adapter", worlds.tiny_model(**made_for))
     adapter = str(tmp_path / "adapter")
     _refused(lambda: load_policy(base, adapter=adapter), f"adapter {adapter}", base)
+
+
+def test_an_adapter_that_names_another_base_of_the_same_shape_is_refused(saved: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    worlds.tiny_model(seed=5).save_pretrained(other)
+    _adapter(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(other))
+    _refused(lambda: load_policy(saved, adapter=str(tmp_path / "adapter")), f"was made for {other}", saved)
 
 
 def test_an_adapter_folder_that_holds_none(saved: str, tmp_path: Path) -> None:

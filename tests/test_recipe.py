@@ -125,6 +125,33 @@ def test_other_settings_on_the_same_folder_are_refused(finished):
     assert "beta '0.5' (was '1.0')" in err.splitlines()[-1]
 
 
+def test_a_finished_adapter_does_not_answer_for_other_training(finished):
+    with pytest.raises(ValueError, match=r"learning_rate '1e-06' \(was '0.002'\)"):
+        distill_here(finished, "--stages", "train", "--learning_rate", "1e-6")
+
+
+def test_seeds_and_methods_can_be_added(finished):
+    before = (finished / "rows" / "rows-00000.jsonl").read_text()
+    distill_here(finished, "--stages", "evaluate", "--seeds", "0", "1", "--methods", "greedy,best_of_1")
+    after = (finished / "rows" / "rows-00000.jsonl").read_text()
+    assert after.startswith(before)
+    added = [json.loads(line) for line in after[len(before) :].splitlines()]
+    assert {(row["method"], row["seed"]) for row in added} == {("best_of_1", 1)}
+
+
+def test_a_reward_that_cannot_be_audited_does_not_stop_the_run(tmp_path):
+    lines = [json.dumps({"question": f"{i}+{i}-1*2+3-1"}) for i in range(5)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines) + "\n")
+    options = ["--stages", "traces", "--dataset", str(tmp_path / "asked.jsonl"), "--eval_dataset", "chains"]
+    distill_here(tmp_path / "out", *options)
+    audited = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert "could not be audited: the audit needs problems with a gold answer" in audited["verdict"]
+    assert len(read_traces(tmp_path / "out" / "traces")) == 5
+    (tmp_path / "asked.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    with pytest.raises(ValueError, match="made with other settings, now dataset"):
+        distill_here(tmp_path / "out", *options)
+
+
 def comparable(folder: Path) -> list[tuple]:
     return [
         (trace.problem_id, trace.response_ids, [(r.position, r.suffix, r.accepted) for r in trace.revisions])
