@@ -99,13 +99,13 @@ def traces(argv: Sequence[str]) -> int:
     )
     models, args, config = parser.read(argv)[:3]
 
-    from nabla_trl.tracing import claim_settings, search_settings, unfinished, write_traces
+    from nabla_trl.tracing import adapter_identity, claim_settings, search_settings, unfinished, write_traces
 
     problems = load_problems(args.dataset, split=args.split, limit=args.limit or None)
     output = Path(args.output_dir)
     folder = output / "traces"
     settings = models.settings() | {
-        "adapter": models.adapter or "",
+        "adapter": adapter_identity(models.adapter) if models.adapter else "",
         "dataset": data_identity(args.dataset),
         "split": args.split,
     }
@@ -154,7 +154,7 @@ def evaluate(argv: Sequence[str]) -> int:
     from nabla_trl.results import store_results
     from nabla_trl.rowstore import RowStore
     from nabla_trl.summary import summarise
-    from nabla_trl.tracing import claim_settings, search_settings
+    from nabla_trl.tracing import adapter_identity, claim_settings, search_settings
 
     names = method_names(args.methods or ",".join([METHODS, DISTILLED] if models.adapter else [METHODS]))
     problems = _graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
@@ -171,7 +171,7 @@ def evaluate(argv: Sequence[str]) -> int:
     settings |= search_settings(config)
     claim_settings(folder / "eval.settings.json", settings)
     if models.adapter:  # apart, so that an adapter trained later can join the rows that are there
-        claim_settings(folder / "adapter.settings.json", {"adapter": models.adapter})
+        claim_settings(folder / "adapter.settings.json", {"adapter": adapter_identity(models.adapter)})
     store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
     bench = Bench(policy, reward, config, tuple(args.seeds))
     _run_steps(steps(names, bench, tuned, lambda: mean_flops(store.read(), "best_of_16")), problems, store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,14 @@ def write_traces(
 def search_settings(config: ReasonerConfig) -> dict[str, str]:
     """The options of a search that can change a trace, for `claim_settings`."""
     return {name: str(value) for name, value in asdict(config).items() if name != "batch_size"}
+
+
+def adapter_identity(adapter: str) -> str:
+    """An adapter's name; for a local folder also a hash of its weights, so that a retrained one is another."""
+    weights = Path(adapter, "adapter_model.safetensors")
+    if not weights.is_file():
+        return adapter
+    return f"{adapter} ({hashlib.sha256(weights.read_bytes()).hexdigest()[:12]})"
 
 
 def claim_settings(mark: Path, settings: Mapping[str, str]) -> None:

@@ -44,7 +44,7 @@ from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore
 from nabla_trl.tasks import Problem, check_disjoint, data_identity, load_problems
 from nabla_trl.traces import read_traces
-from nabla_trl.tracing import claim_settings, search_settings, unfinished, write_traces
+from nabla_trl.tracing import adapter_identity, claim_settings, search_settings, unfinished, write_traces
 from nabla_trl.training import LoraArguments, train_sft
 
 STAGES = ("traces", "train", "evaluate", "report")
@@ -244,9 +244,8 @@ class Run:
         self.state.wait_for_everyone()
 
     def _tuned(self) -> Policy:
-        weights = (self.adapter / "adapter_model.safetensors").read_bytes()
         # Rows of an earlier adapter must not pass for those of this one.
-        claim_settings(self._path("rows/adapter.settings.json"), {"adapter": hashlib.sha256(weights).hexdigest()[:16]})
+        claim_settings(self._path("rows/adapter.settings.json"), {"adapter": adapter_identity(str(self.adapter))})
         device = str(self.state.device)
         return load_policy(self.args.policy, dtype=self.args.dtype, device=device, adapter=str(self.adapter))
 

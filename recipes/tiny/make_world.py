@@ -5,7 +5,7 @@
 A small Llama is trained on right solutions ("clean"); the policy is trained on from there on solutions by someone who
 half knows a quarter of the facts (`nabla_trl.chains.knowledge_gap`). Every question is from the train split. Both are
 saved in bf16 with their tokenizer, loaded again, measured on the test split, and described in OUT/README.md. One seed
-on one machine gives the same files. About five minutes on two cores.
+on one machine gives the same files. Some seven minutes of one core.
 """
 
 from __future__ import annotations
