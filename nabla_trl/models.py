@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ class Policy:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    @cached_property
     def tokenizer_hash(self) -> str:
-        """Identifies the map from ids to token strings."""
+        """Identifies the map from ids to token strings. Every trace names it, so it is computed once."""
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 

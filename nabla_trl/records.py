@@ -31,7 +31,7 @@ def run_meta(policy: Policy, reward: str, config_hash: str) -> dict[str, str]:
         "policy": policy.name,
         "reward": reward,
         "config_hash": config_hash,
-        "tokenizer_hash": policy.tokenizer_hash(),
+        "tokenizer_hash": policy.tokenizer_hash,
         **{f"version/{name}": number for name, number in versions().items()},
     }
 

@@ -15,10 +15,7 @@ from nabla_trl.answers import Verdict, extract_answer
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter
 from nabla_trl.gradient import direct_gradient, token_gradient
-from nabla_trl.models import (
-    Policy,
-    context_length,
-)
+from nabla_trl.models import Policy, context_length
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Encoded, LikelihoodTerm, Memo, Sample, Term
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,6 @@ from nabla_trl.models import freeze_policy, load_policy, vocabulary_map
 from nabla_trl.tasks import Problem
 
 QUESTION = Problem(id="q", question="1+2")
-
-
-def _refused(action: Callable[[], Any], *words: str) -> str:
-    """The one-line ValueError of `action`, which names all `words`."""
-    with pytest.raises(ValueError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-    return message
 
 
 def _save(folder: Path, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
@@ -68,7 +56,7 @@ def test_a_loaded_policy_is_the_saved_model_frozen(architecture: str, tmp_path: 
     assert not policy.model.training and not any(weight.requires_grad for weight in policy.model.parameters())
     assert policy.stop_ids == {worlds.TOKENS.index(worlds.END)}
     assert policy.name == str(tmp_path) and policy.context == 128
-    assert policy.tokenizer_hash() == worlds.tiny_policy().tokenizer_hash()
+    assert policy.tokenizer_hash == worlds.tiny_policy().tokenizer_hash
 
 
 def test_dtype_is_what_was_asked_for(saved: str) -> None:
@@ -100,18 +88,18 @@ def test_tokens_that_must_not_be_drawn(pad: str | None, rows: int, forbidden: li
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "no-such-model-here", "not a name!"])
 def test_nothing_there(name: str) -> None:
-    _refused(lambda: load_policy(name), "tokenizer", repr(name), "no such folder")
+    worlds.refused(lambda: load_policy(name), "tokenizer", repr(name), "no such folder")
 
 
 def test_an_empty_folder_and_one_without_tokenizer(tmp_path: Path) -> None:
-    _refused(lambda: load_policy(str(tmp_path)), "cannot load a tokenizer", str(tmp_path))
+    worlds.refused(lambda: load_policy(str(tmp_path)), "cannot load a tokenizer", str(tmp_path))
     worlds.tiny_model().save_pretrained(tmp_path)
-    _refused(lambda: load_policy(str(tmp_path)), "cannot load a tokenizer", str(tmp_path))
+    worlds.refused(lambda: load_policy(str(tmp_path)), "cannot load a tokenizer", str(tmp_path))
 
 
 def test_a_tokenizer_without_model(tmp_path: Path) -> None:
     worlds.char_tokenizer().save_pretrained(tmp_path)
-    _refused(lambda: load_policy(str(tmp_path)), "cannot load a model", str(tmp_path))
+    worlds.refused(lambda: load_policy(str(tmp_path)), "cannot load a model", str(tmp_path))
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
@@ -119,25 +107,25 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    _refused(lambda: load_policy(name), "lm_head.weight", "random", "CausalLM")
+    worlds.refused(lambda: load_policy(name), "lm_head.weight", "random", "CausalLM")
 
 
 @pytest.mark.parametrize("keep", [0, 0.5])
 def test_cut_off_weights_are_refused(tmp_path: Path, keep: float) -> None:
     name, file = _save(tmp_path), tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
-    _refused(lambda: load_policy(name), "cannot load a model", name)
+    worlds.refused(lambda: load_policy(name), "cannot load a model", name)
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     name = _save(tmp_path)
     _edit(tmp_path / "config.json", intermediate_size=80)
-    _refused(lambda: load_policy(name), "cannot load a model", "mismatched")
+    worlds.refused(lambda: load_policy(name), "cannot load a model", "mismatched")
 
 
 def test_unknown_dtype_and_device(saved: str) -> None:
-    _refused(lambda: load_policy(saved, dtype="int3"), "float32", "bfloat16", "'int3'")
-    _refused(lambda: load_policy(saved, device="toaster"), "cannot use device 'toaster'")
+    worlds.refused(lambda: load_policy(saved, dtype="int3"), "float32", "bfloat16", "'int3'")
+    worlds.refused(lambda: load_policy(saved, device="toaster"), "cannot use device 'toaster'")
 
 
 def test_no_eos_token(tmp_path: Path) -> None:
@@ -145,7 +133,7 @@ def test_no_eos_token(tmp_path: Path) -> None:
     tokenizer = worlds.char_tokenizer()
     tokenizer.eos_token = None
     name = _save(tmp_path, model, tokenizer)
-    _refused(lambda: load_policy(name), "no eos token", name)
+    worlds.refused(lambda: load_policy(name), "no eos token", name)
 
 
 WINDOWED = {
@@ -169,7 +157,7 @@ SHAPE = {
 def test_sliding_window_caches_are_refused(kind: str, tmp_path: Path) -> None:
     config, model, options = WINDOWED[kind]
     name = _save(tmp_path, model(config(**SHAPE, **options)))
-    _refused(lambda: load_policy(name), kind, "Sliding", "cannot be cut")
+    worlds.refused(lambda: load_policy(name), kind, "Sliding", "cannot be cut")
 
 
 def test_the_same_architecture_without_a_window_is_welcome(tmp_path: Path) -> None:
@@ -206,7 +194,7 @@ def test_a_merged_adapter_equals_the_unmerged_model(saved: str, tmp_path: Path) 
 
 def test_an_inert_adapter_is_refused(saved: str, tmp_path: Path) -> None:
     _adapter(tmp_path, worlds.tiny_model(), trained=False)
-    _refused(lambda: load_policy(saved, adapter=str(tmp_path)), str(tmp_path), "inert")
+    worlds.refused(lambda: load_policy(saved, adapter=str(tmp_path)), str(tmp_path), "inert")
 
 
 @pytest.mark.parametrize(
@@ -223,19 +211,19 @@ def test_an_adapter_of_another_base_is_refused(made_for: dict, architecture: str
     base = _save(tmp_path / "base", worlds.tiny_model(architecture))
     _adapter(tmp_path / "adapter", worlds.tiny_model(**made_for))
     adapter = str(tmp_path / "adapter")
-    _refused(lambda: load_policy(base, adapter=adapter), f"adapter {adapter}", base)
+    worlds.refused(lambda: load_policy(base, adapter=adapter), f"adapter {adapter}", base)
 
 
 def test_an_adapter_that_names_another_base_of_the_same_shape_is_refused(saved: str, tmp_path: Path) -> None:
     other = tmp_path / "other"
     worlds.tiny_model(seed=5).save_pretrained(other)
     _adapter(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(other))
-    _refused(lambda: load_policy(saved, adapter=str(tmp_path / "adapter")), f"was made for {other}", saved)
+    worlds.refused(lambda: load_policy(saved, adapter=str(tmp_path / "adapter")), f"was made for {other}", saved)
 
 
 def test_an_adapter_folder_that_holds_none(saved: str, tmp_path: Path) -> None:
-    _refused(lambda: load_policy(saved, adapter=str(tmp_path)), "no adapter_config.json")
-    _refused(lambda: load_policy(saved, adapter=str(tmp_path / "nowhere")), "nowhere")
+    worlds.refused(lambda: load_policy(saved, adapter=str(tmp_path)), "no adapter_config.json")
+    worlds.refused(lambda: load_policy(saved, adapter=str(tmp_path / "nowhere")), "nowhere")
 
 
 @pytest.mark.parametrize("content", [b"", None], ids=["no bytes", "no weights"])
@@ -246,7 +234,7 @@ def test_an_empty_adapter_file_is_refused(saved: str, tmp_path: Path, content: b
         save_file({}, file, metadata={"format": "pt"})
     else:
         file.write_bytes(content)
-    _refused(lambda: load_policy(saved, adapter=str(tmp_path)), str(tmp_path))
+    worlds.refused(lambda: load_policy(saved, adapter=str(tmp_path)), str(tmp_path))
 
 
 # --- prompts ----------------------------------------------------------------------------------------------
@@ -300,17 +288,19 @@ def test_a_template_without_bos_gets_none() -> None:
 def test_a_prompt_that_fills_the_context_is_refused() -> None:
     policy = worlds.tiny_policy(context=16)
     assert len(policy.encode(Problem(id="fits", question="1" * 12))) == 15
-    _refused(lambda: policy.encode(Problem(id="long", question="1" * 13)), "long", "16 tokens", "context", "policy")
+    worlds.refused(
+        lambda: policy.encode(Problem(id="long", question="1" * 13)), "long", "16 tokens", "context", "policy"
+    )
 
 
 def test_an_empty_prompt_is_refused() -> None:
     policy = worlds.tiny_policy(tokenizer=worlds.char_tokenizer(template="{{ messages[0]['content'] }}"))
-    _refused(lambda: policy.encode(Problem(id="void", question="")), "void", "empty")
+    worlds.refused(lambda: policy.encode(Problem(id="void", question="")), "void", "empty")
 
 
 def test_unknown_characters_are_refused() -> None:
     policy = worlds.tiny_policy()
-    _refused(lambda: policy.encode(Problem(id="greek", question="1+π")), "greek", "does not know")
+    worlds.refused(lambda: policy.encode(Problem(id="greek", question="1+π")), "greek", "does not know")
 
 
 def test_a_byte_level_tokenizer_that_names_eos_as_unknown_is_welcome() -> None:
@@ -326,7 +316,7 @@ def test_messages_that_the_template_refuses() -> None:
     policy = worlds.tiny_policy(tokenizer=worlds.char_tokenizer(template=template))
     chat = ({"role": "system", "content": "be brief"}, {"role": "user", "content": "1"})
     problem = Problem(id="strict", question="1", messages=chat)
-    _refused(lambda: policy.encode(problem), "strict", "template", "no system role")
+    worlds.refused(lambda: policy.encode(problem), "strict", "template", "no system role")
 
 
 # --- vocabularies -----------------------------------------------------------------------------------------
@@ -369,14 +359,14 @@ def test_special_tokens_may_be_missing() -> None:
 def test_missing_ordinary_tokens_are_counted_and_named() -> None:
     tokenizer = worlds.char_tokenizer()
     fewer = worlds.char_tokenizer([token for token in worlds.TOKENS if token not in "789abcdef"])
-    message = _refused(lambda: _map(tokenizer, fewer), "lacks 9", "'7', '8', '9', 'a', 'b' …")
+    message = worlds.refused(lambda: _map(tokenizer, fewer), "lacks 9", "'7', '8', '9', 'a', 'b' …")
     assert "'c'" not in message
 
 
 def test_a_token_beyond_the_targets_embedding_is_missing() -> None:
     """The target's tokenizer knows it, its model does not."""
     tokenizer = worlds.char_tokenizer()
-    _refused(lambda: _map(tokenizer, worlds.char_tokenizer(), target_rows=21), "lacks 1", "'f'")
+    worlds.refused(lambda: _map(tokenizer, worlds.char_tokenizer(), target_rows=21), "lacks 1", "'f'")
 
 
 def test_a_policy_in_memory_is_frozen() -> None:

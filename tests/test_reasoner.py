@@ -15,16 +15,6 @@ from nabla_trl.config import ReasonerConfig
 SHORT = {"max_new_tokens": 6, "rounds": 2}
 
 
-def _refused(action: Callable[[], Any], *words: str) -> None:
-    """A one-line ValueError that names all `words`."""
-    with pytest.raises(ValueError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Saved models: a policy, a better one, and a scalar reward."""
@@ -118,7 +108,7 @@ def test_a_chat_is_scored_whole_also_after_another_with_the_same_ending(folders:
     ],
 )
 def test_what_is_no_question_is_refused(reasoner: NablaReasoner, question: Any, words: list[str]) -> None:
-    _refused(lambda: reasoner.solve(question), *words)
+    worlds.refused(lambda: reasoner.solve(question), *words)
 
 
 def test_no_questions_give_no_traces(reasoner: NablaReasoner) -> None:
@@ -168,9 +158,9 @@ def test_unknown_options_and_presets_are_refused_by_name_before_anything_is_load
     def load(**options: Any) -> Callable[[], NablaReasoner]:
         return lambda: NablaReasoner.from_pretrained("/nowhere", reward="/nowhere", **options)
 
-    _refused(load(bets=2.0), "unknown option 'bets'", "beta")
-    _refused(load(preset="papr"), "unknown preset 'papr'", "paper")
-    _refused(load(), "/nowhere")
+    worlds.refused(load(bets=2.0), "unknown option 'bets'", "beta")
+    worlds.refused(load(preset="papr"), "unknown preset 'papr'", "paper")
+    worlds.refused(load(), "/nowhere")
 
 
 # --- configuration ----------------------------------------------------------------------------------------
@@ -202,7 +192,7 @@ def test_unknown_options_and_presets_are_refused_by_name_before_anything_is_load
     ],
 )
 def test_a_configuration_that_means_nothing_is_refused(options: dict[str, Any], words: list[str]) -> None:
-    _refused(lambda: ReasonerConfig(**options), *words)
+    worlds.refused(lambda: ReasonerConfig(**options), *words)
 
 
 def test_options_that_apply_get_their_defaults_and_others_stay_unset() -> None:

@@ -31,17 +31,6 @@ TEXTS = ("1+2=3", "3*4=12;12-5=7#7", "7", "12-3=9;4*5=20;9+20=29#29")
 END, PAD = worlds.TOKENS.index(worlds.END), worlds.TOKENS.index(worlds.PAD)
 
 
-def _refused(action: Callable[[], Any], *words: str) -> str:
-    """The one-line ValueError of `action`, which names all `words`."""
-    with pytest.raises(ValueError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-    return message
-
-
 def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
     model.save_pretrained(folder)
     (worlds.char_tokenizer() if tokenizer is None else tokenizer).save_pretrained(folder)
@@ -121,13 +110,13 @@ def test_the_log_ratio_of_a_model_against_itself_is_zero(policy: Policy) -> None
 
 @pytest.mark.parametrize("spec", [PREFIX, f"{PREFIX}a,b,c", f"{PREFIX}a,"])
 def test_a_malformed_log_ratio_is_refused(policy: Policy, spec: str) -> None:
-    _refused(lambda: load_reward(spec, policy=policy), repr(spec), f"{PREFIX}BETTER,REFERENCE")
+    worlds.refused(lambda: load_reward(spec, policy=policy), repr(spec), f"{PREFIX}BETTER,REFERENCE")
 
 
 def test_nothing_there(policy: Policy, tmp_path: Path) -> None:
-    _refused(lambda: load_reward("/no/such/reward", policy=policy), "/no/such/reward")
-    _refused(lambda: load_reward(f"{PREFIX}/no/such/model", policy=policy), "/no/such/model")
-    _refused(lambda: load_reward(str(tmp_path), policy=policy), str(tmp_path))
+    worlds.refused(lambda: load_reward("/no/such/reward", policy=policy), "/no/such/reward")
+    worlds.refused(lambda: load_reward(f"{PREFIX}/no/such/model", policy=policy), "/no/such/model")
+    worlds.refused(lambda: load_reward(str(tmp_path), policy=policy), str(tmp_path))
 
 
 def test_a_missing_score_head_is_refused(policy: Policy, tmp_path: Path) -> None:
@@ -137,18 +126,18 @@ def test_a_missing_score_head_is_refused(policy: Policy, tmp_path: Path) -> None
     name = _save(tmp_path, model)
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace("ForCausalLM", "ForSequenceClassification"))
-    _refused(lambda: load_reward(name, policy=policy), "score.weight", "random", "SequenceClassification")
+    worlds.refused(lambda: load_reward(name, policy=policy), "score.weight", "random", "SequenceClassification")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_causal_lm_as_scalar_reward_is_refused(architecture: str, policy: Policy, tmp_path: Path) -> None:
     name = _save(tmp_path, worlds.tiny_model(architecture))
-    _refused(lambda: load_reward(name, policy=policy), "causal LM", f"{PREFIX}{name}")
+    worlds.refused(lambda: load_reward(name, policy=policy), "causal LM", f"{PREFIX}{name}")
 
 
 def test_two_labels_are_refused(policy: Policy, tmp_path: Path) -> None:
     name = _save(tmp_path, _scorer(labels=2))
-    _refused(lambda: load_reward(name, policy=policy), name, "2 labels")
+    worlds.refused(lambda: load_reward(name, policy=policy), name, "2 labels")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -158,7 +147,7 @@ def test_weights_that_are_no_numbers_are_refused(kind: str, bad: float, policy: 
     with torch.no_grad():
         model.base_model.layers[0].mlp.down_proj.weight[0, 0] = bad
     spec = ("" if kind == "score" else PREFIX) + _save(tmp_path, model)
-    _refused(lambda: load_reward(spec, policy=policy), spec, "not finite")
+    worlds.refused(lambda: load_reward(spec, policy=policy), spec, "not finite")
 
 
 @pytest.mark.parametrize("kind", ["score", "causal"])
@@ -167,19 +156,19 @@ def test_no_common_vocabulary_is_refused(kind: str, policy: Policy, tmp_path: Pa
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = worlds.tiny_model(kind=kind, vocab=len(tokenizer), eos=eos, pad=pad)
     spec = ("" if kind == "score" else PREFIX) + _save(tmp_path, model, tokenizer)
-    _refused(lambda: load_reward(spec, policy=policy), "vocabulary lacks 22", "'0', '1', '2', '3', '4' …")
+    worlds.refused(lambda: load_reward(spec, policy=policy), "vocabulary lacks 22", "'0', '1', '2', '3', '4' …")
 
 
 def test_a_likelihood_without_the_policys_stop_token_is_refused(policy: Policy) -> None:
     tokenizer = worlds.char_tokenizer([*worlds.TOKENS[:-2], "<|bye|>", worlds.UNK], eos="<|bye|>")
-    _refused(lambda: worlds.tiny_logratio(policy, tokenizer=tokenizer), "ratio", "stop tokens")
+    worlds.refused(lambda: worlds.tiny_logratio(policy, tokenizer=tokenizer), "ratio", "stop tokens")
 
 
 def test_sliding_windows_are_refused(policy: Policy) -> None:
     shape = {"vocab_size": 27, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     config = MistralConfig(**shape, num_hidden_layers=1, num_key_value_heads=1, sliding_window=4, num_labels=1)
     model = MistralForSequenceClassification(config)
-    _refused(lambda: scalar(policy, model, worlds.char_tokenizer(), "window"), "mistral", "cannot be cut")
+    worlds.refused(lambda: scalar(policy, model, worlds.char_tokenizer(), "window"), "mistral", "cannot be cut")
 
 
 def test_an_encoder_is_refused(policy: Policy) -> None:
@@ -194,7 +183,7 @@ def test_an_encoder_is_refused(policy: Policy) -> None:
         num_labels=1,
     )
     model = BertForSequenceClassification(config)
-    _refused(lambda: scalar(policy, model, worlds.char_tokenizer(), "bert"), "score")
+    worlds.refused(lambda: scalar(policy, model, worlds.char_tokenizer(), "bert"), "score")
 
 
 # --- hard = soft = cached ---------------------------------------------------------------------------------
@@ -229,7 +218,7 @@ def test_sound_rewards_pass_the_check(policy: Policy, reward: Reward) -> None:
 def test_a_model_that_treats_embeddings_otherwise_is_refused(policy: Policy, reward: Reward) -> None:
     """As one does that scales its embeddings only where it looks the ids up itself."""
     with _forward(reward.terms[0].model, lambda given, h: h if given.get("inputs_embeds") is None else 1.1 * h):
-        _refused(lambda: check_reward(reward, policy), reward.name, "through embeddings")
+        worlds.refused(lambda: check_reward(reward, policy), reward.name, "through embeddings")
 
 
 def test_a_model_whose_cache_changes_the_score_is_refused(policy: Policy, reward: Reward) -> None:
@@ -240,7 +229,7 @@ def test_a_model_whose_cache_changes_the_score_is_refused(policy: Policy, reward
         return 1.1 * hidden if cached else hidden
 
     with _forward(reward.terms[0].model, change):
-        _refused(lambda: check_reward(reward, policy), reward.name, "through the prefix cache")
+        worlds.refused(lambda: check_reward(reward, policy), reward.name, "through the prefix cache")
 
 
 def test_the_probe_reads_ordinary_tokens_only() -> None:
@@ -368,7 +357,7 @@ def test_a_reward_whose_padding_is_its_eos(architecture: str, policy: Policy, tm
 @pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "{{ messages[-1]['content'] * 2 }}"])
 def test_a_template_that_does_not_show_the_response_once_is_refused(policy: Policy, template: str) -> None:
     tokenizer = worlds.char_tokenizer(template=template)
-    _refused(lambda: worlds.tiny_scalar(policy, tokenizer=tokenizer), "template", "assistant's words")
+    worlds.refused(lambda: worlds.tiny_scalar(policy, tokenizer=tokenizer), "template", "assistant's words")
 
 
 # --- what a reward cannot read ----------------------------------------------------------------------------
@@ -398,14 +387,14 @@ def test_an_unreadable_prompt_is_refused_by_name(policy: Policy) -> None:
     tokenizer = worlds.char_tokenizer([*worlds.CHARS, worlds.PAD, worlds.END, worlds.UNK], template=None)
     reward = worlds.tiny_scalar(policy, tokenizer=tokenizer)  # without a template it reads the policy's prompt
     problem = worlds.tiny_problems()[0]
-    _refused(lambda: reward.room(problem, policy.encode(problem)), "q0", "scorer", "no token")
+    worlds.refused(lambda: reward.room(problem, policy.encode(problem)), "q0", "scorer", "no token")
 
 
 def test_characters_unknown_to_the_rewards_template_are_refused_by_name() -> None:
     policy = worlds.tiny_policy(tokenizer=worlds.char_tokenizer((*worlds.TOKENS, "<é>")))
     reward = worlds.tiny_scalar(policy, tokenizer=worlds.char_tokenizer())
     problem = Problem(id="accent", question="<é>")
-    _refused(lambda: reward.room(problem, policy.encode(problem)), "accent", "scorer", "does not know")
+    worlds.refused(lambda: reward.room(problem, policy.encode(problem)), "accent", "scorer", "does not know")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -422,7 +411,7 @@ def test_the_rewards_context_limits_prompt_and_response(policy: Policy, kind: st
     scores = _score(reward, [long, fits])
     assert scores[0] == -math.inf and math.isfinite(scores[1])
     problem = Problem(id="wide", question="1" * 13)
-    _refused(lambda: reward.room(problem, policy.encode(problem)), "wide", "context")
+    worlds.refused(lambda: reward.room(problem, policy.encode(problem)), "wide", "context")
 
 
 def test_an_empty_response_and_one_of_a_stop_token_alone(policy: Policy, scalar_reward: Reward) -> None:

@@ -5,10 +5,11 @@ Nothing here is trained, but weights are drawn wide, so that outputs differ visi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -213,3 +214,14 @@ def sample(policy: Policy, problem: Problem, text: str, *, finished: bool = True
 
 def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {"vocab": len(tokenizer), "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+
+
+def refused(action: Callable[[], Any], *words: str) -> str:
+    """The one-line ValueError of `action`, which names all `words`."""
+    with pytest.raises(ValueError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    return message
