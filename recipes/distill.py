@@ -210,8 +210,12 @@ class Run:
         made = read_traces(self.traces)
         settings = {name: str(getattr(self.sft, name)) for name in TRAINING} | {"traces": str(len(made))}
         settings |= {name: str(value) for name, value in asdict(self.lora).items()}
+        finished = (self.adapter / "adapter_config.json").exists() and self._path("train.json").exists()
+        if not finished and self.state.is_main_process:
+            self._path("train.settings.json").unlink(missing_ok=True)  # of an attempt that left nothing
+        self.state.wait_for_everyone()
         claim_settings(self._path("train.settings.json"), settings | {"policy": self.args.policy})
-        if (self.adapter / "adapter_config.json").exists() and self._path("train.json").exists():
+        if finished:
             self.say("train: the adapter is there already")
             return
         self.sft.output_dir = str(self.folder / "trainer")

@@ -109,6 +109,8 @@ def test_training_that_changes_nothing_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match="training changed nothing"):
         distill_here(tmp_path, "--stages", "train", "--warmup_steps", "50", "--max_steps", "1")
     assert not (tmp_path / "adapter").exists()
+    distill_here(tmp_path, "--stages", "train", "--warmup_steps", "0", "--max_steps", "2")
+    assert (tmp_path / "adapter" / "adapter_config.json").exists(), "a failed attempt must not stand in the way"
 
 
 def test_finished_stages_are_skipped(finished):
