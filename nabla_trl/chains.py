@@ -143,14 +143,21 @@ def first_error(problem: Problem, response_text: str) -> int | None:
     Which separator ends a step is not an error. A response that stops early is wrong at its own length, one that
     goes on at the solution's length. Raises ValueError for a problem without a solution.
     """
+    right = right_characters(problem)
+    wrong = (index for index, (got, good) in enumerate(zip(response_text, right, strict=False)) if got not in good)
+    shorter = min(len(response_text), len(right))
+    return next(wrong, None if len(response_text) == len(right) else shorter)
+
+
+def right_characters(problem: Problem) -> list[str]:
+    """Per character of the gold solution, the characters that are right there: itself, or either separator.
+
+    Raises ValueError for a problem without a solution.
+    """
     if problem.solution is None:
         raise ValueError(f"problem {problem.id} has no solution to compare with")
-    response_text = response_text.replace(SEPARATORS[1], SEPARATORS[0])
-    if response_text == problem.solution:
-        return None
-    pairs = zip(response_text, problem.solution, strict=False)
-    shorter = min(len(response_text), len(problem.solution))
-    return next((index for index, (got, gold) in enumerate(pairs) if got != gold), shorter)
+    last = problem.solution.rfind(SEPARATORS[0])
+    return [SEPARATORS if char == SEPARATORS[0] and at != last else char for at, char in enumerate(problem.solution)]
 
 
 def is_right(problem: Problem, response_text: str) -> bool:

@@ -36,11 +36,46 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Options that only one solver or one kind of proposal reads, with their defaults.
 _STE = {"steps": 20, "lr": 0.01, "lr_end": 0.001, "tau": 1.0, "direct": True}
+_MIRROR = {"point": "mixture:0.5"}
 _SEQUENTIAL = {"confidence": 0.97, "resample_temperature": 0.5}
 
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the reward's gradient is taken; the mean over several α where there are several.
+
+    Attributes:
+        alphas: share of the policy's own candidates in the input of each position; 0 = the hard tokens.
+        min_p: candidates below this fraction of the position's likeliest are left out.
+    """
+
+    alphas: tuple[float, ...]
+    min_p: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str, min_p: float = 0.0) -> Point:
+        """ "hard", "mixture:A" or "mixture:A,A,…".
+
+        Raises:
+            ValueError: anything else, or an α outside (0, 1].
+        """
+        if text == "hard":
+            return HARD
+        kind, _, listed = text.partition(":")
+        try:
+            alphas = tuple(float(part) for part in listed.split(","))
+        except ValueError:
+            alphas = ()
+        if kind != "mixture" or not alphas or not all(0 < alpha <= 1 for alpha in alphas):
+            raise ValueError(f"point must be hard or mixture:A[,A…] with A in (0, 1], not {text!r}")
+        return cls(alphas, min_p)
+
+
+HARD = Point((0.0,))
 
 
 @dataclass(frozen=True)
@@ -117,6 +152,11 @@ class ReasonerConfig:
     sample_min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
     max_new_tokens: int = _option(512, "longest response, in tokens")
     batch_size: int = _option(64, "problems refined together")
+    point: str | None = _option(
+        None,
+        "mirror: where the reward's gradient is taken, hard (at the response's tokens) or mixture:A[,A…] (mixed "
+        "with the policy's candidates, in shares 1−A and A; mixture:0.5); the direct gradient of a log-ratio has none",
+    )
     steps: int | None = _option(None, "ste: optimiser steps (20)")
     lr: float | None = _option(None, "ste: first learning rate (0.01)")
     lr_end: float | None = _option(None, "ste: last learning rate of the cosine (0.001)")
@@ -136,6 +176,7 @@ class ReasonerConfig:
         self._check_choice("solver", SOLVERS)
         self._check_choice("proposals", PROPOSALS)
         self._settle(_STE, self.solver == "ste", "solver ste")
+        self._settle(_MIRROR, self.solver == "mirror", "solver mirror")
         self._settle({"postfix": self.solver == "ste"}, self.solver != "none", "solvers mirror and ste")
         self._settle(_SEQUENTIAL, self.proposals == "sequential", "sequential proposals")
         if not 0 < self.beta < math.inf:
@@ -153,6 +194,7 @@ class ReasonerConfig:
         if not (self.rounds or self.rollouts or self.flops or self.patience) and self.proposals == "global":
             raise ValueError("the search would never end: set rounds, rollouts, flops or patience")
         self.sampling()
+        self.gradient_point()
         if self.solver == "ste":
             self.ste()
         if self.proposals == "sequential":
@@ -175,7 +217,7 @@ class ReasonerConfig:
 
     def control(self) -> ReasonerConfig:
         """The same loop without the gradient."""
-        unset: dict[str, Any] = dict.fromkeys([*_STE, "postfix"])
+        unset: dict[str, Any] = dict.fromkeys([*_STE, *_MIRROR, "postfix"])
         return replace(self, solver="none", **unset)
 
     @property
@@ -188,6 +230,10 @@ class ReasonerConfig:
 
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p, self.sample_min_p, self.max_new_tokens)
+
+    def gradient_point(self) -> Point:
+        """Where the reward's gradient is taken: the hard tokens for every solver but mirror."""
+        return HARD if self.point is None else Point.parse(self.point, self.candidate_min_p)
 
     def ste(self) -> SteConfig:
         return SteConfig(**{name: getattr(self, name) for name in ("steps", "lr", "lr_end", "tau")})

@@ -1,23 +1,26 @@
-"""Token gradients: ∂(objective)/∂Y at the hard tokens, for a few candidates per position or for all tokens.
+"""Token gradients: ∂(objective)/∂Y for a few candidates per position or for all tokens.
 
-Y is the one-hot matrix (T × V) of a response. For a term with input embeddings E and value f, the derivative is
-(∂f/∂e_t)·E_v, plus log π(v | y_<t) where f is a log-likelihood (DESIGN: "direct" and "postfix" parts; paper:
-arXiv 2603.04948, the straight-through gradient with a hard forward). It depends on the tokens alone, so callers
-compute it once per distinct response. Memory: the T × V matrix is never formed when candidates are given.
+Y is the matrix (T × V) of a response's token weights: one-hot rows, or a mixture (`relax`). For a term with input
+embeddings E and value f, the derivative is (∂f/∂e_t)·E_v, plus log π(v | y_<t) where f is a log-likelihood (DESIGN:
+"direct" and "postfix" parts; paper: arXiv 2603.04948, the straight-through gradient with a hard forward). It depends
+on the tokens alone, so callers compute it once per distinct response. Memory: the T × V matrix is never formed when
+candidates are given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from nabla_trl.compute import Meter
-from nabla_trl.terms import Feed, LikelihoodTerm, Memo, Sample, Term
+from nabla_trl.heads import LikelihoodTerm
+from nabla_trl.relax import GATHER_BUDGET, Relaxed, hard
+from nabla_trl.terms import Feed, Memo, Sample, Term
 
-# Most embedding entries (floats) gathered at once for candidate scores.
-GATHER_BUDGET = 2**24
+# [terms, B] values -> [terms, B] factors of the terms' gradients
+Weigh = Callable[[Tensor], Tensor]
 
 
 def token_gradient(
@@ -27,6 +30,8 @@ def token_gradient(
     candidates: Sequence[Tensor] | None,
     *,
     meter: Meter,
+    relaxed: Sequence[Relaxed] | None = None,
+    weigh: Weigh | None = None,
     direct: bool = True,
     postfix: bool = True,
 ) -> list[Tensor]:
@@ -37,22 +42,32 @@ def token_gradient(
         samples: B responses, none empty.
         memos: per sample, one prompt memo per term (`Term.prompt_memos`).
         candidates: per sample [T_i, K] policy ids, or None for the whole vocabulary.
+        relaxed: per sample the Y at which to differentiate, in policy ids; None = the hard tokens.
+        weigh: factors of the terms' gradients from their values; None = the terms' weights.
         direct: include the direct part of log-likelihood terms.
         postfix: include the part through the input embeddings of log-likelihood terms.
 
     Returns:
         per sample [T_i, K] (or [T_i, policy rows]) float tensors on the CPU; 0 where a term lacks the token.
     """
-    totals: list[Tensor] | None = None
+    if not terms:
+        raise ValueError("an objective needs at least one term")
+    points = [hard(sample.response) for sample in samples] if relaxed is None else relaxed
+    values, parts = [], []
     for index, term in enumerate(terms):
         rows = [memo[index] for memo in memos]
         through = postfix or not isinstance(term, LikelihoodTerm)
-        parts = _term_gradient(term, samples, rows, candidates, meter, direct, through)
-        parts = [term.weight * part for part in parts]
-        totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
-    if totals is None:
-        raise ValueError("an objective needs at least one term")
-    return totals
+        value, part = _term_gradient(term, samples, rows, candidates, points, meter, direct, through)
+        values.append(value)
+        parts.append(part)
+    if weigh is None:
+        factors = torch.tensor([[term.weight] for term in terms], dtype=torch.float64).expand(-1, len(samples))
+    else:
+        factors = weigh(torch.stack(values))
+    shares = [
+        [float(factor) * part for factor, part in zip(*pair, strict=True)] for pair in zip(factors, parts, strict=True)
+    ]
+    return [sum(column[1:], start=column[0]) for column in zip(*shares, strict=True)]
 
 
 def direct_gradient(
@@ -95,15 +110,18 @@ def _term_gradient(
     samples: Sequence[Sample],
     memos: Sequence[Memo],
     candidates: Sequence[Tensor] | None,
+    points: Sequence[Relaxed],
     meter: Meter,
     direct: bool,
     through: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
+    """Values [B] of one term and, per sample, its gradient at the candidates."""
     encoded = [term.encode(sample) for sample in samples]
     feed = term.feed(encoded, memos, [0] * len(samples))
     _charge(term, samples, feed, meter, through)
     mapped = _mapped(term, samples, candidates)
-    embeds = term.embed(feed.ids).requires_grad_(through)
+    targets = [term.read(point, len(code.response)) for point, code in zip(points, encoded, strict=True)]
+    embeds = term.relaxed_embeds(feed, targets).requires_grad_(through)
     with torch.enable_grad():
         hidden, _ = term.hidden(feed, embeds)
     # A response whose stop token the term drops has one row less here than in the sample.
@@ -112,21 +130,21 @@ def _term_gradient(
         if candidates is None
         else [m.clamp(min=0)[: len(e.response)] for m, e in zip(mapped, encoded, strict=True)]
     )
-    seeded, direct_parts = term.seed(hidden, feed, encoded, tables)
-    precision = torch.promote_types(seeded.dtype, torch.float32)
-    slopes = torch.autograd.grad(hidden, embeds, seeded)[0] if through else None
+    seeded = term.seed(hidden, feed, targets, tables)
+    precision = torch.promote_types(seeded.by_hidden.dtype, torch.float32)
+    slopes = torch.autograd.grad(hidden, embeds, seeded.by_hidden)[0] if through else None
     results = []
     for row, (sample, code) in enumerate(zip(samples, encoded, strict=True)):
-        total = torch.zeros(len(sample.response), mapped[row].shape[-1], dtype=precision, device=seeded.device)
+        total = torch.zeros(len(sample.response), mapped[row].shape[-1], dtype=precision, device=hidden.device)
         if slopes is not None:
             # Response token t is fed at index t + 1; a last token that is not fed has no effect on later ones.
             slope = slopes[row, 1 : min(feed.counts[row], len(code.response) + 1)]
             total[: len(slope)] += _through_embedding(term, slope, mapped[row], full=candidates is None)
-        if direct and direct_parts is not None:
-            part = direct_parts[row]
+        if direct and seeded.direct is not None:
+            part = seeded.direct[row]
             total[: len(part)] += part if candidates is not None else part[:, mapped[row][0].clamp(min=0)]
         results.append(total.masked_fill(mapped[row] < 0, 0.0).cpu())
-    return results
+    return seeded.values.cpu(), results
 
 
 def _mapped(term: Term, samples: Sequence[Sample], candidates: Sequence[Tensor] | None) -> list[Tensor]:

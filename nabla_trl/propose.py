@@ -17,9 +17,9 @@ from nabla_trl.chain import Chain
 from nabla_trl.compute import Meter, ModelSize
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.gradient import token_gradient
+from nabla_trl.heads import LikelihoodTerm
 from nabla_trl.models import Policy
 from nabla_trl.rewards import Reward
-from nabla_trl.terms import LikelihoodTerm
 
 
 def solve_tokens(
@@ -50,7 +50,8 @@ def _reward_gradients(
     samples, tables = [chain.drawn(policy.model) for chain in chains], [chain.candidates for chain in chains]
     if reads_memos(reward, config):
         return reward.direct_gradient(samples, [chain.memos for chain in chains], tables, meter=meter)
-    return reward.gradient(samples, [chain.prompt_memos for chain in chains], tables, meter=meter)
+    prompts = [chain.prompt_memos for chain in chains]
+    return reward.gradient(samples, prompts, tables, meter=meter, point=config.gradient_point())
 
 
 def _ste(
@@ -180,7 +181,7 @@ def expected_flops(
             count = len(term.fed(encoded, 0))
             head = term.charge_head(count)
             if not reads_memos(reward, config):
-                total += _both_ways(term.size, begin, count, head)
+                total += len(config.gradient_point().alphas) * _both_ways(term.size, begin, count, head)
             elif not known:
                 total += term.size.forward_flops(begin, 0, head)
     if due and config.solver == "ste":

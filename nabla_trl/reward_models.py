@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from nabla_trl.compute import Meter, model_size
+from nabla_trl.heads import LikelihoodTerm, ScoreTerm
 from nabla_trl.kv import check_cacheable
 from nabla_trl.models import (
     Policy,
@@ -30,7 +31,7 @@ from nabla_trl.models import (
 )
 from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
-from nabla_trl.terms import Encoded, LikelihoodTerm, Sample, ScoreTerm, Term
+from nabla_trl.terms import Encoded, Sample, Term
 
 PREFIX = "logratio:"
 _SENTINEL = "\x02response\x03"

@@ -9,27 +9,32 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nabla_trl.answers import Verdict, extract_answer
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter
+from nabla_trl.config import HARD, Point
 from nabla_trl.gradient import direct_gradient, token_gradient
+from nabla_trl.heads import LikelihoodTerm
 from nabla_trl.models import Policy, context_length
 from nabla_trl.tasks import Problem
-from nabla_trl.terms import Encoded, LikelihoodTerm, Memo, Sample, Term
+from nabla_trl.terms import Encoded, Memo, Sample, Term
 
 
 @dataclass
 class Reward:
-    """A weighted sum of terms: r(x, y) = Σ weight · term(x, y).
+    """A weighted sum of terms, r(x, y) = Σ weight · term(x, y), or the lower confidence bound of an ensemble.
 
     Attributes:
-        kind: "scalar" or "log-ratio".
+        kind: "scalar", "log-ratio" or "ensemble".
         readable: [policy rows] bool, policy tokens that every term can read inside a response. A response with
             any other token, or longer than a term's context, scores −inf: it is never preferred.
         stop_ids: stop tokens of the policy that are readable at the end of a response.
         rival: the model one could sample from instead: the better one of a log-ratio.
+        caution: of an ensemble, whose terms are its members: r = mean − caution · std over the members' scores,
+            std the population's (Coste et al., arXiv 2310.02743). None: the weighted sum.
     """
 
     name: str
@@ -39,6 +44,7 @@ class Reward:
     stop_ids: frozenset[int]
     batch_size: int = 256
     rival: Policy | None = None
+    caution: float | None = None
 
     def room(self, problem: Problem, prompt: list[int]) -> int:
         """Most response tokens that the contexts of all terms leave.
@@ -84,13 +90,13 @@ class Reward:
             some = [samples[index] for index in rows]
             with meter.clock([sample.key for sample in some]):
                 counts = [0 if shared is None else shared[index] for index in rows]
-                totals = [0.0] * len(rows)
-                columns = []
+                scores, columns = [], []
                 for number, term in enumerate(self.terms):
                     bases = [memos[index][number] for index in rows]
-                    scores, fresh = term.score(some, bases, counts, meter, keep)
-                    totals = [total + term.weight * score for total, score in zip(totals, scores, strict=True)]
+                    column, fresh = term.score(some, bases, counts, meter, keep)
+                    scores.append(column)
                     columns.append(fresh)
+                totals = self._combine(torch.tensor(scores, dtype=torch.float64)).tolist()
             for row, index in enumerate(rows):
                 values[index] = totals[row]
                 kept[index] = [column[row] for column in columns] if keep else []
@@ -103,14 +109,32 @@ class Reward:
         candidates: Sequence[Tensor] | None,
         *,
         meter: Meter,
+        point: Point = HARD,
     ) -> list[Tensor]:
-        """∂r/∂Y per sample, [T, K] at the candidates or [T, policy rows]; memos of the prompts."""
+        """∂r/∂Y per sample, [T, K] at the candidates or [T, policy rows]; memos of the prompts.
+
+        Args:
+            point: where to differentiate; the mean over its α. Any but the hard tokens needs samples whose
+                candidates are known.
+        """
         gradients: list[Tensor] = []
         for begin in range(0, len(samples), self.batch_size):
             rows = slice(begin, begin + self.batch_size)
             some = None if candidates is None else candidates[rows]
             with meter.clock([sample.key for sample in samples[rows]]):
-                gradients += token_gradient(self.terms, samples[rows], memos[rows], some, meter=meter)
+                parts = [
+                    token_gradient(
+                        self.terms,
+                        samples[rows],
+                        memos[rows],
+                        some,
+                        meter=meter,
+                        relaxed=[sample.relaxed(alpha, point.min_p) for sample in samples[rows]],
+                        weigh=self._weigh,
+                    )
+                    for alpha in point.alphas
+                ]
+                gradients += [torch.stack(some).mean(0) for some in zip(*parts, strict=True)]
         return gradients
 
     @property
@@ -127,6 +151,23 @@ class Reward:
             raise ValueError(f"{self.name} has no direct gradient: it is not a sum of log-likelihoods")
         with meter.clock([sample.key for sample in samples]):
             return direct_gradient(terms, samples, memos, candidates, meter=meter)
+
+    def _combine(self, values: Tensor) -> Tensor:
+        """[B] rewards from the terms' values [terms, B]."""
+        if self.caution is None:
+            return self._weights(values) @ values
+        return values.mean(0) - self.caution * values.std(0, correction=0)
+
+    def _weigh(self, values: Tensor) -> Tensor:
+        """∂r/∂term from the terms' values, both [terms, B]."""
+        if self.caution is None:
+            return self._weights(values)[:, None].expand_as(values)
+        centred, spread = values - values.mean(0), values.std(0, correction=0)
+        # Members that agree have no direction in which their spread grows.
+        return (1 - self.caution * (centred / spread).nan_to_num()) / len(values)
+
+    def _weights(self, values: Tensor) -> Tensor:
+        return torch.tensor([term.weight for term in self.terms], dtype=values.dtype)
 
     def _can_read(self, sample: Sample) -> bool:
         body = (

@@ -13,7 +13,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +20,8 @@ from transformers import PreTrainedModel
 
 from nabla_trl import kv
 from nabla_trl.compute import Meter, ModelSize
+from nabla_trl.relax import Relaxed, hard, mixture
 from nabla_trl.tasks import Problem
-
-# Most logits (floats) held at once; heads over a large vocabulary are applied in slices of this size.
-LOGIT_BUDGET = 2**24
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,18 @@ class Sample:
     @property
     def key(self) -> str:
         return self.problem.id if self.account is None else self.account
+
+    def relaxed(self, alpha: float, min_p: float = 0.0) -> Relaxed:
+        """The mixture of the response and the candidates seen when it was drawn (`relax.mixture`).
+
+        Raises:
+            ValueError: α > 0 and nothing is known of the drawing.
+        """
+        if not alpha:
+            return hard(self.response)
+        if self.known is None:
+            raise ValueError(f"{self.problem.id}: a mixture needs the policy's candidates along the response")
+        return mixture(self.response, self.known.candidates, self.known.logp, alpha, min_p=min_p)
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,21 @@ class Feed:
     counts: list[int]  # fed tokens of each row
 
 
+@dataclass
+class Seeded:
+    """Values of a term at B relaxed responses, and where the gradient by Y begins.
+
+    Attributes:
+        values: [B], detached.
+        by_hidden: [B, R, d] derivative of the summed values by the hidden states.
+        direct: per row ∂value/∂Y at fixed hidden states, [T, K] or [T, V]; None for terms without such a part.
+    """
+
+    values: Tensor
+    by_hidden: Tensor
+    direct: list[Tensor] | None
+
+
 class Term(ABC):
     """One model's share in an objective.
 
@@ -130,11 +154,13 @@ class Term(ABC):
 
     @abstractmethod
     def seed(
-        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], candidates: Sequence[Tensor] | None
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """Derivative of the summed values by `hidden` [B, R, d] and the direct part per row ([T, K] or [T, V]).
+        self, hidden: Tensor, feed: Feed, targets: Sequence[Relaxed], candidates: Sequence[Tensor] | None
+    ) -> Seeded:
+        """Values at relaxed responses, and what the gradient by their tokens begins from.
 
-        `candidates` are [T, K] ids of this model, or None for its whole vocabulary.
+        Args:
+            targets: per row Y, in this model's ids.
+            candidates: per row [T, K] ids of this model, or None for its whole vocabulary.
         """
 
     def knows(self, sample: Sample) -> bool:
@@ -148,6 +174,22 @@ class Term(ABC):
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., d] of this model's ids, by its own module: some scale the rows of their table."""
         return self.model.get_input_embeddings()(ids).detach()
+
+    def read(self, relaxed: Relaxed, length: int) -> Relaxed:
+        """A relaxed response's first `length` positions in this model's ids; tokens it lacks lose their weight."""
+        ids = self.mapping[relaxed.ids[:length].to(self.mapping.device)]
+        weights = relaxed.weights[:length].to(self.mapping.device).masked_fill(ids < 0, 0.0)
+        return Relaxed(ids.clamp(min=0), weights / weights.sum(-1, keepdim=True))
+
+    def relaxed_embeds(self, feed: Feed, responses: Sequence[Relaxed]) -> Tensor:
+        """Input embeddings [B, R, d] of a feed that begins at the response, Σ_v Y[t, v]·e(v) in its positions."""
+        embeds = self.embed(feed.ids)
+        for row, response in enumerate(responses):
+            # Response token t is fed at index t + 1; the last one of a likelihood is not fed at all.
+            count = min(feed.counts[row] - 1, len(response.ids))
+            if count and response.ids.shape[1] > 1:
+                embeds[row, 1 : count + 1] = response.average(self.embed, count).to(embeds)
+        return embeds
 
     def prompt_memo(self, cache: Tensor) -> Memo:
         """The memo of a cached prefix of which no response token is known."""
@@ -226,138 +268,3 @@ class Term(ABC):
     ) -> list[Memo]:
         """Memos of freshly scored responses."""
         return [self.prompt_memo(row) for row in rows]
-
-
-class LikelihoodTerm(Term):
-    """Σ_t log π(y_t | x, y_<t): the log-likelihood of the response under a causal LM."""
-
-    def remember(
-        self,
-        rows: Sequence[Tensor],
-        logps: Sequence[Tensor],
-        states: Sequence[Tensor],
-        memos: Sequence[Memo],
-        shared: Sequence[int],
-    ) -> list[Memo]:
-        known = zip(rows, logps, states, memos, shared, strict=True)
-        return [Memo(row, logp, torch.cat((memo.hidden[:count], fresh))) for row, logp, fresh, memo, count in known]
-
-    @torch.no_grad()
-    def direct(self, memo: Memo, candidates: Tensor) -> Tensor:
-        """log π(v | y_<t) of candidates [T, K] (this model's ids) along a remembered response: the head alone."""
-        chunks = zip(self._slices(memo.hidden), self._slices(candidates), strict=True)
-        return torch.cat([self._logp(states).gather(1, ids) for states, ids in chunks])
-
-    def knows(self, sample: Sample) -> bool:
-        return sample.known is not None and sample.known.model is self.model
-
-    def score(
-        self,
-        samples: Sequence[Sample],
-        memos: Sequence[Memo],
-        shared: Sequence[int],
-        meter: Meter,
-        keep: bool = False,
-    ) -> tuple[list[float], list[Memo]]:
-        if not all(self.knows(sample) for sample in samples):
-            return super().score(samples, memos, shared, meter, keep)
-        values = [float(sample.known.own(sample.response).double().sum()) for sample in samples if sample.known]
-        return values, list(memos) if keep else []
-
-    def encode(self, sample: Sample) -> Encoded:
-        return Encoded(
-            self.encode_prompt(sample.problem, sample.prompt), self.mapping[sample.response].tolist(), tail=[]
-        )
-
-    def fed(self, encoded: Encoded, shared: int) -> list[int]:
-        sequence = encoded.prompt + encoded.response
-        return sequence[len(encoded.prompt) - 1 + shared : -1]
-
-    def charge_head(self, count: int) -> int:
-        return count
-
-    def values(self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]) -> list[Tensor]:
-        targets = [row.response[count:] for row, count in zip(encoded, shared, strict=True)]
-        flat = torch.cat([hidden[row, : len(ids)] for row, ids in enumerate(targets)])
-        wanted = torch.tensor([index for ids in targets for index in ids], device=flat.device)
-        chunks = zip(self._slices(flat), self._slices(wanted), strict=True)
-        logp = torch.cat([self._logp(states).gather(1, ids[:, None]).squeeze(1) for states, ids in chunks])
-        return list(logp.split([len(ids) for ids in targets]))
-
-    def seed(
-        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], candidates: Sequence[Tensor] | None
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        lengths = [len(row.response) for row in encoded]
-        flat = torch.cat([hidden[row, :length] for row, length in enumerate(lengths)]).detach()
-        wanted = torch.tensor([index for row in encoded for index in row.response], device=flat.device)
-        table = None if candidates is None else torch.cat(list(candidates))
-        by_hidden, direct = [], []
-        for number, states in enumerate(self._slices(flat)):
-            begin = number * self._slice_size()
-            rows = slice(begin, begin + len(states))
-            with torch.enable_grad():
-                states.requires_grad_(True)
-                logp = self._logp(states)
-                total = logp.gather(1, wanted[rows, None]).sum()
-            by_hidden.append(torch.autograd.grad(total, states)[0])
-            logp = logp.detach()
-            direct.append(logp if table is None else logp.gather(1, table[rows]))
-        seeded = torch.zeros_like(hidden)
-        for row, part in enumerate(torch.cat(by_hidden).split(lengths)):
-            seeded[row, : len(part)] = part
-        return seeded, list(torch.cat(direct).split(lengths))
-
-    def _logp(self, states: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(states)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-    def _slice_size(self) -> int:
-        return max(1, LOGIT_BUDGET // self.model.get_output_embeddings().weight.shape[0])
-
-    def _slices(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(self._slice_size())
-
-
-class ScoreTerm(Term):
-    """r(x, y): the scalar head of a sequence-classification model at the last token of the closed turn.
-
-    Args:
-        tail: ids that close the assistant's turn in the reward's template; may be empty.
-        stop_ids: the policy's stop tokens. A trailing one is kept if it opens the tail, dropped otherwise.
-    """
-
-    def __init__(self, *args: Any, tail: list[int], stop_ids: frozenset[int], **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.tail, self.stop_ids = tail, stop_ids
-
-    def encode(self, sample: Sample) -> Encoded:
-        response, tail = self.mapping[sample.response].tolist(), self.tail
-        if sample.response and sample.response[-1] in self.stop_ids:
-            if tail and response[-1] == tail[0]:
-                tail = tail[1:]
-            elif tail or response[-1] < 0:
-                response = response[:-1]
-        return Encoded(self.encode_prompt(sample.problem, sample.prompt), response, tail)
-
-    def fed(self, encoded: Encoded, shared: int) -> list[int]:
-        sequence = encoded.prompt + encoded.response + encoded.tail
-        return sequence[len(encoded.prompt) - 1 + shared :]
-
-    def charge_head(self, count: int) -> int:
-        return 1
-
-    def values(self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]) -> list[Tensor]:
-        return list(self._scores(hidden, feed).unsqueeze(1))
-
-    def seed(
-        self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], candidates: Sequence[Tensor] | None
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        leaf = hidden.detach().requires_grad_(True)
-        with torch.enable_grad():
-            total = self._scores(leaf, feed).sum()
-        return torch.autograd.grad(total, leaf)[0], None
-
-    def _scores(self, hidden: Tensor, feed: Feed) -> Tensor:
-        last = torch.tensor(feed.counts, device=hidden.device) - 1
-        scores = self.model.score(hidden[torch.arange(len(last), device=last.device), last]).squeeze(-1)
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))

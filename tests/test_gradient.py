@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +18,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from nabla_trl import gradient, kv, terms
+from nabla_trl import gradient, heads, kv
 from nabla_trl.compute import Meter
+from nabla_trl.config import Point
+from nabla_trl.generate import top_candidates
 from nabla_trl.gradient import token_gradient
+from nabla_trl.heads import LikelihoodTerm
 from nabla_trl.models import Policy, freeze_policy
 from nabla_trl.propose import policy_likelihood
+from nabla_trl.relax import Relaxed
 from nabla_trl.reward_models import log_ratio, scalar
 from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
-from nabla_trl.terms import LikelihoodTerm, Sample, Term
+from nabla_trl.terms import Known, Sample, Term
 
 DOUBLE = torch.float64
 END, PAD = worlds.TOKENS.index(worlds.END), worlds.TOKENS.index(worlds.PAD)
@@ -69,7 +74,7 @@ def gradients(
     parts: Sequence[Term],
     samples: Sequence[Sample],
     candidates: Sequence[Tensor] | None = None,
-    **switches: bool,
+    **switches: Any,
 ) -> list[Tensor]:
     """`token_gradient` with fresh prompt memos."""
     columns = [term.prompt_memos(samples, Meter()) for term in parts]
@@ -217,6 +222,94 @@ def test_equals_central_differences_of_the_relaxed_objective(architecture: str) 
         token = int(torch.randint(0, rows.shape[1], (), generator=generator))
         slope = (objective(row, token, step) - objective(row, token, -step)) / (2 * step)
         assert slope == pytest.approx(float(ours[row, token]), abs=1e-6 * float(ours.abs().max()))
+
+
+# --- at a mixture ------------------------------------------------------------------------------------------
+
+
+def known(policy: Policy, item: Sample, width: int) -> Sample:
+    """The sample with the `width` likeliest candidates of the policy (its own tokens among them)."""
+    logits = policy.model(torch.tensor([item.prompt + item.response])).logits[0, len(item.prompt) - 1 : -1].detach()
+    ids, logp = top_candidates(logits, torch.tensor(item.response), policy.forbidden, width)
+    return replace(item, known=Known(policy.model, ids, logp))
+
+
+def mixed(item: Sample, alpha: float, min_p: float, rows: int) -> Tensor:
+    """(1−α)·onehot + α·π over the candidates, dense [T, V], from the definition."""
+    logp = item.known.logp
+    plausible = logp.exp() >= min_p * logp.exp().amax(-1, keepdim=True)
+    weights = logp.exp() * plausible
+    policy = torch.zeros(len(item.response), rows, dtype=DOUBLE)
+    policy.scatter_add_(1, item.known.candidates, (weights / weights.sum(-1, keepdim=True)).to(DOUBLE))
+    return (1 - alpha) * F.one_hot(torch.tensor(item.response), rows) + alpha * policy
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.3])
+@pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
+def test_at_a_mixture_equals_autograd_there(architecture: str, min_p: float) -> None:
+    """For scores and log-likelihoods, direct parts included; each sample of the batch at a mixture of its own."""
+    policy = worlds.tiny_policy(architecture, dtype=DOUBLE)
+    parts = all_terms(policy, architecture)
+    samples = [known(policy, worlds.sample(policy, PROBLEM, text), 6) for text in ("12-5=7;#7", "4")]
+    points = [item.relaxed(alpha, min_p) for item, alpha in zip(samples, (0.7, 1.0), strict=True)]
+    ours = gradients(parts, samples, relaxed=points)
+    for item, alpha, found in zip(samples, (0.7, 1.0), ours, strict=True):
+        rows = one_hot(policy.model, item.prompt + item.response).detach()
+        begin = len(item.prompt)
+        rows[begin:] = mixed(item, alpha, min_p, rows.shape[1])
+        rows.requires_grad_(True)
+        value = sum(term.weight * relaxed(term.model, rows, begin, len(rows)) for term in parts)
+        assert_close(found, torch.autograd.grad(value, rows)[0][begin:], relative=1e-6)  # π is float32
+
+
+def test_share_zero_is_the_hard_point_and_needs_no_candidates(double: Policy) -> None:
+    item = worlds.sample(double, PROBLEM, "4-5=9;#9")
+    parts = all_terms(double)
+    assert torch.equal(gradients(parts, [item], relaxed=[item.relaxed(0.0)])[0], gradients(parts, [item])[0])
+    worlds.refused(lambda: item.relaxed(0.5), "p:", "candidates")
+
+
+def test_the_mean_over_shares(double: Policy) -> None:
+    reward = worlds.tiny_scalar(double)
+    items = [known(double, worlds.sample(double, PROBLEM, text), 5) for text in ("4-5=9;#9", "7")]
+    memos = reward.prompt_memos(items, Meter())
+    one, two, both = (
+        reward.gradient(items, memos, None, meter=Meter(), point=Point(alphas))
+        for alphas in ((0.2,), (0.8,), (0.2, 0.8))
+    )
+    for a, b, mean in zip(one, two, both, strict=True):
+        assert float((a - b).abs().max()) > 1e-3 * float(a.abs().max())
+        assert_close(mean, (a + b) / 2)
+
+
+def test_a_mixture_over_shuffled_ids(double: Policy) -> None:
+    model = worlds.tiny_model(kind="score", seed=6, dtype=DOUBLE)
+    plain = scalar(double, model, double.tokenizer, "plain")
+    moved = scalar(double, *shuffled(model, double.tokenizer, len(double.tokenizer) + 5), "moved")
+    item = known(double, worlds.sample(double, PROBLEM, "4-5=9;#9"), 6)
+    table = [item.known.candidates]
+    ours, theirs = (gradients(r.terms, [item], table, relaxed=[item.relaxed(0.5)])[0] for r in (moved, plain))
+    assert_close(ours, theirs)
+
+
+def test_candidates_the_reward_lacks_leave_the_mixture(double: Policy) -> None:
+    """Their weight goes to the others of their position."""
+    parts = worlds.tiny_scalar(double).terms
+    item = known(double, worlds.sample(double, PROBLEM, "4-5"), 4)
+    point = item.relaxed(0.5)
+    lost = int(next(v for v in item.known.candidates[1].tolist() if v not in item.response))
+    rows, columns = (point.ids == lost).nonzero(as_tuple=True)
+    weights = point.weights.clone()
+    weights[rows, columns] = 0
+    expected = Relaxed(point.ids, weights / weights.sum(-1, keepdim=True))
+    kept = torch.arange(len(worlds.CHARS)).expand(len(item.response), -1)
+    theirs = gradients(parts, [item], [kept], relaxed=[expected])[0]
+    parts[0].mapping = parts[0].mapping.clone()
+    parts[0].mapping[lost] = -1
+    ours = gradients(parts, [item], [kept], relaxed=[point])[0]
+    usable = kept[0] != lost
+    assert_close(ours[:, usable], theirs[:, usable], relative=1e-6)
+    assert not ours[:, ~usable].any()
 
 
 # --- cache, batch, candidates ------------------------------------------------------------------------------
@@ -393,7 +486,7 @@ def test_never_holds_a_whole_response_times_vocabulary(monkeypatch: pytest.Monke
     plain, _ = largest(tables)
     full, without_candidates = largest(None)
     assert without_candidates >= 24 * vocab  # the recorder sees what it is to find
-    monkeypatch.setattr(terms, "LOGIT_BUDGET", budget)
+    monkeypatch.setattr(heads, "LOGIT_BUDGET", budget)
     monkeypatch.setattr(gradient, "GATHER_BUDGET", budget)
     sliced, elements = largest(tables)
     assert elements <= budget < 9 * vocab

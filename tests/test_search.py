@@ -163,16 +163,20 @@ def test_a_rejected_branch_is_not_tried_again_on_the_same_response(policy: Polic
             tried = set() if revision.accepted else tried | {(revision.position, revision.new)}
 
 
-def _plain_gradient(reward: Reward, prompt: list[int], response: list[int]) -> Tensor:
-    """[T, V] ∂r/∂Y by autograd through the one-hot of a whole closed sequence: no cache, no batch, no candidates."""
+def _plain_gradient(reward: Reward, prompt: list[int], response: list[int], policy: Tensor, alpha: float) -> Tensor:
+    """[T, V] ∂r/∂Y at the mixture by autograd through a whole closed sequence: no cache, no batch, no candidates.
+
+    `policy` is [T, V], the policy's probabilities.
+    """
     [term] = reward.terms
     closed = response if response[-1] == END else [*response, END]
-    onehot = torch.nn.functional.one_hot(torch.tensor(response), len(worlds.TOKENS)).float().requires_grad_()
+    onehot = torch.nn.functional.one_hot(torch.tensor(response), len(worlds.TOKENS)).float()
+    relaxed = ((1 - alpha) * onehot + alpha * policy).requires_grad_()
     table = term.model.get_input_embeddings().weight
     tail = table[closed[len(response) :]]
-    embeds = torch.cat((table[prompt], onehot @ table, tail))
+    embeds = torch.cat((table[prompt], relaxed @ table, tail))
     term.model(inputs_embeds=embeds[None]).logits.sum().backward()
-    return onehot.grad
+    return relaxed.grad
 
 
 def _plain_direct_gradient(reward: Reward, prompt: list[int], response: list[int]) -> Tensor:
@@ -187,11 +191,15 @@ def _plain_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens [T, V], likeliest first, their log π and their scores log π + A, from plain forwards of everything."""
     logits = policy.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].detach()
-    logp, tokens = logits.log_softmax(-1).masked_fill(policy.forbidden, -torch.inf).sort(-1, descending=True)
+    unsorted = logits.log_softmax(-1).masked_fill(policy.forbidden, -torch.inf)
+    logp, tokens = unsorted.sort(-1, descending=True)
     if config.solver == "none":
         return tokens, logp, logp.double()
-    plain = _plain_gradient if reward.kind == "scalar" else _plain_direct_gradient
-    gradient = plain(reward, prompt, response).double()
+    if reward.kind == "scalar":
+        [alpha] = config.gradient_point().alphas
+        gradient = _plain_gradient(reward, prompt, response, unsorted.softmax(-1), alpha).double()
+    else:
+        gradient = _plain_direct_gradient(reward, prompt, response).double()
     own = gradient.gather(1, torch.tensor(response)[:, None])
     return tokens, logp, logp + (gradient - own).gather(1, tokens) / config.beta
 
@@ -210,12 +218,16 @@ def _expected_branch(policy: Policy, reward: Reward, config: ReasonerConfig, tra
     return position, int(tokens[position, best % tokens.shape[1]])
 
 
-@pytest.mark.parametrize(("solver", "beta"), [("none", 1.0), ("mirror", 0.5)])
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [("none", {}), ("mirror", {"beta": 0.5, "point": "hard"}), ("mirror", {"beta": 0.5, "point": "mixture:0.6"})],
+    ids=["none", "hard", "mixture"],
+)
 def test_a_search_equals_its_plain_replay(
-    solver: str, beta: float, policy: Policy, reward: Reward, problems: list[Problem]
+    solver: str, options: dict[str, Any], policy: Policy, reward: Reward, problems: list[Problem]
 ) -> None:
     """Every branch, suffix and decision again, from the definition: whole forwards, one at a time."""
-    config = _config(solver, beta=beta, rounds=6, candidates=len(worlds.TOKENS))
+    config = _config(solver, **options, rounds=6, candidates=len(worlds.TOKENS))
     for problem, trace in zip(
         problems, solve(problems, policy=policy, reward=reward, config=config, seed=4), strict=True
     ):
