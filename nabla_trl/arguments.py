@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nabla_trl.config import Point
 from nabla_trl.parsing import quiet_libraries
 
 if TYPE_CHECKING:
     from nabla_trl.models import Policy
     from nabla_trl.rewards import Reward
 
+REWARDS = (
+    "a reward model with one label (hub id, path, or folder of a LoRA adapter of one); a folder with a reward.json; "
+    "logratio:A[,B] for log p_A − log p_B of two causal LMs or adapter folders of causal LMs (B: the policy); or "
+    "ensemble[@K]:A,B,… for mean − K·std of reward models (K: 1)"
+)
 DATASETS = "gsm8k, math500, amc, aime24, aime25, chains, or the path of a .jsonl file"
 METHODS = "greedy,best_of_16,nabla,control"
 DISTILLED = "distilled_greedy,distilled_best_of_8"
@@ -27,24 +33,30 @@ def _needed(text: str) -> Any:
 @dataclass
 class ModelArguments:
     policy: str = _needed("hub id or path of the policy, a causal LM")
-    reward: str = _needed(
-        "hub id or path of a reward model with one label, or logratio:A[,B] for log p_A − log p_B of two causal LMs "
-        "(B: the policy)"
-    )
+    reward: str = _needed(REWARDS)
     adapter: str | None = _option(None, "LoRA adapter to put on the policy")
     dtype: str = _option("float32", "weights: float32, bfloat16 or float16")
     device: str | None = _option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
+    audit: str | None = _option(
+        None,
+        "what nabla-trl audit --pressure --output wrote about this reward: a search for more rounds than it trusts is "
+        "warned of; a reward.json tells the same of its folder",
+    )
 
     def load(self, rows: int, *, adapter: bool = True) -> tuple[Policy, Reward]:
         """Policy (with its adapter, unless told otherwise) and reward, which scores `rows` responses together."""
         from nabla_trl.models import load_policy
+        from nabla_trl.reward_folder import audited_trust
         from nabla_trl.reward_models import load_reward
 
         quiet_libraries()
+        trust = audited_trust(self.audit, policy=self.policy, reward=self.reward) if self.audit else None
         policy = load_policy(
             self.policy, dtype=self.dtype, device=self.device, adapter=self.adapter if adapter else None
         )
-        return policy, load_reward(self.reward, policy=policy, dtype=self.dtype, device=self.device, batch_size=rows)
+        reward = load_reward(self.reward, policy=policy, dtype=self.dtype, device=self.device, batch_size=rows)
+        reward.trust = trust or reward.trust
+        return policy, reward
 
     def settings(self) -> dict[str, str]:
         """What results depend on, the adapter aside."""
@@ -105,3 +117,26 @@ class AuditArguments:
     sample_min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
     max_new_tokens: int = _option(512, "longest response, in tokens")
     batch_size: int = _option(256, "responses drawn and scored together")
+    output: str = _option("", "file to write what was found to, as JSON; other commands read its trust by --audit")
+    gradient: bool = _option(False, "audit the reward's gradient: does it say which token to change?")
+    points: list[str] = field(
+        default_factory=lambda: ["hard", "mixture:0.5", "mixture:1"],
+        metadata={"help": "--gradient: where to take it, see `point` of the search; log-ratios add the direct one"},
+    )
+    swaps: int = _option(1000, "--gradient: single-token swaps to compare predicted with true changes on")
+    pressure: bool = _option(False, "audit the search: does accuracy fall as it goes on?")
+    rounds: int = _option(16, "--pressure: rounds of the search, which else is as by default")
+    beta: float = _option(1.0, "--gradient, --pressure: KL coefficient β of the search")
+    candidates: int = _option(16, "--gradient, --pressure: policy tokens considered per position")
+    candidate_min_p: float = _option(
+        0.02, "--gradient, --pressure: drop candidates below this fraction of the position's likeliest token"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.points or len(set(self.points)) < len(self.points):
+            raise ValueError("points must be distinct and not empty")
+        for text in self.points:
+            Point.parse(text)
+        for name in ("swaps", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")

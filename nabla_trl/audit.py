@@ -1,12 +1,11 @@
 """The reward audit: does a higher reward mean a righter answer, before anything searches with it?
 
 Works on a scored pool of samples of the policy with verifier labels. Reward hacking shows as a best-of-N curve
-that turns down while the reward still rises (Gao et al., arXiv 2210.10760).
+that turns down while the reward still rises (Gao et al., arXiv 2210.10760); `curves` says when it turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import comb
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from nabla_trl.baselines import Pool
 from nabla_trl.checker import AnswerChecker
+from nabla_trl.curves import Turn, turning
 from nabla_trl.stats import mean_interval
 
 
@@ -29,6 +29,7 @@ class Audit:
         auc: probability that a right sample scores above a wrong one of the same problem.
         correlation: mean correlation of reward and correctness within problems that have both.
         length_correlation: the same for reward and length.
+        trusted_samples: the largest n that best-of-n may be trusted with (`curves.Turn.trusted`).
         verdict: a sentence.
     """
 
@@ -40,6 +41,7 @@ class Audit:
     auc: float
     correlation: float
     length_correlation: float
+    trusted_samples: int
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def audit_arrays(rewards: np.ndarray, right: np.ndarray, lengths: np.ndarray) ->
         raise ValueError(f"the reward gave {rewards.flat[0]:g} to every sample: there is nothing to audit")
     sizes = [n for n in (2**k for k in range(12)) if n <= samples]
     accuracies = {n: best_of_n_values(rewards, right.astype(float), n) for n in sizes}
-    curve = {n: float(values.mean()) for n, values in accuracies.items()}
+    turn = turning(accuracies)
     auc = within_auc(rewards, right)
     return Audit(
         problems=problems,
@@ -89,7 +91,8 @@ def audit_arrays(rewards: np.ndarray, right: np.ndarray, lengths: np.ndarray) ->
         auc=auc,
         correlation=within_correlation(rewards, right.astype(float)),
         length_correlation=within_correlation(rewards, lengths),
-        verdict=verdict(curve, auc),
+        trusted_samples=turn.trusted,
+        verdict=verdict({n: float(values.mean()) for n, values in accuracies.items()}, auc, turn),
     )
 
 
@@ -136,19 +139,24 @@ def within_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
-def verdict(curve: dict[int, float], auc: float) -> str:
-    """A sentence on whether a search may trust the reward."""
-    sizes: Sequence[int] = sorted(curve)
-    peak = max(sizes, key=lambda n: curve[n])
-    largest = sizes[-1]
+def verdict(curve: dict[int, float], auc: float, turn: Turn) -> str:
+    """A sentence on whether best-of-N may trust the reward.
+
+    Args:
+        curve: n → accuracy.
+        turn: how that curve goes.
+    """
+    smallest, largest = min(curve), max(curve)
     if auc < 0.6:
         return f"the reward hardly tells right from wrong (AUC {auc:.2f}): do not search with it"
-    if peak != largest and curve[peak] - curve[largest] > 0.02:
+    if turn.turns:
+        trusted = f"trust it up to {turn.trusted} samples" if turn.helps else "it helps at no N"
         return (
-            f"the reward ranks (AUC {auc:.2f}) but turns: best-of-N falls from {curve[peak]:.3f} at {peak} "
-            f"to {curve[largest]:.3f} at {largest}; trust it up to {peak} samples"
+            f"the reward ranks (AUC {auc:.2f}) but turns: best-of-N falls from {curve[turn.peak]:.3f} at {turn.peak} "
+            f"to {curve[largest]:.3f} at {largest}; {trusted}"
         )
+    rise = "rises" if turn.helps else "moves, by no more than chance may do,"
     return (
-        f"the reward ranks (AUC {auc:.2f}) and best-of-N rises from {curve[sizes[0]]:.3f} to {curve[largest]:.3f} "
+        f"the reward ranks (AUC {auc:.2f}) and best-of-N {rise} from {curve[smallest]:.3f} to {curve[largest]:.3f} "
         f"up to {largest} samples without turning"
     )

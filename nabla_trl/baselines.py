@@ -92,7 +92,7 @@ def _draw_entries(
     seed: int,
     batch_size: int,
 ) -> list[Entry]:
-    prompts, limits, errors = _encode(problems, policy, reward, sampling)
+    prompts, limits, errors = encode_prompts(problems, policy, reward, sampling)
     if not prompts:
         return [Entry(problem, [], [], Cost(), Cost(), errors[problem.id]) for problem in problems]
     made, scored = Meter(), Meter()
@@ -122,7 +122,7 @@ def _draw_entries(
     return [entries[p.id] if p.id in entries else Entry(p, [], [], Cost(), Cost(), errors[p.id]) for p in problems]
 
 
-def _encode(
+def encode_prompts(
     problems: Sequence[Problem], policy: Policy, reward: Reward | None, sampling: Sampling
 ) -> tuple[list[tuple[Problem, list[int]]], list[int], dict[str, str]]:
     """Prompts with the most tokens a response to each may have, and why the others cannot be run."""

@@ -12,25 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from nabla_trl.arguments import (
     DISTILLED,
     METHODS,
-    AuditArguments,
     EvalArguments,
     ModelArguments,
     ReportArguments,
     SolveArguments,
     TracesArguments,
 )
+from nabla_trl.audit_command import audit
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.parsing import Parser
-from nabla_trl.tasks import Problem, data_identity, load_problems
+from nabla_trl.tasks import Problem, data_identity, graded, load_problems
 
 if TYPE_CHECKING:
-    from nabla_trl.audit import Audit
     from nabla_trl.evaluate import Step
     from nabla_trl.rowstore import RowStore
 
@@ -70,9 +68,11 @@ def solve(argv: Sequence[str]) -> int:
 
     from nabla_trl.console import show_trace, trace_json
     from nabla_trl.reasoner import NablaReasoner
+    from nabla_trl.reward_models import warn_past_trust
 
     with redirect_stdout(sys.stderr):  # what a library prints must not get into the JSON
         policy, reward = models.load(4 * config.batch_size)
+        warn_past_trust(reward, config)
         trace = NablaReasoner(policy, reward, config).solve(question, seed=args.seed)
     if extra.json:
         print(json.dumps(trace_json(trace, policy.decode), allow_nan=False))
@@ -99,6 +99,7 @@ def traces(argv: Sequence[str]) -> int:
     )
     models, args, config = parser.read(argv)[:3]
 
+    from nabla_trl.reward_models import warn_past_trust
     from nabla_trl.tracing import adapter_identity, claim_settings, search_settings, unfinished, write_traces
 
     problems = load_problems(args.dataset, split=args.split, limit=args.limit or None)
@@ -114,6 +115,7 @@ def traces(argv: Sequence[str]) -> int:
         policy, reward = models.load(4 * config.batch_size)  # first: what cannot be loaded must not claim the folder
     claim_settings(output / "traces.settings.json", settings | search_settings(config))
     if todo:
+        warn_past_trust(reward, config)
         with AnswerChecker() as checker:
             tally = write_traces(
                 todo,
@@ -147,17 +149,18 @@ def evaluate(argv: Sequence[str]) -> int:
     models, args, config = parser.read(argv)[:3]
 
     from nabla_trl.evaluate import Bench, mean_flops
-    from nabla_trl.methods import method_names, steps
+    from nabla_trl.methods import method_names, searches, steps
     from nabla_trl.models import load_policy
     from nabla_trl.records import versions
     from nabla_trl.report import terminal_table
     from nabla_trl.results import store_results
+    from nabla_trl.reward_models import warn_past_trust
     from nabla_trl.rowstore import RowStore
     from nabla_trl.summary import summarise
     from nabla_trl.tracing import adapter_identity, claim_settings, search_settings
 
     names = method_names(args.methods or ",".join([METHODS, DISTILLED] if models.adapter else [METHODS]))
-    problems = _graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
+    problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
     folder = Path(args.output_dir)
     policy, reward = models.load(4 * config.batch_size, adapter=False)
     tuned = None
@@ -174,6 +177,8 @@ def evaluate(argv: Sequence[str]) -> int:
         claim_settings(folder / "adapter.settings.json", {"adapter": adapter_identity(models.adapter)})
     store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
     bench = Bench(policy, reward, config, tuple(args.seeds))
+    if searches(names):
+        warn_past_trust(reward, config)
     _run_steps(steps(names, bench, tuned, lambda: mean_flops(store.read(), "best_of_16")), problems, store)
     facts = {
         "title": args.title,
@@ -191,15 +196,6 @@ def evaluate(argv: Sequence[str]) -> int:
     terminal_table(summarise(rows, facts))
     print(f"rows: {folder / 'rows.jsonl'}; nabla-trl report --output_dir {folder} writes a page with plots")
     return 0
-
-
-def _graded(problems: Sequence[Problem]) -> list[Problem]:
-    graded = [problem for problem in problems if problem.answer]
-    if not graded:
-        raise ValueError("no problem has a gold answer: nothing could be compared")
-    if len(graded) < len(problems):
-        print(f"{len(problems) - len(graded)} problems have no gold answer and are left out", file=sys.stderr)
-    return graded
 
 
 def _run_steps(steps: Iterable[Step], problems: Sequence[Problem], store: RowStore) -> None:
@@ -231,66 +227,6 @@ def report(argv: Sequence[str]) -> int:
     terminal_table(write_report(folder, rows, facts))
     print(f"report: {folder / 'report.md'}")
     return 0
-
-
-# --- audit --------------------------------------------------------------------------------------------
-
-
-def audit(argv: Sequence[str]) -> int:
-    parser = Parser(
-        [ModelArguments, AuditArguments],
-        prog="nabla-trl audit",
-        usage="nabla-trl audit --policy P --reward R --dataset D [options]",
-        description="Measure whether a reward prefers right answers among samples of the policy, before anything "
-        "searches with it.",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    models, args, extra = parser.read(argv)
-
-    from nabla_trl.audit import audit as audited
-    from nabla_trl.baselines import draw_pool
-    from nabla_trl.generate import Sampling
-
-    if args.audit_samples < 2:
-        raise ValueError("audit_samples must be at least 2: the audit compares samples of a problem")
-    problems = _graded(load_problems(args.dataset, split=args.split, limit=args.audit_problems or None))
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.sample_min_p, args.max_new_tokens)
-    with redirect_stdout(sys.stderr), AnswerChecker() as checker:
-        policy, reward = models.load(args.batch_size)
-        pool = draw_pool(
-            problems,
-            args.audit_samples,
-            policy=policy,
-            reward=reward,
-            sampling=sampling,
-            seed=args.seed,
-            batch_size=args.batch_size,
-        )
-        found = audited(pool, checker)
-    if extra.json:
-        print(json.dumps(found.to_dict()))
-    else:
-        _show_audit(found, Console())
-    return 0
-
-
-def _show_audit(found: Audit, console: Console) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("best of", "accuracy [95%]", "reward"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for count, one in found.best_of_n.items():
-        span = f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
-        table.add_row(str(count), span, f"{found.reward_of_n[count]:.3f}")
-    console.print(table)
-    lines = {
-        "right samples": f"{found.accuracy:.3f} of {found.problems} × {found.samples}",
-        "AUC within problems": f"{found.auc:.3f}",
-        "correlation with right": f"{found.correlation:+.3f}",
-        "correlation with length": f"{found.length_correlation:+.3f}",
-    }
-    for label, value in lines.items():
-        console.print(f"{label:<24}{value}", highlight=False, markup=False)
-    console.print(f"verdict: {found.verdict}", highlight=False, markup=False)
 
 
 COMMANDS = {"solve": solve, "traces": traces, "eval": evaluate, "report": report, "audit": audit}

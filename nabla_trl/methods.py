@@ -38,6 +38,11 @@ def method_names(text: str) -> list[str]:
     return names
 
 
+def searches(names: Sequence[str]) -> bool:
+    """Some of these methods refine responses, as the reward says."""
+    return any(name.partition("@")[0] in ("nabla", "control") for name in names)
+
+
 def steps(
     names: Sequence[str], bench: Bench, tuned: Policy | None, best_of_16_flops: Callable[[], float]
 ) -> Iterator[Step]:

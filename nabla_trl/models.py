@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from nabla_trl.adapters import merge_adapter
 from nabla_trl.compute import ModelSize, model_size
 from nabla_trl.kv import check_cacheable
+from nabla_trl.names import cannot_load, one_line
 from nabla_trl.tasks import Problem
 
 DTYPES = {
@@ -192,17 +192,31 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
 
 
 def load_model(
-    auto: Any, name: str, *, dtype: str, device: str | None, revision: str | None = None
+    auto: Any,
+    name: str,
+    *,
+    dtype: str,
+    device: str | None,
+    revision: str | None = None,
+    supplied: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
-    """`auto.from_pretrained`, refusing files that leave weights newly initialised."""
+    """`auto.from_pretrained`, refusing files that leave weights newly initialised.
+
+    Args:
+        supplied: a weight that may be missing, since the caller brings it.
+        options: of the model's config.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     where = usable_device(device)
     try:
-        model, info = auto.from_pretrained(name, dtype=DTYPES[dtype], revision=revision, output_loading_info=True)
+        model, info = auto.from_pretrained(
+            name, dtype=DTYPES[dtype], revision=revision, output_loading_info=True, **options
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(cannot_load("a model", name, error)) from error
-    missing = sorted(info["missing_keys"])
+    missing = sorted({*info["missing_keys"]} - {supplied})
     if missing:
         raise ValueError(
             f"{name} has no weights for {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}: "
@@ -220,46 +234,6 @@ def usable_device(device: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot use device {device!r}: {one_line(error)}") from error
     return device
-
-
-def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """Merge a LoRA adapter into the weights (in their own dtype).
-
-    Raises:
-        ValueError: not an adapter folder, made for another base, or without effect.
-    """
-    from peft import PeftModel
-
-    if not Path(adapter, "adapter_config.json").exists() and Path(adapter).exists():
-        raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json")
-    _check_base(adapter, model.name_or_path)
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
-            wrapped = PeftModel.from_pretrained(model, adapter)
-        loaded = wrapped.load_adapter(adapter, "default")  # again, for what from_pretrained does not tell
-        odd = sorted([*loaded.missing_keys, *loaded.unexpected_keys])
-        merged = wrapped.merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"cannot put adapter {adapter} on {model.name_or_path}: {one_line(error)}") from error
-    if odd:
-        raise ValueError(f"adapter {adapter} does not fit {model.name_or_path}: {odd[0]} is in one of them only")
-    if all(torch.equal(before[name], weight) for name, weight in merged.named_parameters()):
-        raise ValueError(f"adapter {adapter} changes no weight of {model.name_or_path}: it is inert")
-    return merged
-
-
-def _check_base(adapter: str, base: str) -> None:
-    """Refuse an adapter that was made for another base; a hub id and a local copy cannot be told apart here."""
-    note = Path(adapter, "adapter_config.json")
-    if not note.exists():
-        return
-    meant = json.loads(note.read_text(encoding="utf-8")).get("base_model_name_or_path") or base
-    here, there = Path(base).exists(), Path(meant).exists()
-    same = Path(base).resolve() == Path(meant).resolve() if here and there else base == meant or here != there
-    if not same:
-        raise ValueError(f"adapter {adapter} was made for {meant}, not for {base}")
 
 
 def architecture(name: str, revision: str | None = None) -> str:
@@ -306,14 +280,3 @@ def vocabulary_map(
             "gradients need a reward over the same token strings"
         )
     return mapping
-
-
-def cannot_load(what: str, name: str, error: BaseException) -> str:
-    where = "" if Path(name).exists() else " (no such folder here, so taken for a hub id)"
-    return f"cannot load {what} from {name!r}{where}: {one_line(error)}"
-
-
-def one_line(error: BaseException, width: int = 200) -> str:
-    """An error's text on one line, cut at `width` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= width else f"{text[: width - 2]} …"

@@ -121,10 +121,23 @@ def policy_likelihood(policy: Policy) -> LikelihoodTerm:
 
 def allowed(chain: Chain, readable: Tensor, config: ReasonerConfig) -> Tensor:
     """[T, K] bool: candidates that may be proposed in place of the incumbent token."""
-    own = torch.tensor(chain.response)[:, None]
-    usable = readable[chain.candidates] & (chain.candidates != own) & chain.logp.isfinite()
-    if config.candidate_min_p:
-        usable &= chain.logp >= chain.logp.amax(-1, keepdim=True) + float(np.log(config.candidate_min_p))
+    return replaceable(chain.response, chain.candidates, chain.logp, readable, config.candidate_min_p)
+
+
+def replaceable(
+    response: Sequence[int], candidates: Tensor, logp: Tensor, readable: Tensor, min_p: float = 0.0
+) -> Tensor:
+    """[T, K] bool: candidates [T, K] that may stand in place of a response's tokens.
+
+    Args:
+        logp: [T, K] log π of the candidates; −inf: never.
+        readable: [policy rows] bool, tokens that the reward can read.
+        min_p: drop candidates below this fraction of the position's likeliest.
+    """
+    own = torch.tensor(response)[:, None]
+    usable = readable[candidates] & (candidates != own) & logp.isfinite()
+    if min_p:
+        usable &= logp >= logp.amax(-1, keepdim=True) + float(np.log(min_p))
     return usable
 
 

@@ -1,7 +1,7 @@
 """Result rows and run facts -> summary.json, report.md and plots. Every sentence is computed from numbers.
 
 `rows` are the dictionaries of rows.jsonl, one per (method, task, problem, seed).
-`facts` tells how they were made: title, command, policy, reward, task, reward_kind ("log-ratio" or "scalar")
+`facts` tells how they were made: title, command, policy, reward, task, reward_kind (as `Reward.kind`)
 and, where known, versions, seeds, train_flops (traces and training), train_seconds, setup_seconds,
 total_seconds, files {label: path}, notes [sentence] and audit: {"verdict": sentence, "auc": number,
 "best_of_n": {N: {"value", "low", "high"}}} with any further numbers by name.
@@ -127,7 +127,7 @@ def _target_note(facts: Mapping) -> str:
     note = "The first asks for an accuracy no lower than best_of_16's; its paired interval says how surely."
     if facts["reward_kind"] == "log-ratio":
         return note
-    return f"{note} The first two were set for a log-ratio reward; this run has a {facts['reward_kind']} one."
+    return f"{note} The first two were set for a log-ratio reward; this run's is of kind {facts['reward_kind']}."
 
 
 def _results(summary: Summary) -> str:

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from nabla_trl.adapters import adapter_note, is_adapter, merge_adapter
 from nabla_trl.compute import Meter, model_size
+from nabla_trl.config import ReasonerConfig
 from nabla_trl.heads import LikelihoodTerm, ScoreTerm
 from nabla_trl.kv import check_cacheable
 from nabla_trl.models import (
     Policy,
     architecture,
-    check_prompt,
     context_length,
-    freeze_policy,
     load_model,
+    load_policy,
     load_tokenizer,
-    prompt_ids,
-    render,
     vocabulary_map,
 )
+from nabla_trl.names import same_model
+from nabla_trl.reward_folder import PREFIX, plan_reward
+from nabla_trl.reward_prompts import mapped_prompt, template_prompt, template_tail
 from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Encoded, Sample, Term
+from nabla_trl.trust import past_trust
 
-PREFIX = "logratio:"
-_SENTINEL = "\x02response\x03"
+SCORE_HEAD = "score.weight"
 
 
 def load_reward(
@@ -43,30 +43,55 @@ def load_reward(
     """Load a differentiable reward for a policy.
 
     Args:
-        spec: a hub id or path of a sequence-classification model with one label; or "logratio:A" or
-            "logratio:A,B" for log p_A(y|x) − log p_B(y|x) of two causal LMs (B defaults to the policy).
+        spec: which reward, one of
+
+            NAME: hub id or path of a sequence-classification model with one label, or a folder with a LoRA adapter
+                of one, whose score head is the adapter's;
+            FOLDER with a reward.json (`nabla_trl.reward_folder.RewardCard`): a scalar reward, an implicit one,
+                r = β (log p_folder(y|x) − log p_reference(y|x)), or an ensemble;
+            logratio:A[,B]: log p_A(y|x) − log p_B(y|x) of two causal LMs, or adapter folders of causal LMs (B: the
+                policy). A model of the policy's name is the policy itself and is not loaded again;
+            ensemble:A,B,… or ensemble@K:A,B,…: mean − K·std of two or more scalar rewards (K: 1).
 
     Raises:
-        ValueError: no such model, a random or multi-label head, a vocabulary that does not cover the policy's,
-            non-finite scores, or a score that changes when embeddings are fed in place of ids.
+        ValueError: a malformed spec or reward.json, no such model, a random or multi-label head, an adapter that does
+            not fit, a vocabulary that does not cover the policy's, non-finite scores, or a score that changes when
+            embeddings are fed in place of ids.
     """
-    if spec.startswith(PREFIX):
-        reward = _load_logratio(spec, policy, dtype, device)
+    plan = plan_reward(spec)
+    if plan.kind == "ensemble":
+        load = partial(load_reward, policy=policy, dtype=dtype, device=device)  # checks each under its own name
+        reward = ensemble([load(name) for name in plan.models], plan.caution, spec)
+    elif plan.kind == "log-ratio":
+        better, *rest = [_load_causal(name, policy, dtype, device) for name in plan.models]
+        reward = log_ratio(policy, better, rest[0] if rest else policy, spec, scale=plan.scale)
+        check_reward(reward, policy)
     else:
-        reward = _load_scalar(spec, policy, dtype, device)
-    reward.batch_size = batch_size
-    check_reward(reward, policy)
+        reward = scalar(policy, *_load_classifier(spec, dtype, device), spec)
+        check_reward(reward, policy)
+    reward.batch_size, reward.trust = batch_size, plan.trust
     return reward
 
 
-def log_ratio(policy: Policy, better: Policy, reference: Policy, name: str) -> Reward:
-    """log p_better(y|x) − log p_reference(y|x), from models in memory.
+def warn_past_trust(reward: Reward, config: ReasonerConfig) -> None:
+    """Say on stderr where a search goes further than the reward's audit trusts it."""
+    warning = past_trust(reward.trust, config.rounds)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def log_ratio(policy: Policy, better: Policy, reference: Policy, name: str, *, scale: float = 1.0) -> Reward:
+    """scale · (log p_better(y|x) − log p_reference(y|x)), from models in memory.
+
+    Args:
+        scale: β where `better` was tuned from `reference` under a KL penalty of strength β: then this is the reward
+            that it was tuned for, up to a function of x (Rafailov et al., arXiv 2305.18290).
 
     Raises:
         ValueError: vocabularies that cannot be matched, or without any of the policy's stop tokens.
     """
     terms: list[Term] = []
-    for model, weight, label in ((better, 1.0, "reward"), (reference, -1.0, "reference")):
+    for model, weight, label in ((better, scale, "reward"), (reference, -scale, "reference")):
         mapping = vocabulary_map(
             policy.tokenizer,
             model.tokenizer,
@@ -79,7 +104,7 @@ def log_ratio(policy: Policy, better: Policy, reference: Policy, name: str) -> R
                 model_size(model.model, label),
                 mapping=mapping,
                 weight=weight,
-                encode_prompt=_mapped_prompt(mapping, name),
+                encode_prompt=mapped_prompt(mapping, name),
             )
         )
     readable = torch.stack([term.mapping.cpu() >= 0 for term in terms]).all(0)
@@ -93,109 +118,101 @@ def scalar(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     """A sequence-classification model with one label as reward, from memory.
 
     Raises:
-        ValueError: more than one label, or vocabularies that cannot be matched.
+        ValueError: more than one label, a head that is not finite, or vocabularies that cannot be matched.
     """
     if model.config.num_labels != 1:
         raise ValueError(f"{name} has {model.config.num_labels} labels: a scalar reward needs exactly one")
-    check_cacheable(model)
     model.eval().requires_grad_(False)
+    term = score_term(policy, model, tokenizer, name)
+    if not all(weight.isfinite().all() for weight in model.score.parameters()):
+        raise ValueError(f"{name} has a score head with weights that are not finite")
+    return Reward(name, "scalar", [term], term.mapping.cpu() >= 0, policy.stop_ids)
+
+
+def score_term(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> ScoreTerm:
+    """The score of a sequence classifier as a term; the model is left as it is, so that it can be trained.
+
+    Raises:
+        ValueError: vocabularies that cannot be matched, or a cache that cannot be cut.
+    """
+    check_cacheable(model)
     mapping = vocabulary_map(
         policy.tokenizer,
         tokenizer,
         source_rows=policy.forbidden.shape[0],
         target_rows=model.get_input_embeddings().weight.shape[0],
     )
-    term = ScoreTerm(
+    return ScoreTerm(
         model,
         model_size(model, "reward"),
         mapping=mapping,
-        encode_prompt=_template_prompt(tokenizer, mapping, name, context_length(model)),
-        tail=_template_tail(tokenizer),
+        encode_prompt=template_prompt(tokenizer, mapping, name, context_length(model)),
+        tail=template_tail(tokenizer),
         stop_ids=policy.stop_ids,
     )
-    return Reward(name, "scalar", [term], mapping >= 0, policy.stop_ids)
 
 
-def _load_scalar(name: str, policy: Policy, dtype: str, device: str | None) -> Reward:
+def ensemble(members: Sequence[Reward], caution: float, name: str) -> Reward:
+    """The lower confidence bound mean − caution · std of scalar rewards, from memory.
+
+    Raises:
+        ValueError: fewer than two members, one twice, one that is not scalar, or a caution below 0.
+    """
+    if len(members) < 2:
+        raise ValueError(f"{name}: an ensemble needs at least two members")
+    odd = next((one for one in members if one.kind != "scalar"), None)
+    if odd is not None:
+        raise ValueError(f"{name}: {odd.name} is a reward of kind {odd.kind}: the members of an ensemble are scalar")
+    if len({id(one) for one in members}) < len(members):
+        raise ValueError(f"{name}: a member is there twice, and so would count twice")
+    if not 0 <= caution < math.inf:
+        raise ValueError(f"{name}: caution must be a number of at least 0, not {caution}")
+    terms = [term for one in members for term in one.terms]
+    readable = torch.stack([one.readable for one in members]).all(0)
+    stops = frozenset.intersection(*(one.stop_ids for one in members))
+    return Reward(name, "ensemble", terms, readable, stops, caution=caution)
+
+
+def _load_classifier(name: str, dtype: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if is_adapter(name):
+        return _load_adapted_classifier(name, dtype, device)
     kind = architecture(name)
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         raise ValueError(
             f"{name} is a causal LM ({kind}), not a reward model: use {PREFIX}{name} to reward its likelihood"
         )
     model = load_model(AutoModelForSequenceClassification, name, dtype=dtype, device=device)
-    return scalar(policy, model, load_tokenizer(name), name)
+    return model, load_tokenizer(name)
 
 
-def _load_logratio(spec: str, policy: Policy, dtype: str, device: str | None) -> Reward:
-    names = [part.strip() for part in spec.removeprefix(PREFIX).split(",")]
-    if not 1 <= len(names) <= 2 or not all(names):
-        raise ValueError(f"{spec!r}: expected {PREFIX}BETTER or {PREFIX}BETTER,REFERENCE")
-    loaded = []
-    for name in names:
-        model = load_model(AutoModelForCausalLM, name, dtype=dtype, device=device)
-        loaded.append(freeze_policy(model, load_tokenizer(name), name))
-    reference = loaded[1] if len(loaded) == 2 else policy
-    return log_ratio(policy, loaded[0], reference, spec)
+def _load_adapted_classifier(
+    folder: str, dtype: str, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    note = adapter_note(folder)
+    if note.task == "CAUSAL_LM":
+        raise ValueError(
+            f"{folder} is an adapter of a causal LM, not of a reward model: use {PREFIX}{folder} to reward its "
+            "likelihood"
+        )
+    if note.task != "SEQ_CLS":
+        raise ValueError(f"{folder} is an adapter for the task {note.task or 'None'}: a scalar reward needs SEQ_CLS")
+    auto = AutoModelForSequenceClassification
+    base = load_model(auto, note.base, dtype=dtype, device=device, supplied=SCORE_HEAD, num_labels=1)
+    # The tokenizer of its training, whose template it was trained with, lies beside the adapter; or is the base's.
+    own = Path(folder, "tokenizer_config.json").exists()
+    return merge_adapter(base, folder, head=SCORE_HEAD), load_tokenizer(folder if own else note.base)
 
 
-def _mapped_prompt(mapping: Tensor, name: str) -> Callable[[Problem, list[int]], list[int]]:
-    table = mapping.tolist()
-
-    def encode(problem: Problem, prompt: list[int]) -> list[int]:
-        ids = [table[index] for index in prompt]
-        if min(ids) < 0:
-            raise ValueError(
-                f"{problem.id}: {name} has no token for policy id {prompt[ids.index(min(ids))]} of the prompt"
-            )
-        return ids
-
-    return encode
-
-
-def _template_prompt(
-    tokenizer: PreTrainedTokenizerBase, mapping: Tensor, name: str, context: int
-) -> Callable[[Problem, list[int]], list[int]]:
-    """The reward's own chat template; the policy's prompt, mapped, where it has none."""
-    if tokenizer.chat_template is None:
-        return _mapped_prompt(mapping, name)
-    seen: dict[str, list[int]] = {}
-
-    def encode(problem: Problem, prompt: list[int]) -> list[int]:
-        key = repr(problem.chat())
-        if key not in seen:
-            ids = _opened_turn(tokenizer, problem)
-            seen[key] = check_prompt(ids, problem, tokenizer, name=name, context=context)
-        return seen[key]
-
-    return encode
-
-
-def _opened_turn(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    """The chat up to where the assistant begins to speak."""
-    if render(tokenizer, problem, problem.chat(), add_generation_prompt=True) != render(
-        tokenizer, problem, problem.chat(), add_generation_prompt=False
-    ):
-        return prompt_ids(tokenizer, problem)
-    # Templates of many reward models have no generation prompt: what opens the turn shows only in a whole turn.
-    opening, _ = _around_response(tokenizer, problem)
-    return list(tokenizer(opening, add_special_tokens=False)["input_ids"])
-
-
-def _template_tail(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that the reward's template writes after an assistant's words."""
-    if tokenizer.chat_template is None:
-        return []
-    _, closing = _around_response(tokenizer, Problem(id="probe", question="x"))
-    return list(tokenizer(closing, add_special_tokens=False)["input_ids"])
-
-
-def _around_response(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> tuple[str, str]:
-    """What the template writes before and after the assistant's words."""
-    turns = [*problem.chat(), {"role": "assistant", "content": _SENTINEL}]
-    parts = render(tokenizer, problem, turns, add_generation_prompt=False).split(_SENTINEL)
-    if len(parts) != 2:
-        raise ValueError("the reward's chat template does not show the assistant's words once, unchanged")
-    return parts[0], parts[1]
+def _load_causal(name: str, policy: Policy, dtype: str, device: str | None) -> Policy:
+    """The policy itself where it has this name: its likelihood is known from drawing."""
+    if same_model(name, policy.name):
+        return policy
+    if not is_adapter(name):
+        return load_policy(name, dtype=dtype, device=device)
+    note = adapter_note(name)
+    if note.task == "SEQ_CLS":
+        raise ValueError(f"{name} is an adapter of a reward model, not of a causal LM: it gives no likelihoods")
+    return load_policy(note.base, dtype=dtype, device=device, adapter=name)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from nabla_trl.heads import LikelihoodTerm
 from nabla_trl.models import Policy, context_length
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Encoded, Memo, Sample, Term
+from nabla_trl.trust import Trust
 
 
 @dataclass
@@ -32,9 +33,10 @@ class Reward:
         readable: [policy rows] bool, policy tokens that every term can read inside a response. A response with
             any other token, or longer than a term's context, scores −inf: it is never preferred.
         stop_ids: stop tokens of the policy that are readable at the end of a response.
-        rival: the model one could sample from instead: the better one of a log-ratio.
+        rival: the model one could sample from instead: the better (or tuned) one of a log-ratio.
         caution: of an ensemble, whose terms are its members: r = mean − caution · std over the members' scores,
             std the population's (Coste et al., arXiv 2310.02743). None: the weighted sum.
+        trust: how far it may be searched with, by its audit; None: not audited.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Reward:
     batch_size: int = 256
     rival: Policy | None = None
     caution: float | None = None
+    trust: Trust | None = None
 
     def room(self, problem: Problem, prompt: list[int]) -> int:
         """Most response tokens that the contexts of all terms leave.

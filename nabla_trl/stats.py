@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -141,6 +141,54 @@ def paired_difference(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence
     return Difference(float(gaps.mean()), low, high, seeds, len(gaps), p_value=sign_flip_p_value(gaps))
 
 
+def clustered_mean(values: np.ndarray, problems: np.ndarray, count: int) -> Interval | None:
+    """Mean over items, with its interval over the problems that the items belong to; None without items.
+
+    Args:
+        values: [n], such as 1 for a hit and 0 for a miss.
+        problems: [n] index of each item's problem, below `count`; a problem may have any number of items.
+    """
+    if not len(values):
+        return None
+    sums = _per_problem([np.ones(len(values)), np.asarray(values, dtype=np.float64)], problems, count)
+
+    def mean(means: np.ndarray) -> np.ndarray:
+        return np.clip(means[:, 1] / means[:, 0], np.min(values), np.max(values))  # rounding may end a hair outside
+
+    return _clustered(mean, sums)
+
+
+def clustered_correlation(x: np.ndarray, y: np.ndarray, problems: np.ndarray, count: int) -> Interval | None:
+    """Pearson's correlation over items, with its interval over their problems; None where x or y does not vary.
+
+    Arguments as in `clustered_mean`.
+    """
+    if not len(x) or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    a, b = ((values - values.mean()) / values.std() for values in (x, y))  # so that sums of squares keep their digits
+    sums = _per_problem([np.ones(len(a)), a, b, a * a, b * b, a * b], problems, count)
+
+    def correlation(means: np.ndarray) -> np.ndarray:
+        number, mean_a, mean_b, square_a, square_b, product = means.T
+        variances = (square_a - mean_a**2 / number) * (square_b - mean_b**2 / number)
+        return np.clip((product - mean_a * mean_b / number) / np.sqrt(variances), -1, 1)
+
+    return _clustered(correlation, sums)
+
+
+def _per_problem(columns: Sequence[np.ndarray], problems: np.ndarray, count: int) -> np.ndarray:
+    return np.stack([np.bincount(problems, column, minlength=count) for column in columns], axis=1)
+
+
+def _clustered(statistic: Callable[[np.ndarray], np.ndarray], sums: np.ndarray) -> Interval:
+    """A statistic of problems' sums (problems, k), of which the first is the number of items."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may draw no item, or items that do not vary
+        value = float(statistic(sums.mean(axis=0)[None])[0])
+        draws = statistic(resampled_means(sums))
+    low, high = _percentiles(value, draws[np.isfinite(draws)]) if np.isfinite(draws).any() else (value, value)
+    return Interval(value, low, high, problems=int((sums[:, 0] > 0).sum()))
+
+
 def share_of_gain(
     part: Mapping[str, Sequence[float]],
     whole: Mapping[str, Sequence[float]],
@@ -181,7 +229,9 @@ def resampled_means(columns: np.ndarray) -> np.ndarray:
     spread = columns - centre
     scale = np.maximum(np.abs(spread).max(axis=0), np.finfo(np.float64).tiny)
     sums = [_times(_counts(len(columns)), column) for column in (spread / scale).T]
-    return centre + scale * np.stack(sums, axis=1) / len(columns)
+    means = centre + scale * np.stack(sums, axis=1) / len(columns)
+    # a mean of exactly 0 comes out as ±1e-9, and an interval that ends at 0 must not seem to leave it out
+    return np.where(np.abs(means) < 1e-6 * scale, 0.0, means)
 
 
 def reward_rounds(grid: Grid) -> list[Interval]:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,20 @@ def load_problems(
     if seed is not None:
         random.Random(seed).shuffle(problems)
     return problems[:limit]
+
+
+def graded(problems: list[Problem]) -> list[Problem]:
+    """The problems with a gold answer; how many have none is said on stderr.
+
+    Raises:
+        ValueError: none has one.
+    """
+    found = [problem for problem in problems if problem.answer]
+    if not found:
+        raise ValueError("no problem has a gold answer: nothing could be compared")
+    if len(found) < len(problems):
+        print(f"{len(problems) - len(found)} problems have no gold answer and are left out", file=sys.stderr)
+    return found
 
 
 def data_identity(name_or_path: str) -> str:

@@ -179,6 +179,7 @@ class Term(ABC):
         """A relaxed response's first `length` positions in this model's ids; tokens it lacks lose their weight."""
         ids = self.mapping[relaxed.ids[:length].to(self.mapping.device)]
         weights = relaxed.weights[:length].to(self.mapping.device).masked_fill(ids < 0, 0.0)
+        weights[:, 0] += (weights.sum(-1) == 0).to(weights)  # nothing left: the response's own token, which is first
         return Relaxed(ids.clamp(min=0), weights / weights.sum(-1, keepdim=True))
 
     def relaxed_embeds(self, feed: Feed, responses: Sequence[Relaxed]) -> Tensor:

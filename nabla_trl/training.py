@@ -55,7 +55,6 @@ def train_sft(
         ValueError: no usable trace, a loss that is not finite, or an adapter that did not change.
     """
     from datasets import Dataset
-    from peft import LoraConfig
     from trl import SFTTrainer
 
     rows, skipped = sft_rows(traces)
@@ -64,20 +63,12 @@ def train_sft(
             f"no trace can be trained on ({_listed(skipped)}): raise max_new_tokens, rounds or the number of problems"
         )
     model = load_model_for_training(policy, dtype, config)
-    modules: Any = lora.lora_target_modules
-    adapter = LoraConfig(
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=modules[0] if modules == ["all-linear"] else modules,
-        task_type="CAUSAL_LM",
-    )
     trainer = SFTTrainer(
         model=model,
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(policy),
-        peft_config=adapter,
+        peft_config=lora_config(lora, "CAUSAL_LM"),
     )
     size = model_size(model, "policy")
     added = sum(weight.numel() for name, weight in trainer.model.named_parameters() if "lora_" in name)
@@ -98,7 +89,7 @@ def train_sft(
         skipped=dict(skipped),
         epochs=epochs,
         tokens=round(epochs * sum(len(row["input_ids"]) for row in rows)),
-        flops=epochs * sum(_row_flops(size, added, row) for row in rows),
+        flops=epochs * sum(row_flops(size, added, len(row["input_ids"])) for row in rows),
         seconds=float(result.metrics["train_runtime"]),
         loss=float(result.training_loss),
     )
@@ -111,10 +102,24 @@ def load_model_for_training(policy: str, dtype: str, config: SFTConfig) -> Any:
     return load_model(AutoModelForCausalLM, policy, dtype=dtype, device=str(config.device))
 
 
-def _row_flops(size: ModelSize, added: int, row: dict[str, list[int]]) -> float:
-    """Forward and backward of one row: a frozen base, and `added` weights of the adapter that are trained."""
-    count = len(row["input_ids"])
-    base = size.forward_flops(0, count) + size.backward_flops(0, count, frozen=True)
+def lora_config(lora: LoraArguments, task_type: str, modules_to_save: list[str] | None = None) -> Any:
+    """PEFT's configuration of an adapter."""
+    from peft import LoraConfig
+
+    modules: Any = lora.lora_target_modules
+    return LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=modules[0] if modules == ["all-linear"] else modules,
+        modules_to_save=modules_to_save,
+        task_type=task_type,
+    )
+
+
+def row_flops(size: ModelSize, added: int, count: int, *, frozen: bool = True) -> float:
+    """Forward and backward of `count` tokens: a base, frozen or trained, and `added` weights of an adapter."""
+    base = size.forward_flops(0, count) + size.backward_flops(0, count, frozen=frozen)
     return base + 3 * 2 * added * count
 
 

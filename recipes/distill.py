@@ -27,19 +27,21 @@ from accelerate import PartialState
 from tqdm import tqdm
 from trl import SFTConfig
 
+from nabla_trl.arguments import REWARDS
 from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Cost
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
-from nabla_trl.methods import RIVAL, SYNTAX, method_names, steps
+from nabla_trl.methods import RIVAL, SYNTAX, method_names, searches, steps
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.records import versions
 from nabla_trl.report import terminal_table, write_report
 from nabla_trl.results import store_results
-from nabla_trl.reward_models import PREFIX, load_reward
+from nabla_trl.reward_folder import plan_reward
+from nabla_trl.reward_models import load_reward, warn_past_trust
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore
 from nabla_trl.tasks import Problem, check_disjoint, data_identity, load_problems
@@ -64,7 +66,7 @@ class DistillArguments:
     """Models, problems and what to compare. The search is set by the reasoner's options, training by TRL's."""
 
     policy: str = field(metadata={"help": "hub id or path of the policy, a causal LM"})
-    reward: str = field(metadata={"help": "hub id or path of a reward model with one label, or logratio:A[,B]"})
+    reward: str = field(metadata={"help": REWARDS})
     dataset: str = _option("chains", "gsm8k, math500, amc, aime24, aime25, chains, or a .jsonl file to train on")
     eval_dataset: str = _option("", "the held-out task or .jsonl file; empty = the dataset's eval_split")
     train_split: str = _option("train", "split that traces are made of")
@@ -142,8 +144,14 @@ class Run:
             reward = load_reward(
                 self.args.reward, policy=policy, dtype=self.args.dtype, device=device, batch_size=rows
             )
+            if self.state.is_main_process and self._searches():
+                warn_past_trust(reward, self.reasoner)
             self._models = policy, reward
         return self._models
+
+    def _searches(self) -> bool:
+        stages = self.args.stages.split(",")
+        return "traces" in stages or ("evaluate" in stages and searches(method_names(self.args.methods)))
 
     def say(self, text: str) -> None:
         if self.state.is_main_process:
@@ -292,7 +300,7 @@ class Run:
             "policy": self.args.policy,
             "reward": self.args.reward,
             "task": self.args.eval_dataset or self.args.dataset,
-            "reward_kind": "log-ratio" if self.args.reward.startswith(PREFIX) else "scalar",
+            "reward_kind": plan_reward(self.args.reward).kind,
             "versions": versions(),
             "seeds": self.args.seeds,
             "setup_seconds": self.clock()["setup"],

@@ -364,6 +364,54 @@ def test_audit_needs_two_samples(capsys, models, dataset):
     assert "audit_samples must be at least 2" in error_line(capsys)
 
 
+DEEP = ["--audit_samples", "16", "--max_new_tokens", "10", "--gradient", "--points", "hard", "--swaps", "40"]
+DEEP += ["--pressure", "--rounds", "3"]
+
+
+def test_audit_of_gradient_and_pressure_as_json(capsys, models, dataset, tmp_path):
+    file = tmp_path / "new" / "audit.json"
+    assert main(["audit", *models, *dataset, *DEEP, "--output", str(file), "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == "" and out.count("\n") == 1 and json.loads(file.read_text(encoding="utf-8")) == found
+    assert [found["policy"], found["reward"]] == [models[1], models[3]]
+    assert list(found["gradient"]["points"]) == ["direct", "hard"] and found["gradient"]["swaps"] == 40
+    assert list(found["pressure"]["curves"]) == ["nabla", "control"]
+    assert list(found["pressure"]["curves"]["nabla"]["accuracy"]) == ["0", "1", "2", "3"]
+    assert found["trust"] == found["pressure"]["trust"]
+    assert found["trust"]["samples"] == found["trusted_samples"]
+
+
+def test_audit_of_gradient_and_pressure_as_tables(capsys, models, dataset):
+    assert main(["audit", *models, *dataset, *DEEP]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and max(map(len, out.splitlines())) <= 80
+    text = " ".join(out.split())
+    for part in ("gradient point direction", "wrong responses the problems have no step labels", "pressure rounds"):
+        assert part in text
+    assert text.count("verdict: ") == 3 and "trust up to" in text
+
+
+def test_audit_without_pressure_tells_no_trust(capsys, models, dataset):
+    assert main(["audit", *models, *dataset, "--max_new_tokens", "10", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gradient"] is found["pressure"] is found["trust"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--points", "hard", "soft"], "point must be hard or mixture"),
+        (["--points", "hard", "hard"], "points must be distinct"),
+        (["--swaps", "0"], "swaps must be at least 1"),
+        (["--rounds", "0"], "rounds must be at least 1"),
+    ],
+)
+def test_audit_options_are_checked_before_models_are_loaded(capsys, dataset, flags, message):
+    assert main(["audit", "--policy", "no/policy", "--reward", "no/reward", *dataset, *flags]) == 1
+    assert message in error_line(capsys)
+
+
 def test_the_view_is_given_what_the_policy_decodes(capsys, models, monkeypatch):
     """Special tokens never reach the view as text."""
     seen = []
