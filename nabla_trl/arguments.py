@@ -60,7 +60,9 @@ class ModelArguments:
 
     def settings(self) -> dict[str, str]:
         """What results depend on, the adapter aside."""
-        return {"policy": self.policy, "reward": self.reward, "dtype": self.dtype}
+        from nabla_trl.reward_folder import reward_identity
+
+        return {"policy": self.policy, "reward": reward_identity(self.reward), "dtype": self.dtype}
 
 
 @dataclass

@@ -6,15 +6,18 @@ that turns down while the reward still rises (Gao et al., arXiv 2210.10760); `cu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import comb
 from typing import Any
 
 import numpy as np
 
-from nabla_trl.baselines import Pool
+from nabla_trl.baselines import Entry, Pool
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.curves import Turn, turning
+from nabla_trl.labels import TokenLabels, has_step_labels
+from nabla_trl.models import Policy
 from nabla_trl.stats import mean_interval
 
 
@@ -27,6 +30,9 @@ class Audit:
             {"value", "low", "high"}.
         reward_of_n: n → mean reward of that sample.
         auc: probability that a right sample scores above a wrong one of the same problem.
+        step_auc: the same with samples free of error against all others, where the task has step labels; None
+            elsewhere, and where no problem has both.
+        lucky: share of the right samples that are not free of error; None without step labels.
         correlation: mean correlation of reward and correctness within problems that have both.
         length_correlation: the same for reward and length.
         trusted_samples: the largest n that best-of-n may be trusted with (`curves.Turn.trusted`).
@@ -39,6 +45,8 @@ class Audit:
     best_of_n: dict[int, dict[str, float]]
     reward_of_n: dict[int, float]
     auc: float
+    step_auc: float | None
+    lucky: float | None
     correlation: float
     length_correlation: float
     trusted_samples: int
@@ -62,11 +70,29 @@ def audit(pool: Pool, checker: AnswerChecker) -> Audit:
     lengths = np.array([[len(draw.ids) for draw in entry.draws] for entry in entries], dtype=float)
     pairs = [(draw.answer, entry.problem.answer) for entry in entries for draw in entry.draws]
     right = np.array([verdict.right for verdict in checker.check(pairs)]).reshape(rewards.shape)
-    return audit_arrays(rewards, right, lengths)
+    return audit_arrays(rewards, right, lengths, _sound(entries, pool.policy))
 
 
-def audit_arrays(rewards: np.ndarray, right: np.ndarray, lengths: np.ndarray) -> Audit:
-    """The audit of [P, N] rewards, correctness and lengths."""
+def _sound(entries: Sequence[Entry], policy: Policy) -> np.ndarray | None:
+    """[P, N] whether samples are free of error to their end; None without step labels."""
+    if not has_step_labels([entry.problem for entry in entries]):
+        return None
+    labels = TokenLabels(policy)
+    return np.array(
+        [
+            [
+                draw.ids[-1] in policy.stop_ids and labels.first_error(entry.problem, draw.ids) is None
+                for draw in entry.draws
+            ]
+            for entry in entries
+        ]
+    )
+
+
+def audit_arrays(
+    rewards: np.ndarray, right: np.ndarray, lengths: np.ndarray, sound: np.ndarray | None = None
+) -> Audit:
+    """The audit of [P, N] rewards, correctness of the answer, lengths, and freedom from error if that is known."""
     problems, samples = rewards.shape
     if samples < 2:
         raise ValueError("the audit needs at least two samples per problem")
@@ -89,6 +115,8 @@ def audit_arrays(rewards: np.ndarray, right: np.ndarray, lengths: np.ndarray) ->
         best_of_n={n: mean_interval(values[:, None]).entry() for n, values in accuracies.items()},
         reward_of_n={n: float(best_of_n_values(rewards, rewards, n).mean()) for n in sizes},
         auc=auc,
+        step_auc=None if sound is None or not _mixed(sound) else within_auc(rewards, sound),
+        lucky=None if sound is None else float((right & ~sound).sum() / right.sum()),
         correlation=within_correlation(rewards, right.astype(float)),
         length_correlation=within_correlation(rewards, lengths),
         trusted_samples=turn.trusted,
@@ -119,6 +147,11 @@ def best_of_n_values(rewards: np.ndarray, values: np.ndarray, n: int) -> np.ndar
 def _mean_over_ties(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
     _, group = np.unique(ordered, return_inverse=True)
     return (np.bincount(group, values) / np.bincount(group))[group]
+
+
+def _mixed(labels: np.ndarray) -> bool:
+    """Some problem has both kinds."""
+    return bool((labels.any(1) & ~labels.all(1)).any())
 
 
 def within_auc(rewards: np.ndarray, right: np.ndarray) -> float:

@@ -183,6 +183,8 @@ def _show_samples(found: Audit, console: Console) -> None:
     lines = {
         "right samples": f"{found.accuracy:.3f} of {found.problems} × {found.samples}",
         "AUC within problems": f"{found.auc:.3f}",
+        **({} if found.step_auc is None else {"AUC, free of error": f"{found.step_auc:.3f}"}),
+        **({} if found.lucky is None else {"right by luck": f"{found.lucky:.3f} of the right samples"}),
         "correlation with right": f"{found.correlation:+.3f}",
         "correlation with length": f"{found.length_correlation:+.3f}",
     }

@@ -21,10 +21,11 @@ from nabla_trl.models import Policy, load_policy, load_tokenizer
 from nabla_trl.reward_data import Labelled, choose_pairs
 from nabla_trl.reward_models import log_ratio
 from nabla_trl.reward_training import TrainedReward, save_whole
+from nabla_trl.token_trainer import FiniteLoss
 from nabla_trl.training import LoraArguments, load_model_for_training, lora_config, row_flops
 
 
-class IdsDPOTrainer(DPOTrainer):
+class IdsDPOTrainer(FiniteLoss, DPOTrainer):
     """TRL's DPOTrainer on rows of ids (`prompt_ids`, `chosen_ids`, `rejected_ids`): nothing is tokenised again."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:

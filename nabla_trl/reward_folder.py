@@ -5,6 +5,7 @@ Loads no torch. The grammar of specs is told in `nabla_trl.reward_models.load_re
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from nabla_trl.trust import Trust
 
 PREFIX = "logratio:"
 FILE = "reward.json"
+_ADAPTER = "adapter_config.json"
 FORMAT = 1
 
 _ENSEMBLE = re.compile(r"ensemble(?:@(?P<caution>[^:]*))?:(?P<members>.*)")
@@ -170,6 +172,22 @@ def plan_reward(spec: str) -> RewardPlan:
     if written:
         return _plan_ensemble(spec, _listed(written["members"]), _caution(spec, written["caution"]))
     return _plan_folder(spec) if Path(spec, FILE).is_file() else RewardPlan("scalar", (spec,))
+
+
+def reward_identity(spec: str) -> str:
+    """A reward's name; with a hash of the weights that we trained, so that a reward trained again is another.
+
+    Weights of plain model folders and of the hub are taken by their names alone, as those of policies are.
+    """
+    plan = plan_reward(spec)
+    ours = [Path(name) for name in plan.models if Path(name, FILE).is_file() or Path(name, _ADAPTER).is_file()]
+    ours += [Path(spec)] if plan.kind == "ensemble" and Path(spec, FILE).is_file() else []
+    if not ours:
+        return spec
+    digest = hashlib.sha256(json.dumps([plan.scale, plan.caution]).encode())
+    for file in sorted({file for folder in ours for file in folder.rglob("*.safetensors")}):
+        digest.update(file.read_bytes())
+    return f"{spec} ({digest.hexdigest()[:12]})"
 
 
 def _plan_folder(spec: str) -> RewardPlan:

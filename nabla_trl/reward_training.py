@@ -25,7 +25,7 @@ from nabla_trl.labels import TokenLabels
 from nabla_trl.models import DTYPES, Policy, cannot_load, load_tokenizer
 from nabla_trl.reward_data import Labelled, pair_rows, token_rows
 from nabla_trl.reward_models import score_term
-from nabla_trl.token_trainer import RelaxedLoss, TokenRewardTrainer
+from nabla_trl.token_trainer import PairRewardTrainer, RelaxedLoss, TokenRewardTrainer
 from nabla_trl.training import LoraArguments, lora_config, row_flops
 
 KINDS = ("scalar", "implicit")
@@ -246,7 +246,7 @@ def _trainer(
         rows = pair_rows(
             labelled, term, per_problem=options.pairs_per_problem, margin=options.margin, seed=config.seed
         )
-        return RewardTrainer(train_dataset=Dataset.from_list(rows), **common)
+        return PairRewardTrainer(train_dataset=Dataset.from_list(rows), **common)
     rows = token_rows(labelled, term, labels=labels, min_p=min_p)
     loss = RelaxedLoss(options.relaxed, options.draws, options.gradient_matching)
     return TokenRewardTrainer(train_dataset=Dataset.from_list(rows), options=loss, **common)

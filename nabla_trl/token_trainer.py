@@ -110,15 +110,31 @@ def draw_shares(length: int, relaxed: float) -> Tensor:
     return torch.rand(()) * (torch.rand(length) < density)
 
 
-class TokenRewardTrainer(RewardTrainer):
+class FiniteLoss:
+    """Trainer mix-in: a loss that is not finite stops the training before the step is taken.
+
+    Raises:
+        ValueError: the step is named; checkpoints that the trainer has saved stay where they are.
+    """
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not loss.isfinite():
+            step = self.state.global_step + 1  # type: ignore[attr-defined]
+            raise ValueError(f"the loss became {loss.item()} at step {step}: lower learning_rate")
+        return loss
+
+
+class PairRewardTrainer(FiniteLoss, RewardTrainer):
+    """TRL's RewardTrainer on rows of ids (`chosen_ids`, `rejected_ids`, perhaps `margin`)."""
+
+
+class TokenRewardTrainer(FiniteLoss, RewardTrainer):
     """TRL's RewardTrainer on single responses with a target per token, read by the score head at every position.
 
     Args:
         options: relaxed inputs and gradient matching.
         kwargs: as for RewardTrainer; the dataset holds rows of `reward_data.token_rows`.
-
-    Raises:
-        ValueError: a loss that is not finite; the step is named.
     """
 
     def __init__(self, *args: Any, options: RelaxedLoss, **kwargs: Any):
@@ -146,10 +162,6 @@ class TokenRewardTrainer(RewardTrainer):
         loss = F.binary_cross_entropy_with_logits(scores[labelled].float(), targets[labelled])
         if self.options.matching:
             loss = loss + self.options.matching * self._matching(model, embed, inputs, embeds, scores)
-        if not loss.isfinite():
-            raise ValueError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower learning_rate"
-            )
         self._note(scores.detach(), targets, inputs)
         return (loss, scores) if return_outputs else loss
 

@@ -40,7 +40,7 @@ from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.records import versions
 from nabla_trl.report import terminal_table, write_report
 from nabla_trl.results import store_results
-from nabla_trl.reward_folder import plan_reward
+from nabla_trl.reward_folder import plan_reward, reward_identity
 from nabla_trl.reward_models import load_reward, warn_past_trust
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore
@@ -188,7 +188,8 @@ class Run:
         self.say(f"traces{self._here()}: {tally}")
 
     def _search_settings(self) -> dict[str, str]:
-        models = {"policy": self.args.policy, "reward": self.args.reward, "dtype": self.args.dtype}
+        reward = reward_identity(self.args.reward)
+        models = {"policy": self.args.policy, "reward": reward, "dtype": self.args.dtype}
         return models | search_settings(self.reasoner)
 
     def _here(self) -> str:

@@ -68,6 +68,17 @@ def test_length_correlation_sees_length():
     assert audit_arrays(lengths, right, lengths).length_correlation == pytest.approx(1.0)
 
 
+def test_lucky_answers_are_told_from_sound_ones():
+    right = np.array([[True, True, False, False]] * 5)
+    sound = np.array([[True, False, False, False]] * 5)
+    found = audit_arrays(np.array([[4.0, 1.0, 2.0, 3.0]] * 5), right, np.ones(right.shape), sound)
+    assert found.step_auc == 1.0
+    assert found.auc == 0.5
+    assert found.lucky == 0.5
+    without = audit_arrays(np.array([[4.0, 1.0, 2.0, 3.0]] * 5), right, np.ones(right.shape))
+    assert without.step_auc is None and without.lucky is None
+
+
 def test_auc_counts_ties_half():
     assert within_auc(np.array([[1.0, 1.0]]), np.array([[True, False]])) == 0.5
     assert within_auc(np.array([[2.0, 1.0, 1.5]]), np.array([[True, False, False]])) == 1.0

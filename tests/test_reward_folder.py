@@ -15,7 +15,16 @@ import worlds
 from nabla_trl.cli import main
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.models import Policy
-from nabla_trl.reward_folder import FILE, RewardCard, RewardPlan, audited_trust, plan_reward, read_card, write_card
+from nabla_trl.reward_folder import (
+    FILE,
+    RewardCard,
+    RewardPlan,
+    audited_trust,
+    plan_reward,
+    read_card,
+    reward_identity,
+    write_card,
+)
 from nabla_trl.reward_models import load_reward, warn_past_trust
 from nabla_trl.trust import Trust, past_trust
 
@@ -300,3 +309,18 @@ def test_the_recipe_names_an_implicit_reward_and_its_rival(tmp_path: Path, monke
     assert facts["reward_kind"] == "log-ratio"
     report = (tmp_path / "out" / "report.md").read_text()
     assert "sampling from the better model itself, reward_model_sampling: " in report
+
+
+def test_identity_follows_the_weights_that_we_trained(tmp_path: Path) -> None:
+    folder = tmp_path / "reward"
+    write_card(folder, RewardCard(kind="scalar", base="b", policy="p"))
+    (folder / "model.safetensors").write_bytes(b"one")
+    first = reward_identity(str(folder))
+    assert first.startswith(f"{folder} (") and reward_identity(str(folder)) == first
+    write_card(folder, RewardCard(kind="scalar", base="b", policy="p", trust=Trust(4, 2)))
+    assert reward_identity(str(folder)) == first  # an audit changes no score
+    (folder / "model.safetensors").write_bytes(b"two")
+    assert reward_identity(str(folder)) != first
+    assert reward_identity(f"logratio:some/model,{folder}") != f"logratio:some/model,{folder}"
+    for name in ("some/model", "logratio:some/model", f"logratio:{tmp_path}"):
+        assert reward_identity(name) == name
