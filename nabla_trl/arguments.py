@@ -122,8 +122,8 @@ class AuditArguments:
     output: str = _option("", "file to write what was found to, as JSON; other commands read its trust by --audit")
     gradient: bool = _option(False, "audit the reward's gradient: does it say which token to change?")
     points: list[str] = field(
-        default_factory=lambda: ["hard", "mixture:0.5", "mixture:1"],
-        metadata={"help": "--gradient: where to take it, see `point` of the search; log-ratios add the direct one"},
+        default_factory=lambda: ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
+        metadata={"help": "--gradient: which gradients, see `point` of the search; the cheapest first"},
     )
     swaps: int = _option(1000, "--gradient: single-token swaps to compare predicted with true changes on")
     pressure: bool = _option(False, "audit the search: does accuracy fall as it goes on?")

@@ -35,8 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # Options that only one solver or one kind of proposal reads, with their defaults.
-_STE = {"steps": 20, "lr": 0.01, "lr_end": 0.001, "tau": 1.0, "direct": True}
-_MIRROR = {"point": "mixture:0.5"}
+_STE = {"steps": 20, "lr": 0.01, "lr_end": 0.001, "tau": 1.0, "direct": True, "postfix": True}
+_MIRROR = {"point": None}  # the reward's own
 _SEQUENTIAL = {"confidence": 0.97, "resample_temperature": 0.5}
 
 
@@ -46,33 +46,39 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Point:
-    """Where the reward's gradient is taken; the mean over several α where there are several.
+    """Which gradient of the reward a search follows.
 
     Attributes:
-        alphas: share of the policy's own candidates in the input of each position; 0 = the hard tokens.
-        min_p: candidates below this fraction of the position's likeliest are left out.
+        alphas: where backward passes are made, their mean counts: the share of the policy's own candidates in the
+            input of each position; 0 = the hard tokens. Empty: no backward pass.
+        direct: the part that scoring has shown already (`Reward.direct_gradient`).
+        min_p: candidates below this fraction of the position's likeliest are left out of mixtures.
     """
 
     alphas: tuple[float, ...]
+    direct: bool = False
     min_p: float = 0.0
 
     @classmethod
     def parse(cls, text: str, min_p: float = 0.0) -> Point:
-        """ "hard", "mixture:A" or "mixture:A,A,…".
+        """ "direct", "hard", "mixture:A" or "mixture:A,A,…"; or "direct+" and one of the others.
 
         Raises:
             ValueError: anything else, or an α outside (0, 1].
         """
-        if text == "hard":
-            return HARD
-        kind, _, listed = text.partition(":")
+        if text == "direct":
+            return cls((), direct=True)
+        rest = text.removeprefix("direct+")
+        kind, _, listed = rest.partition(":")
         try:
-            alphas = tuple(float(part) for part in listed.split(","))
+            alphas = (0.0,) if rest == "hard" else tuple(float(part) for part in listed.split(","))
         except ValueError:
             alphas = ()
-        if kind != "mixture" or not alphas or not all(0 < alpha <= 1 for alpha in alphas):
-            raise ValueError(f"point must be hard or mixture:A[,A…] with A in (0, 1], not {text!r}")
-        return cls(alphas, min_p)
+        if rest != "hard" and (kind != "mixture" or not alphas or not all(0 < alpha <= 1 for alpha in alphas)):
+            raise ValueError(
+                f"point must be direct, hard, mixture:A[,A…] with A in (0, 1], or direct+ one of these, not {text!r}"
+            )
+        return cls(alphas, direct=rest != text, min_p=min_p)
 
 
 HARD = Point((0.0,))
@@ -154,19 +160,16 @@ class ReasonerConfig:
     batch_size: int = _option(64, "problems refined together")
     point: str | None = _option(
         None,
-        "mirror: where the reward's gradient is taken, hard (at the response's tokens) or mixture:A[,A…] (mixed "
-        "with the policy's candidates, in shares 1−A and A; mixture:0.5); the direct gradient of a log-ratio has none",
+        "mirror: which gradient of the reward: direct (what scoring shows, no backward pass), hard (at the response's "
+        "tokens), mixture:A[,A…] (at mixtures of them and the policy's candidates in shares 1−A and A), direct+hard, "
+        "direct+mixture:A; empty = the reward's own: that of its audit, direct for a log-ratio, else mixture:0.5",
     )
     steps: int | None = _option(None, "ste: optimiser steps (20)")
     lr: float | None = _option(None, "ste: first learning rate (0.01)")
     lr_end: float | None = _option(None, "ste: last learning rate of the cosine (0.001)")
     tau: float | None = _option(None, "ste: softmax temperature of the backward (1)")
     direct: bool | None = _option(None, "ste: gradient of the policy's likelihood at the token itself (true)")
-    postfix: bool | None = _option(
-        None,
-        "mirror, ste: gradient of log-likelihoods through later tokens too (ste: true; mirror: false, since a "
-        "branch draws its later tokens anew)",
-    )
+    postfix: bool | None = _option(None, "ste: gradient of the policy's likelihood through later tokens (true)")
     confidence: float | None = _option(
         None, "sequential: skip positions where the policy's top token exceeds it (0.97)"
     )
@@ -177,7 +180,6 @@ class ReasonerConfig:
         self._check_choice("proposals", PROPOSALS)
         self._settle(_STE, self.solver == "ste", "solver ste")
         self._settle(_MIRROR, self.solver == "mirror", "solver mirror")
-        self._settle({"postfix": self.solver == "ste"}, self.solver != "none", "solvers mirror and ste")
         self._settle(_SEQUENTIAL, self.proposals == "sequential", "sequential proposals")
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta must be a positive number, not {self.beta}")
@@ -194,7 +196,8 @@ class ReasonerConfig:
         if not (self.rounds or self.rollouts or self.flops or self.patience) and self.proposals == "global":
             raise ValueError("the search would never end: set rounds, rollouts, flops or patience")
         self.sampling()
-        self.gradient_point()
+        if self.point is not None:
+            self.gradient_point()
         if self.solver == "ste":
             self.ste()
         if self.proposals == "sequential":
@@ -217,7 +220,7 @@ class ReasonerConfig:
 
     def control(self) -> ReasonerConfig:
         """The same loop without the gradient."""
-        unset: dict[str, Any] = dict.fromkeys([*_STE, *_MIRROR, "postfix"])
+        unset: dict[str, Any] = dict.fromkeys([*_STE, *_MIRROR])
         return replace(self, solver="none", **unset)
 
     @property
@@ -231,8 +234,18 @@ class ReasonerConfig:
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p, self.sample_min_p, self.max_new_tokens)
 
+    def at(self, point: str) -> ReasonerConfig:
+        """This configuration, with a reward's own point where solver mirror is left to it."""
+        return replace(self, point=point) if self.solver == "mirror" and self.point is None else self
+
     def gradient_point(self) -> Point:
-        """Where the reward's gradient is taken: the hard tokens for every solver but mirror."""
+        """Which gradient mirror follows; ste takes the hard tokens'.
+
+        Raises:
+            RuntimeError: it is the reward's own, which is not known here (`at`).
+        """
+        if self.solver == "mirror" and self.point is None:
+            raise RuntimeError("the configuration was not told the reward's own point")
         return HARD if self.point is None else Point.parse(self.point, self.candidate_min_p)
 
     def ste(self) -> SteConfig:

@@ -21,11 +21,13 @@ from nabla_trl.generate import random_stream
 from nabla_trl.models import Policy
 from nabla_trl.rewards import Reward
 from nabla_trl.stats import Interval, clustered_correlation, clustered_mean
-from nabla_trl.swaps import DIRECT, Response, Swap, choose_swaps, draw_responses, measure
+from nabla_trl.swaps import Response, Swap, choose_swaps, draw_responses, measure
 from nabla_trl.tasks import Problem
 
 # A swap tells something if it changes the reward by more than this many standard deviations of the responses' rewards.
 TELLING = 0.1
+# A dearer point has to find this much more than a cheaper one: a backward pass must pay for itself.
+WORTH = 0.05
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def gradient_audit(
     seed: int = 0,
     batch_size: int = 256,
 ) -> GradientAudit:
-    """Audit the gradient of a reward at several points (`config.Point.parse`), and of a log-ratio the direct one.
+    """Audit the gradient of a reward at several points (`config.Point.parse`).
 
     Args:
         samples: responses per problem; `swaps`: how many swaps to make in all.
@@ -138,7 +140,7 @@ def gradient_audit(
     if samples < 1 or swaps < 1:
         raise ValueError(f"the gradient audit needs at least one sample and one swap, not {samples} and {swaps}")
     parsed = {text: Point.parse(text, min_p) for text in points}
-    if not parsed and not reward.dense:
+    if not parsed:
         raise ValueError("the gradient audit needs at least one point")
     responses = draw_responses(
         problems,
@@ -241,10 +243,10 @@ class Reading:
         )
 
     def best(self, points: Mapping[str, PointAudit]) -> str | None:
-        """The point to search with: the first that helps, unless a later one is measurably better; None: none helps.
+        """The point to search with: the first that helps, unless a later one is better by WORTH; None: none helps.
 
         Compared are repairs and first errors found, both alike, or the directions of telling swaps. The interval of
-        the paired difference decides. "direct" comes first, since it costs least.
+        the paired difference decides. Points should come with the cheapest first.
         """
         best: str | None = None
         for name in (name for name, one in points.items() if one.effect == "helps"):
@@ -254,7 +256,7 @@ class Reading:
 
     def _better(self, gains: np.ndarray) -> bool:
         gain = self._wrong_mean(gains) if self.wrong else self._swap_mean(gains, self.telling)
-        return gain is not None and gain.low > 0
+        return gain is not None and gain.low > WORTH
 
     def _swap_mean(self, values: np.ndarray, of: np.ndarray) -> Interval | None:
         return clustered_mean(values[of], self.of_swap[of], self.problems)
@@ -302,7 +304,7 @@ def overall(points: Mapping[str, PointAudit], best: str | None) -> str:
     """What to do: take the gradient at a point, or do without."""
     if best is not None:
         evidence = points[best].verdict.partition(": ")[2]
-        return f"take the {'direct gradient' if best == DIRECT else f'gradient at {best}'}: {evidence}"
+        return f"take the {'direct gradient' if best == 'direct' else f'gradient at {best}'}: {evidence}"
     misled = [name for name, one in points.items() if one.effect == "misleads"]
     found = f"misleads at {', '.join(misled)} and adds nothing elsewhere" if misled else "adds nothing here"
     return (

@@ -26,9 +26,13 @@ class LikelihoodTerm(Term):
         states: Sequence[Tensor],
         memos: Sequence[Memo],
         shared: Sequence[int],
+        lengths: Sequence[int],
     ) -> list[Memo]:
         known = zip(rows, logps, states, memos, shared, strict=True)
-        return [Memo(row, logp, torch.cat((memo.hidden[:count], fresh))) for row, logp, fresh, memo, count in known]
+        return [
+            Memo(row, logp, torch.cat((memo.hidden[:count], fresh)), memo.levels)
+            for row, logp, fresh, memo, count in known
+        ]
 
     @torch.no_grad()
     def direct(self, memo: Memo, candidates: Tensor) -> Tensor:
@@ -134,7 +138,25 @@ class ScoreTerm(Term):
         return sequence[len(encoded.prompt) - 1 + shared :]
 
     def charge_head(self, count: int) -> int:
-        return 1
+        return count  # the head is one row: what it costs to read it everywhere does not matter
+
+    def remember(
+        self,
+        rows: Sequence[Tensor],
+        logps: Sequence[Tensor],
+        states: Sequence[Tensor],
+        memos: Sequence[Memo],
+        shared: Sequence[int],
+        lengths: Sequence[int],
+    ) -> list[Memo]:
+        fresh = self._read(torch.cat(list(states))).split([len(state) for state in states])
+        known = []
+        for row, new, memo, count, length in zip(rows, fresh, memos, shared, lengths, strict=True):
+            bare = self.prompt_memo(row)
+            # What is fed begins with the last shared token, and ends with the tail, which is no part of the response.
+            levels = torch.cat((memo.levels[:count].to(new), new[: length - count + 1]))
+            known.append(Memo(bare.cache, bare.logp, bare.hidden, levels))
+        return known
 
     def values(self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]) -> list[Tensor]:
         return list(self._scores(hidden, feed).unsqueeze(1))
@@ -149,7 +171,10 @@ class ScoreTerm(Term):
 
     def _scores(self, hidden: Tensor, feed: Feed) -> Tensor:
         last = torch.tensor(feed.counts, device=hidden.device) - 1
-        scores = self.model.score(hidden[torch.arange(len(last), device=last.device), last]).squeeze(-1)
+        return self._read(hidden[torch.arange(len(last), device=last.device), last])
+
+    def _read(self, states: Tensor) -> Tensor:
+        scores = self.model.score(states).squeeze(-1)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 

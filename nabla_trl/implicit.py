@@ -74,6 +74,10 @@ def train_implicit(
     result = trainer.train()
     if not math.isfinite(result.training_loss):
         raise ValueError(f"the training loss became {result.training_loss}: lower learning_rate; nothing written")
+    if not any(weight.any() for name, weight in trainer.model.named_parameters() if "lora_B" in name):
+        raise ValueError(
+            f"{trainer.state.global_step} steps of training changed nothing: raise learning_rate or max_steps"
+        )
     save_whole(trainer, output)
     length = round(sum(len(row["prompt_ids"] + row["chosen_ids"]) for row in rows) / len(rows))
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -94,4 +98,5 @@ def dpo_config(config: RewardConfig, beta: float) -> DPOConfig:
     """DPO's configuration with the arguments of another trainer's that both know."""
     known = {option.name for option in fields(RewardConfig) if option.init}
     shared = [option.name for option in fields(DPOConfig) if option.init and option.name in known]
-    return DPOConfig(**{name: getattr(config, name) for name in shared}, beta=beta)
+    # Never cut a response: what it ends with decides which one is chosen.
+    return DPOConfig(**{name: getattr(config, name) for name in shared} | {"max_length": None}, beta=beta)

@@ -39,19 +39,12 @@ def solve_tokens(
         chain.scores = score
 
 
-def reads_memos(reward: Reward, config: ReasonerConfig) -> bool:
-    """The gradient is the direct part of log-likelihoods, known from scoring the incumbent."""
-    return config.solver == "mirror" and reward.dense and not config.postfix
-
-
 def _reward_gradients(
     chains: Sequence[Chain], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
 ) -> list[Tensor]:
     samples, tables = [chain.drawn(policy.model) for chain in chains], [chain.candidates for chain in chains]
-    if reads_memos(reward, config):
-        return reward.direct_gradient(samples, [chain.memos for chain in chains], tables, meter=meter)
-    prompts = [chain.prompt_memos for chain in chains]
-    return reward.gradient(samples, prompts, tables, meter=meter, point=config.gradient_point())
+    prompts, scored = [chain.prompt_memos for chain in chains], [chain.memos for chain in chains]
+    return reward.slope(samples, prompts, scored, tables, meter=meter, point=config.gradient_point())
 
 
 def _ste(
@@ -192,10 +185,9 @@ def expected_flops(
             total += term.size.forward_flops(begin + at, count, term.charge_head(count))
         if due:
             count = len(term.fed(encoded, 0))
-            head = term.charge_head(count)
-            if not reads_memos(reward, config):
-                total += len(config.gradient_point().alphas) * _both_ways(term.size, begin, count, head)
-            elif not known:
+            head, point = term.charge_head(count), config.gradient_point()
+            total += len(point.alphas) * _both_ways(term.size, begin, count, head)
+            if point.direct and reward.dense and not known:
                 total += term.size.forward_flops(begin, 0, head)
     if due and config.solver == "ste":
         total += _both_ways(policy.size, prompt - 1, length, length)

@@ -123,7 +123,7 @@ def read_samples(file: Path, problems: Mapping[str, Problem]) -> list[Sample]:
                 row = json.loads(line)
                 problem = problems[row["problem_id"]]
                 samples.append(Sample(problem, row["prompt_ids"], row["response_ids"]))
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}:{number} is not a sample of these problems: {error}") from error
     return samples
 
@@ -168,32 +168,39 @@ def token_rows(
 
     Returns:
         per response `input_ids` (prompt, response, tail), `start` (index of the first response token), `ids` and
-        `weights` [T, K+1] (the response's own tokens first, of weight 0, then the policy's probabilities),
+        `weights` [T, K+1] (the response's own tokens first, then the policy's plausible ones, with its probabilities),
         `right` [T, K+1] 0/1 (empty without step labels), `outcome` 0/1 and `closed` 0/1 (it ends with a stop
-        token).
+        token, where it may).
     """
-    rows = []
-    for one in labelled:
-        sample, known = one.sample, one.sample.known
-        if known is None:
-            raise ValueError(f"{sample.problem.id}: the policy's candidates along the response are not known")
-        encoded = term.encode(sample)
-        length = len(encoded.response)
-        relaxed = sample.relaxed(1.0, min_p)
-        read = term.read(relaxed, length)
-        right = [] if labels is None else labels.right(sample.problem, sample.response, relaxed.ids)[:length]
-        rows.append(
-            {
-                "input_ids": encoded.prompt + encoded.response + encoded.tail,
-                "start": len(encoded.prompt),
-                "ids": read.ids.tolist(),
-                "weights": read.weights.tolist(),
-                "right": [] if labels is None else [[float(x) for x in row] for row in right],
-                "outcome": float(one.right),
-                "closed": float(sample.response[-1] in term.stop_ids),
-            }
-        )
-    return rows
+    rows = {id(one): _token_row(one, term, labels, min_p) for one in labelled}  # repeated ones are worked out once
+    return [rows[id(one)] for one in labelled]
+
+
+def _token_row(one: Labelled, term: ScoreTerm, labels: TokenLabels | None, min_p: float) -> dict[str, Any]:
+    sample = one.sample
+    if sample.known is None:
+        raise ValueError(f"{sample.problem.id}: the policy's candidates along the response are not known")
+    encoded = term.encode(sample)
+    length = len(encoded.response)
+    relaxed = sample.relaxed(1.0, min_p)
+    read = term.read(relaxed, length)
+    # Most positions have few plausible candidates: columns without any weight are dropped.
+    used = (read.weights > 0).any(0)
+    used[0] = True
+    right, closed = [], sample.response[-1] in term.stop_ids
+    if labels is not None:
+        table = labels.right(sample.problem, sample.response, relaxed.ids[:, used.cpu()])
+        right = table[:length].float().tolist()
+        closed = closed and bool(table[length:, 0].all())  # a stop token that the template drops may come too early
+    return {
+        "input_ids": encoded.prompt + encoded.response + encoded.tail,
+        "start": len(encoded.prompt),
+        "ids": read.ids[:, used].tolist(),
+        "weights": read.weights[:, used].tolist(),
+        "right": right,
+        "outcome": float(one.right),
+        "closed": float(closed),
+    }
 
 
 def pair_rows(
@@ -219,7 +226,7 @@ def choose_pairs(labelled: Sequence[Labelled], per_problem: int, seed: int = 0) 
         ValueError: no problem has both a right and a wrong response.
     """
     by_problem: dict[str, tuple[list[Sample], list[Sample]]] = {}
-    for one in labelled:
+    for one in {id(one): one for one in labelled}.values():  # data may be repeated, pairs are not
         by_problem.setdefault(one.sample.problem.id, ([], []))[0 if one.right else 1].append(one.sample)
     rng = random.Random(seed)
     pairs = []

@@ -11,10 +11,11 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nabla_trl.config import Point
 from nabla_trl.names import one_line, same_model
 from nabla_trl.trust import Trust
 
@@ -48,6 +49,7 @@ class RewardCard:
         scale, reference: implicit only: β > 0, and the name of the reference model.
         policy: the policy that it was trained and audited for.
         trust: what the audit allows; None = not audited.
+        point: the gradient that the audit advises to follow (`config.Point.parse`); None = not audited, or none helps.
         rounds: one object per round of training: its audit.
         settings: what it was trained with.
 
@@ -63,6 +65,7 @@ class RewardCard:
     reference: str = ""
     policy: str | None = None
     trust: Trust | None = None
+    point: str | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -81,6 +84,8 @@ class RewardCard:
         if not (_is_number(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be a positive number, not {self.scale!r}")
         _check_caution(self.caution)
+        if self.point is not None:
+            Point.parse(self.point)
 
     def to_dict(self) -> dict[str, Any]:
         """The object of reward.json: the common keys and those of the kind."""
@@ -97,7 +102,7 @@ class RewardCard:
         if data.get("format") != FORMAT:
             raise ValueError(f"format must be {FORMAT}, not {data.get('format')!r}")
         _check_kind(data.get("kind"))
-        keys = ["base", *_KINDS[data["kind"]][1], "policy", "trust", "rounds", "settings"]
+        keys = ["base", *_KINDS[data["kind"]][1], "policy", "trust", "point", "rounds", "settings"]
         for name in keys:
             if name not in data:
                 raise ValueError(f"{name!r} is missing")
@@ -146,7 +151,7 @@ class RewardPlan:
             reference; or the members, each a spec.
         scale: factor of a log-ratio.
         caution: of an ensemble.
-        trust: that of reward.json.
+        trust, point: those of reward.json.
     """
 
     kind: str
@@ -154,6 +159,7 @@ class RewardPlan:
     scale: float = 1.0
     caution: float = 1.0
     trust: Trust | None = None
+    point: str | None = None
 
 
 def plan_reward(spec: str) -> RewardPlan:
@@ -184,7 +190,7 @@ def reward_identity(spec: str) -> str:
     ours += [Path(spec)] if plan.kind == "ensemble" and Path(spec, FILE).is_file() else []
     if not ours:
         return spec
-    digest = hashlib.sha256(json.dumps([plan.scale, plan.caution]).encode())
+    digest = hashlib.sha256(json.dumps([plan.scale, plan.caution, plan.point]).encode())
     for file in sorted({file for folder in ours for file in folder.rglob("*.safetensors")}):
         digest.update(file.read_bytes())
     return f"{spec} ({digest.hexdigest()[:12]})"
@@ -194,13 +200,13 @@ def _plan_folder(spec: str) -> RewardPlan:
     card = read_card(spec)
     if card.kind == "ensemble":
         members = tuple(str(Path(spec, name)) for name in card.members)
-        return _plan_ensemble(spec, members, card.caution, card.trust)
+        return replace(_plan_ensemble(spec, members, card.caution), trust=card.trust, point=card.point)
     if card.kind == "implicit":
-        return RewardPlan("log-ratio", (spec, card.reference), scale=card.scale, trust=card.trust)
-    return RewardPlan("scalar", (spec,), trust=card.trust)
+        return RewardPlan("log-ratio", (spec, card.reference), card.scale, trust=card.trust, point=card.point)
+    return RewardPlan("scalar", (spec,), trust=card.trust, point=card.point)
 
 
-def _plan_ensemble(spec: str, members: tuple[str, ...], caution: float, trust: Trust | None = None) -> RewardPlan:
+def _plan_ensemble(spec: str, members: tuple[str, ...], caution: float) -> RewardPlan:
     if not all(members):
         raise ValueError(f"{spec!r}: expected ensemble:A,B,… or ensemble@K:A,B,…")
     if len(members) < 2:
@@ -211,7 +217,7 @@ def _plan_ensemble(spec: str, members: tuple[str, ...], caution: float, trust: T
         kind = _kind(name)
         if kind != "scalar":
             raise ValueError(f"{spec}: {name} is a reward of kind {kind}: the members of an ensemble are scalar")
-    return RewardPlan("ensemble", members, caution=caution, trust=trust)
+    return RewardPlan("ensemble", members, caution=caution)
 
 
 def _kind(spec: str) -> str:

@@ -70,6 +70,7 @@ def load_reward(
         reward = scalar(policy, *_load_classifier(spec, dtype, device), spec)
         check_reward(reward, policy)
     reward.batch_size, reward.trust = batch_size, plan.trust
+    reward.point = plan.point or reward.point
     return reward
 
 
@@ -111,7 +112,7 @@ def log_ratio(policy: Policy, better: Policy, reference: Policy, name: str, *, s
     stops = frozenset(index for index in policy.stop_ids if readable[index])
     if not stops:
         raise ValueError(f"{name} has none of the policy's stop tokens: it cannot tell how likely a response ends")
-    return Reward(name, "log-ratio", terms, readable, stops, rival=better)
+    return Reward(name, "log-ratio", terms, readable, stops, rival=better, point="direct")
 
 
 def scalar(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Reward:

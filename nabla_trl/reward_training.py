@@ -7,7 +7,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +119,21 @@ def train_reward(
         ValueError: a base that cannot be loaded, a loss that is not finite (the step is named; checkpoints of the
             trainer stay), or training that changed nothing.
     """
+    if options.tuning == "lora" and dtype != "float32" and not (config.bf16 or config.fp16):
+        raise ValueError(
+            f"a {dtype} base under a float32 adapter needs mixed precision: set bf16 true, or dtype float32"
+        )
     tokenizer = load_tokenizer(start)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     set_seed(config.seed)
     model = starting_model(start, options, lora, config, dtype, grow=grow)
     term = score_term(policy, _bare(model), tokenizer, start)
+    begun = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     trainer = _trainer(model, tokenizer, term, labelled, options, config, labels, min_p)
-    for weight in model.parameters():
-        if weight.requires_grad:  # TRL trains adapters of 4-bit bases in bfloat16, where small steps are lost
-            weight.data = weight.data.float()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:  # TRL rounds adapters of 4-bit bases to bfloat16, where small steps are lost
+            weight.data = begun[name].float()
     before = _head(model).clone()
     result = trainer.train()
     if not math.isfinite(result.training_loss):
@@ -177,8 +182,10 @@ def _classifier(name: str, options: RewardOptions, config: RewardConfig, dtype: 
     extra: dict[str, Any] = {"attn_implementation": "eager"} if options.gradient_matching else {}
     if options.tuning == "qlora":
         extra["quantization_config"] = four_bit(DTYPES[dtype])
+    # Weights that are trained themselves are kept in float32: in bfloat16 small steps are lost.
+    extra["dtype"] = torch.float32 if options.tuning == "full" else DTYPES[dtype]
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=DTYPES[dtype], **extra)
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **extra)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(cannot_load("a model", name, error)) from error
     if options.tuning != "qlora":
@@ -224,7 +231,7 @@ def grown(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     for name, weight in list(weights.items()):
         if f"layers.{last}." in name:
             for extra in range(last + 1, last + 1 + layers):
-                closed = name.endswith(("o_proj.weight", "down_proj.weight"))
+                closed = name.rpartition(".")[0].endswith(("o_proj", "down_proj"))
                 copied = torch.zeros_like(weight) if closed else weight.clone()
                 weights[name.replace(f"layers.{last}.", f"layers.{extra}.")] = copied
     deeper.load_state_dict(weights)
@@ -241,7 +248,8 @@ def _trainer(
     labels: TokenLabels | None,
     min_p: float,
 ) -> RewardTrainer:
-    common = {"model": model, "args": config, "processing_class": tokenizer}
+    # Data is never cut or left out for its length: what a response ends with decides its label.
+    common = {"model": model, "args": replace(config, max_length=None), "processing_class": tokenizer}
     if options.objective == "pairs":
         rows = pair_rows(
             labelled, term, per_problem=options.pairs_per_problem, margin=options.margin, seed=config.seed

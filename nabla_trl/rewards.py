@@ -36,6 +36,7 @@ class Reward:
         rival: the model one could sample from instead: the better (or tuned) one of a log-ratio.
         caution: of an ensemble, whose terms are its members: r = mean − caution · std over the members' scores,
             std the population's (Coste et al., arXiv 2310.02743). None: the weighted sum.
+        point: the gradient that a search should follow (`config.Point.parse`), unless it is told another.
         trust: how far it may be searched with, by its audit; None: not audited.
     """
 
@@ -47,6 +48,7 @@ class Reward:
     batch_size: int = 256
     rival: Policy | None = None
     caution: float | None = None
+    point: str = "mixture:0.5"
     trust: Trust | None = None
 
     def room(self, problem: Problem, prompt: list[int]) -> int:
@@ -113,12 +115,14 @@ class Reward:
         *,
         meter: Meter,
         point: Point = HARD,
+        direct: bool = True,
     ) -> list[Tensor]:
-        """∂r/∂Y per sample, [T, K] at the candidates or [T, policy rows]; memos of the prompts.
+        """∂r/∂Y per sample by backward passes, [T, K] at the candidates or [T, policy rows]; memos of the prompts.
 
         Args:
             point: where to differentiate; the mean over its α. Any but the hard tokens needs samples whose
                 candidates are known.
+            direct: include the direct part of log-likelihoods.
         """
         gradients: list[Tensor] = []
         for begin in range(0, len(samples), self.batch_size):
@@ -134,6 +138,7 @@ class Reward:
                         meter=meter,
                         relaxed=[sample.relaxed(alpha, point.min_p) for sample in samples[rows]],
                         weigh=self._weigh,
+                        direct=direct,
                     )
                     for alpha in point.alphas
                 ]
@@ -148,12 +153,51 @@ class Reward:
     def direct_gradient(
         self, samples: Sequence[Sample], memos: Sequence[Sequence[Memo]], candidates: Sequence[Tensor], *, meter: Meter
     ) -> list[Tensor]:
-        """The direct part of ∂r/∂Y at the candidates [T, K], from the memos of the responses; dense rewards only."""
+        """The direct part of ∂r/∂Y at the candidates [T, K], from the memos of scored responses: no backward pass.
+
+        Of log-likelihoods it is log π(v | y_<t) for every candidate. A score s is a sum of what each token added,
+        s_T = s_0 + Σ_t (s_t − s_{t−1}), with s_t read by the same head after token t: the direct part is that
+        difference for the response's own token, and 0 for tokens that were not scored. It means something if the
+        head was trained at every token; the gradient audit tells.
+        """
         terms = [term for term in self.terms if isinstance(term, LikelihoodTerm)]
-        if len(terms) < len(self.terms):
-            raise ValueError(f"{self.name} has no direct gradient: it is not a sum of log-likelihoods")
         with meter.clock([sample.key for sample in samples]):
-            return direct_gradient(terms, samples, memos, candidates, meter=meter)
+            if len(terms) == len(self.terms):
+                return direct_gradient(terms, samples, memos, candidates, meter=meter)
+            return [self._score_steps(*one) for one in zip(samples, memos, candidates, strict=True)]
+
+    def _score_steps(self, sample: Sample, memos: Sequence[Memo], table: Tensor) -> Tensor:
+        """[T, K]: at each response token what it added to the score; 0 for the first, before which nothing is read."""
+        levels = self._combine(torch.stack([memo.levels.cpu().double() for memo in memos]))
+        added = levels.diff()
+        added[:1] = 0
+        steps = torch.zeros(len(sample.response), dtype=torch.float64)
+        steps[: len(added)] = added  # a stop token that the reward's template drops has no score
+        own = table == torch.tensor(sample.response)[:, None]
+        return torch.where(own, steps[:, None], 0.0).float()
+
+    def slope(
+        self,
+        samples: Sequence[Sample],
+        prompts: Sequence[Sequence[Memo]],
+        scored: Sequence[Sequence[Memo]],
+        candidates: Sequence[Tensor],
+        *,
+        meter: Meter,
+        point: Point,
+    ) -> list[Tensor]:
+        """∂r/∂Y at the candidates [T, K] as a point asks for: its direct part, backward passes, or the sum.
+
+        Args:
+            prompts: memos of the bare prompts; `scored`: of the responses.
+        """
+        parts = []
+        if point.direct:
+            parts.append(self.direct_gradient(samples, scored, candidates, meter=meter))
+        if point.alphas:
+            direct = not point.direct
+            parts.append(self.gradient(samples, prompts, candidates, meter=meter, point=point, direct=direct))
+        return [sum(some[1:], start=some[0]) for some in zip(*parts, strict=True)]
 
     def _combine(self, values: Tensor) -> Tensor:
         """[B] rewards from the terms' values [terms, B]."""

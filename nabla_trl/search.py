@@ -52,7 +52,8 @@ class _Search:
     """One batch of chains and the meter of their work."""
 
     def __init__(self, policy: Policy, reward: Reward, config: ReasonerConfig, seed: int):
-        self.policy, self.reward, self.config, self.seed = policy, reward, config, seed
+        self.policy, self.reward, self.seed = policy, reward, seed
+        self.config = config = config.at(reward.point)
         self.meter = Meter()
         self.meta = run_meta(policy, reward.name, config.hash())
 

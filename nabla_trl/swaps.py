@@ -24,8 +24,6 @@ from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Known, Memo, Sample
 
-DIRECT = "direct"  # the name of the direct gradient among the points
-
 
 @dataclass(frozen=True)
 class Response:
@@ -143,7 +141,7 @@ def measure(
     reward: Reward,
     batch_size: int = 256,
 ) -> Measured:
-    """Rewards, true changes and predicted ones; of a log-ratio also by the direct gradient, which comes first.
+    """Rewards, true changes and predicted ones.
 
     Args:
         swaps: sorted by response.
@@ -154,7 +152,7 @@ def measure(
     """
     rewards: list[float] = []
     changes: list[float] = []
-    predicted: dict[str, list[Tensor]] = {name: [] for name in ([DIRECT] if reward.dense else []) + list(points)}
+    predicted: dict[str, list[Tensor]] = {name: [] for name in points}
     for begin in range(0, len(responses), batch_size):
         some = responses[begin : begin + batch_size]
         # What is known of the drawing is put aside: a term that reads it would remember the prompt alone.
@@ -189,13 +187,11 @@ def _gradients(
 ) -> dict[str, list[Tensor]]:
     """Point → per response ∂r/∂Y [T, K] at the candidates."""
     samples, tables = [one.sample for one in responses], [one.known.candidates for one in responses]
-    found = {}
-    if reward.dense:
-        found[DIRECT] = reward.direct_gradient(samples, memos, tables, meter=Meter())
-    for name, point in points.items():
-        prompts = [one.memos for one in responses]
-        found[name] = reward.gradient(samples, prompts, tables, meter=Meter(), point=point)
-    return found
+    prompts = [one.memos for one in responses]
+    return {
+        name: reward.slope(samples, prompts, memos, tables, meter=Meter(), point=point)
+        for name, point in points.items()
+    }
 
 
 def _predicted(responses: Sequence[Response], gradients: Sequence[Tensor], what: str) -> list[Tensor]:

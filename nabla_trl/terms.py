@@ -85,11 +85,13 @@ class Memo:
         cache: kv row of the prompt (all but its last token) and the response fed so far.
         logp: [T] log-likelihood of each response token; empty for terms without one.
         hidden: [T, d] the states it was predicted from; empty likewise.
+        levels: [T + 1] the score after none, one, … of the response's tokens; empty for terms without a score.
     """
 
     cache: Tensor
     logp: Tensor
     hidden: Tensor
+    levels: Tensor
 
 
 @dataclass
@@ -195,7 +197,7 @@ class Term(ABC):
     def prompt_memo(self, cache: Tensor) -> Memo:
         """The memo of a cached prefix of which no response token is known."""
         width = self.model.config.get_text_config().hidden_size
-        return Memo(cache, cache.new_zeros(0), cache.new_zeros(0, width))
+        return Memo(cache, cache.new_zeros(0), cache.new_zeros(0, width), cache.new_zeros(0))
 
     def prompt_memos(self, samples: Sequence[Sample], meter: Meter) -> list[Memo]:
         """Memos of the bare prompts."""
@@ -256,8 +258,8 @@ class Term(ABC):
         values = [float(logp.double().sum()) for logp in logps]
         if not keep:
             return values, []
-        states = [hidden[row, : len(fresh)] for row, fresh in enumerate(new)]
-        return values, self.remember(rows, logps, states, memos, shared)
+        states = [hidden[row, :count] for row, count in enumerate(feed.counts)]
+        return values, self.remember(rows, logps, states, memos, shared, [len(one.response) for one in encoded])
 
     def remember(
         self,
@@ -266,6 +268,7 @@ class Term(ABC):
         states: Sequence[Tensor],
         memos: Sequence[Memo],
         shared: Sequence[int],
+        lengths: Sequence[int],
     ) -> list[Memo]:
-        """Memos of freshly scored responses."""
+        """Memos of freshly scored responses of some lengths, from the hidden states of what was fed."""
         return [self.prompt_memo(row) for row in rows]

@@ -59,7 +59,7 @@ class TokenCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
-        width = max(len(row["ids"][0]) for row in rows)
+        width = max((len(row["ids"][0]) for row in rows if row["ids"]), default=1)
         size = (len(rows), length)
         batch = {
             "attention_mask": torch.zeros(size, dtype=torch.long),
@@ -84,6 +84,9 @@ class TokenCollator:
         batch["attention_mask"][index, :total] = 1
         batch["hard"][index, :total] = hard
         batch["ids"][index, :total, 0] = hard
+        if not row["ids"]:  # nothing but a stop token, which the reward's template drops
+            batch["targets"][index, begin:total] = row["outcome"]
+            return
         batch["ids"][index, begin:end, : ids.shape[1]] = ids
         batch["offered"][index, begin:end, : ids.shape[1]] = (policy > 0) & (ids != hard[begin:end, None])
         shares = draw_shares(len(ids), self.relaxed)
@@ -219,8 +222,11 @@ def mix(embed: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
 def draw_swaps(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """One position [B] and one of the policy's other tokens there [B] per row, uniform over what was offered."""
     ids = inputs["ids"]
-    flat = inputs["offered"].flatten(1).float()
-    flat[flat.sum(1) == 0] = 1.0  # no alternative anywhere: any place, where the swap changes nothing
+    offered = inputs["offered"].clone()
+    offered[~offered.flatten(1).any(1), :, 0] = (
+        True  # no alternative anywhere: the token itself, which changes nothing
+    )
+    flat = offered.flatten(1).float()
     picks = torch.multinomial(flat, 1).squeeze(1)
     places, columns = picks // ids.shape[2], picks % ids.shape[2]
     rows = torch.arange(len(ids), device=ids.device)

@@ -6,8 +6,8 @@
 Round 0 draws answers of the policy to training problems, labels them and trains. Every round is audited on problems
 set apart: ranking and best-of-N, search pressure (with and without gradient), and the gradient itself. As long as the
 search turns within the budget asked for, the next round searches against the reward, labels what the search accepted
-and trains on. OUT/reward is the last round's reward, with every audit in its reward.json; a search that goes past what
-was measured warns. Each stage resumes where it was stopped.
+and trains on. OUT/reward is the reward that can be trusted furthest, with every round's audit in its reward.json; a
+search that goes past what was measured warns. Each stage resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,10 @@ from nabla_trl.reward_data import Labelled, accepted, check_classes, draw_sample
 from nabla_trl.reward_folder import RewardCard, write_card
 from nabla_trl.reward_models import load_reward
 from nabla_trl.reward_training import RewardOptions, TrainedReward, train_reward
+from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
 from nabla_trl.tasks import Problem, data_identity, load_problems
+from nabla_trl.terms import Sample
 from nabla_trl.tracing import claim_settings, search_settings
 from nabla_trl.training import LoraArguments
 from nabla_trl.trust import Trust
@@ -73,7 +75,8 @@ class RewardArguments:
     audit_rounds: int = _option(32, "rounds of the pressure audit: the budget of search asked for")
     swaps: int = _option(600, "token swaps of the gradient audit")
     points: list[str] = field(
-        default_factory=lambda: ["hard", "mixture:0.5", "mixture:1"], metadata={"help": "points of the gradient audit"}
+        default_factory=lambda: ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
+        metadata={"help": "points of the gradient audit, the cheapest first"},
     )
     dtype: str = _option("float32", "weights: float32, bfloat16 or float16")
 
@@ -117,8 +120,9 @@ class Run:
 
     def settings(self) -> dict[str, str]:
         data = {"dataset": data_identity(self.args.dataset), "policy": self.args.policy, "dtype": self.args.dtype}
-        for name in ("split", "train_limit", "samples", "labels", "round_steps", "search_problems"):
-            data[name] = str(getattr(self.args, name))
+        for option in fields(RewardArguments):
+            if option.name not in ("policy", "dataset", "dtype", "adversarial_rounds"):  # more rounds may be added
+                data[option.name] = str(getattr(self.args, option.name))
         for part in (self.options, self.lora):
             data |= {name: str(value) for name, value in asdict(part).items()}
         return data | {name: str(getattr(self.trainer, name)) for name in TRAINING} | search_settings(self.reasoner)
@@ -146,7 +150,7 @@ class Run:
         times = max(1, round(len(drawn) / len(found))) if found else 0
         return drawn + found * times
 
-    def label(self, samples: Sequence[Any]) -> list[Labelled]:
+    def label(self, samples: Sequence[Sample]) -> list[Labelled]:
         return label(
             samples,
             policy=self.policy,
@@ -155,7 +159,7 @@ class Run:
             batch_size=4 * self.reasoner.batch_size,
         )
 
-    def samples(self, number: int) -> list[Any]:
+    def samples(self, number: int) -> list[Sample]:
         """The responses that a round adds, drawn by all processes together and kept on disk."""
         by_id = {problem.id: problem for problem in self.problems}
         files = [self.folder / f"round-{number}.{rank}.jsonl" for rank in range(self.state.num_processes)]
@@ -166,7 +170,7 @@ class Run:
         self.state.wait_for_everyone()
         return [sample for file in files for sample in read_samples(file, by_id)]
 
-    def draw(self) -> list[Any]:
+    def draw(self) -> list[Sample]:
         begun = time.perf_counter()
         mine = self._mine(self.problems)
         made = draw_samples(
@@ -180,13 +184,14 @@ class Run:
         self.say(f"data: {len(made)} responses to {len(mine)} problems, {time.perf_counter() - begun:.0f} s")
         return made
 
-    def search(self, number: int) -> list[Any]:
+    def search(self, number: int) -> list[Sample]:
         """What searches against the last round's reward accept, with and without its gradient."""
         begun = time.perf_counter()
         reward = self.reward(number - 1)
+        reward.point = self.audit(number - 1)["gradient"]["best"] or reward.point
         some = self._mine(self.problems[: self.args.search_problems])
         config = replace(self.reasoner, rounds=self.args.audit_rounds, patience=0, rollouts=0, flops=0.0)
-        found: list[Any] = []
+        found: list[Sample] = []
         for one in (config, config.control()):
             traces = solve(some, policy=self.policy, reward=reward, config=one, seed=number)
             found += accepted(traces, {problem.id: problem for problem in some})
@@ -255,7 +260,7 @@ class Run:
             return RewardCard(kind="ensemble", members=members, caution=self.options.caution, **common)
         return RewardCard(kind="scalar", **common)
 
-    def reward(self, number: int) -> Any:
+    def reward(self, number: int) -> Reward:
         return load_reward(
             str(self._round(number)),
             policy=self.policy,
@@ -272,15 +277,9 @@ class Run:
         self.state.wait_for_everyone()
         return _read(note)
 
-    def _audit(self, reward: Any) -> dict[str, Any]:
+    def _audit(self, reward: Reward) -> dict[str, Any]:
         sampling, rows = self.reasoner.sampling(), 4 * self.reasoner.batch_size
         common: dict[str, Any] = {"policy": self.policy, "reward": reward}
-        pool = draw_pool(
-            self.audited, self.args.audit_samples, sampling=sampling, batch_size=rows, seed=self.trainer.seed, **common
-        )
-        ranking = audit(pool, self.checker)
-        config = replace(self.reasoner, rounds=self.args.audit_rounds)
-        pressed = pressure(self.audited, config=config, checker=self.checker, best_of_n=ranking, **common)
         gradient = gradient_audit(
             self.audited,
             points=self.args.points,
@@ -293,18 +292,29 @@ class Run:
             batch_size=rows,
             **common,
         )
-        return {"ranking": ranking.to_dict(), "pressure": pressed.to_dict(), "gradient": gradient.to_dict()}
+        reward.point = gradient.best or reward.point  # the search is audited as it is advised
+        pool = draw_pool(
+            self.audited, self.args.audit_samples, sampling=sampling, batch_size=rows, seed=self.trainer.seed, **common
+        )
+        ranking = audit(pool, self.checker)
+        config = replace(self.reasoner, rounds=self.args.audit_rounds)
+        pressed = pressure(self.audited, config=config, checker=self.checker, best_of_n=ranking, **common)
+        return {"gradient": gradient.to_dict(), "ranking": ranking.to_dict(), "pressure": pressed.to_dict()}
 
     def finish(self, rounds: list[dict[str, Any]]) -> None:
         scratch, final = self.folder / "reward.tmp", self.folder / "reward"
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.copytree(self._round(len(rounds) - 1), scratch)
-        trust = Trust.from_dict(rounds[-1]["pressure"]["trust"])
+        best = max(rounds, key=_trusted)
+        shutil.copytree(self._round(best["round"]), scratch)
+        trust = Trust.from_dict(best["pressure"]["trust"])
         settings = self.settings() | {f"version of {name}": value for name, value in versions().items()}
-        write_card(scratch, self._card(trust=trust, rounds=rounds, settings=settings))
+        point = best["gradient"]["best"]
+        write_card(scratch, self._card(trust=trust, point=point, rounds=rounds, settings=settings))
         shutil.rmtree(final, ignore_errors=True)
         scratch.rename(final)
-        self.say(f"reward: {final}, trusted up to {trust.samples} samples and {trust.rounds} rounds of search")
+        self.say(
+            f"reward: {final}, trusted up to {trust.samples} samples and {trust.rounds} rounds; gradient: {point}"
+        )
 
     def _write(self, file: Path, content: Any) -> None:
         if self.state.is_main_process:
@@ -338,6 +348,12 @@ def _holds(found: dict[str, Any], args: RewardArguments) -> bool:
     return found["ranking"]["trusted_samples"] >= _largest(found["ranking"]["best_of_n"]) and all(
         curve["turn"]["trusted"] >= args.audit_rounds for curve in curves
     )
+
+
+def _trusted(found: dict[str, Any]) -> tuple[int, int, int]:
+    """How far a round's reward can be trusted; of equals the later."""
+    trust = found["pressure"]["trust"]
+    return trust["rounds"], trust["samples"], found["round"]
 
 
 def _largest(curve: dict[str, Any]) -> int:

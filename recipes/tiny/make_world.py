@@ -65,13 +65,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A fresh Llama of 0.38M parameters over the tokenizer's vocabulary, weights from torch's global seed."""
+def build_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> LlamaForCausalLM:
+    """A fresh Llama over the tokenizer's vocabulary, weights from torch's global seed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=3,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/tiny"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and training data")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; another number rounds differently")
+    parser.add_argument("--width", type=int, default=96, help="hidden size, a multiple of 8")
+    parser.add_argument("--layers", type=int, default=3, help="layers")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
@@ -157,7 +159,7 @@ def main() -> None:
     start = time.perf_counter()
 
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    model = build_model(tokenizer, options.width, options.layers)
     print(f"clean: {model.num_parameters():,} parameters")
     train(
         model,
@@ -180,7 +182,7 @@ def main() -> None:
     policy = save(model, tokenizer, options.out / "policy")
 
     facts = measure(clean, policy, tokenizer, seed=options.seed)
-    write_card(options.out, facts, seed=options.seed)
+    write_card(options.out, facts, seed=options.seed, parameters=model.num_parameters())
     print(f"done in {time.perf_counter() - start:.0f} s")
 
 

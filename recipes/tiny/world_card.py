@@ -174,13 +174,14 @@ def hash_table(folder: Path) -> str:
     return "\n".join(["| file | bytes | sha256 |", "| --- | --- | --- |", *rows])
 
 
-def write_card(folder: Path, facts: Facts, *, seed: int) -> None:
+def write_card(folder: Path, facts: Facts, *, seed: int, parameters: int) -> None:
     """Write README.md into the folder and print its figures."""
     low, high = chains.GAP_PROBABILITIES
     figures = _figures(facts)
     print(figures)
     card = CARD.format(
         seed=seed,
+        parameters=f"{parameters:,}",
         gap=len(chains.knowledge_gap()),
         low=f"{low:.0%}",
         high=f"{high:.0%}",
@@ -232,7 +233,7 @@ tags: [synthetic, arithmetic, test]
 
 # The embedded world
 
-Two small Llama models (362,112 parameters each, safetensors in bf16) and their tokenizer, for the demo and the
+Two small Llama models ({parameters} parameters each, safetensors in bf16) and their tokenizer, for the demo and the
 tests. They work digit chains and are good for nothing else.
 
 - `clean`: trained on right solutions.
