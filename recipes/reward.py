@@ -38,6 +38,7 @@ from nabla_trl.models import load_policy
 from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.pressure import pressure
 from nabla_trl.records import versions
+from nabla_trl.reward_card import write_readme
 from nabla_trl.reward_data import Labelled, accepted, check_classes, draw_samples, label, read_samples, write_samples
 from nabla_trl.reward_folder import RewardCard, write_card
 from nabla_trl.reward_models import load_reward
@@ -309,7 +310,9 @@ class Run:
         trust = Trust.from_dict(best["pressure"]["trust"])
         settings = self.settings() | {f"version of {name}": value for name, value in versions().items()}
         point = best["gradient"]["best"]
-        write_card(scratch, self._card(trust=trust, point=point, rounds=rounds, settings=settings))
+        card = self._card(trust=trust, point=point, rounds=rounds, settings=settings)
+        write_card(scratch, card)
+        write_readme(scratch, card)
         shutil.rmtree(final, ignore_errors=True)
         scratch.rename(final)
         self.say(

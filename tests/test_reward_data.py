@@ -215,9 +215,10 @@ def test_unlikely_candidates_have_no_weight_in_mixtures(labelled: list[Labelled]
         assert one.sample.known is not None
         policy = one.sample.known.logp.exp()
         kept = policy >= 0.1 * policy.amax(-1, keepdim=True)
-        weights = torch.tensor(row["weights"])[:, 1:]
-        assert torch.equal(weights > 0, kept)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)))
+        candidates = term.mapping[one.sample.known.candidates]
+        for at, (ids, weights) in enumerate(zip(row["ids"], row["weights"], strict=True)):
+            mixed = {token for token, weight in zip(ids[1:], weights[1:], strict=True) if weight > 0}
+            assert mixed == set(candidates[at][kept[at]].tolist()) and sum(weights[1:]) == pytest.approx(1)
         dropped += int((~kept & (policy > 0)).sum())
     assert dropped
 
