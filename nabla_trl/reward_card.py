@@ -76,8 +76,8 @@ def _rounds(rounds: Sequence[Mapping[str, Any]]) -> str:
 def _points(last: Mapping[str, Any]) -> str:
     gradient = last["gradient"]
     rows = [
-        "The gradient, last round: shares of wrong answers in which the first error is ranked first, and in which the\n"
-        "best swap repairs it; of telling swaps whose direction is predicted.\n",
+        "The gradient, last round: shares of wrong answers in which the first error is ranked first, and in which\n"
+        "the best swap repairs it; of telling swaps whose direction is predicted.\n",
         "| point | first error first | repair | direction | correlation |",
         "| --- |" + " --- |" * 4,
     ]

@@ -118,7 +118,7 @@ def test_solve_json(capsys, models):
     assert err == "" and out.count("\n") == 1
     assert (found["seed"], found["method"], found["prompt"]) == (5, "nabla", "<|user|>1+2<|end|><|assistant|>")
     assert len(found["revisions"]) == 3 and found["cost"]["flops"] > 0 and found["error"] is None
-    assert found["meta"]["config_hash"] == ReasonerConfig(rounds=3, max_new_tokens=10).hash()
+    assert found["meta"]["config_hash"] == ReasonerConfig(rounds=3, max_new_tokens=10).at("direct").hash()
 
 
 def test_what_libraries_print_stays_out_of_the_json(capsys, models, monkeypatch):
@@ -364,8 +364,8 @@ def test_audit_needs_two_samples(capsys, models, dataset):
     assert "audit_samples must be at least 2" in error_line(capsys)
 
 
-DEEP = ["--audit_samples", "16", "--max_new_tokens", "10", "--gradient", "--points", "hard", "--swaps", "40"]
-DEEP += ["--pressure", "--rounds", "3"]
+DEEP = ["--audit_samples", "16", "--max_new_tokens", "10", "--gradient", "--points", "direct", "hard"]
+DEEP += ["--swaps", "40", "--pressure", "--rounds", "3"]
 
 
 def test_audit_of_gradient_and_pressure_as_json(capsys, models, dataset, tmp_path):
@@ -401,7 +401,8 @@ def test_audit_without_pressure_tells_no_trust(capsys, models, dataset):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--points", "hard", "soft"], "point must be hard or mixture"),
+        (["--points", "hard", "soft"], "point must be direct, hard, mixture:A[,A…]"),
+        (["--points", "direct+direct"], "or direct+ one of these, not 'direct+direct'"),
         (["--points", "hard", "hard"], "points must be distinct"),
         (["--swaps", "0"], "swaps must be at least 1"),
         (["--rounds", "0"], "rounds must be at least 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from nabla_trl import dto, kv, propose
 from nabla_trl.chain import Chain
 from nabla_trl.compute import Meter
-from nabla_trl.config import PRESETS, ReasonerConfig
+from nabla_trl.config import HARD, PRESETS, Point, ReasonerConfig
 from nabla_trl.dto import SteConfig
 from nabla_trl.gradient import token_gradient
 from nabla_trl.models import Policy
@@ -68,6 +69,17 @@ def score(model: Any, item: Sample, rows: Tensor) -> Tensor:
     before, after = (F.one_hot(torch.tensor(ids, dtype=torch.long), rows.shape[1]) for ids in (item.prompt, tail))
     whole = torch.cat((before.to(rows.dtype), rows, after.to(rows.dtype)))
     return model(inputs_embeds=(whole @ model.get_input_embeddings().weight)[None]).logits.squeeze()
+
+
+def score_steps(model: Any, item: Sample, width: int) -> Tensor:
+    """[T, V] what the score rose by at each response token but the first, by one full forward."""
+    states = model.base_model(torch.tensor([item.prompt + item.response])).last_hidden_state[0]
+    levels = model.score(states).squeeze(-1).detach()
+    steps = torch.zeros(len(item.response), width, dtype=DOUBLE)
+    for at in range(1, len(item.response)):
+        here = len(item.prompt) + at
+        steps[at, item.response[at]] = levels[here] - levels[here - 1]
+    return steps
 
 
 def reward_value(reward: Reward, item: Sample, rows: Tensor, postfix: bool = True) -> Tensor:
@@ -307,20 +319,37 @@ def test_none_is_the_policy_and_costs_nothing(world: tuple[Policy, Reward]) -> N
     assert meter.total().flops == 0
 
 
-@pytest.mark.parametrize("postfix", [False, True])
-def test_mirror_reads_the_reward_alone(world: tuple[Policy, Reward], postfix: bool) -> None:
-    """Of log-likelihoods, the part through later tokens only if asked for; a scalar reward has no other part."""
+@pytest.mark.parametrize("point", ["direct", "hard", "direct+hard"])
+def test_mirror_reads_the_reward_alone(world: tuple[Policy, Reward], point: str) -> None:
+    """Of log-likelihoods, the part through later tokens only with a backward pass; there "hard" has the direct part
+    already, so that "direct+hard" is the same. Of a score, "direct+hard" is the sum of two gradients."""
     reward = world[1]
     chains, meter = real_chains(*world), Meter()
-    config = ReasonerConfig(solver="mirror", beta=1 / LAM, postfix=postfix)
+    config = ReasonerConfig(solver="mirror", beta=1 / LAM, point=point)
     propose.solve_tokens(chains, *world, config, meter)
     for chain in chains:
         rows = F.one_hot(torch.tensor(chain.response), chain.logp.shape[1]).to(DOUBLE).requires_grad_(True)
-        slope = LAM * torch.autograd.grad(reward_value(reward, chain.sample(), rows, postfix), rows)[0]
+        if reward.kind == "log-ratio" or "hard" in point:
+            value = reward_value(reward, chain.sample(), rows, postfix="hard" in point)
+            slope = torch.autograd.grad(value, rows)[0]
+        else:
+            slope = torch.zeros_like(rows)
+        if reward.kind == "scalar" and "direct" in point:
+            slope = slope + score_steps(reward.terms[0].model, chain.sample(), rows.shape[1])
+        slope = LAM * slope
         expected = chain.logp + slope - slope.gather(1, torch.tensor(chain.response)[:, None])
         finite = chain.logp.isfinite()
         assert torch.allclose(chain.scores[finite], expected[finite], rtol=1e-5, atol=1e-4)
-        assert meter.cost(chain.problem.id).flops > 0
+        free = reward.kind == "scalar" and point == "direct"  # scoring has shown it already
+        assert (meter.cost(chain.problem.id).flops == 0) == free
+
+
+def test_a_solver_must_know_its_point(world: tuple[Policy, Reward]) -> None:
+    chains = real_chains(*world)
+    with pytest.raises(RuntimeError, match="the reward's own point"):
+        propose.solve_tokens(chains, *world, ReasonerConfig(), Meter())
+    with pytest.raises(RuntimeError, match="the reward's own point"):
+        propose.expected_flops(chains[0], [], *world, ReasonerConfig())
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -340,12 +369,21 @@ def test_ste_descends_the_paper_loss(world: tuple[Policy, Reward], direct: bool,
     assert moved
 
 
-@pytest.mark.parametrize("options", [{"solver": "mirror"}, {"postfix": True}, {"solver": "ste", "steps": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"point": point} for point in ("direct", "hard", "mixture:0.2,0.8", "direct+hard", "direct+mixture:0.5")),
+        {"solver": "ste", "steps": 1},
+    ],
+    ids=lambda options: options.get("point", "ste"),
+)
 def test_the_budget_expects_what_the_gradient_costs(world: tuple[Policy, Reward], options: dict[str, Any]) -> None:
     chains, meter, config = real_chains(*world), Meter(), ReasonerConfig(**options)
     expected = [propose.expected_flops(chain, [], *world, config) for chain in chains]
     propose.solve_tokens(chains, *world, config, meter)
     assert [meter.cost(chain.problem.id).flops for chain in chains] == expected
+    free = world[1].kind == "scalar" and options == {"point": "direct"}
+    assert all((flops == 0) == free for flops in expected)
     assert [propose.expected_flops(chain, [], *world, config) for chain in chains] == [0.0, 0.0]  # paid for
 
 
@@ -561,19 +599,119 @@ def test_reasoner_config_refuses(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("solver", ["mirror", "none"])
-@pytest.mark.parametrize("option", [{"steps": 5}, {"lr": 0.1}, {"lr_end": 0.1}, {"tau": 1.0}, {"direct": True}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"steps": 5},
+        {"lr": 0.1},
+        {"lr_end": 0.1},
+        {"tau": 1.0},
+        {"direct": True},
+        {"direct": False},
+        {"postfix": True},
+        {"postfix": False},
+    ],
+)
 def test_options_of_ste_are_refused_elsewhere(solver: str, option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))} belongs to solver ste"):
         ReasonerConfig(solver=solver, **option)
     assert ReasonerConfig(solver="ste", **option)
 
 
-def test_postfix_belongs_to_what_has_a_gradient() -> None:
-    """A branch draws its later tokens anew, so `mirror` leaves the effect on them out unless told otherwise."""
-    with pytest.raises(ValueError, match="postfix belongs to solvers mirror and ste"):
-        ReasonerConfig(solver="none", postfix=False)
-    assert ReasonerConfig(solver="ste").postfix is True and ReasonerConfig(solver="mirror").postfix is False
-    assert ReasonerConfig(solver="mirror", postfix=True).postfix is True
+def test_both_parts_of_the_likelihood_are_on_in_ste_unless_told_otherwise() -> None:
+    assert ReasonerConfig(solver="ste").direct is ReasonerConfig(solver="ste").postfix is True
+    off = ReasonerConfig(solver="ste", direct=False, postfix=False)
+    assert off.direct is off.postfix is False
+    for solver in ("mirror", "none"):
+        assert ReasonerConfig(solver=solver).direct is ReasonerConfig(solver=solver).postfix is None
+
+
+# --- the point --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "point"),
+    [
+        ("direct", Point((), direct=True)),
+        ("hard", Point((0.0,))),
+        ("mixture:0.5", Point((0.5,))),
+        ("mixture:1", Point((1.0,))),
+        ("mixture:0.25,0.5,1", Point((0.25, 0.5, 1.0))),
+        ("direct+hard", Point((0.0,), direct=True)),
+        ("direct+mixture:0.6", Point((0.6,), direct=True)),
+        ("direct+mixture:0.2,0.8", Point((0.2, 0.8), direct=True)),
+    ],
+)
+def test_what_a_point_means(text: str, point: Point) -> None:
+    assert Point.parse(text) == point
+    assert ReasonerConfig(point=text).gradient_point() == point
+    if "mixture" in text:  # the rest mixes nothing
+        assert Point.parse(text, 0.1) == replace(point, min_p=0.1)
+        assert ReasonerConfig(point=text, candidate_min_p=0.1).gradient_point() == replace(point, min_p=0.1)
+    assert Point.parse("hard") == HARD
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "soft",
+        "Direct",
+        "direct ",
+        "direct:0.5",
+        "direct+",
+        "direct+direct",
+        "direct+direct+hard",
+        "direct+soft",
+        "hard+direct",
+        "hard+mixture:0.5",
+        "hard:0.5",
+        "hard,mixture:0.5",
+        "mixture",
+        "mixture:",
+        "mixture:a",
+        "mixture:0",
+        "mixture:0.5,0",
+        "mixture:-0.5",
+        "mixture:1.1",
+        "mixture:nan",
+        "mixture:inf",
+        "mixture:0.5,",
+        "mixture:0.5;1",
+        "mixture:0.5+direct",
+        "direct+mixture",
+        "direct+mixture:2",
+    ],
+)
+def test_points_that_are_refused(text: str) -> None:
+    words = ["point must be direct, hard, mixture:A[,A…]", "or direct+ one of these", f"not {text!r}"]
+    worlds.refused(lambda: Point.parse(text), *words)
+    worlds.refused(lambda: ReasonerConfig(point=text), *words)
+
+
+def test_without_a_point_it_is_the_rewards_own() -> None:
+    left, told = ReasonerConfig(rounds=7), ReasonerConfig(rounds=7, point="direct+hard")
+    assert left.point is None
+    with pytest.raises(RuntimeError, match="the reward's own point"):
+        left.gradient_point()
+    assert left.at("direct+hard") == told and left.at("direct+hard").hash() == told.hash() != left.hash()
+    assert told.at("direct") is told and left.point is None
+    worlds.refused(lambda: left.at("soft"), "point must be")
+
+
+@pytest.mark.parametrize("solver", ["ste", "none"])
+def test_the_point_belongs_to_mirror(solver: str) -> None:
+    for text in ("direct", "hard", "mixture:0.5"):
+        with pytest.raises(ValueError, match="point belongs to solver mirror"):
+            ReasonerConfig(solver=solver, point=text)
+    config = ReasonerConfig(solver=solver)
+    assert config.at("direct") is config and config.point is None and config.gradient_point() == HARD
+
+
+def test_the_control_has_no_options_of_a_gradient() -> None:
+    assert ReasonerConfig(point="direct", rounds=3).control() == ReasonerConfig(solver="none", rounds=3)
+    assert ReasonerConfig(rounds=3).control() == ReasonerConfig(solver="none", rounds=3)
+    assert ReasonerConfig(solver="ste", rounds=3).control() == ReasonerConfig(solver="none", rounds=3)
 
 
 @pytest.mark.parametrize("option", [{"confidence": 0.9}, {"resample_temperature": 1.0}])

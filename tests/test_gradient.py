@@ -603,7 +603,7 @@ def test_charges_a_forward_and_a_backward_per_term(double: Policy) -> None:
             begin, length = len(item.prompt) - 1, len(item.response)
             total = 0.0
             for term, count, head, back in zip(
-                parts, (1 + length + tail, length), (1, length), terms_back, strict=True
+                parts, (1 + length + tail, length), (1 + length + tail, length), terms_back, strict=True
             ):
                 total += term.size.forward_flops(begin, count, head)
                 total += term.size.backward_flops(begin, count, head) * back
@@ -625,8 +625,77 @@ def test_the_direct_part_is_read_from_memory_at_the_price_of_the_heads(double: P
     assert_close(ours, gradients(reward.terms, [item], [table], postfix=False)[0])
     heads = sum(term.size.forward_flops(0, 0, len(item.response)) for term in reward.terms)
     assert meter.total().flops == heads > 0
-    with pytest.raises(ValueError, match="no direct gradient"):
-        worlds.tiny_scalar(double).direct_gradient([item], second, [table], meter=meter)
+
+
+@pytest.mark.parametrize(
+    ("tail", "knows_stop", "reads_stop"),
+    [
+        ("<|end|>;", True, True),
+        ("<|close|>;", True, False),
+        ("<|close|>;", False, False),
+        ("", True, True),
+        ("", False, False),
+    ],
+)
+def test_the_direct_part_of_a_score_is_what_each_token_added(
+    double: Policy, tail: str, knows_stop: bool, reads_stop: bool
+) -> None:
+    """0 elsewhere, for the first token, and for a stop token that is not the reward's; in the reward's own ids, and
+    where the memory was made through another response's. It costs nothing."""
+    reward, own = closing(double, tail, knows_stop)
+    model, kept = reward.terms[0].model, "4-5=9;#9"
+    prompt = [own.convert_tokens_to_ids(token) for token in (worlds.USER, "1", worlds.ASSISTANT)]
+    begun, item = (replace(worlds.sample(double, PROBLEM, text), prompt=prompt) for text in ("4-5=2", kept))
+    _, first = reward.score([begun], reward.prompt_memos([begun], Meter()), meter=Meter(), keep=True)
+    _, second = reward.score([item], first, shared=[4], meter=Meter(), keep=True)
+    table = torch.arange(len(worlds.TOKENS)).expand(len(item.response), -1)
+    meter = Meter()
+    [ours] = reward.direct_gradient([item], second, [table], meter=meter)
+    assert meter.total().flops == 0
+
+    expected = torch.zeros(ours.shape, dtype=DOUBLE)
+    read = [*kept, worlds.END] if reads_stop else [*kept]
+    for at in range(1, len(read)):
+        before, after = (
+            plain_score(model, prompt + own.convert_tokens_to_ids(read[:count])) for count in (at, at + 1)
+        )
+        expected[at, item.response[at]] = after - before
+    assert int(expected.count_nonzero()) == len(read) - 1
+    assert_close(ours.double(), expected, relative=1e-6)  # it is handed on in float32
+    some = table[:, ::2]
+    assert torch.equal(reward.direct_gradient([item], second, [some], meter=meter)[0], ours.gather(1, some))
+
+
+def plain_score(model: PreTrainedModel, ids: Sequence[int]) -> float:
+    """A classifier's own forward of the whole sequence; given embeddings, it pools at the last position."""
+    return float(model(inputs_embeds=model.get_input_embeddings()(torch.tensor([ids]))).logits.detach())
+
+
+@pytest.mark.parametrize("text", ["direct", "hard", "mixture:0.2,0.8", "direct+hard", "direct+mixture:0.6"])
+@pytest.mark.parametrize("kind", ["scalar", "log-ratio"])
+def test_the_slope_is_the_sum_of_what_its_point_names(double: Policy, kind: str, text: str) -> None:
+    """The direct part counts once: backward passes leave that of log-likelihoods out where it is there already."""
+    reward = (worlds.tiny_scalar if kind == "scalar" else worlds.tiny_logratio)(double)
+    items = [known(double, worlds.sample(double, PROBLEM, words), 6) for words in ("4-5=9;#9", "7")]
+    prompts, tables = reward.prompt_memos(items, Meter()), [item.known.candidates for item in items]
+    _, scored = reward.score([replace(i, known=None) for i in items], prompts, meter=Meter(), keep=True)
+    point, meter = Point.parse(text), Meter()
+    found = reward.slope(items, prompts, scored, tables, meter=meter, point=point)
+    again, expected = Meter(), [torch.zeros(table.shape, dtype=DOUBLE) for table in tables]
+    if point.direct:
+        parts = reward.direct_gradient(items, scored, tables, meter=again)
+        expected = [a + b for a, b in zip(expected, parts, strict=True)]
+    for alpha in point.alphas:
+        at, memos = [item.relaxed(alpha) for item in items], prompts
+        parts = token_gradient(reward.terms, items, memos, tables, meter=again, relaxed=at, direct=not point.direct)
+        expected = [a + b / len(point.alphas) for a, b in zip(expected, parts, strict=True)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours.double(), theirs, relative=1e-6)
+    assert meter.total().tokens == again.total().tokens and meter.total().flops == again.total().flops
+    assert ("reward/backward" in meter.total().tokens) == bool(point.alphas)
+    if kind == "log-ratio" and text == "direct+hard":  # both parts at the same tokens: the whole gradient
+        whole = reward.gradient(items, prompts, tables, meter=Meter())
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(found, whole, strict=True))
 
 
 # --- memory of the incumbent -------------------------------------------------------------------------------
@@ -668,17 +737,21 @@ def compare_scores(
 ) -> None:
     bare = reward.prompt_memos(incumbents, Meter())
     _, kept = reward.score(incumbents, bare, meter=Meter(), keep=True)
-    before = [[(memo.cache.clone(), memo.logp.clone()) for memo in row] for row in kept]
+    before = [[(memo.cache.clone(), memo.logp.clone(), memo.levels.clone()) for memo in row] for row in kept]
     saved, whole = Meter(), Meter()
     through, memos = reward.score(proposals, [kept[row] for row in owners], meter=saved, shared=shared, keep=True)
     afresh, fresh_memos = reward.score(proposals, [bare[row] for row in owners], meter=whole, keep=True)
     assert through == pytest.approx(afresh, rel=1e-9)
     assert saved.total().flops < whole.total().flops
     for row, copies in zip(kept, before, strict=True):
-        for memo, (cache, logp) in zip(row, copies, strict=True):
+        for memo, (cache, logp, levels) in zip(row, copies, strict=True):
             assert torch.equal(memo.cache, cache) and torch.equal(memo.logp, logp)
-    for ours, theirs in zip(memos, fresh_memos, strict=True):  # an accepted proposal's memory is as good
-        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(memo.levels, levels)
+    for item, ours, theirs in zip(proposals, memos, fresh_memos, strict=True):
+        for term, a, b in zip(reward.terms, ours, theirs, strict=True):  # an accepted proposal's memory is as good
             assert torch.allclose(a.cache, b.cache, rtol=0, atol=1e-9)
             assert torch.allclose(a.logp, b.logp, rtol=0, atol=1e-9)
             assert torch.allclose(a.hidden, b.hidden, rtol=0, atol=1e-9)
+            assert torch.allclose(a.levels, b.levels, rtol=0, atol=1e-9) and a.levels.dtype == DOUBLE
+            read = 0 if isinstance(term, LikelihoodTerm) else len(term.encode(item).response) + 1
+            assert len(a.levels) == len(b.levels) == read

@@ -13,15 +13,15 @@ import worlds
 from torch import Tensor
 
 from nabla_trl.compute import Meter
-from nabla_trl.config import HARD, Point, Sampling
+from nabla_trl.config import Point, Sampling
 from nabla_trl.first_errors import Wrong, best_ranks, entropy_ranks, find_wrong, repairs, right_above, right_first
-from nabla_trl.gradient_audit import GradientAudit, effect_of, gradient_audit
+from nabla_trl.gradient_audit import WORTH, GradientAudit, effect_of, gradient_audit
 from nabla_trl.labels import TokenLabels
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.reward_models import load_reward
 from nabla_trl.rewards import Reward
 from nabla_trl.stats import Interval
-from nabla_trl.swaps import DIRECT, Response, choose_swaps, draw_responses, measure
+from nabla_trl.swaps import Response, choose_swaps, draw_responses, measure
 from nabla_trl.tasks import load_problems
 from nabla_trl.terms import Known, Memo, Sample
 
@@ -33,10 +33,10 @@ Slope = Callable[[Sample, Tensor], Tensor]  # a response and its candidates [T, 
 
 @dataclass
 class Toy(Reward):
-    """r = Σ_t table[t, y_t]: linear in the one-hot matrix, so `table` is its gradient. `slope` gives another."""
+    """r = Σ_t table[t, y_t]: linear in the one-hot matrix, so `table` is its gradient. `told` gives another."""
 
     table: Tensor = field(default_factory=lambda: torch.zeros(0))
-    slope: Slope | None = None
+    told: Slope | None = None
 
     @property
     def dense(self) -> bool:
@@ -60,24 +60,25 @@ class Toy(Reward):
         values = [float(self.table[range(len(one.response)), one.response].sum()) for one in samples]
         return values, [[] for _ in samples]
 
-    def gradient(
+    def slope(
         self,
         samples: Sequence[Sample],
-        memos: Sequence[Sequence[Memo]],
-        candidates: Sequence[Tensor] | None,
+        prompts: Sequence[Sequence[Memo]],
+        scored: Sequence[Sequence[Memo]],
+        candidates: Sequence[Tensor],
         *,
         meter: Meter,
-        point: Point = HARD,
+        point: Point,
     ) -> list[Tensor]:
-        slope = self.slope or (lambda sample, table: self.table[: len(table)].gather(1, table))
-        return [slope(sample, table) for sample, table in zip(samples, candidates or [], strict=True)]
+        told = self.told or (lambda sample, table: self.table[: len(table)].gather(1, table))
+        return [told(sample, table) for sample, table in zip(samples, candidates, strict=True)]
 
 
 def toy(policy: Policy, slope: Slope | None = None, table: Tensor | None = None, **changes: Any) -> Toy:
     rows = len(policy.forbidden)
     random = torch.randn(64, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     readable = torch.ones(rows, dtype=torch.bool)
-    toy = Toy("toy", "scalar", [], readable, policy.stop_ids, table=random if table is None else table, slope=slope)
+    toy = Toy("toy", "scalar", [], readable, policy.stop_ids, table=random if table is None else table, told=slope)
     return replace(toy, **changes)
 
 
@@ -131,7 +132,7 @@ def test_an_exact_gradient_predicts_every_swap(policy):
 
 def test_a_gradient_of_the_wrong_sign_misleads(policy):
     reward = toy(policy)
-    reward.slope = lambda sample, table: -reward.table[: len(table)].gather(1, table)
+    reward.told = lambda sample, table: -reward.table[: len(table)].gather(1, table)
     found = run(policy, reward)
     point = found.points["hard"]
     assert point.correlation.value == pytest.approx(-1) and point.sign.value == 0
@@ -161,7 +162,7 @@ def test_the_better_point_is_advised(policy):
 
     @dataclass
     class TwoPoints(Toy):
-        def gradient(self, samples, memos, candidates, *, meter, point=HARD):
+        def slope(self, samples, prompts, scored, candidates, *, meter, point):
             table = exact if point.alphas[0] >= 0.5 else blurred
             return [table[: len(rows)].gather(1, rows) for rows in candidates]
 
@@ -169,6 +170,27 @@ def test_the_better_point_is_advised(policy):
     found = run(policy, two, points=["hard", "mixture:0.5", "mixture:1"])
     assert {name: one.effect for name, one in found.points.items()} == dict.fromkeys(found.points, "helps")
     assert found.best == "mixture:0.5"
+
+
+@pytest.mark.parametrize(("error", "best"), [(0.3, "direct"), (1.0, "hard")])
+def test_a_dearer_point_must_be_worth_it(policy, error, best):
+    """A backward pass that predicts surely more, but only a little more, is not advised."""
+    exact = toy(policy).table
+    blurred = exact + error * torch.randn(exact.shape, generator=torch.Generator().manual_seed(2))
+
+    @dataclass
+    class TwoPoints(Toy):
+        def slope(self, samples, prompts, scored, candidates, *, meter, point):
+            table = blurred if point.direct else exact
+            return [table[: len(rows)].gather(1, rows) for rows in candidates]
+
+    reward = toy(policy)
+    two = TwoPoints("two", "scalar", [], reward.readable, reward.stop_ids, table=exact)
+    found = run(policy, two, points=["direct", "hard"], swaps=600)
+    direct, hard = found.points["direct"].sign_telling, found.points["hard"].sign_telling
+    assert hard.value == 1 > direct.high and found.points["direct"].effect == "helps"
+    assert (direct.high < 1 - WORTH) == (best == "hard")
+    assert found.best == best
 
 
 def responses_to(policy: Policy, reward: Reward, **changes: Any) -> list[Response]:
@@ -180,9 +202,9 @@ def test_true_changes_are_those_of_whole_responses(policy, reward):
     """Scored from the branch on, in batches, they are what two full scores differ by."""
     responses = responses_to(policy, reward)
     swaps = choose_swaps(responses, 40, np.random.default_rng(0))
-    points = {"mixture:0.5": Point.parse("mixture:0.5", 0.02)}
+    points = {name: Point.parse(name, 0.02) for name in ("direct", "mixture:0.5")}
     found = measure(responses, swaps, points, reward=reward, batch_size=5)
-    assert list(found.predicted) == ([DIRECT, "mixture:0.5"] if reward.kind == "log-ratio" else ["mixture:0.5"])
+    assert list(found.predicted) == list(points)
     for swap, change in zip(swaps, found.changes, strict=True):
         one = responses[swap.row]
         ids = list(one.sample.response)
@@ -194,16 +216,20 @@ def test_true_changes_are_those_of_whole_responses(policy, reward):
         assert found.rewards[swap.row] == pytest.approx(before, abs=1e-4)
 
 
-def test_predicted_changes_are_differences_of_the_gradient(policy, logratio_reward):
-    responses = responses_to(policy, logratio_reward)
+def test_predicted_changes_are_differences_of_the_gradient(policy, reward):
+    responses = responses_to(policy, reward)
     swaps = choose_swaps(responses, 5, np.random.default_rng(0))
-    found = measure(responses, swaps, {"hard": HARD}, reward=logratio_reward)
+    points = {name: Point.parse(name) for name in ("hard", "direct", "direct+hard")}
+    found = measure(responses, swaps, points, reward=reward)
     samples, tables = [one.sample for one in responses], [one.known.candidates for one in responses]
     memos = [one.memos for one in responses]
-    whole = logratio_reward.gradient(samples, memos, tables, meter=Meter())
-    scored = logratio_reward.score([replace(one, known=None) for one in samples], memos, meter=Meter(), keep=True)[1]
-    direct = logratio_reward.direct_gradient(samples, scored, tables, meter=Meter())
-    for name, gradients in {"hard": whole, DIRECT: direct}.items():
+    whole = reward.gradient(samples, memos, tables, meter=Meter())
+    scored = reward.score([replace(one, known=None) for one in samples], memos, meter=Meter(), keep=True)[1]
+    direct = reward.direct_gradient(samples, scored, tables, meter=Meter())
+    both = whole  # of a log-ratio it has the direct part already
+    if reward.kind == "scalar":
+        both = [one + other for one, other in zip(whole, direct, strict=True)]
+    for name, gradients in {"hard": whole, "direct": direct, "direct+hard": both}.items():
         for one, gradient, predicted in zip(responses, gradients, found.predicted[name], strict=True):
             own = torch.tensor(one.sample.response)[:, None] == one.known.candidates
             assert torch.allclose(predicted, gradient - gradient[own][:, None], atol=1e-4)
@@ -322,14 +348,14 @@ def test_wrong_responses_are_finished_and_wrong(chains_policy, chains):
         assert not one.right[own[one.position]]
 
 
-def test_the_direct_gradient_of_a_log_ratio_comes_first_and_helps(chains_policy, chains):
+def test_the_direct_gradient_of_a_log_ratio_helps(chains_policy, chains):
     reward = load_reward("logratio:data/tiny/clean", policy=chains_policy)
-    found = run(chains_policy, reward, chains, sampling=CHAINS, samples=4)
-    assert list(found.points) == [DIRECT, "hard"]
-    point = found.points[DIRECT]
+    found = run(chains_policy, reward, chains, sampling=CHAINS, samples=4, points=["direct", "hard"])
+    assert list(found.points) == ["direct", "hard"]
+    point = found.points["direct"]
     assert point.sign_telling.low > 0.8 and point.repair_gain.low > 0
-    assert found.best == DIRECT and found.verdict.startswith("take the direct gradient: ")
-    assert found.to_dict()["points"][DIRECT]["sign"] == point.sign.entry()
+    assert found.best == "direct" and found.verdict.startswith("take the direct gradient: ")
+    assert found.to_dict()["points"]["direct"]["sign"] == point.sign.entry()
 
 
 def test_without_wrong_responses_the_reason_is_named(chains_policy, chains):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,31 @@ from nabla_trl.trust import Trust, past_trust
 
 ROOT = Path(__file__).parents[1]
 CARDS = {
-    "scalar": RewardCard("scalar", base="b", policy="p", trust=Trust(8, 2), rounds=[{"auc": 0.5}], settings={"x": 1}),
-    "implicit": RewardCard("implicit", scale=0.1, reference="ref"),
+    "scalar": RewardCard(
+        "scalar",
+        base="b",
+        policy="p",
+        trust=Trust(8, 2),
+        point="direct+mixture:0.5",
+        rounds=[{"auc": 0.5}],
+        settings={"x": 1},
+    ),
+    "implicit": RewardCard("implicit", scale=0.1, reference="ref", point="hard"),
     "ensemble": RewardCard("ensemble", members=["m/0", "m/1"], caution=0.5),
 }
 # How reward.json is written: other programs may write one too.
 WRITTEN: dict[str, dict[str, Any]] = {
-    kind: {"format": 1, "kind": kind, "base": None, **own, "policy": "p", "trust": None, "rounds": [], "settings": {}}
+    kind: {
+        "format": 1,
+        "kind": kind,
+        "base": None,
+        **own,
+        "policy": "p",
+        "trust": None,
+        "point": None,
+        "rounds": [],
+        "settings": {},
+    }
     for kind, own in {
         "scalar": {},
         "implicit": {"scale": 0.1, "reference": "ref"},
@@ -59,7 +78,7 @@ def test_a_card_is_read_as_it_was_written(kind: str, tmp_path: Path) -> None:
     write_card(tmp_path / "new", CARDS[kind])
     assert read_card(tmp_path / "new") == CARDS[kind]
     content = json.loads((tmp_path / "new" / FILE).read_text())
-    assert content.keys() == WRITTEN[kind].keys()
+    assert content.keys() == WRITTEN[kind].keys() and content["point"] == CARDS[kind].point
     assert [file.name for file in (tmp_path / "new").iterdir()] == [FILE]
 
 
@@ -92,6 +111,11 @@ def test_a_write_that_fails_leaves_the_card_that_was_there(tmp_path: Path) -> No
         ("scalar", {"trust": {"samples": 4}}, "rounds is missing"),
         ("scalar", {"trust": {"samples": 4, "rounds": -1}}, "rounds"),
         ("scalar", {"trust": 7}, "trust"),
+        ("scalar", {"point": "soft"}, "point must be direct, hard, mixture"),
+        ("scalar", {"point": ""}, "point must be"),
+        ("implicit", {"point": "mixture:2"}, "'mixture:2'"),
+        ("ensemble", {"point": 7}, "point"),
+        ("ensemble", {"point": ["hard"]}, "point"),
         ("scalar", {"rounds": {}}, "rounds"),
         ("scalar", {"settings": []}, "settings"),
         ("scalar", {"scale": 1.0}, "'scale'"),
@@ -126,6 +150,7 @@ def test_a_card_in_memory_is_checked_too() -> None:
     worlds.refused(lambda: RewardCard("scalar", members=["a", "b"]), "scalar", "'members'")
     worlds.refused(lambda: RewardCard("implicit"), "reference")
     worlds.refused(lambda: RewardCard("magic"), "'magic'")
+    worlds.refused(lambda: RewardCard("scalar", point="soft"), "point must be", "'soft'")
 
 
 # --- specs ------------------------------------------------------------------------------------------------
@@ -150,10 +175,18 @@ def test_what_a_folder_means(tmp_path: Path) -> None:
     for kind, card in CARDS.items():
         write_card(tmp_path / kind, card)
     here = {kind: str(tmp_path / kind) for kind in CARDS}
-    assert plan_reward(here["scalar"]) == RewardPlan("scalar", (here["scalar"],), trust=Trust(8, 2))
-    assert plan_reward(here["implicit"]) == RewardPlan("log-ratio", (here["implicit"], "ref"), scale=0.1)
+    assert plan_reward(here["scalar"]) == RewardPlan(
+        "scalar", (here["scalar"],), trust=Trust(8, 2), point="direct+mixture:0.5"
+    )
+    ratio = RewardPlan("log-ratio", (here["implicit"], "ref"), scale=0.1, point="hard")
+    assert plan_reward(here["implicit"]) == ratio
     members = tuple(str(tmp_path / "ensemble" / "m" / number) for number in "01")
     assert plan_reward(here["ensemble"]) == RewardPlan("ensemble", members, caution=0.5)
+    write_card(tmp_path / "ensemble", replace(CARDS["ensemble"], trust=Trust(4, 1), point="direct"))
+    audited = RewardPlan("ensemble", members, caution=0.5, trust=Trust(4, 1), point="direct")
+    assert plan_reward(here["ensemble"]) == audited
+    # A member's own point is not that of the ensemble.
+    assert plan_reward(f"ensemble:{here['scalar']},x") == RewardPlan("ensemble", (here["scalar"], "x"))
 
 
 @pytest.mark.parametrize(
@@ -319,6 +352,9 @@ def test_identity_follows_the_weights_that_we_trained(tmp_path: Path) -> None:
     assert first.startswith(f"{folder} (") and reward_identity(str(folder)) == first
     write_card(folder, RewardCard(kind="scalar", base="b", policy="p", trust=Trust(4, 2)))
     assert reward_identity(str(folder)) == first  # an audit changes no score
+    write_card(folder, RewardCard(kind="scalar", base="b", policy="p", point="direct"))
+    assert reward_identity(str(folder)) != first  # but the search, where it advises another gradient
+    write_card(folder, RewardCard(kind="scalar", base="b", policy="p"))
     (folder / "model.safetensors").write_bytes(b"two")
     assert reward_identity(str(folder)) != first
     assert reward_identity(f"logratio:some/model,{folder}") != f"logratio:some/model,{folder}"

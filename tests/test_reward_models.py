@@ -386,7 +386,59 @@ def test_the_gradient_equals_central_differences(trio: Any) -> None:
         )
 
 
-@pytest.mark.parametrize("point", ["hard", "mixture:0.5"])
+def plain_levels(model: PreTrainedModel, prompt: list[int], response: list[int]) -> Tensor:
+    """[T + 1] the head's output after none, one, … of the response's tokens, by one plain forward."""
+    states = model.base_model(torch.tensor([prompt + response])).last_hidden_state[0, len(prompt) - 1 :]
+    return model.score(states).squeeze(-1).detach()
+
+
+@pytest.mark.parametrize("caution", [0.0, 1.0, 2.5])
+def test_the_direct_part_of_an_ensemble_is_what_each_token_added_to_its_bound(caution: float, trio: Any) -> None:
+    """The difference of the members' combined scores, which is not that of each, combined."""
+    policy, members = trio
+    reward = ensemble(members, caution, "three")
+    items = samples(policy)
+    memos = reward.prompt_memos(items, Meter())
+    values, kept = reward.score(items, memos, meter=Meter(), keep=True)
+    tables = [torch.arange(len(reward.readable)).expand(len(item.response), -1) for item in items]
+    meter = Meter()
+    found = reward.direct_gradient(items, kept, tables, meter=meter)
+    assert meter.total().flops == 0
+    for item, value, slope in zip(items, values, found, strict=True):
+        levels = bound(
+            torch.stack([plain_levels(one.terms[0].model, item.prompt, item.response) for one in members]), caution
+        )
+        expected = torch.zeros(slope.shape, dtype=DOUBLE)
+        for at in range(1, len(item.response)):
+            expected[at, item.response[at]] = levels[at + 1] - levels[at]
+        torch.testing.assert_close(slope.double(), expected, rtol=1e-5, atol=1e-6)
+        if item.response[-1] == policy.tokenizer.eos_token_id:
+            assert float(levels[-1]) == pytest.approx(value, rel=1e-9)
+
+
+def test_members_that_read_the_stop_token_and_ones_that_do_not(trio: Any) -> None:
+    """To a member whose template closes the turn otherwise, the policy's stop token adds nothing."""
+    policy, members = trio
+    template = worlds.TEMPLATE.replace(worlds.END, ";")
+    other = worlds.tiny_scalar(policy, tokenizer=worlds.char_tokenizer(template=template), seed=5, name="other")
+    reward, items = ensemble([*members, other], 1.0, "four"), samples(policy)
+    for item in items:
+        memos = reward.prompt_memos([item], Meter())
+        _, kept = reward.score([item], memos, meter=Meter(), keep=True)
+        table = torch.tensor(item.response)[:, None]
+        [slope] = reward.direct_gradient([item], kept, [table], meter=Meter())
+        stops = item.response[-1] == policy.tokenizer.eos_token_id
+        body = item.response[:-1] if stops else item.response
+        prompt = other.terms[0].encode(item).prompt
+        last = plain_levels(other.terms[0].model, prompt, body)
+        rows = [plain_levels(one.terms[0].model, item.prompt, item.response) for one in members]
+        rows.append(torch.cat((last, last[-1:])) if stops else last)
+        expected = bound(torch.stack(rows), 1.0).diff()
+        expected[0] = 0
+        torch.testing.assert_close(slope.squeeze(1).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("point", ["direct", "hard", "mixture:0.5", "direct+hard", "direct+mixture:0.5"])
 def test_a_search_raises_the_lower_bound(point: str, trio: Any) -> None:
     policy, members = trio
     reward = ensemble(members, 1.0, "three")
@@ -415,6 +467,25 @@ def test_loaded_ensembles_by_spec_and_by_folder(adapted: tuple[str, Any], policy
         expected = bound(torch.tensor(parts, dtype=DOUBLE), caution).tolist()
         assert score(reward, samples(policy)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
         assert (reward.kind, reward.name, reward.batch_size) == ("ensemble", spec, 3)
+        assert reward.point == "mixture:0.5"
+    write_card(tmp_path, replace(card, point="direct"))
+    assert load_reward(str(tmp_path), policy=policy).point == "direct"
+
+
+def test_the_point_of_a_reward_is_that_of_its_folder_or_of_its_kind(policy: Policy, tmp_path: Path) -> None:
+    classifier, causal = save(tmp_path / "a", scorer()), save(tmp_path / "b", worlds.tiny_model(seed=2))
+    assert load_reward(classifier, policy=policy).point == "mixture:0.5"
+    assert load_reward(PREFIX + causal, policy=policy).point == "direct"
+    cards = {
+        classifier: RewardCard("scalar", point="direct+mixture:0.5"),
+        causal: RewardCard("implicit", reference=causal, point="hard"),
+    }
+    own = {classifier: "mixture:0.5", causal: "direct"}
+    for folder, card in cards.items():
+        write_card(folder, card)
+        assert load_reward(folder, policy=policy).point == card.point
+        write_card(folder, replace(card, point=None))  # not audited
+        assert load_reward(folder, policy=policy).point == own[folder]
 
 
 def test_a_member_that_cannot_be_trusted_is_named(base: str, policy: Policy, tmp_path: Path) -> None:

@@ -274,9 +274,75 @@ def test_scores_charge_the_problem_they_belong_to(policy: Policy, scalar_reward:
     [term] = scalar_reward.terms
     assert meter.cost("q0").tokens == {"reward/prefill": prompt - 1, "reward/forward": rest}
     assert meter.cost("q0").flops == term.size.forward_flops(0, prompt - 1, 0) + term.size.forward_flops(
-        prompt - 1, rest, 1
+        prompt - 1, rest, rest
     )
     assert meter.total().flops == meter.cost("q0").flops
+
+
+# --- the score at every token -----------------------------------------------------------------------------
+
+
+def _levels(reward: Reward, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    memos = reward.prompt_memos(samples, Meter())
+    return [memo[0].levels for memo in reward.score(samples, memos, meter=Meter(), keep=True)[1]]
+
+
+@pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
+def test_levels_are_the_plain_scores_of_the_beginnings(architecture: str) -> None:
+    """… of the response: what closes the turn after it is no part of it."""
+    policy = worlds.tiny_policy(dtype=torch.float64)
+    reward = worlds.tiny_scalar(policy, architecture)
+    samples = _samples(policy)
+    for sample, levels in zip(samples, _levels(reward, samples), strict=True):
+        counts = range(len(sample.response) + 1)
+        plain = [_plain_score(reward.terms[0].model, sample.prompt + sample.response[:count]) for count in counts]
+        assert levels.tolist() == pytest.approx(plain, rel=1e-9, abs=1e-12)
+    for bare in reward.prompt_memos(samples, Meter()):
+        assert len(bare[0].levels) == 0
+    ratio = worlds.tiny_logratio(policy)
+    assert [len(levels) for levels in _levels(ratio, samples)] == [0] * len(samples)  # it has no score
+
+
+def test_levels_remembered_across_a_shared_beginning_equal_those_of_a_full_scoring() -> None:
+    """… however long the branch is, and across a second one."""
+    policy = worlds.tiny_policy(dtype=torch.float64)
+    reward = worlds.tiny_scalar(policy)
+    samples = _samples(policy)
+    _, kept = reward.score(samples, reward.prompt_memos(samples, Meter()), meter=Meter(), keep=True)
+    for cuts, suffix in (((0, 1, 3, 99), [4, 5, END]), ((2, 4, 0, 1), [6]), ((1, 3, 2, 0), [7, 7, 7, 7])):
+        shared = [min(cut, len(s.response) - 1) for cut, s in zip([*cuts, *cuts], samples, strict=True)]
+        samples = [
+            Sample(s.problem, s.prompt, s.response[:cut] + suffix) for s, cut in zip(samples, shared, strict=True)
+        ]
+        _, kept = reward.score(samples, kept, meter=Meter(), shared=shared, keep=True)
+        for sample, [memo], afresh in zip(samples, kept, _levels(reward, samples), strict=True):
+            assert len(memo.levels) == len(sample.response) + 1 and memo.levels.dtype == torch.float64
+            assert torch.allclose(memo.levels, afresh, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("template", ["none", "nothing after the response", "closed"])
+def test_where_nothing_follows_the_response_its_steps_add_up_to_the_score(template: str) -> None:
+    """s_T = s_1 + Σ_{t>1} (s_t − s_{t−1}), and of the direct part the own tokens' entries are these differences."""
+    policy = worlds.tiny_policy(dtype=torch.float64)
+    own = {"none": None, "closed": worlds.TEMPLATE, **{key: one for key, (one, _) in OTHER_TEMPLATES.items()}}
+    reward = worlds.tiny_scalar(policy, tokenizer=worlds.char_tokenizer(template=own[template]))
+    samples = _samples(policy)
+    memos = reward.prompt_memos(samples, Meter())
+    values, kept = reward.score(samples, memos, meter=Meter(), keep=True)
+    tables = [torch.arange(len(worlds.TOKENS)).expand(len(sample.response), -1) for sample in samples]
+    found = reward.direct_gradient(samples, kept, tables, meter=Meter())
+    open_ended = 0
+    for sample, value, [memo], slope in zip(samples, values, kept, found, strict=True):
+        total = float(memo.levels[0] + memo.levels.diff().sum())
+        steps = slope[range(len(sample.response)), sample.response]
+        assert steps[0] == 0 and int(slope.count_nonzero()) == len(sample.response) - 1
+        assert float(memo.levels[1] + steps.double().sum()) == pytest.approx(total, rel=1e-5, abs=1e-5)
+        if template != "closed" or sample.response[-1] == END:  # nothing closes the turn any more
+            assert total == pytest.approx(value, rel=1e-12)
+        else:
+            open_ended += 1
+            assert abs(total - value) > 1e-3
+    assert open_ended == (len(TEXTS) if template == "closed" else 0)
 
 
 # --- templates --------------------------------------------------------------------------------------------

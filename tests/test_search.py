@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nabla_trl import propose
 from nabla_trl.compute import Meter
-from nabla_trl.config import ReasonerConfig
+from nabla_trl.config import Point, ReasonerConfig
 from nabla_trl.generate import Job, generate, random_stream
 from nabla_trl.models import Policy
 from nabla_trl.rewards import Reward
@@ -77,12 +77,12 @@ def _favour(token: int, by: float) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("proposals", ["global", "sequential"])
-@pytest.mark.parametrize("solver", ["mirror", "mirror with postfix", "none", "ste"])
+@pytest.mark.parametrize("solver", ["mirror", "mirror at direct+mixture:0.5", "none", "ste"])
 def test_batch_of_n_equals_n_singles_in_any_order_and_batch_size(
     solver: str, proposals: str, policy: Policy, reward: Reward, problems: list[Problem]
 ) -> None:
-    postfix = {"postfix": True} if "postfix" in solver else {}
-    config = _config(solver.split()[0], proposals=proposals, rounds=3, max_new_tokens=7, **postfix)
+    solver, _, point = solver.partition(" at ")
+    config = _config(solver, proposals=proposals, rounds=3, max_new_tokens=7, point=point or None)
 
     def run(some: Sequence[Problem], batch_size: int) -> dict[str, Trace]:
         settings = replace(config, batch_size=batch_size)
@@ -163,27 +163,57 @@ def test_a_rejected_branch_is_not_tried_again_on_the_same_response(policy: Polic
             tried = set() if revision.accepted else tried | {(revision.position, revision.new)}
 
 
-def _plain_gradient(reward: Reward, prompt: list[int], response: list[int], policy: Tensor, alpha: float) -> Tensor:
-    """[T, V] ∂r/∂Y at the mixture by autograd through a whole closed sequence: no cache, no batch, no candidates.
+def _closed(response: list[int]) -> list[int]:
+    return response if response[-1] == END else [*response, END]
 
-    `policy` is [T, V], the policy's probabilities.
+
+def _plain_backward(
+    reward: Reward, prompt: list[int], response: list[int], policy: Tensor, alpha: float, direct: bool
+) -> Tensor:
+    """[T, V] ∂r/∂Y at the mixture by autograd through a whole sequence: no cache, no batch, no candidates.
+
+    A score is read at the end of the closed sequence; a log-likelihood is Σ_t Σ_v Y[t, v]·log p(v | Y_<t), and
+    `direct` says whether Y[t, v] itself varies there. `policy` is [T, V], the policy's probabilities.
     """
-    [term] = reward.terms
-    closed = response if response[-1] == END else [*response, END]
     onehot = torch.nn.functional.one_hot(torch.tensor(response), len(worlds.TOKENS)).float()
     relaxed = ((1 - alpha) * onehot + alpha * policy).requires_grad_()
-    table = term.model.get_input_embeddings().weight
-    tail = table[closed[len(response) :]]
-    embeds = torch.cat((table[prompt], relaxed @ table, tail))
-    term.model(inputs_embeds=embeds[None]).logits.sum().backward()
-    return relaxed.grad
+    picked, value = relaxed if direct else relaxed.detach(), torch.zeros(())
+    for term in reward.terms:
+        table = term.model.get_input_embeddings().weight
+        tail = _closed(response)[len(response) :] if reward.kind == "scalar" else []
+        embeds = torch.cat((table[prompt], relaxed @ table, table[tail]))
+        logits = term.model(inputs_embeds=embeds[None]).logits
+        if reward.kind == "log-ratio":
+            logits = picked * logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        value = value + term.weight * logits.sum()
+    return torch.autograd.grad(value, relaxed)[0]
 
 
-def _plain_direct_gradient(reward: Reward, prompt: list[int], response: list[int]) -> Tensor:
-    """[T, V] log p_better − log p_reference of every token in the place of each response token."""
-    ids = torch.tensor([prompt + response])
-    parts = [term.weight * term.model(ids).logits[0].detach().log_softmax(-1) for term in reward.terms]
-    return sum(parts)[len(prompt) - 1 : -1]
+def _plain_direct(reward: Reward, prompt: list[int], response: list[int]) -> Tensor:
+    """[T, V] of a log-ratio: log p_better − log p_reference of every token in the place of each response token.
+
+    Of a score: what it rose by at each response token but the first, read everywhere in the whole closed sequence.
+    """
+    if reward.kind == "log-ratio":
+        ids = torch.tensor([prompt + response])
+        parts = [term.weight * term.model(ids).logits[0].detach().log_softmax(-1) for term in reward.terms]
+        return sum(parts)[len(prompt) - 1 : -1]
+    [term] = reward.terms
+    states = term.model.base_model(torch.tensor([prompt + _closed(response)])).last_hidden_state[0].detach()
+    levels = term.model.score(states).squeeze(-1).detach()
+    steps = torch.zeros(len(response), len(worlds.TOKENS))
+    for at in range(1, len(response)):
+        here = len(prompt) + at
+        steps[at, response[at]] = levels[here] - levels[here - 1]
+    return steps
+
+
+def _plain_gradient(reward: Reward, prompt: list[int], response: list[int], policy: Tensor, point: Point) -> Tensor:
+    """[T, V] as the point asks for: the direct part at the hard tokens, the mean over backward passes, or the sum."""
+    parts = [_plain_direct(reward, prompt, response)] if point.direct else []
+    passes = [_plain_backward(reward, prompt, response, policy, alpha, not point.direct) for alpha in point.alphas]
+    parts += [torch.stack(passes).mean(0)] if passes else []
+    return sum(parts)
 
 
 def _plain_scores(
@@ -195,11 +225,8 @@ def _plain_scores(
     logp, tokens = unsorted.sort(-1, descending=True)
     if config.solver == "none":
         return tokens, logp, logp.double()
-    if reward.kind == "scalar":
-        [alpha] = config.gradient_point().alphas
-        gradient = _plain_gradient(reward, prompt, response, unsorted.softmax(-1), alpha).double()
-    else:
-        gradient = _plain_direct_gradient(reward, prompt, response).double()
+    point = config.at(reward.point).gradient_point()
+    gradient = _plain_gradient(reward, prompt, response, unsorted.softmax(-1), point).double()
     own = gradient.gather(1, torch.tensor(response)[:, None])
     return tokens, logp, logp + (gradient - own).gather(1, tokens) / config.beta
 
@@ -219,15 +246,12 @@ def _expected_branch(policy: Policy, reward: Reward, config: ReasonerConfig, tra
 
 
 @pytest.mark.parametrize(
-    ("solver", "options"),
-    [("none", {}), ("mirror", {"beta": 0.5, "point": "hard"}), ("mirror", {"beta": 0.5, "point": "mixture:0.6"})],
-    ids=["none", "hard", "mixture"],
+    "point", ["none", "direct", "hard", "mixture:0.6", "mixture:0.3,0.9", "direct+hard", "direct+mixture:0.6"]
 )
-def test_a_search_equals_its_plain_replay(
-    solver: str, options: dict[str, Any], policy: Policy, reward: Reward, problems: list[Problem]
-) -> None:
+def test_a_search_equals_its_plain_replay(point: str, policy: Policy, reward: Reward, problems: list[Problem]) -> None:
     """Every branch, suffix and decision again, from the definition: whole forwards, one at a time."""
-    config = _config(solver, **options, rounds=6, candidates=len(worlds.TOKENS))
+    options = {"solver": "none"} if point == "none" else {"solver": "mirror", "beta": 0.5, "point": point}
+    config = _config(**options, rounds=6, candidates=len(worlds.TOKENS))
     for problem, trace in zip(
         problems, solve(problems, policy=policy, reward=reward, config=config, seed=4), strict=True
     ):
@@ -247,6 +271,25 @@ def test_a_search_equals_its_plain_replay(
                 state, value = {"response": proposal, "tried": set()}, proposed
         assert trace.response_ids == state["response"]
         assert len(trace.revisions) == 6
+
+
+def test_without_a_point_the_search_follows_the_rewards_own(
+    policy: Policy, reward: Reward, problems: list[Problem]
+) -> None:
+    """… and its traces are those of a search that was told it."""
+    assert reward.point == {"scalar": "mixture:0.5", "log-ratio": "direct"}[reward.kind]
+    others = []
+    for own in (reward.point, "direct+hard"):
+        audited = replace(reward, point=own)
+        left, told = (
+            solve(problems, policy=policy, reward=audited, config=_config("mirror", point=point), seed=2)
+            for point in (None, own)
+        )
+        for one, two in zip(left, told, strict=True):
+            _assert_same(one, two)
+            assert one.meta["config_hash"] == two.meta["config_hash"]
+        others.append([_moves(trace) for trace in left])
+    assert others[0] != others[1]
 
 
 def _plain_suffix(
@@ -301,16 +344,22 @@ def test_token_gradients_are_computed_once_per_distinct_response(
     solver: str, policy: Policy, reward: Reward, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, str, tuple[int, ...]]] = []
-    plain, solve_tokens, calls = Reward.gradient, propose.solve_tokens, []
+    read: list[tuple[int, str, tuple[int, ...]]] = []
+    plain, direct, solve_tokens, calls = Reward.gradient, Reward.direct_gradient, propose.solve_tokens, []
 
     def gradient(self: Reward, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Tensor]:
         asked.extend((len(calls), sample.problem.id, tuple(sample.response)) for sample in samples)
         return plain(self, samples, *args, **options)
 
+    def direct_gradient(self: Reward, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Tensor]:
+        read.extend((len(calls), sample.problem.id, tuple(sample.response)) for sample in samples)
+        return direct(self, samples, *args, **options)
+
     monkeypatch.setattr(Reward, "gradient", gradient)
+    monkeypatch.setattr(Reward, "direct_gradient", direct_gradient)
     monkeypatch.setattr(propose, "solve_tokens", lambda *args: calls.append(1) or solve_tokens(*args))
-    flips = {"steps": 6, "lr": 1.0, "lr_end": 0.5} if solver == "ste" else {}  # there and back
-    config = _config(solver, rounds=6, postfix=True, **flips)
+    flips = {"steps": 6, "lr": 1.0, "lr_end": 0.5} if solver == "ste" else {"point": "direct+hard"}  # there and back
+    config = _config(solver, rounds=6, **flips)
     traces = solve(problems, policy=policy, reward=reward, config=config, seed=1)
     assert len(set(asked)) == len(asked)  # however often ste's tokens flip there and back
     responses = {key[1:] for key in asked}
@@ -319,9 +368,9 @@ def test_token_gradients_are_computed_once_per_distinct_response(
         solved = trace.incumbents()[:-1] if trace.revisions[-1].accepted else trace.incumbents()
         incumbents |= {(trace.problem_id, tuple(response)) for response, _ in solved}
     if solver == "ste":
-        assert incumbents < responses
+        assert incumbents < responses and not read
     else:
-        assert incumbents == responses and len(responses) == len(asked)
+        assert incumbents == responses and len(responses) == len(asked) and read == asked
     for trace in traces:
         fed = [
             reward.terms[0].encode(Sample(problems[0], trace.prompt_ids, list(ids)))
@@ -336,7 +385,8 @@ def test_token_gradients_are_computed_once_per_distinct_response(
 def test_the_control_asks_for_no_gradient(
     policy: Policy, reward: Reward, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Reward, "gradient", lambda *args, **options: pytest.fail("the control has no gradient"))
+    for name in ("gradient", "direct_gradient", "slope"):
+        monkeypatch.setattr(Reward, name, lambda *args, **options: pytest.fail("the control has no gradient"))
     for proposals in ("global", "sequential"):
         for trace in solve(problems, policy=policy, reward=reward, config=_config(proposals=proposals)):
             assert not any("backward" in kind for kind in trace.cost.tokens)
@@ -582,20 +632,27 @@ def test_a_reward_that_is_no_number_stays_with_its_problem(
     assert bad.cost.flops > 0
 
 
+@pytest.mark.parametrize("point", ["direct", "hard"])
 @pytest.mark.parametrize("proposals", ["global", "sequential"])
 def test_a_gradient_that_is_no_number_stays_with_its_problem(
-    proposals: str, policy: Policy, reward: Reward, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+    proposals: str,
+    point: str,
+    policy: Policy,
+    reward: Reward,
+    problems: list[Problem],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = _config("mirror", proposals=proposals, postfix=True)
+    config = _config("mirror", proposals=proposals, point=point)
     run = {"policy": policy, "reward": reward, "config": config}
     without = solve([p for p in problems if p.id != "q1"], **run)
-    plain = Reward.gradient
+    name = {"direct": "direct_gradient", "hard": "gradient"}[point]
+    plain = getattr(Reward, name)
 
     def gradient(self: Reward, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Tensor]:
         found = plain(self, samples, *args, **options)
         return [g * math.nan if s.problem.id == "q1" else g for s, g in zip(samples, found, strict=True)]
 
-    monkeypatch.setattr(Reward, "gradient", gradient)
+    monkeypatch.setattr(Reward, name, gradient)
     _assert_others_unaffected(problems, "q1", solve(problems, **run), without, reward.name, "gradient")
 
 
