@@ -20,9 +20,9 @@ from nabla_trl.compute import model_size
 from nabla_trl.models import Policy, load_policy, load_tokenizer
 from nabla_trl.reward_data import Labelled, choose_pairs
 from nabla_trl.reward_models import log_ratio
-from nabla_trl.reward_training import TrainedReward, save_whole
+from nabla_trl.reward_training import TrainedReward
 from nabla_trl.token_trainer import FiniteLoss
-from nabla_trl.training import LoraArguments, load_model_for_training, lora_config, row_flops
+from nabla_trl.training import LoraArguments, load_model_for_training, lora_config, row_flops, save_whole
 
 
 class IdsDPOTrainer(FiniteLoss, DPOTrainer):

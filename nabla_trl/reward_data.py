@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from nabla_trl import kv
-from nabla_trl.baselines import draw_pool
+from nabla_trl.baselines import Pool, draw_pool
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import Sampling
 from nabla_trl.generate import top_candidates
@@ -74,6 +74,15 @@ def accepted(traces: Iterable[Trace], problems: Mapping[str, Problem]) -> list[S
         for trace in traces
         if trace.error is None
         for ids, _ in trace.incumbents()[1:]
+    ]
+
+
+def highest(pool: Pool, count: int) -> list[Sample]:
+    """The `count` responses of highest reward to each problem of a scored pool."""
+    return [
+        Sample(entry.problem, entry.prompt, draw.ids)
+        for entry in pool.entries
+        for draw in sorted(entry.draws, key=lambda draw: -draw.reward)[:count]
     ]
 
 

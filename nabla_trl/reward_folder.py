@@ -85,7 +85,7 @@ class RewardCard:
             raise ValueError(f"scale must be a positive number, not {self.scale!r}")
         _check_caution(self.caution)
         if self.point is not None:
-            Point.parse(self.point)
+            Point.parse(str(self.point))
 
     def to_dict(self) -> dict[str, Any]:
         """The object of reward.json: the common keys and those of the kind."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ from nabla_trl.models import DTYPES, Policy, cannot_load, load_tokenizer
 from nabla_trl.reward_data import Labelled, pair_rows, token_rows
 from nabla_trl.reward_models import score_term
 from nabla_trl.token_trainer import PairRewardTrainer, RelaxedLoss, TokenRewardTrainer
-from nabla_trl.training import LoraArguments, lora_config, row_flops
+from nabla_trl.training import LoraArguments, lora_config, row_flops, save_whole
 
 KINDS = ("scalar", "implicit")
 OBJECTIVES = ("tokens", "pairs")
@@ -268,18 +267,3 @@ def _bare(model: Any) -> PreTrainedModel:
 def _head(model: Any) -> torch.Tensor:
     """The trained weight of the score head."""
     return next(weight for name, weight in model.named_parameters() if "score" in name and weight.requires_grad).data
-
-
-def save_whole(trainer: Any, output: Path) -> None:
-    """The trainer's model and tokenizer in `output`, whole or not at all; by the main process, the others wait."""
-    if trainer.accelerator.is_main_process:
-        _save(trainer, output)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _save(trainer: Any, output: Path) -> None:
-    scratch = output.with_name(output.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    trainer.save_model(str(scratch))
-    shutil.rmtree(output, ignore_errors=True)
-    scratch.rename(output)

@@ -168,11 +168,11 @@ class Reward:
 
     def _score_steps(self, sample: Sample, memos: Sequence[Memo], table: Tensor) -> Tensor:
         """[T, K]: at each response token what it added to the score; 0 for the first, before which nothing is read."""
-        levels = self._combine(torch.stack([memo.levels.cpu().double() for memo in memos]))
-        added = levels.diff()
-        added[:1] = 0
-        steps = torch.zeros(len(sample.response), dtype=torch.float64)
-        steps[: len(added)] = added  # a stop token that the reward's template drops has no score
+        length = len(sample.response) + 1
+        # A stop token that a template drops has no score: it adds nothing.
+        levels = [torch.cat((memo.levels, memo.levels[-1:].expand(length - len(memo.levels)))) for memo in memos]
+        steps = self._combine(torch.stack([one.cpu().double() for one in levels])).diff()
+        steps[:1] = 0
         own = table == torch.tensor(sample.response)[:, None]
         return torch.where(own, steps[:, None], 0.0).float()
 

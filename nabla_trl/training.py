@@ -80,9 +80,7 @@ def train_sft(
             f"{trainer.state.global_step} steps of training changed nothing: lower warmup_steps or raise "
             "num_train_epochs"
         )
-    if trainer.accelerator.is_main_process:
-        _save_adapter(trainer, output)
-    trainer.accelerator.wait_for_everyone()
+    save_whole(trainer, output)
     epochs = float(trainer.state.epoch or 0.0)
     return Trained(
         rows=len(rows),
@@ -123,10 +121,18 @@ def row_flops(size: ModelSize, added: int, count: int, *, frozen: bool = True) -
     return base + 3 * 2 * added * count
 
 
-def _save_adapter(trainer: Any, output: Path) -> None:
+def save_whole(trainer: Any, output: Path) -> None:
+    """The trainer's model and tokenizer in `output`, whole or not at all; by the main process, the others wait."""
+    if trainer.accelerator.is_main_process:
+        _save(trainer, output)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _save(trainer: Any, output: Path) -> None:
     scratch = output.with_name(output.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     trainer.save_model(str(scratch))
+    (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle of paths and hardware, of use to no reader
     shutil.rmtree(output, ignore_errors=True)
     scratch.rename(output)
 

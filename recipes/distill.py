@@ -40,7 +40,8 @@ from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.records import versions
 from nabla_trl.report import terminal_table, write_report
 from nabla_trl.results import store_results
-from nabla_trl.reward_folder import plan_reward, reward_identity
+from nabla_trl.reward_folder import FILE as CARD
+from nabla_trl.reward_folder import plan_reward, read_card, reward_identity
 from nabla_trl.reward_models import load_reward, warn_past_trust
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore
@@ -308,13 +309,22 @@ class Run:
             "total_seconds": self.clock()["total"],
             "audit": audited,
             "files": self.files(),
-            "notes": [f"{len(self.train)} training and {len(self.held_out)} held-out problems, disjoint"],
+            "notes": [
+                f"{len(self.train)} training and {len(self.held_out)} held-out problems, disjoint",
+                *self._reward_cost(),
+            ],
         }
         if trained:
             facts["train_flops"] = trained["flops"] + trained["trace_flops"] + (audited or {}).get("flops", 0.0)
             # Traces are timed in each process; side by side they take that much less on the clock.
             facts["train_seconds"] = trained["seconds"] + trained["trace_seconds"] / trained["processes"]
         return facts
+
+    def _reward_cost(self) -> list[str]:
+        """What training the reward cost, where its folder tells."""
+        rounds = read_card(self.args.reward).rounds if Path(self.args.reward, CARD).is_file() else []
+        flops = sum(one["flops"] for round_ in rounds for one in round_["training"])
+        return [f"training the reward took {flops:.3g} FLOPs, which no total here counts"] if flops else []
 
     def clock(self) -> dict[str, float]:
         """Seconds of this run so far, earlier calls included, and of making the environment."""

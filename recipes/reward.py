@@ -5,9 +5,9 @@
 
 Round 0 draws answers of the policy to training problems, labels them and trains. Every round is audited on problems
 set apart: ranking and best-of-N, search pressure (with and without gradient), and the gradient itself. As long as the
-search turns within the budget asked for, the next round searches against the reward, labels what the search accepted
-and trains on. OUT/reward is the reward that can be trusted furthest, with every round's audit in its reward.json; a
-search that goes past what was measured warns. Each stage resumes where it was stopped.
+search turns within the budget asked for, the next round searches against the reward, by best-of-N too, labels what it
+kept and trains on. OUT/reward is the reward that can be trusted furthest, with every round's audit in its reward.json;
+a search that goes past what was measured warns. Each stage resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,16 @@ from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.pressure import pressure
 from nabla_trl.records import versions
 from nabla_trl.reward_card import write_readme
-from nabla_trl.reward_data import Labelled, accepted, check_classes, draw_samples, label, read_samples, write_samples
+from nabla_trl.reward_data import (
+    Labelled,
+    accepted,
+    check_classes,
+    draw_samples,
+    highest,
+    label,
+    read_samples,
+    write_samples,
+)
 from nabla_trl.reward_folder import RewardCard, write_card
 from nabla_trl.reward_models import load_reward
 from nabla_trl.reward_training import RewardOptions, TrainedReward, train_reward
@@ -51,6 +60,7 @@ from nabla_trl.tracing import claim_settings, search_settings
 from nabla_trl.training import LoraArguments
 from nabla_trl.trust import Trust
 
+BEST = 4  # responses of highest reward that best-of-N adds per problem
 LABELS = ("auto", "steps", "outcome")
 
 
@@ -186,17 +196,27 @@ class Run:
         return made
 
     def search(self, number: int) -> list[Sample]:
-        """What searches against the last round's reward accept, with and without its gradient."""
+        """What searches against the last round's reward end up with: best-of-N, and ours with and without gradient."""
         begun = time.perf_counter()
         reward = self.reward(number - 1)
         reward.point = self.audit(number - 1)["gradient"]["best"] or reward.point
-        some = self._mine(self.problems[: self.args.search_problems])
+        first = (number - 1) * self.args.search_problems % len(self.problems)
+        some = self._mine((self.problems[first:] + self.problems[:first])[: self.args.search_problems])
         config = replace(self.reasoner, rounds=self.args.audit_rounds, patience=0, rollouts=0, flops=0.0)
-        found: list[Sample] = []
+        pool = draw_pool(
+            some,
+            self.args.audit_samples,
+            policy=self.policy,
+            reward=reward,
+            sampling=self.reasoner.sampling(),
+            seed=self.trainer.seed + number,
+            batch_size=4 * self.reasoner.batch_size,
+        )
+        found = highest(pool, BEST)
         for one in (config, config.control()):
             traces = solve(some, policy=self.policy, reward=reward, config=one, seed=number)
             found += accepted(traces, {problem.id: problem for problem in some})
-        self.say(f"round {number}: the search accepted {len(found)} responses, {time.perf_counter() - begun:.0f} s")
+        self.say(f"round {number}: searches kept {len(found)} responses, {time.perf_counter() - begun:.0f} s")
         return found
 
     def _mine(self, problems: Sequence[Problem]) -> list[Problem]:

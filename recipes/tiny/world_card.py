@@ -238,8 +238,9 @@ tests. They work digit chains and are good for nothing else.
 
 - `clean`: trained on right solutions.
 - `policy`: trained on from `clean` on solutions with a knowledge gap. It is what test-time search starts from.
-- Reward: log p_clean(y|x) - log p_policy(y|x). Its obvious rival is to sample from `clean` itself, and a report
-  that uses it must show that beside it.
+- `reward`: a score trained on the policy's own answers by `recipes/reward.py`, with a card of its own; made apart.
+- Another reward: log p_clean(y|x) - log p_policy(y|x). Its obvious rival is to sample from `clean` itself, and a
+  report that uses it must show that beside it.
 
 Licence Apache-2.0. All data are procedural: no outside text or weights went in.
 
