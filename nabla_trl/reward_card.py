@@ -11,9 +11,9 @@ import yaml
 from nabla_trl.reward_folder import RewardCard
 
 _KINDS = {
-    "scalar": "a score head: a sequence classifier with one label",
-    "implicit": "a causal LM's adapter: r = scale · (log π − log π_reference)",
-    "ensemble": "an ensemble of score heads: mean − caution · std",
+    "scalar": "A score head: a sequence classifier with one label",
+    "implicit": "A causal LM's adapter: r = scale · (log π − log π_reference)",
+    "ensemble": "An ensemble of score heads: mean − caution · std",
 }
 
 
@@ -40,7 +40,8 @@ after the rounds, with the gradient at the advised point and without (control).
 
 def _what(card: RewardCard) -> str:
     lines = [
-        f"{_KINDS[card.kind]}; begun from `{card.base}`, trained for and audited with the policy `{card.policy}`.",
+        f"{_KINDS[card.kind]}.",
+        f"Begun from `{card.base}`, trained for and audited with the policy `{card.policy}`.",
     ]
     if card.trust is not None:
         trust = card.trust

@@ -81,6 +81,7 @@ class RewardArguments:
     adversarial_rounds: int = _option(2, "most rounds of searching against the reward and training on")
     round_steps: int = _option(200, "optimiser steps of a round after the first; the first has max_steps")
     search_problems: int = _option(300, "training problems that a round searches on")
+    rare_temperature: float = _option(1.5, "temperature of the further answers that a round draws, for rare mistakes")
     audit_problems: int = _option(150, "problems of the audits")
     audit_samples: int = _option(64, "answers per problem of the best-of-N audit: the N asked for")
     audit_rounds: int = _option(32, "rounds of the pressure audit: the budget of search asked for")
@@ -177,18 +178,19 @@ class Run:
         mine = files[self.state.process_index]
         if not mine.exists():
             mine.parent.mkdir(parents=True, exist_ok=True)
-            write_samples(mine, self.draw() if number == 0 else self.search(number))
+            write_samples(mine, self.search(number) if number else self.draw(self.args.samples))
         self.state.wait_for_everyone()
         return [sample for file in files for sample in read_samples(file, by_id)]
 
-    def draw(self) -> list[Sample]:
-        begun = time.perf_counter()
+    def draw(self, count: int, temperature: float | None = None) -> list[Sample]:
+        """`count` responses to each training problem, at the search's temperature unless told another."""
+        begun, sampling = time.perf_counter(), self.reasoner.sampling()
         mine = self._mine(self.problems)
         made = draw_samples(
             mine,
-            self.args.samples,
+            count,
             policy=self.policy,
-            sampling=self.reasoner.sampling(),
+            sampling=sampling if temperature is None else replace(sampling, temperature=temperature),
             seed=self.trainer.seed,
             batch_size=4 * self.reasoner.batch_size,
         )
@@ -196,7 +198,10 @@ class Run:
         return made
 
     def search(self, number: int) -> list[Sample]:
-        """What searches against the last round's reward end up with: best-of-N, and ours with and without gradient."""
+        """What searches against the last round's reward end up with: best-of-N, and ours with and without gradient.
+
+        And one response per training problem at a higher temperature: the rare mistakes among which best-of-N picks.
+        """
         begun = time.perf_counter()
         reward = self.reward(number - 1)
         reward.point = self.audit(number - 1)["gradient"]["best"] or reward.point
@@ -212,7 +217,7 @@ class Run:
             seed=self.trainer.seed + number,
             batch_size=4 * self.reasoner.batch_size,
         )
-        found = highest(pool, BEST)
+        found = highest(pool, BEST) + self.draw(1, self.args.rare_temperature)
         for one in (config, config.control()):
             traces = solve(some, policy=self.policy, reward=reward, config=one, seed=number)
             found += accepted(traces, {problem.id: problem for problem in some})
