@@ -42,7 +42,7 @@ def arguments(folder: Path, *options: str) -> list[str]:
     sizes = ["--train_limit", "24", "--eval_limit", "8", "--audit_problems", "8", "--audit_samples", "8"]
     steps = ["--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--warmup_steps", "0"]
     small = ["--output_dir", str(folder), *sizes, *steps, "--methods", METHODS, "--seeds", "0"]
-    return ["--config", "recipes/tiny/distill.yaml", *small, *options]
+    return ["--config", "recipes/tiny/logratio.yaml", *small, *options]
 
 
 def distill(folder: Path, *options: str, code: int = 0) -> tuple[str, str]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import random
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import worlds
 
+from nabla_trl import chains
 from nabla_trl.cli import main
+from nabla_trl.compute import Meter
 from nabla_trl.config import ReasonerConfig
-from nabla_trl.models import Policy
+from nabla_trl.models import Policy, load_policy
+from nabla_trl.reward_card import readme
 from nabla_trl.reward_folder import (
     FILE,
     RewardCard,
@@ -360,3 +364,25 @@ def test_identity_follows_the_weights_that_we_trained(tmp_path: Path) -> None:
     assert reward_identity(f"logratio:some/model,{folder}") != f"logratio:some/model,{folder}"
     for name in ("some/model", "logratio:some/model", f"logratio:{tmp_path}"):
         assert reward_identity(name) == name
+
+
+def test_the_committed_reward_is_what_its_cards_say() -> None:
+    folder = ROOT / "data" / "tiny" / "reward"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert digest in (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    card = read_card(folder)
+    assert readme(card) == (folder / "README.md").read_text(encoding="utf-8")
+    policy = load_policy(str(ROOT / "data" / "tiny" / "policy"))
+    reward = load_reward(str(folder), policy=policy)
+    assert (reward.kind, reward.point, reward.trust) == ("scalar", card.point, card.trust)
+    rng, pairs = random.Random(0), []
+    for problem in chains.make_problems("test", 60):
+        wrong = chains.noisy_solution(problem.question, rng)  # by someone with the policy's gap
+        if chains.first_error(problem, wrong) is not None:
+            pairs.append(
+                [worlds.sample(policy, problem, text) for text in (chains.gold_solution(problem.question), wrong)]
+            )
+    samples = [sample for pair in pairs for sample in pair]
+    scores = reward.score(samples, reward.prompt_memos(samples, Meter()), meter=Meter())[0]
+    better = [good > bad for good, bad in zip(scores[::2], scores[1::2], strict=True)]
+    assert len(better) > 20 and sum(better) > 0.9 * len(better)
