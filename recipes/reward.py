@@ -178,11 +178,11 @@ class Run:
         mine = files[self.state.process_index]
         if not mine.exists():
             mine.parent.mkdir(parents=True, exist_ok=True)
-            write_samples(mine, self.search(number) if number else self.draw(self.args.samples))
+            write_samples(mine, self.search(number) if number else self.draw(number, self.args.samples))
         self.state.wait_for_everyone()
         return [sample for file in files for sample in read_samples(file, by_id)]
 
-    def draw(self, count: int, temperature: float | None = None) -> list[Sample]:
+    def draw(self, number: int, count: int, temperature: float | None = None) -> list[Sample]:
         """`count` responses to each training problem, at the search's temperature unless told another."""
         begun, sampling = time.perf_counter(), self.reasoner.sampling()
         mine = self._mine(self.problems)
@@ -194,7 +194,7 @@ class Run:
             seed=self.trainer.seed,
             batch_size=4 * self.reasoner.batch_size,
         )
-        self.say(f"data: {len(made)} responses to {len(mine)} problems, {time.perf_counter() - begun:.0f} s")
+        self.say(f"round {number}: {len(made)} answers to {len(mine)} problems, {time.perf_counter() - begun:.0f} s")
         return made
 
     def search(self, number: int) -> list[Sample]:
@@ -217,7 +217,7 @@ class Run:
             seed=self.trainer.seed + number,
             batch_size=4 * self.reasoner.batch_size,
         )
-        found = highest(pool, BEST) + self.draw(1, self.args.rare_temperature)
+        found = highest(pool, BEST) + self.draw(number, 1, self.args.rare_temperature)
         for one in (config, config.control()):
             traces = solve(some, policy=self.policy, reward=reward, config=one, seed=number)
             found += accepted(traces, {problem.id: problem for problem in some})
