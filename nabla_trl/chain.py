@@ -1,7 +1,8 @@
-"""The state of one problem's search."""
+"""The state of one problem's search: a prompt, a response with what is known of it, and how the search goes on."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,45 +15,56 @@ from nabla_trl.terms import Known, Memo, Sample
 from nabla_trl.traces import Revision
 
 
-@dataclass
-class Chain:
-    """One problem's search: the incumbent response and what is known about it.
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as policy and reward read it.
 
     Attributes:
         room: most tokens of a response, by the configuration and the contexts of policy and reward.
-        candidates, logp: [T, K] the policy's candidates along the incumbent and their log π.
-        cache: kv row of prompt and incumbent (all but the last token) in the policy.
-        memos: the reward's memory of the incumbent; `prompt_memos` of the bare prompt.
-        scores: [T, K] proposal scores of the solver; None until asked for.
-        tried: (position, token) branches rejected from this incumbent.
-        position: where the sequential scan stands.
+        memos: the reward's memory of the bare prompt.
     """
 
     problem: Problem
-    prompt: list[int]
+    ids: list[int]
     room: int
+    memos: list[Memo]
+
+
+@dataclass
+class State:
+    """A response of T tokens and what is known of it. All of it depends on the tokens alone.
+
+    Attributes:
+        candidates, logp: [T, K] the policy's candidates along the response and their log π.
+        tilt: [T, K] log π less the sampler's log-probability of the candidates; None where the sampler is π.
+        cache: kv row of prompt and response (all but the last token) in the policy.
+        memos: the reward's memory of the response.
+        gradient: [T, K] ∂r/∂Y at the candidates; None until asked for.
+        slopes: [T, K] ∂L/∂Y that solver ste has asked for, by the tokens it put in place of the response's.
+        scores: [T, K] proposal scores of the solver; None until asked for.
+        stale: [T] bool, rows of `scores` that a scan has to work out again; None: none.
+    """
+
+    prompt: Prompt
     response: list[int]
     finished: bool
     candidates: Tensor
     logp: Tensor
+    tilt: Tensor | None
     cache: Tensor
-    prompt_memos: list[Memo]
     memos: list[Memo]
     reward: float
-    initial: list[int]
-    initial_reward: float
+    gradient: Tensor | None = None
+    slopes: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     scores: Tensor | None = None
-    tried: set[tuple[int, int]] = field(default_factory=set)
-    position: int = 0
-    rounds: int = 0
-    rollouts: int = 1
-    idle: int = 0
-    revisions: list[Revision] = field(default_factory=list)
-    stop: str = ""
-    error: str | None = None
+    stale: Tensor | None = None
+
+    @property
+    def problem(self) -> Problem:
+        return self.prompt.problem
 
     def choice(self) -> Tensor:
-        """[T] column of each incumbent token among the candidates."""
+        """[T] column of each response token among the candidates."""
         own = torch.tensor(self.response)[:, None]
         return (self.candidates == own).int().argmax(-1)
 
@@ -63,16 +75,53 @@ class Chain:
         return self.scores
 
     def sample(self, response: list[int] | None = None) -> Sample:
-        return Sample(self.problem, self.prompt, self.response if response is None else response)
+        return Sample(self.problem, self.prompt.ids, self.response if response is None else response)
 
     def drawn(self, model: PreTrainedModel) -> Sample:
-        """The incumbent with what `model`, the policy, showed when it was drawn."""
+        """The response with what `model`, the policy, showed when it was drawn."""
         return replace(self.sample(), known=Known(model, self.candidates, self.logp))
 
 
 @dataclass
+class Chain:
+    """One walk over responses; a problem may have several.
+
+    Attributes:
+        index: which of the problem's chains; each has randomness of its own.
+        state: the incumbent. `initial` is the first one.
+        beta: KL coefficient of this chain; None: set by a KL budget.
+        tried: (position, token) branches rejected from this incumbent.
+        position: where the sequential scan stands; `sweeps`: how often it has come to the end (Metropolis alone).
+        rollouts: responses drawn, the first one aside.
+        idle: rounds since the last acceptance.
+    """
+
+    state: State
+    initial: State
+    index: int = 0
+    beta: float | None = 1.0
+    tried: set[tuple[int, int]] = field(default_factory=set)
+    position: int = 0
+    sweeps: int = 0
+    rounds: int = 0
+    rollouts: int = 0
+    idle: int = 0
+    revisions: list[Revision] = field(default_factory=list)
+    stop: str = ""
+    error: str | None = None
+
+    @property
+    def problem(self) -> Problem:
+        return self.state.problem
+
+    def move(self, state: State) -> None:
+        """Take another incumbent."""
+        self.state, self.tried, self.idle = state, set(), 0
+
+
+@dataclass
 class Proposal:
-    """A branch: `token` at `position`, then a regenerated suffix."""
+    """A branch: `token` at `position` of the incumbent, then a regenerated suffix."""
 
     chain: Chain
     position: int
@@ -83,14 +132,21 @@ class Proposal:
     def finished(self, stops: frozenset[int]) -> bool:
         return self.response[-1] in stops
 
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """[T, K] candidates along the proposal and their log π: the incumbent's up to the branch, then the draft's."""
-        end = self.position + 1
-        candidates, logp = self.chain.candidates[:end], self.chain.logp[:end]
-        if self.draft is None:
-            return candidates, logp
-        return torch.cat((candidates, self.draft.candidates)), torch.cat((logp, self.draft.logp))
+    def cache(self) -> Tensor:
+        """kv row of the prompt and the response before the branch."""
+        state = self.chain.state
+        return state.cache[:, :, :, : len(state.prompt.ids) + self.position]
 
-    def drawn(self, model: PreTrainedModel) -> Sample:
-        """The proposal with what `model`, the policy, showed when it was drawn."""
-        return replace(self.chain.sample(self.response), known=Known(model, *self.tables()))
+    def state(self, stops: frozenset[int]) -> State:
+        """Where it leads to, not scored yet: what is known of the incumbent up to the branch, then of the draft.
+
+        Its memos are the incumbent's, of which the first `position` tokens are its own.
+        """
+        old, draft, end = self.chain.state, self.draft, self.position + 1
+        candidates, logp, tilt = old.candidates[:end], old.logp[:end], None if old.tilt is None else old.tilt[:end]
+        if draft is not None:
+            candidates, logp = torch.cat((candidates, draft.candidates)), torch.cat((logp, draft.logp))
+            tilt = None if tilt is None else torch.cat((tilt, draft.tilted()))
+        cache = self.cache() if draft is None else draft.kept()
+        finished = self.finished(stops)
+        return State(old.prompt, self.response, finished, candidates, logp, tilt, cache, old.memos, math.nan)

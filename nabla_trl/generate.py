@@ -81,6 +81,8 @@ class Draft:
         finished: the last token is a stop token.
         candidates: [T, K] long, the policy's K likeliest tokens at each position, the drawn one among them.
         logp: [T, K] float32, log π of the candidates (temperature 1, unwarped); −inf for forbidden tokens.
+        tilt: [T, K] log π less the log-probability that the sampler gives the candidates, both over the tokens that
+            are allowed; inf where it never draws one. None where the sampler is π itself, or unless asked for.
         cache: kv row of `prefix + ids[:-1]`, None unless asked for.
     """
 
@@ -88,6 +90,7 @@ class Draft:
     finished: bool
     candidates: Tensor
     logp: Tensor
+    tilt: Tensor | None = None
     cache: Tensor | None = None
 
     def kept(self) -> Tensor:
@@ -95,6 +98,12 @@ class Draft:
         if self.cache is None:
             raise RuntimeError("the draft was made without keep_cache")
         return self.cache
+
+    def tilted(self) -> Tensor:
+        """The tilt of a draft whose sampler is not π."""
+        if self.tilt is None:
+            raise RuntimeError("the draft was made by a sampler that is π itself")
+        return self.tilt
 
 
 def prompt_caches(policy: Policy, prompts: Sequence[tuple[str, list[int]]], meter: Meter) -> list[Tensor]:
@@ -113,6 +122,7 @@ def generate(
     meter: Meter,
     candidates: int = 1,
     keep_cache: bool = False,
+    keep_tilt: bool = False,
     batch_size: int = 256,
 ) -> list[Draft]:
     """Draw every job's continuation, `batch_size` rows at a time.
@@ -120,6 +130,7 @@ def generate(
     Args:
         candidates: K, how many tokens to record per position (capped at the vocabulary).
         keep_cache: return each row's cache.
+        keep_tilt: record how the sampler differs from π, if it does.
 
     Raises:
         ValueError: NaN or infinite logits.
@@ -130,7 +141,7 @@ def generate(
         batch, later = jobs[begin : begin + batch_size], jobs[begin + batch_size :]
         with meter.clock([job.key for job in batch]):
             caches = _job_caches(policy, batch, prompts, meter)
-            drafts += _generate_batch(policy, batch, caches, sampling, meter, candidates, keep_cache)
+            drafts += _generate_batch(policy, batch, caches, sampling, meter, candidates, keep_cache, keep_tilt)
         wanted = {_prompt(job) for job in later if job.cache is None}
         prompts = {prompt: row for prompt, row in prompts.items() if prompt in wanted}
     return drafts
@@ -159,19 +170,22 @@ def _generate_batch(
     meter: Meter,
     width: int,
     keep_cache: bool,
+    keep_tilt: bool,
 ) -> list[Draft]:
     cache, mask = kv.stack(cached)
     rows = _start(policy, jobs, mask, sampling)
     limits = torch.tensor([job.limit for job in jobs], device=policy.device)
     stops = torch.tensor(sorted(policy.stop_ids), device=policy.device)
     warpers = build_warpers(sampling)
-    steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    steps: list[tuple[Tensor, ...]] = []
     caches: dict[int, Tensor] = {}
     while len(rows.index):
         rows.mask = torch.cat((rows.mask, rows.mask.new_ones(len(rows.mask), 1)), dim=1)
         logits = _next_logits(policy, rows, cache)
-        drawn = draw(logits.masked_fill(policy.forbidden, -torch.inf), rows.uniforms[:, len(steps)], warpers, sampling)
-        steps.append((rows.index, drawn, *top_candidates(logits, drawn, policy.forbidden, width)))
+        allowed = logits.masked_fill(policy.forbidden, -torch.inf)
+        drawn = draw(allowed, rows.uniforms[:, len(steps)], warpers, sampling)
+        top, logp = top_candidates(logits, drawn, policy.forbidden, width)
+        steps.append((rows.index, drawn, top, logp, *([tilt(allowed, top, warpers)] if keep_tilt and warpers else [])))
         rows.tokens, rows.positions = drawn, rows.positions + 1
         done = torch.isin(drawn, stops) | (limits[rows.index] <= len(steps))
         if done.any():
@@ -259,6 +273,17 @@ def top_candidates(logits: Tensor, drawn: Tensor, forbidden: Tensor, width: int)
     return ids, values
 
 
+def tilt(logits: Tensor, candidates: Tensor, warpers: LogitsProcessorList) -> Tensor:
+    """log π less the log-probability that the sampler gives candidates [B, K]: [B, K], inf where it never draws one.
+
+    Args:
+        logits: [B, V], −inf at forbidden tokens.
+    """
+    warped = warpers(torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device), logits.clone())
+    sampler, policy = (scores.log_softmax(-1).gather(1, candidates) for scores in (warped, logits))
+    return torch.where(sampler == -torch.inf, torch.inf, policy - sampler)
+
+
 def _finished_caches(cache: DynamicCache, rows: _Rows, done: Tensor) -> dict[int, Tensor]:
     indices = torch.nonzero(done).squeeze(1)
     end = rows.mask.shape[1]
@@ -267,21 +292,21 @@ def _finished_caches(cache: DynamicCache, rows: _Rows, done: Tensor) -> dict[int
     return dict(zip(rows.index[indices].tolist(), taken, strict=True))
 
 
-def _collect(
-    steps: list[tuple[Tensor, Tensor, Tensor, Tensor]], count: int, caches: dict[int, Tensor], policy: Policy
-) -> list[Draft]:
-    """Turn per-step columns into per-job drafts."""
+def _collect(steps: list[tuple[Tensor, ...]], count: int, caches: dict[int, Tensor], policy: Policy) -> list[Draft]:
+    """Turn per-step columns (row index, drawn token, tables) into per-job drafts."""
     lengths = torch.zeros(count, dtype=torch.long)
     ids = torch.zeros(count, len(steps), dtype=torch.long)
-    top = torch.zeros(count, len(steps), steps[0][2].shape[1], dtype=torch.long)
-    logp = torch.zeros(top.shape)
-    for step, (index, drawn, step_top, step_logp) in enumerate(steps):
+    tables = [torch.zeros(count, len(steps), *column.shape[1:], dtype=column.dtype) for column in steps[0][2:]]
+    for step, (index, drawn, *columns) in enumerate(steps):
         index = index.cpu()
         lengths[index] = step + 1
-        ids[index, step], top[index, step], logp[index, step] = drawn.cpu(), step_top.cpu(), step_logp.cpu()
+        ids[index, step] = drawn.cpu()
+        for table, column in zip(tables, columns, strict=True):
+            table[index, step] = column.cpu()
     drafts = []
     for job, length in enumerate(lengths.tolist()):
         tokens = ids[job, :length].tolist()
-        tables = top[job, :length].clone(), logp[job, :length].clone()
-        drafts.append(Draft(tokens, tokens[-1] in policy.stop_ids, *tables, caches.get(job)))
+        candidates, logp, *rest = [table[job, :length].clone() for table in tables]
+        finished = tokens[-1] in policy.stop_ids
+        drafts.append(Draft(tokens, finished, candidates, logp, rest[0] if rest else None, caches.get(job)))
     return drafts

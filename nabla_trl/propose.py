@@ -6,16 +6,18 @@ the same scores, whichever solver made them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import TopPLogitsWarper
 
 from nabla_trl import dto
-from nabla_trl.chain import Chain
+from nabla_trl.chain import Chain, State
 from nabla_trl.compute import Meter, ModelSize
 from nabla_trl.config import ReasonerConfig
+from nabla_trl.generate import random_stream
 from nabla_trl.gradient import token_gradient
 from nabla_trl.heads import LikelihoodTerm
 from nabla_trl.models import Policy
@@ -23,77 +25,129 @@ from nabla_trl.rewards import Reward
 
 
 def solve_tokens(
-    chains: Sequence[Chain], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
-) -> None:
-    """Set each chain's `scores` [T, K]. Called once per distinct incumbent: the scores depend on its tokens alone."""
-    if config.solver == "none":
-        scores = [chain.logp for chain in chains]
-    elif config.solver == "mirror":
-        scores = [
-            dto.mirror(chain.logp, gradient.float(), chain.choice(), config.lam)
-            for chain, gradient in zip(chains, _reward_gradients(chains, policy, reward, config, meter), strict=True)
-        ]
-    else:
-        scores = _ste(chains, policy, reward, config, meter)
-    for chain, score in zip(chains, scores, strict=True):
-        chain.scores = score
-
-
-def _reward_gradients(
-    chains: Sequence[Chain], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
-) -> list[Tensor]:
-    samples, tables = [chain.drawn(policy.model) for chain in chains], [chain.candidates for chain in chains]
-    prompts, scored = [chain.prompt_memos for chain in chains], [chain.memos for chain in chains]
-    return reward.slope(samples, prompts, scored, tables, meter=meter, point=config.gradient_point())
-
-
-def _ste(
-    chains: Sequence[Chain], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
-) -> list[Tensor]:
-    known: dict[tuple[int, ...], Tensor] = {}  # by row and tokens: tokens that flip back cost nothing
-
-    def loss_gradient(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
-        tokens = [chains[row].candidates.gather(1, c[:, None]).squeeze(1) for row, c in zip(rows, hard, strict=True)]
-        keys = [(row, *ids.tolist()) for row, ids in zip(rows, tokens, strict=True)]
-        new = [key for key in keys if key not in known]
-        if new:
-            at, responses = [chains[key[0]] for key in new], [list(key[1:]) for key in new]
-            known.update(zip(new, _loss_gradient(at, responses, policy, reward, config, meter), strict=True))
-        return [known[key] for key in keys]
-
-    starts = [chain.logp.masked_fill(~_placeable(chain, reward.readable), -torch.inf) for chain in chains]
-    return dto.ste(starts, [chain.choice() for chain in chains], loss_gradient, config.ste())
-
-
-def _loss_gradient(
-    chains: Sequence[Chain],
-    responses: Sequence[list[int]],
+    states: Sequence[State],
     policy: Policy,
     reward: Reward,
     config: ReasonerConfig,
     meter: Meter,
+    betas: Sequence[float | None] | None = None,
+) -> None:
+    """Set each state's `scores` [T, K]. They depend on its tokens (and β) alone, so this is called once for them.
+
+    Args:
+        betas: per state, where it is not the configuration's.
+    """
+    if config.solver == "none":
+        scores = [state.logp for state in states]
+    elif config.solver == "mirror":
+        _set_gradients([state for state in states if state.gradient is None], policy, reward, config, meter)
+        wanted = [config.beta] * len(states) if betas is None else betas
+        scores = [_mirror(state, beta, reward, config) for state, beta in zip(states, wanted, strict=True)]
+    else:
+        scores = _ste(states, policy, reward, config, meter)
+    for state, score in zip(states, scores, strict=True):
+        state.scores = score
+
+
+def _set_gradients(
+    states: Sequence[State], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
+) -> None:
+    if not states:
+        return
+    samples, tables = [state.drawn(policy.model) for state in states], [state.candidates for state in states]
+    prompts, scored = [state.prompt.memos for state in states], [state.memos for state in states]
+    point = config.gradient_point()
+    slopes = reward.slope(samples, prompts, scored, tables, meter=meter, point=point)
+    for state, slope in zip(states, slopes, strict=True):
+        state.gradient = slope.to(state.logp.dtype)
+
+
+def _mirror(state: State, beta: float | None, reward: Reward, config: ReasonerConfig) -> Tensor:
+    gradient, choice = state.gradient, state.choice()
+    assert gradient is not None and config.step is not None
+    gain = dto.advantage(gradient, choice)
+    if config.shuffle:
+        order = random_stream(0, state.problem.id, "shuffle", *state.response).permutation(len(choice))
+        gain = dto.shuffled(gain, choice, torch.from_numpy(order))
+    if beta is not None:
+        lam = 1 / beta
+    else:
+        lam = dto.lam_for_kl(state.logp, gain, allowed(state, reward.readable, config), config.kl or 0.0)
+    return dto.mirror(state.logp, gain, choice, config.step * lam)
+
+
+def _ste(
+    states: Sequence[State], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
 ) -> list[Tensor]:
-    """∂L/∂Y of L = −λ·r − log π at the chains' candidates, with other tokens in place of their responses."""
-    samples = [chain.sample(ids) for chain, ids in zip(chains, responses, strict=True)]
-    tables = [chain.candidates for chain in chains]
-    likelihood = policy_likelihood(policy)
-    prompts = [[likelihood.prompt_memo(chain.cache[:, :, :, : len(chain.prompt) - 1])] for chain in chains]
-    by_reward = reward.gradient(samples, [chain.prompt_memos for chain in chains], tables, meter=meter)
-    by_policy = token_gradient(
-        [likelihood],
-        samples,
-        prompts,
-        tables,
-        meter=meter,
-        direct=bool(config.direct),
-        postfix=bool(config.postfix),
-    )
-    return [-config.lam * r.float() - p.float() for r, p in zip(by_reward, by_policy, strict=True)]
+    """Optimised logits of whole responses, and which rows a scan has to work out by themselves (`State.stale`).
+
+    At a scanned position t the paper optimises z_t and all later logits, with the tokens before t fixed; the released
+    code z_t alone. As long as no other hard token changes on the way, that is the same for every t, and one run on
+    the whole response serves all of them.
+    """
+    slope, choices = _LossSlope(states, policy, reward, config, meter), [state.choice() for state in states]
+    alone = config.moving == "first"
+    asked = (lambda rows, hard: slope(rows, [choices[row] for row in rows])) if alone else slope
+    found = dto.ste(slope.starts, choices, asked, config.ste())
+    if config.proposals == "sequential":
+        for state, flipped in zip(states, found.flipped, strict=True):
+            state.stale = flipped if alone else flipped.cumsum(0) > flipped
+    return found.logits
 
 
-def _placeable(chain: Chain, readable: Tensor) -> Tensor:
+def ste_row(
+    state: State, position: int, policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
+) -> Tensor:
+    """The optimised logits [K] at a scanned position, with all tokens before it fixed."""
+    slope, places = _LossSlope([state], policy, reward, config, meter), torch.arange(len(state.response))
+    movable = places == position if config.moving == "first" else places >= position
+    return dto.ste(slope.starts, [state.choice()], slope, config.ste(), [movable]).logits[0][position]
+
+
+class _LossSlope:
+    """∂L/∂Y of L = −λ·r − log π [T, K], with other tokens in place of the states' responses.
+
+    Attributes:
+        starts: per state [T, K] log π of the candidates, −inf where one could not stand.
+    """
+
+    def __init__(self, states: Sequence[State], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter):
+        self.states, self.policy, self.reward, self.config, self.meter = states, policy, reward, config, meter
+        self.starts = [state.logp.masked_fill(~_placeable(state, reward.readable), -torch.inf) for state in states]
+
+    def __call__(self, rows: list[int], hard: list[Tensor]) -> list[Tensor]:
+        """Of rows at hard choices [T]; tokens that come back cost nothing."""
+        tables = [self.states[row].candidates for row in rows]
+        tokens = [tuple(t.gather(1, c[:, None]).squeeze(1).tolist()) for t, c in zip(tables, hard, strict=True)]
+        missing = [(row, ids) for row, ids in zip(rows, tokens, strict=True) if ids not in self.states[row].slopes]
+        if missing:
+            found = self._work_out([self.states[row] for row, _ in missing], [list(ids) for _, ids in missing])
+            for (row, ids), slope in zip(missing, found, strict=True):
+                self.states[row].slopes[ids] = slope
+        return [self.states[row].slopes[ids] for row, ids in zip(rows, tokens, strict=True)]
+
+    def _work_out(self, states: Sequence[State], responses: Sequence[list[int]]) -> list[Tensor]:
+        config, meter = self.config, self.meter
+        samples = [state.sample(ids) for state, ids in zip(states, responses, strict=True)]
+        tables = [state.candidates for state in states]
+        likelihood = policy_likelihood(self.policy)
+        prompts = [[likelihood.prompt_memo(state.cache[:, :, :, : len(state.prompt.ids) - 1])] for state in states]
+        by_reward = self.reward.gradient(samples, [state.prompt.memos for state in states], tables, meter=meter)
+        by_policy = token_gradient(
+            [likelihood],
+            samples,
+            prompts,
+            tables,
+            meter=meter,
+            direct=bool(config.direct),
+            postfix=bool(config.postfix),
+        )
+        return [-config.lam * r.float() - p.float() for r, p in zip(by_reward, by_policy, strict=True)]
+
+
+def _placeable(state: State, readable: Tensor) -> Tensor:
     """[T, K] bool: candidates with which the reward can read the response; the incumbent's own always."""
-    return readable[chain.candidates] | (chain.candidates == torch.tensor(chain.response)[:, None])
+    return readable[state.candidates] | (state.candidates == torch.tensor(state.response)[:, None])
 
 
 def policy_likelihood(policy: Policy) -> LikelihoodTerm:
@@ -112,9 +166,16 @@ def policy_likelihood(policy: Policy) -> LikelihoodTerm:
     )
 
 
-def allowed(chain: Chain, readable: Tensor, config: ReasonerConfig) -> Tensor:
-    """[T, K] bool: candidates that may be proposed in place of the incumbent token."""
-    return replaceable(chain.response, chain.candidates, chain.logp, readable, config.candidate_min_p)
+def allowed(state: State, readable: Tensor, config: ReasonerConfig) -> Tensor:
+    """[T, K] bool: candidates that may be proposed in place of the incumbent token.
+
+    A Metropolis chain must be able to go back, so what may be proposed at a position must not depend on the token that
+    stands there: not the last of the K candidates, which is the incumbent token where that is none of the likeliest.
+    """
+    usable = replaceable(state.response, state.candidates, state.logp, readable, config.candidate_min_p)
+    if config.acceptance == "metropolis" and state.candidates.shape[1] < len(readable):
+        usable[:, -1] = False
+    return usable
 
 
 def replaceable(
@@ -140,57 +201,100 @@ def global_branches(chain: Chain, noise: Tensor, readable: Tensor, config: Reaso
     Args:
         noise: [T, K] standard Gumbel.
     """
-    usable = allowed(chain, readable, config)
+    state = chain.state
+    usable = allowed(state, readable, config)
     for position, token in chain.tried:
-        usable[position] &= chain.candidates[position] != token
+        usable[position] &= state.candidates[position] != token
     count = min(config.branches, int(usable.sum()))
-    keys = (chain.solved().double() + noise).masked_fill(~usable, -torch.inf).flatten()
-    width = chain.candidates.shape[1]
+    keys = (state.solved().double() + noise).masked_fill(~usable, -torch.inf).flatten()
+    width = state.candidates.shape[1]
     picks = keys.topk(count).indices.tolist()
-    return [(pick // width, int(chain.candidates[pick // width, pick % width])) for pick in picks]
+    return [(pick // width, int(state.candidates[pick // width, pick % width])) for pick in picks]
+
+
+def global_logp(state: State, readable: Tensor, config: ReasonerConfig) -> Tensor:
+    """[T, K] log-probability with which `global_branches` draws each branch first."""
+    scores = state.solved().double().masked_fill(~allowed(state, readable, config), -torch.inf)
+    return scores.flatten().log_softmax(-1).view_as(scores)
 
 
 def sequential_branch(
-    chain: Chain, stream: np.random.Generator, readable: Tensor, config: ReasonerConfig
+    chain: Chain,
+    stream: np.random.Generator,
+    readable: Tensor,
+    config: ReasonerConfig,
+    rescore: Callable[[State, int], Tensor],
 ) -> list[tuple[int, int]]:
-    """Resample unsure positions from left to right until one changes; empty at the end of the response."""
-    usable = allowed(chain, readable, config)
-    scan, scores = config.scan(), chain.solved()
-    while chain.position < len(chain.response):
+    """Resample unsure positions from left to right until one changes; empty at the end of the response.
+
+    Args:
+        rescore: scores [K] of a position whose row is stale (`ste_row`).
+    """
+    state, scan = chain.state, config.scan()
+    own = state.choice()
+    while chain.position < len(state.response):
         position = chain.position
         chain.position += 1
-        if float(chain.logp[position].max().exp()) > scan.confidence:
+        if float(state.logp[position].max().exp()) > scan.confidence:
             continue
-        own = chain.candidates[position] == chain.response[position]
-        row = (scores[position] / scan.resample_temperature).masked_fill(~(usable[position] | own), -torch.inf)
-        mass = row.softmax(-1, dtype=torch.float64).cumsum(-1).numpy()
+        if scan.gradient_norm and _slope_norm(state, position, config) < scan.gradient_norm:
+            continue
+        refresh(state, position, rescore)
+        mass = row_logp(state, position, readable, config).exp().cumsum(-1).numpy()
         pick = int(np.searchsorted(mass, stream.random() * mass[-1], side="right"))
-        if not own[pick]:
-            return [(position, int(chain.candidates[position, pick]))]
+        if pick != own[position]:
+            return [(position, int(state.candidates[position, pick]))]
     return []
 
 
+def refresh(state: State, position: int, rescore: Callable[[State, int], Tensor]) -> None:
+    """Work out a stale row of the scores."""
+    if state.stale is not None and state.stale[position]:
+        state.solved()[position], state.stale[position] = rescore(state, position), False
+
+
+def row_logp(state: State, position: int, readable: Tensor, config: ReasonerConfig) -> Tensor:
+    """[K] float64 log-probability with which the scan draws each token at a position, the incumbent's included."""
+    scan = config.scan()
+    usable = allowed(state, readable, config)[position]
+    usable[state.choice()[position]] = True
+    row = (state.solved()[position] / scan.resample_temperature).masked_fill(~usable, -torch.inf)
+    if scan.resample_top_p < 1:
+        row = TopPLogitsWarper(scan.resample_top_p)(torch.zeros(1, 0, dtype=torch.long), row[None])[0]
+    return row.double().log_softmax(-1)
+
+
+def _slope_norm(state: State, position: int, config: ReasonerConfig) -> float:
+    """‖∂L/∂z_t‖ over the candidates at the start of the optimisation, at the response's own tokens."""
+    slope = state.slopes[tuple(state.response)][position : position + 1]
+    return float(dto.through_softmax(state.logp[position : position + 1], slope, config.ste().tau).norm())
+
+
 def expected_flops(
-    chain: Chain, positions: Sequence[int], policy: Policy, reward: Reward, config: ReasonerConfig
+    state: State, positions: Sequence[int], policy: Policy, reward: Reward, config: ReasonerConfig
 ) -> float:
-    """FLOPs of the next round if its suffixes are as long as the incumbent's, with the gradient if it is due."""
-    length, prompt = len(chain.response), len(chain.prompt)
+    """FLOPs of the next round if its suffixes are as long as the incumbent's, with the gradients that are due."""
+    length, prompt = len(state.response), len(state.prompt.ids)
     total = sum(policy.size.forward_flops(prompt + at, length - at - 1) for at in positions)
-    due = chain.scores is None and config.solver != "none"
+    gradients = 0 if config.solver == "none" or state.scores is not None else 1
+    if config.acceptance == "metropolis" and config.solver != "none":
+        gradients += len(positions)  # the way back is weighed with the proposal's own scores
+    known = state.drawn(policy.model)
     for term in reward.terms:
-        encoded = term.encode(chain.sample())
-        begin, known = len(encoded.prompt) - 1, term.knows(chain.drawn(policy.model))
-        for at in positions if not known else ():
+        encoded = term.encode(state.sample())
+        begin = len(encoded.prompt) - 1
+        for at in positions if not term.knows(known) else ():
             count = len(term.fed(encoded, at))
             total += term.size.forward_flops(begin + at, count, term.charge_head(count))
-        if due:
+        if gradients:
             count = len(term.fed(encoded, 0))
             head, point = term.charge_head(count), config.gradient_point()
-            total += len(point.alphas) * _both_ways(term.size, begin, count, head)
-            if point.direct and reward.dense and not known:
-                total += term.size.forward_flops(begin, 0, head)
-    if due and config.solver == "ste":
-        total += _both_ways(policy.size, prompt - 1, length, length)
+            each = len(point.alphas) * _both_ways(term.size, begin, count, head)
+            if point.direct and reward.dense and not term.knows(known):
+                each += term.size.forward_flops(begin, 0, head)
+            total += gradients * each
+    if config.solver == "ste":
+        total += gradients * _both_ways(policy.size, prompt - 1, length, length)
     return total
 
 

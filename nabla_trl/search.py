@@ -1,7 +1,8 @@
-"""The decoding loop: draw a response, then propose branches, regenerate suffixes, keep what scores higher.
+"""The decoding loop: draw responses, then propose branches, regenerate suffixes, and keep some of them.
 
-One loop for every solver, so the control (`solver="none"`) differs in nothing but the gradient. Many problems
-run in one batch; each owns its randomness, so a trace does not depend on batch, order or shard.
+One loop for every solver, so the control (`solver="none"`) differs in nothing but the gradient. Many problems, and
+several chains of each, run in one batch; each chain owns its randomness, so a trace does not depend on batch, order or
+shard.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from nabla_trl import propose
-from nabla_trl.chain import Chain, Proposal
+from nabla_trl import accept, propose
+from nabla_trl.chain import Chain, Prompt, Proposal, State
 from nabla_trl.compute import Meter
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.generate import Draft, Job, generate, prompt_caches, random_stream
@@ -23,14 +23,14 @@ from nabla_trl.models import Policy
 from nabla_trl.records import error_trace, response_trace, run_meta
 from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
-from nabla_trl.terms import Known, Memo, Sample
+from nabla_trl.terms import Sample
 from nabla_trl.traces import Revision, Trace
 
 
 def solve(
     problems: Sequence[Problem], *, policy: Policy, reward: Reward, config: ReasonerConfig, seed: int = 0
 ) -> list[Trace]:
-    """Refine one response per problem.
+    """Refine responses to each problem and give one trace of each: of its best chain, or of a sample of π*.
 
     A problem that cannot be run (prompt longer than a context, unreadable characters, NaN reward or gradient)
     gives a trace with `error` set; the others are not affected.
@@ -44,208 +44,271 @@ def solve(
     traces: list[Trace] = []
     for begin in range(0, len(problems), config.batch_size):
         batch = problems[begin : begin + config.batch_size]
-        traces += _Search(policy, reward, config, seed).run(batch)
+        traces += Search(policy, reward, config, seed).run(batch)
     return traces
 
 
-class _Search:
+class Search:
     """One batch of chains and the meter of their work."""
 
     def __init__(self, policy: Policy, reward: Reward, config: ReasonerConfig, seed: int):
         self.policy, self.reward, self.seed = policy, reward, seed
         self.config = config = config.at(reward.point)
+        self.metropolis, self.scanning = config.acceptance == "metropolis", config.proposals == "sequential"
         self.meter = Meter()
         self.meta = run_meta(policy, reward.name, config.hash())
 
     def run(self, problems: Sequence[Problem]) -> list[Trace]:
         failed: dict[str, Trace] = {}
-        chains = self.start(problems, failed)
-        while active := [chain for chain in chains if not chain.stop]:
+        walks = self.start(problems, failed)
+        while active := [chain for chains in walks.values() for chain in chains if not chain.stop]:
             with self.meter.clock([chain.problem.id for chain in active]):
                 self.round(active)
-        done = {chain.problem.id: self.trace(chain) for chain in chains}
-        return [failed[p.id] if p.id in failed else done[p.id] for p in problems]
+        return [failed[p.id] if p.id in failed else self.trace(walks[p.id]) for p in problems]
 
-    def start(self, problems: Sequence[Problem], failed: dict[str, Trace]) -> list[Chain]:
-        prompts: list[tuple[Problem, list[int]]] = []
-        rooms: list[int] = []
+    # --- first responses --------------------------------------------------------------------------------
+
+    def start(self, problems: Sequence[Problem], failed: dict[str, Trace]) -> dict[str, list[Chain]]:
+        """The chains of every problem that can be read, by its id."""
+        prompts: list[tuple[Problem, list[int], int]] = []
         for problem in problems:
             try:
                 ids = self.policy.encode(problem)
-                rooms.append(self.room(problem, ids))
-                prompts.append((problem, ids))
+                prompts.append((problem, ids, self.room(problem, ids)))
             except ValueError as error:
                 failed[problem.id] = error_trace(problem, self.config.method, self.seed, str(error), self.meta)
         if not prompts:
-            return []
-        keys = [problem.id for problem, _ in prompts]
-        with self.meter.clock(keys):
-            caches = prompt_caches(self.policy, [(p.id, ids) for p, ids in prompts], self.meter)
-            jobs = [
-                Job(p.id, ids, self.stream(p, "suffix", 0), room, cache)
-                for (p, ids), room, cache in zip(prompts, rooms, caches, strict=True)
-            ]
-            drafts = self.draw(jobs)
-            samples = [
-                Sample(p, ids, d.ids, known=Known(self.policy.model, d.candidates, d.logp))
-                for (p, ids), d in zip(prompts, drafts, strict=True)
-            ]
-            bare = self.reward.prompt_memos(samples, self.meter)
-            rewards, memos = self.reward.score(samples, bare, meter=self.meter, keep=True)
+            return {}
+        with self.meter.clock([problem.id for problem, _, _ in prompts]):
+            bare = self.reward.prompt_memos([Sample(problem, ids, []) for problem, ids, _ in prompts], self.meter)
+            read = [Prompt(*one, memos) for one, memos in zip(prompts, bare, strict=True)]
+            states = self.first_states(read)
+        count = self.config.starts
+        return {prompt.problem.id: self.chains(states[row * count :][:count]) for row, prompt in enumerate(read)}
+
+    def first_states(self, prompts: Sequence[Prompt]) -> list[State]:
+        """`starts` scored responses to each prompt; those of best-of-N under the same seed."""
+        rows = prompt_caches(self.policy, [(p.problem.id, p.ids) for p in prompts], self.meter)
+        jobs, owners = [], []
+        for prompt, cache in zip(prompts, rows, strict=True):
+            for number in range(self.config.starts):
+                draw = ("suffix", f"pool-{number}") if number else ("suffix", 0)
+                stream = random_stream(self.seed, prompt.problem.id, *draw)
+                jobs.append(Job(prompt.problem.id, prompt.ids, stream, prompt.room, cache))
+                owners.append(prompt)
+        states = [
+            State(p, d.ids, d.finished, d.candidates, d.logp, d.tilt, d.kept(), p.memos, math.nan)
+            for p, d in zip(owners, self.draw(jobs), strict=True)
+        ]
+        self.score(states, [0] * len(states))
+        return states
+
+    def chains(self, states: list[State]) -> list[Chain]:
+        """The chains of one problem: from its responses of highest reward, the first of equals."""
+        failed = next((state for state in states if math.isnan(state.reward) or state.reward == math.inf), None)
+        kept = [failed] if failed else sorted(states, key=lambda state: -state.reward)[: self.config.chains]
+        kept = [state for state in kept if state.reward > -math.inf] or kept[:1]
         chains = [
-            Chain(
-                problem=sample.problem,
-                prompt=sample.prompt,
-                room=room,
-                response=draft.ids,
-                finished=draft.finished,
-                candidates=draft.candidates,
-                logp=draft.logp,
-                cache=draft.kept(),
-                prompt_memos=first,
-                memos=memo,
-                reward=value,
-                initial=draft.ids,
-                initial_reward=value,
-            )
-            for sample, room, draft, first, memo, value in zip(
-                samples, rooms, drafts, bare, memos, rewards, strict=True
-            )
+            Chain(state, initial=state, index=index, beta=beta)
+            for index, (state, beta) in enumerate(zip(kept, self.config.betas(), strict=False))
         ]
         for chain in chains:
-            self.check(chain, chain.reward)
+            self.check(chain, chain.state.reward)
         return chains
+
+    # --- rounds -----------------------------------------------------------------------------------------
 
     def round(self, active: list[Chain]) -> None:
         """One round of every active chain: solve where needed, propose, regenerate, score, accept."""
-        for chain in active:
-            chain.stop = self.limit_reached(chain)
-        active = [chain for chain in active if not chain.stop]
-        self.solve_tokens([chain for chain in active if chain.scores is None])
-        active = [chain for chain in active if not chain.stop]
+        together = _by_problem(active)
+        for chains in together:
+            self.stop_at_limits(chains)
+        self.solve_tokens([chain for chain in active if not chain.stop])
         proposals: list[Proposal] = []
-        for chain in active:
-            drawn = self.propose(chain)
-            if not drawn:
-                chain.stop = "exhausted" if self.config.proposals == "global" else "scanned"
-            elif self.over_budget(chain, [position for position, _ in drawn]):
-                chain.stop = "budget"
-            else:
-                proposals += [self.branch(chain, position, token) for position, token in drawn]
+        for chains in together:
+            going = [(chain, drawn) for chain in chains if not chain.stop and (drawn := self.propose(chain))]
+            places = {chain.index: [position for position, _ in drawn] for chain, drawn in going}
+            self.stop_over_budget([chain for chain, _ in going], places)
+            proposals += [self.branch(chain, *one) for chain, drawn in going if not chain.stop for one in drawn]
         if proposals:
             self.regenerate(proposals)
             self.judge(proposals)
+        if self.config.tempering > 1:
+            for chains in together:
+                self.swap([chain for chain in chains if not chain.stop])
 
-    def limit_reached(self, chain: Chain) -> str:
+    def stop_at_limits(self, chains: list[Chain]) -> None:
+        """Stop the chains of one problem that have come to a limit."""
         config = self.config
-        if config.rounds and chain.rounds >= config.rounds:
-            return "rounds"
-        if config.rollouts and chain.rollouts + config.branches > config.rollouts:
-            return "rollouts"
-        if config.patience and chain.idle >= config.patience:
-            return "patience"
-        if self.over_budget(chain, [len(chain.response) // 2] * config.branches):
-            return "budget"
-        return ""
+        for chain in chains:
+            if (
+                config.rounds
+                and (chain.sweeps if self.metropolis and self.scanning else chain.rounds) >= config.rounds
+            ):
+                chain.stop = "rounds"
+            elif config.patience and chain.idle >= config.patience:
+                chain.stop = "patience"
+        going = [chain for chain in chains if not chain.stop]
+        drawn = config.starts + sum(chain.rollouts for chain in chains)
+        for number, chain in enumerate(going, 1):
+            if config.rollouts and drawn + number * config.branches > config.rollouts:
+                chain.stop = "rollouts"
+        middles = {chain.index: [len(chain.state.response) // 2] * config.branches for chain in going}
+        self.stop_over_budget([chain for chain in going if not chain.stop], middles)
 
-    def over_budget(self, chain: Chain, positions: list[int]) -> bool:
-        """Whether branches at these positions would be expected to end beyond the FLOPs budget."""
-        if not self.config.flops:
-            return False
-        spent = self.meter.cost(chain.problem.id).flops
-        return (
-            spent + propose.expected_flops(chain, positions, self.policy, self.reward, self.config) > self.config.flops
-        )
+    def stop_over_budget(self, chains: list[Chain], positions: dict[int, list[int]]) -> None:
+        """Stop chains of one problem, those of the lowest reward first, until their next round is expected to fit."""
+        if not self.config.flops or not chains:
+            return
+        spent = self.meter.cost(chains[0].problem.id).flops
+        left = sorted(chains, key=lambda chain: -chain.state.reward)
+        while left and spent + sum(self.expected(chain, positions[chain.index]) for chain in left) > self.config.flops:
+            left.pop().stop = "budget"
+
+    def expected(self, chain: Chain, positions: list[int]) -> float:
+        return propose.expected_flops(chain.state, positions, self.policy, self.reward, self.config)
 
     def solve_tokens(self, chains: list[Chain]) -> None:
-        if not chains:
-            return
-        propose.solve_tokens(chains, self.policy, self.reward, self.config, self.meter)
-        for chain in chains:
-            if chain.solved().isnan().any():
+        due = [chain for chain in chains if chain.state.scores is None]
+        self.solve_states([chain.state for chain in due], [chain.beta for chain in due])
+        for chain in due:
+            if chain.state.solved().isnan().any():
                 chain.error, chain.stop = f"the token gradient of {self.reward.name} holds NaN", "error"
 
+    def solve_states(self, states: list[State], betas: list[float | None]) -> None:
+        if states:
+            propose.solve_tokens(states, self.policy, self.reward, self.config, self.meter, betas)
+
     def propose(self, chain: Chain) -> list[tuple[int, int]]:
-        readable = self.reward.readable
-        if self.config.proposals == "global":
-            noise = self.stream(chain.problem, "branch", chain.rounds).gumbel(size=tuple(chain.candidates.shape))
-            return propose.global_branches(chain, torch.from_numpy(noise), readable, self.config)
-        stream = self.stream(chain.problem, "resample", chain.rounds)
-        return propose.sequential_branch(chain, stream, readable, self.config)
+        """Branches of the incumbent; where there is none, the chain stops or a new sweep begins."""
+        readable, config = self.reward.readable, self.config
+        if not self.scanning:
+            shape = tuple(chain.state.candidates.shape)
+            noise = torch.from_numpy(self.stream(chain, "branch", chain.rounds).gumbel(size=shape))
+            branches = propose.global_branches(chain, noise, readable, config)
+            chain.stop = "" if branches else "exhausted"
+            return branches
+        sweep = [chain.sweeps] if self.metropolis else []
+        stream = self.stream(chain, "resample", chain.rounds, *sweep)
+        branches = propose.sequential_branch(chain, stream, readable, config, self.rescore)
+        if not branches and self.metropolis:
+            chain.position, chain.sweeps = 0, chain.sweeps + 1
+        elif not branches:
+            chain.stop = "scanned"
+        return branches
+
+    def rescore(self, state: State, position: int) -> torch.Tensor:
+        return propose.ste_row(state, position, self.policy, self.reward, self.config, self.meter)
 
     def branch(self, chain: Chain, position: int, token: int) -> Proposal:
-        return Proposal(chain, position, token, [*chain.response[:position], token])
+        return Proposal(chain, position, token, [*chain.state.response[:position], token])
 
     def regenerate(self, proposals: list[Proposal]) -> None:
         """Draw the suffixes of all open branches in one batch, from the incumbents' caches."""
         jobs, open_ = [], []
         for proposal in proposals:
-            chain = proposal.chain
+            chain, prompt = proposal.chain, proposal.chain.state.prompt
             chain.rollouts += 1
-            limit = chain.room - len(proposal.response)
+            limit = prompt.room - len(proposal.response)
             if proposal.finished(self.policy.stop_ids) or limit < 1:
                 continue
-            stream = self.stream(chain.problem, "suffix", chain.rollouts - 1)
-            prefix = chain.prompt + proposal.response
-            jobs.append(Job(chain.problem.id, prefix, stream, limit, self.prefix_cache(proposal)))
+            stream = self.stream(chain, "suffix", chain.rollouts)
+            jobs.append(Job(chain.problem.id, prompt.ids + proposal.response, stream, limit, proposal.cache()))
             open_.append(proposal)
         for proposal, draft in zip(open_, self.draw(jobs), strict=True):
             proposal.draft = draft
             proposal.response = proposal.response + draft.ids
 
-    def prefix_cache(self, proposal: Proposal) -> Tensor:
-        """kv row of the prompt and the response before the branch."""
-        return proposal.chain.cache[:, :, :, : len(proposal.chain.prompt) + proposal.position]
-
-    def judge(self, proposals: list[Proposal]) -> None:
-        """Score all proposals as incumbents are scored, and keep each chain's best if it is strictly higher."""
+    def score(self, states: Sequence[State], shared: Sequence[int]) -> None:
+        """Rewards and memos of states, which share so many tokens with the responses that their memos are of."""
         rewards, memos = self.reward.score(
-            [p.drawn(self.policy.model) for p in proposals],
-            [p.chain.memos for p in proposals],
+            [state.drawn(self.policy.model) for state in states],
+            [state.memos for state in states],
             meter=self.meter,
-            shared=[p.position for p in proposals],
+            shared=shared,
             keep=True,
         )
-        rounds: dict[str, list[int]] = {}
-        for index, proposal in enumerate(proposals):
-            rounds.setdefault(proposal.chain.problem.id, []).append(index)
-        for rows in rounds.values():
-            self.judge_chain([proposals[i] for i in rows], [rewards[i] for i in rows], [memos[i] for i in rows])
+        for state, value, kept in zip(states, rewards, memos, strict=True):
+            state.reward, state.memos = value, kept
 
-    def judge_chain(self, proposals: list[Proposal], rewards: list[float], memos: list[list[Memo]]) -> None:
+    # --- decisions --------------------------------------------------------------------------------------
+
+    def judge(self, proposals: list[Proposal]) -> None:
+        """Score all proposals as incumbents are scored, and decide in each chain."""
+        states = [proposal.state(self.policy.stop_ids) for proposal in proposals]
+        self.score(states, [proposal.position for proposal in proposals])
+        if self.metropolis:
+            sound = [at for at, state in enumerate(states) if math.isfinite(state.reward)]
+            self.solve_states([states[at] for at in sound], [proposals[at].chain.beta for at in sound])
+        rows: dict[int, list[int]] = {}
+        for index, proposal in enumerate(proposals):
+            rows.setdefault(id(proposal.chain), []).append(index)
+        for own in rows.values():
+            self.decide([proposals[index] for index in own], [states[index] for index in own])
+
+    def decide(self, proposals: list[Proposal], states: list[State]) -> None:
+        """Note one chain's proposals and take one of them, or none."""
         chain = proposals[0].chain
-        if any(math.isnan(value) for value in rewards):
+        if any(math.isnan(state.reward) for state in states):
             self.check(chain, math.nan)
             return
-        best = max(range(len(rewards)), key=rewards.__getitem__)
-        keep = best if rewards[best] > chain.reward else None
+        keep = self.metropolis_choice(proposals[0], states[0]) if self.metropolis else accept.best(chain.state, states)
+        if chain.stop:
+            return
         spent = self.meter.cost(chain.problem.id).flops
-        for index, (proposal, value) in enumerate(zip(proposals, rewards, strict=True)):
+        for index, (proposal, state) in enumerate(zip(proposals, states, strict=True)):
             chain.revisions.append(
                 Revision(
                     round=chain.rounds,
                     position=proposal.position,
-                    old=chain.response[proposal.position],
+                    old=chain.state.response[proposal.position],
                     new=proposal.token,
                     suffix=tuple(proposal.response[proposal.position :]),
-                    reward_before=chain.reward,
-                    reward_after=value,
+                    reward_before=chain.state.reward,
+                    reward_after=state.reward,
                     accepted=index == keep,
                     flops=spent,
                 )
             )
-            chain.tried.add((proposal.position, proposal.token))
+            if not self.metropolis:
+                chain.tried.add((proposal.position, proposal.token))
         chain.rounds += 1
         chain.idle += 1
         if keep is not None:
-            self.accept(chain, proposals[keep], rewards[keep], memos[keep])
+            chain.move(states[keep])
 
-    def accept(self, chain: Chain, proposal: Proposal, value: float, memos: list[Memo]) -> None:
-        cache = self.prefix_cache(proposal) if proposal.draft is None else proposal.draft.kept()
-        (chain.candidates, chain.logp), chain.cache = proposal.tables(), cache
-        chain.response, chain.reward, chain.memos = proposal.response, value, memos
-        chain.finished = proposal.finished(self.policy.stop_ids)
-        chain.scores, chain.tried, chain.idle = None, set(), 0
+    def metropolis_choice(self, proposal: Proposal, state: State) -> int | None:
+        """0 if the proposal is taken, None if not; the same number is drawn either way."""
+        chain, uniform = proposal.chain, self.stream(proposal.chain, "accept", proposal.chain.rollouts).random()
+        if not math.isfinite(state.reward):
+            return None
+        if state.solved().isnan().any():
+            chain.error, chain.stop = f"the token gradient of {self.reward.name} holds NaN", "error"
+            return None
+        assert chain.beta is not None
+        chosen = self.chosen(chain.state, proposal.position), self.chosen(state, proposal.position)
+        ratio = accept.log_ratio(chain.state, state, proposal.position, beta=chain.beta, chosen=chosen)
+        return 0 if math.log(max(uniform, 1e-300)) < ratio else None
+
+    def chosen(self, state: State, position: int) -> torch.Tensor:
+        """[K] log-probability that a proposal from this state puts each candidate at the position."""
+        if not self.scanning:
+            return propose.global_logp(state, self.reward.readable, self.config)[position]
+        propose.refresh(state, position, self.rescore)
+        return propose.row_logp(state, position, self.reward.readable, self.config)
+
+    def swap(self, chains: list[Chain]) -> None:
+        """Exchange β between neighbouring chains of one problem, even and odd pairs in turn."""
+        ladder = sorted(chains, key=lambda chain: chain.beta or 0.0)
+        number = max((chain.rounds for chain in chains), default=0)
+        for cold, hot in zip(ladder[number % 2 :: 2], ladder[number % 2 + 1 :: 2], strict=False):
+            assert cold.beta is not None and hot.beta is not None
+            ratio = accept.swap_log_ratio((cold.beta, cold.state.reward), (hot.beta, hot.state.reward))
+            if math.log(max(self.stream(cold, "swap", cold.rollouts, hot.index).random(), 1e-300)) < ratio:
+                cold.beta, hot.beta = hot.beta, cold.beta
+                cold.state.scores = hot.state.scores = None
+
+    # --- ends -------------------------------------------------------------------------------------------
 
     def draw(self, jobs: list[Job]) -> list[Draft]:
         config = self.config
@@ -256,6 +319,7 @@ class _Search:
             meter=self.meter,
             candidates=config.candidates,
             keep_cache=True,
+            keep_tilt=self.metropolis,
             batch_size=config.batch_size,
         )
 
@@ -264,30 +328,45 @@ class _Search:
         room = self.reward.room(problem, prompt)
         return min(self.config.max_new_tokens, self.policy.context - len(prompt), room)
 
-    def stream(self, problem: Problem, *draw: int | str) -> np.random.Generator:
-        return random_stream(self.seed, problem.id, *draw)
+    def stream(self, chain: Chain, *draw: int | str) -> np.random.Generator:
+        own = ("chain", chain.index) if chain.index else ()
+        return random_stream(self.seed, chain.problem.id, *own, *draw)
 
     def check(self, chain: Chain, value: float) -> None:
         if not math.isfinite(value):
             what = "cannot read the response" if value == -math.inf else f"gave {value}"
             chain.error, chain.stop = f"the reward {self.reward.name} {what}", "error"
 
-    def trace(self, chain: Chain) -> Trace:
+    def trace(self, chains: list[Chain]) -> Trace:
+        """Of the chain of the highest reward; of a Metropolis search the chain that samples at β itself."""
+        failed = next((chain for chain in chains if chain.error is not None), None)
+        if self.metropolis:
+            chain = min(chains, key=lambda one: (one.beta or 0.0, one.index))
+        else:
+            chain = max(chains, key=lambda one: (one.state.reward, -one.index))
+        chain = failed or chain
         if chain.error is None:
-            self.check(chain, chain.reward)
+            self.check(chain, chain.state.reward)
         return response_trace(
             self.policy,
             chain.problem,
             method=self.config.method,
             seed=self.seed,
-            prompt=chain.prompt,
-            response=chain.response,
-            reward=chain.reward,
+            prompt=chain.state.prompt.ids,
+            response=chain.state.response,
+            reward=chain.state.reward,
             cost=self.meter.cost(chain.problem.id),
             meta=self.meta,
             stop=chain.stop,
-            initial=chain.initial,
-            reward_initial=chain.initial_reward,
+            initial=chain.initial.response,
+            reward_initial=chain.initial.reward,
             revisions=chain.revisions,
             error=chain.error,
         )
+
+
+def _by_problem(chains: Sequence[Chain]) -> list[list[Chain]]:
+    together: dict[str, list[Chain]] = {}
+    for chain in chains:
+        together.setdefault(chain.problem.id, []).append(chain)
+    return list(together.values())

@@ -17,7 +17,7 @@ import worlds
 from torch import Tensor
 
 from nabla_trl import dto, kv, propose
-from nabla_trl.chain import Chain
+from nabla_trl.chain import Chain, Prompt, State
 from nabla_trl.compute import Meter
 from nabla_trl.config import HARD, PRESETS, Point, ReasonerConfig
 from nabla_trl.dto import SteConfig
@@ -146,7 +146,7 @@ class Problems:
         return alone
 
     def solve(self, config: SteConfig) -> list[Tensor]:
-        return dto.ste(self.logp, self.choices, self.gradient, config)
+        return dto.ste(self.logp, self.choices, self.gradient, config).logits
 
 
 TEXTS = [("4-5=9;#9", True), ("3*4", False)]
@@ -227,7 +227,7 @@ def test_ste_solves_a_quadratic() -> None:
     def slope(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
         return [F.one_hot(hard[0], 5) - target]
 
-    solved = dto.ste([logp], [choice], slope, SteConfig(steps=100, lr=0.1))[0]
+    solved = dto.ste([logp], [choice], slope, SteConfig(steps=100, lr=0.1)).logits[0]
     assert solved.argmax(-1).equal(best)
 
 
@@ -281,41 +281,29 @@ def test_mirror_scores_compare_across_positions(numbers: tuple[Tensor, ...]) -> 
 # --- the three solvers through solve_tokens ----------------------------------------------------------------
 
 
-def make_chain(candidates: Tensor, logp: Tensor, response: list[int], **values: Any) -> Chain:
-    defaults = {"cache": None, "prompt": [0], "room": 99, "prompt_memos": [], "memos": []}
-    return Chain(
-        problem=Problem(id="p", question="1"),
-        response=response,
-        finished=False,
-        candidates=candidates,
-        logp=logp,
-        reward=0.0,
-        initial=response,
-        initial_reward=0.0,
-        **{**defaults, **values},
-    )
+def make_state(candidates: Tensor, logp: Tensor, response: list[int], prompt: Prompt, **values: Any) -> State:
+    known = {"cache": None, "memos": [], **values}
+    return State(prompt, response, False, candidates, logp, None, reward=0.0, **known)
 
 
-def real_chains(policy: Policy, reward: Reward) -> list[Chain]:
-    """Chains over the whole vocabulary, in the policy's precision."""
+def real_states(policy: Policy, reward: Reward) -> list[State]:
+    """States over the whole vocabulary, in the policy's precision."""
     ready = Problems(policy, reward, TEXTS)
     bare = reward.prompt_memos(ready.samples, Meter())
     _, kept = reward.score(ready.samples, bare, meter=Meter(), keep=True)
     caches = kv.prefill(policy.model, [item.prompt + item.response[:-1] for item in ready.samples])
-    chains = []
+    states = []
     for item, logp, first, memo, cache in zip(ready.samples, ready.logp, bare, kept, caches, strict=True):
         table = torch.arange(logp.shape[1]).expand(len(item.response), -1)
-        known = {"prompt": item.prompt, "prompt_memos": first, "memos": memo, "cache": cache}
-        chain = make_chain(table, logp, item.response, **known)
-        chain.problem = item.problem
-        chains.append(chain)
-    return chains
+        prompt = Prompt(item.problem, item.prompt, 99, first)
+        states.append(make_state(table, logp, item.response, prompt, memos=memo, cache=cache))
+    return states
 
 
 def test_none_is_the_policy_and_costs_nothing(world: tuple[Policy, Reward]) -> None:
-    chains, meter = real_chains(*world), Meter()
-    propose.solve_tokens(chains, *world, ReasonerConfig(solver="none"), meter)
-    assert all(torch.equal(chain.scores, chain.logp) for chain in chains)
+    states, meter = real_states(*world), Meter()
+    propose.solve_tokens(states, *world, ReasonerConfig(solver="none"), meter)
+    assert all(torch.equal(state.scores, state.logp) for state in states)
     assert meter.total().flops == 0
 
 
@@ -324,48 +312,48 @@ def test_mirror_reads_the_reward_alone(world: tuple[Policy, Reward], point: str)
     """Of log-likelihoods, the part through later tokens only with a backward pass; there "hard" has the direct part
     already, so that "direct+hard" is the same. Of a score, "direct+hard" is the sum of two gradients."""
     reward = world[1]
-    chains, meter = real_chains(*world), Meter()
+    states, meter = real_states(*world), Meter()
     config = ReasonerConfig(solver="mirror", beta=1 / LAM, point=point)
-    propose.solve_tokens(chains, *world, config, meter)
-    for chain in chains:
-        rows = F.one_hot(torch.tensor(chain.response), chain.logp.shape[1]).to(DOUBLE).requires_grad_(True)
+    propose.solve_tokens(states, *world, config, meter)
+    for state in states:
+        rows = F.one_hot(torch.tensor(state.response), state.logp.shape[1]).to(DOUBLE).requires_grad_(True)
         if reward.kind == "log-ratio" or "hard" in point:
-            value = reward_value(reward, chain.sample(), rows, postfix="hard" in point)
+            value = reward_value(reward, state.sample(), rows, postfix="hard" in point)
             slope = torch.autograd.grad(value, rows)[0]
         else:
             slope = torch.zeros_like(rows)
         if reward.kind == "scalar" and "direct" in point:
-            slope = slope + score_steps(reward.terms[0].model, chain.sample(), rows.shape[1])
+            slope = slope + score_steps(reward.terms[0].model, state.sample(), rows.shape[1])
         slope = LAM * slope
-        expected = chain.logp + slope - slope.gather(1, torch.tensor(chain.response)[:, None])
-        finite = chain.logp.isfinite()
-        assert torch.allclose(chain.scores[finite], expected[finite], rtol=1e-5, atol=1e-4)
+        expected = state.logp + slope - slope.gather(1, torch.tensor(state.response)[:, None])
+        finite = state.logp.isfinite()
+        assert torch.allclose(state.scores[finite], expected[finite], rtol=1e-5, atol=1e-4)
         free = reward.kind == "scalar" and point == "direct"  # scoring has shown it already
-        assert (meter.cost(chain.problem.id).flops == 0) == free
+        assert (meter.cost(state.problem.id).flops == 0) == free
 
 
 def test_a_solver_must_know_its_point(world: tuple[Policy, Reward]) -> None:
-    chains = real_chains(*world)
+    states = real_states(*world)
     with pytest.raises(RuntimeError, match="the reward's own point"):
-        propose.solve_tokens(chains, *world, ReasonerConfig(), Meter())
+        propose.solve_tokens(states, *world, ReasonerConfig(), Meter())
     with pytest.raises(RuntimeError, match="the reward's own point"):
-        propose.expected_flops(chains[0], [], *world, ReasonerConfig())
+        propose.expected_flops(states[0], [], *world, ReasonerConfig())
 
 
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("postfix", [True, False])
 def test_ste_descends_the_paper_loss(world: tuple[Policy, Reward], direct: bool, postfix: bool) -> None:
-    """L = −λ·r − log π, its switches included, from chain to scores (gradients in float32 there)."""
-    chains = real_chains(*world)
+    """L = −λ·r − log π, its switches included, from state to scores (gradients in float32 there)."""
+    states = real_states(*world)
     config = ReasonerConfig(solver="ste", beta=1 / LAM, steps=20, lr=0.1, tau=0.9, direct=direct, postfix=postfix)
-    propose.solve_tokens(chains, *world, config, Meter())
+    propose.solve_tokens(states, *world, config, Meter())
     moved = 0
-    for chain in chains:
-        objective = relaxed_objective(*world, chain.sample(), direct, postfix)
-        expected, seen = literal_ste(chain.logp, torch.tensor(chain.response), objective, config.ste())
+    for state in states:
+        objective = relaxed_objective(*world, state.sample(), direct, postfix)
+        expected, seen = literal_ste(state.logp, torch.tensor(state.response), objective, config.ste())
         finite = expected.isfinite()
-        assert torch.allclose(chain.scores[finite], expected[finite], rtol=0, atol=1e-3)
-        moved += seen[-1] != chain.response
+        assert torch.allclose(state.scores[finite], expected[finite], rtol=0, atol=1e-3)
+        moved += seen[-1] != state.response
     assert moved
 
 
@@ -378,34 +366,34 @@ def test_ste_descends_the_paper_loss(world: tuple[Policy, Reward], direct: bool,
     ids=lambda options: options.get("point", "ste"),
 )
 def test_the_budget_expects_what_the_gradient_costs(world: tuple[Policy, Reward], options: dict[str, Any]) -> None:
-    chains, meter, config = real_chains(*world), Meter(), ReasonerConfig(**options)
-    expected = [propose.expected_flops(chain, [], *world, config) for chain in chains]
-    propose.solve_tokens(chains, *world, config, meter)
-    assert [meter.cost(chain.problem.id).flops for chain in chains] == expected
+    states, meter, config = real_states(*world), Meter(), ReasonerConfig(**options)
+    expected = [propose.expected_flops(state, [], *world, config) for state in states]
+    propose.solve_tokens(states, *world, config, meter)
+    assert [meter.cost(state.problem.id).flops for state in states] == expected
     free = world[1].kind == "scalar" and options == {"point": "direct"}
     assert all((flops == 0) == free for flops in expected)
-    assert [propose.expected_flops(chain, [], *world, config) for chain in chains] == [0.0, 0.0]  # paid for
+    assert [propose.expected_flops(state, [], *world, config) for state in states] == [0.0, 0.0]  # paid for
 
 
 def test_ste_pays_once_for_tokens_that_come_back(
     world: tuple[Policy, Reward], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chains, meter, requests, solve = real_chains(*world), Meter(), [], dto.ste
+    states, meter, requests, solve = real_states(*world), Meter(), [], dto.ste
 
     def watched(logp: Any, choices: Any, loss_gradient: dto.GradientFn, config: SteConfig) -> list[Tensor]:
         def asked(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
             requests.extend((row, *tokens.tolist()) for row, tokens in zip(rows, hard, strict=True))
             return loss_gradient(rows, hard)
 
-        return solve(logp, choices, asked, config)
+        return solve(logp, choices, asked, config)  # whole responses: nothing is held still
 
     monkeypatch.setattr(dto, "ste", watched)
     config = ReasonerConfig(solver="ste", beta=1 / LAM, steps=60, lr=1.0, lr_end=1.0)
-    propose.solve_tokens(chains, *world, config, meter)
+    propose.solve_tokens(states, *world, config, meter)
     assert len(requests) > len(set(requests))
-    for row, chain in enumerate(chains):
+    for row, state in enumerate(states):
         distinct = sum(request[0] == row for request in set(requests))
-        assert meter.cost(chain.problem.id).tokens["policy/backward"] == distinct * len(chain.response)
+        assert meter.cost(state.problem.id).tokens["policy/backward"] == distinct * len(state.response)
 
 
 def test_ste_never_asks_the_reward_to_read_what_it_cannot() -> None:
@@ -415,13 +403,13 @@ def test_ste_never_asks_the_reward_to_read_what_it_cannot() -> None:
     own = worlds.char_tokenizer(tokens, eos=close, template=worlds.TEMPLATE.replace(worlds.END, close))
     policy = worlds.tiny_policy(dtype=DOUBLE)
     reward = worlds.tiny_scalar(policy, tokenizer=own)
-    chains = real_chains(policy, reward)
-    for chain in chains:
-        chain.logp = chain.logp.clone()
-        chain.logp[:, END] = chain.logp.amax(-1) + 5  # the stop token is everywhere the likeliest
-    propose.solve_tokens(chains, policy, reward, ReasonerConfig(solver="ste", lr=0.3, steps=30), Meter())
-    for chain, (_, finished) in zip(chains, TEXTS, strict=True):
-        assert chain.scores[:, END].isfinite().tolist() == [False] * (len(chain.response) - 1) + [finished]
+    states = real_states(policy, reward)
+    for state in states:
+        state.logp = state.logp.clone()
+        state.logp[:, END] = state.logp.amax(-1) + 5  # the stop token is everywhere the likeliest
+    propose.solve_tokens(states, policy, reward, ReasonerConfig(solver="ste", lr=0.3, steps=30), Meter())
+    for state, (_, finished) in zip(states, TEXTS, strict=True):
+        assert state.scores[:, END].isfinite().tolist() == [False] * (len(state.response) - 1) + [finished]
 
 
 # --- global branches ---------------------------------------------------------------------------------------
@@ -434,14 +422,14 @@ def toy_chain(**values: Any) -> Chain:
     candidates = torch.tensor([[1, 2, 3, 4], [4, 3, 12, 13], [5, 6, 7, 8]])
     logp = torch.full((3, 4), math.log(0.25))
     logp[1, 3] = -torch.inf
-    chain = make_chain(candidates, logp, [2, 4, 8], **values)
-    chain.scores = torch.tensor([[0.5, 9.0, -1.0, 0.0], [9.0, 1.0, -0.5, -torch.inf], [0.2, -2.0, 1.5, 9.0]])
-    return chain
+    state = make_state(candidates, logp, [2, 4, 8], Prompt(Problem(id="p", question="1"), [0], 99, []))
+    state.scores = torch.tensor([[0.5, 9.0, -1.0, 0.0], [9.0, 1.0, -0.5, -torch.inf], [0.2, -2.0, 1.5, 9.0]])
+    return Chain(state, initial=state, **values)
 
 
 def global_draws(chain: Chain, readable: Tensor, draws: int, **config: Any) -> Counter[tuple]:
     stream, settings = np.random.default_rng(0), ReasonerConfig(solver="none", **config)
-    shape = tuple(chain.candidates.shape)
+    shape = tuple(chain.state.candidates.shape)
     noises = (torch.from_numpy(stream.gumbel(size=shape)) for _ in range(draws))
     return Counter(tuple(propose.global_branches(chain, noise, readable, settings)) for noise in noises)
 
@@ -485,9 +473,13 @@ def test_global_branches_use_up_what_there_is() -> None:
 def test_candidate_min_p_drops_what_the_policy_finds_unlikely() -> None:
     """Relative to the position's likeliest token, the incumbent's included."""
     chain = toy_chain()
-    chain.logp = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.9, 0.08, 0.02, 0.0], [0.25] * 4]).log()
+    chain.state.logp = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.9, 0.08, 0.02, 0.0], [0.25] * 4]).log()
     (drawn,) = global_draws(chain, READABLE, 1, branches=99, candidate_min_p=0.2)
     assert set(drawn) == {(0, 1), (0, 3), (2, 5), (2, 6), (2, 7)}
+
+
+def fresh(state: State, position: int) -> Tensor:
+    raise AssertionError("no row is stale here")
 
 
 # --- the sequential scan -----------------------------------------------------------------------------------
@@ -496,16 +488,16 @@ def test_candidate_min_p_drops_what_the_policy_finds_unlikely() -> None:
 def test_sequential_scan_skips_confident_positions_and_ends() -> None:
     chain = toy_chain()
     sure = torch.tensor([0.98, 0.01, 0.005, 0.005]).log()
-    chain.logp = sure.expand(3, 4)
-    chain.scores[chain.scores == 9.0] = -torch.inf  # no incumbent would stay, if asked
+    chain.state.logp = sure.expand(3, 4)
+    chain.state.scores[chain.state.scores == 9.0] = -torch.inf  # no incumbent would stay, if asked
     config = ReasonerConfig(solver="none", proposals="sequential")
-    assert propose.sequential_branch(chain, np.random.default_rng(0), READABLE, config) == []
+    assert propose.sequential_branch(chain, np.random.default_rng(0), READABLE, config, fresh) == []
     assert chain.position == 3
 
-    chain.position, chain.logp = 0, torch.stack((sure, toy_chain().logp[1], sure))
-    ((position, token),) = propose.sequential_branch(chain, np.random.default_rng(0), READABLE, config)
+    chain.position, chain.state.logp = 0, torch.stack((sure, toy_chain().state.logp[1], sure))
+    ((position, token),) = propose.sequential_branch(chain, np.random.default_rng(0), READABLE, config, fresh)
     assert (position, chain.position) == (1, 2) and token in (3, 12)
-    assert propose.sequential_branch(chain, np.random.default_rng(0), READABLE, config) == []
+    assert propose.sequential_branch(chain, np.random.default_rng(0), READABLE, config, fresh) == []
 
 
 def test_sequential_scan_resamples_from_left_to_right() -> None:
@@ -516,8 +508,8 @@ def test_sequential_scan_resamples_from_left_to_right() -> None:
     readable[[12, 8]] = False  # 8 is an incumbent: it may stay
     for _ in range(4000):
         chain = toy_chain()
-        chain.scores = chain.scores.masked_fill(chain.scores == 9.0, 2.0)
-        counts[tuple(propose.sequential_branch(chain, stream, readable, config))] += 1
+        chain.state.scores = chain.state.scores.masked_fill(chain.state.scores == 9.0, 2.0)
+        counts[tuple(propose.sequential_branch(chain, stream, readable, config, fresh))] += 1
     weights = [
         {1: 0.5, None: 2.0, 3: -1.0, 4: 0.0},
         {None: 2.0, 3: 1.0},
@@ -727,7 +719,10 @@ def test_the_paper_preset_is_the_papers() -> None:
     assert (config.solver, config.proposals, config.rollouts) == ("ste", "sequential", 8)
     assert config.ste() == SteConfig(steps=20, lr=0.01, lr_end=0.001, tau=1.0)
     assert config.direct and config.postfix and config.lam == 0.5
-    assert set(PRESETS) == {"default", "paper"} and ReasonerConfig.preset("default") == ReasonerConfig()
+    assert (config.moving, config.confidence) == ("all", 0.97)
+    assert set(PRESETS) == {"default", "paper", "released"} and ReasonerConfig.preset("default") == ReasonerConfig()
+    released = ReasonerConfig.preset("released")
+    assert (released.moving, released.lam, released.resample_top_p) == ("first", 1000.0, 0.95)
     with pytest.raises(ValueError, match="unknown preset"):
         ReasonerConfig.preset("papre")
     with pytest.raises(ValueError, match="unknown option 'learning_rate'"):

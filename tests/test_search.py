@@ -451,7 +451,7 @@ def test_a_round_starts_only_if_it_is_expected_to_fit(
 ) -> None:
     """With branches at the first token only and no stop, a round costs exactly what is expected of it."""
     monkeypatch.setattr(
-        propose, "global_branches", lambda chain, *args: [(0, (chain.response[0] + 1 + chain.rounds) % 10)]
+        propose, "global_branches", lambda chain, *args: [(0, (chain.state.response[0] + 1 + chain.rounds) % 10)]
     )
     with _logits(policy, _favour(END, -1000.0)):
         [free] = solve(problems[:1], policy=policy, reward=scalar_reward, config=_config(rounds=4))
