@@ -179,7 +179,7 @@ def evaluate(argv: Sequence[str]) -> int:
     bench = Bench(policy, reward, config, tuple(args.seeds))
     if searches(names):
         warn_past_trust(reward, config)
-    _run_steps(steps(names, bench, tuned, lambda: mean_flops(store.read(), "best_of_16")), problems, store)
+    _run_steps(steps(names, bench, tuned, lambda name: mean_flops(store.read(), name)), problems, store)
     facts = {
         "title": args.title,
         "command": shlex.join(["nabla-trl", "eval", *argv]),

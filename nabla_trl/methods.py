@@ -6,17 +6,20 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step
 from nabla_trl.models import Policy
 
 RIVAL = "reward_model_sampling"
 SYNTAX = (
-    "greedy, best_of_N, self_consistency_N, nabla, control, nabla@F and control@F (budget F times best_of_16's "
-    f"FLOPs), {RIVAL} (log-ratio rewards), distilled_greedy, distilled_best_of_N (need an adapter)"
+    "greedy, best_of_N, self_consistency_N; the searches nabla, control (without the gradient), shuffled (its rows in "
+    "disorder), paper and released (presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F "
+    f"times best_of_16's); {RIVAL} (log-ratio rewards); distilled_greedy, distilled_best_of_N (need an adapter)"
 )
+SEARCHES = ("nabla", "control", "shuffled", "paper", "released")
 _FORMS = re.compile(
     rf"greedy|{RIVAL}|distilled_greedy|(distilled_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*"
-    r"|(nabla|control)(@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*))?"
+    rf"|({'|'.join(SEARCHES)})(@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*))?"
 )
 
 
@@ -24,7 +27,7 @@ def method_names(text: str) -> list[str]:
     """Names from a comma-separated list.
 
     Raises:
-        ValueError: none, an unknown one, or a budget without the best_of_16 that sets it.
+        ValueError: none, an unknown one, or a budget without the method that sets it.
     """
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
     if not names:
@@ -32,25 +35,32 @@ def method_names(text: str) -> list[str]:
     unknown = next((name for name in names if not _FORMS.fullmatch(name)), None)
     if unknown is not None:
         raise ValueError(f"unknown method {unknown!r}: known are {SYNTAX}")
-    budgeted = next((name for name in names if "@" in name), None)
-    if budgeted is not None and "best_of_16" not in names:
-        raise ValueError(f"the budget of {budgeted} is a share of best_of_16's FLOPs: add best_of_16 to the methods")
+    for name in names:
+        setter = budget(name)[0] if "@" in name else name
+        if setter not in names:
+            raise ValueError(f"the budget of {name} is set by {setter}'s FLOPs: add {setter} to the methods")
     return names
+
+
+def budget(name: str) -> tuple[str, float]:
+    """The method that sets the budget of a search, and how many times its FLOPs: nabla@0.5 -> (best_of_16, 0.5)."""
+    share = name.partition("@")[2]
+    return (share, 1.0) if share.startswith("best_of") else ("best_of_16", float(share))
 
 
 def searches(names: Sequence[str]) -> bool:
     """Some of these methods refine responses, as the reward says."""
-    return any(name.partition("@")[0] in ("nabla", "control") for name in names)
+    return any(name.partition("@")[0] in SEARCHES for name in names)
 
 
 def steps(
-    names: Sequence[str], bench: Bench, tuned: Policy | None, best_of_16_flops: Callable[[], float]
+    names: Sequence[str], bench: Bench, tuned: Policy | None, flops_of: Callable[[str], float]
 ) -> Iterator[Step]:
     """The steps of these methods; each must have run before the next is asked for.
 
     Args:
         tuned: the policy of distilled_* methods.
-        best_of_16_flops: mean FLOPs per problem, read once the rows of best_of_16 are there.
+        flops_of: mean FLOPs per problem of a method whose rows are there.
 
     Raises:
         ValueError: before the first step, where a method lacks the policy, solver or better model it needs.
@@ -61,13 +71,13 @@ def steps(
         yield bench.pool(best_of, majority)
     if "greedy" in names:
         yield bench.greedy()
-    configs = {"nabla": bench.config, "control": bench.config.control()}
     for name in names:
         method, _, share = name.partition("@")
-        if method in configs:
-            config = configs[method]
+        if method in SEARCHES:
+            config = _config(method, bench.config)
             if share:
-                config = replace(config, flops=float(share) * best_of_16_flops(), rounds=0, patience=0)
+                setter, times = budget(name)
+                config = replace(config, flops=times * flops_of(setter), rounds=0, rollouts=0, patience=0)
             yield bench.search(name, config)
     if RIVAL in names:
         yield bench.pool([1], policy=bench.reward.rival, names={1: RIVAL}, scored=False)
@@ -76,6 +86,14 @@ def steps(
     sizes = _sizes(names, "distilled_best_of_")
     if sizes:
         yield bench.pool(sizes, policy=tuned, names={size: f"distilled_best_of_{size}" for size in sizes})
+
+
+def _config(method: str, config: ReasonerConfig) -> ReasonerConfig:
+    """The configuration of a search, from that of nabla."""
+    if method in PRESETS:
+        shared = {name: getattr(config, name) for name in ("candidates", "max_new_tokens", "batch_size")}
+        return ReasonerConfig.preset(method, **shared)
+    return {"nabla": lambda: config, "control": config.control, "shuffled": config.shuffled}[method]()
 
 
 def _check(names: Sequence[str], bench: Bench, tuned: Policy | None) -> None:
@@ -88,6 +106,8 @@ def _check(names: Sequence[str], bench: Bench, tuned: Policy | None) -> None:
         raise ValueError(f"{RIVAL} needs a log-ratio reward: {bench.reward.name} has no model to sample from")
     if bench.config.solver == "none" and any(name.startswith("nabla") for name in names):
         raise ValueError("solver none is the control: ask for control instead of nabla, or choose another solver")
+    if bench.config.solver != "mirror" and any(name.startswith("shuffled") for name in names):
+        raise ValueError(f"shuffled is a control of solver mirror, not of {bench.config.solver}")
 
 
 def _sizes(names: Sequence[str], prefix: str) -> list[int]:

@@ -22,7 +22,17 @@ BOOTSTRAP_SEED = 20_260_101
 METRICS = ("accuracy", "flops", "seconds", "reward")
 _IDENTITY = ("method", "task", "problem", "seed")
 _FIELDS = (*_IDENTITY, "correct", "reward", "flops", "seconds", "reward_by_round", "error")
-_SEARCHES = ("greedy", "self_consistency", "best_of", "control", "nabla")
+_SEARCHES = (
+    "greedy",
+    "self_consistency",
+    "best_of",
+    "weighted_best_of",
+    "released",
+    "paper",
+    "shuffled",
+    "control",
+    "nabla",
+)
 _ORDER = (*_SEARCHES, "distilled_greedy", "distilled_best_of")
 _NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
 
@@ -76,11 +86,13 @@ class Grid:
 
 
 def family(method: str) -> tuple[str, float]:
-    """Method -> (family, size): nabla@0.33 -> (nabla, 0.33), best_of_8 -> (best_of, 8).
+    """Method -> (family, size): nabla@0.33 -> (nabla, 0.33), best_of_8 -> (best_of, 8), nabla@best_of_8 -> (nabla, 0.5).
 
     The size of an unnumbered method is infinite: it is the run at the configuration's own budget.
     """
     name, _, fraction = method.partition("@")
+    if fraction.startswith("best_of_"):
+        return name, float(fraction.removeprefix("best_of_")) / 16  # shares are of best_of_16, which costs about that
     if fraction:
         return name, float(fraction)
     match = _NUMBERED.fullmatch(name)

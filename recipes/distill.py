@@ -249,11 +249,11 @@ class Run:
         if absent:
             self.say(f"evaluate: without {', '.join(absent)}: there is no adapter, or no better model to sample from")
 
-        def best_of_16_flops() -> float:
+        def flops_of(method: str) -> float:
             self.state.wait_for_everyone()  # the rows of all processes
-            return mean_flops(store.read(), "best_of_16")
+            return mean_flops(store.read(), method)
 
-        for step in steps([name for name in names if name not in absent], bench, tuned, best_of_16_flops):
+        for step in steps([name for name in names if name not in absent], bench, tuned, flops_of):
             self._run(step, store)
         self.state.wait_for_everyone()
 
