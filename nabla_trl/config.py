@@ -23,6 +23,7 @@ _PAPER: dict[str, Any] = {
     "proposals": "sequential",
     "beta": 1.0,
     "rollouts": 8,
+    "restart": False,
     "rounds": 0,
     "temperature": 0.7,
     "steps": 20,
@@ -190,6 +191,10 @@ class ReasonerConfig:
     )
     rollouts: int = _option(0, "most responses drawn per problem, the first ones included; 0 = no limit")
     flops: float = _option(0.0, "FLOPs budget per problem; no round starts that is expected to end above it; 0 = none")
+    restart: bool = _option(
+        True,
+        "within a budget of FLOPs or rollouts, begin anew from a fresh response when all chains have ended before it",
+    )
     patience: int = _option(0, "stop after this many rounds without an acceptance; 0 = never")
     branches: int = _option(1, "branches regenerated per round (global proposals)")
     candidates: int = _option(16, "policy tokens considered per position")
@@ -370,9 +375,9 @@ class ReasonerConfig:
         return ScanConfig(**{name: getattr(self, name) for name in _SEQUENTIAL})
 
     @property
-    def plain_sampling(self) -> bool:
-        """Responses are drawn from π itself."""
-        return replace(self.sampling(), max_new_tokens=1) == Sampling(max_new_tokens=1)
+    def restarts(self) -> bool:
+        """A budget is spent on fresh starts where the chains leave some of it. A sample of π* is not chosen so."""
+        return self.restart and self.acceptance == "greedy" and bool(self.flops or self.rollouts)
 
     def hash(self) -> str:
         """Identifies everything that can change a trace; the batch size cannot."""

@@ -298,5 +298,17 @@ def expected_flops(
     return total
 
 
+def start_flops(state: State, policy: Policy, reward: Reward) -> float:
+    """FLOPs of drawing and scoring another first response as long as this one."""
+    total = policy.size.forward_flops(len(state.prompt.ids) - 1, len(state.response))
+    known = state.drawn(policy.model)
+    for term in reward.terms:
+        if not term.knows(known):
+            encoded = term.encode(state.sample())
+            count = len(term.fed(encoded, 0))
+            total += term.size.forward_flops(len(encoded.prompt) - 1, count, term.charge_head(count))
+    return total
+
+
 def _both_ways(size: ModelSize, start: int, count: int, head: int) -> float:
     return size.forward_flops(start, count, head) + size.backward_flops(start, count, head)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nabla_trl import accept, propose
 from nabla_trl.chain import Chain, Prompt, Proposal, State
@@ -25,6 +26,9 @@ from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Sample
 from nabla_trl.traces import Revision, Trace
+
+# Ends of a chain that leave the budget as it is.
+ENDED = ("exhausted", "patience", "scanned", "unreadable")
 
 
 def solve(
@@ -56,15 +60,17 @@ class Search:
         self.config = config = config.at(reward.point)
         self.metropolis, self.scanning = config.acceptance == "metropolis", config.proposals == "sequential"
         self.meter = Meter()
+        self.walks: dict[str, list[Chain]] = {}  # by problem
+        self.drawn: Counter[str] = Counter()  # first responses, by problem
         self.meta = run_meta(policy, reward.name, config.hash())
 
     def run(self, problems: Sequence[Problem]) -> list[Trace]:
         failed: dict[str, Trace] = {}
-        walks = self.start(problems, failed)
-        while active := [chain for chains in walks.values() for chain in chains if not chain.stop]:
+        self.walks = self.start(problems, failed)
+        while active := self.active():
             with self.meter.clock([chain.problem.id for chain in active]):
                 self.round(active)
-        return [failed[p.id] if p.id in failed else self.trace(walks[p.id]) for p in problems]
+        return [failed[p.id] if p.id in failed else self.trace(self.walks[p.id]) for p in problems]
 
     # --- first responses --------------------------------------------------------------------------------
 
@@ -82,26 +88,55 @@ class Search:
         with self.meter.clock([problem.id for problem, _, _ in prompts]):
             bare = self.reward.prompt_memos([Sample(problem, ids, []) for problem, ids, _ in prompts], self.meter)
             read = [Prompt(*one, memos) for one, memos in zip(prompts, bare, strict=True)]
-            states = self.first_states(read)
-        count = self.config.starts
+            rows = prompt_caches(self.policy, [(prompt.problem.id, prompt.ids) for prompt in read], self.meter)
+            count = self.config.starts
+            states = self.first_states(
+                [(p, row, at) for p, row in zip(read, rows, strict=True) for at in range(count)]
+            )
         return {prompt.problem.id: self.chains(states[row * count :][:count]) for row, prompt in enumerate(read)}
 
-    def first_states(self, prompts: Sequence[Prompt]) -> list[State]:
-        """`starts` scored responses to each prompt; those of best-of-N under the same seed."""
-        rows = prompt_caches(self.policy, [(p.problem.id, p.ids) for p in prompts], self.meter)
-        jobs, owners = [], []
-        for prompt, cache in zip(prompts, rows, strict=True):
-            for number in range(self.config.starts):
-                draw = ("suffix", f"pool-{number}") if number else ("suffix", 0)
-                stream = random_stream(self.seed, prompt.problem.id, *draw)
-                jobs.append(Job(prompt.problem.id, prompt.ids, stream, prompt.room, cache))
-                owners.append(prompt)
+    def first_states(self, wanted: Sequence[tuple[Prompt, Tensor, int]]) -> list[State]:
+        """Scored first responses, from the caches of prompts; number n is that of best-of-N under the same seed."""
+        jobs = []
+        for prompt, cache, number in wanted:
+            stream = random_stream(self.seed, prompt.problem.id, "suffix", f"pool-{number}" if number else 0)
+            jobs.append(Job(prompt.problem.id, prompt.ids, stream, prompt.room, cache))
+            self.drawn[prompt.problem.id] += 1
         states = [
             State(p, d.ids, d.finished, d.candidates, d.logp, d.tilt, d.kept(), p.memos, math.nan)
-            for p, d in zip(owners, self.draw(jobs), strict=True)
+            for (p, _, _), d in zip(wanted, self.draw(jobs), strict=True)
         ]
         self.score(states, [0] * len(states))
         return states
+
+    def active(self) -> list[Chain]:
+        """Chains that go on; where all of a problem's have ended with some of the budget left, one more begins."""
+        if self.config.restarts:
+            ended = [chains for chains in self.walks.values() if all(chain.stop in ENDED for chain in chains)]
+            self.restart([chains for chains in ended if self.may_start(chains)])
+        return [chain for chains in self.walks.values() for chain in chains if not chain.stop]
+
+    def restart(self, walks: list[list[Chain]]) -> None:
+        """Begin another chain for each of these problems."""
+        if not walks:
+            return
+        with self.meter.clock([chains[0].problem.id for chains in walks]):
+            wanted = [(*_prompt_of(chains[0]), self.drawn[chains[0].problem.id]) for chains in walks]
+            for chains, state in zip(walks, self.first_states(wanted), strict=True):
+                chains.append(Chain(state, initial=state, index=chains[-1].index + 1, beta=chains[0].beta))
+                self.check(chains[-1], state.reward)
+
+    def may_start(self, chains: list[Chain]) -> bool:
+        """Whether another first response, as long as the last one, is expected to fit into the budget."""
+        config, state = self.config, chains[-1].state
+        if config.rollouts and self.rollouts(state.problem) >= config.rollouts:
+            return False
+        spent = self.meter.cost(state.problem.id).flops
+        return not config.flops or spent + propose.start_flops(state, self.policy, self.reward) <= config.flops
+
+    def rollouts(self, problem: Problem) -> int:
+        """Responses drawn for a problem so far."""
+        return self.drawn[problem.id] + sum(chain.rollouts for chain in self.walks[problem.id])
 
     def chains(self, states: list[State]) -> list[Chain]:
         """The chains of one problem: from its responses of highest reward, the first of equals."""
@@ -139,17 +174,14 @@ class Search:
 
     def stop_at_limits(self, chains: list[Chain]) -> None:
         """Stop the chains of one problem that have come to a limit."""
-        config = self.config
+        config, sweeping = self.config, self.metropolis and self.scanning
         for chain in chains:
-            if (
-                config.rounds
-                and (chain.sweeps if self.metropolis and self.scanning else chain.rounds) >= config.rounds
-            ):
+            if config.rounds and (chain.sweeps if sweeping else chain.rounds) >= config.rounds:
                 chain.stop = "rounds"
             elif config.patience and chain.idle >= config.patience:
                 chain.stop = "patience"
         going = [chain for chain in chains if not chain.stop]
-        drawn = config.starts + sum(chain.rollouts for chain in chains)
+        drawn = self.rollouts(chains[0].problem)
         for number, chain in enumerate(going, 1):
             if config.rollouts and drawn + number * config.branches > config.rollouts:
                 chain.stop = "rollouts"
@@ -197,7 +229,7 @@ class Search:
             chain.stop = "scanned"
         return branches
 
-    def rescore(self, state: State, position: int) -> torch.Tensor:
+    def rescore(self, state: State, position: int) -> Tensor:
         return propose.ste_row(state, position, self.policy, self.reward, self.config, self.meter)
 
     def branch(self, chain: Chain, position: int, token: int) -> Proposal:
@@ -249,8 +281,10 @@ class Search:
     def decide(self, proposals: list[Proposal], states: list[State]) -> None:
         """Note one chain's proposals and take one of them, or none."""
         chain = proposals[0].chain
-        if any(math.isnan(state.reward) for state in states):
-            self.check(chain, math.nan)
+        for state in states:
+            if state.reward > -math.inf or math.isnan(state.reward):  # an unreadable proposal is merely not taken
+                self.check(chain, state.reward)
+        if chain.stop:
             return
         keep = self.metropolis_choice(proposals[0], states[0]) if self.metropolis else accept.best(chain.state, states)
         if chain.stop:
@@ -290,7 +324,7 @@ class Search:
         ratio = accept.log_ratio(chain.state, state, proposal.position, beta=chain.beta, chosen=chosen)
         return 0 if math.log(max(uniform, 1e-300)) < ratio else None
 
-    def chosen(self, state: State, position: int) -> torch.Tensor:
+    def chosen(self, state: State, position: int) -> Tensor:
         """[K] log-probability that a proposal from this state puts each candidate at the position."""
         if not self.scanning:
             return propose.global_logp(state, self.reward.readable, self.config)[position]
@@ -333,9 +367,10 @@ class Search:
         return random_stream(self.seed, chain.problem.id, *own, *draw)
 
     def check(self, chain: Chain, value: float) -> None:
-        if not math.isfinite(value):
-            what = "cannot read the response" if value == -math.inf else f"gave {value}"
-            chain.error, chain.stop = f"the reward {self.reward.name} {what}", "error"
+        if value == -math.inf:
+            chain.stop = "unreadable"
+        elif not math.isfinite(value):
+            chain.error, chain.stop = f"the reward {self.reward.name} gave {value}", "error"
 
     def trace(self, chains: list[Chain]) -> Trace:
         """Of the chain of the highest reward; of a Metropolis search the chain that samples at β itself."""
@@ -345,8 +380,8 @@ class Search:
         else:
             chain = max(chains, key=lambda one: (one.state.reward, -one.index))
         chain = failed or chain
-        if chain.error is None:
-            self.check(chain, chain.state.reward)
+        if chain.stop == "unreadable":
+            chain.error, chain.stop = f"the reward {self.reward.name} cannot read the response", "error"
         return response_trace(
             self.policy,
             chain.problem,
@@ -363,6 +398,12 @@ class Search:
             revisions=chain.revisions,
             error=chain.error,
         )
+
+
+def _prompt_of(chain: Chain) -> tuple[Prompt, Tensor]:
+    """The prompt and the cache of all but its last token."""
+    state = chain.state
+    return state.prompt, state.cache[:, :, :, : len(state.prompt.ids) - 1]
 
 
 def _by_problem(chains: Sequence[Chain]) -> list[list[Chain]]:

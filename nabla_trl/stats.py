@@ -86,7 +86,9 @@ class Grid:
 
 
 def family(method: str) -> tuple[str, float]:
-    """Method -> (family, size): nabla@0.33 -> (nabla, 0.33), best_of_8 -> (best_of, 8), nabla@best_of_8 -> (nabla, 0.5).
+    """Method -> (family, size): nabla@0.33 -> (nabla, 0.33), best_of_8 -> (best_of, 8).
+
+    nabla@best_of_8 -> (nabla, 0.5): shares are of best_of_16.
 
     The size of an unnumbered method is infinite: it is the run at the configuration's own budget.
     """
