@@ -35,9 +35,16 @@ LAM = 0.5
 
 
 def literal_ste(
-    logp: Tensor, choice: Tensor, objective: Callable[[Tensor], Tensor], config: SteConfig
+    logp: Tensor,
+    choice: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    config: SteConfig,
+    movable: slice = slice(None),
 ) -> tuple[Tensor, list[list[int]]]:
-    """Autograd through everything at every step; the optimised logits and the hard tokens of each step."""
+    """Autograd through everything at every step; the optimised logits and the hard tokens of each step.
+
+    Positions outside `movable` keep their logits.
+    """
     z = logp.clone().requires_grad_(True)
     adam = torch.optim.Adam([z], lr=config.lr)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=config.steps, eta_min=config.lr_end)
@@ -49,6 +56,9 @@ def literal_ste(
         one_hot = F.one_hot(hard, z.shape[1]).to(z.dtype) + soft - soft.detach()
         adam.zero_grad()
         objective(one_hot).backward()
+        still = torch.ones(len(z), dtype=torch.bool)
+        still[movable] = False
+        z.grad[still] = 0
         adam.step()
         cosine.step()
         seen.append(hard.tolist())
@@ -357,6 +367,30 @@ def test_ste_descends_the_paper_loss(world: tuple[Policy, Reward], direct: bool,
     assert moved
 
 
+@pytest.mark.parametrize("moving", ["all", "first"])
+@pytest.mark.parametrize("lr", [0.01, 0.1])
+def test_a_scan_optimises_from_each_position_on(world: tuple[Policy, Reward], moving: str, lr: float) -> None:
+    """The paper's algorithm at every scanned position by itself: tokens before it stay, and so do those after it if
+    only the first position moves. With small steps hardly a token changes, and one run serves almost all positions."""
+    states, meter = real_states(*world), Meter()
+    options = {"solver": "ste", "proposals": "sequential", "moving": moving}
+    config = ReasonerConfig(beta=1 / LAM, steps=20, lr=lr, lr_end=lr / 10, **options)
+    propose.solve_tokens(states, *world, config, meter)
+    stale = 0
+    for state in states:
+        objective = relaxed_objective(*world, state.sample())
+        for position in range(len(state.response)):
+            stale += bool(state.stale[position])
+            propose.refresh(state, position, lambda s, p: propose.ste_row(s, p, *world, config, meter))
+            movable = slice(position, position + 1 if moving == "first" else None)
+            expected, _ = literal_ste(state.logp, torch.tensor(state.response), objective, config.ste(), movable)
+            finite = expected[position].isfinite()
+            found = state.scores[position][finite]
+            assert torch.allclose(found, expected[position][finite], rtol=0, atol=1e-3)
+        assert not state.stale.any()
+    assert stale <= 2 if lr == 0.01 else stale > 2
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -410,6 +444,86 @@ def test_ste_never_asks_the_reward_to_read_what_it_cannot() -> None:
     propose.solve_tokens(states, policy, reward, ReasonerConfig(solver="ste", lr=0.3, steps=30), Meter())
     for state, (_, finished) in zip(states, TEXTS, strict=True):
         assert state.scores[:, END].isfinite().tolist() == [False] * (len(state.response) - 1) + [finished]
+
+
+# --- the size of mirror's step ------------------------------------------------------------------------------
+
+
+def branch_kl(logp: Tensor, gain: Tensor, usable: Tensor, lam: float) -> float:
+    """KL of the branches drawn with and without the gradient."""
+    base = logp[usable].double().softmax(-1)
+    tilted = (logp[usable].double() + lam * gain[usable].double()).softmax(-1)
+    return float((tilted * (tilted / base).log()).sum())
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e5])
+@pytest.mark.parametrize("budget", [0.01, 1.0, 2.5])
+def test_the_step_spends_its_kl_budget_whatever_the_rewards_scale(budget: float, scale: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logp = torch.randn(9, 6, generator=generator).log_softmax(-1)
+    gain, usable = scale * torch.randn(9, 6, generator=generator), torch.rand(9, 6, generator=generator) < 0.6
+    lam = dto.lam_for_kl(logp, gain, usable, budget)
+    assert branch_kl(logp, gain, usable, lam) == pytest.approx(budget, rel=1e-6)
+
+
+def test_a_budget_beyond_reach_goes_almost_all_the_way() -> None:
+    logp = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]).log()
+    gain, usable = torch.tensor([[0.0, 1.0, -1.0], [0.0, 0.5, 3.0]]), torch.ones(2, 3, dtype=torch.bool)
+    limit = -math.log(0.1 / 2)  # all on the one branch of the largest gain
+    assert branch_kl(logp, gain, usable, dto.lam_for_kl(logp, gain, usable, 99.0)) == pytest.approx(0.99 * limit)
+
+
+@pytest.mark.parametrize("gain", [0.0, 7.0, math.nan, math.inf])
+def test_without_a_better_branch_the_step_is_zero(gain: float) -> None:
+    logp = torch.full((2, 3), 1 / 3).log()
+    assert dto.lam_for_kl(logp, torch.full((2, 3), gain), torch.ones(2, 3, dtype=torch.bool), 1.0) == 0.0
+    assert dto.lam_for_kl(logp, torch.rand(2, 3), torch.zeros(2, 3, dtype=torch.bool), 1.0) == 0.0
+
+
+def test_mirror_by_a_budget_is_mirror_at_the_lambda_it_gives(world: tuple[Policy, Reward]) -> None:
+    budgeted, plain = real_states(*world), real_states(*world)
+    config = ReasonerConfig(kl=0.7, point="hard", candidate_min_p=0.01)
+    propose.solve_tokens(budgeted, *world, config, Meter())
+    for one, two in zip(budgeted, plain, strict=True):
+        gain = dto.advantage(one.gradient, one.choice())
+        usable = propose.allowed(one, world[1].readable, config)
+        lam = dto.lam_for_kl(one.logp, gain, usable, 0.7)
+        propose.solve_tokens([two], *world, replace(config, kl=None, beta=1 / lam), Meter())
+        assert torch.allclose(one.scores[usable], two.scores[usable], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kl": 1.0, "beta": 1.0}, "give one of them"),
+        ({"kl": 0.0}, "kl must be a positive number"),
+        ({"kl": 1.0, "solver": "none"}, "kl belongs to"),
+        ({"kl": 1.0, "proposals": "sequential"}, "kl belongs to"),
+        ({"step": 0.0}, "step must be a positive number"),
+        ({"step": 0.5, "solver": "none"}, "step belongs to"),
+        ({"shuffle": True, "solver": "ste"}, "shuffle belongs to"),
+        ({"moving": "last", "solver": "ste"}, "moving must be one of all, first"),
+        ({"chains": 2}, "chains must be at most starts"),
+        ({"acceptance": "never"}, "acceptance must be one of"),
+    ],
+)
+def test_steps_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
+    worlds.refused(lambda: ReasonerConfig(**options), words)
+
+
+def test_the_shuffled_control_moves_rows_and_nothing_else() -> None:
+    """Each position gets the advantages of another's alternatives; the incumbents' stay 0."""
+    generator = torch.Generator().manual_seed(1)
+    choice = torch.tensor([0, 2, 1, 2, 0])
+    gain = dto.advantage(torch.randn(5, 4, generator=generator), choice)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    moved = dto.shuffled(gain, choice, order)
+    assert (moved.gather(1, choice[:, None]) == 0).all()
+    for position, source in enumerate(order.tolist()):
+        rows = (moved[position], choice[position]), (gain[source], choice[source])
+        ours, theirs = (torch.cat((row[:own], row[own + 1 :])) for row, own in rows)
+        assert torch.equal(ours, theirs)
+    assert torch.equal(dto.shuffled(gain, choice, torch.arange(5)), gain)
 
 
 # --- global branches ---------------------------------------------------------------------------------------
