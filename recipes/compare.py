@@ -1,0 +1,151 @@
+"""Every method at a ladder of equal FLOPs budgets, on the same problems and seeds, in one process.
+
+    python recipes/compare.py --config recipes/tiny/compare.yaml
+    python recipes/compare.py --config recipes/gsm8k/compare.yaml --policy P --reward R
+
+A rung is what best-of-N costs. There best-of-N, weighted best-of-N and self-consistency (with as many samples as fit)
+meet the search, the same search without the gradient, with the gradient's rows shuffled over the positions, and the
+paper's. OUT/compare.md holds the tables and says where ours is ahead; rows that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nabla_trl import ladder
+from nabla_trl.arguments import DATASETS, ModelArguments
+from nabla_trl.checker import AnswerChecker
+from nabla_trl.config import PRESETS, ReasonerConfig
+from nabla_trl.evaluate import Bench, Step, mean_flops, run_steps
+from nabla_trl.methods import RIVAL, steps
+from nabla_trl.parsing import parse, quiet_libraries, run_main
+from nabla_trl.records import versions
+from nabla_trl.results import store_results
+from nabla_trl.reward_models import warn_past_trust
+from nabla_trl.rowstore import RowStore
+from nabla_trl.tasks import data_identity, graded, load_problems
+from nabla_trl.tracing import claim_settings, search_settings
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CompareArguments:
+    output_dir: str = field(metadata={"help": "folder of rows/ and compare.md"})
+    dataset: str = _option("chains", DATASETS)
+    split: str = _option("test", "split of the dataset")
+    limit: int = _option(300, "problems; 0 = all")
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of all that samples"})
+    samples: list[int] = field(
+        default_factory=lambda: [4, 8, 16, 32], metadata={"help": "N of the best-of-N whose FLOPs are the rungs"}
+    )
+    rivals: list[str] = field(
+        default_factory=lambda: ["control", "shuffled", "paper"],
+        metadata={"help": "other searches at each rung: control, shuffled, paper, released"},
+    )
+    title: str = _option("Methods at equal FLOPs", "title of the page")
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must be distinct and not empty")
+        if not self.samples or min(self.samples) < 2 or self.samples != sorted(set(self.samples)):
+            raise ValueError("samples must be rising numbers of at least 2")
+        unknown = [name for name in self.rivals if name not in ("control", "shuffled", "paper", "released")]
+        if unknown:
+            raise ValueError(f"unknown rival {unknown[0]!r}: choose from control, shuffled, paper, released")
+
+
+class Comparison:
+    """The methods of the ladder and their rows."""
+
+    def __init__(self, args: CompareArguments, bench: Bench, store: RowStore):
+        self.args, self.bench, self.store = args, bench, store
+
+    def run(self, problems: Sequence[Any]) -> dict[str, list[str]]:
+        """Make what rows are missing; the methods of each rung, ours first."""
+        args = self.args
+        with AnswerChecker() as checker:
+            sizes = args.samples
+            pool = self.bench.pool([1, *sizes], sizes, weighted=sizes)
+            run_steps([pool], problems, self.store, checker)
+            majority = {size: self.affordable(size) for size in sizes}
+            run_steps([self.bench.pool([], sorted(set(majority.values())))], problems, self.store, checker)
+            names = [
+                "greedy",
+                *(f"best_of_{size}" for size in sizes),
+                *(f"{search}@best_of_{size}" for search in ("nabla", *args.rivals) for size in sizes),
+                *([RIVAL] if self.bench.reward.rival else []),
+            ]
+            wanted = steps(names, self.bench, None, self.flops)
+            run_steps((step for step in wanted if not _is_pool(step, sizes)), problems, self.store, checker)
+        rivals = [RIVAL] if self.bench.reward.rival else []
+        return {
+            f"best_of_{size}": [
+                f"nabla@best_of_{size}",
+                f"best_of_{size}",
+                f"weighted_best_of_{size}",
+                f"self_consistency_{majority[size]}",
+                "greedy",
+                *(f"{search}@best_of_{size}" for search in args.rivals),
+                *rivals,
+            ]
+            for size in sizes
+        }
+
+    def flops(self, method: str) -> float:
+        return mean_flops(self.store.read(), method)
+
+    def affordable(self, size: int) -> int:
+        """As many samples without scoring as cost what best-of-`size` does."""
+        each = self.flops(f"self_consistency_{size}") / size
+        return max(2, round(self.flops(f"best_of_{size}") / each))
+
+
+def _is_pool(step: Step, sizes: Sequence[int]) -> bool:
+    return any(method == f"best_of_{size}" for method in step.methods for size in sizes)
+
+
+def main(argv: Sequence[str]) -> None:
+    quiet_libraries()
+    args, models, config = parse([CompareArguments, ModelArguments, ReasonerConfig], argv, presets=PRESETS)
+    folder = Path(args.output_dir)
+    problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
+    policy, reward = models.load(4 * config.batch_size)
+    settings = models.settings() | search_settings(config)
+    settings |= {"dataset": data_identity(args.dataset), "split": args.split, "limit": str(args.limit)}
+    claim_settings(folder / "compare.settings.json", settings)
+    warn_past_trust(reward, config)
+    store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
+    comparison = Comparison(args, Bench(policy, reward, config, tuple(args.seeds)), store)
+    rungs = comparison.run(problems)
+    rows, command = store.read(), shlex.join(["python", "recipes/compare.py", *argv])
+    found = ladder.climb(rows, rungs)
+    facts = {
+        "title": args.title,
+        "command": command,
+        "policy": models.policy,
+        "reward": models.reward,
+        "task": args.dataset,
+        "reward_kind": reward.kind,
+        "versions": versions(),
+        "seeds": args.seeds,
+        "files": {"rows": "rows.jsonl", "ladder": "compare.json", "page": "compare.md"},
+    }
+    store_results(folder, rows, facts)
+    (folder / "compare.json").write_text(json.dumps([rung.to_dict() for rung in found], indent=1), encoding="utf-8")
+    text = ladder.page(found, rows, args.title, command)
+    (folder / "compare.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
