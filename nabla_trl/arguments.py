@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 REWARDS = (
     "a reward model with one label (hub id, path, or folder of a LoRA adapter of one); a folder with a reward.json; "
+    "process[@DELIMITER]:NAME for the sum of a reward model's score over the ends of steps, which end with DELIMITER "
+    r"(\n\n; escapes \n, \t, \\, \xHH); "
     "logratio:A[,B] for log p_A − log p_B of two causal LMs or adapter folders of causal LMs (B: the policy); or "
     "ensemble[@K]:A,B,… for mean − K·std of reward models (K: 1)"
 )
