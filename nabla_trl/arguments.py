@@ -87,9 +87,9 @@ class EvalArguments:
     output_dir: str = _needed("folder of the rows; rows that are there already are not made again")
     methods: str = _option(
         "",
-        f"comma-separated: greedy, best_of_N, self_consistency_N, nabla, control, nabla@F or control@F (at F times "
-        f"best_of_16's FLOPs), reward_model_sampling (log-ratio rewards), and with an adapter distilled_greedy, "
-        f"distilled_best_of_N; empty = {METHODS}, with an adapter also {DISTILLED}",
+        f"comma-separated: greedy, best_of_N, weighted_best_of_N, self_consistency_N, nabla, control, nabla@F or "
+        f"control@F (at F times best_of_16's FLOPs), reward_model_sampling (log-ratio rewards), and with an adapter "
+        f"distilled_greedy, distilled_best_of_N; empty = {METHODS}, with an adapter also {DISTILLED}",
     )
     split: str = _option("test", "split of the dataset")
     limit: int = _option(300, "problems; 0 = all")

@@ -11,11 +11,11 @@ from nabla_trl.models import Policy
 
 RIVAL = "reward_model_sampling"
 SYNTAX = (
-    "greedy, best_of_N, self_consistency_N, nabla, control, nabla@F and control@F (budget F times best_of_16's "
-    f"FLOPs), {RIVAL} (log-ratio rewards), distilled_greedy, distilled_best_of_N (need an adapter)"
+    "greedy, best_of_N, weighted_best_of_N, self_consistency_N, nabla, control, nabla@F and control@F (budget F times "
+    f"best_of_16's FLOPs), {RIVAL} (log-ratio rewards), distilled_greedy, distilled_best_of_N (need an adapter)"
 )
 _FORMS = re.compile(
-    rf"greedy|{RIVAL}|distilled_greedy|(distilled_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*"
+    rf"greedy|{RIVAL}|distilled_greedy|(distilled_|weighted_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*"
     r"|(nabla|control)(@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*))?"
 )
 
@@ -57,8 +57,9 @@ def steps(
     """
     _check(names, bench, tuned)
     best_of, majority = _sizes(names, "best_of_"), _sizes(names, "self_consistency_")
-    if best_of or majority:
-        yield bench.pool(best_of, majority)
+    weighted = _sizes(names, "weighted_best_of_")
+    if best_of or majority or weighted:
+        yield bench.pool(best_of, majority, weighted)
     if "greedy" in names:
         yield bench.greedy()
     configs = {"nabla": bench.config, "control": bench.config.control()}

@@ -22,7 +22,7 @@ BOOTSTRAP_SEED = 20_260_101
 METRICS = ("accuracy", "flops", "seconds", "reward")
 _IDENTITY = ("method", "task", "problem", "seed")
 _FIELDS = (*_IDENTITY, "correct", "reward", "flops", "seconds", "reward_by_round", "error")
-_SEARCHES = ("greedy", "self_consistency", "best_of", "control", "nabla")
+_SEARCHES = ("greedy", "self_consistency", "best_of", "weighted_best_of", "control", "nabla")
 _ORDER = (*_SEARCHES, "distilled_greedy", "distilled_best_of")
 _NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
 
