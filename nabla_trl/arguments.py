@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 REWARDS = (
     "a reward model with one label (hub id, path, or folder of a LoRA adapter of one); a folder with a reward.json; "
+    "process[@DELIMITER]:NAME for the sum of a reward model's score over the ends of steps, which end with DELIMITER "
+    r"(\n\n; escapes \n, \t, \\, \xHH); "
     "logratio:A[,B] for log p_A − log p_B of two causal LMs or adapter folders of causal LMs (B: the policy); or "
     "ensemble[@K]:A,B,… for mean − K·std of reward models (K: 1)"
 )
@@ -85,9 +87,9 @@ class EvalArguments:
     output_dir: str = _needed("folder of the rows; rows that are there already are not made again")
     methods: str = _option(
         "",
-        f"comma-separated: greedy, best_of_N, self_consistency_N, nabla, control, nabla@F or control@F (at F times "
-        f"best_of_16's FLOPs), reward_model_sampling (log-ratio rewards), and with an adapter distilled_greedy, "
-        f"distilled_best_of_N; empty = {METHODS}, with an adapter also {DISTILLED}",
+        f"comma-separated: greedy, best_of_N, weighted_best_of_N, self_consistency_N, nabla, control, nabla@F or "
+        f"control@F (at F times best_of_16's FLOPs), reward_model_sampling (log-ratio rewards), and with an adapter "
+        f"distilled_greedy, distilled_best_of_N; empty = {METHODS}, with an adapter also {DISTILLED}",
     )
     split: str = _option("test", "split of the dataset")
     limit: int = _option(300, "problems; 0 = all")

@@ -1,15 +1,16 @@
-"""Methods without revisions: greedy decoding, best-of-N and self-consistency, over one pool of samples.
+"""Methods without revisions: greedy decoding, best-of-N, weighted best-of-N and self-consistency, over one pool.
 
-A pool holds N independent responses per problem. Best-of-n (the highest reward among the first n) and
-self-consistency (the commonest answer among the first n; Wang et al., arXiv 2203.11171) read nested prefixes of
-the same pool, so a curve over n costs one pool; each n is charged the samples that it reads, and no others.
+A pool holds N independent responses per problem. Best-of-n (the highest reward among the first n), self-consistency
+(the commonest answer among the first n; Wang et al., arXiv 2203.11171) and weighted best-of-n (the answer with the
+largest weight) read nested prefixes of the same pool, so a curve over n costs one pool; each n is charged the samples
+that it reads, and no others.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nabla_trl.answers import extract_answer, normalize_answer
@@ -169,9 +170,43 @@ def best_of(pool: Pool, count: int, method: str | None = None) -> list[Trace]:
 
     best-of-1 is a plain sample: its reward is recorded if there is one, but not charged, since nothing needs it.
     """
+    return _by_reward(pool, count, method or f"best_of_{count}", _highest)
+
+
+def weighted_best_of(pool: Pool, count: int, beta: float) -> list[Trace]:
+    """Of the first `count` responses the best one with the answer that weighs most: the answer's sum of exp(r/β).
+
+    Weighted best-of-N sums a verifier's probabilities over the responses that share an answer (Li et al., arXiv
+    2206.02336; Snell et al., arXiv 2408.03314). Rewards here are no probabilities: where they are negative, their
+    sum favours what is rare, and a sigmoid of a log-ratio means nothing. So the weights are a softmax of r/β over the
+    pool, whatever the kind of reward: for draws from π (temperature 1, nothing filtered) they are the self-normalised
+    importance weights of π* ∝ π·exp(r/β), at which the search aims, and the answer is the likeliest under π*, as
+    estimated from the pool. β → 0 is best-of-N, β → ∞ is self-consistency.
+
+    Ties go to the answer seen first, and within it to the response seen first. Responses that have no answer or that
+    the reward cannot read do not vote; where none votes, this is best-of-N. It is charged as best-of-N is.
+    """
+
+    def choose(draws: Sequence[Draw]) -> Draw:
+        voters = [draw for draw in draws if draw.answer is not None and draw.reward > -math.inf]
+        if not voters:
+            return _highest(draws)
+        groups: dict[str, list[Draw]] = {}
+        for draw in voters:
+            groups.setdefault(normalize_answer(draw.answer), []).append(draw)
+        top = _highest(voters).reward
+        weights = {
+            answer: math.fsum(_weight(draw.reward, top, beta) for draw in group) for answer, group in groups.items()
+        }
+        return _highest(groups[max(weights, key=weights.__getitem__)])
+
+    return _by_reward(pool, count, f"weighted_best_of_{count}", choose)
+
+
+def _by_reward(pool: Pool, count: int, name: str, choose: Callable[[Sequence[Draw]], Draw]) -> list[Trace]:
+    """What `choose` takes of the first `count` responses. A single one needs no reward, and none is charged."""
     traces = []
     for entry in pool.entries:
-        name = method or f"best_of_{count}"
         draws = entry.draws[:count]
         cost = sum((draw.generation for draw in draws), entry.prefill)
         if count > 1:
@@ -180,9 +215,18 @@ def best_of(pool: Pool, count: int, method: str | None = None) -> list[Trace]:
         if unusable:
             traces.append(_error(pool, entry, name, unusable, cost))
         else:
-            best = draws[0] if count == 1 else max(draws, key=lambda draw: draw.reward)
-            traces.append(_trace(pool, entry, name, best, cost))
+            traces.append(_trace(pool, entry, name, draws[0] if count == 1 else choose(draws), cost))
     return traces
+
+
+def _highest(draws: Sequence[Draw]) -> Draw:
+    """The draw with the highest reward; the first among equals."""
+    return max(draws, key=lambda draw: draw.reward)
+
+
+def _weight(reward: float, top: float, beta: float) -> float:
+    """exp((r − r_top)/β); 1 for the highest reward, even if it is infinite."""
+    return 1.0 if reward == top else math.exp((reward - top) / beta)
 
 
 def self_consistency(pool: Pool, count: int) -> list[Trace]:

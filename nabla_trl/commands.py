@@ -6,13 +6,12 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from tqdm import tqdm
 
 from nabla_trl.arguments import (
     DISTILLED,
@@ -26,11 +25,10 @@ from nabla_trl.arguments import (
 from nabla_trl.audit_command import audit
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.parsing import Parser
-from nabla_trl.tasks import Problem, data_identity, graded, load_problems
+from nabla_trl.tasks import data_identity, graded, load_problems
 
 if TYPE_CHECKING:
-    from nabla_trl.evaluate import Step
-    from nabla_trl.rowstore import RowStore
+    pass
 
 # --- solve --------------------------------------------------------------------------------------------
 
@@ -148,7 +146,7 @@ def evaluate(argv: Sequence[str]) -> int:
     )
     models, args, config = parser.read(argv)[:3]
 
-    from nabla_trl.evaluate import Bench, mean_flops
+    from nabla_trl.evaluate import Bench, mean_flops, run_steps
     from nabla_trl.methods import method_names, searches, steps
     from nabla_trl.models import load_policy
     from nabla_trl.records import versions
@@ -179,7 +177,9 @@ def evaluate(argv: Sequence[str]) -> int:
     bench = Bench(policy, reward, config, tuple(args.seeds))
     if searches(names):
         warn_past_trust(reward, config)
-    _run_steps(steps(names, bench, tuned, lambda name: mean_flops(store.read(), name)), problems, store)
+    wanted = steps(names, bench, tuned, lambda name: mean_flops(store.read(), name))
+    with AnswerChecker() as checker:
+        run_steps(wanted, problems, store, checker)
     facts = {
         "title": args.title,
         "command": shlex.join(["nabla-trl", "eval", *argv]),
@@ -196,19 +196,6 @@ def evaluate(argv: Sequence[str]) -> int:
     terminal_table(summarise(rows, facts))
     print(f"rows: {folder / 'rows.jsonl'}; nabla-trl report --output_dir {folder} writes a page with plots")
     return 0
-
-
-def _run_steps(steps: Iterable[Step], problems: Sequence[Problem], store: RowStore) -> None:
-    from nabla_trl.evaluate import run_step
-
-    with AnswerChecker() as checker:
-        for step in steps:
-            with tqdm(total=len(problems) * len(step.seeds), desc=step.methods[-1], unit="row", disable=None) as bar:
-
-                def progress(method: str, done: int, total: int, bar: tqdm = bar) -> None:
-                    bar.update(done - bar.n)
-
-                run_step(step, problems, store, checker, progress)
 
 
 def report(argv: Sequence[str]) -> int:

@@ -6,8 +6,10 @@ all n reads one pool). What is on disk already is not run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+
+from tqdm import tqdm
 
 from nabla_trl import baselines
 from nabla_trl.checker import AnswerChecker
@@ -64,16 +66,17 @@ class Bench:
         self,
         best_of: Sequence[int],
         majority: Sequence[int] = (),
+        weighted: Sequence[int] = (),
         *,
         policy: Policy | None = None,
         names: dict[int, str] | None = None,
         scored: bool = True,
     ) -> Step:
-        """best-of-n and self-consistency from one pool; `names` renames best-of-n methods.
+        """best-of-n, self-consistency and weighted best-of-n from one pool; `names` renames best-of-n methods.
 
         A policy of another vocabulary cannot be read by the reward: draw from it with `scored` off (n = 1).
         """
-        count = max([*best_of, *majority])
+        count = max([*best_of, *majority, *weighted])
         titles = {n: (names or {}).get(n, f"best_of_{n}") for n in best_of}
 
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
@@ -87,9 +90,14 @@ class Bench:
                 batch_size=max(self.config.batch_size, count),
             )
             made = [trace for n in best_of for trace in baselines.best_of(pool, n, titles[n])]
-            return made + [trace for n in majority for trace in baselines.self_consistency(pool, n)]
+            made += [trace for n in majority for trace in baselines.self_consistency(pool, n)]
+            return made + [t for n in weighted for t in baselines.weighted_best_of(pool, n, 1 / self.config.lam)]
 
-        methods = (*titles.values(), *(f"self_consistency_{n}" for n in majority))
+        methods = (
+            *titles.values(),
+            *(f"self_consistency_{n}" for n in majority),
+            *(f"weighted_best_of_{n}" for n in weighted),
+        )
         return Step(methods, work, self.seeds, max(1, self.config.batch_size // count))
 
     def search(self, method: str, config: ReasonerConfig) -> Step:
@@ -124,6 +132,17 @@ def run_step(
             done += len(batch)
             progress(step.methods[-1], done, total)
     return added
+
+
+def run_steps(steps: Iterable[Step], problems: Sequence[Problem], store: RowStore, checker: AnswerChecker) -> None:
+    """Run steps where rows are missing, with a progress bar for each."""
+    for step in steps:
+        with tqdm(total=len(problems) * len(step.seeds), desc=step.methods[-1], unit="row", disable=None) as bar:
+
+            def progress(method: str, done: int, total: int, bar: tqdm = bar) -> None:
+                bar.update(done - bar.n)
+
+            run_step(step, problems, store, checker, progress)
 
 
 def mean_flops(rows: Sequence[Row], method: str) -> float:

@@ -1,4 +1,5 @@
-"""The kinds of terms: the log-likelihood of a response under a causal LM, and the score of a classifier's head."""
+"""The kinds of terms: the log-likelihood of a response under a causal LM, the score of a classifier's head, and the
+sum of such scores over the ends of steps."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from nabla_trl.compute import Meter
 from nabla_trl.relax import Relaxed
+from nabla_trl.steps import StepFinder
 from nabla_trl.terms import Encoded, Feed, Memo, Sample, Seeded, Term
 
 # Most logits (floats) held at once; heads over a large vocabulary are applied in slices of this size.
@@ -125,13 +127,22 @@ class ScoreTerm(Term):
         self.tail, self.stop_ids = tail, stop_ids
 
     def encode(self, sample: Sample) -> Encoded:
-        response, tail = self.mapping[sample.response].tolist(), self.tail
-        if sample.response and sample.response[-1] in self.stop_ids:
+        return Encoded(self.encode_prompt(sample.problem, sample.prompt), *self._closed(sample.response))
+
+    def _closed(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """A response in this model's ids, and what closes the turn after it."""
+        response, tail = self.mapping[ids].tolist(), self.tail
+        if ids and ids[-1] in self.stop_ids:
             if tail and response[-1] == tail[0]:
                 tail = tail[1:]
             elif tail or response[-1] < 0:
                 response = response[:-1]
-        return Encoded(self.encode_prompt(sample.problem, sample.prompt), response, tail)
+        return response, tail
+
+    def reads(self, response: Sequence[int], tail: int) -> list[int]:
+        """After how many tokens of a response (this model's ids) and of the `tail` ones that close it the head is
+        read, ascending: the value is the sum of these scores."""
+        return [len(response) + tail]
 
     def fed(self, encoded: Encoded, shared: int) -> list[int]:
         sequence = encoded.prompt + encoded.response + encoded.tail
@@ -158,24 +169,59 @@ class ScoreTerm(Term):
             known.append(Memo(bare.cache, bare.logp, bare.hidden, levels))
         return known
 
+    def past(self, memo: Memo, encoded: Encoded, shared: int) -> Tensor:
+        # The last shared token is fed again, and read then.
+        return memo.levels[[count for count in self.reads(encoded.response, len(encoded.tail)) if count < shared]]
+
     def values(self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]) -> list[Tensor]:
-        return list(self._scores(hidden, feed).unsqueeze(1))
+        reads = [self.reads(one.response, len(one.tail)) for one in encoded]
+        places = [[count - begin for count in row if count >= begin] for row, begin in zip(reads, shared, strict=True)]
+        return self._scores(hidden, places)
 
     def seed(
         self, hidden: Tensor, feed: Feed, targets: Sequence[Relaxed], candidates: Sequence[Tensor] | None
     ) -> Seeded:
+        # The head is read where the response's own tokens say, whatever is mixed into them.
+        own = [target.ids[:, 0].tolist() for target in targets]
+        reads = [self.reads(ids, count - 1 - len(ids)) for ids, count in zip(own, feed.counts, strict=True)]
         leaf = hidden.detach().requires_grad_(True)
         with torch.enable_grad():
-            scores = self._scores(leaf, feed)
-        return Seeded(scores.detach().double(), torch.autograd.grad(scores.sum(), leaf)[0], None)
+            values = torch.stack([scores.double().sum() for scores in self._scores(leaf, reads)])
+        return Seeded(values.detach(), torch.autograd.grad(values.sum(), leaf)[0], None)
 
-    def _scores(self, hidden: Tensor, feed: Feed) -> Tensor:
-        last = torch.tensor(feed.counts, device=hidden.device) - 1
-        return self._read(hidden[torch.arange(len(last), device=last.device), last])
+    def running(self, sample: Sample, memo: Memo) -> Tensor:
+        response, tail = self._closed(sample.response)
+        scores = memo.levels.double()
+        reads = self.reads(response, len(tail))
+        done = torch.zeros_like(scores)
+        done[[count for count in reads if count < len(scores)]] = 1
+        return (done * scores).cumsum(0) + (len(reads) - done.cumsum(0)) * scores
+
+    def _scores(self, hidden: Tensor, places: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Per row the scores at some places among its fed tokens."""
+        rows = [row for row, some in enumerate(places) for _ in some]
+        flat = [place for some in places for place in some]
+        return list(self._read(hidden[rows, flat]).split([len(some) for some in places]))
 
     def _read(self, states: Tensor) -> Tensor:
         scores = self.model.score(states).squeeze(-1)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+class ProcessTerm(ScoreTerm):
+    """r(x, y) = Σ_t s(x, y_≤t) over the tokens t that end a step and the end of the response, where s is the score of
+    a `ScoreTerm`, read there after the closed turn. An end of a step that is also the end of all counts once.
+
+    Args:
+        steps: finds the ends of steps in this model's ids.
+    """
+
+    def __init__(self, *args: Any, steps: StepFinder, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.steps = steps
+
+    def reads(self, response: Sequence[int], tail: int) -> list[int]:
+        return sorted({*(place + 1 for place in self.steps.ends(response)), *super().reads(response, tail)})
 
 
 def _stacked(targets: Sequence[Relaxed]) -> tuple[Tensor, Tensor]:

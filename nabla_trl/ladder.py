@@ -107,7 +107,7 @@ def _moves(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
 
 
 def verdict(ladder: Sequence[Rung], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the ladder says: where ours is ahead of everything, and at what cost it reaches the top rung's best-of-N."""
+    """Where ours is ahead of everything, and at what cost it reaches the top rung's best-of-N."""
     said = []
     for rung in ladder:
         ours = rung.entries[0].method

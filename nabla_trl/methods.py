@@ -12,13 +12,14 @@ from nabla_trl.models import Policy
 
 RIVAL = "reward_model_sampling"
 SYNTAX = (
-    "greedy, best_of_N, self_consistency_N; the searches nabla, control (without the gradient), shuffled (its rows in "
-    "disorder), paper and released (presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F "
-    f"times best_of_16's); {RIVAL} (log-ratio rewards); distilled_greedy, distilled_best_of_N (need an adapter)"
+    "greedy, best_of_N, weighted_best_of_N, self_consistency_N; the searches nabla, control (without the gradient), "
+    "shuffled (its rows in disorder), paper and released (presets), each also as nabla@best_of_N (at that method's "
+    f"FLOPs) or nabla@F (at F times best_of_16's); {RIVAL} (log-ratio rewards); distilled_greedy, distilled_best_of_N "
+    "(need an adapter)"
 )
 SEARCHES = ("nabla", "control", "shuffled", "paper", "released")
 _FORMS = re.compile(
-    rf"greedy|{RIVAL}|distilled_greedy|(distilled_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*"
+    rf"greedy|{RIVAL}|distilled_greedy|(distilled_|weighted_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*"
     rf"|({'|'.join(SEARCHES)})(@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*))?"
 )
 
@@ -67,8 +68,9 @@ def steps(
     """
     _check(names, bench, tuned)
     best_of, majority = _sizes(names, "best_of_"), _sizes(names, "self_consistency_")
-    if best_of or majority:
-        yield bench.pool(best_of, majority)
+    weighted = _sizes(names, "weighted_best_of_")
+    if best_of or majority or weighted:
+        yield bench.pool(best_of, majority, weighted)
     if "greedy" in names:
         yield bench.greedy()
     for name in names:

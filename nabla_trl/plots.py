@@ -39,6 +39,7 @@ class Style:
 
 STYLES = {
     "best_of": Style("#0072B2", "o"),
+    "weighted_best_of": Style("#0072B2", "h", size=1.2),
     "nabla": Style("#D55E00", "s"),
     "control": Style("#B07500", "^", (0, (4, 2))),  # orange, darkened until text in it can be read
     "greedy": Style("#000000", "D", (0, (1, 1.5))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from nabla_trl.reward_folder import RewardCard
 
 _KINDS = {
     "scalar": "A score head: a sequence classifier with one label",
+    "process": "The sum of a score head (a sequence classifier with one label) over the ends of steps",
     "implicit": "A causal LM's adapter: r = scale · (log π − log π_reference)",
     "ensemble": "An ensemble of score heads: mean − caution · std",
 }
@@ -43,6 +45,8 @@ def _what(card: RewardCard) -> str:
         f"{_KINDS[card.kind]}.",
         f"Begun from `{card.base}`, trained for and audited with the policy `{card.policy}`.",
     ]
+    if card.kind == "process":
+        lines.append(f"A step ends with {json.dumps(card.step_delimiter, ensure_ascii=False)}.")
     if card.trust is not None:
         trust = card.trust
         lines.append(

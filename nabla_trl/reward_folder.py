@@ -17,6 +17,7 @@ from typing import Any
 
 from nabla_trl.config import Point
 from nabla_trl.names import one_line, same_model
+from nabla_trl.steps import BLANK_LINE, check_delimiter, read_delimiter
 from nabla_trl.trust import Trust
 
 PREFIX = "logratio:"
@@ -24,10 +25,12 @@ FILE = "reward.json"
 _ADAPTER = "adapter_config.json"
 FORMAT = 1
 
-_ENSEMBLE = re.compile(r"ensemble(?:@(?P<caution>[^:]*))?:(?P<members>.*)")
+_PROCESS = re.compile(r"process(?:@(?P<delimiter>[^:]*))?:(?P<model>.*)", re.DOTALL)
+_ENSEMBLE = re.compile(r"ensemble(?:@(?P<caution>[^:]*))?:(?P<members>.*)", re.DOTALL)
 # Kinds of reward.json: the kind of `nabla_trl.rewards.Reward` that each becomes, and the keys that only it has.
 _KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scalar": ("scalar", ()),
+    "process": ("process", ("step_delimiter",)),
     "implicit": ("log-ratio", ("scale", "reference")),
     "ensemble": ("ensemble", ("members", "caution")),
 }
@@ -42,10 +45,13 @@ class RewardCard:
     """reward.json: what a reward folder holds, and how far it may be trusted.
 
     Attributes:
-        kind: "scalar" (a sequence classifier with one label, or a LoRA adapter of one, in this folder), "implicit"
-            (a causal LM or its adapter in this folder: r = scale · (log π − log π_reference)) or "ensemble".
+        kind: "scalar" (a sequence classifier with one label, or a LoRA adapter of one, in this folder), "process" (the
+            sum of such a score over the ends of steps), "implicit" (a causal LM or its adapter in this folder:
+            r = scale · (log π − log π_reference)) or "ensemble".
         base: the model that training began from; None = none.
-        members, caution: ensemble only: folders of scalar rewards, relative to this one; k of mean − k·std.
+        step_delimiter: process only: the text that ends a step.
+        members, caution: ensemble only: folders of scalar or of process rewards, relative to this one; k of
+            mean − k·std.
         scale, reference: implicit only: β > 0, and the name of the reference model.
         policy: the policy that it was trained and audited for.
         trust: what the audit allows; None = not audited.
@@ -59,6 +65,7 @@ class RewardCard:
 
     kind: str
     base: str | None = None
+    step_delimiter: str = BLANK_LINE
     members: Sequence[str] = ()
     caution: float = 1.0
     scale: float = 1.0
@@ -83,6 +90,7 @@ class RewardCard:
             raise ValueError(f"members must be a list of folders, not {self.members!r}")
         if not (_is_number(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be a positive number, not {self.scale!r}")
+        check_delimiter(self.step_delimiter)
         _check_caution(self.caution)
         if self.point is not None:
             Point.parse(str(self.point))
@@ -151,6 +159,7 @@ class RewardPlan:
             reference; or the members, each a spec.
         scale: factor of a log-ratio.
         caution: of an ensemble.
+        delimiter: of a process reward.
         trust, point: those of reward.json.
     """
 
@@ -158,6 +167,7 @@ class RewardPlan:
     models: tuple[str, ...]
     scale: float = 1.0
     caution: float = 1.0
+    delimiter: str = ""
     trust: Trust | None = None
     point: str | None = None
 
@@ -166,14 +176,17 @@ def plan_reward(spec: str) -> RewardPlan:
     """What a spec means; reads reward.json, loads nothing.
 
     Raises:
-        ValueError: a malformed spec or reward.json; an ensemble of fewer than two members, of one twice, or of one
-            that is not scalar.
+        ValueError: a malformed spec or reward.json; a process reward of what is not scalar; an ensemble of fewer than
+            two members, of one twice, or of different kinds.
     """
     if spec.startswith(PREFIX):
         names = _listed(spec.removeprefix(PREFIX))
         if not 1 <= len(names) <= 2 or not all(names):
             raise ValueError(f"{spec!r}: expected {PREFIX}BETTER or {PREFIX}BETTER,REFERENCE")
         return RewardPlan("log-ratio", names)
+    written = _PROCESS.fullmatch(spec)
+    if written:
+        return _plan_process(spec, written["delimiter"], written["model"])
     written = _ENSEMBLE.fullmatch(spec)
     if written:
         return _plan_ensemble(spec, _listed(written["members"]), _caution(spec, written["caution"]))
@@ -190,7 +203,8 @@ def reward_identity(spec: str) -> str:
     ours += [Path(spec)] if plan.kind == "ensemble" and Path(spec, FILE).is_file() else []
     if not ours:
         return spec
-    digest = hashlib.sha256(json.dumps([plan.scale, plan.caution, plan.point]).encode())
+    meaning = [plan.scale, plan.caution, plan.point, *([plan.delimiter] if plan.delimiter else [])]
+    digest = hashlib.sha256(json.dumps(meaning).encode())
     for file in sorted({file for folder in ours for file in folder.rglob("*.safetensors")}):
         digest.update(file.read_bytes())
     return f"{spec} ({digest.hexdigest()[:12]})"
@@ -203,7 +217,22 @@ def _plan_folder(spec: str) -> RewardPlan:
         return replace(_plan_ensemble(spec, members, card.caution), trust=card.trust, point=card.point)
     if card.kind == "implicit":
         return RewardPlan("log-ratio", (spec, card.reference), card.scale, trust=card.trust, point=card.point)
-    return RewardPlan("scalar", (spec,), trust=card.trust, point=card.point)
+    delimiter = card.step_delimiter if card.kind == "process" else ""
+    return RewardPlan(card.kind, (spec,), delimiter=delimiter, trust=card.trust, point=card.point)
+
+
+def _plan_process(spec: str, delimiter: str | None, model: str) -> RewardPlan:
+    """A scalar reward, read at steps. Its own audit is of another reward, so it brings no trust and no point."""
+    if not model:
+        raise ValueError(f"{spec!r}: expected process:NAME or process@DELIMITER:NAME")
+    try:
+        read = BLANK_LINE if delimiter is None else read_delimiter(delimiter)
+    except ValueError as error:
+        raise ValueError(f"{spec!r}: {error}") from error
+    kind, _ = _kind(model)
+    if kind != "scalar":
+        raise ValueError(f"{spec!r}: {model} is a reward of kind {kind}: only a scalar one can be read at steps")
+    return RewardPlan("process", (model,), delimiter=read)
 
 
 def _plan_ensemble(spec: str, members: tuple[str, ...], caution: float) -> RewardPlan:
@@ -212,21 +241,44 @@ def _plan_ensemble(spec: str, members: tuple[str, ...], caution: float) -> Rewar
     if len(members) < 2:
         raise ValueError(f"{spec}: an ensemble needs at least two members")
     for index, name in enumerate(members):
-        if any(same_model(name, other) for other in members[:index]):
+        if any(same_model(_classifier(name), _classifier(other)) for other in members[:index]):
             raise ValueError(f"{spec}: {name} is a member twice, and so would count twice")
-        kind = _kind(name)
-        if kind != "scalar":
-            raise ValueError(f"{spec}: {name} is a reward of kind {kind}: the members of an ensemble are scalar")
+    check_members(spec, [(name, *_kind(name)) for name in members])
     return RewardPlan("ensemble", members, caution=caution)
 
 
-def _kind(spec: str) -> str:
-    """The kind of a spec. Does not look into an ensemble, which might hold itself."""
+def check_members(spec: str, members: Sequence[tuple[str, str, str]]) -> None:
+    """Refuse an ensemble whose scores cannot be averaged.
+
+    Args:
+        members: name, kind and delimiter of each.
+    """
+    rule = "the members of an ensemble are all scalar, or all process with one delimiter"
+    for name, kind, delimiter in members:
+        if kind not in ("scalar", "process"):
+            raise ValueError(f"{spec}: {name} is a reward of kind {kind}: {rule}")
+        if (kind, delimiter) != members[0][1:]:
+            raise ValueError(f"{spec}: {name} is not read where {members[0][0]} is: {rule}")
+
+
+def _kind(spec: str) -> tuple[str, str]:
+    """The kind of a spec, and its delimiter. Does not look into an ensemble, which might hold itself."""
     if spec.startswith(PREFIX):
-        return "log-ratio"
+        return "log-ratio", ""
     if _ENSEMBLE.fullmatch(spec):
-        return "ensemble"
-    return _KINDS[read_card(spec).kind][0] if Path(spec, FILE).is_file() else "scalar"
+        return "ensemble", ""
+    if _PROCESS.fullmatch(spec):
+        return "process", plan_reward(spec).delimiter
+    if not Path(spec, FILE).is_file():
+        return "scalar", ""
+    card = read_card(spec)
+    return _KINDS[card.kind][0], card.step_delimiter if card.kind == "process" else ""
+
+
+def _classifier(spec: str) -> str:
+    """The name of the model in a member's spec."""
+    written = _PROCESS.fullmatch(spec)
+    return written["model"] if written else spec
 
 
 def _listed(text: str) -> tuple[str, ...]:

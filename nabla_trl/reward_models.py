@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from nabla_trl.adapters import adapter_note, is_adapter, merge_adapter
 from nabla_trl.compute import Meter, model_size
 from nabla_trl.config import ReasonerConfig
-from nabla_trl.heads import LikelihoodTerm, ScoreTerm
+from nabla_trl.heads import LikelihoodTerm, ProcessTerm, ScoreTerm
 from nabla_trl.kv import check_cacheable
 from nabla_trl.models import (
     Policy,
@@ -27,9 +28,10 @@ from nabla_trl.models import (
     vocabulary_map,
 )
 from nabla_trl.names import same_model
-from nabla_trl.reward_folder import PREFIX, plan_reward
+from nabla_trl.reward_folder import PREFIX, check_members, plan_reward
 from nabla_trl.reward_prompts import mapped_prompt, template_prompt, template_tail
 from nabla_trl.rewards import Reward
+from nabla_trl.steps import BLANK_LINE, StepFinder
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Encoded, Sample, Term
 from nabla_trl.trust import past_trust
@@ -47,16 +49,20 @@ def load_reward(
 
             NAME: hub id or path of a sequence-classification model with one label, or a folder with a LoRA adapter
                 of one, whose score head is the adapter's;
-            FOLDER with a reward.json (`nabla_trl.reward_folder.RewardCard`): a scalar reward, an implicit one,
-                r = β (log p_folder(y|x) − log p_reference(y|x)), or an ensemble;
+            FOLDER with a reward.json (`nabla_trl.reward_folder.RewardCard`): a scalar reward, a process reward, an
+                implicit one, r = β (log p_folder(y|x) − log p_reference(y|x)), or an ensemble;
+            process:NAME or process@DELIMITER:NAME: the sum of the scalar reward NAME's score over the ends of steps
+                and the end of the response; a step ends with the delimiter (a blank line), whose escapes
+                `nabla_trl.steps.read_delimiter` tells;
             logratio:A[,B]: log p_A(y|x) − log p_B(y|x) of two causal LMs, or adapter folders of causal LMs (B: the
                 policy). A model of the policy's name is the policy itself and is not loaded again;
-            ensemble:A,B,… or ensemble@K:A,B,…: mean − K·std of two or more scalar rewards (K: 1).
+            ensemble:A,B,… or ensemble@K:A,B,…: mean − K·std of two or more scalar rewards, or of process rewards with
+                one delimiter (K: 1).
 
     Raises:
         ValueError: a malformed spec or reward.json, no such model, a random or multi-label head, an adapter that does
-            not fit, a vocabulary that does not cover the policy's, non-finite scores, or a score that changes when
-            embeddings are fed in place of ids.
+            not fit, a vocabulary that does not cover the policy's, a delimiter that no tokens write, non-finite
+            scores, or a score that changes when embeddings are fed in place of ids.
     """
     plan = plan_reward(spec)
     if plan.kind == "ensemble":
@@ -66,6 +72,10 @@ def load_reward(
         better, *rest = [_load_causal(name, policy, dtype, device) for name in plan.models]
         reward = log_ratio(policy, better, rest[0] if rest else policy, spec, scale=plan.scale)
         check_reward(reward, policy)
+    elif plan.kind == "process":
+        model, tokenizer = _load_classifier(plan.models[0], dtype, device)
+        reward = process(policy, model, tokenizer, spec, delimiter=plan.delimiter)
+        check_reward(reward, policy, within=plan.delimiter)
     else:
         reward = scalar(policy, *_load_classifier(spec, dtype, device), spec)
         check_reward(reward, policy)
@@ -121,13 +131,31 @@ def scalar(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     Raises:
         ValueError: more than one label, a head that is not finite, or vocabularies that cannot be matched.
     """
-    if model.config.num_labels != 1:
-        raise ValueError(f"{name} has {model.config.num_labels} labels: a scalar reward needs exactly one")
-    model.eval().requires_grad_(False)
-    term = score_term(policy, model, tokenizer, name)
-    if not all(weight.isfinite().all() for weight in model.score.parameters()):
-        raise ValueError(f"{name} has a score head with weights that are not finite")
+    term = ScoreTerm(**_frozen_parts(policy, model, tokenizer, name))
     return Reward(name, "scalar", [term], term.mapping.cpu() >= 0, policy.stop_ids)
+
+
+def process(
+    policy: Policy,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    delimiter: str = BLANK_LINE,
+) -> Reward:
+    """The sum of a sequence classifier's score over the ends of steps, from memory (`nabla_trl.heads.ProcessTerm`).
+
+    Raises:
+        ValueError: as `scalar`; a delimiter that the policy cannot write, or that the reward cannot read from it.
+    """
+    steps = StepFinder(tokenizer, delimiter)
+    term = ProcessTerm(**_frozen_parts(policy, model, tokenizer, name), steps=steps)
+    written = policy.tokenizer(delimiter, add_special_tokens=False)["input_ids"]
+    read = term.mapping[written].tolist()
+    # Only the ids of both tell: a tokenizer may take what it does not know for <unk>, or leave it out.
+    if policy.forbidden[written].any() or min(read, default=-1) < 0 or not steps.ends(read):
+        raise ValueError(f"{name}: no step could end, as no tokens of {policy.name} write {delimiter!r}")
+    return Reward(name, "process", [term], term.mapping.cpu() >= 0, policy.stop_ids)
 
 
 def score_term(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> ScoreTerm:
@@ -136,6 +164,26 @@ def score_term(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedToke
     Raises:
         ValueError: vocabularies that cannot be matched, or a cache that cannot be cut.
     """
+    return ScoreTerm(**_score_parts(policy, model, tokenizer, name))
+
+
+def _frozen_parts(
+    policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> dict[str, Any]:
+    """What a reward's term is made of; the model is frozen. Refuses more than one label, a head that is not finite."""
+    if model.config.num_labels != 1:
+        raise ValueError(f"{name} has {model.config.num_labels} labels: a scalar reward needs exactly one")
+    model.eval().requires_grad_(False)
+    parts = _score_parts(policy, model, tokenizer, name)
+    if not all(weight.isfinite().all() for weight in model.score.parameters()):
+        raise ValueError(f"{name} has a score head with weights that are not finite")
+    return parts
+
+
+def _score_parts(
+    policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> dict[str, Any]:
+    """What a `ScoreTerm` is made of."""
     check_cacheable(model)
     mapping = vocabulary_map(
         policy.tokenizer,
@@ -143,27 +191,25 @@ def score_term(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedToke
         source_rows=policy.forbidden.shape[0],
         target_rows=model.get_input_embeddings().weight.shape[0],
     )
-    return ScoreTerm(
-        model,
-        model_size(model, "reward"),
-        mapping=mapping,
-        encode_prompt=template_prompt(tokenizer, mapping, name, context_length(model)),
-        tail=template_tail(tokenizer),
-        stop_ids=policy.stop_ids,
-    )
+    return {
+        "model": model,
+        "size": model_size(model, "reward"),
+        "mapping": mapping,
+        "encode_prompt": template_prompt(tokenizer, mapping, name, context_length(model)),
+        "tail": template_tail(tokenizer),
+        "stop_ids": policy.stop_ids,
+    }
 
 
 def ensemble(members: Sequence[Reward], caution: float, name: str) -> Reward:
-    """The lower confidence bound mean − caution · std of scalar rewards, from memory.
+    """The lower confidence bound mean − caution · std of scalar rewards, or of process rewards, from memory.
 
     Raises:
-        ValueError: fewer than two members, one twice, one that is not scalar, or a caution below 0.
+        ValueError: fewer than two members, one twice, one of another kind or delimiter, or a caution below 0.
     """
     if len(members) < 2:
         raise ValueError(f"{name}: an ensemble needs at least two members")
-    odd = next((one for one in members if one.kind != "scalar"), None)
-    if odd is not None:
-        raise ValueError(f"{name}: {odd.name} is a reward of kind {odd.kind}: the members of an ensemble are scalar")
+    check_members(name, [(one.name, one.kind, _delimiter(one)) for one in members])
     if len({id(one) for one in members}) < len(members):
         raise ValueError(f"{name}: a member is there twice, and so would count twice")
     if not 0 <= caution < math.inf:
@@ -172,6 +218,10 @@ def ensemble(members: Sequence[Reward], caution: float, name: str) -> Reward:
     readable = torch.stack([one.readable for one in members]).all(0)
     stops = frozenset.intersection(*(one.stop_ids for one in members))
     return Reward(name, "ensemble", terms, readable, stops, caution=caution)
+
+
+def _delimiter(reward: Reward) -> str:
+    return next((term.steps.delimiter for term in reward.terms if isinstance(term, ProcessTerm)), "")
 
 
 def _load_classifier(name: str, dtype: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -217,8 +267,11 @@ def _load_causal(name: str, policy: Policy, dtype: str, device: str | None) -> P
 
 
 @torch.no_grad()
-def check_reward(reward: Reward, policy: Policy) -> None:
+def check_reward(reward: Reward, policy: Policy, *, within: str = "") -> None:
     """Score a probe through ids, through embeddings and through the cache; refuse a reward on which they differ.
+
+    Args:
+        within: a text that the probe holds, as the end of a step.
 
     Raises:
         ValueError: non-finite or differing values.
@@ -227,7 +280,8 @@ def check_reward(reward: Reward, policy: Policy) -> None:
     special = {*policy.tokenizer.all_special_ids, *policy.stop_ids}
     body = [index for index in readable.tolist() if index not in special][:4]
     problem = Problem(id="probe", question=policy.decode(body))
-    sample = Sample(problem, policy.encode(problem), [*body, min(reward.stop_ids)])
+    held = policy.tokenizer(within, add_special_tokens=False)["input_ids"] if within else []
+    sample = Sample(problem, policy.encode(problem), [*body[:2], *held, *body[2:], min(reward.stop_ids)])
     for term in reward.terms:
         encoded = term.encode(sample)
         sequence = encoded.prompt + encoded.response + encoded.tail
@@ -246,10 +300,9 @@ def check_reward(reward: Reward, policy: Policy) -> None:
 def _plain_value(term: Term, encoded: Encoded, ids: Tensor, soft: bool) -> float:
     """A term's value by the model's own full forward, without any of our batching."""
     inputs = {"inputs_embeds": term.model.get_input_embeddings()(ids)} if soft else {"input_ids": ids}
-    if isinstance(term, LikelihoodTerm):
-        logp = term.model(**inputs).logits[0].float().log_softmax(-1)
-        begin = len(encoded.prompt)
-        targets = ids[0, begin:]
-        return float(logp[begin - 1 : -1].gather(1, targets[:, None]).sum())
-    hidden = term.model.base_model(**inputs).last_hidden_state
-    return float(term.model.score(hidden[:, -1]))
+    if isinstance(term, ScoreTerm):
+        hidden = term.model.base_model(**inputs).last_hidden_state[0, len(encoded.prompt) - 1 :]
+        return float(term.model.score(hidden[term.reads(encoded.response, len(encoded.tail))]).sum())
+    logp = term.model(**inputs).logits[0].float().log_softmax(-1)
+    begin = len(encoded.prompt)
+    return float(logp[begin - 1 : -1].gather(1, ids[0, begin:, None]).sum())

@@ -1,4 +1,4 @@
-"""Differentiable rewards over token ids (scalar, log-ratio) and the verifier, which only labels.
+"""Differentiable rewards over token ids (scalar, process, log-ratio) and the verifier, which only labels.
 
 Every caller (the reasoner's incumbents and proposals, best-of-N, the audit) scores through `Reward.score`.
 """
@@ -29,7 +29,7 @@ class Reward:
     """A weighted sum of terms, r(x, y) = Σ weight · term(x, y), or the lower confidence bound of an ensemble.
 
     Attributes:
-        kind: "scalar", "log-ratio" or "ensemble".
+        kind: "scalar", "process", "log-ratio" or "ensemble".
         readable: [policy rows] bool, policy tokens that every term can read inside a response. A response with
             any other token, or longer than a term's context, scores −inf: it is never preferred.
         stop_ids: stop tokens of the policy that are readable at the end of a response.
@@ -158,7 +158,9 @@ class Reward:
         Of log-likelihoods it is log π(v | y_<t) for every candidate. A score s is a sum of what each token added,
         s_T = s_0 + Σ_t (s_t − s_{t−1}), with s_t read by the same head after token t: the direct part is that
         difference for the response's own token, and 0 for tokens that were not scored. It means something if the
-        head was trained at every token; the gradient audit tells.
+        head was trained at every token; the gradient audit tells. A process reward Σ_e s_e is a sum of the same
+        differences, each as often as a step ends at or after its token: Σ_e s_e = n_0·s_0 + Σ_t n_t (s_t − s_{t−1})
+        with n_t = #{e ≥ t}, the end of the response included, and the direct part is n_t (s_t − s_{t−1}).
         """
         terms = [term for term in self.terms if isinstance(term, LikelihoodTerm)]
         with meter.clock([sample.key for sample in samples]):
@@ -167,11 +169,12 @@ class Reward:
             return [self._score_steps(*one) for one in zip(samples, memos, candidates, strict=True)]
 
     def _score_steps(self, sample: Sample, memos: Sequence[Memo], table: Tensor) -> Tensor:
-        """[T, K]: at each response token what it added to the score; 0 for the first, before which nothing is read."""
+        """[T, K]: at each response token what it added to the reward; 0 for the first: before it nothing is read."""
         length = len(sample.response) + 1
+        levels = [term.running(sample, memo).cpu() for term, memo in zip(self.terms, memos, strict=True)]
         # A stop token that a template drops has no score: it adds nothing.
-        levels = [torch.cat((memo.levels, memo.levels[-1:].expand(length - len(memo.levels)))) for memo in memos]
-        steps = self._combine(torch.stack([one.cpu().double() for one in levels])).diff()
+        levels = [torch.cat((one, one[-1:].expand(length - len(one)))) for one in levels]
+        steps = self._combine(torch.stack(levels)).diff()
         steps[:1] = 0
         own = table == torch.tensor(sample.response)[:, None]
         return torch.where(own, steps[:, None], 0.0).float()

@@ -150,9 +150,13 @@ class Term(ABC):
     def fed(self, encoded: Encoded, shared: int) -> list[int]:
         """Ids to feed when `shared` response tokens are in the cache already; the first one is re-fed."""
 
+    def past(self, memo: Memo, encoded: Encoded, shared: int) -> Tensor:
+        """The numbers that a memo's first `shared` response tokens give to the value."""
+        return memo.logp[:shared]
+
     @abstractmethod
     def values(self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]) -> list[Tensor]:
-        """Per row, the numbers whose sum (with the memo's) is its value: [new tokens] or [1]. Scores are float32."""
+        """Per row, the numbers whose sum (with those of `past`) is its value. Scores are float32."""
 
     @abstractmethod
     def seed(
@@ -164,6 +168,11 @@ class Term(ABC):
             targets: per row Y, in this model's ids.
             candidates: per row [T, K] ids of this model, or None for its whole vocabulary.
         """
+
+    def running(self, sample: Sample, memo: Memo) -> Tensor:
+        """[T + 1] the value after none, one, … of a remembered response's tokens, if its score were to stay as it is
+        there; empty for terms without a score. A stop token that the template drops is left out."""
+        return memo.levels
 
     def knows(self, sample: Sample) -> bool:
         """This term's value was shown when the sample was drawn."""
@@ -252,8 +261,8 @@ class Term(ABC):
         hidden, rows = self.hidden(feed, keep=keep)
         new = self.values(hidden, feed, encoded, shared)
         logps = [
-            torch.cat((memo.logp[:count].to(fresh), fresh))
-            for memo, count, fresh in zip(memos, shared, new, strict=True)
+            torch.cat((self.past(memo, one, count).to(fresh), fresh))
+            for memo, one, count, fresh in zip(memos, encoded, shared, new, strict=True)
         ]
         values = [float(logp.double().sum()) for logp in logps]
         if not keep:

@@ -52,7 +52,7 @@ from nabla_trl.training import LoraArguments, train_sft
 
 STAGES = ("traces", "train", "evaluate", "report")
 METHODS = (
-    "greedy,self_consistency_16,best_of_1,best_of_2,best_of_4,best_of_8,best_of_16,best_of_32,"
+    "greedy,self_consistency_16,best_of_1,best_of_2,best_of_4,best_of_8,best_of_16,best_of_32,weighted_best_of_16,"
     "control,nabla,control@0.15,nabla@0.15,control@0.2,nabla@0.2,control@0.33,nabla@0.33,"
     "reward_model_sampling,distilled_greedy,distilled_best_of_8"
 )

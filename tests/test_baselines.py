@@ -11,12 +11,12 @@ import torch
 import worlds
 
 from nabla_trl import baselines
-from nabla_trl.answers import normalize_answer
+from nabla_trl.answers import extract_answer, normalize_answer
 from nabla_trl.compute import Cost, Meter
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.evaluate import Bench
 from nabla_trl.generate import Sampling
-from nabla_trl.methods import steps
+from nabla_trl.methods import method_names, steps
 from nabla_trl.search import solve
 from nabla_trl.terms import Sample
 
@@ -159,7 +159,156 @@ def test_a_rival_of_another_vocabulary_is_only_drawn_from(problems, policy):
     rival = worlds.freeze_policy(model, shuffled, "rival")
     reward = worlds.log_ratio(policy, rival, policy, "ratio")
     bench = Bench(policy, reward, ReasonerConfig(max_new_tokens=8), (0,))
-    (step,) = steps(["reward_model_sampling"], bench, None, lambda: 0.0)
+    (step,) = steps(["reward_model_sampling"], bench, None, lambda method: 0.0)
     for trace in step.work(problems, 0):
         assert trace.error is None and trace.method == "reward_model_sampling"
         assert trace.prompt_ids == rival.encode(next(p for p in problems if p.id == trace.problem_id))
+
+
+# --- weighted best-of-N -----------------------------------------------------------------------------------
+
+
+def made_pool(policy, *written, problem=None):
+    """A pool of one problem whose responses and rewards are given; each costs another number of FLOPs."""
+    problem = problem or worlds.tiny_problems()[0]
+    draws = []
+    for number, (text, reward) in enumerate(written):
+        ids = worlds.sample(policy, problem, text).response
+        answer = extract_answer(policy.decode(ids))
+        cost = [Cost(flops=10.0**number), Cost(flops=2 * 10.0**number)]
+        draws.append(baselines.Draw(ids, reward, answer, *cost))
+    entry = baselines.Entry(problem, policy.encode(problem), draws, Cost(flops=0.25), Cost(flops=0.5))
+    return baselines.Pool(policy, "r", 0, "h", [entry])
+
+
+def chosen(made, count, beta=1.0):
+    (trace,) = baselines.weighted_best_of(made, count, beta)
+    assert trace.error is None and trace.method == f"weighted_best_of_{count}"
+    return made.policy.decode(trace.response_ids), trace.reward
+
+
+MAJORITY_WRONG = (("1+2=4#4", -1.0), ("3#3", 2.0), ("4#4", -0.5), ("1+2=3#3", 2.5), ("2+2=4#4", -2.0))
+REWARDS_WRONG = (("3#3", 0.6), ("1+2=3#3", 0.9), ("4#4", 1.0), ("1+2=3;#3", 0.8))
+
+
+def test_a_few_responses_of_high_reward_outweigh_a_majority(policy):
+    made = made_pool(policy, *MAJORITY_WRONG)
+    assert chosen(made, 5) == ("1+2=3#3", 2.5)
+    assert baselines.self_consistency(made, 5)[0].answer == "4"
+    assert chosen(made, 1) == ("1+2=4#4", -1.0)  # a plain sample
+
+
+def test_a_majority_outweighs_one_response_of_the_highest_reward(policy):
+    made = made_pool(policy, *REWARDS_WRONG)
+    assert chosen(made, 4) == ("1+2=3#3", 0.9)
+    assert baselines.best_of(made, 4)[0].answer == "4"
+    assert chosen(made, 3) == ("1+2=3#3", 0.9)  # e^0.6 + e^0.9 > e^1
+
+
+def test_negative_rewards_do_not_favour_what_is_rare(policy):
+    """A plain sum of rewards would: −3 against −2 − 2."""
+    made = made_pool(policy, ("4#4", -3.0), ("3#3", -2.0), ("1+2=3#3", -2.0))
+    assert chosen(made, 3) == ("3#3", -2.0)
+
+
+@pytest.mark.parametrize("written", [MAJORITY_WRONG, REWARDS_WRONG])
+def test_only_differences_in_units_of_beta_count(policy, written):
+    count = len(written)
+    wanted = chosen(made_pool(policy, *written), count)[0]
+    for shift, scale in ((1e4, 1.0), (-1e4, 1.0), (0.0, 1e-3), (7.0, 50.0)):
+        moved = [(text, scale * reward + shift) for text, reward in written]
+        assert chosen(made_pool(policy, *moved), count, beta=scale)[0] == wanted
+
+
+@pytest.mark.parametrize("written", [MAJORITY_WRONG, REWARDS_WRONG])
+def test_between_best_of_n_and_self_consistency(policy, written):
+    made, count = made_pool(policy, *written), len(written)
+    cold, hot = (baselines.weighted_best_of(made, count, beta)[0] for beta in (1e-9, 1e9))
+    assert cold.response_ids == baselines.best_of(made, count)[0].response_ids
+    assert hot.answer == baselines.self_consistency(made, count)[0].answer
+    assert cold.answer != hot.answer
+
+
+def test_the_answer_is_the_likeliest_under_the_tilted_policy(policy):
+    """Against the definition: a pool that holds responses as often as π draws them."""
+    counts = {"3#3": 5, "1+2=3#3": 1, "4#4": 4, "5#5": 1}
+    rewards = {"3#3": 0.1, "1+2=3#3": 0.3, "4#4": 1.2, "5#5": 1.9}
+    made = made_pool(policy, *[(text, rewards[text]) for text, many in counts.items() for _ in range(many)])
+    winners = set()
+    for beta in (0.2, 0.5, 1.0, 2.0, 5.0):
+        tilted: Counter[str] = Counter()
+        for text, many in counts.items():
+            tilted[text[-1]] += many * math.exp(rewards[text] / beta)
+        winner = max(tilted, key=tilted.__getitem__)
+        assert chosen(made, 11, beta)[0][-1] == winner
+        winners.add(winner)
+    assert len(winners) == 3
+
+
+def test_ties_go_to_what_was_seen_first(policy):
+    made = made_pool(policy, ("4#4", 1.0), ("1+2=3#3", 1.0), ("3#3", 1.0), ("2+2=4#4", 1.0))
+    assert chosen(made, 2) == chosen(made, 4) == ("4#4", 1.0)
+    assert chosen(made, 3) == ("1+2=3#3", 1.0)
+
+
+def test_answers_are_those_of_self_consistency(policy):
+    """Grouped after normalisation, however they are written."""
+    made = made_pool(policy, ("#+3", 0.0), ("#4", 0.5), ("#3", 0.1))
+    assert chosen(made, 3) == ("#3", 0.1)
+    assert baselines.self_consistency(made, 3)[0].response_ids == made.entries[0].draws[0].ids
+
+
+def test_without_a_vote_the_highest_reward_counts(policy):
+    made = made_pool(policy, ("ab", 0.0), ("abc", 3.0), ("a", -math.inf))
+    assert all(draw.answer is None for draw in made.entries[0].draws)
+    assert chosen(made, 3) == ("abc", 3.0)
+    assert chosen(made_pool(policy, ("3#3", -math.inf), ("abc", 1.0)), 2) == ("abc", 1.0)  # its answer is not read
+
+
+def test_responses_without_an_answer_do_not_vote(policy):
+    """… and a reward far above those that do leaves their weights apart."""
+    made = made_pool(policy, ("abc", 1e6), ("4#4", 0.0), ("3#3", 1.0))
+    assert chosen(made, 3) == ("3#3", 1.0)
+
+
+def test_rewards_that_are_not_finite(policy):
+    unreadable = made_pool(policy, ("4#4", -math.inf), ("2+2=4#4", -math.inf), ("3#3", -1e9))
+    assert chosen(unreadable, 3) == ("3#3", -1e9)
+    endless = made_pool(policy, ("4#4", 5.0), ("3#3", math.inf), ("2+2=4#4", 5.0))
+    assert policy.decode(baselines.weighted_best_of(endless, 3, 1.0)[0].response_ids) == "3#3"
+    for bad, word in ((math.nan, "gave nan"), (-math.inf, "cannot read")):
+        made = made_pool(policy, ("4#4", bad), ("3#3", bad))
+        (weighted,), (best,) = baselines.weighted_best_of(made, 2, 1.0), baselines.best_of(made, 2)
+        assert weighted.error == best.error and word in weighted.error
+        assert weighted.cost == best.cost
+    mixed = made_pool(policy, ("4#4", math.nan), ("3#3", 1.0))
+    assert "gave nan" in baselines.weighted_best_of(mixed, 2, 1.0)[0].error
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_it_costs_what_best_of_n_costs(problems, policy, reward, count):
+    made = [made_pool(policy, *REWARDS_WRONG), pool(problems, 4, policy, reward)]
+    for one in made:
+        for weighted, best in zip(
+            baselines.weighted_best_of(one, count, 1.0), baselines.best_of(one, count), strict=True
+        ):
+            assert weighted.cost == best.cost and weighted.cost.flops > 0
+
+
+def test_it_reads_the_pool_of_the_others(problems, policy, reward):
+    """One step for all methods of a pool, with the configuration's β."""
+    names = ["best_of_2", "self_consistency_4", "weighted_best_of_4"]
+    for beta in (1e-9, 1e9):
+        bench = Bench(policy, reward, ReasonerConfig(max_new_tokens=8, beta=beta), (0,))
+        (step,) = steps(names, bench, None, lambda: 0.0)
+        assert step.methods == tuple(names)
+        found = {trace.method: trace for trace in step.work(problems[:1], 3)}
+        made = pool(problems[:1], 4, policy, reward, seed=3)
+        (expected,) = baselines.weighted_best_of(made, 4, beta)
+        assert found["weighted_best_of_4"].response_ids == expected.response_ids
+        assert found["best_of_2"].response_ids == baselines.best_of(made, 2)[0].response_ids
+
+
+@pytest.mark.parametrize("name", ["weighted_best_of", "weighted_best_of_0", "weighted_self_consistency_4"])
+def test_names_that_mean_nothing(name):
+    worlds.refused(lambda: method_names(name), name, "weighted_best_of_N")

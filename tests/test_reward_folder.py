@@ -45,6 +45,7 @@ CARDS = {
         rounds=[{"auc": 0.5}],
         settings={"x": 1},
     ),
+    "process": RewardCard("process", step_delimiter=";", trust=Trust(4, 1)),
     "implicit": RewardCard("implicit", scale=0.1, reference="ref", point="hard"),
     "ensemble": RewardCard("ensemble", members=["m/0", "m/1"], caution=0.5),
 }
@@ -63,6 +64,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
     }
     for kind, own in {
         "scalar": {},
+        "process": {"step_delimiter": ";"},
         "implicit": {"scale": 0.1, "reference": "ref"},
         "ensemble": {"members": ["m/0", "m/1"], "caution": 0.5},
     }.items()
@@ -124,6 +126,9 @@ def test_a_write_that_fails_leaves_the_card_that_was_there(tmp_path: Path) -> No
         ("scalar", {"rounds": {}}, "rounds"),
         ("scalar", {"settings": []}, "settings"),
         ("scalar", {"scale": 1.0}, "'scale'"),
+        ("scalar", {"step_delimiter": ";"}, "'step_delimiter'"),
+        ("process", {"step_delimiter": ""}, "step_delimiter"),
+        ("process", {"step_delimiter": None}, "step_delimiter"),
         ("implicit", {"scale": 0}, "scale"),
         ("implicit", {"scale": True}, "scale"),
         ("implicit", {"scale": "1"}, "scale"),
@@ -183,6 +188,8 @@ def test_what_a_folder_means(tmp_path: Path) -> None:
     assert plan_reward(here["scalar"]) == RewardPlan(
         "scalar", (here["scalar"],), trust=Trust(8, 2), point="direct+mixture:0.5"
     )
+    steps = RewardPlan("process", (here["process"],), trust=Trust(4, 1), delimiter=";")
+    assert plan_reward(here["process"]) == steps
     ratio = RewardPlan("log-ratio", (here["implicit"], "ref"), scale=0.1, point="hard")
     assert plan_reward(here["implicit"]) == ratio
     members = tuple(str(tmp_path / "ensemble" / "m" / number) for number in "01")

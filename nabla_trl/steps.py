@@ -1,0 +1,81 @@
+"""Where the steps of a response end: at the tokens that complete a delimiter. Loads no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BLANK_LINE = "\n\n"
+_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|.?)", re.DOTALL)
+_PLAIN = {"n": "\n", "t": "\t", "\\": "\\"}
+
+
+def read_delimiter(text: str) -> str:
+    r"""A delimiter as a spec writes it: \n, \t, \\ and \xHH (so \x3a for a colon, \x2c for a comma) stand for one
+    character each.
+
+    Raises:
+        ValueError: nothing, a backslash before anything else, or a line break as it is: specs are one line.
+    """
+    if not text.isprintable():
+        raise ValueError(rf"step_delimiter must be written with escapes (\n, \t, \xHH), not as {text!r}")
+    delimiter = _ESCAPE.sub(_character, text)
+    check_delimiter(delimiter)
+    return delimiter
+
+
+def check_delimiter(value: object) -> None:
+    if not (isinstance(value, str) and value):
+        raise ValueError(f"step_delimiter must be a text of at least one character, not {value!r}")
+
+
+def _character(found: re.Match[str]) -> str:
+    code = found[1]
+    if len(code) == 3:
+        return chr(int(code[1:], 16))
+    if code not in _PLAIN:
+        raise ValueError(rf"step_delimiter knows the escapes \n, \t, \\ and \xHH, not {found[0]!r}")
+    return _PLAIN[code]
+
+
+class StepFinder:
+    r"""Finds in a response's ids the tokens that end its steps.
+
+    A step ends at the token that completes the delimiter, be it spread over several tokens or inside one. Delimiters
+    are counted from the left and do not overlap ("\n\n\n" holds one); a token that completes two ends one step. What
+    a token writes is what people read of it: a special one nothing, unless it is the delimiter itself. It is looked
+    up per token, so a character that is cut between two tokens is not seen.
+
+    Whether a token ends a step depends on it and on those before it, and on nothing else.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, delimiter: str):
+        check_delimiter(delimiter)
+        self.tokenizer, self.delimiter = tokenizer, delimiter
+        self._texts: dict[int, str] = {}
+
+    def ends(self, ids: Sequence[int]) -> list[int]:
+        """Places of the tokens that end a step, ascending."""
+        ends, begun = [], ""
+        for place, token in enumerate(ids):
+            *closed, begun = (begun + self._text(token)).split(self.delimiter)
+            if closed:
+                ends.append(place)
+            begun = begun[max(0, len(begun) - len(self.delimiter) + 1) :]  # all that a delimiter could begin in
+        return ends
+
+    def _text(self, token: int) -> str:
+        if token not in self._texts:
+            # Some decoders drop a space at the beginning: the second of two tokens writes what it does within a text.
+            text = self._decode([token, token])[len(self._decode([token])) :]
+            if not text and self.tokenizer.convert_ids_to_tokens(token) == self.delimiter:
+                text = self.delimiter
+            self._texts[token] = text
+        return self._texts[token]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
