@@ -288,7 +288,7 @@ def test_eval_adds_methods_and_keeps_rows(capsys, models, dataset, tmp_path):
     assert more.startswith(rows) and more.count("\n") == 6 + 2 * 6
     capsys.readouterr()
     assert main(evaluation(models, dataset, tmp_path, "greedy", "--beta", "2")) == 1
-    assert "now beta '2.0' (was '1.0')" in error_line(capsys)
+    assert "now beta '2.0' (was 'None'), kl 'None' (was '2.0')" in error_line(capsys)
 
 
 def test_eval_of_a_tuned_policy(models, dataset, tmp_path, world, capsys):
