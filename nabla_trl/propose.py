@@ -16,6 +16,7 @@ from nabla_trl import dto
 from nabla_trl.chain import Chain
 from nabla_trl.compute import Meter, ModelSize
 from nabla_trl.config import ReasonerConfig
+from nabla_trl.generate import prefill
 from nabla_trl.gradient import token_gradient
 from nabla_trl.heads import LikelihoodTerm
 from nabla_trl.models import Policy
@@ -50,6 +51,7 @@ def _reward_gradients(
 def _ste(
     chains: Sequence[Chain], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
 ) -> list[Tensor]:
+    cached = _prompt_rows(chains, policy, meter)
     known: dict[tuple[int, ...], Tensor] = {}  # by row and tokens: tokens that flip back cost nothing
 
     def loss_gradient(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
@@ -58,26 +60,40 @@ def _ste(
         new = [key for key in keys if key not in known]
         if new:
             at, responses = [chains[key[0]] for key in new], [list(key[1:]) for key in new]
-            known.update(zip(new, _loss_gradient(at, responses, policy, reward, config, meter), strict=True))
+            prompts = [cached[key[0]] for key in new]
+            known.update(zip(new, _loss_gradient(at, responses, prompts, policy, reward, config, meter), strict=True))
         return [known[key] for key in keys]
 
     starts = [chain.logp.masked_fill(~_placeable(chain, reward.readable), -torch.inf) for chain in chains]
     return dto.ste(starts, [chain.choice() for chain in chains], loss_gradient, config.ste())
 
 
+def _prompt_rows(chains: Sequence[Chain], policy: Policy, meter: Meter) -> list[Tensor]:
+    """kv rows of the prompts (but their last tokens) in the policy."""
+    if policy.server is None:
+        return [chain.cache[:, :, :, : len(chain.prompt) - 1] for chain in chains]
+    # A server keeps its caches to itself: they are made here, once per incumbent, and paid for.
+    return prefill(policy, [(chain.problem.id, chain.prompt) for chain in chains], meter)
+
+
 def _loss_gradient(
     chains: Sequence[Chain],
     responses: Sequence[list[int]],
+    cached: Sequence[Tensor],
     policy: Policy,
     reward: Reward,
     config: ReasonerConfig,
     meter: Meter,
 ) -> list[Tensor]:
-    """∂L/∂Y of L = −λ·r − log π at the chains' candidates, with other tokens in place of their responses."""
+    """∂L/∂Y of L = −λ·r − log π at the chains' candidates, with other tokens in place of their responses.
+
+    Args:
+        cached: the policy's kv row of each prompt but its last token.
+    """
     samples = [chain.sample(ids) for chain, ids in zip(chains, responses, strict=True)]
     tables = [chain.candidates for chain in chains]
     likelihood = policy_likelihood(policy)
-    prompts = [[likelihood.prompt_memo(chain.cache[:, :, :, : len(chain.prompt) - 1])] for chain in chains]
+    prompts = [[likelihood.prompt_memo(row)] for row in cached]
     by_reward = reward.gradient(samples, [chain.prompt_memos for chain in chains], tables, meter=meter)
     by_policy = token_gradient(
         [likelihood],
