@@ -20,6 +20,11 @@ REWARDS = (
     "ensemble[@K]:A,B,… for mean − K·std of reward models (K: 1)"
 )
 DATASETS = "gsm8k, math500, amc, aime24, aime25, chains, or the path of a .jsonl file"
+VLLM_URL = (
+    "draw the policy's responses from this vLLM server, as http://localhost:8000; it must serve the policy under its "
+    "name, without an adapter (nabla_trl/server.py has the command)"
+)
+VLLM_TIMEOUT = "seconds to wait for one response of the vLLM server"
 METHODS = "greedy,best_of_16,nabla,control"
 DISTILLED = "distilled_greedy,distilled_best_of_8"
 
@@ -44,18 +49,25 @@ class ModelArguments:
         "what nabla-trl audit --pressure --output wrote about this reward: a search for more rounds than it trusts is "
         "warned of; a reward.json tells the same of its folder",
     )
+    vllm_url: str | None = _option(None, VLLM_URL)
+    vllm_timeout: float = _option(600.0, VLLM_TIMEOUT)
 
     def load(self, rows: int, *, adapter: bool = True) -> tuple[Policy, Reward]:
         """Policy (with its adapter, unless told otherwise) and reward, which scores `rows` responses together."""
         from nabla_trl.models import load_policy
         from nabla_trl.reward_folder import audited_trust
         from nabla_trl.reward_models import load_reward
+        from nabla_trl.server import connect
 
+        if self.vllm_url and adapter and self.adapter:
+            raise ValueError("a vLLM server draws from the policy alone: leave out --vllm_url or --adapter")
         quiet_libraries()
         trust = audited_trust(self.audit, policy=self.policy, reward=self.reward) if self.audit else None
         policy = load_policy(
             self.policy, dtype=self.dtype, device=self.device, adapter=self.adapter if adapter else None
         )
+        if self.vllm_url:
+            policy = connect(policy, self.vllm_url, timeout=self.vllm_timeout)
         reward = load_reward(self.reward, policy=policy, dtype=self.dtype, device=self.device, batch_size=rows)
         reward.trust = trust or reward.trust
         return policy, reward
@@ -64,7 +76,13 @@ class ModelArguments:
         """What results depend on, the adapter aside."""
         from nabla_trl.reward_folder import reward_identity
 
-        return {"policy": self.policy, "reward": reward_identity(self.reward), "dtype": self.dtype}
+        models = {"policy": self.policy, "reward": reward_identity(self.reward), "dtype": self.dtype}
+        return models | drawing_settings(self.vllm_url)
+
+
+def drawing_settings(vllm_url: str | None) -> dict[str, str]:
+    """Whose sampler draws, for `claim_settings`: its responses are others. Where the server stands does not matter."""
+    return {"sampler": "vllm"} if vllm_url else {}
 
 
 @dataclass

@@ -3,7 +3,7 @@
 The loop is our own rather than `model.generate` because branching needs what that does not return per row:
 the cache of each sequence, the policy's candidates at each position, and randomness that belongs to the
 sequence and not to the batch. Logit warping is transformers' own. Equal to `model.generate` where the two
-overlap (tests).
+overlap (tests). A policy that has a server draws from that (`nabla_trl.server`), and keeps no caches.
 """
 
 from __future__ import annotations
@@ -107,11 +107,23 @@ class Draft:
 
 
 def prompt_caches(policy: Policy, prompts: Sequence[tuple[str, list[int]]], meter: Meter) -> list[Tensor]:
-    """kv rows of every prompt but its last token, for (problem id, prompt ids) pairs."""
+    """kv rows of every prompt but its last token, for (problem id, prompt ids) pairs; empty rows from a server."""
+    if policy.server is None:
+        return prefill(policy, prompts, meter)
+    _charge_prefill(policy, prompts, meter)  # it is the server that computes and keeps them
+    return [kv.empty_row(policy.model)] * len(prompts)
+
+
+def prefill(policy: Policy, prompts: Sequence[tuple[str, list[int]]], meter: Meter) -> list[Tensor]:
+    """kv rows of every prompt but its last token in the model that is loaded here."""
     rows = kv.prefill(policy.model, [ids[:-1] for _, ids in prompts])
+    _charge_prefill(policy, prompts, meter)
+    return rows
+
+
+def _charge_prefill(policy: Policy, prompts: Sequence[tuple[str, list[int]]], meter: Meter) -> None:
     for key, ids in prompts:
         meter.charge(key, policy.size, "prefill", 0, len(ids) - 1, head=0)
-    return rows
 
 
 def generate(
@@ -129,11 +141,12 @@ def generate(
 
     Args:
         candidates: K, how many tokens to record per position (capped at the vocabulary).
-        keep_cache: return each row's cache.
+        keep_cache: return each row's cache; a server's drafts have empty rows.
         keep_tilt: record how the sampler differs from π, if it does.
 
     Raises:
-        ValueError: NaN or infinite logits.
+        ValueError: NaN or infinite logits, what a server refuses, or a tilt that a server cannot tell.
+        ConnectionError: a server that fails or does not answer.
     """
     drafts: list[Draft] = []
     prompts: dict[_Prompt, Tensor] = {}
@@ -141,7 +154,19 @@ def generate(
         batch, later = jobs[begin : begin + batch_size], jobs[begin + batch_size :]
         with meter.clock([job.key for job in batch]):
             caches = _job_caches(policy, batch, prompts, meter)
-            drafts += _generate_batch(policy, batch, caches, sampling, meter, candidates, keep_cache, keep_tilt)
+            if policy.server is None:
+                made = _generate_batch(policy, batch, caches, sampling, candidates, keep_cache, keep_tilt)
+            elif keep_tilt and build_warpers(sampling):
+                raise ValueError(
+                    "a server does not tell how its sampler differs from the policy: metropolis needs "
+                    "temperature 1, and no top_k, top_p or min_p, with vllm_url"
+                )
+            else:
+                made = policy.server.draw(policy, batch, sampling, candidates)
+        for job, draft in zip(batch, made, strict=True):
+            # A server is charged as if it had every prefix in its cache, as vLLM's prefix caching mostly does.
+            meter.charge(job.key, policy.size, "decode", len(job.prefix) - 1, len(draft.ids))
+        drafts += made
         wanted = {_prompt(job) for job in later if job.cache is None}
         prompts = {prompt: row for prompt, row in prompts.items() if prompt in wanted}
     return drafts
@@ -167,7 +192,6 @@ def _generate_batch(
     jobs: Sequence[Job],
     cached: list[Tensor],
     sampling: Sampling,
-    meter: Meter,
     width: int,
     keep_cache: bool,
     keep_tilt: bool,
@@ -194,10 +218,7 @@ def _generate_batch(
             going = torch.nonzero(~done).squeeze(1)
             cache.batch_select_indices(going)
             rows = rows.select(going)
-    drafts = _collect(steps, len(jobs), caches, policy)
-    for job, draft in zip(jobs, drafts, strict=True):
-        meter.charge(job.key, policy.size, "decode", len(job.prefix) - 1, len(draft.ids))
-    return drafts
+    return _collect(steps, len(jobs), caches, policy)
 
 
 def _prompt(job: Job) -> _Prompt:

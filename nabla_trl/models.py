@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import TemplateError
@@ -25,6 +25,9 @@ from nabla_trl.compute import ModelSize, model_size
 from nabla_trl.kv import check_cacheable
 from nabla_trl.names import cannot_load, one_line
 from nabla_trl.tasks import Problem
+
+if TYPE_CHECKING:
+    from nabla_trl.server import Server
 
 DTYPES = {
     "float32": torch.float32,
@@ -45,6 +48,7 @@ class Policy:
             and a padding token that is not a stop token.
         plain_head: the logits are the output head of the last hidden state and nothing more; models that scale or
             cap them cannot be differentiated slice by slice.
+        server: draws responses in this model's place (`server.connect`); gradients are taken here all the same.
     """
 
     model: PreTrainedModel
@@ -54,6 +58,7 @@ class Policy:
     stop_ids: frozenset[int]
     forbidden: Tensor
     plain_head: bool
+    server: Server | None = None
 
     @property
     def device(self) -> torch.device:
@@ -61,8 +66,9 @@ class Policy:
 
     @property
     def context(self) -> int:
-        """Longest sequence (tokens) the position encoding was made for."""
-        return context_length(self.model)
+        """Longest sequence (tokens) the position encoding was made for and the server takes."""
+        own = context_length(self.model)
+        return own if self.server is None else min(own, self.server.context)
 
     def encode(self, problem: Problem) -> list[int]:
         """Prompt ids: the chat template with a generation prompt, or a plain question without one.

@@ -17,7 +17,7 @@ from nabla_trl import dto
 from nabla_trl.chain import Chain, State
 from nabla_trl.compute import Meter, ModelSize
 from nabla_trl.config import ReasonerConfig
-from nabla_trl.generate import random_stream
+from nabla_trl.generate import prefill, random_stream
 from nabla_trl.gradient import token_gradient
 from nabla_trl.heads import LikelihoodTerm
 from nabla_trl.models import Policy
@@ -114,6 +114,7 @@ class _LossSlope:
     def __init__(self, states: Sequence[State], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter):
         self.states, self.policy, self.reward, self.config, self.meter = states, policy, reward, config, meter
         self.starts = [state.logp.masked_fill(~_placeable(state, reward.readable), -torch.inf) for state in states]
+        self.prompts = _prompt_rows(states, policy, meter)
 
     def __call__(self, rows: list[int], hard: list[Tensor]) -> list[Tensor]:
         """Of rows at hard choices [T]; tokens that come back cost nothing."""
@@ -121,17 +122,17 @@ class _LossSlope:
         tokens = [tuple(t.gather(1, c[:, None]).squeeze(1).tolist()) for t, c in zip(tables, hard, strict=True)]
         missing = [(row, ids) for row, ids in zip(rows, tokens, strict=True) if ids not in self.states[row].slopes]
         if missing:
-            found = self._work_out([self.states[row] for row, _ in missing], [list(ids) for _, ids in missing])
+            found = self._work_out([row for row, _ in missing], [list(ids) for _, ids in missing])
             for (row, ids), slope in zip(missing, found, strict=True):
                 self.states[row].slopes[ids] = slope
         return [self.states[row].slopes[ids] for row, ids in zip(rows, tokens, strict=True)]
 
-    def _work_out(self, states: Sequence[State], responses: Sequence[list[int]]) -> list[Tensor]:
-        config, meter = self.config, self.meter
+    def _work_out(self, rows: Sequence[int], responses: Sequence[list[int]]) -> list[Tensor]:
+        config, meter, states = self.config, self.meter, [self.states[row] for row in rows]
         samples = [state.sample(ids) for state, ids in zip(states, responses, strict=True)]
         tables = [state.candidates for state in states]
         likelihood = policy_likelihood(self.policy)
-        prompts = [[likelihood.prompt_memo(state.cache[:, :, :, : len(state.prompt.ids) - 1])] for state in states]
+        prompts = [[likelihood.prompt_memo(self.prompts[row])] for row in rows]
         by_reward = self.reward.gradient(samples, [state.prompt.memos for state in states], tables, meter=meter)
         by_policy = token_gradient(
             [likelihood],
@@ -143,6 +144,14 @@ class _LossSlope:
             postfix=bool(config.postfix),
         )
         return [-config.lam * r.float() - p.float() for r, p in zip(by_reward, by_policy, strict=True)]
+
+
+def _prompt_rows(states: Sequence[State], policy: Policy, meter: Meter) -> list[Tensor]:
+    """kv rows of the prompts (but their last tokens) in the policy."""
+    if policy.server is None:
+        return [state.cache[:, :, :, : len(state.prompt.ids) - 1] for state in states]
+    # A server keeps its caches to itself: they are made here, and paid for.
+    return prefill(policy, [(state.problem.id, state.prompt.ids) for state in states], meter)
 
 
 def _placeable(state: State, readable: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from nabla_trl.models import Policy, load_policy
 from nabla_trl.reward_models import load_reward
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
+from nabla_trl.server import connect
 from nabla_trl.tasks import Problem
 from nabla_trl.traces import Trace
 
@@ -37,18 +38,23 @@ class NablaReasoner:
         adapter: str | None = None,
         dtype: str = "float32",
         device: str | None = None,
+        vllm_url: str | None = None,
         **config: Any,
     ) -> NablaReasoner:
         """Load a policy and a reward (see `load_policy`, `load_reward`) and configure the search.
 
         Args:
+            vllm_url: a vLLM server that draws the responses (`server.connect`); it knows of no adapter.
             config: any option of `ReasonerConfig`, over those of the preset.
 
         Raises:
             ValueError: an unknown option, or whatever loading refuses.
+            ConnectionError: the server does not answer.
         """
         settings = ReasonerConfig.preset(preset, **config)
         loaded = load_policy(policy, dtype=dtype, device=device, adapter=adapter)
+        if vllm_url is not None:
+            loaded = connect(loaded, vllm_url)
         return cls(loaded, load_reward(reward, policy=loaded, dtype=dtype, device=device), settings)
 
     @overload  # a str is a Sequence[str] to the type checker; here it is one question

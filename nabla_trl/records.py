@@ -27,12 +27,14 @@ def versions() -> dict[str, str]:
 
 def run_meta(policy: Policy, reward: str, config_hash: str) -> dict[str, str]:
     """Provenance that travels with every trace."""
+    drawn_by = {} if policy.server is None else {"version/vllm": policy.server.version}
     return {
         "policy": policy.name,
         "reward": reward,
         "config_hash": config_hash,
         "tokenizer_hash": policy.tokenizer_hash,
         **{f"version/{name}": number for name, number in versions().items()},
+        **drawn_by,
     }
 
 

@@ -27,7 +27,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from trl import SFTConfig
 
-from nabla_trl.arguments import REWARDS
+from nabla_trl.arguments import REWARDS, VLLM_TIMEOUT, VLLM_URL, drawing_settings
 from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
 from nabla_trl.checker import AnswerChecker
@@ -45,6 +45,7 @@ from nabla_trl.reward_folder import plan_reward, read_card, reward_identity
 from nabla_trl.reward_models import load_reward, warn_past_trust
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore
+from nabla_trl.server import connect
 from nabla_trl.tasks import Problem, check_disjoint, data_identity, load_problems
 from nabla_trl.traces import read_traces
 from nabla_trl.tracing import adapter_identity, claim_settings, search_settings, unfinished, write_traces
@@ -82,6 +83,8 @@ class DistillArguments:
     audit_problems: int = _option(64, "training problems of the reward audit; 0 = no audit")
     audit_samples: int = _option(16, "samples per problem of the reward audit")
     dtype: str = _option("float32", "weights of frozen models: float32, bfloat16 or float16")
+    vllm_url: str | None = _option(None, VLLM_URL)
+    vllm_timeout: float = _option(600.0, VLLM_TIMEOUT)
     title: str = _option("Test-time gradient search and its distillation", "title of the report")
 
     def __post_init__(self) -> None:
@@ -141,6 +144,8 @@ class Run:
         if self._models is None:
             device = str(self.state.device)
             policy = load_policy(self.args.policy, dtype=self.args.dtype, device=device)
+            if self.args.vllm_url:
+                policy = connect(policy, self.args.vllm_url, timeout=self.args.vllm_timeout)
             rows = 4 * self.reasoner.batch_size
             reward = load_reward(
                 self.args.reward, policy=policy, dtype=self.args.dtype, device=device, batch_size=rows
@@ -191,7 +196,7 @@ class Run:
     def _search_settings(self) -> dict[str, str]:
         reward = reward_identity(self.args.reward)
         models = {"policy": self.args.policy, "reward": reward, "dtype": self.args.dtype}
-        return models | search_settings(self.reasoner)
+        return models | search_settings(self.reasoner) | drawing_settings(self.args.vllm_url)
 
     def _here(self) -> str:
         return " of this process" if self.state.num_processes > 1 else ""
