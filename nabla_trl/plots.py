@@ -206,11 +206,21 @@ def _break_even(summary: Mapping, titles: Mapping[str, str]) -> Figure | None:
 
 
 def _canvas(title: str, subject: str, left: float = 0.1) -> tuple[Figure, Axes]:
+    figure = _page(title, subject)
+    return figure, _panel(figure, (left, 0.11, 0.97 - left, 0.74))
+
+
+def _page(title: str, subject: str) -> Figure:
     figure = Figure(figsize=(7.2, 4.8), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((left, 0.11, 0.97 - left, 0.74))
     figure.text(0.02, 0.92, textwrap.fill(title, 95), fontsize=9, fontweight="bold", color=INK, va="bottom")
     figure.text(0.02, 0.885, subject, fontsize=8, color=GREY, va="bottom")
+    return figure
+
+
+def _panel(figure: Figure, place: tuple[float, float, float, float]) -> Axes:
+    """Axes in the house style; `place` is left, bottom, width and height as shares of the page."""
+    axes = figure.add_axes(place)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY, labelsize=8, which="both")
@@ -218,7 +228,7 @@ def _canvas(title: str, subject: str, left: float = 0.1) -> tuple[Figure, Axes]:
     axes.yaxis.label.set(color=INK, fontsize=9)
     axes.grid(True, which="major", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
-    return figure, axes
+    return axes
 
 
 def _engineering(axis: Axis, unit: str) -> None:
@@ -238,6 +248,24 @@ def _point(summary: Mapping, name: str, cost: str) -> _Point:
     method = name.removeprefix("accuracy.")
     one, spent = summary[name], summary.get(f"{cost}.{method}")
     return _Point(method, spent["value"] if spent else 0.0, one["value"], one["low"], one["high"])
+
+
+def step_figure(lams: Sequence[float], panels: Mapping[str, Sequence[Interval]], title: str, subject: str) -> Figure:
+    """Curves over one logarithmic axis of λ, a panel each from the top down; shaded: 95% bootstrap intervals."""
+    figure = _page(title, f"{subject}; shaded: 95% bootstrap intervals over problems")
+    height = 0.74 / len(panels)
+    for row, (label, curve) in enumerate(panels.items()):
+        axes = _panel(figure, (0.1, 0.85 - height * (row + 1) + 0.02, 0.87, height - 0.04))
+        style = STYLES["nabla"]
+        axes.fill_between(
+            lams, [one.low for one in curve], [one.high for one in curve], color=style.colour, alpha=0.2, lw=0
+        )
+        axes.plot(lams, [one.value for one in curve], style.marker, ls="-", color=style.colour, lw=1.5, mec="white")
+        axes.set_xscale("log")
+        axes.set_ylabel(label)
+        axes.tick_params(labelbottom=row == len(panels) - 1)
+    axes.set_xlabel("λ = 1/β, how often the reward's gradient counts against log π (log scale)")
+    return figure
 
 
 class _Labels:

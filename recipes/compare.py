@@ -15,11 +15,11 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nabla_trl import ladder
+from nabla_trl import ladder, step_curve
 from nabla_trl.arguments import DATASETS, ModelArguments
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import PRESETS, ReasonerConfig
@@ -52,6 +52,12 @@ class CompareArguments:
         default_factory=lambda: ["control", "shuffled", "paper"],
         metadata={"help": "other searches at each rung: control, shuffled, paper, released"},
     )
+    lams: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "λ = 1/β to run the search with, at the FLOPs of the largest best-of-N: the curve of the step"
+        },
+    )
     title: str = _option("Methods at equal FLOPs", "title of the page")
 
     def __post_init__(self) -> None:
@@ -59,6 +65,8 @@ class CompareArguments:
             raise ValueError("seeds must be distinct and not empty")
         if not self.samples or min(self.samples) < 2 or self.samples != sorted(set(self.samples)):
             raise ValueError("samples must be rising numbers of at least 2")
+        if any(not lam > 0 for lam in self.lams) or len(set(self.lams)) < len(self.lams):
+            raise ValueError("lams must be distinct positive numbers")
         unknown = [name for name in self.rivals if name not in ("control", "shuffled", "paper", "released")]
         if unknown:
             raise ValueError(f"unknown rival {unknown[0]!r}: choose from control, shuffled, paper, released")
@@ -101,6 +109,18 @@ class Comparison:
             for size in sizes
         }
 
+    def sweep(self, problems: Sequence[Any]) -> dict[float, str]:
+        """The search at every λ asked for; λ → method."""
+        if not self.args.lams:
+            return {}
+        setter = f"best_of_{self.args.samples[-1]}"
+        config = replace(self.bench.config, beta=1.0, kl=None, flops=self.flops(setter), rounds=0, rollouts=0)
+        methods = {lam: f"nabla_lambda_{lam:g}@{setter}" for lam in self.args.lams}
+        wanted = [self.bench.search(name, replace(config, beta=1 / lam)) for lam, name in methods.items()]
+        with AnswerChecker() as checker:
+            run_steps(wanted, problems, self.store, checker)
+        return methods
+
     def flops(self, method: str) -> float:
         return mean_flops(self.store.read(), method)
 
@@ -126,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
     warn_past_trust(reward, config)
     store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
     comparison = Comparison(args, Bench(policy, reward, config, tuple(args.seeds)), store)
-    rungs = comparison.run(problems)
+    rungs, lams = comparison.run(problems), comparison.sweep(problems)
     rows, command = store.read(), shlex.join(["python", "recipes/compare.py", *argv])
     found = ladder.climb(rows, rungs)
     facts = {
@@ -143,6 +163,16 @@ def main(argv: Sequence[str]) -> None:
     store_results(folder, rows, facts)
     (folder / "compare.json").write_text(json.dumps([rung.to_dict() for rung in found], indent=1), encoding="utf-8")
     text = ladder.page(found, rows, args.title, command)
+    if lams:
+        curve = step_curve.read(rows, lams)
+        step_curve.draw(folder / "step.png", curve, f"{args.dataset}, {len(problems)} problems")
+        parts = [
+            "## The size of the step",
+            step_curve.verdict(curve) + ".",
+            step_curve.table(curve),
+            "![step](step.png)",
+        ]
+        text += "\n" + "\n\n".join(parts) + "\n"
     (folder / "compare.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import worlds
 
-from nabla_trl import ladder
+from nabla_trl import ladder, step_curve
 
 ROOT = Path(__file__).parents[1]
 SHARES = {
@@ -92,6 +92,26 @@ def test_a_method_without_rows_is_named() -> None:
     )
 
 
+# --- the step ----------------------------------------------------------------------------------------------
+
+
+def test_the_curve_of_the_step_tells_hacking_from_help(tmp_path: Path) -> None:
+    shares = {"nabla_lambda_0.1@best_of_8": 0.5, "nabla_lambda_1@best_of_8": 0.9, "nabla_lambda_10@best_of_8": 0.3}
+    made = rows(shares)
+    for row in made:
+        row["reward"] = float(row["method"].split("_")[2].partition("@")[0])
+    names = {float(name.split("_")[2].partition("@")[0]): name for name in shares}
+    curve = step_curve.read(made, names)
+    assert [point.lam for point in curve] == [0.1, 1.0, 10.0]
+    said = step_curve.verdict(curve)
+    assert said.startswith("accuracy is highest, 0.900, at λ = 1; at λ = 10 it is 0.300") and said.endswith("hacked")
+    assert "at no λ tried" in step_curve.verdict(curve[:2])
+    assert step_curve.table(curve).count("\n") == 4
+    step_curve.draw(tmp_path / "plots" / "step.png", curve, "t, 100 problems")
+    assert (tmp_path / "plots" / "step.png").stat().st_size > 10_000
+    worlds.refused(lambda: step_curve.read(made, {3.0: "nabla_lambda_3@best_of_8"}), "nabla_lambda_3")
+
+
 # --- the recipe -------------------------------------------------------------------------------------------
 
 
@@ -111,9 +131,11 @@ def test_the_recipe_compares_on_the_embedded_world(
     monkeypatch.chdir(ROOT)
     argv = ["--config", "recipes/tiny/compare.yaml", "--output_dir", str(tmp_path), "--limit", "4", "--seeds", "0"]
     argv += ["--samples", "2", "4", "--rivals", "control", "shuffled", "paper"]
+    argv += ["--lams", "0.3", "3"]
     recipe.main(argv)
     page = (tmp_path / "compare.md").read_text()
     assert page in capsys.readouterr().out
+    assert "## The size of the step" in page and (tmp_path / "step.png").exists()
     rungs = json.loads((tmp_path / "compare.json").read_text())
     assert [rung["setter"] for rung in rungs] == ["best_of_2", "best_of_4"]
     for rung in rungs:
@@ -133,6 +155,7 @@ def test_the_recipe_compares_on_the_embedded_world(
         (["--samples", "8", "4"], "samples must be rising numbers"),
         (["--rivals", "beam"], "unknown rival 'beam'"),
         (["--seeds", "0", "0"], "seeds must be distinct"),
+        (["--lams", "0"], "lams must be distinct positive numbers"),
     ],
 )
 def test_ladders_that_make_no_sense_are_refused(
