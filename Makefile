@@ -1,5 +1,6 @@
 # make demo     from a policy and a reward to traces, a LoRA adapter and a comparison (embedded world, CPU)
 # make test     the tests that need neither a GPU nor a network
+# make bench    every method at equal FLOPs on the embedded world, with both rewards (an hour of one core)
 # make check    linter, formatter and type checker, changing nothing
 # make world    make the embedded world's models again (recipes/tiny)
 # make clean    remove the environment, outputs and caches
@@ -26,7 +27,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check world clean venv
+.PHONY: demo test bench check world clean venv
 
 # seconds.setup of summary.json: what this very call of make spent on the environment, else 0.
 demo: $(STAMP)
@@ -37,6 +38,11 @@ demo: $(STAMP)
 # One thread per worker: two workers with two threads each on two cores take twice as long.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+bench: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python recipes/compare.py --config recipes/tiny/compare.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python recipes/compare.py --config recipes/tiny/compare.yaml \
+		--reward logratio:data/tiny/clean --sample_min_p 0.02 --output_dir outputs/tiny-compare-logratio
 
 check: $(STAMP)
 	$(BIN)/ruff check .
