@@ -99,7 +99,6 @@ class Feed:
     """One padded batch: B rows, R fed tokens at most, C cached ones at most."""
 
     ids: Tensor  # [B, R]
-    mask: Tensor  # [B, R]
     positions: Tensor  # [B, R]
     rows: list[Tensor]  # kv row of each prefix
     starts: list[int]  # position of each row's first fed token
@@ -219,13 +218,13 @@ class Term(ABC):
     def feed(self, encoded: Sequence[Encoded], memos: Sequence[Memo], shared: Sequence[int]) -> Feed:
         tokens = [self.fed(row, count) for row, count in zip(encoded, shared, strict=True)]
         starts = [len(row.prompt) - 1 + count for row, count in zip(encoded, shared, strict=True)]
-        ids, mask = kv.pad(tokens, self.model.device, left=False)
+        ids, _ = kv.pad(tokens, self.model.device, left=False)
         positions = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
         rows = [memo.cache[:, :, :, :start] for memo, start in zip(memos, starts, strict=True)]
         # Padding repeats the last real position, which exists in every position table.
         last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, tokens, strict=True)])
         positions = positions.minimum(last.to(ids.device)[:, None])
-        return Feed(ids, mask, positions, rows, starts, [len(row) for row in tokens])
+        return Feed(ids, positions, rows, starts, [len(row) for row in tokens])
 
     def hidden(self, feed: Feed, embeds: Tensor | None = None, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Last hidden states [B, R, d] of the fed tokens (or of `embeds` in their place), and kv rows if kept."""
@@ -233,7 +232,7 @@ class Term(ABC):
         output = self.model.base_model(
             input_ids=feed.ids if embeds is None else None,
             inputs_embeds=embeds,
-            attention_mask=torch.cat((cached, feed.mask), dim=1),
+            attention_mask=kv.attention_mask(cached, feed.ids.shape[1], self.model.dtype),
             position_ids=feed.positions,
             past_key_values=cache,
             use_cache=True,
