@@ -83,7 +83,13 @@ class LikelihoodTerm(Term):
         return list(logp.split([len(ids) for ids in targets]))
 
     def seed(
-        self, hidden: Tensor, feed: Feed, targets: Sequence[Relaxed], candidates: Sequence[Tensor] | None
+        self,
+        hidden: Tensor,
+        feed: Feed,
+        encoded: Sequence[Encoded],
+        shared: Sequence[int],
+        targets: Sequence[Relaxed],
+        candidates: Sequence[Tensor] | None,
     ) -> Seeded:
         lengths = [len(target.ids) for target in targets]
         flat = torch.cat([hidden[row, :length] for row, length in enumerate(lengths)]).detach()
@@ -197,14 +203,19 @@ class ScoreTerm(Term):
         return self._scores(hidden, places)
 
     def seed(
-        self, hidden: Tensor, feed: Feed, targets: Sequence[Relaxed], candidates: Sequence[Tensor] | None
+        self,
+        hidden: Tensor,
+        feed: Feed,
+        encoded: Sequence[Encoded],
+        shared: Sequence[int],
+        targets: Sequence[Relaxed],
+        candidates: Sequence[Tensor] | None,
     ) -> Seeded:
-        # The head is read where the response's own tokens say, whatever is mixed into them.
-        own = [target.ids[:, 0].tolist() for target in targets]
-        reads = [self.reads(ids, count - 1 - len(ids)) for ids, count in zip(own, feed.counts, strict=True)]
         leaf = hidden.detach().requires_grad_(True)
         with torch.enable_grad():
-            values = torch.stack([scores.double().sum() for scores in self._scores(leaf, reads)])
+            # The head is read where the response's own tokens say, whatever is mixed into them.
+            scores = self.values(leaf, feed, encoded, shared)
+            values = torch.stack([some.double().sum() for some in scores])
         return Seeded(values.detach(), torch.autograd.grad(values.sum(), leaf)[0], None)
 
     def running(self, sample: Sample, memo: Memo) -> Tensor:
