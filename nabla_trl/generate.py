@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
+    Cache,
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -196,7 +196,7 @@ def _generate_batch(
     keep_cache: bool,
     keep_tilt: bool,
 ) -> list[Draft]:
-    cache, mask = kv.stack(cached)
+    cache, mask = kv.stack(cached, grow=True)
     rows = _start(policy, jobs, mask, sampling)
     limits = torch.tensor([job.limit for job in jobs], device=policy.device)
     stops = torch.tensor(sorted(policy.stop_ids), device=policy.device)
@@ -252,11 +252,11 @@ def _start(policy: Policy, jobs: Sequence[Job], mask: Tensor, sampling: Sampling
     )
 
 
-def _next_logits(policy: Policy, rows: _Rows, cache: DynamicCache) -> Tensor:
+def _next_logits(policy: Policy, rows: _Rows, cache: Cache) -> Tensor:
     """Logits [B, V] float32 after feeding each row's next token."""
     output = policy.model(
         input_ids=rows.tokens[:, None],
-        attention_mask=rows.mask,
+        attention_mask=kv.attention_mask(rows.mask[:, :-1], 1, policy.model.dtype),
         position_ids=rows.positions[:, None],
         past_key_values=cache,
         use_cache=True,
@@ -305,7 +305,7 @@ def tilt(logits: Tensor, candidates: Tensor, warpers: LogitsProcessorList) -> Te
     return torch.where(sampler == -torch.inf, torch.inf, policy - sampler)
 
 
-def _finished_caches(cache: DynamicCache, rows: _Rows, done: Tensor) -> dict[int, Tensor]:
+def _finished_caches(cache: Cache, rows: _Rows, done: Tensor) -> dict[int, Tensor]:
     indices = torch.nonzero(done).squeeze(1)
     end = rows.mask.shape[1]
     spans = [(begin, end) for begin in (rows.mask[indices] == 0).sum(1).tolist()]

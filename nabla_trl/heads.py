@@ -14,8 +14,10 @@ from nabla_trl.relax import Relaxed
 from nabla_trl.steps import StepFinder
 from nabla_trl.terms import Encoded, Feed, Memo, Sample, Seeded, Term
 
-# Most logits (floats) held at once; heads over a large vocabulary are applied in slices of this size.
-LOGIT_BUDGET = 2**24
+# Heads over a large vocabulary are applied in slices of at most so many logits (floats), or of this multiple of the
+# hidden states, which the body's own layers need several times over: a slice never decides the peak of memory.
+LOGIT_BUDGET = 2**22
+LOGITS_PER_STATE = 4
 
 
 class LikelihoodTerm(Term):
@@ -39,7 +41,8 @@ class LikelihoodTerm(Term):
     @torch.no_grad()
     def direct(self, memo: Memo, candidates: Tensor) -> Tensor:
         """log π(v | y_<t) of candidates [T, K] (this model's ids) along a remembered response: the head alone."""
-        chunks = zip(self._slices(memo.hidden), self._slices(candidates), strict=True)
+        size = self._slice_size(memo.hidden)
+        chunks = zip(memo.hidden.split(size), candidates.split(size), strict=True)
         return torch.cat([self._logp(states).gather(1, ids) for states, ids in chunks])
 
     def knows(self, sample: Sample) -> bool:
@@ -74,44 +77,65 @@ class LikelihoodTerm(Term):
         targets = [row.response[count:] for row, count in zip(encoded, shared, strict=True)]
         flat = torch.cat([hidden[row, : len(ids)] for row, ids in enumerate(targets)])
         wanted = torch.tensor([index for ids in targets for index in ids], device=flat.device)
-        chunks = zip(self._slices(flat), self._slices(wanted), strict=True)
+        size = self._slice_size(hidden)
+        chunks = zip(flat.split(size), wanted.split(size), strict=True)
         logp = torch.cat([self._logp(states).gather(1, ids[:, None]).squeeze(1) for states, ids in chunks])
         return list(logp.split([len(ids) for ids in targets]))
 
     def seed(
-        self, hidden: Tensor, feed: Feed, targets: Sequence[Relaxed], candidates: Sequence[Tensor] | None
+        self,
+        hidden: Tensor,
+        feed: Feed,
+        encoded: Sequence[Encoded],
+        shared: Sequence[int],
+        targets: Sequence[Relaxed],
+        candidates: Sequence[Tensor] | None,
     ) -> Seeded:
         lengths = [len(target.ids) for target in targets]
         flat = torch.cat([hidden[row, :length] for row, length in enumerate(lengths)]).detach()
         ids, weights = _stacked(targets)
         table = None if candidates is None else torch.cat(list(candidates))
+        size = self._slice_size(hidden)
+        tables = [None] * len(flat) if table is None else table.split(size)
         values, by_hidden, direct = [], [], []
-        for number, states in enumerate(self._slices(flat)):
-            begin = number * self._slice_size()
-            rows = slice(begin, begin + len(states))
-            with torch.enable_grad():
-                states.requires_grad_(True)
-                logp = self._logp(states)
-                likely = (weights[rows].to(logp) * logp.gather(1, ids[rows])).sum(1)
-            by_hidden.append(torch.autograd.grad(likely.sum(), states)[0])
-            values.append(likely.detach())
-            logp = logp.detach()
-            direct.append(logp if table is None else logp.gather(1, table[rows]))
+        chunks = zip(flat.split(size), ids.split(size), weights.split(size), tables, strict=False)
+        for states, tokens, shares, wanted in chunks:
+            likely, slope, part = self._seed_slice(states, tokens, shares, wanted)
+            values.append(likely)
+            by_hidden.append(slope)
+            direct.append(part)
         seeded = torch.zeros_like(hidden)
         for row, part in enumerate(torch.cat(by_hidden).split(lengths)):
             seeded[row, : len(part)] = part
         totals = torch.stack([part.double().sum() for part in torch.cat(values).split(lengths)])
         return Seeded(totals, seeded, list(torch.cat(direct).split(lengths)))
 
+    def _seed_slice(
+        self, states: Tensor, ids: Tensor, weights: Tensor, table: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of positions [S, d]: values Σ_v Y[v]·log p(v) [S], ∂value/∂state [S, d], and log p at the table [S, K].
+
+        The derivative by the logits, Y − (Σ Y)·p, is written over the log-probabilities: autograd would hold two more
+        matrices of their size.
+        """
+        with torch.enable_grad():
+            leaf = states.requires_grad_(True)
+            logits = self.model.get_output_embeddings()(leaf)
+        logp = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        weights = weights.to(logp)
+        value = (weights * logp.gather(1, ids)).sum(1)
+        part = logp.clone() if table is None else logp.gather(1, table)
+        by_logits = logp.exp_().mul_(-weights.sum(1, keepdim=True)).scatter_add_(1, ids, weights)
+        return value, torch.autograd.grad(logits, leaf, by_logits.to(logits.dtype))[0], part
+
     def _logp(self, states: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(states)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
-    def _slice_size(self) -> int:
-        return max(1, LOGIT_BUDGET // self.model.get_output_embeddings().weight.shape[0])
-
-    def _slices(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(self._slice_size())
+    def _slice_size(self, hidden: Tensor) -> int:
+        """Positions of a slice, given the hidden states of a whole batch."""
+        budget = max(LOGIT_BUDGET, LOGITS_PER_STATE * hidden.numel())
+        return max(1, budget // self.model.get_output_embeddings().weight.shape[0])
 
 
 class ScoreTerm(Term):
@@ -179,14 +203,19 @@ class ScoreTerm(Term):
         return self._scores(hidden, places)
 
     def seed(
-        self, hidden: Tensor, feed: Feed, targets: Sequence[Relaxed], candidates: Sequence[Tensor] | None
+        self,
+        hidden: Tensor,
+        feed: Feed,
+        encoded: Sequence[Encoded],
+        shared: Sequence[int],
+        targets: Sequence[Relaxed],
+        candidates: Sequence[Tensor] | None,
     ) -> Seeded:
-        # The head is read where the response's own tokens say, whatever is mixed into them.
-        own = [target.ids[:, 0].tolist() for target in targets]
-        reads = [self.reads(ids, count - 1 - len(ids)) for ids, count in zip(own, feed.counts, strict=True)]
         leaf = hidden.detach().requires_grad_(True)
         with torch.enable_grad():
-            values = torch.stack([scores.double().sum() for scores in self._scores(leaf, reads)])
+            # The head is read where the response's own tokens say, whatever is mixed into them.
+            scores = self.values(leaf, feed, encoded, shared)
+            values = torch.stack([some.double().sum() for some in scores])
         return Seeded(values.detach(), torch.autograd.grad(values.sum(), leaf)[0], None)
 
     def running(self, sample: Sample, memo: Memo) -> Tensor:

@@ -8,10 +8,11 @@ never changes a stored row. Keys are stored after the position encoding, with ea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 
@@ -30,37 +31,100 @@ def check_cacheable(model: PreTrainedModel) -> None:
         )
 
 
-def stack(rows: Sequence[Tensor]) -> tuple[DynamicCache, Tensor]:
+# Slots for further tokens that a growing cache gets at a time.
+ROOM = 64
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer with spare slots: a token is written into the next one, where `DynamicLayer` copies the whole cache.
+
+    For decoding only: under autograd, what a graph has saved must not be written to.
+
+    Args:
+        slots: [2, batch, heads, slots, head_dim] keys and values.
+        length: slots that are filled.
+    """
+
+    def __init__(self, slots: Tensor, length: int):
+        super().__init__()
+        self.lazy_initialization(slots, slots)
+        self._hold(slots, length)
+
+    def _hold(self, slots: Tensor, length: int) -> None:
+        self.slots = slots
+        self.keys, self.values = slots[:, :, :, :length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        begin, slots = self.keys.shape[2], self.slots
+        end = begin + key_states.shape[2]
+        if end > slots.shape[3]:
+            slots = torch.nn.functional.pad(slots, (0, 0, 0, end + ROOM - slots.shape[3]))
+        slots[0, :, :, begin:end], slots[1, :, :, begin:end] = key_states, value_states
+        self._hold(slots, end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._hold(self.slots[:, indices], self.keys.shape[2])
+
+
+def stack(rows: Sequence[Tensor], *, grow: bool = False) -> tuple[Cache, Tensor]:
     """Batch rows into one left-padded cache.
 
     Args:
         rows: tensors [layers, 2, heads, length_i, head_dim].
+        grow: with room for tokens to come (`GrowingLayer`).
 
     Returns:
         the cache (batch, longest) and its mask [batch, longest] (1 = a real token).
     """
-    longest = max(row.shape[3] for row in rows)
-    device = rows[0].device
-    cache = DynamicCache()
-    mask = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    lengths = [row.shape[3] for row in rows]
+    longest, device = max(lengths), rows[0].device
     if longest == 0:
-        return cache, mask
-    layers, two, heads, _, dim = max(rows, key=lambda row: row.shape[3]).shape
-    batch = rows[0].new_zeros(layers, two, len(rows), heads, longest, dim)
-    for index, row in enumerate(rows):
-        length = row.shape[3]
+        return DynamicCache(), torch.zeros(len(rows), 0, dtype=torch.long, device=device)
+    layers, two, heads, _, dim = rows[lengths.index(longest)].shape
+    batch = rows[0].new_zeros(layers, two, len(rows), heads, longest + ROOM * grow, dim)
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         if length:
-            batch[:, :, index, :, longest - length :] = row
-            mask[index, longest - length :] = 1
-    for layer in range(layers):
-        cache.update(batch[layer, 0], batch[layer, 1], layer)
-    return cache, mask
+            batch[:, :, index, :, longest - length : longest] = row
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    made = [GrowingLayer(layer, longest) if grow else _layer(*layer) for layer in batch]
+    return Cache(layers=made), mask.long().to(device)
 
 
-def unstack(cache: DynamicCache, rows: Tensor, spans: Sequence[tuple[int, int]]) -> list[Tensor]:
+def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    """A layer that holds these tensors themselves: `update` would copy them."""
+    layer = DynamicLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer
+
+
+def unstack(cache: Cache, rows: Tensor, spans: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Copy the batch rows `rows` [n] out of a cache, row i from slot `spans[i][0]` up to `spans[i][1]`."""
-    taken = torch.stack([torch.stack((layer.keys[rows], layer.values[rows])) for layer in cache.layers])
-    return [taken[:, :, index, :, begin:end].clone() for index, (begin, end) in enumerate(spans)]
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    taken = zip(rows.tolist(), spans, strict=True)
+    return [
+        torch.stack([tensor[row, :, begin:end] for tensor in tensors]).unflatten(0, (-1, 2))
+        for row, (begin, end) in taken
+    ]
+
+
+def attention_mask(cached: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the attention of `count` fed tokens over cached ones and themselves: 0, or the lowest number.
+
+    Made once for all layers: of a mask of zeros and ones, every layer would make (and under autograd keep) its own.
+    Fed tokens are padded on the right, where no real token looks.
+
+    Args:
+        cached: [B, C] (1 = a real token).
+
+    Returns:
+        [B, 1, count, C + count].
+    """
+    past = (cached == 0)[:, None, None].expand(-1, 1, count, -1)
+    later = torch.ones(count, count, dtype=torch.bool, device=cached.device).triu(1).expand(len(cached), 1, -1, -1)
+    hidden = torch.cat((past, later), dim=-1)
+    return torch.zeros(hidden.shape, dtype=dtype, device=cached.device).masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 def pad(sequences: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Most embedding entries (floats) gathered at once.
-GATHER_BUDGET = 2**24
+GATHER_BUDGET = 2**22
 
 
 @dataclass(frozen=True)

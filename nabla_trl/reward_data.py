@@ -192,7 +192,7 @@ def _token_row(one: Labelled, term: ScoreTerm, labels: TokenLabels | None, min_p
     encoded = term.encode(sample)
     length = len(encoded.response)
     relaxed = sample.relaxed(1.0, min_p)
-    read = term.read(relaxed, length)
+    read = term.read(relaxed, slice(length))
     # Most positions have few plausible candidates: columns without any weight are dropped.
     used = (read.weights > 0).any(0)
     used[0] = True

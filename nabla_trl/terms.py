@@ -99,7 +99,6 @@ class Feed:
     """One padded batch: B rows, R fed tokens at most, C cached ones at most."""
 
     ids: Tensor  # [B, R]
-    mask: Tensor  # [B, R]
     positions: Tensor  # [B, R]
     rows: list[Tensor]  # kv row of each prefix
     starts: list[int]  # position of each row's first fed token
@@ -160,13 +159,20 @@ class Term(ABC):
 
     @abstractmethod
     def seed(
-        self, hidden: Tensor, feed: Feed, targets: Sequence[Relaxed], candidates: Sequence[Tensor] | None
+        self,
+        hidden: Tensor,
+        feed: Feed,
+        encoded: Sequence[Encoded],
+        shared: Sequence[int],
+        targets: Sequence[Relaxed],
+        candidates: Sequence[Tensor] | None,
     ) -> Seeded:
         """Values at relaxed responses, and what the gradient by their tokens begins from.
 
         Args:
-            targets: per row Y, in this model's ids.
-            candidates: per row [T, K] ids of this model, or None for its whole vocabulary.
+            shared: per row how many tokens are in the cache already; values leave out what was known by then (`past`).
+            targets: per row Y of the tokens after those, in this model's ids.
+            candidates: per row [T, K] ids of this model at these tokens, or None for its whole vocabulary.
         """
 
     def running(self, sample: Sample, memo: Memo) -> Tensor:
@@ -186,18 +192,18 @@ class Term(ABC):
         """Input embeddings [..., d] of this model's ids, by its own module: some scale the rows of their table."""
         return self.model.get_input_embeddings()(ids).detach()
 
-    def read(self, relaxed: Relaxed, length: int) -> Relaxed:
-        """A relaxed response's first `length` positions in this model's ids; tokens it lacks lose their weight."""
-        ids = self.mapping[relaxed.ids[:length].to(self.mapping.device)]
-        weights = relaxed.weights[:length].to(self.mapping.device).masked_fill(ids < 0, 0.0)
+    def read(self, relaxed: Relaxed, span: slice) -> Relaxed:
+        """Positions of a relaxed response in this model's ids; tokens it lacks lose their weight."""
+        ids = self.mapping[relaxed.ids[span].to(self.mapping.device)]
+        weights = relaxed.weights[span].to(self.mapping.device).masked_fill(ids < 0, 0.0)
         weights[:, 0] += (weights.sum(-1) == 0).to(weights)  # nothing left: the response's own token, which is first
         return Relaxed(ids.clamp(min=0), weights / weights.sum(-1, keepdim=True))
 
     def relaxed_embeds(self, feed: Feed, responses: Sequence[Relaxed]) -> Tensor:
-        """Input embeddings [B, R, d] of a feed that begins at the response, Σ_v Y[t, v]·e(v) in its positions."""
+        """Input embeddings [B, R, d] of a feed whose tokens after the first begin with these, Σ_v Y[t, v]·e(v)."""
         embeds = self.embed(feed.ids)
         for row, response in enumerate(responses):
-            # Response token t is fed at index t + 1; the last one of a likelihood is not fed at all.
+            # The last token of a likelihood is not fed at all.
             count = min(feed.counts[row] - 1, len(response.ids))
             if count and response.ids.shape[1] > 1:
                 embeds[row, 1 : count + 1] = response.average(self.embed, count).to(embeds)
@@ -219,13 +225,13 @@ class Term(ABC):
     def feed(self, encoded: Sequence[Encoded], memos: Sequence[Memo], shared: Sequence[int]) -> Feed:
         tokens = [self.fed(row, count) for row, count in zip(encoded, shared, strict=True)]
         starts = [len(row.prompt) - 1 + count for row, count in zip(encoded, shared, strict=True)]
-        ids, mask = kv.pad(tokens, self.model.device, left=False)
+        ids, _ = kv.pad(tokens, self.model.device, left=False)
         positions = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
         rows = [memo.cache[:, :, :, :start] for memo, start in zip(memos, starts, strict=True)]
         # Padding repeats the last real position, which exists in every position table.
         last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, tokens, strict=True)])
         positions = positions.minimum(last.to(ids.device)[:, None])
-        return Feed(ids, mask, positions, rows, starts, [len(row) for row in tokens])
+        return Feed(ids, positions, rows, starts, [len(row) for row in tokens])
 
     def hidden(self, feed: Feed, embeds: Tensor | None = None, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Last hidden states [B, R, d] of the fed tokens (or of `embeds` in their place), and kv rows if kept."""
@@ -233,7 +239,7 @@ class Term(ABC):
         output = self.model.base_model(
             input_ids=feed.ids if embeds is None else None,
             inputs_embeds=embeds,
-            attention_mask=torch.cat((cached, feed.mask), dim=1),
+            attention_mask=kv.attention_mask(cached, feed.ids.shape[1], self.model.dtype),
             position_ids=feed.positions,
             past_key_values=cache,
             use_cache=True,

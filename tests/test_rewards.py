@@ -225,7 +225,7 @@ def test_a_model_whose_cache_changes_the_score_is_refused(policy: Policy, reward
     """As one does that ignores the cached prefix."""
 
     def change(given: dict, hidden: torch.Tensor) -> torch.Tensor:
-        cached = given.get("past_key_values") is not None and hidden.shape[1] < given["attention_mask"].shape[1]
+        cached = given.get("past_key_values") is not None and hidden.shape[1] < given["attention_mask"].shape[-1]
         return 1.1 * hidden if cached else hidden
 
     with _forward(reward.terms[0].model, change):
