@@ -7,6 +7,9 @@ first place where y and y' differ, and there is one way from y to y' and one way
     min(1, exp((r' − r)/β) · π(v|y_<t)/π(y_t|y_<t) · [π/q](suffix')/[π/q](suffix) · s(t, y_t|y')/s(t, v|y))
 
 with s the probability that the branch is chosen, and q the sampler of suffixes. Where there is no way back, it stays.
+So a chain samples π* among the responses that it can reach: all of them if every token may be proposed (`candidates`
+as large as the vocabulary, no min-p). With fewer, a first token from outside the candidates is never left again, and
+the share of such chains stays what it was among the first responses.
 """
 
 from __future__ import annotations

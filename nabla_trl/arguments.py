@@ -105,9 +105,10 @@ class EvalArguments:
     output_dir: str = _needed("folder of the rows; rows that are there already are not made again")
     methods: str = _option(
         "",
-        f"comma-separated: greedy, best_of_N, weighted_best_of_N, self_consistency_N, nabla, control, nabla@F or "
-        f"control@F (at F times best_of_16's FLOPs), reward_model_sampling (log-ratio rewards), and with an adapter "
-        f"distilled_greedy, distilled_best_of_N; empty = {METHODS}, with an adapter also {DISTILLED}",
+        "comma-separated: greedy, best_of_N, weighted_best_of_N, self_consistency_N; the searches nabla, control, "
+        "shuffled, paper, released, each also as nabla@best_of_N (at its FLOPs) or nabla@F (at F times best_of_16's); "
+        "reward_model_sampling (log-ratio rewards); with an adapter distilled_greedy, distilled_best_of_N; "
+        f"empty = {METHODS}, with an adapter also {DISTILLED}",
     )
     split: str = _option("test", "split of the dataset")
     limit: int = _option(300, "problems; 0 = all")
@@ -148,7 +149,9 @@ class AuditArguments:
     swaps: int = _option(1000, "--gradient: single-token swaps to compare predicted with true changes on")
     pressure: bool = _option(False, "audit the search: does accuracy fall as it goes on?")
     rounds: int = _option(16, "--pressure: rounds of the search, which else is as by default")
-    beta: float = _option(1.0, "--gradient, --pressure: KL coefficient β of the search")
+    beta: float | None = _option(
+        None, "--gradient, --pressure: KL coefficient β of the search; empty = its own default, a KL budget"
+    )
     candidates: int = _option(16, "--gradient, --pressure: policy tokens considered per position")
     candidate_min_p: float = _option(
         0.02, "--gradient, --pressure: drop candidates below this fraction of the position's likeliest token"

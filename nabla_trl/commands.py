@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -26,9 +25,6 @@ from nabla_trl.audit_command import audit
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.parsing import Parser
 from nabla_trl.tasks import data_identity, graded, load_problems
-
-if TYPE_CHECKING:
-    pass
 
 # --- solve --------------------------------------------------------------------------------------------
 

@@ -253,6 +253,8 @@ class ReasonerConfig:
             raise ValueError(
                 f"chains must be at most starts: {self.starts} first responses cannot start {self.chains}"
             )
+        if 0 < self.rollouts < self.starts:
+            raise ValueError(f"rollouts {self.rollouts} are fewer than the first responses, starts {self.starts}")
         if not 0 <= self.candidate_min_p < 1:
             raise ValueError(f"candidate_min_p must be in [0, 1), not {self.candidate_min_p}")
         if self.proposals == "sequential" and self.branches != 1:
@@ -301,6 +303,8 @@ class ReasonerConfig:
             raise ValueError("a metropolis chain that ends when nothing is accepted is no sample: patience must be 0")
         if self.gradient_norm:
             raise ValueError("gradient_norm chooses positions by the later tokens, which metropolis cannot undo")
+        if self.flops or (self.rollouts and self.proposals == "sequential"):
+            raise ValueError("a metropolis chain that ends by what its states cost is no sample: limit it by rounds")
         if self.proposals == "sequential" and not self.rounds:
             raise ValueError("a sequential metropolis chain may propose nothing for ever: set rounds, its sweeps")
         if not 1 <= self.tempering < math.inf:

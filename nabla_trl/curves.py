@@ -1,7 +1,8 @@
 """Accuracy against a budget, and where it turns: one rule for best-of-N and for rounds of the search. Numpy only.
 
 A budget is better or worse than another if the paired difference of the problems' scores has a 95% bootstrap
-interval that lies above or below zero. Small audits therefore see neither gains nor harm: trust has to be measured.
+interval that lies above or below zero, and a sign-flip test agrees: on a handful of problems an interval alone is too
+sure of itself. Small audits therefore see neither gains nor harm: trust has to be measured.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nabla_trl.stats import Interval, mean_interval
+from nabla_trl.stats import Interval, mean_interval, sign_flip_p_value
+
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,19 @@ def turning(curve: Mapping[int, np.ndarray]) -> Turn:
         raise ValueError("a curve needs at least one budget")
     budgets = sorted(curve)
     peak = max(budgets, key=lambda budget: (curve[budget].mean(), -budget))
-    helps = any(_difference(curve, budget, budgets[0]).low > 0 for budget in budgets)
+    helps = any(_side(curve, budget, budgets[0]) > 0 for budget in budgets)
     later = [budget for budget in budgets if budget > peak]
-    fallen = [budget for budget in later if _difference(curve, budget, peak).high < 0]
+    fallen = [budget for budget in later if _side(curve, budget, peak) < 0]
     safe = [budget for budget in budgets if not fallen or budget < fallen[0]]
     return Turn(peak, _difference(curve, budgets[-1], peak), helps, safe[-1] if helps else budgets[0])
+
+
+def _side(curve: Mapping[int, np.ndarray], budget: int, other: int) -> int:
+    """1 or −1 where a budget is better or worse than another beyond chance, else 0."""
+    gap = _difference(curve, budget, other)
+    if not (gap.low > 0 or gap.high < 0) or sign_flip_p_value(curve[budget] - curve[other]) >= SIGNIFICANT:
+        return 0
+    return 1 if gap.low > 0 else -1
 
 
 def _difference(curve: Mapping[int, np.ndarray], budget: int, other: int) -> Interval:

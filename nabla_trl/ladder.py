@@ -19,7 +19,8 @@ class Entry:
 
     Attributes:
         flops, seconds: per problem, rejected work included; `share`: FLOPs over the rung's budget.
-        proposed: proposals per problem; `rejected`: share of them that were not kept; None without any.
+        proposed: proposals per problem, of the chain that was kept (fresh starts have others); `rejected`: share of
+            them that were not kept; None without any.
         ahead: accuracy of ours less this method's, paired by problem; None for ours.
     """
 

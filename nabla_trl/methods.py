@@ -66,7 +66,7 @@ def steps(
     Raises:
         ValueError: before the first step, where a method lacks the policy, solver or better model it needs.
     """
-    _check(names, bench, tuned)
+    check(names, bench, tuned)
     best_of, majority = _sizes(names, "best_of_"), _sizes(names, "self_consistency_")
     weighted = _sizes(names, "weighted_best_of_")
     if best_of or majority or weighted:
@@ -79,7 +79,7 @@ def steps(
             config = _config(method, bench.config)
             if share:
                 setter, times = budget(name)
-                config = replace(config, flops=times * flops_of(setter), rounds=0, rollouts=0, patience=0)
+                config = budgeted(config, times * flops_of(setter))
             yield bench.search(name, config)
     if RIVAL in names:
         yield bench.pool([1], policy=bench.reward.rival, names={1: RIVAL}, scored=False)
@@ -90,6 +90,11 @@ def steps(
         yield bench.pool(sizes, policy=tuned, names={size: f"distilled_best_of_{size}" for size in sizes})
 
 
+def budgeted(config: ReasonerConfig, flops: float) -> ReasonerConfig:
+    """A configuration with FLOPs per problem as its only limit."""
+    return replace(config, flops=flops, rounds=0, rollouts=0, patience=0)
+
+
 def _config(method: str, config: ReasonerConfig) -> ReasonerConfig:
     """The configuration of a search, from that of nabla."""
     if method in PRESETS:
@@ -98,7 +103,12 @@ def _config(method: str, config: ReasonerConfig) -> ReasonerConfig:
     return {"nabla": lambda: config, "control": config.control, "shuffled": config.shuffled}[method]()
 
 
-def _check(names: Sequence[str], bench: Bench, tuned: Policy | None) -> None:
+def check(names: Sequence[str], bench: Bench, tuned: Policy | None) -> None:
+    """Refuse methods that cannot be run, before any work.
+
+    Raises:
+        ValueError: a method lacks the policy, solver or better model it needs, or cannot be given a budget.
+    """
     distilled = next((name for name in names if name.startswith("distilled_")), None)
     if distilled is not None and tuned is None:
         raise ValueError(f"{distilled} needs an adapter")
@@ -110,6 +120,10 @@ def _check(names: Sequence[str], bench: Bench, tuned: Policy | None) -> None:
         raise ValueError("solver none is the control: ask for control instead of nabla, or choose another solver")
     if bench.config.solver != "mirror" and any(name.startswith("shuffled") for name in names):
         raise ValueError(f"shuffled is a control of solver mirror, not of {bench.config.solver}")
+    for name in names:
+        method, _, share = name.partition("@")
+        if method in SEARCHES and share:
+            budgeted(_config(method, bench.config), 1.0)
 
 
 def _sizes(names: Sequence[str], prefix: str) -> list[int]:

@@ -285,7 +285,8 @@ def expected_flops(
     """FLOPs of the next round if its suffixes are as long as the incumbent's, with the gradients that are due."""
     length, prompt = len(state.response), len(state.prompt.ids)
     total = sum(policy.size.forward_flops(prompt + at, length - at - 1) for at in positions)
-    gradients = 0 if config.solver == "none" or state.scores is not None else 1
+    known_gradient = state.scores is not None or state.gradient is not None
+    gradients = 0 if config.solver == "none" or known_gradient else 1
     if config.acceptance == "metropolis" and config.solver != "none":
         gradients += len(positions)  # the way back is weighed with the proposal's own scores
     known = state.drawn(policy.model)

@@ -81,14 +81,21 @@ def load_reward(
         check_reward(reward, policy)
     reward.batch_size, reward.trust = batch_size, plan.trust
     reward.point = plan.point or reward.point
+    reward.misled = plan.trust is not None and plan.point is None
     return reward
 
 
 def warn_past_trust(reward: Reward, config: ReasonerConfig) -> None:
-    """Say on stderr where a search goes further than the reward's audit trusts it."""
+    """Say on stderr where a search goes further than its reward's audit trusts it, or by a gradient that misleads."""
     warning = past_trust(reward.trust, config.rounds)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
+    if reward.misled and config.solver == "mirror" and config.point is None:
+        print(
+            f"warning: the audit found no gradient of this reward that helps, and the search follows the one at "
+            f"{reward.point}: use solver none, or name a point",
+            file=sys.stderr,
+        )
 
 
 def log_ratio(policy: Policy, better: Policy, reference: Policy, name: str, *, scale: float = 1.0) -> Reward:

@@ -38,6 +38,7 @@ class Reward:
             std the population's (Coste et al., arXiv 2310.02743). None: the weighted sum.
         point: the gradient that a search should follow (`config.Point.parse`), unless it is told another.
         trust: how far it may be searched with, by its audit; None: not audited.
+        misled: its audit found no gradient of it that helps.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Reward:
     caution: float | None = None
     point: str = "mixture:0.5"
     trust: Trust | None = None
+    misled: bool = False
 
     def room(self, problem: Problem, prompt: list[int]) -> int:
         """Most response tokens that the contexts of all terms leave.

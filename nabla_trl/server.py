@@ -176,9 +176,9 @@ def connect(policy: Policy, url: str, *, timeout: float = 600.0, retries: int = 
         ValueError: it is no vLLM server, or serves another model, tokenizer or weights; what differs is named.
     """
     client = Client(url, timeout=timeout, retries=retries, backoff=backoff)
-    card = _card(client, policy.name)
+    context = _context(client, policy.name)
     _check_tokenizer(client, policy)
-    server = Server(client, policy.name, int(card["max_model_len"]), str(_field(client, "/version", "version")))
+    server = Server(client, policy.name, context, str(_field(client, "/version", "version")))
     served = replace(policy, server=server)
     _check_weights(served)
     return served
@@ -191,9 +191,16 @@ def _field(client: Client, path: str, name: str, body: dict[str, Any] | None = N
     return answer[name]
 
 
-def _card(client: Client, name: str) -> dict[str, Any]:
-    """What the server says of the model `name`."""
-    cards = {card["id"]: card for card in _field(client, "/v1/models", "data")}
+def _context(client: Client, name: str) -> int:
+    """The longest sequence that the server takes for the model `name`."""
+    try:
+        cards = {card["id"]: card for card in _field(client, "/v1/models", "data")}
+        return int(_named(cards, client, name)["max_model_len"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{client.url}/v1/models does not answer as vLLM does: {error!r}") from error
+
+
+def _named(cards: dict[str, Any], client: Client, name: str) -> dict[str, Any]:
     if name not in cards:
         raise ValueError(
             f"{client.url} serves {', '.join(cards) or 'nothing'}, not {name!r}: "

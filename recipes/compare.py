@@ -1,7 +1,7 @@
 """Every method at a ladder of equal FLOPs budgets, on the same problems and seeds, in one process.
 
     python recipes/compare.py --config recipes/tiny/compare.yaml
-    python recipes/compare.py --config recipes/gsm8k/compare.yaml --policy P --reward R
+    python recipes/compare.py --policy P --reward R --dataset gsm8k --output_dir OUT
 
 A rung is what best-of-N costs. There best-of-N, weighted best-of-N and self-consistency (with as many samples as fit)
 meet the search, the same search without the gradient, with the gradient's rows shuffled over the positions, and the
@@ -24,14 +24,14 @@ from nabla_trl.arguments import DATASETS, ModelArguments
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_steps
-from nabla_trl.methods import RIVAL, steps
+from nabla_trl.methods import RIVAL, check, steps
 from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.records import versions
 from nabla_trl.results import store_results
 from nabla_trl.reward_models import warn_past_trust
 from nabla_trl.rowstore import RowStore
 from nabla_trl.tasks import data_identity, graded, load_problems
-from nabla_trl.tracing import claim_settings, search_settings
+from nabla_trl.tracing import adapter_identity, claim_settings, search_settings
 
 
 def _option(default: Any, text: str) -> Any:
@@ -81,6 +81,8 @@ class Comparison:
     def run(self, problems: Sequence[Any]) -> dict[str, list[str]]:
         """Make what rows are missing; the methods of each rung, ours first."""
         args = self.args
+        searches = [f"{name}@best_of_{size}" for name in ("nabla", *args.rivals) for size in args.samples]
+        check(searches, self.bench, None)
         with AnswerChecker() as checker:
             sizes = args.samples
             pool = self.bench.pool([1, *sizes], sizes, weighted=sizes)
@@ -90,7 +92,7 @@ class Comparison:
             names = [
                 "greedy",
                 *(f"best_of_{size}" for size in sizes),
-                *(f"{search}@best_of_{size}" for search in ("nabla", *args.rivals) for size in sizes),
+                *searches,
                 *([RIVAL] if self.bench.reward.rival else []),
             ]
             wanted = steps(names, self.bench, None, self.flops)
@@ -141,13 +143,16 @@ def main(argv: Sequence[str]) -> None:
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
     policy, reward = models.load(4 * config.batch_size)
     settings = models.settings() | search_settings(config)
+    settings["adapter"] = adapter_identity(models.adapter) if models.adapter else ""
     settings |= {"dataset": data_identity(args.dataset), "split": args.split, "limit": str(args.limit)}
     claim_settings(folder / "compare.settings.json", settings)
     warn_past_trust(reward, config)
     store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
     comparison = Comparison(args, Bench(policy, reward, config, tuple(args.seeds)), store)
     rungs, lams = comparison.run(problems), comparison.sweep(problems)
-    rows, command = store.read(), shlex.join(["python", "recipes/compare.py", *argv])
+    asked = {name for names in rungs.values() for name in names} | set(rungs) | set(lams.values())
+    rows = [row for row in store.read() if row["method"] in asked and row["seed"] in args.seeds]
+    command = shlex.join(["python", "recipes/compare.py", *argv])
     found = ladder.climb(rows, rungs)
     facts = {
         "title": args.title,

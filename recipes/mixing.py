@@ -57,18 +57,20 @@ def main(argv: Sequence[str]) -> None:
     args, models, config = parse([MixingArguments, ModelArguments, ReasonerConfig], argv, presets=PRESETS)
     if config.acceptance != "metropolis" or config.proposals != "global":
         raise ValueError("mixing is measured of chains with acceptance metropolis and global proposals")
+    if config.starts > 1:
+        raise ValueError("mixing is measured of one chain for each problem: starts must be 1")
+    wanted = proposals(args, config)
     problems = load_problems(args.dataset, split=args.split, limit=args.limit or None)
     policy, reward = models.load(4 * config.batch_size)
-    found: dict[str, Any] = {}
+    folder, found = Path(args.output_dir), dict[str, Any]()
+    folder.mkdir(parents=True, exist_ok=True)
     print("| proposals | accepted | autocorrelation, steps | effective samples | per GFLOP | reward |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name, one in proposals(args, config).items():
+    for name, one in wanted.items():
         mixed = measure(solve(problems, policy=policy, reward=reward, config=one))
         found[name] = mixed.to_dict()
+        (folder / "mixing.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
         print(line(name, mixed), flush=True)
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "mixing.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -146,10 +146,10 @@ class Run:
             trained = self.train(number, data)
             rounds.append({"round": number, "training": trained} | self.audit(number))
             self.say(_line(rounds[-1]))
+            if self.state.is_main_process:
+                self.finish(rounds)  # now, so that a later round that fails leaves a reward behind
             if _holds(rounds[-1], self.args):
                 break
-        if self.state.is_main_process:
-            self.finish(rounds)
         self.state.wait_for_everyone()
 
     # --- data -------------------------------------------------------------------------------------------
@@ -204,7 +204,9 @@ class Run:
         """
         begun = time.perf_counter()
         reward = self.reward(number - 1)
-        reward.point = self.audit(number - 1)["gradient"]["best"] or reward.point
+        # Read, not asked for: `audit` waits for all processes, and some may have drawn their share already.
+        audited = _read(self.folder / f"round-{number - 1}.audit.json")
+        reward.point = audited["gradient"]["best"] or reward.point
         first = (number - 1) * self.args.search_problems % len(self.problems)
         some = self._mine((self.problems[first:] + self.problems[:first])[: self.args.search_problems])
         config = replace(self.reasoner, rounds=self.args.audit_rounds, patience=0, rollouts=0, flops=0.0)

@@ -48,7 +48,7 @@ def test_the_preset_of_the_command_line_wins_over_the_one_of_the_file(tmp_path):
 
 def test_a_file_that_repeats_the_defaults_changes_nothing(tmp_path):
     """Also the hash: YAML's `1` for a float must not tell two equal searches apart."""
-    text = "beta: 1\ntemperature: 1\ntop_p: 1\nflops: 0\nrounds: 16"
+    text = "kl: 2\ntemperature: 1\ntop_p: 1\nflops: 0\nrounds: 16"
     found = parse([ReasonerConfig], ["--config", yaml_file(tmp_path, text)])[0]
     assert found.hash() == ReasonerConfig().hash()
 

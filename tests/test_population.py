@@ -87,7 +87,9 @@ def test_fresh_starts_spend_what_is_left_of_a_budget(policy: Policy, reward: Rew
 def test_a_sample_of_the_optimum_is_not_chosen_among_starts() -> None:
     assert config(flops=1e9).restarts and config(rollouts=9).restarts
     assert not config().restarts and not config(flops=1e9, restart=False).restarts
-    assert not config(flops=1e9, acceptance="metropolis", beta=1.0).restarts
+    assert not config(rollouts=9, acceptance="metropolis", beta=1.0).restarts
+    worlds.refused(lambda: config(flops=1e9, acceptance="metropolis"), "no sample", "limit it by rounds")
+    worlds.refused(lambda: config(rollouts=2, starts=3), "rollouts 2 are fewer", "starts 3")
 
 
 def test_an_unreadable_start_is_no_error_while_another_can_be_read() -> None:

@@ -227,3 +227,11 @@ def test_what_cannot_be_audited_is_said(policy, scalar_reward, checker, changes,
         ),
         *words,
     )
+
+
+def test_a_handful_of_problems_earns_no_trust() -> None:
+    """One problem, or two alike, have an interval without width; a sign-flip test is not taken in."""
+    for count, helps in ((1, False), (2, False), (20, True)):
+        turn = turning({1: np.zeros(count), 2: np.ones(count)})
+        assert (turn.helps, turn.trusted) == (helps, 2 if helps else 1)
+        assert turning({1: np.ones(count), 2: np.zeros(count)}).trusted == 1
