@@ -271,9 +271,9 @@ def test_chains_come_to_the_target(options: dict[str, Any], short: World) -> Non
 @pytest.mark.parametrize("options", SETTINGS, ids=name)
 def test_long_chains_come_to_the_target(options: dict[str, Any], proposals: str, world: World) -> None:
     """Gradients at hard tokens of a random reward mislead, and a chain that they drive mixes slowly, yet it comes."""
-    target, count = world.target(), 2000
+    target, count = world.target(), 400
     more = {"confidence": 1.0} if proposals == "sequential" else {}
-    rounds = {"global": 200 if options.get("point") == "hard" else 40, "sequential": 40}[proposals]
+    rounds = {"global": 100 if options.get("point") == "hard" else 40, "sequential": 75}[proposals]
     config = metropolis(options, proposals=proposals, rounds=rounds, batch_size=500, **more)
     [ended] = run_chains(world, config, count, (10**6,))
     assert total_variation(ended, target) < 2 * noise_floor(target, count)
