@@ -72,6 +72,21 @@ class ModelArguments:
         reward.trust = trust or reward.trust
         return policy, reward
 
+    def facts(self, reward: Reward, *, title: str, command: str, task: str, seeds: list[int]) -> dict[str, Any]:
+        """What a report says of where its rows came from (see `nabla_trl.report`)."""
+        from nabla_trl.records import versions
+
+        return {
+            "title": title,
+            "command": command,
+            "policy": self.policy,
+            "reward": self.reward,
+            "task": task,
+            "reward_kind": reward.kind,
+            "versions": versions(),
+            "seeds": seeds,
+        }
+
     def settings(self) -> dict[str, str]:
         """What results depend on, the adapter aside."""
         from nabla_trl.reward_folder import reward_identity

@@ -145,7 +145,6 @@ def evaluate(argv: Sequence[str]) -> int:
     from nabla_trl.evaluate import Bench, mean_flops, run_steps
     from nabla_trl.methods import method_names, searches, steps
     from nabla_trl.models import load_policy
-    from nabla_trl.records import versions
     from nabla_trl.report import terminal_table
     from nabla_trl.results import store_results
     from nabla_trl.reward_models import warn_past_trust
@@ -176,17 +175,9 @@ def evaluate(argv: Sequence[str]) -> int:
     wanted = steps(names, bench, tuned, lambda name: mean_flops(store.read(), name))
     with AnswerChecker() as checker:
         run_steps(wanted, problems, store, checker)
-    facts = {
-        "title": args.title,
-        "command": shlex.join(["nabla-trl", "eval", *argv]),
-        "policy": models.policy,
-        "reward": models.reward,
-        "task": args.dataset,
-        "reward_kind": reward.kind,
-        "versions": versions(),
-        "seeds": args.seeds,
-        "files": {"rows": "rows.jsonl", "facts": "facts.json"},
-    }
+    command = shlex.join(["nabla-trl", "eval", *argv])
+    facts = models.facts(reward, title=args.title, command=command, task=args.dataset, seeds=args.seeds)
+    facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
     rows = store.read()
     store_results(folder, rows, facts)
     terminal_table(summarise(rows, facts))

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nabla_trl.stats import Interval, mean_interval, sign_flip_p_value
-
-SIGNIFICANT = 0.05
+from nabla_trl.stats import SIGNIFICANT, Interval, mean_interval, sign_flip_p_value
 
 
 @dataclass(frozen=True)

@@ -175,13 +175,14 @@ def policy_likelihood(policy: Policy) -> LikelihoodTerm:
     )
 
 
-def allowed(state: State, readable: Tensor, config: ReasonerConfig) -> Tensor:
-    """[T, K] bool: candidates that may be proposed in place of the incumbent token.
+def allowed(state: State, readable: Tensor, config: ReasonerConfig, span: slice = slice(None)) -> Tensor:
+    """[T, K] bool: candidates that may be proposed in place of the incumbent token, at the positions of a span.
 
     A Metropolis chain must be able to go back, so what may be proposed at a position must not depend on the token that
     stands there: not the last of the K candidates, which is the incumbent token where that is none of the likeliest.
     """
-    usable = replaceable(state.response, state.candidates, state.logp, readable, config.candidate_min_p)
+    tables = state.candidates[span], state.logp[span]
+    usable = replaceable(state.response[span], *tables, readable, config.candidate_min_p)
     if config.acceptance == "metropolis" and state.candidates.shape[1] < len(readable):
         usable[:, -1] = False
     return usable
@@ -265,8 +266,8 @@ def refresh(state: State, position: int, rescore: Callable[[State, int], Tensor]
 def row_logp(state: State, position: int, readable: Tensor, config: ReasonerConfig) -> Tensor:
     """[K] float64 log-probability with which the scan draws each token at a position, the incumbent's included."""
     scan = config.scan()
-    usable = allowed(state, readable, config)[position]
-    usable[state.choice()[position]] = True
+    [usable] = allowed(state, readable, config, slice(position, position + 1))
+    usable[state.candidates[position] == state.response[position]] = True
     row = (state.solved()[position] / scan.resample_temperature).masked_fill(~usable, -torch.inf)
     if scan.resample_top_p < 1:
         row = TopPLogitsWarper(scan.resample_top_p)(torch.zeros(1, 0, dtype=torch.long), row[None])[0]

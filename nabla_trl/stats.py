@@ -17,6 +17,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+SIGNIFICANT = 0.05  # largest p-value of a difference that is called one
 BOOTSTRAP_SEED = 20_260_101
 
 METRICS = ("accuracy", "flops", "seconds", "reward")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from nabla_trl.stats import SIGNIFICANT
 from nabla_trl.summary import (
     FLOPS_SHARE,
     RIVAL,
@@ -16,7 +17,6 @@ from nabla_trl.summary import (
     unmeasured,
 )
 
-SIGNIFICANT = 0.05  # largest p-value of a difference that is called one
 GAIN_SHARE = 0.6  # target: the share of nabla's gain that one greedy decode keeps after distillation
 EQUAL_FLOPS = 0.9  # a control that spent less than this share of nabla's FLOPs was not given an equal budget
 RIVAL_NOTE = f"The reward is a log-ratio, so the obvious rival is sampling from the better model itself, {RIVAL}"

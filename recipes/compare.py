@@ -23,10 +23,9 @@ from nabla_trl import ladder, step_curve
 from nabla_trl.arguments import DATASETS, ModelArguments
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import PRESETS, ReasonerConfig
-from nabla_trl.evaluate import Bench, Step, mean_flops, run_steps
-from nabla_trl.methods import RIVAL, check, steps
+from nabla_trl.evaluate import Bench, mean_flops, run_steps
+from nabla_trl.methods import RIVAL, budgeted, check, steps
 from nabla_trl.parsing import parse, quiet_libraries, run_main
-from nabla_trl.records import versions
 from nabla_trl.results import store_results
 from nabla_trl.reward_models import warn_past_trust
 from nabla_trl.rowstore import RowStore
@@ -80,24 +79,16 @@ class Comparison:
 
     def run(self, problems: Sequence[Any]) -> dict[str, list[str]]:
         """Make what rows are missing; the methods of each rung, ours first."""
-        args = self.args
-        searches = [f"{name}@best_of_{size}" for name in ("nabla", *args.rivals) for size in args.samples]
+        args, sizes = self.args, self.args.samples
+        searches = [f"{name}@best_of_{size}" for name in ("nabla", *args.rivals) for size in sizes]
+        rivals = [RIVAL] if self.bench.reward.rival else []
         check(searches, self.bench, None)
         with AnswerChecker() as checker:
-            sizes = args.samples
-            pool = self.bench.pool([1, *sizes], sizes, weighted=sizes)
-            run_steps([pool], problems, self.store, checker)
+            run_steps([self.bench.pool([1, *sizes], sizes, weighted=sizes)], problems, self.store, checker)
             majority = {size: self.affordable(size) for size in sizes}
             run_steps([self.bench.pool([], sorted(set(majority.values())))], problems, self.store, checker)
-            names = [
-                "greedy",
-                *(f"best_of_{size}" for size in sizes),
-                *searches,
-                *([RIVAL] if self.bench.reward.rival else []),
-            ]
-            wanted = steps(names, self.bench, None, self.flops)
-            run_steps((step for step in wanted if not _is_pool(step, sizes)), problems, self.store, checker)
-        rivals = [RIVAL] if self.bench.reward.rival else []
+            wanted = steps(["greedy", *searches, *rivals], self.bench, None, self.flops)
+            run_steps(wanted, problems, self.store, checker)
         return {
             f"best_of_{size}": [
                 f"nabla@best_of_{size}",
@@ -116,7 +107,7 @@ class Comparison:
         if not self.args.lams:
             return {}
         setter = f"best_of_{self.args.samples[-1]}"
-        config = replace(self.bench.config, beta=1.0, kl=None, flops=self.flops(setter), rounds=0, rollouts=0)
+        config = budgeted(replace(self.bench.config, beta=1.0, kl=None), self.flops(setter))
         methods = {lam: f"nabla_lambda_{lam:g}@{setter}" for lam in self.args.lams}
         wanted = [self.bench.search(name, replace(config, beta=1 / lam)) for lam, name in methods.items()]
         with AnswerChecker() as checker:
@@ -130,10 +121,6 @@ class Comparison:
         """As many samples without scoring as cost what best-of-`size` does."""
         each = self.flops(f"self_consistency_{size}") / size
         return max(2, round(self.flops(f"best_of_{size}") / each))
-
-
-def _is_pool(step: Step, sizes: Sequence[int]) -> bool:
-    return any(method == f"best_of_{size}" for method in step.methods for size in sizes)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -154,17 +141,8 @@ def main(argv: Sequence[str]) -> None:
     rows = [row for row in store.read() if row["method"] in asked and row["seed"] in args.seeds]
     command = shlex.join(["python", "recipes/compare.py", *argv])
     found = ladder.climb(rows, rungs)
-    facts = {
-        "title": args.title,
-        "command": command,
-        "policy": models.policy,
-        "reward": models.reward,
-        "task": args.dataset,
-        "reward_kind": reward.kind,
-        "versions": versions(),
-        "seeds": args.seeds,
-        "files": {"rows": "rows.jsonl", "ladder": "compare.json", "page": "compare.md"},
-    }
+    facts = models.facts(reward, title=args.title, command=command, task=args.dataset, seeds=args.seeds)
+    facts["files"] = {"rows": "rows.jsonl", "ladder": "compare.json", "page": "compare.md"}
     store_results(folder, rows, facts)
     (folder / "compare.json").write_text(json.dumps([rung.to_dict() for rung in found], indent=1), encoding="utf-8")
     text = ladder.page(found, rows, args.title, command)
