@@ -156,9 +156,10 @@ def evaluate(argv: Sequence[str]) -> int:
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
     folder = Path(args.output_dir)
     policy, reward = models.load(4 * config.batch_size, adapter=False)
-    tuned = None
+    tuned = {}
     if models.adapter:
-        tuned = load_policy(models.policy, dtype=models.dtype, device=models.device, adapter=models.adapter)
+        adapted = load_policy(models.policy, dtype=models.dtype, device=models.device, adapter=models.adapter)
+        tuned = {"distilled": adapted}
     settings = models.settings() | {
         "dataset": data_identity(args.dataset),
         "split": args.split,

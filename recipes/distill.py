@@ -34,8 +34,9 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Cost
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
-from nabla_trl.methods import RIVAL, SYNTAX, method_names, searches, steps
+from nabla_trl.methods import SYNTAX, method_names, searches, steps
 from nabla_trl.models import Policy, load_policy
+from nabla_trl.naming import RIVAL, labels, split
 from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.records import versions
 from nabla_trl.report import terminal_table, write_report
@@ -55,7 +56,7 @@ STAGES = ("traces", "train", "evaluate", "report")
 METHODS = (
     "greedy,self_consistency_16,best_of_1,best_of_2,best_of_4,best_of_8,best_of_16,best_of_32,weighted_best_of_16,"
     "control,nabla,control@0.15,nabla@0.15,control@0.2,nabla@0.2,control@0.33,nabla@0.33,"
-    "reward_model_sampling,distilled_greedy,distilled_best_of_8"
+    "reward_model_sampling,sft_greedy,sft_best_of_1,sft_best_of_8"
 )
 
 
@@ -247,12 +248,11 @@ class Run:
         policy, reward = self.models()
         bench = Bench(policy, reward, self.reasoner, tuple(self.args.seeds))
         names = method_names(self.args.methods)
-        wanted = any(name.startswith("distilled_") for name in names)
-        tuned = self._tuned() if wanted and self.adapter.exists() else None
-        absent = [] if tuned else [name for name in names if name.startswith("distilled_")]
+        tuned = {"sft": self._tuned()} if "sft" in labels(names) and self.adapter.exists() else {}
+        absent = [name for name in names if split(name)[0] not in ("", *tuned)]
         absent += [] if reward.rival else [name for name in names if name == RIVAL]
         if absent:
-            self.say(f"evaluate: without {', '.join(absent)}: there is no adapter, or no better model to sample from")
+            self.say(f"evaluate: without {', '.join(absent)}: not trained here, or no better model to sample from")
 
         def flops_of(method: str) -> float:
             self.state.wait_for_everyone()  # the rows of all processes

@@ -21,7 +21,7 @@ from nabla_trl.traces import read_traces
 ROOT = Path(__file__).parents[1]
 MODELS = ["--policy", "data/tiny/policy", "--reward", "logratio:data/tiny/clean"]
 SEARCH = ["--max_new_tokens", "48", "--sample_min_p", "0.02", "--candidate_min_p", "0.02", "--rounds", "3"]
-METHODS = "greedy,best_of_1,best_of_16,nabla,control,nabla@0.2,control@0.2,reward_model_sampling,distilled_greedy"
+METHODS = "greedy,best_of_1,best_of_16,nabla,control,nabla@0.2,control@0.2,reward_model_sampling,sft_greedy"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
