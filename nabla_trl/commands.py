@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -178,6 +179,7 @@ def evaluate(argv: Sequence[str]) -> int:
         run_steps(wanted, problems, store, checker)
     command = shlex.join(["nabla-trl", "eval", *argv])
     facts = models.facts(reward, title=args.title, command=command, task=args.dataset, seeds=args.seeds)
+    facts["sampling"] = asdict(config.sampling())
     facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
     rows = store.read()
     store_results(folder, rows, facts)

@@ -310,6 +310,7 @@ class Run:
             "reward_kind": plan_reward(self.args.reward).kind,
             "versions": versions(),
             "seeds": self.args.seeds,
+            "sampling": asdict(self.reasoner.sampling()),
             "setup_seconds": self.clock()["setup"],
             "total_seconds": self.clock()["total"],
             "audit": audited,
@@ -320,9 +321,11 @@ class Run:
             ],
         }
         if trained:
-            facts["train_flops"] = trained["flops"] + trained["trace_flops"] + (audited or {}).get("flops", 0.0)
+            sft = {"label": "sft", "method": "sft", "beta": self.reasoner.beta, "tuning": "lora"}
+            sft["train_flops"] = trained["flops"] + trained["trace_flops"] + (audited or {}).get("flops", 0.0)
             # Traces are timed in each process; side by side they take that much less on the clock.
-            facts["train_seconds"] = trained["seconds"] + trained["trace_seconds"] / trained["processes"]
+            sft["train_seconds"] = trained["seconds"] + trained["trace_seconds"] / trained["processes"]
+            facts["trained"] = [sft]
         return facts
 
     def _reward_cost(self) -> list[str]:

@@ -83,7 +83,7 @@ def test_the_recipe_writes_what_it_promises(finished):
             entry = summary[f"{figure}.{method}"]
             assert entry["low"] <= entry["value"] <= entry["high"] and entry["problems"] == 8
     assert summary["paired.nabla-control"]["problems"] == 8
-    assert {"seconds.setup", "seconds.total", "flops.training"} <= set(summary)
+    assert {"seconds.setup", "seconds.total", "flops.training.sft", "break_even.sft_greedy-best_of_16"} <= set(summary)
     report = (finished / "report.md").read_text()
     assert "reward_model_sampling" in report
     for name in ("accuracy_flops", "accuracy_seconds"):
