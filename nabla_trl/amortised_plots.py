@@ -67,7 +67,11 @@ def reward_kl(summary: Summary, subject: str) -> Figure | None:
     axes.xaxis.set_major_locator(FixedLocator(_spread_ticks(axes.get_xlim()[1])))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda nats, _: f"{nats:g}")
-    _name_points(Labels(figure, axes), points, curves)
+    named = Labels(figure, axes)
+    for point in points:
+        kl = summary[f"kl.{point.method}"]
+        named.avoid_line([(max(0.0, kl["low"]), point.y), (max(0.0, kl["high"]), point.y)], price=1.0)
+    _name_points(named, points, curves)
     return figure
 
 
@@ -123,7 +127,7 @@ def _frontier_title(summary: Summary, points: Sequence[Point]) -> str:
     if curve:
         end = max(curve, key=lambda point: point.x)
         parts.append(f"{end.method} {end.y:.2f} at ≤ {end.x:.2f}")
-    return f"Mean reward by divergence from the base policy: {', '.join(parts)}"
+    return f"Mean reward by divergence: {', '.join(parts)}"
 
 
 # --- total compute ------------------------------------------------------------------------------------

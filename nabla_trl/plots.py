@@ -82,8 +82,9 @@ def _label_points(labels: Labels, points: Sequence[Point], curves: Mapping[str, 
     for point in points:
         name, size = family(point.method)
         if name not in CURVES:
-            colour = style(point.method).colour if split(point.method)[0] else INK
-            labels.place(short(point.method), point.x, point.y, colour, size=8)
+            label, rest = split(point.method)
+            colour = style(point.method).colour if label else INK
+            labels.place(short(point.method), point.x, point.y, colour, size=7 if label and rest != "greedy" else 8)
     for point in points:
         name, size = family(point.method)
         if name in CURVES and point not in named:
