@@ -26,7 +26,7 @@ VLLM_URL = (
 )
 VLLM_TIMEOUT = "seconds to wait for one response of the vLLM server"
 METHODS = "greedy,best_of_16,nabla,control"
-DISTILLED = "distilled_greedy,distilled_best_of_8"
+DISTILLED = "distilled_greedy,distilled_best_of_1,distilled_best_of_8"
 
 
 def _option(default: Any, text: str) -> Any:
@@ -122,7 +122,8 @@ class EvalArguments:
         "",
         "comma-separated: greedy, best_of_N, weighted_best_of_N, self_consistency_N; the searches nabla, control, "
         "shuffled, paper, released, each also as nabla@best_of_N (at its FLOPs) or nabla@F (at F times best_of_16's); "
-        "reward_model_sampling (log-ratio rewards); with an adapter distilled_greedy, distilled_best_of_N; "
+        "reward_model_sampling (log-ratio rewards); with an adapter distilled_greedy, distilled_best_of_N, and "
+        "distilled_nabla and distilled_control, also with a budget; "
         f"empty = {METHODS}, with an adapter also {DISTILLED}",
     )
     split: str = _option("test", "split of the dataset")

@@ -17,12 +17,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import PartialState
 from tqdm import tqdm
 from trl import SFTConfig
@@ -35,9 +36,10 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Cost
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
-from nabla_trl.methods import RIVAL, SYNTAX, method_names, searches, steps
+from nabla_trl.methods import SYNTAX, method_names, searches, steps
 from nabla_trl.models import Policy, load_policy
-from nabla_trl.parsing import parse, quiet_libraries, run_main
+from nabla_trl.naming import RIVAL, labels, split
+from nabla_trl.parsing import given, parse, quiet_libraries, run_main
 from nabla_trl.records import versions
 from nabla_trl.report import terminal_table, write_report
 from nabla_trl.results import store_results
@@ -56,9 +58,9 @@ from nabla_trl.tuning import LoraArguments
 STAGES = ("traces", "train", "evaluate", "report")
 METHODS = (
     "greedy,self_consistency_16,best_of_1,best_of_2,best_of_4,best_of_8,best_of_16,best_of_32,weighted_best_of_16,"
-    "control,nabla,control@0.15,nabla@0.15,control@0.2,nabla@0.2,control@0.33,nabla@0.33,"
-    "reward_model_sampling,distilled_greedy,distilled_best_of_8"
+    "control,nabla,control@0.15,nabla@0.15,control@0.2,nabla@0.2,control@0.33,nabla@0.33,reward_model_sampling"
 )
+TRAINED = ("greedy", "best_of_1", "best_of_8")  # of every trained policy
 
 
 def _option(default: Any, text: str) -> Any:
@@ -86,7 +88,11 @@ class DistillArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of every method that samples"}
     )
-    methods: str = _option(METHODS, f"comma-separated methods to compare: {SYNTAX}")
+    methods: str = _option(
+        "",
+        f"comma-separated methods to compare: {SYNTAX}; empty = {METHODS}, and of every trained policy "
+        f"{', '.join(TRAINED)}",
+    )
     audit_problems: int = _option(64, "training problems of the reward audit; 0 = no audit")
     audit_samples: int = _option(16, "samples per problem of the reward audit")
     dtype: str = _option("float32", "weights of frozen models: float32, bfloat16 or float16")
@@ -105,6 +111,8 @@ class DistillArguments:
             raise ValueError(f"method takes distinct ones of {', '.join(training.METHODS)}, not {self.method}")
         if self.traces_per_problem < 1:
             raise ValueError("traces_per_problem must be at least 1")
+        if not self.methods:
+            self.methods = ",".join([METHODS, *(f"{label(one)}_{rest}" for one in self.method for rest in TRAINED)])
         method_names(self.methods)
 
 
@@ -168,6 +176,11 @@ class Run:
     def say(self, text: str) -> None:
         if self.state.is_main_process:
             print(text, flush=True)
+
+    def note(self, options: dict[str, Any]) -> None:
+        """config.yaml: what this run was called with, as `--config` takes it."""
+        if self.state.is_main_process:
+            self._path("config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
 
     # --- stages ---------------------------------------------------------------------------------------
 
@@ -271,10 +284,10 @@ class Run:
         bench = Bench(policy, reward, self.reasoner, tuple(self.args.seeds))
         names = method_names(self.args.methods)
         tuned = self._tuned(names)
-        absent = [] if tuned else [name for name in names if name.startswith("distilled_")]
+        absent = [name for name in names if split(name)[0] not in ("", *tuned)]
         absent += [] if reward.rival else [name for name in names if name == RIVAL]
         if absent:
-            self.say(f"evaluate: without {', '.join(absent)}: there is no adapter, or no better model to sample from")
+            self.say(f"evaluate: without {', '.join(absent)}: not trained here, or no better model to sample from")
 
         def flops_of(method: str) -> float:
             self.state.wait_for_everyone()  # the rows of all processes
@@ -288,7 +301,7 @@ class Run:
         """The trained policies that these methods ask for, by label."""
         tuned = {}
         for method in trained_methods(self.folder):
-            if any(name.startswith(f"{label(method)}_") for name in names):
+            if label(method) in labels(names):
                 path = trained_path(self.folder, method)
                 # Rows of an earlier training must not pass for those of this one.
                 mark = self._path(f"rows/{method}.settings.json")
@@ -344,6 +357,7 @@ class Run:
             "reward_kind": plan_reward(self.args.reward).kind,
             "versions": versions(),
             "seeds": self.args.seeds,
+            "sampling": asdict(self.reasoner.sampling()),
             "setup_seconds": self.clock()["setup"],
             "total_seconds": self.clock()["total"],
             "audit": audited,
@@ -428,7 +442,9 @@ def main(argv: Sequence[str]) -> None:
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     quiet_libraries()
     dataclasses = [DistillArguments, ReasonerConfig, TrainOptions, LoraArguments, SFTConfig]
-    run = Run(*parse(dataclasses, argv, presets=PRESETS))
+    filled = parse(dataclasses, argv, presets=PRESETS)
+    run = Run(*filled)
+    run.note(given(argv, filled, PRESETS))
     with run.checker:
         for stage in run.args.stages.split(","):
             getattr(run, f"stage_{stage}")()
