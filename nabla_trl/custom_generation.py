@@ -80,6 +80,8 @@ def generate(
         # Not under the model's own name: with an adapter on it, it is not what a reward means by that.
         frozen = freeze_policy(model, tokenizer, f"{type(model).__name__} in memory")
         prompts = _unpadded(ids, _mask(ids, frozen) if attention_mask is None else attention_mask)
+        if messages is not None and len(messages) != len(prompts):
+            raise ValueError(f"messages must hold a question or chat for each of {len(prompts)} rows: {len(messages)}")
         policy = GivenPrompts(**vars(frozen), prompts={f"question/{n}": row for n, row in enumerate(prompts)})
         problems = [_problem(policy, index, prompt, messages) for index, prompt in enumerate(prompts)]
         if isinstance(reward, str):

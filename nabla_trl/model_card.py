@@ -130,8 +130,8 @@ def _result(checkpoint: Checkpoint, method: str, grid: Grid) -> EvalResult:
 
 
 def _what(checkpoint: Checkpoint, made: Provenance) -> str:
-    kinds = {"lora": "A LoRA adapter", "qlora": "A LoRA adapter, trained on 4-bit weights,", "full": "Full weights"}
-    kind = kinds.get(checkpoint.training.get("tuning", ""), "Weights")
+    tuning = checkpoint.training.get("tuning")
+    kind = "A LoRA adapter" if checkpoint.adapter else "Full weights"
     version = made.base_revision or "revision not known"
     beta = checkpoint.training.get("beta")
     lines = [
@@ -139,6 +139,10 @@ def _what(checkpoint: Checkpoint, made: Provenance) -> str:
         f"{checkpoint.facts['reward_kind']} reward `{checkpoint.facts['reward']}`.",
         f"β, the price of a nat away from the base: {'none was set' if beta is None else f'{beta:g}'}.",
     ]
+    if tuning == "qlora":
+        lines.append(
+            f"The base was in 4 bits while it was trained; it was measured on the whole weights, in {made.dtype}."
+        )
     if made.merged:
         lines.append(f"`merged/` holds base and adapter as one model, merged in {made.dtype}.")
     return "\n".join(lines)

@@ -162,6 +162,8 @@ def test_a_prompt_of_several_turns_needs_its_messages(policy: Policy, monkeypatc
     reward = worlds.tiny_scalar(policy)
     worlds.refused(lambda: generate(policy.model, inputs, policy, reward), "row 0", "messages=")
     assert _questions(policy, monkeypatch, inputs, messages=[chat]) == ["3"]
+    both = [chat, chat]
+    worlds.refused(lambda: generate(policy.model, inputs, policy, reward, messages=both), "each of 1 rows: 2")
 
 
 def _questions(

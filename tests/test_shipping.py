@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +202,23 @@ def test_a_shipped_policy_can_be_refined_further(shipped: Shipped, world: Path) 
     assert trace.meta["policy"] == str(shipped.folder)
 
 
+def test_the_folder_generates_as_its_reasoner_solves(
+    shipped: Shipped, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the adapter beside the base's weights, as transformers loads the folder, and the reward by its name."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    folder, reward = str(shipped.folder), f"logratio:{world / 'better'}"
+    options: dict[str, Any] = {"rounds": 3, "max_new_tokens": 8}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "1+2"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids, call = inputs["input_ids"], {"tokenizer": tokenizer, "reward": reward, "seed": 4}
+    output = model.generate(ids, custom_generate=folder, trust_remote_code=True, **call, **options)
+    solved = NablaReasoner.from_pretrained(folder, reward=reward, **options).solve("1+2", seed=4)
+    assert output[0].tolist() == [*solved.prompt_ids, *solved.response_ids]
+
+
 def test_an_adapter_can_stand_on_a_shipped_one(shipped: Shipped, tmp_path: Path) -> None:
     first = load_policy(str(shipped.folder))
     adapt(load_policy(str(shipped.folder)).model, seed=5).save_pretrained(tmp_path / "second")
@@ -343,6 +361,9 @@ def test_a_base_on_the_hub_is_linked(run: Path, monkeypatch: pytest.MonkeyPatch,
     head = ModelCard(str(model_card(hub, made))).data
     assert (head.base_model, head.license, head.datasets) == ("org/model", "apache-2.0", ["openai/gsm8k"])
     assert head.to_dict()["base_model_relation"] == "adapter"
+    assert "4 bits" not in str(model_card(hub, made))
+    quantised = replace(hub, training={**hub.training, "tuning": "qlora"})
+    assert "in 4 bits while it was trained" in str(model_card(quantised, made))
     assert {result.dataset_type for result in head.eval_results} == {"openai/gsm8k"}
 
 
