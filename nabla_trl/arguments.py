@@ -144,6 +144,27 @@ class ReportArguments:
 
 
 @dataclass
+class ShipArguments:
+    run: str = _needed("folder of a run of recipes/distill.py, trained and evaluated")
+    to: str = _needed("folder to make; it must not be there, or be empty")
+    trained: str | None = _option(None, "which checkpoint, as sft or dpo, where the run has several")
+    merge: bool = _option(False, "also write base and adapter as one model, in merged/, in --dtype")
+    dtype: str | None = _option(
+        None, "of the check and of merged weights: float32, bfloat16 or float16; empty = what the run evaluated in"
+    )
+    device: str | None = _option(None, "where to check, as cpu or cuda:1; a GPU if there is one")
+    license: str | None = _option(
+        None, "licence of the checkpoint, as apache-2.0; empty = the base's, where its card is at hand"
+    )
+    push_to_hub: str | None = _option(None, "also push the folder to this model of the hub, as NAME/MODEL")
+    private: bool = _option(False, "--push_to_hub: make the model private, if it is new")
+
+    def __post_init__(self) -> None:
+        if self.private and not self.push_to_hub:
+            raise ValueError("private belongs to push_to_hub: nothing is pushed")
+
+
+@dataclass
 class AuditArguments:
     dataset: str = _needed(DATASETS)
     split: str = _option("train", "split of the dataset: audit on problems that nothing is evaluated on")
