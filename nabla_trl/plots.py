@@ -1,4 +1,4 @@
-"""The report's four figures, drawn with matplotlib's object interface (Agg): no window, no global state.
+"""The figures of reports and recipes, drawn with matplotlib's object interface (Agg): no window, no global state.
 
 Colours are those of Okabe and Ito; every family also has its own marker and line, so that the figures read in
 grey. Names stand beside what they name: `_Labels` puts each where it covers least.
@@ -19,7 +19,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from nabla_trl.stats import Interval, family
 
@@ -49,6 +49,16 @@ STYLES = {
     "reward_model_sampling": Style("#CC79A7", "X", size=1.35),
 }
 _OTHER = Style(GREY, "v")
+_DUAL = {
+    "π": Style(GREY, "D"),
+    "best of N": STYLES["best_of"],
+    "metropolis, gradient": STYLES["nabla"],
+    "metropolis, no gradient": STYLES["control"],
+    "greedy, gradient": Style("#56B4E9", "v", (0, (1, 1.5))),
+    "greedy, no gradient": Style("#000000", "P", (0, (1, 1.5)), size=1.2),
+}
+# Trained policies, in the order in which they come; they have a panel of their own.
+_TRAINED = [STYLES[name] for name in ("distilled_greedy", "reward_model_sampling", "nabla", "best_of", "control")]
 CURVES = ("best_of", "control", "nabla")
 
 
@@ -266,6 +276,57 @@ def step_figure(lams: Sequence[float], panels: Mapping[str, Sequence[Interval]],
         axes.tick_params(labelbottom=row == len(panels) - 1)
     axes.set_xlabel("λ = 1/β, how often the reward's gradient counts against log π (log scale)")
     return figure
+
+
+def duality_figure(
+    test_time: Mapping[str, Sequence[tuple[float, float]]],
+    trained: Mapping[str, Sequence[tuple[float, float]]],
+    floor: float | None,
+    title: str,
+    subject: str,
+) -> Figure:
+    """Curves of (FLOPs, KL(q‖π*)) by method: a panel of FLOPs per answer, and one of FLOPs of training if there are.
+
+    Args:
+        floor: KL that counted laws measure by chance.
+    """
+    figure = _page(title, subject)
+    styles = _DUAL | dict(zip(trained, _TRAINED * len(trained), strict=False))
+    heights = [kl for curves in (test_time, trained) for curve in curves.values() for _, kl in curve]
+    panels = [(test_time, "FLOPs per answer"), (trained, "FLOPs of training")][: 2 if trained else 1]
+    width = (0.87 - 0.05 * (len(panels) - 1)) / len(panels)
+    for column, (curves, cost) in enumerate(panels):
+        axes = _panel(figure, (0.1 + column * (width + 0.05), 0.11, width, 0.74))
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(f"{cost} (log scale)")
+        axes.set_ylabel("KL(q‖π*), nats, mean over prompts (log scale)" if not column else "")
+        axes.tick_params(labelleft=not column)
+        for method, curve in curves.items():
+            style = styles.get(method, _OTHER)
+            look = {"color": style.colour, "ls": style.line, "lw": 1.5, "ms": 5 * style.size}
+            axes.plot(*zip(*curve, strict=True), marker=style.marker, mec="white", mew=0.5, **look)
+        axes.set_ylim(min(heights) / 1.5, max(heights) * 1.6)
+        axes.margins(x=0.18)
+        _plain(axes.yaxis)
+        if floor is not None and not column:
+            axes.axhline(floor, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
+        _engineering(axes.xaxis, "FLOPs")
+        labels = _Labels(figure, axes)
+        for curve in curves.values():
+            labels.avoid_line(curve)
+        if floor is not None and not column:
+            labels.place("noise of counted laws", axes.get_xlim()[0] * 1.6, floor, GREY, size=7)
+        for method, curve in curves.items():
+            labels.place(method, *curve[-1], styles.get(method, _OTHER).colour, size=8, weight="bold")
+    return figure
+
+
+def _plain(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 of a logarithmic axis, as decimal numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 class _Labels:
