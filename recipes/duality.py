@@ -1,0 +1,291 @@
+"""Test-time search and KL-regularised training against the optimum of both, on a world that can be written down.
+
+    python recipes/duality.py --config recipes/tiny/duality.yaml
+    python recipes/duality.py --config recipes/tiny/duality.yaml --checkpoints rloo=FOLDER@3.2e12 sft=FOLDER@1.1e12
+
+π* ∝ π·exp(r/β) is had in closed form from every response of every prompt. Against it: best-of-N (exactly), Metropolis
+chains and greedy refinement with and without the gradient (counted from independent chains, beside what as many draws
+of π* measure), and trained policies (exactly). OUT/duality.md holds the table, duality.json its numbers, duality.png
+the figure, OUT/world the models; chains that are there are not run again.
+
+Without --policy a world is made from --world_seed. Your own: --policy P --reward R --dataset D, of few enough tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from small_world import WorldArguments, make_world
+
+from nabla_trl import duality
+from nabla_trl.arguments import DATASETS, REWARDS
+from nabla_trl.config import ReasonerConfig
+from nabla_trl.duality import TRAINED, Row
+from nabla_trl.enumeration import LIMIT, Scored, Tree, enumerate_tree, law_of, score_tree
+from nabla_trl.laws import Case, counted, mean_measures, noise_floor
+from nabla_trl.models import Policy, load_policy
+from nabla_trl.parsing import parse, quiet_libraries, run_main
+from nabla_trl.pressure import incumbents_at, round_grid
+from nabla_trl.reward_folder import reward_identity
+from nabla_trl.reward_models import load_reward
+from nabla_trl.rewards import Reward
+from nabla_trl.search import solve
+from nabla_trl.tasks import data_identity, load_problems
+from nabla_trl.traces import Trace
+from nabla_trl.tracing import claim_settings
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DualityArguments:
+    output_dir: str = field(metadata={"help": "folder of duality.md, chains/ and world/"})
+    policy: str = _option("", "hub id or path of a causal LM; empty = a world is made")
+    reward: str = _option("", f"with --policy: {REWARDS}")
+    dataset: str = _option("", f"with --policy: {DATASETS}")
+    split: str = _option("test", "split of the dataset")
+    limit: int = _option(8, "prompts of the dataset")
+    device: str | None = _option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
+    beta: float = _option(1.0, "KL coefficient β of every method")
+    max_new_tokens: int = _option(5, "longest response, in tokens")
+    responses: int = _option(LIMIT, "most responses per prompt that are written down")
+    samples: list[int] = field(
+        default_factory=lambda: [2, 4, 8, 16, 32], metadata={"help": "N of best-of-N, rising, at least 2"}
+    )
+    chains: int = _option(500, "independent chains per prompt and search")
+    rounds: int = _option(32, "steps of every chain")
+    point: str = _option("direct", "gradient of the searches that follow one, see `point` of the search")
+    step: float = _option(1.0, "share of the mirror step")
+    batch_size: int = _option(500, "chains run together")
+    seed: int = _option(0, "seed of the chains and of the noise")
+    checkpoints: list[str] = field(
+        default_factory=list,
+        metadata={"help": "trained policies, METHOD=FOLDER@FLOPS of training; one method may have several"},
+    )
+    title: str = _option("The dual, measured", "title of the page")
+
+    def __post_init__(self) -> None:
+        if not self.samples or min(self.samples) < 2 or self.samples != sorted(set(self.samples)):
+            raise ValueError("samples must be rising numbers of at least 2")
+        if self.chains < 2 or self.rounds < 1:
+            raise ValueError("chains must be at least 2 and rounds at least 1")
+        if not 0 < self.beta < float("inf"):
+            raise ValueError(f"beta must be a positive number, not {self.beta}")
+        if bool(self.policy) != bool(self.reward) or bool(self.policy) != bool(self.dataset):
+            raise ValueError(
+                "policy, reward and dataset belong together: give all three, or none to have a world made"
+            )
+        for text in self.checkpoints:
+            Checkpoint.parse(text)
+
+    def searches(self, tokens: int) -> dict[str, ReasonerConfig]:
+        """Metropolis and greedy acceptance, each with the gradient and without.
+
+        Args:
+            tokens: rows of the policy's output head. All are candidates, so that a chain can reach every response.
+        """
+        config = ReasonerConfig(
+            acceptance="metropolis",
+            beta=self.beta,
+            point=self.point,
+            step=self.step,
+            rounds=self.rounds,
+            candidates=tokens,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+        )
+        greedy = replace(config, acceptance="greedy")
+        return {
+            "metropolis, gradient": config,
+            "metropolis, no gradient": config.control(),
+            "greedy, gradient": greedy,
+            "greedy, no gradient": greedy.control(),
+        }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained policy and the FLOPs that its training took, samples and rewards included."""
+
+    method: str
+    folder: str
+    flops: float
+
+    @classmethod
+    def parse(cls, text: str) -> Checkpoint:
+        method, _, rest = text.partition("=")
+        folder, _, flops = rest.rpartition("@")
+        try:
+            spent = float(flops)
+        except ValueError:
+            spent = 0.0
+        if not method or not folder or not 0 < spent < float("inf"):
+            raise ValueError(f"checkpoints must be METHOD=FOLDER@FLOPS, as rloo=outputs/rloo@3.2e12, not {text!r}")
+        return cls(method, folder, spent)
+
+
+class Study:
+    """A policy and a reward with every response to every prompt."""
+
+    def __init__(self, args: DualityArguments, policy: Policy, reward: Reward, problems: Sequence[Any]):
+        self.args, self.policy, self.reward = args, policy, reward
+        self.trees = [enumerate_tree(policy, one, args.max_new_tokens, limit=args.responses) for one in problems]
+        self.scored = [score_tree(tree, policy, reward) for tree in self.trees]
+        self.cases = [
+            Case(tree.logp, scored.rewards, args.beta) for tree, scored in zip(self.trees, self.scored, strict=True)
+        ]
+        self.optimum = mean_measures(self.cases, [case.optimum for case in self.cases])
+
+    def drawn(self) -> list[Row]:
+        """π itself, one sample of which costs no score, and best-of-N."""
+        policy = [case.policy for case in self.cases]
+        rows = [duality.exact_row(self.cases, policy, "π", flops=self.sampling_flops(policy))]
+        for count in self.args.samples:
+            laws, flops = [case.best_of(count) for case in self.cases], self.best_of_flops(count)
+            rows.append(duality.exact_row(self.cases, laws, "best of N", count, flops=flops))
+        return rows
+
+    def searched(self, folder: Path) -> list[Row]:
+        """Chains at 1, 2, 4, … steps; what `folder` holds is not run again."""
+        folder.mkdir(parents=True, exist_ok=True)
+        floor = noise_floor(self.cases, self.args.chains, seed=self.args.seed)
+        rows, budgets = [], round_grid(self.args.rounds)[1:]
+        for number, (name, config) in enumerate(self.args.searches(len(self.policy.forbidden)).items()):
+            found = [
+                self.counts(tree, config, budgets, folder / f"search-{number}-prompt-{place}.npz")
+                for place, tree in enumerate(self.trees)
+            ]
+            for at, budget in enumerate(budgets):
+                laws = [counted(counts[at]) for counts, _ in found]
+                flops = float(np.mean([spent[at] for _, spent in found]))
+                rows.append(duality.counted_row(self.cases, laws, name, budget, floor=floor, flops=flops))
+            print(f"{name}: {rows[-1].measures.kl:.3f} nats at {rows[-1].size} steps", file=sys.stderr, flush=True)
+        return rows
+
+    def trained(self, checkpoints: Sequence[Checkpoint]) -> list[Row]:
+        """Exact laws of trained policies."""
+        rows = []
+        for one in checkpoints:
+            laws = law_of(load_policy(one.folder, device=self.args.device), self.trees)
+            flops = self.sampling_flops(laws)
+            rows.append(
+                duality.exact_row(self.cases, laws, one.method, kind=TRAINED, flops=flops, training_flops=one.flops)
+            )
+        return rows
+
+    def counts(
+        self, tree: Tree, config: ReasonerConfig, budgets: Sequence[int], file: Path
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """[budgets, N] how many chains of a prompt stand at each response, and [budgets] mean FLOPs by then."""
+        if file.exists():
+            with np.load(file) as kept:
+                return kept["counts"], kept["flops"]
+        problems = [replace(tree.problem, id=f"{tree.problem.id}/{chain}") for chain in range(self.args.chains)]
+        traces = solve(problems, policy=self.policy, reward=self.reward, config=config, seed=self.args.seed)
+        counts = np.zeros((len(budgets), len(tree.responses)), dtype=np.int64)
+        for trace in traces:
+            if trace.error is not None:
+                raise ValueError(f"{trace.problem_id}: {trace.error}")
+            for at, (response, _) in enumerate(incumbents_at(trace, budgets)):
+                counts[at, tree.places[tuple(response)]] += 1
+        flops = np.array([np.mean([flops_at(trace, budget) for trace in traces]) for budget in budgets])
+        draft = file.with_suffix(".tmp.npz")
+        np.savez_compressed(draft, counts=counts, flops=flops)
+        draft.replace(file)
+        return counts, flops
+
+    def sampling_flops(self, laws: Sequence[np.ndarray]) -> float:
+        """One sample of laws of policies of this size, without a score."""
+        return self._mean([one.drawing_prompt + law @ one.drawing for one, law in zip(self.scored, laws, strict=True)])
+
+    def best_of_flops(self, count: int) -> float:
+        return self._mean(
+            [_pool_flops(one, case.policy, count) for one, case in zip(self.scored, self.cases, strict=True)]
+        )
+
+    def _mean(self, values: Sequence[float]) -> float:
+        return float(np.mean(values))
+
+    def subject(self) -> str:
+        """A sentence on the world."""
+        entropies = [-float(case.policy @ case.logp.clip(-1e3)) for case in self.cases]
+        sizes = sorted({len(tree.responses) for tree in self.trees})
+        return (
+            f"{len(self.cases)} prompts, {' or '.join(f'{size:,}' for size in sizes)} responses each; entropy of π "
+            f"{min(entropies):.1f} to {max(entropies):.1f} nats, KL(π*‖π) {self.optimum.kl_policy:.2f} on average."
+        )
+
+
+def _pool_flops(scored: Scored, policy: np.ndarray, count: int) -> float:
+    """Expected FLOPs of drawing and scoring `count` responses."""
+    return scored.drawing_prompt + scored.scoring_prompt + count * float(policy @ (scored.drawing + scored.scoring))
+
+
+def flops_at(trace: Trace, rounds: int) -> float:
+    """What a search had spent after so many rounds; all of it where it made no more than that."""
+    spent = [revision.flops for revision in trace.revisions if revision.round < rounds]
+    return spent[-1] if spent else trace.cost.flops
+
+
+def prepare(args: DualityArguments, world: WorldArguments) -> tuple[Policy, Reward, list[Any]]:
+    """Models and prompts: those that are named, or of a world that is made if it is not there.
+
+    Raises:
+        ValueError: options of a world beside a policy, or a folder with a world of others.
+    """
+    folder = Path(args.output_dir) / "world"
+    names = [args.policy, args.reward, args.dataset]
+    if not args.policy:
+        settings = asdict(world) | {"max_new_tokens": args.max_new_tokens}
+        claim_settings(folder.with_name("world.settings.json"), {name: str(value) for name, value in settings.items()})
+        if not folder.exists():
+            make_world(folder, world, args.max_new_tokens)
+        names = [str(folder / name) for name in ("policy", "reward", "problems.jsonl")]
+    elif world != WorldArguments():
+        raise ValueError(
+            "a policy is given, so no world is made: leave out world_seed, symbols and what goes with them"
+        )
+    policy = load_policy(names[0], device=args.device)
+    reward = load_reward(names[1], policy=policy, device=args.device, batch_size=4 * args.batch_size)
+    return policy, reward, load_problems(names[2], split=args.split, limit=args.limit if args.policy else None)
+
+
+def chain_settings(args: DualityArguments) -> dict[str, str]:
+    """What the chains depend on."""
+    keep = ("beta", "max_new_tokens", "chains", "rounds", "point", "step", "seed")
+    settings = {name: str(getattr(args, name)) for name in keep}
+    if args.policy:
+        settings |= {"policy": args.policy, "reward": reward_identity(args.reward), "split": args.split}
+        settings |= {"dataset": data_identity(args.dataset), "limit": str(args.limit)}
+    return settings
+
+
+def main(argv: Sequence[str]) -> None:
+    quiet_libraries()
+    args, world = parse([DualityArguments, WorldArguments], argv)
+    study = Study(args, *prepare(args, world))
+    folder = Path(args.output_dir)
+    claim_settings(folder / "duality.settings.json", chain_settings(args))
+    rows = study.drawn() + study.searched(folder / "chains")
+    rows += study.trained([Checkpoint.parse(text) for text in args.checkpoints])
+    command = shlex.join(["python", "recipes/duality.py", *argv])
+    facts = {"title": args.title, "command": command, "subject": study.subject(), "beta": args.beta}
+    found = duality.to_dict(rows, study.optimum, facts)
+    (folder / "duality.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    duality.draw(folder / "duality.png", rows, facts)
+    text = duality.page(rows, study.optimum, facts)
+    (folder / "duality.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,130 @@
+"""The recipe on the smallest world: what samples π* is told from what does not, and rows of trained policies."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import worlds
+
+from nabla_trl import duality
+from nabla_trl.duality import Noise, Row
+from nabla_trl.laws import Measures
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = {
+    **{"symbols": 2, "prompts": 1, "max_new_tokens": 3, "width": 16, "layers": 1},
+    **{"world_seed": 1, "weights": 0.4, "spread": 1.2},
+    **{"samples": "2 4", "chains": 60, "rounds": 12, "device": "cpu"},
+}
+RUN = [word for name, value in OPTIONS.items() for word in (f"--{name}", *str(value).split())]
+
+
+def recipe() -> Any:
+    sys.path.insert(0, str(ROOT / "recipes"))  # recipes import their neighbours by bare name
+    try:
+        return importlib.import_module("duality")
+    finally:
+        sys.path.remove(str(ROOT / "recipes"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("duality")
+    recipe().main([*RUN, "--output_dir", str(folder)])
+    return folder
+
+
+def rows(folder: Path) -> dict[tuple[str, int | None], dict[str, Any]]:
+    found = json.loads((folder / "duality.json").read_text(encoding="utf-8"))
+    return {(row["method"], row["size"]): row for row in found["rows"]}
+
+
+def test_metropolis_samples_the_optimum_and_greedy_does_not(folder: Path) -> None:
+    found = rows(folder)
+    for gradient in ("gradient", "no gradient"):
+        ended, greedy = found[f"metropolis, {gradient}", 12], found[f"greedy, {gradient}", 12]
+        assert ended["measures"]["kl"] < 2 * ended["noise"]["kl"] and "samples π*" in ended["verdict"]
+        assert greedy["measures"]["kl"] > 3 * greedy["noise"]["kl"] and "overshoots" in greedy["verdict"]
+        spent = [found[f"metropolis, {gradient}", steps]["flops"] for steps in (1, 2, 4, 8, 12)]
+        assert spent == sorted(set(spent))
+    assert found["π", None]["measures"]["kl_policy"] == pytest.approx(0, abs=1e-9)
+    assert found["best of N", 4]["frontier"] > found["best of N", 4]["measures"]["reward"]
+    assert found["π", None]["flops"] < found["best of N", 2]["flops"] < found["best of N", 4]["flops"]
+
+
+def test_pages_and_figures_are_there(folder: Path) -> None:
+    text = (folder / "duality.md").read_text(encoding="utf-8")
+    for words in ("| π* |", "best of N @4", "- metropolis, no gradient: π*", "15 responses each"):
+        assert words in text
+    assert (folder / "duality.png").stat().st_size > 10_000
+    assert not list(folder.rglob("*.tmp*"))
+
+
+def test_chains_are_not_run_again_and_checkpoints_join(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "again")
+    before, out = rows(folder), ["--output_dir", str(tmp_path / "again")]
+    module = recipe()
+    monkeypatch.setattr(module, "solve", None)
+    trained = f"rloo={tmp_path}/again/world/policy@3e9"
+    # Its world is named by the folder, and made there: a moved one is the same.
+    module.main([*RUN, *out, "--checkpoints", trained])
+    after = rows(tmp_path / "again")
+    own = after.pop(("rloo", None))
+    assert after == before
+    assert own["measures"] == before["π", None]["measures"] and own["flops"] == before["π", None]["flops"]
+    assert (own["kind"], own["training_flops"]) == ("trained", 3e9)
+    worlds.refused(lambda: module.main([*RUN, *out, "--beta", "2"]), "beta '2.0' (was '1.0')")
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    module, out = recipe(), ["--output_dir", str(tmp_path / "out")]
+    worlds.refused(lambda: module.main([*out, "--policy", "P"]), "policy, reward and dataset belong together")
+    worlds.refused(lambda: module.main([*out, "--checkpoints", "rloo=folder"]), "METHOD=FOLDER@FLOPS")
+    worlds.refused(lambda: module.main([*out, "--symbols", "40"]), "symbols must be 2 to 26")
+    own = ["--policy", "data/tiny/policy", "--reward", "data/tiny/reward", "--dataset", "chains", "--device", "cpu"]
+    worlds.refused(lambda: module.main([*out, *own]), "3,368,421 responses of up to 5 tokens", "at most 20,000")
+    # … and can be mended in the same folder, as nothing was made there yet.
+    worlds.refused(lambda: module.main([*out, *own, "--max_new_tokens", "4"]), "168,421 responses of up to 4 tokens")
+    worlds.refused(lambda: module.main([*out, *own, "--world_seed", "7"]), "no world is made")
+
+
+def test_verdicts_follow_the_numbers() -> None:
+    best = Measures(reward=2.0, kl_policy=1.0, kl=0.0, tv=0.0, objective=1.0)
+
+    def row(size: int, kl: float, moved: float, p_value: float | None = None) -> Row:
+        noise = None if p_value is None else Noise(kl=0.3, kl_sd=0.01, tv=0.1, p_value=p_value)
+        return Row("m", duality.TEST_TIME, size, Measures(1.0, moved, kl, 0.1, 0.0), None, 1e6, noise=noise)
+
+    assert duality.verdict(row(1, 0.05, 1.0), best) == "is π* to 0.050 nats"
+    assert "falls short, KL(q‖π) 0.20 against 1.00" in duality.verdict(row(1, 0.5, 0.2), best)
+    assert "overshoots" in duality.verdict(row(1, 0.5, 2.0), best)
+    assert "as far from π as π* is" in duality.verdict(row(1, 0.5, 1.05), best)
+    assert "within the noise" in duality.verdict(row(1, 0.31, 1.3, 0.4), best)
+    assert "0.20 nats off beyond noise; falls short, KL(q‖π) 0.70" in duality.verdict(row(1, 0.5, 1.0, 0.01), best)
+    far, near = row(1, 0.9, 1.0, 0.01), row(2, 0.31, 1.0, 0.5)
+    assert duality.course([far, near]) == "m: π* from 2 on, within noise"
+    assert duality.course([near, far]) == "m: 0.01 nats off at its nearest (2), 0.60 at its end (1)"
+    assert duality.ends([far, near]) == "π* is the law of: m @2"
+
+
+def test_trained_rows_have_a_panel_of_their_own(tmp_path: Path) -> None:
+    one = Measures(1.0, 1.0, 0.05, 0.1, 0.0)
+    made = [
+        Row("best of N", duality.TEST_TIME, 2, one, 1.0, 1e6),
+        Row("sft", duality.TRAINED, None, one, 1.0, 1e6, training_flops=1e12),
+    ]
+    sizes = []
+    for some in (made[:1], made):
+        duality.draw(tmp_path / "duality.png", some, {"subject": "two laws"})
+        sizes.append((tmp_path / "duality.png").stat().st_size)
+    assert sizes[1] != sizes[0] and np.prod(sizes)
