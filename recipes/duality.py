@@ -1,12 +1,13 @@
 """Test-time search and KL-regularised training against the optimum of both, on a world that can be written down.
 
     python recipes/duality.py --config recipes/tiny/duality.yaml
-    python recipes/duality.py --config recipes/tiny/duality.yaml --checkpoints rloo=FOLDER@3.2e12 sft=FOLDER@1.1e12
+    python recipes/duality.py --config recipes/tiny/duality.yaml --train sft rloo
 
 π* ∝ π·exp(r/β) is had in closed form from every response of every prompt. Against it: best-of-N (exactly), Metropolis
 chains and greedy refinement with and without the gradient (counted from independent chains, beside what as many draws
-of π* measure), and trained policies (exactly). OUT/duality.md holds the table, duality.json its numbers, duality.png
-the figure, OUT/world the models; chains that are there are not run again.
+of π* measure), and policies trained from π by sft, reward-weighted sft, dpo, rloo and grpo (exactly). OUT/duality.md
+holds the table, duality.json its numbers, duality.png the figure, OUT/world the models; chains and trained policies
+that are there are not made again.
 
 Without --policy a world is made from --world_seed. Your own: --policy P --reward R --dataset D, of few enough tokens.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from duality_training import Trainer, TrainingArguments, Weights
 from small_world import WorldArguments, make_world
 
 from nabla_trl import duality
@@ -67,10 +69,6 @@ class DualityArguments:
     step: float = _option(1.0, "share of the mirror step")
     batch_size: int = _option(500, "chains run together")
     seed: int = _option(0, "seed of the chains and of the noise")
-    checkpoints: list[str] = field(
-        default_factory=list,
-        metadata={"help": "trained policies, METHOD=FOLDER@FLOPS of training; one method may have several"},
-    )
     title: str = _option("The dual, measured", "title of the page")
 
     def __post_init__(self) -> None:
@@ -84,8 +82,6 @@ class DualityArguments:
             raise ValueError(
                 "policy, reward and dataset belong together: give all three, or none to have a world made"
             )
-        for text in self.checkpoints:
-            Checkpoint.parse(text)
 
     def searches(self, tokens: int) -> dict[str, ReasonerConfig]:
         """Metropolis and greedy acceptance, each with the gradient and without.
@@ -110,27 +106,6 @@ class DualityArguments:
             "greedy, gradient": greedy,
             "greedy, no gradient": greedy.control(),
         }
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A trained policy and the FLOPs that its training took, samples and rewards included."""
-
-    method: str
-    folder: str
-    flops: float
-
-    @classmethod
-    def parse(cls, text: str) -> Checkpoint:
-        method, _, rest = text.partition("=")
-        folder, _, flops = rest.rpartition("@")
-        try:
-            spent = float(flops)
-        except ValueError:
-            spent = 0.0
-        if not method or not folder or not 0 < spent < float("inf"):
-            raise ValueError(f"checkpoints must be METHOD=FOLDER@FLOPS, as rloo=outputs/rloo@3.2e12, not {text!r}")
-        return cls(method, folder, spent)
 
 
 class Study:
@@ -171,7 +146,7 @@ class Study:
             print(f"{name}: {rows[-1].measures.kl:.3f} nats at {rows[-1].size} steps", file=sys.stderr, flush=True)
         return rows
 
-    def trained(self, checkpoints: Sequence[Checkpoint]) -> list[Row]:
+    def trained(self, checkpoints: Sequence[Weights]) -> list[Row]:
         """Exact laws of trained policies."""
         rows = []
         for one in checkpoints:
@@ -271,12 +246,21 @@ def chain_settings(args: DualityArguments) -> dict[str, str]:
 
 def main(argv: Sequence[str]) -> None:
     quiet_libraries()
-    args, world = parse([DualityArguments, WorldArguments], argv)
+    args, world, training = parse([DualityArguments, WorldArguments, TrainingArguments], argv)
     study = Study(args, *prepare(args, world))
     folder = Path(args.output_dir)
     claim_settings(folder / "duality.settings.json", chain_settings(args))
     rows = study.drawn() + study.searched(folder / "chains")
-    rows += study.trained([Checkpoint.parse(text) for text in args.checkpoints])
+    trainer = Trainer(
+        folder / "trained",
+        training,
+        policy=study.policy,
+        reward=study.reward,
+        problems=[tree.problem for tree in study.trees],
+        metropolis=args.searches(len(study.policy.forbidden))["metropolis, gradient"],
+        seed=args.seed + 1,  # other chains than those that are measured
+    )
+    rows += study.trained([weights for method in training.methods() for weights in trainer.run(method)])
     command = shlex.join(["python", "recipes/duality.py", *argv])
     facts = {"title": args.title, "command": command, "subject": study.subject(), "beta": args.beta}
     found = duality.to_dict(rows, study.optimum, facts)
