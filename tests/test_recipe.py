@@ -101,23 +101,49 @@ def test_traces_load_with_datasets_and_are_all_there(finished):
 def test_the_adapter_is_not_inert(finished):
     from nabla_trl.models import load_policy  # refuses an inert adapter
 
-    load_policy(str(ROOT / "data/tiny/policy"), adapter=str(finished / "adapter"))
+    load_policy(str(ROOT / "data/tiny/policy"), adapter=str(finished / "trained/sft/adapter"))
+
+
+def test_the_config_of_a_run_gives_the_same_run_again(finished, tmp_path):
+    """Flags and file together, as `--config` takes them: the traces of that folder are taken for its own."""
+    shutil.copytree(finished, tmp_path / "again", dirs_exist_ok=True)
+    options = ["--config", str(tmp_path / "again/config.yaml"), "--output_dir", str(tmp_path / "again")]
+    out, _ = run("recipes/distill.py", *options, "--stages", "traces,train")
+    assert "24 problems are there already" in out and "train sft: it is there already" in out
+
+
+def test_two_processes_make_the_traces_of_one(finished, tmp_path):
+    """No problem twice, none missing, and every trace the same."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/multi_cpu.yaml"]
+    port = ["--main_process_port", "0"]
+    run(*launch, *port, "recipes/distill.py", *arguments(tmp_path, "--stages", "traces", "--audit_problems", "0"))
+    shards = {path.name.split("-")[1] for path in (tmp_path / "traces").glob("*.parquet")}
+    assert shards == {"00000", "00001"}, "both processes wrote"
+    ours, theirs = (
+        {trace.problem_id: trace for trace in read_traces(folder / "traces")} for folder in (tmp_path, finished)
+    )
+    assert len(read_traces(tmp_path / "traces")) == len(ours) == 24
+    for name, trace in theirs.items():
+        assert (ours[name].initial_ids, ours[name].response_ids) == (trace.initial_ids, trace.response_ids)
+        assert [(one.round, one.position, one.suffix, one.accepted) for one in ours[name].revisions] == [
+            (one.round, one.position, one.suffix, one.accepted) for one in trace.revisions
+        ]
 
 
 def test_training_that_changes_nothing_is_refused(finished, tmp_path):
     shutil.copytree(finished / "traces", tmp_path / "traces")
     with pytest.raises(ValueError, match="training changed nothing"):
         distill_here(tmp_path, "--stages", "train", "--warmup_steps", "50", "--max_steps", "1")
-    assert not (tmp_path / "adapter").exists()
+    assert not (tmp_path / "trained/sft/adapter").exists()
     distill_here(tmp_path, "--stages", "train", "--warmup_steps", "0", "--max_steps", "2")
-    assert (tmp_path / "adapter" / "adapter_config.json").exists(), "a failed attempt must not stand in the way"
+    assert (tmp_path / "trained/sft/adapter/adapter_config.json").exists(), "a failed attempt must not stand in the way"
 
 
 def test_finished_stages_are_skipped(finished):
     stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
     rows = (finished / "rows" / "rows-00000.jsonl").read_bytes()
     out, _ = distill(finished, "--stages", "traces,train,evaluate")
-    assert "24 problems are there already" in out and "adapter is there already" in out
+    assert "24 problems are there already" in out and "train sft: it is there already" in out
     assert (finished / "rows" / "rows-00000.jsonl").read_bytes() == rows
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")} == stamps
 
