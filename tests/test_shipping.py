@@ -350,6 +350,21 @@ def test_the_card_says_where_it_comes_from(shipped: Shipped, finished: Path, wor
         assert words in card.text, words
 
 
+def test_the_code_of_the_card_runs(
+    shipped: Shipped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.chdir(shipped.folder.parent)  # the card names the folder
+    blocks = (shipped.folder / "README.md").read_text().split("```python\n")[1:]
+    code = "\n".join(block.partition("```")[0] for block in blocks).replace("QUESTION", "1+2")
+    found: dict[str, Any] = {}
+    exec(code, found)
+    response = found["ids"][0, found["inputs"]["input_ids"].shape[1] :]
+    written = found["tokenizer"].decode(response, skip_special_tokens=True)
+    assert written and capsys.readouterr().out == written + "\n"
+
+
 def test_a_base_on_the_hub_is_linked(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from nabla_trl.model_card import Provenance, model_card
 
