@@ -61,7 +61,7 @@ class DualityArguments:
     samples: list[int] = field(
         default_factory=lambda: [2, 4, 8, 16, 32], metadata={"help": "N of best-of-N, rising, at least 2"}
     )
-    chains: int = _option(500, "independent chains per prompt and search")
+    chains: int = _option(300, "independent chains per prompt and search")
     rounds: int = _option(32, "steps of every chain")
     point: str = _option("direct", "gradient of the searches that follow one, see `point` of the search")
     step: float = _option(1.0, "share of the mirror step")

@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import worlds
 
 from nabla_trl import duality
 from nabla_trl.duality import Noise, Row
-from nabla_trl.laws import Measures
+from nabla_trl.enumeration import Tree
+from nabla_trl.laws import Case, Measures, counted, total_variation
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {
@@ -128,3 +130,50 @@ def test_trained_rows_have_a_panel_of_their_own(tmp_path: Path) -> None:
         duality.draw(tmp_path / "duality.png", some, {"subject": "two laws"})
         sizes.append((tmp_path / "duality.png").stat().st_size)
     assert sizes[1] != sizes[0] and np.prod(sizes)
+
+
+def control_kernel(tree: Tree, case: Case) -> np.ndarray:
+    """[N, N] chances of one Metropolis step without the gradient, from every response to every other.
+
+    A branch is drawn by π(v|y_<t) among all (t, v ≠ y_t), whose sum is S(y), and its suffix by π: y' is proposed with
+    π(y')/π(what it shares with y)/S(y), so that all but S cancels in the ratio of Hastings.
+    """
+    begun: Counter[tuple[int, ...]] = Counter()
+    for response, mass in zip(tree.responses, case.policy, strict=True):
+        for size in range(len(response) + 1):
+            begun[response[:size]] += mass
+    moves = np.array([sum(1 - begun[y[: t + 1]] / begun[y[:t]] for t in range(len(y))) for y in tree.responses])
+    kernel = np.zeros((len(moves), len(moves)))
+    for row, one in enumerate(tree.responses):
+        for column, other in enumerate(tree.responses):
+            if row != column:
+                shared = next(t for t, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+                ratio = np.exp((case.rewards[column] - case.rewards[row]) / case.beta) * moves[row] / moves[column]
+                kernel[row, column] = case.policy[column] / begun[one[:shared]] / moves[row] * min(1.0, ratio)
+        kernel[row, row] = 1 - kernel[row].sum()
+    return kernel
+
+
+def test_chains_follow_their_exact_law_at_every_step(folder: Path) -> None:
+    """… not only at the end: the control's kernel can be written down, and leaves π* as it is."""
+    module = recipe()
+    args, world = module.parse([module.DualityArguments, module.WorldArguments], [*RUN, "--output_dir", str(folder)])
+    study = module.Study(args, *module.prepare(args, world))
+    [tree], [case] = study.trees, study.cases
+    kernel = control_kernel(tree, case)
+    assert case.optimum @ kernel == pytest.approx(case.optimum, abs=1e-12)
+    config = args.searches(len(study.policy.forbidden))["metropolis, no gradient"]
+    steps = [1, 2, 4, 8, 12]
+    counts, _ = study.counts(tree, config, steps, folder / "chains" / "search-1-prompt-0.npz")
+    law = case.policy
+    for step in range(1, 13):
+        law = law @ kernel
+        if step in steps:
+            noise = [total_variation(rng_law(law, args.chains, seed), law) for seed in range(40)]
+            assert total_variation(counted(counts[steps.index(step)]), law) <= max(noise)
+    assert case.measures(law).kl < 0.02 < case.measures(case.policy).kl
+
+
+def rng_law(law: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """A law counted from so many draws."""
+    return counted(np.random.default_rng(seed).multinomial(draws, law / law.sum()))
