@@ -52,10 +52,10 @@ _OTHER = Style(GREY, "v")
 _DUAL = {
     "π": Style(GREY, "D"),
     "best of N": STYLES["best_of"],
-    "metropolis, gradient": STYLES["nabla"],
-    "metropolis, no gradient": STYLES["control"],
-    "greedy, gradient": Style("#56B4E9", "v", (0, (1, 1.5))),
-    "greedy, no gradient": Style("#000000", "P", (0, (1, 1.5)), size=1.2),
+    "metropolis + gradient": STYLES["nabla"],
+    "metropolis": STYLES["control"],
+    "greedy search + gradient": Style("#56B4E9", "v", (0, (1, 1.5))),
+    "greedy search": Style("#000000", "P", (0, (1, 1.5)), size=1.2),
 }
 # Trained policies, in the order in which they come; they have a panel of their own.
 _TRAINED = [STYLES[name] for name in ("distilled_greedy", "reward_model_sampling", "nabla", "best_of", "control")]
@@ -281,26 +281,26 @@ def step_figure(lams: Sequence[float], panels: Mapping[str, Sequence[Interval]],
 def duality_figure(
     test_time: Mapping[str, Sequence[tuple[float, float]]],
     trained: Mapping[str, Sequence[tuple[float, float]]],
-    floor: float | None,
+    noise: float | None,
     title: str,
     subject: str,
 ) -> Figure:
     """Curves of (FLOPs, KL(q‖π*)) by method: a panel of FLOPs per answer, and one of FLOPs of training if there are.
 
     Args:
-        floor: KL that counted laws measure by chance.
+        noise: what counted laws cannot be told from π* below; their points end on that line.
     """
     figure = _page(title, subject)
     styles = _DUAL | dict(zip(trained, _TRAINED * len(trained), strict=False))
     heights = [kl for curves in (test_time, trained) for curve in curves.values() for _, kl in curve]
     panels = [(test_time, "FLOPs per answer"), (trained, "FLOPs of training")][: 2 if trained else 1]
-    width = (0.87 - 0.05 * (len(panels) - 1)) / len(panels)
+    width = (0.87 - 0.06 * (len(panels) - 1)) / len(panels)
     for column, (curves, cost) in enumerate(panels):
-        axes = _panel(figure, (0.1 + column * (width + 0.05), 0.11, width, 0.74))
+        axes = _panel(figure, (0.1 + column * (width + 0.06), 0.11, width, 0.74))
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel(f"{cost} (log scale)")
-        axes.set_ylabel("KL(q‖π*), nats, mean over prompts (log scale)" if not column else "")
+        axes.set_ylabel("" if column else "KL(q‖π*) beyond noise, nats (log scale)")
         axes.tick_params(labelleft=not column)
         for method, curve in curves.items():
             style = styles.get(method, _OTHER)
@@ -308,21 +308,22 @@ def duality_figure(
             axes.plot(*zip(*curve, strict=True), marker=style.marker, mec="white", mew=0.5, **look)
         axes.set_ylim(min(heights) / 1.5, max(heights) * 1.6)
         axes.margins(x=0.18)
-        _plain(axes.yaxis)
-        if floor is not None and not column:
-            axes.axhline(floor, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
-        _engineering(axes.xaxis, "FLOPs")
+        _decimal(axes.yaxis)
+        _engineering(axes.xaxis, "")
         labels = _Labels(figure, axes)
         for curve in curves.values():
             labels.avoid_line(curve)
-        if floor is not None and not column:
-            labels.place("noise of counted laws", axes.get_xlim()[0] * 1.6, floor, GREY, size=7)
         for method, curve in curves.items():
             labels.place(method, *curve[-1], styles.get(method, _OTHER).colour, size=8, weight="bold")
+        if noise is not None and not column:
+            left, right = axes.get_xlim()
+            axes.axhline(noise, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
+            labels.avoid_line([(left, noise), (right, noise)])
+            labels.place("within noise of π*", left * (right / left) ** 0.15, noise, GREY, size=7)
     return figure
 
 
-def _plain(axis: Axis) -> None:
+def _decimal(axis: Axis) -> None:
     """Ticks at 1, 2 and 5 of a logarithmic axis, as decimal numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -105,10 +105,10 @@ class DualityArguments:
         )
         greedy = replace(config, acceptance="greedy")
         return {
-            "metropolis, gradient": config,
-            "metropolis, no gradient": config.control(),
-            "greedy, gradient": greedy,
-            "greedy, no gradient": greedy.control(),
+            "metropolis + gradient": config,
+            "metropolis": config.control(),
+            "greedy search + gradient": greedy,
+            "greedy search": greedy.control(),
         }
 
 
