@@ -63,6 +63,11 @@ class Row:
         return self.method if self.size is None else f"{self.method} @{self.size}"
 
     @property
+    def place(self) -> str:
+        """Where on its method's curve it stands."""
+        return f"{si(self.training_flops, 'FLOPs')} of training" if self.size is None else str(self.size)
+
+    @property
     def excess(self) -> float:
         """KL(q‖π*) beyond what chance gives."""
         return self.measures.kl - (self.noise.kl if self.noise else 0.0)
@@ -121,13 +126,13 @@ def course(rows: Sequence[Row]) -> str:
     wrong = [place for place, row in enumerate(rows) if not row.is_optimum]
     first = wrong[-1] + 1 if wrong else 0
     if first < len(rows):
-        where = "" if rows[first].size is None else f" from {rows[first].size} on" if first else " throughout"
+        where = f" from {rows[first].place} on" if first else ""
         return f"{rows[0].method}: π*{where}" + ("" if rows[first].noise is None else ", within noise")
     nearest = min(rows, key=lambda row: row.excess)
     said = f"{rows[0].method}: {nearest.excess:.2f} nats off"
     if len(rows) == 1:
         return said
-    return f"{said} at its nearest ({nearest.size}), {rows[-1].excess:.2f} at its end ({rows[-1].size})"
+    return f"{said} at its nearest ({nearest.place}), {rows[-1].excess:.2f} at its end ({rows[-1].place})"
 
 
 def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:

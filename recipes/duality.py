@@ -25,10 +25,11 @@ import numpy as np
 from small_world import WorldArguments, make_world
 
 from nabla_trl import duality
+from nabla_trl.adapters import is_adapter
 from nabla_trl.arguments import DATASETS, REWARDS
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.duality import TRAINED, Row
-from nabla_trl.enumeration import LIMIT, Scored, Tree, enumerate_tree, law_of, score_tree
+from nabla_trl.enumeration import LIMIT, Tree, enumerate_tree, law_of, score_tree
 from nabla_trl.laws import Case, counted, mean_measures, noise_floor
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.parsing import parse, quiet_libraries, run_main
@@ -172,15 +173,22 @@ class Study:
         return rows
 
     def trained(self, checkpoints: Sequence[Checkpoint]) -> list[Row]:
-        """Exact laws of trained policies."""
+        """Exact laws of trained policies, those of one method by what they cost."""
+        order = list(dict.fromkeys(one.method for one in checkpoints))
         rows = []
-        for one in checkpoints:
-            laws = law_of(load_policy(one.folder, device=self.args.device), self.trees)
+        for one in sorted(checkpoints, key=lambda one: (order.index(one.method), one.flops)):
+            laws = law_of(self.load(one.folder), self.trees)
             flops = self.sampling_flops(laws)
             rows.append(
                 duality.exact_row(self.cases, laws, one.method, kind=TRAINED, flops=flops, training_flops=one.flops)
             )
         return rows
+
+    def load(self, folder: str) -> Policy:
+        """A trained policy: whole weights, or an adapter of the policy."""
+        if is_adapter(folder):
+            return load_policy(self.policy.name, device=self.args.device, adapter=folder)
+        return load_policy(folder, device=self.args.device)
 
     def counts(
         self, tree: Tree, config: ReasonerConfig, budgets: Sequence[int], file: Path
@@ -205,15 +213,16 @@ class Study:
 
     def sampling_flops(self, laws: Sequence[np.ndarray]) -> float:
         """One sample of laws of policies of this size, without a score."""
-        return self._mean([one.drawing_prompt + law @ one.drawing for one, law in zip(self.scored, laws, strict=True)])
+        spent = [one.drawing_prompt + law @ one.drawing for one, law in zip(self.scored, laws, strict=True)]
+        return float(np.mean(spent))
 
     def best_of_flops(self, count: int) -> float:
-        return self._mean(
-            [_pool_flops(one, case.policy, count) for one, case in zip(self.scored, self.cases, strict=True)]
-        )
-
-    def _mean(self, values: Sequence[float]) -> float:
-        return float(np.mean(values))
+        """Expected FLOPs of drawing and scoring `count` responses."""
+        spent = [
+            one.drawing_prompt + one.scoring_prompt + count * float(case.policy @ (one.drawing + one.scoring))
+            for one, case in zip(self.scored, self.cases, strict=True)
+        ]
+        return float(np.mean(spent))
 
     def subject(self) -> str:
         """A sentence on the world."""
@@ -223,11 +232,6 @@ class Study:
             f"{len(self.cases)} prompts, {' or '.join(f'{size:,}' for size in sizes)} responses each; entropy of π "
             f"{min(entropies):.1f} to {max(entropies):.1f} nats, KL(π*‖π) {self.optimum.kl_policy:.2f} on average."
         )
-
-
-def _pool_flops(scored: Scored, policy: np.ndarray, count: int) -> float:
-    """Expected FLOPs of drawing and scoring `count` responses."""
-    return scored.drawing_prompt + scored.scoring_prompt + count * float(policy @ (scored.drawing + scored.scoring))
 
 
 def flops_at(trace: Trace, rounds: int) -> float:

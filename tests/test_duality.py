@@ -64,7 +64,7 @@ def test_metropolis_samples_the_optimum_and_greedy_does_not(folder: Path) -> Non
 
 def test_pages_and_figures_are_there(folder: Path) -> None:
     text = (folder / "duality.md").read_text(encoding="utf-8")
-    for words in ("| π* |", "best of N @4", "- metropolis: π*", "15 responses each"):
+    for words in ("| π* |", "best of N @4", "- metropolis: π* from ", "15 responses each"):
         assert words in text
     assert (folder / "duality.png").stat().st_size > 10_000
     assert not list(folder.rglob("*.tmp*"))
