@@ -10,25 +10,47 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
-from nabla_trl.names import one_line, same_model
+from nabla_trl.names import cannot_load, one_line, same_model
 
 FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class AdapterNote:
-    """What an adapter folder says of itself: PEFT's task type ("" where it names none) and the model it belongs to."""
+    """What an adapter folder says of itself: PEFT's task type ("" where it names none), the model it belongs to and
+    which version of that (None: any)."""
 
     task: str
     base: str
+    revision: str | None
 
 
 def is_adapter(name: str) -> bool:
     """`name` is a folder here that holds an adapter."""
     return Path(name, FILE).is_file()
+
+
+def adapter_folder(name: str, revision: str | None = None) -> str | None:
+    """The folder of an adapter: `name` itself, or the local copy of an adapter on the hub; None for any other model.
+
+    Raises:
+        ValueError: an adapter on the hub that cannot be copied.
+    """
+    if Path(name).exists():
+        return name if is_adapter(name) else None
+    try:
+        found = find_adapter_config_file(name, revision=revision)
+    except OSError:  # no such model: loading it will tell
+        return None
+    try:
+        return snapshot_download(name, revision=revision, ignore_patterns=["merged/*"]) if found else None
+    except OSError as error:
+        raise ValueError(cannot_load("an adapter", name, error)) from error
 
 
 def adapter_note(folder: str) -> AdapterNote:
@@ -41,7 +63,18 @@ def adapter_note(folder: str) -> AdapterNote:
     base = note.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"adapter {folder} does not name the model that it was made for")
-    return AdapterNote(note.get("task_type") or "", base)
+    return AdapterNote(note.get("task_type") or "", base, note.get("revision"))
+
+
+def tokenizer_home(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Where the tokenizer of a model lies, and in which version; of an adapter without one it is its base's."""
+    folder = adapter_folder(name, revision)
+    if folder is None:
+        return name, revision
+    if Path(folder, "tokenizer_config.json").is_file():
+        return folder, None
+    note = adapter_note(folder)
+    return tokenizer_home(note.base, note.revision)
 
 
 def merge_adapter(model: PreTrainedModel, adapter: str, *, head: str | None = None) -> PreTrainedModel:

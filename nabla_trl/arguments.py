@@ -26,7 +26,7 @@ VLLM_URL = (
 )
 VLLM_TIMEOUT = "seconds to wait for one response of the vLLM server"
 METHODS = "greedy,best_of_16,nabla,control"
-DISTILLED = "distilled_greedy,distilled_best_of_8"
+DISTILLED = "distilled_greedy,distilled_best_of_1,distilled_best_of_8"
 
 
 def _option(default: Any, text: str) -> Any:
@@ -122,7 +122,8 @@ class EvalArguments:
         "",
         "comma-separated: greedy, best_of_N, weighted_best_of_N, self_consistency_N; the searches nabla, control, "
         "shuffled, paper, released, each also as nabla@best_of_N (at its FLOPs) or nabla@F (at F times best_of_16's); "
-        "reward_model_sampling (log-ratio rewards); with an adapter distilled_greedy, distilled_best_of_N; "
+        "reward_model_sampling (log-ratio rewards); with an adapter distilled_greedy, distilled_best_of_N, and "
+        "distilled_nabla and distilled_control, also with a budget; "
         f"empty = {METHODS}, with an adapter also {DISTILLED}",
     )
     split: str = _option("test", "split of the dataset")
@@ -140,6 +141,27 @@ class EvalArguments:
 @dataclass
 class ReportArguments:
     output_dir: str = _needed("folder of an evaluation by nabla-trl eval or recipes/distill.py")
+
+
+@dataclass
+class ShipArguments:
+    run: str = _needed("folder of a run of recipes/distill.py, trained and evaluated")
+    to: str = _needed("folder to make; it must not be there, or be empty")
+    trained: str | None = _option(None, "which checkpoint, as sft or dpo, where the run has several")
+    merge: bool = _option(False, "also write base and adapter as one model, in merged/, in --dtype")
+    dtype: str | None = _option(
+        None, "of the check and of merged weights: float32, bfloat16 or float16; empty = what the run evaluated in"
+    )
+    device: str | None = _option(None, "where to check, as cpu or cuda:1; a GPU if there is one")
+    license: str | None = _option(
+        None, "licence of the checkpoint, as apache-2.0; empty = the base's, where its card is at hand"
+    )
+    push_to_hub: str | None = _option(None, "also push the folder to this model of the hub, as NAME/MODEL")
+    private: bool = _option(False, "--push_to_hub: make the model private, if it is new")
+
+    def __post_init__(self) -> None:
+        if self.private and not self.push_to_hub:
+            raise ValueError("private belongs to push_to_hub: nothing is pushed")
 
 
 @dataclass

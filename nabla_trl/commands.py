@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from nabla_trl.arguments import (
 from nabla_trl.audit_command import audit
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.parsing import Parser
+from nabla_trl.ship_command import ship
 from nabla_trl.tasks import data_identity, graded, load_problems
 
 # --- solve --------------------------------------------------------------------------------------------
@@ -156,9 +158,10 @@ def evaluate(argv: Sequence[str]) -> int:
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
     folder = Path(args.output_dir)
     policy, reward = models.load(4 * config.batch_size, adapter=False)
-    tuned = None
+    tuned = {}
     if models.adapter:
-        tuned = load_policy(models.policy, dtype=models.dtype, device=models.device, adapter=models.adapter)
+        adapted = load_policy(models.policy, dtype=models.dtype, device=models.device, adapter=models.adapter)
+        tuned = {"distilled": adapted}
     settings = models.settings() | {
         "dataset": data_identity(args.dataset),
         "split": args.split,
@@ -177,6 +180,7 @@ def evaluate(argv: Sequence[str]) -> int:
         run_steps(wanted, problems, store, checker)
     command = shlex.join(["nabla-trl", "eval", *argv])
     facts = models.facts(reward, title=args.title, command=command, task=args.dataset, seeds=args.seeds)
+    facts["sampling"] = asdict(config.sampling())
     facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
     rows = store.read()
     store_results(folder, rows, facts)
@@ -203,4 +207,4 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"solve": solve, "traces": traces, "eval": evaluate, "report": report, "audit": audit}
+COMMANDS = {"solve": solve, "traces": traces, "eval": evaluate, "report": report, "audit": audit, "ship": ship}

@@ -215,7 +215,7 @@ def draw(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> None:
 
     Of counted laws what lies beyond noise is drawn, down to where nothing can be told from π*.
     """
-    from nabla_trl.plots import duality_figure  # here, so that a table does not load matplotlib
+    from nabla_trl.duality_plots import duality_figure  # here, so that a table does not load matplotlib
 
     noises = [ONE_SIDED * row.noise.kl_sd for row in rows if row.noise is not None]
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {TEST_TIME: {}, TRAINED: {}}

@@ -14,8 +14,10 @@ from tqdm import tqdm
 from nabla_trl import baselines
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
+from nabla_trl.divergence import Measure, nothing_known, of_samples
 from nabla_trl.generate import Sampling
 from nabla_trl.models import Policy
+from nabla_trl.naming import RIVAL, labelled
 from nabla_trl.records import grade
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import Row, RowStore, trace_row
@@ -29,76 +31,88 @@ Work = Callable[[Sequence[Problem], int], list[Trace]]
 
 @dataclass(frozen=True)
 class Step:
-    """One piece of work and the methods whose rows it makes; a deterministic one runs with one seed."""
+    """One piece of work and the methods whose rows it makes; a deterministic one runs with one seed.
+
+    `kl` measures how far the kept responses lie from the base policy.
+    """
 
     methods: tuple[str, ...]
     work: Work
     seeds: tuple[int, ...]
     batch_size: int
+    kl: Measure = nothing_known
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What every step of an evaluation shares."""
+    """What every step of an evaluation shares.
+
+    Attributes:
+        label: of a trained policy: its methods' names begin with it.
+        base: the policy that it was trained from; None: it is the base itself.
+    """
 
     policy: Policy
     reward: Reward
     config: ReasonerConfig
     seeds: tuple[int, ...]
+    label: str = ""
+    base: Policy | None = None
+
+    def trained(self, label: str, policy: Policy) -> Bench:
+        """The same for a policy trained from this one: its steps are named <label>_<method>."""
+        return replace(self, policy=policy, label=label, base=self.policy)
 
     def sampling(self) -> Sampling:
         return self.config.sampling()
 
-    def greedy(self, policy: Policy | None = None, method: str = "greedy") -> Step:
+    def greedy(self) -> Step:
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
             return baselines.greedy(
                 problems,
-                policy=policy or self.policy,
+                policy=self.policy,
                 reward=self.reward,
                 max_new_tokens=self.config.max_new_tokens,
-                method=method,
                 batch_size=self.config.batch_size,
             )
 
-        return Step((method,), work, self.seeds[:1], self.config.batch_size)
+        return self._step(["greedy"], work, self.seeds[:1], self.config.batch_size)
 
-    def pool(
-        self,
-        best_of: Sequence[int],
-        majority: Sequence[int] = (),
-        weighted: Sequence[int] = (),
-        *,
-        policy: Policy | None = None,
-        names: dict[int, str] | None = None,
-        scored: bool = True,
-    ) -> Step:
-        """best-of-n, self-consistency and weighted best-of-n from one pool; `names` renames best-of-n methods.
-
-        A policy of another vocabulary cannot be read by the reward: draw from it with `scored` off (n = 1).
-        """
+    def pool(self, best_of: Sequence[int], majority: Sequence[int] = (), weighted: Sequence[int] = ()) -> Step:
+        """best-of-n, self-consistency and weighted best-of-n from one pool."""
         count = max([*best_of, *majority, *weighted])
-        titles = {n: (names or {}).get(n, f"best_of_{n}") for n in best_of}
+        batch_size = max(self.config.batch_size, count)
 
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            pool = baselines.draw_pool(
-                problems,
-                count,
-                policy=policy or self.policy,
-                reward=self.reward if scored else None,
-                sampling=self.sampling(),
-                seed=seed,
-                batch_size=max(self.config.batch_size, count),
-            )
-            made = [trace for n in best_of for trace in baselines.best_of(pool, n, titles[n])]
+            pool = self._draw(problems, count, seed, self.policy, self.reward)
+            made = [trace for n in best_of for trace in baselines.best_of(pool, n)]
             made += [trace for n in majority for trace in baselines.self_consistency(pool, n)]
             return made + [t for n in weighted for t in baselines.weighted_best_of(pool, n, 1 / self.config.lam)]
 
-        methods = (
-            *titles.values(),
-            *(f"self_consistency_{n}" for n in majority),
-            *(f"weighted_best_of_{n}" for n in weighted),
+        counts = {f"best_of_{n}": n for n in best_of}
+        methods = [*counts, *(f"self_consistency_{n}" for n in majority), *(f"weighted_best_of_{n}" for n in weighted)]
+        kl = of_samples(
+            {labelled(self.label, method): n for method, n in counts.items()},
+            self.policy,
+            self.base or self.policy,
+            batch_size=batch_size,
         )
-        return Step(methods, work, self.seeds, max(1, self.config.batch_size // count))
+        return self._step(methods, work, self.seeds, max(1, self.config.batch_size // count), kl)
+
+    def rival(self) -> Step:
+        """Samples of the model that a log-ratio prefers. Its vocabulary may be another: the reward does not read them.
+
+        Raises:
+            ValueError: the reward has no such model.
+        """
+        model = self.reward.rival
+        if model is None:
+            raise ValueError(f"{RIVAL} needs a log-ratio reward: {self.reward.name} has no model to sample from")
+
+        def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            return baselines.best_of(self._draw(problems, 1, seed, model, None), 1, RIVAL)
+
+        return self._step([RIVAL], work, self.seeds, self.config.batch_size)
 
     def search(self, method: str, config: ReasonerConfig) -> Step:
         """The reasoner under a configuration and a name of its own."""
@@ -107,7 +121,36 @@ class Bench:
             traces = solve(problems, policy=self.policy, reward=self.reward, config=config, seed=seed)
             return [replace(trace, method=method) for trace in traces]
 
-        return Step((method,), work, self.seeds, config.batch_size)
+        return self._step([method], work, self.seeds, config.batch_size)
+
+    def _draw(
+        self, problems: Sequence[Problem], count: int, seed: int, policy: Policy, reward: Reward | None
+    ) -> baselines.Pool:
+        return baselines.draw_pool(
+            problems,
+            count,
+            policy=policy,
+            reward=reward,
+            sampling=self.sampling(),
+            seed=seed,
+            batch_size=max(self.config.batch_size, count),
+        )
+
+    def _step(
+        self,
+        methods: Sequence[str],
+        work: Work,
+        seeds: tuple[int, ...],
+        batch_size: int,
+        kl: Measure = nothing_known,
+    ) -> Step:
+        """A step whose methods, and their traces, are named after the policy too."""
+
+        def named(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            traces = work(problems, seed)
+            return [replace(trace, method=labelled(self.label, trace.method)) for trace in traces]
+
+        return Step(tuple(labelled(self.label, method) for method in methods), named, seeds, batch_size, kl)
 
 
 def run_step(
@@ -126,7 +169,9 @@ def run_step(
         done += len(problems) - len(missing)
         for begin in range(0, len(missing), step.batch_size):
             batch = missing[begin : begin + step.batch_size]
-            rows = [trace_row(trace, store.run) for trace in grade(step.work(batch, seed), checker)]
+            traces = grade(step.work(batch, seed), checker)
+            known = zip(traces, step.kl(batch, traces), strict=True)
+            rows = [trace_row(trace, store.run, kl) for trace, kl in known]
             store.append(rows)
             added += rows
             done += len(batch)

@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
-from transformers import set_seed
-from trl import DPOConfig, DPOTrainer, RewardConfig
+from transformers import AutoModelForCausalLM, set_seed
+from trl import DPOConfig, RewardConfig
 
 from nabla_trl.compute import model_size
 from nabla_trl.models import Policy, load_policy, load_tokenizer
 from nabla_trl.reward_data import Labelled, choose_pairs
 from nabla_trl.reward_models import log_ratio
 from nabla_trl.reward_training import TrainedReward
-from nabla_trl.token_trainer import FiniteLoss
-from nabla_trl.training import LoraArguments, load_model_for_training, lora_config, row_flops, save_whole
-
-
-class IdsDPOTrainer(FiniteLoss, DPOTrainer):
-    """TRL's DPOTrainer on rows of ids (`prompt_ids`, `chosen_ids`, `rejected_ids`): nothing is tokenised again."""
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
-        return dataset
+from nabla_trl.trainers import IdsDPOTrainer, config_as
+from nabla_trl.tuning import LoraArguments, load_trainable, lora_config, row_flops, save_whole
 
 
 def train_implicit(
@@ -61,7 +52,7 @@ def train_implicit(
         for good, bad in [(term.encode(chosen), term.encode(rejected))]
     ]
     set_seed(config.seed)
-    model = load_model_for_training(base, dtype, config)
+    model = load_trainable(AutoModelForCausalLM, base, tuning="lora", dtype=dtype, config=config)
     trainer = IdsDPOTrainer(
         model=model,
         args=dpo_config(config, beta),
@@ -96,7 +87,5 @@ def train_implicit(
 
 def dpo_config(config: RewardConfig, beta: float) -> DPOConfig:
     """DPO's configuration with the arguments of another trainer's that both know."""
-    known = {option.name for option in fields(RewardConfig) if option.init}
-    shared = [option.name for option in fields(DPOConfig) if option.init and option.name in known]
     # Never cut a response: what it ends with decides which one is chosen.
-    return DPOConfig(**{name: getattr(config, name) for name in shared} | {"max_length": None}, beta=beta)
+    return config_as(DPOConfig, config, max_length=None, beta=beta)

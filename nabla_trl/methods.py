@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step
 from nabla_trl.models import Policy
+from nabla_trl.naming import LABELS, RIVAL, SEARCHES, labels, split
 
-RIVAL = "reward_model_sampling"
 SYNTAX = (
     "greedy, best_of_N, weighted_best_of_N, self_consistency_N; the searches nabla, control (without the gradient), "
     "shuffled (its rows in disorder), paper and released (presets), each also as nabla@best_of_N (at that method's "
-    f"FLOPs) or nabla@F (at F times best_of_16's); {RIVAL} (log-ratio rewards); distilled_greedy, distilled_best_of_N "
-    "(need an adapter)"
+    f"FLOPs) or nabla@F (at F times best_of_16's); {RIVAL} (log-ratio rewards); of a trained policy L_greedy, "
+    f"L_best_of_N, and L_nabla and L_control, also with a budget, where L is one of {', '.join(LABELS)}"
 )
-SEARCHES = ("nabla", "control", "shuffled", "paper", "released")
+_BUDGET = r"(@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*))?"
 _FORMS = re.compile(
-    rf"greedy|{RIVAL}|distilled_greedy|(distilled_|weighted_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*"
-    rf"|({'|'.join(SEARCHES)})(@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*))?"
+    rf"greedy|{RIVAL}|(weighted_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*|({'|'.join(SEARCHES)}){_BUDGET}"
+    rf"|({'|'.join(LABELS)})_(greedy|best_of_[1-9]\d*|(nabla|control){_BUDGET})"
 )
 
 
@@ -44,29 +44,44 @@ def method_names(text: str) -> list[str]:
 
 
 def budget(name: str) -> tuple[str, float]:
-    """The method that sets the budget of a search, and how many times its FLOPs: nabla@0.5 -> (best_of_16, 0.5)."""
+    """The method that sets the budget of a search, and how many times its FLOPs: nabla@0.5 -> (best_of_16, 0.5).
+
+    It is the base policy's, whoever searches: budgets are equal across policies.
+    """
     share = name.partition("@")[2]
     return (share, 1.0) if share.startswith("best_of") else ("best_of_16", float(share))
 
 
 def searches(names: Sequence[str]) -> bool:
     """Some of these methods refine responses, as the reward says."""
-    return any(name.partition("@")[0] in SEARCHES for name in names)
+    return any(_search(split(name)[1]) for name in names)
 
 
 def steps(
-    names: Sequence[str], bench: Bench, tuned: Policy | None, flops_of: Callable[[str], float]
+    names: Sequence[str], bench: Bench, tuned: Mapping[str, Policy], flops_of: Callable[[str], float]
 ) -> Iterator[Step]:
     """The steps of these methods; each must have run before the next is asked for.
 
     Args:
-        tuned: the policy of distilled_* methods.
+        tuned: label -> trained policy, for the methods that begin with its label.
         flops_of: mean FLOPs per problem of a method whose rows are there.
 
     Raises:
         ValueError: before the first step, where a method lacks the policy, solver or better model it needs.
     """
     check(names, bench, tuned)
+    yield from _steps(_of("", names), bench, flops_of)
+    for label, policy in tuned.items():
+        yield from _steps(_of(label, names), bench.trained(label, policy), flops_of)
+
+
+def _of(label: str, names: Sequence[str]) -> list[str]:
+    """The methods of one policy, without its label."""
+    return [rest for whose, rest in map(split, names) if whose == label]
+
+
+def _steps(names: Sequence[str], bench: Bench, flops_of: Callable[[str], float]) -> Iterator[Step]:
+    """The steps of one policy; names without its label."""
     best_of, majority = _sizes(names, "best_of_"), _sizes(names, "self_consistency_")
     weighted = _sizes(names, "weighted_best_of_")
     if best_of or majority or weighted:
@@ -74,20 +89,21 @@ def steps(
     if "greedy" in names:
         yield bench.greedy()
     for name in names:
-        method, _, share = name.partition("@")
-        if method in SEARCHES:
+        method = _search(name)
+        if method:
             config = _config(method, bench.config)
-            if share:
+            if "@" in name:
                 setter, times = budget(name)
                 config = budgeted(config, times * flops_of(setter))
             yield bench.search(name, config)
     if RIVAL in names:
-        yield bench.pool([1], policy=bench.reward.rival, names={1: RIVAL}, scored=False)
-    if "distilled_greedy" in names:
-        yield bench.greedy(tuned, "distilled_greedy")
-    sizes = _sizes(names, "distilled_best_of_")
-    if sizes:
-        yield bench.pool(sizes, policy=tuned, names={size: f"distilled_best_of_{size}" for size in sizes})
+        yield bench.rival()
+
+
+def _search(name: str) -> str:
+    """The search that a method without a label is, at whatever budget; empty for others."""
+    method = name.partition("@")[0]
+    return method if method in SEARCHES else ""
 
 
 def budgeted(config: ReasonerConfig, flops: float) -> ReasonerConfig:
@@ -103,27 +119,34 @@ def _config(method: str, config: ReasonerConfig) -> ReasonerConfig:
     return {"nabla": lambda: config, "control": config.control, "shuffled": config.shuffled}[method]()
 
 
-def check(names: Sequence[str], bench: Bench, tuned: Policy | None) -> None:
+def check(names: Sequence[str], bench: Bench, tuned: Mapping[str, Policy]) -> None:
     """Refuse methods that cannot be run, before any work.
 
     Raises:
         ValueError: a method lacks the policy, solver or better model it needs, or cannot be given a budget.
     """
-    distilled = next((name for name in names if name.startswith("distilled_")), None)
-    if distilled is not None and tuned is None:
-        raise ValueError(f"{distilled} needs an adapter")
-    if distilled is None and tuned is not None:
-        raise ValueError("there is an adapter, but no distilled_ method that uses it")
-    if RIVAL in names and bench.reward.rival is None:
-        raise ValueError(f"{RIVAL} needs a log-ratio reward: {bench.reward.name} has no model to sample from")
-    if bench.config.solver == "none" and any(name.startswith("nabla") for name in names):
-        raise ValueError("solver none is the control: ask for control instead of nabla, or choose another solver")
-    if bench.config.solver != "mirror" and any(name.startswith("shuffled") for name in names):
-        raise ValueError(f"shuffled is a control of solver mirror, not of {bench.config.solver}")
     for name in names:
-        method, _, share = name.partition("@")
-        if method in SEARCHES and share:
-            budgeted(_config(method, bench.config), 1.0)
+        label = split(name)[0]
+        if label and label not in tuned:
+            raise ValueError(f"{name} needs {'an adapter: give --adapter' if label == 'distilled' else _train(label)}")
+    unused = [label for label in tuned if label not in labels(names)]
+    if unused:
+        raise ValueError(f"there is an adapter, but no {unused[0]}_ method that uses it")
+    if RIVAL in names:
+        bench.rival()
+    rests = [split(name)[1] for name in names]
+    asked = {_search(rest) for rest in rests}
+    if bench.config.solver == "none" and "nabla" in asked:
+        raise ValueError("solver none is the control: ask for control instead of nabla, or choose another solver")
+    if bench.config.solver != "mirror" and "shuffled" in asked:
+        raise ValueError(f"shuffled is a control of solver mirror, not of {bench.config.solver}")
+    for rest in rests:
+        if _search(rest) and "@" in rest:
+            budgeted(_config(_search(rest), bench.config), 1.0)
+
+
+def _train(label: str) -> str:
+    return f"a policy trained by {label.replace('_', '-')}, which recipes/distill.py makes; there is none here"
 
 
 def _sizes(names: Sequence[str], prefix: str) -> list[int]:

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nabla_trl.adapters import merge_adapter
+from nabla_trl.adapters import adapter_folder, adapter_note, merge_adapter, tokenizer_home
 from nabla_trl.compute import ModelSize, model_size
 from nabla_trl.kv import check_cacheable
 from nabla_trl.names import cannot_load, one_line
@@ -85,8 +85,13 @@ class Policy:
     @cached_property
     def tokenizer_hash(self) -> str:
         """Identifies the map from ids to token strings. Every trace names it, so it is computed once."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+        return hash_vocabulary(self.tokenizer)
+
+
+def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identifies the map from ids to token strings."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
@@ -137,9 +142,11 @@ def context_length(model: PreTrainedModel) -> int:
     return model.config.get_text_config().max_position_embeddings
 
 
-def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; of an adapter its own, or its base's where it has none."""
+    home, version = tokenizer_home(name, revision)
     try:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
+        return AutoTokenizer.from_pretrained(home, revision=version)
     except (OSError, ValueError) as error:
         raise ValueError(cannot_load("a tokenizer", name, error)) from error
 
@@ -154,15 +161,34 @@ def load_policy(
 ) -> Policy:
     """Load a frozen policy from a hub id or a local folder, with an optional LoRA adapter merged in memory.
 
+    It may itself be an adapter (`load_causal`).
+
     Raises:
         ValueError: nothing loadable at `name`, weights missing from the file or of another shape, no such dtype
             or device, a cache that cannot be cut, no eos token, an adapter that does not fit or changes nothing.
     """
-    tokenizer = load_tokenizer(name, revision=revision)
-    model = load_model(AutoModelForCausalLM, name, dtype=dtype, device=device, revision=revision)
+    tokenizer = load_tokenizer(name, revision)
+    model = load_causal(name, dtype=dtype, device=device, revision=revision)
     if adapter is not None:
         model = merge_adapter(model, adapter)
     return freeze_policy(model, tokenizer, name if adapter is None else f"{name}+{adapter}")
+
+
+def load_causal(name: str, *, dtype: str, device: str | None, revision: str | None = None) -> PreTrainedModel:
+    """A causal LM; of an adapter, in a folder or on the hub, its base with the adapter merged in, under its own name.
+
+    Raises:
+        ValueError: as `load_model` and `merge_adapter`, or an adapter of a classifier.
+    """
+    folder = adapter_folder(name, revision)
+    if folder is None:
+        return load_model(AutoModelForCausalLM, name, dtype=dtype, device=device, revision=revision)
+    note = adapter_note(folder)
+    if note.task == "SEQ_CLS":
+        raise ValueError(f"{name} is an adapter of a reward model, not of a causal LM: it gives no likelihoods")
+    model = merge_adapter(load_causal(note.base, dtype=dtype, device=device, revision=note.revision), folder)
+    model.name_or_path = name  # what is trained from it belongs to it, and not to its base
+    return model
 
 
 def freeze_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Policy:

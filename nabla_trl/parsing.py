@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -117,6 +118,29 @@ def parse(
 ) -> tuple[Any, ...]:
     """The dataclasses filled from `argv`; raises what `Parser.read` raises."""
     return Parser(dataclasses, presets=presets, prog=prog).read(argv)[: len(dataclasses)]
+
+
+def given(argv: Sequence[str], filled: Iterable[Any], presets: Presets | None = None) -> dict[str, Any]:
+    """The options that a command line, its file and its preset set, by name: a YAML of them gives the same again.
+
+    Args:
+        filled: the dataclasses that were parsed from `argv`, for the values of flags.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config")
+    peek.add_argument("--preset")
+    sources, _ = peek.parse_known_args(list(argv))
+    values = {} if sources.config is None else read_yaml(sources.config)
+    preset = sources.preset or values.pop("preset", None)
+    values = {**(presets or {}).get(str(preset), {}), **values}
+    held = {name: one for one in filled for name, field in one.__dataclass_fields__.items() if field.init}
+    for word in argv:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        name = name if name in held else name.removeprefix("no_")
+        if word.startswith("--") and name in held:
+            value = getattr(held[name], name)
+            values[name] = value.value if isinstance(value, Enum) else value
+    return values
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

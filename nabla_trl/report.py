@@ -2,8 +2,9 @@
 
 `rows` are the dictionaries of rows.jsonl, one per (method, task, problem, seed).
 `facts` tells how they were made: title, command, policy, reward, task, reward_kind (as `Reward.kind`)
-and, where known, versions, seeds, train_flops (traces and training), train_seconds, setup_seconds,
-total_seconds, files {label: path}, notes [sentence] and audit: {"verdict": sentence, "auc": number,
+and, where known, versions, seeds, sampling (the fields of `config.Sampling`), trained: [{"label", "method", "beta",
+"tuning", "train_flops", "train_seconds"}] (traces or rollouts, training and audit; a number may be null),
+setup_seconds, total_seconds, files {label: path}, notes [sentence] and audit: {"verdict": sentence, "auc": number,
 "best_of_n": {N: {"value", "low", "high"}}} with any further numbers by name.
 """
 
@@ -11,14 +12,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from nabla_trl import stats
-from nabla_trl.summary import Summary, cost_ratio, is_known, methods, summarise, unmeasured
+from nabla_trl import amortised_page, stats
+from nabla_trl.markdown import bullets, table
+from nabla_trl.naming import LABELS, family, methods
+from nabla_trl.stats import Grid
+from nabla_trl.summary import Summary, cost_ratio, is_known, summarise
 from nabla_trl.verdicts import (
     RIVAL_NOTE,
     accuracy,
@@ -27,13 +31,17 @@ from nabla_trl.verdicts import (
     gap_in_words,
     plot_titles,
     relative_in_words,
-    si,
     span,
     targets,
     verdict,
 )
 
 NO_TURN = "Nowhere is the run with the most FLOPs worse than a cheaper one of its kind, beyond chance."
+FIGURES = {
+    "accuracy_flops": "Accuracy against FLOPs per problem",
+    "accuracy_seconds": "Accuracy against seconds per problem",
+    "reward_rounds": "Reward over rounds",
+}
 _FACTS = ("title", "command", "policy", "reward", "task", "reward_kind")
 
 
@@ -49,10 +57,11 @@ def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) ->
         raise ValueError(f"the run facts lack {', '.join(missing)}")
     summary = summarise(rows, facts)
     folder = Path(folder)
-    rounds = {name: stats.reward_rounds(grid) for name, grid in stats.grids(rows).items() if _searches(name)}
+    grids = stats.grids(rows)
+    rounds = {name: stats.reward_rounds(grid) for name, grid in grids.items() if _searches(name)}
     drawn = plots.draw(folder / "plots", summary, rounds, titles=plot_titles(summary, facts))
     _write(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    _write(folder / "report.md", "\n\n".join(_sections(summary, rows, facts, folder, drawn)) + "\n")
+    _write(folder / "report.md", "\n\n".join(_sections(summary, rows, grids, facts, folder, drawn)) + "\n")
     return summary
 
 
@@ -71,22 +80,28 @@ def terminal_table(summary: Summary, console: Console | None = None) -> None:
 
 
 def _searches(method: str) -> bool:
-    return stats.family(method)[0] in ("nabla", "control")
+    return family(method)[0] in ("nabla", "control")
 
 
 # --------------------------------------------------------------------------------------------------- the page
 
 
 def _sections(
-    summary: Summary, rows: Sequence[Mapping], facts: Mapping, folder: Path, drawn: Mapping[str, Path]
+    summary: Summary,
+    rows: Sequence[Mapping],
+    grids: Mapping[str, Grid],
+    facts: Mapping,
+    folder: Path,
+    drawn: Mapping[str, Path],
 ) -> list[str]:
+    images = _images(drawn, folder)
     return [
         f"# {facts['title']}",
         _statement(summary, rows, facts),
         "## Verdict",
-        _bullets(verdict(summary, facts)),
+        bullets(verdict(summary, facts)),
         "## Figures to reach",
-        _table(["target", "measured", "verdict"], targets(summary)),
+        table(["target", "measured", "verdict"], targets(summary)),
         _target_note(facts),
         "## Results",
         _results(summary),
@@ -96,10 +111,10 @@ def _sections(
         "## Is the reward sound under search?",
         turning(summary),
         _audit(facts),
-        "## Break-even",
-        _break_even(summary, facts),
+        "## Test-time against train-time",
+        *amortised_page.sections(summary, grids, facts, images),
         "## Plots",
-        *_plots(drawn, folder),
+        *_plots(images),
         "## Provenance",
         _provenance(summary, facts),
         "## Files",
@@ -124,7 +139,10 @@ def _statement(summary: Summary, rows: Sequence[Mapping], facts: Mapping) -> str
 
 
 def _target_note(facts: Mapping) -> str:
-    note = "The first asks for an accuracy no lower than best_of_16's; its paired interval says how surely."
+    note = (
+        "The first asks for an accuracy no lower than best_of_16's; its paired interval says how surely. The trained "
+        "policy and the best test-time method are those with the highest mean accuracy on these very problems."
+    )
     if facts["reward_kind"] == "log-ratio":
         return note
     return f"{note} The first two were set for a log-ratio reward; this run's is of kind {facts['reward_kind']}."
@@ -143,7 +161,7 @@ def _results(summary: Summary) -> str:
         ]
         counts = [one["seeds"], one["problems"], round(summary[f"errors.{method}"]["value"])]
         lines.append([method, span(one), span(reward, ".3g") if reward else "–", *costs, *counts])
-    return _table([*heads, "seeds", "problems", "errors"], lines)
+    return table([*heads, "seeds", "problems", "errors"], lines)
 
 
 def _paired(summary: Summary) -> str:
@@ -156,13 +174,13 @@ def _paired(summary: Summary) -> str:
     if not lines:
         return "Missing: no two methods that belong together were evaluated."
     note = "p: two-sided sign-flip permutation test over problems, not corrected for how many tests there are."
-    return _table(["a − b", "difference", "p", "FLOPs a / b"], lines) + f"\n\n{note}"
+    return table(["a − b", "difference", "p", "FLOPs a / b"], lines) + f"\n\n{note}"
 
 
 def turning(summary: Summary) -> str:
     """Whether accuracy falls as best-of-N, the control and nabla are given more FLOPs: a list in Markdown."""
     pairs = [_sides(name) for name in summary if name.startswith("paired.")]
-    pairs = [(a, b) for a, b in pairs if stats.family(a)[0] == stats.family(b)[0]]
+    pairs = [(a, b) for a, b in pairs if family(a)[0] == family(b)[0]]
     lines = [
         f"{a} (most FLOPs) {accuracy(summary, a)} against {b} {accuracy(summary, b)}; {gap_in_words(summary, a, b)}."
         for a, b in pairs
@@ -171,7 +189,7 @@ def turning(summary: Summary) -> str:
         return "Missing: no method was evaluated at several budgets."
     falls = dict.fromkeys(a for a, b in pairs if summary[f"paired.{a}-{b}"]["high"] < 0)
     end = f"Accuracy turns under more search: {', '.join(falls)}." if falls else NO_TURN
-    return _bullets([*lines, end])
+    return bullets([*lines, end])
 
 
 def _audit(facts: Mapping) -> str:
@@ -181,59 +199,37 @@ def _audit(facts: Mapping) -> str:
     curve = {int(count): one for count, one in audit.get("best_of_n", {}).items()}
     figures = [[f"best of {count}", span(curve[count])] for count in sorted(curve)]
     figures += [[name, f"{one:.3f}"] for name, one in audit.items() if isinstance(one, (int, float))]
-    return f"Audit before the search: {audit['verdict']}\n\n" + _table(["audit", "value"], figures)
+    return f"Audit before the search: {audit['verdict']}\n\n" + table(["audit", "value"], figures)
 
 
-def _break_even(summary: Summary, facts: Mapping) -> str:
-    if "flops.training" not in summary or unmeasured(summary, "distilled_greedy"):
-        missing = "distilled_greedy" if "flops.training" in summary else "the FLOPs of training"
-        return f"Missing: {missing}."
-    own = cost_in_words(summary, "flops", "distilled_greedy")
-    clock = f" in {si(facts['train_seconds'], 's')}" if is_known(facts, "train_seconds") else ""
-    head = (
-        f"Traces and training took {si(facts['train_flops'], 'FLOPs')}{clock}; one query of distilled_greedy "
-        f"costs {own}. Queries after which that has cost less in all than answering with:"
-    )
-    lines, never = [], []
-    for method in methods(summary):
-        one = summary.get(f"break_even.distilled_greedy-{method}")
-        if one:
-            low, value, high = (si(one[key]) for key in ("low", "value", "high"))
-            lines.append([method, accuracy(summary, method), f"{value} [{low}, {high}]"])
-        elif not method.startswith("distilled"):
-            never.append(method)
-    page = f"{head}\n\n" + _table(["method", "accuracy", "queries"], lines) if lines else head
-    return page + (f"\n\nNever, as each query costs no less than theirs: {', '.join(never)}." if never else "")
+def _images(drawn: Mapping[str, Path], folder: Path) -> dict[str, str]:
+    titles = FIGURES | amortised_page.FIGURES
+    return {key: f"![{titles[key]}]({path.relative_to(folder).as_posix()})" for key, path in drawn.items()}
 
 
-def _plots(drawn: Mapping[str, Path], folder: Path) -> list[str]:
-    names = {
-        "accuracy_flops": "Accuracy against FLOPs per problem",
-        "accuracy_seconds": "Accuracy against seconds per problem",
-        "reward_rounds": "Reward over rounds",
-        "break_even": "Break-even",
-    }
-    images = [f"![{names[key]}]({path.relative_to(folder).as_posix()})" for key, path in drawn.items()]
-    absent = [title for key, title in names.items() if key not in drawn]
-    return images + ([f"Not drawn for want of rows or facts: {', '.join(absent)}."] if absent else [])
+def _plots(images: Mapping[str, str]) -> list[str]:
+    absent = [title for key, title in (FIGURES | amortised_page.FIGURES).items() if key not in images]
+    shown = [images[key] for key in FIGURES if key in images]
+    return shown + ([f"Not drawn for want of rows or facts: {', '.join(absent)}."] if absent else [])
 
 
 def _provenance(summary: Summary, facts: Mapping) -> str:
     lines = [f"policy: `{facts['policy']}`", f"reward: `{facts['reward']}` ({facts['reward_kind']})"]
     lines += [f"seeds: {', '.join(map(str, facts['seeds']))}"] if is_known(facts, "seeds") else []
     lines += [f"{name}: {version}" for name, version in (facts.get("versions") or {}).items()]
-    clocks = {"setup": "set-up", "training": "traces and training", "total": "in all"}
+    clocks = {"setup": "set-up", "total": "in all"}
+    clocks |= {f"training.{label}": f"making {label}" for label in LABELS}
     for key, words in clocks.items():
         if f"seconds.{key}" in summary:
             lines.append(f"seconds, {words}: {summary[f'seconds.{key}']['value']:.1f}")
     lines += facts.get("notes") or []
-    return f"```\n{facts['command']}\n```\n\n{_bullets(lines)}"
+    return f"```\n{facts['command']}\n```\n\n{bullets(lines)}"
 
 
 def _files(facts: Mapping, folder: Path, drawn: Mapping[str, Path]) -> str:
     files = {**(facts.get("files") or {}), "summary": folder / "summary.json"}
     files |= {f"plot, {key}": path for key, path in drawn.items()}
-    return _bullets(f"{label}: `{_near(Path(path), folder)}`" for label, path in files.items())
+    return bullets(f"{label}: `{_near(Path(path), folder)}`" for label, path in files.items())
 
 
 def _near(path: Path, folder: Path) -> str:
@@ -244,17 +240,6 @@ def _sides(name: str) -> tuple[str, str]:
     """paired.<a>-<b> -> (a, b); the names of methods hold no hyphen."""
     a, _, b = name.removeprefix("paired.").partition("-")
     return a, b
-
-
-def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _table(heads: Sequence[str], lines: Iterable[Sequence]) -> str:
-    def line(cells: Iterable) -> str:
-        return "| " + " | ".join(map(str, cells)) + " |"
-
-    return "\n".join([line(heads), line(["---"] * len(heads)), *map(line, lines)])
 
 
 def _write(path: Path, text: str) -> None:

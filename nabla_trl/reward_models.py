@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -256,21 +255,14 @@ def _load_adapted_classifier(
         raise ValueError(f"{folder} is an adapter for the task {note.task or 'None'}: a scalar reward needs SEQ_CLS")
     auto = AutoModelForSequenceClassification
     base = load_model(auto, note.base, dtype=dtype, device=device, supplied=SCORE_HEAD, num_labels=1)
-    # The tokenizer of its training, whose template it was trained with, lies beside the adapter; or is the base's.
-    own = Path(folder, "tokenizer_config.json").exists()
-    return merge_adapter(base, folder, head=SCORE_HEAD), load_tokenizer(folder if own else note.base)
+    return merge_adapter(base, folder, head=SCORE_HEAD), load_tokenizer(folder)
 
 
 def _load_causal(name: str, policy: Policy, dtype: str, device: str | None) -> Policy:
     """The policy itself where it has this name: its likelihood is known from drawing."""
     if same_model(name, policy.name):
         return policy
-    if not is_adapter(name):
-        return load_policy(name, dtype=dtype, device=device)
-    note = adapter_note(name)
-    if note.task == "SEQ_CLS":
-        raise ValueError(f"{name} is an adapter of a reward model, not of a causal LM: it gives no likelihoods")
-    return load_policy(note.base, dtype=dtype, device=device, adapter=name)
+    return load_policy(name, dtype=dtype, device=device)
 
 
 @torch.no_grad()

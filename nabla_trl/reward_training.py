@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from nabla_trl.adapters import adapter_note, is_adapter
@@ -25,11 +24,19 @@ from nabla_trl.models import DTYPES, Policy, cannot_load, load_tokenizer
 from nabla_trl.reward_data import Labelled, pair_rows, token_rows
 from nabla_trl.reward_models import score_term
 from nabla_trl.token_trainer import PairRewardTrainer, RelaxedLoss, TokenRewardTrainer
-from nabla_trl.training import LoraArguments, lora_config, row_flops, save_whole
+from nabla_trl.tuning import (
+    TUNING,
+    LoraArguments,
+    check_precision,
+    four_bit,
+    keep_autograd,
+    lora_config,
+    row_flops,
+    save_whole,
+)
 
 KINDS = ("scalar", "implicit")
 OBJECTIVES = ("tokens", "pairs")
-TUNING = ("full", "lora", "qlora")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -118,10 +125,7 @@ def train_reward(
         ValueError: a base that cannot be loaded, a loss that is not finite (the step is named; checkpoints of the
             trainer stay), or training that changed nothing.
     """
-    if options.tuning == "lora" and dtype != "float32" and not (config.bf16 or config.fp16):
-        raise ValueError(
-            f"a {dtype} base under a float32 adapter needs mixed precision: set bf16 true, or dtype float32"
-        )
+    check_precision(options.tuning, dtype, config)
     tokenizer = load_tokenizer(start)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -180,7 +184,7 @@ def _classifier(name: str, options: RewardOptions, config: RewardConfig, dtype: 
     """A classifier with one label and the attention and precision that the options need."""
     extra: dict[str, Any] = {"attn_implementation": "eager"} if options.gradient_matching else {}
     if options.tuning == "qlora":
-        extra["quantization_config"] = four_bit(DTYPES[dtype])
+        extra["quantization_config"] = four_bit(DTYPES[dtype], head="score")
     # Weights that are trained themselves are kept in float32: in bfloat16 small steps are lost.
     extra["dtype"] = torch.float32 if options.tuning == "full" else DTYPES[dtype]
     try:
@@ -189,23 +193,8 @@ def _classifier(name: str, options: RewardOptions, config: RewardConfig, dtype: 
         raise ValueError(cannot_load("a model", name, error)) from error
     if options.tuning != "qlora":
         return model.to(config.device)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # On CPUs with AVX512-BF16 a forward without autograd repacks the weights for a kernel that has none:
-            # gradients after it are silently wrong.
-            module.support_avx512bf16_for_cpu = False
+    keep_autograd(model)
     return model
-
-
-def four_bit(compute: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantisation (QLoRA, arXiv 2305.14314); the score head stays as it is."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=["score"],
-    )
 
 
 def grown(model: PreTrainedModel, layers: int) -> PreTrainedModel:

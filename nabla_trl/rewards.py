@@ -90,7 +90,21 @@ class Reward:
         Returns:
             B floats (−inf: unreadable, see `readable`; NaN is passed on to the caller) and memos.
         """
+        values, _, kept = self.score_parts(samples, memos, meter=meter, shared=shared, keep=keep)
+        return values, kept
+
+    def score_parts(
+        self,
+        samples: Sequence[Sample],
+        memos: Sequence[Sequence[Memo]],
+        *,
+        meter: Meter,
+        shared: Sequence[int] | None = None,
+        keep: bool = False,
+    ) -> tuple[list[float], list[list[float]], list[list[Memo]]]:
+        """As `score`, and per sample what each term gave, before its weight; empty where it cannot be read."""
         values, kept = [-math.inf] * len(samples), [list(memo) for memo in memos]
+        parts: list[list[float]] = [[] for _ in samples]
         readable = [index for index, sample in enumerate(samples) if self._can_read(sample)]
         for begin in range(0, len(readable), self.batch_size):
             rows = readable[begin : begin + self.batch_size]
@@ -106,8 +120,9 @@ class Reward:
                 totals = self._combine(torch.tensor(scores, dtype=torch.float64)).tolist()
             for row, index in enumerate(rows):
                 values[index] = totals[row]
+                parts[index] = [column[row] for column in scores]
                 kept[index] = [column[row] for column in columns] if keep else []
-        return values, kept
+        return values, parts, kept
 
     def gradient(
         self,

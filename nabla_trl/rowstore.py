@@ -23,8 +23,8 @@ def row_key(row: Row) -> Key:
     return row["method"], row["task"], row["problem"], row["seed"]
 
 
-def trace_row(trace: Trace, run: str) -> Row:
-    """The result row of a graded trace; `method` is the trace's."""
+def trace_row(trace: Trace, run: str, kl: float | None = None) -> Row:
+    """The result row of a graded trace; `method` is the trace's, `kl` as `nabla_trl.divergence` measures it."""
     return {
         "method": trace.method,
         "task": trace.task,
@@ -34,6 +34,7 @@ def trace_row(trace: Trace, run: str) -> Row:
         "answer": trace.answer,
         "gold": trace.gold,
         "reward": _finite(trace.reward),
+        "kl": kl,
         "flops": trace.cost.flops,
         "seconds": trace.cost.seconds,
         "tokens": trace.cost.tokens,

@@ -8,34 +8,22 @@ resampled whole (Efron and Tibshirani 1993, chapters 6 and 13; Koehn 2004 for th
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
+from nabla_trl.naming import in_order
 
 RESAMPLES = 10_000
 LEVEL = 0.95
 SIGNIFICANT = 0.05  # largest p-value of a difference that is called one
 BOOTSTRAP_SEED = 20_260_101
 
-METRICS = ("accuracy", "flops", "seconds", "reward")
+METRICS = ("accuracy", "flops", "seconds", "reward", "kl")
 _IDENTITY = ("method", "task", "problem", "seed")
-_FIELDS = (*_IDENTITY, "correct", "reward", "flops", "seconds", "reward_by_round", "error")
-_SEARCHES = (
-    "greedy",
-    "self_consistency",
-    "best_of",
-    "weighted_best_of",
-    "released",
-    "paper",
-    "shuffled",
-    "control",
-    "nabla",
-)
-_ORDER = (*_SEARCHES, "distilled_greedy", "distilled_best_of")
-_NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
+_FIELDS = (*_IDENTITY, "correct", "reward", "flops", "seconds", "reward_by_round", "error")  # kl may be missing
 
 
 @dataclass(frozen=True)
@@ -70,6 +58,14 @@ class Difference(Interval):
     p_value: float = math.nan
 
 
+def side(low: float, high: float, p_value: float) -> str:
+    """Which side of zero a difference is on: ahead, behind, or empty where that is not sure."""
+    # Both must agree: on a handful of problems a percentile interval alone is too sure of itself.
+    if p_value >= SIGNIFICANT:
+        return ""
+    return "ahead" if low > 0 else "behind" if high < 0 else ""
+
+
 @dataclass(frozen=True)
 class Grid:
     """One method's rows: `columns[metric]` is problems × seeds, NaN where a row has no such number."""
@@ -84,32 +80,6 @@ class Grid:
     def scores(self, metric: str) -> dict[str, np.ndarray]:
         """Problem id -> its values by seed."""
         return dict(zip(self.problems, self.columns[metric], strict=True))
-
-
-def family(method: str) -> tuple[str, float]:
-    """Method -> (family, size): nabla@0.33 -> (nabla, 0.33), best_of_8 -> (best_of, 8).
-
-    nabla@best_of_8 -> (nabla, 0.5): shares are of best_of_16.
-
-    The size of an unnumbered method is infinite: it is the run at the configuration's own budget.
-    """
-    name, _, fraction = method.partition("@")
-    if fraction.startswith("best_of_"):
-        return name, float(fraction.removeprefix("best_of_")) / 16  # shares are of best_of_16, which costs about that
-    if fraction:
-        return name, float(fraction)
-    match = _NUMBERED.fullmatch(name)
-    return (match["family"], float(match["number"])) if match else (name, math.inf)
-
-
-def in_order(methods: Iterable[str]) -> list[str]:
-    """Methods in the order of the report; unknown ones last, as they came."""
-
-    def rank(method: str) -> tuple[int, float]:
-        name, size = family(method)
-        return (_ORDER.index(name), size) if name in _ORDER else (len(_ORDER), 0.0)
-
-    return sorted(dict.fromkeys(methods), key=rank)
 
 
 def grids(rows: Sequence[Mapping]) -> dict[str, Grid]:
@@ -315,7 +285,7 @@ def _grid(method: str, cells: Mapping[tuple[str, int], Mapping], problems: tuple
         raise ValueError(f"no row for {_where(method, *holes[0])}{more}: finish the evaluation before the report")
     rows = [cells[key] for key in keys]
     shape = (len(problems), len(seeds))
-    columns = {metric: np.array([_number(row[metric]) for row in rows]).reshape(shape) for metric in METRICS[1:]}
+    columns = {metric: np.array([_number(row.get(metric)) for row in rows]).reshape(shape) for metric in METRICS[1:]}
     right = [bool(row["correct"]) and row["error"] is None for row in rows]
     columns["accuracy"] = np.array(right, dtype=np.float64).reshape(shape)
     errors = sum(row["error"] is not None for row in rows)

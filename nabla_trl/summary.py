@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
-from nabla_trl import stats
+from nabla_trl import amortised, stats
+from nabla_trl.naming import RIVAL, family, labelled, labels, methods, split
 from nabla_trl.stats import Grid, Interval
 
 Summary = dict[str, dict[str, float]]
 
 FLOPS_SHARE = 1 / 3  # target: nabla reaches best-of-16 at no more than this share of its FLOPs
-RIVAL = "reward_model_sampling"
 
 
 def summarise(rows: Sequence[Mapping], facts: Mapping) -> Summary:
     """The content of summary.json: name -> {"value", "low", "high", "seeds", "problems"}.
 
-    Names: accuracy., flops., seconds., reward., errors.<method> (FLOPs and seconds per problem);
-    paired.<a>-<b> (accuracy of a minus b) and p_value.<a>-<b>; recovered.distilled_greedy;
-    break_even.distilled_greedy-<method> (queries); flops.training, seconds.training, seconds.setup and
-    seconds.total. A name whose rows or facts are not there is left out. Raises ValueError on rows that are
-    incomplete, repeated or of several tasks.
+    Names: accuracy., flops., seconds., reward., kl., errors.<method> (FLOPs, seconds and nats per problem);
+    paired.<a>-<b> (accuracy of a minus b) and p_value.<a>-<b>; of a trained policy's greedy decode its share of
+    nabla's gain over greedy, recovered.<label>_greedy, and of the way from greedy to the best test-time method,
+    way.<label>_greedy; break_even.<trained method>-<method> (queries); flops.training.<label> and
+    seconds.training.<label>; seconds.setup and seconds.total. A name whose rows or facts are not there is left out.
+
+    Raises:
+        ValueError: rows that are incomplete, repeated or of several tasks, or facts of training that are not whole.
     """
     grids = stats.grids(rows)
+    trained = amortised.trainings(facts)
+    summary = {name: one.entry() for name, one in _means(grids).items()}
+    goal = amortised.best_test_time(summary)
+    found = _differences(grids, goal) | _training_entries(grids, trained, goal)
+    for name in ("setup", "total"):
+        if is_known(facts, f"{name}_seconds"):
+            found[f"seconds.{name}"] = Interval.exact(facts[f"{name}_seconds"])
+    return summary | {name: one.entry() for name, one in found.items()}
+
+
+def _means(grids: Mapping[str, Grid]) -> dict[str, Interval]:
     found: dict[str, Interval] = {}
     for metric in stats.METRICS:
         for method, grid in grids.items():
@@ -31,31 +46,38 @@ def summarise(rows: Sequence[Mapping], facts: Mapping) -> Summary:
                 found[f"{metric}.{method}"] = stats.mean_interval(grid.columns[metric])
     for method, grid in grids.items():
         found[f"errors.{method}"] = Interval.exact(grid.errors, len(grid.seeds), len(grid.problems))
-    for a, b in dict.fromkeys([*_pairs(grids), *_turning_pairs(grids)]):
+    return found
+
+
+def _differences(grids: Mapping[str, Grid], goal: str | None) -> dict[str, Interval]:
+    found: dict[str, Interval] = {}
+    pairs = [*_pairs(grids), *_training_pairs(grids, goal), *_turning_pairs(grids)]
+    for a, b in dict.fromkeys(pairs):
         gap = stats.paired_difference(grids[a].scores("accuracy"), grids[b].scores("accuracy"))
         found[f"paired.{a}-{b}"] = gap
         found[f"p_value.{a}-{b}"] = Interval.exact(gap.p_value, gap.seeds, gap.problems)
-    found |= _training_entries(grids, facts)
-    clocks = {"setup": "setup_seconds", "total": "total_seconds", "training": "train_seconds"}
-    for name, fact in clocks.items():
-        if is_known(facts, fact):
-            found[f"seconds.{name}"] = Interval.exact(facts[fact])
-    return {name: one.entry() for name, one in found.items()}
-
-
-def methods(summary: Summary) -> list[str]:
-    """The methods of a summary, in the order of the report."""
-    return [name.partition(".")[2] for name in summary if name.startswith("accuracy.")]
+    return found
 
 
 def _pairs(grids: Mapping[str, Grid]) -> list[tuple[str, str]]:
-    ours = [name for name in grids if stats.family(name)[0] == "nabla"]
-    wanted = [(name, name.replace("nabla", "control")) for name in ours]
+    ours = [name for name in grids if family(name)[0] == "nabla"]
+    searches = [name for name in grids if family(split(name)[1])[0] == "nabla"]
+    wanted = [(name, name.replace("nabla", "control")) for name in searches]
     wanted += [(name, "best_of_16") for name in ours]
-    wanted += [("nabla", "greedy"), ("distilled_greedy", "greedy"), ("distilled_greedy", "nabla")]
-    wanted += [("distilled_best_of_8", "best_of_8"), ("nabla", RIVAL)]
+    wanted += [("nabla", "greedy"), ("nabla", RIVAL)]
     if "nabla" not in grids and ours:
         wanted += [(ours[-1], "greedy"), (ours[-1], RIVAL)]
+    return [(a, b) for a, b in wanted if a in grids and b in grids]
+
+
+def _training_pairs(grids: Mapping[str, Grid], goal: str | None) -> list[tuple[str, str]]:
+    """Every method of a trained policy against the same of the base; greedy decodes against nabla, the best method
+    without training (`goal`) and each other; that method against base greedy."""
+    tuned = [labelled(label, "greedy") for label in labels(grids)]
+    wanted = [(name, split(name)[1]) for name in grids if split(name)[0]]
+    wanted += [(own, rival) for own in tuned for rival in ("nabla", goal or "nabla")]
+    wanted += combinations(tuned, 2)
+    wanted += [(goal, "greedy")] if tuned and goal else []
     return [(a, b) for a, b in wanted if a in grids and b in grids]
 
 
@@ -63,7 +85,7 @@ def _turning_pairs(grids: Mapping[str, Grid]) -> list[tuple[str, str]]:
     """For best-of-N, control and nabla: the costliest run against the cheapest and against the best."""
     pairs = []
     for name in ("best_of", "control", "nabla"):
-        curve = [method for method in grids if stats.family(method)[0] == name]
+        curve = [method for method in grids if family(method)[0] == name]
         curve.sort(key=lambda method: grids[method].columns["flops"].mean())
         if len(curve) > 1:
             best = max(curve, key=lambda method: grids[method].columns["accuracy"].mean())
@@ -71,23 +93,17 @@ def _turning_pairs(grids: Mapping[str, Grid]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _training_entries(grids: Mapping[str, Grid], facts: Mapping) -> dict[str, Interval]:
+def _training_entries(
+    grids: Mapping[str, Grid], trained: Mapping[str, amortised.Training], goal: str | None
+) -> dict[str, Interval]:
     found: dict[str, Interval] = {}
-    trio = ("distilled_greedy", "nabla", "greedy")
-    if grids.keys() >= set(trio):
-        share = stats.share_of_gain(*(grids[method].scores("accuracy") for method in trio))
-        found |= {"recovered.distilled_greedy": share} if share else {}
-    if not is_known(facts, "train_flops"):
-        return found
-    spent = float(facts["train_flops"])
-    found["flops.training"] = Interval.exact(spent)
-    for method in grids if "distilled_greedy" in grids else ():
-        own, theirs = (grids[name].scores("flops") for name in ("distilled_greedy", method))
-        saved = stats.paired_difference(theirs, own)
-        if saved.low > 0 and not method.startswith("distilled"):
-            queries = (spent / saved.value, spent / saved.high, spent / saved.low)
-            found[f"break_even.distilled_greedy-{method}"] = Interval(*queries, saved.seeds, saved.problems)
-    return found
+    for name, whole in (("recovered", "nabla"), ("way", goal)):
+        found |= {f"{name}.{label}_greedy": one for label, one in amortised.shares(grids, whole).items()}
+    for label, one in trained.items():
+        for cost, spent in (("flops", one.train_flops), ("seconds", one.train_seconds)):
+            found |= {} if spent is None else {f"{cost}.training.{label}": Interval.exact(spent)}
+    crossings = amortised.break_even(grids, trained).items()
+    return found | {f"break_even.{own}-{rival}": queries for (own, rival), queries in crossings}
 
 
 def is_known(facts: Mapping, name: str) -> bool:
@@ -108,12 +124,12 @@ def unmeasured(summary: Summary, *names: str) -> list[str]:
 
 def main_nabla(summary: Summary) -> str | None:
     """The last nabla run in the order of the report; None without one."""
-    ours = [method for method in methods(summary) if stats.family(method)[0] == "nabla"]
+    ours = [method for method in methods(summary) if family(method)[0] == "nabla"]
     return ours[-1] if ours else None
 
 
 def nabla_within(summary: Summary) -> str | None:
     """The costliest nabla run within the target's share: chosen by cost, so that luck can't choose."""
-    ours = [m for m in methods(summary) if stats.family(m)[0] == "nabla"]
+    ours = [m for m in methods(summary) if family(m)[0] == "nabla"]
     within = [m for m in ours if cost_ratio(summary, "flops", m, "best_of_16") <= FLOPS_SHARE]
     return max(within, key=lambda m: summary[f"flops.{m}"]["value"], default=None)

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from trl import RewardTrainer
 
+from nabla_trl.trainers import FiniteLoss
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -111,21 +113,6 @@ def draw_shares(length: int, relaxed: float) -> Tensor:
         return torch.zeros(length)
     density = 1.0 if torch.rand(()) < 0.5 else float(torch.rand(()))
     return torch.rand(()) * (torch.rand(length) < density)
-
-
-class FiniteLoss:
-    """Trainer mix-in: a loss that is not finite stops the training before the step is taken.
-
-    Raises:
-        ValueError: the step is named; checkpoints that the trainer has saved stay where they are.
-    """
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if not loss.isfinite():
-            step = self.state.global_step + 1  # type: ignore[attr-defined]
-            raise ValueError(f"the loss became {loss.item()} at step {step}: lower learning_rate")
-        return loss
 
 
 class PairRewardTrainer(FiniteLoss, RewardTrainer):

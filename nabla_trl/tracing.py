@@ -106,10 +106,17 @@ def search_settings(config: ReasonerConfig) -> dict[str, str]:
 
 def adapter_identity(adapter: str) -> str:
     """An adapter's name; for a local folder also a hash of its weights, so that a retrained one is another."""
-    weights = Path(adapter, "adapter_model.safetensors")
-    if not weights.is_file():
-        return adapter
-    return f"{adapter} ({hashlib.sha256(weights.read_bytes()).hexdigest()[:12]})"
+    return f"{adapter} ({weights_identity(Path(adapter))})" if Path(adapter).is_dir() else adapter
+
+
+def weights_identity(folder: Path) -> str:
+    """A hash of the weights in a folder, an adapter's or a model's."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(2**24):
+                digest.update(chunk)
+    return digest.hexdigest()[:12]
 
 
 def claim_settings(mark: Path, settings: Mapping[str, str]) -> None:

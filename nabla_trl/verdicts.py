@@ -5,30 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from nabla_trl.stats import SIGNIFICANT
-from nabla_trl.summary import (
-    FLOPS_SHARE,
-    RIVAL,
-    Summary,
-    cost_ratio,
-    main_nabla,
-    methods,
-    nabla_within,
-    unmeasured,
-)
+from nabla_trl import stats
+from nabla_trl.amortised import QUERIES, best_for, best_test_time, best_trained
+from nabla_trl.naming import RIVAL, labels, methods, split
+from nabla_trl.summary import FLOPS_SHARE, Summary, cost_ratio, main_nabla, nabla_within, unmeasured
 
-GAIN_SHARE = 0.6  # target: the share of nabla's gain that one greedy decode keeps after distillation
+GAIN_SHARE = 0.6  # target: the share of nabla's gain that one greedy decode keeps after training
+WAY_SHARE = 0.8  # target: the share of the way from greedy to the best test-time method that training makes
 EQUAL_FLOPS = 0.9  # a control that spent less than this share of nabla's FLOPs was not given an equal budget
 RIVAL_NOTE = f"The reward is a log-ratio, so the obvious rival is sampling from the better model itself, {RIVAL}"
-_EXPECTED = (
-    "greedy",
-    "best_of_8",
-    "best_of_16",
-    "control",
-    "nabla",
-    "distilled_greedy",
-    "distilled_best_of_8",
-)
+_EXPECTED = ("greedy", "best_of_8", "best_of_16", "control", "nabla")
 _PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
 
 
@@ -53,10 +39,8 @@ def span(one: Mapping[str, float], form: str = ".3f") -> str:
 def gap_in_words(summary: Summary, a: str, b: str) -> str:
     """The paired difference a − b, its p-value, and which side of zero it is on."""
     one = summary[f"paired.{a}-{b}"]
-    # Both must agree: on a handful of problems a percentile interval alone is too sure of itself.
-    sure = summary[f"p_value.{a}-{b}"]["value"] < SIGNIFICANT
-    side = "ahead" if one["low"] > 0 else "behind" if one["high"] < 0 else ""
-    side = side if side and sure else "not distinguishable from zero"
+    side = stats.side(one["low"], one["high"], summary[f"p_value.{a}-{b}"]["value"])
+    side = side or "not distinguishable from zero"
     return f"paired difference {span(one, '+.3f')}, {chance_in_words(summary, a, b)}: {side}"
 
 
@@ -94,11 +78,15 @@ def _against_control(summary: Summary, method: str, control: str) -> str:
 
 def targets(summary: Summary) -> list[tuple[str, str, str]]:
     """(target, measurement, verdict) by figure to reach; verdicts: reached, NOT reached, not measured."""
-    share, gain = f"{FLOPS_SHARE:.2f}", f"{GAIN_SHARE:.0%}"
+    share, gain, way = f"{FLOPS_SHARE:.2f}", f"{GAIN_SHARE:.0%}", f"{WAY_SHARE:.0%}"
     return [
         (f"nabla reaches best_of_16 at no more than {share} of its FLOPs", *_cheap_target(summary)),
         ("nabla beats the control at equal FLOPs, paired interval without zero", *_control_target(summary)),
-        (f"distilled_greedy keeps at least {gain} of nabla's gain over greedy", *_distilled_target(summary)),
+        (f"a trained greedy decode keeps at least {gain} of nabla's gain over greedy", *_gain_target(summary)),
+        (
+            f"a trained greedy decode goes at least {way} of the way to the best test-time method",
+            *_way_target(summary),
+        ),
     ]
 
 
@@ -124,39 +112,50 @@ def _control_target(summary: Summary) -> tuple[str, str]:
     return measured, "reached" if measured.endswith("ahead") else "NOT reached"
 
 
-def _distilled_target(summary: Summary) -> tuple[str, str]:
-    missing = unmeasured(summary, "distilled_greedy", "greedy", "nabla")
-    if missing:
+def _gain_target(summary: Summary) -> tuple[str, str]:
+    return _share_target(summary, "recovered", "nabla", GAIN_SHARE)
+
+
+def _way_target(summary: Summary) -> tuple[str, str]:
+    return _share_target(summary, "way", best_test_time(summary), WAY_SHARE)
+
+
+def _share_target(summary: Summary, name: str, goal: str | None, least: float) -> tuple[str, str]:
+    """What the trained policy with the best greedy decode makes of the way from base greedy to `goal`."""
+    own = best_trained(summary)
+    missing = [] if own else ["a trained policy's greedy"]
+    missing += unmeasured(summary, "greedy", goal) if goal else ["a test-time method"]
+    if missing or not own or not goal:
         return f"missing: {', '.join(missing)}", "not measured"
-    share = summary.get("recovered.distilled_greedy")
+    share = summary.get(f"{name}.{own}")
     if share is None:
-        gap = gap_in_words(summary, "nabla", "greedy")
-        return f"nabla's gain over greedy may be zero, so a share of it means nothing: {gap}", "NOT reached"
-    cost = cost_ratio(summary, "flops", "distilled_greedy", "greedy")
+        gap = gap_in_words(summary, goal, "greedy")
+        return f"{goal}'s gain over greedy may be zero, so a share of it means nothing: {gap}", "NOT reached"
     measured = (
-        f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of the gain: greedy "
-        f"{accuracy(summary, 'greedy')}, distilled_greedy {accuracy(summary, 'distilled_greedy')}, nabla "
-        f"{accuracy(summary, 'nabla')}; {cost:.2f} of greedy's FLOPs per query"
+        f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}]: greedy {accuracy(summary, 'greedy')}, {own} "
+        f"{accuracy(summary, own)}, {goal} {accuracy(summary, goal)}; "
+        f"{cost_ratio(summary, 'flops', own, 'greedy'):.2f} of greedy's FLOPs per query"
     )
-    return measured, "reached" if share["value"] >= GAIN_SHARE else "NOT reached"
+    return measured, "reached" if share["value"] >= least else "NOT reached"
 
 
 def verdict(summary: Summary, facts: Mapping) -> list[str]:
     """What the numbers say, one sentence per comparison that was measured."""
     found = []
     for method in methods(summary):
-        if f"paired.{method}-best_of_16" in summary:
+        if f"paired.{method}-best_of_16" in summary and not split(method)[0]:
             found.append(_against_best_of_16(summary, method))
     for method in methods(summary):
         control = method.replace("nabla", "control")
         if f"paired.{method}-{control}" in summary:
             found.append(_against_control(summary, method, control))
-    for a, b in (("nabla", "greedy"), ("distilled_greedy", "greedy"), ("distilled_best_of_8", "best_of_8")):
+    trained = [(method, split(method)[1]) for method in methods(summary) if split(method)[0]]
+    for a, b in [("nabla", "greedy"), *trained]:
         if f"paired.{a}-{b}" in summary:
             found.append(
                 f"{a} {accuracy(summary, a)} against {b} {accuracy(summary, b)}; {gap_in_words(summary, a, b)}"
             )
-    absent = unmeasured(summary, *_EXPECTED)
+    absent = unmeasured(summary, *_EXPECTED) + ([] if labels(methods(summary)) else ["trained policies"])
     note = [f"Missing, and so not compared: {', '.join(absent)}."] if absent else []
     return [f"{sentence}." for sentence in found] + _rival(summary, facts) + note
 
@@ -172,6 +171,18 @@ def _rival(summary: Summary, facts: Mapping) -> list[str]:
     cost = f"{accuracy(summary, RIVAL)} at {cost_ratio(summary, 'flops', RIVAL, ours):.2f} of {ours}'s FLOPs"
     measured = f"{cost}, {ours} {accuracy(summary, ours)}; {gap_in_words(summary, ours, RIVAL)}"
     return [f"{RIVAL_NOTE}: {measured}. Here {winner}."]
+
+
+def bought_in_words(summary: Summary, setter: str = "best_of_16") -> str:
+    """What is most accurate for the total FLOPs of `setter`, by the number of queries; empty where not measured."""
+    by_method: dict[str, list[str]] = {}
+    for queries in QUERIES:
+        method = best_for(summary, queries, setter)
+        if method is None:
+            return ""
+        by_method.setdefault(method, []).append(si(queries))
+    parts = [f"{method} ({', '.join(counts)})" for method, counts in by_method.items()]
+    return f"Best for what {setter} costs in all, by queries: {', '.join(parts)}"
 
 
 def plot_titles(summary: Summary, facts: Mapping) -> dict[str, str]:

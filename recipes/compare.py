@@ -24,7 +24,8 @@ from nabla_trl.arguments import DATASETS, ModelArguments
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, mean_flops, run_steps
-from nabla_trl.methods import RIVAL, budgeted, check, steps
+from nabla_trl.methods import budgeted, check, steps
+from nabla_trl.naming import RIVAL
 from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.results import store_results
 from nabla_trl.reward_models import warn_past_trust
@@ -82,12 +83,12 @@ class Comparison:
         args, sizes = self.args, self.args.samples
         searches = [f"{name}@best_of_{size}" for name in ("nabla", *args.rivals) for size in sizes]
         rivals = [RIVAL] if self.bench.reward.rival else []
-        check(searches, self.bench, None)
+        check(searches, self.bench, {})
         with AnswerChecker() as checker:
             run_steps([self.bench.pool([1, *sizes], sizes, weighted=sizes)], problems, self.store, checker)
             majority = {size: self.affordable(size) for size in sizes}
             run_steps([self.bench.pool([], sorted(set(majority.values())))], problems, self.store, checker)
-            wanted = steps(["greedy", *searches, *rivals], self.bench, None, self.flops)
+            wanted = steps(["greedy", *searches, *rivals], self.bench, {}, self.flops)
             run_steps(wanted, problems, self.store, checker)
         return {
             f"best_of_{size}": [

@@ -1,12 +1,12 @@
-"""From a policy and a reward to traces, a LoRA adapter and an honest comparison.
+"""From a policy and a reward to traces, trained weights and an honest comparison.
 
     accelerate launch recipes/distill.py --config recipes/tiny/distill.yaml
     accelerate launch recipes/distill.py --config recipes/gsm8k/distill.yaml \
-        --policy Qwen/Qwen2.5-0.5B-Instruct --reward PATH_OR_HUB_ID --dataset gsm8k
+        --policy Qwen/Qwen2.5-0.5B-Instruct --reward PATH_OR_HUB_ID --dataset gsm8k --method sft rloo
 
-Stages: traces (audit the reward, refine the training problems), train (SFT of a LoRA adapter on the traces),
-evaluate (every method on held-out problems), report. Each resumes where it was stopped and is skipped when its
-output is there; `--stages evaluate,report` runs only those.
+Stages: traces (audit the reward, refine the training problems), train (one policy per `--method`: sft, reward-weighted
+and dpo on the traces, rloo and grpo on what the policy draws), evaluate (every method on held-out problems), report.
+Each resumes where it was stopped and is skipped when its output is there; `--stages evaluate,report` runs only those.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import PartialState
 from tqdm import tqdm
 from trl import SFTConfig
 
+from nabla_trl import training
 from nabla_trl.arguments import REWARDS, VLLM_TIMEOUT, VLLM_URL, drawing_settings
 from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
@@ -34,9 +36,10 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Cost
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
-from nabla_trl.methods import RIVAL, SYNTAX, method_names, searches, steps
+from nabla_trl.methods import SYNTAX, method_names, searches, steps
 from nabla_trl.models import Policy, load_policy
-from nabla_trl.parsing import parse, quiet_libraries, run_main
+from nabla_trl.naming import RIVAL, labels, split
+from nabla_trl.parsing import given, parse, quiet_libraries, run_main
 from nabla_trl.records import versions
 from nabla_trl.report import terminal_table, write_report
 from nabla_trl.results import store_results
@@ -47,16 +50,17 @@ from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore
 from nabla_trl.server import connect
 from nabla_trl.tasks import Problem, check_disjoint, data_identity, load_problems
-from nabla_trl.traces import read_traces
-from nabla_trl.tracing import adapter_identity, claim_settings, search_settings, unfinished, write_traces
-from nabla_trl.training import LoraArguments, train_sft
+from nabla_trl.tracing import claim_settings, search_settings, unfinished, weights_identity, write_traces
+from nabla_trl.train_stage import TrainStage, label, read_trained, trained_methods, trained_path
+from nabla_trl.training import OFFLINE, TrainOptions
+from nabla_trl.tuning import LoraArguments
 
 STAGES = ("traces", "train", "evaluate", "report")
 METHODS = (
     "greedy,self_consistency_16,best_of_1,best_of_2,best_of_4,best_of_8,best_of_16,best_of_32,weighted_best_of_16,"
-    "control,nabla,control@0.15,nabla@0.15,control@0.2,nabla@0.2,control@0.33,nabla@0.33,"
-    "reward_model_sampling,distilled_greedy,distilled_best_of_8"
+    "control,nabla,control@0.15,nabla@0.15,control@0.2,nabla@0.2,control@0.33,nabla@0.33,reward_model_sampling"
 )
+TRAINED = ("greedy", "best_of_1", "best_of_8")  # of every trained policy
 
 
 def _option(default: Any, text: str) -> Any:
@@ -73,13 +77,22 @@ class DistillArguments:
     eval_dataset: str = _option("", "the held-out task or .jsonl file; empty = the dataset's eval_split")
     train_split: str = _option("train", "split that traces are made of")
     eval_split: str = _option("test", "split that methods are compared on")
+    method: list[str] = field(
+        default_factory=lambda: ["sft"],
+        metadata={"help": f"how to train, one policy for each: {', '.join(training.METHODS)}"},
+    )
     train_limit: int = _option(1000, "training problems")
+    traces_per_problem: int = _option(1, "traces of each training problem, with seeds from the first of `seeds` on")
     eval_limit: int = _option(300, "held-out problems")
     stages: str = _option(",".join(STAGES), "comma-separated stages to run")
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of every method that samples"}
     )
-    methods: str = _option(METHODS, f"comma-separated methods to compare: {SYNTAX}")
+    methods: str = _option(
+        "",
+        f"comma-separated methods to compare: {SYNTAX}; empty = {METHODS}, and of every trained policy "
+        f"{', '.join(TRAINED)}",
+    )
     audit_problems: int = _option(64, "training problems of the reward audit; 0 = no audit")
     audit_samples: int = _option(16, "samples per problem of the reward audit")
     dtype: str = _option("float32", "weights of frozen models: float32, bfloat16 or float16")
@@ -93,44 +106,45 @@ class DistillArguments:
             raise ValueError(f"unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must be distinct and not empty")
+        unknown = [name for name in self.method if name not in training.METHODS]
+        if unknown or len(set(self.method)) < len(self.method):
+            raise ValueError(f"method takes distinct ones of {', '.join(training.METHODS)}, not {self.method}")
+        if self.traces_per_problem < 1:
+            raise ValueError("traces_per_problem must be at least 1")
+        if not self.methods:
+            self.methods = ",".join([METHODS, *(f"{label(one)}_{rest}" for one in self.method for rest in TRAINED)])
         method_names(self.methods)
-
-
-# TRL's options that decide what an adapter becomes.
-TRAINING = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_length",
-    "seed",
-)
 
 
 class Run:
     """One run: its settings, its output folder and, once asked for, its models."""
 
-    def __init__(self, args: DistillArguments, reasoner: ReasonerConfig, lora: LoraArguments, sft: SFTConfig):
-        self.args, self.reasoner, self.lora, self.sft = args, reasoner, lora, sft
+    def __init__(
+        self,
+        args: DistillArguments,
+        reasoner: ReasonerConfig,
+        options: TrainOptions,
+        lora: LoraArguments,
+        sft: SFTConfig,
+    ):
+        self.args, self.reasoner, self.options, self.lora, self.sft = args, reasoner, options, lora, sft
         self.state = PartialState()
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         if self.state.num_processes != asked:
             raise ValueError(f"{asked} processes were asked for, but {self.state.num_processes} started")
         self.folder = Path(sft.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.traces, self.adapter = self.folder / "traces", self.folder / "adapter"
+        self.traces = self.folder / "traces"
         self.checker = AnswerChecker()
         self._models: tuple[Policy, Reward] | None = None
         self._before = self._read("clock.json") or {"total": 0.0, "setup": 0.0}
-        self.train, self.held_out = self._problems()
+        self.train, self.probed, self.held_out = self._problems()
 
-    def _problems(self) -> tuple[list[Problem], list[Problem]]:
+    def _problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
+        """Those of training, of the probe in training, and the held-out ones."""
         args = self.args
-        train = load_problems(args.dataset, split=args.train_split, limit=args.train_limit)
+        limit = args.train_limit + self.options.probe_problems
+        train = load_problems(args.dataset, split=args.train_split, limit=limit)
         held_out = load_problems(args.eval_dataset or args.dataset, split=args.eval_split, limit=args.eval_limit)
         check_disjoint(train, held_out)
         graded = [problem for problem in held_out if problem.answer]
@@ -138,7 +152,7 @@ class Run:
             raise ValueError("no held-out problem has a gold answer: nothing could be compared")
         if len(graded) < len(held_out):
             self.say(f"{len(held_out) - len(graded)} held-out problems have no gold answer and are left out")
-        return train, graded
+        return train[: args.train_limit], train[args.train_limit :], graded
 
     def models(self) -> tuple[Policy, Reward]:
         if self._models is None:
@@ -163,6 +177,11 @@ class Run:
         if self.state.is_main_process:
             print(text, flush=True)
 
+    def note(self, options: dict[str, Any]) -> None:
+        """config.yaml: what this run was called with, as `--config` takes it."""
+        if self.state.is_main_process:
+            self._path("config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+
     # --- stages ---------------------------------------------------------------------------------------
 
     def stage_traces(self) -> None:
@@ -170,23 +189,31 @@ class Run:
         if self.state.is_main_process and self.args.audit_problems and not self._path("audit.json").exists():
             self._audit()
         self.state.wait_for_everyone()
+        if not any(method in OFFLINE for method in self.args.method):
+            self.say(f"traces: {', '.join(self.args.method)} need none")
+            return
         mine = self.train[self.state.process_index :: self.state.num_processes]
-        todo = unfinished(mine, self.traces, self.args.seeds[0])
-        if todo:
+        seeds = range(self.args.seeds[0], self.args.seeds[0] + self.args.traces_per_problem)
+        todo = {seed: unfinished(mine, self.traces, seed) for seed in seeds}
+        if any(todo.values()):
             self.models()  # first: what cannot be loaded must not claim the folder
         settings = self._search_settings() | {"adapter": "", "split": self.args.train_split}
         claim_settings(self._path("traces.settings.json"), settings | {"dataset": data_identity(self.args.dataset)})
-        if not todo:
-            self.say(f"traces: {len(mine)} problems are there already")
-            return
+        for seed, problems in todo.items():
+            if problems:
+                self._write_traces(problems, seed)
+            else:
+                self.say(f"traces: {len(mine)} problems are there already")
+
+    def _write_traces(self, problems: list[Problem], seed: int) -> None:
         policy, reward = self.models()
         tally = write_traces(
-            todo,
+            problems,
             self.traces,
             policy=policy,
             reward=reward,
             config=self.reasoner,
-            seed=self.args.seeds[0],
+            seed=seed,
             checker=self.checker,
             rank=self.state.process_index,
             bar=self.state.is_main_process,
@@ -221,25 +248,34 @@ class Run:
         self.say(f"audit: {found['verdict']}")
 
     def stage_train(self) -> None:
-        """SFT of a LoRA adapter on the final response of every trace."""
-        made = read_traces(self.traces)
-        settings = {name: str(getattr(self.sft, name)) for name in TRAINING} | {"traces": str(len(made))}
-        settings |= {name: str(value) for name, value in asdict(self.lora).items()}
-        finished = (self.adapter / "adapter_config.json").exists() and self._path("train.json").exists()
-        if not finished and self.state.is_main_process:
-            self._path("train.settings.json").unlink(missing_ok=True)  # of an attempt that left nothing
-        self.state.wait_for_everyone()
-        claim_settings(self._path("train.settings.json"), settings | {"policy": self.args.policy})
-        if finished:
-            self.say("train: the adapter is there already")
-            return
-        self.sft.output_dir = str(self.folder / "trainer")
-        trained = train_sft(self.args.policy, made, self.adapter, lora=self.lora, config=self.sft, dtype="float32")
-        spent = sum((trace.cost for trace in made), Cost())
-        facts = asdict(trained) | {"trace_flops": spent.flops, "trace_seconds": spent.seconds}
-        if self.state.is_main_process:
-            self._write("train.json", facts | {"processes": self.state.num_processes})
-        self.say(f"train: {trained.rows} rows, loss {trained.loss:.3f}, {trained.seconds:.0f} s")
+        """One policy per method; adapters, or whole models."""
+        stage = TrainStage(
+            folder=self.folder,
+            policy=self.args.policy,
+            dtype=self.args.dtype,
+            problems=self.train,
+            probed=self.probed,
+            reasoner=self.reasoner,
+            options=self.options,
+            lora=self.lora,
+            config=self.sft,
+            models=self.models,
+            settings=self._search_settings() | {"dataset": data_identity(self.args.dataset)},
+            checker=self.checker,
+            state=self.state,
+        )
+        for method in self.args.method:
+            stage.check(method)
+        for method in self.args.method:
+            made = stage.run(method)
+            if made is None:
+                self.say(f"train {method}: it is there already")
+                continue
+            self.say(
+                f"train {method}: {made.rows} rows, {made.steps} steps, loss {made.loss:.3f}, {made.seconds:.0f} s"
+            )
+            if made.stopped:
+                self.say(f"train {method}: {made.stopped}")
 
     def stage_evaluate(self) -> None:
         """Every method on the held-out problems; budgets are fractions of best-of-16's measured FLOPs."""
@@ -247,12 +283,11 @@ class Run:
         policy, reward = self.models()
         bench = Bench(policy, reward, self.reasoner, tuple(self.args.seeds))
         names = method_names(self.args.methods)
-        wanted = any(name.startswith("distilled_") for name in names)
-        tuned = self._tuned() if wanted and self.adapter.exists() else None
-        absent = [] if tuned else [name for name in names if name.startswith("distilled_")]
+        tuned = self._tuned(names)
+        absent = [name for name in names if split(name)[0] not in ("", *tuned)]
         absent += [] if reward.rival else [name for name in names if name == RIVAL]
         if absent:
-            self.say(f"evaluate: without {', '.join(absent)}: there is no adapter, or no better model to sample from")
+            self.say(f"evaluate: without {', '.join(absent)}: not trained here, or no better model to sample from")
 
         def flops_of(method: str) -> float:
             self.state.wait_for_everyone()  # the rows of all processes
@@ -262,11 +297,23 @@ class Run:
             self._run(step, store)
         self.state.wait_for_everyone()
 
-    def _tuned(self) -> Policy:
-        # Rows of an earlier adapter must not pass for those of this one.
-        claim_settings(self._path("rows/adapter.settings.json"), {"adapter": adapter_identity(str(self.adapter))})
+    def _tuned(self, names: Sequence[str]) -> dict[str, Policy]:
+        """The trained policies that these methods ask for, by label."""
+        tuned = {}
+        for method in trained_methods(self.folder):
+            if label(method) in labels(names):
+                path = trained_path(self.folder, method)
+                # Rows of an earlier training must not pass for those of this one.
+                mark = self._path(f"rows/{method}.settings.json")
+                claim_settings(mark, {"weights": weights_identity(path)})
+                tuned[label(method)] = self._load(path)
+        return tuned
+
+    def _load(self, path: Path) -> Policy:
         device = str(self.state.device)
-        return load_policy(self.args.policy, dtype=self.args.dtype, device=device, adapter=str(self.adapter))
+        if path.name == "model":
+            return load_policy(str(path), dtype=self.args.dtype, device=device)
+        return load_policy(self.args.policy, dtype=self.args.dtype, device=device, adapter=str(path))
 
     def _run(self, step: Step, store: RowStore) -> None:
         mine = self.held_out[self.state.process_index :: self.state.num_processes]
@@ -294,13 +341,13 @@ class Run:
         facts = self.facts()
         store_results(self.folder, rows, facts)
         terminal_table(write_report(self.folder, rows, facts))
-        for label, path in self.files().items():
-            print(f"{label:>10}: {path}")
+        for name, path in self.files().items():
+            print(f"{name:>10}: {path}")
 
     # --- facts and files ------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        trained, audited = self._read("train.json"), self._read("audit.json")
+        audited = self._read("audit.json")
         facts = {
             "title": self.args.title,
             "command": " ".join(["accelerate launch", *sys.argv]),
@@ -310,6 +357,7 @@ class Run:
             "reward_kind": plan_reward(self.args.reward).kind,
             "versions": versions(),
             "seeds": self.args.seeds,
+            "sampling": asdict(self.reasoner.sampling()),
             "setup_seconds": self.clock()["setup"],
             "total_seconds": self.clock()["total"],
             "audit": audited,
@@ -319,11 +367,21 @@ class Run:
                 *self._reward_cost(),
             ],
         }
-        if trained:
-            facts["train_flops"] = trained["flops"] + trained["trace_flops"] + (audited or {}).get("flops", 0.0)
-            # Traces are timed in each process; side by side they take that much less on the clock.
-            facts["train_seconds"] = trained["seconds"] + trained["trace_seconds"] / trained["processes"]
+        facts["trained"] = [self._trained(method) for method in trained_methods(self.folder)]
         return facts
+
+    def _trained(self, method: str) -> dict[str, Any]:
+        """What a trained policy cost: traces, training and the audit."""
+        made, audited = read_trained(self.folder, method), self._read("audit.json") or {}
+        return {
+            "label": label(method),
+            "method": method,
+            "beta": made["beta"],
+            "tuning": made["tuning"],
+            "train_flops": made["flops"] + made["trace_flops"] + audited.get("flops", 0.0),
+            # Traces are timed in each process; side by side they take that much less on the clock.
+            "train_seconds": made["seconds"] + made["trace_seconds"] / made["processes"],
+        }
 
     def _reward_cost(self) -> list[str]:
         """What training the reward cost, where its folder tells."""
@@ -347,7 +405,7 @@ class Run:
             "summary": "summary.json",
             "rows": "rows.jsonl",
             "traces": "traces",
-            "adapter": "adapter",
+            "trained": "trained",
             "plots": "plots",
         }
         return {label: str(self._path(name)) for label, name in names.items()}
@@ -383,11 +441,12 @@ def main(argv: Sequence[str]) -> None:
     # A process may wait for hours for another one that has longer answers to draw.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     quiet_libraries()
-    dataclasses = [DistillArguments, ReasonerConfig, LoraArguments, SFTConfig]
-    args, reasoner, lora, sft = parse(dataclasses, argv, presets=PRESETS)
-    run = Run(args, reasoner, lora, sft)
+    dataclasses = [DistillArguments, ReasonerConfig, TrainOptions, LoraArguments, SFTConfig]
+    filled = parse(dataclasses, argv, presets=PRESETS)
+    run = Run(*filled)
+    run.note(given(argv, filled, PRESETS))
     with run.checker:
-        for stage in args.stages.split(","):
+        for stage in run.args.stages.split(","):
             getattr(run, f"stage_{stage}")()
             run.state.wait_for_everyone()
             run.save_clock()

@@ -1,12 +1,13 @@
 """Test-time search and KL-regularised training against the optimum of both, on a world that can be written down.
 
     python recipes/duality.py --config recipes/tiny/duality.yaml
-    python recipes/duality.py --config recipes/tiny/duality.yaml --checkpoints rloo=FOLDER@3.2e12 sft=FOLDER@1.1e12
+    python recipes/duality.py --config recipes/tiny/duality.yaml --train sft rloo
 
 π* ∝ π·exp(r/β) is had in closed form from every response of every prompt. Against it: best-of-N (exactly), Metropolis
 chains and greedy refinement with and without the gradient (counted from independent chains, beside what as many draws
-of π* measure), and trained policies (exactly). OUT/duality.md holds the table, duality.json its numbers, duality.png
-the figure, OUT/world the models; chains that are there are not run again.
+of π* measure), and policies trained from π by sft, reward-weighted sft, dpo, rloo and grpo (exactly). OUT/duality.md
+holds the table, duality.json its numbers, duality.png the figure, OUT/world the models; chains and trained policies
+that are there are not made again.
 
 Without --policy a world is made from --world_seed. Your own: --policy P --reward R --dataset D, of few enough tokens.
 """
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from duality_training import Trainer, TrainingArguments, Weights
 from small_world import WorldArguments, make_world
 
 from nabla_trl import duality
-from nabla_trl.adapters import is_adapter
 from nabla_trl.arguments import DATASETS, REWARDS
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.duality import TRAINED, Row
@@ -68,10 +69,6 @@ class DualityArguments:
     step: float = _option(1.0, "share of the mirror step")
     batch_size: int = _option(500, "chains run together")
     seed: int = _option(0, "seed of the chains and of the noise")
-    checkpoints: list[str] = field(
-        default_factory=list,
-        metadata={"help": "trained policies, METHOD=FOLDER@FLOPS of training; one method may have several"},
-    )
     title: str = _option("The dual, measured", "title of the page")
 
     def __post_init__(self) -> None:
@@ -85,8 +82,6 @@ class DualityArguments:
             raise ValueError(
                 "policy, reward and dataset belong together: give all three, or none to have a world made"
             )
-        for text in self.checkpoints:
-            Checkpoint.parse(text)
 
     def searches(self, tokens: int) -> dict[str, ReasonerConfig]:
         """Metropolis and greedy acceptance, each with the gradient and without.
@@ -111,27 +106,6 @@ class DualityArguments:
             "greedy search + gradient": greedy,
             "greedy search": greedy.control(),
         }
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A trained policy and the FLOPs that its training took, samples and rewards included."""
-
-    method: str
-    folder: str
-    flops: float
-
-    @classmethod
-    def parse(cls, text: str) -> Checkpoint:
-        method, _, rest = text.partition("=")
-        folder, _, flops = rest.rpartition("@")
-        try:
-            spent = float(flops)
-        except ValueError:
-            spent = 0.0
-        if not method or not folder or not 0 < spent < float("inf"):
-            raise ValueError(f"checkpoints must be METHOD=FOLDER@FLOPS, as rloo=outputs/rloo@3.2e12, not {text!r}")
-        return cls(method, folder, spent)
 
 
 class Study:
@@ -172,23 +146,16 @@ class Study:
             print(f"{name}: {rows[-1].measures.kl:.3f} nats at {rows[-1].size} steps", file=sys.stderr, flush=True)
         return rows
 
-    def trained(self, checkpoints: Sequence[Checkpoint]) -> list[Row]:
-        """Exact laws of trained policies, those of one method by what they cost."""
-        order = list(dict.fromkeys(one.method for one in checkpoints))
+    def trained(self, checkpoints: Sequence[Weights]) -> list[Row]:
+        """Exact laws of trained policies."""
         rows = []
-        for one in sorted(checkpoints, key=lambda one: (order.index(one.method), one.flops)):
-            laws = law_of(self.load(one.folder), self.trees)
+        for one in checkpoints:
+            laws = law_of(load_policy(one.folder, device=self.args.device), self.trees)
             flops = self.sampling_flops(laws)
             rows.append(
                 duality.exact_row(self.cases, laws, one.method, kind=TRAINED, flops=flops, training_flops=one.flops)
             )
         return rows
-
-    def load(self, folder: str) -> Policy:
-        """A trained policy: whole weights, or an adapter of the policy."""
-        if is_adapter(folder):
-            return load_policy(self.policy.name, device=self.args.device, adapter=folder)
-        return load_policy(folder, device=self.args.device)
 
     def counts(
         self, tree: Tree, config: ReasonerConfig, budgets: Sequence[int], file: Path
@@ -255,9 +222,7 @@ def prepare(args: DualityArguments, world: WorldArguments) -> tuple[Policy, Rewa
             make_world(folder, world, args.max_new_tokens)
         names = [str(folder / name) for name in ("policy", "reward", "problems.jsonl")]
     elif world != WorldArguments():
-        raise ValueError(
-            "a policy is given, so no world is made: leave out world_seed, symbols and what goes with them"
-        )
+        raise ValueError("a policy is given, so no world is made: leave out world_seed, symbols and their like")
     policy = load_policy(names[0], device=args.device)
     reward = load_reward(names[1], policy=policy, device=args.device, batch_size=4 * args.batch_size)
     return policy, reward, load_problems(names[2], split=args.split, limit=args.limit if args.policy else None)
@@ -275,12 +240,21 @@ def chain_settings(args: DualityArguments) -> dict[str, str]:
 
 def main(argv: Sequence[str]) -> None:
     quiet_libraries()
-    args, world = parse([DualityArguments, WorldArguments], argv)
+    args, world, training = parse([DualityArguments, WorldArguments, TrainingArguments], argv)
     study = Study(args, *prepare(args, world))
     folder = Path(args.output_dir)
     claim_settings(folder / "duality.settings.json", chain_settings(args))
     rows = study.drawn() + study.searched(folder / "chains")
-    rows += study.trained([Checkpoint.parse(text) for text in args.checkpoints])
+    trainer = Trainer(
+        folder / "trained",
+        training,
+        policy=study.policy,
+        reward=study.reward,
+        problems=[tree.problem for tree in study.trees],
+        metropolis=args.searches(len(study.policy.forbidden))["metropolis + gradient"],
+        seed=args.seed + 1,  # other chains than those that are measured
+    )
+    rows += study.trained([weights for method in training.methods() for weights in trainer.run(method)])
     command = shlex.join(["python", "recipes/duality.py", *argv])
     facts = {"title": args.title, "command": command, "subject": study.subject(), "beta": args.beta}
     found = duality.to_dict(rows, study.optimum, facts)

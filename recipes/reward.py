@@ -57,8 +57,8 @@ from nabla_trl.search import solve
 from nabla_trl.tasks import Problem, data_identity, load_problems
 from nabla_trl.terms import Sample
 from nabla_trl.tracing import claim_settings, search_settings
-from nabla_trl.training import LoraArguments
 from nabla_trl.trust import Trust
+from nabla_trl.tuning import LoraArguments
 
 BEST = 4  # responses of highest reward that best-of-N adds per problem
 LABELS = ("auto", "steps", "outcome")

@@ -159,7 +159,7 @@ def test_a_rival_of_another_vocabulary_is_only_drawn_from(problems, policy):
     rival = worlds.freeze_policy(model, shuffled, "rival")
     reward = worlds.log_ratio(policy, rival, policy, "ratio")
     bench = Bench(policy, reward, ReasonerConfig(max_new_tokens=8), (0,))
-    (step,) = steps(["reward_model_sampling"], bench, None, lambda method: 0.0)
+    (step,) = steps(["reward_model_sampling"], bench, {}, lambda method: 0.0)
     for trace in step.work(problems, 0):
         assert trace.error is None and trace.method == "reward_model_sampling"
         assert trace.prompt_ids == rival.encode(next(p for p in problems if p.id == trace.problem_id))
@@ -300,7 +300,7 @@ def test_it_reads_the_pool_of_the_others(problems, policy, reward):
     names = ["best_of_2", "self_consistency_4", "weighted_best_of_4"]
     for beta in (1e-9, 1e9):
         bench = Bench(policy, reward, ReasonerConfig(max_new_tokens=8, beta=beta), (0,))
-        (step,) = steps(names, bench, None, lambda: 0.0)
+        (step,) = steps(names, bench, {}, lambda: 0.0)
         assert step.methods == tuple(names)
         found = {trace.method: trace for trace in step.work(problems[:1], 3)}
         made = pool(problems[:1], 4, policy, reward, seed=3)

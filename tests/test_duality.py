@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,28 +71,34 @@ def test_pages_and_figures_are_there(folder: Path) -> None:
     assert not list(folder.rglob("*.tmp*"))
 
 
-def test_chains_are_not_run_again_and_checkpoints_join(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(folder, tmp_path / "again")
-    before, out = rows(folder), ["--output_dir", str(tmp_path / "again")]
+def study_of(folder: Path) -> Any:
+    """The study of a finished run, for its models and laws."""
     module = recipe()
+    args, world = module.parse([module.DualityArguments, module.WorldArguments], [*RUN, "--output_dir", str(folder)])
+    return module.Study(args, *module.prepare(args, world))
+
+
+def test_chains_are_not_run_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder, tmp_path / "again")
+    module, out = recipe(), ["--output_dir", str(tmp_path / "again")]
     monkeypatch.setattr(module, "solve", None)
-    trained = f"rloo={tmp_path}/again/world/policy@3e9"
-    # Its world is named by the folder, and made there: a moved one is the same.
-    module.main([*RUN, *out, "--checkpoints", trained])
-    after = rows(tmp_path / "again")
-    own = after.pop(("rloo", None))
-    assert after == before
-    assert own["measures"] == before["π", None]["measures"] and own["flops"] == before["π", None]["flops"]
-    assert (own["kind"], own["training_flops"]) == ("trained", 3e9)
+    module.main([*RUN, *out])
+    assert rows(tmp_path / "again") == rows(folder)
     worlds.refused(lambda: module.main([*RUN, *out, "--beta", "2"]), "beta '2.0' (was '1.0')")
+    worlds.refused(lambda: module.main([*RUN, *out, "--spread", "2"]), "spread '2.0' (was '1.2')")
+
+
+def test_rows_of_trained_policies(folder: Path) -> None:
+    """One that training left as it was has the law and the price of π."""
+    [own] = study_of(folder).trained([recipe().Weights("rloo", str(folder / "world" / "policy"), 3e9)])
+    policy = rows(folder)["π", None]
+    assert asdict(own.measures) == pytest.approx(policy["measures"], abs=1e-12) and own.flops == policy["flops"]
+    assert (own.kind, own.training_flops, own.is_optimum) == ("trained", 3e9, False)
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     module, out = recipe(), ["--output_dir", str(tmp_path / "out")]
     worlds.refused(lambda: module.main([*out, "--policy", "P"]), "policy, reward and dataset belong together")
-    worlds.refused(lambda: module.main([*out, "--checkpoints", "rloo=folder"]), "METHOD=FOLDER@FLOPS")
     worlds.refused(lambda: module.main([*out, "--symbols", "40"]), "symbols must be 2 to 26")
     own = ["--policy", "data/tiny/policy", "--reward", "data/tiny/reward", "--dataset", "chains", "--device", "cpu"]
     worlds.refused(lambda: module.main([*out, *own]), "3,368,421 responses of up to 5 tokens", "at most 20,000")
@@ -156,20 +163,18 @@ def control_kernel(tree: Tree, case: Case) -> np.ndarray:
 
 def test_chains_follow_their_exact_law_at_every_step(folder: Path) -> None:
     """… not only at the end: the control's kernel can be written down, and leaves π* as it is."""
-    module = recipe()
-    args, world = module.parse([module.DualityArguments, module.WorldArguments], [*RUN, "--output_dir", str(folder)])
-    study = module.Study(args, *module.prepare(args, world))
+    study = study_of(folder)
     [tree], [case] = study.trees, study.cases
     kernel = control_kernel(tree, case)
     assert case.optimum @ kernel == pytest.approx(case.optimum, abs=1e-12)
-    config = args.searches(len(study.policy.forbidden))["metropolis"]
+    config = study.args.searches(len(study.policy.forbidden))["metropolis"]
     steps = [1, 2, 4, 8, 12]
     counts, _ = study.counts(tree, config, steps, folder / "chains" / "search-1-prompt-0.npz")
     law = case.policy
     for step in range(1, 13):
         law = law @ kernel
         if step in steps:
-            noise = [total_variation(rng_law(law, args.chains, seed), law) for seed in range(40)]
+            noise = [total_variation(rng_law(law, study.args.chains, seed), law) for seed in range(40)]
             assert total_variation(counted(counts[steps.index(step)]), law) <= max(noise)
     assert case.measures(law).kl < 0.02 < case.measures(case.policy).kl
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+import worlds
 
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
+from nabla_trl.divergence import best_of_bound
 from nabla_trl.evaluate import Bench, mean_flops, run_step
+from nabla_trl.methods import check, steps
 from nabla_trl.rowstore import RowStore, reward_by_round, row_key
 
 CONFIG = ReasonerConfig(rounds=3, max_new_tokens=8, batch_size=2)
@@ -121,3 +126,91 @@ def test_reward_by_round_follows_the_incumbent(bench, asked):
 def test_mean_flops_needs_rows():
     with pytest.raises(ValueError, match="no rows of best_of_16"):
         mean_flops([], "best_of_16")
+
+
+# --- trained policies ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    return worlds.tiny_policy(seed=7, name="tuned")
+
+
+def test_methods_of_a_trained_policy_are_the_base_ones_on_its_weights(bench, tuned, asked):
+    """Every step of a trained policy makes what the same step makes with that policy as the base."""
+    alone, own = replace(bench, policy=tuned), bench.trained("sft", tuned)
+    config = replace(CONFIG, rounds=1)
+    for plain, labelled in (
+        (alone.greedy(), own.greedy()),
+        (alone.pool([1, 2], [2]), own.pool([1, 2], [2])),
+        (alone.search("nabla", config), own.search("nabla", config)),
+    ):
+        assert labelled.methods == tuple(f"sft_{method}" for method in plain.methods)
+        for one, other in zip(plain.work(asked[:2], 0), labelled.work(asked[:2], 0), strict=True):
+            assert (other.method, other.response_ids) == (f"sft_{one.method}", one.response_ids)
+            assert other.cost.flops == one.cost.flops
+
+
+def test_steps_of_several_policies(bench, tuned):
+    names = ["greedy", "best_of_2", "sft_greedy", "sft_best_of_1", "dpo_nabla@best_of_2", "dpo_control"]
+    asked_for = []
+
+    def flops_of(method):
+        asked_for.append(method)
+        return 1e6
+
+    made = [step.methods for step in steps(names, bench, {"sft": tuned, "dpo": tuned}, flops_of)]
+    expected = [("best_of_2",), ("greedy",), ("sft_best_of_1",), ("sft_greedy",)]
+    assert made == [*expected, ("dpo_nabla@best_of_2",), ("dpo_control",)]
+    assert asked_for == ["best_of_2"], "budgets are the base policy's"
+
+
+def test_a_label_without_a_policy_and_a_policy_without_a_method(bench, tuned):
+    worlds.refused(lambda: check(["grpo_greedy"], bench, {"sft": tuned}), "grpo_greedy needs a policy trained by grpo")
+    worlds.refused(lambda: check(["greedy"], bench, {"sft": tuned}), "no sft_ method that uses it")
+    none = replace(bench, config=CONFIG.control())
+    worlds.refused(lambda: check(["sft_nabla"], none, {"sft": tuned}), "solver none is the control")
+
+
+def log_likelihood(policy, trace):
+    """log π(y|x) by one plain forward of the whole sequence."""
+    ids = torch.tensor([trace.prompt_ids + trace.response_ids])
+    with torch.no_grad():
+        logp = policy.model(ids).logits[0].log_softmax(-1)
+    at = range(len(trace.prompt_ids) - 1, ids.shape[1] - 1)
+    return float(sum(logp[place, ids[0, place + 1]] for place in at))
+
+
+def test_the_divergence_of_a_sample_is_its_log_ratio(bench, tuned, policy, asked, checker, tmp_path):
+    step = bench.trained("sft", tuned).pool([1, 2])
+    rows = {row_key(row): row for row in run_step(step, asked, RowStore(tmp_path, "run"), checker)}
+    for seed in step.seeds:
+        for trace in step.work(asked, seed):
+            row = rows[trace.method, trace.task, trace.problem_id, seed]
+            ratio = log_likelihood(tuned, trace) - log_likelihood(policy, trace)
+            bound = 0.0 if trace.method == "sft_best_of_1" else best_of_bound(2)
+            assert row["kl"] == pytest.approx(bound + ratio, abs=1e-4)
+            assert row["flops"] == trace.cost.flops, "measuring is not charged"
+
+
+def test_divergences_of_the_base_policy_and_where_none_is_known(bench, asked, checker, tmp_path):
+    store = RowStore(tmp_path, "run")
+    for step in (bench.greedy(), bench.pool([1, 4], [2], [2]), bench.search("nabla", replace(CONFIG, rounds=1))):
+        run_step(step, [*asked[:1], replace(asked[1], question="?!")], store, checker)
+    found = {row["method"]: row["kl"] for row in store.read() if not row["error"]}
+    unknown = dict.fromkeys(("greedy", "self_consistency_2", "weighted_best_of_2", "nabla"))
+    assert found == unknown | {"best_of_1": 0.0, "best_of_4": best_of_bound(4)}
+    assert {row["kl"] for row in store.read() if row["error"]} == {None}
+
+
+def test_the_bound_holds_of_every_best_of_n():
+    """Exactly, for a policy of six responses of rising reward: and with another base, by the chain rule."""
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 4, 16):
+        policy, base = rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(6))
+        below = np.concatenate([[0.0], policy.cumsum()])
+        best = np.diff(below**count)
+        own, moved = best @ np.log(best / policy), best @ np.log(policy / base)
+        assert -1e-12 < own <= best_of_bound(count) + 1e-12
+        assert best @ np.log(best / base) == pytest.approx(own + moved)
+    assert best_of_bound(1) == 0

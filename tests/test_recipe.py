@@ -21,7 +21,7 @@ from nabla_trl.traces import read_traces
 ROOT = Path(__file__).parents[1]
 MODELS = ["--policy", "data/tiny/policy", "--reward", "logratio:data/tiny/clean"]
 SEARCH = ["--max_new_tokens", "48", "--sample_min_p", "0.02", "--candidate_min_p", "0.02", "--rounds", "3"]
-METHODS = "greedy,best_of_1,best_of_16,nabla,control,nabla@0.2,control@0.2,reward_model_sampling,distilled_greedy"
+METHODS = "greedy,best_of_1,best_of_16,nabla,control,nabla@0.2,control@0.2,reward_model_sampling,sft_greedy"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -83,7 +83,7 @@ def test_the_recipe_writes_what_it_promises(finished):
             entry = summary[f"{figure}.{method}"]
             assert entry["low"] <= entry["value"] <= entry["high"] and entry["problems"] == 8
     assert summary["paired.nabla-control"]["problems"] == 8
-    assert {"seconds.setup", "seconds.total", "flops.training"} <= set(summary)
+    assert {"seconds.setup", "seconds.total", "flops.training.sft", "break_even.sft_greedy-best_of_16"} <= set(summary)
     report = (finished / "report.md").read_text()
     assert "reward_model_sampling" in report
     for name in ("accuracy_flops", "accuracy_seconds"):

@@ -25,11 +25,15 @@ WORLD = {
     "nabla@0.33": (0.70, 31e6),
     "control": (0.50, 60e6),
     "nabla": (0.80, 61e6),
-    "distilled_greedy": (0.70, 4e6),
-    "distilled_best_of_8": (0.85, 48e6),
+    "sft_greedy": (0.70, 4e6),
+    "sft_best_of_1": (0.50, 4e6),
+    "sft_best_of_8": (0.85, 48e6),
     "reward_model_sampling": (0.95, 6e6),
 }
-SINGLE = ("greedy", "distilled_greedy")
+TRADE = "Test-time against train-time"
+SINGLE = ("greedy", "sft_greedy", "dpo_greedy")
+SFT = {"label": "sft", "method": "sft", "beta": 1.0, "tuning": "lora", "train_flops": 9.2e9, "train_seconds": 61.5}
+KL = {"best_of_1": 0.0, "best_of_2": 0.193, "best_of_8": 1.204, "sft_best_of_1": 0.75, "sft_best_of_8": 1.95}
 FACTS = {
     "title": "Chains",
     "command": "accelerate launch recipes/distill.py --config recipes/tiny/distill.yaml",
@@ -39,8 +43,7 @@ FACTS = {
     "reward_kind": "log-ratio",
     "versions": {"torch": "2.13"},
     "seeds": [0, 1],
-    "train_flops": 9.2e9,
-    "train_seconds": 61.5,
+    "trained": [SFT],
     "setup_seconds": 100.0,
     "total_seconds": 250.0,
     "audit": {"verdict": "Sound.", "auc": 0.97, "best_of_n": {2: {"value": 0.5, "low": 0.4, "high": 0.6}}},
@@ -61,7 +64,13 @@ def make_rows(world=WORLD, without=()):
                 rounds = [0.0, share] if method.startswith(("nabla", "control")) else None
                 row = {"method": method, "task": "chains", "problem": f"p{number}", "seed": seed}
                 row |= {"correct": right, "reward": math.nan if method == "greedy" else share}
-                row |= {"flops": flops, "seconds": flops / 1e9, "reward_by_round": rounds, "error": None}
+                row |= {
+                    "kl": KL.get(method),
+                    "flops": flops,
+                    "seconds": flops / 1e9,
+                    "reward_by_round": rounds,
+                    "error": None,
+                }
                 rows.append(row)
     return rows
 
@@ -97,10 +106,18 @@ def test_summary_holds_the_agreed_names(summary):
     for method in WORLD:
         assert {f"accuracy.{method}", f"flops.{method}", f"seconds.{method}"} <= summary.keys()
     pairs = ["nabla@0.33-control@0.33", "nabla-control", "nabla@0.33-best_of_16", "nabla-best_of_16"]
-    pairs += ["nabla-greedy", "distilled_greedy-greedy", "distilled_best_of_8-best_of_8"]
+    pairs += ["nabla-greedy", "sft_greedy-greedy", "sft_greedy-nabla", "sft_best_of_8-best_of_8"]
     pairs += ["nabla-reward_model_sampling", "best_of_32-best_of_1"]
     assert {f"paired.{pair}" for pair in pairs} <= summary.keys()
-    others = {"seconds.setup", "seconds.total", "recovered.distilled_greedy", "reward.nabla"}
+    others = {
+        "seconds.setup",
+        "seconds.total",
+        "recovered.sft_greedy",
+        "way.sft_greedy",
+        "reward.nabla",
+        "kl.sft_best_of_1",
+    }
+    others |= {"flops.training.sft", "seconds.training.sft"}
     assert others <= summary.keys()
     assert "reward.greedy" not in summary
 
@@ -124,13 +141,13 @@ def test_summary_equals_plain_means_of_the_rows(summary):
         assert summary[f"accuracy.{method}"]["value"] == pytest.approx(np.mean([one["correct"] for one in own]))
         assert summary[f"flops.{method}"]["value"] == pytest.approx(np.mean([one["flops"] for one in own]))
     assert summary["paired.nabla-greedy"]["value"] == pytest.approx(0.4)
-    assert summary["recovered.distilled_greedy"]["value"] == pytest.approx(0.75)
+    assert summary["recovered.sft_greedy"]["value"] == pytest.approx(0.75)
 
 
 def test_break_even_pays_the_training_back(summary):
-    queries = summary["break_even.distilled_greedy-best_of_16"]["value"]
+    queries = summary["break_even.sft_greedy-best_of_16"]["value"]
     assert 9.2e9 + queries * 4e6 == pytest.approx(queries * 96e6)
-    assert "break_even.distilled_greedy-greedy" not in summary
+    assert "break_even.sft_greedy-greedy" not in summary
 
 
 def test_every_accuracy_stands_beside_its_interval(written):
@@ -138,9 +155,9 @@ def test_every_accuracy_stands_beside_its_interval(written):
     assert [one["method"] for one in rows] == methods(json.loads((written / "summary.json").read_text()))
     for one in rows:
         assert re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", one["accuracy"]), one
-    for heading in ("Verdict", "Figures to reach", "Is the reward sound under search?", "Break-even"):
+    for heading in ("Verdict", "Figures to reach", "Is the reward sound under search?", TRADE):
         text = re.sub(r"\[[^]]*\]", "[]", section(written, heading))
-        text = re.sub(r"p [=<] \d\.\d+|\| auc \| .*", "", text)
+        text = re.sub(r"p [=<] \d\.\d+|\| auc \| .*|arXiv [\d.]+", "", text)
         assert not re.findall(r"\d\.\d{3}(?! \[\])", text), heading
 
 
@@ -152,14 +169,14 @@ def test_an_error_row_is_counted_and_shown(written):
 
 
 def test_targets_reached_and_not_reached_follow_the_numbers():
-    assert verdicts(make_rows()) == ["reached"] * 3
+    assert verdicts(make_rows()) == ["reached"] * 3 + ["NOT reached"]
     swapped = {
         **WORLD,
         "nabla@0.33": (0.45, 31e6),
         "control@0.33": (0.70, 30e6),
-        "distilled_greedy": (0.5, 4e6),
+        "sft_greedy": (0.5, 4e6),
     }
-    assert verdicts(make_rows(swapped)) == ["NOT reached"] * 3
+    assert verdicts(make_rows(swapped)) == ["NOT reached"] * 4
     dear = {**WORLD, "nabla@0.33": (0.9, 40e6), "nabla": (0.9, 61e6)}
     assert verdicts(make_rows(dear))[0] == "NOT reached"
     just_short = {**WORLD, "nabla@0.33": (0.63, 31e6), "best_of_16": (0.65, 96e6)}
@@ -179,7 +196,7 @@ def test_an_unequal_or_missing_control_decides_nothing():
     assert lines[1][2] == "not measured"
     assert "budgets were not equal" in lines[1][1]
     lines = targets(summarise(make_rows(without=["control@0.33", "control", "best_of_16", "greedy"]), FACTS))
-    assert [line[2] for line in lines] == ["not measured"] * 3
+    assert [line[2] for line in lines] == ["not measured"] * 4
     assert "missing: best_of_16" in lines[0][1]
     assert "missing: greedy" in lines[2][1]
 
@@ -187,7 +204,7 @@ def test_an_unequal_or_missing_control_decides_nothing():
 def test_without_a_gain_no_share_of_it_is_claimed():
     flat = {**WORLD, "nabla": (0.40, 61e6)}
     summary = summarise(make_rows(flat), FACTS)
-    assert "recovered.distilled_greedy" not in summary
+    assert "recovered.sft_greedy" not in summary
     assert targets(summary)[2][2] == "NOT reached"
 
 
@@ -219,7 +236,7 @@ def test_turning_accuracy_is_said(summary):
 def test_page_shows_tables_figures_and_provenance(written):
     page = (written / "report.md").read_text()
     images = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
-    assert len(images) == 4
+    assert len(images) == 6
     for image in images:
         data = (written / image).read_bytes()
         assert data.startswith(b"\x89PNG\r\n\x1a\n")
@@ -228,7 +245,7 @@ def test_page_shows_tables_figures_and_provenance(written):
     assert FACTS["command"] in section(written, "Provenance")
     assert "torch: 2.13" in section(written, "Provenance")
     assert "`rows.jsonl`" in section(written, "Files")
-    assert "9.2 GFLOPs in 61.5 s" in section(written, "Break-even")
+    assert "sft (lora, β = 1), 9.2 GFLOPs in 61.5 s" in section(written, TRADE)
     assert not list(written.rglob("*.tmp*"))
 
 
@@ -236,13 +253,14 @@ def test_what_is_not_there_is_named_and_its_old_figure_removed(tmp_path):
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "break_even.png").write_bytes(b"of an earlier run")
     few = make_rows(without=[name for name in WORLD if name not in ("greedy", "best_of_16")])
-    report.write_report(tmp_path, few, {**FACTS, "train_flops": None, "audit": None})
+    report.write_report(tmp_path, few, {**FACTS, "audit": None})
     assert sorted(path.stem for path in (tmp_path / "plots").iterdir()) == [
         "accuracy_flops",
         "accuracy_seconds",
     ]
-    assert "Not drawn for want of rows or facts: Reward over rounds, Break-even." in section(tmp_path, "Plots")
-    assert "Missing: the FLOPs of training" in section(tmp_path, "Break-even")
+    absent = section(tmp_path, "Plots").split("Not drawn for want of rows or facts: ")[1]
+    assert "Reward over rounds" in absent and "Break-even" in absent and "Accuracy against FLOPs" not in absent
+    assert section(tmp_path, TRADE).strip() == "Missing: no trained policy was evaluated."
     assert "nabla" in section(tmp_path, "Verdict").split("Missing, and so not compared: ")[1]
     assert "not audited" in section(tmp_path, "Is the reward sound under search?")
 

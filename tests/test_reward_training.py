@@ -33,7 +33,7 @@ from nabla_trl.reward_models import load_reward
 from nabla_trl.reward_training import RewardOptions, grown, starting_model, train_reward
 from nabla_trl.rewards import Reward
 from nabla_trl.terms import Sample
-from nabla_trl.training import LoraArguments
+from nabla_trl.tuning import LoraArguments
 
 END = worlds.TOKENS.index(worlds.END)
 LORA = LoraArguments(lora_r=4, lora_alpha=8)

@@ -177,29 +177,16 @@ def test_a_reward_list_that_ended_early_is_carried_forward():
     assert stats.reward_rounds(stats.grids([row()])["greedy"]) == []
 
 
-def test_methods_are_ordered_by_kind_then_budget():
-    names = [
-        "new",
-        "distilled_greedy",
-        "nabla",
-        "best_of_16",
-        "nabla@0.33",
-        "best_of_2",
-        "greedy",
-        "nabla@0.1",
-    ]
-    expected = [
-        "greedy",
-        "best_of_2",
-        "best_of_16",
-        "nabla@0.1",
-        "nabla@0.33",
-        "nabla",
-        "distilled_greedy",
-        "new",
-    ]
-    assert stats.in_order(names) == expected
-    assert stats.family("self_consistency_16") == ("self_consistency", 16)
+def test_a_divergence_is_optional_row_by_row():
+    """Rows of runs that did not measure it load as before; where some have it, the mean is over those."""
+    old, mixed = (stats.grids(rows)["greedy"] for rows in ([row()], [row(kl=2.0), row(problem="p1", kl=None)]))
+    assert np.isnan(old.columns["kl"]).all()
+    assert stats.mean_interval(mixed.columns["kl"]).value == 2.0
+
+
+def test_a_side_needs_both_the_interval_and_the_p_value():
+    sides = [stats.side(*one) for one in ((0.1, 0.2, 0.01), (-0.2, -0.1, 0.01), (0.1, 0.2, 0.05), (-0.1, 0.1, 0.01))]
+    assert sides == ["ahead", "behind", "", ""]
 
 
 # --- items of problems ------------------------------------------------------------------------------------

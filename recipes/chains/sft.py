@@ -26,7 +26,7 @@ from nabla_trl.generate import Job, generate, random_stream
 from nabla_trl.models import Policy, freeze_policy, load_model, load_tokenizer, prompt_ids
 from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.tasks import Problem
-from nabla_trl.training import LoraArguments, lora_config
+from nabla_trl.tuning import LoraArguments, lora_config
 
 
 @dataclass

@@ -1,0 +1,172 @@
+"""The trained checkpoints of a run: where they lie, what is known of them, and whether their files are whole.
+
+A run folder, as recipes/distill.py leaves it:
+
+    trained/<method>/train.json        what the training did
+    trained/<method>/adapter/          a LoRA adapter and its tokenizer; or
+    trained/<method>/model/            full weights and their tokenizer
+    rows.jsonl, facts.json             what was measured (`nabla_trl.results`)
+    config.yaml                        the configuration, as --config takes it
+    traces/*.parquet                   what was trained on, if anything
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nabla_trl.adapters import FILE, adapter_note
+from nabla_trl.names import one_line, same_model
+from nabla_trl.parsing import read_yaml
+from nabla_trl.results import load_results
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One trained checkpoint and the run that made it.
+
+    Attributes:
+        method: sft, reward-weighted, dpo, rloo or grpo.
+        folder: its weights and tokenizer.
+        training: train.json: method, tuning, beta, steps, flops and so on.
+        config: the run's configuration.
+        rows: the run's result rows; those of this checkpoint begin with its prefix.
+        facts: the run's facts (`nabla_trl.report`).
+        others: prefixes of the run's other checkpoints.
+    """
+
+    run: Path
+    method: str
+    folder: Path
+    training: dict[str, Any]
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    facts: dict[str, Any]
+    others: tuple[str, ...]
+
+    @property
+    def policy(self) -> str:
+        """The model that training began from."""
+        return self.facts["policy"]
+
+    @property
+    def adapter(self) -> bool:
+        return self.folder.name == "adapter"
+
+    @property
+    def prefix(self) -> str:
+        return prefix(self.method)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the run evaluated in."""
+        return self.config.get("dtype", "float32")
+
+    def measured(self) -> list[dict[str, Any]]:
+        """The rows of this checkpoint and of methods on the base."""
+        return [row for row in self.rows if not row["method"].startswith(self.others)]
+
+
+def prefix(method: str) -> str:
+    """What the names of a trained checkpoint's rows begin with."""
+    return method.replace("-", "_") + "_"
+
+
+def find_checkpoint(run: Path, method: str | None) -> Checkpoint:
+    """The trained checkpoint of a run; `method` says which where there are several.
+
+    Raises:
+        ValueError: no results, none of this checkpoint, no configuration, nothing trained, or several and none named.
+    """
+    rows, facts = load_results(run)
+    names = sorted(note.parent.name for note in run.glob("trained/*/train.json"))
+    if not names:
+        raise ValueError(f"{run} holds no trained weights: run recipes/distill.py with a training stage first")
+    if method is None and len(names) > 1:
+        raise ValueError(f"{run} holds several trained checkpoints: choose one by --trained, of {', '.join(names)}")
+    chosen = method or names[0]
+    if chosen not in names:
+        raise ValueError(f"{run} holds no checkpoint {chosen!r}: there is {', '.join(names)}")
+    if not any(row["method"].startswith(prefix(chosen)) for row in rows):
+        raise ValueError(f"{run} holds no rows of {chosen}: evaluate it first, a card needs figures")
+    if not (run / CONFIG).is_file():
+        raise ValueError(f"{run} holds no {CONFIG}: what it was made with would not be known")
+    folder = run / "trained" / chosen
+    weights = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), None)
+    if weights is None:
+        raise ValueError(
+            f"{folder} holds neither adapter/ nor model/: nothing was trained, or its saving was cut short"
+        )
+    others = tuple(prefix(name) for name in names if name != chosen)
+    training = _read_json(folder / "train.json")
+    return Checkpoint(run, chosen, weights, training, read_yaml(run / CONFIG), rows, facts, others)
+
+
+def check_files(checkpoint: Checkpoint) -> None:
+    """Refuse weights that no model need be loaded for.
+
+    Raises:
+        ValueError: a file that is missing, empty or cut, non-finite weights, an adapter without effect or of another
+            base.
+    """
+    folder = checkpoint.folder
+    if checkpoint.adapter:
+        if not (folder / FILE).is_file():
+            raise ValueError(f"{folder} is not an adapter: it has no {FILE}")
+        base = adapter_note(str(folder)).base
+        if not same_model(base, checkpoint.policy):
+            raise ValueError(f"adapter {folder} was made for {base}, not for the run's policy {checkpoint.policy}")
+    files = [folder / WEIGHTS] if checkpoint.adapter else sorted(folder.glob("*.safetensors"))
+    if not files or not files[0].is_file():
+        raise ValueError(f"{folder} holds no weights: nothing was trained, or its saving was cut short")
+    moved = count = 0
+    for file in files:
+        for name, weight in _weights(file):
+            count += 1
+            if not weight.isfinite().all():
+                raise ValueError(f"{file} holds weights that are not finite ({name}): the training diverged")
+            moved += "lora_A" not in name and bool(weight.any())
+    if not count:
+        raise ValueError(f"{folder} holds files of weights without any: its saving was cut short")
+    if checkpoint.adapter and not moved:
+        raise ValueError(f"adapter {folder} is inert: its matrices B are all zero, the training changed nothing")
+
+
+def traces_hash(run: Path) -> str | None:
+    """sha256 over the contents of the run's shards of traces in the order of their names; None without traces."""
+    shards = sorted(run.glob("traces/*.parquet"))
+    found = hashlib.sha256()
+    for shard in shards:
+        with shard.open("rb") as file:
+            while block := file.read(2**20):
+                found.update(block)
+    return found.hexdigest() if shards else None
+
+
+def _weights(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                yield name, opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged: {one_line(error)}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content

@@ -1,0 +1,180 @@
+"""The stage of a run that trains: one policy per method, each in a folder of its own, resumable, never mixed up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from trl import SFTConfig
+
+from nabla_trl.alignment import train_online
+from nabla_trl.checker import AnswerChecker
+from nabla_trl.compute import Cost
+from nabla_trl.config import ReasonerConfig
+from nabla_trl.models import Policy
+from nabla_trl.probe import Probe
+from nabla_trl.rewards import Reward
+from nabla_trl.tasks import Problem, graded
+from nabla_trl.traces import read_traces
+from nabla_trl.tracing import claim_settings
+from nabla_trl.training import OFFLINE, Trained, TrainOptions, check_tokenizer, select_rows, train_on_traces
+from nabla_trl.tuning import LoraArguments, last_checkpoint
+
+# TRL's options that decide what training makes of a policy.
+TRAINING = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_length",
+    "seed",
+)
+
+
+def label(method: str) -> str:
+    """What a trained policy is called in the names of methods: reward-weighted → reward_weighted."""
+    return method.replace("-", "_")
+
+
+def trained_path(folder: Path, method: str) -> Path:
+    """A run's adapter or whole model of a method; the one that is there, or where an adapter would be."""
+    model = folder / "trained" / method / "model"
+    return model if model.exists() else model.with_name("adapter")
+
+
+def trained_methods(folder: Path) -> list[str]:
+    """The methods that a run has finished training with."""
+    return sorted(path.parent.name for path in (folder / "trained").glob("*/train.json"))
+
+
+def read_trained(folder: Path, method: str) -> dict[str, Any]:
+    """What training told of itself (`Trained`, and the cost of the traces it was made of)."""
+    return json.loads((folder / "trained" / method / "train.json").read_text(encoding="utf-8"))
+
+
+@dataclass
+class TrainStage:
+    """Everything a method needs.
+
+    Attributes:
+        folder: of the run; traces/ is in it, and trained/<method>/ will be.
+        problems: of training; `probed`: those kept apart for the probe.
+        models: loads the frozen policy and the reward, once.
+        settings: of the models and the search, which decide what the traces are and what is rewarded.
+    """
+
+    folder: Path
+    policy: str
+    dtype: str
+    problems: Sequence[Problem]
+    probed: Sequence[Problem]
+    reasoner: ReasonerConfig
+    options: TrainOptions
+    lora: LoraArguments
+    config: SFTConfig
+    models: Callable[[], tuple[Policy, Reward]]
+    settings: dict[str, str]
+    checker: AnswerChecker
+    state: PartialState
+
+    def run(self, method: str) -> Trained | None:
+        """Train, or go on training; None where it is done already.
+
+        Raises:
+            ValueError: other settings than those the folder was begun with (the differing ones are named), and what
+                the methods refuse.
+        """
+        self.check(method)
+        home = self.folder / "trained" / method
+        trainer, mark = home / "trainer", home / "settings.json"
+        finished = (home / "train.json").exists()
+        if not finished and last_checkpoint(trainer) is None and self.state.is_main_process:
+            mark.unlink(missing_ok=True)  # of an attempt that left nothing
+        self.state.wait_for_everyone()
+        claim_settings(mark, self._settings(method))
+        if finished:
+            return None
+        config = copy(self.config)
+        config.output_dir = str(trainer)
+        output = home / ("model" if self.options.tuning == "full" else "adapter")
+        trained, spent = self._train(method, output, config)
+        if self.state.is_main_process:
+            facts = asdict(trained) | {"trace_flops": spent.flops, "trace_seconds": spent.seconds}
+            draft = home / "train.json.tmp"
+            draft.write_text(json.dumps(facts | {"processes": self.state.num_processes}, indent=1), encoding="utf-8")
+            draft.replace(home / "train.json")
+        return trained
+
+    def check(self, method: str) -> None:
+        """Refuse what a method cannot be trained with, before anything is loaded."""
+        if method != "sft" and self.reasoner.beta is None:
+            raise ValueError(
+                f"method {method} needs beta, which search and training share: set beta (kl sizes the search alone)"
+            )
+        if method == "sft" and self.options.select == "samples" and self.reasoner.acceptance != "metropolis":
+            raise ValueError("select samples takes samples of π*: set acceptance metropolis")
+
+    def _settings(self, method: str) -> dict[str, str]:
+        found = {name: str(getattr(self.config, name)) for name in TRAINING}
+        found |= {name: str(value) for name, value in {**asdict(self.lora), **asdict(self.options)}.items()}
+        found |= {"method": method, "problems": str(len(self.problems)), "processes": str(self.state.num_processes)}
+        return found | self.settings
+
+    def _train(self, method: str, output: Path, config: SFTConfig) -> tuple[Trained, Cost]:
+        probe = self._probe()
+        beta = 1 / self.reasoner.lam
+        shared: dict[str, Any] = {
+            "beta": beta,
+            "lora": self.lora,
+            "config": config,
+            "dtype": self.dtype,
+            "probe": probe,
+        }
+        if method in OFFLINE:
+            made = read_traces(self.folder / "traces")
+            check_tokenizer(made, self.policy)
+            found = select_rows(method, made, select=self.options.select, beta=beta)
+            trained = train_on_traces(method, self.policy, found, output, tuning=self.options.tuning, **shared)
+            return trained, sum((trace.cost for trace in made), Cost())
+        base, reward = self.models()
+        trained = train_online(
+            method,
+            base,
+            self.problems,
+            output,
+            reward=reward,
+            checker=self.checker,
+            sampling=self.reasoner.sampling(),
+            options=self.options,
+            **shared,
+        )
+        return trained, Cost()
+
+    def _probe(self) -> Probe | None:
+        if not self.options.probe_problems:
+            return None
+        problems = graded(list(self.probed))
+        if len(problems) < self.options.probe_problems:
+            raise ValueError(
+                f"only {len(problems)} training problems with a gold answer are left for probe_problems "
+                f"{self.options.probe_problems}: lower train_limit or probe_problems"
+            )
+        base, reward = self.models()
+        return Probe(
+            problems,
+            base=base,
+            reward=reward,
+            max_new_tokens=self.reasoner.max_new_tokens,
+            every=self.options.probe_steps,
+            stop=self.options.stop_on_overoptimisation,
+            checker=self.checker,
+        )
