@@ -19,6 +19,7 @@ from nabla_trl.stats import SIGNIFICANT
 from nabla_trl.verdicts import si
 
 NEAR = 0.1  # nats of KL(q‖π*) within which an exact law is called π*
+ONE_SIDED = 1.645  # standard deviations that chance exceeds once in twenty
 TEST_TIME, TRAINED = "test time", "trained"
 
 
@@ -60,6 +61,11 @@ class Row:
     @property
     def name(self) -> str:
         return self.method if self.size is None else f"{self.method} @{self.size}"
+
+    @property
+    def place(self) -> str:
+        """Where on its method's curve it stands."""
+        return f"{si(self.training_flops, 'FLOPs')} of training" if self.size is None else str(self.size)
 
     @property
     def excess(self) -> float:
@@ -120,13 +126,13 @@ def course(rows: Sequence[Row]) -> str:
     wrong = [place for place, row in enumerate(rows) if not row.is_optimum]
     first = wrong[-1] + 1 if wrong else 0
     if first < len(rows):
-        where = "" if rows[first].size is None else f" from {rows[first].size} on" if first else " throughout"
+        where = f" from {rows[first].place} on" if first else ""
         return f"{rows[0].method}: π*{where}" + ("" if rows[first].noise is None else ", within noise")
     nearest = min(rows, key=lambda row: row.excess)
     said = f"{rows[0].method}: {nearest.excess:.2f} nats off"
     if len(rows) == 1:
         return said
-    return f"{said} at its nearest ({nearest.size}), {rows[-1].excess:.2f} at its end ({rows[-1].size})"
+    return f"{said} at its nearest ({nearest.place}), {rows[-1].excess:.2f} at its end ({rows[-1].place})"
 
 
 def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -139,9 +145,9 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def ends(rows: Sequence[Row]) -> str:
     """Which methods have π* as their law at their last point."""
     last = [own[-1] for own in by_method(rows).values()]
-    there = ", ".join(row.name for row in last if row.is_optimum) or "none"
-    elsewhere = ", ".join(f"{row.name} ({row.excess:.2f} nats off)" for row in last if not row.is_optimum)
-    return f"π* is the law of: {there}" + (f". Not of: {elsewhere}" if elsewhere else "")
+    there = ", ".join(row.method for row in last if row.is_optimum) or "none"
+    elsewhere = ", ".join(row.method for row in last if not row.is_optimum)
+    return f"π* at the end: {there}" + (f". Elsewhere: {elsewhere}" if elsewhere else "")
 
 
 def table(rows: Sequence[Row], optimum: Measures) -> str:
@@ -205,15 +211,19 @@ def to_dict(rows: Sequence[Row], optimum: Measures, facts: dict[str, Any]) -> di
 
 
 def draw(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> None:
-    """KL(q‖π*) against FLOPs: those per answer at test time, those of training for trained policies."""
+    """KL(q‖π*) against FLOPs: those per answer at test time, those of training for trained policies.
+
+    Of counted laws what lies beyond noise is drawn, down to where nothing can be told from π*.
+    """
     from nabla_trl.duality_plots import duality_figure  # here, so that a table does not load matplotlib
 
+    noises = [ONE_SIDED * row.noise.kl_sd for row in rows if row.noise is not None]
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {TEST_TIME: {}, TRAINED: {}}
     for row in rows:
         spent = row.flops if row.kind == TEST_TIME else row.training_flops
-        curves[row.kind].setdefault(row.method, []).append((spent, row.measures.kl))
-    floors = [row.noise.kl for row in rows if row.noise is not None]
+        least = 0.0 if row.noise is None else ONE_SIDED * row.noise.kl_sd
+        curves[row.kind].setdefault(row.method, []).append((spent, max(row.excess, least)))
     draft = path.with_name(path.stem + ".tmp.png")
-    floor = floors[0] if floors else None
-    duality_figure(curves[TEST_TIME], curves[TRAINED], floor, ends(rows), facts["subject"]).savefig(draft)
+    noise = noises[0] if noises else None
+    duality_figure(curves[TEST_TIME], curves[TRAINED], noise, ends(rows), facts["subject"]).savefig(draft)
     draft.replace(path)

@@ -30,7 +30,7 @@ from nabla_trl import duality
 from nabla_trl.arguments import DATASETS, REWARDS
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.duality import TRAINED, Row
-from nabla_trl.enumeration import LIMIT, Scored, Tree, enumerate_tree, law_of, score_tree
+from nabla_trl.enumeration import LIMIT, Tree, enumerate_tree, law_of, score_tree
 from nabla_trl.laws import Case, counted, mean_measures, noise_floor
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.parsing import parse, quiet_libraries, run_main
@@ -63,7 +63,7 @@ class DualityArguments:
     samples: list[int] = field(
         default_factory=lambda: [2, 4, 8, 16, 32], metadata={"help": "N of best-of-N, rising, at least 2"}
     )
-    chains: int = _option(500, "independent chains per prompt and search")
+    chains: int = _option(300, "independent chains per prompt and search")
     rounds: int = _option(32, "steps of every chain")
     point: str = _option("direct", "gradient of the searches that follow one, see `point` of the search")
     step: float = _option(1.0, "share of the mirror step")
@@ -101,10 +101,10 @@ class DualityArguments:
         )
         greedy = replace(config, acceptance="greedy")
         return {
-            "metropolis, gradient": config,
-            "metropolis, no gradient": config.control(),
-            "greedy, gradient": greedy,
-            "greedy, no gradient": greedy.control(),
+            "metropolis + gradient": config,
+            "metropolis": config.control(),
+            "greedy search + gradient": greedy,
+            "greedy search": greedy.control(),
         }
 
 
@@ -180,15 +180,16 @@ class Study:
 
     def sampling_flops(self, laws: Sequence[np.ndarray]) -> float:
         """One sample of laws of policies of this size, without a score."""
-        return self._mean([one.drawing_prompt + law @ one.drawing for one, law in zip(self.scored, laws, strict=True)])
+        spent = [one.drawing_prompt + law @ one.drawing for one, law in zip(self.scored, laws, strict=True)]
+        return float(np.mean(spent))
 
     def best_of_flops(self, count: int) -> float:
-        return self._mean(
-            [_pool_flops(one, case.policy, count) for one, case in zip(self.scored, self.cases, strict=True)]
-        )
-
-    def _mean(self, values: Sequence[float]) -> float:
-        return float(np.mean(values))
+        """Expected FLOPs of drawing and scoring `count` responses."""
+        spent = [
+            one.drawing_prompt + one.scoring_prompt + count * float(case.policy @ (one.drawing + one.scoring))
+            for one, case in zip(self.scored, self.cases, strict=True)
+        ]
+        return float(np.mean(spent))
 
     def subject(self) -> str:
         """A sentence on the world."""
@@ -198,11 +199,6 @@ class Study:
             f"{len(self.cases)} prompts, {' or '.join(f'{size:,}' for size in sizes)} responses each; entropy of π "
             f"{min(entropies):.1f} to {max(entropies):.1f} nats, KL(π*‖π) {self.optimum.kl_policy:.2f} on average."
         )
-
-
-def _pool_flops(scored: Scored, policy: np.ndarray, count: int) -> float:
-    """Expected FLOPs of drawing and scoring `count` responses."""
-    return scored.drawing_prompt + scored.scoring_prompt + count * float(policy @ (scored.drawing + scored.scoring))
 
 
 def flops_at(trace: Trace, rounds: int) -> float:
@@ -226,9 +222,7 @@ def prepare(args: DualityArguments, world: WorldArguments) -> tuple[Policy, Rewa
             make_world(folder, world, args.max_new_tokens)
         names = [str(folder / name) for name in ("policy", "reward", "problems.jsonl")]
     elif world != WorldArguments():
-        raise ValueError(
-            "a policy is given, so no world is made: leave out world_seed, symbols and what goes with them"
-        )
+        raise ValueError("a policy is given, so no world is made: leave out world_seed, symbols and their like")
     policy = load_policy(names[0], device=args.device)
     reward = load_reward(names[1], policy=policy, device=args.device, batch_size=4 * args.batch_size)
     return policy, reward, load_problems(names[2], split=args.split, limit=args.limit if args.policy else None)
@@ -257,7 +251,7 @@ def main(argv: Sequence[str]) -> None:
         policy=study.policy,
         reward=study.reward,
         problems=[tree.problem for tree in study.trees],
-        metropolis=args.searches(len(study.policy.forbidden))["metropolis, gradient"],
+        metropolis=args.searches(len(study.policy.forbidden))["metropolis + gradient"],
         seed=args.seed + 1,  # other chains than those that are measured
     )
     rows += study.trained([weights for method in training.methods() for weights in trainer.run(method)])

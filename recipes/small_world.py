@@ -43,7 +43,7 @@ class WorldArguments:
     width: int = _option(64, "hidden size of both models, a multiple of 8")
     layers: int = _option(2, "layers of both models")
     weights: float = _option(0.25, "standard deviation of every weight")
-    spread: float = _option(1.4, "standard deviation of the reward under the policy, mean over prompts")
+    spread: float = _option(1.0, "standard deviation of the reward under the policy, mean over prompts")
 
     def __post_init__(self) -> None:
         if not 2 <= self.symbols <= len(ALPHABET):

@@ -6,6 +6,8 @@ import importlib
 import json
 import shutil
 import sys
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import worlds
 
 from nabla_trl import duality
 from nabla_trl.duality import Noise, Row
-from nabla_trl.laws import Measures
+from nabla_trl.enumeration import Tree
+from nabla_trl.laws import Case, Measures, counted, total_variation
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {
@@ -49,11 +52,11 @@ def rows(folder: Path) -> dict[tuple[str, int | None], dict[str, Any]]:
 
 def test_metropolis_samples_the_optimum_and_greedy_does_not(folder: Path) -> None:
     found = rows(folder)
-    for gradient in ("gradient", "no gradient"):
-        ended, greedy = found[f"metropolis, {gradient}", 12], found[f"greedy, {gradient}", 12]
+    for more in ("", " + gradient"):
+        ended, greedy = found[f"metropolis{more}", 12], found[f"greedy search{more}", 12]
         assert ended["measures"]["kl"] < 2 * ended["noise"]["kl"] and "samples π*" in ended["verdict"]
         assert greedy["measures"]["kl"] > 3 * greedy["noise"]["kl"] and "overshoots" in greedy["verdict"]
-        spent = [found[f"metropolis, {gradient}", steps]["flops"] for steps in (1, 2, 4, 8, 12)]
+        spent = [found[f"metropolis{more}", steps]["flops"] for steps in (1, 2, 4, 8, 12)]
         assert spent == sorted(set(spent))
     assert found["π", None]["measures"]["kl_policy"] == pytest.approx(0, abs=1e-9)
     assert found["best of N", 4]["frontier"] > found["best of N", 4]["measures"]["reward"]
@@ -62,34 +65,40 @@ def test_metropolis_samples_the_optimum_and_greedy_does_not(folder: Path) -> Non
 
 def test_pages_and_figures_are_there(folder: Path) -> None:
     text = (folder / "duality.md").read_text(encoding="utf-8")
-    for words in ("| π* |", "best of N @4", "- metropolis, no gradient: π*", "15 responses each"):
+    for words in ("| π* |", "best of N @4", "- metropolis: π* from ", "15 responses each"):
         assert words in text
     assert (folder / "duality.png").stat().st_size > 10_000
     assert not list(folder.rglob("*.tmp*"))
 
 
-def test_chains_are_not_run_again_and_checkpoints_join(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(folder, tmp_path / "again")
-    before, out = rows(folder), ["--output_dir", str(tmp_path / "again")]
+def study_of(folder: Path) -> Any:
+    """The study of a finished run, for its models and laws."""
     module = recipe()
+    args, world = module.parse([module.DualityArguments, module.WorldArguments], [*RUN, "--output_dir", str(folder)])
+    return module.Study(args, *module.prepare(args, world))
+
+
+def test_chains_are_not_run_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder, tmp_path / "again")
+    module, out = recipe(), ["--output_dir", str(tmp_path / "again")]
     monkeypatch.setattr(module, "solve", None)
-    trained = f"rloo={tmp_path}/again/world/policy@3e9"
-    # Its world is named by the folder, and made there: a moved one is the same.
-    module.main([*RUN, *out, "--checkpoints", trained])
-    after = rows(tmp_path / "again")
-    own = after.pop(("rloo", None))
-    assert after == before
-    assert own["measures"] == before["π", None]["measures"] and own["flops"] == before["π", None]["flops"]
-    assert (own["kind"], own["training_flops"]) == ("trained", 3e9)
+    module.main([*RUN, *out])
+    assert rows(tmp_path / "again") == rows(folder)
     worlds.refused(lambda: module.main([*RUN, *out, "--beta", "2"]), "beta '2.0' (was '1.0')")
+    worlds.refused(lambda: module.main([*RUN, *out, "--spread", "2"]), "spread '2.0' (was '1.2')")
+
+
+def test_rows_of_trained_policies(folder: Path) -> None:
+    """One that training left as it was has the law and the price of π."""
+    [own] = study_of(folder).trained([recipe().Weights("rloo", str(folder / "world" / "policy"), 3e9)])
+    policy = rows(folder)["π", None]
+    assert asdict(own.measures) == pytest.approx(policy["measures"], abs=1e-12) and own.flops == policy["flops"]
+    assert (own.kind, own.training_flops, own.is_optimum) == ("trained", 3e9, False)
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     module, out = recipe(), ["--output_dir", str(tmp_path / "out")]
     worlds.refused(lambda: module.main([*out, "--policy", "P"]), "policy, reward and dataset belong together")
-    worlds.refused(lambda: module.main([*out, "--checkpoints", "rloo=folder"]), "METHOD=FOLDER@FLOPS")
     worlds.refused(lambda: module.main([*out, "--symbols", "40"]), "symbols must be 2 to 26")
     own = ["--policy", "data/tiny/policy", "--reward", "data/tiny/reward", "--dataset", "chains", "--device", "cpu"]
     worlds.refused(lambda: module.main([*out, *own]), "3,368,421 responses of up to 5 tokens", "at most 20,000")
@@ -114,7 +123,7 @@ def test_verdicts_follow_the_numbers() -> None:
     far, near = row(1, 0.9, 1.0, 0.01), row(2, 0.31, 1.0, 0.5)
     assert duality.course([far, near]) == "m: π* from 2 on, within noise"
     assert duality.course([near, far]) == "m: 0.01 nats off at its nearest (2), 0.60 at its end (1)"
-    assert duality.ends([far, near]) == "π* is the law of: m @2"
+    assert duality.ends([far, near]) == "π* at the end: m"
 
 
 def test_trained_rows_have_a_panel_of_their_own(tmp_path: Path) -> None:
@@ -128,3 +137,48 @@ def test_trained_rows_have_a_panel_of_their_own(tmp_path: Path) -> None:
         duality.draw(tmp_path / "duality.png", some, {"subject": "two laws"})
         sizes.append((tmp_path / "duality.png").stat().st_size)
     assert sizes[1] != sizes[0] and np.prod(sizes)
+
+
+def control_kernel(tree: Tree, case: Case) -> np.ndarray:
+    """[N, N] chances of one Metropolis step without the gradient, from every response to every other.
+
+    A branch is drawn by π(v|y_<t) among all (t, v ≠ y_t), whose sum is S(y), and its suffix by π: y' is proposed with
+    π(y')/π(what it shares with y)/S(y), so that all but S cancels in the ratio of Hastings.
+    """
+    begun: Counter[tuple[int, ...]] = Counter()
+    for response, mass in zip(tree.responses, case.policy, strict=True):
+        for size in range(len(response) + 1):
+            begun[response[:size]] += mass
+    moves = np.array([sum(1 - begun[y[: t + 1]] / begun[y[:t]] for t in range(len(y))) for y in tree.responses])
+    kernel = np.zeros((len(moves), len(moves)))
+    for row, one in enumerate(tree.responses):
+        for column, other in enumerate(tree.responses):
+            if row != column:
+                shared = next(t for t, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+                ratio = np.exp((case.rewards[column] - case.rewards[row]) / case.beta) * moves[row] / moves[column]
+                kernel[row, column] = case.policy[column] / begun[one[:shared]] / moves[row] * min(1.0, ratio)
+        kernel[row, row] = 1 - kernel[row].sum()
+    return kernel
+
+
+def test_chains_follow_their_exact_law_at_every_step(folder: Path) -> None:
+    """… not only at the end: the control's kernel can be written down, and leaves π* as it is."""
+    study = study_of(folder)
+    [tree], [case] = study.trees, study.cases
+    kernel = control_kernel(tree, case)
+    assert case.optimum @ kernel == pytest.approx(case.optimum, abs=1e-12)
+    config = study.args.searches(len(study.policy.forbidden))["metropolis"]
+    steps = [1, 2, 4, 8, 12]
+    counts, _ = study.counts(tree, config, steps, folder / "chains" / "search-1-prompt-0.npz")
+    law = case.policy
+    for step in range(1, 13):
+        law = law @ kernel
+        if step in steps:
+            noise = [total_variation(rng_law(law, study.args.chains, seed), law) for seed in range(40)]
+            assert total_variation(counted(counts[steps.index(step)]), law) <= max(noise)
+    assert case.measures(law).kl < 0.02 < case.measures(case.policy).kl
+
+
+def rng_law(law: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """A law counted from so many draws."""
+    return counted(np.random.default_rng(seed).multinomial(draws, law / law.sum()))
