@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, RLOOConfig, SFTConfig
 
 from nabla_trl.checker import AnswerChecker
@@ -121,7 +120,7 @@ def train_online(
         scorer = VerifierScorer(base, asked, checker)
     else:
         scorer = RewardScorer(reward, asked, encoded)
-    model = load_trainable(AutoModelForCausalLM, base.name, tuning=options.tuning, dtype=dtype, config=config)
+    model = load_trainable(base.name, tuning=options.tuning, dtype=dtype, config=config)
     kind, settings = _settings(method, config, len(asked), base, beta, sampling, options)
     course = _course(list(asked), settings, options)
     trainer = kind(

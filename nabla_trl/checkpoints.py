@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nabla_trl.adapters import FILE, adapter_note
 from nabla_trl.names import one_line, same_model
+from nabla_trl.naming import trained_label
 from nabla_trl.parsing import read_yaml
 from nabla_trl.results import load_results
 
@@ -79,7 +80,32 @@ class Checkpoint:
 
 def prefix(method: str) -> str:
     """What the names of a trained checkpoint's rows begin with."""
-    return method.replace("-", "_") + "_"
+    return trained_label(method) + "_"
+
+
+def trained_methods(run: Path) -> list[str]:
+    """The methods that a run has finished training with."""
+    return sorted(note.parent.name for note in run.glob("trained/*/train.json"))
+
+
+def trained_weights(run: Path, method: str) -> Path:
+    """The folder of a method's adapter or whole model.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    folder = run / "trained" / method
+    found = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), None)
+    if found is None:
+        raise ValueError(
+            f"{folder} holds neither adapter/ nor model/: nothing was trained, or its saving was cut short"
+        )
+    return found
+
+
+def read_training(run: Path, method: str) -> dict[str, Any]:
+    """What a method's training did (`nabla_trl.training.Trained`), and the cost of the traces it was made of."""
+    return _read_json(run / "trained" / method / "train.json")
 
 
 def find_checkpoint(run: Path, method: str | None) -> Checkpoint:
@@ -89,7 +115,7 @@ def find_checkpoint(run: Path, method: str | None) -> Checkpoint:
         ValueError: no results, none of this checkpoint, no configuration, nothing trained, or several and none named.
     """
     rows, facts = load_results(run)
-    names = sorted(note.parent.name for note in run.glob("trained/*/train.json"))
+    names = trained_methods(run)
     if not names:
         raise ValueError(f"{run} holds no trained weights: run recipes/distill.py with a training stage first")
     if method is None and len(names) > 1:
@@ -101,14 +127,9 @@ def find_checkpoint(run: Path, method: str | None) -> Checkpoint:
         raise ValueError(f"{run} holds no rows of {chosen}: evaluate it first, a card needs figures")
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} holds no {CONFIG}: what it was made with would not be known")
-    folder = run / "trained" / chosen
-    weights = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), None)
-    if weights is None:
-        raise ValueError(
-            f"{folder} holds neither adapter/ nor model/: nothing was trained, or its saving was cut short"
-        )
+    weights = trained_weights(run, chosen)
     others = tuple(prefix(name) for name in names if name != chosen)
-    training = _read_json(folder / "train.json")
+    training = read_training(run, chosen)
     return Checkpoint(run, chosen, weights, training, read_yaml(run / CONFIG), rows, facts, others)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import set_seed
 from trl import DPOConfig, RewardConfig
 
 from nabla_trl.compute import model_size
@@ -52,7 +52,7 @@ def train_implicit(
         for good, bad in [(term.encode(chosen), term.encode(rejected))]
     ]
     set_seed(config.seed)
-    model = load_trainable(AutoModelForCausalLM, base, tuning="lora", dtype=dtype, config=config)
+    model = load_trainable(base, tuning="lora", dtype=dtype, config=config)
     trainer = IdsDPOTrainer(
         model=model,
         args=dpo_config(config, beta),

@@ -68,3 +68,8 @@ def in_order(methods: Iterable[str]) -> list[str]:
         return (whose, _ORDER.index(name), size) if name in _ORDER else (len(LABELS) + 1, 0, 0.0)
 
     return sorted(dict.fromkeys(methods), key=rank)
+
+
+def trained_label(method: str) -> str:
+    """The label of the policy that a way of training made: reward-weighted -> reward_weighted."""
+    return method.replace("-", "_")

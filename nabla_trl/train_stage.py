@@ -40,27 +40,6 @@ TRAINING = (
 )
 
 
-def label(method: str) -> str:
-    """What a trained policy is called in the names of methods: reward-weighted → reward_weighted."""
-    return method.replace("-", "_")
-
-
-def trained_path(folder: Path, method: str) -> Path:
-    """A run's adapter or whole model of a method; the one that is there, or where an adapter would be."""
-    model = folder / "trained" / method / "model"
-    return model if model.exists() else model.with_name("adapter")
-
-
-def trained_methods(folder: Path) -> list[str]:
-    """The methods that a run has finished training with."""
-    return sorted(path.parent.name for path in (folder / "trained").glob("*/train.json"))
-
-
-def read_trained(folder: Path, method: str) -> dict[str, Any]:
-    """What training told of itself (`Trained`, and the cost of the traces it was made of)."""
-    return json.loads((folder / "trained" / method / "train.json").read_text(encoding="utf-8"))
-
-
 @dataclass
 class TrainStage:
     """Everything a method needs.

@@ -173,9 +173,7 @@ def train_on_traces(
     Raises:
         ValueError: a loss that is not finite, weights that did not change, or a disk that is full.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = load_trainable(AutoModelForCausalLM, policy, tuning=tuning, dtype=dtype, config=config)
+    model = load_trainable(policy, tuning=tuning, dtype=dtype, config=config)
     trainer = _offline_trainer(method, policy, model, found, beta, tuning, lora, config)
     size = model_size(model, "policy")
     outcome = run_trainer(trainer, output, tuning=tuning, probe=probe)

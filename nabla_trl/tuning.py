@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
+from nabla_trl.adapters import adapter_folder
 from nabla_trl.compute import ModelSize
-from nabla_trl.models import DTYPES, cannot_load, load_model
-from nabla_trl.names import one_line
+from nabla_trl.models import DTYPES, load_causal
+from nabla_trl.names import cannot_load, one_line
 
 TUNING = ("full", "lora", "qlora")
 
@@ -46,19 +47,20 @@ def lora_config(lora: LoraArguments, task_type: str, modules_to_save: list[str] 
     )
 
 
-def load_trainable(auto: Any, name: str, *, tuning: str, dtype: str, config: TrainingArguments) -> PreTrainedModel:
-    """The model that training starts from, on the trainer's device; adapters are put on it by the trainer.
+def load_trainable(name: str, *, tuning: str, dtype: str, config: TrainingArguments) -> PreTrainedModel:
+    """The causal LM that training starts from, on the trainer's device; adapters are put on it by the trainer.
 
     Args:
         dtype: of a frozen base. Weights that are trained themselves are float32: in bfloat16 small steps are lost.
 
     Raises:
-        ValueError: nothing loadable at `name`, or a half-precision base without mixed precision.
+        ValueError: nothing loadable at `name`, an adapter as the base of another one in 4 bits, or a half-precision
+            base without mixed precision.
     """
     check_precision(tuning, dtype, config)
     if tuning == "qlora":
-        return _load_four_bit(auto, name, dtype, config)
-    return load_model(auto, name, dtype="float32" if tuning == "full" else dtype, device=str(config.device))
+        return _load_four_bit(name, dtype, config)
+    return load_causal(name, dtype="float32" if tuning == "full" else dtype, device=str(config.device))
 
 
 def check_precision(tuning: str, dtype: str, config: TrainingArguments) -> None:
@@ -69,13 +71,17 @@ def check_precision(tuning: str, dtype: str, config: TrainingArguments) -> None:
         )
 
 
-def _load_four_bit(auto: Any, name: str, dtype: str, config: TrainingArguments) -> PreTrainedModel:
+def _load_four_bit(name: str, dtype: str, config: TrainingArguments) -> PreTrainedModel:
     from peft import prepare_model_for_kbit_training
 
-    four = four_bit(DTYPES[dtype], head="lm_head")
+    if adapter_folder(name) is not None:
+        raise ValueError(f"{name} is an adapter: qlora starts from whole weights (nabla-trl ship --merge makes them)")
     try:
-        model = auto.from_pretrained(
-            name, quantization_config=four, dtype=DTYPES[dtype], device_map={"": str(config.device)}
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            quantization_config=four_bit(DTYPES[dtype], head="lm_head"),
+            dtype=DTYPES[dtype],
+            device_map={"": str(config.device)},
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(cannot_load("a model", name, error)) from error

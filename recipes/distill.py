@@ -33,12 +33,13 @@ from nabla_trl.arguments import REWARDS, VLLM_TIMEOUT, VLLM_URL, drawing_setting
 from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
 from nabla_trl.checker import AnswerChecker
+from nabla_trl.checkpoints import read_training, trained_methods, trained_weights
 from nabla_trl.compute import Cost
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
 from nabla_trl.methods import SYNTAX, method_names, searches, steps
 from nabla_trl.models import Policy, load_policy
-from nabla_trl.naming import RIVAL, labels, split
+from nabla_trl.naming import RIVAL, labels, split, trained_label
 from nabla_trl.parsing import given, parse, quiet_libraries, run_main
 from nabla_trl.records import versions
 from nabla_trl.report import terminal_table, write_report
@@ -51,7 +52,7 @@ from nabla_trl.rowstore import RowStore
 from nabla_trl.server import connect
 from nabla_trl.tasks import Problem, check_disjoint, data_identity, load_problems
 from nabla_trl.tracing import claim_settings, search_settings, unfinished, weights_identity, write_traces
-from nabla_trl.train_stage import TrainStage, label, read_trained, trained_methods, trained_path
+from nabla_trl.train_stage import TrainStage
 from nabla_trl.training import OFFLINE, TrainOptions
 from nabla_trl.tuning import LoraArguments
 
@@ -112,7 +113,9 @@ class DistillArguments:
         if self.traces_per_problem < 1:
             raise ValueError("traces_per_problem must be at least 1")
         if not self.methods:
-            self.methods = ",".join([METHODS, *(f"{label(one)}_{rest}" for one in self.method for rest in TRAINED)])
+            self.methods = ",".join(
+                [METHODS, *(f"{trained_label(one)}_{rest}" for one in self.method for rest in TRAINED)]
+            )
         method_names(self.methods)
 
 
@@ -301,12 +304,12 @@ class Run:
         """The trained policies that these methods ask for, by label."""
         tuned = {}
         for method in trained_methods(self.folder):
-            if label(method) in labels(names):
-                path = trained_path(self.folder, method)
+            if trained_label(method) in labels(names):
+                path = trained_weights(self.folder, method)
                 # Rows of an earlier training must not pass for those of this one.
                 mark = self._path(f"rows/{method}.settings.json")
                 claim_settings(mark, {"weights": weights_identity(path)})
-                tuned[label(method)] = self._load(path)
+                tuned[trained_label(method)] = self._load(path)
         return tuned
 
     def _load(self, path: Path) -> Policy:
@@ -372,9 +375,9 @@ class Run:
 
     def _trained(self, method: str) -> dict[str, Any]:
         """What a trained policy cost: traces, training and the audit."""
-        made, audited = read_trained(self.folder, method), self._read("audit.json") or {}
+        made, audited = read_training(self.folder, method), self._read("audit.json") or {}
         return {
-            "label": label(method),
+            "label": trained_label(method),
             "method": method,
             "beta": made["beta"],
             "tuning": made["tuning"],

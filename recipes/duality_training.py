@@ -50,19 +50,20 @@ class TrainingArguments:
         default_factory=list,
         metadata={"help": "trained policies: sft, reward-weighted, dpo (both kinds of labels), rloo, grpo"},
     )
-    train_samples: int = _option(2000, "responses per prompt that methods on traces are trained on")
+    train_samples: int = _option(8000, "responses per prompt that methods on traces are trained on")
+    train_rounds: int = _option(12, "sft: steps of each chain that gives one of them")
     train_steps: int = _option(1024, "optimiser steps")
     train_batch: int = _option(192, "responses per step (pairs of dpo: half as many)")
     train_generations: int = _option(32, "rloo, grpo: responses per prompt and step")
-    train_rate: float = _option(2e-3, "first learning rate, decaying linearly to 0")
+    train_rate: float = _option(1e-3, "first learning rate, decaying linearly to 0")
     train_checkpoints: int = _option(5, "points of each curve: steps/2^k, …, steps/2, steps")
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.train if name not in ("sft", "reward-weighted", "dpo", "rloo", "grpo")]
         if unknown:
             raise ValueError(f"train: unknown method {unknown[0]!r}")
-        if min(self.train_samples, self.train_steps, self.train_batch, self.train_checkpoints) < 1:
-            raise ValueError("train_samples, train_steps, train_batch and train_checkpoints must be at least 1")
+        if min(self.train_samples, self.train_rounds, self.train_steps, self.train_batch, self.train_checkpoints) < 1:
+            raise ValueError("samples, rounds, steps, batch and checkpoints of training must be at least 1")
         if self.train_steps % 2 ** (self.train_checkpoints - 1):
             raise ValueError("train_steps must be a multiple of 2^(train_checkpoints − 1), so that curves have points")
         if self.train_batch % self.train_generations:
@@ -166,7 +167,7 @@ class Trainer:
     def _rows(self, method: str) -> tuple[Rows, list[Trace]]:
         """Rows, and the traces that they were made of. Responses that were cut at the limit are part of these laws."""
         if method == "sft":
-            traces = self._draw("samples", self.metropolis)
+            traces = self._draw("samples", replace(self.metropolis, rounds=self.args.train_rounds))
             return sft_rows(traces, "samples", unfinished=True), traces
         traces = self._draw("draws", replace(self.metropolis.control(), acceptance="greedy", rounds=0, rollouts=1))
         if method == "reward-weighted":

@@ -136,7 +136,8 @@ def test_training_that_changes_nothing_is_refused(finished, tmp_path):
         distill_here(tmp_path, "--stages", "train", "--warmup_steps", "50", "--max_steps", "1")
     assert not (tmp_path / "trained/sft/adapter").exists()
     distill_here(tmp_path, "--stages", "train", "--warmup_steps", "0", "--max_steps", "2")
-    assert (tmp_path / "trained/sft/adapter/adapter_config.json").exists(), "a failed attempt must not stand in the way"
+    adapter = tmp_path / "trained/sft/adapter/adapter_config.json"
+    assert adapter.exists(), "a failed attempt must not stand in the way"
 
 
 def test_finished_stages_are_skipped(finished):
