@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,10 @@ def test_weights_are_those_of_importance_sampling(traces: list[Trace]) -> None:
 # -------------------------------------------------------------------------------------------- what is trained
 
 
-@pytest.mark.parametrize("architecture", list(worlds.ARCHITECTURES))
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("architecture", "tuning"),
+    [*product(worlds.ARCHITECTURES, ["lora", "full"]), ("llama", "qlora")],
+)
 def test_what_is_saved_is_what_was_trained(
     architecture: str, tuning: str, bases: dict[str, str], traces: list[Trace], tmp_path: Path
 ) -> None:
@@ -198,7 +201,7 @@ def test_what_is_saved_is_what_was_trained(
     before = _likelihood(load_policy(bases[architecture]), found)
     made = offline("sft", bases[architecture], found, tmp_path, tuning, max_steps=8)
     output = tmp_path / "out"
-    tuned = load_policy(bases[architecture], adapter=str(output)) if tuning == "lora" else load_policy(str(output))
+    tuned = load_policy(str(output)) if tuning == "full" else load_policy(bases[architecture], adapter=str(output))
     assert _likelihood(tuned, found) > before + 0.5
     assert made.steps == 8 and made.flops > 0 and made.tokens > 0
     assert (tmp_path / "log.jsonl").read_text().count("\n") >= 8
