@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from datasets import load_dataset
 
 from nabla_trl.traces import read_traces
@@ -246,3 +247,11 @@ def test_held_out_problems_without_gold_answers_are_refused(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"question": "1+1+1+1+1+1"}\n')
     with pytest.raises(ValueError, match="no held-out problem has a gold answer"):
         distill_here(tmp_path / "out", "--eval_dataset", str(tmp_path / "mine.jsonl"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    wanted = {"fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED", "cpu": "NO", "single_gpu": "NO"}
+    found = load_config_from_file(str(path))
+    assert found.distributed_type.value == wanted.get(path.stem, "MULTI_GPU")
+    assert found.num_processes == (1 if wanted.get(path.stem) == "NO" else 2)

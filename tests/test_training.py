@@ -16,8 +16,11 @@ import pytest
 import torch
 import worlds
 from accelerate import PartialState
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import load_peft_weights
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from nabla_trl import probe as probe_room
@@ -36,7 +39,7 @@ from nabla_trl.traces import Trace
 from nabla_trl.train_stage import TrainStage
 from nabla_trl.trainers import CONSTANT_STEPS
 from nabla_trl.training import Trained, TrainOptions, check_tokenizer, select_rows, train_on_traces
-from nabla_trl.tuning import LoraArguments, last_checkpoint
+from nabla_trl.tuning import LoraArguments, last_checkpoint, load_trainable
 from nabla_trl.views import Rows, preference_rows, sft_rows, weighted_rows
 
 LORA = LoraArguments(lora_r=4, lora_alpha=8)
@@ -205,6 +208,31 @@ def test_what_is_saved_is_what_was_trained(
     assert _likelihood(tuned, found) > before + 0.5
     assert made.steps == 8 and made.flops > 0 and made.tokens > 0
     assert (tmp_path / "log.jsonl").read_text().count("\n") >= 8
+
+
+def test_gradients_of_a_four_bit_policy_are_those_of_its_dequantised_copy(
+    bases: dict[str, str], tmp_path: Path
+) -> None:
+    """Also after a forward without autograd, before which a CPU with AVX512-BF16 would repack the weights."""
+    four = load_trainable(bases["llama"], tuning="qlora", dtype="float32", config=settings(tmp_path)).eval()
+    plain = AutoModelForCausalLM.from_pretrained(bases["llama"]).eval()
+    own, count = dict(four.named_modules()), 0
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if isinstance(own[name], Linear4bit):
+                module.weight.copy_(dequantize_4bit(own[name].weight.data, own[name].weight.quant_state))
+                count += 1
+    assert count == 14, "every projection of two layers, and not the head"
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(four(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
+    slopes = []
+    for model in (four, plain):
+        leaf = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        loss = model(inputs_embeds=leaf).logits.log_softmax(-1)[..., 3].sum()
+        slopes.append(torch.autograd.grad(loss, leaf)[0])
+    assert float(slopes[1].abs().max()) > 1e-2
+    torch.testing.assert_close(slopes[0], slopes[1], atol=1e-4, rtol=1e-3)
 
 
 def _likelihood(policy: Policy, found: Rows) -> float:
