@@ -374,6 +374,19 @@ def test_identity_follows_the_weights_that_we_trained(tmp_path: Path) -> None:
         assert reward_identity(name) == name
 
 
+@pytest.mark.parametrize("prefix", ["ensemble:", "ensemble:process@;:"])
+def test_the_identity_of_an_ensemble_follows_the_weights_of_its_members(prefix: str, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        write_card(folder, RewardCard(kind="scalar"))
+        (folder / "model.safetensors").write_bytes(b"one")
+    kind = prefix.removeprefix("ensemble:")
+    spec = f"ensemble:{kind}{folders[0]},{kind}{folders[1]}"
+    first = reward_identity(spec)
+    (folders[1] / "model.safetensors").write_bytes(b"two")
+    assert reward_identity(spec) != first and reward_identity(spec).startswith(f"{spec} (")
+
+
 def test_the_committed_reward_is_what_its_cards_say() -> None:
     folder = ROOT / "data" / "tiny" / "reward"
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
