@@ -17,7 +17,7 @@ ACCEPTANCES = ("greedy", "metropolis")
 MOVING = ("all", "first")
 
 # The paper's settings (arXiv 2603.04948): one response scanned left to right, eight rollouts at most; the logits of
-# all positions from the scanned one on move.
+# all positions from the scanned one on move. At a budget in a comparison (paper@…) it begins anew until that is spent.
 _PAPER: dict[str, Any] = {
     "solver": "ste",
     "proposals": "sequential",

@@ -79,7 +79,7 @@ def steps(
             config = _config(method, bench.config)
             if share:
                 setter, times = budget(name)
-                config = budgeted(config, times * flops_of(setter))
+                config = _at_budget(method, bench.config, times * flops_of(setter))
             yield bench.search(name, config)
     if RIVAL in names:
         yield bench.pool([1], policy=bench.reward.rival, names={1: RIVAL}, scored=False)
@@ -93,6 +93,12 @@ def steps(
 def budgeted(config: ReasonerConfig, flops: float) -> ReasonerConfig:
     """A configuration with FLOPs per problem as its only limit."""
     return replace(config, flops=flops, rounds=0, rollouts=0, patience=0)
+
+
+def _at_budget(method: str, config: ReasonerConfig, flops: float) -> ReasonerConfig:
+    """A search at a budget. A preset, by itself one response scanned once, begins anew until its budget is spent."""
+    made = budgeted(_config(method, config), flops)
+    return replace(made, restart=True) if method in PRESETS else made
 
 
 def _config(method: str, config: ReasonerConfig) -> ReasonerConfig:
@@ -123,7 +129,7 @@ def check(names: Sequence[str], bench: Bench, tuned: Policy | None) -> None:
     for name in names:
         method, _, share = name.partition("@")
         if method in SEARCHES and share:
-            budgeted(_config(method, bench.config), 1.0)
+            _at_budget(method, bench.config, 1.0)
 
 
 def _sizes(names: Sequence[str], prefix: str) -> list[int]:

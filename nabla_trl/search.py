@@ -391,7 +391,12 @@ class Search:
             chain.error, chain.stop = f"the reward {self.reward.name} gave {value}", "error"
 
     def trace(self, chains: list[Chain]) -> Trace:
-        """Of the chain of the highest reward; of a Metropolis search the chain that samples at β itself."""
+        """Of the chain of the highest reward; of a Metropolis search the chain that samples at β itself.
+
+        Its meta counts what all chains did: first responses, proposals, and accepted ones.
+        """
+        moves = [revision.accepted for chain in chains for revision in chain.revisions]
+        totals = {"starts": self.drawn[chains[0].problem.id], "proposals": len(moves), "accepted": sum(moves)}
         failed = next((chain for chain in chains if chain.error is not None), None)
         if self.metropolis:
             chain = min(chains, key=lambda one: (one.beta or 0.0, one.index))
@@ -409,7 +414,7 @@ class Search:
             response=chain.state.response,
             reward=chain.state.reward,
             cost=self.meter.cost(chain.problem.id),
-            meta=self.meta,
+            meta=self.meta | {name: str(count) for name, count in totals.items()},
             stop=chain.stop,
             initial=chain.initial.response,
             reward_initial=chain.initial.reward,

@@ -5,7 +5,8 @@
 
 A rung is what best-of-N costs. There best-of-N, weighted best-of-N and self-consistency (with as many samples as fit)
 meet the search, the same search without the gradient, with the gradient's rows shuffled over the positions, and the
-paper's. OUT/compare.md holds the tables and says where ours is ahead; rows that are there are not made again.
+paper's, which scans one response and here begins anew from a fresh one until the budget is spent. OUT/compare.md holds
+the tables and says where ours is ahead; rows that are there are not made again.
 """
 
 from __future__ import annotations
