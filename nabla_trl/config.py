@@ -184,7 +184,7 @@ class ReasonerConfig:
     kl: float | None = _option(
         None, f"mirror, global: instead of β, how far branches may move from the policy's, in nats ({DEFAULT_KL:g})"
     )
-    starts: int = _option(1, "first responses drawn per problem")
+    starts: int = _option(1, "first responses drawn per problem; within a budget of FLOPs, as many as fit")
     chains: int = _option(1, "how many of them are refined side by side: those of the highest reward")
     tempering: float = _option(1.0, "metropolis: β of each chain over that of the chain before it; states are swapped")
     redraw: float | None = _option(

@@ -89,11 +89,28 @@ class Search:
             bare = self.reward.prompt_memos([Sample(problem, ids, []) for problem, ids, _ in prompts], self.meter)
             read = [Prompt(*one, memos) for one, memos in zip(prompts, bare, strict=True)]
             rows = prompt_caches(self.policy, [(prompt.problem.id, prompt.ids) for prompt in read], self.meter)
-            count = self.config.starts
-            states = self.first_states(
-                [(p, row, at) for p, row in zip(read, rows, strict=True) for at in range(count)]
-            )
-        return {prompt.problem.id: self.chains(states[row * count :][:count]) for row, prompt in enumerate(read)}
+            pairs = list(zip(read, rows, strict=True))
+            count = 1 if self.config.flops else self.config.starts
+            found = self.first_states([(*pair, at) for pair in pairs for at in range(count)])
+            states = [found[begin : begin + count] for begin in range(0, len(found), count)]
+            if self.config.flops:
+                self.more_starts(pairs, states)
+        return {prompt.problem.id: self.chains(own) for prompt, own in zip(read, states, strict=True)}
+
+    def more_starts(self, pairs: Sequence[tuple[Prompt, Tensor]], states: list[list[State]]) -> None:
+        """Add to each problem's one first response those of `starts` that are expected to fit into the budget.
+
+        As long as the first, that is; its cost is known.
+        """
+        wanted: list[tuple[Prompt, Tensor, int]] = []
+        owners: list[list[State]] = []
+        for pair, own in zip(pairs, states, strict=True):
+            left = self.config.flops - self.meter.cost(pair[0].problem.id).flops
+            fit = 1 + max(0, int(left // propose.start_flops(own[0], self.policy, self.reward)))
+            wanted += [(*pair, at) for at in range(1, min(self.config.starts, fit))]
+            owners += [own] * (len(wanted) - len(owners))
+        for own, state in zip(owners, self.first_states(wanted) if wanted else [], strict=True):
+            own.append(state)
 
     def first_states(self, wanted: Sequence[tuple[Prompt, Tensor, int]]) -> list[State]:
         """Scored first responses, from the caches of prompts; number n is that of best-of-N under the same seed."""

@@ -87,6 +87,20 @@ def test_fresh_starts_spend_what_is_left_of_a_budget(policy: Policy, reward: Rew
     assert sum(two.reward > one.reward for one, two in zip(without, spent, strict=True)) >= 1
 
 
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_starts_that_a_budget_cannot_pay_for_are_not_drawn(
+    batch_size: int, policy: Policy, scalar_reward: Reward, problems: list[Problem]
+) -> None:
+    """The others are those of a search that can."""
+    run = {"policy": policy, "reward": scalar_reward, "seed": 1}
+    rich = solve(problems, config=config(starts=12, flops=1e12, rollouts=12), **run)
+    for trace in solve(problems, config=config(starts=12, flops=4e6, batch_size=batch_size), **run):
+        whole = next(one for one in rich if one.problem_id == trace.problem_id)
+        assert whole.meta["starts"] == "12" and whole.cost.flops > 6e6
+        assert 1 < int(trace.meta["starts"]) < 12 and 2.4e6 < trace.cost.flops < 5.2e6
+        assert trace.error is None and trace.reward_initial <= whole.reward_initial + 1e-4
+
+
 def test_what_all_chains_and_starts_did_is_counted(
     policy: Policy, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
