@@ -54,6 +54,12 @@ def searches(names: Sequence[str]) -> bool:
     return any(name.partition("@")[0] in SEARCHES for name in names)
 
 
+def chosen_among(names: Sequence[str]) -> int:
+    """The most samples that one of these methods chooses among by the reward; 1 where none does."""
+    sizes = [_sizes(names, prefix) for prefix in ("best_of_", "weighted_best_of_", "distilled_best_of_")]
+    return max([1, *(size for some in sizes for size in some)])
+
+
 def steps(
     names: Sequence[str], bench: Bench, tuned: Policy | None, flops_of: Callable[[str], float]
 ) -> Iterator[Step]:

@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
     settings["adapter"] = adapter_identity(models.adapter) if models.adapter else ""
     settings |= {"dataset": data_identity(args.dataset), "split": args.split, "limit": str(args.limit)}
     claim_settings(folder / "compare.settings.json", settings)
-    warn_past_trust(reward, config)
+    warn_past_trust(reward, config, max(args.samples))
     store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
     comparison = Comparison(args, Bench(policy, reward, config, tuple(args.seeds)), store)
     rungs, lams = comparison.run(problems), comparison.sweep(problems)

@@ -34,7 +34,7 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Cost
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
-from nabla_trl.methods import RIVAL, SYNTAX, method_names, searches, steps
+from nabla_trl.methods import RIVAL, SYNTAX, chosen_among, method_names, searches, steps
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.records import versions
@@ -150,8 +150,9 @@ class Run:
             reward = load_reward(
                 self.args.reward, policy=policy, dtype=self.args.dtype, device=device, batch_size=rows
             )
-            if self.state.is_main_process and self._searches():
-                warn_past_trust(reward, self.reasoner)
+            if self.state.is_main_process:
+                among = chosen_among(method_names(self.args.methods)) if "evaluate" in self.args.stages else 1
+                warn_past_trust(reward, self.reasoner if self._searches() else None, among)
             self._models = policy, reward
         return self._models
 

@@ -32,7 +32,7 @@ from nabla_trl.reward_folder import (
     write_card,
 )
 from nabla_trl.reward_models import load_reward, warn_past_trust
-from nabla_trl.trust import Trust, past_trust
+from nabla_trl.trust import Trust, past_samples, past_trust
 
 ROOT = Path(__file__).parents[1]
 CARDS = {
@@ -262,6 +262,11 @@ def test_a_folders_trust_reaches_the_reward_and_the_warning(world: Path, policy:
     assert capsys.readouterr() == ("", "")
     warn_past_trust(reward, ReasonerConfig(rounds=3))
     assert capsys.readouterr() == ("", f"warning: {past_trust(Trust(8, 2), 3)}\n")
+    warn_past_trust(reward, None, 8)
+    assert capsys.readouterr() == ("", "")
+    warn_past_trust(reward, ReasonerConfig(rounds=2, starts=9))
+    warn_past_trust(reward, None, 9)
+    assert capsys.readouterr() == ("", f"warning: {past_samples(Trust(8, 2), 9)}\n" * 2)
 
 
 def audit_file(folder: Path, **changes: Any) -> Path:
@@ -314,6 +319,7 @@ def test_commands_warn_once_of_a_search_past_trust(command: str, world: Path, tm
     if command == "eval":
         assert run("4", "--methods", "greedy,best_of_2") == []  # nothing is refined
         assert len(run("5", "--methods", "control")) == 1
+        assert run("6", "--methods", "best_of_2,weighted_best_of_9") == [f"warning: {past_samples(Trust(8, 2), 9)}"]
     if command == "traces":
         assert run("3") == []  # all there already: no search
 
