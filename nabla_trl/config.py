@@ -210,7 +210,7 @@ class ReasonerConfig:
     top_p: float = _option(1.0, "nucleus sampling mass; 1 = all")
     sample_min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
     max_new_tokens: int = _option(512, "longest response, in tokens")
-    batch_size: int = _option(64, "problems refined together")
+    batch_size: int = _option(64, "problems refined together; best-of-N and its like draw 4 times as many responses")
     point: str | None = _option(
         None,
         "mirror: which gradient of the reward: direct (what scoring shows, no backward pass), hard (at the response's "

@@ -77,6 +77,8 @@ class Bench:
         A policy of another vocabulary cannot be read by the reward: draw from it with `scored` off (n = 1).
         """
         count = max([*best_of, *majority, *weighted])
+        # Rows of a pool hold no candidates and no gradients: as many together as the reward scores together.
+        rows = max(4 * self.config.batch_size, count)
         titles = {n: (names or {}).get(n, f"best_of_{n}") for n in best_of}
 
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
@@ -87,7 +89,7 @@ class Bench:
                 reward=self.reward if scored else None,
                 sampling=self.sampling(),
                 seed=seed,
-                batch_size=max(self.config.batch_size, count),
+                batch_size=rows,
             )
             made = [trace for n in best_of for trace in baselines.best_of(pool, n, titles[n])]
             made += [trace for n in majority for trace in baselines.self_consistency(pool, n)]
@@ -98,7 +100,7 @@ class Bench:
             *(f"self_consistency_{n}" for n in majority),
             *(f"weighted_best_of_{n}" for n in weighted),
         )
-        return Step(methods, work, self.seeds, max(1, self.config.batch_size // count))
+        return Step(methods, work, self.seeds, rows // count)
 
     def search(self, method: str, config: ReasonerConfig) -> Step:
         """The reasoner under a configuration and a name of its own."""
