@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -47,22 +46,7 @@ SAMPLING = Sampling(max_new_tokens=6)
 SEARCH = ReasonerConfig(beta=1.0, rounds=6, max_new_tokens=12, candidates=8, point="hard")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_to_collect() -> Iterator[None]:
-    """Every trainer collects garbage when it begins; walking all imported modules takes most of a small training."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A causal LM of every architecture on disk."""
-    root = tmp_path_factory.mktemp("bases")
-    for name in worlds.ARCHITECTURES:
-        worlds.tiny_model(name, seed=3, width=64).save_pretrained(root / name)
-        worlds.char_tokenizer().save_pretrained(root / name)
-    return {name: str(root / name) for name in worlds.ARCHITECTURES}
+pytestmark = pytest.mark.usefixtures("little_to_collect")
 
 
 @pytest.fixture(scope="module")
