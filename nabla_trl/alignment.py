@@ -20,8 +20,8 @@ from trl import GRPOConfig, RLOOConfig, SFTConfig
 
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter, ModelSize, model_size
-from nabla_trl.config import Sampling
 from nabla_trl.models import Policy
+from nabla_trl.options import Sampling
 from nabla_trl.probe import Probe
 from nabla_trl.rewards import Reward, Verifier
 from nabla_trl.tasks import Problem

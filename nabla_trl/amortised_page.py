@@ -21,9 +21,9 @@ from nabla_trl.amortised import (
     total_flops,
     trainings,
 )
-from nabla_trl.config import Sampling
 from nabla_trl.markdown import bullets, table
 from nabla_trl.naming import family, labels, methods, split
+from nabla_trl.options import Sampling
 from nabla_trl.stats import Grid
 from nabla_trl.summary import Summary
 from nabla_trl.verdicts import accuracy, bought_in_words, cost_in_words, si, span

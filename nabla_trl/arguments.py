@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nabla_trl.config import Point
+from nabla_trl.options import Point
 from nabla_trl.parsing import quiet_libraries
 
 if TYPE_CHECKING:

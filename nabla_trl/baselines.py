@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from nabla_trl.answers import extract_answer, normalize_answer
 from nabla_trl.compute import Cost, Meter
-from nabla_trl.generate import Draft, Job, Sampling, generate, prompt_caches, random_stream
+from nabla_trl.generate import Draft, Job, generate, prompt_caches, random_stream
 from nabla_trl.models import Policy
+from nabla_trl.options import Sampling
 from nabla_trl.records import error_trace, response_trace, run_meta
 from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem

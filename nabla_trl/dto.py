@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nabla_trl.config import SteConfig
+from nabla_trl.options import SteConfig
 
 # (rows, hard choices per row [T]) -> ∂L/∂Y per row [T, K]
 GradientFn = Callable[[list[int], list[Tensor]], list[Tensor]]

@@ -15,9 +15,9 @@ from nabla_trl import baselines
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.divergence import Measure, nothing_known, of_samples
-from nabla_trl.generate import Sampling
 from nabla_trl.models import Policy
 from nabla_trl.naming import RIVAL, labelled
+from nabla_trl.options import Sampling
 from nabla_trl.records import grade
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import Row, RowStore, trace_row

@@ -26,8 +26,8 @@ from transformers import (
 
 from nabla_trl import kv
 from nabla_trl.compute import Meter
-from nabla_trl.config import Sampling
 from nabla_trl.models import Policy
+from nabla_trl.options import Sampling
 
 
 def build_warpers(sampling: Sampling) -> LogitsProcessorList:

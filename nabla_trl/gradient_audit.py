@@ -15,10 +15,10 @@ import numpy as np
 from torch import Tensor
 
 from nabla_trl import first_errors
-from nabla_trl.config import Point, Sampling
 from nabla_trl.first_errors import Wrong, find_wrong
 from nabla_trl.generate import random_stream
 from nabla_trl.models import Policy
+from nabla_trl.options import Point, Sampling
 from nabla_trl.rewards import Reward
 from nabla_trl.stats import Interval, clustered_correlation, clustered_mean
 from nabla_trl.swaps import Response, Swap, choose_swaps, draw_responses, measure
@@ -126,7 +126,7 @@ def gradient_audit(
     seed: int = 0,
     batch_size: int = 256,
 ) -> GradientAudit:
-    """Audit the gradient of a reward at several points (`config.Point.parse`).
+    """Audit the gradient of a reward at several points (`options.Point.parse`).
 
     Args:
         samples: responses per problem; `swaps`: how many swaps to make in all.

@@ -20,9 +20,9 @@ from transformers import TrainerCallback
 
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter
-from nabla_trl.config import Sampling
 from nabla_trl.generate import Draft, Job, generate, random_stream
 from nabla_trl.models import Policy
+from nabla_trl.options import Sampling
 from nabla_trl.propose import policy_likelihood
 from nabla_trl.rewards import Reward, Verifier
 from nabla_trl.stats import paired_difference

@@ -2,7 +2,7 @@
 
 `rows` are the dictionaries of rows.jsonl, one per (method, task, problem, seed).
 `facts` tells how they were made: title, command, policy, reward, task, reward_kind (as `Reward.kind`)
-and, where known, versions, seeds, sampling (the fields of `config.Sampling`), trained: [{"label", "method", "beta",
+and, where known, versions, seeds, sampling (the fields of `options.Sampling`), trained: [{"label", "method", "beta",
 "tuning", "train_flops", "train_seconds"}] (traces or rollouts, training and audit; a number may be null),
 setup_seconds, total_seconds, files {label: path}, notes [sentence] and audit: {"verdict": sentence, "auc": number,
 "best_of_n": {N: {"value", "low", "high"}}} with any further numbers by name.

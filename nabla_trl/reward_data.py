@@ -20,11 +20,11 @@ import torch
 from nabla_trl import kv
 from nabla_trl.baselines import Pool, draw_pool
 from nabla_trl.checker import AnswerChecker
-from nabla_trl.config import Sampling
 from nabla_trl.generate import top_candidates
 from nabla_trl.heads import ScoreTerm
 from nabla_trl.labels import TokenLabels
 from nabla_trl.models import Policy
+from nabla_trl.options import Sampling
 from nabla_trl.rewards import Verifier
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Known, Sample, Term

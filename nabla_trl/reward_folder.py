@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nabla_trl.config import Point
 from nabla_trl.names import one_line, same_model
+from nabla_trl.options import Point
 from nabla_trl.steps import BLANK_LINE, check_delimiter, read_delimiter
 from nabla_trl.trust import Trust
 
@@ -55,7 +55,7 @@ class RewardCard:
         scale, reference: implicit only: β > 0, and the name of the reference model.
         policy: the policy that it was trained and audited for.
         trust: what the audit allows; None = not audited.
-        point: the gradient that the audit advises to follow (`config.Point.parse`); None = not audited, or none helps.
+        point: the gradient that the audit advises to follow (`options.Point.parse`); None = not audited, or none helps.
         rounds: one object per round of training: its audit.
         settings: what it was trained with.
 

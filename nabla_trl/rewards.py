@@ -15,10 +15,10 @@ from torch import Tensor
 from nabla_trl.answers import Verdict, extract_answer
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter
-from nabla_trl.config import HARD, Point
 from nabla_trl.gradient import direct_gradient, token_gradient
 from nabla_trl.heads import LikelihoodTerm
 from nabla_trl.models import Policy, context_length
+from nabla_trl.options import HARD, Point
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Encoded, Memo, Sample, Term
 from nabla_trl.trust import Trust
@@ -36,7 +36,7 @@ class Reward:
         rival: the model one could sample from instead: the better (or tuned) one of a log-ratio.
         caution: of an ensemble, whose terms are its members: r = mean − caution · std over the members' scores,
             std the population's (Coste et al., arXiv 2310.02743). None: the weighted sum.
-        point: the gradient that a search should follow (`config.Point.parse`), unless it is told another.
+        point: the gradient that a search should follow (`options.Point.parse`), unless it is told another.
         trust: how far it may be searched with, by its audit; None: not audited.
         misled: its audit found no gradient of it that helps.
     """

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from nabla_trl import kv
 from nabla_trl.client import Client, concurrently
-from nabla_trl.config import Sampling
 from nabla_trl.generate import Draft, Job, random_stream
 from nabla_trl.models import Policy, prompt_ids
+from nabla_trl.options import Sampling
 from nabla_trl.tasks import Problem
 
 FLOOR = -9999.0  # vLLM writes this for −inf, which JSON does not know

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from nabla_trl.baselines import encode_prompts
 from nabla_trl.compute import Meter
-from nabla_trl.config import Point, Sampling
 from nabla_trl.generate import Job, generate, random_stream
 from nabla_trl.models import Policy
+from nabla_trl.options import Point, Sampling
 from nabla_trl.propose import replaceable
 from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem

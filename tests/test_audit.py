@@ -10,7 +10,7 @@ import pytest
 from nabla_trl.audit import audit, audit_arrays, best_of_n_values, within_auc, within_correlation
 from nabla_trl.baselines import draw_pool
 from nabla_trl.checker import AnswerChecker
-from nabla_trl.generate import Sampling
+from nabla_trl.options import Sampling
 
 RNG = np.random.default_rng(0)
 

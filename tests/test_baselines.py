@@ -15,8 +15,8 @@ from nabla_trl.answers import extract_answer, normalize_answer
 from nabla_trl.compute import Cost, Meter
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.evaluate import Bench
-from nabla_trl.generate import Sampling
 from nabla_trl.methods import method_names, steps
+from nabla_trl.options import Sampling
 from nabla_trl.search import solve
 from nabla_trl.terms import Sample
 

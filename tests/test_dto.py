@@ -19,10 +19,11 @@ from torch import Tensor
 from nabla_trl import dto, kv, propose
 from nabla_trl.chain import Chain, Prompt, State
 from nabla_trl.compute import Meter
-from nabla_trl.config import HARD, PRESETS, Point, ReasonerConfig
+from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.dto import SteConfig
 from nabla_trl.gradient import token_gradient
 from nabla_trl.models import Policy
+from nabla_trl.options import HARD, Point
 from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Sample

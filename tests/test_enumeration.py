@@ -11,9 +11,9 @@ import worlds
 
 from nabla_trl.baselines import draw_pool
 from nabla_trl.compute import Meter
-from nabla_trl.config import Sampling
 from nabla_trl.enumeration import Tree, count, enumerate_tree, law_of, score_tree
 from nabla_trl.models import Policy
+from nabla_trl.options import Sampling
 from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Sample

@@ -21,8 +21,9 @@ from transformers import (
 
 from nabla_trl import kv
 from nabla_trl.compute import Meter
-from nabla_trl.generate import Draft, Job, Sampling, build_warpers, draw, generate, prompt_caches, random_stream
+from nabla_trl.generate import Draft, Job, build_warpers, draw, generate, prompt_caches, random_stream
 from nabla_trl.models import Policy
+from nabla_trl.options import Sampling
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 SAMPLED = Sampling(max_new_tokens=12)

@@ -20,11 +20,11 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, P
 
 from nabla_trl import gradient, heads, kv
 from nabla_trl.compute import Meter
-from nabla_trl.config import Point
 from nabla_trl.generate import top_candidates
 from nabla_trl.gradient import token_gradient
 from nabla_trl.heads import LikelihoodTerm
 from nabla_trl.models import Policy, freeze_policy
+from nabla_trl.options import Point
 from nabla_trl.propose import policy_likelihood
 from nabla_trl.relax import Relaxed
 from nabla_trl.reward_models import log_ratio, scalar

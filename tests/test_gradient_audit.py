@@ -13,11 +13,11 @@ import worlds
 from torch import Tensor
 
 from nabla_trl.compute import Meter
-from nabla_trl.config import Point, Sampling
 from nabla_trl.first_errors import Wrong, best_ranks, entropy_ranks, find_wrong, repairs, right_above, right_first
 from nabla_trl.gradient_audit import WORTH, GradientAudit, effect_of, gradient_audit, overall
 from nabla_trl.labels import TokenLabels
 from nabla_trl.models import Policy, load_policy
+from nabla_trl.options import Point, Sampling
 from nabla_trl.reward_models import load_reward
 from nabla_trl.rewards import Reward
 from nabla_trl.stats import Interval

@@ -18,9 +18,10 @@ from torch import Tensor
 from nabla_trl import accept, propose
 from nabla_trl.chain import Prompt, State
 from nabla_trl.compute import Meter
-from nabla_trl.config import ReasonerConfig, Sampling
+from nabla_trl.config import ReasonerConfig
 from nabla_trl.generate import build_warpers, tilt
 from nabla_trl.models import Policy
+from nabla_trl.options import Sampling
 from nabla_trl.pressure import incumbents_at
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve

@@ -20,11 +20,12 @@ from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter
-from nabla_trl.config import HARD, Point, ReasonerConfig, Sampling
+from nabla_trl.config import ReasonerConfig
 from nabla_trl.generate import top_candidates
 from nabla_trl.gradient_audit import gradient_audit
 from nabla_trl.heads import ProcessTerm
 from nabla_trl.models import Policy
+from nabla_trl.options import HARD, Point, Sampling
 from nabla_trl.reward_card import readme
 from nabla_trl.reward_folder import RewardCard, RewardPlan, plan_reward, reward_identity, write_card
 from nabla_trl.reward_models import check_reward, ensemble, load_reward, process, scalar

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from nabla_trl import chains
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Cost, Meter
-from nabla_trl.config import Sampling
 from nabla_trl.generate import Job, generate, random_stream
 from nabla_trl.heads import ScoreTerm
 from nabla_trl.labels import TokenLabels
 from nabla_trl.models import Policy, load_policy
+from nabla_trl.options import Sampling
 from nabla_trl.records import error_trace, response_trace
 from nabla_trl.reward_data import (
     Labelled,

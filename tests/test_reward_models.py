@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from nabla_trl.compute import Meter
-from nabla_trl.config import HARD, Point, ReasonerConfig
+from nabla_trl.config import ReasonerConfig
 from nabla_trl.generate import top_candidates
 from nabla_trl.models import Policy
+from nabla_trl.options import HARD, Point
 from nabla_trl.reward_folder import PREFIX, RewardCard, write_card
 from nabla_trl.reward_models import check_reward, ensemble, load_reward, log_ratio, scalar
 from nabla_trl.rewards import Reward

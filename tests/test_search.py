@@ -15,9 +15,10 @@ from torch import Tensor
 
 from nabla_trl import propose
 from nabla_trl.compute import Meter
-from nabla_trl.config import Point, ReasonerConfig
+from nabla_trl.config import ReasonerConfig
 from nabla_trl.generate import Job, generate, random_stream
 from nabla_trl.models import Policy
+from nabla_trl.options import Point
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
 from nabla_trl.tasks import Problem

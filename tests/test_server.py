@@ -20,9 +20,10 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.cli import main
 from nabla_trl.client import Client, concurrently
 from nabla_trl.compute import Meter
-from nabla_trl.config import ReasonerConfig, Sampling
+from nabla_trl.config import ReasonerConfig
 from nabla_trl.generate import Job, generate, prompt_caches, random_stream
 from nabla_trl.models import Policy
+from nabla_trl.options import Sampling
 from nabla_trl.reasoner import NablaReasoner
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve

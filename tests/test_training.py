@@ -27,8 +27,9 @@ from nabla_trl import training
 from nabla_trl.alignment import RewardScorer, train_online
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter
-from nabla_trl.config import ReasonerConfig, Sampling
+from nabla_trl.config import ReasonerConfig
 from nabla_trl.models import Policy, load_policy
+from nabla_trl.options import Sampling
 from nabla_trl.probe import Probe, Reading, decoding, overoptimised
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve

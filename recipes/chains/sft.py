@@ -21,9 +21,9 @@ from trl import SFTConfig, SFTTrainer
 
 from nabla_trl import chains
 from nabla_trl.compute import Meter
-from nabla_trl.config import Sampling
 from nabla_trl.generate import Job, generate, random_stream
 from nabla_trl.models import Policy, freeze_policy, load_model, load_tokenizer, prompt_ids
+from nabla_trl.options import Sampling
 from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.tasks import Problem
 from nabla_trl.tuning import LoraArguments, lora_config
