@@ -55,7 +55,8 @@ class RewardCard:
         scale, reference: implicit only: β > 0, and the name of the reference model.
         policy: the policy that it was trained and audited for.
         trust: what the audit allows; None = not audited.
-        point: the gradient that the audit advises to follow (`options.Point.parse`); None = not audited, or none helps.
+        point: the gradient that the audit advises to follow (`options.Point.parse`); None = not audited, or none
+            helps.
         rounds: one object per round of training: its audit.
         settings: what it was trained with.
 
