@@ -12,18 +12,26 @@ from typing import Any
 from accelerate import PartialState
 from trl import SFTConfig
 
-from nabla_trl.alignment import train_online
+from nabla_trl.alignment import check_online, train_online
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Cost
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.models import Policy
 from nabla_trl.probe import Probe
 from nabla_trl.rewards import Reward
-from nabla_trl.tasks import Problem, graded
+from nabla_trl.tasks import Problem
 from nabla_trl.traces import read_traces
 from nabla_trl.tracing import claim_settings
-from nabla_trl.training import OFFLINE, Trained, TrainOptions, check_tokenizer, select_rows, train_on_traces
-from nabla_trl.tuning import LoraArguments, last_checkpoint
+from nabla_trl.training import (
+    OFFLINE,
+    ONLINE,
+    Trained,
+    TrainOptions,
+    check_tokenizer,
+    select_rows,
+    train_on_traces,
+)
+from nabla_trl.tuning import LoraArguments, check_precision, check_reference, last_checkpoint
 
 # TRL's options that decide what training makes of a policy.
 TRAINING = (
@@ -94,13 +102,19 @@ class TrainStage:
         return trained
 
     def check(self, method: str) -> None:
-        """Refuse what a method cannot be trained with, before anything is loaded."""
+        """Refuse what a method cannot be trained with, before anything is loaded or searched."""
         if method != "sft" and self.reasoner.beta is None:
             raise ValueError(
                 f"method {method} needs beta, which search and training share: set beta (kl sizes the search alone)"
             )
         if method == "sft" and self.options.select == "samples" and self.reasoner.acceptance != "metropolis":
             raise ValueError("select samples takes samples of π*: set acceptance metropolis")
+        if method == "dpo" or method in ONLINE:
+            check_reference(self.policy, self.options.tuning)
+        if method in ONLINE:
+            check_online(self.config, self.reasoner.sampling(), self.options)
+        check_precision(self.options.tuning, self.dtype, self.config)
+        self._graded()
 
     def _settings(self, method: str) -> dict[str, str]:
         found = {name: str(getattr(self.config, name)) for name in TRAINING}
@@ -138,15 +152,24 @@ class TrainStage:
         )
         return trained, Cost()
 
-    def _probe(self) -> Probe | None:
-        if not self.options.probe_problems:
-            return None
-        problems = graded(list(self.probed))
+    def _graded(self) -> list[Problem]:
+        """The problems of the probe.
+
+        Raises:
+            ValueError: fewer than asked for.
+        """
+        problems = [problem for problem in self.probed if problem.answer]
         if len(problems) < self.options.probe_problems:
             raise ValueError(
                 f"only {len(problems)} training problems with a gold answer are left for probe_problems "
                 f"{self.options.probe_problems}: lower train_limit or probe_problems"
             )
+        return problems
+
+    def _probe(self) -> Probe | None:
+        problems = self._graded()
+        if not problems:
+            return None
         base, reward = self.models()
         return Probe(
             problems,

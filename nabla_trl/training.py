@@ -21,6 +21,7 @@ from nabla_trl.traces import Trace
 from nabla_trl.tuning import (
     TUNING,
     LoraArguments,
+    check_reference,
     last_checkpoint,
     load_trainable,
     lora_config,
@@ -171,8 +172,11 @@ def train_on_traces(
         dtype: of a frozen base.
 
     Raises:
-        ValueError: a loss that is not finite, weights that did not change, or a disk that is full.
+        ValueError: a loss that is not finite, weights that did not change, a disk that is full, or what
+            `load_trainable` and (dpo) `check_reference` refuse.
     """
+    if method == "dpo":
+        check_reference(policy, tuning)
     model = load_trainable(policy, tuning=tuning, dtype=dtype, config=config)
     trainer = _offline_trainer(method, policy, model, found, beta, tuning, lora, config)
     size = model_size(model, "policy")

@@ -251,9 +251,14 @@ class Run:
         self._write("audit.json", found | {"flops": spent.flops})
         self.say(f"audit: {found['verdict']}")
 
-    def stage_train(self) -> None:
-        """One policy per method; adapters, or whole models."""
-        stage = TrainStage(
+    def check(self) -> None:
+        """Refuse what could not be trained, before hours of traces."""
+        if "train" in self.args.stages.split(","):
+            for method in self.args.method:
+                self._train_stage().check(method)
+
+    def _train_stage(self) -> TrainStage:
+        return TrainStage(
             folder=self.folder,
             policy=self.args.policy,
             dtype=self.args.dtype,
@@ -268,8 +273,10 @@ class Run:
             checker=self.checker,
             state=self.state,
         )
-        for method in self.args.method:
-            stage.check(method)
+
+    def stage_train(self) -> None:
+        """One policy per method; adapters, or whole models."""
+        stage = self._train_stage()
         for method in self.args.method:
             made = stage.run(method)
             if made is None:
@@ -448,6 +455,7 @@ def main(argv: Sequence[str]) -> None:
     dataclasses = [DistillArguments, ReasonerConfig, TrainOptions, LoraArguments, SFTConfig]
     filled = parse(dataclasses, argv, presets=PRESETS)
     run = Run(*filled)
+    run.check()
     run.note(given(argv, filled, PRESETS))
     with run.checker:
         for stage in run.args.stages.split(","):

@@ -653,3 +653,34 @@ def test_a_probe_needs_graded_problems(base: Policy, reward: Reward, bases: dict
         "only 2 training problems",
         "lower train_limit",
     )
+
+
+def test_full_weights_are_not_held_to_the_base_of_an_adapter(
+    base: Policy, reward: Reward, bases: dict[str, str], traces: list[Trace], tmp_path: Path
+) -> None:
+    """TRL loads the reference by the name of the model's configuration, which is the base's."""
+    offline("sft", bases["llama"], sft_rows(traces), tmp_path / "first")
+    adapter = str(tmp_path / "first" / "out")
+    words = ("is an adapter", "reference", "nabla-trl ship --merge")
+    pairs = preference_rows(traces)
+    worlds.refused(lambda: offline("dpo", adapter, pairs, tmp_path / "dpo", tuning="full"), *words)
+    worlds.refused(lambda: online("rloo", load_policy(adapter), reward, tmp_path / "rloo", tuning="full"), *words)
+    asked = stage(
+        tmp_path, base, reward, bases, policy=adapter, options=TrainOptions(tuning="full", num_generations=4)
+    )
+    worlds.refused(lambda: asked.check("grpo"), *words)
+    asked.check("sft")
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(
+    base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path
+) -> None:
+    def check(method: str, **changes: Any) -> None:
+        stage(tmp_path, base, reward, bases, **changes).check(method)
+
+    worlds.refused(lambda: check("rloo", options=TrainOptions(num_generations=3)), "8 responses", "whole groups")
+    worlds.refused(lambda: check("sft", dtype="bfloat16"), "set bf16 true")
+    greedy = replace(SEARCH, temperature=0.0)
+    worlds.refused(lambda: check("grpo", reasoner=greedy), "temperature must be above 0")
+    probe = TrainOptions(num_generations=4, probe_problems=3)
+    worlds.refused(lambda: check("sft", options=probe), "only 0 training problems", "lower train_limit")
