@@ -272,6 +272,23 @@ def test_rows_of_weight_zero_do_not_count(bases: dict[str, str], traces: list[Tr
     assert same(tmp_path / "kept" / "out", tmp_path / "mixed" / "out")
 
 
+def test_a_response_is_not_cut(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
+    """What is longer than max_length is left out and counted: half a response teaches not to end."""
+    found = sft_rows(traces, "improved")
+    lengths = sorted(len(row["input_ids"]) for row in found.rows)
+    longest = lengths[len(lengths) // 2]
+    short = Rows([row for row in found.rows if len(row["input_ids"]) <= longest], found.skipped)
+    left_out = len(found.rows) - len(short.rows)
+    assert short.rows and left_out
+    made = offline("sft", bases["llama"], found, tmp_path / "limited", max_length=longest)
+    assert (made.rows, made.skipped["longer than max_length"]) == (len(short.rows), left_out)
+    offline("sft", bases["llama"], short, tmp_path / "short")
+    assert same(tmp_path / "limited" / "out", tmp_path / "short" / "out")
+    worlds.refused(
+        lambda: offline("sft", bases["llama"], found, tmp_path / "none", max_length=3), "longer than max_length 3"
+    )
+
+
 def test_dpo_prefers_what_the_reward_preferred(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
     found = preference_rows(traces)
     offline("dpo", bases["llama"], found, tmp_path, max_steps=12)
