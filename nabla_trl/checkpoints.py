@@ -3,10 +3,11 @@
 A run folder, as recipes/distill.py leaves it:
 
     trained/<method>/train.json        what the training did
+    trained/<method>/config.yaml       the configuration that it was made with, as --config takes it
     trained/<method>/adapter/          a LoRA adapter and its tokenizer; or
     trained/<method>/model/            full weights and their tokenizer
     rows.jsonl, facts.json             what was measured (`nabla_trl.results`)
-    config.yaml                        the configuration, as --config takes it
+    config.yaml                        the configuration of the last call
     traces/*.parquet                   what was trained on, if anything
 """
 
@@ -40,7 +41,7 @@ class Checkpoint:
         method: sft, reward-weighted, dpo, rloo or grpo.
         folder: its weights and tokenizer.
         training: train.json: method, tuning, beta, steps, flops and so on.
-        config: the run's configuration.
+        config: the run's configuration, in its last call, which measured.
         rows: the run's result rows; those of this checkpoint begin with its prefix.
         facts: the run's facts (`nabla_trl.report`).
         others: prefixes of the run's other checkpoints.
@@ -63,6 +64,11 @@ class Checkpoint:
     @property
     def adapter(self) -> bool:
         return self.folder.name == "adapter"
+
+    @property
+    def made_with(self) -> Path:
+        """The configuration of the call that trained it."""
+        return self.folder.parent / CONFIG
 
     @property
     def prefix(self) -> str:
@@ -125,8 +131,9 @@ def find_checkpoint(run: Path, method: str | None) -> Checkpoint:
         raise ValueError(f"{run} holds no checkpoint {chosen!r}: there is {', '.join(names)}")
     if not any(row["method"].startswith(prefix(chosen)) for row in rows):
         raise ValueError(f"{run} holds no rows of {chosen}: evaluate it first, a card needs figures")
-    if not (run / CONFIG).is_file():
-        raise ValueError(f"{run} holds no {CONFIG}: what it was made with would not be known")
+    for folder in (run, run / "trained" / chosen):
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"{folder} holds no {CONFIG}: what it was made with would not be known")
     weights = trained_weights(run, chosen)
     others = tuple(prefix(name) for name in names if name != chosen)
     training = read_training(run, chosen)

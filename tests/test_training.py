@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import worlds
+import yaml
 from accelerate import PartialState
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
@@ -27,6 +28,7 @@ from nabla_trl import probe as probe_room
 from nabla_trl import training
 from nabla_trl.alignment import RewardScorer, train_online
 from nabla_trl.checker import AnswerChecker
+from nabla_trl.checkpoints import traces_hash
 from nabla_trl.compute import Meter
 from nabla_trl.config import ReasonerConfig, Sampling
 from nabla_trl.models import Policy, load_policy
@@ -35,7 +37,7 @@ from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Sample
-from nabla_trl.traces import Trace
+from nabla_trl.traces import Trace, TraceWriter
 from nabla_trl.train_stage import TrainStage
 from nabla_trl.trainers import CONSTANT_STEPS
 from nabla_trl.training import Trained, TrainOptions, check_tokenizer, select_rows, train_on_traces
@@ -626,6 +628,8 @@ def stage(folder: Path, base: Policy, reward: Reward, bases: dict[str, str], **c
         "settings": {"reward": "r"},
         "checker": AnswerChecker(),
         "state": PartialState(),
+        "called": {"learning_rate": 0.005},
+        "command": "distill",
     }
     return TrainStage(**values | changes)
 
@@ -649,6 +653,37 @@ def test_training_is_gone_on_with_only_as_it_was_begun(
         ),
         "beta '0.25' (was None)",
     )
+
+
+def test_a_training_is_of_its_own_problems_traces_and_call(
+    base: Policy, reward: Reward, bases: dict[str, str], traces: list[Trace], tmp_path: Path, kill_at: Callable
+) -> None:
+    """The folder may hold traces of more problems, and get more of them while a training waits to go on."""
+
+    def write(made: list[Trace], rank: int) -> None:
+        with TraceWriter(tmp_path / "traces", rank=rank) as writer:
+            for trace in made:
+                writer.add(trace)
+
+    write(traces, 0)
+    problems = worlds.tiny_problems()[:2]
+    options = TrainOptions(select="improved")
+    few = partial(stage, tmp_path, base, reward, bases, problems=problems, options=options)
+    kill_at(2)
+    with pytest.raises(Killed):
+        few().run("sft")
+    write([replace(trace, seed=1) for trace in traces], 1)
+    worlds.refused(lambda: few().run("sft"), "made with other settings", "traces")
+    (tmp_path / "traces/traces-00001-00000.parquet").unlink()
+    made = few(called={"learning_rate": 0.005, "stages": "train"}).run("sft")
+    mine = [trace for trace in traces if trace.problem_id in {problem.id for problem in problems}]
+    assert made is not None and made.rows == len(sft_rows(mine, "improved").rows) < len(
+        sft_rows(traces, "improved").rows
+    )
+    note = json.loads((tmp_path / "trained/sft/train.json").read_text())
+    assert (note["traces"], note["command"]) == (traces_hash(tmp_path), "distill")
+    assert note["trace_flops"] == pytest.approx(sum(trace.cost.flops for trace in mine))
+    assert yaml.safe_load((tmp_path / "trained/sft/config.yaml").read_text())["stages"] == "train"
 
 
 def test_methods_that_share_beta_with_the_search_need_one(
