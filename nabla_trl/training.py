@@ -69,7 +69,7 @@ class TrainOptions:
     stop_on_overoptimisation: bool = _option(
         False,
         "stop when a probe finds the reward up and the accuracy down, beyond chance, and keep the weights of the most "
-        "accurate probe",
+        "accurate probe (the last ones, where none was better than the untrained policy)",
     )
 
     def __post_init__(self) -> None:

@@ -522,6 +522,33 @@ def test_an_overoptimised_run_ends_with_the_weights_of_the_best_probe(
     assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
 
 
+def test_a_resumed_run_is_compared_with_the_best_probe_before(
+    base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: Callable[[int], None]
+) -> None:
+    found = {0: reading(0, 0.5, 0.0), 2: reading(2, 0.9, 1.0), 4: reading(4, 0.85, 1.5), 6: reading(6, 0.5, 2.0)}
+    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    save = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 8}
+    online("rloo", base, reward, tmp_path / "short", max_steps=2)
+    kill_at(4)
+    with pytest.raises(Killed):
+        online("rloo", base, reward, tmp_path / "long", probe=make_probe(base, reward, stop=True), **save)
+    kill_at(-1)
+    made = online("rloo", base, reward, tmp_path / "long", probe=make_probe(base, reward, stop=True), **save)
+    assert made.stopped == "over-optimised at step 6: reward 1 → 2, accuracy 0.900 → 0.500 since step 2"
+    assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
+
+
+def test_where_no_probe_was_better_than_the_untrained_policy_it_says_so(
+    base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0)}
+    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    made = online("rloo", base, reward, tmp_path, max_steps=4, probe=make_probe(base, reward, stop=True))
+    assert made.steps == 2 and made.stopped.endswith(
+        "since step 0, the untrained policy; the weights kept are the last"
+    )
+
+
 def test_without_the_flag_an_overoptimised_run_goes_on_and_says_so(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
