@@ -125,12 +125,12 @@ class Run:
 
     def __init__(
         self,
+        called: Mapping[str, Any],
         args: DistillArguments,
         reasoner: ReasonerConfig,
         options: TrainOptions,
         lora: LoraArguments,
         sft: SFTConfig,
-        called: Mapping[str, Any],
     ):
         self.called = called  # options, as `--config` takes them
         self.command = shlex.join(["accelerate", "launch", *sys.argv])
@@ -460,7 +460,7 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     dataclasses = [DistillArguments, ReasonerConfig, TrainOptions, LoraArguments, SFTConfig]
     filled = parse(dataclasses, argv, presets=PRESETS)
-    run = Run(*filled, called=given(argv, filled, PRESETS))
+    run = Run(given(argv, filled, PRESETS), *filled)
     run.check()
     run.note()
     with run.checker:
