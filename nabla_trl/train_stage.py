@@ -43,10 +43,22 @@ TRAINING = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "fp16",
+    "loss_type",
+    "packing",
     "max_length",
     "seed",
+    "data_seed",
 )
 
 

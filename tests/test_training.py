@@ -673,6 +673,8 @@ def test_training_is_gone_on_with_only_as_it_was_begun(
         "made with other settings",
         "learning_rate '0.0001' (was '0.005')",
     )
+    shorter = settings(tmp_path, per_device_train_batch_size=8, max_grad_norm=0.1)
+    worlds.refused(lambda: stage(tmp_path, base, reward, bases, config=shorter).run("rloo"), "max_grad_norm '0.1'")
     other = replace(SEARCH, beta=0.25, max_new_tokens=6)
     worlds.refused(
         lambda: stage(tmp_path, base, reward, bases, reasoner=other, settings={"reward": "r", "beta": "0.25"}).run(
