@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,11 @@ from nabla_trl.results import load_results
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "config.yaml"
+# What a report needs to know of a training and of a run, and what a card needs beyond that.
+_COST = ("flops", "seconds", "trace_flops", "trace_seconds", "processes")
+_TOLD = ("tuning", "beta", "rows", "steps", "tokens", "skipped", *_COST)
+_CARD = ("traces", "command")
+_FACTS = ("policy", "reward", "reward_kind", "task", "command", "versions")
 
 
 @dataclass(frozen=True)
@@ -110,15 +115,21 @@ def trained_weights(run: Path, method: str) -> Path:
 
 
 def read_training(run: Path, method: str) -> dict[str, Any]:
-    """What a method's training did (`nabla_trl.training.Trained`), and the cost of the traces it was made of."""
-    return _read_json(run / "trained" / method / "train.json")
+    """What a method's training did (`nabla_trl.training.Trained`), and the cost of the traces it was made of.
+
+    Raises:
+        ValueError: it is not JSON, or lacks something.
+    """
+    path = run / "trained" / method / "train.json"
+    return _with(_TOLD, _read_json(path), path)
 
 
 def find_checkpoint(run: Path, method: str | None) -> Checkpoint:
     """The trained checkpoint of a run; `method` says which where there are several.
 
     Raises:
-        ValueError: no results, none of this checkpoint, no configuration, nothing trained, or several and none named.
+        ValueError: no results, none of this checkpoint, no configuration, nothing trained, several and none named, or
+            notes that lack something.
     """
     rows, facts = load_results(run)
     names = trained_methods(run)
@@ -136,7 +147,8 @@ def find_checkpoint(run: Path, method: str | None) -> Checkpoint:
             raise ValueError(f"{folder} holds no {CONFIG}: what it was made with would not be known")
     weights = trained_weights(run, chosen)
     others = tuple(prefix(name) for name in names if name != chosen)
-    training = read_training(run, chosen)
+    training = _with(_CARD, read_training(run, chosen), run / "trained" / chosen / "train.json")
+    _with(_FACTS, facts, run / "facts.json")
     return Checkpoint(run, chosen, weights, training, read_yaml(run / CONFIG), rows, facts, others)
 
 
@@ -188,6 +200,13 @@ def _weights(file: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, opened.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged: {one_line(error)}") from error
+
+
+def _with(names: Sequence[str], content: dict[str, Any], path: Path) -> dict[str, Any]:
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it was changed, or written by another version")
+    return content
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _result(checkpoint: Checkpoint, method: str, grid: Grid) -> EvalResult:
 
 
 def _what(checkpoint: Checkpoint, made: Provenance) -> str:
-    tuning = checkpoint.training.get("tuning")
+    tuning = checkpoint.training["tuning"]
     kind = "A LoRA adapter" if checkpoint.adapter else "Full weights"
     version = made.base_revision or "revision not known"
     lines = [
@@ -148,7 +148,7 @@ def _what(checkpoint: Checkpoint, made: Provenance) -> str:
 
 
 def _beta(checkpoint: Checkpoint) -> str:
-    own, searched = checkpoint.training.get("beta"), checkpoint.config.get("beta")
+    own, searched = checkpoint.training["beta"], checkpoint.config.get("beta")
     if own is not None:
         return f"{own:g}"
     return "none was set" if searched is None else f"{searched:g} in the search that made its traces, none in training"
@@ -184,13 +184,13 @@ def _row(checkpoint: Checkpoint, method: str, grid: Grid) -> str:
 def _cost(checkpoint: Checkpoint) -> str:
     training = checkpoint.training
     named = {
-        "FLOPs of training": si(training["flops"]) if "flops" in training else "not known",
-        "FLOPs of the traces it was trained on": si(training["trace_flops"]) if training.get("traces") else None,
-        "seconds of training": f"{training['seconds']:.3g}" if "seconds" in training else None,
-        "rows, steps, tokens": ", ".join(str(training.get(name, "–")) for name in ("rows", "steps", "tokens")),
+        "FLOPs of training": si(training["flops"]),
+        "FLOPs of the traces it was trained on": si(training["trace_flops"]) if training["traces"] else None,
+        "seconds of training": f"{training['seconds']:.3g}",
+        "rows, steps, tokens": ", ".join(str(training[name]) for name in ("rows", "steps", "tokens")),
     }
     lines = [f"- {label}: {text}" for label, text in named.items() if text is not None]
-    if training.get("skipped"):
+    if training["skipped"]:
         lines.append(f"- rows left out: {', '.join(f'{why} {n}' for why, n in training['skipped'].items())}")
     return "\n".join(lines)
 
@@ -253,7 +253,7 @@ def _limits(checkpoint: Checkpoint, grids: Mapping[str, Grid]) -> str:
 
 
 def _origin(checkpoint: Checkpoint, made: Provenance) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in checkpoint.facts.get("versions", {}).items())
+    versions = ", ".join(f"{name} {number}" for name, number in checkpoint.facts["versions"].items())
     differences = ", ".join(f"{what} {value:.2g}" for what, value in made.differences.items())
     measured = checkpoint.facts["command"]
     licence = made.licence or "not known: no card of the base was at hand; the terms of the base apply"
@@ -264,7 +264,7 @@ def _origin(checkpoint: Checkpoint, made: Provenance) -> str:
         f"Traces: {f'sha256 {made.traces}, over the shards in order' if made.traces else 'none, it drew its own'}.",
         f"Loaded again from this folder and compared with the trained model in {made.dtype}: logits differ by at "
         f"most {differences}; training had moved them by {made.moved:.2g}.",
-        *([f"Versions: {versions}."] if versions else []),
+        f"Versions: {versions}.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -83,7 +83,7 @@ def ship(
             name=name or to.name,
             base_revision=check.revision,
             licence=licence or base_licence(checkpoint.policy),
-            traces=checkpoint.training.get("traces"),
+            traces=checkpoint.training["traces"],
             dtype=check.dtype,
             merged=merge,
             moved=check.moved,

@@ -95,6 +95,7 @@ def make_run(run: Path, world: Path, methods: tuple[str, ...] = ("sft",), *, ful
             "steps": 9,
         }
         training |= {"tokens": 400, "flops": 2.5e9, "seconds": 3.25, "loss": 0.5, "trace_flops": 7e9}
+        training |= {"trace_seconds": 1.0, "processes": 1}
         training |= {"traces": f"hash of {method}", "command": f"recipes/distill.py --method {method}"}
         (folder / "train.json").write_text(json.dumps(training))
         (folder / "config.yaml").write_text(yaml.safe_dump({"policy": str(base), "learning_rate": 0.1}))
@@ -482,6 +483,14 @@ def no_config(run: Path) -> None:
     (run / "trained/sft/config.yaml").unlink()
 
 
+def no_training_told(run: Path) -> None:
+    (run / "trained/sft/train.json").write_text('{"method": "sft", "beta": 0.5}')
+
+
+def no_facts(run: Path) -> None:
+    (run / "facts.json").write_text("{}")
+
+
 def other_vocabulary(run: Path) -> None:
     permuted, _ = worlds.permuted_tokenizer(worlds.char_tokenizer())
     permuted.save_pretrained(run / "trained/sft/adapter")
@@ -519,6 +528,8 @@ REFUSED: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (no_results, ("rows.jsonl",)),
     (no_rows_of_it, ("no rows of sft",)),
     (no_config, ("config.yaml",)),
+    (no_training_told, ("train.json lacks tuning", "another version")),
+    (no_facts, ("facts.json lacks policy",)),
     (other_vocabulary, ("tokenizers", "differ", "another vocabulary")),
     (other_name, ("was made for", "other")),
     (other_shape, ("cannot put adapter", "other")),
