@@ -170,6 +170,8 @@ class _Check:
         self.tokenizer.save_pretrained(draft)
         if merge:
             self._trained().save_pretrained(draft / MERGED)
+            for file in (draft / MERGED).glob("*.safetensors"):
+                shutil.copymode(draft / CONFIG, file)  # safetensors writes for nobody else to read
             self.tokenizer.save_pretrained(draft / MERGED)
         loaders: dict[str, Callable[[], PreTrainedModel]] = {"folder": lambda: self._reload(draft)}
         if self.checkpoint.adapter:

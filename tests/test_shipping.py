@@ -164,6 +164,11 @@ def test_the_folder_holds_all_that_is_needed(shipped: Shipped, finished: Path) -
     assert not list(folder.parent.glob("*.tmp"))
 
 
+def test_others_may_read_all_of_it(shipped: Shipped) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in shipped.folder.rglob("*") if path.is_file()}
+    assert modes == {(shipped.folder / "config.yaml").stat().st_mode & 0o777}
+
+
 def test_every_way_to_load_it_gives_the_trained_model(shipped: Shipped, finished: Path, world: Path) -> None:
     trained = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(world / "base"), finished / "trained/sft/adapter"

@@ -180,6 +180,15 @@ def test_an_unfinished_step_on_the_way_is_not_trained_on(traces: list[Trace]) ->
     assert len(rows) + skipped["unfinished"] == len(whole)
 
 
+def test_what_the_reward_could_not_read_is_not_trained_on(traces: list[Trace]) -> None:
+    """Its weight would be exp(−∞), and not a number where a problem has nothing else."""
+    unread = [replace(trace, reward=-math.inf, reward_initial=-math.inf, revisions=[]) for trace in traces[:1]]
+    made = [*unread, *traces[1:]]
+    for found in (sft_rows(made), sft_rows(made, "samples"), weighted_rows(made, 1.0)):
+        assert found.skipped["unreadable"] == 1
+        assert all(math.isfinite(row.get("weight", 1.0)) for row in found.rows) and found.rows
+
+
 def test_weights_are_those_of_importance_sampling(traces: list[Trace]) -> None:
     rows, _ = weighted_rows(traces, beta=0.5, unfinished=True)
     index = 0
