@@ -28,7 +28,7 @@ from nabla_trl.tasks import Problem
 from nabla_trl.terms import Sample
 from nabla_trl.trainers import IdsGRPOTrainer, IdsRLOOTrainer, config_as
 from nabla_trl.training import Outcome, Trained, TrainOptions, padded_tokenizer, run_trainer
-from nabla_trl.tuning import LoraArguments, load_trainable, lora_config, row_flops
+from nabla_trl.tuning import LoraArguments, check_reference, load_trainable, lora_config, row_flops
 
 
 @dataclass
@@ -112,8 +112,10 @@ def train_online(
 
     Raises:
         ValueError: no problem that can be asked, a batch that does not hold whole groups, a reward that is not finite
-            or does not differ, weights that did not change, or a full disk.
+            or does not differ, weights that did not change, a full disk, or what `check_reference` refuses.
     """
+    check_online(config, sampling, options)
+    check_reference(base.name, options.tuning)
     asked, encoded, skipped = _askable(problems, base, reward, sampling, graded=options.online_reward == "verifier")
     scorer: RewardScorer | VerifierScorer
     if options.online_reward == "verifier":
@@ -182,6 +184,18 @@ def _batch(config: Any) -> int:
     return int(config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size)
 
 
+def check_online(config: SFTConfig, sampling: Sampling, options: TrainOptions) -> None:
+    """Refuse steps that do not hold whole groups, and responses that cannot differ, before anything is loaded."""
+    batch = _batch(config)
+    if batch % options.num_generations:
+        raise ValueError(
+            f"a step's {batch} responses (per_device_train_batch_size × gradient_accumulation_steps × processes) are "
+            f"not whole groups of num_generations {options.num_generations}"
+        )
+    if sampling.temperature == 0:
+        raise ValueError("rloo and grpo need responses that differ: temperature must be above 0")
+
+
 def _settings(
     method: str,
     config: SFTConfig,
@@ -191,15 +205,7 @@ def _settings(
     sampling: Sampling,
     options: TrainOptions,
 ) -> tuple[type[Any], Any]:
-    batch = _batch(config)
-    if batch % options.num_generations:
-        raise ValueError(
-            f"a step's {batch} responses (per_device_train_batch_size × gradient_accumulation_steps × processes) are "
-            f"not whole groups of num_generations {options.num_generations}"
-        )
-    if sampling.temperature == 0:
-        raise ValueError("rloo and grpo need responses that differ: temperature must be above 0")
-    per_epoch = problems * options.num_generations * options.num_iterations / batch
+    per_epoch = problems * options.num_generations * options.num_iterations / _batch(config)
     common = {
         "max_steps": config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch),
         "shuffle_dataset": False,

@@ -3,10 +3,11 @@
 A run folder, as recipes/distill.py leaves it:
 
     trained/<method>/train.json        what the training did
+    trained/<method>/config.yaml       the configuration that it was made with, as --config takes it
     trained/<method>/adapter/          a LoRA adapter and its tokenizer; or
     trained/<method>/model/            full weights and their tokenizer
     rows.jsonl, facts.json             what was measured (`nabla_trl.results`)
-    config.yaml                        the configuration, as --config takes it
+    config.yaml                        the configuration of the last call
     traces/*.parquet                   what was trained on, if anything
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ from nabla_trl.results import load_results
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "config.yaml"
+# What a report needs to know of a training and of a run, and what a card needs beyond that.
+_COST = ("flops", "seconds", "trace_flops", "trace_seconds", "processes")
+_TOLD = ("tuning", "beta", "rows", "steps", "tokens", "skipped", *_COST)
+_CARD = ("traces", "command")
+_FACTS = ("policy", "reward", "reward_kind", "task", "command", "versions")
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Checkpoint:
         method: sft, reward-weighted, dpo, rloo or grpo.
         folder: its weights and tokenizer.
         training: train.json: method, tuning, beta, steps, flops and so on.
-        config: the run's configuration.
+        config: the run's configuration, in its last call, which measured.
         rows: the run's result rows; those of this checkpoint begin with its prefix.
         facts: the run's facts (`nabla_trl.report`).
         others: prefixes of the run's other checkpoints.
@@ -63,6 +69,11 @@ class Checkpoint:
     @property
     def adapter(self) -> bool:
         return self.folder.name == "adapter"
+
+    @property
+    def made_with(self) -> Path:
+        """The configuration of the call that trained it."""
+        return self.folder.parent / CONFIG
 
     @property
     def prefix(self) -> str:
@@ -104,15 +115,21 @@ def trained_weights(run: Path, method: str) -> Path:
 
 
 def read_training(run: Path, method: str) -> dict[str, Any]:
-    """What a method's training did (`nabla_trl.training.Trained`), and the cost of the traces it was made of."""
-    return _read_json(run / "trained" / method / "train.json")
+    """What a method's training did (`nabla_trl.training.Trained`), and the cost of the traces it was made of.
+
+    Raises:
+        ValueError: it is not JSON, or lacks something.
+    """
+    path = run / "trained" / method / "train.json"
+    return _with(_TOLD, _read_json(path), path)
 
 
 def find_checkpoint(run: Path, method: str | None) -> Checkpoint:
     """The trained checkpoint of a run; `method` says which where there are several.
 
     Raises:
-        ValueError: no results, none of this checkpoint, no configuration, nothing trained, or several and none named.
+        ValueError: no results, none of this checkpoint, no configuration, nothing trained, several and none named, or
+            notes that lack something.
     """
     rows, facts = load_results(run)
     names = trained_methods(run)
@@ -125,11 +142,13 @@ def find_checkpoint(run: Path, method: str | None) -> Checkpoint:
         raise ValueError(f"{run} holds no checkpoint {chosen!r}: there is {', '.join(names)}")
     if not any(row["method"].startswith(prefix(chosen)) for row in rows):
         raise ValueError(f"{run} holds no rows of {chosen}: evaluate it first, a card needs figures")
-    if not (run / CONFIG).is_file():
-        raise ValueError(f"{run} holds no {CONFIG}: what it was made with would not be known")
+    for folder in (run, run / "trained" / chosen):
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"{folder} holds no {CONFIG}: what it was made with would not be known")
     weights = trained_weights(run, chosen)
     others = tuple(prefix(name) for name in names if name != chosen)
-    training = read_training(run, chosen)
+    training = _with(_CARD, read_training(run, chosen), run / "trained" / chosen / "train.json")
+    _with(_FACTS, facts, run / "facts.json")
     return Checkpoint(run, chosen, weights, training, read_yaml(run / CONFIG), rows, facts, others)
 
 
@@ -181,6 +200,13 @@ def _weights(file: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, opened.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged: {one_line(error)}") from error
+
+
+def _with(names: Sequence[str], content: dict[str, Any], path: Path) -> dict[str, Any]:
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it was changed, or written by another version")
+    return content
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from nabla_trl.compute import Meter
+from nabla_trl.laws import best_of_bound
 from nabla_trl.models import Policy
 from nabla_trl.reward_models import log_ratio
 from nabla_trl.tasks import Problem
@@ -22,12 +23,6 @@ Measure = Callable[[Sequence[Problem], Sequence[Trace]], "list[float | None]"]
 def nothing_known(problems: Sequence[Problem], traces: Sequence[Trace]) -> list[float | None]:
     """Of greedy decodes (which have no density) and of searches (whose density nobody can write down)."""
     return [None] * len(traces)
-
-
-def best_of_bound(count: int) -> float:
-    """log N − (N − 1)/N: the most that best-of-N diverges from the policy it samples (Beirami et al., arXiv
-    2401.01879); 0 for N = 1, which is that policy."""
-    return math.log(count) - (count - 1) / count
 
 
 def of_samples(counts: Mapping[str, int], policy: Policy, base: Policy, *, batch_size: int) -> Measure:

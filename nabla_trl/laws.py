@@ -116,7 +116,8 @@ def total_variation(law: np.ndarray, other: np.ndarray) -> float:
 
 
 def best_of_bound(count: int) -> float:
-    """The most that best-of-N moves away from π: KL ≤ log N − (N − 1)/N (Beirami et al., arXiv 2401.01879)."""
+    """The most that best-of-N moves away from π: KL ≤ log N − (N − 1)/N (Beirami et al., arXiv 2401.01879); 0 for one
+    draw, which is π."""
     return math.log(count) - (count - 1) / count
 
 

@@ -29,7 +29,7 @@ class Provenance:
         name: what to call the shipped model: a hub id, or the folder's name.
         base_revision: commit of the base; None where it is not known.
         licence: of the shipped model, a key of the hub's; None where it is not known.
-        traces: hash of the traces (`checkpoints.traces_hash`).
+        traces: hash of the traces that it was trained on (`checkpoints.traces_hash`); None where there were none.
         dtype: what logits were compared, and merged weights made, in.
         merged: the folder merged/ is there.
         moved: largest difference of a logit on the probes between the base and the trained model.
@@ -130,14 +130,13 @@ def _result(checkpoint: Checkpoint, method: str, grid: Grid) -> EvalResult:
 
 
 def _what(checkpoint: Checkpoint, made: Provenance) -> str:
-    tuning = checkpoint.training.get("tuning")
+    tuning = checkpoint.training["tuning"]
     kind = "A LoRA adapter" if checkpoint.adapter else "Full weights"
     version = made.base_revision or "revision not known"
-    beta = checkpoint.training.get("beta")
     lines = [
         f"{kind} of `{checkpoint.policy}` ({version}), trained by {checkpoint.method} for the "
         f"{checkpoint.facts['reward_kind']} reward `{checkpoint.facts['reward']}`.",
-        f"β, the price of a nat away from the base: {'none was set' if beta is None else f'{beta:g}'}.",
+        f"β, the price of a nat away from the base: {_beta(checkpoint)}.",
     ]
     if tuning == "qlora":
         lines.append(
@@ -146,6 +145,13 @@ def _what(checkpoint: Checkpoint, made: Provenance) -> str:
     if made.merged:
         lines.append(f"`merged/` holds base and adapter as one model, merged in {made.dtype}.")
     return "\n".join(lines)
+
+
+def _beta(checkpoint: Checkpoint) -> str:
+    own, searched = checkpoint.training["beta"], checkpoint.config.get("beta")
+    if own is not None:
+        return f"{own:g}"
+    return "none was set" if searched is None else f"{searched:g} in the search that made its traces, none in training"
 
 
 def _measured(checkpoint: Checkpoint, grids: Mapping[str, Grid]) -> str:
@@ -178,13 +184,13 @@ def _row(checkpoint: Checkpoint, method: str, grid: Grid) -> str:
 def _cost(checkpoint: Checkpoint) -> str:
     training = checkpoint.training
     named = {
-        "FLOPs of training": si(training["flops"]) if "flops" in training else "not known",
-        "FLOPs of the traces it was trained on": si(training["trace_flops"]) if "trace_flops" in training else None,
-        "seconds of training": f"{training['seconds']:.3g}" if "seconds" in training else None,
-        "rows, steps, tokens": ", ".join(str(training.get(name, "–")) for name in ("rows", "steps", "tokens")),
+        "FLOPs of training": si(training["flops"]),
+        "FLOPs of the traces it was trained on": si(training["trace_flops"]) if training["traces"] else None,
+        "seconds of training": f"{training['seconds']:.3g}",
+        "rows, steps, tokens": ", ".join(str(training[name]) for name in ("rows", "steps", "tokens")),
     }
     lines = [f"- {label}: {text}" for label, text in named.items() if text is not None]
-    if training.get("skipped"):
+    if training["skipped"]:
         lines.append(f"- rows left out: {', '.join(f'{why} {n}' for why, n in training['skipped'].items())}")
     return "\n".join(lines)
 
@@ -247,16 +253,18 @@ def _limits(checkpoint: Checkpoint, grids: Mapping[str, Grid]) -> str:
 
 
 def _origin(checkpoint: Checkpoint, made: Provenance) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in checkpoint.facts.get("versions", {}).items())
+    versions = ", ".join(f"{name} {number}" for name, number in checkpoint.facts["versions"].items())
     differences = ", ".join(f"{what} {value:.2g}" for what, value in made.differences.items())
+    measured = checkpoint.facts["command"]
     licence = made.licence or "not known: no card of the base was at hand; the terms of the base apply"
     lines = [
         f"Licence: {licence}.",
-        f"Made by: `{checkpoint.facts['command']}` with the configuration in config.yaml.",
-        f"Traces: {f'sha256 {made.traces}, over the shards in order' if made.traces else 'none were kept'}.",
+        f"Trained by: `{checkpoint.training['command']}` with the configuration in config.yaml.",
+        *([f"Measured by: `{measured}`."] if measured != checkpoint.training["command"] else []),
+        f"Traces: {f'sha256 {made.traces}, over the shards in order' if made.traces else 'none, it drew its own'}.",
         f"Loaded again from this folder and compared with the trained model in {made.dtype}: logits differ by at "
         f"most {differences}; training had moved them by {made.moved:.2g}.",
-        *([f"Versions: {versions}."] if versions else []),
+        f"Versions: {versions}.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

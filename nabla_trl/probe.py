@@ -6,10 +6,11 @@ A policy that is trained on a reward and not on what it stands for gets better r
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class Reading:
 class Probe(TrainerCallback):
     """Reads the policy on held-out problems before training, every `every` steps and at the end.
 
+    Each checkpoint keeps the most accurate reading up to it, which a resumed run is compared with.
+
     Args:
         problems: with gold answers; each process takes its share.
         base: the frozen policy π that training started from.
@@ -107,7 +110,14 @@ class Probe(TrainerCallback):
         return self.stopped
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._read(state, control)  # of a resumed run too: what later probes are compared with
+        note = _note(args, state)
+        if state.global_step and note.is_file():
+            self.best = Reading(**json.loads(note.read_text(encoding="utf-8")))
+        self._read(state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.best is not None:
+            _note(args, state).write_text(json.dumps(asdict(self.best)), encoding="utf-8")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
@@ -130,6 +140,7 @@ class Probe(TrainerCallback):
                 f"over-optimised at step {reading.step}: reward {had['probe/reward']:.3g} → "
                 f"{found['probe/reward']:.3g}, accuracy {had['probe/accuracy']:.3f} → {found['probe/accuracy']:.3f} "
                 f"since step {self.best.step}"
+                + ("" if self.best.step or not self.stop else ", the untrained policy; the weights kept are the last")
             )
             control.should_training_stop = self.stop
 
@@ -165,6 +176,10 @@ class Probe(TrainerCallback):
             for prompt in [policy.encode(p)]
         ]
         return generate(policy, jobs, sampling, meter=Meter())
+
+
+def _note(args: Any, state: Any) -> Path:
+    return Path(args.output_dir, f"checkpoint-{state.global_step}", "probe.json")
 
 
 def _log_likelihood(draft: Draft) -> float:

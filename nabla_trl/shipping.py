@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_trl.adapters import FILE, adapter_note
-from nabla_trl.checkpoints import CONFIG, WEIGHTS, Checkpoint, check_files, traces_hash
+from nabla_trl.checkpoints import CONFIG, WEIGHTS, Checkpoint, check_files
 from nabla_trl.model_card import Provenance, base_licence, model_card
 from nabla_trl.models import Policy, load_causal, load_policy, load_tokenizer
 from nabla_trl.names import one_line
@@ -83,7 +83,7 @@ def ship(
             name=name or to.name,
             base_revision=check.revision,
             licence=licence or base_licence(checkpoint.policy),
-            traces=traces_hash(checkpoint.run),
+            traces=checkpoint.training["traces"],
             dtype=check.dtype,
             merged=merge,
             moved=check.moved,
@@ -170,6 +170,8 @@ class _Check:
         self.tokenizer.save_pretrained(draft)
         if merge:
             self._trained().save_pretrained(draft / MERGED)
+            for file in (draft / MERGED).glob("*.safetensors"):
+                shutil.copymode(draft / CONFIG, file)  # safetensors writes for nobody else to read
             self.tokenizer.save_pretrained(draft / MERGED)
         loaders: dict[str, Callable[[], PreTrainedModel]] = {"folder": lambda: self._reload(draft)}
         if self.checkpoint.adapter:
@@ -208,7 +210,7 @@ def _copy(checkpoint: Checkpoint, draft: Path) -> None:
     names = [FILE, WEIGHTS] if checkpoint.adapter else _model_files(checkpoint.folder)
     for name in names:
         shutil.copyfile(checkpoint.folder / name, draft / name)
-    shutil.copyfile(checkpoint.run / CONFIG, draft / CONFIG)
+    shutil.copyfile(checkpoint.made_with, draft / CONFIG)
 
 
 def _model_files(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from nabla_trl.traces import Trace
 from nabla_trl.tuning import (
     TUNING,
     LoraArguments,
+    check_reference,
     last_checkpoint,
     load_trainable,
     lora_config,
@@ -67,7 +69,7 @@ class TrainOptions:
     stop_on_overoptimisation: bool = _option(
         False,
         "stop when a probe finds the reward up and the accuracy down, beyond chance, and keep the weights of the most "
-        "accurate probe",
+        "accurate probe (the last ones, where none was better than the untrained policy)",
     )
 
     def __post_init__(self) -> None:
@@ -171,8 +173,13 @@ def train_on_traces(
         dtype: of a frozen base.
 
     Raises:
-        ValueError: a loss that is not finite, weights that did not change, or a disk that is full.
+        ValueError: no row within `max_length`, a loss that is not finite, weights that did not change, a disk that is
+            full, or what `load_trainable` and (dpo) `check_reference` refuse.
     """
+    if method == "dpo":
+        check_reference(policy, tuning)
+    else:
+        found = _uncut(found, config.max_length)
     model = load_trainable(policy, tuning=tuning, dtype=dtype, config=config)
     trainer = _offline_trainer(method, policy, model, found, beta, tuning, lora, config)
     size = model_size(model, "policy")
@@ -196,6 +203,18 @@ def train_on_traces(
         loss=outcome.loss,
         stopped=outcome.stopped,
     )
+
+
+def _uncut(found: Rows, longest: int | None) -> Rows:
+    """The rows that TRL would not cut: a response without its end teaches not to end.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = [row for row in found.rows if longest is None or len(row["input_ids"]) <= longest]
+    if not rows:
+        raise ValueError(f"every row is longer than max_length {longest}: raise it")
+    return Rows(rows, found.skipped + Counter({"longer than max_length": len(found.rows) - len(rows)}))
 
 
 def _lengths(row: dict[str, Any]) -> list[int]:

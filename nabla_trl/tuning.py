@@ -71,6 +71,15 @@ def check_precision(tuning: str, dtype: str, config: TrainingArguments) -> None:
         )
 
 
+def check_reference(name: str, tuning: str) -> None:
+    """Refuse to hold full weights to an adapter: TRL would load its base as the reference instead."""
+    if tuning == "full" and adapter_folder(name) is not None:
+        raise ValueError(
+            f"{name} is an adapter, which cannot be the reference of full weights: set tuning lora, or start from "
+            "whole weights (nabla-trl ship --merge makes them)"
+        )
+
+
 def _load_four_bit(name: str, dtype: str, config: TrainingArguments) -> PreTrainedModel:
     from peft import prepare_model_for_kbit_training
 

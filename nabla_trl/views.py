@@ -39,8 +39,8 @@ def sft_rows(traces: Iterable[Trace], select: str = "best", *, unfinished: bool 
             trace: what Metropolis chains sample).
         unfinished: take responses that were cut at the limit, too: without them samples are those of π* given an end.
 
-    Skipped and counted: traces with an "error", "unfinished" and "empty" responses, and what is "not the best" or "not
-    improved". ValueError for a trace without a prompt.
+    Skipped and counted: traces with an "error", "unfinished" and "empty" responses, those "unreadable" for the reward,
+    and what is "not the best" or "not improved". ValueError for a trace without a prompt.
     """
     sound, skipped = _sound(traces, unfinished)
     ends = _stops(sound)
@@ -99,6 +99,8 @@ def _sound(traces: Iterable[Trace], unfinished: bool) -> tuple[list[Trace], Coun
             skipped["empty"] += 1
         elif not trace.finished and not unfinished:
             skipped["unfinished"] += 1
+        elif trace.reward == -math.inf:
+            skipped["unreadable"] += 1
         elif not trace.prompt_ids:
             raise ValueError(f"{trace._label()}: no prompt ids; was it read without that column?")
         else:

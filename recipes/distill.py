@@ -14,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +34,7 @@ from nabla_trl.arguments import REWARDS, VLLM_TIMEOUT, VLLM_URL, drawing_setting
 from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
 from nabla_trl.checker import AnswerChecker
-from nabla_trl.checkpoints import read_training, trained_methods, trained_weights
+from nabla_trl.checkpoints import CONFIG, read_training, trained_methods, trained_weights
 from nabla_trl.compute import Cost
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
@@ -124,12 +125,15 @@ class Run:
 
     def __init__(
         self,
+        called: Mapping[str, Any],
         args: DistillArguments,
         reasoner: ReasonerConfig,
         options: TrainOptions,
         lora: LoraArguments,
         sft: SFTConfig,
     ):
+        self.called = called  # options, as `--config` takes them
+        self.command = shlex.join(["accelerate", "launch", *sys.argv])
         self.args, self.reasoner, self.options, self.lora, self.sft = args, reasoner, options, lora, sft
         self.state = PartialState()
         asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -181,10 +185,10 @@ class Run:
         if self.state.is_main_process:
             print(text, flush=True)
 
-    def note(self, options: dict[str, Any]) -> None:
+    def note(self) -> None:
         """config.yaml: what this run was called with, as `--config` takes it."""
         if self.state.is_main_process:
-            self._path("config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+            self._path(CONFIG).write_text(yaml.safe_dump(self.called, sort_keys=False), encoding="utf-8")
 
     # --- stages ---------------------------------------------------------------------------------------
 
@@ -251,9 +255,14 @@ class Run:
         self._write("audit.json", found | {"flops": spent.flops})
         self.say(f"audit: {found['verdict']}")
 
-    def stage_train(self) -> None:
-        """One policy per method; adapters, or whole models."""
-        stage = TrainStage(
+    def check(self) -> None:
+        """Refuse what could not be trained, before hours of traces."""
+        if "train" in self.args.stages.split(","):
+            for method in self.args.method:
+                self._train_stage().check(method)
+
+    def _train_stage(self) -> TrainStage:
+        return TrainStage(
             folder=self.folder,
             policy=self.args.policy,
             dtype=self.args.dtype,
@@ -267,9 +276,13 @@ class Run:
             settings=self._search_settings() | {"dataset": data_identity(self.args.dataset)},
             checker=self.checker,
             state=self.state,
+            called=self.called,
+            command=self.command,
         )
-        for method in self.args.method:
-            stage.check(method)
+
+    def stage_train(self) -> None:
+        """One policy per method; adapters, or whole models."""
+        stage = self._train_stage()
         for method in self.args.method:
             made = stage.run(method)
             if made is None:
@@ -354,7 +367,7 @@ class Run:
         audited = self._read("audit.json")
         facts = {
             "title": self.args.title,
-            "command": " ".join(["accelerate launch", *sys.argv]),
+            "command": self.command,
             "policy": self.args.policy,
             "reward": self.args.reward,
             "task": self.args.eval_dataset or self.args.dataset,
@@ -447,8 +460,9 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     dataclasses = [DistillArguments, ReasonerConfig, TrainOptions, LoraArguments, SFTConfig]
     filled = parse(dataclasses, argv, presets=PRESETS)
-    run = Run(*filled)
-    run.note(given(argv, filled, PRESETS))
+    run = Run(given(argv, filled, PRESETS), *filled)
+    run.check()
+    run.note()
     with run.checker:
         for stage in run.args.stages.split(","):
             getattr(run, f"stage_{stage}")()

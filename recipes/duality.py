@@ -246,15 +246,15 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(args.output_dir)
     claim_settings(folder / "duality.settings.json", chain_settings(args))
     rows = study.drawn() + study.searched(folder / "chains")
+    # Without the gradient: the reward of a made world is untrained, and its gradient leads nowhere.
+    chains = args.searches(len(study.policy.forbidden))["metropolis"]
     trainer = Trainer(
         folder / "trained",
         training,
         policy=study.policy,
         reward=study.reward,
         problems=[tree.problem for tree in study.trees],
-        metropolis=args.searches(len(study.policy.forbidden))[
-            "metropolis"
-        ],  # its reward is untrained: a gradient leads nowhere
+        metropolis=chains,
         seed=args.seed + 1,  # other chains than those that are measured
     )
     rows += study.trained([weights for method in training.methods() for weights in trainer.run(method)])

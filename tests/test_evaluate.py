@@ -12,8 +12,8 @@ import worlds
 
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
-from nabla_trl.divergence import best_of_bound
 from nabla_trl.evaluate import Bench, mean_flops, run_step
+from nabla_trl.laws import best_of_bound
 from nabla_trl.methods import check, steps
 from nabla_trl.rowstore import RowStore, reward_by_round, row_key
 

@@ -94,8 +94,11 @@ def make_run(run: Path, world: Path, methods: tuple[str, ...] = ("sft",), *, ful
             "skipped": {"unfinished": 1},
             "steps": 9,
         }
-        training |= {"tokens": 400, "flops": 2.5e9, "seconds": 3.25, "loss": 0.5}
+        training |= {"tokens": 400, "flops": 2.5e9, "seconds": 3.25, "loss": 0.5, "trace_flops": 7e9}
+        training |= {"trace_seconds": 1.0, "processes": 1}
+        training |= {"traces": f"hash of {method}", "command": f"recipes/distill.py --method {method}"}
         (folder / "train.json").write_text(json.dumps(training))
+        (folder / "config.yaml").write_text(yaml.safe_dump({"policy": str(base), "learning_rate": 0.1}))
         for name in ("greedy", "best_of_8"):
             own = f"{method.replace('-', '_')}_{name}"
             rows.append(trace_row(one, "hash") for one in graded(policy, own, wrong=1))
@@ -154,11 +157,16 @@ def test_the_folder_holds_all_that_is_needed(shipped: Shipped, finished: Path) -
     weights = {"adapter_config.json", WEIGHTS}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {path.name for path in folder.iterdir()} == made | weights | tokenizer
-    assert (folder / "config.yaml").read_bytes() == (finished / "config.yaml").read_bytes()
+    assert (folder / "config.yaml").read_bytes() == (finished / "trained/sft/config.yaml").read_bytes()
     assert (folder / WEIGHTS).read_bytes() == (finished / "trained/sft/adapter" / WEIGHTS).read_bytes()
     found = json.loads((folder / "provenance.json").read_text())
-    assert found["traces"] == traces_hash(finished) and found["training"]["beta"] == 0.5
+    assert found["traces"] == "hash of sft" and found["training"]["beta"] == 0.5
     assert not list(folder.parent.glob("*.tmp"))
+
+
+def test_others_may_read_all_of_it(shipped: Shipped) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in shipped.folder.rglob("*") if path.is_file()}
+    assert modes == {(shipped.folder / "config.yaml").stat().st_mode & 0o777}
 
 
 def test_every_way_to_load_it_gives_the_trained_model(shipped: Shipped, finished: Path, world: Path) -> None:
@@ -288,10 +296,27 @@ def test_one_of_several_checkpoints(world: Path, tmp_path: Path) -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
-def test_a_run_without_traces(run: Path, tmp_path: Path) -> None:
-    shutil.rmtree(run / "traces")
+def change_training(run: Path, **changes: Any) -> None:
+    note = run / "trained/sft/train.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | changes))
+
+
+def test_a_checkpoint_that_no_traces_were_needed_for(run: Path, tmp_path: Path) -> None:
+    """The run's traces may be another method's."""
+    change_training(run, traces=None, trace_flops=0.0)
     made = ship(find_checkpoint(run, None), tmp_path / "out")
-    assert made.provenance.traces is None and "Traces: none were kept" in (made.folder / "README.md").read_text()
+    card = (made.folder / "README.md").read_text()
+    assert made.provenance.traces is None and "Traces: none" in card and "FLOPs of the traces" not in card
+
+
+def test_the_card_tells_the_beta_of_the_search_where_training_has_none(run: Path, tmp_path: Path) -> None:
+    change_training(run, beta=None)
+    assert "none was set" in (ship(find_checkpoint(run, None), tmp_path / "one").folder / "README.md").read_text()
+    config = run / "config.yaml"
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"beta": 0.25}))
+    assert (
+        "0.25 in the search" in (ship(find_checkpoint(run, None), tmp_path / "two").folder / "README.md").read_text()
+    )
 
 
 def test_the_hash_of_traces_sees_every_shard(run: Path) -> None:
@@ -341,7 +366,10 @@ def test_the_card_says_where_it_comes_from(shipped: Shipped, finished: Path, wor
     ):
         assert words in card.text, words
     for words in (
-        str(traces_hash(finished)),
+        "sha256 hash of sft",
+        "Trained by: `recipes/distill.py --method sft` with",
+        "Measured by: `accelerate launch recipes/distill.py`.",
+        "7 G",
         f"logratio:{world / 'better'}",
         "custom_generate=",
         "PeftModel",
@@ -457,7 +485,15 @@ def no_rows_of_it(run: Path) -> None:
 
 
 def no_config(run: Path) -> None:
-    (run / "config.yaml").unlink()
+    (run / "trained/sft/config.yaml").unlink()
+
+
+def no_training_told(run: Path) -> None:
+    (run / "trained/sft/train.json").write_text('{"method": "sft", "beta": 0.5}')
+
+
+def no_facts(run: Path) -> None:
+    (run / "facts.json").write_text("{}")
 
 
 def other_vocabulary(run: Path) -> None:
@@ -497,6 +533,8 @@ REFUSED: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (no_results, ("rows.jsonl",)),
     (no_rows_of_it, ("no rows of sft",)),
     (no_config, ("config.yaml",)),
+    (no_training_told, ("train.json lacks tuning", "another version")),
+    (no_facts, ("facts.json lacks policy",)),
     (other_vocabulary, ("tokenizers", "differ", "another vocabulary")),
     (other_name, ("was made for", "other")),
     (other_shape, ("cannot put adapter", "other")),

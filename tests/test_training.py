@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import worlds
+import yaml
 from accelerate import PartialState
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
@@ -26,6 +27,7 @@ from nabla_trl import probe as probe_room
 from nabla_trl import training
 from nabla_trl.alignment import RewardScorer, train_online
 from nabla_trl.checker import AnswerChecker
+from nabla_trl.checkpoints import traces_hash
 from nabla_trl.compute import Meter
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.models import Policy, load_policy
@@ -35,7 +37,7 @@ from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Sample
-from nabla_trl.traces import Trace
+from nabla_trl.traces import Trace, TraceWriter
 from nabla_trl.train_stage import TrainStage
 from nabla_trl.trainers import CONSTANT_STEPS
 from nabla_trl.training import Trained, TrainOptions, check_tokenizer, select_rows, train_on_traces
@@ -163,6 +165,15 @@ def test_an_unfinished_step_on_the_way_is_not_trained_on(traces: list[Trace]) ->
     assert len(rows) + skipped["unfinished"] == len(whole)
 
 
+def test_what_the_reward_could_not_read_is_not_trained_on(traces: list[Trace]) -> None:
+    """Its weight would be exp(−∞), and not a number where a problem has nothing else."""
+    unread = [replace(trace, reward=-math.inf, reward_initial=-math.inf, revisions=[]) for trace in traces[:1]]
+    made = [*unread, *traces[1:]]
+    for found in (sft_rows(made), sft_rows(made, "samples"), weighted_rows(made, 1.0)):
+        assert found.skipped["unreadable"] == 1
+        assert all(math.isfinite(row.get("weight", 1.0)) for row in found.rows) and found.rows
+
+
 def test_weights_are_those_of_importance_sampling(traces: list[Trace]) -> None:
     rows, _ = weighted_rows(traces, beta=0.5, unfinished=True)
     index = 0
@@ -255,6 +266,23 @@ def test_rows_of_weight_zero_do_not_count(bases: dict[str, str], traces: list[Tr
         found = Rows(some, sft_rows(traces).skipped)
         offline("reward-weighted", bases["llama"], found, tmp_path / name, "full", **options)
     assert same(tmp_path / "kept" / "out", tmp_path / "mixed" / "out")
+
+
+def test_a_response_is_not_cut(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
+    """What is longer than max_length is left out and counted: half a response teaches not to end."""
+    found = sft_rows(traces, "improved")
+    lengths = sorted(len(row["input_ids"]) for row in found.rows)
+    longest = lengths[len(lengths) // 2]
+    short = Rows([row for row in found.rows if len(row["input_ids"]) <= longest], found.skipped)
+    left_out = len(found.rows) - len(short.rows)
+    assert short.rows and left_out
+    made = offline("sft", bases["llama"], found, tmp_path / "limited", max_length=longest)
+    assert (made.rows, made.skipped["longer than max_length"]) == (len(short.rows), left_out)
+    offline("sft", bases["llama"], short, tmp_path / "short")
+    assert same(tmp_path / "limited" / "out", tmp_path / "short" / "out")
+    worlds.refused(
+        lambda: offline("sft", bases["llama"], found, tmp_path / "none", max_length=3), "longer than max_length 3"
+    )
 
 
 def test_dpo_prefers_what_the_reward_preferred(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
@@ -488,6 +516,33 @@ def test_an_overoptimised_run_ends_with_the_weights_of_the_best_probe(
     assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
 
 
+def test_a_resumed_run_is_compared_with_the_best_probe_before(
+    base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: Callable[[int], None]
+) -> None:
+    found = {0: reading(0, 0.5, 0.0), 2: reading(2, 0.9, 1.0), 4: reading(4, 0.85, 1.5), 6: reading(6, 0.5, 2.0)}
+    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    save = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 8}
+    online("rloo", base, reward, tmp_path / "short", max_steps=2)
+    kill_at(4)
+    with pytest.raises(Killed):
+        online("rloo", base, reward, tmp_path / "long", probe=make_probe(base, reward, stop=True), **save)
+    kill_at(-1)
+    made = online("rloo", base, reward, tmp_path / "long", probe=make_probe(base, reward, stop=True), **save)
+    assert made.stopped == "over-optimised at step 6: reward 1 → 2, accuracy 0.900 → 0.500 since step 2"
+    assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
+
+
+def test_where_no_probe_was_better_than_the_untrained_policy_it_says_so(
+    base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0)}
+    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    made = online("rloo", base, reward, tmp_path, max_steps=4, probe=make_probe(base, reward, stop=True))
+    assert made.steps == 2 and made.stopped.endswith(
+        "since step 0, the untrained policy; the weights kept are the last"
+    )
+
+
 def test_without_the_flag_an_overoptimised_run_goes_on_and_says_so(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -594,6 +649,8 @@ def stage(folder: Path, base: Policy, reward: Reward, bases: dict[str, str], **c
         "settings": {"reward": "r"},
         "checker": AnswerChecker(),
         "state": PartialState(),
+        "called": {"learning_rate": 0.005},
+        "command": "distill",
     }
     return TrainStage(**values | changes)
 
@@ -610,6 +667,8 @@ def test_training_is_gone_on_with_only_as_it_was_begun(
         "made with other settings",
         "learning_rate '0.0001' (was '0.005')",
     )
+    shorter = settings(tmp_path, per_device_train_batch_size=8, max_grad_norm=0.1)
+    worlds.refused(lambda: stage(tmp_path, base, reward, bases, config=shorter).run("rloo"), "max_grad_norm '0.1'")
     other = replace(SEARCH, beta=0.25, max_new_tokens=6)
     worlds.refused(
         lambda: stage(tmp_path, base, reward, bases, reasoner=other, settings={"reward": "r", "beta": "0.25"}).run(
@@ -617,6 +676,37 @@ def test_training_is_gone_on_with_only_as_it_was_begun(
         ),
         "beta '0.25' (was None)",
     )
+
+
+def test_a_training_is_of_its_own_problems_traces_and_call(
+    base: Policy, reward: Reward, bases: dict[str, str], traces: list[Trace], tmp_path: Path, kill_at: Callable
+) -> None:
+    """The folder may hold traces of more problems, and get more of them while a training waits to go on."""
+
+    def write(made: list[Trace], rank: int) -> None:
+        with TraceWriter(tmp_path / "traces", rank=rank) as writer:
+            for trace in made:
+                writer.add(trace)
+
+    write(traces, 0)
+    problems = worlds.tiny_problems()[:2]
+    options = TrainOptions(select="improved")
+    few = partial(stage, tmp_path, base, reward, bases, problems=problems, options=options)
+    kill_at(2)
+    with pytest.raises(Killed):
+        few().run("sft")
+    write([replace(trace, seed=1) for trace in traces], 1)
+    worlds.refused(lambda: few().run("sft"), "made with other settings", "traces")
+    (tmp_path / "traces/traces-00001-00000.parquet").unlink()
+    made = few(called={"learning_rate": 0.005, "stages": "train"}).run("sft")
+    mine = [trace for trace in traces if trace.problem_id in {problem.id for problem in problems}]
+    assert made is not None and made.rows == len(sft_rows(mine, "improved").rows) < len(
+        sft_rows(traces, "improved").rows
+    )
+    note = json.loads((tmp_path / "trained/sft/train.json").read_text())
+    assert (note["traces"], note["command"]) == (traces_hash(tmp_path), "distill")
+    assert note["trace_flops"] == pytest.approx(sum(trace.cost.flops for trace in mine))
+    assert yaml.safe_load((tmp_path / "trained/sft/config.yaml").read_text())["stages"] == "train"
 
 
 def test_methods_that_share_beta_with_the_search_need_one(
@@ -638,3 +728,34 @@ def test_a_probe_needs_graded_problems(base: Policy, reward: Reward, bases: dict
         "only 2 training problems",
         "lower train_limit",
     )
+
+
+def test_full_weights_are_not_held_to_the_base_of_an_adapter(
+    base: Policy, reward: Reward, bases: dict[str, str], traces: list[Trace], tmp_path: Path
+) -> None:
+    """TRL loads the reference by the name of the model's configuration, which is the base's."""
+    offline("sft", bases["llama"], sft_rows(traces), tmp_path / "first")
+    adapter = str(tmp_path / "first" / "out")
+    words = ("is an adapter", "reference", "nabla-trl ship --merge")
+    pairs = preference_rows(traces)
+    worlds.refused(lambda: offline("dpo", adapter, pairs, tmp_path / "dpo", tuning="full"), *words)
+    worlds.refused(lambda: online("rloo", load_policy(adapter), reward, tmp_path / "rloo", tuning="full"), *words)
+    asked = stage(
+        tmp_path, base, reward, bases, policy=adapter, options=TrainOptions(tuning="full", num_generations=4)
+    )
+    worlds.refused(lambda: asked.check("grpo"), *words)
+    asked.check("sft")
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(
+    base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path
+) -> None:
+    def check(method: str, **changes: Any) -> None:
+        stage(tmp_path, base, reward, bases, **changes).check(method)
+
+    worlds.refused(lambda: check("rloo", options=TrainOptions(num_generations=3)), "8 responses", "whole groups")
+    worlds.refused(lambda: check("sft", dtype="bfloat16"), "set bf16 true")
+    greedy = replace(SEARCH, temperature=0.0)
+    worlds.refused(lambda: check("grpo", reasoner=greedy), "temperature must be above 0")
+    probe = TrainOptions(num_generations=4, probe_problems=3)
+    worlds.refused(lambda: check("sft", options=probe), "only 0 training problems", "lower train_limit")
