@@ -4,7 +4,7 @@ Requests of one configuration go into one batch of the search, in the order they
 depend on its batch: its seed is part of its problem's id, which names the random numbers of every draw, so that one
 seed of the search serves all seeds of requests. Nothing here knows HTTP (`nabla_trl.asgi` does).
 
-A request is a `concurrent.futures.Future`. Cancelling it drops it from the queue, or ends its search at the next round.
+A request is a `concurrent.futures.Future`. Cancelling it drops it from the queue or ends its search at the next round.
 """
 
 from __future__ import annotations
