@@ -189,11 +189,11 @@ class Service:
         asked = read_request(read_json(body), self.offer)
         answer = Answer(self.offer.model, asked)
         pending = Pending(lambda watch: self.submit(asked, watch), request, deadline)
+        if not asked.stream:
+            with pending:
+                return JSONResponse(answer.completion(await pending.end()))
         try:
-            if not asked.stream:
-                with pending:
-                    return JSONResponse(answer.completion(await pending.end()))
-            first = await pending.next()  # before the status is sent: what is refused by now is refused by its own
+            first = await pending.next()  # before the status is sent: what fails by now has a status of its own
         except BaseException:
             pending.close()
             raise
