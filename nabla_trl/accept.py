@@ -7,9 +7,13 @@ first place where y and y' differ, and there is one way from y to y' and one way
     min(1, exp((r' − r)/β) · π(v|y_<t)/π(y_t|y_<t) · [π/q](suffix')/[π/q](suffix) · s(t, y_t|y')/s(t, v|y))
 
 with s the probability that the branch is chosen, and q the sampler of suffixes. Where there is no way back, it stays.
-So a chain samples π* among the responses that it can reach: all of them if every token may be proposed (`candidates`
-as large as the vocabulary, no min-p). With fewer, a first token from outside the candidates is never left again, and
-the share of such chains stays what it was among the first responses.
+With fewer candidates than the vocabulary, branches never leave a first token from outside the candidates. So now and
+then (`redraw`) the whole response is drawn anew (an independence proposal, Tierney 1994), which is accepted with
+
+    min(1, exp((r' − r)/β) · [π/q](y')/[π/q](y) · c(y')/c(y))
+
+with c the chance that it is tried: `redraw`, or 1 where no branch may be proposed. So a chain samples π* among all the
+responses that the sampler can draw; with `redraw` 0, among those that its branches reach.
 """
 
 from __future__ import annotations
@@ -55,6 +59,18 @@ def log_ratio(before: State, after: State, position: int, *, beta: float, chosen
     )
 
 
+def redraw_log_ratio(before: State, after: State, *, beta: float, chances: tuple[float, float]) -> float:
+    """The logarithm of the ratio for a response drawn anew; −inf where the sampler could not draw the one before.
+
+    Args:
+        chances: log-probability, before and after, that a redraw is tried (`propose.redraw_logp`).
+    """
+    if not math.isfinite(after.reward):
+        return -math.inf
+    tilted = _tilted(after, -1) - _tilted(before, -1)
+    return (after.reward - before.reward) / beta + tilted + chances[1] - chances[0]
+
+
 def swap_log_ratio(cold: tuple[float, float], hot: tuple[float, float]) -> float:
     """The logarithm of the ratio for exchanging the states of two tempered chains, given (β, reward) of each.
 
@@ -70,7 +86,7 @@ def _at(state: State, position: int, token: int) -> int | None:
 
 
 def _tilted(state: State, position: int) -> float:
-    """log [π/q] of the suffix after a position."""
+    """log [π/q] of the suffix after a position; after −1: of the whole response."""
     if state.tilt is None:
         return 0.0
     return float(state.tilt[position + 1 :].double().gather(1, state.choice()[position + 1 :, None]).sum())

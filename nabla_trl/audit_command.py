@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from nabla_trl.rewards import Reward
     from nabla_trl.stats import Interval
 
-AUDIT_HELP = """--json prints one object, and --output writes the same:
+AUDIT_HELP = """--json prints one object, and --output writes the same, after each part
+what is found so far:
   policy, reward              as they were named
   problems, samples, accuracy, best_of_n, reward_of_n, auc, correlation,
   length_correlation, trusted_samples, verdict   of the samples
@@ -60,20 +62,31 @@ def audit(argv: Sequence[str]) -> int:
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.audit_problems or None))
     with redirect_stdout(sys.stderr), AnswerChecker() as checker:
         policy, reward = models.load(args.batch_size)
-        found = _samples(problems, policy, reward, config, checker, args)
-        slope = _gradient(problems, policy, reward, config, args) if args.gradient else None
-        pushed = _pressure(problems, policy, reward, config, checker, found, args) if args.pressure else None
-    result: dict[str, Any] = {"policy": models.policy, "reward": models.reward, **found.to_dict()}
-    result["gradient"] = None if slope is None else slope.to_dict()
-    result["pressure"] = None if pushed is None else pushed.to_dict()
-    result["trust"] = None if pushed is None else pushed.trust.to_dict()
-    if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        found, slope, pushed = _samples(problems, policy, reward, config, checker, args), None, None
+        result: dict[str, Any] = {"policy": models.policy, "reward": models.reward, **found.to_dict()}
+        result |= {"gradient": None, "pressure": None, "trust": None}
+        _store(args.output, result)
+        if args.gradient:
+            slope = _gradient(problems, policy, reward, config, args)
+            result["gradient"] = slope.to_dict()
+            _store(args.output, result)
+        if args.pressure:
+            pushed = _pressure(problems, policy, reward, config, checker, found, args)
+            result |= {"pressure": pushed.to_dict(), "trust": pushed.trust.to_dict()}
+            _store(args.output, result)
     if extra.json:
         print(json.dumps(result))
     else:
         _show(found, slope, pushed, Console())
     return 0
+
+
+def _store(output: str, result: dict[str, Any]) -> None:
+    """Write what is found so far to the file `output`, if there is one, whole or not at all."""
+    if output:
+        draft = Path(f"{output}.{os.getpid()}.tmp")
+        draft.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(output)
 
 
 def _search(args: AuditArguments) -> ReasonerConfig:

@@ -121,28 +121,40 @@ class Chain:
 
 @dataclass
 class Proposal:
-    """A branch: `token` at `position` of the incumbent, then a regenerated suffix."""
+    """A branch: another token at one position of the incumbent, then a regenerated suffix. Or a response drawn anew.
+
+    Attributes:
+        given: the incumbent's tokens before the branch, and the branch's; empty: all is drawn anew.
+        draft: what was drawn after them, if anything was.
+    """
 
     chain: Chain
-    position: int
-    token: int
-    response: list[int]
+    given: list[int]
     draft: Draft | None = None
 
+    @property
+    def position(self) -> int:
+        """How many of the incumbent's tokens are kept."""
+        return max(0, len(self.given) - 1)
+
+    @property
+    def response(self) -> list[int]:
+        return self.given if self.draft is None else self.given + self.draft.ids
+
     def finished(self, stops: frozenset[int]) -> bool:
-        return self.response[-1] in stops
+        return bool(self.response) and self.response[-1] in stops
 
     def cache(self) -> Tensor:
-        """kv row of the prompt and the response before the branch."""
+        """kv row of the prompt and the given tokens, all but the last of them."""
         state = self.chain.state
-        return state.cache[:, :, :, : len(state.prompt.ids) + self.position]
+        return state.cache[:, :, :, : len(state.prompt.ids) + len(self.given) - 1]
 
     def state(self, stops: frozenset[int]) -> State:
-        """Where it leads to, not scored yet: what is known of the incumbent up to the branch, then of the draft.
+        """Where it leads to, not scored yet: what is known of the incumbent at the given tokens, then of the draft.
 
         Its memos are the incumbent's, of which the first `position` tokens are its own.
         """
-        old, draft, end = self.chain.state, self.draft, self.position + 1
+        old, draft, end = self.chain.state, self.draft, len(self.given)
         candidates, logp, tilt = old.candidates[:end], old.logp[:end], None if old.tilt is None else old.tilt[:end]
         if draft is not None:
             candidates, logp = torch.cat((candidates, draft.candidates)), torch.cat((logp, draft.logp))

@@ -146,7 +146,7 @@ def evaluate(argv: Sequence[str]) -> int:
     models, args, config = parser.read(argv)[:3]
 
     from nabla_trl.evaluate import Bench, mean_flops, run_steps
-    from nabla_trl.methods import method_names, searches, steps
+    from nabla_trl.methods import chosen_among, method_names, searches, steps
     from nabla_trl.models import load_policy
     from nabla_trl.report import terminal_table
     from nabla_trl.results import store_results
@@ -174,8 +174,7 @@ def evaluate(argv: Sequence[str]) -> int:
         claim_settings(folder / "adapter.settings.json", {"adapter": adapter_identity(models.adapter)})
     store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
     bench = Bench(policy, reward, config, tuple(args.seeds))
-    if searches(names):
-        warn_past_trust(reward, config)
+    warn_past_trust(reward, config if searches(names) else None, chosen_among(names))
     wanted = steps(names, bench, tuned, lambda name: mean_flops(store.read(), name))
     with AnswerChecker() as checker:
         run_steps(wanted, problems, store, checker)

@@ -17,7 +17,7 @@ ACCEPTANCES = ("greedy", "metropolis")
 MOVING = ("all", "first")
 
 # The paper's settings (arXiv 2603.04948): one response scanned left to right, eight rollouts at most; the logits of
-# all positions from the scanned one on move.
+# all positions from the scanned one on move. At a budget in a comparison (paper@…) it begins anew until that is spent.
 _PAPER: dict[str, Any] = {
     "solver": "ste",
     "proposals": "sequential",
@@ -52,10 +52,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Options that only one solver or one kind of proposal reads, with their defaults.
+# Options that only one solver, one kind of proposal or one acceptance reads, with their defaults.
 _STE = {"steps": 20, "lr": 0.01, "lr_end": 0.001, "tau": 1.0, "direct": True, "postfix": True, "moving": "all"}
 _MIRROR = {"point": None, "step": 1.0, "shuffle": False}  # point: the reward's own
 _SEQUENTIAL = {"confidence": 0.97, "gradient_norm": 0.0, "resample_temperature": 0.5, "resample_top_p": 1.0}
+_METROPOLIS = {"redraw": 0.1}
 # Without a β, branches are moved from the policy's by this much (EXPERIMENTS.md).
 DEFAULT_KL = 2.0
 
@@ -165,10 +166,10 @@ class ScanConfig:
 
 @dataclass
 class ReasonerConfig:
-    """How a response is refined. Options that belong to another solver or proposal are refused, not ignored.
+    """How a response is refined. Options of another solver, proposal or acceptance are refused, not ignored.
 
     Raises:
-        ValueError: a value out of range, or an option that the chosen solver or proposal does not read.
+        ValueError: a value out of range, or an option that the chosen solver, proposal or acceptance does not read.
     """
 
     solver: str = _option("mirror", "mirror (closed form), ste (Adam on logits, the paper) or none (the control)")
@@ -183,9 +184,14 @@ class ReasonerConfig:
     kl: float | None = _option(
         None, f"mirror, global: instead of β, how far branches may move from the policy's, in nats ({DEFAULT_KL:g})"
     )
-    starts: int = _option(1, "first responses drawn per problem")
+    starts: int = _option(1, "first responses drawn per problem; within a budget of FLOPs, as many as fit")
     chains: int = _option(1, "how many of them are refined side by side: those of the highest reward")
     tempering: float = _option(1.0, "metropolis: β of each chain over that of the chain before it; states are swapped")
+    redraw: float | None = _option(
+        None,
+        "metropolis: share of the rounds (of sequential ones: sweeps) that draw the whole response anew, so that no "
+        "token is held for lack of a candidate; 0 = none (0.1)",
+    )
     rounds: int = _option(
         16, "most rounds of proposals, in each chain; of sequential metropolis, sweeps; 0 = no limit"
     )
@@ -204,7 +210,7 @@ class ReasonerConfig:
     top_p: float = _option(1.0, "nucleus sampling mass; 1 = all")
     sample_min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
     max_new_tokens: int = _option(512, "longest response, in tokens")
-    batch_size: int = _option(64, "problems refined together")
+    batch_size: int = _option(64, "problems refined together; best-of-N and its like draw 4 times as many responses")
     point: str | None = _option(
         None,
         "mirror: which gradient of the reward: direct (what scoring shows, no backward pass), hard (at the response's "
@@ -242,6 +248,7 @@ class ReasonerConfig:
         self._settle(_STE, self.solver == "ste", "solver ste")
         self._settle(_MIRROR, self.solver == "mirror", "solver mirror")
         self._settle(_SEQUENTIAL, self.proposals == "sequential", "sequential proposals")
+        self._settle(_METROPOLIS, self.acceptance == "metropolis", "acceptance metropolis")
         self._settle_step()
         for name in ("rounds", "rollouts", "flops", "patience"):
             if not getattr(self, name) >= 0:
@@ -307,6 +314,9 @@ class ReasonerConfig:
             raise ValueError("a metropolis chain that ends by what its states cost is no sample: limit it by rounds")
         if self.proposals == "sequential" and not self.rounds:
             raise ValueError("a sequential metropolis chain may propose nothing for ever: set rounds, its sweeps")
+        assert self.redraw is not None
+        if not 0 <= self.redraw <= 1:
+            raise ValueError(f"redraw must be in [0, 1], not {self.redraw}")
         if not 1 <= self.tempering < math.inf:
             raise ValueError(f"tempering must be a number of at least 1, not {self.tempering}")
         if self.tempering > 1 and (self.chains < 2 or self.solver == "ste" or self.proposals == "sequential"):
@@ -399,5 +409,6 @@ class ReasonerConfig:
                 setattr(self, name, default)
             elif not applies and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name} belongs to {owner}; this configuration has solver {self.solver}, {self.proposals}"
+                    f"{name} belongs to {owner}; this configuration has solver {self.solver}, {self.proposals} "
+                    f"proposals, acceptance {self.acceptance}"
                 )

@@ -49,7 +49,7 @@ def duality_figure(test_time: Curves, trained: Curves, noise: float | None, titl
             look = _look(method)
             axes.plot(*zip(*curve, strict=True), color=look.colour, ls=look.line, lw=1.5, **look.look(5))
         axes.set_ylim(min(heights) / 1.5, max(heights) * 1.6)
-        axes.margins(x=0.18)
+        axes.margins(x=0.3)
         _decimal(axes.yaxis)
         engineering(axes.xaxis, "")
         labels = Labels(figure, axes)
@@ -61,7 +61,10 @@ def duality_figure(test_time: Curves, trained: Curves, noise: float | None, titl
             axes.axhline(least, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
             labels.avoid_line([(left, least), (right, least)])
         for method, curve in curves.items():
-            labels.place(method, *curve[-1], _look(method).colour, size=8, weight="bold")
+            # The names are long for half a page.
+            labels.place(
+                method.replace("greedy search", "greedy"), *curve[-1], _look(method).colour, size=8, weight="bold"
+            )
         if least is not None:
             labels.place("within noise of π*", left * (right / left) ** 0.15, least, GREY, size=7)
     return figure

@@ -81,7 +81,7 @@ class Bench:
     def pool(self, best_of: Sequence[int], majority: Sequence[int] = (), weighted: Sequence[int] = ()) -> Step:
         """best-of-n, self-consistency and weighted best-of-n from one pool."""
         count = max([*best_of, *majority, *weighted])
-        batch_size = max(self.config.batch_size, count)
+        rows = self._together(count)
 
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
             pool = self._draw(problems, count, seed, self.policy, self.reward)
@@ -95,9 +95,9 @@ class Bench:
             {labelled(self.label, method): n for method, n in counts.items()},
             self.policy,
             self.base or self.policy,
-            batch_size=batch_size,
+            batch_size=rows,
         )
-        return self._step(methods, work, self.seeds, max(1, self.config.batch_size // count), kl)
+        return self._step(methods, work, self.seeds, rows // count, kl)
 
     def rival(self) -> Step:
         """Samples of the model that a log-ratio prefers. Its vocabulary may be another: the reward does not read them.
@@ -133,8 +133,13 @@ class Bench:
             reward=reward,
             sampling=self.sampling(),
             seed=seed,
-            batch_size=max(self.config.batch_size, count),
+            batch_size=self._together(count),
         )
+
+    def _together(self, count: int) -> int:
+        """Responses of pools that are drawn together: they hold no candidates and no gradients, so as many as the
+        reward scores together."""
+        return max(4 * self.config.batch_size, count)
 
     def _step(
         self,

@@ -34,35 +34,30 @@ def token_gradient(
     weigh: Weigh | None = None,
     direct: bool = True,
     postfix: bool = True,
-    begins: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """G = ∂(Σ weight·term)/∂Y for each sample, in one forward and one backward per term.
 
     Args:
         terms: the objective.
         samples: B responses, none empty.
-        memos: per sample one memo per term, of its prompt (`Term.prompt_memos`), or of a response that begins with the
-            same `begins` tokens.
+        memos: per sample one memo per term, of its prompt (`Term.prompt_memos`).
         candidates: per sample [T_i, K] policy ids, or None for the whole vocabulary.
         relaxed: per sample the Y at which to differentiate, in policy ids; None = the hard tokens.
         weigh: factors of the terms' gradients from their values; None = the terms' weights.
         direct: include the direct part of log-likelihood terms.
         postfix: include the part through the input embeddings of log-likelihood terms.
-        begins: per sample the first position of interest; what is before it is read from the memo. None = 0.
 
     Returns:
-        per sample [T_i, K] (or [T_i, policy rows]) float tensors on the CPU; 0 where a term lacks the token, and
-        before `begins`.
+        per sample [T_i, K] (or [T_i, policy rows]) float tensors on the CPU; 0 where a term lacks the token.
     """
     if not terms:
         raise ValueError("an objective needs at least one term")
     points = [hard(sample.response) for sample in samples] if relaxed is None else relaxed
-    shared = [0] * len(samples) if begins is None else begins
     values, parts = [], []
     for index, term in enumerate(terms):
         rows = [memo[index] for memo in memos]
         through = postfix or not isinstance(term, LikelihoodTerm)
-        value, part = _term_gradient(term, samples, rows, candidates, points, shared, meter, direct, through)
+        value, part = _term_gradient(term, samples, rows, candidates, points, meter, direct, through)
         values.append(value)
         parts.append(part)
     if weigh is None:
@@ -116,24 +111,24 @@ def _term_gradient(
     memos: Sequence[Memo],
     candidates: Sequence[Tensor] | None,
     points: Sequence[Relaxed],
-    begins: Sequence[int],
     meter: Meter,
     direct: bool,
     through: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Values [B] of one term and, per sample, its gradient at the candidates."""
     encoded = [term.encode(sample) for sample in samples]
-    feed = term.feed(encoded, memos, begins)
+    shared = [0] * len(samples)
+    feed = term.feed(encoded, memos, shared)
     _charge(term, samples, feed, meter, through)
     mapped = _mapped(term, samples, candidates)
     # A response whose stop token the term drops has one row less here than in the sample.
-    spans = [slice(begin, len(code.response)) for begin, code in zip(begins, encoded, strict=True)]
+    spans = [slice(len(code.response)) for code in encoded]
     targets = [term.read(point, span) for point, span in zip(points, spans, strict=True)]
     embeds = term.relaxed_embeds(feed, targets).requires_grad_(through)
     with torch.enable_grad():
         hidden, _ = term.hidden(feed, embeds)
     tables = None if candidates is None else [m.clamp(min=0)[span] for m, span in zip(mapped, spans, strict=True)]
-    seeded = term.seed(hidden, feed, encoded, begins, targets, tables)
+    seeded = term.seed(hidden, feed, encoded, shared, targets, tables)
     precision = torch.promote_types(seeded.by_hidden.dtype, torch.float32)
     slopes = torch.autograd.grad(hidden, embeds, seeded.by_hidden)[0] if through else None
     results = []
@@ -141,14 +136,14 @@ def _term_gradient(
         total = torch.zeros(len(sample.response), mapped[row].shape[-1], dtype=precision, device=hidden.device)
         own = total[span]
         if slopes is not None:
-            # Token `begin` is fed at index 1; a last token that is not fed has no effect on later ones.
+            # The first token is fed at index 1; a last token that is not fed has no effect on later ones.
             slope = slopes[row, 1 : min(feed.counts[row], len(own) + 1)]
             own[: len(slope)] += _through_embedding(term, slope, mapped[row], span, full=candidates is None)
         if direct and seeded.direct is not None:
             part = seeded.direct[row]
             own += part if candidates is not None else part[:, mapped[row][0].clamp(min=0)]
         results.append(total.masked_fill(mapped[row] < 0, 0.0).cpu())
-    past = [term.past(*one).double().sum().cpu() for one in zip(memos, encoded, begins, strict=True)]
+    past = [term.past(*one).double().sum().cpu() for one in zip(memos, encoded, shared, strict=True)]
     return seeded.values.cpu() + torch.stack(past), results
 
 

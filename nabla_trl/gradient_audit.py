@@ -306,7 +306,9 @@ def overall(points: Mapping[str, PointAudit], best: str | None) -> str:
         evidence = points[best].verdict.partition(": ")[2]
         return f"take the {'direct gradient' if best == 'direct' else f'gradient at {best}'}: {evidence}"
     misled = [name for name, one in points.items() if one.effect == "misleads"]
-    found = f"misleads at {', '.join(misled)} and adds nothing elsewhere" if misled else "adds nothing here"
+    found = f"misleads at {', '.join(misled)}" if misled else "adds nothing here"
+    if 0 < len(misled) < len(points):
+        found += " and adds nothing elsewhere"
     return (
         f"this reward's gradient {found}: use branches without gradient (solver none), or train the reward on relaxed "
         "inputs (recipes/reward.py)"

@@ -16,7 +16,7 @@ from trl import DPOConfig, RewardConfig
 
 from nabla_trl.compute import model_size
 from nabla_trl.models import Policy, load_policy, load_tokenizer
-from nabla_trl.reward_data import Labelled, choose_pairs
+from nabla_trl.reward_data import Labelled, choose_pairs, legible
 from nabla_trl.reward_models import log_ratio
 from nabla_trl.reward_training import TrainedReward
 from nabla_trl.trainers import IdsDPOTrainer, config_as
@@ -42,13 +42,14 @@ def train_implicit(
         beta: β of DPO, and the scale of the reward.
 
     Raises:
-        ValueError: no pairs, vocabularies that cannot be matched, a loss that is not finite.
+        ValueError: no pairs that the base can read, vocabularies that cannot be matched, a loss that is not finite.
     """
     reader = policy if base == policy.name else load_policy(base, dtype=dtype, device=str(config.device))
     term = log_ratio(policy, reader, reader, base).terms[0]
+    readable = legible(labelled, term, base, quiet=config.process_index > 0)
     rows = [
         {"prompt_ids": good.prompt, "chosen_ids": good.response, "rejected_ids": bad.response}
-        for chosen, rejected in choose_pairs(labelled, pairs_per_problem, config.seed)
+        for chosen, rejected in choose_pairs(readable, pairs_per_problem, config.seed)
         for good, bad in [(term.encode(chosen), term.encode(rejected))]
     ]
     set_seed(config.seed)

@@ -19,8 +19,8 @@ class Entry:
 
     Attributes:
         flops, seconds: per problem, rejected work included; `share`: FLOPs over the rung's budget.
-        proposed: proposals per problem, of the chain that was kept (fresh starts have others); `rejected`: share of
-            them that were not kept; None without any.
+        proposed: proposals per problem, of all chains and starts; `rejected`: share of them that were not kept; None
+            without any.
         ahead: accuracy of ours less this method's, paired by problem; None for ours.
     """
 
@@ -103,7 +103,7 @@ def _moves(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for row in rows:
         proposed, accepted = found.get(row["method"], (0, 0))
-        found[row["method"]] = proposed + row["revisions"], accepted + row["accepted"]
+        found[row["method"]] = proposed + row["proposals"], accepted + row["proposals_accepted"]
     return found
 
 

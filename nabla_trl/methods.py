@@ -57,6 +57,13 @@ def searches(names: Sequence[str]) -> bool:
     return any(_search(split(name)[1]) for name in names)
 
 
+def chosen_among(names: Sequence[str]) -> int:
+    """The most samples that one of these methods chooses among by the reward; 1 where none does."""
+    rests = [split(name)[1] for name in names]
+    sizes = [_sizes(rests, prefix) for prefix in ("best_of_", "weighted_best_of_")]
+    return max([1, *(size for some in sizes for size in some)])
+
+
 def steps(
     names: Sequence[str], bench: Bench, tuned: Mapping[str, Policy], flops_of: Callable[[str], float]
 ) -> Iterator[Step]:
@@ -94,7 +101,7 @@ def _steps(names: Sequence[str], bench: Bench, flops_of: Callable[[str], float])
             config = _config(method, bench.config)
             if "@" in name:
                 setter, times = budget(name)
-                config = budgeted(config, times * flops_of(setter))
+                config = _at_budget(method, bench.config, times * flops_of(setter))
             yield bench.search(name, config)
     if RIVAL in names:
         yield bench.rival()
@@ -109,6 +116,12 @@ def _search(name: str) -> str:
 def budgeted(config: ReasonerConfig, flops: float) -> ReasonerConfig:
     """A configuration with FLOPs per problem as its only limit."""
     return replace(config, flops=flops, rounds=0, rollouts=0, patience=0)
+
+
+def _at_budget(method: str, config: ReasonerConfig, flops: float) -> ReasonerConfig:
+    """A search at a budget. A preset, by itself one response scanned once, begins anew until its budget is spent."""
+    made = budgeted(_config(method, config), flops)
+    return replace(made, restart=True) if method in PRESETS else made
 
 
 def _config(method: str, config: ReasonerConfig) -> ReasonerConfig:
@@ -142,7 +155,7 @@ def check(names: Sequence[str], bench: Bench, tuned: Mapping[str, Policy]) -> No
         raise ValueError(f"shuffled is a control of solver mirror, not of {bench.config.solver}")
     for rest in rests:
         if _search(rest) and "@" in rest:
-            budgeted(_config(_search(rest), bench.config), 1.0)
+            _at_budget(_search(rest), bench.config, 1.0)
 
 
 def _train(label: str) -> str:

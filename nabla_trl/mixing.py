@@ -16,17 +16,21 @@ class Mixing:
     """What C chains of R steps did.
 
     Attributes:
+        stuck: chains that never moved.
         accepted: share of the proposals.
-        autocorrelation: integrated autocorrelation time of the reward, in steps; 1 = independent samples. A chain
-            much shorter than 50 times that is too short to tell (Sokal 1997), and `reliable` says so.
-        effective: independent samples that all steps are worth; `per_gflop` of model work.
+        autocorrelation: integrated autocorrelation time of the reward in the chains that moved, in steps; 1 =
+            independent samples; None where none moved. A chain much shorter than 50 times that is too short to tell
+            (Sokal 1997), and `reliable` says so.
+        effective: independent samples that all steps are worth, those of stuck chains none; `per_gflop` of model work,
+            that of stuck chains included.
         reward: mean over the second halves of the chains.
     """
 
     chains: int
+    stuck: int
     steps: int
     accepted: float
-    autocorrelation: float
+    autocorrelation: float | None
     reliable: bool
     effective: float
     per_gflop: float
@@ -52,16 +56,18 @@ def measure(traces: Sequence[Trace]) -> Mixing:
     if len(lengths) > 1 or lengths == {1}:
         raise ValueError(f"chains of {min(lengths) - 1} to {max(lengths) - 1} steps cannot be measured together")
     table = np.array(series)
-    time = autocorrelation_time(table)
+    moved = np.array([any(revision.accepted for revision in trace.revisions) for trace in traces])
+    time = autocorrelation_time(table[moved]) if moved.any() else None
     steps = table.shape[1] - 1
-    effective = len(table) * steps / time
+    effective = 0.0 if time is None else int(moved.sum()) * steps / time
     flops = sum(trace.cost.flops for trace in traces)
     return Mixing(
         chains=len(table),
+        stuck=int((~moved).sum()),
         steps=steps,
         accepted=float(np.mean([revision.accepted for trace in traces for revision in trace.revisions])),
         autocorrelation=time,
-        reliable=steps >= 50 * time,
+        reliable=time is not None and steps >= 50 * time,
         effective=effective,
         per_gflop=effective / (flops / 1e9),
         reward=float(table[:, table.shape[1] // 2 :].mean()),

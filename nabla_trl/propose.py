@@ -6,6 +6,7 @@ the same scores, whichever solver made them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -223,9 +224,20 @@ def global_branches(chain: Chain, noise: Tensor, readable: Tensor, config: Reaso
 
 
 def global_logp(state: State, readable: Tensor, config: ReasonerConfig) -> Tensor:
-    """[T, K] log-probability with which `global_branches` draws each branch first."""
-    scores = state.solved().double().masked_fill(~allowed(state, readable, config), -torch.inf)
+    """[T, K] log-probability with which `global_branches` draws each branch first; all −inf where it has none."""
+    usable = allowed(state, readable, config)
+    scores = state.solved().double().masked_fill(~usable, -torch.inf)
+    if not usable.any():
+        return scores
     return scores.flatten().log_softmax(-1).view_as(scores)
+
+
+def redraw_logp(state: State, readable: Tensor, config: ReasonerConfig) -> float:
+    """log-probability that a Metropolis chain tries to draw the response anew; 0, always, where no branch may be."""
+    assert config.redraw is not None
+    if config.proposals == "global" and not allowed(state, readable, config).any():
+        return 0.0
+    return math.log(config.redraw)
 
 
 def sequential_branch(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from nabla_trl.labels import TokenLabels
 from nabla_trl.models import Policy
 from nabla_trl.rewards import Verifier
 from nabla_trl.tasks import Problem
-from nabla_trl.terms import Known, Sample
+from nabla_trl.terms import Known, Sample, Term
 from nabla_trl.traces import Trace
 
 # Most logits (floats) held at once.
@@ -107,6 +108,39 @@ def check_classes(labelled: Sequence[Labelled]) -> None:
     if not 0 < right < len(labelled):
         kind = "right" if right else "wrong"
         raise ValueError(f"a reward needs right and wrong responses, but all {len(labelled)} are {kind}")
+
+
+def legible(labelled: Sequence[Labelled], term: Term, name: str, *, quiet: bool = False) -> list[Labelled]:
+    """Those that a model can read; how many are left out is said on stderr, unless `quiet`.
+
+    Args:
+        term: a term of the model `name`.
+
+    Raises:
+        ValueError: it can read none of them, or right or wrong ones alone.
+    """
+    kept = [one for one in labelled if _reads(term, one.sample)]
+    if len(kept) < len(labelled):
+        if not kept:
+            raise ValueError(
+                f"{name} lacks tokens of the policy in each of {len(labelled)} responses or their prompts: choose a "
+                "base of the policy's vocabulary"
+            )
+        if not quiet:
+            print(
+                f"warning: {len(labelled) - len(kept)} of {len(labelled)} responses hold tokens that {name} lacks: "
+                "they are left out",
+                file=sys.stderr,
+            )
+        check_classes(kept)
+    return kept
+
+
+def _reads(term: Term, sample: Sample) -> bool:
+    try:
+        return min(term.encode(sample).response, default=0) >= 0
+    except ValueError:  # the prompt
+        return False
 
 
 def write_samples(file: Path, samples: Sequence[Sample]) -> None:

@@ -199,7 +199,8 @@ def reward_identity(spec: str) -> str:
     Weights of plain model folders and of the hub are taken by their names alone, as those of policies are.
     """
     plan = plan_reward(spec)
-    ours = [Path(name) for name in plan.models if Path(name, FILE).is_file() or Path(name, _ADAPTER).is_file()]
+    models = [Path(_classifier(name)) for name in plan.models]
+    ours = [folder for folder in models if Path(folder, FILE).is_file() or Path(folder, _ADAPTER).is_file()]
     ours += [Path(spec)] if plan.kind == "ensemble" and Path(spec, FILE).is_file() else []
     if not ours:
         return spec

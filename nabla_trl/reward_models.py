@@ -33,7 +33,7 @@ from nabla_trl.rewards import Reward
 from nabla_trl.steps import BLANK_LINE, StepFinder
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Encoded, Sample, Term
-from nabla_trl.trust import past_trust
+from nabla_trl.trust import past_samples, past_trust
 
 SCORE_HEAD = "score.weight"
 
@@ -84,12 +84,19 @@ def load_reward(
     return reward
 
 
-def warn_past_trust(reward: Reward, config: ReasonerConfig) -> None:
-    """Say on stderr where a search goes further than its reward's audit trusts it, or by a gradient that misleads."""
-    warning = past_trust(reward.trust, config.rounds)
-    if warning is not None:
-        print(f"warning: {warning}", file=sys.stderr)
-    if reward.misled and config.solver == "mirror" and config.point is None:
+def warn_past_trust(reward: Reward, config: ReasonerConfig | None, samples: int = 1) -> None:
+    """Say on stderr where a reward is followed further than its audit trusts it, or by a gradient that misleads.
+
+    Args:
+        config: the search; None: there is none.
+        samples: the largest N of best-of-N by this reward.
+    """
+    samples = samples if config is None else max(samples, config.starts)
+    rounds = None if config is None else past_trust(reward.trust, config.rounds)
+    for warning in (past_samples(reward.trust, samples), rounds):
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr)
+    if config is not None and reward.misled and config.solver == "mirror" and config.point is None:
         print(
             f"warning: the audit found no gradient of this reward that helps, and the search follows the one at "
             f"{reward.point}: use solver none, or name a point",

@@ -21,7 +21,7 @@ from nabla_trl.compute import model_size
 from nabla_trl.heads import ScoreTerm
 from nabla_trl.labels import TokenLabels
 from nabla_trl.models import DTYPES, Policy, cannot_load, load_tokenizer
-from nabla_trl.reward_data import Labelled, pair_rows, token_rows
+from nabla_trl.reward_data import Labelled, legible, pair_rows, token_rows
 from nabla_trl.reward_models import score_term
 from nabla_trl.token_trainer import PairRewardTrainer, RelaxedLoss, TokenRewardTrainer
 from nabla_trl.tuning import (
@@ -122,8 +122,8 @@ def train_reward(
         grow: add `options.grow_layers` layers (the first round does).
 
     Raises:
-        ValueError: a base that cannot be loaded, a loss that is not finite (the step is named; checkpoints of the
-            trainer stay), or training that changed nothing.
+        ValueError: a base that cannot be loaded or that can read none of the responses, a loss that is not finite (the
+            step is named; checkpoints of the trainer stay), or training that changed nothing.
     """
     check_precision(options.tuning, dtype, config)
     tokenizer = load_tokenizer(start)
@@ -132,6 +132,7 @@ def train_reward(
     set_seed(config.seed)
     model = starting_model(start, options, lora, config, dtype, grow=grow)
     term = score_term(policy, _bare(model), tokenizer, start)
+    labelled = legible(labelled, term, start, quiet=config.process_index > 0)
     begun = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     trainer = _trainer(model, tokenizer, term, labelled, options, config, labels, min_p)
     for name, weight in model.named_parameters():

@@ -134,7 +134,6 @@ class Reward:
         meter: Meter,
         point: Point = HARD,
         direct: bool = True,
-        begins: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """∂r/∂Y per sample by backward passes, [T, K] at the candidates or [T, policy rows]; memos of the prompts.
 
@@ -142,8 +141,6 @@ class Reward:
             point: where to differentiate; the mean over its α. Any but the hard tokens needs samples whose
                 candidates are known.
             direct: include the direct part of log-likelihoods.
-            begins: per sample the first position of interest, and memos of responses that begin with the same tokens:
-                rows before are 0, and cost nothing.
         """
         gradients: list[Tensor] = []
         for begin in range(0, len(samples), self.batch_size):
@@ -160,7 +157,6 @@ class Reward:
                         relaxed=[sample.relaxed(alpha, point.min_p) for sample in samples[rows]],
                         weigh=self._weigh,
                         direct=direct,
-                        begins=None if begins is None else begins[rows],
                     )
                     for alpha in point.alphas
                 ]

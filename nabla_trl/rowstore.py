@@ -24,7 +24,12 @@ def row_key(row: Row) -> Key:
 
 
 def trace_row(trace: Trace, run: str, kl: float | None = None) -> Row:
-    """The result row of a graded trace; `method` is the trace's, `kl` as `nabla_trl.divergence` measures it."""
+    """The result row of a graded trace; `method` is the trace's, `kl` as `nabla_trl.divergence` measures it.
+
+    `revisions` and `accepted` are of the chain that was kept, `proposals` and `proposals_accepted` of all chains and
+    starts of a search.
+    """
+    own = len(trace.revisions), sum(revision.accepted for revision in trace.revisions)
     return {
         "method": trace.method,
         "task": trace.task,
@@ -39,8 +44,10 @@ def trace_row(trace: Trace, run: str, kl: float | None = None) -> Row:
         "seconds": trace.cost.seconds,
         "tokens": trace.cost.tokens,
         "finished": trace.finished,
-        "revisions": len(trace.revisions),
-        "accepted": sum(revision.accepted for revision in trace.revisions),
+        "revisions": own[0],
+        "accepted": own[1],
+        "proposals": int(trace.meta.get("proposals", own[0])),
+        "proposals_accepted": int(trace.meta.get("accepted", own[1])),
         "reward_by_round": reward_by_round(trace),
         "stop": trace.stop,
         "error": trace.error,

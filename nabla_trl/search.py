@@ -89,11 +89,28 @@ class Search:
             bare = self.reward.prompt_memos([Sample(problem, ids, []) for problem, ids, _ in prompts], self.meter)
             read = [Prompt(*one, memos) for one, memos in zip(prompts, bare, strict=True)]
             rows = prompt_caches(self.policy, [(prompt.problem.id, prompt.ids) for prompt in read], self.meter)
-            count = self.config.starts
-            states = self.first_states(
-                [(p, row, at) for p, row in zip(read, rows, strict=True) for at in range(count)]
-            )
-        return {prompt.problem.id: self.chains(states[row * count :][:count]) for row, prompt in enumerate(read)}
+            pairs = list(zip(read, rows, strict=True))
+            count = 1 if self.config.flops else self.config.starts
+            found = self.first_states([(*pair, at) for pair in pairs for at in range(count)])
+            states = [found[begin : begin + count] for begin in range(0, len(found), count)]
+            if self.config.flops:
+                self.more_starts(pairs, states)
+        return {prompt.problem.id: self.chains(own) for prompt, own in zip(read, states, strict=True)}
+
+    def more_starts(self, pairs: Sequence[tuple[Prompt, Tensor]], states: list[list[State]]) -> None:
+        """Add to each problem's one first response those of `starts` that are expected to fit into the budget.
+
+        As long as the first, that is; its cost is known.
+        """
+        wanted: list[tuple[Prompt, Tensor, int]] = []
+        owners: list[list[State]] = []
+        for pair, own in zip(pairs, states, strict=True):
+            left = self.config.flops - self.meter.cost(pair[0].problem.id).flops
+            fit = 1 + max(0, int(left // propose.start_flops(own[0], self.policy, self.reward)))
+            wanted += [(*pair, at) for at in range(1, min(self.config.starts, fit))]
+            owners += [own] * (len(wanted) - len(owners))
+        for own, state in zip(owners, self.first_states(wanted) if wanted else [], strict=True):
+            own.append(state)
 
     def first_states(self, wanted: Sequence[tuple[Prompt, Tensor, int]]) -> list[State]:
         """Scored first responses, from the caches of prompts; number n is that of best-of-N under the same seed."""
@@ -162,9 +179,9 @@ class Search:
         proposals: list[Proposal] = []
         for chains in together:
             going = [(chain, drawn) for chain in chains if not chain.stop and (drawn := self.propose(chain))]
-            places = {chain.index: [position for position, _ in drawn] for chain, drawn in going}
+            places = {chain.index: [one.position for one in drawn] for chain, drawn in going}
             self.stop_over_budget([chain for chain, _ in going], places)
-            proposals += [self.branch(chain, *one) for chain, drawn in going if not chain.stop for one in drawn]
+            proposals += [one for chain, drawn in going if not chain.stop for one in drawn]
         if proposals:
             self.regenerate(proposals)
             self.judge(proposals)
@@ -211,18 +228,32 @@ class Search:
         if states:
             propose.solve_tokens(states, self.policy, self.reward, self.config, self.meter, betas)
 
-    def propose(self, chain: Chain) -> list[tuple[int, int]]:
-        """Branches of the incumbent; where there is none, the chain stops or a new sweep begins."""
-        readable, config = self.reward.readable, self.config
-        if not self.scanning:
-            shape = tuple(chain.state.candidates.shape)
-            noise = torch.from_numpy(self.stream(chain, "branch", chain.rounds).gumbel(size=shape))
-            branches = propose.global_branches(chain, noise, readable, config)
-            chain.stop = "" if branches else "exhausted"
-            return branches
+    def propose(self, chain: Chain) -> list[Proposal]:
+        """What follows on the incumbent; where nothing does, the chain stops or a new sweep begins."""
+        if self.redraws(chain):
+            chain.sweeps += self.scanning  # in place of a sweep
+            return [Proposal(chain, [])]
+        branches = self.scan(chain) if self.scanning else self.branches(chain)
+        return [Proposal(chain, [*chain.state.response[:position], token]) for position, token in branches]
+
+    def redraws(self, chain: Chain) -> bool:
+        """Whether this round, or this sweep of a scan, draws the whole response anew."""
+        if not self.config.redraw or chain.position:
+            return False
+        uniform = self.stream(chain, "redraw", chain.sweeps if self.scanning else chain.rounds).random()
+        return uniform < math.exp(propose.redraw_logp(chain.state, self.reward.readable, self.config))
+
+    def branches(self, chain: Chain) -> list[tuple[int, int]]:
+        shape = tuple(chain.state.candidates.shape)
+        noise = torch.from_numpy(self.stream(chain, "branch", chain.rounds).gumbel(size=shape))
+        branches = propose.global_branches(chain, noise, self.reward.readable, self.config)
+        chain.stop = "" if branches else "exhausted"
+        return branches
+
+    def scan(self, chain: Chain) -> list[tuple[int, int]]:
         sweep = [chain.sweeps] if self.metropolis else []
         stream = self.stream(chain, "resample", chain.rounds, *sweep)
-        branches = propose.sequential_branch(chain, stream, readable, config, self.rescore)
+        branches = propose.sequential_branch(chain, stream, self.reward.readable, self.config, self.rescore)
         if not branches and self.metropolis:
             chain.position, chain.sweeps = 0, chain.sweeps + 1
         elif not branches:
@@ -232,11 +263,8 @@ class Search:
     def rescore(self, state: State, position: int) -> Tensor:
         return propose.ste_row(state, position, self.policy, self.reward, self.config, self.meter)
 
-    def branch(self, chain: Chain, position: int, token: int) -> Proposal:
-        return Proposal(chain, position, token, [*chain.state.response[:position], token])
-
     def regenerate(self, proposals: list[Proposal]) -> None:
-        """Draw the suffixes of all open branches in one batch, from the incumbents' caches."""
+        """Draw the suffixes of all open branches, and whole responses, in one batch from the incumbents' caches."""
         jobs, open_ = [], []
         for proposal in proposals:
             chain, prompt = proposal.chain, proposal.chain.state.prompt
@@ -249,7 +277,6 @@ class Search:
             open_.append(proposal)
         for proposal, draft in zip(open_, self.draw(jobs), strict=True):
             proposal.draft = draft
-            proposal.response = proposal.response + draft.ids
 
     def score(self, states: Sequence[State], shared: Sequence[int]) -> None:
         """Rewards and memos of states, which share so many tokens with the responses that their memos are of."""
@@ -270,7 +297,8 @@ class Search:
         states = [proposal.state(self.policy.stop_ids) for proposal in proposals]
         self.score(states, [proposal.position for proposal in proposals])
         if self.metropolis:
-            sound = [at for at, state in enumerate(states) if math.isfinite(state.reward)]
+            # The scores weigh the way back. A response drawn anew has none to weigh, and is solved once it is taken.
+            sound = [at for at, state in enumerate(states) if math.isfinite(state.reward) and proposals[at].given]
             self.solve_states([states[at] for at in sound], [proposals[at].chain.beta for at in sound])
         rows: dict[int, list[int]] = {}
         for index, proposal in enumerate(proposals):
@@ -296,7 +324,7 @@ class Search:
                     round=chain.rounds,
                     position=proposal.position,
                     old=chain.state.response[proposal.position],
-                    new=proposal.token,
+                    new=proposal.response[proposal.position],
                     suffix=tuple(proposal.response[proposal.position :]),
                     reward_before=chain.state.reward,
                     reward_after=state.reward,
@@ -305,7 +333,7 @@ class Search:
                 )
             )
             if not self.metropolis:
-                chain.tried.add((proposal.position, proposal.token))
+                chain.tried.add((proposal.position, proposal.given[-1]))
         chain.rounds += 1
         chain.idle += 1
         if keep is not None:
@@ -316,13 +344,20 @@ class Search:
         chain, uniform = proposal.chain, self.stream(proposal.chain, "accept", proposal.chain.rollouts).random()
         if not math.isfinite(state.reward):
             return None
-        if state.solved().isnan().any():
+        if proposal.given and state.solved().isnan().any():
             chain.error, chain.stop = f"the token gradient of {self.reward.name} holds NaN", "error"
             return None
+        return 0 if math.log(max(uniform, 1e-300)) < self.log_ratio(chain, proposal, state) else None
+
+    def log_ratio(self, chain: Chain, proposal: Proposal, state: State) -> float:
+        """Of the move from a chain's incumbent to the state that a proposal led to."""
         assert chain.beta is not None
-        chosen = self.chosen(chain.state, proposal.position), self.chosen(state, proposal.position)
-        ratio = accept.log_ratio(chain.state, state, proposal.position, beta=chain.beta, chosen=chosen)
-        return 0 if math.log(max(uniform, 1e-300)) < ratio else None
+        old, beta, position = chain.state, chain.beta, proposal.position
+        if proposal.given:
+            chosen = self.chosen(old, position), self.chosen(state, position)
+            return accept.log_ratio(old, state, position, beta=beta, chosen=chosen)
+        before, after = (propose.redraw_logp(one, self.reward.readable, self.config) for one in (old, state))
+        return accept.redraw_log_ratio(old, state, beta=beta, chances=(before, after))
 
     def chosen(self, state: State, position: int) -> Tensor:
         """[K] log-probability that a proposal from this state puts each candidate at the position."""
@@ -373,7 +408,12 @@ class Search:
             chain.error, chain.stop = f"the reward {self.reward.name} gave {value}", "error"
 
     def trace(self, chains: list[Chain]) -> Trace:
-        """Of the chain of the highest reward; of a Metropolis search the chain that samples at β itself."""
+        """Of the chain of the highest reward; of a Metropolis search the chain that samples at β itself.
+
+        Its meta counts what all chains did: first responses, proposals, and accepted ones.
+        """
+        moves = [revision.accepted for chain in chains for revision in chain.revisions]
+        totals = {"starts": self.drawn[chains[0].problem.id], "proposals": len(moves), "accepted": sum(moves)}
         failed = next((chain for chain in chains if chain.error is not None), None)
         if self.metropolis:
             chain = min(chains, key=lambda one: (one.beta or 0.0, one.index))
@@ -391,7 +431,7 @@ class Search:
             response=chain.state.response,
             reward=chain.state.reward,
             cost=self.meter.cost(chain.problem.id),
-            meta=self.meta,
+            meta=self.meta | {name: str(count) for name, count in totals.items()},
             stop=chain.stop,
             initial=chain.initial.response,
             reward_initial=chain.initial.reward,

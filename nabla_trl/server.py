@@ -18,6 +18,7 @@ The endpoint is vLLM's OpenAI-compatible /v1/completions (vllm/entrypoints/opena
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from threading import Event
@@ -65,8 +66,8 @@ class Server:
     def draw(self, policy: Policy, jobs: Sequence[Job], sampling: Sampling, candidates: int) -> list[Draft]:
         """Every job's continuation; `Job.cache` is not looked at, and the drafts' caches are empty rows.
 
-        Candidates are vLLM's likeliest tokens: forbidden ones among them keep their places (log π −inf), where
-        `generate` goes on to the next likeliest.
+        Candidates are vLLM's likeliest tokens: where forbidden ones are among them, fewer than asked for can be used
+        (log π −inf), where `generate` goes on to the next likeliest.
 
         Raises:
             ConnectionError: the server fails, or does not answer, as often as is tried.
@@ -141,25 +142,30 @@ def _draft(policy: Policy, body: dict[str, Any], answer: dict[str, Any], width: 
         raise ValueError("the response holds a token that must not be drawn")
     if len(tops) != len(ids):
         raise ValueError(f"log-probabilities of {len(tops)} positions came back for {len(ids)} tokens")
-    tables = [_ranked(top, drawn, width) for top, drawn in zip(tops, ids, strict=True)]
+    never = set(torch.nonzero(policy.forbidden).flatten().tolist())
+    tables = [_ranked(top, drawn, width, never) for top, drawn in zip(tops, ids, strict=True)]
     candidates = torch.tensor([[token for token, _ in row] for row in tables])
     logp = torch.tensor([[value for _, value in row] for row in tables], dtype=torch.float32)
-    if not (logp <= 0).all():
-        raise ValueError("log-probabilities are NaN or above 0: --logprobs-mode must be raw_logprobs")
-    forbidden = policy.forbidden.cpu()[candidates] | (logp <= FLOOR)
-    logp, order = logp.masked_fill(forbidden, -torch.inf).sort(dim=-1, descending=True, stable=True)
-    return Draft(ids, finished, candidates.gather(1, order), logp, cache=kv.empty_row(policy.model))
+    return Draft(ids, finished, candidates, logp, cache=kv.empty_row(policy.model))
 
 
-def _ranked(top: dict[str, float], drawn: int, width: int) -> list[tuple[int, float]]:
-    """The `width` likeliest (token, log π) of one position; the drawn token is always among them."""
+def _ranked(top: dict[str, float], drawn: int, width: int, never: set[int]) -> list[tuple[int, float]]:
+    """The `width` likeliest (token, log π) of one position, those that cannot be drawn at the end (−inf).
+
+    The drawn token is always among them: in the last place if it is none of the likeliest, so that the other places
+    do not depend on it, as in `generate`.
+    """
     named = {int(name.removeprefix(MARK)): value for name, value in top.items()}
-    ranked = sorted(named, key=named.__getitem__, reverse=True)[:width]
-    if len(ranked) < width:
-        raise ValueError(f"{len(ranked)} candidates came back of {width}")
+    if not all(value <= 0 for value in named.values()):
+        raise ValueError("log-probabilities are NaN or above 0: --logprobs-mode must be raw_logprobs")
+    likeliest = sorted(named, key=named.__getitem__, reverse=True)[:width]
+    if len(likeliest) < width:
+        raise ValueError(f"{len(likeliest)} candidates came back of {width}")
+    usable = {token: value for token, value in named.items() if token not in never and value > FLOOR}
+    ranked = sorted(likeliest, key=lambda token: token not in usable)  # stable
     if drawn not in ranked:
         ranked[-1] = drawn
-    return [(token, named[token]) for token in ranked]
+    return [(token, usable.get(token, -math.inf)) for token in ranked]
 
 
 # --- is it the same model? ----------------------------------------------------------------------------

@@ -46,6 +46,19 @@ class Trust:
         return cls(data["samples"], data["rounds"])
 
 
+def past_samples(trust: Trust | None, samples: int) -> str | None:
+    """The warning, in one line, for choosing among more samples than a reward is trusted for.
+
+    Args:
+        trust: as for `past_trust`.
+        samples: the largest N of best-of-N or weighted best-of-N; 1 = nothing is chosen.
+    """
+    if trust is None or samples <= max(1, trust.samples):
+        return None
+    known = f"up to best of {trust.samples}" if trust.samples > 1 else "for no choice among samples"
+    return f"the audit trusts this reward {known}, and best of {samples} was asked for: answers may get worse with it"
+
+
 def past_trust(trust: Trust | None, rounds: int) -> str | None:
     """The warning, in one line, for a search of more rounds than its reward is trusted for.
 

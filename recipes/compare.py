@@ -5,7 +5,8 @@
 
 A rung is what best-of-N costs. There best-of-N, weighted best-of-N and self-consistency (with as many samples as fit)
 meet the search, the same search without the gradient, with the gradient's rows shuffled over the positions, and the
-paper's. OUT/compare.md holds the tables and says where ours is ahead; rows that are there are not made again.
+paper's, which scans one response and here begins anew from a fresh one until the budget is spent. OUT/compare.md holds
+the tables and says where ours is ahead; rows that are there are not made again.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
     settings["adapter"] = adapter_identity(models.adapter) if models.adapter else ""
     settings |= {"dataset": data_identity(args.dataset), "split": args.split, "limit": str(args.limit)}
     claim_settings(folder / "compare.settings.json", settings)
-    warn_past_trust(reward, config)
+    warn_past_trust(reward, config, max(args.samples))
     store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
     comparison = Comparison(args, Bench(policy, reward, config, tuple(args.seeds)), store)
     rungs, lams = comparison.run(problems), comparison.sweep(problems)

@@ -37,7 +37,7 @@ from nabla_trl.checkpoints import read_training, trained_methods, trained_weight
 from nabla_trl.compute import Cost
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
-from nabla_trl.methods import SYNTAX, method_names, searches, steps
+from nabla_trl.methods import SYNTAX, chosen_among, method_names, searches, steps
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.naming import RIVAL, labels, split, trained_label
 from nabla_trl.parsing import given, parse, quiet_libraries, run_main
@@ -167,8 +167,9 @@ class Run:
             reward = load_reward(
                 self.args.reward, policy=policy, dtype=self.args.dtype, device=device, batch_size=rows
             )
-            if self.state.is_main_process and self._searches():
-                warn_past_trust(reward, self.reasoner)
+            if self.state.is_main_process:
+                among = chosen_among(method_names(self.args.methods)) if "evaluate" in self.args.stages else 1
+                warn_past_trust(reward, self.reasoner if self._searches() else None, among)
             self._models = policy, reward
         return self._models
 

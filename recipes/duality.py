@@ -91,6 +91,7 @@ class DualityArguments:
         """
         config = ReasonerConfig(
             acceptance="metropolis",
+            redraw=0.0,  # every token is a candidate: branches reach every response
             beta=self.beta,
             point=self.point,
             step=self.step,
@@ -99,7 +100,7 @@ class DualityArguments:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )
-        greedy = replace(config, acceptance="greedy")
+        greedy = replace(config, acceptance="greedy", redraw=None)
         return {
             "metropolis + gradient": config,
             "metropolis": config.control(),

@@ -169,7 +169,9 @@ class Trainer:
         if method == "sft":
             traces = self._draw("samples", replace(self.metropolis, rounds=self.args.train_rounds))
             return sft_rows(traces, "samples", unfinished=True), traces
-        traces = self._draw("draws", replace(self.metropolis.control(), acceptance="greedy", rounds=0, rollouts=1))
+        traces = self._draw(
+            "draws", replace(self.metropolis.control(), acceptance="greedy", redraw=None, rounds=0, rollouts=1)
+        )
         if method == "reward-weighted":
             return weighted_rows(traces, self.beta, unfinished=True), traces
         return _pairs(traces, soft=method == SOFT, seed=self.seed), traces

@@ -4,7 +4,8 @@
 
 Chains of the embedded world's policy with its reward, one per problem: without the gradient, with the full mirror step
 and with half of it (locally balanced, Zanella 2020), from the direct gradient and from one at mixtures. For each the
-acceptance rate, the autocorrelation time of the reward, and effective samples per GFLOP; OUT/mixing.json holds them.
+acceptance rate, how many chains never moved, the autocorrelation time of the reward, and effective samples per GFLOP;
+OUT/mixing.json holds them.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ def proposals(args: MixingArguments, config: ReasonerConfig) -> dict[str, Reason
 
 
 def line(name: str, one: Mixing) -> str:
-    time = f"{one.autocorrelation:.1f}" + ("" if one.reliable else " (short chains)")
-    return f"| {name} | {one.accepted:.3f} | {time} | {one.effective:.0f} | {one.per_gflop:.1f} | {one.reward:.3f} |"
+    time = "–" if one.autocorrelation is None else f"{one.autocorrelation:.1f}"
+    time += "" if one.reliable else " (short chains)"
+    figures = [f"{one.accepted:.3f}", str(one.stuck), time, f"{one.effective:.0f}", f"{one.per_gflop:.1f}"]
+    return f"| {' | '.join([name, *figures, f'{one.reward:.3f}'])} |"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,8 +67,8 @@ def main(argv: Sequence[str]) -> None:
     policy, reward = models.load(4 * config.batch_size)
     folder, found = Path(args.output_dir), dict[str, Any]()
     folder.mkdir(parents=True, exist_ok=True)
-    print("| proposals | accepted | autocorrelation, steps | effective samples | per GFLOP | reward |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| proposals | accepted | stuck chains | autocorrelation, steps | effective samples | per GFLOP | reward |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, one in wanted.items():
         mixed = measure(solve(problems, policy=policy, reward=reward, config=one))
         found[name] = mixed.to_dict()

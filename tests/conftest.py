@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -21,6 +23,24 @@ from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def little_to_collect() -> Iterator[None]:
+    """Every trainer collects garbage when it begins; walking all imported modules takes most of a small training."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A causal LM of every architecture on disk, wide enough for 4-bit weights, which come in blocks of 64."""
+    root = tmp_path_factory.mktemp("bases")
+    for name in worlds.ARCHITECTURES:
+        worlds.tiny_model(name, seed=3, width=64).save_pretrained(root / name)
+        worlds.char_tokenizer().save_pretrained(root / name)
+    return {name: str(root / name) for name in worlds.ARCHITECTURES}
 
 
 @pytest.fixture(scope="session")

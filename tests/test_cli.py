@@ -11,7 +11,7 @@ import pytest
 import worlds
 from peft import LoraConfig, get_peft_model
 
-from nabla_trl import arguments, commands, console
+from nabla_trl import arguments, audit_command, commands, console
 from nabla_trl.cli import COMMANDS, main
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.traces import read_traces
@@ -388,6 +388,19 @@ def test_audit_of_gradient_and_pressure_as_json(capsys, models, dataset, tmp_pat
     assert list(found["pressure"]["curves"]["nabla"]["accuracy"]) == ["0", "1", "2", "3"]
     assert found["trust"] == found["pressure"]["trust"]
     assert found["trust"]["samples"] == found["trusted_samples"]
+
+
+def test_what_an_audit_found_is_kept_when_a_later_part_fails(capsys, models, dataset, tmp_path, monkeypatch):
+    def fails(*args):
+        raise ValueError("no pressure today")
+
+    monkeypatch.setattr(audit_command, "_pressure", fails)
+    assert main(["audit", *models, *dataset, *DEEP, "--output", str(tmp_path / "audit.json")]) == 1
+    assert "no pressure today" in error_line(capsys)
+    assert [file.name for file in tmp_path.iterdir()] == ["audit.json"]
+    found = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    assert found["problems"] == 6 and found["gradient"]["swaps"] == 40
+    assert found["pressure"] is found["trust"] is None
 
 
 def test_audit_of_gradient_and_pressure_as_tables(capsys, models, dataset):

@@ -96,6 +96,40 @@ def test_rows_of_trained_policies(folder: Path) -> None:
     assert (own.kind, own.training_flops, own.is_optimum) == ("trained", 3e9, False)
 
 
+def test_policies_are_trained_once_and_stand_by_what_they_cost(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "again")
+    sizes = ["--train_steps", "4", "--train_checkpoints", "2", "--train_samples", "16", "--train_rounds", "2"]
+    train = [
+        "--train",
+        "sft",
+        "reward-weighted",
+        "dpo",
+        "rloo",
+        "grpo",
+        "--train_batch",
+        "8",
+        "--train_generations",
+        "4",
+    ]
+    command = [*RUN, "--output_dir", str(tmp_path / "again"), *train, *sizes]
+    module = recipe()
+    module.main(command)
+    before = json.loads((tmp_path / "again/duality.json").read_text(encoding="utf-8"))["rows"]
+    trained = [row for row in before if row["kind"] == "trained"]
+    methods = ["sft", "reward-weighted", "dpo", "dpo, Bradley-Terry labels", "rloo", "grpo"]
+    assert [row["method"] for row in trained] == [name for name in methods for _ in range(2)]
+    for first, last in zip(trained[::2], trained[1::2], strict=True):
+        assert 0 < first["training_flops"] < last["training_flops"]
+        assert first["measures"] != last["measures"], first["method"]
+    monkeypatch.setattr(importlib.import_module("duality_training"), "solve", None)
+    monkeypatch.setattr(module, "solve", None)
+    module.main(command)
+    assert json.loads((tmp_path / "again/duality.json").read_text(encoding="utf-8"))["rows"] == before
+    worlds.refused(lambda: module.main([*command, "--train_rate", "1"]), "train_rate '1.0' (was '0.001')")
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     module, out = recipe(), ["--output_dir", str(tmp_path / "out")]
     worlds.refused(lambda: module.main([*out, "--policy", "P"]), "policy, reward and dataset belong together")

@@ -57,6 +57,17 @@ def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_pat
         assert row["reward_by_round"][-1] == pytest.approx(row["reward"])
 
 
+def test_a_pool_of_many_samples_batches_problems_and_equals_one_of_few_rows(bench, asked, checker, tmp_path):
+    found = []
+    for rows in (1, 2, 8):
+        step = replace(bench, config=replace(CONFIG, batch_size=rows)).pool([1, 5], [5])
+        assert step.batch_size == max(1, 4 * rows // 5)
+        store = RowStore(tmp_path / str(rows), "run")
+        run_step(step, asked, store, checker)
+        found.append(facts(store.read()))
+    assert found[0] == found[1] == found[2]
+
+
 def test_what_is_there_is_not_run_again(bench, asked, checker, tmp_path):
     step = bench.search("nabla", CONFIG)
     first = run_step(step, asked, RowStore(tmp_path, "run"), checker)

@@ -27,7 +27,7 @@ from nabla_trl.heads import LikelihoodTerm
 from nabla_trl.models import Policy, freeze_policy
 from nabla_trl.propose import policy_likelihood
 from nabla_trl.relax import Relaxed
-from nabla_trl.reward_models import ensemble, log_ratio, process, scalar
+from nabla_trl.reward_models import log_ratio, scalar
 from nabla_trl.rewards import Reward
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Known, Sample, Term
@@ -755,61 +755,3 @@ def compare_scores(
             assert torch.allclose(a.levels, b.levels, rtol=0, atol=1e-9) and a.levels.dtype == DOUBLE
             read = 0 if isinstance(term, LikelihoodTerm) else len(term.encode(item).response) + 1
             assert len(a.levels) == len(b.levels) == read
-
-
-# --- from a position on ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-def test_from_a_position_on_equals_the_rows_of_the_whole(architecture: str, alpha: float) -> None:
-    """Also through the memory of another response that begins alike, and where no row or every row is wanted.
-
-    At a mixture, the tokens before the position are hard.
-    """
-    policy = worlds.tiny_policy(architecture, dtype=DOUBLE)
-    parts = all_terms(policy, architecture)
-    samples = [known(policy, worlds.sample(policy, PROBLEM, text), 6) for text in ("12-5=7;#7", "4-5=9", "7;7")]
-    begins = [4, 0, 3]  # the last one's stop token alone
-    others = [worlds.sample(policy, PROBLEM, text) for text in ("12-5=8;#8", "3", "7;7")]
-    columns = [
-        term.score(others, term.prompt_memos(others, Meter()), [0] * 3, Meter(), keep=True)[1] for term in parts
-    ]
-    memos = list(zip(*columns, strict=True))
-    points = []
-    for item, begin in zip(samples, begins, strict=True):
-        whole = item.relaxed(0.5)
-        weights = whole.weights.clone() if alpha else torch.zeros_like(whole.weights)
-        weights[:begin] = 0
-        weights[:, 0] = 1 - weights[:, 1:].sum(1)
-        points.append(Relaxed(whole.ids, weights))
-    tables = [item.known.candidates for item in samples]
-    meter, full = Meter(), gradients(parts, samples, tables, relaxed=points)
-    found = token_gradient(parts, samples, memos, tables, meter=meter, relaxed=points, begins=begins)
-    for ours, theirs, begin in zip(found, full, begins, strict=True):
-        assert_close(ours[begin:], theirs[begin:])
-        assert not ours[:begin].any() and (begin == 0 or theirs[:begin].any())
-    fed = [len(item.response) - begin for item, begin in zip(samples, begins, strict=True)]
-    assert meter.total().tokens["policy/backward"] == sum(fed)
-
-
-@pytest.mark.parametrize("kind", ["ensemble", "process"])
-def test_a_reward_from_a_position_on(double: Policy, kind: str) -> None:
-    """What was known at the position counts: the members' spread is of whole scores, a step may end across it."""
-    model = worlds.tiny_model(kind="score", seed=4, dtype=DOUBLE)
-    if kind == "process":
-        reward = process(double, model, double.tokenizer, "steps", delimiter=";#")
-    else:
-        members = [scalar(double, model, double.tokenizer, "a"), worlds.tiny_scalar(double, seed=5)]
-        reward = ensemble(members, 2.0, "both")
-    samples = [worlds.sample(double, PROBLEM, text) for text in ("1;#2;#3", "4-5=9;#9")]
-    tables = [torch.arange(6).expand(len(item.response), -1) for item in samples]
-    bare = reward.prompt_memos(samples, Meter())
-    _, known_ = reward.score(samples, bare, meter=Meter(), keep=True)
-    whole, after = Meter(), Meter()
-    full = reward.gradient(samples, bare, tables, meter=whole)
-    found = reward.gradient(samples, known_, tables, meter=after, begins=[5, 6])  # between ";" and "#"
-    for ours, theirs, begin in zip(found, full, (5, 6), strict=True):
-        assert_close(ours[begin:], theirs[begin:])
-        assert not ours[:begin].any()
-    assert after.total().flops < whole.total().flops

@@ -15,7 +15,7 @@ from torch import Tensor
 from nabla_trl.compute import Meter
 from nabla_trl.config import Point, Sampling
 from nabla_trl.first_errors import Wrong, best_ranks, entropy_ranks, find_wrong, repairs, right_above, right_first
-from nabla_trl.gradient_audit import WORTH, GradientAudit, effect_of, gradient_audit
+from nabla_trl.gradient_audit import WORTH, GradientAudit, effect_of, gradient_audit, overall
 from nabla_trl.labels import TokenLabels
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.reward_models import load_reward
@@ -138,6 +138,17 @@ def test_a_gradient_of_the_wrong_sign_misleads(policy):
     assert point.correlation.value == pytest.approx(-1) and point.sign.value == 0
     assert (point.effect, found.best) == ("misleads", None)
     assert "misleads at hard" in found.verdict and "solver none" in found.verdict
+
+
+def test_where_points_mislead_is_told_apart_from_where_they_add_nothing(policy):
+    one = run(policy, toy(policy)).points["hard"]
+    points = {name: replace(one, effect="misleads") for name in ("hard", "b")}
+    everywhere = overall(points, None)
+    assert "misleads at hard, b:" in everywhere and "elsewhere" not in everywhere
+    points["b"] = replace(points["b"], effect="adds nothing")
+    assert "and adds nothing elsewhere" in overall(points, None)
+    points = {name: replace(one, effect="adds nothing") for name, one in points.items()}
+    assert "misleads" not in overall(points, None)
 
 
 def test_a_gradient_of_noise_adds_nothing(policy):

@@ -41,8 +41,8 @@ def rows(shares: dict[str, float] = SHARES, problems: int = 100, seeds: int = 2)
                         "reward": share,
                         "flops": 10.0 * size * (0.9 if "@" in method else 1.0),
                         "seconds": 0.1,
-                        "revisions": 4 if "@" in method else 0,
-                        "accepted": 1 if "@" in method else 0,
+                        "proposals": 4 if "@" in method else 0,
+                        "proposals_accepted": 1 if "@" in method else 0,
                         "reward_by_round": [],
                         "error": None,
                     }

@@ -134,6 +134,17 @@ def solved(world: World, config: ReasonerConfig) -> list[State]:
     return states
 
 
+def narrow(state: State, candidates: int) -> None:
+    """Leave the likeliest candidates alone, as drafts do; the response's own token takes the last one's place."""
+    if candidates >= state.logp.shape[1]:
+        return
+    own = state.choice()[:, None]
+    order = state.logp.topk(candidates, dim=-1).indices
+    order[:, -1:] = torch.where((order == own).any(-1, keepdim=True), order[:, -1:], own)
+    for part in ("logp", "scores", "candidates"):
+        setattr(state, part, getattr(state, part).gather(1, order))
+
+
 def suffix_logp(state: State, position: int, sampler: Tensor | None = None) -> float:
     """log-probability of the tokens after a position under the sampler (π by default)."""
     table = state.logp if sampler is None else sampler
@@ -149,8 +160,11 @@ def chosen(state: State, position: int, world: World, config: ReasonerConfig) ->
 def flow(world: World, before: State, after: State, at: int, config: ReasonerConfig, target: dict) -> float:
     """log of π*(y) · (chance to propose y' from y by a branch at this position) · (chance to accept it)."""
     there, back = chosen(before, at, world, config), chosen(after, at, world, config)
+    column = (before.candidates[at] == after.response[at]).nonzero()
+    if not len(column):
+        return -math.inf  # never proposed
     drawn = after.logp if after.tilt is None else after.logp - after.tilt
-    proposed = float(there[after.response[at]]) + suffix_logp(after, at, drawn)
+    proposed = float(there[int(column[0])]) + suffix_logp(after, at, drawn)
     ratio = accept.log_ratio(before, after, at, beta=BETA, chosen=(there, back))
     return target[tuple(before.response)] + proposed + min(0.0, ratio)
 
@@ -191,40 +205,62 @@ def test_detailed_balance(options: dict[str, Any], proposals: str, world: World)
     [{"temperature": 0.7}, {"temperature": 1.4}, {"top_k": 4}, {"top_p": 0.9}, {"sample_min_p": 0.2}],
     ids=name,
 )
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("few", [False, True])
 def test_detailed_balance_with_another_sampler_and_fewer_candidates(
-    sampling: dict[str, Any], narrow: bool, world: World
+    sampling: dict[str, Any], few: bool, world: World
 ) -> None:
     """Suffixes drawn at another temperature or cut, and branches that cannot be taken back, keep π* all the same."""
-    config = metropolis({"solver": "mirror", "point": "hard"}, **sampling, candidates=4 if narrow else 16)
+    config = metropolis({"solver": "mirror", "point": "hard"}, **sampling, candidates=4 if few else 16)
     states = solved(world, config)
     warpers = build_warpers(config.sampling())
     for state in states:
-        if narrow:
-            own = state.choice()
-            order = state.logp.topk(4, dim=-1).indices
-            order[~(order == own[:, None]).any(-1), -1] = own[~(order == own[:, None]).any(-1)]
-            for part in ("logp", "scores", "candidates"):
-                setattr(state, part, getattr(state, part).gather(1, order))
+        narrow(state, config.candidates)
         full = world.states[world.index(state.response)].logp
         state.tilt = tilt(full, state.candidates, warpers)
     target = {tuple(r): math.log(p) for r, p in zip(world.responses, world.target(), strict=True)}
     moved = blocked = 0
     for one, two, at in branches(world, 500, seed=2):
-        flows = []
-        for before, after in ((states[one], states[two]), (states[two], states[one])):
-            if not (before.candidates[at] == after.response[at]).any():
-                flows.append(-math.inf)  # never proposed
-                continue
-            column = int((before.candidates[at] == after.response[at]).nonzero()[0])
-            there = propose.global_logp(before, world.reward.readable, config)[at]
-            back = propose.global_logp(after, world.reward.readable, config)[at]
-            drawn = suffix_logp(after, at, after.logp - after.tilt)
-            ratio = accept.log_ratio(before, after, at, beta=BETA, chosen=(there, back))
-            flows.append(target[tuple(before.response)] + float(there[column]) + drawn + min(0.0, ratio))
+        flows = [flow(world, states[a], states[b], at, config, target) for a, b in ((one, two), (two, one))]
         assert flows[0] == flows[1] or flows[0] == pytest.approx(flows[1], abs=1e-10)
         moved, blocked = moved + (flows[0] > -math.inf), blocked + (flows[0] == -math.inf)
-    assert moved > 20 and (blocked > 10 or not (narrow or {"top_k", "top_p", "sample_min_p"} & set(sampling)))
+    assert moved > 20 and (blocked > 10 or not (few or {"top_k", "top_p", "sample_min_p"} & set(sampling)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"candidate_min_p": 0.6}, {"temperature": 1.4}, {"top_k": 4}, {"candidates": 2}],
+    ids=lambda options: name(options) or "plain",
+)
+def test_detailed_balance_with_redraws(options: dict[str, Any], world: World) -> None:
+    """Of the whole kernel, branches and redraws, also where there are no branches, and where q is not π."""
+    config = metropolis({"solver": "mirror", "point": "hard"}, redraw=0.3, **options)
+    readable, warpers = world.reward.readable, build_warpers(config.sampling())
+    states = solved(world, config)
+    for state in states:
+        narrow(state, config.candidates)
+        full = world.states[world.index(state.response)].logp
+        state.tilt = tilt(full, state.candidates, warpers) if warpers else None
+    target = {tuple(r): math.log(p) for r, p in zip(world.responses, world.target(), strict=True)}
+
+    def rate(before: State, after: State, at: int) -> float:
+        """π*(y) · (chance to go from y to y')."""
+        tried = [propose.redraw_logp(state, readable, config) for state in (before, after)]
+        drawn = world.logp[world.index(after.response)]
+        drawn -= 0.0 if after.tilt is None else suffix_logp(after, -1, after.tilt)
+        ratio = accept.redraw_log_ratio(before, after, beta=BETA, chances=(tried[0], tried[1]))
+        anew = math.exp(target[tuple(before.response)] + tried[0] + drawn + min(0.0, ratio))
+        if tried[0] == 0:
+            return anew
+        return anew + (1 - config.redraw) * math.exp(flow(world, before, after, at, config, target))
+
+    moved = trapped = 0
+    for one, two, at in branches(world, 400, seed=3):
+        there, back = rate(states[one], states[two], at), rate(states[two], states[one], at)
+        assert there == pytest.approx(back, rel=1e-10, abs=1e-300)
+        moved += there > 0
+        trapped += propose.redraw_logp(states[one], readable, config) == 0.0
+    assert moved == 400 or "top_k" in options
+    assert (trapped > 0) == ("candidates" in options)
 
 
 # --- chains -----------------------------------------------------------------------------------------------
@@ -262,7 +298,7 @@ def test_chains_come_to_the_target(options: dict[str, Any], short: World) -> Non
     begun, ended = run_chains(short, config, count, (0, 14))
     assert total_variation(begun, target) > 3 * floor
     assert total_variation(ended, target) < 2 * floor
-    greedy = run_chains(short, replace(config, acceptance="greedy"), count, (14,))[0]
+    greedy = run_chains(short, replace(config, acceptance="greedy", redraw=None), count, (14,))[0]
     assert total_variation(greedy, target) > 3 * floor
 
 
@@ -277,6 +313,15 @@ def test_long_chains_come_to_the_target(options: dict[str, Any], proposals: str,
     config = metropolis(options, proposals=proposals, rounds=rounds, batch_size=500, **more)
     [ended] = run_chains(world, config, count, (10**6,))
     assert total_variation(ended, target) < 2 * noise_floor(target, count)
+
+
+def test_chains_whose_candidates_hold_a_token_reach_all_responses_by_redraws(short: World) -> None:
+    target, count = short.target(3.0), 200
+    config = metropolis(SETTINGS[3], **SHORT, rounds=12, batch_size=count, redraw=0.4, candidates=2)
+    [ended] = run_chains(short, config, count, (12,))
+    assert total_variation(ended, target) < 2 * noise_floor(target, count)
+    [held] = run_chains(short, replace(config, redraw=0.0), count, (12,))
+    assert total_variation(held, target) > 3 * noise_floor(target, count)
 
 
 def test_another_sampler_comes_to_the_same_target(short: World) -> None:
@@ -316,6 +361,7 @@ def test_the_swap_of_tempered_chains_is_the_ratio_of_their_targets(world: World)
         ({"kl": 1.0, "beta": None}, ["kl belongs to"]),
         ({"proposals": "sequential", "gradient_norm": 1.0}, ["gradient_norm"]),
         ({"proposals": "sequential", "rounds": 0}, ["set rounds"]),
+        ({"redraw": 1.5}, ["redraw must be in [0, 1]"]),
         ({"tempering": 2.0}, ["two chains"]),
         ({"tempering": 2.0, "starts": 2, "chains": 2, "solver": "ste"}, ["two chains"]),
         ({"tempering": 0.5, "starts": 2, "chains": 2}, ["at least 1"]),
@@ -325,7 +371,9 @@ def test_what_would_not_be_exact_is_refused(options: dict[str, Any], words: list
     worlds.refused(lambda: metropolis({"solver": "mirror"}, **options), *words)
 
 
-def test_tempering_belongs_to_metropolis() -> None:
+def test_tempering_and_redraws_belong_to_metropolis() -> None:
+    assert (metropolis({"solver": "none"}).redraw, ReasonerConfig().redraw) == (0.1, None)
+    worlds.refused(lambda: ReasonerConfig(redraw=0.1), "redraw belongs to acceptance metropolis", "acceptance greedy")
     worlds.refused(lambda: ReasonerConfig(tempering=2.0, starts=2, chains=2), "tempering belongs to")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,27 @@ def test_chains_are_read_from_their_traces(policy: Policy, scalar_reward: Reward
         assert [r.reward_before for r in trace.revisions] == rewards(trace)[:-1]
     mixed = measure(traces)
     assert (mixed.chains, mixed.steps, mixed.reliable) == (4, 12, False)
-    assert 0 < mixed.accepted < 1 and mixed.effective == pytest.approx(48 / mixed.autocorrelation)
+    assert mixed.stuck == 0 and 0 < mixed.accepted < 1
+    assert mixed.effective == pytest.approx(48 / mixed.autocorrelation)
     assert mixed.per_gflop == pytest.approx(mixed.effective / sum(trace.cost.flops for trace in traces) * 1e9)
     short = solve(problems[:1], policy=policy, reward=scalar_reward, config=ReasonerConfig(solver="none", rounds=3))
     worlds.refused(lambda: measure([*traces, *short]), "chains of 3 to 12 steps")
     worlds.refused(lambda: measure([]), "no chains")
+
+
+def test_chains_that_never_moved_are_counted_and_are_worth_nothing(
+    policy: Policy, scalar_reward: Reward, problems: list[Problem]
+) -> None:
+    config = ReasonerConfig(solver="none", acceptance="metropolis", beta=1.0, rounds=12, max_new_tokens=6)
+    moved = solve(problems, policy=policy, reward=scalar_reward, config=config)
+    still = [
+        replace(one, revisions=[replace(revision, accepted=False) for revision in one.revisions]) for one in moved[:3]
+    ]
+    alone, both, none = measure(moved), measure([*moved, *still]), measure(still)
+    assert (both.chains, both.stuck, both.autocorrelation) == (7, 3, alone.autocorrelation)
+    assert both.effective == alone.effective and both.per_gflop < alone.per_gflop
+    assert (none.stuck, none.autocorrelation, none.effective, none.per_gflop) == (3, None, 0.0, 0.0)
+    assert not none.reliable and json.dumps(none.to_dict(), allow_nan=False)
 
 
 def test_the_recipe_measures_every_proposal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

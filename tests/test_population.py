@@ -10,8 +10,11 @@ import worlds
 
 from nabla_trl.baselines import best_of, draw_pool
 from nabla_trl.config import ReasonerConfig
+from nabla_trl.evaluate import Bench
+from nabla_trl.methods import steps
 from nabla_trl.models import Policy
 from nabla_trl.rewards import Reward
+from nabla_trl.rowstore import trace_row
 from nabla_trl.search import solve
 from nabla_trl.tasks import Problem
 from nabla_trl.traces import Trace
@@ -82,6 +85,48 @@ def test_fresh_starts_spend_what_is_left_of_a_budget(policy: Policy, reward: Rew
         assert two.reward >= one.reward and one.stop in ("patience", "exhausted")
         assert one.cost.flops < two.cost.flops <= 4.8e7  # suffixes may be longer than the last ones
     assert sum(two.reward > one.reward for one, two in zip(without, spent, strict=True)) >= 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_starts_that_a_budget_cannot_pay_for_are_not_drawn(
+    batch_size: int, policy: Policy, scalar_reward: Reward, problems: list[Problem]
+) -> None:
+    """The others are those of a search that can."""
+    run = {"policy": policy, "reward": scalar_reward, "seed": 1}
+    rich = solve(problems, config=config(starts=12, flops=1e12, rollouts=12), **run)
+    for trace in solve(problems, config=config(starts=12, flops=4e6, batch_size=batch_size), **run):
+        whole = next(one for one in rich if one.problem_id == trace.problem_id)
+        assert whole.meta["starts"] == "12" and whole.cost.flops > 6e6
+        assert 1 < int(trace.meta["starts"]) < 12 and 2.4e6 < trace.cost.flops < 5.2e6
+        assert trace.error is None and trace.reward_initial <= whole.reward_initial + 1e-4
+
+
+def test_what_all_chains_and_starts_did_is_counted(
+    policy: Policy, scalar_reward: Reward, problems: list[Problem]
+) -> None:
+    run = {"policy": policy, "reward": scalar_reward, "seed": 1}
+    for trace in solve(problems, config=config(starts=3, chains=2), **run):
+        assert (trace.meta["starts"], trace.meta["proposals"]) == ("3", "8") and len(trace.revisions) == 4
+    settings = config(candidates=2, rounds=0, max_new_tokens=4, rollouts=12, patience=2)
+    for trace in solve(problems, config=settings, **run):
+        row = trace_row(trace, "run")
+        assert int(trace.meta["starts"]) > 1 and row["revisions"] <= row["proposals"]
+        assert int(trace.meta["starts"]) + row["proposals"] == 12
+        assert row["accepted"] <= row["proposals_accepted"] <= row["proposals"]
+
+
+def test_a_preset_begins_anew_until_its_budget_is_spent(
+    policy: Policy, scalar_reward: Reward, problems: list[Problem]
+) -> None:
+    """By itself it is one response, scanned once."""
+    bench = Bench(policy, scalar_reward, config(max_new_tokens=4), (0,))
+    [step] = steps(["paper"], bench, None, lambda method: 0.0)
+    [once] = step.work(problems[:1], 0)
+    assert once.stop in ("scanned", "rollouts") and once.meta["starts"] == "1"
+    budget = 4 * once.cost.flops
+    [step] = steps(["paper@best_of_16"], bench, None, lambda method: budget)
+    [again] = step.work(problems[:1], 0)
+    assert int(again.meta["starts"]) > 1 and 0.6 * budget < again.cost.flops < 1.2 * budget
 
 
 def test_a_sample_of_the_optimum_is_not_chosen_among_starts() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from datasets import load_dataset
 
 from nabla_trl.traces import read_traces
@@ -246,3 +247,26 @@ def test_held_out_problems_without_gold_answers_are_refused(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"question": "1+1+1+1+1+1"}\n')
     with pytest.raises(ValueError, match="no held-out problem has a gold answer"):
         distill_here(tmp_path / "out", "--eval_dataset", str(tmp_path / "mine.jsonl"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    wanted = {"fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED", "cpu": "NO", "single_gpu": "NO"}
+    found = load_config_from_file(str(path))
+    assert found.distributed_type.value == wanted.get(path.stem, "MULTI_GPU")
+    assert found.num_processes == (1 if wanted.get(path.stem) == "NO" else 2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path):
+    """A probe, a checkpoint and a generation in each step: what one process waits for, the other must come to."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/multi_cpu.yaml"]
+    save = ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4", "--logging_steps", "1"]
+    probe = ["--probe_problems", "8", "--probe_steps", "2", "--stop_on_overoptimisation", "true"]
+    options = ["--method", "sft", "rloo", "--stages", "traces,train", "--audit_problems", "0", *save, *probe]
+    run(*launch, "--main_process_port", "0", "recipes/distill.py", *arguments(tmp_path, *options))
+    for method in ("sft", "rloo"):
+        home = tmp_path / "trained" / method
+        steps = {json.loads(line)["step"] for line in (home / "log.jsonl").read_text().splitlines()}
+        assert steps == {0, 1, 2, 3, 4} and (home / "adapter" / "adapter_config.json").exists()
+        assert json.loads((home / "train.json").read_text())["processes"] == 2

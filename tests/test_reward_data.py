@@ -30,6 +30,7 @@ from nabla_trl.reward_data import (
     choose_pairs,
     draw_samples,
     label,
+    legible,
     pair_rows,
     read_samples,
     token_rows,
@@ -266,6 +267,29 @@ def test_rows_follow_a_rewards_shuffled_vocabulary(
         embeds = model.get_input_embeddings()(batch["hard"])
         scores.append(token_scores(model, embeds, batch["attention_mask"])[batch["attention_mask"].bool()])
     torch.testing.assert_close(scores[0], scores[1])
+
+
+def test_responses_with_tokens_that_the_base_lacks_are_left_out_and_counted(
+    embedded: Policy, labelled: list[Labelled], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Candidates that it lacks leave no row out."""
+
+    def lacking(word: str) -> ScoreTerm:
+        term = score_term(embedded, scorer(embedded), embedded.tokenizer, "other")
+        term.mapping[embedded.tokenizer.convert_tokens_to_ids(word)] = -1
+        return term
+
+    seldom = lacking(",")
+    gone = [(seldom.mapping[one.sample.response] < 0).any() for one in labelled]
+    assert 0 < sum(gone) < len(labelled)
+    kept = legible(labelled, seldom, "other")
+    assert [id(one) for one in kept] == [id(one) for one, lost in zip(labelled, gone, strict=True) if not lost]
+    assert f"warning: {sum(gone)} of {len(labelled)} responses hold tokens that other" in capsys.readouterr().err
+    rows = token_rows(kept, seldom, labels=None, min_p=0.0)
+    assert len(rows) == len(kept) and all(min(map(min, row["ids"])) >= 0 <= min(row["input_ids"]) for row in rows)
+    assert len(legible(kept, seldom, "other")) == len(legible(labelled, seldom, "other", quiet=True)) == len(kept)
+    assert capsys.readouterr().err == ""
+    worlds.refused(lambda: legible(labelled, lacking("="), "other"), f"each of {len(labelled)}", "choose a base")
 
 
 def test_rows_need_the_policys_candidates(labelled: list[Labelled], term: ScoreTerm) -> None:

@@ -32,7 +32,7 @@ from nabla_trl.reward_folder import (
     write_card,
 )
 from nabla_trl.reward_models import load_reward, warn_past_trust
-from nabla_trl.trust import Trust, past_trust
+from nabla_trl.trust import Trust, past_samples, past_trust
 
 ROOT = Path(__file__).parents[1]
 CARDS = {
@@ -262,6 +262,11 @@ def test_a_folders_trust_reaches_the_reward_and_the_warning(world: Path, policy:
     assert capsys.readouterr() == ("", "")
     warn_past_trust(reward, ReasonerConfig(rounds=3))
     assert capsys.readouterr() == ("", f"warning: {past_trust(Trust(8, 2), 3)}\n")
+    warn_past_trust(reward, None, 8)
+    assert capsys.readouterr() == ("", "")
+    warn_past_trust(reward, ReasonerConfig(rounds=2, starts=9))
+    warn_past_trust(reward, None, 9)
+    assert capsys.readouterr() == ("", f"warning: {past_samples(Trust(8, 2), 9)}\n" * 2)
 
 
 def audit_file(folder: Path, **changes: Any) -> Path:
@@ -314,6 +319,7 @@ def test_commands_warn_once_of_a_search_past_trust(command: str, world: Path, tm
     if command == "eval":
         assert run("4", "--methods", "greedy,best_of_2") == []  # nothing is refined
         assert len(run("5", "--methods", "control")) == 1
+        assert run("6", "--methods", "best_of_2,weighted_best_of_9") == [f"warning: {past_samples(Trust(8, 2), 9)}"]
     if command == "traces":
         assert run("3") == []  # all there already: no search
 
@@ -372,6 +378,19 @@ def test_identity_follows_the_weights_that_we_trained(tmp_path: Path) -> None:
     assert reward_identity(f"logratio:some/model,{folder}") != f"logratio:some/model,{folder}"
     for name in ("some/model", "logratio:some/model", f"logratio:{tmp_path}"):
         assert reward_identity(name) == name
+
+
+@pytest.mark.parametrize("prefix", ["ensemble:", "ensemble:process@;:"])
+def test_the_identity_of_an_ensemble_follows_the_weights_of_its_members(prefix: str, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        write_card(folder, RewardCard(kind="scalar"))
+        (folder / "model.safetensors").write_bytes(b"one")
+    kind = prefix.removeprefix("ensemble:")
+    spec = f"ensemble:{kind}{folders[0]},{kind}{folders[1]}"
+    first = reward_identity(spec)
+    (folders[1] / "model.safetensors").write_bytes(b"two")
+    assert reward_identity(spec) != first and reward_identity(spec).startswith(f"{spec} (")
 
 
 def test_the_committed_reward_is_what_its_cards_say() -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial
@@ -46,19 +45,7 @@ def save(folder: Path, model: PreTrainedModel) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_to_collect() -> Iterator[None]:
-    """Every trainer collects garbage when it begins; walking all imported modules takes most of a small training."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A causal LM of every architecture on disk."""
-    root = tmp_path_factory.mktemp("bases")
-    return {name: save(root / name, worlds.tiny_model(name, seed=3, **SMALL)) for name in worlds.ARCHITECTURES}
+pytestmark = pytest.mark.usefixtures("little_to_collect")
 
 
 def responses(policy: Policy, count: int = 5) -> list[Labelled]:

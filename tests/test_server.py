@@ -124,6 +124,25 @@ def test_the_drawn_token_is_a_candidate_and_log_probabilities_are_unwarped(
     assert strangers > 3
 
 
+def test_what_may_be_proposed_does_not_depend_on_the_drawn_token(policy: Policy, fake: FakeVllm) -> None:
+    """… where forbidden tokens are among the server's likeliest, too: only the last place may be the drawn token's."""
+    problem = Problem(id="p", question="1+2")
+    likely = policy.model(torch.tensor([policy.encode(problem)])).logits[0, -1].topk(5).indices
+    forbidden = policy.forbidden.clone()
+    forbidden[likely[[0, 2]]] = True
+    served = _served(replace(policy, forbidden=forbidden), fake)
+    jobs = _jobs(served, [problem], limit=1, draws=30)
+    drafts = generate(served, jobs, Sampling(temperature=2.0), meter=Meter(), candidates=5)
+    drawn = {draft.ids[0] for draft in drafts}
+    assert drawn & set(likely.tolist()) and drawn - set(likely.tolist())
+    allowed = [token for token in likely.tolist() if not forbidden[token]]
+    for draft in drafts:
+        ids, logp = draft.candidates[0], draft.logp[0]
+        assert ids[:-1][logp[:-1].isfinite()].tolist() == allowed
+        assert (ids == draft.ids[0]).sum() == 1 and logp[ids == draft.ids[0]].isfinite().all()
+        assert not logp[forbidden[ids]].isfinite().any()
+
+
 @pytest.mark.parametrize("sampling", [SAMPLED, Sampling(temperature=1.3, top_k=9, top_p=0.95, min_p=0.01)])
 def test_a_draw_does_not_depend_on_batch_order_or_concurrency(
     policy: Policy, served: Policy, problems: list[Problem], sampling: Sampling

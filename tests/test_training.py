@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ import pytest
 import torch
 import worlds
 from accelerate import PartialState
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import load_peft_weights
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from nabla_trl import probe as probe_room
@@ -35,7 +38,7 @@ from nabla_trl.traces import Trace
 from nabla_trl.train_stage import TrainStage
 from nabla_trl.trainers import CONSTANT_STEPS
 from nabla_trl.training import Trained, TrainOptions, check_tokenizer, select_rows, train_on_traces
-from nabla_trl.tuning import LoraArguments, last_checkpoint
+from nabla_trl.tuning import LoraArguments, last_checkpoint, load_trainable
 from nabla_trl.views import Rows, preference_rows, sft_rows, weighted_rows
 
 LORA = LoraArguments(lora_r=4, lora_alpha=8)
@@ -43,22 +46,7 @@ SAMPLING = Sampling(max_new_tokens=6)
 SEARCH = ReasonerConfig(beta=1.0, rounds=6, max_new_tokens=12, candidates=8, point="hard")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_to_collect() -> Iterator[None]:
-    """Every trainer collects garbage when it begins; walking all imported modules takes most of a small training."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A causal LM of every architecture on disk."""
-    root = tmp_path_factory.mktemp("bases")
-    for name in worlds.ARCHITECTURES:
-        worlds.tiny_model(name, seed=3, width=64).save_pretrained(root / name)
-        worlds.char_tokenizer().save_pretrained(root / name)
-    return {name: str(root / name) for name in worlds.ARCHITECTURES}
+pytestmark = pytest.mark.usefixtures("little_to_collect")
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +177,10 @@ def test_weights_are_those_of_importance_sampling(traces: list[Trace]) -> None:
 # -------------------------------------------------------------------------------------------- what is trained
 
 
-@pytest.mark.parametrize("architecture", list(worlds.ARCHITECTURES))
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("architecture", "tuning"),
+    [*product(worlds.ARCHITECTURES, ["lora", "full"]), ("llama", "qlora")],
+)
 def test_what_is_saved_is_what_was_trained(
     architecture: str, tuning: str, bases: dict[str, str], traces: list[Trace], tmp_path: Path
 ) -> None:
@@ -198,10 +188,35 @@ def test_what_is_saved_is_what_was_trained(
     before = _likelihood(load_policy(bases[architecture]), found)
     made = offline("sft", bases[architecture], found, tmp_path, tuning, max_steps=8)
     output = tmp_path / "out"
-    tuned = load_policy(bases[architecture], adapter=str(output)) if tuning == "lora" else load_policy(str(output))
+    tuned = load_policy(str(output)) if tuning == "full" else load_policy(bases[architecture], adapter=str(output))
     assert _likelihood(tuned, found) > before + 0.5
     assert made.steps == 8 and made.flops > 0 and made.tokens > 0
     assert (tmp_path / "log.jsonl").read_text().count("\n") >= 8
+
+
+def test_gradients_of_a_four_bit_policy_are_those_of_its_dequantised_copy(
+    bases: dict[str, str], tmp_path: Path
+) -> None:
+    """Also after a forward without autograd, before which a CPU with AVX512-BF16 would repack the weights."""
+    four = load_trainable(bases["llama"], tuning="qlora", dtype="float32", config=settings(tmp_path)).eval()
+    plain = AutoModelForCausalLM.from_pretrained(bases["llama"]).eval()
+    own, count = dict(four.named_modules()), 0
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if isinstance(own[name], Linear4bit):
+                module.weight.copy_(dequantize_4bit(own[name].weight.data, own[name].weight.quant_state))
+                count += 1
+    assert count == 14, "every projection of two layers, and not the head"
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(four(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
+    slopes = []
+    for model in (four, plain):
+        leaf = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        loss = model(inputs_embeds=leaf).logits.log_softmax(-1)[..., 3].sum()
+        slopes.append(torch.autograd.grad(loss, leaf)[0])
+    assert float(slopes[1].abs().max()) > 1e-2
+    torch.testing.assert_close(slopes[0], slopes[1], atol=1e-4, rtol=1e-3)
 
 
 def _likelihood(policy: Policy, found: Rows) -> float:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import worlds
 
-from nabla_trl.trust import Trust, past_trust
+from nabla_trl.trust import Trust, past_samples, past_trust
 
 
 def test_trust_survives_a_round_trip():
@@ -46,6 +46,23 @@ def test_broken_trust_is_refused(data, words):
 )
 def test_a_search_beyond_trust_is_warned_of_in_one_line(trust, rounds, words):
     warning = past_trust(trust, rounds)
+    assert (warning is None) == (not words)
+    assert all(word in (warning or "") for word in words) and "\n" not in (warning or "")
+
+
+@pytest.mark.parametrize(
+    ("trust", "samples", "words"),
+    [
+        (None, 99, []),
+        (Trust(8, 1), 8, []),
+        (Trust(8, 1), 9, ["up to best of 8", "best of 9 was"]),
+        (Trust(1, 1), 1, []),
+        (Trust(0, 1), 1, []),
+        (Trust(1, 1), 2, ["for no choice among samples", "best of 2 was"]),
+    ],
+)
+def test_best_of_n_beyond_trust_is_warned_of_in_one_line(trust, samples, words):
+    warning = past_samples(trust, samples)
     assert (warning is None) == (not words)
     assert all(word in (warning or "") for word in words) and "\n" not in (warning or "")
 
