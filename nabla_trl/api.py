@@ -5,7 +5,7 @@ the API does not have goes by the names of `ReasonerConfig` in a request, and un
 
     request   flops, beta, kl, rounds, patience, top_k, sample_min_p
     answer    nabla: {seed, answer, reward_initial, reward, stop}
-    usage     nabla: {flops, seconds, proposals, accepted, rejected, tokens}
+    usage     nabla: {flops, seconds, tokens, starts, proposals, accepted, rejected}
     chunk     nabla: {chain, round, position, reward_before, reward, flops, text}, a `service.Progress`
 
 A field that cannot be honoured is refused rather than ignored.
@@ -319,13 +319,13 @@ def finish_reason(trace: Trace) -> str:
 
 
 def usage(trace: Trace) -> dict[str, Any]:
-    """Tokens of the prompt and of the response that is given; under "nabla" all the work, rejected work included.
+    """Tokens of the prompt and of the response that is given; under "nabla" the work of all chains, rejected or not.
 
     Seconds are the problem's share of those of its batch.
     """
     prompt, response = len(trace.prompt_ids), len(trace.response_ids)
-    accepted = sum(revision.accepted for revision in trace.revisions)
-    refined = {"proposals": len(trace.revisions), "accepted": accepted, "rejected": len(trace.revisions) - accepted}
+    refined = {name: int(trace.meta[name]) for name in ("starts", "proposals", "accepted")}
+    refined["rejected"] = refined["proposals"] - refined["accepted"]
     return {
         "prompt_tokens": prompt,
         "completion_tokens": response,

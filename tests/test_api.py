@@ -20,13 +20,13 @@ import worlds
 from test_service import PATIENCE, Gate, Watched
 
 from nabla_trl import asgi, serve_command
-from nabla_trl.api import ApiError, ChatRequest, Offer, read_json, read_request
+from nabla_trl.api import ApiError, ChatRequest, Offer, read_json, read_request, usage
 from nabla_trl.cli import main
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.models import Policy
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
-from nabla_trl.service import SEED, Engine, request_problem
+from nabla_trl.service import SEED, Engine, Progress, request_problem
 from nabla_trl.traces import Trace
 
 CONFIG = ReasonerConfig(max_new_tokens=6, rounds=3)
@@ -229,12 +229,22 @@ def test_a_completion_is_what_the_library_gives(client, policy, scalar_reward) -
     assert (made.object, made.model) == ("chat.completion", NAME) and made.id.startswith("chatcmpl-")
     assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (len(trace.prompt_ids), len(trace.response_ids))
     assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
-    cost, rejected = made.usage.nabla, sum(not one.accepted for one in trace.revisions)
+    cost = made.usage.nabla
     assert cost["flops"] == pytest.approx(trace.cost.flops) and cost["seconds"] > 0
-    assert (cost["proposals"], cost["rejected"]) == (len(trace.revisions), rejected)
     assert cost["tokens"] == trace.cost.tokens
     assert made.nabla["reward"] == pytest.approx(trace.reward, abs=1e-5)
     assert made.nabla["seed"] == 3 and made.system_fingerprint == trace.meta["config_hash"]
+
+
+def test_usage_counts_what_all_chains_did(policy, scalar_reward) -> None:
+    config = ReasonerConfig(max_new_tokens=8, rounds=2, starts=3, chains=2)
+    told: list[Progress] = []
+    engine = Engine(policy, scalar_reward)
+    problem = request_problem([{"role": "user", "content": "12-3+4*5"}], 0)
+    made = usage(engine.submit(problem, config, told.append).result(PATIENCE))["nabla"]
+    engine.stop()
+    accepted = sum(one.round is not None for one in told)
+    assert (made["starts"], made["proposals"], made["accepted"], made["rejected"]) == (3, 4, accepted, 4 - accepted)
 
 
 def test_a_request_without_a_seed_names_the_one_it_got(client) -> None:
