@@ -59,7 +59,7 @@ $(STAMP): pyproject.toml constraints.txt
 	newer, and '$(PYTHON)' is not: run make with PYTHON=<path of a newer one>" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev]'
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev,serve]'
 	@echo "$(STARTED) $$(($$(date +%s) - $(STARTED)))" > $(SETUP_LOG)
 	@touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,32 @@ class EvalArguments:
 @dataclass
 class ReportArguments:
     output_dir: str = _needed("folder of an evaluation by nabla-trl eval or recipes/distill.py")
+
+
+@dataclass
+class ServeArguments:
+    host: str = _option("127.0.0.1", "address to listen at; 0.0.0.0 = all of this machine's: set a key then")
+    port: int = _option(8000, "port to listen at; 0 = any free one")
+    api_key: str | None = _option(
+        None,
+        "bearer token that requests must bring; empty = what NABLA_API_KEY holds, which others on this machine cannot "
+        "see; without either none is asked for",
+    )
+    served_model_name: str | None = _option(None, "name of the model in requests; empty = that of the policy")
+    max_flops: float = _option(
+        0.0, "largest FLOPs budget that a request may ask for, and the budget of those that name none; 0 = no limit"
+    )
+    max_queue: int = _option(1000, "requests that may wait; further ones are refused with status 429")
+    request_timeout: float = _option(600.0, "seconds from a request to its answer, waiting included")
+    batch_window: float = _option(0.01, "seconds that a request waits for others to be searched for together with it")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port must be in [0, 65535], not {self.port}")
+        if self.max_queue < 1 or not 0 < self.request_timeout < math.inf or not 0 <= self.batch_window < math.inf:
+            raise ValueError("a server needs max_queue >= 1, request_timeout > 0 and batch_window >= 0, all finite")
+        if self.api_key == "" or self.served_model_name == "":
+            raise ValueError("api_key and served_model_name must not be empty where they are given")
 
 
 @dataclass

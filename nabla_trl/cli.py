@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": "run methods on held-out problems and compare accuracy and cost",
     "report": "write the report of an evaluation again, from its rows",
     "audit": "measure whether a reward prefers right answers",
+    "serve": "answer requests over HTTP, as OpenAI's chat completions",
     "ship": "make a folder of a trained checkpoint that others can load",
 }
 # What stops in the middle and can go on.

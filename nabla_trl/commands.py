@@ -25,6 +25,7 @@ from nabla_trl.arguments import (
 from nabla_trl.audit_command import audit
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.parsing import Parser
+from nabla_trl.serve_command import serve
 from nabla_trl.ship_command import ship
 from nabla_trl.tasks import data_identity, graded, load_problems
 
@@ -206,4 +207,12 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"solve": solve, "traces": traces, "eval": evaluate, "report": report, "audit": audit, "ship": ship}
+COMMANDS = {
+    "solve": solve,
+    "traces": traces,
+    "eval": evaluate,
+    "report": report,
+    "audit": audit,
+    "serve": serve,
+    "ship": ship,
+}

@@ -37,6 +37,10 @@ DTYPES = {
 }
 
 
+class PromptTooLong(ValueError):
+    """A prompt that leaves a model's context no room for a response."""
+
+
 @dataclass
 class Policy:
     """A frozen causal LM with its tokenizer.
@@ -74,7 +78,8 @@ class Policy:
         """Prompt ids: the chat template with a generation prompt, or a plain question without one.
 
         Raises:
-            ValueError: the prompt is empty, holds unknown characters, fills the context, or the template refuses it.
+            PromptTooLong: the prompt fills the context.
+        ValueError: it is empty, holds unknown characters, or the template refuses it.
         """
         ids = prompt_ids(self.tokenizer, problem)
         return check_prompt(ids, problem, self.tokenizer, name=self.name, context=self.context)
@@ -133,7 +138,7 @@ def check_prompt(
     if unknown is not None and unknown in ids:
         raise ValueError(f"{problem.id}: {name}'s tokenizer does not know some characters of the prompt")
     if len(ids) >= context:
-        raise ValueError(f"{problem.id}: the prompt has {len(ids)} tokens, the context of {name} {context}")
+        raise PromptTooLong(f"{problem.id}: the prompt has {len(ids)} tokens, the context of {name} {context}")
     return ids
 
 

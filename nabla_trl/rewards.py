@@ -17,7 +17,7 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter
 from nabla_trl.gradient import direct_gradient, token_gradient
 from nabla_trl.heads import LikelihoodTerm
-from nabla_trl.models import Policy, context_length
+from nabla_trl.models import Policy, PromptTooLong, context_length
 from nabla_trl.options import HARD, Point
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Encoded, Memo, Sample, Term
@@ -57,12 +57,13 @@ class Reward:
         """Most response tokens that the contexts of all terms leave.
 
         Raises:
-            ValueError: a term cannot read the prompt, or has no room for a response.
+            PromptTooLong: a term has no room for a response.
+            ValueError: it cannot read the prompt.
         """
         bare = Sample(problem, prompt, [])
         room = min(_room(term, term.encode(bare)) for term in self.terms)
         if room < 1:
-            raise ValueError(f"{problem.id}: the prompt fills the context of {self.name}")
+            raise PromptTooLong(f"{problem.id}: the prompt fills the context of {self.name}")
         return room
 
     def prompt_memos(self, samples: Sequence[Sample], meter: Meter) -> list[list[Memo]]:
