@@ -221,8 +221,8 @@ def _pairs(traces: Sequence[Trace], *, soft: bool, seed: int) -> Rows:
     rows, skipped = [], sft_rows([], "samples").skipped
     for one, other in list(pairwise(traces))[::2]:
         gap = one.reward - other.reward
-        if one.problem_id != other.problem_id or one.response_ids == other.response_ids:
-            skipped["the same"] += 1
+        if one.problem_id != other.problem_id or gap == 0:  # equal responses have equal rewards
+            skipped["undecided"] += 1
             continue
         first = stream.random() < 1 / (1 + math.exp(-gap)) if soft else gap > 0
         chosen, rejected = (one, other) if first else (other, one)
