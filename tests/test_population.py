@@ -120,11 +120,11 @@ def test_a_preset_begins_anew_until_its_budget_is_spent(
 ) -> None:
     """By itself it is one response, scanned once."""
     bench = Bench(policy, scalar_reward, config(max_new_tokens=4), (0,))
-    [step] = steps(["paper"], bench, None, lambda method: 0.0)
+    [step] = steps(["paper"], bench, {}, lambda method: 0.0)
     [once] = step.work(problems[:1], 0)
     assert once.stop in ("scanned", "rollouts") and once.meta["starts"] == "1"
     budget = 4 * once.cost.flops
-    [step] = steps(["paper@best_of_16"], bench, None, lambda method: budget)
+    [step] = steps(["paper@best_of_16"], bench, {}, lambda method: budget)
     [again] = step.work(problems[:1], 0)
     assert int(again.meta["starts"]) > 1 and 0.6 * budget < again.cost.flops < 1.2 * budget
 
