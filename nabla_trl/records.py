@@ -53,6 +53,7 @@ def response_trace(
     initial: list[int] | None = None,
     reward_initial: float | None = None,
     revisions: Sequence[Revision] = (),
+    pull: Sequence[list[float]] = (),
     answer: str | None = None,
     error: str | None = None,
 ) -> Trace:
@@ -79,6 +80,7 @@ def response_trace(
         finished=bool(response) and response[-1] in policy.stop_ids,
         meta=meta,
         error=error,
+        pull=list(pull),
     )
 
 
