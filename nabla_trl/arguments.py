@@ -75,8 +75,9 @@ class ModelArguments:
 
     def facts(self, reward: Reward, *, title: str, command: str, task: str, seeds: list[int]) -> dict[str, Any]:
         """What a report says of where its rows came from (see `nabla_trl.report`)."""
-        from nabla_trl.records import versions
+        from nabla_trl.records import hardware, hub_revision, versions
 
+        revisions = {self.policy: hub_revision(self.policy), self.reward: self.settings()["reward"]}
         return {
             "title": title,
             "command": command,
@@ -85,6 +86,8 @@ class ModelArguments:
             "task": task,
             "reward_kind": reward.kind,
             "versions": versions(),
+            "hardware": hardware(),
+            "revisions": {name: one for name, one in revisions.items() if one not in ("", name)},
             "seeds": seeds,
         }
 

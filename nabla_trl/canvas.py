@@ -152,7 +152,7 @@ class Labels:
     def place(self, text: str, x: float, y: float, colour: str, *, size: float = 9, weight: str = "normal") -> None:
         """Write `text` near the data point (x, y), with a thin line to it where it can't stand beside it."""
         look = {"fontsize": size, "fontweight": weight, "color": colour, "ha": "center", "va": "center"}
-        label = self.axes.annotate(text, (x, y), xytext=(0, 0), textcoords="offset pixels", zorder=5, **look)
+        label = self.axes.annotate(text, (x, y), xytext=(0, 0), textcoords="offset points", zorder=5, **look)
         label.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
         extent = label.get_window_extent(self.figure.canvas.get_renderer())
         anchor = self.axes.transData.transform((x, y))
@@ -160,13 +160,14 @@ class Labels:
         boxes = [_box(anchor + offset, extent.width, extent.height) for offset, _ in offsets]
         prices = [self._price(box) + far for box, (_, far) in zip(boxes, offsets, strict=True)]
         best = int(np.argmin(prices))
-        label.set_position(tuple(offsets[best][0]))
+        to_points = 72 / self.figure.dpi  # which stand where they should whatever a figure is saved at
+        label.set_position(tuple(offsets[best][0] * to_points))
         self.taken.append(boxes[best])
         if offsets[best][1] >= LEADER_FROM:
             left, bottom, right, top = boxes[best]
             near = np.clip(anchor, (left, bottom), (right, top)) - anchor
             line = {"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
-            self.axes.annotate("", (x, y), xytext=tuple(near), textcoords="offset pixels", arrowprops=line)
+            self.axes.annotate("", (x, y), xytext=tuple(near * to_points), textcoords="offset points", arrowprops=line)
 
     def _price(self, box: tuple[float, float, float, float]) -> float:
         left, bottom, right, top = box

@@ -94,6 +94,8 @@ class Chain:
         position: where the sequential scan stands; `sweeps`: how often it has come to the end (Metropolis alone).
         rollouts: responses drawn, the first one aside.
         idle: rounds since the last acceptance.
+        moves: how often another incumbent was taken.
+        pull: per incumbent whose gradient was taken, what that promised at each position (see `traces.Trace`).
     """
 
     state: State
@@ -106,6 +108,8 @@ class Chain:
     rounds: int = 0
     rollouts: int = 0
     idle: int = 0
+    moves: int = 0
+    pull: list[list[float]] = field(default_factory=list)
     revisions: list[Revision] = field(default_factory=list)
     stop: str = ""
     error: str | None = None
@@ -116,7 +120,7 @@ class Chain:
 
     def move(self, state: State) -> None:
         """Take another incumbent."""
-        self.state, self.tried, self.idle = state, set(), 0
+        self.state, self.tried, self.idle, self.moves = state, set(), 0, self.moves + 1
 
 
 @dataclass

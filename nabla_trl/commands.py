@@ -27,7 +27,7 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.parsing import Parser
 from nabla_trl.serve_command import serve
 from nabla_trl.ship_command import ship
-from nabla_trl.tasks import data_identity, graded, load_problems
+from nabla_trl.tasks import data_identity, graded, load_problems, problem_facts
 
 # --- solve --------------------------------------------------------------------------------------------
 
@@ -40,6 +40,8 @@ SOLVE_HELP = """--json prints one object:
                               new_text, suffix_text, reward_before,
                               reward_after, accepted, flops}]; position indexes
                               the response, flops are those spent until then
+  pull                        by how much the gradient promised to raise the
+                              reward, at most, by position of each response kept
   cost                        {flops, seconds, tokens}, rejected work included
   stop, finished              why the search ended; whether the response did
   meta                        models, versions, hash of the configuration"""
@@ -180,7 +182,7 @@ def evaluate(argv: Sequence[str]) -> int:
         run_steps(wanted, problems, store, checker)
     command = shlex.join(["nabla-trl", "eval", *argv])
     facts = models.facts(reward, title=args.title, command=command, task=args.dataset, seeds=args.seeds)
-    facts["sampling"] = asdict(config.sampling())
+    facts["sampling"], facts["problems"] = asdict(config.sampling()), problem_facts(problems)
     facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
     rows = store.read()
     store_results(folder, rows, facts)
@@ -193,7 +195,8 @@ def report(argv: Sequence[str]) -> int:
     parser = Parser(
         [ReportArguments],
         prog="nabla-trl report",
-        description="Write report.md, summary.json and plots/ again from rows.jsonl and facts.json. Needs no models.",
+        description="Write report.md, report.html, summary.json and plots/ again from rows.jsonl and facts.json.\n"
+        "Needs no models.",
     )
     args = parser.read(argv)[0]
 
@@ -203,7 +206,7 @@ def report(argv: Sequence[str]) -> int:
     folder = Path(args.output_dir)
     rows, facts = load_results(folder)
     terminal_table(write_report(folder, rows, facts))
-    print(f"report: {folder / 'report.md'}")
+    print(f"report: {folder / 'report.md'}; the same as a page, with the traces: {folder / 'report.html'}")
     return 0
 
 

@@ -10,28 +10,35 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from nabla_trl import amortised_plots
-from nabla_trl.canvas import CURVES, INK, STYLES, Labels, Point, canvas, engineering, page, panel, short, style
+from nabla_trl.canvas import CURVES, GREY, INK, STYLES, Labels, Point, canvas, engineering, page, panel, short, style
 from nabla_trl.naming import family, methods, split
 from nabla_trl.stats import Interval
-from nabla_trl.summary import Summary
+from nabla_trl.summary import Summary, front
+
+AXES = {  # cost -> what the axis says, and its unit
+    "flops": ("FLOPs per problem (log scale)", "FLOPs"),
+    "seconds": ("seconds per problem (log scale)", "s"),
+    "tokens": ("tokens drawn per problem (log scale)", ""),
+}
 
 
-def draw(
-    folder: Path,
-    summary: Summary,
-    rounds: Mapping[str, Sequence[Interval]],
-    titles: Mapping[str, str],
-) -> dict[str, Path]:
-    """Draw what the numbers allow into `folder`; returns the name and path of each figure drawn.
+def figures(
+    summary: Summary, rounds: Mapping[str, Sequence[Interval]], titles: Mapping[str, str]
+) -> dict[str, Figure | None]:
+    """The figures by name; None where the numbers do not allow one.
 
     `rounds`: method -> mean reward by round. `titles`: what "flops" and "seconds" show, and the "subject".
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "accuracy_flops": _accuracy(summary, "flops", titles),
-        "accuracy_seconds": _accuracy(summary, "seconds", titles),
+    return {
+        "accuracy_flops": accuracy_figure(summary, "flops", titles),
+        "accuracy_seconds": accuracy_figure(summary, "seconds", titles),
         "reward_rounds": _rounds(rounds, titles),
     } | amortised_plots.figures(summary, titles["subject"])
+
+
+def draw(folder: Path, figures: Mapping[str, Figure | None]) -> dict[str, Path]:
+    """Draw figures into `folder`; returns the name and path of each one drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, figure in figures.items():
         path = folder / f"{name}.png"
@@ -43,7 +50,8 @@ def draw(
     return drawn
 
 
-def _accuracy(summary: Summary, cost: str, titles: Mapping[str, str]) -> Figure | None:
+def accuracy_figure(summary: Summary, cost: str, titles: Mapping[str, str]) -> Figure | None:
+    """Accuracy against a cost (flops, seconds or tokens), with the Pareto front; None where it is not known."""
     # Samples of trained policies measure their divergence; where a greedy decode costs the same they are no answer.
     shown = [method for method in methods(summary) if not split(method)[0] or split(method)[1] != "best_of_1"]
     points = [_point(summary, method, cost) for method in shown]
@@ -51,20 +59,25 @@ def _accuracy(summary: Summary, cost: str, titles: Mapping[str, str]) -> Figure 
     if not points:
         return None
     curves = {name: [point for point in points if family(point.method)[0] == name] for name in CURVES}
-    figure, axes = canvas(titles[cost], f"{titles['subject']}; bars: 95% bootstrap intervals over problems")
+    subject = f"{titles['subject']}; bars: 95% bootstrap intervals over problems; dotted: Pareto front"
+    figure, axes = canvas(titles[cost], subject)
     axes.set_xscale("log")
-    axes.set_xlabel(f"{'FLOPs' if cost == 'flops' else 'seconds'} per problem (log scale)")
+    label, unit = AXES[cost]
+    axes.set_xlabel(label)
     axes.set_ylabel("accuracy on held-out problems")
     for point in points:
         bars = np.array([[point.y - point.low], [point.high - point.y]])
         colour = style(point.method).colour
         axes.errorbar(point.x, point.y, yerr=bars, fmt="none", ecolor=colour, elinewidth=1, alpha=0.55)
-        axes.plot([point.x], [point.y], zorder=3, **style(point.method).look(6))
+        axes.plot([point.x], [point.y], zorder=3, gid=f"method {point.method}", **style(point.method).look(6))
+    on_front = [point for point in points if point.method in front(summary, cost)]
+    edge = [(point.x, point.y) for point in on_front]
+    axes.plot(*zip(*edge, strict=True), drawstyle="steps-post", color=GREY, lw=1.0, ls=(0, (1, 1.6)), zorder=1)
     for name, curve in curves.items():
         xs, ys = [point.x for point in curve], [point.y for point in curve]
         axes.plot(xs, ys, ls=STYLES[name].line, color=STYLES[name].colour, lw=1.5, zorder=2)
     axes.margins(x=0.1, y=0.1)
-    engineering(axes.xaxis, "FLOPs" if cost == "flops" else "s")
+    engineering(axes.xaxis, unit)
     labels = Labels(figure, axes)
     for point in points:
         labels.avoid_bar(point)

@@ -77,6 +77,13 @@ def _mirror(state: State, beta: float | None, reward: Reward, config: ReasonerCo
     return dto.mirror(state.logp, gain, choice, config.step * lam)
 
 
+def pull(state: State, readable: Tensor, config: ReasonerConfig) -> list[float]:
+    """By how much the gradient promises to raise the reward, at most, with another token at each position [T]."""
+    assert state.gradient is not None
+    gain = dto.advantage(state.gradient, state.choice()).masked_fill(~allowed(state, readable, config), 0.0)
+    return [float(f"{one:.3g}") for one in gain.amax(-1).clamp(min=0.0).tolist()]
+
+
 def _ste(
     states: Sequence[State], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
 ) -> list[Tensor]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
 
 from nabla_trl.answers import extract_answer
 from nabla_trl.checker import AnswerChecker
@@ -23,6 +28,24 @@ PACKAGES = ("nabla-trl", "torch", "transformers", "trl", "peft", "datasets", "ac
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def hardware() -> str:
+    """The machine in words: system, cores, accelerators."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    named = ", ".join(f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus))
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {named or 'no GPU'}"
+
+
+def hub_revision(name: str) -> str:
+    """The commit of a hub model that is in the cache; empty for a folder, and where it is not known."""
+    if Path(name).exists():
+        return ""
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that the hub could know
+        return ""
+    return Path(found).parent.name if isinstance(found, str) else ""
 
 
 def run_meta(policy: Policy, reward: str, config_hash: str) -> dict[str, str]:
@@ -53,6 +76,7 @@ def response_trace(
     initial: list[int] | None = None,
     reward_initial: float | None = None,
     revisions: Sequence[Revision] = (),
+    pull: Sequence[list[float]] = (),
     answer: str | None = None,
     error: str | None = None,
 ) -> Trace:
@@ -79,6 +103,7 @@ def response_trace(
         finished=bool(response) and response[-1] in policy.stop_ids,
         meta=meta,
         error=error,
+        pull=list(pull),
     )
 
 

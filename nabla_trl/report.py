@@ -1,10 +1,11 @@
-"""Result rows and run facts -> summary.json, report.md and plots. Every sentence is computed from numbers.
+"""Result rows and run facts -> summary.json, report.md, report.html, plots. Every sentence is computed from numbers.
 
 `rows` are the dictionaries of rows.jsonl, one per (method, task, problem, seed).
 `facts` tells how they were made: title, command, policy, reward, task, reward_kind (as `Reward.kind`)
 and, where known, versions, seeds, sampling (the fields of `options.Sampling`), trained: [{"label", "method", "beta",
 "tuning", "train_flops", "train_seconds"}] (traces or rollouts, training and audit; a number may be null),
-setup_seconds, total_seconds, files {label: path}, notes [sentence] and audit: {"verdict": sentence, "auc": number,
+setup_seconds, total_seconds, hardware, revisions {model: revision}, problems {held-out id: {"question", "level"}},
+files {label: path}, notes [sentence] and audit: {"verdict": sentence, "auc": number,
 "best_of_n": {N: {"value", "low", "high"}}} with any further numbers by name.
 """
 
@@ -46,11 +47,13 @@ _FACTS = ("title", "command", "policy", "reward", "task", "reward_kind")
 
 
 def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) -> Summary:
-    """Write summary.json, report.md and plots/*.png under `folder`, each atomically; returns the summary.
+    """Write summary.json, report.md, plots/*.png and report.html with report_data/ under `folder`, each atomically.
+
+    The viewer of report.html shows the traces in `folder`/traces, where there are any. Returns the summary.
 
     Raises ValueError on rows or facts that `summarise` refuses; nothing is written then.
     """
-    from nabla_trl import plots  # here, so that a terminal table does not load matplotlib
+    from nabla_trl import html_report, plots  # here, so that a terminal table does not load matplotlib
 
     missing = [name for name in _FACTS if not is_known(facts, name)]
     if missing:
@@ -59,9 +62,15 @@ def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) ->
     folder = Path(folder)
     grids = stats.grids(rows)
     rounds = {name: stats.reward_rounds(grid) for name, grid in grids.items() if _searches(name)}
-    drawn = plots.draw(folder / "plots", summary, rounds, titles=plot_titles(summary, facts))
+    titles = plot_titles(summary, facts)
+    figures = plots.figures(summary, rounds, titles)
+    drawn = plots.draw(folder / "plots", figures)
     _write(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    _write(folder / "report.md", "\n\n".join(_sections(summary, rows, grids, facts, folder, drawn)) + "\n")
+    sections = _sections(summary, rows, grids, facts, folder, drawn)
+    blocks = [block for name, own in sections.items() for block in ([f"## {name}"] if name else []) + own]
+    _write(folder / "report.md", "\n\n".join(blocks) + "\n")
+    page = html_report.page(folder, sections, summary, rows, facts, rounds, figures, titles)
+    _write(folder / "report.html", page)
     return summary
 
 
@@ -93,33 +102,22 @@ def _sections(
     facts: Mapping,
     folder: Path,
     drawn: Mapping[str, Path],
-) -> list[str]:
+) -> dict[str, list[str]]:
+    """Blocks of Markdown under each heading; those of the title under an empty one."""
     images = _images(drawn, folder)
-    return [
-        f"# {facts['title']}",
-        _statement(summary, rows, facts),
-        "## Verdict",
-        bullets(verdict(summary, facts)),
-        "## Figures to reach",
-        table(["target", "measured", "verdict"], targets(summary)),
-        _target_note(facts),
-        "## Results",
-        _results(summary),
-        *([RIVAL_NOTE + "."] if facts["reward_kind"] == "log-ratio" else []),
-        "## Paired differences of accuracy",
-        _paired(summary),
-        "## Is the reward sound under search?",
-        turning(summary),
-        _audit(facts),
-        "## Test-time against train-time",
-        *amortised_page.sections(summary, grids, facts, images),
-        "## Plots",
-        *_plots(images),
-        "## Provenance",
-        _provenance(summary, facts),
-        "## Files",
-        _files(facts, folder, drawn),
-    ]
+    rival = [RIVAL_NOTE + "."] if facts["reward_kind"] == "log-ratio" else []
+    return {
+        "": [f"# {facts['title']}", _statement(summary, rows, facts)],
+        "Verdict": [bullets(verdict(summary, facts))],
+        "Figures to reach": [table(["target", "measured", "verdict"], targets(summary)), _target_note(facts)],
+        "Results": [_results(summary), *rival],
+        "Paired differences of accuracy": _paired(summary),
+        "Is the reward sound under search?": [turning(summary), *_audit(facts)],
+        "Test-time against train-time": amortised_page.sections(summary, grids, facts, images),
+        "Plots": _plots(images),
+        "Provenance": _provenance(summary, facts),
+        "Files": [_files(facts, folder, drawn)],
+    }
 
 
 def _statement(summary: Summary, rows: Sequence[Mapping], facts: Mapping) -> str:
@@ -164,7 +162,7 @@ def _results(summary: Summary) -> str:
     return table([*heads, "seeds", "problems", "errors"], lines)
 
 
-def _paired(summary: Summary) -> str:
+def _paired(summary: Summary) -> list[str]:
     lines = []
     for name, one in summary.items():
         if name.startswith("paired."):
@@ -172,9 +170,9 @@ def _paired(summary: Summary) -> str:
             chance = chance_in_words(summary, a, b).removeprefix("p = ").removeprefix("p ")
             lines.append([f"{a} − {b}", span(one, "+.3f"), chance, f"{cost_ratio(summary, 'flops', a, b):.2f}"])
     if not lines:
-        return "Missing: no two methods that belong together were evaluated."
+        return ["Missing: no two methods that belong together were evaluated."]
     note = "p: two-sided sign-flip permutation test over problems, not corrected for how many tests there are."
-    return table(["a − b", "difference", "p", "FLOPs a / b"], lines) + f"\n\n{note}"
+    return [table(["a − b", "difference", "p", "FLOPs a / b"], lines), note]
 
 
 def turning(summary: Summary) -> str:
@@ -192,14 +190,14 @@ def turning(summary: Summary) -> str:
     return bullets([*lines, end])
 
 
-def _audit(facts: Mapping) -> str:
+def _audit(facts: Mapping) -> list[str]:
     audit = facts.get("audit")
     if not audit:
-        return "Missing: the reward was not audited."
+        return ["Missing: the reward was not audited."]
     curve = {int(count): one for count, one in audit.get("best_of_n", {}).items()}
     figures = [[f"best of {count}", span(curve[count])] for count in sorted(curve)]
     figures += [[name, f"{one:.3f}"] for name, one in audit.items() if isinstance(one, (int, float))]
-    return f"Audit before the search: {audit['verdict']}\n\n" + table(["audit", "value"], figures)
+    return [f"Audit before the search: {audit['verdict']}", table(["audit", "value"], figures)]
 
 
 def _images(drawn: Mapping[str, Path], folder: Path) -> dict[str, str]:
@@ -213,7 +211,7 @@ def _plots(images: Mapping[str, str]) -> list[str]:
     return shown + ([f"Not drawn for want of rows or facts: {', '.join(absent)}."] if absent else [])
 
 
-def _provenance(summary: Summary, facts: Mapping) -> str:
+def _provenance(summary: Summary, facts: Mapping) -> list[str]:
     lines = [f"policy: `{facts['policy']}`", f"reward: `{facts['reward']}` ({facts['reward_kind']})"]
     lines += [f"seeds: {', '.join(map(str, facts['seeds']))}"] if is_known(facts, "seeds") else []
     lines += [f"{name}: {version}" for name, version in (facts.get("versions") or {}).items()]
@@ -223,7 +221,7 @@ def _provenance(summary: Summary, facts: Mapping) -> str:
         if f"seconds.{key}" in summary:
             lines.append(f"seconds, {words}: {summary[f'seconds.{key}']['value']:.1f}")
     lines += facts.get("notes") or []
-    return f"```\n{facts['command']}\n```\n\n{bullets(lines)}"
+    return [f"```\n{facts['command']}\n```", bullets(lines)]
 
 
 def _files(facts: Mapping, folder: Path, drawn: Mapping[str, Path]) -> str:

@@ -223,6 +223,9 @@ class Search:
         for chain in due:
             if chain.state.solved().isnan().any():
                 chain.error, chain.stop = f"the token gradient of {self.reward.name} holds NaN", "error"
+        for chain in chains:
+            if chain.state.gradient is not None and len(chain.pull) == chain.moves and not chain.stop:
+                chain.pull.append(propose.pull(chain.state, self.reward.readable, self.config))
 
     def solve_states(self, states: list[State], betas: list[float | None]) -> None:
         if states:
@@ -436,6 +439,7 @@ class Search:
             initial=chain.initial.response,
             reward_initial=chain.initial.reward,
             revisions=chain.revisions,
+            pull=chain.pull,
             error=chain.error,
         )
 

@@ -21,9 +21,10 @@ LEVEL = 0.95
 SIGNIFICANT = 0.05  # largest p-value of a difference that is called one
 BOOTSTRAP_SEED = 20_260_101
 
-METRICS = ("accuracy", "flops", "seconds", "reward", "kl")
+METRICS = ("accuracy", "flops", "seconds", "tokens", "reward", "kl")
 _IDENTITY = ("method", "task", "problem", "seed")
-_FIELDS = (*_IDENTITY, "correct", "reward", "flops", "seconds", "reward_by_round", "error")  # kl may be missing
+# kl and tokens may be missing
+_FIELDS = (*_IDENTITY, "correct", "reward", "flops", "seconds", "reward_by_round", "error")
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,9 @@ def _grid(method: str, cells: Mapping[tuple[str, int], Mapping], problems: tuple
         raise ValueError(f"no row for {_where(method, *holes[0])}{more}: finish the evaluation before the report")
     rows = [cells[key] for key in keys]
     shape = (len(problems), len(seeds))
-    columns = {metric: np.array([_number(row.get(metric)) for row in rows]).reshape(shape) for metric in METRICS[1:]}
+    numbers = {"tokens": [_drawn(row.get("tokens")) for row in rows]}
+    numbers |= {metric: [_number(row.get(metric)) for row in rows] for metric in METRICS[1:] if metric != "tokens"}
+    columns = {metric: np.array(own).reshape(shape) for metric, own in numbers.items()}
     right = [bool(row["correct"]) and row["error"] is None for row in rows]
     columns["accuracy"] = np.array(right, dtype=np.float64).reshape(shape)
     errors = sum(row["error"] is not None for row in rows)
@@ -296,6 +299,11 @@ def _grid(method: str, cells: Mapping[tuple[str, int], Mapping], problems: tuple
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
+
+
+def _drawn(tokens: Mapping[str, float] | None) -> float:
+    """Tokens that models drew, of a row's counts by model and kind: neither prompts nor what was scored."""
+    return math.nan if not tokens else float(sum(n for name, n in tokens.items() if name.endswith("/decode")))
 
 
 def _where(method: str, problem: str, seed: int) -> str:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
+import numpy as np
+
 from nabla_trl import amortised, stats
 from nabla_trl.naming import RIVAL, family, labelled, labels, methods, split
 from nabla_trl.stats import Grid, Interval
@@ -18,7 +20,8 @@ FLOPS_SHARE = 1 / 3  # target: nabla reaches best-of-16 at no more than this sha
 def summarise(rows: Sequence[Mapping], facts: Mapping) -> Summary:
     """The content of summary.json: name -> {"value", "low", "high", "seeds", "problems"}.
 
-    Names: accuracy., flops., seconds., reward., kl., errors.<method> (FLOPs, seconds and nats per problem);
+    Names: accuracy., flops., seconds., tokens., reward., kl., errors.<method> (FLOPs, seconds, tokens drawn and nats
+    per problem); level.<level>.<method> (accuracy on the problems of one level, where the facts tell of several);
     paired.<a>-<b> (accuracy of a minus b) and p_value.<a>-<b>; of a trained policy's greedy decode its share of
     nabla's gain over greedy, recovered.<label>_greedy, and of the way from greedy to the best test-time method,
     way.<label>_greedy; break_even.<trained method>-<method> (queries); flops.training.<label> and
@@ -31,7 +34,7 @@ def summarise(rows: Sequence[Mapping], facts: Mapping) -> Summary:
     trained = amortised.trainings(facts)
     summary = {name: one.entry() for name, one in _means(grids).items()}
     goal = amortised.best_test_time(summary)
-    found = _differences(grids, goal) | _training_entries(grids, trained, goal)
+    found = _levels(grids, facts) | _differences(grids, goal) | _training_entries(grids, trained, goal)
     for name in ("setup", "total"):
         if is_known(facts, f"{name}_seconds"):
             found[f"seconds.{name}"] = Interval.exact(facts[f"{name}_seconds"])
@@ -46,6 +49,27 @@ def _means(grids: Mapping[str, Grid]) -> dict[str, Interval]:
                 found[f"{metric}.{method}"] = stats.mean_interval(grid.columns[metric])
     for method, grid in grids.items():
         found[f"errors.{method}"] = Interval.exact(grid.errors, len(grid.seeds), len(grid.problems))
+    return found
+
+
+def levels(facts: Mapping) -> dict[str, list[str]]:
+    """Level -> its held-out problems, the lowest first; empty where there are not several levels."""
+    found: dict[str, list[str]] = {}
+    for problem, known in (facts.get("problems") or {}).items():
+        if known["level"] is not None:
+            found.setdefault(known["level"], []).append(problem)
+    names = sorted(found, key=lambda level: (not level.isdigit(), int(level) if level.isdigit() else 0, level))
+    return {level: found[level] for level in names} if len(found) > 1 else {}
+
+
+def _levels(grids: Mapping[str, Grid], facts: Mapping) -> dict[str, Interval]:
+    found = {}
+    for level, problems in levels(facts).items():
+        for method, grid in grids.items():
+            scores = grid.scores("accuracy")
+            own = [scores[problem] for problem in problems if problem in scores]
+            if own:
+                found[f"level.{level}.{method}"] = stats.mean_interval(np.array(own))
     return found
 
 
@@ -115,6 +139,16 @@ def cost_ratio(summary: Summary, cost: str, a: str, b: str) -> float:
     """The cost (flops or seconds) of method a over that of b; NaN where either is not known."""
     top, bottom = summary.get(f"{cost}.{a}"), summary.get(f"{cost}.{b}")
     return top["value"] / bottom["value"] if top and bottom and bottom["value"] else math.nan
+
+
+def front(summary: Summary, cost: str) -> list[str]:
+    """The Pareto front: methods of higher mean accuracy than all that cost no more, cheapest first."""
+    costs = {method: summary[name]["value"] for method in methods(summary) if (name := f"{cost}.{method}") in summary}
+    best: list[str] = []
+    for method in sorted(costs, key=lambda one: (costs[one], -summary[f"accuracy.{one}"]["value"])):
+        if not best or summary[f"accuracy.{method}"]["value"] > summary[f"accuracy.{best[-1]}"]["value"]:
+            best.append(method)
+    return best
 
 
 def unmeasured(summary: Summary, *names: str) -> list[str]:

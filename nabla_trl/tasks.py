@@ -18,7 +18,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,11 @@ def graded(problems: list[Problem]) -> list[Problem]:
     if len(found) < len(problems):
         print(f"{len(problems) - len(found)} problems have no gold answer and are left out", file=sys.stderr)
     return found
+
+
+def problem_facts(problems: Iterable[Problem]) -> dict[str, dict[str, str | None]]:
+    """Id -> question and level: what a report says of held-out problems."""
+    return {problem.id: {"question": problem.question, "level": problem.level} for problem in problems}
 
 
 def data_identity(name_or_path: str) -> str:

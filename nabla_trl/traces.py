@@ -4,7 +4,8 @@ Sequences stay token ids from the prompt's template to the trainer's rows; texts
 written whole (temporary file, fsync, rename), so a folder holds finished shards or nothing, whatever
 happens to the process. `datasets.load_dataset("parquet", data_files=...)` reads the shards as they are: the
 columns are the fields of `Trace`, with `cost` spread over `flops`, `seconds` and `tokens`; `tokens` and
-`meta` are JSON objects in string columns, since their keys differ from run to run.
+`meta` are JSON objects in string columns, since their keys differ from run to run. A shard that was written
+before a column of `_LATER` was added lacks it, and is read with the field empty.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +59,10 @@ class Trace:
     into the other, and a method without revisions stores the same ids in both. Rewards are nan where a method
     uses none. `stop` says why it ended ("rounds", "budget", "patience", "exhausted", "single", ...);
     `finished`: the response ends with a stop token. A problem that failed has `error` set and is no sample.
+
+    `pull[k][t]`: by how much the gradient at the k-th incumbent (`incumbents`) promised to raise the reward, at most,
+    with another token at position t. There may be fewer of them than incumbents: the last one's gradient is not always
+    taken, and a method without a gradient has none.
     """
 
     problem_id: str
@@ -80,6 +85,7 @@ class Trace:
     finished: bool
     meta: dict[str, str]
     error: str | None = None
+    pull: list[list[float]] = field(default_factory=list)
 
     def bases(self) -> Iterator[tuple[Revision, list[int]]]:
         """Each revision with the response ids it was proposed against (the incumbent of its round)."""
@@ -119,6 +125,9 @@ class Trace:
             self._check_revision(revision, base)
         if self.incumbents()[-1][0] != list(self.response_ids):
             raise ValueError(f"{self._label()}: accepted revisions do not turn initial_ids into response_ids")
+        lengths = [len(ids) for ids, _ in self.incumbents()]
+        if [len(one) for one in self.pull] != lengths[: len(self.pull)]:
+            raise ValueError(f"{self._label()}: the pull is not of its incumbents, which have {lengths} tokens")
 
     def _check_revision(self, revision: Revision, base: list[int]) -> None:
         where = f"{self._label()}: revision at position {revision.position} of round {revision.round}"
@@ -171,10 +180,12 @@ SCHEMA = pa.schema(
         ("finished", pa.bool_()),
         ("meta", pa.string()),  # JSON
         ("error", pa.string()),
+        ("pull", pa.list_(pa.list_(pa.float32()))),
     ],
     metadata={_VERSION_KEY: FORMAT_VERSION.encode()},
 )
 _COST_COLUMNS = ("flops", "seconds", "tokens")
+_LATER = ("pull",)  # columns that a shard may lack
 _KEY_COLUMNS = ("problem_id", "seed", "method")
 
 
@@ -300,7 +311,7 @@ def _from_row(row: dict[str, Any]) -> Trace:
 
 def _empty_row() -> dict[str, Any]:
     texts = dict.fromkeys(("task", "prompt", "response", "stop"), "")
-    lists: dict[str, Any] = {name: [] for name in ("prompt_ids", "initial_ids", "response_ids", "revisions")}
+    lists: dict[str, Any] = {name: [] for name in ("prompt_ids", "initial_ids", "response_ids", "revisions", "pull")}
     rewards = dict.fromkeys(("reward_initial", "reward"), math.nan)
     unknown = dict.fromkeys(("answer", "gold", "correct", "error"))
     cost = {"flops": 0.0, "seconds": 0.0, "tokens": "{}"}
@@ -330,12 +341,16 @@ def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY, b"none").decode()
-            if version == FORMAT_VERSION and file.schema_arrow.equals(SCHEMA):
-                return file.read(columns)
+            if version == FORMAT_VERSION and _is_known(file.schema_arrow):
+                return file.read(columns if columns is None else [c for c in columns if c in file.schema_arrow.names])
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: damaged trace shard ({reason}); delete it and run again") from error
     raise ValueError(f"{path}: not a trace shard of format {FORMAT_VERSION} (its format: {version})")
+
+
+def _is_known(schema: pa.Schema) -> bool:
+    return schema.equals(pa.schema([one for one in SCHEMA if one.name in schema.names or one.name not in _LATER]))
 
 
 def _write_table(table: pa.Table, path: Path) -> None:

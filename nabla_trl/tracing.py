@@ -84,6 +84,7 @@ def write_traces(
         OSError: a shard that cannot be written.
     """
     tally, size = Tally(), config.batch_size
+    write_tokens(folder, policy)
     with (
         TraceWriter(folder, rank=rank, chunk_size=size) as writer,
         tqdm(total=len(problems), desc="traces", unit="problem", disable=not bar) as progress,
@@ -97,6 +98,28 @@ def write_traces(
             progress.update(len(made))
             progress.set_postfix_str(str(tally))
     return tally
+
+
+def write_tokens(folder: Path, policy: Policy) -> None:
+    """Write tokens.json: the text of every token, so that traces can be shown where there is no tokenizer.
+
+    It holds {"tokenizer": hash, "special": [ids], "tokens": [text by id]}. Tokens are decoded behind a letter, as some
+    tokenizers drop a space that a text begins with; one that is part of a character only is a replacement character.
+    """
+    path, tokenizer = folder / "tokens.json", policy.tokenizer
+    if path.exists():
+        return
+    first = tokenizer.encode("a", add_special_tokens=False)
+    start = tokenizer.decode(first)
+    texts = [tokenizer.decode([*first, token]) for token in range(len(tokenizer))]
+    tokens = [
+        text[len(start) :] if text.startswith(start) else tokenizer.decode([token]) for token, text in enumerate(texts)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # processes may write at once, all of them the same
+    table = {"tokenizer": policy.tokenizer_hash, "special": sorted(tokenizer.all_special_ids), "tokens": tokens}
+    draft.write_text(json.dumps(table), encoding="utf-8")
+    draft.replace(path)
 
 
 def search_settings(config: ReasonerConfig) -> dict[str, str]:

@@ -186,12 +186,11 @@ def bought_in_words(summary: Summary, setter: str = "best_of_16") -> str:
 
 
 def plot_titles(summary: Summary, facts: Mapping) -> dict[str, str]:
-    """Titles of the plots, by what they say: flops, seconds, and the subject of them all."""
+    """Titles of the plots, by what they say: flops, seconds, tokens, and the subject of them all."""
     method = nabla_within(summary) or main_nabla(summary)
     titles = {}
-    for cost in ("flops", "seconds"):
+    for cost, unit in (("flops", "FLOPs"), ("seconds", "seconds"), ("tokens", "tokens")):
         ratio = cost_ratio(summary, cost, method, "best_of_16") if method else math.nan
-        unit = "FLOPs" if cost == "flops" else "seconds"
         titles[cost] = f"Accuracy against {unit} per problem"
         if method and math.isfinite(ratio):
             a, b = accuracy(summary, method), accuracy(summary, "best_of_16")

@@ -42,7 +42,7 @@ from nabla_trl.methods import SYNTAX, chosen_among, method_names, searches, step
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.naming import RIVAL, labels, split, trained_label
 from nabla_trl.parsing import given, parse, quiet_libraries, run_main
-from nabla_trl.records import versions
+from nabla_trl.records import hardware, hub_revision, versions
 from nabla_trl.report import terminal_table, write_report
 from nabla_trl.results import store_results
 from nabla_trl.reward_folder import FILE as CARD
@@ -51,7 +51,7 @@ from nabla_trl.reward_models import load_reward, warn_past_trust
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore
 from nabla_trl.server import connect
-from nabla_trl.tasks import Problem, check_disjoint, data_identity, load_problems
+from nabla_trl.tasks import Problem, check_disjoint, data_identity, load_problems, problem_facts
 from nabla_trl.tracing import claim_settings, search_settings, unfinished, weights_identity, write_traces
 from nabla_trl.train_stage import TrainStage
 from nabla_trl.training import OFFLINE, TrainOptions
@@ -373,6 +373,9 @@ class Run:
             "task": self.args.eval_dataset or self.args.dataset,
             "reward_kind": plan_reward(self.args.reward).kind,
             "versions": versions(),
+            "hardware": hardware(),
+            "revisions": self._revisions(),
+            "problems": problem_facts(self.held_out),
             "seeds": self.args.seeds,
             "sampling": asdict(self.reasoner.sampling()),
             "setup_seconds": self.clock()["setup"],
@@ -386,6 +389,14 @@ class Run:
         }
         facts["trained"] = [self._trained(method) for method in trained_methods(self.folder)]
         return facts
+
+    def _revisions(self) -> dict[str, str]:
+        """Of the hub's models the commit, of our own reward and of data files a hash."""
+        models = {self.args.policy, *plan_reward(self.args.reward).models}
+        found = {name: hub_revision(name) for name in sorted(models)}
+        data = self.args.eval_dataset or self.args.dataset
+        found |= {self.args.reward: reward_identity(self.args.reward), data: data_identity(data)}
+        return {name: one for name, one in found.items() if one not in ("", name)}
 
     def _trained(self, method: str) -> dict[str, Any]:
         """What a trained policy cost: traces, training and the audit."""
@@ -419,6 +430,7 @@ class Run:
     def files(self) -> dict[str, str]:
         names = {
             "report": "report.md",
+            "page": "report.html",
             "summary": "summary.json",
             "rows": "rows.jsonl",
             "traces": "traces",

@@ -711,3 +711,26 @@ def test_a_trace_tells_where_it_came_from(policy: Policy, scalar_reward: Reward,
     assert trace.cost.seconds > 0
     assert run(batch_size=1).meta["config_hash"] == trace.meta["config_hash"]
     assert run(beta=0.5).meta["config_hash"] != trace.meta["config_hash"]
+
+
+# --- what the gradient promised ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("acceptance", ["greedy", "metropolis"])
+def test_pull_is_of_the_incumbents_and_leads_the_search(
+    policy: Policy, scalar_reward: Reward, acceptance: str
+) -> None:
+    config = _config("mirror", beta=1e-6, acceptance=acceptance, point="hard")
+    for trace in solve(worlds.tiny_problems(MANY), policy=policy, reward=scalar_reward, config=config):
+        trace.validate()
+        accepted = sum(revision.accepted for revision in trace.revisions)
+        assert len(trace.pull) in (accepted, accepted + 1)
+        assert all(one >= 0 for own in trace.pull for one in own)
+        # With a gradient that outweighs π by far, the first branch is where it promises most.
+        first, pull = trace.revisions[0], trace.pull[0]
+        assert pull[first.position] == max(pull) > 0
+
+
+def test_without_a_gradient_there_is_no_pull(policy: Policy, scalar_reward: Reward) -> None:
+    traces = solve(worlds.tiny_problems(), policy=policy, reward=scalar_reward, config=_config())
+    assert all(trace.pull == [] and trace.revisions for trace in traces)

@@ -477,3 +477,27 @@ def test_preference_rows_rebuild_the_two_responses() -> None:
         chosen = [row["prompt_ids"] + row["chosen_ids"] for row in rows]
         for ids, _ in trace.incumbents()[1:]:
             assert trace.prompt_ids + ids in chosen
+
+
+# --- what a trace may lack --------------------------------------------------------------------------------
+
+
+def test_a_shard_from_before_the_pull_was_kept_is_read_without_it(tmp_path: Path) -> None:
+    traces = [replace(make_trace(number), pull=[[0.5] * len(make_trace(number).initial_ids)]) for number in range(3)]
+    write(tmp_path, traces)
+    assert read_traces(tmp_path) == traces
+    path = tmp_path / names(tmp_path)[0]
+    pq.write_table(pq.read_table(path).drop_columns(["pull"]), path)
+    assert read_traces(tmp_path) == [replace(trace, pull=[]) for trace in traces]
+    assert read_traces(tmp_path, columns=["pull"])[0].pull == []
+    pq.write_table(pq.read_table(path).drop_columns(["gold"]), path)
+    with pytest.raises(ValueError, match="not a trace shard of format 1"):
+        read_traces(tmp_path)
+
+
+def test_a_pull_of_other_lengths_is_refused(tmp_path: Path) -> None:
+    trace = make_trace(0)
+    with pytest.raises(ValueError, match="the pull is not of its incumbents"):
+        write(tmp_path, [replace(trace, pull=[[0.5] * (len(trace.initial_ids) + 1)])])
+    with pytest.raises(ValueError, match="the pull is not of its incumbents"):
+        write(tmp_path, [replace(trace, pull=[[0.5] * len(ids) for ids, _ in trace.incumbents()] + [[0.5]])])
