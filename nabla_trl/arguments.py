@@ -73,23 +73,11 @@ class ModelArguments:
         reward.trust = trust or reward.trust
         return policy, reward
 
-    def facts(self, reward: Reward, *, title: str, command: str, task: str, seeds: list[int]) -> dict[str, Any]:
+    def facts(self, *, title: str, command: str, task: str, seeds: list[int]) -> dict[str, Any]:
         """What a report says of where its rows came from (see `nabla_trl.report`)."""
-        from nabla_trl.records import hardware, hub_revision, versions
+        from nabla_trl.run_facts import run_facts
 
-        revisions = {self.policy: hub_revision(self.policy), self.reward: self.settings()["reward"]}
-        return {
-            "title": title,
-            "command": command,
-            "policy": self.policy,
-            "reward": self.reward,
-            "task": task,
-            "reward_kind": reward.kind,
-            "versions": versions(),
-            "hardware": hardware(),
-            "revisions": {name: one for name, one in revisions.items() if one not in ("", name)},
-            "seeds": seeds,
-        }
+        return run_facts(title=title, command=command, policy=self.policy, reward=self.reward, task=task, seeds=seeds)
 
     def settings(self) -> dict[str, str]:
         """What results depend on, the adapter aside."""

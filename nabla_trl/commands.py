@@ -181,7 +181,7 @@ def evaluate(argv: Sequence[str]) -> int:
     with AnswerChecker() as checker:
         run_steps(wanted, problems, store, checker)
     command = shlex.join(["nabla-trl", "eval", *argv])
-    facts = models.facts(reward, title=args.title, command=command, task=args.dataset, seeds=args.seeds)
+    facts = models.facts(title=args.title, command=command, task=args.dataset, seeds=args.seeds)
     facts["sampling"], facts["problems"] = asdict(config.sampling()), problem_facts(problems)
     facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
     rows = store.read()

@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
     rows = [row for row in store.read() if row["method"] in asked and row["seed"] in args.seeds]
     command = shlex.join(["python", "recipes/compare.py", *argv])
     found = ladder.climb(rows, rungs)
-    facts = models.facts(reward, title=args.title, command=command, task=args.dataset, seeds=args.seeds)
+    facts = models.facts(title=args.title, command=command, task=args.dataset, seeds=args.seeds)
     facts["files"] = {"rows": "rows.jsonl", "ladder": "compare.json", "page": "compare.md"}
     store_results(folder, rows, facts)
     (folder / "compare.json").write_text(json.dumps([rung.to_dict() for rung in found], indent=1), encoding="utf-8")

@@ -34,7 +34,7 @@ from nabla_trl.arguments import REWARDS, VLLM_TIMEOUT, VLLM_URL, drawing_setting
 from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
 from nabla_trl.checker import AnswerChecker
-from nabla_trl.checkpoints import CONFIG, read_training, trained_methods, trained_weights
+from nabla_trl.checkpoints import CONFIG, trained_methods, trained_weights
 from nabla_trl.compute import Cost
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
@@ -42,14 +42,13 @@ from nabla_trl.methods import SYNTAX, chosen_among, method_names, searches, step
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.naming import RIVAL, labels, split, trained_label
 from nabla_trl.parsing import given, parse, quiet_libraries, run_main
-from nabla_trl.records import hardware, hub_revision, versions
 from nabla_trl.report import terminal_table, write_report
 from nabla_trl.results import store_results
-from nabla_trl.reward_folder import FILE as CARD
-from nabla_trl.reward_folder import plan_reward, read_card, reward_identity
+from nabla_trl.reward_folder import reward_identity
 from nabla_trl.reward_models import load_reward, warn_past_trust
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore
+from nabla_trl.run_facts import reward_cost, run_facts, trained_facts
 from nabla_trl.server import connect
 from nabla_trl.tasks import Problem, check_disjoint, data_identity, load_problems, problem_facts
 from nabla_trl.tracing import claim_settings, search_settings, unfinished, weights_identity, write_traces
@@ -364,58 +363,26 @@ class Run:
     # --- facts and files ------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        audited = self._read("audit.json")
-        facts = {
-            "title": self.args.title,
-            "command": self.command,
-            "policy": self.args.policy,
-            "reward": self.args.reward,
-            "task": self.args.eval_dataset or self.args.dataset,
-            "reward_kind": plan_reward(self.args.reward).kind,
-            "versions": versions(),
-            "hardware": hardware(),
-            "revisions": self._revisions(),
+        args, audited = self.args, self._read("audit.json")
+        facts = run_facts(
+            title=args.title,
+            command=self.command,
+            policy=args.policy,
+            reward=args.reward,
+            task=args.eval_dataset or args.dataset,
+            seeds=args.seeds,
+        )
+        sizes = f"{len(self.train)} training and {len(self.held_out)} held-out problems, disjoint"
+        return facts | {
             "problems": problem_facts(self.held_out),
-            "seeds": self.args.seeds,
             "sampling": asdict(self.reasoner.sampling()),
             "setup_seconds": self.clock()["setup"],
             "total_seconds": self.clock()["total"],
             "audit": audited,
+            "trained": trained_facts(self.folder, audited or {}),
             "files": self.files(),
-            "notes": [
-                f"{len(self.train)} training and {len(self.held_out)} held-out problems, disjoint",
-                *self._reward_cost(),
-            ],
+            "notes": [sizes, *reward_cost(args.reward)],
         }
-        facts["trained"] = [self._trained(method) for method in trained_methods(self.folder)]
-        return facts
-
-    def _revisions(self) -> dict[str, str]:
-        """Of the hub's models the commit, of our own reward and of data files a hash."""
-        models = {self.args.policy, *plan_reward(self.args.reward).models}
-        found = {name: hub_revision(name) for name in sorted(models)}
-        data = self.args.eval_dataset or self.args.dataset
-        found |= {self.args.reward: reward_identity(self.args.reward), data: data_identity(data)}
-        return {name: one for name, one in found.items() if one not in ("", name)}
-
-    def _trained(self, method: str) -> dict[str, Any]:
-        """What a trained policy cost: traces, training and the audit."""
-        made, audited = read_training(self.folder, method), self._read("audit.json") or {}
-        return {
-            "label": trained_label(method),
-            "method": method,
-            "beta": made["beta"],
-            "tuning": made["tuning"],
-            "train_flops": made["flops"] + made["trace_flops"] + audited.get("flops", 0.0),
-            # Traces are timed in each process; side by side they take that much less on the clock.
-            "train_seconds": made["seconds"] + made["trace_seconds"] / made["processes"],
-        }
-
-    def _reward_cost(self) -> list[str]:
-        """What training the reward cost, where its folder tells."""
-        rounds = read_card(self.args.reward).rounds if Path(self.args.reward, CARD).is_file() else []
-        flops = sum(one["flops"] for round_ in rounds for one in round_["training"])
-        return [f"training the reward took {flops:.3g} FLOPs, which no total here counts"] if flops else []
 
     def clock(self) -> dict[str, float]:
         """Seconds of this run so far, earlier calls included, and of making the environment."""

@@ -1,0 +1,62 @@
+"""What a report is told of a run beside its rows: models, revisions, hardware, and what training cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nabla_trl.checkpoints import read_training, trained_methods
+from nabla_trl.naming import trained_label
+from nabla_trl.records import hardware, hub_revision, versions
+from nabla_trl.reward_folder import FILE as CARD
+from nabla_trl.reward_folder import plan_reward, read_card, reward_identity
+from nabla_trl.tasks import data_identity
+
+
+def run_facts(*, title: str, command: str, policy: str, reward: str, task: str, seeds: list[int]) -> dict[str, Any]:
+    """The facts that every report needs (`nabla_trl.report`)."""
+    return {
+        "title": title,
+        "command": command,
+        "policy": policy,
+        "reward": reward,
+        "task": task,
+        "reward_kind": plan_reward(reward).kind,
+        "versions": versions(),
+        "hardware": hardware(),
+        "revisions": revisions(policy, reward, task),
+        "seeds": seeds,
+    }
+
+
+def revisions(policy: str, reward: str, task: str) -> dict[str, str]:
+    """Of the hub's models the commit, of our own rewards and of data files a hash; what has none is left out."""
+    found = {name: hub_revision(name) for name in sorted({policy, *plan_reward(reward).models})}
+    found |= {reward: reward_identity(reward), task: data_identity(task)}
+    return {name: one for name, one in found.items() if one not in ("", name)}
+
+
+def trained_facts(folder: Path, audited: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each trained policy of a run cost: traces, training and the audit."""
+    return [_trained(folder, method, audited) for method in trained_methods(folder)]
+
+
+def _trained(folder: Path, method: str, audited: Mapping[str, Any]) -> dict[str, Any]:
+    made = read_training(folder, method)
+    return {
+        "label": trained_label(method),
+        "method": method,
+        "beta": made["beta"],
+        "tuning": made["tuning"],
+        "train_flops": made["flops"] + made["trace_flops"] + audited.get("flops", 0.0),
+        # Traces are timed in each process; side by side they take that much less on the clock.
+        "train_seconds": made["seconds"] + made["trace_seconds"] / made["processes"],
+    }
+
+
+def reward_cost(reward: str) -> list[str]:
+    """A sentence on what training the reward cost, where its folder tells."""
+    rounds = read_card(reward).rounds if Path(reward, CARD).is_file() else []
+    flops = sum(one["flops"] for round_ in rounds for one in round_["training"])
+    return [f"training the reward took {flops:.3g} FLOPs, which no total here counts"] if flops else []
