@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from nabla_trl.files import read_object
 from nabla_trl.names import cannot_load, one_line, same_model
 
 FILE = "adapter_config.json"
@@ -59,7 +59,7 @@ def adapter_note(folder: str) -> AdapterNote:
     Raises:
         ValueError: its adapter_config.json is not JSON, or names no base.
     """
-    note = _read(folder)
+    note = read_object(Path(folder, FILE))
     base = note.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"adapter {folder} does not name the model that it was made for")
@@ -133,17 +133,6 @@ def _check_base(adapter: str, base: str) -> None:
     """Refuse an adapter that was made for another base; a hub id and a local copy cannot be told apart here."""
     if not is_adapter(adapter):
         return
-    meant = _read(adapter).get("base_model_name_or_path") or base
+    meant = read_object(Path(adapter, FILE)).get("base_model_name_or_path") or base
     if not same_model(base, meant) and Path(base).exists() == Path(meant).exists():
         raise ValueError(f"adapter {adapter} was made for {meant}, not for {base}")
-
-
-def _read(folder: str) -> dict:
-    note = Path(folder, FILE)
-    try:
-        content = json.loads(note.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{note} is not JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{note} does not hold a JSON object")
-    return content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -16,6 +15,7 @@ from rich.table import Table
 from nabla_trl.arguments import AuditArguments, ModelArguments
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
+from nabla_trl.files import write_whole
 from nabla_trl.parsing import Parser
 from nabla_trl.tasks import Problem, graded, load_problems
 
@@ -84,9 +84,7 @@ def audit(argv: Sequence[str]) -> int:
 def _store(output: str, result: dict[str, Any]) -> None:
     """Write what is found so far to the file `output`, if there is one, whole or not at all."""
     if output:
-        draft = Path(f"{output}.{os.getpid()}.tmp")
-        draft.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        draft.replace(output)
+        write_whole(Path(output), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def _search(args: AuditArguments) -> ReasonerConfig:

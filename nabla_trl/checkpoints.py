@@ -14,7 +14,6 @@ A run folder, as recipes/distill.py leaves it:
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nabla_trl.adapters import FILE, adapter_note
+from nabla_trl.files import read_object
 from nabla_trl.names import one_line, same_model
 from nabla_trl.naming import trained_label
 from nabla_trl.parsing import read_yaml
@@ -121,7 +121,7 @@ def read_training(run: Path, method: str) -> dict[str, Any]:
         ValueError: it is not JSON, or lacks something.
     """
     path = run / "trained" / method / "train.json"
-    return _with(_TOLD, _read_json(path), path)
+    return _with(_TOLD, read_object(path), path)
 
 
 def find_checkpoint(run: Path, method: str | None) -> Checkpoint:
@@ -206,14 +206,4 @@ def _with(names: Sequence[str], content: dict[str, Any], path: Path) -> dict[str
     missing = [name for name in names if name not in content]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it was changed, or written by another version")
-    return content
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
     return content

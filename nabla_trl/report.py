@@ -12,7 +12,6 @@ files {label: path}, notes [sentence] and audit: {"verdict": sentence, "auc": nu
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nabla_trl import amortised_page, stats
+from nabla_trl.files import write_whole
 from nabla_trl.markdown import bullets, table
 from nabla_trl.naming import LABELS, family, methods
 from nabla_trl.stats import Grid
@@ -65,12 +65,12 @@ def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) ->
     titles = plot_titles(summary, facts)
     figures = plots.figures(summary, rounds, titles)
     drawn = plots.draw(folder / "plots", figures)
-    _write(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     sections = _sections(summary, rows, grids, facts, folder, drawn)
     blocks = [block for name, own in sections.items() for block in ([f"## {name}"] if name else []) + own]
-    _write(folder / "report.md", "\n\n".join(blocks) + "\n")
+    write_whole(folder / "report.md", "\n\n".join(blocks) + "\n")
     page = html_report.page(folder, sections, summary, rows, facts, rounds, figures, titles)
-    _write(folder / "report.html", page)
+    write_whole(folder / "report.html", page)
     return summary
 
 
@@ -238,14 +238,3 @@ def _sides(name: str) -> tuple[str, str]:
     """paired.<a>-<b> -> (a, b); the names of methods hold no hyphen."""
     a, _, b = name.removeprefix("paired.").partition("-")
     return a, b
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside the file, then rename: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nabla_trl.files import write_whole
+
 
 def store_results(folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
     """Write rows.jsonl and facts.json (see `nabla_trl.report`), each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for name, text in (("rows.jsonl", lines), ("facts.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")):
-        draft = folder / f"{name}.tmp"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(folder / name)
+        write_whole(folder / name, text)
 
 
 def load_results(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nabla_trl.files import write_whole
 from nabla_trl.names import one_line, same_model
 from nabla_trl.options import Point
 from nabla_trl.steps import BLANK_LINE, check_delimiter, read_delimiter
@@ -127,11 +127,7 @@ class RewardCard:
 
 def write_card(folder: str | Path, card: RewardCard) -> None:
     """Write a folder's reward.json, whole or not at all."""
-    target = Path(folder, FILE)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f"{FILE}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(card.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(target)
+    write_whole(Path(folder, FILE), json.dumps(card.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_card(folder: str | Path) -> RewardCard:

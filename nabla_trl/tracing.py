@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
+from nabla_trl.files import write_whole
 from nabla_trl.models import Policy
 from nabla_trl.records import grade
 from nabla_trl.rewards import Reward
@@ -115,11 +115,8 @@ def write_tokens(folder: Path, policy: Policy) -> None:
     tokens = [
         text[len(start) :] if text.startswith(start) else tokenizer.decode([token]) for token, text in enumerate(texts)
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # processes may write at once, all of them the same
     table = {"tokenizer": policy.tokenizer_hash, "special": sorted(tokenizer.all_special_ids), "tokens": tokens}
-    draft.write_text(json.dumps(table), encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, json.dumps(table))  # processes may write at once, all of them the same
 
 
 def search_settings(config: ReasonerConfig) -> dict[str, str]:
@@ -151,10 +148,7 @@ def claim_settings(mark: Path, settings: Mapping[str, str]) -> None:
         ValueError: the note is there and differs; the differences are named.
     """
     if not mark.exists():
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        draft = mark.with_name(f"{mark.name}.{os.getpid()}.tmp")
-        draft.write_text(json.dumps(dict(settings), indent=1), encoding="utf-8")
-        draft.replace(mark)
+        write_whole(mark, json.dumps(dict(settings), indent=1))
         return
     try:
         had = json.loads(mark.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.checkpoints import CONFIG, traces_hash
 from nabla_trl.compute import Cost
 from nabla_trl.config import ReasonerConfig
+from nabla_trl.files import write_whole
 from nabla_trl.models import Policy
 from nabla_trl.probe import Probe
 from nabla_trl.rewards import Reward
@@ -110,7 +111,7 @@ class TrainStage:
         if finished:
             return None
         if self.state.is_main_process:
-            (home / CONFIG).write_text(yaml.safe_dump(dict(self.called), sort_keys=False), encoding="utf-8")
+            write_whole(home / CONFIG, yaml.safe_dump(dict(self.called), sort_keys=False))
         config = copy(self.config)
         config.output_dir = str(trainer)
         output = home / ("model" if self.options.tuning == "full" else "adapter")
@@ -118,9 +119,8 @@ class TrainStage:
         if self.state.is_main_process:
             facts = asdict(trained) | {"trace_flops": spent.flops, "trace_seconds": spent.seconds}
             facts |= {"traces": traces, "command": self.command}
-            draft = home / "train.json.tmp"
-            draft.write_text(json.dumps(facts | {"processes": self.state.num_processes}, indent=1), encoding="utf-8")
-            draft.replace(home / "train.json")
+            facts["processes"] = self.state.num_processes
+            write_whole(home / "train.json", json.dumps(facts, indent=1))
         return trained
 
     def check(self, method: str) -> None:

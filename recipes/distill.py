@@ -38,6 +38,7 @@ from nabla_trl.checkpoints import CONFIG, trained_methods, trained_weights
 from nabla_trl.compute import Cost
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step, mean_flops, run_step
+from nabla_trl.files import write_whole
 from nabla_trl.methods import SYNTAX, chosen_among, method_names, searches, steps
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.naming import RIVAL, labels, split, trained_label
@@ -187,7 +188,7 @@ class Run:
     def note(self) -> None:
         """config.yaml: what this run was called with, as `--config` takes it."""
         if self.state.is_main_process:
-            self._path(CONFIG).write_text(yaml.safe_dump(self.called, sort_keys=False), encoding="utf-8")
+            write_whole(self._path(CONFIG), yaml.safe_dump(self.called, sort_keys=False))
 
     # --- stages ---------------------------------------------------------------------------------------
 
@@ -417,9 +418,7 @@ class Run:
         return self.folder / name
 
     def _write(self, name: str, content: Any) -> None:
-        scratch = self._path(name + ".tmp")
-        scratch.write_text(json.dumps(content, indent=1))
-        scratch.replace(self._path(name))
+        write_whole(self._path(name), json.dumps(content, indent=1))
 
     def _read(self, name: str) -> Any:
         path = self._path(name)

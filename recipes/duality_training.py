@@ -24,6 +24,7 @@ from nabla_trl.alignment import train_online
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Cost
 from nabla_trl.config import ReasonerConfig
+from nabla_trl.files import write_whole
 from nabla_trl.models import Policy
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
@@ -110,9 +111,7 @@ class Trainer:
         if not note.exists():
             trained, spent = self._train(method, home)
             facts = asdict(trained) | {"trace_flops": spent.flops}
-            draft = note.with_suffix(".tmp")
-            draft.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-            draft.replace(note)
+            write_whole(note, json.dumps(facts, indent=1))
         facts = json.loads(note.read_text(encoding="utf-8"))
         found = []
         for step in self._points():

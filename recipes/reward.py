@@ -31,6 +31,7 @@ from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import PRESETS, ReasonerConfig
+from nabla_trl.files import write_whole
 from nabla_trl.gradient_audit import gradient_audit
 from nabla_trl.implicit import train_implicit
 from nabla_trl.labels import TokenLabels, has_step_labels
@@ -348,9 +349,7 @@ class Run:
 
     def _write(self, file: Path, content: Any) -> None:
         if self.state.is_main_process:
-            scratch = file.with_name(file.name + ".tmp")
-            scratch.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            scratch.replace(file)
+            write_whole(file, json.dumps(content, indent=1))
 
     def say(self, text: str) -> None:
         if self.state.is_main_process:

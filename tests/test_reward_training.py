@@ -87,19 +87,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def settings(folder: Path, **options: Any) -> RewardConfig:
-    values: dict[str, Any] = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return RewardConfig(str(folder / "trainer"), **values | options)
+    return RewardConfig(str(folder / "trainer"), **worlds.TRAINER | {"max_steps": 3} | options)
 
 
 @pytest.fixture

@@ -69,20 +69,7 @@ def traces(base: Policy, reward: Reward) -> list[Trace]:
 
 
 def settings(folder: Path, **options: Any) -> SFTConfig:
-    values: dict[str, Any] = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return SFTConfig(str(folder / "trainer"), **values | options)
+    return SFTConfig(str(folder / "trainer"), **worlds.TRAINER | {"max_steps": 4, "logging_steps": 1} | options)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

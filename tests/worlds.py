@@ -49,6 +49,18 @@ ARCHITECTURES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification),
     "gpt2": (GPT2Config, GPT2LMHeadModel, GPT2ForSequenceClassification),
 }
+# Arguments of any of TRL's trainers for a few steps on a CPU, of which nothing is left.
+TRAINER: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "constant",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 QUESTIONS = ("1+2", "3*4-5", "7", "12-3+4*5")
 
 

@@ -1,0 +1,31 @@
+"""Small files: a reader sees the old one or the new one, and what is no JSON object is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import worlds
+
+from nabla_trl.files import read_object, write_whole
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "note.json"
+    write_whole(path, '{"a": 1}')
+    assert read_object(path) == {"a": 1}
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, '{"a": 2}')
+    assert read_object(path) == {"a": 1}
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "is not JSON"), ("[1]", "does not hold a JSON object")])
+def test_what_is_no_object_is_named(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "note.json"
+    path.write_text(text, encoding="utf-8")
+    worlds.refused(lambda: read_object(path), str(path), words)
