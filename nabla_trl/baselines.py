@@ -174,6 +174,23 @@ def best_of(pool: Pool, count: int, method: str | None = None) -> list[Trace]:
     return _by_reward(pool, count, method or f"best_of_{count}", _highest)
 
 
+def independent(pool: Pool, count: int) -> list[Trace]:
+    """The first `count` responses of each problem, each a trace of its own, as samples_<count>: nothing is chosen.
+
+    The prompt is charged to the first of them; the reward is recorded if there is one, but not charged.
+    """
+    name, traces = f"samples_{count}", []
+    for entry in pool.entries:
+        if entry.error:
+            traces.append(_error(pool, entry, name, entry.error, entry.prefill))
+        shared = [entry.prefill, *[Cost()] * count]
+        traces += [
+            _trace(pool, entry, name, draw, before + draw.generation)
+            for before, draw in zip(shared, entry.draws[:count], strict=False)
+        ]
+    return traces
+
+
 def weighted_best_of(pool: Pool, count: int, beta: float) -> list[Trace]:
     """Of the first `count` responses the best one with the answer that weighs most: the answer's sum of exp(r/β).
 

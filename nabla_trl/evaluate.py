@@ -20,7 +20,7 @@ from nabla_trl.naming import RIVAL, labelled
 from nabla_trl.options import Sampling
 from nabla_trl.records import grade
 from nabla_trl.rewards import Reward
-from nabla_trl.rowstore import Row, RowStore, trace_row
+from nabla_trl.rowstore import Row, RowStore, gather_samples, trace_row
 from nabla_trl.search import solve
 from nabla_trl.tasks import Problem
 from nabla_trl.traces import Trace
@@ -78,19 +78,27 @@ class Bench:
 
         return self._step(["greedy"], work, self.seeds[:1], self.config.batch_size)
 
-    def pool(self, best_of: Sequence[int], majority: Sequence[int] = (), weighted: Sequence[int] = ()) -> Step:
-        """best-of-n, self-consistency and weighted best-of-n from one pool."""
-        count = max([*best_of, *majority, *weighted])
+    def pool(
+        self,
+        best_of: Sequence[int],
+        majority: Sequence[int] = (),
+        weighted: Sequence[int] = (),
+        samples: Sequence[int] = (),
+    ) -> Step:
+        """best-of-n, self-consistency, weighted best-of-n and the samples themselves from one pool."""
+        count = max([*best_of, *majority, *weighted, *samples])
         rows = self._together(count)
 
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
             pool = self._draw(problems, count, seed, self.policy, self.reward)
             made = [trace for n in best_of for trace in baselines.best_of(pool, n)]
             made += [trace for n in majority for trace in baselines.self_consistency(pool, n)]
-            return made + [t for n in weighted for t in baselines.weighted_best_of(pool, n, 1 / self.config.lam)]
+            made += [t for n in weighted for t in baselines.weighted_best_of(pool, n, 1 / self.config.lam)]
+            return made + [trace for n in samples for trace in baselines.independent(pool, n)]
 
         counts = {f"best_of_{n}": n for n in best_of}
         methods = [*counts, *(f"self_consistency_{n}" for n in majority), *(f"weighted_best_of_{n}" for n in weighted)]
+        methods += [f"samples_{n}" for n in samples]
         kl = of_samples(
             {labelled(self.label, method): n for method, n in counts.items()},
             self.policy,
@@ -176,7 +184,7 @@ def run_step(
             batch = missing[begin : begin + step.batch_size]
             traces = grade(step.work(batch, seed), checker)
             known = zip(traces, step.kl(batch, traces), strict=True)
-            rows = [trace_row(trace, store.run, kl) for trace, kl in known]
+            rows = gather_samples([trace_row(trace, store.run, kl) for trace, kl in known])
             store.append(rows)
             added += rows
             done += len(batch)

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
-from nabla_trl import viewer
+from nabla_trl import samples_page, viewer
 from nabla_trl.markdown import as_html, bullets, html_table
 from nabla_trl.naming import methods
 from nabla_trl.page_figures import Record, figure_data, inline_svg, page_figures
@@ -55,7 +55,8 @@ def page(
         "Results": _results(sections, summary),
         "Accuracy against compute": _tabs(drawn),
         "Scaling, and is the reward being hacked?": _sound(sections, drawn),
-        "Test-time against train-time": _trade(sections["Test-time against train-time"], drawn),
+        samples_page.HEADING: _with_figures(sections[samples_page.HEADING], drawn),
+        "Test-time against train-time": _with_figures(sections["Test-time against train-time"], drawn),
         "By level": _by_level(summary, facts),
         "Traces": traces_section(folder, rows, facts, summary),
         "Provenance": _provenance(folder, sections, summary, facts),
@@ -217,8 +218,8 @@ def _sound(sections: Mapping[str, Sequence[str]], drawn: Figures) -> str:
     return "\n".join([*pictures, *map(as_html, sections["Is the reward sound under search?"])])
 
 
-def _trade(blocks: Sequence[str], drawn: Figures) -> str:
-    """The section of report.md, its images replaced by the page's own figures."""
+def _with_figures(blocks: Sequence[str], drawn: Figures) -> str:
+    """A section of report.md, its images replaced by the page's own figures."""
 
     def shown(block: str) -> str:
         image = re.fullmatch(r"!\[[^]]*\]\(plots/(\w+)\.png\)", block)

@@ -12,15 +12,17 @@ from nabla_trl.models import Policy
 from nabla_trl.naming import LABELS, RIVAL, SEARCHES, labels, split
 
 SYNTAX = (
-    "greedy, best_of_N, weighted_best_of_N, self_consistency_N; the searches nabla, control (without the gradient), "
-    "shuffled (its rows in disorder), paper and released (presets), each also as nabla@best_of_N (at that method's "
-    f"FLOPs) or nabla@F (at F times best_of_16's); {RIVAL} (log-ratio rewards); of a trained policy L_greedy, "
-    f"L_best_of_N, and L_nabla and L_control, also with a budget, where L is one of {', '.join(LABELS)}"
+    "greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (for pass@k, maj@k and avg@N); the searches "
+    "nabla, control (without the gradient), shuffled (its rows in disorder), paper and released (presets), each also "
+    f"as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's); {RIVAL} (log-ratio rewards); "
+    "of a trained policy L_greedy, L_best_of_N, L_samples_N, and L_nabla and L_control, also with a budget; L is "
+    f"one of {', '.join(LABELS)}"
 )
 _BUDGET = r"(@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*))?"
+_SAMPLES = r"samples_[1-9]\d{0,2}"  # further ones overflow the estimators
 _FORMS = re.compile(
-    rf"greedy|{RIVAL}|(weighted_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*|({'|'.join(SEARCHES)}){_BUDGET}"
-    rf"|({'|'.join(LABELS)})_(greedy|best_of_[1-9]\d*|(nabla|control){_BUDGET})"
+    rf"greedy|{RIVAL}|(weighted_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*|{_SAMPLES}|({'|'.join(SEARCHES)}){_BUDGET}"
+    rf"|({'|'.join(LABELS)})_(greedy|best_of_[1-9]\d*|{_SAMPLES}|(nabla|control){_BUDGET})"
 )
 
 
@@ -90,9 +92,9 @@ def _of(label: str, names: Sequence[str]) -> list[str]:
 def _steps(names: Sequence[str], bench: Bench, flops_of: Callable[[str], float]) -> Iterator[Step]:
     """The steps of one policy; names without its label."""
     best_of, majority = _sizes(names, "best_of_"), _sizes(names, "self_consistency_")
-    weighted = _sizes(names, "weighted_best_of_")
-    if best_of or majority or weighted:
-        yield bench.pool(best_of, majority, weighted)
+    weighted, samples = _sizes(names, "weighted_best_of_"), _sizes(names, "samples_")
+    if best_of or majority or weighted or samples:
+        yield bench.pool(best_of, majority, weighted, samples)
     if "greedy" in names:
         yield bench.greedy()
     for name in names:

@@ -58,6 +58,12 @@ def family(method: str) -> tuple[str, float]:
     return (match["family"], float(match["number"])) if match else (name, math.inf)
 
 
+def sample_count(method: str) -> int:
+    """How many independent samples of a problem a row of this method holds; 0 where it holds one answer."""
+    name, size = family(split(method)[1])
+    return int(size) if name == "samples" and size < math.inf else 0
+
+
 def in_order(methods: Iterable[str]) -> list[str]:
     """Methods in the order of the report, the base policy's first; unknown ones last, as they came."""
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from nabla_trl import estimators
 from nabla_trl.amortised import KINDS, QUERIES, of_kind, total_flops
 from nabla_trl.canvas import INK, STYLES, Labels, Point, canvas, engineering, page, panel, short, style
 from nabla_trl.naming import family, labelled, methods, split
@@ -221,6 +222,12 @@ def figure_data(summary: Summary, rounds: Mapping[str, Sequence[Interval]]) -> d
             {"method": method, "round": number, "reward": one.value, "reward_low": one.low, "reward_high": one.high}
             for method, curve in rounds.items()
             for number, one in enumerate(curve)
+        ],
+        "samples": [
+            {"policy": policy, "estimator": f"{name}@k", "k": k, **_entry("value", one)}
+            for policy, own in estimators.curves(summary).items()
+            for name in ("pass", "maj")
+            for k, one in own[name].items()
         ],
         "reward_kl": [
             {"method": one, **_spread(summary, "kl", "reward", method=one)}

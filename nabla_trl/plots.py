@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from nabla_trl import amortised_plots
 from nabla_trl.canvas import CURVES, GREY, INK, STYLES, Labels, Point, canvas, engineering, page, panel, short, style
 from nabla_trl.naming import family, methods, split
+from nabla_trl.sample_plots import samples_figure
 from nabla_trl.stats import Interval
 from nabla_trl.summary import Summary, front
 
@@ -33,6 +34,7 @@ def figures(
         "accuracy_flops": accuracy_figure(summary, "flops", titles),
         "accuracy_seconds": accuracy_figure(summary, "seconds", titles),
         "reward_rounds": _rounds(rounds, titles),
+        "samples": samples_figure(summary, titles["subject"]),
     } | amortised_plots.figures(summary, titles["subject"])
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nabla_trl import amortised_page, stats
+from nabla_trl import amortised_page, samples_page, stats
 from nabla_trl.files import write_whole
 from nabla_trl.markdown import bullets, table
 from nabla_trl.naming import LABELS, family, methods
@@ -43,6 +43,7 @@ FIGURES = {
     "accuracy_seconds": "Accuracy against seconds per problem",
     "reward_rounds": "Reward over rounds",
 }
+ALL_FIGURES = FIGURES | samples_page.FIGURES | amortised_page.FIGURES
 _FACTS = ("title", "command", "policy", "reward", "task", "reward_kind")
 
 
@@ -112,6 +113,7 @@ def _sections(
         "Figures to reach": [table(["target", "measured", "verdict"], targets(summary)), _target_note(facts)],
         "Results": [_results(summary), *rival],
         "Paired differences of accuracy": _paired(summary),
+        samples_page.HEADING: samples_page.section(summary, _only(images, samples_page.FIGURES)),
         "Is the reward sound under search?": [turning(summary), *_audit(facts)],
         "Test-time against train-time": amortised_page.sections(summary, grids, facts, images),
         "Plots": _plots(images),
@@ -201,12 +203,15 @@ def _audit(facts: Mapping) -> list[str]:
 
 
 def _images(drawn: Mapping[str, Path], folder: Path) -> dict[str, str]:
-    titles = FIGURES | amortised_page.FIGURES
-    return {key: f"![{titles[key]}]({path.relative_to(folder).as_posix()})" for key, path in drawn.items()}
+    return {key: f"![{ALL_FIGURES[key]}]({path.relative_to(folder).as_posix()})" for key, path in drawn.items()}
+
+
+def _only(images: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    return {name: image for name, image in images.items() if name in names}
 
 
 def _plots(images: Mapping[str, str]) -> list[str]:
-    absent = [title for key, title in (FIGURES | amortised_page.FIGURES).items() if key not in images]
+    absent = [title for key, title in ALL_FIGURES.items() if key not in images]
     shown = [images[key] for key in FIGURES if key in images]
     return shown + ([f"Not drawn for want of rows or facts: {', '.join(absent)}."] if absent else [])
 

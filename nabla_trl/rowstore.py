@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nabla_trl.naming import sample_count
 from nabla_trl.traces import Trace
 
 Row = dict[str, Any]
@@ -52,6 +54,34 @@ def trace_row(trace: Trace, run: str, kl: float | None = None) -> Row:
         "stop": trace.stop,
         "error": trace.error,
         "run": run,
+    }
+
+
+def gather_samples(rows: Sequence[Row]) -> list[Row]:
+    """The rows of samples_N, one per sample, as one per problem and seed: its `samples` are [answer, correct] pairs,
+    `correct` the share of right ones (None where none could be graded), `reward` their mean, costs their sums. Other
+    rows stay as they are."""
+    groups: dict[Key, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row_key(row), []).append(row)
+    return [_gathered(own) if sample_count(own[0]["method"]) else own[0] for own in groups.values()]
+
+
+def _gathered(rows: Sequence[Row]) -> Row:
+    first = rows[0]
+    graded = [row["correct"] for row in rows if row["correct"] is not None]
+    rewards = [row["reward"] for row in rows if row["reward"] is not None]
+    tokens: Counter[str] = sum((Counter(row["tokens"]) for row in rows), Counter())
+    return first | {
+        "correct": sum(graded) / len(graded) if graded else None,
+        "answer": None,
+        "reward": sum(rewards) / len(rewards) if rewards else None,
+        "flops": sum(row["flops"] for row in rows),
+        "seconds": sum(row["seconds"] for row in rows),
+        "tokens": dict(tokens),
+        "finished": all(row["finished"] for row in rows),
+        "reward_by_round": [],
+        "samples": [] if first["error"] else [[row["answer"], row["correct"]] for row in rows],
     }
 
 

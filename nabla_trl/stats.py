@@ -8,13 +8,14 @@ resampled whole (Efron and Tibshirani 1993, chapters 6 and 13; Koehn 2004 for th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from nabla_trl.naming import in_order
+from nabla_trl.naming import in_order, sample_count
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -86,16 +87,15 @@ class Grid:
 def grids(rows: Sequence[Mapping]) -> dict[str, Grid]:
     """Result rows -> one complete grid per method, all over the same problems.
 
-    A row with an error counts as wrong, and so does one that could not be graded (`correct` is None).
+    A row with an error counts as wrong, and so does one that could not be graded (`correct` is None). Rows of several
+    samples give no answer, so that they have no grid (`nabla_trl.estimators` reads them).
     Raises ValueError on no rows, a missing field, several tasks, a repeated row or a missing one.
     """
-    _check_fields(rows)
+    check_rows(rows)
     cells: dict[str, dict[tuple[str, int], Mapping]] = {}
     for row in rows:
-        own = cells.setdefault(row["method"], {})
-        if (row["problem"], row["seed"]) in own:
-            raise ValueError(f"two rows for {_where(row['method'], row['problem'], row['seed'])}: remove one")
-        own[row["problem"], row["seed"]] = row
+        if not sample_count(row["method"]):
+            cells.setdefault(row["method"], {})[row["problem"], row["seed"]] = row
     problems = tuple(dict.fromkeys(row["problem"] for row in rows))
     return {method: _grid(method, cells[method], problems) for method in in_order(cells)}
 
@@ -265,7 +265,8 @@ def _common_means(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[flo
     return np.array([np.mean(a[key]) for key in a]), np.array([np.mean(b[key]) for key in a])
 
 
-def _check_fields(rows: Sequence[Mapping]) -> None:
+def check_rows(rows: Sequence[Mapping]) -> None:
+    """Raises ValueError on no rows, a missing field, several tasks or a repeated row."""
     if not rows:
         raise ValueError("no result rows: run the evaluate stage first")
     for number, row in enumerate(rows):
@@ -275,16 +276,27 @@ def _check_fields(rows: Sequence[Mapping]) -> None:
     tasks = sorted({row["task"] for row in rows})
     if len(tasks) > 1:
         raise ValueError(f"rows of {len(tasks)} tasks ({_some(tasks)}): report one task at a time")
+    places = [(row["method"], row["problem"], row["seed"]) for row in rows]
+    if len(set(places)) < len(places):
+        twice = next(place for place, count in Counter(places).items() if count > 1)
+        raise ValueError(f"two rows for {_where(*twice)}: remove one")
 
 
-def _grid(method: str, cells: Mapping[tuple[str, int], Mapping], problems: tuple[str, ...]) -> Grid:
+def complete(
+    method: str, cells: Mapping[tuple[str, int], Mapping], problems: Sequence[str]
+) -> tuple[tuple[int, ...], list[Mapping]]:
+    """A method's seeds, and its rows problem by problem; ValueError where one is missing."""
     seeds = tuple(sorted({seed for _, seed in cells}))
     keys = [(problem, seed) for problem in problems for seed in seeds]
     holes = [key for key in keys if key not in cells]
     if holes:
         more = f" and {len(holes) - 1} more" if len(holes) > 1 else ""
         raise ValueError(f"no row for {_where(method, *holes[0])}{more}: finish the evaluation before the report")
-    rows = [cells[key] for key in keys]
+    return seeds, [cells[key] for key in keys]
+
+
+def _grid(method: str, cells: Mapping[tuple[str, int], Mapping], problems: tuple[str, ...]) -> Grid:
+    seeds, rows = complete(method, cells, problems)
     shape = (len(problems), len(seeds))
     numbers = {"tokens": [_drawn(row.get("tokens")) for row in rows]}
     numbers |= {metric: [_number(row.get(metric)) for row in rows] for metric in METRICS[1:] if metric != "tokens"}

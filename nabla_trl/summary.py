@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from nabla_trl import amortised, stats
+from nabla_trl import amortised, estimators, stats
 from nabla_trl.naming import RIVAL, family, labelled, labels, methods, split
 from nabla_trl.stats import Grid, Interval
 
@@ -25,7 +25,8 @@ def summarise(rows: Sequence[Mapping], facts: Mapping) -> Summary:
     paired.<a>-<b> (accuracy of a minus b) and p_value.<a>-<b>; of a trained policy's greedy decode its share of
     nabla's gain over greedy, recovered.<label>_greedy, and of the way from greedy to the best test-time method,
     way.<label>_greedy; break_even.<trained method>-<method> (queries); flops.training.<label> and
-    seconds.training.<label>; seconds.setup and seconds.total. A name whose rows or facts are not there is left out.
+    seconds.training.<label>; seconds.setup and seconds.total; pass@<k>., maj@<k>. and avg@<n>.<policy> of samples_n
+    (`nabla_trl.estimators`). A name whose rows or facts are not there is left out.
 
     Raises:
         ValueError: rows that are incomplete, repeated or of several tasks, or facts of training that are not whole.
@@ -35,6 +36,7 @@ def summarise(rows: Sequence[Mapping], facts: Mapping) -> Summary:
     summary = {name: one.entry() for name, one in _means(grids).items()}
     goal = amortised.best_test_time(summary)
     found = _levels(grids, facts) | _differences(grids, goal) | _training_entries(grids, trained, goal)
+    found |= estimators.measured(rows)
     for name in ("setup", "total"):
         if is_known(facts, f"{name}_seconds"):
             found[f"seconds.{name}"] = Interval.exact(facts[f"{name}_seconds"])

@@ -216,9 +216,10 @@ def _write_rows(folder: Path, rows: Sequence[Mapping], facts: Mapping, summary: 
     base, ours = ("greedy" if "greedy" in names else names[0]), main_nabla(summary) or names[-1]
     pieces, items = Pieces(folder, "rows"), []
     by_problem: dict[str, list[Mapping]] = {}
-    for row in rows:
-        by_problem.setdefault(row["problem"], []).append(row)
     order = {name: number for number, name in enumerate(names)}
+    for row in rows:
+        if row["method"] in order:  # samples that nothing was chosen from are no answer
+            by_problem.setdefault(row["problem"], []).append(row)
     for problem, own in by_problem.items():
         known = (facts.get("problems") or {}).get(problem) or {"question": "", "level": None}
         own = sorted(own, key=lambda row: (order[row["method"]], row["seed"]))

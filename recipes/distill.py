@@ -59,10 +59,10 @@ from nabla_trl.tuning import LoraArguments
 
 STAGES = ("traces", "train", "evaluate", "report")
 METHODS = (
-    "greedy,self_consistency_16,best_of_1,best_of_2,best_of_4,best_of_8,best_of_16,best_of_32,weighted_best_of_16,"
+    "greedy,samples_32,self_consistency_16,best_of_1,best_of_2,best_of_4,best_of_8,best_of_16,best_of_32,weighted_best_of_16,"
     "control,nabla,control@0.15,nabla@0.15,control@0.2,nabla@0.2,control@0.33,nabla@0.33,reward_model_sampling"
 )
-TRAINED = ("greedy", "best_of_1", "best_of_8")  # of every trained policy
+TRAINED = ("greedy", "best_of_1", "best_of_8", "samples_8")  # of every trained policy
 
 
 def _option(default: Any, text: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla_trl.compute import Cost
+from nabla_trl.naming import labelled, split
 from nabla_trl.report import write_report
 from nabla_trl.summary import Summary
 from nabla_trl.traces import Revision, Trace, TraceWriter
@@ -29,6 +30,7 @@ WORLD = {
     "sft_greedy": (20, 1.0, 4e6),
     "sft_best_of_4": (21, 1.8, 24e6),
 }
+SAMPLES = {"best_of_1": 8, "sft_greedy": 4}  # methods beside which samples are made up, and how many
 FACTS = {
     "title": f"Chains {HOSTILE}",
     "command": f"distill.py --title '{HOSTILE}'",
@@ -76,7 +78,15 @@ def make_rows() -> list[dict[str, Any]]:
                     "error": None,
                 }
             )
-    return rows
+    return rows + [sampled(row, size) for row in rows if (size := SAMPLES.get(row["method"]))]
+
+
+def sampled(row: dict[str, Any], size: int) -> dict[str, Any]:
+    """As many samples as that in place of a row's own answer: one more wrong for every third problem."""
+    wrong = int(row["problem"][1:]) % 3
+    samples = [["7", True] if row["correct"] and place >= wrong else [HOSTILE, False] for place in range(size)]
+    method = labelled(split(row["method"])[0], f"samples_{size}")
+    return row | {"method": method, "answer": None, "samples": samples, "reward_by_round": []}
 
 
 def encode(text: str) -> list[int]:

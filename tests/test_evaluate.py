@@ -10,6 +10,7 @@ import pytest
 import torch
 import worlds
 
+from nabla_trl import estimators
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.evaluate import Bench, mean_flops, run_step
@@ -55,6 +56,32 @@ def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_pat
     for row in rows:
         assert row["flops"] > 0 and row["correct"] in (True, False) and row["error"] is None
         assert row["reward_by_round"][-1] == pytest.approx(row["reward"])
+
+
+def test_samples_are_the_pool_that_others_choose_from(bench, asked, checker, tmp_path):
+    store = RowStore(tmp_path, "run")
+    bad = replace(asked[0], id="bad", question="?!")
+    names = ["best_of_1", "best_of_4", "self_consistency_4", "samples_4"]
+    for step in steps(names, bench, {}, lambda name: 0.0):
+        run_step(step, [*asked, bad], store, checker)
+    cells = {(row["method"], row["problem"], row["seed"]): row for row in store.read()}
+    assert len(cells) == len(names) * 5 * 2
+    for (method, problem, seed), row in cells.items():
+        if method != "samples_4":
+            continue
+        if problem == "bad":
+            assert row["error"] and row["samples"] == []
+            continue
+        first, best, voted = (cells[name, problem, seed] for name in names[:3])
+        answers, verdicts = zip(*row["samples"], strict=True)
+        assert len(answers) == 4 and row["correct"] == sum(verdicts) / 4
+        assert (first["answer"], first["correct"]) == tuple(row["samples"][0])
+        assert [best["answer"], best["correct"]] in row["samples"]
+        assert voted["answer"] in answers
+        assert row["flops"] == pytest.approx(voted["flops"])  # neither reads the reward
+    found = estimators.measured(store.read())
+    shares = [row["correct"] or 0.0 for row in cells.values() if row["method"] == "samples_4"]
+    assert found["avg@4.base"].value == pytest.approx(np.mean(shares))
 
 
 def test_a_pool_of_many_samples_batches_problems_and_equals_one_of_few_rows(bench, asked, checker, tmp_path):

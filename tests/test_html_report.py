@@ -26,7 +26,7 @@ from nabla_trl.verdicts import accuracy
 
 FIGURES = {
     *("accuracy_flops", "accuracy_seconds", "accuracy_tokens", "scaling", "reward_accuracy", "reward_rounds"),
-    *("reward_kl", "total_compute", "break_even"),
+    *("samples", "reward_kl", "total_compute", "break_even"),
 }
 
 
@@ -118,6 +118,9 @@ def test_every_figure_is_drawn_and_its_data_are_those_of_the_summary(page: Page,
             assert [record[metric], record[f"{metric}_low"], record[f"{metric}_high"]] == [*one.values()][:3]
     for record in json.loads(files["levels.json"]):
         assert record["accuracy"] == summary[f"level.{record['level']}.{record['method']}"]["value"]
+    for record in json.loads(files["samples.json"]):
+        one = summary[f"{record['estimator'].removesuffix('k')}{record['k']}.{record['policy']}"]
+        assert [record["value"], record["value_low"], record["value_high"]] == [*one.values()][:3]
     for record in json.loads(files["break_even.json"]):
         assert record["queries"] == summary[f"break_even.{record['trained']}-{record['against']}"]["value"]
     assert json.loads(files["summary.json"]) == summary
