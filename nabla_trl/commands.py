@@ -66,17 +66,24 @@ def solve(argv: Sequence[str]) -> int:
         raise ValueError("the question is empty")
 
     from nabla_trl.console import show_trace, trace_json
+    from nabla_trl.live import LiveView
     from nabla_trl.reasoner import NablaReasoner
     from nabla_trl.reward_models import warn_past_trust
 
+    console = Console(file=sys.stdout)
     with redirect_stdout(sys.stderr):  # what a library prints must not get into the JSON
         policy, reward = models.load(4 * config.batch_size)
         warn_past_trust(reward, config)
-        trace = NablaReasoner(policy, reward, config).solve(question, seed=args.seed)
+        reasoner = NablaReasoner(policy, reward, config)
+        if extra.json or not console.is_terminal or console.is_dumb_terminal:
+            trace = reasoner.solve(question, seed=args.seed)
+        else:
+            with LiveView(policy.decode, console) as view:
+                trace = reasoner.solve(question, seed=args.seed, watch=view)
     if extra.json:
         print(json.dumps(trace_json(trace, policy.decode), allow_nan=False))
     elif trace.error is None:
-        show_trace(trace, question, policy.decode, Console())
+        show_trace(trace, question, policy.decode, console)
     if trace.error is not None:
         raise ValueError(trace.error)
     return 0

@@ -80,13 +80,13 @@ def _finite(value: float) -> float | None:
 
 def show_trace(trace: Trace, question: str, decode: Decode, console: Console) -> None:
     """Print how an answer was refined: the first response, each accepted revision, the answer and what it cost."""
-    for block in _View(decode, console).blocks(trace, question):
+    for block in View(decode, console).blocks(trace, question):
         for line in block:
             console.print(line, soft_wrap=True, highlight=False)
 
 
-class _View:
-    """Blocks of lines, each cut to the console's width."""
+class View:
+    """Blocks of lines, each cut to the console's width; `marks` stand in for colours where there are none."""
 
     def __init__(self, decode: Decode, console: Console):
         self.decode, self.console = decode, console
@@ -105,14 +105,22 @@ class _View:
             accepted, rejected = accepted + 1, 0
             yield self.revision(accepted, revision, base)
         yield self.rejected(rejected)
-        yield self.response("final response", _gain(trace.reward_initial, trace.reward), trace.response_ids)
+        yield self.response("final response", gain(trace.reward_initial, trace.reward), trace.response_ids)
         yield self.summary(trace, accepted)
 
     def response(self, title: str, note: str, ids: list[int]) -> list[Text]:
-        text = _printable(self.decode(ids)) or "(empty)"
-        return [*self.head(title, note), *self.wrap(Text(text)), Text()]
+        return [*self.head(title, note), *self.whole(ids), Text()]
+
+    def whole(self, ids: list[int]) -> list[Text]:
+        return self.wrap(Text(_printable(self.decode(ids)) or "(empty)"))
 
     def revision(self, number: int, revision: Revision, base: list[int]) -> list[Text]:
+        title = f"revision {number} at position {revision.position}"
+        head = self.head(title, gain(revision.reward_before, revision.reward_after))
+        return [*head, *self.change(revision, base), Text()]
+
+    def change(self, revision: Revision, base: list[int]) -> list[Text]:
+        """What a revision made of `base`, with the exchanged token marked."""
         made = change(revision, base, self.decode)
         kept = _printable(made.kept)
         text = Text("… " + kept[-CONTEXT:] if len(kept) > CONTEXT else kept)
@@ -121,8 +129,7 @@ class _View:
         if made.new.endswith("\n"):
             text.append("\n")
         text.append(_printable(made.rest), "cyan")
-        title = f"revision {number} at position {revision.position}"
-        return [*self.head(title, _gain(revision.reward_before, revision.reward_after)), *self.wrap(text), Text()]
+        return self.wrap(text)
 
     def mark(self, text: Text, left: str, token: str, right: str, style: str) -> None:
         text.append(f"{left}{token}{right}" if self.marks else token, style)
@@ -157,7 +164,7 @@ class _View:
         return [Text(indent).append_text(line) if line else line for line in lines]
 
 
-def _gain(before: float, after: float) -> str:
+def gain(before: float, after: float) -> str:
     return f"reward {_change(before, after)}"
 
 

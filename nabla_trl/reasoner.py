@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.reward_models import load_reward
 from nabla_trl.rewards import Reward
-from nabla_trl.search import solve
+from nabla_trl.search import Search, solve
 from nabla_trl.server import connect
 from nabla_trl.tasks import Problem
 from nabla_trl.traces import Trace
@@ -58,25 +58,32 @@ class NablaReasoner:
         return cls(loaded, load_reward(reward, policy=loaded, dtype=dtype, device=device), settings)
 
     @overload  # a str is a Sequence[str] to the type checker; here it is one question
-    def solve(self, problems: Question, *, seed: int = 0) -> Trace: ...  # type: ignore[overload-overlap]
+    def solve(  # type: ignore[overload-overlap]
+        self, problems: Question, *, seed: int = 0, watch: Callable[[Search], None] | None = None
+    ) -> Trace: ...
 
     @overload
-    def solve(self, problems: Sequence[Question], *, seed: int = 0) -> list[Trace]: ...
+    def solve(
+        self, problems: Sequence[Question], *, seed: int = 0, watch: Callable[[Search], None] | None = None
+    ) -> list[Trace]: ...
 
-    def solve(self, problems: Any, *, seed: int = 0) -> Trace | list[Trace]:
+    def solve(
+        self, problems: Any, *, seed: int = 0, watch: Callable[[Search], None] | None = None
+    ) -> Trace | list[Trace]:
         """Refine one response per question, many at once.
 
         Args:
             problems: a question (text, chat as a list of messages, or `Problem`) for one trace; a list of
                 questions for a list of traces.
+            watch: called before each round and after the last (`search.solve`).
 
         Raises:
             ValueError: an empty question, something that is no question, or duplicate problem ids.
         """
         if isinstance(problems, str | Problem) or (problems and isinstance(problems[0], dict)):
-            return self.solve([problems], seed=seed)[0]
+            return self.solve([problems], seed=seed, watch=watch)[0]
         asked = [as_problem(question, index) for index, question in enumerate(problems)]
-        return solve(asked, policy=self.policy, reward=self.reward, config=self.config, seed=seed)
+        return solve(asked, policy=self.policy, reward=self.reward, config=self.config, seed=seed, watch=watch)
 
 
 def as_problem(question: Question, index: int = 0) -> Problem:

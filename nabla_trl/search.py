@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -32,12 +32,21 @@ ENDED = ("exhausted", "patience", "scanned", "unreadable")
 
 
 def solve(
-    problems: Sequence[Problem], *, policy: Policy, reward: Reward, config: ReasonerConfig, seed: int = 0
+    problems: Sequence[Problem],
+    *,
+    policy: Policy,
+    reward: Reward,
+    config: ReasonerConfig,
+    seed: int = 0,
+    watch: Callable[[Search], None] | None = None,
 ) -> list[Trace]:
     """Refine responses to each problem and give one trace of each: of its best chain, or of a sample of π*.
 
     A problem that cannot be run (prompt longer than a context, unreadable characters, NaN reward or gradient)
     gives a trace with `error` set; the others are not affected.
+
+    Args:
+        watch: called before each round of a batch and after the last, to look at its `walks` and `meter`.
 
     Raises:
         ValueError: duplicate problem ids.
@@ -48,15 +57,22 @@ def solve(
     traces: list[Trace] = []
     for begin in range(0, len(problems), config.batch_size):
         batch = problems[begin : begin + config.batch_size]
-        traces += Search(policy, reward, config, seed).run(batch)
+        traces += Search(policy, reward, config, seed, watch).run(batch)
     return traces
 
 
 class Search:
     """One batch of chains and the meter of their work."""
 
-    def __init__(self, policy: Policy, reward: Reward, config: ReasonerConfig, seed: int):
-        self.policy, self.reward, self.seed = policy, reward, seed
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        config: ReasonerConfig,
+        seed: int,
+        watch: Callable[[Search], None] | None = None,
+    ):
+        self.policy, self.reward, self.seed, self.watch = policy, reward, seed, watch
         self.config = config = config.at(reward.point)
         self.metropolis, self.scanning = config.acceptance == "metropolis", config.proposals == "sequential"
         self.meter = Meter()
@@ -131,6 +147,8 @@ class Search:
         if self.config.restarts:
             ended = [chains for chains in self.walks.values() if all(chain.stop in ENDED for chain in chains)]
             self.restart([chains for chains in ended if self.may_start(chains)])
+        if self.watch:
+            self.watch(self)
         return [chain for chains in self.walks.values() for chain in chains if not chain.stop]
 
     def restart(self, walks: list[list[Chain]]) -> None:
@@ -410,19 +428,20 @@ class Search:
         elif not math.isfinite(value):
             chain.error, chain.stop = f"the reward {self.reward.name} gave {value}", "error"
 
+    def kept(self, chains: list[Chain]) -> Chain:
+        """The chain of the highest reward; of a Metropolis search the one that samples at β itself."""
+        if self.metropolis:
+            return min(chains, key=lambda one: (one.beta or 0.0, one.index))
+        return max(chains, key=lambda one: (one.state.reward, -one.index))
+
     def trace(self, chains: list[Chain]) -> Trace:
-        """Of the chain of the highest reward; of a Metropolis search the chain that samples at β itself.
+        """Of the chain that is kept, or of one that failed.
 
         Its meta counts what all chains did: first responses, proposals, and accepted ones.
         """
         moves = [revision.accepted for chain in chains for revision in chain.revisions]
         totals = {"starts": self.drawn[chains[0].problem.id], "proposals": len(moves), "accepted": sum(moves)}
-        failed = next((chain for chain in chains if chain.error is not None), None)
-        if self.metropolis:
-            chain = min(chains, key=lambda one: (one.beta or 0.0, one.index))
-        else:
-            chain = max(chains, key=lambda one: (one.state.reward, -one.index))
-        chain = failed or chain
+        chain = next((chain for chain in chains if chain.error is not None), None) or self.kept(chains)
         if chain.stop == "unreadable":
             chain.error, chain.stop = f"the reward {self.reward.name} cannot read the response", "error"
         return response_trace(

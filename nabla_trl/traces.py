@@ -51,6 +51,18 @@ class Revision:
     flops: float
 
 
+def bases(initial: Sequence[int], revisions: Iterable[Revision]) -> Iterator[tuple[Revision, list[int]]]:
+    """Each revision of a chain with the response ids it was proposed against (the incumbent of its round)."""
+    incumbent = base = list(initial)
+    current: int | None = None
+    for revision in revisions:
+        if revision.round != current:
+            base, current = incumbent, revision.round
+        yield revision, base
+        if revision.accepted:
+            incumbent = base[: revision.position] + list(revision.suffix)
+
+
 @dataclass
 class Trace:
     """What one method made of one problem with one seed.
@@ -89,14 +101,7 @@ class Trace:
 
     def bases(self) -> Iterator[tuple[Revision, list[int]]]:
         """Each revision with the response ids it was proposed against (the incumbent of its round)."""
-        incumbent = base = list(self.initial_ids)
-        current: int | None = None
-        for revision in self.revisions:
-            if revision.round != current:
-                base, current = incumbent, revision.round
-            yield revision, base
-            if revision.accepted:
-                incumbent = base[: revision.position] + list(revision.suffix)
+        return bases(self.initial_ids, self.revisions)
 
     def incumbents(self) -> list[tuple[list[int], float]]:
         """Response ids and reward after 0, 1, 2, ... accepted revisions."""
