@@ -26,6 +26,7 @@ from nabla_trl.naming import methods
 from nabla_trl.page_figures import Record, figure_data, inline_svg, page_figures
 from nabla_trl.stats import Interval
 from nabla_trl.summary import Summary, front, is_known, levels
+from nabla_trl.traces import HELD_OUT
 from nabla_trl.verdicts import cost_in_words, relative_in_words, span, targets
 
 COSTS = ("flops", "seconds", "tokens")
@@ -72,7 +73,7 @@ def page(
             for name, text in body.items()
         ),
         "summary": json.dumps(summary, allow_nan=False).replace("<", "\\u003c"),
-        "script": _asset("page.js") + _asset("viewer.js"),
+        "script": _asset("page.js") + _asset("trace.js") + _asset("viewer.js"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("template.html"))
 
@@ -259,16 +260,17 @@ def _level_cell(one: Mapping[str, float] | None) -> str:
 
 def traces_section(folder: Path, rows: Sequence[Mapping], facts: Mapping, summary: Summary) -> str:
     """The viewer's frame; what it shows lies in report_data/. Damaged traces do not keep a report from being made."""
-    source, notes = folder / "traces", []
+    sources, notes = [folder / name for name in ("traces", HELD_OUT)], []
     try:
-        tokens = viewer.Tokens.read(source)
-        shown = viewer.write_data(folder, viewer.stored_traces(source), tokens, rows, facts, summary)
+        tokens = next((found for source in sources if (found := viewer.Tokens.read(source)).texts), viewer.Tokens())
+        traces = map(viewer.stored_traces, sources)
+        shown = viewer.write_data(folder, *traces, tokens, rows, facts, summary)
         if shown["traces"] and not tokens.texts:
             notes.append("The traces come without tokens.json, so tokens are shown by their ids.")
         if shown["traces"] == viewer.MOST_TRACES:
             notes.append(f"The first {viewer.MOST_TRACES} traces are shown.")
     except ValueError as error:
-        viewer.write_data(folder, iter(()), viewer.Tokens(), rows, facts, summary)
+        viewer.write_data(folder, (), (), viewer.Tokens(), rows, facts, summary)
         notes.append(f"The traces cannot be shown: {error}")
     text = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     return text + _asset("viewer.html")

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from nabla_trl.compute import Cost
 
 FORMAT_VERSION = "1"
+HELD_OUT = "held_out"  # folder of the traces of an evaluation's search, beside its rows
 _VERSION_KEY = b"nabla_trl.traces"
 
 

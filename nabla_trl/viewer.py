@@ -101,24 +101,32 @@ def to_json(value: Any) -> str:
 
 
 def write_data(
-    folder: Path, traces: Iterable[Trace], tokens: Tokens, rows: Sequence[Mapping], facts: Mapping, summary: Summary
+    folder: Path,
+    traces: Iterable[Trace],
+    held_out: Iterable[Trace],
+    tokens: Tokens,
+    rows: Sequence[Mapping],
+    facts: Mapping,
+    summary: Summary,
 ) -> dict[str, int]:
     """Write `folder`/report_data anew; returns how many traces and held-out problems the viewer shows.
 
     Args:
-        traces: read as they are written, `MOST_TRACES` of them at most.
+        traces, held_out: of training and of held-out problems; read as they are written, `MOST_TRACES` of each at most.
     """
     draft, final = folder / f"{FOLDER}.tmp", folder / FOLDER
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     listed, used = _write_traces(draft, traces, tokens)
-    held_out = _write_rows(draft, rows, facts, summary)
+    places, more = _write_held_out(draft, held_out, tokens, _sides(summary)[1])
+    used |= more
+    compared = _write_rows(draft, rows, facts, summary, places)
     texts = {str(one): tokens.texts[one] for one in sorted(used) if one < len(tokens.texts)}
     _script(draft, "tokens", to_json({"special": sorted(tokens.special & used), "texts": texts}))
-    _script(draft, "index", to_json({"traces": listed, "rows": held_out}))
+    _script(draft, "index", to_json({"traces": listed, "rows": compared}))
     shutil.rmtree(final, ignore_errors=True)
     draft.replace(final)
-    return {"traces": len(listed), "rows": len(held_out["items"])}
+    return {"traces": len(listed), "rows": len(compared["items"])}
 
 
 def stored_traces(folder: Path) -> Iterator[Trace]:
@@ -152,10 +160,33 @@ def _write_traces(folder: Path, traces: Iterable[Trace], tokens: Tokens) -> tupl
         verdicts = _verdict(first[1]), _verdict(None if trace.error else trace.correct)
         name, question = f"{trace.problem_id} · seed {trace.seed}", _snippet(trace.prompt)
         listed.append([name, question, *verdicts, gain, len(trace.revisions), accepted, bool(trace.error), *place])
-        if tokens.fit(trace):
-            used.update(trace.initial_ids, *(revision.suffix for revision in trace.revisions))
+        used |= _used(trace, tokens)
     pieces.flush()
     return listed, used
+
+
+def _write_held_out(
+    folder: Path, traces: Iterable[Trace], tokens: Tokens, method: str
+) -> tuple[dict[tuple[str, int], tuple[int, int]], set[int]]:
+    """Where the method's trace of each problem and seed lies, and the ids that occur in them."""
+    pieces, used = Pieces(folder, "held"), set[int]()
+    places: dict[tuple[str, int], tuple[int, int]] = {}
+    for trace in traces:
+        if trace.method != method or (trace.problem_id, trace.seed) in places:
+            continue
+        if len(places) == MOST_TRACES:
+            break
+        places[trace.problem_id, trace.seed] = pieces.add(_trace(trace, _first(trace, tokens), tokens.fit(trace)))
+        used |= _used(trace, tokens)
+    pieces.flush()
+    return places, used
+
+
+def _used(trace: Trace, tokens: Tokens) -> set[int]:
+    """The ids in a trace, where they have texts."""
+    if not tokens.fit(trace):
+        return set()
+    return set(trace.initial_ids).union(*(revision.suffix for revision in trace.revisions))
 
 
 def _trace(trace: Trace, first: tuple[str | None, bool | None], texts: bool) -> dict[str, Any]:
@@ -210,10 +241,23 @@ def _first(trace: Trace, tokens: Tokens) -> tuple[str | None, bool | None]:
 # --- held-out problems ----------------------------------------------------------------------------------
 
 
-def _write_rows(folder: Path, rows: Sequence[Mapping], facts: Mapping, summary: Summary) -> dict[str, Any]:
-    """The index of held-out problems: the base policy's greedy decode (else the first method) against the search."""
+def _sides(summary: Summary) -> tuple[str, str]:
+    """What is compared: the base policy's greedy decode (else the first method) and the search (else the last)."""
     names = methods(summary)
-    base, ours = ("greedy" if "greedy" in names else names[0]), main_nabla(summary) or names[-1]
+    if not names:
+        return "", ""
+    return ("greedy" if "greedy" in names else names[0]), main_nabla(summary) or names[-1]
+
+
+def _write_rows(
+    folder: Path,
+    rows: Sequence[Mapping],
+    facts: Mapping,
+    summary: Summary,
+    places: Mapping[tuple[str, int], tuple[int, int]],
+) -> dict[str, Any]:
+    """The index of held-out problems; `places`: of the traces of `ours`, by problem and seed."""
+    names, (base, ours) = methods(summary), _sides(summary)
     pieces, items = Pieces(folder, "rows"), []
     by_problem: dict[str, list[Mapping]] = {}
     order = {name: number for number, name in enumerate(names)}
@@ -232,7 +276,8 @@ def _write_rows(folder: Path, rows: Sequence[Mapping], facts: Mapping, summary: 
             gain = None if None in (row["reward"], other["reward"]) else _finite(row["reward"] - other["reward"])
             name, error = f"{problem} · seed {seed}", bool(row["error"])
             counts = row.get("revisions", 0), row.get("accepted", 0)
-            items.append([name, _snippet(known["question"]), *verdicts, gain, *counts, error, *place])
+            traced = places.get((problem, seed), (None, None))
+            items.append([name, _snippet(known["question"]), *verdicts, gain, *counts, error, *place, *traced])
     pieces.flush()
     return {"base": base, "ours": ours, "items": items}
 

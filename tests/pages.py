@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from nabla_trl.compute import Cost
 from nabla_trl.naming import labelled, split
 from nabla_trl.report import write_report
 from nabla_trl.summary import Summary
-from nabla_trl.traces import Revision, Trace, TraceWriter
+from nabla_trl.traces import HELD_OUT, Revision, Trace, TraceWriter
 
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'> & \u2028 🙂 \x00"
 TOKENS = [*"0123456789+-*=;,#", " the", "\n", "</script>", "<|end|>"]
@@ -135,6 +136,12 @@ def make_traces() -> list[Trace]:
     return [*mended, make_trace(3, before="7", after="2"), make_trace(4, before="7")]
 
 
+def make_held_out() -> list[Trace]:
+    """Of the search on the first two held-out problems, and one of another method, which nothing shows."""
+    found = [replace(make_trace(number), problem_id=f"p{number}") for number in (0, 1, 2)]
+    return [*found[:2], replace(found[2], method="control")]
+
+
 def long_traces(count: int, length: int) -> list[Trace]:
     """Traces of so many tokens with three proposals; they share their lists, as only what is written counts."""
     draw = random.Random(0)
@@ -157,7 +164,8 @@ def write_tokens(folder: Path, tokenizer: str = "ab12") -> None:
 def write_run(folder: Path) -> Summary:
     """Traces with their tokens, and the report of the rows."""
     write_tokens(folder / "traces")
-    with TraceWriter(folder / "traces") as writer:
-        for trace in make_traces():
-            writer.add(trace)
+    for name, traces in (("traces", make_traces()), (HELD_OUT, make_held_out())):
+        with TraceWriter(folder / name) as writer:
+            for trace in traces:
+                writer.add(trace)
     return write_report(folder, make_rows(), FACTS)

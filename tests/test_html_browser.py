@@ -101,7 +101,7 @@ def view(browser: webdriver.Chrome, folder: Path) -> View:
 def test_it_opens_draws_and_fetches_nothing_from_outside(view: View) -> None:
     assert view.text("h1") == pages.FACTS["title"].replace("\x00", "")
     sizes = [figure.size for figure in view.all("figure svg") if figure.is_displayed()]
-    assert len(sizes) == 7  # the figures of two costs are behind their tabs
+    assert len(sizes) == 8  # the figures of two costs are behind their tabs
     assert all(one["width"] > 500 and one["height"] > 250 for one in sizes)
     marks = view.browser.execute_script("return document.querySelectorAll('#figure-accuracy_flops .mark').length")
     assert marks == len(pages.WORLD)
@@ -149,6 +149,20 @@ def test_steps_through_a_refinement(view: View) -> None:
     assert view.text("#where") == "first response"
     view.press(Keys.ARROW_RIGHT)
     assert view.text("#where") == "proposal 2 of 3"
+    assert view.errors() == []
+
+
+def test_steps_through_the_search_of_a_held_out_problem(view: View) -> None:
+    view.traces()
+    view.one("[data-source=rows]").click()
+    view.until(lambda: view.text("#detail h3") == "p0")
+    assert view.text("#where") == "first response"
+    assert len(view.all("#detail .others")) == 2  # the methods, and what was proposed
+    view.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert view.text("#where") == "proposal 2 of 3" and "accepted" in view.text("#step .change")
+    view.one("#search").send_keys("p2")
+    view.until(lambda: view.text("#detail h3") == "p2")
+    assert not view.all("#where") and "nothing to step through" in view.text("#detail")
     assert view.errors() == []
 
 
@@ -224,7 +238,7 @@ def test_without_its_data_the_page_still_reads(browser: webdriver.Chrome, folder
 def test_thousands_of_long_traces_are_quick_to_pick(browser: webdriver.Chrome, folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "report.html", tmp_path)
     rows, traces = pages.make_rows(), pages.long_traces(5_000, 1_000)
-    viewer.write_data(tmp_path, traces, viewer.Tokens(), rows, pages.FACTS, summarise(rows, pages.FACTS))
+    viewer.write_data(tmp_path, traces, [], viewer.Tokens(), rows, pages.FACTS, summarise(rows, pages.FACTS))
     view = View(browser, tmp_path / "report.html")
     view.traces()
     assert view.text("#count") == "5000 of 5000"

@@ -161,6 +161,16 @@ def test_the_pieces_hold_the_traces(folder: Path) -> None:
     assert texts["special"] == [pages.END]
 
 
+def test_held_out_problems_have_the_traces_of_the_search(folder: Path) -> None:
+    items = read_data(folder / "report_data" / "index.js")["rows"]["items"]
+    places = {item[0].split()[0]: item[-2:] for item in items if item[-1] is not None}
+    assert set(places) == {"p0", "p1"}
+    for trace in pages.make_held_out()[:2]:
+        file, place = places[trace.problem_id]
+        found = read_data(folder / "report_data" / f"held-{file:04d}.js")[place]
+        assert (found["id"], found["initial"]) == (trace.problem_id, trace.initial_ids)
+
+
 def test_verdicts_of_first_and_last_answers(folder: Path) -> None:
     index = read_data(folder / "report_data" / "index.js")
     assert [item[2:4] for item in index["traces"]] == [[0, 1]] * 3 + [[1, 0], [1, 1]]
@@ -172,7 +182,7 @@ def test_verdicts_of_first_and_last_answers(folder: Path) -> None:
 
 def test_without_tokens_the_first_answer_is_known_where_it_is_the_last(tmp_path: Path) -> None:
     kept = pages.long_traces(1, 4)[0]
-    viewer.write_data(tmp_path, [pages.make_trace(0), kept], viewer.Tokens(), *_rows())
+    viewer.write_data(tmp_path, [pages.make_trace(0), kept], [], viewer.Tokens(), *_rows())
     index = read_data(tmp_path / "report_data" / "index.js")
     assert [item[2:4] for item in index["traces"]] == [[None, 1], [1, 1]]
     pages.write_tokens(tmp_path, tokenizer="another")
@@ -205,7 +215,7 @@ def viewer_section(folder: Path) -> str:
 def test_many_long_traces_are_split_and_written_in_seconds(tmp_path: Path) -> None:
     traces, rows = pages.long_traces(5_000, 1_000), _rows()
     began = time.process_time()  # of this process: other ones may hold the cores
-    shown = viewer.write_data(tmp_path, traces, viewer.Tokens(), *rows)
+    shown = viewer.write_data(tmp_path, traces, [], viewer.Tokens(), *rows)
     assert time.process_time() - began < 12
     assert shown["traces"] == 5_000
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "report_data").iterdir()}
