@@ -197,13 +197,18 @@ def _cost(checkpoint: Checkpoint) -> str:
 
 def _how(checkpoint: Checkpoint, made: Provenance) -> str:
     base, name, reward = checkpoint.policy, made.name, checkpoint.facts["reward"]
-    plain = [f'model = AutoModelForCausalLM.from_pretrained("{name}")']
-    if checkpoint.adapter:
+    merged = made.merged and Path(base).exists()  # whoever gets the folder has no such base
+    plain, imports = [f'model = AutoModelForCausalLM.from_pretrained("{name}")'], []
+    if merged:
+        where = f'snapshot_download("{name}") + "/merged"' if "/" in name else f'"{name}/merged"'
+        imports = ["from huggingface_hub import snapshot_download"] if "/" in name else []
+        plain = [f"model = AutoModelForCausalLM.from_pretrained({where})"]
+    elif checkpoint.adapter:
+        imports = ["from peft import PeftModel"]
         plain = [
             f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")',
             *([_MERGED] if made.merged else []),
         ]
-    imports = ["from peft import PeftModel"] if checkpoint.adapter else []
     return "\n".join(
         [
             "```python",

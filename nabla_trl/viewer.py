@@ -112,7 +112,7 @@ def write_data(
     """Write `folder`/report_data anew; returns how many traces and held-out problems the viewer shows.
 
     Args:
-        traces, held_out: of training and of held-out problems; read as they are written, `MOST_TRACES` of each at most.
+        traces, held_out: of training and of held-out problems; read as written, at most `MOST_TRACES` of each.
     """
     draft, final = folder / f"{FOLDER}.tmp", folder / FOLDER
     shutil.rmtree(draft, ignore_errors=True)
