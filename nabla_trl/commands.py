@@ -183,11 +183,11 @@ def evaluate(argv: Sequence[str]) -> int:
         facts = models.facts(title=args.title, command=command, task=args.dataset, seeds=args.seeds)
         facts["sampling"], facts["problems"] = asdict(config.sampling()), problem_facts(problems)
         facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
-        rows, partly = of_problems(store.read(), problems)
+        rows, left_out = of_problems(store.read(), problems)
         store_results(folder, rows, facts)
     terminal_table(summarise(rows, facts))
-    if partly:
-        print(f"left out, as their rows are not all there: {', '.join(partly)}")
+    if left_out:
+        print(left_out)
     print(f"rows: {folder / 'rows.jsonl'}; nabla-trl report {folder} writes a page with plots")
     return 0
 

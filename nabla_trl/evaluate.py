@@ -19,7 +19,7 @@ from nabla_trl.interrupts import in_hand
 from nabla_trl.models import Policy
 from nabla_trl.naming import RIVAL, labelled
 from nabla_trl.options import Sampling
-from nabla_trl.progress import Progress
+from nabla_trl.progress import Item, Progress
 from nabla_trl.records import grade
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import Row, RowStore, trace_row
@@ -178,8 +178,9 @@ def run_step(
     added: list[Row] = []
     method = step.methods[-1]
     todo = {seed: store.missing(step.methods, problems, seed) for seed in step.seeds}
-    with Progress(method, len(problems) * len(step.seeds), shown=shown) as progress:
-        progress.count(_there(step, problems, todo, store), made=False)
+    progress = Progress(method, len(problems) * len(step.seeds), shown=shown)
+    progress.count(_there(step, problems, todo, store), made=False)
+    with progress:
         for seed, missing in todo.items():
             for begin in range(0, len(missing), step.batch_size):
                 batch = missing[begin : begin + step.batch_size]
@@ -197,9 +198,6 @@ def _rows(step: Step, batch: Sequence[Problem], seed: int, run: str, checker: An
     content = {problem.id: content_hash(problem) for problem in batch}
     known = zip(traces, step.kl(batch, traces), strict=True)
     return [trace_row(trace, run, kl) | {"content": content[trace.problem_id]} for trace, kl in known]
-
-
-Item = tuple[str, "bool | None", float]
 
 
 def _there(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -21,12 +20,16 @@ from nabla_trl.verdicts import si
 # sixty in ten hours.
 _FIRST, _GROWTH, _LONGEST = 30.0, 1.25, 900.0
 
+# Of one item: its problem, whether it is right (None = not graded), FLOPs.
+Item = tuple[str, bool | None, float]
+
 
 class Progress:
     """Counts the items of one piece of work and shows how far it is; a context manager.
 
-    An item is one problem with one seed. Accuracy so far is over all that were counted, with Wilson's interval over
-    problems; the rate, and the time to go that follows from it, over those made here.
+    An item is one problem with one seed. Accuracy so far is over all that were counted, seeds averaged first, with
+    Wilson's interval over problems, which is rather too wide where there are several seeds; the rate, and the time to
+    go that follows from it, are of the items made here.
 
     Args:
         name: of the work, as a method's.
@@ -41,7 +44,8 @@ class Progress:
         self.console = Console(stderr=True) if console is None else console
         self.made = 0
         self.flops = 0.0
-        self._scores: dict[str, list[bool]] = {}  # of graded items, by problem
+        self._scores: dict[str, tuple[int, int]] = {}  # right and graded items, by problem
+        self._right = 0.0  # sum over problems of the share that is right
         self._began = self._counted = time.monotonic()
         self._next_line = _FIRST
         self._live: Live | None = None
@@ -50,13 +54,15 @@ class Progress:
     def done(self) -> int:
         return self.there + self.made
 
-    def count(self, items: Iterable[tuple[str, bool | None, float]], *, made: bool = True) -> None:
-        """Take items: problem, right or wrong (None = not graded), FLOPs; `made`: just now, not found on disk."""
+    def count(self, items: Iterable[Item], *, made: bool = True) -> None:
+        """Take items; `made`: just now, not found on disk."""
         items = list(items)
         for problem, correct, flops in items:
             self.flops += flops
             if correct is not None:
-                self._scores.setdefault(problem, []).append(correct)
+                right, graded = self._scores.get(problem, (0, 0))
+                self._scores[problem] = right + correct, graded + 1
+                self._right += (right + correct) / (graded + 1) - (right / graded if graded else 0.0)
         if not made:
             self.there += len(items)
             return
@@ -91,7 +97,9 @@ class Progress:
         each = self.seconds_each()
         found = [] if each is None else [_rate(each)]
         if self._scores:
-            found.append(f"accuracy {_accuracy(list(self._scores.values()))}")
+            mean = self._right / len(self._scores)
+            low, high = wilson(mean, len(self._scores))
+            found.append(f"accuracy {mean:.3f} [{low:.3f}, {high:.3f}]")
         return ", ".join([*found, si(self.flops, "FLOPs")] if self.flops else found)
 
     def position(self) -> str:
@@ -138,10 +146,3 @@ def _rate(each: float) -> str:
         return f"{each:.3g} s/problem"
     rate = 1 / max(each, 1e-9)
     return f"{rate:,.0f} problems/s" if rate >= 100 else f"{rate:.3g} problems/s"
-
-
-def _accuracy(scores: list[list[bool]]) -> str:
-    """Mean over problems of the mean over seeds, with an interval as if seeds told nothing new: rather too wide."""
-    mean = math.fsum(sum(one) / len(one) for one in scores) / len(scores)
-    low, high = wilson(mean, len(scores))
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"

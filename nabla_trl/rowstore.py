@@ -154,8 +154,8 @@ class RowStore:
         self.done |= {row_key(row): _known(row) for row in fresh}
 
 
-def of_problems(rows: Iterable[Row], problems: Sequence[Problem]) -> tuple[list[Row], list[str]]:
-    """The rows that cover these problems, and what is not there in full, as "nabla, seed 2 (12 of 300 problems)".
+def of_problems(rows: Iterable[Row], problems: Sequence[Problem]) -> tuple[list[Row], str]:
+    """The rows that cover these problems, and a sentence on what is not there in full (empty where all is).
 
     A folder may hold rows of more problems, from before a limit was lowered, and of fewer, from before it was raised.
     """
@@ -170,7 +170,9 @@ def of_problems(rows: Iterable[Row], problems: Sequence[Problem]) -> tuple[list[
         for (method, seed), group in sorted(groups.items())
         if len(group) < len(asked)
     ]
-    return sorted(whole, key=row_key), parts
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    left_out = f"left out, as their rows are not all there: {', '.join(parts[:3])}{more}" if parts else ""
+    return sorted(whole, key=row_key), left_out
 
 
 def _known(row: Mapping[str, Any]) -> Known:

@@ -119,7 +119,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     """The 95% interval of a share among `count` independent trials, cheap enough for every refresh (Wilson 1927)."""
     z = 1.959964
     centre, scale = share + z * z / (2 * count), 1 + z * z / count
-    reach = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    reach = z * math.sqrt(max(0.0, share * (1 - share)) / count + (z / (2 * count)) ** 2)  # rounding may pass 1
     return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
 
 

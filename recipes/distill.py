@@ -259,11 +259,11 @@ class Run:
     def stage_report(self) -> None:
         if not self.state.is_main_process:
             return
-        rows, partly = of_problems(self._store().read(), self.held_out)
+        rows, left_out = of_problems(self._store().read(), self.held_out)
         if not rows:
             raise ValueError(f"{self.folder} holds no rows of all its problems: finish the stage evaluate first")
-        if partly:
-            self.say(f"report: left out, as their rows are not all there: {', '.join(partly)}")
+        if left_out:
+            self.say(left_out)
         facts = self.facts()
         store_results(self.folder, rows, facts)
         terminal_table(write_report(self.folder, rows, facts))

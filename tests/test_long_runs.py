@@ -188,9 +188,10 @@ def test_rows_that_cover_the_problems(asked: list[Problem]) -> None:
     rows = [row("greedy", 0, one) for one in asked]
     rows += [row("nabla", seed, one) for seed, count in ((0, 3), (1, 2)) for one in asked[:count]]
     rows += [row("old", 0, replace(asked[0], task="another"))]
-    whole, partly = of_problems(rows, asked[:3])
+    whole, left_out = of_problems(rows, asked[:3])
     assert {(one["method"], one["seed"]) for one in whole} == {("greedy", 0), ("nabla", 0)} and len(whole) == 6
-    assert partly == ["nabla, seed 1 (2 of 3 problems)"]
+    assert left_out == "left out, as their rows are not all there: nabla, seed 1 (2 of 3 problems)"
+    assert of_problems(rows, asked[:2])[1] == "" and len(of_problems(rows, asked[:2])[0]) == 6
 
 
 # --- kill -9 and full disks ---------------------------------------------------------------------------
@@ -324,6 +325,17 @@ def test_eval_on_a_full_disk_is_one_line_and_goes_on(
     assert 0 < len((tmp_path / "rows/rows-00000.jsonl").read_text().splitlines()) < len(undisturbed)
     assert main(evaluation(world, tmp_path)) == 0
     assert rows_of(tmp_path) == undisturbed
+
+
+def test_traces_on_a_full_disk_are_one_line_and_go_on(capsys: Any, world: list[str], tmp_path: Path) -> None:
+    argv = ["traces", *world, "--output_dir", str(tmp_path), "--batch_size", "4"]
+    with full_disk(5_000):
+        assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "earlier shards are kept, make room and run again" in err
+    assert [path.name for path in (tmp_path / "traces").iterdir()] == ["tokens.json"]
+    assert main(argv) == 0
+    assert len(read_traces(tmp_path / "traces")) == 8
 
 
 @pytest.mark.parametrize("name", ["eval", "traces"])
