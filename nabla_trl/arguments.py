@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,7 @@ class EvalArguments:
 
 @dataclass
 class ReportArguments:
-    output_dir: str = _needed("folder of an evaluation by nabla-trl eval or recipes/distill.py")
+    output_dir: str = _option("", argparse.SUPPRESS)  # the name that other commands have for it
 
 
 @dataclass

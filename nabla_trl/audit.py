@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from nabla_trl.baselines import Entry, Pool
+from nabla_trl.baselines import Entry, Pool, draw_pool
 from nabla_trl.checker import AnswerChecker
+from nabla_trl.compute import Cost
 from nabla_trl.curves import Turn, turning
 from nabla_trl.labels import TokenLabels, has_step_labels
 from nabla_trl.models import Policy
+from nabla_trl.options import Sampling
+from nabla_trl.rewards import Reward
 from nabla_trl.stats import mean_interval
+from nabla_trl.tasks import Problem
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,30 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def audit_reward(
+    problems: Sequence[Problem],
+    samples: int,
+    *,
+    policy: Policy,
+    reward: Reward,
+    sampling: Sampling,
+    batch_size: int,
+    checker: AnswerChecker,
+) -> dict[str, Any]:
+    """Audit a reward on samples of the policy, as the first stage of a run, which goes on whatever comes of it.
+
+    Returns:
+        The audit's fields, of one that could not be made "verdict" alone, and "flops", what drawing and scoring cost.
+    """
+    pool = draw_pool(problems, samples, policy=policy, reward=reward, sampling=sampling, batch_size=batch_size)
+    spent = sum((entry.cost() for entry in pool.entries), Cost())
+    try:
+        found = audit(pool, checker).to_dict()
+    except ValueError as error:
+        found = {"verdict": f"the reward could not be audited: {error}"}
+    return found | {"flops": spent.flops}
 
 
 def audit(pool: Pool, checker: AnswerChecker) -> Audit:

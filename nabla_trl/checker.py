@@ -123,7 +123,7 @@ _START_SECONDS = 120.0  # importing sympy on a busy machine
 _ORPHAN_SECONDS = 2  # after its time-out a worker ends by itself, should its parent be gone
 _MEMORY_BYTES = 4 << 30
 _BOOT = """
-import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)
+import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)
 import importlib.util, sys
 sys.path[:] = [entry for entry in sys.path if entry]
 def load(name, path):

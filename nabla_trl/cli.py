@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -55,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nabla_trl import commands
     from nabla_trl.parsing import run_main
 
-    again = "; run the same command again to go on" if name in _RESUMABLE else ""
-    return run_main(commands.COMMANDS[name], rest, stopped=f"stopped{again}")
+    again = shlex.join(["nabla-trl", name, *rest]) if name in _RESUMABLE else ""
+    return run_main(commands.COMMANDS[name], rest, again=again)
 
 
 if __name__ == "__main__":

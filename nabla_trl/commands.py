@@ -24,10 +24,11 @@ from nabla_trl.arguments import (
 )
 from nabla_trl.audit_command import audit
 from nabla_trl.checker import AnswerChecker
-from nabla_trl.parsing import Parser
+from nabla_trl.locks import hold
+from nabla_trl.parsing import Parser, UsageError
 from nabla_trl.serve_command import serve
 from nabla_trl.ship_command import ship
-from nabla_trl.tasks import data_identity, graded, load_problems, problem_facts
+from nabla_trl.tasks import graded, load_problems, problem_facts
 
 # --- solve --------------------------------------------------------------------------------------------
 
@@ -113,28 +114,30 @@ def traces(argv: Sequence[str]) -> int:
     folder = output / "traces"
     settings = models.settings() | {
         "adapter": adapter_identity(models.adapter) if models.adapter else "",
-        "dataset": data_identity(args.dataset),
+        "dataset": args.dataset,
         "split": args.split,
     }
-    todo = unfinished(problems, folder, args.seed)
-    if todo:
-        policy, reward = models.load(4 * config.batch_size)  # first: what cannot be loaded must not claim the folder
-    claim_settings(output / "traces.settings.json", settings | search_settings(config))
-    if todo:
-        warn_past_trust(reward, config)
-        with AnswerChecker() as checker:
-            tally = write_traces(
-                todo,
-                folder,
-                policy=policy,
-                reward=reward,
-                config=config,
-                seed=args.seed,
-                checker=checker,
-                bar=sys.stderr.isatty(),
-            )
-        print(tally)
-    print(f"{len(todo)} traces made, {len(problems) - len(todo)} were there: {folder}")
+    with hold(output):
+        todo = unfinished(problems, folder, args.seed)
+        if todo:
+            policy, reward = models.load(4 * config.batch_size)  # first: a mistyped model must not claim the folder
+        claim_settings(output / "traces.settings.json", settings | search_settings(config))
+        there = len(problems) - len(todo)
+        if todo:
+            warn_past_trust(reward, config)
+            with AnswerChecker() as checker:
+                tally = write_traces(
+                    todo,
+                    folder,
+                    policy=policy,
+                    reward=reward,
+                    config=config,
+                    seed=args.seed,
+                    checker=checker,
+                    there=there,
+                )
+            print(tally)
+    print(f"{len(todo)} traces made, {there} were there: {folder}")
     return 0
 
 
@@ -154,47 +157,46 @@ def evaluate(argv: Sequence[str]) -> int:
     )
     models, args, config = parser.read(argv)[:3]
 
-    from nabla_trl.evaluate import Bench, mean_flops, run_steps
+    from nabla_trl.evaluate import Bench, budget_flops, run_steps
     from nabla_trl.methods import chosen_among, method_names, searches, steps
     from nabla_trl.models import load_policy
     from nabla_trl.report import terminal_table
     from nabla_trl.results import store_results
     from nabla_trl.reward_models import warn_past_trust
-    from nabla_trl.rowstore import RowStore
+    from nabla_trl.rowstore import RowStore, of_problems
     from nabla_trl.summary import summarise
+    from nabla_trl.traces import HELD_OUT
     from nabla_trl.tracing import adapter_identity, claim_settings, search_settings
 
     names = method_names(args.methods or ",".join([METHODS, DISTILLED] if models.adapter else [METHODS]))
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
     folder = Path(args.output_dir)
-    policy, reward = models.load(4 * config.batch_size, adapter=False)
-    tuned = {}
-    if models.adapter:
-        adapted = load_policy(models.policy, dtype=models.dtype, device=models.device, adapter=models.adapter)
-        tuned = {"distilled": adapted}
-    settings = models.settings() | {
-        "dataset": data_identity(args.dataset),
-        "split": args.split,
-        "limit": str(args.limit),
-    }
-    settings |= search_settings(config)
-    claim_settings(folder / "eval.settings.json", settings)
-    if models.adapter:  # apart, so that an adapter trained later can join the rows that are there
-        claim_settings(folder / "adapter.settings.json", {"adapter": adapter_identity(models.adapter)})
-    store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
-    bench = Bench(policy, reward, config, tuple(args.seeds))
-    warn_past_trust(reward, config if searches(names) else None, chosen_among(names))
-    wanted = steps(names, bench, tuned, lambda name: mean_flops(store.read(), name))
-    with AnswerChecker() as checker:
-        run_steps(wanted, problems, store, checker)
-    command = shlex.join(["nabla-trl", "eval", *argv])
-    facts = models.facts(title=args.title, command=command, task=args.dataset, seeds=args.seeds)
-    facts["sampling"], facts["problems"] = asdict(config.sampling()), problem_facts(problems)
-    facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
-    rows = store.read()
-    store_results(folder, rows, facts)
+    settings = models.settings() | {"dataset": args.dataset, "split": args.split} | search_settings(config)
+    with hold(folder):
+        policy, reward = models.load(4 * config.batch_size, adapter=False)
+        tuned = {}
+        if models.adapter:
+            adapted = load_policy(models.policy, dtype=models.dtype, device=models.device, adapter=models.adapter)
+            tuned = {"distilled": adapted}
+        claim_settings(folder / "eval.settings.json", settings)
+        if models.adapter:  # apart, so that an adapter trained later can join the rows that are there
+            claim_settings(folder / "adapter.settings.json", {"adapter": adapter_identity(models.adapter)})
+        store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
+        bench = Bench(policy, reward, config, tuple(args.seeds))
+        warn_past_trust(reward, config if searches(names) else None, chosen_among(names))
+        wanted = steps(names, bench, tuned, lambda name: budget_flops(store, name))
+        with AnswerChecker() as checker:
+            run_steps(wanted, problems, store, checker, held_out=folder / HELD_OUT)
+        command = shlex.join(["nabla-trl", "eval", *argv])
+        facts = models.facts(title=args.title, command=command, task=args.dataset, seeds=args.seeds)
+        facts["sampling"], facts["problems"] = asdict(config.sampling()), problem_facts(problems)
+        facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
+        rows, left_out = of_problems(store.read(), problems)
+        store_results(folder, rows, facts)
     terminal_table(summarise(rows, facts))
-    print(f"rows: {folder / 'rows.jsonl'}; nabla-trl report --output_dir {folder} writes a page with plots")
+    if left_out:
+        print(left_out)
+    print(f"rows: {folder / 'rows.jsonl'}; nabla-trl report {folder} writes a page with plots")
     return 0
 
 
@@ -202,15 +204,21 @@ def report(argv: Sequence[str]) -> int:
     parser = Parser(
         [ReportArguments],
         prog="nabla-trl report",
+        usage="nabla-trl report FOLDER",
         description="Write report.md, report.html, summary.json and plots/ again from rows.jsonl and facts.json.\n"
         "Needs no models.",
     )
-    args = parser.read(argv)[0]
+    parser.add_argument(
+        "folder", nargs="?", metavar="FOLDER", help="of an evaluation by nabla-trl eval or recipes/distill.py"
+    )
+    args, extra = parser.read(argv)
+    if bool(args.output_dir) == bool(extra.folder):
+        raise UsageError("give one folder, as in nabla-trl report outputs/tiny")
 
     from nabla_trl.report import terminal_table, write_report
     from nabla_trl.results import load_results
 
-    folder = Path(args.output_dir)
+    folder = Path(args.output_dir or extra.folder)
     rows, facts = load_results(folder)
     terminal_table(write_report(folder, rows, facts))
     print(f"report: {folder / 'report.md'}; the same as a page, with the traces: {folder / 'report.html'}")

@@ -6,34 +6,41 @@ all n reads one pool). What is on disk already is not run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-from tqdm import tqdm
+from pathlib import Path
 
 from nabla_trl import baselines
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.divergence import Measure, nothing_known, of_samples
+from nabla_trl.files import read_object, write_whole
+from nabla_trl.interrupts import in_hand
 from nabla_trl.models import Policy
 from nabla_trl.naming import RIVAL, labelled
 from nabla_trl.options import Sampling
+from nabla_trl.progress import Item, Progress
 from nabla_trl.records import grade
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import Row, RowStore, gather_samples, trace_row
 from nabla_trl.search import solve
-from nabla_trl.tasks import Problem
-from nabla_trl.traces import Trace
+from nabla_trl.tasks import Problem, content_hash
+from nabla_trl.traces import Trace, TraceWriter
+from nabla_trl.tracing import write_tokens
 
 # The problems of one batch, and the seed, to traces of every method of the step.
 Work = Callable[[Sequence[Problem], int], list[Trace]]
+# By how much the cost that sets a budget may move; a search ends further from its budget than this.
+_DRIFT = 0.02
 
 
 @dataclass(frozen=True)
 class Step:
     """One piece of work and the methods whose rows it makes; a deterministic one runs with one seed.
 
-    `kl` measures how far the kept responses lie from the base policy.
+    `kl` measures how far the kept responses lie from the base policy; `traced` is the policy that drew the responses,
+    where they are worth keeping as traces.
     """
 
     methods: tuple[str, ...]
@@ -41,6 +48,7 @@ class Step:
     seeds: tuple[int, ...]
     batch_size: int
     kl: Measure = nothing_known
+    traced: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -122,14 +130,15 @@ class Bench:
 
         return self._step([RIVAL], work, self.seeds, self.config.batch_size)
 
-    def search(self, method: str, config: ReasonerConfig) -> Step:
-        """The reasoner under a configuration and a name of its own."""
+    def search(self, method: str, config: ReasonerConfig, *, traced: bool = False) -> Step:
+        """The reasoner under a configuration and a name of its own; `traced`: its traces are worth keeping."""
 
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
             traces = solve(problems, policy=self.policy, reward=self.reward, config=config, seed=seed)
             return [replace(trace, method=method) for trace in traces]
 
-        return self._step([method], work, self.seeds, config.batch_size)
+        step = self._step([method], work, self.seeds, config.batch_size)
+        return replace(step, traced=self.policy) if traced else step
 
     def _draw(
         self, problems: Sequence[Problem], count: int, seed: int, policy: Policy, reward: Reward | None
@@ -171,36 +180,109 @@ def run_step(
     problems: Sequence[Problem],
     store: RowStore,
     checker: AnswerChecker,
-    progress: Callable[[str, int, int], None] = lambda methods, done, total: None,
+    *,
+    held_out: Path | None = None,
+    shown: bool = False,
 ) -> list[Row]:
-    """Run a step where rows are missing; returns the rows it added. Each batch is on disk before the next starts."""
+    """Run a step where rows are missing; returns the rows it added. Each batch is on disk before the next starts.
+
+    Args:
+        held_out: a folder to keep the traces in of a step that says so.
+        shown: show the progress, of the step's last method, on stderr.
+
+    Raises:
+        Stopped: it was asked for, and the batch in hand is on disk (`nabla_trl.interrupts`).
+        ValueError: as `RowStore.missing`.
+        OSError: as `RowStore.append`.
+    """
     added: list[Row] = []
-    total = len(problems) * len(step.seeds)
-    done = 0
-    for seed in step.seeds:
-        missing = [p for p in problems if any((m, p.task, p.id, seed) not in store.done for m in step.methods)]
-        done += len(problems) - len(missing)
-        for begin in range(0, len(missing), step.batch_size):
-            batch = missing[begin : begin + step.batch_size]
-            traces = grade(step.work(batch, seed), checker)
-            known = zip(traces, step.kl(batch, traces), strict=True)
-            rows = gather_samples([trace_row(trace, store.run, kl) for trace, kl in known])
-            store.append(rows)
-            added += rows
-            done += len(batch)
-            progress(step.methods[-1], done, total)
+    method = step.methods[-1]
+    todo = {seed: store.missing(step.methods, problems, seed) for seed in step.seeds}
+    progress = Progress(method, len(problems) * len(step.seeds), shown=shown)
+    progress.count(_there(step, problems, todo, store), made=False)
+    with progress:
+        for seed, missing in todo.items():
+            for begin in range(0, len(missing), step.batch_size):
+                batch = missing[begin : begin + step.batch_size]
+                about = progress.seconds_for(len(batch))
+                with in_hand(f"{len(batch)} problems of {method}", progress.position, about):
+                    traces = grade(step.work(batch, seed), checker)
+                    if step.traced and held_out:
+                        _keep(traces, step.traced, held_out, store.rank)
+                    rows = _rows(step, batch, traces, store.run)
+                    store.append(rows)
+                    added += rows
+                    progress.count(_items(step, batch, seed, store))
     return added
 
 
-def run_steps(steps: Iterable[Step], problems: Sequence[Problem], store: RowStore, checker: AnswerChecker) -> None:
-    """Run steps where rows are missing, with a progress bar for each."""
+def _rows(step: Step, batch: Sequence[Problem], traces: Sequence[Trace], run: str) -> list[Row]:
+    content = {problem.id: content_hash(problem) for problem in batch}
+    known = zip(traces, step.kl(batch, traces), strict=True)
+    return gather_samples([trace_row(trace, run, kl) | {"content": content[trace.problem_id]} for trace, kl in known])
+
+
+def _keep(traces: Sequence[Trace], policy: Policy, folder: Path, rank: int) -> None:
+    """Write the traces as a shard; before the rows are, so that a row has its trace. A kill in between leaves two."""
+    write_tokens(folder, policy)
+    with TraceWriter(folder, rank=rank, chunk_size=len(traces)) as writer:
+        for trace in traces:
+            writer.add(trace)
+
+
+def _there(
+    step: Step, problems: Sequence[Problem], todo: Mapping[int, Sequence[Problem]], store: RowStore
+) -> list[Item]:
+    """What of a step need not be made, for its progress."""
+    found = []
+    for seed, missing in todo.items():
+        ids = {problem.id for problem in missing}
+        found += _items(step, [problem for problem in problems if problem.id not in ids], seed, store)
+    return found
+
+
+def _items(step: Step, problems: Sequence[Problem], seed: int, store: RowStore) -> list[Item]:
+    """For the progress of a step: whether its last method is right, and what its dearest cost, which pools share."""
+    found = []
+    for problem in problems:
+        rows = [store.done[method, problem.task, problem.id, seed] for method in step.methods]
+        found.append((problem.id, rows[-1].correct, max(row.flops for row in rows)))
+    return found
+
+
+def run_steps(
+    steps: Iterable[Step],
+    problems: Sequence[Problem],
+    store: RowStore,
+    checker: AnswerChecker,
+    *,
+    held_out: Path | None = None,
+    shown: bool = True,
+) -> None:
+    """Run steps where rows are missing; arguments and errors as for `run_step`."""
     for step in steps:
-        with tqdm(total=len(problems) * len(step.seeds), desc=step.methods[-1], unit="row", disable=None) as bar:
+        run_step(step, problems, store, checker, held_out=held_out, shown=shown)
 
-            def progress(method: str, done: int, total: int, bar: tqdm = bar) -> None:
-                bar.update(done - bar.n)
 
-            run_step(step, problems, store, checker, progress)
+def budget_flops(store: RowStore, method: str) -> float:
+    """Mean FLOPs per problem of a method, for the budgets that it sets; kept beside the rows once it was asked for.
+
+    So rows of one budget are all made at the same one, whatever problems or seeds come later.
+
+    Raises:
+        ValueError: the method has no rows, or costs more than a fiftieth more or less than when the budget was set.
+    """
+    mark = store.folder / "budgets.json"
+    now, held = mean_flops(store.read(), method), read_object(mark) if mark.exists() else {}
+    if method not in held:
+        write_whole(mark, json.dumps({**held, method: now}, indent=1))
+        return now
+    if abs(now / held[method] - 1) > _DRIFT:
+        raise ValueError(
+            f"{store.folder} has rows at a budget of {held[method]:.4g} FLOPs, which {method} cost on other problems "
+            f"or seeds; now it costs {now:.4g}: use another --output_dir"
+        )
+    return held[method]
 
 
 def mean_flops(rows: Sequence[Row], method: str) -> float:

@@ -263,8 +263,8 @@ def traces_section(folder: Path, rows: Sequence[Mapping], facts: Mapping, summar
     sources, notes = [folder / name for name in ("traces", HELD_OUT)], []
     try:
         tokens = next((found for source in sources if (found := viewer.Tokens.read(source)).texts), viewer.Tokens())
-        traces = map(viewer.stored_traces, sources)
-        shown = viewer.write_data(folder, *traces, tokens, rows, facts, summary)
+        training, held_out = (viewer.stored_traces(source) for source in sources)
+        shown = viewer.write_data(folder, training, held_out, tokens, rows, facts, summary)
         if shown["traces"] and not tokens.texts:
             notes.append("The traces come without tokens.json, so tokens are shown by their ids.")
         if shown["traces"] == viewer.MOST_TRACES:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step
 from nabla_trl.models import Policy
-from nabla_trl.naming import LABELS, RIVAL, SEARCHES, labels, split
+from nabla_trl.naming import LABELS, RIVAL, SEARCHES, labels, main_search, split
 
 SYNTAX = (
     "greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (for pass@k, maj@k and avg@N); the searches "
@@ -104,7 +104,7 @@ def _steps(names: Sequence[str], bench: Bench, flops_of: Callable[[str], float])
             if "@" in name:
                 setter, times = budget(name)
                 config = _at_budget(method, bench.config, times * flops_of(setter))
-            yield bench.search(name, config)
+            yield bench.search(name, config, traced=not bench.label and name == main_search(names))
     if RIVAL in names:
         yield bench.rival()
 

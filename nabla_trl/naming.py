@@ -76,6 +76,12 @@ def in_order(methods: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(methods), key=rank)
 
 
+def main_search(methods: Iterable[str]) -> str | None:
+    """The search that a report is about: the base policy's last nabla run in its order; None without one."""
+    ours = [method for method in in_order(methods) if family(method)[0] == "nabla"]
+    return ours[-1] if ours else None
+
+
 def trained_label(method: str) -> str:
     """The label of the policy that a way of training made: reward-weighted -> reward_weighted."""
     return method.replace("-", "_")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
+
+from nabla_trl.interrupts import Stopped, is_main, listening, this_command
 
 Presets = Mapping[str, Mapping[str, Any]]
 
@@ -223,29 +227,35 @@ def run_main(
     main: Callable[[Sequence[str]], int | None],
     argv: Sequence[str] | None = None,
     *,
-    stopped: str = "stopped; run the same command again to go on",
+    again: str | None = None,
 ) -> int:
     """Call a command's main and return its exit code; what a user can mend becomes one line on stderr.
 
     Args:
         argv: the arguments; None = those of the process.
-        stopped: what to say after Ctrl-C.
+        again: the command that goes on with what was stopped; None = the one that this process was started with,
+            empty = nothing could go on.
 
     Returns:
-        What main returns (None = 0); 1 after a ValueError or OSError, 2 after a UsageError, 130 after Ctrl-C,
-        141 where the reader of stdout has gone away.
+        What main returns (None = 0); 1 after a ValueError or OSError, 2 after a UsageError, 130 after Ctrl-C, 143
+        after a SIGTERM, 141 where the reader of stdout has gone away.
     """
+    again = this_command() if again is None else again  # now: a launcher may be gone by the time it is asked for
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        with listening() if again else nullcontext():
+            return main(sys.argv[1:] if argv is None else argv) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
         return 141
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        if is_main():
+            done = f" at {error.done}" if isinstance(error, Stopped) and error.done else ""
+            go_on = f"; to go on: {again}" if again else ""
+            print(f"stopped{done}{go_on}", file=sys.stderr)
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
 
 
 def quiet_libraries() -> None:

@@ -1,7 +1,8 @@
 """Result rows on disk: JSON lines, appended and synced as they are made, so that a killed run can go on.
 
 Each process writes its own `rows-<rank>.jsonl`; all of them are read back. A row is identified by
-(method, task, problem, seed); every row carries the hash of the settings it was made with.
+(method, task, problem, seed); every row carries the hash of the settings it was made with, and that of its problem.
+`nabla_trl.locks` keeps a second launch away.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from nabla_trl.files import sync_folder
 from nabla_trl.naming import sample_count
+from nabla_trl.tasks import Problem, content_hash
 from nabla_trl.traces import Trace
 
 Row = dict[str, Any]
@@ -102,6 +105,14 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+class Known(NamedTuple):
+    """What is remembered of a row on disk."""
+
+    content: str | None  # hash of its problem
+    correct: bool | None
+    flops: float
+
+
 class RowStore:
     """Append-only rows of one run.
 
@@ -110,18 +121,21 @@ class RowStore:
         run: hash of the settings; rows of another hash are refused.
         rank: this process.
 
+    Attributes:
+        done: the rows that were there, of all processes, and those added since.
+
     Raises:
         ValueError: a line that is not JSON (other than a torn last one, which is dropped), or rows of other
             settings.
     """
 
     def __init__(self, folder: str | Path, run: str, rank: int = 0):
-        self.folder, self.run = Path(folder), run
+        self.folder, self.run, self.rank = Path(folder), run, rank
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / f"rows-{rank:05d}.jsonl"
         if self.path.exists():
             _drop_torn_line(self.path)
-        self.done = {row_key(row) for row in self.read()}
+        self.done = {row_key(row): _known(row) for row in self.read()}
 
     def read(self) -> list[Row]:
         """Rows of all processes, in a fixed order."""
@@ -134,16 +148,82 @@ class RowStore:
             )
         return sorted({row_key(row): row for row in rows}.values(), key=row_key)
 
+    def missing(self, methods: Sequence[str], problems: Sequence[Problem], seed: int) -> list[Problem]:
+        """The problems that lack a row of one of these methods.
+
+        Raises:
+            ValueError: a row that is there was made from another problem of the same id.
+        """
+        found = []
+        for problem in problems:
+            known = [self.done.get((method, problem.task, problem.id, seed)) for method in methods]
+            if any(one and one.content != content_hash(problem) for one in known):
+                raise ValueError(
+                    f"{self.folder} holds rows of another problem {problem.id!r}: its text or answer has changed "
+                    "since, so use another --output_dir"
+                )
+            if not all(known):
+                found.append(problem)
+        return found
+
     def append(self, rows: Iterable[Row]) -> None:
-        """Write rows and sync them to the disk; rows that are there already are skipped."""
+        """Write rows and sync them to the disk; rows that are there already are skipped.
+
+        Raises:
+            OSError: they cannot be written (disk full, ...); none of these rows is there then, all earlier ones are.
+        """
         fresh = [row for row in rows if row_key(row) not in self.done]
         if not fresh:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh))
-            file.flush()
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh).encode()
+        try:
+            _append(self.path, lines)
+        except OSError as error:
+            advice = f"{error.strerror or error}; the rows until here are kept, make room and run again"
+            raise OSError(error.errno, advice, str(self.path)) from error
+        self.done |= {row_key(row): _known(row) for row in fresh}
+
+
+def of_problems(rows: Iterable[Row], problems: Sequence[Problem]) -> tuple[list[Row], str]:
+    """The rows that cover these problems, and a sentence on what is not there in full (empty where all is).
+
+    A folder may hold rows of more problems, from before a limit was lowered, and of fewer, from before it was raised.
+    """
+    asked = {(problem.task, problem.id) for problem in problems}
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if (row["task"], row["problem"]) in asked:
+            groups.setdefault((row["method"], row["seed"]), []).append(row)
+    whole = [row for group in groups.values() if len(group) == len(asked) for row in group]
+    parts = [
+        f"{method}, seed {seed} ({len(group)} of {len(asked)} problems)"
+        for (method, seed), group in sorted(groups.items())
+        if len(group) < len(asked)
+    ]
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    left_out = f"left out, as their rows are not all there: {', '.join(parts[:3])}{more}" if parts else ""
+    return sorted(whole, key=row_key), left_out
+
+
+def _known(row: Mapping[str, Any]) -> Known:
+    return Known(row.get("content"), row["correct"], row["flops"])
+
+
+def _append(path: Path, data: bytes) -> None:
+    """All of it, on the disk, or nothing."""
+    new = not path.exists()
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
             os.fsync(file.fileno())
-        self.done |= {row_key(row) for row in fresh}
+        except OSError:
+            file.truncate(before)
+            raise
+    if new:
+        sync_folder(path.parent)
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -156,11 +236,10 @@ def _drop_torn_line(path: Path) -> None:
 
 def _read(path: Path) -> list[Row]:
     rows = []
-    text = path.read_text(encoding="utf-8")
-    # Another process may be in the middle of its last line: only whole lines count.
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
+    # Another process may be in the middle of its last line, and of a character there: only whole lines count.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
     return rows

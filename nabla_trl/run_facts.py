@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nabla_trl.checkpoints import read_training, trained_methods
+from nabla_trl.files import read_object, write_whole
 from nabla_trl.naming import trained_label
 from nabla_trl.records import hardware, hub_revision, versions
 from nabla_trl.reward_folder import FILE as CARD
 from nabla_trl.reward_folder import plan_reward, read_card, reward_identity
 from nabla_trl.tasks import data_identity
+
+
+class Clock:
+    """Seconds of a run over all its calls, kept in clock.json of its folder: `total`, and `setup` of the environment.
+
+    Args:
+        began: `time.perf_counter()` at the start of this call.
+        setup: what making the environment took for this call; 0 where it was there.
+    """
+
+    def __init__(self, folder: Path, began: float, setup: float):
+        self.path, self._began = folder / "clock.json", began
+        before = read_object(self.path) if self.path.exists() else {"total": 0.0, "setup": 0.0}
+        self._before, self.setup = before["total"], max(before["setup"], setup)
+
+    @property
+    def total(self) -> float:
+        return self._before + time.perf_counter() - self._began
+
+    def save(self) -> None:
+        write_whole(self.path, json.dumps({"total": self.total, "setup": self.setup}, indent=1))
 
 
 def run_facts(*, title: str, command: str, policy: str, reward: str, task: str, seeds: list[int]) -> dict[str, Any]:

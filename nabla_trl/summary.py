@@ -158,12 +158,6 @@ def unmeasured(summary: Summary, *names: str) -> list[str]:
     return [name for name in names if f"accuracy.{name}" not in summary]
 
 
-def main_nabla(summary: Summary) -> str | None:
-    """The last nabla run in the order of the report; None without one."""
-    ours = [method for method in methods(summary) if family(method)[0] == "nabla"]
-    return ours[-1] if ours else None
-
-
 def nabla_within(summary: Summary) -> str | None:
     """The costliest nabla run within the target's share: chosen by cost, so that luck can't choose."""
     ours = [m for m in methods(summary) if family(m)[0] == "nabla"]

@@ -19,7 +19,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,8 @@ def load_problems(
     return problems[:limit]
 
 
-def graded(problems: list[Problem]) -> list[Problem]:
-    """The problems with a gold answer; how many have none is said on stderr.
+def graded(problems: list[Problem], *, told: bool = True) -> list[Problem]:
+    """The problems with a gold answer; how many have none is said on stderr, where it is to be `told`.
 
     Raises:
         ValueError: none has one.
@@ -97,7 +97,7 @@ def graded(problems: list[Problem]) -> list[Problem]:
     found = [problem for problem in problems if problem.answer]
     if not found:
         raise ValueError("no problem has a gold answer: nothing could be compared")
-    if len(found) < len(problems):
+    if told and len(found) < len(problems):
         print(f"{len(problems) - len(found)} problems have no gold answer and are left out", file=sys.stderr)
     return found
 
@@ -113,6 +113,12 @@ def data_identity(name_or_path: str) -> str:
     if path.suffix != ".jsonl" or not path.is_file():
         return name_or_path
     return f"{name_or_path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
+
+
+def content_hash(problem: Problem) -> str:
+    """Of all that a result on a problem can depend on: what is asked, and the answer it is compared with."""
+    content = {name: value for name, value in asdict(problem).items() if name not in ("id", "solution", "level")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def check_disjoint(train: list[Problem], held_out: list[Problem]) -> None:

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nabla_trl.compute import Cost
+from nabla_trl.files import sync_folder
 
 FORMAT_VERSION = "1"
 HELD_OUT = "held_out"  # folder of the traces of an evaluation's search, beside its rows
@@ -252,7 +253,7 @@ class TraceWriter:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
         self._pending, self._chunk = [], self._chunk + 1
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -281,15 +282,16 @@ def read_traces(
     return traces
 
 
-def finished_ids(folder: str | Path) -> set[tuple[str, int]]:
-    """(problem id, seed) of every trace in the folder, error rows included; empty if there is no folder yet.
+def finished(folder: str | Path) -> dict[tuple[str, int], dict[str, str]]:
+    """`meta` of every trace in the folder by problem id and seed, error rows included; empty without a folder.
 
-    Reads these two columns only. Methods are not told apart: keep one folder per method.
+    Reads these three columns only. Methods are not told apart: keep one folder per method.
     """
-    done: set[tuple[str, int]] = set()
+    done: dict[tuple[str, int], dict[str, str]] = {}
     for path in _shards(folder) if Path(folder).exists() else []:
-        table = _read_table(path, ["problem_id", "seed"])
-        done.update(zip(table["problem_id"].to_pylist(), table["seed"].to_pylist(), strict=True))
+        table = _read_table(path, ["problem_id", "seed", "meta"])
+        keys = zip(table["problem_id"].to_pylist(), table["seed"].to_pylist(), strict=True)
+        done |= dict(zip(keys, map(json.loads, table["meta"].to_pylist()), strict=True))
     return done
 
 
@@ -364,12 +366,3 @@ def _write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable: it is the folder that holds the name."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from tqdm import tqdm
 
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.files import write_whole
+from nabla_trl.interrupts import in_hand
 from nabla_trl.models import Policy
+from nabla_trl.progress import Progress
 from nabla_trl.records import grade
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
-from nabla_trl.tasks import Problem
-from nabla_trl.traces import Trace, TraceWriter, finished_ids
+from nabla_trl.tasks import Problem, content_hash
+from nabla_trl.traces import Trace, TraceWriter, finished
+
+CONTENT = "problem_hash"  # in a trace's meta
 
 
 @dataclass
@@ -54,8 +56,19 @@ class Tally:
 
 
 def unfinished(problems: Sequence[Problem], folder: Path, seed: int) -> list[Problem]:
-    """The problems without a trace of this seed in the folder."""
-    done = finished_ids(folder)
+    """The problems without a trace of this seed in the folder.
+
+    Raises:
+        ValueError: a trace that is there is of another problem of the same id.
+    """
+    done = finished(folder)
+    for problem in problems:
+        had = done.get((problem.id, seed), {}).get(CONTENT)
+        if had not in (None, content_hash(problem)):
+            raise ValueError(
+                f"{folder} holds a trace of another problem {problem.id!r}: its text or answer has changed since, "
+                "so use another --output_dir"
+            )
     return [problem for problem in problems if (problem.id, seed) not in done]
 
 
@@ -69,17 +82,21 @@ def write_traces(
     seed: int,
     checker: AnswerChecker,
     rank: int = 0,
-    bar: bool = True,
+    shown: bool = True,
+    there: int = 0,
 ) -> Tally:
     """Refine a response to each problem and write graded traces, one shard per `config.batch_size` problems.
 
-    A batch is on disk before the next begins, so that little is lost when the process ends early.
+    A batch is on disk before the next begins, so that little is lost when the process ends early. `meta` holds the
+    hash of the problem.
 
     Args:
         rank: number of this process; each needs its own.
-        bar: show a progress bar on stderr.
+        shown: show the progress on stderr.
+        there: for the progress: traces that are there already.
 
     Raises:
+        Stopped: it was asked for, and the batch in hand is on disk (`nabla_trl.interrupts`).
         ValueError: as `solve` and `TraceWriter`.
         OSError: a shard that cannot be written.
     """
@@ -87,16 +104,17 @@ def write_traces(
     write_tokens(folder, policy)
     with (
         TraceWriter(folder, rank=rank, chunk_size=size) as writer,
-        tqdm(total=len(problems), desc="traces", unit="problem", disable=not bar) as progress,
+        Progress("traces", there + len(problems), there=there, shown=shown) as progress,
     ):
         for begin in range(0, len(problems), size):
-            made = solve(problems[begin : begin + size], policy=policy, reward=reward, config=config, seed=seed)
-            for trace in grade(made, checker):
-                writer.add(trace)
-                tally.add(trace)
-            writer.flush()
-            progress.update(len(made))
-            progress.set_postfix_str(str(tally))
+            batch = problems[begin : begin + size]
+            with in_hand(f"{len(batch)} problems", progress.position, progress.seconds_for(len(batch))):
+                made = grade(solve(batch, policy=policy, reward=reward, config=config, seed=seed), checker)
+                for problem, trace in zip(batch, made, strict=True):
+                    writer.add(replace(trace, meta=trace.meta | {CONTENT: content_hash(problem)}))
+                    tally.add(trace)
+                writer.flush()
+                progress.count((trace.problem_id, trace.correct, trace.cost.flops) for trace in made)
     return tally
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from nabla_trl import stats
 from nabla_trl.amortised import QUERIES, best_for, best_test_time, best_trained
-from nabla_trl.naming import RIVAL, labels, methods, split
-from nabla_trl.summary import FLOPS_SHARE, Summary, cost_ratio, main_nabla, nabla_within, unmeasured
+from nabla_trl.naming import RIVAL, labels, main_search, methods, split
+from nabla_trl.summary import FLOPS_SHARE, Summary, cost_ratio, nabla_within, unmeasured
 
 GAIN_SHARE = 0.6  # target: the share of nabla's gain that one greedy decode keeps after training
 WAY_SHARE = 0.8  # target: the share of the way from greedy to the best test-time method that training makes
@@ -91,7 +91,7 @@ def targets(summary: Summary) -> list[tuple[str, str, str]]:
 
 
 def _cheap_target(summary: Summary) -> tuple[str, str]:
-    main = main_nabla(summary)
+    main = main_search(methods(summary))
     if main is None or unmeasured(summary, "best_of_16"):
         return f"missing: {'nabla' if main is None else 'best_of_16'}", "not measured"
     method = nabla_within(summary)
@@ -102,7 +102,7 @@ def _cheap_target(summary: Summary) -> tuple[str, str]:
 
 
 def _control_target(summary: Summary) -> tuple[str, str]:
-    method = nabla_within(summary) or main_nabla(summary)
+    method = nabla_within(summary) or main_search(methods(summary))
     control = method.replace("nabla", "control") if method else "control"
     if method is None or unmeasured(summary, control):
         return f"missing: {control if method else 'nabla'}", "not measured"
@@ -163,7 +163,7 @@ def verdict(summary: Summary, facts: Mapping) -> list[str]:
 def _rival(summary: Summary, facts: Mapping) -> list[str]:
     if facts["reward_kind"] != "log-ratio":
         return []
-    ours = main_nabla(summary)
+    ours = main_search(methods(summary))
     if ours is None or unmeasured(summary, RIVAL):
         return [f"{RIVAL_NOTE}; missing: {RIVAL if ours else 'nabla'}."]
     gap = summary[f"paired.{ours}-{RIVAL}"]
@@ -187,7 +187,7 @@ def bought_in_words(summary: Summary, setter: str = "best_of_16") -> str:
 
 def plot_titles(summary: Summary, facts: Mapping) -> dict[str, str]:
     """Titles of the plots, by what they say: flops, seconds, tokens, and the subject of them all."""
-    method = nabla_within(summary) or main_nabla(summary)
+    method = nabla_within(summary) or main_search(methods(summary))
     titles = {}
     for cost, unit in (("flops", "FLOPs"), ("seconds", "seconds"), ("tokens", "tokens")):
         ratio = cost_ratio(summary, cost, method, "best_of_16") if method else math.nan

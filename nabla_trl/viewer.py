@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from nabla_trl.answers import Verdict, extract_answer, normalize_answer, settle
-from nabla_trl.naming import methods
-from nabla_trl.summary import Summary, main_nabla
+from nabla_trl.naming import main_search, methods
+from nabla_trl.summary import Summary
 from nabla_trl.traces import Trace, read_traces
 
 FOLDER = "report_data"
@@ -246,7 +246,7 @@ def _sides(summary: Summary) -> tuple[str, str]:
     names = methods(summary)
     if not names:
         return "", ""
-    return ("greedy" if "greedy" in names else names[0]), main_nabla(summary) or names[-1]
+    return ("greedy" if "greedy" in names else names[0]), main_search(names) or names[-1]
 
 
 def _write_rows(

@@ -292,4 +292,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, stopped="stopped"))
+    sys.exit(run_main(main, again=""))

@@ -24,14 +24,15 @@ from nabla_trl import ladder, step_curve
 from nabla_trl.arguments import DATASETS, ModelArguments
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import PRESETS, ReasonerConfig
-from nabla_trl.evaluate import Bench, mean_flops, run_steps
+from nabla_trl.evaluate import Bench, budget_flops, run_steps
+from nabla_trl.locks import hold
 from nabla_trl.methods import budgeted, check, steps
 from nabla_trl.naming import RIVAL
 from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.results import store_results
 from nabla_trl.reward_models import warn_past_trust
-from nabla_trl.rowstore import RowStore
-from nabla_trl.tasks import data_identity, graded, load_problems
+from nabla_trl.rowstore import RowStore, of_problems
+from nabla_trl.tasks import graded, load_problems
 from nabla_trl.tracing import adapter_identity, claim_settings, search_settings
 
 
@@ -117,7 +118,7 @@ class Comparison:
         return methods
 
     def flops(self, method: str) -> float:
-        return mean_flops(self.store.read(), method)
+        return budget_flops(self.store, method)
 
     def affordable(self, size: int) -> int:
         """As many samples without scoring as cost what best-of-`size` does."""
@@ -129,19 +130,26 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     args, models, config = parse([CompareArguments, ModelArguments, ReasonerConfig], argv, presets=PRESETS)
     folder = Path(args.output_dir)
+    with hold(folder):
+        compare(folder, args, models, config, shlex.join(["python", "recipes/compare.py", *argv]))
+
+
+def compare(
+    folder: Path, args: CompareArguments, models: ModelArguments, config: ReasonerConfig, command: str
+) -> None:
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
     policy, reward = models.load(4 * config.batch_size)
     settings = models.settings() | search_settings(config)
     settings["adapter"] = adapter_identity(models.adapter) if models.adapter else ""
-    settings |= {"dataset": data_identity(args.dataset), "split": args.split, "limit": str(args.limit)}
+    settings |= {"dataset": args.dataset, "split": args.split}
     claim_settings(folder / "compare.settings.json", settings)
     warn_past_trust(reward, config, max(args.samples))
     store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
     comparison = Comparison(args, Bench(policy, reward, config, tuple(args.seeds)), store)
     rungs, lams = comparison.run(problems), comparison.sweep(problems)
     asked = {name for names in rungs.values() for name in names} | set(rungs) | set(lams.values())
-    rows = [row for row in store.read() if row["method"] in asked and row["seed"] in args.seeds]
-    command = shlex.join(["python", "recipes/compare.py", *argv])
+    made, _ = of_problems(store.read(), problems)
+    rows = [row for row in made if row["method"] in asked and row["seed"] in args.seeds]
     found = ladder.climb(rows, rungs)
     facts = models.facts(title=args.title, command=command, task=args.dataset, seeds=args.seeds)
     facts["files"] = {"rows": "rows.jsonl", "ladder": "compare.json", "page": "compare.md"}

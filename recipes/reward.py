@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +36,7 @@ from nabla_trl.files import write_whole
 from nabla_trl.gradient_audit import gradient_audit
 from nabla_trl.implicit import train_implicit
 from nabla_trl.labels import TokenLabels, has_step_labels
+from nabla_trl.locks import hold
 from nabla_trl.models import load_policy
 from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.pressure import pressure
@@ -410,7 +412,10 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     parts = parse([RewardArguments, RewardOptions, ReasonerConfig, LoraArguments, RewardConfig], argv, presets=PRESETS)
     run = Run(*parts)
-    with run.checker:
+    with ExitStack() as held:
+        with state.main_process_first():
+            held.enter_context(hold(run.folder, state.process_index))
+        held.enter_context(run.checker)
         run.run()
 
 

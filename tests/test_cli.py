@@ -95,7 +95,7 @@ def test_ctrl_c(capsys, monkeypatch, name, resumable):
     assert main([name]) == 130
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert ("run the same command again to go on" in err) == resumable
+    assert err == f"stopped{f'; to go on: nabla-trl {name}' if resumable else ''}\n"
 
 
 # --- solve --------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_models_that_are_not_there(capsys, name, dataset, tmp_path):
     }
     assert main([name, *argv[name], "--policy", "no/policy", "--reward", "no/reward"]) == 1
     assert "cannot load a tokenizer from 'no/policy'" in error_line(capsys)
-    assert not (tmp_path / "out").exists()  # a folder that was claimed would refuse the right policy
+    assert not list(tmp_path.glob("out/*.json"))  # a folder that was claimed would refuse the right policy
 
 
 def test_a_file_with_an_unknown_or_an_ill_typed_key(capsys, models, tmp_path):
@@ -222,7 +222,7 @@ def test_traces_are_made_once(capsys, models, dataset, tmp_path, monkeypatch):
     made = read_traces(tmp_path / "traces")
     assert [trace.problem_id for trace in made] == [f"problems/{n}" for n in range(6)]
     assert all(trace.correct is not None and len(trace.revisions) == 3 for trace in made)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*[!k]")}  # all but the lock
 
     def refuse(*args, **kwargs):
         raise AssertionError("models were loaded for nothing")
@@ -230,7 +230,7 @@ def test_traces_are_made_once(capsys, models, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments.ModelArguments, "load", refuse)
     assert main(argv) == 0
     assert capsys.readouterr().out == f"0 traces made, 6 were there: {tmp_path / 'traces'}\n"
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*[!k]")} == before
 
 
 def test_traces_made_with_other_settings_are_not_mixed(capsys, models, dataset, tmp_path):
@@ -272,7 +272,7 @@ def test_eval_then_report(capsys, models, dataset, tmp_path, monkeypatch):
         raise AssertionError("a report needs no models")
 
     monkeypatch.setattr(arguments.ModelArguments, "load", refuse)
-    assert main(["report", "--output_dir", str(tmp_path)]) == 0
+    assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith(table[: table.index("rows: ")])
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     right = [bool(row["correct"]) for row in rows if row["method"] == "nabla"]
@@ -341,6 +341,12 @@ def test_eval_needs_gold_answers(capsys, models, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question": "1+2"}', encoding="utf-8")
     assert main(evaluation(models, ["--dataset", str(tmp_path / "q.jsonl")], tmp_path / "out", "greedy")) == 1
     assert "no problem has a gold answer" in error_line(capsys)
+
+
+@pytest.mark.parametrize("argv", [[], ["a", "--output_dir", "b"]])
+def test_report_is_of_one_folder(capsys, argv):
+    assert main(["report", *argv]) == 2
+    assert "give one folder, as in nabla-trl report outputs/tiny" in error_line(capsys)
 
 
 def test_report_without_an_evaluation(capsys, tmp_path):

@@ -17,6 +17,7 @@ from nabla_trl.evaluate import Bench, mean_flops, run_step
 from nabla_trl.laws import best_of_bound
 from nabla_trl.methods import check, steps
 from nabla_trl.rowstore import RowStore, reward_by_round, row_key
+from nabla_trl.viewer import Tokens, stored_traces
 
 CONFIG = ReasonerConfig(rounds=3, max_new_tokens=8, batch_size=2)
 
@@ -82,6 +83,21 @@ def test_samples_are_the_pool_that_others_choose_from(bench, asked, checker, tmp
     found = estimators.measured(store.read())
     shares = [row["correct"] or 0.0 for row in cells.values() if row["method"] == "samples_4"]
     assert found["avg@4.base"].value == pytest.approx(np.mean(shares))
+
+
+def test_the_traces_of_the_main_search_are_kept_with_its_rows(bench, asked, checker, tmp_path):
+    names = ["best_of_16", "nabla@0.5", "nabla", "control"]
+    store, folder = RowStore(tmp_path / "rows", "run"), tmp_path / "held"
+    kept = replace(bench, seeds=(0,), config=replace(CONFIG, rounds=1))
+    for step in steps(names, kept, {}, lambda name: mean_flops(store.read(), name)):
+        run_step(step, asked[:3], store, checker, held_out=folder)
+    rows = {row["problem"]: row for row in store.read() if row["method"] == "nabla"}
+    traces = list(stored_traces(folder))
+    assert {trace.problem_id for trace in traces} == set(rows) and len(traces) == 3
+    for trace in traces:
+        row = rows[trace.problem_id]
+        assert (trace.method, trace.reward, trace.correct) == ("nabla", row["reward"], row["correct"])
+    assert Tokens.read(folder).fit(traces[0])
 
 
 def test_a_pool_of_many_samples_batches_problems_and_equals_one_of_few_rows(bench, asked, checker, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from trl import SFTConfig
 
 from nabla_trl.config import PRESETS, ReasonerConfig
+from nabla_trl.interrupts import Stopped
 from nabla_trl.parsing import Parser, UsageError, checked, parse, run_main
 
 
@@ -168,14 +170,15 @@ def test_help_explains_every_option(capsys):
         (ValueError("a\n  b"), 1, "error: a b\n"),
         (PermissionError(13, "Permission denied", "/x"), 1, "error: [Errno 13] Permission denied: '/x'\n"),
         (UsageError("odd"), 2, "error: odd\n"),
-        (KeyboardInterrupt(), 130, "stopped; run the same command again to go on\n"),
+        (KeyboardInterrupt(), 130, "stopped; to go on: do it again\n"),
+        (Stopped(signal.SIGTERM, "nabla: 3 of 9"), 143, "stopped at nabla: 3 of 9; to go on: do it again\n"),
     ],
 )
 def test_exit_codes_and_one_line(capsys, error, code, line):
     def main(argv):
         raise error
 
-    assert run_main(main, []) == code
+    assert run_main(main, [], again="do it again") == code
     assert capsys.readouterr() == ("", line)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -178,7 +179,7 @@ def test_a_reward_that_cannot_be_audited_does_not_stop_the_run(tmp_path):
     assert "could not be audited: the audit needs problems with a gold answer" in audited["verdict"]
     assert len(read_traces(tmp_path / "out" / "traces")) == 5
     (tmp_path / "asked.jsonl").write_text("\n".join(reversed(lines)) + "\n")
-    with pytest.raises(ValueError, match="made with other settings, now dataset"):
+    with pytest.raises(ValueError, match="holds a trace of another problem"):
         distill_here(tmp_path / "out", *options)
 
 
@@ -207,7 +208,12 @@ def test_traces_that_are_interrupted_go_on_where_they_stopped(blow, tmp_path, un
     assert process.returncode == (130 if blow == signal.SIGINT else -9), err[-1000:]
     done = sum(pq.read_metadata(path).num_rows for path in tmp_path.glob("traces/*.parquet"))
     assert 0 < done < 40, "interrupted too late to show anything"
-    run(*traces(tmp_path))
+    again = traces(tmp_path)
+    if blow == signal.SIGINT:
+        said = err.splitlines()[-1]
+        assert said.startswith(f"stopped at traces: {done} of 40; to go on: nabla-trl traces ")
+        again = ["-m", "nabla_trl.cli", *shlex.split(said)[said.split().index("nabla-trl") + 1 :]]
+    run(*again)
     assert comparable(tmp_path) == undisturbed
 
 
@@ -245,7 +251,7 @@ def test_problems_trained_on_cannot_be_held_out(tmp_path):
 
 def test_held_out_problems_without_gold_answers_are_refused(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"question": "1+1+1+1+1+1"}\n')
-    with pytest.raises(ValueError, match="no held-out problem has a gold answer"):
+    with pytest.raises(ValueError, match="no problem has a gold answer"):
         distill_here(tmp_path / "out", "--eval_dataset", str(tmp_path / "mine.jsonl"))
 
 

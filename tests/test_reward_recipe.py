@@ -96,7 +96,7 @@ def stamps(folder: Path) -> dict[str, int]:
     return {
         str(file.relative_to(folder)): file.stat().st_mtime_ns
         for file in folder.rglob("*")
-        if file.is_file() and final not in file.parents
+        if file.is_file() and final not in file.parents and file.suffix != ".lock"
     }
 
 

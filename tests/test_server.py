@@ -520,7 +520,7 @@ def test_a_server_that_dies_half_way_loses_nothing_finished(
     config = _config(batch_size=2, rounds=2, candidates=8)
 
     def run(folder: Path, checker: AnswerChecker) -> Tally:
-        todo, settings = unfinished(problems, folder, 0), {"config": config, "seed": 0, "bar": False}
+        todo, settings = unfinished(problems, folder, 0), {"config": config, "seed": 0, "shown": False}
         return write_traces(todo, folder, policy=served, reward=scalar_reward, checker=checker, **settings)
 
     with AnswerChecker() as checker:

@@ -23,7 +23,7 @@ from nabla_trl.traces import (
     Revision,
     Trace,
     TraceWriter,
-    finished_ids,
+    finished,
     read_traces,
 )
 from nabla_trl.views import preference_rows, sft_rows
@@ -208,7 +208,7 @@ def test_a_value_that_fits_no_column_costs_only_its_own_trace(tmp_path: Path) ->
             with pytest.raises(ValueError, match=r"'chains/train/000001'.* does not fit the trace columns"):
                 writer.add(bad)
         writer.add(make_trace(2))
-    assert finished_ids(tmp_path) == {("chains/train/000000", 0), ("chains/train/000002", 0)}
+    assert set(finished(tmp_path)) == {("chains/train/000000", 0), ("chains/train/000002", 0)}
 
 
 def test_load_dataset_reads_the_shards(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_two_writers_of_one_rank_are_noticed_and_nothing_is_lost(tmp_path: Path)
     second.add(make_trace(1))
     with pytest.raises(FileExistsError, match="give each process its own rank"):
         second.flush()
-    assert finished_ids(tmp_path) == {("chains/train/000000", 0)}
+    assert set(finished(tmp_path)) == {("chains/train/000000", 0)}
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
@@ -282,7 +282,7 @@ def test_an_interrupted_block_keeps_what_was_added(tmp_path: Path, interruption:
         for number in range(3):
             writer.add(make_trace(number))
         raise interruption
-    assert len(finished_ids(tmp_path)) == 3
+    assert len(finished(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -329,8 +329,8 @@ def test_a_full_disk_keeps_earlier_shards_and_pending_traces(tmp_path: Path) -> 
 CHILD = """
 import sys
 from test_traces import make_trace
-from nabla_trl.traces import TraceWriter, finished_ids
-done = finished_ids(sys.argv[1])
+from nabla_trl.traces import TraceWriter, finished
+done = finished(sys.argv[1])
 with TraceWriter(sys.argv[1], chunk_size=2) as writer:
     for number in range(100_000):
         trace = make_trace(number)
@@ -368,7 +368,7 @@ def test_kill_9_leaves_whole_shards_and_resume_gives_the_same_rows(tmp_path: Pat
         assert len(kept) > reached and len(kept) >= last - 1  # at most the pending half of a chunk is lost
         reached = len(kept)
     total = reached + 5
-    done = finished_ids(tmp_path)
+    done = finished(tmp_path)
     missing = [make_trace(n) for n in range(total) if (make_trace(n).problem_id, 0) not in done]
     assert len(missing) == 5
     write(tmp_path, missing)
@@ -389,7 +389,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"damaged trace shard .*No such file"):
         read_traces([tmp_path / "traces-00009-00000.parquet"])
     pq.write_table(pa.table({"problem_id": ["a"], "seed": [0]}), broken)
-    for read in (read_traces, finished_ids):
+    for read in (read_traces, finished):
         with pytest.raises(ValueError, match=r"00001\.parquet: not a trace shard of format 1 .*none"):
             read(tmp_path)
 
@@ -409,8 +409,8 @@ def test_what_to_read_can_be_a_folder_a_file_or_files(tmp_path: Path) -> None:
     assert [trace.problem_id[-1] for trace in read_traces(str(second))] == ["1"]
     with pytest.raises(ValueError, match="no such folder or trace file"):
         read_traces(tmp_path / "nowhere")
-    assert finished_ids(tmp_path / "nowhere") == set()
-    assert finished_ids(tmp_path) == {("chains/train/000000", 0), ("chains/train/000001", 0)}
+    assert finished(tmp_path / "nowhere") == {}
+    assert set(finished(tmp_path)) == {("chains/train/000000", 0), ("chains/train/000001", 0)}
 
 
 # --- rows for the trainers
