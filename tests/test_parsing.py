@@ -10,7 +10,8 @@ import pytest
 from trl import SFTConfig
 
 from nabla_trl.config import PRESETS, ReasonerConfig
-from nabla_trl.parsing import Parser, UsageError, checked, parse, run_main
+from nabla_trl.parsing import Parser, UsageError, parse, run_main
+from nabla_trl.yaml_fields import checked
 
 
 @dataclass
