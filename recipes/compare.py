@@ -31,7 +31,7 @@ from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.results import store_results
 from nabla_trl.reward_models import warn_past_trust
 from nabla_trl.rowstore import RowStore
-from nabla_trl.tasks import data_identity, graded, load_problems
+from nabla_trl.tasks import graded, load_problems, task_settings
 from nabla_trl.tracing import adapter_identity, claim_settings, search_settings
 
 
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
     policy, reward = models.load(4 * config.batch_size)
     settings = models.settings() | search_settings(config)
     settings["adapter"] = adapter_identity(models.adapter) if models.adapter else ""
-    settings |= {"dataset": data_identity(args.dataset), "split": args.split, "limit": str(args.limit)}
+    settings |= {**task_settings(args.dataset), "split": args.split, "limit": str(args.limit)}
     claim_settings(folder / "compare.settings.json", settings)
     warn_past_trust(reward, config, max(args.samples))
     store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
