@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -27,7 +27,7 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.parsing import Parser
 from nabla_trl.serve_command import serve
 from nabla_trl.ship_command import ship
-from nabla_trl.tasks import data_identity, graded, load_problems, problem_facts
+from nabla_trl.tasks import graded, load_problems, problem_facts, task_settings
 
 # --- solve --------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ def traces(argv: Sequence[str]) -> int:
     folder = output / "traces"
     settings = models.settings() | {
         "adapter": adapter_identity(models.adapter) if models.adapter else "",
-        "dataset": data_identity(args.dataset),
+        **task_settings(args.dataset),
         "split": args.split,
     }
     todo = unfinished(problems, folder, args.seed)
@@ -151,7 +151,7 @@ def evaluate(argv: Sequence[str]) -> int:
     from nabla_trl.methods import chosen_among, method_names, searches, steps
     from nabla_trl.models import load_policy
     from nabla_trl.report import terminal_table
-    from nabla_trl.results import store_results
+    from nabla_trl.results import remarks, store_results
     from nabla_trl.reward_models import warn_past_trust
     from nabla_trl.rowstore import RowStore
     from nabla_trl.summary import summarise
@@ -164,9 +164,9 @@ def evaluate(argv: Sequence[str]) -> int:
     tuned = {}
     if models.adapter:
         adapted = load_policy(models.policy, dtype=models.dtype, device=models.device, adapter=models.adapter)
-        tuned = {"distilled": adapted}
+        tuned = {"distilled": replace(adapted, prompting=policy.prompting)}
     settings = models.settings() | {
-        "dataset": data_identity(args.dataset),
+        **task_settings(args.dataset),
         "split": args.split,
         "limit": str(args.limit),
     }
@@ -187,6 +187,8 @@ def evaluate(argv: Sequence[str]) -> int:
     rows = store.read()
     store_results(folder, rows, facts)
     terminal_table(summarise(rows, facts))
+    for remark in remarks(folder, rows):
+        print(remark)
     print(f"rows: {folder / 'rows.jsonl'}; nabla-trl report --output_dir {folder} writes a page with plots")
     return 0
 

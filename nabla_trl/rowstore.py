@@ -13,7 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nabla_trl.answers import normalize_answer
 from nabla_trl.traces import Trace
+
+TAIL = 300  # characters of a response that a row keeps where its answer may be read in two ways
 
 Row = dict[str, Any]
 Key = tuple[str, str, str, int]
@@ -27,17 +30,22 @@ def trace_row(trace: Trace, run: str, kl: float | None = None) -> Row:
     """The result row of a graded trace; `method` is the trace's, `kl` as `nabla_trl.divergence` measures it.
 
     `revisions` and `accepted` are of the chain that was kept, `proposals` and `proposals_accepted` of all chains and
-    starts of a search.
+    starts of a search. `tail` is the end of the response where strict and lenient extraction differ.
     """
     own = len(trace.revisions), sum(revision.accepted for revision in trace.revisions)
     return {
         "method": trace.method,
         "task": trace.task,
+        "task_version": trace.meta.get("task_version", ""),
         "problem": trace.problem_id,
         "seed": trace.seed,
         "correct": trace.correct,
+        "correct_strict": trace.correct_strict,
         "answer": trace.answer,
+        "answer_strict": trace.answer_strict,
         "gold": trace.gold,
+        "verdict": trace.verdict,
+        "tail": trace.response[-TAIL:] if extractions_differ(trace) else None,
         "reward": _finite(trace.reward),
         "kl": kl,
         "flops": trace.cost.flops,
@@ -53,6 +61,13 @@ def trace_row(trace: Trace, run: str, kl: float | None = None) -> Row:
         "error": trace.error,
         "run": run,
     }
+
+
+def extractions_differ(trace: Trace) -> bool:
+    """Whether the strict answer is another than the one found wherever it may stand (and a form is asked for)."""
+    asked = "form" in trace.meta and trace.error is None
+    read = [None if one is None else normalize_answer(one) for one in (trace.answer, trace.answer_strict)]
+    return asked and read[0] != read[1]
 
 
 def reward_by_round(trace: Trace) -> list[float]:

@@ -30,7 +30,15 @@ from tqdm import tqdm
 from trl import SFTConfig
 
 from nabla_trl import training
-from nabla_trl.arguments import REWARDS, VLLM_TIMEOUT, VLLM_URL, drawing_settings
+from nabla_trl.arguments import (
+    CHAT_TEMPLATE_KWARGS,
+    DATASETS,
+    PROMPT_STYLE,
+    REWARDS,
+    VLLM_TIMEOUT,
+    VLLM_URL,
+    drawing_settings,
+)
 from nabla_trl.audit import audit
 from nabla_trl.baselines import draw_pool
 from nabla_trl.checker import AnswerChecker
@@ -42,16 +50,17 @@ from nabla_trl.files import write_whole
 from nabla_trl.methods import SYNTAX, chosen_among, method_names, searches, steps
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.naming import RIVAL, labels, split, trained_label
+from nabla_trl.options import PromptOptions
 from nabla_trl.parsing import given, parse, quiet_libraries, run_main
 from nabla_trl.report import terminal_table, write_report
-from nabla_trl.results import store_results
+from nabla_trl.results import remarks, store_results
 from nabla_trl.reward_folder import reward_identity
 from nabla_trl.reward_models import load_reward, warn_past_trust
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore
 from nabla_trl.run_facts import reward_cost, run_facts, trained_facts
 from nabla_trl.server import connect
-from nabla_trl.tasks import Problem, check_disjoint, data_identity, load_problems, problem_facts
+from nabla_trl.tasks import Problem, check_disjoint, load_problems, problem_facts, task_settings
 from nabla_trl.tracing import claim_settings, search_settings, unfinished, weights_identity, write_traces
 from nabla_trl.train_stage import TrainStage
 from nabla_trl.training import OFFLINE, TrainOptions
@@ -75,8 +84,8 @@ class DistillArguments:
 
     policy: str = field(metadata={"help": "hub id or path of the policy, a causal LM"})
     reward: str = field(metadata={"help": REWARDS})
-    dataset: str = _option("chains", "gsm8k, math500, amc, aime24, aime25, chains, or a .jsonl file to train on")
-    eval_dataset: str = _option("", "the held-out task or .jsonl file; empty = the dataset's eval_split")
+    dataset: str = _option("chains", f"what to train on: {DATASETS}")
+    eval_dataset: str = _option("", "the held-out task, named alike; empty = the dataset's eval_split")
     train_split: str = _option("train", "split that traces are made of")
     eval_split: str = _option("test", "split that methods are compared on")
     method: list[str] = field(
@@ -100,6 +109,8 @@ class DistillArguments:
     dtype: str = _option("float32", "weights of frozen models: float32, bfloat16 or float16")
     vllm_url: str | None = _option(None, VLLM_URL)
     vllm_timeout: float = _option(600.0, VLLM_TIMEOUT)
+    prompt_style: str = _option("auto", PROMPT_STYLE)
+    chat_template_kwargs: str | None = _option(None, CHAT_TEMPLATE_KWARGS)
     title: str = _option("Test-time gradient search and its distillation", "title of the report")
 
     def __post_init__(self) -> None:
@@ -118,6 +129,10 @@ class DistillArguments:
                 [METHODS, *(f"{trained_label(one)}_{rest}" for one in self.method for rest in TRAINED)]
             )
         method_names(self.methods)
+        self.prompting()
+
+    def prompting(self) -> PromptOptions:
+        return PromptOptions.parse(self.prompt_style, self.chat_template_kwargs)
 
 
 class Run:
@@ -164,7 +179,9 @@ class Run:
     def models(self) -> tuple[Policy, Reward]:
         if self._models is None:
             device = str(self.state.device)
-            policy = load_policy(self.args.policy, dtype=self.args.dtype, device=device)
+            policy = load_policy(
+                self.args.policy, dtype=self.args.dtype, device=device, prompting=self.args.prompting()
+            )
             if self.args.vllm_url:
                 policy = connect(policy, self.args.vllm_url, timeout=self.args.vllm_timeout)
             rows = 4 * self.reasoner.batch_size
@@ -206,7 +223,7 @@ class Run:
         if any(todo.values()):
             self.models()  # first: what cannot be loaded must not claim the folder
         settings = self._search_settings() | {"adapter": "", "split": self.args.train_split}
-        claim_settings(self._path("traces.settings.json"), settings | {"dataset": data_identity(self.args.dataset)})
+        claim_settings(self._path("traces.settings.json"), settings | task_settings(self.args.dataset))
         for seed, problems in todo.items():
             if problems:
                 self._write_traces(problems, seed)
@@ -231,7 +248,8 @@ class Run:
     def _search_settings(self) -> dict[str, str]:
         reward = reward_identity(self.args.reward)
         models = {"policy": self.args.policy, "reward": reward, "dtype": self.args.dtype}
-        return models | search_settings(self.reasoner) | drawing_settings(self.args.vllm_url)
+        models |= drawing_settings(self.args.vllm_url) | self.args.prompting().settings()
+        return models | search_settings(self.reasoner)
 
     def _here(self) -> str:
         return " of this process" if self.state.num_processes > 1 else ""
@@ -273,7 +291,7 @@ class Run:
             lora=self.lora,
             config=self.sft,
             models=self.models,
-            settings=self._search_settings() | {"dataset": data_identity(self.args.dataset)},
+            settings=self._search_settings() | task_settings(self.args.dataset),
             checker=self.checker,
             state=self.state,
             called=self.called,
@@ -327,10 +345,14 @@ class Run:
         return tuned
 
     def _load(self, path: Path) -> Policy:
-        device = str(self.state.device)
-        if path.name == "model":
-            return load_policy(str(path), dtype=self.args.dtype, device=device)
-        return load_policy(self.args.policy, dtype=self.args.dtype, device=device, adapter=str(path))
+        whole = path.name == "model"
+        return load_policy(
+            str(path) if whole else self.args.policy,
+            dtype=self.args.dtype,
+            device=str(self.state.device),
+            adapter=None if whole else str(path),
+            prompting=self.args.prompting(),
+        )
 
     def _run(self, step: Step, store: RowStore) -> None:
         mine = self.held_out[self.state.process_index :: self.state.num_processes]
@@ -358,6 +380,8 @@ class Run:
         facts = self.facts()
         store_results(self.folder, rows, facts)
         terminal_table(write_report(self.folder, rows, facts))
+        for remark in remarks(self.folder, rows):
+            print(remark)
         for name, path in self.files().items():
             print(f"{name:>10}: {path}")
 
@@ -409,7 +433,7 @@ class Run:
 
     def _store(self) -> RowStore:
         settings = self._search_settings() | {"split": self.args.eval_split}
-        settings["dataset"] = data_identity(self.args.eval_dataset or self.args.dataset)
+        settings |= task_settings(self.args.eval_dataset or self.args.dataset)
         claim_settings(self._path("rows/eval.settings.json"), settings)
         run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         return RowStore(self.folder / "rows", run, rank=self.state.process_index)
