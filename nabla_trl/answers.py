@@ -25,6 +25,11 @@ FORMS = ("boxed", "hashes", "hash")
 _HASHES_LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)$", re.MULTILINE)
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w))")
+# What joins boxes into one answer: "and", "or" or a comma, within a few characters.
+_NEAR = 40
+_BETWEEN = re.compile(
+    r"[\s$]*(?:\\[)\],;])*[\s$]*(?:,?\s*\b(?:and|or)\b|,|\\text\{,?\s*(?:and|or)\s*\})[\s$]*(?:\\[(\[])?[\s$]*"
+)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?|\.\d+"
 _CURRENCY = r"(?:\\?[$£€]\s?)"
@@ -68,13 +73,14 @@ def extract_answer(text: str) -> str | None:
     templates open the block in the prompt) and everything after a `<think>` that is never closed, a `\boxed`
     included. The first kind of marker found decides:
 
-    - `\boxed{…}` or `\fbox{…}` with balanced braces; one that is cut off is no answer, nor is what is in it;
+    - `\boxed{…}` or `\fbox{…}` with balanced braces; one that is cut off is no answer, nor is what is in it; several
+      with nothing but "and", "or" or commas between them are one answer of several parts, as for math-verify;
     - `#### 18`, or `#8` at the start of a line or step;
     - "the answer is …" or "Answer: …";
     - the last plain number: sign, thousands commas, decimals, a/b, %; without its currency sign.
     """
     text = _without_thinking(text).replace("−", "-")
-    box, text = _last_box(text)
+    box, text = _last_boxes(text)
     for find in (lambda _: box, _after_hashes, _after_phrase, _last_number):
         if answer := find(text):
             return answer
@@ -90,7 +96,8 @@ def strict_answer(text: str, form: str) -> str | None:
     """
     text = _without_thinking(text)
     if form == "boxed":
-        return _last_box(text.replace("−", "-"))[0]
+        found, _ = _boxes(text.replace("−", "-"))
+        return found[-1][0] if found else None
     found = _HASHES_LINE.findall(text) if form == "hashes" else text.split("#")[1:]
     return (trim_answer(found[-1].replace("−", "-")) or None) if found else None
 
@@ -112,15 +119,30 @@ def _without_thinking(text: str) -> str:
     return _THINK_OPEN.split(text)[0]
 
 
-def _last_box(text: str) -> tuple[str | None, str]:
-    """The content of the last complete, non-empty box, and the text up to an unfinished one."""
-    answer = None
+def _last_boxes(text: str) -> tuple[str | None, str]:
+    """The content of the last complete box, and of those joined to it, and the text up to an unfinished one."""
+    found, text = _boxes(text)
+    parts: list[str] = []
+    following = 0
+    for content, start, end in reversed(found):
+        if parts and (following - end > _NEAR or not _BETWEEN.fullmatch(text, end, following)):
+            break
+        parts.insert(0, content)
+        following = start
+    return ", ".join(parts) or None, text
+
+
+def _boxes(text: str) -> tuple[list[tuple[str, int, int]], str]:
+    """(content, start, end) of the complete boxes that are not empty, and the text up to an unfinished one."""
+    found = []
     for match in _BOX.finditer(text):
         content = match[1] or _balanced(text, match.end())
         if content is None:
-            return answer, text[: match.start()]
-        answer = trim_answer(content) or answer
-    return answer, text
+            return found, text[: match.start()]
+        end = match.end() if match[1] else match.end() + len(content) + 1
+        if answer := trim_answer(content):
+            found.append((answer, match.start(), end))
+    return found, text
 
 
 def _balanced(text: str, start: int) -> str | None:

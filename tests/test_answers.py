@@ -112,6 +112,10 @@ RESPONSES = {
     r"$\boxed 7$": "7",
     r"$\boxed{}$ and so the answer is 3": "3",
     r"\boxed{3} and then \boxed{}": "3",
+    r"The roots are $\boxed{3}$ and $\boxed{\sqrt{5}}$.": r"3, \sqrt{5}",
+    r"Hence \(\boxed{1}\), \(\boxed{2}\), or \(\boxed{3}\)": "1, 2, 3",
+    r"\boxed{1} \text{ and } \boxed{2}": "1, 2",
+    r"We found \boxed{4}, so it is \boxed{5} or \boxed{6}": "5, 6",
     r"We have 24 cases, so $\boxed{\frac{1": "24",
     r"First $\boxed{4}$, or rather $\boxed{\frac{1": "4",
     "Final Answer: The final answer is $\\frac{1}{2}$. I hope it is correct.": r"\frac{1}{2}",
@@ -210,6 +214,7 @@ def test_extraction_stays_fast_on_endless_repetition() -> None:
 STRICT = {
     ("boxed", r"so $\boxed{\frac{1}{2}}$, or \boxed{3}."): "3",
     ("boxed", r"\boxed{−3}"): "-3",
+    ("boxed", r"\boxed{3} and \boxed{5}"): "5",
     ("boxed", r"It is \boxed{3}, that is \boxed{\frac{1"): "3",
     ("boxed", "The answer is 3.\n#### 3"): None,
     ("boxed", r"<think>\boxed{3}</think>The answer is 4."): None,
