@@ -284,7 +284,7 @@ def test_eval_then_report(capsys, models, dataset, tmp_path, monkeypatch):
 
 def test_eval_of_a_task_that_asks_for_a_form_tells_where_answers_are_read_in_two_ways(capsys, models, tmp_path):
     chains = ["--dataset", "chains", "--limit", "5"]
-    assert main(evaluation(models, chains, tmp_path, "greedy,best_of_2")) == 0
+    assert main(evaluation(models, chains, tmp_path, "greedy,nabla")) == 0
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     differ = [row for row in rows if row["tail"] is not None]
