@@ -80,7 +80,7 @@ class VerifierScorer:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[float]:
         problems = [self.problems[name] for name in prompts]
-        texts = [self.policy.decode(list(ids)) for ids in responses]
+        texts = [self.policy.said(list(ids)) for ids in responses]
         return [float(verdict.right) for _, verdict in Verifier(self.checker)(problems, texts)]
 
     def flops(self) -> float:
@@ -115,6 +115,7 @@ def train_online(
             or does not differ, weights that did not change, a full disk, or what `check_reference` refuses.
     """
     check_online(config, sampling, options)
+    check_stops(base, problems)
     check_reference(base.name, options.tuning)
     asked, encoded, skipped = _askable(problems, base, reward, sampling, graded=options.online_reward == "verifier")
     scorer: RewardScorer | VerifierScorer
@@ -182,6 +183,16 @@ def _course(names: Sequence[str], settings: Any, options: TrainOptions) -> list[
 def _batch(config: Any) -> int:
     """Responses of one optimiser step, over all processes."""
     return int(config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size)
+
+
+def check_stops(base: Policy, problems: Sequence[Problem]) -> None:
+    """Refuse problems whose responses end with a string: TRL draws them, and knows stop tokens alone."""
+    ends = next((stops for problem in problems if (stops := base.stops(problem))), None)
+    if ends:
+        raise ValueError(
+            f"rloo and grpo cannot end a response at {ends[0]!r}, where this policy's are over: train by sft, "
+            "reward-weighted or dpo, or use a policy with a chat template"
+        )
 
 
 def check_online(config: SFTConfig, sampling: Sampling, options: TrainOptions) -> None:

@@ -7,10 +7,12 @@ path, so it imports nothing of the package.
 
 from __future__ import annotations
 
+import json
 import re
 from decimal import Decimal
 from enum import Enum
 from functools import lru_cache
+from typing import Any
 
 # ---------------------------------------------------------------- find
 
@@ -18,7 +20,16 @@ _THINK_BLOCK = re.compile(r"<(think|thinking)>.*?</\1>", re.DOTALL | re.IGNORECA
 _THINK_OPEN = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 _THINK_CLOSE = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 
+# Forms in which a task may ask for its answer (`strict_answer`).
+FORMS = ("boxed", "hashes", "hash")
+_HASHES_LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)$", re.MULTILINE)
+
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w))")
+# What joins boxes into one answer: "and", "or" or a comma, within a few characters.
+_NEAR = 40
+_BETWEEN = re.compile(
+    r"[\s$]*(?:\\[)\],;])*[\s$]*(?:,?\s*\b(?:and|or)\b|,|\\text\{,?\s*(?:and|or)\s*\})[\s$]*(?:\\[(\[])?[\s$]*"
+)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?|\.\d+"
 _CURRENCY = r"(?:\\?[$£€]\s?)"
@@ -62,17 +73,44 @@ def extract_answer(text: str) -> str | None:
     templates open the block in the prompt) and everything after a `<think>` that is never closed, a `\boxed`
     included. The first kind of marker found decides:
 
-    - `\boxed{…}` or `\fbox{…}` with balanced braces; one that is cut off is no answer, nor is what is in it;
+    - `\boxed{…}` or `\fbox{…}` with balanced braces; one that is cut off is no answer, nor is what is in it; several
+      with nothing but "and", "or" or commas between them are one answer of several parts, as for math-verify;
     - `#### 18`, or `#8` at the start of a line or step;
     - "the answer is …" or "Answer: …";
     - the last plain number: sign, thousands commas, decimals, a/b, %; without its currency sign.
     """
     text = _without_thinking(text).replace("−", "-")
-    box, text = _last_box(text)
+    box, text = _last_boxes(text)
     for find in (lambda _: box, _after_hashes, _after_phrase, _last_number):
         if answer := find(text):
             return answer
     return None
+
+
+def strict_answer(text: str, form: str) -> str | None:
+    r"""The final answer in the form that was asked for, or None: nothing else counts. The last one wins.
+
+    Args:
+        form: "boxed", a complete `\boxed{…}`; "hashes", the rest of a line that begins with `####`; or "hash", what
+            follows the last `#`, up to the end (the embedded chains). Thinking is no answer, as in `extract_answer`.
+    """
+    text = _without_thinking(text)
+    if form == "boxed":
+        found, _ = _boxes(text.replace("−", "-"))
+        return found[-1][0] if found else None
+    found = _HASHES_LINE.findall(text) if form == "hashes" else text.split("#")[1:]
+    return (trim_answer(found[-1].replace("−", "-")) or None) if found else None
+
+
+def asked_form(instruction: str) -> str | None:
+    r"""The form of answer that an instruction asks for, by its `\boxed` or `####`; None where it names neither."""
+    return "boxed" if r"\boxed" in instruction else "hashes" if "####" in instruction else None
+
+
+def in_thinking(text: str) -> bool:
+    """Whether a text ends inside a think block."""
+    opened, closed = ([match.start() for match in tag.finditer(text)] for tag in (_THINK_OPEN, _THINK_CLOSE))
+    return bool(opened) and (not closed or closed[-1] < opened[-1])
 
 
 def _without_thinking(text: str) -> str:
@@ -81,15 +119,30 @@ def _without_thinking(text: str) -> str:
     return _THINK_OPEN.split(text)[0]
 
 
-def _last_box(text: str) -> tuple[str | None, str]:
-    """The content of the last complete, non-empty box, and the text up to an unfinished one."""
-    answer = None
+def _last_boxes(text: str) -> tuple[str | None, str]:
+    """The content of the last complete box, and of those joined to it, and the text up to an unfinished one."""
+    found, text = _boxes(text)
+    parts: list[str] = []
+    following = 0
+    for content, start, end in reversed(found):
+        if parts and (following - end > _NEAR or not _BETWEEN.fullmatch(text, end, following)):
+            break
+        parts.insert(0, content)
+        following = start
+    return ", ".join(parts) or None, text
+
+
+def _boxes(text: str) -> tuple[list[tuple[str, int, int]], str]:
+    """(content, start, end) of the complete boxes that are not empty, and the text up to an unfinished one."""
+    found = []
     for match in _BOX.finditer(text):
         content = match[1] or _balanced(text, match.end())
         if content is None:
-            return answer, text[: match.start()]
-        answer = trim_answer(content) or answer
-    return answer, text
+            return found, text[: match.start()]
+        end = match.end() if match[1] else match.end() + len(content) + 1
+        if answer := trim_answer(content):
+            found.append((answer, match.start(), end))
+    return found, text
 
 
 def _balanced(text: str, start: int) -> str | None:
@@ -190,6 +243,9 @@ _WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z]+(?: [A-Za-z]+)*")
 _NOT_A_WORD = re.compile(r"\b(?:and|or|pct|percent\w*)\b", re.IGNORECASE)
 _UNIT_WORDS = r"(?!(?:dozen|hundred|thousand|[mb]illion)\b)[A-Za-z]{3,}(?: [A-Za-z]+)*"
 _WITH_UNIT = re.compile(rf"([-+]?[\d.,]*\d) ?({_UNIT_WORDS})")
+# A gold answer that begins so names a question of reasoning-gym, whose family judges the answer: JSON follows.
+SCORED = "reasoning_gym:"
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{(.*)\}", re.DOTALL)
 _FLOAT_TOLERANCE = Decimal("0.000002")  # math-verify rounds floats to 6 decimals
 
 
@@ -205,7 +261,7 @@ def normalize_answer(answer: str) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def _plain_number(text: str) -> tuple[Decimal, bool] | None:
+def plain_number(text: str) -> tuple[Decimal, bool] | None:
     """(exact value, has decimals) of a plain number; None for other text and beyond a float's digits."""
     match = _PLAIN.fullmatch(text)
     decimals = match and (match[3] or match[4])
@@ -216,7 +272,7 @@ def _plain_number(text: str) -> tuple[Decimal, bool] | None:
 
 def _fast_verdict(predicted: str, gold: str) -> Verdict | None:
     """The verdict on two normalised answers where math-verify is certain to give the same; else None."""
-    if (one := _plain_number(predicted)) and (other := _plain_number(gold)):
+    if (one := plain_number(predicted)) and (other := plain_number(gold)):
         gap = abs(one[0] - other[0])
         if 0 < gap < _FLOAT_TOLERANCE and (one[1] or other[1]):
             return None
@@ -238,6 +294,8 @@ def settle(predicted: str | None, gold: str | None) -> Verdict | tuple[str, str]
     """A verdict that needs no worker, or the normalised pair that needs one."""
     if gold is None or not gold.strip():
         return Verdict.NO_GOLD
+    if gold.startswith(SCORED):  # its scorer reads the answer as it was written
+        return (predicted.strip(), gold) if predicted and predicted.strip() else Verdict.NO_ANSWER
     if (gold := _read_gold(gold)) is None:
         return Verdict.BAD_GOLD
     if not predicted or not (predicted := normalize_answer(predicted)):
@@ -247,6 +305,8 @@ def settle(predicted: str | None, gold: str | None) -> Verdict | tuple[str, str]
 
 def compare(predicted: str, gold: str) -> str:
     """The `Verdict` value of two normalised answers by math-verify, however long it takes; for workers."""
+    if gold.startswith(SCORED):
+        return _scored(predicted, gold).value
     from math_verify import verify
 
     try:
@@ -259,6 +319,35 @@ def compare(predicted: str, gold: str) -> str:
     except Exception:  # math-verify's own reading of a comparison it cannot make: not shown equal
         return Verdict.WRONG.value
     return (Verdict.RIGHT if right else Verdict.WRONG).value
+
+
+def _scored(predicted: str, gold: str) -> Verdict:
+    """RIGHT where a family of reasoning-gym gives the answer its full score, 1. An empty one only loads the package.
+
+    Raises ImportError where the package is missing, which ends the worker.
+    """
+    import reasoning_gym  # noqa: F401
+
+    if not predicted:
+        return Verdict.WRONG
+    source = json.loads(gold.removeprefix(SCORED))
+    if wrapped := _TEXT.fullmatch(predicted):
+        predicted = wrapped[1]
+    try:
+        family = _family(json.dumps({name: source[name] for name in ("name", "seed", "size", "options")}))
+        return Verdict.RIGHT if family.score_answer(predicted, family[source["index"]]) == 1 else Verdict.WRONG
+    except (MemoryError, RecursionError):
+        return Verdict.ERROR
+    except Exception:  # a scorer that chokes on the answer
+        return Verdict.WRONG
+
+
+@lru_cache(maxsize=8)
+def _family(source: str) -> Any:
+    import reasoning_gym
+
+    made = json.loads(source)
+    return reasoning_gym.create_dataset(made["name"], seed=made["seed"], size=made["size"], **made["options"])
 
 
 def _parse(answer: str) -> list:

@@ -24,9 +24,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from nabla_trl.config import ReasonerConfig
-from nabla_trl.parsing import checked
 from nabla_trl.service import Progress
 from nabla_trl.traces import Trace
+from nabla_trl.yaml_fields import checked
 
 # Fields of a request that are options of the search. None of them makes a batch take more memory.
 OPTIONS = {

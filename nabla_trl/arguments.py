@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nabla_trl.options import Point
+from nabla_trl.options import Point, PromptOptions
 from nabla_trl.parsing import quiet_libraries
 
 if TYPE_CHECKING:
@@ -21,11 +21,19 @@ REWARDS = (
     "logratio:A[,B] for log p_A − log p_B of two causal LMs or adapter folders of causal LMs (B: the policy); or "
     "ensemble[@K]:A,B,… for mean − K·std of reward models (K: 1)"
 )
-DATASETS = "gsm8k, math500, amc, aime24, aime25, chains, or the path of a .jsonl file"
+DATASETS = (
+    "gsm8k, math500, amc, aime24, aime25, chains, reasoning_gym:FAMILY, or the path of a .jsonl file of problems or "
+    "of a .yaml file that describes a data set"
+)
 VLLM_URL = (
     "draw the policy's responses from this vLLM server, as http://localhost:8000; it must serve the policy under its "
     "name, without an adapter (nabla_trl/server.py has the command)"
 )
+PROMPT_STYLE = (
+    "how the policy is asked: chat (its chat template), few_shot (worked examples of the task, then the question; a "
+    "response ends where the model writes the next question), or auto: chat where there is a template"
+)
+CHAT_TEMPLATE_KWARGS = """keywords for the policy's chat template, as JSON: {"enable_thinking": false}"""
 VLLM_TIMEOUT = "seconds to wait for one response of the vLLM server"
 METHODS = "greedy,best_of_16,nabla,control"
 DISTILLED = "distilled_greedy,distilled_best_of_1,distilled_best_of_8"
@@ -53,6 +61,14 @@ class ModelArguments:
     )
     vllm_url: str | None = _option(None, VLLM_URL)
     vllm_timeout: float = _option(600.0, VLLM_TIMEOUT)
+    prompt_style: str = _option("auto", PROMPT_STYLE)
+    chat_template_kwargs: str | None = _option(None, CHAT_TEMPLATE_KWARGS)
+
+    def __post_init__(self) -> None:
+        self.prompting()
+
+    def prompting(self) -> PromptOptions:
+        return PromptOptions.parse(self.prompt_style, self.chat_template_kwargs)
 
     def load(self, rows: int, *, adapter: bool = True) -> tuple[Policy, Reward]:
         """Policy (with its adapter, unless told otherwise) and reward, which scores `rows` responses together."""
@@ -65,8 +81,9 @@ class ModelArguments:
             raise ValueError("a vLLM server draws from the policy alone: leave out --vllm_url or --adapter")
         quiet_libraries()
         trust = audited_trust(self.audit, policy=self.policy, reward=self.reward) if self.audit else None
+        own = self.adapter if adapter else None
         policy = load_policy(
-            self.policy, dtype=self.dtype, device=self.device, adapter=self.adapter if adapter else None
+            self.policy, dtype=self.dtype, device=self.device, adapter=own, prompting=self.prompting()
         )
         if self.vllm_url:
             policy = connect(policy, self.vllm_url, timeout=self.vllm_timeout)
@@ -85,7 +102,7 @@ class ModelArguments:
         from nabla_trl.reward_folder import reward_identity
 
         models = {"policy": self.policy, "reward": reward_identity(self.reward), "dtype": self.dtype}
-        return models | drawing_settings(self.vllm_url)
+        return models | drawing_settings(self.vllm_url) | self.prompting().settings()
 
 
 def drawing_settings(vllm_url: str | None) -> dict[str, str]:

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from nabla_trl.api import Answer, ApiError, ChatRequest, Offer, check_model, model_card, read_json, read_request
-from nabla_trl.models import PromptTooLong
+from nabla_trl.prompts import PromptTooLong
 from nabla_trl.service import Engine, Progress, QueueFull, Stopping, Watch, request_problem
 from nabla_trl.traces import Trace
 

@@ -96,7 +96,7 @@ def audit(pool: Pool, checker: AnswerChecker) -> Audit:
         raise ValueError("the audit needs problems with a gold answer")
     rewards = np.array([[draw.reward for draw in entry.draws] for entry in entries])
     lengths = np.array([[len(draw.ids) for draw in entry.draws] for entry in entries], dtype=float)
-    pairs = [(draw.answer, entry.problem.answer) for entry in entries for draw in entry.draws]
+    pairs = [(draw.answer, entry.problem.judge) for entry in entries for draw in entry.draws]
     right = np.array([verdict.right for verdict in checker.check(pairs)]).reshape(rewards.shape)
     return audit_arrays(rewards, right, lengths, _sound(entries, pool.policy))
 

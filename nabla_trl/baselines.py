@@ -104,7 +104,7 @@ def _draw_entries(
     for (problem, ids), limit, cache in zip(prompts, limits, caches, strict=True):
         for draw in range(count):
             stream = random_stream(seed, problem.id, "suffix", 0 if draw == 0 else f"pool-{draw}")
-            jobs.append(Job(_account(problem, draw), ids, stream, limit, cache))
+            jobs.append(Job(_account(problem, draw), ids, stream, limit, cache, policy.stops(problem)))
     drafts = generate(policy, jobs, sampling, meter=made, batch_size=batch_size)
     rewards = [math.nan] * len(drafts)
     if reward is not None:
@@ -153,7 +153,7 @@ def _entry(
         Draw(
             draft.ids,
             value,
-            extract_answer(policy.decode(draft.ids)),
+            extract_answer(policy.said(draft.ids, policy.stops(problem))),
             made.cost(_account(problem, number)),
             scored.cost(_account(problem, number)),
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nabla_trl.generate import Draft
+from nabla_trl.models import Policy
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Known, Memo, Sample
 from nabla_trl.traces import Revision
@@ -145,15 +146,15 @@ class Proposal:
     def response(self) -> list[int]:
         return self.given if self.draft is None else self.given + self.draft.ids
 
-    def finished(self, stops: frozenset[int]) -> bool:
-        return bool(self.response) and self.response[-1] in stops
+    def finished(self, policy: Policy) -> bool:
+        return policy.over(self.response, policy.stops(self.chain.problem))
 
     def cache(self) -> Tensor:
         """kv row of the prompt and the given tokens, all but the last of them."""
         state = self.chain.state
         return state.cache[:, :, :, : len(state.prompt.ids) + len(self.given) - 1]
 
-    def state(self, stops: frozenset[int]) -> State:
+    def state(self, policy: Policy) -> State:
         """Where it leads to, not scored yet: what is known of the incumbent at the given tokens, then of the draft.
 
         Its memos are the incumbent's, of which the first `position` tokens are its own.
@@ -164,5 +165,5 @@ class Proposal:
             candidates, logp = torch.cat((candidates, draft.candidates)), torch.cat((logp, draft.logp))
             tilt = None if tilt is None else torch.cat((tilt, draft.tilted()))
         cache = self.cache() if draft is None else draft.kept()
-        finished = self.finished(stops)
+        finished = self.finished(policy)
         return State(old.prompt, self.response, finished, candidates, logp, tilt, cache, old.memos, math.nan)

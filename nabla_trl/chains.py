@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nabla_trl.tasks import Problem
 
+VERSION = "1"  # to be counted up whenever the same arguments would give other problems
 OPERATORS = "+-*"
 SEPARATORS = ";,"  # either may end a step; the gold solution writes the first
 MIN_OPERATIONS, MAX_OPERATIONS = 5, 7
@@ -174,6 +175,8 @@ def _problem(kind: type[Problem], identifier: str, question: str) -> Problem:
         solution=solution,
         task="chains",
         level=str(len(question) // 2),
+        version=VERSION,
+        form="hash",
     )
 
 

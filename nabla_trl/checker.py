@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nabla_trl.answers import Verdict, settle
+from nabla_trl.answers import SCORED, Verdict, settle
 
 _ANSWERS = str(Path(__file__).with_name("answers.py"))
 _KNOWN_LIMIT = 100_000
@@ -107,6 +107,8 @@ class AnswerChecker:
         worker = self._slots[slot]
         if worker is None or worker.process.poll() is not None:
             worker = self._slots[slot] = self._start()
+        if key[1].startswith(SCORED) and not worker.scores:
+            worker.prepare(key[1])
         return worker.ask(key)
 
 
@@ -154,17 +156,27 @@ class _Worker:
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, encoding="ascii")
         assert self.process.stdin and self.process.stdout  # for the type checker: both are pipes
         self._requests, self._replies = self.process.stdin, self.process.stdout
+        self.scores = False  # whether reasoning-gym is loaded
         hello = self._read(_START_SECONDS)
         if hello != "ready":
             self.end()
             raise RuntimeError(f"no worker for math-verify could be started: {hello or 'it gave no sign'}")
 
-    def ask(self, key: tuple[str, str]) -> Verdict:
-        """The verdict on one normalised pair; a worker that hung or died has ended when this returns."""
-        began = time.monotonic()
+    def prepare(self, gold: str) -> None:
+        """Load what scores this question, now and not on its first answer's time. A worker that fails will say so."""
+        self.scores = True
+        self._send(("", gold))
+        self._read(_START_SECONDS)
+
+    def _send(self, key: tuple[str, str]) -> None:
         with contextlib.suppress(BrokenPipeError):
             self._requests.write(json.dumps(key) + "\n")
             self._requests.flush()
+
+    def ask(self, key: tuple[str, str]) -> Verdict:
+        """The verdict on one normalised pair; a worker that hung or died has ended when this returns."""
+        began = time.monotonic()
+        self._send(key)
         answer = self._read(self.timeout)
         late = time.monotonic() - began >= self.timeout
         if late or answer is None:
@@ -207,8 +219,10 @@ def _serve(load_compare: Callable[[], Callable[[str, str], str]], timeout: float
         return reply(f"{type(error).__name__}: {error}")
     reply("ready")
     for line in sys.stdin:
-        _end_after(math.ceil(timeout) + _ORPHAN_SECONDS)
-        reply(compare(*json.loads(line)))
+        predicted, gold = json.loads(line)
+        # Without an answer it is asked to load what it needs.
+        _end_after(math.ceil(timeout if predicted else _START_SECONDS) + _ORPHAN_SECONDS)
+        reply(compare(predicted, gold))
         _end_after(0)
 
 

@@ -26,8 +26,8 @@ from nabla_trl.adapters import FILE, adapter_note
 from nabla_trl.files import read_object
 from nabla_trl.names import one_line, same_model
 from nabla_trl.naming import trained_label
-from nabla_trl.parsing import read_yaml
 from nabla_trl.results import load_results
+from nabla_trl.yaml_fields import read_yaml
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "config.yaml"

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,7 +28,7 @@ from nabla_trl.locks import hold
 from nabla_trl.parsing import Parser, UsageError
 from nabla_trl.serve_command import serve
 from nabla_trl.ship_command import ship
-from nabla_trl.tasks import graded, load_problems, problem_facts
+from nabla_trl.tasks import graded, load_problems, problem_facts, task_settings
 
 # --- solve --------------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ def traces(argv: Sequence[str]) -> int:
     folder = output / "traces"
     settings = models.settings() | {
         "adapter": adapter_identity(models.adapter) if models.adapter else "",
-        "dataset": args.dataset,
+        **task_settings(args.dataset),
         "split": args.split,
     }
     with hold(output):
@@ -161,7 +161,7 @@ def evaluate(argv: Sequence[str]) -> int:
     from nabla_trl.methods import chosen_among, method_names, searches, steps
     from nabla_trl.models import load_policy
     from nabla_trl.report import terminal_table
-    from nabla_trl.results import store_results
+    from nabla_trl.results import remarks, store_results
     from nabla_trl.reward_models import warn_past_trust
     from nabla_trl.rowstore import RowStore, of_problems
     from nabla_trl.summary import summarise
@@ -171,13 +171,13 @@ def evaluate(argv: Sequence[str]) -> int:
     names = method_names(args.methods or ",".join([METHODS, DISTILLED] if models.adapter else [METHODS]))
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
     folder = Path(args.output_dir)
-    settings = models.settings() | {"dataset": args.dataset, "split": args.split} | search_settings(config)
+    settings = models.settings() | task_settings(args.dataset) | {"split": args.split} | search_settings(config)
     with hold(folder):
         policy, reward = models.load(4 * config.batch_size, adapter=False)
         tuned = {}
         if models.adapter:
             adapted = load_policy(models.policy, dtype=models.dtype, device=models.device, adapter=models.adapter)
-            tuned = {"distilled": adapted}
+            tuned = {"distilled": replace(adapted, prompting=policy.prompting)}
         claim_settings(folder / "eval.settings.json", settings)
         if models.adapter:  # apart, so that an adapter trained later can join the rows that are there
             claim_settings(folder / "adapter.settings.json", {"adapter": adapter_identity(models.adapter)})
@@ -194,8 +194,8 @@ def evaluate(argv: Sequence[str]) -> int:
         rows, left_out = of_problems(store.read(), problems)
         store_results(folder, rows, facts)
     terminal_table(summarise(rows, facts))
-    if left_out:
-        print(left_out)
+    for remark in filter(None, [left_out, *remarks(folder, rows)]):
+        print(remark)
     print(f"rows: {folder / 'rows.jsonl'}; nabla-trl report {folder} writes a page with plots")
     return 0
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_trl.config import ReasonerConfig
-from nabla_trl.models import DTYPES, Policy, check_prompt, freeze_policy, prompt_ids, render
+from nabla_trl.models import DTYPES, Policy, freeze_policy
+from nabla_trl.prompts import check_prompt, prompt_ids, render
 from nabla_trl.reasoner import as_problem
 from nabla_trl.reward_models import load_reward
 from nabla_trl.rewards import Reward

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from nabla_trl.arguments import REWARDS, VLLM_TIMEOUT, VLLM_URL
+from nabla_trl.arguments import CHAT_TEMPLATE_KWARGS, DATASETS, PROMPT_STYLE, REWARDS, VLLM_TIMEOUT, VLLM_URL
 from nabla_trl.methods import SYNTAX, method_names
 from nabla_trl.naming import trained_label
+from nabla_trl.options import PromptOptions
 from nabla_trl.training import METHODS as TRAININGS
 
 STAGES = ("traces", "train", "evaluate", "report")
@@ -29,8 +30,8 @@ class DistillArguments:
 
     policy: str = field(metadata={"help": "hub id or path of the policy, a causal LM"})
     reward: str = field(metadata={"help": REWARDS})
-    dataset: str = _option("chains", "gsm8k, math500, amc, aime24, aime25, chains, or a .jsonl file to train on")
-    eval_dataset: str = _option("", "the held-out task or .jsonl file; empty = the dataset's eval_split")
+    dataset: str = _option("chains", f"what to train on: {DATASETS}")
+    eval_dataset: str = _option("", "the held-out task, named alike; empty = the dataset's eval_split")
     train_split: str = _option("train", "split that traces are made of")
     eval_split: str = _option("test", "split that methods are compared on")
     method: list[str] = field(
@@ -54,6 +55,8 @@ class DistillArguments:
     dtype: str = _option("float32", "weights of frozen models: float32, bfloat16 or float16")
     vllm_url: str | None = _option(None, VLLM_URL)
     vllm_timeout: float = _option(600.0, VLLM_TIMEOUT)
+    prompt_style: str = _option("auto", PROMPT_STYLE)
+    chat_template_kwargs: str | None = _option(None, CHAT_TEMPLATE_KWARGS)
     title: str = _option("Test-time gradient search and its distillation", "title of the report")
 
     def __post_init__(self) -> None:
@@ -72,3 +75,7 @@ class DistillArguments:
                 [METHODS, *(f"{trained_label(one)}_{rest}" for one in self.method for rest in TRAINED)]
             )
         method_names(self.methods)
+        self.prompting()
+
+    def prompting(self) -> PromptOptions:
+        return PromptOptions.parse(self.prompt_style, self.chat_template_kwargs)

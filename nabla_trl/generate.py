@@ -60,6 +60,8 @@ class Job:
         stream: randomness of this continuation; unused when greedy.
         limit: most tokens to draw, at least 1.
         cache: kv row of `prefix[:-1]`, or None to have it computed.
+        stop: strings that end it, besides the policy's stop tokens.
+        given: how many tokens at the prefix's end belong to the response already: a string may begin in them.
     """
 
     key: str
@@ -67,6 +69,12 @@ class Job:
     stream: np.random.Generator | None
     limit: int
     cache: Tensor | None = None
+    stop: tuple[str, ...] = ()
+    given: int = 0
+
+    def over(self, policy: Policy, drawn: list[int]) -> bool:
+        """Whether the response ends with these drawn tokens, before the limit."""
+        return policy.over(self.prefix[len(self.prefix) - self.given :] + drawn, self.stop)
 
 
 _Prompt = tuple[str, tuple[int, ...]]  # problem id and prefix
@@ -78,7 +86,7 @@ class Draft:
 
     Attributes:
         ids: the T new tokens, stop token included.
-        finished: the last token is a stop token.
+        finished: the last token is a stop token, or completes a stop string.
         candidates: [T, K] long, the policy's K likeliest tokens at each position, the drawn one among them.
         logp: [T, K] float32, log π of the candidates (temperature 1, unwarped); −inf for forbidden tokens.
         tilt: [T, K] log π less the log-probability that the sampler gives the candidates, both over the tokens that
@@ -201,6 +209,7 @@ def _generate_batch(
     limits = torch.tensor([job.limit for job in jobs], device=policy.device)
     stops = torch.tensor(sorted(policy.stop_ids), device=policy.device)
     warpers = build_warpers(sampling)
+    ends = _StopStrings(policy, jobs)
     steps: list[tuple[Tensor, ...]] = []
     caches: dict[int, Tensor] = {}
     while len(rows.index):
@@ -211,14 +220,33 @@ def _generate_batch(
         top, logp = top_candidates(logits, drawn, policy.forbidden, width)
         steps.append((rows.index, drawn, top, logp, *([tilt(allowed, top, warpers)] if keep_tilt and warpers else [])))
         rows.tokens, rows.positions = drawn, rows.positions + 1
-        done = torch.isin(drawn, stops) | (limits[rows.index] <= len(steps))
+        done = torch.isin(drawn, stops) | (limits[rows.index] <= len(steps)) | ends.after(rows.index, drawn)
         if done.any():
             if keep_cache:
                 caches |= _finished_caches(cache, rows, done)
             going = torch.nonzero(~done).squeeze(1)
             cache.batch_select_indices(going)
             rows = rows.select(going)
-    return _collect(steps, len(jobs), caches, policy)
+    return _collect(steps, jobs, caches, policy)
+
+
+class _StopStrings:
+    """Which rows a stop string has ended: their texts are read as they grow. Without such strings nothing is read."""
+
+    def __init__(self, policy: Policy, jobs: Sequence[Job]):
+        self.policy, self.jobs = policy, jobs
+        self.ids: dict[int, list[int]] = {index: [] for index, job in enumerate(jobs) if job.stop}
+
+    def after(self, index: Tensor, drawn: Tensor) -> Tensor:
+        """[B] bool, the rows that end with the tokens just drawn."""
+        ended = torch.zeros_like(index, dtype=torch.bool)
+        if not self.ids:
+            return ended
+        for row, (job, token) in enumerate(zip(index.tolist(), drawn.tolist(), strict=True)):
+            if job in self.ids:
+                self.ids[job].append(token)
+                ended[row] = self.jobs[job].over(self.policy, self.ids[job])
+        return ended
 
 
 def _prompt(job: Job) -> _Prompt:
@@ -313,8 +341,11 @@ def _finished_caches(cache: Cache, rows: _Rows, done: Tensor) -> dict[int, Tenso
     return dict(zip(rows.index[indices].tolist(), taken, strict=True))
 
 
-def _collect(steps: list[tuple[Tensor, ...]], count: int, caches: dict[int, Tensor], policy: Policy) -> list[Draft]:
+def _collect(
+    steps: list[tuple[Tensor, ...]], jobs: Sequence[Job], caches: dict[int, Tensor], policy: Policy
+) -> list[Draft]:
     """Turn per-step columns (row index, drawn token, tables) into per-job drafts."""
+    count = len(jobs)
     lengths = torch.zeros(count, dtype=torch.long)
     ids = torch.zeros(count, len(steps), dtype=torch.long)
     tables = [torch.zeros(count, len(steps), *column.shape[1:], dtype=column.dtype) for column in steps[0][2:]]
@@ -328,6 +359,6 @@ def _collect(steps: list[tuple[Tensor, ...]], count: int, caches: dict[int, Tens
     for job, length in enumerate(lengths.tolist()):
         tokens = ids[job, :length].tolist()
         candidates, logp, *rest = [table[job, :length].clone() for table in tables]
-        finished = tokens[-1] in policy.stop_ids
+        finished = jobs[job].over(policy, tokens)
         drafts.append(Draft(tokens, finished, candidates, logp, rest[0] if rest else None, caches.get(job)))
     return drafts

@@ -278,7 +278,6 @@ def traces_section(folder: Path, rows: Sequence[Mapping], facts: Mapping, summar
 
 def _provenance(folder: Path, sections: Mapping[str, Sequence[str]], summary: Summary, facts: Mapping) -> str:
     extra = [f"hardware: {facts['hardware']}"] if is_known(facts, "hardware") else []
-    extra += [f"revision of {what}: `{one}`" for what, one in (facts.get("revisions") or {}).items()]
     command, made_with = sections["Provenance"]
     settings = folder / "config.yaml"
     parts = [as_html(command), as_html(f"{made_with}\n{bullets(extra)}".rstrip())]

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from nabla_trl import stats
 from nabla_trl.checkpoints import Checkpoint
 from nabla_trl.stats import Difference, Grid, Interval
-from nabla_trl.tasks import HUB_TASKS
+from nabla_trl.task_files import hub_task
 from nabla_trl.verdicts import si, span
 
 UNKNOWN = "unknown"
@@ -85,7 +85,7 @@ def base_licence(base: str) -> str | None:
 
 def _metadata(checkpoint: Checkpoint, made: Provenance, grids: Mapping[str, Grid]) -> ModelCardData:
     local = Path(checkpoint.policy).exists()
-    trained_on = HUB_TASKS.get(checkpoint.config.get("dataset", ""))
+    trained_on = hub_task(checkpoint.config.get("dataset", ""))
     tags = ["nabla-trl", "custom_generate", checkpoint.method, *(["lora"] if checkpoint.adapter else [])]
     more: dict[str, Any] = {} if local else {"base_model_relation": "adapter" if checkpoint.adapter else "finetune"}
     return ModelCardData(
@@ -104,7 +104,7 @@ def _metadata(checkpoint: Checkpoint, made: Provenance, grids: Mapping[str, Grid
 
 def _result(checkpoint: Checkpoint, method: str, grid: Grid) -> EvalResult:
     task = checkpoint.facts["task"]
-    hub = HUB_TASKS.get(task)
+    hub = hub_task(task)
     found = stats.mean_interval(grid.columns["accuracy"])
     return EvalResult(
         task_type="text-generation",

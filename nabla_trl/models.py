@@ -1,15 +1,15 @@
-"""Policies and tokenizers: loading, prompts, stop tokens, and the map between two vocabularies."""
+"""Policies and tokenizers: loading, where responses end, and the map between two vocabularies."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -24,6 +24,15 @@ from nabla_trl.adapters import adapter_folder, adapter_note, merge_adapter, toke
 from nabla_trl.compute import ModelSize, model_size
 from nabla_trl.kv import check_cacheable
 from nabla_trl.names import cannot_load, one_line
+from nabla_trl.options import PromptOptions
+from nabla_trl.prompts import (
+    NEXT_QUESTION,
+    check_options,
+    check_prompt,
+    opens_thinking,
+    prompt_ids,
+    shows_examples,
+)
 from nabla_trl.tasks import Problem
 
 if TYPE_CHECKING:
@@ -35,10 +44,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-
-
-class PromptTooLong(ValueError):
-    """A prompt that leaves a model's context no room for a response."""
+THINK = "<think>"  # before a response that begins inside a think block
 
 
 @dataclass
@@ -53,6 +59,7 @@ class Policy:
         plain_head: the logits are the output head of the last hidden state and nothing more; models that scale or
             cap them cannot be differentiated slice by slice.
         server: draws responses in this model's place (`server.connect`); gradients are taken here all the same.
+        prompting: how problems are put to it.
     """
 
     model: PreTrainedModel
@@ -63,6 +70,7 @@ class Policy:
     forbidden: Tensor
     plain_head: bool
     server: Server | None = None
+    prompting: PromptOptions = field(default_factory=PromptOptions)
 
     @property
     def device(self) -> torch.device:
@@ -75,17 +83,56 @@ class Policy:
         return own if self.server is None else min(own, self.server.context)
 
     def encode(self, problem: Problem) -> list[int]:
-        """Prompt ids: the chat template with a generation prompt, or a plain question without one.
+        """Prompt ids: the chat template with a generation prompt; without one worked examples, or the plain question.
 
         Raises:
             PromptTooLong: the prompt fills the context.
-        ValueError: it is empty, holds unknown characters, or the template refuses it.
+            ValueError: it is empty, holds unknown characters, the template refuses it, or examples are missing.
         """
-        ids = prompt_ids(self.tokenizer, problem)
+        ids = prompt_ids(self.tokenizer, problem, self.prompting)
         return check_prompt(ids, problem, self.tokenizer, name=self.name, context=self.context)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def stops(self, problem: Problem) -> tuple[str, ...]:
+        """The strings at whose end a response to this problem is over, besides the stop tokens."""
+        examples = shows_examples(self.tokenizer, problem, self.prompting)
+        return (*problem.stop, NEXT_QUESTION) if examples else problem.stop
+
+    def over(self, ids: Sequence[int], stop: tuple[str, ...] = ()) -> bool:
+        """Whether a response ends here: with a stop token, or with the token that completes one of the strings.
+
+        A response that goes past such a token is not looked through: one that is drawn ends there.
+        """
+        if not ids:
+            return False
+        return ids[-1] in self.stop_ids or bool(stop and self._completes(ids, stop))
+
+    def _completes(self, ids: Sequence[int], stop: tuple[str, ...]) -> bool:
+        # The last token writes the last character, or its last byte: most tokens are told by that alone.
+        last = self._texts.get(ids[-1])
+        if last is None:
+            last = self._texts[ids[-1]] = self.decode([ids[-1]])
+        if not any(one[-1] in last or not one[-1].isascii() for one in stop):
+            return False
+        width = 1 + max(len(one.encode()) for one in stop)  # a token writes a byte at least
+        tail = self.decode(list(ids[-width:]))
+        return any(one in tail for one in stop)
+
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        return {}
+
+    def said(self, ids: list[int], stop: tuple[str, ...] = ()) -> str:
+        """The text of a response up to a stop string, where its answer is looked for; thinking is marked as such."""
+        text = self.decode(ids)
+        ends = [at for one in stop if (at := text.find(one)) >= 0]
+        return THINK * self._thinks + (text[: min(ends)] if ends else text)
+
+    @cached_property
+    def _thinks(self) -> bool:
+        return opens_thinking(self.tokenizer, self.prompting)
 
     @cached_property
     def tokenizer_hash(self) -> str:
@@ -97,49 +144,6 @@ def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """Identifies the map from ids to token strings."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    if tokenizer.chat_template is None:
-        text = "\n\n".join(message["content"] for message in problem.chat()) + "\n"
-        return list(tokenizer(text)["input_ids"])
-    text = render(tokenizer, problem, problem.chat(), add_generation_prompt=True)
-    # The template writes its own special tokens: letting the tokenizer add them again would double the BOS.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    problem: Problem,
-    chat: list[dict[str, str]],
-    *,
-    add_generation_prompt: bool,
-) -> str:
-    """The chat template's text.
-
-    Raises:
-        ValueError: the template refuses the chat (a role it does not know, turns that do not alternate).
-    """
-    try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise ValueError(f"{problem.id}: the chat template refuses the messages: {one_line(error)}") from error
-
-
-def check_prompt(
-    ids: list[int], problem: Problem, tokenizer: PreTrainedTokenizerBase, *, name: str, context: int
-) -> list[int]:
-    """Refuse a prompt that is empty, fills the context, or has characters that the tokenizer does not know."""
-    unknown = tokenizer.unk_token_id
-    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        unknown = None  # byte-level tokenizers know everything, and name another special token here
-    if not ids:
-        raise ValueError(f"{problem.id}: the prompt is empty after tokenisation")
-    if unknown is not None and unknown in ids:
-        raise ValueError(f"{problem.id}: {name}'s tokenizer does not know some characters of the prompt")
-    if len(ids) >= context:
-        raise PromptTooLong(f"{problem.id}: the prompt has {len(ids)} tokens, the context of {name} {context}")
-    return ids
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -163,6 +167,7 @@ def load_policy(
     device: str | None = None,
     adapter: str | None = None,
     revision: str | None = None,
+    prompting: PromptOptions | None = None,
 ) -> Policy:
     """Load a frozen policy from a hub id or a local folder, with an optional LoRA adapter merged in memory.
 
@@ -170,13 +175,17 @@ def load_policy(
 
     Raises:
         ValueError: nothing loadable at `name`, weights missing from the file or of another shape, no such dtype
-            or device, a cache that cannot be cut, no eos token, an adapter that does not fit or changes nothing.
+            or device, a cache that cannot be cut, no eos token, an adapter that does not fit or changes nothing,
+            prompt options that the chat template cannot heed.
     """
+    prompting = PromptOptions() if prompting is None else prompting
     tokenizer = load_tokenizer(name, revision)
+    check_options(prompting, tokenizer, name)
     model = load_causal(name, dtype=dtype, device=device, revision=revision)
     if adapter is not None:
         model = merge_adapter(model, adapter)
-    return freeze_policy(model, tokenizer, name if adapter is None else f"{name}+{adapter}")
+    policy = freeze_policy(model, tokenizer, name if adapter is None else f"{name}+{adapter}")
+    return replace(policy, prompting=prompting)
 
 
 def load_causal(name: str, *, dtype: str, device: str | None, revision: str | None = None) -> PreTrainedModel:

@@ -5,8 +5,13 @@ Depends on nothing, so that `--help` needs no torch; `config.py` is where a user
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PROMPT_STYLES = ("auto", "chat", "few_shot")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,48 @@ class Sampling:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
             raise ValueError("sampling needs top_k >= 0, 0 < top_p <= 1 and 0 <= min_p < 1")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How a policy is asked.
+
+    Attributes:
+        style: "chat" (its chat template), "few_shot" (worked examples, as a base model reads them), or "auto": chat
+            where it has a template.
+        template: keywords for the chat template, such as {"enable_thinking": False}.
+    """
+
+    style: str = "auto"
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.style not in PROMPT_STYLES:
+            raise ValueError(f"prompt_style must be one of {', '.join(PROMPT_STYLES)}, not {self.style!r}")
+        if self.style == "few_shot" and self.template:
+            raise ValueError("chat_template_kwargs belong to a chat template: prompt_style few_shot uses none")
+
+    @classmethod
+    def parse(cls, style: str, template: str | None) -> PromptOptions:
+        """From the command line, where the template's keywords are a JSON object.
+
+        Raises:
+            ValueError: no JSON object, or what the class refuses.
+        """
+        try:
+            keywords = json.loads(template) if template else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"chat_template_kwargs is not JSON ({error}): {template}") from error
+        if not isinstance(keywords, dict):
+            raise ValueError(
+                f'chat_template_kwargs must be a JSON object, as {{"enable_thinking": false}}: {template}'
+            )
+        return cls(style, keywords)
+
+    def settings(self) -> dict[str, str]:
+        """What differs from the defaults, for `tracing.claim_settings` and a trace's provenance."""
+        told = {} if self.style == "auto" else {"prompt_style": self.style}
+        return told | ({"chat_template_kwargs": json.dumps(self.template, sort_keys=True)} if self.template else {})
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.curves import Turn, turning
 from nabla_trl.models import Policy
+from nabla_trl.records import judge
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
 from nabla_trl.stats import Interval, mean_interval
@@ -157,8 +158,8 @@ def _graded(
         for state, trace in zip(row, traces, strict=True):
             for ids, _ in state:
                 if tuple(ids) not in answers:
-                    answers[tuple(ids)] = extract_answer(policy.decode(ids))
-                pairs.append((None if trace.error else answers[tuple(ids)], trace.gold))
+                    answers[tuple(ids)] = extract_answer(policy.said(ids))
+                pairs.append((None if trace.error else answers[tuple(ids)], judge(trace)))
     right = [verdict.right for verdict in checker.check(pairs)]
     return np.array(right, dtype=np.float64).reshape(len(rows), len(rows[0]), -1)
 

@@ -157,7 +157,9 @@ class Probe(TrainerCallback):
 
     def _measure(self, problems: list[Problem], policy: Policy) -> tuple[list[Any], ...]:
         greedy = self._draw(problems, policy, 0.0)
-        verdicts = self.verifier(problems, [policy.decode(draft.ids) for draft in greedy])
+        verdicts = self.verifier(
+            problems, [policy.said(d.ids, policy.stops(p)) for p, d in zip(problems, greedy, strict=True)]
+        )
         drawn = self._draw(problems, policy, 1.0)
         samples = [Sample(p, policy.encode(p), d.ids) for p, d in zip(problems, drawn, strict=True)]
         memos = self.reward.prompt_memos(samples, Meter())
@@ -171,9 +173,10 @@ class Probe(TrainerCallback):
         sampling = Sampling(temperature=temperature, max_new_tokens=self.max_new_tokens)
         jobs = [
             # The same random numbers at every probe: differences are the policy's.
-            Job(p.id, prompt, random_stream(0, p.id, "probe"), min(self.max_new_tokens, policy.context - len(prompt)))
+            Job(p.id, prompt, random_stream(0, p.id, "probe"), min(self.max_new_tokens, room), stop=policy.stops(p))
             for p in problems
             for prompt in [policy.encode(p)]
+            for room in [policy.context - len(prompt)]
         ]
         return generate(policy, jobs, sampling, meter=Meter())
 

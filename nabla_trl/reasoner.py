@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.models import Policy, load_policy
+from nabla_trl.options import PromptOptions
 from nabla_trl.reward_models import load_reward
 from nabla_trl.rewards import Reward
 from nabla_trl.search import Search, solve
@@ -39,12 +40,14 @@ class NablaReasoner:
         dtype: str = "float32",
         device: str | None = None,
         vllm_url: str | None = None,
+        prompting: PromptOptions | None = None,
         **config: Any,
     ) -> NablaReasoner:
         """Load a policy and a reward (see `load_policy`, `load_reward`) and configure the search.
 
         Args:
             vllm_url: a vLLM server that draws the responses (`server.connect`); it knows of no adapter.
+            prompting: how the policy is asked, other than by its chat template.
             config: any option of `ReasonerConfig`, over those of the preset.
 
         Raises:
@@ -52,7 +55,7 @@ class NablaReasoner:
             ConnectionError: the server does not answer.
         """
         settings = ReasonerConfig.preset(preset, **config)
-        loaded = load_policy(policy, dtype=dtype, device=device, adapter=adapter)
+        loaded = load_policy(policy, dtype=dtype, device=device, adapter=adapter, prompting=prompting)
         if vllm_url is not None:
             loaded = connect(loaded, vllm_url)
         return cls(loaded, load_reward(reward, policy=loaded, dtype=dtype, device=device), settings)

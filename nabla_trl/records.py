@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from nabla_trl.answers import extract_answer
+from nabla_trl.answers import Verdict, extract_answer, strict_answer
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Cost
 from nabla_trl.models import Policy
@@ -56,6 +56,7 @@ def run_meta(policy: Policy, reward: str, config_hash: str) -> dict[str, str]:
         "reward": reward,
         "config_hash": config_hash,
         "tokenizer_hash": policy.tokenizer_hash,
+        **policy.prompting.settings(),
         **{f"version/{name}": number for name, number in versions().items()},
         **drawn_by,
     }
@@ -81,27 +82,29 @@ def response_trace(
     error: str | None = None,
 ) -> Trace:
     """A trace of a response; `answer` overrides the one extracted from its text (self-consistency)."""
-    text = policy.decode(response)
+    stops = policy.stops(problem)
+    said = policy.said(response, stops)
     return Trace(
         problem_id=problem.id,
         task=problem.task,
         method=method,
         seed=seed,
         prompt=policy.tokenizer.decode(prompt),
-        response=text,
+        response=policy.decode(response),
         prompt_ids=prompt,
         initial_ids=response if initial is None else initial,
         response_ids=response,
         reward_initial=reward if reward_initial is None else reward_initial,
         reward=reward,
-        answer=extract_answer(text) if answer is None else answer,
+        answer=extract_answer(said) if answer is None else answer,
+        answer_strict=strict_answer(said, problem.form) if problem.form else None,
         gold=problem.answer,
         correct=None,
         revisions=list(revisions),
         cost=cost,
         stop=stop,
-        finished=bool(response) and response[-1] in policy.stop_ids,
-        meta=meta,
+        finished=policy.over(response, stops),
+        meta=meta | _about(problem),
         error=error,
         pull=list(pull),
     )
@@ -130,18 +133,43 @@ def error_trace(
         cost=Cost() if cost is None else cost,
         stop="error",
         finished=False,
-        meta=meta,
+        meta=meta | _about(problem),
         error=message,
     )
 
 
+def _about(problem: Problem) -> dict[str, str]:
+    """What a trace has to tell of its problem beside the answers: its version, the form asked for, who judges."""
+    told = {"task_version": problem.version, "form": problem.form, "verifier": problem.verifier}
+    return {name: value for name, value in told.items() if value}
+
+
+def judge(trace: Trace) -> str | None:
+    """What an answer of this trace is checked against, as `Problem.judge`."""
+    return trace.meta.get("verifier") or trace.gold
+
+
 def grade(traces: Sequence[Trace], checker: AnswerChecker) -> list[Trace]:
-    """Copies with `correct` set: None where there is no usable gold answer."""
-    verdicts = checker.check([(trace.answer, trace.gold) for trace in traces])
+    """Copies with `correct`, `correct_strict` and `verdict` set; `correct` is None without a usable gold answer.
+
+    `correct_strict` is None too where the task asks for no certain form.
+    """
+    verdicts = checker.check([(trace.answer, judge(trace)) for trace in traces])
+    # The same answer has the same verdict; the others are few.
+    apart = [trace for trace in traces if "form" in trace.meta and trace.answer_strict != trace.answer]
+    again = checker.check([(trace.answer_strict, judge(trace)) for trace in apart])
+    strict = {id(trace): verdict for trace, verdict in zip(apart, again, strict=True)}
     return [
         replace(
             trace,
-            correct=None if verdict.name in ("NO_GOLD", "BAD_GOLD") else verdict.right and trace.error is None,
+            correct=_right(trace, verdict),
+            correct_strict=_right(trace, strict.get(id(trace), verdict)) if "form" in trace.meta else None,
+            verdict=verdict.value,
         )
         for trace, verdict in zip(traces, verdicts, strict=True)
     ]
+
+
+def _right(trace: Trace, verdict: Verdict) -> bool | None:
+    ungraded = verdict in (Verdict.NO_GOLD, Verdict.BAD_GOLD)
+    return None if ungraded else verdict.right and trace.error is None

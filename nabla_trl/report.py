@@ -22,6 +22,7 @@ from nabla_trl import amortised_page, samples_page, stats
 from nabla_trl.files import write_whole
 from nabla_trl.markdown import bullets, table
 from nabla_trl.naming import LABELS, family, methods
+from nabla_trl.results import EXTRACTION, comparisons_lost, extractions
 from nabla_trl.stats import Grid
 from nabla_trl.summary import Summary, cost_ratio, is_known, summarise
 from nabla_trl.verdicts import (
@@ -33,6 +34,8 @@ from nabla_trl.verdicts import (
     plot_titles,
     relative_in_words,
     span,
+    strict_differs,
+    strict_in_words,
     targets,
     verdict,
 )
@@ -76,16 +79,18 @@ def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) ->
 
 
 def terminal_table(summary: Summary, console: Console | None = None) -> None:
-    """Print method, accuracy, FLOPs (also as a share of best_of_16's) and time per problem."""
+    """Print method, accuracy (strict, too, where that differs), FLOPs (also as a share of best_of_16's) and time."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method", no_wrap=True)
-    for heading in ("accuracy [95%]", "FLOPs", "× bo16", "time", "errors"):
+    strict = strict_differs(summary)
+    for heading in ("accuracy [95%]", *["strict"] * strict, "FLOPs", "× bo16", "time", "errors"):
         table.add_column(heading, justify="right", no_wrap=True)
     for method in methods(summary):
         flops = cost_in_words(summary, "flops", method).removesuffix("FLOPs")
         errors = str(round(summary[f"errors.{method}"]["value"]))
         costs = (flops, relative_in_words(summary, method), cost_in_words(summary, "seconds", method))
-        table.add_row(method, accuracy(summary, method), *costs, errors)
+        read = [strict_in_words(summary, method).split(" ")[0]] * strict
+        table.add_row(method, accuracy(summary, method), *read, *costs, errors)
     (console or Console()).print(table)
 
 
@@ -111,7 +116,7 @@ def _sections(
         "": [f"# {facts['title']}", _statement(summary, rows, facts)],
         "Verdict": [bullets(verdict(summary, facts))],
         "Figures to reach": [table(["target", "measured", "verdict"], targets(summary)), _target_note(facts)],
-        "Results": [_results(summary), *rival],
+        "Results": [_results(summary), *_strictness(summary, rows), *rival],
         "Paired differences of accuracy": _paired(summary),
         samples_page.HEADING: samples_page.section(summary, _only(images, samples_page.FIGURES)),
         "Is the reward sound under search?": [turning(summary), *_audit(facts)],
@@ -131,6 +136,7 @@ def _statement(summary: Summary, rows: Sequence[Mapping], facts: Mapping) -> str
         f"`{facts['policy']}`, {facts['reward_kind']} reward `{facts['reward']}`. Of {len(rows)} rows "
         f"{wrong} ended in an error and {ungraded} could not be graded; they count as wrong."
     )
+    head = f"{head} {comparisons_lost(rows)}".rstrip()
     return (
         f"{head} Brackets hold 95% bootstrap intervals over problems, the seeds of a problem averaged first. "
         "FLOPs and seconds are per problem, rejected work included. An interval without width says that all "
@@ -149,7 +155,9 @@ def _target_note(facts: Mapping) -> str:
 
 
 def _results(summary: Summary) -> str:
-    heads = ["method", "accuracy", "reward", "FLOPs / problem", "× best_of_16", "seconds / problem"]
+    strict = strict_differs(summary)
+    heads = ["method", "accuracy", *["strict accuracy"] * strict]
+    heads += ["reward", "FLOPs / problem", "× best_of_16", "seconds / problem"]
     lines = []
     for method in methods(summary):
         one = summary[f"accuracy.{method}"]
@@ -160,8 +168,21 @@ def _results(summary: Summary) -> str:
             cost_in_words(summary, "seconds", method),
         ]
         counts = [one["seeds"], one["problems"], round(summary[f"errors.{method}"]["value"])]
-        lines.append([method, span(one), span(reward, ".3g") if reward else "–", *costs, *counts])
+        read = [strict_in_words(summary, method)] * strict
+        lines.append([method, span(one), *read, span(reward, ".3g") if reward else "–", *costs, *counts])
     return table([*heads, "seeds", "problems", "errors"], lines)
+
+
+def _strictness(summary: Summary, rows: Sequence[Mapping]) -> list[str]:
+    """What strict accuracy is and on how many answers it rests, where any answer is read in two ways."""
+    differ = len(extractions(rows))
+    if not differ:
+        return []
+    what = "Strict accuracy counts" if strict_differs(summary) else "Strict accuracy, here the same, counts"
+    return [
+        f"{what} an answer only in the form that the task asks for; accuracy takes it wherever the response put it. "
+        f"{differ} of {len(rows)} responses are read in two ways: `{EXTRACTION}` holds them."
+    ]
 
 
 def _paired(summary: Summary) -> list[str]:
@@ -219,6 +240,7 @@ def _plots(images: Mapping[str, str]) -> list[str]:
 def _provenance(summary: Summary, facts: Mapping) -> list[str]:
     lines = [f"policy: `{facts['policy']}`", f"reward: `{facts['reward']}` ({facts['reward_kind']})"]
     lines += [f"seeds: {', '.join(map(str, facts['seeds']))}"] if is_known(facts, "seeds") else []
+    lines += [f"revision of {what}: `{one}`" for what, one in (facts.get("revisions") or {}).items()]
     lines += [f"{name}: {version}" for name, version in (facts.get("versions") or {}).items()]
     clocks = {"setup": "set-up", "total": "in all"}
     clocks |= {f"training.{label}": f"making {label}" for label in LABELS}

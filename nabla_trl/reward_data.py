@@ -92,7 +92,7 @@ def label(
 ) -> list[Labelled]:
     """Distinct responses with the verdict on their answers and the policy's candidates along them."""
     distinct = list({(sample.problem.id, *sample.response): sample for sample in samples}.values())
-    texts = [policy.decode(sample.response) for sample in distinct]
+    texts = [policy.said(sample.response, policy.stops(sample.problem)) for sample in distinct]
     verdicts = Verifier(checker)([sample.problem for sample in distinct], texts)
     known = with_candidates(policy, distinct, candidates, batch_size)
     return [Labelled(sample, verdict.right) for sample, (_, verdict) in zip(known, verdicts, strict=True)]

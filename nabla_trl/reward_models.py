@@ -269,7 +269,7 @@ def _load_causal(name: str, policy: Policy, dtype: str, device: str | None) -> P
     """The policy itself where it has this name: its likelihood is known from drawing."""
     if same_model(name, policy.name):
         return policy
-    return load_policy(name, dtype=dtype, device=device)
+    return load_policy(name, dtype=dtype, device=device)  # it may be sampled from, and is then asked in its own way
 
 
 @torch.no_grad()

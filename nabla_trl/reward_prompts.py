@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nabla_trl.models import check_prompt, prompt_ids, render
+from nabla_trl.prompts import check_prompt, prompt_ids, render
 from nabla_trl.tasks import Problem
 
 _SENTINEL = "\x02response\x03"

@@ -17,8 +17,9 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter
 from nabla_trl.gradient import direct_gradient, token_gradient
 from nabla_trl.heads import LikelihoodTerm
-from nabla_trl.models import Policy, PromptTooLong, context_length
+from nabla_trl.models import Policy, context_length
 from nabla_trl.options import HARD, Point
+from nabla_trl.prompts import PromptTooLong
 from nabla_trl.tasks import Problem
 from nabla_trl.terms import Encoded, Memo, Sample, Term
 from nabla_trl.trust import Trust
@@ -261,5 +262,5 @@ class Verifier:
     def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[tuple[str | None, Verdict]]:
         """Extracted answer and verdict of each response text."""
         answers = [extract_answer(text) for text in texts]
-        golds = [problem.answer for problem in problems]
+        golds = [problem.judge for problem in problems]
         return list(zip(answers, self.checker.check(list(zip(answers, golds, strict=True))), strict=True))

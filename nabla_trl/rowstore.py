@@ -15,10 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nabla_trl.answers import normalize_answer
 from nabla_trl.files import sync_folder
 from nabla_trl.naming import sample_count
 from nabla_trl.tasks import Problem, content_hash
 from nabla_trl.traces import Trace
+
+TAIL = 300  # characters of a response that a row keeps where its answer may be read in two ways
 
 Row = dict[str, Any]
 Key = tuple[str, str, str, int]
@@ -32,17 +35,22 @@ def trace_row(trace: Trace, run: str, kl: float | None = None) -> Row:
     """The result row of a graded trace; `method` is the trace's, `kl` as `nabla_trl.divergence` measures it.
 
     `revisions` and `accepted` are of the chain that was kept, `proposals` and `proposals_accepted` of all chains and
-    starts of a search.
+    starts of a search. `tail` is the end of the response where strict and lenient extraction differ.
     """
     own = len(trace.revisions), sum(revision.accepted for revision in trace.revisions)
     return {
         "method": trace.method,
         "task": trace.task,
+        "task_version": trace.meta.get("task_version", ""),
         "problem": trace.problem_id,
         "seed": trace.seed,
         "correct": trace.correct,
+        "correct_strict": trace.correct_strict,
         "answer": trace.answer,
+        "answer_strict": trace.answer_strict,
         "gold": trace.gold,
+        "verdict": trace.verdict,
+        "tail": trace.response[-TAIL:] if extractions_differ(trace) else None,
         "reward": _finite(trace.reward),
         "kl": kl,
         "flops": trace.cost.flops,
@@ -74,10 +82,15 @@ def _gathered(rows: Sequence[Row]) -> Row:
     first = rows[0]
     graded = [row["correct"] for row in rows if row["correct"] is not None]
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
+    lost = [row["verdict"] for row in rows if row["verdict"] in ("timeout", "error")]
     tokens: Counter[str] = sum((Counter(row["tokens"]) for row in rows), Counter())
     return first | {
         "correct": sum(graded) / len(graded) if graded else None,
+        "correct_strict": None,
         "answer": None,
+        "answer_strict": None,
+        "verdict": lost[0] if lost else None,
+        "tail": None,
         "reward": sum(rewards) / len(rewards) if rewards else None,
         "flops": sum(row["flops"] for row in rows),
         "seconds": sum(row["seconds"] for row in rows),
@@ -86,6 +99,13 @@ def _gathered(rows: Sequence[Row]) -> Row:
         "reward_by_round": [],
         "samples": [] if first["error"] else [[row["answer"], row["correct"]] for row in rows],
     }
+
+
+def extractions_differ(trace: Trace) -> bool:
+    """Whether the strict answer is another than the one found wherever it may stand (and a form is asked for)."""
+    asked = "form" in trace.meta and trace.error is None
+    read = [None if one is None else normalize_answer(one) for one in (trace.answer, trace.answer_strict)]
+    return asked and read[0] != read[1]
 
 
 def reward_by_round(trace: Trace) -> list[float]:

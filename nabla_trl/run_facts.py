@@ -14,7 +14,7 @@ from nabla_trl.naming import trained_label
 from nabla_trl.records import hardware, hub_revision, versions
 from nabla_trl.reward_folder import FILE as CARD
 from nabla_trl.reward_folder import plan_reward, read_card, reward_identity
-from nabla_trl.tasks import data_identity
+from nabla_trl.tasks import task_version
 
 
 class Clock:
@@ -55,9 +55,9 @@ def run_facts(*, title: str, command: str, policy: str, reward: str, task: str, 
 
 
 def revisions(policy: str, reward: str, task: str) -> dict[str, str]:
-    """Of the hub's models the commit, of our own rewards and of data files a hash; what has none is left out."""
+    """Of the hub's models the commit, of our own rewards a hash, of the task its version; what has none is out."""
     found = {name: hub_revision(name) for name in sorted({policy, *plan_reward(reward).models})}
-    found |= {reward: reward_identity(reward), task: data_identity(task)}
+    found |= {reward: reward_identity(reward), task: task_version(task)}
     return {name: one for name, one in found.items() if one not in ("", name)}
 
 

@@ -133,7 +133,8 @@ class Search:
         jobs = []
         for prompt, cache, number in wanted:
             stream = random_stream(self.seed, prompt.problem.id, "suffix", f"pool-{number}" if number else 0)
-            jobs.append(Job(prompt.problem.id, prompt.ids, stream, prompt.room, cache))
+            stop = self.policy.stops(prompt.problem)
+            jobs.append(Job(prompt.problem.id, prompt.ids, stream, prompt.room, cache, stop))
             self.drawn[prompt.problem.id] += 1
         states = [
             State(p, d.ids, d.finished, d.candidates, d.logp, d.tilt, d.kept(), p.memos, math.nan)
@@ -291,10 +292,13 @@ class Search:
             chain, prompt = proposal.chain, proposal.chain.state.prompt
             chain.rollouts += 1
             limit = prompt.room - len(proposal.response)
-            if proposal.finished(self.policy.stop_ids) or limit < 1:
+            if proposal.finished(self.policy) or limit < 1:
                 continue
             stream = self.stream(chain, "suffix", chain.rollouts)
-            jobs.append(Job(chain.problem.id, prompt.ids + proposal.response, stream, limit, proposal.cache()))
+            given, stop = proposal.response, self.policy.stops(chain.problem)
+            jobs.append(
+                Job(chain.problem.id, prompt.ids + given, stream, limit, proposal.cache(), stop, given=len(given))
+            )
             open_.append(proposal)
         for proposal, draft in zip(open_, self.draw(jobs), strict=True):
             proposal.draft = draft
@@ -315,7 +319,7 @@ class Search:
 
     def judge(self, proposals: list[Proposal]) -> None:
         """Score all proposals as incumbents are scored, and decide in each chain."""
-        states = [proposal.state(self.policy.stop_ids) for proposal in proposals]
+        states = [proposal.state(self.policy) for proposal in proposals]
         self.score(states, [proposal.position for proposal in proposals])
         if self.metropolis:
             # The scores weigh the way back. A response drawn anew has none to weigh, and is solved once it is taken.

@@ -30,8 +30,9 @@ from torch import Tensor
 from nabla_trl import kv
 from nabla_trl.client import Client, concurrently
 from nabla_trl.generate import Draft, Job, random_stream
-from nabla_trl.models import Policy, prompt_ids
+from nabla_trl.models import Policy
 from nabla_trl.options import Sampling
+from nabla_trl.prompts import prompt_ids
 from nabla_trl.tasks import Problem
 
 FLOOR = -9999.0  # vLLM writes this for −inf, which JSON does not know
@@ -75,9 +76,10 @@ class Server:
         """
         width = min(candidates, len(policy.forbidden))
         shared = self._request(policy, sampling, width)
-        bodies = [shared | _own(job, sampling) for job in jobs]
+        asked = [(job, shared | _own(job, sampling)) for job in jobs]
 
-        def one(body: dict[str, Any], stop: Event) -> Draft:
+        def one(request: tuple[Job, dict[str, Any]], stop: Event) -> Draft:
+            job, body = request
             try:
                 answer = self.client.call("/v1/completions", body, stop)
             except ValueError as error:
@@ -85,7 +87,7 @@ class Server:
                     raise
                 raise ValueError(f"{error}; {width} candidates need vllm serve --max-logprobs {width}") from error
             try:
-                return _draft(policy, body, answer, width)
+                return _draft(policy, job, body, answer, width)
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{self.client.url} does not answer as vLLM does: {type(error).__name__} {error}"
@@ -93,7 +95,7 @@ class Server:
             except ValueError as error:
                 raise ValueError(f"{self.client.url}: {error}") from error
 
-        return concurrently(one, bodies, self.concurrency)
+        return concurrently(one, asked, self.concurrency)
 
     def _request(self, policy: Policy, sampling: Sampling, width: int) -> dict[str, Any]:
         """What all requests have in common. Nothing is left to defaults, which a generation config may change."""
@@ -120,7 +122,9 @@ class Server:
 
 
 def _own(job: Job, sampling: Sampling) -> dict[str, Any]:
-    own = {"prompt": job.prefix, "max_tokens": job.limit}
+    own: dict[str, Any] = {"prompt": job.prefix, "max_tokens": job.limit}
+    if job.stop:  # a response ends behind the string, as those that are drawn here
+        own |= {"stop": list(job.stop), "include_stop_str_in_output": True}
     if not sampling.temperature:
         return own
     if job.stream is None:
@@ -128,11 +132,14 @@ def _own(job: Job, sampling: Sampling) -> dict[str, Any]:
     return own | {"seed": int(job.stream.integers(2**63 - 1))}
 
 
-def _draft(policy: Policy, body: dict[str, Any], answer: dict[str, Any], width: int) -> Draft:
+def _draft(policy: Policy, job: Job, body: dict[str, Any], answer: dict[str, Any], width: int) -> Draft:
     """The draft in an answer to `body`; ValueError where it is not what was asked for."""
     [choice] = answer["choices"]
     ids, tops = list(choice["token_ids"]), choice["logprobs"]["top_logprobs"]
-    finished = bool(ids) and ids[-1] in policy.stop_ids
+    if job.stop:  # a server does not see a string that began in the prefix
+        length = next((n for n in range(1, len(ids)) if job.over(policy, ids[:n])), len(ids))
+        ids, tops = ids[:length], tops[:length]
+    finished = job.over(policy, ids)
     if choice["prompt_token_ids"] != body["prompt"]:
         raise ValueError("the prompt that came back is not the one that was sent")
     if not ids or len(ids) > body["max_tokens"] or not (finished or len(ids) == body["max_tokens"]):

@@ -22,7 +22,8 @@ LEVEL = 0.95
 SIGNIFICANT = 0.05  # largest p-value of a difference that is called one
 BOOTSTRAP_SEED = 20_260_101
 
-METRICS = ("accuracy", "flops", "seconds", "tokens", "reward", "kl")
+METRICS = ("accuracy", "accuracy_strict", "flops", "seconds", "tokens", "reward", "kl")
+_STORED = ("flops", "seconds", "reward", "kl")  # as they are in a row
 _IDENTITY = ("method", "task", "problem", "seed")
 # kl and tokens may be missing
 _FIELDS = (*_IDENTITY, "correct", "reward", "flops", "seconds", "reward_by_round", "error")
@@ -307,10 +308,13 @@ def _grid(method: str, cells: Mapping[tuple[str, int], Mapping], problems: tuple
     seeds, rows = complete(method, cells, problems)
     shape = (len(problems), len(seeds))
     numbers = {"tokens": [_drawn(row.get("tokens")) for row in rows]}
-    numbers |= {metric: [_number(row.get(metric)) for row in rows] for metric in METRICS[1:] if metric != "tokens"}
+    numbers |= {metric: [_number(row.get(metric)) for row in rows] for metric in _STORED}
     columns = {metric: np.array(own).reshape(shape) for metric, own in numbers.items()}
     right = [bool(row["correct"]) and row["error"] is None for row in rows]
     columns["accuracy"] = np.array(right, dtype=np.float64).reshape(shape)
+    asked = any(row.get("correct_strict") is not None for row in rows)
+    strict = [bool(row.get("correct_strict")) and row["error"] is None if asked else math.nan for row in rows]
+    columns["accuracy_strict"] = np.array(strict, dtype=np.float64).reshape(shape)
     errors = sum(row["error"] is not None for row in rows)
     ungraded = sum(row["correct"] is None and row["error"] is None for row in rows)
     rounds = tuple(tuple(map(_number, row["reward_by_round"] or ())) or None for row in rows)

@@ -20,8 +20,9 @@ FLOPS_SHARE = 1 / 3  # target: nabla reaches best-of-16 at no more than this sha
 def summarise(rows: Sequence[Mapping], facts: Mapping) -> Summary:
     """The content of summary.json: name -> {"value", "low", "high", "seeds", "problems"}.
 
-    Names: accuracy., flops., seconds., tokens., reward., kl., errors.<method> (FLOPs, seconds, tokens drawn and nats
-    per problem); level.<level>.<method> (accuracy on the problems of one level, where the facts tell of several);
+    Names: accuracy., accuracy_strict., flops., seconds., tokens., reward., kl., errors.<method> (FLOPs, seconds,
+    tokens drawn and nats per problem; strict: of answers in the form that the task asks for alone, if it does);
+    level.<level>.<method> (accuracy on the problems of one level, where the facts tell of several);
     paired.<a>-<b> (accuracy of a minus b) and p_value.<a>-<b>; of a trained policy's greedy decode its share of
     nabla's gain over greedy, recovered.<label>_greedy, and of the way from greedy to the best test-time method,
     way.<label>_greedy; break_even.<trained method>-<method> (queries); flops.training.<label> and

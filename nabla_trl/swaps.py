@@ -94,7 +94,7 @@ def draw_responses(
     if not prompts:
         raise ValueError(f"no problem can be run: {next(iter(errors.values()), 'there are none')}")
     jobs = [
-        Job(problem.id, ids, random_stream(seed, problem.id, "swaps", draw), limit)
+        Job(problem.id, ids, random_stream(seed, problem.id, "swaps", draw), limit, stop=policy.stops(problem))
         for (problem, ids), limit in zip(prompts, limits, strict=True)
         for draw in range(count)
     ]

@@ -77,6 +77,10 @@ class Trace:
     `pull[k][t]`: by how much the gradient at the k-th incumbent (`incumbents`) promised to raise the reward, at most,
     with another token at position t. There may be fewer of them than incumbents: the last one's gradient is not always
     taken, and a method without a gradient has none.
+
+    `answer` is found wherever the response may have put it (`answers.extract_answer`), `answer_strict` only in the
+    form that the task asks for (`answers.strict_answer`); both are None where there is none, the strict one also where
+    no form is asked for. `verdict` is the `answers.Verdict` on `answer`.
     """
 
     problem_id: str
@@ -100,6 +104,9 @@ class Trace:
     meta: dict[str, str]
     error: str | None = None
     pull: list[list[float]] = field(default_factory=list)
+    answer_strict: str | None = None
+    correct_strict: bool | None = None
+    verdict: str | None = None
 
     def bases(self) -> Iterator[tuple[Revision, list[int]]]:
         """Each revision with the response ids it was proposed against (the incumbent of its round)."""
@@ -188,11 +195,14 @@ SCHEMA = pa.schema(
         ("meta", pa.string()),  # JSON
         ("error", pa.string()),
         ("pull", pa.list_(pa.list_(pa.float32()))),
+        ("answer_strict", pa.string()),
+        ("correct_strict", pa.bool_()),
+        ("verdict", pa.string()),
     ],
     metadata={_VERSION_KEY: FORMAT_VERSION.encode()},
 )
 _COST_COLUMNS = ("flops", "seconds", "tokens")
-_LATER = ("pull",)  # columns that a shard may lack
+_LATER = ("pull", "answer_strict", "correct_strict", "verdict")  # columns that a shard may lack
 _KEY_COLUMNS = ("problem_id", "seed", "method")
 
 
@@ -321,7 +331,7 @@ def _empty_row() -> dict[str, Any]:
     texts = dict.fromkeys(("task", "prompt", "response", "stop"), "")
     lists: dict[str, Any] = {name: [] for name in ("prompt_ids", "initial_ids", "response_ids", "revisions", "pull")}
     rewards = dict.fromkeys(("reward_initial", "reward"), math.nan)
-    unknown = dict.fromkeys(("answer", "gold", "correct", "error"))
+    unknown = dict.fromkeys(("answer", "gold", "correct", "error", "answer_strict", "correct_strict", "verdict"))
     cost = {"flops": 0.0, "seconds": 0.0, "tokens": "{}"}
     return {**texts, **lists, **rewards, **unknown, **cost, "finished": False, "meta": "{}"}
 

@@ -23,6 +23,18 @@ def accuracy(summary: Summary, method: str) -> str:
     return span(summary[f"accuracy.{method}"])
 
 
+def strict_differs(summary: Summary) -> bool:
+    """Whether some method is less accurate where answers count in the form that was asked for alone."""
+    known = [method for method in methods(summary) if f"accuracy_strict.{method}" in summary]
+    return any(summary[f"accuracy_strict.{one}"]["value"] != summary[f"accuracy.{one}"]["value"] for one in known)
+
+
+def strict_in_words(summary: Summary, method: str) -> str:
+    """A strict accuracy with its interval."""
+    one = summary.get(f"accuracy_strict.{method}")
+    return span(one) if one else "–"
+
+
 def si(value: float, unit: str = "") -> str:
     """Three significant digits and an SI prefix: 1.2e8, "FLOPs" -> "120 MFLOPs"."""
     value = float(f"{value:.3g}")

@@ -32,7 +32,7 @@ from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.results import store_results
 from nabla_trl.reward_models import warn_past_trust
 from nabla_trl.rowstore import RowStore, of_problems
-from nabla_trl.tasks import graded, load_problems
+from nabla_trl.tasks import graded, load_problems, task_settings
 from nabla_trl.tracing import adapter_identity, claim_settings, search_settings
 
 
@@ -141,7 +141,7 @@ def compare(
     policy, reward = models.load(4 * config.batch_size)
     settings = models.settings() | search_settings(config)
     settings["adapter"] = adapter_identity(models.adapter) if models.adapter else ""
-    settings |= {"dataset": args.dataset, "split": args.split}
+    settings |= {**task_settings(args.dataset), "split": args.split}
     claim_settings(folder / "compare.settings.json", settings)
     warn_past_trust(reward, config, max(args.samples))
     store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])

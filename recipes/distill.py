@@ -43,14 +43,14 @@ from nabla_trl.models import Policy, load_policy
 from nabla_trl.naming import RIVAL, labels, split, trained_label
 from nabla_trl.parsing import given, parse, quiet_libraries, run_main
 from nabla_trl.report import terminal_table, write_report
-from nabla_trl.results import store_results
+from nabla_trl.results import remarks, store_results
 from nabla_trl.reward_folder import reward_identity
 from nabla_trl.reward_models import load_reward, warn_past_trust
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore, of_problems
 from nabla_trl.run_facts import Clock, reward_cost, run_facts, trained_facts
 from nabla_trl.server import connect
-from nabla_trl.tasks import Problem, check_disjoint, data_identity, graded, load_problems, problem_facts
+from nabla_trl.tasks import Problem, check_disjoint, graded, load_problems, problem_facts, task_settings
 from nabla_trl.traces import HELD_OUT
 from nabla_trl.tracing import claim_settings, search_settings, unfinished, weights_identity, write_traces
 from nabla_trl.train_stage import TrainStage
@@ -98,7 +98,9 @@ class Run:
     def models(self) -> tuple[Policy, Reward]:
         if self._models is None:
             device = str(self.state.device)
-            policy = load_policy(self.args.policy, dtype=self.args.dtype, device=device)
+            policy = load_policy(
+                self.args.policy, dtype=self.args.dtype, device=device, prompting=self.args.prompting()
+            )
             if self.args.vllm_url:
                 policy = connect(policy, self.args.vllm_url, timeout=self.args.vllm_timeout)
             rows = 4 * self.reasoner.batch_size
@@ -140,7 +142,7 @@ class Run:
         if any(todo.values()):
             self.models()  # first: what cannot be loaded must not claim the folder
         settings = self._search_settings() | {"adapter": "", "split": self.args.train_split}
-        claim_settings(self._path("traces.settings.json"), settings | {"dataset": self.args.dataset})
+        claim_settings(self._path("traces.settings.json"), settings | task_settings(self.args.dataset))
         for seed, problems in todo.items():
             if not problems:
                 self.say(f"traces: {len(mine)} problems are there already")
@@ -164,7 +166,8 @@ class Run:
     def _search_settings(self) -> dict[str, str]:
         reward = reward_identity(self.args.reward)
         models = {"policy": self.args.policy, "reward": reward, "dtype": self.args.dtype}
-        return models | search_settings(self.reasoner) | drawing_settings(self.args.vllm_url)
+        models |= drawing_settings(self.args.vllm_url) | self.args.prompting().settings()
+        return models | search_settings(self.reasoner)
 
     def _audit(self) -> None:
         policy, reward = self.models()
@@ -198,7 +201,7 @@ class Run:
             lora=self.lora,
             config=self.sft,
             models=self.models,
-            settings=self._search_settings() | {"dataset": data_identity(self.args.dataset)},
+            settings=self._search_settings() | task_settings(self.args.dataset),
             checker=self.checker,
             state=self.state,
             called=self.called,
@@ -250,7 +253,11 @@ class Run:
                 claim_settings(mark, {"weights": weights_identity(path)})
                 model, adapter = (str(path), None) if path.name == "model" else (self.args.policy, str(path))
                 tuned[trained_label(method)] = load_policy(
-                    model, dtype=self.args.dtype, device=str(self.state.device), adapter=adapter
+                    model,
+                    dtype=self.args.dtype,
+                    device=str(self.state.device),
+                    adapter=adapter,
+                    prompting=self.args.prompting(),
                 )
         return tuned
 
@@ -269,6 +276,8 @@ class Run:
         facts = self.facts()
         store_results(self.folder, rows, facts)
         terminal_table(write_report(self.folder, rows, facts))
+        for remark in remarks(self.folder, rows):
+            print(remark)
         for name, path in self.files().items():
             print(f"{name:>10}: {path}")
 
@@ -311,7 +320,7 @@ class Run:
 
     def _store(self) -> RowStore:
         settings = self._search_settings() | {"split": self.args.eval_split}
-        settings["dataset"] = self.args.eval_dataset or self.args.dataset
+        settings |= task_settings(self.args.eval_dataset or self.args.dataset)
         claim_settings(self._path("rows/eval.settings.json"), settings)
         run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         return RowStore(self.folder / "rows", run, rank=self.state.process_index)

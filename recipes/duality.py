@@ -39,7 +39,7 @@ from nabla_trl.reward_folder import reward_identity
 from nabla_trl.reward_models import load_reward
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
-from nabla_trl.tasks import data_identity, load_problems
+from nabla_trl.tasks import load_problems, task_settings
 from nabla_trl.traces import Trace
 from nabla_trl.tracing import claim_settings
 
@@ -235,7 +235,7 @@ def chain_settings(args: DualityArguments) -> dict[str, str]:
     settings = {name: str(getattr(args, name)) for name in keep}
     if args.policy:
         settings |= {"policy": args.policy, "reward": reward_identity(args.reward), "split": args.split}
-        settings |= {"dataset": data_identity(args.dataset), "limit": str(args.limit)}
+        settings |= {**task_settings(args.dataset), "limit": str(args.limit)}
     return settings
 
 

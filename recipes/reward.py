@@ -57,7 +57,7 @@ from nabla_trl.reward_models import load_reward
 from nabla_trl.reward_training import RewardOptions, TrainedReward, train_reward
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
-from nabla_trl.tasks import Problem, data_identity, load_problems
+from nabla_trl.tasks import Problem, load_problems, task_settings
 from nabla_trl.terms import Sample
 from nabla_trl.tracing import claim_settings, search_settings
 from nabla_trl.trust import Trust
@@ -134,7 +134,7 @@ class Run:
         claim_settings(self.folder / "settings.json", self.settings())
 
     def settings(self) -> dict[str, str]:
-        data = {"dataset": data_identity(self.args.dataset), "policy": self.args.policy, "dtype": self.args.dtype}
+        data = {**task_settings(self.args.dataset), "policy": self.args.policy, "dtype": self.args.dtype}
         for option in fields(RewardArguments):
             if option.name not in ("policy", "dataset", "dtype", "adversarial_rounds"):  # more rounds may be added
                 data[option.name] = str(getattr(self.args, option.name))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nabla_trl import answers
-from nabla_trl.answers import Verdict, extract_answer, normalize_answer
+from nabla_trl.answers import Verdict, asked_form, extract_answer, in_thinking, normalize_answer, strict_answer
 from nabla_trl.checker import AnswerChecker
 
 # A comparison that misbehaves on demand; workers load it by path in place of math-verify's.
@@ -112,6 +112,10 @@ RESPONSES = {
     r"$\boxed 7$": "7",
     r"$\boxed{}$ and so the answer is 3": "3",
     r"\boxed{3} and then \boxed{}": "3",
+    r"The roots are $\boxed{3}$ and $\boxed{\sqrt{5}}$.": r"3, \sqrt{5}",
+    r"Hence \(\boxed{1}\), \(\boxed{2}\), or \(\boxed{3}\)": "1, 2, 3",
+    r"\boxed{1} \text{ and } \boxed{2}": "1, 2",
+    r"We found \boxed{4}, so it is \boxed{5} or \boxed{6}": "5, 6",
     r"We have 24 cases, so $\boxed{\frac{1": "24",
     r"First $\boxed{4}$, or rather $\boxed{\frac{1": "4",
     "Final Answer: The final answer is $\\frac{1}{2}$. I hope it is correct.": r"\frac{1}{2}",
@@ -205,6 +209,43 @@ def test_extraction_stays_fast_on_endless_repetition() -> None:
         began = time.process_time()
         extract_answer(piece * (8192 // len(piece) + 1))
         assert time.process_time() - began < 5
+
+
+STRICT = {
+    ("boxed", r"so $\boxed{\frac{1}{2}}$, or \boxed{3}."): "3",
+    ("boxed", r"\boxed{−3}"): "-3",
+    ("boxed", r"\boxed{3} and \boxed{5}"): "5",
+    ("boxed", r"It is \boxed{3}, that is \boxed{\frac{1"): "3",
+    ("boxed", "The answer is 3.\n#### 3"): None,
+    ("boxed", r"<think>\boxed{3}</think>The answer is 4."): None,
+    ("boxed", r"\boxed{3}</think>So \boxed{4}"): "4",
+    ("hashes", "5 + 13 = 18\n#### 18"): "18",
+    ("hashes", "#### 5\nno:\n  #### $1,234.\nSo it is 7."): "$1,234",
+    ("hashes", r"\boxed{18}, so #### 18"): None,
+    ("hashes", "##### 18"): None,
+    ("hashes", "####\n18"): None,
+    ("hash", "9-5=4;4*4=6;#6"): "6",
+    ("hash", "9-5=4;#4;4*4=6;#6"): "6",
+    ("hash", "9-5=4;4*4=6"): None,
+    ("hash", "9-5=4;#"): None,
+}
+
+
+@pytest.mark.parametrize(("asked", "answer"), STRICT.items())
+def test_strict_answers_are_those_in_the_form_that_was_asked_for(asked: tuple[str, str], answer: str | None) -> None:
+    form, text = asked
+    assert strict_answer(text, form) == answer
+
+
+def test_an_instruction_tells_its_form() -> None:
+    assert asked_form(r"Put it within \boxed{}.") == "boxed"
+    assert asked_form("End with '#### n'.") == "hashes"
+    assert asked_form("As in problem #3, be brief.") is asked_form("") is None
+
+
+def test_a_text_may_end_inside_a_think_block() -> None:
+    assert in_thinking("<|assistant|><think>\n") and in_thinking("<think></think><thinking>x")
+    assert not in_thinking("") and not in_thinking("<think>\n\n</think>\n\n") and not in_thinking("</think>")
 
 
 # ------------------------------------------------------------------ comparing

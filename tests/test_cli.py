@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from nabla_trl import arguments, audit_command, commands, console
 from nabla_trl.cli import COMMANDS, main
 from nabla_trl.config import ReasonerConfig
+from nabla_trl.tasks import task_version
 from nabla_trl.traces import read_traces
 
 SEARCH = ["--rounds", "3", "--max_new_tokens", "10"]
@@ -279,6 +280,51 @@ def test_eval_then_report(capsys, models, dataset, tmp_path, monkeypatch):
     assert summary["accuracy.nabla"]["value"] == pytest.approx(sum(right) / len(right))
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "nabla-trl eval --policy" in page
+
+
+def test_eval_of_a_task_that_asks_for_a_form_tells_where_answers_are_read_in_two_ways(capsys, models, tmp_path):
+    chains = ["--dataset", "chains", "--limit", "5"]
+    assert main(evaluation(models, chains, tmp_path, "greedy,nabla")) == 0
+    out = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    differ = [row for row in rows if row["tail"] is not None]
+    assert differ and all(row["answer_strict"] != row["answer"] for row in differ)
+    assert f"{len(differ)} answers differ by strict and lenient extraction: {tmp_path / 'extraction.jsonl'}" in out
+    lines = (tmp_path / "extraction.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["lenient"] for line in lines] == [row["answer"] for row in differ]
+    assert {row["task_version"] for row in rows} == {task_version("chains")}
+    assert main(["report", "--output_dir", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    strict = [bool(row["correct_strict"]) for row in rows if row["method"] == "greedy"]
+    assert summary["accuracy_strict.greedy"]["value"] == pytest.approx(sum(strict) / len(strict))
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"{len(differ)} of {len(rows)} responses are read in two ways" in page
+    assert f"revision of chains: `{task_version('chains')}`" in page
+
+
+@pytest.mark.parametrize("command", ["eval", "traces"])
+def test_another_version_of_the_task_is_refused_by_name(capsys, models, tmp_path, command):
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"question": "1+1", "answer": "2"}', encoding="utf-8")
+    methods = ["--methods", "greedy"] * (command == "eval")
+    argv = [command, *models, "--dataset", str(path), *SEARCH, *methods, "--output_dir", str(tmp_path / "out")]
+    was = task_version(str(path))
+    assert main(argv) == 0
+    path.write_text('{"question": "1+2", "answer": "3"}', encoding="utf-8")
+    capsys.readouterr()
+    assert main(argv) == 1
+    assert f"now task_version '{task_version(str(path))}' (was '{was}')" in error_line(capsys)
+
+
+def test_how_the_policy_is_asked_is_a_setting(capsys, models, dataset, tmp_path):
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--prompt_style", "chat")) == 0
+    capsys.readouterr()
+    assert main(evaluation(models, dataset, tmp_path, "greedy")) == 1
+    assert "now prompt_style None (was 'chat')" in error_line(capsys)
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--chat_template_kwargs", '{"add": 1}')) == 1
+    assert "has no 'add'" in error_line(capsys)
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--chat_template_kwargs", "x")) == 1
+    assert "chat_template_kwargs is not JSON" in error_line(capsys)
 
 
 def test_eval_adds_methods_and_keeps_rows(capsys, models, dataset, tmp_path):

@@ -11,12 +11,18 @@ import torch
 import worlds
 
 from nabla_trl import estimators
+from nabla_trl.answers import Verdict
 from nabla_trl.checker import AnswerChecker
+from nabla_trl.compute import Cost
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.evaluate import Bench, mean_flops, run_step
 from nabla_trl.laws import best_of_bound
 from nabla_trl.methods import check, steps
-from nabla_trl.rowstore import RowStore, reward_by_round, row_key
+from nabla_trl.records import error_trace, grade, response_trace
+from nabla_trl.results import comparisons_lost, extractions
+from nabla_trl.rowstore import RowStore, reward_by_round, row_key, trace_row
+from nabla_trl.summary import summarise
+from nabla_trl.tasks import Problem
 from nabla_trl.viewer import Tokens, stored_traces
 
 CONFIG = ReasonerConfig(rounds=3, max_new_tokens=8, batch_size=2)
@@ -98,6 +104,72 @@ def test_the_traces_of_the_main_search_are_kept_with_its_rows(bench, asked, chec
         row = rows[trace.problem_id]
         assert (trace.method, trace.reward, trace.correct) == ("nabla", row["reward"], row["correct"])
     assert Tokens.read(folder).fit(traces[0])
+
+
+def test_rows_hold_both_verdicts_where_a_form_is_asked_for(policy, checker):
+    texts = ["1+2=3;#3", "1+2=3", "1+2=3;#4", "=;"]
+    problems = [Problem(f"q{n}", "1+2", "3", form="hash", version="7", task="sums") for n in range(len(texts))]
+    problems.append(replace(problems[0], id="free", form=None))
+    problems.append(replace(problems[0], id="ungraded", answer=None))
+    traces = []
+    for problem, text in zip(problems, [*texts, *texts[:2]], strict=True):
+        ids = worlds.sample(policy, problem, text).response
+        traces.append(traced(policy, problem, ids))
+    traces.append(error_trace(replace(problems[0], id="failed"), "greedy", 0, "it failed", {}))
+    rows = {row["problem"]: row for row in (trace_row(trace, "run") for trace in grade(traces, checker))}
+    names = ("answer", "answer_strict", "correct", "correct_strict")
+    assert [[rows[key][name] for name in names] for key in rows] == [
+        ["3", "3", True, True],
+        ["3", None, True, False],
+        ["4", "4", False, False],
+        [None, None, False, False],
+        ["3", None, True, None],
+        ["3", None, None, None],
+        [None, None, False, False],
+    ]
+    assert {row["task_version"] for row in rows.values()} == {"7"}
+    assert [key for key, row in rows.items() if row["tail"] is not None] == ["q1", "ungraded"]
+    assert rows["q1"]["tail"] == "1+2=3"
+    assert [rows[key]["verdict"] for key in ("q0", "q2", "q3", "ungraded")] == [
+        "right",
+        "wrong",
+        "no_answer",
+        "no_gold",
+    ]
+    assert [entry["problem"] for entry in extractions(list(rows.values()))] == ["q1", "ungraded"]
+    found = summarise([row for key, row in rows.items() if key.startswith("q")], {})
+    assert found["accuracy.greedy"]["value"] == 0.5 and found["accuracy_strict.greedy"]["value"] == 0.25
+    free = summarise([rows["free"]], {})
+    assert "accuracy_strict.greedy" not in free
+
+
+def test_comparisons_that_hang_or_crash_are_counted(policy, checker):
+    class Lost(AnswerChecker):
+        def check(self, pairs):
+            return [[Verdict.TIMEOUT, Verdict.ERROR, Verdict.RIGHT][n % 3] for n, _ in enumerate(pairs)]
+
+    problems = [Problem(f"q{n}", "1+2", "3") for n in range(5)]
+    traces = [traced(policy, one, worlds.sample(policy, one, "3").response) for one in problems]
+    rows = [trace_row(trace, "run") for trace in grade(traces, Lost())]
+    assert [row["correct"] for row in rows] == [False, False, True, False, False]
+    assert comparisons_lost(rows) == (
+        "Of the comparisons with gold answers 2 timed out and 2 ended their worker: they count as wrong."
+    )
+    assert comparisons_lost(rows[2:3]) == ""
+
+
+def traced(policy, problem, ids):
+    return response_trace(
+        policy,
+        problem,
+        method="greedy",
+        seed=0,
+        prompt=policy.encode(problem),
+        response=ids,
+        reward=0.0,
+        cost=Cost(),
+        meta={},
+    )
 
 
 def test_a_pool_of_many_samples_batches_problems_and_equals_one_of_few_rows(bench, asked, checker, tmp_path):

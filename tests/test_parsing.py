@@ -12,7 +12,8 @@ from trl import SFTConfig
 
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.interrupts import Stopped
-from nabla_trl.parsing import Parser, UsageError, checked, parse, run_main
+from nabla_trl.parsing import Parser, UsageError, parse, run_main
+from nabla_trl.yaml_fields import checked
 
 
 @dataclass

@@ -102,6 +102,28 @@ def verdicts(rows, facts=FACTS):
     return [line[-1] for line in targets(summarise(rows, facts))]
 
 
+def test_strict_accuracy_stands_beside_where_it_differs(tmp_path):
+    rows = make_rows({"greedy": (0.4, 4e6), "nabla": (0.8, 61e6)})
+    for row in rows:
+        row["correct_strict"] = row["correct"]
+    report.write_report(tmp_path, rows, FACTS)
+    assert "strict" not in (tmp_path / "report.md").read_text()
+    other = next(row for row in rows if row["method"] == "nabla" and row["correct"])
+    other |= {"correct_strict": False, "answer_strict": None, "answer": "3", "gold": "3", "tail": "so 3"}
+    other["verdict"] = "right"
+    next(row for row in rows if not row["correct"])["verdict"] = "timeout"
+    found = report.write_report(tmp_path, rows, FACTS)
+    lines = {line["method"]: line for line in table(section(tmp_path, "Results"))}
+    assert lines["greedy"]["strict accuracy"] == lines["greedy"]["accuracy"]
+    assert lines["nabla"]["strict accuracy"].startswith("0.792") and lines["nabla"]["accuracy"].startswith("0.800")
+    text = (tmp_path / "report.md").read_text()
+    assert f"1 of {len(rows)} responses are read in two ways: `extraction.jsonl`" in text
+    assert "Of the comparisons with gold answers 1 timed out: they count as wrong." in text
+    screen = io.StringIO()
+    report.terminal_table(found, Console(file=screen, width=90))
+    assert "strict" in screen.getvalue() and "0.792" in screen.getvalue()
+
+
 def test_summary_holds_the_agreed_names(summary):
     for method in WORLD:
         assert {f"accuracy.{method}", f"flops.{method}", f"seconds.{method}"} <= summary.keys()

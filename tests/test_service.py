@@ -14,7 +14,8 @@ import pytest
 import worlds
 
 from nabla_trl.config import ReasonerConfig
-from nabla_trl.models import Policy, PromptTooLong
+from nabla_trl.models import Policy
+from nabla_trl.prompts import PromptTooLong
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
 from nabla_trl.service import SEED, Engine, Failed, Progress, QueueFull, Stopping, request_problem

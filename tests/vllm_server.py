@@ -80,7 +80,7 @@ class FakeVllm:
         ids: list[int] = []
         tops: list[dict[str, float]] = []
         generator = torch.Generator().manual_seed(body.get("seed", 0))
-        while len(ids) < limit and not (ids and ids[-1] in body["stop_token_ids"]):
+        while len(ids) < limit and not self.over(ids, body):
             logits = self.model(input_ids=torch.tensor([prompt + ids])).logits[0, -1].float()
             drawn, processed = _sample(logits, body, generator)
             logp = logits.log_softmax(-1) if self.raw else processed.log_softmax(-1)
@@ -91,10 +91,16 @@ class FakeVllm:
             "index": 0,
             "text": self.tokenizer.decode(ids),
             "logprobs": {"top_logprobs": tops},
-            "finish_reason": "stop" if ids[-1] in body["stop_token_ids"] else "length",
+            "finish_reason": "stop" if self.over(ids, body) else "length",
             "prompt_token_ids": prompt,
             "token_ids": ids,
         }
+
+    def over(self, ids: list[int], body: dict[str, Any]) -> bool:
+        """A stop string ends a completion wherever it stands in its own text, and is kept if that is asked for."""
+        assert body.get("include_stop_str_in_output", "stop" not in body)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return bool(ids) and (ids[-1] in body["stop_token_ids"] or any(one in text for one in body.get("stop", [])))
 
 
 def _sample(logits: Tensor, body: dict[str, Any], generator: torch.Generator) -> tuple[int, Tensor]:
