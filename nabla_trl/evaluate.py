@@ -7,11 +7,11 @@ all n reads one pool). What is on disk already is not run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
-from nabla_trl import baselines
+from nabla_trl import baselines, step_search
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.divergence import Measure, nothing_known, of_samples
@@ -22,6 +22,8 @@ from nabla_trl.records import grade
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import Row, RowStore, trace_row
 from nabla_trl.search import solve
+from nabla_trl.step_config import StepConfig
+from nabla_trl.step_methods import METHODS
 from nabla_trl.tasks import Problem
 from nabla_trl.traces import Trace
 
@@ -50,6 +52,7 @@ class Bench:
     Attributes:
         label: of a trained policy: its methods' names begin with it.
         base: the policy that it was trained from; None: it is the base itself.
+        stepwise: how searches over steps are set.
     """
 
     policy: Policy
@@ -58,6 +61,7 @@ class Bench:
     seeds: tuple[int, ...]
     label: str = ""
     base: Policy | None = None
+    stepwise: StepConfig = field(default_factory=StepConfig)
 
     def trained(self, label: str, policy: Policy) -> Bench:
         """The same for a policy trained from this one: its steps are named <label>_<method>."""
@@ -122,6 +126,27 @@ class Bench:
             return [replace(trace, method=method) for trace in traces]
 
         return self._step([method], work, self.seeds, config.batch_size)
+
+    def by_steps(self, name: str, method: str, size: int | None, flops: float, breadth: int) -> Step:
+        """A search over steps, under its whole name, of a size or at a budget: about `breadth` responses wide."""
+        rows = self._together(breadth)
+
+        def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            return step_search.solve(
+                problems,
+                method=METHODS[method],
+                size=size,
+                policy=self.policy,
+                reward=self.reward,
+                sampling=self.sampling(),
+                steps=self.stepwise,
+                name=name,
+                flops=flops,
+                seed=seed,
+                batch_size=rows,
+            )
+
+        return self._step([name], work, self.seeds, rows // breadth)
 
     def _draw(
         self, problems: Sequence[Problem], count: int, seed: int, policy: Policy, reward: Reward | None
