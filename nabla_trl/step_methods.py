@@ -157,11 +157,11 @@ def rap(tree: Tree, size: int | None) -> Walk:
     left to learn.
 
     The paper's prompts and rewards (likelihood of the action, self-evaluation, heuristics) are replaced: an action is
-    a step and a state the prefix, so that the policy, which writes the steps, is its own world model, and the reward is
-    the only value. Rewards have any scale, so means are brought to [0, 1] by the lowest and the highest reward seen in
-    the tree (as in MuZero, arXiv 1911.08265); the weight of UCT's bonus is `exploration`. When all of a tree is known,
-    the next rollout begins another. At a budget, rollouts go on until the next is expected not to fit, the last ones
-    narrower than d.
+    a step and a state the prefix, so that the policy, which writes the steps, is its own world model, and the reward
+    is the only value. Rewards have any scale, so means are brought to [0, 1] by the lowest and the highest reward seen
+    in the tree (as in MuZero, arXiv 1911.08265); the weight of UCT's bonus is `exploration`. When all of a tree is
+    known, the next rollout begins another. At a budget, rollouts go on until the next is expected not to fit, the last
+    ones narrower than d.
     """
     if size is None:
         width = tree.config.step_width

@@ -108,10 +108,11 @@ class Tree:
         None: how many that begin anew.
 
         They are expected to be as long as those that have ended, and a token to cost what it did so far, its scoring
-        included. Until one has ended nothing is known, and any number fits. Without a budget any number does.
+        included. Until one has ended nothing is known, and any number fits; the first attempt is at one, which goes on
+        whatever is left. Without a budget any number fits.
         """
         left = self.flops - self.spent if self.flops else math.inf
-        if left <= 0:
+        if left <= 0 and (self.attempts > 1 or self.responses or nodes is None):
             return 0
         if left == math.inf or not self.responses:
             return UNLIMITED if nodes is None else len(nodes)
