@@ -132,9 +132,9 @@ class EvalArguments:
         "",
         "comma-separated: greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (for pass@k, "
         "maj@k and avg@N); the searches nabla, control, shuffled, paper, released, each also as nabla@best_of_N (at "
-        "its FLOPs) or nabla@F (at F times best_of_16's); reward_model_sampling (log-ratio rewards); with an adapter "
-        "distilled_greedy, distilled_best_of_N, distilled_samples_N, and distilled_nabla and distilled_control, also "
-        "with a budget; "
+        "its FLOPs) or nabla@F (at F times best_of_16's); the searches over steps beam_search, dvts, tot and rap, as "
+        "rap_N, rap@best_of_N or rap@F; reward_model_sampling (log-ratio rewards); with an adapter distilled_greedy, "
+        "distilled_best_of_N, distilled_samples_N, and distilled_nabla and distilled_control, also with a budget; "
         f"empty = {METHODS}, with an adapter also {DISTILLED}",
     )
     split: str = _option("test", "split of the dataset")

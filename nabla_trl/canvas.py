@@ -43,6 +43,7 @@ class Style:
         return {"marker": self.marker, "ms": size * self.size, "mfc": inside, "mec": edge, "mew": width}
 
 
+_PURPLE = "#8E4585"  # searches over steps; reddish purple, darkened until text in it can be read
 STYLES = {
     "best_of": Style("#0072B2", "o"),
     "weighted_best_of": Style("#0072B2", "h", size=1.2),
@@ -51,6 +52,10 @@ STYLES = {
     "greedy": Style("#000000", "D", (0, (1, 1.5))),
     "self_consistency": Style("#56B4E9", "p", size=1.2),
     "reward_model_sampling": Style("#CC79A7", "X", size=1.35),
+    "beam_search": Style(_PURPLE, "<", (0, (5, 1.5)), size=1.2),
+    "dvts": Style(_PURPLE, "v", (0, (3, 1, 1, 1)), size=1.2),
+    "tot": Style(_PURPLE, "P", (0, (1, 1)), size=1.3),
+    "rap": Style(_PURPLE, "H", (0, (8, 2)), size=1.2),
 }
 _GREEN = "#009E73"
 _TRAINED = {

@@ -146,19 +146,20 @@ def traces(argv: Sequence[str]) -> int:
 
 def evaluate(argv: Sequence[str]) -> int:
     from nabla_trl.config import PRESETS, ReasonerConfig
+    from nabla_trl.step_config import StepConfig
 
     parser = Parser(
-        [ModelArguments, EvalArguments, ReasonerConfig],
+        [ModelArguments, EvalArguments, ReasonerConfig, StepConfig],
         presets=PRESETS,
         prog="nabla-trl eval",
         usage="nabla-trl eval --policy P --reward R --dataset D --output_dir DIR [options]",
         description="Run methods on held-out problems and print their accuracy and cost. --adapter is the policy of "
         "the\ndistilled_ methods; all others use the policy without it, and so does the reward.",
     )
-    models, args, config = parser.read(argv)[:3]
+    models, args, config, stepwise = parser.read(argv)[:4]
 
     from nabla_trl.evaluate import Bench, budget_flops, run_steps
-    from nabla_trl.methods import chosen_among, method_names, searches, steps
+    from nabla_trl.methods import chosen_among, method_names, searches, steps, stepwise_settings
     from nabla_trl.models import load_policy
     from nabla_trl.report import terminal_table
     from nabla_trl.results import remarks, store_results
@@ -182,7 +183,9 @@ def evaluate(argv: Sequence[str]) -> int:
         if models.adapter:  # apart, so that an adapter trained later can join the rows that are there
             claim_settings(folder / "adapter.settings.json", {"adapter": adapter_identity(models.adapter)})
         store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
-        bench = Bench(policy, reward, config, tuple(args.seeds))
+        bench = Bench(policy, reward, config, tuple(args.seeds), stepwise=stepwise)
+        if own := stepwise_settings(names, bench):  # apart, so that these methods can join the rows that are there
+            claim_settings(folder / "stepwise.settings.json", own)
         warn_past_trust(reward, config if searches(names) else None, chosen_among(names))
         wanted = steps(names, bench, tuned, lambda name: budget_flops(store, name))
         with AnswerChecker() as checker:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nabla_trl import baselines
+from nabla_trl import baselines, step_search
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.divergence import Measure, nothing_known, of_samples
@@ -25,6 +25,8 @@ from nabla_trl.records import grade
 from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import Row, RowStore, gather_samples, trace_row
 from nabla_trl.search import solve
+from nabla_trl.step_config import StepConfig
+from nabla_trl.step_methods import METHODS
 from nabla_trl.tasks import Problem, content_hash
 from nabla_trl.traces import Trace, TraceWriter
 from nabla_trl.tracing import write_tokens
@@ -58,6 +60,7 @@ class Bench:
     Attributes:
         label: of a trained policy: its methods' names begin with it.
         base: the policy that it was trained from; None: it is the base itself.
+        stepwise: how searches over steps are set.
     """
 
     policy: Policy
@@ -66,6 +69,7 @@ class Bench:
     seeds: tuple[int, ...]
     label: str = ""
     base: Policy | None = None
+    stepwise: StepConfig = field(default_factory=StepConfig)
 
     def trained(self, label: str, policy: Policy) -> Bench:
         """The same for a policy trained from this one: its steps are named <label>_<method>."""
@@ -139,6 +143,27 @@ class Bench:
 
         step = self._step([method], work, self.seeds, config.batch_size)
         return replace(step, traced=self.policy) if traced else step
+
+    def by_steps(self, name: str, method: str, size: int | None, flops: float, breadth: int) -> Step:
+        """A search over steps, under its whole name, of a size or at a budget: about `breadth` responses wide."""
+        rows = self._together(breadth)
+
+        def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            return step_search.solve(
+                problems,
+                method=METHODS[method],
+                size=size,
+                policy=self.policy,
+                reward=self.reward,
+                sampling=self.sampling(),
+                steps=self.stepwise,
+                name=name,
+                flops=flops,
+                seed=seed,
+                batch_size=rows,
+            )
+
+        return self._step([name], work, self.seeds, rows // breadth)
 
     def _draw(
         self, problems: Sequence[Problem], count: int, seed: int, policy: Policy, reward: Reward | None

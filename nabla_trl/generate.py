@@ -9,7 +9,7 @@ overlap (tests). A policy that has a server draws from that (`nabla_trl.server`)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +62,8 @@ class Job:
         cache: kv row of `prefix[:-1]`, or None to have it computed.
         stop: strings that end it, besides the policy's stop tokens.
         given: how many tokens at the prefix's end belong to the response already: a string may begin in them.
+        ends: is told every token as it is drawn, in order, and says whether the continuation ends with it; None: a
+            stop token or the limit ends it, as they do in any case.
     """
 
     key: str
@@ -71,6 +73,7 @@ class Job:
     cache: Tensor | None = None
     stop: tuple[str, ...] = ()
     given: int = 0
+    ends: Callable[[int], bool] | None = None
 
     def over(self, policy: Policy, drawn: list[int]) -> bool:
         """Whether the response ends with these drawn tokens, before the limit."""
@@ -153,7 +156,7 @@ def generate(
         keep_tilt: record how the sampler differs from π, if it does.
 
     Raises:
-        ValueError: NaN or infinite logits, what a server refuses, or a tilt that a server cannot tell.
+        ValueError: NaN or infinite logits, what a server refuses, or a tilt or an end that a server cannot tell.
         ConnectionError: a server that fails or does not answer.
     """
     drafts: list[Draft] = []
@@ -169,6 +172,8 @@ def generate(
                     "a server does not tell how its sampler differs from the policy: metropolis needs "
                     "temperature 1, and no top_k, top_p or min_p, with vllm_url"
                 )
+            elif any(job.ends for job in batch):
+                raise ValueError("a vLLM server draws whole responses, not their steps: leave out vllm_url")
             else:
                 made = policy.server.draw(policy, batch, sampling, candidates)
         for job, draft in zip(batch, made, strict=True):
@@ -209,7 +214,8 @@ def _generate_batch(
     limits = torch.tensor([job.limit for job in jobs], device=policy.device)
     stops = torch.tensor(sorted(policy.stop_ids), device=policy.device)
     warpers = build_warpers(sampling)
-    ends = _StopStrings(policy, jobs)
+    strings = _StopStrings(policy, jobs)
+    watched = any(job.ends for job in jobs)
     steps: list[tuple[Tensor, ...]] = []
     caches: dict[int, Tensor] = {}
     while len(rows.index):
@@ -220,7 +226,9 @@ def _generate_batch(
         top, logp = top_candidates(logits, drawn, policy.forbidden, width)
         steps.append((rows.index, drawn, top, logp, *([tilt(allowed, top, warpers)] if keep_tilt and warpers else [])))
         rows.tokens, rows.positions = drawn, rows.positions + 1
-        done = torch.isin(drawn, stops) | (limits[rows.index] <= len(steps)) | ends.after(rows.index, drawn)
+        done = torch.isin(drawn, stops) | (limits[rows.index] <= len(steps)) | strings.after(rows.index, drawn)
+        if watched:
+            done |= _ended(jobs, rows.index, drawn)
         if done.any():
             if keep_cache:
                 caches |= _finished_caches(cache, rows, done)
@@ -331,6 +339,12 @@ def tilt(logits: Tensor, candidates: Tensor, warpers: LogitsProcessorList) -> Te
     warped = warpers(torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device), logits.clone())
     sampler, policy = (scores.log_softmax(-1).gather(1, candidates) for scores in (warped, logits))
     return torch.where(sampler == -torch.inf, torch.inf, policy - sampler)
+
+
+def _ended(jobs: Sequence[Job], index: Tensor, drawn: Tensor) -> Tensor:
+    """[B] bool: rows whose jobs say that they end with the token just drawn."""
+    told = [(jobs[row].ends, token) for row, token in zip(index.tolist(), drawn.tolist(), strict=True)]
+    return torch.tensor([ends is not None and ends(token) for ends, token in told], device=drawn.device)
 
 
 def _finished_caches(cache: Cache, rows: _Rows, done: Tensor) -> dict[int, Tensor]:

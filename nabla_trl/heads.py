@@ -151,7 +151,10 @@ class ScoreTerm(Term):
         self.tail, self.stop_ids = tail, stop_ids
 
     def encode(self, sample: Sample) -> Encoded:
-        return Encoded(self.encode_prompt(sample.problem, sample.prompt), *self._closed(sample.response))
+        prompt = self.encode_prompt(sample.problem, sample.prompt)
+        if sample.open:
+            return Encoded(prompt, self.mapping[sample.response].tolist(), tail=[])
+        return Encoded(prompt, *self._closed(sample.response))
 
     def _closed(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """A response in this model's ids, and what closes the turn after it."""

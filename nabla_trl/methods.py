@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,20 +10,23 @@ from dataclasses import replace
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step
 from nabla_trl.models import Policy
-from nabla_trl.naming import LABELS, RIVAL, SEARCHES, labels, main_search, split
+from nabla_trl.naming import LABELS, RIVAL, SEARCHES, STEPWISE, family, labels, main_search, split
+from nabla_trl.step_search import step_finder
 
 SYNTAX = (
     "greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (for pass@k, maj@k and avg@N); the searches "
     "nabla, control (without the gradient), shuffled (its rows in disorder), paper and released (presets), each also "
-    f"as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's); {RIVAL} (log-ratio rewards); "
-    "of a trained policy L_greedy, L_best_of_N, L_samples_N, and L_nabla and L_control, also with a budget; L is "
-    f"one of {', '.join(LABELS)}"
+    "as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's); the searches over steps "
+    "beam_search, dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, tot@best_of_N or tot@F; "
+    f"{RIVAL} (log-ratio rewards); of a trained policy L_greedy, L_best_of_N, L_samples_N, and L_nabla and L_control, "
+    f"also with a budget; L is one of {', '.join(LABELS)}"
 )
-_BUDGET = r"(@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*))?"
+_BUDGET = r"@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*)"
 _SAMPLES = r"samples_[1-9]\d{0,2}"  # further ones overflow the estimators
 _FORMS = re.compile(
-    rf"greedy|{RIVAL}|(weighted_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*|{_SAMPLES}|({'|'.join(SEARCHES)}){_BUDGET}"
-    rf"|({'|'.join(LABELS)})_(greedy|best_of_[1-9]\d*|{_SAMPLES}|(nabla|control){_BUDGET})"
+    rf"greedy|{RIVAL}|(weighted_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*|{_SAMPLES}"
+    rf"|({'|'.join(SEARCHES)})({_BUDGET})?|({'|'.join(STEPWISE)})(_[1-9]\d*|{_BUDGET})"
+    rf"|({'|'.join(LABELS)})_(greedy|best_of_[1-9]\d*|{_SAMPLES}|(nabla|control)({_BUDGET})?)"
 )
 
 
@@ -63,7 +67,20 @@ def chosen_among(names: Sequence[str]) -> int:
     """The most samples that one of these methods chooses among by the reward; 1 where none does."""
     rests = [split(name)[1] for name in names]
     sizes = [_sizes(rests, prefix) for prefix in ("best_of_", "weighted_best_of_")]
+    sizes.append([_breadth(name) for name in rests if _stepwise(name)])
     return max([1, *(size for some in sizes for size in some)])
+
+
+def stepwise_settings(names: Sequence[str], bench: Bench) -> dict[str, str]:
+    """What the rows of searches over steps depend on beside the rest, for `claim_settings`; empty without any.
+
+    Raises:
+        ValueError: the policy cannot make such steps.
+    """
+    if not any(map(_stepwise, names)):
+        return {}
+    step_finder(bench.policy, bench.stepwise.delimiter(bench.reward.delimiter))
+    return bench.stepwise.settings(bench.reward.delimiter)
 
 
 def steps(
@@ -105,6 +122,10 @@ def _steps(names: Sequence[str], bench: Bench, flops_of: Callable[[str], float])
                 setter, times = budget(name)
                 config = _at_budget(method, bench.config, times * flops_of(setter))
             yield bench.search(name, config, traced=not bench.label and name == main_search(names))
+        elif stepwise := _stepwise(name):
+            setter, times = budget(name) if "@" in name else ("", 0.0)
+            size = None if setter else _breadth(name)
+            yield bench.by_steps(name, stepwise, size, times * flops_of(setter) if setter else 0.0, _breadth(name))
     if RIVAL in names:
         yield bench.rival()
 
@@ -113,6 +134,18 @@ def _search(name: str) -> str:
     """The search that a method without a label is, at whatever budget; empty for others."""
     method = name.partition("@")[0]
     return method if method in SEARCHES else ""
+
+
+def _stepwise(name: str) -> str:
+    """The search over steps that a method is, at whatever size or budget; empty for others."""
+    method = family(name)[0]
+    return method if method in STEPWISE else ""
+
+
+def _breadth(name: str) -> int:
+    """The size of a search over steps; at a budget, of how many samples that is the price."""
+    size = family(name)[1]
+    return math.ceil(16 * size) if "@" in name else int(size)
 
 
 def budgeted(config: ReasonerConfig, flops: float) -> ReasonerConfig:
@@ -138,7 +171,8 @@ def check(names: Sequence[str], bench: Bench, tuned: Mapping[str, Policy]) -> No
     """Refuse methods that cannot be run, before any work.
 
     Raises:
-        ValueError: a method lacks the policy, solver or better model it needs, or cannot be given a budget.
+        ValueError: a method lacks the policy, solver or better model it needs, cannot be given a budget, or searches
+            over steps that the policy cannot make.
     """
     for name in names:
         label = split(name)[0]
@@ -155,6 +189,7 @@ def check(names: Sequence[str], bench: Bench, tuned: Mapping[str, Policy]) -> No
         raise ValueError("solver none is the control: ask for control instead of nabla, or choose another solver")
     if bench.config.solver != "mirror" and "shuffled" in asked:
         raise ValueError(f"shuffled is a control of solver mirror, not of {bench.config.solver}")
+    stepwise_settings(names, bench)
     for rest in rests:
         if _search(rest) and "@" in rest:
             _at_budget(_search(rest), bench.config, 1.0)

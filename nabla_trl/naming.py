@@ -12,10 +12,12 @@ from collections.abc import Iterable
 
 RIVAL = "reward_model_sampling"
 SEARCHES = ("nabla", "control", "shuffled", "paper", "released")
+# Searches over steps: beams, subtrees, states, rollouts are their sizes.
+STEPWISE = ("beam_search", "dvts", "tot", "rap")
 # Trained policies: of an adapter from elsewhere, and of each way to train one.
 LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 
-_ORDER = ("greedy", "self_consistency", "best_of", "weighted_best_of", *reversed(SEARCHES))
+_ORDER = ("greedy", "self_consistency", "best_of", "weighted_best_of", *STEPWISE, *reversed(SEARCHES))
 _LABELLED = re.compile(rf"(?P<label>{'|'.join(LABELS)})_(?P<rest>.+)")
 _NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
 

@@ -37,6 +37,7 @@ _VARIABLES = {
     "#b07500": "--orange",
     "#56b4e9": "--sky",
     "#cc79a7": "--purple",
+    "#8e4585": "--plum",
     "#009e73": "--green",
 }
 

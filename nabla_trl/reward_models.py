@@ -222,7 +222,7 @@ def ensemble(members: Sequence[Reward], caution: float, name: str) -> Reward:
     """
     if len(members) < 2:
         raise ValueError(f"{name}: an ensemble needs at least two members")
-    check_members(name, [(one.name, one.kind, _delimiter(one)) for one in members])
+    check_members(name, [(one.name, one.kind, one.delimiter) for one in members])
     if len({id(one) for one in members}) < len(members):
         raise ValueError(f"{name}: a member is there twice, and so would count twice")
     if not 0 <= caution < math.inf:
@@ -231,10 +231,6 @@ def ensemble(members: Sequence[Reward], caution: float, name: str) -> Reward:
     readable = torch.stack([one.readable for one in members]).all(0)
     stops = frozenset.intersection(*(one.stop_ids for one in members))
     return Reward(name, "ensemble", terms, readable, stops, caution=caution)
-
-
-def _delimiter(reward: Reward) -> str:
-    return next((term.steps.delimiter for term in reward.terms if isinstance(term, ProcessTerm)), "")
 
 
 def _load_classifier(name: str, dtype: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

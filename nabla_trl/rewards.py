@@ -16,7 +16,7 @@ from nabla_trl.answers import Verdict, extract_answer
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.compute import Meter
 from nabla_trl.gradient import direct_gradient, token_gradient
-from nabla_trl.heads import LikelihoodTerm
+from nabla_trl.heads import LikelihoodTerm, ProcessTerm
 from nabla_trl.models import Policy, context_length
 from nabla_trl.options import HARD, Point
 from nabla_trl.prompts import PromptTooLong
@@ -163,6 +163,11 @@ class Reward:
                 ]
                 gradients += [torch.stack(some).mean(0) for some in zip(*parts, strict=True)]
         return gradients
+
+    @property
+    def delimiter(self) -> str:
+        """What ends the steps that a process reward reads; empty for others."""
+        return next((term.steps.delimiter for term in self.terms if isinstance(term, ProcessTerm)), "")
 
     @property
     def dense(self) -> bool:

@@ -60,13 +60,13 @@ class StepFinder:
 
     def ends(self, ids: Sequence[int]) -> list[int]:
         """Places of the tokens that end a step, ascending."""
-        ends, begun = [], ""
-        for place, token in enumerate(ids):
-            *closed, begun = (begun + self._text(token)).split(self.delimiter)
-            if closed:
-                ends.append(place)
-            begun = begun[max(0, len(begun) - len(self.delimiter) + 1) :]  # all that a delimiter could begin in
-        return ends
+        end = StepEnd(self)
+        return [place for place, token in enumerate(ids) if end(token)]
+
+    def read(self, begun: str, token: int) -> tuple[bool, str]:
+        """Whether a token ends a step, after a text in which a delimiter may have begun; and that text after it."""
+        *closed, begun = (begun + self._text(token)).split(self.delimiter)
+        return bool(closed), begun[max(0, len(begun) - len(self.delimiter) + 1) :]
 
     def _text(self, token: int) -> str:
         if token not in self._texts:
@@ -79,3 +79,18 @@ class StepFinder:
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class StepEnd:
+    """Is told the tokens of a response one after the other, and says of each whether it ends a step.
+
+    Attributes:
+        begun: the end of the text so far in which a delimiter may have begun.
+    """
+
+    def __init__(self, finder: StepFinder, begun: str = ""):
+        self.finder, self.begun = finder, begun
+
+    def __call__(self, token: int) -> bool:
+        ends, self.begun = self.finder.read(self.begun, token)
+        return ends

@@ -43,13 +43,19 @@ class Known:
 
 @dataclass(frozen=True)
 class Sample:
-    """A response to a problem, in the policy's ids; `account` is the meter's key where it is not the problem's id."""
+    """A response to a problem, in the policy's ids.
+
+    Attributes:
+        account: the meter's key where it is not the problem's id.
+        open: only the beginning of a response: its turn is not closed, and a score is read at its last token.
+    """
 
     problem: Problem
     prompt: list[int]
     response: list[int]
     account: str | None = None
     known: Known | None = None
+    open: bool = False
 
     @property
     def key(self) -> str:

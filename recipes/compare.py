@@ -5,8 +5,9 @@
 
 A rung is what best-of-N costs. There best-of-N, weighted best-of-N and self-consistency (with as many samples as fit)
 meet the search, the same search without the gradient, with the gradient's rows shuffled over the positions, and the
-paper's, which scans one response and here begins anew from a fresh one until the budget is spent. OUT/compare.md holds
-the tables and says where ours is ahead; rows that are there are not made again.
+paper's, which scans one response and here begins anew from a fresh one until the budget is spent; `--rivals` adds
+searches over steps: beam search, diverse verifier tree search, tree of thoughts, RAP. OUT/compare.md holds the tables
+and says where ours is ahead; rows that are there are not made again.
 """
 
 from __future__ import annotations
@@ -26,18 +27,22 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, budget_flops, run_steps
 from nabla_trl.locks import hold
-from nabla_trl.methods import budgeted, check, steps
-from nabla_trl.naming import RIVAL
+from nabla_trl.methods import budgeted, check, steps, stepwise_settings
+from nabla_trl.naming import RIVAL, STEPWISE
 from nabla_trl.parsing import parse, quiet_libraries, run_main
 from nabla_trl.results import store_results
 from nabla_trl.reward_models import warn_past_trust
 from nabla_trl.rowstore import RowStore, of_problems
+from nabla_trl.step_config import StepConfig
 from nabla_trl.tasks import graded, load_problems, task_settings
 from nabla_trl.tracing import adapter_identity, claim_settings, search_settings
 
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+RIVALS = ("control", "shuffled", "paper", "released", *STEPWISE)
 
 
 @dataclass
@@ -52,7 +57,7 @@ class CompareArguments:
     )
     rivals: list[str] = field(
         default_factory=lambda: ["control", "shuffled", "paper"],
-        metadata={"help": "other searches at each rung: control, shuffled, paper, released"},
+        metadata={"help": f"other searches at each rung: {', '.join(RIVALS)}"},
     )
     lams: list[float] = field(
         default_factory=list,
@@ -69,9 +74,9 @@ class CompareArguments:
             raise ValueError("samples must be rising numbers of at least 2")
         if any(not lam > 0 for lam in self.lams) or len(set(self.lams)) < len(self.lams):
             raise ValueError("lams must be distinct positive numbers")
-        unknown = [name for name in self.rivals if name not in ("control", "shuffled", "paper", "released")]
+        unknown = [name for name in self.rivals if name not in RIVALS]
         if unknown:
-            raise ValueError(f"unknown rival {unknown[0]!r}: choose from control, shuffled, paper, released")
+            raise ValueError(f"unknown rival {unknown[0]!r}: choose from {', '.join(RIVALS)}")
 
 
 class Comparison:
@@ -128,14 +133,20 @@ class Comparison:
 
 def main(argv: Sequence[str]) -> None:
     quiet_libraries()
-    args, models, config = parse([CompareArguments, ModelArguments, ReasonerConfig], argv, presets=PRESETS)
+    dataclasses = [CompareArguments, ModelArguments, ReasonerConfig, StepConfig]
+    args, models, config, stepwise = parse(dataclasses, argv, presets=PRESETS)
     folder = Path(args.output_dir)
     with hold(folder):
-        compare(folder, args, models, config, shlex.join(["python", "recipes/compare.py", *argv]))
+        compare(folder, args, models, config, stepwise, shlex.join(["python", "recipes/compare.py", *argv]))
 
 
 def compare(
-    folder: Path, args: CompareArguments, models: ModelArguments, config: ReasonerConfig, command: str
+    folder: Path,
+    args: CompareArguments,
+    models: ModelArguments,
+    config: ReasonerConfig,
+    stepwise: StepConfig,
+    command: str,
 ) -> None:
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
     policy, reward = models.load(4 * config.batch_size)
@@ -145,7 +156,10 @@ def compare(
     claim_settings(folder / "compare.settings.json", settings)
     warn_past_trust(reward, config, max(args.samples))
     store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
-    comparison = Comparison(args, Bench(policy, reward, config, tuple(args.seeds)), store)
+    bench = Bench(policy, reward, config, tuple(args.seeds), stepwise=stepwise)
+    if own := stepwise_settings([f"{name}@best_of_{args.samples[0]}" for name in args.rivals], bench):
+        claim_settings(folder / "stepwise.settings.json", own)
+    comparison = Comparison(args, bench, store)
     rungs, lams = comparison.run(problems), comparison.sweep(problems)
     asked = {name for names in rungs.values() for name in names} | set(rungs) | set(lams.values())
     made, _ = of_problems(store.read(), problems)

@@ -38,7 +38,7 @@ from nabla_trl.evaluate import Bench, budget_flops, run_steps
 from nabla_trl.files import read_object, write_whole
 from nabla_trl.interrupts import this_command
 from nabla_trl.locks import hold
-from nabla_trl.methods import chosen_among, method_names, searches, steps
+from nabla_trl.methods import chosen_among, method_names, searches, steps, stepwise_settings
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.naming import RIVAL, labels, split, trained_label
 from nabla_trl.parsing import given, parse, quiet_libraries, run_main
@@ -50,6 +50,7 @@ from nabla_trl.rewards import Reward
 from nabla_trl.rowstore import RowStore, of_problems
 from nabla_trl.run_facts import Clock, reward_cost, run_facts, trained_facts
 from nabla_trl.server import connect
+from nabla_trl.step_config import StepConfig
 from nabla_trl.tasks import Problem, check_disjoint, graded, load_problems, problem_facts, task_settings
 from nabla_trl.traces import HELD_OUT
 from nabla_trl.tracing import claim_settings, search_settings, unfinished, weights_identity, write_traces
@@ -66,13 +67,15 @@ class Run:
         called: Mapping[str, Any],
         args: DistillArguments,
         reasoner: ReasonerConfig,
+        stepwise: StepConfig,
         options: TrainOptions,
         lora: LoraArguments,
         sft: SFTConfig,
     ):
         self.called = called  # options, as `--config` takes them
         self.command = this_command()
-        self.args, self.reasoner, self.options, self.lora, self.sft = args, reasoner, options, lora, sft
+        self.args, self.reasoner, self.stepwise = args, reasoner, stepwise
+        self.options, self.lora, self.sft = options, lora, sft
         self.state = PartialState()
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         if self.state.num_processes != asked:
@@ -226,8 +229,10 @@ class Run:
         """Every method on the held-out problems; budgets are fractions of best-of-16's measured FLOPs."""
         store = self._store()
         policy, reward = self.models()
-        bench = Bench(policy, reward, self.reasoner, tuple(self.args.seeds))
+        bench = Bench(policy, reward, self.reasoner, tuple(self.args.seeds), stepwise=self.stepwise)
         names = method_names(self.args.methods)
+        if own := stepwise_settings(names, bench):
+            claim_settings(self._path("rows/stepwise.settings.json"), own)
         tuned = self._tuned(names)
         absent = [name for name in names if split(name)[0] not in ("", *tuned)]
         absent += [] if reward.rival else [name for name in names if name == RIVAL]
@@ -337,7 +342,7 @@ def main(argv: Sequence[str]) -> None:
     # A process may wait for hours for another one that has longer answers to draw.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     quiet_libraries()
-    dataclasses = [DistillArguments, ReasonerConfig, TrainOptions, LoraArguments, SFTConfig]
+    dataclasses = [DistillArguments, ReasonerConfig, StepConfig, TrainOptions, LoraArguments, SFTConfig]
     filled = parse(dataclasses, argv, presets=PRESETS)
     run = Run(given(argv, filled, PRESETS), *filled)
     run.check()

@@ -338,6 +338,25 @@ def test_eval_adds_methods_and_keeps_rows(capsys, models, dataset, tmp_path):
     assert "now beta '2.0' (was 'None'), kl 'None' (was '2.0')" in error_line(capsys)
 
 
+def test_eval_by_steps(capsys, models, dataset, tmp_path):
+    """How steps are made is settled apart: these methods join rows that are there, and are not mixed."""
+    assert main(evaluation(models, dataset, tmp_path, "best_of_2")) == 0
+    names = "best_of_2,beam_search_2,dvts@best_of_2,tot_1,rap@best_of_2"
+    capsys.readouterr()
+    assert main(evaluation(models, dataset, tmp_path, names)) == 1
+    assert "no step could end, as no tokens of" in error_line(capsys)
+    more = ["--step_delimiter", ";", "--step_width", "2"]
+    assert main(evaluation(models, dataset, tmp_path, names, *more)) == 0
+    table = capsys.readouterr().out
+    for name in names.split(","):
+        assert f"\n{name} " in table
+    assert main(["report", "--output_dir", str(tmp_path)]) == 0
+    assert "rap@best_of_2" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main(evaluation(models, dataset, tmp_path, names, *more[:3], "3")) == 1
+    assert "now step_width '3' (was '2')" in error_line(capsys)
+
+
 def test_eval_of_a_tuned_policy(models, dataset, tmp_path, world, capsys):
     adapter = ["--adapter", str(world / "adapter")]
     assert main(evaluation(models, dataset, tmp_path, "greedy")) == 0

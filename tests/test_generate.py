@@ -394,6 +394,36 @@ def test_random_streams_depend_on_every_argument_and_nothing_else() -> None:
     assert [random_stream(*args).random() for args in reversed(arguments)] == firsts[::-1]
 
 
+def test_a_continuation_ends_where_its_job_says_and_costs_what_was_drawn(policy: Policy) -> None:
+    """It is the beginning of what is drawn otherwise, whatever stands beside it in the batch; its cache goes on."""
+    never = _without_stops(policy)
+    prompts = _prompts(policy)
+    whole = generate(never, _jobs(prompts), SAMPLED, meter=Meter())
+    told: list[list[int]] = [[] for _ in prompts]
+
+    def third(row: int) -> Callable[[int], bool]:
+        def ends(token: int) -> bool:
+            told[row].append(token)
+            return len(told[row]) == 3 + row
+
+        return ends
+
+    meter = Meter()
+    jobs = [replace(job, ends=third(row) if row else None) for row, job in enumerate(_jobs(prompts))]
+    cut = generate(never, jobs, SAMPLED, meter=meter, keep_cache=True)
+    assert cut[0].ids == whole[0].ids and not told[0]
+    for row in (1, 2, 3):
+        assert cut[row].ids == told[row] == whole[row].ids[: 3 + row]
+        assert not cut[row].finished and cut[row].logp.shape == (3 + row, 1)
+        assert meter.cost(f"q{row}").tokens["policy/decode"] == 3 + row
+        prefix = prompts[row] + cut[row].ids
+        rest = Job(f"q{row}", prefix, None, 4, cut[row].kept())
+        fresh = replace(rest, cache=None)
+        assert _ids(generate(never, [rest], GREEDY, meter=Meter())) == _ids(
+            generate(never, [fresh], GREEDY, meter=Meter())
+        )
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -130,8 +130,8 @@ def test_the_recipe_compares_on_the_embedded_world(
 ) -> None:
     monkeypatch.chdir(ROOT)
     argv = ["--config", "recipes/tiny/compare.yaml", "--output_dir", str(tmp_path), "--limit", "4", "--seeds", "0"]
-    argv += ["--samples", "2", "4", "--rivals", "control", "shuffled", "paper"]
-    argv += ["--lams", "0.3", "3"]
+    argv += ["--samples", "2", "4", "--rivals", "control", "shuffled", "paper", "tot"]
+    argv += ["--lams", "0.3", "3", "--step_delimiter", ";"]
     recipe.main(argv)
     page = (tmp_path / "compare.md").read_text()
     assert page in capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_the_recipe_compares_on_the_embedded_world(
     for rung in rungs:
         names = [entry["method"].partition("@")[0].rstrip("0123456789") for entry in rung["entries"]]
         assert names[:5] == ["nabla", "best_of_", "weighted_best_of_", "self_consistency_", "greedy"]
-        assert names[5:] == ["control", "shuffled", "paper"]
+        assert names[5:] == ["control", "shuffled", "paper", "tot"]
         assert all(entry["share"] < 1.4 for entry in rung["entries"] if not entry["method"].startswith("paper"))
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "rows").iterdir()}
     recipe.main(argv)  # nothing is made again

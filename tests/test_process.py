@@ -213,6 +213,27 @@ def test_a_branch_is_charged_from_where_it_begins(double: Policy) -> None:
     assert costs[0] == costs[1]
 
 
+@pytest.mark.parametrize(("architecture", "closing"), EACH, ids=CLOSINGS)
+def test_an_open_turn_is_read_at_its_last_token(architecture: str, closing: str, double: Policy) -> None:
+    """… whatever would close it; and a response is scored on from its beginning, and pays for the rest alone."""
+    both = rewards(double, architecture, closing=closing)
+    item = samples(double)[-2]
+    [term] = both[0].terms
+    for reward, delimiter in zip(both, (";", "ff"), strict=True):
+        read = levels(term.model, term.encode(item).prompt, closed(item.response, closing))
+        [bare] = reward.prompt_memos([item], Meter())
+        [whole] = score(reward, [item])
+        for cut in range(1, len(item.response)):
+            part = replace(item, response=item.response[:cut], open=True)
+            [value], [memo] = reward.score([part], [bare], meter=(meter := Meter()), keep=True)
+            places = sorted({*written(part.response, delimiter), cut})
+            assert value == pytest.approx(float(read[places].sum()), rel=1e-9)
+            assert meter.total().tokens == {"reward/forward": cut + 1}  # and the prompt's last token
+            [after], _ = reward.score([item], [memo], meter=(meter := Meter()), shared=[cut])
+            assert after == pytest.approx(whole, rel=1e-9)
+            assert meter.total().tokens == {"reward/forward": len(term.fed(term.encode(item), cut))}
+
+
 # --- gradients --------------------------------------------------------------------------------------------
 
 

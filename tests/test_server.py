@@ -125,6 +125,11 @@ def test_the_drawn_token_is_a_candidate_and_log_probabilities_are_unwarped(
     assert strangers > 3
 
 
+def test_a_server_draws_no_steps(served: Policy, problems: list[Problem]) -> None:
+    jobs = [replace(job, ends=lambda token: True) for job in _jobs(served, problems)]
+    worlds.refused(lambda: generate(served, jobs, GREEDY, meter=Meter()), "steps", "vllm_url")
+
+
 def test_what_may_be_proposed_does_not_depend_on_the_drawn_token(policy: Policy, fake: FakeVllm) -> None:
     """… where forbidden tokens are among the server's likeliest, too: only the last place may be the drawn token's."""
     problem = Problem(id="p", question="1+2")

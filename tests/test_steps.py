@@ -10,7 +10,7 @@ import worlds
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nabla_trl.steps import StepFinder, check_delimiter, read_delimiter
+from nabla_trl.steps import StepEnd, StepFinder, check_delimiter, read_delimiter
 
 TEXT = "So 1+2=3\n\nThen é;\n \n\n\nAnd 数字\n\n\n\nend"
 
@@ -118,3 +118,15 @@ def test_delimiters_that_are_refused(written: str) -> None:
 @pytest.mark.parametrize("value", ["", None, 3, ["\n"]])
 def test_values_that_are_no_delimiter(value: object) -> None:
     worlds.refused(lambda: check_delimiter(value), "step_delimiter", repr(value))
+
+
+def test_read_on_across_continuations() -> None:
+    """Wherever a response is cut, the ends found in its parts are those found in the whole."""
+    tokenizer = byte_level()
+    steps, ids = StepFinder(tokenizer, "\n\n"), tokenizer(TEXT + "\n\n\n \n\n")["input_ids"]
+    for cut in range(len(ids)):
+        first = StepEnd(steps)
+        told = [first(token) for token in ids[:cut]]
+        second = StepEnd(steps, first.begun)
+        told += [second(token) for token in ids[cut:]]
+        assert [place for place, ends in enumerate(told) if ends] == steps.ends(ids) != []
