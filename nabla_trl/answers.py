@@ -96,8 +96,8 @@ def strict_answer(text: str, form: str) -> str | None:
     """
     text = _without_thinking(text)
     if form == "boxed":
-        found, _ = _boxes(text.replace("−", "-"))
-        return found[-1][0] if found else None
+        boxes, _ = _boxes(text.replace("−", "-"))
+        return boxes[-1][0] if boxes else None
     found = _HASHES_LINE.findall(text) if form == "hashes" else text.split("#")[1:]
     return (trim_answer(found[-1].replace("−", "-")) or None) if found else None
 
@@ -134,7 +134,7 @@ def _last_boxes(text: str) -> tuple[str | None, str]:
 
 def _boxes(text: str) -> tuple[list[tuple[str, int, int]], str]:
     """(content, start, end) of the complete boxes that are not empty, and the text up to an unfinished one."""
-    found = []
+    found: list[tuple[str, int, int]] = []
     for match in _BOX.finditer(text):
         content = match[1] or _balanced(text, match.end())
         if content is None:

@@ -1,6 +1,6 @@
 r"""How our verdicts compare with math-verify's own, and how fast plain numbers are compared.
 
-    python recipes/answers.py --data FOLDER --list 5      # FOLDER: JSONL files with an "answer" on each line
+    python recipes/answers.py --data FOLDER --show 5      # FOLDER: JSONL files with an "answer" on each line
     python recipes/answers.py --speed 500000
 
 Of every gold answer responses are written the ways that models write them, right and wrong; each is read and judged
@@ -30,7 +30,7 @@ from nabla_trl.tasks import load_problems
 class AnswersArguments:
     data: str | None = field(default=None, metadata={"help": "folder of JSONL files of problems with gold answers"})
     limit: int = field(default=250, metadata={"help": "problems of each file"})
-    list: int = field(default=0, metadata={"help": "show so many disagreements of each kind"})
+    show: int = field(default=0, metadata={"help": "show so many disagreements of each kind"})
     speed: int = field(default=0, metadata={"help": "time so many comparisons of plain numbers"})
     seed: int = field(default=0, metadata={"help": "seed of the numbers"})
     workers: int = field(default=2, metadata={"help": "processes that run math-verify for the checker"})
@@ -82,60 +82,66 @@ def writings(gold: str) -> Iterator[tuple[str, str]]:
     yield "text", rf"\text{{{gold}}}"
     yield "equation", f"x = {gold}"
     yield "full stop", f"{gold}."
+    yield "degrees", rf"{gold}^\circ"
     if len(parts := _parts(gold)) > 1:
         yield "and", f"{', '.join(parts[:-1])} \\text{{ and }} {parts[-1]}"
         yield "or", f"{', '.join(parts[:-1])} or {parts[-1]}"
         yield "set", rf"\{{{gold}\}}"
         yield "other order", ", ".join(reversed(parts))
         yield "one part", parts[0]
+    yield from _number(gold) if _is_number(gold) else _formula(gold)
+
+
+def _formula(gold: str) -> Iterator[tuple[str, str]]:
+    yield "in parentheses", f"({gold})"
+    yield "times", gold.replace(r"\cdot", r"\times")
+    yield "plus infinity", gold.replace(r"\infty", r"+\infty").replace("-+", "-")
+    yield "big", gold.replace("(", r"\big(").replace(")", r"\big)").replace(r"\left\big", r"\left")
+    yield "thin spaces", gold.replace(",", r",\,")
+    yield "newline", gold.replace(" ", "\n")
+    yield "plus one", f"{gold} + 1"
+    yield "negative", f"-{gold}" if not gold.startswith("-") else gold[1:]
     if "frac" in gold:
         yield "dfrac", gold.replace(r"\frac", r"\dfrac").replace(r"\d\d", r"\d")
-        numbers = re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", gold)
-        if numbers:
-            value = int(numbers[2]) / int(numbers[3])
-            yield "decimals", f"{numbers[1]}{value}"
-            yield "three decimals", f"{numbers[1]}{value:.3f}"
-            yield "expanded", rf"{numbers[1]}\frac{{{2 * int(numbers[2])}}}{{{2 * int(numbers[3])}}}"
-            yield "bare frac", rf"{numbers[1]}\frac{numbers[2]}{numbers[3]}"
-            yield "upside down", rf"{numbers[1]}\frac{{{numbers[3]}}}{{{numbers[2]}}}"
         yield "slash", re.sub(r"\\d?frac\{([^{}]+)\}\{([^{}]+)\}", r"(\1)/(\2)", gold)
+    if fraction := re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", gold):
+        yield from _fraction(fraction[1], int(fraction[2]), int(fraction[3]))
     if r"\left" in gold:
         yield "without left", gold.replace(r"\left", "").replace(r"\right", "")
     elif gold[:1] in "([" and gold[-1:] in ")]":
         yield "with left", rf"\left{gold[:-1]}\right{gold[-1]}"
-        inner = gold[1:-1].split(",")
-        yield "reversed", f"{gold[0]}{','.join(reversed(inner))}{gold[-1]}"
+        yield "reversed", f"{gold[0]}{','.join(reversed(gold[1:-1].split(',')))}{gold[-1]}"
         yield "other brackets", gold.translate(str.maketrans("()[]", "[]()"))
-    if _is_number(gold):
-        value = gold.replace(",", "")
-        yield "units in text", rf"{gold}\text{{ cm}}"
-        yield "units", f"{gold} dollars"
-        yield "square units", rf"{gold}\ \text{{cm}}^2"
-        yield "currency", rf"\${gold}"
-        yield "percent", rf"{gold}\%"
-        yield "degrees", rf"{gold}^\circ"
-        yield "decimal", f"{value}.0" if "." not in value else f"{value}0"
-        yield "half", rf"\frac{{{value}}}{{2}}"
-        yield "wrong sign", value[1:] if value.startswith("-") else f"-{value}"
-        yield "almost", f"{value}.1" if "." not in value else f"{value}1"
-        if "." not in value:
-            yield "leading zero", f"0{value}" if not value.startswith("-") else value
-            yield "one more", str(int(value) + 1)
-            yield "commas", f"{int(value):,}"
-            yield "braced commas", f"{int(value):,}".replace(",", "{,}")
-            yield "as a sum", f"{int(value) - 1} + 1"
-            yield "two answers", f"{value}, {int(value) + 1}"
-            yield "range", f"{value}-{int(value) + 1}"
-    else:
-        yield "in parentheses", f"({gold})"
-        yield "times", gold.replace(r"\cdot", r"\times")
-        yield "plus infinity", gold.replace(r"\infty", r"+\infty").replace("-+", "-")
-        yield "big", gold.replace("(", r"\big(").replace(")", r"\big)").replace(r"\left\big", r"\left")
-        yield "thin spaces", gold.replace(",", r",\,")
-        yield "newline", gold.replace(" ", "\n")
-        yield "plus one", f"{gold} + 1"
-        yield "negative", f"-{gold}" if not gold.startswith("-") else gold[1:]
-        yield "degrees", rf"{gold}^\circ"
+
+
+def _fraction(sign: str, top: int, bottom: int) -> Iterator[tuple[str, str]]:
+    yield "decimals", f"{sign}{top / bottom}"
+    yield "three decimals", f"{sign}{top / bottom:.3f}"
+    yield "expanded", rf"{sign}\frac{{{2 * top}}}{{{2 * bottom}}}"
+    yield "bare frac", rf"{sign}\frac{top}{bottom}"
+    yield "upside down", rf"{sign}\frac{{{bottom}}}{{{top}}}"
+
+
+def _number(gold: str) -> Iterator[tuple[str, str]]:
+    value = gold.replace(",", "")
+    yield "units in text", rf"{gold}\text{{ cm}}"
+    yield "units", f"{gold} dollars"
+    yield "square units", rf"{gold}\ \text{{cm}}^2"
+    yield "currency", rf"\${gold}"
+    yield "percent", rf"{gold}\%"
+    yield "decimal", f"{value}.0" if "." not in value else f"{value}0"
+    yield "half", rf"\frac{{{value}}}{{2}}"
+    yield "wrong sign", value[1:] if value.startswith("-") else f"-{value}"
+    yield "almost", f"{value}.1" if "." not in value else f"{value}1"
+    if "." not in value:
+        whole = int(value)
+        yield "leading zero", f"0{value}" if whole >= 0 else value
+        yield "one more", str(whole + 1)
+        yield "commas", f"{whole:,}"
+        yield "braced commas", f"{whole:,}".replace(",", "{,}")
+        yield "as a sum", f"{whole - 1} + 1"
+        yield "two answers", f"{value}, {whole + 1}"
+        yield "range", f"{value}-{whole + 1}"
 
 
 def _parts(gold: str) -> list[str]:
@@ -188,7 +194,7 @@ def agreement(args: AnswersArguments) -> None:
                 if verdict.right != other:
                     kinds[kind, "ours" if verdict.right else "theirs"] += 1
                     shown[kind, other] += 1
-                    if shown[kind, other] <= args.list:
+                    if shown[kind, other] <= args.show:
                         print(f"  {kind}: gold {gold!r}, ours {verdict.value}, theirs {other}: {text[-90:]!r}")
             total.update(same=same, meant=meant, pairs=len(asked))
             print(f"{file.stem}: {len(golds)} golds, {_told(same, meant, len(asked))}")

@@ -1,6 +1,7 @@
 """Our verdicts are math-verify's own, from the whole response to the comparison, but where we mean to differ."""
 
 import random
+from collections.abc import Iterator
 from decimal import Decimal
 
 import pytest
@@ -100,6 +101,12 @@ ON_PURPOSE = [
 ]
 
 
+@pytest.fixture(scope="module")
+def checker() -> Iterator[AnswerChecker]:
+    with AnswerChecker(workers=2, timeout=60) as one:
+        yield one
+
+
 def theirs(gold: str, response: str) -> bool:
     from math_verify import parse, verify
 
@@ -107,18 +114,18 @@ def theirs(gold: str, response: str) -> bool:
     return bool(verify(known, read, timeout_seconds=None))
 
 
-def test_verdicts_are_those_of_math_verify_on_whole_responses() -> None:
-    with AnswerChecker(workers=2, timeout=60) as checker:
-        ours = checker.check([(extract_answer(response), gold) for gold, response, _ in AGREED])
+def test_verdicts_are_those_of_math_verify_on_whole_responses(checker: AnswerChecker) -> None:
+    ours = checker.check([(extract_answer(response), gold) for gold, response, _ in AGREED])
     found = [(gold, response, verdict.right) for (gold, response, _), verdict in zip(AGREED, ours, strict=True)]
     assert found == AGREED
     assert [theirs(gold, response) for gold, response, _ in AGREED] == [right for *_, right in AGREED]
 
 
 @pytest.mark.parametrize(("gold", "response", "ours", "other", "why"), ON_PURPOSE)
-def test_verdicts_differ_where_we_mean_to(gold: str, response: str, ours: bool, other: bool, why: str) -> None:
-    with AnswerChecker(timeout=60) as checker:
-        [verdict] = checker.check([(extract_answer(response), gold)])
+def test_verdicts_differ_where_we_mean_to(
+    checker: AnswerChecker, gold: str, response: str, ours: bool, other: bool, why: str
+) -> None:
+    [verdict] = checker.check([(extract_answer(response), gold)])
     assert verdict.right == ours, why
     assert theirs(gold, response) == other, why
 
