@@ -58,14 +58,14 @@ def tree_of_thought(tree: Tree, size: int | None) -> Walk:
     several; and a response that has ended stays a state. What is left of the method is a beam search that begins with
     k draws and draws k from each state, however few. Depth-first search is not offered. At a budget, b is what fits.
     """
+    width = tree.config.step_width
 
-    def states(count: int) -> Walk:
-        width = min(count, tree.config.step_width)
-        return _levels(tree, [_Front(count // width, width, [tree.begin()])])
+    def states(breadth: int, thoughts: int) -> Walk:
+        return _levels(tree, [_Front(breadth, thoughts, [tree.begin()])])
 
-    if size is not None:  # b states of k thoughts
-        return _levels(tree, [_Front(size, tree.config.step_width, [tree.begin()])])
-    return _at_budget(tree, states)
+    if size is not None:
+        return states(size, width)
+    return _at_budget(tree, lambda count: states(max(1, count // width), min(count, width)))
 
 
 def _sized(tree: Tree, size: int | None, search: Callable[[int], Walk]) -> Walk:
@@ -104,7 +104,7 @@ class _Front:
         count = len(live) * self.width
         if self.total is not None:
             count = self.total - self.width * (len(self.kept) - len(live))
-        return [live[number % len(live)] for number in range(max(count, 0))]
+        return [live[number % len(live)] for number in range(count)]
 
     def choose(self, drawn: Sequence[Node]) -> None:
         """Keep the best of the ended and the new ones, the first of equals."""
