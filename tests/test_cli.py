@@ -304,13 +304,14 @@ def test_eval_of_a_task_that_asks_for_a_form_tells_where_answers_are_read_in_two
 
 @pytest.mark.parametrize("command", ["eval", "traces"])
 def test_another_version_of_the_task_is_refused_by_name(capsys, models, tmp_path, command):
-    path = tmp_path / "sums.jsonl"
-    path.write_text('{"question": "1+1", "answer": "2"}', encoding="utf-8")
+    (tmp_path / "data.jsonl").write_text('{"question": "1+1", "answer": "2"}', encoding="utf-8")
+    path, text = tmp_path / "sums.yaml", "path: data.jsonl\nquestion: question\nanswer: answer\ninstruction: ''\n"
+    path.write_text(text, encoding="utf-8")
     methods = ["--methods", "greedy"] * (command == "eval")
     argv = [command, *models, "--dataset", str(path), *SEARCH, *methods, "--output_dir", str(tmp_path / "out")]
     was = task_version(str(path))
     assert main(argv) == 0
-    path.write_text('{"question": "1+2", "answer": "3"}', encoding="utf-8")
+    path.write_text(f"{text}version: 2\n", encoding="utf-8")
     capsys.readouterr()
     assert main(argv) == 1
     assert f"now task_version '{task_version(str(path))}' (was '{was}')" in error_line(capsys)
