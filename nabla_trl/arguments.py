@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nabla_trl.naming import SYNTAX
 from nabla_trl.options import Point, PromptOptions
 from nabla_trl.parsing import quiet_libraries
 
@@ -130,12 +131,8 @@ class EvalArguments:
     output_dir: str = _needed("folder of the rows; rows that are there already are not made again")
     methods: str = _option(
         "",
-        "comma-separated: greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (for pass@k, "
-        "maj@k and avg@N); the searches nabla, control, shuffled, paper, released, each also as nabla@best_of_N (at "
-        "its FLOPs) or nabla@F (at F times best_of_16's); the searches over steps beam_search, dvts, tot and rap, as "
-        "rap_N, rap@best_of_N or rap@F; reward_model_sampling (log-ratio rewards); with an adapter distilled_greedy, "
-        "distilled_best_of_N, distilled_samples_N, and distilled_nabla and distilled_control, also with a budget; "
-        f"empty = {METHODS}, with an adapter also {DISTILLED}",
+        f"comma-separated: {SYNTAX}; here L is distilled, the policy of --adapter; empty = {METHODS}, "
+        f"with an adapter also {DISTILLED}",
     )
     split: str = _option("test", "split of the dataset")
     limit: int = _option(300, "problems; 0 = all")

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nabla_trl.arguments import CHAT_TEMPLATE_KWARGS, DATASETS, PROMPT_STYLE, REWARDS, VLLM_TIMEOUT, VLLM_URL
-from nabla_trl.methods import SYNTAX, method_names
-from nabla_trl.naming import trained_label
+from nabla_trl.methods import method_names
+from nabla_trl.naming import SYNTAX, trained_label
 from nabla_trl.options import PromptOptions
 from nabla_trl.training import METHODS as TRAININGS
 

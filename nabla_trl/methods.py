@@ -10,17 +10,9 @@ from dataclasses import replace
 from nabla_trl.config import PRESETS, ReasonerConfig
 from nabla_trl.evaluate import Bench, Step
 from nabla_trl.models import Policy
-from nabla_trl.naming import LABELS, RIVAL, SEARCHES, STEPWISE, family, labels, main_search, split
+from nabla_trl.naming import LABELS, RIVAL, SEARCHES, STEPWISE, SYNTAX, family, labels, main_search, split
 from nabla_trl.step_search import step_finder
 
-SYNTAX = (
-    "greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (for pass@k, maj@k and avg@N); the searches "
-    "nabla, control (without the gradient), shuffled (its rows in disorder), paper and released (presets), each also "
-    "as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's); the searches over steps "
-    "beam_search, dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, tot@best_of_N or tot@F; "
-    f"{RIVAL} (log-ratio rewards); of a trained policy L_greedy, L_best_of_N, L_samples_N, and L_nabla and L_control, "
-    f"also with a budget; L is one of {', '.join(LABELS)}"
-)
 _BUDGET = r"@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*)"
 _SAMPLES = r"samples_[1-9]\d{0,2}"  # further ones overflow the estimators
 _FORMS = re.compile(
