@@ -178,7 +178,7 @@ def test_a_reward_that_cannot_be_audited_does_not_stop_the_run(tmp_path):
     assert "could not be audited: the audit needs problems with a gold answer" in audited["verdict"]
     assert len(read_traces(tmp_path / "out" / "traces")) == 5
     (tmp_path / "asked.jsonl").write_text("\n".join(reversed(lines)) + "\n")
-    with pytest.raises(ValueError, match="made with other settings, now dataset"):
+    with pytest.raises(ValueError, match="made with other settings, now task_version"):
         distill_here(tmp_path / "out", *options)
 
 
