@@ -374,8 +374,8 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def install(number: int, times: int = 1) -> None:
         calls: list[int] = []
 
-        def search(self: Bench, method: str, config: ReasonerConfig) -> Any:
-            step = real(self, method, config)
+        def search(self: Bench, method: str, config: ReasonerConfig, **options: Any) -> Any:
+            step = real(self, method, config, **options)
 
             def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
                 calls.append(len(problems))
