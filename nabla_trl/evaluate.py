@@ -80,13 +80,14 @@ class Bench:
 
     def greedy(self) -> Step:
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            return baselines.greedy(
+            traces = baselines.greedy(
                 problems,
                 policy=self.policy,
                 reward=self.reward,
                 max_new_tokens=self.config.max_new_tokens,
                 batch_size=self.config.batch_size,
             )
+            return [replace(trace, seed=seed) for trace in traces]  # which changes nothing, but names the row
 
         return self._step(["greedy"], work, self.seeds[:1], self.config.batch_size)
 

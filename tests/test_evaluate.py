@@ -65,6 +65,15 @@ def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_pat
         assert row["reward_by_round"][-1] == pytest.approx(row["reward"])
 
 
+def test_no_seed_has_to_be_the_first(bench, asked, checker, tmp_path):
+    """The greedy decode is stored under the first seed that was asked for, and is not made again."""
+    store = RowStore(tmp_path, "run")
+    elsewhere = replace(bench, seeds=(3, 5))
+    for step in (elsewhere.greedy(), elsewhere.pool([1])):
+        assert run_step(step, asked, store, checker) and not run_step(step, asked, store, checker)
+    assert {(row["method"], row["seed"]) for row in store.read()} == {("greedy", 3), ("best_of_1", 3), ("best_of_1", 5)}
+
+
 def test_samples_are_the_pool_that_others_choose_from(bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
     bad = replace(asked[0], id="bad", question="?!")
