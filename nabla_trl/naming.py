@@ -59,15 +59,24 @@ def family(method: str) -> tuple[str, float]:
 
     nabla@best_of_8 -> (nabla, 0.5): shares are of best_of_16.
 
-    The size of an unnumbered method is infinite: it is the run at the configuration's own budget.
+    The size of an unnumbered method is infinite: it is the run at the configuration's own budget. ValueError where a
+    budget is no number.
     """
     name, _, fraction = method.partition("@")
     if fraction.startswith("best_of_"):
-        return name, float(fraction.removeprefix("best_of_")) / 16  # shares are of best_of_16, which costs about that
+        count = _number(fraction.removeprefix("best_of_"), method)
+        return name, count / 16  # shares are of best_of_16, which costs about that
     if fraction:
-        return name, float(fraction)
+        return name, _number(fraction, method)
     match = _NUMBERED.fullmatch(name)
     return (match["family"], float(match["number"])) if match else (name, math.inf)
+
+
+def _number(text: str, method: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{method!r} is no method: its budget is no number") from None
 
 
 def sample_count(method: str) -> int:
