@@ -65,6 +65,8 @@ def solve(argv: Sequence[str]) -> int:
     question = (sys.stdin.read() if extra.question == "-" else extra.question).strip()
     if not question:
         raise ValueError("the question is empty")
+    if any("\ud800" <= character <= "\udfff" for character in question):  # what a terminal sent was no UTF-8
+        raise ValueError("the question is no UTF-8 text")
 
     from nabla_trl.console import show_trace, trace_json
     from nabla_trl.live import LiveView
