@@ -53,7 +53,8 @@ def comparisons_lost(rows: Sequence[Mapping[str, Any]]) -> str:
 def remarks(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a terminal should be told of stored rows beside their table."""
     differ = len(extractions(rows))
-    told = f"{differ} answers differ by strict and lenient extraction: {folder / EXTRACTION}" if differ else ""
+    what = "1 answer differs" if differ == 1 else f"{differ} answers differ"
+    told = f"{what} by strict and lenient extraction: {folder / EXTRACTION}" if differ else ""
     return [line for line in (comparisons_lost(rows), told) if line]
 
 
