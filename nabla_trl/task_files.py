@@ -99,9 +99,7 @@ class Task:
     def _check_splits(self) -> None:
         path = Path(self.path)
         if path.is_file() and self.splits:
-            raise ValueError(
-                f"{self.path} is a file, which is one split: leave splits out, or give its folder as path"
-            )
+            raise ValueError(f"{self.path} is a file, which is one split: leave splits out, or give its folder")
         if not path.exists() and path.suffix in _BUILDERS:
             raise ValueError(f"there is no file {self.path}")
         if not path.is_file() and not self.splits:
