@@ -59,9 +59,7 @@ def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) ->
     """
     from nabla_trl import html_report, plots  # here, so that a terminal table does not load matplotlib
 
-    missing = [name for name in _FACTS if not is_known(facts, name)]
-    if missing:
-        raise ValueError(f"the run facts lack {', '.join(missing)}")
+    _check_facts(facts)
     summary = summarise(rows, facts)
     folder = Path(folder)
     grids = stats.grids(rows)
@@ -86,6 +84,16 @@ def terminal_table(summary: Summary, console: Console | None = None) -> None:
         console.print(_terminal_methods(summary))
     if estimators.curves(summary):
         console.print(_terminal_samples(summary))
+
+
+def _check_facts(facts: Mapping) -> None:
+    missing = [name for name in _FACTS if not is_known(facts, name)]
+    if missing:
+        raise ValueError(f"the run facts lack {', '.join(missing)}")
+    kinds: dict[str, type] = dict.fromkeys(_FACTS, str) | {"seeds": list, "problems": Mapping, "versions": Mapping}
+    for name, kind in kinds.items():
+        if is_known(facts, name) and not isinstance(facts[name], kind):
+            raise ValueError(f"the run facts hold no {name} that can be read: {facts[name]!r}")
 
 
 def _terminal_columns(first: str, *headings: str) -> Table:

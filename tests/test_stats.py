@@ -163,7 +163,8 @@ def test_grids_do_not_depend_on_the_order_of_rows_within_a_method():
         ([row(), row(problem="p1", task="amc")], "rows of 2 tasks \\('amc', 'chains'\\)"),
         ([{key: one for key, one in row().items() if key != "flops"}], "result row 0 lacks 'flops'"),
         ([row() | {"flops": None}], "result row 0: flops must be a number, not None"),
-        ([row() | {"correct": "yes"}], "result row 0: correct must be a number, not 'yes'"),
+        ([row() | {"method": 5}], "result row 0: method must be text, not 5"),
+        ([row() | {"correct": "yes"}], "result row 0: correct must be a number or null, not 'yes'"),
     ],
 )
 def test_bad_rows_are_refused_by_name(rows, message):
