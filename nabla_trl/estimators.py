@@ -86,9 +86,7 @@ def measured(rows: Sequence[Mapping]) -> dict[str, Interval]:
         return {}
     check_rows(own)
     if bare := next((row for row in own if not isinstance(row.get("samples"), list)), None):
-        raise ValueError(
-            f"a row of {bare['method']} holds no samples (problem {bare['problem']!r})"
-        )
+        raise ValueError(f"a row of {bare['method']} holds no samples (problem {bare['problem']!r})")
     by_policy: dict[str, list[Mapping]] = {}
     for row in own:
         by_policy.setdefault(split(row["method"])[0] or BASE, []).append(row)

@@ -13,7 +13,11 @@ from nabla_trl.names import one_line
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside the file, then rename: a reader never sees half of it, and processes may write at once."""
+    """Write beside the file, then rename: a reader never sees half of it, and processes may write at once.
+
+    Raises:
+        OSError: it cannot be written (disk full, …); names the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -22,6 +26,8 @@ def write_whole(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+    except OSError as error:  # one of a full disk says no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
     sync_folder(path.parent)
