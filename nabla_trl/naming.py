@@ -20,11 +20,11 @@ LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 # All names, for people.
 SYNTAX = (
     "greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (N to 999; for pass@k, maj@k and avg@N); "
-    "the searches nabla, control (without the gradient), shuffled (its rows in disorder), paper and released (presets), each "
-    "also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's); the searches over steps "
-    "beam_search, dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, tot@best_of_N or tot@F; "
-    f"{RIVAL} (log-ratio rewards); of a trained policy L_greedy, L_best_of_N, L_samples_N, and L_nabla and L_control, "
-    f"also with a budget; L is one of {', '.join(LABELS)}"
+    "the searches nabla, control (without the gradient), shuffled (its rows in disorder), paper and released "
+    "(presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's); the "
+    "searches over steps beam_search, dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, "
+    f"tot@best_of_N or tot@F; {RIVAL} (log-ratio rewards); of a trained policy L_greedy, L_best_of_N, L_samples_N, "
+    f"and L_nabla and L_control, also with a budget; L is one of {', '.join(LABELS)}"
 )
 
 _ORDER = ("greedy", "self_consistency", "best_of", "weighted_best_of", *STEPWISE, *reversed(SEARCHES))
