@@ -112,6 +112,7 @@ def traces(argv: Sequence[str]) -> int:
     from nabla_trl.tracing import adapter_identity, claim_settings, search_settings, unfinished, write_traces
 
     problems = load_problems(args.dataset, split=args.split, limit=args.limit or None)
+    models.prompting().check(problems)
     output = Path(args.output_dir)
     folder = output / "traces"
     settings = models.settings() | {
@@ -173,6 +174,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
     names = method_names(args.methods or ",".join([METHODS, DISTILLED] if models.adapter else [METHODS]))
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
+    models.prompting().check(problems)
     folder = Path(args.output_dir)
     settings = models.settings() | task_settings(args.dataset) | {"split": args.split} | search_settings(config)
     with hold(folder):
