@@ -94,7 +94,13 @@ def test_an_integer_is_read_as_one_writes_it(text: str, answer: str | None) -> N
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("a\n#### 1,234", "1234"), ("#### 5", "5"), ("#### 1\n#### 2", "2"), ("a\n####", None)],
+    [
+        ("a\n#### 1,234", "1234"),
+        ("#### 5", "5"),
+        ("#### 1\n#### 2", "2"),
+        ("a\n####", None),
+        ("#### (1, 2)", "(1, 2)"),
+    ],
 )
 def test_hashes_take_the_last_line(text: str, answer: str | None) -> None:
     assert hashes(text) == (answer, text)
