@@ -187,6 +187,8 @@ def _target_note(facts: Mapping) -> str:
 
 
 def _results(summary: Summary) -> str:
+    if not methods(summary):
+        return "Missing: no method that gives one answer was evaluated."
     strict = strict_differs(summary)
     heads = ["method", "accuracy", *["strict accuracy"] * strict]
     heads += ["reward", "FLOPs / problem", "× best_of_16", "seconds / problem"]

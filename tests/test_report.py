@@ -324,6 +324,8 @@ def test_samples_alone_are_a_report_too(tmp_path):
     rows[0] |= {"samples": [], "error": "too long"}
     found = report.write_report(tmp_path, rows, FACTS)
     text = (tmp_path / "report.md").read_text()
+    assert section(tmp_path, "Results").strip().startswith("Missing: no method that gives one answer was evaluated.")
+    assert '<table class="headline">' not in (tmp_path / "report.html").read_text()
     assert f"1 method on {PROBLEMS} held-out problems" in text and f"Of {len(rows)} rows 1 ended in an error" in text
     screen = io.StringIO()
     report.terminal_table(found, Console(file=screen, width=80))

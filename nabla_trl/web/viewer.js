@@ -94,7 +94,7 @@ async function pick(number) {
 
 const EMPTY = {
   traces: "This run has no traces beside its report: they are made by the stage traces of recipes/distill.py.",
-  rows: "This run has no rows.",
+  rows: "This run has no rows of a method that gives one answer.",
 };
 
 // --- one held-out problem ---
@@ -136,7 +136,7 @@ function choose(source) {
   $$("[data-source]").forEach((one) => one.setAttribute("aria-pressed", one.dataset.source === source));
   view.items = sources[source].items;
   const { base, ours } = sources.rows;
-  $("#meaning").textContent = source === "traces"
+  $("#meaning").textContent = !view.items.length ? "" : source === "traces"
     ? "Of a training trace, base is the first response and nabla the one that was kept; the list shows base → nabla, and the gain of reward. ?: not graded, or not known without a checker."
     : `Of a held-out problem, ${base} stands for base and ${ours} for nabla. The list shows base → nabla, and the gain of reward.`;
   renew();
