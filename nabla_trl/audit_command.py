@@ -60,6 +60,7 @@ def audit(argv: Sequence[str]) -> int:
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)  # now, rather than fail after the work
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.audit_problems or None))
+    models.prompting().check(problems)
     with redirect_stdout(sys.stderr), AnswerChecker() as checker:
         policy, reward = models.load(args.batch_size)
         found, slope, pushed = _samples(problems, policy, reward, config, checker, args), None, None

@@ -65,6 +65,8 @@ def solve(argv: Sequence[str]) -> int:
     question = (sys.stdin.read() if extra.question == "-" else extra.question).strip()
     if not question:
         raise ValueError("the question is empty")
+    if any("\ud800" <= character <= "\udfff" for character in question):  # what a terminal sent was no UTF-8
+        raise ValueError("the question is no UTF-8 text")
 
     from nabla_trl.console import show_trace, trace_json
     from nabla_trl.live import LiveView
@@ -110,6 +112,7 @@ def traces(argv: Sequence[str]) -> int:
     from nabla_trl.tracing import adapter_identity, claim_settings, search_settings, unfinished, write_traces
 
     problems = load_problems(args.dataset, split=args.split, limit=args.limit or None)
+    models.prompting().check(problems)
     output = Path(args.output_dir)
     folder = output / "traces"
     settings = models.settings() | {
@@ -171,6 +174,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
     names = method_names(args.methods or ",".join([METHODS, DISTILLED] if models.adapter else [METHODS]))
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
+    models.prompting().check(problems)
     folder = Path(args.output_dir)
     settings = models.settings() | task_settings(args.dataset) | {"split": args.split} | search_settings(config)
     with hold(folder):

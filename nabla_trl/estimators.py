@@ -79,12 +79,14 @@ def measured(rows: Sequence[Mapping]) -> dict[str, Interval]:
     Samples with an error, or that could not be graded, are wrong. Intervals are over problems, seeds averaged.
 
     Raises:
-        ValueError: rows that are incomplete, repeated or of several tasks.
+        ValueError: rows that are incomplete, repeated or of several tasks, or without their samples.
     """
     own = [row for row in rows if sample_count(row["method"])]
     if not own:
         return {}
     check_rows(own)
+    if bare := next((row for row in own if not isinstance(row.get("samples"), list)), None):
+        raise ValueError(f"a row of {bare['method']} holds no samples (problem {bare['problem']!r})")
     by_policy: dict[str, list[Mapping]] = {}
     for row in own:
         by_policy.setdefault(split(row["method"])[0] or BASE, []).append(row)

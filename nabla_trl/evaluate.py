@@ -80,13 +80,14 @@ class Bench:
 
     def greedy(self) -> Step:
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            return baselines.greedy(
+            traces = baselines.greedy(
                 problems,
                 policy=self.policy,
                 reward=self.reward,
                 max_new_tokens=self.config.max_new_tokens,
                 batch_size=self.config.batch_size,
             )
+            return [replace(trace, seed=seed) for trace in traces]  # which changes nothing, but names the row
 
         return self._step(["greedy"], work, self.seeds[:1], self.config.batch_size)
 
@@ -295,13 +296,18 @@ def budget_flops(store: RowStore, method: str) -> float:
     So rows of one budget are all made at the same one, whatever problems or seeds come later.
 
     Raises:
-        ValueError: the method has no rows, or costs more than a fiftieth more or less than when the budget was set.
+        ValueError: the method has no rows, or cost nothing, or costs more than a fiftieth more or less than when the
+            budget was set.
     """
     mark = store.folder / "budgets.json"
     now, held = mean_flops(store.read(), method), read_object(mark) if mark.exists() else {}
+    if not now:
+        raise ValueError(f"{method} can set no budget: no problem could be run, as the errors in its rows say")
     if method not in held:
         write_whole(mark, json.dumps({**held, method: now}, indent=1))
         return now
+    if not isinstance(held[method], float) or held[method] <= 0:
+        raise ValueError(f"{mark}: {held[method]!r} is no budget of FLOPs")
     if abs(now / held[method] - 1) > _DRIFT:
         raise ValueError(
             f"{store.folder} has rows at a budget of {held[method]:.4g} FLOPs, which {method} cost on other problems "

@@ -16,11 +16,15 @@ def plain(text: str) -> Gold:
 
 
 def hashes(text: str) -> Gold:
-    """Answer and solution of a text in GSM8K's form (a last line "#### n"); other text is itself the answer."""
+    """Answer and solution of a text in GSM8K's form (a last line "#### n"); other text is itself the answer.
+
+    A number loses its commas, as GSM8K's do; those between the parts of another answer stay.
+    """
     match = re.search(r"^####(.*)\Z", text.strip(), flags=re.MULTILINE)
     if match is None:
         return plain(text)
-    return match[1].strip().replace(",", "") or None, text
+    answer = match[1].strip()
+    return (answer.replace(",", "") if re.fullmatch(r"[-+]?[\d,.]+", answer) else answer) or None, text
 
 
 def boxed(text: str) -> Gold:

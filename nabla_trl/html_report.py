@@ -155,8 +155,7 @@ def _results(sections: Mapping[str, Sequence[str]], summary: Summary) -> str:
     return "\n".join(
         [
             f'<ul class="cards">{cards}</ul>',
-            _headline(summary),
-            '<p class="note">● on the Pareto front of accuracy and FLOPs. A heading sorts by its column.</p>',
+            _headline(summary) if methods(summary) else as_html(sections["Results"][0]),
             *map(as_html, sections["Results"][1:]),
             _folded("Verdict, comparison by comparison", _blocks(sections["Verdict"]) + note),
             _folded("Paired differences of accuracy", _blocks(sections["Paired differences of accuracy"])),
@@ -184,7 +183,8 @@ def _headline(summary: Summary) -> str:
             str(round(summary[f"errors.{method}"]["value"])),
         ]
         lines.append(cells)
-    return html_table(heads, lines, "headline")
+    note = '<p class="note">● on the Pareto front of accuracy and FLOPs. A heading sorts by its column.</p>'
+    return f"{html_table(heads, lines, 'headline')}\n{note}"
 
 
 def _cost(summary: Summary, cost: str, method: str) -> str:

@@ -3,12 +3,11 @@ r"""Problems of a local JSONL file, one object per line (`nabla_trl.tasks` tells
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nabla_trl.answers import asked_form
+from nabla_trl.files import read_objects
 from nabla_trl.golds import hashes
 from nabla_trl.tasks import Problem, identity, with_instruction
 
@@ -33,7 +32,7 @@ def load_jsonl(path: Path) -> list[Problem]:
     line_of_id: dict[str, int] = {}
     line_of_question: dict[tuple[str, ...], int] = {}
     version = file_version(path)
-    for line, row in _json_lines(path):
+    for line, row in read_objects(path):
         where = f"{path}, line {line}"
         problem = _local_problem(row, f"{path.stem}/{len(problems)}", path.stem, version, where)
         earlier = line_of_id.setdefault(problem.id, line)
@@ -46,24 +45,6 @@ def load_jsonl(path: Path) -> list[Problem]:
     if not problems:
         raise ValueError(f"{path} holds no problems: write one JSON object per line")
     return problems
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and object of every line that is not blank."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    for number, text in enumerate(lines, start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        yield number, row
 
 
 def _local_problem(row: dict[str, Any], default_id: str, task: str, version: str, where: str) -> Problem:

@@ -19,12 +19,12 @@ LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 
 # All names, for people.
 SYNTAX = (
-    "greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (for pass@k, maj@k and avg@N); the searches "
-    "nabla, control (without the gradient), shuffled (its rows in disorder), paper and released (presets), each also "
-    "as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's); the searches over steps "
-    "beam_search, dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, tot@best_of_N or tot@F; "
-    f"{RIVAL} (log-ratio rewards); of a trained policy L_greedy, L_best_of_N, L_samples_N, and L_nabla and L_control, "
-    f"also with a budget; L is one of {', '.join(LABELS)}"
+    "greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (N to 999; for pass@k, maj@k and avg@N); "
+    "the searches nabla, control (without the gradient), shuffled (its rows in disorder), paper and released "
+    "(presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's); the "
+    "searches over steps beam_search, dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, "
+    f"tot@best_of_N or tot@F; {RIVAL} (log-ratio rewards); of a trained policy L_greedy, L_best_of_N, L_samples_N, "
+    f"and L_nabla and L_control, also with a budget; L is one of {', '.join(LABELS)}"
 )
 
 _ORDER = ("greedy", "self_consistency", "best_of", "weighted_best_of", *STEPWISE, *reversed(SEARCHES))
@@ -59,15 +59,24 @@ def family(method: str) -> tuple[str, float]:
 
     nabla@best_of_8 -> (nabla, 0.5): shares are of best_of_16.
 
-    The size of an unnumbered method is infinite: it is the run at the configuration's own budget.
+    The size of an unnumbered method is infinite: it is the run at the configuration's own budget. ValueError where a
+    budget is no number.
     """
     name, _, fraction = method.partition("@")
     if fraction.startswith("best_of_"):
-        return name, float(fraction.removeprefix("best_of_")) / 16  # shares are of best_of_16, which costs about that
+        count = _number(fraction.removeprefix("best_of_"), method)
+        return name, count / 16  # shares are of best_of_16, which costs about that
     if fraction:
-        return name, float(fraction)
+        return name, _number(fraction, method)
     match = _NUMBERED.fullmatch(name)
     return (match["family"], float(match["number"])) if match else (name, math.inf)
+
+
+def _number(text: str, method: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{method!r} is no method: its budget is no number") from None
 
 
 def sample_count(method: str) -> int:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nabla_trl.tasks import Problem
 
 PROMPT_STYLES = ("auto", "chat", "few_shot")
 
@@ -108,6 +111,16 @@ class PromptOptions:
                 f'chat_template_kwargs must be a JSON object, as {{"enable_thinking": false}}: {template}'
             )
         return cls(style, keywords)
+
+    def check(self, problems: Iterable[Problem]) -> None:
+        """Refuse problems that cannot be put so, before any work.
+
+        Raises:
+            ValueError: worked examples are asked for, and a problem has none.
+        """
+        bare = next((one for one in problems if not one.examples), None) if self.style == "few_shot" else None
+        if bare is not None:
+            raise ValueError(f"prompt_style few_shot needs worked examples, and task {bare.task} has none")
 
     def settings(self) -> dict[str, str]:
         """What differs from the defaults, for `tracing.claim_settings` and a trace's provenance."""

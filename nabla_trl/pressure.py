@@ -20,7 +20,6 @@ from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
 from nabla_trl.curves import Turn, turning
 from nabla_trl.models import Policy
-from nabla_trl.records import judge
 from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
 from nabla_trl.stats import Interval, mean_interval
@@ -159,7 +158,7 @@ def _graded(
             for ids, _ in state:
                 if tuple(ids) not in answers:
                     answers[tuple(ids)] = extract_answer(policy.said(ids))
-                pairs.append((None if trace.error else answers[tuple(ids)], judge(trace)))
+                pairs.append((None if trace.error else answers[tuple(ids)], trace.judge))
     right = [verdict.right for verdict in checker.check(pairs)]
     return np.array(right, dtype=np.float64).reshape(len(rows), len(rows[0]), -1)
 

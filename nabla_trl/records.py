@@ -144,20 +144,15 @@ def _about(problem: Problem) -> dict[str, str]:
     return {name: value for name, value in told.items() if value}
 
 
-def judge(trace: Trace) -> str | None:
-    """What an answer of this trace is checked against, as `Problem.judge`."""
-    return trace.meta.get("verifier") or trace.gold
-
-
 def grade(traces: Sequence[Trace], checker: AnswerChecker) -> list[Trace]:
     """Copies with `correct`, `correct_strict` and `verdict` set; `correct` is None without a usable gold answer.
 
     `correct_strict` is None too where the task asks for no certain form.
     """
-    verdicts = checker.check([(trace.answer, judge(trace)) for trace in traces])
+    verdicts = checker.check([(trace.answer, trace.judge) for trace in traces])
     # The same answer has the same verdict; the others are few.
     apart = [trace for trace in traces if "form" in trace.meta and trace.answer_strict != trace.answer]
-    again = checker.check([(trace.answer_strict, judge(trace)) for trace in apart])
+    again = checker.check([(trace.answer_strict, trace.judge) for trace in apart])
     strict = {id(trace): verdict for trace, verdict in zip(apart, again, strict=True)}
     return [
         replace(

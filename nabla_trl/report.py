@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nabla_trl import amortised_page, samples_page, stats
+from nabla_trl import amortised_page, estimators, samples_page, stats
 from nabla_trl.files import write_whole
 from nabla_trl.markdown import bullets, table
 from nabla_trl.naming import LABELS, family, methods
@@ -59,9 +59,7 @@ def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) ->
     """
     from nabla_trl import html_report, plots  # here, so that a terminal table does not load matplotlib
 
-    missing = [name for name in _FACTS if not is_known(facts, name)]
-    if missing:
-        raise ValueError(f"the run facts lack {', '.join(missing)}")
+    _check_facts(facts)
     summary = summarise(rows, facts)
     folder = Path(folder)
     grids = stats.grids(rows)
@@ -79,19 +77,52 @@ def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) ->
 
 
 def terminal_table(summary: Summary, console: Console | None = None) -> None:
-    """Print method, accuracy (strict, too, where that differs), FLOPs (also as a share of best_of_16's) and time."""
+    """Print method, accuracy (strict, too, where that differs), FLOPs (also as a share of best_of_16's) and time; of
+    samples pass@k and maj@k."""
+    console = console or Console()
+    if methods(summary):
+        console.print(_terminal_methods(summary))
+    if estimators.curves(summary):
+        console.print(_terminal_samples(summary))
+
+
+def _check_facts(facts: Mapping) -> None:
+    missing = [name for name in _FACTS if not is_known(facts, name)]
+    if missing:
+        raise ValueError(f"the run facts lack {', '.join(missing)}")
+    kinds: dict[str, type] = dict.fromkeys(_FACTS, str) | {"seeds": list, "problems": Mapping, "versions": Mapping}
+    for name, kind in kinds.items():
+        if is_known(facts, name) and not isinstance(facts[name], kind):
+            raise ValueError(f"the run facts hold no {name} that can be read: {facts[name]!r}")
+
+
+def _terminal_columns(first: str, *headings: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    strict = strict_differs(summary)
-    for heading in ("accuracy [95%]", *["strict"] * strict, "FLOPs", "× bo16", "time", "errors"):
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _terminal_methods(summary: Summary) -> Table:
+    strict = strict_differs(summary)
+    headings = ("accuracy [95%]", *["strict"] * strict, "FLOPs", "× bo16", "time", "errors")
+    table = _terminal_columns("method", *headings)
     for method in methods(summary):
         flops = cost_in_words(summary, "flops", method).removesuffix("FLOPs")
         errors = str(round(summary[f"errors.{method}"]["value"]))
         costs = (flops, relative_in_words(summary, method), cost_in_words(summary, "seconds", method))
         read = [strict_in_words(summary, method).split(" ")[0]] * strict
         table.add_row(method, accuracy(summary, method), *read, *costs, errors)
-    (console or Console()).print(table)
+    return table
+
+
+def _terminal_samples(summary: Summary) -> Table:
+    table = _terminal_columns("samples of", "k", "pass@k [95%]", "maj@k [95%]")
+    for policy, own in estimators.curves(summary).items():
+        for k in own["pass"]:
+            table.add_row(policy, str(k), span(own["pass"][k]), span(own["maj"][k]))
+    return table
 
 
 def _searches(method: str) -> bool:
@@ -129,10 +160,11 @@ def _sections(
 
 def _statement(summary: Summary, rows: Sequence[Mapping], facts: Mapping) -> str:
     problems = max(one["problems"] for one in summary.values())
-    wrong = round(sum(one["value"] for name, one in summary.items() if name.startswith("errors.")))
+    count = len({row["method"] for row in rows})
+    wrong = sum(row["error"] is not None for row in rows)
     ungraded = sum(row["correct"] is None and row["error"] is None for row in rows)
     head = (
-        f"{len(methods(summary))} methods on {problems} held-out problems of {facts['task']}: policy "
+        f"{count} method{'s' * (count > 1)} on {problems} held-out problems of {facts['task']}: policy "
         f"`{facts['policy']}`, {facts['reward_kind']} reward `{facts['reward']}`. Of {len(rows)} rows "
         f"{wrong} ended in an error and {ungraded} could not be graded; they count as wrong."
     )
@@ -155,6 +187,8 @@ def _target_note(facts: Mapping) -> str:
 
 
 def _results(summary: Summary) -> str:
+    if not methods(summary):
+        return "Missing: no method that gives one answer was evaluated."
     strict = strict_differs(summary)
     heads = ["method", "accuracy", *["strict accuracy"] * strict]
     heads += ["reward", "FLOPs / problem", "× best_of_16", "seconds / problem"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nabla_trl.files import write_whole
+from nabla_trl.files import read_object, read_objects, write_whole
 
 EXTRACTION = "extraction.jsonl"
 
@@ -53,7 +53,8 @@ def comparisons_lost(rows: Sequence[Mapping[str, Any]]) -> str:
 def remarks(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a terminal should be told of stored rows beside their table."""
     differ = len(extractions(rows))
-    told = f"{differ} answers differ by strict and lenient extraction: {folder / EXTRACTION}" if differ else ""
+    what = "1 answer differs" if differ == 1 else f"{differ} answers differ"
+    told = f"{what} by strict and lenient extraction: {folder / EXTRACTION}" if differ else ""
     return [line for line in (comparisons_lost(rows), told) if line]
 
 
@@ -61,15 +62,9 @@ def load_results(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows and facts of an evaluation.
 
     Raises:
-        ValueError: there is none in this folder, or a file of it is not JSON.
+        ValueError: there is none in this folder, or a file of it is not JSON, or no objects.
     """
-    texts = {}
     for name in ("rows.jsonl", "facts.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no {name}: run nabla-trl eval or recipes/distill.py there first")
-        texts[name] = (folder / name).read_text(encoding="utf-8")
-    try:
-        rows = [json.loads(line) for line in texts["rows.jsonl"].split("\n") if line]
-        return rows, json.loads(texts["facts.json"])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder} holds a rows.jsonl or facts.json that is not JSON: {error}") from error
+    return [row for _, row in read_objects(folder / "rows.jsonl")], read_object(folder / "facts.json")

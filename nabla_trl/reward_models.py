@@ -27,6 +27,7 @@ from nabla_trl.models import (
     vocabulary_map,
 )
 from nabla_trl.names import same_model
+from nabla_trl.prompts import prompt_ids
 from nabla_trl.reward_folder import PREFIX, check_members, plan_reward
 from nabla_trl.reward_prompts import mapped_prompt, template_prompt, template_tail
 from nabla_trl.rewards import Reward
@@ -283,7 +284,10 @@ def check_reward(reward: Reward, policy: Policy, *, within: str = "") -> None:
     body = [index for index in readable.tolist() if index not in special][:4]
     problem = Problem(id="probe", question=policy.decode(body))
     held = policy.tokenizer(within, add_special_tokens=False)["input_ids"] if within else []
-    sample = Sample(problem, policy.encode(problem), [*body[:2], *held, *body[2:], min(reward.stop_ids)])
+    # Asked in the default way: worked examples belong to tasks.
+    sample = Sample(
+        problem, prompt_ids(policy.tokenizer, problem), [*body[:2], *held, *body[2:], min(reward.stop_ids)]
+    )
     for term in reward.terms:
         encoded = term.encode(sample)
         sequence = encoded.prompt + encoded.response + encoded.tail

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nabla_trl.answers import normalize_answer
-from nabla_trl.files import sync_folder
+from nabla_trl.files import read_objects, sync_folder
 from nabla_trl.naming import sample_count
 from nabla_trl.tasks import Problem, content_hash
 from nabla_trl.traces import Trace
@@ -24,6 +24,7 @@ from nabla_trl.traces import Trace
 TAIL = 300  # characters of a response that a row keeps where its answer may be read in two ways
 
 Row = dict[str, Any]
+_NEEDED = ("method", "task", "problem", "seed", "correct", "flops", "run")
 Key = tuple[str, str, str, int]
 
 
@@ -145,8 +146,7 @@ class RowStore:
         done: the rows that were there, of all processes, and those added since.
 
     Raises:
-        ValueError: a line that is not JSON (other than a torn last one, which is dropped), or rows of other
-            settings.
+        ValueError: a line that is no row (other than a torn last one, which is dropped), or rows of other settings.
     """
 
     def __init__(self, folder: str | Path, run: str, rank: int = 0):
@@ -160,10 +160,10 @@ class RowStore:
     def read(self) -> list[Row]:
         """Rows of all processes, in a fixed order."""
         rows = [row for path in sorted(self.folder.glob("rows-*.jsonl")) for row in _read(path)]
-        other = next((row for row in rows if row.get("run") != self.run), None)
+        other = next((row for row in rows if row["run"] != self.run), None)
         if other is not None:
             raise ValueError(
-                f"{self.folder} holds rows of other settings (run {other.get('run')}, now {self.run}): "
+                f"{self.folder} holds rows of other settings (run {other['run']}, now {self.run}): "
                 "use another --output_dir, or delete them"
             )
         return sorted({row_key(row): row for row in rows}.values(), key=row_key)
@@ -256,10 +256,8 @@ def _drop_torn_line(path: Path) -> None:
 
 def _read(path: Path) -> list[Row]:
     rows = []
-    # Another process may be in the middle of its last line, and of a character there: only whole lines count.
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            rows.append(json.loads(line))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+    for number, row in read_objects(path, whole=True):
+        if lacking := [name for name in _NEEDED if name not in row]:
+            raise ValueError(f"{path}, line {number} is no row of a run: it lacks {', '.join(lacking)}")
+        rows.append(row)
     return rows

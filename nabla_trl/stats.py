@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,13 @@ BOOTSTRAP_SEED = 20_260_101
 METRICS = ("accuracy", "accuracy_strict", "flops", "seconds", "tokens", "reward", "kl")
 _STORED = ("flops", "seconds", "reward", "kl")  # as they are in a row
 _IDENTITY = ("method", "task", "problem", "seed")
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("method", "task", "problem"), (str, "text")),
+    **dict.fromkeys(("seed", "flops", "seconds"), (int | float, "a number")),
+    **dict.fromkeys(("correct", "reward"), (int | float | None, "a number or null")),  # true and false are numbers
+    "reward_by_round": (list | tuple | None, "a list or null"),
+    "error": (str | None, "text or null"),
+}
 # kl and tokens may be missing
 _FIELDS = (*_IDENTITY, "correct", "reward", "flops", "seconds", "reward_by_round", "error")
 
@@ -275,13 +283,16 @@ def _common_means(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[flo
 
 
 def check_rows(rows: Sequence[Mapping]) -> None:
-    """Raises ValueError on no rows, a missing field, several tasks or a repeated row."""
+    """Raises ValueError on no rows, a field that is missing or of another kind, several tasks or a repeated row."""
     if not rows:
         raise ValueError("no result rows: run the evaluate stage first")
     for number, row in enumerate(rows):
         missing = [field for field in _FIELDS if field not in row]
         if missing:
             raise ValueError(f"result row {number} lacks {_some(missing)}")
+        odd = next((name for name, (kind, _) in _KINDS.items() if not isinstance(row[name], kind)), None)
+        if odd is not None:
+            raise ValueError(f"result row {number}: {odd} must be {_KINDS[odd][1]}, not {row[odd]!r}")
     tasks = sorted({row["task"] for row in rows})
     if len(tasks) > 1:
         raise ValueError(f"rows of {len(tasks)} tasks ({_some(tasks)}): report one task at a time")

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from nabla_trl import amortised, estimators, stats
-from nabla_trl.naming import RIVAL, family, labelled, labels, methods, split
+from nabla_trl.naming import RIVAL, STEPWISE, family, labelled, labels, methods, split
 from nabla_trl.stats import Grid, Interval
 
 Summary = dict[str, dict[str, float]]
@@ -90,11 +90,18 @@ def _pairs(grids: Mapping[str, Grid]) -> list[tuple[str, str]]:
     ours = [name for name in grids if family(name)[0] == "nabla"]
     searches = [name for name in grids if family(split(name)[1])[0] == "nabla"]
     wanted = [(name, name.replace("nabla", "control")) for name in searches]
-    wanted += [(name, "best_of_16") for name in ours]
+    wanted += [(name, rival) for name in ours for rival in _rivals(name)]
     wanted += [("nabla", "greedy"), ("nabla", RIVAL)]
     if "nabla" not in grids and ours:
         wanted += [(ours[-1], "greedy"), (ours[-1], RIVAL)]
     return [(a, b) for a, b in wanted if a in grids and b in grids]
+
+
+def _rivals(search: str) -> list[str]:
+    """What a search is compared with: best_of_16, what sets its budget, and the searches over steps at that budget."""
+    share = search.partition("@")[2]
+    setter = share if share.startswith("best_of_") else "best_of_16"
+    return ["best_of_16", setter, f"weighted_{setter}", *(f"{method}@{share}" for method in STEPWISE if share)]
 
 
 def _training_pairs(grids: Mapping[str, Grid], goal: str | None) -> list[tuple[str, str]]:

@@ -88,14 +88,22 @@ class Task:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, not {self.form!r}")
         if not _is_map_of_text(self.splits):
             raise ValueError("splits must map names of splits to the data set's own, as {test: test}")
-        if not self.local and not self.splits:
-            raise ValueError(f"splits are needed: which of its splits is {self.path}'s test?")
+        self._check_splits()
         if not all(self.stop):
             raise ValueError("stop must not hold an empty string")
         self.parser()
         for template in (self.question, self.answer, self.prompt or ""):
             _variables(template)
         self._check_examples()
+
+    def _check_splits(self) -> None:
+        path = Path(self.path)
+        if path.is_file() and self.splits:
+            raise ValueError(f"{self.path} is a file, which is one split: leave splits out, or give its folder")
+        if not path.exists() and path.suffix in _BUILDERS:
+            raise ValueError(f"there is no file {self.path}")
+        if not path.is_file() and not self.splits:
+            raise ValueError(f"splits are needed: which of its splits is {self.path}'s test?")
 
     def _check_examples(self) -> None:
         form = self.asked()
@@ -116,17 +124,17 @@ class Task:
     def parser(self) -> Callable[[str], Gold]:
         return PARSERS[self.parse] if self.pattern is None else by_pattern(self.pattern)
 
-    def files(self) -> list[Path]:
-        """The local files that hold the data."""
+    def files(self) -> dict[str, Path]:
+        """The local files that hold the data, by split; a file that is the data set is all of them, under ""."""
         path = Path(self.path)
-        return [path / name for name in self.splits.values()] if path.is_dir() else [path]
+        return {"": path} if path.is_file() else {split: path / name for split, name in self.splits.items()}
 
     def identity(self) -> str:
         """The version, a hash of the description, and the revision or a hash of the local data."""
         said = asdict(self) | {"path": Path(self.path).name if self.local else self.path}
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
         if self.local:
-            data = hashlib.sha256("".join(map(file_version, self.files())).encode()).hexdigest()[:12]
+            data = hashlib.sha256("".join(map(file_version, self.files().values())).encode()).hexdigest()[:12]
         else:
             data = (self.revision or "main")[:12]
         return f"{self.version}-{digest}@{data}"
@@ -221,10 +229,10 @@ def load_task(task: Task, split: str) -> list[Problem]:
                 id=f"{task.name}/{split}/{index}",
                 question=question,
                 answer=answer,
-                solution=row[task.solution] if task.solution else solution,
+                solution=_text(row[task.solution]) if task.solution else solution,
                 messages=_messages(task, question, row, where),
                 task=str(task.name),
-                level=str(row[task.level]) if task.level else None,
+                level=_text(row[task.level]) if task.level else None,
                 version=version,
                 form=task.asked(),
                 examples=examples,
@@ -242,9 +250,10 @@ def _rows(task: Task, split: str) -> Any:
     try:
         if not task.local:
             return datasets.load_dataset(task.path, task.config, split=task.splits[split], revision=task.revision)
-        [file] = [path for path in task.files() if path.is_file() and path.name == task.splits.get(split, path.name)]
+        files = task.files()
+        file = files.get(split) or files[""]
         if file.suffix not in _BUILDERS:
-            raise ValueError(f"it must end in one of {', '.join(_BUILDERS)}")
+            raise ValueError(f"{file.name} must end in one of {', '.join(_BUILDERS)}")
         return datasets.load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
@@ -289,7 +298,11 @@ def _value(source: str, row: Mapping[str, Any], where: str) -> str:
     """A column, or a template of columns, as text; a missing value is empty."""
     if _is_template(source):
         return _render(source, row, where)
-    return "" if row[source] is None else str(row[source])
+    return _text(row[source]) or ""
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _render(template: str, row: Mapping[str, Any], where: str) -> str:

@@ -108,6 +108,11 @@ class Trace:
     correct_strict: bool | None = None
     verdict: str | None = None
 
+    @property
+    def judge(self) -> str | None:
+        """What its answers are checked against, as `Problem.judge`."""
+        return self.meta.get("verifier") or self.gold
+
     def bases(self) -> Iterator[tuple[Revision, list[int]]]:
         """Each revision with the response ids it was proposed against (the incumbent of its round)."""
         return bases(self.initial_ids, self.revisions)

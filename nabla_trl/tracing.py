@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nabla_trl.checker import AnswerChecker
 from nabla_trl.config import ReasonerConfig
-from nabla_trl.files import write_whole
+from nabla_trl.files import read_object, write_whole
 from nabla_trl.interrupts import in_hand
 from nabla_trl.models import Policy
 from nabla_trl.progress import Progress
@@ -163,15 +163,12 @@ def claim_settings(mark: Path, settings: Mapping[str, str]) -> None:
     Several processes may claim the same settings at once.
 
     Raises:
-        ValueError: the note is there and differs; the differences are named.
+        ValueError: the note is there and differs, which is told, or cannot be read.
     """
     if not mark.exists():
         write_whole(mark, json.dumps(dict(settings), indent=1))
         return
-    try:
-        had = json.loads(mark.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{mark} is not JSON ({error}): the folder's settings are not known") from error
+    had = read_object(mark)
     names = [name for name in {**had, **settings} if had.get(name) != settings.get(name)]
     if names:
         changed = ", ".join(f"{name} {settings.get(name)!r} (was {had.get(name)!r})" for name in names)

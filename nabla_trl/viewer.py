@@ -231,7 +231,7 @@ def _first(trace: Trace, tokens: Tokens) -> tuple[str | None, bool | None]:
     if not tokens.fit(trace):
         return None, None
     answer = extract_answer(tokens.text(trace.initial_ids))
-    verdict = settle(answer, trace.gold)
+    verdict = settle(answer, trace.judge)
     if isinstance(verdict, Verdict):
         return answer, None if verdict in _UNGRADED else verdict.right
     same = answer is not None and trace.answer is not None

@@ -149,6 +149,7 @@ def compare(
     command: str,
 ) -> None:
     problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
+    models.prompting().check(problems)
     policy, reward = models.load(4 * config.batch_size)
     settings = models.settings() | search_settings(config)
     settings["adapter"] = adapter_identity(models.adapter) if models.adapter else ""

@@ -94,6 +94,7 @@ class Run:
         limit = args.train_limit + self.options.probe_problems
         train = load_problems(args.dataset, split=args.train_split, limit=limit)
         held_out = load_problems(args.eval_dataset or args.dataset, split=args.eval_split, limit=args.eval_limit)
+        args.prompting().check([*train, *held_out])
         check_disjoint(train, held_out)
         held_out = graded(held_out, told=self.state.is_main_process)
         return train[: args.train_limit], train[args.train_limit :], held_out

@@ -167,6 +167,7 @@ def test_an_adapter_changes_the_policy(capsys, models, world):
         (["1+2", "--ruonds", "3"], 2, "unknown option --ruonds (did you mean --rounds?)"),
         ([], 2, "required: question"),
         ([" "], 1, "the question is empty"),
+        (["1\udcff2"], 1, "the question is no UTF-8 text"),
         (["1+2", "--preset", "papr"], 1, "unknown preset 'papr'"),
         (["1+2", "--steps", "3"], 1, "steps belongs to solver ste"),
         (["1+2", "--config", "no/such.yaml"], 1, "cannot read no/such.yaml: No such file"),

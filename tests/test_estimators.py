@@ -108,3 +108,5 @@ def test_an_unfinished_evaluation_is_refused() -> None:
         estimators.measured([*rows, row("samples_2", "b", 0, [("1", True)] * 2)])
     with pytest.raises(ValueError, match="two rows"):
         estimators.measured([*rows, rows[0]])
+    with pytest.raises(ValueError, match="a row of samples_2 holds no samples"):
+        estimators.measured([rows[0], rows[1] | {"samples": None}])

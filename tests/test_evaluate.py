@@ -65,6 +65,19 @@ def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_pat
         assert row["reward_by_round"][-1] == pytest.approx(row["reward"])
 
 
+def test_no_seed_has_to_be_the_first(bench, asked, checker, tmp_path):
+    """The greedy decode is stored under the first seed that was asked for, and is not made again."""
+    store = RowStore(tmp_path, "run")
+    elsewhere = replace(bench, seeds=(3, 5))
+    for step in (elsewhere.greedy(), elsewhere.pool([1])):
+        assert run_step(step, asked, store, checker) and not run_step(step, asked, store, checker)
+    assert {(row["method"], row["seed"]) for row in store.read()} == {
+        ("greedy", 3),
+        ("best_of_1", 3),
+        ("best_of_1", 5),
+    }
+
+
 def test_samples_are_the_pool_that_others_choose_from(bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
     bad = replace(asked[0], id="bad", question="?!")
@@ -210,13 +223,16 @@ def test_rows_of_other_settings_are_refused(bench, asked, checker, tmp_path):
         RowStore(tmp_path, "two")
 
 
-def test_a_corrupt_line_is_named(bench, asked, checker, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("{broken", "is not JSON"), ("[1]", "does not hold a JSON object"), ('{"run": "run"}', "lacks method, task")],
+)
+def test_a_corrupt_line_is_named(line, words, bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
     run_step(bench.greedy(), asked, store, checker)
     lines = store.path.read_text().splitlines()
-    store.path.write_text("\n".join([lines[0], "{broken", *lines[1:]]) + "\n")
-    with pytest.raises(ValueError, match=r"rows-00000.jsonl:2 is not JSON"):
-        RowStore(tmp_path, "run")
+    store.path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    worlds.refused(lambda: RowStore(tmp_path, "run"), "rows-00000.jsonl, line 2", words)
 
 
 def test_rows_of_several_processes_are_read_together(bench, asked, checker, tmp_path):

@@ -145,6 +145,10 @@ def test_steps_through_a_refinement(view: View) -> None:
     assert len(view.all(".curve circle")) == 4
     view.one("#last").click()
     assert "gold 7" in view.text("#step") and "Final response" in view.text("#step")
+    view.press(Keys.HOME)
+    assert view.text("#where") == "first response"
+    view.press(Keys.END)
+    assert view.text("#where") == "proposal 3 of 3"
     view.press("a", Keys.ARROW_LEFT, Keys.ARROW_LEFT)
     assert view.text("#where") == "first response"
     view.press(Keys.ARROW_RIGHT)

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import worlds
 
 from nabla_trl import viewer
+from nabla_trl.answers import SCORED
 from nabla_trl.markdown import as_html, table
 from nabla_trl.models import Policy
 from nabla_trl.summary import Summary, front, methods, summarise
@@ -187,6 +189,17 @@ def test_without_tokens_the_first_answer_is_known_where_it_is_the_last(tmp_path:
     assert [item[2:4] for item in index["traces"]] == [[None, 1], [1, 1]]
     pages.write_tokens(tmp_path, tokenizer="another")
     assert not viewer.Tokens.read(tmp_path).fit(kept)
+
+
+def test_a_first_answer_that_a_scorer_judges_is_not_held_against_the_gold_one(tmp_path: Path) -> None:
+    """Several answers may be right there, so without the scorer nothing is known of another than the last one."""
+    judged = {"verifier": SCORED + "{}"}
+    traces = [pages.make_trace(number) for number in range(2)]
+    traces[1] = replace(traces[1], meta=traces[1].meta | judged)
+    pages.write_tokens(tmp_path)
+    viewer.write_data(tmp_path, traces, [], viewer.Tokens.read(tmp_path), *_rows())
+    index = read_data(tmp_path / "report_data" / "index.js")
+    assert [item[2:4] for item in index["traces"]] == [[0, 1], [None, 1]]
 
 
 def _rows() -> tuple[list[dict[str, Any]], dict[str, Any], Summary]:

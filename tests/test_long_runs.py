@@ -179,6 +179,15 @@ def test_a_budget_stays_what_it_was(
     path.write_text(path.read_text().replace('"flops": 1.0,"was": ', f'"flops": {first * 1.01},"was": ', 1))
     assert budget_flops(RowStore(tmp_path, "run"), "best_of_2") == first
     assert json.loads((tmp_path / "budgets.json").read_text()) == {"best_of_2": first}
+    (tmp_path / "budgets.json").write_text('{"best_of_2": 0.0}')
+    worlds.refused(lambda: budget_flops(RowStore(tmp_path, "run"), "best_of_2"), "budgets.json", "no budget of FLOPs")
+
+
+def test_what_could_not_be_run_sets_no_budget(bench: Bench, checker: AnswerChecker, tmp_path: Path) -> None:
+    store = RowStore(tmp_path, "run")
+    run_step(bench.pool([2]), [Problem(id="bad", question="?!", answer="1")], store, checker)
+    worlds.refused(lambda: budget_flops(store, "best_of_2"), "best_of_2 can set no budget")
+    assert not (tmp_path / "budgets.json").exists()
 
 
 def test_rows_that_cover_the_problems(asked: list[Problem]) -> None:

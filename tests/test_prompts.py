@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -19,6 +19,7 @@ from nabla_trl.generate import Draft, Job, generate, random_stream
 from nabla_trl.models import Policy, load_policy
 from nabla_trl.options import PromptOptions, Sampling
 from nabla_trl.prompts import check_options, few_shot_text
+from nabla_trl.rewards import Reward
 from nabla_trl.search import solve
 from nabla_trl.server import connect
 from nabla_trl.tasks import Problem
@@ -61,6 +62,22 @@ def test_a_style_can_be_chosen() -> None:
     worlds.refused(lambda: shown.encode(replace(SHOWN, examples=())), "q", "few_shot needs worked examples")
     worlds.refused(lambda: PromptOptions("chatty"), "auto, chat, few_shot", "'chatty'")
     worlds.refused(lambda: PromptOptions("few_shot", {"a": 1}), "chat_template_kwargs")
+
+
+@pytest.mark.parametrize("reward_of", [worlds.tiny_scalar, worlds.tiny_logratio])
+def test_examples_are_shown_where_a_reward_is_searched_with(reward_of: Callable[[Policy], Reward]) -> None:
+    """The probe of a reward is of no task, and has no examples."""
+    shown = base_policy(template=worlds.TEMPLATE, style="few_shot")
+    config = ReasonerConfig(rounds=2, max_new_tokens=8)
+    [trace] = solve([SHOWN], policy=shown, reward=reward_of(shown), config=config)
+    assert trace.error is None and trace.prompt == TEXT
+
+
+def test_problems_without_examples_are_refused_before_any_work() -> None:
+    PromptOptions("few_shot").check([SHOWN])
+    PromptOptions().check([replace(SHOWN, examples=())])
+    bare = replace(SHOWN, examples=(), task="pens")
+    worlds.refused(lambda: PromptOptions("few_shot").check([SHOWN, bare]), "few_shot", "task pens has none")
 
 
 def test_keywords_reach_the_template_and_are_told_of() -> None:

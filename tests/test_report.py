@@ -124,6 +124,13 @@ def test_strict_accuracy_stands_beside_where_it_differs(tmp_path):
     assert "strict" in screen.getvalue() and "0.792" in screen.getvalue()
 
 
+def test_a_search_is_compared_with_what_has_its_budget():
+    names = ["nabla@best_of_8", "control@best_of_8", "best_of_8", "weighted_best_of_8", "tot@best_of_8", "tot@0.5"]
+    found = summarise(make_rows(dict.fromkeys([*names, "best_of_16"], (0.5, 1e6))), FACTS)
+    against = {name.partition("-")[2] for name in found if name.startswith("paired.nabla@best_of_8-")}
+    assert against == {*names[1:5], "best_of_16"}
+
+
 def test_summary_holds_the_agreed_names(summary):
     for method in WORLD:
         assert {f"accuracy.{method}", f"flops.{method}", f"seconds.{method}"} <= summary.keys()
@@ -293,6 +300,8 @@ def test_nothing_is_written_from_rows_or_facts_that_are_refused(tmp_path):
         report.write_report(tmp_path / "a", rows[:-1], FACTS)
     with pytest.raises(ValueError, match="facts lack policy"):
         report.write_report(tmp_path / "a", rows, {key: one for key, one in FACTS.items() if key != "policy"})
+    with pytest.raises(ValueError, match="facts hold no seeds that can be read: 7"):
+        report.write_report(tmp_path / "a", rows, FACTS | {"seeds": 7})
     assert not (tmp_path / "a").exists()
 
 
@@ -305,6 +314,24 @@ def test_terminal_table_fits_and_shows_every_method(summary):
     for method, line in zip(methods(summary), lines[1:], strict=True):
         assert line.startswith(method + " ")
         assert accuracy(summary, method) in line
+
+
+def test_samples_alone_are_a_report_too(tmp_path):
+    """Nothing is chosen from them, so no method has an accuracy; their errors are told all the same."""
+    rows = make_rows({"samples_4": (0.0, 4e6)})
+    for row in rows:
+        row["samples"] = [["1", True], ["2", False], ["2", False], [None, False]]
+    rows[0] |= {"samples": [], "error": "too long"}
+    found = report.write_report(tmp_path, rows, FACTS)
+    text = (tmp_path / "report.md").read_text()
+    assert section(tmp_path, "Results").strip().startswith("Missing: no method that gives one answer was evaluated.")
+    assert '<table class="headline">' not in (tmp_path / "report.html").read_text()
+    assert f"1 method on {PROBLEMS} held-out problems" in text and f"Of {len(rows)} rows 1 ended in an error" in text
+    screen = io.StringIO()
+    report.terminal_table(found, Console(file=screen, width=80))
+    heads, *lines = screen.getvalue().splitlines()
+    assert heads.split() == ["samples", "of", "k", "pass@k", "[95%]", "maj@k", "[95%]"]
+    assert [line.split()[:2] for line in lines] == [["base", "1"], ["base", "2"], ["base", "4"]]
 
 
 def test_si():

@@ -162,6 +162,9 @@ def test_grids_do_not_depend_on_the_order_of_rows_within_a_method():
         ([row("nabla", "p0", 0), row("nabla", "p1", 1)], r"method 'nabla', problem 'p0', seed 1 and 1 more"),
         ([row(), row(problem="p1", task="amc")], "rows of 2 tasks \\('amc', 'chains'\\)"),
         ([{key: one for key, one in row().items() if key != "flops"}], "result row 0 lacks 'flops'"),
+        ([row() | {"flops": None}], "result row 0: flops must be a number, not None"),
+        ([row() | {"method": 5}], "result row 0: method must be text, not 5"),
+        ([row() | {"correct": "yes"}], "result row 0: correct must be a number or null, not 'yes'"),
     ],
 )
 def test_bad_rows_are_refused_by_name(rows, message):

@@ -94,7 +94,13 @@ def test_an_integer_is_read_as_one_writes_it(text: str, answer: str | None) -> N
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("a\n#### 1,234", "1234"), ("#### 5", "5"), ("#### 1\n#### 2", "2"), ("a\n####", None)],
+    [
+        ("a\n#### 1,234", "1234"),
+        ("#### 5", "5"),
+        ("#### 1\n#### 2", "2"),
+        ("a\n####", None),
+        ("#### (1, 2)", "(1, 2)"),
+    ],
 )
 def test_hashes_take_the_last_line(text: str, answer: str | None) -> None:
     assert hashes(text) == (answer, text)
@@ -176,6 +182,31 @@ def test_parquet_and_folders_of_splits_are_read_too(tmp_path: Path) -> None:
     assert [p.id for p in load_problems(path, split="train")] == ["pens/train/0", "pens/train/1"]
     assert [p.question for p in load_problems(path)] == ["Bo has 5. How many?"]
     worlds.refused(lambda: load_problems(path, split="dev"), "'pens' has no split 'dev': it has", "train")
+
+
+def test_splits_of_a_folder_may_lie_deeper_and_share_a_file(tmp_path: Path) -> None:
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    write_rows(tmp_path / "data" / "sub" / "a.jsonl", [ROWS[0] | {"Grade": None, "Why": None}])
+    path = described(tmp_path, path="data", splits={"train": "sub/a.jsonl", "test": "sub/a.jsonl"})
+    [problem] = load_problems(path)
+    assert (problem.id, problem.level, problem.solution) == ("pens/test/0", None, None)
+    assert bare(problem) == dataclasses.replace(bare(load_problems(path, split="train")[0]), id="pens/test/0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"splits": {"test": "rows.jsonl"}}, "rows.jsonl is a file, which is one split"),
+        ({"path": "gone.jsonl"}, "there is no file gone.jsonl"),
+        ({"path": "data"}, "splits are needed"),
+        ({"path": "data", "splits": {"test": "gone.jsonl"}}, "gone.jsonl"),
+        ({"path": "pens.yaml"}, "pens.yaml must end in one of"),
+    ],
+)
+def test_local_data_that_are_not_there_are_named(changes: dict, words: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    message = worlds.refused(lambda: load_problems(described(tmp_path, **changes)), words)
+    assert "unpack" not in message
 
 
 def test_a_hub_task_by_yaml_asks_for_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

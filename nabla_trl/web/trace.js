@@ -67,6 +67,7 @@ const fact = (name, ...value) => element("li", {}, element("b", {}, name), ...va
 function curve(trace) {
   const values = [trace.rewards[0], ...trace.steps.map((one) => one.after)];
   const known = values.filter((value) => value !== null);
+  if (!known.length) return element("div");
   const [low, high] = [Math.min(...known), Math.max(...known)];
   const WIDTH = Math.max($("#detail").clientWidth, 280), HEIGHT = 130, LEFT = 44, x = (at) => LEFT + 12 + (at * (WIDTH - LEFT - 24)) / Math.max(values.length - 1, 1);
   const y = (value) => 12 + ((high - value) * (HEIGHT - 24)) / (high - low || 1);

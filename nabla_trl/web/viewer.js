@@ -94,7 +94,7 @@ async function pick(number) {
 
 const EMPTY = {
   traces: "This run has no traces beside its report: they are made by the stage traces of recipes/distill.py.",
-  rows: "This run has no rows.",
+  rows: "This run has no rows of a method that gives one answer.",
 };
 
 // --- one held-out problem ---
@@ -108,7 +108,7 @@ function showProblem(problem, trace) {
     element("td", { class: "n" }, number(row.reward)), element("td", { class: "n" }, si(row.flops, "FLOPs")), element("td", { class: "n" }, si(row.seconds, "s")),
     element("td", { class: "n" }, row.proposals ? `${row.accepted} of ${row.proposals}` : "–")));
   const heads = ["method", "seed", "answer", "reward", "FLOPs", "seconds", "accepted"].map((text) => element("th", {}, text));
-  const searches = trace ? [] : problem.rows.filter((row) => row.method === ours && row.rounds.length > 1);
+  const searches = trace ? [] : problem.rows.filter((row) => row.method === ours && row.rounds.filter((one) => one !== null).length > 1);
   const level = problem.level === null ? [] : [fact("level", problem.level)];
   $("#detail").replaceChildren(element("h3", {}, problem.id),
     ...(problem.question ? [element("pre", { class: "prompt" }, problem.question)] : []),
@@ -125,7 +125,7 @@ function rounds(values) {
   const x = (at) => 56 + (at * (WIDTH - 70)) / (values.length - 1), y = (value) => (high > low ? 10 + ((high - value) * 60) / (high - low) : 40);
   const rules = [...new Set([low, high])].flatMap((value) => [element("svg:line", { x1: 44, x2: WIDTH, y1: y(value), y2: y(value) }),
     element("svg:text", { x: 38, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(2))]);
-  const path = values.map((value, at) => (value === null ? "" : `${at ? `H${x(at)}V` : `M${x(at)} `}${y(value)}`)).join("");
+  const path = values.map((value, at) => (value === null ? "" : `H${x(at)}V${y(value)}`)).join("").replace(/^H([^V]*)V/, "M$1 ");
   return element("svg:svg", { class: "curve", viewBox: `0 0 ${WIDTH} 80`, role: "img", "aria-label": "reward over rounds" }, ...rules, element("svg:path", { class: "step", d: path }));
 }
 
@@ -136,7 +136,7 @@ function choose(source) {
   $$("[data-source]").forEach((one) => one.setAttribute("aria-pressed", one.dataset.source === source));
   view.items = sources[source].items;
   const { base, ours } = sources.rows;
-  $("#meaning").textContent = source === "traces"
+  $("#meaning").textContent = !view.items.length ? "" : source === "traces"
     ? "Of a training trace, base is the first response and nabla the one that was kept; the list shows base → nabla, and the gain of reward. ?: not graded, or not known without a checker."
     : `Of a held-out problem, ${base} stands for base and ${ours} for nabla. The list shows base → nabla, and the gain of reward.`;
   renew();
@@ -174,6 +174,8 @@ document.addEventListener("keydown", (event) => {
     k: () => view.picked > 0 && pick(view.picked - 1),
     ArrowRight: stepping && (() => move(1)),
     ArrowLeft: stepping && (() => move(-1)),
+    Home: stepping && (() => go(0)),
+    End: stepping && (() => go(view.trace.steps.length)),
     a: stepping && (() => $("#accepted").click()),
   };
   const act = Object.hasOwn(acts, event.key) && acts[event.key];
