@@ -111,11 +111,13 @@ function showProblem(problem, trace) {
   const searches = trace ? [] : problem.rows.filter((row) => row.method === ours && row.rounds.filter((one) => one !== null).length > 1);
   const level = problem.level === null ? [] : [fact("level", problem.level)];
   $("#detail").replaceChildren(element("h3", {}, problem.id),
-    ...(problem.question ? [element("pre", { class: "prompt" }, problem.question)] : []),
+    ...(problem.question && !trace ? [element("pre", { class: "prompt" }, problem.question)] : []),
     element("ul", { class: "facts" }, fact("gold", problem.gold ?? "none"), ...level),
     ...searches.flatMap((row) => [element("small", {}, `${row.method}, seed ${row.seed}: reward of the response kept, by round`), rounds(row.rounds)]),
+    ...(trace ? traceParts(trace).slice(1) : []), // without its own heading
+    element("h3", {}, "What every method made of it"),
     element("div", { class: "scroll" }, element("table", { class: "others" }, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows))),
-    ...(trace ? traceParts(trace) : [element("p", { class: "note" }, "No trace of the search was kept, so there is nothing to step through.")]));
+    ...(trace ? [] : [element("p", { class: "note" }, "No trace of the search was kept, so there is nothing to step through.")]));
   if (trace?.initial.length) go(0);
 }
 
