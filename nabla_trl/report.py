@@ -77,8 +77,8 @@ def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) ->
 
 
 def terminal_table(summary: Summary, console: Console | None = None) -> None:
-    """Print method, accuracy (strict, too, where that differs), FLOPs (also as a share of best_of_16's) and time; of
-    samples pass@k and maj@k."""
+    """Print method, accuracy (strict, too, where that differs), FLOPs (also as a share of best_of_16's), time and
+    errors, if any; of samples pass@k and maj@k."""
     console = console or Console()
     if methods(summary):
         console.print(_terminal_methods(summary))
@@ -106,14 +106,15 @@ def _terminal_columns(first: str, *headings: str) -> Table:
 
 def _terminal_methods(summary: Summary) -> Table:
     strict = strict_differs(summary)
-    headings = ("accuracy [95%]", *["strict"] * strict, "FLOPs", "× bo16", "time", "errors")
+    failed = any(summary[f"errors.{method}"]["value"] for method in methods(summary))  # else the column takes room
+    headings = ("accuracy [95%]", *["strict"] * strict, "FLOPs", "× bo16", "time", *["errors"] * failed)
     table = _terminal_columns("method", *headings)
     for method in methods(summary):
         flops = cost_in_words(summary, "flops", method).removesuffix("FLOPs")
-        errors = str(round(summary[f"errors.{method}"]["value"]))
+        errors = [str(round(summary[f"errors.{method}"]["value"]))] * failed
         costs = (flops, relative_in_words(summary, method), cost_in_words(summary, "seconds", method))
         read = [strict_in_words(summary, method).split(" ")[0]] * strict
-        table.add_row(method, accuracy(summary, method), *read, *costs, errors)
+        table.add_row(method, accuracy(summary, method), *read, *costs, *errors)
     return table
 
 

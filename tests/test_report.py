@@ -120,7 +120,8 @@ def test_strict_accuracy_stands_beside_where_it_differs(tmp_path):
     assert f"1 of {len(rows)} responses are read in two ways: `extraction.jsonl`" in text
     assert "Of the comparisons with gold answers 1 timed out: they count as wrong." in text
     screen = io.StringIO()
-    report.terminal_table(found, Console(file=screen, width=90))
+    report.terminal_table(found, Console(file=screen, width=80))
+    assert max(map(len, screen.getvalue().splitlines())) <= 80 and "…" not in screen.getvalue()
     assert "strict" in screen.getvalue() and "0.792" in screen.getvalue()
 
 
