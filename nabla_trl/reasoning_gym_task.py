@@ -68,12 +68,19 @@ def make_problems(name: str, split: str, limit: int | None = None, seed: int | N
 
 
 def parse_name(name: str) -> tuple[str, dict[str, Any]]:
-    """Family and options of a task's name; ValueError where it is none."""
+    """Family and options of a task's name; ValueError where it is none, or an option has no value that can be read."""
     match = _SPEC.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} must be {PROCEDURAL}FAMILY, with options as in {PROCEDURAL}FAMILY,key=value")
-    pairs = [one.split("=") for one in match["options"].split(",") if one]
-    return match["family"], {key: yaml.safe_load(value) for key, value in pairs}
+    pairs = [one.partition("=") for one in match["options"].split(",") if one]
+    try:
+        options = {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: cannot read its options: {' '.join(str(error).split())}") from error
+    seed = options.get("seed", 0)
+    if not isinstance(seed, int) or seed < 0:  # a generator takes −1 for 1
+        raise ValueError(f"{name}: seed must be a whole number of at least 0, not {seed!r}")
+    return match["family"], options
 
 
 def split_of(question: str) -> str:

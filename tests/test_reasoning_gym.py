@@ -30,6 +30,8 @@ def test_names_hold_a_family_and_its_options() -> None:
     assert parse_name("reasoning_gym:gcd,max_value=9,seed=7") == ("gcd", {"max_value": 9, "seed": 7})
     for name in ("reasoning_gym:", "reasoning_gym:gcd,", "reasoning_gym:gcd,max_value"):
         worlds.refused(lambda name=name: parse_name(name), repr(name), "key=value")
+    for option in ("seed=abc", "seed=1.5", "seed=-3", "max_value={"):
+        worlds.refused(lambda name=f"reasoning_gym:gcd,{option}": parse_name(name), f"gcd,{option}: ")
 
 
 @pytest.fixture(scope="module")
