@@ -58,7 +58,7 @@ def find_wrong(
     for row, one in enumerate(responses):
         problem, ids = one.sample.problem, one.sample.response
         at = labels.first_error(problem, ids) if one.finished else None
-        if at is not None and not _right_answer(policy.decode(ids), problem):
+        if at is not None and not _right_answer(policy.said(ids, policy.stops(problem)), problem):
             right = labels.right(problem, ids, one.known.candidates)[at] & one.allowed[at]
             wrong.append(Wrong(row, one, at, right))
     return wrong, None if wrong else f"none of {len(responses)} responses is finished and wrong"
