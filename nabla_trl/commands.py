@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -181,8 +181,13 @@ def evaluate(argv: Sequence[str]) -> int:
         policy, reward = models.load(4 * config.batch_size, adapter=False)
         tuned = {}
         if models.adapter:
-            adapted = load_policy(models.policy, dtype=models.dtype, device=models.device, adapter=models.adapter)
-            tuned = {"distilled": replace(adapted, prompting=policy.prompting)}
+            tuned["distilled"] = load_policy(
+                models.policy,
+                dtype=models.dtype,
+                device=models.device,
+                adapter=models.adapter,
+                prompting=policy.prompting,
+            )
         claim_settings(folder / "eval.settings.json", settings)
         if models.adapter:  # apart, so that an adapter trained later can join the rows that are there
             claim_settings(folder / "adapter.settings.json", {"adapter": adapter_identity(models.adapter)})

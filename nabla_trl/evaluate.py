@@ -224,6 +224,10 @@ def run_step(
     added: list[Row] = []
     method = step.methods[-1]
     todo = {seed: store.missing(step.methods, problems, seed) for seed in step.seeds}
+    writer = None
+    if step.traced and held_out and any(todo.values()):
+        writer = TraceWriter(held_out, rank=store.rank, chunk_size=step.batch_size)
+        write_tokens(held_out, step.traced)
     progress = Progress(method, len(problems) * len(step.seeds), shown=shown)
     progress.count(_there(step, problems, todo, store), made=False)
     with progress:
@@ -233,8 +237,8 @@ def run_step(
                 about = progress.seconds_for(len(batch))
                 with in_hand(f"{len(batch)} problems of {method}", progress.position, about):
                     traces = grade(step.work(batch, seed), checker)
-                    if step.traced and held_out:
-                        _keep(traces, step.traced, held_out, store.rank)
+                    if writer:
+                        _keep(traces, writer)
                     rows = _rows(step, batch, traces, store.run)
                     store.append(rows)
                     added += rows
@@ -248,12 +252,11 @@ def _rows(step: Step, batch: Sequence[Problem], traces: Sequence[Trace], run: st
     return gather_samples([trace_row(trace, run, kl) | {"content": content[trace.problem_id]} for trace, kl in known])
 
 
-def _keep(traces: Sequence[Trace], policy: Policy, folder: Path, rank: int) -> None:
+def _keep(traces: Sequence[Trace], writer: TraceWriter) -> None:
     """Write the traces as a shard; before the rows are, so that a row has its trace. A kill in between leaves two."""
-    write_tokens(folder, policy)
-    with TraceWriter(folder, rank=rank, chunk_size=len(traces)) as writer:
-        for trace in traces:
-            writer.add(trace)
+    for trace in traces:
+        writer.add(trace)
+    writer.flush()
 
 
 def _there(

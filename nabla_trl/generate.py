@@ -214,8 +214,7 @@ def _generate_batch(
     limits = torch.tensor([job.limit for job in jobs], device=policy.device)
     stops = torch.tensor(sorted(policy.stop_ids), device=policy.device)
     warpers = build_warpers(sampling)
-    strings = _StopStrings(policy, jobs)
-    watched = any(job.ends for job in jobs)
+    ends = _Ends(policy, jobs)
     steps: list[tuple[Tensor, ...]] = []
     caches: dict[int, Tensor] = {}
     while len(rows.index):
@@ -226,9 +225,7 @@ def _generate_batch(
         top, logp = top_candidates(logits, drawn, policy.forbidden, width)
         steps.append((rows.index, drawn, top, logp, *([tilt(allowed, top, warpers)] if keep_tilt and warpers else [])))
         rows.tokens, rows.positions = drawn, rows.positions + 1
-        done = torch.isin(drawn, stops) | (limits[rows.index] <= len(steps)) | strings.after(rows.index, drawn)
-        if watched:
-            done |= _ended(jobs, rows.index, drawn)
+        done = torch.isin(drawn, stops) | (limits[rows.index] <= len(steps)) | ends.after(rows.index, drawn)
         if done.any():
             if keep_cache:
                 caches |= _finished_caches(cache, rows, done)
@@ -238,22 +235,24 @@ def _generate_batch(
     return _collect(steps, jobs, caches, policy)
 
 
-class _StopStrings:
-    """Which rows a stop string has ended: their texts are read as they grow. Without such strings nothing is read."""
+class _Ends:
+    """Which rows a stop string, or their job's own word, has ended. Jobs without either are not read."""
 
     def __init__(self, policy: Policy, jobs: Sequence[Job]):
         self.policy, self.jobs = policy, jobs
-        self.ids: dict[int, list[int]] = {index: [] for index, job in enumerate(jobs) if job.stop}
+        self.ids: dict[int, list[int]] = {index: [] for index, job in enumerate(jobs) if job.stop or job.ends}
 
     def after(self, index: Tensor, drawn: Tensor) -> Tensor:
         """[B] bool, the rows that end with the tokens just drawn."""
         ended = torch.zeros_like(index, dtype=torch.bool)
         if not self.ids:
             return ended
-        for row, (job, token) in enumerate(zip(index.tolist(), drawn.tolist(), strict=True)):
-            if job in self.ids:
-                self.ids[job].append(token)
-                ended[row] = self.jobs[job].over(self.policy, self.ids[job])
+        for row, (number, token) in enumerate(zip(index.tolist(), drawn.tolist(), strict=True)):
+            if number in self.ids:
+                job, ids = self.jobs[number], self.ids[number]
+                ids.append(token)
+                told = job.ends is not None and job.ends(token)  # it is told every token, whatever else ends the row
+                ended[row] = told or job.over(self.policy, ids)
         return ended
 
 
@@ -339,12 +338,6 @@ def tilt(logits: Tensor, candidates: Tensor, warpers: LogitsProcessorList) -> Te
     warped = warpers(torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device), logits.clone())
     sampler, policy = (scores.log_softmax(-1).gather(1, candidates) for scores in (warped, logits))
     return torch.where(sampler == -torch.inf, torch.inf, policy - sampler)
-
-
-def _ended(jobs: Sequence[Job], index: Tensor, drawn: Tensor) -> Tensor:
-    """[B] bool: rows whose jobs say that they end with the token just drawn."""
-    told = [(jobs[row].ends, token) for row, token in zip(index.tolist(), drawn.tolist(), strict=True)]
-    return torch.tensor([ends is not None and ends(token) for ends, token in told], device=drawn.device)
 
 
 def _finished_caches(cache: Cache, rows: _Rows, done: Tensor) -> dict[int, Tensor]:

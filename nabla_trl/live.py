@@ -21,6 +21,7 @@ from nabla_trl.traces import bases
 from nabla_trl.verdicts import si
 
 if TYPE_CHECKING:
+    from nabla_trl.chain import Chain
     from nabla_trl.search import Search
 
 MOST_LINES = 14  # of a response: what was changed last is always in it
@@ -65,7 +66,7 @@ class LiveView:
         self.live.stop()
 
     def __call__(self, search: Search) -> None:
-        for chains in search.walks.values():  # of the one problem
+        for chains in search.walks.values():  # of the one problem, unless it could not be read
             chain = search.kept(chains)
             made = [revision for one in chains for revision in one.revisions]
             self.snapshot = Snapshot(
@@ -74,15 +75,13 @@ class LiveView:
                 proposed=len(made),
                 accepted=sum(revision.accepted for revision in made),
                 flops=search.meter.cost(chain.problem.id).flops,
-                share=_share(search),
-                lines=tuple(self._lines(search)),
+                share=_share(search, chains),
+                lines=tuple(self._lines(chain)),
             )
             self.live.refresh()
 
-    def _lines(self, search: Search) -> Sequence[Text]:
-        """The kept response with its last accepted revision marked, if it has one."""
-        (chains,) = search.walks.values()
-        chain = search.kept(chains)
+    def _lines(self, chain: Chain) -> Sequence[Text]:
+        """The response with its last accepted revision marked, if it has one."""
         last = None
         for revision, base in bases(chain.initial.response, chain.revisions):
             last = (revision, base) if revision.accepted else last
@@ -96,7 +95,7 @@ class LiveView:
         if now is None:
             yield self._fit(Text.assemble(mark, f" drawing the first response  {seconds}"))
             return
-        yield self._fit(Text.assemble(mark, " ", *_counts(now), f"  {si(now.flops, 'FLOPs')}  {seconds}"))
+        yield self._fit(Text.assemble(mark, f" {_counts(now)}  {si(now.flops, 'FLOPs')}  {seconds}"))
         yield self._fit(self._curve(now, options.ascii_only))
         yield Text()
         most = max(1, min(MOST_LINES, options.max_height - 5))
@@ -119,15 +118,14 @@ class LiveView:
         return line
 
 
-def _counts(now: Snapshot) -> list[str]:
+def _counts(now: Snapshot) -> str:
     responses = f", {now.responses} first responses" if now.responses > 1 else ""
-    return [f"{now.accepted} of {now.proposed} proposals accepted{responses}"]
+    return f"{now.accepted} of {now.proposed} proposals accepted{responses}"
 
 
-def _share(search: Search) -> float | None:
+def _share(search: Search, chains: list[Chain]) -> float | None:
     """Of the first limit that is set: FLOPs, rounds, rollouts."""
     config = search.config
-    (chains,) = search.walks.values()
     if config.flops:
         gone = search.meter.cost(chains[0].problem.id).flops / config.flops
     elif config.rounds:

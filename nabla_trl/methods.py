@@ -106,6 +106,7 @@ def _steps(names: Sequence[str], bench: Bench, flops_of: Callable[[str], float])
         yield bench.pool(best_of, majority, weighted, samples)
     if "greedy" in names:
         yield bench.greedy()
+    main = main_search(names)
     for name in names:
         method = _search(name)
         if method:
@@ -113,7 +114,7 @@ def _steps(names: Sequence[str], bench: Bench, flops_of: Callable[[str], float])
             if "@" in name:
                 setter, times = budget(name)
                 config = _at_budget(method, bench.config, times * flops_of(setter))
-            yield bench.search(name, config, traced=not bench.label and name == main_search(names))
+            yield bench.search(name, config, traced=not bench.label and name == main)
         elif stepwise := _stepwise(name):
             setter, times = budget(name) if "@" in name else ("", 0.0)
             size = None if setter else _breadth(name)

@@ -177,7 +177,8 @@ class RowStore:
         found = []
         for problem in problems:
             known = [self.done.get((method, problem.task, problem.id, seed)) for method in methods]
-            if any(one and one.content != content_hash(problem) for one in known):
+            content = content_hash(problem)
+            if any(one and one.content != content for one in known):
                 raise ValueError(
                     f"{self.folder} holds rows of another problem {problem.id!r}: its text or answer has changed "
                     "since, so use another --output_dir"

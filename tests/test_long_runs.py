@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -266,17 +265,6 @@ def test_half_a_character_of_another_process_is_no_row(tmp_path: Path) -> None:
     assert store.path.read_bytes() == data
 
 
-@contextmanager
-def full_disk(free: int) -> Iterator[None]:
-    """No file can grow past `free` bytes; the system then answers a write with OSError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_keeps_whole_rows_and_the_store_goes_on(
     bench: Bench, asked: list[Problem], checker: AnswerChecker, tmp_path: Path
 ) -> None:
@@ -285,7 +273,7 @@ def test_a_full_disk_keeps_whole_rows_and_the_store_goes_on(
     store.append(rows[:2])
     before = store.path.read_bytes()
     with (
-        full_disk(len(before) + 100),
+        worlds.full_disk(len(before) + 100),
         pytest.raises(OSError, match=r"rows until here are kept, make room.*rows-00000"),
     ):
         store.append(rows[2:])
@@ -327,7 +315,7 @@ def undisturbed(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> l
 def test_eval_on_a_full_disk_is_one_line_and_goes_on(
     capsys: Any, world: list[str], undisturbed: list[Row], tmp_path: Path
 ) -> None:
-    with full_disk(5_000):
+    with worlds.full_disk(5_000):
         assert main(evaluation(world, tmp_path)) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: [Errno 27]") and "make room and run again" in last
@@ -338,7 +326,7 @@ def test_eval_on_a_full_disk_is_one_line_and_goes_on(
 
 def test_traces_on_a_full_disk_are_one_line_and_go_on(capsys: Any, world: list[str], tmp_path: Path) -> None:
     argv = ["traces", *world, "--output_dir", str(tmp_path), "--batch_size", "4"]
-    with full_disk(5_000):
+    with worlds.full_disk(5_000):
         assert main(argv) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "earlier shards are kept, make room and run again" in err

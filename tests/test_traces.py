@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import os
 import random
-import resource
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import worlds
 
 from nabla_trl.compute import Cost
 from nabla_trl.traces import (
@@ -305,22 +303,11 @@ def test_an_interrupted_write_shows_no_part_of_a_shard(
     assert repr(read_traces(tmp_path)) == repr([make_trace(0), make_trace(1)])
 
 
-@contextmanager
-def _full_disk(free: int) -> Iterator[None]:
-    """No file can grow past `free` bytes; the system then answers a write with OSError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_keeps_earlier_shards_and_pending_traces(tmp_path: Path) -> None:
     write(tmp_path, [make_trace(0)])
     with TraceWriter(tmp_path, chunk_size=2) as writer:
         writer.add(make_trace(1))
-        with _full_disk(free=1000), pytest.raises(OSError, match=r"make room.*traces-00000-00001\.parquet"):
+        with worlds.full_disk(free=1000), pytest.raises(OSError, match=r"make room.*traces-00000-00001\.parquet"):
             writer.add(make_trace(2))
         assert names(tmp_path) == ["traces-00000-00000.parquet"]
     assert repr(read_traces(tmp_path)) == repr([make_trace(number) for number in range(3)])

@@ -5,7 +5,9 @@ Nothing here is trained, but weights are drawn wide, so that outputs differ visi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -237,3 +239,14 @@ def refused(action: Callable[[], Any], *words: str) -> str:
     for word in words:
         assert word in message, message
     return message
+
+
+@contextmanager
+def full_disk(free: int) -> Iterator[None]:
+    """No file can grow past `free` bytes; the system then answers a write with OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
