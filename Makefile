@@ -40,8 +40,8 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
 bench: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python recipes/compare.py --config recipes/tiny/compare.yaml
-	OMP_NUM_THREADS=1 $(BIN)/python recipes/compare.py --config recipes/tiny/compare.yaml \
+	OMP_NUM_THREADS=1 $(BIN)/python recipes/research/compare.py --config recipes/tiny/compare.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python recipes/research/compare.py --config recipes/tiny/compare.yaml \
 		--reward logratio:data/tiny/clean --sample_min_p 0.02 --output_dir outputs/tiny-compare-logratio
 
 check: $(STAMP)

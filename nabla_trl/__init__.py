@@ -1,19 +1,30 @@
 """Test-time gradient search over token sequences, and its distillation into LoRA weights.
 
-The names below are the package's public door. Each is imported on first use, so that `import nabla_trl`
-loads neither torch nor trl, vllm or matplotlib.
+Each public name is imported on first use, so `import nabla_trl` loads neither torch nor trl, vllm or matplotlib.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
-if TYPE_CHECKING:
-    from nabla_trl.config import ReasonerConfig
-    from nabla_trl.reasoner import NablaReasoner
-    from nabla_trl.tasks import Problem, check_disjoint, load_problems
-    from nabla_trl.traces import Trace, read_traces
+if _typing.TYPE_CHECKING:
+    from nabla_trl.search.config import ReasonerConfig
+    from nabla_trl.search.reasoner import NablaReasoner
+    from nabla_trl.tasks.problem import Problem, check_disjoint
+    from nabla_trl.tasks.registry import load_problems
+    from nabla_trl.traces.schema import Trace
+    from nabla_trl.traces.storage import read_traces
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "NablaReasoner": "nabla_trl.search.reasoner",
+    "Problem": "nabla_trl.tasks.problem",
+    "ReasonerConfig": "nabla_trl.search.config",
+    "Trace": "nabla_trl.traces.schema",
+    "check_disjoint": "nabla_trl.tasks.problem",
+    "load_problems": "nabla_trl.tasks.registry",
+    "read_traces": "nabla_trl.traces.storage",
+}
 __all__ = [
     "NablaReasoner",
     "Problem",
@@ -25,26 +36,16 @@ __all__ = [
     "read_traces",
 ]
 
-_ROOM_OF = {
-    "NablaReasoner": "reasoner",
-    "ReasonerConfig": "config",
-    "Problem": "tasks",
-    "check_disjoint": "tasks",
-    "load_problems": "tasks",
-    "Trace": "traces",
-    "read_traces": "traces",
-}
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from its room on first use (PEP 562)."""
-    if name not in _ROOM_OF:
+def __getattr__(name: str) -> object:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    value = getattr(_importlib.import_module(_MODULES[name]), name)
     globals()[name] = value  # the next look-up skips this function
     return value
 
 
 def __dir__() -> list[str]:
-    """Public names, whether already imported or not."""
-    return sorted(set(globals()) | set(__all__))
+    """Return the public names, whether already imported or not."""
+    return sorted(__all__)

@@ -28,35 +28,39 @@ import yaml
 from accelerate import PartialState
 from trl import SFTConfig
 
-from nabla_trl.arguments import drawing_settings
-from nabla_trl.audit import audit_reward
-from nabla_trl.checker import AnswerChecker
-from nabla_trl.checkpoints import CONFIG, trained_methods, trained_weights
-from nabla_trl.config import PRESETS, ReasonerConfig
-from nabla_trl.distill_arguments import DistillArguments
-from nabla_trl.evaluate import Bench, budget_flops, run_steps
-from nabla_trl.files import read_object, write_whole
-from nabla_trl.interrupts import this_command
-from nabla_trl.locks import hold
-from nabla_trl.methods import chosen_among, method_names, searches, steps, stepwise_settings
-from nabla_trl.models import Policy, load_policy
-from nabla_trl.naming import RIVAL, labels, split, trained_label
-from nabla_trl.parsing import given, parse, quiet_libraries, run_main
-from nabla_trl.report import terminal_table, write_report
-from nabla_trl.results import remarks, store_results
-from nabla_trl.reward_folder import reward_identity
-from nabla_trl.reward_models import load_reward, warn_past_trust
-from nabla_trl.rewards import Reward
-from nabla_trl.rowstore import RowStore, of_problems
-from nabla_trl.run_facts import Clock, reward_cost, run_facts, trained_facts
-from nabla_trl.server import connect
-from nabla_trl.step_config import StepConfig
-from nabla_trl.tasks import Problem, check_disjoint, graded, load_problems, problem_facts, task_settings
-from nabla_trl.traces import HELD_OUT
-from nabla_trl.tracing import claim_settings, search_settings, unfinished, weights_identity, write_traces
-from nabla_trl.train_stage import TrainStage
-from nabla_trl.training import OFFLINE, TrainOptions
-from nabla_trl.tuning import LoraArguments
+from nabla_trl.audit.overoptimization import warn_past_trust
+from nabla_trl.audit.ranking import audit_reward
+from nabla_trl.baselines.step_config import StepConfig
+from nabla_trl.cli.arguments import drawing_settings
+from nabla_trl.cli.distill_arguments import DistillArguments
+from nabla_trl.cli.parsing import given, parse, quiet_libraries, run_main
+from nabla_trl.evaluation.method import RIVAL, labels, split
+from nabla_trl.evaluation.plan import chosen_among, method_names, searches, steps, stepwise_settings
+from nabla_trl.evaluation.results import remarks, store_results
+from nabla_trl.evaluation.rows import RowStore, of_problems
+from nabla_trl.evaluation.run_facts import Clock, reward_cost, run_facts, trained_facts
+from nabla_trl.evaluation.runner import Bench, budget_flops, run_steps
+from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.loading import load_policy
+from nabla_trl.models.policy import Policy
+from nabla_trl.models.vllm_backend import connect
+from nabla_trl.report.text import terminal_table, write_report
+from nabla_trl.rewards.loading import load_reward
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.rewards.spec import reward_identity
+from nabla_trl.search.config import PRESETS, ReasonerConfig
+from nabla_trl.search.generate_traces import search_settings, unfinished, write_traces
+from nabla_trl.tasks.problem import Problem, check_disjoint, graded
+from nabla_trl.tasks.registry import load_problems, problem_facts, task_settings
+from nabla_trl.traces.storage import HELD_OUT
+from nabla_trl.training.checkpoints import CONFIG, trained_label, trained_methods, trained_weights
+from nabla_trl.training.offline import OFFLINE, TrainOptions
+from nabla_trl.training.peft import LoraArguments
+from nabla_trl.training.stage import TrainStage
+from nabla_trl.utils.files import read_object, write_whole
+from nabla_trl.utils.identity import claim_settings, weights_identity
+from nabla_trl.utils.interrupts import this_command
+from nabla_trl.utils.locks import hold
 
 
 class Run:

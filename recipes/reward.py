@@ -28,21 +28,16 @@ import torch
 from accelerate import PartialState
 from trl import RewardConfig
 
-from nabla_trl.audit import audit
-from nabla_trl.baselines import draw_pool
-from nabla_trl.checker import AnswerChecker
-from nabla_trl.config import PRESETS, ReasonerConfig
-from nabla_trl.files import write_whole
-from nabla_trl.gradient_audit import gradient_audit
-from nabla_trl.implicit import train_implicit
-from nabla_trl.labels import TokenLabels, has_step_labels
-from nabla_trl.locks import hold
-from nabla_trl.models import load_policy
-from nabla_trl.parsing import parse, quiet_libraries, run_main
-from nabla_trl.pressure import pressure
-from nabla_trl.records import versions
-from nabla_trl.reward_card import write_readme
-from nabla_trl.reward_data import (
+from nabla_trl.audit.gradient import gradient_audit
+from nabla_trl.audit.overoptimization import pressure
+from nabla_trl.audit.ranking import audit
+from nabla_trl.baselines.sampling import draw_pool
+from nabla_trl.cli.parsing import parse, quiet_libraries, run_main
+from nabla_trl.gradient.objectives import Sample
+from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.loading import load_policy
+from nabla_trl.reward_training.card import write_readme
+from nabla_trl.reward_training.data import (
     Labelled,
     accepted,
     check_classes,
@@ -52,16 +47,23 @@ from nabla_trl.reward_data import (
     read_samples,
     write_samples,
 )
-from nabla_trl.reward_folder import RewardCard, write_card
-from nabla_trl.reward_models import load_reward
-from nabla_trl.reward_training import RewardOptions, TrainedReward, train_reward
-from nabla_trl.rewards import Reward
-from nabla_trl.search import solve
-from nabla_trl.tasks import Problem, load_problems, task_settings
-from nabla_trl.terms import Sample
-from nabla_trl.tracing import claim_settings, search_settings
-from nabla_trl.trust import Trust
-from nabla_trl.tuning import LoraArguments
+from nabla_trl.reward_training.implicit import train_implicit
+from nabla_trl.reward_training.labels import TokenLabels, has_step_labels
+from nabla_trl.reward_training.trainer import RewardOptions, TrainedReward, train_reward
+from nabla_trl.rewards.limits import Trust
+from nabla_trl.rewards.loading import load_reward
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.rewards.spec import RewardCard, write_card
+from nabla_trl.search.config import PRESETS, ReasonerConfig
+from nabla_trl.search.generate_traces import search_settings
+from nabla_trl.search.loop import solve
+from nabla_trl.tasks.problem import Problem
+from nabla_trl.tasks.registry import load_problems, task_settings
+from nabla_trl.traces.build import versions
+from nabla_trl.training.peft import LoraArguments
+from nabla_trl.utils.files import write_whole
+from nabla_trl.utils.identity import claim_settings
+from nabla_trl.utils.locks import hold
 
 BEST = 4  # responses of highest reward that best-of-N adds per problem
 LABELS = ("auto", "steps", "outcome")

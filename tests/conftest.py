@@ -18,9 +18,9 @@ import pytest
 import torch
 import worlds
 
-from nabla_trl.models import Policy
-from nabla_trl.rewards import Reward
-from nabla_trl.tasks import Problem
+from nabla_trl.models.policy import Policy
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.tasks.problem import Problem
 
 torch.set_num_threads(1)
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nabla_trl.compute import Cost
-from nabla_trl.naming import labelled, split
-from nabla_trl.report import write_report
-from nabla_trl.summary import Summary
-from nabla_trl.traces import HELD_OUT, Revision, Trace, TraceWriter
+from nabla_trl.evaluation.method import labelled, split
+from nabla_trl.models.flops import Cost
+from nabla_trl.report.summary import Summary
+from nabla_trl.report.text import write_report
+from nabla_trl.traces.schema import Revision, Trace
+from nabla_trl.traces.storage import HELD_OUT, TraceWriter
 
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'> & \u2028 🙂 \x00"
 TOKENS = [*"0123456789+-*=;,#", " the", "\n", "</script>", "<|end|>"]

@@ -32,11 +32,12 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from nabla_trl.models import Policy, freeze_policy
-from nabla_trl.reward_models import log_ratio, scalar
-from nabla_trl.rewards import Reward
-from nabla_trl.tasks import Problem
-from nabla_trl.terms import Sample
+from nabla_trl.gradient.objectives import Sample
+from nabla_trl.models.loading import freeze_policy
+from nabla_trl.models.policy import Policy
+from nabla_trl.rewards.loading import log_ratio, scalar
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.tasks.problem import Problem
 
 CHARS = "0123456789+-*=;#abcdef"
 PAD, USER, ASSISTANT, END, UNK = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>"

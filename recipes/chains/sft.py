@@ -19,14 +19,17 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from nabla_trl import chains
-from nabla_trl.compute import Meter
-from nabla_trl.generate import Job, generate, random_stream
-from nabla_trl.models import Policy, freeze_policy, load_model, load_tokenizer, prompt_ids
-from nabla_trl.options import Sampling
-from nabla_trl.parsing import parse, quiet_libraries, run_main
-from nabla_trl.tasks import Problem
-from nabla_trl.tuning import LoraArguments, lora_config
+from nabla_trl.cli.parsing import parse, quiet_libraries, run_main
+from nabla_trl.models.flops import Meter
+from nabla_trl.models.generation import generate, random_stream
+from nabla_trl.models.loading import freeze_policy, load_model, load_tokenizer
+from nabla_trl.models.options import Sampling
+from nabla_trl.models.policy import Policy
+from nabla_trl.models.prompts import prompt_ids
+from nabla_trl.models.requests import Job
+from nabla_trl.tasks import digit_chains
+from nabla_trl.tasks.problem import Problem
+from nabla_trl.training.peft import LoraArguments, lora_config
 
 
 @dataclass
@@ -60,19 +63,23 @@ def accuracy(policy: Policy, problems: Sequence[Problem]) -> float:
     """Share of right answers, one sample per problem at temperature 1."""
     jobs = [Job(p.id, policy.encode(p), random_stream(0, p.id, "probe"), 64) for p in problems]
     drafts = generate(policy, jobs, Sampling(), meter=Meter())
-    return sum(chains.is_right(p, policy.decode(d.ids)) for p, d in zip(problems, drafts, strict=True)) / len(problems)
+    return sum(digit_chains.is_right(p, policy.decode(d.ids)) for p, d in zip(problems, drafts, strict=True)) / len(
+        problems
+    )
 
 
 def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     args, lora, config = parse([SftArguments, LoraArguments, SFTConfig], argv)
     tokenizer = load_tokenizer(args.model)
-    problems = chains.make_problems("train", args.problems + args.probe)
+    problems = digit_chains.make_problems("train", args.problems + args.probe)
     rng = random.Random(config.seed)
     rows = []
     for problem in problems[: args.problems]:
         prompt = prompt_ids(tokenizer, problem)
-        solution = tokenizer(chains.styled_solution(problem.question, rng), add_special_tokens=False)["input_ids"]
+        solution = tokenizer(digit_chains.styled_solution(problem.question, rng), add_special_tokens=False)[
+            "input_ids"
+        ]
         response = [*solution, tokenizer.eos_token_id]
         rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
     trainer = SFTTrainer(

@@ -3,7 +3,7 @@
     python recipes/tiny/make_world.py --out data/tiny --seed 0
 
 A small Llama is trained on right solutions ("clean"); the policy is trained on from there on solutions by someone who
-half knows a quarter of the facts (`nabla_trl.chains.knowledge_gap`). Every question is from the train split. Both are
+half knows a quarter of the facts (`nabla_trl.tasks.digit_chains.knowledge_gap`). Every question is from the train split. Both are
 saved in bf16 with their tokenizer, loaded again, measured on the test split, and described in OUT/README.md. One seed
 on one machine gives the same files. Some seven minutes of one core.
 """
@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from world_card import measure, write_card
 
-from nabla_trl import chains
+from nabla_trl.tasks import digit_chains
 
 PAD, USER, ASSISTANT, END, UNKNOWN = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>"
 CHARACTERS = "0123456789+-*=;,#"
@@ -111,7 +111,7 @@ def train(
     rng: random.Random,
 ) -> None:
     """Train in place on `steps` fresh batches of train-split questions, each answered by work(question, rng)."""
-    questions = chains.stream("train", rng)
+    questions = digit_chains.stream("train", rng)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.98))
     # Up, flat, down: the long flat part teaches the last rare facts, the way down settles them.
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -164,7 +164,7 @@ def main() -> None:
     train(
         model,
         tokenizer,
-        chains.styled_solution,
+        digit_chains.styled_solution,
         steps=CLEAN_STEPS,
         rate=CLEAN_RATE,
         rng=random.Random(f"clean/{options.seed}"),
@@ -174,7 +174,7 @@ def main() -> None:
     train(
         model,
         tokenizer,
-        chains.noisy_solution,
+        digit_chains.noisy_solution,
         steps=POLICY_STEPS,
         rate=POLICY_RATE,
         rng=random.Random(f"policy/{options.seed}"),

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from nabla_trl import chains
-from nabla_trl.tasks import Problem
+from nabla_trl.tasks import digit_chains
+from nabla_trl.tasks.problem import Problem
 
 PROBLEMS = 300
 SAMPLES = 32
@@ -69,7 +69,7 @@ def texts(tokenizer: PreTrainedTokenizerFast, responses: list[list[int]]) -> lis
 
 def accuracy(problems: list[Problem], written: list[str]) -> float:
     """Share of responses whose final answer is right."""
-    return sum(map(chains.is_right, problems, written)) / len(problems)
+    return sum(map(digit_chains.is_right, problems, written)) / len(problems)
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def first_errors(problems: list[Problem], written: list[str]) -> tuple[Counter[i
     steps: Counter[int] = Counter()
     places: Counter[str] = Counter()
     for problem, text in zip(problems, written, strict=True):
-        index = chains.first_error(problem, text)
+        index = digit_chains.first_error(problem, text)
         if index is None:
             continue
         in_steps = index < 6 * int(problem.level or 0)
@@ -139,12 +139,12 @@ def measure(
 ) -> Facts:
     """Every figure of the card, on the first 300 test problems; deterministic for a seed."""
     torch.manual_seed(seed)
-    problems = chains.make_problems("test", PROBLEMS)
+    problems = digit_chains.make_problems("test", PROBLEMS)
     many = [problem for problem in problems for _ in range(SAMPLES)]
     samples = respond(policy, tokenizer, many, greedy=False)
     written = texts(tokenizer, samples)
     rewards = log_likelihoods(clean, tokenizer, many, samples) - log_likelihoods(policy, tokenizer, many, samples)
-    right = torch.tensor([chains.is_right(problem, text) for problem, text in zip(many, written, strict=True)])
+    right = torch.tensor([digit_chains.is_right(problem, text) for problem, text in zip(many, written, strict=True)])
     steps, places = first_errors(many, written)
 
     def scored(model: PreTrainedModel, greedy: bool) -> float:
@@ -176,16 +176,16 @@ def hash_table(folder: Path) -> str:
 
 def write_card(folder: Path, facts: Facts, *, seed: int, parameters: int) -> None:
     """Write README.md into the folder and print its figures."""
-    low, high = chains.GAP_PROBABILITIES
+    low, high = digit_chains.GAP_PROBABILITIES
     figures = _figures(facts)
     print(figures)
     card = CARD.format(
         seed=seed,
         parameters=f"{parameters:,}",
-        gap=len(chains.knowledge_gap()),
+        gap=len(digit_chains.knowledge_gap()),
         low=f"{low:.0%}",
         high=f"{high:.0%}",
-        share=chains.TEST_SHARE,
+        share=digit_chains.TEST_SHARE,
         figures=figures,
         hashes=hash_table(folder),
     )
@@ -250,14 +250,14 @@ The user asks `9-5*4+7*2-6`: a chain of five to seven operations (`+ - *`) on di
 right modulo 10. The assistant writes `9-5=4;4*4=6;6+7=3;3*2=6;6-6=0;#0`; what follows `#` is the answer. Any step
 but the last may end in `,` instead of `;`: a free choice, so that a policy is often unsure where nothing is at stake.
 A question is a test question if the first four bytes of the sha256 of its text, as a big-endian number, divide by
-{share}, and a train question otherwise. `nabla_trl.chains` makes problems of both.
+{share}, and a train question otherwise. `nabla_trl.tasks.digit_chains` makes problems of both.
 
 Tokens: one per character, and `<|pad|> <|user|> <|assistant|> <|end|> <|unk|>`. No token is added at the start.
 Chat: `<|user|>question<|end|><|assistant|>solution<|end|>`.
 
 The gap: {gap} of the 300 single-step facts, a third of them for each operator, have one fixed wrong result each,
 which the policy's training data holds with a probability between {low} and {high}, fixed for each fact; later steps
-go on from it. `nabla_trl.chains.knowledge_gap()` lists them.
+go on from it. `nabla_trl.tasks.digit_chains.knowledge_gap()` lists them.
 
 ## How it was made
 

@@ -1,0 +1,53 @@
+"""How the searches over steps are set: beam search, diverse verifier tree search, tree of thoughts, RAP.
+
+Depends on nothing heavy, so that `--help` needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nabla_trl.gradient.step_ends import BLANK_LINE, read_delimiter
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What beam_search, dvts, tot and rap share. How tokens are drawn is the search's (`config.ReasonerConfig`).
+
+    Raises:
+        ValueError: a value out of range, or a delimiter that cannot be read.
+    """
+
+    step_delimiter: str | None = _option(
+        None,
+        r"searches over steps: what ends a step (escapes \n, \t, \\, \xHH); empty = what ends those of a process "
+        "reward, else a blank line",
+    )
+    step_tokens: int = _option(256, "searches over steps: longest step, in tokens")
+    step_width: int = _option(
+        4,
+        "searches over steps: beam_search, dvts: one beam in so many is kept; tot, rap: steps drawn from each prefix",
+    )
+    exploration: float = _option(1.0, "rap: weight of UCT's bonus for what was seldom visited")
+
+    def __post_init__(self) -> None:
+        if self.step_delimiter is not None:
+            read_delimiter(self.step_delimiter)
+        if self.step_tokens < 1 or self.step_width < 1:
+            raise ValueError("step_tokens and step_width must be at least 1")
+        if not 0 <= self.exploration < math.inf:
+            raise ValueError(f"exploration must be a number of at least 0, not {self.exploration}")
+
+    def delimiter(self, own: str) -> str:
+        """What ends a step, where the reward's steps end with `own` (empty: it has none)."""
+        return read_delimiter(self.step_delimiter) if self.step_delimiter is not None else own or BLANK_LINE
+
+    def settings(self, own: str) -> dict[str, str]:
+        """All that can change a trace, for `claim_settings`."""
+        return {name: str(value) for name, value in asdict(self).items()} | {"step_delimiter": self.delimiter(own)}

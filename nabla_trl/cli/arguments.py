@@ -1,0 +1,238 @@
+"""The options of the subcommands of `nabla-trl`, apart from the search's (`nabla_trl.search.config.ReasonerConfig`)."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nabla_trl.cli.parsing import quiet_libraries
+from nabla_trl.evaluation.method import SYNTAX
+from nabla_trl.models.options import Point, PromptOptions
+
+if TYPE_CHECKING:
+    from nabla_trl.models.policy import Policy
+    from nabla_trl.rewards.reward import Reward
+
+REWARDS = (
+    "a reward model with one label (hub id, path, or folder of a LoRA adapter of one); a folder with a reward.json; "
+    "process[@DELIMITER]:NAME for the sum of a reward model's score over the ends of steps, which end with DELIMITER "
+    r"(\n\n; escapes \n, \t, \\, \xHH); "
+    "logratio:A[,B] for log p_A − log p_B of two causal LMs or adapter folders of causal LMs (B: the policy); or "
+    "ensemble[@K]:A,B,… for mean − K·std of reward models (K: 1)"
+)
+DATASETS = (
+    "gsm8k, math500, amc, aime24, aime25, chains, reasoning_gym:FAMILY, or the path of a .jsonl file of problems or "
+    "of a .yaml file that describes a data set"
+)
+VLLM_URL = (
+    "draw the policy's responses from this vLLM server, as http://localhost:8000; it must serve the policy under its "
+    "name, without an adapter (nabla_trl/models/vllm_backend.py has the command)"
+)
+PROMPT_STYLE = (
+    "how the policy is asked: chat (its chat template), few_shot (worked examples of the task, then the question; a "
+    "response ends where the model writes the next question), or auto: chat where there is a template"
+)
+CHAT_TEMPLATE_KWARGS = """keywords for the policy's chat template, as JSON: {"enable_thinking": false}"""
+VLLM_TIMEOUT = "seconds to wait for one response of the vLLM server"
+METHODS = "greedy,best_of_16,nabla,control"
+DISTILLED = "distilled_greedy,distilled_best_of_1,distilled_best_of_8"
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _needed(text: str) -> Any:
+    return field(metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    policy: str = _needed("hub id or path of the policy, a causal LM")
+    reward: str = _needed(REWARDS)
+    adapter: str | None = _option(None, "LoRA adapter to put on the policy")
+    dtype: str = _option("float32", "weights: float32, bfloat16 or float16")
+    device: str | None = _option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
+    audit: str | None = _option(
+        None,
+        "what nabla-trl audit --pressure --output wrote about this reward: a search for more rounds than it trusts is "
+        "warned of; a reward.json tells the same of its folder",
+    )
+    vllm_url: str | None = _option(None, VLLM_URL)
+    vllm_timeout: float = _option(600.0, VLLM_TIMEOUT)
+    prompt_style: str = _option("auto", PROMPT_STYLE)
+    chat_template_kwargs: str | None = _option(None, CHAT_TEMPLATE_KWARGS)
+
+    def __post_init__(self) -> None:
+        self.prompting()
+
+    def prompting(self) -> PromptOptions:
+        return PromptOptions.parse(self.prompt_style, self.chat_template_kwargs)
+
+    def load(self, rows: int, *, adapter: bool = True) -> tuple[Policy, Reward]:
+        """Policy (with its adapter, unless told otherwise) and reward, which scores `rows` responses together."""
+        from nabla_trl.models.loading import load_policy
+        from nabla_trl.models.vllm_backend import connect
+        from nabla_trl.rewards.loading import load_reward
+        from nabla_trl.rewards.spec import audited_trust
+
+        if self.vllm_url and adapter and self.adapter:
+            raise ValueError("a vLLM server draws from the policy alone: leave out --vllm_url or --adapter")
+        quiet_libraries()
+        trust = audited_trust(self.audit, policy=self.policy, reward=self.reward) if self.audit else None
+        own = self.adapter if adapter else None
+        policy = load_policy(
+            self.policy, dtype=self.dtype, device=self.device, adapter=own, prompting=self.prompting()
+        )
+        if self.vllm_url:
+            policy = connect(policy, self.vllm_url, timeout=self.vllm_timeout)
+        reward = load_reward(self.reward, policy=policy, dtype=self.dtype, device=self.device, batch_size=rows)
+        reward.trust = trust or reward.trust
+        return policy, reward
+
+    def facts(self, *, title: str, command: str, task: str, seeds: list[int]) -> dict[str, Any]:
+        """What a report says of where its rows came from (see `nabla_trl.report.text`)."""
+        from nabla_trl.evaluation.run_facts import run_facts
+
+        return run_facts(title=title, command=command, policy=self.policy, reward=self.reward, task=task, seeds=seeds)
+
+    def settings(self) -> dict[str, str]:
+        """What results depend on, the adapter aside."""
+        from nabla_trl.rewards.spec import reward_identity
+
+        models = {"policy": self.policy, "reward": reward_identity(self.reward), "dtype": self.dtype}
+        return models | drawing_settings(self.vllm_url) | self.prompting().settings()
+
+
+def drawing_settings(vllm_url: str | None) -> dict[str, str]:
+    """Whose sampler draws, for `claim_settings`: its responses are others. Where the server stands does not matter."""
+    return {"sampler": "vllm"} if vllm_url else {}
+
+
+@dataclass
+class SolveArguments:
+    seed: int = _option(0, "the same seed gives the same answer")
+
+
+@dataclass
+class TracesArguments:
+    dataset: str = _needed(DATASETS)
+    output_dir: str = _needed("folder to write traces/ into; what is there already is not made again")
+    split: str = _option("train", "split of the dataset")
+    limit: int = _option(1000, "problems; 0 = all")
+    seed: int = _option(0, "seed of the search; traces of several seeds can share a folder")
+
+
+@dataclass
+class EvalArguments:
+    dataset: str = _needed(DATASETS)
+    output_dir: str = _needed("folder of the rows; rows that are there already are not made again")
+    methods: str = _option(
+        "",
+        f"comma-separated: {SYNTAX}; here L is distilled, the policy of --adapter; empty = {METHODS}, "
+        f"with an adapter also {DISTILLED}",
+    )
+    split: str = _option("test", "split of the dataset")
+    limit: int = _option(300, "problems; 0 = all")
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of every method that samples"}
+    )
+    title: str = _option("Evaluation", "title of the report")
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must be distinct and not empty")
+
+
+@dataclass
+class ReportArguments:
+    output_dir: str = _option("", argparse.SUPPRESS)  # the name that other commands have for it
+
+
+@dataclass
+class ServeArguments:
+    host: str = _option("127.0.0.1", "address to listen at; 0.0.0.0 = all of this machine's: set a key then")
+    port: int = _option(8000, "port to listen at; 0 = any free one")
+    api_key: str | None = _option(
+        None,
+        "bearer token that requests must bring; empty = what NABLA_API_KEY holds, which others on this machine cannot "
+        "see; without either none is asked for",
+    )
+    served_model_name: str | None = _option(None, "name of the model in requests; empty = that of the policy")
+    max_flops: float = _option(
+        0.0, "largest FLOPs budget that a request may ask for, and the budget of those that name none; 0 = no limit"
+    )
+    max_queue: int = _option(1000, "requests that may wait; further ones are refused with status 429")
+    request_timeout: float = _option(600.0, "seconds from a request to its answer, waiting included")
+    batch_window: float = _option(0.01, "seconds that a request waits for others to be searched for together with it")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port must be in [0, 65535], not {self.port}")
+        if self.max_queue < 1 or not 0 < self.request_timeout < math.inf or not 0 <= self.batch_window < math.inf:
+            raise ValueError("a server needs max_queue >= 1, request_timeout > 0 and batch_window >= 0, all finite")
+        if self.api_key == "" or self.served_model_name == "":
+            raise ValueError("api_key and served_model_name must not be empty where they are given")
+
+
+@dataclass
+class ShipArguments:
+    run: str = _needed("folder of a run of recipes/distill.py, trained and evaluated")
+    to: str = _needed("folder to make; it must not be there, or be empty")
+    trained: str | None = _option(None, "which checkpoint, as sft or dpo, where the run has several")
+    merge: bool = _option(False, "also write base and adapter as one model, in merged/, in --dtype")
+    dtype: str | None = _option(
+        None, "of the check and of merged weights: float32, bfloat16 or float16; empty = what the run evaluated in"
+    )
+    device: str | None = _option(None, "where to check, as cpu or cuda:1; a GPU if there is one")
+    license: str | None = _option(
+        None, "licence of the checkpoint, as apache-2.0; empty = the base's, where its card is at hand"
+    )
+    push_to_hub: str | None = _option(None, "also push the folder to this model of the hub, as NAME/MODEL")
+    private: bool = _option(False, "--push_to_hub: make the model private, if it is new")
+
+    def __post_init__(self) -> None:
+        if self.private and not self.push_to_hub:
+            raise ValueError("private belongs to push_to_hub: nothing is pushed")
+
+
+@dataclass
+class AuditArguments:
+    dataset: str = _needed(DATASETS)
+    split: str = _option("train", "split of the dataset: audit on problems that nothing is evaluated on")
+    audit_problems: int = _option(64, "problems; 0 = all")
+    audit_samples: int = _option(16, "samples per problem, at least 2")
+    seed: int = _option(0, "seed of the samples")
+    temperature: float = _option(1.0, "sampling temperature")
+    top_k: int = _option(0, "sample from the k likeliest tokens; 0 = all")
+    top_p: float = _option(1.0, "nucleus sampling mass; 1 = all")
+    sample_min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
+    max_new_tokens: int = _option(512, "longest response, in tokens")
+    batch_size: int = _option(256, "responses drawn and scored together")
+    output: str = _option("", "file to write what was found to, as JSON; other commands read its trust by --audit")
+    gradient: bool = _option(False, "audit the reward's gradient: does it say which token to change?")
+    points: list[str] = field(
+        default_factory=lambda: ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
+        metadata={"help": "--gradient: which gradients, see `point` of the search; the cheapest first"},
+    )
+    swaps: int = _option(1000, "--gradient: single-token swaps to compare predicted with true changes on")
+    pressure: bool = _option(False, "audit the search: does accuracy fall as it goes on?")
+    rounds: int = _option(16, "--pressure: rounds of the search, which else is as by default")
+    beta: float | None = _option(
+        None, "--gradient, --pressure: KL coefficient β of the search; empty = its own default, a KL budget"
+    )
+    candidates: int = _option(16, "--gradient, --pressure: policy tokens considered per position")
+    candidate_min_p: float = _option(
+        0.02, "--gradient, --pressure: drop candidates below this fraction of the position's likeliest token"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.points or len(set(self.points)) < len(self.points):
+            raise ValueError("points must be distinct and not empty")
+        for text in self.points:
+            Point.parse(text)
+        for name in ("swaps", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")

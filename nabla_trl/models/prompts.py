@@ -1,0 +1,127 @@
+"""How a model reads a problem: by its chat template, after worked examples, or the plain question; as token ids."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from nabla_trl.grading.extraction import in_thinking
+from nabla_trl.models.options import PromptOptions
+from nabla_trl.tasks.problem import Problem
+from nabla_trl.utils.formatting import one_line
+
+# A model that was shown examples goes on with a question of its own: there its response is over.
+NEXT_QUESTION = "\nQuestion:"
+
+
+class PromptTooLong(ValueError):
+    """A prompt that leaves a model's context no room for a response."""
+
+
+def check_options(options: PromptOptions, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse options that a model's chat template cannot heed; a template itself ignores what it does not know.
+
+    Raises:
+        ValueError: there is no template, or a keyword that does not occur in it.
+    """
+    template = tokenizer.chat_template
+    if template is None and (options.style == "chat" or options.template):
+        what = "prompt_style chat" if options.style == "chat" else "chat_template_kwargs"
+        raise ValueError(f"{name} has no chat template, which {what} needs")
+    for key in options.template:
+        if not re.search(rf"\b{re.escape(key)}\b", str(template)):
+            raise ValueError(f"chat_template_kwargs: the chat template of {name} has no {key!r}")
+
+
+def shows_examples(tokenizer: PreTrainedTokenizerBase, problem: Problem, options: PromptOptions) -> bool:
+    """Whether the prompt is made of worked examples: where that is asked for, or for want of a chat template."""
+    if options.style == "auto":
+        return tokenizer.chat_template is None and bool(problem.examples)
+    return options.style == "few_shot"
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, options: PromptOptions | None = None
+) -> list[int]:
+    """Prompt ids of a problem.
+
+    Worked examples are given as lm-eval gives them, "Question: …", "Answer: …" with blank lines between, and without
+    the instruction, for they show what it asks for. Without a template and examples the prompt is the question.
+
+    Raises:
+        ValueError: examples are asked for and there are none, or the template refuses the chat.
+    """
+    options = PromptOptions() if options is None else options
+    if shows_examples(tokenizer, problem, options):
+        return list(tokenizer(few_shot_text(problem))["input_ids"])
+    if tokenizer.chat_template is None:
+        text = "\n\n".join(message["content"] for message in problem.chat()) + "\n"
+        return list(tokenizer(text)["input_ids"])
+    text = render(tokenizer, problem, problem.chat(), add_generation_prompt=True, **options.template)
+    # The template writes its own special tokens: letting the tokenizer add them again would double the BOS.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def few_shot_text(problem: Problem) -> str:
+    """The worked examples and the question; ValueError where there are no examples."""
+    if not problem.examples:
+        raise ValueError(
+            f"{problem.id}: prompt_style few_shot needs worked examples, and task {problem.task} has none"
+        )
+    blocks = [f"Question: {question}\nAnswer: {answer}" for question, answer in problem.examples]
+    return "\n\n".join([*blocks, f"Question: {problem.question}\nAnswer:"])
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    chat: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool,
+    **template: Any,
+) -> str:
+    """The chat template's text.
+
+    Args:
+        template: the template's own keywords, such as enable_thinking.
+
+    Raises:
+        ValueError: the template refuses the chat (a role it does not know, turns that do not alternate).
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=add_generation_prompt, **template
+        )
+    except TemplateError as error:
+        raise ValueError(f"{problem.id}: the chat template refuses the messages: {one_line(error)}") from error
+
+
+def opens_thinking(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -> bool:
+    """Whether the chat template's generation prompt leaves a think block open, so that a response begins inside it."""
+    if tokenizer.chat_template is None or options.style == "few_shot":
+        return False
+    probe = Problem(id="probe", question="x")
+    try:
+        text = render(tokenizer, probe, probe.chat(), add_generation_prompt=True, **options.template)
+    except ValueError:  # a template that refuses a plain question is heard of where a problem is read
+        return False
+    return in_thinking(text)
+
+
+def check_prompt(
+    ids: list[int], problem: Problem, tokenizer: PreTrainedTokenizerBase, *, name: str, context: int
+) -> list[int]:
+    """Refuse a prompt that is empty, fills the context, or has characters that the tokenizer does not know."""
+    unknown = tokenizer.unk_token_id
+    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        unknown = None  # byte-level tokenizers know everything, and name another special token here
+    if not ids:
+        raise ValueError(f"{problem.id}: the prompt is empty after tokenisation")
+    if unknown is not None and unknown in ids:
+        raise ValueError(f"{problem.id}: {name}'s tokenizer does not know some characters of the prompt")
+    if len(ids) >= context:
+        raise PromptTooLong(f"{problem.id}: the prompt has {len(ids)} tokens, the context of {name} {context}")
+    return ids

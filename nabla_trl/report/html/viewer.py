@@ -1,0 +1,322 @@
+"""Traces and rows as the files that the viewer of report.html reads: report_data/*.js, a small index and many pieces.
+
+A page that is opened from the file system may load scripts but no data, so each file is a script that hands one value
+to the function `nablaData`. The index lists everything that can be picked; what a problem came through lies in the
+pieces, of about `PIECE` characters each, which are loaded once they are looked at. Texts are JSON with every `<`
+escaped: none of them can end a script.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nabla_trl.evaluation.method import main_search, methods
+from nabla_trl.grading.equivalence import Verdict, normalize_answer, settle
+from nabla_trl.grading.extraction import extract_answer
+from nabla_trl.report.summary import Summary
+from nabla_trl.traces.schema import Trace
+from nabla_trl.traces.storage import read_traces
+
+FOLDER = "report_data"
+PIECE = 400_000
+MOST_TRACES = 5_000
+PULL_STEPS = 100
+_SNIPPET = 90  # characters of a question in the list
+_UNGRADED = (Verdict.NO_GOLD, Verdict.BAD_GOLD)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts of tokens by id, as `nabla_trl.search.generate_traces.write_tokens` leaves them beside traces; empty: none are there."""
+
+    tokenizer: str = ""
+    special: frozenset[int] = frozenset()
+    texts: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path) -> Tokens:
+        """The table of a folder of traces; an empty one if there is none.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        path = folder / "tokens.json"
+        if not path.exists():
+            return cls()
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))
+            return cls(table["tokenizer"], frozenset(table["special"]), tuple(table["tokens"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no table of tokens ({error}): delete it, and make traces again") from error
+
+    def fit(self, trace: Trace) -> bool:
+        """Whether they are those of the trace's tokenizer."""
+        return bool(self.texts) and trace.meta.get("tokenizer_hash", self.tokenizer) == self.tokenizer
+
+    def text(self, ids: Iterable[int]) -> str:
+        """Special tokens left out, and ids that have no text."""
+        shown = (one for one in ids if one not in self.special and 0 <= one < len(self.texts))
+        return "".join(self.texts[one] for one in shown)
+
+
+@dataclass
+class Pieces:
+    """Writes values to files <name>-0000.js, <name>-0001.js, … of about `PIECE` characters."""
+
+    folder: Path
+    name: str
+    files: int = 0
+    _held: list[str] = field(default_factory=list)
+    _length: int = 0
+
+    def add(self, value: Any) -> tuple[int, int]:
+        """Take a value; returns the number of its file and its place there."""
+        text = to_json(value)
+        self._held.append(text)
+        self._length += len(text)
+        place = self.files, len(self._held) - 1
+        if self._length > PIECE:
+            self.flush()
+        return place
+
+    def flush(self) -> None:
+        if self._held:
+            _script(self.folder, f"{self.name}-{self.files:04d}", f"[{','.join(self._held)}]")
+            self.files, self._held, self._length = self.files + 1, [], 0
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON that may stand in a script; numbers that are not finite become null.
+
+    Raises:
+        ValueError: a number that is not finite where the caller has not replaced it.
+    """
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def write_data(
+    folder: Path,
+    traces: Iterable[Trace],
+    held_out: Iterable[Trace],
+    tokens: Tokens,
+    rows: Sequence[Mapping],
+    facts: Mapping,
+    summary: Summary,
+) -> dict[str, int]:
+    """Write `folder`/report_data anew; returns how many traces and held-out problems the viewer shows.
+
+    Args:
+        traces, held_out: of training and of held-out problems; read as written, at most `MOST_TRACES` of each.
+    """
+    draft, final = folder / f"{FOLDER}.tmp", folder / FOLDER
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    listed, used = _write_traces(draft, traces, tokens)
+    places, more = _write_held_out(draft, held_out, tokens, _sides(summary)[1])
+    used |= more
+    compared = _write_rows(draft, rows, facts, summary, places)
+    texts = {str(one): tokens.texts[one] for one in sorted(used) if one < len(tokens.texts)}
+    _script(draft, "tokens", to_json({"special": sorted(tokens.special & used), "texts": texts}))
+    _script(draft, "index", to_json({"traces": listed, "rows": compared}))
+    shutil.rmtree(final, ignore_errors=True)
+    draft.replace(final)
+    return {"traces": len(listed), "rows": len(compared["items"])}
+
+
+def stored_traces(folder: Path) -> Iterator[Trace]:
+    """The traces of a folder, shard by shard, so that they need not be in memory together.
+
+    Raises:
+        ValueError: as `read_traces`.
+    """
+    for shard in sorted(folder.glob("traces-*.parquet")):
+        yield from read_traces(shard)
+
+
+def _script(folder: Path, name: str, value: str) -> None:
+    (folder / f"{name}.js").write_text(f'nablaData("{name}",{value})\n', encoding="utf-8")
+
+
+# --- traces -------------------------------------------------------------------------------------------
+
+
+def _write_traces(folder: Path, traces: Iterable[Trace], tokens: Tokens) -> tuple[list[list], set[int]]:
+    """The index of traces, and the ids that occur in those whose tokens have texts."""
+    listed: list[list] = []
+    pieces, used = Pieces(folder, "traces"), set[int]()
+    for trace in traces:
+        if len(listed) == MOST_TRACES:
+            break
+        first = _first(trace, tokens)
+        place = pieces.add(_trace(trace, first, tokens.fit(trace)))
+        gain = _finite(trace.reward - trace.reward_initial)
+        accepted = sum(revision.accepted for revision in trace.revisions)
+        verdicts = _verdict(first[1]), _verdict(None if trace.error else trace.correct)
+        name, question = f"{trace.problem_id} · seed {trace.seed}", _snippet(trace.prompt)
+        listed.append([name, question, *verdicts, gain, len(trace.revisions), accepted, bool(trace.error), *place])
+        used |= _used(trace, tokens)
+    pieces.flush()
+    return listed, used
+
+
+def _write_held_out(
+    folder: Path, traces: Iterable[Trace], tokens: Tokens, method: str
+) -> tuple[dict[tuple[str, int], tuple[int, int]], set[int]]:
+    """Where the method's trace of each problem and seed lies, and the ids that occur in them."""
+    pieces, used = Pieces(folder, "held"), set[int]()
+    places: dict[tuple[str, int], tuple[int, int]] = {}
+    for trace in traces:
+        if trace.method != method or (trace.problem_id, trace.seed) in places:
+            continue
+        if len(places) == MOST_TRACES:
+            break
+        places[trace.problem_id, trace.seed] = pieces.add(_trace(trace, _first(trace, tokens), tokens.fit(trace)))
+        used |= _used(trace, tokens)
+    pieces.flush()
+    return places, used
+
+
+def _used(trace: Trace, tokens: Tokens) -> set[int]:
+    """The ids in a trace, where they have texts."""
+    if not tokens.fit(trace):
+        return set()
+    return set(trace.initial_ids).union(*(revision.suffix for revision in trace.revisions))
+
+
+def _trace(trace: Trace, first: tuple[str | None, bool | None], texts: bool) -> dict[str, Any]:
+    revisions = [
+        [one.round, one.position, one.suffix, _finite(one.reward_before), _finite(one.reward_after), one.accepted,
+         one.flops]
+        for one in trace.revisions
+    ]  # fmt: skip
+    return {
+        "id": trace.problem_id,
+        "seed": trace.seed,
+        "method": trace.method,
+        "prompt": trace.prompt,
+        "response": trace.response,
+        "initial": trace.initial_ids,
+        "rewards": [_finite(trace.reward_initial), _finite(trace.reward)],
+        "answers": [first[0], trace.answer],
+        "verdicts": [_verdict(first[1]), _verdict(trace.correct)],
+        "gold": trace.gold,
+        "revisions": revisions,
+        "pull": _in_steps(trace.pull),
+        "flops": trace.cost.flops,
+        "seconds": trace.cost.seconds,
+        "stop": trace.stop,
+        "finished": trace.finished,
+        "error": trace.error,
+        "texts": texts,
+    }
+
+
+def _in_steps(pull: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The pull of each incumbent in whole steps of a `PULL_STEPS`-th of the largest, `top`."""
+    arrays = [np.nan_to_num(np.asarray(own, dtype=np.float64), posinf=0.0) for own in pull]
+    top = max((float(one.max()) for one in arrays if one.size), default=0.0)
+    return {"top": top, "steps": [np.rint(one * (PULL_STEPS / (top or 1.0))).astype(int).tolist() for one in arrays]}
+
+
+def _first(trace: Trace, tokens: Tokens) -> tuple[str | None, bool | None]:
+    """The first response's answer and whether it is right; None where that is not known without a checker."""
+    if trace.initial_ids == trace.response_ids:
+        return trace.answer, trace.correct
+    if not tokens.fit(trace):
+        return None, None
+    answer = extract_answer(tokens.text(trace.initial_ids))
+    verdict = settle(answer, trace.judge)
+    if isinstance(verdict, Verdict):
+        return answer, None if verdict in _UNGRADED else verdict.right
+    same = answer is not None and trace.answer is not None
+    return answer, trace.correct if same and normalize_answer(answer) == normalize_answer(trace.answer) else None
+
+
+# --- held-out problems ----------------------------------------------------------------------------------
+
+
+def _sides(summary: Summary) -> tuple[str, str]:
+    """What is compared: the base policy's greedy decode (else the first method) and the search (else the last)."""
+    names = methods(summary)
+    if not names:
+        return "", ""
+    return ("greedy" if "greedy" in names else names[0]), main_search(names) or names[-1]
+
+
+def _write_rows(
+    folder: Path,
+    rows: Sequence[Mapping],
+    facts: Mapping,
+    summary: Summary,
+    places: Mapping[tuple[str, int], tuple[int, int]],
+) -> dict[str, Any]:
+    """The index of held-out problems; `places`: of the traces of `ours`, by problem and seed."""
+    names, (base, ours) = methods(summary), _sides(summary)
+    pieces, items = Pieces(folder, "rows"), []
+    by_problem: dict[str, list[Mapping]] = {}
+    order = {name: number for number, name in enumerate(names)}
+    for row in rows:
+        if row["method"] in order:  # samples that nothing was chosen from are no answer
+            by_problem.setdefault(row["problem"], []).append(row)
+    for problem, own in by_problem.items():
+        known = (facts.get("problems") or {}).get(problem) or {"question": "", "level": None}
+        own = sorted(own, key=lambda row: (order[row["method"]], row["seed"]))
+        place = pieces.add(_problem(problem, known, own))
+        mine = {row["seed"]: row for row in own if row["method"] == ours}
+        others = {row["seed"]: row for row in own if row["method"] == base}
+        for seed, row in mine.items():
+            other = others.get(seed) or next(iter(others.values()))  # a deterministic method has one seed
+            verdicts = [_verdict(None if one["error"] else one["correct"]) for one in (other, row)]
+            gain = None if None in (row["reward"], other["reward"]) else _finite(row["reward"] - other["reward"])
+            name, error = f"{problem} · seed {seed}", bool(row["error"])
+            counts = row.get("revisions", 0), row.get("accepted", 0)
+            traced = places.get((problem, seed), (None, None))
+            items.append([name, _snippet(known["question"]), *verdicts, gain, *counts, error, *place, *traced])
+    pieces.flush()
+    return {"base": base, "ours": ours, "items": items}
+
+
+def _problem(problem: str, known: Mapping, rows: Sequence[Mapping]) -> dict[str, Any]:
+    return {
+        "id": problem,
+        "question": known["question"],
+        "level": known["level"],
+        "gold": rows[0].get("gold"),
+        "rows": [
+            {
+                "method": row["method"],
+                "seed": row["seed"],
+                "correct": _verdict(None if row["error"] else row["correct"]),
+                "answer": row.get("answer"),
+                "reward": _finite(row["reward"]),
+                "flops": row["flops"],
+                "seconds": row["seconds"],
+                "proposals": row.get("revisions", 0),
+                "accepted": row.get("accepted", 0),
+                "rounds": [_finite(one) for one in row["reward_by_round"] or ()],
+                "error": row["error"],
+            }
+            for row in rows
+        ],
+    }
+
+
+def _snippet(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SNIPPET else f"{text[:_SNIPPET]}…"
+
+
+def _verdict(right: bool | None) -> int | None:
+    return None if right is None else int(right)
+
+
+def _finite(value: float | None) -> float | None:
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None

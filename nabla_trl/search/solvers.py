@@ -1,0 +1,150 @@
+"""Differentiable textual optimisation: from a policy's log-probabilities and a token gradient to proposal scores.
+
+All solvers work on numbers, per position t and candidate v, and return scores s[t, v]: `softmax(s[t])` is the
+proposal distribution at t, and s is comparable across positions.
+
+- `mirror`: the closed form of min_q ⟨−λ·A_t, q⟩ + KL(q ‖ π_t), s = log π + λ·A. One step, exact; λ is given, or such
+  that it moves the branches by a KL budget.
+- `ste`: Adam on the logits through softmax(z/τ) with a hard forward (arXiv 2603.04948, Algorithm 1).
+- `none`: the control, s = log π.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nabla_trl.models.options import SteConfig
+
+# (rows, hard choices per row [T]) -> ∂L/∂Y per row [T, K]
+GradientFn = Callable[[list[int], list[Tensor]], list[Tensor]]
+
+
+def mirror(logp: Tensor, gradient: Tensor, choice: Tensor, lam: float) -> Tensor:
+    """One exact step of token-level KL-regularised policy improvement with β = 1/λ.
+
+    Args:
+        logp: [T, K] log π of the candidates.
+        gradient: [T, K] ∂r/∂Y at the candidates, or advantages, whose advantages they are themselves.
+        choice: [T] column of the incumbent token.
+        lam: λ.
+
+    Returns:
+        [T, K] scores log π(v) + λ·A_t(v).
+    """
+    return logp + lam * advantage(gradient, choice)
+
+
+def advantage(gradient: Tensor, choice: Tensor) -> Tensor:
+    """A [T, K] = ∂r/∂Y[t, v] − ∂r/∂Y[t, y_t], of gradients [T, K] and the columns [T] of the incumbent tokens."""
+    return gradient - gradient.gather(1, choice[:, None])
+
+
+def shuffled(advantage: Tensor, choice: Tensor, order: Tensor) -> Tensor:
+    """A control: each position gets the advantages of another's alternatives, in the order of their candidates.
+
+    Args:
+        advantage: [T, K], 0 at the incumbent tokens, which stay there.
+        order: [T] a permutation of the positions.
+    """
+    own = torch.nn.functional.one_hot(choice, advantage.shape[1]).bool()
+    alternatives = advantage[~own].view(len(advantage), -1)[order]
+    return torch.zeros_like(advantage).masked_scatter(~own, alternatives)
+
+
+def lam_for_kl(logp: Tensor, advantage: Tensor, usable: Tensor, budget: float) -> float:
+    """The λ at which branches drawn by exp(log π + λ·A) stand KL nats from those drawn by π alone.
+
+    The branches are the usable (t, v) of all positions together. KL grows with λ, up to where only those of the
+    largest A are left: a budget beyond that gives the λ that gets within 1% of it.
+
+    Args:
+        logp, advantage: [T, K]; usable: [T, K] bool.
+        budget: in nats, positive.
+
+    Returns:
+        λ; 0 where no branch is better than another.
+    """
+    base, gain = logp[usable].double().log_softmax(-1), advantage[usable].double()
+    spread = float(gain.max() - gain.min()) if len(gain) else 0.0
+    if not 0 < spread < math.inf:
+        return 0.0
+    gain = (gain - gain.max()) / spread
+    target = min(budget, 0.99 * -float(base[gain == 0].logsumexp(-1)))
+    low, high = 0.0, 1.0
+    while _kl(base, gain, high) < target:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _kl(base, gain, middle) < target else (low, middle)
+    return high / spread
+
+
+def _kl(base: Tensor, gain: Tensor, lam: float) -> float:
+    """KL(softmax(base + λ·gain) ‖ softmax(base)) of normalised `base`."""
+    tilted = (base + lam * gain).log_softmax(-1)
+    return float((tilted.exp() * (tilted - base)).sum())
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """What `ste` ends with.
+
+    Attributes:
+        logits: per row [T_i, K].
+        flipped: per row [T_i] bool, positions whose hard token changed on the way.
+    """
+
+    logits: list[Tensor]
+    flipped: list[Tensor]
+
+
+def ste(
+    logp: Sequence[Tensor],
+    choices: Sequence[Tensor],
+    loss_gradient: GradientFn,
+    config: SteConfig,
+    movable: Sequence[Tensor] | None = None,
+) -> Optimised:
+    """Adam on the logits z (started at log π) of whole responses, straight-through.
+
+    The forward sees hard tokens: position t holds its incumbent token until arg max z_t leaves where it began,
+    and the arg max from then on. The backward goes through softmax(z/τ) over the candidates. ∂L/∂Y depends on
+    the hard tokens alone, so it is asked for again only for responses in which one has changed.
+
+    Args:
+        logp: per row [T_i, K] log π of the candidates (−inf: never chosen).
+        choices: per row [T_i] column of the incumbent token.
+        loss_gradient: ∂L/∂Y of rows at given hard choices.
+        movable: per row [T_i] bool, positions whose logits are optimised; None = all.
+    """
+    logits = [row.clone() for row in logp]
+    moving = [torch.ones(len(row), dtype=torch.bool) for row in logits] if movable is None else list(movable)
+    optimiser = torch.optim.Adam(logits, lr=config.lr)
+    begun = [row.argmax(-1) for row in logits]
+    left = [torch.zeros_like(top, dtype=torch.bool) for top in begun]
+    hard = [choice.clone() for choice in choices]
+    slopes = loss_gradient(list(range(len(logits))), hard)
+    for step in range(config.steps):
+        if step:
+            left = [gone | (z.argmax(-1) != top) for z, top, gone in zip(logits, begun, left, strict=True)]
+            now = [torch.where(gone, z.argmax(-1), own) for z, own, gone in zip(logits, choices, left, strict=True)]
+            flipped = [row for row, (a, b) in enumerate(zip(now, hard, strict=True)) if not torch.equal(a, b)]
+            if flipped:
+                for row, slope in zip(flipped, loss_gradient(flipped, [now[row] for row in flipped]), strict=True):
+                    slopes[row], hard[row] = slope, now[row]
+        for z, slope, mask in zip(logits, slopes, moving, strict=True):
+            z.grad = through_softmax(z, slope, config.tau) * mask[:, None]  # Adam leaves alone what has no gradient
+        optimiser.param_groups[0]["lr"] = config.rate(step)
+        optimiser.step()
+    return Optimised(logits, left)
+
+
+def through_softmax(logits: Tensor, slope: Tensor, tau: float) -> Tensor:
+    """[T, K] ∂/∂z of ⟨slope, softmax(z/τ)⟩."""
+    weights = (logits / tau).softmax(-1)
+    return weights * (slope - (weights * slope).sum(-1, keepdim=True)) / tau

@@ -1,0 +1,323 @@
+r"""Tasks described by a YAML file: the benchmarks in `benchmarks/`, and any data set that a user describes so.
+
+path: ChilleD/SVAMP                       # on the hub, or a local file or folder (.jsonl, .json, .parquet, .csv)
+revision: 3a9a9b7                         # commit of the data set
+splits: {train: train, test: test}        # ours to the data set's own; of a local folder, to its files
+question: "{{ Body }} {{ Question }}"     # a column, or a Jinja template of columns
+answer: Answer
+parse: integer
+instruction: Put your final answer within \boxed{}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import StrictUndefined, TemplateError, meta
+from jinja2.sandbox import SandboxedEnvironment
+
+from nabla_trl.grading.extraction import FORMS, asked_form, strict_answer
+from nabla_trl.tasks.gold_answers import PARSERS, Gold, by_pattern
+from nabla_trl.tasks.jsonl_task import file_version
+from nabla_trl.tasks.problem import INSTRUCTION, Problem, with_instruction
+from nabla_trl.utils.fields import checked, read_yaml
+
+BENCHMARKS = Path(__file__).with_name("benchmarks")
+EXAMPLES = "examples"  # folder of worked examples that benchmarks share
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined)  # a description may come from somebody else
+
+
+@dataclass(frozen=True)
+class Task:
+    r"""Where a data set lies and how its rows become problems. Its fields are the keys of the YAML file.
+
+    Attributes:
+        path: hub id of the data set, or a local file or folder, relative to the YAML.
+        revision: commit to load; None follows the data set's main branch and is not reproducible.
+        config: the data set's configuration name.
+        splits: our split names to the data set's own; of a local folder, to files in it. A local file is one split.
+        question, answer: a column, or a Jinja template of columns (it has "{{" in it).
+        level, solution: columns of the difficulty and of the worked solution; None: there is none.
+        parse: how the gold answer is read: plain, hashes (GSM8K's "#### n"), boxed, integer, or regex.
+        pattern: regex: its last match is the answer, or the one group of it.
+        instruction: how to answer; empty: nothing is said.
+        prompt: Jinja template of the user turn, of `question`, `instruction` and columns; None: the question, and the
+            instruction on the next line.
+        form: the form of answer that `strict_answer` takes; None: what the instruction names.
+        few_shot: worked examples for models without a chat template, [{question, answer}], or a YAML file of them.
+        stop: strings at whose end a response is over.
+        version: to be counted up when what the description cannot say has changed.
+        name: None: the file's, without the ending.
+
+    Raises:
+        ValueError: a value that means nothing, a template that cannot be read, an example that does not end in `form`.
+    """
+
+    path: str
+    question: str
+    answer: str
+    revision: str | None = None
+    config: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    level: str | None = None
+    solution: str | None = None
+    parse: str = "plain"
+    pattern: str | None = None
+    instruction: str = INSTRUCTION
+    prompt: str | None = None
+    form: str | None = None
+    few_shot: list[dict[str, str]] = field(default_factory=list)
+    stop: list[str] = field(default_factory=list)
+    version: int = 1
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.parse not in (*PARSERS, "regex"):
+            raise ValueError(f"parse must be one of {', '.join(PARSERS)}, regex, not {self.parse!r}")
+        if (self.parse == "regex") != (self.pattern is not None):
+            raise ValueError("pattern belongs to parse: regex, which needs one")
+        if self.form is not None and self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, not {self.form!r}")
+        if not _is_map_of_text(self.splits):
+            raise ValueError("splits must map names of splits to the data set's own, as {test: test}")
+        self._check_splits()
+        if not all(self.stop):
+            raise ValueError("stop must not hold an empty string")
+        self.parser()
+        for template in (self.question, self.answer, self.prompt or ""):
+            _variables(template)
+        self._check_examples()
+
+    def _check_splits(self) -> None:
+        path = Path(self.path)
+        if path.is_file() and self.splits:
+            raise ValueError(f"{self.path} is a file, which is one split: leave splits out, or give its folder")
+        if not path.exists() and path.suffix in _BUILDERS:
+            raise ValueError(f"there is no file {self.path}")
+        if not path.is_file() and not self.splits:
+            raise ValueError(f"splits are needed: which of its splits is {self.path}'s test?")
+
+    def _check_examples(self) -> None:
+        form = self.asked()
+        for number, example in enumerate(self.few_shot, start=1):
+            if not _is_map_of_text(example) or {*example} != {"question", "answer"}:
+                raise ValueError(f"few_shot, example {number}: must have a question and an answer, both text")
+            if form and strict_answer(example["answer"], form) is None:
+                raise ValueError(f"few_shot, example {number}: no answer in the form that is asked for, {form}")
+
+    @property
+    def local(self) -> bool:
+        return Path(self.path).exists()
+
+    def asked(self) -> str | None:
+        """The form in which the prompt asks for the answer."""
+        return self.form or asked_form(self.instruction)
+
+    def parser(self) -> Callable[[str], Gold]:
+        return PARSERS[self.parse] if self.pattern is None else by_pattern(self.pattern)
+
+    def files(self) -> dict[str, Path]:
+        """The local files that hold the data, by split; a file that is the data set is all of them, under ""."""
+        path = Path(self.path)
+        return {"": path} if path.is_file() else {split: path / name for split, name in self.splits.items()}
+
+    def identity(self) -> str:
+        """The version, a hash of the description, and the revision or a hash of the local data."""
+        said = asdict(self) | {"path": Path(self.path).name if self.local else self.path}
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+        if self.local:
+            data = hashlib.sha256("".join(map(file_version, self.files().values())).encode()).hexdigest()[:12]
+        else:
+            data = (self.revision or "main")[:12]
+        return f"{self.version}-{digest}@{data}"
+
+
+def benchmarks() -> list[str]:
+    """Names of the tasks that come with the package."""
+    return sorted(path.stem for path in BENCHMARKS.glob("*.yaml"))
+
+
+def find_task(name_or_path: str) -> Task:
+    """A benchmark by its name, or the task that a YAML file describes.
+
+    Raises:
+        ValueError: neither, or a file that describes none.
+    """
+    if Path(name_or_path).suffix in (".yaml", ".yml"):
+        return read_task(Path(name_or_path))
+    if name_or_path in benchmarks():
+        return _benchmark(name_or_path)
+    raise ValueError(
+        f"unknown task {name_or_path!r}: use one of {', '.join(benchmarks())}, chains, reasoning_gym:FAMILY, or the "
+        "path of a .jsonl or .yaml file"
+    )
+
+
+def hub_task(name_or_path: str) -> Task | None:
+    """The task of that name if its data lie on the hub; None for all others."""
+    is_file = Path(name_or_path).suffix in (".yaml", ".yml") and Path(name_or_path).is_file()
+    if not is_file and name_or_path not in benchmarks():
+        return None
+    task = find_task(name_or_path)
+    return None if task.local else task
+
+
+@cache
+def _benchmark(name: str) -> Task:
+    return read_task(BENCHMARKS / f"{name}.yaml")
+
+
+def read_task(path: Path) -> Task:
+    """The task of a YAML file.
+
+    Raises:
+        ValueError: no such file, unknown or missing keys, or what `Task` refuses; the message begins with the path.
+    """
+    values = read_yaml(path)
+    try:
+        if isinstance(values.get("few_shot"), str):
+            values["few_shot"] = _examples(path.parent / values["few_shot"])
+        values = checked(values, [Task], where=path)
+        needed = [one.name for one in fields(Task) if one.default is MISSING and one.default_factory is MISSING]
+        if missing := [name for name in needed if values.get(name) is None]:
+            raise ValueError(f"{', '.join(missing)} must be given")
+        beside = path.parent / values["path"]
+        task = Task(**values | {"path": str(beside) if beside.exists() else values["path"]})
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+    return replace(task, name=task.name or path.stem)
+
+
+def _examples(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ValueError(f"few_shot: cannot read {path}: {reason}") from error
+
+
+# --- rows to problems -----------------------------------------------------------------------------
+
+
+def load_task(task: Task, split: str) -> list[Problem]:
+    """The problems of one split.
+
+    Raises:
+        ValueError: no such split or column, data out of reach, or a row without a question.
+    """
+    rows = _rows(task, split)
+    _check_columns(task, rows.column_names)
+    version, parse = task.identity(), task.parser()
+    examples = tuple((one["question"], one["answer"]) for one in task.few_shot)
+    problems = []
+    for index, row in enumerate(rows):
+        where = f"task {task.name!r}, row {index}"
+        question = _value(task.question, row, where).strip()
+        if not question:
+            raise ValueError(f"{where}: the question is empty")
+        answer, solution = parse(_value(task.answer, row, where))
+        problems.append(
+            Problem(
+                id=f"{task.name}/{split}/{index}",
+                question=question,
+                answer=answer,
+                solution=_text(row[task.solution]) if task.solution else solution,
+                messages=_messages(task, question, row, where),
+                task=str(task.name),
+                level=_text(row[task.level]) if task.level else None,
+                version=version,
+                form=task.asked(),
+                examples=examples,
+                stop=tuple(task.stop),
+            )
+        )
+    return problems
+
+
+def _rows(task: Task, split: str) -> Any:
+    if task.splits and split not in task.splits:
+        raise ValueError(f"task {task.name!r} has no split {split!r}: it has {', '.join(task.splits)}")
+    import datasets  # a second to import, and files or chains do not need it
+
+    try:
+        if not task.local:
+            return datasets.load_dataset(task.path, task.config, split=task.splits[split], revision=task.revision)
+        files = task.files()
+        file = files.get(split) or files[""]
+        if file.suffix not in _BUILDERS:
+            raise ValueError(f"{file.name} must end in one of {', '.join(_BUILDERS)}")
+        return datasets.load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        if task.local:
+            raise ValueError(f"task {task.name!r} could not be read from {task.path} ({reason})") from error
+        raise ValueError(
+            f"task {task.name!r} could not be loaded from the hub data set {task.path!r} ({reason}); "
+            f"go online once to cache it, or pass the path of a local .jsonl file in place of {task.name!r}"
+        ) from error
+
+
+def _check_columns(task: Task, columns: Sequence[str]) -> None:
+    named = [name for name in (task.solution, task.level) if name]
+    named += [name for source in (task.question, task.answer) for name in _needed(source)]
+    named += [name for name in _variables(task.prompt or "") if name not in ("question", "instruction")]
+    if absent := [name for name in dict.fromkeys(named) if name not in columns]:
+        raise ValueError(f"task {task.name!r}: no column {', '.join(absent)}; there are {', '.join(columns)}")
+
+
+def _is_template(source: str) -> bool:
+    return "{{" in source or "{%" in source
+
+
+def _needed(source: str) -> list[str]:
+    """The columns that a column's name or a template asks for."""
+    return _variables(source) if _is_template(source) else [source]
+
+
+def _variables(template: str) -> list[str]:
+    try:
+        return sorted(meta.find_undeclared_variables(_TEMPLATES.parse(template)))
+    except TemplateError as error:
+        raise ValueError(f"cannot read the template {template!r}: {error}") from error
+
+
+@cache
+def _compiled(template: str) -> Any:
+    return _TEMPLATES.from_string(template)
+
+
+def _value(source: str, row: Mapping[str, Any], where: str) -> str:
+    """A column, or a template of columns, as text; a missing value is empty."""
+    if _is_template(source):
+        return _render(source, row, where)
+    return _text(row[source]) or ""
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _render(template: str, row: Mapping[str, Any], where: str) -> str:
+    try:
+        return _compiled(template).render(row)
+    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{where}: the template {template!r} fails: {error}") from error
+
+
+def _messages(task: Task, question: str, row: Mapping[str, Any], where: str) -> tuple[dict[str, str], ...] | None:
+    if task.prompt is not None:
+        known = {**row, "question": question, "instruction": task.instruction}
+        return ({"role": "user", "content": _render(task.prompt, known, where)},)
+    return with_instruction(question, task.instruction) if task.instruction else None
+
+
+def _is_map_of_text(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, str) for pair in value.items() for one in pair)

@@ -1,0 +1,33 @@
+"""Numbers and errors as short text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
+
+
+def si(value: float, unit: str = "") -> str:
+    """Three significant digits and an SI prefix: 1.2e8, "FLOPs" -> "120 MFLOPs"."""
+    value = float(f"{value:.3g}")
+    power = math.floor(math.log10(abs(value)) / 3) if value else 0
+    power = min(max(power, min(_PREFIXES)), max(_PREFIXES))
+    return f"{value / 1000.0**power:.3g} {_PREFIXES[power]}{unit}".rstrip()
+
+
+def span(one: Mapping[str, float], form: str = ".3f") -> str:
+    """A value and its interval: 0.957 [0.940, 0.972]."""
+    return f"{one['value']:{form}} [{one['low']:{form}}, {one['high']:{form}}]"
+
+
+def cannot_load(what: str, name: str, error: BaseException) -> str:
+    where = "" if Path(name).exists() else " (no such folder here, so taken for a hub id)"
+    return f"cannot load {what} from {name!r}{where}: {one_line(error)}"
+
+
+def one_line(error: BaseException, width: int = 200) -> str:
+    """An error's text on one line, cut at `width` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= width else f"{text[: width - 2]} …"

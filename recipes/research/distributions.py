@@ -1,0 +1,170 @@
+"""Laws over responses that can all be written down: the KL-regularised optimum, best-of-N, and how far others are from
+them. Numpy only.
+
+With π the policy's law over the responses to one prompt, r their rewards and β > 0,
+
+    J(q) = E_q[r] − β·KL(q‖π)  is largest at  π*(y) = π(y)·exp(r(y)/β)/Z,  and  β·KL(q‖π*) = β·log Z − J(q)
+
+for every law q: to sample π* and to maximise J over q are one problem. Entropies are in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How a law q stands to π and to π*.
+
+    Attributes:
+        reward: E_q[r]; `objective`: J(q).
+        kl_policy: KL(q‖π); `kl`: KL(q‖π*); `tv`: total variation between q and π*.
+    """
+
+    reward: float
+    kl_policy: float
+    kl: float
+    tv: float
+    objective: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt with all its responses.
+
+    Attributes:
+        logp: [N] log π, of which the probabilities sum to 1.
+        rewards: [N]
+        beta: KL coefficient β.
+
+    Raises:
+        ValueError: rewards that are not finite, or probabilities that do not sum to 1.
+    """
+
+    logp: np.ndarray
+    rewards: np.ndarray
+    beta: float
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.rewards).all():
+            raise ValueError(f"{(~np.isfinite(self.rewards)).sum()} responses have no finite reward")
+        if abs(self.policy.sum() - 1) > 1e-6:
+            raise ValueError(f"the responses' probabilities sum to {self.policy.sum():.6f}, not to 1")
+
+    @cached_property
+    def policy(self) -> np.ndarray:
+        """[N] π."""
+        return np.exp(self.logp)
+
+    @cached_property
+    def log_z(self) -> float:
+        return float(np.logaddexp.reduce(self.logp + self.rewards / self.beta))
+
+    @cached_property
+    def optimum_logp(self) -> np.ndarray:
+        """[N] log π*."""
+        return self.logp + self.rewards / self.beta - self.log_z
+
+    @cached_property
+    def optimum(self) -> np.ndarray:
+        """[N] π*."""
+        return np.exp(self.optimum_logp)
+
+    def measures(self, law: np.ndarray) -> Measures:
+        """Of a law q [N]."""
+        reward, moved = float(law @ self.rewards), divergence(law, self.logp)
+        return Measures(
+            reward=reward,
+            kl_policy=moved,
+            kl=divergence(law, self.optimum_logp),
+            tv=total_variation(law, self.optimum),
+            objective=reward - self.beta * moved,
+        )
+
+    def best_of(self, count: int) -> np.ndarray:
+        """[N] the law of the response of the highest reward among `count` draws, the first drawn among equals.
+
+        With F(r) the chance that one draw has at most reward r: the best has exactly r with F(r)^N − F(<r)^N, and is
+        then a draw of π among the responses of that reward.
+        """
+        levels, where = np.unique(self.rewards, return_inverse=True)
+        mass = np.bincount(where, weights=self.policy, minlength=len(levels))
+        up_to = np.minimum(mass.cumsum(), 1.0)
+        below = up_to - mass
+        chance = np.diff(up_to**count, prepend=0.0)
+        small = (below > 0) & (mass < 1e-3 * below)  # where powers would cancel
+        chance[small] = below[small] ** count * np.expm1(count * np.log1p(mass[small] / below[small]))
+        share = np.divide(chance, mass, out=np.zeros_like(mass), where=mass > 0)
+        law = self.policy * share[where]
+        return law / law.sum()
+
+
+def divergence(law: np.ndarray, logp: np.ndarray) -> float:
+    """KL(q‖p) of a law q [N] and log p [N]; infinite where q goes where p never does."""
+    there = law > 0
+    return float(law[there] @ (np.log(law[there]) - logp[there]))
+
+
+def total_variation(law: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(law - other).sum()) / 2
+
+
+def mean_measures(cases: Sequence[Case], laws: Sequence[np.ndarray]) -> Measures:
+    """Over prompts, of one law for each."""
+    found = [case.measures(law) for case, law in zip(cases, laws, strict=True)]
+    names = Measures.__dataclass_fields__
+    return Measures(**{name: float(np.mean([getattr(one, name) for one in found])) for name in names})
+
+
+def frontier_reward(cases: Sequence[Case], moved: float) -> float:
+    """The largest mean reward within a mean KL(q‖π) of `moved`: that of π·exp(r/β') with one β' for all prompts."""
+
+    def at(log_beta: float) -> Measures:
+        tilted = [Case(case.logp, case.rewards, math.exp(log_beta)) for case in cases]
+        return mean_measures(tilted, [case.optimum for case in tilted])
+
+    low, high = -12.0, 12.0  # a smaller β moves further
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle).kl_policy > moved else (low, middle)
+    return at(high).reward
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What as many independent draws of π* as a law was counted from measure, by chance alone.
+
+    Attributes:
+        kl, tv: [R] means over prompts of KL(q‖π*) and total variation of the counted law, per resample.
+    """
+
+    kl: np.ndarray
+    tv: np.ndarray
+
+    def p_value(self, kl: float) -> float:
+        """One-sided Monte Carlo test that a counted law is one of π* (Davison and Hinkley 1997, 4.2.1)."""
+        return (1 + int((self.kl >= kl).sum())) / (1 + len(self.kl))
+
+
+def noise_floor(cases: Sequence[Case], draws: int, *, resamples: int = 199, seed: int = 0) -> Floor:
+    """Counted laws are off by chance, and their KL is biased upwards: so far are `draws` draws of π* per prompt."""
+    rng = np.random.default_rng(seed)
+    kl, tv = np.zeros((2, resamples, len(cases)))
+    for column, case in enumerate(cases):
+        optimum = case.optimum / case.optimum.sum()
+        for row in range(resamples):
+            law = rng.multinomial(draws, optimum) / draws
+            kl[row, column] = divergence(law, case.optimum_logp)
+            tv[row, column] = total_variation(law, case.optimum)
+    return Floor(kl.mean(1), tv.mean(1))
+
+
+def counted(counts: np.ndarray) -> np.ndarray:
+    """Counts [N] as a law."""
+    return counts / counts.sum()

@@ -1,0 +1,128 @@
+"""An enumerable world: a random policy and reward model of a real architecture, and prompts, as folders and a file.
+
+Weights are drawn wide from one seed, so that laws differ from prompt to prompt and from token to token; the reward's
+head is scaled to a standard deviation of `spread` under the policy. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from enumeration import enumerate_tree, score_tree
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from nabla_trl.models.loading import load_policy
+from nabla_trl.rewards.loading import load_reward
+from nabla_trl.tasks.registry import load_problems
+
+END = "<|end|>"
+# A turn is its words and the end; a response begins right after the prompt's end.
+TEMPLATE = "{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": f"of the world that is made where no policy is given: {text}"})
+
+
+@dataclass
+class WorldArguments:
+    """The size and the seed of a world that is made."""
+
+    world_seed: int = _option(2, "seed of its weights and prompts")
+    symbols: int = _option(4, "tokens beside the one that ends")
+    prompts: int = _option(6, "prompts, pairs of symbols")
+    width: int = _option(64, "hidden size of both models, a multiple of 8")
+    layers: int = _option(2, "layers of both models")
+    weights: float = _option(0.25, "standard deviation of every weight")
+    spread: float = _option(1.0, "standard deviation of the reward under the policy, mean over prompts")
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.symbols <= len(ALPHABET):
+            raise ValueError(f"symbols must be 2 to {len(ALPHABET)}, not {self.symbols}")
+        if not 1 <= self.prompts <= self.symbols**2:
+            raise ValueError(f"prompts must be 1 to {self.symbols**2}, the pairs of symbols, not {self.prompts}")
+        if self.width % 8 or self.width < 8 or self.layers < 1:
+            raise ValueError("width must be a multiple of 8 and layers at least 1")
+        if not (self.weights > 0 and self.spread > 0):
+            raise ValueError("weights and spread must be positive")
+
+
+def make_world(folder: Path, args: WorldArguments, length: int) -> None:
+    """Write policy/, reward/ and problems.jsonl into `folder`, whole or not at all; responses have `length` tokens."""
+    scratch = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    _write_prompts(scratch / "problems.jsonl", args)
+    tokenizer = _tokenizer(args.symbols)
+    scorer = _model(LlamaForSequenceClassification, tokenizer, args, args.world_seed + 1, num_labels=1)
+    _save(_model(LlamaForCausalLM, tokenizer, args, args.world_seed), tokenizer, scratch / "policy")
+    _save(scorer, tokenizer, scratch / "reward")
+    with torch.no_grad():
+        scorer.score.weight *= args.spread / _spread(scratch, length)
+    _save(scorer, tokenizer, scratch / "reward")
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
+def _write_prompts(file: Path, args: WorldArguments) -> None:
+    pairs = ["".join(pair) for pair in product(ALPHABET[: args.symbols], repeat=2)]
+    chosen = np.random.default_rng(args.world_seed).permutation(pairs)[: args.prompts]
+    lines = [json.dumps({"id": f"prompt-{text}", "question": str(text)}) for text in sorted(chosen)]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _tokenizer(symbols: int) -> PreTrainedTokenizerFast:
+    """One token per symbol, and one that ends, pads and stands for the unknown: there is none that is never drawn."""
+    vocabulary = {token: index for index, token in enumerate([END, *ALPHABET[:symbols]])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=END, pad_token=END, unk_token=END, chat_template=TEMPLATE
+    )
+
+
+def _model(kind: Any, tokenizer: PreTrainedTokenizerFast, args: WorldArguments, seed: int, **options: Any) -> Any:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.width,
+        intermediate_size=2 * args.width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        initializer_range=args.weights,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind(config).eval()
+
+
+def _save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _spread(folder: Path, length: int) -> float:
+    """Standard deviation of the reward under the policy, mean over prompts."""
+    policy = load_policy(str(folder / "policy"), device="cpu")
+    reward = load_reward(str(folder / "reward"), policy=policy, device="cpu")
+    found = []
+    for problem in load_problems(str(folder / "problems.jsonl")):
+        tree = enumerate_tree(policy, problem, length)
+        law, rewards = np.exp(tree.logp), score_tree(tree, policy, reward).rewards
+        found.append(np.sqrt(law @ (rewards - law @ rewards) ** 2))
+    return float(np.mean(found))

@@ -1,0 +1,239 @@
+"""The pressure audit: curves of hand-made searches turn where they should, and real ones are read as they went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import worlds
+
+from nabla_trl.audit.curves import turning
+from nabla_trl.audit.overoptimization import SearchCurve, incumbents_at, pressure, round_grid, search_curve
+from nabla_trl.audit.ranking import audit_arrays
+from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.flops import Cost
+from nabla_trl.models.loading import load_policy
+from nabla_trl.models.policy import Policy
+from nabla_trl.rewards.loading import load_reward
+from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.search.loop import solve
+from nabla_trl.tasks.problem import Problem
+from nabla_trl.tasks.registry import load_problems
+from nabla_trl.traces.schema import Revision, Trace
+
+RNG = np.random.default_rng(0)
+END = worlds.TOKENS.index(worlds.END)
+BEST_OF_N = audit_arrays(RNG.random((9, 4)), np.eye(9, 4, dtype=bool), np.ones((9, 4)))
+
+
+@pytest.fixture
+def checker() -> Iterator[AnswerChecker]:
+    with AnswerChecker() as one:
+        yield one
+
+
+def trace(*answers: tuple[int, str], gold: str = "3", error: str | None = None) -> Trace:
+    """A search whose incumbent answers as told from each round on: (0, first answer), (round, next answer), …
+
+    The reward is the number of changes so far; one rejected proposal comes in every round without a change.
+    """
+    ids = [[worlds.TOKENS.index("#"), worlds.TOKENS.index(text), END] for _, text in answers]
+    revisions = []
+    for index, (number, _) in enumerate(answers[1:], start=1):
+        for row in range(revisions[-1].round + 1 if revisions else 0, number - 1):
+            revisions.append(revision(row, ids[index - 1], ids[index - 1], index - 1.0, accepted=False))
+        revisions.append(revision(number - 1, ids[index - 1], ids[index], index - 1.0, accepted=True))
+    return Trace(
+        problem_id="p",
+        task="custom",
+        method="nabla",
+        seed=0,
+        prompt="",
+        response="",
+        prompt_ids=[1],
+        initial_ids=ids[0],
+        response_ids=ids[-1],
+        reward_initial=0.0,
+        reward=len(answers) - 1.0,
+        answer=None,
+        gold=gold,
+        correct=None,
+        revisions=revisions,
+        cost=Cost(),
+        stop="rounds",
+        finished=True,
+        meta={},
+        error=error,
+    )
+
+
+def revision(number: int, old: Sequence[int], new: Sequence[int], reward: float, accepted: bool) -> Revision:
+    return Revision(number, 1, old[1], new[1], tuple(new[1:]), reward, reward + 1.0, accepted, 0.0)
+
+
+def curve_of(rows: Sequence[Sequence[Trace]], policy: Policy, checker: AnswerChecker, rounds: int) -> SearchCurve:
+    for row in rows:
+        for one in row:
+            one.validate()
+    return search_curve(rows, policy, checker, rounds)
+
+
+# --- the rule -------------------------------------------------------------------------------------------
+
+
+def scores(*means: float, count: int = 200) -> dict[int, np.ndarray]:
+    """Budgets 0, 1, 2, 4, … with these shares of right answers, nested so that differences are as sure as can be."""
+    problems = np.arange(count) / count
+    return {0 if not index else 2 ** (index - 1): (problems < mean) * 1.0 for index, mean in enumerate(means)}
+
+
+@pytest.mark.parametrize(
+    ("means", "peak", "trusted", "turns"),
+    [
+        ((0.2, 0.5, 0.8), 2, 2, False),
+        ((0.2, 0.5, 0.8, 0.6, 0.3), 2, 2, True),
+        ((0.2, 0.8, 0.8, 0.8, 0.3), 1, 4, True),
+        ((0.2, 0.8, 0.3, 0.8), 1, 1, False),  # a dip ends the trust, though the curve does not turn
+        ((0.5, 0.5, 0.5), 0, 0, False),
+        ((0.5, 0.4, 0.2), 0, 0, True),
+        ((0.5,), 0, 0, False),
+    ],
+)
+def test_where_a_curve_turns(means, peak, trusted, turns):
+    found = turning(scores(*means))
+    assert (found.peak, found.trusted, found.turns) == (peak, trusted, turns)
+    assert found.fall.value == pytest.approx(means[-1] - max(means))
+
+
+def test_what_chance_may_do_is_neither_a_gain_nor_a_fall():
+    """The same shares on few problems, won and lost by different ones, prove nothing."""
+    base = np.r_[np.ones(5), np.zeros(5)]
+    found = turning({0: base, 1: base[::-1] + np.r_[np.zeros(4), 1, np.zeros(5)], 2: base})
+    assert (found.peak, found.helps, found.turns, found.trusted) == (1, False, False, 0)
+
+
+def test_a_gain_that_is_lost_again_by_some_problems_is_trusted_up_to_there():
+    gained = np.r_[np.ones(40), np.zeros(60)]
+    found = turning({0: np.zeros(100), 1: gained, 2: np.r_[np.zeros(2), gained[2:]], 4: np.zeros(100)})
+    assert found.turns and found.trusted == 2  # two of a hundred may be chance
+
+
+def test_a_curve_needs_budgets():
+    worlds.refused(lambda: turning({}), "at least one budget")
+
+
+# --- searches made by hand --------------------------------------------------------------------------------
+
+
+def test_budgets_double_and_end_with_all_rounds():
+    assert [round_grid(rounds) for rounds in (1, 4, 6)] == [[0, 1], [0, 1, 2, 4], [0, 1, 2, 4, 6]]
+
+
+def test_incumbents_after_each_number_of_rounds():
+    one = trace((0, "1"), (1, "3"), (5, "2"))
+    one.validate()
+    answers = [worlds.TOKENS[ids[1]] for ids, _ in incumbents_at(one, [0, 1, 2, 4, 5, 16])]
+    assert answers == ["1", "3", "3", "3", "2", "2"]
+    assert [value for _, value in incumbents_at(one, [0, 1, 5])] == [0.0, 1.0, 2.0]
+
+
+def test_a_search_that_goes_too_far_turns(policy, checker):
+    rows = [[trace((0, "1"), (1, "3"), (6, "2"))] for _ in range(30)] + [[trace((0, "1"))] for _ in range(10)]
+    found = curve_of(rows, policy, checker, 8)
+    assert {rounds: one.value for rounds, one in found.accuracy.items()} == {0: 0, 1: 0.75, 2: 0.75, 4: 0.75, 8: 0}
+    assert found.reward == {0: 0.0, 1: 0.75, 2: 0.75, 4: 0.75, 8: 1.5}
+    assert found.turn.turns and found.turn.trusted == 4
+    assert "falls from 0.750 at 1 rounds to 0.000 at 8 while the reward goes from 0.750 to 1.500" in found.verdict
+    assert found.verdict.endswith("may be trusted up to 4 rounds")
+
+
+def test_a_search_that_helps_does_not_turn(policy, checker):
+    rows = [[trace((0, "1"), (number % 7 + 1, "3"))] for number in range(28)]
+    found = curve_of(rows, policy, checker, 8)
+    assert found.accuracy[4].value == pytest.approx(4 / 7) and found.turn.trusted == 8
+    assert found.verdict == "accuracy rises from 0.000 to 1.000 at 8 rounds and does not turn up to 8"
+
+
+def test_a_search_that_changes_nothing_is_not_trusted(policy, checker):
+    found = curve_of([[trace((0, "1"), (1, "2"))] for _ in range(9)], policy, checker, 2)
+    assert found.turn.trusted == 0 and "does not rise measurably: 0.000 at first" in found.verdict
+
+
+def test_seeds_are_averaged_and_errors_are_wrong_and_have_no_reward(policy, checker):
+    rows = [[trace((0, "3")), trace((0, "1"))], [trace((0, "3"), (1, "3"), error="NaN"), trace((0, "3"), (1, "3"))]]
+    found = curve_of(rows, policy, checker, 1)
+    assert found.accuracy[0].value == 0.5 and found.accuracy[0].seeds == 2
+    assert found.reward == {0: 0.0, 1: 0.5}  # one problem's mean is 0, the other's 1
+
+
+def test_searches_that_all_failed_are_refused(policy, checker):
+    rows = [[trace((0, "3"), error="the reward gave nan")]]
+    worlds.refused(lambda: search_curve(rows, policy, checker, 1), "every search", "gave nan")
+
+
+# --- searches that ran --------------------------------------------------------------------------------------
+
+
+def test_a_real_search_is_read_as_it_went(checker):
+    policy = load_policy("data/tiny/policy")
+    reward = load_reward("logratio:data/tiny/clean", policy=policy)
+    problems = load_problems("chains", split="train", limit=12)
+    config = ReasonerConfig(
+        rounds=3, patience=1, rollouts=2, flops=1.0, max_new_tokens=48, sample_min_p=0.02, candidate_min_p=0.02
+    )
+    found = pressure(
+        problems, policy=policy, reward=reward, config=config, checker=checker, best_of_n=BEST_OF_N, seeds=(0, 1)
+    )
+    free = replace(config, patience=0, rollouts=0, flops=0.0)
+    for name, one in {"nabla": free, "control": free.control()}.items():
+        runs = [solve(problems, policy=policy, reward=reward, config=one, seed=seed) for seed in (0, 1)]
+        traces = [trace for run in runs for trace in run]
+        right = [trace.answer == trace.gold for trace in traces]
+        curve = found.curves[name]
+        assert list(curve.accuracy) == [0, 1, 2, 3]
+        assert curve.accuracy[3].value == pytest.approx(np.mean(right))
+        assert curve.reward[3] == pytest.approx(np.mean([trace.reward for trace in traces]))
+        assert curve.reward[0] == pytest.approx(np.mean([trace.reward_initial for trace in traces]))
+        assert sorted(curve.reward.values()) == list(curve.reward.values())
+    assert found.curves["nabla"].accuracy[0] == found.curves["control"].accuracy[0]
+    assert found.trust.rounds == found.curves["nabla"].turn.trusted
+    assert found.trust.samples == BEST_OF_N.trusted_samples
+    assert found.to_dict()["trust"] == found.trust.to_dict()
+
+
+def test_without_a_gradient_there_is_one_curve(policy, scalar_reward, checker):
+    problems = [Problem(f"q{n}", f"{n}+1", answer=str(n)) for n in range(3)]
+    config = ReasonerConfig(solver="none", rounds=1, max_new_tokens=6)
+    found = pressure(
+        problems, policy=policy, reward=scalar_reward, config=config, checker=checker, best_of_n=BEST_OF_N
+    )
+    assert list(found.curves) == ["control"] and found.verdict == found.curves["control"].verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"config": ReasonerConfig(rounds=0, patience=3)}, ["limit of rounds"]),
+        ({"seeds": ()}, ["at least one seed"]),
+        ({"problems": worlds.tiny_problems()}, ["gold answer"]),
+    ],
+)
+def test_what_cannot_be_audited_is_said(policy, scalar_reward, checker, changes, words):
+    options = {"config": ReasonerConfig(rounds=1), "problems": [Problem("q", "1+1", answer="2")], **changes}
+    problems = options.pop("problems")
+    worlds.refused(
+        lambda: pressure(
+            problems, policy=policy, reward=scalar_reward, checker=checker, best_of_n=BEST_OF_N, **options
+        ),
+        *words,
+    )
+
+
+def test_a_handful_of_problems_earns_no_trust() -> None:
+    """One problem, or two alike, have an interval without width; a sign-flip test is not taken in."""
+    for count, helps in ((1, False), (2, False), (20, True)):
+        turn = turning({1: np.zeros(count), 2: np.ones(count)})
+        assert (turn.helps, turn.trusted) == (helps, 2 if helps else 1)
+        assert turning({1: np.ones(count), 2: np.zeros(count)}).trusted == 1

@@ -1,0 +1,516 @@
+"""`nabla-trl` from end to end over tiny random models on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import worlds
+from peft import LoraConfig, get_peft_model
+
+from nabla_trl.cli import arguments, audit_command, commands, console
+from nabla_trl.cli.main import COMMANDS, main
+from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.tasks.registry import task_version
+from nabla_trl.traces.storage import read_traces
+
+SEARCH = ["--rounds", "3", "--max_new_tokens", "10"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """policy/, better/, adapter/ and problems.jsonl."""
+    folder = tmp_path_factory.mktemp("world")
+    for name, seed in (("policy", 0), ("better", 2)):
+        one = worlds.tiny_policy(seed=seed)
+        one.model.save_pretrained(folder / name)
+        one.tokenizer.save_pretrained(folder / name)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(worlds.tiny_policy().model, lora).save_pretrained(folder / "adapter")
+    lines = [json.dumps({"question": f"{n}+{n}", "answer": str(n)}) for n in range(1, 7)]
+    (folder / "problems.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def models(world: Path) -> list[str]:
+    return ["--policy", str(world / "policy"), "--reward", f"logratio:{world / 'better'}"]
+
+
+@pytest.fixture
+def dataset(world: Path) -> list[str]:
+    return ["--dataset", str(world / "problems.jsonl")]
+
+
+def error_line(capsys) -> str:
+    """The one line on stderr, with nothing on stdout."""
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+# --- the top level ------------------------------------------------------------------------------------
+
+
+def test_help_is_short_and_loads_nothing_heavy():
+    code = (
+        "import sys; from nabla_trl.cli.main import main; assert main(['--help']) == main([]) == main(['--version']) == 0;"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'matplotlib', 'starlette', 'uvicorn'};"
+        "assert not heavy & set(sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    for name, summary in COMMANDS.items():
+        assert ran.stdout.count(f"  {name:<8}{summary}\n") == 2
+
+
+def test_every_listed_command_is_there():
+    assert list(commands.COMMANDS) == list(COMMANDS)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("slove", "did you mean solve?"), ("xyz", "choose from solve, traces,")])
+def test_an_unknown_command(capsys, name, hint):
+    assert main([name]) == 2
+    assert f"unknown command {name!r}: {hint}" in error_line(capsys)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(capsys, name):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0 and err == ""
+    assert out.startswith(f"usage: nabla-trl {name}") and "--config FILE" in out
+    assert ("--preset" in out) == (name in ("solve", "traces", "eval", "serve"))
+
+
+@pytest.mark.parametrize(("name", "resumable"), [("traces", True), ("eval", True), ("solve", False)])
+def test_ctrl_c(capsys, monkeypatch, name, resumable):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(commands.COMMANDS, name, interrupted)
+    assert main([name]) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err == f"stopped{f'; to go on: nabla-trl {name}' if resumable else ''}\n"
+
+
+# --- solve --------------------------------------------------------------------------------------------
+
+
+def test_solve_prints_plain_lines_where_there_is_no_terminal(capsys, models):
+    assert main(["solve", "1+2", *models, *SEARCH]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0] == "question  1+2" and any(line.startswith("answer  ") for line in lines)
+    assert all(one == "\n" or one.isprintable() for one in out)
+    assert max(map(len, lines)) <= 80
+    assert "<|" not in out
+
+
+def test_solve_json(capsys, models):
+    assert main(["solve", "1+2", *models, *SEARCH, "--json", "--seed", "5"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == "" and out.count("\n") == 1
+    assert (found["seed"], found["method"], found["prompt"]) == (5, "nabla", "<|user|>1+2<|end|><|assistant|>")
+    assert len(found["revisions"]) == 3 and found["cost"]["flops"] > 0 and found["error"] is None
+    assert found["meta"]["config_hash"] == ReasonerConfig(rounds=3, max_new_tokens=10).at("direct").hash()
+
+
+def test_what_libraries_print_stays_out_of_the_json(capsys, models, monkeypatch):
+    load = arguments.ModelArguments.load
+
+    def chatty(self, *args, **kwargs):
+        print("noise")
+        return load(self, *args, **kwargs)
+
+    monkeypatch.setattr(arguments.ModelArguments, "load", chatty)
+    assert main(["solve", "1+2", *models, *SEARCH, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"] is None and err == "noise\n"
+
+
+def test_the_question_from_stdin(capsys, models, monkeypatch, tmp_path):
+    (tmp_path / "question").write_text("1+2\n", encoding="utf-8")
+    with (tmp_path / "question").open(encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main(["solve", "-", *models, *SEARCH, "--json"]) == 0
+    piped = json.loads(capsys.readouterr().out)
+    main(["solve", "1+2", *models, *SEARCH, "--json"])
+    given = json.loads(capsys.readouterr().out)
+    assert piped["response_ids"] == given["response_ids"] and piped["prompt_ids"] == given["prompt_ids"]
+
+
+def test_preset_file_and_flags_reach_the_search(capsys, models, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("preset: paper\nrollouts: 3\nsteps: 4\nmax_new_tokens: 6\n", encoding="utf-8")
+    assert main(["solve", "1+2", *models, "--json", f"--config={path}", "--steps", "2"]) == 0
+    used = json.loads(capsys.readouterr().out)["meta"]["config_hash"]
+    assert used == ReasonerConfig.preset("paper", rollouts=3, steps=2, max_new_tokens=6).hash()
+
+
+def test_an_adapter_changes_the_policy(capsys, models, world):
+    assert main(["solve", "1+2", *models, *SEARCH, "--json", "--adapter", str(world / "adapter")]) == 0
+    assert json.loads(capsys.readouterr().out)["meta"]["policy"].endswith("+" + str(world / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["1+2", "--rounds", "many"], 2, "argument --rounds: invalid int value"),
+        (["1+2", "--ruonds", "3"], 2, "unknown option --ruonds (did you mean --rounds?)"),
+        ([], 2, "required: question"),
+        ([" "], 1, "the question is empty"),
+        (["1\udcff2"], 1, "the question is no UTF-8 text"),
+        (["1+2", "--preset", "papr"], 1, "unknown preset 'papr'"),
+        (["1+2", "--steps", "3"], 1, "steps belongs to solver ste"),
+        (["1+2", "--config", "no/such.yaml"], 1, "cannot read no/such.yaml: No such file"),
+        (["1+2", "--adapter", "no/adapter"], 1, "cannot put adapter no/adapter"),
+        (["1+2", "--device", "warp:9"], 1, "cannot use device 'warp:9'"),
+        (["what?"], 1, "does not know some characters of the prompt"),
+        (["1" * 200], 1, "the prompt has 203 tokens, the context"),
+    ],
+)
+def test_solve_refuses_in_one_line(capsys, models, argv, code, message):
+    assert main(["solve", *argv, *models]) == code
+    assert message in error_line(capsys)
+
+
+def test_a_failed_question_is_an_error_and_still_one_json_object(capsys, models):
+    assert main(["solve", "what?", *models, "--json"]) == 1
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["error"] in err and found["reward"] is None and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["solve", "traces", "eval", "audit"])
+def test_models_that_are_not_there(capsys, name, dataset, tmp_path):
+    argv = {
+        "solve": ["1+2"],
+        "audit": dataset,
+        "traces": [*dataset, "--output_dir", str(tmp_path / "out")],
+        "eval": [*dataset, "--output_dir", str(tmp_path / "out")],
+    }
+    assert main([name, *argv[name], "--policy", "no/policy", "--reward", "no/reward"]) == 1
+    assert "cannot load a tokenizer from 'no/policy'" in error_line(capsys)
+    assert not list(tmp_path.glob("out/*.json"))  # a folder that was claimed would refuse the right policy
+
+
+def test_a_file_with_an_unknown_or_an_ill_typed_key(capsys, models, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("ruonds: 3", encoding="utf-8")
+    assert main(["solve", "1+2", *models, "--config", str(path)]) == 1
+    assert f"{path}: unknown key 'ruonds' (did you mean rounds?)" in error_line(capsys)
+    path.write_text("rounds: many", encoding="utf-8")
+    assert main(["solve", "1+2", *models, "--config", str(path)]) == 1
+    assert f"{path}: rounds must be a whole number, not 'many'" in error_line(capsys)
+
+
+# --- traces -------------------------------------------------------------------------------------------
+
+
+def test_traces_are_made_once(capsys, models, dataset, tmp_path, monkeypatch):
+    argv = ["traces", *models, *dataset, *SEARCH, "--output_dir", str(tmp_path), "--batch_size", "4"]
+    assert main([*argv, "--limit", "4"]) == 0
+    capsys.readouterr()
+    assert main(argv) == 0  # goes on with the two that are missing
+    assert f"2 traces made, 4 were there: {tmp_path / 'traces'}" in capsys.readouterr().out
+    made = read_traces(tmp_path / "traces")
+    assert [trace.problem_id for trace in made] == [f"problems/{n}" for n in range(6)]
+    assert all(trace.correct is not None and len(trace.revisions) == 3 for trace in made)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*[!k]")}  # all but the lock
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("models were loaded for nothing")
+
+    monkeypatch.setattr(arguments.ModelArguments, "load", refuse)
+    assert main(argv) == 0
+    assert capsys.readouterr().out == f"0 traces made, 6 were there: {tmp_path / 'traces'}\n"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*[!k]")} == before
+
+
+def test_traces_made_with_other_settings_are_not_mixed(capsys, models, dataset, tmp_path):
+    argv = ["traces", *models, *dataset, *SEARCH, "--output_dir", str(tmp_path), "--limit", "1"]
+    assert main(argv) == 0
+    capsys.readouterr()
+    assert main([*argv, "--rounds", "4", "--batch_size", "7"]) == 1
+    assert "now rounds '4' (was '3'): use another --output_dir" in error_line(capsys)
+
+
+def test_a_problem_that_fails_is_counted_and_named(capsys, models, tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"question": "1+2"}\n{"question": "what?"}', encoding="utf-8")
+    assert main(["traces", *models, "--dataset", str(path), *SEARCH, "--output_dir", str(tmp_path / "out")]) == 0
+    assert "1 failed (the first: some/1: " in capsys.readouterr().out
+
+
+# --- eval and report ----------------------------------------------------------------------------------
+
+
+def evaluation(models: list[str], dataset: list[str], folder: Path, methods: str, *more: str) -> list[str]:
+    flags = ["--methods", methods, "--seeds", "0", "1", "--output_dir", str(folder)]
+    return ["eval", *models, *dataset, *SEARCH, *flags, *more]
+
+
+def test_eval_then_report(capsys, models, dataset, tmp_path, monkeypatch):
+    methods = "greedy,best_of_1,best_of_16,self_consistency_4,nabla,control,nabla@0.5,reward_model_sampling"
+    assert main(evaluation(models, dataset, tmp_path, methods)) == 0
+    table = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in methods.split(","):
+        assert sum(row["method"] == name for row in rows) == 6 * (1 if name == "greedy" else 2)
+        assert f"\n{name} " in table
+    flops = {name: sum(row["flops"] for row in rows if row["method"] == name) for name in methods.split(",")}
+    # a round starts if it is expected to end within the budget
+    assert flops["nabla"] < 0.4 * flops["best_of_16"] < flops["nabla@0.5"] < 0.6 * flops["best_of_16"]
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a report needs no models")
+
+    monkeypatch.setattr(arguments.ModelArguments, "load", refuse)
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(table[: table.index("rows: ")])
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    right = [bool(row["correct"]) for row in rows if row["method"] == "nabla"]
+    assert summary["accuracy.nabla"]["value"] == pytest.approx(sum(right) / len(right))
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "nabla-trl eval --policy" in page
+
+
+def test_eval_of_a_task_that_asks_for_a_form_tells_where_answers_are_read_in_two_ways(capsys, models, tmp_path):
+    chains = ["--dataset", "chains", "--limit", "5"]
+    assert main(evaluation(models, chains, tmp_path, "greedy,nabla")) == 0
+    out = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    differ = [row for row in rows if row["tail"] is not None]
+    assert differ and all(row["answer_strict"] != row["answer"] for row in differ)
+    assert f"{len(differ)} answers differ by strict and lenient extraction: {tmp_path / 'extraction.jsonl'}" in out
+    lines = (tmp_path / "extraction.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["lenient"] for line in lines] == [row["answer"] for row in differ]
+    assert {row["task_version"] for row in rows} == {task_version("chains")}
+    assert main(["report", "--output_dir", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    strict = [bool(row["correct_strict"]) for row in rows if row["method"] == "greedy"]
+    assert summary["accuracy_strict.greedy"]["value"] == pytest.approx(sum(strict) / len(strict))
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"{len(differ)} of {len(rows)} responses are read in two ways" in page
+    assert f"revision of chains: `{task_version('chains')}`" in page
+
+
+@pytest.mark.parametrize("command", ["eval", "traces"])
+def test_another_version_of_the_task_is_refused_by_name(capsys, models, tmp_path, command):
+    (tmp_path / "data.jsonl").write_text('{"question": "1+1", "answer": "2"}', encoding="utf-8")
+    path, text = tmp_path / "sums.yaml", "path: data.jsonl\nquestion: question\nanswer: answer\ninstruction: ''\n"
+    path.write_text(text, encoding="utf-8")
+    methods = ["--methods", "greedy"] * (command == "eval")
+    argv = [command, *models, "--dataset", str(path), *SEARCH, *methods, "--output_dir", str(tmp_path / "out")]
+    was = task_version(str(path))
+    assert main(argv) == 0
+    path.write_text(f"{text}version: 2\n", encoding="utf-8")
+    capsys.readouterr()
+    assert main(argv) == 1
+    assert f"now task_version '{task_version(str(path))}' (was '{was}')" in error_line(capsys)
+
+
+def test_how_the_policy_is_asked_is_a_setting(capsys, models, dataset, tmp_path):
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--prompt_style", "chat")) == 0
+    capsys.readouterr()
+    assert main(evaluation(models, dataset, tmp_path, "greedy")) == 1
+    assert "now prompt_style None (was 'chat')" in error_line(capsys)
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--chat_template_kwargs", '{"add": 1}')) == 1
+    assert "has no 'add'" in error_line(capsys)
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--chat_template_kwargs", "x")) == 1
+    assert "chat_template_kwargs is not JSON" in error_line(capsys)
+
+
+def test_eval_adds_methods_and_keeps_rows(capsys, models, dataset, tmp_path):
+    assert main(evaluation(models, dataset, tmp_path, "greedy")) == 0
+    rows = (tmp_path / "rows" / "rows-00000.jsonl").read_text(encoding="utf-8")
+    assert main(evaluation(models, dataset, tmp_path, "greedy,control")) == 0
+    more = (tmp_path / "rows" / "rows-00000.jsonl").read_text(encoding="utf-8")
+    assert more.startswith(rows) and more.count("\n") == 6 + 2 * 6
+    capsys.readouterr()
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--beta", "2")) == 1
+    assert "now beta '2.0' (was 'None'), kl 'None' (was '2.0')" in error_line(capsys)
+
+
+def test_eval_by_steps(capsys, models, dataset, tmp_path):
+    """How steps are made is settled apart: these methods join rows that are there, and are not mixed."""
+    assert main(evaluation(models, dataset, tmp_path, "best_of_2")) == 0
+    names = "best_of_2,beam_search_2,dvts@best_of_2,tot_1,rap@best_of_2"
+    capsys.readouterr()
+    assert main(evaluation(models, dataset, tmp_path, names)) == 1
+    assert "no step could end, as no tokens of" in error_line(capsys)
+    more = ["--step_delimiter", ";", "--step_width", "2"]
+    assert main(evaluation(models, dataset, tmp_path, names, *more)) == 0
+    table = capsys.readouterr().out
+    for name in names.split(","):
+        assert f"\n{name} " in table
+    assert main(["report", "--output_dir", str(tmp_path)]) == 0
+    assert "rap@best_of_2" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main(evaluation(models, dataset, tmp_path, names, *more[:3], "3")) == 1
+    assert "now step_width '3' (was '2')" in error_line(capsys)
+
+
+def test_eval_of_a_tuned_policy(models, dataset, tmp_path, world, capsys):
+    adapter = ["--adapter", str(world / "adapter")]
+    assert main(evaluation(models, dataset, tmp_path, "greedy")) == 0
+    methods = "greedy,distilled_greedy,distilled_best_of_2"
+    assert main(evaluation(models, dataset, tmp_path, methods, *adapter)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    rewards = {name: [row["reward"] for row in rows if row["method"] == name] for name in methods.split(",")}
+    assert len(rewards["distilled_best_of_2"]) == 12
+    assert len(rewards["greedy"]) == 6 and rewards["greedy"] != rewards["distilled_greedy"]
+    capsys.readouterr()
+    assert main(evaluation(models, dataset, tmp_path, methods, "--adapter", str(world / "policy"))) == 1
+    assert "is not an adapter" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--methods", "greedy,magic"], "unknown method 'magic': known are greedy, best_of_N"),
+        (["--methods", "best_of_0"], "unknown method 'best_of_0'"),
+        (["--methods", "nabla@0"], "unknown method 'nabla@0'"),
+        (["--methods", ","], "no methods"),
+        (["--methods", "nabla@0.3"], "add best_of_16 to the methods"),
+        (["--methods", "distilled_greedy"], "distilled_greedy needs an adapter: give --adapter"),
+        (
+            ["--methods", "reward_weighted_greedy"],
+            "a policy trained by reward-weighted, which recipes/distill.py makes",
+        ),
+        (["--methods", "sft_shuffled"], "unknown method 'sft_shuffled'"),
+        (["--methods", "ppo_greedy"], "unknown method 'ppo_greedy'"),
+        (["--methods", "sft_nabla@0.3"], "the budget of sft_nabla@0.3 is set by best_of_16's FLOPs: add best_of_16"),
+        (["--methods", "nabla", "--solver", "none"], "solver none is the control"),
+        (["--seeds", "1", "1"], "seeds must be distinct"),
+        (["--split", "x", "--dataset", "gsm8k"], "task 'gsm8k' has no split 'x'"),
+    ],
+)
+def test_eval_refuses_in_one_line(capsys, models, dataset, tmp_path, argv, message):
+    assert main(["eval", *models, *dataset, "--output_dir", str(tmp_path), *SEARCH, *argv]) == 1
+    assert message in error_line(capsys)
+
+
+def test_an_adapter_without_a_method_that_uses_it(capsys, models, dataset, tmp_path, world):
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--adapter", str(world / "adapter"))) == 1
+    assert "no distilled_ method that uses it" in error_line(capsys)
+
+
+def test_eval_needs_gold_answers(capsys, models, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "1+2"}', encoding="utf-8")
+    assert main(evaluation(models, ["--dataset", str(tmp_path / "q.jsonl")], tmp_path / "out", "greedy")) == 1
+    assert "no problem has a gold answer" in error_line(capsys)
+
+
+@pytest.mark.parametrize("argv", [[], ["a", "--output_dir", "b"]])
+def test_report_is_of_one_folder(capsys, argv):
+    assert main(["report", *argv]) == 2
+    assert "give one folder, as in nabla-trl report outputs/tiny" in error_line(capsys)
+
+
+def test_report_without_an_evaluation(capsys, tmp_path):
+    assert main(["report", "--output_dir", str(tmp_path)]) == 1
+    assert f"{tmp_path} holds no rows.jsonl: run nabla-trl eval" in error_line(capsys)
+    (tmp_path / "rows.jsonl").write_text("{", encoding="utf-8")
+    (tmp_path / "facts.json").write_text("{}", encoding="utf-8")
+    assert main(["report", "--output_dir", str(tmp_path)]) == 1
+    assert "not JSON" in error_line(capsys)
+
+
+# --- audit --------------------------------------------------------------------------------------------
+
+
+def test_audit_as_table_and_as_json(capsys, models, dataset):
+    argv = ["audit", *models, *dataset, "--audit_samples", "16", "--max_new_tokens", "10"]
+    assert main([*argv, "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == "" and found["problems"] == 6 and list(found["best_of_n"]) == ["1", "2", "4", "8", "16"]
+    assert main(argv) == 0
+    table = capsys.readouterr().out
+    assert f"AUC within problems     {found['auc']:.3f}" in table
+    assert " ".join(found["verdict"].split()) in " ".join(table.split())
+
+
+def test_audit_needs_two_samples(capsys, models, dataset):
+    assert main(["audit", *models, *dataset, "--audit_samples", "1"]) == 1
+    assert "audit_samples must be at least 2" in error_line(capsys)
+
+
+DEEP = ["--audit_samples", "16", "--max_new_tokens", "10", "--gradient", "--points", "direct", "hard"]
+DEEP += ["--swaps", "40", "--pressure", "--rounds", "3"]
+
+
+def test_audit_of_gradient_and_pressure_as_json(capsys, models, dataset, tmp_path):
+    file = tmp_path / "new" / "audit.json"
+    assert main(["audit", *models, *dataset, *DEEP, "--output", str(file), "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == "" and out.count("\n") == 1 and json.loads(file.read_text(encoding="utf-8")) == found
+    assert [found["policy"], found["reward"]] == [models[1], models[3]]
+    assert list(found["gradient"]["points"]) == ["direct", "hard"] and found["gradient"]["swaps"] == 40
+    assert list(found["pressure"]["curves"]) == ["nabla", "control"]
+    assert list(found["pressure"]["curves"]["nabla"]["accuracy"]) == ["0", "1", "2", "3"]
+    assert found["trust"] == found["pressure"]["trust"]
+    assert found["trust"]["samples"] == found["trusted_samples"]
+
+
+def test_what_an_audit_found_is_kept_when_a_later_part_fails(capsys, models, dataset, tmp_path, monkeypatch):
+    def fails(*args):
+        raise ValueError("no pressure today")
+
+    monkeypatch.setattr(audit_command, "_pressure", fails)
+    assert main(["audit", *models, *dataset, *DEEP, "--output", str(tmp_path / "audit.json")]) == 1
+    assert "no pressure today" in error_line(capsys)
+    assert [file.name for file in tmp_path.iterdir()] == ["audit.json"]
+    found = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    assert found["problems"] == 6 and found["gradient"]["swaps"] == 40
+    assert found["pressure"] is found["trust"] is None
+
+
+def test_audit_of_gradient_and_pressure_as_tables(capsys, models, dataset):
+    assert main(["audit", *models, *dataset, *DEEP]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and max(map(len, out.splitlines())) <= 80
+    text = " ".join(out.split())
+    for part in ("gradient point direction", "wrong responses the problems have no step labels", "pressure rounds"):
+        assert part in text
+    assert text.count("verdict: ") == 3 and "trust up to" in text
+
+
+def test_audit_without_pressure_tells_no_trust(capsys, models, dataset):
+    assert main(["audit", *models, *dataset, "--max_new_tokens", "10", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gradient"] is found["pressure"] is found["trust"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--points", "hard", "soft"], "point must be direct, hard, mixture:A[,A…]"),
+        (["--points", "direct+direct"], "or direct+ one of these, not 'direct+direct'"),
+        (["--points", "hard", "hard"], "points must be distinct"),
+        (["--swaps", "0"], "swaps must be at least 1"),
+        (["--rounds", "0"], "rounds must be at least 1"),
+    ],
+)
+def test_audit_options_are_checked_before_models_are_loaded(capsys, dataset, flags, message):
+    assert main(["audit", "--policy", "no/policy", "--reward", "no/reward", *dataset, *flags]) == 1
+    assert message in error_line(capsys)
+
+
+def test_the_view_is_given_what_the_policy_decodes(capsys, models, monkeypatch):
+    """Special tokens never reach the view as text."""
+    seen = []
+    monkeypatch.setattr(console, "show_trace", lambda trace, question, decode, out: seen.append((trace, decode)))
+    assert main(["solve", "1+2", *models, *SEARCH]) == 0
+    trace, decode = seen[0]
+    assert decode(trace.prompt_ids) == "1+2" and decode(trace.response_ids) == trace.response

@@ -1,0 +1,608 @@
+"""Drawing from a vLLM server: what transformers would draw, checked at both ends, and nothing lost on the way."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+import worlds
+from vllm_server import FakeVllm, serving
+
+from nabla_trl.baselines.sampling import draw_pool
+from nabla_trl.cli.main import main
+from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.flops import Meter
+from nabla_trl.models.generation import generate, prompt_caches, random_stream
+from nabla_trl.models.http_client import Client, concurrently
+from nabla_trl.models.options import Sampling
+from nabla_trl.models.policy import Policy
+from nabla_trl.models.requests import Job
+from nabla_trl.models.vllm_backend import connect
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.search.generate_traces import Tally, unfinished, write_traces
+from nabla_trl.search.loop import solve
+from nabla_trl.search.reasoner import NablaReasoner
+from nabla_trl.tasks.problem import Problem
+from nabla_trl.traces.schema import Trace
+from nabla_trl.traces.storage import read_traces
+
+GREEDY = Sampling(temperature=0.0)
+SAMPLED = Sampling()
+ROWS = len(worlds.TOKENS)
+
+
+@pytest.fixture
+def fake(policy: Policy) -> Iterator[FakeVllm]:
+    """A server of the policy that gives as many log-probabilities as there are tokens."""
+    with serving(FakeVllm(policy.model, policy.tokenizer, policy.name, max_logprobs=ROWS)) as server:
+        yield server
+
+
+@pytest.fixture
+def served(policy: Policy, fake: FakeVllm) -> Policy:
+    return _served(policy, fake)
+
+
+def _served(policy: Policy, fake: FakeVllm, **options: Any) -> Policy:
+    """The policy, drawing from the server; the requests of the probe are forgotten."""
+    served = connect(policy, fake.url, **{"retries": 3, "backoff": 0.0, **options})
+    fake.requests.clear()
+    return served
+
+
+def _hasty(served: Policy, timeout: float, retries: int) -> Policy:
+    """The same policy and server, with less patience."""
+    assert served.server is not None
+    client = Client(served.server.client.url, timeout=timeout, retries=retries, backoff=0.0)
+    return replace(served, server=replace(served.server, client=client))
+
+
+def _jobs(policy: Policy, problems: Sequence[Problem], limit: int = 8, draws: int = 1) -> list[Job]:
+    return [
+        Job(p.id, policy.encode(p), random_stream(0, p.id, draw), limit) for p in problems for draw in range(draws)
+    ]
+
+
+def _config(**options: Any) -> ReasonerConfig:
+    return ReasonerConfig(**{"max_new_tokens": 8, "rounds": 3, "candidates": ROWS, **options})
+
+
+def _same(ones: Sequence[Trace], others: Sequence[Trace]) -> None:
+    """The same search: every proposal of it, and what it scored."""
+    for one, other in zip(ones, others, strict=True):
+        for name in ("problem_id", "response_ids", "initial_ids", "stop", "finished", "error"):
+            assert getattr(one, name) == getattr(other, name), name
+        for a, b in zip(one.revisions, other.revisions, strict=True):
+            assert (a.position, a.new, a.suffix, a.accepted) == (b.position, b.new, b.suffix, b.accepted)
+            assert a.reward_after == pytest.approx(b.reward_after, rel=1e-4, abs=1e-4)
+
+
+# --- drafts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
+def test_greedy_drafts_are_those_of_transformers(architecture: str, problems: list[Problem]) -> None:
+    """Ids, stops and the whole table of log-probabilities, with rows of the head that no token has."""
+    policy = worlds.tiny_policy(architecture, vocab=40, seed=3)
+    jobs = _jobs(policy, problems, limit=12)
+    with serving(FakeVllm(policy.model, policy.tokenizer, policy.name, max_logprobs=40)) as fake:
+        drafts = generate(_served(policy, fake), jobs, GREEDY, meter=Meter(), candidates=40, keep_cache=True)
+    expected = generate(policy, jobs, GREEDY, meter=Meter(), candidates=40)
+    assert any(draft.finished for draft in expected)
+    for one, other in zip(drafts, expected, strict=True):
+        assert (one.ids, one.finished) == (other.ids, other.finished)
+        assert one.candidates.shape == other.candidates.shape
+        assert (one.candidates.dtype, one.logp.dtype) == (other.candidates.dtype, other.logp.dtype)
+        assert (one.logp[:, 1:] <= one.logp[:, :-1]).all()
+        by_token = [draft.logp.gather(1, draft.candidates.argsort(dim=-1)) for draft in (one, other)]
+        torch.testing.assert_close(*by_token, rtol=0, atol=1e-4)
+        assert one.kept().shape[3] == 0
+
+
+def test_the_drawn_token_is_a_candidate_and_log_probabilities_are_unwarped(
+    policy: Policy, served: Policy, problems: list[Problem]
+) -> None:
+    """Drawn hot, so that the drawn token is often not among the three likeliest."""
+    strangers = 0
+    for job, draft in zip(
+        _jobs(policy, problems),
+        generate(served, _jobs(policy, problems), Sampling(temperature=2.0), meter=Meter(), candidates=3),
+        strict=True,
+    ):
+        assert draft.candidates.shape == draft.logp.shape == (len(draft.ids), 3)
+        logits = policy.model(torch.tensor([job.prefix + draft.ids])).logits[0, len(job.prefix) - 1 : -1]
+        logp = logits.log_softmax(-1).masked_fill(policy.forbidden, -torch.inf)
+        torch.testing.assert_close(draft.logp, logp.gather(1, draft.candidates), rtol=1e-4, atol=1e-4)
+        for row, drawn in enumerate(draft.ids):
+            assert drawn in draft.candidates[row]
+            strangers += drawn not in logits[row].topk(3).indices
+    assert strangers > 3
+
+
+def test_a_server_draws_no_steps(served: Policy, problems: list[Problem]) -> None:
+    jobs = [replace(job, ends=lambda token: True) for job in _jobs(served, problems)]
+    worlds.refused(lambda: generate(served, jobs, GREEDY, meter=Meter()), "steps", "vllm_url")
+
+
+def test_what_may_be_proposed_does_not_depend_on_the_drawn_token(policy: Policy, fake: FakeVllm) -> None:
+    """… where forbidden tokens are among the server's likeliest, too: only the last place may be the drawn token's."""
+    problem = Problem(id="p", question="1+2")
+    likely = policy.model(torch.tensor([policy.encode(problem)])).logits[0, -1].topk(5).indices
+    forbidden = policy.forbidden.clone()
+    forbidden[likely[[0, 2]]] = True
+    served = _served(replace(policy, forbidden=forbidden), fake)
+    jobs = _jobs(served, [problem], limit=1, draws=30)
+    drafts = generate(served, jobs, Sampling(temperature=2.0), meter=Meter(), candidates=5)
+    drawn = {draft.ids[0] for draft in drafts}
+    assert drawn & set(likely.tolist()) and drawn - set(likely.tolist())
+    allowed = [token for token in likely.tolist() if not forbidden[token]]
+    for draft in drafts:
+        ids, logp = draft.candidates[0], draft.logp[0]
+        assert ids[:-1][logp[:-1].isfinite()].tolist() == allowed
+        assert (ids == draft.ids[0]).sum() == 1 and logp[ids == draft.ids[0]].isfinite().all()
+        assert not logp[forbidden[ids]].isfinite().any()
+
+
+@pytest.mark.parametrize("sampling", [SAMPLED, Sampling(temperature=1.3, top_k=9, top_p=0.95, min_p=0.01)])
+def test_a_draw_does_not_depend_on_batch_order_or_concurrency(
+    policy: Policy, served: Policy, problems: list[Problem], sampling: Sampling
+) -> None:
+    def ids(policy: Policy, order: int = 1, **options: Any) -> list[list[int]]:
+        drafts = generate(policy, _jobs(policy, problems, draws=3)[::order], sampling, meter=Meter(), **options)
+        return [draft.ids for draft in drafts][::order]
+
+    together = ids(served)
+    single = replace(served, server=replace(served.server, concurrency=1))
+    assert len({tuple(row) for row in together}) > 6
+    assert ids(single, order=-1) == ids(served, batch_size=5) == together
+
+
+def test_stop_tokens_and_limits_are_ours(policy: Policy, served: Policy, problems: list[Problem]) -> None:
+    endless = replace(served, stop_ids=frozenset({ROWS}))  # a token that no row of the head has
+    long = generate(endless, _jobs(policy, problems, limit=12), SAMPLED, meter=Meter())
+    assert [len(draft.ids) for draft in long] == [12] * 4 and not any(draft.finished for draft in long)
+    stops = frozenset({long[0].ids[2], long[1].ids[5]})
+    jobs = [replace(job, limit=n) for job, n in zip(_jobs(policy, problems), (12, 12, 1, 4), strict=True)]
+    drafts = generate(replace(served, stop_ids=stops), jobs, SAMPLED, meter=Meter())
+    assert drafts[0].finished and len(drafts[0].ids) <= 3 and len(drafts[2].ids) == 1
+    for whole, draft in zip(long, drafts, strict=True):
+        assert draft.ids == whole.ids[: len(draft.ids)]
+        assert draft.finished == (draft.ids[-1] in stops) and not stops & {*draft.ids[:-1]}
+
+
+def test_nothing_is_left_to_the_servers_defaults(policy: Policy, served: Policy, fake: FakeVllm) -> None:
+    """A generation config may bring its own repetition penalty, filters and stop tokens."""
+    sampling = Sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.01)
+    [job] = _jobs(policy, worlds.tiny_problems(["1+2"]), limit=3)
+    generate(served, [job], sampling, meter=Meter(), candidates=4)
+    [body] = fake.requests
+    assert 0 <= body.pop("seed") < 2**63
+    assert body == {
+        "model": "policy",
+        "prompt": job.prefix,
+        "max_tokens": 3,
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "ignore_eos": True,
+        "stop_token_ids": [policy.tokenizer.eos_token_id],
+        "logit_bias": {str(policy.tokenizer.pad_token_id): -100.0},
+        "logprobs": 4,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+
+
+def test_costs_are_charged_as_for_a_policy_that_draws_here(
+    policy: Policy, served: Policy, problems: list[Problem]
+) -> None:
+    costs = []
+    for one in (policy, served):
+        meter = Meter()
+        prompts = [(problem.id, policy.encode(problem)) for problem in problems]
+        caches = prompt_caches(one, prompts, meter)
+        jobs = [replace(job, cache=cache) for job, cache in zip(_jobs(policy, problems), caches, strict=True)]
+        generate(one, [*jobs, *_jobs(policy, problems)], GREEDY, meter=meter)
+        costs.append(meter.total())
+        assert costs[-1].seconds > 0
+    assert costs[0].tokens == costs[1].tokens and costs[0].flops == costs[1].flops
+
+
+def test_sampling_without_a_stream_is_refused(policy: Policy, served: Policy) -> None:
+    worlds.refused(lambda: generate(served, [Job("q", [1, 2], None, 3)], SAMPLED, meter=Meter()), "random stream")
+
+
+# --- whole methods ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proposals", ["global", "sequential"])
+@pytest.mark.parametrize("solver", ["none", "mirror", "ste"])
+def test_a_greedy_search_is_that_of_transformers(
+    solver: str, proposals: str, policy: Policy, served: Policy, logratio_reward: Reward, problems: list[Problem]
+) -> None:
+    """Every proposal, gradient and score: the search needs nothing of the policy but drafts."""
+    ste = {"steps": 4, "lr": 1.5, "lr_end": 1.0} if solver == "ste" else {}
+    config = _config(solver=solver, proposals=proposals, temperature=0.0, **ste)
+    here, there = (solve(problems, policy=one, reward=logratio_reward, config=config) for one in (policy, served))
+    _same(there, here)
+    assert sum(revision.accepted for trace in here for revision in trace.revisions) > 0
+    assert all(trace.meta["version/vllm"] == "0.32.0" for trace in there)
+    for one, other in zip(there, here, strict=True):
+        tokens = other.cost.tokens | {"policy/prefill": one.cost.tokens["policy/prefill"]}
+        assert one.cost.tokens == tokens
+        more = tokens["policy/prefill"] - other.cost.tokens["policy/prefill"]
+        assert (more > 0) == (solver == "ste")  # its gradient needs the prompt in the policy here
+
+
+@pytest.mark.parametrize("solver", ["none", "mirror", "ste"])
+def test_a_sampled_search_goes_up(
+    solver: str, policy: Policy, served: Policy, scalar_reward: Reward, problems: list[Problem]
+) -> None:
+    config = _config(solver=solver, candidates=8)
+    traces = solve(problems, policy=served, reward=scalar_reward, config=config)
+    assert [trace.error for trace in traces] == [None] * 4
+    assert all(trace.reward >= trace.reward_initial for trace in traces)
+    assert any(revision.accepted for trace in traces for revision in trace.revisions)
+    [alone] = solve(problems[2:3], policy=served, reward=scalar_reward, config=config)
+    _same([alone], traces[2:3])
+
+
+def test_a_pool_holds_distinct_scored_draws(
+    policy: Policy, served: Policy, scalar_reward: Reward, problems: list[Problem]
+) -> None:
+    sampling = Sampling(max_new_tokens=8)
+    pool = draw_pool(problems, 4, policy=served, reward=scalar_reward, sampling=sampling, batch_size=8)
+    for entry in pool.entries:
+        assert len({tuple(draw.ids) for draw in entry.draws}) > 1
+        assert all(-100 < draw.reward < 100 and draw.generation.flops > 0 for draw in entry.draws)
+    traces = solve(problems, policy=served, reward=scalar_reward, config=_config(rounds=1))
+    assert [trace.initial_ids for trace in traces] == [entry.draws[0].ids for entry in pool.entries]
+
+
+def test_a_prompt_that_the_server_has_no_room_for_fails_alone(
+    policy: Policy, fake: FakeVllm, scalar_reward: Reward
+) -> None:
+    fake.context = 48
+    served = _served(policy, fake)
+    assert (policy.context, served.context) == (128, 48)
+    long, short = worlds.tiny_problems(["1+" * 30 + "1", "1+2"])
+    traces = solve([long, short], policy=served, reward=scalar_reward, config=_config(max_new_tokens=64))
+    assert "the context of policy 48" in traces[0].error and traces[1].error is None
+    assert len(traces[1].prompt_ids) + len(traces[1].response_ids) <= 48
+
+
+# --- retries ----------------------------------------------------------------------------------------------
+
+
+def _fail_first(times: int, answer: Any) -> Callable[[int, dict[str, Any]], Any]:
+    return lambda number, body: answer if number <= times else None
+
+
+@pytest.mark.parametrize("answer", [(500, {}), (502, b"<html>"), (503, {}), (429, {}), "hang up"])
+def test_what_may_pass_is_tried_again(
+    answer: Any, policy: Policy, served: Policy, fake: FakeVllm, problems: list[Problem]
+) -> None:
+    undisturbed = generate(served, _jobs(policy, problems), SAMPLED, meter=Meter())
+    fake.requests.clear()
+    fake.before = _fail_first(3, answer)
+    drafts = generate(served, _jobs(policy, problems), SAMPLED, meter=Meter())
+    assert [draft.ids for draft in drafts] == [draft.ids for draft in undisturbed]
+    assert len(fake.requests) == 4 + 3
+
+
+def test_an_answer_that_does_not_come_in_time_is_asked_for_again(served: Policy, fake: FakeVllm) -> None:
+    [expected] = _draw(served)
+    ready, over = (200, {"choices": [fake.complete(fake.requests.pop())]}), Event()
+    fake.before = lambda number, body: "hang up" if number == 1 and over.wait(10) else ready
+    [draft] = _draw(_hasty(served, 0.3, retries=1))
+    over.set()
+    assert draft.ids == expected.ids and fake.requests[0] == fake.requests[1]
+
+
+def test_pauses_double_and_stop_when_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    class Told(Event):  # told to stop in the third pause
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout or 0.0)
+            return len(pauses) == 3
+
+    client = Client(_closed_port(), retries=9, backoff=8.0)
+    with pytest.raises(ConnectionError, match="tried 3 times"):
+        client.call("/v1/models", stop=Told())
+    assert len(pauses) == 3
+    for pause, base in zip(pauses, (8, 16, 32), strict=True):
+        assert min(0.5 * base, 30) <= pause <= min(1.5 * base, 30)
+
+
+def test_the_first_error_stops_what_has_not_begun() -> None:
+    begun: list[int] = []
+
+    def work(item: int, stop: Event) -> int:
+        begun.append(item)
+        if item == 3:
+            raise ValueError("no three")
+        return item
+
+    with pytest.raises(ValueError, match="no three"):
+        concurrently(work, range(100), 1)
+    assert begun == [0, 1, 2, 3]
+
+
+def test_the_error_does_not_wait_for_requests_under_way() -> None:
+    hanging = Event()
+
+    def work(item: int, stop: Event) -> bool:
+        if item:
+            raise ConnectionError("gone")
+        return hanging.wait(60)
+
+    with pytest.raises(ConnectionError, match="gone"):
+        concurrently(work, [0, 1], 2)
+    hanging.set()
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+def _closed_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def _fails(action: Callable[[], Any], *words: str) -> None:
+    """The one-line ConnectionError of `action`, which names all `words`."""
+    with pytest.raises(ConnectionError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value), caught.value
+
+
+def _draw(served: Policy, **options: Any) -> Any:
+    return generate(served, _jobs(served, worlds.tiny_problems(["1+2"])), SAMPLED, meter=Meter(), **options)
+
+
+def test_a_server_that_fails_for_ever(served: Policy, fake: FakeVllm) -> None:
+    fake.before = lambda number, body: (500, {"error": {"message": "EngineCore\nencountered an issue"}})
+    _fails(lambda: _draw(served), fake.url, "status 500 (EngineCore encountered an issue)", "tried 4 times")
+    assert len(fake.requests) == 4
+
+
+def test_a_server_that_never_answers(served: Policy, fake: FakeVllm) -> None:
+    over = Event()
+    fake.before = lambda number, body: "hang up" if over.wait(10) else None
+    hasty = _hasty(served, 0.05, retries=1)
+    _fails(lambda: _draw(hasty), f"{fake.url}/v1/completions", "no answer within 0.05 s", "tried 2 times")
+    over.set()
+
+
+def test_a_server_that_is_not_there(policy: Policy) -> None:
+    url = _closed_port()
+    _fails(lambda: connect(policy, url, retries=0), url, "refused", "tried 1 time")
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost", "http://", "http://[::1", ""])
+def test_what_is_no_url(policy: Policy, url: str) -> None:
+    worlds.refused(lambda: connect(policy, url), repr(url), "URL")
+
+
+def test_a_request_that_is_refused_is_not_sent_again(policy: Policy, served: Policy, fake: FakeVllm) -> None:
+    jobs = _jobs(policy, worlds.tiny_problems(["1+2"]))
+    worlds.refused(
+        lambda: generate(served, jobs, Sampling(temperature=2.5), meter=Meter()), "status 400", "in [0, 2], got 2.5"
+    )
+    assert len(fake.requests) == 1
+
+
+def test_fewer_log_probabilities_than_candidates(served: Policy, fake: FakeVllm) -> None:
+    fake.max_logprobs = 20
+    worlds.refused(lambda: _draw(served, candidates=21), "max allowed: 20", "vllm serve --max-logprobs 21")
+
+
+def test_another_model(policy: Policy, fake: FakeVllm) -> None:
+    fake.name = "Qwen/Qwen3-0.6B"
+    worlds.refused(
+        lambda: connect(policy, fake.url), "serves Qwen/Qwen3-0.6B, not 'policy'", "--served-model-name policy"
+    )
+
+
+@pytest.mark.parametrize("kind", ["permuted", "longer"])
+def test_another_tokenizer(policy: Policy, fake: FakeVllm, kind: str) -> None:
+    if kind == "permuted":
+        fake.tokenizer, _ = worlds.permuted_tokenizer(policy.tokenizer)
+    else:
+        fake.tokenizer = worlds.char_tokenizer((*worlds.TOKENS, "W"))
+    worlds.refused(lambda: connect(policy, fake.url), fake.url, "another tokenizer than policy", "there and", "here")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_weights(policy: Policy, fake: FakeVllm, dtype: torch.dtype) -> None:
+    mine = worlds.tiny_policy(dtype=dtype)
+    fake.model = worlds.tiny_model(seed=7, dtype=dtype)
+    kind = str(dtype).removeprefix("torch.")
+    worlds.refused(lambda: connect(mine, fake.url), f"policy in {kind}", "apart on average", "other weights")
+    fake.model = worlds.tiny_model(dtype=dtype)
+    assert _served(mine, fake).server is not None
+
+
+def test_another_dtype(policy: Policy, fake: FakeVllm) -> None:
+    fake.model = worlds.tiny_model(dtype=torch.bfloat16)
+    worlds.refused(lambda: connect(policy, fake.url), "--dtype float32")
+
+
+def test_processed_log_probabilities(policy: Policy, fake: FakeVllm) -> None:
+    fake.raw = False
+    worlds.refused(lambda: connect(policy, fake.url), "--logprobs-mode raw_logprobs")
+
+
+def _changed(fake: FakeVllm, change: Callable[[dict[str, Any]], None]) -> None:
+    """Have the server's answers changed on their way."""
+
+    def before(number: int, body: dict[str, Any]) -> Any:
+        choice = fake.complete(body)
+        change(choice)
+        return 200, {"choices": [choice]}
+
+    fake.before = before
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no ids": (lambda choice: choice.pop("token_ids"), "does not answer as vLLM does: KeyError 'token_ids'"),
+    "no table": (lambda choice: choice.update(logprobs=None), "does not answer as vLLM does: TypeError"),
+    "ids out of range": (lambda choice: choice["token_ids"].__setitem__(0, 999), "does not answer as vLLM does"),
+    "another prompt": (lambda choice: choice["prompt_token_ids"].insert(0, 1), "prompt that came back"),
+    "cut short": (lambda choice: choice.update(token_ids=[3], finish_reason="abort"), "no stop token (abort)"),
+    "empty": (lambda choice: choice.update(token_ids=[]), "0 of 8 tokens"),
+    "padding": (
+        lambda choice: choice["token_ids"].__setitem__(0, worlds.TOKENS.index(worlds.PAD)),
+        "a token that must not be drawn",
+    ),
+    "logits": (
+        lambda choice: choice["logprobs"]["top_logprobs"][0].update({"token_id:3": 4.5}),
+        "--logprobs-mode must be raw_logprobs",
+    ),
+    "NaN": (lambda choice: choice["logprobs"]["top_logprobs"][0].update({"token_id:3": float("nan")}), "NaN"),
+    "text for ids": (lambda choice: choice["logprobs"]["top_logprobs"][0].update({"+": -0.1}), "'+'"),
+    "short table": (lambda choice: choice["logprobs"]["top_logprobs"].pop(), "of 7 positions came back for 8 tokens"),
+    "few candidates": (
+        lambda choice: choice["logprobs"]["top_logprobs"].__setitem__(0, {"token_id:1": -1.0}),
+        f"1 candidates came back of {ROWS}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_answers_that_are_not_what_was_asked_for(name: str, served: Policy, fake: FakeVllm) -> None:
+    change, words = CHANGES[name]
+    _changed(fake, change)
+    worlds.refused(lambda: _draw(replace(served, stop_ids=frozenset({99})), candidates=ROWS), fake.url, words)
+    assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize("content", [b"<html>nginx</html>", b'{"choices": [', b"", b"\xff\xfe"])
+def test_malformed_json(content: bytes, served: Policy, fake: FakeVllm) -> None:
+    fake.before = lambda number, body: (200, content)
+    worlds.refused(lambda: _draw(served), fake.url, "did not answer in JSON")
+
+
+@pytest.mark.parametrize("answer", [[], {}, {"choices": []}, {"choices": 3}, None, 5])
+def test_json_of_another_kind(answer: Any, served: Policy, fake: FakeVllm) -> None:
+    fake.before = lambda number, body: (200, answer)
+    worlds.refused(lambda: _draw(served), fake.url)
+
+
+def test_another_kind_of_server(policy: Policy, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake, "answer", lambda path, body: (404, {"detail": "Not Found"}))
+    worlds.refused(lambda: connect(policy, fake.url), "/v1/models refused with status 404")
+    monkeypatch.setattr(fake, "answer", lambda path, body: (200, {"models": []}))
+    worlds.refused(lambda: connect(policy, fake.url), "does not answer as vLLM does: no 'data'")
+
+
+def test_a_key_goes_along(policy: Policy, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    _draw(_served(policy, fake))
+    assert fake.headers["Authorization"] == "Bearer sesame"
+
+
+# --- nothing finished is lost -----------------------------------------------------------------------------
+
+
+def test_a_server_that_dies_half_way_loses_nothing_finished(
+    tmp_path: Path, served: Policy, fake: FakeVllm, scalar_reward: Reward, problems: list[Problem]
+) -> None:
+    config = _config(batch_size=2, rounds=2, candidates=8)
+
+    def run(folder: Path, checker: AnswerChecker) -> Tally:
+        todo, settings = unfinished(problems, folder, 0), {"config": config, "seed": 0, "shown": False}
+        return write_traces(todo, folder, policy=served, reward=scalar_reward, checker=checker, **settings)
+
+    with AnswerChecker() as checker:
+        assert run(tmp_path / "whole", checker).traces == 4
+        half = len(fake.requests) // 2 + 1
+        fake.requests.clear()
+        fake.before = lambda number, body: (500, {}) if number > half else None
+        _fails(lambda: run(tmp_path / "torn", checker), "status 500")
+        assert len(read_traces(tmp_path / "torn")) == 2
+        fake.before = lambda number, body: None
+        assert run(tmp_path / "torn", checker).traces == 2
+    by_id = [{t.problem_id: t for t in read_traces(tmp_path / name)} for name in ("torn", "whole")]
+    assert by_id[0].keys() == by_id[1].keys() == {problem.id for problem in problems}
+    _same([by_id[0][p.id] for p in problems], [by_id[1][p.id] for p in problems])
+
+
+# --- commands ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, policy: Policy) -> Path:
+    """policy/, better/ and problems.jsonl."""
+    folder = tmp_path_factory.mktemp("world")
+    for name, seed in (("policy", 0), ("better", 2)):
+        one = worlds.tiny_policy(seed=seed)
+        one.model.save_pretrained(folder / name)
+        one.tokenizer.save_pretrained(folder / name)
+    (folder / "problems.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "7", "answer": "7"}\n')
+    return folder
+
+
+@pytest.fixture
+def options(world: Path, fake: FakeVllm) -> list[str]:
+    fake.name = str(world / "policy")
+    models = ["--policy", fake.name, "--reward", f"logratio:{world / 'better'}", "--vllm_url", f"{fake.url}/v1/"]
+    return [*models, "--rounds", "2", "--max_new_tokens", "6"]
+
+
+def test_solve_draws_from_the_server(capsys, options: list[str], fake: FakeVllm) -> None:
+    assert main(["solve", "1+2", *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["revisions"]) == 2 and found["meta"]["version/vllm"] == "0.32.0"
+    branches = [revision["position"] + 1 < 6 and revision["suffix"][1:] != [] for revision in found["revisions"]]
+    assert len(fake.requests) == 2 + sum(branches)  # the probe, the response, suffixes
+
+
+def test_commands_say_in_one_line_what_is_wrong(capsys, options: list[str], world: Path, fake: FakeVllm) -> None:
+    fake.max_logprobs = 8
+    assert main(["solve", "1+2", *options]) == 1
+    assert "vllm serve --max-logprobs 16" in _error_line(capsys)
+    assert main(["solve", "1+2", *options, "--adapter", "some/adapter"]) == 1
+    assert "leave out --vllm_url or --adapter" in _error_line(capsys)
+
+
+def test_traces_of_two_samplers_do_not_mix(capsys, options: list[str], world: Path, tmp_path: Path) -> None:
+    command = ["traces", *options, "--dataset", str(world / "problems.jsonl"), "--output_dir", str(tmp_path)]
+    assert main(command) == 0
+    made = read_traces(tmp_path / "traces")
+    assert [trace.error for trace in made] == [None, None]
+    capsys.readouterr()
+    at = command.index("--vllm_url")
+    assert main(command[:at] + command[at + 2 :]) == 1
+    assert "sampler None (was 'vllm')" in _error_line(capsys)
+
+
+def test_the_door_for_users_takes_a_server(world: Path, fake: FakeVllm) -> None:
+    fake.name = str(world / "policy")
+    reasoner = NablaReasoner.from_pretrained(
+        fake.name, reward=f"logratio:{world / 'better'}", vllm_url=fake.url, rounds=1, max_new_tokens=4
+    )
+    assert reasoner.solve("1+2").meta["version/vllm"] == "0.32.0"
+    assert len(fake.requests) == 3  # the probe, the response, a branch
+
+
+def _error_line(capsys) -> str:
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err

@@ -1,0 +1,278 @@
+"""The main recipe and the trace command as a user runs them: whole, killed, resumed, and fed nonsense."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from datasets import load_dataset
+
+from nabla_trl.traces.storage import read_traces
+
+ROOT = Path(__file__).parents[2]
+MODELS = ["--policy", "data/tiny/policy", "--reward", "logratio:data/tiny/clean"]
+SEARCH = ["--max_new_tokens", "48", "--sample_min_p", "0.02", "--candidate_min_p", "0.02", "--rounds", "3"]
+METHODS = "greedy,best_of_1,best_of_16,nabla,control,nabla@0.2,control@0.2,reward_model_sampling,sft_greedy"
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(*command: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(*command: str, code: int = 0) -> tuple[str, str]:
+    process = start(*command)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err[-2000:]
+    return out, err
+
+
+def arguments(folder: Path, *options: str) -> list[str]:
+    sizes = ["--train_limit", "24", "--eval_limit", "8", "--audit_problems", "8", "--audit_samples", "8"]
+    steps = ["--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--warmup_steps", "0"]
+    small = ["--output_dir", str(folder), *sizes, *steps, "--methods", METHODS, "--seeds", "0"]
+    return ["--config", "recipes/tiny/logratio.yaml", *small, *options]
+
+
+def distill(folder: Path, *options: str, code: int = 0) -> tuple[str, str]:
+    return run("recipes/distill.py", *arguments(folder, *options), code=code)
+
+
+def distill_here(folder: Path, *options: str) -> None:
+    """The recipe in this process, which is quicker to be refused by."""
+    spec = importlib.util.spec_from_file_location("distill", ROOT / "recipes" / "distill.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["distill"] = module
+    spec.loader.exec_module(module)
+    module.main(arguments(folder, *options))
+
+
+def traces(folder: Path) -> list[str]:
+    where = ["--dataset", "chains", "--output_dir", str(folder), "--limit", "40", "--batch_size", "4"]
+    return ["-m", "nabla_trl.cli.main", "traces", *MODELS, *where, *SEARCH]
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the settings name models relative to it
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("distill")
+    out, _ = distill(folder)
+    assert "audit: the reward ranks" in out
+    return folder
+
+
+def test_the_recipe_writes_what_it_promises(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    for method in METHODS.split(","):
+        for figure in ("accuracy", "flops", "seconds"):
+            entry = summary[f"{figure}.{method}"]
+            assert entry["low"] <= entry["value"] <= entry["high"] and entry["problems"] == 8
+    assert summary["paired.nabla-control"]["problems"] == 8
+    assert {"seconds.setup", "seconds.total", "flops.training.sft", "break_even.sft_greedy-best_of_16"} <= set(summary)
+    report = (finished / "report.md").read_text()
+    assert "reward_model_sampling" in report
+    for name in ("accuracy_flops", "accuracy_seconds"):
+        assert (finished / "plots" / f"{name}.png").stat().st_size > 1000
+    assert len((finished / "rows.jsonl").read_text().splitlines()) == 8 * len(METHODS.split(","))
+
+
+def test_traces_load_with_datasets_and_are_all_there(finished):
+    files = sorted(map(str, (finished / "traces").glob("*.parquet")))
+    table = load_dataset("parquet", data_files=files, split="train", cache_dir=str(finished / "cache"))
+    assert len(table) == 24 == len(read_traces(finished / "traces"))
+    assert set(table["correct"]) <= {True, False}
+
+
+def test_the_adapter_is_not_inert(finished):
+    from nabla_trl.models.loading import load_policy
+
+    load_policy(str(ROOT / "data/tiny/policy"), adapter=str(finished / "trained/sft/adapter"))
+
+
+def test_the_config_of_a_run_gives_the_same_run_again(finished, tmp_path):
+    """Flags and file together, as `--config` takes them: the traces of that folder are taken for its own."""
+    shutil.copytree(finished, tmp_path / "again", dirs_exist_ok=True)
+    options = ["--config", str(tmp_path / "again/config.yaml"), "--output_dir", str(tmp_path / "again")]
+    out, _ = run("recipes/distill.py", *options, "--stages", "traces,train")
+    assert "24 problems are there already" in out and "train sft: it is there already" in out
+
+
+def test_two_processes_make_the_traces_of_one(finished, tmp_path):
+    """No problem twice, none missing, and every trace the same."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/multi_cpu.yaml"]
+    port = ["--main_process_port", "0"]
+    run(*launch, *port, "recipes/distill.py", *arguments(tmp_path, "--stages", "traces", "--audit_problems", "0"))
+    shards = {path.name.split("-")[1] for path in (tmp_path / "traces").glob("*.parquet")}
+    assert shards == {"00000", "00001"}, "both processes wrote"
+    ours, theirs = (
+        {trace.problem_id: trace for trace in read_traces(folder / "traces")} for folder in (tmp_path, finished)
+    )
+    assert len(read_traces(tmp_path / "traces")) == len(ours) == 24
+    for name, trace in theirs.items():
+        assert (ours[name].initial_ids, ours[name].response_ids) == (trace.initial_ids, trace.response_ids)
+        assert [(one.round, one.position, one.suffix, one.accepted) for one in ours[name].revisions] == [
+            (one.round, one.position, one.suffix, one.accepted) for one in trace.revisions
+        ]
+
+
+def test_training_that_changes_nothing_is_refused(finished, tmp_path):
+    shutil.copytree(finished / "traces", tmp_path / "traces")
+    with pytest.raises(ValueError, match="training changed nothing"):
+        distill_here(tmp_path, "--stages", "train", "--warmup_steps", "50", "--max_steps", "1")
+    assert not (tmp_path / "trained/sft/adapter").exists()
+    distill_here(tmp_path, "--stages", "train", "--warmup_steps", "0", "--max_steps", "2")
+    adapter = tmp_path / "trained/sft/adapter/adapter_config.json"
+    assert adapter.exists(), "a failed attempt must not stand in the way"
+
+
+def test_finished_stages_are_skipped(finished):
+    stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
+    rows = (finished / "rows" / "rows-00000.jsonl").read_bytes()
+    out, _ = distill(finished, "--stages", "traces,train,evaluate")
+    assert "24 problems are there already" in out and "train sft: it is there already" in out
+    assert (finished / "rows" / "rows-00000.jsonl").read_bytes() == rows
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")} == stamps
+
+
+def test_other_settings_on_the_same_folder_are_refused(finished):
+    _, err = distill(finished, "--beta", "0.5", "--stages", "traces", code=1)
+    assert "beta '0.5' (was '1.0')" in err.splitlines()[-1]
+
+
+def test_a_finished_adapter_does_not_answer_for_other_training(finished):
+    with pytest.raises(ValueError, match=r"learning_rate '1e-06' \(was '0.002'\)"):
+        distill_here(finished, "--stages", "train", "--learning_rate", "1e-6")
+
+
+def test_seeds_and_methods_can_be_added(finished):
+    before = (finished / "rows" / "rows-00000.jsonl").read_text()
+    distill_here(finished, "--stages", "evaluate", "--seeds", "0", "1", "--methods", "greedy,best_of_1")
+    after = (finished / "rows" / "rows-00000.jsonl").read_text()
+    assert after.startswith(before)
+    added = [json.loads(line) for line in after[len(before) :].splitlines()]
+    assert {(row["method"], row["seed"]) for row in added} == {("best_of_1", 1)}
+
+
+def test_a_reward_that_cannot_be_audited_does_not_stop_the_run(tmp_path):
+    lines = [json.dumps({"question": f"{i}+{i}-1*2+3-1"}) for i in range(5)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines) + "\n")
+    options = ["--stages", "traces", "--dataset", str(tmp_path / "asked.jsonl"), "--eval_dataset", "chains"]
+    distill_here(tmp_path / "out", *options)
+    audited = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert "could not be audited: the audit needs problems with a gold answer" in audited["verdict"]
+    assert len(read_traces(tmp_path / "out" / "traces")) == 5
+    (tmp_path / "asked.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    with pytest.raises(ValueError, match="holds a trace of another problem"):
+        distill_here(tmp_path / "out", *options)
+
+
+def comparable(folder: Path) -> list[tuple]:
+    return [
+        (trace.problem_id, trace.response_ids, [(r.position, r.suffix, r.accepted) for r in trace.revisions])
+        for trace in read_traces(folder / "traces")
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list[tuple]:
+    folder = tmp_path_factory.mktemp("whole")
+    run(*traces(folder))
+    return comparable(folder)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_traces_that_are_interrupted_go_on_where_they_stopped(blow, tmp_path, undisturbed):
+    process = start(*traces(tmp_path))
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("traces/*.parquet"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(blow)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if blow == signal.SIGINT else -9), err[-1000:]
+    done = sum(pq.read_metadata(path).num_rows for path in tmp_path.glob("traces/*.parquet"))
+    assert 0 < done < 40, "interrupted too late to show anything"
+    again = traces(tmp_path)
+    if blow == signal.SIGINT:
+        said = err.splitlines()[-1]
+        assert said.startswith(f"stopped at traces: {done} of 40; to go on: nabla-trl traces ")
+        again = ["-m", "nabla_trl.cli.main", *shlex.split(said)[said.split().index("nabla-trl") + 1 :]]
+    run(*again)
+    assert comparable(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stages", "traces,cook"], "unknown stage 'cook'"),
+        (["--seeds", "1", "1"], "seeds must be distinct"),
+        (["--methods", "nabla@0.3"], "add best_of_16"),
+        (["--policy", "nowhere/at-all"], "nowhere/at-all"),
+        (["--reward", "data/tiny/clean"], "is a causal LM"),
+        (["--dataset", "no-such-task"], "unknown task 'no-such-task'"),
+    ],
+)
+def test_nonsense_is_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        distill_here(tmp_path / "out", *options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refusal_is_one_line_without_a_traceback(tmp_path):
+    _, err = distill(tmp_path / "out", "--stages", "traces,cook", code=1)
+    assert err.strip().splitlines()[-1].startswith("error: unknown stage 'cook'")
+    assert "Traceback" not in err
+
+
+def test_problems_trained_on_cannot_be_held_out(tmp_path):
+    lines = [json.dumps({"question": f"{i}+{i}-1*2+3-1", "answer": "1"}) for i in range(9)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "other.jsonl").write_text(lines[4] + "\n")
+    files = ["--dataset", str(tmp_path / "mine.jsonl"), "--eval_dataset", str(tmp_path / "other.jsonl")]
+    with pytest.raises(ValueError, match=r"held-out problem\(s\) are also trained on"):
+        distill_here(tmp_path / "out", *files)
+
+
+def test_held_out_problems_without_gold_answers_are_refused(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"question": "1+1+1+1+1+1"}\n')
+    with pytest.raises(ValueError, match="no problem has a gold answer"):
+        distill_here(tmp_path / "out", "--eval_dataset", str(tmp_path / "mine.jsonl"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    wanted = {"fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED", "cpu": "NO", "single_gpu": "NO"}
+    found = load_config_from_file(str(path))
+    assert found.distributed_type.value == wanted.get(path.stem, "MULTI_GPU")
+    assert found.num_processes == (1 if wanted.get(path.stem) == "NO" else 2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path):
+    """A probe, a checkpoint and a generation in each step: what one process waits for, the other must come to."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/multi_cpu.yaml"]
+    save = ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4", "--logging_steps", "1"]
+    probe = ["--probe_problems", "8", "--probe_steps", "2", "--stop_on_overoptimisation", "true"]
+    options = ["--method", "sft", "rloo", "--stages", "traces,train", "--audit_problems", "0", *save, *probe]
+    run(*launch, "--main_process_port", "0", "recipes/distill.py", *arguments(tmp_path, *options))
+    for method in ("sft", "rloo"):
+        home = tmp_path / "trained" / method
+        steps = {json.loads(line)["step"] for line in (home / "log.jsonl").read_text().splitlines()}
+        assert steps == {0, 1, 2, 3, 4} and (home / "adapter" / "adapter_config.json").exists()
+        assert json.loads((home / "train.json").read_text())["processes"] == 2

@@ -1,0 +1,167 @@
+"""The ladder of equal budgets: read from rows made up so that the right verdict is known."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import equal_flops
+import pytest
+import step_curve
+import worlds
+
+ROOT = Path(__file__).parents[2]
+SHARES = {
+    "nabla@best_of_4": 0.9,
+    "best_of_4": 0.6,
+    "control@best_of_4": 0.88,
+    "nabla@best_of_8": 0.95,
+    "best_of_8": 0.8,
+}
+
+
+def rows(shares: dict[str, float] = SHARES, problems: int = 100, seeds: int = 2) -> list[dict[str, Any]]:
+    """Methods that solve the first so many problems; best-of-N costs 10 N, others as much as their budget."""
+    made = []
+    for method, share in shares.items():
+        size = int(method.rpartition("_")[2])
+        for problem in range(problems):
+            for seed in range(seeds):
+                made.append(
+                    {
+                        "method": method,
+                        "task": "t",
+                        "problem": f"p{problem}",
+                        "seed": seed,
+                        "correct": problem < share * problems,
+                        "reward": share,
+                        "flops": 10.0 * size * (0.9 if "@" in method else 1.0),
+                        "seconds": 0.1,
+                        "proposals": 4 if "@" in method else 0,
+                        "proposals_accepted": 1 if "@" in method else 0,
+                        "reward_by_round": [],
+                        "error": None,
+                    }
+                )
+    return made
+
+
+RUNGS = {
+    "best_of_4": ["nabla@best_of_4", "best_of_4", "control@best_of_4"],
+    "best_of_8": ["nabla@best_of_8", "best_of_8"],
+}
+
+
+def test_each_rung_compares_ours_with_all_at_one_budget() -> None:
+    low, high = equal_flops.climb(rows(), RUNGS)
+    assert (low.setter, low.budget, high.budget) == ("best_of_4", 40.0, 80.0)
+    ours, best, control = low.entries
+    assert ours.ahead is None and (ours.share, ours.proposed, ours.rejected) == (pytest.approx(0.9), 4.0, 0.75)
+    assert best.ahead.value == pytest.approx(0.3) and best.rejected is None and best.share == 1.0
+    assert control.ahead.value == pytest.approx(0.02)
+    assert low.beaten == ["best_of_4"] and low.unbeaten == ["control@best_of_4"]
+    assert high.beaten == ["best_of_8"]
+    json.dumps([one.to_dict() for one in (low, high)], allow_nan=False)
+
+
+def test_the_verdict_names_what_is_not_beaten_and_the_cheapest_rung() -> None:
+    made = rows()
+    said = equal_flops.verdict(equal_flops.climb(made, RUNGS), made)
+    assert said[0].startswith("best_of_4: nabla@best_of_4 is not ahead beyond chance of control@best_of_4 (+0.020")
+    assert said[1] == "best_of_8: nabla@best_of_8 is ahead of all 1 others, every interval above zero"
+    assert "nabla@best_of_4 scores 0.900, best_of_8 0.800" in said[2] and "at 0.45 of its FLOPs" in said[2]
+    worse = rows(SHARES | {"best_of_8": 1.0})
+    assert equal_flops.verdict(equal_flops.climb(worse, RUNGS), worse)[2] == "at no rung is ours as good as best_of_8"
+
+
+def test_the_page_holds_every_figure() -> None:
+    made = rows()
+    text = equal_flops.page(equal_flops.climb(made, RUNGS), made, "A title", "a command")
+    assert text.startswith("# A title\n\n100 problems, up to 2 seeds")
+    assert "    a command" in text and text.count("| method |") == 2
+    assert "| nabla@best_of_4 | 0.900 [" in text and "| 75% |" in text
+
+
+def test_a_method_without_rows_is_named() -> None:
+    worlds.refused(
+        lambda: equal_flops.climb(rows(), {"best_of_4": ["nabla@best_of_4", "paper@best_of_4"]}), "paper@best_of_4"
+    )
+
+
+# --- the step ----------------------------------------------------------------------------------------------
+
+
+def test_the_curve_of_the_step_tells_hacking_from_help(tmp_path: Path) -> None:
+    shares = {"nabla_lambda_0.1@best_of_8": 0.5, "nabla_lambda_1@best_of_8": 0.9, "nabla_lambda_10@best_of_8": 0.3}
+    made = rows(shares)
+    for row in made:
+        row["reward"] = float(row["method"].split("_")[2].partition("@")[0])
+    names = {float(name.split("_")[2].partition("@")[0]): name for name in shares}
+    curve = step_curve.read(made, names)
+    assert [point.lam for point in curve] == [0.1, 1.0, 10.0]
+    said = step_curve.verdict(curve)
+    assert said.startswith("accuracy is highest, 0.900, at λ = 1; at λ = 10 it is 0.300") and said.endswith("hacked")
+    assert "at no λ tried" in step_curve.verdict(curve[:2])
+    assert step_curve.table(curve).count("\n") == 4
+    step_curve.draw(tmp_path / "plots" / "step.png", curve, "t, 100 problems")
+    assert (tmp_path / "plots" / "step.png").stat().st_size > 10_000
+    worlds.refused(lambda: step_curve.read(made, {3.0: "nabla_lambda_3@best_of_8"}), "nabla_lambda_3")
+
+
+# --- the recipe -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare_recipe", ROOT / "recipes" / "research" / "compare.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compare_recipe"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recipe_compares_on_the_embedded_world(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    argv = ["--config", "recipes/tiny/compare.yaml", "--output_dir", str(tmp_path), "--limit", "4", "--seeds", "0"]
+    argv += ["--samples", "2", "4", "--rivals", "control", "shuffled", "paper", "tot"]
+    argv += ["--lams", "0.3", "3", "--step_delimiter", ";"]
+    recipe.main(argv)
+    page = (tmp_path / "compare.md").read_text()
+    assert page in capsys.readouterr().out
+    assert "## The size of the step" in page and (tmp_path / "step.png").exists()
+    rungs = json.loads((tmp_path / "compare.json").read_text())
+    assert [rung["setter"] for rung in rungs] == ["best_of_2", "best_of_4"]
+    for rung in rungs:
+        names = [entry["method"].partition("@")[0].rstrip("0123456789") for entry in rung["entries"]]
+        assert names[:5] == ["nabla", "best_of_", "weighted_best_of_", "self_consistency_", "greedy"]
+        assert names[5:] == ["control", "shuffled", "paper", "tot"]
+        assert all(entry["share"] < 1.4 for entry in rung["entries"] if not entry["method"].startswith("paper"))
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "rows").iterdir()}
+    recipe.main(argv)  # nothing is made again
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "rows").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--samples", "1"], "samples must be rising numbers"),
+        (["--samples", "8", "4"], "samples must be rising numbers"),
+        (["--rivals", "beam"], "unknown rival 'beam'"),
+        (["--seeds", "0", "0"], "seeds must be distinct"),
+        (["--lams", "0"], "lams must be distinct positive numbers"),
+    ],
+)
+def test_ladders_that_make_no_sense_are_refused(
+    options: list[str], words: str, recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    argv = ["--config", "recipes/tiny/compare.yaml", "--output_dir", str(tmp_path / "out"), *options]
+    worlds.refused(lambda: recipe.main(argv), words)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,57 @@
+"""A reward's README: complete, and true to reward.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nabla_trl.reward_training.card import readme, write_readme
+from nabla_trl.rewards.limits import Trust
+from nabla_trl.rewards.spec import RewardCard
+
+
+def span(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.01, "high": value + 0.01}
+
+
+def a_round(number: int, *, labels: bool = True) -> dict[str, Any]:
+    finding = {"first": span(0.7), "top3": span(0.8), "right_first": span(0.9), "repair": span(0.65)}
+    point = {"finding": finding if labels else None, "sign_telling": span(0.88), "correlation": None}
+    curve = {"accuracy": {"0": span(0.5), "16": span(0.91)}, "reward": {"0": 0.0, "16": 1.0}}
+    return {
+        "round": number,
+        "ranking": {
+            "auc": 0.95,
+            "step_auc": 0.99 if labels else None,
+            "best_of_n": {"1": span(0.5), "64": span(0.93)},
+        },
+        "pressure": {"curves": {"nabla": curve, "control": curve}},
+        "gradient": {"baseline": finding if labels else None, "points": {"mixture:0.5": point}},
+    }
+
+
+def test_the_metadata_is_the_hubs_and_the_figures_are_all_there() -> None:
+    card = RewardCard("scalar", base="b/base", policy="p/policy", trust=Trust(64, 32), point="mixture:0.5")
+    text = readme(RewardCard(**{**vars(card), "rounds": [a_round(0), a_round(1)], "settings": {"seed": "3"}}))
+    _, head, body = text.split("---\n", 2)
+    assert yaml.safe_load(head)["base_model"] == "b/base"
+    assert "best-of-64 and 32 rounds" in body and "follow: mixture:0.5" in body and "- seed: 3" in body
+    assert body.count("| 0.950 | 0.990 | 0.930 [0.920, 0.940] at 64 | 0.910 [0.900, 0.920] at 16 |") == 2
+    assert "| mixture:0.5 | 0.700 [0.690, 0.710] | 0.650 [0.640, 0.660] | 0.880 [0.870, 0.890] |  |" in body
+    assert "| none (entropy, log π) | 0.700" in body
+
+
+@pytest.mark.parametrize("kind", ["scalar", "implicit", "ensemble"])
+def test_a_reward_that_was_not_audited_claims_nothing(kind: str, tmp_path: Path) -> None:
+    own = {"implicit": {"reference": "r"}, "ensemble": {"members": ["a", "b"]}}.get(kind, {})
+    write_readme(tmp_path, RewardCard(kind, base="b", policy="p", **own))
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "Trusted" not in text and "## Measured" not in text and "No gradient" in text
+
+
+def test_without_step_labels_their_cells_are_empty() -> None:
+    text = readme(RewardCard("scalar", base="b", policy="p", rounds=[a_round(0, labels=False)]))
+    assert "| 0 | 0.950 |  | 0.930" in text and "| mixture:0.5 |  |  | 0.880" in text and "entropy, log π" not in text

@@ -1,0 +1,515 @@
+"""reward_training and implicit: what is loaded from the folder is what was trained, for every way of tuning."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import worlds
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel, load_peft_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from trl import DPOConfig, RewardConfig
+
+from nabla_trl.gradient.objectives import Sample
+from nabla_trl.models.flops import Meter
+from nabla_trl.models.loading import load_policy
+from nabla_trl.models.policy import Policy
+from nabla_trl.reward_training import implicit, trainer
+from nabla_trl.reward_training.data import Labelled, choose_pairs, with_candidates
+from nabla_trl.reward_training.implicit import dpo_config, train_implicit
+from nabla_trl.reward_training.labels import TokenLabels
+from nabla_trl.reward_training.trainer import RewardOptions, grown, starting_model, train_reward
+from nabla_trl.rewards.loading import load_reward
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.rewards.spec import RewardCard, write_card
+from nabla_trl.tasks import digit_chains
+from nabla_trl.training.peft import LoraArguments
+
+END = worlds.TOKENS.index(worlds.END)
+LORA = LoraArguments(lora_r=4, lora_alpha=8)
+SMALL = {"width": 64}  # 4-bit weights come in blocks of 64
+
+
+def save(folder: Path, model: PreTrainedModel) -> str:
+    model.save_pretrained(folder)
+    worlds.char_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+pytestmark = pytest.mark.usefixtures("little_to_collect")
+
+
+def responses(policy: Policy, count: int = 5) -> list[Labelled]:
+    """To each of some chains a right response, a wrong one, and one that was cut."""
+    made = []
+    for problem in digit_chains.make_problems("train", count):
+        gold = digit_chains.gold_solution(problem.question)
+        wrong = gold[:-1] + str((int(gold[-1]) + random.Random(problem.id).randint(1, 9)) % 10)
+        made.append(Labelled(worlds.sample(policy, problem, gold), True))
+        made.append(Labelled(worlds.sample(policy, problem, wrong), False))
+        made.append(Labelled(worlds.sample(policy, problem, gold[:9], finished=False), False))
+    known = with_candidates(policy, [one.sample for one in made], 5, 64)
+    return [replace(one, sample=sample) for one, sample in zip(made, known, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def policies(bases: dict[str, str]) -> dict[str, Policy]:
+    return {name: load_policy(base) for name, base in bases.items()}
+
+
+@pytest.fixture(scope="module")
+def data(policies: dict[str, Policy]) -> dict[str, list[Labelled]]:
+    return {name: responses(policy) for name, policy in policies.items()}
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that training ended with, in their order."""
+    models: list[Any] = []
+    write = trainer.save_whole
+
+    def spy(trainer: Any, output: Path) -> None:
+        models.append(trainer.model.eval())
+        write(trainer, output)
+
+    monkeypatch.setattr(trainer, "save_whole", spy)
+    monkeypatch.setattr(implicit, "save_whole", spy)
+    return models
+
+
+def settings(folder: Path, **options: Any) -> RewardConfig:
+    return RewardConfig(str(folder / "trainer"), **worlds.TRAINER | {"max_steps": 3} | options)
+
+
+@pytest.fixture
+def train(
+    policies: dict[str, Policy], data: dict[str, list[Labelled]], bases: dict[str, str], tmp_path: Path
+) -> Callable[..., Any]:
+    """`train_reward` with small defaults; returns what it did."""
+
+    def run(
+        output: Path,
+        *,
+        architecture: str = "llama",
+        start: str | None = None,
+        steps: bool = True,
+        grow: bool = True,
+        config: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        policy = policies[architecture]
+        return train_reward(
+            bases[architecture] if start is None else start,
+            data[architecture],
+            output,
+            policy=policy,
+            options=RewardOptions(**options),
+            lora=LORA,
+            config=settings(tmp_path, **config or {}),
+            dtype="float32",
+            labels=TokenLabels(policy) if steps else None,
+            min_p=0.0,
+            grow=grow,
+        )
+
+    return run
+
+
+@torch.no_grad()
+def plain_scores(model: Any, samples: Sequence[Sample]) -> list[float]:
+    """The classifier's own pooled logits of whole turns."""
+    closed = [one.response if one.response[-1] == END else [*one.response, END] for one in samples]
+    rows = [torch.tensor([one.prompt + ids]) for one, ids in zip(samples, closed, strict=True)]
+    return [float(model(input_ids=row).logits) for row in rows]
+
+
+def scores(reward: Reward, samples: Sequence[Sample]) -> list[float]:
+    return reward.score(samples, reward.prompt_memos(samples, Meter()), meter=Meter())[0]
+
+
+def samples_of(labelled: Sequence[Labelled]) -> list[Sample]:
+    return [one.sample for one in labelled]
+
+
+def spread(values: Sequence[float]) -> float:
+    return max(values) - min(values)
+
+
+# --- scalar rewards ---------------------------------------------------------------------------------------
+
+RUNS = {
+    "llama-full-tokens": {"tuning": "full"},
+    "llama-lora-tokens": {"tuning": "lora"},
+    "llama-full-pairs": {"tuning": "full", "objective": "pairs", "margin": 0.5},
+    "llama-lora-pairs": {"tuning": "lora", "objective": "pairs"},
+    "llama-lora-outcome": {"tuning": "lora", "steps": False},
+    "llama-full-matching": {"tuning": "full", "gradient_matching": 0.1},
+    "llama-lora-matching": {"tuning": "lora", "gradient_matching": 0.1, "steps": False},
+    "llama-full-grown": {"tuning": "full", "grow_layers": 2},
+    "qwen2-lora-tokens": {"tuning": "lora"},
+    "qwen3-full-tokens": {"tuning": "full"},
+    "gpt2-lora-tokens": {"tuning": "lora"},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_folder_scores_as_the_model_that_was_trained(
+    name: str, train: Callable[..., Any], trained: list[Any], data: Any, policies: Any, tmp_path: Path
+) -> None:
+    architecture = name.split("-")[0]
+    done = train(tmp_path / "reward", architecture=architecture, **RUNS[name])
+    assert (done.steps, done.tokens > 0, done.flops > 0) == (3, True, True)
+    reward = load_reward(str(tmp_path / "reward"), policy=policies[architecture])
+    assert reward.kind == "scalar" and (tmp_path / "reward" / "tokenizer_config.json").exists()
+    items = samples_of(data[architecture])
+    wanted = plain_scores(trained[0], items)
+    assert scores(reward, items) == pytest.approx(wanted, rel=1e-4, abs=1e-4) and spread(wanted) > 0.05
+    assert not (tmp_path / "reward.tmp").exists()
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_second_round_goes_on_where_the_first_ended(
+    tuning: str, train: Callable[..., Any], trained: list[Any], data: Any, tmp_path: Path
+) -> None:
+    """Steps too small to move anything leave the first round's scores; a fresh start has another head."""
+    options = {"tuning": tuning, "grow_layers": 1 if tuning == "full" else 0}
+    tiny = {"learning_rate": 1e-7, "seed": 1}
+    train(tmp_path / "first", **options)
+    train(tmp_path / "second", start=str(tmp_path / "first"), grow=False, config=tiny, **options)
+    train(tmp_path / "fresh", config=tiny, **options)
+    first, second, fresh = (plain_scores(model, samples_of(data["llama"])) for model in trained)
+    assert second == pytest.approx(first, abs=1e-3) and second != first
+    assert max(abs(a - b) for a, b in zip(first, fresh, strict=True)) > 0.1
+    if tuning == "full":
+        assert [model.config.num_hidden_layers for model in trained] == [3, 3, 3]
+
+
+def test_rounds_of_an_adapter_stay_adapters_of_the_base(
+    train: Callable[..., Any], bases: dict[str, str], tmp_path: Path
+) -> None:
+    train(tmp_path / "first", tuning="lora")
+    train(tmp_path / "second", start=str(tmp_path / "first"), tuning="lora", grow=False)
+    for name in ("first", "second"):
+        note = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert (note["base_model_name_or_path"], note["task_type"]) == (bases["llama"], "SEQ_CLS")
+    before, after = (load_peft_weights(str(tmp_path / name), device="cpu") for name in ("first", "second"))
+    assert before.keys() == after.keys() and any("score" in key for key in after)
+    assert all(not torch.equal(before[key], after[key]) for key in after if "lora_B" in key or "score" in key)
+
+
+def test_the_seed_decides_what_a_reward_becomes(
+    train: Callable[..., Any], trained: list[Any], data: Any, tmp_path: Path
+) -> None:
+    for number, seed in enumerate((0, 0, 1)):
+        train(tmp_path / str(number), tuning="full", config={"seed": seed})
+    first, again, other = (plain_scores(model, samples_of(data["llama"])) for model in trained)
+    assert first == again
+    assert max(abs(a - b) for a, b in zip(first, other, strict=True)) > 0.1
+
+
+@pytest.mark.parametrize(("tuning", "matching"), [("full", 0.0), ("lora", 0.5), ("qlora", 0.5)])
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    tuning: str, matching: float, train: Callable[..., Any], trained: list[Any], data: Any, tmp_path: Path
+) -> None:
+    """TRL's default; gradient matching differentiates through it twice."""
+    for number, saved in enumerate((False, True)):
+        options = {"tuning": tuning, "gradient_matching": matching, "steps": False}
+        train(tmp_path / str(number), config={"gradient_checkpointing": saved}, **options)
+    plain, saved_ = (plain_scores(model, samples_of(data["llama"])) for model in trained)
+    assert saved_ == pytest.approx(plain, rel=1e-3, abs=1e-3) and spread(plain) > 0.05
+
+
+def test_no_pair_is_dropped_for_its_length(train: Callable[..., Any], tmp_path: Path) -> None:
+    """Rows of tokens are all kept, however long they are."""
+    short = {"max_length": 50}  # some of the responses have more tokens
+    rows = [
+        train(tmp_path / "reward", tuning="full", objective=objective, config=short).rows
+        for objective in ("tokens", "pairs")
+    ]
+    assert rows == [15, 10]
+
+
+def test_costs_grow_with_steps_and_with_what_is_trained(train: Callable[..., Any], tmp_path: Path) -> None:
+    one = train(tmp_path / "a", tuning="lora", config={"max_steps": 1})
+    three = train(tmp_path / "b", tuning="lora")
+    assert (three.tokens, three.flops) == (3 * one.tokens, pytest.approx(3 * one.flops))
+    pairs = train(tmp_path / "c", tuning="lora", objective="pairs")
+    assert (pairs.tokens, pairs.flops) == (2 * three.tokens, pytest.approx(2 * three.flops))
+    assert (three.rows, pairs.rows) == (15, 10)  # per problem three responses, and two pairs with the right one
+
+
+@pytest.mark.parametrize("objective", ["tokens", "pairs"])
+def test_a_training_that_fails_writes_nothing_over_what_was_there(
+    objective: str, train: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "earlier").write_text("kept")
+    common = {"tuning": "full", "objective": objective}
+    wild = {"learning_rate": 1e38}
+    worlds.refused(lambda: train(tmp_path / "reward", config=wild, **common), "nan at step 2", "lower learning_rate")
+    idle = {"learning_rate": 0.0}
+    worlds.refused(lambda: train(tmp_path / "reward", config=idle, **common), "3 steps of training did not change")
+    assert [file.name for file in (tmp_path / "reward").iterdir()] == ["earlier"]
+
+
+def test_a_base_that_cannot_be_loaded_is_refused(train: Callable[..., Any], tmp_path: Path) -> None:
+    worlds.refused(lambda: train(tmp_path / "reward", start="nowhere/at-all"), "nowhere/at-all", "taken for a hub id")
+    two = save(tmp_path / "two", worlds.tiny_model(kind="score", labels=2, **SMALL))
+    worlds.refused(lambda: train(tmp_path / "reward", start=two), two)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "vector"}, ["kind must be one of scalar, implicit", "'vector'"]),
+        ({"objective": "words"}, ["objective must be one of tokens, pairs"]),
+        ({"tuning": "some"}, ["tuning must be one of full, lora, qlora"]),
+        ({"relaxed": 1.5}, ["relaxed must be in [0, 1]"]),
+        ({"relaxed": float("nan")}, ["relaxed must be in [0, 1]"]),
+        ({"gradient_matching": float("inf")}, ["gradient_matching and margin"]),
+        ({"margin": -1.0}, ["gradient_matching and margin"]),
+        ({"draws": 0}, ["draws, pairs_per_problem and members must be at least 1"]),
+        ({"pairs_per_problem": 0}, ["must be at least 1"]),
+        ({"members": 0}, ["must be at least 1"]),
+        ({"grow_layers": -1, "tuning": "full"}, ["grow_layers not negative"]),
+        ({"caution": -1.0}, ["caution must be a number of at least 0"]),
+        ({"implicit_beta": 0.0}, ["implicit_beta a positive number"]),
+        ({"kind": "implicit", "members": 2}, ["an implicit reward is one adapter"]),
+        ({"kind": "implicit", "tuning": "full"}, ["an implicit reward is one adapter"]),
+        ({"objective": "pairs", "gradient_matching": 0.1}, ["gradient_matching belongs to the objective tokens"]),
+        ({"grow_layers": 1, "tuning": "lora"}, ["grow_layers needs tuning full"]),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: list[str]) -> None:
+    worlds.refused(lambda: RewardOptions(**options), *words)
+
+
+# --- growing ----------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[3, 10, 4, 13, 7, 14, 8, END]])
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_new_layers_change_no_score_until_they_are_trained(architecture: str, layers: int) -> None:
+    model = worlds.tiny_model(architecture, kind="score", seed=1)
+    deeper = grown(model, layers).eval()
+    assert model.config.num_hidden_layers == 2 and deeper.config.num_hidden_layers == 2 + layers
+    with torch.no_grad():
+        torch.testing.assert_close(deeper(IDS).logits, model(IDS).logits)
+    deeper(IDS).logits.sum().backward()
+    new = [weight for name, weight in deeper.named_parameters() if ".layers.2." in name and "o_proj.weight" in name]
+    assert new and all(bool(weight.grad.any()) for weight in new), "but they can be"
+    with torch.no_grad():
+        new[0].normal_()
+        assert not torch.allclose(deeper(IDS).logits, model(IDS).logits, atol=1e-3)
+
+
+def test_new_layers_change_no_score_where_output_projections_have_biases() -> None:
+    plain = worlds.tiny_model(kind="score", seed=1)
+    config = deepcopy(plain.config)
+    config.attention_bias = config.mlp_bias = True
+    model = type(plain)(config).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            weight.data.normal_()
+    with torch.no_grad():
+        torch.testing.assert_close(grown(model, 1).eval()(IDS).logits, model(IDS).logits)
+
+
+def test_growing_an_unknown_architecture_is_refused() -> None:
+    model = worlds.tiny_model("gpt2", kind="score")
+    worlds.refused(lambda: grown(model, 1), "grow_layers", "gpt2")
+
+
+# --- QLoRA ------------------------------------------------------------------------------------------------
+
+
+def dequantised(model: PreTrainedModel, base: str) -> PreTrainedModel:
+    """A plain copy of a 4-bit classifier."""
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    own = dict(model.named_modules())
+    count = 0
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if isinstance(module, nn.Linear):
+                source = own[name].base_layer if hasattr(own[name], "base_layer") else own[name]
+                if isinstance(source, Linear4bit):
+                    module.weight.copy_(dequantize_4bit(source.weight.data, source.weight.quant_state))
+                    count += 1
+        head = own["score"]
+        plain.score.weight.copy_(head.modules_to_save["default"].weight)
+    assert count >= 14, "every projection of two layers"
+    return plain.eval()
+
+
+def slope_of(model: Any, embeds: Tensor) -> Tensor:
+    leaf = embeds.detach().requires_grad_(True)
+    return torch.autograd.grad(model(inputs_embeds=leaf).logits.sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_gradients_of_a_four_bit_model_are_those_of_its_dequantised_copy(
+    architecture: str, bases: dict[str, str], tmp_path: Path
+) -> None:
+    """Also after a forward without autograd, before which a CPU with AVX512-BF16 would repack the weights."""
+    base = bases[architecture]
+    options = RewardOptions(tuning="qlora")
+    model = starting_model(base, options, LORA, settings(tmp_path), "float32", grow=True).eval()
+    plain = dequantised(model.get_base_model(), base)
+    embeds = model.get_input_embeddings()(IDS).detach()
+    before = slope_of(model, embeds)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
+    after, wanted = slope_of(model, embeds), slope_of(plain, embeds)
+    assert float(wanted.abs().max()) > 1e-2
+    torch.testing.assert_close(before, wanted, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(after, wanted, atol=1e-4, rtol=1e-3)
+    whole = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    whole.score.weight.data.copy_(plain.score.weight)
+    assert not torch.allclose(slope_of(whole.eval(), embeds), wanted, atol=1e-3), "four bits are not the whole weights"
+
+
+def test_qlora_saves_an_adapter_with_the_head_that_was_trained(
+    train: Callable[..., Any], trained: list[Any], data: Any, policies: Any, bases: Any, tmp_path: Path
+) -> None:
+    """On the dequantised base it scores as the model that was trained; on the whole base, nearly."""
+    train(tmp_path / "reward", tuning="qlora", config={"max_steps": 6})
+    model, items = trained[0], samples_of(data["llama"])
+    wanted = plain_scores(model, items)
+    assert spread(wanted) > 0.05
+    again = PeftModel.from_pretrained(
+        dequantised(model.get_base_model(), bases["llama"]), str(tmp_path / "reward")
+    ).eval()
+    assert plain_scores(again, items) == pytest.approx(wanted, abs=1e-3)
+    weights = load_peft_weights(str(tmp_path / "reward"), device="cpu")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    reward = load_reward(str(tmp_path / "reward"), policy=policies["llama"])
+    assert torch.equal(reward.terms[0].model.score.weight, trained[0].get_base_model().score.weight)
+    near = torch.corrcoef(torch.tensor([wanted, scores(reward, items)]))[0, 1]
+    assert float(near) > 0.7
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        0.05,
+        1e-3,
+    ],
+)
+def test_a_second_round_of_qlora_starts_from_the_first(
+    difference: float, train: Callable[..., Any], trained: list[Any], data: Any, tmp_path: Path
+) -> None:
+    train(tmp_path / "first", tuning="qlora")
+    tiny = {"learning_rate": 1e-7, "seed": 1}
+    train(tmp_path / "second", start=str(tmp_path / "first"), tuning="qlora", grow=False, config=tiny)
+    first, second = (plain_scores(model, samples_of(data["llama"])) for model in trained)
+    assert spread(first) > 0.05 and max(abs(a - b) for a, b in zip(first, second, strict=True)) < difference
+
+
+# --- implicit rewards -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_logp(model: Any, sample: Sample) -> float:
+    logp = model(input_ids=torch.tensor([sample.prompt + sample.response])).logits[0].log_softmax(-1)
+    begin = len(sample.prompt)
+    return float(logp[begin - 1 : -1].gather(1, torch.tensor(sample.response)[:, None]).sum())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_an_implicit_reward_is_the_difference_that_training_made(
+    architecture: str, bases: Any, policies: Any, data: Any, trained: list[Any], tmp_path: Path
+) -> None:
+    """β·(log π_φ − log π_base) by plain forwards; it has come to prefer what it was shown as right."""
+    base, policy, labelled = bases[architecture], policies[architecture], data[architecture]
+    done = train_implicit(
+        base,
+        labelled,
+        tmp_path / "reward",
+        policy=policy,
+        beta=0.3,
+        pairs_per_problem=2,
+        lora=LORA,
+        config=settings(tmp_path, max_steps=12, learning_rate=1e-2),
+        dtype="float32",
+    )
+    assert (done.rows, done.steps, done.tokens > 0, done.flops > 0) == (10, 12, True, True)
+    write_card(tmp_path / "reward", RewardCard(kind="implicit", scale=0.3, reference=base, base=base))
+    reward = load_reward(str(tmp_path / "reward"), policy=policy)
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    items = samples_of(labelled)
+    wanted = [0.3 * (plain_logp(trained[0], one) - plain_logp(plain, one)) for one in items]
+    assert scores(reward, items) == pytest.approx(wanted, rel=1e-3, abs=2e-3) and spread(wanted) > 0.1
+    pairs = choose_pairs(labelled, 2, 0)
+    gaps = [a - b for a, b in zip(*[scores(reward, list(side)) for side in zip(*pairs, strict=True)], strict=True)]
+    assert sum(gaps) / len(gaps) > 0.1 and sum(gap > 0 for gap in gaps) >= 0.8 * len(gaps)
+
+
+def test_an_implicit_reward_needs_pairs_and_a_finite_loss(
+    bases: Any, policies: Any, data: Any, tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {
+        "policy": policies["llama"],
+        "beta": 0.3,
+        "pairs_per_problem": 2,
+        "lora": LORA,
+        "dtype": "float32",
+    }
+    output, right = tmp_path / "reward", [one for one in data["llama"] if one.right]
+    config = settings(tmp_path)
+    worlds.refused(lambda: train_implicit(bases["llama"], right, output, config=config, **common), "both a right and")
+    wild = settings(tmp_path, learning_rate=1e38)
+    act = partial(train_implicit, bases["llama"], data["llama"], output, config=wild, **common)
+    worlds.refused(act, "nan", "lower learning_rate")
+    assert not output.exists()
+
+
+def test_an_implicit_reward_that_learned_nothing_is_refused(
+    bases: Any, policies: Any, data: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError):
+        train_implicit(
+            bases["llama"],
+            data["llama"],
+            tmp_path / "reward",
+            policy=policies["llama"],
+            beta=0.3,
+            pairs_per_problem=2,
+            lora=LORA,
+            config=settings(tmp_path, learning_rate=0.0),
+            dtype="float32",
+        )
+
+
+def test_dpo_takes_over_every_argument_that_both_know(tmp_path: Path) -> None:
+    odd = {
+        "learning_rate": 3e-4,
+        "max_steps": 7,
+        "seed": 11,
+        "weight_decay": 0.2,
+        "warmup_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "gradient_accumulation_steps": 3,
+        "logging_steps": 5,
+        "max_grad_norm": 0.3,
+    }
+    config = settings(tmp_path, **odd)
+    made = dpo_config(config, 0.25)
+    assert made.beta == 0.25
+    known = {option.name for option in fields(RewardConfig)}
+    shared = [option.name for option in fields(DPOConfig) if option.name in known - {"max_length"}]
+    assert set(odd) <= set(shared) and len(shared) > 80
+    for name in shared:
+        assert str(getattr(made, name)) == str(getattr(config, name)), name

@@ -1,0 +1,280 @@
+"""service: requests of many threads, batched, each answered as if it were alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import pytest
+import worlds
+from watched_reward import PATIENCE, Gate, Watched
+
+from nabla_trl.models.policy import Policy
+from nabla_trl.models.prompts import PromptTooLong
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.search.loop import solve
+from nabla_trl.serving.service import SEED, Engine, Failed, Progress, QueueFull, Stopping, request_problem
+from nabla_trl.tasks.problem import Problem
+from nabla_trl.traces.schema import Trace
+
+CONFIG = ReasonerConfig(max_new_tokens=6, rounds=3)
+
+
+@pytest.fixture
+def watched(scalar_reward: Reward) -> Watched:
+    return Watched(scalar_reward)
+
+
+@contextmanager
+def running(policy: Policy, reward: Reward, **options: Any) -> Iterator[Engine]:
+    engine = Engine(policy, reward, **options)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+        engine.join()
+
+
+def problem(question: str, seed: int = 0) -> Problem:
+    return request_problem([{"role": "user", "content": question}], seed)
+
+
+def ask(engine: Engine, question: str, seed: int = 0, config: ReasonerConfig = CONFIG, **more: Any) -> Future[Trace]:
+    return engine.submit(problem(question, seed), config, **more)
+
+
+def answer(future: Future[Trace]) -> Trace:
+    return future.result(PATIENCE)
+
+
+def moves(trace: Trace) -> list[Any]:
+    return [(one.round, one.position, one.new, one.suffix, one.accepted) for one in trace.revisions]
+
+
+def alone(policy: Policy, reward: Reward, one: Problem, config: ReasonerConfig = CONFIG) -> Trace:
+    return solve([one], policy=policy, reward=reward, config=config, seed=SEED)[0]
+
+
+# --- batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_requests_in_a_batch_get_what_each_gets_alone(architecture: str) -> None:
+    policy = worlds.tiny_policy(architecture)
+    reward = Watched(worlds.tiny_scalar(policy, architecture))
+    asked = [(question, seed) for question in worlds.QUESTIONS[:3] for seed in (0, 1, 2)]
+    with running(policy, reward, window=PATIENCE) as engine:  # waits until the batch is full
+        config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=len(asked))
+        traces = [answer(future) for future in [ask(engine, *one, config) for one in asked]]
+    assert len(reward.scored[0]) == len(asked)
+    for one, trace in zip(asked, traces, strict=True):
+        single = alone(policy, reward, problem(*one))
+        assert trace.response_ids == single.response_ids and moves(trace) == moves(single)
+        assert trace.cost.flops == pytest.approx(single.cost.flops, rel=1e-9)
+    assert len({tuple(trace.response_ids) for trace in traces[:3]}) > 1  # seeds differ
+
+
+def test_what_waits_while_a_batch_runs_is_searched_together_by_configuration(policy, watched) -> None:
+    watched.before = gate = Gate("1+2")
+    other = ReasonerConfig(max_new_tokens=6, rounds=1)
+    with running(policy, watched, window=0.0) as engine:
+        first = ask(engine, "1+2")
+        assert gate.reached.wait(PATIENCE)
+        mixed = [ask(engine, f"{n}*{n}", config=other if n % 2 else CONFIG) for n in range(6)]
+        assert engine.load() == (6, 1)
+        gate.opened.set()
+        traces = [answer(future) for future in [first, *mixed]]
+    assert all(trace.error is None for trace in traces)
+    assert ["0*0", "2*2", "4*4"] in watched.scored and ["1*1", "3*3", "5*5"] in watched.scored
+    assert [len(trace.revisions) for trace in traces[1:]] == [3, 1] * 3
+
+
+def test_no_batch_is_larger_than_its_configuration_says(policy, watched) -> None:
+    watched.before = gate = Gate("1+2")
+    small = ReasonerConfig(max_new_tokens=6, rounds=1, batch_size=2)
+    with running(policy, watched, window=0.0) as engine:
+        futures = [ask(engine, "1+2")]
+        assert gate.reached.wait(PATIENCE)
+        futures += [ask(engine, f"{n}*{n}", config=small) for n in range(5)]
+        gate.opened.set()
+        assert all(answer(future).error is None for future in futures)
+    assert max(map(len, watched.scored)) == 2
+
+
+def test_equal_requests_share_one_search(policy, watched) -> None:
+    with running(policy, watched, window=PATIENCE) as engine:
+        pair = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=2)
+        futures = [ask(engine, "1+2", 5, pair) for _ in range(20)] + [ask(engine, "7", 5, pair)]
+        traces = [answer(future) for future in futures]
+    assert all(one is traces[0] for one in traces[:20]) and traces[20] is not traces[0]
+    assert sorted(watched.scored[0]) == ["1+2", "7"]
+
+
+def test_a_trace_comes_once_its_own_search_has_ended(policy, watched) -> None:
+    """Searches with patience end at different times. The last one is held in the round after the one in which the
+    others were seen to have ended; they are there."""
+    config = ReasonerConfig(max_new_tokens=8, rounds=30, patience=2, batch_size=4)
+    rounds = {q: len(alone(policy, watched, problem(q, 1), config).revisions) for q in worlds.QUESTIONS}
+    longest = max(rounds, key=lambda question: rounds[question])
+    assert sorted(rounds.values())[-2] + 1 < rounds[longest]
+    gate, lonely = Gate(longest), count()
+    watched.before = lambda questions: gate(questions) if questions == [longest] and next(lonely) == 1 else None
+    with running(policy, watched, window=PATIENCE) as engine:
+        futures = {question: ask(engine, question, 1, config) for question in worlds.QUESTIONS}
+        for question in rounds.keys() - {longest}:
+            assert len(answer(futures[question]).revisions) == rounds[question]
+        assert not futures[longest].done()
+        gate.opened.set()
+        assert len(answer(futures[longest]).revisions) == rounds[longest]
+
+
+# --- failures ---------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_cannot_be_read_leaves_the_others_untouched(policy, watched) -> None:
+    questions = ["1+2", "what is love", "1" * 200, "7"]
+    with running(policy, watched, window=PATIENCE) as engine:
+        config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=4)
+        futures = [ask(engine, question, config=config) for question in questions]
+        good, unknown, long, last = [future.exception(PATIENCE) for future in futures]
+        assert good is None and last is None
+        assert type(unknown) is ValueError and "does not know some characters" in str(unknown)
+        assert isinstance(long, PromptTooLong) and "context" in str(long)
+    assert answer(futures[0]).response_ids == alone(policy, watched, problem("1+2")).response_ids
+
+
+def test_a_search_that_breaks_breaks_for_the_culprit_alone(policy, watched, caplog) -> None:
+    def broken(questions: list[str]) -> None:
+        if "7" in questions:
+            raise RuntimeError("no such luck")
+
+    watched.before = broken
+    with running(policy, watched, window=PATIENCE) as engine:
+        config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=4)
+        futures = [ask(engine, question, config=config) for question in worlds.QUESTIONS]
+        with pytest.raises(Failed, match="no such luck"):
+            answer(futures[2])
+        others = [answer(futures[index]) for index in (0, 1, 3)]
+    assert "no such luck" in caplog.text
+    watched.before = lambda questions: None
+    for trace, question in zip(others, ("1+2", "3*4-5", "12-3+4*5"), strict=True):
+        assert trace.response_ids == alone(policy, watched, problem(question)).response_ids
+
+
+def test_a_reward_that_is_not_a_number_fails_its_request_alone(policy, scalar_reward) -> None:
+    class Odd(Watched):
+        def score(self, samples: Any, *args: Any, **options: Any) -> Any:
+            values, memos = super().score(samples, *args, **options)
+            pairs = zip(values, samples, strict=True)
+            return [math.nan if one.problem.question == "7" else value for value, one in pairs], memos
+
+    with running(policy, Odd(scalar_reward), window=PATIENCE) as engine:
+        config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=2)
+        good, bad = ask(engine, "1+2", config=config), ask(engine, "7", config=config)
+        with pytest.raises(Failed, match="nan"):
+            answer(bad)
+        assert answer(good).response_ids == alone(policy, scalar_reward, problem("1+2")).response_ids
+
+
+def test_a_drawing_server_that_is_gone_is_asked_once_for_a_batch(policy, watched) -> None:
+    def gone(questions: list[str]) -> None:
+        raise ConnectionError("no answer")
+
+    watched.before = gone
+    with running(policy, watched, window=PATIENCE) as engine:
+        config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=4)
+        for future in [ask(engine, question, config=config) for question in worlds.QUESTIONS]:
+            assert isinstance(future.exception(PATIENCE), Failed)
+    assert len(watched.scored) == 1
+
+
+# --- who waits --------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_request_is_dropped_from_the_queue(policy, watched) -> None:
+    watched.before = gate = Gate("1+2")
+    with running(policy, watched, window=0.0, queue=2) as engine:
+        first = ask(engine, "1+2")
+        assert gate.reached.wait(PATIENCE)
+        dropped, kept = ask(engine, "7"), ask(engine, "9*9")
+        assert dropped.cancel()
+        again = ask(engine, "8*8")  # there is room for it
+        gate.opened.set()
+        assert all(answer(future).error is None for future in (first, kept, again))
+    assert not any("7" in questions for questions in watched.scored)
+
+
+def test_a_cancelled_search_ends_at_the_next_round_and_the_others_go_on(policy, watched) -> None:
+    rounds, gate = count(), Gate("7")
+    watched.before = lambda questions: gate(questions) if "7" in questions and next(rounds) == 2 else None
+    config = ReasonerConfig(max_new_tokens=6, rounds=8, batch_size=2)
+    with running(policy, watched, window=PATIENCE) as engine:
+        going, left = ask(engine, "1+2", config=config), ask(engine, "7", config=config)
+        assert gate.reached.wait(PATIENCE)
+        assert left.cancel() and engine.load() == (0, 1)
+        gate.opened.set()
+        assert len(answer(going).revisions) == 8
+    assert sum("7" in questions for questions in watched.scored) == 3  # the first response and two rounds
+
+
+def test_a_search_goes_on_while_one_of_equal_requests_waits_for_it(policy, watched) -> None:
+    watched.before = gate = Gate("7")
+    config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=2)
+    with running(policy, watched, window=PATIENCE) as engine:
+        left, waits, _ = (ask(engine, question, config=config) for question in ("7", "7", "1+2"))
+        assert gate.reached.wait(PATIENCE) and left.cancel()
+        gate.opened.set()
+        assert len(answer(waits).revisions) == 3
+
+
+def test_more_than_may_wait_are_refused(policy, watched) -> None:
+    watched.before = gate = Gate("1+2")
+    with running(policy, watched, window=0.0, queue=3) as engine:
+        futures = [ask(engine, "1+2")]
+        assert gate.reached.wait(PATIENCE)
+        futures += [ask(engine, f"{n}") for n in range(3)]
+        with pytest.raises(QueueFull, match="3 requests"):
+            ask(engine, "3")
+        gate.opened.set()
+        assert all(answer(future).error is None for future in futures)
+
+
+def test_stopping_finishes_what_runs_and_refuses_what_waits(policy, watched) -> None:
+    watched.before = gate = Gate("1+2")
+    engine = Engine(policy, watched, window=0.0)
+    runs = ask(engine, "1+2")
+    assert gate.reached.wait(PATIENCE)
+    waits = ask(engine, "7")
+    engine.stop()
+    with pytest.raises(Stopping):
+        answer(waits)
+    with pytest.raises(Stopping):
+        ask(engine, "9")
+    assert not engine.alive
+    gate.opened.set()
+    engine.join()
+    assert len(answer(runs).revisions) == 3
+
+
+# --- progress ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"starts": 3, "chains": 2, "branches": 2}])
+def test_progress_tells_of_every_incumbent(policy, watched, options: dict[str, int]) -> None:
+    config = ReasonerConfig(max_new_tokens=8, rounds=6, **options)
+    told: list[Progress] = []
+    with running(policy, watched, window=0.0) as engine:
+        trace = answer(ask(engine, "12-3+4*5", config=config, watch=told.append))
+    accepted = [one for one in trace.revisions if one.accepted]
+    assert accepted
+    own = [one for one in told if one.chain in {p.chain for p in told if p.reward == trace.reward}]
+    assert [(policy.decode(ids), reward) for ids, reward in trace.incumbents()] == [(p.text, p.reward) for p in own]
+    assert own[0].round is None and own[0].reward_before is None
+    expected = [(one.round, one.position, one.reward_before, one.flops) for one in accepted]
+    assert [(p.round, p.position, p.reward_before, p.flops) for p in own[1:]] == expected
+    assert len({one.chain for one in told if one.round is None}) == config.chains

@@ -1,0 +1,312 @@
+"""Tasks by YAML: the benchmarks' columns, rows of any shape to problems, every mistake in one line, versions."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import worlds
+import yaml
+
+from nabla_trl.grading.extraction import extract_answer, strict_answer
+from nabla_trl.tasks.gold_answers import boxed, by_pattern, hashes, integer, plain
+from nabla_trl.tasks.problem import INSTRUCTION, Problem
+from nabla_trl.tasks.registry import load_problems, task_settings, task_version
+from nabla_trl.tasks.yaml_task import benchmarks, find_task, hub_task, read_task
+
+SOLVED = "He sells 9 - 2 = 7 apples.\n#### 7"
+
+
+def bare(problem: Problem) -> Problem:
+    """Without version and chat, which tests of their own look at."""
+    assert problem.version
+    return dataclasses.replace(problem, version="", messages=None)
+
+
+# --- benchmarks -----------------------------------------------------------------------------------
+
+HUB_ROWS: dict[str, tuple[dict[str, Any], Problem]] = {
+    "gsm8k": ({"question": "How many? ", "answer": SOLVED}, Problem("", "How many?", "7", SOLVED)),
+    "math500": (
+        {
+            "problem": "Find $x$.",
+            "solution": r"\boxed{p - q}",
+            "answer": "p - q",
+            "level": 2,
+            "subject": "Algebra",
+        },
+        Problem("", "Find $x$.", "p - q", r"\boxed{p - q}", level="2"),
+    ),
+    "amc": ({"id": 0, "problem": "Find $x$.", "answer": 142.0, "url": ""}, Problem("", "Find $x$.", "142")),
+    "aime24": (
+        {"id": 60, "problem": "Find $x$.", "solution": "It is 25.", "answer": "025", "year": "2024"},
+        Problem("", "Find $x$.", "25", "It is 25."),
+    ),
+    "aime25": ({"problem": "Find $x$.", "answer": "70", "id": "0"}, Problem("", "Find $x$.", "70")),
+}
+
+
+@pytest.mark.parametrize("name", benchmarks())
+def test_hub_rows_become_problems(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    row, expected = HUB_ROWS[name]
+    calls = []
+
+    def load_dataset(path: str, config: str | None, **options: Any) -> Any:
+        calls.append((path, config, options))
+        return datasets.Dataset.from_list([row, row])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    problems = load_problems(name)
+    task = find_task(name)
+    assert calls == [(task.path, task.config, {"split": task.splits["test"], "revision": task.revision})]
+    assert [p.id for p in problems] == [f"{name}/test/0", f"{name}/test/1"]
+    first = problems[0]
+    about = {"task": name, "form": "boxed", "examples": first.examples}
+    assert dataclasses.replace(bare(first), id="") == dataclasses.replace(expected, **about)
+    assert first.version == task.identity() == task_version(name)
+    assert first.chat() == [{"role": "user", "content": f"{expected.question}\n{INSTRUCTION}"}]
+
+
+@pytest.mark.parametrize("name", benchmarks())
+def test_benchmarks_are_pinned_and_their_examples_end_as_asked(name: str) -> None:
+    task = find_task(name)
+    assert task.revision is not None and len(task.revision) == 40
+    assert task.name == name and task.identity().endswith("@" + task.revision[:12])
+    assert len(task.few_shot) == 4
+    for example in task.few_shot:
+        assert strict_answer(example["answer"], "boxed") == extract_answer(example["answer"])
+
+
+def test_the_data_sets_of_a_model_card_are_those_on_the_hub(tmp_path: Path) -> None:
+    gsm8k = hub_task("gsm8k")
+    assert gsm8k is not None and gsm8k.path == "openai/gsm8k"
+    assert hub_task("chains") is hub_task("gone.yaml") is hub_task(described(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("025", "25"), ("142.0", "142"), ("-4.0", "-4"), ("000", "0"), ("2.5", "2.5"), (" ", None)],
+)
+def test_an_integer_is_read_as_one_writes_it(text: str, answer: str | None) -> None:
+    assert integer(text) == (answer, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("a\n#### 1,234", "1234"),
+        ("#### 5", "5"),
+        ("#### 1\n#### 2", "2"),
+        ("a\n####", None),
+        ("#### (1, 2)", "(1, 2)"),
+    ],
+)
+def test_hashes_take_the_last_line(text: str, answer: str | None) -> None:
+    assert hashes(text) == (answer, text)
+
+
+def test_a_text_without_hashes_is_the_answer_itself() -> None:
+    assert hashes(" 3/4 ") == plain(" 3/4 ") == ("3/4", None)
+    assert hashes("####5 is\nno answer line") == ("####5 is\nno answer line", None)
+    assert plain(" ") == (None, None)
+
+
+def test_boxes_and_patterns_give_the_answer_and_the_text_as_solution() -> None:
+    assert boxed(r"so \boxed{\frac{1}{2}}.") == (r"\frac{1}{2}", r"so \boxed{\frac{1}{2}}.")
+    assert boxed("so 3") == (None, "so 3")
+    assert by_pattern(r"Answer: (\w+)")("Answer: B\nAnswer: C.") == ("C", "Answer: B\nAnswer: C.")
+    assert by_pattern(r"\d+")("4 and 5")[0] == "5"
+    assert by_pattern(r"(x)?\d")("4")[0] is None and by_pattern("z")("4")[0] is None
+    worlds.refused(lambda: by_pattern("("), "'('", "no regular expression")
+    worlds.refused(lambda: by_pattern("(a)(b)"), "2 groups")
+
+
+# --- any data set ---------------------------------------------------------------------------------
+
+ROWS = [{"Body": "Ann has 3 pens.", "Ask": "How many?", "Answer": 3.0, "Grade": 2, "Why": "three"}] * 2
+SPEC: dict[str, Any] = {
+    "path": "rows.jsonl",
+    "question": "{{ Body }} {{ Ask }}",
+    "answer": "Answer",
+    "parse": "integer",
+    "level": "Grade",
+    "solution": "Why",
+}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def described(folder: Path, rows: list[dict[str, Any]] = ROWS, **changes: Any) -> str:
+    """A YAML beside its rows; a change to None takes a key out."""
+    write_rows(folder / "rows.jsonl", rows)
+    values = {key: value for key, value in (SPEC | changes).items() if value is not None}
+    path = folder / "pens.yaml"
+    path.write_text(yaml.safe_dump(values), "utf-8")
+    return str(path)
+
+
+def test_a_yaml_makes_problems_of_any_rows(tmp_path: Path) -> None:
+    [problem] = load_problems(described(tmp_path), limit=1)
+    asked = "Ann has 3 pens. How many?"
+    assert bare(problem) == Problem("pens/test/0", asked, "3", "three", task="pens", level="2", form="boxed")
+    assert problem.chat() == [{"role": "user", "content": f"{asked}\n{INSTRUCTION}"}]
+
+
+def test_prompt_examples_and_stops_are_as_the_yaml_says(tmp_path: Path) -> None:
+    (tmp_path / "shown.yaml").write_text("- {question: '1+1?', answer: \"It is 2.\\n#### 2\"}\n")
+    path = described(
+        tmp_path,
+        prompt="Grade {{ Grade }}: {{ question }} {{ instruction }}",
+        instruction="End with '#### n'.",
+        few_shot="shown.yaml",
+        stop=["Ask:"],
+        name="own",
+    )
+    [problem] = load_problems(path, limit=1)
+    assert problem.chat()[0]["content"] == "Grade 2: Ann has 3 pens. How many? End with '#### n'."
+    assert (problem.form, problem.stop, problem.task) == ("hashes", ("Ask:",), "own")
+    assert problem.examples == (("1+1?", "It is 2.\n#### 2"),)
+    [silent] = load_problems(described(tmp_path, instruction=""), limit=1)
+    assert silent.messages is None and silent.form is None
+
+
+def test_parquet_and_folders_of_splits_are_read_too(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "data" / "a.parquet")
+    write_rows(tmp_path / "data" / "b.jsonl", [ROWS[0] | {"Body": "Bo has 5."}])
+    path = described(tmp_path, path="data", splits={"train": "a.parquet", "test": "b.jsonl"})
+    assert [p.id for p in load_problems(path, split="train")] == ["pens/train/0", "pens/train/1"]
+    assert [p.question for p in load_problems(path)] == ["Bo has 5. How many?"]
+    worlds.refused(lambda: load_problems(path, split="dev"), "'pens' has no split 'dev': it has", "train")
+
+
+def test_splits_of_a_folder_may_lie_deeper_and_share_a_file(tmp_path: Path) -> None:
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    write_rows(tmp_path / "data" / "sub" / "a.jsonl", [ROWS[0] | {"Grade": None, "Why": None}])
+    path = described(tmp_path, path="data", splits={"train": "sub/a.jsonl", "test": "sub/a.jsonl"})
+    [problem] = load_problems(path)
+    assert (problem.id, problem.level, problem.solution) == ("pens/test/0", None, None)
+    assert bare(problem) == dataclasses.replace(bare(load_problems(path, split="train")[0]), id="pens/test/0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"splits": {"test": "rows.jsonl"}}, "rows.jsonl is a file, which is one split"),
+        ({"path": "gone.jsonl"}, "there is no file gone.jsonl"),
+        ({"path": "data"}, "splits are needed"),
+        ({"path": "data", "splits": {"test": "gone.jsonl"}}, "gone.jsonl"),
+        ({"path": "pens.yaml"}, "pens.yaml must end in one of"),
+    ],
+)
+def test_local_data_that_are_not_there_are_named(changes: dict, words: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    message = worlds.refused(lambda: load_problems(described(tmp_path, **changes)), words)
+    assert "unpack" not in message
+
+
+def test_a_hub_task_by_yaml_asks_for_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(*args: Any, **options: Any) -> Any:
+        calls.append((args, options))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    path = described(tmp_path, path="org/pens", revision="abc", config="main", splits={"test": "validation"})
+    assert len(load_problems(path)) == 2
+    assert calls == [(("org/pens", "main"), {"split": "validation", "revision": "abc"})]
+    assert task_version(path).endswith("@abc")
+
+
+def test_an_answer_that_is_missing_is_none(tmp_path: Path) -> None:
+    assert [p.answer for p in load_problems(described(tmp_path, [ROWS[0], ROWS[0] | {"Answer": None}]))] == ["3", None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quesion": "Body"}, ["unknown key 'quesion'", "did you mean question"]),
+        ({"question": None}, ["question must be given"]),
+        ({"stop": "Q:"}, ["stop must be a list"]),
+        ({"parse": "number"}, ["parse must be one of plain, hashes, boxed, integer, regex"]),
+        ({"parse": "regex"}, ["pattern"]),
+        ({"parse": "regex", "pattern": "("}, ["'('", "no regular expression"]),
+        ({"pattern": "a"}, ["pattern belongs to parse: regex"]),
+        ({"form": "latex"}, ["form must be one of boxed, hashes, hash"]),
+        ({"question": "{{ Body"}, ["cannot read the template '{{ Body'"]),
+        ({"splits": ["test"]}, ["splits must map"]),
+        ({"path": "org/name"}, ["splits are needed"]),
+        ({"few_shot": [{"question": "1+1?"}]}, ["few_shot, example 1", "a question and an answer"]),
+        ({"few_shot": [{"question": "1+1?", "answer": "It is 2."}]}, ["example 1", "no answer", "boxed"]),
+        ({"few_shot": "none.yaml"}, ["few_shot: cannot read", "none.yaml", "No such file"]),
+        ({"stop": [""]}, ["stop must not hold an empty string"]),
+        ({"version": "two"}, ["version must be a whole number"]),
+    ],
+)
+def test_a_bad_description_is_named_in_one_line(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+    path = described(tmp_path, **changes)
+    worlds.refused(lambda: load_problems(path), path, *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"level": "grade"}, ["'pens': no column grade; there are Body, Ask, Answer, Grade, Why"]),
+        ({"question": "{{ Body }} {{ ask }}"}, ["no column ask"]),
+        ({"prompt": "{{ question }} {{ hint }}"}, ["no column hint"]),
+        ({"question": "{{ Body / 0 }}"}, ["row 0", "{{ Body / 0 }}", "fails"]),
+        ({"question": "{{ Body.__class__.__mro__ }}"}, ["row 0", "unsafe"]),
+        ({"question": "{% if Grade == 3 %}x{% endif %}"}, ["row 0", "the question is empty"]),
+        ({"path": "rows.xlsx"}, ["could not be read", ".jsonl"]),
+    ],
+)
+def test_what_does_not_fit_the_rows_is_named_in_one_line(
+    tmp_path: Path, changes: dict[str, Any], words: list[str]
+) -> None:
+    (tmp_path / "rows.xlsx").write_text("no table")
+    path = described(tmp_path, **changes)
+    worlds.refused(lambda: load_problems(path), *words)
+
+
+def test_files_that_describe_nothing(tmp_path: Path) -> None:
+    worlds.refused(lambda: load_problems(str(tmp_path / "none.yaml")), "none.yaml", "No such file")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    worlds.refused(lambda: load_problems(str(tmp_path / "list.yaml")), "must hold a mapping")
+
+
+def test_versions_change_with_data_prompt_and_number_and_with_nothing_else(tmp_path: Path) -> None:
+    base = task_version(described(tmp_path))
+    assert [p.version for p in load_problems(described(tmp_path))] == [base, base]
+    (tmp_path / "elsewhere").mkdir()
+    assert task_version(described(tmp_path / "elsewhere")) == base
+    others = [
+        task_version(described(tmp_path, ROWS[:1])),
+        task_version(described(tmp_path, instruction="Think.")),
+        task_version(described(tmp_path, version=2)),
+        task_version(described(tmp_path, stop=["Q:"])),
+    ]
+    assert len({base, *others}) == 5
+
+
+def test_versions_of_files_and_chains(tmp_path: Path) -> None:
+    lines = tmp_path / "n.jsonl"
+    write_rows(lines, [{"question": "1+1?"}])
+    before = task_version(str(lines))
+    assert load_problems(str(lines))[0].version == before
+    write_rows(lines, [{"question": "1+2?"}])
+    assert task_version(str(lines)) != before
+    [problem] = load_problems("chains", limit=1)
+    assert task_settings("chains") == {"dataset": "chains", "task_version": problem.version}
+    worlds.refused(lambda: task_version(str(tmp_path / "none.jsonl")), "none.jsonl", "No such file")
+
+
+def test_the_example_among_the_recipes_can_be_read() -> None:
+    task = read_task(Path(__file__).parents[2] / "recipes" / "tasks" / "svamp.yaml")
+    assert task.asked() == "boxed" and task.few_shot and not task.local

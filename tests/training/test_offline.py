@@ -1,0 +1,750 @@
+"""Training: the same weights, interrupted or not; ids as they are; nothing lost when it is stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import worlds
+import yaml
+from accelerate import PartialState
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import load_peft_weights
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig
+
+from nabla_trl.gradient.objectives import Sample
+from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.flops import Meter
+from nabla_trl.models.loading import load_policy
+from nabla_trl.models.options import Sampling
+from nabla_trl.models.policy import Policy
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.search.loop import solve
+from nabla_trl.tasks.problem import Problem
+from nabla_trl.traces.datasets import Rows, preference_rows, sft_rows, weighted_rows
+from nabla_trl.traces.schema import Trace
+from nabla_trl.traces.storage import TraceWriter
+from nabla_trl.training import callbacks as probe_room
+from nabla_trl.training import offline as offline_module
+from nabla_trl.training.callbacks import Probe, Reading, decoding, overoptimised
+from nabla_trl.training.checkpoints import traces_hash
+from nabla_trl.training.offline import Trained, TrainOptions, check_tokenizer, select_rows, train_on_traces
+from nabla_trl.training.online import RewardScorer, train_online
+from nabla_trl.training.peft import LoraArguments, last_checkpoint, load_trainable
+from nabla_trl.training.stage import TrainStage
+from nabla_trl.training.trainers import CONSTANT_STEPS
+
+LORA = LoraArguments(lora_r=4, lora_alpha=8)
+SAMPLING = Sampling(max_new_tokens=6)
+SEARCH = ReasonerConfig(beta=1.0, rounds=6, max_new_tokens=12, candidates=8, point="hard")
+
+
+pytestmark = pytest.mark.usefixtures("little_to_collect")
+
+
+@pytest.fixture(scope="module")
+def base(bases: dict[str, str]) -> Policy:
+    return load_policy(bases["llama"])
+
+
+@pytest.fixture(scope="module")
+def reward(base: Policy) -> Reward:
+    return worlds.tiny_scalar(base)
+
+
+@pytest.fixture(scope="module")
+def traces(base: Policy, reward: Reward) -> list[Trace]:
+    made = solve(worlds.tiny_problems(), policy=base, reward=reward, config=SEARCH)
+    return [replace(trace, finished=True) if trace.response_ids else trace for trace in made]
+
+
+def settings(folder: Path, **options: Any) -> SFTConfig:
+    return SFTConfig(str(folder / "trainer"), **worlds.TRAINER | {"max_steps": 4, "logging_steps": 1} | options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    if (folder / "adapter_config.json").exists():
+        return load_peft_weights(str(folder), device="cpu")
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def offline(method: str, policy: str, found: Rows, folder: Path, tuning: str = "lora", **options: Any) -> Trained:
+    return train_on_traces(
+        method,
+        policy,
+        found,
+        folder / "out",
+        beta=1.0,
+        tuning=tuning,
+        lora=LORA,
+        config=settings(folder, **options),
+        dtype="float32",
+    )
+
+
+def online(
+    method: str,
+    base: Policy,
+    reward: Reward,
+    folder: Path,
+    *,
+    tuning: str = "lora",
+    probe: Probe | None = None,
+    problems: Sequence[Problem] | None = None,
+    online_reward: str = "reward",
+    **options: Any,
+) -> Trained:
+    with AnswerChecker() as checker:
+        return train_online(
+            method,
+            base,
+            worlds.tiny_problems() if problems is None else problems,
+            folder / "out",
+            reward=reward,
+            checker=checker,
+            beta=0.5,
+            sampling=SAMPLING,
+            options=TrainOptions(tuning=tuning, num_generations=4, online_reward=online_reward),
+            lora=LORA,
+            config=settings(folder, **{"per_device_train_batch_size": 8, **options}),
+            dtype="float32",
+            probe=probe,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ rows
+
+
+def test_selections_of_a_search(traces: list[Trace]) -> None:
+    again = [replace(trace, seed=1, reward=trace.reward - 1, revisions=[]) for trace in traces]
+    again = [replace(trace, initial_ids=trace.response_ids) for trace in again]
+    best, skipped = sft_rows([*traces, *again], "best")
+    assert len(best) == len(traces) and skipped["not the best"] == len(traces)
+    for row, trace in zip(best, traces, strict=True):
+        assert row["input_ids"] == trace.prompt_ids + trace.response_ids
+    improved, _ = sft_rows(traces, "improved", unfinished=True)
+    assert len(improved) == sum(revision.accepted for trace in traces for revision in trace.revisions)
+    samples, _ = sft_rows([*traces, *again], "samples")
+    assert len(samples) == 2 * len(traces)
+
+
+def test_an_unfinished_step_on_the_way_is_not_trained_on(traces: list[Trace]) -> None:
+    """States between the first and the last are responses of their own: those without an end are left out."""
+    ends = {trace.response_ids[-1] for trace in traces}
+    rows, skipped = sft_rows(traces, "improved")
+    assert all(row["input_ids"][-1] in ends for row in rows)
+    whole, _ = sft_rows(traces, "improved", unfinished=True)
+    assert len(rows) + skipped["unfinished"] == len(whole)
+
+
+def test_what_the_reward_could_not_read_is_not_trained_on(traces: list[Trace]) -> None:
+    """Its weight would be exp(−∞), and not a number where a problem has nothing else."""
+    unread = [replace(trace, reward=-math.inf, reward_initial=-math.inf, revisions=[]) for trace in traces[:1]]
+    made = [*unread, *traces[1:]]
+    for found in (sft_rows(made), sft_rows(made, "samples"), weighted_rows(made, 1.0)):
+        assert found.skipped["unreadable"] == 1
+        assert all(math.isfinite(row.get("weight", 1.0)) for row in found.rows) and found.rows
+
+
+def test_weights_are_those_of_importance_sampling(traces: list[Trace]) -> None:
+    rows, _ = weighted_rows(traces, beta=0.5, unfinished=True)
+    index = 0
+    for trace in traces:
+        rewards = torch.tensor([reward for ids, reward in trace.incumbents() if ids], dtype=torch.float64)
+        wanted = (rewards / 0.5).softmax(0) * len(rewards)
+        got = [row["weight"] for row in rows[index : index + len(rewards)]]
+        assert got == pytest.approx(wanted.tolist(), rel=1e-9)
+        index += len(rewards)
+    assert index == len(rows)
+
+
+# -------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tuning"),
+    [*product(worlds.ARCHITECTURES, ["lora", "full"]), ("llama", "qlora")],
+)
+def test_what_is_saved_is_what_was_trained(
+    architecture: str, tuning: str, bases: dict[str, str], traces: list[Trace], tmp_path: Path
+) -> None:
+    found = sft_rows(traces)
+    before = _likelihood(load_policy(bases[architecture]), found)
+    made = offline("sft", bases[architecture], found, tmp_path, tuning, max_steps=8)
+    output = tmp_path / "out"
+    tuned = load_policy(str(output)) if tuning == "full" else load_policy(bases[architecture], adapter=str(output))
+    assert _likelihood(tuned, found) > before + 0.5
+    assert made.steps == 8 and made.flops > 0 and made.tokens > 0
+    assert (tmp_path / "log.jsonl").read_text().count("\n") >= 8
+
+
+def test_gradients_of_a_four_bit_policy_are_those_of_its_dequantised_copy(
+    bases: dict[str, str], tmp_path: Path
+) -> None:
+    """Also after a forward without autograd, before which a CPU with AVX512-BF16 would repack the weights."""
+    four = load_trainable(bases["llama"], tuning="qlora", dtype="float32", config=settings(tmp_path)).eval()
+    plain = AutoModelForCausalLM.from_pretrained(bases["llama"]).eval()
+    own, count = dict(four.named_modules()), 0
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if isinstance(own[name], Linear4bit):
+                module.weight.copy_(dequantize_4bit(own[name].weight.data, own[name].weight.quant_state))
+                count += 1
+    assert count == 14, "every projection of two layers, and not the head"
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(four(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
+    slopes = []
+    for model in (four, plain):
+        leaf = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        loss = model(inputs_embeds=leaf).logits.log_softmax(-1)[..., 3].sum()
+        slopes.append(torch.autograd.grad(loss, leaf)[0])
+    assert float(slopes[1].abs().max()) > 1e-2
+    torch.testing.assert_close(slopes[0], slopes[1], atol=1e-4, rtol=1e-3)
+
+
+def _likelihood(policy: Policy, found: Rows) -> float:
+    """Mean log-likelihood of the trained tokens."""
+    total = count = 0.0
+    for row in found.rows:
+        ids = torch.tensor([row["input_ids"]])
+        logp = policy.model(ids).logits[0, :-1].log_softmax(-1)
+        picked = logp.gather(1, ids[0, 1:, None]).squeeze(1)[[label != -100 for label in row["labels"][1:]]]
+        total, count = total + float(picked.detach().sum()), count + len(picked)
+    return total / count
+
+
+def test_weights_of_one_are_plain_sft(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
+    plain = sft_rows(traces, "samples")
+    weighted = Rows([row | {"weight": 1.0} for row in plain.rows], plain.skipped)
+    sgd = {"optim": "sgd"}  # Adam makes large differences of small ones
+    offline("sft", bases["llama"], plain, tmp_path / "plain", "full", **sgd)
+    offline("reward-weighted", bases["llama"], weighted, tmp_path / "weighted", "full", **sgd)
+    ours, theirs = weights(tmp_path / "plain" / "out"), weights(tmp_path / "weighted" / "out")
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_weight_zero_do_not_count(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
+    rows = [row | {"weight": 1.0} for row in sft_rows(traces).rows]
+    other = [row | {"weight": 0.0} for row in sft_rows(traces).rows]
+    for row in other:
+        row["labels"] = [label if label == -100 else (label + 1) % 20 for label in row["labels"]]
+    half = len(rows) // 2
+    kept = [row | {"weight": 0.0} if index >= half else row for index, row in enumerate(rows)]
+    mixed = [other[index] if index >= half else row for index, row in enumerate(rows)]
+    options = {"max_steps": 1, "per_device_train_batch_size": len(rows), "optim": "sgd"}
+    for name, some in (("kept", kept), ("mixed", mixed)):
+        found = Rows(some, sft_rows(traces).skipped)
+        offline("reward-weighted", bases["llama"], found, tmp_path / name, "full", **options)
+    assert same(tmp_path / "kept" / "out", tmp_path / "mixed" / "out")
+
+
+def test_a_response_is_not_cut(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
+    """What is longer than max_length is left out and counted: half a response teaches not to end."""
+    found = sft_rows(traces, "improved")
+    lengths = sorted(len(row["input_ids"]) for row in found.rows)
+    longest = lengths[len(lengths) // 2]
+    short = Rows([row for row in found.rows if len(row["input_ids"]) <= longest], found.skipped)
+    left_out = len(found.rows) - len(short.rows)
+    assert short.rows and left_out
+    made = offline("sft", bases["llama"], found, tmp_path / "limited", max_length=longest)
+    assert (made.rows, made.skipped["longer than max_length"]) == (len(short.rows), left_out)
+    offline("sft", bases["llama"], short, tmp_path / "short")
+    assert same(tmp_path / "limited" / "out", tmp_path / "short" / "out")
+    worlds.refused(
+        lambda: offline("sft", bases["llama"], found, tmp_path / "none", max_length=3), "longer than max_length 3"
+    )
+
+
+def test_dpo_prefers_what_the_reward_preferred(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
+    found = preference_rows(traces)
+    offline("dpo", bases["llama"], found, tmp_path, max_steps=12)
+    before, after = load_policy(bases["llama"]), load_policy(bases["llama"], adapter=str(tmp_path / "out"))
+    assert _margin(after, found) > _margin(before, found)
+
+
+def _margin(policy: Policy, found: Rows) -> float:
+    total = 0.0
+    for row in found.rows:
+        for sign, name in ((1, "chosen_ids"), (-1, "rejected_ids")):
+            ids = torch.tensor([row["prompt_ids"] + row[name]])
+            logp = policy.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            total += sign * float(logp[len(row["prompt_ids"]) - 1 :].detach().sum())
+    return total
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_online_training_raises_the_reward(
+    method: str, tuning: str, base: Policy, reward: Reward, tmp_path: Path
+) -> None:
+    made = online(method, base, reward, tmp_path, tuning=tuning, max_steps=20, learning_rate=1e-2)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rewards = [entry["rewards/reward/mean"] for entry in log if "rewards/reward/mean" in entry]
+    assert sum(rewards[-4:]) > sum(rewards[:4])  # two steps go once through all problems
+    assert all({"kl", "completions/clipped_ratio", "frac_reward_zero_std"} <= set(log[step]) for step in range(20))
+    assert made.facts["responses"] == 20 * 8 and made.epochs == 10 and made.flops > 0
+
+
+def test_the_rewards_of_training_are_those_of_the_search(base: Policy, reward: Reward) -> None:
+    problems = {problem.id: problem for problem in worlds.tiny_problems()}
+    encoded = {name: base.encode(problem) for name, problem in problems.items()}
+    scorer = RewardScorer(reward, problems, encoded)
+    prompts = ["q1", "q0", "q1", "q2"]
+    responses = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    samples = [Sample(problems[name], encoded[name], ids) for name, ids in zip(prompts, responses, strict=True)]
+    wanted, _ = reward.score(samples, reward.prompt_memos(samples, Meter()), meter=Meter())
+    assert scorer(prompts, responses) == pytest.approx(wanted, rel=1e-6)
+    assert scorer.flops() > 0
+
+
+def test_the_terms_of_a_reward_are_logged_apart(base: Policy, tmp_path: Path) -> None:
+    reward = worlds.tiny_logratio(base)
+    online("rloo", base, reward, tmp_path, max_steps=2)
+    entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    parts = entry["rewards/reward/term_0"] - entry["rewards/reward/term_1"]
+    assert parts == pytest.approx(entry["rewards/reward/mean"], rel=1e-4)
+
+
+def test_a_verifier_can_be_the_reward(base: Policy, reward: Reward, tmp_path: Path) -> None:
+    problems = [replace(problem, answer="7") for problem in worlds.tiny_problems()]
+    blank = [replace(problems[0], id="blank", answer=None)]
+    made = online("rloo", base, reward, tmp_path, problems=problems + blank, online_reward="verifier", max_steps=12)
+    assert made.rows == len(problems) and made.skipped == {"no gold answer": 1}
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all(0 <= entry["rewards/verifier/mean"] <= 1 for entry in log if "rewards/verifier/mean" in entry)
+    assert made.facts["groups_without_variance"] > 0  # a random policy is hardly ever right, and that is no error
+
+
+# ------------------------------------------------------------------------------------- stopped and gone on
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Ends a training once the checkpoint of a step is written."""
+
+    def arm(step: int) -> None:
+        save = offline_module.Clock.on_save
+
+        def saved(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            save(self, args, state, control, **kwargs)
+            if state.global_step == step:
+                raise Killed
+
+        monkeypatch.setattr(offline_module.Clock, "on_save", saved)
+
+    return arm
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "rloo"])
+def test_a_resumed_training_ends_with_the_same_weights(
+    method: str,
+    bases: dict[str, str],
+    base: Policy,
+    reward: Reward,
+    traces: list[Trace],
+    tmp_path: Path,
+    kill_at: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def train(folder: Path) -> Trained:
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "lr_scheduler_type": "linear"}
+        if method == "rloo":
+            return online(method, base, reward, folder, **options)
+        found = select_rows(method, traces, select="best", beta=1.0)
+        return offline(method, bases["llama"], found, folder, **options, per_device_train_batch_size=2)
+
+    undisturbed = train(tmp_path / "whole")
+    kill_at(4)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts")
+    assert not (tmp_path / "parts" / "out").exists()
+    monkeypatch.undo()
+    resumed = train(tmp_path / "parts")
+    assert same(tmp_path / "whole" / "out", tmp_path / "parts" / "out")
+    assert (resumed.steps, resumed.tokens) == (undisturbed.steps, undisturbed.tokens)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, 7))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_intact(
+    bases: dict[str, str], traces: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2}
+    save = torch.save
+    calls = []
+
+    def full(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-4" in str(f):
+            calls.append(f)
+            raise OSError(28, "No space left on device")
+        save(obj, f, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    message = worlds.refused(
+        lambda: offline("sft", bases["llama"], sft_rows(traces), tmp_path, **options),
+        "checkpoint of step 4",
+        "No space left",
+        "checkpoint-2 is intact",
+    )
+    assert calls, message
+    monkeypatch.undo()
+    trainer = tmp_path / "trainer"
+    assert last_checkpoint(trainer) == trainer / "checkpoint-2" and not (trainer / "checkpoint-4").exists()
+    offline("sft", bases["llama"], sft_rows(traces), tmp_path, **options)
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path: Path) -> None:
+    for step, text in ((2, "{}"), (4, "{"), (6, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if text is not None:
+            (folder / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_reward_that_breaks_in_training_stops_it(
+    bad: float, base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = RewardScorer.__call__
+    calls = []
+
+    def breaks(self: RewardScorer, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[float]:
+        calls.append(prompts)
+        values = score(self, prompts, responses)
+        return [bad, *values[1:]] if len(calls) == 3 else values
+
+    monkeypatch.setattr(RewardScorer, "__call__", breaks)
+    worlds.refused(lambda: online("rloo", base, reward, tmp_path), f"a reward became {bad} at step 3", "checkpoint-2")
+    assert last_checkpoint(tmp_path / "trainer") == tmp_path / "trainer" / "checkpoint-2"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_constant_reward_stops_the_training(
+    base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RewardScorer, "__call__", lambda self, prompts, responses: [0.25] * len(prompts))
+    worlds.refused(
+        lambda: online("grpo", base, reward, tmp_path, max_steps=30),
+        f"every reward of the last {CONSTANT_STEPS} steps was 0.25",
+        f"at step {CONSTANT_STEPS}",
+        f"checkpoint-{CONSTANT_STEPS - 1} is kept",
+    )
+
+
+def test_a_response_the_reward_cannot_read_is_left_out(
+    base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = RewardScorer.__call__
+
+    def some(self: RewardScorer, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[float]:
+        return [-math.inf, *score(self, prompts, responses)[1:]]
+
+    monkeypatch.setattr(RewardScorer, "__call__", some)
+    made = online("rloo", base, reward, tmp_path)
+    assert made.facts["unreadable_responses"] == 4
+    assert all(weight.isfinite().all() for weight in weights(tmp_path / "out").values())
+
+
+# ---------------------------------------------------------------------------------------------- the probe
+
+
+def reading(step: int, right: float, reward: float, count: int = 40) -> Reading:
+    flags = [index < right * count for index in range(count)]
+    return Reading(step, flags, [reward] * count, [0.0] * count, [5] * count, [False] * count)
+
+
+def test_overoptimisation_is_reward_up_and_accuracy_down_beyond_chance() -> None:
+    best = reading(10, 0.9, 1.0)
+    assert overoptimised(best, reading(20, 0.5, 2.0))
+    assert not overoptimised(best, reading(20, 0.5, 0.5)), "the reward fell, too"
+    assert not overoptimised(best, reading(20, 0.875, 2.0)), "one problem of 40 is chance"
+    assert not overoptimised(best, reading(20, 1.0, 2.0))
+
+
+def make_probe(base: Policy, reward: Reward, *, every: int = 2, stop: bool = False) -> Probe:
+    problems = [replace(problem, answer="7") for problem in worlds.tiny_problems()]
+    return Probe(problems, base=base, reward=reward, max_new_tokens=6, every=every, stop=stop, checker=AnswerChecker())
+
+
+def test_an_overoptimised_run_ends_with_the_weights_of_the_best_probe(
+    base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {0: reading(0, 0.5, 0.0), 2: reading(2, 0.9, 1.0), 4: reading(4, 0.2, 2.0)}
+    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    online("rloo", base, reward, tmp_path / "short", max_steps=2)
+    probe = make_probe(base, reward, stop=True)
+    made = online("rloo", base, reward, tmp_path / "long", max_steps=20, probe=probe)
+    assert made.steps == 4
+    assert made.stopped == "over-optimised at step 4: reward 1 → 2, accuracy 0.900 → 0.200 since step 2"
+    assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
+
+
+def test_a_resumed_run_is_compared_with_the_best_probe_before(
+    base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: Callable[[int], None]
+) -> None:
+    found = {0: reading(0, 0.5, 0.0), 2: reading(2, 0.9, 1.0), 4: reading(4, 0.85, 1.5), 6: reading(6, 0.5, 2.0)}
+    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    save = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 8}
+    online("rloo", base, reward, tmp_path / "short", max_steps=2)
+    kill_at(4)
+    with pytest.raises(Killed):
+        online("rloo", base, reward, tmp_path / "long", probe=make_probe(base, reward, stop=True), **save)
+    kill_at(-1)
+    made = online("rloo", base, reward, tmp_path / "long", probe=make_probe(base, reward, stop=True), **save)
+    assert made.stopped == "over-optimised at step 6: reward 1 → 2, accuracy 0.900 → 0.500 since step 2"
+    assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
+
+
+def test_where_no_probe_was_better_than_the_untrained_policy_it_says_so(
+    base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0)}
+    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    made = online("rloo", base, reward, tmp_path, max_steps=4, probe=make_probe(base, reward, stop=True))
+    assert made.steps == 2 and made.stopped.endswith(
+        "since step 0, the untrained policy; the weights kept are the last"
+    )
+
+
+def test_without_the_flag_an_overoptimised_run_goes_on_and_says_so(
+    base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0), 4: reading(4, 0.2, 2.0)}
+    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    made = online("rloo", base, reward, tmp_path, max_steps=4, probe=make_probe(base, reward))
+    assert made.steps == 4 and "over-optimised at step 4" in made.stopped
+
+
+def test_a_probe_reads_the_policy_and_leaves_training_alone(base: Policy, reward: Reward, tmp_path: Path) -> None:
+    probe = make_probe(base, reward)
+    online("rloo", base, reward, tmp_path / "read", probe=probe)
+    online("rloo", base, reward, tmp_path / "unread")
+    assert same(tmp_path / "read" / "out", tmp_path / "unread" / "out")
+    log = [json.loads(line) for line in (tmp_path / "read" / "log.jsonl").read_text().splitlines()]
+    probed = [entry for entry in log if "probe/kl" in entry]
+    assert [entry["step"] for entry in probed] == [0, 2, 4]
+    assert probed[0]["probe/kl"] == pytest.approx(0, abs=1e-4), "the policy has not moved yet"
+    assert probed[-1]["probe/kl"] != pytest.approx(0, abs=1e-4)
+    assert {"probe/accuracy", "probe/reward", "probe/length", "probe/clipped_ratio"} <= set(probed[0])
+
+
+def test_decoding_puts_the_training_mode_back(base: Policy) -> None:
+    model = worlds.tiny_model(seed=3, width=64).train()
+    with decoding(model, base) as policy:
+        assert not model.training and not torch.is_grad_enabled() and policy.model is model
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_log_likelihoods_are_those_of_a_plain_forward(base: Policy) -> None:
+    made = [worlds.sample(base, problem, "12+3") for problem in worlds.tiny_problems()]
+    for value, one in zip(probe_room.log_likelihoods(base, made), made, strict=True):
+        ids = torch.tensor([one.prompt + one.response])
+        logp = base.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        assert value == pytest.approx(float(logp[len(one.prompt) - 1 :].sum()), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tuning": "half"}, ["tuning must be one of full, lora, qlora"]),
+        ({"select": "worst"}, ["select must be one of best, improved, samples"]),
+        ({"num_generations": 1}, ["num_generations must be at least 2"]),
+        ({"stop_on_overoptimisation": True}, ["needs a probe", "probe_problems"]),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any], words: list[str]) -> None:
+    worlds.refused(lambda: TrainOptions(**options), *words)
+
+
+def test_traces_without_an_acceptance_are_refused(traces: list[Trace]) -> None:
+    flat = [replace(trace, revisions=[], response_ids=trace.initial_ids) for trace in traces]
+    for method in ("sft", "dpo"):
+        choose = partial(select_rows, method, flat, select="best", beta=1.0)
+        worlds.refused(choose, "was accepted", "raise rounds")
+    assert select_rows("sft", flat, select="samples", beta=1.0).rows, "samples need no search"
+
+
+def test_traces_of_another_tokenizer_are_refused(traces: list[Trace], bases: dict[str, str]) -> None:
+    check_tokenizer(traces, bases["llama"])
+    other = [replace(trace, meta=trace.meta | {"tokenizer_hash": "0123"}) for trace in traces]
+    worlds.refused(lambda: check_tokenizer(other, bases["llama"]), "another tokenizer", "0123", "make the traces anew")
+
+
+def test_a_step_must_hold_whole_groups(base: Policy, reward: Reward, tmp_path: Path) -> None:
+    worlds.refused(
+        lambda: online("rloo", base, reward, tmp_path, per_device_train_batch_size=6),
+        "6 responses",
+        "whole groups of num_generations 4",
+    )
+
+
+def test_nothing_trainable_is_refused(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
+    lora = LoraArguments(lora_target_modules=["no_such_layer"])
+    with pytest.raises(ValueError, match="no_such_layer"):
+        train_on_traces(
+            "sft",
+            bases["llama"],
+            sft_rows(traces),
+            tmp_path / "out",
+            beta=1.0,
+            tuning="lora",
+            lora=lora,
+            config=settings(tmp_path),
+            dtype="float32",
+        )
+
+
+def stage(folder: Path, base: Policy, reward: Reward, bases: dict[str, str], **changes: Any) -> TrainStage:
+    values: dict[str, Any] = {
+        "folder": folder,
+        "policy": bases["llama"],
+        "dtype": "float32",
+        "problems": worlds.tiny_problems(),
+        "probed": [],
+        "reasoner": replace(SEARCH, max_new_tokens=6),
+        "options": TrainOptions(num_generations=4),
+        "lora": LORA,
+        "config": settings(folder, per_device_train_batch_size=8, save_strategy="steps", save_steps=2),
+        "models": lambda: (base, reward),
+        "settings": {"reward": "r"},
+        "checker": AnswerChecker(),
+        "state": PartialState(),
+        "called": {"learning_rate": 0.005},
+        "command": "distill",
+    }
+    return TrainStage(**values | changes)
+
+
+def test_training_is_gone_on_with_only_as_it_was_begun(
+    base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path, kill_at: Callable[[int], None]
+) -> None:
+    kill_at(2)
+    with pytest.raises(Killed):
+        stage(tmp_path, base, reward, bases).run("rloo")
+    warmer = settings(tmp_path, per_device_train_batch_size=8, learning_rate=1e-4)
+    worlds.refused(
+        lambda: stage(tmp_path, base, reward, bases, config=warmer).run("rloo"),
+        "made with other settings",
+        "learning_rate '0.0001' (was '0.005')",
+    )
+    shorter = settings(tmp_path, per_device_train_batch_size=8, max_grad_norm=0.1)
+    worlds.refused(lambda: stage(tmp_path, base, reward, bases, config=shorter).run("rloo"), "max_grad_norm '0.1'")
+    other = replace(SEARCH, beta=0.25, max_new_tokens=6)
+    worlds.refused(
+        lambda: stage(tmp_path, base, reward, bases, reasoner=other, settings={"reward": "r", "beta": "0.25"}).run(
+            "rloo"
+        ),
+        "beta '0.25' (was None)",
+    )
+
+
+def test_a_training_is_of_its_own_problems_traces_and_call(
+    base: Policy, reward: Reward, bases: dict[str, str], traces: list[Trace], tmp_path: Path, kill_at: Callable
+) -> None:
+    """The folder may hold traces of more problems, and get more of them while a training waits to go on."""
+
+    def write(made: list[Trace], rank: int) -> None:
+        with TraceWriter(tmp_path / "traces", rank=rank) as writer:
+            for trace in made:
+                writer.add(trace)
+
+    write(traces, 0)
+    problems = worlds.tiny_problems()[:2]
+    options = TrainOptions(select="improved")
+    few = partial(stage, tmp_path, base, reward, bases, problems=problems, options=options)
+    kill_at(2)
+    with pytest.raises(Killed):
+        few().run("sft")
+    write([replace(trace, seed=1) for trace in traces], 1)
+    worlds.refused(lambda: few().run("sft"), "made with other settings", "traces")
+    (tmp_path / "traces/traces-00001-00000.parquet").unlink()
+    made = few(called={"learning_rate": 0.005, "stages": "train"}).run("sft")
+    mine = [trace for trace in traces if trace.problem_id in {problem.id for problem in problems}]
+    assert made is not None and made.rows == len(sft_rows(mine, "improved").rows) < len(
+        sft_rows(traces, "improved").rows
+    )
+    note = json.loads((tmp_path / "trained/sft/train.json").read_text())
+    assert (note["traces"], note["command"]) == (traces_hash(tmp_path), "distill")
+    assert note["trace_flops"] == pytest.approx(sum(trace.cost.flops for trace in mine))
+    assert yaml.safe_load((tmp_path / "trained/sft/config.yaml").read_text())["stages"] == "train"
+
+
+def test_methods_that_share_beta_with_the_search_need_one(
+    base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path
+) -> None:
+    sized = replace(SEARCH, beta=None, kl=2.0)
+    for method in ("reward-weighted", "dpo", "rloo", "grpo"):
+        check = partial(stage(tmp_path, base, reward, bases, reasoner=sized).check, method)
+        worlds.refused(check, "needs beta", method)
+    samples = TrainOptions(select="samples")
+    worlds.refused(lambda: stage(tmp_path, base, reward, bases, options=samples).check("sft"), "acceptance metropolis")
+
+
+def test_a_probe_needs_graded_problems(base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path) -> None:
+    options = TrainOptions(num_generations=4, probe_problems=3)
+    probed = [replace(problem, answer="1") for problem in worlds.tiny_problems()[:2]]
+    worlds.refused(
+        lambda: stage(tmp_path, base, reward, bases, options=options, probed=probed).run("rloo"),
+        "only 2 training problems",
+        "lower train_limit",
+    )
+
+
+def test_full_weights_are_not_held_to_the_base_of_an_adapter(
+    base: Policy, reward: Reward, bases: dict[str, str], traces: list[Trace], tmp_path: Path
+) -> None:
+    """TRL loads the reference by the name of the model's configuration, which is the base's."""
+    offline("sft", bases["llama"], sft_rows(traces), tmp_path / "first")
+    adapter = str(tmp_path / "first" / "out")
+    words = ("is an adapter", "reference", "nabla-trl ship --merge")
+    pairs = preference_rows(traces)
+    worlds.refused(lambda: offline("dpo", adapter, pairs, tmp_path / "dpo", tuning="full"), *words)
+    worlds.refused(lambda: online("rloo", load_policy(adapter), reward, tmp_path / "rloo", tuning="full"), *words)
+    asked = stage(
+        tmp_path, base, reward, bases, policy=adapter, options=TrainOptions(tuning="full", num_generations=4)
+    )
+    worlds.refused(lambda: asked.check("grpo"), *words)
+    asked.check("sft")
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(
+    base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path
+) -> None:
+    def check(method: str, **changes: Any) -> None:
+        stage(tmp_path, base, reward, bases, **changes).check(method)
+
+    worlds.refused(lambda: check("rloo", options=TrainOptions(num_generations=3)), "8 responses", "whole groups")
+    worlds.refused(lambda: check("sft", dtype="bfloat16"), "set bf16 true")
+    greedy = replace(SEARCH, temperature=0.0)
+    worlds.refused(lambda: check("grpo", reasoner=greedy), "temperature must be above 0")
+    probe = TrainOptions(num_generations=4, probe_problems=3)
+    worlds.refused(lambda: check("sft", options=probe), "only 0 training problems", "lower train_limit")

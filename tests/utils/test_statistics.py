@@ -1,0 +1,255 @@
+"""Intervals cover what they promise, pairs are compared as pairs, and incomplete rows are refused by name."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from nabla_trl.evaluation.grids import build_grids, reward_rounds
+from nabla_trl.utils import statistics
+
+
+def row(method="greedy", problem="p0", seed=0, **changes):
+    base = {
+        "method": method,
+        "task": "chains",
+        "problem": problem,
+        "seed": seed,
+        "correct": True,
+        "reward": 1.0,
+    }
+    return {**base, "flops": 2e6, "seconds": 0.01, "reward_by_round": None, "error": None, **changes}
+
+
+def by_problem(matrix):
+    return {f"p{number}": values for number, values in enumerate(np.asarray(matrix, dtype=float))}
+
+
+def difficulties(rng, problems):
+    """Chances of a right answer that differ much between problems, as they do in practice. Mean 0.5."""
+    return rng.beta(0.4, 0.4, problems)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_interval_covers_the_true_accuracy(seeds):
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        chance = difficulties(rng, 100)
+        found = statistics.mean_interval(rng.random((100, seeds)) < chance[:, None])
+        hits += found.low <= 0.5 <= found.high
+        assert (found.seeds, found.problems) == (seeds, 100)
+    assert 0.90 <= hits / 200 <= 0.99
+
+
+def test_paired_interval_covers_the_true_difference_and_null_p_values_are_not_small():
+    rng = np.random.default_rng(2)
+    covered, small, null_small = 0, 0, 0
+    for _ in range(200):
+        chance = difficulties(rng, 100)[:, None]
+        ours = rng.random((100, 3)) < 0.8 * chance + 0.2
+        twin, theirs = (rng.random((100, 3)) < chance for _ in range(2))
+        found = statistics.paired_difference(by_problem(ours), by_problem(theirs))
+        covered += found.low <= 0.1 <= found.high
+        small += found.p_value < 0.05
+        null_small += statistics.paired_difference(by_problem(twin), by_problem(theirs)).p_value < 0.05
+    assert 0.90 <= covered / 200 <= 0.99
+    assert small / 200 > 0.8
+    assert null_small / 200 < 0.10
+
+
+def test_interval_has_the_width_of_the_normal_theory():
+    values = np.random.default_rng(3).normal(size=(400, 1))
+    found = statistics.mean_interval(values)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(400), rel=0.05)
+    assert found.value == pytest.approx(values.mean())
+
+
+def test_pairing_removes_what_the_problems_have_in_common():
+    rng = np.random.default_rng(4)
+    common = rng.normal(size=(100, 1)) * 10
+    a, b = common + rng.normal(size=(100, 1)) * 0.1 + 0.2, common
+    assert statistics.paired_difference(by_problem(a), by_problem(b)).low > 0
+    assert statistics.mean_interval(a).low < 0 < statistics.mean_interval(b).high
+
+
+def test_swapping_the_sides_changes_the_sign_only():
+    rng = np.random.default_rng(5)
+    a, b = (by_problem(rng.random((50, 2))) for _ in range(2))
+    one, other = statistics.paired_difference(a, b), statistics.paired_difference(b, a)
+    assert one.value == pytest.approx(-other.value)
+    assert one.low == pytest.approx(-other.high, abs=1e-3)
+    assert one.p_value == other.p_value
+
+
+def test_sides_may_have_different_seeds_but_not_different_problems():
+    a, b = by_problem(np.ones((4, 3))), by_problem(np.zeros((4, 1)))
+    assert statistics.paired_difference(a, b).seeds == 1
+    with pytest.raises(ValueError, match=r"one side only .*'p3'"):
+        statistics.paired_difference(a, {name: one for name, one in b.items() if name != "p3"})
+    with pytest.raises(ValueError, match="no problems"):
+        statistics.paired_difference({}, {})
+
+
+@pytest.mark.parametrize("gaps", [[1, 0, -1, 2, 1, 3, 0, 2], [0.5, 0.5, -0.5, 1.0, 0.5, 0.5, 0.0, 0.5]])
+def test_sign_flips_match_their_full_enumeration(gaps):
+    gaps = np.array(gaps, dtype=float)
+    signs = np.array(list(itertools.product([-1, 1], repeat=len(gaps))))
+    exact = (np.abs(signs @ gaps) >= abs(gaps.sum()) - 1e-9).mean()
+    assert statistics.sign_flip_p_value(gaps) == pytest.approx(exact, abs=0.015)
+
+
+def test_methods_that_agree_everywhere_do_not_differ():
+    same = by_problem(np.eye(10)[:, :2])
+    found = statistics.paired_difference(same, same)
+    assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
+
+
+def test_share_of_gain():
+    base = np.zeros((60, 1))
+    whole = np.r_[np.ones((30, 1)), np.zeros((30, 1))]
+    half = np.r_[np.ones((15, 1)), np.zeros((45, 1))]
+    found = statistics.share_of_gain(*map(by_problem, (half, whole, base)))
+    assert found.value == pytest.approx(0.5)
+    assert 0.2 < found.low < 0.5 < found.high < 0.8
+    everything = statistics.share_of_gain(*map(by_problem, (whole, whole, base)))
+    assert (everything.low, everything.high) == pytest.approx((1, 1))
+    assert statistics.share_of_gain(*map(by_problem, (half, base, base))) is None
+
+
+def test_missing_numbers_are_left_out_and_nothing_left_is_an_error():
+    found = statistics.mean_interval([[1, math.nan], [math.nan, math.nan], [3, 5]])
+    assert (found.value, found.problems) == (2.5, 2)
+    with pytest.raises(ValueError, match="no number"):
+        statistics.mean_interval([[math.nan]])
+
+
+def test_large_values_keep_their_digits():
+    found = statistics.mean_interval([[1e15], [1e15 + 8]])
+    assert (found.low, found.high) == (1e15, 1e15 + 8)
+
+
+def test_a_failed_or_ungraded_row_counts_as_wrong():
+    rows = [
+        row(problem="p0"),
+        row(problem="p1", error="boom"),
+        row(problem="p2", correct=None),
+        row(problem="p3"),
+    ]
+    grid = build_grids(rows)["greedy"]
+    assert grid.columns["accuracy"].ravel().tolist() == [1, 0, 0, 1]
+    assert (grid.errors, grid.ungraded) == (1, 1)
+
+
+def test_grids_do_not_depend_on_the_order_of_rows_within_a_method():
+    rows = [row("nabla", f"p{p}", s, flops=10 * p + s) for p in range(3) for s in range(2)]
+    one = build_grids(rows)["nabla"]
+    other = build_grids([rows[i] for i in (3, 0, 5, 2, 1, 4)])["nabla"]
+    assert {key: list(value) for key, value in one.scores("flops").items()} == {
+        key: list(value) for key, value in other.scores("flops").items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no result rows"),
+        ([row(), row()], "two rows for method 'greedy', problem 'p0', seed 0"),
+        (
+            [row(), row("nabla"), row("nabla", "p1")],
+            "no row for method 'greedy', problem 'p1', seed 0: finish",
+        ),
+        ([row("nabla", "p0", 0), row("nabla", "p1", 1)], r"method 'nabla', problem 'p0', seed 1 and 1 more"),
+        ([row(), row(problem="p1", task="amc")], "rows of 2 tasks \\('amc', 'chains'\\)"),
+        ([{key: one for key, one in row().items() if key != "flops"}], "result row 0 lacks 'flops'"),
+        ([row() | {"flops": None}], "result row 0: flops must be a number, not None"),
+        ([row() | {"method": 5}], "result row 0: method must be text, not 5"),
+        ([row() | {"correct": "yes"}], "result row 0: correct must be a number or null, not 'yes'"),
+    ],
+)
+def test_bad_rows_are_refused_by_name(rows, message):
+    with pytest.raises(ValueError, match=message):
+        build_grids(rows)
+
+
+def test_a_reward_list_that_ended_early_is_carried_forward():
+    lists = {"p0": [0.0, 4.0], "p1": [2.0, 2.0, 6.0], "p2": None}
+    rows = [row("nabla", name, reward_by_round=one) for name, one in lists.items()]
+    curve = reward_rounds(build_grids(rows)["nabla"])
+    assert [one.value for one in curve] == [1, 3, 5]
+    assert reward_rounds(build_grids([row()])["greedy"]) == []
+
+
+def test_a_divergence_is_optional_row_by_row():
+    """Rows of runs that did not measure it load as before; where some have it, the mean is over those."""
+    old, mixed = (build_grids(rows)["greedy"] for rows in ([row()], [row(kl=2.0), row(problem="p1", kl=None)]))
+    assert np.isnan(old.columns["kl"]).all()
+    assert statistics.mean_interval(mixed.columns["kl"]).value == 2.0
+
+
+def test_a_side_needs_both_the_interval_and_the_p_value():
+    sides = [
+        statistics.side(*one) for one in ((0.1, 0.2, 0.01), (-0.2, -0.1, 0.01), (0.1, 0.2, 0.05), (-0.1, 0.1, 0.01))
+    ]
+    assert sides == ["ahead", "behind", "", ""]
+
+
+# --- items of problems ------------------------------------------------------------------------------------
+
+
+def test_one_item_per_problem_is_the_interval_over_problems():
+    values = np.random.default_rng(7).random(50)
+    found, plain = statistics.clustered_mean(values, np.arange(50), 50), statistics.mean_interval(values[:, None])
+    assert (found.value, found.low, found.high) == pytest.approx((plain.value, plain.low, plain.high), abs=1e-6)
+
+
+def test_items_of_one_problem_are_not_independent():
+    hits, problems = np.repeat([0.0, 1.0], 500), np.repeat(np.arange(20), 50)
+    together, apart = (
+        statistics.clustered_mean(hits, of, count) for of, count in ((problems, 20), (np.arange(1000), 1000))
+    )
+    assert together.high - together.low > 5 * (apart.high - apart.low)
+    assert together.value == apart.value == 0.5
+    assert (together.problems, statistics.clustered_mean(hits[:60], problems[:60], 20).problems) == (20, 2)
+
+
+def test_intervals_of_items_cover_the_true_share_and_correlation():
+    rng = np.random.default_rng(8)
+    shares = correlations = 0
+    for _ in range(100):
+        sizes = rng.integers(0, 6, 60)
+        problems, count = np.repeat(np.arange(60), sizes), sizes.sum()
+        common = rng.normal(size=60)[problems]
+        share = statistics.clustered_mean(common + rng.normal(size=count) > 0, problems, 60)
+        x = common + rng.normal(size=count)
+        pearson = statistics.clustered_correlation(x, x + 2**0.5 * rng.normal(size=count), problems, 60)
+        shares += share.low <= 0.5 <= share.high
+        correlations += pearson.low <= 0.5**0.5 <= pearson.high
+    assert shares >= 88 and correlations >= 88
+
+
+def test_correlation_of_items_is_pearsons():
+    rng = np.random.default_rng(9)
+    x, y, problems = rng.normal(size=40) + 1e6, rng.normal(size=40) * 1e-3, rng.integers(0, 8, 40)
+    found = statistics.clustered_correlation(x, y + 1e-3 * (x - 1e6), problems, 8)
+    assert found.value == pytest.approx(np.corrcoef(x, y + 1e-3 * (x - 1e6))[0, 1])
+    assert found.low < found.value < found.high <= 1
+    exact = statistics.clustered_correlation(x, -2 * x, problems, 8)
+    assert (exact.value, exact.low, exact.high) == pytest.approx((-1, -1, -1), abs=1e-3)
+
+
+def test_nothing_is_said_of_no_items_or_of_what_does_not_vary():
+    none = np.zeros(0)
+    assert statistics.clustered_mean(none, none.astype(int), 3) is None
+    assert statistics.clustered_correlation(none, none, none.astype(int), 3) is None
+    assert statistics.clustered_correlation(np.ones(4), np.arange(4.0), np.arange(4), 4) is None
+    same = statistics.clustered_mean(np.ones(4), np.array([1, 1, 1, 1]), 3)
+    assert (same.value, same.low, same.high, same.problems) == (1, 1, 1, 1)
+
+
+def test_an_interval_that_ends_at_zero_does_not_exclude_it():
+    """Two losses in a hundred: in 13% of the resamples there is none."""
+    gaps = -np.r_[np.ones(2), np.zeros(98)]
+    assert not statistics.mean_interval(gaps[:, None]).excludes_zero
+    assert not statistics.mean_interval(-gaps[:, None]).excludes_zero
