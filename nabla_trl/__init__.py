@@ -7,7 +7,7 @@ import importlib as _importlib
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
-    from nabla_trl.search.config import ReasonerConfig
+    from nabla_trl.search.config import SearchConfig
     from nabla_trl.search.reasoner import NablaReasoner
     from nabla_trl.tasks.problem import Problem, check_disjoint
     from nabla_trl.tasks.registry import load_problems
@@ -28,7 +28,7 @@ _MODULES = {
 __all__ = [
     "NablaReasoner",
     "Problem",
-    "ReasonerConfig",
+    "SearchConfig",
     "Trace",
     "__version__",
     "check_disjoint",

@@ -28,275 +28,293 @@ import yaml
 from accelerate import PartialState
 from trl import SFTConfig
 
-from nabla_trl.audit.overoptimization import warn_past_trust
+from nabla_trl.audit.overoptimization import warn_past_limits
 from nabla_trl.audit.ranking import audit_reward
-from nabla_trl.baselines.step_config import StepConfig
-from nabla_trl.cli.arguments import drawing_settings
+from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.cli.arguments import get_sampler_settings
 from nabla_trl.cli.distill_arguments import DistillArguments
-from nabla_trl.cli.parsing import given, parse, quiet_libraries, run_main
-from nabla_trl.evaluation.method import RIVAL, labels, split
-from nabla_trl.evaluation.plan import chosen_among, method_names, searches, steps, stepwise_settings
-from nabla_trl.evaluation.results import remarks, store_results
-from nabla_trl.evaluation.rows import RowStore, of_problems
-from nabla_trl.evaluation.run_facts import Clock, reward_cost, run_facts, trained_facts
-from nabla_trl.evaluation.runner import Bench, budget_flops, run_steps
+from nabla_trl.cli.parsing import collect_given_options, parse_dataclasses, quiet_libraries, run_main
+from nabla_trl.evaluation.method import REWARD_MODEL_SAMPLING, list_policy_labels, split_label
+from nabla_trl.evaluation.plan import (
+    get_max_selection_size,
+    get_step_search_settings,
+    has_search,
+    parse_methods,
+    plan_jobs,
+)
+from nabla_trl.evaluation.results import list_remarks, store_results
+from nabla_trl.evaluation.rows import RowStore, select_complete_rows
+from nabla_trl.evaluation.run_facts import RunStopwatch, build_run_facts, collect_training_facts, describe_reward_cost
+from nabla_trl.evaluation.runner import EvaluationSetup, get_budget_flops, run_jobs
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.vllm_backend import connect
-from nabla_trl.report.text import terminal_table, write_report
+from nabla_trl.models.vllm_backend import connect_vllm
+from nabla_trl.report.text import print_summary_table, write_report
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.rewards.spec import reward_identity
-from nabla_trl.search.config import PRESETS, ReasonerConfig
-from nabla_trl.search.generate_traces import search_settings, unfinished, write_traces
-from nabla_trl.tasks.problem import Problem, check_disjoint, graded
-from nabla_trl.tasks.registry import load_problems, problem_facts, task_settings
-from nabla_trl.traces.storage import HELD_OUT
-from nabla_trl.training.checkpoints import CONFIG, trained_label, trained_methods, trained_weights
-from nabla_trl.training.offline import OFFLINE, TrainOptions
+from nabla_trl.rewards.spec import compute_reward_identity
+from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces, get_search_settings
+from nabla_trl.tasks.problem import Problem, check_disjoint, filter_with_gold_answer
+from nabla_trl.tasks.registry import collect_problem_facts, get_task_settings, load_problems
+from nabla_trl.traces.storage import EVAL_TRACES_DIR
+from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, get_policy_label, list_trained_methods
+from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.stage import TrainStage
-from nabla_trl.utils.files import read_object, write_whole
-from nabla_trl.utils.identity import claim_settings, weights_identity
-from nabla_trl.utils.interrupts import this_command
-from nabla_trl.utils.locks import hold
+from nabla_trl.utils.files import read_json_file, write_atomic
+from nabla_trl.utils.identity import claim_settings, hash_weights
+from nabla_trl.utils.interrupts import get_current_command
+from nabla_trl.utils.locks import lock_folder
 
 
-class Run:
+class DistillRun:
     """One run: its settings, its output folder and, once asked for, its models."""
 
     def __init__(
         self,
-        called: Mapping[str, Any],
+        given_options: Mapping[str, Any],
         args: DistillArguments,
-        reasoner: ReasonerConfig,
-        stepwise: StepConfig,
-        options: TrainOptions,
-        lora: LoraArguments,
-        sft: SFTConfig,
+        search_config: SearchConfig,
+        step_search_config: StepSearchConfig,
+        train_options: TrainOptions,
+        lora_arguments: LoraArguments,
+        sft_config: SFTConfig,
     ):
-        self.called = called  # options, as `--config` takes them
-        self.command = this_command()
-        self.args, self.reasoner, self.stepwise = args, reasoner, stepwise
-        self.options, self.lora, self.sft = options, lora, sft
+        self.given_options = given_options  # options, as `--config` takes them
+        self.command = get_current_command()
+        self.args, self.search_config, self.step_search_config = args, search_config, step_search_config
+        self.train_options, self.lora_arguments, self.sft_config = train_options, lora_arguments, sft_config
         self.state = PartialState()
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         if self.state.num_processes != asked:
             raise ValueError(f"{asked} processes were asked for, but {self.state.num_processes} started")
-        self.folder = Path(sft.output_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.traces = self.folder / "traces"
+        self.output_dir = Path(sft_config.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.traces_dir = self.output_dir / "traces"
         self.checker = AnswerChecker()
         self._models: tuple[Policy, Reward] | None = None
-        self.clock = Clock(self.folder, STARTED, float(os.environ.get("NABLA_SETUP_SECONDS", "0")))
-        self.train, self.probed, self.held_out = self._problems()
+        self.stopwatch = RunStopwatch(self.output_dir, START_TIME, float(os.environ.get("NABLA_SETUP_SECONDS", "0")))
+        self.train_problems, self.callback_problems, self.held_out_problems = self._load_problems()
 
-    def _problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
+    def _load_problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
         """Those of training, of the probe in training, and the held-out ones."""
         args = self.args
-        limit = args.train_limit + self.options.probe_problems
-        train = load_problems(args.dataset, split=args.train_split, limit=limit)
-        held_out = load_problems(args.eval_dataset or args.dataset, split=args.eval_split, limit=args.eval_limit)
-        args.prompting().check([*train, *held_out])
+        limit = args.max_train_problems + self.train_options.max_callback_problems
+        train = load_problems(args.dataset, split=args.train_split, max_problems=limit)
+        held_out = load_problems(
+            args.eval_dataset or args.dataset, split=args.eval_split, max_problems=args.max_eval_problems
+        )
+        args.get_prompt_options().check_problems([*train, *held_out])
         check_disjoint(train, held_out)
-        held_out = graded(held_out, told=self.state.is_main_process)
-        return train[: args.train_limit], train[args.train_limit :], held_out
+        held_out = filter_with_gold_answer(held_out, verbose=self.state.is_main_process)
+        return train[: args.max_train_problems], train[args.max_train_problems :], held_out
 
-    def models(self) -> tuple[Policy, Reward]:
+    def load_models(self) -> tuple[Policy, Reward]:
         if self._models is None:
             device = str(self.state.device)
             policy = load_policy(
-                self.args.policy, dtype=self.args.dtype, device=device, prompting=self.args.prompting()
+                self.args.policy, dtype=self.args.dtype, device=device, prompt_options=self.args.get_prompt_options()
             )
             if self.args.vllm_url:
-                policy = connect(policy, self.args.vllm_url, timeout=self.args.vllm_timeout)
-            rows = 4 * self.reasoner.batch_size
+                policy = connect_vllm(policy, self.args.vllm_url, timeout=self.args.vllm_timeout)
+            rows = 4 * self.search_config.batch_size
             reward = load_reward(
                 self.args.reward, policy=policy, dtype=self.args.dtype, device=device, batch_size=rows
             )
             if self.state.is_main_process:
-                among = chosen_among(method_names(self.args.methods)) if "evaluate" in self.args.stages else 1
-                warn_past_trust(reward, self.reasoner if self._searches() else None, among)
+                among = (
+                    get_max_selection_size(parse_methods(self.args.eval_methods))
+                    if "evaluate" in self.args.stages
+                    else 1
+                )
+                warn_past_limits(reward, self.search_config if self._needs_search() else None, among)
             self._models = policy, reward
         return self._models
 
-    def _searches(self) -> bool:
+    def _needs_search(self) -> bool:
         stages = self.args.stages.split(",")
-        return "traces" in stages or ("evaluate" in stages and searches(method_names(self.args.methods)))
+        return "traces" in stages or ("evaluate" in stages and has_search(parse_methods(self.args.eval_methods)))
 
-    def say(self, text: str) -> None:
+    def print_once(self, text: str) -> None:
         if self.state.is_main_process:
             print(text, flush=True)
 
-    def note(self) -> None:
+    def write_config(self) -> None:
         """config.yaml: what this run was called with, as `--config` takes it."""
         if self.state.is_main_process:
-            write_whole(self._path(CONFIG), yaml.safe_dump(self.called, sort_keys=False))
+            write_atomic(self._get_path(CONFIG_FILE), yaml.safe_dump(self.given_options, sort_keys=False))
 
     # --- stages ---------------------------------------------------------------------------------------
 
     def stage_traces(self) -> None:
         """Audit the reward on training problems, then refine them; one shard per process and batch."""
-        if self.state.is_main_process and self.args.audit_problems and not self._path("audit.json").exists():
-            self._audit()
+        if self.state.is_main_process and self.args.max_audit_problems and not self._get_path("audit.json").exists():
+            self._audit_reward()
         self.state.wait_for_everyone()
-        if not any(method in OFFLINE for method in self.args.method):
-            self.say(f"traces: {', '.join(self.args.method)} need none")
+        if not any(method in OFFLINE_METHODS for method in self.args.train_methods):
+            self.print_once(f"traces: {', '.join(self.args.train_methods)} need none")
             return
-        mine = self._mine(self.train)
+        mine = self._select_process_share(self.train_problems)
         seeds = range(self.args.seeds[0], self.args.seeds[0] + self.args.traces_per_problem)
-        todo = {seed: unfinished(mine, self.traces, seed) for seed in seeds}
+        todo = {seed: find_unfinished_problems(mine, self.traces_dir, seed) for seed in seeds}
         if any(todo.values()):
-            self.models()  # first: what cannot be loaded must not claim the folder
-        settings = self._search_settings() | {"adapter": "", "split": self.args.train_split}
-        claim_settings(self._path("traces.settings.json"), settings | task_settings(self.args.dataset))
+            self.load_models()  # first: what cannot be loaded must not claim the folder
+        settings = self._collect_search_settings() | {"adapter": "", "split": self.args.train_split}
+        claim_settings(self._get_path("traces.settings.json"), settings | get_task_settings(self.args.dataset))
         for seed, problems in todo.items():
             if not problems:
-                self.say(f"traces: {len(mine)} problems are there already")
+                self.print_once(f"traces: {len(mine)} problems are there already")
                 continue
-            policy, reward = self.models()
-            tally = write_traces(
+            policy, reward = self.load_models()
+            tally = generate_traces(
                 problems,
-                self.traces,
+                self.traces_dir,
                 policy=policy,
                 reward=reward,
-                config=self.reasoner,
+                config=self.search_config,
                 seed=seed,
                 checker=self.checker,
                 rank=self.state.process_index,
-                shown=self.state.is_main_process,
-                there=len(mine) - len(problems),
+                show_progress=self.state.is_main_process,
+                num_done=len(mine) - len(problems),
             )
             here = " of this process" if self.state.num_processes > 1 else ""
-            self.say(f"traces{here}: {tally}")
+            self.print_once(f"traces{here}: {tally}")
 
-    def _search_settings(self) -> dict[str, str]:
-        reward = reward_identity(self.args.reward)
+    def _collect_search_settings(self) -> dict[str, str]:
+        reward = compute_reward_identity(self.args.reward)
         models = {"policy": self.args.policy, "reward": reward, "dtype": self.args.dtype}
-        models |= drawing_settings(self.args.vllm_url) | self.args.prompting().settings()
-        return models | search_settings(self.reasoner)
+        models |= get_sampler_settings(self.args.vllm_url) | self.args.get_prompt_options().get_changed_settings()
+        return models | get_search_settings(self.search_config)
 
-    def _audit(self) -> None:
-        policy, reward = self.models()
+    def _audit_reward(self) -> None:
+        policy, reward = self.load_models()
         found = audit_reward(
-            [problem for problem in self.train if problem.answer][: self.args.audit_problems],
+            [problem for problem in self.train_problems if problem.answer][: self.args.max_audit_problems],
             self.args.audit_samples,
             policy=policy,
             reward=reward,
-            sampling=self.reasoner.sampling(),
-            batch_size=4 * self.reasoner.batch_size,
+            sampling=self.search_config.get_sampling(),
+            batch_size=4 * self.search_config.batch_size,
             checker=self.checker,
         )
-        write_whole(self._path("audit.json"), json.dumps(found, indent=1))
-        self.say(f"audit: {found['verdict']}")
+        write_atomic(self._get_path("audit.json"), json.dumps(found, indent=1))
+        self.print_once(f"audit: {found['verdict']}")
 
-    def check(self) -> None:
+    def check_train_methods(self) -> None:
         """Refuse what could not be trained, before hours of traces."""
         if "train" in self.args.stages.split(","):
-            for method in self.args.method:
-                self._train_stage().check(method)
+            for method in self.args.train_methods:
+                self._make_train_stage().check_method(method)
 
-    def _train_stage(self) -> TrainStage:
+    def _make_train_stage(self) -> TrainStage:
         return TrainStage(
-            folder=self.folder,
+            run_dir=self.output_dir,
             policy=self.args.policy,
             dtype=self.args.dtype,
-            problems=self.train,
-            probed=self.probed,
-            reasoner=self.reasoner,
-            options=self.options,
-            lora=self.lora,
-            config=self.sft,
-            models=self.models,
-            settings=self._search_settings() | task_settings(self.args.dataset),
+            problems=self.train_problems,
+            callback_problems=self.callback_problems,
+            search_config=self.search_config,
+            options=self.train_options,
+            lora=self.lora_arguments,
+            sft_config=self.sft_config,
+            load_models=self.load_models,
+            search_settings=self._collect_search_settings() | get_task_settings(self.args.dataset),
             checker=self.checker,
-            state=self.state,
-            called=self.called,
+            process_state=self.state,
+            command_options=self.given_options,
             command=self.command,
         )
 
     def stage_train(self) -> None:
         """One policy per method; adapters, or whole models."""
-        stage = self._train_stage()
-        for method in self.args.method:
-            made = stage.run(method)
+        stage = self._make_train_stage()
+        for method in self.args.train_methods:
+            made = stage.train_method(method)
             if made is None:
-                self.say(f"train {method}: it is there already")
+                self.print_once(f"train {method}: it is there already")
                 continue
-            self.say(
+            self.print_once(
                 f"train {method}: {made.rows} rows, {made.steps} steps, loss {made.loss:.3f}, {made.seconds:.0f} s"
             )
-            if made.stopped:
-                self.say(f"train {method}: {made.stopped}")
+            if made.stop_reason:
+                self.print_once(f"train {method}: {made.stop_reason}")
 
     def stage_evaluate(self) -> None:
         """Every method on the held-out problems; budgets are fractions of best-of-16's measured FLOPs."""
-        store = self._store()
-        policy, reward = self.models()
-        bench = Bench(policy, reward, self.reasoner, tuple(self.args.seeds), stepwise=self.stepwise)
-        names = method_names(self.args.methods)
-        if own := stepwise_settings(names, bench):
-            claim_settings(self._path("rows/stepwise.settings.json"), own)
-        tuned = self._tuned(names)
-        absent = [name for name in names if split(name)[0] not in ("", *tuned)]
-        absent += [] if reward.rival else [name for name in names if name == RIVAL]
+        store = self._open_row_store()
+        policy, reward = self.load_models()
+        bench = EvaluationSetup(
+            policy, reward, self.search_config, tuple(self.args.seeds), step_search=self.step_search_config
+        )
+        names = parse_methods(self.args.eval_methods)
+        if own := get_step_search_settings(names, bench):
+            claim_settings(self._get_path("rows/stepwise.settings.json"), own)
+        tuned = self._load_trained_policies(names)
+        absent = [name for name in names if split_label(name)[0] not in ("", *tuned)]
+        absent += [] if reward.preferred_model else [name for name in names if name == REWARD_MODEL_SAMPLING]
         if absent:
-            self.say(f"evaluate: without {', '.join(absent)}: not trained here, or no better model to sample from")
+            self.print_once(
+                f"evaluate: without {', '.join(absent)}: not trained here, or no better model to sample from"
+            )
 
         def flops_of(method: str) -> float:
             self.state.wait_for_everyone()  # the rows of all processes
-            return budget_flops(store, method)
+            return get_budget_flops(store, method)
 
-        wanted = steps([name for name in names if name not in absent], bench, tuned, flops_of)
-        mine, shown = self._mine(self.held_out), self.state.is_main_process
-        run_steps(wanted, mine, store, self.checker, held_out=self._path(HELD_OUT), shown=shown)
+        wanted = plan_jobs([name for name in names if name not in absent], bench, tuned, flops_of)
+        mine, shown = self._select_process_share(self.held_out_problems), self.state.is_main_process
+        run_jobs(
+            wanted, mine, store, self.checker, eval_traces_dir=self._get_path(EVAL_TRACES_DIR), show_progress=shown
+        )
 
-    def _tuned(self, names: Sequence[str]) -> dict[str, Policy]:
+    def _load_trained_policies(self, eval_methods: Sequence[str]) -> dict[str, Policy]:
         """The trained policies that these methods ask for, by label."""
         tuned = {}
-        for method in trained_methods(self.folder):
-            if trained_label(method) in labels(names):
-                path = trained_weights(self.folder, method)
+        for method in list_trained_methods(self.output_dir):
+            if get_policy_label(method) in list_policy_labels(eval_methods):
+                path = find_trained_weights(self.output_dir, method)
                 # Rows of an earlier training must not pass for those of this one.
-                mark = self._path(f"rows/{method}.settings.json")
-                claim_settings(mark, {"weights": weights_identity(path)})
+                mark = self._get_path(f"rows/{method}.settings.json")
+                claim_settings(mark, {"weights": hash_weights(path)})
                 model, adapter = (str(path), None) if path.name == "model" else (self.args.policy, str(path))
-                tuned[trained_label(method)] = load_policy(
+                tuned[get_policy_label(method)] = load_policy(
                     model,
                     dtype=self.args.dtype,
                     device=str(self.state.device),
                     adapter=adapter,
-                    prompting=self.args.prompting(),
+                    prompt_options=self.args.get_prompt_options(),
                 )
         return tuned
 
-    def _mine(self, problems: list[Problem]) -> list[Problem]:
+    def _select_process_share(self, problems: list[Problem]) -> list[Problem]:
         """The share of this process."""
         return problems[self.state.process_index :: self.state.num_processes]
 
     def stage_report(self) -> None:
         if not self.state.is_main_process:
             return
-        rows, left_out = of_problems(self._store().read(), self.held_out)
+        rows, left_out = select_complete_rows(self._open_row_store().read(), self.held_out_problems)
         if not rows:
-            raise ValueError(f"{self.folder} holds no rows of all its problems: finish the stage evaluate first")
+            raise ValueError(f"{self.output_dir} holds no rows of all its problems: finish the stage evaluate first")
         if left_out:
-            self.say(left_out)
-        facts = self.facts()
-        store_results(self.folder, rows, facts)
-        terminal_table(write_report(self.folder, rows, facts))
-        for remark in remarks(self.folder, rows):
+            self.print_once(left_out)
+        facts = self.build_facts()
+        store_results(self.output_dir, rows, facts)
+        print_summary_table(write_report(self.output_dir, rows, facts))
+        for remark in list_remarks(self.output_dir, rows):
             print(remark)
-        for name, path in self.files().items():
+        for name, path in self.list_files().items():
             print(f"{name:>10}: {path}")
 
     # --- facts and files ------------------------------------------------------------------------------
 
-    def facts(self) -> dict[str, Any]:
-        args, audit = self.args, self._path("audit.json")
-        audited = read_object(audit) if audit.exists() else None
-        facts = run_facts(
+    def build_facts(self) -> dict[str, Any]:
+        args, audit = self.args, self._get_path("audit.json")
+        audited = read_json_file(audit) if audit.exists() else None
+        facts = build_run_facts(
             title=args.title,
             command=self.command,
             policy=args.policy,
@@ -304,19 +322,19 @@ class Run:
             task=args.eval_dataset or args.dataset,
             seeds=args.seeds,
         )
-        sizes = f"{len(self.train)} training and {len(self.held_out)} held-out problems, disjoint"
+        sizes = f"{len(self.train_problems)} training and {len(self.held_out_problems)} held-out problems, disjoint"
         return facts | {
-            "problems": problem_facts(self.held_out),
-            "sampling": asdict(self.reasoner.sampling()),
-            "setup_seconds": self.clock.setup,
-            "total_seconds": self.clock.total,
+            "problems": collect_problem_facts(self.held_out_problems),
+            "sampling": asdict(self.search_config.get_sampling()),
+            "setup_seconds": self.stopwatch.setup_seconds,
+            "total_seconds": self.stopwatch.total_seconds,
             "audit": audited,
-            "trained": trained_facts(self.folder, audited or {}),
-            "files": self.files(),
-            "notes": [sizes, *reward_cost(args.reward)],
+            "trained": collect_training_facts(self.output_dir, audited or {}),
+            "files": self.list_files(),
+            "notes": [sizes, *describe_reward_cost(args.reward)],
         }
 
-    def files(self) -> dict[str, str]:
+    def list_files(self) -> dict[str, str]:
         names = {
             "report": "report.md",
             "page": "report.html",
@@ -326,20 +344,20 @@ class Run:
             "trained": "trained",
             "plots": "plots",
         }
-        return {label: str(self._path(name)) for label, name in names.items()}
+        return {label: str(self._get_path(name)) for label, name in names.items()}
 
-    def _store(self) -> RowStore:
-        settings = self._search_settings() | {"split": self.args.eval_split}
-        settings |= task_settings(self.args.eval_dataset or self.args.dataset)
-        claim_settings(self._path("rows/eval.settings.json"), settings)
+    def _open_row_store(self) -> RowStore:
+        settings = self._collect_search_settings() | {"split": self.args.eval_split}
+        settings |= get_task_settings(self.args.eval_dataset or self.args.dataset)
+        claim_settings(self._get_path("rows/eval.settings.json"), settings)
         run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        return RowStore(self.folder / "rows", run, rank=self.state.process_index)
+        return RowStore(self.output_dir / "rows", run, rank=self.state.process_index)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / name
+    def _get_path(self, name: str) -> Path:
+        return self.output_dir / name
 
 
-STARTED = time.perf_counter()
+START_TIME = time.perf_counter()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -347,20 +365,20 @@ def main(argv: Sequence[str]) -> None:
     # A process may wait for hours for another one that has longer answers to draw.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     quiet_libraries()
-    dataclasses = [DistillArguments, ReasonerConfig, StepConfig, TrainOptions, LoraArguments, SFTConfig]
-    filled = parse(dataclasses, argv, presets=PRESETS)
-    run = Run(given(argv, filled, PRESETS), *filled)
-    run.check()
+    dataclasses = [DistillArguments, SearchConfig, StepSearchConfig, TrainOptions, LoraArguments, SFTConfig]
+    filled = parse_dataclasses(dataclasses, argv, presets=PRESETS)
+    run = DistillRun(collect_given_options(argv, filled, PRESETS), *filled)
+    run.check_train_methods()
     with ExitStack() as open_:
         with run.state.main_process_first():
-            open_.enter_context(hold(run.folder, run.state.process_index))
+            open_.enter_context(lock_folder(run.output_dir, run.state.process_index))
         open_.enter_context(run.checker)
-        run.note()
+        run.write_config()
         for stage in run.args.stages.split(","):
             getattr(run, f"stage_{stage}")()
             run.state.wait_for_everyone()
             if run.state.is_main_process:
-                run.clock.save()
+                run.stopwatch.save()
 
 
 if __name__ == "__main__":

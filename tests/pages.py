@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nabla_trl.evaluation.method import labelled, split
+from nabla_trl.evaluation.method import join_label, split_label
 from nabla_trl.models.flops import Cost
 from nabla_trl.report.summary import Summary
 from nabla_trl.report.text import write_report
 from nabla_trl.traces.schema import Revision, Trace
-from nabla_trl.traces.storage import HELD_OUT, TraceWriter
+from nabla_trl.traces.storage import EVAL_TRACES_DIR, TraceWriter
 
 HOSTILE = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'> & \u2028 🙂 \x00"
 TOKENS = [*"0123456789+-*=;,#", " the", "\n", "</script>", "<|end|>"]
@@ -87,7 +87,7 @@ def sampled(row: dict[str, Any], size: int) -> dict[str, Any]:
     """As many samples as that in place of a row's own answer: one more wrong for every third problem."""
     wrong = int(row["problem"][1:]) % 3
     samples = [["7", True] if row["correct"] and place >= wrong else [HOSTILE, False] for place in range(size)]
-    method = labelled(split(row["method"])[0], f"samples_{size}")
+    method = join_label(split_label(row["method"])[0], f"samples_{size}")
     return row | {"method": method, "answer": None, "samples": samples, "reward_by_round": []}
 
 
@@ -124,10 +124,10 @@ def make_trace(number: int, *, before: str = "3", after: str = "7") -> Trace:
         correct=after == "7",
         revisions=revisions,
         cost=Cost(3e6, 0.5, {"policy/decode": 30}),
-        stop="rounds",
+        stop_reason="rounds",
         finished=True,
         meta={"tokenizer_hash": "ab12"},
-        pull=[[0.0] * 4 + [8.0] + [1.0] * (len(first) - 5), [0.5] * len(last)],
+        predicted_gain=[[0.0] * 4 + [8.0] + [1.0] * (len(first) - 5), [0.5] * len(last)],
     )
 
 
@@ -165,7 +165,7 @@ def write_tokens(folder: Path, tokenizer: str = "ab12") -> None:
 def write_run(folder: Path) -> Summary:
     """Traces with their tokens, and the report of the rows."""
     write_tokens(folder / "traces")
-    for name, traces in (("traces", make_traces()), (HELD_OUT, make_held_out())):
+    for name, traces in (("traces", make_traces()), (EVAL_TRACES_DIR, make_held_out())):
         with TraceWriter(folder / name) as writer:
             for trace in traces:
                 writer.add(trace)

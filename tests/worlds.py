@@ -35,7 +35,7 @@ from transformers import (
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.models.loading import freeze_policy
 from nabla_trl.models.policy import Policy
-from nabla_trl.rewards.loading import log_ratio, scalar
+from nabla_trl.rewards.loading import build_log_ratio_reward, build_scalar_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
 
@@ -198,7 +198,7 @@ def tiny_scalar(
     """A random sequence classifier with one label as reward; its tokenizer is the policy's unless given."""
     tokenizer = policy.tokenizer if tokenizer is None else tokenizer
     kwargs = {"dtype": policy.model.dtype, **_ids(tokenizer), **kwargs}
-    return scalar(policy, tiny_model(architecture, kind="score", seed=seed, **kwargs), tokenizer, name)
+    return build_scalar_reward(policy, tiny_model(architecture, kind="score", seed=seed, **kwargs), tokenizer, name)
 
 
 def tiny_logratio(
@@ -214,7 +214,7 @@ def tiny_logratio(
     tokenizer = policy.tokenizer if tokenizer is None else tokenizer
     kwargs = {"dtype": policy.model.dtype, **kwargs}
     better = tiny_policy(architecture, tokenizer=tokenizer, seed=seed, name="better", **kwargs)
-    return log_ratio(policy, better, policy, name)
+    return build_log_ratio_reward(policy, better, policy, name)
 
 
 def tiny_problems(questions: Sequence[str] = QUESTIONS) -> list[Problem]:

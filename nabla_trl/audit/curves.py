@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nabla_trl.utils.statistics import SIGNIFICANT, Interval, mean_interval, sign_flip_p_value
+from nabla_trl.utils.statistics import SIGNIFICANCE_LEVEL, Interval, mean_interval, sign_flip_p_value
 
 
 @dataclass(frozen=True)
-class Turn:
+class OveroptimizationPoint:
     """How a curve goes.
 
     Attributes:
@@ -27,18 +27,18 @@ class Turn:
             budget where none helps.
     """
 
-    peak: int
-    fall: Interval
-    helps: bool
-    trusted: int
+    peak_budget: int
+    drop_from_peak: Interval
+    is_helpful: bool
+    validated_budget: int
 
     @property
-    def turns(self) -> bool:
+    def has_overoptimization(self) -> bool:
         """The largest budget is worse than the peak."""
-        return self.fall.high < 0
+        return self.drop_from_peak.high < 0
 
 
-def turning(curve: Mapping[int, np.ndarray]) -> Turn:
+def find_overoptimization(curve: Mapping[int, np.ndarray]) -> OveroptimizationPoint:
     """Read a curve of budget → scores of the problems [P], in the same order for every budget.
 
     Raises:
@@ -48,20 +48,22 @@ def turning(curve: Mapping[int, np.ndarray]) -> Turn:
         raise ValueError("a curve needs at least one budget")
     budgets = sorted(curve)
     peak = max(budgets, key=lambda budget: (curve[budget].mean(), -budget))
-    helps = any(_side(curve, budget, budgets[0]) > 0 for budget in budgets)
+    helps = any(_compare_budgets(curve, budget, budgets[0]) > 0 for budget in budgets)
     later = [budget for budget in budgets if budget > peak]
-    fallen = [budget for budget in later if _side(curve, budget, peak) < 0]
+    fallen = [budget for budget in later if _compare_budgets(curve, budget, peak) < 0]
     safe = [budget for budget in budgets if not fallen or budget < fallen[0]]
-    return Turn(peak, _difference(curve, budgets[-1], peak), helps, safe[-1] if helps else budgets[0])
+    return OveroptimizationPoint(
+        peak, _estimate_difference(curve, budgets[-1], peak), helps, safe[-1] if helps else budgets[0]
+    )
 
 
-def _side(curve: Mapping[int, np.ndarray], budget: int, other: int) -> int:
+def _compare_budgets(curve: Mapping[int, np.ndarray], budget: int, other: int) -> int:
     """1 or −1 where a budget is better or worse than another beyond chance, else 0."""
-    gap = _difference(curve, budget, other)
-    if not (gap.low > 0 or gap.high < 0) or sign_flip_p_value(curve[budget] - curve[other]) >= SIGNIFICANT:
+    gap = _estimate_difference(curve, budget, other)
+    if not (gap.low > 0 or gap.high < 0) or sign_flip_p_value(curve[budget] - curve[other]) >= SIGNIFICANCE_LEVEL:
         return 0
     return 1 if gap.low > 0 else -1
 
 
-def _difference(curve: Mapping[int, np.ndarray], budget: int, other: int) -> Interval:
+def _estimate_difference(curve: Mapping[int, np.ndarray], budget: int, other: int) -> Interval:
     return mean_interval((curve[budget] - curve[other])[:, None])

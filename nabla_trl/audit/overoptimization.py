@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from nabla_trl.audit.curves import Turn, turning
-from nabla_trl.audit.ranking import Audit
+from nabla_trl.audit.curves import OveroptimizationPoint, find_overoptimization
+from nabla_trl.audit.ranking import RankingAudit
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.models.policy import Policy
-from nabla_trl.rewards.limits import Trust, past_samples, past_trust
+from nabla_trl.rewards.limits import ValidatedLimits, past_limits, past_sample_limit
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.statistics import Interval, mean_interval
@@ -42,12 +42,12 @@ class SearchCurve:
 
     accuracy: dict[int, Interval]
     reward: dict[int, float]
-    turn: Turn
-    verdict: str
+    overoptimization: OveroptimizationPoint
+    conclusion: str
 
 
 @dataclass(frozen=True)
-class Pressure:
+class OveroptimizationAudit:
     """What the pressure audit found on P problems.
 
     Attributes:
@@ -60,24 +60,24 @@ class Pressure:
     problems: int
     seeds: tuple[int, ...]
     curves: dict[str, SearchCurve]
-    errors: int
-    trust: Trust
-    verdict: str
+    failed_searches: int
+    validated_limits: ValidatedLimits
+    conclusion: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def pressure(
+def audit_overoptimization(
     problems: Sequence[Problem],
     *,
     policy: Policy,
     reward: Reward,
-    config: ReasonerConfig,
+    config: SearchConfig,
     checker: AnswerChecker,
-    best_of_n: Audit,
+    ranking_audit: RankingAudit,
     seeds: Sequence[int] = (0,),
-) -> Pressure:
+) -> OveroptimizationAudit:
     """Run a search of `config.rounds` rounds, with and without its gradient, and grade it as it goes on.
 
     Other limits of the configuration (patience, rollouts, FLOPs) are taken off.
@@ -88,24 +88,26 @@ def pressure(
     Raises:
         ValueError: no limit of rounds, no seeds, no gold answers, or every search failed.
     """
-    if config.rounds < 1:
+    if config.max_rounds < 1:
         raise ValueError("the pressure audit needs a limit of rounds, at least 1")
     graded = [problem for problem in problems if problem.answer]
     if not graded or not seeds:
         raise ValueError("the pressure audit needs problems with a gold answer, and at least one seed")
-    config = replace(config, patience=0, rollouts=0, flops=0.0)
+    config = replace(config, patience=0, max_rollouts=0, max_flops=0.0)
     curves, errors = {}, 0
-    for name, one in {config.method: config, "control": config.control()}.items():
-        runs = [solve(graded, policy=policy, reward=reward, config=one, seed=seed) for seed in seeds]
+    for name, one in {config.method: config, "control": config.with_no_gradient()}.items():
+        runs = [run_search(graded, policy=policy, reward=reward, config=one, seed=seed) for seed in seeds]
         rows = [list(row) for row in zip(*runs, strict=True)]
-        curves[name] = search_curve(rows, policy, checker, config.rounds)
+        curves[name] = compute_search_curve(rows, policy, checker, config.max_rounds)
         errors += sum(trace.error is not None for row in rows for trace in row)
     own = curves[config.method]
-    trust = Trust(samples=best_of_n.trusted_samples, rounds=own.turn.trusted)
-    return Pressure(len(graded), tuple(seeds), curves, errors, trust, own.verdict)
+    trust = ValidatedLimits(max_samples=ranking_audit.validated_samples, max_rounds=own.overoptimization.validated_budget)
+    return OveroptimizationAudit(len(graded), tuple(seeds), curves, errors, trust, own.conclusion)
 
 
-def search_curve(rows: Sequence[Sequence[Trace]], policy: Policy, checker: AnswerChecker, rounds: int) -> SearchCurve:
+def compute_search_curve(
+    traces_by_problem: Sequence[Sequence[Trace]], policy: Policy, checker: AnswerChecker, max_rounds: int
+) -> SearchCurve:
     """The curve of finished searches.
 
     Args:
@@ -115,38 +117,38 @@ def search_curve(rows: Sequence[Sequence[Trace]], policy: Policy, checker: Answe
     Raises:
         ValueError: every trace has an error.
     """
-    failed = [trace.error for row in rows for trace in row if trace.error is not None]
-    if len(failed) == sum(map(len, rows)):
+    failed = [trace.error for row in traces_by_problem for trace in row if trace.error is not None]
+    if len(failed) == sum(map(len, traces_by_problem)):
         raise ValueError(f"every search of the pressure audit failed, the first because {failed[0]}")
-    budgets = round_grid(rounds)
-    states = [[incumbents_at(trace, budgets) for trace in row] for row in rows]
-    right = _graded(rows, states, policy, checker)
+    budgets = make_round_grid(max_rounds)
+    states = [[select_incumbents(trace, budgets) for trace in row] for row in traces_by_problem]
+    right = _grade_incumbents(traces_by_problem, states, policy, checker)
     rewards = np.array(
         [
             [[math.nan if trace.error else value for _, value in state] for trace, state in zip(*pair, strict=True)]
-            for pair in zip(rows, states, strict=True)
+            for pair in zip(traces_by_problem, states, strict=True)
         ]
     )
     accuracy = {budget: mean_interval(right[:, :, index]) for index, budget in enumerate(budgets)}
     reward = {budget: mean_interval(rewards[:, :, index]).value for index, budget in enumerate(budgets)}
-    turn = turning({budget: right[:, :, index].mean(1) for index, budget in enumerate(budgets)})
-    return SearchCurve(accuracy, reward, turn, verdict(accuracy, reward, turn))
+    turn = find_overoptimization({budget: right[:, :, index].mean(1) for index, budget in enumerate(budgets)})
+    return SearchCurve(accuracy, reward, turn, conclude_overoptimization(accuracy, reward, turn))
 
 
-def round_grid(rounds: int) -> list[int]:
+def make_round_grid(max_rounds: int) -> list[int]:
     """0, 1, 2, 4, … and `rounds` itself."""
-    return sorted({0, rounds, *(2**power for power in range(rounds.bit_length()))})
+    return sorted({0, max_rounds, *(2**power for power in range(max_rounds.bit_length()))})
 
 
-def incumbents_at(trace: Trace, budgets: Sequence[int]) -> list[tuple[list[int], float]]:
+def select_incumbents(trace: Trace, round_counts: Sequence[int]) -> list[tuple[list[int], float]]:
     """Response ids and reward of the incumbent after each number of rounds; a search that ended keeps its last."""
-    states = trace.incumbents()
+    states = trace.list_incumbents()
     accepted = [revision.round for revision in trace.revisions if revision.accepted]
-    return [states[bisect_left(accepted, budget)] for budget in budgets]  # rounds count from 0
+    return [states[bisect_left(accepted, budget)] for budget in round_counts]  # rounds count from 0
 
 
-def _graded(
-    rows: Sequence[Sequence[Trace]],
+def _grade_incumbents(
+    traces_by_problem: Sequence[Sequence[Trace]],
     states: Sequence[Sequence[Sequence[tuple[list[int], float]]]],
     policy: Policy,
     checker: AnswerChecker,
@@ -154,50 +156,60 @@ def _graded(
     """[P, seeds, budgets] 1 where the incumbent's answer is right; each distinct response is read once."""
     answers: dict[tuple[int, ...], str | None] = {}
     pairs = []
-    for row, traces in zip(states, rows, strict=True):
+    for row, traces in zip(states, traces_by_problem, strict=True):
         for state, trace in zip(row, traces, strict=True):
             for ids, _ in state:
                 if tuple(ids) not in answers:
-                    answers[tuple(ids)] = extract_answer(policy.said(ids))
-                pairs.append((None if trace.error else answers[tuple(ids)], trace.judge))
-    right = [verdict.right for verdict in checker.check(pairs)]
-    return np.array(right, dtype=np.float64).reshape(len(rows), len(rows[0]), -1)
+                    answers[tuple(ids)] = extract_answer(policy.decode_response(ids))
+                pairs.append((None if trace.error else answers[tuple(ids)], trace.grading_reference))
+    right = [verdict.is_correct for verdict in checker.check(pairs)]
+    return np.array(right, dtype=np.float64).reshape(len(traces_by_problem), len(traces_by_problem[0]), -1)
 
 
-def verdict(accuracy: dict[int, Interval], reward: dict[int, float], turn: Turn) -> str:
+def conclude_overoptimization(
+    accuracy: dict[int, Interval], reward: dict[int, float], overoptimization: OveroptimizationPoint
+) -> str:
     """A sentence on how far a search may go: it turns, it helps, or it does neither."""
     last = max(accuracy)
-    start, top, end = (f"{accuracy[rounds].value:.3f}" for rounds in (0, turn.peak, last))
-    if turn.turns:
-        trusted = f"the search may be trusted up to {turn.trusted} rounds" if turn.helps else "it helps at no budget"
-        return (
-            f"accuracy falls from {top} at {turn.peak} rounds to {end} at {last} while the reward goes from "
-            f"{reward[turn.peak]:.3f} to {reward[last]:.3f}: {trusted}"
+    start, top, end = (f"{accuracy[rounds].value:.3f}" for rounds in (0, overoptimization.peak_budget, last))
+    if overoptimization.has_overoptimization:
+        trusted = (
+            f"the search may be trusted up to {overoptimization.validated_budget} rounds"
+            if overoptimization.is_helpful
+            else "it helps at no budget"
         )
-    if turn.helps:
-        dip = "" if turn.trusted == last else f", but it dips after {turn.trusted}, up to which it may be trusted"
-        return f"accuracy rises from {start} to {top} at {turn.peak} rounds and does not turn up to {last}{dip}"
+        return (
+            f"accuracy falls from {top} at {overoptimization.peak_budget} rounds to {end} at {last} while the reward goes from "
+            f"{reward[overoptimization.peak_budget]:.3f} to {reward[last]:.3f}: {trusted}"
+        )
+    if overoptimization.is_helpful:
+        dip = (
+            ""
+            if overoptimization.validated_budget == last
+            else f", but it dips after {overoptimization.validated_budget}, up to which it may be trusted"
+        )
+        return f"accuracy rises from {start} to {top} at {overoptimization.peak_budget} rounds and does not turn up to {last}{dip}"
     return (
-        f"accuracy does not rise measurably: {start} at first, {end} after {last} rounds, on {accuracy[0].problems} "
+        f"accuracy does not rise measurably: {start} at first, {end} after {last} rounds, on {accuracy[0].num_problems} "
         "problems; no search is to be trusted on this evidence"
     )
 
 
-def warn_past_trust(reward: Reward, config: ReasonerConfig | None, samples: int = 1) -> None:
+def warn_past_limits(reward: Reward, config: SearchConfig | None, num_samples: int = 1) -> None:
     """Say on stderr where a reward is followed further than its audit trusts it, or by a gradient that misleads.
 
     Args:
         config: the search; None: there is none.
         samples: the largest N of best-of-N by this reward.
     """
-    samples = samples if config is None else max(samples, config.starts)
-    rounds = None if config is None else past_trust(reward.trust, config.rounds)
-    for warning in (past_samples(reward.trust, samples), rounds):
+    num_samples = num_samples if config is None else max(num_samples, config.num_starts)
+    rounds = None if config is None else past_limits(reward.validated_limits, config.max_rounds)
+    for warning in (past_sample_limit(reward.validated_limits, num_samples), rounds):
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
-    if config is not None and reward.misled and config.solver == "mirror" and config.point is None:
+    if config is not None and reward.gradient_unhelpful and config.solver == "mirror" and config.gradient_at is None:
         print(
             f"warning: the audit found no gradient of this reward that helps, and the search follows the one at "
-            f"{reward.point}: use solver none, or name a point",
+            f"{reward.gradient_at}: use solver none, or name a point",
             file=sys.stderr,
         )

@@ -13,20 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from nabla_trl.audit.curves import Turn, turning
-from nabla_trl.baselines.sampling import Entry, Pool, draw_pool
+from nabla_trl.audit.curves import OveroptimizationPoint, find_overoptimization
+from nabla_trl.baselines.sampling import PoolEntry, ResponsePool, draw_pool
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.reward_training.labels import TokenLabels, has_step_labels
+from nabla_trl.reward_training.labels import TokenLabeler, has_step_labels
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.statistics import mean_interval
 
 
 @dataclass(frozen=True)
-class Audit:
+class RankingAudit:
     """What the audit found on P problems with N samples each.
 
     Attributes:
@@ -46,15 +46,15 @@ class Audit:
     problems: int
     samples: int
     accuracy: float
-    best_of_n: dict[int, dict[str, float]]
-    reward_of_n: dict[int, float]
+    best_of_n_accuracy: dict[int, dict[str, float]]
+    best_of_n_reward: dict[int, float]
     auc: float
     step_auc: float | None
-    lucky: float | None
+    correct_with_errors: float | None
     correlation: float
     length_correlation: float
-    trusted_samples: int
-    verdict: str
+    validated_samples: int
+    conclusion: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,7 +62,7 @@ class Audit:
 
 def audit_reward(
     problems: Sequence[Problem],
-    samples: int,
+    samples_per_problem: int,
     *,
     policy: Policy,
     reward: Reward,
@@ -75,16 +75,18 @@ def audit_reward(
     Returns:
         The audit's fields, of one that could not be made "verdict" alone, and "flops", what drawing and scoring cost.
     """
-    pool = draw_pool(problems, samples, policy=policy, reward=reward, sampling=sampling, batch_size=batch_size)
-    spent = sum((entry.cost() for entry in pool.entries), Cost())
+    pool = draw_pool(
+        problems, samples_per_problem, policy=policy, reward=reward, sampling=sampling, batch_size=batch_size
+    )
+    spent = sum((entry.compute_cost() for entry in pool.entries), Cost())
     try:
-        found = audit(pool, checker).to_dict()
+        found = audit_ranking(pool, checker).to_dict()
     except ValueError as error:
         found = {"verdict": f"the reward could not be audited: {error}"}
     return found | {"flops": spent.flops}
 
 
-def audit(pool: Pool, checker: AnswerChecker) -> Audit:
+def audit_ranking(pool: ResponsePool, checker: AnswerChecker) -> RankingAudit:
     """Audit the reward that scored a pool.
 
     Raises:
@@ -94,65 +96,68 @@ def audit(pool: Pool, checker: AnswerChecker) -> Audit:
     entries = [entry for entry in pool.entries if entry.error is None and entry.problem.answer]
     if not entries:
         raise ValueError("the audit needs problems with a gold answer")
-    rewards = np.array([[draw.reward for draw in entry.draws] for entry in entries])
-    lengths = np.array([[len(draw.ids) for draw in entry.draws] for entry in entries], dtype=float)
-    pairs = [(draw.answer, entry.problem.judge) for entry in entries for draw in entry.draws]
-    right = np.array([verdict.right for verdict in checker.check(pairs)]).reshape(rewards.shape)
-    return audit_arrays(rewards, right, lengths, _sound(entries, pool.policy))
+    rewards = np.array([[draw.reward for draw in entry.responses] for entry in entries])
+    lengths = np.array([[len(draw.response_ids) for draw in entry.responses] for entry in entries], dtype=float)
+    pairs = [(draw.answer, entry.problem.grading_target) for entry in entries for draw in entry.responses]
+    right = np.array([verdict.is_correct for verdict in checker.check(pairs)]).reshape(rewards.shape)
+    return compute_ranking_audit(rewards, right, lengths, _find_error_free(entries, pool.policy))
 
 
-def _sound(entries: Sequence[Entry], policy: Policy) -> np.ndarray | None:
+def _find_error_free(entries: Sequence[PoolEntry], policy: Policy) -> np.ndarray | None:
     """[P, N] whether samples are free of error to their end; None without step labels."""
     if not has_step_labels([entry.problem for entry in entries]):
         return None
-    labels = TokenLabels(policy)
+    labels = TokenLabeler(policy)
     return np.array(
         [
             [
-                draw.ids[-1] in policy.stop_ids and labels.first_error(entry.problem, draw.ids) is None
-                for draw in entry.draws
+                draw.response_ids[-1] in policy.stop_ids
+                and labels.find_first_error(entry.problem, draw.response_ids) is None
+                for draw in entry.responses
             ]
             for entry in entries
         ]
     )
 
 
-def audit_arrays(
-    rewards: np.ndarray, right: np.ndarray, lengths: np.ndarray, sound: np.ndarray | None = None
-) -> Audit:
+def compute_ranking_audit(
+    rewards: np.ndarray, correct: np.ndarray, lengths: np.ndarray, error_free: np.ndarray | None = None
+) -> RankingAudit:
     """The audit of [P, N] rewards, correctness of the answer, lengths, and freedom from error if that is known."""
     problems, samples = rewards.shape
     if samples < 2:
         raise ValueError("the audit needs at least two samples per problem")
     if not np.isfinite(rewards).all():
         raise ValueError(f"the audit met {int((~np.isfinite(rewards)).sum())} rewards that are not finite")
-    if right.all() or not right.any():
+    if correct.all() or not correct.any():
         raise ValueError(
-            f"the audit needs right and wrong samples, but all {right.size} are {'right' if right.all() else 'wrong'}"
+            f"the audit needs right and wrong samples, but all {correct.size} are {'right' if correct.all() else 'wrong'}"
         )
     if np.ptp(rewards) == 0:
         raise ValueError(f"the reward gave {rewards.flat[0]:g} to every sample: there is nothing to audit")
     sizes = [n for n in (2**k for k in range(12)) if n <= samples]
-    accuracies = {n: best_of_n_values(rewards, right.astype(float), n) for n in sizes}
-    turn = turning(accuracies)
-    auc = within_auc(rewards, right)
-    return Audit(
+    accuracies = {n: compute_best_of_n_values(rewards, correct.astype(float), n) for n in sizes}
+    turn = find_overoptimization(accuracies)
+    auc = compute_within_problem_auc(rewards, correct)
+    return RankingAudit(
         problems=problems,
         samples=samples,
-        accuracy=float(right.mean()),
-        best_of_n={n: mean_interval(values[:, None]).entry() for n, values in accuracies.items()},
-        reward_of_n={n: float(best_of_n_values(rewards, rewards, n).mean()) for n in sizes},
+        accuracy=float(correct.mean()),
+        best_of_n_accuracy={n: mean_interval(values[:, None]).to_dict() for n, values in accuracies.items()},
+        best_of_n_reward={n: float(compute_best_of_n_values(rewards, rewards, n).mean()) for n in sizes},
         auc=auc,
-        step_auc=None if sound is None or not _mixed(sound) else within_auc(rewards, sound),
-        lucky=None if sound is None else float((right & ~sound).sum() / right.sum()),
-        correlation=within_correlation(rewards, right.astype(float)),
-        length_correlation=within_correlation(rewards, lengths),
-        trusted_samples=turn.trusted,
-        verdict=verdict({n: float(values.mean()) for n, values in accuracies.items()}, auc, turn),
+        step_auc=None
+        if error_free is None or not _has_mixed_problem(error_free)
+        else compute_within_problem_auc(rewards, error_free),
+        correct_with_errors=None if error_free is None else float((correct & ~error_free).sum() / correct.sum()),
+        correlation=compute_within_problem_correlation(rewards, correct.astype(float)),
+        length_correlation=compute_within_problem_correlation(rewards, lengths),
+        validated_samples=turn.validated_budget,
+        conclusion=conclude_ranking({n: float(values.mean()) for n, values in accuracies.items()}, auc, turn),
     )
 
 
-def best_of_n_values(rewards: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+def compute_best_of_n_values(rewards: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
     """Per problem, the expected value of the highest-reward sample among n of the N drawn without replacement.
 
     Exact: with samples sorted by reward, the k-th lowest (from 0) is the best of n with probability
@@ -168,24 +173,24 @@ def best_of_n_values(rewards: np.ndarray, values: np.ndarray, n: int) -> np.ndar
     weights /= weights.sum()
     rows = zip(rewards, values, strict=True)
     return np.array(
-        [weights @ _mean_over_ties(np.sort(row), value[np.argsort(row, kind="stable")]) for row, value in rows]
+        [weights @ _average_ties(np.sort(row), value[np.argsort(row, kind="stable")]) for row, value in rows]
     )
 
 
-def _mean_over_ties(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _average_ties(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
     _, group = np.unique(ordered, return_inverse=True)
     return (np.bincount(group, values) / np.bincount(group))[group]
 
 
-def _mixed(labels: np.ndarray) -> bool:
+def _has_mixed_problem(labels: np.ndarray) -> bool:
     """Some problem has both kinds."""
     return bool((labels.any(1) & ~labels.all(1)).any())
 
 
-def within_auc(rewards: np.ndarray, right: np.ndarray) -> float:
+def compute_within_problem_auc(rewards: np.ndarray, correct: np.ndarray) -> float:
     """P(right sample scores above a wrong one of the same problem), ties counted half; over all such pairs."""
     above = pairs = 0.0
-    for row, good in zip(rewards, right, strict=True):
+    for row, good in zip(rewards, correct, strict=True):
         gaps = row[good][:, None] - row[~good][None]
         above += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
         pairs += gaps.size
@@ -194,30 +199,34 @@ def within_auc(rewards: np.ndarray, right: np.ndarray) -> float:
     return above / pairs
 
 
-def within_correlation(a: np.ndarray, b: np.ndarray) -> float:
+def compute_within_problem_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Mean Pearson correlation within problems, over those where both vary; 0 if there is none."""
     values = [float(np.corrcoef(x, y)[0, 1]) for x, y in zip(a, b, strict=True) if np.ptp(x) > 0 and np.ptp(y) > 0]
     return float(np.mean(values)) if values else 0.0
 
 
-def verdict(curve: dict[int, float], auc: float, turn: Turn) -> str:
+def conclude_ranking(accuracy_by_n: dict[int, float], auc: float, overoptimization: OveroptimizationPoint) -> str:
     """A sentence on whether best-of-N may trust the reward.
 
     Args:
         curve: n → accuracy.
         turn: how that curve goes.
     """
-    smallest, largest = min(curve), max(curve)
+    smallest, largest = min(accuracy_by_n), max(accuracy_by_n)
     if auc < 0.6:
         return f"the reward hardly tells right from wrong (AUC {auc:.2f}): do not search with it"
-    if turn.turns:
-        trusted = f"trust it up to {turn.trusted} samples" if turn.helps else "it helps at no N"
-        return (
-            f"the reward ranks (AUC {auc:.2f}) but turns: best-of-N falls from {curve[turn.peak]:.3f} at {turn.peak} "
-            f"to {curve[largest]:.3f} at {largest}; {trusted}"
+    if overoptimization.has_overoptimization:
+        trusted = (
+            f"trust it up to {overoptimization.validated_budget} samples"
+            if overoptimization.is_helpful
+            else "it helps at no N"
         )
-    rise = "rises" if turn.helps else "moves, by no more than chance may do,"
+        return (
+            f"the reward ranks (AUC {auc:.2f}) but turns: best-of-N falls from {accuracy_by_n[overoptimization.peak_budget]:.3f} at {overoptimization.peak_budget} "
+            f"to {accuracy_by_n[largest]:.3f} at {largest}; {trusted}"
+        )
+    rise = "rises" if overoptimization.is_helpful else "moves, by no more than chance may do,"
     return (
-        f"the reward ranks (AUC {auc:.2f}) and best-of-N {rise} from {curve[smallest]:.3f} to {curve[largest]:.3f} "
+        f"the reward ranks (AUC {auc:.2f}) and best-of-N {rise} from {accuracy_by_n[smallest]:.3f} to {accuracy_by_n[largest]:.3f} "
         f"up to {largest} samples without turning"
     )

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from nabla_trl.baselines.sampling import encode_prompts
-from nabla_trl.gradient.objectives import Known, Memo, Sample
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.generation import generate, random_stream
-from nabla_trl.models.options import Point, Sampling
+from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import generate_continuations, make_rng
+from nabla_trl.models.options import GradientPoint, Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import Job
+from nabla_trl.models.requests import GenerationRequest
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.proposals import replaceable
+from nabla_trl.search.proposals import compute_replaceable_mask
 from nabla_trl.tasks.problem import Problem
 
 
 @dataclass(frozen=True)
-class Response:
+class SampledResponse:
     """One drawn response of T tokens.
 
     Attributes:
@@ -39,28 +39,28 @@ class Response:
     """
 
     sample: Sample
-    known: Known
-    problem: int
+    draw_info: DrawInfo
+    problem_index: int
     finished: bool
-    allowed: Tensor
-    memos: list[Memo]
+    allowed_swaps: Tensor
+    prompt_caches: list[ScoreCache]
 
-    def choice(self) -> Tensor:
+    def find_token_columns(self) -> Tensor:
         """[T] column of each response token among the candidates."""
-        return (self.known.candidates == torch.tensor(self.sample.response)[:, None]).int().argmax(-1)
+        return (self.draw_info.candidates == torch.tensor(self.sample.response_ids)[:, None]).int().argmax(-1)
 
 
 @dataclass(frozen=True)
-class Swap:
+class TokenSwap:
     """Candidate `column` in place of token `position` of response `row`."""
 
-    row: int
+    response_index: int
     position: int
-    column: int
+    candidate_index: int
 
 
 @dataclass(frozen=True)
-class Measured:
+class SwapMeasurements:
     """What swaps do, and what gradients say.
 
     Attributes:
@@ -70,22 +70,22 @@ class Measured:
     """
 
     rewards: np.ndarray
-    changes: np.ndarray
-    predicted: dict[str, list[Tensor]]
+    reward_changes: np.ndarray
+    predicted_changes: dict[str, list[Tensor]]
 
 
 def draw_responses(
     problems: Sequence[Problem],
-    count: int,
+    responses_per_problem: int,
     *,
     policy: Policy,
     reward: Reward,
     sampling: Sampling,
-    candidates: int,
-    min_p: float,
+    top_k_candidates: int,
+    candidate_min_p: float,
     seed: int = 0,
     batch_size: int = 256,
-) -> list[Response]:
+) -> list[SampledResponse]:
     """`count` responses to each problem; a problem that policy or reward cannot read has none.
 
     Raises:
@@ -95,23 +95,33 @@ def draw_responses(
     if not prompts:
         raise ValueError(f"no problem can be run: {next(iter(errors.values()), 'there are none')}")
     jobs = [
-        Job(problem.id, ids, random_stream(seed, problem.id, "swaps", draw), limit, stop=policy.stops(problem))
+        GenerationRequest(
+            problem.id,
+            ids,
+            make_rng(seed, problem.id, "swaps", draw),
+            limit,
+            stop_strings=policy.get_stop_strings(problem),
+        )
         for (problem, ids), limit in zip(prompts, limits, strict=True)
-        for draw in range(count)
+        for draw in range(responses_per_problem)
     ]
-    drafts = generate(policy, jobs, sampling, meter=Meter(), candidates=candidates, batch_size=batch_size)
-    memos = reward.prompt_memos([Sample(problem, ids, []) for problem, ids in prompts], Meter())
+    drafts = generate_continuations(
+        policy, jobs, sampling, flop_counter=FlopCounter(), top_k_candidates=top_k_candidates, batch_size=batch_size
+    )
+    memos = reward.compute_prompt_caches([Sample(problem, ids, []) for problem, ids in prompts], FlopCounter())
     responses = []
     for number, draft in enumerate(drafts):
-        row = number // count
-        known = Known(policy.model, draft.candidates, draft.logp)
-        sample = Sample(*prompts[row], draft.ids, known=known)
-        allowed = replaceable(draft.ids, draft.candidates, draft.logp, reward.readable, min_p)
-        responses.append(Response(sample, known, row, draft.finished, allowed, memos[row]))
+        row = number // responses_per_problem
+        known = DrawInfo(policy.model, draft.candidates, draft.logp)
+        sample = Sample(*prompts[row], draft.ids, draw_info=known)
+        allowed = compute_replaceable_mask(
+            draft.ids, draft.candidates, draft.logp, reward.in_vocabulary, candidate_min_p
+        )
+        responses.append(SampledResponse(sample, known, row, draft.finished, allowed, memos[row]))
     return responses
 
 
-def choose_swaps(responses: Sequence[Response], count: int, rng: np.random.Generator) -> list[Swap]:
+def choose_swaps(responses: Sequence[SampledResponse], num_swaps: int, rng: np.random.Generator) -> list[TokenSwap]:
     """At most `count` distinct swaps, uniformly over all allowed ones; sorted by response.
 
     A response gives at most twice its even share, so that long ones do not crowd out the others.
@@ -119,29 +129,29 @@ def choose_swaps(responses: Sequence[Response], count: int, rng: np.random.Gener
     Raises:
         ValueError: no response allows a swap.
     """
-    places = [torch.nonzero(one.allowed).numpy() for one in responses]
+    places = [torch.nonzero(one.allowed_swaps).numpy() for one in responses]
     rows = np.repeat(np.arange(len(places)), [len(place) for place in places])
     if not len(rows):
         raise ValueError("no swap is possible: the policy gives no token of its responses a plausible alternative")
-    most = math.ceil(2 * count / len(np.unique(rows)))
+    most = math.ceil(2 * num_swaps / len(np.unique(rows)))
     taken = np.zeros(len(places), dtype=int)
     picks: list[int] = []
     for pick in rng.permutation(len(rows)):
-        if len(picks) < count and taken[rows[pick]] < most:
+        if len(picks) < num_swaps and taken[rows[pick]] < most:
             taken[rows[pick]] += 1
             picks.append(int(pick))
     flat = np.concatenate(places)
-    return [Swap(int(rows[pick]), int(flat[pick, 0]), int(flat[pick, 1])) for pick in sorted(picks)]
+    return [TokenSwap(int(rows[pick]), int(flat[pick, 0]), int(flat[pick, 1])) for pick in sorted(picks)]
 
 
-def measure(
-    responses: Sequence[Response],
-    swaps: Sequence[Swap],
-    points: Mapping[str, Point],
+def measure_swaps(
+    responses: Sequence[SampledResponse],
+    swaps: Sequence[TokenSwap],
+    gradient_points: Mapping[str, GradientPoint],
     *,
     reward: Reward,
     batch_size: int = 256,
-) -> Measured:
+) -> SwapMeasurements:
     """Rewards, true changes and predicted ones.
 
     Args:
@@ -153,57 +163,62 @@ def measure(
     """
     rewards: list[float] = []
     changes: list[float] = []
-    predicted: dict[str, list[Tensor]] = {name: [] for name in points}
+    predicted: dict[str, list[Tensor]] = {name: [] for name in gradient_points}
     for begin in range(0, len(responses), batch_size):
         some = responses[begin : begin + batch_size]
         # What is known of the drawing is put aside: a term that reads it would remember the prompt alone.
-        bare = [replace(one.sample, known=None) for one in some]
-        values, memos = reward.score(bare, [one.memos for one in some], meter=Meter(), keep=True)
-        _refuse_infinite(values, f"the reward {reward.name} of a response")
+        bare = [replace(one.sample, draw_info=None) for one in some]
+        values, memos = reward.score(
+            bare, [one.prompt_caches for one in some], flop_counter=FlopCounter(), return_caches=True
+        )
+        _check_finite(values, f"the reward {reward.name} of a response")
         rewards += values
-        here = [swap for swap in swaps if begin <= swap.row < begin + len(some)]
-        after = _swapped_rewards(responses, here, [memos[swap.row - begin] for swap in here], reward)
-        changes += [value - rewards[swap.row] for value, swap in zip(after, here, strict=True)]
-        for name, gradients in _gradients(some, memos, points, reward).items():
-            predicted[name] += _predicted(some, gradients, f"the gradient of {reward.name} at {name}")
-    return Measured(np.array(rewards), np.array(changes), predicted)
+        here = [swap for swap in swaps if begin <= swap.response_index < begin + len(some)]
+        after = _score_swaps(responses, here, [memos[swap.response_index - begin] for swap in here], reward)
+        changes += [value - rewards[swap.response_index] for value, swap in zip(after, here, strict=True)]
+        for name, gradients in _compute_gradients(some, memos, gradient_points, reward).items():
+            predicted[name] += _predict_changes(some, gradients, f"the gradient of {reward.name} at {name}")
+    return SwapMeasurements(np.array(rewards), np.array(changes), predicted)
 
 
-def _swapped_rewards(
-    responses: Sequence[Response], swaps: Sequence[Swap], memos: Sequence[list[Memo]], reward: Reward
+def _score_swaps(
+    responses: Sequence[SampledResponse], swaps: Sequence[TokenSwap], memos: Sequence[list[ScoreCache]], reward: Reward
 ) -> list[float]:
     samples = []
     for swap in swaps:
-        one = responses[swap.row]
-        ids = list(one.sample.response)
-        ids[swap.position] = int(one.known.candidates[swap.position, swap.column])
-        samples.append(replace(one.sample, response=ids, known=None))
-    values, _ = reward.score(samples, memos, meter=Meter(), shared=[swap.position for swap in swaps])
-    _refuse_infinite(values, f"the reward {reward.name} of a response with one token swapped")
+        one = responses[swap.response_index]
+        ids = list(one.sample.response_ids)
+        ids[swap.position] = int(one.draw_info.candidates[swap.position, swap.candidate_index])
+        samples.append(replace(one.sample, response_ids=ids, draw_info=None))
+    values, _ = reward.score(samples, memos, flop_counter=FlopCounter(), num_shared=[swap.position for swap in swaps])
+    _check_finite(values, f"the reward {reward.name} of a response with one token swapped")
     return values
 
 
-def _gradients(
-    responses: Sequence[Response], memos: Sequence[list[Memo]], points: Mapping[str, Point], reward: Reward
+def _compute_gradients(
+    responses: Sequence[SampledResponse],
+    memos: Sequence[list[ScoreCache]],
+    gradient_points: Mapping[str, GradientPoint],
+    reward: Reward,
 ) -> dict[str, list[Tensor]]:
     """Point → per response ∂r/∂Y [T, K] at the candidates."""
-    samples, tables = [one.sample for one in responses], [one.known.candidates for one in responses]
-    prompts = [one.memos for one in responses]
+    samples, tables = [one.sample for one in responses], [one.draw_info.candidates for one in responses]
+    prompts = [one.prompt_caches for one in responses]
     return {
-        name: reward.slope(samples, prompts, memos, tables, meter=Meter(), point=point)
-        for name, point in points.items()
+        name: reward.compute_gradient(samples, prompts, memos, tables, flop_counter=FlopCounter(), gradient_at=point)
+        for name, point in gradient_points.items()
     }
 
 
-def _predicted(responses: Sequence[Response], gradients: Sequence[Tensor], what: str) -> list[Tensor]:
+def _predict_changes(responses: Sequence[SampledResponse], gradients: Sequence[Tensor], what: str) -> list[Tensor]:
     for gradient in gradients:
         if not gradient.isfinite().all():
             raise ValueError(f"{what} is not finite")
     pairs = zip(responses, gradients, strict=True)
-    return [gradient - gradient.gather(1, one.choice()[:, None]) for one, gradient in pairs]
+    return [gradient - gradient.gather(1, one.find_token_columns()[:, None]) for one, gradient in pairs]
 
 
-def _refuse_infinite(values: Sequence[float], what: str) -> None:
+def _check_finite(values: Sequence[float], what: str) -> None:
     for value in values:
         if not math.isfinite(value):
             raise ValueError(f"{what} is {value}: the gradient audit needs finite numbers")

@@ -9,15 +9,15 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nabla_trl.gradient.step_ends import BLANK_LINE, read_delimiter
+from nabla_trl.gradient.step_ends import BLANK_LINE, parse_delimiter
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass(frozen=True)
-class StepConfig:
+class StepSearchConfig:
     """What beam_search, dvts, tot and rap share. How tokens are drawn is the search's (`config.ReasonerConfig`).
 
     Raises:
@@ -29,8 +29,8 @@ class StepConfig:
         r"searches over steps: what ends a step (escapes \n, \t, \\, \xHH); empty = what ends those of a process "
         "reward, else a blank line",
     )
-    step_tokens: int = _option(256, "searches over steps: longest step, in tokens")
-    step_width: int = _option(
+    max_step_tokens: int = _option(256, "searches over steps: longest step, in tokens")
+    steps_per_prefix: int = _option(
         4,
         "searches over steps: beam_search, dvts: one beam in so many is kept; tot, rap: steps drawn from each prefix",
     )
@@ -38,16 +38,20 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         if self.step_delimiter is not None:
-            read_delimiter(self.step_delimiter)
-        if self.step_tokens < 1 or self.step_width < 1:
+            parse_delimiter(self.step_delimiter)
+        if self.max_step_tokens < 1 or self.steps_per_prefix < 1:
             raise ValueError("step_tokens and step_width must be at least 1")
         if not 0 <= self.exploration < math.inf:
             raise ValueError(f"exploration must be a number of at least 0, not {self.exploration}")
 
-    def delimiter(self, own: str) -> str:
+    def resolve_delimiter(self, reward_delimiter: str) -> str:
         """What ends a step, where the reward's steps end with `own` (empty: it has none)."""
-        return read_delimiter(self.step_delimiter) if self.step_delimiter is not None else own or BLANK_LINE
+        return (
+            parse_delimiter(self.step_delimiter) if self.step_delimiter is not None else reward_delimiter or BLANK_LINE
+        )
 
-    def settings(self, own: str) -> dict[str, str]:
+    def get_settings(self, reward_delimiter: str) -> dict[str, str]:
         """All that can change a trace, for `claim_settings`."""
-        return {name: str(value) for name, value in asdict(self).items()} | {"step_delimiter": self.delimiter(own)}
+        return {name: str(value) for name, value in asdict(self).items()} | {
+            "step_delimiter": self.resolve_delimiter(reward_delimiter)
+        }

@@ -17,12 +17,12 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
-from nabla_trl.baselines.step_tree import Method, Node, Tree, Walk
+from nabla_trl.baselines.step_tree import NodeGenerator, StepNode, StepSearchMethod, StepTree
 
 # --- level by level -------------------------------------------------------------------------------------
 
 
-def beam_search(tree: Tree, size: int | None) -> Walk:
+def beam_search(tree: StepTree, size: int | None) -> NodeGenerator:
     """Beam search over steps with the reward as verifier (Snell et al., arXiv 2408.03314, section 5.2).
 
     Of N first steps the N/M best are kept, M more are drawn from each of them, and so on (M: `step_width`).
@@ -31,25 +31,25 @@ def beam_search(tree: Tree, size: int | None) -> Walk:
     from there; a response that has ended keeps its place among the N/M for as long as it is one of the best; where
     fewer than N/M distinct prefixes are left, they share the N draws. At a budget, N is what fits.
     """
-    return _sized(tree, size, lambda count: _levels(tree, [_beam(tree, count)]))
+    return _run_with_size(tree, size, lambda count: _search_level_by_level(tree, [_create_beam(tree, count)]))
 
 
-def dvts(tree: Tree, size: int | None) -> Walk:
+def dvts(tree: StepTree, size: int | None) -> NodeGenerator:
     """Diverse verifier tree search (Beeching, Tunstall and Rush, "Scaling test-time compute with open models", 2024).
 
     N beams as N/M subtrees that do not compete: in each the best of M steps is followed (M: `step_width`), and of the
     N/M responses the best is taken. Where M does not divide N, one subtree is smaller. At a budget, N is what fits.
     """
 
-    def subtrees(count: int) -> Walk:
-        whole, rest = divmod(count, tree.config.step_width)
-        sizes = [tree.config.step_width] * whole + [rest] * (rest > 0)
-        return _levels(tree, [_beam(tree, each) for each in sizes])
+    def subtrees(count: int) -> NodeGenerator:
+        whole, rest = divmod(count, tree.config.steps_per_prefix)
+        sizes = [tree.config.steps_per_prefix] * whole + [rest] * (rest > 0)
+        return _search_level_by_level(tree, [_create_beam(tree, each) for each in sizes])
 
-    return _sized(tree, size, subtrees)
+    return _run_with_size(tree, size, subtrees)
 
 
-def tree_of_thought(tree: Tree, size: int | None) -> Walk:
+def tree_of_thought(tree: StepTree, size: int | None) -> NodeGenerator:
     """Tree of thoughts by breadth-first search (Yao et al., arXiv 2305.10601, algorithm 1): b states are kept at every
     step (`size`), and k thoughts are drawn from each (`step_width`).
 
@@ -58,31 +58,33 @@ def tree_of_thought(tree: Tree, size: int | None) -> Walk:
     several; and a response that has ended stays a state. What is left of the method is a beam search that begins with
     k draws and draws k from each state, however few. Depth-first search is not offered. At a budget, b is what fits.
     """
-    width = tree.config.step_width
+    width = tree.config.steps_per_prefix
 
-    def states(breadth: int, thoughts: int) -> Walk:
-        return _levels(tree, [_Front(breadth, thoughts, [tree.begin()])])
+    def states(breadth: int, thoughts: int) -> NodeGenerator:
+        return _search_level_by_level(tree, [_Frontier(breadth, thoughts, [tree.start_attempt()])])
 
     if size is not None:
         return states(size, width)
-    return _at_budget(tree, lambda count: states(max(1, count // width), min(count, width)))
+    return _run_to_budget(tree, lambda count: states(max(1, count // width), min(count, width)))
 
 
-def _sized(tree: Tree, size: int | None, search: Callable[[int], Walk]) -> Walk:
-    return _at_budget(tree, search) if size is None else search(size)
+def _run_with_size(tree: StepTree, size: int | None, search: Callable[[int], NodeGenerator]) -> NodeGenerator:
+    return _run_to_budget(tree, search) if size is None else search(size)
 
 
-def _at_budget(tree: Tree, search: Callable[[int], Walk]) -> Walk:
+def _run_to_budget(tree: StepTree, search: Callable[[int], NodeGenerator]) -> NodeGenerator:
     """One response, and then searches for as many more as fit, until the budget is spent."""
     yield from search(1)
-    while not tree.responses and tree.fit():  # none that could be read: what one costs is not known yet
+    while (
+        not tree.responses and tree.count_affordable_responses()
+    ):  # none that could be read: what one costs is not known yet
         yield from search(1)
-    while count := tree.fit():
+    while count := tree.count_affordable_responses():
         yield from search(count)
 
 
 @dataclass
-class _Front:
+class _Frontier:
     """Prefixes that compete with each other.
 
     Attributes:
@@ -91,53 +93,55 @@ class _Front:
         total: draws of a step where all kept ones can go on; None: as many as there are prefixes, times `width`.
     """
 
-    keep: int
-    width: int
-    kept: list[Node]
-    total: int | None = None
+    max_nodes: int
+    draws_per_node: int
+    nodes: list[StepNode]
+    total_draws: int | None = None
 
-    def wanted(self) -> list[Node]:
+    def select_nodes_to_extend(self) -> list[StepNode]:
         """From which nodes to draw, in the order in which draws are given up where not all fit: the last first."""
-        live = [node for node in self.kept if not node.ended]
+        live = [node for node in self.nodes if not node.is_complete]
         if not live:
             return []
-        count = len(live) * self.width
-        if self.total is not None:
-            count = self.total - self.width * (len(self.kept) - len(live))
+        count = len(live) * self.draws_per_node
+        if self.total_draws is not None:
+            count = self.total_draws - self.draws_per_node * (len(self.nodes) - len(live))
         return [live[number % len(live)] for number in range(count)]
 
-    def choose(self, drawn: Sequence[Node]) -> None:
+    def keep_best(self, new_nodes: Sequence[StepNode]) -> None:
         """Keep the best of the ended and the new ones, the first of equals."""
-        found = [node for node in self.kept if node.ended] + [node for node in drawn if node.reward > -math.inf]
-        before, self.kept = self.kept, sorted(dict.fromkeys(found), key=lambda node: -node.reward)[: self.keep]
+        found = [node for node in self.nodes if node.is_complete] + [
+            node for node in new_nodes if node.reward > -math.inf
+        ]
+        before, self.nodes = self.nodes, sorted(dict.fromkeys(found), key=lambda node: -node.reward)[: self.max_nodes]
         for node in [*before, *found]:
-            if node not in self.kept:
-                node.release()
+            if node not in self.nodes:
+                node.release_caches()
 
 
-def _beam(tree: Tree, count: int) -> _Front:
+def _create_beam(tree: StepTree, num_draws: int) -> _Frontier:
     """N draws a step, of which N/M are kept; one at least."""
-    width = min(count, tree.config.step_width)
-    return _Front(count // width, width, [tree.begin()], count)
+    width = min(num_draws, tree.config.steps_per_prefix)
+    return _Frontier(num_draws // width, width, [tree.start_attempt()], num_draws)
 
 
-def _levels(tree: Tree, fronts: Sequence[_Front]) -> Walk:
+def _search_level_by_level(tree: StepTree, frontiers: Sequence[_Frontier]) -> NodeGenerator:
     """Go on with all fronts, a step at a time, until nothing can go on or fits."""
-    while wanted := [(front, node) for front in fronts for node in front.wanted()]:
-        wanted = _evenly(wanted)
-        wanted = wanted[: tree.fit([node for _, node in wanted])]
+    while wanted := [(front, node) for front in frontiers for node in front.select_nodes_to_extend()]:
+        wanted = _interleave_frontiers(wanted)
+        wanted = wanted[: tree.count_affordable_responses([node for _, node in wanted])]
         if not wanted:
             return
         drawn = yield [node for _, node in wanted]
-        for front in fronts:
-            front.choose([node for (own, _), node in zip(wanted, drawn, strict=True) if own is front])
+        for front in frontiers:
+            front.keep_best([node for (own, _), node in zip(wanted, drawn, strict=True) if own is front])
 
 
-def _evenly(wanted: Sequence[tuple[_Front, Node]]) -> list[tuple[_Front, Node]]:
+def _interleave_frontiers(requests: Sequence[tuple[_Frontier, StepNode]]) -> list[tuple[_Frontier, StepNode]]:
     """The same in another order: the first draw of every front, then the second one of each, and so on."""
     rank: dict[int, int] = defaultdict(int)
     ranked = []
-    for front, node in wanted:
+    for front, node in requests:
         ranked.append((rank[id(front)], front, node))
         rank[id(front)] += 1
     return [(front, node) for _, front, node in sorted(ranked, key=lambda one: one[0])]
@@ -146,7 +150,7 @@ def _evenly(wanted: Sequence[tuple[_Front, Node]]) -> list[tuple[_Front, Node]]:
 # --- Monte Carlo tree search ----------------------------------------------------------------------------
 
 
-def rap(tree: Tree, size: int | None) -> Walk:
+def rap(tree: StepTree, size: int | None) -> NodeGenerator:
     """RAP: reasoning as planning, by Monte Carlo tree search of `size` rollouts (Hao et al., arXiv 2305.14992,
     algorithm 1).
 
@@ -164,13 +168,13 @@ def rap(tree: Tree, size: int | None) -> Walk:
     ones narrower than d.
     """
     if size is None:
-        width = tree.config.step_width
-        return _at_budget(tree, lambda count: _rollouts(tree, 1 if count == 1 else None, min(count, width)))
-    return _rollouts(tree, size, tree.config.step_width)
+        width = tree.config.steps_per_prefix
+        return _run_to_budget(tree, lambda count: _run_rollouts(tree, 1 if count == 1 else None, min(count, width)))
+    return _run_rollouts(tree, size, tree.config.steps_per_prefix)
 
 
 @dataclass
-class _Values:
+class _NodeValues:
     """What the rollouts of one tree have shown.
 
     Attributes:
@@ -179,75 +183,86 @@ class _Values:
         low, high: of all rewards seen.
     """
 
-    of: dict[Node, list[float]] = field(default_factory=lambda: defaultdict(list))
-    known: set[Node] = field(default_factory=set)
-    low: float = math.inf
-    high: float = -math.inf
+    rollout_values: dict[StepNode, list[float]] = field(default_factory=lambda: defaultdict(list))
+    exhausted_nodes: set[StepNode] = field(default_factory=set)
+    min_reward: float = math.inf
+    max_reward: float = -math.inf
 
-    def see(self, nodes: Sequence[Node]) -> None:
+    def record_nodes(self, nodes: Sequence[StepNode]) -> None:
         for node in nodes:
             if node.reward > -math.inf:
-                self.low, self.high = min(self.low, node.reward), max(self.high, node.reward)
-            if node.ended or node.reward == -math.inf:
-                self.known.add(node)
+                self.min_reward, self.max_reward = min(self.min_reward, node.reward), max(self.max_reward, node.reward)
+            if node.is_complete or node.reward == -math.inf:
+                self.exhausted_nodes.add(node)
 
-    def select(self, node: Node, exploration: float) -> Node:
+    def select_child(self, node: StepNode, exploration: float) -> StepNode:
         """The child of the highest UCT that is not known yet; the first of equals."""
-        visits = math.log(max(1, len(self.of[node])))
+        visits = math.log(max(1, len(self.rollout_values[node])))
 
-        def uct(child: Node) -> float:
-            values = self.of[child] or [child.reward]
+        def uct(child: StepNode) -> float:
+            values = self.rollout_values[child] or [child.reward]
             mean = math.fsum(values) / len(values)
-            scaled = (mean - self.low) / (self.high - self.low) if self.high > self.low else 0.0
+            scaled = (
+                (mean - self.min_reward) / (self.max_reward - self.min_reward)
+                if self.max_reward > self.min_reward
+                else 0.0
+            )
             return scaled + exploration * math.sqrt(visits / len(values))
 
-        return max((child for child in node.children if child not in self.known), key=uct)
+        return max((child for child in node.children if child not in self.exhausted_nodes), key=uct)
 
-    def back(self, path: Sequence[Node]) -> None:
+    def backpropagate(self, path: Sequence[StepNode]) -> None:
         """Give the value of the end of a rollout to its nodes, and note which of them are known now."""
         for node in reversed(path):
-            if path[-1].ended:
-                self.of[node].append(path[-1].reward)
-            if node.children and all(child in self.known for child in node.children):
-                self.known.add(node)
+            if path[-1].is_complete:
+                self.rollout_values[node].append(path[-1].reward)
+            if node.children and all(child in self.exhausted_nodes for child in node.children):
+                self.exhausted_nodes.add(node)
 
 
-def _rollouts(tree: Tree, count: int | None, width: int) -> Walk:
+def _run_rollouts(tree: StepTree, num_rollouts: int | None, steps_per_prefix: int) -> NodeGenerator:
     """So many rollouts, of as many trees as that takes; None: those of one tree that fit."""
     done = 0
     while True:
-        root, values = tree.begin(), _Values()
-        while root not in values.known:
+        root, values = tree.start_attempt(), _NodeValues()
+        while root not in values.exhausted_nodes:
             path = [root]
             while path[-1].children:
-                path.append(values.select(path[-1], tree.config.exploration))
-            complete = yield from _rollout(tree, path, values, width)
+                path.append(values.select_child(path[-1], tree.config.exploration))
+            complete = yield from _run_rollout(tree, path, values, steps_per_prefix)
             if not complete:
                 return
             done += 1
-            if done == count:
+            if done == num_rollouts:
                 return
-        if count is None:
+        if num_rollouts is None:
             return
 
 
-def _rollout(tree: Tree, path: list[Node], values: _Values, width: int) -> Generator[list[Node], list[Node], bool]:
+def _run_rollout(
+    tree: StepTree, path: list[StepNode], values: _NodeValues, steps_per_prefix: int
+) -> Generator[list[StepNode], list[StepNode], bool]:
     """Go on from a leaf, by the best of the steps drawn, until a response has ended; False where it does not fit."""
-    while not path[-1].ended:
+    while not path[-1].is_complete:
         leaf = path[-1]
-        wanted = [leaf] * width
-        wanted = wanted[: tree.fit(wanted)]
+        wanted = [leaf] * steps_per_prefix
+        wanted = wanted[: tree.count_affordable_responses(wanted)]
         if not wanted:
             return False
         drawn = yield wanted
-        leaf.release()
-        values.see(drawn)
+        leaf.release_caches()
+        values.record_nodes(drawn)
         readable = [child for child in drawn if child.reward > -math.inf]
         if not readable:
             break
         path.append(max(readable, key=lambda child: child.reward))
-    values.back(path)
+    values.backpropagate(path)
     return True
 
 
-METHODS: dict[str, Method] = {"beam_search": beam_search, "dvts": dvts, "tot": tree_of_thought, "rap": rap}
+STEP_SEARCH_METHODS: dict[str, StepSearchMethod] = {
+    "beam_search": beam_search,
+    "dvts": dvts,
+    "tot": tree_of_thought,
+    "rap": rap,
+}

@@ -21,24 +21,24 @@ import torch
 from torch import Tensor
 
 from nabla_trl.baselines.sampling import encode_prompts
-from nabla_trl.baselines.step_config import StepConfig
-from nabla_trl.gradient.objectives import Known, Memo, Sample
-from nabla_trl.gradient.step_ends import StepEnd, StepFinder
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.generation import generate, prompt_caches, random_stream
+from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
+from nabla_trl.gradient.step_ends import StepEndDetector, StepFinder
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import generate_continuations, make_rng, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import Draft, Job
+from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.traces.build import error_trace, response_trace, run_meta
+from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
 from nabla_trl.traces.schema import Trace
 
 UNLIMITED = sys.maxsize
 
 
 @dataclass(eq=False)
-class Node:
+class StepNode:
     """The beginning of a response, which ends where a step does; or a whole response.
 
     Attributes:
@@ -51,24 +51,24 @@ class Node:
         drawn: steps drawn from here; `children`: the distinct ones among them, in the order in which they came.
     """
 
-    place: tuple[int, ...]
-    tokens: list[int]
+    tree_path: tuple[int, ...]
+    token_ids: list[int]
     logp: Tensor
-    begun: str
-    ended: bool
-    cache: Tensor | None
-    memos: list[Memo]
+    partial_delimiter: str
+    is_complete: bool
+    policy_cache: Tensor | None
+    score_caches: list[ScoreCache]
     reward: float = math.nan
-    drawn: int = 0
-    children: list[Node] = field(default_factory=list)
+    num_drawn: int = 0
+    children: list[StepNode] = field(default_factory=list)
 
-    def release(self) -> None:
+    def release_caches(self) -> None:
         """Forget what is needed to go on from here."""
-        self.cache, self.memos = None, []
+        self.policy_cache, self.score_caches = None, []
 
 
 @dataclass(eq=False)
-class Tree:
+class StepTree:
     """What a walk sees of its problem.
 
     Attributes:
@@ -81,30 +81,30 @@ class Tree:
     """
 
     problem: Problem
-    prompt: list[int]
-    room: int
-    cache: Tensor
-    memos: list[Memo]
-    config: StepConfig
-    flops: float
-    meter: Meter
-    bare: float
-    attempts: int = 0
-    tokens: int = 0
-    steps: int = 0
-    responses: list[Node] = field(default_factory=list)
+    prompt_ids: list[int]
+    max_new_tokens: int
+    policy_cache: Tensor
+    score_caches: list[ScoreCache]
+    config: StepSearchConfig
+    max_flops: float
+    flop_counter: FlopCounter
+    prompt_flops: float
+    num_attempts: int = 0
+    num_tokens: int = 0
+    num_steps: int = 0
+    responses: list[StepNode] = field(default_factory=list)
     error: str | None = None
 
-    def begin(self) -> Node:
+    def start_attempt(self) -> StepNode:
         """The root of a fresh attempt: the empty response, and draws that no other attempt has."""
-        self.attempts += 1
-        return Node((self.attempts - 1,), [], torch.zeros(0), "", False, self.cache, self.memos)
+        self.num_attempts += 1
+        return StepNode((self.num_attempts - 1,), [], torch.zeros(0), "", False, self.policy_cache, self.score_caches)
 
     @property
-    def spent(self) -> float:
-        return self.meter.cost(self.problem.id).flops
+    def spent_flops(self) -> float:
+        return self.flop_counter.get_cost(self.problem.id).flops
 
-    def fit(self, nodes: Sequence[Node] | None = None) -> int:
+    def count_affordable_responses(self, nodes: Sequence[StepNode] | None = None) -> int:
         """How many of the responses that go on from these nodes, the first ones, are expected to fit into the budget;
         None: how many that begin anew.
 
@@ -112,40 +112,40 @@ class Tree:
         included. Until one has ended nothing is known, and any number fits; the first attempt is at one, which goes on
         whatever is left. Without a budget any number fits.
         """
-        left = self.flops - self.spent if self.flops else math.inf
-        if left <= 0 and (self.attempts > 1 or self.responses or nodes is None):
+        left = self.max_flops - self.spent_flops if self.max_flops else math.inf
+        if left <= 0 and (self.num_attempts > 1 or self.responses or nodes is None):
             return 0
         if left == math.inf or not self.responses:
             return UNLIMITED if nodes is None else len(nodes)
-        fit = left * self.tokens / (self.spent - self.bare)  # in tokens
-        length = sum(len(one.tokens) for one in self.responses) / len(self.responses)
+        fit = left * self.num_tokens / (self.spent_flops - self.prompt_flops)  # in tokens
+        length = sum(len(one.token_ids) for one in self.responses) / len(self.responses)
         if nodes is None:
             return int(fit / length)
-        least = min(length, self.tokens / self.steps)  # where a response is longer than others were
-        rests = accumulate(max(length - len(node.tokens), least) for node in nodes)
+        least = min(length, self.num_tokens / self.num_steps)  # where a response is longer than others were
+        rests = accumulate(max(length - len(node.token_ids), least) for node in nodes)
         return sum(rest <= fit for rest in rests)
 
-    def best(self) -> Node | None:
+    def get_best_response(self) -> StepNode | None:
         """The response of the highest reward, the first of equals."""
         return max(self.responses, key=lambda one: one.reward, default=None)
 
 
-Walk = Generator[list[Node], list[Node], None]
+NodeGenerator = Generator[list[StepNode], list[StepNode], None]
 # A tree and the size that was asked for (None: as its budget allows) to the walk.
-Method = Callable[[Tree, int | None], Walk]
+StepSearchMethod = Callable[[StepTree, int | None], NodeGenerator]
 
 
-def solve(
+def run_step_search(
     problems: Sequence[Problem],
     *,
-    method: Method,
+    method: StepSearchMethod,
     size: int | None,
     policy: Policy,
     reward: Reward,
     sampling: Sampling,
-    steps: StepConfig,
-    name: str,
-    flops: float = 0.0,
+    step_config: StepSearchConfig,
+    method_name: str,
+    max_flops: float = 0.0,
     seed: int = 0,
     batch_size: int = 256,
 ) -> list[Trace]:
@@ -164,175 +164,200 @@ def solve(
     Raises:
         ValueError: neither size nor budget, or both; a delimiter that the policy cannot write; a policy with a server.
     """
-    if (size is None) == (not flops) or flops < 0:
-        raise ValueError(f"{name} needs a size or a budget of FLOPs, one of them")
-    loop = _Loop(policy, reward, sampling, steps, seed, batch_size)
-    meta = run_meta(policy, reward.name, f"{sampling} {steps.settings(reward.delimiter)}")
+    if (size is None) == (not max_flops) or max_flops < 0:
+        raise ValueError(f"{method_name} needs a size or a budget of FLOPs, one of them")
+    loop = _StepSearchBatch(policy, reward, sampling, step_config, seed, batch_size)
+    meta = build_trace_meta(policy, reward.name, f"{sampling} {step_config.get_settings(reward.step_delimiter)}")
     together = max(1, batch_size // (size or 1))
     traces: list[Trace] = []
     for begin in range(0, len(problems), together):
         batch = problems[begin : begin + together]
-        trees, errors = loop.trees(batch, flops)
-        loop.run([(tree, method(tree, size)) for tree in trees.values()])
+        trees, errors = loop.build_trees(batch, max_flops)
+        loop.run_generators([(tree, method(tree, size)) for tree in trees.values()])
         for problem in batch:
             if problem.id in errors:
-                traces.append(error_trace(problem, name, seed, errors[problem.id], meta))
+                traces.append(build_error_trace(problem, method_name, seed, errors[problem.id], meta))
             else:
-                traces.append(_trace(policy, reward, trees[problem.id], name, seed, meta))
+                traces.append(_build_trace(policy, reward, trees[problem.id], method_name, seed, meta))
     return traces
 
 
-def step_finder(policy: Policy, delimiter: str) -> StepFinder:
+def create_step_finder(policy: Policy, delimiter: str) -> StepFinder:
     """Finds the ends of a policy's steps.
 
     Raises:
         ValueError: no tokens of the policy write the delimiter, or a server draws in its place.
     """
-    if policy.server is not None:
+    if policy.backend is not None:
         raise ValueError("searches over steps draw step by step, which a vLLM server cannot: leave out vllm_url")
     finder = StepFinder(policy.tokenizer, delimiter)
     written = policy.tokenizer(delimiter, add_special_tokens=False)["input_ids"]
-    if policy.forbidden[written].any() or not finder.ends(written):
+    if policy.forbidden_mask[written].any() or not finder.find_step_ends(written):
         raise ValueError(f"no step could end, as no tokens of {policy.name} write {delimiter!r}: give step_delimiter")
     return finder
 
 
-def _trace(policy: Policy, reward: Reward, tree: Tree, name: str, seed: int, meta: dict[str, str]) -> Trace:
-    best, cost = tree.best(), tree.meter.cost(tree.problem.id)
+def _build_trace(
+    policy: Policy, reward: Reward, tree: StepTree, method_name: str, seed: int, run_metadata: dict[str, str]
+) -> Trace:
+    best, cost = tree.get_best_response(), tree.flop_counter.get_cost(tree.problem.id)
     if best is None or tree.error is not None:
         message = tree.error or f"the reward {reward.name} cannot read any response"
-        return error_trace(tree.problem, name, seed, message, meta, cost)
-    return response_trace(
+        return build_error_trace(tree.problem, method_name, seed, message, run_metadata, cost)
+    return build_response_trace(
         policy,
         tree.problem,
-        method=name,
+        method=method_name,
         seed=seed,
-        prompt=tree.prompt,
-        response=best.tokens,
+        prompt_ids=tree.prompt_ids,
+        response_ids=best.token_ids,
         reward=best.reward,
         cost=cost,
-        meta=meta,
-        stop="budget" if tree.flops else "single",
+        meta=run_metadata,
+        stop_reason="budget" if tree.max_flops else "single",
     )
 
 
-class _Loop:
+class _StepSearchBatch:
     """Grows trees side by side."""
 
     def __init__(
-        self, policy: Policy, reward: Reward, sampling: Sampling, config: StepConfig, seed: int, batch_size: int
+        self, policy: Policy, reward: Reward, sampling: Sampling, config: StepSearchConfig, seed: int, batch_size: int
     ):
         self.policy, self.reward, self.sampling, self.config = policy, reward, sampling, config
         self.seed, self.batch_size = seed, batch_size
-        self.finder = step_finder(policy, config.delimiter(reward.delimiter))
-        self.meter = Meter()
+        self.step_finder = create_step_finder(policy, config.resolve_delimiter(reward.step_delimiter))
+        self.flop_counter = FlopCounter()
 
-    def trees(self, problems: Sequence[Problem], flops: float) -> tuple[dict[str, Tree], dict[str, str]]:
+    def build_trees(self, problems: Sequence[Problem], max_flops: float) -> tuple[dict[str, StepTree], dict[str, str]]:
         """Trees of the problems that can be read, by id, and why the others cannot."""
-        self.meter = meter = Meter()
+        self.flop_counter = meter = FlopCounter()
         prompts, rooms, errors = encode_prompts(problems, self.policy, self.reward, self.sampling)
         if not prompts:
             return {}, errors
-        with meter.clock([problem.id for problem, _ in prompts]):
-            caches = prompt_caches(self.policy, [(problem.id, ids) for problem, ids in prompts], meter)
-            memos = self.reward.prompt_memos([Sample(problem, ids, []) for problem, ids in prompts], meter)
+        with meter.measure_seconds([problem.id for problem, _ in prompts]):
+            caches = prepare_prompt_caches(self.policy, [(problem.id, ids) for problem, ids in prompts], meter)
+            memos = self.reward.compute_prompt_caches([Sample(problem, ids, []) for problem, ids in prompts], meter)
         read = zip(prompts, rooms, caches, memos, strict=True)
         return {
-            problem.id: Tree(
-                problem, ids, room, cache, memo, self.config, flops, meter, bare=meter.cost(problem.id).flops
+            problem.id: StepTree(
+                problem,
+                ids,
+                room,
+                cache,
+                memo,
+                self.config,
+                max_flops,
+                meter,
+                prompt_flops=meter.get_cost(problem.id).flops,
             )
             for (problem, ids), room, cache, memo in read
         }, errors
 
-    def run(self, walks: Sequence[tuple[Tree, Walk]]) -> None:
+    def run_generators(self, generators: Sequence[tuple[StepTree, NodeGenerator]]) -> None:
         """Go on with all walks until each has come to its end, or its tree to an error."""
-        live = [(tree, walk, wanted) for tree, walk in walks if (wanted := next(walk, []))]
+        live = [(tree, walk, wanted) for tree, walk in generators if (wanted := next(walk, []))]
         while live:
-            with self.meter.clock([tree.problem.id for tree, _, _ in live]):
-                children = iter(self.grow([(tree, node) for tree, _, wanted in live for node in wanted]))
+            with self.flop_counter.measure_seconds([tree.problem.id for tree, _, _ in live]):
+                children = iter(self.draw_steps([(tree, node) for tree, _, wanted in live for node in wanted]))
                 following = []
                 for tree, walk, wanted in live:
                     drawn = [next(children) for _ in wanted]
-                    if tree.error is None and (more := _send(walk, drawn)):
+                    if tree.error is None and (more := _send_children(walk, drawn)):
                         following.append((tree, walk, more))
                 live = following
 
-    def grow(self, wanted: Sequence[tuple[Tree, Node]]) -> list[Node]:
+    def draw_steps(self, requests: Sequence[tuple[StepTree, StepNode]]) -> list[StepNode]:
         """Draw a step from each of these nodes and score what is new: the children, one of them for equal steps."""
         jobs, places, ends = [], [], []
-        for tree, node in wanted:
-            places.append((*node.place, node.drawn))
-            ends.append(StepEnd(self.finder, node.begun))
-            node.drawn += 1
-            stream = random_stream(self.seed, tree.problem.id, "step", *places[-1])
-            limit = min(self.config.step_tokens, tree.room - len(node.tokens))
+        for tree, node in requests:
+            places.append((*node.tree_path, node.num_drawn))
+            ends.append(StepEndDetector(self.step_finder, node.partial_delimiter))
+            node.num_drawn += 1
+            stream = make_rng(self.seed, tree.problem.id, "step", *places[-1])
+            limit = min(self.config.max_step_tokens, tree.max_new_tokens - len(node.token_ids))
             jobs.append(
-                Job(
+                GenerationRequest(
                     tree.problem.id,
-                    tree.prompt + node.tokens,
+                    tree.prompt_ids + node.token_ids,
                     stream,
                     limit,
-                    node.cache,
-                    stop=self.policy.stops(tree.problem),
-                    given=len(node.tokens),
-                    ends=ends[-1],
+                    node.policy_cache,
+                    stop_strings=self.policy.get_stop_strings(tree.problem),
+                    response_tokens_in_prefix=len(node.token_ids),
+                    should_stop=ends[-1],
                 )
             )
-        drafts = generate(
-            self.policy, jobs, self.sampling, meter=self.meter, keep_cache=True, batch_size=self.batch_size
+        drafts = generate_continuations(
+            self.policy,
+            jobs,
+            self.sampling,
+            flop_counter=self.flop_counter,
+            return_cache=True,
+            batch_size=self.batch_size,
         )
         children, fresh = [], []
-        for (tree, node), place, end, draft in zip(wanted, places, ends, drafts, strict=True):
-            tree.tokens, tree.steps = tree.tokens + len(draft.ids), tree.steps + 1
-            tokens = node.tokens + draft.ids
-            child = next((one for one in node.children if one.tokens == tokens), None)
+        for (tree, node), place, end, draft in zip(requests, places, ends, drafts, strict=True):
+            tree.num_tokens, tree.num_steps = tree.num_tokens + len(draft.ids), tree.num_steps + 1
+            tokens = node.token_ids + draft.ids
+            child = next((one for one in node.children if one.token_ids == tokens), None)
             if child is None:
-                child = _child(tree, node, place, end.begun, draft)
+                child = _add_child(tree, node, place, end.pending_text, draft)
                 fresh.append((tree, node, child))
             children.append(child)
-        self.score(fresh)
+        self.compute_rewards(fresh)
         return children
 
-    def score(self, fresh: Sequence[tuple[Tree, Node, Node]]) -> None:
+    def compute_rewards(self, new_children: Sequence[tuple[StepTree, StepNode, StepNode]]) -> None:
         """Rewards of new children (tree, parent, child), from where their parents end."""
         samples = [
             Sample(
                 tree.problem,
-                tree.prompt,
-                child.tokens,
-                known=Known(self.policy.model, torch.tensor(child.tokens)[:, None], child.logp[:, None]),
-                open=not child.ended,
+                tree.prompt_ids,
+                child.token_ids,
+                draw_info=DrawInfo(self.policy.model, torch.tensor(child.token_ids)[:, None], child.logp[:, None]),
+                is_partial=not child.is_complete,
             )
-            for tree, _, child in fresh
+            for tree, _, child in new_children
         ]
         values, memos = self.reward.score(
             samples,
-            [node.memos for _, node, _ in fresh],
-            meter=self.meter,
-            shared=[len(node.tokens) for _, node, _ in fresh],
-            keep=True,
+            [node.score_caches for _, node, _ in new_children],
+            flop_counter=self.flop_counter,
+            num_shared=[len(node.token_ids) for _, node, _ in new_children],
+            return_caches=True,
         )
-        for (tree, _, child), value, memo in zip(fresh, values, memos, strict=True):
-            child.reward, child.memos = value, memo
+        for (tree, _, child), value, memo in zip(new_children, values, memos, strict=True):
+            child.reward, child.score_caches = value, memo
             if math.isnan(value) or value == math.inf:
                 tree.error = tree.error or f"the reward {self.reward.name} gave {value}"
-            if child.ended and value > -math.inf:
+            if child.is_complete and value > -math.inf:
                 tree.responses.append(child)
-            if child.ended or value == -math.inf:
-                child.release()
+            if child.is_complete or value == -math.inf:
+                child.release_caches()
 
 
-def _child(tree: Tree, node: Node, place: tuple[int, ...], begun: str, draft: Draft) -> Node:
-    tokens = node.tokens + draft.ids
-    ended = draft.finished or len(tokens) >= tree.room
-    child = Node(place, tokens, torch.cat((node.logp, draft.logp[:, 0])), begun, ended, draft.cache, [])
-    node.children.append(child)
+def _add_child(
+    tree: StepTree, parent: StepNode, tree_path: tuple[int, ...], partial_delimiter: str, generation: GenerationOutput
+) -> StepNode:
+    tokens = parent.token_ids + generation.ids
+    ended = generation.finished or len(tokens) >= tree.max_new_tokens
+    child = StepNode(
+        tree_path,
+        tokens,
+        torch.cat((parent.logp, generation.logp[:, 0])),
+        partial_delimiter,
+        ended,
+        generation.cache,
+        [],
+    )
+    parent.children.append(child)
     return child
 
 
-def _send(walk: Walk, drawn: list[Node]) -> list[Node]:
+def _send_children(generator: NodeGenerator, children: list[StepNode]) -> list[StepNode]:
     """What a walk wants next; nothing where it has ended."""
     try:
-        return walk.send(drawn)
+        return generator.send(children)
     except StopIteration:
         return []

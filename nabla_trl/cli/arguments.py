@@ -8,105 +8,111 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nabla_trl.cli.parsing import quiet_libraries
-from nabla_trl.evaluation.method import SYNTAX
-from nabla_trl.models.options import Point, PromptOptions
+from nabla_trl.evaluation.method import METHOD_SYNTAX
+from nabla_trl.models.options import GradientPoint, PromptOptions
 
 if TYPE_CHECKING:
     from nabla_trl.models.policy import Policy
     from nabla_trl.rewards.reward import Reward
 
-REWARDS = (
+REWARD_HELP = (
     "a reward model with one label (hub id, path, or folder of a LoRA adapter of one); a folder with a reward.json; "
     "process[@DELIMITER]:NAME for the sum of a reward model's score over the ends of steps, which end with DELIMITER "
     r"(\n\n; escapes \n, \t, \\, \xHH); "
     "logratio:A[,B] for log p_A − log p_B of two causal LMs or adapter folders of causal LMs (B: the policy); or "
     "ensemble[@K]:A,B,… for mean − K·std of reward models (K: 1)"
 )
-DATASETS = (
+DATASET_HELP = (
     "gsm8k, math500, amc, aime24, aime25, chains, reasoning_gym:FAMILY, or the path of a .jsonl file of problems or "
     "of a .yaml file that describes a data set"
 )
-VLLM_URL = (
+VLLM_URL_HELP = (
     "draw the policy's responses from this vLLM server, as http://localhost:8000; it must serve the policy under its "
     "name, without an adapter (nabla_trl/models/vllm_backend.py has the command)"
 )
-PROMPT_STYLE = (
+PROMPT_STYLE_HELP = (
     "how the policy is asked: chat (its chat template), few_shot (worked examples of the task, then the question; a "
     "response ends where the model writes the next question), or auto: chat where there is a template"
 )
-CHAT_TEMPLATE_KWARGS = """keywords for the policy's chat template, as JSON: {"enable_thinking": false}"""
-VLLM_TIMEOUT = "seconds to wait for one response of the vLLM server"
-METHODS = "greedy,best_of_16,nabla,control"
-DISTILLED = "distilled_greedy,distilled_best_of_1,distilled_best_of_8"
+CHAT_TEMPLATE_KWARGS_HELP = """keywords for the policy's chat template, as JSON: {"enable_thinking": false}"""
+VLLM_TIMEOUT_HELP = "seconds to wait for one response of the vLLM server"
+DEFAULT_EVAL_METHODS = "greedy,best_of_16,nabla,control"
+DEFAULT_ADAPTER_EVAL_METHODS = "distilled_greedy,distilled_best_of_1,distilled_best_of_8"
 
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _needed(text: str) -> Any:
+def _required_option(text: str) -> Any:
     return field(metadata={"help": text})
 
 
 @dataclass
 class ModelArguments:
-    policy: str = _needed("hub id or path of the policy, a causal LM")
-    reward: str = _needed(REWARDS)
+    policy: str = _required_option("hub id or path of the policy, a causal LM")
+    reward: str = _required_option(REWARD_HELP)
     adapter: str | None = _option(None, "LoRA adapter to put on the policy")
     dtype: str = _option("float32", "weights: float32, bfloat16 or float16")
     device: str | None = _option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
-    audit: str | None = _option(
+    audit_file: str | None = _option(
         None,
         "what nabla-trl audit --pressure --output wrote about this reward: a search for more rounds than it trusts is "
         "warned of; a reward.json tells the same of its folder",
     )
-    vllm_url: str | None = _option(None, VLLM_URL)
-    vllm_timeout: float = _option(600.0, VLLM_TIMEOUT)
-    prompt_style: str = _option("auto", PROMPT_STYLE)
-    chat_template_kwargs: str | None = _option(None, CHAT_TEMPLATE_KWARGS)
+    vllm_url: str | None = _option(None, VLLM_URL_HELP)
+    vllm_timeout: float = _option(600.0, VLLM_TIMEOUT_HELP)
+    prompt_style: str = _option("auto", PROMPT_STYLE_HELP)
+    chat_template_kwargs: str | None = _option(None, CHAT_TEMPLATE_KWARGS_HELP)
 
     def __post_init__(self) -> None:
-        self.prompting()
+        self.get_prompt_options()
 
-    def prompting(self) -> PromptOptions:
+    def get_prompt_options(self) -> PromptOptions:
         return PromptOptions.parse(self.prompt_style, self.chat_template_kwargs)
 
-    def load(self, rows: int, *, adapter: bool = True) -> tuple[Policy, Reward]:
+    def load_policy_and_reward(self, reward_batch_size: int, *, use_adapter: bool = True) -> tuple[Policy, Reward]:
         """Policy (with its adapter, unless told otherwise) and reward, which scores `rows` responses together."""
         from nabla_trl.models.loading import load_policy
-        from nabla_trl.models.vllm_backend import connect
+        from nabla_trl.models.vllm_backend import connect_vllm
         from nabla_trl.rewards.loading import load_reward
-        from nabla_trl.rewards.spec import audited_trust
+        from nabla_trl.rewards.spec import read_validated_limits
 
-        if self.vllm_url and adapter and self.adapter:
+        if self.vllm_url and use_adapter and self.adapter:
             raise ValueError("a vLLM server draws from the policy alone: leave out --vllm_url or --adapter")
         quiet_libraries()
-        trust = audited_trust(self.audit, policy=self.policy, reward=self.reward) if self.audit else None
-        own = self.adapter if adapter else None
+        trust = (
+            read_validated_limits(self.audit_file, policy=self.policy, reward=self.reward) if self.audit_file else None
+        )
+        own = self.adapter if use_adapter else None
         policy = load_policy(
-            self.policy, dtype=self.dtype, device=self.device, adapter=own, prompting=self.prompting()
+            self.policy, dtype=self.dtype, device=self.device, adapter=own, prompt_options=self.get_prompt_options()
         )
         if self.vllm_url:
-            policy = connect(policy, self.vllm_url, timeout=self.vllm_timeout)
-        reward = load_reward(self.reward, policy=policy, dtype=self.dtype, device=self.device, batch_size=rows)
-        reward.trust = trust or reward.trust
+            policy = connect_vllm(policy, self.vllm_url, timeout=self.vllm_timeout)
+        reward = load_reward(
+            self.reward, policy=policy, dtype=self.dtype, device=self.device, batch_size=reward_batch_size
+        )
+        reward.validated_limits = trust or reward.validated_limits
         return policy, reward
 
-    def facts(self, *, title: str, command: str, task: str, seeds: list[int]) -> dict[str, Any]:
+    def build_run_facts(self, *, title: str, command: str, task: str, seeds: list[int]) -> dict[str, Any]:
         """What a report says of where its rows came from (see `nabla_trl.report.text`)."""
-        from nabla_trl.evaluation.run_facts import run_facts
+        from nabla_trl.evaluation.run_facts import build_run_facts
 
-        return run_facts(title=title, command=command, policy=self.policy, reward=self.reward, task=task, seeds=seeds)
+        return build_run_facts(
+            title=title, command=command, policy=self.policy, reward=self.reward, task=task, seeds=seeds
+        )
 
-    def settings(self) -> dict[str, str]:
+    def get_settings(self) -> dict[str, str]:
         """What results depend on, the adapter aside."""
-        from nabla_trl.rewards.spec import reward_identity
+        from nabla_trl.rewards.spec import compute_reward_identity
 
-        models = {"policy": self.policy, "reward": reward_identity(self.reward), "dtype": self.dtype}
-        return models | drawing_settings(self.vllm_url) | self.prompting().settings()
+        models = {"policy": self.policy, "reward": compute_reward_identity(self.reward), "dtype": self.dtype}
+        return models | get_sampler_settings(self.vllm_url) | self.get_prompt_options().get_changed_settings()
 
 
-def drawing_settings(vllm_url: str | None) -> dict[str, str]:
+def get_sampler_settings(vllm_url: str | None) -> dict[str, str]:
     """Whose sampler draws, for `claim_settings`: its responses are others. Where the server stands does not matter."""
     return {"sampler": "vllm"} if vllm_url else {}
 
@@ -118,24 +124,24 @@ class SolveArguments:
 
 @dataclass
 class TracesArguments:
-    dataset: str = _needed(DATASETS)
-    output_dir: str = _needed("folder to write traces/ into; what is there already is not made again")
+    dataset: str = _required_option(DATASET_HELP)
+    output_dir: str = _required_option("folder to write traces/ into; what is there already is not made again")
     split: str = _option("train", "split of the dataset")
-    limit: int = _option(1000, "problems; 0 = all")
+    max_problems: int = _option(1000, "problems; 0 = all")
     seed: int = _option(0, "seed of the search; traces of several seeds can share a folder")
 
 
 @dataclass
 class EvalArguments:
-    dataset: str = _needed(DATASETS)
-    output_dir: str = _needed("folder of the rows; rows that are there already are not made again")
-    methods: str = _option(
+    dataset: str = _required_option(DATASET_HELP)
+    output_dir: str = _required_option("folder of the rows; rows that are there already are not made again")
+    eval_methods: str = _option(
         "",
-        f"comma-separated: {SYNTAX}; here L is distilled, the policy of --adapter; empty = {METHODS}, "
-        f"with an adapter also {DISTILLED}",
+        f"comma-separated: {METHOD_SYNTAX}; here L is distilled, the policy of --adapter; empty = {DEFAULT_EVAL_METHODS}, "
+        f"with an adapter also {DEFAULT_ADAPTER_EVAL_METHODS}",
     )
     split: str = _option("test", "split of the dataset")
-    limit: int = _option(300, "problems; 0 = all")
+    max_problems: int = _option(300, "problems; 0 = all")
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of every method that samples"}
     )
@@ -148,7 +154,7 @@ class EvalArguments:
 
 @dataclass
 class ReportArguments:
-    output_dir: str = _option("", argparse.SUPPRESS)  # the name that other commands have for it
+    run_dir: str = _option("", argparse.SUPPRESS)  # the name that other commands have for it
 
 
 @dataclass
@@ -161,7 +167,7 @@ class ServeArguments:
         "see; without either none is asked for",
     )
     served_model_name: str | None = _option(None, "name of the model in requests; empty = that of the policy")
-    max_flops: float = _option(
+    max_request_flops: float = _option(
         0.0, "largest FLOPs budget that a request may ask for, and the budget of those that name none; 0 = no limit"
     )
     max_queue: int = _option(1000, "requests that may wait; further ones are refused with status 429")
@@ -178,10 +184,10 @@ class ServeArguments:
 
 
 @dataclass
-class ShipArguments:
-    run: str = _needed("folder of a run of recipes/distill.py, trained and evaluated")
-    to: str = _needed("folder to make; it must not be there, or be empty")
-    trained: str | None = _option(None, "which checkpoint, as sft or dpo, where the run has several")
+class ExportArguments:
+    run_dir: str = _required_option("folder of a run of recipes/distill.py, trained and evaluated")
+    output_dir: str = _required_option("folder to make; it must not be there, or be empty")
+    train_method: str | None = _option(None, "which checkpoint, as sft or dpo, where the run has several")
     merge: bool = _option(False, "also write base and adapter as one model, in merged/, in --dtype")
     dtype: str | None = _option(
         None, "of the check and of merged weights: float32, bfloat16 or float16; empty = what the run evaluated in"
@@ -200,39 +206,41 @@ class ShipArguments:
 
 @dataclass
 class AuditArguments:
-    dataset: str = _needed(DATASETS)
+    dataset: str = _required_option(DATASET_HELP)
     split: str = _option("train", "split of the dataset: audit on problems that nothing is evaluated on")
-    audit_problems: int = _option(64, "problems; 0 = all")
+    max_audit_problems: int = _option(64, "problems; 0 = all")
     audit_samples: int = _option(16, "samples per problem, at least 2")
     seed: int = _option(0, "seed of the samples")
     temperature: float = _option(1.0, "sampling temperature")
     top_k: int = _option(0, "sample from the k likeliest tokens; 0 = all")
     top_p: float = _option(1.0, "nucleus sampling mass; 1 = all")
-    sample_min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
+    min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
     max_new_tokens: int = _option(512, "longest response, in tokens")
     batch_size: int = _option(256, "responses drawn and scored together")
-    output: str = _option("", "file to write what was found to, as JSON; other commands read its trust by --audit")
+    output_file: str = _option(
+        "", "file to write what was found to, as JSON; other commands read its trust by --audit"
+    )
     gradient: bool = _option(False, "audit the reward's gradient: does it say which token to change?")
-    points: list[str] = field(
+    gradient_at: list[str] = field(
         default_factory=lambda: ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
         metadata={"help": "--gradient: which gradients, see `point` of the search; the cheapest first"},
     )
-    swaps: int = _option(1000, "--gradient: single-token swaps to compare predicted with true changes on")
-    pressure: bool = _option(False, "audit the search: does accuracy fall as it goes on?")
-    rounds: int = _option(16, "--pressure: rounds of the search, which else is as by default")
+    num_swaps: int = _option(1000, "--gradient: single-token swaps to compare predicted with true changes on")
+    over_optimization: bool = _option(False, "audit the search: does accuracy fall as it goes on?")
+    max_rounds: int = _option(16, "--pressure: rounds of the search, which else is as by default")
     beta: float | None = _option(
         None, "--gradient, --pressure: KL coefficient β of the search; empty = its own default, a KL budget"
     )
-    candidates: int = _option(16, "--gradient, --pressure: policy tokens considered per position")
+    top_k_candidates: int = _option(16, "--gradient, --pressure: policy tokens considered per position")
     candidate_min_p: float = _option(
         0.02, "--gradient, --pressure: drop candidates below this fraction of the position's likeliest token"
     )
 
     def __post_init__(self) -> None:
-        if not self.points or len(set(self.points)) < len(self.points):
+        if not self.gradient_at or len(set(self.gradient_at)) < len(self.gradient_at):
             raise ValueError("points must be distinct and not empty")
-        for text in self.points:
-            Point.parse(text)
+        for text in self.gradient_at:
+            GradientPoint.parse(text)
         for name in ("swaps", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")

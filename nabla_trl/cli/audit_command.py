@@ -15,15 +15,15 @@ from rich.table import Table
 from nabla_trl.cli.arguments import AuditArguments, ModelArguments
 from nabla_trl.cli.parsing import Parser
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.tasks.problem import Problem, graded
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
 from nabla_trl.tasks.registry import load_problems
-from nabla_trl.utils.files import write_whole
+from nabla_trl.utils.files import write_atomic
 
 if TYPE_CHECKING:
-    from nabla_trl.audit.gradient import Finding, GradientAudit
-    from nabla_trl.audit.overoptimization import Pressure
-    from nabla_trl.audit.ranking import Audit
+    from nabla_trl.audit.gradient import FirstErrorScores, GradientAudit
+    from nabla_trl.audit.overoptimization import OveroptimizationAudit
+    from nabla_trl.audit.ranking import RankingAudit
     from nabla_trl.models.policy import Policy
     from nabla_trl.rewards.reward import Reward
     from nabla_trl.utils.statistics import Interval
@@ -42,7 +42,7 @@ what is found so far:
                               read it by --audit FILE"""
 
 
-def audit(argv: Sequence[str]) -> int:
+def run_audit(argv: Sequence[str]) -> int:
     parser = Parser(
         [ModelArguments, AuditArguments],
         prog="nabla-trl audit",
@@ -53,53 +53,55 @@ def audit(argv: Sequence[str]) -> int:
         epilog=AUDIT_HELP,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables, see below")
-    models, args, extra = parser.read(argv)
+    models, args, extra = parser.parse_options(argv)
 
     if args.audit_samples < 2:
         raise ValueError("audit_samples must be at least 2: the audit compares samples of a problem")
-    config = _search(args)
+    config = _build_search_config(args)
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)  # now, rather than fail after the work
-    problems = graded(load_problems(args.dataset, split=args.split, limit=args.audit_problems or None))
+    problems = filter_with_gold_answer(
+        load_problems(args.dataset, split=args.split, max_problems=args.audit_problems or None)
+    )
     models.prompting().check(problems)
     with redirect_stdout(sys.stderr), AnswerChecker() as checker:
         policy, reward = models.load(args.batch_size)
-        found, slope, pushed = _samples(problems, policy, reward, config, checker, args), None, None
+        found, slope, pushed = _audit_ranking(problems, policy, reward, config, checker, args), None, None
         result: dict[str, Any] = {"policy": models.policy, "reward": models.reward, **found.to_dict()}
         result |= {"gradient": None, "pressure": None, "trust": None}
-        _store(args.output, result)
+        _write_result(args.output, result)
         if args.gradient:
-            slope = _gradient(problems, policy, reward, config, args)
+            slope = _audit_gradient(problems, policy, reward, config, args)
             result["gradient"] = slope.to_dict()
-            _store(args.output, result)
+            _write_result(args.output, result)
         if args.pressure:
-            pushed = _pressure(problems, policy, reward, config, checker, found, args)
-            result |= {"pressure": pushed.to_dict(), "trust": pushed.trust.to_dict()}
-            _store(args.output, result)
+            pushed = _audit_overoptimization(problems, policy, reward, config, checker, found, args)
+            result |= {"pressure": pushed.to_dict(), "trust": pushed.validated_limits.to_dict()}
+            _write_result(args.output, result)
     if extra.json:
         print(json.dumps(result))
     else:
-        _show(found, slope, pushed, Console())
+        _print_audit(found, slope, pushed, Console())
     return 0
 
 
-def _store(output: str, result: dict[str, Any]) -> None:
+def _write_result(output_file: str, result: dict[str, Any]) -> None:
     """Write what is found so far to the file `output`, if there is one, whole or not at all."""
-    if output:
-        write_whole(Path(output), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if output_file:
+        write_atomic(Path(output_file), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
-def _search(args: AuditArguments) -> ReasonerConfig:
+def _build_search_config(args: AuditArguments) -> SearchConfig:
     """The search that the options describe; what they do not name is as by default."""
-    return ReasonerConfig(
+    return SearchConfig(
         beta=args.beta,
-        rounds=args.rounds,
-        candidates=args.candidates,
+        max_rounds=args.max_rounds,
+        top_k_candidates=args.top_k_candidates,
         candidate_min_p=args.candidate_min_p,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        sample_min_p=args.sample_min_p,
+        min_p=args.min_p,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
     )
@@ -108,15 +110,15 @@ def _search(args: AuditArguments) -> ReasonerConfig:
 # --- the work -----------------------------------------------------------------------------------------
 
 
-def _samples(
+def _audit_ranking(
     problems: Sequence[Problem],
     policy: Policy,
     reward: Reward,
-    config: ReasonerConfig,
+    config: SearchConfig,
     checker: AnswerChecker,
     args: AuditArguments,
-) -> Audit:
-    from nabla_trl.audit.ranking import audit as audited
+) -> RankingAudit:
+    from nabla_trl.audit.ranking import audit_ranking as audited
     from nabla_trl.baselines.sampling import draw_pool
 
     pool = draw_pool(
@@ -124,52 +126,52 @@ def _samples(
         args.audit_samples,
         policy=policy,
         reward=reward,
-        sampling=config.sampling(),
+        sampling=config.get_sampling(),
         seed=args.seed,
         batch_size=args.batch_size,
     )
     return audited(pool, checker)
 
 
-def _gradient(
-    problems: Sequence[Problem], policy: Policy, reward: Reward, config: ReasonerConfig, args: AuditArguments
+def _audit_gradient(
+    problems: Sequence[Problem], policy: Policy, reward: Reward, config: SearchConfig, args: AuditArguments
 ) -> GradientAudit:
-    from nabla_trl.audit.gradient import gradient_audit
+    from nabla_trl.audit.gradient import audit_gradient
 
-    return gradient_audit(
+    return audit_gradient(
         problems,
         policy=policy,
         reward=reward,
-        points=args.points,
-        sampling=config.sampling(),
-        samples=args.audit_samples,
-        swaps=args.swaps,
-        candidates=config.candidates,
-        min_p=config.candidate_min_p,
-        lam=config.lam,
+        gradient_at=args.gradient_at,
+        sampling=config.get_sampling(),
+        samples_per_problem=args.audit_samples,
+        num_swaps=args.num_swaps,
+        top_k_candidates=config.top_k_candidates,
+        candidate_min_p=config.candidate_min_p,
+        reward_weight=config.reward_weight,
         seed=args.seed,
         batch_size=args.batch_size,
     )
 
 
-def _pressure(
+def _audit_overoptimization(
     problems: Sequence[Problem],
     policy: Policy,
     reward: Reward,
-    config: ReasonerConfig,
+    config: SearchConfig,
     checker: AnswerChecker,
-    found: Audit,
+    ranking_audit: RankingAudit,
     args: AuditArguments,
-) -> Pressure:
-    from nabla_trl.audit.overoptimization import pressure
+) -> OveroptimizationAudit:
+    from nabla_trl.audit.overoptimization import audit_overoptimization
 
-    return pressure(
+    return audit_overoptimization(
         problems,
         policy=policy,
         reward=reward,
         config=config,
         checker=checker,
-        best_of_n=found,
+        ranking_audit=ranking_audit,
         seeds=(args.seed,),
     )
 
@@ -177,76 +179,100 @@ def _pressure(
 # --- in a terminal ------------------------------------------------------------------------------------
 
 
-def _show(found: Audit, slope: GradientAudit | None, pushed: Pressure | None, console: Console) -> None:
-    _show_samples(found, console)
-    if slope is not None:
+def _print_audit(
+    ranking_audit: RankingAudit,
+    gradient_audit: GradientAudit | None,
+    overoptimization_audit: OveroptimizationAudit | None,
+    console: Console,
+) -> None:
+    _print_ranking_audit(ranking_audit, console)
+    if gradient_audit is not None:
         console.print("\ngradient", style="bold")
-        _show_gradient(slope, console)
-    if pushed is not None:
+        _print_gradient_audit(gradient_audit, console)
+    if overoptimization_audit is not None:
         console.print("\npressure", style="bold")
-        _show_pressure(pushed, console)
+        _print_overoptimization_audit(overoptimization_audit, console)
 
 
-def _show_samples(found: Audit, console: Console) -> None:
-    table = _table("best of", "accuracy [95%]", "reward")
-    for count, one in found.best_of_n.items():
+def _print_ranking_audit(ranking_audit: RankingAudit, console: Console) -> None:
+    table = _make_table("best of", "accuracy [95%]", "reward")
+    for count, one in ranking_audit.best_of_n_accuracy.items():
         span = f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
-        table.add_row(str(count), span, f"{found.reward_of_n[count]:.3f}")
+        table.add_row(str(count), span, f"{ranking_audit.best_of_n_reward[count]:.3f}")
     console.print(table)
     lines = {
-        "right samples": f"{found.accuracy:.3f} of {found.problems} × {found.samples}",
-        "AUC within problems": f"{found.auc:.3f}",
-        **({} if found.step_auc is None else {"AUC, free of error": f"{found.step_auc:.3f}"}),
-        **({} if found.lucky is None else {"right by luck": f"{found.lucky:.3f} of the right samples"}),
-        "correlation with right": f"{found.correlation:+.3f}",
-        "correlation with length": f"{found.length_correlation:+.3f}",
+        "right samples": f"{ranking_audit.accuracy:.3f} of {ranking_audit.problems} × {ranking_audit.samples}",
+        "AUC within problems": f"{ranking_audit.auc:.3f}",
+        **({} if ranking_audit.step_auc is None else {"AUC, free of error": f"{ranking_audit.step_auc:.3f}"}),
+        **(
+            {}
+            if ranking_audit.correct_with_errors is None
+            else {"right by luck": f"{ranking_audit.correct_with_errors:.3f} of the right samples"}
+        ),
+        "correlation with right": f"{ranking_audit.correlation:+.3f}",
+        "correlation with length": f"{ranking_audit.length_correlation:+.3f}",
     }
-    _lines(lines, found.verdict, console)
+    _print_fields(lines, ranking_audit.conclusion, console)
 
 
-def _show_gradient(found: GradientAudit, console: Console) -> None:
+def _print_gradient_audit(gradient_audit: GradientAudit, console: Console) -> None:
     headings = ["point", "direction", "correl."]
-    table = _table(*headings, *(["first error", "repair"] if found.baseline else []), "effect")
-    if found.baseline:
-        table.add_row("(none)", "", "", *_findings(found.baseline), "")
-    for name, one in found.points.items():
+    table = _make_table(*headings, *(["first error", "repair"] if gradient_audit.baseline else []), "effect")
+    if gradient_audit.baseline:
+        table.add_row("(none)", "", "", *_format_finding(gradient_audit.baseline), "")
+    for name, one in gradient_audit.gradient_points.items():
         correlation = "–" if one.correlation is None else f"{one.correlation.value:+.2f}"
-        table.add_row(name, _percents(one.sign_telling), correlation, *_findings(one.finding), one.effect)
+        table.add_row(
+            name,
+            _format_percent_interval(one.sign_accuracy_informative),
+            correlation,
+            *_format_finding(one.first_error_scores),
+            one.effect,
+        )
     console.print(table)
-    lines = {"swaps": f"{found.swaps} in {found.swapped} of {found.responses} responses, {found.telling} telling"}
-    lines["wrong responses"] = found.no_labels or f"{found.wrong}, {found.fixable} with a right token to choose"
-    _lines(lines, found.verdict, console)
+    lines = {
+        "swaps": f"{gradient_audit.swaps} in {gradient_audit.swapped_responses} of {gradient_audit.responses} responses, {gradient_audit.informative_swaps} telling"
+    }
+    lines["wrong responses"] = (
+        gradient_audit.no_labels_reason
+        or f"{gradient_audit.wrong_responses}, {gradient_audit.repairable_responses} with a right token to choose"
+    )
+    _print_fields(lines, gradient_audit.conclusion, console)
 
 
-def _show_pressure(found: Pressure, console: Console) -> None:
-    table = _table("rounds", *(text for name in found.curves for text in (f"{name} [95%]", "reward")))
-    for rounds in next(iter(found.curves.values())).accuracy:
+def _print_overoptimization_audit(overoptimization_audit: OveroptimizationAudit, console: Console) -> None:
+    table = _make_table(
+        "rounds", *(text for name in overoptimization_audit.curves for text in (f"{name} [95%]", "reward"))
+    )
+    for rounds in next(iter(overoptimization_audit.curves.values())).accuracy:
         cells = []
-        for curve in found.curves.values():
+        for curve in overoptimization_audit.curves.values():
             one = curve.accuracy[rounds]
             cells += [f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]", f"{curve.reward[rounds]:.3f}"]
         table.add_row(str(rounds), *cells)
     console.print(table)
-    trust = f"up to {found.trust.samples} samples, {found.trust.rounds} rounds"
-    _lines({"trust": trust}, found.verdict, console)
+    trust = f"up to {overoptimization_audit.validated_limits.max_samples} samples, {overoptimization_audit.validated_limits.max_rounds} rounds"
+    _print_fields({"trust": trust}, overoptimization_audit.conclusion, console)
 
 
-def _table(*headings: str) -> Table:
+def _make_table(*headings: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=heading != "point", overflow="fold")
     return table
 
 
-def _findings(one: Finding | None) -> list[str]:
-    return [] if one is None else [_percents(one.first), _percents(one.repair)]
+def _format_finding(finding: FirstErrorScores | None) -> list[str]:
+    return (
+        [] if finding is None else [_format_percent_interval(finding.top1), _format_percent_interval(finding.repair)]
+    )
 
 
-def _percents(one: Interval | None) -> str:
-    return "–" if one is None else f"{one.value:.0%} [{100 * one.low:.0f}, {100 * one.high:.0f}]"
+def _format_percent_interval(interval: Interval | None) -> str:
+    return "–" if interval is None else f"{interval.value:.0%} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
 
 
-def _lines(lines: dict[str, str], verdict: str, console: Console) -> None:
-    for label, value in lines.items():
+def _print_fields(fields: dict[str, str], conclusion: str, console: Console) -> None:
+    for label, value in fields.items():
         console.print(f"{label:<24}{value}", highlight=False, markup=False)
-    console.print(f"verdict: {verdict}", highlight=False, markup=False)
+    console.print(f"verdict: {conclusion}", highlight=False, markup=False)

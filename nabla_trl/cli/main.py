@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 from nabla_trl import __version__
 
-COMMANDS = {
+COMMAND_SUMMARIES = {
     "solve": "refine the answer to one question and show how it changed",
     "traces": "refine the answers to many problems and store them to train on",
     "eval": "run methods on held-out problems and compare accuracy and cost",
@@ -20,11 +20,11 @@ COMMANDS = {
     "ship": "make a folder of a trained checkpoint that others can load",
 }
 # What stops in the middle and can go on.
-_RESUMABLE = ("traces", "eval")
+_RESUMABLE_COMMANDS = ("traces", "eval")
 
 
-def overview() -> str:
-    lines = [f"  {name:<8}{summary}" for name, summary in COMMANDS.items()]
+def format_overview() -> str:
+    lines = [f"  {name:<8}{summary}" for name, summary in COMMAND_SUMMARIES.items()]
     return "\n".join(
         [
             "usage: nabla-trl COMMAND [options]",
@@ -45,19 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" for it
     if name in ("--help", "-h", "--version"):
-        print(__version__ if name == "--version" else overview())
+        print(__version__ if name == "--version" else format_overview())
         return 0
-    if name not in COMMANDS:
-        match = get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {match[0]}?" if match else f"choose from {', '.join(COMMANDS)}"
+    if name not in COMMAND_SUMMARIES:
+        match = get_close_matches(name, COMMAND_SUMMARIES, n=1)
+        hint = f"did you mean {match[0]}?" if match else f"choose from {', '.join(COMMAND_SUMMARIES)}"
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
 
     from nabla_trl.cli import commands
     from nabla_trl.cli.parsing import run_main
 
-    again = shlex.join(["nabla-trl", name, *rest]) if name in _RESUMABLE else ""
-    return run_main(commands.COMMANDS[name], rest, again=again)
+    again = shlex.join(["nabla-trl", name, *rest]) if name in _RESUMABLE_COMMANDS else ""
+    return run_main(commands.COMMAND_FUNCTIONS[name], rest, resume_command=again)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from nabla_trl.cli.arguments import ModelArguments, ServeArguments
 from nabla_trl.cli.parsing import Parser
 
-KEY_VARIABLE = "NABLA_API_KEY"
+API_KEY_ENV_VAR = "NABLA_API_KEY"
 SERVE_HELP = """POST /v1/chat/completions, GET /v1/models and GET /health; any client of OpenAI's API will do:
 
   client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="...")
@@ -25,18 +25,18 @@ usage.nabla has what the search cost; stream: true tells of every accepted
 revision. What cannot be honoured (n > 1, tools, logprobs, ...) is refused."""
 
 
-def serve(argv: Sequence[str]) -> int:
-    from nabla_trl.search.config import PRESETS, ReasonerConfig
+def run_serve(argv: Sequence[str]) -> int:
+    from nabla_trl.search.config import PRESETS, SearchConfig
 
     parser = Parser(
-        [ModelArguments, ServeArguments, ReasonerConfig],
+        [ModelArguments, ServeArguments, SearchConfig],
         presets=PRESETS,
         prog="nabla-trl serve",
         usage="nabla-trl serve --policy P --reward R [options]",
         description="Answer requests over HTTP: each is refined by the search, many at once.",
         epilog=SERVE_HELP,
     )
-    models, args, config = parser.read(argv)[:3]
+    models, args, config = parser.parse_options(argv)[:3]
     try:
         from nabla_trl.serving import asgi
     except ModuleNotFoundError as error:
@@ -44,33 +44,33 @@ def serve(argv: Sequence[str]) -> int:
         if package not in ("starlette", "uvicorn"):
             raise
         raise ValueError(f"nabla-trl serve needs {package}: pip install nabla-trl[serve]") from error
-    from nabla_trl.audit.overoptimization import warn_past_trust
-    from nabla_trl.serving.api import Offer
+    from nabla_trl.audit.overoptimization import warn_past_limits
+    from nabla_trl.serving.api import ServerLimits
     from nabla_trl.serving.service import Engine
 
-    key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    key = args.api_key or os.environ.get(API_KEY_ENV_VAR) or None
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
         raise ValueError("the key must be of ASCII letters, digits and signs, without spaces: clients send no other")
-    offer = Offer(args.served_model_name or models.policy, config, args.max_flops)
-    with bind(args.host, args.port) as listener:  # first: an address in use must not cost the loading of models
+    offer = ServerLimits(args.served_model_name or models.policy, config, args.max_flops)
+    with bind_socket(args.host, args.port) as listener:  # first: an address in use must not cost the loading of models
         with redirect_stdout(sys.stderr):
             policy, reward = models.load(4 * config.batch_size)
-        warn_past_trust(reward, config)
-        address = url(listener)
+        warn_past_limits(reward, config)
+        address = format_base_url(listener)
         if key is None and not args.host.startswith("127.") and args.host not in ("localhost", "::1"):
-            print(f"warning: anyone who reaches {address} may use it: set {KEY_VARIABLE}", file=sys.stderr)
-        service = asgi.Service(
-            Engine(policy, reward, queue=args.max_queue, window=args.batch_window),
+            print(f"warning: anyone who reaches {address} may use it: set {API_KEY_ENV_VAR}", file=sys.stderr)
+        service = asgi.ChatService(
+            Engine(policy, reward, max_queue=args.max_queue, batch_window=args.batch_window),
             offer,
-            key=key,
-            timeout=args.request_timeout,
+            api_key=key,
+            request_timeout=args.request_timeout,
         )
-        message = f"serving {offer.model} at {address}; Ctrl-C finishes what runs and stops"
-        asgi.run(service, listener, lambda: print(message, flush=True))
+        message = f"serving {offer.model_name} at {address}; Ctrl-C finishes what runs and stops"
+        asgi.run_server(service, listener, lambda: print(message, flush=True))
     return 0
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A socket at this address, on which nothing is taken yet.
 
     Raises:
@@ -87,6 +87,6 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url(listener: socket.socket) -> str:
+def format_base_url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"

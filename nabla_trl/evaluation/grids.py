@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from nabla_trl.evaluation.method import in_order, sample_count
-from nabla_trl.utils.statistics import Interval, _some, mean_interval
+from nabla_trl.evaluation.method import get_num_samples, sort_methods
+from nabla_trl.utils.statistics import Interval, _join_names, mean_interval
 
 METRICS = ("accuracy", "accuracy_strict", "flops", "seconds", "tokens", "reward", "kl")
 
 
-_STORED = ("flops", "seconds", "reward", "kl")  # as they are in a row
+_STORED_METRICS = ("flops", "seconds", "reward", "kl")  # as they are in a row
 
 
-_IDENTITY = ("method", "task", "problem", "seed")
+_KEY_FIELDS = ("method", "task", "problem", "seed")
 
 
-_KINDS: dict[str, tuple[Any, str]] = {
+_FIELD_TYPES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("method", "task", "problem"), (str, "text")),
     **dict.fromkeys(("seed", "flops", "seconds"), (int | float, "a number")),
     **dict.fromkeys(("correct", "reward"), (int | float | None, "a number or null")),  # true and false are numbers
@@ -32,26 +32,26 @@ _KINDS: dict[str, tuple[Any, str]] = {
 
 
 # kl and tokens may be missing
-_FIELDS = (*_IDENTITY, "correct", "reward", "flops", "seconds", "reward_by_round", "error")
+_REQUIRED_FIELDS = (*_KEY_FIELDS, "correct", "reward", "flops", "seconds", "reward_by_round", "error")
 
 
 @dataclass(frozen=True)
-class Grid:
+class ResultGrid:
     """One method's rows: `columns[metric]` is problems × seeds, NaN where a row has no such number."""
 
     problems: tuple[str, ...]
     seeds: tuple[int, ...]
     columns: dict[str, np.ndarray]
-    rounds: tuple[tuple[float, ...] | None, ...]  # reward by round, problem-major like columns.ravel()
-    errors: int
-    ungraded: int
+    reward_by_round: tuple[tuple[float, ...] | None, ...]  # reward by round, problem-major like columns.ravel()
+    num_errors: int
+    num_ungraded: int
 
-    def scores(self, metric: str) -> dict[str, np.ndarray]:
+    def get_problem_values(self, metric: str) -> dict[str, np.ndarray]:
         """Problem id -> its values by seed."""
         return dict(zip(self.problems, self.columns[metric], strict=True))
 
 
-def build_grids(rows: Sequence[Mapping]) -> dict[str, Grid]:
+def build_grids(rows: Sequence[Mapping]) -> dict[str, ResultGrid]:
     """Result rows -> one complete grid per method, all over the same problems.
 
     A row with an error counts as wrong, and so does one that could not be graded (`correct` is None). Rows of several
@@ -61,16 +61,18 @@ def build_grids(rows: Sequence[Mapping]) -> dict[str, Grid]:
     check_rows(rows)
     cells: dict[str, dict[tuple[str, int], Mapping]] = {}
     for row in rows:
-        if not sample_count(row["method"]):
+        if not get_num_samples(row["method"]):
             cells.setdefault(row["method"], {})[row["problem"], row["seed"]] = row
     problems = tuple(dict.fromkeys(row["problem"] for row in rows))
-    return {method: _grid(method, cells[method], problems) for method in in_order(cells)}
+    return {method: _build_grid(method, cells[method], problems) for method in sort_methods(cells)}
 
 
-def reward_rounds(grid: Grid) -> list[Interval]:
+def compute_mean_reward_by_round(grid: ResultGrid) -> list[Interval]:
     """Mean incumbent reward by round; a list that ended early is carried forward. Empty without records."""
-    longest = max((len(one) for one in grid.rounds if one), default=0)
-    filled = [[*one, *[one[-1]] * (longest - len(one))] if one else [math.nan] * longest for one in grid.rounds]
+    longest = max((len(one) for one in grid.reward_by_round if one), default=0)
+    filled = [
+        [*one, *[one[-1]] * (longest - len(one))] if one else [math.nan] * longest for one in grid.reward_by_round
+    ]
     cube = np.array(filled, dtype=np.float64).reshape(len(grid.problems), len(grid.seeds), longest)
     return [mean_interval(cube[:, :, step]) for step in range(longest) if np.isfinite(cube[:, :, step]).any()]
 
@@ -80,22 +82,22 @@ def check_rows(rows: Sequence[Mapping]) -> None:
     if not rows:
         raise ValueError("no result rows: run the evaluate stage first")
     for number, row in enumerate(rows):
-        missing = [field for field in _FIELDS if field not in row]
+        missing = [field for field in _REQUIRED_FIELDS if field not in row]
         if missing:
-            raise ValueError(f"result row {number} lacks {_some(missing)}")
-        odd = next((name for name, (kind, _) in _KINDS.items() if not isinstance(row[name], kind)), None)
+            raise ValueError(f"result row {number} lacks {_join_names(missing)}")
+        odd = next((name for name, (kind, _) in _FIELD_TYPES.items() if not isinstance(row[name], kind)), None)
         if odd is not None:
-            raise ValueError(f"result row {number}: {odd} must be {_KINDS[odd][1]}, not {row[odd]!r}")
+            raise ValueError(f"result row {number}: {odd} must be {_FIELD_TYPES[odd][1]}, not {row[odd]!r}")
     tasks = sorted({row["task"] for row in rows})
     if len(tasks) > 1:
-        raise ValueError(f"rows of {len(tasks)} tasks ({_some(tasks)}): report one task at a time")
+        raise ValueError(f"rows of {len(tasks)} tasks ({_join_names(tasks)}): report one task at a time")
     places = [(row["method"], row["problem"], row["seed"]) for row in rows]
     if len(set(places)) < len(places):
         twice = next(place for place, count in Counter(places).items() if count > 1)
-        raise ValueError(f"two rows for {_where(*twice)}: remove one")
+        raise ValueError(f"two rows for {_describe_cell(*twice)}: remove one")
 
 
-def complete(
+def arrange_by_problem(
     method: str, cells: Mapping[tuple[str, int], Mapping], problems: Sequence[str]
 ) -> tuple[tuple[int, ...], list[Mapping]]:
     """A method's seeds, and its rows problem by problem; ValueError where one is missing."""
@@ -104,15 +106,17 @@ def complete(
     holes = [key for key in keys if key not in cells]
     if holes:
         more = f" and {len(holes) - 1} more" if len(holes) > 1 else ""
-        raise ValueError(f"no row for {_where(method, *holes[0])}{more}: finish the evaluation before the report")
+        raise ValueError(
+            f"no row for {_describe_cell(method, *holes[0])}{more}: finish the evaluation before the report"
+        )
     return seeds, [cells[key] for key in keys]
 
 
-def _grid(method: str, cells: Mapping[tuple[str, int], Mapping], problems: tuple[str, ...]) -> Grid:
-    seeds, rows = complete(method, cells, problems)
+def _build_grid(method: str, cells: Mapping[tuple[str, int], Mapping], problems: tuple[str, ...]) -> ResultGrid:
+    seeds, rows = arrange_by_problem(method, cells, problems)
     shape = (len(problems), len(seeds))
-    numbers = {"tokens": [_drawn(row.get("tokens")) for row in rows]}
-    numbers |= {metric: [_number(row.get(metric)) for row in rows] for metric in _STORED}
+    numbers = {"tokens": [_count_generated_tokens(row.get("tokens")) for row in rows]}
+    numbers |= {metric: [_to_float(row.get(metric)) for row in rows] for metric in _STORED_METRICS}
     columns = {metric: np.array(own).reshape(shape) for metric, own in numbers.items()}
     right = [bool(row["correct"]) and row["error"] is None for row in rows]
     columns["accuracy"] = np.array(right, dtype=np.float64).reshape(shape)
@@ -121,18 +125,18 @@ def _grid(method: str, cells: Mapping[tuple[str, int], Mapping], problems: tuple
     columns["accuracy_strict"] = np.array(strict, dtype=np.float64).reshape(shape)
     errors = sum(row["error"] is not None for row in rows)
     ungraded = sum(row["correct"] is None and row["error"] is None for row in rows)
-    rounds = tuple(tuple(map(_number, row["reward_by_round"] or ())) or None for row in rows)
-    return Grid(problems, seeds, columns, rounds, errors, ungraded)
+    rounds = tuple(tuple(map(_to_float, row["reward_by_round"] or ())) or None for row in rows)
+    return ResultGrid(problems, seeds, columns, rounds, errors, ungraded)
 
 
-def _number(value: float | None) -> float:
+def _to_float(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _drawn(tokens: Mapping[str, float] | None) -> float:
+def _count_generated_tokens(tokens: Mapping[str, float] | None) -> float:
     """Tokens that models drew, of a row's counts by model and kind: neither prompts nor what was scored."""
     return math.nan if not tokens else float(sum(n for name, n in tokens.items() if name.endswith("/decode")))
 
 
-def _where(method: str, problem: str, seed: int) -> str:
+def _describe_cell(method: str, problem: str, seed: int) -> str:
     return f"method {method!r}, problem {problem!r}, seed {seed}"

@@ -9,22 +9,24 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from nabla_trl.gradient.objectives import Sample
-from nabla_trl.models.flops import Meter
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.policy import Policy
-from nabla_trl.rewards.loading import log_ratio
+from nabla_trl.rewards.loading import build_log_ratio_reward
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
 # The problems of one batch and their traces to nats per trace; None where nothing is known.
-Measure = Callable[[Sequence[Problem], Sequence[Trace]], "list[float | None]"]
+KLMeasure = Callable[[Sequence[Problem], Sequence[Trace]], "list[float | None]"]
 
 
-def nothing_known(problems: Sequence[Problem], traces: Sequence[Trace]) -> list[float | None]:
+def skip_kl(problems: Sequence[Problem], traces: Sequence[Trace]) -> list[float | None]:
     """Of greedy decodes (which have no density) and of searches (whose density nobody can write down)."""
     return [None] * len(traces)
 
 
-def of_samples(counts: Mapping[str, int], policy: Policy, base: Policy, *, batch_size: int) -> Measure:
+def build_sample_kl_measure(
+    counts: Mapping[str, int], policy: Policy, base_policy: Policy, *, batch_size: int
+) -> KLMeasure:
     """KL(q ‖ base) = KL(q ‖ π) + E_q[log π − log base] for q = best-of-N of samples from π.
 
     The first part is at most `best_of_bound`; the second is estimated without bias by log π(y|x) − log base(y|x), both
@@ -37,8 +39,8 @@ def of_samples(counts: Mapping[str, int], policy: Policy, base: Policy, *, batch
         batch_size: responses read together.
     """
     ratio = None
-    if policy is not base:
-        ratio = log_ratio(base, policy, base, f"{policy.name} against {base.name}")
+    if policy is not base_policy:
+        ratio = build_log_ratio_reward(base_policy, policy, base_policy, f"{policy.name} against {base_policy.name}")
         ratio.batch_size = batch_size
 
     def measure(problems: Sequence[Problem], traces: Sequence[Trace]) -> list[float | None]:
@@ -49,15 +51,17 @@ def of_samples(counts: Mapping[str, int], policy: Policy, base: Policy, *, batch
             asked = {problem.id: problem for problem in problems}
             kept = [traces[row] for row in known]
             samples = [Sample(asked[trace.problem_id], trace.prompt_ids, trace.response_ids) for trace in kept]
-            moved, _ = ratio.score(samples, ratio.prompt_memos(samples, Meter()), meter=Meter())
+            moved, _ = ratio.score(
+                samples, ratio.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter()
+            )
         for row, nats in zip(known, moved, strict=True):
-            found[row] = best_of_bound(counts[traces[row].method]) + nats if math.isfinite(nats) else None
+            found[row] = compute_best_of_n_kl_bound(counts[traces[row].method]) + nats if math.isfinite(nats) else None
         return found
 
     return measure
 
 
-def best_of_bound(count: int) -> float:
+def compute_best_of_n_kl_bound(num_samples: int) -> float:
     """The most that best-of-N moves away from π: KL ≤ log N − (N − 1)/N (Beirami et al., arXiv 2401.01879); 0 for one
     draw, which is π."""
-    return math.log(count) - (count - 1) / count
+    return math.log(num_samples) - (num_samples - 1) / num_samples

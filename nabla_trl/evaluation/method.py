@@ -10,51 +10,51 @@ import math
 import re
 from collections.abc import Iterable
 
-RIVAL = "reward_model_sampling"
+REWARD_MODEL_SAMPLING = "reward_model_sampling"
 SEARCHES = ("nabla", "control", "shuffled", "paper", "released")
 # Searches over steps: beams, subtrees, states, rollouts are their sizes.
-STEPWISE = ("beam_search", "dvts", "tot", "rap")
+STEP_SEARCHES = ("beam_search", "dvts", "tot", "rap")
 # Trained policies: of an adapter from elsewhere, and of each way to train one.
-LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
+POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 
 # All names, for people.
-SYNTAX = (
+METHOD_SYNTAX = (
     "greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (N to 999; for pass@k, maj@k and avg@N); "
     "the searches nabla, control (without the gradient), shuffled (its rows in disorder), paper and released "
     "(presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's); the "
     "searches over steps beam_search, dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, "
-    f"tot@best_of_N or tot@F; {RIVAL} (log-ratio rewards); of a trained policy L_greedy, L_best_of_N, L_samples_N, "
-    f"and L_nabla and L_control, also with a budget; L is one of {', '.join(LABELS)}"
+    f"tot@best_of_N or tot@F; {REWARD_MODEL_SAMPLING} (log-ratio rewards); of a trained policy L_greedy, L_best_of_N, L_samples_N, "
+    f"and L_nabla and L_control, also with a budget; L is one of {', '.join(POLICY_LABELS)}"
 )
 
-_ORDER = ("greedy", "self_consistency", "best_of", "weighted_best_of", *STEPWISE, *reversed(SEARCHES))
-_LABELLED = re.compile(rf"(?P<label>{'|'.join(LABELS)})_(?P<rest>.+)")
-_NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
+_REPORT_ORDER = ("greedy", "self_consistency", "best_of", "weighted_best_of", *STEP_SEARCHES, *reversed(SEARCHES))
+_LABELED_METHOD = re.compile(rf"(?P<label>{'|'.join(POLICY_LABELS)})_(?P<rest>.+)")
+_NUMBERED_METHOD = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
 
 
-def split(method: str) -> tuple[str, str]:
+def split_label(method: str) -> tuple[str, str]:
     """Method -> (label, rest): sft_best_of_8 -> (sft, best_of_8). The base policy's label is empty."""
-    match = _LABELLED.fullmatch(method)
+    match = _LABELED_METHOD.fullmatch(method)
     return (match["label"], match["rest"]) if match else ("", method)
 
 
-def labelled(label: str, rest: str) -> str:
+def join_label(label: str, method: str) -> str:
     """The method whose `split` this is."""
-    return f"{label}_{rest}" if label else rest
+    return f"{label}_{method}" if label else method
 
 
-def labels(methods: Iterable[str]) -> list[str]:
+def list_policy_labels(methods: Iterable[str]) -> list[str]:
     """Labels of the trained policies among these methods' ones, in the order of the report."""
-    found = {split(method)[0] for method in methods}
-    return [label for label in LABELS if label in found]
+    found = {split_label(method)[0] for method in methods}
+    return [label for label in POLICY_LABELS if label in found]
 
 
-def methods(summary: Iterable[str]) -> list[str]:
+def list_methods(summary: Iterable[str]) -> list[str]:
     """The methods that the names of a summary speak of, in its order."""
     return [name.partition(".")[2] for name in summary if name.startswith("accuracy.")]
 
 
-def family(method: str) -> tuple[str, float]:
+def parse_family(method: str) -> tuple[str, float]:
     """Method -> (family, size): nabla@0.33 -> (nabla, 0.33), sft_best_of_8 -> (sft_best_of, 8).
 
     nabla@best_of_8 -> (nabla, 0.5): shares are of best_of_16.
@@ -64,40 +64,40 @@ def family(method: str) -> tuple[str, float]:
     """
     name, _, fraction = method.partition("@")
     if fraction.startswith("best_of_"):
-        count = _number(fraction.removeprefix("best_of_"), method)
+        count = _parse_budget_number(fraction.removeprefix("best_of_"), method)
         return name, count / 16  # shares are of best_of_16, which costs about that
     if fraction:
-        return name, _number(fraction, method)
-    match = _NUMBERED.fullmatch(name)
+        return name, _parse_budget_number(fraction, method)
+    match = _NUMBERED_METHOD.fullmatch(name)
     return (match["family"], float(match["number"])) if match else (name, math.inf)
 
 
-def _number(text: str, method: str) -> float:
+def _parse_budget_number(text: str, method: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise ValueError(f"{method!r} is no method: its budget is no number") from None
 
 
-def sample_count(method: str) -> int:
+def get_num_samples(method: str) -> int:
     """How many independent samples of a problem a row of this method holds; 0 where it holds one answer."""
-    name, size = family(split(method)[1])
+    name, size = parse_family(split_label(method)[1])
     return int(size) if name == "samples" and size < math.inf else 0
 
 
-def in_order(methods: Iterable[str]) -> list[str]:
+def sort_methods(methods: Iterable[str]) -> list[str]:
     """Methods in the order of the report, the base policy's first; unknown ones last, as they came."""
 
     def rank(method: str) -> tuple[int, int, float]:
-        label, rest = split(method)
-        name, size = family(rest)
-        whose = LABELS.index(label) + 1 if label else 0
-        return (whose, _ORDER.index(name), size) if name in _ORDER else (len(LABELS) + 1, 0, 0.0)
+        label, rest = split_label(method)
+        name, size = parse_family(rest)
+        whose = POLICY_LABELS.index(label) + 1 if label else 0
+        return (whose, _REPORT_ORDER.index(name), size) if name in _REPORT_ORDER else (len(POLICY_LABELS) + 1, 0, 0.0)
 
     return sorted(dict.fromkeys(methods), key=rank)
 
 
-def main_search(methods: Iterable[str]) -> str | None:
+def get_main_search(methods: Iterable[str]) -> str | None:
     """The search that a report is about: the base policy's last nabla run in its order; None without one."""
-    ours = [method for method in in_order(methods) if family(method)[0] == "nabla"]
+    ours = [method for method in sort_methods(methods) if parse_family(method)[0] == "nabla"]
     return ours[-1] if ours else None

@@ -18,20 +18,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from nabla_trl.evaluation.grids import check_rows, complete
-from nabla_trl.evaluation.method import sample_count, split
+from nabla_trl.evaluation.grids import arrange_by_problem, check_rows
+from nabla_trl.evaluation.method import get_num_samples, split_label
 from nabla_trl.grading.equivalence import normalize_answer
 from nabla_trl.utils.statistics import Interval, mean_interval
 
-BASE = "base"  # how the policy without a label is called
+BASE_POLICY = "base"  # how the policy without a label is called
 
 
-def pass_at(right: int, n: int) -> np.ndarray:
+def compute_pass_at_k(num_correct: int, n: int) -> np.ndarray:
     """[n]: pass@1 … pass@n, of n samples of which `right` are."""
-    return np.array([1 - math.comb(n - right, k) / math.comb(n, k) for k in range(1, n + 1)])
+    return np.array([1 - math.comb(n - num_correct, k) / math.comb(n, k) for k in range(1, n + 1)])
 
 
-def maj_at(samples: Sequence[tuple[str | None, bool]]) -> np.ndarray:
+def compute_maj_at_k(samples: Sequence[tuple[str | None, bool]]) -> np.ndarray:
     """[n]: maj@1 … maj@n of n samples, each an answer (None: it has none) and whether it is right.
 
     Counts the choices of k samples in which a right answer leads with m votes, tied with t others, at the weight
@@ -49,31 +49,31 @@ def maj_at(samples: Sequence[tuple[str | None, bool]]) -> np.ndarray:
     for winner in (key for key, correct in right.items() if correct):
         others = [count for key, count in votes.items() if key != winner]
         for m in range(1, votes[winner] + 1):
-            ways = _choices(others, silent, m, n)
+            ways = _count_choices(others, silent, m, n)
             share = (ways / np.arange(1, len(ways) + 1)[:, None]).sum(axis=0)
             found[m:] += math.comb(votes[winner], m) * share[: n + 1 - m]
     return found[1:] / np.array([math.comb(n, k) for k in range(1, n + 1)], dtype=np.float64)
 
 
-def _choices(counts: Sequence[int], silent: int, most: int, n: int) -> np.ndarray:
+def _count_choices(counts: Sequence[int], num_unanswered: int, max_votes: int, n: int) -> np.ndarray:
     """[ties + 1, n + 1]: in how many ways x samples of these answers are chosen so that none has over `most` votes
     and as many as the row says have just that; any number of the `silent` ones."""
-    ways = np.zeros((sum(count >= most for count in counts) + 1, n + 1))
-    ways[0, : silent + 1] = [math.comb(silent, x) for x in range(silent + 1)]
+    ways = np.zeros((sum(count >= max_votes for count in counts) + 1, n + 1))
+    ways[0, : num_unanswered + 1] = [math.comb(num_unanswered, x) for x in range(num_unanswered + 1)]
     for count in counts:
         before, ways = ways, np.zeros_like(ways)
-        for chosen in range(min(count, most) + 1):
-            tied = int(chosen == most)
+        for chosen in range(min(count, max_votes) + 1):
+            tied = int(chosen == max_votes)
             ways[tied:, chosen:] += math.comb(count, chosen) * before[: len(before) - tied, : n + 1 - chosen]
     return ways
 
 
-def sizes(n: int) -> list[int]:
+def list_k_values(n: int) -> list[int]:
     """The k that are told of n samples: powers of two, and n."""
     return sorted({*(2**power for power in range(n.bit_length()) if 2**power <= n), n})
 
 
-def measured(rows: Sequence[Mapping]) -> dict[str, Interval]:
+def estimate_sample_metrics(rows: Sequence[Mapping]) -> dict[str, Interval]:
     """pass@<k>.<policy>, maj@<k>.<policy> and avg@<n>.<policy> from the rows of samples_n; others are not read.
 
     A policy is the label of its methods, the base policy `base`. Where it has several samples_n, the largest counts.
@@ -82,7 +82,7 @@ def measured(rows: Sequence[Mapping]) -> dict[str, Interval]:
     Raises:
         ValueError: rows that are incomplete, repeated or of several tasks, or without their samples.
     """
-    own = [row for row in rows if sample_count(row["method"])]
+    own = [row for row in rows if get_num_samples(row["method"])]
     if not own:
         return {}
     check_rows(own)
@@ -90,15 +90,17 @@ def measured(rows: Sequence[Mapping]) -> dict[str, Interval]:
         raise ValueError(f"a row of {bare['method']} holds no samples (problem {bare['problem']!r})")
     by_policy: dict[str, list[Mapping]] = {}
     for row in own:
-        by_policy.setdefault(split(row["method"])[0] or BASE, []).append(row)
+        by_policy.setdefault(split_label(row["method"])[0] or BASE_POLICY, []).append(row)
     found: dict[str, Interval] = {}
     for policy, all_rows in by_policy.items():
-        n = max(sample_count(row["method"]) for row in all_rows)
-        found |= _policy(policy, n, [row for row in all_rows if sample_count(row["method"]) == n])
+        n = max(get_num_samples(row["method"]) for row in all_rows)
+        found |= _estimate_policy_metrics(policy, n, [row for row in all_rows if get_num_samples(row["method"]) == n])
     return found
 
 
-def curves(summary: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, dict[int, Mapping[str, float]]]]:
+def group_sample_metrics(
+    summary: Mapping[str, Mapping[str, float]],
+) -> dict[str, dict[str, dict[int, Mapping[str, float]]]]:
     """Policy -> "pass", "maj" and "avg" -> k -> its entry, of a summary that holds what was `measured`."""
     found: dict[str, dict[str, dict[int, Mapping[str, float]]]] = {}
     for name, one in summary.items():
@@ -108,20 +110,20 @@ def curves(summary: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, di
     return found
 
 
-def _policy(policy: str, n: int, rows: Sequence[Mapping]) -> dict[str, Interval]:
+def _estimate_policy_metrics(policy: str, n: int, rows: Sequence[Mapping]) -> dict[str, Interval]:
     problems = tuple(dict.fromkeys(row["problem"] for row in rows))
     method = rows[0]["method"]
-    seeds, cells = complete(method, {(row["problem"], row["seed"]): row for row in rows}, problems)
-    curves = np.array([_curves(row, n) for row in cells]).reshape(len(problems), len(seeds), 2, n)
+    seeds, cells = arrange_by_problem(method, {(row["problem"], row["seed"]): row for row in rows}, problems)
+    curves = np.array([_compute_row_curves(row, n) for row in cells]).reshape(len(problems), len(seeds), 2, n)
     found = {}
     for place, name in enumerate(("pass", "maj")):
-        for k in sizes(n):
+        for k in list_k_values(n):
             found[f"{name}@{k}.{policy}"] = mean_interval(curves[:, :, place, k - 1])
     return found | {f"avg@{n}.{policy}": mean_interval(curves[:, :, 0, 0])}
 
 
-def _curves(row: Mapping, n: int) -> tuple[np.ndarray, np.ndarray]:
+def _compute_row_curves(row: Mapping, n: int) -> tuple[np.ndarray, np.ndarray]:
     """pass@k and maj@k of one row for k = 1 … n; a row whose samples failed has none right."""
     samples = [(answer, bool(correct)) for answer, correct in row["samples"]]
     samples += [(None, False)] * (n - len(samples))
-    return pass_at(sum(correct for _, correct in samples), n), maj_at(samples)
+    return compute_pass_at_k(sum(correct for _, correct in samples), n), compute_maj_at_k(samples)

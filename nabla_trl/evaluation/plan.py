@@ -7,22 +7,32 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from nabla_trl.baselines.step_tree import step_finder
-from nabla_trl.evaluation.method import LABELS, RIVAL, SEARCHES, STEPWISE, SYNTAX, family, labels, main_search, split
-from nabla_trl.evaluation.runner import Bench, Step
+from nabla_trl.baselines.step_tree import create_step_finder
+from nabla_trl.evaluation.method import (
+    METHOD_SYNTAX,
+    POLICY_LABELS,
+    REWARD_MODEL_SAMPLING,
+    SEARCHES,
+    STEP_SEARCHES,
+    get_main_search,
+    list_policy_labels,
+    parse_family,
+    split_label,
+)
+from nabla_trl.evaluation.runner import EvaluationSetup, Job
 from nabla_trl.models.policy import Policy
-from nabla_trl.search.config import PRESETS, ReasonerConfig
+from nabla_trl.search.config import PRESETS, SearchConfig
 
-_BUDGET = r"@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*)"
-_SAMPLES = r"samples_[1-9]\d{0,2}"  # further ones overflow the estimators
-_FORMS = re.compile(
-    rf"greedy|{RIVAL}|(weighted_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*|{_SAMPLES}"
-    rf"|({'|'.join(SEARCHES)})({_BUDGET})?|({'|'.join(STEPWISE)})(_[1-9]\d*|{_BUDGET})"
-    rf"|({'|'.join(LABELS)})_(greedy|best_of_[1-9]\d*|{_SAMPLES}|(nabla|control)({_BUDGET})?)"
+_BUDGET_PATTERN = r"@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*)"
+_SAMPLES_PATTERN = r"samples_[1-9]\d{0,2}"  # further ones overflow the estimators
+_METHOD_PATTERN = re.compile(
+    rf"greedy|{REWARD_MODEL_SAMPLING}|(weighted_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*|{_SAMPLES_PATTERN}"
+    rf"|({'|'.join(SEARCHES)})({_BUDGET_PATTERN})?|({'|'.join(STEP_SEARCHES)})(_[1-9]\d*|{_BUDGET_PATTERN})"
+    rf"|({'|'.join(POLICY_LABELS)})_(greedy|best_of_[1-9]\d*|{_SAMPLES_PATTERN}|(nabla|control)({_BUDGET_PATTERN})?)"
 )
 
 
-def method_names(text: str) -> list[str]:
+def parse_methods(text: str) -> list[str]:
     """Names from a comma-separated list.
 
     Raises:
@@ -30,18 +40,18 @@ def method_names(text: str) -> list[str]:
     """
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
     if not names:
-        raise ValueError(f"no methods: give some of {SYNTAX}")
-    unknown = next((name for name in names if not _FORMS.fullmatch(name)), None)
+        raise ValueError(f"no methods: give some of {METHOD_SYNTAX}")
+    unknown = next((name for name in names if not _METHOD_PATTERN.fullmatch(name)), None)
     if unknown is not None:
-        raise ValueError(f"unknown method {unknown!r}: known are {SYNTAX}")
+        raise ValueError(f"unknown method {unknown!r}: known are {METHOD_SYNTAX}")
     for name in names:
-        setter = budget(name)[0] if "@" in name else name
+        setter = parse_budget(name)[0] if "@" in name else name
         if setter not in names:
             raise ValueError(f"the budget of {name} is set by {setter}'s FLOPs: add {setter} to the methods")
     return names
 
 
-def budget(name: str) -> tuple[str, float]:
+def parse_budget(name: str) -> tuple[str, float]:
     """The method that sets the budget of a search, and how many times its FLOPs: nabla@0.5 -> (best_of_16, 0.5).
 
     It is the base policy's, whoever searches: budgets are equal across policies.
@@ -50,34 +60,37 @@ def budget(name: str) -> tuple[str, float]:
     return (share, 1.0) if share.startswith("best_of") else ("best_of_16", float(share))
 
 
-def searches(names: Sequence[str]) -> bool:
+def has_search(names: Sequence[str]) -> bool:
     """Some of these methods refine responses, as the reward says."""
-    return any(_search(split(name)[1]) for name in names)
+    return any(_get_search_name(split_label(name)[1]) for name in names)
 
 
-def chosen_among(names: Sequence[str]) -> int:
+def get_max_selection_size(names: Sequence[str]) -> int:
     """The most samples that one of these methods chooses among by the reward; 1 where none does."""
-    rests = [split(name)[1] for name in names]
-    sizes = [_sizes(rests, prefix) for prefix in ("best_of_", "weighted_best_of_")]
-    sizes.append([_breadth(name) for name in rests if _stepwise(name)])
+    rests = [split_label(name)[1] for name in names]
+    sizes = [_parse_sizes(rests, prefix) for prefix in ("best_of_", "weighted_best_of_")]
+    sizes.append([_get_step_search_size(name) for name in rests if _get_step_search_name(name)])
     return max([1, *(size for some in sizes for size in some)])
 
 
-def stepwise_settings(names: Sequence[str], bench: Bench) -> dict[str, str]:
+def get_step_search_settings(names: Sequence[str], setup: EvaluationSetup) -> dict[str, str]:
     """What the rows of searches over steps depend on beside the rest, for `claim_settings`; empty without any.
 
     Raises:
         ValueError: the policy cannot make such steps.
     """
-    if not any(map(_stepwise, names)):
+    if not any(map(_get_step_search_name, names)):
         return {}
-    step_finder(bench.policy, bench.stepwise.delimiter(bench.reward.delimiter))
-    return bench.stepwise.settings(bench.reward.delimiter)
+    create_step_finder(setup.policy, setup.step_search.resolve_delimiter(setup.reward.step_delimiter))
+    return setup.step_search.get_settings(setup.reward.step_delimiter)
 
 
-def steps(
-    names: Sequence[str], bench: Bench, tuned: Mapping[str, Policy], flops_of: Callable[[str], float]
-) -> Iterator[Step]:
+def plan_jobs(
+    names: Sequence[str],
+    setup: EvaluationSetup,
+    trained_policies: Mapping[str, Policy],
+    flops_of: Callable[[str], float],
+) -> Iterator[Job]:
     """The steps of these methods; each must have run before the next is asked for.
 
     Args:
@@ -87,80 +100,86 @@ def steps(
     Raises:
         ValueError: before the first step, where a method lacks the policy, solver or better model it needs.
     """
-    check(names, bench, tuned)
-    yield from _steps(_of("", names), bench, flops_of)
-    for label, policy in tuned.items():
-        yield from _steps(_of(label, names), bench.trained(label, policy), flops_of)
+    check_methods(names, setup, trained_policies)
+    yield from _plan_policy_jobs(_select_by_label("", names), setup, flops_of)
+    for label, policy in trained_policies.items():
+        yield from _plan_policy_jobs(
+            _select_by_label(label, names), setup.with_trained_policy(label, policy), flops_of
+        )
 
 
-def _of(label: str, names: Sequence[str]) -> list[str]:
+def _select_by_label(label: str, names: Sequence[str]) -> list[str]:
     """The methods of one policy, without its label."""
-    return [rest for whose, rest in map(split, names) if whose == label]
+    return [rest for whose, rest in map(split_label, names) if whose == label]
 
 
-def _steps(names: Sequence[str], bench: Bench, flops_of: Callable[[str], float]) -> Iterator[Step]:
+def _plan_policy_jobs(names: Sequence[str], setup: EvaluationSetup, flops_of: Callable[[str], float]) -> Iterator[Job]:
     """The steps of one policy; names without its label."""
-    best_of, majority = _sizes(names, "best_of_"), _sizes(names, "self_consistency_")
-    weighted, samples = _sizes(names, "weighted_best_of_"), _sizes(names, "samples_")
+    best_of, majority = _parse_sizes(names, "best_of_"), _parse_sizes(names, "self_consistency_")
+    weighted, samples = _parse_sizes(names, "weighted_best_of_"), _parse_sizes(names, "samples_")
     if best_of or majority or weighted or samples:
-        yield bench.pool(best_of, majority, weighted, samples)
+        yield setup.plan_sample_pool(best_of, majority, weighted, samples)
     if "greedy" in names:
-        yield bench.greedy()
-    main = main_search(names)
+        yield setup.plan_greedy()
+    main = get_main_search(names)
     for name in names:
-        method = _search(name)
+        method = _get_search_name(name)
         if method:
-            config = _config(method, bench.config)
+            config = _build_search_config(method, setup.config)
             if "@" in name:
-                setter, times = budget(name)
-                config = _at_budget(method, bench.config, times * flops_of(setter))
-            yield bench.search(name, config, traced=not bench.label and name == main)
-        elif stepwise := _stepwise(name):
-            setter, times = budget(name) if "@" in name else ("", 0.0)
-            size = None if setter else _breadth(name)
-            yield bench.by_steps(name, stepwise, size, times * flops_of(setter) if setter else 0.0, _breadth(name))
-    if RIVAL in names:
-        yield bench.rival()
+                setter, times = parse_budget(name)
+                config = _build_budget_config(method, setup.config, times * flops_of(setter))
+            yield setup.plan_search(name, config, keep_traces=not setup.label and name == main)
+        elif stepwise := _get_step_search_name(name):
+            setter, times = parse_budget(name) if "@" in name else ("", 0.0)
+            size = None if setter else _get_step_search_size(name)
+            yield setup.plan_step_search(
+                name, stepwise, size, times * flops_of(setter) if setter else 0.0, _get_step_search_size(name)
+            )
+    if REWARD_MODEL_SAMPLING in names:
+        yield setup.plan_reward_model_sampling()
 
 
-def _search(name: str) -> str:
+def _get_search_name(name: str) -> str:
     """The search that a method without a label is, at whatever budget; empty for others."""
     method = name.partition("@")[0]
     return method if method in SEARCHES else ""
 
 
-def _stepwise(name: str) -> str:
+def _get_step_search_name(name: str) -> str:
     """The search over steps that a method is, at whatever size or budget; empty for others."""
-    method = family(name)[0]
-    return method if method in STEPWISE else ""
+    method = parse_family(name)[0]
+    return method if method in STEP_SEARCHES else ""
 
 
-def _breadth(name: str) -> int:
+def _get_step_search_size(name: str) -> int:
     """The size of a search over steps; at a budget, of how many samples that is the price."""
-    size = family(name)[1]
+    size = parse_family(name)[1]
     return math.ceil(16 * size) if "@" in name else int(size)
 
 
-def budgeted(config: ReasonerConfig, flops: float) -> ReasonerConfig:
+def limit_to_flops(config: SearchConfig, max_flops: float) -> SearchConfig:
     """A configuration with FLOPs per problem as its only limit."""
-    return replace(config, flops=flops, rounds=0, rollouts=0, patience=0)
+    return replace(config, max_flops=max_flops, max_rounds=0, max_rollouts=0, patience=0)
 
 
-def _at_budget(method: str, config: ReasonerConfig, flops: float) -> ReasonerConfig:
+def _build_budget_config(method: str, config: SearchConfig, max_flops: float) -> SearchConfig:
     """A search at a budget. A preset, by itself one response scanned once, begins anew until its budget is spent."""
-    made = budgeted(_config(method, config), flops)
-    return replace(made, restart=True) if method in PRESETS else made
+    made = limit_to_flops(_build_search_config(method, config), max_flops)
+    return replace(made, restarts=True) if method in PRESETS else made
 
 
-def _config(method: str, config: ReasonerConfig) -> ReasonerConfig:
+def _build_search_config(method: str, config: SearchConfig) -> SearchConfig:
     """The configuration of a search, from that of nabla."""
     if method in PRESETS:
         shared = {name: getattr(config, name) for name in ("candidates", "max_new_tokens", "batch_size")}
-        return ReasonerConfig.preset(method, **shared)
-    return {"nabla": lambda: config, "control": config.control, "shuffled": config.shuffled}[method]()
+        return SearchConfig.from_preset(method, **shared)
+    return {"nabla": lambda: config, "control": config.with_no_gradient, "shuffled": config.with_shuffled_gradient}[
+        method
+    ]()
 
 
-def check(names: Sequence[str], bench: Bench, tuned: Mapping[str, Policy]) -> None:
+def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies: Mapping[str, Policy]) -> None:
     """Refuse methods that cannot be run, before any work.
 
     Raises:
@@ -168,29 +187,31 @@ def check(names: Sequence[str], bench: Bench, tuned: Mapping[str, Policy]) -> No
             over steps that the policy cannot make.
     """
     for name in names:
-        label = split(name)[0]
-        if label and label not in tuned:
-            raise ValueError(f"{name} needs {'an adapter: give --adapter' if label == 'distilled' else _train(label)}")
-    unused = [label for label in tuned if label not in labels(names)]
+        label = split_label(name)[0]
+        if label and label not in trained_policies:
+            raise ValueError(
+                f"{name} needs {'an adapter: give --adapter' if label == 'distilled' else _describe_missing_policy(label)}"
+            )
+    unused = [label for label in trained_policies if label not in list_policy_labels(names)]
     if unused:
         raise ValueError(f"there is an adapter, but no {unused[0]}_ method that uses it")
-    if RIVAL in names:
-        bench.rival()
-    rests = [split(name)[1] for name in names]
-    asked = {_search(rest) for rest in rests}
-    if bench.config.solver == "none" and "nabla" in asked:
+    if REWARD_MODEL_SAMPLING in names:
+        setup.plan_reward_model_sampling()
+    rests = [split_label(name)[1] for name in names]
+    asked = {_get_search_name(rest) for rest in rests}
+    if setup.config.solver == "none" and "nabla" in asked:
         raise ValueError("solver none is the control: ask for control instead of nabla, or choose another solver")
-    if bench.config.solver != "mirror" and "shuffled" in asked:
-        raise ValueError(f"shuffled is a control of solver mirror, not of {bench.config.solver}")
-    stepwise_settings(names, bench)
+    if setup.config.solver != "mirror" and "shuffled" in asked:
+        raise ValueError(f"shuffled is a control of solver mirror, not of {setup.config.solver}")
+    get_step_search_settings(names, setup)
     for rest in rests:
-        if _search(rest) and "@" in rest:
-            _at_budget(_search(rest), bench.config, 1.0)
+        if _get_search_name(rest) and "@" in rest:
+            _build_budget_config(_get_search_name(rest), setup.config, 1.0)
 
 
-def _train(label: str) -> str:
+def _describe_missing_policy(label: str) -> str:
     return f"a policy trained by {label.replace('_', '-')}, which recipes/distill.py makes; there is none here"
 
 
-def _sizes(names: Sequence[str], prefix: str) -> list[int]:
+def _parse_sizes(names: Sequence[str], prefix: str) -> list[int]:
     return [int(name.removeprefix(prefix)) for name in names if name.startswith(prefix)]

@@ -15,24 +15,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nabla_trl.evaluation.method import sample_count
+from nabla_trl.evaluation.method import get_num_samples
 from nabla_trl.grading.equivalence import normalize_answer
-from nabla_trl.tasks.problem import Problem, content_hash
+from nabla_trl.tasks.problem import Problem, compute_content_hash
 from nabla_trl.traces.schema import Trace
-from nabla_trl.utils.files import read_objects, sync_folder
+from nabla_trl.utils.files import fsync_folder, read_jsonl_file
 
-TAIL = 300  # characters of a response that a row keeps where its answer may be read in two ways
+MAX_TAIL_CHARS = 300  # characters of a response that a row keeps where its answer may be read in two ways
 
 Row = dict[str, Any]
-_NEEDED = ("method", "task", "problem", "seed", "correct", "flops", "run")
-Key = tuple[str, str, str, int]
+_REQUIRED_ROW_FIELDS = ("method", "task", "problem", "seed", "correct", "flops", "run")
+RowKey = tuple[str, str, str, int]
 
 
-def row_key(row: Row) -> Key:
+def get_row_key(row: Row) -> RowKey:
     return row["method"], row["task"], row["problem"], row["seed"]
 
 
-def trace_row(trace: Trace, run: str, kl: float | None = None) -> Row:
+def build_row(trace: Trace, settings_hash: str, kl: float | None = None) -> Row:
     """The result row of a graded trace; `method` is the trace's, `kl` as `nabla_trl.evaluation.kl` measures it.
 
     `revisions` and `accepted` are of the chain that was kept, `proposals` and `proposals_accepted` of all chains and
@@ -50,9 +50,9 @@ def trace_row(trace: Trace, run: str, kl: float | None = None) -> Row:
         "answer": trace.answer,
         "answer_strict": trace.answer_strict,
         "gold": trace.gold,
-        "verdict": trace.verdict,
-        "tail": trace.response[-TAIL:] if extractions_differ(trace) else None,
-        "reward": _finite(trace.reward),
+        "verdict": trace.match_result,
+        "tail": trace.response[-MAX_TAIL_CHARS:] if has_differing_extractions(trace) else None,
+        "reward": _finite_or_none(trace.reward),
         "kl": kl,
         "flops": trace.cost.flops,
         "seconds": trace.cost.seconds,
@@ -62,24 +62,24 @@ def trace_row(trace: Trace, run: str, kl: float | None = None) -> Row:
         "accepted": own[1],
         "proposals": int(trace.meta.get("proposals", own[0])),
         "proposals_accepted": int(trace.meta.get("accepted", own[1])),
-        "reward_by_round": reward_by_round(trace),
-        "stop": trace.stop,
+        "reward_by_round": compute_reward_by_round(trace),
+        "stop": trace.stop_reason,
         "error": trace.error,
-        "run": run,
+        "run": settings_hash,
     }
 
 
-def gather_samples(rows: Sequence[Row]) -> list[Row]:
+def merge_sample_rows(rows: Sequence[Row]) -> list[Row]:
     """The rows of samples_N, one per sample, as one per problem and seed: its `samples` are [answer, correct] pairs,
     `correct` the share of right ones (None where none could be graded), `reward` their mean, costs their sums. Other
     rows stay as they are."""
-    groups: dict[Key, list[Row]] = {}
+    groups: dict[RowKey, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row_key(row), []).append(row)
-    return [_gathered(own) if sample_count(own[0]["method"]) else own[0] for own in groups.values()]
+        groups.setdefault(get_row_key(row), []).append(row)
+    return [_merge_samples(own) if get_num_samples(own[0]["method"]) else own[0] for own in groups.values()]
 
 
-def _gathered(rows: Sequence[Row]) -> Row:
+def _merge_samples(rows: Sequence[Row]) -> Row:
     first = rows[0]
     graded = [row["correct"] for row in rows if row["correct"] is not None]
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
@@ -102,14 +102,14 @@ def _gathered(rows: Sequence[Row]) -> Row:
     }
 
 
-def extractions_differ(trace: Trace) -> bool:
+def has_differing_extractions(trace: Trace) -> bool:
     """Whether the strict answer is another than the one found wherever it may stand (and a form is asked for)."""
     asked = "form" in trace.meta and trace.error is None
     read = [None if one is None else normalize_answer(one) for one in (trace.answer, trace.answer_strict)]
     return asked and read[0] != read[1]
 
 
-def reward_by_round(trace: Trace) -> list[float]:
+def compute_reward_by_round(trace: Trace) -> list[float]:
     """Reward of the incumbent before any revision and after each round."""
     if trace.error is not None:
         return []
@@ -122,14 +122,14 @@ def reward_by_round(trace: Trace) -> list[float]:
     return curve
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class Known(NamedTuple):
+class StoredRow(NamedTuple):
     """What is remembered of a row on disk."""
 
-    content: str | None  # hash of its problem
+    content_hash: str | None  # hash of its problem
     correct: bool | None
     flops: float
 
@@ -149,26 +149,26 @@ class RowStore:
         ValueError: a line that is no row (other than a torn last one, which is dropped), or rows of other settings.
     """
 
-    def __init__(self, folder: str | Path, run: str, rank: int = 0):
-        self.folder, self.run, self.rank = Path(folder), run, rank
+    def __init__(self, folder: str | Path, settings_hash: str, rank: int = 0):
+        self.folder, self.settings_hash, self.rank = Path(folder), settings_hash, rank
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / f"rows-{rank:05d}.jsonl"
         if self.path.exists():
             _drop_torn_line(self.path)
-        self.done = {row_key(row): _known(row) for row in self.read()}
+        self.stored_rows = {get_row_key(row): _to_stored_row(row) for row in self.read()}
 
     def read(self) -> list[Row]:
         """Rows of all processes, in a fixed order."""
-        rows = [row for path in sorted(self.folder.glob("rows-*.jsonl")) for row in _read(path)]
-        other = next((row for row in rows if row["run"] != self.run), None)
+        rows = [row for path in sorted(self.folder.glob("rows-*.jsonl")) for row in _read_row_file(path)]
+        other = next((row for row in rows if row["run"] != self.settings_hash), None)
         if other is not None:
             raise ValueError(
-                f"{self.folder} holds rows of other settings (run {other['run']}, now {self.run}): "
+                f"{self.folder} holds rows of other settings (run {other['run']}, now {self.settings_hash}): "
                 "use another --output_dir, or delete them"
             )
-        return sorted({row_key(row): row for row in rows}.values(), key=row_key)
+        return sorted({get_row_key(row): row for row in rows}.values(), key=get_row_key)
 
-    def missing(self, methods: Sequence[str], problems: Sequence[Problem], seed: int) -> list[Problem]:
+    def find_missing(self, methods: Sequence[str], problems: Sequence[Problem], seed: int) -> list[Problem]:
         """The problems that lack a row of one of these methods.
 
         Raises:
@@ -176,9 +176,9 @@ class RowStore:
         """
         found = []
         for problem in problems:
-            known = [self.done.get((method, problem.task, problem.id, seed)) for method in methods]
-            content = content_hash(problem)
-            if any(one and one.content != content for one in known):
+            known = [self.stored_rows.get((method, problem.task, problem.id, seed)) for method in methods]
+            content = compute_content_hash(problem)
+            if any(one and one.content_hash != content for one in known):
                 raise ValueError(
                     f"{self.folder} holds rows of another problem {problem.id!r}: its text or answer has changed "
                     "since, so use another --output_dir"
@@ -193,19 +193,19 @@ class RowStore:
         Raises:
             OSError: they cannot be written (disk full, ...); none of these rows is there then, all earlier ones are.
         """
-        fresh = [row for row in rows if row_key(row) not in self.done]
+        fresh = [row for row in rows if get_row_key(row) not in self.stored_rows]
         if not fresh:
             return
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh).encode()
         try:
-            _append(self.path, lines)
+            _append_or_restore(self.path, lines)
         except OSError as error:
             advice = f"{error.strerror or error}; the rows until here are kept, make room and run again"
             raise OSError(error.errno, advice, str(self.path)) from error
-        self.done |= {row_key(row): _known(row) for row in fresh}
+        self.stored_rows |= {get_row_key(row): _to_stored_row(row) for row in fresh}
 
 
-def of_problems(rows: Iterable[Row], problems: Sequence[Problem]) -> tuple[list[Row], str]:
+def select_complete_rows(rows: Iterable[Row], problems: Sequence[Problem]) -> tuple[list[Row], str]:
     """The rows that cover these problems, and a sentence on what is not there in full (empty where all is).
 
     A folder may hold rows of more problems, from before a limit was lowered, and of fewer, from before it was raised.
@@ -223,14 +223,14 @@ def of_problems(rows: Iterable[Row], problems: Sequence[Problem]) -> tuple[list[
     ]
     more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
     left_out = f"left out, as their rows are not all there: {', '.join(parts[:3])}{more}" if parts else ""
-    return sorted(whole, key=row_key), left_out
+    return sorted(whole, key=get_row_key), left_out
 
 
-def _known(row: Mapping[str, Any]) -> Known:
-    return Known(row.get("content"), row["correct"], row["flops"])
+def _to_stored_row(row: Mapping[str, Any]) -> StoredRow:
+    return StoredRow(row.get("content"), row["correct"], row["flops"])
 
 
-def _append(path: Path, data: bytes) -> None:
+def _append_or_restore(path: Path, data: bytes) -> None:
     """All of it, on the disk, or nothing."""
     new = not path.exists()
     with path.open("ab", buffering=0) as file:
@@ -244,7 +244,7 @@ def _append(path: Path, data: bytes) -> None:
             file.truncate(before)
             raise
     if new:
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -255,10 +255,10 @@ def _drop_torn_line(path: Path) -> None:
             file.truncate(data.rfind(b"\n") + 1)
 
 
-def _read(path: Path) -> list[Row]:
+def _read_row_file(path: Path) -> list[Row]:
     rows = []
-    for number, row in read_objects(path, whole=True):
-        if lacking := [name for name in _NEEDED if name not in row]:
+    for number, row in read_jsonl_file(path, complete_lines_only=True):
+        if lacking := [name for name in _REQUIRED_ROW_FIELDS if name not in row]:
             raise ValueError(f"{path}, line {number} is no row of a run: it lacks {', '.join(lacking)}")
         rows.append(row)
     return rows

@@ -12,35 +12,35 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nabla_trl.baselines import sampling, step_tree
-from nabla_trl.baselines.sampling import Pool
-from nabla_trl.baselines.step_config import StepConfig
-from nabla_trl.baselines.step_methods import METHODS
-from nabla_trl.evaluation.kl import Measure, nothing_known, of_samples
-from nabla_trl.evaluation.method import RIVAL, labelled
-from nabla_trl.evaluation.rows import Row, RowStore, gather_samples, trace_row
+from nabla_trl.baselines.sampling import ResponsePool
+from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS
+from nabla_trl.evaluation.kl import KLMeasure, build_sample_kl_measure, skip_kl
+from nabla_trl.evaluation.method import REWARD_MODEL_SAMPLING, join_label
+from nabla_trl.evaluation.rows import Row, RowStore, build_row, merge_sample_rows
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.generate_traces import write_tokens
-from nabla_trl.search.loop import solve
-from nabla_trl.tasks.problem import Problem, content_hash
-from nabla_trl.traces.build import grade
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.generate_traces import write_token_texts
+from nabla_trl.search.loop import run_search
+from nabla_trl.tasks.problem import Problem, compute_content_hash
+from nabla_trl.traces.build import grade_traces
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TraceWriter
-from nabla_trl.utils.files import read_object, write_whole
-from nabla_trl.utils.interrupts import in_hand
-from nabla_trl.utils.progress import Item, Progress
+from nabla_trl.utils.files import read_json_file, write_atomic
+from nabla_trl.utils.interrupts import finish_current_batch
+from nabla_trl.utils.progress import ProgressDisplay, ProgressItem
 
 # The problems of one batch, and the seed, to traces of every method of the step.
 Work = Callable[[Sequence[Problem], int], list[Trace]]
 # By how much the cost that sets a budget may move; a search ends further from its budget than this.
-_DRIFT = 0.02
+_MAX_COST_DRIFT = 0.02
 
 
 @dataclass(frozen=True)
-class Step:
+class Job:
     """One piece of work and the methods whose rows it makes; a deterministic one runs with one seed.
 
     `kl` measures how far the kept responses lie from the base policy; `traced` is the policy that drew the responses,
@@ -48,15 +48,15 @@ class Step:
     """
 
     methods: tuple[str, ...]
-    work: Work
+    run: Work
     seeds: tuple[int, ...]
     batch_size: int
-    kl: Measure = nothing_known
-    traced: Policy | None = None
+    measure_kl: KLMeasure = skip_kl
+    trace_policy: Policy | None = None
 
 
 @dataclass(frozen=True)
-class Bench:
+class EvaluationSetup:
     """What every step of an evaluation shares.
 
     Attributes:
@@ -67,22 +67,22 @@ class Bench:
 
     policy: Policy
     reward: Reward
-    config: ReasonerConfig
+    config: SearchConfig
     seeds: tuple[int, ...]
     label: str = ""
-    base: Policy | None = None
-    stepwise: StepConfig = field(default_factory=StepConfig)
+    base_policy: Policy | None = None
+    step_search: StepSearchConfig = field(default_factory=StepSearchConfig)
 
-    def trained(self, label: str, policy: Policy) -> Bench:
+    def with_trained_policy(self, label: str, policy: Policy) -> EvaluationSetup:
         """The same for a policy trained from this one: its steps are named <label>_<method>."""
-        return replace(self, policy=policy, label=label, base=self.policy)
+        return replace(self, policy=policy, label=label, base_policy=self.policy)
 
-    def sampling(self) -> Sampling:
-        return self.config.sampling()
+    def get_sampling(self) -> Sampling:
+        return self.config.get_sampling()
 
-    def greedy(self) -> Step:
+    def plan_greedy(self) -> Job:
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            traces = sampling.greedy(
+            traces = sampling.decode_greedily(
                 problems,
                 policy=self.policy,
                 reward=self.reward,
@@ -91,124 +91,136 @@ class Bench:
             )
             return [replace(trace, seed=seed) for trace in traces]  # which changes nothing, but names the row
 
-        return self._step(["greedy"], work, self.seeds[:1], self.config.batch_size)
+        return self._build_job(["greedy"], work, self.seeds[:1], self.config.batch_size)
 
-    def pool(
+    def plan_sample_pool(
         self,
         best_of: Sequence[int],
-        majority: Sequence[int] = (),
-        weighted: Sequence[int] = (),
+        self_consistency: Sequence[int] = (),
+        weighted_best_of: Sequence[int] = (),
         samples: Sequence[int] = (),
-    ) -> Step:
+    ) -> Job:
         """best-of-n, self-consistency, weighted best-of-n and the samples themselves from one pool."""
-        count = max([*best_of, *majority, *weighted, *samples])
-        rows = self._together(count)
+        count = max([*best_of, *self_consistency, *weighted_best_of, *samples])
+        rows = self._get_pool_batch_size(count)
 
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            pool = self._draw(problems, count, seed, self.policy, self.reward)
-            made = [trace for n in best_of for trace in sampling.best_of(pool, n)]
-            made += [trace for n in majority for trace in sampling.self_consistency(pool, n)]
-            made += [t for n in weighted for t in sampling.weighted_best_of(pool, n, 1 / self.config.lam)]
-            return made + [trace for n in samples for trace in sampling.independent(pool, n)]
+            pool = self._draw_pool(problems, count, seed, self.policy, self.reward)
+            made = [trace for n in best_of for trace in sampling.select_best_of_n(pool, n)]
+            made += [trace for n in self_consistency for trace in sampling.select_by_self_consistency(pool, n)]
+            made += [
+                t
+                for n in weighted_best_of
+                for t in sampling.select_weighted_best_of_n(pool, n, 1 / self.config.reward_weight)
+            ]
+            return made + [trace for n in samples for trace in sampling.build_sample_traces(pool, n)]
 
         counts = {f"best_of_{n}": n for n in best_of}
-        methods = [*counts, *(f"self_consistency_{n}" for n in majority), *(f"weighted_best_of_{n}" for n in weighted)]
+        methods = [
+            *counts,
+            *(f"self_consistency_{n}" for n in self_consistency),
+            *(f"weighted_best_of_{n}" for n in weighted_best_of),
+        ]
         methods += [f"samples_{n}" for n in samples]
-        kl = of_samples(
-            {labelled(self.label, method): n for method, n in counts.items()},
+        kl = build_sample_kl_measure(
+            {join_label(self.label, method): n for method, n in counts.items()},
             self.policy,
-            self.base or self.policy,
+            self.base_policy or self.policy,
             batch_size=rows,
         )
-        return self._step(methods, work, self.seeds, rows // count, kl)
+        return self._build_job(methods, work, self.seeds, rows // count, kl)
 
-    def rival(self) -> Step:
+    def plan_reward_model_sampling(self) -> Job:
         """Samples of the model that a log-ratio prefers. Its vocabulary may be another: the reward does not read them.
 
         Raises:
             ValueError: the reward has no such model.
         """
-        model = self.reward.rival
+        model = self.reward.preferred_model
         if model is None:
-            raise ValueError(f"{RIVAL} needs a log-ratio reward: {self.reward.name} has no model to sample from")
+            raise ValueError(
+                f"{REWARD_MODEL_SAMPLING} needs a log-ratio reward: {self.reward.name} has no model to sample from"
+            )
 
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            return sampling.best_of(self._draw(problems, 1, seed, model, None), 1, RIVAL)
+            return sampling.select_best_of_n(self._draw_pool(problems, 1, seed, model, None), 1, REWARD_MODEL_SAMPLING)
 
-        return self._step([RIVAL], work, self.seeds, self.config.batch_size)
+        return self._build_job([REWARD_MODEL_SAMPLING], work, self.seeds, self.config.batch_size)
 
-    def search(self, method: str, config: ReasonerConfig, *, traced: bool = False) -> Step:
+    def plan_search(self, method: str, config: SearchConfig, *, keep_traces: bool = False) -> Job:
         """The reasoner under a configuration and a name of its own; `traced`: its traces are worth keeping."""
 
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            traces = solve(problems, policy=self.policy, reward=self.reward, config=config, seed=seed)
+            traces = run_search(problems, policy=self.policy, reward=self.reward, config=config, seed=seed)
             return [replace(trace, method=method) for trace in traces]
 
-        step = self._step([method], work, self.seeds, config.batch_size)
-        return replace(step, traced=self.policy) if traced else step
+        step = self._build_job([method], work, self.seeds, config.batch_size)
+        return replace(step, trace_policy=self.policy) if keep_traces else step
 
-    def by_steps(self, name: str, method: str, size: int | None, flops: float, breadth: int) -> Step:
+    def plan_step_search(self, name: str, method: str, size: int | None, max_flops: float, num_samples: int) -> Job:
         """A search over steps, under its whole name, of a size or at a budget: about `breadth` responses wide."""
-        rows = self._together(breadth)
+        rows = self._get_pool_batch_size(num_samples)
 
         def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            return step_tree.solve(
+            return step_tree.run_step_search(
                 problems,
-                method=METHODS[method],
+                method=STEP_SEARCH_METHODS[method],
                 size=size,
                 policy=self.policy,
                 reward=self.reward,
-                sampling=self.sampling(),
-                steps=self.stepwise,
-                name=name,
-                flops=flops,
+                sampling=self.get_sampling(),
+                step_config=self.step_search,
+                method_name=name,
+                max_flops=max_flops,
                 seed=seed,
                 batch_size=rows,
             )
 
-        return self._step([name], work, self.seeds, rows // breadth)
+        return self._build_job([name], work, self.seeds, rows // num_samples)
 
-    def _draw(self, problems: Sequence[Problem], count: int, seed: int, policy: Policy, reward: Reward | None) -> Pool:
+    def _draw_pool(
+        self, problems: Sequence[Problem], count: int, seed: int, policy: Policy, reward: Reward | None
+    ) -> ResponsePool:
         return sampling.draw_pool(
             problems,
             count,
             policy=policy,
             reward=reward,
-            sampling=self.sampling(),
+            sampling=self.get_sampling(),
             seed=seed,
-            batch_size=self._together(count),
+            batch_size=self._get_pool_batch_size(count),
         )
 
-    def _together(self, count: int) -> int:
+    def _get_pool_batch_size(self, count: int) -> int:
         """Responses of pools that are drawn together: they hold no candidates and no gradients, so as many as the
         reward scores together."""
         return max(4 * self.config.batch_size, count)
 
-    def _step(
+    def _build_job(
         self,
         methods: Sequence[str],
         work: Work,
         seeds: tuple[int, ...],
         batch_size: int,
-        kl: Measure = nothing_known,
-    ) -> Step:
+        measure_kl: KLMeasure = skip_kl,
+    ) -> Job:
         """A step whose methods, and their traces, are named after the policy too."""
 
         def named(problems: Sequence[Problem], seed: int) -> list[Trace]:
             traces = work(problems, seed)
-            return [replace(trace, method=labelled(self.label, trace.method)) for trace in traces]
+            return [replace(trace, method=join_label(self.label, trace.method)) for trace in traces]
 
-        return Step(tuple(labelled(self.label, method) for method in methods), named, seeds, batch_size, kl)
+        return Job(tuple(join_label(self.label, method) for method in methods), named, seeds, batch_size, measure_kl)
 
 
-def run_step(
-    step: Step,
+def run_job(
+    job: Job,
     problems: Sequence[Problem],
     store: RowStore,
     checker: AnswerChecker,
     *,
-    held_out: Path | None = None,
-    shown: bool = False,
+    eval_traces_dir: Path | None = None,
+    show_progress: bool = False,
 ) -> list[Row]:
     """Run a step where rows are missing; returns the rows it added. Each batch is on disk before the next starts.
 
@@ -222,78 +234,80 @@ def run_step(
         OSError: as `RowStore.append`.
     """
     added: list[Row] = []
-    method = step.methods[-1]
-    todo = {seed: store.missing(step.methods, problems, seed) for seed in step.seeds}
+    method = job.methods[-1]
+    todo = {seed: store.find_missing(job.methods, problems, seed) for seed in job.seeds}
     writer = None
-    if step.traced and held_out and any(todo.values()):
-        writer = TraceWriter(held_out, rank=store.rank, chunk_size=step.batch_size)
-        write_tokens(held_out, step.traced)
-    progress = Progress(method, len(problems) * len(step.seeds), shown=shown)
-    progress.count(_there(step, problems, todo, store), made=False)
+    if job.trace_policy and eval_traces_dir and any(todo.values()):
+        writer = TraceWriter(eval_traces_dir, rank=store.rank, chunk_size=job.batch_size)
+        write_token_texts(eval_traces_dir, job.trace_policy)
+    progress = ProgressDisplay(method, len(problems) * len(job.seeds), show_progress=show_progress)
+    progress.add_items(_build_done_items(job, problems, todo, store), is_new=False)
     with progress:
         for seed, missing in todo.items():
-            for begin in range(0, len(missing), step.batch_size):
-                batch = missing[begin : begin + step.batch_size]
-                about = progress.seconds_for(len(batch))
-                with in_hand(f"{len(batch)} problems of {method}", progress.position, about):
-                    traces = grade(step.work(batch, seed), checker)
+            for begin in range(0, len(missing), job.batch_size):
+                batch = missing[begin : begin + job.batch_size]
+                about = progress.estimate_seconds(len(batch))
+                with finish_current_batch(f"{len(batch)} problems of {method}", progress.format_position, about):
+                    traces = grade_traces(job.run(batch, seed), checker)
                     if writer:
-                        _keep(traces, writer)
-                    rows = _rows(step, batch, traces, store.run)
+                        _write_trace_shard(traces, writer)
+                    rows = _build_rows(job, batch, traces, store.settings_hash)
                     store.append(rows)
                     added += rows
-                    progress.count(_items(step, batch, seed, store))
+                    progress.add_items(_build_progress_items(job, batch, seed, store))
     return added
 
 
-def _rows(step: Step, batch: Sequence[Problem], traces: Sequence[Trace], run: str) -> list[Row]:
-    content = {problem.id: content_hash(problem) for problem in batch}
-    known = zip(traces, step.kl(batch, traces), strict=True)
-    return gather_samples([trace_row(trace, run, kl) | {"content": content[trace.problem_id]} for trace, kl in known])
+def _build_rows(job: Job, batch: Sequence[Problem], traces: Sequence[Trace], settings_hash: str) -> list[Row]:
+    content = {problem.id: compute_content_hash(problem) for problem in batch}
+    known = zip(traces, job.measure_kl(batch, traces), strict=True)
+    return merge_sample_rows(
+        [build_row(trace, settings_hash, kl) | {"content": content[trace.problem_id]} for trace, kl in known]
+    )
 
 
-def _keep(traces: Sequence[Trace], writer: TraceWriter) -> None:
+def _write_trace_shard(traces: Sequence[Trace], writer: TraceWriter) -> None:
     """Write the traces as a shard; before the rows are, so that a row has its trace. A kill in between leaves two."""
     for trace in traces:
         writer.add(trace)
     writer.flush()
 
 
-def _there(
-    step: Step, problems: Sequence[Problem], todo: Mapping[int, Sequence[Problem]], store: RowStore
-) -> list[Item]:
+def _build_done_items(
+    job: Job, problems: Sequence[Problem], missing_by_seed: Mapping[int, Sequence[Problem]], store: RowStore
+) -> list[ProgressItem]:
     """What of a step need not be made, for its progress."""
     found = []
-    for seed, missing in todo.items():
+    for seed, missing in missing_by_seed.items():
         ids = {problem.id for problem in missing}
-        found += _items(step, [problem for problem in problems if problem.id not in ids], seed, store)
+        found += _build_progress_items(job, [problem for problem in problems if problem.id not in ids], seed, store)
     return found
 
 
-def _items(step: Step, problems: Sequence[Problem], seed: int, store: RowStore) -> list[Item]:
+def _build_progress_items(job: Job, problems: Sequence[Problem], seed: int, store: RowStore) -> list[ProgressItem]:
     """For the progress of a step: whether its last method is right, and what its dearest cost, which pools share."""
     found = []
     for problem in problems:
-        rows = [store.done[method, problem.task, problem.id, seed] for method in step.methods]
+        rows = [store.stored_rows[method, problem.task, problem.id, seed] for method in job.methods]
         found.append((problem.id, rows[-1].correct, max(row.flops for row in rows)))
     return found
 
 
-def run_steps(
-    steps: Iterable[Step],
+def run_jobs(
+    jobs: Iterable[Job],
     problems: Sequence[Problem],
     store: RowStore,
     checker: AnswerChecker,
     *,
-    held_out: Path | None = None,
-    shown: bool = True,
+    eval_traces_dir: Path | None = None,
+    show_progress: bool = True,
 ) -> None:
     """Run steps where rows are missing; arguments and errors as for `run_step`."""
-    for step in steps:
-        run_step(step, problems, store, checker, held_out=held_out, shown=shown)
+    for step in jobs:
+        run_job(step, problems, store, checker, eval_traces_dir=eval_traces_dir, show_progress=show_progress)
 
 
-def budget_flops(store: RowStore, method: str) -> float:
+def get_budget_flops(store: RowStore, method: str) -> float:
     """Mean FLOPs per problem of a method, for the budgets that it sets; kept beside the rows once it was asked for.
 
     So rows of one budget are all made at the same one, whatever problems or seeds come later.
@@ -303,15 +317,15 @@ def budget_flops(store: RowStore, method: str) -> float:
             budget was set.
     """
     mark = store.folder / "budgets.json"
-    now, held = mean_flops(store.read(), method), read_object(mark) if mark.exists() else {}
+    now, held = compute_mean_flops(store.read(), method), read_json_file(mark) if mark.exists() else {}
     if not now:
         raise ValueError(f"{method} can set no budget: no problem could be run, as the errors in its rows say")
     if method not in held:
-        write_whole(mark, json.dumps({**held, method: now}, indent=1))
+        write_atomic(mark, json.dumps({**held, method: now}, indent=1))
         return now
     if not isinstance(held[method], float) or held[method] <= 0:
         raise ValueError(f"{mark}: {held[method]!r} is no budget of FLOPs")
-    if abs(now / held[method] - 1) > _DRIFT:
+    if abs(now / held[method] - 1) > _MAX_COST_DRIFT:
         raise ValueError(
             f"{store.folder} has rows at a budget of {held[method]:.4g} FLOPs, which {method} cost on other problems "
             f"or seeds; now it costs {now:.4g}: use another --output_dir"
@@ -319,7 +333,7 @@ def budget_flops(store: RowStore, method: str) -> float:
     return held[method]
 
 
-def mean_flops(rows: Sequence[Row], method: str) -> float:
+def compute_mean_flops(rows: Sequence[Row], method: str) -> float:
     """Mean FLOPs per problem of a method.
 
     Raises:

@@ -17,26 +17,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_trl.models.loading import DTYPES, freeze_policy
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.prompts import check_prompt, prompt_ids, render
+from nabla_trl.models.prompts import check_prompt, render_chat_template, tokenize_prompt
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 from nabla_trl.search.reasoner import as_problem
 from nabla_trl.tasks.problem import Problem
 
-_SENTINEL = "\x02question\x03"
+_QUESTION_SENTINEL = "\x02question\x03"
 
 
 @dataclass
-class GivenPrompts(Policy):
+class FixedPromptsPolicy(Policy):
     """A policy whose prompts are given as ids, by problem id; `Policy.encode` would write them by the template."""
 
     prompts: dict[str, list[int]] = field(default_factory=dict)
 
     def encode(self, problem: Problem) -> list[int]:
         given = self.prompts[problem.id]
-        return check_prompt(given, problem, self.tokenizer, name=self.name, context=self.context)
+        return check_prompt(given, problem, self.tokenizer, name=self.name, context_length=self.context_length)
 
 
 def generate(
@@ -77,31 +77,33 @@ def generate(
         needed = {"input_ids": ids, "tokenizer": tokenizer, "reward": reward}
         missing = ", ".join(name for name, given in needed.items() if given is None)
         raise ValueError(f"custom generation by nabla_trl needs {missing}")
-    config = ReasonerConfig.preset(preset, **_reasoner_options(options))
-    with _frozen(model):
+    config = SearchConfig.from_preset(preset, **_select_search_options(options))
+    with _freeze_temporarily(model):
         # Not under the model's own name: with an adapter on it, it is not what a reward means by that.
         frozen = freeze_policy(model, tokenizer, f"{type(model).__name__} in memory")
-        prompts = _unpadded(ids, _mask(ids, frozen) if attention_mask is None else attention_mask)
+        prompts = _remove_padding(
+            ids, _infer_attention_mask(ids, frozen) if attention_mask is None else attention_mask
+        )
         if messages is not None and len(messages) != len(prompts):
             raise ValueError(f"messages must hold a question or chat for each of {len(prompts)} rows: {len(messages)}")
-        policy = GivenPrompts(**vars(frozen), prompts={f"question/{n}": row for n, row in enumerate(prompts)})
-        problems = [_problem(policy, index, prompt, messages) for index, prompt in enumerate(prompts)]
+        policy = FixedPromptsPolicy(**vars(frozen), prompts={f"question/{n}": row for n, row in enumerate(prompts)})
+        problems = [_build_problem(policy, index, prompt, messages) for index, prompt in enumerate(prompts)]
         if isinstance(reward, str):
-            reward = load_reward(reward, policy=frozen, dtype=_dtype(model), device=str(model.device))
-        traces = solve(problems, policy=policy, reward=reward, config=config, seed=seed)
+            reward = load_reward(reward, policy=frozen, dtype=_get_dtype_name(model), device=str(model.device))
+        traces = run_search(problems, policy=policy, reward=reward, config=config, seed=seed)
     failed = next((trace for trace in traces if trace.error is not None), None)
     if failed is not None:
         raise ValueError(f"{failed.problem_id}: {failed.error}")
-    return _padded(ids, [trace.response_ids for trace in traces], _pad(tokenizer))
+    return _append_padded(ids, [trace.response_ids for trace in traces], _get_pad_token(tokenizer))
 
 
-def _reasoner_options(options: dict[str, Any]) -> dict[str, Any]:
+def _select_search_options(options: dict[str, Any]) -> dict[str, Any]:
     """What is left once transformers' own arguments that nobody gave are gone.
 
     Raises:
         ValueError: one that somebody gave.
     """
-    known = {option.name for option in fields(ReasonerConfig)}
+    known = {option.name for option in fields(SearchConfig)}
     given = {name: value for name, value in options.items() if name in known or value is not None}
     odd = sorted(set(given) - known)
     if odd:
@@ -112,7 +114,7 @@ def _reasoner_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def _freeze_temporarily(model: PreTrainedModel) -> Iterator[None]:
     """A search freezes the model; its caller gets it back as it was."""
     training, trained = model.training, [weight for weight in model.parameters() if weight.requires_grad]
     try:
@@ -127,12 +129,12 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def _mask(ids: Tensor, policy: Policy) -> Tensor:
+def _infer_attention_mask(ids: Tensor, policy: Policy) -> Tensor:
     pad = policy.tokenizer.pad_token_id
     return torch.ones_like(ids) if pad is None or pad in policy.stop_ids else (ids != pad).long()
 
 
-def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+def _remove_padding(ids: Tensor, mask: Tensor) -> list[list[int]]:
     if ids.dim() != 2 or mask.shape != ids.shape:
         raise ValueError(
             f"input_ids and attention_mask must be [batch, length], not {list(ids.shape)} and {list(mask.shape)}"
@@ -140,23 +142,25 @@ def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
 
 
-def _problem(policy: Policy, index: int, prompt: list[int], messages: Sequence[Any] | None) -> Problem:
+def _build_problem(policy: Policy, index: int, prompt: list[int], messages: Sequence[Any] | None) -> Problem:
     """The question of row `index`, for rewards that read it; the prompt stays as it is."""
     if messages is not None:
         return as_problem(messages[index], index)
-    return Problem(id=f"question/{index}", question=_question(policy.tokenizer, prompt, index))
+    return Problem(id=f"question/{index}", question=_extract_question(policy.tokenizer, prompt, index))
 
 
-def _question(tokenizer: PreTrainedTokenizerBase, prompt: list[int], index: int) -> str:
+def _extract_question(tokenizer: PreTrainedTokenizerBase, prompt: list[int], index: int) -> str:
     """The words that a prompt asks: what stands in the template's place for one user turn; without a template all."""
     if tokenizer.chat_template is None:
         return tokenizer.decode(prompt, skip_special_tokens=True).strip()
-    probe = Problem(id="probe", question=_SENTINEL)
-    before, _, after = render(tokenizer, probe, probe.chat(), add_generation_prompt=True).partition(_SENTINEL)
+    probe = Problem(id="probe", question=_QUESTION_SENTINEL)
+    before, _, after = render_chat_template(
+        tokenizer, probe, probe.build_messages(), add_generation_prompt=True
+    ).partition(_QUESTION_SENTINEL)
     text = tokenizer.decode(prompt)
     question = text[len(before) : len(text) - len(after)]
     turns = any(token in question for token in tokenizer.all_special_tokens)  # which the template writes
-    if turns or not question.strip() or prompt_ids(tokenizer, Problem(id="probe", question=question)) != prompt:
+    if turns or not question.strip() or tokenize_prompt(tokenizer, Problem(id="probe", question=question)) != prompt:
         raise ValueError(
             f"row {index} of input_ids is not one user turn in the tokenizer's chat template: give messages=[...], "
             "the question or chat of every row"
@@ -164,18 +168,18 @@ def _question(tokenizer: PreTrainedTokenizerBase, prompt: list[int], index: int)
     return question
 
 
-def _dtype(model: PreTrainedModel) -> str:
+def _get_dtype_name(model: PreTrainedModel) -> str:
     return next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "float32")
 
 
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+def _get_pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad is None:
         raise ValueError("the tokenizer has neither a padding nor an end token: responses could not be padded")
     return pad
 
 
-def _padded(ids: Tensor, responses: Sequence[Sequence[int]], pad: int) -> Tensor:
+def _append_padded(ids: Tensor, responses: Sequence[Sequence[int]], pad: int) -> Tensor:
     """[B, T + R] long."""
     longest = max(map(len, responses), default=0)
     rows = [[*response, *[pad] * (longest - len(response))] for response in responses]

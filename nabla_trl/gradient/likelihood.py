@@ -8,97 +8,105 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nabla_trl.gradient.objectives import Encoded, Feed, Memo, Sample, Seeded, Term
-from nabla_trl.gradient.relaxation import Relaxed
-from nabla_trl.models.flops import Meter
+from nabla_trl.gradient.objectives import EncodedSample, ForwardBatch, GradientSeed, Objective, Sample, ScoreCache
+from nabla_trl.gradient.relaxation import RelaxedResponse
+from nabla_trl.models.flops import FlopCounter
 
 # Heads over a large vocabulary are applied in slices of at most so many logits (floats), or of this multiple of the
 # hidden states, which the body's own layers need several times over: a slice never decides the peak of memory.
-LOGIT_BUDGET = 2**22
-LOGITS_PER_STATE = 4
+MAX_HEAD_LOGITS = 2**22
+LOGITS_PER_HIDDEN_VALUE = 4
 
 
-class LikelihoodTerm(Term):
+class LikelihoodObjective(Objective):
     """Σ_t log π(y_t | x, y_<t): the log-likelihood of the response under a causal LM."""
 
-    def remember(
+    def build_caches(
         self,
-        rows: Sequence[Tensor],
+        kv_rows: Sequence[Tensor],
         logps: Sequence[Tensor],
-        states: Sequence[Tensor],
-        memos: Sequence[Memo],
-        shared: Sequence[int],
+        hidden_states: Sequence[Tensor],
+        caches: Sequence[ScoreCache],
+        num_shared: Sequence[int],
         lengths: Sequence[int],
-    ) -> list[Memo]:
-        known = zip(rows, logps, states, memos, shared, strict=True)
+    ) -> list[ScoreCache]:
+        known = zip(kv_rows, logps, hidden_states, caches, num_shared, strict=True)
         return [
-            Memo(row, logp, torch.cat((memo.hidden[:count], fresh)), memo.levels)
+            ScoreCache(row, logp, torch.cat((memo.hidden_states[:count], fresh)), memo.prefix_scores)
             for row, logp, fresh, memo, count in known
         ]
 
     @torch.no_grad()
-    def direct(self, memo: Memo, candidates: Tensor) -> Tensor:
+    def compute_candidate_logp(self, cache: ScoreCache, candidates: Tensor) -> Tensor:
         """log π(v | y_<t) of candidates [T, K] (this model's ids) along a remembered response: the head alone."""
-        size = self._slice_size(memo.hidden)
-        chunks = zip(memo.hidden.split(size), candidates.split(size), strict=True)
-        return torch.cat([self._logp(states).gather(1, ids) for states, ids in chunks])
+        size = self._compute_slice_size(cache.hidden_states)
+        chunks = zip(cache.hidden_states.split(size), candidates.split(size), strict=True)
+        return torch.cat([self._compute_logp(states).gather(1, ids) for states, ids in chunks])
 
-    def knows(self, sample: Sample) -> bool:
-        return sample.known is not None and sample.known.model is self.model
+    def has_draw_logp(self, sample: Sample) -> bool:
+        return sample.draw_info is not None and sample.draw_info.model is self.model
 
     def score(
         self,
         samples: Sequence[Sample],
-        memos: Sequence[Memo],
-        shared: Sequence[int],
-        meter: Meter,
-        keep: bool = False,
-    ) -> tuple[list[float], list[Memo]]:
-        if not all(self.knows(sample) for sample in samples):
-            return super().score(samples, memos, shared, meter, keep)
-        values = [float(sample.known.own(sample.response).double().sum()) for sample in samples if sample.known]
-        return values, list(memos) if keep else []
+        caches: Sequence[ScoreCache],
+        num_shared: Sequence[int],
+        flop_counter: FlopCounter,
+        return_caches: bool = False,
+    ) -> tuple[list[float], list[ScoreCache]]:
+        if not all(self.has_draw_logp(sample) for sample in samples):
+            return super().score(samples, caches, num_shared, flop_counter, return_caches)
+        values = [
+            float(sample.draw_info.gather_response_logp(sample.response_ids).double().sum())
+            for sample in samples
+            if sample.draw_info
+        ]
+        return values, list(caches) if return_caches else []
 
-    def encode(self, sample: Sample) -> Encoded:
-        return Encoded(
-            self.encode_prompt(sample.problem, sample.prompt), self.mapping[sample.response].tolist(), tail=[]
+    def encode(self, sample: Sample) -> EncodedSample:
+        return EncodedSample(
+            self.encode_prompt(sample.problem, sample.prompt_ids),
+            self.vocab_map[sample.response_ids].tolist(),
+            turn_end_ids=[],
         )
 
-    def fed(self, encoded: Encoded, shared: int) -> list[int]:
-        sequence = encoded.prompt + encoded.response
-        return sequence[len(encoded.prompt) - 1 + shared : -1]
+    def select_input_ids(self, encoded: EncodedSample, num_shared: int) -> list[int]:
+        sequence = encoded.prompt_ids + encoded.response_ids
+        return sequence[len(encoded.prompt_ids) - 1 + num_shared : -1]
 
-    def charge_head(self, count: int) -> int:
-        return count
+    def count_head_positions(self, num_tokens: int) -> int:
+        return num_tokens
 
-    def values(self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]) -> list[Tensor]:
-        targets = [row.response[count:] for row, count in zip(encoded, shared, strict=True)]
+    def compute_values(
+        self, hidden: Tensor, batch: ForwardBatch, encoded: Sequence[EncodedSample], num_shared: Sequence[int]
+    ) -> list[Tensor]:
+        targets = [row.response_ids[count:] for row, count in zip(encoded, num_shared, strict=True)]
         flat = torch.cat([hidden[row, : len(ids)] for row, ids in enumerate(targets)])
         wanted = torch.tensor([index for ids in targets for index in ids], device=flat.device)
-        size = self._slice_size(hidden)
+        size = self._compute_slice_size(hidden)
         chunks = zip(flat.split(size), wanted.split(size), strict=True)
-        logp = torch.cat([self._logp(states).gather(1, ids[:, None]).squeeze(1) for states, ids in chunks])
+        logp = torch.cat([self._compute_logp(states).gather(1, ids[:, None]).squeeze(1) for states, ids in chunks])
         return list(logp.split([len(ids) for ids in targets]))
 
-    def seed(
+    def compute_gradient_seed(
         self,
         hidden: Tensor,
-        feed: Feed,
-        encoded: Sequence[Encoded],
-        shared: Sequence[int],
-        targets: Sequence[Relaxed],
+        batch: ForwardBatch,
+        encoded: Sequence[EncodedSample],
+        num_shared: Sequence[int],
+        targets: Sequence[RelaxedResponse],
         candidates: Sequence[Tensor] | None,
-    ) -> Seeded:
+    ) -> GradientSeed:
         lengths = [len(target.ids) for target in targets]
         flat = torch.cat([hidden[row, :length] for row, length in enumerate(lengths)]).detach()
-        ids, weights = _stacked(targets)
+        ids, weights = _stack_relaxed(targets)
         table = None if candidates is None else torch.cat(list(candidates))
-        size = self._slice_size(hidden)
+        size = self._compute_slice_size(hidden)
         tables = [None] * len(flat) if table is None else table.split(size)
         values, by_hidden, direct = [], [], []
         chunks = zip(flat.split(size), ids.split(size), weights.split(size), tables, strict=False)
         for states, tokens, shares, wanted in chunks:
-            likely, slope, part = self._seed_slice(states, tokens, shares, wanted)
+            likely, slope, part = self._compute_seed_slice(states, tokens, shares, wanted)
             values.append(likely)
             by_hidden.append(slope)
             direct.append(part)
@@ -106,9 +114,9 @@ class LikelihoodTerm(Term):
         for row, part in enumerate(torch.cat(by_hidden).split(lengths)):
             seeded[row, : len(part)] = part
         totals = torch.stack([part.double().sum() for part in torch.cat(values).split(lengths)])
-        return Seeded(totals, seeded, list(torch.cat(direct).split(lengths)))
+        return GradientSeed(totals, seeded, list(torch.cat(direct).split(lengths)))
 
-    def _seed_slice(
+    def _compute_seed_slice(
         self, states: Tensor, ids: Tensor, weights: Tensor, table: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of positions [S, d]: values Σ_v Y[v]·log p(v) [S], ∂value/∂state [S, d], and log p at the table [S, K].
@@ -126,17 +134,17 @@ class LikelihoodTerm(Term):
         by_logits = logp.exp_().mul_(-weights.sum(1, keepdim=True)).scatter_add_(1, ids, weights)
         return value, torch.autograd.grad(logits, leaf, by_logits.to(logits.dtype))[0], part
 
-    def _logp(self, states: Tensor) -> Tensor:
+    def _compute_logp(self, states: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(states)
         return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
-    def _slice_size(self, hidden: Tensor) -> int:
+    def _compute_slice_size(self, hidden: Tensor) -> int:
         """Positions of a slice, given the hidden states of a whole batch."""
-        budget = max(LOGIT_BUDGET, LOGITS_PER_STATE * hidden.numel())
+        budget = max(MAX_HEAD_LOGITS, LOGITS_PER_HIDDEN_VALUE * hidden.numel())
         return max(1, budget // self.model.get_output_embeddings().weight.shape[0])
 
 
-def _stacked(targets: Sequence[Relaxed]) -> tuple[Tensor, Tensor]:
+def _stack_relaxed(targets: Sequence[RelaxedResponse]) -> tuple[Tensor, Tensor]:
     """Ids and weights of all rows' positions, [ΣT, K]; narrower rows are filled with weight 0."""
     width = max(target.ids.shape[1] for target in targets)
     wide = [width - target.ids.shape[1] for target in targets]

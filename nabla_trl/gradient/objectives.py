@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nabla_trl.gradient.relaxation import Relaxed, hard, mixture
+from nabla_trl.gradient.relaxation import RelaxedResponse, build_mixture, build_one_hot
 from nabla_trl.models import kv_cache
-from nabla_trl.models.flops import Meter, ModelSize
+from nabla_trl.models.flops import FlopCounter, ModelSize
 from nabla_trl.tasks.problem import Problem
 
 
 @dataclass(frozen=True)
-class Known:
+class DrawInfo:
     """What drawing a response showed: `model` gave `candidates` [T, K] the log-probabilities `logp` [T, K].
 
     The drawn tokens are among the candidates. A likelihood under that very model need not be computed again.
@@ -35,7 +35,7 @@ class Known:
     candidates: Tensor
     logp: Tensor
 
-    def own(self, response: Sequence[int]) -> Tensor:
+    def gather_response_logp(self, response: Sequence[int]) -> Tensor:
         """[T] log-probability of each response token."""
         column = (self.candidates == torch.tensor(response)[:, None]).int().argmax(-1)
         return self.logp.gather(1, column[:, None]).squeeze(1)
@@ -51,40 +51,40 @@ class Sample:
     """
 
     problem: Problem
-    prompt: list[int]
-    response: list[int]
-    account: str | None = None
-    known: Known | None = None
-    open: bool = False
+    prompt_ids: list[int]
+    response_ids: list[int]
+    cost_key_override: str | None = None
+    draw_info: DrawInfo | None = None
+    is_partial: bool = False
 
     @property
-    def key(self) -> str:
-        return self.problem.id if self.account is None else self.account
+    def cost_key(self) -> str:
+        return self.problem.id if self.cost_key_override is None else self.cost_key_override
 
-    def relaxed(self, alpha: float, min_p: float = 0.0) -> Relaxed:
+    def relax(self, alpha: float, min_p: float = 0.0) -> RelaxedResponse:
         """The mixture of the response and the candidates seen when it was drawn (`relax.mixture`).
 
         Raises:
             ValueError: α > 0 and nothing is known of the drawing.
         """
         if not alpha:
-            return hard(self.response)
-        if self.known is None:
+            return build_one_hot(self.response_ids)
+        if self.draw_info is None:
             raise ValueError(f"{self.problem.id}: a mixture needs the policy's candidates along the response")
-        return mixture(self.response, self.known.candidates, self.known.logp, alpha, min_p=min_p)
+        return build_mixture(self.response_ids, self.draw_info.candidates, self.draw_info.logp, alpha, min_p=min_p)
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedSample:
     """A sample in a term's own ids; `tail` closes the turn after the response. All ids are real (≥ 0)."""
 
-    prompt: list[int]
-    response: list[int]
-    tail: list[int]
+    prompt_ids: list[int]
+    response_ids: list[int]
+    turn_end_ids: list[int]
 
 
 @dataclass
-class Memo:
+class ScoreCache:
     """What a term remembers of a response, so that one that shares its beginning is scored from the branch on.
 
     Attributes:
@@ -94,25 +94,25 @@ class Memo:
         levels: [T + 1] the score after none, one, … of the response's tokens; empty for terms without a score.
     """
 
-    cache: Tensor
+    kv_row: Tensor
     logp: Tensor
-    hidden: Tensor
-    levels: Tensor
+    hidden_states: Tensor
+    prefix_scores: Tensor
 
 
 @dataclass
-class Feed:
+class ForwardBatch:
     """One padded batch: B rows, R fed tokens at most, C cached ones at most."""
 
-    ids: Tensor  # [B, R]
-    positions: Tensor  # [B, R]
-    rows: list[Tensor]  # kv row of each prefix
-    starts: list[int]  # position of each row's first fed token
-    counts: list[int]  # fed tokens of each row
+    input_ids: Tensor  # [B, R]
+    position_ids: Tensor  # [B, R]
+    kv_rows: list[Tensor]  # kv row of each prefix
+    start_positions: list[int]  # position of each row's first fed token
+    num_tokens: list[int]  # fed tokens of each row
 
 
 @dataclass
-class Seeded:
+class GradientSeed:
     """Values of a term at B relaxed responses, and where the gradient by Y begins.
 
     Attributes:
@@ -122,11 +122,11 @@ class Seeded:
     """
 
     values: Tensor
-    by_hidden: Tensor
-    direct: list[Tensor] | None
+    hidden_grad: Tensor
+    token_grads: list[Tensor] | None
 
 
-class Term(ABC):
+class Objective(ABC):
     """One model's share in an objective.
 
     Attributes:
@@ -138,41 +138,43 @@ class Term(ABC):
     def __init__(
         self,
         model: PreTrainedModel,
-        size: ModelSize,
+        model_size: ModelSize,
         *,
-        mapping: Tensor,
+        vocab_map: Tensor,
         weight: float = 1.0,
         encode_prompt: Callable[[Problem, list[int]], list[int]],
     ):
-        self.model, self.size, self.weight = model, size, weight
-        self.mapping = mapping.to(model.device)
+        self.model, self.model_size, self.weight = model, model_size, weight
+        self.vocab_map = vocab_map.to(model.device)
         self.encode_prompt = encode_prompt
 
     @abstractmethod
-    def encode(self, sample: Sample) -> Encoded: ...
+    def encode(self, sample: Sample) -> EncodedSample: ...
 
     @abstractmethod
-    def fed(self, encoded: Encoded, shared: int) -> list[int]:
+    def select_input_ids(self, encoded: EncodedSample, num_shared: int) -> list[int]:
         """Ids to feed when `shared` response tokens are in the cache already; the first one is re-fed."""
 
-    def past(self, memo: Memo, encoded: Encoded, shared: int) -> Tensor:
+    def get_cached_values(self, cache: ScoreCache, encoded: EncodedSample, num_shared: int) -> Tensor:
         """The numbers that a memo's first `shared` response tokens give to the value."""
-        return memo.logp[:shared]
+        return cache.logp[:num_shared]
 
     @abstractmethod
-    def values(self, hidden: Tensor, feed: Feed, encoded: Sequence[Encoded], shared: Sequence[int]) -> list[Tensor]:
+    def compute_values(
+        self, hidden: Tensor, batch: ForwardBatch, encoded: Sequence[EncodedSample], num_shared: Sequence[int]
+    ) -> list[Tensor]:
         """Per row, the numbers whose sum (with those of `past`) is its value. Scores are float32."""
 
     @abstractmethod
-    def seed(
+    def compute_gradient_seed(
         self,
         hidden: Tensor,
-        feed: Feed,
-        encoded: Sequence[Encoded],
-        shared: Sequence[int],
-        targets: Sequence[Relaxed],
+        batch: ForwardBatch,
+        encoded: Sequence[EncodedSample],
+        num_shared: Sequence[int],
+        targets: Sequence[RelaxedResponse],
         candidates: Sequence[Tensor] | None,
-    ) -> Seeded:
+    ) -> GradientSeed:
         """Values at relaxed responses, and what the gradient by their tokens begins from.
 
         Args:
@@ -181,115 +183,130 @@ class Term(ABC):
             candidates: per row [T, K] ids of this model at these tokens, or None for its whole vocabulary.
         """
 
-    def running(self, sample: Sample, memo: Memo) -> Tensor:
+    def compute_running_values(self, sample: Sample, cache: ScoreCache) -> Tensor:
         """[T + 1] the value after none, one, … of a remembered response's tokens, if its score were to stay as it is
         there; empty for terms without a score. A stop token that the template drops is left out."""
-        return memo.levels
+        return cache.prefix_scores
 
-    def knows(self, sample: Sample) -> bool:
+    def has_draw_logp(self, sample: Sample) -> bool:
         """This term's value was shown when the sample was drawn."""
         return False
 
     @abstractmethod
-    def charge_head(self, count: int) -> int:
+    def count_head_positions(self, num_tokens: int) -> int:
         """Positions to which the output head is applied when `count` tokens are fed."""
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed_ids(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., d] of this model's ids, by its own module: some scale the rows of their table."""
         return self.model.get_input_embeddings()(ids).detach()
 
-    def read(self, relaxed: Relaxed, span: slice) -> Relaxed:
+    def map_to_model_ids(self, relaxed: RelaxedResponse, span: slice) -> RelaxedResponse:
         """Positions of a relaxed response in this model's ids; tokens it lacks lose their weight."""
-        ids = self.mapping[relaxed.ids[span].to(self.mapping.device)]
-        weights = relaxed.weights[span].to(self.mapping.device).masked_fill(ids < 0, 0.0)
+        ids = self.vocab_map[relaxed.ids[span].to(self.vocab_map.device)]
+        weights = relaxed.weights[span].to(self.vocab_map.device).masked_fill(ids < 0, 0.0)
         weights[:, 0] += (weights.sum(-1) == 0).to(weights)  # nothing left: the response's own token, which is first
-        return Relaxed(ids.clamp(min=0), weights / weights.sum(-1, keepdim=True))
+        return RelaxedResponse(ids.clamp(min=0), weights / weights.sum(-1, keepdim=True))
 
-    def relaxed_embeds(self, feed: Feed, responses: Sequence[Relaxed]) -> Tensor:
+    def embed_relaxed(self, batch: ForwardBatch, responses: Sequence[RelaxedResponse]) -> Tensor:
         """Input embeddings [B, R, d] of a feed whose tokens after the first begin with these, Σ_v Y[t, v]·e(v)."""
-        embeds = self.embed(feed.ids)
+        embeds = self.embed_ids(batch.input_ids)
         for row, response in enumerate(responses):
             # The last token of a likelihood is not fed at all.
-            count = min(feed.counts[row] - 1, len(response.ids))
+            count = min(batch.num_tokens[row] - 1, len(response.ids))
             if count and response.ids.shape[1] > 1:
-                embeds[row, 1 : count + 1] = response.average(self.embed, count).to(embeds)
+                embeds[row, 1 : count + 1] = response.average_embeddings(self.embed_ids, count).to(embeds)
         return embeds
 
-    def prompt_memo(self, cache: Tensor) -> Memo:
+    def make_prompt_cache(self, kv_row: Tensor) -> ScoreCache:
         """The memo of a cached prefix of which no response token is known."""
         width = self.model.config.get_text_config().hidden_size
-        return Memo(cache, cache.new_zeros(0), cache.new_zeros(0, width), cache.new_zeros(0))
+        return ScoreCache(kv_row, kv_row.new_zeros(0), kv_row.new_zeros(0, width), kv_row.new_zeros(0))
 
-    def prompt_memos(self, samples: Sequence[Sample], meter: Meter) -> list[Memo]:
+    def compute_prompt_caches(self, samples: Sequence[Sample], flop_counter: FlopCounter) -> list[ScoreCache]:
         """Memos of the bare prompts."""
-        prompts = [self.encode_prompt(sample.problem, sample.prompt) for sample in samples]
+        prompts = [self.encode_prompt(sample.problem, sample.prompt_ids) for sample in samples]
         for sample, prompt in zip(samples, prompts, strict=True):
-            meter.charge(sample.key, self.size, "prefill", 0, len(prompt) - 1, head=0)
-        rows = kv_cache.prefill(self.model, [prompt[:-1] for prompt in prompts])
-        return [self.prompt_memo(row) for row in rows]
+            flop_counter.add_flops(
+                sample.cost_key, self.model_size, "prefill", 0, len(prompt) - 1, num_head_positions=0
+            )
+        rows = kv_cache.prefill_sequences(self.model, [prompt[:-1] for prompt in prompts])
+        return [self.make_prompt_cache(row) for row in rows]
 
-    def feed(self, encoded: Sequence[Encoded], memos: Sequence[Memo], shared: Sequence[int]) -> Feed:
-        tokens = [self.fed(row, count) for row, count in zip(encoded, shared, strict=True)]
-        starts = [len(row.prompt) - 1 + count for row, count in zip(encoded, shared, strict=True)]
-        ids, _ = kv_cache.pad(tokens, self.model.device, left=False)
+    def build_batch(
+        self, encoded: Sequence[EncodedSample], caches: Sequence[ScoreCache], num_shared: Sequence[int]
+    ) -> ForwardBatch:
+        tokens = [self.select_input_ids(row, count) for row, count in zip(encoded, num_shared, strict=True)]
+        starts = [len(row.prompt_ids) - 1 + count for row, count in zip(encoded, num_shared, strict=True)]
+        ids, _ = kv_cache.pad_sequences(tokens, self.model.device, left=False)
         positions = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        rows = [memo.cache[:, :, :, :start] for memo, start in zip(memos, starts, strict=True)]
+        rows = [memo.kv_row[:, :, :, :start] for memo, start in zip(caches, starts, strict=True)]
         # Padding repeats the last real position, which exists in every position table.
         last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, tokens, strict=True)])
         positions = positions.minimum(last.to(ids.device)[:, None])
-        return Feed(ids, positions, rows, starts, [len(row) for row in tokens])
+        return ForwardBatch(ids, positions, rows, starts, [len(row) for row in tokens])
 
-    def hidden(self, feed: Feed, embeds: Tensor | None = None, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def compute_hidden_states(
+        self, batch: ForwardBatch, embeds: Tensor | None = None, return_caches: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """Last hidden states [B, R, d] of the fed tokens (or of `embeds` in their place), and kv rows if kept."""
-        cache, cached = kv_cache.stack(feed.rows)
+        cache, cached = kv_cache.stack_caches(batch.kv_rows)
         output = self.model.base_model(
-            input_ids=feed.ids if embeds is None else None,
+            input_ids=batch.input_ids if embeds is None else None,
             inputs_embeds=embeds,
-            attention_mask=kv_cache.attention_mask(cached, feed.ids.shape[1], self.model.dtype),
-            position_ids=feed.positions,
+            attention_mask=kv_cache.build_attention_mask(cached, batch.input_ids.shape[1], self.model.dtype),
+            position_ids=batch.position_ids,
             past_key_values=cache,
             use_cache=True,
         )
-        if not keep:
+        if not return_caches:
             return output.last_hidden_state, []
         padding, width = (cached == 0).sum(1).tolist(), cached.shape[1]
-        spans = [(begin, width + count) for begin, count in zip(padding, feed.counts, strict=True)]
-        return output.last_hidden_state, kv_cache.unstack(cache, torch.arange(len(spans)), spans)
+        spans = [(begin, width + count) for begin, count in zip(padding, batch.num_tokens, strict=True)]
+        return output.last_hidden_state, kv_cache.unstack_caches(cache, torch.arange(len(spans)), spans)
 
     @torch.no_grad()
     def score(
         self,
         samples: Sequence[Sample],
-        memos: Sequence[Memo],
-        shared: Sequence[int],
-        meter: Meter,
-        keep: bool = False,
-    ) -> tuple[list[float], list[Memo]]:
+        caches: Sequence[ScoreCache],
+        num_shared: Sequence[int],
+        flop_counter: FlopCounter,
+        return_caches: bool = False,
+    ) -> tuple[list[float], list[ScoreCache]]:
         """Values (unweighted) of samples that share their first `shared` response tokens with the memos' ones."""
         encoded = [self.encode(sample) for sample in samples]
-        feed = self.feed(encoded, memos, shared)
-        for sample, start, count in zip(samples, feed.starts, feed.counts, strict=True):
-            meter.charge(sample.key, self.size, "forward", start, count, head=self.charge_head(count))
-        hidden, rows = self.hidden(feed, keep=keep)
-        new = self.values(hidden, feed, encoded, shared)
+        feed = self.build_batch(encoded, caches, num_shared)
+        for sample, start, count in zip(samples, feed.start_positions, feed.num_tokens, strict=True):
+            flop_counter.add_flops(
+                sample.cost_key,
+                self.model_size,
+                "forward",
+                start,
+                count,
+                num_head_positions=self.count_head_positions(count),
+            )
+        hidden, rows = self.compute_hidden_states(feed, return_caches=return_caches)
+        new = self.compute_values(hidden, feed, encoded, num_shared)
         logps = [
-            torch.cat((self.past(memo, one, count).to(fresh), fresh))
-            for memo, one, count, fresh in zip(memos, encoded, shared, new, strict=True)
+            torch.cat((self.get_cached_values(memo, one, count).to(fresh), fresh))
+            for memo, one, count, fresh in zip(caches, encoded, num_shared, new, strict=True)
         ]
         values = [float(logp.double().sum()) for logp in logps]
-        if not keep:
+        if not return_caches:
             return values, []
-        states = [hidden[row, :count] for row, count in enumerate(feed.counts)]
-        return values, self.remember(rows, logps, states, memos, shared, [len(one.response) for one in encoded])
+        states = [hidden[row, :count] for row, count in enumerate(feed.num_tokens)]
+        return values, self.build_caches(
+            rows, logps, states, caches, num_shared, [len(one.response_ids) for one in encoded]
+        )
 
-    def remember(
+    def build_caches(
         self,
-        rows: Sequence[Tensor],
+        kv_rows: Sequence[Tensor],
         logps: Sequence[Tensor],
-        states: Sequence[Tensor],
-        memos: Sequence[Memo],
-        shared: Sequence[int],
+        hidden_states: Sequence[Tensor],
+        caches: Sequence[ScoreCache],
+        num_shared: Sequence[int],
         lengths: Sequence[int],
-    ) -> list[Memo]:
+    ) -> list[ScoreCache]:
         """Memos of freshly scored responses of some lengths, from the hidden states of what was fed."""
-        return [self.prompt_memo(row) for row in rows]
+        return [self.make_prompt_cache(row) for row in kv_rows]

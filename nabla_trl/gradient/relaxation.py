@@ -15,34 +15,34 @@ import torch
 from torch import Tensor
 
 # Most embedding entries (floats) gathered at once.
-GATHER_BUDGET = 2**22
+MAX_GATHERED_VALUES = 2**22
 
 
 @dataclass(frozen=True)
-class Relaxed:
+class RelaxedResponse:
     """Y, sparse: at position t the tokens `ids` [T, K] with `weights` [T, K] that sum to 1 per position."""
 
     ids: Tensor
     weights: Tensor
 
-    def average(self, embed: Callable[[Tensor], Tensor], count: int) -> Tensor:
+    def average_embeddings(self, embed: Callable[[Tensor], Tensor], num_positions: int) -> Tensor:
         """Σ_v Y[t, v]·e(v) of the first `count` positions: [count, d]."""
-        rows = max(1, GATHER_BUDGET // (self.ids.shape[1] * embed(self.ids[:1, 0]).shape[-1]))
-        chunks = zip(self.ids[:count].split(rows), self.weights[:count].split(rows), strict=True)
+        rows = max(1, MAX_GATHERED_VALUES // (self.ids.shape[1] * embed(self.ids[:1, 0]).shape[-1]))
+        chunks = zip(self.ids[:num_positions].split(rows), self.weights[:num_positions].split(rows), strict=True)
         return torch.cat(
             [torch.einsum("tk,tkd->td", weights.to(e), e) for ids, weights in chunks for e in [embed(ids)]]
         )
 
 
-def hard(response: Sequence[int]) -> Relaxed:
+def build_one_hot(response_ids: Sequence[int]) -> RelaxedResponse:
     """The one-hot matrix of a response."""
-    ids = torch.tensor(response, dtype=torch.long)[:, None]
-    return Relaxed(ids, torch.ones(ids.shape))
+    ids = torch.tensor(response_ids, dtype=torch.long)[:, None]
+    return RelaxedResponse(ids, torch.ones(ids.shape))
 
 
-def mixture(
-    response: Sequence[int], candidates: Tensor, logp: Tensor, alpha: float | Tensor, *, min_p: float = 0.0
-) -> Relaxed:
+def build_mixture(
+    response_ids: Sequence[int], candidates: Tensor, logp: Tensor, alpha: float | Tensor, *, min_p: float = 0.0
+) -> RelaxedResponse:
     """(1−α)·onehot(y_t) + α·π(·|y_<t) over candidates, π renormalised over them.
 
     Args:
@@ -53,9 +53,9 @@ def mixture(
     Returns:
         K + 1 tokens per position, the response's own first; a token can occur twice, its weights add.
     """
-    own = hard(response)
+    own = build_one_hot(response_ids)
     share = torch.as_tensor(alpha, dtype=torch.float32).expand(len(own.ids))[:, None]
     if min_p:
         logp = logp.masked_fill(logp < logp.amax(-1, keepdim=True) + torch.tensor(min_p).log(), -torch.inf)
     policy = logp.softmax(-1, dtype=torch.float32)
-    return Relaxed(torch.cat((own.ids, candidates), -1), torch.cat((1 - share, share * policy), -1))
+    return RelaxedResponse(torch.cat((own.ids, candidates), -1), torch.cat((1 - share, share * policy), -1))

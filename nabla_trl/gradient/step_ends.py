@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 BLANK_LINE = "\n\n"
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|.?)", re.DOTALL)
-_PLAIN = {"n": "\n", "t": "\t", "\\": "\\"}
+_ESCAPED_CHARACTERS = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
-def read_delimiter(text: str) -> str:
+def parse_delimiter(text: str) -> str:
     r"""A delimiter as a spec writes it: \n, \t, \\ and \xHH (so \x3a for a colon, \x2c for a comma) stand for one
     character each.
 
@@ -23,7 +23,7 @@ def read_delimiter(text: str) -> str:
     """
     if not text.isprintable():
         raise ValueError(rf"step_delimiter must be written with escapes (\n, \t, \xHH), not as {text!r}")
-    delimiter = _ESCAPE.sub(_character, text)
+    delimiter = _ESCAPE.sub(_decode_escape, text)
     check_delimiter(delimiter)
     return delimiter
 
@@ -33,13 +33,13 @@ def check_delimiter(value: object) -> None:
         raise ValueError(f"step_delimiter must be a text of at least one character, not {value!r}")
 
 
-def _character(found: re.Match[str]) -> str:
-    code = found[1]
+def _decode_escape(match: re.Match[str]) -> str:
+    code = match[1]
     if len(code) == 3:
         return chr(int(code[1:], 16))
-    if code not in _PLAIN:
-        raise ValueError(rf"step_delimiter knows the escapes \n, \t, \\ and \xHH, not {found[0]!r}")
-    return _PLAIN[code]
+    if code not in _ESCAPED_CHARACTERS:
+        raise ValueError(rf"step_delimiter knows the escapes \n, \t, \\ and \xHH, not {match[0]!r}")
+    return _ESCAPED_CHARACTERS[code]
 
 
 class StepFinder:
@@ -56,41 +56,41 @@ class StepFinder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, delimiter: str):
         check_delimiter(delimiter)
         self.tokenizer, self.delimiter = tokenizer, delimiter
-        self._texts: dict[int, str] = {}
+        self._token_texts: dict[int, str] = {}
 
-    def ends(self, ids: Sequence[int]) -> list[int]:
+    def find_step_ends(self, ids: Sequence[int]) -> list[int]:
         """Places of the tokens that end a step, ascending."""
-        end = StepEnd(self)
+        end = StepEndDetector(self)
         return [place for place, token in enumerate(ids) if end(token)]
 
-    def read(self, begun: str, token: int) -> tuple[bool, str]:
+    def advance(self, pending_text: str, token: int) -> tuple[bool, str]:
         """Whether a token ends a step, after a text in which a delimiter may have begun; and that text after it."""
-        *closed, begun = (begun + self._text(token)).split(self.delimiter)
-        return bool(closed), begun[max(0, len(begun) - len(self.delimiter) + 1) :]
+        *closed, pending_text = (pending_text + self._get_token_text(token)).split(self.delimiter)
+        return bool(closed), pending_text[max(0, len(pending_text) - len(self.delimiter) + 1) :]
 
-    def _text(self, token: int) -> str:
-        if token not in self._texts:
+    def _get_token_text(self, token: int) -> str:
+        if token not in self._token_texts:
             # Some decoders drop a space at the beginning: the second of two tokens writes what it does within a text.
             text = self._decode([token, token])[len(self._decode([token])) :]
             if not text and self.tokenizer.convert_ids_to_tokens(token) == self.delimiter:
                 text = self.delimiter
-            self._texts[token] = text
-        return self._texts[token]
+            self._token_texts[token] = text
+        return self._token_texts[token]
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-class StepEnd:
+class StepEndDetector:
     """Is told the tokens of a response one after the other, and says of each whether it ends a step.
 
     Attributes:
         begun: the end of the text so far in which a delimiter may have begun.
     """
 
-    def __init__(self, finder: StepFinder, begun: str = ""):
-        self.finder, self.begun = finder, begun
+    def __init__(self, finder: StepFinder, pending_text: str = ""):
+        self.finder, self.pending_text = finder, pending_text
 
     def __call__(self, token: int) -> bool:
-        ends, self.begun = self.finder.read(self.begun, token)
+        ends, self.pending_text = self.finder.advance(self.pending_text, token)
         return ends

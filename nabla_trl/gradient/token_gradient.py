@@ -14,26 +14,26 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nabla_trl.gradient.likelihood import LikelihoodTerm
-from nabla_trl.gradient.objectives import Feed, Memo, Sample, Term
-from nabla_trl.gradient.relaxation import GATHER_BUDGET, Relaxed, hard
-from nabla_trl.models.flops import Meter
+from nabla_trl.gradient.likelihood import LikelihoodObjective
+from nabla_trl.gradient.objectives import ForwardBatch, Objective, Sample, ScoreCache
+from nabla_trl.gradient.relaxation import MAX_GATHERED_VALUES, RelaxedResponse, build_one_hot
+from nabla_trl.models.flops import FlopCounter
 
 # [terms, B] values -> [terms, B] factors of the terms' gradients
-Weigh = Callable[[Tensor], Tensor]
+ObjectiveGradFn = Callable[[Tensor], Tensor]
 
 
-def token_gradient(
-    terms: Sequence[Term],
+def compute_token_gradient(
+    objectives: Sequence[Objective],
     samples: Sequence[Sample],
-    memos: Sequence[Sequence[Memo]],
+    caches: Sequence[Sequence[ScoreCache]],
     candidates: Sequence[Tensor] | None,
     *,
-    meter: Meter,
-    relaxed: Sequence[Relaxed] | None = None,
-    weigh: Weigh | None = None,
-    direct: bool = True,
-    postfix: bool = True,
+    flop_counter: FlopCounter,
+    relaxed_responses: Sequence[RelaxedResponse] | None = None,
+    objective_grad_fn: ObjectiveGradFn | None = None,
+    likelihood_token_grad: bool = True,
+    likelihood_suffix_grad: bool = True,
 ) -> list[Tensor]:
     """G = ∂(Σ weight·term)/∂Y for each sample, in one forward and one backward per term.
 
@@ -50,33 +50,37 @@ def token_gradient(
     Returns:
         per sample [T_i, K] (or [T_i, policy rows]) float tensors on the CPU; 0 where a term lacks the token.
     """
-    if not terms:
+    if not objectives:
         raise ValueError("an objective needs at least one term")
-    points = [hard(sample.response) for sample in samples] if relaxed is None else relaxed
+    points = (
+        [build_one_hot(sample.response_ids) for sample in samples] if relaxed_responses is None else relaxed_responses
+    )
     values, parts = [], []
-    for index, term in enumerate(terms):
-        rows = [memo[index] for memo in memos]
-        through = postfix or not isinstance(term, LikelihoodTerm)
-        value, part = _term_gradient(term, samples, rows, candidates, points, meter, direct, through)
+    for index, term in enumerate(objectives):
+        rows = [memo[index] for memo in caches]
+        through = likelihood_suffix_grad or not isinstance(term, LikelihoodObjective)
+        value, part = _compute_objective_gradient(
+            term, samples, rows, candidates, points, flop_counter, likelihood_token_grad, through
+        )
         values.append(value)
         parts.append(part)
-    if weigh is None:
-        factors = torch.tensor([[term.weight] for term in terms], dtype=torch.float64).expand(-1, len(samples))
+    if objective_grad_fn is None:
+        factors = torch.tensor([[term.weight] for term in objectives], dtype=torch.float64).expand(-1, len(samples))
     else:
-        factors = weigh(torch.stack(values))
+        factors = objective_grad_fn(torch.stack(values))
     shares = [
         [float(factor) * part for factor, part in zip(*pair, strict=True)] for pair in zip(factors, parts, strict=True)
     ]
     return [sum(column[1:], start=column[0]) for column in zip(*shares, strict=True)]
 
 
-def direct_gradient(
-    terms: Sequence[LikelihoodTerm],
+def compute_direct_likelihood_gradient(
+    objectives: Sequence[LikelihoodObjective],
     samples: Sequence[Sample],
-    memos: Sequence[Sequence[Memo]],
+    caches: Sequence[Sequence[ScoreCache]],
     candidates: Sequence[Tensor],
     *,
-    meter: Meter,
+    flop_counter: FlopCounter,
 ) -> list[Tensor]:
     """The direct part of G alone, read from the memos of scored responses: no forward, no backward, only heads.
 
@@ -89,85 +93,109 @@ def direct_gradient(
         per sample [T_i, K] on the CPU.
     """
     results = []
-    for sample, remembered, table in zip(samples, memos, candidates, strict=True):
+    for sample, remembered, table in zip(samples, caches, candidates, strict=True):
         total = torch.zeros(table.shape)
-        for term, memo in zip(terms, remembered, strict=True):
-            total = total + term.weight * _direct(term, sample, memo, table, meter)
+        for term, memo in zip(objectives, remembered, strict=True):
+            total = total + term.weight * _get_candidate_logp(term, sample, memo, table, flop_counter)
         results.append(total)
     return results
 
 
-def _direct(term: LikelihoodTerm, sample: Sample, memo: Memo, table: Tensor, meter: Meter) -> Tensor:
-    if sample.known is not None and term.knows(sample) and torch.equal(sample.known.candidates, table):
-        return sample.known.logp.nan_to_num(neginf=0.0)
-    mapped = term.mapping[table.to(term.mapping.device)]
-    meter.charge(sample.key, term.size, "forward", len(sample.prompt) - 1, 0, head=len(table))
-    return term.direct(memo, mapped.clamp(min=0)).masked_fill(mapped < 0, 0.0).cpu()
+def _get_candidate_logp(
+    objective: LikelihoodObjective, sample: Sample, cache: ScoreCache, table: Tensor, flop_counter: FlopCounter
+) -> Tensor:
+    if (
+        sample.draw_info is not None
+        and objective.has_draw_logp(sample)
+        and torch.equal(sample.draw_info.candidates, table)
+    ):
+        return sample.draw_info.logp.nan_to_num(neginf=0.0)
+    mapped = objective.vocab_map[table.to(objective.vocab_map.device)]
+    flop_counter.add_flops(
+        sample.cost_key, objective.model_size, "forward", len(sample.prompt_ids) - 1, 0, num_head_positions=len(table)
+    )
+    return objective.compute_candidate_logp(cache, mapped.clamp(min=0)).masked_fill(mapped < 0, 0.0).cpu()
 
 
-def _term_gradient(
-    term: Term,
+def _compute_objective_gradient(
+    objective: Objective,
     samples: Sequence[Sample],
-    memos: Sequence[Memo],
+    caches: Sequence[ScoreCache],
     candidates: Sequence[Tensor] | None,
-    points: Sequence[Relaxed],
-    meter: Meter,
-    direct: bool,
-    through: bool,
+    relaxed_responses: Sequence[RelaxedResponse],
+    flop_counter: FlopCounter,
+    likelihood_token_grad: bool,
+    through_embeddings: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Values [B] of one term and, per sample, its gradient at the candidates."""
-    encoded = [term.encode(sample) for sample in samples]
+    encoded = [objective.encode(sample) for sample in samples]
     shared = [0] * len(samples)
-    feed = term.feed(encoded, memos, shared)
-    _charge(term, samples, feed, meter, through)
-    mapped = _mapped(term, samples, candidates)
+    feed = objective.build_batch(encoded, caches, shared)
+    _charge_flops(objective, samples, feed, flop_counter, through_embeddings)
+    mapped = _map_candidates(objective, samples, candidates)
     # A response whose stop token the term drops has one row less here than in the sample.
-    spans = [slice(len(code.response)) for code in encoded]
-    targets = [term.read(point, span) for point, span in zip(points, spans, strict=True)]
-    embeds = term.relaxed_embeds(feed, targets).requires_grad_(through)
+    spans = [slice(len(code.response_ids)) for code in encoded]
+    targets = [objective.map_to_model_ids(point, span) for point, span in zip(relaxed_responses, spans, strict=True)]
+    embeds = objective.embed_relaxed(feed, targets).requires_grad_(through_embeddings)
     with torch.enable_grad():
-        hidden, _ = term.hidden(feed, embeds)
+        hidden, _ = objective.compute_hidden_states(feed, embeds)
     tables = None if candidates is None else [m.clamp(min=0)[span] for m, span in zip(mapped, spans, strict=True)]
-    seeded = term.seed(hidden, feed, encoded, shared, targets, tables)
-    precision = torch.promote_types(seeded.by_hidden.dtype, torch.float32)
-    slopes = torch.autograd.grad(hidden, embeds, seeded.by_hidden)[0] if through else None
+    seeded = objective.compute_gradient_seed(hidden, feed, encoded, shared, targets, tables)
+    precision = torch.promote_types(seeded.hidden_grad.dtype, torch.float32)
+    slopes = torch.autograd.grad(hidden, embeds, seeded.hidden_grad)[0] if through_embeddings else None
     results = []
     for row, (sample, span) in enumerate(zip(samples, spans, strict=True)):
-        total = torch.zeros(len(sample.response), mapped[row].shape[-1], dtype=precision, device=hidden.device)
+        total = torch.zeros(len(sample.response_ids), mapped[row].shape[-1], dtype=precision, device=hidden.device)
         own = total[span]
         if slopes is not None:
             # The first token is fed at index 1; a last token that is not fed has no effect on later ones.
-            slope = slopes[row, 1 : min(feed.counts[row], len(own) + 1)]
-            own[: len(slope)] += _through_embedding(term, slope, mapped[row], span, full=candidates is None)
-        if direct and seeded.direct is not None:
-            part = seeded.direct[row]
+            slope = slopes[row, 1 : min(feed.num_tokens[row], len(own) + 1)]
+            own[: len(slope)] += _compute_embedding_gradient(
+                objective, slope, mapped[row], span, whole_vocabulary=candidates is None
+            )
+        if likelihood_token_grad and seeded.token_grads is not None:
+            part = seeded.token_grads[row]
             own += part if candidates is not None else part[:, mapped[row][0].clamp(min=0)]
         results.append(total.masked_fill(mapped[row] < 0, 0.0).cpu())
-    past = [term.past(*one).double().sum().cpu() for one in zip(memos, encoded, shared, strict=True)]
+    past = [
+        objective.get_cached_values(*one).double().sum().cpu() for one in zip(caches, encoded, shared, strict=True)
+    ]
     return seeded.values.cpu() + torch.stack(past), results
 
 
-def _mapped(term: Term, samples: Sequence[Sample], candidates: Sequence[Tensor] | None) -> list[Tensor]:
+def _map_candidates(
+    objective: Objective, samples: Sequence[Sample], candidates: Sequence[Tensor] | None
+) -> list[Tensor]:
     """The term's ids of the candidates: [T, K], or the whole mapping as [1, policy rows]."""
     if candidates is None:
-        return [term.mapping[None]] * len(samples)
-    return [term.mapping[table.to(term.mapping.device)] for table in candidates]
+        return [objective.vocab_map[None]] * len(samples)
+    return [objective.vocab_map[table.to(objective.vocab_map.device)] for table in candidates]
 
 
-def _through_embedding(term: Term, slope: Tensor, mapped: Tensor, span: slice, full: bool) -> Tensor:
+def _compute_embedding_gradient(
+    objective: Objective, embedding_grads: Tensor, mapped: Tensor, span: slice, whole_vocabulary: bool
+) -> Tensor:
     """(∂f/∂e_t)·E_v for slopes of a span's first positions and ids [T, K] (or one row of ids for all t)."""
-    if full:
-        return slope @ term.embed(mapped[0].clamp(min=0)).T
-    ids = mapped[span][: len(slope)].clamp(min=0)
-    size = max(1, GATHER_BUDGET // max(1, ids.shape[1] * slope.shape[1]))
-    chunks = zip(slope.split(size), ids.split(size), strict=True)
-    parts = [torch.einsum("td,tkd->tk", some, term.embed(table)) for some, table in chunks]
-    return torch.cat(parts) if parts else slope.new_zeros(ids.shape)
+    if whole_vocabulary:
+        return embedding_grads @ objective.embed_ids(mapped[0].clamp(min=0)).T
+    ids = mapped[span][: len(embedding_grads)].clamp(min=0)
+    size = max(1, MAX_GATHERED_VALUES // max(1, ids.shape[1] * embedding_grads.shape[1]))
+    chunks = zip(embedding_grads.split(size), ids.split(size), strict=True)
+    parts = [torch.einsum("td,tkd->tk", some, objective.embed_ids(table)) for some, table in chunks]
+    return torch.cat(parts) if parts else embedding_grads.new_zeros(ids.shape)
 
 
-def _charge(term: Term, samples: Sequence[Sample], feed: Feed, meter: Meter, through: bool) -> None:
-    for sample, start, count in zip(samples, feed.starts, feed.counts, strict=True):
-        head = term.charge_head(count)
-        meter.charge(sample.key, term.size, "forward", start, count, head=head)
-        if through:
-            meter.charge(sample.key, term.size, "backward", start, count, head=head)
+def _charge_flops(
+    objective: Objective,
+    samples: Sequence[Sample],
+    batch: ForwardBatch,
+    flop_counter: FlopCounter,
+    through_embeddings: bool,
+) -> None:
+    for sample, start, count in zip(samples, batch.start_positions, batch.num_tokens, strict=True):
+        head = objective.count_head_positions(count)
+        flop_counter.add_flops(sample.cost_key, objective.model_size, "forward", start, count, num_head_positions=head)
+        if through_embeddings:
+            flop_counter.add_flops(
+                sample.cost_key, objective.model_size, "backward", start, count, num_head_positions=head
+            )

@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nabla_trl.grading.equivalence import SCORED, Verdict, settle
+from nabla_trl.grading.equivalence import VERIFIER_PREFIX, MatchResult, match_without_worker
 
 _EXTRACTION, _EQUIVALENCE = (str(Path(__file__).with_name(name)) for name in ("extraction.py", "equivalence.py"))
-_KNOWN_LIMIT = 100_000
+_CACHE_LIMIT = 100_000
 
 
 class AnswerChecker:
@@ -40,13 +40,13 @@ class AnswerChecker:
     A comparison that ends its worker is ERROR. May be called from any thread.
     """
 
-    def __init__(self, workers: int = 1, timeout: float = 5.0, *, _compare_file: str = _EQUIVALENCE) -> None:
-        if workers < 1 or not timeout > 0:
-            raise ValueError(f"workers must be at least 1 and timeout above 0, not {workers} and {timeout}")
-        self.counts: Counter[Verdict] = Counter()
-        self._start: Callable[[], _Worker] = lambda: _Worker(_compare_file, timeout)
-        self._slots: list[_Worker | None] = [None] * workers
-        self._known: dict[tuple[str, str], Verdict] = {}
+    def __init__(self, num_workers: int = 1, timeout: float = 5.0, *, _compare_file: str = _EQUIVALENCE) -> None:
+        if num_workers < 1 or not timeout > 0:
+            raise ValueError(f"workers must be at least 1 and timeout above 0, not {num_workers} and {timeout}")
+        self.counts: Counter[MatchResult] = Counter()
+        self._start_worker: Callable[[], _Worker] = lambda: _Worker(_compare_file, timeout)
+        self._slots: list[_Worker | None] = [None] * num_workers
+        self._cached_results: dict[tuple[str, str], MatchResult] = {}
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _end_workers, self._slots)
 
@@ -61,7 +61,7 @@ class AnswerChecker:
         with self._lock:
             _end_workers(self._slots)
 
-    def check(self, pairs: Sequence[tuple[str | None, str | None]]) -> list[Verdict]:
+    def check(self, pairs: Sequence[tuple[str | None, str | None]]) -> list[MatchResult]:
         """Verdicts on (predicted, gold) pairs, in order.
 
         Predicted answers are what `extract_answer` gives; gold ones may be solutions with a box or `####`.
@@ -69,28 +69,32 @@ class AnswerChecker:
         be compared with something. Raises RuntimeError if no worker can be started.
         """
         with self._lock:
-            keyed = [settle(predicted, gold) for predicted, gold in pairs]
-            unknown = dict.fromkeys(key for key in keyed if isinstance(key, tuple) and key not in self._known)
-            fresh = self._run(list(unknown)) if unknown else {}
-            settled = ChainMap(fresh, self._known)
-            verdicts = [key if isinstance(key, Verdict) else settled[key] for key in keyed]
-            self._remember(fresh)
+            keyed = [match_without_worker(predicted, gold) for predicted, gold in pairs]
+            unknown = dict.fromkeys(key for key in keyed if isinstance(key, tuple) and key not in self._cached_results)
+            fresh = self._match_in_workers(list(unknown)) if unknown else {}
+            settled = ChainMap(fresh, self._cached_results)
+            verdicts = [key if isinstance(key, MatchResult) else settled[key] for key in keyed]
+            self._update_cache(fresh)
             self.counts.update(verdicts)
         return verdicts
 
-    def _remember(self, fresh: dict[tuple[str, str], Verdict]) -> None:
-        if len(self._known) > _KNOWN_LIMIT:
-            self._known.clear()
-        lasting = (Verdict.RIGHT, Verdict.WRONG, Verdict.BAD_GOLD)  # a time-out may have been a busy machine
-        self._known.update({key: verdict for key, verdict in fresh.items() if verdict in lasting})
+    def _update_cache(self, fresh: dict[tuple[str, str], MatchResult]) -> None:
+        if len(self._cached_results) > _CACHE_LIMIT:
+            self._cached_results.clear()
+        lasting = (
+            MatchResult.CORRECT,
+            MatchResult.INCORRECT,
+            MatchResult.BAD_GOLD,
+        )  # a time-out may have been a busy machine
+        self._cached_results.update({key: verdict for key, verdict in fresh.items() if verdict in lasting})
 
-    def _run(self, keys: list[tuple[str, str]]) -> dict[tuple[str, str], Verdict]:
+    def _match_in_workers(self, keys: list[tuple[str, str]]) -> dict[tuple[str, str], MatchResult]:
         """Verdicts on distinct pairs from the workers, one thread feeding each."""
         pending, verdicts = deque(keys), {}
 
         def feed(slot: int) -> None:
-            for key in _taken_from(pending):
-                verdicts[key] = self._ask(slot, key)
+            for key in _pop_until_empty(pending):
+                verdicts[key] = self._match_in_slot(slot, key)
 
         count = min(len(self._slots), len(keys))
         with ThreadPoolExecutor(count) as threads:
@@ -103,16 +107,16 @@ class AnswerChecker:
                 raise
         return verdicts
 
-    def _ask(self, slot: int, key: tuple[str, str]) -> Verdict:
+    def _match_in_slot(self, slot: int, key: tuple[str, str]) -> MatchResult:
         worker = self._slots[slot]
         if worker is None or worker.process.poll() is not None:
-            worker = self._slots[slot] = self._start()
-        if key[1].startswith(SCORED) and not worker.scores:
-            worker.prepare(key[1])
-        return worker.ask(key)
+            worker = self._slots[slot] = self._start_worker()
+        if key[1].startswith(VERIFIER_PREFIX) and not worker.has_reasoning_gym:
+            worker.load_reasoning_gym(key[1])
+        return worker.match(key)
 
 
-def _taken_from(pending: deque[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+def _pop_until_empty(pending: deque[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """The items of a queue that other threads take from too."""
     with contextlib.suppress(IndexError):
         while True:
@@ -121,10 +125,10 @@ def _taken_from(pending: deque[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 # ---------------------------------------------------------------- worker processes
 
-_START_SECONDS = 120.0  # importing sympy on a busy machine
+_START_TIMEOUT_SECONDS = 120.0  # importing sympy on a busy machine
 _ORPHAN_SECONDS = 2  # after its time-out a worker ends by itself, should its parent be gone
-_MEMORY_BYTES = 4 << 30
-_BOOT = """
+_MAX_MEMORY_BYTES = 4 << 30
+_WORKER_SCRIPT = """
 import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)
 import importlib.util, sys
 sys.path[:] = [entry for entry in sys.path if entry]
@@ -144,7 +148,7 @@ checker._serve(lambda: load("answers_compare", sys.argv[4]).compare, float(sys.a
 def _end_workers(slots: list[_Worker | None]) -> None:
     for slot, worker in enumerate(slots):
         if worker is not None:
-            worker.end()
+            worker.kill()
             slots[slot] = None
 
 
@@ -153,39 +157,48 @@ class _Worker:
 
     def __init__(self, compare_file: str, timeout: float) -> None:
         self.timeout = timeout
-        command = [sys.executable, "-c", _BOOT, _EXTRACTION, _EQUIVALENCE, __file__, compare_file, str(timeout)]
+        command = [
+            sys.executable,
+            "-c",
+            _WORKER_SCRIPT,
+            _EXTRACTION,
+            _EQUIVALENCE,
+            __file__,
+            compare_file,
+            str(timeout),
+        ]
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, encoding="ascii")
         assert self.process.stdin and self.process.stdout  # for the type checker: both are pipes
         self._requests, self._replies = self.process.stdin, self.process.stdout
-        self.scores = False  # whether reasoning-gym is loaded
-        hello = self._read(_START_SECONDS)
+        self.has_reasoning_gym = False  # whether reasoning-gym is loaded
+        hello = self._read_reply(_START_TIMEOUT_SECONDS)
         if hello != "ready":
-            self.end()
+            self.kill()
             raise RuntimeError(f"no worker for math-verify could be started: {hello or 'it gave no sign'}")
 
-    def prepare(self, gold: str) -> None:
+    def load_reasoning_gym(self, gold: str) -> None:
         """Load what scores this question, now and not on its first answer's time. A worker that fails will say so."""
-        self.scores = True
+        self.has_reasoning_gym = True
         self._send(("", gold))
-        self._read(_START_SECONDS)
+        self._read_reply(_START_TIMEOUT_SECONDS)
 
     def _send(self, key: tuple[str, str]) -> None:
         with contextlib.suppress(BrokenPipeError):
             self._requests.write(json.dumps(key) + "\n")
             self._requests.flush()
 
-    def ask(self, key: tuple[str, str]) -> Verdict:
+    def match(self, key: tuple[str, str]) -> MatchResult:
         """The verdict on one normalised pair; a worker that hung or died has ended when this returns."""
         began = time.monotonic()
         self._send(key)
-        answer = self._read(self.timeout)
+        answer = self._read_reply(self.timeout)
         late = time.monotonic() - began >= self.timeout
         if late or answer is None:
-            self.end()
-        return Verdict(answer or (Verdict.TIMEOUT if late else Verdict.ERROR))
+            self.kill()
+        return MatchResult(answer or (MatchResult.TIMEOUT if late else MatchResult.ERROR))
 
-    def _read(self, seconds: float) -> str | None:
+    def _read_reply(self, seconds: float) -> str | None:
         """The worker's next line, or None when it died; it is killed after `seconds`."""
         timer = threading.Timer(seconds, self.process.kill)
         timer.start()
@@ -195,7 +208,7 @@ class _Worker:
             timer.cancel()
             timer.join()  # whether it killed the worker is settled now
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """Kill the process, reap it and close its pipes."""
         self.process.kill()
         self.process.wait()
@@ -204,7 +217,7 @@ class _Worker:
                 stream.close()
 
 
-def _serve(load_compare: Callable[[], Callable[[str, str], str]], timeout: float) -> None:
+def _run_worker(load_compare: Callable[[], Callable[[str, str], str]], timeout: float) -> None:
     """A worker's life: one JSON line (predicted, gold) in, one verdict out, until standard input ends."""
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what a library prints must not be read as a verdict
@@ -223,12 +236,12 @@ def _serve(load_compare: Callable[[], Callable[[str, str], str]], timeout: float
     for line in sys.stdin:
         predicted, gold = json.loads(line)
         # Without an answer it is asked to load what it needs.
-        _end_after(math.ceil(timeout if predicted else _START_SECONDS) + _ORPHAN_SECONDS)
+        _set_exit_alarm(math.ceil(timeout if predicted else _START_TIMEOUT_SECONDS) + _ORPHAN_SECONDS)
         reply(compare(predicted, gold))
-        _end_after(0)
+        _set_exit_alarm(0)
 
 
-def _end_after(seconds: int) -> None:
+def _set_exit_alarm(seconds: int) -> None:
     """End this process in so many seconds, 0 for never: it may hang when nobody is left to kill it."""
     if sys.platform != "win32":
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -239,4 +252,4 @@ def _limit_memory() -> None:
     if sys.platform == "linux":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))

@@ -12,11 +12,11 @@ from typing import Any
 from nabla_trl.grading.extraction import extract_answer, trim_answer
 
 
-class Verdict(str, Enum):
+class MatchResult(str, Enum):
     """What came of one comparison. Only RIGHT is correct; the others are told apart to be counted."""
 
-    RIGHT = "right"
-    WRONG = "wrong"
+    CORRECT = "right"
+    INCORRECT = "wrong"
     NO_ANSWER = "no_answer"  # nothing was predicted
     NO_GOLD = "no_gold"  # nothing to compare with
     BAD_GOLD = "bad_gold"  # the gold answer cannot be parsed
@@ -24,15 +24,15 @@ class Verdict(str, Enum):
     ERROR = "error"  # the comparison ended its worker, or ran out of memory
 
     @property
-    def right(self) -> bool:
+    def is_correct(self) -> bool:
         """True for RIGHT alone."""
-        return self is Verdict.RIGHT
+        return self is MatchResult.CORRECT
 
 
-_PLAIN = re.compile(r"([-+]?)((?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.(\d+))?|\.(\d+))", re.ASCII)
+_PLAIN_NUMBER = re.compile(r"([-+]?)((?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.(\d+))?|\.(\d+))", re.ASCII)
 
 
-_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z]+(?: [A-Za-z]+)*")
+_ONLY_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z]+(?: [A-Za-z]+)*")
 
 
 # Keywords of math-verify, which mean something in running text too.
@@ -46,10 +46,10 @@ _WITH_UNIT = re.compile(rf"([-+]?[\d.,]*\d) ?({_UNIT_WORDS})")
 
 
 # A gold answer that begins so names a question of reasoning-gym, whose family judges the answer: JSON follows.
-SCORED = "reasoning_gym:"
+VERIFIER_PREFIX = "reasoning_gym:"
 
 
-_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{(.*)\}", re.DOTALL)
+_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{(.*)\}", re.DOTALL)
 
 
 _FLOAT_TOLERANCE = Decimal("0.000002")  # math-verify rounds floats to 6 decimals
@@ -58,7 +58,7 @@ _FLOAT_TOLERANCE = Decimal("0.000002")  # math-verify rounds floats to 6 decimal
 @lru_cache(maxsize=1 << 16)
 def normalize_answer(answer: str) -> str:
     r"""`answer` in one writing: trimmed, single spaces, no currency or `$` signs, no `\!`, no unary plus."""
-    if _PLAIN.fullmatch(answer):
+    if _PLAIN_NUMBER.fullmatch(answer):
         return answer.removeprefix("+")
     text = re.sub(r"\\!\s*|\\?[$£€]|(?<!\\)\\[()\[\]]", "", trim_answer(answer))
     text = re.sub(r"\s*\bpercent\b", "%", text.replace("−", "-"))
@@ -67,67 +67,67 @@ def normalize_answer(answer: str) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def plain_number(text: str) -> tuple[Decimal, bool] | None:
+def parse_plain_number(text: str) -> tuple[Decimal, bool] | None:
     """(exact value, has decimals) of a plain number; None for other text and beyond a float's digits."""
-    match = _PLAIN.fullmatch(text)
+    match = _PLAIN_NUMBER.fullmatch(text)
     decimals = match and (match[3] or match[4])
     if not match or len(text) > (16 if decimals else 300):
         return None
     return Decimal(text.replace(",", "")), bool(decimals)
 
 
-def _fast_verdict(predicted: str, gold: str) -> Verdict | None:
+def _match_fast(predicted: str, gold: str) -> MatchResult | None:
     """The verdict on two normalised answers where math-verify is certain to give the same; else None."""
-    if (one := plain_number(predicted)) and (other := plain_number(gold)):
+    if (one := parse_plain_number(predicted)) and (other := parse_plain_number(gold)):
         gap = abs(one[0] - other[0])
         if 0 < gap < _FLOAT_TOLERANCE and (one[1] or other[1]):
             return None
-        return Verdict.WRONG if gap else Verdict.RIGHT
+        return MatchResult.INCORRECT if gap else MatchResult.CORRECT
     # Other text may be identical and yet not parse, and such a gold answer must not count as met.
-    if predicted == gold and _WORDS.fullmatch(gold) and not _NOT_A_WORD.search(gold):
-        return Verdict.RIGHT
+    if predicted == gold and _ONLY_WORDS.fullmatch(gold) and not _NOT_A_WORD.search(gold):
+        return MatchResult.CORRECT
     return None
 
 
 @lru_cache(maxsize=1 << 16)
-def _read_gold(gold: str) -> str | None:
+def _normalize_gold(gold: str) -> str | None:
     """The normalised gold answer, also out of a worked solution (with a box or ####); None: none in it."""
     marked = re.search(r"\\boxed|\\fbox|####", gold)
     return normalize_answer((extract_answer(gold) or "") if marked else gold) or None
 
 
-def settle(predicted: str | None, gold: str | None) -> Verdict | tuple[str, str]:
+def match_without_worker(predicted: str | None, gold: str | None) -> MatchResult | tuple[str, str]:
     """A verdict that needs no worker, or the normalised pair that needs one."""
     if gold is None or not gold.strip():
-        return Verdict.NO_GOLD
-    if gold.startswith(SCORED):  # its scorer reads the answer as it was written
-        return (predicted.strip(), gold) if predicted and predicted.strip() else Verdict.NO_ANSWER
-    if (gold := _read_gold(gold)) is None:
-        return Verdict.BAD_GOLD
+        return MatchResult.NO_GOLD
+    if gold.startswith(VERIFIER_PREFIX):  # its scorer reads the answer as it was written
+        return (predicted.strip(), gold) if predicted and predicted.strip() else MatchResult.NO_ANSWER
+    if (gold := _normalize_gold(gold)) is None:
+        return MatchResult.BAD_GOLD
     if not predicted or not (predicted := normalize_answer(predicted)):
-        return Verdict.NO_ANSWER
-    return _fast_verdict(predicted, gold) or (predicted, gold)
+        return MatchResult.NO_ANSWER
+    return _match_fast(predicted, gold) or (predicted, gold)
 
 
-def compare(predicted: str, gold: str) -> str:
+def match_answers(predicted: str, gold: str) -> str:
     """The `Verdict` value of two normalised answers by math-verify, however long it takes; for workers."""
-    if gold.startswith(SCORED):
-        return _scored(predicted, gold).value
+    if gold.startswith(VERIFIER_PREFIX):
+        return _score_with_reasoning_gym(predicted, gold).value
     from math_verify import verify
 
     try:
-        parsed = _parse(gold)
+        parsed = _parse_with_math_verify(gold)
         if not parsed:
-            return Verdict.BAD_GOLD.value
-        right = verify(parsed, _parse(predicted), timeout_seconds=None, raise_on_error=True)
+            return MatchResult.BAD_GOLD.value
+        right = verify(parsed, _parse_with_math_verify(predicted), timeout_seconds=None, raise_on_error=True)
     except (MemoryError, RecursionError):
-        return Verdict.ERROR.value
+        return MatchResult.ERROR.value
     except Exception:  # math-verify's own reading of a comparison it cannot make: not shown equal
-        return Verdict.WRONG.value
-    return (Verdict.RIGHT if right else Verdict.WRONG).value
+        return MatchResult.INCORRECT.value
+    return (MatchResult.CORRECT if right else MatchResult.INCORRECT).value
 
 
-def _scored(predicted: str, gold: str) -> Verdict:
+def _score_with_reasoning_gym(predicted: str, gold: str) -> MatchResult:
     """RIGHT where a family of reasoning-gym gives the answer its full score, 1. An empty one only loads the package.
 
     Raises ImportError where the package is missing, which ends the worker.
@@ -135,32 +135,38 @@ def _scored(predicted: str, gold: str) -> Verdict:
     import reasoning_gym  # noqa: F401
 
     if not predicted:
-        return Verdict.WRONG
-    source = json.loads(gold.removeprefix(SCORED))
-    if wrapped := _TEXT.fullmatch(predicted):
+        return MatchResult.INCORRECT
+    source = json.loads(gold.removeprefix(VERIFIER_PREFIX))
+    if wrapped := _LATEX_TEXT.fullmatch(predicted):
         predicted = wrapped[1]
     try:
-        family = _family(json.dumps({name: source[name] for name in ("name", "seed", "size", "options")}))
-        return Verdict.RIGHT if family.score_answer(predicted, family[source["index"]]) == 1 else Verdict.WRONG
+        family = _load_reasoning_gym_dataset(
+            json.dumps({name: source[name] for name in ("name", "seed", "size", "options")})
+        )
+        return (
+            MatchResult.CORRECT
+            if family.score_answer(predicted, family[source["index"]]) == 1
+            else MatchResult.INCORRECT
+        )
     except (MemoryError, RecursionError):
-        return Verdict.ERROR
+        return MatchResult.ERROR
     except Exception:  # a scorer that chokes on the answer
-        return Verdict.WRONG
+        return MatchResult.INCORRECT
 
 
 @lru_cache(maxsize=8)
-def _family(source: str) -> Any:
+def _load_reasoning_gym_dataset(source: str) -> Any:
     import reasoning_gym
 
     made = json.loads(source)
     return reasoning_gym.create_dataset(made["name"], seed=made["seed"], size=made["size"], **made["options"])
 
 
-def _parse(answer: str) -> list:
+def _parse_with_math_verify(answer: str) -> list:
     """`answer`, the whole of it, as math-verify's expressions; empty if it is not mathematics."""
     from math_verify import LatexExtractionConfig, parse
 
-    if _WORDS.fullmatch(answer):  # or letters become a product, and "Paris" equals "pairs"
+    if _ONLY_WORDS.fullmatch(answer):  # or letters become a product, and "Paris" equals "pairs"
         answer = rf"\text{{{answer}}}"
     elif match := _WITH_UNIT.fullmatch(answer):
         answer = rf"{match[1]}\text{{ {match[2]}}}"

@@ -16,13 +16,13 @@ _THINK_OPEN = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 _THINK_CLOSE = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 
 # Forms in which a task may ask for its answer (`strict_answer`).
-FORMS = ("boxed", "hashes", "hash")
+ANSWER_FORMATS = ("boxed", "hashes", "hash")
 _HASHES_LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)$", re.MULTILINE)
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w))")
 # What joins boxes into one answer: "and", "or" or a comma, within a few characters.
-_NEAR = 40
-_BETWEEN = re.compile(
+_MAX_BOX_GAP = 40
+_BOX_JOINER = re.compile(
     r"[\s$]*(?:\\[)\],;])*[\s$]*(?:,?\s*\b(?:and|or)\b|,|\\text\{,?\s*(?:and|or)\s*\})[\s$]*(?:\\[(\[])?[\s$]*"
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -40,7 +40,7 @@ _HASHES_NUMBER = re.compile(rf"####[ \t]*(?P<answer>{_NUMBER}){_UNIT}")
 _HASHES_LAST_LINE = re.compile(r"####[ \t]*(?P<answer>[^\s#][^\n#]*)$")
 # "…;#8": only at the start of a line or of a step, so that "door #3" and Markdown headings are left alone.
 _HASH_NUMBER = re.compile(rf"(?:^|[;\n])[ \t]*#[ \t]*(?P<answer>{_NUMBER})[ \t]*(?=[;\n]|$)")
-_PHRASE = re.compile(
+_ANSWER_PHRASE = re.compile(
     r"\banswers?\b(?:\s+[^\s.,:;=?!]+){0,8}?[\s*_]*(?:\b(?:is|are|was|be|equals)\b|:|=)[\s:*_]*"
     r"|^[#*_ \t]*(?:the )?(?:final )?answer[*_ \t]*\n[\s*_]*",
     re.IGNORECASE | re.MULTILINE,
@@ -58,7 +58,7 @@ _NOT_ONE_VALUE = re.compile(r",\s|\b(?:and|or)\b|\d[A-Za-z]|\^")  # "3, 5", "2x 
 # Marks prose, where the answer is a number in it, as against a formula: "it is 12", but not "ab + 2 sin x".
 _FUNCTION = r"(?:and|sin|cos|tan|cot|sec|csc|log|exp|sqrt|mod)\b"
 _WORD = re.compile(rf"(?<![A-Za-z])(?:(?!{_FUNCTION})[A-Za-z]{{3}}|[A-Za-z]{{2}} [A-Za-z]{{2}})")
-_CLOSING = re.compile(r"(?<!\\right)[.,;:]+$")
+_TRAILING_PUNCTUATION = re.compile(r"(?<!\\right)[.,;:]+$")
 
 
 def extract_answer(text: str) -> str | None:
@@ -74,64 +74,64 @@ def extract_answer(text: str) -> str | None:
     - "the answer is …" or "Answer: …";
     - the last plain number: sign, thousands commas, decimals, a/b, %; without its currency sign.
     """
-    text = _without_thinking(text).replace("−", "-")
-    box, text = _last_boxes(text)
-    for find in (lambda _: box, _after_hashes, _after_phrase, _last_number):
+    text = _strip_thinking(text).replace("−", "-")
+    box, text = _extract_last_boxes(text)
+    for find in (lambda _: box, _extract_after_hashes, _extract_after_phrase, _extract_last_number):
         if answer := find(text):
             return answer
     return None
 
 
-def strict_answer(text: str, form: str) -> str | None:
+def extract_strict_answer(text: str, answer_format: str) -> str | None:
     r"""The final answer in the form that was asked for, or None: nothing else counts. The last one wins.
 
     Args:
         form: "boxed", a complete `\boxed{…}`; "hashes", the rest of a line that begins with `####`; or "hash", what
             follows the last `#`, up to the end (the embedded chains). Thinking is no answer, as in `extract_answer`.
     """
-    text = _without_thinking(text)
-    if form == "boxed":
-        boxes, _ = _boxes(text.replace("−", "-"))
+    text = _strip_thinking(text)
+    if answer_format == "boxed":
+        boxes, _ = _find_boxes(text.replace("−", "-"))
         return boxes[-1][0] if boxes else None
-    found = _HASHES_LINE.findall(text) if form == "hashes" else text.split("#")[1:]
+    found = _HASHES_LINE.findall(text) if answer_format == "hashes" else text.split("#")[1:]
     return (trim_answer(found[-1].replace("−", "-")) or None) if found else None
 
 
-def asked_form(instruction: str) -> str | None:
+def detect_answer_format(instruction: str) -> str | None:
     r"""The form of answer that an instruction asks for, by its `\boxed` or `####`; None where it names neither."""
     return "boxed" if r"\boxed" in instruction else "hashes" if "####" in instruction else None
 
 
-def in_thinking(text: str) -> bool:
+def has_open_think_block(text: str) -> bool:
     """Whether a text ends inside a think block."""
     opened, closed = ([match.start() for match in tag.finditer(text)] for tag in (_THINK_OPEN, _THINK_CLOSE))
     return bool(opened) and (not closed or closed[-1] < opened[-1])
 
 
-def _without_thinking(text: str) -> str:
+def _strip_thinking(text: str) -> str:
     text = _THINK_BLOCK.sub(" ", text)
     text = _THINK_CLOSE.split(text)[-1]
     return _THINK_OPEN.split(text)[0]
 
 
-def _last_boxes(text: str) -> tuple[str | None, str]:
+def _extract_last_boxes(text: str) -> tuple[str | None, str]:
     """The content of the last complete box, and of those joined to it, and the text up to an unfinished one."""
-    found, text = _boxes(text)
+    found, text = _find_boxes(text)
     parts: list[str] = []
     following = 0
     for content, start, end in reversed(found):
-        if parts and (following - end > _NEAR or not _BETWEEN.fullmatch(text, end, following)):
+        if parts and (following - end > _MAX_BOX_GAP or not _BOX_JOINER.fullmatch(text, end, following)):
             break
         parts.insert(0, content)
         following = start
     return ", ".join(parts) or None, text
 
 
-def _boxes(text: str) -> tuple[list[tuple[str, int, int]], str]:
+def _find_boxes(text: str) -> tuple[list[tuple[str, int, int]], str]:
     """(content, start, end) of the complete boxes that are not empty, and the text up to an unfinished one."""
     found: list[tuple[str, int, int]] = []
     for match in _BOX.finditer(text):
-        content = match[1] or _balanced(text, match.end())
+        content = match[1] or _extract_balanced(text, match.end())
         if content is None:
             return found, text[: match.start()]
         end = match.end() if match[1] else match.end() + len(content) + 1
@@ -140,7 +140,7 @@ def _boxes(text: str) -> tuple[list[tuple[str, int, int]], str]:
     return found, text
 
 
-def _balanced(text: str, start: int) -> str | None:
+def _extract_balanced(text: str, start: int) -> str | None:
     """`text[start:…]` up to the brace that closes the one before `start`; None if there is none."""
     depth = 1
     for match in _BRACE.finditer(text, start):
@@ -150,13 +150,13 @@ def _balanced(text: str, start: int) -> str | None:
     return None
 
 
-def _after_hashes(text: str) -> str | None:
+def _extract_after_hashes(text: str) -> str | None:
     found = [*_HASHES_NUMBER.finditer(text), *_HASH_NUMBER.finditer(text)]
     last = max(found, key=lambda match: match.start(), default=None)
     other = _HASHES_LAST_LINE.search(text.rstrip())
     if other and (last is None or other.start() > last.start()) and not _is_heading(other["answer"]):
         return trim_answer(other["answer"])
-    return _number_text(last) if last else None
+    return _format_number(last) if last else None
 
 
 def _is_heading(line: str) -> bool:
@@ -164,37 +164,37 @@ def _is_heading(line: str) -> bool:
     return "\\" not in line and bool(_WORD.search(line)) and (":" in line or len(line.split()) > 3)
 
 
-def _after_phrase(text: str) -> str | None:
-    for match in reversed(list(_PHRASE.finditer(text))):
-        if answer := _in_sentence(text[match.end() :]):
+def _extract_after_phrase(text: str) -> str | None:
+    for match in reversed(list(_ANSWER_PHRASE.finditer(text))):
+        if answer := _extract_from_sentence(text[match.end() :]):
             return answer
     return None
 
 
-def _in_sentence(text: str) -> str | None:
+def _extract_from_sentence(text: str) -> str | None:
     """The answer in what follows "the answer is": a formula, a number with its unit, or a few words."""
     if formula := _MATH_RUN.match(text):
         return trim_answer(formula[0])
     line = text.split("\n", 1)[0]
     if number := _LEADING_NUMBER.match(line):
-        return _number_text(number)
+        return _format_number(number)
     if formula := _MATH_RUN.search(line):
         return trim_answer(formula[0])
     line = trim_answer(_SENTENCE_END.split(line, maxsplit=1)[0])
     tail = line if _NOT_ONE_VALUE.search(line) else line.rsplit("=", 1)[-1].strip()
     if number := _ANY_NUMBER.fullmatch(tail) or _LEADING_NUMBER.match(tail):
-        return _number_text(number)
+        return _format_number(number)
     if "\\" in line or not _WORD.search(line):
         return line or None
-    return _last_number(line) or (line if len(line.split()) <= 6 else None)
+    return _extract_last_number(line) or (line if len(line.split()) <= 6 else None)
 
 
-def _last_number(text: str) -> str | None:
+def _extract_last_number(text: str) -> str | None:
     found = list(_ANY_NUMBER.finditer(text))
-    return _number_text(found[-1]) if found else None
+    return _format_number(found[-1]) if found else None
 
 
-def _number_text(match: re.Match[str]) -> str:
+def _format_number(match: re.Match[str]) -> str:
     sign = "-" if "-" in (match["sign"], match["inner"]) else ""
     return sign + match["body"].replace(" ", "") + ("%" if match["percent"] else "")
 
@@ -204,7 +204,7 @@ def trim_answer(answer: str) -> str:
     previous = None
     while answer != previous:
         previous = answer
-        answer = _CLOSING.sub("", answer.strip(" \t\r\n*_`~\u00a0"))
+        answer = _TRAILING_PUNCTUATION.sub("", answer.strip(" \t\r\n*_`~\u00a0"))
         for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             inner = answer[len(left) : -len(right)]
             if answer.startswith(left) and answer.endswith(right) and inner and left not in inner:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-KINDS = ("prefill", "decode", "forward", "backward", "train")
+WORK_KINDS = ("prefill", "decode", "forward", "backward", "train")
 
 
 @dataclass(frozen=True)
@@ -49,36 +49,40 @@ class ModelSize:
 
     name: str
     linear_params: int
-    layers: int
+    num_layers: int
     attention_width: int
     head_params: int
 
-    def forward_flops(self, start: int, count: int, head: int | None = None) -> float:
+    def compute_forward_flops(self, start: int, num_tokens: int, num_head_positions: int | None = None) -> float:
         """FLOPs of `count` tokens placed at positions start .. start + count - 1 of one sequence.
 
         `head`: positions at which the output head is applied; None means all `count`. A count of 0 with a
         `head` charges the head alone.
         """
-        linear, attention, output = self._parts(start, count, head)
+        linear, attention, output = self._compute_flops_by_part(start, num_tokens, num_head_positions)
         return float(linear + attention + output)
 
-    def backward_flops(self, start: int, count: int, head: int | None = None, frozen: bool = True) -> float:
+    def compute_backward_flops(
+        self, start: int, num_tokens: int, num_head_positions: int | None = None, frozen: bool = True
+    ) -> float:
         """FLOPs of the backward alone, for the same tokens; add `forward_flops` for the forward it needs.
 
         `frozen`: gradients with respect to activations only (token gradients; also LoRA, whose own
         matrices are negligible); False adds those of the weights.
         """
-        linear, attention, output = self._parts(start, count, head)
+        linear, attention, output = self._compute_flops_by_part(start, num_tokens, num_head_positions)
         weights = 1 if frozen else 2
         return float(weights * (linear + output) + 2 * attention)
 
-    def _parts(self, start: int, count: int, head: int | None) -> tuple[int, int, int]:
+    def _compute_flops_by_part(
+        self, start: int, num_tokens: int, num_head_positions: int | None
+    ) -> tuple[int, int, int]:
         """Forward FLOPs of the linear layers, the attention and the output head."""
-        attended = count * start + count * (count + 1) // 2
+        attended = num_tokens * start + num_tokens * (num_tokens + 1) // 2
         return (
-            2 * self.linear_params * count,
-            4 * self.attention_width * self.layers * attended,
-            2 * self.head_params * (count if head is None else head),
+            2 * self.linear_params * num_tokens,
+            4 * self.attention_width * self.num_layers * attended,
+            2 * self.head_params * (num_tokens if num_head_positions is None else num_head_positions),
         )
 
 
@@ -107,7 +111,7 @@ class Cost:
         return cls(float(data["flops"]), float(data["seconds"]), tokens)
 
 
-class Meter:
+class FlopCounter:
     """One account per key (a problem id), charged by whoever does the work; not thread-safe.
 
     Nothing is free: wasted and rejected work is charged like any other. Work that belongs to no problem
@@ -116,17 +120,17 @@ class Meter:
 
     def __init__(self) -> None:
         self._costs: dict[str, Cost] = {}
-        self._inner: list[float] = []  # one entry per open clock: seconds already given to clocks inside it
+        self._nested_seconds: list[float] = []  # one entry per open clock: seconds already given to clocks inside it
 
-    def charge(
+    def add_flops(
         self,
         key: str,
         size: ModelSize,
         kind: str,
         start: int,
-        count: int,
+        num_tokens: int,
         *,
-        head: int | None = None,
+        num_head_positions: int | None = None,
         frozen: bool = True,
     ) -> None:
         """Charge `key` for `count` tokens of one sequence at positions start .. start + count - 1.
@@ -135,22 +139,22 @@ class Meter:
         "train" costs both. `head` as in `ModelSize.forward_flops`. `frozen` matters to "backward" and
         "train" only: True where base weights get no gradient (token gradients, LoRA), False in full training.
         """
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind of work {kind!r}; known: {', '.join(KINDS)}")
-        if start < 0 or count < 0 or (head is not None and head < 0):
-            raise ValueError(f"cannot charge start={start}, count={count}, head={head}: negative")
+        if kind not in WORK_KINDS:
+            raise ValueError(f"unknown kind of work {kind!r}; known: {', '.join(WORK_KINDS)}")
+        if start < 0 or num_tokens < 0 or (num_head_positions is not None and num_head_positions < 0):
+            raise ValueError(f"cannot charge start={start}, count={num_tokens}, head={num_head_positions}: negative")
         flops = 0.0
         if kind != "backward":
-            flops += size.forward_flops(start, count, head)
+            flops += size.compute_forward_flops(start, num_tokens, num_head_positions)
         if kind in ("backward", "train"):
-            flops += size.backward_flops(start, count, head, frozen)
-        cost = self._account(key)
+            flops += size.compute_backward_flops(start, num_tokens, num_head_positions, frozen)
+        cost = self._get_or_create_cost(key)
         cost.flops += flops
         name = f"{size.name}/{kind}"
-        cost.tokens[name] = cost.tokens.get(name, 0) + count
+        cost.tokens[name] = cost.tokens.get(name, 0) + num_tokens
 
     @contextmanager
-    def clock(self, keys: Sequence[str]) -> Iterator[None]:
+    def measure_seconds(self, keys: Sequence[str]) -> Iterator[None]:
         """Share the wall seconds of the `with` block evenly over `keys`, also when the block raises.
 
         A key listed n times (n rows of a batch) gets n shares. Clocks may nest: the seconds of an inner
@@ -161,34 +165,34 @@ class Meter:
         if not keys:
             raise ValueError("a clock needs at least one key to charge the seconds to")
         keys = list(keys)
-        self._inner.append(0.0)
+        self._nested_seconds.append(0.0)
         began = perf_counter()
         try:
             yield
         finally:
             elapsed = perf_counter() - began
-            share = (elapsed - self._inner.pop()) / len(keys)
-            if self._inner:
-                self._inner[-1] += elapsed
+            share = (elapsed - self._nested_seconds.pop()) / len(keys)
+            if self._nested_seconds:
+                self._nested_seconds[-1] += elapsed
             for key in keys:
-                self._account(key).seconds += share
+                self._get_or_create_cost(key).seconds += share
 
-    def cost(self, key: str) -> Cost:
+    def get_cost(self, key: str) -> Cost:
         """A copy of what `key` has cost so far; zero for a key never charged."""
         return self._costs.get(key, Cost()) + Cost()
 
-    def total(self) -> Cost:
+    def get_total_cost(self) -> Cost:
         """The sum over all keys."""
         return sum(self._costs.values(), Cost())
 
-    def _account(self, key: str) -> Cost:
+    def _get_or_create_cost(self, key: str) -> Cost:
         cost = self._costs.get(key)
         if cost is None:
             cost = self._costs[key] = Cost()
         return cost
 
 
-def model_size(model: PreTrainedModel, name: str) -> ModelSize:
+def measure_model_size(model: PreTrainedModel, name: str) -> ModelSize:
     """Measure a causal LM or a sequence classifier (also under PEFT, adapters included).
 
     Weights count where they are matrices (ndim >= 2) and no embedding table; a tied head counts as a head.
@@ -197,27 +201,27 @@ def model_size(model: PreTrainedModel, name: str) -> ModelSize:
     Raises ValueError for any other kind of model.
     """
     config = model.config.get_text_config()
-    head = _output_head(model)
+    head = _get_output_head(model)
     in_head = {id(module) for module in head.modules()}
     params: Counter[str] = Counter()
     for path, module in model.named_modules():
         if ".original_module" in path:  # PEFT keeps it beside the trained copy, and runs the copy
             continue
         part = "head" if id(module) in in_head else "experts" if ".experts." in f"{path}." else "other"
-        params[part] += _matrix_params(module)
-    active, of = _active_experts(config)
+        params[part] += _count_matrix_params(module)
+    active, of = _get_active_experts(config)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelSize(
         name=name,
         linear_params=params["other"] + params["experts"] * active // of,
-        layers=config.num_hidden_layers,
+        num_layers=config.num_hidden_layers,
         attention_width=heads * head_dim,
         head_params=params["head"],
     )
 
 
-def _output_head(model: PreTrainedModel) -> nn.Module:
+def _get_output_head(model: PreTrainedModel) -> nn.Module:
     kind = type(model).__name__
     if kind.endswith("ForSequenceClassification"):
         head = getattr(model, "score", None)  # encoders name theirs differently, and aren't supported
@@ -228,7 +232,7 @@ def _output_head(model: PreTrainedModel) -> nn.Module:
     return head
 
 
-def _matrix_params(module: nn.Module) -> int:
+def _count_matrix_params(module: nn.Module) -> int:
     """Matrix entries that `module` owns itself, its children not counted."""
     from torch import nn  # here, so that a report needs no torch
 
@@ -239,7 +243,7 @@ def _matrix_params(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters(recurse=False) if weight.ndim >= 2)
 
 
-def _active_experts(config: Any) -> tuple[int, int]:
+def _get_active_experts(config: Any) -> tuple[int, int]:
     """(experts used per token, experts there), (1, 1) where the config does not say."""
     active = getattr(config, "num_experts_per_tok", None)
     there = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)

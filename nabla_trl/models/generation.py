@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from nabla_trl.models import kv_cache
-from nabla_trl.models.flops import Meter
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import Draft, Job
+from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 
 
 def build_warpers(sampling: Sampling) -> LogitsProcessorList:
@@ -45,46 +45,50 @@ def build_warpers(sampling: Sampling) -> LogitsProcessorList:
     return chain
 
 
-def random_stream(seed: int, problem_id: str, *draw: int | str) -> np.random.Generator:
+def make_rng(seed: int, problem_id: str, *draw: int | str) -> np.random.Generator:
     """The random numbers of one draw of one problem: independent of batch, order, shard and resume."""
     key = hashlib.blake2b(repr((seed, problem_id, *draw)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
-_Prompt = tuple[str, tuple[int, ...]]  # problem id and prefix
+_PrefixKey = tuple[str, tuple[int, ...]]  # problem id and prefix
 
 
-def prompt_caches(policy: Policy, prompts: Sequence[tuple[str, list[int]]], meter: Meter) -> list[Tensor]:
+def prepare_prompt_caches(
+    policy: Policy, prompts: Sequence[tuple[str, list[int]]], flop_counter: FlopCounter
+) -> list[Tensor]:
     """kv rows of every prompt but its last token, for (problem id, prompt ids) pairs; empty rows from a server."""
-    if policy.server is None:
-        return prefill(policy, prompts, meter)
-    _charge_prefill(policy, prompts, meter)  # it is the server that computes and keeps them
-    return [kv_cache.empty_row(policy.model)] * len(prompts)
+    if policy.backend is None:
+        return prefill_prompts(policy, prompts, flop_counter)
+    _charge_prefill(policy, prompts, flop_counter)  # it is the server that computes and keeps them
+    return [kv_cache.make_empty_cache(policy.model)] * len(prompts)
 
 
-def prefill(policy: Policy, prompts: Sequence[tuple[str, list[int]]], meter: Meter) -> list[Tensor]:
+def prefill_prompts(
+    policy: Policy, prompts: Sequence[tuple[str, list[int]]], flop_counter: FlopCounter
+) -> list[Tensor]:
     """kv rows of every prompt but its last token in the model that is loaded here."""
-    rows = kv_cache.prefill(policy.model, [ids[:-1] for _, ids in prompts])
-    _charge_prefill(policy, prompts, meter)
+    rows = kv_cache.prefill_sequences(policy.model, [ids[:-1] for _, ids in prompts])
+    _charge_prefill(policy, prompts, flop_counter)
     return rows
 
 
-def _charge_prefill(policy: Policy, prompts: Sequence[tuple[str, list[int]]], meter: Meter) -> None:
+def _charge_prefill(policy: Policy, prompts: Sequence[tuple[str, list[int]]], flop_counter: FlopCounter) -> None:
     for key, ids in prompts:
-        meter.charge(key, policy.size, "prefill", 0, len(ids) - 1, head=0)
+        flop_counter.add_flops(key, policy.size, "prefill", 0, len(ids) - 1, num_head_positions=0)
 
 
-def generate(
+def generate_continuations(
     policy: Policy,
-    jobs: Sequence[Job],
+    requests: Sequence[GenerationRequest],
     sampling: Sampling,
     *,
-    meter: Meter,
-    candidates: int = 1,
-    keep_cache: bool = False,
-    keep_tilt: bool = False,
+    flop_counter: FlopCounter,
+    top_k_candidates: int = 1,
+    return_cache: bool = False,
+    return_log_importance_weight: bool = False,
     batch_size: int = 256,
-) -> list[Draft]:
+) -> list[GenerationOutput]:
     """Draw every job's continuation, `batch_size` rows at a time.
 
     Args:
@@ -96,139 +100,167 @@ def generate(
         ValueError: NaN or infinite logits, what a server refuses, or a tilt or an end that a server cannot tell.
         ConnectionError: a server that fails or does not answer.
     """
-    drafts: list[Draft] = []
-    prompts: dict[_Prompt, Tensor] = {}
-    for begin in range(0, len(jobs), batch_size):
-        batch, later = jobs[begin : begin + batch_size], jobs[begin + batch_size :]
-        with meter.clock([job.key for job in batch]):
-            caches = _job_caches(policy, batch, prompts, meter)
-            if policy.server is None:
-                made = _generate_batch(policy, batch, caches, sampling, candidates, keep_cache, keep_tilt)
-            elif keep_tilt and build_warpers(sampling):
+    drafts: list[GenerationOutput] = []
+    prompts: dict[_PrefixKey, Tensor] = {}
+    for begin in range(0, len(requests), batch_size):
+        batch, later = requests[begin : begin + batch_size], requests[begin + batch_size :]
+        with flop_counter.measure_seconds([job.cost_key for job in batch]):
+            caches = _prepare_request_caches(policy, batch, prompts, flop_counter)
+            if policy.backend is None:
+                made = _generate_batch(
+                    policy, batch, caches, sampling, top_k_candidates, return_cache, return_log_importance_weight
+                )
+            elif return_log_importance_weight and build_warpers(sampling):
                 raise ValueError(
                     "a server does not tell how its sampler differs from the policy: metropolis needs "
                     "temperature 1, and no top_k, top_p or min_p, with vllm_url"
                 )
-            elif any(job.ends for job in batch):
+            elif any(job.should_stop for job in batch):
                 raise ValueError("a vLLM server draws whole responses, not their steps: leave out vllm_url")
             else:
-                made = policy.server.draw(policy, batch, sampling, candidates)
+                made = policy.backend.generate(policy, batch, sampling, top_k_candidates)
         for job, draft in zip(batch, made, strict=True):
             # A server is charged as if it had every prefix in its cache, as vLLM's prefix caching mostly does.
-            meter.charge(job.key, policy.size, "decode", len(job.prefix) - 1, len(draft.ids))
+            flop_counter.add_flops(job.cost_key, policy.size, "decode", len(job.prefix_ids) - 1, len(draft.ids))
         drafts += made
-        wanted = {_prompt(job) for job in later if job.cache is None}
+        wanted = {_make_prefix_key(job) for job in later if job.cache is None}
         prompts = {prompt: row for prompt, row in prompts.items() if prompt in wanted}
     return drafts
 
 
 @dataclass
-class _Rows:
+class _DecodingBatch:
     """The rows still being drawn; `index` says which job each row is."""
 
-    index: Tensor  # [B] long
+    request_indices: Tensor  # [B] long
     tokens: Tensor  # [B] the token to feed next
     positions: Tensor  # [B] its position
     mask: Tensor  # [B, cached]
     uniforms: Tensor  # [B, longest limit] float64
 
-    def select(self, keep: Tensor) -> _Rows:
-        return _Rows(self.index[keep], self.tokens[keep], self.positions[keep], self.mask[keep], self.uniforms[keep])
+    def select(self, keep: Tensor) -> _DecodingBatch:
+        return _DecodingBatch(
+            self.request_indices[keep], self.tokens[keep], self.positions[keep], self.mask[keep], self.uniforms[keep]
+        )
 
 
 @torch.no_grad()
 def _generate_batch(
     policy: Policy,
-    jobs: Sequence[Job],
-    cached: list[Tensor],
+    requests: Sequence[GenerationRequest],
+    prefix_caches: list[Tensor],
     sampling: Sampling,
-    width: int,
-    keep_cache: bool,
-    keep_tilt: bool,
-) -> list[Draft]:
-    cache, mask = kv_cache.stack(cached, grow=True)
-    rows = _start(policy, jobs, mask, sampling)
-    limits = torch.tensor([job.limit for job in jobs], device=policy.device)
+    num_candidates: int,
+    return_cache: bool,
+    return_log_importance_weight: bool,
+) -> list[GenerationOutput]:
+    cache, mask = kv_cache.stack_caches(prefix_caches, growable=True)
+    rows = _init_decoding_batch(policy, requests, mask, sampling)
+    limits = torch.tensor([job.max_new_tokens for job in requests], device=policy.device)
     stops = torch.tensor(sorted(policy.stop_ids), device=policy.device)
     warpers = build_warpers(sampling)
-    ends = _Ends(policy, jobs)
+    ends = _StopTracker(policy, requests)
     steps: list[tuple[Tensor, ...]] = []
     caches: dict[int, Tensor] = {}
-    while len(rows.index):
+    while len(rows.request_indices):
         rows.mask = torch.cat((rows.mask, rows.mask.new_ones(len(rows.mask), 1)), dim=1)
-        logits = _next_logits(policy, rows, cache)
-        allowed = logits.masked_fill(policy.forbidden, -torch.inf)
-        drawn = draw(allowed, rows.uniforms[:, len(steps)], warpers, sampling)
-        top, logp = top_candidates(logits, drawn, policy.forbidden, width)
-        steps.append((rows.index, drawn, top, logp, *([tilt(allowed, top, warpers)] if keep_tilt and warpers else [])))
+        logits = _compute_next_logits(policy, rows, cache)
+        allowed = logits.masked_fill(policy.forbidden_mask, -torch.inf)
+        drawn = sample_tokens(allowed, rows.uniforms[:, len(steps)], warpers, sampling)
+        top, logp = compute_top_candidates(logits, drawn, policy.forbidden_mask, num_candidates)
+        steps.append(
+            (
+                rows.request_indices,
+                drawn,
+                top,
+                logp,
+                *(
+                    [compute_log_importance_weight(allowed, top, warpers)]
+                    if return_log_importance_weight and warpers
+                    else []
+                ),
+            )
+        )
         rows.tokens, rows.positions = drawn, rows.positions + 1
-        done = torch.isin(drawn, stops) | (limits[rows.index] <= len(steps)) | ends.after(rows.index, drawn)
+        done = (
+            torch.isin(drawn, stops)
+            | (limits[rows.request_indices] <= len(steps))
+            | ends.find_ended(rows.request_indices, drawn)
+        )
         if done.any():
-            if keep_cache:
-                caches |= _finished_caches(cache, rows, done)
+            if return_cache:
+                caches |= _extract_finished_caches(cache, rows, done)
             going = torch.nonzero(~done).squeeze(1)
             cache.batch_select_indices(going)
             rows = rows.select(going)
-    return _collect(steps, jobs, caches, policy)
+    return _collect_outputs(steps, requests, caches, policy)
 
 
-class _Ends:
+class _StopTracker:
     """Which rows a stop string, or their job's own word, has ended. Jobs without either are not read."""
 
-    def __init__(self, policy: Policy, jobs: Sequence[Job]):
-        self.policy, self.jobs = policy, jobs
-        self.ids: dict[int, list[int]] = {index: [] for index, job in enumerate(jobs) if job.stop or job.ends}
+    def __init__(self, policy: Policy, requests: Sequence[GenerationRequest]):
+        self.policy, self.requests = policy, requests
+        self.ids: dict[int, list[int]] = {
+            index: [] for index, job in enumerate(requests) if job.stop_strings or job.should_stop
+        }
 
-    def after(self, index: Tensor, drawn: Tensor) -> Tensor:
+    def find_ended(self, index: Tensor, drawn: Tensor) -> Tensor:
         """[B] bool, the rows that end with the tokens just drawn."""
         ended = torch.zeros_like(index, dtype=torch.bool)
         if not self.ids:
             return ended
         for row, (number, token) in enumerate(zip(index.tolist(), drawn.tolist(), strict=True)):
             if number in self.ids:
-                job, ids = self.jobs[number], self.ids[number]
+                job, ids = self.requests[number], self.ids[number]
                 ids.append(token)
                 told = job.ends is not None and job.ends(token)  # it is told every token, whatever else ends the row
                 ended[row] = told or job.over(self.policy, ids)
         return ended
 
 
-def _prompt(job: Job) -> _Prompt:
-    return job.key, tuple(job.prefix)
+def _make_prefix_key(job: GenerationRequest) -> _PrefixKey:
+    return job.cost_key, tuple(job.prefix_ids)
 
 
-def _job_caches(policy: Policy, jobs: Sequence[Job], prompts: dict[_Prompt, Tensor], meter: Meter) -> list[Tensor]:
+def _prepare_request_caches(
+    policy: Policy, requests: Sequence[GenerationRequest], prompts: dict[_PrefixKey, Tensor], flop_counter: FlopCounter
+) -> list[Tensor]:
     """Each job's cache; prompts without one are prefilled once, however many jobs and batches share them."""
-    new = {_prompt(job): job for job in jobs if job.cache is None and _prompt(job) not in prompts}
+    new = {
+        _make_prefix_key(job): job for job in requests if job.cache is None and _make_prefix_key(job) not in prompts
+    }
     if new:
-        rows = prompt_caches(policy, [(job.key, job.prefix) for job in new.values()], meter)
+        rows = prepare_prompt_caches(policy, [(job.cost_key, job.prefix_ids) for job in new.values()], flop_counter)
         prompts.update(zip(new, rows, strict=True))
-    return [prompts[_prompt(job)] if job.cache is None else job.cache for job in jobs]
+    return [prompts[_make_prefix_key(job)] if job.cache is None else job.cache for job in requests]
 
 
-def _start(policy: Policy, jobs: Sequence[Job], mask: Tensor, sampling: Sampling) -> _Rows:
-    longest = max(job.limit for job in jobs)
-    uniforms = torch.zeros(len(jobs), longest, dtype=torch.float64)
+def _init_decoding_batch(
+    policy: Policy, requests: Sequence[GenerationRequest], mask: Tensor, sampling: Sampling
+) -> _DecodingBatch:
+    longest = max(job.max_new_tokens for job in requests)
+    uniforms = torch.zeros(len(requests), longest, dtype=torch.float64)
     if sampling.temperature > 0:
-        for row, job in enumerate(jobs):
-            if job.stream is None:
+        for row, job in enumerate(requests):
+            if job.rng is None:
                 raise ValueError("sampling needs a random stream for every job")
-            uniforms[row, : job.limit] = torch.from_numpy(job.stream.random(job.limit))
+            uniforms[row, : job.max_new_tokens] = torch.from_numpy(job.rng.random(job.max_new_tokens))
     device = policy.device
-    return _Rows(
-        index=torch.arange(len(jobs), device=device),
-        tokens=torch.tensor([job.prefix[-1] for job in jobs], device=device),
-        positions=torch.tensor([len(job.prefix) - 1 for job in jobs], device=device),
+    return _DecodingBatch(
+        request_indices=torch.arange(len(requests), device=device),
+        tokens=torch.tensor([job.prefix_ids[-1] for job in requests], device=device),
+        positions=torch.tensor([len(job.prefix_ids) - 1 for job in requests], device=device),
         mask=mask,
         uniforms=uniforms.to(device),
     )
 
 
-def _next_logits(policy: Policy, rows: _Rows, cache: Cache) -> Tensor:
+def _compute_next_logits(policy: Policy, rows: _DecodingBatch, cache: Cache) -> Tensor:
     """Logits [B, V] float32 after feeding each row's next token."""
     output = policy.model(
         input_ids=rows.tokens[:, None],
-        attention_mask=kv_cache.attention_mask(rows.mask[:, :-1], 1, policy.model.dtype),
+        attention_mask=kv_cache.build_attention_mask(rows.mask[:, :-1], 1, policy.model.dtype),
         position_ids=rows.positions[:, None],
         past_key_values=cache,
         use_cache=True,
@@ -239,7 +271,7 @@ def _next_logits(policy: Policy, rows: _Rows, cache: Cache) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, uniforms: Tensor, warpers: LogitsProcessorList, sampling: Sampling) -> Tensor:
+def sample_tokens(logits: Tensor, uniforms: Tensor, warpers: LogitsProcessorList, sampling: Sampling) -> Tensor:
     """One token per row of logits [B, V] by inverting the CDF at `uniforms` [B] (arg max when greedy).
 
     The sum runs in float64, so that the draw hardly depends on rounding; a token of zero mass is never drawn.
@@ -252,21 +284,23 @@ def draw(logits: Tensor, uniforms: Tensor, warpers: LogitsProcessorList, samplin
     return torch.searchsorted(mass, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
-def top_candidates(logits: Tensor, drawn: Tensor, forbidden: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def compute_top_candidates(
+    logits: Tensor, drawn: Tensor, forbidden: Tensor, num_candidates: int
+) -> tuple[Tensor, Tensor]:
     """The `width` likeliest tokens of each row and their log π; the drawn token is always among them.
 
     Returns:
         ids [B, K] long and log-probabilities [B, K] float32 (−inf where forbidden).
     """
     logp = logits.log_softmax(-1).masked_fill(forbidden, -torch.inf)
-    values, ids = logp.topk(min(width, logp.shape[-1]), dim=-1)
+    values, ids = logp.topk(min(num_candidates, logp.shape[-1]), dim=-1)
     absent = (ids != drawn[:, None]).all(-1)
     ids[absent, -1] = drawn[absent]
     values[absent, -1] = logp[absent].gather(1, drawn[absent, None]).squeeze(1)
     return ids, values
 
 
-def tilt(logits: Tensor, candidates: Tensor, warpers: LogitsProcessorList) -> Tensor:
+def compute_log_importance_weight(logits: Tensor, candidates: Tensor, warpers: LogitsProcessorList) -> Tensor:
     """log π less the log-probability that the sampler gives candidates [B, K]: [B, K], inf where it never draws one.
 
     Args:
@@ -277,19 +311,19 @@ def tilt(logits: Tensor, candidates: Tensor, warpers: LogitsProcessorList) -> Te
     return torch.where(sampler == -torch.inf, torch.inf, policy - sampler)
 
 
-def _finished_caches(cache: Cache, rows: _Rows, done: Tensor) -> dict[int, Tensor]:
+def _extract_finished_caches(cache: Cache, rows: _DecodingBatch, done: Tensor) -> dict[int, Tensor]:
     indices = torch.nonzero(done).squeeze(1)
     end = rows.mask.shape[1]
     spans = [(begin, end) for begin in (rows.mask[indices] == 0).sum(1).tolist()]
-    taken = kv_cache.unstack(cache, indices, spans)
-    return dict(zip(rows.index[indices].tolist(), taken, strict=True))
+    taken = kv_cache.unstack_caches(cache, indices, spans)
+    return dict(zip(rows.request_indices[indices].tolist(), taken, strict=True))
 
 
-def _collect(
-    steps: list[tuple[Tensor, ...]], jobs: Sequence[Job], caches: dict[int, Tensor], policy: Policy
-) -> list[Draft]:
+def _collect_outputs(
+    steps: list[tuple[Tensor, ...]], requests: Sequence[GenerationRequest], caches: dict[int, Tensor], policy: Policy
+) -> list[GenerationOutput]:
     """Turn per-step columns (row index, drawn token, tables) into per-job drafts."""
-    count = len(jobs)
+    count = len(requests)
     lengths = torch.zeros(count, dtype=torch.long)
     ids = torch.zeros(count, len(steps), dtype=torch.long)
     tables = [torch.zeros(count, len(steps), *column.shape[1:], dtype=column.dtype) for column in steps[0][2:]]
@@ -303,6 +337,6 @@ def _collect(
     for job, length in enumerate(lengths.tolist()):
         tokens = ids[job, :length].tolist()
         candidates, logp, *rest = [table[job, :length].clone() for table in tables]
-        finished = jobs[job].over(policy, tokens)
-        drafts.append(Draft(tokens, finished, candidates, logp, rest[0] if rest else None, caches.get(job)))
+        finished = requests[job].is_finished(policy, tokens)
+        drafts.append(GenerationOutput(tokens, finished, candidates, logp, rest[0] if rest else None, caches.get(job)))
     return drafts

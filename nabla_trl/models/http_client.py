@@ -12,16 +12,16 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from nabla_trl.utils.formatting import one_line
+from nabla_trl.utils.formatting import format_error
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
-AGAIN = (429, 500, 502, 503, 504)  # may go well next time; any other refusal will not
-LONGEST_PAUSE = 30.0  # seconds
+RETRY_STATUSES = (429, 500, 502, 503, 504)  # may go well next time; any other refusal will not
+MAX_BACKOFF_SECONDS = 30.0  # seconds
 
 
-class Client:
+class HttpClient:
     """What one server answers.
 
     A key in the environment variable VLLM_API_KEY, which vLLM itself reads, goes along as a bearer token.
@@ -42,7 +42,7 @@ class Client:
         try:
             parsed = httpx2.URL(url)
         except httpx2.InvalidURL as error:
-            raise ValueError(f"{url!r} is not a URL: {one_line(error)}") from error
+            raise ValueError(f"{url!r} is not a URL: {format_error(error)}") from error
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"a server's URL looks like http://localhost:8000, not {url!r}")
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -56,7 +56,7 @@ class Client:
         )
         weakref.finalize(self, self._http.close)
 
-    def call(self, path: str, body: dict[str, Any] | None = None, stop: Event | None = None) -> Any:
+    def request_json(self, path: str, body: dict[str, Any] | None = None, stop_event: Event | None = None) -> Any:
         """The JSON that `path` answers, to a POST of `body` or to a GET without one. May be called from any thread.
 
         Args:
@@ -73,42 +73,46 @@ class Client:
             except httpx2.TimeoutException:
                 failure = f"no answer within {self.timeout:g} s"
             except httpx2.RequestError as error:
-                failure = one_line(error)
+                failure = format_error(error)
             else:
-                if response.status_code not in AGAIN:
-                    return self._read(response, path)
-                failure = f"status {response.status_code} ({_message(response)})"
+                if response.status_code not in RETRY_STATUSES:
+                    return self._parse_response(response, path)
+                failure = f"status {response.status_code} ({_extract_error_message(response)})"
             pause = self.backoff * 2 ** (tries - 1) * self._jitter.uniform(0.5, 1.5)
-            if tries > self.retries or (stop or Event()).wait(min(pause, LONGEST_PAUSE)):
+            if tries > self.retries or (stop_event or Event()).wait(min(pause, MAX_BACKOFF_SECONDS)):
                 break
         raise ConnectionError(f"{self.url}{path}: {failure}, tried {tries} time{'s' * (tries > 1)}")
 
-    def _read(self, response: httpx2.Response, path: str) -> Any:
+    def _parse_response(self, response: httpx2.Response, path: str) -> Any:
         if response.status_code != 200:
-            raise ValueError(f"{self.url}{path} refused with status {response.status_code}: {_message(response)}")
+            raise ValueError(
+                f"{self.url}{path} refused with status {response.status_code}: {_extract_error_message(response)}"
+            )
         try:
             return response.json()
         except ValueError as error:
             raise ValueError(f"{self.url}{path} did not answer in JSON but {response.text[:60]!r}") from error
 
 
-def _message(response: httpx2.Response) -> str:
+def _extract_error_message(response: httpx2.Response) -> str:
     """What a server says of an error: vLLM's message, or the beginning of whatever came."""
     try:
         text = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         text = response.text
-    return one_line(ValueError(text or "no message"))
+    return format_error(ValueError(text or "no message"))
 
 
-def concurrently(work: Callable[[Item, Event], Result], items: Sequence[Item], threads: int) -> list[Result]:
+def run_concurrently(
+    function: Callable[[ItemT, Event], ResultT], items: Sequence[ItemT], num_threads: int
+) -> list[ResultT]:
     """`work(item, stop)` of every item, `threads` of them at a time; the first error sets `stop` and is raised.
 
     What is under way then is not waited for, and the threads are daemons: a time-out of minutes must hold up neither
     the error nor Ctrl-C, which is why this is no ThreadPoolExecutor.
     """
     todo: SimpleQueue[int] = SimpleQueue()
-    done: SimpleQueue[tuple[int, Result] | Exception] = SimpleQueue()
+    done: SimpleQueue[tuple[int, ResultT] | Exception] = SimpleQueue()
     stop = Event()
 
     def serve() -> None:
@@ -118,16 +122,16 @@ def concurrently(work: Callable[[Item, Event], Result], items: Sequence[Item], t
             except Empty:
                 return
             try:
-                done.put((index, work(items[index], stop)))
+                done.put((index, function(items[index], stop)))
             except Exception as error:
                 done.put(error)
                 stop.set()
 
     for index in range(len(items)):
         todo.put(index)
-    for _ in range(min(threads, len(items))):
+    for _ in range(min(num_threads, len(items))):
         Thread(target=serve, daemon=True).start()
-    made: dict[int, Result] = {}
+    made: dict[int, ResultT] = {}
     try:
         while len(made) < len(items):
             result = done.get()

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 
-def check_cacheable(model: PreTrainedModel) -> None:
+def check_croppable_cache(model: PreTrainedModel) -> None:
     """Refuse models whose cache cannot be cropped at any position.
 
     Raises:
@@ -32,10 +32,10 @@ def check_cacheable(model: PreTrainedModel) -> None:
 
 
 # Slots for further tokens that a growing cache gets at a time.
-ROOM = 64
+GROWTH_SLOTS = 64
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingCacheLayer(DynamicLayer):
     """A layer with spare slots: a token is written into the next one, where `DynamicLayer` copies the whole cache.
 
     For decoding only: under autograd, what a graph has saved must not be written to.
@@ -48,9 +48,9 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, slots: Tensor, length: int):
         super().__init__()
         self.lazy_initialization(slots, slots)
-        self._hold(slots, length)
+        self._set_slots(slots, length)
 
-    def _hold(self, slots: Tensor, length: int) -> None:
+    def _set_slots(self, slots: Tensor, length: int) -> None:
         self.slots = slots
         self.keys, self.values = slots[:, :, :, :length]
 
@@ -58,16 +58,16 @@ class GrowingLayer(DynamicLayer):
         begin, slots = self.keys.shape[2], self.slots
         end = begin + key_states.shape[2]
         if end > slots.shape[3]:
-            slots = torch.nn.functional.pad(slots, (0, 0, 0, end + ROOM - slots.shape[3]))
+            slots = torch.nn.functional.pad(slots, (0, 0, 0, end + GROWTH_SLOTS - slots.shape[3]))
         slots[0, :, :, begin:end], slots[1, :, :, begin:end] = key_states, value_states
-        self._hold(slots, end)
+        self._set_slots(slots, end)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._hold(self.slots[:, indices], self.keys.shape[2])
+        self._set_slots(self.slots[:, indices], self.keys.shape[2])
 
 
-def stack(rows: Sequence[Tensor], *, grow: bool = False) -> tuple[Cache, Tensor]:
+def stack_caches(caches: Sequence[Tensor], *, growable: bool = False) -> tuple[Cache, Tensor]:
     """Batch rows into one left-padded cache.
 
     Args:
@@ -77,21 +77,21 @@ def stack(rows: Sequence[Tensor], *, grow: bool = False) -> tuple[Cache, Tensor]
     Returns:
         the cache (batch, longest) and its mask [batch, longest] (1 = a real token).
     """
-    lengths = [row.shape[3] for row in rows]
-    longest, device = max(lengths), rows[0].device
+    lengths = [row.shape[3] for row in caches]
+    longest, device = max(lengths), caches[0].device
     if longest == 0:
-        return DynamicCache(), torch.zeros(len(rows), 0, dtype=torch.long, device=device)
-    layers, two, heads, _, dim = rows[lengths.index(longest)].shape
-    batch = rows[0].new_zeros(layers, two, len(rows), heads, longest + ROOM * grow, dim)
-    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        return DynamicCache(), torch.zeros(len(caches), 0, dtype=torch.long, device=device)
+    layers, two, heads, _, dim = caches[lengths.index(longest)].shape
+    batch = caches[0].new_zeros(layers, two, len(caches), heads, longest + GROWTH_SLOTS * growable, dim)
+    for index, (row, length) in enumerate(zip(caches, lengths, strict=True)):
         if length:
             batch[:, :, index, :, longest - length : longest] = row
     mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    made = [GrowingLayer(layer, longest) if grow else _layer(*layer) for layer in batch]
+    made = [GrowingCacheLayer(layer, longest) if growable else _make_layer(*layer) for layer in batch]
     return Cache(layers=made), mask.long().to(device)
 
 
-def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+def _make_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
     """A layer that holds these tensors themselves: `update` would copy them."""
     layer = DynamicLayer()
     layer.lazy_initialization(keys, values)
@@ -99,17 +99,17 @@ def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
     return layer
 
 
-def unstack(cache: Cache, rows: Tensor, spans: Sequence[tuple[int, int]]) -> list[Tensor]:
+def unstack_caches(cache: Cache, row_indices: Tensor, spans: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Copy the batch rows `rows` [n] out of a cache, row i from slot `spans[i][0]` up to `spans[i][1]`."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    taken = zip(rows.tolist(), spans, strict=True)
+    taken = zip(row_indices.tolist(), spans, strict=True)
     return [
         torch.stack([tensor[row, :, begin:end] for tensor in tensors]).unflatten(0, (-1, 2))
         for row, (begin, end) in taken
     ]
 
 
-def attention_mask(cached: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+def build_attention_mask(cached_mask: Tensor, num_new: int, dtype: torch.dtype) -> Tensor:
     """What is added to the attention of `count` fed tokens over cached ones and themselves: 0, or the lowest number.
 
     Made once for all layers: of a mask of zeros and ones, every layer would make (and under autograd keep) its own.
@@ -121,13 +121,19 @@ def attention_mask(cached: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     Returns:
         [B, 1, count, C + count].
     """
-    past = (cached == 0)[:, None, None].expand(-1, 1, count, -1)
-    later = torch.ones(count, count, dtype=torch.bool, device=cached.device).triu(1).expand(len(cached), 1, -1, -1)
+    past = (cached_mask == 0)[:, None, None].expand(-1, 1, num_new, -1)
+    later = (
+        torch.ones(num_new, num_new, dtype=torch.bool, device=cached_mask.device)
+        .triu(1)
+        .expand(len(cached_mask), 1, -1, -1)
+    )
     hidden = torch.cat((past, later), dim=-1)
-    return torch.zeros(hidden.shape, dtype=dtype, device=cached.device).masked_fill_(hidden, torch.finfo(dtype).min)
+    return torch.zeros(hidden.shape, dtype=dtype, device=cached_mask.device).masked_fill_(
+        hidden, torch.finfo(dtype).min
+    )
 
 
-def pad(sequences: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+def pad_sequences(sequences: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
     """Pad ids with 0 on one side: ids [batch, longest] and mask [batch, longest] (1 = a real token)."""
     longest = max(map(len, sequences))
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
@@ -140,13 +146,13 @@ def pad(sequences: Sequence[Sequence[int]], device: torch.device, *, left: bool)
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+def prefill_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     """Rows of whole sequences (each may be empty), in one forward without the output head."""
     filled = [index for index, sequence in enumerate(sequences) if len(sequence)]
-    rows = [empty_row(model)] * len(sequences)
+    rows = [make_empty_cache(model)] * len(sequences)
     if not filled:
         return rows
-    ids, mask = pad([sequences[index] for index in filled], model.device, left=True)
+    ids, mask = pad_sequences([sequences[index] for index in filled], model.device, left=True)
     cache = DynamicCache()
     model.base_model(
         input_ids=ids,
@@ -156,12 +162,12 @@ def prefill(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[
         use_cache=True,
     )
     spans = [(begin, ids.shape[1]) for begin in (mask == 0).sum(1).tolist()]
-    for index, row in zip(filled, unstack(cache, torch.arange(len(filled)), spans), strict=True):
+    for index, row in zip(filled, unstack_caches(cache, torch.arange(len(filled)), spans), strict=True):
         rows[index] = row
     return rows
 
 
-def empty_row(model: PreTrainedModel) -> Tensor:
+def make_empty_cache(model: PreTrainedModel) -> Tensor:
     """The row of an empty prefix; its head count and width do not matter to `stack`."""
     config = model.config.get_text_config()
     heads = config.to_dict().get("num_key_value_heads") or config.num_attention_heads

@@ -15,14 +15,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nabla_trl.models.adapters import adapter_folder, adapter_note, merge_adapter, tokenizer_home
-from nabla_trl.models.flops import model_size
-from nabla_trl.models.kv_cache import check_cacheable
+from nabla_trl.models.adapters import find_adapter_folder, find_tokenizer_source, merge_adapter, read_adapter_info
+from nabla_trl.models.flops import measure_model_size
+from nabla_trl.models.kv_cache import check_croppable_cache
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.prompts import (
-    check_options,
+    check_prompt_options,
 )
-from nabla_trl.utils.formatting import cannot_load, one_line
+from nabla_trl.utils.formatting import format_error, format_load_error
 
 if TYPE_CHECKING:
     pass
@@ -38,11 +38,11 @@ DTYPES = {
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; of an adapter its own, or its base's where it has none."""
-    home, version = tokenizer_home(name, revision)
+    home, version = find_tokenizer_source(name, revision)
     try:
         return AutoTokenizer.from_pretrained(home, revision=version)
     except (OSError, ValueError) as error:
-        raise ValueError(cannot_load("a tokenizer", name, error)) from error
+        raise ValueError(format_load_error("a tokenizer", name, error)) from error
 
 
 def load_policy(
@@ -52,7 +52,7 @@ def load_policy(
     device: str | None = None,
     adapter: str | None = None,
     revision: str | None = None,
-    prompting: PromptOptions | None = None,
+    prompt_options: PromptOptions | None = None,
 ) -> Policy:
     """Load a frozen policy from a hub id or a local folder, with an optional LoRA adapter merged in memory.
 
@@ -63,38 +63,38 @@ def load_policy(
             or device, a cache that cannot be cut, no eos token, an adapter that does not fit or changes nothing,
             prompt options that the chat template cannot heed.
     """
-    prompting = PromptOptions() if prompting is None else prompting
+    prompt_options = PromptOptions() if prompt_options is None else prompt_options
     tokenizer = load_tokenizer(name, revision)
-    check_options(prompting, tokenizer, name)
-    model = load_causal(name, dtype=dtype, device=device, revision=revision)
+    check_prompt_options(prompt_options, tokenizer, name)
+    model = load_causal_lm(name, dtype=dtype, device=device, revision=revision)
     if adapter is not None:
         model = merge_adapter(model, adapter)
     policy = freeze_policy(model, tokenizer, name if adapter is None else f"{name}+{adapter}")
-    return replace(policy, prompting=prompting)
+    return replace(policy, prompt_options=prompt_options)
 
 
-def load_causal(name: str, *, dtype: str, device: str | None, revision: str | None = None) -> PreTrainedModel:
+def load_causal_lm(name: str, *, dtype: str, device: str | None, revision: str | None = None) -> PreTrainedModel:
     """A causal LM; of an adapter, in a folder or on the hub, its base with the adapter merged in, under its own name.
 
     Raises:
         ValueError: as `load_model` and `merge_adapter`, or an adapter of a classifier.
     """
-    folder = adapter_folder(name, revision)
+    folder = find_adapter_folder(name, revision)
     if folder is None:
         return load_model(AutoModelForCausalLM, name, dtype=dtype, device=device, revision=revision)
-    note = adapter_note(folder)
-    if note.task == "SEQ_CLS":
+    note = read_adapter_info(folder)
+    if note.task_type == "SEQ_CLS":
         raise ValueError(f"{name} is an adapter of a reward model, not of a causal LM: it gives no likelihoods")
-    model = merge_adapter(load_causal(note.base, dtype=dtype, device=device, revision=note.revision), folder)
+    model = merge_adapter(load_causal_lm(note.base_model, dtype=dtype, device=device, revision=note.revision), folder)
     model.name_or_path = name  # what is trained from it belongs to it, and not to its base
     return model
 
 
 def freeze_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Policy:
     """Wrap a model that is already in memory; the model is put in eval mode and frozen."""
-    check_cacheable(model)
+    check_croppable_cache(model)
     model.eval().requires_grad_(False)
-    stops = stop_tokens(model, tokenizer)
+    stops = get_stop_ids(model, tokenizer)
     rows = model.get_output_embeddings().weight.shape[0]
     forbidden = torch.ones(rows, dtype=torch.bool)
     known = [index for index in tokenizer.get_vocab().values() if index < rows]
@@ -102,7 +102,7 @@ def freeze_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, na
     padding = tokenizer.pad_token_id
     if padding is not None and padding < rows and padding not in stops:
         forbidden[padding] = True
-    size = model_size(model, "policy")
+    size = measure_model_size(model, "policy")
     return Policy(model, tokenizer, name, size, stops, forbidden.to(model.device), has_plain_head(model))
 
 
@@ -113,7 +113,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return torch.allclose(model.get_output_embeddings()(hidden), model(input_ids=ids).logits, atol=1e-3, rtol=1e-3)
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def get_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = configured if isinstance(configured, list) else [configured]
     stops = frozenset(index for index in [*listed, tokenizer.eos_token_id] if index is not None)
@@ -123,14 +123,14 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
 
 
 def load_model(
-    auto: Any,
+    auto_class: Any,
     name: str,
     *,
     dtype: str,
     device: str | None,
     revision: str | None = None,
-    supplied: str | None = None,
-    **options: Any,
+    allowed_missing: str | None = None,
+    **config_options: Any,
 ) -> PreTrainedModel:
     """`auto.from_pretrained`, refusing files that leave weights newly initialised.
 
@@ -140,37 +140,37 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    where = usable_device(device)
+    where = resolve_device(device)
     try:
-        model, info = auto.from_pretrained(
-            name, dtype=DTYPES[dtype], revision=revision, output_loading_info=True, **options
+        model, info = auto_class.from_pretrained(
+            name, dtype=DTYPES[dtype], revision=revision, output_loading_info=True, **config_options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(cannot_load("a model", name, error)) from error
-    missing = sorted({*info["missing_keys"]} - {supplied})
+        raise ValueError(format_load_error("a model", name, error)) from error
+    missing = sorted({*info["missing_keys"]} - {allowed_missing})
     if missing:
         raise ValueError(
             f"{name} has no weights for {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}: "
-            f"they would be random. Is it a {auto.__name__.removeprefix('AutoModelFor')} model?"
+            f"they would be random. Is it a {auto_class.__name__.removeprefix('AutoModelFor')} model?"
         )
     return model.to(where)
 
 
-def usable_device(device: str | None) -> str:
+def resolve_device(device: str | None) -> str:
     """`device`, or the default one; ValueError where there is none of that name."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot use device {device!r}: {one_line(error)}") from error
+        raise ValueError(f"cannot use device {device!r}: {format_error(error)}") from error
     return device
 
 
-def architecture(name: str, revision: str | None = None) -> str:
+def load_architecture(name: str, revision: str | None = None) -> str:
     """The class name in a model's config ("" where the config names none)."""
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(cannot_load("a model config", name, error)) from error
+        raise ValueError(format_load_error("a model config", name, error)) from error
     return (config.architectures or [""])[0]

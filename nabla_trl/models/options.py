@@ -18,7 +18,7 @@ PROMPT_STYLES = ("auto", "chat", "few_shot")
 
 
 @dataclass(frozen=True)
-class Point:
+class GradientPoint:
     """Which gradient of the reward a search follows.
 
     Attributes:
@@ -30,10 +30,10 @@ class Point:
 
     alphas: tuple[float, ...]
     direct: bool = False
-    min_p: float = 0.0
+    candidate_min_p: float = 0.0
 
     @classmethod
-    def parse(cls, text: str, min_p: float = 0.0) -> Point:
+    def parse(cls, text: str, candidate_min_p: float = 0.0) -> GradientPoint:
         """ "direct", "hard", "mixture:A" or "mixture:A,A,…"; or "direct+" and one of the others.
 
         Raises:
@@ -51,10 +51,10 @@ class Point:
             raise ValueError(
                 f"point must be direct, hard, mixture:A[,A…] with A in (0, 1], or direct+ one of these, not {text!r}"
             )
-        return cls(alphas, direct=rest != text, min_p=min_p)
+        return cls(alphas, direct=rest != text, candidate_min_p=candidate_min_p)
 
 
-HARD = Point((0.0,))
+HARD_GRADIENT_POINT = GradientPoint((0.0,))
 
 
 @dataclass(frozen=True)
@@ -87,45 +87,49 @@ class PromptOptions:
     """
 
     style: str = "auto"
-    template: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.style not in PROMPT_STYLES:
             raise ValueError(f"prompt_style must be one of {', '.join(PROMPT_STYLES)}, not {self.style!r}")
-        if self.style == "few_shot" and self.template:
+        if self.style == "few_shot" and self.chat_template_kwargs:
             raise ValueError("chat_template_kwargs belong to a chat template: prompt_style few_shot uses none")
 
     @classmethod
-    def parse(cls, style: str, template: str | None) -> PromptOptions:
+    def parse(cls, style: str, chat_template_kwargs: str | None) -> PromptOptions:
         """From the command line, where the template's keywords are a JSON object.
 
         Raises:
             ValueError: no JSON object, or what the class refuses.
         """
         try:
-            keywords = json.loads(template) if template else {}
+            keywords = json.loads(chat_template_kwargs) if chat_template_kwargs else {}
         except json.JSONDecodeError as error:
-            raise ValueError(f"chat_template_kwargs is not JSON ({error}): {template}") from error
+            raise ValueError(f"chat_template_kwargs is not JSON ({error}): {chat_template_kwargs}") from error
         if not isinstance(keywords, dict):
             raise ValueError(
-                f'chat_template_kwargs must be a JSON object, as {{"enable_thinking": false}}: {template}'
+                f'chat_template_kwargs must be a JSON object, as {{"enable_thinking": false}}: {chat_template_kwargs}'
             )
         return cls(style, keywords)
 
-    def check(self, problems: Iterable[Problem]) -> None:
+    def check_problems(self, problems: Iterable[Problem]) -> None:
         """Refuse problems that cannot be put so, before any work.
 
         Raises:
             ValueError: worked examples are asked for, and a problem has none.
         """
-        bare = next((one for one in problems if not one.examples), None) if self.style == "few_shot" else None
+        bare = next((one for one in problems if not one.few_shot_examples), None) if self.style == "few_shot" else None
         if bare is not None:
             raise ValueError(f"prompt_style few_shot needs worked examples, and task {bare.task} has none")
 
-    def settings(self) -> dict[str, str]:
+    def get_changed_settings(self) -> dict[str, str]:
         """What differs from the defaults, for `tracing.claim_settings` and a trace's provenance."""
         told = {} if self.style == "auto" else {"prompt_style": self.style}
-        return told | ({"chat_template_kwargs": json.dumps(self.template, sort_keys=True)} if self.template else {})
+        return told | (
+            {"chat_template_kwargs": json.dumps(self.chat_template_kwargs, sort_keys=True)}
+            if self.chat_template_kwargs
+            else {}
+        )
 
 
 @dataclass(frozen=True)
@@ -133,16 +137,20 @@ class SteConfig:
     """Optimiser of `ste`: Adam, cosine from `lr` to `lr_end` over `steps`; τ is the softmax temperature."""
 
     steps: int = 20
-    lr: float = 0.01
-    lr_end: float = 0.001
+    learning_rate: float = 0.01
+    final_learning_rate: float = 0.001
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.steps >= 1 and self.lr > 0 and self.lr_end >= 0 and self.tau > 0):  # refuses NaN too
+        if not (
+            self.steps >= 1 and self.learning_rate > 0 and self.final_learning_rate >= 0 and self.tau > 0
+        ):  # refuses NaN too
             raise ValueError("ste needs steps >= 1, lr > 0, lr_end >= 0 and tau > 0")
 
-    def rate(self, step: int) -> float:
-        return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+    def compute_learning_rate(self, step: int) -> float:
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * 0.5 * (
+            1 + math.cos(math.pi * step / self.steps)
+        )
 
 
 @dataclass(frozen=True)
@@ -153,15 +161,15 @@ class ScanConfig:
     """
 
     confidence: float
-    gradient_norm: float
+    min_gradient_norm: float
     resample_temperature: float
     resample_top_p: float
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence <= 1:
             raise ValueError(f"confidence must be in (0, 1], not {self.confidence}")
-        if not 0 <= self.gradient_norm < math.inf:
-            raise ValueError(f"gradient_norm must be a number of at least 0, not {self.gradient_norm}")
+        if not 0 <= self.min_gradient_norm < math.inf:
+            raise ValueError(f"gradient_norm must be a number of at least 0, not {self.min_gradient_norm}")
         if not 0 < self.resample_temperature < math.inf:
             raise ValueError(f"resample_temperature must be a positive number, not {self.resample_temperature}")
         if not 0 < self.resample_top_p <= 1:

@@ -8,10 +8,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from nabla_trl.grading.extraction import in_thinking
+from nabla_trl.grading.extraction import has_open_think_block
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.utils.formatting import one_line
+from nabla_trl.utils.formatting import format_error
 
 # A model that was shown examples goes on with a question of its own: there its response is over.
 NEXT_QUESTION = "\nQuestion:"
@@ -21,29 +21,29 @@ class PromptTooLong(ValueError):
     """A prompt that leaves a model's context no room for a response."""
 
 
-def check_options(options: PromptOptions, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def check_prompt_options(options: PromptOptions, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Refuse options that a model's chat template cannot heed; a template itself ignores what it does not know.
 
     Raises:
         ValueError: there is no template, or a keyword that does not occur in it.
     """
     template = tokenizer.chat_template
-    if template is None and (options.style == "chat" or options.template):
+    if template is None and (options.style == "chat" or options.chat_template_kwargs):
         what = "prompt_style chat" if options.style == "chat" else "chat_template_kwargs"
         raise ValueError(f"{name} has no chat template, which {what} needs")
-    for key in options.template:
+    for key in options.chat_template_kwargs:
         if not re.search(rf"\b{re.escape(key)}\b", str(template)):
             raise ValueError(f"chat_template_kwargs: the chat template of {name} has no {key!r}")
 
 
-def shows_examples(tokenizer: PreTrainedTokenizerBase, problem: Problem, options: PromptOptions) -> bool:
+def uses_few_shot(tokenizer: PreTrainedTokenizerBase, problem: Problem, options: PromptOptions) -> bool:
     """Whether the prompt is made of worked examples: where that is asked for, or for want of a chat template."""
     if options.style == "auto":
-        return tokenizer.chat_template is None and bool(problem.examples)
+        return tokenizer.chat_template is None and bool(problem.few_shot_examples)
     return options.style == "few_shot"
 
 
-def prompt_ids(
+def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, options: PromptOptions | None = None
 ) -> list[int]:
     """Prompt ids of a problem.
@@ -55,33 +55,35 @@ def prompt_ids(
         ValueError: examples are asked for and there are none, or the template refuses the chat.
     """
     options = PromptOptions() if options is None else options
-    if shows_examples(tokenizer, problem, options):
-        return list(tokenizer(few_shot_text(problem))["input_ids"])
+    if uses_few_shot(tokenizer, problem, options):
+        return list(tokenizer(format_few_shot(problem))["input_ids"])
     if tokenizer.chat_template is None:
-        text = "\n\n".join(message["content"] for message in problem.chat()) + "\n"
+        text = "\n\n".join(message["content"] for message in problem.build_messages()) + "\n"
         return list(tokenizer(text)["input_ids"])
-    text = render(tokenizer, problem, problem.chat(), add_generation_prompt=True, **options.template)
+    text = render_chat_template(
+        tokenizer, problem, problem.build_messages(), add_generation_prompt=True, **options.chat_template_kwargs
+    )
     # The template writes its own special tokens: letting the tokenizer add them again would double the BOS.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def few_shot_text(problem: Problem) -> str:
+def format_few_shot(problem: Problem) -> str:
     """The worked examples and the question; ValueError where there are no examples."""
-    if not problem.examples:
+    if not problem.few_shot_examples:
         raise ValueError(
             f"{problem.id}: prompt_style few_shot needs worked examples, and task {problem.task} has none"
         )
-    blocks = [f"Question: {question}\nAnswer: {answer}" for question, answer in problem.examples]
+    blocks = [f"Question: {question}\nAnswer: {answer}" for question, answer in problem.few_shot_examples]
     return "\n\n".join([*blocks, f"Question: {problem.question}\nAnswer:"])
 
 
-def render(
+def render_chat_template(
     tokenizer: PreTrainedTokenizerBase,
     problem: Problem,
     chat: list[dict[str, str]],
     *,
     add_generation_prompt: bool,
-    **template: Any,
+    **template_kwargs: Any,
 ) -> str:
     """The chat template's text.
 
@@ -93,10 +95,10 @@ def render(
     """
     try:
         return tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=add_generation_prompt, **template
+            chat, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
         )
     except TemplateError as error:
-        raise ValueError(f"{problem.id}: the chat template refuses the messages: {one_line(error)}") from error
+        raise ValueError(f"{problem.id}: the chat template refuses the messages: {format_error(error)}") from error
 
 
 def opens_thinking(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -> bool:
@@ -105,14 +107,16 @@ def opens_thinking(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -
         return False
     probe = Problem(id="probe", question="x")
     try:
-        text = render(tokenizer, probe, probe.chat(), add_generation_prompt=True, **options.template)
+        text = render_chat_template(
+            tokenizer, probe, probe.build_messages(), add_generation_prompt=True, **options.chat_template_kwargs
+        )
     except ValueError:  # a template that refuses a plain question is heard of where a problem is read
         return False
-    return in_thinking(text)
+    return has_open_think_block(text)
 
 
 def check_prompt(
-    ids: list[int], problem: Problem, tokenizer: PreTrainedTokenizerBase, *, name: str, context: int
+    ids: list[int], problem: Problem, tokenizer: PreTrainedTokenizerBase, *, name: str, context_length: int
 ) -> list[int]:
     """Refuse a prompt that is empty, fills the context, or has characters that the tokenizer does not know."""
     unknown = tokenizer.unk_token_id
@@ -122,6 +126,6 @@ def check_prompt(
         raise ValueError(f"{problem.id}: the prompt is empty after tokenisation")
     if unknown is not None and unknown in ids:
         raise ValueError(f"{problem.id}: {name}'s tokenizer does not know some characters of the prompt")
-    if len(ids) >= context:
-        raise PromptTooLong(f"{problem.id}: the prompt has {len(ids)} tokens, the context of {name} {context}")
+    if len(ids) >= context_length:
+        raise PromptTooLong(f"{problem.id}: the prompt has {len(ids)} tokens, the context of {name} {context_length}")
     return ids

@@ -12,7 +12,7 @@ from nabla_trl.models.policy import Policy
 
 
 @dataclass
-class Job:
+class GenerationRequest:
     """One continuation to draw.
 
     Attributes:
@@ -27,22 +27,24 @@ class Job:
             stop token or the limit ends it, as they do in any case.
     """
 
-    key: str
-    prefix: list[int]
-    stream: np.random.Generator | None
-    limit: int
+    cost_key: str
+    prefix_ids: list[int]
+    rng: np.random.Generator | None
+    max_new_tokens: int
     cache: Tensor | None = None
-    stop: tuple[str, ...] = ()
-    given: int = 0
-    ends: Callable[[int], bool] | None = None
+    stop_strings: tuple[str, ...] = ()
+    response_tokens_in_prefix: int = 0
+    should_stop: Callable[[int], bool] | None = None
 
-    def over(self, policy: Policy, drawn: list[int]) -> bool:
+    def is_finished(self, policy: Policy, new_ids: list[int]) -> bool:
         """Whether the response ends with these drawn tokens, before the limit."""
-        return policy.over(self.prefix[len(self.prefix) - self.given :] + drawn, self.stop)
+        return policy.is_finished(
+            self.prefix_ids[len(self.prefix_ids) - self.response_tokens_in_prefix :] + new_ids, self.stop_strings
+        )
 
 
 @dataclass
-class Draft:
+class GenerationOutput:
     """A drawn continuation of T tokens.
 
     Attributes:
@@ -59,17 +61,17 @@ class Draft:
     finished: bool
     candidates: Tensor
     logp: Tensor
-    tilt: Tensor | None = None
+    log_importance_weight: Tensor | None = None
     cache: Tensor | None = None
 
-    def kept(self) -> Tensor:
+    def get_cache(self) -> Tensor:
         """The cache of a draft made with `keep_cache`."""
         if self.cache is None:
             raise RuntimeError("the draft was made without keep_cache")
         return self.cache
 
-    def tilted(self) -> Tensor:
+    def get_log_importance_weight(self) -> Tensor:
         """The tilt of a draft whose sampler is not π."""
-        if self.tilt is None:
+        if self.log_importance_weight is None:
             raise RuntimeError("the draft was made by a sampler that is π itself")
-        return self.tilt
+        return self.log_importance_weight

@@ -28,28 +28,28 @@ import torch
 from torch import Tensor
 
 from nabla_trl.models import kv_cache
-from nabla_trl.models.generation import random_stream
-from nabla_trl.models.http_client import Client, concurrently
+from nabla_trl.models.generation import make_rng
+from nabla_trl.models.http_client import HttpClient, run_concurrently
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.prompts import prompt_ids
-from nabla_trl.models.requests import Draft, Job
+from nabla_trl.models.prompts import tokenize_prompt
+from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 from nabla_trl.tasks.problem import Problem
 
-FLOOR = -9999.0  # vLLM writes this for −inf, which JSON does not know
-NEVER = -100.0  # the lowest bias that vLLM takes: a factor of e^−100
-MARK = "token_id:"
+VLLM_MIN_LOGP = -9999.0  # vLLM writes this for −inf, which JSON does not know
+FORBIDDEN_LOGIT_BIAS = -100.0  # the lowest bias that vLLM takes: a factor of e^−100
+TOKEN_ID_PREFIX = "token_id:"
 
-PROBE = Problem(id="probe", question="What is 12+34*5-6?")
-PROBE_TOKENS, PROBE_CANDIDATES = 16, 5
+CHECK_PROBLEM = Problem(id="probe", question="What is 12+34*5-6?")
+CHECK_MAX_NEW_TOKENS, CHECK_TOP_K_CANDIDATES = 16, 5
 # Not 1, so that processed log-probabilities in place of raw ones show.
-PROBE_SAMPLING = Sampling(temperature=0.5, max_new_tokens=PROBE_TOKENS)
+CHECK_SAMPLING = Sampling(temperature=0.5, max_new_tokens=CHECK_MAX_NEW_TOKENS)
 # Largest mean |Δ log π| between two implementations of the same weights, by dtype; other weights differ by far more.
-TOLERANCE = {torch.float64: 0.01, torch.float32: 0.01, torch.float16: 0.03, torch.bfloat16: 0.1}
+LOGP_TOLERANCE = {torch.float64: 0.01, torch.float32: 0.01, torch.float16: 0.03, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
-class Server:
+class VllmBackend:
     """A server that draws for a policy.
 
     Attributes:
@@ -59,13 +59,15 @@ class Server:
         concurrency: requests under way together; vLLM batches them.
     """
 
-    client: Client
-    model: str
-    context: int
-    version: str
-    concurrency: int = 128
+    client: HttpClient
+    model_name: str
+    context_length: int
+    vllm_version: str
+    max_concurrent_requests: int = 128
 
-    def draw(self, policy: Policy, jobs: Sequence[Job], sampling: Sampling, candidates: int) -> list[Draft]:
+    def generate(
+        self, policy: Policy, requests: Sequence[GenerationRequest], sampling: Sampling, top_k_candidates: int
+    ) -> list[GenerationOutput]:
         """Every job's continuation; `Job.cache` is not looked at, and the drafts' caches are empty rows.
 
         Candidates are vLLM's likeliest tokens: where forbidden ones are among them, fewer than asked for can be used
@@ -75,20 +77,20 @@ class Server:
             ConnectionError: the server fails, or does not answer, as often as is tried.
             ValueError: it refuses the request, or answers something else than was asked for.
         """
-        width = min(candidates, len(policy.forbidden))
-        shared = self._request(policy, sampling, width)
-        asked = [(job, shared | _own(job, sampling)) for job in jobs]
+        width = min(top_k_candidates, len(policy.forbidden_mask))
+        shared = self._build_shared_body(policy, sampling, width)
+        asked = [(job, shared | _build_request_body(job, sampling)) for job in requests]
 
-        def one(request: tuple[Job, dict[str, Any]], stop: Event) -> Draft:
+        def one(request: tuple[GenerationRequest, dict[str, Any]], stop: Event) -> GenerationOutput:
             job, body = request
             try:
-                answer = self.client.call("/v1/completions", body, stop)
+                answer = self.client.request_json("/v1/completions", body, stop)
             except ValueError as error:
                 if "logprobs" not in str(error) or "max allowed" not in str(error):
                     raise
                 raise ValueError(f"{error}; {width} candidates need vllm serve --max-logprobs {width}") from error
             try:
-                return _draft(policy, job, body, answer, width)
+                return _parse_output(policy, job, body, answer, width)
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{self.client.url} does not answer as vLLM does: {type(error).__name__} {error}"
@@ -96,15 +98,15 @@ class Server:
             except ValueError as error:
                 raise ValueError(f"{self.client.url}: {error}") from error
 
-        return concurrently(one, asked, self.concurrency)
+        return run_concurrently(one, asked, self.max_concurrent_requests)
 
-    def _request(self, policy: Policy, sampling: Sampling, width: int) -> dict[str, Any]:
+    def _build_shared_body(self, policy: Policy, sampling: Sampling, num_candidates: int) -> dict[str, Any]:
         """What all requests have in common. Nothing is left to defaults, which a generation config may change."""
-        rows = len(policy.forbidden)
+        rows = len(policy.forbidden_mask)
         # A bias rather than `allowed_token_ids`: a few rows against a whole vocabulary in every request.
-        never = {str(token): NEVER for token in torch.nonzero(policy.forbidden).flatten().tolist()}
+        never = {str(token): FORBIDDEN_LOGIT_BIAS for token in torch.nonzero(policy.forbidden_mask).flatten().tolist()}
         return {
-            "model": self.model,
+            "model": self.model_name,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
@@ -115,71 +117,77 @@ class Server:
             # The stop tokens are ours alone, whatever the server's copy of the model thinks of them.
             "ignore_eos": True,
             "stop_token_ids": sorted(token for token in policy.stop_ids if token < rows),
-            "logprobs": width,
+            "logprobs": num_candidates,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,  # in the table of candidates, which else is by text
             **({"logit_bias": never} if never else {}),
         }
 
 
-def _own(job: Job, sampling: Sampling) -> dict[str, Any]:
-    own: dict[str, Any] = {"prompt": job.prefix, "max_tokens": job.limit}
-    if job.stop:  # a response ends behind the string, as those that are drawn here
-        own |= {"stop": list(job.stop), "include_stop_str_in_output": True}
+def _build_request_body(job: GenerationRequest, sampling: Sampling) -> dict[str, Any]:
+    own: dict[str, Any] = {"prompt": job.prefix_ids, "max_tokens": job.max_new_tokens}
+    if job.stop_strings:  # a response ends behind the string, as those that are drawn here
+        own |= {"stop": list(job.stop_strings), "include_stop_str_in_output": True}
     if not sampling.temperature:
         return own
-    if job.stream is None:
+    if job.rng is None:
         raise ValueError("sampling needs a random stream for every job")
-    return own | {"seed": int(job.stream.integers(2**63 - 1))}
+    return own | {"seed": int(job.rng.integers(2**63 - 1))}
 
 
-def _draft(policy: Policy, job: Job, body: dict[str, Any], answer: dict[str, Any], width: int) -> Draft:
+def _parse_output(
+    policy: Policy, job: GenerationRequest, body: dict[str, Any], answer: dict[str, Any], num_candidates: int
+) -> GenerationOutput:
     """The draft in an answer to `body`; ValueError where it is not what was asked for."""
     [choice] = answer["choices"]
     ids, tops = list(choice["token_ids"]), choice["logprobs"]["top_logprobs"]
-    if job.stop:  # a server does not see a string that began in the prefix
-        length = next((n for n in range(1, len(ids)) if job.over(policy, ids[:n])), len(ids))
+    if job.stop_strings:  # a server does not see a string that began in the prefix
+        length = next((n for n in range(1, len(ids)) if job.is_finished(policy, ids[:n])), len(ids))
         ids, tops = ids[:length], tops[:length]
-    finished = job.over(policy, ids)
+    finished = job.is_finished(policy, ids)
     if choice["prompt_token_ids"] != body["prompt"]:
         raise ValueError("the prompt that came back is not the one that was sent")
     if not ids or len(ids) > body["max_tokens"] or not (finished or len(ids) == body["max_tokens"]):
         reason = choice["finish_reason"]
         raise ValueError(f"the response has {len(ids)} of {body['max_tokens']} tokens and no stop token ({reason})")
-    if policy.forbidden[ids].any():
+    if policy.forbidden_mask[ids].any():
         raise ValueError("the response holds a token that must not be drawn")
     if len(tops) != len(ids):
         raise ValueError(f"log-probabilities of {len(tops)} positions came back for {len(ids)} tokens")
-    never = set(torch.nonzero(policy.forbidden).flatten().tolist())
-    tables = [_ranked(top, drawn, width, never) for top, drawn in zip(tops, ids, strict=True)]
+    never = set(torch.nonzero(policy.forbidden_mask).flatten().tolist())
+    tables = [_rank_candidates(top, drawn, num_candidates, never) for top, drawn in zip(tops, ids, strict=True)]
     candidates = torch.tensor([[token for token, _ in row] for row in tables])
     logp = torch.tensor([[value for _, value in row] for row in tables], dtype=torch.float32)
-    return Draft(ids, finished, candidates, logp, cache=kv_cache.empty_row(policy.model))
+    return GenerationOutput(ids, finished, candidates, logp, cache=kv_cache.make_empty_cache(policy.model))
 
 
-def _ranked(top: dict[str, float], drawn: int, width: int, never: set[int]) -> list[tuple[int, float]]:
+def _rank_candidates(
+    top: dict[str, float], sampled_id: int, num_candidates: int, forbidden_ids: set[int]
+) -> list[tuple[int, float]]:
     """The `width` likeliest (token, log π) of one position, those that cannot be drawn at the end (−inf).
 
     The drawn token is always among them: in the last place if it is none of the likeliest, so that the other places
     do not depend on it, as in `generate`.
     """
-    named = {int(name.removeprefix(MARK)): value for name, value in top.items()}
+    named = {int(name.removeprefix(TOKEN_ID_PREFIX)): value for name, value in top.items()}
     if not all(value <= 0 for value in named.values()):
         raise ValueError("log-probabilities are NaN or above 0: --logprobs-mode must be raw_logprobs")
-    likeliest = sorted(named, key=named.__getitem__, reverse=True)[:width]
-    if len(likeliest) < width:
-        raise ValueError(f"{len(likeliest)} candidates came back of {width}")
-    usable = {token: value for token, value in named.items() if token not in never and value > FLOOR}
+    likeliest = sorted(named, key=named.__getitem__, reverse=True)[:num_candidates]
+    if len(likeliest) < num_candidates:
+        raise ValueError(f"{len(likeliest)} candidates came back of {num_candidates}")
+    usable = {token: value for token, value in named.items() if token not in forbidden_ids and value > VLLM_MIN_LOGP}
     ranked = sorted(likeliest, key=lambda token: token not in usable)  # stable
-    if drawn not in ranked:
-        ranked[-1] = drawn
+    if sampled_id not in ranked:
+        ranked[-1] = sampled_id
     return [(token, usable.get(token, -math.inf)) for token in ranked]
 
 
 # --- is it the same model? ----------------------------------------------------------------------------
 
 
-def connect(policy: Policy, url: str, *, timeout: float = 600.0, retries: int = 4, backoff: float = 0.5) -> Policy:
+def connect_vllm(
+    policy: Policy, url: str, *, timeout: float = 600.0, retries: int = 4, backoff: float = 0.5
+) -> Policy:
     """The same policy, drawing from the vLLM server at `url`, which is checked to serve it.
 
     Args:
@@ -189,32 +197,32 @@ def connect(policy: Policy, url: str, *, timeout: float = 600.0, retries: int = 
         ConnectionError: no answer.
         ValueError: it is no vLLM server, or serves another model, tokenizer or weights; what differs is named.
     """
-    client = Client(url, timeout=timeout, retries=retries, backoff=backoff)
-    context = _context(client, policy.name)
+    client = HttpClient(url, timeout=timeout, retries=retries, backoff=backoff)
+    context = _fetch_context_length(client, policy.name)
     _check_tokenizer(client, policy)
-    server = Server(client, policy.name, context, str(_field(client, "/version", "version")))
-    served = replace(policy, server=server)
+    server = VllmBackend(client, policy.name, context, str(_fetch_field(client, "/version", "version")))
+    served = replace(policy, backend=server)
     _check_weights(served)
     return served
 
 
-def _field(client: Client, path: str, name: str, body: dict[str, Any] | None = None) -> Any:
-    answer = client.call(path, body)
+def _fetch_field(client: HttpClient, path: str, name: str, body: dict[str, Any] | None = None) -> Any:
+    answer = client.request_json(path, body)
     if not isinstance(answer, dict) or name not in answer:
         raise ValueError(f"{client.url}{path} does not answer as vLLM does: no {name!r}")
     return answer[name]
 
 
-def _context(client: Client, name: str) -> int:
+def _fetch_context_length(client: HttpClient, name: str) -> int:
     """The longest sequence that the server takes for the model `name`."""
     try:
-        cards = {card["id"]: card for card in _field(client, "/v1/models", "data")}
-        return int(_named(cards, client, name)["max_model_len"])
+        cards = {card["id"]: card for card in _fetch_field(client, "/v1/models", "data")}
+        return int(_select_served_model(cards, client, name)["max_model_len"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{client.url}/v1/models does not answer as vLLM does: {error!r}") from error
 
 
-def _named(cards: dict[str, Any], client: Client, name: str) -> dict[str, Any]:
+def _select_served_model(cards: dict[str, Any], client: HttpClient, name: str) -> dict[str, Any]:
     if name not in cards:
         raise ValueError(
             f"{client.url} serves {', '.join(cards) or 'nothing'}, not {name!r}: "
@@ -223,12 +231,12 @@ def _named(cards: dict[str, Any], client: Client, name: str) -> dict[str, Any]:
     return cards[name]
 
 
-def _check_tokenizer(client: Client, policy: Policy) -> None:
+def _check_tokenizer(client: HttpClient, policy: Policy) -> None:
     """Both must read a text that holds tokens from all over the vocabulary alike."""
-    tokens = torch.nonzero(~policy.forbidden).flatten().tolist()
-    text = PROBE.question + policy.tokenizer.decode(tokens[:: max(1, len(tokens) // 256)])
+    tokens = torch.nonzero(~policy.forbidden_mask).flatten().tolist()
+    text = CHECK_PROBLEM.question + policy.tokenizer.decode(tokens[:: max(1, len(tokens) // 256)])
     ours = list(policy.tokenizer(text)["input_ids"])
-    theirs = _field(client, "/tokenize", "tokens", {"model": policy.name, "prompt": text})
+    theirs = _fetch_field(client, "/tokenize", "tokens", {"model": policy.name, "prompt": text})
     if theirs != ours:
         at = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
         raise ValueError(
@@ -240,23 +248,23 @@ def _check_tokenizer(client: Client, policy: Policy) -> None:
 @torch.no_grad()
 def _check_weights(policy: Policy) -> None:
     """Along a probe response of the server's, its log-probabilities must be those of the model here."""
-    assert policy.server is not None
-    prompt = prompt_ids(policy.tokenizer, PROBE)
-    job = Job("probe", prompt, random_stream(0, "probe"), PROBE_TOKENS)
-    [draft] = policy.server.draw(policy, [job], PROBE_SAMPLING, PROBE_CANDIDATES)
-    off = (draft.logp - _log_probabilities(policy, prompt, draft)).abs()
+    assert policy.backend is not None
+    prompt = tokenize_prompt(policy.tokenizer, CHECK_PROBLEM)
+    job = GenerationRequest("probe", prompt, make_rng(0, "probe"), CHECK_MAX_NEW_TOKENS)
+    [draft] = policy.backend.generate(policy, [job], CHECK_SAMPLING, CHECK_TOP_K_CANDIDATES)
+    off = (draft.logp - _compute_logp(policy, prompt, draft)).abs()
     mean = float(off[draft.logp.isfinite()].mean())
     dtype = policy.model.dtype
-    if not mean <= TOLERANCE[dtype]:
+    if not mean <= LOGP_TOLERANCE[dtype]:
         kind = str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"{policy.server.client.url} gives other log-probabilities than {policy.name} in {kind} does here: "
-            f"{mean:.3g} apart on average, at most {TOLERANCE[dtype]:g} is expected; it may have other weights, "
+            f"{policy.backend.client.url} gives other log-probabilities than {policy.name} in {kind} does here: "
+            f"{mean:.3g} apart on average, at most {LOGP_TOLERANCE[dtype]:g} is expected; it may have other weights, "
             f"or was started without --dtype {kind} or --logprobs-mode raw_logprobs"
         )
 
 
-def _log_probabilities(policy: Policy, prompt: list[int], draft: Draft) -> Tensor:
+def _compute_logp(policy: Policy, prompt: list[int], draft: GenerationOutput) -> Tensor:
     """[T, K] log π of a draft's candidates in the model here."""
     ids = torch.tensor([prompt + draft.ids], device=policy.device)
     logits = policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()

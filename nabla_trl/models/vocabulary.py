@@ -22,8 +22,8 @@ def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
-def vocabulary_map(
-    source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, *, source_rows: int, target_rows: int
+def map_vocabulary(
+    source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, *, num_source_rows: int, num_target_rows: int
 ) -> Tensor:
     """Target id of each source id, matched by token string; −1 where the target has no such token.
 
@@ -42,13 +42,13 @@ def vocabulary_map(
     """
     theirs = target.get_vocab()
     special = set(source.all_special_tokens) | set(source.get_added_vocab())
-    mapping = torch.full((source_rows,), -1, dtype=torch.long)
+    mapping = torch.full((num_source_rows,), -1, dtype=torch.long)
     missing = []
     for token, index in sorted(source.get_vocab().items(), key=lambda item: item[1]):
         match = theirs.get(token)
-        if match is not None and match < target_rows and index < source_rows:
+        if match is not None and match < num_target_rows and index < num_source_rows:
             mapping[index] = match
-        elif token not in special and index < source_rows:
+        elif token not in special and index < num_source_rows:
             missing.append(token)
     if missing:
         named = ", ".join(map(repr, missing[:5])) + (" …" if len(missing) > 5 else "")

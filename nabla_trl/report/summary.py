@@ -9,18 +9,26 @@ from itertools import combinations
 import numpy as np
 
 from nabla_trl.evaluation import metrics
-from nabla_trl.evaluation.grids import METRICS, Grid, build_grids
-from nabla_trl.evaluation.method import RIVAL, STEPWISE, family, labelled, labels, methods, split
+from nabla_trl.evaluation.grids import METRICS, ResultGrid, build_grids
+from nabla_trl.evaluation.method import (
+    REWARD_MODEL_SAMPLING,
+    STEP_SEARCHES,
+    join_label,
+    list_methods,
+    list_policy_labels,
+    parse_family,
+    split_label,
+)
 from nabla_trl.report import compute_tradeoff
 from nabla_trl.utils import statistics
 from nabla_trl.utils.statistics import Interval
 
 Summary = dict[str, dict[str, float]]
 
-FLOPS_SHARE = 1 / 3  # target: nabla reaches best-of-16 at no more than this share of its FLOPs
+MAX_FLOPS_SHARE = 1 / 3  # target: nabla reaches best-of-16 at no more than this share of its FLOPs
 
 
-def summarise(rows: Sequence[Mapping], facts: Mapping) -> Summary:
+def summarize(rows: Sequence[Mapping], facts: Mapping) -> Summary:
     """The content of summary.json: name -> {"value", "low", "high", "seeds", "problems"}.
 
     Names: accuracy., accuracy_strict., flops., seconds., tokens., reward., kl., errors.<method> (FLOPs, seconds,
@@ -36,29 +44,33 @@ def summarise(rows: Sequence[Mapping], facts: Mapping) -> Summary:
         ValueError: rows that are incomplete, repeated or of several tasks, or facts of training that are not whole.
     """
     grids = build_grids(rows)
-    trained = compute_tradeoff.trainings(facts)
-    summary = {name: one.entry() for name, one in _means(grids).items()}
-    goal = compute_tradeoff.best_test_time(summary)
-    found = _levels(grids, facts) | _differences(grids, goal) | _training_entries(grids, trained, goal)
-    found |= metrics.measured(rows)
+    trained = compute_tradeoff.read_training_costs(facts)
+    summary = {name: one.to_dict() for name, one in _compute_means(grids).items()}
+    goal = compute_tradeoff.find_best_test_time(summary)
+    found = (
+        _compute_level_means(grids, facts)
+        | _compute_paired_differences(grids, goal)
+        | _compute_training_entries(grids, trained, goal)
+    )
+    found |= metrics.estimate_sample_metrics(rows)
     for name in ("setup", "total"):
-        if is_known(facts, f"{name}_seconds"):
+        if has_fact(facts, f"{name}_seconds"):
             found[f"seconds.{name}"] = Interval.exact(facts[f"{name}_seconds"])
-    return summary | {name: one.entry() for name, one in found.items()}
+    return summary | {name: one.to_dict() for name, one in found.items()}
 
 
-def _means(grids: Mapping[str, Grid]) -> dict[str, Interval]:
+def _compute_means(grids: Mapping[str, ResultGrid]) -> dict[str, Interval]:
     found: dict[str, Interval] = {}
     for metric in METRICS:
         for method, grid in grids.items():
             if any(map(math.isfinite, grid.columns[metric].ravel())):
                 found[f"{metric}.{method}"] = statistics.mean_interval(grid.columns[metric])
     for method, grid in grids.items():
-        found[f"errors.{method}"] = Interval.exact(grid.errors, len(grid.seeds), len(grid.problems))
+        found[f"errors.{method}"] = Interval.exact(grid.num_errors, len(grid.seeds), len(grid.problems))
     return found
 
 
-def levels(facts: Mapping) -> dict[str, list[str]]:
+def group_problems_by_level(facts: Mapping) -> dict[str, list[str]]:
     """Level -> its held-out problems, the lowest first; empty where there are not several levels."""
     found: dict[str, list[str]] = {}
     for problem, known in (facts.get("problems") or {}).items():
@@ -68,61 +80,67 @@ def levels(facts: Mapping) -> dict[str, list[str]]:
     return {level: found[level] for level in names} if len(found) > 1 else {}
 
 
-def _levels(grids: Mapping[str, Grid], facts: Mapping) -> dict[str, Interval]:
+def _compute_level_means(grids: Mapping[str, ResultGrid], facts: Mapping) -> dict[str, Interval]:
     found = {}
-    for level, problems in levels(facts).items():
+    for level, problems in group_problems_by_level(facts).items():
         for method, grid in grids.items():
-            scores = grid.scores("accuracy")
+            scores = grid.get_problem_values("accuracy")
             own = [scores[problem] for problem in problems if problem in scores]
             if own:
                 found[f"level.{level}.{method}"] = statistics.mean_interval(np.array(own))
     return found
 
 
-def _differences(grids: Mapping[str, Grid], goal: str | None) -> dict[str, Interval]:
+def _compute_paired_differences(grids: Mapping[str, ResultGrid], reference_method: str | None) -> dict[str, Interval]:
     found: dict[str, Interval] = {}
-    pairs = [*_pairs(grids), *_training_pairs(grids, goal), *_turning_pairs(grids)]
+    pairs = [
+        *_list_search_pairs(grids),
+        *_list_training_pairs(grids, reference_method),
+        *_list_overoptimization_pairs(grids),
+    ]
     for a, b in dict.fromkeys(pairs):
-        gap = statistics.paired_difference(grids[a].scores("accuracy"), grids[b].scores("accuracy"))
+        gap = statistics.paired_difference(
+            grids[a].get_problem_values("accuracy"), grids[b].get_problem_values("accuracy")
+        )
         found[f"paired.{a}-{b}"] = gap
-        found[f"p_value.{a}-{b}"] = Interval.exact(gap.p_value, gap.seeds, gap.problems)
+        found[f"p_value.{a}-{b}"] = Interval.exact(gap.p_value, gap.num_seeds, gap.num_problems)
     return found
 
 
-def _pairs(grids: Mapping[str, Grid]) -> list[tuple[str, str]]:
-    ours = [name for name in grids if family(name)[0] == "nabla"]
-    searches = [name for name in grids if family(split(name)[1])[0] == "nabla"]
+def _list_search_pairs(grids: Mapping[str, ResultGrid]) -> list[tuple[str, str]]:
+    ours = [name for name in grids if parse_family(name)[0] == "nabla"]
+    searches = [name for name in grids if parse_family(split_label(name)[1])[0] == "nabla"]
     wanted = [(name, name.replace("nabla", "control")) for name in searches]
-    wanted += [(name, rival) for name in ours for rival in _rivals(name)]
-    wanted += [("nabla", "greedy"), ("nabla", RIVAL)]
+    wanted += [(name, rival) for name in ours for rival in _list_baselines(name)]
+    wanted += [("nabla", "greedy"), ("nabla", REWARD_MODEL_SAMPLING)]
     if "nabla" not in grids and ours:
-        wanted += [(ours[-1], "greedy"), (ours[-1], RIVAL)]
+        wanted += [(ours[-1], "greedy"), (ours[-1], REWARD_MODEL_SAMPLING)]
     return [(a, b) for a, b in wanted if a in grids and b in grids]
 
 
-def _rivals(search: str) -> list[str]:
+def _list_baselines(search: str) -> list[str]:
     """What a search is compared with: best_of_16, what sets its budget, and the searches over steps at that budget."""
     share = search.partition("@")[2]
     setter = share if share.startswith("best_of_") else "best_of_16"
-    return ["best_of_16", setter, f"weighted_{setter}", *(f"{method}@{share}" for method in STEPWISE if share)]
+    return ["best_of_16", setter, f"weighted_{setter}", *(f"{method}@{share}" for method in STEP_SEARCHES if share)]
 
 
-def _training_pairs(grids: Mapping[str, Grid], goal: str | None) -> list[tuple[str, str]]:
+def _list_training_pairs(grids: Mapping[str, ResultGrid], reference_method: str | None) -> list[tuple[str, str]]:
     """Every method of a trained policy against the same of the base; greedy decodes against nabla, the best method
     without training (`goal`) and each other; that method against base greedy."""
-    tuned = [labelled(label, "greedy") for label in labels(grids)]
-    wanted = [(name, split(name)[1]) for name in grids if split(name)[0]]
-    wanted += [(own, rival) for own in tuned for rival in ("nabla", goal or "nabla")]
+    tuned = [join_label(label, "greedy") for label in list_policy_labels(grids)]
+    wanted = [(name, split_label(name)[1]) for name in grids if split_label(name)[0]]
+    wanted += [(own, rival) for own in tuned for rival in ("nabla", reference_method or "nabla")]
     wanted += combinations(tuned, 2)
-    wanted += [(goal, "greedy")] if tuned and goal else []
+    wanted += [(reference_method, "greedy")] if tuned and reference_method else []
     return [(a, b) for a, b in wanted if a in grids and b in grids]
 
 
-def _turning_pairs(grids: Mapping[str, Grid]) -> list[tuple[str, str]]:
+def _list_overoptimization_pairs(grids: Mapping[str, ResultGrid]) -> list[tuple[str, str]]:
     """For best-of-N, control and nabla: the costliest run against the cheapest and against the best."""
     pairs = []
     for name in ("best_of", "control", "nabla"):
-        curve = [method for method in grids if family(method)[0] == name]
+        curve = [method for method in grids if parse_family(method)[0] == name]
         curve.sort(key=lambda method: grids[method].columns["flops"].mean())
         if len(curve) > 1:
             best = max(curve, key=lambda method: grids[method].columns["accuracy"].mean())
@@ -130,33 +148,35 @@ def _turning_pairs(grids: Mapping[str, Grid]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _training_entries(
-    grids: Mapping[str, Grid], trained: Mapping[str, compute_tradeoff.Training], goal: str | None
+def _compute_training_entries(
+    grids: Mapping[str, ResultGrid], trained: Mapping[str, compute_tradeoff.TrainingCost], reference_method: str | None
 ) -> dict[str, Interval]:
     found: dict[str, Interval] = {}
-    for name, whole in (("recovered", "nabla"), ("way", goal)):
-        found |= {f"{name}.{label}_greedy": one for label, one in compute_tradeoff.shares(grids, whole).items()}
+    for name, whole in (("recovered", "nabla"), ("way", reference_method)):
+        found |= {f"{name}.{label}_greedy": one for label, one in compute_tradeoff.compute_pgr(grids, whole).items()}
     for label, one in trained.items():
         for cost, spent in (("flops", one.train_flops), ("seconds", one.train_seconds)):
             found |= {} if spent is None else {f"{cost}.training.{label}": Interval.exact(spent)}
-    crossings = compute_tradeoff.break_even(grids, trained).items()
+    crossings = compute_tradeoff.compute_break_even(grids, trained).items()
     return found | {f"break_even.{own}-{rival}": queries for (own, rival), queries in crossings}
 
 
-def is_known(facts: Mapping, name: str) -> bool:
+def has_fact(facts: Mapping, name: str) -> bool:
     """Whether the facts of a run hold a value of that name."""
     return facts.get(name) is not None
 
 
-def cost_ratio(summary: Summary, cost: str, a: str, b: str) -> float:
+def compute_cost_ratio(summary: Summary, cost: str, a: str, b: str) -> float:
     """The cost (flops or seconds) of method a over that of b; NaN where either is not known."""
     top, bottom = summary.get(f"{cost}.{a}"), summary.get(f"{cost}.{b}")
     return top["value"] / bottom["value"] if top and bottom and bottom["value"] else math.nan
 
 
-def front(summary: Summary, cost: str) -> list[str]:
+def find_pareto_front(summary: Summary, cost: str) -> list[str]:
     """The Pareto front: methods of higher mean accuracy than all that cost no more, cheapest first."""
-    costs = {method: summary[name]["value"] for method in methods(summary) if (name := f"{cost}.{method}") in summary}
+    costs = {
+        method: summary[name]["value"] for method in list_methods(summary) if (name := f"{cost}.{method}") in summary
+    }
     best: list[str] = []
     for method in sorted(costs, key=lambda one: (costs[one], -summary[f"accuracy.{one}"]["value"])):
         if not best or summary[f"accuracy.{method}"]["value"] > summary[f"accuracy.{best[-1]}"]["value"]:
@@ -164,13 +184,13 @@ def front(summary: Summary, cost: str) -> list[str]:
     return best
 
 
-def unmeasured(summary: Summary, *names: str) -> list[str]:
+def find_unmeasured(summary: Summary, *names: str) -> list[str]:
     """Those of the named methods that the summary lacks."""
     return [name for name in names if f"accuracy.{name}" not in summary]
 
 
-def nabla_within(summary: Summary) -> str | None:
+def find_nabla_within_flops_share(summary: Summary) -> str | None:
     """The costliest nabla run within the target's share: chosen by cost, so that luck can't choose."""
-    ours = [m for m in methods(summary) if family(m)[0] == "nabla"]
-    within = [m for m in ours if cost_ratio(summary, "flops", m, "best_of_16") <= FLOPS_SHARE]
+    ours = [m for m in list_methods(summary) if parse_family(m)[0] == "nabla"]
+    within = [m for m in ours if compute_cost_ratio(summary, "flops", m, "best_of_16") <= MAX_FLOPS_SHARE]
     return max(within, key=lambda m: summary[f"flops.{m}"]["value"], default=None)

@@ -19,36 +19,36 @@ from rich.console import Console
 from rich.table import Table
 
 from nabla_trl.evaluation import metrics
-from nabla_trl.evaluation.grids import Grid, build_grids, reward_rounds
-from nabla_trl.evaluation.method import LABELS, family, methods
-from nabla_trl.evaluation.results import EXTRACTION, comparisons_lost, extractions
+from nabla_trl.evaluation.grids import ResultGrid, build_grids, compute_mean_reward_by_round
+from nabla_trl.evaluation.method import POLICY_LABELS, list_methods, parse_family
+from nabla_trl.evaluation.results import EXTRACTION_FILE, describe_failed_comparisons, list_extraction_differences
 from nabla_trl.report import compute_tradeoff_page, samples
 from nabla_trl.report.conclusions import (
-    RIVAL_NOTE,
-    accuracy,
-    chance_in_words,
-    cost_in_words,
-    gap_in_words,
-    plot_titles,
-    relative_in_words,
-    strict_differs,
-    strict_in_words,
-    targets,
-    verdict,
+    REWARD_MODEL_SAMPLING_NOTE,
+    build_plot_titles,
+    describe_difference,
+    evaluate_targets,
+    format_accuracy,
+    format_cost,
+    format_p_value,
+    format_relative_flops,
+    format_strict_accuracy,
+    has_strict_difference,
+    write_conclusions,
 )
-from nabla_trl.report.summary import Summary, cost_ratio, is_known, summarise
-from nabla_trl.utils.files import write_whole
-from nabla_trl.utils.formatting import span
-from nabla_trl.utils.markdown import bullets, table
+from nabla_trl.report.summary import Summary, compute_cost_ratio, has_fact, summarize
+from nabla_trl.utils.files import write_atomic
+from nabla_trl.utils.formatting import format_interval
+from nabla_trl.utils.markdown import format_bullets, format_table
 
-NO_TURN = "Nowhere is the run with the most FLOPs worse than a cheaper one of its kind, beyond chance."
-FIGURES = {
+NO_OVEROPTIMIZATION = "Nowhere is the run with the most FLOPs worse than a cheaper one of its kind, beyond chance."
+MAIN_FIGURES = {
     "accuracy_flops": "Accuracy against FLOPs per problem",
     "accuracy_seconds": "Accuracy against seconds per problem",
     "reward_rounds": "Reward over rounds",
 }
-ALL_FIGURES = FIGURES | samples.FIGURES | compute_tradeoff_page.FIGURES
-_FACTS = ("title", "command", "policy", "reward", "task", "reward_kind")
+ALL_FIGURES = MAIN_FIGURES | samples.SAMPLE_FIGURES | compute_tradeoff_page.TRADEOFF_FIGURES
+_REQUIRED_FACTS = ("title", "command", "policy", "reward", "task", "reward_kind")
 
 
 def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) -> Summary:
@@ -59,46 +59,50 @@ def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) ->
     Raises ValueError on rows or facts that `summarise` refuses; nothing is written then.
     """
     from nabla_trl.report import figures as figure_module
-    from nabla_trl.report.html.page import page
+    from nabla_trl.report.html.page import render_page
 
     _check_facts(facts)
-    summary = summarise(rows, facts)
+    summary = summarize(rows, facts)
     folder = Path(folder)
     grids = build_grids(rows)
-    rounds = {name: reward_rounds(grid) for name, grid in grids.items() if _searches(name)}
-    titles = plot_titles(summary, facts)
-    figures = figure_module.figures(summary, rounds, titles)
-    drawn = figure_module.draw(folder / "plots", figures)
-    write_whole(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    sections = _sections(summary, rows, grids, facts, folder, drawn)
+    rounds = {name: compute_mean_reward_by_round(grid) for name, grid in grids.items() if _is_search(name)}
+    titles = build_plot_titles(summary, facts)
+    figures = figure_module.plot_figures(summary, rounds, titles)
+    drawn = figure_module.save_figures(folder / "plots", figures)
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    sections = _build_sections(summary, rows, grids, facts, folder, drawn)
     blocks = [block for name, own in sections.items() for block in ([f"## {name}"] if name else []) + own]
-    write_whole(folder / "report.md", "\n\n".join(blocks) + "\n")
-    html = page(folder, sections, summary, rows, facts, rounds, figures, titles)
-    write_whole(folder / "report.html", html)
+    write_atomic(folder / "report.md", "\n\n".join(blocks) + "\n")
+    html = render_page(folder, sections, summary, rows, facts, rounds, figures, titles)
+    write_atomic(folder / "report.html", html)
     return summary
 
 
-def terminal_table(summary: Summary, console: Console | None = None) -> None:
+def print_summary_table(summary: Summary, console: Console | None = None) -> None:
     """Print method, accuracy (strict, too, where that differs), FLOPs (also as a share of best_of_16's), time and
     errors, if any; of samples pass@k and maj@k."""
     console = console or Console()
-    if methods(summary):
-        console.print(_terminal_methods(summary))
-    if metrics.curves(summary):
-        console.print(_terminal_samples(summary))
+    if list_methods(summary):
+        console.print(_build_method_table(summary))
+    if metrics.group_sample_metrics(summary):
+        console.print(_build_samples_table(summary))
 
 
 def _check_facts(facts: Mapping) -> None:
-    missing = [name for name in _FACTS if not is_known(facts, name)]
+    missing = [name for name in _REQUIRED_FACTS if not has_fact(facts, name)]
     if missing:
         raise ValueError(f"the run facts lack {', '.join(missing)}")
-    kinds: dict[str, type] = dict.fromkeys(_FACTS, str) | {"seeds": list, "problems": Mapping, "versions": Mapping}
+    kinds: dict[str, type] = dict.fromkeys(_REQUIRED_FACTS, str) | {
+        "seeds": list,
+        "problems": Mapping,
+        "versions": Mapping,
+    }
     for name, kind in kinds.items():
-        if is_known(facts, name) and not isinstance(facts[name], kind):
+        if has_fact(facts, name) and not isinstance(facts[name], kind):
             raise ValueError(f"the run facts hold no {name} that can be read: {facts[name]!r}")
 
 
-def _terminal_columns(first: str, *headings: str) -> Table:
+def _create_terminal_table(first: str, *headings: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column(first, no_wrap=True)
     for heading in headings:
@@ -106,62 +110,69 @@ def _terminal_columns(first: str, *headings: str) -> Table:
     return table
 
 
-def _terminal_methods(summary: Summary) -> Table:
-    strict = strict_differs(summary)
-    failed = any(summary[f"errors.{method}"]["value"] for method in methods(summary))  # else the column takes room
+def _build_method_table(summary: Summary) -> Table:
+    strict = has_strict_difference(summary)
+    failed = any(
+        summary[f"errors.{method}"]["value"] for method in list_methods(summary)
+    )  # else the column takes room
     headings = ("accuracy [95%]", *["strict"] * strict, "FLOPs", "× bo16", "time", *["errors"] * failed)
-    table = _terminal_columns("method", *headings)
-    for method in methods(summary):
-        flops = cost_in_words(summary, "flops", method).removesuffix("FLOPs")
+    table = _create_terminal_table("method", *headings)
+    for method in list_methods(summary):
+        flops = format_cost(summary, "flops", method).removesuffix("FLOPs")
         errors = [str(round(summary[f"errors.{method}"]["value"]))] * failed
-        costs = (flops, relative_in_words(summary, method), cost_in_words(summary, "seconds", method))
-        read = [strict_in_words(summary, method).split(" ")[0]] * strict
-        table.add_row(method, accuracy(summary, method), *read, *costs, *errors)
+        costs = (flops, format_relative_flops(summary, method), format_cost(summary, "seconds", method))
+        read = [format_strict_accuracy(summary, method).split(" ")[0]] * strict
+        table.add_row(method, format_accuracy(summary, method), *read, *costs, *errors)
     return table
 
 
-def _terminal_samples(summary: Summary) -> Table:
-    table = _terminal_columns("samples of", "k", "pass@k [95%]", "maj@k [95%]")
-    for policy, own in metrics.curves(summary).items():
+def _build_samples_table(summary: Summary) -> Table:
+    table = _create_terminal_table("samples of", "k", "pass@k [95%]", "maj@k [95%]")
+    for policy, own in metrics.group_sample_metrics(summary).items():
         for k in own["pass"]:
-            table.add_row(policy, str(k), span(own["pass"][k]), span(own["maj"][k]))
+            table.add_row(policy, str(k), format_interval(own["pass"][k]), format_interval(own["maj"][k]))
     return table
 
 
-def _searches(method: str) -> bool:
-    return family(method)[0] in ("nabla", "control")
+def _is_search(method: str) -> bool:
+    return parse_family(method)[0] in ("nabla", "control")
 
 
 # --------------------------------------------------------------------------------------------------- the page
 
 
-def _sections(
+def _build_sections(
     summary: Summary,
     rows: Sequence[Mapping],
-    grids: Mapping[str, Grid],
+    grids: Mapping[str, ResultGrid],
     facts: Mapping,
     folder: Path,
-    drawn: Mapping[str, Path],
+    plot_paths: Mapping[str, Path],
 ) -> dict[str, list[str]]:
     """Blocks of Markdown under each heading; those of the title under an empty one."""
-    images = _images(drawn, folder)
-    rival = [RIVAL_NOTE + "."] if facts["reward_kind"] == "log-ratio" else []
+    images = _link_images(plot_paths, folder)
+    rival = [REWARD_MODEL_SAMPLING_NOTE + "."] if facts["reward_kind"] == "log-ratio" else []
     return {
-        "": [f"# {facts['title']}", _statement(summary, rows, facts)],
-        "Verdict": [bullets(verdict(summary, facts))],
-        "Figures to reach": [table(["target", "measured", "verdict"], targets(summary)), _target_note(facts)],
-        "Results": [_results(summary), *_strictness(summary, rows), *rival],
-        "Paired differences of accuracy": _paired(summary),
-        samples.HEADING: samples.section(summary, _only(images, samples.FIGURES)),
-        "Is the reward sound under search?": [turning(summary), *_audit(facts)],
-        "Test-time against train-time": compute_tradeoff_page.sections(summary, grids, facts, images),
-        "Plots": _plots(images),
-        "Provenance": _provenance(summary, facts),
-        "Files": [_files(facts, folder, drawn)],
+        "": [f"# {facts['title']}", _format_statement(summary, rows, facts)],
+        "Verdict": [format_bullets(write_conclusions(summary, facts))],
+        "Figures to reach": [
+            format_table(["target", "measured", "verdict"], evaluate_targets(summary)),
+            _format_target_note(facts),
+        ],
+        "Results": [_format_results(summary), *_format_strictness_note(summary, rows), *rival],
+        "Paired differences of accuracy": _format_paired_differences(summary),
+        samples.SAMPLES_HEADING: samples.build_samples_section(
+            summary, _select_images(images, samples.SAMPLE_FIGURES)
+        ),
+        "Is the reward sound under search?": [describe_overoptimization(summary), *_format_audit(facts)],
+        "Test-time against train-time": compute_tradeoff_page.build_tradeoff_section(summary, grids, facts, images),
+        "Plots": _format_plots(images),
+        "Provenance": _format_provenance(summary, facts),
+        "Files": [_format_files(facts, folder, plot_paths)],
     }
 
 
-def _statement(summary: Summary, rows: Sequence[Mapping], facts: Mapping) -> str:
+def _format_statement(summary: Summary, rows: Sequence[Mapping], facts: Mapping) -> str:
     problems = max(one["problems"] for one in summary.values())
     count = len({row["method"] for row in rows})
     wrong = sum(row["error"] is not None for row in rows)
@@ -171,7 +182,7 @@ def _statement(summary: Summary, rows: Sequence[Mapping], facts: Mapping) -> str
         f"`{facts['policy']}`, {facts['reward_kind']} reward `{facts['reward']}`. Of {len(rows)} rows "
         f"{wrong} ended in an error and {ungraded} could not be graded; they count as wrong."
     )
-    head = f"{head} {comparisons_lost(rows)}".rstrip()
+    head = f"{head} {describe_failed_comparisons(rows)}".rstrip()
     return (
         f"{head} Brackets hold 95% bootstrap intervals over problems, the seeds of a problem averaged first. "
         "FLOPs and seconds are per problem, rejected work included. An interval without width says that all "
@@ -179,7 +190,7 @@ def _statement(summary: Summary, rows: Sequence[Mapping], facts: Mapping) -> str
     )
 
 
-def _target_note(facts: Mapping) -> str:
+def _format_target_note(facts: Mapping) -> str:
     note = (
         "The first asks for an accuracy no lower than best_of_16's; its paired interval says how surely. The trained "
         "policy and the best test-time method are those with the highest mean accuracy on these very problems."
@@ -189,116 +200,125 @@ def _target_note(facts: Mapping) -> str:
     return f"{note} The first two were set for a log-ratio reward; this run's is of kind {facts['reward_kind']}."
 
 
-def _results(summary: Summary) -> str:
-    if not methods(summary):
+def _format_results(summary: Summary) -> str:
+    if not list_methods(summary):
         return "Missing: no method that gives one answer was evaluated."
-    strict = strict_differs(summary)
+    strict = has_strict_difference(summary)
     heads = ["method", "accuracy", *["strict accuracy"] * strict]
     heads += ["reward", "FLOPs / problem", "× best_of_16", "seconds / problem"]
     lines = []
-    for method in methods(summary):
+    for method in list_methods(summary):
         one = summary[f"accuracy.{method}"]
         reward = summary.get(f"reward.{method}")
         costs = [
-            cost_in_words(summary, "flops", method),
-            relative_in_words(summary, method),
-            cost_in_words(summary, "seconds", method),
+            format_cost(summary, "flops", method),
+            format_relative_flops(summary, method),
+            format_cost(summary, "seconds", method),
         ]
         counts = [one["seeds"], one["problems"], round(summary[f"errors.{method}"]["value"])]
-        read = [strict_in_words(summary, method)] * strict
-        lines.append([method, span(one), *read, span(reward, ".3g") if reward else "–", *costs, *counts])
-    return table([*heads, "seeds", "problems", "errors"], lines)
+        read = [format_strict_accuracy(summary, method)] * strict
+        lines.append(
+            [method, format_interval(one), *read, format_interval(reward, ".3g") if reward else "–", *costs, *counts]
+        )
+    return format_table([*heads, "seeds", "problems", "errors"], lines)
 
 
-def _strictness(summary: Summary, rows: Sequence[Mapping]) -> list[str]:
+def _format_strictness_note(summary: Summary, rows: Sequence[Mapping]) -> list[str]:
     """What strict accuracy is and on how many answers it rests, where any answer is read in two ways."""
-    differ = len(extractions(rows))
+    differ = len(list_extraction_differences(rows))
     if not differ:
         return []
-    what = "Strict accuracy counts" if strict_differs(summary) else "Strict accuracy, here the same, counts"
+    what = "Strict accuracy counts" if has_strict_difference(summary) else "Strict accuracy, here the same, counts"
     return [
         f"{what} an answer only in the form that the task asks for; accuracy takes it wherever the response put it. "
-        f"{differ} of {len(rows)} responses are read in two ways: `{EXTRACTION}` holds them."
+        f"{differ} of {len(rows)} responses are read in two ways: `{EXTRACTION_FILE}` holds them."
     ]
 
 
-def _paired(summary: Summary) -> list[str]:
+def _format_paired_differences(summary: Summary) -> list[str]:
     lines = []
     for name, one in summary.items():
         if name.startswith("paired."):
-            a, b = _sides(name)
-            chance = chance_in_words(summary, a, b).removeprefix("p = ").removeprefix("p ")
-            lines.append([f"{a} − {b}", span(one, "+.3f"), chance, f"{cost_ratio(summary, 'flops', a, b):.2f}"])
+            a, b = _parse_paired_name(name)
+            chance = format_p_value(summary, a, b).removeprefix("p = ").removeprefix("p ")
+            lines.append(
+                [
+                    f"{a} − {b}",
+                    format_interval(one, "+.3f"),
+                    chance,
+                    f"{compute_cost_ratio(summary, 'flops', a, b):.2f}",
+                ]
+            )
     if not lines:
         return ["Missing: no two methods that belong together were evaluated."]
     note = "p: two-sided sign-flip permutation test over problems, not corrected for how many tests there are."
-    return [table(["a − b", "difference", "p", "FLOPs a / b"], lines), note]
+    return [format_table(["a − b", "difference", "p", "FLOPs a / b"], lines), note]
 
 
-def turning(summary: Summary) -> str:
+def describe_overoptimization(summary: Summary) -> str:
     """Whether accuracy falls as best-of-N, the control and nabla are given more FLOPs: a list in Markdown."""
-    pairs = [_sides(name) for name in summary if name.startswith("paired.")]
-    pairs = [(a, b) for a, b in pairs if family(a)[0] == family(b)[0]]
+    pairs = [_parse_paired_name(name) for name in summary if name.startswith("paired.")]
+    pairs = [(a, b) for a, b in pairs if parse_family(a)[0] == parse_family(b)[0]]
     lines = [
-        f"{a} (most FLOPs) {accuracy(summary, a)} against {b} {accuracy(summary, b)}; {gap_in_words(summary, a, b)}."
+        f"{a} (most FLOPs) {format_accuracy(summary, a)} against {b} {format_accuracy(summary, b)}; {describe_difference(summary, a, b)}."
         for a, b in pairs
     ]
     if not lines:
         return "Missing: no method was evaluated at several budgets."
     falls = dict.fromkeys(a for a, b in pairs if summary[f"paired.{a}-{b}"]["high"] < 0)
-    end = f"Accuracy turns under more search: {', '.join(falls)}." if falls else NO_TURN
-    return bullets([*lines, end])
+    end = f"Accuracy turns under more search: {', '.join(falls)}." if falls else NO_OVEROPTIMIZATION
+    return format_bullets([*lines, end])
 
 
-def _audit(facts: Mapping) -> list[str]:
+def _format_audit(facts: Mapping) -> list[str]:
     audit = facts.get("audit")
     if not audit:
         return ["Missing: the reward was not audited."]
     curve = {int(count): one for count, one in audit.get("best_of_n", {}).items()}
-    figures = [[f"best of {count}", span(curve[count])] for count in sorted(curve)]
+    figures = [[f"best of {count}", format_interval(curve[count])] for count in sorted(curve)]
     figures += [[name, f"{one:.3f}"] for name, one in audit.items() if isinstance(one, (int, float))]
-    return [f"Audit before the search: {audit['verdict']}", table(["audit", "value"], figures)]
+    return [f"Audit before the search: {audit['verdict']}", format_table(["audit", "value"], figures)]
 
 
-def _images(drawn: Mapping[str, Path], folder: Path) -> dict[str, str]:
-    return {key: f"![{ALL_FIGURES[key]}]({path.relative_to(folder).as_posix()})" for key, path in drawn.items()}
+def _link_images(plot_paths: Mapping[str, Path], folder: Path) -> dict[str, str]:
+    return {key: f"![{ALL_FIGURES[key]}]({path.relative_to(folder).as_posix()})" for key, path in plot_paths.items()}
 
 
-def _only(images: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+def _select_images(images: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
     return {name: image for name, image in images.items() if name in names}
 
 
-def _plots(images: Mapping[str, str]) -> list[str]:
+def _format_plots(images: Mapping[str, str]) -> list[str]:
     absent = [title for key, title in ALL_FIGURES.items() if key not in images]
-    shown = [images[key] for key in FIGURES if key in images]
+    shown = [images[key] for key in MAIN_FIGURES if key in images]
     return shown + ([f"Not drawn for want of rows or facts: {', '.join(absent)}."] if absent else [])
 
 
-def _provenance(summary: Summary, facts: Mapping) -> list[str]:
+def _format_provenance(summary: Summary, facts: Mapping) -> list[str]:
     lines = [f"policy: `{facts['policy']}`", f"reward: `{facts['reward']}` ({facts['reward_kind']})"]
-    lines += [f"seeds: {', '.join(map(str, facts['seeds']))}"] if is_known(facts, "seeds") else []
+    lines += [f"seeds: {', '.join(map(str, facts['seeds']))}"] if has_fact(facts, "seeds") else []
     lines += [f"revision of {what}: `{one}`" for what, one in (facts.get("revisions") or {}).items()]
     lines += [f"{name}: {version}" for name, version in (facts.get("versions") or {}).items()]
     clocks = {"setup": "set-up", "total": "in all"}
-    clocks |= {f"training.{label}": f"making {label}" for label in LABELS}
+    clocks |= {f"training.{label}": f"making {label}" for label in POLICY_LABELS}
     for key, words in clocks.items():
         if f"seconds.{key}" in summary:
             lines.append(f"seconds, {words}: {summary[f'seconds.{key}']['value']:.1f}")
     lines += facts.get("notes") or []
-    return [f"```\n{facts['command']}\n```", bullets(lines)]
+    return [f"```\n{facts['command']}\n```", format_bullets(lines)]
 
 
-def _files(facts: Mapping, folder: Path, drawn: Mapping[str, Path]) -> str:
+def _format_files(facts: Mapping, folder: Path, plot_paths: Mapping[str, Path]) -> str:
     files = {**(facts.get("files") or {}), "summary": folder / "summary.json"}
-    files |= {f"plot, {key}": path for key, path in drawn.items()}
-    return bullets(f"{label}: `{_near(Path(path), folder)}`" for label, path in files.items())
+    files |= {f"plot, {key}": path for key, path in plot_paths.items()}
+    return format_bullets(f"{label}: `{_to_relative_path(Path(path), folder)}`" for label, path in files.items())
 
 
-def _near(path: Path, folder: Path) -> str:
+def _to_relative_path(path: Path, folder: Path) -> str:
     return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
 
-def _sides(name: str) -> tuple[str, str]:
+def _parse_paired_name(name: str) -> tuple[str, str]:
     """paired.<a>-<b> -> (a, b); the names of methods hold no hyphen."""
     a, _, b = name.removeprefix("paired.").partition("-")
     return a, b

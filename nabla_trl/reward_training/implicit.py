@@ -14,20 +14,26 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import DPOConfig, RewardConfig
 
-from nabla_trl.models.flops import model_size
+from nabla_trl.models.flops import measure_model_size
 from nabla_trl.models.loading import load_policy, load_tokenizer
 from nabla_trl.models.policy import Policy
-from nabla_trl.reward_training.data import Labelled, choose_pairs, legible
-from nabla_trl.reward_training.trainer import TrainedReward
-from nabla_trl.rewards.loading import log_ratio
-from nabla_trl.training.peft import LoraArguments, load_trainable, lora_config, row_flops, save_whole
-from nabla_trl.training.trainers import IdsDPOTrainer, config_as
+from nabla_trl.reward_training.data import LabeledResponse, choose_pairs, filter_encodable
+from nabla_trl.reward_training.trainer import RewardTrainingStats
+from nabla_trl.rewards.loading import build_log_ratio_reward
+from nabla_trl.training.peft import (
+    LoraArguments,
+    build_lora_config,
+    compute_training_flops,
+    load_trainable_model,
+    save_model_atomically,
+)
+from nabla_trl.training.trainers import TokenIdsDPOTrainer, convert_config
 
 
-def train_implicit(
-    base: str,
-    labelled: Sequence[Labelled],
-    output: Path,
+def train_implicit_reward(
+    base_model: str,
+    labeled_responses: Sequence[LabeledResponse],
+    output_dir: Path,
     *,
     policy: Policy,
     beta: float,
@@ -35,7 +41,7 @@ def train_implicit(
     lora: LoraArguments,
     config: RewardConfig,
     dtype: str,
-) -> TrainedReward:
+) -> RewardTrainingStats:
     """Train an adapter of `base` by DPO and write it to `output` (whole or not at all).
 
     Args:
@@ -45,24 +51,24 @@ def train_implicit(
     Raises:
         ValueError: no pairs that the base can read, vocabularies that cannot be matched, a loss that is not finite.
     """
-    reader = policy if base == policy.name else load_policy(base, dtype=dtype, device=str(config.device))
-    term = log_ratio(policy, reader, reader, base).terms[0]
-    readable = legible(labelled, term, base, quiet=config.process_index > 0)
+    reader = policy if base_model == policy.name else load_policy(base_model, dtype=dtype, device=str(config.device))
+    term = build_log_ratio_reward(policy, reader, reader, base_model).objectives[0]
+    readable = filter_encodable(labeled_responses, term, base_model, quiet=config.process_index > 0)
     rows = [
-        {"prompt_ids": good.prompt, "chosen_ids": good.response, "rejected_ids": bad.response}
+        {"prompt_ids": good.prompt_ids, "chosen_ids": good.response_ids, "rejected_ids": bad.response_ids}
         for chosen, rejected in choose_pairs(readable, pairs_per_problem, config.seed)
         for good, bad in [(term.encode(chosen), term.encode(rejected))]
     ]
     set_seed(config.seed)
-    model = load_trainable(base, tuning="lora", dtype=dtype, config=config)
-    trainer = IdsDPOTrainer(
+    model = load_trainable_model(base_model, tuning="lora", dtype=dtype, config=config)
+    trainer = TokenIdsDPOTrainer(
         model=model,
-        args=dpo_config(config, beta),
+        args=make_dpo_config(config, beta),
         train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(base),
-        peft_config=lora_config(lora, "CAUSAL_LM"),
+        processing_class=load_tokenizer(base_model),
+        peft_config=build_lora_config(lora, "CAUSAL_LM"),
     )
-    size = model_size(model, "reward")
+    size = measure_model_size(model, "reward")
     added = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     result = trainer.train()
     if not math.isfinite(result.training_loss):
@@ -71,13 +77,13 @@ def train_implicit(
         raise ValueError(
             f"{trainer.state.global_step} steps of training changed nothing: raise learning_rate or max_steps"
         )
-    save_whole(trainer, output)
+    save_model_atomically(trainer, output_dir)
     length = round(sum(len(row["prompt_ids"] + row["chosen_ids"]) for row in rows) / len(rows))
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     responses = 2 * batch * trainer.state.global_step
     # The reference reads every response once more.
-    flops = responses * (row_flops(size, added, length) + size.forward_flops(0, length))
-    return TrainedReward(
+    flops = responses * (compute_training_flops(size, added, length) + size.compute_forward_flops(0, length))
+    return RewardTrainingStats(
         rows=len(rows),
         steps=trainer.state.global_step,
         tokens=responses * length,
@@ -87,7 +93,7 @@ def train_implicit(
     )
 
 
-def dpo_config(config: RewardConfig, beta: float) -> DPOConfig:
+def make_dpo_config(config: RewardConfig, beta: float) -> DPOConfig:
     """DPO's configuration with the arguments of another trainer's that both know."""
     # Never cut a response: what it ends with decides which one is chosen.
-    return config_as(DPOConfig, config, max_length=None, beta=beta)
+    return convert_config(DPOConfig, config, max_length=None, beta=beta)

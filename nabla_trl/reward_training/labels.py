@@ -17,15 +17,17 @@ from nabla_trl.tasks import digit_chains
 from nabla_trl.tasks.problem import Problem
 
 # task -> problem -> per character of a right solution, the characters that are right there
-RIGHT_CHARACTERS: dict[str, Callable[[Problem], list[str]]] = {"chains": digit_chains.right_characters}
+CORRECT_CHARACTERS_BY_TASK: dict[str, Callable[[Problem], list[str]]] = {
+    "chains": digit_chains.list_allowed_characters
+}
 
 
 def has_step_labels(problems: Sequence[Problem]) -> bool:
     """Whether every problem is of a task that can tell right tokens from wrong ones, and has a solution."""
-    return all(problem.task in RIGHT_CHARACTERS and problem.solution is not None for problem in problems)
+    return all(problem.task in CORRECT_CHARACTERS_BY_TASK and problem.solution is not None for problem in problems)
 
 
-class TokenLabels:
+class TokenLabeler:
     """Step labels in a policy's vocabulary.
 
     With tokens of several characters a candidate is judged at the place where the response stands, so alternatives
@@ -34,11 +36,11 @@ class TokenLabels:
 
     def __init__(self, policy: Policy):
         self.stop_ids = policy.stop_ids
-        rows = policy.forbidden.shape[0]
-        known = [index for index in range(rows) if not policy.forbidden[index]]
-        self.strings = dict(zip(known, policy.tokenizer.batch_decode([[i] for i in known]), strict=True))
+        rows = policy.forbidden_mask.shape[0]
+        known = [index for index in range(rows) if not policy.forbidden_mask[index]]
+        self.token_texts = dict(zip(known, policy.tokenizer.batch_decode([[i] for i in known]), strict=True))
 
-    def right(self, problem: Problem, response: Sequence[int], candidates: Tensor) -> Tensor:
+    def label_candidates(self, problem: Problem, response_ids: Sequence[int], candidates: Tensor) -> Tensor:
         """[T, K] bool: candidates [T, K] that continue a right solution where the response stands.
 
         Raises:
@@ -46,27 +48,27 @@ class TokenLabels:
         """
         if not has_step_labels([problem]):
             raise ValueError(f"{problem.id}: the task {problem.task or '(none)'} has no step labels")
-        solution = RIGHT_CHARACTERS[problem.task](problem)
+        solution = CORRECT_CHARACTERS_BY_TASK[problem.task](problem)
         table = torch.zeros(candidates.shape, dtype=torch.bool)
         place = 0
-        for at, (token, row) in enumerate(zip(response, candidates.tolist(), strict=True)):
-            table[at] = torch.tensor([self._fits(index, solution, place) for index in row])
-            place += len(self.strings.get(token, ""))
+        for at, (token, row) in enumerate(zip(response_ids, candidates.tolist(), strict=True)):
+            table[at] = torch.tensor([self._is_correct(index, solution, place) for index in row])
+            place += len(self.token_texts.get(token, ""))
         return table
 
-    def sound(self, problem: Problem, response: Sequence[int]) -> list[bool]:
+    def label_prefixes(self, problem: Problem, response_ids: Sequence[int]) -> list[bool]:
         """[T]: no error up to and including each token."""
-        own = self.right(problem, response, torch.tensor(response)[:, None])
+        own = self.label_candidates(problem, response_ids, torch.tensor(response_ids)[:, None])
         return own.squeeze(1).cumprod(0).bool().tolist()
 
-    def first_error(self, problem: Problem, response: Sequence[int]) -> int | None:
+    def find_first_error(self, problem: Problem, response_ids: Sequence[int]) -> int | None:
         """Index of the first wrong token; None if there is none."""
-        sound = self.sound(problem, response)
+        sound = self.label_prefixes(problem, response_ids)
         return sound.index(False) if False in sound else None
 
-    def _fits(self, token: int, solution: list[str], place: int) -> bool:
+    def _is_correct(self, token: int, solution: list[str], place: int) -> bool:
         if token in self.stop_ids:
             return place == len(solution)
-        text = self.strings.get(token, "")
+        text = self.token_texts.get(token, "")
         wanted = solution[place : place + len(text)]
         return bool(text) and len(wanted) == len(text) and all(c in good for c, good in zip(text, wanted, strict=True))

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from trl import RewardTrainer
 
-from nabla_trl.training.trainers import FiniteLoss
+from nabla_trl.training.trainers import FiniteLossMixin
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 @dataclass(frozen=True)
-class RelaxedLoss:
+class RelaxedLossConfig:
     """What `TokenRewardTrainer` adds to the loss on hard tokens.
 
     Attributes:
@@ -36,12 +36,12 @@ class RelaxedLoss:
         matching: weight of gradient matching; 0 = none. Needs attention with a double backward ("eager").
     """
 
-    relaxed: float = 0.0
-    draws: int = 2
-    matching: float = 0.0
+    relaxed_fraction: float = 0.0
+    target_samples: int = 2
+    gradient_matching: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.relaxed <= 1 or self.draws < 1 or not self.matching >= 0:
+        if not 0 <= self.relaxed_fraction <= 1 or self.target_samples < 1 or not self.gradient_matching >= 0:
             raise ValueError("relaxed must be in [0, 1], draws at least 1 and matching at least 0")
 
 
@@ -57,7 +57,7 @@ class TokenCollator:
     """
 
     pad_id: int
-    relaxed: float
+    relaxed_fraction: float
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
@@ -75,10 +75,10 @@ class TokenCollator:
         }
         batch["weights"][..., 0] = 1
         for index, row in enumerate(rows):
-            self._fill(batch, index, row)
+            self._fill_row(batch, index, row)
         return batch
 
-    def _fill(self, batch: dict[str, Tensor], index: int, row: dict[str, Any]) -> None:
+    def _fill_row(self, batch: dict[str, Tensor], index: int, row: dict[str, Any]) -> None:
         total, begin = len(row["input_ids"]), row["start"]
         ids, policy = torch.tensor(row["ids"]), torch.tensor(row["weights"])
         end = begin + len(ids)
@@ -91,7 +91,7 @@ class TokenCollator:
             return
         batch["ids"][index, begin:end, : ids.shape[1]] = ids
         batch["offered"][index, begin:end, : ids.shape[1]] = (policy > 0) & (ids != hard[begin:end, None])
-        shares = draw_shares(len(ids), self.relaxed)
+        shares = sample_mixture_weights(len(ids), self.relaxed_fraction)
         mixed = shares[:, None] * policy
         mixed[:, 0] += 1 - shares
         batch["weights"][index, begin:end, : ids.shape[1]] = mixed
@@ -104,22 +104,22 @@ class TokenCollator:
             batch["estimated"][index] = bool(shares.any())
 
 
-def draw_shares(length: int, relaxed: float) -> Tensor:
+def sample_mixture_weights(length: int, relaxed_fraction: float) -> Tensor:
     """[T] shares α_t of the policy's candidates: with probability `relaxed` one α in (0, 1) at random places, else 0.
 
     Half of the relaxed rows mix every position, the others each position with a probability of their own.
     """
-    if torch.rand(()) >= relaxed:
+    if torch.rand(()) >= relaxed_fraction:
         return torch.zeros(length)
     density = 1.0 if torch.rand(()) < 0.5 else float(torch.rand(()))
     return torch.rand(()) * (torch.rand(length) < density)
 
 
-class PairRewardTrainer(FiniteLoss, RewardTrainer):
+class PairRewardTrainer(FiniteLossMixin, RewardTrainer):
     """TRL's RewardTrainer on rows of ids (`chosen_ids`, `rejected_ids`, perhaps `margin`)."""
 
 
-class TokenRewardTrainer(FiniteLoss, RewardTrainer):
+class TokenRewardTrainer(FiniteLossMixin, RewardTrainer):
     """TRL's RewardTrainer on single responses with a target per token, read by the score head at every position.
 
     Args:
@@ -127,10 +127,10 @@ class TokenRewardTrainer(FiniteLoss, RewardTrainer):
         kwargs: as for RewardTrainer; the dataset holds rows of `reward_data.token_rows`.
     """
 
-    def __init__(self, *args: Any, options: RelaxedLoss, **kwargs: Any):
-        self.options = options
+    def __init__(self, *args: Any, loss_config: RelaxedLossConfig, **kwargs: Any):
+        self.loss_config = loss_config
         super().__init__(*args, **kwargs)
-        self.data_collator = TokenCollator(self.processing_class.pad_token_id, options.relaxed)
+        self.data_collator = TokenCollator(self.processing_class.pad_token_id, loss_config.relaxed_fraction)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset  # rows of ids already
@@ -143,19 +143,21 @@ class TokenRewardTrainer(FiniteLoss, RewardTrainer):
     ) -> Any:
         mask = inputs["attention_mask"]
         embed = self.accelerator.unwrap_model(model).get_input_embeddings()
-        embeds = mix(embed, inputs["ids"], inputs["weights"])
-        if self.options.matching:
+        embeds = mix_embeddings(embed, inputs["ids"], inputs["weights"])
+        if self.loss_config.gradient_matching:
             embeds.requires_grad_(True)
-        scores = token_scores(model, embeds, mask)
-        targets = self._targets(model, inputs)
+        scores = compute_token_scores(model, embeds, mask)
+        targets = self._estimate_targets(model, inputs)
         labelled = ~targets.isnan()
         loss = F.binary_cross_entropy_with_logits(scores[labelled].float(), targets[labelled])
-        if self.options.matching:
-            loss = loss + self.options.matching * self._matching(model, embed, inputs, embeds, scores)
-        self._note(scores.detach(), targets, inputs)
+        if self.loss_config.gradient_matching:
+            loss = loss + self.loss_config.gradient_matching * self._compute_matching_loss(
+                model, embed, inputs, embeds, scores
+            )
+        self._log_reward_metrics(scores.detach(), targets, inputs)
         return (loss, scores) if return_outputs else loss
 
-    def _targets(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def _estimate_targets(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Known targets, and for relaxed rows without step labels the mean prediction for hard draws from them."""
         targets, rows = inputs["targets"], inputs["estimated"]
         if not rows.any():
@@ -164,32 +166,32 @@ class TokenRewardTrainer(FiniteLoss, RewardTrainer):
         embed = self.accelerator.unwrap_model(model).get_input_embeddings()
         total = torch.zeros_like(targets[rows])
         with torch.no_grad():
-            for _ in range(self.options.draws):
+            for _ in range(self.loss_config.target_samples):
                 picks = torch.multinomial(weights.flatten(0, 1), 1).view(*mask.shape, 1)
-                total += token_scores(model, embed(ids.gather(-1, picks).squeeze(-1)), mask).float().sigmoid()
+                total += compute_token_scores(model, embed(ids.gather(-1, picks).squeeze(-1)), mask).float().sigmoid()
         targets = targets.clone()
-        targets[rows] = torch.where(targets[rows].isnan(), targets[rows], total / self.options.draws)
+        targets[rows] = torch.where(targets[rows].isnan(), targets[rows], total / self.loss_config.target_samples)
         return targets
 
-    def _matching(
+    def _compute_matching_loss(
         self, model: nn.Module, embed: nn.Module, inputs: dict[str, Tensor], embeds: Tensor, scores: Tensor
     ) -> Tensor:
         """Mean gap (Huber) of first-order and true change of reward under one random swap per row."""
         rows = torch.arange(len(scores), device=scores.device)
         reward = scores[rows, inputs["last"]]
         (slopes,) = torch.autograd.grad(reward.sum(), embeds, create_graph=True)
-        places, tokens = draw_swaps(inputs)
+        places, tokens = sample_token_swaps(inputs)
         swapped = inputs["hard"].clone()
         swapped[rows, places] = tokens
         mask = inputs["attention_mask"]
         with torch.no_grad():
-            plain = token_scores(model, embed(inputs["hard"]), mask)[rows, inputs["last"]]
-            true = token_scores(model, embed(swapped), mask)[rows, inputs["last"]] - plain
+            plain = compute_token_scores(model, embed(inputs["hard"]), mask)[rows, inputs["last"]]
+            true = compute_token_scores(model, embed(swapped), mask)[rows, inputs["last"]] - plain
         step = embed(tokens) - embed(inputs["hard"][rows, places])
         return F.smooth_l1_loss((slopes[rows, places] * step.detach()).sum(-1), true)
 
     @torch.no_grad()
-    def _note(self, scores: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> None:
+    def _log_reward_metrics(self, scores: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> None:
         """Metrics under the names of RewardTrainer's: reward statistics, and accuracy at the last position."""
         mode = "train" if self.model.training else "eval"
         rows = torch.arange(len(scores), device=scores.device)
@@ -200,13 +202,13 @@ class TokenRewardTrainer(FiniteLoss, RewardTrainer):
         self._metrics[mode]["accuracy"].append(self.accelerator.gather(agree).mean().item())
 
 
-def mix(embed: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
+def mix_embeddings(embed: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
     """Σ_k weights[b, t, k]·e(ids[b, t, k]): [B, L, d]."""
     table = embed(ids)
     return torch.einsum("btk,btkd->btd", weights.to(table), table)
 
 
-def draw_swaps(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def sample_token_swaps(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """One position [B] and one of the policy's other tokens there [B] per row, uniform over what was offered."""
     ids = inputs["ids"]
     offered = inputs["offered"].clone()
@@ -221,7 +223,7 @@ def draw_swaps(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _every_position(model: nn.Module) -> Iterator[list[Tensor]]:
+def _capture_token_scores(model: nn.Module) -> Iterator[list[Tensor]]:
     """Catches what the score head gives at every position; the model's own forward pools it."""
     caught: list[Tensor] = []
     head = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "score")
@@ -232,8 +234,8 @@ def _every_position(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def token_scores(model: nn.Module, embeds: Tensor, mask: Tensor) -> Tensor:
+def compute_token_scores(model: nn.Module, embeds: Tensor, mask: Tensor) -> Tensor:
     """[B, L] scores at every position, through the model's forward, so that data-parallel wrappers see it."""
-    with _every_position(model) as caught:
+    with _capture_token_scores(model) as caught:
         model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
     return caught[-1].squeeze(-1)

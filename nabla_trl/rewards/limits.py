@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Trust:
+class ValidatedLimits:
     """The largest budgets up to which searching with a reward was measured to help, and not yet to harm.
 
     Attributes:
@@ -22,8 +22,8 @@ class Trust:
         ValueError: a number that is not whole, or negative.
     """
 
-    samples: int
-    rounds: int
+    max_samples: int
+    max_rounds: int
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -34,7 +34,7 @@ class Trust:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Trust:
+    def from_dict(cls, data: Mapping[str, Any]) -> ValidatedLimits:
         """The inverse of `to_dict`.
 
         Raises:
@@ -46,20 +46,22 @@ class Trust:
         return cls(data["samples"], data["rounds"])
 
 
-def past_samples(trust: Trust | None, samples: int) -> str | None:
+def past_sample_limit(limits: ValidatedLimits | None, num_samples: int) -> str | None:
     """The warning, in one line, for choosing among more samples than a reward is trusted for.
 
     Args:
         trust: as for `past_trust`.
         samples: the largest N of best-of-N or weighted best-of-N; 1 = nothing is chosen.
     """
-    if trust is None or samples <= max(1, trust.samples):
+    if limits is None or num_samples <= max(1, limits.max_samples):
         return None
-    known = f"up to best of {trust.samples}" if trust.samples > 1 else "for no choice among samples"
-    return f"the audit trusts this reward {known}, and best of {samples} was asked for: answers may get worse with it"
+    known = f"up to best of {limits.max_samples}" if limits.max_samples > 1 else "for no choice among samples"
+    return (
+        f"the audit trusts this reward {known}, and best of {num_samples} was asked for: answers may get worse with it"
+    )
 
 
-def past_trust(trust: Trust | None, rounds: int) -> str | None:
+def past_limits(limits: ValidatedLimits | None, max_rounds: int) -> str | None:
     """The warning, in one line, for a search of more rounds than its reward is trusted for.
 
     Args:
@@ -69,8 +71,8 @@ def past_trust(trust: Trust | None, rounds: int) -> str | None:
     Returns:
         None where there is nothing to warn of.
     """
-    if trust is None or 0 < rounds <= trust.rounds:
+    if limits is None or 0 < max_rounds <= limits.max_rounds:
         return None
-    known = f"up to {trust.rounds} rounds" if trust.rounds else "for no search at all"
-    asked = f"a search of {rounds} rounds" if rounds else "one without a limit of rounds"
+    known = f"up to {limits.max_rounds} rounds" if limits.max_rounds else "for no search at all"
+    asked = f"a search of {max_rounds} rounds" if max_rounds else "one without a limit of rounds"
     return f"the audit trusts this reward {known}, and {asked} was asked for: answers may get worse on the way"

@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from nabla_trl.gradient.likelihood import LikelihoodTerm
-from nabla_trl.gradient.objectives import Encoded, Sample, Term
-from nabla_trl.gradient.score import ProcessTerm, ScoreTerm
+from nabla_trl.gradient.likelihood import LikelihoodObjective
+from nabla_trl.gradient.objectives import EncodedSample, Objective, Sample
+from nabla_trl.gradient.score import ProcessObjective, ScoreObjective
 from nabla_trl.gradient.step_ends import BLANK_LINE, StepFinder
-from nabla_trl.models.adapters import adapter_note, is_adapter, merge_adapter
-from nabla_trl.models.flops import Meter, model_size
-from nabla_trl.models.kv_cache import check_cacheable
-from nabla_trl.models.loading import architecture, load_model, load_policy, load_tokenizer
-from nabla_trl.models.policy import Policy, context_length
-from nabla_trl.models.prompts import prompt_ids
-from nabla_trl.models.vocabulary import vocabulary_map
-from nabla_trl.rewards.prompts import mapped_prompt, template_prompt, template_tail
+from nabla_trl.models.adapters import is_adapter, merge_adapter, read_adapter_info
+from nabla_trl.models.flops import FlopCounter, measure_model_size
+from nabla_trl.models.kv_cache import check_croppable_cache
+from nabla_trl.models.loading import load_architecture, load_model, load_policy, load_tokenizer
+from nabla_trl.models.policy import Policy, get_context_length
+from nabla_trl.models.prompts import tokenize_prompt
+from nabla_trl.models.vocabulary import map_vocabulary
+from nabla_trl.rewards.prompts import get_turn_end_ids, make_mapped_prompt_encoder, make_template_prompt_encoder
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.rewards.spec import PREFIX, check_members, plan_reward
+from nabla_trl.rewards.spec import LOG_RATIO_PREFIX, check_ensemble_members, parse_reward_spec
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.utils.identity import same_model
+from nabla_trl.utils.identity import is_same_model
 
-SCORE_HEAD = "score.weight"
+SCORE_HEAD_WEIGHT = "score.weight"
 
 
 def load_reward(
@@ -56,28 +56,30 @@ def load_reward(
             not fit, a vocabulary that does not cover the policy's, a delimiter that no tokens write, non-finite
             scores, or a score that changes when embeddings are fed in place of ids.
     """
-    plan = plan_reward(spec)
+    plan = parse_reward_spec(spec)
     if plan.kind == "ensemble":
         load = partial(load_reward, policy=policy, dtype=dtype, device=device)  # checks each under its own name
-        reward = ensemble([load(name) for name in plan.models], plan.caution, spec)
+        reward = build_ensemble_reward([load(name) for name in plan.model_names], plan.uncertainty_penalty, spec)
     elif plan.kind == "log-ratio":
-        better, *rest = [_load_causal(name, policy, dtype, device) for name in plan.models]
-        reward = log_ratio(policy, better, rest[0] if rest else policy, spec, scale=plan.scale)
+        better, *rest = [_load_causal_lm(name, policy, dtype, device) for name in plan.model_names]
+        reward = build_log_ratio_reward(policy, better, rest[0] if rest else policy, spec, scale=plan.scale)
         check_reward(reward, policy)
     elif plan.kind == "process":
-        model, tokenizer = _load_classifier(plan.models[0], dtype, device)
-        reward = process(policy, model, tokenizer, spec, delimiter=plan.delimiter)
-        check_reward(reward, policy, within=plan.delimiter)
+        model, tokenizer = _load_classifier(plan.model_names[0], dtype, device)
+        reward = build_process_reward(policy, model, tokenizer, spec, step_delimiter=plan.step_delimiter)
+        check_reward(reward, policy, step_delimiter=plan.step_delimiter)
     else:
-        reward = scalar(policy, *_load_classifier(spec, dtype, device), spec)
+        reward = build_scalar_reward(policy, *_load_classifier(spec, dtype, device), spec)
         check_reward(reward, policy)
-    reward.batch_size, reward.trust = batch_size, plan.trust
-    reward.point = plan.point or reward.point
-    reward.misled = plan.trust is not None and plan.point is None
+    reward.batch_size, reward.validated_limits = batch_size, plan.validated_limits
+    reward.gradient_at = plan.gradient_at or reward.gradient_at
+    reward.gradient_unhelpful = plan.validated_limits is not None and plan.gradient_at is None
     return reward
 
 
-def log_ratio(policy: Policy, better: Policy, reference: Policy, name: str, *, scale: float = 1.0) -> Reward:
+def build_log_ratio_reward(
+    policy: Policy, preferred_model: Policy, reference_model: Policy, name: str, *, scale: float = 1.0
+) -> Reward:
     """scale · (log p_better(y|x) − log p_reference(y|x)), from models in memory.
 
     Args:
@@ -87,107 +89,111 @@ def log_ratio(policy: Policy, better: Policy, reference: Policy, name: str, *, s
     Raises:
         ValueError: vocabularies that cannot be matched, or without any of the policy's stop tokens.
     """
-    terms: list[Term] = []
-    for model, weight, label in ((better, scale, "reward"), (reference, -scale, "reference")):
-        mapping = vocabulary_map(
+    terms: list[Objective] = []
+    for model, weight, label in ((preferred_model, scale, "reward"), (reference_model, -scale, "reference")):
+        mapping = map_vocabulary(
             policy.tokenizer,
             model.tokenizer,
-            source_rows=policy.forbidden.shape[0],
-            target_rows=model.model.get_input_embeddings().weight.shape[0],
+            num_source_rows=policy.forbidden_mask.shape[0],
+            num_target_rows=model.model.get_input_embeddings().weight.shape[0],
         )
         terms.append(
-            LikelihoodTerm(
+            LikelihoodObjective(
                 model.model,
-                model_size(model.model, label),
-                mapping=mapping,
+                measure_model_size(model.model, label),
+                vocab_map=mapping,
                 weight=weight,
-                encode_prompt=mapped_prompt(mapping, name),
+                encode_prompt=make_mapped_prompt_encoder(mapping, name),
             )
         )
-    readable = torch.stack([term.mapping.cpu() >= 0 for term in terms]).all(0)
+    readable = torch.stack([term.vocab_map.cpu() >= 0 for term in terms]).all(0)
     stops = frozenset(index for index in policy.stop_ids if readable[index])
     if not stops:
         raise ValueError(f"{name} has none of the policy's stop tokens: it cannot tell how likely a response ends")
-    return Reward(name, "log-ratio", terms, readable, stops, rival=better, point="direct")
+    return Reward(name, "log-ratio", terms, readable, stops, preferred_model=preferred_model, gradient_at="direct")
 
 
-def scalar(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Reward:
+def build_scalar_reward(
+    policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> Reward:
     """A sequence-classification model with one label as reward, from memory.
 
     Raises:
         ValueError: more than one label, a head that is not finite, or vocabularies that cannot be matched.
     """
-    term = ScoreTerm(**_frozen_parts(policy, model, tokenizer, name))
-    return Reward(name, "scalar", [term], term.mapping.cpu() >= 0, policy.stop_ids)
+    term = ScoreObjective(**_prepare_frozen_objective_args(policy, model, tokenizer, name))
+    return Reward(name, "scalar", [term], term.vocab_map.cpu() >= 0, policy.stop_ids)
 
 
-def process(
+def build_process_reward(
     policy: Policy,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     *,
-    delimiter: str = BLANK_LINE,
+    step_delimiter: str = BLANK_LINE,
 ) -> Reward:
     """The sum of a sequence classifier's score over the ends of steps, from memory (`nabla_trl.gradient.likelihood.ProcessTerm`).
 
     Raises:
         ValueError: as `scalar`; a delimiter that the policy cannot write, or that the reward cannot read from it.
     """
-    steps = StepFinder(tokenizer, delimiter)
-    term = ProcessTerm(**_frozen_parts(policy, model, tokenizer, name), steps=steps)
-    written = policy.tokenizer(delimiter, add_special_tokens=False)["input_ids"]
-    read = term.mapping[written].tolist()
+    steps = StepFinder(tokenizer, step_delimiter)
+    term = ProcessObjective(**_prepare_frozen_objective_args(policy, model, tokenizer, name), step_finder=steps)
+    written = policy.tokenizer(step_delimiter, add_special_tokens=False)["input_ids"]
+    read = term.vocab_map[written].tolist()
     # Only the ids of both tell: a tokenizer may take what it does not know for <unk>, or leave it out.
-    if policy.forbidden[written].any() or min(read, default=-1) < 0 or not steps.ends(read):
-        raise ValueError(f"{name}: no step could end, as no tokens of {policy.name} write {delimiter!r}")
-    return Reward(name, "process", [term], term.mapping.cpu() >= 0, policy.stop_ids)
+    if policy.forbidden_mask[written].any() or min(read, default=-1) < 0 or not steps.find_step_ends(read):
+        raise ValueError(f"{name}: no step could end, as no tokens of {policy.name} write {step_delimiter!r}")
+    return Reward(name, "process", [term], term.vocab_map.cpu() >= 0, policy.stop_ids)
 
 
-def score_term(policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> ScoreTerm:
+def build_score_objective(
+    policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> ScoreObjective:
     """The score of a sequence classifier as a term; the model is left as it is, so that it can be trained.
 
     Raises:
         ValueError: vocabularies that cannot be matched, or a cache that cannot be cut.
     """
-    return ScoreTerm(**_score_parts(policy, model, tokenizer, name))
+    return ScoreObjective(**_prepare_objective_args(policy, model, tokenizer, name))
 
 
-def _frozen_parts(
+def _prepare_frozen_objective_args(
     policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> dict[str, Any]:
     """What a reward's term is made of; the model is frozen. Refuses more than one label, a head that is not finite."""
     if model.config.num_labels != 1:
         raise ValueError(f"{name} has {model.config.num_labels} labels: a scalar reward needs exactly one")
     model.eval().requires_grad_(False)
-    parts = _score_parts(policy, model, tokenizer, name)
+    parts = _prepare_objective_args(policy, model, tokenizer, name)
     if not all(weight.isfinite().all() for weight in model.score.parameters()):
         raise ValueError(f"{name} has a score head with weights that are not finite")
     return parts
 
 
-def _score_parts(
+def _prepare_objective_args(
     policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> dict[str, Any]:
     """What a `ScoreTerm` is made of."""
-    check_cacheable(model)
-    mapping = vocabulary_map(
+    check_croppable_cache(model)
+    mapping = map_vocabulary(
         policy.tokenizer,
         tokenizer,
-        source_rows=policy.forbidden.shape[0],
-        target_rows=model.get_input_embeddings().weight.shape[0],
+        num_source_rows=policy.forbidden_mask.shape[0],
+        num_target_rows=model.get_input_embeddings().weight.shape[0],
     )
     return {
         "model": model,
-        "size": model_size(model, "reward"),
+        "size": measure_model_size(model, "reward"),
         "mapping": mapping,
-        "encode_prompt": template_prompt(tokenizer, mapping, name, context_length(model)),
-        "tail": template_tail(tokenizer),
+        "encode_prompt": make_template_prompt_encoder(tokenizer, mapping, name, get_context_length(model)),
+        "tail": get_turn_end_ids(tokenizer),
         "stop_ids": policy.stop_ids,
     }
 
 
-def ensemble(members: Sequence[Reward], caution: float, name: str) -> Reward:
+def build_ensemble_reward(members: Sequence[Reward], uncertainty_penalty: float, name: str) -> Reward:
     """The lower confidence bound mean − caution · std of scalar rewards, or of process rewards, from memory.
 
     Raises:
@@ -195,24 +201,24 @@ def ensemble(members: Sequence[Reward], caution: float, name: str) -> Reward:
     """
     if len(members) < 2:
         raise ValueError(f"{name}: an ensemble needs at least two members")
-    check_members(name, [(one.name, one.kind, one.delimiter) for one in members])
+    check_ensemble_members(name, [(one.name, one.kind, one.step_delimiter) for one in members])
     if len({id(one) for one in members}) < len(members):
         raise ValueError(f"{name}: a member is there twice, and so would count twice")
-    if not 0 <= caution < math.inf:
-        raise ValueError(f"{name}: caution must be a number of at least 0, not {caution}")
-    terms = [term for one in members for term in one.terms]
-    readable = torch.stack([one.readable for one in members]).all(0)
+    if not 0 <= uncertainty_penalty < math.inf:
+        raise ValueError(f"{name}: caution must be a number of at least 0, not {uncertainty_penalty}")
+    terms = [term for one in members for term in one.objectives]
+    readable = torch.stack([one.in_vocabulary for one in members]).all(0)
     stops = frozenset.intersection(*(one.stop_ids for one in members))
-    return Reward(name, "ensemble", terms, readable, stops, caution=caution)
+    return Reward(name, "ensemble", terms, readable, stops, uncertainty_penalty=uncertainty_penalty)
 
 
 def _load_classifier(name: str, dtype: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if is_adapter(name):
         return _load_adapted_classifier(name, dtype, device)
-    kind = architecture(name)
+    kind = load_architecture(name)
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         raise ValueError(
-            f"{name} is a causal LM ({kind}), not a reward model: use {PREFIX}{name} to reward its likelihood"
+            f"{name} is a causal LM ({kind}), not a reward model: use {LOG_RATIO_PREFIX}{name} to reward its likelihood"
         )
     model = load_model(AutoModelForSequenceClassification, name, dtype=dtype, device=device)
     return model, load_tokenizer(name)
@@ -221,28 +227,32 @@ def _load_classifier(name: str, dtype: str, device: str | None) -> tuple[PreTrai
 def _load_adapted_classifier(
     folder: str, dtype: str, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    note = adapter_note(folder)
-    if note.task == "CAUSAL_LM":
+    note = read_adapter_info(folder)
+    if note.task_type == "CAUSAL_LM":
         raise ValueError(
-            f"{folder} is an adapter of a causal LM, not of a reward model: use {PREFIX}{folder} to reward its "
+            f"{folder} is an adapter of a causal LM, not of a reward model: use {LOG_RATIO_PREFIX}{folder} to reward its "
             "likelihood"
         )
-    if note.task != "SEQ_CLS":
-        raise ValueError(f"{folder} is an adapter for the task {note.task or 'None'}: a scalar reward needs SEQ_CLS")
+    if note.task_type != "SEQ_CLS":
+        raise ValueError(
+            f"{folder} is an adapter for the task {note.task_type or 'None'}: a scalar reward needs SEQ_CLS"
+        )
     auto = AutoModelForSequenceClassification
-    base = load_model(auto, note.base, dtype=dtype, device=device, supplied=SCORE_HEAD, num_labels=1)
-    return merge_adapter(base, folder, head=SCORE_HEAD), load_tokenizer(folder)
+    base = load_model(
+        auto, note.base_model, dtype=dtype, device=device, allowed_missing=SCORE_HEAD_WEIGHT, num_labels=1
+    )
+    return merge_adapter(base, folder, required_head=SCORE_HEAD_WEIGHT), load_tokenizer(folder)
 
 
-def _load_causal(name: str, policy: Policy, dtype: str, device: str | None) -> Policy:
+def _load_causal_lm(name: str, policy: Policy, dtype: str, device: str | None) -> Policy:
     """The policy itself where it has this name: its likelihood is known from drawing."""
-    if same_model(name, policy.name):
+    if is_same_model(name, policy.name):
         return policy
     return load_policy(name, dtype=dtype, device=device)  # it may be sampled from, and is then asked in its own way
 
 
 @torch.no_grad()
-def check_reward(reward: Reward, policy: Policy, *, within: str = "") -> None:
+def check_reward(reward: Reward, policy: Policy, *, step_delimiter: str = "") -> None:
     """Score a probe through ids, through embeddings and through the cache; refuse a reward on which they differ.
 
     Args:
@@ -251,22 +261,26 @@ def check_reward(reward: Reward, policy: Policy, *, within: str = "") -> None:
     Raises:
         ValueError: non-finite or differing values.
     """
-    readable = torch.nonzero(reward.readable & ~policy.forbidden.cpu()).squeeze(1)
+    readable = torch.nonzero(reward.in_vocabulary & ~policy.forbidden_mask.cpu()).squeeze(1)
     special = {*policy.tokenizer.all_special_ids, *policy.stop_ids}
     body = [index for index in readable.tolist() if index not in special][:4]
     problem = Problem(id="probe", question=policy.decode(body))
-    held = policy.tokenizer(within, add_special_tokens=False)["input_ids"] if within else []
+    held = policy.tokenizer(step_delimiter, add_special_tokens=False)["input_ids"] if step_delimiter else []
     # Asked in the default way: worked examples belong to tasks.
     sample = Sample(
-        problem, prompt_ids(policy.tokenizer, problem), [*body[:2], *held, *body[2:], min(reward.stop_ids)]
+        problem, tokenize_prompt(policy.tokenizer, problem), [*body[:2], *held, *body[2:], min(reward.stop_ids)]
     )
-    for term in reward.terms:
+    for term in reward.objectives:
         encoded = term.encode(sample)
-        sequence = encoded.prompt + encoded.response + encoded.tail
-        memo = term.prompt_memos([sample], Meter())[0]
-        cached, _ = term.score([sample], [memo], [0], Meter())
-        hard = _plain_value(term, encoded, torch.tensor([sequence], device=term.model.device), soft=False)
-        soft = _plain_value(term, encoded, torch.tensor([sequence], device=term.model.device), soft=True)
+        sequence = encoded.prompt_ids + encoded.response_ids + encoded.turn_end_ids
+        memo = term.compute_prompt_caches([sample], FlopCounter())[0]
+        cached, _ = term.score([sample], [memo], [0], FlopCounter())
+        hard = _compute_unbatched_value(
+            term, encoded, torch.tensor([sequence], device=term.model.device), from_embeddings=False
+        )
+        soft = _compute_unbatched_value(
+            term, encoded, torch.tensor([sequence], device=term.model.device), from_embeddings=True
+        )
         if not all(map(math.isfinite, (hard, soft, cached[0]))):
             raise ValueError(f"{reward.name} gives {hard} on a probe: its scores are not finite")
         tolerance = 1e-3 if term.model.dtype in (torch.float32, torch.float64) else 5e-2
@@ -275,12 +289,18 @@ def check_reward(reward: Reward, policy: Policy, *, within: str = "") -> None:
                 raise ValueError(f"{reward.name} scores a probe {hard:.4f} from ids but {value:.4f} through {label}")
 
 
-def _plain_value(term: Term, encoded: Encoded, ids: Tensor, soft: bool) -> float:
+def _compute_unbatched_value(
+    objective: Objective, encoded: EncodedSample, ids: Tensor, from_embeddings: bool
+) -> float:
     """A term's value by the model's own full forward, without any of our batching."""
-    inputs = {"inputs_embeds": term.model.get_input_embeddings()(ids)} if soft else {"input_ids": ids}
-    if isinstance(term, ScoreTerm):
-        hidden = term.model.base_model(**inputs).last_hidden_state[0, len(encoded.prompt) - 1 :]
-        return float(term.model.score(hidden[term.reads(encoded.response, len(encoded.tail))]).sum())
-    logp = term.model(**inputs).logits[0].float().log_softmax(-1)
-    begin = len(encoded.prompt)
+    inputs = {"inputs_embeds": objective.model.get_input_embeddings()(ids)} if from_embeddings else {"input_ids": ids}
+    if isinstance(objective, ScoreObjective):
+        hidden = objective.model.base_model(**inputs).last_hidden_state[0, len(encoded.prompt_ids) - 1 :]
+        return float(
+            objective.model.score(
+                hidden[objective.list_score_positions(encoded.response_ids, len(encoded.turn_end_ids))]
+            ).sum()
+        )
+    logp = objective.model(**inputs).logits[0].float().log_softmax(-1)
+    begin = len(encoded.prompt_ids)
     return float(logp[begin - 1 : -1].gather(1, ids[0, begin:, None]).sum())

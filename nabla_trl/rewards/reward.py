@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nabla_trl.gradient.likelihood import LikelihoodTerm
-from nabla_trl.gradient.objectives import Encoded, Memo, Sample, Term
-from nabla_trl.gradient.score import ProcessTerm
-from nabla_trl.gradient.token_gradient import direct_gradient, token_gradient
+from nabla_trl.gradient.likelihood import LikelihoodObjective
+from nabla_trl.gradient.objectives import EncodedSample, Objective, Sample, ScoreCache
+from nabla_trl.gradient.score import ProcessObjective
+from nabla_trl.gradient.token_gradient import compute_direct_likelihood_gradient, compute_token_gradient
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.grading.equivalence import Verdict
+from nabla_trl.grading.equivalence import MatchResult
 from nabla_trl.grading.extraction import extract_answer
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.options import HARD, Point
-from nabla_trl.models.policy import Policy, context_length
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint
+from nabla_trl.models.policy import Policy, get_context_length
 from nabla_trl.models.prompts import PromptTooLong
-from nabla_trl.rewards.limits import Trust
+from nabla_trl.rewards.limits import ValidatedLimits
 from nabla_trl.tasks.problem import Problem
 
 
@@ -46,44 +46,44 @@ class Reward:
 
     name: str
     kind: str
-    terms: list[Term]
-    readable: Tensor
+    objectives: list[Objective]
+    in_vocabulary: Tensor
     stop_ids: frozenset[int]
     batch_size: int = 256
-    rival: Policy | None = None
-    caution: float | None = None
-    point: str = "mixture:0.5"
-    trust: Trust | None = None
-    misled: bool = False
+    preferred_model: Policy | None = None
+    uncertainty_penalty: float | None = None
+    gradient_at: str = "mixture:0.5"
+    validated_limits: ValidatedLimits | None = None
+    gradient_unhelpful: bool = False
 
-    def room(self, problem: Problem, prompt: list[int]) -> int:
+    def compute_max_new_tokens(self, problem: Problem, prompt_ids: list[int]) -> int:
         """Most response tokens that the contexts of all terms leave.
 
         Raises:
             PromptTooLong: a term has no room for a response.
             ValueError: it cannot read the prompt.
         """
-        bare = Sample(problem, prompt, [])
-        room = min(_room(term, term.encode(bare)) for term in self.terms)
+        bare = Sample(problem, prompt_ids, [])
+        room = min(_count_remaining_tokens(term, term.encode(bare)) for term in self.objectives)
         if room < 1:
             raise PromptTooLong(f"{problem.id}: the prompt fills the context of {self.name}")
         return room
 
-    def prompt_memos(self, samples: Sequence[Sample], meter: Meter) -> list[list[Memo]]:
+    def compute_prompt_caches(self, samples: Sequence[Sample], flop_counter: FlopCounter) -> list[list[ScoreCache]]:
         """Per sample, one memo of its bare prompt per term (responses are ignored)."""
-        with meter.clock([sample.key for sample in samples]):
-            columns = [term.prompt_memos(samples, meter) for term in self.terms]
+        with flop_counter.measure_seconds([sample.cost_key for sample in samples]):
+            columns = [term.compute_prompt_caches(samples, flop_counter) for term in self.objectives]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def score(
         self,
         samples: Sequence[Sample],
-        memos: Sequence[Sequence[Memo]],
+        caches: Sequence[Sequence[ScoreCache]],
         *,
-        meter: Meter,
-        shared: Sequence[int] | None = None,
-        keep: bool = False,
-    ) -> tuple[list[float], list[list[Memo]]]:
+        flop_counter: FlopCounter,
+        num_shared: Sequence[int] | None = None,
+        return_caches: bool = False,
+    ) -> tuple[list[float], list[list[ScoreCache]]]:
         """Rewards of B responses.
 
         Args:
@@ -94,49 +94,51 @@ class Reward:
         Returns:
             B floats (−inf: unreadable, see `readable`; NaN is passed on to the caller) and memos.
         """
-        values, _, kept = self.score_parts(samples, memos, meter=meter, shared=shared, keep=keep)
+        values, _, kept = self.score_by_objective(
+            samples, caches, flop_counter=flop_counter, num_shared=num_shared, return_caches=return_caches
+        )
         return values, kept
 
-    def score_parts(
+    def score_by_objective(
         self,
         samples: Sequence[Sample],
-        memos: Sequence[Sequence[Memo]],
+        caches: Sequence[Sequence[ScoreCache]],
         *,
-        meter: Meter,
-        shared: Sequence[int] | None = None,
-        keep: bool = False,
-    ) -> tuple[list[float], list[list[float]], list[list[Memo]]]:
+        flop_counter: FlopCounter,
+        num_shared: Sequence[int] | None = None,
+        return_caches: bool = False,
+    ) -> tuple[list[float], list[list[float]], list[list[ScoreCache]]]:
         """As `score`, and per sample what each term gave, before its weight; empty where it cannot be read."""
-        values, kept = [-math.inf] * len(samples), [list(memo) for memo in memos]
+        values, kept = [-math.inf] * len(samples), [list(memo) for memo in caches]
         parts: list[list[float]] = [[] for _ in samples]
-        readable = [index for index, sample in enumerate(samples) if self._can_read(sample)]
+        readable = [index for index, sample in enumerate(samples) if self._is_scorable(sample)]
         for begin in range(0, len(readable), self.batch_size):
             rows = readable[begin : begin + self.batch_size]
             some = [samples[index] for index in rows]
-            with meter.clock([sample.key for sample in some]):
-                counts = [0 if shared is None else shared[index] for index in rows]
+            with flop_counter.measure_seconds([sample.cost_key for sample in some]):
+                counts = [0 if num_shared is None else num_shared[index] for index in rows]
                 scores, columns = [], []
-                for number, term in enumerate(self.terms):
-                    bases = [memos[index][number] for index in rows]
-                    column, fresh = term.score(some, bases, counts, meter, keep)
+                for number, term in enumerate(self.objectives):
+                    bases = [caches[index][number] for index in rows]
+                    column, fresh = term.score(some, bases, counts, flop_counter, return_caches)
                     scores.append(column)
                     columns.append(fresh)
-                totals = self._combine(torch.tensor(scores, dtype=torch.float64)).tolist()
+                totals = self._combine_objective_values(torch.tensor(scores, dtype=torch.float64)).tolist()
             for row, index in enumerate(rows):
                 values[index] = totals[row]
                 parts[index] = [column[row] for column in scores]
-                kept[index] = [column[row] for column in columns] if keep else []
+                kept[index] = [column[row] for column in columns] if return_caches else []
         return values, parts, kept
 
-    def gradient(
+    def compute_backward_gradient(
         self,
         samples: Sequence[Sample],
-        memos: Sequence[Sequence[Memo]],
+        caches: Sequence[Sequence[ScoreCache]],
         candidates: Sequence[Tensor] | None,
         *,
-        meter: Meter,
-        point: Point = HARD,
-        direct: bool = True,
+        flop_counter: FlopCounter,
+        gradient_at: GradientPoint = HARD_GRADIENT_POINT,
+        likelihood_token_grad: bool = True,
     ) -> list[Tensor]:
         """∂r/∂Y per sample by backward passes, [T, K] at the candidates or [T, policy rows]; memos of the prompts.
 
@@ -149,35 +151,42 @@ class Reward:
         for begin in range(0, len(samples), self.batch_size):
             rows = slice(begin, begin + self.batch_size)
             some = None if candidates is None else candidates[rows]
-            with meter.clock([sample.key for sample in samples[rows]]):
+            with flop_counter.measure_seconds([sample.cost_key for sample in samples[rows]]):
                 parts = [
-                    token_gradient(
-                        self.terms,
+                    compute_token_gradient(
+                        self.objectives,
                         samples[rows],
-                        memos[rows],
+                        caches[rows],
                         some,
-                        meter=meter,
-                        relaxed=[sample.relaxed(alpha, point.min_p) for sample in samples[rows]],
-                        weigh=self._weigh,
-                        direct=direct,
+                        flop_counter=flop_counter,
+                        relaxed_responses=[
+                            sample.relax(alpha, gradient_at.candidate_min_p) for sample in samples[rows]
+                        ],
+                        objective_grad_fn=self._compute_objective_grads,
+                        likelihood_token_grad=likelihood_token_grad,
                     )
-                    for alpha in point.alphas
+                    for alpha in gradient_at.alphas
                 ]
                 gradients += [torch.stack(some).mean(0) for some in zip(*parts, strict=True)]
         return gradients
 
     @property
-    def delimiter(self) -> str:
+    def step_delimiter(self) -> str:
         """What ends the steps that a process reward reads; empty for others."""
-        return next((term.steps.delimiter for term in self.terms if isinstance(term, ProcessTerm)), "")
+        return next((term.step_finder.delimiter for term in self.objectives if isinstance(term, ProcessObjective)), "")
 
     @property
-    def dense(self) -> bool:
+    def has_dense_gradient(self) -> bool:
         """Every term is a log-likelihood, so the reward has a direct gradient at every token."""
-        return all(isinstance(term, LikelihoodTerm) for term in self.terms)
+        return all(isinstance(term, LikelihoodObjective) for term in self.objectives)
 
-    def direct_gradient(
-        self, samples: Sequence[Sample], memos: Sequence[Sequence[Memo]], candidates: Sequence[Tensor], *, meter: Meter
+    def compute_direct_gradient(
+        self,
+        samples: Sequence[Sample],
+        caches: Sequence[Sequence[ScoreCache]],
+        candidates: Sequence[Tensor],
+        *,
+        flop_counter: FlopCounter,
     ) -> list[Tensor]:
         """The direct part of ∂r/∂Y at the candidates [T, K], from the memos of scored responses: no backward pass.
 
@@ -188,32 +197,36 @@ class Reward:
         differences, each as often as a step ends at or after its token: Σ_e s_e = n_0·s_0 + Σ_t n_t (s_t − s_{t−1})
         with n_t = #{e ≥ t}, the end of the response included, and the direct part is n_t (s_t − s_{t−1}).
         """
-        terms = [term for term in self.terms if isinstance(term, LikelihoodTerm)]
-        with meter.clock([sample.key for sample in samples]):
-            if len(terms) == len(self.terms):
-                return direct_gradient(terms, samples, memos, candidates, meter=meter)
-            return [self._score_steps(*one) for one in zip(samples, memos, candidates, strict=True)]
+        terms = [term for term in self.objectives if isinstance(term, LikelihoodObjective)]
+        with flop_counter.measure_seconds([sample.cost_key for sample in samples]):
+            if len(terms) == len(self.objectives):
+                return compute_direct_likelihood_gradient(
+                    terms, samples, caches, candidates, flop_counter=flop_counter
+                )
+            return [self._compute_score_increments(*one) for one in zip(samples, caches, candidates, strict=True)]
 
-    def _score_steps(self, sample: Sample, memos: Sequence[Memo], table: Tensor) -> Tensor:
+    def _compute_score_increments(self, sample: Sample, caches: Sequence[ScoreCache], table: Tensor) -> Tensor:
         """[T, K]: at each response token what it added to the reward; 0 for the first: before it nothing is read."""
-        length = len(sample.response) + 1
-        levels = [term.running(sample, memo).cpu() for term, memo in zip(self.terms, memos, strict=True)]
+        length = len(sample.response_ids) + 1
+        levels = [
+            term.compute_running_values(sample, memo).cpu() for term, memo in zip(self.objectives, caches, strict=True)
+        ]
         # A stop token that a template drops has no score: it adds nothing.
         levels = [torch.cat((one, one[-1:].expand(length - len(one)))) for one in levels]
-        steps = self._combine(torch.stack(levels)).diff()
+        steps = self._combine_objective_values(torch.stack(levels)).diff()
         steps[:1] = 0
-        own = table == torch.tensor(sample.response)[:, None]
+        own = table == torch.tensor(sample.response_ids)[:, None]
         return torch.where(own, steps[:, None], 0.0).float()
 
-    def slope(
+    def compute_gradient(
         self,
         samples: Sequence[Sample],
-        prompts: Sequence[Sequence[Memo]],
-        scored: Sequence[Sequence[Memo]],
+        prompt_caches: Sequence[Sequence[ScoreCache]],
+        response_caches: Sequence[Sequence[ScoreCache]],
         candidates: Sequence[Tensor],
         *,
-        meter: Meter,
-        point: Point,
+        flop_counter: FlopCounter,
+        gradient_at: GradientPoint,
     ) -> list[Tensor]:
         """∂r/∂Y at the candidates [T, K] as a point asks for: its direct part, backward passes, or the sum.
 
@@ -221,43 +234,54 @@ class Reward:
             prompts: memos of the bare prompts; `scored`: of the responses.
         """
         parts = []
-        if point.direct:
-            parts.append(self.direct_gradient(samples, scored, candidates, meter=meter))
-        if point.alphas:
-            direct = not point.direct
-            parts.append(self.gradient(samples, prompts, candidates, meter=meter, point=point, direct=direct))
+        if gradient_at.direct:
+            parts.append(self.compute_direct_gradient(samples, response_caches, candidates, flop_counter=flop_counter))
+        if gradient_at.alphas:
+            direct = not gradient_at.direct
+            parts.append(
+                self.compute_backward_gradient(
+                    samples,
+                    prompt_caches,
+                    candidates,
+                    flop_counter=flop_counter,
+                    gradient_at=gradient_at,
+                    likelihood_token_grad=direct,
+                )
+            )
         return [sum(some[1:], start=some[0]) for some in zip(*parts, strict=True)]
 
-    def _combine(self, values: Tensor) -> Tensor:
+    def _combine_objective_values(self, values: Tensor) -> Tensor:
         """[B] rewards from the terms' values [terms, B]."""
-        if self.caution is None:
-            return self._weights(values) @ values
-        return values.mean(0) - self.caution * values.std(0, correction=0)
+        if self.uncertainty_penalty is None:
+            return self._get_objective_weights(values) @ values
+        return values.mean(0) - self.uncertainty_penalty * values.std(0, correction=0)
 
-    def _weigh(self, values: Tensor) -> Tensor:
+    def _compute_objective_grads(self, values: Tensor) -> Tensor:
         """∂r/∂term from the terms' values, both [terms, B]."""
-        if self.caution is None:
-            return self._weights(values)[:, None].expand_as(values)
+        if self.uncertainty_penalty is None:
+            return self._get_objective_weights(values)[:, None].expand_as(values)
         centred, spread = values - values.mean(0), values.std(0, correction=0)
         # Members that agree have no direction in which their spread grows.
-        return (1 - self.caution * (centred / spread).nan_to_num()) / len(values)
+        return (1 - self.uncertainty_penalty * (centred / spread).nan_to_num()) / len(values)
 
-    def _weights(self, values: Tensor) -> Tensor:
-        return torch.tensor([term.weight for term in self.terms], dtype=values.dtype)
+    def _get_objective_weights(self, values: Tensor) -> Tensor:
+        return torch.tensor([term.weight for term in self.objectives], dtype=values.dtype)
 
-    def _can_read(self, sample: Sample) -> bool:
+    def _is_scorable(self, sample: Sample) -> bool:
         body = (
-            sample.response[:-1] if sample.response[-1:] and sample.response[-1] in self.stop_ids else sample.response
+            sample.response_ids[:-1]
+            if sample.response_ids[-1:] and sample.response_ids[-1] in self.stop_ids
+            else sample.response_ids
         )
-        if not self.readable[body].all():
+        if not self.in_vocabulary[body].all():
             return False
-        return all(_room(term, term.encode(sample)) >= 0 for term in self.terms)
+        return all(_count_remaining_tokens(term, term.encode(sample)) >= 0 for term in self.objectives)
 
 
-def _room(term: Term, encoded: Encoded) -> int:
+def _count_remaining_tokens(objective: Objective, encoded: EncodedSample) -> int:
     """Tokens that could still be added to an encoded sample."""
-    used = len(encoded.prompt) + len(encoded.response) + len(encoded.tail)
-    return context_length(term.model) - used
+    used = len(encoded.prompt_ids) + len(encoded.response_ids) + len(encoded.turn_end_ids)
+    return get_context_length(objective.model) - used
 
 
 class Verifier:
@@ -266,8 +290,8 @@ class Verifier:
     def __init__(self, checker: AnswerChecker):
         self.checker = checker
 
-    def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[tuple[str | None, Verdict]]:
+    def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[tuple[str | None, MatchResult]]:
         """Extracted answer and verdict of each response text."""
         answers = [extract_answer(text) for text in texts]
-        golds = [problem.judge for problem in problems]
+        golds = [problem.grading_target for problem in problems]
         return list(zip(answers, self.checker.check(list(zip(answers, golds, strict=True))), strict=True))

@@ -23,16 +23,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nabla_trl.search.state import State
+from nabla_trl.search.state import ScoredResponse
 
 
-def best(incumbent: State, proposals: Sequence[State]) -> int | None:
+def choose_best_proposal(incumbent: ScoredResponse, proposals: Sequence[ScoredResponse]) -> int | None:
     """Index of the proposal with the highest reward, the first of equals, if that is above the incumbent's."""
     index = max(range(len(proposals)), key=lambda at: proposals[at].reward)
     return index if proposals[index].reward > incumbent.reward else None
 
 
-def log_ratio(before: State, after: State, position: int, *, beta: float, chosen: tuple[Tensor, Tensor]) -> float:
+def compute_branch_log_ratio(
+    before: ScoredResponse, after: ScoredResponse, position: int, *, beta: float, branch_logp: tuple[Tensor, Tensor]
+) -> float:
     """The logarithm of the Metropolis–Hastings ratio of a move; −inf: never.
 
     Args:
@@ -42,24 +44,28 @@ def log_ratio(before: State, after: State, position: int, *, beta: float, chosen
     """
     if not math.isfinite(after.reward):
         return -math.inf
-    old, new = before.response[position], after.response[position]
-    there, back = _at(before, position, new), _at(after, position, old)
+    old, new = before.response_ids[position], after.response_ids[position]
+    there, back = _find_candidate_column(before, position, new), _find_candidate_column(after, position, old)
     if there is None or back is None:
         return -math.inf
-    forward, backward = float(chosen[0][there]), float(chosen[1][back])
+    forward, backward = float(branch_logp[0][there]), float(branch_logp[1][back])
     if backward == -math.inf:
         return -math.inf
-    likelier = float(before.logp[position][there]) - float(before.logp[position, before.choice()[position]])
+    likelier = float(before.logp[position][there]) - float(
+        before.logp[position, before.find_response_columns()[position]]
+    )
     return (
         (after.reward - before.reward) / beta
         + likelier
-        + _tilted(after, position)
-        - _tilted(before, position)
+        + _sum_log_importance_weights(after, position)
+        - _sum_log_importance_weights(before, position)
         + (backward - forward)
     )
 
 
-def redraw_log_ratio(before: State, after: State, *, beta: float, chances: tuple[float, float]) -> float:
+def compute_independence_log_ratio(
+    before: ScoredResponse, after: ScoredResponse, *, beta: float, attempt_logp: tuple[float, float]
+) -> float:
     """The logarithm of the ratio for a response drawn anew; −inf where the sampler could not draw the one before.
 
     Args:
@@ -67,11 +73,11 @@ def redraw_log_ratio(before: State, after: State, *, beta: float, chances: tuple
     """
     if not math.isfinite(after.reward):
         return -math.inf
-    tilted = _tilted(after, -1) - _tilted(before, -1)
-    return (after.reward - before.reward) / beta + tilted + chances[1] - chances[0]
+    tilted = _sum_log_importance_weights(after, -1) - _sum_log_importance_weights(before, -1)
+    return (after.reward - before.reward) / beta + tilted + attempt_logp[1] - attempt_logp[0]
 
 
-def swap_log_ratio(cold: tuple[float, float], hot: tuple[float, float]) -> float:
+def compute_swap_log_ratio(cold: tuple[float, float], hot: tuple[float, float]) -> float:
     """The logarithm of the ratio for exchanging the states of two tempered chains, given (β, reward) of each.
 
     π counts alike in both targets, so that only the rewards decide (Geyer 1991).
@@ -79,14 +85,19 @@ def swap_log_ratio(cold: tuple[float, float], hot: tuple[float, float]) -> float
     return (1 / cold[0] - 1 / hot[0]) * (hot[1] - cold[1])
 
 
-def _at(state: State, position: int, token: int) -> int | None:
+def _find_candidate_column(response: ScoredResponse, position: int, token: int) -> int | None:
     """The column of a token among the candidates at a position."""
-    columns = (state.candidates[position] == token).nonzero()
+    columns = (response.candidates[position] == token).nonzero()
     return int(columns[0]) if len(columns) else None
 
 
-def _tilted(state: State, position: int) -> float:
+def _sum_log_importance_weights(response: ScoredResponse, position: int) -> float:
     """log [π/q] of the suffix after a position; after −1: of the whole response."""
-    if state.tilt is None:
+    if response.log_importance_weight is None:
         return 0.0
-    return float(state.tilt[position + 1 :].double().gather(1, state.choice()[position + 1 :, None]).sum())
+    return float(
+        response.log_importance_weight[position + 1 :]
+        .double()
+        .gather(1, response.find_response_columns()[position + 1 :, None])
+        .sum()
+    )

@@ -11,16 +11,16 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from nabla_trl.models.options import HARD, Point, Sampling, ScanConfig, SteConfig
+from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint, Sampling, ScanConfig, SteConfig
 
 SOLVERS = ("mirror", "ste", "none")
 PROPOSALS = ("global", "sequential")
 ACCEPTANCES = ("greedy", "metropolis")
-MOVING = ("all", "first")
+OPTIMIZE_POSITIONS = ("all", "first")
 
 # The paper's settings (arXiv 2603.04948): one response scanned left to right, eight rollouts at most; the logits of
 # all positions from the scanned one on move. At a budget in a comparison (paper@…) it begins anew until that is spent.
-_PAPER: dict[str, Any] = {
+_PAPER_OPTIONS: dict[str, Any] = {
     "solver": "ste",
     "proposals": "sequential",
     "beta": 1.0,
@@ -40,12 +40,12 @@ _PAPER: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": _PAPER,
+    "paper": _PAPER_OPTIONS,
     # What the released code does where it differs: the log-likelihood counts 1e-3 (λ = 1000 at its scripts' reward
     # coefficient of 1), only the scanned position's logits move, and it samples with top-p. Without its defects (both
     # responses are scored with the prompt once, float32) and its selector by the norm of ∂L/∂Y over the vocabulary.
     "released": {
-        **_PAPER,
+        **_PAPER_OPTIONS,
         "beta": 0.001,
         "moving": "first",
         "temperature": 0.6,
@@ -55,20 +55,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # Options that only one solver, one kind of proposal or one acceptance reads, with their defaults.
-_STE = {"steps": 20, "lr": 0.01, "lr_end": 0.001, "tau": 1.0, "direct": True, "postfix": True, "moving": "all"}
-_MIRROR = {"point": None, "step": 1.0, "shuffle": False}  # point: the reward's own
-_SEQUENTIAL = {"confidence": 0.97, "gradient_norm": 0.0, "resample_temperature": 0.5, "resample_top_p": 1.0}
-_METROPOLIS = {"redraw": 0.1}
+_STE_DEFAULTS = {
+    "steps": 20,
+    "lr": 0.01,
+    "lr_end": 0.001,
+    "tau": 1.0,
+    "direct": True,
+    "postfix": True,
+    "moving": "all",
+}
+_MIRROR_DEFAULTS = {"point": None, "step": 1.0, "shuffle": False}  # point: the reward's own
+_SEQUENTIAL_DEFAULTS = {"confidence": 0.97, "gradient_norm": 0.0, "resample_temperature": 0.5, "resample_top_p": 1.0}
+_METROPOLIS_DEFAULTS = {"redraw": 0.1}
 # Without a β, branches are moved from the policy's by this much (EXPERIMENTS.md).
-DEFAULT_KL = 2.0
+DEFAULT_TARGET_KL = 2.0
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass
-class ReasonerConfig:
+class SearchConfig:
     """How a response is refined. Options of another solver, proposal or acceptance are refused, not ignored.
 
     Raises:
@@ -84,61 +92,70 @@ class ReasonerConfig:
         None,
         "KL coefficient β; the reward counts λ = 1/β times against log π; empty = set by kl, solvers ste, none: 1",
     )
-    kl: float | None = _option(
-        None, f"mirror, global: instead of β, how far branches may move from the policy's, in nats ({DEFAULT_KL:g})"
+    target_kl: float | None = _option(
+        None,
+        f"mirror, global: instead of β, how far branches may move from the policy's, in nats ({DEFAULT_TARGET_KL:g})",
     )
-    starts: int = _option(1, "first responses drawn per problem; within a budget of FLOPs, as many as fit")
-    chains: int = _option(1, "how many of them are refined side by side: those of the highest reward")
-    tempering: float = _option(1.0, "metropolis: β of each chain over that of the chain before it; states are swapped")
-    redraw: float | None = _option(
+    num_starts: int = _option(1, "first responses drawn per problem; within a budget of FLOPs, as many as fit")
+    num_chains: int = _option(1, "how many of them are refined side by side: those of the highest reward")
+    parallel_tempering: float = _option(
+        1.0, "metropolis: β of each chain over that of the chain before it; states are swapped"
+    )
+    independence_prob: float | None = _option(
         None,
         "metropolis: share of the rounds (of sequential ones: sweeps) that draw the whole response anew, so that no "
         "token is held for lack of a candidate; 0 = none (0.1)",
     )
-    rounds: int = _option(
+    max_rounds: int = _option(
         16, "most rounds of proposals, in each chain; of sequential metropolis, sweeps; 0 = no limit"
     )
-    rollouts: int = _option(0, "most responses drawn per problem, the first ones included; 0 = no limit")
-    flops: float = _option(0.0, "FLOPs budget per problem; no round starts that is expected to end above it; 0 = none")
-    restart: bool = _option(
+    max_rollouts: int = _option(0, "most responses drawn per problem, the first ones included; 0 = no limit")
+    max_flops: float = _option(
+        0.0, "FLOPs budget per problem; no round starts that is expected to end above it; 0 = none"
+    )
+    restarts: bool = _option(
         True,
         "within a budget of FLOPs or rollouts, begin anew from a fresh response when all chains have ended before it",
     )
     patience: int = _option(0, "stop after this many rounds without an acceptance; 0 = never")
-    branches: int = _option(1, "branches regenerated per round (global proposals)")
-    candidates: int = _option(16, "policy tokens considered per position")
+    proposals_per_round: int = _option(1, "branches regenerated per round (global proposals)")
+    top_k_candidates: int = _option(16, "policy tokens considered per position")
     candidate_min_p: float = _option(0.0, "drop candidates below this fraction of the position's likeliest token")
     temperature: float = _option(1.0, "sampling temperature of responses and suffixes; 0 = greedy")
     top_k: int = _option(0, "sample from the k likeliest tokens; 0 = all")
     top_p: float = _option(1.0, "nucleus sampling mass; 1 = all")
-    sample_min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
+    min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
     max_new_tokens: int = _option(512, "longest response, in tokens")
     batch_size: int = _option(64, "problems refined together; best-of-N and its like draw 4 times as many responses")
-    point: str | None = _option(
+    gradient_at: str | None = _option(
         None,
         "mirror: which gradient of the reward: direct (what scoring shows, no backward pass), hard (at the response's "
         "tokens), mixture:A[,A…] (at mixtures of them and the policy's candidates in shares 1−A and A), direct+hard, "
         "direct+mixture:A; empty = the reward's own: that of its audit, direct for a log-ratio, else mixture:0.5",
     )
-    step: float | None = _option(
+    step_size: float | None = _option(
         None, "mirror: share of the full step; 0.5 is the locally balanced proposal of a Metropolis chain (1)"
     )
-    shuffle: bool | None = _option(
+    shuffle_gradient: bool | None = _option(
         None, "mirror: give each position the gradient of another, a control for where it points (false)"
     )
-    steps: int | None = _option(None, "ste: optimiser steps (20)")
-    lr: float | None = _option(None, "ste: first learning rate (0.01)")
-    lr_end: float | None = _option(None, "ste: last learning rate of the cosine (0.001)")
-    tau: float | None = _option(None, "ste: softmax temperature of the backward (1)")
-    direct: bool | None = _option(None, "ste: gradient of the policy's likelihood at the token itself (true)")
-    postfix: bool | None = _option(None, "ste: gradient of the policy's likelihood through later tokens (true)")
-    moving: str | None = _option(
+    ste_steps: int | None = _option(None, "ste: optimiser steps (20)")
+    ste_learning_rate: float | None = _option(None, "ste: first learning rate (0.01)")
+    ste_final_learning_rate: float | None = _option(None, "ste: last learning rate of the cosine (0.001)")
+    ste_tau: float | None = _option(None, "ste: softmax temperature of the backward (1)")
+    likelihood_token_grad: bool | None = _option(
+        None, "ste: gradient of the policy's likelihood at the token itself (true)"
+    )
+    likelihood_suffix_grad: bool | None = _option(
+        None, "ste: gradient of the policy's likelihood through later tokens (true)"
+    )
+    optimize_positions: str | None = _option(
         None, "ste: whose logits are optimised at a scanned position: all from there on, or the first alone (all)"
     )
     confidence: float | None = _option(
         None, "sequential: skip positions where the policy's top token exceeds it (0.97)"
     )
-    gradient_norm: float | None = _option(
+    min_gradient_norm: float | None = _option(
         None, "sequential: skip positions where the loss's gradient by the logits has a smaller norm; 0 = none (0)"
     )
     resample_temperature: float | None = _option(None, "sequential: temperature of the resampled token (0.5)")
@@ -148,85 +165,92 @@ class ReasonerConfig:
         self._check_choice("solver", SOLVERS)
         self._check_choice("proposals", PROPOSALS)
         self._check_choice("acceptance", ACCEPTANCES)
-        self._settle(_STE, self.solver == "ste", "solver ste")
-        self._settle(_MIRROR, self.solver == "mirror", "solver mirror")
-        self._settle(_SEQUENTIAL, self.proposals == "sequential", "sequential proposals")
-        self._settle(_METROPOLIS, self.acceptance == "metropolis", "acceptance metropolis")
-        self._settle_step()
+        self._apply_defaults(_STE_DEFAULTS, self.solver == "ste", "solver ste")
+        self._apply_defaults(_MIRROR_DEFAULTS, self.solver == "mirror", "solver mirror")
+        self._apply_defaults(_SEQUENTIAL_DEFAULTS, self.proposals == "sequential", "sequential proposals")
+        self._apply_defaults(_METROPOLIS_DEFAULTS, self.acceptance == "metropolis", "acceptance metropolis")
+        self._set_beta_or_target_kl()
         for name in ("rounds", "rollouts", "flops", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative")
         for name in ("starts", "chains", "branches", "candidates", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        if self.chains > self.starts:
+        if self.num_chains > self.num_starts:
             raise ValueError(
-                f"chains must be at most starts: {self.starts} first responses cannot start {self.chains}"
+                f"chains must be at most starts: {self.num_starts} first responses cannot start {self.num_chains}"
             )
-        if 0 < self.rollouts < self.starts:
-            raise ValueError(f"rollouts {self.rollouts} are fewer than the first responses, starts {self.starts}")
+        if 0 < self.max_rollouts < self.num_starts:
+            raise ValueError(
+                f"rollouts {self.max_rollouts} are fewer than the first responses, starts {self.num_starts}"
+            )
         if not 0 <= self.candidate_min_p < 1:
             raise ValueError(f"candidate_min_p must be in [0, 1), not {self.candidate_min_p}")
-        if self.proposals == "sequential" and self.branches != 1:
+        if self.proposals == "sequential" and self.proposals_per_round != 1:
             raise ValueError("sequential proposals regenerate one branch at a time: branches must be 1")
-        if not (self.rounds or self.rollouts or self.flops or self.patience) and self.proposals == "global":
+        if (
+            not (self.max_rounds or self.max_rollouts or self.max_flops or self.patience)
+            and self.proposals == "global"
+        ):
             raise ValueError("the search would never end: set rounds, rollouts, flops or patience")
-        self.sampling()
-        if self.point is not None:
-            self.gradient_point()
+        self.get_sampling()
+        if self.gradient_at is not None:
+            self.get_gradient_point()
         if self.solver == "ste":
-            self._check_choice("moving", MOVING)
-            self.ste()
+            self._check_choice("moving", OPTIMIZE_POSITIONS)
+            self.get_ste_config()
         if self.proposals == "sequential":
-            self.scan()
+            self.get_scan_config()
         if self.acceptance == "metropolis":
             self._check_metropolis()
-        elif self.tempering != 1:
+        elif self.parallel_tempering != 1:
             raise ValueError("tempering belongs to acceptance metropolis")
 
-    def _settle_step(self) -> None:
+    def _set_beta_or_target_kl(self) -> None:
         """β or a KL budget: mirror with global branches takes a budget by default, all others β."""
         budgeted = self.solver == "mirror" and self.proposals == "global" and self.acceptance == "greedy"
-        if self.kl is not None:
+        if self.target_kl is not None:
             if not budgeted:
                 raise ValueError("kl belongs to solver mirror, global proposals and acceptance greedy: give beta")
             if self.beta is not None:
                 raise ValueError("beta and kl both set the size of the step: give one of them")
-            if not 0 < self.kl < math.inf:
-                raise ValueError(f"kl must be a positive number, not {self.kl}")
+            if not 0 < self.target_kl < math.inf:
+                raise ValueError(f"kl must be a positive number, not {self.target_kl}")
         elif self.beta is None and budgeted:
-            self.kl = DEFAULT_KL
+            self.target_kl = DEFAULT_TARGET_KL
         elif self.beta is None:
             self.beta = 1.0
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"beta must be a positive number, not {self.beta}")
-        if self.step is not None and not 0 < self.step < math.inf:
-            raise ValueError(f"step must be a positive number, not {self.step}")
+        if self.step_size is not None and not 0 < self.step_size < math.inf:
+            raise ValueError(f"step must be a positive number, not {self.step_size}")
 
     def _check_metropolis(self) -> None:
         """What an exact chain excludes: choosing among branches or ends by what they turned out to be."""
-        if self.branches != 1:
+        if self.proposals_per_round != 1:
             raise ValueError("metropolis decides on one branch at a time: branches must be 1 (use starts and chains)")
         if self.temperature == 0:
             raise ValueError("metropolis needs a sampler that can draw any response: temperature must be above 0")
         if self.patience:
             raise ValueError("a metropolis chain that ends when nothing is accepted is no sample: patience must be 0")
-        if self.gradient_norm:
+        if self.min_gradient_norm:
             raise ValueError("gradient_norm chooses positions by the later tokens, which metropolis cannot undo")
-        if self.flops or (self.rollouts and self.proposals == "sequential"):
+        if self.max_flops or (self.max_rollouts and self.proposals == "sequential"):
             raise ValueError("a metropolis chain that ends by what its states cost is no sample: limit it by rounds")
-        if self.proposals == "sequential" and not self.rounds:
+        if self.proposals == "sequential" and not self.max_rounds:
             raise ValueError("a sequential metropolis chain may propose nothing for ever: set rounds, its sweeps")
-        assert self.redraw is not None
-        if not 0 <= self.redraw <= 1:
-            raise ValueError(f"redraw must be in [0, 1], not {self.redraw}")
-        if not 1 <= self.tempering < math.inf:
-            raise ValueError(f"tempering must be a number of at least 1, not {self.tempering}")
-        if self.tempering > 1 and (self.chains < 2 or self.solver == "ste" or self.proposals == "sequential"):
+        assert self.independence_prob is not None
+        if not 0 <= self.independence_prob <= 1:
+            raise ValueError(f"redraw must be in [0, 1], not {self.independence_prob}")
+        if not 1 <= self.parallel_tempering < math.inf:
+            raise ValueError(f"tempering must be a number of at least 1, not {self.parallel_tempering}")
+        if self.parallel_tempering > 1 and (
+            self.num_chains < 2 or self.solver == "ste" or self.proposals == "sequential"
+        ):
             raise ValueError("tempering needs two chains or more, solver mirror or none, and global proposals")
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> ReasonerConfig:
+    def from_preset(cls, name: str, **overrides: Any) -> SearchConfig:
         """A named setting with overrides.
 
         Raises:
@@ -240,63 +264,67 @@ class ReasonerConfig:
             raise ValueError(f"unknown option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
         return cls(**{**PRESETS[name], **overrides})
 
-    def control(self) -> ReasonerConfig:
+    def with_no_gradient(self) -> SearchConfig:
         """The same loop without the gradient."""
-        unset: dict[str, Any] = dict.fromkeys([*_STE, *_MIRROR, "kl"])
+        unset: dict[str, Any] = dict.fromkeys([*_STE_DEFAULTS, *_MIRROR_DEFAULTS, "kl"])
         return replace(self, solver="none", **unset)
 
-    def shuffled(self) -> ReasonerConfig:
+    def with_shuffled_gradient(self) -> SearchConfig:
         """The same loop with the rows of the gradient shuffled over the positions.
 
         Raises:
             ValueError: another solver than mirror.
         """
-        return replace(self, shuffle=True)
+        return replace(self, shuffle_gradient=True)
 
     @property
     def method(self) -> str:
-        return "control" if self.solver == "none" else "shuffled" if self.shuffle else "nabla"
+        return "control" if self.solver == "none" else "shuffled" if self.shuffle_gradient else "nabla"
 
     @property
-    def lam(self) -> float:
+    def reward_weight(self) -> float:
         """λ = 1/β; 1 where a KL budget sets it for each response apart."""
         return 1.0 if self.beta is None else 1.0 / self.beta
 
-    def betas(self) -> list[float | None]:
+    def compute_chain_betas(self) -> list[float | None]:
         """β of each chain."""
         if self.beta is None:
-            return [None] * self.chains
-        return [self.beta * self.tempering**index for index in range(self.chains)]
+            return [None] * self.num_chains
+        return [self.beta * self.parallel_tempering**index for index in range(self.num_chains)]
 
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.sample_min_p, self.max_new_tokens)
+    def get_sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.max_new_tokens)
 
-    def at(self, point: str) -> ReasonerConfig:
+    def with_default_gradient_at(self, gradient_at: str) -> SearchConfig:
         """This configuration, with a reward's own point where solver mirror is left to it."""
-        return replace(self, point=point) if self.solver == "mirror" and self.point is None else self
+        return replace(self, gradient_at=gradient_at) if self.solver == "mirror" and self.gradient_at is None else self
 
-    def gradient_point(self) -> Point:
+    def get_gradient_point(self) -> GradientPoint:
         """Which gradient mirror follows; ste takes the hard tokens'.
 
         Raises:
             RuntimeError: it is the reward's own, which is not known here (`at`).
         """
-        if self.solver == "mirror" and self.point is None:
+        if self.solver == "mirror" and self.gradient_at is None:
             raise RuntimeError("the configuration was not told the reward's own point")
-        return HARD if self.point is None else Point.parse(self.point, self.candidate_min_p)
+        return (
+            HARD_GRADIENT_POINT
+            if self.gradient_at is None
+            else GradientPoint.parse(self.gradient_at, self.candidate_min_p)
+        )
 
-    def ste(self) -> SteConfig:
+    def get_ste_config(self) -> SteConfig:
         return SteConfig(**{name: getattr(self, name) for name in ("steps", "lr", "lr_end", "tau")})
 
-    def scan(self) -> ScanConfig:
-        return ScanConfig(**{name: getattr(self, name) for name in _SEQUENTIAL})
+    def get_scan_config(self) -> ScanConfig:
+        return ScanConfig(**{name: getattr(self, name) for name in _SEQUENTIAL_DEFAULTS})
 
     @property
-    def restarts(self) -> bool:
+    def restarts_enabled(self) -> bool:
         """A budget is spent on fresh starts where the chains leave some of it. A sample of π* is not chosen so."""
-        return self.restart and self.acceptance == "greedy" and bool(self.flops or self.rollouts)
+        return self.restarts and self.acceptance == "greedy" and bool(self.max_flops or self.max_rollouts)
 
-    def hash(self) -> str:
+    def compute_hash(self) -> str:
         """Identifies everything that can change a trace; the batch size cannot."""
         values = {name: value for name, value in asdict(self).items() if name != "batch_size"}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -305,13 +333,13 @@ class ReasonerConfig:
         if getattr(self, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
 
-    def _settle(self, defaults: dict[str, Any], applies: bool, owner: str) -> None:
+    def _apply_defaults(self, defaults: dict[str, Any], applies: bool, requirement: str) -> None:
         """Fill in the defaults of options that apply; refuse those that do not."""
         for name, default in defaults.items():
             if applies and getattr(self, name) is None:
                 setattr(self, name, default)
             elif not applies and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name} belongs to {owner}; this configuration has solver {self.solver}, {self.proposals} "
+                    f"{name} belongs to {requirement}; this configuration has solver {self.solver}, {self.proposals} "
                     f"proposals, acceptance {self.acceptance}"
                 )

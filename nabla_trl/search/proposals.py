@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-from nabla_trl.gradient.likelihood import LikelihoodTerm
-from nabla_trl.gradient.token_gradient import token_gradient
-from nabla_trl.models.flops import Meter, ModelSize
-from nabla_trl.models.generation import prefill, random_stream
+from nabla_trl.gradient.likelihood import LikelihoodObjective
+from nabla_trl.gradient.token_gradient import compute_token_gradient
+from nabla_trl.models.flops import FlopCounter, ModelSize
+from nabla_trl.models.generation import make_rng, prefill_prompts
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import solvers
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.state import Chain, State
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.state import ScoredResponse, SearchState
 
 
-def solve_tokens(
-    states: Sequence[State],
+def compute_proposal_scores(
+    responses: Sequence[ScoredResponse],
     policy: Policy,
     reward: Reward,
-    config: ReasonerConfig,
-    meter: Meter,
+    config: SearchConfig,
+    flop_counter: FlopCounter,
     betas: Sequence[float | None] | None = None,
 ) -> None:
     """Set each state's `scores` [T, K]. They depend on its tokens (and β) alone, so this is called once for them.
@@ -39,53 +39,77 @@ def solve_tokens(
         betas: per state, where it is not the configuration's.
     """
     if config.solver == "none":
-        scores = [state.logp for state in states]
+        scores = [state.logp for state in responses]
     elif config.solver == "mirror":
-        _set_gradients([state for state in states if state.gradient is None], policy, reward, config, meter)
-        wanted = [config.beta] * len(states) if betas is None else betas
-        scores = [_mirror(state, beta, reward, config) for state, beta in zip(states, wanted, strict=True)]
+        _compute_reward_gradients(
+            [state for state in responses if state.reward_gradient is None], policy, reward, config, flop_counter
+        )
+        wanted = [config.beta] * len(responses) if betas is None else betas
+        scores = [
+            _compute_mirror_scores(state, beta, reward, config) for state, beta in zip(responses, wanted, strict=True)
+        ]
     else:
-        scores = _ste(states, policy, reward, config, meter)
-    for state, score in zip(states, scores, strict=True):
-        state.scores = score
+        scores = _compute_ste_scores(responses, policy, reward, config, flop_counter)
+    for state, score in zip(responses, scores, strict=True):
+        state.proposal_scores = score
 
 
-def _set_gradients(
-    states: Sequence[State], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
+def _compute_reward_gradients(
+    responses: Sequence[ScoredResponse],
+    policy: Policy,
+    reward: Reward,
+    config: SearchConfig,
+    flop_counter: FlopCounter,
 ) -> None:
-    if not states:
+    if not responses:
         return
-    samples, tables = [state.drawn(policy.model) for state in states], [state.candidates for state in states]
-    prompts, scored = [state.prompt.memos for state in states], [state.memos for state in states]
-    point = config.gradient_point()
-    slopes = reward.slope(samples, prompts, scored, tables, meter=meter, point=point)
-    for state, slope in zip(states, slopes, strict=True):
-        state.gradient = slope.to(state.logp.dtype)
+    samples, tables = (
+        [state.make_sample_with_draw_info(policy.model) for state in responses],
+        [state.candidates for state in responses],
+    )
+    prompts, scored = [state.prompt.score_caches for state in responses], [state.score_caches for state in responses]
+    point = config.get_gradient_point()
+    slopes = reward.compute_gradient(samples, prompts, scored, tables, flop_counter=flop_counter, gradient_at=point)
+    for state, slope in zip(responses, slopes, strict=True):
+        state.reward_gradient = slope.to(state.logp.dtype)
 
 
-def _mirror(state: State, beta: float | None, reward: Reward, config: ReasonerConfig) -> Tensor:
-    gradient, choice = state.gradient, state.choice()
-    assert gradient is not None and config.step is not None
-    gain = solvers.advantage(gradient, choice)
-    if config.shuffle:
-        order = random_stream(0, state.problem.id, "shuffle", *state.response).permutation(len(choice))
-        gain = solvers.shuffled(gain, choice, torch.from_numpy(order))
+def _compute_mirror_scores(
+    response: ScoredResponse, beta: float | None, reward: Reward, config: SearchConfig
+) -> Tensor:
+    gradient, choice = response.reward_gradient, response.find_response_columns()
+    assert gradient is not None and config.step_size is not None
+    gain = solvers.compute_advantages(gradient, choice)
+    if config.shuffle_gradient:
+        order = make_rng(0, response.problem.id, "shuffle", *response.response_ids).permutation(len(choice))
+        gain = solvers.shuffle_advantages(gain, choice, torch.from_numpy(order))
     if beta is not None:
         lam = 1 / beta
     else:
-        lam = solvers.lam_for_kl(state.logp, gain, allowed(state, reward.readable, config), config.kl or 0.0)
-    return solvers.mirror(state.logp, gain, choice, config.step * lam)
+        lam = solvers.find_reward_weight_for_kl(
+            response.logp,
+            gain,
+            compute_proposable_mask(response, reward.in_vocabulary, config),
+            config.target_kl or 0.0,
+        )
+    return solvers.solve_mirror(response.logp, gain, choice, config.step_size * lam)
 
 
-def pull(state: State, readable: Tensor, config: ReasonerConfig) -> list[float]:
+def compute_predicted_gain(response: ScoredResponse, in_vocabulary: Tensor, config: SearchConfig) -> list[float]:
     """By how much the gradient promises to raise the reward, at most, with another token at each position [T]."""
-    assert state.gradient is not None
-    gain = solvers.advantage(state.gradient, state.choice()).masked_fill(~allowed(state, readable, config), 0.0)
+    assert response.reward_gradient is not None
+    gain = solvers.compute_advantages(response.reward_gradient, response.find_response_columns()).masked_fill(
+        ~compute_proposable_mask(response, in_vocabulary, config), 0.0
+    )
     return [float(f"{one:.3g}") for one in gain.amax(-1).clamp(min=0.0).tolist()]
 
 
-def _ste(
-    states: Sequence[State], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
+def _compute_ste_scores(
+    responses: Sequence[ScoredResponse],
+    policy: Policy,
+    reward: Reward,
+    config: SearchConfig,
+    flop_counter: FlopCounter,
 ) -> list[Tensor]:
     """Optimised logits of whole responses, and which rows a scan has to work out by themselves (`State.stale`).
 
@@ -93,111 +117,148 @@ def _ste(
     code z_t alone. As long as no other hard token changes on the way, that is the same for every t, and one run on
     the whole response serves all of them.
     """
-    slope, choices = _LossSlope(states, policy, reward, config, meter), [state.choice() for state in states]
-    alone = config.moving == "first"
+    slope, choices = (
+        _LossGradient(responses, policy, reward, config, flop_counter),
+        [state.find_response_columns() for state in responses],
+    )
+    alone = config.optimize_positions == "first"
     asked = (lambda rows, hard: slope(rows, [choices[row] for row in rows])) if alone else slope
-    found = solvers.ste(slope.starts, choices, asked, config.ste())
+    found = solvers.solve_ste(slope.initial_logits, choices, asked, config.get_ste_config())
     if config.proposals == "sequential":
-        for state, flipped in zip(states, found.flipped, strict=True):
-            state.stale = flipped if alone else flipped.cumsum(0) > flipped
+        for state, flipped in zip(responses, found.changed_positions, strict=True):
+            state.stale_mask = flipped if alone else flipped.cumsum(0) > flipped
     return found.logits
 
 
-def ste_row(
-    state: State, position: int, policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter
+def compute_ste_scores_at(
+    response: ScoredResponse,
+    position: int,
+    policy: Policy,
+    reward: Reward,
+    config: SearchConfig,
+    flop_counter: FlopCounter,
 ) -> Tensor:
     """The optimised logits [K] at a scanned position, with all tokens before it fixed."""
-    slope, places = _LossSlope([state], policy, reward, config, meter), torch.arange(len(state.response))
-    movable = places == position if config.moving == "first" else places >= position
-    return solvers.ste(slope.starts, [state.choice()], slope, config.ste(), [movable]).logits[0][position]
+    slope, places = (
+        _LossGradient([response], policy, reward, config, flop_counter),
+        torch.arange(len(response.response_ids)),
+    )
+    movable = places == position if config.optimize_positions == "first" else places >= position
+    return solvers.solve_ste(
+        slope.initial_logits, [response.find_response_columns()], slope, config.get_ste_config(), [movable]
+    ).logits[0][position]
 
 
-class _LossSlope:
+class _LossGradient:
     """∂L/∂Y of L = −λ·r − log π [T, K], with other tokens in place of the states' responses.
 
     Attributes:
         starts: per state [T, K] log π of the candidates, −inf where one could not stand.
     """
 
-    def __init__(self, states: Sequence[State], policy: Policy, reward: Reward, config: ReasonerConfig, meter: Meter):
-        self.states, self.policy, self.reward, self.config, self.meter = states, policy, reward, config, meter
-        self.starts = [state.logp.masked_fill(~_placeable(state, reward.readable), -torch.inf) for state in states]
-        self.prompts = _prompt_rows(states, policy, meter)
+    def __init__(
+        self,
+        responses: Sequence[ScoredResponse],
+        policy: Policy,
+        reward: Reward,
+        config: SearchConfig,
+        flop_counter: FlopCounter,
+    ):
+        self.responses, self.policy, self.reward, self.config, self.flop_counter = (
+            responses,
+            policy,
+            reward,
+            config,
+            flop_counter,
+        )
+        self.initial_logits = [
+            state.logp.masked_fill(~_compute_placeable_mask(state, reward.in_vocabulary), -torch.inf)
+            for state in responses
+        ]
+        self.prompt_caches = _get_prompt_caches(responses, policy, flop_counter)
 
-    def __call__(self, rows: list[int], hard: list[Tensor]) -> list[Tensor]:
+    def __call__(self, rows: list[int], response_columns: list[Tensor]) -> list[Tensor]:
         """Of rows at hard choices [T]; tokens that come back cost nothing."""
-        tables = [self.states[row].candidates for row in rows]
-        tokens = [tuple(t.gather(1, c[:, None]).squeeze(1).tolist()) for t, c in zip(tables, hard, strict=True)]
-        missing = [(row, ids) for row, ids in zip(rows, tokens, strict=True) if ids not in self.states[row].slopes]
+        tables = [self.responses[row].candidates for row in rows]
+        tokens = [
+            tuple(t.gather(1, c[:, None]).squeeze(1).tolist()) for t, c in zip(tables, response_columns, strict=True)
+        ]
+        missing = [
+            (row, ids) for row, ids in zip(rows, tokens, strict=True) if ids not in self.responses[row].loss_gradients
+        ]
         if missing:
-            found = self._work_out([row for row, _ in missing], [list(ids) for _, ids in missing])
+            found = self._compute_loss_gradients([row for row, _ in missing], [list(ids) for _, ids in missing])
             for (row, ids), slope in zip(missing, found, strict=True):
-                self.states[row].slopes[ids] = slope
-        return [self.states[row].slopes[ids] for row, ids in zip(rows, tokens, strict=True)]
+                self.responses[row].loss_gradients[ids] = slope
+        return [self.responses[row].loss_gradients[ids] for row, ids in zip(rows, tokens, strict=True)]
 
-    def _work_out(self, rows: Sequence[int], responses: Sequence[list[int]]) -> list[Tensor]:
-        config, meter, states = self.config, self.meter, [self.states[row] for row in rows]
-        samples = [state.sample(ids) for state, ids in zip(states, responses, strict=True)]
+    def _compute_loss_gradients(self, rows: Sequence[int], response_ids: Sequence[list[int]]) -> list[Tensor]:
+        config, meter, states = self.config, self.flop_counter, [self.responses[row] for row in rows]
+        samples = [state.make_sample(ids) for state, ids in zip(states, response_ids, strict=True)]
         tables = [state.candidates for state in states]
         likelihood = policy_likelihood(self.policy)
-        prompts = [[likelihood.prompt_memo(self.prompts[row])] for row in rows]
-        by_reward = self.reward.gradient(samples, [state.prompt.memos for state in states], tables, meter=meter)
-        by_policy = token_gradient(
+        prompts = [[likelihood.make_prompt_cache(self.prompt_caches[row])] for row in rows]
+        by_reward = self.reward.compute_backward_gradient(
+            samples, [state.prompt.score_caches for state in states], tables, flop_counter=meter
+        )
+        by_policy = compute_token_gradient(
             [likelihood],
             samples,
             prompts,
             tables,
-            meter=meter,
-            direct=bool(config.direct),
-            postfix=bool(config.postfix),
+            flop_counter=meter,
+            likelihood_token_grad=bool(config.likelihood_token_grad),
+            likelihood_suffix_grad=bool(config.likelihood_suffix_grad),
         )
-        return [-config.lam * r.float() - p.float() for r, p in zip(by_reward, by_policy, strict=True)]
+        return [-config.reward_weight * r.float() - p.float() for r, p in zip(by_reward, by_policy, strict=True)]
 
 
-def _prompt_rows(states: Sequence[State], policy: Policy, meter: Meter) -> list[Tensor]:
+def _get_prompt_caches(responses: Sequence[ScoredResponse], policy: Policy, flop_counter: FlopCounter) -> list[Tensor]:
     """kv rows of the prompts (but their last tokens) in the policy."""
-    if policy.server is None:
-        return [state.cache[:, :, :, : len(state.prompt.ids) - 1] for state in states]
+    if policy.backend is None:
+        return [state.policy_cache[:, :, :, : len(state.prompt.ids) - 1] for state in responses]
     # A server keeps its caches to itself: they are made here, and paid for.
-    return prefill(policy, [(state.problem.id, state.prompt.ids) for state in states], meter)
+    return prefill_prompts(policy, [(state.problem.id, state.prompt.ids) for state in responses], flop_counter)
 
 
-def _placeable(state: State, readable: Tensor) -> Tensor:
+def _compute_placeable_mask(response: ScoredResponse, in_vocabulary: Tensor) -> Tensor:
     """[T, K] bool: candidates with which the reward can read the response; the incumbent's own always."""
-    return readable[state.candidates] | (state.candidates == torch.tensor(state.response)[:, None])
+    return in_vocabulary[response.candidates] | (response.candidates == torch.tensor(response.response_ids)[:, None])
 
 
-def policy_likelihood(policy: Policy) -> LikelihoodTerm:
+def policy_likelihood(policy: Policy) -> LikelihoodObjective:
     """log π(y|x) of the policy itself as a term.
 
     Raises:
         ValueError: a policy whose logits are more than its output head.
     """
-    if not policy.plain_head:
+    if not policy.has_plain_head:
         raise ValueError(f"{policy.name} scales or caps its logits: solver ste cannot differentiate its likelihood")
-    return LikelihoodTerm(
+    return LikelihoodObjective(
         policy.model,
         policy.size,
-        mapping=torch.arange(policy.forbidden.shape[0]),
+        vocab_map=torch.arange(policy.forbidden_mask.shape[0]),
         encode_prompt=lambda problem, prompt: prompt,
     )
 
 
-def allowed(state: State, readable: Tensor, config: ReasonerConfig, span: slice = slice(None)) -> Tensor:
+def compute_proposable_mask(
+    response: ScoredResponse, in_vocabulary: Tensor, config: SearchConfig, span: slice = slice(None)
+) -> Tensor:
     """[T, K] bool: candidates that may be proposed in place of the incumbent token, at the positions of a span.
 
     A Metropolis chain must be able to go back, so what may be proposed at a position must not depend on the token that
     stands there: not the last of the K candidates, which is the incumbent token where that is none of the likeliest.
     """
-    tables = state.candidates[span], state.logp[span]
-    usable = replaceable(state.response[span], *tables, readable, config.candidate_min_p)
-    if config.acceptance == "metropolis" and state.candidates.shape[1] < len(readable):
+    tables = response.candidates[span], response.logp[span]
+    usable = compute_replaceable_mask(response.response_ids[span], *tables, in_vocabulary, config.candidate_min_p)
+    if config.acceptance == "metropolis" and response.candidates.shape[1] < len(in_vocabulary):
         usable[:, -1] = False
     return usable
 
 
-def replaceable(
-    response: Sequence[int], candidates: Tensor, logp: Tensor, readable: Tensor, min_p: float = 0.0
+def compute_replaceable_mask(
+    response_ids: Sequence[int], candidates: Tensor, logp: Tensor, in_vocabulary: Tensor, candidate_min_p: float = 0.0
 ) -> Tensor:
     """[T, K] bool: candidates [T, K] that may stand in place of a response's tokens.
 
@@ -206,139 +267,152 @@ def replaceable(
         readable: [policy rows] bool, tokens that the reward can read.
         min_p: drop candidates below this fraction of the position's likeliest.
     """
-    own = torch.tensor(response)[:, None]
-    usable = readable[candidates] & (candidates != own) & logp.isfinite()
-    if min_p:
-        usable &= logp >= logp.amax(-1, keepdim=True) + float(np.log(min_p))
+    own = torch.tensor(response_ids)[:, None]
+    usable = in_vocabulary[candidates] & (candidates != own) & logp.isfinite()
+    if candidate_min_p:
+        usable &= logp >= logp.amax(-1, keepdim=True) + float(np.log(candidate_min_p))
     return usable
 
 
-def global_branches(chain: Chain, noise: Tensor, readable: Tensor, config: ReasonerConfig) -> list[tuple[int, int]]:
+def draw_global_branches(
+    chain: SearchState, gumbel_noise: Tensor, in_vocabulary: Tensor, config: SearchConfig
+) -> list[tuple[int, int]]:
     """k distinct (position, token) branches, drawn without replacement with weight exp(score) (Gumbel top-k).
 
     Args:
         noise: [T, K] standard Gumbel.
     """
-    state = chain.state
-    usable = allowed(state, readable, config)
-    for position, token in chain.tried:
+    state = chain.incumbent
+    usable = compute_proposable_mask(state, in_vocabulary, config)
+    for position, token in chain.rejected_branches:
         usable[position] &= state.candidates[position] != token
-    count = min(config.branches, int(usable.sum()))
-    keys = (state.solved().double() + noise).masked_fill(~usable, -torch.inf).flatten()
+    count = min(config.proposals_per_round, int(usable.sum()))
+    keys = (state.get_proposal_scores().double() + gumbel_noise).masked_fill(~usable, -torch.inf).flatten()
     width = state.candidates.shape[1]
     picks = keys.topk(count).indices.tolist()
     return [(pick // width, int(state.candidates[pick // width, pick % width])) for pick in picks]
 
 
-def global_logp(state: State, readable: Tensor, config: ReasonerConfig) -> Tensor:
+def compute_global_branch_logp(response: ScoredResponse, in_vocabulary: Tensor, config: SearchConfig) -> Tensor:
     """[T, K] log-probability with which `global_branches` draws each branch first; all −inf where it has none."""
-    usable = allowed(state, readable, config)
-    scores = state.solved().double().masked_fill(~usable, -torch.inf)
+    usable = compute_proposable_mask(response, in_vocabulary, config)
+    scores = response.get_proposal_scores().double().masked_fill(~usable, -torch.inf)
     if not usable.any():
         return scores
     return scores.flatten().log_softmax(-1).view_as(scores)
 
 
-def redraw_logp(state: State, readable: Tensor, config: ReasonerConfig) -> float:
+def compute_independence_logp(response: ScoredResponse, in_vocabulary: Tensor, config: SearchConfig) -> float:
     """log-probability that a Metropolis chain tries to draw the response anew; 0, always, where no branch may be."""
-    assert config.redraw is not None
-    if config.proposals == "global" and not allowed(state, readable, config).any():
+    assert config.independence_prob is not None
+    if config.proposals == "global" and not compute_proposable_mask(response, in_vocabulary, config).any():
         return 0.0
-    return math.log(config.redraw)
+    return math.log(config.independence_prob)
 
 
-def sequential_branch(
-    chain: Chain,
-    stream: np.random.Generator,
-    readable: Tensor,
-    config: ReasonerConfig,
-    rescore: Callable[[State, int], Tensor],
+def draw_sequential_branch(
+    chain: SearchState,
+    rng: np.random.Generator,
+    in_vocabulary: Tensor,
+    config: SearchConfig,
+    recompute_scores_at: Callable[[ScoredResponse, int], Tensor],
 ) -> list[tuple[int, int]]:
     """Resample unsure positions from left to right until one changes; empty at the end of the response.
 
     Args:
         rescore: scores [K] of a position whose row is stale (`ste_row`).
     """
-    state, scan = chain.state, config.scan()
-    own = state.choice()
-    while chain.position < len(state.response):
-        position = chain.position
-        chain.position += 1
+    state, scan = chain.incumbent, config.get_scan_config()
+    own = state.find_response_columns()
+    while chain.scan_position < len(state.response_ids):
+        position = chain.scan_position
+        chain.scan_position += 1
         if float(state.logp[position].max().exp()) > scan.confidence:
             continue
-        if scan.gradient_norm and _slope_norm(state, position, config) < scan.gradient_norm:
+        if scan.min_gradient_norm and _compute_gradient_norm(state, position, config) < scan.min_gradient_norm:
             continue
-        refresh(state, position, rescore)
-        mass = row_logp(state, position, readable, config).exp().cumsum(-1).numpy()
-        pick = int(np.searchsorted(mass, stream.random() * mass[-1], side="right"))
+        refresh_stale_scores(state, position, recompute_scores_at)
+        mass = compute_scan_logp(state, position, in_vocabulary, config).exp().cumsum(-1).numpy()
+        pick = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
         if pick != own[position]:
             return [(position, int(state.candidates[position, pick]))]
     return []
 
 
-def refresh(state: State, position: int, rescore: Callable[[State, int], Tensor]) -> None:
+def refresh_stale_scores(
+    response: ScoredResponse, position: int, recompute_scores_at: Callable[[ScoredResponse, int], Tensor]
+) -> None:
     """Work out a stale row of the scores."""
-    if state.stale is not None and state.stale[position]:
-        state.solved()[position], state.stale[position] = rescore(state, position), False
+    if response.stale_mask is not None and response.stale_mask[position]:
+        response.get_proposal_scores()[position], response.stale_mask[position] = (
+            recompute_scores_at(response, position),
+            False,
+        )
 
 
-def row_logp(state: State, position: int, readable: Tensor, config: ReasonerConfig) -> Tensor:
+def compute_scan_logp(response: ScoredResponse, position: int, in_vocabulary: Tensor, config: SearchConfig) -> Tensor:
     """[K] float64 log-probability with which the scan draws each token at a position, the incumbent's included."""
-    scan = config.scan()
-    [usable] = allowed(state, readable, config, slice(position, position + 1))
-    usable[state.candidates[position] == state.response[position]] = True
-    row = (state.solved()[position] / scan.resample_temperature).masked_fill(~usable, -torch.inf)
+    scan = config.get_scan_config()
+    [usable] = compute_proposable_mask(response, in_vocabulary, config, slice(position, position + 1))
+    usable[response.candidates[position] == response.response_ids[position]] = True
+    row = (response.get_proposal_scores()[position] / scan.resample_temperature).masked_fill(~usable, -torch.inf)
     if scan.resample_top_p < 1:
         row = TopPLogitsWarper(scan.resample_top_p)(torch.zeros(1, 0, dtype=torch.long), row[None])[0]
     return row.double().log_softmax(-1)
 
 
-def _slope_norm(state: State, position: int, config: ReasonerConfig) -> float:
+def _compute_gradient_norm(response: ScoredResponse, position: int, config: SearchConfig) -> float:
     """‖∂L/∂z_t‖ over the candidates at the start of the optimisation, at the response's own tokens."""
-    slope = state.slopes[tuple(state.response)][position : position + 1]
-    return float(solvers.through_softmax(state.logp[position : position + 1], slope, config.ste().tau).norm())
+    slope = response.loss_gradients[tuple(response.response_ids)][position : position + 1]
+    return float(
+        solvers.compute_softmax_gradient(
+            response.logp[position : position + 1], slope, config.get_ste_config().tau
+        ).norm()
+    )
 
 
-def expected_flops(
-    state: State, positions: Sequence[int], policy: Policy, reward: Reward, config: ReasonerConfig
+def estimate_round_flops(
+    response: ScoredResponse, positions: Sequence[int], policy: Policy, reward: Reward, config: SearchConfig
 ) -> float:
     """FLOPs of the next round if its suffixes are as long as the incumbent's, with the gradients that are due."""
-    length, prompt = len(state.response), len(state.prompt.ids)
-    total = sum(policy.size.forward_flops(prompt + at, length - at - 1) for at in positions)
-    known_gradient = state.scores is not None or state.gradient is not None
+    length, prompt = len(response.response_ids), len(response.prompt.ids)
+    total = sum(policy.size.compute_forward_flops(prompt + at, length - at - 1) for at in positions)
+    known_gradient = response.proposal_scores is not None or response.reward_gradient is not None
     gradients = 0 if config.solver == "none" or known_gradient else 1
     if config.acceptance == "metropolis" and config.solver != "none":
         gradients += len(positions)  # the way back is weighed with the proposal's own scores
-    known = state.drawn(policy.model)
-    for term in reward.terms:
-        encoded = term.encode(state.sample())
-        begin = len(encoded.prompt) - 1
-        for at in positions if not term.knows(known) else ():
-            count = len(term.fed(encoded, at))
-            total += term.size.forward_flops(begin + at, count, term.charge_head(count))
+    known = response.make_sample_with_draw_info(policy.model)
+    for term in reward.objectives:
+        encoded = term.encode(response.make_sample())
+        begin = len(encoded.prompt_ids) - 1
+        for at in positions if not term.has_draw_logp(known) else ():
+            count = len(term.select_input_ids(encoded, at))
+            total += term.model_size.compute_forward_flops(begin + at, count, term.count_head_positions(count))
         if gradients:
-            count = len(term.fed(encoded, 0))
-            head, point = term.charge_head(count), config.gradient_point()
-            each = len(point.alphas) * _both_ways(term.size, begin, count, head)
-            if point.direct and reward.dense and not term.knows(known):
-                each += term.size.forward_flops(begin, 0, head)
+            count = len(term.select_input_ids(encoded, 0))
+            head, point = term.count_head_positions(count), config.get_gradient_point()
+            each = len(point.alphas) * _compute_forward_backward_flops(term.model_size, begin, count, head)
+            if point.direct and reward.has_dense_gradient and not term.has_draw_logp(known):
+                each += term.model_size.compute_forward_flops(begin, 0, head)
             total += gradients * each
     if config.solver == "ste":
-        total += gradients * _both_ways(policy.size, prompt - 1, length, length)
+        total += gradients * _compute_forward_backward_flops(policy.size, prompt - 1, length, length)
     return total
 
 
-def start_flops(state: State, policy: Policy, reward: Reward) -> float:
+def estimate_first_response_flops(response: ScoredResponse, policy: Policy, reward: Reward) -> float:
     """FLOPs of drawing and scoring another first response as long as this one."""
-    total = policy.size.forward_flops(len(state.prompt.ids) - 1, len(state.response))
-    known = state.drawn(policy.model)
-    for term in reward.terms:
-        if not term.knows(known):
-            encoded = term.encode(state.sample())
-            count = len(term.fed(encoded, 0))
-            total += term.size.forward_flops(len(encoded.prompt) - 1, count, term.charge_head(count))
+    total = policy.size.compute_forward_flops(len(response.prompt.ids) - 1, len(response.response_ids))
+    known = response.make_sample_with_draw_info(policy.model)
+    for term in reward.objectives:
+        if not term.has_draw_logp(known):
+            encoded = term.encode(response.make_sample())
+            count = len(term.select_input_ids(encoded, 0))
+            total += term.model_size.compute_forward_flops(
+                len(encoded.prompt_ids) - 1, count, term.count_head_positions(count)
+            )
     return total
 
 
-def _both_ways(size: ModelSize, start: int, count: int, head: int) -> float:
-    return size.forward_flops(start, count, head) + size.backward_flops(start, count, head)
+def _compute_forward_backward_flops(size: ModelSize, start: int, count: int, head: int) -> float:
+    return size.compute_forward_flops(start, count, head) + size.compute_backward_flops(start, count, head)

@@ -8,11 +8,11 @@ from typing import Any, overload
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.vllm_backend import connect
+from nabla_trl.models.vllm_backend import connect_vllm
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import Search, solve
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import Search, run_search
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
@@ -26,9 +26,9 @@ class NablaReasoner:
     trace = reasoner.solve("What is 7 * 8 + 2?")
     """
 
-    def __init__(self, policy: Policy, reward: Reward, config: ReasonerConfig | None = None):
+    def __init__(self, policy: Policy, reward: Reward, config: SearchConfig | None = None):
         self.policy, self.reward = policy, reward
-        self.config = config if config is not None else ReasonerConfig()
+        self.config = config if config is not None else SearchConfig()
 
     @classmethod
     def from_pretrained(
@@ -41,7 +41,7 @@ class NablaReasoner:
         dtype: str = "float32",
         device: str | None = None,
         vllm_url: str | None = None,
-        prompting: PromptOptions | None = None,
+        prompt_options: PromptOptions | None = None,
         **config: Any,
     ) -> NablaReasoner:
         """Load a policy and a reward (see `load_policy`, `load_reward`) and configure the search.
@@ -55,39 +55,39 @@ class NablaReasoner:
             ValueError: an unknown option, or whatever loading refuses.
             ConnectionError: the server does not answer.
         """
-        settings = ReasonerConfig.preset(preset, **config)
-        loaded = load_policy(policy, dtype=dtype, device=device, adapter=adapter, prompting=prompting)
+        settings = SearchConfig.from_preset(preset, **config)
+        loaded = load_policy(policy, dtype=dtype, device=device, adapter=adapter, prompt_options=prompt_options)
         if vllm_url is not None:
-            loaded = connect(loaded, vllm_url)
+            loaded = connect_vllm(loaded, vllm_url)
         return cls(loaded, load_reward(reward, policy=loaded, dtype=dtype, device=device), settings)
 
     @overload  # a str is a Sequence[str] to the type checker; here it is one question
     def solve(  # type: ignore[overload-overlap]
-        self, problems: Question, *, seed: int = 0, watch: Callable[[Search], None] | None = None
+        self, problems: Question, *, seed: int = 0, on_round: Callable[[Search], None] | None = None
     ) -> Trace: ...
 
     @overload
     def solve(
-        self, problems: Sequence[Question], *, seed: int = 0, watch: Callable[[Search], None] | None = None
+        self, problems: Sequence[Question], *, seed: int = 0, on_round: Callable[[Search], None] | None = None
     ) -> list[Trace]: ...
 
     def solve(
-        self, problems: Any, *, seed: int = 0, watch: Callable[[Search], None] | None = None
+        self, problems: Any, *, seed: int = 0, on_round: Callable[[Search], None] | None = None
     ) -> Trace | list[Trace]:
         """Refine one response per question, many at once.
 
         Args:
             problems: a question (text, chat as a list of messages, or `Problem`) for one trace; a list of
                 questions for a list of traces.
-            watch: called before each round and after the last (`search.solve`).
+            on_round: called before each round and after the last (`search.solve`).
 
         Raises:
             ValueError: an empty question, something that is no question, or duplicate problem ids.
         """
         if isinstance(problems, str | Problem) or (problems and isinstance(problems[0], dict)):
-            return self.solve([problems], seed=seed, watch=watch)[0]
+            return self.solve([problems], seed=seed, on_round=on_round)[0]
         asked = [as_problem(question, index) for index, question in enumerate(problems)]
-        return solve(asked, policy=self.policy, reward=self.reward, config=self.config, seed=seed, watch=watch)
+        return run_search(asked, policy=self.policy, reward=self.reward, config=self.config, seed=seed, on_round=on_round)
 
 
 def as_problem(question: Question, index: int = 0) -> Problem:
@@ -102,7 +102,7 @@ def as_problem(question: Question, index: int = 0) -> Problem:
         if not question.strip():
             raise ValueError(f"question {index} is empty")
         return Problem(id=f"question/{index}", question=question)
-    turns = [turn for turn in question if _is_turn(turn)] if isinstance(question, list) else []
+    turns = [turn for turn in question if _is_message(turn)] if isinstance(question, list) else []
     if not turns or len(turns) != len(question):
         raise ValueError(
             f"question {index}: expected a text, a Problem, or a list of messages with 'role' and 'content'"
@@ -110,5 +110,5 @@ def as_problem(question: Question, index: int = 0) -> Problem:
     return Problem(id=f"question/{index}", question=turns[-1]["content"], messages=tuple(turns))
 
 
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in ("role", "content"))
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nabla_trl.gradient.objectives import Known, Memo, Sample
+from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import Draft
+from nabla_trl.models.requests import GenerationOutput
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Revision
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """A problem as policy and reward read it.
 
     Attributes:
@@ -27,12 +27,12 @@ class Prompt:
 
     problem: Problem
     ids: list[int]
-    room: int
-    memos: list[Memo]
+    max_new_tokens: int
+    score_caches: list[ScoreCache]
 
 
 @dataclass
-class State:
+class ScoredResponse:
     """A response of T tokens and what is known of it. All of it depends on the tokens alone.
 
     Attributes:
@@ -46,45 +46,45 @@ class State:
         stale: [T] bool, rows of `scores` that a scan has to work out again; None: none.
     """
 
-    prompt: Prompt
-    response: list[int]
+    prompt: EncodedPrompt
+    response_ids: list[int]
     finished: bool
     candidates: Tensor
     logp: Tensor
-    tilt: Tensor | None
-    cache: Tensor
-    memos: list[Memo]
+    log_importance_weight: Tensor | None
+    policy_cache: Tensor
+    score_caches: list[ScoreCache]
     reward: float
-    gradient: Tensor | None = None
-    slopes: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    scores: Tensor | None = None
-    stale: Tensor | None = None
+    reward_gradient: Tensor | None = None
+    loss_gradients: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    proposal_scores: Tensor | None = None
+    stale_mask: Tensor | None = None
 
     @property
     def problem(self) -> Problem:
         return self.prompt.problem
 
-    def choice(self) -> Tensor:
+    def find_response_columns(self) -> Tensor:
         """[T] column of each response token among the candidates."""
-        own = torch.tensor(self.response)[:, None]
+        own = torch.tensor(self.response_ids)[:, None]
         return (self.candidates == own).int().argmax(-1)
 
-    def solved(self) -> Tensor:
+    def get_proposal_scores(self) -> Tensor:
         """The scores, once the solver has run."""
-        if self.scores is None:
+        if self.proposal_scores is None:
             raise RuntimeError(f"{self.problem.id}: proposals were asked for before the solver ran")
-        return self.scores
+        return self.proposal_scores
 
-    def sample(self, response: list[int] | None = None) -> Sample:
-        return Sample(self.problem, self.prompt.ids, self.response if response is None else response)
+    def make_sample(self, response_ids: list[int] | None = None) -> Sample:
+        return Sample(self.problem, self.prompt.ids, self.response_ids if response_ids is None else response_ids)
 
-    def drawn(self, model: PreTrainedModel) -> Sample:
+    def make_sample_with_draw_info(self, model: PreTrainedModel) -> Sample:
         """The response with what `model`, the policy, showed when it was drawn."""
-        return replace(self.sample(), known=Known(model, self.candidates, self.logp))
+        return replace(self.make_sample(), draw_info=DrawInfo(model, self.candidates, self.logp))
 
 
 @dataclass
-class Chain:
+class SearchState:
     """One walk over responses; a problem may have several.
 
     Attributes:
@@ -99,29 +99,34 @@ class Chain:
         pull: per incumbent whose gradient was taken, what that promised at each position (see `traces.Trace`).
     """
 
-    state: State
-    initial: State
+    incumbent: ScoredResponse
+    initial: ScoredResponse
     index: int = 0
     beta: float | None = 1.0
-    tried: set[tuple[int, int]] = field(default_factory=set)
-    position: int = 0
-    sweeps: int = 0
-    rounds: int = 0
-    rollouts: int = 0
-    idle: int = 0
-    moves: int = 0
-    pull: list[list[float]] = field(default_factory=list)
+    rejected_branches: set[tuple[int, int]] = field(default_factory=set)
+    scan_position: int = 0
+    num_sweeps: int = 0
+    num_rounds: int = 0
+    num_rollouts: int = 0
+    rounds_since_acceptance: int = 0
+    num_accepted: int = 0
+    predicted_gain: list[list[float]] = field(default_factory=list)
     revisions: list[Revision] = field(default_factory=list)
-    stop: str = ""
+    stop_reason: str = ""
     error: str | None = None
 
     @property
     def problem(self) -> Problem:
-        return self.state.problem
+        return self.incumbent.problem
 
-    def move(self, state: State) -> None:
+    def replace_incumbent(self, response: ScoredResponse) -> None:
         """Take another incumbent."""
-        self.state, self.tried, self.idle, self.moves = state, set(), 0, self.moves + 1
+        self.incumbent, self.rejected_branches, self.rounds_since_acceptance, self.num_accepted = (
+            response,
+            set(),
+            0,
+            self.num_accepted + 1,
+        )
 
 
 @dataclass
@@ -133,37 +138,43 @@ class Proposal:
         draft: what was drawn after them, if anything was.
     """
 
-    chain: Chain
-    given: list[int]
-    draft: Draft | None = None
+    chain: SearchState
+    prefix_ids: list[int]
+    generation: GenerationOutput | None = None
 
     @property
     def position(self) -> int:
         """How many of the incumbent's tokens are kept."""
-        return max(0, len(self.given) - 1)
+        return max(0, len(self.prefix_ids) - 1)
 
     @property
-    def response(self) -> list[int]:
-        return self.given if self.draft is None else self.given + self.draft.ids
+    def response_ids(self) -> list[int]:
+        return self.prefix_ids if self.generation is None else self.prefix_ids + self.generation.ids
 
-    def finished(self, policy: Policy) -> bool:
-        return policy.over(self.response, policy.stops(self.chain.problem))
+    def is_finished(self, policy: Policy) -> bool:
+        return policy.is_finished(self.response_ids, policy.get_stop_strings(self.chain.problem))
 
-    def cache(self) -> Tensor:
+    def get_prefix_cache(self) -> Tensor:
         """kv row of the prompt and the given tokens, all but the last of them."""
-        state = self.chain.state
-        return state.cache[:, :, :, : len(state.prompt.ids) + len(self.given) - 1]
+        state = self.chain.incumbent
+        return state.policy_cache[:, :, :, : len(state.prompt.ids) + len(self.prefix_ids) - 1]
 
-    def state(self, policy: Policy) -> State:
+    def to_scored_response(self, policy: Policy) -> ScoredResponse:
         """Where it leads to, not scored yet: what is known of the incumbent at the given tokens, then of the draft.
 
         Its memos are the incumbent's, of which the first `position` tokens are its own.
         """
-        old, draft, end = self.chain.state, self.draft, len(self.given)
-        candidates, logp, tilt = old.candidates[:end], old.logp[:end], None if old.tilt is None else old.tilt[:end]
+        old, draft, end = self.chain.incumbent, self.generation, len(self.prefix_ids)
+        candidates, logp, tilt = (
+            old.candidates[:end],
+            old.logp[:end],
+            None if old.log_importance_weight is None else old.log_importance_weight[:end],
+        )
         if draft is not None:
             candidates, logp = torch.cat((candidates, draft.candidates)), torch.cat((logp, draft.logp))
-            tilt = None if tilt is None else torch.cat((tilt, draft.tilted()))
-        cache = self.cache() if draft is None else draft.kept()
-        finished = self.finished(policy)
-        return State(old.prompt, self.response, finished, candidates, logp, tilt, cache, old.memos, math.nan)
+            tilt = None if tilt is None else torch.cat((tilt, draft.get_log_importance_weight()))
+        cache = self.get_prefix_cache() if draft is None else draft.get_cache()
+        finished = self.is_finished(policy)
+        return ScoredResponse(
+            old.prompt, self.response_ids, finished, candidates, logp, tilt, cache, old.score_caches, math.nan
+        )

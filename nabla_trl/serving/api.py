@@ -23,22 +23,22 @@ from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.serving.service import Progress
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.serving.service import SearchProgress
 from nabla_trl.traces.schema import Trace
-from nabla_trl.utils.fields import checked
+from nabla_trl.utils.fields import coerce_fields
 
 # Fields of a request that are options of the search. None of them makes a batch take more memory.
-OPTIONS = {
+SEARCH_OPTION_BY_FIELD = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     **{name: name for name in ("temperature", "top_p", "top_k", "sample_min_p")},
     **{name: name for name in ("flops", "beta", "kl", "rounds", "patience")},
 }
-OWN = ("model", "messages", "seed", "stream", "stream_options")
-LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # change no answer
+API_FIELDS = ("model", "messages", "seed", "stream", "stream_options")
+IGNORED_FIELDS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # change no answer
 # Fields that are taken at these values alone, which ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "logprobs": (False,),
     "frequency_penalty": (0,),
@@ -51,7 +51,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-ROLES = {
+TEMPLATE_ROLE_BY_API_ROLE = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -69,16 +69,16 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
-        kind: str = "invalid_request_error",
+        error_type: str = "invalid_request_error",
         headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body = {"error": {"message": message, "type": error_type, "param": param, "code": code}}
 
 
 @dataclass(frozen=True)
-class Offer:
+class ServerLimits:
     """What a server grants.
 
     Attributes:
@@ -91,23 +91,25 @@ class Offer:
         ValueError: the configuration's own budget is larger, or it can have none.
     """
 
-    model: str
-    config: ReasonerConfig
-    max_flops: float = 0.0
+    model_name: str
+    default_config: SearchConfig
+    max_request_flops: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.max_flops >= 0:
-            raise ValueError(f"max_flops must not be negative, and is {self.max_flops}")
-        if self.max_flops and not self.config.flops:
-            object.__setattr__(self, "config", replace(self.config, flops=self.max_flops))
-        if self.max_flops and self.config.flops > self.max_flops:
-            raise ValueError(f"flops, {self.config.flops:g} by default, must be at most max_flops, {self.max_flops:g}")
+        if not self.max_request_flops >= 0:
+            raise ValueError(f"max_flops must not be negative, and is {self.max_request_flops}")
+        if self.max_request_flops and not self.default_config.max_flops:
+            object.__setattr__(self, "config", replace(self.default_config, max_flops=self.max_request_flops))
+        if self.max_request_flops and self.default_config.max_flops > self.max_request_flops:
+            raise ValueError(
+                f"flops, {self.default_config.max_flops:g} by default, must be at most max_flops, {self.max_request_flops:g}"
+            )
 
 
 @dataclass(frozen=True)
 class ChatRequest:
     messages: list[dict[str, str]]
-    config: ReasonerConfig
+    config: SearchConfig
     seed: int
     stream: bool = False
     include_usage: bool = False
@@ -116,7 +118,7 @@ class ChatRequest:
 # --- requests -----------------------------------------------------------------------------------------
 
 
-def read_json(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
     """The JSON of a request; ApiError where it is none."""
 
     def refuse(name: str) -> None:
@@ -128,7 +130,7 @@ def read_json(body: bytes) -> Any:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
 
 
-def read_request(body: Any, offer: Offer) -> ChatRequest:
+def parse_request(body: Any, limits: ServerLimits) -> ChatRequest:
     """A request that can be honoured as it stands.
 
     Raises:
@@ -137,90 +139,95 @@ def read_request(body: Any, offer: Offer) -> ChatRequest:
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     given = {name: value for name, value in body.items() if value is not None}
-    _refuse_unknown(given)
+    _refuse_unknown_fields(given)
     if not isinstance(given.get("model"), str):
-        raise ApiError(400, f"model must be given, as text: {offer.model!r} is served here", param="model")
-    check_model(given["model"], offer)
-    stream = _typed(given, "stream", bool, False)
+        raise ApiError(400, f"model must be given, as text: {limits.model_name!r} is served here", param="model")
+    check_model_name(given["model"], limits)
+    stream = _read_typed_field(given, "stream", bool, False)
     return ChatRequest(
-        messages=_messages(given.get("messages")),
-        config=_config(given, offer),
-        seed=_seed(given),
+        messages=_read_messages(given.get("messages")),
+        config=_read_search_config(given, limits),
+        seed=_read_seed(given),
         stream=stream,
-        include_usage=_include_usage(given, stream),
+        include_usage=_read_include_usage(given, stream),
     )
 
 
-def check_model(name: str, offer: Offer) -> None:
-    if name != offer.model:
-        message = f"the model {name!r} does not exist: {offer.model!r} is served here"
+def check_model_name(name: str, limits: ServerLimits) -> None:
+    if name != limits.model_name:
+        message = f"the model {name!r} does not exist: {limits.model_name!r} is served here"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _refuse_unknown(given: Mapping[str, Any]) -> None:
-    known = [*OWN, *OPTIONS, *LABELS, *NEUTRAL]
-    for name, value in given.items():
+def _refuse_unknown_fields(fields: Mapping[str, Any]) -> None:
+    known = [*API_FIELDS, *SEARCH_OPTION_BY_FIELD, *IGNORED_FIELDS, *NEUTRAL_VALUES]
+    for name, value in fields.items():
         if name not in known:
             match = get_close_matches(name, known, n=1)
             hint = f": did you mean {match[0]}?" if match else ""
             raise ApiError(400, f"{name} is not supported{hint}", param=name, code="unknown_parameter")
-        if name in NEUTRAL and value not in NEUTRAL[name]:
-            allowed = " or ".join(json.dumps(one) for one in NEUTRAL[name])
+        if name in NEUTRAL_VALUES and value not in NEUTRAL_VALUES[name]:
+            allowed = " or ".join(json.dumps(one) for one in NEUTRAL_VALUES[name])
             message = f"{name} is not supported, other than {allowed}"
             raise ApiError(400, message, param=name, code="unsupported_value")
 
 
-def _config(given: Mapping[str, Any], offer: Offer) -> ReasonerConfig:
+def _read_search_config(fields: Mapping[str, Any], limits: ServerLimits) -> SearchConfig:
     """The server's configuration with the options of the request."""
     values: dict[str, Any] = {}
-    for name, option in OPTIONS.items():
-        if name in given:
+    for name, option in SEARCH_OPTION_BY_FIELD.items():
+        if name in fields:
             try:
-                values |= checked({option: given[name]}, [ReasonerConfig], where="the request")
+                values |= coerce_fields({option: fields[name]}, [SearchConfig], source="the request")
             except (ValueError, OverflowError) as error:
                 raise ApiError(400, str(error), param=name, code="invalid_type") from error
-    _check_limits(values, offer)
+    _check_limits(values, limits)
     for name, other in (("beta", "kl"), ("kl", "beta")):  # the server's own gives way; both in a request are refused
         if name in values:
             values.setdefault(other, None)
     try:
-        return replace(offer.config, **values) if values else offer.config
+        return replace(limits.default_config, **values) if values else limits.default_config
     except ValueError as error:
         raise ApiError(400, str(error), code="invalid_value") from error
 
 
-def _check_limits(values: Mapping[str, Any], offer: Offer) -> None:
-    longest = offer.config.max_new_tokens
+def _check_limits(values: Mapping[str, Any], limits: ServerLimits) -> None:
+    longest = limits.default_config.max_new_tokens
     if values.get("max_new_tokens", 0) > longest:
         message = f"max_tokens is limited to {longest} on this server"
         raise ApiError(400, message, param="max_tokens", code="invalid_value")
-    if offer.max_flops and "flops" in values and not 0 < values["flops"] <= offer.max_flops:
-        message = f"flops is limited to {offer.max_flops:g} per problem on this server, and must be above 0"
+    if limits.max_request_flops and "flops" in values and not 0 < values["flops"] <= limits.max_request_flops:
+        message = f"flops is limited to {limits.max_request_flops:g} per problem on this server, and must be above 0"
         raise ApiError(400, message, param="flops", code="invalid_value")
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
+def _read_messages(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise ApiError(400, "messages must be a list of one message or more", param="messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+    return [_read_message(message, f"messages[{index}]") for index, message in enumerate(value)]
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
+def _read_message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise ApiError(400, f"{where} must be an object with role and content", param=where)
     role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise ApiError(400, f"{where}: the role must be one of {', '.join(ROLES)}", param=f"{where}.role")
+    if not isinstance(role, str) or role not in TEMPLATE_ROLE_BY_API_ROLE:
+        raise ApiError(
+            400, f"{where}: the role must be one of {', '.join(TEMPLATE_ROLE_BY_API_ROLE)}", param=f"{where}.role"
+        )
     other = next((name for name, one in message.items() if name not in ("role", "content") and one is not None), None)
     if other is not None:  # a client that sends an answer back sends its empty fields too
         raise ApiError(400, f"{where}: {other} is not supported", param=f"{where}.{other}", code="unknown_parameter")
-    return {"role": ROLES[role], "content": _content(message.get("content"), f"{where}.content")}
+    return {
+        "role": TEMPLATE_ROLE_BY_API_ROLE[role],
+        "content": _read_content(message.get("content"), f"{where}.content"),
+    }
 
 
-def _content(value: Any, where: str) -> str:
+def _read_content(value: Any, where: str) -> str:
     """A text, or the parts of one."""
     parts = value if isinstance(value, list) and value else [{"type": "text", "text": value}]
-    texts = [part["text"] for part in parts if _is_text(part)]
+    texts = [part["text"] for part in parts if _is_text_part(part)]
     if len(texts) < len(parts):
         raise ApiError(400, f"{where} must be text, or a list of parts of type text", param=where)
     text = "".join(texts)
@@ -231,33 +238,33 @@ def _content(value: Any, where: str) -> str:
     return text
 
 
-def _is_text(part: Any) -> bool:
+def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _seed(given: Mapping[str, Any]) -> int:
+def _read_seed(fields: Mapping[str, Any]) -> int:
     """The request's, or any."""
-    seed = _typed(given, "seed", int, secrets.randbits(31))
+    seed = _read_typed_field(fields, "seed", int, secrets.randbits(31))
     if not -(2**63) <= seed < 2**63:
         raise ApiError(400, "seed must fit into 64 bits", param="seed", code="invalid_value")
     return seed
 
 
-def _include_usage(given: Mapping[str, Any], stream: bool) -> bool:
-    options = _typed(given, "stream_options", dict, {})
+def _read_include_usage(fields: Mapping[str, Any], stream: bool) -> bool:
+    options = _read_typed_field(fields, "stream_options", dict, {})
     if options and not stream:
         raise ApiError(400, "stream_options belongs to stream: true", param="stream_options")
     other = next((name for name in options if name != "include_usage"), None)
     if other is not None:
         where = f"stream_options.{other}"
         raise ApiError(400, f"{where} is not supported", param=where, code="unknown_parameter")
-    return _typed(options, "include_usage", bool, False)
+    return _read_typed_field(options, "include_usage", bool, False)
 
 
-def _typed(given: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
-    value = given.get(name, default)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        named = {bool: "true or false", int: "a whole number", dict: "an object"}[kind]
+def _read_typed_field(fields: Mapping[str, Any], name: str, expected_type: type, default: Any) -> Any:
+    value = fields.get(name, default)
+    if not isinstance(value, expected_type) or (expected_type is int and isinstance(value, bool)):
+        named = {bool: "true or false", int: "a whole number", dict: "an object"}[expected_type]
         raise ApiError(400, f"{name} must be {named}", param=name, code="invalid_type")
     return value
 
@@ -266,59 +273,69 @@ def _typed(given: Mapping[str, Any], name: str, kind: type, default: Any) -> Any
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChatCompletion:
     """The shapes of one answer, whole or in chunks."""
 
-    model: str
+    model_name: str
     request: ChatRequest
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def completion(self, trace: Trace) -> dict[str, Any]:
+    def build_completion(self, trace: Trace) -> dict[str, Any]:
         message = {"role": "assistant", "content": trace.response, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(trace)}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": get_finish_reason(trace)}
         return {
-            **self._head("chat.completion"),
+            **self._build_header("chat.completion"),
             "system_fingerprint": trace.meta["config_hash"],
             "choices": [choice],
-            "usage": usage(trace),
-            "nabla": self._outcome(trace),
+            "usage": build_usage(trace),
+            "nabla": self._build_search_result(trace),
         }
 
-    def chunk(self, delta: dict[str, str], *, finish: str | None = None, **more: Any) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return {**self._head("chat.completion.chunk"), "choices": [choice], **self._no_usage(), **more}
+    def build_chunk(
+        self, delta: dict[str, str], *, finish_reason: str | None = None, **extra_fields: Any
+    ) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return {
+            **self._build_header("chat.completion.chunk"),
+            "choices": [choice],
+            **self._build_empty_usage(),
+            **extra_fields,
+        }
 
-    def progress(self, progress: Progress) -> dict[str, Any]:
+    def build_progress_chunk(self, progress: SearchProgress) -> dict[str, Any]:
         """A chunk without content: what is refined may yet change, and what a client adds up must not."""
-        return self.chunk({}, nabla={name: finite(value) for name, value in asdict(progress).items()})
+        return self.build_chunk({}, nabla={name: replace_nonfinite(value) for name, value in asdict(progress).items()})
 
-    def last_chunks(self, trace: Trace) -> list[dict[str, Any]]:
+    def build_final_chunks(self, trace: Trace) -> list[dict[str, Any]]:
         """The response; how it ended; what it cost, if asked for."""
         chunks = [
-            self.chunk({"content": trace.response}),
-            self.chunk({}, finish=finish_reason(trace), nabla=self._outcome(trace)),
+            self.build_chunk({"content": trace.response}),
+            self.build_chunk({}, finish_reason=get_finish_reason(trace), nabla=self._build_search_result(trace)),
         ]
         if self.request.include_usage:
-            chunks.append({**self._head("chat.completion.chunk"), "choices": [], "usage": usage(trace)})
+            chunks.append({**self._build_header("chat.completion.chunk"), "choices": [], "usage": build_usage(trace)})
         return chunks
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+    def _build_header(self, object_type: str) -> dict[str, Any]:
+        return {"id": self.id, "object": object_type, "created": self.created, "model": self.model_name}
 
-    def _no_usage(self) -> dict[str, Any]:
+    def _build_empty_usage(self) -> dict[str, Any]:
         return {"usage": None} if self.request.include_usage else {}
 
-    def _outcome(self, trace: Trace) -> dict[str, Any]:
-        rewards = {"reward_initial": finite(trace.reward_initial), "reward": finite(trace.reward)}
-        return {"seed": self.request.seed, "answer": trace.answer, **rewards, "stop": trace.stop}
+    def _build_search_result(self, trace: Trace) -> dict[str, Any]:
+        rewards = {
+            "reward_initial": replace_nonfinite(trace.reward_initial),
+            "reward": replace_nonfinite(trace.reward),
+        }
+        return {"seed": self.request.seed, "answer": trace.answer, **rewards, "stop": trace.stop_reason}
 
 
-def finish_reason(trace: Trace) -> str:
+def get_finish_reason(trace: Trace) -> str:
     return "stop" if trace.finished else "length"
 
 
-def usage(trace: Trace) -> dict[str, Any]:
+def build_usage(trace: Trace) -> dict[str, Any]:
     """Tokens of the prompt and of the response that is given; under "nabla" the work of all chains, rejected or not.
 
     Seconds are the problem's share of those of its batch.
@@ -334,10 +351,10 @@ def usage(trace: Trace) -> dict[str, Any]:
     }
 
 
-def finite(value: Any) -> Any:
+def replace_nonfinite(value: Any) -> Any:
     """JSON knows no infinity and no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def model_card(name: str, created: int) -> dict[str, Any]:
+def build_model_entry(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "nabla_trl"}

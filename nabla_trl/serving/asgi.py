@@ -26,94 +26,103 @@ from starlette.types import Receive, Scope, Send
 
 from nabla_trl.models.prompts import PromptTooLong
 from nabla_trl.serving.api import (
-    Answer,
     ApiError,
+    ChatCompletion,
     ChatRequest,
-    Offer,
-    check_model,
-    model_card,
-    read_json,
-    read_request,
+    ServerLimits,
+    build_model_entry,
+    check_model_name,
+    parse_json,
+    parse_request,
 )
-from nabla_trl.serving.service import Engine, Progress, QueueFull, Stopping, Watch, request_problem
+from nabla_trl.serving.service import (
+    Engine,
+    ProgressCallback,
+    QueueFull,
+    SearchProgress,
+    ServerStopping,
+    make_request_problem,
+)
 from nabla_trl.traces.schema import Trace
 
-MAX_BODY = 4 * 2**20  # bytes: more than any context holds
-KEEP_ALIVE = 75  # seconds: clients drop an idle connection after 5, and must not meet one that is being closed here
+MAX_BODY_BYTES = 4 * 2**20  # bytes: more than any context holds
+KEEP_ALIVE_SECONDS = (
+    75  # seconds: clients drop an idle connection after 5, and must not meet one that is being closed here
+)
 
-Submit = Callable[[Watch], "Future[Trace]"]
+SubmitRequest = Callable[[ProgressCallback], "Future[Trace]"]
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """Nobody waits for the answer any more."""
 
 
-class Pending:
+class ProgressStream:
     """A request at the engine, awaited: progress as it comes, then the trace. Closing it gives the request up.
 
     Args:
         deadline: seconds of the event loop's clock.
     """
 
-    def __init__(self, submit: Submit, request: Request, deadline: float):
+    def __init__(self, submit: SubmitRequest, request: Request, deadline: float):
         self.loop, self.request, self.deadline = asyncio.get_running_loop(), request, deadline
-        self.items: asyncio.Queue[Progress | None] = asyncio.Queue()
-        self.future = submit(self._put)
-        self.future.add_done_callback(lambda _: self._put(None))
-        self.gone = asyncio.ensure_future(self._departure())
+        self.queue: asyncio.Queue[SearchProgress | None] = asyncio.Queue()
+        self.future = submit(self._enqueue)
+        self.future.add_done_callback(lambda _: self._enqueue(None))
+        self.disconnect_task = asyncio.ensure_future(self._wait_for_disconnect())
 
-    def _put(self, item: Progress | None) -> None:
+    def _enqueue(self, item: SearchProgress | None) -> None:
         """From the engine's thread."""
         if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.items.put_nowait, item)
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
-    async def _departure(self) -> None:
+    async def _wait_for_disconnect(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
 
-    async def next(self) -> Progress | Trace:
+    async def get_next(self) -> SearchProgress | Trace:
         """What comes next.
 
         Raises:
             ApiError: the request failed, or its time is over.
             ClientGone: the connection was closed.
         """
-        coming = asyncio.ensure_future(self.items.get())
+        coming = asyncio.ensure_future(self.queue.get())
         left = self.deadline - self.loop.time()
         try:
-            await asyncio.wait({coming, self.gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({coming, self.disconnect_task}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             coming.cancel()
         if coming.done():
             item = coming.result()
-            return self._end() if item is None else item
-        if self.gone.done():
-            raise ClientGone
-        raise timed_out()
+            return self._get_result() if item is None else item
+        if self.disconnect_task.done():
+            raise ClientDisconnected
+        raise make_timeout_error()
 
-    async def end(self) -> Trace:
+    async def wait_for_trace(self) -> Trace:
         """The trace, whatever progress comes before it."""
-        while not isinstance(item := await self.next(), Trace):
+        while not isinstance(item := await self.get_next(), Trace):
             pass
         return item
 
-    def _end(self) -> Trace:
+    def _get_result(self) -> Trace:
         try:
             return self.future.result(timeout=0)
         except PromptTooLong as error:
             raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from error
         except ValueError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_value") from error
-        except Stopping as error:
-            raise stopping(error) from error
+        except ServerStopping as error:
+            raise make_stopping_error(error) from error
         except Exception as error:
-            raise ApiError(500, str(error), kind="server_error", code="search_failed") from error
+            raise ApiError(500, str(error), error_type="server_error", code="search_failed") from error
 
     def close(self) -> None:
         self.future.cancel()
-        self.gone.cancel()
+        self.disconnect_task.cancel()
 
-    def __enter__(self) -> Pending:
+    def __enter__(self) -> ProgressStream:
         return self
 
     def __exit__(
@@ -122,14 +131,14 @@ class Pending:
         self.close()
 
 
-def stopping(error: Stopping) -> ApiError:
-    return ApiError(503, str(error), kind="server_error", code="shutting_down", headers={"Retry-After": "10"})
+def make_stopping_error(error: ServerStopping) -> ApiError:
+    return ApiError(503, str(error), error_type="server_error", code="shutting_down", headers={"Retry-After": "10"})
 
 
-def timed_out() -> ApiError:
+def make_timeout_error() -> ApiError:
     """Clients must not ask again by themselves: it would take as long."""
     message = "the request took longer than this server gives it: ask for fewer FLOPs, rounds or tokens"
-    return ApiError(504, message, kind="timeout_error", code="timeout", headers={"x-should-retry": "false"})
+    return ApiError(504, message, error_type="timeout_error", code="timeout", headers={"x-should-retry": "false"})
 
 
 class EventStream(StreamingResponse):
@@ -137,16 +146,16 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], pending: Pending):
+    def __init__(self, events: AsyncIterator[str], progress_stream: ProgressStream):
         super().__init__(events, headers={"Cache-Control": "no-cache"})
-        self.pending = pending
+        self.progress_stream = progress_stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.pending:
+        with self.progress_stream:
             await super().__call__(scope, receive, send)
 
 
-class Service:
+class ChatService:
     """The handlers.
 
     Args:
@@ -154,75 +163,81 @@ class Service:
         timeout: seconds from a request's headers to its answer.
     """
 
-    def __init__(self, engine: Engine, offer: Offer, *, key: str | None = None, timeout: float = 600.0):
-        self.engine, self.offer, self.key, self.timeout = engine, offer, key, timeout
+    def __init__(
+        self, engine: Engine, limits: ServerLimits, *, api_key: str | None = None, request_timeout: float = 600.0
+    ):
+        self.engine, self.limits, self.api_key, self.request_timeout = engine, limits, api_key, request_timeout
         self.created = int(time.time())
 
-    def app(self) -> Starlette:
+    def build_app(self) -> Starlette:
         routes = [
-            Route("/health", self.health),
-            Route("/v1/models", self.models),
-            Route("/v1/models/{name:path}", self.model),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/health", self.get_health),
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name:path}", self.get_model),
+            Route("/v1/chat/completions", self.create_chat_completion, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {
-            ApiError: _api_error,
-            HTTPException: _http_error,
-            ClientGone: _gone,
-            ClientDisconnect: _gone,
-            Exception: _own_error,
+            ApiError: _respond_api_error,
+            HTTPException: _respond_http_error,
+            ClientDisconnected: _respond_client_disconnected,
+            ClientDisconnect: _respond_client_disconnected,
+            Exception: _respond_server_error,
         }
         return Starlette(routes=routes, exception_handlers=handlers)
 
-    async def health(self, request: Request) -> Response:
-        waiting, running = self.engine.load()
-        state = {"status": "ok" if self.engine.alive else "stopping", "waiting": waiting, "running": running}
-        return JSONResponse(state, 200 if self.engine.alive else 503)
+    async def get_health(self, request: Request) -> Response:
+        waiting, running = self.engine.count_requests()
+        state = {"status": "ok" if self.engine.is_alive else "stopping", "waiting": waiting, "running": running}
+        return JSONResponse(state, 200 if self.engine.is_alive else 503)
 
-    async def models(self, request: Request) -> Response:
-        self.authorise(request)
-        return JSONResponse({"object": "list", "data": [model_card(self.offer.model, self.created)]})
+    async def list_models(self, request: Request) -> Response:
+        self.check_authorization(request)
+        return JSONResponse({"object": "list", "data": [build_model_entry(self.limits.model_name, self.created)]})
 
-    async def model(self, request: Request) -> Response:
-        self.authorise(request)
-        check_model(request.path_params["name"], self.offer)
-        return JSONResponse(model_card(self.offer.model, self.created))
+    async def get_model(self, request: Request) -> Response:
+        self.check_authorization(request)
+        check_model_name(request.path_params["name"], self.limits)
+        return JSONResponse(build_model_entry(self.limits.model_name, self.created))
 
-    async def chat(self, request: Request) -> Response:
-        deadline = asyncio.get_running_loop().time() + self.timeout
-        self.authorise(request)
+    async def create_chat_completion(self, request: Request) -> Response:
+        deadline = asyncio.get_running_loop().time() + self.request_timeout
+        self.check_authorization(request)
         try:
-            body = await asyncio.wait_for(_body(request), self.timeout)
+            body = await asyncio.wait_for(_read_body(request), self.request_timeout)
         except asyncio.TimeoutError as error:
-            raise timed_out() from error
-        asked = read_request(read_json(body), self.offer)
-        answer = Answer(self.offer.model, asked)
-        pending = Pending(lambda watch: self.submit(asked, watch), request, deadline)
+            raise make_timeout_error() from error
+        asked = parse_request(parse_json(body), self.limits)
+        answer = ChatCompletion(self.limits.model_name, asked)
+        pending = ProgressStream(lambda watch: self.submit_chat_request(asked, watch), request, deadline)
         if not asked.stream:
             with pending:
-                return JSONResponse(answer.completion(await pending.end()))
+                return JSONResponse(answer.build_completion(await pending.wait_for_trace()))
         try:
-            first = await pending.next()  # before the status is sent: what fails by now has a status of its own
+            first = await pending.get_next()  # before the status is sent: what fails by now has a status of its own
         except BaseException:
             pending.close()
             raise
-        return EventStream(_events(answer, first, pending), pending)
+        return EventStream(_stream_events(answer, first, pending), pending)
 
-    def submit(self, asked: ChatRequest, watch: Watch) -> Future[Trace]:
-        problem = request_problem(asked.messages, asked.seed)
+    def submit_chat_request(self, chat_request: ChatRequest, on_progress: ProgressCallback) -> Future[Trace]:
+        problem = make_request_problem(chat_request.messages, chat_request.seed)
         try:
-            return self.engine.submit(problem, asked.config, watch if asked.stream else None)
+            return self.engine.submit_request(
+                problem, chat_request.config, on_progress if chat_request.stream else None
+            )
         except QueueFull as error:
             code, headers = "rate_limit_exceeded", {"Retry-After": "1"}
-            raise ApiError(429, str(error), kind="requests", code=code, headers=headers) from error
-        except Stopping as error:
-            raise stopping(error) from error
+            raise ApiError(429, str(error), error_type="requests", code=code, headers=headers) from error
+        except ServerStopping as error:
+            raise make_stopping_error(error) from error
 
-    def authorise(self, request: Request) -> None:
-        if self.key is None:
+    def check_authorization(self, request: Request) -> None:
+        if self.api_key is None:
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(token.encode("latin-1"), self.key.encode())  # takes as long wherever they differ
+        same = hmac.compare_digest(
+            token.encode("latin-1"), self.api_key.encode()
+        )  # takes as long wherever they differ
         if scheme.lower() != "bearer" or not same:
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(
@@ -230,86 +245,94 @@ class Service:
             )
 
 
-async def _body(request: Request) -> bytes:
+async def _read_body(request: Request) -> bytes:
     """The body of a request, JSON by its header: a web page elsewhere could send other types without being asked."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(400, "the content type must be application/json")
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_BODY:
-            raise ApiError(413, f"the body is larger than {MAX_BODY} bytes", code="request_too_large")
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="request_too_large")
     return bytes(body)
 
 
-async def _events(answer: Answer, first: Progress | Trace, pending: Pending) -> AsyncIterator[str]:
-    yield _event(answer.chunk({"role": "assistant", "content": ""}))
+async def _stream_events(
+    completion: ChatCompletion, first: SearchProgress | Trace, progress_stream: ProgressStream
+) -> AsyncIterator[str]:
+    yield _format_event(completion.build_chunk({"role": "assistant", "content": ""}))
     item = first
     try:
         while not isinstance(item, Trace):
-            yield _event(answer.progress(item))
-            item = await pending.next()
-        for chunk in answer.last_chunks(item):
-            yield _event(chunk)
+            yield _format_event(completion.build_progress_chunk(item))
+            item = await progress_stream.get_next()
+        for chunk in completion.build_final_chunks(item):
+            yield _format_event(chunk)
     except ApiError as error:  # the status is sent already
-        yield _event(error.body)
-    except ClientGone:
+        yield _format_event(error.body)
+    except ClientDisconnected:
         return
     yield "data: [DONE]\n\n"
 
 
-def _event(content: dict[str, Any]) -> str:
+def _format_event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, allow_nan=False)}\n\n"
 
 
-async def _api_error(request: Request, error: ApiError) -> Response:
+async def _respond_api_error(request: Request, error: ApiError) -> Response:
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
-async def _http_error(request: Request, error: HTTPException) -> Response:
+async def _respond_http_error(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return await _api_error(request, ApiError(error.status_code, message, headers=error.headers))
+    return await _respond_api_error(request, ApiError(error.status_code, message, headers=error.headers))
 
 
-async def _own_error(request: Request, error: Exception) -> Response:
-    return await _api_error(request, ApiError(500, "the server made a mistake; its log has more", kind="server_error"))
+async def _respond_server_error(request: Request, error: Exception) -> Response:
+    return await _respond_api_error(
+        request, ApiError(500, "the server made a mistake; its log has more", error_type="server_error")
+    )
 
 
-async def _gone(request: Request, error: Exception) -> Response:
+async def _respond_client_disconnected(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
 
 
 # --- the server ---------------------------------------------------------------------------------------
 
 
-class Server(uvicorn.Server):
+class ChatServer(uvicorn.Server):
     """Ctrl-C or SIGTERM refuses what waits and finishes what runs; a second Ctrl-C ends that at the next round."""
 
-    def __init__(self, service: Service, started: Callable[[], None]):
+    def __init__(self, service: ChatService, on_started: Callable[[], None]):
         super().__init__(
             uvicorn.Config(
-                service.app(), timeout_keep_alive=KEEP_ALIVE, log_level="warning", access_log=False, lifespan="off"
+                service.build_app(),
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
             )
         )
-        self.engine, self.announce = service.engine, started
+        self.engine, self.on_started = service.engine, on_started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.announce()
+        self.on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.engine.stop()
         await super().shutdown(sockets)
 
 
-def run(service: Service, listener: socket.socket, started: Callable[[], None]) -> None:
+def run_server(service: ChatService, listener: socket.socket, on_started: Callable[[], None]) -> None:
     """Serve on a bound socket until a signal says stop (KeyboardInterrupt after Ctrl-C), and end the engine.
 
     Args:
         started: called once connections are taken.
     """
     try:
-        Server(service, started).run(sockets=[listener])
+        ChatServer(service, on_started).run(sockets=[listener])
     finally:
         service.engine.stop()
         service.engine.join()

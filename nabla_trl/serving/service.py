@@ -21,20 +21,20 @@ from threading import Condition, Thread
 
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import Search
 from nabla_trl.search.reasoner import as_problem
-from nabla_trl.search.state import Chain
+from nabla_trl.search.state import SearchState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
-from nabla_trl.utils.formatting import one_line
+from nabla_trl.utils.formatting import format_error
 
-SEED = 0  # of every search: a request's own is in its problem's id
+SEARCH_SEED = 0  # of every search: a request's own is in its problem's id
 
 log = logging.getLogger(__name__)
 
 
-class Failed(RuntimeError):
+class SearchFailed(RuntimeError):
     """The search of a request failed, by no fault of the request."""
 
 
@@ -42,12 +42,12 @@ class QueueFull(RuntimeError):
     """As many requests wait as may."""
 
 
-class Stopping(RuntimeError):
+class ServerStopping(RuntimeError):
     """The engine takes and begins nothing any more."""
 
 
 @dataclass(frozen=True)
-class Progress:
+class SearchProgress:
     """An incumbent that a search has come to: the first of a chain, or the one after an accepted revision.
 
     Attributes:
@@ -66,10 +66,10 @@ class Progress:
     text: str
 
 
-Watch = Callable[[Progress], None]
+ProgressCallback = Callable[[SearchProgress], None]
 
 
-def request_problem(messages: list[dict[str, str]], seed: int) -> Problem:
+def make_request_problem(messages: list[dict[str, str]], seed: int) -> Problem:
     """A chat under a seed. `search.solve` of it with seed `SEED` gives the answer that the service gives.
 
     Raises:
@@ -80,25 +80,25 @@ def request_problem(messages: list[dict[str, str]], seed: int) -> Problem:
 
 
 @dataclass(frozen=True, eq=False)
-class Ticket:
+class PendingRequest:
     """One request. `watch` is called from the engine's thread, and must neither block nor raise."""
 
     problem: Problem
-    config: ReasonerConfig
-    watch: Watch | None
+    config: SearchConfig
+    on_progress: ProgressCallback | None
     future: Future[Trace] = field(default_factory=Future)
 
-    def settle(self, end: Trace | Exception) -> None:
+    def set_outcome(self, outcome: Trace | Exception) -> None:
         """Hand over how it ended, unless it was cancelled or has been told."""
         with suppress(InvalidStateError):
-            if isinstance(end, Trace):
-                self.future.set_result(end)
+            if isinstance(outcome, Trace):
+                self.future.set_result(outcome)
             else:
-                self.future.set_exception(end)
+                self.future.set_exception(outcome)
 
 
 # The requests that search for each problem: equal ones, of equal seed, share one search.
-Batch = dict[str, list[Ticket]]
+RequestBatch = dict[str, list[PendingRequest]]
 
 
 class Engine:
@@ -109,16 +109,18 @@ class Engine:
         window: seconds that a request waits for others to be searched for with it, where there is room in its batch.
     """
 
-    def __init__(self, policy: Policy, reward: Reward, *, queue: int = 1000, window: float = 0.01):
-        self.policy, self.reward, self.queue, self.window = policy, reward, queue, window
-        self._waiting: list[Ticket] = []
-        self._running: list[Ticket] = []
+    def __init__(self, policy: Policy, reward: Reward, *, max_queue: int = 1000, batch_window: float = 0.01):
+        self.policy, self.reward, self.max_queue, self.batch_window = policy, reward, max_queue, batch_window
+        self._waiting_requests: list[PendingRequest] = []
+        self._running_requests: list[PendingRequest] = []
         self._stopped = False
-        self._changed = Condition()
-        self._thread = Thread(target=self._work, name="nabla_trl engine", daemon=True)
+        self._condition = Condition()
+        self._thread = Thread(target=self._serve_batches, name="nabla_trl engine", daemon=True)
         self._thread.start()
 
-    def submit(self, problem: Problem, config: ReasonerConfig, watch: Watch | None = None) -> Future[Trace]:
+    def submit_request(
+        self, problem: Problem, config: SearchConfig, on_progress: ProgressCallback | None = None
+    ) -> Future[Trace]:
         """Queue a request; its future gives a trace without an error, or raises.
 
         Args:
@@ -128,34 +130,34 @@ class Engine:
             QueueFull, Stopping: it was not taken. From the future: PromptTooLong, ValueError (the request cannot be
             run), Failed (it should have been), Stopping (it was waiting when the engine was told to stop).
         """
-        ticket = Ticket(problem, config, watch)
-        with self._changed:
+        ticket = PendingRequest(problem, config, on_progress)
+        with self._condition:
             if self._stopped:
-                raise Stopping("the server is shutting down")
-            self._waiting = _live(self._waiting)
-            if len(self._waiting) >= self.queue:
-                raise QueueFull(f"{len(self._waiting)} requests are waiting already: try again later")
-            self._waiting.append(ticket)
-            self._changed.notify_all()
+                raise ServerStopping("the server is shutting down")
+            self._waiting_requests = _select_unfinished(self._waiting_requests)
+            if len(self._waiting_requests) >= self.max_queue:
+                raise QueueFull(f"{len(self._waiting_requests)} requests are waiting already: try again later")
+            self._waiting_requests.append(ticket)
+            self._condition.notify_all()
         return ticket.future
 
-    def load(self) -> tuple[int, int]:
+    def count_requests(self) -> tuple[int, int]:
         """How many requests wait and how many are searched for."""
-        with self._changed:
-            return len(_live(self._waiting)), len(_live(self._running))
+        with self._condition:
+            return len(_select_unfinished(self._waiting_requests)), len(_select_unfinished(self._running_requests))
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self._thread.is_alive() and not self._stopped
 
     def stop(self) -> None:
         """Refuse what waits and what comes; what is searched for goes on."""
-        with self._changed:
+        with self._condition:
             self._stopped = True
-            waiting, self._waiting = self._waiting, []
-            self._changed.notify_all()
+            waiting, self._waiting_requests = self._waiting_requests, []
+            self._condition.notify_all()
         for ticket in waiting:
-            ticket.settle(Stopping("the server is shutting down"))
+            ticket.set_outcome(ServerStopping("the server is shutting down"))
 
     def join(self) -> None:
         """Wait for the end of the thread, once stopped."""
@@ -163,127 +165,131 @@ class Engine:
 
     # --- the thread -------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
-        while (batch := self._next()) is not None:
-            readable = {key: tickets for key, tickets in batch.items() if self._readable(tickets)}
+    def _serve_batches(self) -> None:
+        while (batch := self._take_next_batch()) is not None:
+            readable = {key: tickets for key, tickets in batch.items() if self._is_encodable(tickets)}
             if readable:
-                self._solve(readable)
+                self._solve_batch(readable)
 
-    def _next(self) -> Batch | None:
+    def _take_next_batch(self) -> RequestBatch | None:
         """The next batch, taken from the queue (empty: all of it was cancelled); None once stopped."""
-        with self._changed:
-            self._running = []
-            self._changed.wait_for(lambda: self._stopped or self._waiting)
-            deadline = time.monotonic() + self.window
-            while not self._stopped and not self._full() and (left := deadline - time.monotonic()) > 0:
-                self._changed.wait(left)
+        with self._condition:
+            self._running_requests = []
+            self._condition.wait_for(lambda: self._stopped or self._waiting_requests)
+            deadline = time.monotonic() + self.batch_window
+            while not self._stopped and not self._is_batch_full() and (left := deadline - time.monotonic()) > 0:
+                self._condition.wait(left)
             if self._stopped:
                 return None
-            batch = self._together()
-            self._running = [ticket for tickets in batch.values() for ticket in tickets]
-            self._waiting = [ticket for ticket in self._waiting if ticket not in self._running]
+            batch = self._collect_compatible_requests()
+            self._running_requests = [ticket for tickets in batch.values() for ticket in tickets]
+            self._waiting_requests = [
+                ticket for ticket in self._waiting_requests if ticket not in self._running_requests
+            ]
             return batch
 
-    def _full(self) -> bool:
-        batch = self._together()
-        return bool(batch) and len(batch) >= self._waiting[0].config.batch_size
+    def _is_batch_full(self) -> bool:
+        batch = self._collect_compatible_requests()
+        return bool(batch) and len(batch) >= self._waiting_requests[0].config.batch_size
 
-    def _together(self) -> Batch:
+    def _collect_compatible_requests(self) -> RequestBatch:
         """The oldest request and all that can be searched for with it."""
-        self._waiting = _live(self._waiting)
-        batch: Batch = {}
-        for ticket in self._waiting:
-            config, key = self._waiting[0].config, ticket.problem.id
+        self._waiting_requests = _select_unfinished(self._waiting_requests)
+        batch: RequestBatch = {}
+        for ticket in self._waiting_requests:
+            config, key = self._waiting_requests[0].config, ticket.problem.id
             if ticket.config == config and (key in batch or len(batch) < config.batch_size):
                 batch.setdefault(key, []).append(ticket)
         return batch
 
-    def _readable(self, tickets: list[Ticket]) -> bool:
+    def _is_encodable(self, requests: list[PendingRequest]) -> bool:
         """Whether policy and reward can read the problem; if not, its requests are told."""
-        problem = tickets[0].problem
+        problem = requests[0].problem
         try:
-            self.reward.room(problem, self.policy.encode(problem))
+            self.reward.compute_max_new_tokens(problem, self.policy.encode(problem))
         except ValueError as error:
-            _settle(tickets, error)
+            _set_outcomes(requests, error)
         except Exception as error:
             log.exception("a prompt could not be read")
-            _settle(tickets, Failed(one_line(error)))
+            _set_outcomes(requests, SearchFailed(format_error(error)))
         else:
             return True
         return False
 
-    def _solve(self, batch: Batch) -> None:
+    def _solve_batch(self, batch: RequestBatch) -> None:
         """Search for a batch. Where that breaks, each problem that has no answer yet is searched for alone."""
         first = next(iter(batch.values()))[0]
         try:
-            search = WatchedSearch(self.policy, self.reward, first.config, batch)
-            for trace in search.run([tickets[0].problem for tickets in batch.values()]):
-                search.deliver(trace)
+            search = StreamingSearch(self.policy, self.reward, first.config, batch)
+            for trace in search.refine_batch([tickets[0].problem for tickets in batch.values()]):
+                search.deliver_trace(trace)
         except Exception as error:
             log.exception("a search of %d requests broke", len(batch))
             # A server that draws has been asked again and again: it would fail each of them as slowly.
             if len(batch) == 1 or isinstance(error, ConnectionError):
                 for tickets in batch.values():
-                    _settle(tickets, Failed(one_line(error)))
+                    _set_outcomes(tickets, SearchFailed(format_error(error)))
                 return
             for key, tickets in batch.items():
-                if _live(tickets):
-                    self._solve({key: tickets})
+                if _select_unfinished(tickets):
+                    self._solve_batch({key: tickets})
 
 
-class WatchedSearch(Search):
+class StreamingSearch(Search):
     """A search that tells of its progress, hands over each trace once it is made, and ends what nobody waits for."""
 
-    def __init__(self, policy: Policy, reward: Reward, config: ReasonerConfig, batch: Batch):
-        super().__init__(policy, reward, config, SEED)
+    def __init__(self, policy: Policy, reward: Reward, config: SearchConfig, batch: RequestBatch):
+        super().__init__(policy, reward, config, SEARCH_SEED)
         self.batch = batch
-        self.told: dict[tuple[str, int], int] = {}  # revisions that were looked at, by problem and chain
+        self.num_reported_revisions: dict[
+            tuple[str, int], int
+        ] = {}  # revisions that were looked at, by problem and chain
 
-    def active(self) -> list[Chain]:
+    def update_active_chains(self) -> list[SearchState]:
         """As in every search; it is asked before each round, and once all have ended."""
-        for key, chains in self.walks.items():
-            if not _live(self.batch[key]):
+        for key, chains in self.chains_by_problem.items():
+            if not _select_unfinished(self.batch[key]):
                 for chain in chains:
-                    chain.stop = "cancelled"
-        going = super().active()
-        for key, chains in self.walks.items():
+                    chain.stop_reason = "cancelled"
+        going = super().update_active_chains()
+        for key, chains in self.chains_by_problem.items():
             for chain in chains:
-                self.tell(self.batch[key], chain)
-        for key in self.walks.keys() - {chain.problem.id for chain in going}:
-            if _live(self.batch[key]):
-                self.deliver(self.trace(self.walks[key]))
+                self.report_progress(self.batch[key], chain)
+        for key in self.chains_by_problem.keys() - {chain.problem.id for chain in going}:
+            if _select_unfinished(self.batch[key]):
+                self.deliver_trace(self.build_trace(self.chains_by_problem[key]))
         return going
 
-    def tell(self, tickets: list[Ticket], chain: Chain) -> None:
+    def report_progress(self, requests: list[PendingRequest], chain: SearchState) -> None:
         """What is new in a chain, which accepts one revision per round at most."""
-        watching = [ticket.watch for ticket in _live(tickets) if ticket.watch]
-        begun = self.told.get((chain.problem.id, chain.index))
+        watching = [ticket.on_progress for ticket in _select_unfinished(requests) if ticket.on_progress]
+        begun = self.num_reported_revisions.get((chain.problem.id, chain.index))
         accepted = [one for one in chain.revisions[begun or 0 :] if one.accepted]
-        self.told[chain.problem.id, chain.index] = len(chain.revisions)
+        self.num_reported_revisions[chain.problem.id, chain.index] = len(chain.revisions)
         if not watching or not (begun is None or accepted):
             return
         made = accepted[-1] if accepted else None
-        progress = Progress(
+        progress = SearchProgress(
             chain=chain.index,
             round=made.round if made else None,
             position=made.position if made else None,
             reward_before=made.reward_before if made else None,
-            reward=chain.state.reward,
-            flops=made.flops if made else self.meter.cost(chain.problem.id).flops,
-            text=self.policy.decode(chain.state.response),
+            reward=chain.incumbent.reward,
+            flops=made.cumulative_flops if made else self.flop_counter.get_cost(chain.problem.id).flops,
+            text=self.policy.decode(chain.incumbent.response_ids),
         )
         for watch in watching:
             watch(progress)
 
-    def deliver(self, trace: Trace) -> None:
-        _settle(self.batch[trace.problem_id], trace if trace.error is None else Failed(trace.error))
+    def deliver_trace(self, trace: Trace) -> None:
+        _set_outcomes(self.batch[trace.problem_id], trace if trace.error is None else SearchFailed(trace.error))
 
 
-def _live(tickets: Sequence[Ticket]) -> list[Ticket]:
+def _select_unfinished(requests: Sequence[PendingRequest]) -> list[PendingRequest]:
     """Those that somebody waits for."""
-    return [ticket for ticket in tickets if not ticket.future.done()]
+    return [ticket for ticket in requests if not ticket.future.done()]
 
 
-def _settle(tickets: Sequence[Ticket], end: Trace | Exception) -> None:
-    for ticket in tickets:
-        ticket.settle(end)
+def _set_outcomes(requests: Sequence[PendingRequest], outcome: Trace | Exception) -> None:
+    for ticket in requests:
+        ticket.set_outcome(outcome)

@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nabla_trl.tasks.problem import Problem
 
-VERSION = "1"  # to be counted up whenever the same arguments would give other problems
+GENERATOR_VERSION = "1"  # to be counted up whenever the same arguments would give other problems
 OPERATORS = "+-*"
 SEPARATORS = ";,"  # either may end a step; the gold solution writes the first
 MIN_OPERATIONS, MAX_OPERATIONS = 5, 7
-DEFAULT_LIMITS = {"train": 1000, "test": 300}
-TEST_SHARE = 8  # one question in 8 belongs to the test split
+DEFAULT_NUM_PROBLEMS = {"train": 1000, "test": 300}
+TEST_MODULUS = 8  # one question in 8 belongs to the test split
 
 # The knowledge gap is part of the committed policy: with other values here its models must be made again.
 GAP_SEED = 1234
-GAP_SHARE = 0.25
-GAP_PROBABILITIES = (0.35, 0.70)
+GAP_FRACTION = 0.25
+GAP_ERROR_PROBABILITIES = (0.35, 0.70)
 
 _QUESTION = re.compile(rf"[0-9](?:[{re.escape(OPERATORS)}][0-9])+")
 
@@ -40,14 +40,14 @@ Fact = tuple[int, str, int]
 
 
 @dataclass(frozen=True)
-class Slip:
+class WrongFact:
     """A wrong result for one single-step fact, and how often the policy's training data holds it (0 to 1)."""
 
-    wrong: int
+    wrong_result: int
     probability: float
 
 
-def apply(left: int, operator: str, right: int) -> int:
+def compute_result(left: int, operator: str, right: int) -> int:
     """The right result, 0 to 9, of one step."""
     if operator == "+":
         return (left + right) % 10
@@ -56,24 +56,24 @@ def apply(left: int, operator: str, right: int) -> int:
     return (left * right) % 10
 
 
-def split_of(question: str) -> str:
+def assign_digit_chain_split(question: str) -> str:
     """The split, "train" or "test", that a question belongs to: a function of its text alone."""
     digest = hashlib.sha256(question.encode()).digest()
-    return "test" if int.from_bytes(digest[:4], "big") % TEST_SHARE == 0 else "train"
+    return "test" if int.from_bytes(digest[:4], "big") % TEST_MODULUS == 0 else "train"
 
 
-def stream(split: str, rng: random.Random) -> Iterator[str]:
+def generate_questions(split: str, rng: random.Random) -> Iterator[str]:
     """Endless questions of one split; rare repeats are possible. Raises ValueError for an unknown split."""
     _check_split(split)
     while True:
         operations = rng.randint(MIN_OPERATIONS, MAX_OPERATIONS)
         first = str(rng.randrange(10))
         question = first + "".join(rng.choice(OPERATORS) + str(rng.randrange(10)) for _ in range(operations))
-        if split_of(question) == split:
+        if assign_digit_chain_split(question) == split:
             yield question
 
 
-def make_problems(split: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
+def make_digit_chain_problems(split: str, num_problems: int | None = None, seed: int = 0) -> list[Problem]:
     """The first `limit` distinct problems of a split (default: 1000 train, 300 test).
 
     The same arguments give the same problems, and a smaller limit gives a prefix of a larger one. Another
@@ -84,73 +84,75 @@ def make_problems(split: str, limit: int | None = None, seed: int = 0) -> list[P
     from nabla_trl.tasks.problem import Problem
 
     _check_split(split)
-    limit = DEFAULT_LIMITS[split] if limit is None else limit
-    if limit < 0:
-        raise ValueError(f"limit must not be negative, got {limit}")
+    num_problems = DEFAULT_NUM_PROBLEMS[split] if num_problems is None else num_problems
+    if num_problems < 0:
+        raise ValueError(f"limit must not be negative, got {num_problems}")
     questions: dict[str, None] = {}
-    source = stream(split, random.Random(f"chains/{split}/{seed}"))
-    while len(questions) < limit:
+    source = generate_questions(split, random.Random(f"chains/{split}/{seed}"))
+    while len(questions) < num_problems:
         questions[next(source)] = None
     prefix = f"chains/{split}/" if seed == 0 else f"chains/{split}/seed{seed}-"
-    return [_problem(Problem, f"{prefix}{index}", question) for index, question in enumerate(questions)]
+    return [
+        _make_digit_chain_problem(Problem, f"{prefix}{index}", question) for index, question in enumerate(questions)
+    ]
 
 
-def gold_solution(question: str) -> str:
+def make_gold_solution(question: str) -> str:
     """The worked solution without a mistake. Raises ValueError if the text is no chain."""
-    return _work(question, apply)
+    return _write_solution(question, compute_result)
 
 
-def styled_solution(question: str, rng: random.Random) -> str:
+def make_styled_solution(question: str, rng: random.Random) -> str:
     """A right solution with separators of the writer's liking. Raises ValueError if the text is no chain."""
-    return _work(question, apply, rng)
+    return _write_solution(question, compute_result, rng)
 
 
-def noisy_solution(question: str, rng: random.Random) -> str:
+def make_noisy_solution(question: str, rng: random.Random) -> str:
     """A worked solution by someone with the knowledge gap: each fact in it goes wrong with its own probability.
 
     Later steps go on from the wrong result; separators are of the writer's liking. Raises ValueError if the
     text is no chain.
     """
-    gap = knowledge_gap()
+    gap = get_knowledge_gap()
 
     def recall(left: int, operator: str, right: int) -> int:
         slip = gap.get((left, operator, right))
         if slip is not None and rng.random() < slip.probability:
-            return slip.wrong
-        return apply(left, operator, right)
+            return slip.wrong_result
+        return compute_result(left, operator, right)
 
-    return _work(question, recall, rng)
+    return _write_solution(question, recall, rng)
 
 
 @cache
-def knowledge_gap() -> Mapping[Fact, Slip]:
+def get_knowledge_gap() -> Mapping[Fact, WrongFact]:
     """The fixed quarter of the 300 single-step facts the policy half knows: (left, operator, right) -> Slip.
 
     Each operator gets the same share. Always the same mapping.
     """
     rng = random.Random(GAP_SEED)
-    gap: dict[Fact, Slip] = {}
+    gap: dict[Fact, WrongFact] = {}
     for operator in OPERATORS:
         facts = [(left, operator, right) for left in range(10) for right in range(10)]
-        for fact in sorted(rng.sample(facts, round(GAP_SHARE * len(facts)))):
-            wrong = (apply(*fact) + rng.choice((1, 2, 5, -1, -2))) % 10
-            gap[fact] = Slip(wrong, rng.uniform(*GAP_PROBABILITIES))
+        for fact in sorted(rng.sample(facts, round(GAP_FRACTION * len(facts)))):
+            wrong = (compute_result(*fact) + rng.choice((1, 2, 5, -1, -2))) % 10
+            gap[fact] = WrongFact(wrong, rng.uniform(*GAP_ERROR_PROBABILITIES))
     return MappingProxyType(gap)
 
 
-def first_error(problem: Problem, response_text: str) -> int | None:
+def find_first_error(problem: Problem, response_text: str) -> int | None:
     """Index of the first character of the response that departs from the gold solution; None if all is right.
 
     Which separator ends a step is not an error. A response that stops early is wrong at its own length, one that
     goes on at the solution's length. Raises ValueError for a problem without a solution.
     """
-    right = right_characters(problem)
+    right = list_allowed_characters(problem)
     wrong = (index for index, (got, good) in enumerate(zip(response_text, right, strict=False)) if got not in good)
     shorter = min(len(response_text), len(right))
     return next(wrong, None if len(response_text) == len(right) else shorter)
 
 
-def right_characters(problem: Problem) -> list[str]:
+def list_allowed_characters(problem: Problem) -> list[str]:
     """Per character of the gold solution, the characters that are right there: itself, or either separator.
 
     Raises ValueError for a problem without a solution.
@@ -161,13 +163,13 @@ def right_characters(problem: Problem) -> list[str]:
     return [SEPARATORS if char == SEPARATORS[0] and at != last else char for at, char in enumerate(problem.solution)]
 
 
-def is_right(problem: Problem, response_text: str) -> bool:
+def is_correct(problem: Problem, response_text: str) -> bool:
     """Whether what follows the last "#" is the gold answer; a response without "#" is wrong."""
     return "#" in response_text and response_text.rpartition("#")[2] == problem.answer
 
 
-def _problem(kind: type[Problem], identifier: str, question: str) -> Problem:
-    solution = gold_solution(question)
+def _make_digit_chain_problem(kind: type[Problem], identifier: str, question: str) -> Problem:
+    solution = make_gold_solution(question)
     return kind(
         id=identifier,
         question=question,
@@ -175,12 +177,12 @@ def _problem(kind: type[Problem], identifier: str, question: str) -> Problem:
         solution=solution,
         task="chains",
         level=str(len(question) // 2),
-        version=VERSION,
-        form="hash",
+        task_version=GENERATOR_VERSION,
+        answer_format="hash",
     )
 
 
-def _work(question: str, recall: Callable[[int, str, int], int], style: random.Random | None = None) -> str:
+def _write_solution(question: str, recall: Callable[[int, str, int], int], style: random.Random | None = None) -> str:
     if not _QUESTION.fullmatch(question):
         raise ValueError(f"not a chain of digits and {OPERATORS}: {question!r}")
     current, written = int(question[0]), []
@@ -193,5 +195,5 @@ def _work(question: str, recall: Callable[[int, str, int], int], style: random.R
 
 
 def _check_split(split: str) -> None:
-    if split not in DEFAULT_LIMITS:
-        raise ValueError(f"the chains task has the splits {', '.join(DEFAULT_LIMITS)}, not {split!r}")
+    if split not in DEFAULT_NUM_PROBLEMS:
+        raise ValueError(f"the chains task has the splits {', '.join(DEFAULT_NUM_PROBLEMS)}, not {split!r}")

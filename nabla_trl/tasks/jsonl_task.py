@@ -6,15 +6,15 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from nabla_trl.grading.extraction import asked_form
-from nabla_trl.tasks.gold_answers import hashes
-from nabla_trl.tasks.problem import Problem, identity, with_instruction
-from nabla_trl.utils.files import read_objects
+from nabla_trl.grading.extraction import detect_answer_format
+from nabla_trl.tasks.gold_answers import parse_hashes
+from nabla_trl.tasks.problem import Problem, append_instruction, get_question_identity
+from nabla_trl.utils.files import read_jsonl_file
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
 
 
-def file_version(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """A hash of a file's content; ValueError where it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -22,7 +22,7 @@ def file_version(path: Path) -> str:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
 
 
-def load_jsonl(path: Path) -> list[Problem]:
+def load_jsonl_problems(path: Path) -> list[Problem]:
     """The problems of a file.
 
     Raises:
@@ -31,14 +31,14 @@ def load_jsonl(path: Path) -> list[Problem]:
     problems: list[Problem] = []
     line_of_id: dict[str, int] = {}
     line_of_question: dict[tuple[str, ...], int] = {}
-    version = file_version(path)
-    for line, row in read_objects(path):
+    version = hash_file(path)
+    for line, row in read_jsonl_file(path):
         where = f"{path}, line {line}"
-        problem = _local_problem(row, f"{path.stem}/{len(problems)}", path.stem, version, where)
+        problem = _parse_problem(row, f"{path.stem}/{len(problems)}", path.stem, version, where)
         earlier = line_of_id.setdefault(problem.id, line)
         if earlier != line:
             raise ValueError(f"{where}: id {problem.id!r} is already on line {earlier}; ids must be unique")
-        earlier = line_of_question.setdefault(identity(problem), line)
+        earlier = line_of_question.setdefault(get_question_identity(problem), line)
         if earlier != line:
             raise ValueError(f"{where}: the question is already on line {earlier}; remove one of the two")
         problems.append(problem)
@@ -47,33 +47,33 @@ def load_jsonl(path: Path) -> list[Problem]:
     return problems
 
 
-def _local_problem(row: dict[str, Any], default_id: str, task: str, version: str, where: str) -> Problem:
-    messages = _messages(row, where)
-    question = next((_text(row, name, where) for name in QUESTION_FIELDS if name in row), None)
+def _parse_problem(row: dict[str, Any], default_id: str, task: str, version: str, where: str) -> Problem:
+    messages = _read_messages_field(row, where)
+    question = next((_read_text_field(row, name, where) for name in QUESTION_FIELDS if name in row), None)
     if question is None and messages is not None:
         question = messages[-1]["content"]
     if question is None or not question.strip():
         raise ValueError(f"{where}: no question; give one of {', '.join(QUESTION_FIELDS)}, or messages")
-    instruction = _text(row, "instruction", where)
+    instruction = _read_text_field(row, "instruction", where)
     if instruction is not None:
         if messages is not None:
             raise ValueError(f"{where}: give either instruction or messages, not both")
-        messages = with_instruction(question, instruction)
-    answer, solution = hashes(_text(row, "answer", where, integer=True) or "")
+        messages = append_instruction(question, instruction)
+    answer, solution = parse_hashes(_read_text_field(row, "answer", where, integer=True) or "")
     return Problem(
-        id=_text(row, "id", where, integer=True) or default_id,
+        id=_read_text_field(row, "id", where, integer=True) or default_id,
         question=question,
         answer=answer,
-        solution=_text(row, "solution", where) or solution,
+        solution=_read_text_field(row, "solution", where) or solution,
         messages=messages,
         task=task,
-        level=_text(row, "level", where, integer=True),
-        version=version,
-        form=asked_form(instruction or ""),
+        level=_read_text_field(row, "level", where, integer=True),
+        task_version=version,
+        answer_format=detect_answer_format(instruction or ""),
     )
 
 
-def _text(row: dict[str, Any], name: str, where: str, integer: bool = False) -> str | None:
+def _read_text_field(row: dict[str, Any], name: str, where: str, integer: bool = False) -> str | None:
     """A string field, or None where absent or null; a whole number is taken where `integer` allows it."""
     value = row.get(name)
     if integer and isinstance(value, int) and not isinstance(value, bool):
@@ -83,7 +83,7 @@ def _text(row: dict[str, Any], name: str, where: str, integer: bool = False) -> 
     return value
 
 
-def _messages(row: dict[str, Any], where: str) -> tuple[dict[str, str], ...] | None:
+def _read_messages_field(row: dict[str, Any], where: str) -> tuple[dict[str, str], ...] | None:
     value = row.get("messages")
     if value is None:
         return None

@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+BOXED_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,25 @@ class Problem:
     messages: tuple[dict[str, str], ...] | None = None
     task: str = "custom"
     level: str | None = None
-    version: str = ""
-    form: str | None = None
-    examples: tuple[tuple[str, str], ...] = ()
-    stop: tuple[str, ...] = ()
+    task_version: str = ""
+    answer_format: str | None = None
+    few_shot_examples: tuple[tuple[str, str], ...] = ()
+    stop_strings: tuple[str, ...] = ()
     verifier: str | None = None
 
-    def chat(self) -> list[dict[str, str]]:
+    def build_messages(self) -> list[dict[str, str]]:
         """The chat as fresh `{"role", "content"}` dicts, ready for a tokenizer's chat template."""
         if self.messages is None:
             return [{"role": "user", "content": self.question}]
         return [dict(message) for message in self.messages]
 
     @property
-    def judge(self) -> str | None:
+    def grading_target(self) -> str | None:
         """What an answer is checked against by `checker.AnswerChecker`: the verifier, or else the gold answer."""
         return self.verifier or self.answer
 
 
-def graded(problems: list[Problem], *, told: bool = True) -> list[Problem]:
+def filter_with_gold_answer(problems: list[Problem], *, verbose: bool = True) -> list[Problem]:
     """The problems with a gold answer; how many have none is said on stderr, where it is to be `told`.
 
     Raises:
@@ -63,28 +63,28 @@ def graded(problems: list[Problem], *, told: bool = True) -> list[Problem]:
     found = [problem for problem in problems if problem.answer]
     if not found:
         raise ValueError("no problem has a gold answer: nothing could be compared")
-    if told and len(found) < len(problems):
+    if verbose and len(found) < len(problems):
         print(f"{len(problems) - len(found)} problems have no gold answer and are left out", file=sys.stderr)
     return found
 
 
-_APART = ("id", "solution", "level", "version")  # of a problem: what no result on it depends on
+_UNHASHED_FIELDS = ("id", "solution", "level", "version")  # of a problem: what no result on it depends on
 
 
-def content_hash(problem: Problem) -> str:
+def compute_content_hash(problem: Problem) -> str:
     """Of all that a result on a problem can depend on: what is asked, and the answer it is compared with."""
-    content = {name: value for name, value in asdict(problem).items() if name not in _APART}
+    content = {name: value for name, value in asdict(problem).items() if name not in _UNHASHED_FIELDS}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def check_disjoint(train: list[Problem], held_out: list[Problem]) -> None:
+def check_disjoint(train_problems: list[Problem], held_out_problems: list[Problem]) -> None:
     """Refuse held-out problems that are also trained on, comparing questions without case and white space.
 
     Raises:
         ValueError: naming how many overlap and the first three pairs of ids.
     """
-    seen = {_normalized(problem): problem.id for problem in train}
-    pairs = [(seen[_normalized(p)], p.id) for p in held_out if _normalized(p) in seen]
+    seen = {_normalize_question(problem): problem.id for problem in train_problems}
+    pairs = [(seen[_normalize_question(p)], p.id) for p in held_out_problems if _normalize_question(p) in seen]
     if pairs:
         first = ", ".join(f"{a!r} = {b!r}" for a, b in pairs[:3])
         raise ValueError(
@@ -93,16 +93,16 @@ def check_disjoint(train: list[Problem], held_out: list[Problem]) -> None:
         )
 
 
-def identity(problem: Problem) -> tuple[str, ...]:
+def get_question_identity(problem: Problem) -> tuple[str, ...]:
     """What makes two problems the same: the earlier user turns and the question without instruction."""
     turns = [message["content"] for message in problem.messages or () if message["role"] == "user"]
     return (*turns[:-1], problem.question)
 
 
-def _normalized(problem: Problem) -> tuple[str, ...]:
-    return tuple(" ".join(text.split()).casefold() for text in identity(problem))
+def _normalize_question(problem: Problem) -> tuple[str, ...]:
+    return tuple(" ".join(text.split()).casefold() for text in get_question_identity(problem))
 
 
-def with_instruction(question: str, instruction: str) -> tuple[dict[str, str], ...]:
+def append_instruction(question: str, instruction: str) -> tuple[dict[str, str], ...]:
     """One user turn: the question, and below it how to answer."""
     return ({"role": "user", "content": f"{question}\n{instruction}"},)

@@ -16,16 +16,16 @@ from typing import Any
 
 import yaml
 
-from nabla_trl.grading.equivalence import SCORED, plain_number
-from nabla_trl.tasks.problem import INSTRUCTION, Problem, with_instruction
-from nabla_trl.tasks.registry import PROCEDURAL
+from nabla_trl.grading.equivalence import VERIFIER_PREFIX, parse_plain_number
+from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, append_instruction
+from nabla_trl.tasks.registry import REASONING_GYM_PREFIX
 
-DEFAULT_LIMITS = {"train": 1000, "test": 300}
-_SIZE = 10_000  # questions that a family is made for; some make all of them at once
-_SPEC = re.compile(rf"{PROCEDURAL}(?P<family>\w+)(?P<options>(?:,\w+=[^,]+)*)")
+DEFAULT_NUM_PROBLEMS = {"train": 1000, "test": 300}
+_DATASET_SIZE = 10_000  # questions that a family is made for; some make all of them at once
+_TASK_NAME_PATTERN = re.compile(rf"{REASONING_GYM_PREFIX}(?P<family>\w+)(?P<options>(?:,\w+=[^,]+)*)")
 
 
-def version(name: str) -> str:
+def get_generator_version(name: str) -> str:
     """The version of the package, which decides what a seed gives.
 
     Raises:
@@ -37,7 +37,9 @@ def version(name: str) -> str:
         raise ValueError(f"{name} needs an extra: pip install 'nabla-trl[reasoning-gym]'") from error
 
 
-def make_problems(name: str, split: str, limit: int | None = None, seed: int | None = None) -> list[Problem]:
+def make_reasoning_gym_problems(
+    name: str, split: str, num_problems: int | None = None, seed: int | None = None
+) -> list[Problem]:
     """The first `limit` distinct problems of a split (default: 1000 train, 300 test).
 
     Args:
@@ -47,32 +49,38 @@ def make_problems(name: str, split: str, limit: int | None = None, seed: int | N
         ValueError: a name or split that is none, options that the family refuses, too few distinct questions, or a
             family whose questions have no gold answer.
     """
-    made_by = version(name)
-    if split not in DEFAULT_LIMITS:
-        raise ValueError(f"{name} has the splits {', '.join(DEFAULT_LIMITS)}, not {split!r}")
-    family, options = parse_name(name)
+    made_by = get_generator_version(name)
+    if split not in DEFAULT_NUM_PROBLEMS:
+        raise ValueError(f"{name} has the splits {', '.join(DEFAULT_NUM_PROBLEMS)}, not {split!r}")
+    family, options = parse_task_name(name)
     own = options.pop("seed", 0)
     seed = own if seed is None else seed
     source = {"name": family, "options": options, "seed": (2 * seed + (split == "test")) << 24}
-    entries = _entries(name, source)
-    limit = DEFAULT_LIMITS[split] if limit is None else limit
+    entries = _generate_entries(name, source)
+    num_problems = DEFAULT_NUM_PROBLEMS[split] if num_problems is None else num_problems
     problems: dict[str, Problem] = {}
     for index, entry in enumerate(entries):
-        if len(problems) == limit:
+        if len(problems) == num_problems:
             break
         question = entry["question"].strip()
-        if split_of(question) == split and question not in problems:
-            problems[question] = _problem(name, f"{split}/{seed}-{index}", entry, source | {"index": index}, made_by)
-    if len(problems) < limit:
-        raise ValueError(f"{name} gives only {len(problems)} distinct {split} questions in {_SIZE}: set a lower limit")
+        if assign_reasoning_gym_split(question) == split and question not in problems:
+            problems[question] = _make_reasoning_gym_problem(
+                name, f"{split}/{seed}-{index}", entry, source | {"index": index}, made_by
+            )
+    if len(problems) < num_problems:
+        raise ValueError(
+            f"{name} gives only {len(problems)} distinct {split} questions in {_DATASET_SIZE}: set a lower limit"
+        )
     return list(problems.values())
 
 
-def parse_name(name: str) -> tuple[str, dict[str, Any]]:
+def parse_task_name(name: str) -> tuple[str, dict[str, Any]]:
     """Family and options of a task's name; ValueError where it is none, or an option has no value that can be read."""
-    match = _SPEC.fullmatch(name)
+    match = _TASK_NAME_PATTERN.fullmatch(name)
     if match is None:
-        raise ValueError(f"{name!r} must be {PROCEDURAL}FAMILY, with options as in {PROCEDURAL}FAMILY,key=value")
+        raise ValueError(
+            f"{name!r} must be {REASONING_GYM_PREFIX}FAMILY, with options as in {REASONING_GYM_PREFIX}FAMILY,key=value"
+        )
     pairs = [one.partition("=") for one in match["options"].split(",") if one]
     try:
         options = {key: yaml.safe_load(value) for key, _, value in pairs}
@@ -84,22 +92,26 @@ def parse_name(name: str) -> tuple[str, dict[str, Any]]:
     return match["family"], options
 
 
-def split_of(question: str) -> str:
+def assign_reasoning_gym_split(question: str) -> str:
     """The split that a question belongs to: a function of its text alone."""
     return "test" if hashlib.sha256(question.encode()).digest()[0] % 2 else "train"
 
 
-def _entries(name: str, source: dict[str, Any]) -> Any:
+def _generate_entries(name: str, source: dict[str, Any]) -> Any:
     import reasoning_gym
 
     try:
-        made = reasoning_gym.create_dataset(source["name"], seed=source["seed"], size=_SIZE, **source["options"])
-        return (made[index] for index in range(_SIZE))
+        made = reasoning_gym.create_dataset(
+            source["name"], seed=source["seed"], size=_DATASET_SIZE, **source["options"]
+        )
+        return (made[index] for index in range(_DATASET_SIZE))
     except Exception as error:  # families assert, and raise what they like
         raise ValueError(f"{name}: {type(error).__name__} {' '.join(str(error).split())}") from error
 
 
-def _problem(name: str, place: str, entry: dict[str, Any], source: dict[str, Any], made_by: str) -> Problem:
+def _make_reasoning_gym_problem(
+    name: str, place: str, entry: dict[str, Any], source: dict[str, Any], made_by: str
+) -> Problem:
     from reasoning_gym.dataset import ProceduralDataset
     from reasoning_gym.factory import DATASETS
 
@@ -107,14 +119,14 @@ def _problem(name: str, place: str, entry: dict[str, Any], source: dict[str, Any
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"{name}: its questions have no gold answer to compare with; choose another family")
     own_scorer = DATASETS[source["name"]][0].score_answer is not ProceduralDataset.score_answer
-    compared = not own_scorer and plain_number(answer) is not None
+    compared = not own_scorer and parse_plain_number(answer) is not None
     return Problem(
         id=f"{name}/{place}",
         question=entry["question"].strip(),
         answer=answer,
-        messages=with_instruction(entry["question"].strip(), INSTRUCTION),
+        messages=append_instruction(entry["question"].strip(), BOXED_INSTRUCTION),
         task=name,
-        version=made_by,
-        form="boxed",
-        verifier=None if compared else SCORED + json.dumps({**source, "size": _SIZE}),
+        task_version=made_by,
+        answer_format="boxed",
+        verifier=None if compared else VERIFIER_PREFIX + json.dumps({**source, "size": _DATASET_SIZE}),
     )

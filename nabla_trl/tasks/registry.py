@@ -22,11 +22,11 @@ from pathlib import Path
 
 from nabla_trl.tasks.problem import Problem
 
-PROCEDURAL = "reasoning_gym:"
+REASONING_GYM_PREFIX = "reasoning_gym:"
 
 
 def load_problems(
-    name_or_path: str, *, split: str = "test", limit: int | None = None, seed: int | None = None
+    name_or_path: str, *, split: str = "test", max_problems: int | None = None, seed: int | None = None
 ) -> list[Problem]:
     """Problems of a task by name, or as a local file holds or describes them.
 
@@ -40,31 +40,31 @@ def load_problems(
     Raises:
         ValueError: unknown task or split, hub out of reach, or a bad line or description, which is named.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
+    if max_problems is not None and max_problems < 1:
+        raise ValueError(f"limit must be at least 1, got {max_problems}")
     # The rooms of the tasks build on `Problem`, so they are imported here.
     if name_or_path == "chains":
-        from nabla_trl.tasks.digit_chains import make_problems
+        from nabla_trl.tasks.digit_chains import make_digit_chain_problems
 
-        return make_problems(split, limit, 0 if seed is None else seed)
-    if name_or_path.startswith(PROCEDURAL):
-        from nabla_trl.tasks.reasoning_gym_task import make_problems as make_procedural
+        return make_digit_chain_problems(split, max_problems, 0 if seed is None else seed)
+    if name_or_path.startswith(REASONING_GYM_PREFIX):
+        from nabla_trl.tasks.reasoning_gym_task import make_reasoning_gym_problems as make_procedural
 
-        return make_procedural(name_or_path, split, limit, seed)
+        return make_procedural(name_or_path, split, max_problems, seed)
     if Path(name_or_path).suffix == ".jsonl":
-        from nabla_trl.tasks.jsonl_task import load_jsonl
+        from nabla_trl.tasks.jsonl_task import load_jsonl_problems
 
-        problems = load_jsonl(Path(name_or_path))
+        problems = load_jsonl_problems(Path(name_or_path))
     else:
-        from nabla_trl.tasks.yaml_task import find_task, load_task
+        from nabla_trl.tasks.yaml_task import load_task_config, load_task_problems
 
-        problems = load_task(find_task(name_or_path), split)
+        problems = load_task_problems(load_task_config(name_or_path), split)
     if seed is not None:
         random.Random(seed).shuffle(problems)
-    return problems[:limit]
+    return problems[:max_problems]
 
 
-def task_version(name_or_path: str) -> str:
+def compute_task_version(name_or_path: str) -> str:
     """What rows must have in common to be of the same task: of the data, the prompt and the way gold answers are read.
 
     Of a JSONL file a hash of its content; of a benchmark or YAML the number and a hash of the description, and the
@@ -74,32 +74,32 @@ def task_version(name_or_path: str) -> str:
         ValueError: as `load_problems`.
     """
     if name_or_path == "chains":
-        from nabla_trl.tasks.digit_chains import VERSION
+        from nabla_trl.tasks.digit_chains import GENERATOR_VERSION
 
-        return VERSION
-    if name_or_path.startswith(PROCEDURAL):
-        from nabla_trl.tasks.reasoning_gym_task import version
+        return GENERATOR_VERSION
+    if name_or_path.startswith(REASONING_GYM_PREFIX):
+        from nabla_trl.tasks.reasoning_gym_task import get_generator_version
 
-        return version(name_or_path)
+        return get_generator_version(name_or_path)
     if Path(name_or_path).suffix == ".jsonl":
-        from nabla_trl.tasks.jsonl_task import file_version
+        from nabla_trl.tasks.jsonl_task import hash_file
 
-        return file_version(Path(name_or_path))
-    from nabla_trl.tasks.yaml_task import find_task
+        return hash_file(Path(name_or_path))
+    from nabla_trl.tasks.yaml_task import load_task_config
 
-    return find_task(name_or_path).identity()
+    return load_task_config(name_or_path).compute_version()
 
 
-def task_settings(name_or_path: str) -> dict[str, str]:
+def get_task_settings(name_or_path: str) -> dict[str, str]:
     """A task's name and version, for `tracing.claim_settings`: an output of one version is not added to by another.
 
     A JSONL file may grow: its problems are told apart one by one (`content_hash`).
     """
     if Path(name_or_path).suffix == ".jsonl":
         return {"dataset": name_or_path}
-    return {"dataset": name_or_path, "task_version": task_version(name_or_path)}
+    return {"dataset": name_or_path, "task_version": compute_task_version(name_or_path)}
 
 
-def problem_facts(problems: Iterable[Problem]) -> dict[str, dict[str, str | None]]:
+def collect_problem_facts(problems: Iterable[Problem]) -> dict[str, dict[str, str | None]]:
     """Id -> question and level: what a report says of held-out problems."""
     return {problem.id: {"question": problem.question, "level": problem.level} for problem in problems}

@@ -23,20 +23,20 @@ import yaml
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
-from nabla_trl.grading.extraction import FORMS, asked_form, strict_answer
-from nabla_trl.tasks.gold_answers import PARSERS, Gold, by_pattern
-from nabla_trl.tasks.jsonl_task import file_version
-from nabla_trl.tasks.problem import INSTRUCTION, Problem, with_instruction
-from nabla_trl.utils.fields import checked, read_yaml
+from nabla_trl.grading.extraction import ANSWER_FORMATS, detect_answer_format, extract_strict_answer
+from nabla_trl.tasks.gold_answers import GOLD_PARSERS, ParsedGold, make_regex_parser
+from nabla_trl.tasks.jsonl_task import hash_file
+from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, append_instruction
+from nabla_trl.utils.fields import coerce_fields, read_yaml
 
-BENCHMARKS = Path(__file__).with_name("benchmarks")
+BENCHMARKS_DIR = Path(__file__).with_name("benchmarks")
 EXAMPLES = "examples"  # folder of worked examples that benchmarks share
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined)  # a description may come from somebody else
+_DATASET_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_JINJA_ENV = SandboxedEnvironment(undefined=StrictUndefined)  # a description may come from somebody else
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskConfig:
     r"""Where a data set lies and how its rows become problems. Its fields are the keys of the YAML file.
 
     Attributes:
@@ -71,111 +71,111 @@ class Task:
     solution: str | None = None
     parse: str = "plain"
     pattern: str | None = None
-    instruction: str = INSTRUCTION
+    instruction: str = BOXED_INSTRUCTION
     prompt: str | None = None
-    form: str | None = None
+    answer_format: str | None = None
     few_shot: list[dict[str, str]] = field(default_factory=list)
-    stop: list[str] = field(default_factory=list)
+    stop_strings: list[str] = field(default_factory=list)
     version: int = 1
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if self.parse not in (*PARSERS, "regex"):
-            raise ValueError(f"parse must be one of {', '.join(PARSERS)}, regex, not {self.parse!r}")
+        if self.parse not in (*GOLD_PARSERS, "regex"):
+            raise ValueError(f"parse must be one of {', '.join(GOLD_PARSERS)}, regex, not {self.parse!r}")
         if (self.parse == "regex") != (self.pattern is not None):
             raise ValueError("pattern belongs to parse: regex, which needs one")
-        if self.form is not None and self.form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, not {self.form!r}")
-        if not _is_map_of_text(self.splits):
+        if self.answer_format is not None and self.answer_format not in ANSWER_FORMATS:
+            raise ValueError(f"form must be one of {', '.join(ANSWER_FORMATS)}, not {self.answer_format!r}")
+        if not _is_str_dict(self.splits):
             raise ValueError("splits must map names of splits to the data set's own, as {test: test}")
         self._check_splits()
-        if not all(self.stop):
+        if not all(self.stop_strings):
             raise ValueError("stop must not hold an empty string")
-        self.parser()
+        self.get_answer_parser()
         for template in (self.question, self.answer, self.prompt or ""):
-            _variables(template)
+            _list_template_variables(template)
         self._check_examples()
 
     def _check_splits(self) -> None:
         path = Path(self.path)
         if path.is_file() and self.splits:
             raise ValueError(f"{self.path} is a file, which is one split: leave splits out, or give its folder")
-        if not path.exists() and path.suffix in _BUILDERS:
+        if not path.exists() and path.suffix in _DATASET_BUILDERS:
             raise ValueError(f"there is no file {self.path}")
         if not path.is_file() and not self.splits:
             raise ValueError(f"splits are needed: which of its splits is {self.path}'s test?")
 
     def _check_examples(self) -> None:
-        form = self.asked()
+        form = self.resolve_answer_format()
         for number, example in enumerate(self.few_shot, start=1):
-            if not _is_map_of_text(example) or {*example} != {"question", "answer"}:
+            if not _is_str_dict(example) or {*example} != {"question", "answer"}:
                 raise ValueError(f"few_shot, example {number}: must have a question and an answer, both text")
-            if form and strict_answer(example["answer"], form) is None:
+            if form and extract_strict_answer(example["answer"], form) is None:
                 raise ValueError(f"few_shot, example {number}: no answer in the form that is asked for, {form}")
 
     @property
-    def local(self) -> bool:
+    def is_local(self) -> bool:
         return Path(self.path).exists()
 
-    def asked(self) -> str | None:
+    def resolve_answer_format(self) -> str | None:
         """The form in which the prompt asks for the answer."""
-        return self.form or asked_form(self.instruction)
+        return self.answer_format or detect_answer_format(self.instruction)
 
-    def parser(self) -> Callable[[str], Gold]:
-        return PARSERS[self.parse] if self.pattern is None else by_pattern(self.pattern)
+    def get_answer_parser(self) -> Callable[[str], ParsedGold]:
+        return GOLD_PARSERS[self.parse] if self.pattern is None else make_regex_parser(self.pattern)
 
-    def files(self) -> dict[str, Path]:
+    def find_data_files(self) -> dict[str, Path]:
         """The local files that hold the data, by split; a file that is the data set is all of them, under ""."""
         path = Path(self.path)
         return {"": path} if path.is_file() else {split: path / name for split, name in self.splits.items()}
 
-    def identity(self) -> str:
+    def compute_version(self) -> str:
         """The version, a hash of the description, and the revision or a hash of the local data."""
-        said = asdict(self) | {"path": Path(self.path).name if self.local else self.path}
+        said = asdict(self) | {"path": Path(self.path).name if self.is_local else self.path}
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
-        if self.local:
-            data = hashlib.sha256("".join(map(file_version, self.files().values())).encode()).hexdigest()[:12]
+        if self.is_local:
+            data = hashlib.sha256("".join(map(hash_file, self.find_data_files().values())).encode()).hexdigest()[:12]
         else:
             data = (self.revision or "main")[:12]
         return f"{self.version}-{digest}@{data}"
 
 
-def benchmarks() -> list[str]:
+def list_benchmarks() -> list[str]:
     """Names of the tasks that come with the package."""
-    return sorted(path.stem for path in BENCHMARKS.glob("*.yaml"))
+    return sorted(path.stem for path in BENCHMARKS_DIR.glob("*.yaml"))
 
 
-def find_task(name_or_path: str) -> Task:
+def load_task_config(name_or_path: str) -> TaskConfig:
     """A benchmark by its name, or the task that a YAML file describes.
 
     Raises:
         ValueError: neither, or a file that describes none.
     """
     if Path(name_or_path).suffix in (".yaml", ".yml"):
-        return read_task(Path(name_or_path))
-    if name_or_path in benchmarks():
-        return _benchmark(name_or_path)
+        return read_task_config(Path(name_or_path))
+    if name_or_path in list_benchmarks():
+        return _read_benchmark(name_or_path)
     raise ValueError(
-        f"unknown task {name_or_path!r}: use one of {', '.join(benchmarks())}, chains, reasoning_gym:FAMILY, or the "
+        f"unknown task {name_or_path!r}: use one of {', '.join(list_benchmarks())}, chains, reasoning_gym:FAMILY, or the "
         "path of a .jsonl or .yaml file"
     )
 
 
-def hub_task(name_or_path: str) -> Task | None:
+def find_hub_task_config(name_or_path: str) -> TaskConfig | None:
     """The task of that name if its data lie on the hub; None for all others."""
     is_file = Path(name_or_path).suffix in (".yaml", ".yml") and Path(name_or_path).is_file()
-    if not is_file and name_or_path not in benchmarks():
+    if not is_file and name_or_path not in list_benchmarks():
         return None
-    task = find_task(name_or_path)
-    return None if task.local else task
+    task = load_task_config(name_or_path)
+    return None if task.is_local else task
 
 
 @cache
-def _benchmark(name: str) -> Task:
-    return read_task(BENCHMARKS / f"{name}.yaml")
+def _read_benchmark(name: str) -> TaskConfig:
+    return read_task_config(BENCHMARKS_DIR / f"{name}.yaml")
 
 
-def read_task(path: Path) -> Task:
+def read_task_config(path: Path) -> TaskConfig:
     """The task of a YAML file.
 
     Raises:
@@ -184,19 +184,19 @@ def read_task(path: Path) -> Task:
     values = read_yaml(path)
     try:
         if isinstance(values.get("few_shot"), str):
-            values["few_shot"] = _examples(path.parent / values["few_shot"])
-        values = checked(values, [Task], where=path)
-        needed = [one.name for one in fields(Task) if one.default is MISSING and one.default_factory is MISSING]
+            values["few_shot"] = _read_few_shot_examples(path.parent / values["few_shot"])
+        values = coerce_fields(values, [TaskConfig], source=path)
+        needed = [one.name for one in fields(TaskConfig) if one.default is MISSING and one.default_factory is MISSING]
         if missing := [name for name in needed if values.get(name) is None]:
             raise ValueError(f"{', '.join(missing)} must be given")
         beside = path.parent / values["path"]
-        task = Task(**values | {"path": str(beside) if beside.exists() else values["path"]})
+        task = TaskConfig(**values | {"path": str(beside) if beside.exists() else values["path"]})
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
     return replace(task, name=task.name or path.stem)
 
 
-def _examples(path: Path) -> Any:
+def _read_few_shot_examples(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -207,57 +207,57 @@ def _examples(path: Path) -> Any:
 # --- rows to problems -----------------------------------------------------------------------------
 
 
-def load_task(task: Task, split: str) -> list[Problem]:
+def load_task_problems(task: TaskConfig, split: str) -> list[Problem]:
     """The problems of one split.
 
     Raises:
         ValueError: no such split or column, data out of reach, or a row without a question.
     """
-    rows = _rows(task, split)
+    rows = _load_rows(task, split)
     _check_columns(task, rows.column_names)
-    version, parse = task.identity(), task.parser()
+    version, parse = task.compute_version(), task.get_answer_parser()
     examples = tuple((one["question"], one["answer"]) for one in task.few_shot)
     problems = []
     for index, row in enumerate(rows):
         where = f"task {task.name!r}, row {index}"
-        question = _value(task.question, row, where).strip()
+        question = _read_value(task.question, row, where).strip()
         if not question:
             raise ValueError(f"{where}: the question is empty")
-        answer, solution = parse(_value(task.answer, row, where))
+        answer, solution = parse(_read_value(task.answer, row, where))
         problems.append(
             Problem(
                 id=f"{task.name}/{split}/{index}",
                 question=question,
                 answer=answer,
-                solution=_text(row[task.solution]) if task.solution else solution,
-                messages=_messages(task, question, row, where),
+                solution=_to_text(row[task.solution]) if task.solution else solution,
+                messages=_build_messages(task, question, row, where),
                 task=str(task.name),
-                level=_text(row[task.level]) if task.level else None,
-                version=version,
-                form=task.asked(),
-                examples=examples,
-                stop=tuple(task.stop),
+                level=_to_text(row[task.level]) if task.level else None,
+                task_version=version,
+                answer_format=task.resolve_answer_format(),
+                few_shot_examples=examples,
+                stop_strings=tuple(task.stop_strings),
             )
         )
     return problems
 
 
-def _rows(task: Task, split: str) -> Any:
+def _load_rows(task: TaskConfig, split: str) -> Any:
     if task.splits and split not in task.splits:
         raise ValueError(f"task {task.name!r} has no split {split!r}: it has {', '.join(task.splits)}")
     import datasets  # a second to import, and files or chains do not need it
 
     try:
-        if not task.local:
+        if not task.is_local:
             return datasets.load_dataset(task.path, task.config, split=task.splits[split], revision=task.revision)
-        files = task.files()
+        files = task.find_data_files()
         file = files.get(split) or files[""]
-        if file.suffix not in _BUILDERS:
-            raise ValueError(f"{file.name} must end in one of {', '.join(_BUILDERS)}")
-        return datasets.load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train")
+        if file.suffix not in _DATASET_BUILDERS:
+            raise ValueError(f"{file.name} must end in one of {', '.join(_DATASET_BUILDERS)}")
+        return datasets.load_dataset(_DATASET_BUILDERS[file.suffix], data_files=str(file), split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
-        if task.local:
+        if task.is_local:
             raise ValueError(f"task {task.name!r} could not be read from {task.path} ({reason})") from error
         raise ValueError(
             f"task {task.name!r} could not be loaded from the hub data set {task.path!r} ({reason}); "
@@ -265,10 +265,10 @@ def _rows(task: Task, split: str) -> Any:
         ) from error
 
 
-def _check_columns(task: Task, columns: Sequence[str]) -> None:
+def _check_columns(task: TaskConfig, columns: Sequence[str]) -> None:
     named = [name for name in (task.solution, task.level) if name]
-    named += [name for source in (task.question, task.answer) for name in _needed(source)]
-    named += [name for name in _variables(task.prompt or "") if name not in ("question", "instruction")]
+    named += [name for source in (task.question, task.answer) for name in _list_columns(source)]
+    named += [name for name in _list_template_variables(task.prompt or "") if name not in ("question", "instruction")]
     if absent := [name for name in dict.fromkeys(named) if name not in columns]:
         raise ValueError(f"task {task.name!r}: no column {', '.join(absent)}; there are {', '.join(columns)}")
 
@@ -277,47 +277,49 @@ def _is_template(source: str) -> bool:
     return "{{" in source or "{%" in source
 
 
-def _needed(source: str) -> list[str]:
+def _list_columns(source: str) -> list[str]:
     """The columns that a column's name or a template asks for."""
-    return _variables(source) if _is_template(source) else [source]
+    return _list_template_variables(source) if _is_template(source) else [source]
 
 
-def _variables(template: str) -> list[str]:
+def _list_template_variables(template: str) -> list[str]:
     try:
-        return sorted(meta.find_undeclared_variables(_TEMPLATES.parse(template)))
+        return sorted(meta.find_undeclared_variables(_JINJA_ENV.parse(template)))
     except TemplateError as error:
         raise ValueError(f"cannot read the template {template!r}: {error}") from error
 
 
 @cache
-def _compiled(template: str) -> Any:
-    return _TEMPLATES.from_string(template)
+def _compile_template(template: str) -> Any:
+    return _JINJA_ENV.from_string(template)
 
 
-def _value(source: str, row: Mapping[str, Any], where: str) -> str:
+def _read_value(source: str, row: Mapping[str, Any], where: str) -> str:
     """A column, or a template of columns, as text; a missing value is empty."""
     if _is_template(source):
-        return _render(source, row, where)
-    return _text(row[source]) or ""
+        return _render_template(source, row, where)
+    return _to_text(row[source]) or ""
 
 
-def _text(value: Any) -> str | None:
+def _to_text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _render(template: str, row: Mapping[str, Any], where: str) -> str:
+def _render_template(template: str, row: Mapping[str, Any], where: str) -> str:
     try:
-        return _compiled(template).render(row)
+        return _compile_template(template).render(row)
     except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: the template {template!r} fails: {error}") from error
 
 
-def _messages(task: Task, question: str, row: Mapping[str, Any], where: str) -> tuple[dict[str, str], ...] | None:
+def _build_messages(
+    task: TaskConfig, question: str, row: Mapping[str, Any], where: str
+) -> tuple[dict[str, str], ...] | None:
     if task.prompt is not None:
         known = {**row, "question": question, "instruction": task.instruction}
-        return ({"role": "user", "content": _render(task.prompt, known, where)},)
-    return with_instruction(question, task.instruction) if task.instruction else None
+        return ({"role": "user", "content": _render_template(task.prompt, known, where)},)
+    return append_instruction(question, task.instruction) if task.instruction else None
 
 
-def _is_map_of_text(value: Any) -> bool:
+def _is_str_dict(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(one, str) for pair in value.items() for one in pair)

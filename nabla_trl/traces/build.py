@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.grading.equivalence import Verdict
-from nabla_trl.grading.extraction import extract_answer, strict_answer
+from nabla_trl.grading.equivalence import MatchResult
+from nabla_trl.grading.extraction import extract_answer, extract_strict_answer
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.policy import Policy
 from nabla_trl.tasks.problem import Problem
@@ -26,19 +26,19 @@ PACKAGES = ("nabla-trl", "torch", "transformers", "trl", "peft", "datasets", "ac
 
 
 @cache
-def versions() -> dict[str, str]:
+def get_package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
-def hardware() -> str:
+def describe_hardware() -> str:
     """The machine in words: system, cores, accelerators."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     named = ", ".join(f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus))
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {named or 'no GPU'}"
 
 
-def hub_revision(name: str) -> str:
+def find_hub_revision(name: str) -> str:
     """The commit of a hub model that is in the cache; empty for a folder, and where it is not known."""
     if Path(name).exists():
         return ""
@@ -49,69 +49,69 @@ def hub_revision(name: str) -> str:
     return Path(found).parent.name if isinstance(found, str) else ""
 
 
-def run_meta(policy: Policy, reward: str, config_hash: str) -> dict[str, str]:
+def build_trace_meta(policy: Policy, reward_name: str, config_hash: str) -> dict[str, str]:
     """Provenance that travels with every trace."""
-    drawn_by = {} if policy.server is None else {"version/vllm": policy.server.version}
+    drawn_by = {} if policy.backend is None else {"version/vllm": policy.backend.vllm_version}
     return {
         "policy": policy.name,
-        "reward": reward,
+        "reward": reward_name,
         "config_hash": config_hash,
         "tokenizer_hash": policy.tokenizer_hash,
-        **policy.prompting.settings(),
-        **{f"version/{name}": number for name, number in versions().items()},
+        **policy.prompt_options.get_changed_settings(),
+        **{f"version/{name}": number for name, number in get_package_versions().items()},
         **drawn_by,
     }
 
 
-def response_trace(
+def build_response_trace(
     policy: Policy,
     problem: Problem,
     *,
     method: str,
     seed: int,
-    prompt: list[int],
-    response: list[int],
+    prompt_ids: list[int],
+    response_ids: list[int],
     reward: float,
     cost: Cost,
     meta: dict[str, str],
-    stop: str = "single",
-    initial: list[int] | None = None,
+    stop_reason: str = "single",
+    initial_ids: list[int] | None = None,
     reward_initial: float | None = None,
     revisions: Sequence[Revision] = (),
-    pull: Sequence[list[float]] = (),
+    predicted_gain: Sequence[list[float]] = (),
     answer: str | None = None,
     error: str | None = None,
 ) -> Trace:
     """A trace of a response; `answer` overrides the one extracted from its text (self-consistency)."""
-    stops = policy.stops(problem)
-    said = policy.said(response, stops)
+    stops = policy.get_stop_strings(problem)
+    said = policy.decode_response(response_ids, stops)
     return Trace(
         problem_id=problem.id,
         task=problem.task,
         method=method,
         seed=seed,
-        prompt=policy.tokenizer.decode(prompt),
-        response=policy.decode(response),
-        prompt_ids=prompt,
-        initial_ids=response if initial is None else initial,
-        response_ids=response,
+        prompt=policy.tokenizer.decode(prompt_ids),
+        response=policy.decode(response_ids),
+        prompt_ids=prompt_ids,
+        initial_ids=response_ids if initial_ids is None else initial_ids,
+        response_ids=response_ids,
         reward_initial=reward if reward_initial is None else reward_initial,
         reward=reward,
         answer=extract_answer(said) if answer is None else answer,
-        answer_strict=strict_answer(said, problem.form) if problem.form else None,
+        answer_strict=extract_strict_answer(said, problem.answer_format) if problem.answer_format else None,
         gold=problem.answer,
         correct=None,
         revisions=list(revisions),
         cost=cost,
-        stop=stop,
-        finished=policy.over(response, stops),
-        meta=meta | _about(problem),
+        stop_reason=stop_reason,
+        finished=policy.is_finished(response_ids, stops),
+        meta=meta | _build_problem_meta(problem),
         error=error,
-        pull=list(pull),
+        predicted_gain=list(predicted_gain),
     )
 
 
-def error_trace(
+def build_error_trace(
     problem: Problem, method: str, seed: int, message: str, meta: dict[str, str], cost: Cost | None = None
 ) -> Trace:
     """The visible record of a problem that could not be run; `cost` is what was spent on it all the same."""
@@ -132,40 +132,40 @@ def error_trace(
         correct=None,
         revisions=[],
         cost=Cost() if cost is None else cost,
-        stop="error",
+        stop_reason="error",
         finished=False,
-        meta=meta | _about(problem),
+        meta=meta | _build_problem_meta(problem),
         error=message,
     )
 
 
-def _about(problem: Problem) -> dict[str, str]:
+def _build_problem_meta(problem: Problem) -> dict[str, str]:
     """What a trace has to tell of its problem beside the answers: its version, the form asked for, who judges."""
-    told = {"task_version": problem.version, "form": problem.form, "verifier": problem.verifier}
+    told = {"task_version": problem.task_version, "form": problem.answer_format, "verifier": problem.verifier}
     return {name: value for name, value in told.items() if value}
 
 
-def grade(traces: Sequence[Trace], checker: AnswerChecker) -> list[Trace]:
+def grade_traces(traces: Sequence[Trace], checker: AnswerChecker) -> list[Trace]:
     """Copies with `correct`, `correct_strict` and `verdict` set; `correct` is None without a usable gold answer.
 
     `correct_strict` is None too where the task asks for no certain form.
     """
-    verdicts = checker.check([(trace.answer, trace.judge) for trace in traces])
+    verdicts = checker.check([(trace.answer, trace.grading_reference) for trace in traces])
     # The same answer has the same verdict; the others are few.
     apart = [trace for trace in traces if "form" in trace.meta and trace.answer_strict != trace.answer]
-    again = checker.check([(trace.answer_strict, trace.judge) for trace in apart])
+    again = checker.check([(trace.answer_strict, trace.grading_reference) for trace in apart])
     strict = {id(trace): verdict for trace, verdict in zip(apart, again, strict=True)}
     return [
         replace(
             trace,
-            correct=_right(trace, verdict),
-            correct_strict=_right(trace, strict.get(id(trace), verdict)) if "form" in trace.meta else None,
-            verdict=verdict.value,
+            correct=_is_correct(trace, verdict),
+            correct_strict=_is_correct(trace, strict.get(id(trace), verdict)) if "form" in trace.meta else None,
+            match_result=verdict.value,
         )
         for trace, verdict in zip(traces, verdicts, strict=True)
     ]
 
 
-def _right(trace: Trace, verdict: Verdict) -> bool | None:
-    ungraded = verdict in (Verdict.NO_GOLD, Verdict.BAD_GOLD)
-    return None if ungraded else verdict.right and trace.error is None
+def _is_correct(trace: Trace, verdict: MatchResult) -> bool | None:
+    ungraded = verdict in (MatchResult.NO_GOLD, MatchResult.BAD_GOLD)
+    return None if ungraded else verdict.is_correct and trace.error is None

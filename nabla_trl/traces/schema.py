@@ -26,16 +26,16 @@ class Revision:
 
     round: int
     position: int
-    old: int
-    new: int
+    old_token: int
+    new_token: int
     suffix: tuple[int, ...]
     reward_before: float
     reward_after: float
     accepted: bool
-    flops: float
+    cumulative_flops: float
 
 
-def bases(initial: Sequence[int], revisions: Iterable[Revision]) -> Iterator[tuple[Revision, list[int]]]:
+def replay_revisions(initial: Sequence[int], revisions: Iterable[Revision]) -> Iterator[tuple[Revision, list[int]]]:
     """Each revision of a chain with the response ids it was proposed against (the incumbent of its round)."""
     incumbent = base = list(initial)
     current: int | None = None
@@ -81,28 +81,28 @@ class Trace:
     correct: bool | None
     revisions: list[Revision]
     cost: Cost
-    stop: str
+    stop_reason: str
     finished: bool
     meta: dict[str, str]
     error: str | None = None
-    pull: list[list[float]] = field(default_factory=list)
+    predicted_gain: list[list[float]] = field(default_factory=list)
     answer_strict: str | None = None
     correct_strict: bool | None = None
-    verdict: str | None = None
+    match_result: str | None = None
 
     @property
-    def judge(self) -> str | None:
+    def grading_reference(self) -> str | None:
         """What its answers are checked against, as `Problem.judge`."""
         return self.meta.get("verifier") or self.gold
 
-    def bases(self) -> Iterator[tuple[Revision, list[int]]]:
+    def replay_revisions(self) -> Iterator[tuple[Revision, list[int]]]:
         """Each revision with the response ids it was proposed against (the incumbent of its round)."""
-        return bases(self.initial_ids, self.revisions)
+        return replay_revisions(self.initial_ids, self.revisions)
 
-    def incumbents(self) -> list[tuple[list[int], float]]:
+    def list_incumbents(self) -> list[tuple[list[int], float]]:
         """Response ids and reward after 0, 1, 2, ... accepted revisions."""
         states = [(list(self.initial_ids), self.reward_initial)]
-        for revision, base in self.bases():
+        for revision, base in self.replay_revisions():
             if revision.accepted:
                 states.append((base[: revision.position] + list(revision.suffix), revision.reward_after))
         return states
@@ -113,46 +113,46 @@ class Trace:
         A trace with an `error` may lack its prompt and its rewards.
         """
         if self.error is None and not self.prompt_ids:
-            raise ValueError(f"{self._label()}: empty prompt (no prompt ids)")
+            raise ValueError(f"{self.describe()}: empty prompt (no prompt ids)")
         rewards = (self.reward_initial, self.reward)
         unrewarded = all(map(math.isnan, rewards)) and not self.revisions
         if self.error is None and not unrewarded and not all(map(math.isfinite, rewards)):
-            raise ValueError(f"{self._label()}: rewards {rewards} are not finite, yet no error is recorded")
+            raise ValueError(f"{self.describe()}: rewards {rewards} are not finite, yet no error is recorded")
         accepted = [revision.round for revision in self.revisions if revision.accepted]
         rounds = [revision.round for revision in self.revisions]
         if len(set(accepted)) < len(accepted) or rounds != sorted(rounds):
-            raise ValueError(f"{self._label()}: rounds must not decrease and may accept one revision each")
-        for revision, base in self.bases():
+            raise ValueError(f"{self.describe()}: rounds must not decrease and may accept one revision each")
+        for revision, base in self.replay_revisions():
             self._check_revision(revision, base)
-        if self.incumbents()[-1][0] != list(self.response_ids):
-            raise ValueError(f"{self._label()}: accepted revisions do not turn initial_ids into response_ids")
-        lengths = [len(ids) for ids, _ in self.incumbents()]
-        if [len(one) for one in self.pull] != lengths[: len(self.pull)]:
-            raise ValueError(f"{self._label()}: the pull is not of its incumbents, which have {lengths} tokens")
+        if self.list_incumbents()[-1][0] != list(self.response_ids):
+            raise ValueError(f"{self.describe()}: accepted revisions do not turn initial_ids into response_ids")
+        lengths = [len(ids) for ids, _ in self.list_incumbents()]
+        if [len(one) for one in self.predicted_gain] != lengths[: len(self.predicted_gain)]:
+            raise ValueError(f"{self.describe()}: the pull is not of its incumbents, which have {lengths} tokens")
 
     def _check_revision(self, revision: Revision, base: list[int]) -> None:
-        where = f"{self._label()}: revision at position {revision.position} of round {revision.round}"
-        if not 0 <= revision.position < len(base) or base[revision.position] != revision.old:
-            raise ValueError(f"{where} does not fit the incumbent: token {revision.old} is not there")
-        if not revision.suffix or revision.suffix[0] != revision.new:
-            raise ValueError(f"{where}: the suffix does not begin with the new token {revision.new}")
+        where = f"{self.describe()}: revision at position {revision.position} of round {revision.round}"
+        if not 0 <= revision.position < len(base) or base[revision.position] != revision.old_token:
+            raise ValueError(f"{where} does not fit the incumbent: token {revision.old_token} is not there")
+        if not revision.suffix or revision.suffix[0] != revision.new_token:
+            raise ValueError(f"{where}: the suffix does not begin with the new token {revision.new_token}")
         if revision.accepted and self.error is None and not math.isfinite(revision.reward_after):
             raise ValueError(f"{where} was accepted with reward {revision.reward_after}")
 
-    def _label(self) -> str:
+    def describe(self) -> str:
         return f"trace {self.problem_id!r} (seed {self.seed}, {self.method})"
 
 
-_IDS = pa.list_(pa.int32())
+_TOKEN_IDS_TYPE = pa.list_(pa.int32())
 
 
-_REVISION = pa.struct(
+_REVISION_TYPE = pa.struct(
     [
         ("round", pa.int32()),
         ("position", pa.int32()),
         ("old", pa.int32()),
         ("new", pa.int32()),
-        ("suffix", _IDS),
+        ("suffix", _TOKEN_IDS_TYPE),
         ("reward_before", pa.float64()),
         ("reward_after", pa.float64()),
         ("accepted", pa.bool_()),
@@ -169,15 +169,15 @@ SCHEMA = pa.schema(
         ("seed", pa.int64()),
         ("prompt", pa.string()),
         ("response", pa.string()),
-        ("prompt_ids", _IDS),
-        ("initial_ids", _IDS),
-        ("response_ids", _IDS),
+        ("prompt_ids", _TOKEN_IDS_TYPE),
+        ("initial_ids", _TOKEN_IDS_TYPE),
+        ("response_ids", _TOKEN_IDS_TYPE),
         ("reward_initial", pa.float64()),
         ("reward", pa.float64()),
         ("answer", pa.string()),
         ("gold", pa.string()),
         ("correct", pa.bool_()),
-        ("revisions", pa.list_(_REVISION)),
+        ("revisions", pa.list_(_REVISION_TYPE)),
         ("flops", pa.float64()),
         ("seconds", pa.float64()),
         ("tokens", pa.string()),  # JSON

@@ -26,13 +26,13 @@ import pyarrow.parquet as pq
 
 from nabla_trl.models.flops import Cost
 from nabla_trl.traces.schema import FORMAT_VERSION, SCHEMA, VERSION_KEY, Revision, Trace
-from nabla_trl.utils.files import sync_folder
+from nabla_trl.utils.files import fsync_folder
 
-HELD_OUT = "held_out"  # folder of the traces of an evaluation's search, beside its rows
+EVAL_TRACES_DIR = "held_out"  # folder of the traces of an evaluation's search, beside its rows
 
 
 _COST_COLUMNS = ("flops", "seconds", "tokens")
-_LATER = ("pull", "answer_strict", "correct_strict", "verdict")  # columns that a shard may lack
+_OPTIONAL_COLUMNS = ("pull", "answer_strict", "correct_strict", "verdict")  # columns that a shard may lack
 _KEY_COLUMNS = ("problem_id", "seed", "method")
 
 
@@ -54,7 +54,7 @@ class TraceWriter:
         for stale in self.folder.glob(f"{self._prefix}*.parquet.tmp"):
             stale.unlink()
         shards = self.folder.glob(f"{self._prefix}[0-9]*.parquet")
-        self._chunk = max((int(path.stem.removeprefix(self._prefix)) for path in shards), default=-1) + 1
+        self._next_chunk = max((int(path.stem.removeprefix(self._prefix)) for path in shards), default=-1) + 1
         self._pending: list[pa.RecordBatch] = []
 
     def add(self, trace: Trace) -> None:
@@ -66,7 +66,7 @@ class TraceWriter:
         try:  # converted here and not in `flush`, so that one bad trace can't take a whole chunk with it
             row = pa.RecordBatch.from_pylist([_to_row(trace)], schema=SCHEMA)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{trace._label()} does not fit the trace columns: {error}") from error
+            raise ValueError(f"{trace.describe()} does not fit the trace columns: {error}") from error
         self._pending.append(row)
         if len(self._pending) >= self.chunk_size:
             self.flush()
@@ -79,7 +79,7 @@ class TraceWriter:
         """
         if not self._pending:
             return
-        path = self.folder / f"{self._prefix}{self._chunk:05d}.parquet"
+        path = self.folder / f"{self._prefix}{self._next_chunk:05d}.parquet"
         if path.exists():
             raise FileExistsError(f"{path} was written by another process; give each process its own rank")
         temporary = path.with_name(f"{path.name}.tmp")
@@ -92,50 +92,48 @@ class TraceWriter:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-        self._pending, self._chunk = [], self._chunk + 1
-        sync_folder(self.folder)
+        self._pending, self._next_chunk = [], self._next_chunk + 1
+        fsync_folder(self.folder)
 
     def __enter__(self) -> TraceWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self, exception_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.flush()
 
 
-def read_traces(
-    folder_or_files: str | Path | Iterable[str | Path], columns: Sequence[str] | None = None
-) -> list[Trace]:
+def read_traces(path_or_paths: str | Path | Iterable[str | Path], columns: Sequence[str] | None = None) -> list[Trace]:
     """All traces of a folder (or of one shard, or of several), sorted by problem id, seed and method.
 
     `columns`: names of the `Trace` fields to read, faster where texts or revisions aren't needed; problem id,
     seed and method are always read, and the fields left out hold empty values. Raises ValueError for a shard
     that can't be read, for an unknown column, and for the first (problem, seed, method) found twice.
     """
-    stored = None if columns is None else _stored_columns(columns)
-    rows = [row for path in _shards(folder_or_files) for row in _read_table(path, stored).to_pylist()]
-    traces = sorted((_from_row(row) for row in rows), key=_key)
+    stored = None if columns is None else _expand_columns(columns)
+    rows = [row for path in _list_shards(path_or_paths) for row in _read_table(path, stored).to_pylist()]
+    traces = sorted((_from_row(row) for row in rows), key=_get_trace_key)
     for before, after in pairwise(traces):
-        if _key(before) == _key(after):
-            raise ValueError(f"{after._label()} is there twice; remove one of the shards that hold it")
+        if _get_trace_key(before) == _get_trace_key(after):
+            raise ValueError(f"{after.describe()} is there twice; remove one of the shards that hold it")
     return traces
 
 
-def finished(folder: str | Path) -> dict[tuple[str, int], dict[str, str]]:
+def read_finished_meta(folder: str | Path) -> dict[tuple[str, int], dict[str, str]]:
     """`meta` of every trace in the folder by problem id and seed, error rows included; empty without a folder.
 
     Reads these three columns only. Methods are not told apart: keep one folder per method.
     """
     done: dict[tuple[str, int], dict[str, str]] = {}
-    for path in _shards(folder) if Path(folder).exists() else []:
+    for path in _list_shards(folder) if Path(folder).exists() else []:
         table = _read_table(path, ["problem_id", "seed", "meta"])
         keys = zip(table["problem_id"].to_pylist(), table["seed"].to_pylist(), strict=True)
         done |= dict(zip(keys, map(json.loads, table["meta"].to_pylist()), strict=True))
     return done
 
 
-def _key(trace: Trace) -> tuple[str, int, str]:
+def _get_trace_key(trace: Trace) -> tuple[str, int, str]:
     return trace.problem_id, trace.seed, trace.method
 
 
@@ -166,7 +164,7 @@ def _empty_row() -> dict[str, Any]:
     return {**texts, **lists, **rewards, **unknown, **cost, "finished": False, "meta": "{}"}
 
 
-def _stored_columns(columns: Sequence[str]) -> list[str]:
+def _expand_columns(columns: Sequence[str]) -> list[str]:
     known = [field.name for field in fields(Trace)]
     if unknown := [name for name in columns if name not in known]:
         raise ValueError(f"no such trace column: {', '.join(unknown)}; known: {', '.join(known)}")
@@ -174,10 +172,10 @@ def _stored_columns(columns: Sequence[str]) -> list[str]:
     return [column for name in wanted for column in (_COST_COLUMNS if name == "cost" else (name,))]
 
 
-def _shards(folder_or_files: str | Path | Iterable[str | Path]) -> list[Path]:
-    if not isinstance(folder_or_files, (str, Path)):
-        return [Path(file) for file in folder_or_files]
-    path = Path(folder_or_files)
+def _list_shards(path_or_paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    if not isinstance(path_or_paths, (str, Path)):
+        return [Path(file) for file in path_or_paths]
+    path = Path(path_or_paths)
     if path.is_dir():
         return sorted(path.glob("traces-*.parquet"))
     if not path.exists():
@@ -189,7 +187,7 @@ def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             version = (file.schema_arrow.metadata or {}).get(VERSION_KEY, b"none").decode()
-            if version == FORMAT_VERSION and _is_known(file.schema_arrow):
+            if version == FORMAT_VERSION and _has_known_schema(file.schema_arrow):
                 return file.read(columns if columns is None else [c for c in columns if c in file.schema_arrow.names])
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -197,8 +195,10 @@ def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
     raise ValueError(f"{path}: not a trace shard of format {FORMAT_VERSION} (its format: {version})")
 
 
-def _is_known(schema: pa.Schema) -> bool:
-    return schema.equals(pa.schema([one for one in SCHEMA if one.name in schema.names or one.name not in _LATER]))
+def _has_known_schema(schema: pa.Schema) -> bool:
+    return schema.equals(
+        pa.schema([one for one in SCHEMA if one.name in schema.names or one.name not in _OPTIONAL_COLUMNS])
+    )
 
 
 def _write_table(table: pa.Table, path: Path) -> None:

@@ -18,27 +18,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nabla_trl.utils.files import read_object
+from nabla_trl.utils.files import read_json_file
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "config.yaml"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "config.yaml"
 # What a report needs to know of a training and of a run, and what a card needs beyond that.
-_COST = ("flops", "seconds", "trace_flops", "trace_seconds", "processes")
-_TOLD = ("tuning", "beta", "rows", "steps", "tokens", "skipped", *_COST)
+_COST_KEYS = ("flops", "seconds", "trace_flops", "trace_seconds", "processes")
+_TRAINING_KEYS = ("tuning", "beta", "rows", "steps", "tokens", "skipped", *_COST_KEYS)
 
 
-def trained_methods(run: Path) -> list[str]:
+def list_trained_methods(run_dir: Path) -> list[str]:
     """The methods that a run has finished training with."""
-    return sorted(note.parent.name for note in run.glob("trained/*/train.json"))
+    return sorted(note.parent.name for note in run_dir.glob("trained/*/train.json"))
 
 
-def trained_weights(run: Path, method: str) -> Path:
+def find_trained_weights(run_dir: Path, method: str) -> Path:
     """The folder of a method's adapter or whole model.
 
     Raises:
         ValueError: there is neither.
     """
-    folder = run / "trained" / method
+    folder = run_dir / "trained" / method
     found = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), None)
     if found is None:
         raise ValueError(
@@ -47,19 +47,19 @@ def trained_weights(run: Path, method: str) -> Path:
     return found
 
 
-def read_training(run: Path, method: str) -> dict[str, Any]:
+def read_training_record(run_dir: Path, method: str) -> dict[str, Any]:
     """What a method's training did (`nabla_trl.training.offline.Trained`), and the cost of the traces it was made of.
 
     Raises:
         ValueError: it is not JSON, or lacks something.
     """
-    path = run / "trained" / method / "train.json"
-    return _with(_TOLD, read_object(path), path)
+    path = run_dir / "trained" / method / "train.json"
+    return _require_keys(_TRAINING_KEYS, read_json_file(path), path)
 
 
-def traces_hash(run: Path) -> str | None:
+def hash_traces(run_dir: Path) -> str | None:
     """sha256 over the contents of the run's shards of traces in the order of their names; None without traces."""
-    shards = sorted(run.glob("traces/*.parquet"))
+    shards = sorted(run_dir.glob("traces/*.parquet"))
     found = hashlib.sha256()
     for shard in shards:
         with shard.open("rb") as file:
@@ -68,13 +68,13 @@ def traces_hash(run: Path) -> str | None:
     return found.hexdigest() if shards else None
 
 
-def _with(names: Sequence[str], content: dict[str, Any], path: Path) -> dict[str, Any]:
+def _require_keys(names: Sequence[str], content: dict[str, Any], path: Path) -> dict[str, Any]:
     missing = [name for name in names if name not in content]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it was changed, or written by another version")
     return content
 
 
-def trained_label(method: str) -> str:
+def get_policy_label(train_method: str) -> str:
     """The label of the policy that a way of training made: reward-weighted -> reward_weighted."""
-    return method.replace("-", "_")
+    return train_method.replace("-", "_")

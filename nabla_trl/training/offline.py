@@ -16,32 +16,38 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from nabla_trl.models.flops import model_size
+from nabla_trl.models.flops import measure_model_size
 from nabla_trl.models.loading import load_tokenizer
 from nabla_trl.models.vocabulary import hash_vocabulary
-from nabla_trl.traces.datasets import SELECTIONS, Rows, preference_rows, sft_rows, weighted_rows
+from nabla_trl.traces.datasets import (
+    SFT_SELECTIONS,
+    TrainingRows,
+    build_preference_rows,
+    build_sft_rows,
+    build_weighted_rows,
+)
 from nabla_trl.traces.schema import Trace
 from nabla_trl.training.peft import (
-    TUNING,
+    TUNING_MODES,
     LoraArguments,
-    check_reference,
-    last_checkpoint,
-    load_trainable,
-    lora_config,
-    row_flops,
-    save_whole,
-    widen,
+    build_lora_config,
+    cast_trainable_to_float32,
+    check_reference_model,
+    compute_training_flops,
+    find_last_checkpoint,
+    load_trainable_model,
+    save_model_atomically,
 )
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from nabla_trl.training.callbacks import Probe
+    from nabla_trl.training.callbacks import EvaluationCallback
 
-OFFLINE = ("sft", "reward-weighted", "dpo")  # on traces
-ONLINE = ("rloo", "grpo")  # on what the policy draws as it is trained
-METHODS = (*OFFLINE, *ONLINE)
-REWARDED = ("reward", "verifier")
+OFFLINE_METHODS = ("sft", "reward-weighted", "dpo")  # on traces
+ONLINE_METHODS = ("rloo", "grpo")  # on what the policy draws as it is trained
+TRAIN_METHODS = (*OFFLINE_METHODS, *ONLINE_METHODS)
+ONLINE_REWARDS = ("reward", "verifier")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -53,7 +59,7 @@ class TrainOptions:
     """What is trained and on what, beside the trainer's own arguments. β is the reasoner's, for all methods alike."""
 
     tuning: str = _option("lora", "lora, qlora (an adapter on a 4-bit base) or full (all weights)")
-    select: str = _option(
+    sft_selection: str = _option(
         "best",
         "sft: best (per problem), improved (all accepted responses above the first one's reward) or samples (the last "
         "state of every Metropolis chain)",
@@ -63,30 +69,30 @@ class TrainOptions:
     online_reward: str = _option(
         "reward", "rloo, grpo: reward (the one the search uses) or verifier (1 for a right answer, else 0)"
     )
-    probe_problems: int = _option(
+    max_callback_problems: int = _option(
         0, "training problems kept apart, to measure accuracy and KL on in training; 0 = none"
     )
-    probe_steps: int = _option(50, "steps between two probes")
-    stop_on_overoptimisation: bool = _option(
+    callback_steps: int = _option(50, "steps between two probes")
+    stop_on_overoptimization: bool = _option(
         False,
         "stop when a probe finds the reward up and the accuracy down, beyond chance, and keep the weights of the most "
         "accurate probe (the last ones, where none was better than the untrained policy)",
     )
 
     def __post_init__(self) -> None:
-        for name, choices in (("tuning", TUNING), ("select", SELECTIONS), ("online_reward", REWARDED)):
+        for name, choices in (("tuning", TUNING_MODES), ("select", SFT_SELECTIONS), ("online_reward", ONLINE_REWARDS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if self.num_generations < 2:
             raise ValueError("num_generations must be at least 2: a response is compared with others to its problem")
-        if self.num_iterations < 1 or self.probe_steps < 1 or self.probe_problems < 0:
+        if self.num_iterations < 1 or self.callback_steps < 1 or self.max_callback_problems < 0:
             raise ValueError("num_iterations and probe_steps must be at least 1, probe_problems not negative")
-        if self.stop_on_overoptimisation and not self.probe_problems:
+        if self.stop_on_overoptimization and not self.max_callback_problems:
             raise ValueError("stop_on_overoptimisation needs a probe: set probe_problems")
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What a training run did.
 
     Attributes:
@@ -108,17 +114,19 @@ class Trained:
     flops: float
     seconds: float
     loss: float
-    stopped: str = ""
-    facts: dict[str, float] = field(default_factory=dict)
+    stop_reason: str = ""
+    method_metrics: dict[str, float] = field(default_factory=dict)
 
 
-def select_rows(method: str, traces: Sequence[Trace], *, select: str, beta: float, unfinished: bool = False) -> Rows:
+def build_training_rows(
+    method: str, traces: Sequence[Trace], *, sft_selection: str, beta: float, include_unfinished: bool = False
+) -> TrainingRows:
     """The rows that a method on traces is trained on.
 
     Raises:
         ValueError: there are none, or no proposal was accepted, so that there is nothing of the search to learn from.
     """
-    chosen = method == "dpo" or (method == "sft" and select != "samples")
+    chosen = method == "dpo" or (method == "sft" and sft_selection != "samples")
     if chosen and not any(revision.accepted for trace in traces for revision in trace.revisions):
         proposed = sum(len(trace.revisions) for trace in traces)
         raise ValueError(
@@ -126,11 +134,11 @@ def select_rows(method: str, traces: Sequence[Trace], *, select: str, beta: floa
             "raise rounds or candidates, choose another point, or audit the reward"
         )
     if method == "dpo":
-        found = preference_rows(traces)
+        found = build_preference_rows(traces)
     elif method == "reward-weighted":
-        found = weighted_rows(traces, beta, unfinished=unfinished)
+        found = build_weighted_rows(traces, beta, include_unfinished=include_unfinished)
     else:
-        found = sft_rows(traces, select, unfinished=unfinished)
+        found = build_sft_rows(traces, sft_selection, include_unfinished=include_unfinished)
     if not found.rows:
         left_out = json.dumps(dict(found.skipped)) if found.skipped else "there are none"
         raise ValueError(
@@ -154,16 +162,16 @@ def check_tokenizer(traces: Sequence[Trace], policy: str) -> None:
 def train_on_traces(
     method: str,
     policy: str,
-    found: Rows,
-    output: Path,
+    training_rows: TrainingRows,
+    output_dir: Path,
     *,
     beta: float,
     tuning: str,
     lora: LoraArguments,
     config: SFTConfig,
     dtype: str,
-    probe: Probe | None = None,
-) -> Trained:
+    callback: EvaluationCallback | None = None,
+) -> TrainingResult:
     """Train a policy on rows of traces and write the adapter, or the whole model, to `output` (whole or not at all).
 
     Checkpoints are the trainer's, in `config.output_dir`; the last whole one there is gone on from.
@@ -178,35 +186,37 @@ def train_on_traces(
             full, or what `load_trainable` and (dpo) `check_reference` refuse.
     """
     if method == "dpo":
-        check_reference(policy, tuning)
+        check_reference_model(policy, tuning)
     else:
-        found = _uncut(found, config.max_length)
-    model = load_trainable(policy, tuning=tuning, dtype=dtype, config=config)
-    trainer = _offline_trainer(method, policy, model, found, beta, tuning, lora, config)
-    size = model_size(model, "policy")
-    outcome = run_trainer(trainer, output, tuning=tuning, probe=probe)
-    lengths = [_lengths(row) for row in found.rows]
-    added = outcome.added if tuning != "full" else 0
-    each = [row_flops(size, added, count, frozen=tuning != "full") for counts in lengths for count in counts]
+        training_rows = _drop_long_rows(training_rows, config.max_length)
+    model = load_trainable_model(policy, tuning=tuning, dtype=dtype, config=config)
+    trainer = _build_offline_trainer(method, policy, model, training_rows, beta, tuning, lora, config)
+    size = measure_model_size(model, "policy")
+    outcome = run_trainer(trainer, output_dir, tuning=tuning, callback=callback)
+    lengths = [_count_sequence_tokens(row) for row in training_rows.rows]
+    added = outcome.trainable_parameters if tuning != "full" else 0
+    each = [
+        compute_training_flops(size, added, count, frozen=tuning != "full") for counts in lengths for count in counts
+    ]
     if method == "dpo":  # the reference reads both responses, too
-        each += [size.forward_flops(0, count) for counts in lengths for count in counts]
-    return Trained(
+        each += [size.compute_forward_flops(0, count) for counts in lengths for count in counts]
+    return TrainingResult(
         method=method,
         tuning=tuning,
         beta=None if method == "sft" else beta,
-        rows=len(found.rows),
-        skipped=dict(found.skipped),
+        rows=len(training_rows.rows),
+        skipped=dict(training_rows.skipped),
         steps=outcome.steps,
         epochs=outcome.epochs,
         tokens=round(outcome.epochs * sum(map(sum, lengths))),
         flops=outcome.epochs * sum(each),
         seconds=outcome.seconds,
         loss=outcome.loss,
-        stopped=outcome.stopped,
+        stop_reason=outcome.stop_reason,
     )
 
 
-def _uncut(found: Rows, longest: int | None) -> Rows:
+def _drop_long_rows(found: TrainingRows, longest: int | None) -> TrainingRows:
     """The rows that TRL would not cut: a response without its end teaches not to end.
 
     Raises:
@@ -215,21 +225,21 @@ def _uncut(found: Rows, longest: int | None) -> Rows:
     rows = [row for row in found.rows if longest is None or len(row["input_ids"]) <= longest]
     if not rows:
         raise ValueError(f"every row is longer than max_length {longest}: raise it")
-    return Rows(rows, found.skipped + Counter({"longer than max_length": len(found.rows) - len(rows)}))
+    return TrainingRows(rows, found.skipped + Counter({"longer than max_length": len(found.rows) - len(rows)}))
 
 
-def _lengths(row: dict[str, Any]) -> list[int]:
+def _count_sequence_tokens(row: dict[str, Any]) -> list[int]:
     """Tokens of the sequences of a row."""
     if "input_ids" in row:
         return [len(row["input_ids"])]
     return [len(row["prompt_ids"]) + len(row[name]) for name in ("chosen_ids", "rejected_ids")]
 
 
-def _offline_trainer(
+def _build_offline_trainer(
     method: str,
     policy: str,
     model: Any,
-    found: Rows,
+    found: TrainingRows,
     beta: float,
     tuning: str,
     lora: LoraArguments,
@@ -238,22 +248,22 @@ def _offline_trainer(
     from datasets import Dataset
     from trl import DPOConfig
 
-    from nabla_trl.training.trainers import IdsDPOTrainer, IdsSFTTrainer, WeightedSFTTrainer, config_as
+    from nabla_trl.training.trainers import TokenIdsDPOTrainer, TokenIdsSFTTrainer, WeightedSFTTrainer, convert_config
 
     common = {
         "model": model,
         "train_dataset": Dataset.from_list(found.rows),
-        "processing_class": padded_tokenizer(policy),
-        "peft_config": None if tuning == "full" else lora_config(lora, "CAUSAL_LM"),
+        "processing_class": load_padded_tokenizer(policy),
+        "peft_config": None if tuning == "full" else build_lora_config(lora, "CAUSAL_LM"),
     }
     if method == "dpo":
         # Never cut a response: what it ends with decides which one is chosen.
-        return IdsDPOTrainer(args=config_as(DPOConfig, config, max_length=None, beta=beta), **common)
-    kind = WeightedSFTTrainer if method == "reward-weighted" else IdsSFTTrainer
+        return TokenIdsDPOTrainer(args=convert_config(DPOConfig, config, max_length=None, beta=beta), **common)
+    kind = WeightedSFTTrainer if method == "reward-weighted" else TokenIdsSFTTrainer
     return kind(args=config, **common)
 
 
-def padded_tokenizer(policy: str) -> Any:
+def load_padded_tokenizer(policy: str) -> Any:
     """The policy's tokenizer with a padding token, which trainers need."""
     tokenizer = load_tokenizer(policy)
     if tokenizer.pad_token is None:
@@ -262,78 +272,80 @@ def padded_tokenizer(policy: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainerOutcome:
     """What a trainer did; `added`: weights that were trained."""
 
-    added: int
+    trainable_parameters: int
     steps: int
     epochs: float
     seconds: float
     loss: float
-    stopped: str
-    log: list[dict[str, Any]]
+    stop_reason: str
+    log_history: list[dict[str, Any]]
 
 
-def run_trainer(trainer: Any, output: Path, *, tuning: str, probe: Probe | None) -> Outcome:
+def run_trainer(trainer: Any, output_dir: Path, *, tuning: str, callback: EvaluationCallback | None) -> TrainerOutcome:
     """Train, from the last whole checkpoint if there is one, and save; the log goes to `log.jsonl` beside it.
 
     Raises:
         ValueError: nothing trainable, a loss that is not finite, weights that did not change, or a full disk.
     """
     if tuning == "qlora":
-        widen(trainer.model)
+        cast_trainable_to_float32(trainer.model)
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     if not trained:
         raise ValueError("nothing is trainable: lora_target_modules names no module of the policy")
-    if probe is not None:
-        probe.attach(trainer)
-    before = _fingerprint(trainer.model)
-    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
-    clock = Clock(checkpoint)
+    if callback is not None:
+        callback.attach(trainer)
+    before = _compute_weight_sums(trainer.model)
+    checkpoint = find_last_checkpoint(Path(trainer.args.output_dir))
+    clock = TrainingTimeCallback(checkpoint)
     trainer.add_callback(clock)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not math.isfinite(result.training_loss):
         raise ValueError(f"the training loss became {result.training_loss}: lower learning_rate; nothing written")
-    stopped = "" if probe is None else probe.settle(trainer)
-    if torch.equal(before, _fingerprint(trainer.model)):
+    stopped = "" if callback is None else callback.restore_best_weights(trainer)
+    if torch.equal(before, _compute_weight_sums(trainer.model)):
         raise ValueError(
             f"{trainer.state.global_step} steps of training changed nothing: lower warmup_steps or raise "
             "num_train_epochs"
         )
-    save_whole(trainer, output)
+    save_model_atomically(trainer, output_dir)
     if trainer.accelerator.is_main_process:
         lines = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
-        output.with_name("log.jsonl").write_text(lines, encoding="utf-8")
+        output_dir.with_name("log.jsonl").write_text(lines, encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
-    return Outcome(
-        added=sum(weight.numel() for weight in trained),
+    return TrainerOutcome(
+        trainable_parameters=sum(weight.numel() for weight in trained),
         steps=trainer.state.global_step,
         epochs=float(trainer.state.epoch or 0.0),
-        seconds=clock.seconds(),
+        seconds=clock.measure_seconds(),
         loss=float(result.training_loss),
-        stopped=stopped,
-        log=list(trainer.state.log_history),
+        stop_reason=stopped,
+        log_history=list(trainer.state.log_history),
     )
 
 
-class Clock(TrainerCallback):
+class TrainingTimeCallback(TrainerCallback):
     """Seconds of training over all sittings: each checkpoint remembers how many led to it."""
 
     def __init__(self, checkpoint: Path | None):
         note = None if checkpoint is None else checkpoint / "clock.json"
-        self._before = json.loads(note.read_text(encoding="utf-8")) if note is not None and note.exists() else 0.0
-        self._begun = time.perf_counter()
+        self._previous_seconds = (
+            json.loads(note.read_text(encoding="utf-8")) if note is not None and note.exists() else 0.0
+        )
+        self._start_time = time.perf_counter()
 
-    def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._begun
+    def measure_seconds(self) -> float:
+        return self._previous_seconds + time.perf_counter() - self._start_time
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            (folder / "clock.json").write_text(json.dumps(self.seconds()), encoding="utf-8")
+            (folder / "clock.json").write_text(json.dumps(self.measure_seconds()), encoding="utf-8")
 
 
-def _fingerprint(model: Any) -> Tensor:
+def _compute_weight_sums(model: Any) -> Tensor:
     """[trained weights, 2] sums that differ once one of the weights does."""
     sums = []
     for weight in model.parameters():

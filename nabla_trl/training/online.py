@@ -20,15 +20,21 @@ from trl import GRPOConfig, RLOOConfig, SFTConfig
 
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.flops import Meter, ModelSize, model_size
+from nabla_trl.models.flops import FlopCounter, ModelSize, measure_model_size
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward, Verifier
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.training.callbacks import Probe
-from nabla_trl.training.offline import Outcome, Trained, TrainOptions, padded_tokenizer, run_trainer
-from nabla_trl.training.peft import LoraArguments, check_reference, load_trainable, lora_config, row_flops
-from nabla_trl.training.trainers import IdsGRPOTrainer, IdsRLOOTrainer, config_as
+from nabla_trl.training.callbacks import EvaluationCallback
+from nabla_trl.training.offline import TrainerOutcome, TrainingResult, TrainOptions, load_padded_tokenizer, run_trainer
+from nabla_trl.training.peft import (
+    LoraArguments,
+    build_lora_config,
+    check_reference_model,
+    compute_training_flops,
+    load_trainable_model,
+)
+from nabla_trl.training.trainers import TokenIdsGRPOTrainer, TokenIdsRLOOTrainer, convert_config
 
 
 @dataclass
@@ -41,32 +47,35 @@ class RewardScorer:
 
     reward: Reward
     problems: dict[str, Problem]
-    encoded: dict[str, list[int]]
+    prompt_ids: dict[str, list[int]]
     components: dict[str, float] = field(default_factory=dict)
-    meter: Meter = field(default_factory=Meter)
-    scored: int = 0
+    flop_counter: FlopCounter = field(default_factory=FlopCounter)
+    num_scored: int = 0
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[float]:
         asked = list(dict.fromkeys(prompts))
-        bare = [Sample(self.problems[name], self.encoded[name], []) for name in asked]
-        memos = dict(zip(asked, self.reward.prompt_memos(bare, self.meter), strict=True))
+        bare = [Sample(self.problems[name], self.prompt_ids[name], []) for name in asked]
+        memos = dict(zip(asked, self.reward.compute_prompt_caches(bare, self.flop_counter), strict=True))
         samples = [
-            Sample(self.problems[name], self.encoded[name], ids) for name, ids in zip(prompts, responses, strict=True)
+            Sample(self.problems[name], self.prompt_ids[name], ids)
+            for name, ids in zip(prompts, responses, strict=True)
         ]
-        values, parts, _ = self.reward.score_parts(samples, [memos[name] for name in prompts], meter=self.meter)
-        self._note([part for part in parts if part])
-        self.scored += len(samples)
+        values, parts, _ = self.reward.score_by_objective(
+            samples, [memos[name] for name in prompts], flop_counter=self.flop_counter
+        )
+        self._update_components([part for part in parts if part])
+        self.num_scored += len(samples)
         return values
 
-    def _note(self, parts: list[list[float]]) -> None:
-        count = len(self.reward.terms)
+    def _update_components(self, parts: list[list[float]]) -> None:
+        count = len(self.reward.objectives)
         if count > 1:  # the names are always the same: all processes log them together
             means = [sum(part[index] for part in parts) / len(parts) if parts else math.nan for index in range(count)]
             self.components = {f"term_{index}": mean for index, mean in enumerate(means)}
 
-    def flops(self) -> float:
+    def compute_flops_per_response(self) -> float:
         """Mean FLOPs of scoring one response."""
-        return self.meter.total().flops / max(self.scored, 1)
+        return self.flop_counter.get_total_cost().flops / max(self.num_scored, 1)
 
 
 @dataclass
@@ -80,18 +89,18 @@ class VerifierScorer:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[float]:
         problems = [self.problems[name] for name in prompts]
-        texts = [self.policy.said(list(ids)) for ids in responses]
-        return [float(verdict.right) for _, verdict in Verifier(self.checker)(problems, texts)]
+        texts = [self.policy.decode_response(list(ids)) for ids in responses]
+        return [float(verdict.is_correct) for _, verdict in Verifier(self.checker)(problems, texts)]
 
-    def flops(self) -> float:
+    def compute_flops_per_response(self) -> float:
         return 0.0
 
 
 def train_online(
     method: str,
-    base: Policy,
+    base_policy: Policy,
     problems: Sequence[Problem],
-    output: Path,
+    output_dir: Path,
     *,
     reward: Reward,
     checker: AnswerChecker,
@@ -101,8 +110,8 @@ def train_online(
     lora: LoraArguments,
     config: SFTConfig,
     dtype: str,
-    probe: Probe | None = None,
-) -> Trained:
+    callback: EvaluationCallback | None = None,
+) -> TrainingResult:
     """Train a policy by RLOO or GRPO and write the adapter, or the whole model, to `output` (whole or not at all).
 
     Args:
@@ -114,35 +123,39 @@ def train_online(
         ValueError: no problem that can be asked, a batch that does not hold whole groups, a reward that is not finite
             or does not differ, weights that did not change, a full disk, or what `check_reference` refuses.
     """
-    check_online(config, sampling, options)
-    check_stops(base, problems)
-    check_reference(base.name, options.tuning)
-    asked, encoded, skipped = _askable(problems, base, reward, sampling, graded=options.online_reward == "verifier")
+    check_online_options(config, sampling, options)
+    check_stop_strings(base_policy, problems)
+    check_reference_model(base_policy.name, options.tuning)
+    asked, encoded, skipped = _select_trainable_problems(
+        problems, base_policy, reward, sampling, graded=options.online_reward == "verifier"
+    )
     scorer: RewardScorer | VerifierScorer
     if options.online_reward == "verifier":
-        scorer = VerifierScorer(base, asked, checker)
+        scorer = VerifierScorer(base_policy, asked, checker)
     else:
         scorer = RewardScorer(reward, asked, encoded)
-    model = load_trainable(base.name, tuning=options.tuning, dtype=dtype, config=config)
-    kind, settings = _settings(method, config, len(asked), base, beta, sampling, options)
-    course = _course(list(asked), settings, options)
+    model = load_trainable_model(base_policy.name, tuning=options.tuning, dtype=dtype, config=config)
+    kind, settings = _choose_trainer(method, config, len(asked), base_policy, beta, sampling, options)
+    course = _order_problems(list(asked), settings, options)
     trainer = kind(
         model=model,
         args=settings,
         train_dataset=Dataset.from_dict({"prompt": course}),
-        processing_class=padded_tokenizer(base.name),
-        peft_config=None if options.tuning == "full" else lora_config(lora, "CAUSAL_LM"),
+        processing_class=load_padded_tokenizer(base_policy.name),
+        peft_config=None if options.tuning == "full" else build_lora_config(lora, "CAUSAL_LM"),
         encoded=encoded,
         scorer=scorer,
         name=options.online_reward,
         labels=options.online_reward == "verifier",
     )
-    size = model_size(model, "policy")
-    outcome = run_trainer(trainer, output, tuning=options.tuning, probe=probe)
-    return _account(method, beta, trainer, outcome, size, scorer.flops(), skipped, len(asked), options)
+    size = measure_model_size(model, "policy")
+    outcome = run_trainer(trainer, output_dir, tuning=options.tuning, callback=callback)
+    return _build_result(
+        method, beta, trainer, outcome, size, scorer.compute_flops_per_response(), skipped, len(asked), options
+    )
 
 
-def _askable(
+def _select_trainable_problems(
     problems: Sequence[Problem], base: Policy, reward: Reward, sampling: Sampling, *, graded: bool
 ) -> tuple[dict[str, Problem], dict[str, list[int]], dict[str, int]]:
     """Problems and prompt ids by problem id, and how many were left out, by reason."""
@@ -152,7 +165,10 @@ def _askable(
         reason = None
         try:
             prompt = base.encode(problem)
-            if min(base.context - len(prompt), reward.room(problem, prompt)) < sampling.max_new_tokens:
+            if (
+                min(base.context_length - len(prompt), reward.compute_max_new_tokens(problem, prompt))
+                < sampling.max_new_tokens
+            ):
                 reason = "no room for a response"
         except ValueError:
             reason = "prompt"
@@ -167,12 +183,16 @@ def _askable(
     return asked, encoded, skipped
 
 
-def _course(names: Sequence[str], settings: Any, options: TrainOptions) -> list[str]:
+def _order_problems(names: Sequence[str], settings: Any, options: TrainOptions) -> list[str]:
     """The problems of all steps, in their order: one permutation after the other.
 
     TRL draws each epoch's order from a generator that a resumed run starts anew; of one epoch the order is the same.
     """
-    count = -(-settings.max_steps // options.num_iterations) * _batch(settings) // options.num_generations
+    count = (
+        -(-settings.max_steps // options.num_iterations)
+        * _count_responses_per_step(settings)
+        // options.num_generations
+    )
     order = random.Random(settings.seed)
     course: list[str] = []
     while len(course) < count:
@@ -180,14 +200,14 @@ def _course(names: Sequence[str], settings: Any, options: TrainOptions) -> list[
     return course[:count]
 
 
-def _batch(config: Any) -> int:
+def _count_responses_per_step(config: Any) -> int:
     """Responses of one optimiser step, over all processes."""
     return int(config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size)
 
 
-def check_stops(base: Policy, problems: Sequence[Problem]) -> None:
+def check_stop_strings(base_policy: Policy, problems: Sequence[Problem]) -> None:
     """Refuse problems whose responses end with a string: TRL draws them, and knows stop tokens alone."""
-    ends = next((stops for problem in problems if (stops := base.stops(problem))), None)
+    ends = next((stops for problem in problems if (stops := base_policy.get_stop_strings(problem))), None)
     if ends:
         raise ValueError(
             f"rloo and grpo cannot end a response at {ends[0]!r}, where this policy's are over: train by sft, "
@@ -195,9 +215,9 @@ def check_stops(base: Policy, problems: Sequence[Problem]) -> None:
         )
 
 
-def check_online(config: SFTConfig, sampling: Sampling, options: TrainOptions) -> None:
+def check_online_options(config: SFTConfig, sampling: Sampling, options: TrainOptions) -> None:
     """Refuse steps that do not hold whole groups, and responses that cannot differ, before anything is loaded."""
-    batch = _batch(config)
+    batch = _count_responses_per_step(config)
     if batch % options.num_generations:
         raise ValueError(
             f"a step's {batch} responses (per_device_train_batch_size × gradient_accumulation_steps × processes) are "
@@ -207,7 +227,7 @@ def check_online(config: SFTConfig, sampling: Sampling, options: TrainOptions) -
         raise ValueError("rloo and grpo need responses that differ: temperature must be above 0")
 
 
-def _settings(
+def _choose_trainer(
     method: str,
     config: SFTConfig,
     problems: int,
@@ -216,7 +236,7 @@ def _settings(
     sampling: Sampling,
     options: TrainOptions,
 ) -> tuple[type[Any], Any]:
-    per_epoch = problems * options.num_generations * options.num_iterations / _batch(config)
+    per_epoch = problems * options.num_generations * options.num_iterations / _count_responses_per_step(config)
     common = {
         "max_steps": config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch),
         "shuffle_dataset": False,
@@ -229,38 +249,38 @@ def _settings(
         "top_p": sampling.top_p,
         "min_p": sampling.min_p or None,
         # What the search never draws either: rows of the head without a token.
-        "generation_kwargs": {"suppress_tokens": torch.nonzero(base.forbidden).flatten().tolist() or None},
+        "generation_kwargs": {"suppress_tokens": torch.nonzero(base.forbidden_mask).flatten().tolist() or None},
         "disable_dropout": True,
         "remove_unused_columns": False,
     }
     if method == "rloo":
-        return IdsRLOOTrainer, config_as(RLOOConfig, config, **common)
+        return TokenIdsRLOOTrainer, convert_config(RLOOConfig, config, **common)
     # Scaling by a group's spread would make λ differ from prompt to prompt, dividing by its own length from response
     # to response. The corrected KL has the gradient of KL(q ‖ π), the plain one that of KL(π ‖ q).
     dual = {"scale_rewards": "none", "loss_type": "dr_grpo", "use_bias_correction_kl": True}
-    return IdsGRPOTrainer, config_as(GRPOConfig, config, **common, **dual)
+    return TokenIdsGRPOTrainer, convert_config(GRPOConfig, config, **common, **dual)
 
 
-def _account(
+def _build_result(
     method: str,
     beta: float,
     trainer: Any,
-    outcome: Outcome,
+    outcome: TrainerOutcome,
     size: ModelSize,
-    scoring: float,
+    scoring_flops: float,
     skipped: dict[str, int],
     problems: int,
     options: TrainOptions,
-) -> Trained:
+) -> TrainingResult:
     """What it cost: drawing, reading by q and π, scoring, and the steps themselves."""
-    drawn = outcome.steps * _batch(trainer.args) / options.num_iterations
+    drawn = outcome.steps * _count_responses_per_step(trainer.args) / options.num_iterations
     tokens = trainer.state.num_input_tokens_seen  # prompts and responses, of all processes
     length = round(tokens / max(drawn, 1))
     frozen = options.tuning != "full"
-    forward = size.forward_flops(0, length)
-    step = row_flops(size, outcome.added if frozen else 0, length, frozen=frozen)
+    forward = size.compute_forward_flops(0, length)
+    step = compute_training_flops(size, outcome.trainable_parameters if frozen else 0, length, frozen=frozen)
     read = 2 if method == "rloo" or options.num_iterations > 1 else 1  # by q, as it was when it drew, and by π
-    return Trained(
+    return TrainingResult(
         method=method,
         tuning=options.tuning,
         beta=beta,
@@ -269,15 +289,15 @@ def _account(
         steps=outcome.steps,
         epochs=drawn / options.num_generations / problems,
         tokens=tokens,
-        flops=drawn * ((1 + read) * forward + scoring + options.num_iterations * step),
+        flops=drawn * ((1 + read) * forward + scoring_flops + options.num_iterations * step),
         seconds=outcome.seconds,
         loss=outcome.loss,
-        stopped=outcome.stopped,
-        facts=_facts(outcome.log, drawn, options),
+        stop_reason=outcome.stop_reason,
+        method_metrics=_compute_method_metrics(outcome.log_history, drawn, options),
     )
 
 
-def _facts(log: Sequence[dict[str, Any]], drawn: float, options: TrainOptions) -> dict[str, float]:
+def _compute_method_metrics(log: Sequence[dict[str, Any]], drawn: float, options: TrainOptions) -> dict[str, float]:
     """Zero-variance groups and clipped responses, counted from the shares in the log."""
 
     def mean(name: str) -> float:

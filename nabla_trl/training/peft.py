@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
-from nabla_trl.models.adapters import adapter_folder
+from nabla_trl.models.adapters import find_adapter_folder
 from nabla_trl.models.flops import ModelSize
-from nabla_trl.models.loading import DTYPES, load_causal
-from nabla_trl.utils.formatting import cannot_load, one_line
+from nabla_trl.models.loading import DTYPES, load_causal_lm
+from nabla_trl.utils.formatting import format_error, format_load_error
 
-TUNING = ("full", "lora", "qlora")
+TUNING_MODES = ("full", "lora", "qlora")
 
 
 @dataclass
@@ -32,7 +32,7 @@ class LoraArguments:
     )
 
 
-def lora_config(lora: LoraArguments, task_type: str, modules_to_save: list[str] | None = None) -> Any:
+def build_lora_config(lora: LoraArguments, task_type: str, modules_to_save: list[str] | None = None) -> Any:
     """PEFT's configuration of an adapter."""
     from peft import LoraConfig
 
@@ -47,7 +47,7 @@ def lora_config(lora: LoraArguments, task_type: str, modules_to_save: list[str] 
     )
 
 
-def load_trainable(name: str, *, tuning: str, dtype: str, config: TrainingArguments) -> PreTrainedModel:
+def load_trainable_model(name: str, *, tuning: str, dtype: str, config: TrainingArguments) -> PreTrainedModel:
     """The causal LM that training starts from, on the trainer's device; adapters are put on it by the trainer.
 
     Args:
@@ -60,7 +60,7 @@ def load_trainable(name: str, *, tuning: str, dtype: str, config: TrainingArgume
     check_precision(tuning, dtype, config)
     if tuning == "qlora":
         return _load_four_bit(name, dtype, config)
-    return load_causal(name, dtype="float32" if tuning == "full" else dtype, device=str(config.device))
+    return load_causal_lm(name, dtype="float32" if tuning == "full" else dtype, device=str(config.device))
 
 
 def check_precision(tuning: str, dtype: str, config: TrainingArguments) -> None:
@@ -71,9 +71,9 @@ def check_precision(tuning: str, dtype: str, config: TrainingArguments) -> None:
         )
 
 
-def check_reference(name: str, tuning: str) -> None:
+def check_reference_model(name: str, tuning: str) -> None:
     """Refuse to hold full weights to an adapter: TRL would load its base as the reference instead."""
-    if tuning == "full" and adapter_folder(name) is not None:
+    if tuning == "full" and find_adapter_folder(name) is not None:
         raise ValueError(
             f"{name} is an adapter, which cannot be the reference of full weights: set tuning lora, or start from "
             "whole weights (nabla-trl ship --merge makes them)"
@@ -83,33 +83,33 @@ def check_reference(name: str, tuning: str) -> None:
 def _load_four_bit(name: str, dtype: str, config: TrainingArguments) -> PreTrainedModel:
     from peft import prepare_model_for_kbit_training
 
-    if adapter_folder(name) is not None:
+    if find_adapter_folder(name) is not None:
         raise ValueError(f"{name} is an adapter: qlora starts from whole weights (nabla-trl ship --merge makes them)")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
-            quantization_config=four_bit(DTYPES[dtype], head="lm_head"),
+            quantization_config=build_4bit_config(DTYPES[dtype], head_name="lm_head"),
             dtype=DTYPES[dtype],
             device_map={"": str(config.device)},
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(cannot_load("a model", name, error)) from error
-    keep_autograd(model)
+        raise ValueError(format_load_error("a model", name, error)) from error
+    disable_avx512_bf16_kernel(model)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
 
 
-def four_bit(compute: torch.dtype, *, head: str) -> BitsAndBytesConfig:
+def build_4bit_config(compute_dtype: torch.dtype, *, head_name: str) -> BitsAndBytesConfig:
     """NF4 with double quantisation (QLoRA, arXiv 2305.14314); the head stays as it is."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=[head],
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=[head_name],
     )
 
 
-def keep_autograd(model: PreTrainedModel) -> None:
+def disable_avx512_bf16_kernel(model: PreTrainedModel) -> None:
     """On CPUs with AVX512-BF16 a 4-bit forward without autograd repacks the weights for a kernel that has none:
     gradients after it are silently wrong."""
     from bitsandbytes.nn import Linear4bit
@@ -119,20 +119,20 @@ def keep_autograd(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def widen(model: Any) -> None:
+def cast_trainable_to_float32(model: Any) -> None:
     """Trained weights in float32: TRL rounds adapters of 4-bit bases to bfloat16, where small steps are lost."""
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
 
 
-def row_flops(size: ModelSize, added: int, count: int, *, frozen: bool = True) -> float:
+def compute_training_flops(size: ModelSize, adapter_parameters: int, num_tokens: int, *, frozen: bool = True) -> float:
     """Forward and backward of `count` tokens: a base, frozen or trained, and `added` weights of an adapter."""
-    base = size.forward_flops(0, count) + size.backward_flops(0, count, frozen=frozen)
-    return base + 3 * 2 * added * count
+    base = size.compute_forward_flops(0, num_tokens) + size.compute_backward_flops(0, num_tokens, frozen=frozen)
+    return base + 3 * 2 * adapter_parameters * num_tokens
 
 
-def save_whole(trainer: Any, output: Path) -> None:
+def save_model_atomically(trainer: Any, output_dir: Path) -> None:
     """The trainer's model and tokenizer in `output`, whole or not at all.
 
     Every process calls this: weights that are sharded over them are gathered.
@@ -140,7 +140,7 @@ def save_whole(trainer: Any, output: Path) -> None:
     Raises:
         ValueError: it cannot be written.
     """
-    scratch = output.with_name(output.name + ".tmp")
+    scratch = output_dir.with_name(output_dir.name + ".tmp")
     if trainer.accelerator.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.parent.mkdir(parents=True, exist_ok=True)
@@ -149,26 +149,26 @@ def save_whole(trainer: Any, output: Path) -> None:
         trainer.save_model(str(scratch))
     except (OSError, RuntimeError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise ValueError(f"cannot save {output}: {one_line(error)}") from error
+        raise ValueError(f"cannot save {output_dir}: {format_error(error)}") from error
     if trainer.accelerator.is_main_process:
         for name in ("training_args.bin", "README.md"):  # paths and hardware; a card that knows no figures
             (scratch / name).unlink(missing_ok=True)
-        shutil.rmtree(output, ignore_errors=True)
-        scratch.rename(output)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        scratch.rename(output_dir)
     trainer.accelerator.wait_for_everyone()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def find_last_checkpoint(folder: Path) -> Path | None:
     """The latest whole checkpoint of a trainer's folder; None without one.
 
     A trainer writes its state last, so a checkpoint without a readable one was cut off while it was written.
     """
     found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
-    whole = [step for step, path in found.items() if _is_whole(path)]
+    whole = [step for step, path in found.items() if _is_complete(path)]
     return found[max(whole)] if whole else None
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):

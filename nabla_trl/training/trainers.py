@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 
-from nabla_trl.traces.datasets import IGNORED
-from nabla_trl.training.peft import last_checkpoint
-from nabla_trl.utils.formatting import one_line
+from nabla_trl.traces.datasets import IGNORE_INDEX
+from nabla_trl.training.peft import find_last_checkpoint
+from nabla_trl.utils.formatting import format_error
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
 # Steps in a row whose responses differ while all their rewards are the same: nothing can be learned from that.
-CONSTANT_STEPS = 10
+MAX_CONSTANT_REWARD_STEPS = 10
 
 
-class Scorer(Protocol):
+class ResponseScorer(Protocol):
     """Problem ids and response ids → one reward each; −inf: the reward cannot read that response.
 
     Attributes:
@@ -39,16 +39,16 @@ class Scorer(Protocol):
     def __call__(self, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[float]: ...
 
 
-def config_as(kind: type[Config], config: TrainingArguments, **options: Any) -> Config:
+def convert_config(config_class: type[Config], config: TrainingArguments, **options: Any) -> Config:
     """The configuration of one of TRL's trainers, with another's arguments that every trainer has, and `options`.
 
     Others of the same name may mean another thing (`loss_type`).
     """
     shared = [option.name for option in fields(TrainingArguments) if option.init]
-    return kind(**{name: getattr(config, name) for name in shared} | options)
+    return config_class(**{name: getattr(config, name) for name in shared} | options)
 
 
-class FiniteLoss:
+class FiniteLossMixin:
     """Trainer mix-in: a loss that is not finite stops the training before the step is taken.
 
     Raises:
@@ -63,7 +63,7 @@ class FiniteLoss:
         return loss
 
 
-class WholeCheckpoints:
+class AtomicCheckpointMixin:
     """Trainer mix-in: a checkpoint that cannot be written leaves nothing behind, and the ones before it alone.
 
     Raises:
@@ -76,18 +76,18 @@ class WholeCheckpoints:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
-            kept = last_checkpoint(folder)
+            kept = find_last_checkpoint(folder)
             raise ValueError(
-                f"cannot save the checkpoint of step {step}: {one_line(error)}; "
+                f"cannot save the checkpoint of step {step}: {format_error(error)}; "
                 + (f"{kept} is intact: run the same command to go on from there" if kept else "there is none yet")
             ) from error
 
 
-class IdsSFTTrainer(WholeCheckpoints, FiniteLoss, SFTTrainer):
+class TokenIdsSFTTrainer(AtomicCheckpointMixin, FiniteLossMixin, SFTTrainer):
     """TRL's SFTTrainer on rows of `input_ids` and `labels`."""
 
 
-class WeightedSFTTrainer(IdsSFTTrainer):
+class WeightedSFTTrainer(TokenIdsSFTTrainer):
     """The same with a `weight` for each row: Σ_i w_i · NLL_i over the number of trained tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -107,25 +107,25 @@ class WeightedSFTTrainer(IdsSFTTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         each = F.cross_entropy(
-            outputs.logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+            outputs.logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
         ).sum(1)
-        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         loss = (inputs["weight"] * each).sum() / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # tokens are counted over all of them, gradients averaged
         return (loss, outputs) if return_outputs else loss
 
 
-class IdsDPOTrainer(WholeCheckpoints, FiniteLoss, DPOTrainer):
+class TokenIdsDPOTrainer(AtomicCheckpointMixin, FiniteLossMixin, DPOTrainer):
     """TRL's DPOTrainer on rows of ids (`prompt_ids`, `chosen_ids`, `rejected_ids`)."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset
 
 
-class _Rewarded(WholeCheckpoints, FiniteLoss):
+class _OnlineTrainerMixin(AtomicCheckpointMixin, FiniteLossMixin):
     """Trainer mix-in for RLOO and GRPO: prompts are problem ids, rewards are of the ids that were drawn.
 
     Args:
@@ -142,18 +142,23 @@ class _Rewarded(WholeCheckpoints, FiniteLoss):
     def __init__(
         self,
         *args: Any,
-        encoded: dict[str, list[int]],
-        scorer: Scorer,
-        name: str = "reward",
-        labels: bool = False,
+        prompt_ids: dict[str, list[int]],
+        scorer: ResponseScorer,
+        reward_name: str = "reward",
+        allow_constant_rewards: bool = False,
         **kwargs: Any,
     ):
-        self.encoded, self.scorer, self.name, self.labels = encoded, scorer, name, labels
-        self._constant = 0
-        super().__init__(*args, reward_funcs=[_reward_function(name, scorer)], **kwargs)  # type: ignore[call-arg]
+        self.prompt_ids, self.scorer, self.reward_name, self.allow_constant_rewards = (
+            prompt_ids,
+            scorer,
+            reward_name,
+            allow_constant_rewards,
+        )
+        self._num_constant_steps = 0
+        super().__init__(*args, reward_funcs=[_make_reward_function(reward_name, scorer)], **kwargs)  # type: ignore[call-arg]
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [self.encoded[prompt] for prompt in prompts], None, {}
+        return [self.prompt_ids[prompt] for prompt in prompts], None, {}
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[str], completions: list[Any], completion_ids_list: list[list[int]]
@@ -161,30 +166,34 @@ class _Rewarded(WholeCheckpoints, FiniteLoss):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
         bad = rewards.isnan() | rewards.isposinf()
         if bad.any():
-            self._give_up(f"a reward became {rewards[bad][0].item()}")
+            self._save_and_raise(f"a reward became {rewards[bad][0].item()}")
         unreadable = rewards.isneginf().any(1)
         mode = "train" if self.model.training else "eval"  # type: ignore[attr-defined]
         self._metrics[mode]["unreadable_ratio"].append(unreadable.float().mean().item())  # type: ignore[attr-defined]
         for part, mean in self.scorer.components.items():
             shares = self.accelerator.gather(torch.tensor([mean], device=rewards.device))  # type: ignore[attr-defined]
-            self._metrics[mode][f"rewards/{self.name}/{part}"].append(shares.mean().item())  # type: ignore[attr-defined]
-        self._check_spread(rewards[~unreadable].sum(1), self._differ(prompts, completion_ids_list, rewards.device))
+            self._metrics[mode][f"rewards/{self.reward_name}/{part}"].append(shares.mean().item())  # type: ignore[attr-defined]
+        self._check_reward_variance(
+            rewards[~unreadable].sum(1), self._do_responses_differ(prompts, completion_ids_list, rewards.device)
+        )
         return rewards.masked_fill(unreadable[:, None], math.nan)  # TRL leaves these out of the baseline
 
-    def _differ(self, prompts: list[str], responses: list[list[int]], device: torch.device) -> bool:
+    def _do_responses_differ(self, prompts: list[str], responses: list[list[int]], device: torch.device) -> bool:
         """Some responses to the same problem differ, in any process."""
         pairs = set(zip(prompts, map(tuple, responses), strict=True))
         here = torch.tensor([len(pairs) > len(set(prompts))], device=device)
         return bool(self.accelerator.gather(here).any())  # type: ignore[attr-defined]
 
-    def _check_spread(self, rewards: Tensor, differ: bool) -> None:
-        same = differ and not self.labels and bool((rewards == rewards[:1]).all())
-        self._constant = self._constant + 1 if same else 0
-        if self._constant >= CONSTANT_STEPS:
+    def _check_reward_variance(self, rewards: Tensor, differ: bool) -> None:
+        same = differ and not self.allow_constant_rewards and bool((rewards == rewards[:1]).all())
+        self._num_constant_steps = self._num_constant_steps + 1 if same else 0
+        if self._num_constant_steps >= MAX_CONSTANT_REWARD_STEPS:
             value = rewards[0].item() if len(rewards) else -math.inf
-            self._give_up(f"every reward of the last {CONSTANT_STEPS} steps was {value:g}, so nothing can be learned")
+            self._save_and_raise(
+                f"every reward of the last {MAX_CONSTANT_REWARD_STEPS} steps was {value:g}, so nothing can be learned"
+            )
 
-    def _give_up(self, why: str) -> None:
+    def _save_and_raise(self, why: str) -> None:
         """Every process comes here together: the rewards are gathered."""
         step = self.state.global_step  # type: ignore[attr-defined]
         if step:
@@ -193,17 +202,17 @@ class _Rewarded(WholeCheckpoints, FiniteLoss):
         raise ValueError(f"{why} at step {step + 1}; {kept} in {self.args.output_dir}")  # type: ignore[attr-defined]
 
 
-class IdsRLOOTrainer(_Rewarded, RLOOTrainer):
+class TokenIdsRLOOTrainer(_OnlineTrainerMixin, RLOOTrainer):
     """TRL's RLOOTrainer: maximises E[r] − β KL(q ‖ π), β · log-ratio inside the reward of each response."""
 
 
-class IdsGRPOTrainer(_Rewarded, GRPOTrainer):
+class TokenIdsGRPOTrainer(_OnlineTrainerMixin, GRPOTrainer):
     """TRL's GRPOTrainer: the KL is a term of the loss, token by token."""
 
 
-def _reward_function(name: str, scorer: Scorer) -> Callable[..., list[float]]:
+def _make_reward_function(reward_name: str, scorer: ResponseScorer) -> Callable[..., list[float]]:
     def score(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         return scorer(prompts, completion_ids)
 
-    score.__name__ = name  # what TRL logs it under
+    score.__name__ = reward_name  # what TRL logs it under
     return score

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_TYPE_DESCRIPTIONS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -29,7 +29,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def checked(values: Mapping[Any, Any], dataclasses: Iterable[type[Any]], *, where: str | Path) -> dict[str, Any]:
+def coerce_fields(
+    values: Mapping[Any, Any], dataclasses: Iterable[type[Any]], *, source: str | Path
+) -> dict[str, Any]:
     """Option values converted to the types of the dataclasses' fields (a float's `1` becomes 1.0).
 
     Fields of other types than bool, int, float, str, lists of these, and either or None, are passed on as they are.
@@ -44,15 +46,15 @@ def checked(values: Mapping[Any, Any], dataclasses: Iterable[type[Any]], *, wher
     fitted = {}
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"{where}: unknown key {key!r}{suggestion(str(key), hints)}")
+            raise ValueError(f"{source}: unknown key {key!r}{format_suggestion(str(key), hints)}")
         try:
-            fitted[key] = _fit(value, hints[key])
+            fitted[key] = _coerce_value(value, hints[key])
         except TypeError as error:
-            raise ValueError(f"{where}: {key} must be {error}, not {value!r}") from None
+            raise ValueError(f"{source}: {key} must be {error}, not {value!r}") from None
     return fitted
 
 
-def _fit(value: Any, hint: Any) -> Any:
+def _coerce_value(value: Any, hint: Any) -> Any:
     """`value` as a `hint`; TypeError says what it must be."""
     if get_origin(hint) in (Union, UnionType):
         others = [one for one in get_args(hint) if one is not NoneType]
@@ -60,31 +62,31 @@ def _fit(value: Any, hint: Any) -> Any:
             return value
         hint = others[0]
     if get_origin(hint) is list:
-        return _fit_list(value, get_args(hint)[0])
+        return _coerce_list(value, get_args(hint)[0])
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        return _as_float(value)
-    if hint not in _KINDS or (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
+        return _coerce_float(value)
+    if hint not in _TYPE_DESCRIPTIONS or (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
         return value
-    raise TypeError(_KINDS[hint] + (" (in quotes)" if hint is str else ""))
+    raise TypeError(_TYPE_DESCRIPTIONS[hint] + (" (in quotes)" if hint is str else ""))
 
 
-def _fit_list(value: Any, hint: Any) -> list[Any]:
+def _coerce_list(value: Any, hint: Any) -> list[Any]:
     try:
         if not isinstance(value, list):
-            raise TypeError(_KINDS.get(hint, "values"))
-        return [_fit(one, hint) for one in value]
+            raise TypeError(_TYPE_DESCRIPTIONS.get(hint, "values"))
+        return [_coerce_value(one, hint) for one in value]
     except TypeError as error:
         raise TypeError(f"a list, each {error}") from None
 
 
-def _as_float(value: int | str) -> float:
+def _coerce_float(value: int | str) -> float:
     try:
         return float(value)  # YAML reads 1e-3, which has no point, as text
     except ValueError:
-        raise TypeError(_KINDS[float]) from None
+        raise TypeError(_TYPE_DESCRIPTIONS[float]) from None
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def format_suggestion(name: str, valid_names: Iterable[str]) -> str:
     """ " (did you mean X?)" where a known name is close to a misspelt one; else nothing."""
-    match = get_close_matches(name, known, n=1)
+    match = get_close_matches(name, valid_names, n=1)
     return f" (did you mean {match[0]}?)" if match else ""

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nabla_trl.utils.formatting import one_line
+from nabla_trl.utils.formatting import format_error
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write beside the file, then rename: a reader never sees half of it, and processes may write at once.
 
     Raises:
@@ -30,10 +30,10 @@ def write_whole(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make a new name durable: it is the folder that holds it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -42,16 +42,16 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_json_file(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
         ValueError: the file is not JSON, or holds something else.
     """
-    return _object(path.read_bytes(), str(path))
+    return _parse_json_object(path.read_bytes(), str(path))
 
 
-def read_objects(path: Path, *, whole: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl_file(path: Path, *, complete_lines_only: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number (from 1) and JSON object of every line that is not blank.
 
     Args:
@@ -62,18 +62,18 @@ def read_objects(path: Path, *, whole: bool = False) -> Iterator[tuple[int, dict
         ValueError: a line that is not JSON, or holds something else; it is named.
     """
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    for number, line in enumerate(lines[:-1] if whole else lines, start=1):
+    for number, line in enumerate(lines[:-1] if complete_lines_only else lines, start=1):
         if line.strip():
-            yield number, _object(line, f"{path}, line {number}")
+            yield number, _parse_json_object(line, f"{path}, line {number}")
 
 
-def _object(data: bytes, where: str) -> dict[str, Any]:
+def _parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     try:
         content = json.loads(data.decode("utf-8"))
         if b"\\ud" in data.lower():  # half of a surrogate pair is a character for JSON, but for nobody else
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers without end, brackets without end
-        raise ValueError(f"{where} is not JSON: {one_line(error)}") from error
+        raise ValueError(f"{where} is not JSON: {format_error(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where} does not hold a JSON object")
     return content

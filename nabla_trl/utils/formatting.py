@@ -6,28 +6,28 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
+_SI_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
 
 
-def si(value: float, unit: str = "") -> str:
+def format_si(value: float, unit: str = "") -> str:
     """Three significant digits and an SI prefix: 1.2e8, "FLOPs" -> "120 MFLOPs"."""
     value = float(f"{value:.3g}")
     power = math.floor(math.log10(abs(value)) / 3) if value else 0
-    power = min(max(power, min(_PREFIXES)), max(_PREFIXES))
-    return f"{value / 1000.0**power:.3g} {_PREFIXES[power]}{unit}".rstrip()
+    power = min(max(power, min(_SI_PREFIXES)), max(_SI_PREFIXES))
+    return f"{value / 1000.0**power:.3g} {_SI_PREFIXES[power]}{unit}".rstrip()
 
 
-def span(one: Mapping[str, float], form: str = ".3f") -> str:
+def format_interval(entry: Mapping[str, float], number_format: str = ".3f") -> str:
     """A value and its interval: 0.957 [0.940, 0.972]."""
-    return f"{one['value']:{form}} [{one['low']:{form}}, {one['high']:{form}}]"
+    return f"{entry['value']:{number_format}} [{entry['low']:{number_format}}, {entry['high']:{number_format}}]"
 
 
-def cannot_load(what: str, name: str, error: BaseException) -> str:
+def format_load_error(what: str, name: str, error: BaseException) -> str:
     where = "" if Path(name).exists() else " (no such folder here, so taken for a hub id)"
-    return f"cannot load {what} from {name!r}{where}: {one_line(error)}"
+    return f"cannot load {what} from {name!r}{where}: {format_error(error)}"
 
 
-def one_line(error: BaseException, width: int = 200) -> str:
+def format_error(error: BaseException, max_chars: int = 200) -> str:
     """An error's text on one line, cut at `width` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= width else f"{text[: width - 2]} …"
+    return text if len(text) <= max_chars else f"{text[: max_chars - 2]} …"

@@ -7,20 +7,20 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from nabla_trl.utils.files import read_object, write_whole
+from nabla_trl.utils.files import read_json_file, write_atomic
 
 
-def same_model(one: str, other: str) -> bool:
+def is_same_model(first: str, second: str) -> bool:
     """Two names are equal, or lead to the same file or folder."""
-    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
+    return first == second or (Path(first).exists() and Path(second).exists() and Path(first).samefile(second))
 
 
-def adapter_identity(adapter: str) -> str:
+def identify_adapter(adapter: str) -> str:
     """An adapter's name; for a local folder also a hash of its weights, so that a retrained one is another."""
-    return f"{adapter} ({weights_identity(Path(adapter))})" if Path(adapter).is_dir() else adapter
+    return f"{adapter} ({hash_weights(Path(adapter))})" if Path(adapter).is_dir() else adapter
 
 
-def weights_identity(folder: Path) -> str:
+def hash_weights(folder: Path) -> str:
     """A hash of the weights in a folder, an adapter's or a model's."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
@@ -30,7 +30,7 @@ def weights_identity(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def claim_settings(mark: Path, settings: Mapping[str, str]) -> None:
+def claim_settings(settings_file: Path, settings: Mapping[str, str]) -> None:
     """Note beside an output what it is made with; refuse to add to one made with other settings.
 
     Several processes may claim the same settings at once.
@@ -38,11 +38,13 @@ def claim_settings(mark: Path, settings: Mapping[str, str]) -> None:
     Raises:
         ValueError: the note is there and differs, which is told, or cannot be read.
     """
-    if not mark.exists():
-        write_whole(mark, json.dumps(dict(settings), indent=1))
+    if not settings_file.exists():
+        write_atomic(settings_file, json.dumps(dict(settings), indent=1))
         return
-    had = read_object(mark)
+    had = read_json_file(settings_file)
     names = [name for name in {**had, **settings} if had.get(name) != settings.get(name)]
     if names:
         changed = ", ".join(f"{name} {settings.get(name)!r} (was {had.get(name)!r})" for name in names)
-        raise ValueError(f"{mark.parent} was made with other settings, now {changed}: use another --output_dir")
+        raise ValueError(
+            f"{settings_file.parent} was made with other settings, now {changed}: use another --output_dir"
+        )

@@ -21,46 +21,46 @@ from types import FrameType
 
 import psutil
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A scheduler signals launcher and processes, and the launcher passes its own on: that is still the first one.
-_ECHO = 1.0
+_ECHO_SECONDS = 1.0
 
 
-class Stopped(KeyboardInterrupt):
+class StoppedBySignal(KeyboardInterrupt):
     """A command was asked to stop, and has: by which signal, and what is done."""
 
-    def __init__(self, number: int, done: str = ""):
-        super().__init__(number, done)
-        self.number, self.done = number, done
+    def __init__(self, signal_number: int, progress_text: str = ""):
+        super().__init__(signal_number, progress_text)
+        self.signal_number, self.progress_text = signal_number, progress_text
 
 
-class _Listener:
+class _SignalListener:
     """What was asked, and whether a batch is in hand."""
 
     def __init__(self) -> None:
-        self.asked: int | None = None
-        self.asked_at = 0.0
-        self.told: Callable[[], str] | None = None  # of the batch in hand
+        self.requested_signal: int | None = None
+        self.requested_at = 0.0
+        self.describe_batch: Callable[[], str] | None = None  # of the batch in hand
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.asked is not None and now - self.asked_at < _ECHO:
+        if self.requested_signal is not None and now - self.requested_at < _ECHO_SECONDS:
             return
-        again, self.asked, self.asked_at = self.asked is not None, number, now
-        if again or self.told is None:
-            raise Stopped(number)
-        if is_main():
+        again, self.requested_signal, self.requested_at = self.requested_signal is not None, number, now
+        if again or self.describe_batch is None:
+            raise StoppedBySignal(number)
+        if is_main_process():
             # Not by print: the stream may be in the middle of something. On a terminal below the ^C, and above the two
             # lines that a bar of `nabla_trl.utils.progress` takes for its own.
             before, after = ("\n", "\n\n") if os.isatty(2) else ("", "\n")
-            os.write(2, f"{before}stopping after {self.told()}; once more stops at once{after}".encode())
+            os.write(2, f"{before}stopping after {self.describe_batch()}; once more stops at once{after}".encode())
 
 
-_listener: _Listener | None = None
+_listener: _SignalListener | None = None
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def handle_stop_signals() -> Iterator[None]:
     """Turn SIGINT and SIGTERM into `Stopped` for the length of a `with` block; what is ignored stays ignored.
 
     Does nothing outside of the main thread, which alone can hear signals.
@@ -69,12 +69,12 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    outer, _listener = _listener, _Listener()
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    outer, _listener = _listener, _SignalListener()
     try:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
-                signal.signal(number, _listener.hear)
+                signal.signal(number, _listener.handle_signal)
         yield
     finally:
         for number, handler in before.items():
@@ -83,7 +83,9 @@ def listening() -> Iterator[None]:
 
 
 @contextmanager
-def in_hand(what: str, done: Callable[[], str], seconds: float | None = None) -> Iterator[None]:
+def finish_current_batch(
+    batch_description: str, describe_progress: Callable[[], str], expected_seconds: float | None = None
+) -> Iterator[None]:
     """Finish a batch before stopping.
 
     Args:
@@ -101,30 +103,34 @@ def in_hand(what: str, done: Callable[[], str], seconds: float | None = None) ->
     began = time.monotonic()
 
     def told() -> str:
-        left = "" if seconds is None else f", about {clock(began + seconds - time.monotonic())} more"
-        return f"the {what} in hand{left}"
+        left = (
+            ""
+            if expected_seconds is None
+            else f", about {format_duration(began + expected_seconds - time.monotonic())} more"
+        )
+        return f"the {batch_description} in hand{left}"
 
-    listener.told = told
+    listener.describe_batch = told
     try:
         yield
     finally:
-        listener.told = None
-    if listener.asked is not None:
-        raise Stopped(listener.asked, done())
+        listener.describe_batch = None
+    if listener.requested_signal is not None:
+        raise StoppedBySignal(listener.requested_signal, describe_progress())
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration as h:mm:ss."""
     whole = max(0, round(seconds))
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """This is the first process of a launch, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def this_command() -> str:
+def get_current_command() -> str:
     """The command that started this process, its launcher (`accelerate launch`) included, as a shell takes it."""
     own, parent = sys.orig_argv, psutil.Process().parent()
     script = sys.argv[0]
@@ -133,10 +139,10 @@ def this_command() -> str:
     except psutil.Error:  # another user's, or gone
         called = []
     launched = script in called and any("launch" in word or "torchrun" in word for word in called)
-    return shlex.join(_as_typed(called if launched else own))
+    return shlex.join(_strip_interpreter(called if launched else own))
 
 
-def _as_typed(command: Sequence[str]) -> list[str]:
+def _strip_interpreter(command: Sequence[str]) -> list[str]:
     """Without the interpreter that the system puts before a script of PATH."""
     if len(command) > 1:
         name = Path(command[1]).name

@@ -19,15 +19,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 # What file systems answer that have no locks, as Lustre without its mount option flock.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_LOCKS_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-class InUse(ValueError):
+class FolderInUse(ValueError):
     """Another launch is writing to the folder."""
 
 
 @contextmanager
-def hold(folder: str | Path, rank: int = 0) -> Iterator[None]:
+def lock_folder(folder: str | Path, rank: int = 0) -> Iterator[None]:
     """Hold an output folder, which is made where it is not there, for the length of a `with` block.
 
     Of a launch of several processes rank 0 must come first (`PartialState.main_process_first`): it also looks whether
@@ -45,13 +45,13 @@ def hold(folder: str | Path, rank: int = 0) -> Iterator[None]:
     mine = folder / f".rank-{rank:05d}.lock"
     with ExitStack() as held:
         try:
-            held.enter_context(_lock(mine))
+            held.enter_context(_acquire_lock(mine))
             for other in folder.glob(".rank-*.lock") if rank == 0 else ():
                 if other != mine:
-                    with _lock(other):
+                    with _acquire_lock(other):
                         pass
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in _LOCKS_UNSUPPORTED:
                 raise
             print(f"{folder} cannot be locked ({error.strerror}): let no other process write there", file=sys.stderr)
         else:
@@ -61,14 +61,14 @@ def hold(folder: str | Path, rank: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _acquire_lock(path: Path) -> Iterator[None]:
     # A lock that is a mere file would outlive its holder: rather none.
     lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         holder = path.read_text(encoding="utf-8", errors="replace") or "another process"
-        raise InUse(
+        raise FolderInUse(
             f"{path.parent} is in use by {holder}: wait for it, stop it, or use another --output_dir"
         ) from None
     try:

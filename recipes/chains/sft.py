@@ -19,17 +19,17 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from nabla_trl.cli.parsing import parse, quiet_libraries, run_main
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.generation import generate, random_stream
+from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import generate_continuations, make_rng
 from nabla_trl.models.loading import freeze_policy, load_model, load_tokenizer
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.prompts import prompt_ids
-from nabla_trl.models.requests import Job
+from nabla_trl.models.prompts import tokenize_prompt
+from nabla_trl.models.requests import GenerationRequest
 from nabla_trl.tasks import digit_chains
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.training.peft import LoraArguments, lora_config
+from nabla_trl.training.peft import LoraArguments, build_lora_config
 
 
 @dataclass
@@ -61,23 +61,23 @@ class Probe(TrainerCallback):
 
 def accuracy(policy: Policy, problems: Sequence[Problem]) -> float:
     """Share of right answers, one sample per problem at temperature 1."""
-    jobs = [Job(p.id, policy.encode(p), random_stream(0, p.id, "probe"), 64) for p in problems]
-    drafts = generate(policy, jobs, Sampling(), meter=Meter())
-    return sum(digit_chains.is_right(p, policy.decode(d.ids)) for p, d in zip(problems, drafts, strict=True)) / len(
+    jobs = [GenerationRequest(p.id, policy.encode(p), make_rng(0, p.id, "probe"), 64) for p in problems]
+    drafts = generate_continuations(policy, jobs, Sampling(), flop_counter=FlopCounter())
+    return sum(digit_chains.is_correct(p, policy.decode(d.ids)) for p, d in zip(problems, drafts, strict=True)) / len(
         problems
     )
 
 
 def main(argv: Sequence[str]) -> None:
     quiet_libraries()
-    args, lora, config = parse([SftArguments, LoraArguments, SFTConfig], argv)
+    args, lora, config = parse_dataclasses([SftArguments, LoraArguments, SFTConfig], argv)
     tokenizer = load_tokenizer(args.model)
-    problems = digit_chains.make_problems("train", args.problems + args.probe)
+    problems = digit_chains.make_digit_chain_problems("train", args.problems + args.probe)
     rng = random.Random(config.seed)
     rows = []
     for problem in problems[: args.problems]:
-        prompt = prompt_ids(tokenizer, problem)
-        solution = tokenizer(digit_chains.styled_solution(problem.question, rng), add_special_tokens=False)[
+        prompt = tokenize_prompt(tokenizer, problem)
+        solution = tokenizer(digit_chains.make_styled_solution(problem.question, rng), add_special_tokens=False)[
             "input_ids"
         ]
         response = [*solution, tokenizer.eos_token_id]
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=lora_config(lora, "CAUSAL_LM"),
+        peft_config=build_lora_config(lora, "CAUSAL_LM"),
         callbacks=[Probe(tokenizer, problems[args.problems :], args.probe_steps)],
     )
     trainer.train()

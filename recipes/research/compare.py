@@ -24,46 +24,46 @@ from typing import Any
 import equal_flops
 import step_curve
 
-from nabla_trl.audit.overoptimization import warn_past_trust
-from nabla_trl.baselines.step_config import StepConfig
-from nabla_trl.cli.arguments import DATASETS, ModelArguments
-from nabla_trl.cli.parsing import parse, quiet_libraries, run_main
-from nabla_trl.evaluation.method import RIVAL, STEPWISE
-from nabla_trl.evaluation.plan import budgeted, check, steps, stepwise_settings
+from nabla_trl.audit.overoptimization import warn_past_limits
+from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments
+from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
+from nabla_trl.evaluation.method import REWARD_MODEL_SAMPLING, STEP_SEARCHES
+from nabla_trl.evaluation.plan import check_methods, get_step_search_settings, limit_to_flops, plan_jobs
 from nabla_trl.evaluation.results import store_results
-from nabla_trl.evaluation.rows import RowStore, of_problems
-from nabla_trl.evaluation.runner import Bench, budget_flops, run_steps
+from nabla_trl.evaluation.rows import RowStore, select_complete_rows
+from nabla_trl.evaluation.runner import EvaluationSetup, get_budget_flops, run_jobs
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.search.config import PRESETS, ReasonerConfig
-from nabla_trl.search.generate_traces import search_settings
-from nabla_trl.tasks.problem import graded
-from nabla_trl.tasks.registry import load_problems, task_settings
-from nabla_trl.utils.identity import adapter_identity, claim_settings
-from nabla_trl.utils.locks import hold
+from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.search.generate_traces import get_search_settings
+from nabla_trl.tasks.problem import filter_with_gold_answer
+from nabla_trl.tasks.registry import get_task_settings, load_problems
+from nabla_trl.utils.identity import claim_settings, identify_adapter
+from nabla_trl.utils.locks import lock_folder
 
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-RIVALS = ("control", "shuffled", "paper", "released", *STEPWISE)
+BASELINES = ("control", "shuffled", "paper", "released", *STEP_SEARCHES)
 
 
 @dataclass
 class CompareArguments:
     output_dir: str = field(metadata={"help": "folder of rows/ and compare.md"})
-    dataset: str = _option("chains", DATASETS)
+    dataset: str = _option("chains", DATASET_HELP)
     split: str = _option("test", "split of the dataset")
-    limit: int = _option(300, "problems; 0 = all")
+    max_problems: int = _option(300, "problems; 0 = all")
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of all that samples"})
-    samples: list[int] = field(
+    best_of_n: list[int] = field(
         default_factory=lambda: [4, 8, 16, 32], metadata={"help": "N of the best-of-N whose FLOPs are the rungs"}
     )
-    rivals: list[str] = field(
+    baselines: list[str] = field(
         default_factory=lambda: ["control", "shuffled", "paper"],
-        metadata={"help": f"other searches at each rung: {', '.join(RIVALS)}"},
+        metadata={"help": f"other searches at each rung: {', '.join(BASELINES)}"},
     )
-    lams: list[float] = field(
+    reward_weights: list[float] = field(
         default_factory=list,
         metadata={
             "help": "λ = 1/β to run the search with, at the FLOPs of the largest best-of-N: the curve of the step"
@@ -74,33 +74,38 @@ class CompareArguments:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must be distinct and not empty")
-        if not self.samples or min(self.samples) < 2 or self.samples != sorted(set(self.samples)):
+        if not self.best_of_n or min(self.best_of_n) < 2 or self.best_of_n != sorted(set(self.best_of_n)):
             raise ValueError("samples must be rising numbers of at least 2")
-        if any(not lam > 0 for lam in self.lams) or len(set(self.lams)) < len(self.lams):
+        if any(not lam > 0 for lam in self.reward_weights) or len(set(self.reward_weights)) < len(self.reward_weights):
             raise ValueError("lams must be distinct positive numbers")
-        unknown = [name for name in self.rivals if name not in RIVALS]
+        unknown = [name for name in self.baselines if name not in BASELINES]
         if unknown:
-            raise ValueError(f"unknown rival {unknown[0]!r}: choose from {', '.join(RIVALS)}")
+            raise ValueError(f"unknown rival {unknown[0]!r}: choose from {', '.join(BASELINES)}")
 
 
 class Comparison:
     """The methods of the ladder and their rows."""
 
-    def __init__(self, args: CompareArguments, bench: Bench, store: RowStore):
-        self.args, self.bench, self.store = args, bench, store
+    def __init__(self, args: CompareArguments, setup: EvaluationSetup, store: RowStore):
+        self.args, self.setup, self.store = args, setup, store
 
-    def run(self, problems: Sequence[Any]) -> dict[str, list[str]]:
+    def run_budgets(self, problems: Sequence[Any]) -> dict[str, list[str]]:
         """Make what rows are missing; the methods of each rung, ours first."""
-        args, sizes = self.args, self.args.samples
-        searches = [f"{name}@best_of_{size}" for name in ("nabla", *args.rivals) for size in sizes]
-        rivals = [RIVAL] if self.bench.reward.rival else []
-        check(searches, self.bench, {})
+        args, sizes = self.args, self.args.best_of_n
+        searches = [f"{name}@best_of_{size}" for name in ("nabla", *args.baselines) for size in sizes]
+        rivals = [REWARD_MODEL_SAMPLING] if self.setup.reward.preferred_model else []
+        check_methods(searches, self.setup, {})
         with AnswerChecker() as checker:
-            run_steps([self.bench.pool([1, *sizes], sizes, weighted=sizes)], problems, self.store, checker)
-            majority = {size: self.affordable(size) for size in sizes}
-            run_steps([self.bench.pool([], sorted(set(majority.values())))], problems, self.store, checker)
-            wanted = steps(["greedy", *searches, *rivals], self.bench, {}, self.flops)
-            run_steps(wanted, problems, self.store, checker)
+            run_jobs(
+                [self.setup.plan_sample_pool([1, *sizes], sizes, weighted_best_of=sizes)],
+                problems,
+                self.store,
+                checker,
+            )
+            majority = {size: self.count_affordable_samples(size) for size in sizes}
+            run_jobs([self.setup.plan_sample_pool([], sorted(set(majority.values())))], problems, self.store, checker)
+            wanted = plan_jobs(["greedy", *searches, *rivals], self.setup, {}, self.read_mean_flops)
+            run_jobs(wanted, problems, self.store, checker)
         return {
             f"best_of_{size}": [
                 f"nabla@best_of_{size}",
@@ -108,84 +113,92 @@ class Comparison:
                 f"weighted_best_of_{size}",
                 f"self_consistency_{majority[size]}",
                 "greedy",
-                *(f"{search}@best_of_{size}" for search in args.rivals),
+                *(f"{search}@best_of_{size}" for search in args.baselines),
                 *rivals,
             ]
             for size in sizes
         }
 
-    def sweep(self, problems: Sequence[Any]) -> dict[float, str]:
+    def run_reward_weights(self, problems: Sequence[Any]) -> dict[float, str]:
         """The search at every λ asked for; λ → method."""
-        if not self.args.lams:
+        if not self.args.reward_weights:
             return {}
-        setter = f"best_of_{self.args.samples[-1]}"
-        config = budgeted(replace(self.bench.config, beta=1.0, kl=None), self.flops(setter))
-        methods = {lam: f"nabla_lambda_{lam:g}@{setter}" for lam in self.args.lams}
-        wanted = [self.bench.search(name, replace(config, beta=1 / lam)) for lam, name in methods.items()]
+        setter = f"best_of_{self.args.best_of_n[-1]}"
+        config = limit_to_flops(replace(self.setup.config, beta=1.0, target_kl=None), self.read_mean_flops(setter))
+        methods = {lam: f"nabla_lambda_{lam:g}@{setter}" for lam in self.args.reward_weights}
+        wanted = [self.setup.plan_search(name, replace(config, beta=1 / lam)) for lam, name in methods.items()]
         with AnswerChecker() as checker:
-            run_steps(wanted, problems, self.store, checker)
+            run_jobs(wanted, problems, self.store, checker)
         return methods
 
-    def flops(self, method: str) -> float:
-        return budget_flops(self.store, method)
+    def read_mean_flops(self, method: str) -> float:
+        return get_budget_flops(self.store, method)
 
-    def affordable(self, size: int) -> int:
+    def count_affordable_samples(self, num_samples: int) -> int:
         """As many samples without scoring as cost what best-of-`size` does."""
-        each = self.flops(f"self_consistency_{size}") / size
-        return max(2, round(self.flops(f"best_of_{size}") / each))
+        each = self.read_mean_flops(f"self_consistency_{num_samples}") / num_samples
+        return max(2, round(self.read_mean_flops(f"best_of_{num_samples}") / each))
 
 
 def main(argv: Sequence[str]) -> None:
     quiet_libraries()
-    dataclasses = [CompareArguments, ModelArguments, ReasonerConfig, StepConfig]
-    args, models, config, stepwise = parse(dataclasses, argv, presets=PRESETS)
+    dataclasses = [CompareArguments, ModelArguments, SearchConfig, StepSearchConfig]
+    args, models, config, stepwise = parse_dataclasses(dataclasses, argv, presets=PRESETS)
     folder = Path(args.output_dir)
-    with hold(folder):
-        compare(folder, args, models, config, stepwise, shlex.join(["python", "recipes/research/compare.py", *argv]))
+    with lock_folder(folder):
+        run_comparison(
+            folder, args, models, config, stepwise, shlex.join(["python", "recipes/research/compare.py", *argv])
+        )
 
 
-def compare(
-    folder: Path,
+def run_comparison(
+    output_dir: Path,
     args: CompareArguments,
     models: ModelArguments,
-    config: ReasonerConfig,
-    stepwise: StepConfig,
+    config: SearchConfig,
+    step_search_config: StepSearchConfig,
     command: str,
 ) -> None:
-    problems = graded(load_problems(args.dataset, split=args.split, limit=args.limit or None))
-    models.prompting().check(problems)
-    policy, reward = models.load(4 * config.batch_size)
-    settings = models.settings() | search_settings(config)
-    settings["adapter"] = adapter_identity(models.adapter) if models.adapter else ""
-    settings |= {**task_settings(args.dataset), "split": args.split}
-    claim_settings(folder / "compare.settings.json", settings)
-    warn_past_trust(reward, config, max(args.samples))
-    store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
-    bench = Bench(policy, reward, config, tuple(args.seeds), stepwise=stepwise)
-    if own := stepwise_settings([f"{name}@best_of_{args.samples[0]}" for name in args.rivals], bench):
-        claim_settings(folder / "stepwise.settings.json", own)
+    problems = filter_with_gold_answer(
+        load_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
+    )
+    models.get_prompt_options().check_problems(problems)
+    policy, reward = models.load_policy_and_reward(4 * config.batch_size)
+    settings = models.get_settings() | get_search_settings(config)
+    settings["adapter"] = identify_adapter(models.adapter) if models.adapter else ""
+    settings |= {**get_task_settings(args.dataset), "split": args.split}
+    claim_settings(output_dir / "compare.settings.json", settings)
+    warn_past_limits(reward, config, max(args.best_of_n))
+    store = RowStore(output_dir / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
+    bench = EvaluationSetup(policy, reward, config, tuple(args.seeds), step_search=step_search_config)
+    if own := get_step_search_settings([f"{name}@best_of_{args.best_of_n[0]}" for name in args.baselines], bench):
+        claim_settings(output_dir / "stepwise.settings.json", own)
     comparison = Comparison(args, bench, store)
-    rungs, lams = comparison.run(problems), comparison.sweep(problems)
+    rungs, lams = comparison.run_budgets(problems), comparison.run_reward_weights(problems)
     asked = {name for names in rungs.values() for name in names} | set(rungs) | set(lams.values())
-    made, _ = of_problems(store.read(), problems)
+    made, _ = select_complete_rows(store.read(), problems)
     rows = [row for row in made if row["method"] in asked and row["seed"] in args.seeds]
-    found = equal_flops.climb(rows, rungs)
-    facts = models.facts(title=args.title, command=command, task=args.dataset, seeds=args.seeds)
+    found = equal_flops.compare_at_equal_flops(rows, rungs)
+    facts = models.build_run_facts(title=args.title, command=command, task=args.dataset, seeds=args.seeds)
     facts["files"] = {"rows": "rows.jsonl", "ladder": "compare.json", "page": "compare.md"}
-    store_results(folder, rows, facts)
-    (folder / "compare.json").write_text(json.dumps([rung.to_dict() for rung in found], indent=1), encoding="utf-8")
-    text = equal_flops.page(found, rows, args.title, command)
+    store_results(output_dir, rows, facts)
+    (output_dir / "compare.json").write_text(
+        json.dumps([rung.to_dict() for rung in found], indent=1), encoding="utf-8"
+    )
+    text = equal_flops.format_comparison_markdown(found, rows, args.title, command)
     if lams:
-        curve = step_curve.read(rows, lams)
-        step_curve.draw(folder / "step.png", curve, f"{args.dataset}, {len(problems)} problems")
+        curve = step_curve.compute_reward_weight_curve(rows, lams)
+        step_curve.plot_reward_weight_curve(
+            output_dir / "step.png", curve, f"{args.dataset}, {len(problems)} problems"
+        )
         parts = [
             "## The size of the step",
-            step_curve.verdict(curve) + ".",
-            step_curve.table(curve),
+            step_curve.conclude_reward_weight_curve(curve) + ".",
+            step_curve.format_curve_table(curve),
             "![step](step.png)",
         ]
         text += "\n" + "\n\n".join(parts) + "\n"
-    (folder / "compare.md").write_text(text, encoding="utf-8")
+    (output_dir / "compare.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Measures:
+class DistributionMetrics:
     """How a law q stands to π and to π*.
 
     Attributes:
@@ -29,13 +29,13 @@ class Measures:
 
     reward: float
     kl_policy: float
-    kl: float
-    tv: float
-    objective: float
+    kl_optimum: float
+    tv_optimum: float
+    regularized_reward: float
 
 
 @dataclass(frozen=True)
-class Case:
+class EnumeratedCase:
     """One prompt with all its responses.
 
     Attributes:
@@ -54,90 +54,90 @@ class Case:
     def __post_init__(self) -> None:
         if not np.isfinite(self.rewards).all():
             raise ValueError(f"{(~np.isfinite(self.rewards)).sum()} responses have no finite reward")
-        if abs(self.policy.sum() - 1) > 1e-6:
-            raise ValueError(f"the responses' probabilities sum to {self.policy.sum():.6f}, not to 1")
+        if abs(self.policy_probs.sum() - 1) > 1e-6:
+            raise ValueError(f"the responses' probabilities sum to {self.policy_probs.sum():.6f}, not to 1")
 
     @cached_property
-    def policy(self) -> np.ndarray:
+    def policy_probs(self) -> np.ndarray:
         """[N] π."""
         return np.exp(self.logp)
 
     @cached_property
-    def log_z(self) -> float:
+    def log_partition(self) -> float:
         return float(np.logaddexp.reduce(self.logp + self.rewards / self.beta))
 
     @cached_property
     def optimum_logp(self) -> np.ndarray:
         """[N] log π*."""
-        return self.logp + self.rewards / self.beta - self.log_z
+        return self.logp + self.rewards / self.beta - self.log_partition
 
     @cached_property
-    def optimum(self) -> np.ndarray:
+    def optimum_probs(self) -> np.ndarray:
         """[N] π*."""
         return np.exp(self.optimum_logp)
 
-    def measures(self, law: np.ndarray) -> Measures:
+    def compute_metrics(self, probs: np.ndarray) -> DistributionMetrics:
         """Of a law q [N]."""
-        reward, moved = float(law @ self.rewards), divergence(law, self.logp)
-        return Measures(
+        reward, moved = float(probs @ self.rewards), compute_kl(probs, self.logp)
+        return DistributionMetrics(
             reward=reward,
             kl_policy=moved,
-            kl=divergence(law, self.optimum_logp),
-            tv=total_variation(law, self.optimum),
-            objective=reward - self.beta * moved,
+            kl_optimum=compute_kl(probs, self.optimum_logp),
+            tv_optimum=compute_total_variation(probs, self.optimum_probs),
+            regularized_reward=reward - self.beta * moved,
         )
 
-    def best_of(self, count: int) -> np.ndarray:
+    def compute_best_of_n_distribution(self, num_samples: int) -> np.ndarray:
         """[N] the law of the response of the highest reward among `count` draws, the first drawn among equals.
 
         With F(r) the chance that one draw has at most reward r: the best has exactly r with F(r)^N − F(<r)^N, and is
         then a draw of π among the responses of that reward.
         """
         levels, where = np.unique(self.rewards, return_inverse=True)
-        mass = np.bincount(where, weights=self.policy, minlength=len(levels))
+        mass = np.bincount(where, weights=self.policy_probs, minlength=len(levels))
         up_to = np.minimum(mass.cumsum(), 1.0)
         below = up_to - mass
-        chance = np.diff(up_to**count, prepend=0.0)
+        chance = np.diff(up_to**num_samples, prepend=0.0)
         small = (below > 0) & (mass < 1e-3 * below)  # where powers would cancel
-        chance[small] = below[small] ** count * np.expm1(count * np.log1p(mass[small] / below[small]))
+        chance[small] = below[small] ** num_samples * np.expm1(num_samples * np.log1p(mass[small] / below[small]))
         share = np.divide(chance, mass, out=np.zeros_like(mass), where=mass > 0)
-        law = self.policy * share[where]
+        law = self.policy_probs * share[where]
         return law / law.sum()
 
 
-def divergence(law: np.ndarray, logp: np.ndarray) -> float:
+def compute_kl(probs: np.ndarray, logp: np.ndarray) -> float:
     """KL(q‖p) of a law q [N] and log p [N]; infinite where q goes where p never does."""
-    there = law > 0
-    return float(law[there] @ (np.log(law[there]) - logp[there]))
+    there = probs > 0
+    return float(probs[there] @ (np.log(probs[there]) - logp[there]))
 
 
-def total_variation(law: np.ndarray, other: np.ndarray) -> float:
-    return float(np.abs(law - other).sum()) / 2
+def compute_total_variation(probs: np.ndarray, other_probs: np.ndarray) -> float:
+    return float(np.abs(probs - other_probs).sum()) / 2
 
 
-def mean_measures(cases: Sequence[Case], laws: Sequence[np.ndarray]) -> Measures:
+def compute_mean_metrics(cases: Sequence[EnumeratedCase], distributions: Sequence[np.ndarray]) -> DistributionMetrics:
     """Over prompts, of one law for each."""
-    found = [case.measures(law) for case, law in zip(cases, laws, strict=True)]
-    names = Measures.__dataclass_fields__
-    return Measures(**{name: float(np.mean([getattr(one, name) for one in found])) for name in names})
+    found = [case.compute_metrics(law) for case, law in zip(cases, distributions, strict=True)]
+    names = DistributionMetrics.__dataclass_fields__
+    return DistributionMetrics(**{name: float(np.mean([getattr(one, name) for one in found])) for name in names})
 
 
-def frontier_reward(cases: Sequence[Case], moved: float) -> float:
+def compute_frontier_reward(cases: Sequence[EnumeratedCase], kl_policy: float) -> float:
     """The largest mean reward within a mean KL(q‖π) of `moved`: that of π·exp(r/β') with one β' for all prompts."""
 
-    def at(log_beta: float) -> Measures:
-        tilted = [Case(case.logp, case.rewards, math.exp(log_beta)) for case in cases]
-        return mean_measures(tilted, [case.optimum for case in tilted])
+    def at(log_beta: float) -> DistributionMetrics:
+        tilted = [EnumeratedCase(case.logp, case.rewards, math.exp(log_beta)) for case in cases]
+        return compute_mean_metrics(tilted, [case.optimum_probs for case in tilted])
 
     low, high = -12.0, 12.0  # a smaller β moves further
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if at(middle).kl_policy > moved else (low, middle)
+        low, high = (middle, high) if at(middle).kl_policy > kl_policy else (low, middle)
     return at(high).reward
 
 
 @dataclass(frozen=True)
-class Floor:
+class NoiseFloor:
     """What as many independent draws of π* as a law was counted from measure, by chance alone.
 
     Attributes:
@@ -147,24 +147,26 @@ class Floor:
     kl: np.ndarray
     tv: np.ndarray
 
-    def p_value(self, kl: float) -> float:
+    def compute_p_value(self, kl: float) -> float:
         """One-sided Monte Carlo test that a counted law is one of π* (Davison and Hinkley 1997, 4.2.1)."""
         return (1 + int((self.kl >= kl).sum())) / (1 + len(self.kl))
 
 
-def noise_floor(cases: Sequence[Case], draws: int, *, resamples: int = 199, seed: int = 0) -> Floor:
+def estimate_noise_floor(
+    cases: Sequence[EnumeratedCase], draws: int, *, resamples: int = 199, seed: int = 0
+) -> NoiseFloor:
     """Counted laws are off by chance, and their KL is biased upwards: so far are `draws` draws of π* per prompt."""
     rng = np.random.default_rng(seed)
     kl, tv = np.zeros((2, resamples, len(cases)))
     for column, case in enumerate(cases):
-        optimum = case.optimum / case.optimum.sum()
+        optimum = case.optimum_probs / case.optimum_probs.sum()
         for row in range(resamples):
             law = rng.multinomial(draws, optimum) / draws
-            kl[row, column] = divergence(law, case.optimum_logp)
-            tv[row, column] = total_variation(law, case.optimum)
-    return Floor(kl.mean(1), tv.mean(1))
+            kl[row, column] = compute_kl(law, case.optimum_logp)
+            tv[row, column] = compute_total_variation(law, case.optimum_probs)
+    return NoiseFloor(kl.mean(1), tv.mean(1))
 
 
-def counted(counts: np.ndarray) -> np.ndarray:
+def compute_empirical_distribution(counts: np.ndarray) -> np.ndarray:
     """Counts [N] as a law."""
     return counts / counts.sum()

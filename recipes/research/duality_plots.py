@@ -8,73 +8,86 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from nabla_trl.report.canvas import GREY, STYLES, Labels, Style, engineering, page, panel, style
+from nabla_trl.report.canvas import (
+    GRAY,
+    METHOD_STYLES,
+    LabelPlacer,
+    MethodStyle,
+    add_axes,
+    create_figure,
+    format_si_axis,
+    get_style,
+)
 
-_LOOKS = {
-    "π": Style(GREY, "D"),
-    "best of N": STYLES["best_of"],
-    "metropolis + gradient": STYLES["nabla"],
-    "metropolis": STYLES["control"],
-    "greedy search + gradient": Style("#56B4E9", "v", (0, (1, 1.5))),
-    "greedy search": Style("#000000", "P", (0, (1, 1.5)), size=1.2),
-    "sft": Style("#009E73", "*", (0, (6, 1.5, 1, 1.5)), size=1.9),
-    "reward-weighted": Style("#0072B2", "P", (0, (6, 1.5)), size=1.35),
-    "dpo": Style("#CC79A7", "X", (0, (3, 1.5)), size=1.35),
-    "dpo, Bradley-Terry labels": Style("#CC79A7", "v", (0, (1, 1.5)), size=1.2),
-    "rloo": Style("#D55E00", "d", size=1.25),
-    "grpo": Style("#B07500", ">", (0, (4, 2)), size=1.2),
+_METHOD_STYLES = {
+    "π": MethodStyle(GRAY, "D"),
+    "best of N": METHOD_STYLES["best_of"],
+    "metropolis + gradient": METHOD_STYLES["nabla"],
+    "metropolis": METHOD_STYLES["control"],
+    "greedy search + gradient": MethodStyle("#56B4E9", "v", (0, (1, 1.5))),
+    "greedy search": MethodStyle("#000000", "P", (0, (1, 1.5)), marker_scale=1.2),
+    "sft": MethodStyle("#009E73", "*", (0, (6, 1.5, 1, 1.5)), marker_scale=1.9),
+    "reward-weighted": MethodStyle("#0072B2", "P", (0, (6, 1.5)), marker_scale=1.35),
+    "dpo": MethodStyle("#CC79A7", "X", (0, (3, 1.5)), marker_scale=1.35),
+    "dpo, Bradley-Terry labels": MethodStyle("#CC79A7", "v", (0, (1, 1.5)), marker_scale=1.2),
+    "rloo": MethodStyle("#D55E00", "d", marker_scale=1.25),
+    "grpo": MethodStyle("#B07500", ">", (0, (4, 2)), marker_scale=1.2),
 }
 
-Curves = Mapping[str, Sequence[tuple[float, float]]]
+MethodCurves = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def duality_figure(test_time: Curves, trained: Curves, noise: float | None, title: str, subject: str) -> Figure:
+def make_duality_figure(
+    test_time: MethodCurves, trained: MethodCurves, noise_kl: float | None, title: str, subject: str
+) -> Figure:
     """Curves of (FLOPs, KL(q‖π*)) by method: a panel of FLOPs per answer, and one of FLOPs of training if there are.
 
     Args:
         noise: what counted laws cannot be told from π* below; their points end on that line.
     """
-    figure = page(title, subject)
+    figure = create_figure(title, subject)
     heights = [kl for curves in (test_time, trained) for curve in curves.values() for _, kl in curve]
     panels = [(test_time, "FLOPs per answer"), (trained, "FLOPs of training")][: 2 if trained else 1]
     width = (0.87 - 0.06 * (len(panels) - 1)) / len(panels)
     for column, (curves, cost) in enumerate(panels):
-        axes = panel(figure, (0.1 + column * (width + 0.06), 0.11, width, 0.74))
+        axes = add_axes(figure, (0.1 + column * (width + 0.06), 0.11, width, 0.74))
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel(f"{cost} (log scale)")
         axes.set_ylabel("" if column else "KL(q‖π*) beyond noise, nats (log scale)")
         axes.tick_params(labelleft=not column)
         for method, curve in curves.items():
-            look = _look(method)
-            axes.plot(*zip(*curve, strict=True), color=look.colour, ls=look.line, lw=1.5, **look.look(5))
+            look = _get_style(method)
+            axes.plot(
+                *zip(*curve, strict=True), color=look.color, ls=look.line_style, lw=1.5, **look.get_marker_options(5)
+            )
         axes.set_ylim(min(heights) / 1.5, max(heights) * 1.6)
         axes.margins(x=0.3)
-        _decimal(axes.yaxis)
-        engineering(axes.xaxis, "")
-        labels = Labels(figure, axes)
+        _use_decimal_ticks(axes.yaxis)
+        format_si_axis(axes.xaxis, "")
+        labels = LabelPlacer(figure, axes)
         for curve in curves.values():
             labels.avoid_line(curve)
-        least = None if column else noise  # counted laws stand in the first panel alone
+        least = None if column else noise_kl  # counted laws stand in the first panel alone
         left, right = axes.get_xlim()
         if least is not None:
-            axes.axhline(least, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
+            axes.axhline(least, color=GRAY, lw=1, ls=(0, (2, 2)), zorder=1)
             labels.avoid_line([(left, least), (right, least)])
         for method, curve in curves.items():
             # The names are long for half a page.
-            labels.place(
-                method.replace("greedy search", "greedy"), *curve[-1], _look(method).colour, size=8, weight="bold"
+            labels.place_label(
+                method.replace("greedy search", "greedy"), *curve[-1], _get_style(method).color, size=8, weight="bold"
             )
         if least is not None:
-            labels.place("within noise of π*", left * (right / left) ** 0.15, least, GREY, size=7)
+            labels.place_label("within noise of π*", left * (right / left) ** 0.15, least, GRAY, size=7)
     return figure
 
 
-def _look(method: str) -> Style:
-    return _LOOKS.get(method) or style(method)
+def _get_style(method: str) -> MethodStyle:
+    return _METHOD_STYLES.get(method) or get_style(method)
 
 
-def _decimal(axis: Axis) -> None:
+def _use_decimal_ticks(axis: Axis) -> None:
     """Ticks at 1, 2 and 5 of a logarithmic axis, as decimal numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -12,7 +12,7 @@ from nabla_trl.traces.schema import Trace
 
 
 @dataclass(frozen=True)
-class Mixing:
+class MixingStatistics:
     """What C chains of R steps did.
 
     Attributes:
@@ -26,21 +26,21 @@ class Mixing:
         reward: mean over the second halves of the chains.
     """
 
-    chains: int
-    stuck: int
-    steps: int
-    accepted: float
-    autocorrelation: float | None
-    reliable: bool
-    effective: float
-    per_gflop: float
-    reward: float
+    num_chains: int
+    num_stuck_chains: int
+    num_rounds: int
+    acceptance_rate: float
+    autocorrelation_time: float | None
+    is_reliable: bool
+    effective_samples: float
+    effective_samples_per_gflop: float
+    mean_reward: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def measure(traces: Sequence[Trace]) -> Mixing:
+def measure_mixing(traces: Sequence[Trace]) -> MixingStatistics:
     """Read equally long chains from their traces (global proposals: one a round).
 
     Raises:
@@ -51,30 +51,30 @@ def measure(traces: Sequence[Trace]) -> Mixing:
         raise ValueError(
             "there are no chains to measure" if failed is None else f"{failed.problem_id}: {failed.error}"
         )
-    series = [rewards(trace) for trace in traces]
+    series = [collect_chain_rewards(trace) for trace in traces]
     lengths = {len(one) for one in series}
     if len(lengths) > 1 or lengths == {1}:
         raise ValueError(f"chains of {min(lengths) - 1} to {max(lengths) - 1} steps cannot be measured together")
     table = np.array(series)
     moved = np.array([any(revision.accepted for revision in trace.revisions) for trace in traces])
-    time = autocorrelation_time(table[moved]) if moved.any() else None
+    time = compute_autocorrelation_time(table[moved]) if moved.any() else None
     steps = table.shape[1] - 1
     effective = 0.0 if time is None else int(moved.sum()) * steps / time
     flops = sum(trace.cost.flops for trace in traces)
-    return Mixing(
-        chains=len(table),
-        stuck=int((~moved).sum()),
-        steps=steps,
-        accepted=float(np.mean([revision.accepted for trace in traces for revision in trace.revisions])),
-        autocorrelation=time,
-        reliable=time is not None and steps >= 50 * time,
-        effective=effective,
-        per_gflop=effective / (flops / 1e9),
-        reward=float(table[:, table.shape[1] // 2 :].mean()),
+    return MixingStatistics(
+        num_chains=len(table),
+        num_stuck_chains=int((~moved).sum()),
+        num_rounds=steps,
+        acceptance_rate=float(np.mean([revision.accepted for trace in traces for revision in trace.revisions])),
+        autocorrelation_time=time,
+        is_reliable=time is not None and steps >= 50 * time,
+        effective_samples=effective,
+        effective_samples_per_gflop=effective / (flops / 1e9),
+        mean_reward=float(table[:, table.shape[1] // 2 :].mean()),
     )
 
 
-def rewards(trace: Trace) -> list[float]:
+def collect_chain_rewards(trace: Trace) -> list[float]:
     """Reward of the state at the start and after each step."""
     values = [trace.reward_initial]
     for revision in trace.revisions:
@@ -82,13 +82,13 @@ def rewards(trace: Trace) -> list[float]:
     return values
 
 
-def autocorrelation_time(series: np.ndarray) -> float:
+def compute_autocorrelation_time(series_CR: np.ndarray) -> float:
     """τ = 1 + 2 Σ_k ρ_k of chains [C, R] of one quantity, ρ pooled over the chains about their own means.
 
     The sum ends where a pair ρ_2k + ρ_2k+1 turns negative (Geyer 1992, initial positive sequence); it begins after
     the first half, so that the way from the start does not count. A quantity that never changes has τ = 1.
     """
-    late = series[:, series.shape[1] // 2 :]
+    late = series_CR[:, series_CR.shape[1] // 2 :]
     centred = late - late.mean(axis=1, keepdims=True)
     length = centred.shape[1]
     size = 2 ** int(np.ceil(np.log2(2 * length)))

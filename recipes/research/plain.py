@@ -25,86 +25,106 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nabla_trl.gradient.objectives import Sample, Term
-from nabla_trl.gradient.score import ScoreTerm
-from nabla_trl.models.flops import Meter, ModelSize
-from nabla_trl.models.generation import generate, random_stream
+from nabla_trl.gradient.objectives import Objective, Sample
+from nabla_trl.gradient.score import ScoreObjective
+from nabla_trl.models.flops import FlopCounter, ModelSize
+from nabla_trl.models.generation import generate_continuations, make_rng
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import Draft, Job
+from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.proposals import policy_likelihood
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
 # Options that this search does not read, or knows one value of.
-LIKE_PAPER = (
+PAPER_OPTIONS = (
     *("solver", "proposals", "acceptance", "starts", "chains", "branches", "rounds", "flops", "restart", "patience"),
     *("gradient_norm", "resample_top_p"),
 )
-ONEHOT = "/one-hot"  # after a problem's id, the account of the products with embedding tables
+ONE_HOT_ACCOUNT = "/one-hot"  # after a problem's id, the account of the products with embedding tables
 
 # position, old token, new token, the new token and what follows it, accepted
-Move = tuple[int, int, int, tuple[int, ...], bool]
+Decision = tuple[int, int, int, tuple[int, ...], bool]
 
 
 @dataclass
 class PlainTrace:
     """What a plain search decided, and how often it computed a gradient."""
 
-    response: list[int]
+    response_ids: list[int]
     reward: float
-    moves: list[Move] = field(default_factory=list)
-    gradients: int = 0
+    decisions: list[Decision] = field(default_factory=list)
+    num_gradients: int = 0
 
 
-def moves(trace: Trace) -> list[Move]:
+def list_decisions(trace: Trace) -> list[Decision]:
     """The decisions of an engine's trace, as a plain search lists them."""
-    return [(one.position, one.old, one.new, one.suffix, one.accepted) for one in trace.revisions]
+    return [(one.position, one.old_token, one.new_token, one.suffix, one.accepted) for one in trace.revisions]
 
 
 @dataclass
-class PlainTerm:
+class PlainObjective:
     """A term read through one-hot rows over the policy's vocabulary."""
 
-    term: Term
+    objective: Objective
 
     @cached_property
-    def table(self) -> Tensor:
+    def embedding_table(self) -> Tensor:
         """[V, d] this model's embedding of every policy token; 0 for those it lacks."""
-        ids = self.term.mapping
-        return self.term.embed(ids.clamp(min=0)) * (ids >= 0)[:, None]
+        ids = self.objective.vocab_map
+        return self.objective.embed_ids(ids.clamp(min=0)) * (ids >= 0)[:, None]
 
     @cached_property
-    def product(self) -> ModelSize:
+    def one_hot_matmul_size(self) -> ModelSize:
         """The product of one-hot rows and the table, as if it were an output head."""
-        return ModelSize(f"{self.term.size.name}-onehot", 0, 0, 0, self.table.numel())
+        return ModelSize(f"{self.objective.model_size.name}-onehot", 0, 0, 0, self.embedding_table.numel())
 
-    def value(
-        self, sample: Sample, rows: Tensor, meter: Meter, *, direct: bool = True, postfix: bool = True
+    def compute_value(
+        self,
+        sample: Sample,
+        one_hot_TV: Tensor,
+        flop_counter: FlopCounter,
+        *,
+        likelihood_token_grad: bool = True,
+        likelihood_suffix_grad: bool = True,
     ) -> Tensor:
         """The term at one-hot rows [T, V]; one whole forward."""
-        encoded = self.term.encode(sample)
-        count, begin = len(encoded.response), len(encoded.prompt)
-        rows = rows[:count]
-        picked, fed = rows if direct else rows.detach(), rows if postfix else rows.detach()
-        before, after = (self._embed(ids, rows.device) for ids in (encoded.prompt, encoded.tail))
-        embeds = torch.cat((before, fed @ self.table, after))[None]
-        self._charge(sample, embeds.shape[1], count, rows.requires_grad, meter)
-        model = self.term.model
-        if isinstance(self.term, ScoreTerm):
+        encoded = self.objective.encode(sample)
+        count, begin = len(encoded.response_ids), len(encoded.prompt_ids)
+        one_hot_TV = one_hot_TV[:count]
+        picked, fed = (
+            one_hot_TV if likelihood_token_grad else one_hot_TV.detach(),
+            one_hot_TV if likelihood_suffix_grad else one_hot_TV.detach(),
+        )
+        before, after = (
+            self._embed_tokens(ids, one_hot_TV.device) for ids in (encoded.prompt_ids, encoded.turn_end_ids)
+        )
+        embeds = torch.cat((before, fed @ self.embedding_table, after))[None]
+        self._count_flops(sample, embeds.shape[1], count, one_hot_TV.requires_grad, flop_counter)
+        model = self.objective.model
+        if isinstance(self.objective, ScoreObjective):
             return model.score(model.base_model(inputs_embeds=embeds).last_hidden_state[0, -1]).squeeze(-1)
         logits = model(inputs_embeds=embeds).logits[0, begin - 1 : begin - 1 + count]
-        mapped = logits.log_softmax(-1)[:, self.term.mapping.clamp(min=0)]
+        mapped = logits.log_softmax(-1)[:, self.objective.vocab_map.clamp(min=0)]
         return (picked * mapped).sum()
 
-    def _embed(self, ids: list[int], device: torch.device) -> Tensor:
-        return self.term.embed(torch.tensor(ids, dtype=torch.long, device=device))
+    def _embed_tokens(self, ids: list[int], device: torch.device) -> Tensor:
+        return self.objective.embed_ids(torch.tensor(ids, dtype=torch.long, device=device))
 
-    def _charge(self, sample: Sample, length: int, count: int, back: bool, meter: Meter) -> None:
-        for kind in ("forward", "backward") if back else ("forward",):
-            meter.charge(sample.key, self.term.size, kind, 0, length)
-            meter.charge(sample.key + ONEHOT, self.product, kind, 0, 0, head=count)
+    def _count_flops(
+        self, sample: Sample, length: int, num_head_positions: int, with_backward: bool, flop_counter: FlopCounter
+    ) -> None:
+        for kind in ("forward", "backward") if with_backward else ("forward",):
+            flop_counter.add_flops(sample.cost_key, self.objective.model_size, kind, 0, length)
+            flop_counter.add_flops(
+                sample.cost_key + ONE_HOT_ACCOUNT,
+                self.one_hot_matmul_size,
+                kind,
+                0,
+                0,
+                num_head_positions=num_head_positions,
+            )
 
 
 class PlainSearch:
@@ -114,128 +134,167 @@ class PlainSearch:
         ValueError: another algorithm than the preset paper's.
     """
 
-    def __init__(self, policy: Policy, reward: Reward, config: ReasonerConfig, seed: int = 0):
-        paper = ReasonerConfig.preset("paper")
-        odd = [name for name in LIKE_PAPER if getattr(config, name) != getattr(paper, name)]
-        if odd or reward.caution is not None:
+    def __init__(self, policy: Policy, reward: Reward, config: SearchConfig, seed: int = 0):
+        paper = SearchConfig.from_preset("paper")
+        odd = [name for name in PAPER_OPTIONS if getattr(config, name) != getattr(paper, name)]
+        if odd or reward.uncertainty_penalty is not None:
             raise ValueError(
                 f"the plain way is written for the preset paper, not for other {', '.join(odd) or 'rewards'}"
             )
         self.policy, self.reward, self.config, self.seed = policy, reward, config, seed
-        self.meter = Meter()
-        self.likelihood = PlainTerm(policy_likelihood(policy))
-        self.terms = [PlainTerm(term) for term in reward.terms]
+        self.flop_counter = FlopCounter()
+        self.likelihood = PlainObjective(policy_likelihood(policy))
+        self.objectives = [PlainObjective(term) for term in reward.objectives]
 
     def solve(self, problem: Problem) -> PlainTrace:
         prompt = self.policy.encode(problem)
-        room = min(self.config.max_new_tokens, self.policy.context - len(prompt), self.reward.room(problem, prompt))
-        with self.meter.clock([problem.id]):
-            draft = self.draw(problem, prompt, room, 0)
-            trace = PlainTrace(draft.ids, self.score(Sample(problem, prompt, draft.ids)))
+        room = min(
+            self.config.max_new_tokens,
+            self.policy.context_length - len(prompt),
+            self.reward.compute_max_new_tokens(problem, prompt),
+        )
+        with self.flop_counter.measure_seconds([problem.id]):
+            draft = self.draw_continuation(problem, prompt, room, 0)
+            trace = PlainTrace(draft.ids, self.score_response(Sample(problem, prompt, draft.ids)))
             candidates, logp, position = draft.candidates, draft.logp, 0
-            stream = random_stream(self.seed, problem.id, "resample", 0)
-            while position < len(trace.response) and 1 + len(trace.moves) < self.config.rollouts:
+            stream = make_rng(self.seed, problem.id, "resample", 0)
+            while position < len(trace.response_ids) and 1 + len(trace.decisions) < self.config.max_rollouts:
                 at, position = position, position + 1
-                sample = Sample(problem, prompt, trace.response)
-                token = self.resample(sample, candidates, logp, at, stream, trace)
-                if token == trace.response[at]:
+                sample = Sample(problem, prompt, trace.response_ids)
+                token = self.resample_token(sample, candidates, logp, at, stream, trace)
+                if token == trace.response_ids[at]:
                     continue
-                response, tables = [*trace.response[:at], token], (candidates[: at + 1], logp[: at + 1])
+                response, tables = [*trace.response_ids[:at], token], (candidates[: at + 1], logp[: at + 1])
                 if token not in self.policy.stop_ids and len(response) < room:
-                    draft = self.draw(problem, prompt + response, room - len(response), 1 + len(trace.moves))
+                    draft = self.draw_continuation(
+                        problem, prompt + response, room - len(response), 1 + len(trace.decisions)
+                    )
                     tables = torch.cat((tables[0], draft.candidates)), torch.cat((tables[1], draft.logp))
                     response = response + draft.ids
-                proposed, standing = self.score(Sample(problem, prompt, response)), self.score(sample)
+                proposed, standing = (
+                    self.score_response(Sample(problem, prompt, response)),
+                    self.score_response(sample),
+                )
                 accepted = proposed > standing
-                trace.moves.append((at, trace.response[at], token, tuple(response[at:]), accepted))
+                trace.decisions.append((at, trace.response_ids[at], token, tuple(response[at:]), accepted))
                 if accepted:
-                    (candidates, logp), trace.response, trace.reward = tables, response, proposed
-                stream = random_stream(self.seed, problem.id, "resample", len(trace.moves))
+                    (candidates, logp), trace.response_ids, trace.reward = tables, response, proposed
+                stream = make_rng(self.seed, problem.id, "resample", len(trace.decisions))
         return trace
 
-    def flops(self, problem_id: str, onehot: bool = True) -> float:
+    def compute_flops(self, problem_id: str, include_one_hot: bool = True) -> float:
         """What a problem has cost, with or without the products of one-hot rows and embedding tables."""
-        return self.meter.cost(problem_id).flops + onehot * self.meter.cost(problem_id + ONEHOT).flops
+        return (
+            self.flop_counter.get_cost(problem_id).flops
+            + include_one_hot * self.flop_counter.get_cost(problem_id + ONE_HOT_ACCOUNT).flops
+        )
 
-    def draw(self, problem: Problem, prefix: list[int], limit: int, number: int) -> Draft:
+    def draw_continuation(
+        self, problem: Problem, prefix: list[int], max_new_tokens: int, draw_index: int
+    ) -> GenerationOutput:
         """A continuation; its prefix is run through the policy again."""
-        job = Job(problem.id, prefix, random_stream(self.seed, problem.id, "suffix", number), limit)
-        [draft] = generate(
-            self.policy, [job], self.config.sampling(), meter=self.meter, candidates=self.config.candidates
+        job = GenerationRequest(
+            problem.id, prefix, make_rng(self.seed, problem.id, "suffix", draw_index), max_new_tokens
+        )
+        [draft] = generate_continuations(
+            self.policy,
+            [job],
+            self.config.get_sampling(),
+            flop_counter=self.flop_counter,
+            top_k_candidates=self.config.top_k_candidates,
         )
         return draft
 
     @torch.no_grad()
-    def score(self, sample: Sample) -> float:
-        rows = self.one_hot(torch.tensor(sample.response))
-        return sum(term.term.weight * float(term.value(sample, rows, self.meter)) for term in self.terms)
+    def score_response(self, sample: Sample) -> float:
+        rows = self.make_one_hot(torch.tensor(sample.response_ids))
+        return sum(
+            term.objective.weight * float(term.compute_value(sample, rows, self.flop_counter))
+            for term in self.objectives
+        )
 
-    def resample(
-        self, sample: Sample, candidates: Tensor, logp: Tensor, at: int, stream: np.random.Generator, trace: PlainTrace
+    def resample_token(
+        self,
+        sample: Sample,
+        candidates: Tensor,
+        candidate_logp: Tensor,
+        position: int,
+        rng: np.random.Generator,
+        trace: PlainTrace,
     ) -> int:
         """The token drawn at a position after optimisation; the incumbent's own where the policy is confident."""
-        own, scan = sample.response[at], self.config.scan()
-        if float(logp[at].max().exp()) > scan.confidence:
+        own, scan = sample.response_ids[position], self.config.get_scan_config()
+        if float(candidate_logp[position].max().exp()) > scan.confidence:
             return own
-        logits = self.optimise(sample, candidates, logp, at, trace)[at]
-        table = candidates[at]
-        usable = self.reward.readable[table] & logp[at].isfinite()
+        logits = self.optimize_logits(sample, candidates, candidate_logp, position, trace)[position]
+        table = candidates[position]
+        usable = self.reward.in_vocabulary[table] & candidate_logp[position].isfinite()
         if self.config.candidate_min_p:
-            usable &= logp[at] >= logp[at].max() + float(np.log(self.config.candidate_min_p))
+            usable &= candidate_logp[position] >= candidate_logp[position].max() + float(
+                np.log(self.config.candidate_min_p)
+            )
         row = logits[table].masked_fill(~(usable | (table == own)), -torch.inf) / scan.resample_temperature
         mass = row.softmax(-1, dtype=torch.float64).cumsum(-1)
-        return int(table[int((mass <= stream.random() * mass[-1]).sum())])
+        return int(table[int((mass <= rng.random() * mass[-1]).sum())])
 
-    def optimise(self, sample: Sample, candidates: Tensor, logp: Tensor, at: int, trace: PlainTrace) -> Tensor:
+    def optimize_logits(
+        self, sample: Sample, candidates: Tensor, candidate_logp: Tensor, position: int, trace: PlainTrace
+    ) -> Tensor:
         """Adam on the T × V logits from a position on (`moving`): a hard forward, a backward through softmax(z/τ)."""
-        own, options = torch.tensor(sample.response), self.config.ste()
-        placeable = self.reward.readable[candidates] | (candidates == own[:, None])
-        start = torch.full((len(own), len(self.policy.forbidden)), -torch.inf)
-        start.scatter_(1, candidates, logp.masked_fill(~placeable, -torch.inf))
+        own, options = torch.tensor(sample.response_ids), self.config.get_ste_config()
+        placeable = self.reward.in_vocabulary[candidates] | (candidates == own[:, None])
+        start = torch.full((len(own), len(self.policy.forbidden_mask)), -torch.inf)
+        start.scatter_(1, candidates, candidate_logp.masked_fill(~placeable, -torch.inf))
         logits = start.clone().requires_grad_(True)
-        optimiser = torch.optim.Adam([logits], lr=options.lr)
+        optimiser = torch.optim.Adam([logits], lr=options.learning_rate)
         first, hard = start.argmax(-1), own
         left = torch.zeros(len(own), dtype=torch.bool)
-        slope = self.slope(sample, hard, trace)
+        slope = self.compute_gradient(sample, hard, trace)
         for step in range(options.steps):
             if step:
                 best = logits.detach().argmax(-1)
                 left |= best != first
                 now = torch.where(left, best, own)
                 if not torch.equal(now, hard):
-                    hard, slope = now, self.slope(sample, now, trace)
+                    hard, slope = now, self.compute_gradient(sample, now, trace)
             optimiser.zero_grad()
             (logits / options.tau).softmax(-1).backward(slope)
             assert logits.grad is not None
-            logits.grad[:at] = 0
-            if self.config.moving == "first":
-                logits.grad[at + 1 :] = 0
-            optimiser.param_groups[0]["lr"] = options.rate(step)
+            logits.grad[:position] = 0
+            if self.config.optimize_positions == "first":
+                logits.grad[position + 1 :] = 0
+            optimiser.param_groups[0]["lr"] = options.compute_learning_rate(step)
             optimiser.step()
         return logits.detach()
 
-    def slope(self, sample: Sample, hard: Tensor, trace: PlainTrace) -> Tensor:
+    def compute_gradient(self, sample: Sample, tokens_T: Tensor, trace: PlainTrace) -> Tensor:
         """[T, V] ∂L/∂Y of L = −λ·r − log π at hard tokens."""
-        trace.gradients += 1
-        rows = self.one_hot(hard).requires_grad_(True)
-        placed = Sample(sample.problem, sample.prompt, hard.tolist())
-        loss = -self.likelihood.value(
-            placed, rows, self.meter, direct=bool(self.config.direct), postfix=bool(self.config.postfix)
+        trace.num_gradients += 1
+        rows = self.make_one_hot(tokens_T).requires_grad_(True)
+        placed = Sample(sample.problem, sample.prompt_ids, tokens_T.tolist())
+        loss = -self.likelihood.compute_value(
+            placed,
+            rows,
+            self.flop_counter,
+            likelihood_token_grad=bool(self.config.likelihood_token_grad),
+            likelihood_suffix_grad=bool(self.config.likelihood_suffix_grad),
         )
-        for term in self.terms:
-            loss = loss - self.config.lam * term.term.weight * term.value(placed, rows, self.meter)
+        for term in self.objectives:
+            loss = loss - self.config.reward_weight * term.objective.weight * term.compute_value(
+                placed, rows, self.flop_counter
+            )
         return torch.autograd.grad(loss, rows)[0].float().cpu()
 
-    def one_hot(self, tokens: Tensor) -> Tensor:
-        rows = torch.nn.functional.one_hot(tokens, len(self.policy.forbidden))
+    def make_one_hot(self, tokens: Tensor) -> Tensor:
+        rows = torch.nn.functional.one_hot(tokens, len(self.policy.forbidden_mask))
         return rows.to(self.policy.device, self.policy.model.dtype)
 
 
-def same_decisions(trace: Trace, plain: PlainTrace) -> bool:
+def has_same_decisions(trace: Trace, plain: PlainTrace) -> bool:
     """Whether an engine's trace and a plain one took the same revisions and ended at the same response."""
-    return moves(trace) == plain.moves and trace.response_ids == plain.response
+    return list_decisions(trace) == plain.decisions and trace.response_ids == plain.response_ids
 
 
-def differing(traces: Sequence[Trace], plain: Sequence[PlainTrace]) -> list[str]:
+def list_differing_problems(traces: Sequence[Trace], plain: Sequence[PlainTrace]) -> list[str]:
     """Ids of the problems on which the two searches decided differently."""
-    return [one.problem_id for one, other in zip(traces, plain, strict=True) if not same_decisions(one, other)]
+    return [one.problem_id for one, other in zip(traces, plain, strict=True) if not has_same_decisions(one, other)]

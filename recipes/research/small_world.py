@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from enumeration import enumerate_tree, score_tree
+from enumeration import enumerate_responses, score_enumerated_responses
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -23,9 +23,9 @@ from nabla_trl.models.loading import load_policy
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.tasks.registry import load_problems
 
-END = "<|end|>"
+END_TOKEN = "<|end|>"
 # A turn is its words and the end; a response begins right after the prompt's end.
-TEMPLATE = "{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -38,69 +38,77 @@ class WorldArguments:
     """The size and the seed of a world that is made."""
 
     world_seed: int = _option(2, "seed of its weights and prompts")
-    symbols: int = _option(4, "tokens beside the one that ends")
-    prompts: int = _option(6, "prompts, pairs of symbols")
-    width: int = _option(64, "hidden size of both models, a multiple of 8")
-    layers: int = _option(2, "layers of both models")
-    weights: float = _option(0.25, "standard deviation of every weight")
-    spread: float = _option(1.0, "standard deviation of the reward under the policy, mean over prompts")
+    num_symbols: int = _option(4, "tokens beside the one that ends")
+    num_prompts: int = _option(6, "prompts, pairs of symbols")
+    hidden_size: int = _option(64, "hidden size of both models, a multiple of 8")
+    num_layers: int = _option(2, "layers of both models")
+    weight_std: float = _option(0.25, "standard deviation of every weight")
+    reward_std: float = _option(1.0, "standard deviation of the reward under the policy, mean over prompts")
 
     def __post_init__(self) -> None:
-        if not 2 <= self.symbols <= len(ALPHABET):
-            raise ValueError(f"symbols must be 2 to {len(ALPHABET)}, not {self.symbols}")
-        if not 1 <= self.prompts <= self.symbols**2:
-            raise ValueError(f"prompts must be 1 to {self.symbols**2}, the pairs of symbols, not {self.prompts}")
-        if self.width % 8 or self.width < 8 or self.layers < 1:
+        if not 2 <= self.num_symbols <= len(ALPHABET):
+            raise ValueError(f"symbols must be 2 to {len(ALPHABET)}, not {self.num_symbols}")
+        if not 1 <= self.num_prompts <= self.num_symbols**2:
+            raise ValueError(
+                f"prompts must be 1 to {self.num_symbols**2}, the pairs of symbols, not {self.num_prompts}"
+            )
+        if self.hidden_size % 8 or self.hidden_size < 8 or self.num_layers < 1:
             raise ValueError("width must be a multiple of 8 and layers at least 1")
-        if not (self.weights > 0 and self.spread > 0):
+        if not (self.weight_std > 0 and self.reward_std > 0):
             raise ValueError("weights and spread must be positive")
 
 
-def make_world(folder: Path, args: WorldArguments, length: int) -> None:
+def make_world(folder: Path, args: WorldArguments, max_new_tokens: int) -> None:
     """Write policy/, reward/ and problems.jsonl into `folder`, whole or not at all; responses have `length` tokens."""
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    _write_prompts(scratch / "problems.jsonl", args)
-    tokenizer = _tokenizer(args.symbols)
-    scorer = _model(LlamaForSequenceClassification, tokenizer, args, args.world_seed + 1, num_labels=1)
-    _save(_model(LlamaForCausalLM, tokenizer, args, args.world_seed), tokenizer, scratch / "policy")
-    _save(scorer, tokenizer, scratch / "reward")
+    _write_problems(scratch / "problems.jsonl", args)
+    tokenizer = _make_tokenizer(args.num_symbols)
+    scorer = _make_model(LlamaForSequenceClassification, tokenizer, args, args.world_seed + 1, num_labels=1)
+    _save_model(_make_model(LlamaForCausalLM, tokenizer, args, args.world_seed), tokenizer, scratch / "policy")
+    _save_model(scorer, tokenizer, scratch / "reward")
     with torch.no_grad():
-        scorer.score.weight *= args.spread / _spread(scratch, length)
-    _save(scorer, tokenizer, scratch / "reward")
+        scorer.score.weight *= args.reward_std / _measure_reward_std(scratch, max_new_tokens)
+    _save_model(scorer, tokenizer, scratch / "reward")
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
 
 
-def _write_prompts(file: Path, args: WorldArguments) -> None:
-    pairs = ["".join(pair) for pair in product(ALPHABET[: args.symbols], repeat=2)]
-    chosen = np.random.default_rng(args.world_seed).permutation(pairs)[: args.prompts]
+def _write_problems(file: Path, args: WorldArguments) -> None:
+    pairs = ["".join(pair) for pair in product(ALPHABET[: args.num_symbols], repeat=2)]
+    chosen = np.random.default_rng(args.world_seed).permutation(pairs)[: args.num_prompts]
     lines = [json.dumps({"id": f"prompt-{text}", "question": str(text)}) for text in sorted(chosen)]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _tokenizer(symbols: int) -> PreTrainedTokenizerFast:
+def _make_tokenizer(num_symbols: int) -> PreTrainedTokenizerFast:
     """One token per symbol, and one that ends, pads and stands for the unknown: there is none that is never drawn."""
-    vocabulary = {token: index for index, token in enumerate([END, *ALPHABET[:symbols]])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    vocabulary = {token: index for index, token in enumerate([END_TOKEN, *ALPHABET[:num_symbols]])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=END_TOKEN))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=END, pad_token=END, unk_token=END, chat_template=TEMPLATE
+        tokenizer_object=core,
+        eos_token=END_TOKEN,
+        pad_token=END_TOKEN,
+        unk_token=END_TOKEN,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
-def _model(kind: Any, tokenizer: PreTrainedTokenizerFast, args: WorldArguments, seed: int, **options: Any) -> Any:
+def _make_model(
+    model_class: Any, tokenizer: PreTrainedTokenizerFast, args: WorldArguments, seed: int, **options: Any
+) -> Any:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=args.width,
-        intermediate_size=2 * args.width,
-        num_hidden_layers=args.layers,
+        hidden_size=args.hidden_size,
+        intermediate_size=2 * args.hidden_size,
+        num_hidden_layers=args.num_layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=64,
-        initializer_range=args.weights,
+        initializer_range=args.weight_std,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -108,21 +116,21 @@ def _model(kind: Any, tokenizer: PreTrainedTokenizerFast, args: WorldArguments, 
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return kind(config).eval()
+        return model_class(config).eval()
 
 
-def _save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _save_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _spread(folder: Path, length: int) -> float:
+def _measure_reward_std(folder: Path, max_new_tokens: int) -> float:
     """Standard deviation of the reward under the policy, mean over prompts."""
     policy = load_policy(str(folder / "policy"), device="cpu")
     reward = load_reward(str(folder / "reward"), policy=policy, device="cpu")
     found = []
     for problem in load_problems(str(folder / "problems.jsonl")):
-        tree = enumerate_tree(policy, problem, length)
-        law, rewards = np.exp(tree.logp), score_tree(tree, policy, reward).rewards
+        tree = enumerate_responses(policy, problem, max_new_tokens)
+        law, rewards = np.exp(tree.logp), score_enumerated_responses(tree, policy, reward).rewards
         found.append(np.sqrt(law @ (rewards - law @ rewards) ** 2))
     return float(np.mean(found))

@@ -111,7 +111,7 @@ def train(
     rng: random.Random,
 ) -> None:
     """Train in place on `steps` fresh batches of train-split questions, each answered by work(question, rng)."""
-    questions = digit_chains.stream("train", rng)
+    questions = digit_chains.generate_questions("train", rng)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.98))
     # Up, flat, down: the long flat part teaches the last rare facts, the way down settles them.
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -164,7 +164,7 @@ def main() -> None:
     train(
         model,
         tokenizer,
-        digit_chains.styled_solution,
+        digit_chains.make_styled_solution,
         steps=CLEAN_STEPS,
         rate=CLEAN_RATE,
         rng=random.Random(f"clean/{options.seed}"),
@@ -174,7 +174,7 @@ def main() -> None:
     train(
         model,
         tokenizer,
-        digit_chains.noisy_solution,
+        digit_chains.make_noisy_solution,
         steps=POLICY_STEPS,
         rate=POLICY_RATE,
         rng=random.Random(f"policy/{options.seed}"),

@@ -46,7 +46,7 @@ def respond(
     responses: list[list[int]] = []
     for start in range(0, len(problems), BATCH):
         batch = tokenizer.apply_chat_template(
-            [problem.chat() for problem in problems[start : start + BATCH]],
+            [problem.build_messages() for problem in problems[start : start + BATCH]],
             add_generation_prompt=True,
             padding=True,
             return_dict=True,
@@ -69,7 +69,7 @@ def texts(tokenizer: PreTrainedTokenizerFast, responses: list[list[int]]) -> lis
 
 def accuracy(problems: list[Problem], written: list[str]) -> float:
     """Share of responses whose final answer is right."""
-    return sum(map(digit_chains.is_right, problems, written)) / len(problems)
+    return sum(map(digit_chains.is_correct, problems, written)) / len(problems)
 
 
 @torch.no_grad()
@@ -80,7 +80,9 @@ def log_likelihoods(
     responses: list[list[int]],
 ) -> torch.Tensor:
     """log p(response | prompt) of each row, in nats, summed over its tokens; shape (rows,)."""
-    prompts = [tokenizer.apply_chat_template(p.chat(), add_generation_prompt=True)["input_ids"] for p in problems]
+    prompts = [
+        tokenizer.apply_chat_template(p.build_messages(), add_generation_prompt=True)["input_ids"] for p in problems
+    ]
     totals = []
     for start in range(0, len(problems), BATCH):
         pairs = list(zip(prompts[start : start + BATCH], responses[start : start + BATCH], strict=True))
@@ -120,7 +122,7 @@ def first_errors(problems: list[Problem], written: list[str]) -> tuple[Counter[i
     steps: Counter[int] = Counter()
     places: Counter[str] = Counter()
     for problem, text in zip(problems, written, strict=True):
-        index = digit_chains.first_error(problem, text)
+        index = digit_chains.find_first_error(problem, text)
         if index is None:
             continue
         in_steps = index < 6 * int(problem.level or 0)
@@ -139,12 +141,12 @@ def measure(
 ) -> Facts:
     """Every figure of the card, on the first 300 test problems; deterministic for a seed."""
     torch.manual_seed(seed)
-    problems = digit_chains.make_problems("test", PROBLEMS)
+    problems = digit_chains.make_digit_chain_problems("test", PROBLEMS)
     many = [problem for problem in problems for _ in range(SAMPLES)]
     samples = respond(policy, tokenizer, many, greedy=False)
     written = texts(tokenizer, samples)
     rewards = log_likelihoods(clean, tokenizer, many, samples) - log_likelihoods(policy, tokenizer, many, samples)
-    right = torch.tensor([digit_chains.is_right(problem, text) for problem, text in zip(many, written, strict=True)])
+    right = torch.tensor([digit_chains.is_correct(problem, text) for problem, text in zip(many, written, strict=True)])
     steps, places = first_errors(many, written)
 
     def scored(model: PreTrainedModel, greedy: bool) -> float:
@@ -176,16 +178,16 @@ def hash_table(folder: Path) -> str:
 
 def write_card(folder: Path, facts: Facts, *, seed: int, parameters: int) -> None:
     """Write README.md into the folder and print its figures."""
-    low, high = digit_chains.GAP_PROBABILITIES
+    low, high = digit_chains.GAP_ERROR_PROBABILITIES
     figures = _figures(facts)
     print(figures)
     card = CARD.format(
         seed=seed,
         parameters=f"{parameters:,}",
-        gap=len(digit_chains.knowledge_gap()),
+        gap=len(digit_chains.get_knowledge_gap()),
         low=f"{low:.0%}",
         high=f"{high:.0%}",
-        share=digit_chains.TEST_SHARE,
+        share=digit_chains.TEST_MODULUS,
         figures=figures,
         hashes=hash_table(folder),
     )

@@ -13,22 +13,28 @@ import worlds
 from torch import Tensor
 
 from nabla_trl.audit.first_errors import (
-    Wrong,
-    best_ranks,
-    entropy_ranks,
-    find_wrong,
-    repairs,
-    right_above,
-    right_first,
+    WrongResponse,
+    find_predicted_corrections,
+    find_repairs,
+    find_repairs_at_error,
+    find_wrong_responses,
+    rank_errors_by_entropy,
+    rank_errors_by_swap,
 )
-from nabla_trl.audit.gradient import WORTH, GradientAudit, effect_of, gradient_audit, overall
-from nabla_trl.audit.swaps import Response, choose_swaps, draw_responses, measure
-from nabla_trl.gradient.objectives import Known, Memo, Sample
-from nabla_trl.models.flops import Meter
+from nabla_trl.audit.gradient import (
+    MIN_ADVANTAGE,
+    GradientAudit,
+    audit_gradient,
+    classify_effect,
+    conclude_gradient_audit,
+)
+from nabla_trl.audit.swaps import SampledResponse, choose_swaps, draw_responses, measure_swaps
+from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.loading import load_policy
-from nabla_trl.models.options import Point, Sampling
+from nabla_trl.models.options import GradientPoint, Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.reward_training.labels import TokenLabels
+from nabla_trl.reward_training.labels import TokenLabeler
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.registry import load_problems
@@ -54,37 +60,37 @@ class Toy(Reward):
     def room(self, problem: Any, prompt: list[int]) -> int:
         return len(self.table)
 
-    def prompt_memos(self, samples: Sequence[Sample], meter: Meter) -> list[list[Memo]]:
+    def prompt_memos(self, samples: Sequence[Sample], meter: FlopCounter) -> list[list[ScoreCache]]:
         return [[] for _ in samples]
 
     def score(
         self,
         samples: Sequence[Sample],
-        memos: Sequence[Sequence[Memo]],
+        memos: Sequence[Sequence[ScoreCache]],
         *,
-        meter: Meter,
+        meter: FlopCounter,
         shared: Sequence[int] | None = None,
         keep: bool = False,
-    ) -> tuple[list[float], list[list[Memo]]]:
-        values = [float(self.table[range(len(one.response)), one.response].sum()) for one in samples]
+    ) -> tuple[list[float], list[list[ScoreCache]]]:
+        values = [float(self.table[range(len(one.response_ids)), one.response_ids].sum()) for one in samples]
         return values, [[] for _ in samples]
 
     def slope(
         self,
         samples: Sequence[Sample],
-        prompts: Sequence[Sequence[Memo]],
-        scored: Sequence[Sequence[Memo]],
+        prompts: Sequence[Sequence[ScoreCache]],
+        scored: Sequence[Sequence[ScoreCache]],
         candidates: Sequence[Tensor],
         *,
-        meter: Meter,
-        point: Point,
+        meter: FlopCounter,
+        point: GradientPoint,
     ) -> list[Tensor]:
         told = self.told or (lambda sample, table: self.table[: len(table)].gather(1, table))
         return [told(sample, table) for sample, table in zip(samples, candidates, strict=True)]
 
 
 def toy(policy: Policy, slope: Slope | None = None, table: Tensor | None = None, **changes: Any) -> Toy:
-    rows = len(policy.forbidden)
+    rows = len(policy.forbidden_mask)
     random = torch.randn(64, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     readable = torch.ones(rows, dtype=torch.bool)
     toy = Toy("toy", "scalar", [], readable, policy.stop_ids, table=random if table is None else table, told=slope)
@@ -93,7 +99,7 @@ def toy(policy: Policy, slope: Slope | None = None, table: Tensor | None = None,
 
 def run(policy: Policy, reward: Reward, problems: Sequence[Any] | None = None, **changes: Any) -> GradientAudit:
     options = {"points": ["hard"], "sampling": PLAIN, "samples": 8, "swaps": 300, **changes}
-    return gradient_audit(problems or worlds.tiny_problems(), policy=policy, reward=reward, **options)
+    return audit_gradient(problems or worlds.tiny_problems(), policy=policy, reward=reward, **options)
 
 
 def noise() -> Slope:
@@ -108,18 +114,18 @@ def chains_policy() -> Policy:
 
 @pytest.fixture(scope="module")
 def chains() -> list[Any]:
-    return load_problems("chains", split="train", limit=24)
+    return load_problems("chains", split="train", max_problems=24)
 
 
 def planted(policy: Policy, sign: float = 1.0) -> Slope:
     """`sign` at right tokens of the first error, 0 elsewhere."""
-    labels = TokenLabels(policy)
+    labels = TokenLabeler(policy)
 
     def slope(sample: Sample, table: Tensor) -> Tensor:
-        at = labels.first_error(sample.problem, sample.response)
+        at = labels.find_first_error(sample.problem, sample.response_ids)
         gradient = torch.zeros(table.shape)
         if at is not None:
-            gradient[at] = sign * labels.right(sample.problem, sample.response, table)[at]
+            gradient[at] = sign * labels.label_candidates(sample.problem, sample.response_ids, table)[at]
         return gradient
 
     return slope
@@ -130,48 +136,53 @@ def planted(policy: Policy, sign: float = 1.0) -> Slope:
 
 def test_an_exact_gradient_predicts_every_swap(policy):
     found = run(policy, toy(policy))
-    point = found.points["hard"]
-    for one in (point.sign, point.sign_telling, point.correlation, point.correlation_telling):
+    point = found.gradient_points["hard"]
+    for one in (
+        point.sign_accuracy,
+        point.sign_accuracy_informative,
+        point.correlation,
+        point.correlation_informative,
+    ):
         assert (one.value, one.low, one.high) == pytest.approx((1, 1, 1), abs=1e-4)
-    assert (point.effect, found.best, found.swaps) == ("helps", "hard", 300)
-    assert 0 < found.telling <= 300
-    assert found.verdict.startswith("take the gradient at hard: it predicts the direction of 100% [100%, 100%]")
-    assert (found.no_labels, found.baseline) == ("the problems have no step labels", None)
+    assert (point.effect, found.best_gradient_at, found.swaps) == ("helps", "hard", 300)
+    assert 0 < found.informative_swaps <= 300
+    assert found.conclusion.startswith("take the gradient at hard: it predicts the direction of 100% [100%, 100%]")
+    assert (found.no_labels_reason, found.baseline) == ("the problems have no step labels", None)
 
 
 def test_a_gradient_of_the_wrong_sign_misleads(policy):
     reward = toy(policy)
     reward.told = lambda sample, table: -reward.table[: len(table)].gather(1, table)
     found = run(policy, reward)
-    point = found.points["hard"]
-    assert point.correlation.value == pytest.approx(-1) and point.sign.value == 0
-    assert (point.effect, found.best) == ("misleads", None)
-    assert "misleads at hard" in found.verdict and "solver none" in found.verdict
+    point = found.gradient_points["hard"]
+    assert point.correlation.value == pytest.approx(-1) and point.sign_accuracy.value == 0
+    assert (point.effect, found.best_gradient_at) == ("misleads", None)
+    assert "misleads at hard" in found.conclusion and "solver none" in found.conclusion
 
 
 def test_where_points_mislead_is_told_apart_from_where_they_add_nothing(policy):
-    one = run(policy, toy(policy)).points["hard"]
+    one = run(policy, toy(policy)).gradient_points["hard"]
     points = {name: replace(one, effect="misleads") for name in ("hard", "b")}
-    everywhere = overall(points, None)
+    everywhere = conclude_gradient_audit(points, None)
     assert "misleads at hard, b:" in everywhere and "elsewhere" not in everywhere
     points["b"] = replace(points["b"], effect="adds nothing")
-    assert "and adds nothing elsewhere" in overall(points, None)
+    assert "and adds nothing elsewhere" in conclude_gradient_audit(points, None)
     points = {name: replace(one, effect="adds nothing") for name, one in points.items()}
-    assert "misleads" not in overall(points, None)
+    assert "misleads" not in conclude_gradient_audit(points, None)
 
 
 def test_a_gradient_of_noise_adds_nothing(policy):
     found = run(policy, toy(policy, noise()))
-    point = found.points["hard"]
-    assert point.sign_telling.low < 0.5 < point.sign_telling.high
+    point = found.gradient_points["hard"]
+    assert point.sign_accuracy_informative.low < 0.5 < point.sign_accuracy_informative.high
     assert abs(point.correlation.value) < 0.2
-    assert (point.effect, found.best) == ("adds nothing", None)
-    assert "adds nothing here: use branches without gradient (solver none)" in found.verdict
+    assert (point.effect, found.best_gradient_at) == ("adds nothing", None)
+    assert "adds nothing here: use branches without gradient (solver none)" in found.conclusion
 
 
 def test_a_gradient_of_zero_is_no_better_than_chance(policy):
-    point = run(policy, toy(policy, lambda sample, table: torch.zeros(table.shape))).points["hard"]
-    assert (point.sign.value, point.correlation, point.effect) == (0.5, None, "adds nothing")
+    point = run(policy, toy(policy, lambda sample, table: torch.zeros(table.shape))).gradient_points["hard"]
+    assert (point.sign_accuracy.value, point.correlation, point.effect) == (0.5, None, "adds nothing")
 
 
 def test_the_better_point_is_advised(policy):
@@ -186,10 +197,12 @@ def test_the_better_point_is_advised(policy):
             table = exact if point.alphas[0] >= 0.5 else blurred
             return [table[: len(rows)].gather(1, rows) for rows in candidates]
 
-    two = TwoPoints("two", "scalar", [], reward.readable, reward.stop_ids, table=exact)
+    two = TwoPoints("two", "scalar", [], reward.in_vocabulary, reward.stop_ids, table=exact)
     found = run(policy, two, points=["hard", "mixture:0.5", "mixture:1"])
-    assert {name: one.effect for name, one in found.points.items()} == dict.fromkeys(found.points, "helps")
-    assert found.best == "mixture:0.5"
+    assert {name: one.effect for name, one in found.gradient_points.items()} == dict.fromkeys(
+        found.gradient_points, "helps"
+    )
+    assert found.best_gradient_at == "mixture:0.5"
 
 
 @pytest.mark.parametrize(("error", "best"), [(0.3, "direct"), (1.0, "hard")])
@@ -205,15 +218,18 @@ def test_a_dearer_point_must_be_worth_it(policy, error, best):
             return [table[: len(rows)].gather(1, rows) for rows in candidates]
 
     reward = toy(policy)
-    two = TwoPoints("two", "scalar", [], reward.readable, reward.stop_ids, table=exact)
+    two = TwoPoints("two", "scalar", [], reward.in_vocabulary, reward.stop_ids, table=exact)
     found = run(policy, two, points=["direct", "hard"], swaps=600)
-    direct, hard = found.points["direct"].sign_telling, found.points["hard"].sign_telling
-    assert hard.value == 1 > direct.high and found.points["direct"].effect == "helps"
-    assert (direct.high < 1 - WORTH) == (best == "hard")
-    assert found.best == best
+    direct, hard = (
+        found.gradient_points["direct"].sign_accuracy_informative,
+        found.gradient_points["hard"].sign_accuracy_informative,
+    )
+    assert hard.value == 1 > direct.high and found.gradient_points["direct"].effect == "helps"
+    assert (direct.high < 1 - MIN_ADVANTAGE) == (best == "hard")
+    assert found.best_gradient_at == best
 
 
-def responses_to(policy: Policy, reward: Reward, **changes: Any) -> list[Response]:
+def responses_to(policy: Policy, reward: Reward, **changes: Any) -> list[SampledResponse]:
     options = {"sampling": PLAIN, "candidates": 6, "min_p": 0.02, **changes}
     return draw_responses(worlds.tiny_problems(), 3, policy=policy, reward=reward, **options)
 
@@ -222,167 +238,190 @@ def test_true_changes_are_those_of_whole_responses(policy, reward):
     """Scored from the branch on, in batches, they are what two full scores differ by."""
     responses = responses_to(policy, reward)
     swaps = choose_swaps(responses, 40, np.random.default_rng(0))
-    points = {name: Point.parse(name, 0.02) for name in ("direct", "mixture:0.5")}
-    found = measure(responses, swaps, points, reward=reward, batch_size=5)
-    assert list(found.predicted) == list(points)
-    for swap, change in zip(swaps, found.changes, strict=True):
-        one = responses[swap.row]
-        ids = list(one.sample.response)
-        ids[swap.position] = int(one.known.candidates[swap.position, swap.column])
-        assert ids != one.sample.response
-        pair = [replace(one.sample, known=None), replace(one.sample, response=ids, known=None)]
-        before, after = reward.score(pair, reward.prompt_memos(pair, Meter()), meter=Meter())[0]
+    points = {name: GradientPoint.parse(name, 0.02) for name in ("direct", "mixture:0.5")}
+    found = measure_swaps(responses, swaps, points, reward=reward, batch_size=5)
+    assert list(found.predicted_changes) == list(points)
+    for swap, change in zip(swaps, found.reward_changes, strict=True):
+        one = responses[swap.response_index]
+        ids = list(one.sample.response_ids)
+        ids[swap.position] = int(one.draw_info.candidates[swap.position, swap.candidate_index])
+        assert ids != one.sample.response_ids
+        pair = [replace(one.sample, draw_info=None), replace(one.sample, response_ids=ids, draw_info=None)]
+        before, after = reward.score(pair, reward.prompt_memos(pair, FlopCounter()), meter=FlopCounter())[0]
         assert change == pytest.approx(after - before, abs=1e-4)
-        assert found.rewards[swap.row] == pytest.approx(before, abs=1e-4)
+        assert found.rewards[swap.response_index] == pytest.approx(before, abs=1e-4)
 
 
 def test_predicted_changes_are_differences_of_the_gradient(policy, reward):
     responses = responses_to(policy, reward)
     swaps = choose_swaps(responses, 5, np.random.default_rng(0))
-    points = {name: Point.parse(name) for name in ("hard", "direct", "direct+hard")}
-    found = measure(responses, swaps, points, reward=reward)
-    samples, tables = [one.sample for one in responses], [one.known.candidates for one in responses]
-    memos = [one.memos for one in responses]
-    whole = reward.gradient(samples, memos, tables, meter=Meter())
-    scored = reward.score([replace(one, known=None) for one in samples], memos, meter=Meter(), keep=True)[1]
-    direct = reward.direct_gradient(samples, scored, tables, meter=Meter())
+    points = {name: GradientPoint.parse(name) for name in ("hard", "direct", "direct+hard")}
+    found = measure_swaps(responses, swaps, points, reward=reward)
+    samples, tables = [one.sample for one in responses], [one.draw_info.candidates for one in responses]
+    memos = [one.prompt_caches for one in responses]
+    whole = reward.gradient(samples, memos, tables, meter=FlopCounter())
+    scored = reward.score([replace(one, draw_info=None) for one in samples], memos, meter=FlopCounter(), keep=True)[1]
+    direct = reward.direct_gradient(samples, scored, tables, meter=FlopCounter())
     both = whole  # of a log-ratio it has the direct part already
     if reward.kind == "scalar":
         both = [one + other for one, other in zip(whole, direct, strict=True)]
     for name, gradients in {"hard": whole, "direct": direct, "direct+hard": both}.items():
-        for one, gradient, predicted in zip(responses, gradients, found.predicted[name], strict=True):
-            own = torch.tensor(one.sample.response)[:, None] == one.known.candidates
+        for one, gradient, predicted in zip(responses, gradients, found.predicted_changes[name], strict=True):
+            own = torch.tensor(one.sample.response_ids)[:, None] == one.draw_info.candidates
             assert torch.allclose(predicted, gradient - gradient[own][:, None], atol=1e-4)
 
 
 def test_swaps_are_distinct_allowed_and_spread_over_responses(policy):
     responses = responses_to(policy, toy(policy), min_p=0.0)
     swaps = choose_swaps(responses, 24, np.random.default_rng(0))
-    assert len(set(swaps)) == len(swaps) == 24 and swaps == sorted(swaps, key=lambda swap: swap.row)
-    assert all(responses[swap.row].allowed[swap.position, swap.column] for swap in swaps)
-    counts = np.bincount([swap.row for swap in swaps], minlength=len(responses))
+    assert len(set(swaps)) == len(swaps) == 24 and swaps == sorted(swaps, key=lambda swap: swap.response_index)
+    assert all(responses[swap.response_index].allowed_swaps[swap.position, swap.candidate_index] for swap in swaps)
+    counts = np.bincount([swap.response_index for swap in swaps], minlength=len(responses))
     assert counts.max() <= 4  # twice 24 / 12
     assert swaps == choose_swaps(responses, 24, np.random.default_rng(0))
     assert swaps != choose_swaps(responses, 24, np.random.default_rng(1))
     every = choose_swaps(responses, 10**6, np.random.default_rng(0))
-    assert len(every) == sum(int(one.allowed.sum()) for one in responses)
+    assert len(every) == sum(int(one.allowed_swaps.sum()) for one in responses)
 
 
 def test_responses_do_not_depend_on_the_batch(policy, scalar_reward):
     one, other = (responses_to(policy, scalar_reward, batch_size=size) for size in (2, 64))
-    assert [a.sample.response for a in one] == [b.sample.response for b in other]
+    assert [a.sample.response_ids for a in one] == [b.sample.response_ids for b in other]
 
 
 # --- first errors -----------------------------------------------------------------------------------------
 
 
-def wrong_one(allowed: list[list[int]], position: int, right: list[int], logp: Tensor | None = None) -> Wrong:
+def wrong_one(allowed: list[list[int]], position: int, right: list[int], logp: Tensor | None = None) -> WrongResponse:
     """A made-up wrong response of two or three positions and as many candidates as told; the first is its own."""
     table = torch.tensor(allowed, dtype=torch.bool)
     logp = torch.zeros(table.shape) if logp is None else logp
-    known = Known(None, torch.zeros(table.shape, dtype=torch.long), logp)  # type: ignore[arg-type]
+    known = DrawInfo(None, torch.zeros(table.shape, dtype=torch.long), logp)  # type: ignore[arg-type]
     sample = Sample(worlds.tiny_problems()[0], [1], [0] * len(allowed))
-    return Wrong(0, Response(sample, known, 0, True, table, []), position, torch.tensor(right, dtype=torch.bool))
+    return WrongResponse(
+        0, SampledResponse(sample, known, 0, True, table, []), position, torch.tensor(right, dtype=torch.bool)
+    )
 
 
 def test_ranks_and_repairs_by_hand():
     one = wrong_one([[0, 1, 1], [0, 1, 0], [0, 0, 0]], 1, [0, 1, 0])
     table = torch.tensor([[9.0, 1.0, 2.0], [9.0, 3.0, 8.0], [9.0, 9.0, 9.0]])  # what is not allowed does not count
-    assert best_ranks([one], [table]).tolist() == [0] and repairs([one], [table]).tolist() == [True]
-    assert right_first([one], [table]).tolist() == right_above([one], [table]).tolist() == [True]
+    assert rank_errors_by_swap([one], [table]).tolist() == [0] and find_repairs([one], [table]).tolist() == [True]
+    assert (
+        find_repairs_at_error([one], [table]).tolist() == find_predicted_corrections([one], [table]).tolist() == [True]
+    )
     lower = torch.tensor([[0.0, 4.0, 0.0], [0.0, -3.0, 0.0], [0.0, 0.0, 0.0]])
-    assert best_ranks([one], [lower]).tolist() == [1] and repairs([one], [lower]).tolist() == [False]
-    assert right_first([one], [lower]).tolist() == [True] and right_above([one], [lower]).tolist() == [False]
+    assert rank_errors_by_swap([one], [lower]).tolist() == [1] and find_repairs([one], [lower]).tolist() == [False]
+    assert find_repairs_at_error([one], [lower]).tolist() == [True] and find_predicted_corrections(
+        [one], [lower]
+    ).tolist() == [False]
 
 
 def test_an_error_where_nothing_may_be_proposed_is_never_found():
     one = wrong_one([[0, 1], [0, 0]], 1, [0, 0])
-    assert not one.fixable
-    assert best_ranks([one], [torch.ones(2, 2)]).tolist() == [2]
-    assert right_first([one], [torch.ones(2, 2)]).tolist() == [False]
+    assert not one.is_repairable
+    assert rank_errors_by_swap([one], [torch.ones(2, 2)]).tolist() == [2]
+    assert find_repairs_at_error([one], [torch.ones(2, 2)]).tolist() == [False]
 
 
 def test_the_earlier_of_equal_positions_comes_first():
     allowed = [[0, 1], [0, 1], [0, 1]]
-    assert [best_ranks([wrong_one(allowed, at, [0, 1])], [torch.zeros(3, 2)])[0] for at in range(3)] == [0, 1, 2]
+    assert [rank_errors_by_swap([wrong_one(allowed, at, [0, 1])], [torch.zeros(3, 2)])[0] for at in range(3)] == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_entropy_ranks_the_least_certain_position_first():
     logp = torch.tensor([[0.5, 0.5, 0.0], [0.9, 0.1, 0.0], [0.4, 0.3, 0.3]]).log()
-    ranks = [entropy_ranks([wrong_one([[0, 1, 1]] * 3, at, [0, 1, 1], logp)])[0] for at in range(3)]
+    ranks = [rank_errors_by_entropy([wrong_one([[0, 1, 1]] * 3, at, [0, 1, 1], logp)])[0] for at in range(3)]
     assert ranks == [1, 2, 0]
 
 
 def test_a_gradient_that_points_at_the_first_error_finds_it(chains_policy, chains):
     reward = toy(chains_policy, planted(chains_policy))
     found = run(chains_policy, reward, chains, sampling=CHAINS, samples=4, lam=100.0)
-    finding = found.points["hard"].finding
-    assert found.fixable == found.wrong > 20  # else "repair" could not be 1
-    assert finding.first.value == finding.top3.value == finding.right_first.value == finding.repair.value == 1.0
-    assert found.points["hard"].right_above.value == 1.0
-    assert found.baseline.first.value < 0.9 and found.baseline.repair.value < 0.9
-    assert found.points["hard"].first_gain.value == pytest.approx(1 - found.baseline.first.value)
-    assert (found.points["hard"].effect, found.best) == ("helps", "hard")
-    assert f"first in 100% (entropy {found.baseline.first.value:.0%})" in found.verdict
+    finding = found.gradient_points["hard"].first_error_scores
+    assert found.repairable_responses == found.wrong_responses > 20  # else "repair" could not be 1
+    assert finding.top1.value == finding.top3.value == finding.repair_at_error.value == finding.repair.value == 1.0
+    assert found.gradient_points["hard"].correct_token_predicted.value == 1.0
+    assert found.baseline.top1.value < 0.9 and found.baseline.repair.value < 0.9
+    assert found.gradient_points["hard"].top1_gain.value == pytest.approx(1 - found.baseline.top1.value)
+    assert (found.gradient_points["hard"].effect, found.best_gradient_at) == ("helps", "hard")
+    assert f"first in 100% (entropy {found.baseline.top1.value:.0%})" in found.conclusion
 
 
 def test_a_gradient_against_the_repair_misleads(chains_policy, chains):
     reward = toy(chains_policy, planted(chains_policy, -1.0))
     found = run(chains_policy, reward, chains, sampling=CHAINS, samples=12, lam=100.0)
-    assert found.points["hard"].finding.repair.value == found.points["hard"].right_above.value == 0
-    assert (found.points["hard"].effect, found.best) == ("misleads", None)
+    assert (
+        found.gradient_points["hard"].first_error_scores.repair.value
+        == found.gradient_points["hard"].correct_token_predicted.value
+        == 0
+    )
+    assert (found.gradient_points["hard"].effect, found.best_gradient_at) == ("misleads", None)
 
 
 def test_noise_finds_first_errors_by_chance_alone(chains_policy, chains):
     found = run(chains_policy, toy(chains_policy, noise()), chains, sampling=CHAINS, samples=4)
     responses = draw_responses(
-        chains, 4, policy=chains_policy, reward=toy(chains_policy), sampling=CHAINS, candidates=16, min_p=0.02
+        chains,
+        4,
+        policy=chains_policy,
+        reward=toy(chains_policy),
+        sampling=CHAINS,
+        top_k_candidates=16,
+        candidate_min_p=0.02,
     )
-    wrong, _ = find_wrong(chains, responses, chains_policy)
-    assert len(wrong) == found.wrong
+    wrong, _ = find_wrong_responses(chains, responses, chains_policy)
+    assert len(wrong) == found.wrong_responses
     # Random scores rank a position as often first as it has candidates to draw from.
     chance = np.mean(
-        [int(one.response.allowed[one.position].sum()) / int(one.response.allowed.sum()) for one in wrong]
+        [
+            int(one.response.allowed_swaps[one.error_position].sum()) / int(one.response.allowed_swaps.sum())
+            for one in wrong
+        ]
     )
-    first = found.points["hard"].finding.first
+    first = found.gradient_points["hard"].first_error_scores.top1
     assert first.low <= chance <= first.high
-    assert found.points["hard"].effect != "helps"
+    assert found.gradient_points["hard"].effect != "helps"
 
 
 def test_wrong_responses_are_finished_and_wrong(chains_policy, chains):
     reward = toy(chains_policy)
     responses = draw_responses(
-        chains, 4, policy=chains_policy, reward=reward, sampling=CHAINS, candidates=16, min_p=0.02
+        chains, 4, policy=chains_policy, reward=reward, sampling=CHAINS, top_k_candidates=16, candidate_min_p=0.02
     )
-    wrong, reason = find_wrong(chains, responses, chains_policy)
-    assert reason is None and {one.row for one in wrong} < set(range(len(responses)))
+    wrong, reason = find_wrong_responses(chains, responses, chains_policy)
+    assert reason is None and {one.response_index for one in wrong} < set(range(len(responses)))
     for one in wrong:
-        text = chains_policy.decode(one.response.sample.response)
+        text = chains_policy.decode(one.response.sample.response_ids)
         assert one.response.finished and not text.endswith(f"#{one.response.sample.problem.answer}")
-        right = TokenLabels(chains_policy).right(
-            one.response.sample.problem, one.response.sample.response, one.response.known.candidates
+        right = TokenLabeler(chains_policy).label_candidates(
+            one.response.sample.problem, one.response.sample.response_ids, one.response.draw_info.candidates
         )
-        own = one.response.choice()
-        assert not right[one.position, own[one.position]]
-        assert all(right[at, own[at]] for at in range(one.position))
-        assert not one.right[own[one.position]]
+        own = one.response.find_token_columns()
+        assert not right[one.error_position, own[one.error_position]]
+        assert all(right[at, own[at]] for at in range(one.error_position))
+        assert not one.correct_candidates[own[one.error_position]]
 
 
 def test_the_direct_gradient_of_a_log_ratio_helps(chains_policy, chains):
     reward = load_reward("logratio:data/tiny/clean", policy=chains_policy)
     found = run(chains_policy, reward, chains, sampling=CHAINS, samples=4, points=["direct", "hard"])
-    assert list(found.points) == ["direct", "hard"]
-    point = found.points["direct"]
-    assert point.sign_telling.low > 0.8 and point.repair_gain.low > 0
-    assert found.best == "direct" and found.verdict.startswith("take the direct gradient: ")
-    assert found.to_dict()["points"]["direct"]["sign"] == point.sign.entry()
+    assert list(found.gradient_points) == ["direct", "hard"]
+    point = found.gradient_points["direct"]
+    assert point.sign_accuracy_informative.low > 0.8 and point.repair_gain.low > 0
+    assert found.best_gradient_at == "direct" and found.conclusion.startswith("take the direct gradient: ")
+    assert found.to_dict()["points"]["direct"]["sign"] == point.sign_accuracy.to_dict()
 
 
 def test_without_wrong_responses_the_reason_is_named(chains_policy, chains):
     found = run(chains_policy, toy(chains_policy), chains, sampling=Sampling(max_new_tokens=12), samples=2)
-    assert found.no_labels == "none of 48 responses is finished and wrong"
-    assert found.baseline is None and found.points["hard"].finding is None
-    assert found.best == "hard"  # by swaps alone
+    assert found.no_labels_reason == "none of 48 responses is finished and wrong"
+    assert found.baseline is None and found.gradient_points["hard"].first_error_scores is None
+    assert found.best_gradient_at == "hard"  # by swaps alone
 
 
 # --- verdicts and refusals --------------------------------------------------------------------------------
@@ -406,7 +445,7 @@ LOW, MID, HIGH = Interval(-0.3, -0.4, -0.1), Interval(0.0, -0.1, 0.1), Interval(
     ],
 )
 def test_the_rules_of_the_verdict(sign, first, repair, effect):
-    assert effect_of(sign, first, repair) == effect
+    assert classify_effect(sign, first, repair) == effect
 
 
 @pytest.mark.parametrize(

@@ -9,23 +9,29 @@ import numpy as np
 import pytest
 import worlds
 
-from nabla_trl.audit.curves import turning
-from nabla_trl.audit.overoptimization import SearchCurve, incumbents_at, pressure, round_grid, search_curve
-from nabla_trl.audit.ranking import audit_arrays
+from nabla_trl.audit.curves import find_overoptimization
+from nabla_trl.audit.overoptimization import (
+    SearchCurve,
+    audit_overoptimization,
+    compute_search_curve,
+    make_round_grid,
+    select_incumbents,
+)
+from nabla_trl.audit.ranking import compute_ranking_audit
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.loading import load_reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import load_problems
 from nabla_trl.traces.schema import Revision, Trace
 
 RNG = np.random.default_rng(0)
 END = worlds.TOKENS.index(worlds.END)
-BEST_OF_N = audit_arrays(RNG.random((9, 4)), np.eye(9, 4, dtype=bool), np.ones((9, 4)))
+BEST_OF_N = compute_ranking_audit(RNG.random((9, 4)), np.eye(9, 4, dtype=bool), np.ones((9, 4)))
 
 
 @pytest.fixture
@@ -62,7 +68,7 @@ def trace(*answers: tuple[int, str], gold: str = "3", error: str | None = None) 
         correct=None,
         revisions=revisions,
         cost=Cost(),
-        stop="rounds",
+        stop_reason="rounds",
         finished=True,
         meta={},
         error=error,
@@ -77,7 +83,7 @@ def curve_of(rows: Sequence[Sequence[Trace]], policy: Policy, checker: AnswerChe
     for row in rows:
         for one in row:
             one.validate()
-    return search_curve(rows, policy, checker, rounds)
+    return compute_search_curve(rows, policy, checker, rounds)
 
 
 # --- the rule -------------------------------------------------------------------------------------------
@@ -102,41 +108,46 @@ def scores(*means: float, count: int = 200) -> dict[int, np.ndarray]:
     ],
 )
 def test_where_a_curve_turns(means, peak, trusted, turns):
-    found = turning(scores(*means))
-    assert (found.peak, found.trusted, found.turns) == (peak, trusted, turns)
-    assert found.fall.value == pytest.approx(means[-1] - max(means))
+    found = find_overoptimization(scores(*means))
+    assert (found.peak_budget, found.validated_budget, found.has_overoptimization) == (peak, trusted, turns)
+    assert found.drop_from_peak.value == pytest.approx(means[-1] - max(means))
 
 
 def test_what_chance_may_do_is_neither_a_gain_nor_a_fall():
     """The same shares on few problems, won and lost by different ones, prove nothing."""
     base = np.r_[np.ones(5), np.zeros(5)]
-    found = turning({0: base, 1: base[::-1] + np.r_[np.zeros(4), 1, np.zeros(5)], 2: base})
-    assert (found.peak, found.helps, found.turns, found.trusted) == (1, False, False, 0)
+    found = find_overoptimization({0: base, 1: base[::-1] + np.r_[np.zeros(4), 1, np.zeros(5)], 2: base})
+    assert (found.peak_budget, found.is_helpful, found.has_overoptimization, found.validated_budget) == (
+        1,
+        False,
+        False,
+        0,
+    )
 
 
 def test_a_gain_that_is_lost_again_by_some_problems_is_trusted_up_to_there():
     gained = np.r_[np.ones(40), np.zeros(60)]
-    found = turning({0: np.zeros(100), 1: gained, 2: np.r_[np.zeros(2), gained[2:]], 4: np.zeros(100)})
-    assert found.turns and found.trusted == 2  # two of a hundred may be chance
+    found = find_overoptimization({0: np.zeros(100), 1: gained, 2: np.r_[np.zeros(2), gained[2:]], 4: np.zeros(100)})
+    assert found.has_overoptimization and found.validated_budget == 2  # two of a hundred may be chance
 
 
 def test_a_curve_needs_budgets():
-    worlds.refused(lambda: turning({}), "at least one budget")
+    worlds.refused(lambda: find_overoptimization({}), "at least one budget")
 
 
 # --- searches made by hand --------------------------------------------------------------------------------
 
 
 def test_budgets_double_and_end_with_all_rounds():
-    assert [round_grid(rounds) for rounds in (1, 4, 6)] == [[0, 1], [0, 1, 2, 4], [0, 1, 2, 4, 6]]
+    assert [make_round_grid(rounds) for rounds in (1, 4, 6)] == [[0, 1], [0, 1, 2, 4], [0, 1, 2, 4, 6]]
 
 
 def test_incumbents_after_each_number_of_rounds():
     one = trace((0, "1"), (1, "3"), (5, "2"))
     one.validate()
-    answers = [worlds.TOKENS[ids[1]] for ids, _ in incumbents_at(one, [0, 1, 2, 4, 5, 16])]
+    answers = [worlds.TOKENS[ids[1]] for ids, _ in select_incumbents(one, [0, 1, 2, 4, 5, 16])]
     assert answers == ["1", "3", "3", "3", "2", "2"]
-    assert [value for _, value in incumbents_at(one, [0, 1, 5])] == [0.0, 1.0, 2.0]
+    assert [value for _, value in select_incumbents(one, [0, 1, 5])] == [0.0, 1.0, 2.0]
 
 
 def test_a_search_that_goes_too_far_turns(policy, checker):
@@ -144,33 +155,35 @@ def test_a_search_that_goes_too_far_turns(policy, checker):
     found = curve_of(rows, policy, checker, 8)
     assert {rounds: one.value for rounds, one in found.accuracy.items()} == {0: 0, 1: 0.75, 2: 0.75, 4: 0.75, 8: 0}
     assert found.reward == {0: 0.0, 1: 0.75, 2: 0.75, 4: 0.75, 8: 1.5}
-    assert found.turn.turns and found.turn.trusted == 4
-    assert "falls from 0.750 at 1 rounds to 0.000 at 8 while the reward goes from 0.750 to 1.500" in found.verdict
-    assert found.verdict.endswith("may be trusted up to 4 rounds")
+    assert found.overoptimization.has_overoptimization and found.overoptimization.validated_budget == 4
+    assert "falls from 0.750 at 1 rounds to 0.000 at 8 while the reward goes from 0.750 to 1.500" in found.conclusion
+    assert found.conclusion.endswith("may be trusted up to 4 rounds")
 
 
 def test_a_search_that_helps_does_not_turn(policy, checker):
     rows = [[trace((0, "1"), (number % 7 + 1, "3"))] for number in range(28)]
     found = curve_of(rows, policy, checker, 8)
-    assert found.accuracy[4].value == pytest.approx(4 / 7) and found.turn.trusted == 8
-    assert found.verdict == "accuracy rises from 0.000 to 1.000 at 8 rounds and does not turn up to 8"
+    assert found.accuracy[4].value == pytest.approx(4 / 7) and found.overoptimization.validated_budget == 8
+    assert found.conclusion == "accuracy rises from 0.000 to 1.000 at 8 rounds and does not turn up to 8"
 
 
 def test_a_search_that_changes_nothing_is_not_trusted(policy, checker):
     found = curve_of([[trace((0, "1"), (1, "2"))] for _ in range(9)], policy, checker, 2)
-    assert found.turn.trusted == 0 and "does not rise measurably: 0.000 at first" in found.verdict
+    assert (
+        found.overoptimization.validated_budget == 0 and "does not rise measurably: 0.000 at first" in found.conclusion
+    )
 
 
 def test_seeds_are_averaged_and_errors_are_wrong_and_have_no_reward(policy, checker):
     rows = [[trace((0, "3")), trace((0, "1"))], [trace((0, "3"), (1, "3"), error="NaN"), trace((0, "3"), (1, "3"))]]
     found = curve_of(rows, policy, checker, 1)
-    assert found.accuracy[0].value == 0.5 and found.accuracy[0].seeds == 2
+    assert found.accuracy[0].value == 0.5 and found.accuracy[0].num_seeds == 2
     assert found.reward == {0: 0.0, 1: 0.5}  # one problem's mean is 0, the other's 1
 
 
 def test_searches_that_all_failed_are_refused(policy, checker):
     rows = [[trace((0, "3"), error="the reward gave nan")]]
-    worlds.refused(lambda: search_curve(rows, policy, checker, 1), "every search", "gave nan")
+    worlds.refused(lambda: compute_search_curve(rows, policy, checker, 1), "every search", "gave nan")
 
 
 # --- searches that ran --------------------------------------------------------------------------------------
@@ -179,16 +192,16 @@ def test_searches_that_all_failed_are_refused(policy, checker):
 def test_a_real_search_is_read_as_it_went(checker):
     policy = load_policy("data/tiny/policy")
     reward = load_reward("logratio:data/tiny/clean", policy=policy)
-    problems = load_problems("chains", split="train", limit=12)
-    config = ReasonerConfig(
-        rounds=3, patience=1, rollouts=2, flops=1.0, max_new_tokens=48, sample_min_p=0.02, candidate_min_p=0.02
+    problems = load_problems("chains", split="train", max_problems=12)
+    config = SearchConfig(
+        max_rounds=3, patience=1, max_rollouts=2, max_flops=1.0, max_new_tokens=48, min_p=0.02, candidate_min_p=0.02
     )
-    found = pressure(
-        problems, policy=policy, reward=reward, config=config, checker=checker, best_of_n=BEST_OF_N, seeds=(0, 1)
+    found = audit_overoptimization(
+        problems, policy=policy, reward=reward, config=config, checker=checker, ranking_audit=BEST_OF_N, seeds=(0, 1)
     )
-    free = replace(config, patience=0, rollouts=0, flops=0.0)
-    for name, one in {"nabla": free, "control": free.control()}.items():
-        runs = [solve(problems, policy=policy, reward=reward, config=one, seed=seed) for seed in (0, 1)]
+    free = replace(config, patience=0, max_rollouts=0, flops=0.0)
+    for name, one in {"nabla": free, "control": free.with_no_gradient()}.items():
+        runs = [run_search(problems, policy=policy, reward=reward, config=one, seed=seed) for seed in (0, 1)]
         traces = [trace for run in runs for trace in run]
         right = [trace.answer == trace.gold for trace in traces]
         curve = found.curves[name]
@@ -198,34 +211,34 @@ def test_a_real_search_is_read_as_it_went(checker):
         assert curve.reward[0] == pytest.approx(np.mean([trace.reward_initial for trace in traces]))
         assert sorted(curve.reward.values()) == list(curve.reward.values())
     assert found.curves["nabla"].accuracy[0] == found.curves["control"].accuracy[0]
-    assert found.trust.rounds == found.curves["nabla"].turn.trusted
-    assert found.trust.samples == BEST_OF_N.trusted_samples
-    assert found.to_dict()["trust"] == found.trust.to_dict()
+    assert found.validated_limits.max_rounds == found.curves["nabla"].overoptimization.validated_budget
+    assert found.validated_limits.max_samples == BEST_OF_N.validated_samples
+    assert found.to_dict()["trust"] == found.validated_limits.to_dict()
 
 
 def test_without_a_gradient_there_is_one_curve(policy, scalar_reward, checker):
     problems = [Problem(f"q{n}", f"{n}+1", answer=str(n)) for n in range(3)]
-    config = ReasonerConfig(solver="none", rounds=1, max_new_tokens=6)
-    found = pressure(
-        problems, policy=policy, reward=scalar_reward, config=config, checker=checker, best_of_n=BEST_OF_N
+    config = SearchConfig(solver="none", max_rounds=1, max_new_tokens=6)
+    found = audit_overoptimization(
+        problems, policy=policy, reward=scalar_reward, config=config, checker=checker, ranking_audit=BEST_OF_N
     )
-    assert list(found.curves) == ["control"] and found.verdict == found.curves["control"].verdict
+    assert list(found.curves) == ["control"] and found.conclusion == found.curves["control"].conclusion
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"config": ReasonerConfig(rounds=0, patience=3)}, ["limit of rounds"]),
+        ({"config": SearchConfig(max_rounds=0, patience=3)}, ["limit of rounds"]),
         ({"seeds": ()}, ["at least one seed"]),
         ({"problems": worlds.tiny_problems()}, ["gold answer"]),
     ],
 )
 def test_what_cannot_be_audited_is_said(policy, scalar_reward, checker, changes, words):
-    options = {"config": ReasonerConfig(rounds=1), "problems": [Problem("q", "1+1", answer="2")], **changes}
+    options = {"config": SearchConfig(max_rounds=1), "problems": [Problem("q", "1+1", answer="2")], **changes}
     problems = options.pop("problems")
     worlds.refused(
-        lambda: pressure(
-            problems, policy=policy, reward=scalar_reward, checker=checker, best_of_n=BEST_OF_N, **options
+        lambda: audit_overoptimization(
+            problems, policy=policy, reward=scalar_reward, checker=checker, ranking_audit=BEST_OF_N, **options
         ),
         *words,
     )
@@ -234,6 +247,6 @@ def test_what_cannot_be_audited_is_said(policy, scalar_reward, checker, changes,
 def test_a_handful_of_problems_earns_no_trust() -> None:
     """One problem, or two alike, have an interval without width; a sign-flip test is not taken in."""
     for count, helps in ((1, False), (2, False), (20, True)):
-        turn = turning({1: np.zeros(count), 2: np.ones(count)})
-        assert (turn.helps, turn.trusted) == (helps, 2 if helps else 1)
-        assert turning({1: np.ones(count), 2: np.zeros(count)}).trusted == 1
+        turn = find_overoptimization({1: np.zeros(count), 2: np.ones(count)})
+        assert (turn.is_helpful, turn.validated_budget) == (helps, 2 if helps else 1)
+        assert find_overoptimization({1: np.ones(count), 2: np.zeros(count)}).validated_budget == 1

@@ -7,7 +7,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from nabla_trl.audit.ranking import audit, audit_arrays, best_of_n_values, within_auc, within_correlation
+from nabla_trl.audit.ranking import (
+    audit_ranking,
+    compute_best_of_n_values,
+    compute_ranking_audit,
+    compute_within_problem_auc,
+    compute_within_problem_correlation,
+)
 from nabla_trl.baselines.sampling import draw_pool
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.options import Sampling
@@ -23,9 +29,9 @@ def test_best_of_n_equals_the_mean_over_all_subsets():
             picks = [list(subset) for subset in combinations(range(6), n)]
             expected.append(np.mean([_best(row[pick], value[pick]) for pick in picks]))
         if n == 1 or n == 6:
-            assert best_of_n_values(rewards, values, n) == pytest.approx(expected)
+            assert compute_best_of_n_values(rewards, values, n) == pytest.approx(expected)
         # With ties the best of a subset is shared over the tied values of the whole row: equal on average.
-        assert best_of_n_values(rewards, rewards, n) == pytest.approx(
+        assert compute_best_of_n_values(rewards, rewards, n) == pytest.approx(
             [np.mean([row[list(s)].max() for s in combinations(range(6), n)]) for row in rewards]
         )
 
@@ -36,19 +42,19 @@ def _best(row, value):
 
 def test_a_perfect_reward():
     right = RNG.random((50, 16)) < 0.4
-    found = audit_arrays(right + 0.01 * RNG.random(right.shape), right, np.full(right.shape, 9.0))
+    found = compute_ranking_audit(right + 0.01 * RNG.random(right.shape), right, np.full(right.shape, 9.0))
     assert found.auc == 1.0
     assert found.correlation > 0.99
-    assert found.best_of_n[16]["value"] == right.any(1).mean()
-    assert found.best_of_n[1]["value"] == pytest.approx(right.mean())
-    assert "without turning" in found.verdict
+    assert found.best_of_n_accuracy[16]["value"] == right.any(1).mean()
+    assert found.best_of_n_accuracy[1]["value"] == pytest.approx(right.mean())
+    assert "without turning" in found.conclusion
 
 
 def test_a_random_reward_is_called_out():
     right = RNG.random((200, 16)) < 0.4
-    found = audit_arrays(RNG.random(right.shape), right, RNG.random(right.shape))
+    found = compute_ranking_audit(RNG.random(right.shape), right, RNG.random(right.shape))
     assert found.auc == pytest.approx(0.5, abs=0.05)
-    assert "do not search" in found.verdict
+    assert "do not search" in found.conclusion
 
 
 def test_a_reward_that_is_hacked_turns():
@@ -56,38 +62,38 @@ def test_a_reward_that_is_hacked_turns():
     right = RNG.random((400, 32)) < 0.4
     rewards = right + 0.01 * RNG.random(right.shape)
     rewards[~right & (RNG.random(right.shape) < 1 / 30)] += 5
-    found = audit_arrays(rewards, right, np.ones(right.shape))
-    assert "turns" in found.verdict
-    assert found.best_of_n[32]["value"] < found.best_of_n[4]["value"]
-    assert found.reward_of_n[32] > found.reward_of_n[4]
+    found = compute_ranking_audit(rewards, right, np.ones(right.shape))
+    assert "turns" in found.conclusion
+    assert found.best_of_n_accuracy[32]["value"] < found.best_of_n_accuracy[4]["value"]
+    assert found.best_of_n_reward[32] > found.best_of_n_reward[4]
 
 
 def test_length_correlation_sees_length():
     right = RNG.random((30, 8)) < 0.5
     lengths = RNG.integers(3, 40, right.shape).astype(float)
-    assert audit_arrays(lengths, right, lengths).length_correlation == pytest.approx(1.0)
+    assert compute_ranking_audit(lengths, right, lengths).length_correlation == pytest.approx(1.0)
 
 
 def test_lucky_answers_are_told_from_sound_ones():
     right = np.array([[True, True, False, False]] * 5)
     sound = np.array([[True, False, False, False]] * 5)
-    found = audit_arrays(np.array([[4.0, 1.0, 2.0, 3.0]] * 5), right, np.ones(right.shape), sound)
+    found = compute_ranking_audit(np.array([[4.0, 1.0, 2.0, 3.0]] * 5), right, np.ones(right.shape), sound)
     assert found.step_auc == 1.0
     assert found.auc == 0.5
-    assert found.lucky == 0.5
-    without = audit_arrays(np.array([[4.0, 1.0, 2.0, 3.0]] * 5), right, np.ones(right.shape))
-    assert without.step_auc is None and without.lucky is None
+    assert found.correct_with_errors == 0.5
+    without = compute_ranking_audit(np.array([[4.0, 1.0, 2.0, 3.0]] * 5), right, np.ones(right.shape))
+    assert without.step_auc is None and without.correct_with_errors is None
 
 
 def test_auc_counts_ties_half():
-    assert within_auc(np.array([[1.0, 1.0]]), np.array([[True, False]])) == 0.5
-    assert within_auc(np.array([[2.0, 1.0, 1.5]]), np.array([[True, False, False]])) == 1.0
+    assert compute_within_problem_auc(np.array([[1.0, 1.0]]), np.array([[True, False]])) == 0.5
+    assert compute_within_problem_auc(np.array([[2.0, 1.0, 1.5]]), np.array([[True, False, False]])) == 1.0
 
 
 def test_correlation_skips_problems_without_variation():
-    assert within_correlation(np.array([[1.0, 1.0], [1.0, 2.0]]), np.array([[0.0, 1.0], [3.0, 5.0]])) == (
-        pytest.approx(1.0)
-    )
+    assert compute_within_problem_correlation(
+        np.array([[1.0, 1.0], [1.0, 2.0]]), np.array([[0.0, 1.0], [3.0, 5.0]])
+    ) == (pytest.approx(1.0))
 
 
 @pytest.mark.parametrize(
@@ -103,10 +109,10 @@ def test_correlation_skips_problems_without_variation():
 )
 def test_what_cannot_be_audited_is_said(rewards, right, message):
     with pytest.raises(ValueError, match=message):
-        audit_arrays(rewards, right, np.ones(right.shape))
+        compute_ranking_audit(rewards, right, np.ones(right.shape))
 
 
 def test_problems_without_gold_answers_are_refused(problems, policy, reward):
     pool = draw_pool(problems, 2, policy=policy, reward=reward, sampling=Sampling(max_new_tokens=4))
     with AnswerChecker() as checker, pytest.raises(ValueError, match="gold answer"):
-        audit(pool, checker)
+        audit_ranking(pool, checker)

@@ -13,24 +13,30 @@ import torch
 import worlds
 
 from nabla_trl.baselines import step_tree
-from nabla_trl.baselines.step_config import StepConfig
-from nabla_trl.baselines.step_methods import METHODS, _Values
-from nabla_trl.baselines.step_tree import Node, solve, step_finder
-from nabla_trl.evaluation.method import family, in_order
-from nabla_trl.evaluation.plan import check, chosen_among, method_names, steps, stepwise_settings
+from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS, _NodeValues
+from nabla_trl.baselines.step_tree import StepNode, create_step_finder, run_step_search
+from nabla_trl.evaluation.method import parse_family, sort_methods
+from nabla_trl.evaluation.plan import (
+    check_methods,
+    get_max_selection_size,
+    get_step_search_settings,
+    parse_methods,
+    plan_jobs,
+)
 from nabla_trl.evaluation.rows import RowStore
-from nabla_trl.evaluation.runner import Bench, mean_flops, run_steps
+from nabla_trl.evaluation.runner import EvaluationSetup, compute_mean_flops, run_jobs
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.gradient.step_ends import StepFinder
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.generation import generate, random_stream
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import generate_continuations, make_rng
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import Job
-from nabla_trl.rewards.loading import process
+from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.rewards.loading import build_process_reward
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
@@ -39,7 +45,7 @@ FEW = ["1", ";", worlds.PAD, worlds.USER, worlds.ASSISTANT, worlds.END, worlds.U
 PROBLEMS = [Problem(id=f"q{number}", question=text) for number, text in enumerate(["1", "11;1", ";1;", "111"])]
 ROOM = 10
 SAMPLING = Sampling(max_new_tokens=ROOM)
-STEPS = StepConfig(step_delimiter=";", step_tokens=4, step_width=3)
+STEPS = StepSearchConfig(step_delimiter=";", max_step_tokens=4, steps_per_prefix=3)
 SIZES = {"beam_search": 7, "dvts": 7, "tot": 2, "rap": 5}
 
 
@@ -59,8 +65,8 @@ def reward_of(kind: str, policy: Policy) -> Reward:
         return worlds.tiny_scalar(policy, context=64)
     if kind == "log-ratio":
         return worlds.tiny_logratio(policy, context=64)
-    [term] = worlds.tiny_scalar(policy, context=64).terms
-    return process(policy, term.model, policy.tokenizer, "steps", delimiter=";")
+    [term] = worlds.tiny_scalar(policy, context=64).objectives
+    return build_process_reward(policy, term.model, policy.tokenizer, "steps", step_delimiter=";")
 
 
 @pytest.fixture(scope="module", params=["scalar", "process", "log-ratio"])
@@ -71,7 +77,7 @@ def made(request: pytest.FixtureRequest, tiny: Policy) -> Reward:
 def run(name: str, policy: Policy, reward: Reward, problems=PROBLEMS, **options) -> list[Trace]:
     size = options.pop("size", None if "flops" in options else SIZES[name])
     how = {"sampling": SAMPLING, "steps": STEPS, "name": name} | options
-    return solve(problems, method=METHODS[name], size=size, policy=policy, reward=reward, **how)
+    return run_step_search(problems, method=STEP_SEARCH_METHODS[name], size=size, policy=policy, reward=reward, **how)
 
 
 # --- by hand --------------------------------------------------------------------------------------------
@@ -88,11 +94,13 @@ def step(tiny: Policy) -> Step:
 
     @cache
     def prefix_after(problem: Problem, place: Place, prefix: Prefix) -> Prefix:
-        stream = random_stream(0, problem.id, "step", *place)
-        job = Job("p", [*tiny.encode(problem), *prefix], stream, min(4, ROOM - len(prefix)))
-        [draft] = generate(tiny, [job], SAMPLING, meter=Meter())
+        stream = make_rng(0, problem.id, "step", *place)
+        job = GenerationRequest("p", [*tiny.encode(problem), *prefix], stream, min(4, ROOM - len(prefix)))
+        [draft] = generate_continuations(tiny, [job], SAMPLING, flop_counter=FlopCounter())
         tokens = [*prefix, *draft.ids]
-        return tuple(tokens[: next((at + 1 for at in finder.ends(tokens) if at >= len(prefix)), len(tokens))])
+        return tuple(
+            tokens[: next((at + 1 for at in finder.find_step_ends(tokens) if at >= len(prefix)), len(tokens))]
+        )
 
     return prefix_after
 
@@ -114,8 +122,10 @@ class Hand:
     def value(self, prefix: Prefix) -> float:
         if prefix not in self.seen:
             prompt = self.policy.encode(self.problem)
-            one = Sample(self.problem, prompt, list(prefix), open=not self.ended(prefix))
-            [self.seen[prefix]], _ = self.reward.score([one], self.reward.prompt_memos([one], Meter()), meter=Meter())
+            one = Sample(self.problem, prompt, list(prefix), is_partial=not self.ended(prefix))
+            [self.seen[prefix]], _ = self.reward.score(
+                [one], self.reward.compute_prompt_caches([one], FlopCounter()), flop_counter=FlopCounter()
+            )
         return self.seen[prefix]
 
     def best(self) -> Prefix:
@@ -181,7 +191,7 @@ class Hand:
         return mean + math.sqrt(math.log(len(values[parent])) / len(own))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STEP_SEARCH_METHODS)
 def test_the_search_by_hand(name: str, step: Step, tiny: Policy, made: Reward) -> None:
     steps = []
     for trace, problem in zip(run(name, tiny, made, PROBLEMS[:3]), PROBLEMS, strict=False):
@@ -190,7 +200,7 @@ def test_the_search_by_hand(name: str, step: Step, tiny: Policy, made: Reward) -
         best = hand.best()
         assert tuple(trace.response_ids) == best, problem.id
         assert trace.reward == pytest.approx(hand.value(best), abs=1e-5)
-        assert (trace.error, trace.method, trace.stop) == (None, name, "single")
+        assert (trace.error, trace.method, trace.stop_reason) == (None, name, "single")
         steps.append(max(prefix.count(FEW.index(";")) for prefix in hand.seen))
     assert max(steps) > 2, "responses of several steps"
 
@@ -202,13 +212,13 @@ def test_architectures(architecture: str) -> None:
     reward = reward_of("process", policy)
     [trace] = run("beam_search", policy, reward, PROBLEMS[:1], size=1)
     prompt, tokens, place = policy.encode(PROBLEMS[0]), list[int](), (0,)
-    finder = step_finder(policy, ";")
+    finder = create_step_finder(policy, ";")
     while len(tokens) < ROOM and tokens[-1:] != [min(policy.stop_ids)]:
         place += (0,)
-        job = Job("p", prompt + tokens, random_stream(0, "q0", "step", *place), min(4, ROOM - len(tokens)))
-        [draft] = generate(policy, [job], SAMPLING, meter=Meter())
+        job = GenerationRequest("p", prompt + tokens, make_rng(0, "q0", "step", *place), min(4, ROOM - len(tokens)))
+        [draft] = generate_continuations(policy, [job], SAMPLING, flop_counter=FlopCounter())
         whole = tokens + draft.ids
-        tokens = whole[: next((at + 1 for at in finder.ends(whole) if at >= len(tokens)), len(whole))]
+        tokens = whole[: next((at + 1 for at in finder.find_step_ends(whole) if at >= len(tokens)), len(whole))]
     assert trace.response_ids == tokens
     hand = Hand(lambda *_: (), policy, reward, PROBLEMS[0])
     assert trace.reward == pytest.approx(hand.value(tuple(tokens)), rel=1e-9)
@@ -225,24 +235,24 @@ def every_response(policy: Policy, problem: Problem, prefix: Prefix = ()) -> lis
     if len(prefix) == 4 or (prefix and prefix[-1] in policy.stop_ids):
         return [prefix]
     logits = policy.model(torch.tensor([[*policy.encode(problem), *prefix]])).logits[0, -1]
-    top = logits.masked_fill(policy.forbidden, -torch.inf).topk(2).indices.tolist()
+    top = logits.masked_fill(policy.forbidden_mask, -torch.inf).topk(2).indices.tolist()
     return [response for token in top for response in every_response(policy, problem, (*prefix, token))]
 
 
 @pytest.mark.parametrize(("name", "size"), [("beam_search", 40 * 16), ("tot", 16), ("rap", 16)])
 def test_as_wide_as_the_world_it_finds_the_best_response(name: str, size: int, tiny: Policy, made: Reward) -> None:
-    wide = replace(STEPS, step_width=40)
+    wide = replace(STEPS, steps_per_prefix=40)
     traces = run(name, tiny, made, PROBLEMS[:2], size=size, sampling=TWO, steps=wide)
     for trace, problem in zip(traces, PROBLEMS[:2], strict=True):
         samples = [Sample(problem, tiny.encode(problem), list(ids)) for ids in every_response(tiny, problem)]
-        values, _ = made.score(samples, made.prompt_memos(samples, Meter()), meter=Meter())
+        values, _ = made.score(samples, made.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter())
         assert 5 <= len(samples) <= 16
         assert trace.reward == pytest.approx(max(values), abs=1e-5)
-        assert trace.response_ids == samples[values.index(max(values))].response
+        assert trace.response_ids == samples[values.index(max(values))].response_ids
 
 
-def node(reward: float, *children: Node, ended: bool = False) -> Node:
-    made = Node((), [], torch.zeros(0), "", ended, None, [], reward)
+def node(reward: float, *children: StepNode, ended: bool = False) -> StepNode:
+    made = StepNode((), [], torch.zeros(0), "", ended, None, [], reward)
     made.children += children
     return made
 
@@ -250,37 +260,45 @@ def node(reward: float, *children: Node, ended: bool = False) -> Node:
 def test_uct_by_hand() -> None:
     """Means are brought to [0, 1] by rewards from −2 to 2; a child that was never visited is worth its own reward."""
     good, fair, fresh, over, dead = node(2.0), node(0.0), node(1.0), node(2.0, ended=True), node(-math.inf)
-    root, values = node(math.nan, good, fair, fresh, over, dead), _Values()
-    values.see([*root.children, node(-2.0)])
-    assert (values.low, values.high, values.known) == (-2.0, 2.0, {over, dead})
-    values.of[root], values.of[good], values.of[fair] = [2.0, -1.0, 1.0], [-1.0, 1.0], [2.0]
+    root, values = node(math.nan, good, fair, fresh, over, dead), _NodeValues()
+    values.record_nodes([*root.children, node(-2.0)])
+    assert (values.min_reward, values.max_reward, values.exhausted_nodes) == (-2.0, 2.0, {over, dead})
+    values.rollout_values[root], values.rollout_values[good], values.rollout_values[fair] = (
+        [2.0, -1.0, 1.0],
+        [-1.0, 1.0],
+        [2.0],
+    )
     # good: 0.5 + w √(ln 3 / 2) = 0.5 + 0.741 w;  fair: 1 + 1.048 w;  fresh: 0.75 + 1.048 w
-    assert values.select(root, 1.0) is fair
-    values.of[fair] = [0.0]  # 0.5 + 1.048 w
-    assert values.select(root, 1.0) is fresh
-    values.of[good] = [2.0, 1.0]  # 0.875 + 0.741 w: ahead of 0.75 + 1.048 w below w = 0.407
-    assert values.select(root, 0.40) is good and values.select(root, 0.41) is fresh
-    assert values.select(root, 0.0) is good
+    assert values.select_child(root, 1.0) is fair
+    values.rollout_values[fair] = [0.0]  # 0.5 + 1.048 w
+    assert values.select_child(root, 1.0) is fresh
+    values.rollout_values[good] = [2.0, 1.0]  # 0.875 + 0.741 w: ahead of 0.75 + 1.048 w below w = 0.407
+    assert values.select_child(root, 0.40) is good and values.select_child(root, 0.41) is fresh
+    assert values.select_child(root, 0.0) is good
 
 
 def test_a_value_goes_back_to_all_nodes_on_the_way_and_closes_what_is_known() -> None:
     end, other = node(3.0, ended=True), node(1.0, ended=True)
     inner, beside = node(2.0, end), node(0.0)
-    root, values = node(math.nan, inner, beside), _Values()
-    values.see([inner, beside, end, other])
-    values.back([root, inner, end])
-    assert [values.of[one] for one in (root, inner, end, beside)] == [[3.0], [3.0], [3.0], []]
-    assert inner in values.known and root not in values.known and values.select(root, 1.0) is beside
+    root, values = node(math.nan, inner, beside), _NodeValues()
+    values.record_nodes([inner, beside, end, other])
+    values.backpropagate([root, inner, end])
+    assert [values.rollout_values[one] for one in (root, inner, end, beside)] == [[3.0], [3.0], [3.0], []]
+    assert (
+        inner in values.exhausted_nodes
+        and root not in values.exhausted_nodes
+        and values.select_child(root, 1.0) is beside
+    )
     beside.children.append(other)
-    values.back([root, beside, other])
-    assert values.of[root] == [3.0, 1.0] and {root, beside} <= values.known
+    values.backpropagate([root, beside, other])
+    assert values.rollout_values[root] == [3.0, 1.0] and {root, beside} <= values.exhausted_nodes
 
 
 # --- what does not matter -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"flops": 1.5e6}], ids=["size", "budget"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STEP_SEARCH_METHODS)
 def test_batch_and_order_do_not_matter_and_seeds_do(name: str, options: dict, tiny: Policy) -> None:
     reward = reward_of("process", tiny)
     whole = run(name, tiny, reward, **options)
@@ -298,7 +316,9 @@ def test_equal_draws_are_paid_for_and_scored_once(tiny: Policy, made: Reward) ->
     """Greedy decoding: all draws of a step are one, and a search is the greedy response."""
     cold = Sampling(temperature=0.0, max_new_tokens=ROOM)
     [one] = run("beam_search", tiny, made, PROBLEMS[:1], size=1, sampling=cold)
-    [greedy] = generate(tiny, [Job("p", tiny.encode(PROBLEMS[0]), None, ROOM)], cold, meter=Meter())
+    [greedy] = generate_continuations(
+        tiny, [GenerationRequest("p", tiny.encode(PROBLEMS[0]), None, ROOM)], cold, flop_counter=FlopCounter()
+    )
     assert one.response_ids == greedy.ids
     for name, times in {"beam_search": 6, "dvts": 6, "tot": 3, "rap": 6}.items():
         size = {"rap": 2}.get(name, 6)
@@ -327,22 +347,24 @@ class Watch:
         def watched_generate(policy, jobs, sampling, *, meter, **options):
             for key in {job.key for job in jobs}:
                 self.before.setdefault(key, []).append(meter.cost(key).flops)
-            drafts = generate(policy, jobs, sampling, meter=meter, **options)
+            drafts = generate_continuations(policy, jobs, sampling, flop_counter=meter, **options)
             for job, draft in zip(jobs, drafts, strict=True):
                 assert job.cache is not None and job.cache.shape[3] == len(job.prefix) - 1
-                add(job.key, size.forward_flops(len(job.prefix) - 1, len(draft.ids)))
+                add(job.key, size.compute_forward_flops(len(job.prefix) - 1, len(draft.ids)))
             return drafts
 
         def watched_score(samples, memos, *, meter, shared, keep):
             for sample, begin in zip(samples, shared, strict=True):
-                for term in reward.terms:
-                    if not term.knows(sample):
+                for term in reward.objectives:
+                    if not term.has_draw_logp(sample):
                         encoded = term.encode(sample)
-                        end = len(encoded.prompt) + len(encoded.response) + len(encoded.tail)
-                        start = len(encoded.prompt) - 1 + begin
-                        count = end - start - (term.model is not None and reward.dense)  # the last is not fed
-                        add(sample.key, term.size.forward_flops(start, count, count))
-            return score(samples, memos, meter=meter, shared=shared, keep=keep)
+                        end = len(encoded.prompt_ids) + len(encoded.response_ids) + len(encoded.turn_end_ids)
+                        start = len(encoded.prompt_ids) - 1 + begin
+                        count = (
+                            end - start - (term.model is not None and reward.has_dense_gradient)
+                        )  # the last is not fed
+                        add(sample.key, term.model_size.compute_forward_flops(start, count, count))
+            return score(samples, memos, flop_counter=meter, num_shared=shared, return_caches=keep)
 
         monkeypatch.setattr(step_tree, "generate", watched_generate)
         monkeypatch.setattr(reward, "score", watched_score)
@@ -350,14 +372,14 @@ class Watch:
     def bare(self, policy: Policy, reward: Reward, problem: Problem) -> float:
         """Of reading the prompt."""
         prompt = policy.encode(problem)
-        total = policy.size.forward_flops(0, len(prompt) - 1, 0)
-        for term in reward.terms:
+        total = policy.size.compute_forward_flops(0, len(prompt) - 1, 0)
+        for term in reward.objectives:
             encoded = term.encode(Sample(problem, prompt, []))
-            total += term.size.forward_flops(0, len(encoded.prompt) - 1, 0)
+            total += term.model_size.compute_forward_flops(0, len(encoded.prompt_ids) - 1, 0)
         return total
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STEP_SEARCH_METHODS)
 def test_flops_are_those_of_what_was_drawn_and_scored(name: str, tiny: Policy, made: Reward, monkeypatch) -> None:
     watch = Watch(monkeypatch, tiny, made)
     for trace, problem in zip(run(name, tiny, made, PROBLEMS[:2]), PROBLEMS, strict=False):
@@ -366,7 +388,7 @@ def test_flops_are_those_of_what_was_drawn_and_scored(name: str, tiny: Policy, m
         assert trace.cost.seconds > 0
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STEP_SEARCH_METHODS)
 def test_a_budget_is_spent_and_kept(name: str, tiny: Policy, monkeypatch) -> None:
     """No step begins above it; in the end not one more response fits."""
     reward = reward_of("process", tiny)
@@ -377,13 +399,13 @@ def test_a_budget_is_spent_and_kept(name: str, tiny: Policy, monkeypatch) -> Non
         watch.before.clear()
         flops = times * one.cost.flops
         for trace in run(name, tiny, reward, PROBLEMS[:3], flops=flops):
-            assert (trace.stop, trace.error) == ("budget", None)
+            assert (trace.stop_reason, trace.error) == ("budget", None)
             assert max(watch.before[trace.problem_id]) < flops
             shares.append(trace.cost.flops / flops)
     assert max(shares) < 1.3 and min(shares[:3]) > 0.4 and min(shares[3:]) > 0.85
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STEP_SEARCH_METHODS)
 def test_from_one_response_to_many(name: str, tiny: Policy) -> None:
     """A budget below one response draws one all the same; a large one finds more reward."""
     reward = reward_of("log-ratio", tiny)
@@ -399,7 +421,7 @@ def test_from_one_response_to_many(name: str, tiny: Policy) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STEP_SEARCH_METHODS)
 def test_a_reward_that_is_no_number_fails_its_problem_alone(name: str, bad: float, tiny: Policy, monkeypatch) -> None:
     reward = reward_of("scalar", tiny)
     whole, score = run(name, tiny, reward), reward.score
@@ -412,23 +434,23 @@ def test_a_reward_that_is_no_number_fails_its_problem_alone(name: str, bad: floa
     monkeypatch.setattr(reward, "score", broken)
     traces = run(name, tiny, reward)
     assert traces[1].error == f"the reward scorer gave {bad}" and traces[1].cost.flops > 0
-    assert traces[1].response_ids == [] and traces[1].stop == "error"
+    assert traces[1].response_ids == [] and traces[1].stop_reason == "error"
     for at in (0, 2, 3):
         assert (traces[at].error, traces[at].response_ids) == (None, whole[at].response_ids)
 
 
 @pytest.mark.parametrize("options", [{}, {"flops": 1.5e6}], ids=["size", "budget"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STEP_SEARCH_METHODS)
 def test_what_the_reward_cannot_read_is_dropped(name: str, options: dict, tiny: Policy) -> None:
     reward = reward_of("scalar", tiny)
-    unknown, readable = FEW.index(worlds.USER), reward.readable.clone()
+    unknown, readable = FEW.index(worlds.USER), reward.in_vocabulary.clone()
     assert any(unknown in trace.response_ids for trace in run(name, tiny, reward, **options))
     readable[unknown] = False
-    found = run(name, tiny, replace(reward, readable=readable), **options)
+    found = run(name, tiny, replace(reward, in_vocabulary=readable), **options)
     assert any(trace.error is None for trace in found)
     assert all(unknown not in trace.response_ids for trace in found)
     readable[:] = False
-    for trace in run(name, tiny, replace(reward, readable=readable, stop_ids=frozenset()), PROBLEMS[:1], **options):
+    for trace in run(name, tiny, replace(reward, in_vocabulary=readable, stop_ids=frozenset()), PROBLEMS[:1], **options):
         assert "cannot read any response" in str(trace.error) and trace.cost.flops > 0
 
 
@@ -443,18 +465,18 @@ def test_refusals(tiny: Policy, made: Reward) -> None:
     worlds.refused(lambda: run("rap", tiny, made, size=2, flops=1e6), "rap", "size or a budget")
     strange = replace(STEPS, step_delimiter="x")
     worlds.refused(lambda: run("tot", tiny, made, steps=strange), "no step could end", "'x'", "step_delimiter")
-    served = replace(tiny, server=object())
+    served = replace(tiny, backend=object())
     worlds.refused(lambda: run("tot", served, made), "vLLM server", "vllm_url")
     for options in ({"step_tokens": 0}, {"step_width": 0}, {"exploration": -1.0}, {"exploration": math.inf}):
-        worlds.refused(lambda options=options: StepConfig(**options), next(iter(options)))
-    worlds.refused(lambda: StepConfig(step_delimiter=r"\q"), "step_delimiter")
+        worlds.refused(lambda options=options: StepSearchConfig(**options), next(iter(options)))
+    worlds.refused(lambda: StepSearchConfig(step_delimiter=r"\q"), "step_delimiter")
 
 
 def test_a_process_reward_says_what_ends_a_step(tiny: Policy) -> None:
-    assert StepConfig().delimiter(reward_of("process", tiny).delimiter) == ";"
-    assert StepConfig().delimiter(reward_of("scalar", tiny).delimiter) == "\n\n"
-    assert StepConfig(step_delimiter=r"\x3b\n").delimiter(";") == ";\n"
-    assert StepConfig().settings(";") == StepConfig(step_delimiter=";").settings("")
+    assert StepSearchConfig().resolve_delimiter(reward_of("process", tiny).step_delimiter) == ";"
+    assert StepSearchConfig().resolve_delimiter(reward_of("scalar", tiny).step_delimiter) == "\n\n"
+    assert StepSearchConfig(step_delimiter=r"\x3b\n").resolve_delimiter(";") == ";\n"
+    assert StepSearchConfig().get_settings(";") == StepSearchConfig(step_delimiter=";").get_settings("")
     reward, bare = reward_of("process", tiny), replace(STEPS, step_delimiter=None)
     ours, theirs = (run("dvts", tiny, reward, steps=steps) for steps in (bare, STEPS))
     assert [one.response_ids for one in ours] == [one.response_ids for one in theirs]
@@ -464,18 +486,20 @@ def test_a_process_reward_says_what_ends_a_step(tiny: Policy) -> None:
 
 
 @pytest.fixture
-def bench(tiny: Policy) -> Bench:
-    config = ReasonerConfig(max_new_tokens=ROOM, batch_size=2)
-    return Bench(tiny, reward_of("process", tiny), config, (0, 1), stepwise=STEPS)
+def bench(tiny: Policy) -> EvaluationSetup:
+    config = SearchConfig(max_new_tokens=ROOM, batch_size=2)
+    return EvaluationSetup(tiny, reward_of("process", tiny), config, (0, 1), step_search=STEPS)
 
 
-def test_rows_at_sizes_and_budgets_survive_a_kill(bench: Bench, tmp_path: Path) -> None:
-    names = method_names("best_of_8,beam_search_7,dvts@best_of_8,rap_5")
+def test_rows_at_sizes_and_budgets_survive_a_kill(bench: EvaluationSetup, tmp_path: Path) -> None:
+    names = parse_methods("best_of_8,beam_search_7,dvts@best_of_8,rap_5")
     asked = [replace(problem, answer="1") for problem in PROBLEMS[:3]]
 
     def run_all(store: RowStore) -> list[dict]:
         with AnswerChecker() as checker:
-            run_steps(steps(names, bench, {}, lambda name: mean_flops(store.read(), name)), asked, store, checker)
+            run_jobs(
+                plan_jobs(names, bench, {}, lambda name: compute_mean_flops(store.read(), name)), asked, store, checker
+            )
         rows = [{key: value for key, value in row.items() if key != "seconds"} for row in store.read()]
         return [row | {"reward": round(row["reward"], 6), "reward_by_round": []} for row in rows]
 
@@ -486,7 +510,7 @@ def test_rows_at_sizes_and_budgets_survive_a_kill(bench: Bench, tmp_path: Path) 
     cut = RowStore(tmp_path / "cut", "run").path
     cut.write_text("".join(lines[: len(lines) * 2 // 3]) + lines[-1][:20], encoding="utf-8")
     assert run_all(RowStore(tmp_path / "cut", "run")) == rows
-    flops = {name: mean_flops(whole.read(), name) for name in names}
+    flops = {name: compute_mean_flops(whole.read(), name) for name in names}
     assert 0.75 < flops["dvts@best_of_8"] / flops["best_of_8"] < 1.05
     direct = run("rap", bench.policy, bench.reward, asked, seed=1)
     found = [row["reward"] for row in rows if (row["method"], row["seed"]) == ("rap_5", 1)]
@@ -497,21 +521,26 @@ def test_rows_at_sizes_and_budgets_survive_a_kill(bench: Bench, tmp_path: Path) 
     "name", ["beam_search", "tot_0", "rap@0", "dvts_4@0.5", "sft_tot_4", "mcts_4", "rap@best_of_0"]
 )
 def test_names_that_mean_nothing(name: str) -> None:
-    worlds.refused(lambda: method_names(name), f"unknown method {name!r}", "beam_search", "tot@best_of_N")
+    worlds.refused(lambda: parse_methods(name), f"unknown method {name!r}", "beam_search", "tot@best_of_N")
 
 
-def test_names_that_mean_something(bench: Bench) -> None:
+def test_names_that_mean_something(bench: EvaluationSetup) -> None:
     names = ["best_of_4", "weighted_best_of_4", "beam_search_8", "dvts@0.5", "tot_4", "rap@best_of_4", "control"]
-    assert in_order(reversed(names)) == names
-    assert family("beam_search_8") == ("beam_search", 8) and family("rap@best_of_4") == ("rap", 0.25)
-    worlds.refused(lambda: method_names("dvts@0.5"), "add best_of_16")
-    assert [chosen_among([name]) for name in ("tot_40", "dvts@0.5", "rap@best_of_4", "greedy")] == [40, 8, 4, 1]
-    assert stepwise_settings(["greedy", "nabla"], bench) == {}
-    assert stepwise_settings(["rap_2"], bench) == STEPS.settings("")
+    assert sort_methods(reversed(names)) == names
+    assert parse_family("beam_search_8") == ("beam_search", 8) and parse_family("rap@best_of_4") == ("rap", 0.25)
+    worlds.refused(lambda: parse_methods("dvts@0.5"), "add best_of_16")
+    assert [get_max_selection_size([name]) for name in ("tot_40", "dvts@0.5", "rap@best_of_4", "greedy")] == [
+        40,
+        8,
+        4,
+        1,
+    ]
+    assert get_step_search_settings(["greedy", "nabla"], bench) == {}
+    assert get_step_search_settings(["rap_2"], bench) == STEPS.get_settings("")
     for broken in (
-        replace(bench, stepwise=replace(STEPS, step_delimiter="x")),
-        replace(bench, policy=replace(bench.policy, server=object())),
+        replace(bench, step_search=replace(STEPS, step_delimiter="x")),
+        replace(bench, policy=replace(bench.policy, backend=object())),
     ):
-        check(["nabla"], broken, {})
-        worlds.refused(lambda broken=broken: check(["rap_2"], broken, {}), "step")
-        worlds.refused(lambda broken=broken: stepwise_settings(["rap_2"], broken), "step")
+        check_methods(["nabla"], broken, {})
+        worlds.refused(lambda broken=broken: check_methods(["rap_2"], broken, {}), "step")
+        worlds.refused(lambda broken=broken: get_step_search_settings(["rap_2"], broken), "step")

@@ -12,9 +12,9 @@ import worlds
 from peft import LoraConfig, get_peft_model
 
 from nabla_trl.cli import arguments, audit_command, commands, console
-from nabla_trl.cli.main import COMMANDS, main
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.tasks.registry import task_version
+from nabla_trl.cli.main import COMMAND_SUMMARIES, main
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.tasks.registry import compute_task_version
 from nabla_trl.traces.storage import read_traces
 
 SEARCH = ["--rounds", "3", "--max_new_tokens", "10"]
@@ -63,12 +63,12 @@ def test_help_is_short_and_loads_nothing_heavy():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
-    for name, summary in COMMANDS.items():
+    for name, summary in COMMAND_SUMMARIES.items():
         assert ran.stdout.count(f"  {name:<8}{summary}\n") == 2
 
 
 def test_every_listed_command_is_there():
-    assert list(commands.COMMANDS) == list(COMMANDS)
+    assert list(commands.COMMAND_FUNCTIONS) == list(COMMAND_SUMMARIES)
 
 
 @pytest.mark.parametrize(("name", "hint"), [("slove", "did you mean solve?"), ("xyz", "choose from solve, traces,")])
@@ -77,7 +77,7 @@ def test_an_unknown_command(capsys, name, hint):
     assert f"unknown command {name!r}: {hint}" in error_line(capsys)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", COMMAND_SUMMARIES)
 def test_help_of_a_command(capsys, name):
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
@@ -92,7 +92,7 @@ def test_ctrl_c(capsys, monkeypatch, name, resumable):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(commands.COMMANDS, name, interrupted)
+    monkeypatch.setitem(commands.COMMAND_FUNCTIONS, name, interrupted)
     assert main([name]) == 130
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
@@ -120,11 +120,14 @@ def test_solve_json(capsys, models):
     assert err == "" and out.count("\n") == 1
     assert (found["seed"], found["method"], found["prompt"]) == (5, "nabla", "<|user|>1+2<|end|><|assistant|>")
     assert len(found["revisions"]) == 3 and found["cost"]["flops"] > 0 and found["error"] is None
-    assert found["meta"]["config_hash"] == ReasonerConfig(rounds=3, max_new_tokens=10).at("direct").hash()
+    assert (
+        found["meta"]["config_hash"]
+        == SearchConfig(max_rounds=3, max_new_tokens=10).with_default_gradient_at("direct").compute_hash()
+    )
 
 
 def test_what_libraries_print_stays_out_of_the_json(capsys, models, monkeypatch):
-    load = arguments.ModelArguments.load
+    load = arguments.ModelArguments.load_policy_and_reward
 
     def chatty(self, *args, **kwargs):
         print("noise")
@@ -152,7 +155,7 @@ def test_preset_file_and_flags_reach_the_search(capsys, models, tmp_path):
     path.write_text("preset: paper\nrollouts: 3\nsteps: 4\nmax_new_tokens: 6\n", encoding="utf-8")
     assert main(["solve", "1+2", *models, "--json", f"--config={path}", "--steps", "2"]) == 0
     used = json.loads(capsys.readouterr().out)["meta"]["config_hash"]
-    assert used == ReasonerConfig.preset("paper", rollouts=3, steps=2, max_new_tokens=6).hash()
+    assert used == SearchConfig.from_preset("paper", max_rollouts=3, ste_steps=2, max_new_tokens=6).compute_hash()
 
 
 def test_an_adapter_changes_the_policy(capsys, models, world):
@@ -293,14 +296,14 @@ def test_eval_of_a_task_that_asks_for_a_form_tells_where_answers_are_read_in_two
     assert f"{len(differ)} answers differ by strict and lenient extraction: {tmp_path / 'extraction.jsonl'}" in out
     lines = (tmp_path / "extraction.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["lenient"] for line in lines] == [row["answer"] for row in differ]
-    assert {row["task_version"] for row in rows} == {task_version("chains")}
+    assert {row["task_version"] for row in rows} == {compute_task_version("chains")}
     assert main(["report", "--output_dir", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     strict = [bool(row["correct_strict"]) for row in rows if row["method"] == "greedy"]
     assert summary["accuracy_strict.greedy"]["value"] == pytest.approx(sum(strict) / len(strict))
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert f"{len(differ)} of {len(rows)} responses are read in two ways" in page
-    assert f"revision of chains: `{task_version('chains')}`" in page
+    assert f"revision of chains: `{compute_task_version('chains')}`" in page
 
 
 @pytest.mark.parametrize("command", ["eval", "traces"])
@@ -310,12 +313,12 @@ def test_another_version_of_the_task_is_refused_by_name(capsys, models, tmp_path
     path.write_text(text, encoding="utf-8")
     methods = ["--methods", "greedy"] * (command == "eval")
     argv = [command, *models, "--dataset", str(path), *SEARCH, *methods, "--output_dir", str(tmp_path / "out")]
-    was = task_version(str(path))
+    was = compute_task_version(str(path))
     assert main(argv) == 0
     path.write_text(f"{text}version: 2\n", encoding="utf-8")
     capsys.readouterr()
     assert main(argv) == 1
-    assert f"now task_version '{task_version(str(path))}' (was '{was}')" in error_line(capsys)
+    assert f"now task_version '{compute_task_version(str(path))}' (was '{was}')" in error_line(capsys)
 
 
 def test_how_the_policy_is_asked_is_a_setting(capsys, models, dataset, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from nabla_trl.cli.console import change, show_trace, trace_json
+from nabla_trl.cli.console import compute_text_change, print_trace, trace_to_json
 from nabla_trl.models.flops import Cost
 from nabla_trl.traces.schema import Revision, Trace
 
@@ -58,7 +58,7 @@ def trace_of(first: str, *proposals: tuple[int, str, bool]) -> Trace:
         correct=None,
         revisions=revisions,
         cost=Cost(1.2e9, 0.25, {"policy/decode": 3}),
-        stop="rounds",
+        stop_reason="rounds",
         finished=True,
         meta={"policy": "p"},
     )
@@ -74,7 +74,7 @@ def shown(trace: Trace, *, terminal: bool = False, width: int = 80) -> str:
         width=width,
         legacy_windows=False,
     )
-    show_trace(trace, "1+2?", decode, console)
+    print_trace(trace, "1+2?", decode, console)
     return console.file.getvalue()
 
 
@@ -142,27 +142,27 @@ def test_a_response_that_was_cut_off_says_so():
 
 def test_pieces_of_a_change_make_the_proposal():
     trace = trace_of("1+2=4;#4", (4, "3;#3", False), (4, "5", True), (0, "0", True))
-    for revision, base in trace.bases():
-        made = change(revision, base, decode)
+    for revision, base in trace.replay_revisions():
+        made = compute_text_change(revision, base, decode)
         proposal = base[: revision.position] + list(revision.suffix)
-        assert made.kept + made.new + made.rest == decode(proposal)
-        assert made.kept + made.old == decode(base[: revision.position + 1])
+        assert made.prefix + made.new_token + made.suffix == decode(proposal)
+        assert made.prefix + made.old_token == decode(base[: revision.position + 1])
 
 
 def test_a_character_of_several_tokens_is_not_torn_apart():
     base, new = list("aé".encode()), list("aß!".encode())
     # é and ß begin with the same byte and differ in the second, é and 数 in the first
     same = Revision(0, 2, base[2], new[2], tuple(new[2:]), 0.0, 1.0, True, 0.0)
-    made = change(same, base, utf8)
-    assert (made.kept, made.old, made.new, made.rest) == ("a", "é", "ß", "!")
+    made = compute_text_change(same, base, utf8)
+    assert (made.prefix, made.old_token, made.new_token, made.suffix) == ("a", "é", "ß", "!")
     other = Revision(0, 1, base[1], "数".encode()[0], tuple("数!".encode()), 0.0, 1.0, True, 0.0)
-    made = change(other, base, utf8)
-    assert (made.kept, made.new, made.rest) == ("a", "数", "!")
+    made = compute_text_change(other, base, utf8)
+    assert (made.prefix, made.new_token, made.suffix) == ("a", "数", "!")
 
 
 def test_json_holds_the_whole_trace_and_texts():
     bad = replace(STORY, reward=math.nan)
-    found = json.loads(json.dumps(trace_json(bad, decode), allow_nan=False))
+    found = json.loads(json.dumps(trace_to_json(bad, decode), allow_nan=False))
     assert found["reward"] is None and found["initial"] == "1+2=4;#4"
     assert found["cost"] == {"flops": 1.2e9, "seconds": 0.25, "tokens": {"policy/decode": 3}}
     assert {name for name in vars(STORY)} <= set(found)

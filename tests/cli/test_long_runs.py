@@ -21,22 +21,22 @@ import worlds
 from lock_holder import holder
 
 from nabla_trl.cli.main import main
-from nabla_trl.evaluation.rows import Row, RowStore, of_problems
-from nabla_trl.evaluation.runner import Bench, budget_flops, run_step, run_steps
+from nabla_trl.evaluation.rows import Row, RowStore, select_complete_rows
+from nabla_trl.evaluation.runner import EvaluationSetup, get_budget_flops, run_job, run_jobs
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.generate_traces import unfinished, write_traces
-from nabla_trl.tasks.problem import Problem, content_hash
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces
+from nabla_trl.tasks.problem import Problem, compute_content_hash
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import read_traces
 from nabla_trl.utils import interrupts
-from nabla_trl.utils.interrupts import Stopped, listening
+from nabla_trl.utils.interrupts import StoppedBySignal, handle_stop_signals
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-CONFIG = ReasonerConfig(rounds=2, max_new_tokens=8, batch_size=2)
+CONFIG = SearchConfig(max_rounds=2, max_new_tokens=8, batch_size=2)
 QUESTIONS = ("1+2", "3*4-5", "7", "12-3+4*5", "2*2", "9-1", "6+6*6", "5-4")
 
 
@@ -53,30 +53,34 @@ def asked() -> list[Problem]:
 
 
 @pytest.fixture(scope="module")
-def bench(policy: Policy, scalar_reward: Reward) -> Bench:
-    return Bench(policy, scalar_reward, CONFIG, (0,))
+def bench(policy: Policy, scalar_reward: Reward) -> EvaluationSetup:
+    return EvaluationSetup(policy, scalar_reward, CONFIG, (0,))
 
 
 class Run:
     """An evaluation and a folder of traces in one folder, by as many processes as are asked for."""
 
-    def __init__(self, folder: Path, bench: Bench, problems: Sequence[Problem]):
+    def __init__(self, folder: Path, bench: EvaluationSetup, problems: Sequence[Problem]):
         self.folder, self.bench, self.problems, self.config = folder, bench, problems, CONFIG
 
     def rows(self, rank: int = 0, processes: int = 1, problems: Sequence[Problem] | None = None) -> None:
         mine = list(self.problems if problems is None else problems)[rank::processes]
         store = RowStore(self.folder / "rows", "run", rank)
         with AnswerChecker() as checker:
-            run_steps(
-                [self.bench.greedy(), self.bench.search("nabla", self.config)], mine, store, checker, shown=False
+            run_jobs(
+                [self.bench.plan_greedy(), self.bench.plan_search("nabla", self.config)],
+                mine,
+                store,
+                checker,
+                show_progress=False,
             )
 
     def traces(self, rank: int = 0, processes: int = 1, problems: Sequence[Problem] | None = None) -> None:
         mine = list(self.problems if problems is None else problems)[rank::processes]
         folder = self.folder / "traces"
-        todo = unfinished(mine, folder, 0)
+        todo = find_unfinished_problems(mine, folder, 0)
         with AnswerChecker() as checker:
-            write_traces(
+            generate_traces(
                 todo,
                 folder,
                 policy=self.bench.policy,
@@ -85,7 +89,7 @@ class Run:
                 seed=0,
                 checker=checker,
                 rank=rank,
-                shown=False,
+                show_progress=False,
             )
 
     def made(self, what: str) -> list[Any]:
@@ -107,12 +111,14 @@ def told(trace: Trace) -> tuple:
 
 
 @pytest.fixture
-def run(tmp_path: Path, bench: Bench, asked: list[Problem]) -> Run:
+def run(tmp_path: Path, bench: EvaluationSetup, asked: list[Problem]) -> Run:
     return Run(tmp_path, bench, asked)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, bench: Bench, asked: list[Problem]) -> dict[str, list[Any]]:
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, bench: EvaluationSetup, asked: list[Problem]
+) -> dict[str, list[Any]]:
     """What an undisturbed run makes."""
     run = Run(tmp_path_factory.mktemp("whole"), bench, asked)
     run.rows()
@@ -159,34 +165,38 @@ def test_the_hash_of_a_problem_is_of_what_is_asked_and_its_answer(asked: list[Pr
     one = asked[0]
     chat = ({"role": "user", "content": "otherwise"},)
     others = [replace(one, question="2"), replace(one, answer=None), replace(one, messages=chat)]
-    assert len({content_hash(problem) for problem in [one, *others]}) == 4
-    assert content_hash(replace(one, id="x", level="1", solution="s")) == content_hash(one)
+    assert len({compute_content_hash(problem) for problem in [one, *others]}) == 4
+    assert compute_content_hash(replace(one, id="x", level="1", solution="s")) == compute_content_hash(one)
 
 
 # --- budgets ------------------------------------------------------------------------------------------
 
 
 def test_a_budget_stays_what_it_was(
-    bench: Bench, asked: list[Problem], checker: AnswerChecker, tmp_path: Path
+    bench: EvaluationSetup, asked: list[Problem], checker: AnswerChecker, tmp_path: Path
 ) -> None:
     """More problems change the mean cost of what sets a budget, which rows at that budget would not notice."""
     store = RowStore(tmp_path, "run")
-    run_step(bench.pool([2]), asked[:6], store, checker)
-    first = budget_flops(store, "best_of_2")
+    run_job(bench.plan_sample_pool([2]), asked[:6], store, checker)
+    first = get_budget_flops(store, "best_of_2")
     path = store.path
     path.write_text(path.read_text().replace('"flops": ', '"flops": 1.0,"was": ', 1))  # one cost next to nothing
-    worlds.refused(lambda: budget_flops(RowStore(tmp_path, "run"), "best_of_2"), "rows at a budget of", "best_of_2")
+    worlds.refused(
+        lambda: get_budget_flops(RowStore(tmp_path, "run"), "best_of_2"), "rows at a budget of", "best_of_2"
+    )
     path.write_text(path.read_text().replace('"flops": 1.0,"was": ', f'"flops": {first * 1.01},"was": ', 1))
-    assert budget_flops(RowStore(tmp_path, "run"), "best_of_2") == first
+    assert get_budget_flops(RowStore(tmp_path, "run"), "best_of_2") == first
     assert json.loads((tmp_path / "budgets.json").read_text()) == {"best_of_2": first}
     (tmp_path / "budgets.json").write_text('{"best_of_2": 0.0}')
-    worlds.refused(lambda: budget_flops(RowStore(tmp_path, "run"), "best_of_2"), "budgets.json", "no budget of FLOPs")
+    worlds.refused(
+        lambda: get_budget_flops(RowStore(tmp_path, "run"), "best_of_2"), "budgets.json", "no budget of FLOPs"
+    )
 
 
-def test_what_could_not_be_run_sets_no_budget(bench: Bench, checker: AnswerChecker, tmp_path: Path) -> None:
+def test_what_could_not_be_run_sets_no_budget(bench: EvaluationSetup, checker: AnswerChecker, tmp_path: Path) -> None:
     store = RowStore(tmp_path, "run")
-    run_step(bench.pool([2]), [Problem(id="bad", question="?!", answer="1")], store, checker)
-    worlds.refused(lambda: budget_flops(store, "best_of_2"), "best_of_2 can set no budget")
+    run_job(bench.plan_sample_pool([2]), [Problem(id="bad", question="?!", answer="1")], store, checker)
+    worlds.refused(lambda: get_budget_flops(store, "best_of_2"), "best_of_2 can set no budget")
     assert not (tmp_path / "budgets.json").exists()
 
 
@@ -197,10 +207,10 @@ def test_rows_that_cover_the_problems(asked: list[Problem]) -> None:
     rows = [row("greedy", 0, one) for one in asked]
     rows += [row("nabla", seed, one) for seed, count in ((0, 3), (1, 2)) for one in asked[:count]]
     rows += [row("old", 0, replace(asked[0], task="another"))]
-    whole, left_out = of_problems(rows, asked[:3])
+    whole, left_out = select_complete_rows(rows, asked[:3])
     assert {(one["method"], one["seed"]) for one in whole} == {("greedy", 0), ("nabla", 0)} and len(whole) == 6
     assert left_out == "left out, as their rows are not all there: nabla, seed 1 (2 of 3 problems)"
-    assert of_problems(rows, asked[:2])[1] == "" and len(of_problems(rows, asked[:2])[0]) == 6
+    assert select_complete_rows(rows, asked[:2])[1] == "" and len(select_complete_rows(rows, asked[:2])[0]) == 6
 
 
 # --- kill -9 and full disks ---------------------------------------------------------------------------
@@ -267,10 +277,10 @@ def test_half_a_character_of_another_process_is_no_row(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_whole_rows_and_the_store_goes_on(
-    bench: Bench, asked: list[Problem], checker: AnswerChecker, tmp_path: Path
+    bench: EvaluationSetup, asked: list[Problem], checker: AnswerChecker, tmp_path: Path
 ) -> None:
     store = RowStore(tmp_path, "run")
-    rows = run_step(bench.greedy(), asked, RowStore(tmp_path / "other", "run"), checker)
+    rows = run_job(bench.plan_greedy(), asked, RowStore(tmp_path / "other", "run"), checker)
     store.append(rows[:2])
     before = store.path.read_bytes()
     with (
@@ -367,23 +377,23 @@ def test_eval_of_more_and_of_fewer_problems(capsys: Any, world: list[str], tmp_p
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let the second batch of the search send this process a signal, so many times."""
-    real = Bench.search
+    real = EvaluationSetup.plan_search
 
     def install(number: int, times: int = 1) -> None:
         calls: list[int] = []
 
-        def search(self: Bench, method: str, config: ReasonerConfig, **options: Any) -> Any:
+        def search(self: EvaluationSetup, method: str, config: SearchConfig, **options: Any) -> Any:
             step = real(self, method, config, **options)
 
             def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
                 calls.append(len(problems))
                 for _ in range(times if len(calls) == 2 else 0):
                     os.kill(os.getpid(), number)
-                return step.work(problems, seed)
+                return step.run(problems, seed)
 
-            return replace(step, work=work)
+            return replace(step, run=work)
 
-        monkeypatch.setattr(Bench, "search", search)
+        monkeypatch.setattr(EvaluationSetup, "search", search)
 
     return install
 
@@ -425,10 +435,10 @@ def test_a_second_ctrl_c_stops_at_once(
 
 
 def test_a_signal_between_batches_stops_at_once() -> None:
-    with pytest.raises(Stopped) as stop, listening():
+    with pytest.raises(StoppedBySignal) as stop, handle_stop_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("not reached")
-    assert stop.value.number == signal.SIGTERM and isinstance(stop.value, KeyboardInterrupt)
+    assert stop.value.signal_number == signal.SIGTERM and isinstance(stop.value, KeyboardInterrupt)
 
 
 def test_the_command_of_a_script_is_as_it_was_typed(tmp_path: Path) -> None:
@@ -442,7 +452,7 @@ def test_what_is_ignored_stays_ignored() -> None:
     """As of a shell's background job, or under nohup."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with listening():
+        with handle_stop_signals():
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -450,14 +460,14 @@ def test_what_is_ignored_stays_ignored() -> None:
 
 def test_a_worker_of_the_checker_outlives_a_signal_to_all(checker: AnswerChecker) -> None:
     """A scheduler signals every process: a comparison that died of it would pass for a wrong answer."""
-    assert checker.check([(r"\frac{1}{2}", "0.5")])[0].right
+    assert checker.check([(r"\frac{1}{2}", "0.5")])[0].is_correct
     for slot in checker._slots:
         assert slot is not None
         slot.process.send_signal(signal.SIGTERM)
         slot.process.send_signal(signal.SIGINT)
         time.sleep(0.05)
         assert slot.process.poll() is None
-    assert checker.check([(r"\frac{1}{4}", "0.25")])[0].right
+    assert checker.check([(r"\frac{1}{4}", "0.25")])[0].is_correct
 
 
 # --- real runs ----------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from trl import SFTConfig
 
-from nabla_trl.cli.parsing import Parser, UsageError, parse, run_main
-from nabla_trl.search.config import PRESETS, ReasonerConfig
-from nabla_trl.utils.fields import checked
-from nabla_trl.utils.interrupts import Stopped
+from nabla_trl.cli.parsing import Parser, UsageError, parse_dataclasses, run_main
+from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.utils.fields import coerce_fields
+from nabla_trl.utils.interrupts import StoppedBySignal
 
 
 @dataclass
@@ -34,26 +34,26 @@ def yaml_file(folder: Path, text: str) -> str:
 
 
 def options(*argv: str) -> Options:
-    return parse([Options], ["--name", "x", *argv])[0]
+    return parse_dataclasses([Options], ["--name", "x", *argv])[0]
 
 
 def test_preset_then_file_then_flags(tmp_path):
     text = "preset: paper\nlr: 0.1\nsteps: 7\nrollouts: 5\n"
     argv = ["--config", yaml_file(tmp_path, text), "--steps", "9"]
-    found = parse([ReasonerConfig], argv, presets=PRESETS)[0]
-    assert found == ReasonerConfig.preset("paper", lr=0.1, steps=9, rollouts=5)
+    found = parse_dataclasses([SearchConfig], argv, presets=PRESETS)[0]
+    assert found == SearchConfig.from_preset("paper", ste_learning_rate=0.1, ste_steps=9, max_rollouts=5)
 
 
 def test_the_preset_of_the_command_line_wins_over_the_one_of_the_file(tmp_path):
     argv = [f"--config={yaml_file(tmp_path, 'preset: paper')}", "--preset=default", "--rounds=2"]
-    assert parse([ReasonerConfig], argv, presets=PRESETS)[0] == ReasonerConfig(rounds=2)
+    assert parse_dataclasses([SearchConfig], argv, presets=PRESETS)[0] == SearchConfig(max_rounds=2)
 
 
 def test_a_file_that_repeats_the_defaults_changes_nothing(tmp_path):
     """Also the hash: YAML's `1` for a float must not tell two equal searches apart."""
     text = "kl: 2\ntemperature: 1\ntop_p: 1\nflops: 0\nrounds: 16"
-    found = parse([ReasonerConfig], ["--config", yaml_file(tmp_path, text)])[0]
-    assert found.hash() == ReasonerConfig().hash()
+    found = parse_dataclasses([SearchConfig], ["--config", yaml_file(tmp_path, text)])[0]
+    assert found.hash() == SearchConfig().compute_hash()
 
 
 def test_values_of_a_file_get_the_types_of_the_fields(tmp_path):
@@ -121,9 +121,9 @@ def test_a_wrong_command_line_is_a_usage_error(argv, message):
 
 def test_a_misspelt_required_option_is_named_rather_than_called_missing():
     with pytest.raises(UsageError, match=r"--nmae \(did you mean --name\?\)"):
-        parse([Options], ["--nmae", "x"])
+        parse_dataclasses([Options], ["--nmae", "x"])
     with pytest.raises(UsageError, match="required: --name"):
-        parse([Options], [])
+        parse_dataclasses([Options], [])
 
 
 def test_flags_of_every_kind():
@@ -132,33 +132,33 @@ def test_flags_of_every_kind():
 
 
 def test_the_file_may_hold_a_required_option(tmp_path):
-    assert parse([Options], ["--config", yaml_file(tmp_path, "name: y")])[0].name == "y"
+    assert parse_dataclasses([Options], ["--config", yaml_file(tmp_path, "name: y")])[0].name == "y"
 
 
 def test_arguments_added_by_hand_come_last():
     parser = Parser([Options])
     parser.add_argument("question")
-    filled, extra = parser.read(["--name", "x", "--", "-3+4"])
+    filled, extra = parser.parse_options(["--name", "x", "--", "-3+4"])
     assert (filled.name, extra.question) == ("x", "-3+4")
 
 
 def test_unknown_preset():
     with pytest.raises(ValueError, match="unknown preset 'papr': choose from default, paper"):
-        parse([ReasonerConfig], ["--preset", "papr"], presets=PRESETS)
+        parse_dataclasses([SearchConfig], ["--preset", "papr"], presets=PRESETS)
 
 
 def test_the_trainers_own_types_are_left_to_trl():
     """Enums, unions and mappings pass; plain fields are checked and converted like ours."""
     values = {"save_strategy": "no", "report_to": "none", "num_train_epochs": 6, "gradient_checkpointing_kwargs": {}}
-    fitted = checked(values, [SFTConfig], where="f")
+    fitted = coerce_fields(values, [SFTConfig], source="f")
     assert fitted == values and isinstance(fitted["num_train_epochs"], float)
     with pytest.raises(ValueError, match="f: max_steps must be a whole number"):
-        checked({"max_steps": "all"}, [SFTConfig], where="f")
+        coerce_fields({"max_steps": "all"}, [SFTConfig], source="f")
 
 
 def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse([Options], ["--help"], presets=PRESETS)
+        parse_dataclasses([Options], ["--help"], presets=PRESETS)
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     assert "--config FILE YAML file of options" in text and "--preset NAME default, paper" in text
@@ -172,14 +172,14 @@ def test_help_explains_every_option(capsys):
         (PermissionError(13, "Permission denied", "/x"), 1, "error: [Errno 13] Permission denied: '/x'\n"),
         (UsageError("odd"), 2, "error: odd\n"),
         (KeyboardInterrupt(), 130, "stopped; to go on: do it again\n"),
-        (Stopped(signal.SIGTERM, "nabla: 3 of 9"), 143, "stopped at nabla: 3 of 9; to go on: do it again\n"),
+        (StoppedBySignal(signal.SIGTERM, "nabla: 3 of 9"), 143, "stopped at nabla: 3 of 9; to go on: do it again\n"),
     ],
 )
 def test_exit_codes_and_one_line(capsys, error, code, line):
     def main(argv):
         raise error
 
-    assert run_main(main, [], again="do it again") == code
+    assert run_main(main, [], resume_command="do it again") == code
     assert capsys.readouterr() == ("", line)
 
 

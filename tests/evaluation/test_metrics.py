@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nabla_trl.evaluation import metrics
-from nabla_trl.evaluation.metrics import maj_at, pass_at
-from nabla_trl.report.summary import summarise
+from nabla_trl.evaluation.metrics import compute_maj_at_k, compute_pass_at_k
+from nabla_trl.report.summary import summarize
 
 Sample = tuple[str | None, bool]
 
@@ -39,7 +39,7 @@ def some_samples(seed: int) -> list[Sample]:
 def test_estimates_are_means_over_every_choice(seed: int) -> None:
     samples = some_samples(seed)
     n = len(samples)
-    held, voted = pass_at(sum(right for _, right in samples), n), maj_at(samples)
+    held, voted = compute_pass_at_k(sum(right for _, right in samples), n), compute_maj_at_k(samples)
     wanted = np.array([every_choice(samples, k) for k in range(1, n + 1)])
     np.testing.assert_allclose(held, wanted[:, 0], atol=1e-12)
     np.testing.assert_allclose(voted, wanted[:, 1], atol=1e-12)
@@ -47,8 +47,8 @@ def test_estimates_are_means_over_every_choice(seed: int) -> None:
 
 def test_estimates_do_not_depend_on_the_order_and_stay_finite() -> None:
     samples = [("7", True)] * 300 + [("8", False)] * 310 + [(str(wrong), False) for wrong in range(100, 489)]
-    held, voted = pass_at(300, len(samples)), maj_at(samples)
-    np.testing.assert_allclose(voted, maj_at(samples[::-1]))
+    held, voted = compute_pass_at_k(300, len(samples)), compute_maj_at_k(samples)
+    np.testing.assert_allclose(voted, compute_maj_at_k(samples[::-1]))
     assert np.isfinite(held).all() and np.isfinite(voted).all()
     assert held[0] == pytest.approx(300 / 999) == pytest.approx(voted[0])
     assert voted[-1] == 0 and held[-1] == 1  # all of them together: 8 leads
@@ -56,7 +56,7 @@ def test_estimates_do_not_depend_on_the_order_and_stay_finite() -> None:
 
 
 def test_writings_of_one_answer_vote_together() -> None:
-    assert maj_at([("$7$", True), ("7.", True), ("8", False)])[-1] == 1
+    assert compute_maj_at_k([("$7$", True), ("7.", True), ("8", False)])[-1] == 1
 
 
 def row(method: str, problem: str, seed: int, samples: list[Sample], error: str | None = None) -> dict:
@@ -87,7 +87,7 @@ def test_rows_of_samples_are_measured_by_policy_with_problems_as_the_unit() -> N
         row("sft_samples_2", "b", 0, [right, wrong]),
         row("samples_2", "a", 0, [wrong, wrong]),  # the larger number of samples counts
     ]
-    found = metrics.measured(rows)
+    found = metrics.estimate_sample_metrics(rows)
     assert set(found) == {
         *(f"{name}@{k}.base" for name in ("pass", "maj") for k in (1, 2, 4)),
         *(f"{name}@{k}.sft" for name in ("pass", "maj") for k in (1, 2)),
@@ -95,18 +95,18 @@ def test_rows_of_samples_are_measured_by_policy_with_problems_as_the_unit() -> N
         "avg@2.sft",
     }
     assert found["avg@4.base"].value == pytest.approx((1 / 4 + 3 / 4) / 2 / 2)
-    assert (found["avg@4.base"].problems, found["avg@4.base"].seeds) == (2, 2)
+    assert (found["avg@4.base"].num_problems, found["avg@4.base"].num_seeds) == (2, 2)
     assert found["pass@2.base"].value == pytest.approx((1 / 2 + 1) / 2 / 2)
     assert found["maj@4.base"].value == pytest.approx(1 / 2 / 2)
     assert found["pass@2.sft"].value == 1 and found["maj@2.sft"].value == pytest.approx(3 / 4)
-    assert summarise(rows, {})["avg@2.sft"]["value"] == pytest.approx(3 / 4)
+    assert summarize(rows, {})["avg@2.sft"]["value"] == pytest.approx(3 / 4)
 
 
 def test_an_unfinished_evaluation_is_refused() -> None:
     rows = [row("samples_2", "a", seed, [("1", True)] * 2) for seed in (0, 1)]
     with pytest.raises(ValueError, match="no row for method 'samples_2', problem 'b', seed 1"):
-        metrics.measured([*rows, row("samples_2", "b", 0, [("1", True)] * 2)])
+        metrics.estimate_sample_metrics([*rows, row("samples_2", "b", 0, [("1", True)] * 2)])
     with pytest.raises(ValueError, match="two rows"):
-        metrics.measured([*rows, rows[0]])
+        metrics.estimate_sample_metrics([*rows, rows[0]])
     with pytest.raises(ValueError, match="a row of samples_2 holds no samples"):
-        metrics.measured([rows[0], rows[1] | {"samples": None}])
+        metrics.estimate_sample_metrics([rows[0], rows[1] | {"samples": None}])

@@ -11,21 +11,21 @@ import torch
 import worlds
 
 from nabla_trl.evaluation import metrics
-from nabla_trl.evaluation.kl import best_of_bound
-from nabla_trl.evaluation.plan import check, steps
-from nabla_trl.evaluation.results import comparisons_lost, extractions
-from nabla_trl.evaluation.rows import RowStore, reward_by_round, row_key, trace_row
-from nabla_trl.evaluation.runner import Bench, mean_flops, run_step
+from nabla_trl.evaluation.kl import compute_best_of_n_kl_bound
+from nabla_trl.evaluation.plan import check_methods, plan_jobs
+from nabla_trl.evaluation.results import describe_failed_comparisons, list_extraction_differences
+from nabla_trl.evaluation.rows import RowStore, build_row, compute_reward_by_round, get_row_key
+from nabla_trl.evaluation.runner import EvaluationSetup, compute_mean_flops, run_job
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.grading.equivalence import Verdict
+from nabla_trl.grading.equivalence import MatchResult
 from nabla_trl.models.flops import Cost
-from nabla_trl.report.html.viewer import Tokens, stored_traces
-from nabla_trl.report.summary import summarise
-from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.report.html.viewer import TokenTable, iterate_traces
+from nabla_trl.report.summary import summarize
+from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.traces.build import error_trace, grade, response_trace
+from nabla_trl.traces.build import build_error_trace, build_response_trace, grade_traces
 
-CONFIG = ReasonerConfig(rounds=3, max_new_tokens=8, batch_size=2)
+CONFIG = SearchConfig(max_rounds=3, max_new_tokens=8, batch_size=2)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def asked(problems):
 
 @pytest.fixture
 def bench(policy, scalar_reward):
-    return Bench(policy, scalar_reward, CONFIG, (0, 1))
+    return EvaluationSetup(policy, scalar_reward, CONFIG, (0, 1))
 
 
 def facts(rows):
@@ -56,9 +56,9 @@ def facts(rows):
 def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
     for step in (bench.greedy(), bench.pool([1, 2], [2]), bench.search("nabla", CONFIG)):
-        run_step(step, asked, store, checker)
+        run_job(step, asked, store, checker)
     rows = store.read()
-    assert len({row_key(row) for row in rows}) == len(rows) == 4 + 3 * 8 + 8
+    assert len({get_row_key(row) for row in rows}) == len(rows) == 4 + 3 * 8 + 8
     assert {row["method"] for row in rows} == {"greedy", "best_of_1", "best_of_2", "self_consistency_2", "nabla"}
     for row in rows:
         assert row["flops"] > 0 and row["correct"] in (True, False) and row["error"] is None
@@ -68,9 +68,9 @@ def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_pat
 def test_no_seed_has_to_be_the_first(bench, asked, checker, tmp_path):
     """The greedy decode is stored under the first seed that was asked for, and is not made again."""
     store = RowStore(tmp_path, "run")
-    elsewhere = replace(bench, seeds=(3, 5))
+    elsewhere = replace(bench, num_seeds=(3, 5))
     for step in (elsewhere.greedy(), elsewhere.pool([1])):
-        assert run_step(step, asked, store, checker) and not run_step(step, asked, store, checker)
+        assert run_job(step, asked, store, checker) and not run_job(step, asked, store, checker)
     assert {(row["method"], row["seed"]) for row in store.read()} == {
         ("greedy", 3),
         ("best_of_1", 3),
@@ -82,8 +82,8 @@ def test_samples_are_the_pool_that_others_choose_from(bench, asked, checker, tmp
     store = RowStore(tmp_path, "run")
     bad = replace(asked[0], id="bad", question="?!")
     names = ["best_of_1", "best_of_4", "self_consistency_4", "samples_4"]
-    for step in steps(names, bench, {}, lambda name: 0.0):
-        run_step(step, [*asked, bad], store, checker)
+    for step in plan_jobs(names, bench, {}, lambda name: 0.0):
+        run_job(step, [*asked, bad], store, checker)
     cells = {(row["method"], row["problem"], row["seed"]): row for row in store.read()}
     assert len(cells) == len(names) * 5 * 2
     for (method, problem, seed), row in cells.items():
@@ -99,7 +99,7 @@ def test_samples_are_the_pool_that_others_choose_from(bench, asked, checker, tmp
         assert [best["answer"], best["correct"]] in row["samples"]
         assert voted["answer"] in answers
         assert row["flops"] == pytest.approx(voted["flops"])  # neither reads the reward
-    found = metrics.measured(store.read())
+    found = metrics.estimate_sample_metrics(store.read())
     shares = [row["correct"] or 0.0 for row in cells.values() if row["method"] == "samples_4"]
     assert found["avg@4.base"].value == pytest.approx(np.mean(shares))
 
@@ -107,29 +107,31 @@ def test_samples_are_the_pool_that_others_choose_from(bench, asked, checker, tmp
 def test_the_traces_of_the_main_search_are_kept_with_its_rows(bench, asked, checker, tmp_path):
     names = ["best_of_16", "nabla@0.5", "nabla", "control"]
     store, folder = RowStore(tmp_path / "rows", "run"), tmp_path / "held"
-    kept = replace(bench, seeds=(0,), config=replace(CONFIG, rounds=1))
-    for step in steps(names, kept, {}, lambda name: mean_flops(store.read(), name)):
-        run_step(step, asked[:3], store, checker, held_out=folder)
+    kept = replace(bench, num_seeds=(0,), config=replace(CONFIG, max_rounds=1))
+    for step in plan_jobs(names, kept, {}, lambda name: compute_mean_flops(store.read(), name)):
+        run_job(step, asked[:3], store, checker, eval_traces_dir=folder)
     rows = {row["problem"]: row for row in store.read() if row["method"] == "nabla"}
-    traces = list(stored_traces(folder))
+    traces = list(iterate_traces(folder))
     assert {trace.problem_id for trace in traces} == set(rows) and len(traces) == 3
     for trace in traces:
         row = rows[trace.problem_id]
         assert (trace.method, trace.reward, trace.correct) == ("nabla", row["reward"], row["correct"])
-    assert Tokens.read(folder).fit(traces[0])
+    assert TokenTable.read(folder).matches(traces[0])
 
 
 def test_rows_hold_both_verdicts_where_a_form_is_asked_for(policy, checker):
     texts = ["1+2=3;#3", "1+2=3", "1+2=3;#4", "=;"]
-    problems = [Problem(f"q{n}", "1+2", "3", form="hash", version="7", task="sums") for n in range(len(texts))]
-    problems.append(replace(problems[0], id="free", form=None))
+    problems = [
+        Problem(f"q{n}", "1+2", "3", answer_format="hash", task_version="7", task="sums") for n in range(len(texts))
+    ]
+    problems.append(replace(problems[0], id="free", answer_format=None))
     problems.append(replace(problems[0], id="ungraded", answer=None))
     traces = []
     for problem, text in zip(problems, [*texts, *texts[:2]], strict=True):
-        ids = worlds.sample(policy, problem, text).response
+        ids = worlds.sample(policy, problem, text).response_ids
         traces.append(traced(policy, problem, ids))
-    traces.append(error_trace(replace(problems[0], id="failed"), "greedy", 0, "it failed", {}))
-    rows = {row["problem"]: row for row in (trace_row(trace, "run") for trace in grade(traces, checker))}
+    traces.append(build_error_trace(replace(problems[0], id="failed"), "greedy", 0, "it failed", {}))
+    rows = {row["problem"]: row for row in (build_row(trace, "run") for trace in grade_traces(traces, checker))}
     names = ("answer", "answer_strict", "correct", "correct_strict")
     assert [[rows[key][name] for name in names] for key in rows] == [
         ["3", "3", True, True],
@@ -149,36 +151,36 @@ def test_rows_hold_both_verdicts_where_a_form_is_asked_for(policy, checker):
         "no_answer",
         "no_gold",
     ]
-    assert [entry["problem"] for entry in extractions(list(rows.values()))] == ["q1", "ungraded"]
-    found = summarise([row for key, row in rows.items() if key.startswith("q")], {})
+    assert [entry["problem"] for entry in list_extraction_differences(list(rows.values()))] == ["q1", "ungraded"]
+    found = summarize([row for key, row in rows.items() if key.startswith("q")], {})
     assert found["accuracy.greedy"]["value"] == 0.5 and found["accuracy_strict.greedy"]["value"] == 0.25
-    free = summarise([rows["free"]], {})
+    free = summarize([rows["free"]], {})
     assert "accuracy_strict.greedy" not in free
 
 
 def test_comparisons_that_hang_or_crash_are_counted(policy, checker):
     class Lost(AnswerChecker):
         def check(self, pairs):
-            return [[Verdict.TIMEOUT, Verdict.ERROR, Verdict.RIGHT][n % 3] for n, _ in enumerate(pairs)]
+            return [[MatchResult.TIMEOUT, MatchResult.ERROR, MatchResult.CORRECT][n % 3] for n, _ in enumerate(pairs)]
 
     problems = [Problem(f"q{n}", "1+2", "3") for n in range(5)]
-    traces = [traced(policy, one, worlds.sample(policy, one, "3").response) for one in problems]
-    rows = [trace_row(trace, "run") for trace in grade(traces, Lost())]
+    traces = [traced(policy, one, worlds.sample(policy, one, "3").response_ids) for one in problems]
+    rows = [build_row(trace, "run") for trace in grade_traces(traces, Lost())]
     assert [row["correct"] for row in rows] == [False, False, True, False, False]
-    assert comparisons_lost(rows) == (
+    assert describe_failed_comparisons(rows) == (
         "Of the comparisons with gold answers 2 timed out and 2 ended their worker: they count as wrong."
     )
-    assert comparisons_lost(rows[2:3]) == ""
+    assert describe_failed_comparisons(rows[2:3]) == ""
 
 
 def traced(policy, problem, ids):
-    return response_trace(
+    return build_response_trace(
         policy,
         problem,
         method="greedy",
         seed=0,
-        prompt=policy.encode(problem),
-        response=ids,
+        prompt_ids=policy.encode(problem),
+        response_ids=ids,
         reward=0.0,
         cost=Cost(),
         meta={},
@@ -191,34 +193,34 @@ def test_a_pool_of_many_samples_batches_problems_and_equals_one_of_few_rows(benc
         step = replace(bench, config=replace(CONFIG, batch_size=rows)).pool([1, 5], [5])
         assert step.batch_size == max(1, 4 * rows // 5)
         store = RowStore(tmp_path / str(rows), "run")
-        run_step(step, asked, store, checker)
+        run_job(step, asked, store, checker)
         found.append(facts(store.read()))
     assert found[0] == found[1] == found[2]
 
 
 def test_what_is_there_is_not_run_again(bench, asked, checker, tmp_path):
     step = bench.search("nabla", CONFIG)
-    first = run_step(step, asked, RowStore(tmp_path, "run"), checker)
+    first = run_job(step, asked, RowStore(tmp_path, "run"), checker)
     assert len(first) == 8
-    assert run_step(step, asked, RowStore(tmp_path, "run"), checker) == []
+    assert run_job(step, asked, RowStore(tmp_path, "run"), checker) == []
 
 
 def test_a_run_cut_off_in_a_row_ends_with_the_same_rows(bench, asked, checker, tmp_path):
     step = bench.pool([1, 2])
     whole = RowStore(tmp_path / "whole", "run")
-    run_step(step, asked, whole, checker)
+    run_job(step, asked, whole, checker)
     torn = RowStore(tmp_path / "torn", "run")
-    run_step(step, asked[:3], torn, checker)
+    run_job(step, asked[:3], torn, checker)
     data = torn.path.read_bytes()
     torn.path.write_bytes(data[: len(data) - 37])
     again = RowStore(tmp_path / "torn", "run")
-    assert len(again.done) == 11
-    run_step(step, list(reversed(asked)), again, checker)
+    assert len(again.stored_rows) == 11
+    run_job(step, list(reversed(asked)), again, checker)
     assert facts(again.read()) == facts(whole.read())
 
 
 def test_rows_of_other_settings_are_refused(bench, asked, checker, tmp_path):
-    run_step(bench.greedy(), asked, RowStore(tmp_path, "one"), checker)
+    run_job(bench.greedy(), asked, RowStore(tmp_path, "one"), checker)
     with pytest.raises(ValueError, match="other settings"):
         RowStore(tmp_path, "two")
 
@@ -229,7 +231,7 @@ def test_rows_of_other_settings_are_refused(bench, asked, checker, tmp_path):
 )
 def test_a_corrupt_line_is_named(line, words, bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
-    run_step(bench.greedy(), asked, store, checker)
+    run_job(bench.greedy(), asked, store, checker)
     lines = store.path.read_text().splitlines()
     store.path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
     worlds.refused(lambda: RowStore(tmp_path, "run"), "rows-00000.jsonl, line 2", words)
@@ -238,28 +240,28 @@ def test_a_corrupt_line_is_named(line, words, bench, asked, checker, tmp_path):
 def test_rows_of_several_processes_are_read_together(bench, asked, checker, tmp_path):
     step = bench.greedy()
     for rank in range(2):
-        run_step(step, asked[rank::2], RowStore(tmp_path, "run", rank), checker)
+        run_job(step, asked[rank::2], RowStore(tmp_path, "run", rank), checker)
     alone = RowStore(tmp_path / "alone", "run")
-    run_step(step, asked, alone, checker)
+    run_job(step, asked, alone, checker)
     assert facts(RowStore(tmp_path, "run").read()) == facts(alone.read())
 
 
 def test_an_error_is_a_row(bench, asked, checker, tmp_path):
     bad = [*asked[:1], replace(asked[1], question="?!")]
-    rows = run_step(bench.search("nabla", CONFIG), bad, RowStore(tmp_path, "run"), checker)
+    rows = run_job(bench.search("nabla", CONFIG), bad, RowStore(tmp_path, "run"), checker)
     assert [bool(row["error"]) for row in rows] == [False, True] * 2
     assert [row["correct"] for row in rows if row["error"]] == [False, False]
     json.dumps(rows, allow_nan=False)
 
 
 def test_a_missing_gold_answer_is_neither_right_nor_wrong(bench, problems, checker, tmp_path):
-    rows = run_step(bench.greedy(), problems, RowStore(tmp_path, "run"), checker)
+    rows = run_job(bench.greedy(), problems, RowStore(tmp_path, "run"), checker)
     assert [row["correct"] for row in rows] == [None] * 4
 
 
 def test_reward_by_round_follows_the_incumbent(bench, asked):
-    for trace in bench.search("nabla", replace(CONFIG, branches=2)).work(asked, 0):
-        curve = reward_by_round(trace)
+    for trace in bench.search("nabla", replace(CONFIG, proposals_per_round=2)).work(asked, 0):
+        curve = compute_reward_by_round(trace)
         assert curve[0] == trace.reward_initial and curve[-1] == trace.reward
         assert len(curve) == 1 + len({revision.round for revision in trace.revisions})
         assert curve == sorted(curve)
@@ -267,7 +269,7 @@ def test_reward_by_round_follows_the_incumbent(bench, asked):
 
 def test_mean_flops_needs_rows():
     with pytest.raises(ValueError, match="no rows of best_of_16"):
-        mean_flops([], "best_of_16")
+        compute_mean_flops([], "best_of_16")
 
 
 # --- trained policies ---------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def tuned():
 def test_methods_of_a_trained_policy_are_the_base_ones_on_its_weights(bench, tuned, asked):
     """Every step of a trained policy makes what the same step makes with that policy as the base."""
     alone, own = replace(bench, policy=tuned), bench.trained("sft", tuned)
-    config = replace(CONFIG, rounds=1)
+    config = replace(CONFIG, max_rounds=1)
     for plain, labelled in (
         (alone.greedy(), own.greedy()),
         (alone.pool([1, 2], [2]), own.pool([1, 2], [2])),
@@ -301,17 +303,19 @@ def test_steps_of_several_policies(bench, tuned):
         asked_for.append(method)
         return 1e6
 
-    made = [step.methods for step in steps(names, bench, {"sft": tuned, "dpo": tuned}, flops_of)]
+    made = [step.methods for step in plan_jobs(names, bench, {"sft": tuned, "dpo": tuned}, flops_of)]
     expected = [("best_of_2",), ("greedy",), ("sft_best_of_1",), ("sft_greedy",)]
     assert made == [*expected, ("dpo_nabla@best_of_2",), ("dpo_control",)]
     assert asked_for == ["best_of_2"], "budgets are the base policy's"
 
 
 def test_a_label_without_a_policy_and_a_policy_without_a_method(bench, tuned):
-    worlds.refused(lambda: check(["grpo_greedy"], bench, {"sft": tuned}), "grpo_greedy needs a policy trained by grpo")
-    worlds.refused(lambda: check(["greedy"], bench, {"sft": tuned}), "no sft_ method that uses it")
-    none = replace(bench, config=CONFIG.control())
-    worlds.refused(lambda: check(["sft_nabla"], none, {"sft": tuned}), "solver none is the control")
+    worlds.refused(
+        lambda: check_methods(["grpo_greedy"], bench, {"sft": tuned}), "grpo_greedy needs a policy trained by grpo"
+    )
+    worlds.refused(lambda: check_methods(["greedy"], bench, {"sft": tuned}), "no sft_ method that uses it")
+    none = replace(bench, config=CONFIG.with_no_gradient())
+    worlds.refused(lambda: check_methods(["sft_nabla"], none, {"sft": tuned}), "solver none is the control")
 
 
 def log_likelihood(policy, trace):
@@ -325,23 +329,23 @@ def log_likelihood(policy, trace):
 
 def test_the_divergence_of_a_sample_is_its_log_ratio(bench, tuned, policy, asked, checker, tmp_path):
     step = bench.trained("sft", tuned).pool([1, 2])
-    rows = {row_key(row): row for row in run_step(step, asked, RowStore(tmp_path, "run"), checker)}
+    rows = {get_row_key(row): row for row in run_job(step, asked, RowStore(tmp_path, "run"), checker)}
     for seed in step.seeds:
         for trace in step.work(asked, seed):
             row = rows[trace.method, trace.task, trace.problem_id, seed]
             ratio = log_likelihood(tuned, trace) - log_likelihood(policy, trace)
-            bound = 0.0 if trace.method == "sft_best_of_1" else best_of_bound(2)
+            bound = 0.0 if trace.method == "sft_best_of_1" else compute_best_of_n_kl_bound(2)
             assert row["kl"] == pytest.approx(bound + ratio, abs=1e-4)
             assert row["flops"] == trace.cost.flops, "measuring is not charged"
 
 
 def test_divergences_of_the_base_policy_and_where_none_is_known(bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
-    for step in (bench.greedy(), bench.pool([1, 4], [2], [2]), bench.search("nabla", replace(CONFIG, rounds=1))):
-        run_step(step, [*asked[:1], replace(asked[1], question="?!")], store, checker)
+    for step in (bench.greedy(), bench.pool([1, 4], [2], [2]), bench.search("nabla", replace(CONFIG, max_rounds=1))):
+        run_job(step, [*asked[:1], replace(asked[1], question="?!")], store, checker)
     found = {row["method"]: row["kl"] for row in store.read() if not row["error"]}
     unknown = dict.fromkeys(("greedy", "self_consistency_2", "weighted_best_of_2", "nabla"))
-    assert found == unknown | {"best_of_1": 0.0, "best_of_4": best_of_bound(4)}
+    assert found == unknown | {"best_of_1": 0.0, "best_of_4": compute_best_of_n_kl_bound(4)}
     assert {row["kl"] for row in store.read() if row["error"]} == {None}
 
 
@@ -353,6 +357,6 @@ def test_the_bound_holds_of_every_best_of_n():
         below = np.concatenate([[0.0], policy.cumsum()])
         best = np.diff(below**count)
         own, moved = best @ np.log(best / policy), best @ np.log(policy / base)
-        assert -1e-12 < own <= best_of_bound(count) + 1e-12
+        assert -1e-12 < own <= compute_best_of_n_kl_bound(count) + 1e-12
         assert best @ np.log(best / base) == pytest.approx(own + moved)
-    assert best_of_bound(1) == 0
+    assert compute_best_of_n_kl_bound(1) == 0

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nabla_trl.export import custom_generation
 from nabla_trl.models.loading import freeze_policy
 from nabla_trl.models.policy import Policy
-from nabla_trl.rewards.loading import log_ratio
+from nabla_trl.rewards.loading import build_log_ratio_reward
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.reasoner import NablaReasoner
 
 # As a shipped folder has it: the files are copied as they are.
@@ -72,7 +72,7 @@ def test_it_gives_the_reasoners_tokens(architecture: str, kind: str) -> None:
     inputs = prompts(policy)
     assert inputs["attention_mask"][0, 0] == 0  # padded on the left
     output = generate(policy.model, inputs, policy, reward, seed=3)
-    solved = NablaReasoner(policy, reward, ReasonerConfig(**SEARCH)).solve(list(worlds.QUESTIONS), seed=3)
+    solved = NablaReasoner(policy, reward, SearchConfig(**SEARCH)).solve(list(worlds.QUESTIONS), seed=3)
     assert any(revision.accepted for trace in solved for revision in trace.revisions)
     assert torch.equal(output[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     assert written(output, inputs["input_ids"].shape[1]) == [trace.response_ids for trace in solved]
@@ -135,8 +135,8 @@ def test_a_reward_that_names_the_base_means_the_base(policy: Policy, tmp_path: P
     )
     named = wrapped.generate(**inputs, **call, reward=f"logratio:{tmp_path}", **settings)
     frozen = freeze_policy(deepcopy(wrapped).merge_and_unload(), policy.tokenizer, "adapted")
-    known = log_ratio(frozen, freeze_policy(base, policy.tokenizer, "base"), frozen, "ratio")
-    solved = NablaReasoner(frozen, known, ReasonerConfig(**settings)).solve(list(worlds.QUESTIONS))
+    known = build_log_ratio_reward(frozen, freeze_policy(base, policy.tokenizer, "base"), frozen, "ratio")
+    solved = NablaReasoner(frozen, known, SearchConfig(**settings)).solve(list(worlds.QUESTIONS))
     assert any(trace.reward for trace in solved)
     assert written(named, inputs["input_ids"].shape[1]) == [trace.response_ids for trace in solved]
 
@@ -177,7 +177,7 @@ def _questions(
         seen.extend(problem.question for problem in problems)
         return original(problems, **kwargs)
 
-    original = custom_generation.solve
+    original = custom_generation.run_search
     monkeypatch.setattr(custom_generation, "solve", solve)
     reward = worlds.tiny_scalar(policy, "gpt2" if policy.tokenizer.chat_template is None else "llama")
     generate(policy.model, inputs, policy, reward, **options)

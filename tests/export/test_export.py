@@ -25,17 +25,17 @@ from nabla_trl import NablaReasoner
 from nabla_trl.cli.main import main
 from nabla_trl.evaluation.grids import build_grids
 from nabla_trl.evaluation.results import store_results
-from nabla_trl.evaluation.rows import RowStore, trace_row
+from nabla_trl.evaluation.rows import RowStore, build_row
 from nabla_trl.export import export
 from nabla_trl.export.checkpoint import Checkpoint, find_checkpoint
-from nabla_trl.export.export import Shipped, ship
-from nabla_trl.export.model_card import base_licence
+from nabla_trl.export.export import ExportResult, export_checkpoint
+from nabla_trl.export.model_card import find_base_license
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.loading import load_policy
-from nabla_trl.traces.build import response_trace, run_meta, versions
+from nabla_trl.traces.build import build_response_trace, build_trace_meta, get_package_versions
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TraceWriter
-from nabla_trl.training.checkpoints import traces_hash
+from nabla_trl.training.checkpoints import hash_traces
 from nabla_trl.utils import statistics
 
 WEIGHTS = "adapter_model.safetensors"
@@ -68,9 +68,9 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shipped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Shipped:
+def shipped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """The run's adapter, shipped with merged weights."""
-    return ship(find_checkpoint(finished, None), tmp_path_factory.mktemp("out") / "shipped", merge=True)
+    return export_checkpoint(find_checkpoint(finished, None), tmp_path_factory.mktemp("out") / "shipped", merge=True)
 
 
 def make_run(run: Path, world: Path, methods: tuple[str, ...] = ("sft",), *, full: bool = False) -> Path:
@@ -79,7 +79,7 @@ def make_run(run: Path, world: Path, methods: tuple[str, ...] = ("sft",), *, ful
     tokenizer.chat_template = worlds.TEMPLATE.replace("<|assistant|>", "<|assistant|>#")  # not the base's
     rows = RowStore(run / "rows", "hash")
     policy = load_policy(str(base))
-    rows.append(trace_row(one, "hash") for one in graded(policy, "greedy"))
+    rows.append(build_row(one, "hash") for one in graded(policy, "greedy"))
     for index, method in enumerate(methods):
         folder = run / "trained" / method
         model = AutoModelForCausalLM.from_pretrained(base)
@@ -106,9 +106,9 @@ def make_run(run: Path, world: Path, methods: tuple[str, ...] = ("sft",), *, ful
         (folder / "config.yaml").write_text(yaml.safe_dump({"policy": str(base), "learning_rate": 0.1}))
         for name in ("greedy", "best_of_8"):
             own = f"{method.replace('-', '_')}_{name}"
-            rows.append(trace_row(one, "hash") for one in graded(policy, own, wrong=1))
+            rows.append(build_row(one, "hash") for one in graded(policy, own, wrong=1))
     facts = {"title": "t", "command": "accelerate launch recipes/distill.py", "policy": str(base), "task": "sums"}
-    facts |= {"reward": f"logratio:{world / 'better'}", "reward_kind": "log-ratio", "versions": versions()}
+    facts |= {"reward": f"logratio:{world / 'better'}", "reward_kind": "log-ratio", "versions": get_package_versions()}
     store_results(run, rows.read(), facts)
     with TraceWriter(run / "traces") as writer:
         for one in graded(policy, "nabla", seeds=(0,)):
@@ -133,16 +133,16 @@ def graded(policy: Any, method: str, *, wrong: int = 3, seeds: tuple[int, ...] =
     """Traces of a method with so many wrong ones for every seed."""
     for seed in seeds:
         for number, problem in enumerate(worlds.tiny_problems([f"{n}+1" for n in range(PROBLEMS)])):
-            trace = response_trace(
+            trace = build_response_trace(
                 policy,
                 replace(problem, task="sums", answer="1"),
                 method=method,
                 seed=seed,
-                prompt=policy.encode(problem),
-                response=[number, 14, policy.tokenizer.eos_token_id],
+                prompt_ids=policy.encode(problem),
+                response_ids=[number, 14, policy.tokenizer.eos_token_id],
                 reward=float(number),
                 cost=Cost(1e6, 0.25, {"policy/decode": 3}),
-                meta=run_meta(policy, "r", "c"),
+                meta=build_trace_meta(policy, "r", "c"),
             )
             yield replace(trace, correct=number >= wrong)
 
@@ -156,8 +156,8 @@ def logits(model: Any, text: str = "1+2") -> Tensor:
 # --- what is shipped ----------------------------------------------------------------------------------
 
 
-def test_the_folder_holds_all_that_is_needed(shipped: Shipped, finished: Path) -> None:
-    folder = shipped.folder
+def test_the_folder_holds_all_that_is_needed(shipped: ExportResult, finished: Path) -> None:
+    folder = shipped.output_dir
     made = {"README.md", "config.yaml", "provenance.json", "custom_generate", "merged"}
     weights = {"adapter_config.json", WEIGHTS}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -169,16 +169,16 @@ def test_the_folder_holds_all_that_is_needed(shipped: Shipped, finished: Path) -
     assert not list(folder.parent.glob("*.tmp"))
 
 
-def test_others_may_read_all_of_it(shipped: Shipped) -> None:
-    modes = {path.stat().st_mode & 0o777 for path in shipped.folder.rglob("*") if path.is_file()}
-    assert modes == {(shipped.folder / "config.yaml").stat().st_mode & 0o777}
+def test_others_may_read_all_of_it(shipped: ExportResult) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in shipped.output_dir.rglob("*") if path.is_file()}
+    assert modes == {(shipped.output_dir / "config.yaml").stat().st_mode & 0o777}
 
 
-def test_every_way_to_load_it_gives_the_trained_model(shipped: Shipped, finished: Path, world: Path) -> None:
+def test_every_way_to_load_it_gives_the_trained_model(shipped: ExportResult, finished: Path, world: Path) -> None:
     trained = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(world / "base"), finished / "trained/sft/adapter"
     )
-    folder = str(shipped.folder)
+    folder = str(shipped.output_dir)
     ways = {
         "policy": load_policy(folder).model,
         "merged": load_policy(f"{folder}/merged").model,
@@ -190,38 +190,38 @@ def test_every_way_to_load_it_gives_the_trained_model(shipped: Shipped, finished
     assert (logits(trained) - logits(load_policy(str(world / "base")).model)).abs().max() > 0.1
 
 
-def test_it_keeps_its_own_chat_template(shipped: Shipped, world: Path) -> None:
+def test_it_keeps_its_own_chat_template(shipped: ExportResult, world: Path) -> None:
     problem = worlds.tiny_problems()[0]
-    base, policy = load_policy(str(world / "base")), load_policy(str(shipped.folder))
+    base, policy = load_policy(str(world / "base")), load_policy(str(shipped.output_dir))
     hash_sign = worlds.TOKENS.index("#")
     assert policy.encode(problem) == [*base.encode(problem), hash_sign]
-    assert AutoTokenizer.from_pretrained(shipped.folder).chat_template == policy.tokenizer.chat_template
+    assert AutoTokenizer.from_pretrained(shipped.output_dir).chat_template == policy.tokenizer.chat_template
 
 
-def test_the_check_says_how_far_apart(shipped: Shipped) -> None:
+def test_the_check_says_how_far_apart(shipped: ExportResult) -> None:
     made = shipped.provenance
-    assert set(made.differences) == {"folder", "adapter by PEFT", "merged"}
-    assert max(made.differences.values()) <= shipped.tolerance < made.moved
-    assert made.differences["folder"] == 0  # the same computation
+    assert set(made.logit_differences) == {"folder", "adapter by PEFT", "merged"}
+    assert max(made.logit_differences.values()) <= shipped.logit_tolerance < made.max_logit_change
+    assert made.logit_differences["folder"] == 0  # the same computation
 
 
-def test_a_shipped_policy_can_be_refined_further(shipped: Shipped, world: Path) -> None:
+def test_a_shipped_policy_can_be_refined_further(shipped: ExportResult, world: Path) -> None:
     options: dict[str, Any] = {"reward": f"logratio:{world / 'better'}", "rounds": 3, "max_new_tokens": 8}
-    reasoner = NablaReasoner.from_pretrained(str(shipped.folder), **options)
+    reasoner = NablaReasoner.from_pretrained(str(shipped.output_dir), **options)
     trace = reasoner.solve("1+2")
-    apart = NablaReasoner.from_pretrained(str(world / "base"), adapter=str(shipped.folder), **options)
+    apart = NablaReasoner.from_pretrained(str(world / "base"), adapter=str(shipped.output_dir), **options)
     apart.policy.tokenizer.chat_template = reasoner.policy.tokenizer.chat_template
     assert trace.error is None and trace.response_ids == apart.solve("1+2").response_ids
-    assert trace.meta["policy"] == str(shipped.folder)
+    assert trace.meta["policy"] == str(shipped.output_dir)
 
 
 def test_the_folder_generates_as_its_reasoner_solves(
-    shipped: Shipped, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shipped: ExportResult, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the adapter beside the base's weights, as transformers loads the folder, and the reward by its name."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.setattr("sys.path", list(sys.path))
-    folder, reward = str(shipped.folder), f"logratio:{world / 'better'}"
+    folder, reward = str(shipped.output_dir), f"logratio:{world / 'better'}"
     options: dict[str, Any] = {"rounds": 3, "max_new_tokens": 8}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "1+2"}]
@@ -232,32 +232,34 @@ def test_the_folder_generates_as_its_reasoner_solves(
     assert output[0].tolist() == [*solved.prompt_ids, *solved.response_ids]
 
 
-def test_an_adapter_can_stand_on_a_shipped_one(shipped: Shipped, tmp_path: Path) -> None:
-    first = load_policy(str(shipped.folder))
-    adapt(load_policy(str(shipped.folder)).model, seed=5).save_pretrained(tmp_path / "second")
+def test_an_adapter_can_stand_on_a_shipped_one(shipped: ExportResult, tmp_path: Path) -> None:
+    first = load_policy(str(shipped.output_dir))
+    adapt(load_policy(str(shipped.output_dir)).model, seed=5).save_pretrained(tmp_path / "second")
     config = json.loads((tmp_path / "second/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(shipped.folder)
+    assert config["base_model_name_or_path"] == str(shipped.output_dir)
     both = load_policy(str(tmp_path / "second"))  # its tokenizer is the first adapter's
     assert both.tokenizer.chat_template == first.tokenizer.chat_template
     assert (logits(both.model) - logits(first.model)).abs().max() > 0.1
 
 
-def test_a_pushed_adapter_loads_by_its_id(shipped: Shipped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pushed_adapter_loads_by_its_id(
+    shipped: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the hub's cache, as a download leaves it; offline here."""
     repo, commit = tmp_path / "models--me--model", "0" * 40
-    shutil.copytree(shipped.folder, repo / "snapshots" / commit, ignore=shutil.ignore_patterns("merged"))
+    shutil.copytree(shipped.output_dir, repo / "snapshots" / commit, ignore=shutil.ignore_patterns("merged"))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    ours, theirs = load_policy("me/model"), load_policy(str(shipped.folder))
+    ours, theirs = load_policy("me/model"), load_policy(str(shipped.output_dir))
     assert torch.equal(logits(ours.model), logits(theirs.model)) and ours.name == "me/model"
     assert type(ours.model.model.layers[0].self_attn.q_proj) is torch.nn.Linear  # merged
     assert ours.tokenizer.chat_template == theirs.tokenizer.chat_template
 
 
 @pytest.mark.parametrize("command", ["solve", "eval"])
-def test_commands_take_it_as_policy(command: str, shipped: Shipped, world: Path, tmp_path: Path, capsys) -> None:
-    models = ["--policy", str(shipped.folder), "--reward", f"logratio:{world / 'better'}", "--max_new_tokens", "4"]
+def test_commands_take_it_as_policy(command: str, shipped: ExportResult, world: Path, tmp_path: Path, capsys) -> None:
+    models = ["--policy", str(shipped.output_dir), "--reward", f"logratio:{world / 'better'}", "--max_new_tokens", "4"]
     if command == "solve":
         assert main(["solve", "1+2", *models, "--rounds", "1"]) == 0
     else:
@@ -271,33 +273,37 @@ def test_commands_take_it_as_policy(command: str, shipped: Shipped, world: Path,
 def test_full_weights_are_the_model_itself(world: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", world, full=True)
     (run / "trained/sft/model/training_args.bin").write_bytes(b"x")  # of the trainer, of no use to a reader
-    made = ship(find_checkpoint(run, None), tmp_path / "out")
+    made = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
     trained = AutoModelForCausalLM.from_pretrained(run / "trained/sft/model")
-    assert torch.equal(logits(load_policy(str(made.folder)).model), logits(trained))
-    assert set(made.provenance.differences) == {"folder"} and not (made.folder / "training_args.bin").exists()
-    card = ModelCard.load(made.folder / "README.md")
+    assert torch.equal(logits(load_policy(str(made.output_dir)).model), logits(trained))
+    assert (
+        set(made.provenance.logit_differences) == {"folder"} and not (made.output_dir / "training_args.bin").exists()
+    )
+    card = ModelCard.load(made.output_dir / "README.md")
     assert card.data.library_name == "transformers" and "PeftModel" not in card.text
-    worlds.refused(lambda: ship(find_checkpoint(run, None), tmp_path / "other", merge=True), "nothing to merge")
+    worlds.refused(
+        lambda: export_checkpoint(find_checkpoint(run, None), tmp_path / "other", merge=True), "nothing to merge"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_merged_weights_have_the_runs_dtype(dtype: str, run: Path, tmp_path: Path) -> None:
     config = run / "config.yaml"
     config.write_text(config.read_text() + f"dtype: {dtype}\n")
-    made = ship(find_checkpoint(run, None), tmp_path / "out", merge=True)
-    weights = load_file(made.folder / "merged/model.safetensors")
+    made = export_checkpoint(find_checkpoint(run, None), tmp_path / "out", merge=True)
+    weights = load_file(made.output_dir / "merged/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
-    assert made.provenance.dtype == dtype and max(made.provenance.differences.values()) <= made.tolerance
+    assert made.provenance.dtype == dtype and max(made.provenance.logit_differences.values()) <= made.logit_tolerance
 
 
 def test_one_of_several_checkpoints(world: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", world, ("sft", "reward-weighted"))
     worlds.refused(lambda: find_checkpoint(run, None), "--trained", "reward-weighted, sft")
     worlds.refused(lambda: find_checkpoint(run, "dpo"), "'dpo'", "reward-weighted, sft")
-    made = ship(find_checkpoint(run, "reward-weighted"), tmp_path / "out")
-    card = ModelCard.load(made.folder / "README.md")
+    made = export_checkpoint(find_checkpoint(run, "reward-weighted"), tmp_path / "out")
+    card = ModelCard.load(made.output_dir / "README.md")
     assert "| **reward_weighted_greedy** |" in card.text and "sft" not in card.text
-    weights = [load_file(folder / WEIGHTS) for folder in (made.folder, run / "trained/reward-weighted/adapter")]
+    weights = [load_file(folder / WEIGHTS) for folder in (made.output_dir, run / "trained/reward-weighted/adapter")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
@@ -309,34 +315,38 @@ def change_training(run: Path, **changes: Any) -> None:
 def test_a_checkpoint_that_no_traces_were_needed_for(run: Path, tmp_path: Path) -> None:
     """The run's traces may be another method's."""
     change_training(run, traces=None, trace_flops=0.0)
-    made = ship(find_checkpoint(run, None), tmp_path / "out")
-    card = (made.folder / "README.md").read_text()
-    assert made.provenance.traces is None and "Traces: none" in card and "FLOPs of the traces" not in card
+    made = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
+    card = (made.output_dir / "README.md").read_text()
+    assert made.provenance.traces_hash is None and "Traces: none" in card and "FLOPs of the traces" not in card
 
 
 def test_the_card_tells_the_beta_of_the_search_where_training_has_none(run: Path, tmp_path: Path) -> None:
     change_training(run, beta=None)
-    assert "none was set" in (ship(find_checkpoint(run, None), tmp_path / "one").folder / "README.md").read_text()
+    assert (
+        "none was set"
+        in (export_checkpoint(find_checkpoint(run, None), tmp_path / "one").output_dir / "README.md").read_text()
+    )
     config = run / "config.yaml"
     config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"beta": 0.25}))
     assert (
-        "0.25 in the search" in (ship(find_checkpoint(run, None), tmp_path / "two").folder / "README.md").read_text()
+        "0.25 in the search"
+        in (export_checkpoint(find_checkpoint(run, None), tmp_path / "two").output_dir / "README.md").read_text()
     )
 
 
 def test_the_hash_of_traces_sees_every_shard(run: Path) -> None:
-    before = traces_hash(run)
+    before = hash_traces(run)
     with TraceWriter(run / "traces", rank=1) as writer:
-        for one in graded(load_policy(find_checkpoint(run, None).policy), "nabla", seeds=(7,)):
+        for one in graded(load_policy(find_checkpoint(run, None).base_policy), "nabla", seeds=(7,)):
             writer.add(one)
-    assert before is not None and traces_hash(run) not in (None, before)
+    assert before is not None and hash_traces(run) not in (None, before)
 
 
 # --- the card -----------------------------------------------------------------------------------------
 
 
-def test_the_card_has_the_runs_own_figures(shipped: Shipped, finished: Path) -> None:
-    card = ModelCard.load(shipped.folder / "README.md")
+def test_the_card_has_the_runs_own_figures(shipped: ExportResult, finished: Path) -> None:
+    card = ModelCard.load(shipped.output_dir / "README.md")
     grids = build_grids(find_checkpoint(finished, None).rows)
     results = {result.metric_name: result for result in card.data.eval_results}
     assert set(results) == {"accuracy of sft_greedy", "accuracy of sft_best_of_8"}
@@ -355,8 +365,8 @@ def test_the_card_has_the_runs_own_figures(shipped: Shipped, finished: Path) -> 
     assert "| greedy | 0.500 [" in card.text and "+0.333" in card.text
 
 
-def test_the_card_says_where_it_comes_from(shipped: Shipped, finished: Path, world: Path) -> None:
-    card = ModelCard.load(shipped.folder / "README.md")
+def test_the_card_says_where_it_comes_from(shipped: ExportResult, finished: Path, world: Path) -> None:
+    card = ModelCard.load(shipped.output_dir / "README.md")
     assert card.data.library_name == "peft" and {"custom_generate", "lora", "sft"} <= set(card.data.tags)
     assert card.data.base_model is None  # a folder: the hub takes no such name
     assert card.data.license == "unknown" and "Licence: not known" in card.text
@@ -384,12 +394,12 @@ def test_the_card_says_where_it_comes_from(shipped: Shipped, finished: Path, wor
 
 
 def test_the_code_of_the_card_runs(
-    shipped: Shipped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    shipped: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.setattr("sys.path", list(sys.path))
-    monkeypatch.chdir(shipped.folder.parent)  # the card names the folder
-    blocks = (shipped.folder / "README.md").read_text().split("```python\n")[1:]
+    monkeypatch.chdir(shipped.output_dir.parent)  # the card names the folder
+    blocks = (shipped.output_dir / "README.md").read_text().split("```python\n")[1:]
     code = "\n".join(block.partition("```")[0] for block in blocks).replace("QUESTION", "1+2")
     found: dict[str, Any] = {}
     exec(code, found)
@@ -399,28 +409,28 @@ def test_the_code_of_the_card_runs(
 
 
 def test_a_base_on_the_hub_is_linked(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from nabla_trl.export.model_card import Provenance, model_card
+    from nabla_trl.export.model_card import Provenance, build_model_card
 
     checkpoint = find_checkpoint(run, None)
     hub = replace(
         checkpoint, facts={**checkpoint.facts, "policy": "org/model", "task": "gsm8k"}, config={"dataset": "gsm8k"}
     )
     made = Provenance("me/model", "abc123", "apache-2.0", None, "float32", False, 1.0, {"folder": 0.0})
-    head = ModelCard(str(model_card(hub, made))).data
+    head = ModelCard(str(build_model_card(hub, made))).data
     assert (head.base_model, head.license, head.datasets) == ("org/model", "apache-2.0", ["openai/gsm8k"])
     assert head.to_dict()["base_model_relation"] == "adapter"
-    assert "4 bits" not in str(model_card(hub, made)) and "PeftModel" in str(model_card(hub, made))
+    assert "4 bits" not in str(build_model_card(hub, made)) and "PeftModel" in str(build_model_card(hub, made))
     quantised = replace(hub, training={**hub.training, "tuning": "qlora"})
-    assert "in 4 bits while it was trained" in str(model_card(quantised, made))
+    assert "in 4 bits while it was trained" in str(build_model_card(quantised, made))
     assert {result.dataset_type for result in head.eval_results} == {"openai/gsm8k"}
 
 
 def test_the_licence_is_the_bases_unless_named(tmp_path: Path) -> None:
-    assert base_licence(str(tmp_path)) is None and base_licence("nobody/no-such-model") is None
+    assert find_base_license(str(tmp_path)) is None and find_base_license("nobody/no-such-model") is None
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# m\n")
-    assert base_licence(str(tmp_path)) == "mit"
+    assert find_base_license(str(tmp_path)) == "mit"
     (tmp_path / "README.md").write_text("# no metadata\n")
-    assert base_licence(str(tmp_path)) is None
+    assert find_base_license(str(tmp_path)) is None
 
 
 def test_a_card_admits_what_is_no_gain(run: Path, tmp_path: Path) -> None:
@@ -428,8 +438,8 @@ def test_a_card_admits_what_is_no_gain(run: Path, tmp_path: Path) -> None:
     for row in rows:
         row["correct"] = row["problem"] == "q0"
     store_results(run, rows, json.loads((run / "facts.json").read_text()))
-    made = ship(find_checkpoint(run, None), tmp_path / "out")
-    assert "**Its greedy accuracy is not above the base's**" in (made.folder / "README.md").read_text()
+    made = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
+    assert "**Its greedy accuracy is not above the base's**" in (made.output_dir / "README.md").read_text()
 
 
 # --- refusals: nothing is left behind -----------------------------------------------------------------
@@ -551,7 +561,7 @@ def test_a_spoilt_run_is_refused(
     spoil: Callable[[Path], None], words: tuple[str, ...], run: Path, tmp_path: Path
 ) -> None:
     spoil(run)
-    worlds.refused(lambda: ship(find_checkpoint(run, None), tmp_path / "out"), *words)
+    worlds.refused(lambda: export_checkpoint(find_checkpoint(run, None), tmp_path / "out"), *words)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
@@ -562,17 +572,17 @@ def test_spoilt_full_weights_are_refused(change: str, words: str, world: Path, t
     if change == "nan":
         model.lm_head.weight.data[0, 0] = math.nan
     model.save_pretrained(run / "trained/sft/model")
-    worlds.refused(lambda: ship(find_checkpoint(run, None), tmp_path / "out"), words)
+    worlds.refused(lambda: export_checkpoint(find_checkpoint(run, None), tmp_path / "out"), words)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_a_full_folder_is_refused_and_an_empty_one_filled(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     checkpoint = find_checkpoint(finished, None)
-    worlds.refused(lambda: ship(checkpoint, tmp_path), str(tmp_path), "not an empty folder")
-    worlds.refused(lambda: ship(checkpoint, tmp_path / "mine.txt"), "mine.txt", "not an empty folder")
+    worlds.refused(lambda: export_checkpoint(checkpoint, tmp_path), str(tmp_path), "not an empty folder")
+    worlds.refused(lambda: export_checkpoint(checkpoint, tmp_path / "mine.txt"), "mine.txt", "not an empty folder")
     (tmp_path / "new").mkdir()
-    assert ship(checkpoint, tmp_path / "new").folder == tmp_path / "new"
+    assert export_checkpoint(checkpoint, tmp_path / "new").output_dir == tmp_path / "new"
     assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "new"}
 
 
@@ -584,10 +594,12 @@ def test_a_reload_that_differs_is_refused(finished: Path, tmp_path: Path, monkey
         weights = load_file(draft / WEIGHTS)
         save_file({n: w * 1.01 for n, w in weights.items()}, draft / WEIGHTS, metadata={"format": "pt"})
 
-    original = export._copy
+    original = export._copy_files
     monkeypatch.setattr(export, "_copy", copy)
     worlds.refused(
-        lambda: ship(find_checkpoint(finished, None), tmp_path / "out"), "logits differ", "nothing was shipped"
+        lambda: export_checkpoint(find_checkpoint(finished, None), tmp_path / "out"),
+        "logits differ",
+        "nothing was shipped",
     )
     assert not list(tmp_path.iterdir())
 
@@ -601,7 +613,7 @@ def test_what_stops_in_the_middle_leaves_nothing(
 
     monkeypatch.setattr(export, "_write", write)
     with pytest.raises(type(error)):
-        ship(find_checkpoint(finished, None), tmp_path / "out")
+        export_checkpoint(find_checkpoint(finished, None), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -614,7 +626,9 @@ def test_a_quantised_base_is_refused(finished: Path, tmp_path: Path, monkeypatch
         return policy
 
     monkeypatch.setattr(export, "load_policy", load)
-    worlds.refused(lambda: ship(find_checkpoint(finished, None), tmp_path / "out", merge=True), "quantised")
+    worlds.refused(
+        lambda: export_checkpoint(find_checkpoint(finished, None), tmp_path / "out", merge=True), "quantised"
+    )
 
 
 # --- the command and the hub --------------------------------------------------------------------------

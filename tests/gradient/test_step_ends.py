@@ -10,7 +10,7 @@ import worlds
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nabla_trl.gradient.step_ends import StepEnd, StepFinder, check_delimiter, read_delimiter
+from nabla_trl.gradient.step_ends import StepEndDetector, StepFinder, check_delimiter, parse_delimiter
 
 TEXT = "So 1+2=3\n\nThen é;\n \n\n\nAnd 数字\n\n\n\nend"
 
@@ -46,7 +46,7 @@ def completed(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], delimiter:
 def test_steps_end_where_the_text_completes_a_delimiter(make, delimiter: str) -> None:
     tokenizer = make()
     steps, ids = StepFinder(tokenizer, delimiter), tokenizer(TEXT + " b; d")["input_ids"]
-    assert steps.ends(ids) == completed(tokenizer, ids, delimiter) != []
+    assert steps.find_step_ends(ids) == completed(tokenizer, ids, delimiter) != []
 
 
 @pytest.mark.parametrize("make", [byte_level, sentence_pieces])
@@ -59,19 +59,19 @@ def test_random_ids(make) -> None:
     steps, found = StepFinder(tokenizer, "\n\n"), 0
     for _ in range(100):
         ids = [rng.choice(breaks if rng.random() < 0.8 else [*vocabulary.values()]) for _ in range(12)]
-        assert steps.ends(ids) == completed(tokenizer, ids, "\n\n")
-        found += len(steps.ends(ids))
+        assert steps.find_step_ends(ids) == completed(tokenizer, ids, "\n\n")
+        found += len(steps.find_step_ends(ids))
     assert found > 60
 
 
 def test_a_prefix_ends_the_same_steps() -> None:
     tokenizer = byte_level()
     steps, ids = StepFinder(tokenizer, "\n\n"), tokenizer(TEXT)["input_ids"]
-    whole = steps.ends(ids)
+    whole = steps.find_step_ends(ids)
     assert len(whole) == 4
     for cut in range(len(ids) + 1):
-        assert steps.ends(ids[:cut]) == [end for end in whole if end < cut]
-    assert steps.ends([]) == []
+        assert steps.find_step_ends(ids[:cut]) == [end for end in whole if end < cut]
+    assert steps.find_step_ends([]) == []
 
 
 def test_delimiters_in_across_and_beside_tokens() -> None:
@@ -88,18 +88,18 @@ def test_delimiters_in_across_and_beside_tokens() -> None:
         (["Ċ", "ĠĊ", "Ċ"], [2]),
         (["Ċ", "Ġ", "Ċ"], []),
     ):
-        assert steps.ends(ids(tokens)) == ends, tokens
+        assert steps.find_step_ends(ids(tokens)) == ends, tokens
 
 
 def test_special_tokens_write_nothing_unless_one_is_the_delimiter() -> None:
     tokenizer = worlds.char_tokenizer()
     ids = tokenizer("1<|end|>;<|pad|>2;<|end|>", add_special_tokens=False)["input_ids"]
-    assert StepFinder(tokenizer, ";").ends(ids) == [2, 5]
-    assert StepFinder(tokenizer, "<|pad|>").ends(ids) == [3]
-    assert StepFinder(tokenizer, "1;").ends(ids) == [2]  # as people read it
-    assert StepFinder(tokenizer, "end").ends(ids) == []
+    assert StepFinder(tokenizer, ";").find_step_ends(ids) == [2, 5]
+    assert StepFinder(tokenizer, "<|pad|>").find_step_ends(ids) == [3]
+    assert StepFinder(tokenizer, "1;").find_step_ends(ids) == [2]  # as people read it
+    assert StepFinder(tokenizer, "end").find_step_ends(ids) == []
     tokenizer.add_tokens([AddedToken("<step>", special=True)])
-    assert StepFinder(tokenizer, "<step>").ends(tokenizer("1<step>2<step>")["input_ids"]) == [1, 3]
+    assert StepFinder(tokenizer, "<step>").find_step_ends(tokenizer("1<step>2<step>")["input_ids"]) == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def test_special_tokens_write_nothing_unless_one_is_the_delimiter() -> None:
     [(";", ";"), (r"\n\n", "\n\n"), (r"\x3a", ":"), (r"\x2c \t", ", \t"), (r"\\n", r"\n"), ("→ é", "→ é"), (" ", " ")],
 )
 def test_delimiters_as_specs_write_them(written: str, delimiter: str) -> None:
-    assert read_delimiter(written) == delimiter
+    assert parse_delimiter(written) == delimiter
 
 
 @pytest.mark.parametrize("written", ["", "\\", r"a\d", r"\x3", r"\xgg", "\n", "a\tb"])
 def test_delimiters_that_are_refused(written: str) -> None:
-    worlds.refused(lambda: read_delimiter(written), "step_delimiter")
+    worlds.refused(lambda: parse_delimiter(written), "step_delimiter")
 
 
 @pytest.mark.parametrize("value", ["", None, 3, ["\n"]])
@@ -125,8 +125,8 @@ def test_read_on_across_continuations() -> None:
     tokenizer = byte_level()
     steps, ids = StepFinder(tokenizer, "\n\n"), tokenizer(TEXT + "\n\n\n \n\n")["input_ids"]
     for cut in range(len(ids)):
-        first = StepEnd(steps)
+        first = StepEndDetector(steps)
         told = [first(token) for token in ids[:cut]]
-        second = StepEnd(steps, first.begun)
+        second = StepEndDetector(steps, first.pending_text)
         told += [second(token) for token in ids[cut:]]
-        assert [place for place, ends in enumerate(told) if ends] == steps.ends(ids) != []
+        assert [place for place, ends in enumerate(told) if ends] == steps.find_step_ends(ids) != []

@@ -20,17 +20,17 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, P
 
 from nabla_trl.gradient import likelihood as likelihood_module
 from nabla_trl.gradient import token_gradient as token_gradient_module
-from nabla_trl.gradient.likelihood import LikelihoodTerm
-from nabla_trl.gradient.objectives import Known, Sample, Term
-from nabla_trl.gradient.relaxation import Relaxed
-from nabla_trl.gradient.token_gradient import token_gradient
+from nabla_trl.gradient.likelihood import LikelihoodObjective
+from nabla_trl.gradient.objectives import DrawInfo, Objective, Sample
+from nabla_trl.gradient.relaxation import RelaxedResponse
+from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models import kv_cache
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.generation import top_candidates
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import compute_top_candidates
 from nabla_trl.models.loading import freeze_policy
-from nabla_trl.models.options import Point
+from nabla_trl.models.options import GradientPoint
 from nabla_trl.models.policy import Policy
-from nabla_trl.rewards.loading import log_ratio, scalar
+from nabla_trl.rewards.loading import build_log_ratio_reward, build_scalar_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.proposals import policy_likelihood
 from nabla_trl.tasks.problem import Problem
@@ -74,19 +74,19 @@ def reference(
 
 
 def gradients(
-    parts: Sequence[Term],
+    parts: Sequence[Objective],
     samples: Sequence[Sample],
     candidates: Sequence[Tensor] | None = None,
     **switches: Any,
 ) -> list[Tensor]:
     """`token_gradient` with fresh prompt memos."""
-    columns = [term.prompt_memos(samples, Meter()) for term in parts]
+    columns = [term.compute_prompt_caches(samples, FlopCounter()) for term in parts]
     memos = list(zip(*columns, strict=True))
-    return token_gradient(parts, samples, memos, candidates, meter=Meter(), **switches)
+    return compute_token_gradient(parts, samples, memos, candidates, flop_counter=FlopCounter(), **switches)
 
 
 def scores(reward: Reward, samples: Sequence[Sample]) -> list[float]:
-    return reward.score(samples, reward.prompt_memos(samples, Meter()), meter=Meter())[0]
+    return reward.score(samples, reward.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter())[0]
 
 
 def assert_close(ours: Tensor, theirs: Tensor, relative: float = 1e-9) -> None:
@@ -112,18 +112,18 @@ def drawn(*lengths: int, seed: int = 0, prompts: Sequence[int] = ()) -> list[Sam
     ]
 
 
-def take_prompts(parts: Sequence[Term]) -> list[Term]:
+def take_prompts(parts: Sequence[Objective]) -> list[Objective]:
     """Make terms read the sample's own prompt ids, whatever their template would write."""
     for term in parts:
         term.encode_prompt = lambda problem, prompt: prompt
     return list(parts)
 
 
-def all_terms(policy: Policy, architecture: str = "llama", tied: bool = False) -> list[Term]:
+def all_terms(policy: Policy, architecture: str = "llama", tied: bool = False) -> list[Objective]:
     """A scalar reward, both terms of a log-ratio and the policy's likelihood, of different weights."""
     parts = [
-        *worlds.tiny_scalar(policy, architecture, tied=tied).terms,
-        *worlds.tiny_logratio(policy, architecture, tied=tied).terms,
+        *worlds.tiny_scalar(policy, architecture, tied=tied).objectives,
+        *worlds.tiny_logratio(policy, architecture, tied=tied).objectives,
         policy_likelihood(policy),
     ]
     for term, weight in zip(parts, (1.5, 0.7, -0.4, 1.0), strict=True):
@@ -147,24 +147,24 @@ def test_equals_autograd_through_the_one_hot(architecture: str, tied: bool) -> N
     assert shared == tied
     item = worlds.sample(policy, PROBLEM, "12-5=7;#7", finished=True)
     open_item = worlds.sample(policy, PROBLEM, "12-5=7;#7", finished=False)
-    prompt = item.prompt
+    prompt = item.prompt_ids
 
     reward = worlds.tiny_scalar(policy, architecture, tied=tied)
-    model = reward.terms[0].model
-    expected = reference(model, prompt, item.response)  # the stop token opens, and here is, the template's tail
-    assert_close(gradients(reward.terms, [item])[0], expected)
-    assert_close(gradients(reward.terms, [open_item])[0], expected[:-1])  # the same sequence, its end not ours
+    model = reward.objectives[0].model
+    expected = reference(model, prompt, item.response_ids)  # the stop token opens, and here is, the template's tail
+    assert_close(gradients(reward.objectives, [item])[0], expected)
+    assert_close(gradients(reward.objectives, [open_item])[0], expected[:-1])  # the same sequence, its end not ours
 
     reward = worlds.tiny_logratio(policy, architecture, tied=tied)
-    better = reward.terms[0].model
-    assert better is not policy.model and reward.terms[1].model is policy.model
-    expected = reference(better, prompt, item.response) - reference(policy.model, prompt, item.response)
-    assert_close(gradients(reward.terms, [item])[0], expected)
+    better = reward.objectives[0].model
+    assert better is not policy.model and reward.objectives[1].model is policy.model
+    expected = reference(better, prompt, item.response_ids) - reference(policy.model, prompt, item.response_ids)
+    assert_close(gradients(reward.objectives, [item])[0], expected)
 
     likelihood = [policy_likelihood(policy)]
     for direct, postfix in ((True, True), (True, False), (False, True)):
         switches = {"direct": direct, "postfix": postfix}
-        expected = reference(policy.model, prompt, item.response, **switches)
+        expected = reference(policy.model, prompt, item.response_ids, **switches)
         assert_close(gradients(likelihood, [item], **switches)[0], expected)
     assert not gradients(likelihood, [item], direct=False, postfix=False)[0].any()
 
@@ -189,8 +189,8 @@ def test_embeddings_that_the_model_scales() -> None:
         torch.manual_seed(0)
         policy = freeze_policy(Gemma3ForCausalLM(config).double(), worlds.char_tokenizer(), "gemma")
     item = worlds.sample(policy, PROBLEM, "12-5=7")
-    expected = reference(policy.model, item.prompt, item.response, direct=False)
-    table = torch.arange(0, 9).expand(len(item.response), -1)
+    expected = reference(policy.model, item.prompt_ids, item.response_ids, direct=False)
+    table = torch.arange(0, 9).expand(len(item.response_ids), -1)
     assert_close(gradients([policy_likelihood(policy)], [item], direct=False)[0], expected, relative=1e-4)
     ours = gradients([policy_likelihood(policy)], [item], [table], direct=False)[0]
     assert_close(ours, expected[:, :9], relative=1e-4)
@@ -199,7 +199,7 @@ def test_embeddings_that_the_model_scales() -> None:
 def test_switches_leave_rewards_alone(double: Policy) -> None:
     """direct and postfix belong to log-likelihoods; a scalar reward acts through its embeddings always."""
     item = worlds.sample(double, PROBLEM, "12-5")
-    terms_ = worlds.tiny_scalar(double).terms
+    terms_ = worlds.tiny_scalar(double).objectives
     assert torch.equal(gradients(terms_, [item], direct=False, postfix=False)[0], gradients(terms_, [item])[0])
 
 
@@ -209,8 +209,8 @@ def test_equals_central_differences_of_the_relaxed_objective(architecture: str) 
     parts = all_terms(policy, architecture)
     item = worlds.sample(policy, PROBLEM, "4-5=9;#9")
     ours = gradients(parts, [item])[0]
-    begin, end = len(item.prompt), len(item.prompt) + len(item.response)
-    rows = one_hot(policy.model, item.prompt + item.response).detach()
+    begin, end = len(item.prompt_ids), len(item.prompt_ids) + len(item.response_ids)
+    rows = one_hot(policy.model, item.prompt_ids + item.response_ids).detach()
     generator = torch.Generator().manual_seed(3)
     step = 1e-4
 
@@ -232,19 +232,23 @@ def test_equals_central_differences_of_the_relaxed_objective(architecture: str) 
 
 def known(policy: Policy, item: Sample, width: int) -> Sample:
     """The sample with the `width` likeliest candidates of the policy (its own tokens among them)."""
-    logits = policy.model(torch.tensor([item.prompt + item.response])).logits[0, len(item.prompt) - 1 : -1].detach()
-    ids, logp = top_candidates(logits, torch.tensor(item.response), policy.forbidden, width)
-    return replace(item, known=Known(policy.model, ids, logp))
+    logits = (
+        policy.model(torch.tensor([item.prompt_ids + item.response_ids]))
+        .logits[0, len(item.prompt_ids) - 1 : -1]
+        .detach()
+    )
+    ids, logp = compute_top_candidates(logits, torch.tensor(item.response_ids), policy.forbidden_mask, width)
+    return replace(item, draw_info=DrawInfo(policy.model, ids, logp))
 
 
 def mixed(item: Sample, alpha: float, min_p: float, rows: int) -> Tensor:
     """(1−α)·onehot + α·π over the candidates, dense [T, V], from the definition."""
-    logp = item.known.logp
+    logp = item.draw_info.logp
     plausible = logp.exp() >= min_p * logp.exp().amax(-1, keepdim=True)
     weights = logp.exp() * plausible
-    policy = torch.zeros(len(item.response), rows, dtype=DOUBLE)
-    policy.scatter_add_(1, item.known.candidates, (weights / weights.sum(-1, keepdim=True)).to(DOUBLE))
-    return (1 - alpha) * F.one_hot(torch.tensor(item.response), rows) + alpha * policy
+    policy = torch.zeros(len(item.response_ids), rows, dtype=DOUBLE)
+    policy.scatter_add_(1, item.draw_info.candidates, (weights / weights.sum(-1, keepdim=True)).to(DOUBLE))
+    return (1 - alpha) * F.one_hot(torch.tensor(item.response_ids), rows) + alpha * policy
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.3])
@@ -254,11 +258,11 @@ def test_at_a_mixture_equals_autograd_there(architecture: str, min_p: float) -> 
     policy = worlds.tiny_policy(architecture, dtype=DOUBLE)
     parts = all_terms(policy, architecture)
     samples = [known(policy, worlds.sample(policy, PROBLEM, text), 6) for text in ("12-5=7;#7", "4")]
-    points = [item.relaxed(alpha, min_p) for item, alpha in zip(samples, (0.7, 1.0), strict=True)]
+    points = [item.relax(alpha, min_p) for item, alpha in zip(samples, (0.7, 1.0), strict=True)]
     ours = gradients(parts, samples, relaxed=points)
     for item, alpha, found in zip(samples, (0.7, 1.0), ours, strict=True):
-        rows = one_hot(policy.model, item.prompt + item.response).detach()
-        begin = len(item.prompt)
+        rows = one_hot(policy.model, item.prompt_ids + item.response_ids).detach()
+        begin = len(item.prompt_ids)
         rows[begin:] = mixed(item, alpha, min_p, rows.shape[1])
         rows.requires_grad_(True)
         value = sum(term.weight * relaxed(term.model, rows, begin, len(rows)) for term in parts)
@@ -268,16 +272,18 @@ def test_at_a_mixture_equals_autograd_there(architecture: str, min_p: float) -> 
 def test_share_zero_is_the_hard_point_and_needs_no_candidates(double: Policy) -> None:
     item = worlds.sample(double, PROBLEM, "4-5=9;#9")
     parts = all_terms(double)
-    assert torch.equal(gradients(parts, [item], relaxed=[item.relaxed(0.0)])[0], gradients(parts, [item])[0])
-    worlds.refused(lambda: item.relaxed(0.5), "p:", "candidates")
+    assert torch.equal(gradients(parts, [item], relaxed=[item.relax(0.0)])[0], gradients(parts, [item])[0])
+    worlds.refused(lambda: item.relax(0.5), "p:", "candidates")
 
 
 def test_the_mean_over_shares(double: Policy) -> None:
     reward = worlds.tiny_scalar(double)
     items = [known(double, worlds.sample(double, PROBLEM, text), 5) for text in ("4-5=9;#9", "7")]
-    memos = reward.prompt_memos(items, Meter())
+    memos = reward.compute_prompt_caches(items, FlopCounter())
     one, two, both = (
-        reward.gradient(items, memos, None, meter=Meter(), point=Point(alphas))
+        reward.compute_backward_gradient(
+            items, memos, None, flop_counter=FlopCounter(), gradient_at=GradientPoint(alphas)
+        )
         for alphas in ((0.2,), (0.8,), (0.2, 0.8))
     )
     for a, b, mean in zip(one, two, both, strict=True):
@@ -287,28 +293,28 @@ def test_the_mean_over_shares(double: Policy) -> None:
 
 def test_a_mixture_over_shuffled_ids(double: Policy) -> None:
     model = worlds.tiny_model(kind="score", seed=6, dtype=DOUBLE)
-    plain = scalar(double, model, double.tokenizer, "plain")
-    moved = scalar(double, *shuffled(model, double.tokenizer, len(double.tokenizer) + 5), "moved")
+    plain = build_scalar_reward(double, model, double.tokenizer, "plain")
+    moved = build_scalar_reward(double, *shuffled(model, double.tokenizer, len(double.tokenizer) + 5), "moved")
     item = known(double, worlds.sample(double, PROBLEM, "4-5=9;#9"), 6)
-    table = [item.known.candidates]
-    ours, theirs = (gradients(r.terms, [item], table, relaxed=[item.relaxed(0.5)])[0] for r in (moved, plain))
+    table = [item.draw_info.candidates]
+    ours, theirs = (gradients(r.objectives, [item], table, relaxed=[item.relax(0.5)])[0] for r in (moved, plain))
     assert_close(ours, theirs)
 
 
 def test_candidates_the_reward_lacks_leave_the_mixture(double: Policy) -> None:
     """Their weight goes to the others of their position."""
-    parts = worlds.tiny_scalar(double).terms
+    parts = worlds.tiny_scalar(double).objectives
     item = known(double, worlds.sample(double, PROBLEM, "4-5"), 4)
-    point = item.relaxed(0.5)
-    lost = int(next(v for v in item.known.candidates[1].tolist() if v not in item.response))
+    point = item.relax(0.5)
+    lost = int(next(v for v in item.draw_info.candidates[1].tolist() if v not in item.response_ids))
     rows, columns = (point.ids == lost).nonzero(as_tuple=True)
     weights = point.weights.clone()
     weights[rows, columns] = 0
-    expected = Relaxed(point.ids, weights / weights.sum(-1, keepdim=True))
-    kept = torch.arange(len(worlds.CHARS)).expand(len(item.response), -1)
+    expected = RelaxedResponse(point.ids, weights / weights.sum(-1, keepdim=True))
+    kept = torch.arange(len(worlds.CHARS)).expand(len(item.response_ids), -1)
     theirs = gradients(parts, [item], [kept], relaxed=[expected])[0]
-    parts[0].mapping = parts[0].mapping.clone()
-    parts[0].mapping[lost] = -1
+    parts[0].vocab_map = parts[0].vocab_map.clone()
+    parts[0].vocab_map[lost] = -1
     ours = gradients(parts, [item], [kept], relaxed=[point])[0]
     usable = kept[0] != lost
     assert_close(ours[:, usable], theirs[:, usable], relative=1e-6)
@@ -327,9 +333,9 @@ def test_prefix_cache_changes_nothing(architecture: str) -> None:
     policy = worlds.tiny_policy(architecture, dtype=DOUBLE)
     parts = take_prompts(all_terms(policy, architecture))
     (item,) = drawn(7, prompts=[9])
-    long = Sample(item.problem, item.prompt[:1], item.prompt[1:] + item.response)
+    long = Sample(item.problem, item.prompt_ids[:1], item.prompt_ids[1:] + item.response_ids)
     for term in parts:
-        cached, bare = (term.prompt_memos([some], Meter())[0].cache.shape[3] for some in (item, long))
+        cached, bare = (term.compute_prompt_caches([some], FlopCounter())[0].kv_row.shape[3] for some in (item, long))
         assert (cached, bare) == (8, 0)
         assert_close(gradients([term], [item])[0], gradients([term], [long])[0][-7:])
 
@@ -340,7 +346,7 @@ def test_batch_of_mixed_lengths_equals_singles(architecture: str) -> None:
     parts = take_prompts(all_terms(policy, architecture))
     samples = drawn(5, 1, 11, 3, prompts=[1, 12, 4, 7])
     generator = torch.Generator().manual_seed(5)
-    tables = [torch.randint(0, len(worlds.CHARS), (len(s.response), 4), generator=generator) for s in samples]
+    tables = [torch.randint(0, len(worlds.CHARS), (len(s.response_ids), 4), generator=generator) for s in samples]
     for candidates in (None, tables):
         together = gradients(parts, samples, candidates)
         for index, item in enumerate(samples):
@@ -350,7 +356,7 @@ def test_batch_of_mixed_lengths_equals_singles(architecture: str) -> None:
 
 def test_an_empty_prefix_row_need_not_know_the_cache_shape() -> None:
     real = torch.randn(2, 2, 1, 3, 5)
-    cache, mask = kv_cache.stack([torch.zeros(2, 2, 4, 0, 7), real])
+    cache, mask = kv_cache.stack_caches([torch.zeros(2, 2, 4, 0, 7), real])
     assert mask.tolist() == [[0, 0, 0], [1, 1, 1]]
     assert torch.equal(cache.layers[1].keys[1], real[1, 0]) and not cache.layers[1].keys[0].any()
 
@@ -381,8 +387,8 @@ def shuffled(
 def test_scalar_reward_over_shuffled_ids(double: Policy, tied: bool, padding: int) -> None:
     tokenizer, size = double.tokenizer, len(double.tokenizer)
     model = worlds.tiny_model(kind="score", seed=6, tied=tied, dtype=DOUBLE)
-    plain = scalar(double, model, tokenizer, "plain")
-    moved = scalar(double, *shuffled(model, tokenizer, size + padding), "moved")
+    plain = build_scalar_reward(double, model, tokenizer, "plain")
+    moved = build_scalar_reward(double, *shuffled(model, tokenizer, size + padding), "moved")
     compare_rewards(double, plain, moved, columns=size)
 
 
@@ -395,7 +401,10 @@ def test_log_ratio_over_shuffled_ids(double: Policy, tied: bool, padding: int) -
     model, other = shuffled(better.model, tokenizer, size + padding)
     moved = freeze_policy(silence(model, other), other, "moved")
     compare_rewards(
-        double, log_ratio(double, better, double, "plain"), log_ratio(double, moved, double, "moved"), size
+        double,
+        build_log_ratio_reward(double, better, double, "plain"),
+        build_log_ratio_reward(double, moved, double, "moved"),
+        size,
     )
 
 
@@ -410,9 +419,9 @@ def silence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTr
 def compare_rewards(policy: Policy, plain: Reward, moved: Reward, columns: int) -> None:
     samples = [worlds.sample(policy, PROBLEM, text) for text in ("4-5=9;#9", "7")]
     assert scores(moved, samples) == pytest.approx(scores(plain, samples), rel=1e-9)
-    tables = [torch.arange(0, columns, 3).expand(len(item.response), -1) for item in samples]
+    tables = [torch.arange(0, columns, 3).expand(len(item.response_ids), -1) for item in samples]
     for candidates in (None, tables):
-        ours, theirs = (gradients(reward.terms, samples, candidates) for reward in (moved, plain))
+        ours, theirs = (gradients(reward.objectives, samples, candidates) for reward in (moved, plain))
         for a, b in zip(ours, theirs, strict=True):
             assert_close(a, b)
 
@@ -424,15 +433,15 @@ def test_tokens_the_reward_lacks_get_zero() -> None:
     policy = worlds.tiny_policy(tokenizer=own, dtype=DOUBLE, vocab=len(own) + 3)
     reward = worlds.tiny_scalar(policy, tokenizer=worlds.char_tokenizer())
     item = worlds.sample(policy, PROBLEM, "4-5=9;#9")
-    full = gradients(reward.terms, [item])[0]
+    full = gradients(reward.objectives, [item])[0]
     absent = torch.zeros(len(own) + 3, dtype=torch.bool)
     absent[[5, len(own), len(own) + 1, len(own) + 2]] = True
     blank = absent.clone()
     blank[own.pad_token_id] = True  # transformers starts its embedding at zero
     assert not full[:, absent].any() and full[:, ~blank].abs().min() > 0
-    assert reward.readable.logical_not().equal(absent)
-    table = torch.tensor([[5, 4, len(own)]]).expand(len(item.response), -1)
-    assert_close(gradients(reward.terms, [item], [table])[0], full.gather(1, table))
+    assert reward.in_vocabulary.logical_not().equal(absent)
+    table = torch.tensor([[5, 4, len(own)]]).expand(len(item.response_ids), -1)
+    assert_close(gradients(reward.objectives, [item], [table])[0], full.gather(1, table))
 
 
 # --- buffers and memory ------------------------------------------------------------------------------------
@@ -469,18 +478,18 @@ def test_never_holds_a_whole_response_times_vocabulary(monkeypatch: pytest.Monke
     policy = worlds.tiny_policy(vocab=vocab, tied=tied, dtype=DOUBLE)
     parts = take_prompts(
         [
-            *worlds.tiny_scalar(policy, vocab=vocab).terms,
-            LikelihoodTerm(
+            *worlds.tiny_scalar(policy, vocab=vocab).objectives,
+            LikelihoodObjective(
                 policy.model,
                 policy.size,
-                mapping=torch.arange(vocab),
+                vocab_map=torch.arange(vocab),
                 encode_prompt=lambda problem, prompt: prompt,
             ),
         ]
     )
     samples = drawn(24, 9, prompts=[5, 1])
     generator = torch.Generator().manual_seed(9)
-    tables = [torch.randint(0, vocab, (len(item.response), 64), generator=generator) for item in samples]
+    tables = [torch.randint(0, vocab, (len(item.response_ids), 64), generator=generator) for item in samples]
 
     def largest(candidates: Sequence[Tensor] | None) -> tuple[list[Tensor], int]:
         with Largest([term.model for term in parts]) as seen:
@@ -498,7 +507,13 @@ def test_never_holds_a_whole_response_times_vocabulary(monkeypatch: pytest.Monke
         assert_close(ours, whole.gather(1, table))
     likelihood = parts[1]
     with Largest([likelihood.model]) as seen:
-        _, memos = likelihood.score(samples, likelihood.prompt_memos(samples, Meter()), [0, 0], Meter(), keep=True)
+        _, memos = likelihood.score(
+            samples,
+            likelihood.compute_prompt_caches(samples, FlopCounter()),
+            [0, 0],
+            FlopCounter(),
+            return_caches=True,
+        )
         for memo, table in zip(memos, tables, strict=True):
             likelihood.direct(memo, table)
     assert vocab <= seen.elements <= budget
@@ -509,7 +524,7 @@ def test_half_precision_weights_keep_log_likelihoods_in_float32() -> None:
     policy = worlds.tiny_policy(dtype=torch.bfloat16)
     item = worlds.sample(policy, PROBLEM, "4-5=9;#9")
     ours = gradients([policy_likelihood(policy)], [item], postfix=False)[0]
-    logits = policy.model(torch.tensor([item.prompt + item.response])).logits[0, len(item.prompt) - 1 : -1]
+    logits = policy.model(torch.tensor([item.prompt_ids + item.response_ids])).logits[0, len(item.prompt_ids) - 1 : -1]
     assert_close(ours.bfloat16(), logits.float().log_softmax(-1).bfloat16(), relative=0.02)
     assert ours.dtype == torch.float32 and not torch.equal(ours, ours.bfloat16().float())
     assert torch.allclose(ours.exp().sum(-1), torch.ones(len(ours)), atol=1e-5)
@@ -528,7 +543,7 @@ def closing(policy: Policy, tail: str, knows_stop: bool = True) -> tuple[Reward,
     template = worlds.TEMPLATE.replace(worlds.END, tail) if tail else None
     own = worlds.char_tokenizer(tokens, template=template, eos=CLOSE)
     reward = worlds.tiny_scalar(policy, tokenizer=own)
-    take_prompts(reward.terms)
+    take_prompts(reward.objectives)
     return reward, own
 
 
@@ -569,65 +584,65 @@ def test_last_token_and_tail_of_a_scalar_reward(
     """The reward reads `words` and `read`; of these, `words` and perhaps the stop token are the response."""
     words = words if finished or words else "4"  # a response is never empty
     reward, own = closing(double, tail, knows_stop)
-    model = reward.terms[0].model
+    model = reward.objectives[0].model
     prompt = own.convert_tokens_to_ids([worlds.USER, "1", worlds.ASSISTANT])
-    item = replace(worlds.sample(double, PROBLEM, words, finished=finished), prompt=prompt)
+    item = replace(worlds.sample(double, PROBLEM, words, finished=finished), prompt_ids=prompt)
     sequence = prompt + own.convert_tokens_to_ids([*words, *read])
     begin, end = len(prompt), len(prompt) + len(words) + own_stop
 
     rows = one_hot(model, sequence)
     value = relaxed(model, rows, begin, end)
     assert scores(reward, [item]) == pytest.approx([value.item()], rel=1e-9)
-    expected = torch.zeros(len(item.response), len(worlds.TOKENS), dtype=DOUBLE)
+    expected = torch.zeros(len(item.response_ids), len(worlds.TOKENS), dtype=DOUBLE)
     known = [token in own.get_vocab() for token in worlds.TOKENS]
     columns = own.convert_tokens_to_ids([t for t in worlds.TOKENS if t in own.get_vocab()])
     expected[: end - begin, known] = torch.autograd.grad(value, rows)[0][begin:end, columns]
-    ours = gradients(reward.terms, [item])[0]
+    ours = gradients(reward.objectives, [item])[0]
     assert float((ours - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
     assert expected.any() == (end > begin)
-    table = torch.tensor([[0, END, 3]]).expand(len(item.response), -1)
-    assert torch.allclose(gradients(reward.terms, [item], [table])[0], ours.gather(1, table), rtol=1e-9, atol=0)
+    table = torch.tensor([[0, END, 3]]).expand(len(item.response_ids), -1)
+    assert torch.allclose(gradients(reward.objectives, [item], [table])[0], ours.gather(1, table), rtol=1e-9, atol=0)
 
 
 # --- cost --------------------------------------------------------------------------------------------------
 
 
 def test_charges_a_forward_and_a_backward_per_term(double: Policy) -> None:
-    parts = [*worlds.tiny_scalar(double).terms, policy_likelihood(double)]
+    parts = [*worlds.tiny_scalar(double).objectives, policy_likelihood(double)]
     samples = [
         worlds.sample(double, Problem(id="a", question="1+2"), "4-5", finished=False),
         worlds.sample(double, Problem(id="b", question="12-3"), "9", finished=True),
     ]
-    memos = list(zip(*(term.prompt_memos(samples, Meter()) for term in parts), strict=True))
+    memos = list(zip(*(term.prompt_memos(samples, FlopCounter()) for term in parts), strict=True))
     for switches, terms_back in (({}, (True, True)), ({"postfix": False}, (True, False))):
-        meter = Meter()
-        token_gradient(parts, samples, memos, None, meter=meter, **switches)
+        meter = FlopCounter()
+        compute_token_gradient(parts, samples, memos, None, flop_counter=meter, **switches)
         for item, tail in zip(samples, (1, 0), strict=True):
-            begin, length = len(item.prompt) - 1, len(item.response)
+            begin, length = len(item.prompt_ids) - 1, len(item.response_ids)
             total = 0.0
             for term, count, head, back in zip(
                 parts, (1 + length + tail, length), (1 + length + tail, length), terms_back, strict=True
             ):
                 total += term.size.forward_flops(begin, count, head)
                 total += term.size.backward_flops(begin, count, head) * back
-            assert meter.cost(item.problem.id).flops == total > 0
+            assert meter.get_cost(item.problem.id).flops == total > 0
 
 
 def test_the_direct_part_is_read_from_memory_at_the_price_of_the_heads(double: Policy) -> None:
     """Also where the better model has shuffled ids, and where the memory was made through another response's."""
     better = worlds.tiny_policy(seed=6, dtype=DOUBLE)
     model, other = shuffled(better.model, double.tokenizer, len(double.tokenizer))
-    reward = log_ratio(double, freeze_policy(model, other, "moved"), double, "ratio")
+    reward = build_log_ratio_reward(double, freeze_policy(model, other, "moved"), double, "ratio")
     begun, item = (worlds.sample(double, PROBLEM, text) for text in ("4-5=2", "4-5=9;#9"))
-    bare = reward.prompt_memos([begun], Meter())
-    _, first = reward.score([begun], bare, meter=Meter(), keep=True)
-    _, second = reward.score([item], first, shared=[4], meter=Meter(), keep=True)
-    table = torch.arange(0, len(double.tokenizer), 2).expand(len(item.response), -1)
-    meter = Meter()
-    ours = reward.direct_gradient([item], second, [table], meter=meter)[0]
-    assert_close(ours, gradients(reward.terms, [item], [table], postfix=False)[0])
-    heads = sum(term.size.forward_flops(0, 0, len(item.response)) for term in reward.terms)
-    assert meter.total().flops == heads > 0
+    bare = reward.compute_prompt_caches([begun], FlopCounter())
+    _, first = reward.score([begun], bare, flop_counter=FlopCounter(), return_caches=True)
+    _, second = reward.score([item], first, num_shared=[4], flop_counter=FlopCounter(), return_caches=True)
+    table = torch.arange(0, len(double.tokenizer), 2).expand(len(item.response_ids), -1)
+    meter = FlopCounter()
+    ours = reward.compute_direct_gradient([item], second, [table], flop_counter=meter)[0]
+    assert_close(ours, gradients(reward.objectives, [item], [table], postfix=False)[0])
+    heads = sum(term.model_size.compute_forward_flops(0, 0, len(item.response_ids)) for term in reward.objectives)
+    assert meter.get_total_cost().flops == heads > 0
 
 
 @pytest.mark.parametrize(
@@ -646,15 +661,17 @@ def test_the_direct_part_of_a_score_is_what_each_token_added(
     """0 elsewhere, for the first token, and for a stop token that is not the reward's; in the reward's own ids, and
     where the memory was made through another response's. It costs nothing."""
     reward, own = closing(double, tail, knows_stop)
-    model, kept = reward.terms[0].model, "4-5=9;#9"
+    model, kept = reward.objectives[0].model, "4-5=9;#9"
     prompt = [own.convert_tokens_to_ids(token) for token in (worlds.USER, "1", worlds.ASSISTANT)]
-    begun, item = (replace(worlds.sample(double, PROBLEM, text), prompt=prompt) for text in ("4-5=2", kept))
-    _, first = reward.score([begun], reward.prompt_memos([begun], Meter()), meter=Meter(), keep=True)
-    _, second = reward.score([item], first, shared=[4], meter=Meter(), keep=True)
-    table = torch.arange(len(worlds.TOKENS)).expand(len(item.response), -1)
-    meter = Meter()
-    [ours] = reward.direct_gradient([item], second, [table], meter=meter)
-    assert meter.total().flops == 0
+    begun, item = (replace(worlds.sample(double, PROBLEM, text), prompt_ids=prompt) for text in ("4-5=2", kept))
+    _, first = reward.score(
+        [begun], reward.compute_prompt_caches([begun], FlopCounter()), flop_counter=FlopCounter(), return_caches=True
+    )
+    _, second = reward.score([item], first, num_shared=[4], flop_counter=FlopCounter(), return_caches=True)
+    table = torch.arange(len(worlds.TOKENS)).expand(len(item.response_ids), -1)
+    meter = FlopCounter()
+    [ours] = reward.compute_direct_gradient([item], second, [table], flop_counter=meter)
+    assert meter.get_total_cost().flops == 0
 
     expected = torch.zeros(ours.shape, dtype=DOUBLE)
     read = [*kept, worlds.END] if reads_stop else [*kept]
@@ -662,11 +679,13 @@ def test_the_direct_part_of_a_score_is_what_each_token_added(
         before, after = (
             plain_score(model, prompt + own.convert_tokens_to_ids(read[:count])) for count in (at, at + 1)
         )
-        expected[at, item.response[at]] = after - before
+        expected[at, item.response_ids[at]] = after - before
     assert int(expected.count_nonzero()) == len(read) - 1
     assert_close(ours.double(), expected, relative=1e-6)  # it is handed on in float32
     some = table[:, ::2]
-    assert torch.equal(reward.direct_gradient([item], second, [some], meter=meter)[0], ours.gather(1, some))
+    assert torch.equal(
+        reward.compute_direct_gradient([item], second, [some], flop_counter=meter)[0], ours.gather(1, some)
+    )
 
 
 def plain_score(model: PreTrainedModel, ids: Sequence[int]) -> float:
@@ -680,24 +699,37 @@ def test_the_slope_is_the_sum_of_what_its_point_names(double: Policy, kind: str,
     """The direct part counts once: backward passes leave that of log-likelihoods out where it is there already."""
     reward = (worlds.tiny_scalar if kind == "scalar" else worlds.tiny_logratio)(double)
     items = [known(double, worlds.sample(double, PROBLEM, words), 6) for words in ("4-5=9;#9", "7")]
-    prompts, tables = reward.prompt_memos(items, Meter()), [item.known.candidates for item in items]
-    _, scored = reward.score([replace(i, known=None) for i in items], prompts, meter=Meter(), keep=True)
-    point, meter = Point.parse(text), Meter()
-    found = reward.slope(items, prompts, scored, tables, meter=meter, point=point)
-    again, expected = Meter(), [torch.zeros(table.shape, dtype=DOUBLE) for table in tables]
+    prompts, tables = reward.compute_prompt_caches(items, FlopCounter()), [item.draw_info.candidates for item in items]
+    _, scored = reward.score(
+        [replace(i, draw_info=None) for i in items], prompts, flop_counter=FlopCounter(), return_caches=True
+    )
+    point, meter = GradientPoint.parse(text), FlopCounter()
+    found = reward.compute_gradient(items, prompts, scored, tables, flop_counter=meter, gradient_at=point)
+    again, expected = FlopCounter(), [torch.zeros(table.shape, dtype=DOUBLE) for table in tables]
     if point.direct:
-        parts = reward.direct_gradient(items, scored, tables, meter=again)
+        parts = reward.compute_direct_gradient(items, scored, tables, flop_counter=again)
         expected = [a + b for a, b in zip(expected, parts, strict=True)]
     for alpha in point.alphas:
-        at, memos = [item.relaxed(alpha) for item in items], prompts
-        parts = token_gradient(reward.terms, items, memos, tables, meter=again, relaxed=at, direct=not point.direct)
+        at, memos = [item.relax(alpha) for item in items], prompts
+        parts = compute_token_gradient(
+            reward.objectives,
+            items,
+            memos,
+            tables,
+            flop_counter=again,
+            relaxed_responses=at,
+            likelihood_token_grad=not point.direct,
+        )
         expected = [a + b / len(point.alphas) for a, b in zip(expected, parts, strict=True)]
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours.double(), theirs, relative=1e-6)
-    assert meter.total().tokens == again.total().tokens and meter.total().flops == again.total().flops
-    assert ("reward/backward" in meter.total().tokens) == bool(point.alphas)
+    assert (
+        meter.get_total_cost().tokens == again.get_total_cost().tokens
+        and meter.get_total_cost().flops == again.get_total_cost().flops
+    )
+    assert ("reward/backward" in meter.get_total_cost().tokens) == bool(point.alphas)
     if kind == "log-ratio" and text == "direct+hard":  # both parts at the same tokens: the whole gradient
-        whole = reward.gradient(items, prompts, tables, meter=Meter())
+        whole = reward.compute_backward_gradient(items, prompts, tables, flop_counter=FlopCounter())
         assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(found, whole, strict=True))
 
 
@@ -713,23 +745,23 @@ def test_scoring_through_the_incumbent_equals_scoring_afresh(kind: str, architec
     else:
         unknown = "unknown" in kind
         reward, _ = closing(policy, "<|close|>;" if unknown else "<|end|>;", knows_stop=not unknown)
-    take_prompts(reward.terms)
-    digits = worlds.sample(policy, PROBLEM, "123", finished=False).response
+    take_prompts(reward.objectives)
+    digits = worlds.sample(policy, PROBLEM, "123", finished=False).response_ids
     for finished in (True, False):
         incumbents = drawn(6, 3, prompts=[1, 5])
         for item in incumbents:
-            item.response.extend([END] * finished)
-        branches = [(row, t) for row, item in enumerate(incumbents) for t in range(len(item.response))]
+            item.response_ids.extend([END] * finished)
+        branches = [(row, t) for row, item in enumerate(incumbents) for t in range(len(item.response_ids))]
         suffixes = [[], [END], digits, [*digits, *digits, END]]
         proposals, owners = [], []
         for number, (row, t) in enumerate(branches):
             item = incumbents[row]
-            new = (item.response[t] + 1) % len(worlds.CHARS)
-            response = [*item.response[:t], new, *suffixes[number % len(suffixes)]]
-            proposals.append(Sample(item.problem, item.prompt, response))
+            new = (item.response_ids[t] + 1) % len(worlds.CHARS)
+            response = [*item.response_ids[:t], new, *suffixes[number % len(suffixes)]]
+            proposals.append(Sample(item.problem, item.prompt_ids, response))
             owners.append(row)
         # A branch may also be the stop token itself.
-        proposals += [Sample(item.problem, item.prompt, [*item.response[:2], END]) for item in incumbents]
+        proposals += [Sample(item.problem, item.prompt_ids, [*item.response_ids[:2], END]) for item in incumbents]
         branches += [(row, 2) for row in range(len(incumbents))]
         owners += range(len(incumbents))
         compare_scores(reward, incumbents, proposals, owners, [t for _, t in branches])
@@ -738,23 +770,31 @@ def test_scoring_through_the_incumbent_equals_scoring_afresh(kind: str, architec
 def compare_scores(
     reward: Reward, incumbents: list[Sample], proposals: list[Sample], owners: list[int], shared: list[int]
 ) -> None:
-    bare = reward.prompt_memos(incumbents, Meter())
-    _, kept = reward.score(incumbents, bare, meter=Meter(), keep=True)
-    before = [[(memo.cache.clone(), memo.logp.clone(), memo.levels.clone()) for memo in row] for row in kept]
-    saved, whole = Meter(), Meter()
-    through, memos = reward.score(proposals, [kept[row] for row in owners], meter=saved, shared=shared, keep=True)
-    afresh, fresh_memos = reward.score(proposals, [bare[row] for row in owners], meter=whole, keep=True)
+    bare = reward.compute_prompt_caches(incumbents, FlopCounter())
+    _, kept = reward.score(incumbents, bare, flop_counter=FlopCounter(), return_caches=True)
+    before = [[(memo.kv_row.clone(), memo.logp.clone(), memo.prefix_scores.clone()) for memo in row] for row in kept]
+    saved, whole = FlopCounter(), FlopCounter()
+    through, memos = reward.score(
+        proposals, [kept[row] for row in owners], flop_counter=saved, num_shared=shared, return_caches=True
+    )
+    afresh, fresh_memos = reward.score(
+        proposals, [bare[row] for row in owners], flop_counter=whole, return_caches=True
+    )
     assert through == pytest.approx(afresh, rel=1e-9)
-    assert saved.total().flops < whole.total().flops
+    assert saved.get_total_cost().flops < whole.get_total_cost().flops
     for row, copies in zip(kept, before, strict=True):
         for memo, (cache, logp, levels) in zip(row, copies, strict=True):
-            assert torch.equal(memo.cache, cache) and torch.equal(memo.logp, logp)
-            assert torch.equal(memo.levels, levels)
+            assert torch.equal(memo.kv_row, cache) and torch.equal(memo.logp, logp)
+            assert torch.equal(memo.prefix_scores, levels)
     for item, ours, theirs in zip(proposals, memos, fresh_memos, strict=True):
-        for term, a, b in zip(reward.terms, ours, theirs, strict=True):  # an accepted proposal's memory is as good
-            assert torch.allclose(a.cache, b.cache, rtol=0, atol=1e-9)
+        for term, a, b in zip(
+            reward.objectives, ours, theirs, strict=True
+        ):  # an accepted proposal's memory is as good
+            assert torch.allclose(a.kv_row, b.kv_row, rtol=0, atol=1e-9)
             assert torch.allclose(a.logp, b.logp, rtol=0, atol=1e-9)
-            assert torch.allclose(a.hidden, b.hidden, rtol=0, atol=1e-9)
-            assert torch.allclose(a.levels, b.levels, rtol=0, atol=1e-9) and a.levels.dtype == DOUBLE
-            read = 0 if isinstance(term, LikelihoodTerm) else len(term.encode(item).response) + 1
-            assert len(a.levels) == len(b.levels) == read
+            assert torch.allclose(a.hidden_states, b.hidden_states, rtol=0, atol=1e-9)
+            assert (
+                torch.allclose(a.prefix_scores, b.prefix_scores, rtol=0, atol=1e-9) and a.prefix_scores.dtype == DOUBLE
+            )
+            read = 0 if isinstance(term, LikelihoodObjective) else len(term.encode(item).response_ids) + 1
+            assert len(a.prefix_scores) == len(b.prefix_scores) == read

@@ -8,7 +8,7 @@ import pytest
 
 from nabla_trl.grading import equivalence as answers
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.grading.equivalence import Verdict, normalize_answer, settle
+from nabla_trl.grading.equivalence import MatchResult, match_without_worker, normalize_answer
 from nabla_trl.grading.extraction import extract_answer
 
 # (gold, response, right); responses as models write them to problems like those of the five benchmarks.
@@ -104,7 +104,7 @@ ON_PURPOSE = [
 
 @pytest.fixture(scope="module")
 def checker() -> Iterator[AnswerChecker]:
-    with AnswerChecker(workers=2, timeout=60) as one:
+    with AnswerChecker(num_workers=2, timeout=60) as one:
         yield one
 
 
@@ -117,7 +117,7 @@ def theirs(gold: str, response: str) -> bool:
 
 def test_verdicts_are_those_of_math_verify_on_whole_responses(checker: AnswerChecker) -> None:
     ours = checker.check([(extract_answer(response), gold) for gold, response, _ in AGREED])
-    found = [(gold, response, verdict.right) for (gold, response, _), verdict in zip(AGREED, ours, strict=True)]
+    found = [(gold, response, verdict.is_correct) for (gold, response, _), verdict in zip(AGREED, ours, strict=True)]
     assert found == AGREED
     assert [theirs(gold, response) for gold, response, _ in AGREED] == [right for *_, right in AGREED]
 
@@ -127,7 +127,7 @@ def test_verdicts_differ_where_we_mean_to(
     checker: AnswerChecker, gold: str, response: str, ours: bool, other: bool, why: str
 ) -> None:
     [verdict] = checker.check([(extract_answer(response), gold)])
-    assert verdict.right == ours, why
+    assert verdict.is_correct == ours, why
     assert theirs(gold, response) == other, why
 
 
@@ -151,8 +151,8 @@ def test_plain_numbers_have_the_verdicts_of_the_slow_path() -> None:
         gold = number()
         near = draw.choice([gold, gold, gold + 1, -gold, gold * 10, gold + Decimal("0.0000005"), number()])
         pair = normalize_answer(write(near)), normalize_answer(write(gold))
-        verdict = settle(*pair)
-        if isinstance(verdict, Verdict):
-            settled, rights = settled + 1, rights + verdict.right
-            assert verdict.value == answers.compare(*pair), pair
+        verdict = match_without_worker(*pair)
+        if isinstance(verdict, MatchResult):
+            settled, rights = settled + 1, rights + verdict.is_correct
+            assert verdict.value == answers.match_answers(*pair), pair
     assert settled > 300 and 100 < rights < settled - 50

@@ -14,8 +14,13 @@ import pytest
 
 from nabla_trl.grading import equivalence as answers
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.grading.equivalence import Verdict, normalize_answer
-from nabla_trl.grading.extraction import asked_form, extract_answer, in_thinking, strict_answer
+from nabla_trl.grading.equivalence import MatchResult, normalize_answer
+from nabla_trl.grading.extraction import (
+    detect_answer_format,
+    extract_answer,
+    extract_strict_answer,
+    has_open_think_block,
+)
 
 # A comparison that misbehaves on demand; workers load it by path in place of math-verify's.
 STAND_IN = """
@@ -235,18 +240,22 @@ STRICT = {
 @pytest.mark.parametrize(("asked", "answer"), STRICT.items())
 def test_strict_answers_are_those_in_the_form_that_was_asked_for(asked: tuple[str, str], answer: str | None) -> None:
     form, text = asked
-    assert strict_answer(text, form) == answer
+    assert extract_strict_answer(text, form) == answer
 
 
 def test_an_instruction_tells_its_form() -> None:
-    assert asked_form(r"Put it within \boxed{}.") == "boxed"
-    assert asked_form("End with '#### n'.") == "hashes"
-    assert asked_form("As in problem #3, be brief.") is asked_form("") is None
+    assert detect_answer_format(r"Put it within \boxed{}.") == "boxed"
+    assert detect_answer_format("End with '#### n'.") == "hashes"
+    assert detect_answer_format("As in problem #3, be brief.") is detect_answer_format("") is None
 
 
 def test_a_text_may_end_inside_a_think_block() -> None:
-    assert in_thinking("<|assistant|><think>\n") and in_thinking("<think></think><thinking>x")
-    assert not in_thinking("") and not in_thinking("<think>\n\n</think>\n\n") and not in_thinking("</think>")
+    assert has_open_think_block("<|assistant|><think>\n") and has_open_think_block("<think></think><thinking>x")
+    assert (
+        not has_open_think_block("")
+        and not has_open_think_block("<think>\n\n</think>\n\n")
+        and not has_open_think_block("</think>")
+    )
 
 
 # ------------------------------------------------------------------ comparing
@@ -262,14 +271,14 @@ NUMBERS = [
 def test_fast_verdicts_are_those_of_math_verify() -> None:
     settled = 0
     for pair in itertools.product(map(normalize_answer, NUMBERS), repeat=2):
-        fast = answers._fast_verdict(*pair)
+        fast = answers._match_fast(*pair)
         if fast is not None:
             settled += 1
-            assert fast.value == answers.compare(*pair), pair
+            assert fast.value == answers.match_answers(*pair), pair
     assert settled > 0.7 * len(NUMBERS) ** 2
     for text in ["Evelyn", "due east", "yes", "information", "Winfrey"]:
-        assert answers._fast_verdict(text, text).value == answers.compare(text, text) == "right"
-    assert answers._fast_verdict(r"\frac{1", r"\frac{1") is None
+        assert answers._match_fast(text, text).value == answers.match_answers(text, text) == "right"
+    assert answers._match_fast(r"\frac{1", r"\frac{1") is None
 
 
 RIGHT = [
@@ -324,12 +333,12 @@ WRONG = [
 
 
 def test_realistic_answers_through_the_workers() -> None:
-    with AnswerChecker(workers=2, timeout=30) as checker:
+    with AnswerChecker(num_workers=2, timeout=30) as checker:
         verdicts = checker.check([*RIGHT, *WRONG])
-    assert [pair for pair, verdict in zip(RIGHT, verdicts, strict=False) if not verdict.right] == []
+    assert [pair for pair, verdict in zip(RIGHT, verdicts, strict=False) if not verdict.is_correct] == []
     wrong = verdicts[len(RIGHT) :]
-    assert [pair for pair, verdict in zip(WRONG, wrong, strict=True) if verdict is not Verdict.WRONG] == []
-    assert checker.counts == {Verdict.RIGHT: len(RIGHT), Verdict.WRONG: len(WRONG)}
+    assert [pair for pair, verdict in zip(WRONG, wrong, strict=True) if verdict is not MatchResult.INCORRECT] == []
+    assert checker.counts == {MatchResult.CORRECT: len(RIGHT), MatchResult.INCORRECT: len(WRONG)}
 
 
 def test_golds_that_cannot_be_met_and_answers_that_are_missing() -> None:
@@ -349,11 +358,11 @@ def test_golds_that_cannot_be_met_and_answers_that_are_missing() -> None:
     with AnswerChecker(timeout=30) as checker:
         verdicts = checker.check(pairs)
         again = checker.check(pairs)
-    no_gold, no_answer, bad_gold = Verdict.NO_GOLD, Verdict.NO_ANSWER, Verdict.BAD_GOLD
+    no_gold, no_answer, bad_gold = MatchResult.NO_GOLD, MatchResult.NO_ANSWER, MatchResult.BAD_GOLD
     assert verdicts == [no_gold] * 3 + [no_answer] * 3 + [bad_gold] * 4 + [no_answer]
     assert again == verdicts
     assert checker.counts == {no_gold: 6, no_answer: 8, bad_gold: 8}
-    assert [verdict for verdict in Verdict if verdict.right] == [Verdict.RIGHT]
+    assert [verdict for verdict in MatchResult if verdict.is_correct] == [MatchResult.CORRECT]
 
 
 # ------------------------------------------------------------------ workers
@@ -368,12 +377,12 @@ def test_a_hung_or_crashed_worker_costs_one_pair(stand_in: Path) -> None:
         ("six", "xis"),
         ("six", "seven"),
     ]
-    with AnswerChecker(workers=2, timeout=1, _compare_file=str(stand_in)) as checker:
+    with AnswerChecker(num_workers=2, timeout=1, _compare_file=str(stand_in)) as checker:
         verdicts = checker.check([*pairs, ("hang", "gnah")])
         assert verdicts == ["timeout", "right", "error", "error", "right", "wrong", "timeout"]
-        assert checker.check([("noise", "esion"), ("imports", "")]) == [Verdict.RIGHT, Verdict.NO_GOLD]
-        assert checker.check([("imports", "none")]) == [Verdict.RIGHT]
-        assert checker.counts[Verdict.TIMEOUT] == checker.counts[Verdict.ERROR] == 2
+        assert checker.check([("noise", "esion"), ("imports", "")]) == [MatchResult.CORRECT, MatchResult.NO_GOLD]
+        assert checker.check([("imports", "none")]) == [MatchResult.CORRECT]
+        assert checker.counts[MatchResult.TIMEOUT] == checker.counts[MatchResult.ERROR] == 2
     pids = pids_of(stand_in)
     assert len(set(pids)) > 2  # some were replaced
     assert not any(alive(pid) for pid in pids)  # all reaped
@@ -385,22 +394,22 @@ def test_a_pair_that_timed_out_is_tried_again_and_a_settled_one_is_not(stand_in:
         asked = len(pids_of(stand_in))
         checker.check([("one", "two")] * 3)
         assert len(pids_of(stand_in)) == asked
-        assert checker.check([("hang", "nine")]) == [Verdict.TIMEOUT]
+        assert checker.check([("hang", "nine")]) == [MatchResult.TIMEOUT]
         assert len(pids_of(stand_in)) > asked
 
 
 def test_an_explosive_expression_ends_and_the_next_pair_is_judged() -> None:
     with AnswerChecker(timeout=1) as checker:
         verdict, after = checker.check([("9^{9^{9^{9^{9}}}}", "5"), ("1/2", r"\frac{2}{4}")])
-    assert verdict in (Verdict.TIMEOUT, Verdict.ERROR)
-    assert after is Verdict.RIGHT
+    assert verdict in (MatchResult.TIMEOUT, MatchResult.ERROR)
+    assert after is MatchResult.CORRECT
 
 
 def test_plain_numbers_start_no_worker_and_a_worker_that_cannot_start_is_a_clear_error(
     tmp_path: Path,
 ) -> None:
     with AnswerChecker(_compare_file=str(tmp_path / "missing.py")) as checker:
-        assert checker.check([("1,234.0", "1234"), ("3", "4"), ("Evelyn", "Evelyn")])[0].right
+        assert checker.check([("1,234.0", "1234"), ("3", "4"), ("Evelyn", "Evelyn")])[0].is_correct
         with pytest.raises(RuntimeError, match="no worker for math-verify could be started: FileNotFoundError"):
             checker.check([("x+1", "1+x")])
         assert sum(checker.counts.values()) == 3
@@ -413,8 +422,8 @@ def test_impossible_settings_are_refused(arguments: dict) -> None:
 
 
 def test_works_from_threads(stand_in: Path) -> None:
-    verdicts: dict[int, list[Verdict]] = {}
-    with AnswerChecker(workers=2, timeout=30, _compare_file=str(stand_in)) as checker:
+    verdicts: dict[int, list[MatchResult]] = {}
+    with AnswerChecker(num_workers=2, timeout=30, _compare_file=str(stand_in)) as checker:
 
         def work(number: int) -> None:
             verdicts[number] = checker.check([("five", "evif"), ("six", f"gold {number}"), ("7", "7.0")])
@@ -424,7 +433,9 @@ def test_works_from_threads(stand_in: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    assert verdicts == {number: [Verdict.RIGHT, Verdict.WRONG, Verdict.RIGHT] for number in range(3)}
+    assert verdicts == {
+        number: [MatchResult.CORRECT, MatchResult.INCORRECT, MatchResult.CORRECT] for number in range(3)
+    }
 
 
 @pytest.mark.parametrize("ending", ["interrupt", "kill idle", "kill hung"])

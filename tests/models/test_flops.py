@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from nabla_trl.models import flops
-from nabla_trl.models.flops import Cost, Meter, ModelSize, model_size
+from nabla_trl.models.flops import Cost, FlopCounter, ModelSize, measure_model_size
 
 VOCAB, HIDDEN, LAYERS, HEADS, INNER = 61, 24, 3, 4, 40
 SMALL = {
@@ -79,80 +79,80 @@ def _counted(counter: FlopCounterMode) -> float:
 
 def _masked_half(size: ModelSize, count: int) -> float:
     """Attention FLOPs of the dense T x T kernel that a causal model does not need."""
-    return 4 * size.attention_width * size.layers * count * (count - 1) / 2
+    return 4 * size.attention_width * size.num_layers * count * (count - 1) / 2
 
 
 def test_cached_decoding_equals_torch_counter_token_by_token(model: PreTrainedModel) -> None:
-    size, cache = model_size(model, "policy"), DynamicCache()
+    size, cache = measure_model_size(model, "policy"), DynamicCache()
     ids = torch.randint(0, VOCAB, (1, 5))
     with torch.no_grad():
         for position in range(5):
             with FlopCounterMode(display=False) as counter:
                 model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
-            assert _counted(counter) == size.forward_flops(position, 1)
+            assert _counted(counter) == size.compute_forward_flops(position, 1)
 
 
 def test_prefill_after_a_prefix_with_a_partial_head_equals_torch_counter(model: PreTrainedModel) -> None:
-    size, cache = model_size(model, "policy"), DynamicCache()
+    size, cache = measure_model_size(model, "policy"), DynamicCache()
     ids = torch.randint(0, VOCAB, (1, 11))
     with torch.no_grad():
         model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
         with FlopCounterMode(display=False) as counter:
             model(input_ids=ids[:, 4:], past_key_values=cache, use_cache=True, logits_to_keep=2)
-    assert _counted(counter) == size.forward_flops(4, 7, head=2) + _masked_half(size, 7)
+    assert _counted(counter) == size.compute_forward_flops(4, 7, num_head_positions=2) + _masked_half(size, 7)
 
 
 def test_frozen_backward_equals_torch_counter(model: PreTrainedModel) -> None:
-    size, count = model_size(model, "policy"), 6
+    size, count = measure_model_size(model, "policy"), 6
     embeds = torch.randn(1, count, HIDDEN, requires_grad=True)
     logits = model(inputs_embeds=embeds, use_cache=False).logits
     with FlopCounterMode(display=False) as counter:
         logits.sum().backward()
     assert embeds.grad is not None and model.get_input_embeddings().weight.grad is None
-    assert _counted(counter) == size.backward_flops(0, count) + 2 * _masked_half(size, count)
+    assert _counted(counter) == size.compute_backward_flops(0, count) + 2 * _masked_half(size, count)
 
 
 def test_frozen_backward_behind_a_detached_prefix_equals_torch_counter(model: PreTrainedModel) -> None:
-    size, cache = model_size(model, "policy"), DynamicCache()
+    size, cache = measure_model_size(model, "policy"), DynamicCache()
     with torch.no_grad():
         model(input_ids=torch.randint(0, VOCAB, (1, 5)), past_key_values=cache, use_cache=True)
     embeds = torch.randn(1, 1, HIDDEN, requires_grad=True)
     logits = model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).logits
     with FlopCounterMode(display=False) as counter:
         logits.sum().backward()
-    assert _counted(counter) == size.backward_flops(5, 1)
+    assert _counted(counter) == size.compute_backward_flops(5, 1)
 
 
 def test_trained_backward_equals_torch_counter(model: PreTrainedModel) -> None:
-    size, count = model_size(model, "policy"), 6
+    size, count = measure_model_size(model, "policy"), 6
     model.requires_grad_(True)
     logits = model(input_ids=torch.randint(0, VOCAB, (1, count)), use_cache=False).logits
     with FlopCounterMode(display=False) as counter:
         logits.sum().backward()
-    expected = size.backward_flops(0, count, frozen=False) + 2 * _masked_half(size, count)
+    expected = size.compute_backward_flops(0, count, frozen=False) + 2 * _masked_half(size, count)
     assert _counted(counter) == expected
 
 
 def test_reward_model_head_is_the_score() -> None:
     reward = LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=1, pad_token_id=0)).eval()
-    size = model_size(reward, "reward")
+    size = measure_model_size(reward, "reward")
     assert size.head_params == HIDDEN
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         reward(input_ids=torch.tensor([[5]]))
-    assert _counted(counter) == size.forward_flops(0, 1)
+    assert _counted(counter) == size.compute_forward_flops(0, 1)
 
 
 def test_linear_params_leave_out_embeddings_positions_head_and_biases() -> None:
     per_layer = 3 * HIDDEN * HIDDEN + HIDDEN * HIDDEN + 2 * HIDDEN * 4 * HIDDEN
     expected = ModelSize("policy", LAYERS * per_layer, LAYERS, HIDDEN, VOCAB * HIDDEN)
-    assert model_size(_gpt2(), "policy") == expected
+    assert measure_model_size(_gpt2(), "policy") == expected
 
 
 def test_only_the_experts_of_one_token_count() -> None:
     config = MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=1, tie_word_embeddings=False)
-    one = model_size(MixtralForCausalLM(config), "policy").linear_params
+    one = measure_model_size(MixtralForCausalLM(config), "policy").linear_params
     config.num_experts_per_tok = 4
-    every = model_size(MixtralForCausalLM(config), "policy").linear_params
+    every = measure_model_size(MixtralForCausalLM(config), "policy").linear_params
     assert every - one == 3 * LAYERS * 3 * HIDDEN * INNER
     attention = HIDDEN * HIDDEN * 2 + HIDDEN * HIDDEN // 2 * 2  # two key-value heads for four
     assert every == LAYERS * (attention + 4 * HIDDEN + 4 * 3 * HIDDEN * INNER)
@@ -162,9 +162,9 @@ def test_adapters_count_and_a_replaced_head_counts_once() -> None:
     from peft import LoraConfig, TaskType, get_peft_model
 
     reward = LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=1, pad_token_id=0))
-    bare = model_size(reward, "reward")
+    bare = measure_model_size(reward, "reward")
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["q_proj"])
-    adapted = model_size(get_peft_model(reward, lora), "reward")
+    adapted = measure_model_size(get_peft_model(reward, lora), "reward")
     assert adapted.head_params == bare.head_params
     assert adapted.linear_params == bare.linear_params + LAYERS * 2 * (HIDDEN + HIDDEN)
 
@@ -179,61 +179,65 @@ def test_models_without_a_known_head_are_refused() -> None:
     )
     for headless in (LlamaModel(LlamaConfig(**SMALL)), BertForSequenceClassification(bert)):
         with pytest.raises(ValueError, match="no lm_head and no `score` head"):
-            model_size(headless, "policy")
+            measure_model_size(headless, "policy")
 
 
-SIZE = ModelSize("policy", linear_params=1000, layers=2, attention_width=16, head_params=300)
+SIZE = ModelSize("policy", linear_params=1000, num_layers=2, attention_width=16, head_params=300)
 
 
 def test_formula_by_hand() -> None:
     attended = 4 * 16 * 2 * (4 + 5 + 6)  # positions 3, 4 and 5 see 4, 5 and 6 tokens
-    assert SIZE.forward_flops(3, 3, head=1) == 2 * 1000 * 3 + attended + 2 * 300
-    assert SIZE.backward_flops(3, 3, head=1) == 2 * 1000 * 3 + 2 * attended + 2 * 300
-    assert SIZE.backward_flops(3, 3, frozen=False) == 2 * (2 * 1000 * 3 + attended + 2 * 300 * 3)
+    assert SIZE.compute_forward_flops(3, 3, num_head_positions=1) == 2 * 1000 * 3 + attended + 2 * 300
+    assert SIZE.compute_backward_flops(3, 3, num_head_positions=1) == 2 * 1000 * 3 + 2 * attended + 2 * 300
+    assert SIZE.compute_backward_flops(3, 3, frozen=False) == 2 * (2 * 1000 * 3 + attended + 2 * 300 * 3)
 
 
 def test_cost_of_a_span_is_the_sum_of_its_parts() -> None:
-    whole = SIZE.forward_flops(2, 10)
-    assert whole == SIZE.forward_flops(2, 4) + SIZE.forward_flops(6, 6)
-    assert whole == sum(SIZE.forward_flops(position, 1) for position in range(2, 12))
-    assert SIZE.forward_flops(2, 10, head=0) + SIZE.forward_flops(9, 0, head=10) == whole
+    whole = SIZE.compute_forward_flops(2, 10)
+    assert whole == SIZE.compute_forward_flops(2, 4) + SIZE.compute_forward_flops(6, 6)
+    assert whole == sum(SIZE.compute_forward_flops(position, 1) for position in range(2, 12))
+    assert (
+        SIZE.compute_forward_flops(2, 10, num_head_positions=0)
+        + SIZE.compute_forward_flops(9, 0, num_head_positions=10)
+        == whole
+    )
 
 
 def _flops(kind: str, **options: bool) -> float:
-    meter = Meter()
-    meter.charge("p", SIZE, kind, 4, 5, head=2, **options)
-    return meter.cost("p").flops
+    meter = FlopCounter()
+    meter.add_flops("p", SIZE, kind, 4, 5, num_head_positions=2, **options)
+    return meter.get_cost("p").flops
 
 
 def test_kinds_of_work() -> None:
-    forward = SIZE.forward_flops(4, 5, 2)
+    forward = SIZE.compute_forward_flops(4, 5, 2)
     assert _flops("prefill") == _flops("decode") == _flops("forward") == forward
-    assert _flops("backward") == SIZE.backward_flops(4, 5, 2)
-    assert _flops("train") == forward + SIZE.backward_flops(4, 5, 2)
+    assert _flops("backward") == SIZE.compute_backward_flops(4, 5, 2)
+    assert _flops("train") == forward + SIZE.compute_backward_flops(4, 5, 2)
     assert _flops("train", frozen=False) == 3 * forward
     with pytest.raises(ValueError, match="unknown kind of work 'sample'; known: prefill"):
         _flops("sample")
     with pytest.raises(ValueError, match="start=-1"):
-        Meter().charge("p", SIZE, "decode", -1, 5)
+        FlopCounter().add_flops("p", SIZE, "decode", -1, 5)
 
 
 def test_meter_keeps_accounts_apart_and_totals_them() -> None:
-    meter = Meter()
-    meter.charge("a", SIZE, "prefill", 0, 4, head=1)
-    meter.charge("a", SIZE, "decode", 4, 3)
-    meter.charge("b", SIZE, "decode", 0, 2)
-    assert meter.cost("a").tokens == {"policy/prefill": 4, "policy/decode": 3}
-    assert meter.total() == meter.cost("a") + meter.cost("b")
-    assert meter.total().tokens == {"policy/prefill": 4, "policy/decode": 5}
-    assert meter.cost("never charged") == Cost()
+    meter = FlopCounter()
+    meter.add_flops("a", SIZE, "prefill", 0, 4, num_head_positions=1)
+    meter.add_flops("a", SIZE, "decode", 4, 3)
+    meter.add_flops("b", SIZE, "decode", 0, 2)
+    assert meter.get_cost("a").tokens == {"policy/prefill": 4, "policy/decode": 3}
+    assert meter.get_total_cost() == meter.get_cost("a") + meter.get_cost("b")
+    assert meter.get_total_cost().tokens == {"policy/prefill": 4, "policy/decode": 5}
+    assert meter.get_cost("never charged") == Cost()
 
 
 def test_cost_is_a_copy() -> None:
-    meter = Meter()
-    meter.charge("a", SIZE, "decode", 0, 2)
-    meter.cost("a").tokens.clear()
-    meter.total().tokens.clear()
-    assert meter.cost("a").tokens == {"policy/decode": 2}
+    meter = FlopCounter()
+    meter.add_flops("a", SIZE, "decode", 0, 2)
+    meter.get_cost("a").tokens.clear()
+    meter.get_total_cost().tokens.clear()
+    assert meter.get_cost("a").tokens == {"policy/decode": 2}
 
 
 @pytest.fixture
@@ -245,38 +249,38 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_clock_shares_seconds_evenly_by_row(wait: list[float]) -> None:
-    meter = Meter()
-    with meter.clock(["a", "b", "b", "c"]):
+    meter = FlopCounter()
+    with meter.measure_seconds(["a", "b", "b", "c"]):
         wait[0] += 8
-    assert [meter.cost(key).seconds for key in "abc"] == [2, 4, 2]
+    assert [meter.get_cost(key).seconds for key in "abc"] == [2, 4, 2]
 
 
 def test_nested_clocks_count_no_second_twice(wait: list[float]) -> None:
-    meter = Meter()
-    with meter.clock(["outer"]):
+    meter = FlopCounter()
+    with meter.measure_seconds(["outer"]):
         wait[0] += 1
-        with meter.clock(["inner"]):
+        with meter.measure_seconds(["inner"]):
             wait[0] += 2
-            with meter.clock(["innermost", "inner"]):
+            with meter.measure_seconds(["innermost", "inner"]):
                 wait[0] += 4
-        with meter.clock(["inner"]):
+        with meter.measure_seconds(["inner"]):
             wait[0] += 8
         wait[0] += 16
-    assert meter.cost("outer").seconds == 17
-    assert meter.cost("inner").seconds == 12
-    assert meter.cost("innermost").seconds == 2
-    assert meter.total().seconds == 31
+    assert meter.get_cost("outer").seconds == 17
+    assert meter.get_cost("inner").seconds == 12
+    assert meter.get_cost("innermost").seconds == 2
+    assert meter.get_total_cost().seconds == 31
 
 
 def test_time_lost_to_an_exception_is_charged_too(wait: list[float]) -> None:
-    meter = Meter()
-    with pytest.raises(RuntimeError), meter.clock(["a"]), meter.clock(["b"]):
+    meter = FlopCounter()
+    with pytest.raises(RuntimeError), meter.measure_seconds(["a"]), meter.measure_seconds(["b"]):
         wait[0] += 3
         raise RuntimeError
-    with meter.clock(["a"]):
+    with meter.measure_seconds(["a"]):
         wait[0] += 1
-    assert (meter.cost("a").seconds, meter.cost("b").seconds) == (1, 3)
-    with pytest.raises(ValueError, match="at least one key"), meter.clock([]):
+    assert (meter.get_cost("a").seconds, meter.get_cost("b").seconds) == (1, 3)
+    with pytest.raises(ValueError, match="at least one key"), meter.measure_seconds([]):
         pass
 
 

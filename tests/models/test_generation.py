@@ -20,11 +20,17 @@ from transformers import (
 )
 
 from nabla_trl.models import kv_cache
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.generation import build_warpers, draw, generate, prompt_caches, random_stream
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import (
+    build_warpers,
+    generate_continuations,
+    make_rng,
+    prepare_prompt_caches,
+    sample_tokens,
+)
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import Draft, Job
+from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 SAMPLED = Sampling(max_new_tokens=12)
@@ -34,11 +40,11 @@ def _prompts(policy: Policy) -> list[list[int]]:
     return [policy.encode(problem) for problem in worlds.tiny_problems()]
 
 
-def _jobs(prompts: Sequence[list[int]], limit: int = 12, seed: int = 0) -> list[Job]:
-    return [Job(f"q{i}", ids, random_stream(seed, f"q{i}"), limit) for i, ids in enumerate(prompts)]
+def _jobs(prompts: Sequence[list[int]], limit: int = 12, seed: int = 0) -> list[GenerationRequest]:
+    return [GenerationRequest(f"q{i}", ids, make_rng(seed, f"q{i}"), limit) for i, ids in enumerate(prompts)]
 
 
-def _ids(drafts: Sequence[Draft]) -> list[list[int]]:
+def _ids(drafts: Sequence[GenerationOutput]) -> list[list[int]]:
     return [draft.ids for draft in drafts]
 
 
@@ -56,7 +62,7 @@ def test_greedy_equals_model_generate_on_a_left_padded_batch(architecture: str, 
     policy = worlds.tiny_policy(architecture, tied=tied, seed=5)
     prompts = _prompts(policy)
     assert len({len(ids) for ids in prompts}) > 2
-    ids, mask = kv_cache.pad(prompts, policy.device, left=True)
+    ids, mask = kv_cache.pad_sequences(prompts, policy.device, left=True)
     out = policy.model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -69,7 +75,7 @@ def test_greedy_equals_model_generate_on_a_left_padded_batch(architecture: str, 
     expected = []
     for row in out[:, ids.shape[1] :].tolist():
         expected.append(row[: row.index(stop) + 1] if stop in row else row)
-    drafts = generate(policy, _jobs(prompts), GREEDY, meter=Meter())
+    drafts = generate_continuations(policy, _jobs(prompts), GREEDY, flop_counter=FlopCounter())
     assert _ids(drafts) == expected
     assert [draft.finished for draft in drafts] == [stop in row for row in expected]
 
@@ -99,7 +105,7 @@ def test_draw_inverts_the_cdf_of_the_warped_softmax(name: str) -> None:
     )
     steps = 20_000
     uniforms = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-    drawn = draw(logits.expand(steps, -1), uniforms, build_warpers(sampling), sampling)
+    drawn = sample_tokens(logits.expand(steps, -1), uniforms, build_warpers(sampling), sampling)
     counts = torch.bincount(drawn, minlength=8)
     assert (counts - steps * expected).abs().max() < 1.01
     assert (counts[expected == 0] == 0).all()
@@ -110,27 +116,29 @@ def test_draw_never_takes_a_token_without_mass_at_the_edges() -> None:
     logits[:, 3], logits[:, 5] = 0.0, -60.0  # 5 is possible, yet too small to move a float64 sum
     edges = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
     sampling = Sampling()
-    assert draw(logits, edges, build_warpers(sampling), sampling).tolist() == [3, 3]
+    assert sample_tokens(logits, edges, build_warpers(sampling), sampling).tolist() == [3, 3]
     thirds = torch.full((64, 9), -torch.inf)
     thirds[:, 1:4] = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
     last = torch.full((64,), np.nextafter(1.0, 0.0), dtype=torch.float64)
-    assert set(draw(thirds, last, build_warpers(sampling), sampling).tolist()) == {3}
+    assert set(sample_tokens(thirds, last, build_warpers(sampling), sampling).tolist()) == {3}
 
 
 def test_all_equal_logits_are_drawn_evenly() -> None:
     sampling = Sampling()
     uniforms = (torch.arange(70, dtype=torch.float64) + 0.5) / 70
-    drawn = draw(torch.zeros(70, 7), uniforms, build_warpers(sampling), sampling)
+    drawn = sample_tokens(torch.zeros(70, 7), uniforms, build_warpers(sampling), sampling)
     assert torch.bincount(drawn).tolist() == [10] * 7
 
 
 def test_first_tokens_of_many_continuations_follow_the_model(policy: Policy) -> None:
     """The whole path (streams, batch, forbidden tokens): frequencies of 4000 draws against softmax."""
     prompt = _prompts(policy)[0]
-    logits = policy.model(torch.tensor([prompt])).logits[0, -1].masked_fill(policy.forbidden, -torch.inf)
+    logits = policy.model(torch.tensor([prompt])).logits[0, -1].masked_fill(policy.forbidden_mask, -torch.inf)
     expected = (logits / 0.8).double().softmax(-1)
-    jobs = [Job("q", prompt, random_stream(0, "q", n), 1) for n in range(4000)]
-    drafts = generate(policy, jobs, Sampling(temperature=0.8), meter=Meter(), batch_size=4000)
+    jobs = [GenerationRequest("q", prompt, make_rng(0, "q", n), 1) for n in range(4000)]
+    drafts = generate_continuations(
+        policy, jobs, Sampling(temperature=0.8), flop_counter=FlopCounter(), batch_size=4000
+    )
     counts = torch.bincount(torch.tensor([draft.ids[0] for draft in drafts]), minlength=len(expected))
     deviation = (counts - 4000 * expected).abs() / (4000 * expected * (1 - expected)).sqrt().clamp(min=1)
     assert deviation.max() < 4.5
@@ -146,7 +154,9 @@ def test_batch_equals_singles_in_any_order_and_batch_size(policy: Policy, sampli
 
     def run(order: Sequence[int], batch_size: int) -> list[list[int]]:
         jobs = _jobs(prompts)
-        drafts = generate(policy, [jobs[i] for i in order], sampling, meter=Meter(), batch_size=batch_size)
+        drafts = generate_continuations(
+            policy, [jobs[i] for i in order], sampling, flop_counter=FlopCounter(), batch_size=batch_size
+        )
         return [draft.ids for _, draft in sorted(zip(order, drafts, strict=True), key=lambda pair: pair[0])]
 
     singles = run(range(8), 1)
@@ -159,33 +169,37 @@ def test_batch_equals_singles_in_any_order_and_batch_size(policy: Policy, sampli
 @pytest.mark.parametrize("batch_size", [64, 4, 3])
 @pytest.mark.parametrize("order", ["grouped", "interleaved"])
 def test_continuations_of_one_prompt_share_its_prefill(policy: Policy, order: str, batch_size: int) -> None:
-    prompts, meter = _prompts(policy)[:2], Meter()
-    jobs = [Job(f"q{i}", ids, random_stream(0, f"q{i}", n), 6) for i, ids in enumerate(prompts) for n in range(5)]
+    prompts, meter = _prompts(policy)[:2], FlopCounter()
+    jobs = [
+        GenerationRequest(f"q{i}", ids, make_rng(0, f"q{i}", n), 6) for i, ids in enumerate(prompts) for n in range(5)
+    ]
     jobs = jobs if order == "grouped" else jobs[::5] + [job for n in range(1, 5) for job in jobs[n::5]]
-    drafts = generate(policy, jobs, Sampling(), meter=meter, batch_size=batch_size)
+    drafts = generate_continuations(policy, jobs, Sampling(), flop_counter=meter, batch_size=batch_size)
     for index, prompt in enumerate(prompts):
-        tokens = meter.cost(f"q{index}").tokens
-        drawn = sum(len(d.ids) for job, d in zip(jobs, drafts, strict=True) if job.key == f"q{index}")
+        tokens = meter.get_cost(f"q{index}").tokens
+        drawn = sum(len(d.ids) for job, d in zip(jobs, drafts, strict=True) if job.cost_key == f"q{index}")
         assert tokens == {"policy/prefill": len(prompt) - 1, "policy/decode": drawn}
 
 
 def test_a_prompt_under_two_keys_is_charged_to_each(policy: Policy) -> None:
     """No problem's cost may depend on which others are in its batch."""
-    prompt, meter = _prompts(policy)[0], Meter()
-    generate(policy, [Job(key, prompt, None, 2) for key in "ab"], GREEDY, meter=meter)
-    assert meter.cost("a").flops == meter.cost("b").flops > 0
-    assert meter.cost("a").tokens == meter.cost("b").tokens
+    prompt, meter = _prompts(policy)[0], FlopCounter()
+    generate_continuations(
+        policy, [GenerationRequest(key, prompt, None, 2) for key in "ab"], GREEDY, flop_counter=meter
+    )
+    assert meter.get_cost("a").flops == meter.get_cost("b").flops > 0
+    assert meter.get_cost("a").tokens == meter.get_cost("b").tokens
 
 
 def test_every_forward_token_is_charged(policy: Policy) -> None:
-    prompt, meter = _prompts(policy)[3], Meter()
+    prompt, meter = _prompts(policy)[3], FlopCounter()
     policy = _without_stops(policy)
-    [draft] = generate(policy, [Job("q", prompt, None, 5)], GREEDY, meter=meter)
+    [draft] = generate_continuations(policy, [GenerationRequest("q", prompt, None, 5)], GREEDY, flop_counter=meter)
     assert len(draft.ids) == 5
-    prefill = policy.size.forward_flops(0, len(prompt) - 1, head=0)
-    decode = policy.size.forward_flops(len(prompt) - 1, 5)
-    assert meter.cost("q").flops == prefill + decode
-    assert meter.cost("q").seconds > 0
+    prefill = policy.size.compute_forward_flops(0, len(prompt) - 1, num_head_positions=0)
+    decode = policy.size.compute_forward_flops(len(prompt) - 1, 5)
+    assert meter.get_cost("q").flops == prefill + decode
+    assert meter.get_cost("q").seconds > 0
 
 
 # --- caches -----------------------------------------------------------------------------------------------
@@ -195,11 +209,11 @@ def test_every_forward_token_is_charged(policy: Policy) -> None:
 def test_kept_caches_equal_a_fresh_prefill(architecture: str) -> None:
     policy = worlds.tiny_policy(architecture)
     prompts = _prompts(policy)
-    jobs = [replace(job, limit=limit) for job, limit in zip(_jobs(prompts), (12, 1, 5, 9), strict=True)]
-    drafts = generate(policy, jobs, SAMPLED, meter=Meter(), keep_cache=True)
+    jobs = [replace(job, max_new_tokens=limit) for job, limit in zip(_jobs(prompts), (12, 1, 5, 9), strict=True)]
+    drafts = generate_continuations(policy, jobs, SAMPLED, flop_counter=FlopCounter(), return_cache=True)
     assert len({len(draft.ids) for draft in drafts}) > 1  # rows end at different steps
     for prompt, draft in zip(prompts, drafts, strict=True):
-        [fresh] = kv_cache.prefill(policy.model, [prompt + draft.ids[:-1]])
+        [fresh] = kv_cache.prefill_sequences(policy.model, [prompt + draft.ids[:-1]])
         torch.testing.assert_close(draft.cache, fresh, rtol=1e-4, atol=1e-4)
 
 
@@ -207,31 +221,37 @@ def test_kept_caches_equal_a_fresh_prefill(architecture: str) -> None:
 def test_continuing_from_a_cropped_cache_equals_continuing_from_scratch(architecture: str) -> None:
     policy = _without_stops(worlds.tiny_policy(architecture))
     prompts = _prompts(policy)
-    firsts = generate(policy, _jobs(prompts), SAMPLED, meter=Meter(), keep_cache=True)
+    firsts = generate_continuations(policy, _jobs(prompts), SAMPLED, flop_counter=FlopCounter(), return_cache=True)
 
-    def branches(cached: bool) -> list[Job]:
+    def branches(cached: bool) -> list[GenerationRequest]:
         jobs = []
         for number, (prompt, first) in enumerate(zip(prompts, firsts, strict=True)):
             for cut in (0, 3, 11):
                 cache = first.cache[:, :, :, : len(prompt) + cut] if cached else None
                 prefix = [*prompt, *first.ids[:cut], (first.ids[cut] + 1) % len(worlds.CHARS)]
-                jobs.append(Job(f"q{number}", prefix, random_stream(7, f"q{number}", cut), 12 - cut, cache))
+                jobs.append(GenerationRequest(f"q{number}", prefix, make_rng(7, f"q{number}", cut), 12 - cut, cache))
         return jobs
 
-    meter = Meter()
-    from_cache = generate(policy, branches(True), SAMPLED, meter=meter, candidates=4)
-    scratch = generate(policy, branches(False), SAMPLED, meter=Meter(), candidates=4)
+    meter = FlopCounter()
+    from_cache = generate_continuations(policy, branches(True), SAMPLED, flop_counter=meter, top_k_candidates=4)
+    scratch = generate_continuations(policy, branches(False), SAMPLED, flop_counter=FlopCounter(), top_k_candidates=4)
     assert _ids(from_cache) == _ids(scratch)
-    assert "policy/prefill" not in meter.total().tokens
+    assert "policy/prefill" not in meter.get_total_cost().tokens
     for one, two in zip(from_cache, scratch, strict=True):
         torch.testing.assert_close(one.logp, two.logp, rtol=1e-4, atol=1e-4)
 
 
 def test_generating_does_not_change_the_caches_it_starts_from(policy: Policy) -> None:
     prompt = _prompts(policy)[0]
-    [cache] = prompt_caches(policy, [("q", prompt)], Meter())
+    [cache] = prepare_prompt_caches(policy, [("q", prompt)], FlopCounter())
     before = cache.clone()
-    generate(policy, [Job("q", prompt, None, 4, cache)] * 2, GREEDY, meter=Meter(), keep_cache=True)
+    generate_continuations(
+        policy,
+        [GenerationRequest("q", prompt, None, 4, cache)] * 2,
+        GREEDY,
+        flop_counter=FlopCounter(),
+        return_cache=True,
+    )
     assert torch.equal(cache, before)
 
 
@@ -242,7 +262,7 @@ def test_candidates_are_the_likeliest_tokens_with_unwarped_log_probabilities(pol
     """Drawn hot, so that the drawn token is often not among the likeliest, and recorded at temperature 1."""
     prompts = _prompts(policy)
     hot = Sampling(temperature=20.0, max_new_tokens=12)
-    drafts = generate(policy, _jobs(prompts), hot, meter=Meter(), candidates=3)
+    drafts = generate_continuations(policy, _jobs(prompts), hot, flop_counter=FlopCounter(), top_k_candidates=3)
     strangers = 0
     for prompt, draft in zip(prompts, drafts, strict=True):
         length = len(draft.ids)
@@ -250,7 +270,7 @@ def test_candidates_are_the_likeliest_tokens_with_unwarped_log_probabilities(pol
         logits = policy.model(torch.tensor([prompt + draft.ids])).logits[0, len(prompt) - 1 : -1]
         logp = logits.log_softmax(-1)  # over all rows: a padded row takes its share
         torch.testing.assert_close(draft.logp, logp.gather(1, draft.candidates), rtol=1e-4, atol=1e-4)
-        best = logp.masked_fill(policy.forbidden, -torch.inf).topk(3).indices
+        best = logp.masked_fill(policy.forbidden_mask, -torch.inf).topk(3).indices
         for row, drawn in enumerate(draft.ids):
             known = best[row].tolist()
             strangers += drawn not in known
@@ -260,10 +280,12 @@ def test_candidates_are_the_likeliest_tokens_with_unwarped_log_probabilities(pol
 
 
 def test_more_candidates_than_tokens_gives_all_of_them_and_marks_the_forbidden(policy: Policy) -> None:
-    [draft] = generate(policy, _jobs(_prompts(policy))[:1], GREEDY, meter=Meter(), candidates=999)
-    rows = len(policy.forbidden)
+    [draft] = generate_continuations(
+        policy, _jobs(_prompts(policy))[:1], GREEDY, flop_counter=FlopCounter(), top_k_candidates=999
+    )
+    rows = len(policy.forbidden_mask)
     assert (draft.candidates.sort(-1).values == torch.arange(rows)).all()
-    assert torch.equal(draft.logp.isinf(), policy.forbidden[draft.candidates])
+    assert torch.equal(draft.logp.isinf(), policy.forbidden_mask[draft.candidates])
 
 
 # --- ends -------------------------------------------------------------------------------------------------
@@ -272,9 +294,11 @@ def test_more_candidates_than_tokens_gives_all_of_them_and_marks_the_forbidden(p
 def test_any_of_several_stop_tokens_ends_a_row(policy: Policy) -> None:
     endless = _without_stops(policy)
     prompts = _prompts(policy)
-    long = generate(endless, _jobs(prompts), SAMPLED, meter=Meter())
+    long = generate_continuations(endless, _jobs(prompts), SAMPLED, flop_counter=FlopCounter())
     stops = frozenset({long[0].ids[2], long[1].ids[5]})
-    drafts = generate(replace(policy, stop_ids=stops), _jobs(prompts), SAMPLED, meter=Meter())
+    drafts = generate_continuations(
+        replace(policy, stop_ids=stops), _jobs(prompts), SAMPLED, flop_counter=FlopCounter()
+    )
     for whole, draft in zip(long, drafts, strict=True):
         ends = [index for index, token in enumerate(whole.ids) if token in stops]
         assert draft.ids == (whole.ids[: ends[0] + 1] if ends else whole.ids)
@@ -285,9 +309,9 @@ def test_any_of_several_stop_tokens_ends_a_row(policy: Policy) -> None:
 def test_each_row_has_a_limit_of_its_own(policy: Policy) -> None:
     endless = _without_stops(policy)
     prompts = _prompts(policy)
-    long = _ids(generate(endless, _jobs(prompts), SAMPLED, meter=Meter()))
-    jobs = [replace(job, limit=limit) for job, limit in zip(_jobs(prompts), (1, 12, 4, 7), strict=True)]
-    drafts = generate(endless, jobs, SAMPLED, meter=Meter(), keep_cache=True)
+    long = _ids(generate_continuations(endless, _jobs(prompts), SAMPLED, flop_counter=FlopCounter()))
+    jobs = [replace(job, max_new_tokens=limit) for job, limit in zip(_jobs(prompts), (1, 12, 4, 7), strict=True)]
+    drafts = generate_continuations(endless, jobs, SAMPLED, flop_counter=FlopCounter(), return_cache=True)
     assert _ids(drafts) == [ids[:limit] for ids, limit in zip(long, (1, 12, 4, 7), strict=True)]
     assert not any(draft.finished for draft in drafts)
     assert [draft.cache.shape[3] for draft in drafts] == [
@@ -299,11 +323,11 @@ def test_each_row_has_a_limit_of_its_own(policy: Policy) -> None:
 def test_a_prompt_of_one_token(architecture: str) -> None:
     policy = worlds.tiny_policy(architecture)
     prompts = [[3], _prompts(policy)[0], [7]]
-    meter = Meter()
-    together = generate(policy, _jobs(prompts), SAMPLED, meter=meter)
-    alone = [generate(policy, [job], SAMPLED, meter=Meter())[0] for job in _jobs(prompts)]
+    meter = FlopCounter()
+    together = generate_continuations(policy, _jobs(prompts), SAMPLED, flop_counter=meter)
+    alone = [generate_continuations(policy, [job], SAMPLED, flop_counter=FlopCounter())[0] for job in _jobs(prompts)]
     assert _ids(together) == _ids(alone)
-    assert meter.cost("q0").tokens["policy/prefill"] == 0
+    assert meter.get_cost("q0").tokens["policy/prefill"] == 0
 
 
 def test_padding_is_not_drawn_unless_it_is_the_stop_token() -> None:
@@ -320,7 +344,7 @@ def test_padding_is_not_drawn_unless_it_is_the_stop_token() -> None:
             return logits
 
         with _head(policy, biased):
-            drafts = generate(policy, _jobs(_prompts(policy)), SAMPLED, meter=Meter())
+            drafts = generate_continuations(policy, _jobs(_prompts(policy)), SAMPLED, flop_counter=FlopCounter())
         drawn = {token for draft in drafts for token in draft.ids}
         assert max(drawn) < len(worlds.TOKENS)
         assert (wanted in drawn) == (wanted in policy.stop_ids)
@@ -336,7 +360,7 @@ def test_nan_and_infinite_logits_are_refused(bad: float) -> None:
         return logits
 
     with _head(policy, spoil), pytest.raises(ValueError, match="broken gave NaN or infinite logits"):
-        generate(policy, _jobs(_prompts(policy)), SAMPLED, meter=Meter())
+        generate_continuations(policy, _jobs(_prompts(policy)), SAMPLED, flop_counter=FlopCounter())
 
 
 def test_impossible_tokens_are_no_error(policy: Policy) -> None:
@@ -345,15 +369,15 @@ def test_impossible_tokens_are_no_error(policy: Policy) -> None:
         return logits
 
     with _head(policy, forbid):
-        drafts = generate(policy, _jobs(_prompts(policy)), SAMPLED, meter=Meter())
+        drafts = generate_continuations(policy, _jobs(_prompts(policy)), SAMPLED, flop_counter=FlopCounter())
     assert {token for draft in drafts for token in draft.ids} == {0, 1, 2, 3}
 
 
 def test_sampling_without_a_stream_is_refused_and_greedy_needs_none(policy: Policy) -> None:
-    job = Job("q", [1, 2], None, 3)
-    generate(policy, [job], GREEDY, meter=Meter())
+    job = GenerationRequest("q", [1, 2], None, 3)
+    generate_continuations(policy, [job], GREEDY, flop_counter=FlopCounter())
     with pytest.raises(ValueError, match="random stream"):
-        generate(policy, [job], SAMPLED, meter=Meter())
+        generate_continuations(policy, [job], SAMPLED, flop_counter=FlopCounter())
 
 
 class _head:
@@ -375,7 +399,7 @@ class _head:
 def test_random_streams_are_stable() -> None:
     """Golden numbers: traces made on any machine and version repeat."""
     expected = [0.7777115781210772, 0.3243153779398592, 0.6041725795951802]
-    assert random_stream(0, "chains/test/1", "suffix", 0).random(3).tolist() == expected
+    assert make_rng(0, "chains/test/1", "suffix", 0).random(3).tolist() == expected
 
 
 def test_random_streams_depend_on_every_argument_and_nothing_else() -> None:
@@ -389,17 +413,17 @@ def test_random_streams_depend_on_every_argument_and_nothing_else() -> None:
         (0, "a", "x", 1),
         (0, "a", 1, "x"),
     ]
-    firsts = [random_stream(*args).random() for args in arguments]
+    firsts = [make_rng(*args).random() for args in arguments]
     assert len(set(firsts)) == len(arguments)
     np.random.seed(3)
-    assert [random_stream(*args).random() for args in reversed(arguments)] == firsts[::-1]
+    assert [make_rng(*args).random() for args in reversed(arguments)] == firsts[::-1]
 
 
 def test_a_continuation_ends_where_its_job_says_and_costs_what_was_drawn(policy: Policy) -> None:
     """It is the beginning of what is drawn otherwise, whatever stands beside it in the batch; its cache goes on."""
     never = _without_stops(policy)
     prompts = _prompts(policy)
-    whole = generate(never, _jobs(prompts), SAMPLED, meter=Meter())
+    whole = generate_continuations(never, _jobs(prompts), SAMPLED, flop_counter=FlopCounter())
     told: list[list[int]] = [[] for _ in prompts]
 
     def third(row: int) -> Callable[[int], bool]:
@@ -409,19 +433,19 @@ def test_a_continuation_ends_where_its_job_says_and_costs_what_was_drawn(policy:
 
         return ends
 
-    meter = Meter()
-    jobs = [replace(job, ends=third(row) if row else None) for row, job in enumerate(_jobs(prompts))]
-    cut = generate(never, jobs, SAMPLED, meter=meter, keep_cache=True)
+    meter = FlopCounter()
+    jobs = [replace(job, should_stop=third(row) if row else None) for row, job in enumerate(_jobs(prompts))]
+    cut = generate_continuations(never, jobs, SAMPLED, flop_counter=meter, return_cache=True)
     assert cut[0].ids == whole[0].ids and not told[0]
     for row in (1, 2, 3):
         assert cut[row].ids == told[row] == whole[row].ids[: 3 + row]
         assert not cut[row].finished and cut[row].logp.shape == (3 + row, 1)
-        assert meter.cost(f"q{row}").tokens["policy/decode"] == 3 + row
+        assert meter.get_cost(f"q{row}").tokens["policy/decode"] == 3 + row
         prefix = prompts[row] + cut[row].ids
-        rest = Job(f"q{row}", prefix, None, 4, cut[row].kept())
+        rest = GenerationRequest(f"q{row}", prefix, None, 4, cut[row].get_cache())
         fresh = replace(rest, cache=None)
-        assert _ids(generate(never, [rest], GREEDY, meter=Meter())) == _ids(
-            generate(never, [fresh], GREEDY, meter=Meter())
+        assert _ids(generate_continuations(never, [rest], GREEDY, flop_counter=FlopCounter())) == _ids(
+            generate_continuations(never, [fresh], GREEDY, flop_counter=FlopCounter())
         )
 
 

@@ -18,16 +18,16 @@ def rows(*lengths: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("grow", [False, True])
 def test_rows_come_back_as_they_went_in(grow: bool) -> None:
     given = rows(3, 0, 7)
-    cache, mask = kv_cache.stack(given, grow=grow)
+    cache, mask = kv_cache.stack_caches(given, growable=grow)
     assert mask.sum(1).tolist() == [3, 0, 7] and mask.shape == (3, 7) and bool(mask[:, -1].tolist() == [1, 0, 1])
-    back = kv_cache.unstack(cache, torch.tensor([2, 0]), [(0, 7), (4, 7)])
+    back = kv_cache.unstack_caches(cache, torch.tensor([2, 0]), [(0, 7), (4, 7)])
     assert torch.equal(back[0], given[2]) and torch.equal(back[1], given[0])
-    assert torch.equal(kv_cache.unstack(cache, torch.tensor([2]), [(1, 4)])[0], given[2][:, :, :, 1:4])
+    assert torch.equal(kv_cache.unstack_caches(cache, torch.tensor([2]), [(1, 4)])[0], given[2][:, :, :, 1:4])
 
 
 def test_a_row_taken_out_is_a_copy() -> None:
-    cache, _ = kv_cache.stack(rows(4), grow=True)
-    [row] = kv_cache.unstack(cache, torch.tensor([0]), [(0, 4)])
+    cache, _ = kv_cache.stack_caches(rows(4), growable=True)
+    [row] = kv_cache.unstack_caches(cache, torch.tensor([0]), [(0, 4)])
     before = row.clone()
     cache.layers[0].keys.zero_()
     assert torch.equal(row, before)
@@ -38,7 +38,7 @@ def test_growing_equals_concatenating(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "ROOM", 3)
     given = rows(2, 5)
     stored = [row.clone() for row in given]
-    growing, _ = kv_cache.stack(given, grow=True)
+    growing, _ = kv_cache.stack_caches(given, growable=True)
     plain = DynamicCache()
     for layer, held in enumerate(growing.layers):
         plain.update(held.keys.clone(), held.values.clone(), layer)
@@ -62,13 +62,16 @@ def test_the_shared_mask_is_transformers_own(architecture: str) -> None:
     prefixes, fed = [[1, 2, 3, 4], [5]], torch.tensor([[6, 7, 8], [9, 10, 11]])
     positions = torch.tensor([[4, 5, 6], [1, 2, 3]])
     with torch.no_grad():
-        stored = kv_cache.prefill(model, prefixes)
-        _, cached = kv_cache.stack(stored)
+        stored = kv_cache.prefill_sequences(model, prefixes)
+        _, cached = kv_cache.stack_caches(stored)
         ones = torch.cat((cached, torch.ones_like(fed)), 1)
-        made = kv_cache.attention_mask(cached, 3, torch.float64)
+        made = kv_cache.build_attention_mask(cached, 3, torch.float64)
         shared, own = (
             model.base_model(
-                input_ids=fed, attention_mask=mask, position_ids=positions, past_key_values=kv_cache.stack(stored)[0]
+                input_ids=fed,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=kv_cache.stack_caches(stored)[0],
             ).last_hidden_state
             for mask in (made, ones)
         )

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from nabla_trl.models.loading import freeze_policy, load_policy
-from nabla_trl.models.vocabulary import vocabulary_map
+from nabla_trl.models.vocabulary import map_vocabulary
 from nabla_trl.tasks.problem import Problem
 
 QUESTION = Problem(id="q", question="1+2")
@@ -56,7 +56,7 @@ def test_a_loaded_policy_is_the_saved_model_frozen(architecture: str, tmp_path: 
     assert torch.equal(policy.model(ids).logits, model(ids).logits)
     assert not policy.model.training and not any(weight.requires_grad for weight in policy.model.parameters())
     assert policy.stop_ids == {worlds.TOKENS.index(worlds.END)}
-    assert policy.name == str(tmp_path) and policy.context == 128
+    assert policy.name == str(tmp_path) and policy.context_length == 128
     assert policy.tokenizer_hash == worlds.tiny_policy().tokenizer_hash
 
 
@@ -84,7 +84,7 @@ def test_stop_tokens_are_all_eos_of_model_and_tokenizer(tmp_path: Path) -> None:
 )
 def test_tokens_that_must_not_be_drawn(pad: str | None, rows: int, forbidden: list[int]) -> None:
     policy = worlds.tiny_policy(tokenizer=worlds.char_tokenizer(pad=pad), vocab=rows, pad=None)
-    assert policy.forbidden.nonzero().squeeze(1).tolist() == forbidden
+    assert policy.forbidden_mask.nonzero().squeeze(1).tolist() == forbidden
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "no-such-model-here", "not a name!"])
@@ -163,7 +163,7 @@ def test_sliding_window_caches_are_refused(kind: str, tmp_path: Path) -> None:
 
 def test_the_same_architecture_without_a_window_is_welcome(tmp_path: Path) -> None:
     name = _save(tmp_path, MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)))
-    assert load_policy(name).size.layers == 2
+    assert load_policy(name).size.num_layers == 2
 
 
 # --- adapters ---------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_messages_that_the_template_refuses() -> None:
 
 def _map(source: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast, **rows: int) -> list[int]:
     rows = {"source_rows": len(source), "target_rows": len(target), **rows}
-    return vocabulary_map(source, target, **rows).tolist()
+    return map_vocabulary(source, target, **rows).tolist()
 
 
 def test_the_map_of_a_vocabulary_to_itself_is_the_identity() -> None:
@@ -337,8 +337,8 @@ def test_permuted_ids_are_matched_by_token_string() -> None:
     tokenizer = worlds.char_tokenizer()
     shuffled, new_ids = worlds.permuted_tokenizer(tokenizer)
     assert _map(tokenizer, shuffled) == new_ids.tolist() != list(range(len(tokenizer)))
-    there = vocabulary_map(tokenizer, shuffled, source_rows=len(tokenizer), target_rows=len(shuffled))
-    back = vocabulary_map(shuffled, tokenizer, source_rows=len(tokenizer), target_rows=len(tokenizer))
+    there = map_vocabulary(tokenizer, shuffled, num_source_rows=len(tokenizer), num_target_rows=len(shuffled))
+    back = map_vocabulary(shuffled, tokenizer, num_source_rows=len(tokenizer), num_target_rows=len(tokenizer))
     assert back[there].tolist() == list(range(len(tokenizer)))
 
 

@@ -18,17 +18,17 @@ from vllm_server import FakeVllm, serving
 from nabla_trl.baselines.sampling import draw_pool
 from nabla_trl.cli.main import main
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.generation import generate, prompt_caches, random_stream
-from nabla_trl.models.http_client import Client, concurrently
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import generate_continuations, make_rng, prepare_prompt_caches
+from nabla_trl.models.http_client import HttpClient, run_concurrently
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import Job
-from nabla_trl.models.vllm_backend import connect
+from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.vllm_backend import connect_vllm
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.generate_traces import Tally, unfinished, write_traces
-from nabla_trl.search.loop import solve
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.generate_traces import TraceTotals, find_unfinished_problems, generate_traces
+from nabla_trl.search.loop import run_search
 from nabla_trl.search.reasoner import NablaReasoner
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
@@ -53,26 +53,28 @@ def served(policy: Policy, fake: FakeVllm) -> Policy:
 
 def _served(policy: Policy, fake: FakeVllm, **options: Any) -> Policy:
     """The policy, drawing from the server; the requests of the probe are forgotten."""
-    served = connect(policy, fake.url, **{"retries": 3, "backoff": 0.0, **options})
+    served = connect_vllm(policy, fake.url, **{"retries": 3, "backoff": 0.0, **options})
     fake.requests.clear()
     return served
 
 
 def _hasty(served: Policy, timeout: float, retries: int) -> Policy:
     """The same policy and server, with less patience."""
-    assert served.server is not None
-    client = Client(served.server.client.url, timeout=timeout, retries=retries, backoff=0.0)
-    return replace(served, server=replace(served.server, client=client))
+    assert served.backend is not None
+    client = HttpClient(served.backend.client.url, timeout=timeout, retries=retries, backoff=0.0)
+    return replace(served, backend=replace(served.backend, client=client))
 
 
-def _jobs(policy: Policy, problems: Sequence[Problem], limit: int = 8, draws: int = 1) -> list[Job]:
+def _jobs(policy: Policy, problems: Sequence[Problem], limit: int = 8, draws: int = 1) -> list[GenerationRequest]:
     return [
-        Job(p.id, policy.encode(p), random_stream(0, p.id, draw), limit) for p in problems for draw in range(draws)
+        GenerationRequest(p.id, policy.encode(p), make_rng(0, p.id, draw), limit)
+        for p in problems
+        for draw in range(draws)
     ]
 
 
-def _config(**options: Any) -> ReasonerConfig:
-    return ReasonerConfig(**{"max_new_tokens": 8, "rounds": 3, "candidates": ROWS, **options})
+def _config(**options: Any) -> SearchConfig:
+    return SearchConfig(**{"max_new_tokens": 8, "rounds": 3, "candidates": ROWS, **options})
 
 
 def _same(ones: Sequence[Trace], others: Sequence[Trace]) -> None:
@@ -81,7 +83,7 @@ def _same(ones: Sequence[Trace], others: Sequence[Trace]) -> None:
         for name in ("problem_id", "response_ids", "initial_ids", "stop", "finished", "error"):
             assert getattr(one, name) == getattr(other, name), name
         for a, b in zip(one.revisions, other.revisions, strict=True):
-            assert (a.position, a.new, a.suffix, a.accepted) == (b.position, b.new, b.suffix, b.accepted)
+            assert (a.position, a.new_token, a.suffix, a.accepted) == (b.position, b.new_token, b.suffix, b.accepted)
             assert a.reward_after == pytest.approx(b.reward_after, rel=1e-4, abs=1e-4)
 
 
@@ -94,8 +96,10 @@ def test_greedy_drafts_are_those_of_transformers(architecture: str, problems: li
     policy = worlds.tiny_policy(architecture, vocab=40, seed=3)
     jobs = _jobs(policy, problems, limit=12)
     with serving(FakeVllm(policy.model, policy.tokenizer, policy.name, max_logprobs=40)) as fake:
-        drafts = generate(_served(policy, fake), jobs, GREEDY, meter=Meter(), candidates=40, keep_cache=True)
-    expected = generate(policy, jobs, GREEDY, meter=Meter(), candidates=40)
+        drafts = generate_continuations(
+            _served(policy, fake), jobs, GREEDY, flop_counter=FlopCounter(), top_k_candidates=40, return_cache=True
+        )
+    expected = generate_continuations(policy, jobs, GREEDY, flop_counter=FlopCounter(), top_k_candidates=40)
     assert any(draft.finished for draft in expected)
     for one, other in zip(drafts, expected, strict=True):
         assert (one.ids, one.finished) == (other.ids, other.finished)
@@ -104,7 +108,7 @@ def test_greedy_drafts_are_those_of_transformers(architecture: str, problems: li
         assert (one.logp[:, 1:] <= one.logp[:, :-1]).all()
         by_token = [draft.logp.gather(1, draft.candidates.argsort(dim=-1)) for draft in (one, other)]
         torch.testing.assert_close(*by_token, rtol=0, atol=1e-4)
-        assert one.kept().shape[3] == 0
+        assert one.get_cache().shape[3] == 0
 
 
 def test_the_drawn_token_is_a_candidate_and_log_probabilities_are_unwarped(
@@ -114,12 +118,14 @@ def test_the_drawn_token_is_a_candidate_and_log_probabilities_are_unwarped(
     strangers = 0
     for job, draft in zip(
         _jobs(policy, problems),
-        generate(served, _jobs(policy, problems), Sampling(temperature=2.0), meter=Meter(), candidates=3),
+        generate_continuations(
+            served, _jobs(policy, problems), Sampling(temperature=2.0), flop_counter=FlopCounter(), top_k_candidates=3
+        ),
         strict=True,
     ):
         assert draft.candidates.shape == draft.logp.shape == (len(draft.ids), 3)
-        logits = policy.model(torch.tensor([job.prefix + draft.ids])).logits[0, len(job.prefix) - 1 : -1]
-        logp = logits.log_softmax(-1).masked_fill(policy.forbidden, -torch.inf)
+        logits = policy.model(torch.tensor([job.prefix_ids + draft.ids])).logits[0, len(job.prefix_ids) - 1 : -1]
+        logp = logits.log_softmax(-1).masked_fill(policy.forbidden_mask, -torch.inf)
         torch.testing.assert_close(draft.logp, logp.gather(1, draft.candidates), rtol=1e-4, atol=1e-4)
         for row, drawn in enumerate(draft.ids):
             assert drawn in draft.candidates[row]
@@ -128,19 +134,23 @@ def test_the_drawn_token_is_a_candidate_and_log_probabilities_are_unwarped(
 
 
 def test_a_server_draws_no_steps(served: Policy, problems: list[Problem]) -> None:
-    jobs = [replace(job, ends=lambda token: True) for job in _jobs(served, problems)]
-    worlds.refused(lambda: generate(served, jobs, GREEDY, meter=Meter()), "steps", "vllm_url")
+    jobs = [replace(job, should_stop=lambda token: True) for job in _jobs(served, problems)]
+    worlds.refused(
+        lambda: generate_continuations(served, jobs, GREEDY, flop_counter=FlopCounter()), "steps", "vllm_url"
+    )
 
 
 def test_what_may_be_proposed_does_not_depend_on_the_drawn_token(policy: Policy, fake: FakeVllm) -> None:
     """… where forbidden tokens are among the server's likeliest, too: only the last place may be the drawn token's."""
     problem = Problem(id="p", question="1+2")
     likely = policy.model(torch.tensor([policy.encode(problem)])).logits[0, -1].topk(5).indices
-    forbidden = policy.forbidden.clone()
+    forbidden = policy.forbidden_mask.clone()
     forbidden[likely[[0, 2]]] = True
-    served = _served(replace(policy, forbidden=forbidden), fake)
+    served = _served(replace(policy, forbidden_mask=forbidden), fake)
     jobs = _jobs(served, [problem], limit=1, draws=30)
-    drafts = generate(served, jobs, Sampling(temperature=2.0), meter=Meter(), candidates=5)
+    drafts = generate_continuations(
+        served, jobs, Sampling(temperature=2.0), flop_counter=FlopCounter(), top_k_candidates=5
+    )
     drawn = {draft.ids[0] for draft in drafts}
     assert drawn & set(likely.tolist()) and drawn - set(likely.tolist())
     allowed = [token for token in likely.tolist() if not forbidden[token]]
@@ -156,22 +166,24 @@ def test_a_draw_does_not_depend_on_batch_order_or_concurrency(
     policy: Policy, served: Policy, problems: list[Problem], sampling: Sampling
 ) -> None:
     def ids(policy: Policy, order: int = 1, **options: Any) -> list[list[int]]:
-        drafts = generate(policy, _jobs(policy, problems, draws=3)[::order], sampling, meter=Meter(), **options)
+        drafts = generate_continuations(
+            policy, _jobs(policy, problems, draws=3)[::order], sampling, flop_counter=FlopCounter(), **options
+        )
         return [draft.ids for draft in drafts][::order]
 
     together = ids(served)
-    single = replace(served, server=replace(served.server, concurrency=1))
+    single = replace(served, backend=replace(served.backend, max_concurrent_requests=1))
     assert len({tuple(row) for row in together}) > 6
     assert ids(single, order=-1) == ids(served, batch_size=5) == together
 
 
 def test_stop_tokens_and_limits_are_ours(policy: Policy, served: Policy, problems: list[Problem]) -> None:
     endless = replace(served, stop_ids=frozenset({ROWS}))  # a token that no row of the head has
-    long = generate(endless, _jobs(policy, problems, limit=12), SAMPLED, meter=Meter())
+    long = generate_continuations(endless, _jobs(policy, problems, limit=12), SAMPLED, flop_counter=FlopCounter())
     assert [len(draft.ids) for draft in long] == [12] * 4 and not any(draft.finished for draft in long)
     stops = frozenset({long[0].ids[2], long[1].ids[5]})
-    jobs = [replace(job, limit=n) for job, n in zip(_jobs(policy, problems), (12, 12, 1, 4), strict=True)]
-    drafts = generate(replace(served, stop_ids=stops), jobs, SAMPLED, meter=Meter())
+    jobs = [replace(job, max_new_tokens=n) for job, n in zip(_jobs(policy, problems), (12, 12, 1, 4), strict=True)]
+    drafts = generate_continuations(replace(served, stop_ids=stops), jobs, SAMPLED, flop_counter=FlopCounter())
     assert drafts[0].finished and len(drafts[0].ids) <= 3 and len(drafts[2].ids) == 1
     for whole, draft in zip(long, drafts, strict=True):
         assert draft.ids == whole.ids[: len(draft.ids)]
@@ -182,12 +194,12 @@ def test_nothing_is_left_to_the_servers_defaults(policy: Policy, served: Policy,
     """A generation config may bring its own repetition penalty, filters and stop tokens."""
     sampling = Sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.01)
     [job] = _jobs(policy, worlds.tiny_problems(["1+2"]), limit=3)
-    generate(served, [job], sampling, meter=Meter(), candidates=4)
+    generate_continuations(served, [job], sampling, flop_counter=FlopCounter(), top_k_candidates=4)
     [body] = fake.requests
     assert 0 <= body.pop("seed") < 2**63
     assert body == {
         "model": "policy",
-        "prompt": job.prefix,
+        "prompt": job.prefix_ids,
         "max_tokens": 3,
         "temperature": 0.7,
         "top_k": 5,
@@ -210,18 +222,23 @@ def test_costs_are_charged_as_for_a_policy_that_draws_here(
 ) -> None:
     costs = []
     for one in (policy, served):
-        meter = Meter()
+        meter = FlopCounter()
         prompts = [(problem.id, policy.encode(problem)) for problem in problems]
-        caches = prompt_caches(one, prompts, meter)
+        caches = prepare_prompt_caches(one, prompts, meter)
         jobs = [replace(job, cache=cache) for job, cache in zip(_jobs(policy, problems), caches, strict=True)]
-        generate(one, [*jobs, *_jobs(policy, problems)], GREEDY, meter=meter)
-        costs.append(meter.total())
+        generate_continuations(one, [*jobs, *_jobs(policy, problems)], GREEDY, flop_counter=meter)
+        costs.append(meter.get_total_cost())
         assert costs[-1].seconds > 0
     assert costs[0].tokens == costs[1].tokens and costs[0].flops == costs[1].flops
 
 
 def test_sampling_without_a_stream_is_refused(policy: Policy, served: Policy) -> None:
-    worlds.refused(lambda: generate(served, [Job("q", [1, 2], None, 3)], SAMPLED, meter=Meter()), "random stream")
+    worlds.refused(
+        lambda: generate_continuations(
+            served, [GenerationRequest("q", [1, 2], None, 3)], SAMPLED, flop_counter=FlopCounter()
+        ),
+        "random stream",
+    )
 
 
 # --- whole methods ----------------------------------------------------------------------------------------
@@ -235,7 +252,7 @@ def test_a_greedy_search_is_that_of_transformers(
     """Every proposal, gradient and score: the search needs nothing of the policy but drafts."""
     ste = {"steps": 4, "lr": 1.5, "lr_end": 1.0} if solver == "ste" else {}
     config = _config(solver=solver, proposals=proposals, temperature=0.0, **ste)
-    here, there = (solve(problems, policy=one, reward=logratio_reward, config=config) for one in (policy, served))
+    here, there = (run_search(problems, policy=one, reward=logratio_reward, config=config) for one in (policy, served))
     _same(there, here)
     assert sum(revision.accepted for trace in here for revision in trace.revisions) > 0
     assert all(trace.meta["version/vllm"] == "0.32.0" for trace in there)
@@ -250,12 +267,12 @@ def test_a_greedy_search_is_that_of_transformers(
 def test_a_sampled_search_goes_up(
     solver: str, policy: Policy, served: Policy, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
-    config = _config(solver=solver, candidates=8)
-    traces = solve(problems, policy=served, reward=scalar_reward, config=config)
+    config = _config(solver=solver, top_k_candidates=8)
+    traces = run_search(problems, policy=served, reward=scalar_reward, config=config)
     assert [trace.error for trace in traces] == [None] * 4
     assert all(trace.reward >= trace.reward_initial for trace in traces)
     assert any(revision.accepted for trace in traces for revision in trace.revisions)
-    [alone] = solve(problems[2:3], policy=served, reward=scalar_reward, config=config)
+    [alone] = run_search(problems[2:3], policy=served, reward=scalar_reward, config=config)
     _same([alone], traces[2:3])
 
 
@@ -265,10 +282,10 @@ def test_a_pool_holds_distinct_scored_draws(
     sampling = Sampling(max_new_tokens=8)
     pool = draw_pool(problems, 4, policy=served, reward=scalar_reward, sampling=sampling, batch_size=8)
     for entry in pool.entries:
-        assert len({tuple(draw.ids) for draw in entry.draws}) > 1
-        assert all(-100 < draw.reward < 100 and draw.generation.flops > 0 for draw in entry.draws)
-    traces = solve(problems, policy=served, reward=scalar_reward, config=_config(rounds=1))
-    assert [trace.initial_ids for trace in traces] == [entry.draws[0].ids for entry in pool.entries]
+        assert len({tuple(draw.response_ids) for draw in entry.responses}) > 1
+        assert all(-100 < draw.reward < 100 and draw.generation_cost.flops > 0 for draw in entry.responses)
+    traces = run_search(problems, policy=served, reward=scalar_reward, config=_config(max_rounds=1))
+    assert [trace.initial_ids for trace in traces] == [entry.responses[0].response_ids for entry in pool.entries]
 
 
 def test_a_prompt_that_the_server_has_no_room_for_fails_alone(
@@ -276,9 +293,9 @@ def test_a_prompt_that_the_server_has_no_room_for_fails_alone(
 ) -> None:
     fake.context = 48
     served = _served(policy, fake)
-    assert (policy.context, served.context) == (128, 48)
+    assert (policy.context_length, served.context_length) == (128, 48)
     long, short = worlds.tiny_problems(["1+" * 30 + "1", "1+2"])
-    traces = solve([long, short], policy=served, reward=scalar_reward, config=_config(max_new_tokens=64))
+    traces = run_search([long, short], policy=served, reward=scalar_reward, config=_config(max_new_tokens=64))
     assert "the context of policy 48" in traces[0].error and traces[1].error is None
     assert len(traces[1].prompt_ids) + len(traces[1].response_ids) <= 48
 
@@ -294,10 +311,10 @@ def _fail_first(times: int, answer: Any) -> Callable[[int, dict[str, Any]], Any]
 def test_what_may_pass_is_tried_again(
     answer: Any, policy: Policy, served: Policy, fake: FakeVllm, problems: list[Problem]
 ) -> None:
-    undisturbed = generate(served, _jobs(policy, problems), SAMPLED, meter=Meter())
+    undisturbed = generate_continuations(served, _jobs(policy, problems), SAMPLED, flop_counter=FlopCounter())
     fake.requests.clear()
     fake.before = _fail_first(3, answer)
-    drafts = generate(served, _jobs(policy, problems), SAMPLED, meter=Meter())
+    drafts = generate_continuations(served, _jobs(policy, problems), SAMPLED, flop_counter=FlopCounter())
     assert [draft.ids for draft in drafts] == [draft.ids for draft in undisturbed]
     assert len(fake.requests) == 4 + 3
 
@@ -319,9 +336,9 @@ def test_pauses_double_and_stop_when_told_to(monkeypatch: pytest.MonkeyPatch) ->
             pauses.append(timeout or 0.0)
             return len(pauses) == 3
 
-    client = Client(_closed_port(), retries=9, backoff=8.0)
+    client = HttpClient(_closed_port(), retries=9, backoff=8.0)
     with pytest.raises(ConnectionError, match="tried 3 times"):
-        client.call("/v1/models", stop=Told())
+        client.request_json("/v1/models", stop_event=Told())
     assert len(pauses) == 3
     for pause, base in zip(pauses, (8, 16, 32), strict=True):
         assert min(0.5 * base, 30) <= pause <= min(1.5 * base, 30)
@@ -337,7 +354,7 @@ def test_the_first_error_stops_what_has_not_begun() -> None:
         return item
 
     with pytest.raises(ValueError, match="no three"):
-        concurrently(work, range(100), 1)
+        run_concurrently(work, range(100), 1)
     assert begun == [0, 1, 2, 3]
 
 
@@ -350,7 +367,7 @@ def test_the_error_does_not_wait_for_requests_under_way() -> None:
         return hanging.wait(60)
 
     with pytest.raises(ConnectionError, match="gone"):
-        concurrently(work, [0, 1], 2)
+        run_concurrently(work, [0, 1], 2)
     hanging.set()
 
 
@@ -373,7 +390,9 @@ def _fails(action: Callable[[], Any], *words: str) -> None:
 
 
 def _draw(served: Policy, **options: Any) -> Any:
-    return generate(served, _jobs(served, worlds.tiny_problems(["1+2"])), SAMPLED, meter=Meter(), **options)
+    return generate_continuations(
+        served, _jobs(served, worlds.tiny_problems(["1+2"])), SAMPLED, flop_counter=FlopCounter(), **options
+    )
 
 
 def test_a_server_that_fails_for_ever(served: Policy, fake: FakeVllm) -> None:
@@ -392,18 +411,20 @@ def test_a_server_that_never_answers(served: Policy, fake: FakeVllm) -> None:
 
 def test_a_server_that_is_not_there(policy: Policy) -> None:
     url = _closed_port()
-    _fails(lambda: connect(policy, url, retries=0), url, "refused", "tried 1 time")
+    _fails(lambda: connect_vllm(policy, url, retries=0), url, "refused", "tried 1 time")
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost", "http://", "http://[::1", ""])
 def test_what_is_no_url(policy: Policy, url: str) -> None:
-    worlds.refused(lambda: connect(policy, url), repr(url), "URL")
+    worlds.refused(lambda: connect_vllm(policy, url), repr(url), "URL")
 
 
 def test_a_request_that_is_refused_is_not_sent_again(policy: Policy, served: Policy, fake: FakeVllm) -> None:
     jobs = _jobs(policy, worlds.tiny_problems(["1+2"]))
     worlds.refused(
-        lambda: generate(served, jobs, Sampling(temperature=2.5), meter=Meter()), "status 400", "in [0, 2], got 2.5"
+        lambda: generate_continuations(served, jobs, Sampling(temperature=2.5), flop_counter=FlopCounter()),
+        "status 400",
+        "in [0, 2], got 2.5",
     )
     assert len(fake.requests) == 1
 
@@ -416,7 +437,7 @@ def test_fewer_log_probabilities_than_candidates(served: Policy, fake: FakeVllm)
 def test_another_model(policy: Policy, fake: FakeVllm) -> None:
     fake.name = "Qwen/Qwen3-0.6B"
     worlds.refused(
-        lambda: connect(policy, fake.url), "serves Qwen/Qwen3-0.6B, not 'policy'", "--served-model-name policy"
+        lambda: connect_vllm(policy, fake.url), "serves Qwen/Qwen3-0.6B, not 'policy'", "--served-model-name policy"
     )
 
 
@@ -426,7 +447,9 @@ def test_another_tokenizer(policy: Policy, fake: FakeVllm, kind: str) -> None:
         fake.tokenizer, _ = worlds.permuted_tokenizer(policy.tokenizer)
     else:
         fake.tokenizer = worlds.char_tokenizer((*worlds.TOKENS, "W"))
-    worlds.refused(lambda: connect(policy, fake.url), fake.url, "another tokenizer than policy", "there and", "here")
+    worlds.refused(
+        lambda: connect_vllm(policy, fake.url), fake.url, "another tokenizer than policy", "there and", "here"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -434,19 +457,19 @@ def test_other_weights(policy: Policy, fake: FakeVllm, dtype: torch.dtype) -> No
     mine = worlds.tiny_policy(dtype=dtype)
     fake.model = worlds.tiny_model(seed=7, dtype=dtype)
     kind = str(dtype).removeprefix("torch.")
-    worlds.refused(lambda: connect(mine, fake.url), f"policy in {kind}", "apart on average", "other weights")
+    worlds.refused(lambda: connect_vllm(mine, fake.url), f"policy in {kind}", "apart on average", "other weights")
     fake.model = worlds.tiny_model(dtype=dtype)
-    assert _served(mine, fake).server is not None
+    assert _served(mine, fake).backend is not None
 
 
 def test_another_dtype(policy: Policy, fake: FakeVllm) -> None:
     fake.model = worlds.tiny_model(dtype=torch.bfloat16)
-    worlds.refused(lambda: connect(policy, fake.url), "--dtype float32")
+    worlds.refused(lambda: connect_vllm(policy, fake.url), "--dtype float32")
 
 
 def test_processed_log_probabilities(policy: Policy, fake: FakeVllm) -> None:
     fake.raw = False
-    worlds.refused(lambda: connect(policy, fake.url), "--logprobs-mode raw_logprobs")
+    worlds.refused(lambda: connect_vllm(policy, fake.url), "--logprobs-mode raw_logprobs")
 
 
 def _changed(fake: FakeVllm, change: Callable[[dict[str, Any]], None]) -> None:
@@ -507,9 +530,9 @@ def test_json_of_another_kind(answer: Any, served: Policy, fake: FakeVllm) -> No
 
 def test_another_kind_of_server(policy: Policy, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake, "answer", lambda path, body: (404, {"detail": "Not Found"}))
-    worlds.refused(lambda: connect(policy, fake.url), "/v1/models refused with status 404")
+    worlds.refused(lambda: connect_vllm(policy, fake.url), "/v1/models refused with status 404")
     monkeypatch.setattr(fake, "answer", lambda path, body: (200, {"models": []}))
-    worlds.refused(lambda: connect(policy, fake.url), "does not answer as vLLM does: no 'data'")
+    worlds.refused(lambda: connect_vllm(policy, fake.url), "does not answer as vLLM does: no 'data'")
 
 
 def test_a_key_goes_along(policy: Policy, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,21 +547,21 @@ def test_a_key_goes_along(policy: Policy, fake: FakeVllm, monkeypatch: pytest.Mo
 def test_a_server_that_dies_half_way_loses_nothing_finished(
     tmp_path: Path, served: Policy, fake: FakeVllm, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
-    config = _config(batch_size=2, rounds=2, candidates=8)
+    config = _config(batch_size=2, max_rounds=2, top_k_candidates=8)
 
-    def run(folder: Path, checker: AnswerChecker) -> Tally:
-        todo, settings = unfinished(problems, folder, 0), {"config": config, "seed": 0, "shown": False}
-        return write_traces(todo, folder, policy=served, reward=scalar_reward, checker=checker, **settings)
+    def run(folder: Path, checker: AnswerChecker) -> TraceTotals:
+        todo, settings = find_unfinished_problems(problems, folder, 0), {"config": config, "seed": 0, "shown": False}
+        return generate_traces(todo, folder, policy=served, reward=scalar_reward, checker=checker, **settings)
 
     with AnswerChecker() as checker:
-        assert run(tmp_path / "whole", checker).traces == 4
+        assert run(tmp_path / "whole", checker).num_traces == 4
         half = len(fake.requests) // 2 + 1
         fake.requests.clear()
         fake.before = lambda number, body: (500, {}) if number > half else None
         _fails(lambda: run(tmp_path / "torn", checker), "status 500")
         assert len(read_traces(tmp_path / "torn")) == 2
         fake.before = lambda number, body: None
-        assert run(tmp_path / "torn", checker).traces == 2
+        assert run(tmp_path / "torn", checker).num_traces == 2
     by_id = [{t.problem_id: t for t in read_traces(tmp_path / name)} for name in ("torn", "whole")]
     assert by_id[0].keys() == by_id[1].keys() == {problem.id for problem in problems}
     _same([by_id[0][p.id] for p in problems], [by_id[1][p.id] for p in problems])
@@ -596,7 +619,7 @@ def test_traces_of_two_samplers_do_not_mix(capsys, options: list[str], world: Pa
 def test_the_door_for_users_takes_a_server(world: Path, fake: FakeVllm) -> None:
     fake.name = str(world / "policy")
     reasoner = NablaReasoner.from_pretrained(
-        fake.name, reward=f"logratio:{world / 'better'}", vllm_url=fake.url, rounds=1, max_new_tokens=4
+        fake.name, reward=f"logratio:{world / 'better'}", vllm_url=fake.url, max_rounds=1, max_new_tokens=4
     )
     assert reasoner.solve("1+2").meta["version/vllm"] == "0.32.0"
     assert len(fake.requests) == 3  # the probe, the response, a branch

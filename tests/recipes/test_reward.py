@@ -17,12 +17,12 @@ import worlds
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from nabla_trl.models.flops import Meter
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.rewards.spec import read_card
+from nabla_trl.rewards.spec import read_manifest
 from nabla_trl.tasks import digit_chains
 
 ROOT = Path(__file__).parents[2]
@@ -84,11 +84,11 @@ def policy() -> Policy:
 def scores(reward: Reward, policy: Policy) -> list[float]:
     """Of the right solutions to some problems, each also with its answer changed."""
     samples = []
-    for problem in digit_chains.make_problems("test", 6):
-        gold = digit_chains.gold_solution(problem.question)
+    for problem in digit_chains.make_digit_chain_problems("test", 6):
+        gold = digit_chains.make_gold_solution(problem.question)
         for text in (gold, gold[:-1] + str((int(gold[-1]) + 1) % 10)):
             samples.append(worlds.sample(policy, problem, text))
-    return reward.score(samples, reward.prompt_memos(samples, Meter()), meter=Meter())[0]
+    return reward.score(samples, reward.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter())[0]
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -106,19 +106,24 @@ def stamps(folder: Path) -> dict[str, int]:
 
 def test_the_reward_is_the_most_trusted_rounds_with_every_audit(finished: tuple[Path, str], policy: Policy) -> None:
     folder, said = finished
-    card = read_card(folder / "reward")
-    assert (card.kind, card.base, card.policy) == ("scalar", POLICY, POLICY)
-    assert [entry["round"] for entry in card.rounds] == [0, 1]
-    for entry in card.rounds:
+    card = read_manifest(folder / "reward")
+    assert (card.kind, card.base_model, card.policy) == ("scalar", POLICY, POLICY)
+    assert [entry["round"] for entry in card.training_rounds] == [0, 1]
+    for entry in card.training_rounds:
         assert {"training", "ranking", "pressure", "gradient"} <= set(entry)
         assert f"round {entry['round']}: {entry['ranking']['verdict']}" in said
-    trusts = [(entry["pressure"]["trust"]["rounds"], entry["pressure"]["trust"]["samples"]) for entry in card.rounds]
+    trusts = [
+        (entry["pressure"]["trust"]["rounds"], entry["pressure"]["trust"]["samples"]) for entry in card.training_rounds
+    ]
     best = max((0, 1), key=lambda number: (trusts[number], number))
-    assert card.trust is not None and (card.trust.rounds, card.trust.samples) == trusts[best]
+    assert (
+        card.validated_limits is not None
+        and (card.validated_limits.max_rounds, card.validated_limits.max_samples) == trusts[best]
+    )
     reward, same, other = (
         load_reward(str(folder / name), policy=policy) for name in ("reward", f"round-{best}", f"round-{1 - best}")
     )
-    assert reward.trust == card.trust and same.trust is None
+    assert reward.validated_limits == card.validated_limits and same.validated_limits is None
     assert scores(reward, policy) == scores(same, policy) != scores(other, policy)
     depths = [AutoConfig.from_pretrained(one).num_hidden_layers for one in (POLICY, folder / "reward")]
     assert depths[1] == depths[0] + 2, "it has grown, and only once"
@@ -126,11 +131,11 @@ def test_the_reward_is_the_most_trusted_rounds_with_every_audit(finished: tuple[
 
 def test_nothing_is_trained_on_problems_of_the_audits(finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    ids = [problem.id for problem in digit_chains.make_problems("train", TRAINED + AUDITED)]
+    ids = [problem.id for problem in digit_chains.make_digit_chain_problems("train", TRAINED + AUDITED)]
     for number in (0, 1):  # each round draws of every training problem, the second searches on some of them besides
         lines = [json.loads(line) for line in (folder / f"round-{number}.0.jsonl").read_text().splitlines()]
         assert {line["problem_id"] for line in lines} == set(ids[:TRAINED])
-    assert read_card(folder / "reward").rounds[0]["ranking"]["problems"] == AUDITED
+    assert read_manifest(folder / "reward").training_rounds[0]["ranking"]["problems"] == AUDITED
 
 
 def test_a_finished_run_is_not_done_again(recipe: ModuleType, finished: tuple[Path, str]) -> None:
@@ -171,10 +176,10 @@ SHORT |= {"tuning": "lora", "grow_layers": 0}
 
 def test_an_implicit_reward_by_the_recipe(recipe: ModuleType, policy: Policy, tmp_path: Path) -> None:
     train(recipe, tmp_path, kind="implicit", implicit_beta=0.2, **SHORT)
-    card = read_card(tmp_path / "reward")
-    assert (card.kind, card.scale, card.reference) == ("implicit", 0.2, POLICY)
+    card = read_manifest(tmp_path / "reward")
+    assert (card.kind, card.scale, card.reference_model) == ("implicit", 0.2, POLICY)
     reward = load_reward(str(tmp_path / "reward"), policy=policy)
-    assert reward.kind == "log-ratio" and [term.weight for term in reward.terms] == [0.2, -0.2]
+    assert reward.kind == "log-ratio" and [term.weight for term in reward.objectives] == [0.2, -0.2]
     assert len(set(scores(reward, policy))) > 6
 
 
@@ -188,7 +193,7 @@ def test_an_ensemble_by_the_recipe(recipe: ModuleType, policy: Policy, tmp_path:
     assert all(abs(a - b) > 1e-3 for a, b in zip(first, second, strict=True))
     bounds = [(a + b) / 2 - 0.5 * abs(a - b) / 2 for a, b in zip(first, second, strict=True)]
     assert scores(reward, policy) == pytest.approx(bounds, abs=1e-4)
-    assert len(read_card(tmp_path / "reward").rounds[0]["training"]) == 2
+    assert len(read_manifest(tmp_path / "reward").training_rounds[0]["training"]) == 2
 
 
 # --- refusals ---------------------------------------------------------------------------------------------

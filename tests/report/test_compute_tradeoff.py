@@ -6,8 +6,8 @@ import worlds
 
 from nabla_trl.evaluation.grids import build_grids
 from nabla_trl.report import compute_tradeoff, compute_tradeoff_page
-from nabla_trl.report.conclusions import bought_in_words, targets
-from nabla_trl.report.summary import summarise
+from nabla_trl.report.conclusions import describe_best_for_budget, evaluate_targets
+from nabla_trl.report.summary import summarize
 from nabla_trl.utils import statistics
 
 PROBLEMS = 20
@@ -40,7 +40,7 @@ def make_rows(world=WORLD):
 
 @pytest.fixture(scope="module")
 def summary():
-    return summarise(make_rows(), FACTS)
+    return summarize(make_rows(), FACTS)
 
 
 def without(*names):
@@ -49,7 +49,7 @@ def without(*names):
 
 def page(world=WORLD, facts=FACTS):
     rows = make_rows(world)
-    return compute_tradeoff_page.sections(summarise(rows, facts), build_grids(rows), facts, {})
+    return compute_tradeoff_page.build_tradeoff_section(summarize(rows, facts), build_grids(rows), facts, {})
 
 
 def cells(text):
@@ -61,28 +61,30 @@ def cells(text):
 
 
 def test_kinds():
-    kinds = [compute_tradeoff.kind(method) for method in WORLD]
+    kinds = [compute_tradeoff.get_method_kind(method) for method in WORLD]
     trained = ["trained", "trained", "trained + test-time", "trained", "trained"]
     assert kinds == ["base", "base", "test-time", "test-time", "other model", *trained]
 
 
 def test_the_best_are_chosen_by_accuracy_then_cost(summary):
-    assert compute_tradeoff.best_test_time(summary) == "nabla", "sampling another model is not the policy's own search"
-    assert compute_tradeoff.best_trained(summary) == "distilled_greedy"
-    tied = summarise(make_rows(WORLD | {"best_of_4": (16, 29.0, 1.0, None)}), FACTS)
-    assert compute_tradeoff.best_test_time(tied) == "best_of_4"
+    assert compute_tradeoff.find_best_test_time(summary) == "nabla", (
+        "sampling another model is not the policy's own search"
+    )
+    assert compute_tradeoff.find_best_trained(summary) == "distilled_greedy"
+    tied = summarize(make_rows(WORLD | {"best_of_4": (16, 29.0, 1.0, None)}), FACTS)
+    assert compute_tradeoff.find_best_test_time(tied) == "best_of_4"
     assert (
-        compute_tradeoff.best_trained(
-            summarise(make_rows(without("sft_greedy", "dpo_greedy", "distilled_greedy")), {})
+        compute_tradeoff.find_best_trained(
+            summarize(make_rows(without("sft_greedy", "dpo_greedy", "distilled_greedy")), {})
         )
         is None
     )
 
 
 def test_totals_hold_the_training_once(summary):
-    assert compute_tradeoff.total_flops(summary, "sft_best_of_4", 100) == 1000 + 3500
-    assert compute_tradeoff.total_flops(summary, "nabla", 100) == 3000
-    assert compute_tradeoff.total_flops(summary, "distilled_greedy", 100) is None, (
+    assert compute_tradeoff.compute_total_flops(summary, "sft_best_of_4", 100) == 1000 + 3500
+    assert compute_tradeoff.compute_total_flops(summary, "nabla", 100) == 3000
+    assert compute_tradeoff.compute_total_flops(summary, "distilled_greedy", 100) is None, (
         "nobody knows what its training took"
     )
 
@@ -95,13 +97,13 @@ def test_totals_hold_the_training_once(summary):
     ],
 )
 def test_a_better_model_to_sample_from_is_best_under_every_total(summary, queries, expected):
-    assert [(one.total, one.method) for one in compute_tradeoff.best_under(summary, queries)] == expected
+    assert [(one.total_flops, one.method) for one in compute_tradeoff.find_best_by_total(summary, queries)] == expected
 
 
 def test_what_is_best_under_a_total():
-    own = summarise(make_rows(without("reward_model_sampling")), FACTS)
+    own = summarize(make_rows(without("reward_model_sampling")), FACTS)
     found = {
-        queries: [(one.total, one.method) for one in compute_tradeoff.best_under(own, queries)]
+        queries: [(one.total_flops, one.method) for one in compute_tradeoff.find_best_by_total(own, queries)]
         for queries in (1, 100, 10**4)
     }
     assert found[1] == [(10, "greedy"), (30, "nabla"), (1035, "sft_best_of_4")]
@@ -112,10 +114,10 @@ def test_what_is_best_under_a_total():
         (300_000, "nabla"),
         (351_000, "sft_best_of_4"),
     ]
-    assert compute_tradeoff.best_for(own, 1, "best_of_4") == "nabla"
-    assert compute_tradeoff.best_for(own, 1000, "best_of_4") == "sft_best_of_4"
-    assert bought_in_words(own, "best_of_4").endswith("nabla (1, 100), sft_best_of_4 (10 k, 1 M)")
-    assert bought_in_words(own) == "", "best_of_16 was not run"
+    assert compute_tradeoff.find_best_at_equal_total(own, 1, "best_of_4") == "nabla"
+    assert compute_tradeoff.find_best_at_equal_total(own, 1000, "best_of_4") == "sft_best_of_4"
+    assert describe_best_for_budget(own, "best_of_4").endswith("nabla (1, 100), sft_best_of_4 (10 k, 1 M)")
+    assert describe_best_for_budget(own) == "", "best_of_16 was not run"
 
 
 def test_break_even_is_training_over_what_a_query_saves(summary):
@@ -138,8 +140,10 @@ def test_the_interval_of_a_break_even_is_that_of_the_saving():
     rng = np.random.default_rng(0)
     for row in rows:
         row["flops"] += rng.uniform(-5, 5) * (row["method"] == "nabla")
-    summary, grids = summarise(rows, FACTS), build_grids(rows)
-    saved = statistics.paired_difference(grids["nabla"].scores("flops"), grids["sft_greedy"].scores("flops"))
+    summary, grids = summarize(rows, FACTS), build_grids(rows)
+    saved = statistics.paired_difference(
+        grids["nabla"].get_problem_values("flops"), grids["sft_greedy"].get_problem_values("flops")
+    )
     one = summary["break_even.sft_greedy-nabla"]
     assert (one["low"], one["value"], one["high"]) == (1000 / saved.high, 1000 / saved.value, 1000 / saved.low)
     assert one["low"] < one["value"] < one["high"]
@@ -150,9 +154,9 @@ def test_shares_of_the_way(summary):
     assert summary["way.dpo_greedy"]["value"] == pytest.approx(1 / 8)
     assert summary["way.distilled_greedy"]["value"] == pytest.approx(10 / 8)
     assert summary["recovered.sft_greedy"] == summary["way.sft_greedy"], "nabla is the best here"
-    assert targets(summary)[3][2] == "reached"
-    low = summarise(make_rows(without("sft_greedy", "distilled_greedy")), FACTS)
-    measured, verdict = targets(low)[3][1:]
+    assert evaluate_targets(summary)[3][2] == "reached"
+    low = summarize(make_rows(without("sft_greedy", "distilled_greedy")), FACTS)
+    measured, verdict = evaluate_targets(low)[3][1:]
     assert measured.startswith("12% [0%, ") and verdict == "NOT reached"
 
 
@@ -178,14 +182,14 @@ def test_training_is_told_by_label(summary):
     ],
 )
 def test_facts_of_training_that_are_not_whole_are_refused(trained, words):
-    worlds.refused(lambda: summarise(make_rows(), {"trained": trained}), *words)
+    worlds.refused(lambda: summarize(make_rows(), {"trained": trained}), *words)
 
 
 # --- words --------------------------------------------------------------------------------------------
 
 
 def test_divergences_are_named_for_what_they_are(summary):
-    words = {method: compute_tradeoff_page.kl_in_words(summary, method) for method in WORLD}
+    words = {method: compute_tradeoff_page.format_kl(summary, method) for method in WORLD}
     assert words["best_of_1"] == "0" and words["best_of_4"] == "≤ 0.64"
     assert words["sft_best_of_1"] == "0.50 [0.50, 0.50] (estimate)"
     assert words["sft_best_of_4"] == "≤ 1.14 [1.14, 1.14] (estimate)"
@@ -195,7 +199,7 @@ def test_divergences_are_named_for_what_they_are(summary):
 def test_the_table_sets_all_kinds_side_by_side():
     table = page()[1]
     lines = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    assert [line[0] for line in lines] == sorted([line[0] for line in lines], key=compute_tradeoff.KINDS.index)
+    assert [line[0] for line in lines] == sorted([line[0] for line in lines], key=compute_tradeoff.METHOD_KINDS.index)
     assert {line[1]: line[-1] for line in lines if line[0] != "base"} == {
         **dict.fromkeys(("best_of_4", "nabla", "reward_model_sampling"), "0"),
         **dict.fromkeys(("sft_greedy", "sft_best_of_1", "sft_best_of_4"), "1 kFLOPs"),
@@ -222,7 +226,7 @@ def test_a_saving_that_may_be_nothing_decides_nothing():
         row["flops"] += (number % 20 == 0) * 20 * (row["method"] == "best_of_1")
     (table,) = [
         text
-        for text in compute_tradeoff_page.sections(summarise(rows, FACTS), build_grids(rows), FACTS, {})
+        for text in compute_tradeoff_page.build_tradeoff_section(summarize(rows, FACTS), build_grids(rows), FACTS, {})
         if text.startswith("| against")
     ]
     assert "| best_of_1 0.400 [0.200, 0.600] | unsure | never |" in table

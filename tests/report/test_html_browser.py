@@ -24,7 +24,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 from nabla_trl.report.html import viewer  # noqa: E402
-from nabla_trl.report.summary import summarise  # noqa: E402
+from nabla_trl.report.summary import summarize  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -242,7 +242,9 @@ def test_without_its_data_the_page_still_reads(browser: webdriver.Chrome, folder
 def test_thousands_of_long_traces_are_quick_to_pick(browser: webdriver.Chrome, folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "report.html", tmp_path)
     rows, traces = pages.make_rows(), pages.long_traces(5_000, 1_000)
-    viewer.write_data(tmp_path, traces, [], viewer.Tokens(), rows, pages.FACTS, summarise(rows, pages.FACTS))
+    viewer.write_viewer_data(
+        tmp_path, traces, [], viewer.TokenTable(), rows, pages.FACTS, summarize(rows, pages.FACTS)
+    )
     view = View(browser, tmp_path / "report.html")
     view.traces()
     assert view.text("#count") == "5000 of 5000"

@@ -18,14 +18,14 @@ import pages
 import pytest
 import worlds
 
-from nabla_trl.evaluation.method import methods
-from nabla_trl.grading.equivalence import SCORED
+from nabla_trl.evaluation.method import list_methods
+from nabla_trl.grading.equivalence import VERIFIER_PREFIX
 from nabla_trl.models.policy import Policy
-from nabla_trl.report.conclusions import accuracy
+from nabla_trl.report.conclusions import format_accuracy
 from nabla_trl.report.html import viewer
-from nabla_trl.report.summary import Summary, front, summarise
-from nabla_trl.search.generate_traces import write_tokens
-from nabla_trl.utils.markdown import as_html, table
+from nabla_trl.report.summary import Summary, find_pareto_front, summarize
+from nabla_trl.search.generate_traces import write_token_texts
+from nabla_trl.utils.markdown import format_table, markdown_to_html
 
 FIGURES = {
     *("accuracy_flops", "accuracy_seconds", "accuracy_tokens", "scaling", "reward_accuracy", "reward_rounds"),
@@ -100,11 +100,11 @@ def downloads(page: Page) -> dict[str, str]:
 def test_the_page_holds_the_numbers_of_the_summary(page: Page, summary: Summary) -> None:
     assert json.loads(next(one for one in page.scripts if one.startswith("{"))) == summary
     heads, *lines = page.rows["headline"]
-    assert [line[0].split()[0] for line in lines] == methods(summary)
-    for method, line in zip(methods(summary), lines, strict=True):
-        assert line[heads.index("accuracy")] == accuracy(summary, method)
+    assert [line[0].split()[0] for line in lines] == list_methods(summary)
+    for method, line in zip(list_methods(summary), lines, strict=True):
+        assert line[heads.index("accuracy")] == format_accuracy(summary, method)
         assert line[heads.index("tokens")] == f"{summary[f'tokens.{method}']['value']:.0f}"
-        assert ("●" in line[0]) == (method in front(summary, "flops"))
+        assert ("●" in line[0]) == (method in find_pareto_front(summary, "flops"))
 
 
 def test_every_figure_is_drawn_and_its_data_are_those_of_the_summary(page: Page, summary: Summary) -> None:
@@ -159,8 +159,8 @@ def test_the_pieces_hold_the_traces(folder: Path) -> None:
             pages.TOKENS[one] for one in trace.initial_ids
         ]
         assert found["prompt"] == trace.prompt
-        steps = np.array(found["pull"]["steps"][0]) / viewer.PULL_STEPS * found["pull"]["top"]
-        assert np.abs(steps - trace.pull[0]).max() <= found["pull"]["top"] / viewer.PULL_STEPS
+        steps = np.array(found["pull"]["steps"][0]) / viewer.PREDICTED_GAIN_LEVELS * found["pull"]["top"]
+        assert np.abs(steps - trace.predicted_gain[0]).max() <= found["pull"]["top"] / viewer.PREDICTED_GAIN_LEVELS
     assert texts["special"] == [pages.END]
 
 
@@ -185,27 +185,27 @@ def test_verdicts_of_first_and_last_answers(folder: Path) -> None:
 
 def test_without_tokens_the_first_answer_is_known_where_it_is_the_last(tmp_path: Path) -> None:
     kept = pages.long_traces(1, 4)[0]
-    viewer.write_data(tmp_path, [pages.make_trace(0), kept], [], viewer.Tokens(), *_rows())
+    viewer.write_viewer_data(tmp_path, [pages.make_trace(0), kept], [], viewer.TokenTable(), *_rows())
     index = read_data(tmp_path / "report_data" / "index.js")
     assert [item[2:4] for item in index["traces"]] == [[None, 1], [1, 1]]
     pages.write_tokens(tmp_path, tokenizer="another")
-    assert not viewer.Tokens.read(tmp_path).fit(kept)
+    assert not viewer.TokenTable.read(tmp_path).matches(kept)
 
 
 def test_a_first_answer_that_a_scorer_judges_is_not_held_against_the_gold_one(tmp_path: Path) -> None:
     """Several answers may be right there, so without the scorer nothing is known of another than the last one."""
-    judged = {"verifier": SCORED + "{}"}
+    judged = {"verifier": VERIFIER_PREFIX + "{}"}
     traces = [pages.make_trace(number) for number in range(2)]
     traces[1] = replace(traces[1], meta=traces[1].meta | judged)
     pages.write_tokens(tmp_path)
-    viewer.write_data(tmp_path, traces, [], viewer.Tokens.read(tmp_path), *_rows())
+    viewer.write_viewer_data(tmp_path, traces, [], viewer.TokenTable.read(tmp_path), *_rows())
     index = read_data(tmp_path / "report_data" / "index.js")
     assert [item[2:4] for item in index["traces"]] == [[0, 1], [None, 1]]
 
 
 def _rows() -> tuple[list[dict[str, Any]], dict[str, Any], Summary]:
     rows = pages.make_rows()
-    return rows, pages.FACTS, summarise(rows, pages.FACTS)
+    return rows, pages.FACTS, summarize(rows, pages.FACTS)
 
 
 def test_a_damaged_shard_is_named_on_the_page_and_costs_nothing_else(folder: Path, tmp_path: Path) -> None:
@@ -221,20 +221,20 @@ def test_a_damaged_shard_is_named_on_the_page_and_costs_nothing_else(folder: Pat
 
 
 def viewer_section(folder: Path) -> str:
-    from nabla_trl.report.html.page import traces_section
+    from nabla_trl.report.html.page import render_traces
 
-    return traces_section(folder, *_rows())
+    return render_traces(folder, *_rows())
 
 
 def test_many_long_traces_are_split_and_written_in_seconds(tmp_path: Path) -> None:
     traces, rows = pages.long_traces(5_000, 1_000), _rows()
     began = time.process_time()  # of this process: other ones may hold the cores
-    shown = viewer.write_data(tmp_path, traces, [], viewer.Tokens(), *rows)
+    shown = viewer.write_viewer_data(tmp_path, traces, [], viewer.TokenTable(), *rows)
     assert time.process_time() - began < 12
     assert shown["traces"] == 5_000
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "report_data").iterdir()}
     pieces = [size for name, size in sizes.items() if name.startswith("traces-")]
-    assert len(pieces) > 100 and max(pieces) < 2 * viewer.PIECE
+    assert len(pieces) > 100 and max(pieces) < 2 * viewer.CHUNK_CHARS
     assert sizes["index.js"] < 2_000_000
 
 
@@ -244,14 +244,16 @@ def test_levels_are_those_of_the_facts() -> None:
     assert summary["level.10.nabla"]["value"] == pytest.approx(sum(right) / len(right))
     assert summary["level.10.nabla"]["problems"] == len(right)
     assert list(dict.fromkeys(name.split(".")[1] for name in summary if name.startswith("level."))) == ["9", "10"]
-    without = summarise(rows, facts | {"problems": None})
+    without = summarize(rows, facts | {"problems": None})
     assert without == {name: one for name, one in summary.items() if not name.startswith("level.")}
 
 
 def test_the_front_holds_what_nothing_cheaper_or_equal_beats() -> None:
     summary = _rows()[2]
-    points = {one: (summary[f"flops.{one}"]["value"], summary[f"accuracy.{one}"]["value"]) for one in methods(summary)}
-    found = front(summary, "flops")
+    points = {
+        one: (summary[f"flops.{one}"]["value"], summary[f"accuracy.{one}"]["value"]) for one in list_methods(summary)
+    }
+    found = find_pareto_front(summary, "flops")
     assert found == sorted(found, key=lambda one: points[one])
     for method, (cost, right) in points.items():
         beaten = [other for other in found if points[other][0] <= cost and points[other][1] >= right]
@@ -261,20 +263,20 @@ def test_the_front_holds_what_nothing_cheaper_or_equal_beats() -> None:
 
 
 def test_markdown_blocks_as_html() -> None:
-    assert as_html("### A & `b<c`") == "<h3>A &amp; <code>b&lt;c</code></h3>"
-    assert as_html("```\na <b>\n```") == "<pre>a &lt;b&gt;</pre>"
-    assert as_html("- one\n- `two`") == "<ul><li>one</li><li><code>two</code></li></ul>"
-    html = as_html(table(["a", "n"], [["<x>", "0.5 [0.4, 0.6]"]]))
+    assert markdown_to_html("### A & `b<c`") == "<h3>A &amp; <code>b&lt;c</code></h3>"
+    assert markdown_to_html("```\na <b>\n```") == "<pre>a &lt;b&gt;</pre>"
+    assert markdown_to_html("- one\n- `two`") == "<ul><li>one</li><li><code>two</code></li></ul>"
+    html = markdown_to_html(format_table(["a", "n"], [["<x>", "0.5 [0.4, 0.6]"]]))
     assert "<td>&lt;x&gt;</td>" in html and '<td class="n">0.5 [0.4, 0.6]</td>' in html
 
 
 def test_token_texts_join_to_what_the_tokenizer_decodes(tmp_path: Path, policy: Policy) -> None:
-    write_tokens(tmp_path, policy)
-    tokens = viewer.Tokens.read(tmp_path)
+    write_token_texts(tmp_path, policy)
+    tokens = viewer.TokenTable.read(tmp_path)
     for question in worlds.QUESTIONS:
         ids = policy.tokenizer.encode(question, add_special_tokens=False)
-        assert tokens.text(ids) == policy.decode(ids) != ""
-    assert tokens.text(sorted(policy.stop_ids)) == ""
+        assert tokens.decode(ids) == policy.decode(ids) != ""
+    assert tokens.decode(sorted(policy.stop_ids)) == ""
     written = (tmp_path / "tokens.json").stat().st_mtime_ns
-    write_tokens(tmp_path, policy)
+    write_token_texts(tmp_path, policy)
     assert (tmp_path / "tokens.json").stat().st_mtime_ns == written

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nabla_trl.evaluation.method import methods
+from nabla_trl.evaluation.method import list_methods
 from nabla_trl.report import text as report
-from nabla_trl.report.conclusions import RIVAL_NOTE, accuracy, targets, verdict
-from nabla_trl.report.summary import summarise
-from nabla_trl.utils.formatting import si
+from nabla_trl.report.conclusions import (
+    REWARD_MODEL_SAMPLING_NOTE,
+    evaluate_targets,
+    format_accuracy,
+    write_conclusions,
+)
+from nabla_trl.report.summary import summarize
+from nabla_trl.utils.formatting import format_si
 
 PROBLEMS, SEEDS = 60, 2
 # method -> share of the problems it solves, FLOPs per problem
@@ -88,7 +93,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def summary():
-    return summarise(make_rows(), FACTS)
+    return summarize(make_rows(), FACTS)
 
 
 def section(folder, heading):
@@ -101,7 +106,7 @@ def table(text):
 
 
 def verdicts(rows, facts=FACTS):
-    return [line[-1] for line in targets(summarise(rows, facts))]
+    return [line[-1] for line in evaluate_targets(summarize(rows, facts))]
 
 
 def test_strict_accuracy_stands_beside_where_it_differs(tmp_path):
@@ -122,14 +127,14 @@ def test_strict_accuracy_stands_beside_where_it_differs(tmp_path):
     assert f"1 of {len(rows)} responses are read in two ways: `extraction.jsonl`" in text
     assert "Of the comparisons with gold answers 1 timed out: they count as wrong." in text
     screen = io.StringIO()
-    report.terminal_table(found, Console(file=screen, width=80))
+    report.print_summary_table(found, Console(file=screen, width=80))
     assert max(map(len, screen.getvalue().splitlines())) <= 80 and "…" not in screen.getvalue()
     assert "strict" in screen.getvalue() and "0.792" in screen.getvalue()
 
 
 def test_a_search_is_compared_with_what_has_its_budget():
     names = ["nabla@best_of_8", "control@best_of_8", "best_of_8", "weighted_best_of_8", "tot@best_of_8", "tot@0.5"]
-    found = summarise(make_rows(dict.fromkeys([*names, "best_of_16"], (0.5, 1e6))), FACTS)
+    found = summarize(make_rows(dict.fromkeys([*names, "best_of_16"], (0.5, 1e6))), FACTS)
     against = {name.partition("-")[2] for name in found if name.startswith("paired.nabla@best_of_8-")}
     assert against == {*names[1:5], "best_of_16"}
 
@@ -184,7 +189,7 @@ def test_break_even_pays_the_training_back(summary):
 
 def test_every_accuracy_stands_beside_its_interval(written):
     rows = table(section(written, "Results"))
-    assert [one["method"] for one in rows] == methods(json.loads((written / "summary.json").read_text()))
+    assert [one["method"] for one in rows] == list_methods(json.loads((written / "summary.json").read_text()))
     for one in rows:
         assert re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", one["accuracy"]), one
     for heading in ("Verdict", "Figures to reach", "Is the reward sound under search?", TRADE):
@@ -217,17 +222,17 @@ def test_targets_reached_and_not_reached_follow_the_numbers():
 
 def test_the_run_that_is_judged_is_chosen_by_cost_not_by_accuracy():
     lucky = {**WORLD, "nabla@0.1": (0.9, 9e6), "nabla@0.33": (0.5, 31e6)}
-    measured, verdict = targets(summarise(make_rows(lucky), FACTS))[0][1:]
+    measured, verdict = evaluate_targets(summarize(make_rows(lucky), FACTS))[0][1:]
     assert measured.startswith("nabla@0.33 ")
     assert verdict == "NOT reached"
 
 
 def test_an_unequal_or_missing_control_decides_nothing():
     unequal = {**WORLD, "control@0.33": (0.2, 15e6)}
-    lines = targets(summarise(make_rows(unequal), FACTS))
+    lines = evaluate_targets(summarize(make_rows(unequal), FACTS))
     assert lines[1][2] == "not measured"
     assert "budgets were not equal" in lines[1][1]
-    lines = targets(summarise(make_rows(without=["control@0.33", "control", "best_of_16", "greedy"]), FACTS))
+    lines = evaluate_targets(summarize(make_rows(without=["control@0.33", "control", "best_of_16", "greedy"]), FACTS))
     assert [line[2] for line in lines] == ["not measured"] * 4
     assert "missing: best_of_16" in lines[0][1]
     assert "missing: greedy" in lines[2][1]
@@ -235,9 +240,9 @@ def test_an_unequal_or_missing_control_decides_nothing():
 
 def test_without_a_gain_no_share_of_it_is_claimed():
     flat = {**WORLD, "nabla": (0.40, 61e6)}
-    summary = summarise(make_rows(flat), FACTS)
+    summary = summarize(make_rows(flat), FACTS)
     assert "recovered.sft_greedy" not in summary
-    assert targets(summary)[2][2] == "NOT reached"
+    assert evaluate_targets(summary)[2][2] == "NOT reached"
 
 
 @pytest.mark.parametrize(
@@ -245,24 +250,24 @@ def test_without_a_gain_no_share_of_it_is_claimed():
 )
 def test_a_log_ratio_reward_names_its_rival(skill, words):
     rows = make_rows({**WORLD, "reward_model_sampling": (skill, 6e6)})
-    last = verdict(summarise(rows, FACTS), FACTS)[-1]
-    assert last.startswith(RIVAL_NOTE)
+    last = write_conclusions(summarize(rows, FACTS), FACTS)[-1]
+    assert last.startswith(REWARD_MODEL_SAMPLING_NOTE)
     assert words in last
 
 
 def test_rival_missing_or_not_called_for():
     rows = make_rows(without=["reward_model_sampling"])
-    summary = summarise(rows, FACTS)
-    assert "missing: reward_model_sampling" in verdict(summary, FACTS)[-1]
-    scalar = verdict(summary, {**FACTS, "reward_kind": "scalar"})
+    summary = summarize(rows, FACTS)
+    assert "missing: reward_model_sampling" in write_conclusions(summary, FACTS)[-1]
+    scalar = write_conclusions(summary, {**FACTS, "reward_kind": "scalar"})
     assert not any("rival" in line for line in scalar)
 
 
 def test_turning_accuracy_is_said(summary):
-    assert report.NO_TURN in report.turning(summary)
-    turned = summarise(make_rows({**WORLD, "best_of_32": (0.45, 192e6)}), FACTS)
-    assert "turns under more search: best_of_32" in report.turning(turned)
-    assert report.NO_TURN not in report.turning(turned)
+    assert report.NO_OVEROPTIMIZATION in report.describe_overoptimization(summary)
+    turned = summarize(make_rows({**WORLD, "best_of_32": (0.45, 192e6)}), FACTS)
+    assert "turns under more search: best_of_32" in report.describe_overoptimization(turned)
+    assert report.NO_OVEROPTIMIZATION not in report.describe_overoptimization(turned)
 
 
 def test_page_shows_tables_figures_and_provenance(written):
@@ -310,13 +315,13 @@ def test_nothing_is_written_from_rows_or_facts_that_are_refused(tmp_path):
 
 def test_terminal_table_fits_and_shows_every_method(summary):
     screen = io.StringIO()
-    report.terminal_table(summary, Console(file=screen, width=80))
+    report.print_summary_table(summary, Console(file=screen, width=80))
     lines = screen.getvalue().splitlines()
     assert len(lines) == len(WORLD) + 1
     assert max(map(len, lines)) <= 80
-    for method, line in zip(methods(summary), lines[1:], strict=True):
+    for method, line in zip(list_methods(summary), lines[1:], strict=True):
         assert line.startswith(method + " ")
-        assert accuracy(summary, method) in line
+        assert format_accuracy(summary, method) in line
 
 
 def test_samples_alone_are_a_report_too(tmp_path):
@@ -331,14 +336,14 @@ def test_samples_alone_are_a_report_too(tmp_path):
     assert '<table class="headline">' not in (tmp_path / "report.html").read_text()
     assert f"1 method on {PROBLEMS} held-out problems" in text and f"Of {len(rows)} rows 1 ended in an error" in text
     screen = io.StringIO()
-    report.terminal_table(found, Console(file=screen, width=80))
+    report.print_summary_table(found, Console(file=screen, width=80))
     heads, *lines = screen.getvalue().splitlines()
     assert heads.split() == ["samples", "of", "k", "pass@k", "[95%]", "maj@k", "[95%]"]
     assert [line.split()[:2] for line in lines] == [["base", "1"], ["base", "2"], ["base", "4"]]
 
 
 def test_si():
-    texts = [si(1.2e8, "FLOPs"), si(0.0113, "s"), si(999_900), si(0, "s")]
+    texts = [format_si(1.2e8, "FLOPs"), format_si(0.0113, "s"), format_si(999_900), format_si(0, "s")]
     assert texts == ["120 MFLOPs", "11.3 ms", "1 M", "0 s"]
 
 

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from nabla_trl.gradient import likelihood as heads
 from nabla_trl.gradient import relaxation as relax
 from nabla_trl.gradient import token_gradient as token_gradient_module
-from nabla_trl.gradient.token_gradient import token_gradient
-from nabla_trl.models.flops import Meter
+from nabla_trl.gradient.token_gradient import compute_token_gradient
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,8 +53,8 @@ def test_the_plain_search_takes_the_engines_decisions(architecture: str, kind: s
     policy = worlds.tiny_policy(architecture, dtype=torch.float64)
     reward = (worlds.tiny_scalar if kind == "scalar" else worlds.tiny_logratio)(policy, architecture)
     problems = worlds.tiny_problems()
-    config = ReasonerConfig.preset("paper", max_new_tokens=8, **options)
-    traces = solve(problems, policy=policy, reward=reward, config=config, seed=5)
+    config = SearchConfig.from_preset("paper", max_new_tokens=8, **options)
+    traces = run_search(problems, policy=policy, reward=reward, config=config, seed=5)
     search = plain.PlainSearch(policy, reward, config, seed=5)
     others = [search.solve(problem) for problem in problems]
     assert plain.differing(traces, others) == []
@@ -64,13 +64,13 @@ def test_the_plain_search_takes_the_engines_decisions(architecture: str, kind: s
     assert sum(len(trace.revisions) for trace in traces) > len(problems)
     assert {move[4] for other in others for move in other.moves} == {True, False}
     # Anything else than the same would show.
-    changed = solve(problems, policy=policy, reward=reward, config=config, seed=6)
+    changed = run_search(problems, policy=policy, reward=reward, config=config, seed=6)
     assert plain.differing(changed, others) != []
 
 
 def test_the_plain_search_refuses_other_algorithms(policy: Policy, scalar_reward: Reward) -> None:
     plain = recipe("plain")
-    for config in (ReasonerConfig(), ReasonerConfig.preset("paper", patience=3)):
+    for config in (SearchConfig(), SearchConfig.from_preset("paper", patience=3)):
         worlds.refused(lambda: plain.PlainSearch(policy, scalar_reward, config), "preset paper")  # noqa: B023
 
 
@@ -109,7 +109,7 @@ def test_no_gradient_pass_makes_a_matrix_of_response_times_vocabulary(
     model = passes.random_model(spec)
     call = passes.gradient_pass(spec, model)
     with Made(model) as seen:
-        found = call(Meter())
+        found = call(FlopCounter())
     assert [part.shape for part in found] == [(48, 16)] * 2 and all(part.any() for part in found)
     assert seen.largest <= 80000 < 48 * 20000 / 10
     if kind == "log-likelihood":
@@ -117,8 +117,12 @@ def test_no_gradient_pass_makes_a_matrix_of_response_times_vocabulary(
         samples, _ = passes.random_samples(spec)
         term = passes.random_term(spec, model)
         with Made(model) as seen:
-            token_gradient(
-                [term], samples, [[memo] for memo in term.prompt_memos(samples, Meter())], None, meter=Meter()
+            compute_token_gradient(
+                [term],
+                samples,
+                [[memo] for memo in term.prompt_memos(samples, FlopCounter())],
+                None,
+                flop_counter=FlopCounter(),
             )
         assert seen.largest >= 48 * 20000
 
@@ -128,7 +132,7 @@ def test_a_slice_of_logits_never_decides_the_peak_and_never_falls_below_its_floo
     passes = recipe("passes")
     spec = passes.Pass(kind="log-likelihood", vocabulary=50000, layers=1, width=64)
     term = passes.random_term(spec, passes.random_model(spec))
-    assert term._slice_size(torch.zeros(1, 10, 64)) == heads.LOGIT_BUDGET // 50000 > 1
+    assert term._slice_size(torch.zeros(1, 10, 64)) == heads.MAX_HEAD_LOGITS // 50000 > 1
     wide = torch.zeros(1, 1, 1).expand(64, 2048, 64)
     assert term._slice_size(wide) * 50000 <= 4 * wide.numel() < (term._slice_size(wide) + 1) * 50000
 
@@ -166,7 +170,7 @@ def test_peaks_are_of_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = recipe("passes")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     spec = passes.Pass(kind="log-likelihood", vocabulary=1000, layers=1, width=64, rows=4, prompt=2, length=256)
-    small, large = passes.measured_peaks([spec, replace(spec, rows=32)])
+    small, large = passes.measured_peaks([spec, replace(spec, batch_size=32)])
     grown = 28 * 256 * 64 * 4  # bytes of the hidden states added
     assert 5 * grown < large - small < 60 * grown
     monkeypatch.setattr(passes.sys, "executable", "/bin/false")

@@ -14,9 +14,9 @@ import duality_report
 import numpy as np
 import pytest
 import worlds
-from distributions import Case, Measures, counted, total_variation
-from duality_report import Noise, Row
-from enumeration import Tree
+from distributions import DistributionMetrics, EnumeratedCase, compute_empirical_distribution, compute_total_variation
+from duality_report import DualityRow, NoiseStatistics
+from enumeration import EnumeratedResponses
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
@@ -136,47 +136,49 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_verdicts_follow_the_numbers() -> None:
-    best = Measures(reward=2.0, kl_policy=1.0, kl=0.0, tv=0.0, objective=1.0)
+    best = DistributionMetrics(reward=2.0, kl_policy=1.0, kl_optimum=0.0, tv_optimum=0.0, regularized_reward=1.0)
 
-    def row(size: int, kl: float, moved: float, p_value: float | None = None) -> Row:
-        noise = None if p_value is None else Noise(kl=0.3, kl_sd=0.01, tv=0.1, p_value=p_value)
-        return Row("m", duality_report.TEST_TIME, size, Measures(1.0, moved, kl, 0.1, 0.0), None, 1e6, noise=noise)
+    def row(size: int, kl: float, moved: float, p_value: float | None = None) -> DualityRow:
+        noise = None if p_value is None else NoiseStatistics(kl=0.3, kl_sd=0.01, tv=0.1, p_value=p_value)
+        return DualityRow(
+            "m", duality_report.TEST_TIME, size, DistributionMetrics(1.0, moved, kl, 0.1, 0.0), None, 1e6, noise=noise
+        )
 
-    assert duality_report.verdict(row(1, 0.05, 1.0), best) == "is π* to 0.050 nats"
-    assert "falls short, KL(q‖π) 0.20 against 1.00" in duality_report.verdict(row(1, 0.5, 0.2), best)
-    assert "overshoots" in duality_report.verdict(row(1, 0.5, 2.0), best)
-    assert "as far from π as π* is" in duality_report.verdict(row(1, 0.5, 1.05), best)
-    assert "within the noise" in duality_report.verdict(row(1, 0.31, 1.3, 0.4), best)
-    assert "0.20 nats off beyond noise; falls short, KL(q‖π) 0.70" in duality_report.verdict(
+    assert duality_report.conclude_row(row(1, 0.05, 1.0), best) == "is π* to 0.050 nats"
+    assert "falls short, KL(q‖π) 0.20 against 1.00" in duality_report.conclude_row(row(1, 0.5, 0.2), best)
+    assert "overshoots" in duality_report.conclude_row(row(1, 0.5, 2.0), best)
+    assert "as far from π as π* is" in duality_report.conclude_row(row(1, 0.5, 1.05), best)
+    assert "within the noise" in duality_report.conclude_row(row(1, 0.31, 1.3, 0.4), best)
+    assert "0.20 nats off beyond noise; falls short, KL(q‖π) 0.70" in duality_report.conclude_row(
         row(1, 0.5, 1.0, 0.01), best
     )
     far, near = row(1, 0.9, 1.0, 0.01), row(2, 0.31, 1.0, 0.5)
-    assert duality_report.course([far, near]) == "m: π* from 2 on, within noise"
-    assert duality_report.course([near, far]) == "m: 0.01 nats off at its nearest (2), 0.60 at its end (1)"
-    assert duality_report.ends([far, near]) == "π* at the end: m"
+    assert duality_report.conclude_method([far, near]) == "m: π* from 2 on, within noise"
+    assert duality_report.conclude_method([near, far]) == "m: 0.01 nats off at its nearest (2), 0.60 at its end (1)"
+    assert duality_report.conclude_final_points([far, near]) == "π* at the end: m"
 
 
 def test_trained_rows_have_a_panel_of_their_own(tmp_path: Path) -> None:
-    one = Measures(1.0, 1.0, 0.05, 0.1, 0.0)
+    one = DistributionMetrics(1.0, 1.0, 0.05, 0.1, 0.0)
     made = [
-        Row("best of N", duality_report.TEST_TIME, 2, one, 1.0, 1e6),
-        Row("sft", duality_report.TRAINED, None, one, 1.0, 1e6, training_flops=1e12),
+        DualityRow("best of N", duality_report.TEST_TIME, 2, one, 1.0, 1e6),
+        DualityRow("sft", duality_report.TRAINED_POLICY, None, one, 1.0, 1e6, training_flops=1e12),
     ]
     sizes = []
     for some in (made[:1], made):
-        duality_report.draw(tmp_path / "duality.png", some, {"subject": "two laws"})
+        duality_report.plot_duality(tmp_path / "duality.png", some, {"subject": "two laws"})
         sizes.append((tmp_path / "duality.png").stat().st_size)
     assert sizes[1] != sizes[0] and np.prod(sizes)
 
 
-def control_kernel(tree: Tree, case: Case) -> np.ndarray:
+def control_kernel(tree: EnumeratedResponses, case: EnumeratedCase) -> np.ndarray:
     """[N, N] chances of one Metropolis step without the gradient, from every response to every other.
 
     A branch is drawn by π(v|y_<t) among all (t, v ≠ y_t), whose sum is S(y), and its suffix by π: y' is proposed with
     π(y')/π(what it shares with y)/S(y), so that all but S cancels in the ratio of Hastings.
     """
     begun: Counter[tuple[int, ...]] = Counter()
-    for response, mass in zip(tree.responses, case.policy, strict=True):
+    for response, mass in zip(tree.responses, case.policy_probs, strict=True):
         for size in range(len(response) + 1):
             begun[response[:size]] += mass
     moves = np.array([sum(1 - begun[y[: t + 1]] / begun[y[:t]] for t in range(len(y))) for y in tree.responses])
@@ -186,7 +188,7 @@ def control_kernel(tree: Tree, case: Case) -> np.ndarray:
             if row != column:
                 shared = next(t for t, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
                 ratio = np.exp((case.rewards[column] - case.rewards[row]) / case.beta) * moves[row] / moves[column]
-                kernel[row, column] = case.policy[column] / begun[one[:shared]] / moves[row] * min(1.0, ratio)
+                kernel[row, column] = case.policy_probs[column] / begun[one[:shared]] / moves[row] * min(1.0, ratio)
         kernel[row, row] = 1 - kernel[row].sum()
     return kernel
 
@@ -204,11 +206,13 @@ def test_chains_follow_their_exact_law_at_every_step(folder: Path) -> None:
     for step in range(1, 13):
         law = law @ kernel
         if step in steps:
-            noise = [total_variation(rng_law(law, study.args.chains, seed), law) for seed in range(40)]
-            assert total_variation(counted(counts[steps.index(step)]), law) <= max(noise)
+            noise = [compute_total_variation(rng_law(law, study.args.chains, seed), law) for seed in range(40)]
+            assert compute_total_variation(compute_empirical_distribution(counts[steps.index(step)]), law) <= max(
+                noise
+            )
     assert case.measures(law).kl < 0.02 < case.measures(case.policy).kl
 
 
 def rng_law(law: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """A law counted from so many draws."""
-    return counted(np.random.default_rng(seed).multinomial(draws, law / law.sum()))
+    return compute_empirical_distribution(np.random.default_rng(seed).multinomial(draws, law / law.sum()))

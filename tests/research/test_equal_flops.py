@@ -57,30 +57,41 @@ RUNGS = {
 
 
 def test_each_rung_compares_ours_with_all_at_one_budget() -> None:
-    low, high = equal_flops.climb(rows(), RUNGS)
-    assert (low.setter, low.budget, high.budget) == ("best_of_4", 40.0, 80.0)
-    ours, best, control = low.entries
-    assert ours.ahead is None and (ours.share, ours.proposed, ours.rejected) == (pytest.approx(0.9), 4.0, 0.75)
-    assert best.ahead.value == pytest.approx(0.3) and best.rejected is None and best.share == 1.0
-    assert control.ahead.value == pytest.approx(0.02)
-    assert low.beaten == ["best_of_4"] and low.unbeaten == ["control@best_of_4"]
-    assert high.beaten == ["best_of_8"]
+    low, high = equal_flops.compare_at_equal_flops(rows(), RUNGS)
+    assert (low.reference_method, low.budget_flops, high.budget_flops) == ("best_of_4", 40.0, 80.0)
+    ours, best, control = low.results
+    assert ours.accuracy_lead is None and (ours.budget_fraction, ours.proposals_per_problem, ours.rejection_rate) == (
+        pytest.approx(0.9),
+        4.0,
+        0.75,
+    )
+    assert (
+        best.accuracy_lead.value == pytest.approx(0.3) and best.rejection_rate is None and best.budget_fraction == 1.0
+    )
+    assert control.accuracy_lead.value == pytest.approx(0.02)
+    assert low.beaten_methods == ["best_of_4"] and low.unbeaten_methods == ["control@best_of_4"]
+    assert high.beaten_methods == ["best_of_8"]
     json.dumps([one.to_dict() for one in (low, high)], allow_nan=False)
 
 
 def test_the_verdict_names_what_is_not_beaten_and_the_cheapest_rung() -> None:
     made = rows()
-    said = equal_flops.verdict(equal_flops.climb(made, RUNGS), made)
+    said = equal_flops.conclude_comparison(equal_flops.compare_at_equal_flops(made, RUNGS), made)
     assert said[0].startswith("best_of_4: nabla@best_of_4 is not ahead beyond chance of control@best_of_4 (+0.020")
     assert said[1] == "best_of_8: nabla@best_of_8 is ahead of all 1 others, every interval above zero"
     assert "nabla@best_of_4 scores 0.900, best_of_8 0.800" in said[2] and "at 0.45 of its FLOPs" in said[2]
     worse = rows(SHARES | {"best_of_8": 1.0})
-    assert equal_flops.verdict(equal_flops.climb(worse, RUNGS), worse)[2] == "at no rung is ours as good as best_of_8"
+    assert (
+        equal_flops.conclude_comparison(equal_flops.compare_at_equal_flops(worse, RUNGS), worse)[2]
+        == "at no rung is ours as good as best_of_8"
+    )
 
 
 def test_the_page_holds_every_figure() -> None:
     made = rows()
-    text = equal_flops.page(equal_flops.climb(made, RUNGS), made, "A title", "a command")
+    text = equal_flops.format_comparison_markdown(
+        equal_flops.compare_at_equal_flops(made, RUNGS), made, "A title", "a command"
+    )
     assert text.startswith("# A title\n\n100 problems, up to 2 seeds")
     assert "    a command" in text and text.count("| method |") == 2
     assert "| nabla@best_of_4 | 0.900 [" in text and "| 75% |" in text
@@ -88,7 +99,8 @@ def test_the_page_holds_every_figure() -> None:
 
 def test_a_method_without_rows_is_named() -> None:
     worlds.refused(
-        lambda: equal_flops.climb(rows(), {"best_of_4": ["nabla@best_of_4", "paper@best_of_4"]}), "paper@best_of_4"
+        lambda: equal_flops.compare_at_equal_flops(rows(), {"best_of_4": ["nabla@best_of_4", "paper@best_of_4"]}),
+        "paper@best_of_4",
     )
 
 
@@ -101,15 +113,17 @@ def test_the_curve_of_the_step_tells_hacking_from_help(tmp_path: Path) -> None:
     for row in made:
         row["reward"] = float(row["method"].split("_")[2].partition("@")[0])
     names = {float(name.split("_")[2].partition("@")[0]): name for name in shares}
-    curve = step_curve.read(made, names)
-    assert [point.lam for point in curve] == [0.1, 1.0, 10.0]
-    said = step_curve.verdict(curve)
+    curve = step_curve.compute_reward_weight_curve(made, names)
+    assert [point.reward_weight for point in curve] == [0.1, 1.0, 10.0]
+    said = step_curve.conclude_reward_weight_curve(curve)
     assert said.startswith("accuracy is highest, 0.900, at λ = 1; at λ = 10 it is 0.300") and said.endswith("hacked")
-    assert "at no λ tried" in step_curve.verdict(curve[:2])
-    assert step_curve.table(curve).count("\n") == 4
-    step_curve.draw(tmp_path / "plots" / "step.png", curve, "t, 100 problems")
+    assert "at no λ tried" in step_curve.conclude_reward_weight_curve(curve[:2])
+    assert step_curve.format_curve_table(curve).count("\n") == 4
+    step_curve.plot_reward_weight_curve(tmp_path / "plots" / "step.png", curve, "t, 100 problems")
     assert (tmp_path / "plots" / "step.png").stat().st_size > 10_000
-    worlds.refused(lambda: step_curve.read(made, {3.0: "nabla_lambda_3@best_of_8"}), "nabla_lambda_3")
+    worlds.refused(
+        lambda: step_curve.compute_reward_weight_curve(made, {3.0: "nabla_lambda_3@best_of_8"}), "nabla_lambda_3"
+    )
 
 
 # --- the recipe -------------------------------------------------------------------------------------------

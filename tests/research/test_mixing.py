@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import worlds
-from mixing_statistics import autocorrelation_time, measure, rewards
+from mixing_statistics import collect_chain_rewards, compute_autocorrelation_time, measure_mixing
 
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem
 
 ROOT = Path(__file__).parents[2]
@@ -30,45 +30,57 @@ def test_the_time_of_an_autoregressive_process(rho: float) -> None:
     series[:, 0] = rng.normal(size=40) / np.sqrt(1 - rho**2)
     for step in range(1, series.shape[1]):
         series[:, step] = rho * series[:, step - 1] + rng.normal(size=40)
-    assert autocorrelation_time(series) == pytest.approx((1 + rho) / (1 - rho), rel=0.1)
-    assert autocorrelation_time(100 + 7 * series) == pytest.approx(autocorrelation_time(series))
+    assert compute_autocorrelation_time(series) == pytest.approx((1 + rho) / (1 - rho), rel=0.1)
+    assert compute_autocorrelation_time(100 + 7 * series) == pytest.approx(compute_autocorrelation_time(series))
 
 
 def test_what_never_changes_has_time_one() -> None:
-    assert autocorrelation_time(np.ones((3, 10))) == 1.0
+    assert compute_autocorrelation_time(np.ones((3, 10))) == 1.0
 
 
 def test_chains_are_read_from_their_traces(policy: Policy, scalar_reward: Reward, problems: list[Problem]) -> None:
-    config = ReasonerConfig(
-        solver="none", acceptance="metropolis", beta=1.0, rounds=12, candidates=16, max_new_tokens=6
+    config = SearchConfig(
+        solver="none", acceptance="metropolis", beta=1.0, max_rounds=12, top_k_candidates=16, max_new_tokens=6
     )
-    traces = solve(problems, policy=policy, reward=scalar_reward, config=config)
+    traces = run_search(problems, policy=policy, reward=scalar_reward, config=config)
     for trace in traces:
-        assert len(rewards(trace)) == 13 and rewards(trace)[-1] == trace.reward
-        assert [r.reward_before for r in trace.revisions] == rewards(trace)[:-1]
-    mixed = measure(traces)
-    assert (mixed.chains, mixed.steps, mixed.reliable) == (4, 12, False)
-    assert mixed.stuck == 0 and 0 < mixed.accepted < 1
-    assert mixed.effective == pytest.approx(48 / mixed.autocorrelation)
-    assert mixed.per_gflop == pytest.approx(mixed.effective / sum(trace.cost.flops for trace in traces) * 1e9)
-    short = solve(problems[:1], policy=policy, reward=scalar_reward, config=ReasonerConfig(solver="none", rounds=3))
-    worlds.refused(lambda: measure([*traces, *short]), "chains of 3 to 12 steps")
-    worlds.refused(lambda: measure([]), "no chains")
+        assert len(collect_chain_rewards(trace)) == 13 and collect_chain_rewards(trace)[-1] == trace.reward
+        assert [r.reward_before for r in trace.revisions] == collect_chain_rewards(trace)[:-1]
+    mixed = measure_mixing(traces)
+    assert (mixed.num_chains, mixed.num_rounds, mixed.is_reliable) == (4, 12, False)
+    assert mixed.num_stuck_chains == 0 and 0 < mixed.acceptance_rate < 1
+    assert mixed.effective_samples == pytest.approx(48 / mixed.autocorrelation_time)
+    assert mixed.effective_samples_per_gflop == pytest.approx(
+        mixed.effective_samples / sum(trace.cost.flops for trace in traces) * 1e9
+    )
+    short = run_search(
+        problems[:1], policy=policy, reward=scalar_reward, config=SearchConfig(solver="none", max_rounds=3)
+    )
+    worlds.refused(lambda: measure_mixing([*traces, *short]), "chains of 3 to 12 steps")
+    worlds.refused(lambda: measure_mixing([]), "no chains")
 
 
 def test_chains_that_never_moved_are_counted_and_are_worth_nothing(
     policy: Policy, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
-    config = ReasonerConfig(solver="none", acceptance="metropolis", beta=1.0, rounds=12, max_new_tokens=6)
-    moved = solve(problems, policy=policy, reward=scalar_reward, config=config)
+    config = SearchConfig(solver="none", acceptance="metropolis", beta=1.0, max_rounds=12, max_new_tokens=6)
+    moved = run_search(problems, policy=policy, reward=scalar_reward, config=config)
     still = [
         replace(one, revisions=[replace(revision, accepted=False) for revision in one.revisions]) for one in moved[:3]
     ]
-    alone, both, none = measure(moved), measure([*moved, *still]), measure(still)
-    assert (both.chains, both.stuck, both.autocorrelation) == (7, 3, alone.autocorrelation)
-    assert both.effective == alone.effective and both.per_gflop < alone.per_gflop
-    assert (none.stuck, none.autocorrelation, none.effective, none.per_gflop) == (3, None, 0.0, 0.0)
-    assert not none.reliable and json.dumps(none.to_dict(), allow_nan=False)
+    alone, both, none = measure_mixing(moved), measure_mixing([*moved, *still]), measure_mixing(still)
+    assert (both.num_chains, both.num_stuck_chains, both.autocorrelation_time) == (7, 3, alone.autocorrelation_time)
+    assert (
+        both.effective_samples == alone.effective_samples
+        and both.effective_samples_per_gflop < alone.effective_samples_per_gflop
+    )
+    assert (
+        none.num_stuck_chains,
+        none.autocorrelation_time,
+        none.effective_samples,
+        none.effective_samples_per_gflop,
+    ) == (3, None, 0.0, 0.0)
+    assert not none.is_reliable and json.dumps(none.to_dict(), allow_nan=False)
 
 
 def test_the_recipe_measures_every_proposal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from nabla_trl.reward_training.card import readme, write_readme
-from nabla_trl.rewards.limits import Trust
-from nabla_trl.rewards.spec import RewardCard
+from nabla_trl.reward_training.card import render_reward_readme, write_reward_readme
+from nabla_trl.rewards.limits import ValidatedLimits
+from nabla_trl.rewards.spec import RewardManifest
 
 
 def span(value: float) -> dict[str, float]:
@@ -34,8 +34,16 @@ def a_round(number: int, *, labels: bool = True) -> dict[str, Any]:
 
 
 def test_the_metadata_is_the_hubs_and_the_figures_are_all_there() -> None:
-    card = RewardCard("scalar", base="b/base", policy="p/policy", trust=Trust(64, 32), point="mixture:0.5")
-    text = readme(RewardCard(**{**vars(card), "rounds": [a_round(0), a_round(1)], "settings": {"seed": "3"}}))
+    card = RewardManifest(
+        "scalar",
+        base_model="b/base",
+        policy="p/policy",
+        validated_limits=ValidatedLimits(64, 32),
+        gradient_at="mixture:0.5",
+    )
+    text = render_reward_readme(
+        RewardManifest(**{**vars(card), "rounds": [a_round(0), a_round(1)], "settings": {"seed": "3"}})
+    )
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == "b/base"
     assert "best-of-64 and 32 rounds" in body and "follow: mixture:0.5" in body and "- seed: 3" in body
@@ -47,11 +55,13 @@ def test_the_metadata_is_the_hubs_and_the_figures_are_all_there() -> None:
 @pytest.mark.parametrize("kind", ["scalar", "implicit", "ensemble"])
 def test_a_reward_that_was_not_audited_claims_nothing(kind: str, tmp_path: Path) -> None:
     own = {"implicit": {"reference": "r"}, "ensemble": {"members": ["a", "b"]}}.get(kind, {})
-    write_readme(tmp_path, RewardCard(kind, base="b", policy="p", **own))
+    write_reward_readme(tmp_path, RewardManifest(kind, base_model="b", policy="p", **own))
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Trusted" not in text and "## Measured" not in text and "No gradient" in text
 
 
 def test_without_step_labels_their_cells_are_empty() -> None:
-    text = readme(RewardCard("scalar", base="b", policy="p", rounds=[a_round(0, labels=False)]))
+    text = render_reward_readme(
+        RewardManifest("scalar", base_model="b", policy="p", training_rounds=[a_round(0, labels=False)])
+    )
     assert "| 0 | 0.950 |  | 0.930" in text and "| mixture:0.5 |  |  | 0.880" in text and "entropy, log π" not in text

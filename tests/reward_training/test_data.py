@@ -14,40 +14,40 @@ import torch
 import worlds
 from transformers import PreTrainedModel
 
-from nabla_trl.gradient.objectives import Known, Sample
-from nabla_trl.gradient.score import ScoreTerm
+from nabla_trl.gradient.objectives import DrawInfo, Sample
+from nabla_trl.gradient.score import ScoreObjective
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.flops import Cost, Meter
-from nabla_trl.models.generation import generate, random_stream
+from nabla_trl.models.flops import Cost, FlopCounter
+from nabla_trl.models.generation import generate_continuations, make_rng
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import Job
+from nabla_trl.models.requests import GenerationRequest
 from nabla_trl.reward_training.data import (
-    Labelled,
-    accepted,
-    check_classes,
+    LabeledResponse,
+    add_draw_info,
+    build_pair_rows,
+    build_token_rows,
+    check_both_classes,
     choose_pairs,
-    draw_samples,
-    label,
-    legible,
-    pair_rows,
+    collect_accepted_responses,
+    filter_encodable,
+    label_responses,
     read_samples,
-    token_rows,
-    with_candidates,
+    sample_responses,
     write_samples,
 )
-from nabla_trl.reward_training.labels import TokenLabels
-from nabla_trl.reward_training.token_trainer import TokenCollator, token_scores
-from nabla_trl.rewards.loading import score_term
+from nabla_trl.reward_training.labels import TokenLabeler
+from nabla_trl.reward_training.token_trainer import TokenCollator, compute_token_scores
+from nabla_trl.rewards.loading import build_score_objective
 from nabla_trl.tasks import digit_chains
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.traces.build import error_trace, response_trace
+from nabla_trl.traces.build import build_error_trace, build_response_trace
 from nabla_trl.traces.schema import Revision
 
 EMBEDDED = str(Path(__file__).parents[2] / "data" / "tiny" / "policy")
 SAMPLING = Sampling(min_p=0.02, max_new_tokens=64)
-PROBLEMS = digit_chains.make_problems("train", 12)
+PROBLEMS = digit_chains.make_digit_chain_problems("train", 12)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def checker() -> Iterator[AnswerChecker]:
 
 
 @pytest.fixture(scope="module")
-def labelled(embedded: Policy, checker: AnswerChecker) -> list[Labelled]:
-    drawn = draw_samples(PROBLEMS, 3, policy=embedded, sampling=SAMPLING)
-    return label(drawn + drawn[:5], policy=embedded, checker=checker, candidates=6)
+def labelled(embedded: Policy, checker: AnswerChecker) -> list[LabeledResponse]:
+    drawn = sample_responses(PROBLEMS, 3, policy=embedded, sampling=SAMPLING)
+    return label_responses(drawn + drawn[:5], policy=embedded, checker=checker, top_k_candidates=6)
 
 
 def scorer(policy: Policy) -> PreTrainedModel:
@@ -74,78 +74,87 @@ def scorer(policy: Policy) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def term(embedded: Policy) -> ScoreTerm:
+def term(embedded: Policy) -> ScoreObjective:
     """Of a random classifier that shares the embedded policy's tokenizer."""
-    return score_term(embedded, scorer(embedded), embedded.tokenizer, "scorer")
+    return build_score_objective(embedded, scorer(embedded), embedded.tokenizer, "scorer")
 
 
 def text_of(policy: Policy, sample: Sample) -> str:
-    return policy.decode(sample.response)
+    return policy.decode(sample.response_ids)
 
 
 # --- drawing and labelling --------------------------------------------------------------------------------
 
 
-def test_labels_are_the_verdicts_on_distinct_responses(embedded: Policy, labelled: list[Labelled]) -> None:
-    drawn = draw_samples(PROBLEMS, 3, policy=embedded, sampling=SAMPLING)
+def test_labels_are_the_verdicts_on_distinct_responses(embedded: Policy, labelled: list[LabeledResponse]) -> None:
+    drawn = sample_responses(PROBLEMS, 3, policy=embedded, sampling=SAMPLING)
     assert Counter(one.problem.id for one in drawn) == {problem.id: 3 for problem in PROBLEMS}
-    made = [(one.sample.problem.id, tuple(one.sample.response)) for one in labelled]
+    made = [(one.sample.problem.id, tuple(one.sample.response_ids)) for one in labelled]
     assert len(made) == len(set(made)), "what was given twice is there once"
-    assert set(made) == {(one.problem.id, tuple(one.response)) for one in drawn}
+    assert set(made) == {(one.problem.id, tuple(one.response_ids)) for one in drawn}
     for one in labelled:
-        assert one.right == digit_chains.is_right(one.sample.problem, text_of(embedded, one.sample))
-        assert one.sample.prompt == embedded.encode(one.sample.problem)
-    check_classes(labelled)
+        assert one.correct == digit_chains.is_correct(one.sample.problem, text_of(embedded, one.sample))
+        assert one.sample.prompt_ids == embedded.encode(one.sample.problem)
+    check_both_classes(labelled)
 
 
 def test_a_response_depends_on_neither_their_number_nor_the_batch(embedded: Policy) -> None:
-    few = draw_samples(PROBLEMS[:4], 2, policy=embedded, sampling=SAMPLING, seed=3)
-    many = draw_samples(PROBLEMS, 3, policy=embedded, sampling=SAMPLING, seed=3, batch_size=5)
-    by_problem = {problem.id: [one.response for one in many if one.problem == problem] for problem in PROBLEMS}
-    assert [one.response for one in few] == [r for problem in PROBLEMS[:4] for r in by_problem[problem.id][:2]]
-    other = draw_samples(PROBLEMS[:4], 2, policy=embedded, sampling=SAMPLING, seed=4)
-    assert [one.response for one in few] != [one.response for one in other]
+    few = sample_responses(PROBLEMS[:4], 2, policy=embedded, sampling=SAMPLING, seed=3)
+    many = sample_responses(PROBLEMS, 3, policy=embedded, sampling=SAMPLING, seed=3, batch_size=5)
+    by_problem = {problem.id: [one.response_ids for one in many if one.problem == problem] for problem in PROBLEMS}
+    assert [one.response_ids for one in few] == [r for problem in PROBLEMS[:4] for r in by_problem[problem.id][:2]]
+    other = sample_responses(PROBLEMS[:4], 2, policy=embedded, sampling=SAMPLING, seed=4)
+    assert [one.response_ids for one in few] != [one.response_ids for one in other]
 
 
 def test_problems_that_cannot_be_run_are_left_out_unless_all_are(policy: Policy) -> None:
     unknown = Problem(id="strange", question="what?")  # characters that the tokenizer does not know
     sound = worlds.tiny_problems()[0]
-    drawn = draw_samples([unknown, sound], 2, policy=policy, sampling=SAMPLING)
+    drawn = sample_responses([unknown, sound], 2, policy=policy, sampling=SAMPLING)
     assert [one.problem.id for one in drawn] == [sound.id] * 2
-    worlds.refused(lambda: draw_samples([unknown], 2, policy=policy, sampling=SAMPLING), "none of 1", "strange")
-    worlds.refused(lambda: draw_samples([], 2, policy=policy, sampling=SAMPLING), "none of 0")
+    worlds.refused(lambda: sample_responses([unknown], 2, policy=policy, sampling=SAMPLING), "none of 1", "strange")
+    worlds.refused(lambda: sample_responses([], 2, policy=policy, sampling=SAMPLING), "none of 0")
 
 
 def test_what_a_search_accepted_is_every_incumbent_but_the_first(policy: Policy) -> None:
     """Of a trace with an accepted, a refused and another accepted revision; failed problems give nothing."""
     problem = worlds.tiny_problems()[1]
     first = worlds.sample(policy, problem, "1+2=3")
-    common = {"policy": policy, "problem": problem, "method": "nabla", "seed": 0, "prompt": first.prompt, "meta": {}}
-    revisions, before = [], first.response
+    common = {
+        "policy": policy,
+        "problem": problem,
+        "method": "nabla",
+        "seed": 0,
+        "prompt": first.prompt_ids,
+        "meta": {},
+    }
+    revisions, before = [], first.response_ids
     for turn, (text, taken) in enumerate([("1+2=4", True), ("1+5=6#6", False), ("7", True)]):
-        whole = worlds.sample(policy, problem, text).response
+        whole = worlds.sample(policy, problem, text).response_ids
         at = next(index for index, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b)
         suffix = tuple(whole[at:])
         revisions.append(Revision(turn, at, before[at], suffix[0], suffix, turn, turn + 1.0, taken, 0.0))
         before = whole if taken else before
-    trace = response_trace(
-        response=before, reward=3.0, cost=Cost(), initial=first.response, revisions=revisions, **common
+    trace = build_response_trace(
+        response_ids=before, reward=3.0, cost=Cost(), initial_ids=first.response_ids, revisions=revisions, **common
     )
     trace.validate()
-    failed = error_trace(problem, "nabla", 0, "no room", {})
-    found = accepted([trace, failed], {problem.id: problem})
+    failed = build_error_trace(problem, "nabla", 0, "no room", {})
+    found = collect_accepted_responses([trace, failed], {problem.id: problem})
     assert [text_of(policy, one) for one in found] == ["1+2=4", "7"]
-    assert all((one.problem, one.prompt) == (problem, first.prompt) for one in found)
+    assert all((one.problem, one.prompt_ids) == (problem, first.prompt_ids) for one in found)
 
 
 @pytest.mark.parametrize(("wrong", "right"), [(2, 0), (0, 3), (0, 0)])
 def test_labels_of_one_class_are_refused(wrong: int, right: int, policy: Policy) -> None:
     one = worlds.sample(policy, worlds.tiny_problems()[0], "3")
-    made = [Labelled(one, False)] * wrong + [Labelled(one, True)] * right
+    made = [LabeledResponse(one, False)] * wrong + [LabeledResponse(one, True)] * right
     kind = "wrong" if wrong else "right"
-    message = worlds.refused(lambda: check_classes(made), "needs right and wrong responses", f"all {len(made)} are")
+    message = worlds.refused(
+        lambda: check_both_classes(made), "needs right and wrong responses", f"all {len(made)} are"
+    )
     assert message.endswith(kind) or not made
-    check_classes([*made, Labelled(one, True), Labelled(one, False)])
+    check_both_classes([*made, LabeledResponse(one, True), LabeledResponse(one, False)])
 
 
 # --- candidates -------------------------------------------------------------------------------------------
@@ -157,68 +166,68 @@ def test_candidates_are_those_that_drawing_would_have_shown(architecture: str) -
     policy = worlds.tiny_policy(architecture, seed=5)
     problems = worlds.tiny_problems()
     jobs = [
-        Job(problem.id, policy.encode(problem), random_stream(seed, problem.id), 12)
+        GenerationRequest(problem.id, policy.encode(problem), make_rng(seed, problem.id), 12)
         for problem in problems
         for seed in range(3)
     ]
-    drafts = generate(policy, jobs, Sampling(), meter=Meter(), candidates=3)
+    drafts = generate_continuations(policy, jobs, Sampling(), flop_counter=FlopCounter(), top_k_candidates=3)
     samples = [
-        Sample(problems[index // 3], job.prefix, draft.ids)
+        Sample(problems[index // 3], job.prefix_ids, draft.ids)
         for index, (job, draft) in enumerate(zip(jobs, drafts, strict=True))
     ]
-    assert len({len(one.response) for one in samples}) > 2
-    found = with_candidates(policy, samples, 3, 5)
+    assert len({len(one.response_ids) for one in samples}) > 2
+    found = add_draw_info(policy, samples, 3, 5)
     unlikely = 0
-    whole = with_candidates(policy, samples, 99, 5)  # the whole vocabulary
+    whole = add_draw_info(policy, samples, 99, 5)  # the whole vocabulary
     for sample, draft, asked, every in zip(found, drafts, samples, whole, strict=True):
-        assert sample.known is not None and sample.known.model is policy.model
-        assert torch.equal(sample.known.candidates, draft.candidates)
-        torch.testing.assert_close(sample.known.logp, draft.logp, atol=1e-4, rtol=1e-4)
-        assert replace(sample, known=None) == asked
-        assert every.known is not None and every.known.logp.shape == (len(draft.ids), len(worlds.TOKENS))
-        unlikely += int((sample.known.own(draft.ids) < every.known.logp[:, 2] - 0.1).sum())
+        assert sample.draw_info is not None and sample.draw_info.model is policy.model
+        assert torch.equal(sample.draw_info.candidates, draft.candidates)
+        torch.testing.assert_close(sample.draw_info.logp, draft.logp, atol=1e-4, rtol=1e-4)
+        assert replace(sample, draw_info=None) == asked
+        assert every.draw_info is not None and every.draw_info.logp.shape == (len(draft.ids), len(worlds.TOKENS))
+        unlikely += int((sample.draw_info.gather_response_logp(draft.ids) < every.draw_info.logp[:, 2] - 0.1).sum())
     assert unlikely
 
 
-def test_a_batch_shows_what_single_responses_show(embedded: Policy, labelled: list[Labelled]) -> None:
-    samples = [replace(one.sample, known=None) for one in labelled]
-    assert len({len(one.response) for one in samples}) > 1
-    for one, single in zip(labelled, with_candidates(embedded, samples, 6, 1), strict=True):
-        assert isinstance(one.sample.known, Known) and single.known is not None
-        assert torch.equal(one.sample.known.candidates, single.known.candidates)
-        torch.testing.assert_close(one.sample.known.logp, single.known.logp, atol=1e-4, rtol=1e-4)
+def test_a_batch_shows_what_single_responses_show(embedded: Policy, labelled: list[LabeledResponse]) -> None:
+    samples = [replace(one.sample, draw_info=None) for one in labelled]
+    assert len({len(one.response_ids) for one in samples}) > 1
+    for one, single in zip(labelled, add_draw_info(embedded, samples, 6, 1), strict=True):
+        assert isinstance(one.sample.draw_info, DrawInfo) and single.draw_info is not None
+        assert torch.equal(one.sample.draw_info.candidates, single.draw_info.candidates)
+        torch.testing.assert_close(one.sample.draw_info.logp, single.draw_info.logp, atol=1e-4, rtol=1e-4)
 
 
 # --- rows -------------------------------------------------------------------------------------------------
 
 
 def test_rows_hold_the_response_in_the_rewards_words(
-    embedded: Policy, labelled: list[Labelled], term: ScoreTerm
+    embedded: Policy, labelled: list[LabeledResponse], term: ScoreObjective
 ) -> None:
-    rows = token_rows(labelled, term, labels=TokenLabels(embedded), min_p=0.0)
-    judge = TokenLabels(embedded)
+    rows = build_token_rows(labelled, term, token_labels=TokenLabeler(embedded), min_p=0.0)
+    judge = TokenLabeler(embedded)
     for one, row in zip(labelled, rows, strict=True):
-        sample, known = one.sample, one.sample.known
+        sample, known = one.sample, one.sample.draw_info
         assert known is not None
-        assert row["input_ids"] == sample.prompt + sample.response  # the stop token closes the turn
-        assert row["input_ids"][: row["start"]] == sample.prompt
+        assert row["input_ids"] == sample.prompt_ids + sample.response_ids  # the stop token closes the turn
+        assert row["input_ids"][: row["start"]] == sample.prompt_ids
         ids, weights = torch.tensor(row["ids"]), torch.tensor(row["weights"])
-        assert ids[:, 0].tolist() == sample.response and not weights[:, 0].any()
+        assert ids[:, 0].tolist() == sample.response_ids and not weights[:, 0].any()
         assert torch.equal(ids[:, 1:], known.candidates)
         torch.testing.assert_close(weights[:, 1:], known.logp.exp() / known.logp.exp().sum(-1, keepdim=True))
         right = torch.tensor(row["right"]).bool()
-        assert torch.equal(right, judge.right(sample.problem, sample.response, ids))
-        assert row["outcome"] == one.right and row["closed"] == 1.0
+        assert torch.equal(right, judge.label_candidates(sample.problem, sample.response_ids, ids))
+        assert row["outcome"] == one.correct and row["closed"] == 1.0
     assert {row["outcome"] for row in rows} == {0.0, 1.0}
 
 
-def test_unlikely_candidates_have_no_weight_in_mixtures(labelled: list[Labelled], term: ScoreTerm) -> None:
+def test_unlikely_candidates_have_no_weight_in_mixtures(labelled: list[LabeledResponse], term: ScoreObjective) -> None:
     dropped = 0
-    for one, row in zip(labelled, token_rows(labelled, term, labels=None, min_p=0.1), strict=True):
-        assert one.sample.known is not None
-        policy = one.sample.known.logp.exp()
+    for one, row in zip(labelled, build_token_rows(labelled, term, token_labels=None, min_p=0.1), strict=True):
+        assert one.sample.draw_info is not None
+        policy = one.sample.draw_info.logp.exp()
         kept = policy >= 0.1 * policy.amax(-1, keepdim=True)
-        candidates = term.mapping[one.sample.known.candidates]
+        candidates = term.vocab_map[one.sample.draw_info.candidates]
         for at, (ids, weights) in enumerate(zip(row["ids"], row["weights"], strict=True)):
             mixed = {token for token, weight in zip(ids[1:], weights[1:], strict=True) if weight > 0}
             assert mixed == set(candidates[at][kept[at]].tolist()) and sum(weights[1:]) == pytest.approx(1)
@@ -226,38 +235,40 @@ def test_unlikely_candidates_have_no_weight_in_mixtures(labelled: list[Labelled]
     assert dropped
 
 
-def test_without_step_labels_a_row_tells_the_outcome_alone(labelled: list[Labelled], term: ScoreTerm) -> None:
-    rows = token_rows(labelled, term, labels=None, min_p=0.0)
+def test_without_step_labels_a_row_tells_the_outcome_alone(
+    labelled: list[LabeledResponse], term: ScoreObjective
+) -> None:
+    rows = build_token_rows(labelled, term, token_labels=None, min_p=0.0)
     assert all(row["right"] == [] for row in rows)
-    assert [row["outcome"] for row in rows] == [float(one.right) for one in labelled]
+    assert [row["outcome"] for row in rows] == [float(one.correct) for one in labelled]
 
 
 def test_a_response_cut_at_the_limit_is_not_closed_and_its_end_not_right(
-    embedded: Policy, labelled: list[Labelled], term: ScoreTerm
+    embedded: Policy, labelled: list[LabeledResponse], term: ScoreObjective
 ) -> None:
-    whole = next(one for one in labelled if one.right)
-    cut = with_candidates(embedded, [replace(whole.sample, response=whole.sample.response[:-3])], 6, 1)[0]
-    judge = TokenLabels(embedded)
-    done, open_ = token_rows([whole, Labelled(cut, False)], term, labels=judge, min_p=0.0)
+    whole = next(one for one in labelled if one.correct)
+    cut = add_draw_info(embedded, [replace(whole.sample, response_ids=whole.sample.response_ids[:-3])], 6, 1)[0]
+    judge = TokenLabeler(embedded)
+    done, open_ = build_token_rows([whole, LabeledResponse(cut, False)], term, token_labels=judge, min_p=0.0)
     assert (done["closed"], open_["closed"]) == (1.0, 0.0)
     collate = TokenCollator(embedded.tokenizer.pad_token_id, 0.0)
     targets = [collate([row])["targets"][0] for row in (done, open_)]
-    assert targets[0][done["start"] :].tolist() == [1.0] * len(whole.sample.response)
+    assert targets[0][done["start"] :].tolist() == [1.0] * len(whole.sample.response_ids)
     # All that it wrote is right, but the turn that the template closes behind it (the tail) is not.
-    assert targets[1][open_["start"] :].tolist() == [1.0] * len(cut.response) + [0.0] * len(term.tail)
-    assert term.tail and len(open_["input_ids"]) == len(cut.prompt + cut.response + term.tail)
+    assert targets[1][open_["start"] :].tolist() == [1.0] * len(cut.response_ids) + [0.0] * len(term.turn_end_ids)
+    assert term.turn_end_ids and len(open_["input_ids"]) == len(cut.prompt_ids + cut.response_ids + term.turn_end_ids)
 
 
 def test_rows_follow_a_rewards_shuffled_vocabulary(
-    embedded: Policy, labelled: list[Labelled], term: ScoreTerm
+    embedded: Policy, labelled: list[LabeledResponse], term: ScoreObjective
 ) -> None:
     """The same tokens under other ids, with equal weights and labels, and equal scores by the moved model."""
     tokenizer, new_ids = worlds.permuted_tokenizer(embedded.tokenizer)
     moved = worlds.permuted_model(term.model, new_ids, len(new_ids) + 3)
-    other = score_term(embedded, moved, tokenizer, "moved")
-    judge = TokenLabels(embedded)
-    plain = token_rows(labelled, term, labels=judge, min_p=0.02)
-    rows = token_rows(labelled, other, labels=judge, min_p=0.02)
+    other = build_score_objective(embedded, moved, tokenizer, "moved")
+    judge = TokenLabeler(embedded)
+    plain = build_token_rows(labelled, term, token_labels=judge, min_p=0.02)
+    rows = build_token_rows(labelled, other, token_labels=judge, min_p=0.02)
     for one, row in zip(plain, rows, strict=True):
         assert row["input_ids"] == new_ids[one["input_ids"]].tolist() != one["input_ids"]
         assert row["ids"] == new_ids[torch.tensor(one["ids"])].tolist()
@@ -267,86 +278,98 @@ def test_rows_follow_a_rewards_shuffled_vocabulary(
     for model, some in ((term.model, plain), (moved, rows)):
         batch = TokenCollator(0, 0.0)(some[:4])
         embeds = model.get_input_embeddings()(batch["hard"])
-        scores.append(token_scores(model, embeds, batch["attention_mask"])[batch["attention_mask"].bool()])
+        scores.append(compute_token_scores(model, embeds, batch["attention_mask"])[batch["attention_mask"].bool()])
     torch.testing.assert_close(scores[0], scores[1])
 
 
 def test_responses_with_tokens_that_the_base_lacks_are_left_out_and_counted(
-    embedded: Policy, labelled: list[Labelled], capsys: pytest.CaptureFixture[str]
+    embedded: Policy, labelled: list[LabeledResponse], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Candidates that it lacks leave no row out."""
 
-    def lacking(word: str) -> ScoreTerm:
-        term = score_term(embedded, scorer(embedded), embedded.tokenizer, "other")
-        term.mapping[embedded.tokenizer.convert_tokens_to_ids(word)] = -1
+    def lacking(word: str) -> ScoreObjective:
+        term = build_score_objective(embedded, scorer(embedded), embedded.tokenizer, "other")
+        term.vocab_map[embedded.tokenizer.convert_tokens_to_ids(word)] = -1
         return term
 
     seldom = lacking(",")
-    gone = [(seldom.mapping[one.sample.response] < 0).any() for one in labelled]
+    gone = [(seldom.vocab_map[one.sample.response_ids] < 0).any() for one in labelled]
     assert 0 < sum(gone) < len(labelled)
-    kept = legible(labelled, seldom, "other")
+    kept = filter_encodable(labelled, seldom, "other")
     assert [id(one) for one in kept] == [id(one) for one, lost in zip(labelled, gone, strict=True) if not lost]
     assert f"warning: {sum(gone)} of {len(labelled)} responses hold tokens that other" in capsys.readouterr().err
-    rows = token_rows(kept, seldom, labels=None, min_p=0.0)
+    rows = build_token_rows(kept, seldom, token_labels=None, min_p=0.0)
     assert len(rows) == len(kept) and all(min(map(min, row["ids"])) >= 0 <= min(row["input_ids"]) for row in rows)
-    assert len(legible(kept, seldom, "other")) == len(legible(labelled, seldom, "other", quiet=True)) == len(kept)
+    assert (
+        len(filter_encodable(kept, seldom, "other"))
+        == len(filter_encodable(labelled, seldom, "other", quiet=True))
+        == len(kept)
+    )
     assert capsys.readouterr().err == ""
-    worlds.refused(lambda: legible(labelled, lacking("="), "other"), f"each of {len(labelled)}", "choose a base")
+    worlds.refused(
+        lambda: filter_encodable(labelled, lacking("="), "other"), f"each of {len(labelled)}", "choose a base"
+    )
 
 
-def test_rows_need_the_policys_candidates(labelled: list[Labelled], term: ScoreTerm) -> None:
-    bare = Labelled(replace(labelled[0].sample, known=None), True)
-    worlds.refused(lambda: token_rows([bare], term, labels=None, min_p=0.0), bare.sample.problem.id, "candidates")
+def test_rows_need_the_policys_candidates(labelled: list[LabeledResponse], term: ScoreObjective) -> None:
+    bare = LabeledResponse(replace(labelled[0].sample, draw_info=None), True)
+    worlds.refused(
+        lambda: build_token_rows([bare], term, token_labels=None, min_p=0.0), bare.sample.problem.id, "candidates"
+    )
 
 
 # --- a reward that drops the policy's stop token ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def dropping(embedded: Policy) -> ScoreTerm:
+def dropping(embedded: Policy) -> ScoreObjective:
     """Closes a turn with another token than the policy's stop token, which is therefore dropped."""
     template = worlds.TEMPLATE.replace("'<|end|>'", "'#'")
     tokenizer, _ = worlds.permuted_tokenizer(embedded.tokenizer)
     tokenizer.chat_template = template
-    return score_term(embedded, scorer(embedded), tokenizer, "dropping")
+    return build_score_objective(embedded, scorer(embedded), tokenizer, "dropping")
 
 
 def test_a_dropped_stop_token_leaves_the_rows_positions_in_step(
-    embedded: Policy, labelled: list[Labelled], dropping: ScoreTerm
+    embedded: Policy, labelled: list[LabeledResponse], dropping: ScoreObjective
 ) -> None:
     for one, row in zip(
-        labelled, token_rows(labelled, dropping, labels=TokenLabels(embedded), min_p=0.0), strict=True
+        labelled, build_token_rows(labelled, dropping, token_labels=TokenLabeler(embedded), min_p=0.0), strict=True
     ):
-        count = len(one.sample.response) - 1
+        count = len(one.sample.response_ids) - 1
         assert len(row["ids"]) == len(row["weights"]) == len(row["right"]) == count
-        assert len(row["input_ids"]) == row["start"] + count + len(dropping.tail)
+        assert len(row["input_ids"]) == row["start"] + count + len(dropping.turn_end_ids)
 
 
 def test_stopping_too_early_is_wrong_also_where_the_stop_token_is_dropped(
-    embedded: Policy, labelled: list[Labelled], term: ScoreTerm, dropping: ScoreTerm
+    embedded: Policy, labelled: list[LabeledResponse], term: ScoreObjective, dropping: ScoreObjective
 ) -> None:
-    whole = next(one for one in labelled if one.right).sample
-    early = replace(whole, response=[*whole.response[:-3], whole.response[-1]])
-    early = with_candidates(embedded, [early], 6, 1)[0]
+    whole = next(one for one in labelled if one.correct).sample
+    early = replace(whole, response_ids=[*whole.response_ids[:-3], whole.response_ids[-1]])
+    early = add_draw_info(embedded, [early], 6, 1)[0]
     for reader in (term, dropping):
-        (row,) = token_rows([Labelled(early, False)], reader, labels=TokenLabels(embedded), min_p=0.0)
+        (row,) = build_token_rows(
+            [LabeledResponse(early, False)], reader, token_labels=TokenLabeler(embedded), min_p=0.0
+        )
         assert TokenCollator(0, 0.0)([row])["targets"][0, -1] == 0
 
 
 def test_an_empty_response_can_be_trained_on_where_the_stop_token_is_dropped(
-    embedded: Policy, labelled: list[Labelled], dropping: ScoreTerm
+    embedded: Policy, labelled: list[LabeledResponse], dropping: ScoreObjective
 ) -> None:
     one = labelled[0].sample
-    empty = with_candidates(embedded, [replace(one, response=one.response[-1:])], 6, 1)[0]
-    rows = token_rows([Labelled(empty, False), labelled[0]], dropping, labels=TokenLabels(embedded), min_p=0.0)
+    empty = add_draw_info(embedded, [replace(one, response_ids=one.response_ids[-1:])], 6, 1)[0]
+    rows = build_token_rows(
+        [LabeledResponse(empty, False), labelled[0]], dropping, token_labels=TokenLabeler(embedded), min_p=0.0
+    )
     assert TokenCollator(0, 1.0)(rows)["targets"][0, len(rows[0]["input_ids"]) - 1] == 0
 
 
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def test_samples_come_back_from_their_file(labelled: list[Labelled], tmp_path: Path) -> None:
-    samples = [replace(one.sample, known=None) for one in labelled]
+def test_samples_come_back_from_their_file(labelled: list[LabeledResponse], tmp_path: Path) -> None:
+    samples = [replace(one.sample, draw_info=None) for one in labelled]
     problems = {problem.id: problem for problem in PROBLEMS}
     for made in (samples, []):
         write_samples(tmp_path / "some.jsonl", made)
@@ -363,7 +386,7 @@ def test_samples_come_back_from_their_file(labelled: list[Labelled], tmp_path: P
         "null",
     ],
 )
-def test_a_broken_line_is_refused_and_named(line: str, labelled: list[Labelled], tmp_path: Path) -> None:
+def test_a_broken_line_is_refused_and_named(line: str, labelled: list[LabeledResponse], tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     write_samples(file, [labelled[0].sample])
     file.write_text(file.read_text() + line + "\n")
@@ -371,7 +394,7 @@ def test_a_broken_line_is_refused_and_named(line: str, labelled: list[Labelled],
     worlds.refused(lambda: read_samples(file, problems), f"{file}:2", "is not a sample")
 
 
-def test_samples_of_an_unknown_problem_are_refused(labelled: list[Labelled], tmp_path: Path) -> None:
+def test_samples_of_an_unknown_problem_are_refused(labelled: list[LabeledResponse], tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     write_samples(file, [labelled[0].sample])
     assert json.loads(file.read_text())["problem_id"] == PROBLEMS[0].id
@@ -381,10 +404,10 @@ def test_samples_of_an_unknown_problem_are_refused(labelled: list[Labelled], tmp
 # --- pairs ------------------------------------------------------------------------------------------------
 
 
-def graded(policy: Policy, sizes: Sequence[tuple[int, int]]) -> list[Labelled]:
+def graded(policy: Policy, sizes: Sequence[tuple[int, int]]) -> list[LabeledResponse]:
     """Per problem, so many right and wrong responses, in mixed order."""
     made = [
-        Labelled(worlds.sample(policy, Problem(id=f"p{index}", question="1+2"), f"{right:d}{number}"), right)
+        LabeledResponse(worlds.sample(policy, Problem(id=f"p{index}", question="1+2"), f"{right:d}{number}"), right)
         for index, size in enumerate(sizes)
         for right, count in zip((True, False), size, strict=True)
         for number in range(count)
@@ -393,13 +416,13 @@ def graded(policy: Policy, sizes: Sequence[tuple[int, int]]) -> list[Labelled]:
     return made
 
 
-def pairs_of(made: Sequence[Labelled], **options: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    verdicts = {(one.sample.problem.id, *one.sample.response): one.right for one in made}
+def pairs_of(made: Sequence[LabeledResponse], **options: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    verdicts = {(one.sample.problem.id, *one.sample.response_ids): one.correct for one in made}
     found = []
     for good, bad in choose_pairs(made, **options):
         assert good.problem == bad.problem
-        assert [verdicts[(one.problem.id, *one.response)] for one in (good, bad)] == [True, False]
-        found.append((good.problem.id, tuple(good.response), tuple(bad.response)))
+        assert [verdicts[(one.problem.id, *one.response_ids)] for one in (good, bad)] == [True, False]
+        found.append((good.problem.id, tuple(good.response_ids), tuple(bad.response_ids)))
     assert len(found) == len(set(found)), "no pair twice"
     return found
 
@@ -430,14 +453,14 @@ def test_rows_of_pairs_are_whole_turns_in_the_rewards_ids(margin: float, policy:
     model = worlds.tiny_model(kind="score", vocab=len(new_ids))
     made = graded(policy, [(2, 2), (1, 2)])
     made = [
-        replace(one, sample=replace(one.sample, response=one.sample.response[: None if index % 2 else -1]))
+        replace(one, make_sample=replace(one.sample, response_ids=one.sample.response_ids[: None if index % 2 else -1]))
         for index, one in enumerate(made)
     ]
-    term = score_term(policy, model, tokenizer, "moved")
-    rows = pair_rows(made, term, per_problem=3, margin=margin, seed=2)
+    term = build_score_objective(policy, model, tokenizer, "moved")
+    rows = build_pair_rows(made, term, pairs_per_problem=3, margin=margin, seed=2)
     end = policy.tokenizer.eos_token_id
     for row, (good, bad) in zip(rows, choose_pairs(made, 3, 2), strict=True):
         for name, one in (("chosen_ids", good), ("rejected_ids", bad)):
-            body = one.response if one.response[-1] == end else [*one.response, end]
-            assert row[name] == new_ids[one.prompt + body].tolist()
+            body = one.response_ids if one.response_ids[-1] == end else [*one.response_ids, end]
+            assert row[name] == new_ids[one.prompt_ids + body].tolist()
         assert row.get("margin") == (margin or None)

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from trl import RewardConfig
 
 from nabla_trl.reward_training.token_trainer import (
-    RelaxedLoss,
+    RelaxedLossConfig,
     TokenCollator,
     TokenRewardTrainer,
-    draw_shares,
-    draw_swaps,
-    mix,
-    token_scores,
+    compute_token_scores,
+    mix_embeddings,
+    sample_mixture_weights,
+    sample_token_swaps,
 )
 
 PAD = worlds.TOKENS.index(worlds.PAD)
@@ -88,12 +88,16 @@ def scorer(architecture: str = "llama", **options: Any) -> PreTrainedModel:
 
 
 def trainer(folder: Path, model: Any, rows: Sequence[Row], **options: Any) -> TokenRewardTrainer:
-    loss = RelaxedLoss(**{name: options.pop(name) for name in ("relaxed", "draws", "matching") if name in options})
+    loss = RelaxedLossConfig(
+        **{name: options.pop(name) for name in ("relaxed", "draws", "matching") if name in options}
+    )
     common = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
     args = RewardConfig(str(folder), disable_tqdm=True, save_strategy="no", **common, **options)
     tokenizer = worlds.char_tokenizer()
     dataset = Dataset.from_list(list(rows))
-    return TokenRewardTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, options=loss)
+    return TokenRewardTrainer(
+        model=model, args=args, train_dataset=dataset, processing_class=tokenizer, loss_config=loss
+    )
 
 
 def prefix_score(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
@@ -212,7 +216,7 @@ def test_what_the_policy_offered_are_its_other_tokens() -> None:
 
 @pytest.mark.parametrize("relaxed", [0.0, 0.3, 1.0])
 def test_the_share_of_relaxed_rows_is_the_one_asked_for(relaxed: float) -> None:
-    rows = seeded(0, lambda: torch.stack([draw_shares(200, relaxed) for _ in range(2000)]))
+    rows = seeded(0, lambda: torch.stack([sample_mixture_weights(200, relaxed) for _ in range(2000)]))
     assert ((rows >= 0) & (rows < 1)).all()
     mixed = rows[(rows > 0).any(1)]
     assert len(mixed) / len(rows) == pytest.approx(relaxed, abs=0.04)  # four standard errors
@@ -231,7 +235,7 @@ def test_the_share_of_relaxed_rows_is_the_one_asked_for(relaxed: float) -> None:
     [{"relaxed": -0.1}, {"relaxed": float("nan")}, {"draws": 0}, {"matching": -1.0}, {"matching": float("nan")}],
 )
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
-    worlds.refused(lambda: RelaxedLoss(**options), "relaxed must be in [0, 1]", "draws", "matching")
+    worlds.refused(lambda: RelaxedLossConfig(**options), "relaxed must be in [0, 1]", "draws", "matching")
 
 
 # --- scores -----------------------------------------------------------------------------------------------
@@ -241,10 +245,10 @@ def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
 def test_mixing_at_one_hot_weights_is_embedding(architecture: str) -> None:
     embed = scorer(architecture).get_input_embeddings()
     batch = collated(some_rows(), 0.0)
-    assert torch.equal(mix(embed, batch["ids"], batch["weights"]), embed(batch["hard"]))
+    assert torch.equal(mix_embeddings(embed, batch["ids"], batch["weights"]), embed(batch["hard"]))
     batch = collated(some_rows(), 1.0, seed=3)
     assert not torch.equal(batch["weights"][..., 0], torch.ones(batch["hard"].shape))
-    torch.testing.assert_close(mix(embed, batch["ids"], batch["weights"]), dense(batch) @ embed.weight)
+    torch.testing.assert_close(mix_embeddings(embed, batch["ids"], batch["weights"]), dense(batch) @ embed.weight)
 
 
 def adapted(model: PreTrainedModel, architecture: str) -> Any:
@@ -268,7 +272,7 @@ def test_a_score_at_every_position_is_the_pooled_logit_of_what_came_before(archi
     batch = collated(some_rows(), 0.0)
     with torch.no_grad():
         embeds = model.get_input_embeddings()(batch["hard"])
-        scores = token_scores(model, embeds, batch["attention_mask"])
+        scores = compute_token_scores(model, embeds, batch["attention_mask"])
         pooled = model(input_ids=batch["hard"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
         torch.testing.assert_close(scores[range(3), batch["last"]], pooled, atol=1e-5, rtol=1e-4)
         for row, ids in enumerate(batch["hard"].tolist()):
@@ -327,7 +331,7 @@ def test_the_target_of_a_sure_mixture_is_the_models_own_prediction_of_its_tokens
         drawn[index, row["start"] : row["start"] + 4] = torch.tensor(row["ids"])[:, 2]
     assert not torch.equal(drawn, batch["hard"])
     with torch.no_grad():
-        scores = token_scores(model, model.get_input_embeddings()(drawn), batch["attention_mask"])
+        scores = compute_token_scores(model, model.get_input_embeddings()(drawn), batch["attention_mask"])
     wanted = torch.where(batch["targets"].isnan(), torch.nan, scores.sigmoid())
     torch.testing.assert_close(made.compute_loss(model, batch), loss_against(scores, wanted))
     batch["estimated"][1] = False  # a hard row beside them keeps its outcome
@@ -347,10 +351,12 @@ def test_the_target_of_a_mixture_is_the_mean_prediction_over_its_draws(tmp_path:
         for choice in product(range(3), repeat=2):
             ids = batch["hard"][:1].clone()
             ids[0, 2:4] = torch.tensor([row["ids"][at][column] for at, column in enumerate(choice)])
-            seen = token_scores(model, embed(ids), batch["attention_mask"][:1])[0].sigmoid()
+            seen = compute_token_scores(model, embed(ids), batch["attention_mask"][:1])[0].sigmoid()
             expected += weights[0, choice[0]] * weights[1, choice[1]] * seen
             single.append(seen[2:])
-        scores = token_scores(model, mix(embed, batch["ids"], batch["weights"]), batch["attention_mask"])
+        scores = compute_token_scores(
+            model, mix_embeddings(embed, batch["ids"], batch["weights"]), batch["attention_mask"]
+        )
     assert torch.stack(single).std(0).max() > 0.1
     targets = torch.where(batch["targets"].isnan(), torch.nan, expected)
     for draws, close in ((256, True), (1, False)):
@@ -395,7 +401,7 @@ def matching_loss(made: TokenRewardTrainer, model: Any, batch: dict[str, Tensor]
     """What gradient matching adds to the loss."""
     parts = []
     for matching in (weight, 0.0):
-        made.options = RelaxedLoss(matching=matching)
+        made.loss_config = RelaxedLossConfig(gradient_matching=matching)
         parts.append(seeded(0, lambda: made.compute_loss(model, batch)))
     return parts[0] - parts[1]
 
@@ -467,7 +473,7 @@ def test_swaps_are_among_the_tokens_that_were_offered() -> None:
     batch = collated(rows, 0.5)
     seen: list[set[tuple[int, int]]] = [set() for _ in rows]
     for seed in range(200):
-        places, tokens = seeded(seed, lambda: draw_swaps(batch))
+        places, tokens = seeded(seed, lambda: sample_token_swaps(batch))
         for index, pair in enumerate(zip(places.tolist(), tokens.tolist(), strict=True)):
             seen[index].add(pair)
     for index in range(len(rows)):
@@ -482,7 +488,7 @@ def test_a_swap_changes_nothing_where_nothing_was_offered() -> None:
     batch = collated(rows, 0.5)
     assert not batch["offered"][1].any()
     for seed in range(100):
-        places, tokens = seeded(seed, lambda: draw_swaps(batch))
+        places, tokens = seeded(seed, lambda: sample_token_swaps(batch))
         assert batch["hard"][1, places[1]] == tokens[1]
 
 
@@ -507,7 +513,7 @@ def test_training_learns_the_targets(tmp_path: Path) -> None:
     batch = collated(rows, 0.0)
     before = float(made.compute_loss(model, batch))
     result = made.train()
-    made.options = RelaxedLoss()
+    made.loss_config = RelaxedLossConfig()
     assert float(made.compute_loss(model, batch)) < 0.7 * before
     assert result.global_step == 30
     logged = [entry for entry in made.state.log_history if "loss" in entry]

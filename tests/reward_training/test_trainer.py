@@ -22,17 +22,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import DPOConfig, RewardConfig
 
 from nabla_trl.gradient.objectives import Sample
-from nabla_trl.models.flops import Meter
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.policy import Policy
 from nabla_trl.reward_training import implicit, trainer
-from nabla_trl.reward_training.data import Labelled, choose_pairs, with_candidates
-from nabla_trl.reward_training.implicit import dpo_config, train_implicit
-from nabla_trl.reward_training.labels import TokenLabels
-from nabla_trl.reward_training.trainer import RewardOptions, grown, starting_model, train_reward
+from nabla_trl.reward_training.data import LabeledResponse, add_draw_info, choose_pairs
+from nabla_trl.reward_training.implicit import make_dpo_config, train_implicit_reward
+from nabla_trl.reward_training.labels import TokenLabeler
+from nabla_trl.reward_training.trainer import RewardOptions, add_top_layers, load_initial_model, train_reward
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.rewards.spec import RewardCard, write_card
+from nabla_trl.rewards.spec import RewardManifest, write_manifest
 from nabla_trl.tasks import digit_chains
 from nabla_trl.training.peft import LoraArguments
 
@@ -50,17 +50,17 @@ def save(folder: Path, model: PreTrainedModel) -> str:
 pytestmark = pytest.mark.usefixtures("little_to_collect")
 
 
-def responses(policy: Policy, count: int = 5) -> list[Labelled]:
+def responses(policy: Policy, count: int = 5) -> list[LabeledResponse]:
     """To each of some chains a right response, a wrong one, and one that was cut."""
     made = []
-    for problem in digit_chains.make_problems("train", count):
-        gold = digit_chains.gold_solution(problem.question)
+    for problem in digit_chains.make_digit_chain_problems("train", count):
+        gold = digit_chains.make_gold_solution(problem.question)
         wrong = gold[:-1] + str((int(gold[-1]) + random.Random(problem.id).randint(1, 9)) % 10)
-        made.append(Labelled(worlds.sample(policy, problem, gold), True))
-        made.append(Labelled(worlds.sample(policy, problem, wrong), False))
-        made.append(Labelled(worlds.sample(policy, problem, gold[:9], finished=False), False))
-    known = with_candidates(policy, [one.sample for one in made], 5, 64)
-    return [replace(one, sample=sample) for one, sample in zip(made, known, strict=True)]
+        made.append(LabeledResponse(worlds.sample(policy, problem, gold), True))
+        made.append(LabeledResponse(worlds.sample(policy, problem, wrong), False))
+        made.append(LabeledResponse(worlds.sample(policy, problem, gold[:9], finished=False), False))
+    known = add_draw_info(policy, [one.sample for one in made], 5, 64)
+    return [replace(one, make_sample=sample) for one, sample in zip(made, known, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def policies(bases: dict[str, str]) -> dict[str, Policy]:
 
 
 @pytest.fixture(scope="module")
-def data(policies: dict[str, Policy]) -> dict[str, list[Labelled]]:
+def data(policies: dict[str, Policy]) -> dict[str, list[LabeledResponse]]:
     return {name: responses(policy) for name, policy in policies.items()}
 
 
@@ -77,7 +77,7 @@ def data(policies: dict[str, Policy]) -> dict[str, list[Labelled]]:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models that training ended with, in their order."""
     models: list[Any] = []
-    write = trainer.save_whole
+    write = trainer.save_model_atomically
 
     def spy(trainer: Any, output: Path) -> None:
         models.append(trainer.model.eval())
@@ -94,7 +94,7 @@ def settings(folder: Path, **options: Any) -> RewardConfig:
 
 @pytest.fixture
 def train(
-    policies: dict[str, Policy], data: dict[str, list[Labelled]], bases: dict[str, str], tmp_path: Path
+    policies: dict[str, Policy], data: dict[str, list[LabeledResponse]], bases: dict[str, str], tmp_path: Path
 ) -> Callable[..., Any]:
     """`train_reward` with small defaults; returns what it did."""
 
@@ -118,9 +118,9 @@ def train(
             lora=LORA,
             config=settings(tmp_path, **config or {}),
             dtype="float32",
-            labels=TokenLabels(policy) if steps else None,
+            token_labels=TokenLabeler(policy) if steps else None,
             min_p=0.0,
-            grow=grow,
+            add_layers=grow,
         )
 
     return run
@@ -129,16 +129,16 @@ def train(
 @torch.no_grad()
 def plain_scores(model: Any, samples: Sequence[Sample]) -> list[float]:
     """The classifier's own pooled logits of whole turns."""
-    closed = [one.response if one.response[-1] == END else [*one.response, END] for one in samples]
-    rows = [torch.tensor([one.prompt + ids]) for one, ids in zip(samples, closed, strict=True)]
+    closed = [one.response_ids if one.response_ids[-1] == END else [*one.response_ids, END] for one in samples]
+    rows = [torch.tensor([one.prompt_ids + ids]) for one, ids in zip(samples, closed, strict=True)]
     return [float(model(input_ids=row).logits) for row in rows]
 
 
 def scores(reward: Reward, samples: Sequence[Sample]) -> list[float]:
-    return reward.score(samples, reward.prompt_memos(samples, Meter()), meter=Meter())[0]
+    return reward.score(samples, reward.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter())[0]
 
 
-def samples_of(labelled: Sequence[Labelled]) -> list[Sample]:
+def samples_of(labelled: Sequence[LabeledResponse]) -> list[Sample]:
     return [one.sample for one in labelled]
 
 
@@ -304,7 +304,7 @@ IDS = torch.tensor([[3, 10, 4, 13, 7, 14, 8, END]])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_new_layers_change_no_score_until_they_are_trained(architecture: str, layers: int) -> None:
     model = worlds.tiny_model(architecture, kind="score", seed=1)
-    deeper = grown(model, layers).eval()
+    deeper = add_top_layers(model, layers).eval()
     assert model.config.num_hidden_layers == 2 and deeper.config.num_hidden_layers == 2 + layers
     with torch.no_grad():
         torch.testing.assert_close(deeper(IDS).logits, model(IDS).logits)
@@ -325,12 +325,12 @@ def test_new_layers_change_no_score_where_output_projections_have_biases() -> No
         if name.endswith("bias"):
             weight.data.normal_()
     with torch.no_grad():
-        torch.testing.assert_close(grown(model, 1).eval()(IDS).logits, model(IDS).logits)
+        torch.testing.assert_close(add_top_layers(model, 1).eval()(IDS).logits, model(IDS).logits)
 
 
 def test_growing_an_unknown_architecture_is_refused() -> None:
     model = worlds.tiny_model("gpt2", kind="score")
-    worlds.refused(lambda: grown(model, 1), "grow_layers", "gpt2")
+    worlds.refused(lambda: add_top_layers(model, 1), "grow_layers", "gpt2")
 
 
 # --- QLoRA ------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_gradients_of_a_four_bit_model_are_those_of_its_dequantised_copy(
     """Also after a forward without autograd, before which a CPU with AVX512-BF16 would repack the weights."""
     base = bases[architecture]
     options = RewardOptions(tuning="qlora")
-    model = starting_model(base, options, LORA, settings(tmp_path), "float32", grow=True).eval()
+    model = load_initial_model(base, options, LORA, settings(tmp_path), "float32", add_layers=True).eval()
     plain = dequantised(model.get_base_model(), base)
     embeds = model.get_input_embeddings()(IDS).detach()
     before = slope_of(model, embeds)
@@ -396,7 +396,7 @@ def test_qlora_saves_an_adapter_with_the_head_that_was_trained(
     weights = load_peft_weights(str(tmp_path / "reward"), device="cpu")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     reward = load_reward(str(tmp_path / "reward"), policy=policies["llama"])
-    assert torch.equal(reward.terms[0].model.score.weight, trained[0].get_base_model().score.weight)
+    assert torch.equal(reward.objectives[0].model.score.weight, trained[0].get_base_model().score.weight)
     near = torch.corrcoef(torch.tensor([wanted, scores(reward, items)]))[0, 1]
     assert float(near) > 0.7
 
@@ -423,9 +423,9 @@ def test_a_second_round_of_qlora_starts_from_the_first(
 
 @torch.no_grad()
 def plain_logp(model: Any, sample: Sample) -> float:
-    logp = model(input_ids=torch.tensor([sample.prompt + sample.response])).logits[0].log_softmax(-1)
-    begin = len(sample.prompt)
-    return float(logp[begin - 1 : -1].gather(1, torch.tensor(sample.response)[:, None]).sum())
+    logp = model(input_ids=torch.tensor([sample.prompt_ids + sample.response_ids])).logits[0].log_softmax(-1)
+    begin = len(sample.prompt_ids)
+    return float(logp[begin - 1 : -1].gather(1, torch.tensor(sample.response_ids)[:, None]).sum())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -434,7 +434,7 @@ def test_an_implicit_reward_is_the_difference_that_training_made(
 ) -> None:
     """β·(log π_φ − log π_base) by plain forwards; it has come to prefer what it was shown as right."""
     base, policy, labelled = bases[architecture], policies[architecture], data[architecture]
-    done = train_implicit(
+    done = train_implicit_reward(
         base,
         labelled,
         tmp_path / "reward",
@@ -446,7 +446,9 @@ def test_an_implicit_reward_is_the_difference_that_training_made(
         dtype="float32",
     )
     assert (done.rows, done.steps, done.tokens > 0, done.flops > 0) == (10, 12, True, True)
-    write_card(tmp_path / "reward", RewardCard(kind="implicit", scale=0.3, reference=base, base=base))
+    write_manifest(
+        tmp_path / "reward", RewardManifest(kind="implicit", scale=0.3, reference_model=base, base_model=base)
+    )
     reward = load_reward(str(tmp_path / "reward"), policy=policy)
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
     items = samples_of(labelled)
@@ -469,9 +471,11 @@ def test_an_implicit_reward_needs_pairs_and_a_finite_loss(
     }
     output, right = tmp_path / "reward", [one for one in data["llama"] if one.right]
     config = settings(tmp_path)
-    worlds.refused(lambda: train_implicit(bases["llama"], right, output, config=config, **common), "both a right and")
+    worlds.refused(
+        lambda: train_implicit_reward(bases["llama"], right, output, config=config, **common), "both a right and"
+    )
     wild = settings(tmp_path, learning_rate=1e38)
-    act = partial(train_implicit, bases["llama"], data["llama"], output, config=wild, **common)
+    act = partial(train_implicit_reward, bases["llama"], data["llama"], output, config=wild, **common)
     worlds.refused(act, "nan", "lower learning_rate")
     assert not output.exists()
 
@@ -480,7 +484,7 @@ def test_an_implicit_reward_that_learned_nothing_is_refused(
     bases: Any, policies: Any, data: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError):
-        train_implicit(
+        train_implicit_reward(
             bases["llama"],
             data["llama"],
             tmp_path / "reward",
@@ -506,7 +510,7 @@ def test_dpo_takes_over_every_argument_that_both_know(tmp_path: Path) -> None:
         "max_grad_norm": 0.3,
     }
     config = settings(tmp_path, **odd)
-    made = dpo_config(config, 0.25)
+    made = make_dpo_config(config, 0.25)
     assert made.beta == 0.25
     known = {option.name for option in fields(RewardConfig)}
     shared = [option.name for option in fields(DPOConfig) if option.name in known - {"max_length"}]

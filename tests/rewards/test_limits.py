@@ -8,13 +8,13 @@ import sys
 import pytest
 import worlds
 
-from nabla_trl.rewards.limits import Trust, past_samples, past_trust
+from nabla_trl.rewards.limits import ValidatedLimits, past_limits, past_sample_limit
 
 
 def test_trust_survives_a_round_trip():
-    trust = Trust(samples=8, rounds=16)
-    assert Trust.from_dict(trust.to_dict()) == trust
-    assert Trust.from_dict({**trust.to_dict(), "later": 1}) == trust
+    trust = ValidatedLimits(max_samples=8, max_rounds=16)
+    assert ValidatedLimits.from_dict(trust.to_dict()) == trust
+    assert ValidatedLimits.from_dict({**trust.to_dict(), "later": 1}) == trust
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_trust_survives_a_round_trip():
     ],
 )
 def test_broken_trust_is_refused(data, words):
-    worlds.refused(lambda: Trust.from_dict(data), "trust", *words)
+    worlds.refused(lambda: ValidatedLimits.from_dict(data), "trust", *words)
 
 
 @pytest.mark.parametrize(
@@ -37,15 +37,15 @@ def test_broken_trust_is_refused(data, words):
     [
         (None, 0, []),
         (None, 99, []),
-        (Trust(1, 8), 8, []),
-        (Trust(1, 8), 9, ["up to 8 rounds", "9 rounds"]),
-        (Trust(1, 8), 0, ["up to 8 rounds", "one without a limit of rounds"]),
-        (Trust(1, 0), 1, ["for no search at all", "1 rounds"]),
-        (Trust(1, 0), 0, ["for no search at all", "one without a limit of rounds"]),
+        (ValidatedLimits(1, 8), 8, []),
+        (ValidatedLimits(1, 8), 9, ["up to 8 rounds", "9 rounds"]),
+        (ValidatedLimits(1, 8), 0, ["up to 8 rounds", "one without a limit of rounds"]),
+        (ValidatedLimits(1, 0), 1, ["for no search at all", "1 rounds"]),
+        (ValidatedLimits(1, 0), 0, ["for no search at all", "one without a limit of rounds"]),
     ],
 )
 def test_a_search_beyond_trust_is_warned_of_in_one_line(trust, rounds, words):
-    warning = past_trust(trust, rounds)
+    warning = past_limits(trust, rounds)
     assert (warning is None) == (not words)
     assert all(word in (warning or "") for word in words) and "\n" not in (warning or "")
 
@@ -54,15 +54,15 @@ def test_a_search_beyond_trust_is_warned_of_in_one_line(trust, rounds, words):
     ("trust", "samples", "words"),
     [
         (None, 99, []),
-        (Trust(8, 1), 8, []),
-        (Trust(8, 1), 9, ["up to best of 8", "best of 9 was"]),
-        (Trust(1, 1), 1, []),
-        (Trust(0, 1), 1, []),
-        (Trust(1, 1), 2, ["for no choice among samples", "best of 2 was"]),
+        (ValidatedLimits(8, 1), 8, []),
+        (ValidatedLimits(8, 1), 9, ["up to best of 8", "best of 9 was"]),
+        (ValidatedLimits(1, 1), 1, []),
+        (ValidatedLimits(0, 1), 1, []),
+        (ValidatedLimits(1, 1), 2, ["for no choice among samples", "best of 2 was"]),
     ],
 )
 def test_best_of_n_beyond_trust_is_warned_of_in_one_line(trust, samples, words):
-    warning = past_samples(trust, samples)
+    warning = past_sample_limit(trust, samples)
     assert (warning is None) == (not words)
     assert all(word in (warning or "") for word in words) and "\n" not in (warning or "")
 

@@ -19,16 +19,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from nabla_trl.gradient.objectives import Known, Sample
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.generation import top_candidates
-from nabla_trl.models.options import HARD, Point
+from nabla_trl.gradient.objectives import DrawInfo, Sample
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import compute_top_candidates
+from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint
 from nabla_trl.models.policy import Policy
-from nabla_trl.rewards.loading import check_reward, ensemble, load_reward, log_ratio, scalar
+from nabla_trl.rewards.loading import (
+    build_ensemble_reward,
+    build_log_ratio_reward,
+    build_scalar_reward,
+    check_reward,
+    load_reward,
+)
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.rewards.spec import PREFIX, RewardCard, write_card
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
+from nabla_trl.rewards.spec import LOG_RATIO_PREFIX, RewardManifest, write_manifest
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 
 DOUBLE = torch.float64
 TEXTS = ("1+2=3", "3*4=12;12-5=7#7", "7", "12-3=9;4*5=20;9+20=29#29")
@@ -67,13 +73,13 @@ def samples(policy: Policy) -> list[Sample]:
 
 
 def score(reward: Reward, items: Sequence[Sample]) -> list[float]:
-    return reward.score(items, reward.prompt_memos(items, Meter()), meter=Meter())[0]
+    return reward.score(items, reward.compute_prompt_caches(items, FlopCounter()), flop_counter=FlopCounter())[0]
 
 
 def plain_logp(model: PreTrainedModel, item: Sample) -> float:
-    logp = model(torch.tensor([item.prompt + item.response])).logits[0].detach().log_softmax(-1)
-    begin = len(item.prompt)
-    return float(logp[begin - 1 : -1].gather(1, torch.tensor(item.response)[:, None]).sum())
+    logp = model(torch.tensor([item.prompt_ids + item.response_ids])).logits[0].detach().log_softmax(-1)
+    begin = len(item.prompt_ids)
+    return float(logp[begin - 1 : -1].gather(1, torch.tensor(item.response_ids)[:, None]).sum())
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +104,23 @@ def test_an_adapter_equals_its_merged_model(kind: str, policy: Policy, tmp_path:
     wrapped = adapter(tmp_path / "adapter", save(tmp_path / "base", worlds.tiny_model(kind=kind, seed=3)))
     full = save(tmp_path / "full", deepcopy(wrapped).merge_and_unload())
     ours, merged = load_reward(str(tmp_path / "adapter"), policy=policy), load_reward(full, policy=policy)
-    assert (ours.kind, ours.name, ours.rival, ours.trust) == ("scalar", str(tmp_path / "adapter"), None, None)
+    assert (ours.kind, ours.name, ours.preferred_model, ours.validated_limits) == (
+        "scalar",
+        str(tmp_path / "adapter"),
+        None,
+        None,
+    )
     values = score(ours, samples(policy))
     assert values == pytest.approx(score(merged, samples(policy)), rel=1e-5, abs=1e-5)
     assert len({round(value, 3) for value in values}) == len(TEXTS)
     item = samples(policy)[0]
-    embeds = wrapped.get_input_embeddings()(torch.tensor([item.prompt + item.response]))
+    embeds = wrapped.get_input_embeddings()(torch.tensor([item.prompt_ids + item.response_ids]))
     assert values[0] == pytest.approx(float(wrapped(inputs_embeds=embeds).logits.detach()), rel=1e-4)
 
 
 def test_a_merged_adapter_keeps_the_dtype_that_was_asked_for(adapted: tuple[str, Any], policy: Policy) -> None:
     reward = load_reward(adapted[0], policy=policy, dtype="bfloat16")
-    assert {weight.dtype for weight in reward.terms[0].model.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in reward.objectives[0].model.parameters()} == {torch.bfloat16}
     exact = score(load_reward(adapted[0], policy=policy), samples(policy))
     assert score(reward, samples(policy)) == pytest.approx(exact, rel=0.1, abs=0.3)
 
@@ -127,7 +138,7 @@ def test_the_tokenizer_beside_an_adapter_is_the_rewards_own(adapted: tuple[str, 
             file.unlink()
         Path(folder, "chat_template.jinja").unlink()
     model = deepcopy(wrapped).merge_and_unload()
-    expected = scalar(policy, model, worlds.char_tokenizer(template=template), "memory")
+    expected = build_scalar_reward(policy, model, worlds.char_tokenizer(template=template), "memory")
     assert own == pytest.approx(score(expected, samples(policy)), rel=1e-4, abs=1e-4)
     assert abs(own[0] - plain[0]) > 1e-3
 
@@ -151,7 +162,7 @@ def test_an_adapter_without_its_head_is_refused(base: str, policy: Policy, tmp_p
 
 def test_a_causal_lms_adapter_is_no_scalar_reward(base: str, policy: Policy, tmp_path: Path) -> None:
     folder = edited(tmp_path, base, task="CAUSAL_LM")
-    worlds.refused(lambda: load_reward(folder, policy=policy), "causal LM", f"use {PREFIX}{folder}")
+    worlds.refused(lambda: load_reward(folder, policy=policy), "causal LM", f"use {LOG_RATIO_PREFIX}{folder}")
 
 
 def test_an_inert_adapter_is_refused_whatever_its_head(base: str, policy: Policy, tmp_path: Path) -> None:
@@ -226,20 +237,23 @@ def test_heads_that_are_not_finite_are_refused(bad: float, base: str, policy: Po
 def test_log_ratios_of_adapters(base: str, policy: Policy, tmp_path: Path) -> None:
     better, reference = (adapter(tmp_path / name, base, "CAUSAL_LM", seed=seed) for seed, name in enumerate("ab"))
     names = [str(tmp_path / "a"), str(tmp_path / "b")]
-    for spec, against in ((PREFIX + names[0], policy.model), (PREFIX + ",".join(names), reference)):
+    for spec, against in (
+        (LOG_RATIO_PREFIX + names[0], policy.model),
+        (LOG_RATIO_PREFIX + ",".join(names), reference),
+    ):
         reward = load_reward(spec, policy=policy)
         expected = [plain_logp(better, item) - plain_logp(against, item) for item in samples(policy)]
         assert score(reward, samples(policy)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
-        assert reward.kind == "log-ratio" and names[0] in reward.rival.name
+        assert reward.kind == "log-ratio" and names[0] in reward.preferred_model.name
     assert plain_logp(better, samples(policy)[0]) != pytest.approx(plain_logp(reference, samples(policy)[0]), abs=0.1)
 
 
 def test_a_classifiers_adapter_gives_no_likelihood(adapted: tuple[str, Any], policy: Policy) -> None:
-    worlds.refused(lambda: load_reward(PREFIX + adapted[0], policy=policy), adapted[0], "no likelihoods")
+    worlds.refused(lambda: load_reward(LOG_RATIO_PREFIX + adapted[0], policy=policy), adapted[0], "no likelihoods")
 
 
 def implicit(folder: Path, reference: str, scale: float = 0.25) -> str:
-    write_card(folder, RewardCard("implicit", scale=scale, reference=reference))
+    write_manifest(folder, RewardManifest("implicit", scale=scale, reference_model=reference))
     return str(folder)
 
 
@@ -253,9 +267,9 @@ def test_an_implicit_reward_is_beta_times_a_difference(form: str, base: str, pol
     expected = [0.25 * (plain_logp(tuned, item) - plain_logp(reference, item)) for item in samples(policy)]
     assert score(reward, samples(policy)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert (reward.kind, reward.name) == ("log-ratio", str(tmp_path))
-    assert [term.weight for term in reward.terms] == [0.25, -0.25]
-    assert reward.rival.model is reward.terms[0].model
-    assert torch.equal(reward.terms[1].model.lm_head.weight, reference.lm_head.weight)
+    assert [term.weight for term in reward.objectives] == [0.25, -0.25]
+    assert reward.preferred_model.model is reward.objectives[0].model
+    assert torch.equal(reward.objectives[1].model.lm_head.weight, reference.lm_head.weight)
 
 
 def test_a_reference_of_the_policys_name_is_the_policy(base: str, tmp_path: Path) -> None:
@@ -264,10 +278,10 @@ def test_a_reference_of_the_policys_name_is_the_policy(base: str, tmp_path: Path
     same = base + "/../" + Path(base).name
     for reference in (base, same):
         reward = load_reward(implicit(tmp_path / "tuned", reference), policy=policy)
-        assert reward.terms[1].model is policy.model
-        assert reward.terms[0].model is not policy.model
+        assert reward.objectives[1].model is policy.model
+        assert reward.objectives[0].model is not policy.model
     other = worlds.tiny_policy(seed=3, name=f"{base}+adapter")
-    assert load_reward(str(tmp_path / "tuned"), policy=other).terms[1].model is not other.model
+    assert load_reward(str(tmp_path / "tuned"), policy=other).objectives[1].model is not other.model
 
 
 def test_a_smaller_pair_guides_a_larger_policy(tmp_path: Path) -> None:
@@ -281,12 +295,13 @@ def test_a_smaller_pair_guides_a_larger_policy(tmp_path: Path) -> None:
         tokenizer.save_pretrained(tmp_path / name)
     reward = load_reward(implicit(tmp_path / "tuned", str(tmp_path / "untuned"), 2.0), policy=policy)
     moved = [
-        replace(i, prompt=new_ids[i.prompt].tolist(), response=new_ids[i.response].tolist()) for i in samples(policy)
+        replace(i, prompt_ids=new_ids[i.prompt_ids].tolist(), response_ids=new_ids[i.response_ids].tolist())
+        for i in samples(policy)
     ]
     expected = [2.0 * (plain_logp(tuned, item) - plain_logp(untuned, item)) for item in moved]
     assert score(reward, samples(policy)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    config = ReasonerConfig(rounds=4, max_new_tokens=8, batch_size=4)
-    traces = solve(worlds.tiny_problems(), policy=policy, reward=reward, config=config, seed=0)
+    config = SearchConfig(max_rounds=4, max_new_tokens=8, batch_size=4)
+    traces = run_search(worlds.tiny_problems(), policy=policy, reward=reward, config=config, seed=0)
     assert all(trace.error is None and trace.reward >= trace.reward_initial for trace in traces)
     assert any(revision.accepted for trace in traces for revision in trace.revisions)
 
@@ -294,9 +309,14 @@ def test_a_smaller_pair_guides_a_larger_policy(tmp_path: Path) -> None:
 def test_the_gradient_of_an_implicit_reward_is_beta_times_a_log_ratios() -> None:
     policy = worlds.tiny_policy(dtype=DOUBLE)
     better = worlds.tiny_policy(seed=2, dtype=DOUBLE)
-    plain, scaled = (log_ratio(policy, better, policy, "r", scale=scale) for scale in (1.0, 0.25))
+    plain, scaled = (build_log_ratio_reward(policy, better, policy, "r", scale=scale) for scale in (1.0, 0.25))
     items = samples(policy)
-    [one, quarter] = (r.gradient(items, r.prompt_memos(items, Meter()), None, meter=Meter()) for r in (plain, scaled))
+    [one, quarter] = (
+        r.compute_backward_gradient(
+            items, r.compute_prompt_caches(items, FlopCounter()), None, flop_counter=FlopCounter()
+        )
+        for r in (plain, scaled)
+    )
     for a, b in zip(one, quarter, strict=True):
         torch.testing.assert_close(0.25 * a, b, rtol=1e-12, atol=1e-12)
 
@@ -319,36 +339,40 @@ def bound(values: Tensor, caution: float) -> Tensor:
 @pytest.mark.parametrize("caution", [0.0, 1.0, 2.5])
 def test_an_ensemble_scores_its_lower_bound_and_a_batch_like_singles(caution: float, trio: Any) -> None:
     policy, members = trio
-    reward = ensemble(members, caution, "three")
+    reward = build_ensemble_reward(members, caution, "three")
     items = samples(policy)
     expected = bound(torch.tensor([score(one, items) for one in members], dtype=DOUBLE), caution)
     assert score(reward, items) == pytest.approx(expected.tolist(), rel=1e-9)
     assert [score(reward, [item])[0] for item in items] == pytest.approx(expected.tolist(), rel=1e-9)
-    assert (reward.kind, reward.caution, reward.rival) == ("ensemble", caution, None)
+    assert (reward.kind, reward.uncertainty_penalty, reward.preferred_model) == ("ensemble", caution, None)
     check_reward(reward, policy)
 
 
 def known(policy: Policy, item: Sample) -> Sample:
     """The sample with the policy's six likeliest candidates (its own tokens among them)."""
-    logits = policy.model(torch.tensor([item.prompt + item.response])).logits[0, len(item.prompt) - 1 : -1].detach()
-    ids, logp = top_candidates(logits, torch.tensor(item.response), policy.forbidden, 6)
-    return replace(item, known=Known(policy.model, ids, logp))
+    logits = (
+        policy.model(torch.tensor([item.prompt_ids + item.response_ids]))
+        .logits[0, len(item.prompt_ids) - 1 : -1]
+        .detach()
+    )
+    ids, logp = compute_top_candidates(logits, torch.tensor(item.response_ids), policy.forbidden_mask, 6)
+    return replace(item, draw_info=DrawInfo(policy.model, ids, logp))
 
 
 def dense(item: Sample, alpha: float, rows: int) -> Tensor:
     """(1−α)·onehot + α·π over the candidates, [T, V], from the definition."""
-    policy = torch.zeros(len(item.response), rows, dtype=DOUBLE)
-    policy.scatter_add_(1, item.known.candidates, item.known.logp.softmax(-1).to(DOUBLE))
-    return (1 - alpha) * F.one_hot(torch.tensor(item.response), rows).to(DOUBLE) + alpha * policy
+    policy = torch.zeros(len(item.response_ids), rows, dtype=DOUBLE)
+    policy.scatter_add_(1, item.draw_info.candidates, item.draw_info.logp.softmax(-1).to(DOUBLE))
+    return (1 - alpha) * F.one_hot(torch.tensor(item.response_ids), rows).to(DOUBLE) + alpha * policy
 
 
 def lower_bound_at(members: Sequence[Reward], item: Sample, rows: Tensor, caution: float) -> Tensor:
     """The bound at token weights [T, V], by each classifier's own forward."""
     values = []
     for one in members:
-        model = one.terms[0].model
+        model = one.objectives[0].model
         table = model.get_input_embeddings().weight
-        parts = (table[item.prompt], rows @ table)  # finished responses: nothing closes the turn after them
+        parts = (table[item.prompt_ids], rows @ table)  # finished responses: nothing closes the turn after them
         values.append(model(inputs_embeds=torch.cat(parts)[None]).logits.squeeze())
     return bound(torch.stack(values), caution)
 
@@ -357,27 +381,41 @@ def lower_bound_at(members: Sequence[Reward], item: Sample, rows: Tensor, cautio
 @pytest.mark.parametrize("caution", [0.0, 1.0, 2.5])
 def test_the_gradient_is_that_of_the_lower_bound(caution: float, alpha: float, exact: float, trio: Any) -> None:
     policy, members = trio
-    reward = ensemble(members, caution, "three")
+    reward = build_ensemble_reward(members, caution, "three")
     items = [known(policy, item) for item in samples(policy)[::2]]
-    point = Point((alpha,)) if alpha else HARD
-    found = reward.gradient(items, reward.prompt_memos(items, Meter()), None, meter=Meter(), point=point)
+    point = GradientPoint((alpha,)) if alpha else HARD_GRADIENT_POINT
+    found = reward.compute_backward_gradient(
+        items, reward.compute_prompt_caches(items, FlopCounter()), None, flop_counter=FlopCounter(), gradient_at=point
+    )
     for item, ours in zip(items, found, strict=True):
         rows = dense(item, alpha, ours.shape[1]).requires_grad_(True)
         theirs = torch.autograd.grad(lower_bound_at(members, item, rows, caution), rows)[0]
-        readable = reward.readable
+        readable = reward.in_vocabulary
         scale = float(theirs.abs().max())
         assert scale > 1e-3 and float((ours - theirs)[:, readable].abs().max()) <= exact * scale
-        alone = reward.gradient([item], reward.prompt_memos([item], Meter()), None, meter=Meter(), point=point)[0]
+        alone = reward.compute_backward_gradient(
+            [item],
+            reward.compute_prompt_caches([item], FlopCounter()),
+            None,
+            flop_counter=FlopCounter(),
+            gradient_at=point,
+        )[0]
         torch.testing.assert_close(alone, ours, rtol=1e-7, atol=1e-9)
 
 
 def test_the_gradient_equals_central_differences(trio: Any) -> None:
     policy, members = trio
-    reward = ensemble(members, 1.5, "three")
+    reward = build_ensemble_reward(members, 1.5, "three")
     item = known(policy, samples(policy)[2])
-    [ours] = reward.gradient([item], reward.prompt_memos([item], Meter()), None, meter=Meter(), point=Point((0.5,)))
+    [ours] = reward.compute_backward_gradient(
+        [item],
+        reward.compute_prompt_caches([item], FlopCounter()),
+        None,
+        flop_counter=FlopCounter(),
+        gradient_at=GradientPoint((0.5,)),
+    )
     rows, step = dense(item, 0.5, ours.shape[1]), 1e-4
-    for place in [(0, 3), (2, 11), (5, 0), (len(item.response) - 1, 7)]:
+    for place in [(0, 3), (2, 11), (5, 0), (len(item.response_ids) - 1, 7)]:
         with torch.no_grad():
             shift = torch.zeros_like(rows)
             shift[place] = step
@@ -397,23 +435,24 @@ def plain_levels(model: PreTrainedModel, prompt: list[int], response: list[int])
 def test_the_direct_part_of_an_ensemble_is_what_each_token_added_to_its_bound(caution: float, trio: Any) -> None:
     """The difference of the members' combined scores, which is not that of each, combined."""
     policy, members = trio
-    reward = ensemble(members, caution, "three")
+    reward = build_ensemble_reward(members, caution, "three")
     items = samples(policy)
-    memos = reward.prompt_memos(items, Meter())
-    values, kept = reward.score(items, memos, meter=Meter(), keep=True)
-    tables = [torch.arange(len(reward.readable)).expand(len(item.response), -1) for item in items]
-    meter = Meter()
-    found = reward.direct_gradient(items, kept, tables, meter=meter)
-    assert meter.total().flops == 0
+    memos = reward.compute_prompt_caches(items, FlopCounter())
+    values, kept = reward.score(items, memos, flop_counter=FlopCounter(), return_caches=True)
+    tables = [torch.arange(len(reward.in_vocabulary)).expand(len(item.response_ids), -1) for item in items]
+    meter = FlopCounter()
+    found = reward.compute_direct_gradient(items, kept, tables, flop_counter=meter)
+    assert meter.get_total_cost().flops == 0
     for item, value, slope in zip(items, values, found, strict=True):
         levels = bound(
-            torch.stack([plain_levels(one.terms[0].model, item.prompt, item.response) for one in members]), caution
+            torch.stack([plain_levels(one.terms[0].model, item.prompt_ids, item.response_ids) for one in members]),
+            caution,
         )
         expected = torch.zeros(slope.shape, dtype=DOUBLE)
-        for at in range(1, len(item.response)):
-            expected[at, item.response[at]] = levels[at + 1] - levels[at]
+        for at in range(1, len(item.response_ids)):
+            expected[at, item.response_ids[at]] = levels[at + 1] - levels[at]
         torch.testing.assert_close(slope.double(), expected, rtol=1e-5, atol=1e-6)
-        if item.response[-1] == policy.tokenizer.eos_token_id:
+        if item.response_ids[-1] == policy.tokenizer.eos_token_id:
             assert float(levels[-1]) == pytest.approx(value, rel=1e-9)
 
 
@@ -422,17 +461,17 @@ def test_members_that_read_the_stop_token_and_ones_that_do_not(trio: Any) -> Non
     policy, members = trio
     template = worlds.TEMPLATE.replace(worlds.END, ";")
     other = worlds.tiny_scalar(policy, tokenizer=worlds.char_tokenizer(template=template), seed=5, name="other")
-    reward, items = ensemble([*members, other], 1.0, "four"), samples(policy)
+    reward, items = build_ensemble_reward([*members, other], 1.0, "four"), samples(policy)
     for item in items:
-        memos = reward.prompt_memos([item], Meter())
-        _, kept = reward.score([item], memos, meter=Meter(), keep=True)
-        table = torch.tensor(item.response)[:, None]
-        [slope] = reward.direct_gradient([item], kept, [table], meter=Meter())
-        stops = item.response[-1] == policy.tokenizer.eos_token_id
-        body = item.response[:-1] if stops else item.response
-        prompt = other.terms[0].encode(item).prompt
-        last = plain_levels(other.terms[0].model, prompt, body)
-        rows = [plain_levels(one.terms[0].model, item.prompt, item.response) for one in members]
+        memos = reward.compute_prompt_caches([item], FlopCounter())
+        _, kept = reward.score([item], memos, flop_counter=FlopCounter(), return_caches=True)
+        table = torch.tensor(item.response_ids)[:, None]
+        [slope] = reward.compute_direct_gradient([item], kept, [table], flop_counter=FlopCounter())
+        stops = item.response_ids[-1] == policy.tokenizer.eos_token_id
+        body = item.response_ids[:-1] if stops else item.response_ids
+        prompt = other.objectives[0].encode(item).prompt_ids
+        last = plain_levels(other.objectives[0].model, prompt, body)
+        rows = [plain_levels(one.terms[0].model, item.prompt_ids, item.response_ids) for one in members]
         rows.append(torch.cat((last, last[-1:])) if stops else last)
         expected = bound(torch.stack(rows), 1.0).diff()
         expected[0] = 0
@@ -442,10 +481,10 @@ def test_members_that_read_the_stop_token_and_ones_that_do_not(trio: Any) -> Non
 @pytest.mark.parametrize("point", ["direct", "hard", "mixture:0.5", "direct+hard", "direct+mixture:0.5"])
 def test_a_search_raises_the_lower_bound(point: str, trio: Any) -> None:
     policy, members = trio
-    reward = ensemble(members, 1.0, "three")
-    config = ReasonerConfig(rounds=4, max_new_tokens=8, point=point, batch_size=4)
+    reward = build_ensemble_reward(members, 1.0, "three")
+    config = SearchConfig(max_rounds=4, max_new_tokens=8, gradient_at=point, batch_size=4)
     problems = worlds.tiny_problems()
-    traces = solve(problems, policy=policy, reward=reward, config=config, seed=0)
+    traces = run_search(problems, policy=policy, reward=reward, config=config, seed=0)
     assert any(revision.accepted for trace in traces for revision in trace.revisions)
     for trace, problem in zip(traces, problems, strict=True):
         assert trace.error is None and trace.reward >= trace.reward_initial
@@ -457,36 +496,36 @@ def test_loaded_ensembles_by_spec_and_by_folder(adapted: tuple[str, Any], policy
     """Members may be full models, adapters, or folders with a card of their own."""
     first = save(tmp_path / "a", scorer())
     save(tmp_path / "b", scorer(seed=2))
-    write_card(tmp_path / "b", RewardCard("scalar"))
+    write_manifest(tmp_path / "b", RewardManifest("scalar"))
     names = [first, str(tmp_path / "b"), adapted[0]]
     parts = [score(load_reward(name, policy=policy), samples(policy)) for name in names]
-    card = RewardCard("ensemble", members=["a", "b", adapted[0]], caution=0.5)
-    write_card(tmp_path, card)
+    card = RewardManifest("ensemble", members=["a", "b", adapted[0]], uncertainty_penalty=0.5)
+    write_manifest(tmp_path, card)
     specs = {f"ensemble:{','.join(names)}": 1.0, f"ensemble@2:{', '.join(names)}": 2.0, str(tmp_path): 0.5}
     for spec, caution in specs.items():
         reward = load_reward(spec, policy=policy, batch_size=3)
         expected = bound(torch.tensor(parts, dtype=DOUBLE), caution).tolist()
         assert score(reward, samples(policy)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
         assert (reward.kind, reward.name, reward.batch_size) == ("ensemble", spec, 3)
-        assert reward.point == "mixture:0.5"
-    write_card(tmp_path, replace(card, point="direct"))
-    assert load_reward(str(tmp_path), policy=policy).point == "direct"
+        assert reward.gradient_at == "mixture:0.5"
+    write_manifest(tmp_path, replace(card, gradient_at="direct"))
+    assert load_reward(str(tmp_path), policy=policy).gradient_at == "direct"
 
 
 def test_the_point_of_a_reward_is_that_of_its_folder_or_of_its_kind(policy: Policy, tmp_path: Path) -> None:
     classifier, causal = save(tmp_path / "a", scorer()), save(tmp_path / "b", worlds.tiny_model(seed=2))
-    assert load_reward(classifier, policy=policy).point == "mixture:0.5"
-    assert load_reward(PREFIX + causal, policy=policy).point == "direct"
+    assert load_reward(classifier, policy=policy).gradient_at == "mixture:0.5"
+    assert load_reward(LOG_RATIO_PREFIX + causal, policy=policy).gradient_at == "direct"
     cards = {
-        classifier: RewardCard("scalar", point="direct+mixture:0.5"),
-        causal: RewardCard("implicit", reference=causal, point="hard"),
+        classifier: RewardManifest("scalar", gradient_at="direct+mixture:0.5"),
+        causal: RewardManifest("implicit", reference_model=causal, gradient_at="hard"),
     }
     own = {classifier: "mixture:0.5", causal: "direct"}
     for folder, card in cards.items():
-        write_card(folder, card)
-        assert load_reward(folder, policy=policy).point == card.point
-        write_card(folder, replace(card, point=None))  # not audited
-        assert load_reward(folder, policy=policy).point == own[folder]
+        write_manifest(folder, card)
+        assert load_reward(folder, policy=policy).gradient_at == card.gradient_at
+        write_manifest(folder, replace(card, gradient_at=None))  # not audited
+        assert load_reward(folder, policy=policy).gradient_at == own[folder]
 
 
 def test_a_member_that_cannot_be_trusted_is_named(base: str, policy: Policy, tmp_path: Path) -> None:
@@ -501,8 +540,8 @@ def test_a_member_that_cannot_be_trusted_is_named(base: str, policy: Policy, tmp
 def test_ensembles_in_memory_that_are_refused(trio: Any) -> None:
     policy, members = trio
     ratio = worlds.tiny_logratio(policy)
-    worlds.refused(lambda: ensemble(members[:1], 1.0, "few"), "few", "at least two")
-    worlds.refused(lambda: ensemble([members[0], members[0]], 1.0, "twin"), "twin", "twice")
-    worlds.refused(lambda: ensemble([members[0], ratio], 1.0, "mixed"), "mixed", "ratio", "scalar")
+    worlds.refused(lambda: build_ensemble_reward(members[:1], 1.0, "few"), "few", "at least two")
+    worlds.refused(lambda: build_ensemble_reward([members[0], members[0]], 1.0, "twin"), "twin", "twice")
+    worlds.refused(lambda: build_ensemble_reward([members[0], ratio], 1.0, "mixed"), "mixed", "ratio", "scalar")
     for caution in (-0.1, math.nan, math.inf):
-        worlds.refused(lambda caution=caution: ensemble(members, caution, "bold"), "bold", "caution")
+        worlds.refused(lambda caution=caution: build_ensemble_reward(members, caution, "bold"), "bold", "caution")

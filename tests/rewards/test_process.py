@@ -16,23 +16,35 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from nabla_trl.audit.gradient import gradient_audit
-from nabla_trl.audit.ranking import audit
+from nabla_trl.audit.gradient import audit_gradient
+from nabla_trl.audit.ranking import audit_ranking
 from nabla_trl.baselines.sampling import draw_pool
-from nabla_trl.gradient.objectives import Known, Sample
-from nabla_trl.gradient.score import ProcessTerm
+from nabla_trl.gradient.objectives import DrawInfo, Sample
+from nabla_trl.gradient.score import ProcessObjective
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.generation import top_candidates
-from nabla_trl.models.options import HARD, Point, Sampling
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import compute_top_candidates
+from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint, Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.reward_training.card import readme
-from nabla_trl.rewards.limits import Trust
-from nabla_trl.rewards.loading import check_reward, ensemble, load_reward, process, scalar
+from nabla_trl.reward_training.card import render_reward_readme
+from nabla_trl.rewards.limits import ValidatedLimits
+from nabla_trl.rewards.loading import (
+    build_ensemble_reward,
+    build_process_reward,
+    build_scalar_reward,
+    check_reward,
+    load_reward,
+)
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.rewards.spec import RewardCard, RewardPlan, plan_reward, reward_identity, write_card
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
+from nabla_trl.rewards.spec import (
+    ParsedRewardSpec,
+    RewardManifest,
+    compute_reward_identity,
+    parse_reward_spec,
+    write_manifest,
+)
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 
 DOUBLE = torch.float64
 END = worlds.TOKENS.index(worlds.END)
@@ -55,7 +67,9 @@ def rewards(
 ) -> tuple[Reward, Reward]:
     """A process reward and the scalar one of the same model."""
     model, tokenizer = scorer(policy, architecture, seed=seed), worlds.char_tokenizer(template=template(closing))
-    return process(policy, model, tokenizer, "steps", delimiter=delimiter), scalar(policy, model, tokenizer, "whole")
+    return build_process_reward(policy, model, tokenizer, "steps", step_delimiter=delimiter), build_scalar_reward(
+        policy, model, tokenizer, "whole"
+    )
 
 
 def samples(policy: Policy) -> list[Sample]:
@@ -65,7 +79,7 @@ def samples(policy: Policy) -> list[Sample]:
 
 
 def score(reward: Reward, items: Sequence[Sample]) -> list[float]:
-    return reward.score(items, reward.prompt_memos(items, Meter()), meter=Meter())[0]
+    return reward.score(items, reward.compute_prompt_caches(items, FlopCounter()), flop_counter=FlopCounter())[0]
 
 
 def written(response: Sequence[int], delimiter: str) -> list[int]:
@@ -92,10 +106,10 @@ def levels(model: PreTrainedModel, prompt: list[int], response: list[int]) -> Te
 
 
 def plain(reward: Reward, item: Sample, delimiter: str, closing: str = worlds.END) -> float:
-    [term] = reward.terms
-    sequence = closed(item.response, closing)
-    places = {*written(item.response, delimiter), len(sequence)}
-    return float(levels(term.model, term.encode(item).prompt, sequence)[sorted(places)].sum())
+    [term] = reward.objectives
+    sequence = closed(item.response_ids, closing)
+    places = {*written(item.response_ids, delimiter), len(sequence)}
+    return float(levels(term.model, term.encode(item).prompt_ids, sequence)[sorted(places)].sum())
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +128,12 @@ def test_the_sum_of_scores_at_the_ends_of_steps(architecture: str, delimiter: st
     values = score(reward, items)
     assert values == pytest.approx([plain(reward, item, delimiter) for item in items], rel=1e-9)
     assert [score(reward, [item])[0] for item in items] == pytest.approx(values, rel=1e-9)
-    assert (reward.kind, reward.rival, reward.trust, reward.dense) == ("process", None, None, False)
+    assert (reward.kind, reward.preferred_model, reward.validated_limits, reward.has_dense_gradient) == (
+        "process",
+        None,
+        None,
+        False,
+    )
 
 
 @pytest.mark.parametrize("closing", CLOSINGS.values(), ids=CLOSINGS)
@@ -125,8 +144,8 @@ def test_whatever_closes_the_turn(closing: str, double: Policy) -> None:
     values, ends = score(reward, items), score(whole, items)
     assert values == pytest.approx([plain(reward, item, ";", closing) for item in items], rel=1e-9)
     for item, value, end in zip(items, values, ends, strict=True):
-        alone = not written(item.response, ";") or (
-            not closing and written(item.response, ";") == [len(item.response)]
+        alone = not written(item.response_ids, ";") or (
+            not closing and written(item.response_ids, ";") == [len(item.response_ids)]
         )
         assert (value == pytest.approx(end, rel=1e-9)) == alone
 
@@ -135,8 +154,8 @@ def test_the_sum_of_scalar_rewards_of_the_truncated_responses(double: Policy) ->
     """… where nothing closes a turn, so that a scalar reward reads a response that is cut after its last token."""
     reward, whole = rewards(double, closing="")
     for item in samples(double):
-        cuts = sorted({*written(item.response, ";"), len(item.response)})
-        parts = score(whole, [replace(item, response=item.response[:cut]) for cut in cuts])
+        cuts = sorted({*written(item.response_ids, ";"), len(item.response_ids)})
+        parts = score(whole, [replace(item, response_ids=item.response_ids[:cut]) for cut in cuts])
         assert score(reward, [item]) == pytest.approx([sum(parts)], rel=1e-9)
 
 
@@ -150,15 +169,15 @@ def test_shuffled_ids_padded_rows_and_unreadable_tokens(double: Policy) -> None:
     model = scorer(double)
     tokenizer, new_ids = worlds.permuted_tokenizer(worlds.char_tokenizer())
     moved = worlds.permuted_model(model, new_ids, len(tokenizer) + 5)
-    one = process(double, model, worlds.char_tokenizer(), "plain", delimiter="9;")
-    other = process(double, moved, tokenizer, "moved", delimiter="9;")
-    check_reward(other, double, within="9;")
+    one = build_process_reward(double, model, worlds.char_tokenizer(), "plain", step_delimiter="9;")
+    other = build_process_reward(double, moved, tokenizer, "moved", step_delimiter="9;")
+    check_reward(other, double, step_delimiter="9;")
     assert score(one, samples(double)) == pytest.approx(score(other, samples(double)), rel=1e-9)
     item = samples(double)[0]
-    assert one.room(item.problem, item.prompt) == scalar(double, model, double.tokenizer, "s").room(
-        item.problem, item.prompt
-    )
-    long = replace(item, response=[1] * (128 - len(item.prompt)))
+    assert one.compute_max_new_tokens(item.problem, item.prompt_ids) == build_scalar_reward(
+        double, model, double.tokenizer, "s"
+    ).compute_max_new_tokens(item.problem, item.prompt_ids)
+    long = replace(item, response_ids=[1] * (128 - len(item.prompt_ids)))
     assert score(one, [long]) == [-float("inf")]
 
 
@@ -175,23 +194,23 @@ def test_scoring_from_a_branch_on_equals_scoring_the_whole(
     start = samples(double)[-1]
     suffixes = ["", ";", "9;1", ";;2;", "8"]
     for finished in (True, False):
-        items, kept, shared = [start], [reward.prompt_memos([start], Meter())[0]], [0]
+        items, kept, shared = [start], [reward.compute_prompt_caches([start], FlopCounter())[0]], [0]
         for turn in range(3):
-            values, kept = reward.score(items, kept, meter=Meter(), shared=shared, keep=True)
-            bare = reward.prompt_memos(items, Meter())
-            afresh, fresh = reward.score(items, bare, meter=Meter(), keep=True)
+            values, kept = reward.score(items, kept, flop_counter=FlopCounter(), num_shared=shared, return_caches=True)
+            bare = reward.compute_prompt_caches(items, FlopCounter())
+            afresh, fresh = reward.score(items, bare, flop_counter=FlopCounter(), return_caches=True)
             assert values == pytest.approx(afresh, rel=1e-9)
             for [a], [b] in zip(kept, fresh, strict=True):
-                assert torch.allclose(a.levels, b.levels, rtol=0, atol=1e-9)
+                assert torch.allclose(a.prefix_scores, b.prefix_scores, rtol=0, atol=1e-9)
             branches = [(row, cut) for row, item in enumerate(items) for cut in range(len(item.response) + 1)]
             branches = branches[:: 1 + 7 * turn]
             new = [
-                worlds.sample(double, start.problem, suffixes[number % 5], finished=finished).response
+                worlds.sample(double, start.problem, suffixes[number % 5], finished=finished).response_ids
                 for number in range(len(branches))
             ]
             kept = [kept[row] for row, _ in branches]
             items = [
-                replace(items[row], response=items[row].response[:cut] + ids)
+                replace(items[row], response_ids=items[row].response_ids[:cut] + ids)
                 for (row, cut), ids in zip(branches, new, strict=True)
             ]
             shared = [cut for _, cut in branches]
@@ -203,13 +222,15 @@ def test_scoring_from_a_branch_on_equals_scoring_the_whole(
 def test_a_branch_is_charged_from_where_it_begins(double: Policy) -> None:
     reward, whole = rewards(double)
     item = samples(double)[2]
-    _, kept = reward.score([item], reward.prompt_memos([item], Meter()), meter=Meter(), keep=True)
+    _, kept = reward.score(
+        [item], reward.compute_prompt_caches([item], FlopCounter()), flop_counter=FlopCounter(), return_caches=True
+    )
     costs = []
     for one, memos in ((reward, kept), (whole, kept)):
-        meter = Meter()
-        one.score([item], memos, meter=meter, shared=[len(item.response) - 2])
-        costs.append(meter.total().flops)
-        assert meter.total().tokens == {"reward/forward": 3}
+        meter = FlopCounter()
+        one.score([item], memos, flop_counter=meter, num_shared=[len(item.response_ids) - 2])
+        costs.append(meter.get_total_cost().flops)
+        assert meter.get_total_cost().tokens == {"reward/forward": 3}
     assert costs[0] == costs[1]
 
 
@@ -218,20 +239,22 @@ def test_an_open_turn_is_read_at_its_last_token(architecture: str, closing: str,
     """… whatever would close it; and a response is scored on from its beginning, and pays for the rest alone."""
     both = rewards(double, architecture, closing=closing)
     item = samples(double)[-2]
-    [term] = both[0].terms
+    [term] = both[0].objectives
     for reward, delimiter in zip(both, (";", "ff"), strict=True):
-        read = levels(term.model, term.encode(item).prompt, closed(item.response, closing))
-        [bare] = reward.prompt_memos([item], Meter())
+        read = levels(term.model, term.encode(item).prompt_ids, closed(item.response_ids, closing))
+        [bare] = reward.compute_prompt_caches([item], FlopCounter())
         [whole] = score(reward, [item])
-        for cut in range(1, len(item.response)):
-            part = replace(item, response=item.response[:cut], open=True)
-            [value], [memo] = reward.score([part], [bare], meter=(meter := Meter()), keep=True)
-            places = sorted({*written(part.response, delimiter), cut})
+        for cut in range(1, len(item.response_ids)):
+            part = replace(item, response_ids=item.response_ids[:cut], is_partial=True)
+            [value], [memo] = reward.score([part], [bare], flop_counter=(meter := FlopCounter()), return_caches=True)
+            places = sorted({*written(part.response_ids, delimiter), cut})
             assert value == pytest.approx(float(read[places].sum()), rel=1e-9)
-            assert meter.total().tokens == {"reward/forward": cut + 1}  # and the prompt's last token
-            [after], _ = reward.score([item], [memo], meter=(meter := Meter()), shared=[cut])
+            assert meter.get_total_cost().tokens == {"reward/forward": cut + 1}  # and the prompt's last token
+            [after], _ = reward.score([item], [memo], flop_counter=(meter := FlopCounter()), num_shared=[cut])
             assert after == pytest.approx(whole, rel=1e-9)
-            assert meter.total().tokens == {"reward/forward": len(term.fed(term.encode(item), cut))}
+            assert meter.get_total_cost().tokens == {
+                "reward/forward": len(term.select_input_ids(term.encode(item), cut))
+            }
 
 
 # --- gradients --------------------------------------------------------------------------------------------
@@ -239,29 +262,33 @@ def test_an_open_turn_is_read_at_its_last_token(architecture: str, closing: str,
 
 def known(policy: Policy, item: Sample) -> Sample:
     """The sample with the policy's six likeliest candidates (its own tokens among them)."""
-    logits = policy.model(torch.tensor([item.prompt + item.response])).logits[0, len(item.prompt) - 1 : -1].detach()
-    ids, logp = top_candidates(logits, torch.tensor(item.response), policy.forbidden, 6)
-    return replace(item, known=Known(policy.model, ids, logp))
+    logits = (
+        policy.model(torch.tensor([item.prompt_ids + item.response_ids]))
+        .logits[0, len(item.prompt_ids) - 1 : -1]
+        .detach()
+    )
+    ids, logp = compute_top_candidates(logits, torch.tensor(item.response_ids), policy.forbidden_mask, 6)
+    return replace(item, draw_info=DrawInfo(policy.model, ids, logp))
 
 
 def dense(item: Sample, alpha: float, rows: int) -> Tensor:
     """(1−α)·onehot + α·π over the candidates, [T, V], from the definition."""
-    policy = torch.zeros(len(item.response), rows, dtype=DOUBLE)
-    policy.scatter_add_(1, item.known.candidates, item.known.logp.softmax(-1).to(DOUBLE))
-    return (1 - alpha) * F.one_hot(torch.tensor(item.response), rows).to(DOUBLE) + alpha * policy
+    policy = torch.zeros(len(item.response_ids), rows, dtype=DOUBLE)
+    policy.scatter_add_(1, item.draw_info.candidates, item.draw_info.logp.softmax(-1).to(DOUBLE))
+    return (1 - alpha) * F.one_hot(torch.tensor(item.response_ids), rows).to(DOUBLE) + alpha * policy
 
 
 def value_at(reward: Reward, item: Sample, rows: Tensor, delimiter: str, closing: str) -> Tensor:
     """The reward at token weights [T, V], by the model's own forward; the steps are the response's."""
-    [term] = reward.terms
-    prompt, sequence = term.encode(item).prompt, closed(item.response, closing)
+    [term] = reward.objectives
+    prompt, sequence = term.encode(item).prompt_ids, closed(item.response_ids, closing)
     table = term.model.get_input_embeddings().weight
-    count = min(len(sequence), len(item.response))  # without a stop token that the template drops
-    if item.response[-1] == END and sequence[len(item.response) - 1 : len(item.response)] != [END]:
-        count = len(item.response) - 1
+    count = min(len(sequence), len(item.response_ids))  # without a stop token that the template drops
+    if item.response_ids[-1] == END and sequence[len(item.response_ids) - 1 : len(item.response_ids)] != [END]:
+        count = len(item.response_ids) - 1
     embeds = torch.cat((table[prompt], rows[:count] @ table, table[sequence[count:]]))
     states = term.model.base_model(inputs_embeds=embeds[None]).last_hidden_state[0, len(prompt) - 1 :]
-    places = {*written(item.response, delimiter), len(sequence)}
+    places = {*written(item.response_ids, delimiter), len(sequence)}
     return term.model.score(states[sorted(places)]).sum()
 
 
@@ -274,18 +301,20 @@ def test_the_gradient_equals_autograd_through_the_one_hot(
     policy = worlds.tiny_policy(architecture, dtype=DOUBLE)
     reward, _ = rewards(policy, architecture, closing=closing)
     items = [known(policy, item) for item in samples(policy)[2:6]]
-    point = Point((alpha,)) if alpha else HARD
-    memos = reward.prompt_memos(items, Meter())
-    found = reward.gradient(items, memos, None, meter=Meter(), point=point)
-    tables = [item.known.candidates for item in items]
-    some = reward.gradient(items, memos, tables, meter=Meter(), point=point)
+    point = GradientPoint((alpha,)) if alpha else HARD_GRADIENT_POINT
+    memos = reward.compute_prompt_caches(items, FlopCounter())
+    found = reward.compute_backward_gradient(items, memos, None, flop_counter=FlopCounter(), gradient_at=point)
+    tables = [item.draw_info.candidates for item in items]
+    some = reward.compute_backward_gradient(items, memos, tables, flop_counter=FlopCounter(), gradient_at=point)
     for item, memo, ours, few, table in zip(items, memos, found, some, tables, strict=True):
         rows = dense(item, alpha, ours.shape[1]).requires_grad_(True)
         theirs = torch.autograd.grad(value_at(reward, item, rows, ";", closing), rows)[0]
-        readable = reward.readable
+        readable = reward.in_vocabulary
         scale = float(theirs.abs().max())
         assert scale > 1e-3 and float((ours - theirs)[:, readable].abs().max()) <= exact * scale
-        alone = reward.gradient([item], [memo], None, meter=Meter(), point=point)[0]
+        alone = reward.compute_backward_gradient([item], [memo], None, flop_counter=FlopCounter(), gradient_at=point)[
+            0
+        ]
         torch.testing.assert_close(alone, ours, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(ours.gather(1, table), few, rtol=1e-7, atol=1e-9)
 
@@ -294,17 +323,20 @@ def test_the_gradient_equals_central_differences(double: Policy) -> None:
     reward, whole = rewards(double)
     item = known(double, samples(double)[2])
     [ours], [other] = (
-        r.gradient([item], r.prompt_memos([item], Meter()), None, meter=Meter()) for r in (reward, whole)
+        r.compute_backward_gradient(
+            [item], r.compute_prompt_caches([item], FlopCounter()), None, flop_counter=FlopCounter()
+        )
+        for r in (reward, whole)
     )
     rows, step = dense(item, 0.0, ours.shape[1]), 1e-4
-    for place in [(0, 3), (6, 11), (7, 0), (len(item.response) - 1, 7)]:
+    for place in [(0, 3), (6, 11), (7, 0), (len(item.response_ids) - 1, 7)]:
         with torch.no_grad():
             shift = torch.zeros_like(rows)
             shift[place] = step
             ends = [float(value_at(reward, item, rows + by * shift, ";", worlds.END)) for by in (1, -1)]
         slope = (ends[0] - ends[1]) / (2 * step)
         assert slope == pytest.approx(float(ours[place]), abs=1e-6 * float(ours.abs().max()))
-    last = written(item.response, ";")[-1]
+    last = written(item.response_ids, ";")[-1]
     torch.testing.assert_close(ours[last:], other[last:], rtol=1e-9, atol=1e-9)  # only the end is read after it
     assert float((ours[:last] - other[:last]).abs().max()) > 1e-3
 
@@ -314,12 +346,12 @@ def test_the_gradient_equals_central_differences(double: Policy) -> None:
 
 def direct(reward: Reward, items: Sequence[Sample]) -> list[Tensor]:
     """[T, V] direct parts, which must cost nothing."""
-    memos = reward.prompt_memos(items, Meter())
-    _, kept = reward.score(items, memos, meter=Meter(), keep=True)
-    tables = [torch.arange(len(reward.readable)).expand(len(item.response), -1) for item in items]
-    meter = Meter()
-    found = reward.direct_gradient(items, kept, tables, meter=meter)
-    assert meter.total().flops == 0
+    memos = reward.compute_prompt_caches(items, FlopCounter())
+    _, kept = reward.score(items, memos, flop_counter=FlopCounter(), return_caches=True)
+    tables = [torch.arange(len(reward.in_vocabulary)).expand(len(item.response_ids), -1) for item in items]
+    meter = FlopCounter()
+    found = reward.compute_direct_gradient(items, kept, tables, flop_counter=meter)
+    assert meter.get_total_cost().flops == 0
     return found
 
 
@@ -328,14 +360,14 @@ def test_the_direct_part_is_what_a_token_added_to_every_score_after_it(closing: 
     reward, _ = rewards(double, closing=closing)
     items = samples(double)
     for item, slope in zip(items, direct(reward, items), strict=True):
-        prompt, sequence = reward.terms[0].encode(item).prompt, closed(item.response, closing)
-        scores = levels(reward.terms[0].model, prompt, sequence)
-        reads = {*written(item.response, ";"), len(sequence)}
-        own = len(reward.terms[0].encode(item).response)
+        prompt, sequence = reward.objectives[0].encode(item).prompt_ids, closed(item.response_ids, closing)
+        scores = levels(reward.objectives[0].model, prompt, sequence)
+        reads = {*written(item.response_ids, ";"), len(sequence)}
+        own = len(reward.objectives[0].encode(item).response_ids)
         expected = torch.zeros(slope.shape, dtype=DOUBLE)
         for at in range(1, own):
             later = sum(place > at for place in reads)
-            expected[at, item.response[at]] = later * (scores[at + 1] - scores[at])
+            expected[at, item.response_ids[at]] = later * (scores[at + 1] - scores[at])
         torch.testing.assert_close(slope.double(), expected, rtol=1e-5, atol=1e-6)
         if own == len(sequence):  # nothing but the response is read: the parts make up the reward
             begin = float(len(reads) * scores[1])
@@ -352,11 +384,13 @@ def test_without_steps_the_direct_part_is_the_scalar_rewards(double: Policy) -> 
 def test_the_direct_part_survives_branches(double: Policy) -> None:
     reward, _ = rewards(double)
     item = samples(double)[2]
-    _, kept = reward.score([item], reward.prompt_memos([item], Meter()), meter=Meter(), keep=True)
-    branch = replace(item, response=[*item.response[:9], *item.response[6:]])
-    _, kept = reward.score([branch], kept, meter=Meter(), shared=[9], keep=True)
-    table = torch.arange(len(reward.readable)).expand(len(branch.response), -1)
-    [through] = reward.direct_gradient([branch], kept, [table], meter=Meter())
+    _, kept = reward.score(
+        [item], reward.compute_prompt_caches([item], FlopCounter()), flop_counter=FlopCounter(), return_caches=True
+    )
+    branch = replace(item, response_ids=[*item.response_ids[:9], *item.response_ids[6:]])
+    _, kept = reward.score([branch], kept, flop_counter=FlopCounter(), num_shared=[9], return_caches=True)
+    table = torch.arange(len(reward.in_vocabulary)).expand(len(branch.response_ids), -1)
+    [through] = reward.compute_direct_gradient([branch], kept, [table], flop_counter=FlopCounter())
     torch.testing.assert_close(through, direct(reward, [branch])[0], rtol=1e-6, atol=1e-7)
 
 
@@ -366,21 +400,30 @@ def test_the_direct_part_survives_branches(double: Policy) -> None:
 def test_an_ensemble_of_process_rewards(double: Policy) -> None:
     """Score, gradient and direct part are those of the bound of the members' sums."""
     members = [rewards(double, seed=seed)[0] for seed in (1, 2, 3)]
-    reward, items = ensemble(members, 1.5, "three"), [known(double, item) for item in samples(double)[2:6]]
-    check_reward(reward, double, within=";")
+    reward, items = (
+        build_ensemble_reward(members, 1.5, "three"),
+        [known(double, item) for item in samples(double)[2:6]],
+    )
+    check_reward(reward, double, step_delimiter=";")
     sums = torch.tensor([score(one, items) for one in members], dtype=DOUBLE)
     bound = sums.mean(0) - 1.5 * sums.std(0, correction=0)
     assert score(reward, items) == pytest.approx(bound.tolist(), rel=1e-9)
-    found = reward.gradient(items, reward.prompt_memos(items, Meter()), None, meter=Meter())
+    found = reward.compute_backward_gradient(
+        items, reward.compute_prompt_caches(items, FlopCounter()), None, flop_counter=FlopCounter()
+    )
     for item, ours, parts in zip(items, found, direct(reward, items), strict=True):
         rows = dense(item, 0.0, ours.shape[1]).requires_grad_(True)
         values = torch.stack([value_at(one, item, rows, ";", worlds.END) for one in members])
         theirs = torch.autograd.grad(values.mean(0) - 1.5 * values.std(0, correction=0), rows)[0]
-        torch.testing.assert_close(ours[:, reward.readable], theirs[:, reward.readable], rtol=1e-7, atol=1e-9)
-        if item.response[-1] == END:
+        torch.testing.assert_close(
+            ours[:, reward.in_vocabulary], theirs[:, reward.in_vocabulary], rtol=1e-7, atol=1e-9
+        )
+        if item.response_ids[-1] == END:
             first = score(reward, [item])[0] - float(parts.double().sum())
-            reads = len({*written(item.response, ";"), len(item.response)})
-            begun = torch.stack([reads * levels(one.terms[0].model, item.prompt, item.response)[1] for one in members])
+            reads = len({*written(item.response_ids, ";"), len(item.response_ids)})
+            begun = torch.stack(
+                [reads * levels(one.objectives[0].model, item.prompt_ids, item.response_ids)[1] for one in members]
+            )
             assert first == pytest.approx(float(begun.mean() - 1.5 * begun.std(correction=0)), rel=1e-4, abs=1e-4)
 
 
@@ -388,7 +431,7 @@ def test_members_that_do_not_go_together(double: Policy) -> None:
     one, whole = rewards(double)
     other, _ = rewards(double, delimiter="=", seed=2)
     for members in ([one, whole], [whole, one], [one, other]):
-        worlds.refused(lambda members=members: ensemble(members, 1.0, "mixed"), "mixed", "one delimiter")
+        worlds.refused(lambda members=members: build_ensemble_reward(members, 1.0, "mixed"), "mixed", "one delimiter")
 
 
 # --- searches and audits ----------------------------------------------------------------------------------
@@ -402,16 +445,16 @@ def test_a_search_raises_the_reward_whatever_the_batch(setting: str, double: Pol
         "none": {"solver": "none"},
         "sequential": {"proposals": "sequential", "point": "hard", "confidence": 1.0},
     }.get(setting, {"point": setting})
-    config = ReasonerConfig(rounds=5, max_new_tokens=10, **options)
+    config = SearchConfig(max_rounds=5, max_new_tokens=10, **options)
     problems = worlds.tiny_problems()
-    traces = solve(problems, policy=double, reward=reward, config=config, seed=0)
+    traces = run_search(problems, policy=double, reward=reward, config=config, seed=0)
     assert any(revision.accepted for trace in traces for revision in trace.revisions)
     steps = 0
     for trace, problem in zip(traces, problems, strict=True):
         assert trace.error is None and trace.reward >= trace.reward_initial
         [again] = score(reward, [Sample(problem, trace.prompt_ids, trace.response_ids)])
         assert trace.reward == pytest.approx(again, rel=1e-7)
-        [alone] = solve([problem], policy=double, reward=reward, config=config, seed=0)
+        [alone] = run_search([problem], policy=double, reward=reward, config=config, seed=0)
         assert alone.response_ids == trace.response_ids and alone.reward == pytest.approx(trace.reward, rel=1e-9)
         steps += len(written(trace.response_ids, "e"))
     assert steps > 0, "a search without steps tells nothing of them"
@@ -419,8 +462,10 @@ def test_a_search_raises_the_reward_whatever_the_batch(setting: str, double: Pol
 
 def test_ste_follows_it_too(double: Policy) -> None:
     reward, _ = rewards(double, delimiter="e")
-    config = ReasonerConfig(solver="ste", proposals="sequential", rounds=2, max_new_tokens=6, steps=3, confidence=1.0)
-    for trace in solve(worlds.tiny_problems()[:2], policy=double, reward=reward, config=config, seed=0):
+    config = SearchConfig(
+        solver="ste", proposals="sequential", max_rounds=2, max_new_tokens=6, ste_steps=3, confidence=1.0
+    )
+    for trace in run_search(worlds.tiny_problems()[:2], policy=double, reward=reward, config=config, seed=0):
         assert trace.error is None and trace.revisions and trace.reward >= trace.reward_initial
 
 
@@ -428,22 +473,22 @@ def test_audits_of_a_process_reward(double: Policy) -> None:
     reward, _ = rewards(double, delimiter="e")
     sampling = Sampling(max_new_tokens=8)
     pool = draw_pool(worlds.tiny_problems(), 4, policy=double, reward=reward, sampling=sampling)
-    answers = [draw.answer for entry in pool.entries for draw in entry.draws]
+    answers = [draw.answer for entry in pool.entries for draw in entry.responses]
     gold = max(filter(None, answers), key=answers.count)
     assert 0 < answers.count(gold) < len(answers)
     entries = [replace(entry, problem=replace(entry.problem, answer=gold)) for entry in pool.entries]
     with AnswerChecker() as checker:
-        assert audit(replace(pool, entries=entries), checker).samples == 4
-    found = gradient_audit(
+        assert audit_ranking(replace(pool, results=entries), checker).samples == 4
+    found = audit_gradient(
         worlds.tiny_problems(),
         policy=double,
         reward=reward,
-        points=["direct", "hard"],
+        gradient_at=["direct", "hard"],
         sampling=sampling,
-        samples=4,
-        swaps=20,
+        samples_per_problem=4,
+        num_swaps=20,
     )
-    assert set(found.points) == {"direct", "hard"} and found.swaps == 20 and found.spread > 0
+    assert set(found.gradient_points) == {"direct", "hard"} and found.swaps == 20 and found.reward_std > 0
 
 
 # --- specs and folders ------------------------------------------------------------------------------------
@@ -457,22 +502,24 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def copied(saved: str, folder: Path, card: RewardCard) -> str:
+def copied(saved: str, folder: Path, card: RewardManifest) -> str:
     for file in Path(saved).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    write_card(folder, card)
+    write_manifest(folder, card)
     return str(folder)
 
 
 def test_loaded_by_spec_and_by_folder(saved: str, policy: Policy, tmp_path: Path) -> None:
     items = samples(policy)
     model = worlds.tiny_model(kind="score", seed=1)
-    folder = copied(saved, tmp_path, RewardCard("process", step_delimiter="9;"))
+    folder = copied(saved, tmp_path, RewardManifest("process", step_delimiter="9;"))
     for spec, delimiter in ((f"process@;:{saved}", ";"), (rf"process@\x39;:{saved}", "9;"), (folder, "9;")):
         reward = load_reward(spec, policy=policy, batch_size=3)
-        expected = score(process(policy, model, worlds.char_tokenizer(), "memory", delimiter=delimiter), items)
+        expected = score(
+            build_process_reward(policy, model, worlds.char_tokenizer(), "memory", step_delimiter=delimiter), items
+        )
         assert score(reward, items) == pytest.approx(expected, rel=1e-4, abs=1e-4)
-        assert (reward.kind, reward.name, reward.batch_size, reward.point) == ("process", spec, 3, "mixture:0.5")
+        assert (reward.kind, reward.name, reward.batch_size, reward.gradient_at) == ("process", spec, 3, "mixture:0.5")
     values = [
         score(load_reward(f"process@;:{name}", policy=policy), items) for name in (saved, adapter(tmp_path, saved))
     ]
@@ -493,19 +540,21 @@ def adapter(folder: Path, saved: str) -> str:
 
 def test_a_folder_brings_its_audit_and_a_spec_none(saved: str, policy: Policy, tmp_path: Path) -> None:
     """The audit of a scalar reward is of another reward than the process one of the same score."""
-    card = RewardCard("scalar", trust=Trust(8, 2), point="direct")
+    card = RewardManifest("scalar", validated_limits=ValidatedLimits(8, 2), gradient_at="direct")
     folder = copied(saved, tmp_path, card)
     reward = load_reward(f"process@;:{folder}", policy=policy)
-    assert (reward.trust, reward.point) == (None, "mixture:0.5")
-    write_card(folder, replace(card, kind="process", step_delimiter=";"))
+    assert (reward.validated_limits, reward.gradient_at) == (None, "mixture:0.5")
+    write_manifest(folder, replace(card, model_kind="process", step_delimiter=";"))
     reward = load_reward(folder, policy=policy)
-    assert (reward.trust, reward.point) == (Trust(8, 2), "direct")
-    assert plan_reward(folder) == RewardPlan("process", (folder,), trust=Trust(8, 2), point="direct", delimiter=";")
-    assert 'A step ends with ";"' in readme(replace(card, kind="process", step_delimiter=";"))
+    assert (reward.validated_limits, reward.gradient_at) == (ValidatedLimits(8, 2), "direct")
+    assert parse_reward_spec(folder) == ParsedRewardSpec(
+        "process", (folder,), validated_limits=ValidatedLimits(8, 2), gradient_at="direct", step_delimiter=";"
+    )
+    assert 'A step ends with ";"' in render_reward_readme(replace(card, model_kind="process", step_delimiter=";"))
 
 
 def test_ensembles_of_specs_and_folders(saved: str, policy: Policy, tmp_path: Path) -> None:
-    folder = copied(saved, tmp_path, RewardCard("process", step_delimiter="9;"))
+    folder = copied(saved, tmp_path, RewardManifest("process", step_delimiter="9;"))
     own = rf"process@9\x3b:{adapter(tmp_path, saved)}"
     reward = load_reward(f"ensemble@0: {own},{folder}", policy=policy)
     parts = [score(load_reward(name, policy=policy), samples(policy)) for name in (own, folder)]
@@ -518,21 +567,21 @@ def test_ensembles_of_specs_and_folders(saved: str, policy: Policy, tmp_path: Pa
         (rf"process@9\x3b:{folder}", ["member twice"]),
         (folder + "/../" + Path(folder).name, ["member twice"]),
     ):
-        worlds.refused(lambda other=other: plan_reward(f"ensemble:{folder},{other}"), *words)
-    worlds.refused(lambda: plan_reward(rf"ensemble:process@;:{saved},process@\x3b:{saved}"), "member twice")
+        worlds.refused(lambda other=other: parse_reward_spec(f"ensemble:{folder},{other}"), *words)
+    worlds.refused(lambda: parse_reward_spec(rf"ensemble:process@;:{saved},process@\x3b:{saved}"), "member twice")
 
 
 def test_identity_follows_the_delimiter(saved: str, tmp_path: Path) -> None:
-    folder = copied(saved, tmp_path, RewardCard("process", step_delimiter=";"))
-    first = reward_identity(folder)
-    write_card(folder, RewardCard("process", step_delimiter="="))
-    assert reward_identity(folder) != first
-    assert reward_identity("process@;:some/model") == "process@;:some/model"
+    folder = copied(saved, tmp_path, RewardManifest("process", step_delimiter=";"))
+    first = compute_reward_identity(folder)
+    write_manifest(folder, RewardManifest("process", step_delimiter="="))
+    assert compute_reward_identity(folder) != first
+    assert compute_reward_identity("process@;:some/model") == "process@;:some/model"
 
 
 def test_the_default_delimiter_is_a_blank_line(policy: Policy) -> None:
     for spec, delimiter in (("process:a/b", "\n\n"), (r"process@\n:a/b", "\n"), ("process@ :a/b", " ")):
-        assert plan_reward(spec) == RewardPlan("process", ("a/b",), delimiter=delimiter)
+        assert parse_reward_spec(spec) == ParsedRewardSpec("process", ("a/b",), step_delimiter=delimiter)
 
 
 @pytest.mark.parametrize(
@@ -575,10 +624,10 @@ def test_models_that_are_refused(saved: str, policy: Policy, tmp_path: Path) -> 
 def test_the_probe_reads_the_end_of_a_step(double: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward that would forget the steps is refused at loading, as the probe holds one."""
     reward, _ = rewards(double)
-    check_reward(reward, double, within=";")
-    scores = ProcessTerm._scores
+    check_reward(reward, double, step_delimiter=";")
+    scores = ProcessObjective._gather_scores
     monkeypatch.setattr(
-        ProcessTerm, "_scores", lambda self, hidden, places: scores(self, hidden, [p[-1:] for p in places])
+        ProcessObjective, "_scores", lambda self, hidden, places: scores(self, hidden, [p[-1:] for p in places])
     )
     check_reward(reward, double)
-    worlds.refused(lambda: check_reward(reward, double, within=";"), "steps", "the prefix cache")
+    worlds.refused(lambda: check_reward(reward, double, step_delimiter=";"), "steps", "the prefix cache")

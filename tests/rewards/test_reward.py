@@ -20,12 +20,12 @@ from transformers import (
 
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.grading.equivalence import Verdict
-from nabla_trl.models.flops import Meter
+from nabla_trl.grading.equivalence import MatchResult
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.policy import Policy
-from nabla_trl.rewards.loading import check_reward, load_reward, log_ratio, scalar
+from nabla_trl.rewards.loading import build_log_ratio_reward, build_scalar_reward, check_reward, load_reward
 from nabla_trl.rewards.reward import Reward, Verifier
-from nabla_trl.rewards.spec import PREFIX
+from nabla_trl.rewards.spec import LOG_RATIO_PREFIX
 from nabla_trl.tasks.problem import Problem
 
 TEXTS = ("1+2=3", "3*4=12;12-5=7#7", "7", "12-3=9;4*5=20;9+20=29#29")
@@ -52,9 +52,9 @@ def _samples(policy: Policy) -> list[Sample]:
     ]
 
 
-def _score(reward: Reward, samples: Sequence[Sample], meter: Meter | None = None) -> list[float]:
-    meter = Meter() if meter is None else meter
-    return reward.score(samples, reward.prompt_memos(samples, meter), meter=meter)[0]
+def _score(reward: Reward, samples: Sequence[Sample], meter: FlopCounter | None = None) -> list[float]:
+    meter = FlopCounter() if meter is None else meter
+    return reward.score(samples, reward.compute_prompt_caches(samples, meter), flop_counter=meter)[0]
 
 
 def _plain_score(model: PreTrainedModel, ids: Sequence[int]) -> float:
@@ -80,8 +80,8 @@ def test_a_loaded_scalar_reward_scores_like_the_plain_model(architecture: str, p
     samples = _samples(policy)
     scores = _score(reward, samples)
     for sample, score in zip(samples, scores, strict=True):
-        closed = sample.response if sample.response[-1] == END else [*sample.response, END]
-        assert score == pytest.approx(_plain_score(model, sample.prompt + closed), abs=1e-4)
+        closed = sample.response_ids if sample.response_ids[-1] == END else [*sample.response_ids, END]
+        assert score == pytest.approx(_plain_score(model, sample.prompt_ids + closed), abs=1e-4)
     assert scores[::2] == pytest.approx(scores[1::2], abs=1e-4)  # the template closes what the limit cut off
     assert len({round(score, 3) for score in scores}) == len(TEXTS)
 
@@ -92,31 +92,32 @@ def test_a_loaded_log_ratio_is_the_difference_of_summed_log_likelihoods(
 ) -> None:
     better, reference = worlds.tiny_model(architecture, seed=2), worlds.tiny_model(architecture, seed=3)
     names = [_save(tmp_path / "a", better), _save(tmp_path / "b", reference)]
-    against_policy = load_reward(PREFIX + names[0], policy=policy)
-    against_other = load_reward(f"{PREFIX}{names[0]}, {names[1]}", policy=policy)
+    against_policy = load_reward(LOG_RATIO_PREFIX + names[0], policy=policy)
+    against_other = load_reward(f"{LOG_RATIO_PREFIX}{names[0]}, {names[1]}", policy=policy)
     assert against_policy.kind == against_other.kind == "log-ratio"
     samples = _samples(policy)
     for base, reward in ((policy.model, against_policy), (reference, against_other)):
         expected = [
-            _plain_logp(better, sample.prompt, sample.response) - _plain_logp(base, sample.prompt, sample.response)
+            _plain_logp(better, sample.prompt_ids, sample.response_ids)
+            - _plain_logp(base, sample.prompt_ids, sample.response_ids)
             for sample in samples
         ]
         assert _score(reward, samples) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_the_log_ratio_of_a_model_against_itself_is_zero(policy: Policy) -> None:
-    reward = log_ratio(policy, policy, policy, "self")
+    reward = build_log_ratio_reward(policy, policy, policy, "self")
     assert _score(reward, _samples(policy)) == [0.0] * (2 * len(TEXTS))
 
 
-@pytest.mark.parametrize("spec", [PREFIX, f"{PREFIX}a,b,c", f"{PREFIX}a,"])
+@pytest.mark.parametrize("spec", [LOG_RATIO_PREFIX, f"{LOG_RATIO_PREFIX}a,b,c", f"{LOG_RATIO_PREFIX}a,"])
 def test_a_malformed_log_ratio_is_refused(policy: Policy, spec: str) -> None:
-    worlds.refused(lambda: load_reward(spec, policy=policy), repr(spec), f"{PREFIX}BETTER,REFERENCE")
+    worlds.refused(lambda: load_reward(spec, policy=policy), repr(spec), f"{LOG_RATIO_PREFIX}BETTER,REFERENCE")
 
 
 def test_nothing_there(policy: Policy, tmp_path: Path) -> None:
     worlds.refused(lambda: load_reward("/no/such/reward", policy=policy), "/no/such/reward")
-    worlds.refused(lambda: load_reward(f"{PREFIX}/no/such/model", policy=policy), "/no/such/model")
+    worlds.refused(lambda: load_reward(f"{LOG_RATIO_PREFIX}/no/such/model", policy=policy), "/no/such/model")
     worlds.refused(lambda: load_reward(str(tmp_path), policy=policy), str(tmp_path))
 
 
@@ -133,7 +134,7 @@ def test_a_missing_score_head_is_refused(policy: Policy, tmp_path: Path) -> None
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_causal_lm_as_scalar_reward_is_refused(architecture: str, policy: Policy, tmp_path: Path) -> None:
     name = _save(tmp_path, worlds.tiny_model(architecture))
-    worlds.refused(lambda: load_reward(name, policy=policy), "causal LM", f"{PREFIX}{name}")
+    worlds.refused(lambda: load_reward(name, policy=policy), "causal LM", f"{LOG_RATIO_PREFIX}{name}")
 
 
 def test_two_labels_are_refused(policy: Policy, tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_weights_that_are_no_numbers_are_refused(kind: str, bad: float, policy: 
     model = worlds.tiny_model(kind=kind)
     with torch.no_grad():
         model.base_model.layers[0].mlp.down_proj.weight[0, 0] = bad
-    spec = ("" if kind == "score" else PREFIX) + _save(tmp_path, model)
+    spec = ("" if kind == "score" else LOG_RATIO_PREFIX) + _save(tmp_path, model)
     worlds.refused(lambda: load_reward(spec, policy=policy), spec, "not finite")
 
 
@@ -156,7 +157,7 @@ def test_no_common_vocabulary_is_refused(kind: str, policy: Policy, tmp_path: Pa
     tokenizer = worlds.char_tokenizer(["α", "β", "γ", *worlds.TOKENS[len(worlds.CHARS) :]])
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = worlds.tiny_model(kind=kind, vocab=len(tokenizer), eos=eos, pad=pad)
-    spec = ("" if kind == "score" else PREFIX) + _save(tmp_path, model, tokenizer)
+    spec = ("" if kind == "score" else LOG_RATIO_PREFIX) + _save(tmp_path, model, tokenizer)
     worlds.refused(lambda: load_reward(spec, policy=policy), "vocabulary lacks 22", "'0', '1', '2', '3', '4' …")
 
 
@@ -169,7 +170,9 @@ def test_sliding_windows_are_refused(policy: Policy) -> None:
     shape = {"vocab_size": 27, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     config = MistralConfig(**shape, num_hidden_layers=1, num_key_value_heads=1, sliding_window=4, num_labels=1)
     model = MistralForSequenceClassification(config)
-    worlds.refused(lambda: scalar(policy, model, worlds.char_tokenizer(), "window"), "mistral", "cannot be cut")
+    worlds.refused(
+        lambda: build_scalar_reward(policy, model, worlds.char_tokenizer(), "window"), "mistral", "cannot be cut"
+    )
 
 
 def test_an_encoder_is_refused(policy: Policy) -> None:
@@ -184,7 +187,7 @@ def test_an_encoder_is_refused(policy: Policy) -> None:
         num_labels=1,
     )
     model = BertForSequenceClassification(config)
-    worlds.refused(lambda: scalar(policy, model, worlds.char_tokenizer(), "bert"), "score")
+    worlds.refused(lambda: build_scalar_reward(policy, model, worlds.char_tokenizer(), "bert"), "score")
 
 
 # --- hard = soft = cached ---------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ def test_sound_rewards_pass_the_check(policy: Policy, reward: Reward) -> None:
 
 def test_a_model_that_treats_embeddings_otherwise_is_refused(policy: Policy, reward: Reward) -> None:
     """As one does that scales its embeddings only where it looks the ids up itself."""
-    with _forward(reward.terms[0].model, lambda given, h: h if given.get("inputs_embeds") is None else 1.1 * h):
+    with _forward(reward.objectives[0].model, lambda given, h: h if given.get("inputs_embeds") is None else 1.1 * h):
         worlds.refused(lambda: check_reward(reward, policy), reward.name, "through embeddings")
 
 
@@ -229,7 +232,7 @@ def test_a_model_whose_cache_changes_the_score_is_refused(policy: Policy, reward
         cached = given.get("past_key_values") is not None and hidden.shape[1] < given["attention_mask"].shape[-1]
         return 1.1 * hidden if cached else hidden
 
-    with _forward(reward.terms[0].model, change):
+    with _forward(reward.objectives[0].model, change):
         worlds.refused(lambda: check_reward(reward, policy), reward.name, "through the prefix cache")
 
 
@@ -253,39 +256,45 @@ def test_a_batch_scores_like_singles_whatever_its_size(policy: Policy, reward: R
 
 
 def test_scoring_from_a_shared_beginning_equals_scoring_afresh(policy: Policy, reward: Reward) -> None:
-    samples, meter = _samples(policy)[::2], Meter()
-    bare = reward.prompt_memos(samples, meter)
-    _, kept = reward.score(samples, bare, meter=meter, keep=True)
+    samples, meter = _samples(policy)[::2], FlopCounter()
+    bare = reward.compute_prompt_caches(samples, meter)
+    _, kept = reward.score(samples, bare, flop_counter=meter, return_caches=True)
     for cut in (0, 1, 3):
         moved = [
-            Sample(s.problem, s.prompt, [*s.response[: min(cut, len(s.response) - 1)], 4, 5, END]) for s in samples
+            Sample(s.problem, s.prompt_ids, [*s.response_ids[: min(cut, len(s.response_ids) - 1)], 4, 5, END])
+            for s in samples
         ]
-        shared = [min(cut, len(s.response) - 1) for s in samples]
-        branch = Meter()
-        scores, _ = reward.score(moved, kept, meter=branch, shared=shared)
+        shared = [min(cut, len(s.response_ids) - 1) for s in samples]
+        branch = FlopCounter()
+        scores, _ = reward.score(moved, kept, flop_counter=branch, num_shared=shared)
         assert scores == pytest.approx(_score(reward, moved), rel=1e-4, abs=1e-4)
-        fed = branch.total().tokens["reward/forward"]  # the token before the branch, the branch, 5 and the stop
+        fed = branch.get_total_cost().tokens[
+            "reward/forward"
+        ]  # the token before the branch, the branch, 5 and the stop
         assert fed == len(samples) * (4 if reward.kind == "scalar" else 3)
 
 
 def test_scores_charge_the_problem_they_belong_to(policy: Policy, scalar_reward: Reward) -> None:
-    [first, *_], meter = _samples(policy), Meter()
+    [first, *_], meter = _samples(policy), FlopCounter()
     _score(scalar_reward, [first], meter)
-    prompt, rest = len(first.prompt), len(first.response) + 1
-    [term] = scalar_reward.terms
-    assert meter.cost("q0").tokens == {"reward/prefill": prompt - 1, "reward/forward": rest}
-    assert meter.cost("q0").flops == term.size.forward_flops(0, prompt - 1, 0) + term.size.forward_flops(
-        prompt - 1, rest, rest
-    )
-    assert meter.total().flops == meter.cost("q0").flops
+    prompt, rest = len(first.prompt_ids), len(first.response_ids) + 1
+    [term] = scalar_reward.objectives
+    assert meter.get_cost("q0").tokens == {"reward/prefill": prompt - 1, "reward/forward": rest}
+    assert meter.get_cost("q0").flops == term.model_size.compute_forward_flops(
+        0, prompt - 1, 0
+    ) + term.model_size.compute_forward_flops(prompt - 1, rest, rest)
+    assert meter.get_total_cost().flops == meter.get_cost("q0").flops
 
 
 # --- the score at every token -----------------------------------------------------------------------------
 
 
 def _levels(reward: Reward, samples: Sequence[Sample]) -> list[torch.Tensor]:
-    memos = reward.prompt_memos(samples, Meter())
-    return [memo[0].levels for memo in reward.score(samples, memos, meter=Meter(), keep=True)[1]]
+    memos = reward.compute_prompt_caches(samples, FlopCounter())
+    return [
+        memo[0].prefix_scores
+        for memo in reward.score(samples, memos, flop_counter=FlopCounter(), return_caches=True)[1]
+    ]
 
 
 @pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
@@ -295,11 +304,14 @@ def test_levels_are_the_plain_scores_of_the_beginnings(architecture: str) -> Non
     reward = worlds.tiny_scalar(policy, architecture)
     samples = _samples(policy)
     for sample, levels in zip(samples, _levels(reward, samples), strict=True):
-        counts = range(len(sample.response) + 1)
-        plain = [_plain_score(reward.terms[0].model, sample.prompt + sample.response[:count]) for count in counts]
+        counts = range(len(sample.response_ids) + 1)
+        plain = [
+            _plain_score(reward.objectives[0].model, sample.prompt_ids + sample.response_ids[:count])
+            for count in counts
+        ]
         assert levels.tolist() == pytest.approx(plain, rel=1e-9, abs=1e-12)
-    for bare in reward.prompt_memos(samples, Meter()):
-        assert len(bare[0].levels) == 0
+    for bare in reward.compute_prompt_caches(samples, FlopCounter()):
+        assert len(bare[0].prefix_scores) == 0
     ratio = worlds.tiny_logratio(policy)
     assert [len(levels) for levels in _levels(ratio, samples)] == [0] * len(samples)  # it has no score
 
@@ -309,16 +321,21 @@ def test_levels_remembered_across_a_shared_beginning_equal_those_of_a_full_scori
     policy = worlds.tiny_policy(dtype=torch.float64)
     reward = worlds.tiny_scalar(policy)
     samples = _samples(policy)
-    _, kept = reward.score(samples, reward.prompt_memos(samples, Meter()), meter=Meter(), keep=True)
+    _, kept = reward.score(
+        samples, reward.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter(), return_caches=True
+    )
     for cuts, suffix in (((0, 1, 3, 99), [4, 5, END]), ((2, 4, 0, 1), [6]), ((1, 3, 2, 0), [7, 7, 7, 7])):
-        shared = [min(cut, len(s.response) - 1) for cut, s in zip([*cuts, *cuts], samples, strict=True)]
+        shared = [min(cut, len(s.response_ids) - 1) for cut, s in zip([*cuts, *cuts], samples, strict=True)]
         samples = [
-            Sample(s.problem, s.prompt, s.response[:cut] + suffix) for s, cut in zip(samples, shared, strict=True)
+            Sample(s.problem, s.prompt_ids, s.response_ids[:cut] + suffix)
+            for s, cut in zip(samples, shared, strict=True)
         ]
-        _, kept = reward.score(samples, kept, meter=Meter(), shared=shared, keep=True)
+        _, kept = reward.score(samples, kept, flop_counter=FlopCounter(), num_shared=shared, return_caches=True)
         for sample, [memo], afresh in zip(samples, kept, _levels(reward, samples), strict=True):
-            assert len(memo.levels) == len(sample.response) + 1 and memo.levels.dtype == torch.float64
-            assert torch.allclose(memo.levels, afresh, rtol=0, atol=1e-12)
+            assert (
+                len(memo.prefix_scores) == len(sample.response_ids) + 1 and memo.prefix_scores.dtype == torch.float64
+            )
+            assert torch.allclose(memo.prefix_scores, afresh, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("template", ["none", "nothing after the response", "closed"])
@@ -328,17 +345,17 @@ def test_where_nothing_follows_the_response_its_steps_add_up_to_the_score(templa
     own = {"none": None, "closed": worlds.TEMPLATE, **{key: one for key, (one, _) in OTHER_TEMPLATES.items()}}
     reward = worlds.tiny_scalar(policy, tokenizer=worlds.char_tokenizer(template=own[template]))
     samples = _samples(policy)
-    memos = reward.prompt_memos(samples, Meter())
-    values, kept = reward.score(samples, memos, meter=Meter(), keep=True)
-    tables = [torch.arange(len(worlds.TOKENS)).expand(len(sample.response), -1) for sample in samples]
-    found = reward.direct_gradient(samples, kept, tables, meter=Meter())
+    memos = reward.compute_prompt_caches(samples, FlopCounter())
+    values, kept = reward.score(samples, memos, flop_counter=FlopCounter(), return_caches=True)
+    tables = [torch.arange(len(worlds.TOKENS)).expand(len(sample.response_ids), -1) for sample in samples]
+    found = reward.compute_direct_gradient(samples, kept, tables, flop_counter=FlopCounter())
     open_ended = 0
     for sample, value, [memo], slope in zip(samples, values, kept, found, strict=True):
-        total = float(memo.levels[0] + memo.levels.diff().sum())
-        steps = slope[range(len(sample.response)), sample.response]
-        assert steps[0] == 0 and int(slope.count_nonzero()) == len(sample.response) - 1
-        assert float(memo.levels[1] + steps.double().sum()) == pytest.approx(total, rel=1e-5, abs=1e-5)
-        if template != "closed" or sample.response[-1] == END:  # nothing closes the turn any more
+        total = float(memo.prefix_scores[0] + memo.prefix_scores.diff().sum())
+        steps = slope[range(len(sample.response_ids)), sample.response_ids]
+        assert steps[0] == 0 and int(slope.count_nonzero()) == len(sample.response_ids) - 1
+        assert float(memo.prefix_scores[1] + steps.double().sum()) == pytest.approx(total, rel=1e-5, abs=1e-5)
+        if template != "closed" or sample.response_ids[-1] == END:  # nothing closes the turn any more
             assert total == pytest.approx(value, rel=1e-12)
         else:
             open_ended += 1
@@ -372,13 +389,16 @@ def test_the_rewards_own_template_is_used(name: str, policy: Policy) -> None:
     template, rendered = OTHER_TEMPLATES[name]
     tokenizer, _ = worlds.permuted_tokenizer(worlds.char_tokenizer(OTHER_CHARS, template=template))
     model = _scorer(vocab=len(tokenizer), eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id)
-    reward = scalar(policy, model, tokenizer, "other")
+    reward = build_scalar_reward(policy, model, tokenizer, "other")
     samples = _samples(policy)
     for sample, score in zip(samples, _score(reward, samples), strict=True):
-        text = rendered.replace(" ", "").format(sample.problem.question, policy.decode(sample.response))
-        turns = [*sample.problem.chat(), {"role": "assistant", "content": policy.decode(sample.response)}]
+        text = rendered.replace(" ", "").format(sample.problem.question, policy.decode(sample.response_ids))
+        turns = [
+            *sample.problem.build_messages(),
+            {"role": "assistant", "content": policy.decode(sample.response_ids)},
+        ]
         assert text == tokenizer.apply_chat_template(turns, tokenize=False)
-        if name == "nothing after the response" and sample.response[-1] == END:
+        if name == "nothing after the response" and sample.response_ids[-1] == END:
             text += worlds.END  # the policy's own stop token stays where no tail takes its place
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert score == pytest.approx(_plain_score(model, ids), abs=1e-4)
@@ -387,10 +407,10 @@ def test_the_rewards_own_template_is_used(name: str, policy: Policy) -> None:
 def test_without_template_the_policys_prompt_is_read(policy: Policy) -> None:
     tokenizer, new_ids = worlds.permuted_tokenizer(worlds.char_tokenizer(template=None))
     model = _scorer(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id)
-    reward = scalar(policy, model, tokenizer, "bare")
+    reward = build_scalar_reward(policy, model, tokenizer, "bare")
     samples = _samples(policy)
     for sample, score in zip(samples, _score(reward, samples), strict=True):
-        ids = new_ids[sample.prompt + sample.response].tolist()
+        ids = new_ids[sample.prompt_ids + sample.response_ids].tolist()
         assert score == pytest.approx(_plain_score(model, ids), abs=1e-4)
 
 
@@ -403,8 +423,8 @@ def test_the_prompt_is_that_of_the_whole_chat(policy: Policy, scalar_reward: Rew
         problem = Problem(id="same", question="1+2", messages=messages)
         sample = worlds.sample(policy, problem, "3")
         scores += _score(scalar_reward, [sample])
-        [term] = scalar_reward.terms
-        assert scores[-1] == pytest.approx(_plain_score(term.model, sample.prompt + sample.response), abs=1e-4)
+        [term] = scalar_reward.objectives
+        assert scores[-1] == pytest.approx(_plain_score(term.model, sample.prompt_ids + sample.response_ids), abs=1e-4)
     assert abs(scores[0] - scores[1]) > 1e-3
 
 
@@ -416,7 +436,7 @@ def test_a_reward_whose_padding_is_its_eos(architecture: str, policy: Policy, tm
     reward = load_reward(_save(tmp_path, model, tokenizer), policy=policy)
     samples = _samples(policy)[::2]
     for sample, score in zip(samples, _score(reward, samples), strict=True):
-        ids = sample.prompt + sample.response
+        ids = sample.prompt_ids + sample.response_ids
         assert score == pytest.approx(_plain_score(model, ids), abs=1e-4)
         assert abs(score - float(model(torch.tensor([ids])).logits.detach())) > 1e-3
 
@@ -442,7 +462,7 @@ def narrow(policy: Policy) -> Reward:
 def test_a_response_with_an_unreadable_token_scores_minus_infinity(policy: Policy, narrow: Reward) -> None:
     good = _samples(policy)[:2]
     user = worlds.TOKENS.index(worlds.USER)
-    bad = [Sample(s.problem, s.prompt, [user, *s.response]) for s in good]
+    bad = [Sample(s.problem, s.prompt_ids, [user, *s.response_ids]) for s in good]
     mixed = [bad[0], good[0], good[1], bad[1]]
     scores = _score(narrow, mixed)
     assert [scores[0], scores[3]] == [-math.inf, -math.inf]
@@ -454,14 +474,16 @@ def test_an_unreadable_prompt_is_refused_by_name(policy: Policy) -> None:
     tokenizer = worlds.char_tokenizer([*worlds.CHARS, worlds.PAD, worlds.END, worlds.UNK], template=None)
     reward = worlds.tiny_scalar(policy, tokenizer=tokenizer)  # without a template it reads the policy's prompt
     problem = worlds.tiny_problems()[0]
-    worlds.refused(lambda: reward.room(problem, policy.encode(problem)), "q0", "scorer", "no token")
+    worlds.refused(lambda: reward.compute_max_new_tokens(problem, policy.encode(problem)), "q0", "scorer", "no token")
 
 
 def test_characters_unknown_to_the_rewards_template_are_refused_by_name() -> None:
     policy = worlds.tiny_policy(tokenizer=worlds.char_tokenizer((*worlds.TOKENS, "<é>")))
     reward = worlds.tiny_scalar(policy, tokenizer=worlds.char_tokenizer())
     problem = Problem(id="accent", question="<é>")
-    worlds.refused(lambda: reward.room(problem, policy.encode(problem)), "accent", "scorer", "does not know")
+    worlds.refused(
+        lambda: reward.compute_max_new_tokens(problem, policy.encode(problem)), "accent", "scorer", "does not know"
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -472,20 +494,20 @@ def test_the_rewards_context_limits_prompt_and_response(policy: Policy, kind: st
     tail = 1 if kind == "scalar" else 0
     problem = Problem(id="p", question="1" * 9)
     prompt = policy.encode(problem)
-    assert reward.room(problem, prompt) == 16 - len(prompt) - tail
+    assert reward.compute_max_new_tokens(problem, prompt) == 16 - len(prompt) - tail
     response = [1] * (16 - len(prompt) - tail)
     fits, long = Sample(problem, prompt, response), Sample(problem, prompt, [1, 1, *response])
     scores = _score(reward, [long, fits])
     assert scores[0] == -math.inf and math.isfinite(scores[1])
     problem = Problem(id="wide", question="1" * 13)
-    worlds.refused(lambda: reward.room(problem, policy.encode(problem)), "wide", "context")
+    worlds.refused(lambda: reward.compute_max_new_tokens(problem, policy.encode(problem)), "wide", "context")
 
 
 def test_an_empty_response_and_one_of_a_stop_token_alone(policy: Policy, scalar_reward: Reward) -> None:
     problem = worlds.tiny_problems()[0]
     prompt = policy.encode(problem)
     scores = _score(scalar_reward, [Sample(problem, prompt, []), Sample(problem, prompt, [END])])
-    [term] = scalar_reward.terms
+    [term] = scalar_reward.objectives
     assert scores == pytest.approx([_plain_score(term.model, [*prompt, END])] * 2, abs=1e-4)
 
 
@@ -500,4 +522,4 @@ def test_the_verifier_labels_texts() -> None:
     ]
     with AnswerChecker() as checker:
         labels = Verifier(checker)(problems, ["3+5=8;#8", "#8", "#8"])
-    assert labels == [("8", Verdict.RIGHT), ("8", Verdict.WRONG), ("8", Verdict.NO_GOLD)]
+    assert labels == [("8", MatchResult.CORRECT), ("8", MatchResult.INCORRECT), ("8", MatchResult.NO_GOLD)]

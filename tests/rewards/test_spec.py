@@ -15,41 +15,41 @@ from typing import Any
 import pytest
 import worlds
 
-from nabla_trl.audit.overoptimization import warn_past_trust
+from nabla_trl.audit.overoptimization import warn_past_limits
 from nabla_trl.cli.main import main
-from nabla_trl.models.flops import Meter
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.policy import Policy
-from nabla_trl.reward_training.card import readme
-from nabla_trl.rewards.limits import Trust, past_samples, past_trust
+from nabla_trl.reward_training.card import render_reward_readme
+from nabla_trl.rewards.limits import ValidatedLimits, past_limits, past_sample_limit
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.spec import (
-    FILE,
-    RewardCard,
-    RewardPlan,
-    audited_trust,
-    plan_reward,
-    read_card,
-    reward_identity,
-    write_card,
+    MANIFEST_FILE,
+    ParsedRewardSpec,
+    RewardManifest,
+    compute_reward_identity,
+    parse_reward_spec,
+    read_manifest,
+    read_validated_limits,
+    write_manifest,
 )
-from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks import digit_chains
 
 ROOT = Path(__file__).parents[2]
 CARDS = {
-    "scalar": RewardCard(
+    "scalar": RewardManifest(
         "scalar",
-        base="b",
+        base_model="b",
         policy="p",
-        trust=Trust(8, 2),
-        point="direct+mixture:0.5",
-        rounds=[{"auc": 0.5}],
-        settings={"x": 1},
+        validated_limits=ValidatedLimits(8, 2),
+        gradient_at="direct+mixture:0.5",
+        training_rounds=[{"auc": 0.5}],
+        training_settings={"x": 1},
     ),
-    "process": RewardCard("process", step_delimiter=";", trust=Trust(4, 1)),
-    "implicit": RewardCard("implicit", scale=0.1, reference="ref", point="hard"),
-    "ensemble": RewardCard("ensemble", members=["m/0", "m/1"], caution=0.5),
+    "process": RewardManifest("process", step_delimiter=";", validated_limits=ValidatedLimits(4, 1)),
+    "implicit": RewardManifest("implicit", scale=0.1, reference_model="ref", gradient_at="hard"),
+    "ensemble": RewardManifest("ensemble", members=["m/0", "m/1"], uncertainty_penalty=0.5),
 }
 # How reward.json is written: other programs may write one too.
 WRITTEN: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
 
 
 def write(folder: Path, content: Any) -> Path:
-    file = folder / FILE
+    file = folder / MANIFEST_FILE
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     return file
 
@@ -84,29 +84,29 @@ def write(folder: Path, content: Any) -> Path:
 
 @pytest.mark.parametrize("kind", CARDS)
 def test_a_card_is_read_as_it_was_written(kind: str, tmp_path: Path) -> None:
-    write_card(tmp_path / "new", CARDS[kind])
-    assert read_card(tmp_path / "new") == CARDS[kind]
-    content = json.loads((tmp_path / "new" / FILE).read_text())
-    assert content.keys() == WRITTEN[kind].keys() and content["point"] == CARDS[kind].point
-    assert [file.name for file in (tmp_path / "new").iterdir()] == [FILE]
+    write_manifest(tmp_path / "new", CARDS[kind])
+    assert read_manifest(tmp_path / "new") == CARDS[kind]
+    content = json.loads((tmp_path / "new" / MANIFEST_FILE).read_text())
+    assert content.keys() == WRITTEN[kind].keys() and content["point"] == CARDS[kind].gradient_at
+    assert [file.name for file in (tmp_path / "new").iterdir()] == [MANIFEST_FILE]
 
 
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_every_key_is_needed_and_no_other_known(kind: str, tmp_path: Path) -> None:
     write(tmp_path, WRITTEN[kind])
-    assert read_card(tmp_path).kind == kind
+    assert read_manifest(tmp_path).kind == kind
     for name in WRITTEN[kind]:
         file = write(tmp_path, {key: value for key, value in WRITTEN[kind].items() if key != name})
-        worlds.refused(lambda: read_card(tmp_path), str(file), name)
+        worlds.refused(lambda: read_manifest(tmp_path), str(file), name)
     file = write(tmp_path, WRITTEN[kind] | {"colour": 1})
-    worlds.refused(lambda: read_card(tmp_path), str(file), "'colour'")
+    worlds.refused(lambda: read_manifest(tmp_path), str(file), "'colour'")
 
 
 def test_a_write_that_fails_leaves_the_card_that_was_there(tmp_path: Path) -> None:
-    write_card(tmp_path, CARDS["scalar"])
+    write_manifest(tmp_path, CARDS["scalar"])
     with pytest.raises(TypeError):
-        write_card(tmp_path, RewardCard("scalar", settings={"x": object()}))
-    assert read_card(tmp_path) == CARDS["scalar"] and len(list(tmp_path.iterdir())) == 1
+        write_manifest(tmp_path, RewardManifest("scalar", training_settings={"x": object()}))
+    assert read_manifest(tmp_path) == CARDS["scalar"] and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -144,25 +144,25 @@ def test_a_write_that_fails_leaves_the_card_that_was_there(tmp_path: Path) -> No
 )
 def test_values_that_are_refused(kind: str, change: dict, word: str, tmp_path: Path, policy: Policy) -> None:
     file = write(tmp_path, WRITTEN[kind] | change)
-    worlds.refused(lambda: read_card(tmp_path), str(file), word)
+    worlds.refused(lambda: read_manifest(tmp_path), str(file), word)
     worlds.refused(lambda: load_reward(str(tmp_path), policy=policy), str(file), word)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "{'a': 1}"])
 def test_a_broken_file_is_named(content: str, tmp_path: Path) -> None:
     file = write(tmp_path, content)
-    worlds.refused(lambda: plan_reward(str(tmp_path)), str(file), "JSON")
+    worlds.refused(lambda: parse_reward_spec(str(tmp_path)), str(file), "JSON")
 
 
 def test_a_folder_without_card(tmp_path: Path) -> None:
-    worlds.refused(lambda: read_card(tmp_path), str(tmp_path / FILE), "cannot be read")
+    worlds.refused(lambda: read_manifest(tmp_path), str(tmp_path / MANIFEST_FILE), "cannot be read")
 
 
 def test_a_card_in_memory_is_checked_too() -> None:
-    worlds.refused(lambda: RewardCard("scalar", members=["a", "b"]), "scalar", "'members'")
-    worlds.refused(lambda: RewardCard("implicit"), "reference")
-    worlds.refused(lambda: RewardCard("magic"), "'magic'")
-    worlds.refused(lambda: RewardCard("scalar", point="soft"), "point must be", "'soft'")
+    worlds.refused(lambda: RewardManifest("scalar", members=["a", "b"]), "scalar", "'members'")
+    worlds.refused(lambda: RewardManifest("implicit"), "reference")
+    worlds.refused(lambda: RewardManifest("magic"), "'magic'")
+    worlds.refused(lambda: RewardManifest("scalar", gradient_at="soft"), "point must be", "'soft'")
 
 
 # --- specs ------------------------------------------------------------------------------------------------
@@ -171,36 +171,38 @@ def test_a_card_in_memory_is_checked_too() -> None:
 @pytest.mark.parametrize(
     ("spec", "plan"),
     [
-        ("org/model", RewardPlan("scalar", ("org/model",))),
-        ("logratio:a", RewardPlan("log-ratio", ("a",))),
-        ("logratio:a, b", RewardPlan("log-ratio", ("a", "b"))),
-        ("ensemble:a,b,c", RewardPlan("ensemble", ("a", "b", "c"), caution=1.0)),
-        ("ensemble@0: a , b", RewardPlan("ensemble", ("a", "b"), caution=0.0)),
-        ("ensemble@2.5:a,b", RewardPlan("ensemble", ("a", "b"), caution=2.5)),
+        ("org/model", ParsedRewardSpec("scalar", ("org/model",))),
+        ("logratio:a", ParsedRewardSpec("log-ratio", ("a",))),
+        ("logratio:a, b", ParsedRewardSpec("log-ratio", ("a", "b"))),
+        ("ensemble:a,b,c", ParsedRewardSpec("ensemble", ("a", "b", "c"), uncertainty_penalty=1.0)),
+        ("ensemble@0: a , b", ParsedRewardSpec("ensemble", ("a", "b"), uncertainty_penalty=0.0)),
+        ("ensemble@2.5:a,b", ParsedRewardSpec("ensemble", ("a", "b"), uncertainty_penalty=2.5)),
     ],
 )
-def test_what_a_spec_means(spec: str, plan: RewardPlan) -> None:
-    assert plan_reward(spec) == plan
+def test_what_a_spec_means(spec: str, plan: ParsedRewardSpec) -> None:
+    assert parse_reward_spec(spec) == plan
 
 
 def test_what_a_folder_means(tmp_path: Path) -> None:
     for kind, card in CARDS.items():
-        write_card(tmp_path / kind, card)
+        write_manifest(tmp_path / kind, card)
     here = {kind: str(tmp_path / kind) for kind in CARDS}
-    assert plan_reward(here["scalar"]) == RewardPlan(
-        "scalar", (here["scalar"],), trust=Trust(8, 2), point="direct+mixture:0.5"
+    assert parse_reward_spec(here["scalar"]) == ParsedRewardSpec(
+        "scalar", (here["scalar"],), validated_limits=ValidatedLimits(8, 2), gradient_at="direct+mixture:0.5"
     )
-    steps = RewardPlan("process", (here["process"],), trust=Trust(4, 1), delimiter=";")
-    assert plan_reward(here["process"]) == steps
-    ratio = RewardPlan("log-ratio", (here["implicit"], "ref"), scale=0.1, point="hard")
-    assert plan_reward(here["implicit"]) == ratio
+    steps = ParsedRewardSpec("process", (here["process"],), validated_limits=ValidatedLimits(4, 1), step_delimiter=";")
+    assert parse_reward_spec(here["process"]) == steps
+    ratio = ParsedRewardSpec("log-ratio", (here["implicit"], "ref"), scale=0.1, gradient_at="hard")
+    assert parse_reward_spec(here["implicit"]) == ratio
     members = tuple(str(tmp_path / "ensemble" / "m" / number) for number in "01")
-    assert plan_reward(here["ensemble"]) == RewardPlan("ensemble", members, caution=0.5)
-    write_card(tmp_path / "ensemble", replace(CARDS["ensemble"], trust=Trust(4, 1), point="direct"))
-    audited = RewardPlan("ensemble", members, caution=0.5, trust=Trust(4, 1), point="direct")
-    assert plan_reward(here["ensemble"]) == audited
+    assert parse_reward_spec(here["ensemble"]) == ParsedRewardSpec("ensemble", members, uncertainty_penalty=0.5)
+    write_manifest(tmp_path / "ensemble", replace(CARDS["ensemble"], validated_limits=ValidatedLimits(4, 1), gradient_at="direct"))
+    audited = ParsedRewardSpec(
+        "ensemble", members, uncertainty_penalty=0.5, validated_limits=ValidatedLimits(4, 1), gradient_at="direct"
+    )
+    assert parse_reward_spec(here["ensemble"]) == audited
     # A member's own point is not that of the ensemble.
-    assert plan_reward(f"ensemble:{here['scalar']},x") == RewardPlan("ensemble", (here["scalar"], "x"))
+    assert parse_reward_spec(f"ensemble:{here['scalar']},x") == ParsedRewardSpec("ensemble", (here["scalar"], "x"))
 
 
 @pytest.mark.parametrize(
@@ -227,15 +229,15 @@ def test_malformed_specs(spec: str, words: list[str], policy: Policy) -> None:
 def test_members_that_are_refused(tmp_path: Path) -> None:
     here = {kind: str(tmp_path / kind) for kind in CARDS}
     for kind, card in CARDS.items():
-        write_card(here[kind], card)
+        write_manifest(here[kind], card)
     for kind, named in (("implicit", "log-ratio"), ("ensemble", "ensemble")):
-        worlds.refused(lambda kind=kind: plan_reward(f"ensemble:x,{here[kind]}"), here[kind], f"of kind {named}")
+        worlds.refused(lambda kind=kind: parse_reward_spec(f"ensemble:x,{here[kind]}"), here[kind], f"of kind {named}")
     twice = f"ensemble:{here['scalar']},{here['scalar']}/../scalar"
-    worlds.refused(lambda: plan_reward(twice), "member twice")
-    write_card(tmp_path, RewardCard("ensemble", members=["scalar", "."]))
-    worlds.refused(lambda: plan_reward(str(tmp_path)), "of kind ensemble")
-    write_card(tmp_path, RewardCard("ensemble", members=["scalar"]))
-    worlds.refused(lambda: plan_reward(str(tmp_path)), str(tmp_path), "at least two")
+    worlds.refused(lambda: parse_reward_spec(twice), "member twice")
+    write_manifest(tmp_path, RewardManifest("ensemble", members=["scalar", "."]))
+    worlds.refused(lambda: parse_reward_spec(str(tmp_path)), "of kind ensemble")
+    write_manifest(tmp_path, RewardManifest("ensemble", members=["scalar"]))
+    worlds.refused(lambda: parse_reward_spec(str(tmp_path)), str(tmp_path), "at least two")
 
 
 # --- trust ------------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in (*models.items(), ("trusted", models["scorer"])):
         model.save_pretrained(folder / name)
         worlds.char_tokenizer().save_pretrained(folder / name)
-    write_card(folder / "trusted", CARDS["scalar"])
+    write_manifest(folder / "trusted", CARDS["scalar"])
     lines = [json.dumps({"question": f"{n}+{n}", "answer": str(2 * n)}) for n in (1, 2)]
     (folder / "problems.jsonl").write_text("\n".join(lines))
     return folder
@@ -257,18 +259,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folders_trust_reaches_the_reward_and_the_warning(world: Path, policy: Policy, capsys: Any) -> None:
     reward = load_reward(str(world / "trusted"), policy=policy)
-    assert reward.trust == Trust(8, 2)
-    assert load_reward(str(world / "scorer"), policy=policy).trust is None
+    assert reward.validated_limits == ValidatedLimits(8, 2)
+    assert load_reward(str(world / "scorer"), policy=policy).validated_limits is None
     capsys.readouterr()  # bars of loading
-    warn_past_trust(reward, ReasonerConfig(rounds=2))
+    warn_past_limits(reward, SearchConfig(max_rounds=2))
     assert capsys.readouterr() == ("", "")
-    warn_past_trust(reward, ReasonerConfig(rounds=3))
-    assert capsys.readouterr() == ("", f"warning: {past_trust(Trust(8, 2), 3)}\n")
-    warn_past_trust(reward, None, 8)
+    warn_past_limits(reward, SearchConfig(max_rounds=3))
+    assert capsys.readouterr() == ("", f"warning: {past_limits(ValidatedLimits(8, 2), 3)}\n")
+    warn_past_limits(reward, None, 8)
     assert capsys.readouterr() == ("", "")
-    warn_past_trust(reward, ReasonerConfig(rounds=2, starts=9))
-    warn_past_trust(reward, None, 9)
-    assert capsys.readouterr() == ("", f"warning: {past_samples(Trust(8, 2), 9)}\n" * 2)
+    warn_past_limits(reward, SearchConfig(max_rounds=2, num_starts=9))
+    warn_past_limits(reward, None, 9)
+    assert capsys.readouterr() == ("", f"warning: {past_sample_limit(ValidatedLimits(8, 2), 9)}\n" * 2)
 
 
 def audit_file(folder: Path, **changes: Any) -> Path:
@@ -281,21 +283,21 @@ def audit_file(folder: Path, **changes: Any) -> Path:
 def test_the_trust_of_an_audit(world: Path, tmp_path: Path) -> None:
     asked = {"policy": str(world / "policy"), "reward": str(world / "scorer")}
     file = audit_file(world)
-    assert audited_trust(file, **asked) == Trust(4, 1)
+    assert read_validated_limits(file, **asked) == ValidatedLimits(4, 1)
     same = asked | {"reward": f"{world}/policy/../scorer"}
-    assert audited_trust(file, **same) == Trust(4, 1)
+    assert read_validated_limits(file, **same) == ValidatedLimits(4, 1)
     for name in asked:
         other = {**asked, name: "other"}
         worlds.refused(
-            lambda other=other: audited_trust(file, **other), str(file), f"the {name} {asked[name]}", "other"
+            lambda other=other: read_validated_limits(file, **other), str(file), f"the {name} {asked[name]}", "other"
         )
     audit_file(world, trust=None)
-    worlds.refused(lambda: audited_trust(file, **asked), str(file), "--pressure")
+    worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "--pressure")
     file.write_text(json.dumps({"trust": {"samples": 4, "rounds": 1}}))
-    worlds.refused(lambda: audited_trust(file, **asked), str(file), "'policy' is missing")
+    worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "'policy' is missing")
     file.write_text("{")
-    worlds.refused(lambda: audited_trust(file, **asked), str(file), "not JSON")
-    worlds.refused(lambda: audited_trust(tmp_path / "none.json", **asked), "none.json", "cannot be read")
+    worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "not JSON")
+    worlds.refused(lambda: read_validated_limits(tmp_path / "none.json", **asked), "none.json", "cannot be read")
 
 
 def warnings(capsys: Any, *argv: str) -> list[str]:
@@ -317,11 +319,13 @@ def test_commands_warn_once_of_a_search_past_trust(command: str, world: Path, tm
         return warnings(capsys, command, *given, *models, *place, "--rounds", rounds, *more)
 
     assert run("2") == []
-    assert run("3") == [f"warning: {past_trust(Trust(8, 2), 3)}"]
+    assert run("3") == [f"warning: {past_limits(ValidatedLimits(8, 2), 3)}"]
     if command == "eval":
         assert run("4", "--methods", "greedy,best_of_2") == []  # nothing is refined
         assert len(run("5", "--methods", "control")) == 1
-        assert run("6", "--methods", "best_of_2,weighted_best_of_9") == [f"warning: {past_samples(Trust(8, 2), 9)}"]
+        assert run("6", "--methods", "best_of_2,weighted_best_of_9") == [
+            f"warning: {past_sample_limit(ValidatedLimits(8, 2), 9)}"
+        ]
     if command == "traces":
         assert run("3") == []  # all there already: no search
 
@@ -331,7 +335,7 @@ def test_an_audit_file_gives_the_trust_of_a_reward_without_folder(world: Path, c
     audited = ["--audit", str(audit_file(world))]
     assert warnings(capsys, "solve", "1+2", *models, "--rounds", "3") == []
     assert warnings(capsys, "solve", "1+2", *models, "--rounds", "3", *audited) == [
-        f"warning: {past_trust(Trust(4, 1), 3)}"
+        f"warning: {past_limits(ValidatedLimits(4, 1), 3)}"
     ]
     models[3] = str(world / "trusted")
     assert main(["solve", "1+2", *models, *audited]) == 1
@@ -345,8 +349,10 @@ def test_the_recipe_names_an_implicit_reward_and_its_rival(tmp_path: Path, monke
     """The kind comes from the folder, also where no model is loaded; the rival stands beside the search."""
     monkeypatch.chdir(ROOT)
     shutil.copytree("data/tiny/clean", tmp_path / "tuned")
-    card = RewardCard("implicit", scale=0.5, reference="data/tiny/policy", trust=Trust(16, 1))
-    write_card(tmp_path / "tuned", card)
+    card = RewardManifest(
+        "implicit", scale=0.5, reference_model="data/tiny/policy", validated_limits=ValidatedLimits(16, 1)
+    )
+    write_manifest(tmp_path / "tuned", card)
     source = importlib.util.spec_from_file_location("distill", ROOT / "recipes" / "distill.py")
     module = importlib.util.module_from_spec(source)
     monkeypatch.setitem(sys.modules, "distill", module)
@@ -355,7 +361,7 @@ def test_the_recipe_names_an_implicit_reward_and_its_rival(tmp_path: Path, monke
     argv += ["--output_dir", str(tmp_path / "out"), "--eval_limit", "4", "--train_limit", "4", "--rounds", "2"]
     argv += ["--methods", "greedy,nabla,reward_model_sampling", "--max_new_tokens", "48"]
     module.main([*argv, "--stages", "evaluate"])
-    assert capsys.readouterr().err.count(f"warning: {past_trust(Trust(16, 1), 2)}") == 1
+    assert capsys.readouterr().err.count(f"warning: {past_limits(ValidatedLimits(16, 1), 2)}") == 1
     module.main([*argv, "--stages", "report"])
     assert "warning: 2 rounds" not in capsys.readouterr().err
     facts = json.loads((tmp_path / "out" / "facts.json").read_text())
@@ -366,55 +372,61 @@ def test_the_recipe_names_an_implicit_reward_and_its_rival(tmp_path: Path, monke
 
 def test_identity_follows_the_weights_that_we_trained(tmp_path: Path) -> None:
     folder = tmp_path / "reward"
-    write_card(folder, RewardCard(kind="scalar", base="b", policy="p"))
+    write_manifest(folder, RewardManifest(kind="scalar", base_model="b", policy="p"))
     (folder / "model.safetensors").write_bytes(b"one")
-    first = reward_identity(str(folder))
-    assert first.startswith(f"{folder} (") and reward_identity(str(folder)) == first
-    write_card(folder, RewardCard(kind="scalar", base="b", policy="p", trust=Trust(4, 2)))
-    assert reward_identity(str(folder)) == first  # an audit changes no score
-    write_card(folder, RewardCard(kind="scalar", base="b", policy="p", point="direct"))
-    assert reward_identity(str(folder)) != first  # but the search, where it advises another gradient
-    write_card(folder, RewardCard(kind="scalar", base="b", policy="p"))
+    first = compute_reward_identity(str(folder))
+    assert first.startswith(f"{folder} (") and compute_reward_identity(str(folder)) == first
+    write_manifest(
+        folder, RewardManifest(kind="scalar", base_model="b", policy="p", validated_limits=ValidatedLimits(4, 2))
+    )
+    assert compute_reward_identity(str(folder)) == first  # an audit changes no score
+    write_manifest(folder, RewardManifest(kind="scalar", base_model="b", policy="p", gradient_at="direct"))
+    assert compute_reward_identity(str(folder)) != first  # but the search, where it advises another gradient
+    write_manifest(folder, RewardManifest(kind="scalar", base_model="b", policy="p"))
     (folder / "model.safetensors").write_bytes(b"two")
-    assert reward_identity(str(folder)) != first
-    assert reward_identity(f"logratio:some/model,{folder}") != f"logratio:some/model,{folder}"
+    assert compute_reward_identity(str(folder)) != first
+    assert compute_reward_identity(f"logratio:some/model,{folder}") != f"logratio:some/model,{folder}"
     for name in ("some/model", "logratio:some/model", f"logratio:{tmp_path}"):
-        assert reward_identity(name) == name
+        assert compute_reward_identity(name) == name
 
 
 @pytest.mark.parametrize("prefix", ["ensemble:", "ensemble:process@;:"])
 def test_the_identity_of_an_ensemble_follows_the_weights_of_its_members(prefix: str, tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:
-        write_card(folder, RewardCard(kind="scalar"))
+        write_manifest(folder, RewardManifest(kind="scalar"))
         (folder / "model.safetensors").write_bytes(b"one")
     kind = prefix.removeprefix("ensemble:")
     spec = f"ensemble:{kind}{folders[0]},{kind}{folders[1]}"
-    first = reward_identity(spec)
+    first = compute_reward_identity(spec)
     (folders[1] / "model.safetensors").write_bytes(b"two")
-    assert reward_identity(spec) != first and reward_identity(spec).startswith(f"{spec} (")
+    assert compute_reward_identity(spec) != first and compute_reward_identity(spec).startswith(f"{spec} (")
 
 
 def test_the_committed_reward_is_what_its_cards_say() -> None:
     folder = ROOT / "data" / "tiny" / "reward"
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert digest in (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-    card = read_card(folder)
-    assert readme(card) == (folder / "README.md").read_text(encoding="utf-8")
+    card = read_manifest(folder)
+    assert render_reward_readme(card) == (folder / "README.md").read_text(encoding="utf-8")
     policy = load_policy(str(ROOT / "data" / "tiny" / "policy"))
     reward = load_reward(str(folder), policy=policy)
-    assert (reward.kind, reward.point, reward.trust) == ("scalar", card.point, card.trust)
+    assert (reward.kind, reward.gradient_at, reward.validated_limits) == (
+        "scalar",
+        card.gradient_at,
+        card.validated_limits,
+    )
     rng, pairs = random.Random(0), []
-    for problem in digit_chains.make_problems("test", 60):
-        wrong = digit_chains.noisy_solution(problem.question, rng)  # by someone with the policy's gap
-        if digit_chains.first_error(problem, wrong) is not None:
+    for problem in digit_chains.make_digit_chain_problems("test", 60):
+        wrong = digit_chains.make_noisy_solution(problem.question, rng)  # by someone with the policy's gap
+        if digit_chains.find_first_error(problem, wrong) is not None:
             pairs.append(
                 [
                     worlds.sample(policy, problem, text)
-                    for text in (digit_chains.gold_solution(problem.question), wrong)
+                    for text in (digit_chains.make_gold_solution(problem.question), wrong)
                 ]
             )
     samples = [sample for pair in pairs for sample in pair]
-    scores = reward.score(samples, reward.prompt_memos(samples, Meter()), meter=Meter())[0]
+    scores = reward.score(samples, reward.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter())[0]
     better = [good > bad for good, bad in zip(scores[::2], scores[1::2], strict=True)]
     assert len(better) > 20 and sum(better) > 0.9 * len(better)

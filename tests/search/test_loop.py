@@ -14,15 +14,15 @@ import worlds
 from torch import Tensor
 
 from nabla_trl.gradient.objectives import Sample
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.generation import generate, random_stream
-from nabla_trl.models.options import Point
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import generate_continuations, make_rng
+from nabla_trl.models.options import GradientPoint
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import Job
+from nabla_trl.models.requests import GenerationRequest
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import proposals
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Revision, Trace
 
@@ -30,14 +30,14 @@ END = worlds.TOKENS.index(worlds.END)
 MANY = ("1+2", "3*4-5", "7", "12-3+4*5", "9*9", "2-2-2")
 
 
-def _config(solver: str = "none", **options: Any) -> ReasonerConfig:
+def _config(solver: str = "none", **options: Any) -> SearchConfig:
     """A short search; ste with large steps, so that tokens flip."""
     ste = {"steps": 4, "lr": 1.5, "lr_end": 1.0} if solver == "ste" else {}
-    return ReasonerConfig(**{"solver": solver, "max_new_tokens": 8, "rounds": 4, **ste, **options})
+    return SearchConfig(**{"solver": solver, "max_new_tokens": 8, "rounds": 4, **ste, **options})
 
 
 def _moves(trace: Trace) -> list[tuple]:
-    return [(r.round, r.position, r.old, r.new, r.suffix, r.accepted) for r in trace.revisions]
+    return [(r.round, r.position, r.old_token, r.new_token, r.suffix, r.accepted) for r in trace.revisions]
 
 
 def _assert_same(one: Trace, two: Trace) -> None:
@@ -48,7 +48,7 @@ def _assert_same(one: Trace, two: Trace) -> None:
     for a, b in zip(one.revisions, two.revisions, strict=True):
         close = pytest.approx((b.reward_before, b.reward_after), rel=1e-4, abs=1e-4)
         assert (a.reward_before, a.reward_after) == close
-        assert a.flops == pytest.approx(b.flops, rel=1e-9)
+        assert a.cumulative_flops == pytest.approx(b.cumulative_flops, rel=1e-9)
     assert one.cost.tokens == two.cost.tokens
     assert one.cost.flops == pytest.approx(two.cost.flops, rel=1e-9)
     close = pytest.approx((two.reward_initial, two.reward), rel=1e-4, abs=1e-4, nan_ok=True)
@@ -57,8 +57,8 @@ def _assert_same(one: Trace, two: Trace) -> None:
 
 def _fresh_reward(reward: Reward, trace: Trace, problem: Problem, response: Sequence[int]) -> float:
     sample = Sample(problem, trace.prompt_ids, list(response))
-    memos = reward.prompt_memos([sample], Meter())
-    return reward.score([sample], memos, meter=Meter())[0][0]
+    memos = reward.compute_prompt_caches([sample], FlopCounter())
+    return reward.score([sample], memos, flop_counter=FlopCounter())[0][0]
 
 
 @contextmanager
@@ -84,11 +84,11 @@ def test_batch_of_n_equals_n_singles_in_any_order_and_batch_size(
     solver: str, proposals: str, policy: Policy, reward: Reward, problems: list[Problem]
 ) -> None:
     solver, _, point = solver.partition(" at ")
-    config = _config(solver, proposals=proposals, rounds=3, max_new_tokens=7, point=point or None)
+    config = _config(solver, proposals=proposals, max_rounds=3, max_new_tokens=7, gradient_at=point or None)
 
     def run(some: Sequence[Problem], batch_size: int) -> dict[str, Trace]:
         settings = replace(config, batch_size=batch_size)
-        return {t.problem_id: t for t in solve(some, policy=policy, reward=reward, config=settings, seed=3)}
+        return {t.problem_id: t for t in run_search(some, policy=policy, reward=reward, config=settings, seed=3)}
 
     together = run(problems, 64)
     assert list(together) == [problem.id for problem in problems]
@@ -105,10 +105,10 @@ def test_batch_equals_singles_with_several_branches_and_a_reward_of_other_ids(
     policy = worlds.tiny_policy(architecture)
     tokenizer, _ = worlds.permuted_tokenizer(policy.tokenizer)
     reward = worlds.tiny_scalar(policy, architecture, tokenizer=tokenizer)
-    config = _config("mirror", branches=3, rounds=3)
-    together = solve(problems, policy=policy, reward=reward, config=config)
+    config = _config("mirror", proposals_per_round=3, max_rounds=3)
+    together = run_search(problems, policy=policy, reward=reward, config=config)
     for problem, trace in zip(problems, together, strict=True):
-        [single] = solve([problem], policy=policy, reward=reward, config=config)
+        [single] = run_search([problem], policy=policy, reward=reward, config=config)
         _assert_same(trace, single)
         assert len(trace.revisions) == 9
 
@@ -117,7 +117,8 @@ def test_the_same_seed_gives_the_same_traces_and_another_gives_others(
     policy: Policy, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
     first, again, other = (
-        solve(problems, policy=policy, reward=scalar_reward, config=_config("mirror"), seed=seed) for seed in (1, 1, 2)
+        run_search(problems, policy=policy, reward=scalar_reward, config=_config("mirror"), seed=seed)
+        for seed in (1, 1, 2)
     )
     for one, two in zip(first, again, strict=True):
         _assert_same(one, two)
@@ -135,15 +136,17 @@ def test_accepted_means_strictly_higher_and_the_best_of_its_round(
     solver: str, branches: int, policy: Policy, reward: Reward
 ) -> None:
     problems = worlds.tiny_problems(MANY)
-    config = _config(solver, branches=branches, rounds=5)
+    config = _config(solver, proposals_per_round=branches, max_rounds=5)
     accepted = rejected = 0
-    for problem, trace in zip(problems, solve(problems, policy=policy, reward=reward, config=config), strict=True):
+    for problem, trace in zip(
+        problems, run_search(problems, policy=policy, reward=reward, config=config), strict=True
+    ):
         trace.validate()
         assert trace.error is None and trace.method == ("control" if solver == "none" else "nabla")
         value = trace.reward_initial
         for number in range(1 + trace.revisions[-1].round):
             tried = [revision for revision in trace.revisions if revision.round == number]
-            assert len({(r.position, r.new) for r in tried}) == len(tried) == branches
+            assert len({(r.position, r.new_token) for r in tried}) == len(tried) == branches
             assert {r.reward_before for r in tried} == {value}
             best = max(tried, key=lambda r: r.reward_after)
             for revision in tried:
@@ -151,18 +154,18 @@ def test_accepted_means_strictly_higher_and_the_best_of_its_round(
                 accepted, rejected = accepted + revision.accepted, rejected + (not revision.accepted)
             value = max(value, best.reward_after)
         assert trace.reward == value
-        for response, recorded in trace.incumbents():
+        for response, recorded in trace.list_incumbents():
             assert recorded == pytest.approx(_fresh_reward(reward, trace, problem, response), rel=1e-4, abs=1e-4)
     assert accepted > 3 and rejected > 3
 
 
 def test_a_rejected_branch_is_not_tried_again_on_the_same_response(policy: Policy, scalar_reward: Reward) -> None:
-    config = _config(rounds=40, candidates=2)
-    for trace in solve(worlds.tiny_problems(), policy=policy, reward=scalar_reward, config=config):
+    config = _config(max_rounds=40, top_k_candidates=2)
+    for trace in run_search(worlds.tiny_problems(), policy=policy, reward=scalar_reward, config=config):
         tried: set[tuple[int, int]] = set()
         for revision in trace.revisions:
-            assert (revision.position, revision.new) not in tried
-            tried = set() if revision.accepted else tried | {(revision.position, revision.new)}
+            assert (revision.position, revision.new_token) not in tried
+            tried = set() if revision.accepted else tried | {(revision.position, revision.new_token)}
 
 
 def _closed(response: list[int]) -> list[int]:
@@ -180,7 +183,7 @@ def _plain_backward(
     onehot = torch.nn.functional.one_hot(torch.tensor(response), len(worlds.TOKENS)).float()
     relaxed = ((1 - alpha) * onehot + alpha * policy).requires_grad_()
     picked, value = relaxed if direct else relaxed.detach(), torch.zeros(())
-    for term in reward.terms:
+    for term in reward.objectives:
         table = term.model.get_input_embeddings().weight
         tail = _closed(response)[len(response) :] if reward.kind == "scalar" else []
         embeds = torch.cat((table[prompt], relaxed @ table, table[tail]))
@@ -198,9 +201,9 @@ def _plain_direct(reward: Reward, prompt: list[int], response: list[int]) -> Ten
     """
     if reward.kind == "log-ratio":
         ids = torch.tensor([prompt + response])
-        parts = [term.weight * term.model(ids).logits[0].detach().log_softmax(-1) for term in reward.terms]
+        parts = [term.weight * term.model(ids).logits[0].detach().log_softmax(-1) for term in reward.objectives]
         return sum(parts)[len(prompt) - 1 : -1]
-    [term] = reward.terms
+    [term] = reward.objectives
     states = term.model.base_model(torch.tensor([prompt + _closed(response)])).last_hidden_state[0].detach()
     levels = term.model.score(states).squeeze(-1).detach()
     steps = torch.zeros(len(response), len(worlds.TOKENS))
@@ -210,7 +213,9 @@ def _plain_direct(reward: Reward, prompt: list[int], response: list[int]) -> Ten
     return steps
 
 
-def _plain_gradient(reward: Reward, prompt: list[int], response: list[int], policy: Tensor, point: Point) -> Tensor:
+def _plain_gradient(
+    reward: Reward, prompt: list[int], response: list[int], policy: Tensor, point: GradientPoint
+) -> Tensor:
     """[T, V] as the point asks for: the direct part at the hard tokens, the mean over backward passes, or the sum."""
     parts = [_plain_direct(reward, prompt, response)] if point.direct else []
     passes = [_plain_backward(reward, prompt, response, policy, alpha, not point.direct) for alpha in point.alphas]
@@ -219,24 +224,24 @@ def _plain_gradient(reward: Reward, prompt: list[int], response: list[int], poli
 
 
 def _plain_scores(
-    policy: Policy, reward: Reward, config: ReasonerConfig, prompt: list[int], response: list[int]
+    policy: Policy, reward: Reward, config: SearchConfig, prompt: list[int], response: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens [T, V], likeliest first, their log π and their scores log π + A, from plain forwards of everything."""
     logits = policy.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].detach()
-    unsorted = logits.log_softmax(-1).masked_fill(policy.forbidden, -torch.inf)
+    unsorted = logits.log_softmax(-1).masked_fill(policy.forbidden_mask, -torch.inf)
     logp, tokens = unsorted.sort(-1, descending=True)
     if config.solver == "none":
         return tokens, logp, logp.double()
-    point = config.at(reward.point).gradient_point()
+    point = config.with_default_gradient_at(reward.gradient_at).get_gradient_point()
     gradient = _plain_gradient(reward, prompt, response, unsorted.softmax(-1), point).double()
     own = gradient.gather(1, torch.tensor(response)[:, None])
     return tokens, logp, logp + (gradient - own).gather(1, tokens) / config.beta
 
 
-def _expected_branch(policy: Policy, reward: Reward, config: ReasonerConfig, trace: Trace, state: dict) -> tuple:
+def _expected_branch(policy: Policy, reward: Reward, config: SearchConfig, trace: Trace, state: dict) -> tuple:
     """The branch with the largest score plus Gumbel noise."""
     tokens, _, scores = _plain_scores(policy, reward, config, trace.prompt_ids, state["response"])
-    noise = random_stream(trace.seed, trace.problem_id, "branch", state["round"]).gumbel(size=tuple(tokens.shape))
+    noise = make_rng(trace.seed, trace.problem_id, "branch", state["round"]).gumbel(size=tuple(tokens.shape))
     keys = scores + torch.from_numpy(noise)
     for position, own_token in enumerate(state["response"]):
         keys[position][tokens[position] == own_token] = -torch.inf
@@ -253,18 +258,18 @@ def _expected_branch(policy: Policy, reward: Reward, config: ReasonerConfig, tra
 def test_a_search_equals_its_plain_replay(point: str, policy: Policy, reward: Reward, problems: list[Problem]) -> None:
     """Every branch, suffix and decision again, from the definition: whole forwards, one at a time."""
     options = {"solver": "none"} if point == "none" else {"solver": "mirror", "beta": 0.5, "point": point}
-    config = _config(**options, rounds=6, candidates=len(worlds.TOKENS))
+    config = _config(**options, max_rounds=6, top_k_candidates=len(worlds.TOKENS))
     for problem, trace in zip(
-        problems, solve(problems, policy=policy, reward=reward, config=config, seed=4), strict=True
+        problems, run_search(problems, policy=policy, reward=reward, config=config, seed=4), strict=True
     ):
         state: dict[str, Any] = {"response": trace.initial_ids, "round": 0, "tried": set()}
         value = _fresh_reward(reward, trace, problem, trace.initial_ids)
         for number, revision in enumerate(trace.revisions):
             state["round"] = number
             branch = _expected_branch(policy, reward, config, trace, state)
-            assert (revision.position, revision.new) == branch
+            assert (revision.position, revision.new_token) == branch
             suffix = _plain_suffix(policy, trace, state["response"], revision, number, config)
-            assert list(revision.suffix) == [revision.new, *suffix]
+            assert list(revision.suffix) == [revision.new_token, *suffix]
             proposal = state["response"][: revision.position] + list(revision.suffix)
             proposed = _fresh_reward(reward, trace, problem, proposal)
             assert revision.accepted == (proposed > value)
@@ -279,12 +284,12 @@ def test_without_a_point_the_search_follows_the_rewards_own(
     policy: Policy, reward: Reward, problems: list[Problem]
 ) -> None:
     """… and its traces are those of a search that was told it."""
-    assert reward.point == {"scalar": "mixture:0.5", "log-ratio": "direct"}[reward.kind]
+    assert reward.gradient_at == {"scalar": "mixture:0.5", "log-ratio": "direct"}[reward.kind]
     others = []
-    for own in (reward.point, "direct+hard"):
-        audited = replace(reward, point=own)
+    for own in (reward.gradient_at, "direct+hard"):
+        audited = replace(reward, gradient_at=own)
         left, told = (
-            solve(problems, policy=policy, reward=audited, config=_config("mirror", point=point), seed=2)
+            run_search(problems, policy=policy, reward=audited, config=_config("mirror", gradient_at=point), seed=2)
             for point in (None, own)
         )
         for one, two in zip(left, told, strict=True):
@@ -295,16 +300,16 @@ def test_without_a_point_the_search_follows_the_rewards_own(
 
 
 def _plain_suffix(
-    policy: Policy, trace: Trace, base: list[int], revision: Revision, number: int, config: ReasonerConfig
+    policy: Policy, trace: Trace, base: list[int], revision: Revision, number: int, config: SearchConfig
 ) -> list[int]:
     """What the policy draws after a branch, from scratch and with the branch's own randomness."""
-    head = [*base[: revision.position], revision.new]
+    head = [*base[: revision.position], revision.new_token]
     limit = config.max_new_tokens - len(head)
-    if revision.new in policy.stop_ids or limit < 1:
+    if revision.new_token in policy.stop_ids or limit < 1:
         return []
-    stream = random_stream(trace.seed, trace.problem_id, "suffix", number + 1)
-    job = Job(trace.problem_id, trace.prompt_ids + head, stream, limit)
-    return generate(policy, [job], config.sampling(), meter=Meter())[0].ids
+    stream = make_rng(trace.seed, trace.problem_id, "suffix", number + 1)
+    job = GenerationRequest(trace.problem_id, trace.prompt_ids + head, stream, limit)
+    return generate_continuations(policy, [job], config.get_sampling(), flop_counter=FlopCounter())[0].ids
 
 
 @pytest.mark.parametrize("solver", ["none", "mirror"])
@@ -312,14 +317,14 @@ def test_a_scan_equals_its_plain_replay(solver: str, policy: Policy, reward: Rew
     """From left to right, confident positions skipped, others resampled until a token changes."""
     problems = worlds.tiny_problems(MANY)
     scan = {"proposals": "sequential", "confidence": 0.6, "resample_temperature": 0.7}
-    config = _config(solver, **scan, beta=2.0, rounds=0, rollouts=20, restart=False, candidates=len(worlds.TOKENS))
+    config = _config(solver, **scan, beta=2.0, max_rounds=0, max_rollouts=20, restarts=False, top_k_candidates=len(worlds.TOKENS))
     skipped = kept = 0
-    for trace in solve(problems, policy=policy, reward=reward, config=config, seed=1):
-        start, revisions, response = 0, list(trace.bases()), trace.initial_ids
+    for trace in run_search(problems, policy=policy, reward=reward, config=config, seed=1):
+        start, revisions, response = 0, list(trace.replay_revisions()), trace.initial_ids
         for number in range(len(revisions) + 1):
             revision, response = revisions[number] if number < len(revisions) else (None, trace.response_ids)
             tokens, logp, scores = _plain_scores(policy, reward, config, trace.prompt_ids, response)
-            stream = random_stream(trace.seed, trace.problem_id, "resample", number)
+            stream = make_rng(trace.seed, trace.problem_id, "resample", number)
             branch = None
             while branch is None and start < len(response):
                 at, start = start, start + 1
@@ -330,11 +335,11 @@ def test_a_scan_equals_its_plain_replay(solver: str, policy: Policy, reward: Rew
                 token = int(tokens[at, int((mass <= stream.random() * mass[-1]).sum())])
                 kept += token == response[at]
                 branch = None if token == response[at] else (at, token)
-            assert branch == (None if revision is None else (revision.position, revision.new))
+            assert branch == (None if revision is None else (revision.position, revision.new_token))
             if revision is not None:
                 suffix = _plain_suffix(policy, trace, response, revision, number, config)
-                assert list(revision.suffix) == [revision.new, *suffix]
-        assert trace.stop == "scanned" and start == len(trace.response_ids)
+                assert list(revision.suffix) == [revision.new_token, *suffix]
+        assert trace.stop_reason == "scanned" and start == len(trace.response_ids)
     assert skipped > 0 and kept > 0
 
 
@@ -347,27 +352,32 @@ def test_token_gradients_are_computed_once_per_distinct_response(
 ) -> None:
     asked: list[tuple[int, str, tuple[int, ...]]] = []
     read: list[tuple[int, str, tuple[int, ...]]] = []
-    plain, direct, solve_tokens, calls = Reward.gradient, Reward.direct_gradient, proposals.solve_tokens, []
+    plain, direct, solve_tokens, calls = (
+        Reward.compute_backward_gradient,
+        Reward.compute_direct_gradient,
+        proposals.compute_proposal_scores,
+        [],
+    )
 
     def gradient(self: Reward, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Tensor]:
-        asked.extend((len(calls), sample.problem.id, tuple(sample.response)) for sample in samples)
+        asked.extend((len(calls), sample.problem.id, tuple(sample.response_ids)) for sample in samples)
         return plain(self, samples, *args, **options)
 
     def direct_gradient(self: Reward, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Tensor]:
-        read.extend((len(calls), sample.problem.id, tuple(sample.response)) for sample in samples)
+        read.extend((len(calls), sample.problem.id, tuple(sample.response_ids)) for sample in samples)
         return direct(self, samples, *args, **options)
 
     monkeypatch.setattr(Reward, "gradient", gradient)
     monkeypatch.setattr(Reward, "direct_gradient", direct_gradient)
     monkeypatch.setattr(proposals, "solve_tokens", lambda *args: calls.append(1) or solve_tokens(*args))
     flips = {"steps": 6, "lr": 1.0, "lr_end": 0.5} if solver == "ste" else {"point": "direct+hard"}  # there and back
-    config = _config(solver, rounds=6, **flips)
-    traces = solve(problems, policy=policy, reward=reward, config=config, seed=1)
+    config = _config(solver, max_rounds=6, **flips)
+    traces = run_search(problems, policy=policy, reward=reward, config=config, seed=1)
     assert len(set(asked)) == len(asked)  # however often ste's tokens flip there and back
     responses = {key[1:] for key in asked}
     incumbents = set()
     for trace in traces:
-        solved = trace.incumbents()[:-1] if trace.revisions[-1].accepted else trace.incumbents()
+        solved = trace.list_incumbents()[:-1] if trace.revisions[-1].accepted else trace.list_incumbents()
         incumbents |= {(trace.problem_id, tuple(response)) for response, _ in solved}
     if solver == "ste":
         assert incumbents < responses and not read
@@ -375,12 +385,12 @@ def test_token_gradients_are_computed_once_per_distinct_response(
         assert incumbents == responses and len(responses) == len(asked) and read == asked
     for trace in traces:
         fed = [
-            reward.terms[0].encode(Sample(problems[0], trace.prompt_ids, list(ids)))
+            reward.objectives[0].encode(Sample(problems[0], trace.prompt_ids, list(ids)))
             for _, key, ids in asked
             if key == trace.problem_id
         ]
         tail = 1 if reward.kind == "scalar" else 0  # a likelihood does not read the last token
-        expected = sum(len(row.response) + len(row.tail) + tail for row in fed)
+        expected = sum(len(row.response_ids) + len(row.turn_end_ids) + tail for row in fed)
         assert trace.cost.tokens["reward/backward"] == expected
 
 
@@ -390,7 +400,7 @@ def test_the_control_asks_for_no_gradient(
     for name in ("gradient", "direct_gradient", "slope"):
         monkeypatch.setattr(Reward, name, lambda *args, **options: pytest.fail("the control has no gradient"))
     for kind in ("global", "sequential"):
-        for trace in solve(problems, policy=policy, reward=reward, config=_config(proposals=kind)):
+        for trace in run_search(problems, policy=policy, reward=reward, config=_config(proposals=kind)):
             assert not any("backward" in kind for kind in trace.cost.tokens)
             assert trace.method == "control"
 
@@ -411,16 +421,16 @@ def test_the_control_asks_for_no_gradient(
 def test_budgets_in_rounds_and_rollouts(
     options: dict, stop: str, revisions: int, policy: Policy, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
-    for trace in solve(problems, policy=policy, reward=scalar_reward, config=_config("mirror", **options)):
-        assert (trace.stop, len(trace.revisions)) == (stop, revisions)
+    for trace in run_search(problems, policy=policy, reward=scalar_reward, config=_config("mirror", **options)):
+        assert (trace.stop_reason, len(trace.revisions)) == (stop, revisions)
         drawn = len(trace.initial_ids) + sum(len(r.suffix) - 1 for r in trace.revisions)
         assert trace.cost.tokens["policy/decode"] == drawn
 
 
 def test_patience_counts_rounds_without_acceptance(policy: Policy, scalar_reward: Reward) -> None:
-    config = _config("mirror", rounds=0, patience=3)
-    for trace in solve(worlds.tiny_problems(MANY), policy=policy, reward=scalar_reward, config=config):
-        assert trace.stop == "patience"
+    config = _config("mirror", max_rounds=0, patience=3)
+    for trace in run_search(worlds.tiny_problems(MANY), policy=policy, reward=scalar_reward, config=config):
+        assert trace.stop_reason == "patience"
         verdicts = "".join("+" if revision.accepted else "-" for revision in trace.revisions)
         assert verdicts.endswith("---") and "---" not in verdicts[:-1]
 
@@ -430,18 +440,18 @@ def test_a_larger_budget_continues_the_trace_of_a_smaller_one(
     solver: str, policy: Policy, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
     reward = scalar_reward
-    [free] = solve(problems[3:], policy=policy, reward=reward, config=_config(solver, rounds=8))
+    [free] = run_search(problems[3:], policy=policy, reward=reward, config=_config(solver, max_rounds=8))
     budgets = [free.cost.flops * share for share in (0.05, 0.4, 0.7, 0.9, 1.5)]
     previous: list[tuple] = []
     lengths = []
     for budget in budgets:
-        config = _config(solver, rounds=8, flops=budget)
-        [trace] = solve(problems[3:], policy=policy, reward=reward, config=config)
+        config = _config(solver, max_rounds=8, max_flops=budget)
+        [trace] = run_search(problems[3:], policy=policy, reward=reward, config=config)
         moves = _moves(trace)
         assert moves[: len(previous)] == previous and moves == _moves(free)[: len(moves)]
-        assert trace.stop == ("budget" if len(moves) < 8 else "rounds")
+        assert trace.stop_reason == ("budget" if len(moves) < 8 else "rounds")
         # No round began beyond the budget: what was spent before it lies below.
-        assert all(revision.flops < budget for revision in trace.revisions[:-1])
+        assert all(revision.cumulative_flops < budget for revision in trace.revisions[:-1])
         assert trace.revisions == [] or trace.cost.flops < 1.5 * budget
         previous = moves
         lengths.append(len(moves))
@@ -458,22 +468,22 @@ def test_a_round_starts_only_if_it_is_expected_to_fit(
         lambda chain, *args: [(0, (chain.state.response[0] + 1 + chain.rounds) % 10)],
     )
     with _logits(policy, _favour(END, -1000.0)):
-        [free] = solve(problems[:1], policy=policy, reward=scalar_reward, config=_config(rounds=4))
+        [free] = run_search(problems[:1], policy=policy, reward=scalar_reward, config=_config(max_rounds=4))
         for rounds in (1, 2, 3):
-            spent = free.revisions[rounds - 1].flops
+            spent = free.revisions[rounds - 1].cumulative_flops
             for extra, expected in ((-1.0, rounds - 1), (1.0, rounds)):
-                config = _config(rounds=4, flops=spent + extra)
-                [trace] = solve(problems[:1], policy=policy, reward=scalar_reward, config=config)
-                assert (len(trace.revisions), trace.stop) == (expected, "budget")
+                config = _config(max_rounds=4, max_flops=spent + extra)
+                [trace] = run_search(problems[:1], policy=policy, reward=scalar_reward, config=config)
+                assert (len(trace.revisions), trace.stop_reason) == (expected, "budget")
                 assert trace.cost.flops <= spent + extra
 
 
 def test_a_search_ends_when_every_branch_was_tried(
     policy: Policy, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
-    config = _config(rounds=500, candidates=2, max_new_tokens=3)
-    for trace in solve(problems, policy=policy, reward=scalar_reward, config=config):
-        assert trace.stop == "exhausted"
+    config = _config(max_rounds=500, top_k_candidates=2, max_new_tokens=3)
+    for trace in run_search(problems, policy=policy, reward=scalar_reward, config=config):
+        assert trace.stop_reason == "exhausted"
         since = [r.accepted for r in trace.revisions][::-1]
         rejected = since.index(True) if True in since else len(since)
         assert rejected == len(trace.response_ids)  # one alternative at each position
@@ -486,16 +496,16 @@ def test_a_branch_on_the_stop_token_ends_the_response(
     policy: Policy, reward: Reward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is drawn after it, and the search goes on from the shortened response."""
-    plain = proposals.global_branches
+    plain = proposals.draw_global_branches
 
     def branches(chain: Any, *args: Any) -> list[tuple[int, int]]:
         return [(2, END)] if chain.rounds == 0 else plain(chain, *args)
 
     monkeypatch.setattr(proposals, "global_branches", branches)
     problems = worlds.tiny_problems(MANY)
-    config = _config("mirror", rounds=5, candidates=len(worlds.TOKENS))
+    config = _config("mirror", max_rounds=5, top_k_candidates=len(worlds.TOKENS))
     with _logits(policy, _favour(END, -4.0)):  # so that the first responses are longer than the branch
-        traces = solve(problems, policy=policy, reward=reward, config=config, seed=1)
+        traces = run_search(problems, policy=policy, reward=reward, config=config, seed=1)
         kept = [trace for trace in traces if trace.revisions[0].accepted]
         assert kept
         for problem, trace in zip(problems, traces, strict=True):
@@ -503,10 +513,10 @@ def test_a_branch_on_the_stop_token_ends_the_response(
             assert trace.revisions[0].suffix == (END,)
             fresh = _fresh_reward(reward, trace, problem, trace.response_ids)
             assert trace.reward == pytest.approx(fresh, rel=1e-4, abs=1e-4)
-            for number, (revision, base) in enumerate(trace.bases()):
+            for number, (revision, base) in enumerate(trace.replay_revisions()):
                 suffix = _plain_suffix(policy, trace, base, revision, number, config)
-                assert list(revision.suffix) == [revision.new, *suffix]
-        assert all(trace.incumbents()[1][0] == [*trace.initial_ids[:2], END] for trace in kept)
+                assert list(revision.suffix) == [revision.new_token, *suffix]
+        assert all(trace.list_incumbents()[1][0] == [*trace.initial_ids[:2], END] for trace in kept)
 
 
 @pytest.mark.parametrize("solver", ["mirror", "none", "ste"])
@@ -516,12 +526,12 @@ def test_a_response_that_stops_at_once(
 ) -> None:
     options = {"confidence": 1.0, "resample_temperature": 20.0} if proposals == "sequential" else {}
     with _logits(policy, _favour(END, 15.0)):
-        for trace in solve(
+        for trace in run_search(
             problems, policy=policy, reward=reward, config=_config(solver, proposals=proposals, **options)
         ):
             trace.validate()
             assert trace.error is None and trace.initial_ids == [END]
-            assert all(r.position == 0 for r in trace.revisions if not trace.incumbents()[1:])
+            assert all(r.position == 0 for r in trace.revisions if not trace.list_incumbents()[1:])
             assert trace.finished
 
 
@@ -530,7 +540,7 @@ def test_responses_cut_by_the_limit_or_the_context(context: int | None, problems
     policy = worlds.tiny_policy("gpt2", **({} if context is None else {"context": context}))
     reward = worlds.tiny_scalar(policy, "gpt2")
     with _logits(policy, _favour(END, -1000.0)):
-        for trace in solve(problems, policy=policy, reward=reward, config=_config("mirror", rounds=12)):
+        for trace in run_search(problems, policy=policy, reward=reward, config=_config("mirror", max_rounds=12)):
             trace.validate()
             room = 8 if context is None else min(8, context - len(trace.prompt_ids))
             assert trace.error is None and not trace.finished
@@ -541,7 +551,7 @@ def test_responses_cut_by_the_limit_or_the_context(context: int | None, problems
 
 def test_a_reward_with_a_shorter_context_limits_the_response(policy: Policy, problems: list[Problem]) -> None:
     reward = worlds.tiny_scalar(policy, "gpt2", context=12)
-    fits, long = solve([problems[0], problems[3]], policy=policy, reward=reward, config=_config("mirror"))
+    fits, long = run_search([problems[0], problems[3]], policy=policy, reward=reward, config=_config("mirror"))
     assert long.error is not None and "q3" in long.error and "context" in long.error
     assert fits.error is None
     assert all(r.position + len(r.suffix) <= 12 - len(fits.prompt_ids) - 1 for r in fits.revisions)
@@ -554,9 +564,9 @@ def test_equal_logits_and_a_reward_without_gradient(
 ) -> None:
     reward = worlds.tiny_scalar(policy)
     with torch.no_grad():
-        reward.terms[0].model.score.weight.zero_()
+        reward.objectives[0].model.score.weight.zero_()
     with _logits(policy, lambda logits: logits * 0):
-        traces = solve(problems, policy=policy, reward=reward, config=_config(solver, proposals=proposals))
+        traces = run_search(problems, policy=policy, reward=reward, config=_config(solver, proposals=proposals))
     assert sum(len(trace.revisions) for trace in traces) > 4
     for trace in traces:
         trace.validate()
@@ -573,7 +583,7 @@ def _assert_others_unaffected(
     """The broken problem's trace, after checking that the others equal a run without it."""
     assert [trace.problem_id for trace in traces] == [problem.id for problem in problems]
     [bad] = [trace for trace in traces if trace.error is not None]
-    assert (bad.problem_id, bad.stop) == (broken, "error")
+    assert (bad.problem_id, bad.stop_reason) == (broken, "error")
     assert "\n" not in bad.error and all(word in bad.error for word in words), bad.error
     bad.validate()
     for one, two in zip([t for t in traces if t is not bad], without, strict=True):
@@ -591,9 +601,9 @@ def test_a_prompt_that_cannot_be_read_gives_an_error_trace(
 ) -> None:
     run = {"policy": policy, "reward": reward, "config": _config("mirror")}
     some = [problems[0], Problem(id="bad", question=question, answer="1"), *problems[1:]]
-    bad = _assert_others_unaffected(some, "bad", solve(some, **run), solve(problems, **run), "bad", *words)
+    bad = _assert_others_unaffected(some, "bad", run_search(some, **run), run_search(problems, **run), "bad", *words)
     assert bad.response_ids == [] and bad.gold == "1" and math.isnan(bad.reward)
-    [alone] = solve(some[1:2], **run)
+    [alone] = run_search(some[1:2], **run)
     assert alone.error == bad.error
 
 
@@ -603,7 +613,7 @@ def test_a_prompt_that_only_the_reward_cannot_read_gives_an_error_trace(problems
     run = {"policy": policy, "reward": reward, "config": _config("mirror")}
     some = [*problems, Problem(id="bad", question="<é>")]
     with _logits(policy, _favour(len(worlds.TOKENS), -1000.0)):  # never draw it: the others can be read
-        traces, without = solve(some, **run), solve(problems, **run)
+        traces, without = run_search(some, **run), run_search(problems, **run)
     _assert_others_unaffected(some, "bad", traces, without, "bad", "no token")
 
 
@@ -624,14 +634,14 @@ def test_a_reward_that_is_no_number_stays_with_its_problem(
 ) -> None:
     problems = worlds.tiny_problems(MANY)
     run = {"policy": policy, "reward": reward, "config": _config("mirror")}
-    without = solve([p for p in problems if p.id != "q3"], **run)
-    [first] = solve([problems[3]], **{**run, "config": _config("mirror", rollouts=1)})
+    without = run_search([p for p in problems if p.id != "q3"], **run)
+    [first] = run_search([problems[3]], **{**run, "config": _config("mirror", max_rollouts=1)})
     _spoil(
         monkeypatch,
         value,
-        lambda s: s.problem.id == "q3" and (moment == "at once" or s.response != first.initial_ids),
+        lambda s: s.problem.id == "q3" and (moment == "at once" or s.response_ids != first.initial_ids),
     )
-    bad = _assert_others_unaffected(problems, "q3", solve(problems, **run), without, reward.name, str(value))
+    bad = _assert_others_unaffected(problems, "q3", run_search(problems, **run), without, reward.name, str(value))
     assert bad.initial_ids == first.initial_ids  # what was drawn stays visible
     assert bad.cost.flops > 0
 
@@ -646,9 +656,9 @@ def test_a_gradient_that_is_no_number_stays_with_its_problem(
     problems: list[Problem],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = _config("mirror", proposals=proposals, point=point)
+    config = _config("mirror", proposals=proposals, gradient_at=point)
     run = {"policy": policy, "reward": reward, "config": config}
-    without = solve([p for p in problems if p.id != "q1"], **run)
+    without = run_search([p for p in problems if p.id != "q1"], **run)
     name = {"direct": "direct_gradient", "hard": "gradient"}[point]
     plain = getattr(Reward, name)
 
@@ -657,7 +667,7 @@ def test_a_gradient_that_is_no_number_stays_with_its_problem(
         return [g * math.nan if s.problem.id == "q1" else g for s, g in zip(samples, found, strict=True)]
 
     monkeypatch.setattr(Reward, name, gradient)
-    _assert_others_unaffected(problems, "q1", solve(problems, **run), without, reward.name, "gradient")
+    _assert_others_unaffected(problems, "q1", run_search(problems, **run), without, reward.name, "gradient")
 
 
 def _narrow_reward(policy: Policy) -> Reward:
@@ -675,13 +685,13 @@ def test_tokens_that_the_reward_cannot_read_are_neither_proposed_nor_kept(
     reward = _narrow_reward(policy)
     unreadable = {worlds.TOKENS.index(token) for token in (worlds.USER, worlds.ASSISTANT)}
     problems = worlds.tiny_problems([str(number) for number in range(24)])
-    traces = solve(problems, policy=policy, reward=reward, config=_config(solver, proposals=proposals))
+    traces = run_search(problems, policy=policy, reward=reward, config=_config(solver, proposals=proposals))
     for trace in traces:
         trace.validate()
         assert (trace.error is not None) == bool(unreadable & set(trace.initial_ids))
         assert trace.error is None or "cannot read" in trace.error
         for revision in trace.revisions:
-            assert revision.new not in unreadable
+            assert revision.new_token not in unreadable
             assert (revision.reward_after == -math.inf) == bool(unreadable & set(revision.suffix))
             assert not (revision.accepted and revision.reward_after == -math.inf)
     assert 0 < sum(trace.error is None for trace in traces) < len(traces)
@@ -691,11 +701,11 @@ def test_tokens_that_the_reward_cannot_read_are_neither_proposed_nor_kept(
 def test_duplicate_problems_are_refused(policy: Policy, scalar_reward: Reward, problems: list[Problem]) -> None:
     twice = [*problems, Problem(id="q2", question="another")]
     with pytest.raises(ValueError, match="'q2' occurs 2 times"):
-        solve(twice, policy=policy, reward=scalar_reward, config=_config(batch_size=2))
+        run_search(twice, policy=policy, reward=scalar_reward, config=_config(batch_size=2))
 
 
 def test_no_problems_give_no_traces(policy: Policy, scalar_reward: Reward) -> None:
-    assert solve([], policy=policy, reward=scalar_reward, config=_config()) == []
+    assert run_search([], policy=policy, reward=scalar_reward, config=_config()) == []
 
 
 # --- provenance -------------------------------------------------------------------------------------------
@@ -703,7 +713,7 @@ def test_no_problems_give_no_traces(policy: Policy, scalar_reward: Reward) -> No
 
 def test_a_trace_tells_where_it_came_from(policy: Policy, scalar_reward: Reward, problems: list[Problem]) -> None:
     def run(**options: Any) -> Trace:
-        [trace] = solve(problems[:1], policy=policy, reward=scalar_reward, config=_config("mirror", **options))
+        [trace] = run_search(problems[:1], policy=policy, reward=scalar_reward, config=_config("mirror", **options))
         return trace
 
     trace = run()
@@ -723,17 +733,17 @@ def test_a_trace_tells_where_it_came_from(policy: Policy, scalar_reward: Reward,
 def test_pull_is_of_the_incumbents_and_leads_the_search(
     policy: Policy, scalar_reward: Reward, acceptance: str
 ) -> None:
-    config = _config("mirror", beta=1e-6, acceptance=acceptance, point="hard")
-    for trace in solve(worlds.tiny_problems(MANY), policy=policy, reward=scalar_reward, config=config):
+    config = _config("mirror", beta=1e-6, acceptance=acceptance, gradient_at="hard")
+    for trace in run_search(worlds.tiny_problems(MANY), policy=policy, reward=scalar_reward, config=config):
         trace.validate()
         accepted = sum(revision.accepted for revision in trace.revisions)
-        assert len(trace.pull) in (accepted, accepted + 1)
-        assert all(one >= 0 for own in trace.pull for one in own)
+        assert len(trace.predicted_gain) in (accepted, accepted + 1)
+        assert all(one >= 0 for own in trace.predicted_gain for one in own)
         # With a gradient that outweighs π by far, the first branch is where it promises most.
-        first, pull = trace.revisions[0], trace.pull[0]
+        first, pull = trace.revisions[0], trace.predicted_gain[0]
         assert pull[first.position] == max(pull) > 0
 
 
 def test_without_a_gradient_there_is_no_pull(policy: Policy, scalar_reward: Reward) -> None:
-    traces = solve(worlds.tiny_problems(), policy=policy, reward=scalar_reward, config=_config())
-    assert all(trace.pull == [] and trace.revisions for trace in traces)
+    traces = run_search(worlds.tiny_problems(), policy=policy, reward=scalar_reward, config=_config())
+    assert all(trace.predicted_gain == [] and trace.revisions for trace in traces)

@@ -15,17 +15,17 @@ import torch
 import worlds
 from torch import Tensor
 
-from nabla_trl.audit.overoptimization import incumbents_at
-from nabla_trl.gradient.objectives import Known, Sample
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.generation import build_warpers, tilt
+from nabla_trl.audit.overoptimization import select_incumbents
+from nabla_trl.gradient.objectives import DrawInfo, Sample
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import build_warpers, compute_log_importance_weight
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import acceptance, proposals
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
-from nabla_trl.search.state import Prompt, State
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
+from nabla_trl.search.state import EncodedPrompt, ScoredResponse
 from nabla_trl.tasks.problem import Problem
 
 LENGTH, BETA = 3, 0.6
@@ -48,9 +48,9 @@ class World:
 
     policy: Policy
     reward: Reward
-    prompt: Prompt
+    prompt: EncodedPrompt
     responses: list[list[int]]
-    states: list[State]
+    states: list[ScoredResponse]
     logp: np.ndarray  # [N] log π(y) over the tokens that may be drawn
 
     def target(self, beta: float = BETA) -> np.ndarray:
@@ -83,91 +83,112 @@ def make_world(length: int = LENGTH, ratio: bool = False) -> World:
     reward = worlds.tiny_logratio(policy) if ratio else worlds.tiny_scalar(policy, seed=5)
     problem = Problem(id="p", question="12")
     ids = policy.encode(problem)
-    memos = reward.prompt_memos([Sample(problem, ids, [])], Meter())[0]
-    prompt = Prompt(problem, ids, length, memos)
-    drawable = [index for index in range(len(policy.forbidden)) if not policy.forbidden[index]]
+    memos = reward.compute_prompt_caches([Sample(problem, ids, [])], FlopCounter())[0]
+    prompt = EncodedPrompt(problem, ids, length, memos)
+    drawable = [index for index in range(len(policy.forbidden_mask)) if not policy.forbidden_mask[index]]
     going = [index for index in drawable if index not in policy.stop_ids]
     [stop] = policy.stop_ids
     responses = [[*head, stop] for size in range(length) for head in product(going, repeat=size)]
     responses += [list(body) for body in product(going, repeat=length)]
     states = all_states(policy, reward, prompt, responses)
-    allowed = [state.logp.log_softmax(-1).gather(1, state.choice()[:, None]).sum() for state in states]
+    allowed = [state.logp.log_softmax(-1).gather(1, state.find_response_columns()[:, None]).sum() for state in states]
     return World(policy, reward, prompt, responses, states, torch.stack(allowed).numpy())
 
 
 @torch.no_grad()
-def all_states(policy: Policy, reward: Reward, prompt: Prompt, responses: Sequence[list[int]]) -> list[State]:
+def all_states(
+    policy: Policy, reward: Reward, prompt: EncodedPrompt, responses: Sequence[list[int]]
+) -> list[ScoredResponse]:
     """Scored states over the whole vocabulary, from plain forwards in float64."""
     states = []
     for response in responses:
         output = policy.model(torch.tensor([prompt.ids + response]), use_cache=True)
-        logits = output.logits[0, len(prompt.ids) - 1 : -1].masked_fill(policy.forbidden, -torch.inf)
+        logits = output.logits[0, len(prompt.ids) - 1 : -1].masked_fill(policy.forbidden_mask, -torch.inf)
         cache = torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in output.past_key_values.layers])
         table = torch.arange(logits.shape[1]).expand(len(response), -1)
         done = response[-1] in policy.stop_ids
         states.append(
-            State(prompt, response, done, table, logits.log_softmax(-1), None, cache[..., :-1, :], prompt.memos, 0.0)
+            ScoredResponse(
+                prompt,
+                response,
+                done,
+                table,
+                logits.log_softmax(-1),
+                None,
+                cache[..., :-1, :],
+                prompt.score_caches,
+                0.0,
+            )
         )
     samples = [
-        Sample(prompt.problem, prompt.ids, s.response, known=Known(policy.model, s.candidates, s.logp)) for s in states
+        Sample(prompt.problem, prompt.ids, s.response, draw_info=DrawInfo(policy.model, s.candidates, s.logp))
+        for s in states
     ]
-    values, memos = reward.score(samples, [prompt.memos] * len(states), meter=Meter(), keep=True)
+    values, memos = reward.score(
+        samples, [prompt.score_caches] * len(states), flop_counter=FlopCounter(), return_caches=True
+    )
     for state, value, memo in zip(states, values, memos, strict=True):
         state.reward, state.memos = value, memo
     return states
 
 
-def metropolis(options: dict[str, Any], **more: Any) -> ReasonerConfig:
+def metropolis(options: dict[str, Any], **more: Any) -> SearchConfig:
     common = {"acceptance": "metropolis", "beta": BETA, "candidates": 16, "max_new_tokens": LENGTH}
-    return ReasonerConfig(**{**common, **options, **more})
+    return SearchConfig(**{**common, **options, **more})
 
 
-def solved(world: World, config: ReasonerConfig) -> list[State]:
+def solved(world: World, config: SearchConfig) -> list[ScoredResponse]:
     """Fresh copies of the states, with the solver's scores; rows that a scan works out by itself included."""
-    states = [replace(state, gradient=None, scores=None, stale=None, slopes={}) for state in world.states]
-    proposals.solve_tokens(states, world.policy, world.reward, config, Meter())
+    states = [replace(state, reward_gradient=None, proposal_scores=None, stale_mask=None, loss_gradients={}) for state in world.states]
+    proposals.compute_proposal_scores(states, world.policy, world.reward, config, FlopCounter())
     for state in states:
-        if state.stale is not None:
-            for position in range(len(state.response)):
-                proposals.refresh(
-                    state, position, lambda s, p: proposals.ste_row(s, p, world.policy, world.reward, config, Meter())
+        if state.stale_mask is not None:
+            for position in range(len(state.response_ids)):
+                proposals.refresh_stale_scores(
+                    state,
+                    position,
+                    lambda s, p: proposals.compute_ste_scores_at(
+                        s, p, world.policy, world.reward, config, FlopCounter()
+                    ),
                 )
     return states
 
 
-def narrow(state: State, candidates: int) -> None:
+def narrow(state: ScoredResponse, candidates: int) -> None:
     """Leave the likeliest candidates alone, as drafts do; the response's own token takes the last one's place."""
     if candidates >= state.logp.shape[1]:
         return
-    own = state.choice()[:, None]
+    own = state.find_response_columns()[:, None]
     order = state.logp.topk(candidates, dim=-1).indices
     order[:, -1:] = torch.where((order == own).any(-1, keepdim=True), order[:, -1:], own)
     for part in ("logp", "scores", "candidates"):
         setattr(state, part, getattr(state, part).gather(1, order))
 
 
-def suffix_logp(state: State, position: int, sampler: Tensor | None = None) -> float:
+def suffix_logp(state: ScoredResponse, position: int, sampler: Tensor | None = None) -> float:
     """log-probability of the tokens after a position under the sampler (π by default)."""
     table = state.logp if sampler is None else sampler
-    return float(table[position + 1 :].gather(1, state.choice()[position + 1 :, None]).sum())
+    return float(table[position + 1 :].gather(1, state.find_response_columns()[position + 1 :, None]).sum())
 
 
-def chosen(state: State, position: int, world: World, config: ReasonerConfig) -> Tensor:
+def chosen(state: ScoredResponse, position: int, world: World, config: SearchConfig) -> Tensor:
     if config.proposals == "global":
-        return proposals.global_logp(state, world.reward.readable, config)[position]
-    return proposals.row_logp(state, position, world.reward.readable, config)
+        return proposals.compute_global_branch_logp(state, world.reward.in_vocabulary, config)[position]
+    return proposals.compute_scan_logp(state, position, world.reward.in_vocabulary, config)
 
 
-def flow(world: World, before: State, after: State, at: int, config: ReasonerConfig, target: dict) -> float:
+def flow(
+    world: World, before: ScoredResponse, after: ScoredResponse, at: int, config: SearchConfig, target: dict
+) -> float:
     """log of π*(y) · (chance to propose y' from y by a branch at this position) · (chance to accept it)."""
     there, back = chosen(before, at, world, config), chosen(after, at, world, config)
-    column = (before.candidates[at] == after.response[at]).nonzero()
+    column = (before.candidates[at] == after.response_ids[at]).nonzero()
     if not len(column):
         return -math.inf  # never proposed
-    drawn = after.logp if after.tilt is None else after.logp - after.tilt
+    drawn = after.logp if after.log_importance_weight is None else after.logp - after.log_importance_weight
     proposed = float(there[int(column[0])]) + suffix_logp(after, at, drawn)
-    ratio = acceptance.log_ratio(before, after, at, beta=BETA, chosen=(there, back))
-    return target[tuple(before.response)] + proposed + min(0.0, ratio)
+    ratio = acceptance.compute_branch_log_ratio(before, after, at, beta=BETA, branch_logp=(there, back))
+    return target[tuple(before.response_ids)] + proposed + min(0.0, ratio)
 
 
 def branches(world: World, count: int, seed: int) -> list[tuple[int, int, int]]:
@@ -211,13 +232,13 @@ def test_detailed_balance_with_another_sampler_and_fewer_candidates(
     sampling: dict[str, Any], few: bool, world: World
 ) -> None:
     """Suffixes drawn at another temperature or cut, and branches that cannot be taken back, keep π* all the same."""
-    config = metropolis({"solver": "mirror", "point": "hard"}, **sampling, candidates=4 if few else 16)
+    config = metropolis({"solver": "mirror", "point": "hard"}, **sampling, top_k_candidates=4 if few else 16)
     states = solved(world, config)
-    warpers = build_warpers(config.sampling())
+    warpers = build_warpers(config.get_sampling())
     for state in states:
-        narrow(state, config.candidates)
-        full = world.states[world.index(state.response)].logp
-        state.tilt = tilt(full, state.candidates, warpers)
+        narrow(state, config.top_k_candidates)
+        full = world.states[world.index(state.response_ids)].logp
+        state.log_importance_weight = compute_log_importance_weight(full, state.candidates, warpers)
     target = {tuple(r): math.log(p) for r, p in zip(world.responses, world.target(), strict=True)}
     moved = blocked = 0
     for one, two, at in branches(world, 500, seed=2):
@@ -234,32 +255,34 @@ def test_detailed_balance_with_another_sampler_and_fewer_candidates(
 )
 def test_detailed_balance_with_redraws(options: dict[str, Any], world: World) -> None:
     """Of the whole kernel, branches and redraws, also where there are no branches, and where q is not π."""
-    config = metropolis({"solver": "mirror", "point": "hard"}, redraw=0.3, **options)
-    readable, warpers = world.reward.readable, build_warpers(config.sampling())
+    config = metropolis({"solver": "mirror", "point": "hard"}, independence_prob=0.3, **options)
+    readable, warpers = world.reward.in_vocabulary, build_warpers(config.get_sampling())
     states = solved(world, config)
     for state in states:
-        narrow(state, config.candidates)
-        full = world.states[world.index(state.response)].logp
-        state.tilt = tilt(full, state.candidates, warpers) if warpers else None
+        narrow(state, config.top_k_candidates)
+        full = world.states[world.index(state.response_ids)].logp
+        state.log_importance_weight = (
+            compute_log_importance_weight(full, state.candidates, warpers) if warpers else None
+        )
     target = {tuple(r): math.log(p) for r, p in zip(world.responses, world.target(), strict=True)}
 
-    def rate(before: State, after: State, at: int) -> float:
+    def rate(before: ScoredResponse, after: ScoredResponse, at: int) -> float:
         """π*(y) · (chance to go from y to y')."""
-        tried = [proposals.redraw_logp(state, readable, config) for state in (before, after)]
-        drawn = world.logp[world.index(after.response)]
-        drawn -= 0.0 if after.tilt is None else suffix_logp(after, -1, after.tilt)
-        ratio = acceptance.redraw_log_ratio(before, after, beta=BETA, chances=(tried[0], tried[1]))
-        anew = math.exp(target[tuple(before.response)] + tried[0] + drawn + min(0.0, ratio))
+        tried = [proposals.compute_independence_logp(state, readable, config) for state in (before, after)]
+        drawn = world.logp[world.index(after.response_ids)]
+        drawn -= 0.0 if after.log_importance_weight is None else suffix_logp(after, -1, after.log_importance_weight)
+        ratio = acceptance.compute_independence_log_ratio(before, after, beta=BETA, attempt_logp=(tried[0], tried[1]))
+        anew = math.exp(target[tuple(before.response_ids)] + tried[0] + drawn + min(0.0, ratio))
         if tried[0] == 0:
             return anew
-        return anew + (1 - config.redraw) * math.exp(flow(world, before, after, at, config, target))
+        return anew + (1 - config.independence_prob) * math.exp(flow(world, before, after, at, config, target))
 
     moved = trapped = 0
     for one, two, at in branches(world, 400, seed=3):
         there, back = rate(states[one], states[two], at), rate(states[two], states[one], at)
         assert there == pytest.approx(back, rel=1e-10, abs=1e-300)
         moved += there > 0
-        trapped += proposals.redraw_logp(states[one], readable, config) == 0.0
+        trapped += proposals.compute_independence_logp(states[one], readable, config) == 0.0
     assert moved == 400 or "top_k" in options
     assert (trapped > 0) == ("candidates" in options)
 
@@ -278,15 +301,15 @@ def noise_floor(target: np.ndarray, samples: int) -> float:
     return float(np.mean([0.5 * np.abs(rng.multinomial(samples, target) / samples - target).sum() for _ in range(50)]))
 
 
-def run_chains(world: World, config: ReasonerConfig, count: int, budgets: Sequence[int]) -> list[Counter[int]]:
+def run_chains(world: World, config: SearchConfig, count: int, budgets: Sequence[int]) -> list[Counter[int]]:
     """Where chains of one prompt stand after some numbers of rounds."""
     problems = [Problem(id=f"p{index}", question="12") for index in range(count)]
-    traces = solve(problems, policy=world.policy, reward=world.reward, config=config)
+    traces = run_search(problems, policy=world.policy, reward=world.reward, config=config)
     found: list[Counter[int]] = [Counter() for _ in budgets]
     for trace in traces:
         trace.validate()
         assert trace.error is None
-        for counter, (response, _) in zip(found, incumbents_at(trace, budgets), strict=True):
+        for counter, (response, _) in zip(found, select_incumbents(trace, budgets), strict=True):
             counter[world.index(response)] += 1
     return found
 
@@ -295,11 +318,11 @@ def run_chains(world: World, config: ReasonerConfig, count: int, budgets: Sequen
 def test_chains_come_to_the_target(options: dict[str, Any], short: World) -> None:
     """… from π, which is far from it; and greedy acceptance does not."""
     target, count = short.target(3.0), 200
-    floor, config = noise_floor(target, count), metropolis(options, **SHORT, rounds=14, batch_size=count)
+    floor, config = noise_floor(target, count), metropolis(options, **SHORT, max_rounds=14, batch_size=count)
     begun, ended = run_chains(short, config, count, (0, 14))
     assert total_variation(begun, target) > 3 * floor
     assert total_variation(ended, target) < 2 * floor
-    greedy = run_chains(short, replace(config, acceptance="greedy", redraw=None), count, (14,))[0]
+    greedy = run_chains(short, replace(config, acceptance="greedy", independence_prob=None), count, (14,))[0]
     assert total_variation(greedy, target) > 3 * floor
 
 
@@ -311,32 +334,32 @@ def test_long_chains_come_to_the_target(options: dict[str, Any], proposals: str,
     target, count = world.target(), 400
     more = {"confidence": 1.0} if proposals == "sequential" else {}
     rounds = {"global": 100 if options.get("point") == "hard" else 40, "sequential": 75}[proposals]
-    config = metropolis(options, proposals=proposals, rounds=rounds, batch_size=500, **more)
+    config = metropolis(options, proposals=proposals, max_rounds=rounds, batch_size=500, **more)
     [ended] = run_chains(world, config, count, (10**6,))
     assert total_variation(ended, target) < 2 * noise_floor(target, count)
 
 
 def test_chains_whose_candidates_hold_a_token_reach_all_responses_by_redraws(short: World) -> None:
     target, count = short.target(3.0), 200
-    config = metropolis(SETTINGS[3], **SHORT, rounds=12, batch_size=count, redraw=0.4, candidates=2)
+    config = metropolis(SETTINGS[3], **SHORT, max_rounds=12, batch_size=count, independence_prob=0.4, top_k_candidates=2)
     [ended] = run_chains(short, config, count, (12,))
     assert total_variation(ended, target) < 2 * noise_floor(target, count)
-    [held] = run_chains(short, replace(config, redraw=0.0), count, (12,))
+    [held] = run_chains(short, replace(config, independence_prob=0.0), count, (12,))
     assert total_variation(held, target) > 3 * noise_floor(target, count)
 
 
 def test_another_sampler_comes_to_the_same_target(short: World) -> None:
     target, count = short.target(3.0), 200
-    config = metropolis(SETTINGS[3], **SHORT, rounds=14, temperature=1.5, batch_size=count)
+    config = metropolis(SETTINGS[3], **SHORT, max_rounds=14, temperature=1.5, batch_size=count)
     [ended] = run_chains(short, config, count, (14,))
     assert total_variation(ended, target) < 2 * noise_floor(target, count)
 
 
 def test_tempered_chains_keep_the_target(short: World) -> None:
     target, count = short.target(3.0), 150
-    config = metropolis(SETTINGS[3], **SHORT, rounds=12, starts=2, chains=2, tempering=2.5, batch_size=count)
+    config = metropolis(SETTINGS[3], **SHORT, max_rounds=12, num_starts=2, num_chains=2, parallel_tempering=2.5, batch_size=count)
     problems = [Problem(id=f"p{index}", question="12") for index in range(count)]
-    traces = solve(problems, policy=short.policy, reward=short.reward, config=config)
+    traces = run_search(problems, policy=short.policy, reward=short.reward, config=config)
     ended = Counter(short.index(trace.response_ids) for trace in traces)
     assert total_variation(ended, target) < 2 * noise_floor(target, count)
 
@@ -347,7 +370,9 @@ def test_the_swap_of_tempered_chains_is_the_ratio_of_their_targets(world: World)
     for one, two in ((0, 5), (17, 3), (40, 100)):
         rewards = world.states[one].reward, world.states[two].reward
         expected = targets[cold][two] + targets[hot][one] - targets[cold][one] - targets[hot][two]
-        assert acceptance.swap_log_ratio((cold, rewards[0]), (hot, rewards[1])) == pytest.approx(expected, abs=1e-9)
+        assert acceptance.compute_swap_log_ratio((cold, rewards[0]), (hot, rewards[1])) == pytest.approx(
+            expected, abs=1e-9
+        )
 
 
 # --- what cannot be exact is refused ----------------------------------------------------------------------
@@ -373,9 +398,11 @@ def test_what_would_not_be_exact_is_refused(options: dict[str, Any], words: list
 
 
 def test_tempering_and_redraws_belong_to_metropolis() -> None:
-    assert (metropolis({"solver": "none"}).redraw, ReasonerConfig().redraw) == (0.1, None)
-    worlds.refused(lambda: ReasonerConfig(redraw=0.1), "redraw belongs to acceptance metropolis", "acceptance greedy")
-    worlds.refused(lambda: ReasonerConfig(tempering=2.0, starts=2, chains=2), "tempering belongs to")
+    assert (metropolis({"solver": "none"}).independence_prob, SearchConfig().independence_prob) == (0.1, None)
+    worlds.refused(
+        lambda: SearchConfig(independence_prob=0.1), "redraw belongs to acceptance metropolis", "acceptance greedy"
+    )
+    worlds.refused(lambda: SearchConfig(parallel_tempering=2.0, num_starts=2, num_chains=2), "tempering belongs to")
 
 
 def test_sampling_of_the_policy_itself_needs_no_tilt() -> None:

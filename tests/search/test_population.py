@@ -8,33 +8,33 @@ from typing import Any
 import pytest
 import worlds
 
-from nabla_trl.baselines.sampling import best_of, draw_pool
-from nabla_trl.evaluation.plan import steps
-from nabla_trl.evaluation.rows import trace_row
-from nabla_trl.evaluation.runner import Bench
+from nabla_trl.baselines.sampling import draw_pool, select_best_of_n
+from nabla_trl.evaluation.plan import plan_jobs
+from nabla_trl.evaluation.rows import build_row
+from nabla_trl.evaluation.runner import EvaluationSetup
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
 
-def config(**options: Any) -> ReasonerConfig:
-    return ReasonerConfig(**{"solver": "none", "max_new_tokens": 8, "rounds": 4, **options})
+def config(**options: Any) -> SearchConfig:
+    return SearchConfig(**{"solver": "none", "max_new_tokens": 8, "rounds": 4, **options})
 
 
 def moves(trace: Trace) -> list[tuple]:
-    return [(r.round, r.position, r.new, r.suffix, r.accepted) for r in trace.revisions]
+    return [(r.round, r.position, r.new_token, r.suffix, r.accepted) for r in trace.revisions]
 
 
 def test_starts_without_rounds_are_best_of_n(policy: Policy, reward: Reward, problems: list[Problem]) -> None:
     """The same responses under the same seed, the same choice, the same cost."""
-    settings = config(starts=5, rollouts=5)
-    pool = draw_pool(problems, 5, policy=policy, reward=reward, sampling=settings.sampling(), seed=7)
-    traces = solve(problems, policy=policy, reward=reward, config=settings, seed=7)
-    for one, two in zip(traces, best_of(pool, 5), strict=True):
-        assert (one.response_ids, one.stop, one.revisions) == (two.response_ids, "rollouts", [])
+    settings = config(num_starts=5, max_rollouts=5)
+    pool = draw_pool(problems, 5, policy=policy, reward=reward, sampling=settings.get_sampling(), seed=7)
+    traces = run_search(problems, policy=policy, reward=reward, config=settings, seed=7)
+    for one, two in zip(traces, select_best_of_n(pool, 5), strict=True):
+        assert (one.response_ids, one.stop_reason, one.revisions) == (two.response_ids, "rollouts", [])
         assert one.reward == pytest.approx(two.reward, abs=1e-4)
         assert one.cost.flops == pytest.approx(two.cost.flops)
 
@@ -45,10 +45,10 @@ def test_several_chains_in_a_batch_equal_singles(
 ) -> None:
     settings = config(**{"solver": "mirror", "point": "hard", **options})
     run = {"policy": policy, "reward": scalar_reward, "seed": 2}
-    together = solve(problems, config=settings, **run)
+    together = run_search(problems, config=settings, **run)
     for problem, trace in zip(problems, together, strict=True):
         trace.validate()
-        [single] = solve([problem], config=replace(settings, batch_size=1), **run)
+        [single] = run_search([problem], config=replace(settings, batch_size=1), **run)
         assert moves(single) == moves(trace) and single.response_ids == trace.response_ids
         assert single.cost.flops == pytest.approx(trace.cost.flops)
 
@@ -57,7 +57,7 @@ def test_the_best_chain_is_kept_and_all_are_paid_for(
     policy: Policy, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
     run = {"policy": policy, "reward": scalar_reward, "seed": 4}
-    one, two = (solve(problems, config=config(starts=4, chains=chains), **run) for chains in (1, 3))
+    one, two = (run_search(problems, config=config(num_starts=4, num_chains=chains), **run) for chains in (1, 3))
     for single, several in zip(one, two, strict=True):
         assert several.reward > single.reward - 1e-4  # the first chain is the same
         assert several.cost.flops > 1.5 * single.cost.flops
@@ -70,19 +70,19 @@ def test_a_budget_of_rollouts_counts_every_response(
 ) -> None:
     """… so many decoded tokens as responses and suffixes have, and no chain takes more than is left."""
     for chains in (1, 2, 3):
-        settings = config(starts=3, chains=chains, rounds=0, rollouts=9, restart=False)
-        for trace in solve(problems, policy=policy, reward=scalar_reward, config=settings):
-            assert trace.stop in ("rollouts", "exhausted")
+        settings = config(num_starts=3, num_chains=chains, max_rounds=0, max_rollouts=9, restarts=False)
+        for trace in run_search(problems, policy=policy, reward=scalar_reward, config=settings):
+            assert trace.stop_reason in ("rollouts", "exhausted")
             assert len(trace.revisions) <= (9 - 3 + chains - 1) // chains
 
 
 def test_fresh_starts_spend_what_is_left_of_a_budget(policy: Policy, reward: Reward, problems: list[Problem]) -> None:
-    settings = config(candidates=2, rounds=0, max_new_tokens=4, flops=4e7, patience=2)
+    settings = config(top_k_candidates=2, max_rounds=0, max_new_tokens=4, max_flops=4e7, patience=2)
     run = {"policy": policy, "reward": reward, "seed": 1}
-    without, spent = (solve(problems, config=replace(settings, restart=again), **run) for again in (False, True))
+    without, spent = (run_search(problems, config=replace(settings, restarts=again), **run) for again in (False, True))
     for one, two in zip(without, spent, strict=True):
         two.validate()
-        assert two.reward >= one.reward and one.stop in ("patience", "exhausted")
+        assert two.reward >= one.reward and one.stop_reason in ("patience", "exhausted")
         assert one.cost.flops < two.cost.flops <= 4.8e7  # suffixes may be longer than the last ones
     assert sum(two.reward > one.reward for one, two in zip(without, spent, strict=True)) >= 1
 
@@ -93,8 +93,8 @@ def test_starts_that_a_budget_cannot_pay_for_are_not_drawn(
 ) -> None:
     """The others are those of a search that can."""
     run = {"policy": policy, "reward": scalar_reward, "seed": 1}
-    rich = solve(problems, config=config(starts=12, flops=1e12, rollouts=12), **run)
-    for trace in solve(problems, config=config(starts=12, flops=4e6, batch_size=batch_size), **run):
+    rich = run_search(problems, config=config(num_starts=12, max_flops=1e12, max_rollouts=12), **run)
+    for trace in run_search(problems, config=config(num_starts=12, max_flops=4e6, batch_size=batch_size), **run):
         whole = next(one for one in rich if one.problem_id == trace.problem_id)
         assert whole.meta["starts"] == "12" and whole.cost.flops > 6e6
         assert 1 < int(trace.meta["starts"]) < 12 and 2.4e6 < trace.cost.flops < 5.2e6
@@ -105,11 +105,11 @@ def test_what_all_chains_and_starts_did_is_counted(
     policy: Policy, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
     run = {"policy": policy, "reward": scalar_reward, "seed": 1}
-    for trace in solve(problems, config=config(starts=3, chains=2), **run):
+    for trace in run_search(problems, config=config(num_starts=3, num_chains=2), **run):
         assert (trace.meta["starts"], trace.meta["proposals"]) == ("3", "8") and len(trace.revisions) == 4
-    settings = config(candidates=2, rounds=0, max_new_tokens=4, rollouts=12, patience=2)
-    for trace in solve(problems, config=settings, **run):
-        row = trace_row(trace, "run")
+    settings = config(top_k_candidates=2, max_rounds=0, max_new_tokens=4, max_rollouts=12, patience=2)
+    for trace in run_search(problems, config=settings, **run):
+        row = build_row(trace, "run")
         assert int(trace.meta["starts"]) > 1 and row["revisions"] <= row["proposals"]
         assert int(trace.meta["starts"]) + row["proposals"] == 12
         assert row["accepted"] <= row["proposals_accepted"] <= row["proposals"]
@@ -119,22 +119,22 @@ def test_a_preset_begins_anew_until_its_budget_is_spent(
     policy: Policy, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
     """By itself it is one response, scanned once."""
-    bench = Bench(policy, scalar_reward, config(max_new_tokens=4), (0,))
-    [step] = steps(["paper"], bench, {}, lambda method: 0.0)
-    [once] = step.work(problems[:1], 0)
-    assert once.stop in ("scanned", "rollouts") and once.meta["starts"] == "1"
+    bench = EvaluationSetup(policy, scalar_reward, config(max_new_tokens=4), (0,))
+    [step] = plan_jobs(["paper"], bench, {}, lambda method: 0.0)
+    [once] = step.run(problems[:1], 0)
+    assert once.stop_reason in ("scanned", "rollouts") and once.meta["starts"] == "1"
     budget = 4 * once.cost.flops
-    [step] = steps(["paper@best_of_16"], bench, {}, lambda method: budget)
-    [again] = step.work(problems[:1], 0)
+    [step] = plan_jobs(["paper@best_of_16"], bench, {}, lambda method: budget)
+    [again] = step.run(problems[:1], 0)
     assert int(again.meta["starts"]) > 1 and 0.6 * budget < again.cost.flops < 1.2 * budget
 
 
 def test_a_sample_of_the_optimum_is_not_chosen_among_starts() -> None:
-    assert config(flops=1e9).restarts and config(rollouts=9).restarts
-    assert not config().restarts and not config(flops=1e9, restart=False).restarts
-    assert not config(rollouts=9, acceptance="metropolis", beta=1.0).restarts
-    worlds.refused(lambda: config(flops=1e9, acceptance="metropolis"), "no sample", "limit it by rounds")
-    worlds.refused(lambda: config(rollouts=2, starts=3), "rollouts 2 are fewer", "starts 3")
+    assert config(max_flops=1e9).restarts_enabled and config(max_rollouts=9).restarts_enabled
+    assert not config().restarts_enabled and not config(max_flops=1e9, restarts=False).restarts_enabled
+    assert not config(max_rollouts=9, acceptance="metropolis", beta=1.0).restarts_enabled
+    worlds.refused(lambda: config(max_flops=1e9, acceptance="metropolis"), "no sample", "limit it by rounds")
+    worlds.refused(lambda: config(max_rollouts=2, num_starts=3), "rollouts 2 are fewer", "starts 3")
 
 
 def test_an_unreadable_start_is_no_error_while_another_can_be_read() -> None:
@@ -144,7 +144,7 @@ def test_an_unreadable_start_is_no_error_while_another_can_be_read() -> None:
     reward = worlds.tiny_scalar(policy, tokenizer=worlds.char_tokenizer(tokens, template=template))
     problems = worlds.tiny_problems([str(number) for number in range(16)])
     run = {"policy": policy, "reward": reward}
-    single, several = (solve(problems, config=config(starts=n, chains=n), **run) for n in (1, 4))
+    single, several = (run_search(problems, config=config(num_starts=n, num_chains=n), **run) for n in (1, 4))
     assert sum(trace.error is not None for trace in single) > sum(trace.error is not None for trace in several)
     for trace in several:
         trace.validate()

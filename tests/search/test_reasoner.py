@@ -10,7 +10,7 @@ import worlds
 from peft import LoraConfig, get_peft_model
 
 from nabla_trl import NablaReasoner, Problem, Trace
-from nabla_trl.search.config import ReasonerConfig
+from nabla_trl.search.config import SearchConfig
 
 SHORT = {"max_new_tokens": 6, "rounds": 2}
 
@@ -117,7 +117,7 @@ def test_no_questions_give_no_traces(reasoner: NablaReasoner) -> None:
 
 def test_a_question_that_cannot_be_run_gives_an_error_trace(reasoner: NablaReasoner) -> None:
     good, bad = reasoner.solve(["1+2", "what is love"])
-    assert good.error is None and "question/1" in bad.error and bad.stop == "error"
+    assert good.error is None and "question/1" in bad.error and bad.stop_reason == "error"
 
 
 # --- loading ----------------------------------------------------------------------------------------------
@@ -131,14 +131,19 @@ def test_a_log_ratio_reward_and_the_control(folders: dict[str, str]) -> None:
 
 def test_the_paper_preset_runs_and_can_be_overridden(folders: dict[str, str]) -> None:
     paper = NablaReasoner.from_pretrained(
-        folders["policy"], reward=folders["scorer"], preset="paper", max_new_tokens=6, steps=2, confidence=1.0
+        folders["policy"], reward=folders["scorer"], from_preset="paper", max_new_tokens=6, ste_steps=2, confidence=1.0
     )
     config = paper.config
-    assert (config.solver, config.proposals, config.temperature, config.lr) == ("ste", "sequential", 0.7, 0.01)
-    assert (config.rollouts, config.steps) == (8, 2)
+    assert (config.solver, config.proposals, config.temperature, config.ste_learning_rate) == (
+        "ste",
+        "sequential",
+        0.7,
+        0.01,
+    )
+    assert (config.max_rollouts, config.ste_steps) == (8, 2)
     trace = paper.solve("12-3+4*5")
     trace.validate()
-    assert trace.error is None and trace.stop in ("scanned", "rollouts")
+    assert trace.error is None and trace.stop_reason in ("scanned", "rollouts")
     assert len(trace.revisions) < 8 and trace.cost.tokens["reward/backward"] > 0
 
 
@@ -192,20 +197,23 @@ def test_unknown_options_and_presets_are_refused_by_name_before_anything_is_load
     ],
 )
 def test_a_configuration_that_means_nothing_is_refused(options: dict[str, Any], words: list[str]) -> None:
-    worlds.refused(lambda: ReasonerConfig(**options), *words)
+    worlds.refused(lambda: SearchConfig(**options), *words)
 
 
 def test_options_that_apply_get_their_defaults_and_others_stay_unset() -> None:
-    mirror, ste = ReasonerConfig(), ReasonerConfig(solver="ste", proposals="sequential")
-    assert mirror.lr is None and mirror.confidence is None
-    assert (ste.lr, ste.steps, ste.confidence) == (0.01, 20, 0.97)
-    assert ReasonerConfig(beta=0.25).lam == 4.0
+    mirror, ste = SearchConfig(), SearchConfig(solver="ste", proposals="sequential")
+    assert mirror.ste_learning_rate is None and mirror.confidence is None
+    assert (ste.ste_learning_rate, ste.ste_steps, ste.confidence) == (0.01, 20, 0.97)
+    assert SearchConfig(beta=0.25).reward_weight == 4.0
 
 
 def test_the_control_differs_in_the_gradient_only() -> None:
-    config = ReasonerConfig(solver="ste", lr=0.3, rounds=5, temperature=0.7, batch_size=3)
-    control = config.control()
+    config = SearchConfig(solver="ste", ste_learning_rate=0.3, max_rounds=5, temperature=0.7, batch_size=3)
+    control = config.with_no_gradient()
     assert control.method == "control" and config.method == "nabla"
-    assert (control.rounds, control.temperature, control.batch_size) == (5, 0.7, 3)
-    assert control.hash() != config.hash()
-    assert ReasonerConfig(rounds=5).control().hash() == ReasonerConfig(rounds=5, solver="none").hash()
+    assert (control.max_rounds, control.temperature, control.batch_size) == (5, 0.7, 3)
+    assert control.compute_hash() != config.compute_hash()
+    assert (
+        SearchConfig(max_rounds=5).with_no_gradient().compute_hash()
+        == SearchConfig(max_rounds=5, solver="none").compute_hash()
+    )

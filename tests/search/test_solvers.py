@@ -17,15 +17,15 @@ import worlds
 from torch import Tensor
 
 from nabla_trl.gradient.objectives import Sample
-from nabla_trl.gradient.token_gradient import token_gradient
+from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models import kv_cache
-from nabla_trl.models.flops import Meter
-from nabla_trl.models.options import HARD, Point, SteConfig
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint, SteConfig
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import proposals, solvers
-from nabla_trl.search.config import PRESETS, ReasonerConfig
-from nabla_trl.search.state import Chain, Prompt, State
+from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.search.state import EncodedPrompt, ScoredResponse, SearchState
 from nabla_trl.tasks.problem import Problem
 
 DOUBLE = torch.float64
@@ -47,8 +47,8 @@ def literal_ste(
     Positions outside `movable` keep their logits.
     """
     z = logp.clone().requires_grad_(True)
-    adam = torch.optim.Adam([z], lr=config.lr)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=config.steps, eta_min=config.lr_end)
+    adam = torch.optim.Adam([z], lr=config.learning_rate)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=config.steps, eta_min=config.final_learning_rate)
     start, left, seen = logp.argmax(-1), torch.zeros(len(logp), dtype=torch.bool), []
     for _ in range(config.steps):
         left |= z.argmax(-1) != start
@@ -68,35 +68,35 @@ def literal_ste(
 
 def log_likelihood(model: Any, item: Sample, rows: Tensor, direct: bool = True, postfix: bool = True) -> Tensor:
     """Σ Y·log p of one-hot rows [T, V] by one full forward."""
-    whole = torch.cat((F.one_hot(torch.tensor(item.prompt), rows.shape[1]).to(rows.dtype), rows))
+    whole = torch.cat((F.one_hot(torch.tensor(item.prompt_ids), rows.shape[1]).to(rows.dtype), rows))
     embeds = (whole if postfix else whole.detach()) @ model.get_input_embeddings().weight
-    logp = model(inputs_embeds=embeds[None]).logits[0].log_softmax(-1)[len(item.prompt) - 1 : -1]
+    logp = model(inputs_embeds=embeds[None]).logits[0].log_softmax(-1)[len(item.prompt_ids) - 1 : -1]
     return ((rows if direct else rows.detach()) * logp).sum()
 
 
 def score(model: Any, item: Sample, rows: Tensor) -> Tensor:
     """A classifier's score; the template closes the turn with the stop token, unless the response has done so."""
     tail = [] if int(rows[-1].argmax()) == END else [END]
-    before, after = (F.one_hot(torch.tensor(ids, dtype=torch.long), rows.shape[1]) for ids in (item.prompt, tail))
+    before, after = (F.one_hot(torch.tensor(ids, dtype=torch.long), rows.shape[1]) for ids in (item.prompt_ids, tail))
     whole = torch.cat((before.to(rows.dtype), rows, after.to(rows.dtype)))
     return model(inputs_embeds=(whole @ model.get_input_embeddings().weight)[None]).logits.squeeze()
 
 
 def score_steps(model: Any, item: Sample, width: int) -> Tensor:
     """[T, V] what the score rose by at each response token but the first, by one full forward."""
-    states = model.base_model(torch.tensor([item.prompt + item.response])).last_hidden_state[0]
+    states = model.base_model(torch.tensor([item.prompt_ids + item.response_ids])).last_hidden_state[0]
     levels = model.score(states).squeeze(-1).detach()
-    steps = torch.zeros(len(item.response), width, dtype=DOUBLE)
-    for at in range(1, len(item.response)):
-        here = len(item.prompt) + at
-        steps[at, item.response[at]] = levels[here] - levels[here - 1]
+    steps = torch.zeros(len(item.response_ids), width, dtype=DOUBLE)
+    for at in range(1, len(item.response_ids)):
+        here = len(item.prompt_ids) + at
+        steps[at, item.response_ids[at]] = levels[here] - levels[here - 1]
     return steps
 
 
 def reward_value(reward: Reward, item: Sample, rows: Tensor, postfix: bool = True) -> Tensor:
     if reward.kind == "scalar":
-        return score(reward.terms[0].model, item, rows)
-    better, base = (log_likelihood(term.model, item, rows, postfix=postfix) for term in reward.terms)
+        return score(reward.objectives[0].model, item, rows)
+    better, base = (log_likelihood(term.model, item, rows, postfix=postfix) for term in reward.objectives)
     return better - base
 
 
@@ -119,16 +119,16 @@ class Problems:
         self.policy, self.reward = policy, reward
         questions = worlds.tiny_problems()
         self.samples = [worlds.sample(policy, questions[i], t, finished=f) for i, (t, f) in enumerate(texts)]
-        self.choices = [torch.tensor(item.response) for item in self.samples]
+        self.choices = [torch.tensor(item.response_ids) for item in self.samples]
         self.logp = [self._logp(item) for item in self.samples]
         self.calls: list[list[int]] = []
         self.hard: list[Tensor] = list(self.choices)
 
     def _logp(self, item: Sample) -> Tensor:
         with torch.no_grad():
-            logits = self.policy.model(torch.tensor([item.prompt + item.response])).logits[0]
-        logp = logits[len(item.prompt) - 1 : -1].log_softmax(-1)
-        return logp.masked_fill(self.policy.forbidden, -torch.inf)
+            logits = self.policy.model(torch.tensor([item.prompt_ids + item.response_ids])).logits[0]
+        logp = logits[len(item.prompt_ids) - 1 : -1].log_softmax(-1)
+        return logp.masked_fill(self.policy.forbidden_mask, -torch.inf)
 
     def gradient(self, rows: list[int], hard: list[Tensor]) -> list[Tensor]:
         """∂L/∂Y by the package's token gradients; records who asked."""
@@ -138,14 +138,14 @@ class Problems:
         for row, now in zip(rows, hard, strict=True):
             self.hard[row] = now
         moved = [
-            Sample(self.samples[row].problem, self.samples[row].prompt, now.tolist())
+            Sample(self.samples[row].problem, self.samples[row].prompt_ids, now.tolist())
             for row, now in zip(rows, hard, strict=True)
         ]
         own = proposals.policy_likelihood(self.policy)
         total = [torch.zeros(()) for _ in rows]
-        for terms, factor in ((self.reward.terms, -LAM), ([own], -1.0)):
-            memos = list(zip(*(term.prompt_memos(moved, Meter()) for term in terms), strict=True))
-            parts = token_gradient(terms, moved, memos, None, meter=Meter())
+        for terms, factor in ((self.reward.objectives, -LAM), ([own], -1.0)):
+            memos = list(zip(*(term.compute_prompt_caches(moved, FlopCounter()) for term in terms), strict=True))
+            parts = compute_token_gradient(terms, moved, memos, None, flop_counter=FlopCounter())
             total = [a + factor * b for a, b in zip(total, parts, strict=True)]
         return total
 
@@ -157,7 +157,7 @@ class Problems:
         return alone
 
     def solve(self, config: SteConfig) -> list[Tensor]:
-        return solvers.ste(self.logp, self.choices, self.gradient, config).logits
+        return solvers.solve_ste(self.logp, self.choices, self.gradient, config).logits
 
 
 TEXTS = [("4-5=9;#9", True), ("3*4", False)]
@@ -171,7 +171,9 @@ def world(request: pytest.FixtureRequest) -> tuple[Policy, Reward]:
 
 def test_ste_equals_the_literal_reference(world: tuple[Policy, Reward]) -> None:
     """… over 100 steps in which tokens flip, and asks for a gradient at flips only."""
-    config = SteConfig(steps=100, lr=0.1, lr_end=0.01, tau=1.0 if world[1].kind == "scalar" else 0.7)
+    config = SteConfig(
+        steps=100, learning_rate=0.1, final_learning_rate=0.01, tau=1.0 if world[1].kind == "scalar" else 0.7
+    )
     ours = Problems(*world, TEXTS)
     found = ours.solve(config)
     asked = Counter(row for rows in ours.calls for row in rows)
@@ -184,13 +186,13 @@ def test_ste_equals_the_literal_reference(world: tuple[Policy, Reward]) -> None:
         assert float((found[row] - expected)[finite].abs().max()) <= 1e-6
         assert float((expected - ours.logp[row])[finite].abs().max()) > 1  # it went somewhere
         changed = sum(a != b for a, b in pairwise(seen))
-        assert seen[0] == item.response and asked[row] == 1 + changed
+        assert seen[0] == item.response_ids and asked[row] == 1 + changed
         flips += changed
     assert flips >= 5 and len(ours.calls) < config.steps
 
 
 def test_a_batch_of_rows_equals_single_rows(world: tuple[Policy, Reward]) -> None:
-    config = SteConfig(steps=40, lr=0.2, lr_end=0.01)
+    config = SteConfig(steps=40, learning_rate=0.2, final_learning_rate=0.01)
     together = Problems(*world, TEXTS)
     solved = together.solve(config)
     assert len(together.calls) > 1
@@ -207,7 +209,9 @@ def test_without_a_flip_one_gradient_serves_all_steps() -> None:
         return [torch.tensor([[-1.0, 0.0, 1.0]]) for _ in rows]
 
     logp = torch.tensor([[0.6, 0.3, 0.1]]).log()
-    solvers.ste([logp, logp], [torch.tensor([0]), torch.tensor([2])], constant, SteConfig(steps=50, lr=0.1))
+    solvers.solve_ste(
+        [logp, logp], [torch.tensor([0]), torch.tensor([2])], constant, SteConfig(steps=50, learning_rate=0.1)
+    )
     assert calls == [[0, 1]]
 
 
@@ -222,7 +226,9 @@ def test_once_the_arg_max_has_moved_the_arg_max_is_the_token() -> None:
         return [slope]
 
     logp = torch.tensor([[0.5, 0.45, 0.05]]).log()
-    solvers.ste([logp], [torch.tensor([2])], pushed, SteConfig(steps=60, lr=0.1, lr_end=0.1))
+    solvers.solve_ste(
+        [logp], [torch.tensor([2])], pushed, SteConfig(steps=60, learning_rate=0.1, final_learning_rate=0.1)
+    )
     assert seen == [[2], [1], [0]]
 
 
@@ -238,7 +244,7 @@ def test_ste_solves_a_quadratic() -> None:
     def slope(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
         return [F.one_hot(hard[0], 5) - target]
 
-    solved = solvers.ste([logp], [choice], slope, SteConfig(steps=100, lr=0.1)).logits[0]
+    solved = solvers.solve_ste([logp], [choice], slope, SteConfig(steps=100, learning_rate=0.1)).logits[0]
     assert solved.argmax(-1).equal(best)
 
 
@@ -257,7 +263,7 @@ def numbers() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("lam", [0.1, 1.0, 4.0])
 def test_mirror_is_the_optimum_of_its_proximal_problem(numbers: tuple[Tensor, ...], lam: float) -> None:
     logp, slope, choice = numbers
-    scores = solvers.mirror(logp, slope, choice, lam)
+    scores = solvers.solve_mirror(logp, slope, choice, lam)
     advantage = lam * (slope - slope[torch.arange(5), choice][:, None])
     q = scores.softmax(-1)
 
@@ -281,41 +287,45 @@ def test_mirror_scores_compare_across_positions(numbers: tuple[Tensor, ...]) -> 
     """An incumbent's own score is its log π; at λ → 0 so is everyone's; what is forbidden stays so."""
     logp, slope, choice = numbers
     logp[0, 1] = -torch.inf
-    scores = solvers.mirror(logp, slope, choice, 2.0)
+    scores = solvers.solve_mirror(logp, slope, choice, 2.0)
     assert torch.equal(scores.gather(1, choice[:, None]), logp.gather(1, choice[:, None]))
     assert scores[0, 1] == -torch.inf
-    assert torch.allclose(solvers.mirror(logp, slope, choice, 1e-12).softmax(-1), logp.softmax(-1), atol=1e-10)
-    shifted = solvers.mirror(logp, slope + torch.randn(5, 1, dtype=DOUBLE), choice, 2.0)
+    assert torch.allclose(solvers.solve_mirror(logp, slope, choice, 1e-12).softmax(-1), logp.softmax(-1), atol=1e-10)
+    shifted = solvers.solve_mirror(logp, slope + torch.randn(5, 1, dtype=DOUBLE), choice, 2.0)
     assert torch.allclose(shifted, scores, atol=1e-12)
 
 
 # --- the three solvers through solve_tokens ----------------------------------------------------------------
 
 
-def make_state(candidates: Tensor, logp: Tensor, response: list[int], prompt: Prompt, **values: Any) -> State:
+def make_state(
+    candidates: Tensor, logp: Tensor, response: list[int], prompt: EncodedPrompt, **values: Any
+) -> ScoredResponse:
     known = {"cache": None, "memos": [], **values}
-    return State(prompt, response, False, candidates, logp, None, reward=0.0, **known)
+    return ScoredResponse(prompt, response, False, candidates, logp, None, reward=0.0, **known)
 
 
-def real_states(policy: Policy, reward: Reward) -> list[State]:
+def real_states(policy: Policy, reward: Reward) -> list[ScoredResponse]:
     """States over the whole vocabulary, in the policy's precision."""
     ready = Problems(policy, reward, TEXTS)
-    bare = reward.prompt_memos(ready.samples, Meter())
-    _, kept = reward.score(ready.samples, bare, meter=Meter(), keep=True)
-    caches = kv_cache.prefill(policy.model, [item.prompt + item.response[:-1] for item in ready.samples])
+    bare = reward.compute_prompt_caches(ready.samples, FlopCounter())
+    _, kept = reward.score(ready.samples, bare, flop_counter=FlopCounter(), return_caches=True)
+    caches = kv_cache.prefill_sequences(
+        policy.model, [item.prompt_ids + item.response_ids[:-1] for item in ready.samples]
+    )
     states = []
     for item, logp, first, memo, cache in zip(ready.samples, ready.logp, bare, kept, caches, strict=True):
-        table = torch.arange(logp.shape[1]).expand(len(item.response), -1)
-        prompt = Prompt(item.problem, item.prompt, 99, first)
-        states.append(make_state(table, logp, item.response, prompt, memos=memo, cache=cache))
+        table = torch.arange(logp.shape[1]).expand(len(item.response_ids), -1)
+        prompt = EncodedPrompt(item.problem, item.prompt_ids, 99, first)
+        states.append(make_state(table, logp, item.response_ids, prompt, memos=memo, cache=cache))
     return states
 
 
 def test_none_is_the_policy_and_costs_nothing(world: tuple[Policy, Reward]) -> None:
-    states, meter = real_states(*world), Meter()
-    proposals.solve_tokens(states, *world, ReasonerConfig(solver="none"), meter)
-    assert all(torch.equal(state.scores, state.logp) for state in states)
-    assert meter.total().flops == 0
+    states, meter = real_states(*world), FlopCounter()
+    proposals.compute_proposal_scores(states, *world, SearchConfig(solver="none"), meter)
+    assert all(torch.equal(state.proposal_scores, state.logp) for state in states)
+    assert meter.get_total_cost().flops == 0
 
 
 @pytest.mark.parametrize("point", ["direct", "hard", "direct+hard"])
@@ -323,32 +333,32 @@ def test_mirror_reads_the_reward_alone(world: tuple[Policy, Reward], point: str)
     """Of log-likelihoods, the part through later tokens only with a backward pass; there "hard" has the direct part
     already, so that "direct+hard" is the same. Of a score, "direct+hard" is the sum of two gradients."""
     reward = world[1]
-    states, meter = real_states(*world), Meter()
-    config = ReasonerConfig(solver="mirror", beta=1 / LAM, point=point)
-    proposals.solve_tokens(states, *world, config, meter)
+    states, meter = real_states(*world), FlopCounter()
+    config = SearchConfig(solver="mirror", beta=1 / LAM, gradient_at=point)
+    proposals.compute_proposal_scores(states, *world, config, meter)
     for state in states:
-        rows = F.one_hot(torch.tensor(state.response), state.logp.shape[1]).to(DOUBLE).requires_grad_(True)
+        rows = F.one_hot(torch.tensor(state.response_ids), state.logp.shape[1]).to(DOUBLE).requires_grad_(True)
         if reward.kind == "log-ratio" or "hard" in point:
-            value = reward_value(reward, state.sample(), rows, postfix="hard" in point)
+            value = reward_value(reward, state.make_sample(), rows, postfix="hard" in point)
             slope = torch.autograd.grad(value, rows)[0]
         else:
             slope = torch.zeros_like(rows)
         if reward.kind == "scalar" and "direct" in point:
-            slope = slope + score_steps(reward.terms[0].model, state.sample(), rows.shape[1])
+            slope = slope + score_steps(reward.objectives[0].model, state.make_sample(), rows.shape[1])
         slope = LAM * slope
-        expected = state.logp + slope - slope.gather(1, torch.tensor(state.response)[:, None])
+        expected = state.logp + slope - slope.gather(1, torch.tensor(state.response_ids)[:, None])
         finite = state.logp.isfinite()
-        assert torch.allclose(state.scores[finite], expected[finite], rtol=1e-5, atol=1e-4)
+        assert torch.allclose(state.proposal_scores[finite], expected[finite], rtol=1e-5, atol=1e-4)
         free = reward.kind == "scalar" and point == "direct"  # scoring has shown it already
-        assert (meter.cost(state.problem.id).flops == 0) == free
+        assert (meter.get_cost(state.problem.id).flops == 0) == free
 
 
 def test_a_solver_must_know_its_point(world: tuple[Policy, Reward]) -> None:
     states = real_states(*world)
     with pytest.raises(RuntimeError, match="the reward's own point"):
-        proposals.solve_tokens(states, *world, ReasonerConfig(), Meter())
+        proposals.compute_proposal_scores(states, *world, SearchConfig(), FlopCounter())
     with pytest.raises(RuntimeError, match="the reward's own point"):
-        proposals.expected_flops(states[0], [], *world, ReasonerConfig())
+        proposals.estimate_round_flops(states[0], [], *world, SearchConfig())
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -356,15 +366,23 @@ def test_a_solver_must_know_its_point(world: tuple[Policy, Reward]) -> None:
 def test_ste_descends_the_paper_loss(world: tuple[Policy, Reward], direct: bool, postfix: bool) -> None:
     """L = −λ·r − log π, its switches included, from state to scores (gradients in float32 there)."""
     states = real_states(*world)
-    config = ReasonerConfig(solver="ste", beta=1 / LAM, steps=20, lr=0.1, tau=0.9, direct=direct, postfix=postfix)
-    proposals.solve_tokens(states, *world, config, Meter())
+    config = SearchConfig(
+        solver="ste",
+        beta=1 / LAM,
+        ste_steps=20,
+        ste_learning_rate=0.1,
+        ste_tau=0.9,
+        likelihood_token_grad=direct,
+        likelihood_suffix_grad=postfix,
+    )
+    proposals.compute_proposal_scores(states, *world, config, FlopCounter())
     moved = 0
     for state in states:
-        objective = relaxed_objective(*world, state.sample(), direct, postfix)
-        expected, seen = literal_ste(state.logp, torch.tensor(state.response), objective, config.ste())
+        objective = relaxed_objective(*world, state.make_sample(), direct, postfix)
+        expected, seen = literal_ste(state.logp, torch.tensor(state.response_ids), objective, config.get_ste_config())
         finite = expected.isfinite()
-        assert torch.allclose(state.scores[finite], expected[finite], rtol=0, atol=1e-3)
-        moved += seen[-1] != state.response
+        assert torch.allclose(state.proposal_scores[finite], expected[finite], rtol=0, atol=1e-3)
+        moved += seen[-1] != state.response_ids
     assert moved
 
 
@@ -373,22 +391,26 @@ def test_ste_descends_the_paper_loss(world: tuple[Policy, Reward], direct: bool,
 def test_a_scan_optimises_from_each_position_on(world: tuple[Policy, Reward], moving: str, lr: float) -> None:
     """The paper's algorithm at every scanned position by itself: tokens before it stay, and so do those after it if
     only the first position moves. With small steps hardly a token changes, and one run serves almost all positions."""
-    states, meter = real_states(*world), Meter()
+    states, meter = real_states(*world), FlopCounter()
     options = {"solver": "ste", "proposals": "sequential", "moving": moving}
-    config = ReasonerConfig(beta=1 / LAM, steps=20, lr=lr, lr_end=lr / 10, **options)
-    proposals.solve_tokens(states, *world, config, meter)
+    config = SearchConfig(beta=1 / LAM, ste_steps=20, ste_learning_rate=lr, ste_final_learning_rate=lr / 10, **options)
+    proposals.compute_proposal_scores(states, *world, config, meter)
     stale = 0
     for state in states:
-        objective = relaxed_objective(*world, state.sample())
-        for position in range(len(state.response)):
-            stale += bool(state.stale[position])
-            proposals.refresh(state, position, lambda s, p: proposals.ste_row(s, p, *world, config, meter))
+        objective = relaxed_objective(*world, state.make_sample())
+        for position in range(len(state.response_ids)):
+            stale += bool(state.stale_mask[position])
+            proposals.refresh_stale_scores(
+                state, position, lambda s, p: proposals.compute_ste_scores_at(s, p, *world, config, meter)
+            )
             movable = slice(position, position + 1 if moving == "first" else None)
-            expected, _ = literal_ste(state.logp, torch.tensor(state.response), objective, config.ste(), movable)
+            expected, _ = literal_ste(
+                state.logp, torch.tensor(state.response_ids), objective, config.get_ste_config(), movable
+            )
             finite = expected[position].isfinite()
-            found = state.scores[position][finite]
+            found = state.proposal_scores[position][finite]
             assert torch.allclose(found, expected[position][finite], rtol=0, atol=1e-3)
-        assert not state.stale.any()
+        assert not state.stale_mask.any()
     assert stale <= 2 if lr == 0.01 else stale > 2
 
 
@@ -401,21 +423,21 @@ def test_a_scan_optimises_from_each_position_on(world: tuple[Policy, Reward], mo
     ids=lambda options: options.get("point", "ste"),
 )
 def test_the_budget_expects_what_the_gradient_costs(world: tuple[Policy, Reward], options: dict[str, Any]) -> None:
-    states, meter, config = real_states(*world), Meter(), ReasonerConfig(**options)
-    expected = [proposals.expected_flops(state, [], *world, config) for state in states]
-    proposals.solve_tokens(states, *world, config, meter)
-    assert [meter.cost(state.problem.id).flops for state in states] == expected
+    states, meter, config = real_states(*world), FlopCounter(), SearchConfig(**options)
+    expected = [proposals.estimate_round_flops(state, [], *world, config) for state in states]
+    proposals.compute_proposal_scores(states, *world, config, meter)
+    assert [meter.get_cost(state.problem.id).flops for state in states] == expected
     free = world[1].kind == "scalar" and options == {"point": "direct"}
     assert all((flops == 0) == free for flops in expected)
-    assert [proposals.expected_flops(state, [], *world, config) for state in states] == [0.0, 0.0]  # paid for
+    assert [proposals.estimate_round_flops(state, [], *world, config) for state in states] == [0.0, 0.0]  # paid for
 
 
 def test_ste_pays_once_for_tokens_that_come_back(
     world: tuple[Policy, Reward], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states, meter, requests, solve = real_states(*world), Meter(), [], solvers.ste
+    states, meter, requests, solve = real_states(*world), FlopCounter(), [], solvers.solve_ste
 
-    def watched(logp: Any, choices: Any, loss_gradient: solvers.GradientFn, config: SteConfig) -> list[Tensor]:
+    def watched(logp: Any, choices: Any, loss_gradient: solvers.LossGradientFn, config: SteConfig) -> list[Tensor]:
         def asked(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
             requests.extend((row, *tokens.tolist()) for row, tokens in zip(rows, hard, strict=True))
             return loss_gradient(rows, hard)
@@ -423,12 +445,12 @@ def test_ste_pays_once_for_tokens_that_come_back(
         return solve(logp, choices, asked, config)  # whole responses: nothing is held still
 
     monkeypatch.setattr(solvers, "ste", watched)
-    config = ReasonerConfig(solver="ste", beta=1 / LAM, steps=60, lr=1.0, lr_end=1.0)
-    proposals.solve_tokens(states, *world, config, meter)
+    config = SearchConfig(solver="ste", beta=1 / LAM, ste_steps=60, ste_learning_rate=1.0, ste_final_learning_rate=1.0)
+    proposals.compute_proposal_scores(states, *world, config, meter)
     assert len(requests) > len(set(requests))
     for row, state in enumerate(states):
         distinct = sum(request[0] == row for request in set(requests))
-        assert meter.cost(state.problem.id).tokens["policy/backward"] == distinct * len(state.response)
+        assert meter.get_cost(state.problem.id).tokens["policy/backward"] == distinct * len(state.response_ids)
 
 
 def test_ste_never_asks_the_reward_to_read_what_it_cannot() -> None:
@@ -442,9 +464,13 @@ def test_ste_never_asks_the_reward_to_read_what_it_cannot() -> None:
     for state in states:
         state.logp = state.logp.clone()
         state.logp[:, END] = state.logp.amax(-1) + 5  # the stop token is everywhere the likeliest
-    proposals.solve_tokens(states, policy, reward, ReasonerConfig(solver="ste", lr=0.3, steps=30), Meter())
+    proposals.compute_proposal_scores(
+        states, policy, reward, SearchConfig(solver="ste", ste_learning_rate=0.3, ste_steps=30), FlopCounter()
+    )
     for state, (_, finished) in zip(states, TEXTS, strict=True):
-        assert state.scores[:, END].isfinite().tolist() == [False] * (len(state.response) - 1) + [finished]
+        assert state.proposal_scores[:, END].isfinite().tolist() == [False] * (len(state.response_ids) - 1) + [
+            finished
+        ]
 
 
 # --- the size of mirror's step ------------------------------------------------------------------------------
@@ -463,7 +489,7 @@ def test_the_step_spends_its_kl_budget_whatever_the_rewards_scale(budget: float,
     generator = torch.Generator().manual_seed(3)
     logp = torch.randn(9, 6, generator=generator).log_softmax(-1)
     gain, usable = scale * torch.randn(9, 6, generator=generator), torch.rand(9, 6, generator=generator) < 0.6
-    lam = solvers.lam_for_kl(logp, gain, usable, budget)
+    lam = solvers.find_reward_weight_for_kl(logp, gain, usable, budget)
     assert branch_kl(logp, gain, usable, lam) == pytest.approx(budget, rel=1e-6)
 
 
@@ -471,26 +497,31 @@ def test_a_budget_beyond_reach_goes_almost_all_the_way() -> None:
     logp = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]).log()
     gain, usable = torch.tensor([[0.0, 1.0, -1.0], [0.0, 0.5, 3.0]]), torch.ones(2, 3, dtype=torch.bool)
     limit = -math.log(0.1 / 2)  # all on the one branch of the largest gain
-    assert branch_kl(logp, gain, usable, solvers.lam_for_kl(logp, gain, usable, 99.0)) == pytest.approx(0.99 * limit)
+    assert branch_kl(logp, gain, usable, solvers.find_reward_weight_for_kl(logp, gain, usable, 99.0)) == pytest.approx(
+        0.99 * limit
+    )
 
 
 @pytest.mark.parametrize("gain", [0.0, 7.0, math.nan, math.inf])
 def test_without_a_better_branch_the_step_is_zero(gain: float) -> None:
     logp = torch.full((2, 3), 1 / 3).log()
-    assert solvers.lam_for_kl(logp, torch.full((2, 3), gain), torch.ones(2, 3, dtype=torch.bool), 1.0) == 0.0
-    assert solvers.lam_for_kl(logp, torch.rand(2, 3), torch.zeros(2, 3, dtype=torch.bool), 1.0) == 0.0
+    assert (
+        solvers.find_reward_weight_for_kl(logp, torch.full((2, 3), gain), torch.ones(2, 3, dtype=torch.bool), 1.0)
+        == 0.0
+    )
+    assert solvers.find_reward_weight_for_kl(logp, torch.rand(2, 3), torch.zeros(2, 3, dtype=torch.bool), 1.0) == 0.0
 
 
 def test_mirror_by_a_budget_is_mirror_at_the_lambda_it_gives(world: tuple[Policy, Reward]) -> None:
     budgeted, plain = real_states(*world), real_states(*world)
-    config = ReasonerConfig(kl=0.7, point="hard", candidate_min_p=0.01)
-    proposals.solve_tokens(budgeted, *world, config, Meter())
+    config = SearchConfig(target_kl=0.7, gradient_at="hard", candidate_min_p=0.01)
+    proposals.compute_proposal_scores(budgeted, *world, config, FlopCounter())
     for one, two in zip(budgeted, plain, strict=True):
-        gain = solvers.advantage(one.gradient, one.choice())
-        usable = proposals.allowed(one, world[1].readable, config)
-        lam = solvers.lam_for_kl(one.logp, gain, usable, 0.7)
-        proposals.solve_tokens([two], *world, replace(config, kl=None, beta=1 / lam), Meter())
-        assert torch.allclose(one.scores[usable], two.scores[usable], atol=1e-6)
+        gain = solvers.compute_advantages(one.reward_gradient, one.find_response_columns())
+        usable = proposals.compute_proposable_mask(one, world[1].in_vocabulary, config)
+        lam = solvers.find_reward_weight_for_kl(one.logp, gain, usable, 0.7)
+        proposals.compute_proposal_scores([two], *world, replace(config, target_kl=None, beta=1 / lam), FlopCounter())
+        assert torch.allclose(one.proposal_scores[usable], two.proposal_scores[usable], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -509,22 +540,22 @@ def test_mirror_by_a_budget_is_mirror_at_the_lambda_it_gives(world: tuple[Policy
     ],
 )
 def test_steps_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
-    worlds.refused(lambda: ReasonerConfig(**options), words)
+    worlds.refused(lambda: SearchConfig(**options), words)
 
 
 def test_the_shuffled_control_moves_rows_and_nothing_else() -> None:
     """Each position gets the advantages of another's alternatives; the incumbents' stay 0."""
     generator = torch.Generator().manual_seed(1)
     choice = torch.tensor([0, 2, 1, 2, 0])
-    gain = solvers.advantage(torch.randn(5, 4, generator=generator), choice)
+    gain = solvers.compute_advantages(torch.randn(5, 4, generator=generator), choice)
     order = torch.tensor([3, 0, 4, 1, 2])
-    moved = solvers.shuffled(gain, choice, order)
+    moved = solvers.shuffle_advantages(gain, choice, order)
     assert (moved.gather(1, choice[:, None]) == 0).all()
     for position, source in enumerate(order.tolist()):
         rows = (moved[position], choice[position]), (gain[source], choice[source])
         ours, theirs = (torch.cat((row[:own], row[own + 1 :])) for row, own in rows)
         assert torch.equal(ours, theirs)
-    assert torch.equal(solvers.shuffled(gain, choice, torch.arange(5)), gain)
+    assert torch.equal(solvers.shuffle_advantages(gain, choice, torch.arange(5)), gain)
 
 
 # --- global branches ---------------------------------------------------------------------------------------
@@ -532,21 +563,21 @@ def test_the_shuffled_control_moves_rows_and_nothing_else() -> None:
 READABLE = torch.ones(20, dtype=torch.bool)
 
 
-def toy_chain(**values: Any) -> Chain:
+def toy_chain(**values: Any) -> SearchState:
     """Three positions with four candidates each; log π is uniform, scores differ; token 13 is forbidden."""
     candidates = torch.tensor([[1, 2, 3, 4], [4, 3, 12, 13], [5, 6, 7, 8]])
     logp = torch.full((3, 4), math.log(0.25))
     logp[1, 3] = -torch.inf
-    state = make_state(candidates, logp, [2, 4, 8], Prompt(Problem(id="p", question="1"), [0], 99, []))
-    state.scores = torch.tensor([[0.5, 9.0, -1.0, 0.0], [9.0, 1.0, -0.5, -torch.inf], [0.2, -2.0, 1.5, 9.0]])
-    return Chain(state, initial=state, **values)
+    state = make_state(candidates, logp, [2, 4, 8], EncodedPrompt(Problem(id="p", question="1"), [0], 99, []))
+    state.proposal_scores = torch.tensor([[0.5, 9.0, -1.0, 0.0], [9.0, 1.0, -0.5, -torch.inf], [0.2, -2.0, 1.5, 9.0]])
+    return SearchState(state, initial=state, **values)
 
 
-def global_draws(chain: Chain, readable: Tensor, draws: int, **config: Any) -> Counter[tuple]:
-    stream, settings = np.random.default_rng(0), ReasonerConfig(solver="none", **config)
-    shape = tuple(chain.state.candidates.shape)
+def global_draws(chain: SearchState, readable: Tensor, draws: int, **config: Any) -> Counter[tuple]:
+    stream, settings = np.random.default_rng(0), SearchConfig(solver="none", **config)
+    shape = tuple(chain.incumbent.candidates.shape)
     noises = (torch.from_numpy(stream.gumbel(size=shape)) for _ in range(draws))
-    return Counter(tuple(proposals.global_branches(chain, noise, readable, settings)) for noise in noises)
+    return Counter(tuple(proposals.draw_global_branches(chain, noise, readable, settings)) for noise in noises)
 
 
 def chi_square(counts: Counter[tuple], expected: dict[tuple, float]) -> float:
@@ -565,7 +596,7 @@ def without_replacement(weights: dict[tuple, float]) -> dict[tuple, float]:
 
 def test_global_branches_are_drawn_by_exp_score_without_replacement() -> None:
     chain = toy_chain()
-    chain.tried = {(2, 5), (0, 6)}  # (0, 6) is no candidate there: tried elsewhere, it excludes nothing
+    chain.rejected_branches = {(2, 5), (0, 6)}  # (0, 6) is no candidate there: tried elsewhere, it excludes nothing
     readable = READABLE.clone()
     readable[12] = False
     weights = {(0, 1): 0.5, (0, 3): -1.0, (0, 4): 0.0, (1, 3): 1.0, (2, 6): -2.0, (2, 7): 1.5}
@@ -580,7 +611,7 @@ def test_global_branches_use_up_what_there_is() -> None:
     usable = {(0, 1), (0, 3), (0, 4), (1, 3), (1, 12), (2, 5), (2, 6), (2, 7)}
     assert set(all_) == usable and len(all_) == len(usable)
     chain = toy_chain()
-    chain.tried = set(usable)
+    chain.rejected_branches = set(usable)
     assert global_draws(chain, READABLE, 1, branches=3) == {(): 1}
     assert global_draws(toy_chain(), ~READABLE, 1) == {(): 1}
 
@@ -588,12 +619,12 @@ def test_global_branches_use_up_what_there_is() -> None:
 def test_candidate_min_p_drops_what_the_policy_finds_unlikely() -> None:
     """Relative to the position's likeliest token, the incumbent's included."""
     chain = toy_chain()
-    chain.state.logp = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.9, 0.08, 0.02, 0.0], [0.25] * 4]).log()
+    chain.incumbent.logp = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.9, 0.08, 0.02, 0.0], [0.25] * 4]).log()
     (drawn,) = global_draws(chain, READABLE, 1, branches=99, candidate_min_p=0.2)
     assert set(drawn) == {(0, 1), (0, 3), (2, 5), (2, 6), (2, 7)}
 
 
-def fresh(state: State, position: int) -> Tensor:
+def fresh(state: ScoredResponse, position: int) -> Tensor:
     raise AssertionError("no row is stale here")
 
 
@@ -603,28 +634,32 @@ def fresh(state: State, position: int) -> Tensor:
 def test_sequential_scan_skips_confident_positions_and_ends() -> None:
     chain = toy_chain()
     sure = torch.tensor([0.98, 0.01, 0.005, 0.005]).log()
-    chain.state.logp = sure.expand(3, 4)
-    chain.state.scores[chain.state.scores == 9.0] = -torch.inf  # no incumbent would stay, if asked
-    config = ReasonerConfig(solver="none", proposals="sequential")
-    assert proposals.sequential_branch(chain, np.random.default_rng(0), READABLE, config, fresh) == []
-    assert chain.position == 3
+    chain.incumbent.logp = sure.expand(3, 4)
+    chain.incumbent.proposal_scores[
+        chain.incumbent.proposal_scores == 9.0
+    ] = -torch.inf  # no incumbent would stay, if asked
+    config = SearchConfig(solver="none", proposals="sequential")
+    assert proposals.draw_sequential_branch(chain, np.random.default_rng(0), READABLE, config, fresh) == []
+    assert chain.scan_position == 3
 
-    chain.position, chain.state.logp = 0, torch.stack((sure, toy_chain().state.logp[1], sure))
-    ((position, token),) = proposals.sequential_branch(chain, np.random.default_rng(0), READABLE, config, fresh)
-    assert (position, chain.position) == (1, 2) and token in (3, 12)
-    assert proposals.sequential_branch(chain, np.random.default_rng(0), READABLE, config, fresh) == []
+    chain.scan_position, chain.incumbent.logp = 0, torch.stack((sure, toy_chain().incumbent.logp[1], sure))
+    ((position, token),) = proposals.draw_sequential_branch(chain, np.random.default_rng(0), READABLE, config, fresh)
+    assert (position, chain.scan_position) == (1, 2) and token in (3, 12)
+    assert proposals.draw_sequential_branch(chain, np.random.default_rng(0), READABLE, config, fresh) == []
 
 
 def test_sequential_scan_resamples_from_left_to_right() -> None:
     """At temperature T from softmax(score / T) over what may stand there; keeping the incumbent moves on."""
     temperature = 2.0
-    config = ReasonerConfig(solver="none", proposals="sequential", resample_temperature=temperature)
+    config = SearchConfig(solver="none", proposals="sequential", resample_temperature=temperature)
     readable, stream, counts = READABLE.clone(), np.random.default_rng(0), Counter()
     readable[[12, 8]] = False  # 8 is an incumbent: it may stay
     for _ in range(4000):
         chain = toy_chain()
-        chain.state.scores = chain.state.scores.masked_fill(chain.state.scores == 9.0, 2.0)
-        counts[tuple(proposals.sequential_branch(chain, stream, readable, config, fresh))] += 1
+        chain.incumbent.proposal_scores = chain.incumbent.proposal_scores.masked_fill(
+            chain.incumbent.proposal_scores == 9.0, 2.0
+        )
+        counts[tuple(proposals.draw_sequential_branch(chain, stream, readable, config, fresh))] += 1
     weights = [
         {1: 0.5, None: 2.0, 3: -1.0, 4: 0.0},
         {None: 2.0, 3: 1.0},
@@ -659,15 +694,15 @@ def test_ste_config_refuses(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         SteConfig(**bad)
     with pytest.raises(ValueError, match=next(iter(bad))):
-        ReasonerConfig(solver="ste", **bad)
+        SearchConfig(solver="ste", **bad)
 
 
 def test_ste_rate_is_torch_cosine() -> None:
-    config = SteConfig(steps=7, lr=0.3, lr_end=0.05)
-    optimiser = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
+    config = SteConfig(steps=7, learning_rate=0.3, final_learning_rate=0.05)
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=7, eta_min=0.05)
     for step in range(7):
-        assert config.rate(step) == pytest.approx(cosine.get_last_lr()[0], rel=1e-12)
+        assert config.compute_learning_rate(step) == pytest.approx(cosine.get_last_lr()[0], rel=1e-12)
         optimiser.step()
         cosine.step()
 
@@ -702,7 +737,7 @@ def test_ste_rate_is_torch_cosine() -> None:
 )
 def test_reasoner_config_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ReasonerConfig(**options)
+        SearchConfig(**options)
 
 
 @pytest.mark.parametrize("solver", ["mirror", "none"])
@@ -721,16 +756,22 @@ def test_reasoner_config_refuses(options: dict[str, Any], message: str) -> None:
 )
 def test_options_of_ste_are_refused_elsewhere(solver: str, option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))} belongs to solver ste"):
-        ReasonerConfig(solver=solver, **option)
-    assert ReasonerConfig(solver="ste", **option)
+        SearchConfig(solver=solver, **option)
+    assert SearchConfig(solver="ste", **option)
 
 
 def test_both_parts_of_the_likelihood_are_on_in_ste_unless_told_otherwise() -> None:
-    assert ReasonerConfig(solver="ste").direct is ReasonerConfig(solver="ste").postfix is True
-    off = ReasonerConfig(solver="ste", direct=False, postfix=False)
-    assert off.direct is off.postfix is False
+    assert (
+        SearchConfig(solver="ste").likelihood_token_grad is SearchConfig(solver="ste").likelihood_suffix_grad is True
+    )
+    off = SearchConfig(solver="ste", likelihood_token_grad=False, likelihood_suffix_grad=False)
+    assert off.likelihood_token_grad is off.likelihood_suffix_grad is False
     for solver in ("mirror", "none"):
-        assert ReasonerConfig(solver=solver).direct is ReasonerConfig(solver=solver).postfix is None
+        assert (
+            SearchConfig(solver=solver).likelihood_token_grad
+            is SearchConfig(solver=solver).likelihood_suffix_grad
+            is None
+        )
 
 
 # --- the point --------------------------------------------------------------------------------------------
@@ -739,23 +780,23 @@ def test_both_parts_of_the_likelihood_are_on_in_ste_unless_told_otherwise() -> N
 @pytest.mark.parametrize(
     ("text", "point"),
     [
-        ("direct", Point((), direct=True)),
-        ("hard", Point((0.0,))),
-        ("mixture:0.5", Point((0.5,))),
-        ("mixture:1", Point((1.0,))),
-        ("mixture:0.25,0.5,1", Point((0.25, 0.5, 1.0))),
-        ("direct+hard", Point((0.0,), direct=True)),
-        ("direct+mixture:0.6", Point((0.6,), direct=True)),
-        ("direct+mixture:0.2,0.8", Point((0.2, 0.8), direct=True)),
+        ("direct", GradientPoint((), direct=True)),
+        ("hard", GradientPoint((0.0,))),
+        ("mixture:0.5", GradientPoint((0.5,))),
+        ("mixture:1", GradientPoint((1.0,))),
+        ("mixture:0.25,0.5,1", GradientPoint((0.25, 0.5, 1.0))),
+        ("direct+hard", GradientPoint((0.0,), direct=True)),
+        ("direct+mixture:0.6", GradientPoint((0.6,), direct=True)),
+        ("direct+mixture:0.2,0.8", GradientPoint((0.2, 0.8), direct=True)),
     ],
 )
-def test_what_a_point_means(text: str, point: Point) -> None:
-    assert Point.parse(text) == point
-    assert ReasonerConfig(point=text).gradient_point() == point
+def test_what_a_point_means(text: str, point: GradientPoint) -> None:
+    assert GradientPoint.parse(text) == point
+    assert SearchConfig(gradient_at=text).get_gradient_point() == point
     if "mixture" in text:  # the rest mixes nothing
-        assert Point.parse(text, 0.1) == replace(point, min_p=0.1)
-        assert ReasonerConfig(point=text, candidate_min_p=0.1).gradient_point() == replace(point, min_p=0.1)
-    assert Point.parse("hard") == HARD
+        assert GradientPoint.parse(text, 0.1) == replace(point, candidate_min_p=0.1)
+        assert SearchConfig(gradient_at=text, candidate_min_p=0.1).get_gradient_point() == replace(point, candidate_min_p=0.1)
+    assert GradientPoint.parse("hard") == HARD_GRADIENT_POINT
 
 
 @pytest.mark.parametrize(
@@ -792,53 +833,62 @@ def test_what_a_point_means(text: str, point: Point) -> None:
 )
 def test_points_that_are_refused(text: str) -> None:
     words = ["point must be direct, hard, mixture:A[,A…]", "or direct+ one of these", f"not {text!r}"]
-    worlds.refused(lambda: Point.parse(text), *words)
-    worlds.refused(lambda: ReasonerConfig(point=text), *words)
+    worlds.refused(lambda: GradientPoint.parse(text), *words)
+    worlds.refused(lambda: SearchConfig(gradient_at=text), *words)
 
 
 def test_without_a_point_it_is_the_rewards_own() -> None:
-    left, told = ReasonerConfig(rounds=7), ReasonerConfig(rounds=7, point="direct+hard")
-    assert left.point is None
+    left, told = SearchConfig(max_rounds=7), SearchConfig(max_rounds=7, gradient_at="direct+hard")
+    assert left.gradient_at is None
     with pytest.raises(RuntimeError, match="the reward's own point"):
-        left.gradient_point()
-    assert left.at("direct+hard") == told and left.at("direct+hard").hash() == told.hash() != left.hash()
-    assert told.at("direct") is told and left.point is None
-    worlds.refused(lambda: left.at("soft"), "point must be")
+        left.get_gradient_point()
+    assert (
+        left.with_default_gradient_at("direct+hard") == told
+        and left.with_default_gradient_at("direct+hard").compute_hash() == told.compute_hash() != left.compute_hash()
+    )
+    assert told.with_default_gradient_at("direct") is told and left.gradient_at is None
+    worlds.refused(lambda: left.with_default_gradient_at("soft"), "point must be")
 
 
 @pytest.mark.parametrize("solver", ["ste", "none"])
 def test_the_point_belongs_to_mirror(solver: str) -> None:
     for text in ("direct", "hard", "mixture:0.5"):
         with pytest.raises(ValueError, match="point belongs to solver mirror"):
-            ReasonerConfig(solver=solver, point=text)
-    config = ReasonerConfig(solver=solver)
-    assert config.at("direct") is config and config.point is None and config.gradient_point() == HARD
+            SearchConfig(solver=solver, gradient_at=text)
+    config = SearchConfig(solver=solver)
+    assert (
+        config.with_default_gradient_at("direct") is config
+        and config.gradient_at is None
+        and config.get_gradient_point() == HARD_GRADIENT_POINT
+    )
 
 
 def test_the_control_has_no_options_of_a_gradient() -> None:
-    assert ReasonerConfig(point="direct", rounds=3).control() == ReasonerConfig(solver="none", rounds=3)
-    assert ReasonerConfig(rounds=3).control() == ReasonerConfig(solver="none", rounds=3)
-    assert ReasonerConfig(solver="ste", rounds=3).control() == ReasonerConfig(solver="none", rounds=3)
+    assert SearchConfig(gradient_at="direct", max_rounds=3).with_no_gradient() == SearchConfig(
+        solver="none", max_rounds=3
+    )
+    assert SearchConfig(max_rounds=3).with_no_gradient() == SearchConfig(solver="none", max_rounds=3)
+    assert SearchConfig(solver="ste", max_rounds=3).with_no_gradient() == SearchConfig(solver="none", max_rounds=3)
 
 
 @pytest.mark.parametrize("option", [{"confidence": 0.9}, {"resample_temperature": 1.0}])
 def test_options_of_the_scan_are_refused_elsewhere(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))} belongs to sequential"):
-        ReasonerConfig(**option)
-    assert ReasonerConfig(proposals="sequential", **option)
+        SearchConfig(**option)
+    assert SearchConfig(proposals="sequential", **option)
 
 
 def test_the_paper_preset_is_the_papers() -> None:
     """arXiv 2603.04948: Adam 0.01 → 0.001 in 20 steps, a scan with at most eight rollouts."""
-    config = ReasonerConfig.preset("paper", beta=2.0)
-    assert (config.solver, config.proposals, config.rollouts) == ("ste", "sequential", 8)
-    assert config.ste() == SteConfig(steps=20, lr=0.01, lr_end=0.001, tau=1.0)
-    assert config.direct and config.postfix and config.lam == 0.5
-    assert (config.moving, config.confidence) == ("all", 0.97)
-    assert set(PRESETS) == {"default", "paper", "released"} and ReasonerConfig.preset("default") == ReasonerConfig()
-    released = ReasonerConfig.preset("released")
-    assert (released.moving, released.lam, released.resample_top_p) == ("first", 1000.0, 0.95)
+    config = SearchConfig.from_preset("paper", beta=2.0)
+    assert (config.solver, config.proposals, config.max_rollouts) == ("ste", "sequential", 8)
+    assert config.get_ste_config() == SteConfig(steps=20, learning_rate=0.01, final_learning_rate=0.001, tau=1.0)
+    assert config.likelihood_token_grad and config.likelihood_suffix_grad and config.reward_weight == 0.5
+    assert (config.optimize_positions, config.confidence) == ("all", 0.97)
+    assert set(PRESETS) == {"default", "paper", "released"} and SearchConfig.from_preset("default") == SearchConfig()
+    released = SearchConfig.from_preset("released")
+    assert (released.optimize_positions, released.reward_weight, released.resample_top_p) == ("first", 1000.0, 0.95)
     with pytest.raises(ValueError, match="unknown preset"):
-        ReasonerConfig.preset("papre")
+        SearchConfig.from_preset("papre")
     with pytest.raises(ValueError, match="unknown option 'learning_rate'"):
-        ReasonerConfig.preset("paper", learning_rate=0.1)
+        SearchConfig.from_preset("paper", learning_rate=0.1)

@@ -23,22 +23,22 @@ from nabla_trl.cli import serve_command
 from nabla_trl.cli.main import main
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 from nabla_trl.serving import asgi
-from nabla_trl.serving.api import ApiError, ChatRequest, Offer, read_json, read_request, usage
-from nabla_trl.serving.service import SEED, Engine, Progress, request_problem
+from nabla_trl.serving.api import ApiError, ChatRequest, ServerLimits, build_usage, parse_json, parse_request
+from nabla_trl.serving.service import SEED, Engine, SearchProgress, make_request_problem
 from nabla_trl.traces.schema import Trace
 
-CONFIG = ReasonerConfig(max_new_tokens=6, rounds=3)
+CONFIG = SearchConfig(max_new_tokens=6, max_rounds=3)
 NAME = "org/policy"
-OFFER = Offer(NAME, CONFIG)
+OFFER = ServerLimits(NAME, CONFIG)
 
 
 class Running:
     """A server on a free port, and clients of it."""
 
-    def __init__(self, url: str, server: asgi.Server):
+    def __init__(self, url: str, server: asgi.ChatServer):
         self.url, self.server = url, server
 
     def client(self, key: str = "unused", **options: Any) -> openai.OpenAI:
@@ -66,16 +66,16 @@ def ask(client: openai.OpenAI, question: str, **options: Any) -> Any:
 
 @contextmanager
 def serving(
-    policy: Policy, reward: Reward, offer: Offer = OFFER, *, queue: int = 1000, **options: Any
+    policy: Policy, reward: Reward, offer: ServerLimits = OFFER, *, queue: int = 1000, **options: Any
 ) -> Iterator[Any]:
-    listener, ready = serve_command.bind("127.0.0.1", 0), Event()
-    service = asgi.Service(Engine(policy, reward, queue=queue), offer, **options)
-    server = asgi.Server(service, ready.set)
+    listener, ready = serve_command.bind_socket("127.0.0.1", 0), Event()
+    service = asgi.ChatService(Engine(policy, reward, max_queue=queue), offer, **options)
+    server = asgi.ChatServer(service, ready.set)
     thread = Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         assert ready.wait(PATIENCE)
-        yield Running(serve_command.url(listener), server)
+        yield Running(serve_command.format_base_url(listener), server)
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
@@ -85,7 +85,7 @@ def serving(
 
 @pytest.fixture(scope="module")
 def server(policy: Policy, scalar_reward: Reward) -> Iterator[Running]:
-    with serving(policy, scalar_reward, Offer(NAME, CONFIG, max_flops=1e9), key="sesame") as running:
+    with serving(policy, scalar_reward, ServerLimits(NAME, CONFIG, max_request_flops=1e9), key="sesame") as running:
         yield running
 
 
@@ -100,17 +100,17 @@ def watched(scalar_reward: Reward) -> Watched:
     return Watched(scalar_reward)
 
 
-def direct(policy: Policy, reward: Reward, question: str, seed: int, config: ReasonerConfig = CONFIG) -> Trace:
+def direct(policy: Policy, reward: Reward, question: str, seed: int, config: SearchConfig = CONFIG) -> Trace:
     """What the library gives, without a server."""
-    problem = request_problem([{"role": "user", "content": question}], seed)
-    return solve([problem], policy=policy, reward=reward, config=config, seed=SEED)[0]
+    problem = make_request_problem([{"role": "user", "content": question}], seed)
+    return run_search([problem], policy=policy, reward=reward, config=config, seed=SEED)[0]
 
 
 # --- requests that are read -------------------------------------------------------------------------------
 
 
-def read(offer: Offer = OFFER, **fields: Any) -> ChatRequest:
-    return read_request({"model": NAME, "messages": [{"role": "user", "content": "1+2"}], **fields}, offer)
+def read(offer: ServerLimits = OFFER, **fields: Any) -> ChatRequest:
+    return parse_request({"model": NAME, "messages": [{"role": "user", "content": "1+2"}], **fields}, offer)
 
 
 def test_a_plain_request_takes_the_servers_configuration_and_any_seed() -> None:
@@ -122,23 +122,29 @@ def test_a_plain_request_takes_the_servers_configuration_and_any_seed() -> None:
 def test_options_reach_the_configuration() -> None:
     asked = read(max_completion_tokens=4, temperature=0.5, top_p=0.9, rounds=2, flops=10**9, seed=7, top_k=3)
     assert asked.seed == 7
-    assert asked.config == ReasonerConfig(max_new_tokens=4, temperature=0.5, top_p=0.9, rounds=2, flops=1e9, top_k=3)
+    assert asked.config == SearchConfig(
+        max_new_tokens=4, temperature=0.5, top_p=0.9, max_rounds=2, max_flops=1e9, top_k=3
+    )
 
 
 @pytest.mark.parametrize("own", [{}, {"kl": 1.0}, {"beta": 0.25}, {"solver": "none"}])
 def test_a_step_of_the_request_replaces_the_servers(own: dict[str, Any]) -> None:
-    offer = Offer(NAME, ReasonerConfig(**own))
-    assert (read(offer, beta=0.5).config.beta, read(offer, beta=0.5).config.kl) == (0.5, None)
+    offer = ServerLimits(NAME, SearchConfig(**own))
+    assert (read(offer, beta=0.5).config.beta, read(offer, beta=0.5).config.target_kl) == (0.5, None)
     if own != {"solver": "none"}:
-        assert (read(offer, kl=3).config.beta, read(offer, kl=3).config.kl) == (None, 3.0)
+        assert (read(offer, kl=3).config.beta, read(offer, kl=3).config.target_kl) == (None, 3.0)
 
 
 def test_the_servers_budget_is_the_default_and_the_limit() -> None:
-    assert read(Offer(NAME, CONFIG, max_flops=5.0)).config.flops == 5.0
-    assert read(Offer(NAME, ReasonerConfig(flops=3.0), max_flops=5.0)).config.flops == 3.0
-    assert read(Offer(NAME, CONFIG, max_flops=5.0), flops=5).config.flops == 5.0
-    worlds.refused(lambda: Offer(NAME, ReasonerConfig(flops=9.0), max_flops=5.0), "flops", "max_flops")
-    worlds.refused(lambda: Offer(NAME, ReasonerConfig(acceptance="metropolis"), max_flops=5.0), "metropolis")
+    assert read(ServerLimits(NAME, CONFIG, max_request_flops=5.0)).config.max_flops == 5.0
+    assert read(ServerLimits(NAME, SearchConfig(max_flops=3.0), max_request_flops=5.0)).config.max_flops == 3.0
+    assert read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), flops=5).config.max_flops == 5.0
+    worlds.refused(
+        lambda: ServerLimits(NAME, SearchConfig(max_flops=9.0), max_request_flops=5.0), "flops", "max_flops"
+    )
+    worlds.refused(
+        lambda: ServerLimits(NAME, SearchConfig(acceptance="metropolis"), max_request_flops=5.0), "metropolis"
+    )
 
 
 def test_messages_may_have_parts_and_empty_fields() -> None:
@@ -207,13 +213,13 @@ def test_what_cannot_be_honoured_is_refused(fields: dict[str, Any], param: str |
 @pytest.mark.parametrize("flops", [0, 5.1])
 def test_budgets_above_the_limit_are_refused(flops: float) -> None:
     with pytest.raises(ApiError, match="limited to 5"):
-        read(Offer(NAME, CONFIG, max_flops=5.0), flops=flops)
+        read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), flops=flops)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"beta": NaN}', b"\xff", b"[" * 100_000])
 def test_what_is_no_json_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError, match="not valid JSON"):
-        read_json(body)
+        parse_json(body)
 
 
 # --- answers ----------------------------------------------------------------------------------------------
@@ -222,7 +228,7 @@ def test_what_is_no_json_is_refused(body: bytes) -> None:
 def test_a_completion_is_what_the_library_gives(client, policy, scalar_reward) -> None:
     made = ask(client, "12-3+4*5", seed=3, extra_body={"beta": 0.5, "flops": 5e7})
     trace = direct(
-        policy, scalar_reward, "12-3+4*5", 3, ReasonerConfig(max_new_tokens=6, rounds=3, beta=0.5, flops=5e7)
+        policy, scalar_reward, "12-3+4*5", 3, SearchConfig(max_new_tokens=6, max_rounds=3, beta=0.5, max_flops=5e7)
     )
     [choice] = made.choices
     assert (choice.message.role, choice.message.content) == ("assistant", trace.response)
@@ -238,11 +244,11 @@ def test_a_completion_is_what_the_library_gives(client, policy, scalar_reward) -
 
 
 def test_usage_counts_what_all_chains_did(policy, scalar_reward) -> None:
-    config = ReasonerConfig(max_new_tokens=8, rounds=2, starts=3, chains=2)
-    told: list[Progress] = []
+    config = SearchConfig(max_new_tokens=8, max_rounds=2, num_starts=3, num_chains=2)
+    told: list[SearchProgress] = []
     engine = Engine(policy, scalar_reward)
-    problem = request_problem([{"role": "user", "content": "12-3+4*5"}], 0)
-    made = usage(engine.submit(problem, config, told.append).result(PATIENCE))["nabla"]
+    problem = make_request_problem([{"role": "user", "content": "12-3+4*5"}], 0)
+    made = build_usage(engine.submit_request(problem, config, told.append).result(PATIENCE))["nabla"]
     engine.stop()
     accepted = sum(one.round is not None for one in told)
     assert (made["starts"], made["proposals"], made["accepted"], made["rejected"]) == (3, 4, accepted, 4 - accepted)
@@ -263,7 +269,7 @@ def test_a_stream_tells_of_revisions_and_adds_up_to_the_completion(client, polic
     deltas = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
     assert "".join(deltas) == trace.response and chunks[0].choices[0].delta.role == "assistant"
     told = [chunk.nabla for chunk in chunks[1:-3]]
-    assert [one["text"] for one in told] == [policy.decode(ids) for ids, _ in trace.incumbents()]
+    assert [one["text"] for one in told] == [policy.decode(ids) for ids, _ in trace.list_incumbents()]
     assert [one["round"] for one in told] == [None, *(one.round for one in accepted)]
     assert chunks[-2].choices[0].finish_reason == ("stop" if trace.finished else "length")
     assert chunks[-2].nabla["stop"] == "rounds"
@@ -331,7 +337,7 @@ def test_other_mistakes_have_the_apis_shape(policy, scalar_reward) -> None:
         answers = {
             404: server.get("/v1/completions"),
             405: server.get("/v1/chat/completions"),
-            413: server.post(b'"' + b"1" * (asgi.MAX_BODY + 1)),
+            413: server.post(b'"' + b"1" * (asgi.MAX_BODY_BYTES + 1)),
             400: server.post(b"{"),
         }
         typed = server.post(b"{}", **{"content-type": "text/plain"})
@@ -409,14 +415,14 @@ def _first_done(futures: list[Any], number: int) -> list[Any]:
 
 
 def test_200_requests_at_once_lose_none_and_get_what_each_gets_alone(policy, scalar_reward) -> None:
-    config = ReasonerConfig(max_new_tokens=3, rounds=1, batch_size=64)
+    config = SearchConfig(max_new_tokens=3, max_rounds=1, batch_size=64)
     asked = [(worlds.QUESTIONS[seed % 4], seed) for seed in range(200)]
-    with serving(policy, scalar_reward, Offer(NAME, config)) as server, server.client() as client:
+    with serving(policy, scalar_reward, ServerLimits(NAME, config)) as server, server.client() as client:
         with ThreadPoolExecutor(200) as pool:
             made = list(pool.map(lambda one: ask(client, one[0], seed=one[1]), asked))
         alone = [ask(client, question, seed=seed) for question, seed in asked[:8]]
-    problems = [request_problem([{"role": "user", "content": question}], seed) for question, seed in asked]
-    traces = solve(problems, policy=policy, reward=scalar_reward, config=config, seed=SEED)
+    problems = [make_request_problem([{"role": "user", "content": question}], seed) for question, seed in asked]
+    traces = run_search(problems, policy=policy, reward=scalar_reward, config=config, seed=SEED)
     contents = [one.choices[0].message.content for one in made]
     assert contents == [trace.response for trace in traces]
     assert contents[:8] == [one.choices[0].message.content for one in alone]
@@ -426,7 +432,7 @@ def test_200_requests_at_once_lose_none_and_get_what_each_gets_alone(policy, sca
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_search_of_a_client_that_goes_is_ended(policy, watched, stream: bool) -> None:
     watched.before = gate = Gate("7")
-    with serving(policy, watched, Offer(NAME, ReasonerConfig(max_new_tokens=6, rounds=50))) as server:
+    with serving(policy, watched, ServerLimits(NAME, SearchConfig(max_new_tokens=6, max_rounds=50))) as server:
         body = {"model": NAME, "messages": [{"role": "user", "content": "7"}], "stream": stream}
         _hang_up(server, body, gate.reached)
         assert _eventually(lambda: server.get("/health").json()["running"] == 0)
@@ -439,7 +445,7 @@ def test_a_stream_that_is_left_in_the_middle_is_ended(policy, watched) -> None:
     gate = Gate("7")
     scored = iter([False] + [True] * 99)
     watched.before = lambda questions: gate(questions) if next(scored) else None
-    with serving(policy, watched, Offer(NAME, ReasonerConfig(max_new_tokens=6, rounds=50))) as server:
+    with serving(policy, watched, ServerLimits(NAME, SearchConfig(max_new_tokens=6, max_rounds=50))) as server:
         with server.client() as client:
             stream = ask(client, "7", stream=True)
             assert next(iter(stream)).choices[0].delta.role == "assistant"
@@ -500,16 +506,16 @@ def test_the_command_serves_until_ctrl_c(policy, scalar_reward, monkeypatch, tmp
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def run(service: asgi.Service, listener: socket.socket, started: Any) -> None:
-        visitor = Thread(target=visit, args=[serve_command.url(listener)])
+    def run(service: asgi.ChatService, listener: socket.socket, started: Any) -> None:
+        visitor = Thread(target=visit, args=[serve_command.format_base_url(listener)])
         try:
             real(service, listener, lambda: (started(), visitor.start()))
         finally:
             visitor.join(PATIENCE)
 
-    real = asgi.run
+    real = asgi.run_server
     monkeypatch.setattr(asgi, "run", run)
-    monkeypatch.setenv(serve_command.KEY_VARIABLE, "key")
+    monkeypatch.setenv(serve_command.API_KEY_ENV_VAR, "key")
     models = ["--policy", str(tmp_path / "policy"), "--reward", str(tmp_path / "reward")]
     options = ["--port", "0", "--served_model_name", "mine", "--max_new_tokens", "6", "--rounds", "3"]
     assert main(["serve", *models, *options]) == 130

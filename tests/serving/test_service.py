@@ -16,13 +16,21 @@ from watched_reward import PATIENCE, Gate, Watched
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.prompts import PromptTooLong
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
-from nabla_trl.serving.service import SEED, Engine, Failed, Progress, QueueFull, Stopping, request_problem
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
+from nabla_trl.serving.service import (
+    SEED,
+    Engine,
+    Failed,
+    QueueFull,
+    SearchProgress,
+    ServerStopping,
+    make_request_problem,
+)
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
-CONFIG = ReasonerConfig(max_new_tokens=6, rounds=3)
+CONFIG = SearchConfig(max_new_tokens=6, max_rounds=3)
 
 
 @pytest.fixture
@@ -41,11 +49,11 @@ def running(policy: Policy, reward: Reward, **options: Any) -> Iterator[Engine]:
 
 
 def problem(question: str, seed: int = 0) -> Problem:
-    return request_problem([{"role": "user", "content": question}], seed)
+    return make_request_problem([{"role": "user", "content": question}], seed)
 
 
-def ask(engine: Engine, question: str, seed: int = 0, config: ReasonerConfig = CONFIG, **more: Any) -> Future[Trace]:
-    return engine.submit(problem(question, seed), config, **more)
+def ask(engine: Engine, question: str, seed: int = 0, config: SearchConfig = CONFIG, **more: Any) -> Future[Trace]:
+    return engine.submit_request(problem(question, seed), config, **more)
 
 
 def answer(future: Future[Trace]) -> Trace:
@@ -53,11 +61,11 @@ def answer(future: Future[Trace]) -> Trace:
 
 
 def moves(trace: Trace) -> list[Any]:
-    return [(one.round, one.position, one.new, one.suffix, one.accepted) for one in trace.revisions]
+    return [(one.round, one.position, one.new_token, one.suffix, one.accepted) for one in trace.revisions]
 
 
-def alone(policy: Policy, reward: Reward, one: Problem, config: ReasonerConfig = CONFIG) -> Trace:
-    return solve([one], policy=policy, reward=reward, config=config, seed=SEED)[0]
+def alone(policy: Policy, reward: Reward, one: Problem, config: SearchConfig = CONFIG) -> Trace:
+    return run_search([one], policy=policy, reward=reward, config=config, seed=SEED)[0]
 
 
 # --- batches ----------------------------------------------------------------------------------------------
@@ -69,7 +77,7 @@ def test_requests_in_a_batch_get_what_each_gets_alone(architecture: str) -> None
     reward = Watched(worlds.tiny_scalar(policy, architecture))
     asked = [(question, seed) for question in worlds.QUESTIONS[:3] for seed in (0, 1, 2)]
     with running(policy, reward, window=PATIENCE) as engine:  # waits until the batch is full
-        config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=len(asked))
+        config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=len(asked))
         traces = [answer(future) for future in [ask(engine, *one, config) for one in asked]]
     assert len(reward.scored[0]) == len(asked)
     for one, trace in zip(asked, traces, strict=True):
@@ -81,12 +89,12 @@ def test_requests_in_a_batch_get_what_each_gets_alone(architecture: str) -> None
 
 def test_what_waits_while_a_batch_runs_is_searched_together_by_configuration(policy, watched) -> None:
     watched.before = gate = Gate("1+2")
-    other = ReasonerConfig(max_new_tokens=6, rounds=1)
+    other = SearchConfig(max_new_tokens=6, max_rounds=1)
     with running(policy, watched, window=0.0) as engine:
         first = ask(engine, "1+2")
         assert gate.reached.wait(PATIENCE)
         mixed = [ask(engine, f"{n}*{n}", config=other if n % 2 else CONFIG) for n in range(6)]
-        assert engine.load() == (6, 1)
+        assert engine.count_requests() == (6, 1)
         gate.opened.set()
         traces = [answer(future) for future in [first, *mixed]]
     assert all(trace.error is None for trace in traces)
@@ -96,7 +104,7 @@ def test_what_waits_while_a_batch_runs_is_searched_together_by_configuration(pol
 
 def test_no_batch_is_larger_than_its_configuration_says(policy, watched) -> None:
     watched.before = gate = Gate("1+2")
-    small = ReasonerConfig(max_new_tokens=6, rounds=1, batch_size=2)
+    small = SearchConfig(max_new_tokens=6, max_rounds=1, batch_size=2)
     with running(policy, watched, window=0.0) as engine:
         futures = [ask(engine, "1+2")]
         assert gate.reached.wait(PATIENCE)
@@ -108,7 +116,7 @@ def test_no_batch_is_larger_than_its_configuration_says(policy, watched) -> None
 
 def test_equal_requests_share_one_search(policy, watched) -> None:
     with running(policy, watched, window=PATIENCE) as engine:
-        pair = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=2)
+        pair = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=2)
         futures = [ask(engine, "1+2", 5, pair) for _ in range(20)] + [ask(engine, "7", 5, pair)]
         traces = [answer(future) for future in futures]
     assert all(one is traces[0] for one in traces[:20]) and traces[20] is not traces[0]
@@ -118,7 +126,7 @@ def test_equal_requests_share_one_search(policy, watched) -> None:
 def test_a_trace_comes_once_its_own_search_has_ended(policy, watched) -> None:
     """Searches with patience end at different times. The last one is held in the round after the one in which the
     others were seen to have ended; they are there."""
-    config = ReasonerConfig(max_new_tokens=8, rounds=30, patience=2, batch_size=4)
+    config = SearchConfig(max_new_tokens=8, max_rounds=30, patience=2, batch_size=4)
     rounds = {q: len(alone(policy, watched, problem(q, 1), config).revisions) for q in worlds.QUESTIONS}
     longest = max(rounds, key=lambda question: rounds[question])
     assert sorted(rounds.values())[-2] + 1 < rounds[longest]
@@ -139,7 +147,7 @@ def test_a_trace_comes_once_its_own_search_has_ended(policy, watched) -> None:
 def test_a_request_that_cannot_be_read_leaves_the_others_untouched(policy, watched) -> None:
     questions = ["1+2", "what is love", "1" * 200, "7"]
     with running(policy, watched, window=PATIENCE) as engine:
-        config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=4)
+        config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=4)
         futures = [ask(engine, question, config=config) for question in questions]
         good, unknown, long, last = [future.exception(PATIENCE) for future in futures]
         assert good is None and last is None
@@ -155,7 +163,7 @@ def test_a_search_that_breaks_breaks_for_the_culprit_alone(policy, watched, capl
 
     watched.before = broken
     with running(policy, watched, window=PATIENCE) as engine:
-        config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=4)
+        config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=4)
         futures = [ask(engine, question, config=config) for question in worlds.QUESTIONS]
         with pytest.raises(Failed, match="no such luck"):
             answer(futures[2])
@@ -174,7 +182,7 @@ def test_a_reward_that_is_not_a_number_fails_its_request_alone(policy, scalar_re
             return [math.nan if one.problem.question == "7" else value for value, one in pairs], memos
 
     with running(policy, Odd(scalar_reward), window=PATIENCE) as engine:
-        config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=2)
+        config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=2)
         good, bad = ask(engine, "1+2", config=config), ask(engine, "7", config=config)
         with pytest.raises(Failed, match="nan"):
             answer(bad)
@@ -187,7 +195,7 @@ def test_a_drawing_server_that_is_gone_is_asked_once_for_a_batch(policy, watched
 
     watched.before = gone
     with running(policy, watched, window=PATIENCE) as engine:
-        config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=4)
+        config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=4)
         for future in [ask(engine, question, config=config) for question in worlds.QUESTIONS]:
             assert isinstance(future.exception(PATIENCE), Failed)
     assert len(watched.scored) == 1
@@ -212,11 +220,11 @@ def test_a_cancelled_request_is_dropped_from_the_queue(policy, watched) -> None:
 def test_a_cancelled_search_ends_at_the_next_round_and_the_others_go_on(policy, watched) -> None:
     rounds, gate = count(), Gate("7")
     watched.before = lambda questions: gate(questions) if "7" in questions and next(rounds) == 2 else None
-    config = ReasonerConfig(max_new_tokens=6, rounds=8, batch_size=2)
+    config = SearchConfig(max_new_tokens=6, max_rounds=8, batch_size=2)
     with running(policy, watched, window=PATIENCE) as engine:
         going, left = ask(engine, "1+2", config=config), ask(engine, "7", config=config)
         assert gate.reached.wait(PATIENCE)
-        assert left.cancel() and engine.load() == (0, 1)
+        assert left.cancel() and engine.count_requests() == (0, 1)
         gate.opened.set()
         assert len(answer(going).revisions) == 8
     assert sum("7" in questions for questions in watched.scored) == 3  # the first response and two rounds
@@ -224,7 +232,7 @@ def test_a_cancelled_search_ends_at_the_next_round_and_the_others_go_on(policy, 
 
 def test_a_search_goes_on_while_one_of_equal_requests_waits_for_it(policy, watched) -> None:
     watched.before = gate = Gate("7")
-    config = ReasonerConfig(max_new_tokens=6, rounds=3, batch_size=2)
+    config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=2)
     with running(policy, watched, window=PATIENCE) as engine:
         left, waits, _ = (ask(engine, question, config=config) for question in ("7", "7", "1+2"))
         assert gate.reached.wait(PATIENCE) and left.cancel()
@@ -246,16 +254,16 @@ def test_more_than_may_wait_are_refused(policy, watched) -> None:
 
 def test_stopping_finishes_what_runs_and_refuses_what_waits(policy, watched) -> None:
     watched.before = gate = Gate("1+2")
-    engine = Engine(policy, watched, window=0.0)
+    engine = Engine(policy, watched, batch_window=0.0)
     runs = ask(engine, "1+2")
     assert gate.reached.wait(PATIENCE)
     waits = ask(engine, "7")
     engine.stop()
-    with pytest.raises(Stopping):
+    with pytest.raises(ServerStopping):
         answer(waits)
-    with pytest.raises(Stopping):
+    with pytest.raises(ServerStopping):
         ask(engine, "9")
-    assert not engine.alive
+    assert not engine.is_alive
     gate.opened.set()
     engine.join()
     assert len(answer(runs).revisions) == 3
@@ -266,15 +274,17 @@ def test_stopping_finishes_what_runs_and_refuses_what_waits(policy, watched) -> 
 
 @pytest.mark.parametrize("options", [{}, {"starts": 3, "chains": 2, "branches": 2}])
 def test_progress_tells_of_every_incumbent(policy, watched, options: dict[str, int]) -> None:
-    config = ReasonerConfig(max_new_tokens=8, rounds=6, **options)
-    told: list[Progress] = []
+    config = SearchConfig(max_new_tokens=8, max_rounds=6, **options)
+    told: list[SearchProgress] = []
     with running(policy, watched, window=0.0) as engine:
         trace = answer(ask(engine, "12-3+4*5", config=config, watch=told.append))
     accepted = [one for one in trace.revisions if one.accepted]
     assert accepted
     own = [one for one in told if one.chain in {p.chain for p in told if p.reward == trace.reward}]
-    assert [(policy.decode(ids), reward) for ids, reward in trace.incumbents()] == [(p.text, p.reward) for p in own]
+    assert [(policy.decode(ids), reward) for ids, reward in trace.list_incumbents()] == [
+        (p.text, p.reward) for p in own
+    ]
     assert own[0].round is None and own[0].reward_before is None
-    expected = [(one.round, one.position, one.reward_before, one.flops) for one in accepted]
+    expected = [(one.round, one.position, one.reward_before, one.cumulative_flops) for one in accepted]
     assert [(p.round, p.position, p.reward_before, p.flops) for p in own[1:]] == expected
-    assert len({one.chain for one in told if one.round is None}) == config.chains
+    assert len({one.chain for one in told if one.round is None}) == config.num_chains

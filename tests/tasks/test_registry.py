@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nabla_trl.tasks.problem import INSTRUCTION, Problem, check_disjoint
+from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, check_disjoint
 from nabla_trl.tasks.registry import load_problems
 
 SOLVED = "He sells 9 - 2 = 7 apples.\n#### 7"
@@ -28,8 +28,8 @@ def write_lines(path: Path, *rows: Any) -> str:
 
 def bare(problem: Problem) -> Problem:
     """Without the version, a hash of the file."""
-    assert problem.version
-    return dataclasses.replace(problem, version="")
+    assert problem.task_version
+    return dataclasses.replace(problem, task_version="")
 
 
 def numbered(path: Path, count: int) -> str:
@@ -45,13 +45,13 @@ def python(code: str, environment: dict[str, str] | None = None) -> "subprocess.
 
 
 def test_chat_is_one_user_turn_without_messages() -> None:
-    assert Problem("p", "2+2?").chat() == [{"role": "user", "content": "2+2?"}]
+    assert Problem("p", "2+2?").build_messages() == [{"role": "user", "content": "2+2?"}]
 
 
 def test_chat_returns_copies_of_the_messages() -> None:
     problem = Problem("p", "And doubled?", messages=tuple(CHAT))
-    problem.chat()[0]["content"] = "changed"
-    assert problem.chat() == CHAT
+    problem.build_messages()[0]["content"] = "changed"
+    assert problem.build_messages() == CHAT
 
 
 # --- local files ----------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_reads_every_optional_field(tmp_path: Path) -> None:
 def test_messages_are_the_chat_and_their_last_turn_the_question(tmp_path: Path) -> None:
     (problem,) = load_problems(write_lines(tmp_path / "chats.jsonl", {"messages": CHAT, "answer": "4"}))
     assert problem.question == "And doubled?"
-    assert problem.chat() == CHAT
+    assert problem.build_messages() == CHAT
 
 
 def test_chats_that_differ_before_their_last_turn_are_no_duplicates(tmp_path: Path) -> None:
@@ -87,11 +87,11 @@ def test_chats_that_differ_before_their_last_turn_are_no_duplicates(tmp_path: Pa
 
 
 def test_instruction_goes_into_the_chat_only(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", {"question": "2+2?", "instruction": INSTRUCTION})
+    path = write_lines(tmp_path / "a.jsonl", {"question": "2+2?", "instruction": BOXED_INSTRUCTION})
     (problem,) = load_problems(path)
     assert problem.question == "2+2?"
-    assert problem.chat() == [{"role": "user", "content": f"2+2?\n{INSTRUCTION}"}]
-    assert problem.form == "boxed"
+    assert problem.build_messages() == [{"role": "user", "content": f"2+2?\n{BOXED_INSTRUCTION}"}]
+    assert problem.answer_format == "boxed"
 
 
 @pytest.mark.parametrize("answer", [{}, {"answer": None}, {"answer": ""}, {"answer": " \n"}])
@@ -159,13 +159,13 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 def test_limit_keeps_the_order_and_seed_shuffles_before_it(tmp_path: Path) -> None:
     path = numbered(tmp_path / "n.jsonl", 40)
     everything = load_problems(path)
-    assert load_problems(path, limit=5) == everything[:5]
-    assert load_problems(path, limit=100) == everything
+    assert load_problems(path, max_problems=5) == everything[:5]
+    assert load_problems(path, max_problems=100) == everything
     shuffled = load_problems(path, seed=1)
     assert shuffled != everything
     assert sorted(shuffled, key=everything.index) == everything
-    assert load_problems(path, limit=5, seed=1) == shuffled[:5]
-    assert load_problems(path, limit=5, seed=2) != shuffled[:5]
+    assert load_problems(path, max_problems=5, seed=1) == shuffled[:5]
+    assert load_problems(path, max_problems=5, seed=2) != shuffled[:5]
 
 
 def test_unknown_names_splits_and_limits_are_refused(tmp_path: Path) -> None:
@@ -174,14 +174,14 @@ def test_unknown_names_splits_and_limits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'math500' has no split 'train': it has test"):
         load_problems("math500", split="train")
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
-        load_problems(numbered(tmp_path / "n.jsonl", 2), limit=0)
+        load_problems(numbered(tmp_path / "n.jsonl", 2), max_problems=0)
 
 
 def test_chains_are_repeatable_and_their_splits_disjoint() -> None:
-    train = load_problems("chains", split="train", limit=30)
-    test = load_problems("chains", limit=30)
-    assert test == load_problems("chains", limit=30)
-    assert test != load_problems("chains", limit=30, seed=1)
+    train = load_problems("chains", split="train", max_problems=30)
+    test = load_problems("chains", max_problems=30)
+    assert test == load_problems("chains", max_problems=30)
+    assert test != load_problems("chains", max_problems=30, seed=1)
     check_disjoint(train, test)
 
 

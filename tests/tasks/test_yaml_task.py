@@ -9,19 +9,19 @@ import pytest
 import worlds
 import yaml
 
-from nabla_trl.grading.extraction import extract_answer, strict_answer
-from nabla_trl.tasks.gold_answers import boxed, by_pattern, hashes, integer, plain
-from nabla_trl.tasks.problem import INSTRUCTION, Problem
-from nabla_trl.tasks.registry import load_problems, task_settings, task_version
-from nabla_trl.tasks.yaml_task import benchmarks, find_task, hub_task, read_task
+from nabla_trl.grading.extraction import extract_answer, extract_strict_answer
+from nabla_trl.tasks.gold_answers import make_regex_parser, parse_boxed, parse_hashes, parse_integer, parse_plain
+from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem
+from nabla_trl.tasks.registry import compute_task_version, get_task_settings, load_problems
+from nabla_trl.tasks.yaml_task import find_hub_task_config, list_benchmarks, load_task_config, read_task_config
 
 SOLVED = "He sells 9 - 2 = 7 apples.\n#### 7"
 
 
 def bare(problem: Problem) -> Problem:
     """Without version and chat, which tests of their own look at."""
-    assert problem.version
-    return dataclasses.replace(problem, version="", messages=None)
+    assert problem.task_version
+    return dataclasses.replace(problem, task_version="", messages=None)
 
 
 # --- benchmarks -----------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ HUB_ROWS: dict[str, tuple[dict[str, Any], Problem]] = {
 }
 
 
-@pytest.mark.parametrize("name", benchmarks())
+@pytest.mark.parametrize("name", list_benchmarks())
 def test_hub_rows_become_problems(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     row, expected = HUB_ROWS[name]
@@ -59,30 +59,35 @@ def test_hub_rows_become_problems(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     problems = load_problems(name)
-    task = find_task(name)
+    task = load_task_config(name)
     assert calls == [(task.path, task.config, {"split": task.splits["test"], "revision": task.revision})]
     assert [p.id for p in problems] == [f"{name}/test/0", f"{name}/test/1"]
     first = problems[0]
-    about = {"task": name, "form": "boxed", "examples": first.examples}
+    about = {"task": name, "form": "boxed", "examples": first.few_shot_examples}
     assert dataclasses.replace(bare(first), id="") == dataclasses.replace(expected, **about)
-    assert first.version == task.identity() == task_version(name)
-    assert first.chat() == [{"role": "user", "content": f"{expected.question}\n{INSTRUCTION}"}]
+    assert first.task_version == task.compute_version() == compute_task_version(name)
+    assert first.build_messages() == [{"role": "user", "content": f"{expected.question}\n{BOXED_INSTRUCTION}"}]
 
 
-@pytest.mark.parametrize("name", benchmarks())
+@pytest.mark.parametrize("name", list_benchmarks())
 def test_benchmarks_are_pinned_and_their_examples_end_as_asked(name: str) -> None:
-    task = find_task(name)
+    task = load_task_config(name)
     assert task.revision is not None and len(task.revision) == 40
-    assert task.name == name and task.identity().endswith("@" + task.revision[:12])
+    assert task.name == name and task.compute_version().endswith("@" + task.revision[:12])
     assert len(task.few_shot) == 4
     for example in task.few_shot:
-        assert strict_answer(example["answer"], "boxed") == extract_answer(example["answer"])
+        assert extract_strict_answer(example["answer"], "boxed") == extract_answer(example["answer"])
 
 
 def test_the_data_sets_of_a_model_card_are_those_on_the_hub(tmp_path: Path) -> None:
-    gsm8k = hub_task("gsm8k")
+    gsm8k = find_hub_task_config("gsm8k")
     assert gsm8k is not None and gsm8k.path == "openai/gsm8k"
-    assert hub_task("chains") is hub_task("gone.yaml") is hub_task(described(tmp_path)) is None
+    assert (
+        find_hub_task_config("chains")
+        is find_hub_task_config("gone.yaml")
+        is find_hub_task_config(described(tmp_path))
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,7 @@ def test_the_data_sets_of_a_model_card_are_those_on_the_hub(tmp_path: Path) -> N
     [("025", "25"), ("142.0", "142"), ("-4.0", "-4"), ("000", "0"), ("2.5", "2.5"), (" ", None)],
 )
 def test_an_integer_is_read_as_one_writes_it(text: str, answer: str | None) -> None:
-    assert integer(text) == (answer, None)
+    assert parse_integer(text) == (answer, None)
 
 
 @pytest.mark.parametrize(
@@ -104,23 +109,23 @@ def test_an_integer_is_read_as_one_writes_it(text: str, answer: str | None) -> N
     ],
 )
 def test_hashes_take_the_last_line(text: str, answer: str | None) -> None:
-    assert hashes(text) == (answer, text)
+    assert parse_hashes(text) == (answer, text)
 
 
 def test_a_text_without_hashes_is_the_answer_itself() -> None:
-    assert hashes(" 3/4 ") == plain(" 3/4 ") == ("3/4", None)
-    assert hashes("####5 is\nno answer line") == ("####5 is\nno answer line", None)
-    assert plain(" ") == (None, None)
+    assert parse_hashes(" 3/4 ") == parse_plain(" 3/4 ") == ("3/4", None)
+    assert parse_hashes("####5 is\nno answer line") == ("####5 is\nno answer line", None)
+    assert parse_plain(" ") == (None, None)
 
 
 def test_boxes_and_patterns_give_the_answer_and_the_text_as_solution() -> None:
-    assert boxed(r"so \boxed{\frac{1}{2}}.") == (r"\frac{1}{2}", r"so \boxed{\frac{1}{2}}.")
-    assert boxed("so 3") == (None, "so 3")
-    assert by_pattern(r"Answer: (\w+)")("Answer: B\nAnswer: C.") == ("C", "Answer: B\nAnswer: C.")
-    assert by_pattern(r"\d+")("4 and 5")[0] == "5"
-    assert by_pattern(r"(x)?\d")("4")[0] is None and by_pattern("z")("4")[0] is None
-    worlds.refused(lambda: by_pattern("("), "'('", "no regular expression")
-    worlds.refused(lambda: by_pattern("(a)(b)"), "2 groups")
+    assert parse_boxed(r"so \boxed{\frac{1}{2}}.") == (r"\frac{1}{2}", r"so \boxed{\frac{1}{2}}.")
+    assert parse_boxed("so 3") == (None, "so 3")
+    assert make_regex_parser(r"Answer: (\w+)")("Answer: B\nAnswer: C.") == ("C", "Answer: B\nAnswer: C.")
+    assert make_regex_parser(r"\d+")("4 and 5")[0] == "5"
+    assert make_regex_parser(r"(x)?\d")("4")[0] is None and make_regex_parser("z")("4")[0] is None
+    worlds.refused(lambda: make_regex_parser("("), "'('", "no regular expression")
+    worlds.refused(lambda: make_regex_parser("(a)(b)"), "2 groups")
 
 
 # --- any data set ---------------------------------------------------------------------------------
@@ -150,10 +155,10 @@ def described(folder: Path, rows: list[dict[str, Any]] = ROWS, **changes: Any) -
 
 
 def test_a_yaml_makes_problems_of_any_rows(tmp_path: Path) -> None:
-    [problem] = load_problems(described(tmp_path), limit=1)
+    [problem] = load_problems(described(tmp_path), max_problems=1)
     asked = "Ann has 3 pens. How many?"
-    assert bare(problem) == Problem("pens/test/0", asked, "3", "three", task="pens", level="2", form="boxed")
-    assert problem.chat() == [{"role": "user", "content": f"{asked}\n{INSTRUCTION}"}]
+    assert bare(problem) == Problem("pens/test/0", asked, "3", "three", task="pens", level="2", answer_format="boxed")
+    assert problem.build_messages() == [{"role": "user", "content": f"{asked}\n{BOXED_INSTRUCTION}"}]
 
 
 def test_prompt_examples_and_stops_are_as_the_yaml_says(tmp_path: Path) -> None:
@@ -166,12 +171,12 @@ def test_prompt_examples_and_stops_are_as_the_yaml_says(tmp_path: Path) -> None:
         stop=["Ask:"],
         name="own",
     )
-    [problem] = load_problems(path, limit=1)
-    assert problem.chat()[0]["content"] == "Grade 2: Ann has 3 pens. How many? End with '#### n'."
-    assert (problem.form, problem.stop, problem.task) == ("hashes", ("Ask:",), "own")
-    assert problem.examples == (("1+1?", "It is 2.\n#### 2"),)
-    [silent] = load_problems(described(tmp_path, instruction=""), limit=1)
-    assert silent.messages is None and silent.form is None
+    [problem] = load_problems(path, max_problems=1)
+    assert problem.build_messages()[0]["content"] == "Grade 2: Ann has 3 pens. How many? End with '#### n'."
+    assert (problem.answer_format, problem.stop_strings, problem.task) == ("hashes", ("Ask:",), "own")
+    assert problem.few_shot_examples == (("1+1?", "It is 2.\n#### 2"),)
+    [silent] = load_problems(described(tmp_path, instruction=""), max_problems=1)
+    assert silent.messages is None and silent.answer_format is None
 
 
 def test_parquet_and_folders_of_splits_are_read_too(tmp_path: Path) -> None:
@@ -222,7 +227,7 @@ def test_a_hub_task_by_yaml_asks_for_its_revision(tmp_path: Path, monkeypatch: p
     path = described(tmp_path, path="org/pens", revision="abc", config="main", splits={"test": "validation"})
     assert len(load_problems(path)) == 2
     assert calls == [(("org/pens", "main"), {"split": "validation", "revision": "abc"})]
-    assert task_version(path).endswith("@abc")
+    assert compute_task_version(path).endswith("@abc")
 
 
 def test_an_answer_that_is_missing_is_none(tmp_path: Path) -> None:
@@ -282,15 +287,15 @@ def test_files_that_describe_nothing(tmp_path: Path) -> None:
 
 
 def test_versions_change_with_data_prompt_and_number_and_with_nothing_else(tmp_path: Path) -> None:
-    base = task_version(described(tmp_path))
-    assert [p.version for p in load_problems(described(tmp_path))] == [base, base]
+    base = compute_task_version(described(tmp_path))
+    assert [p.task_version for p in load_problems(described(tmp_path))] == [base, base]
     (tmp_path / "elsewhere").mkdir()
-    assert task_version(described(tmp_path / "elsewhere")) == base
+    assert compute_task_version(described(tmp_path / "elsewhere")) == base
     others = [
-        task_version(described(tmp_path, ROWS[:1])),
-        task_version(described(tmp_path, instruction="Think.")),
-        task_version(described(tmp_path, version=2)),
-        task_version(described(tmp_path, stop=["Q:"])),
+        compute_task_version(described(tmp_path, ROWS[:1])),
+        compute_task_version(described(tmp_path, instruction="Think.")),
+        compute_task_version(described(tmp_path, version=2)),
+        compute_task_version(described(tmp_path, stop=["Q:"])),
     ]
     assert len({base, *others}) == 5
 
@@ -298,15 +303,15 @@ def test_versions_change_with_data_prompt_and_number_and_with_nothing_else(tmp_p
 def test_versions_of_files_and_chains(tmp_path: Path) -> None:
     lines = tmp_path / "n.jsonl"
     write_rows(lines, [{"question": "1+1?"}])
-    before = task_version(str(lines))
-    assert load_problems(str(lines))[0].version == before
+    before = compute_task_version(str(lines))
+    assert load_problems(str(lines))[0].task_version == before
     write_rows(lines, [{"question": "1+2?"}])
-    assert task_version(str(lines)) != before
-    [problem] = load_problems("chains", limit=1)
-    assert task_settings("chains") == {"dataset": "chains", "task_version": problem.version}
-    worlds.refused(lambda: task_version(str(tmp_path / "none.jsonl")), "none.jsonl", "No such file")
+    assert compute_task_version(str(lines)) != before
+    [problem] = load_problems("chains", max_problems=1)
+    assert get_task_settings("chains") == {"dataset": "chains", "task_version": problem.task_version}
+    worlds.refused(lambda: compute_task_version(str(tmp_path / "none.jsonl")), "none.jsonl", "No such file")
 
 
 def test_the_example_among_the_recipes_can_be_read() -> None:
-    task = read_task(Path(__file__).parents[2] / "recipes" / "tasks" / "svamp.yaml")
-    assert task.asked() == "boxed" and task.few_shot and not task.local
+    task = read_task_config(Path(__file__).parents[2] / "recipes" / "tasks" / "svamp.yaml")
+    assert task.resolve_answer_format() == "boxed" and task.few_shot and not task.is_local

@@ -17,9 +17,9 @@ import pytest
 import worlds
 
 from nabla_trl.models.flops import Cost
-from nabla_trl.traces.datasets import preference_rows, sft_rows
+from nabla_trl.traces.datasets import build_preference_rows, build_sft_rows
 from nabla_trl.traces.schema import Revision, Trace
-from nabla_trl.traces.storage import TraceWriter, finished, read_traces
+from nabla_trl.traces.storage import TraceWriter, read_finished_meta, read_traces
 
 AWKWARD_FLOATS = [0.1 + 0.2, -0.0, 5e-324, 1.7976931348623157e308, 1e16 + 2]
 AWKWARD_TEXTS = ["", "∇β → 7 🙂", "a\x00b\r\n", "\u202eright to left", '"quoted", {json}']
@@ -72,7 +72,7 @@ def make_trace(number: int, *, seed: int = 0, rounds: int = 4) -> Trace:
         correct=draw.choice([None, True, False]),
         revisions=revisions,
         cost=Cost(draw.choice(AWKWARD_FLOATS), draw.random(), {"policy/decode": number, "reward/backward": 3}),
-        stop="rounds",
+        stop_reason="rounds",
         finished=True,
         meta={"policy": "tiny/∇", "config_hash": "ab12"},
     )
@@ -81,7 +81,7 @@ def make_trace(number: int, *, seed: int = 0, rounds: int = 4) -> Trace:
 def plain_trace(number: int) -> Trace:
     """A method without reward and revisions."""
     kept = make_trace(number, rounds=0)
-    return replace(kept, method="greedy", reward=math.nan, reward_initial=math.nan, stop="single")
+    return replace(kept, method="greedy", reward=math.nan, reward_initial=math.nan, stop_reason="single")
 
 
 def failed_trace(number: int) -> Trace:
@@ -114,7 +114,7 @@ def worked_trace() -> Trace:
 
 def test_incumbents_follow_the_accepted_revisions() -> None:
     expected = [([10, 11, 12, 13], 0.0), ([10, 21, 22], 1.0), ([40], 2.0)]
-    assert worked_trace().incumbents() == expected
+    assert worked_trace().list_incumbents() == expected
 
 
 def test_proposals_of_one_round_share_the_incumbent_at_its_start() -> None:
@@ -124,8 +124,8 @@ def test_proposals_of_one_round_share_the_incumbent_at_its_start() -> None:
     ]
     trace = replace(worked_trace(), revisions=batch, response_ids=[10, 21], reward=1.0)
     trace.validate()
-    assert [base for _, base in trace.bases()] == [[10, 11, 12, 13]] * 2
-    assert preference_rows([trace]).rows[1] == {
+    assert [base for _, base in trace.replay_revisions()] == [[10, 11, 12, 13]] * 2
+    assert build_preference_rows([trace]).rows[1] == {
         "prompt_ids": [1, 2, 10, 11, 12],
         "chosen_ids": [13],
         "rejected_ids": [33],
@@ -201,7 +201,7 @@ def test_a_value_that_fits_no_column_costs_only_its_own_trace(tmp_path: Path) ->
             with pytest.raises(ValueError, match=r"'chains/train/000001'.* does not fit the trace columns"):
                 writer.add(bad)
         writer.add(make_trace(2))
-    assert set(finished(tmp_path)) == {("chains/train/000000", 0), ("chains/train/000002", 0)}
+    assert set(read_finished_meta(tmp_path)) == {("chains/train/000000", 0), ("chains/train/000002", 0)}
 
 
 def test_load_dataset_reads_the_shards(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_columns_read_what_is_asked_and_the_key(tmp_path: Path) -> None:
         read_traces(tmp_path, columns=["reward", "rewards"])
     (unasked,) = read_traces(tmp_path, columns=["response_ids", "finished"])
     with pytest.raises(ValueError, match="read without that column"):
-        sft_rows([unasked])
+        build_sft_rows([unasked])
 
 
 def test_shards_are_numbered_by_rank_and_go_on(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_two_writers_of_one_rank_are_noticed_and_nothing_is_lost(tmp_path: Path)
     second.add(make_trace(1))
     with pytest.raises(FileExistsError, match="give each process its own rank"):
         second.flush()
-    assert set(finished(tmp_path)) == {("chains/train/000000", 0)}
+    assert set(read_finished_meta(tmp_path)) == {("chains/train/000000", 0)}
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
@@ -275,7 +275,7 @@ def test_an_interrupted_block_keeps_what_was_added(tmp_path: Path, interruption:
         for number in range(3):
             writer.add(make_trace(number))
         raise interruption
-    assert len(finished(tmp_path)) == 3
+    assert len(read_finished_meta(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -350,7 +350,7 @@ def test_kill_9_leaves_whole_shards_and_resume_gives_the_same_rows(tmp_path: Pat
         assert len(kept) > reached and len(kept) >= last - 1  # at most the pending half of a chunk is lost
         reached = len(kept)
     total = reached + 5
-    done = finished(tmp_path)
+    done = read_finished_meta(tmp_path)
     missing = [make_trace(n) for n in range(total) if (make_trace(n).problem_id, 0) not in done]
     assert len(missing) == 5
     write(tmp_path, missing)
@@ -371,7 +371,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"damaged trace shard .*No such file"):
         read_traces([tmp_path / "traces-00009-00000.parquet"])
     pq.write_table(pa.table({"problem_id": ["a"], "seed": [0]}), broken)
-    for read in (read_traces, finished):
+    for read in (read_traces, read_finished_meta):
         with pytest.raises(ValueError, match=r"00001\.parquet: not a trace shard of format 1 .*none"):
             read(tmp_path)
 
@@ -391,8 +391,8 @@ def test_what_to_read_can_be_a_folder_a_file_or_files(tmp_path: Path) -> None:
     assert [trace.problem_id[-1] for trace in read_traces(str(second))] == ["1"]
     with pytest.raises(ValueError, match="no such folder or trace file"):
         read_traces(tmp_path / "nowhere")
-    assert finished(tmp_path / "nowhere") == {}
-    assert set(finished(tmp_path)) == {("chains/train/000000", 0), ("chains/train/000001", 0)}
+    assert read_finished_meta(tmp_path / "nowhere") == {}
+    assert set(read_finished_meta(tmp_path)) == {("chains/train/000000", 0), ("chains/train/000001", 0)}
 
 
 # --- rows for the trainers
@@ -400,7 +400,7 @@ def test_what_to_read_can_be_a_folder_a_file_or_files(tmp_path: Path) -> None:
 
 def test_sft_labels_mask_exactly_the_prompt() -> None:
     traces = [make_trace(number) for number in range(20)]
-    rows, skipped = sft_rows(traces)
+    rows, skipped = build_sft_rows(traces)
     assert not skipped
     for row, trace in zip(rows, traces, strict=True):
         assert row["input_ids"] == trace.prompt_ids + trace.response_ids  # ids as they are, whatever the text
@@ -413,13 +413,13 @@ def test_sft_rows_skip_and_count_what_is_no_sample() -> None:
     whole = plain_trace(0)
     empty = replace(whole, initial_ids=[], response_ids=[])
     cut = replace(whole, finished=False)
-    rows, skipped = sft_rows([failed_trace(1), whole, empty, cut, replace(cut)])
+    rows, skipped = build_sft_rows([failed_trace(1), whole, empty, cut, replace(cut)])
     assert [row["input_ids"] for row in rows] == [whole.prompt_ids + whole.response_ids]
     assert skipped == Counter(error=1, empty=1, unfinished=2)
 
 
 def test_preference_rows_of_a_worked_trace() -> None:
-    rows, skipped = preference_rows([worked_trace()])
+    rows, skipped = build_preference_rows([worked_trace()])
     assert rows == [
         {"prompt_ids": [1, 2, 10], "chosen_ids": [21, 22], "rejected_ids": [11, 12, 13]},
         {"prompt_ids": [1, 2, 10, 21], "chosen_ids": [22], "rejected_ids": [30, 31, 32]},
@@ -438,26 +438,26 @@ def test_preference_rows_skip_and_count_what_decides_nothing() -> None:
         changed(reward_after=1.5),  # rejected although better
         replace(worked_trace(), error="RuntimeError: killed"),
     ]
-    rows, skipped = preference_rows([worked_trace(), *undecided])
+    rows, skipped = build_preference_rows([worked_trace(), *undecided])
     assert len(rows) == 3
     assert skipped == Counter({"tie": 1, "non-finite": 1, "against the reward": 1, "error": 1, "duplicate": 2 * 3})
     accepted_though_worse = _revised(0, reward_after=-1.0)
-    assert preference_rows([accepted_though_worse]).skipped == Counter({"against the reward": 1})
+    assert build_preference_rows([accepted_though_worse]).skipped == Counter({"against the reward": 1})
     with pytest.raises(ValueError, match="does not fit the incumbent"):
-        preference_rows([_revised(0, old=12)])
+        build_preference_rows([_revised(0, old=12)])
 
 
 def test_preference_rows_rebuild_the_two_responses() -> None:
     for number in range(20):
         trace = make_trace(number)
-        rows, skipped = preference_rows([trace])
+        rows, skipped = build_preference_rows([trace])
         assert len(rows) + skipped["duplicate"] == len(trace.revisions)
         pairs = [{tuple(row["prompt_ids"] + row[side]) for side in ("chosen_ids", "rejected_ids")} for row in rows]
-        for revision, base in trace.bases():
+        for revision, base in trace.replay_revisions():
             proposal = base[: revision.position] + list(revision.suffix)
             assert {tuple(trace.prompt_ids + ids) for ids in (base, proposal)} in pairs
         chosen = [row["prompt_ids"] + row["chosen_ids"] for row in rows]
-        for ids, _ in trace.incumbents()[1:]:
+        for ids, _ in trace.list_incumbents()[1:]:
             assert trace.prompt_ids + ids in chosen
 
 
@@ -465,13 +465,13 @@ def test_preference_rows_rebuild_the_two_responses() -> None:
 
 
 def test_a_shard_from_before_the_pull_was_kept_is_read_without_it(tmp_path: Path) -> None:
-    traces = [replace(make_trace(number), pull=[[0.5] * len(make_trace(number).initial_ids)]) for number in range(3)]
+    traces = [replace(make_trace(number), predicted_gain=[[0.5] * len(make_trace(number).initial_ids)]) for number in range(3)]
     write(tmp_path, traces)
     assert read_traces(tmp_path) == traces
     path = tmp_path / names(tmp_path)[0]
     pq.write_table(pq.read_table(path).drop_columns(["pull"]), path)
-    assert read_traces(tmp_path) == [replace(trace, pull=[]) for trace in traces]
-    assert read_traces(tmp_path, columns=["pull"])[0].pull == []
+    assert read_traces(tmp_path) == [replace(trace, predicted_gain=[]) for trace in traces]
+    assert read_traces(tmp_path, columns=["pull"])[0].predicted_gain == []
     pq.write_table(pq.read_table(path).drop_columns(["gold"]), path)
     with pytest.raises(ValueError, match="not a trace shard of format 1"):
         read_traces(tmp_path)
@@ -480,6 +480,6 @@ def test_a_shard_from_before_the_pull_was_kept_is_read_without_it(tmp_path: Path
 def test_a_pull_of_other_lengths_is_refused(tmp_path: Path) -> None:
     trace = make_trace(0)
     with pytest.raises(ValueError, match="the pull is not of its incumbents"):
-        write(tmp_path, [replace(trace, pull=[[0.5] * (len(trace.initial_ids) + 1)])])
+        write(tmp_path, [replace(trace, predicted_gain=[[0.5] * (len(trace.initial_ids) + 1)])])
     with pytest.raises(ValueError, match="the pull is not of its incumbents"):
-        write(tmp_path, [replace(trace, pull=[[0.5] * len(ids) for ids, _ in trace.incumbents()] + [[0.5]])])
+        write(tmp_path, [replace(trace, predicted_gain=[[0.5] * len(ids) for ids, _ in trace.list_incumbents()] + [[0.5]])])

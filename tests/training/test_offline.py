@@ -25,30 +25,36 @@ from trl import SFTConfig
 
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.flops import Meter
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import ReasonerConfig
-from nabla_trl.search.loop import solve
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.traces.datasets import Rows, preference_rows, sft_rows, weighted_rows
+from nabla_trl.traces.datasets import TrainingRows, build_preference_rows, build_sft_rows, build_weighted_rows
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TraceWriter
 from nabla_trl.training import callbacks as probe_room
 from nabla_trl.training import offline as offline_module
-from nabla_trl.training.callbacks import Probe, Reading, decoding, overoptimised
-from nabla_trl.training.checkpoints import traces_hash
-from nabla_trl.training.offline import Trained, TrainOptions, check_tokenizer, select_rows, train_on_traces
+from nabla_trl.training.callbacks import EvaluationCallback, PolicyMeasurement, evaluation_mode, is_overoptimized
+from nabla_trl.training.checkpoints import hash_traces
+from nabla_trl.training.offline import (
+    TrainingResult,
+    TrainOptions,
+    build_training_rows,
+    check_tokenizer,
+    train_on_traces,
+)
 from nabla_trl.training.online import RewardScorer, train_online
-from nabla_trl.training.peft import LoraArguments, last_checkpoint, load_trainable
+from nabla_trl.training.peft import LoraArguments, find_last_checkpoint, load_trainable_model
 from nabla_trl.training.stage import TrainStage
-from nabla_trl.training.trainers import CONSTANT_STEPS
+from nabla_trl.training.trainers import MAX_CONSTANT_REWARD_STEPS
 
 LORA = LoraArguments(lora_r=4, lora_alpha=8)
 SAMPLING = Sampling(max_new_tokens=6)
-SEARCH = ReasonerConfig(beta=1.0, rounds=6, max_new_tokens=12, candidates=8, point="hard")
+SEARCH = SearchConfig(beta=1.0, max_rounds=6, max_new_tokens=12, top_k_candidates=8, gradient_at="hard")
 
 
 pytestmark = pytest.mark.usefixtures("little_to_collect")
@@ -66,7 +72,7 @@ def reward(base: Policy) -> Reward:
 
 @pytest.fixture(scope="module")
 def traces(base: Policy, reward: Reward) -> list[Trace]:
-    made = solve(worlds.tiny_problems(), policy=base, reward=reward, config=SEARCH)
+    made = run_search(worlds.tiny_problems(), policy=base, reward=reward, config=SEARCH)
     return [replace(trace, finished=True) if trace.response_ids else trace for trace in made]
 
 
@@ -85,7 +91,9 @@ def same(one: Path, other: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def offline(method: str, policy: str, found: Rows, folder: Path, tuning: str = "lora", **options: Any) -> Trained:
+def offline(
+    method: str, policy: str, found: TrainingRows, folder: Path, tuning: str = "lora", **options: Any
+) -> TrainingResult:
     return train_on_traces(
         method,
         policy,
@@ -106,11 +114,11 @@ def online(
     folder: Path,
     *,
     tuning: str = "lora",
-    probe: Probe | None = None,
+    probe: EvaluationCallback | None = None,
     problems: Sequence[Problem] | None = None,
     online_reward: str = "reward",
     **options: Any,
-) -> Trained:
+) -> TrainingResult:
     with AnswerChecker() as checker:
         return train_online(
             method,
@@ -125,7 +133,7 @@ def online(
             lora=LORA,
             config=settings(folder, **{"per_device_train_batch_size": 8, **options}),
             dtype="float32",
-            probe=probe,
+            callback=probe,
         )
 
 
@@ -135,22 +143,22 @@ def online(
 def test_selections_of_a_search(traces: list[Trace]) -> None:
     again = [replace(trace, seed=1, reward=trace.reward - 1, revisions=[]) for trace in traces]
     again = [replace(trace, initial_ids=trace.response_ids) for trace in again]
-    best, skipped = sft_rows([*traces, *again], "best")
+    best, skipped = build_sft_rows([*traces, *again], "best")
     assert len(best) == len(traces) and skipped["not the best"] == len(traces)
     for row, trace in zip(best, traces, strict=True):
         assert row["input_ids"] == trace.prompt_ids + trace.response_ids
-    improved, _ = sft_rows(traces, "improved", unfinished=True)
+    improved, _ = build_sft_rows(traces, "improved", include_unfinished=True)
     assert len(improved) == sum(revision.accepted for trace in traces for revision in trace.revisions)
-    samples, _ = sft_rows([*traces, *again], "samples")
+    samples, _ = build_sft_rows([*traces, *again], "samples")
     assert len(samples) == 2 * len(traces)
 
 
 def test_an_unfinished_step_on_the_way_is_not_trained_on(traces: list[Trace]) -> None:
     """States between the first and the last are responses of their own: those without an end are left out."""
     ends = {trace.response_ids[-1] for trace in traces}
-    rows, skipped = sft_rows(traces, "improved")
+    rows, skipped = build_sft_rows(traces, "improved")
     assert all(row["input_ids"][-1] in ends for row in rows)
-    whole, _ = sft_rows(traces, "improved", unfinished=True)
+    whole, _ = build_sft_rows(traces, "improved", include_unfinished=True)
     assert len(rows) + skipped["unfinished"] == len(whole)
 
 
@@ -158,16 +166,16 @@ def test_what_the_reward_could_not_read_is_not_trained_on(traces: list[Trace]) -
     """Its weight would be exp(−∞), and not a number where a problem has nothing else."""
     unread = [replace(trace, reward=-math.inf, reward_initial=-math.inf, revisions=[]) for trace in traces[:1]]
     made = [*unread, *traces[1:]]
-    for found in (sft_rows(made), sft_rows(made, "samples"), weighted_rows(made, 1.0)):
+    for found in (build_sft_rows(made), build_sft_rows(made, "samples"), build_weighted_rows(made, 1.0)):
         assert found.skipped["unreadable"] == 1
         assert all(math.isfinite(row.get("weight", 1.0)) for row in found.rows) and found.rows
 
 
 def test_weights_are_those_of_importance_sampling(traces: list[Trace]) -> None:
-    rows, _ = weighted_rows(traces, beta=0.5, unfinished=True)
+    rows, _ = build_weighted_rows(traces, beta=0.5, include_unfinished=True)
     index = 0
     for trace in traces:
-        rewards = torch.tensor([reward for ids, reward in trace.incumbents() if ids], dtype=torch.float64)
+        rewards = torch.tensor([reward for ids, reward in trace.list_incumbents() if ids], dtype=torch.float64)
         wanted = (rewards / 0.5).softmax(0) * len(rewards)
         got = [row["weight"] for row in rows[index : index + len(rewards)]]
         assert got == pytest.approx(wanted.tolist(), rel=1e-9)
@@ -185,7 +193,7 @@ def test_weights_are_those_of_importance_sampling(traces: list[Trace]) -> None:
 def test_what_is_saved_is_what_was_trained(
     architecture: str, tuning: str, bases: dict[str, str], traces: list[Trace], tmp_path: Path
 ) -> None:
-    found = sft_rows(traces)
+    found = build_sft_rows(traces)
     before = _likelihood(load_policy(bases[architecture]), found)
     made = offline("sft", bases[architecture], found, tmp_path, tuning, max_steps=8)
     output = tmp_path / "out"
@@ -199,7 +207,7 @@ def test_gradients_of_a_four_bit_policy_are_those_of_its_dequantised_copy(
     bases: dict[str, str], tmp_path: Path
 ) -> None:
     """Also after a forward without autograd, before which a CPU with AVX512-BF16 would repack the weights."""
-    four = load_trainable(bases["llama"], tuning="qlora", dtype="float32", config=settings(tmp_path)).eval()
+    four = load_trainable_model(bases["llama"], tuning="qlora", dtype="float32", config=settings(tmp_path)).eval()
     plain = AutoModelForCausalLM.from_pretrained(bases["llama"]).eval()
     own, count = dict(four.named_modules()), 0
     with torch.no_grad():
@@ -220,7 +228,7 @@ def test_gradients_of_a_four_bit_policy_are_those_of_its_dequantised_copy(
     torch.testing.assert_close(slopes[0], slopes[1], atol=1e-4, rtol=1e-3)
 
 
-def _likelihood(policy: Policy, found: Rows) -> float:
+def _likelihood(policy: Policy, found: TrainingRows) -> float:
     """Mean log-likelihood of the trained tokens."""
     total = count = 0.0
     for row in found.rows:
@@ -232,8 +240,8 @@ def _likelihood(policy: Policy, found: Rows) -> float:
 
 
 def test_weights_of_one_are_plain_sft(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
-    plain = sft_rows(traces, "samples")
-    weighted = Rows([row | {"weight": 1.0} for row in plain.rows], plain.skipped)
+    plain = build_sft_rows(traces, "samples")
+    weighted = TrainingRows([row | {"weight": 1.0} for row in plain.rows], plain.skipped)
     sgd = {"optim": "sgd"}  # Adam makes large differences of small ones
     offline("sft", bases["llama"], plain, tmp_path / "plain", "full", **sgd)
     offline("reward-weighted", bases["llama"], weighted, tmp_path / "weighted", "full", **sgd)
@@ -243,8 +251,8 @@ def test_weights_of_one_are_plain_sft(bases: dict[str, str], traces: list[Trace]
 
 
 def test_rows_of_weight_zero_do_not_count(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
-    rows = [row | {"weight": 1.0} for row in sft_rows(traces).rows]
-    other = [row | {"weight": 0.0} for row in sft_rows(traces).rows]
+    rows = [row | {"weight": 1.0} for row in build_sft_rows(traces).rows]
+    other = [row | {"weight": 0.0} for row in build_sft_rows(traces).rows]
     for row in other:
         row["labels"] = [label if label == -100 else (label + 1) % 20 for label in row["labels"]]
     half = len(rows) // 2
@@ -252,17 +260,17 @@ def test_rows_of_weight_zero_do_not_count(bases: dict[str, str], traces: list[Tr
     mixed = [other[index] if index >= half else row for index, row in enumerate(rows)]
     options = {"max_steps": 1, "per_device_train_batch_size": len(rows), "optim": "sgd"}
     for name, some in (("kept", kept), ("mixed", mixed)):
-        found = Rows(some, sft_rows(traces).skipped)
+        found = TrainingRows(some, build_sft_rows(traces).skipped)
         offline("reward-weighted", bases["llama"], found, tmp_path / name, "full", **options)
     assert same(tmp_path / "kept" / "out", tmp_path / "mixed" / "out")
 
 
 def test_a_response_is_not_cut(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
     """What is longer than max_length is left out and counted: half a response teaches not to end."""
-    found = sft_rows(traces, "improved")
+    found = build_sft_rows(traces, "improved")
     lengths = sorted(len(row["input_ids"]) for row in found.rows)
     longest = lengths[len(lengths) // 2]
-    short = Rows([row for row in found.rows if len(row["input_ids"]) <= longest], found.skipped)
+    short = TrainingRows([row for row in found.rows if len(row["input_ids"]) <= longest], found.skipped)
     left_out = len(found.rows) - len(short.rows)
     assert short.rows and left_out
     made = offline("sft", bases["llama"], found, tmp_path / "limited", max_length=longest)
@@ -275,13 +283,13 @@ def test_a_response_is_not_cut(bases: dict[str, str], traces: list[Trace], tmp_p
 
 
 def test_dpo_prefers_what_the_reward_preferred(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
-    found = preference_rows(traces)
+    found = build_preference_rows(traces)
     offline("dpo", bases["llama"], found, tmp_path, max_steps=12)
     before, after = load_policy(bases["llama"]), load_policy(bases["llama"], adapter=str(tmp_path / "out"))
     assert _margin(after, found) > _margin(before, found)
 
 
-def _margin(policy: Policy, found: Rows) -> float:
+def _margin(policy: Policy, found: TrainingRows) -> float:
     total = 0.0
     for row in found.rows:
         for sign, name in ((1, "chosen_ids"), (-1, "rejected_ids")):
@@ -301,7 +309,7 @@ def test_online_training_raises_the_reward(
     rewards = [entry["rewards/reward/mean"] for entry in log if "rewards/reward/mean" in entry]
     assert sum(rewards[-4:]) > sum(rewards[:4])  # two steps go once through all problems
     assert all({"kl", "completions/clipped_ratio", "frac_reward_zero_std"} <= set(log[step]) for step in range(20))
-    assert made.facts["responses"] == 20 * 8 and made.epochs == 10 and made.flops > 0
+    assert made.method_metrics["responses"] == 20 * 8 and made.epochs == 10 and made.flops > 0
 
 
 def test_the_rewards_of_training_are_those_of_the_search(base: Policy, reward: Reward) -> None:
@@ -311,9 +319,9 @@ def test_the_rewards_of_training_are_those_of_the_search(base: Policy, reward: R
     prompts = ["q1", "q0", "q1", "q2"]
     responses = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
     samples = [Sample(problems[name], encoded[name], ids) for name, ids in zip(prompts, responses, strict=True)]
-    wanted, _ = reward.score(samples, reward.prompt_memos(samples, Meter()), meter=Meter())
+    wanted, _ = reward.score(samples, reward.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter())
     assert scorer(prompts, responses) == pytest.approx(wanted, rel=1e-6)
-    assert scorer.flops() > 0
+    assert scorer.compute_flops_per_response() > 0
 
 
 def test_the_terms_of_a_reward_are_logged_apart(base: Policy, tmp_path: Path) -> None:
@@ -331,7 +339,9 @@ def test_a_verifier_can_be_the_reward(base: Policy, reward: Reward, tmp_path: Pa
     assert made.rows == len(problems) and made.skipped == {"no gold answer": 1}
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert all(0 <= entry["rewards/verifier/mean"] <= 1 for entry in log if "rewards/verifier/mean" in entry)
-    assert made.facts["groups_without_variance"] > 0  # a random policy is hardly ever right, and that is no error
+    assert (
+        made.method_metrics["groups_without_variance"] > 0
+    )  # a random policy is hardly ever right, and that is no error
 
 
 # ------------------------------------------------------------------------------------- stopped and gone on
@@ -346,14 +356,14 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Ends a training once the checkpoint of a step is written."""
 
     def arm(step: int) -> None:
-        save = offline_module.Clock.on_save
+        save = offline_module.TrainingTimeCallback.on_save
 
         def saved(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             save(self, args, state, control, **kwargs)
             if state.global_step == step:
                 raise Killed
 
-        monkeypatch.setattr(offline_module.Clock, "on_save", saved)
+        monkeypatch.setattr(offline_module.TrainingTimeCallback, "on_save", saved)
 
     return arm
 
@@ -369,11 +379,11 @@ def test_a_resumed_training_ends_with_the_same_weights(
     kill_at: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def train(folder: Path) -> Trained:
+    def train(folder: Path) -> TrainingResult:
         options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "lr_scheduler_type": "linear"}
         if method == "rloo":
             return online(method, base, reward, folder, **options)
-        found = select_rows(method, traces, select="best", beta=1.0)
+        found = build_training_rows(method, traces, sft_selection="best", beta=1.0)
         return offline(method, bases["llama"], found, folder, **options, per_device_train_batch_size=2)
 
     undisturbed = train(tmp_path / "whole")
@@ -404,7 +414,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(
 
     monkeypatch.setattr(torch, "save", full)
     message = worlds.refused(
-        lambda: offline("sft", bases["llama"], sft_rows(traces), tmp_path, **options),
+        lambda: offline("sft", bases["llama"], build_sft_rows(traces), tmp_path, **options),
         "checkpoint of step 4",
         "No space left",
         "checkpoint-2 is intact",
@@ -412,8 +422,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(
     assert calls, message
     monkeypatch.undo()
     trainer = tmp_path / "trainer"
-    assert last_checkpoint(trainer) == trainer / "checkpoint-2" and not (trainer / "checkpoint-4").exists()
-    offline("sft", bases["llama"], sft_rows(traces), tmp_path, **options)
+    assert find_last_checkpoint(trainer) == trainer / "checkpoint-2" and not (trainer / "checkpoint-4").exists()
+    offline("sft", bases["llama"], build_sft_rows(traces), tmp_path, **options)
     assert (tmp_path / "out" / "adapter_config.json").exists()
 
 
@@ -423,8 +433,8 @@ def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path: Path) -> No
         folder.mkdir()
         if text is not None:
             (folder / "trainer_state.json").write_text(text)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert last_checkpoint(tmp_path / "none") is None
+    assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert find_last_checkpoint(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -441,7 +451,7 @@ def test_a_reward_that_breaks_in_training_stops_it(
 
     monkeypatch.setattr(RewardScorer, "__call__", breaks)
     worlds.refused(lambda: online("rloo", base, reward, tmp_path), f"a reward became {bad} at step 3", "checkpoint-2")
-    assert last_checkpoint(tmp_path / "trainer") == tmp_path / "trainer" / "checkpoint-2"
+    assert find_last_checkpoint(tmp_path / "trainer") == tmp_path / "trainer" / "checkpoint-2"
     assert not (tmp_path / "out").exists()
 
 
@@ -451,9 +461,9 @@ def test_a_constant_reward_stops_the_training(
     monkeypatch.setattr(RewardScorer, "__call__", lambda self, prompts, responses: [0.25] * len(prompts))
     worlds.refused(
         lambda: online("grpo", base, reward, tmp_path, max_steps=30),
-        f"every reward of the last {CONSTANT_STEPS} steps was 0.25",
-        f"at step {CONSTANT_STEPS}",
-        f"checkpoint-{CONSTANT_STEPS - 1} is kept",
+        f"every reward of the last {MAX_CONSTANT_REWARD_STEPS} steps was 0.25",
+        f"at step {MAX_CONSTANT_REWARD_STEPS}",
+        f"checkpoint-{MAX_CONSTANT_REWARD_STEPS - 1} is kept",
     )
 
 
@@ -467,41 +477,49 @@ def test_a_response_the_reward_cannot_read_is_left_out(
 
     monkeypatch.setattr(RewardScorer, "__call__", some)
     made = online("rloo", base, reward, tmp_path)
-    assert made.facts["unreadable_responses"] == 4
+    assert made.method_metrics["unreadable_responses"] == 4
     assert all(weight.isfinite().all() for weight in weights(tmp_path / "out").values())
 
 
 # ---------------------------------------------------------------------------------------------- the probe
 
 
-def reading(step: int, right: float, reward: float, count: int = 40) -> Reading:
+def reading(step: int, right: float, reward: float, count: int = 40) -> PolicyMeasurement:
     flags = [index < right * count for index in range(count)]
-    return Reading(step, flags, [reward] * count, [0.0] * count, [5] * count, [False] * count)
+    return PolicyMeasurement(step, flags, [reward] * count, [0.0] * count, [5] * count, [False] * count)
 
 
 def test_overoptimisation_is_reward_up_and_accuracy_down_beyond_chance() -> None:
     best = reading(10, 0.9, 1.0)
-    assert overoptimised(best, reading(20, 0.5, 2.0))
-    assert not overoptimised(best, reading(20, 0.5, 0.5)), "the reward fell, too"
-    assert not overoptimised(best, reading(20, 0.875, 2.0)), "one problem of 40 is chance"
-    assert not overoptimised(best, reading(20, 1.0, 2.0))
+    assert is_overoptimized(best, reading(20, 0.5, 2.0))
+    assert not is_overoptimized(best, reading(20, 0.5, 0.5)), "the reward fell, too"
+    assert not is_overoptimized(best, reading(20, 0.875, 2.0)), "one problem of 40 is chance"
+    assert not is_overoptimized(best, reading(20, 1.0, 2.0))
 
 
-def make_probe(base: Policy, reward: Reward, *, every: int = 2, stop: bool = False) -> Probe:
+def make_probe(base: Policy, reward: Reward, *, every: int = 2, stop: bool = False) -> EvaluationCallback:
     problems = [replace(problem, answer="7") for problem in worlds.tiny_problems()]
-    return Probe(problems, base=base, reward=reward, max_new_tokens=6, every=every, stop=stop, checker=AnswerChecker())
+    return EvaluationCallback(
+        problems,
+        base_policy=base,
+        reward=reward,
+        max_new_tokens=6,
+        callback_steps=every,
+        stop_on_overoptimization=stop,
+        checker=AnswerChecker(),
+    )
 
 
 def test_an_overoptimised_run_ends_with_the_weights_of_the_best_probe(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {0: reading(0, 0.5, 0.0), 2: reading(2, 0.9, 1.0), 4: reading(4, 0.2, 2.0)}
-    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: found[step])
     online("rloo", base, reward, tmp_path / "short", max_steps=2)
     probe = make_probe(base, reward, stop=True)
     made = online("rloo", base, reward, tmp_path / "long", max_steps=20, probe=probe)
     assert made.steps == 4
-    assert made.stopped == "over-optimised at step 4: reward 1 → 2, accuracy 0.900 → 0.200 since step 2"
+    assert made.stop_reason == "over-optimised at step 4: reward 1 → 2, accuracy 0.900 → 0.200 since step 2"
     assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
 
 
@@ -509,7 +527,7 @@ def test_a_resumed_run_is_compared_with_the_best_probe_before(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: Callable[[int], None]
 ) -> None:
     found = {0: reading(0, 0.5, 0.0), 2: reading(2, 0.9, 1.0), 4: reading(4, 0.85, 1.5), 6: reading(6, 0.5, 2.0)}
-    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: found[step])
     save = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 8}
     online("rloo", base, reward, tmp_path / "short", max_steps=2)
     kill_at(4)
@@ -517,7 +535,7 @@ def test_a_resumed_run_is_compared_with_the_best_probe_before(
         online("rloo", base, reward, tmp_path / "long", probe=make_probe(base, reward, stop=True), **save)
     kill_at(-1)
     made = online("rloo", base, reward, tmp_path / "long", probe=make_probe(base, reward, stop=True), **save)
-    assert made.stopped == "over-optimised at step 6: reward 1 → 2, accuracy 0.900 → 0.500 since step 2"
+    assert made.stop_reason == "over-optimised at step 6: reward 1 → 2, accuracy 0.900 → 0.500 since step 2"
     assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
 
 
@@ -525,9 +543,9 @@ def test_where_no_probe_was_better_than_the_untrained_policy_it_says_so(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0)}
-    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: found[step])
     made = online("rloo", base, reward, tmp_path, max_steps=4, probe=make_probe(base, reward, stop=True))
-    assert made.steps == 2 and made.stopped.endswith(
+    assert made.steps == 2 and made.stop_reason.endswith(
         "since step 0, the untrained policy; the weights kept are the last"
     )
 
@@ -536,9 +554,9 @@ def test_without_the_flag_an_overoptimised_run_goes_on_and_says_so(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0), 4: reading(4, 0.2, 2.0)}
-    monkeypatch.setattr(Probe, "measure", lambda self, step: found[step])
+    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: found[step])
     made = online("rloo", base, reward, tmp_path, max_steps=4, probe=make_probe(base, reward))
-    assert made.steps == 4 and "over-optimised at step 4" in made.stopped
+    assert made.steps == 4 and "over-optimised at step 4" in made.stop_reason
 
 
 def test_a_probe_reads_the_policy_and_leaves_training_alone(base: Policy, reward: Reward, tmp_path: Path) -> None:
@@ -556,17 +574,17 @@ def test_a_probe_reads_the_policy_and_leaves_training_alone(base: Policy, reward
 
 def test_decoding_puts_the_training_mode_back(base: Policy) -> None:
     model = worlds.tiny_model(seed=3, width=64).train()
-    with decoding(model, base) as policy:
+    with evaluation_mode(model, base) as policy:
         assert not model.training and not torch.is_grad_enabled() and policy.model is model
     assert model.training and torch.is_grad_enabled()
 
 
 def test_log_likelihoods_are_those_of_a_plain_forward(base: Policy) -> None:
     made = [worlds.sample(base, problem, "12+3") for problem in worlds.tiny_problems()]
-    for value, one in zip(probe_room.log_likelihoods(base, made), made, strict=True):
-        ids = torch.tensor([one.prompt + one.response])
+    for value, one in zip(probe_room.compute_log_likelihoods(base, made), made, strict=True):
+        ids = torch.tensor([one.prompt_ids + one.response_ids])
         logp = base.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-        assert value == pytest.approx(float(logp[len(one.prompt) - 1 :].sum()), abs=1e-4)
+        assert value == pytest.approx(float(logp[len(one.prompt_ids) - 1 :].sum()), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -588,9 +606,9 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], words: l
 def test_traces_without_an_acceptance_are_refused(traces: list[Trace]) -> None:
     flat = [replace(trace, revisions=[], response_ids=trace.initial_ids) for trace in traces]
     for method in ("sft", "dpo"):
-        choose = partial(select_rows, method, flat, select="best", beta=1.0)
+        choose = partial(build_training_rows, method, flat, sft_selection="best", beta=1.0)
         worlds.refused(choose, "was accepted", "raise rounds")
-    assert select_rows("sft", flat, select="samples", beta=1.0).rows, "samples need no search"
+    assert build_training_rows("sft", flat, sft_selection="samples", beta=1.0).rows, "samples need no search"
 
 
 def test_traces_of_another_tokenizer_are_refused(traces: list[Trace], bases: dict[str, str]) -> None:
@@ -613,7 +631,7 @@ def test_nothing_trainable_is_refused(bases: dict[str, str], traces: list[Trace]
         train_on_traces(
             "sft",
             bases["llama"],
-            sft_rows(traces),
+            build_sft_rows(traces),
             tmp_path / "out",
             beta=1.0,
             tuning="lora",
@@ -649,20 +667,22 @@ def test_training_is_gone_on_with_only_as_it_was_begun(
 ) -> None:
     kill_at(2)
     with pytest.raises(Killed):
-        stage(tmp_path, base, reward, bases).run("rloo")
+        stage(tmp_path, base, reward, bases).train_method("rloo")
     warmer = settings(tmp_path, per_device_train_batch_size=8, learning_rate=1e-4)
     worlds.refused(
-        lambda: stage(tmp_path, base, reward, bases, config=warmer).run("rloo"),
+        lambda: stage(tmp_path, base, reward, bases, config=warmer).train_method("rloo"),
         "made with other settings",
         "learning_rate '0.0001' (was '0.005')",
     )
     shorter = settings(tmp_path, per_device_train_batch_size=8, max_grad_norm=0.1)
-    worlds.refused(lambda: stage(tmp_path, base, reward, bases, config=shorter).run("rloo"), "max_grad_norm '0.1'")
+    worlds.refused(
+        lambda: stage(tmp_path, base, reward, bases, config=shorter).train_method("rloo"), "max_grad_norm '0.1'"
+    )
     other = replace(SEARCH, beta=0.25, max_new_tokens=6)
     worlds.refused(
-        lambda: stage(tmp_path, base, reward, bases, reasoner=other, settings={"reward": "r", "beta": "0.25"}).run(
-            "rloo"
-        ),
+        lambda: stage(
+            tmp_path, base, reward, bases, reasoner=other, settings={"reward": "r", "beta": "0.25"}
+        ).train_method("rloo"),
         "beta '0.25' (was None)",
     )
 
@@ -679,21 +699,21 @@ def test_a_training_is_of_its_own_problems_traces_and_call(
 
     write(traces, 0)
     problems = worlds.tiny_problems()[:2]
-    options = TrainOptions(select="improved")
+    options = TrainOptions(sft_selection="improved")
     few = partial(stage, tmp_path, base, reward, bases, problems=problems, options=options)
     kill_at(2)
     with pytest.raises(Killed):
-        few().run("sft")
+        few().train_method("sft")
     write([replace(trace, seed=1) for trace in traces], 1)
-    worlds.refused(lambda: few().run("sft"), "made with other settings", "traces")
+    worlds.refused(lambda: few().train_method("sft"), "made with other settings", "traces")
     (tmp_path / "traces/traces-00001-00000.parquet").unlink()
-    made = few(called={"learning_rate": 0.005, "stages": "train"}).run("sft")
+    made = few(called={"learning_rate": 0.005, "stages": "train"}).train_method("sft")
     mine = [trace for trace in traces if trace.problem_id in {problem.id for problem in problems}]
-    assert made is not None and made.rows == len(sft_rows(mine, "improved").rows) < len(
-        sft_rows(traces, "improved").rows
+    assert made is not None and made.rows == len(build_sft_rows(mine, "improved").rows) < len(
+        build_sft_rows(traces, "improved").rows
     )
     note = json.loads((tmp_path / "trained/sft/train.json").read_text())
-    assert (note["traces"], note["command"]) == (traces_hash(tmp_path), "distill")
+    assert (note["traces"], note["command"]) == (hash_traces(tmp_path), "distill")
     assert note["trace_flops"] == pytest.approx(sum(trace.cost.flops for trace in mine))
     assert yaml.safe_load((tmp_path / "trained/sft/config.yaml").read_text())["stages"] == "train"
 
@@ -701,19 +721,21 @@ def test_a_training_is_of_its_own_problems_traces_and_call(
 def test_methods_that_share_beta_with_the_search_need_one(
     base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path
 ) -> None:
-    sized = replace(SEARCH, beta=None, kl=2.0)
+    sized = replace(SEARCH, beta=None, target_kl=2.0)
     for method in ("reward-weighted", "dpo", "rloo", "grpo"):
-        check = partial(stage(tmp_path, base, reward, bases, reasoner=sized).check, method)
+        check = partial(stage(tmp_path, base, reward, bases, reasoner=sized).check_method, method)
         worlds.refused(check, "needs beta", method)
-    samples = TrainOptions(select="samples")
-    worlds.refused(lambda: stage(tmp_path, base, reward, bases, options=samples).check("sft"), "acceptance metropolis")
+    samples = TrainOptions(sft_selection="samples")
+    worlds.refused(
+        lambda: stage(tmp_path, base, reward, bases, options=samples).check_method("sft"), "acceptance metropolis"
+    )
 
 
 def test_a_probe_needs_graded_problems(base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path) -> None:
-    options = TrainOptions(num_generations=4, probe_problems=3)
+    options = TrainOptions(num_generations=4, max_callback_problems=3)
     probed = [replace(problem, answer="1") for problem in worlds.tiny_problems()[:2]]
     worlds.refused(
-        lambda: stage(tmp_path, base, reward, bases, options=options, probed=probed).run("rloo"),
+        lambda: stage(tmp_path, base, reward, bases, options=options, probed=probed).train_method("rloo"),
         "only 2 training problems",
         "lower train_limit",
     )
@@ -723,28 +745,28 @@ def test_full_weights_are_not_held_to_the_base_of_an_adapter(
     base: Policy, reward: Reward, bases: dict[str, str], traces: list[Trace], tmp_path: Path
 ) -> None:
     """TRL loads the reference by the name of the model's configuration, which is the base's."""
-    offline("sft", bases["llama"], sft_rows(traces), tmp_path / "first")
+    offline("sft", bases["llama"], build_sft_rows(traces), tmp_path / "first")
     adapter = str(tmp_path / "first" / "out")
     words = ("is an adapter", "reference", "nabla-trl ship --merge")
-    pairs = preference_rows(traces)
+    pairs = build_preference_rows(traces)
     worlds.refused(lambda: offline("dpo", adapter, pairs, tmp_path / "dpo", tuning="full"), *words)
     worlds.refused(lambda: online("rloo", load_policy(adapter), reward, tmp_path / "rloo", tuning="full"), *words)
     asked = stage(
         tmp_path, base, reward, bases, policy=adapter, options=TrainOptions(tuning="full", num_generations=4)
     )
-    worlds.refused(lambda: asked.check("grpo"), *words)
-    asked.check("sft")
+    worlds.refused(lambda: asked.check_method("grpo"), *words)
+    asked.check_method("sft")
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(
     base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path
 ) -> None:
     def check(method: str, **changes: Any) -> None:
-        stage(tmp_path, base, reward, bases, **changes).check(method)
+        stage(tmp_path, base, reward, bases, **changes).check_method(method)
 
     worlds.refused(lambda: check("rloo", options=TrainOptions(num_generations=3)), "8 responses", "whole groups")
     worlds.refused(lambda: check("sft", dtype="bfloat16"), "set bf16 true")
     greedy = replace(SEARCH, temperature=0.0)
     worlds.refused(lambda: check("grpo", reasoner=greedy), "temperature must be above 0")
-    probe = TrainOptions(num_generations=4, probe_problems=3)
+    probe = TrainOptions(num_generations=4, max_callback_problems=3)
     worlds.refused(lambda: check("sft", options=probe), "only 0 training problems", "lower train_limit")

@@ -12,24 +12,24 @@ import pytest
 from lock_holder import holder
 
 from nabla_trl.utils import locks
-from nabla_trl.utils.locks import InUse, hold
+from nabla_trl.utils.locks import FolderInUse, lock_folder
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_second_launch_is_told_whose_the_folder_is(tmp_path: Path, rank: int) -> None:
     """Also where the first process of the other launch is gone, and only its second is left."""
     with holder(tmp_path, rank) as process:
-        with pytest.raises(InUse) as caught, hold(tmp_path):
+        with pytest.raises(FolderInUse) as caught, lock_folder(tmp_path):
             pass
         where = f"process {process.pid} on {socket.gethostname()}, since 2"
         assert str(caught.value).startswith(f"{tmp_path} is in use by {where}")
         assert str(caught.value).endswith("wait for it, stop it, or use another --output_dir")
-    with hold(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
 def test_the_processes_of_one_launch_share_a_folder(tmp_path: Path) -> None:
-    with hold(tmp_path), holder(tmp_path, 1), pytest.raises(InUse), hold(tmp_path, 1):
+    with lock_folder(tmp_path), holder(tmp_path, 1), pytest.raises(FolderInUse), lock_folder(tmp_path, 1):
         pass
 
 
@@ -37,12 +37,12 @@ def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with hold(tmp_path):
+        with lock_folder(tmp_path):
             pass
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
-    with hold(tmp_path):
+    with lock_folder(tmp_path):
         ready, go = os.pipe(), os.pipe()
         child = os.fork()
         if not child:
@@ -51,7 +51,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
             os._exit(0)
         os.read(ready[0], 1)
     try:
-        with hold(tmp_path):
+        with lock_folder(tmp_path):
             pass
     finally:
         os.write(go[1], b"1")
@@ -59,10 +59,10 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 
 
 def test_a_refused_launch_leaves_the_holders_note(tmp_path: Path) -> None:
-    with hold(tmp_path):
+    with lock_folder(tmp_path):
         note = next(tmp_path.iterdir()).read_text()
         for _ in range(2):
-            with pytest.raises(InUse), hold(tmp_path):
+            with pytest.raises(FolderInUse), lock_folder(tmp_path):
                 pass
         assert next(tmp_path.iterdir()).read_text() == note
 
@@ -74,7 +74,7 @@ def test_where_there_are_no_locks_it_is_said(
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(locks, "FileLock", no_flock)
-    with hold(tmp_path):
+    with lock_folder(tmp_path):
         pass
     err = capsys.readouterr().err
     assert err == f"{tmp_path} cannot be locked (Function not implemented): let no other process write there\n"

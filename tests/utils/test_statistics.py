@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from nabla_trl.evaluation.grids import build_grids, reward_rounds
+from nabla_trl.evaluation.grids import build_grids, compute_mean_reward_by_round
 from nabla_trl.utils import statistics
 
 
@@ -39,7 +39,7 @@ def test_interval_covers_the_true_accuracy(seeds):
         chance = difficulties(rng, 100)
         found = statistics.mean_interval(rng.random((100, seeds)) < chance[:, None])
         hits += found.low <= 0.5 <= found.high
-        assert (found.seeds, found.problems) == (seeds, 100)
+        assert (found.num_seeds, found.num_problems) == (seeds, 100)
     assert 0.90 <= hits / 200 <= 0.99
 
 
@@ -85,7 +85,7 @@ def test_swapping_the_sides_changes_the_sign_only():
 
 def test_sides_may_have_different_seeds_but_not_different_problems():
     a, b = by_problem(np.ones((4, 3))), by_problem(np.zeros((4, 1)))
-    assert statistics.paired_difference(a, b).seeds == 1
+    assert statistics.paired_difference(a, b).num_seeds == 1
     with pytest.raises(ValueError, match=r"one side only .*'p3'"):
         statistics.paired_difference(a, {name: one for name, one in b.items() if name != "p3"})
     with pytest.raises(ValueError, match="no problems"):
@@ -110,17 +110,17 @@ def test_share_of_gain():
     base = np.zeros((60, 1))
     whole = np.r_[np.ones((30, 1)), np.zeros((30, 1))]
     half = np.r_[np.ones((15, 1)), np.zeros((45, 1))]
-    found = statistics.share_of_gain(*map(by_problem, (half, whole, base)))
+    found = statistics.performance_gap_recovered(*map(by_problem, (half, whole, base)))
     assert found.value == pytest.approx(0.5)
     assert 0.2 < found.low < 0.5 < found.high < 0.8
-    everything = statistics.share_of_gain(*map(by_problem, (whole, whole, base)))
+    everything = statistics.performance_gap_recovered(*map(by_problem, (whole, whole, base)))
     assert (everything.low, everything.high) == pytest.approx((1, 1))
-    assert statistics.share_of_gain(*map(by_problem, (half, base, base))) is None
+    assert statistics.performance_gap_recovered(*map(by_problem, (half, base, base))) is None
 
 
 def test_missing_numbers_are_left_out_and_nothing_left_is_an_error():
     found = statistics.mean_interval([[1, math.nan], [math.nan, math.nan], [3, 5]])
-    assert (found.value, found.problems) == (2.5, 2)
+    assert (found.value, found.num_problems) == (2.5, 2)
     with pytest.raises(ValueError, match="no number"):
         statistics.mean_interval([[math.nan]])
 
@@ -139,15 +139,15 @@ def test_a_failed_or_ungraded_row_counts_as_wrong():
     ]
     grid = build_grids(rows)["greedy"]
     assert grid.columns["accuracy"].ravel().tolist() == [1, 0, 0, 1]
-    assert (grid.errors, grid.ungraded) == (1, 1)
+    assert (grid.num_errors, grid.num_ungraded) == (1, 1)
 
 
 def test_grids_do_not_depend_on_the_order_of_rows_within_a_method():
     rows = [row("nabla", f"p{p}", s, flops=10 * p + s) for p in range(3) for s in range(2)]
     one = build_grids(rows)["nabla"]
     other = build_grids([rows[i] for i in (3, 0, 5, 2, 1, 4)])["nabla"]
-    assert {key: list(value) for key, value in one.scores("flops").items()} == {
-        key: list(value) for key, value in other.scores("flops").items()
+    assert {key: list(value) for key, value in one.get_problem_values("flops").items()} == {
+        key: list(value) for key, value in other.get_problem_values("flops").items()
     }
 
 
@@ -176,9 +176,9 @@ def test_bad_rows_are_refused_by_name(rows, message):
 def test_a_reward_list_that_ended_early_is_carried_forward():
     lists = {"p0": [0.0, 4.0], "p1": [2.0, 2.0, 6.0], "p2": None}
     rows = [row("nabla", name, reward_by_round=one) for name, one in lists.items()]
-    curve = reward_rounds(build_grids(rows)["nabla"])
+    curve = compute_mean_reward_by_round(build_grids(rows)["nabla"])
     assert [one.value for one in curve] == [1, 3, 5]
-    assert reward_rounds(build_grids([row()])["greedy"]) == []
+    assert compute_mean_reward_by_round(build_grids([row()])["greedy"]) == []
 
 
 def test_a_divergence_is_optional_row_by_row():
@@ -190,7 +190,8 @@ def test_a_divergence_is_optional_row_by_row():
 
 def test_a_side_needs_both_the_interval_and_the_p_value():
     sides = [
-        statistics.side(*one) for one in ((0.1, 0.2, 0.01), (-0.2, -0.1, 0.01), (0.1, 0.2, 0.05), (-0.1, 0.1, 0.01))
+        statistics.classify_difference(*one)
+        for one in ((0.1, 0.2, 0.01), (-0.2, -0.1, 0.01), (0.1, 0.2, 0.05), (-0.1, 0.1, 0.01))
     ]
     assert sides == ["ahead", "behind", "", ""]
 
@@ -211,7 +212,7 @@ def test_items_of_one_problem_are_not_independent():
     )
     assert together.high - together.low > 5 * (apart.high - apart.low)
     assert together.value == apart.value == 0.5
-    assert (together.problems, statistics.clustered_mean(hits[:60], problems[:60], 20).problems) == (20, 2)
+    assert (together.num_problems, statistics.clustered_mean(hits[:60], problems[:60], 20).num_problems) == (20, 2)
 
 
 def test_intervals_of_items_cover_the_true_share_and_correlation():
@@ -245,7 +246,7 @@ def test_nothing_is_said_of_no_items_or_of_what_does_not_vary():
     assert statistics.clustered_correlation(none, none, none.astype(int), 3) is None
     assert statistics.clustered_correlation(np.ones(4), np.arange(4.0), np.arange(4), 4) is None
     same = statistics.clustered_mean(np.ones(4), np.array([1, 1, 1, 1]), 3)
-    assert (same.value, same.low, same.high, same.problems) == (1, 1, 1, 1)
+    assert (same.value, same.low, same.high, same.num_problems) == (1, 1, 1, 1)
 
 
 def test_an_interval_that_ends_at_zero_does_not_exclude_it():

@@ -20,30 +20,30 @@ from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
-from nabla_trl.evaluation.method import methods
+from nabla_trl.evaluation.method import list_methods
 from nabla_trl.report import samples
-from nabla_trl.report.conclusions import cost_in_words, relative_in_words, targets
+from nabla_trl.report.conclusions import evaluate_targets, format_cost, format_relative_flops
 from nabla_trl.report.html import viewer
-from nabla_trl.report.html.figures import Record, figure_data, inline_svg, page_figures
-from nabla_trl.report.summary import Summary, front, is_known, levels
-from nabla_trl.traces.storage import HELD_OUT
-from nabla_trl.utils.formatting import span
-from nabla_trl.utils.markdown import as_html, bullets, html_table
+from nabla_trl.report.html.figures import FigureRecord, collect_figure_data, plot_page_figures, render_svg
+from nabla_trl.report.summary import Summary, find_pareto_front, group_problems_by_level, has_fact
+from nabla_trl.traces.storage import EVAL_TRACES_DIR
+from nabla_trl.utils.formatting import format_interval
+from nabla_trl.utils.markdown import format_bullets, format_html_table, markdown_to_html
 from nabla_trl.utils.statistics import Interval
 
-COSTS = ("flops", "seconds", "tokens")
-MARKS = {"reached": "good", "NOT reached": "bad", "not measured": "none"}
-NO_LEVELS = "Missing: the problems have no levels, or one only, or the run's facts do not tell them."
-_SHOWN_ROWS = 400  # of a figure's data; all of it can be downloaded
+COST_TABS = ("flops", "seconds", "tokens")
+CARD_CLASSES = {"reached": "good", "NOT reached": "bad", "not measured": "none"}
+NO_LEVELS_NOTE = "Missing: the problems have no levels, or one only, or the run's facts do not tell them."
+_MAX_TABLE_ROWS = 400  # of a figure's data; all of it can be downloaded
 
 
-def page(
+def render_page(
     folder: Path,
     sections: Mapping[str, Sequence[str]],
     summary: Summary,
     rows: Sequence[Mapping],
     facts: Mapping,
-    rounds: Mapping[str, Sequence[Interval]],
+    reward_by_round: Mapping[str, Sequence[Interval]],
     figures: Mapping[str, Figure | None],
     titles: Mapping[str, str],
 ) -> str:
@@ -53,38 +53,40 @@ def page(
         sections: heading -> blocks of Markdown, as in report.md.
         figures: name -> figure; those of the page alone are added here. Their titles are taken off.
     """
-    drawn = Figures(summary, {**figures, **page_figures(summary, titles)}, figure_data(summary, rounds))
+    drawn = FigureSet(
+        summary, {**figures, **plot_page_figures(summary, titles)}, collect_figure_data(summary, reward_by_round)
+    )
     body = {
-        "Results": _results(sections, summary),
-        "Accuracy against compute": _tabs(drawn),
-        "Scaling, and is the reward being hacked?": _sound(sections, drawn),
-        samples.HEADING: _with_figures(sections[samples.HEADING], drawn),
-        "Test-time against train-time": _with_figures(sections["Test-time against train-time"], drawn),
-        "By level": _by_level(summary, facts),
-        "Traces": traces_section(folder, rows, facts, summary),
-        "Provenance": _provenance(folder, sections, summary, facts),
+        "Results": _render_results(sections, summary),
+        "Accuracy against compute": _render_cost_tabs(drawn),
+        "Scaling, and is the reward being hacked?": _render_scaling(sections, drawn),
+        samples.SAMPLES_HEADING: _render_with_figures(sections[samples.SAMPLES_HEADING], drawn),
+        "Test-time against train-time": _render_with_figures(sections["Test-time against train-time"], drawn),
+        "By level": _render_levels(summary, facts),
+        "Traces": render_traces(folder, rows, facts, summary),
+        "Provenance": _render_provenance(folder, sections, summary, facts),
     }
-    title, statement = facts["title"], as_html(sections[""][1])
+    title, statement = facts["title"], markdown_to_html(sections[""][1])
     parts = {
         "title": html.escape(title),
-        "style": _asset("style.css"),
+        "style": _read_asset("style.css"),
         "statement": statement,
-        "nav": "".join(f'<a href="#{_anchor(name)}">{html.escape(name)}</a>' for name in body),
+        "nav": "".join(f'<a href="#{_make_anchor(name)}">{html.escape(name)}</a>' for name in body),
         "body": "\n".join(
-            f'<section id="{_anchor(name)}"><h2>{html.escape(name)}</h2>\n{text}\n</section>'
+            f'<section id="{_make_anchor(name)}"><h2>{html.escape(name)}</h2>\n{text}\n</section>'
             for name, text in body.items()
         ),
         "summary": json.dumps(summary, allow_nan=False).replace("<", "\\u003c"),
-        "script": _asset("page.js") + _asset("trace.js") + _asset("viewer.js"),
+        "script": _read_asset("page.js") + _read_asset("trace.js") + _read_asset("viewer.js"),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("template.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read_asset("template.html"))
 
 
-def _asset(name: str) -> str:
+def _read_asset(name: str) -> str:
     return (files("nabla_trl.report.html") / "web" / name).read_text(encoding="utf-8")
 
 
-def _anchor(name: str) -> str:
+def _make_anchor(name: str) -> str:
     return re.sub(r"\W+", "-", name.lower()).strip("-")
 
 
@@ -92,45 +94,45 @@ def _anchor(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Figures:
+class FigureSet:
     """Figures by name, each with the numbers it shows."""
 
     summary: Summary
     figures: Mapping[str, Figure | None]
-    data: Mapping[str, Sequence[Record]]
+    data: Mapping[str, Sequence[FigureRecord]]
 
-    def html(self, name: str) -> str:
+    def render_html(self, name: str) -> str:
         """A figure with its data one click away; a sentence where it could not be drawn."""
         figure = self.figures.get(name)
         if figure is None:
             return f"<p>Not drawn for want of rows or facts: {name.replace('_', ' ')}.</p>"
-        title, subject, svg = inline_svg(figure, name, self.summary)
+        title, subject, svg = render_svg(figure, name, self.summary)
         caption = f"<figcaption><b>{html.escape(title)}</b> <span>{html.escape(subject)}</span></figcaption>"
         plot = f'<div class="plot" tabindex="0">{svg}</div>'
-        return f'<figure id="figure-{name}">{caption}{plot}{data_html(name, self.data[name])}</figure>'
+        return f'<figure id="figure-{name}">{caption}{plot}{render_data(name, self.data[name])}</figure>'
 
 
-def data_html(name: str, records: Sequence[Record]) -> str:
+def render_data(name: str, records: Sequence[FigureRecord]) -> str:
     """Numbers behind a click: a table, and downloads as CSV and JSON that the page holds itself."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(records[0]) if records else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
-    links = _download(f"{name}.csv", "text/csv", out.getvalue())
-    links += " " + _download(f"{name}.json", "application/json", json.dumps(records, indent=1))
+    links = _render_download(f"{name}.csv", "text/csv", out.getvalue())
+    links += " " + _render_download(f"{name}.json", "application/json", json.dumps(records, indent=1))
     heads = [html.escape(one.replace("_", " ")) for one in (records[0] if records else ())]
-    lines = [[_plain(one) for one in record.values()] for record in islice(records, _SHOWN_ROWS)]
+    lines = [[_format_value(one) for one in record.values()] for record in islice(records, _MAX_TABLE_ROWS)]
     more = len(records) - len(lines)
     note = f"<p>{more} more rows are in the downloads.</p>" if more > 0 else ""
-    table = html_table(heads, lines)
+    table = format_html_table(heads, lines)
     return f'<details class="data"><summary>Data</summary><p class="links">{links}</p>{table}{note}</details>'
 
 
-def _download(name: str, kind: str, text: str) -> str:
+def _render_download(name: str, kind: str, text: str) -> str:
     return f'<a download="{name}" href="data:{kind};charset=utf-8,{quote(text)}">{name}</a>'
 
 
-def _plain(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.6g}" if isinstance(value, float) else html.escape(str(value))
@@ -139,70 +141,72 @@ def _plain(value: object) -> str:
 # --- sections -----------------------------------------------------------------------------------------
 
 
-def _blocks(blocks: Sequence[str]) -> str:
-    return "\n".join(map(as_html, blocks))
+def _render_blocks(blocks: Sequence[str]) -> str:
+    return "\n".join(map(markdown_to_html, blocks))
 
 
-def _folded(title: str, content: str) -> str:
+def _render_details(title: str, content: str) -> str:
     return f"<details><summary>{title}</summary>{content}</details>"
 
 
-def _results(sections: Mapping[str, Sequence[str]], summary: Summary) -> str:
+def _render_results(sections: Mapping[str, Sequence[str]], summary: Summary) -> str:
     cards = "".join(
-        f'<li class="{MARKS[verdict]}"><b>{html.escape(verdict)}</b><span>{html.escape(target)}</span>'
+        f'<li class="{CARD_CLASSES[verdict]}"><b>{html.escape(verdict)}</b><span>{html.escape(target)}</span>'
         f"<small>{html.escape(measured)}</small></li>"
-        for target, measured, verdict in targets(summary)
+        for target, measured, verdict in evaluate_targets(summary)
     )
-    note = "\n".join(map(as_html, sections["Figures to reach"][1:]))
+    note = "\n".join(map(markdown_to_html, sections["Figures to reach"][1:]))
     return "\n".join(
         [
             f'<ul class="cards">{cards}</ul>',
-            _headline(summary) if methods(summary) else as_html(sections["Results"][0]),
-            *map(as_html, sections["Results"][1:]),
-            _folded("Verdict, comparison by comparison", _blocks(sections["Verdict"]) + note),
-            _folded("Paired differences of accuracy", _blocks(sections["Paired differences of accuracy"])),
+            _render_method_table(summary) if list_methods(summary) else markdown_to_html(sections["Results"][0]),
+            *map(markdown_to_html, sections["Results"][1:]),
+            _render_details("Verdict, comparison by comparison", _render_blocks(sections["Verdict"]) + note),
+            _render_details(
+                "Paired differences of accuracy", _render_blocks(sections["Paired differences of accuracy"])
+            ),
         ]
     )
 
 
-def _headline(summary: Summary) -> str:
+def _render_method_table(summary: Summary) -> str:
     heads = ["method", "accuracy", "", "reward", "FLOPs", "× best_of_16", "seconds", "tokens", "seeds", "errors"]
-    best = front(summary, "flops")
+    best = find_pareto_front(summary, "flops")
     lines = []
-    for method in methods(summary):
+    for method in list_methods(summary):
         one, reward = summary[f"accuracy.{method}"], summary.get(f"reward.{method}")
         mark = ' <b title="Pareto front">●</b>' if method in best else ""
         cells = [
             f"<code>{html.escape(method)}</code>{mark}",
-            _valued(span(one), one["value"]),
-            _bar(one),
-            _valued(span(reward, ".3g"), reward["value"]) if reward else "–",
-            _cost(summary, "flops", method),
-            relative_in_words(summary, method),
-            _cost(summary, "seconds", method),
-            _cost(summary, "tokens", method),
+            _render_sortable(format_interval(one), one["value"]),
+            _render_interval_bar(one),
+            _render_sortable(format_interval(reward, ".3g"), reward["value"]) if reward else "–",
+            _render_cost(summary, "flops", method),
+            format_relative_flops(summary, method),
+            _render_cost(summary, "seconds", method),
+            _render_cost(summary, "tokens", method),
             str(one["seeds"]),
             str(round(summary[f"errors.{method}"]["value"])),
         ]
         lines.append(cells)
     note = '<p class="note">● on the Pareto front of accuracy and FLOPs. A heading sorts by its column.</p>'
-    return f"{html_table(heads, lines, 'headline')}\n{note}"
+    return f"{format_html_table(heads, lines, 'headline')}\n{note}"
 
 
-def _cost(summary: Summary, cost: str, method: str) -> str:
+def _render_cost(summary: Summary, cost: str, method: str) -> str:
     one = summary.get(f"{cost}.{method}")
     if one is None:
         return "–"
-    words = f"{one['value']:.0f}" if cost == "tokens" else cost_in_words(summary, cost, method)
-    return _valued(words, one["value"])
+    words = f"{one['value']:.0f}" if cost == "tokens" else format_cost(summary, cost, method)
+    return _render_sortable(words, one["value"])
 
 
-def _valued(words: str, value: float) -> str:
+def _render_sortable(words: str, value: float) -> str:
     """Text in a cell that sorts by a number."""
     return f'{words}<data value="{value!r}"></data>'
 
 
-def _bar(one: Mapping[str, float]) -> str:
+def _render_interval_bar(one: Mapping[str, float]) -> str:
     low, value, high = (100 * one[side] for side in ("low", "value", "high"))
     return (
         '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
@@ -211,46 +215,49 @@ def _bar(one: Mapping[str, float]) -> str:
     )
 
 
-def _tabs(drawn: Figures) -> str:
-    panels = "".join(f'<div data-tab="{cost}">{drawn.html("accuracy_" + cost)}</div>' for cost in COSTS)
+def _render_cost_tabs(figures: FigureSet) -> str:
+    panels = "".join(f'<div data-tab="{cost}">{figures.render_html("accuracy_" + cost)}</div>' for cost in COST_TABS)
     return f'<div class="tabs">{panels}</div>'
 
 
-def _sound(sections: Mapping[str, Sequence[str]], drawn: Figures) -> str:
-    pictures = [drawn.html(name) for name in ("scaling", "reward_accuracy", "reward_rounds")]
-    return "\n".join([*pictures, *map(as_html, sections["Is the reward sound under search?"])])
+def _render_scaling(sections: Mapping[str, Sequence[str]], figures: FigureSet) -> str:
+    pictures = [figures.render_html(name) for name in ("scaling", "reward_accuracy", "reward_rounds")]
+    return "\n".join([*pictures, *map(markdown_to_html, sections["Is the reward sound under search?"])])
 
 
-def _with_figures(blocks: Sequence[str], drawn: Figures) -> str:
+def _render_with_figures(blocks: Sequence[str], figures: FigureSet) -> str:
     """A section of report.md, its images replaced by the page's own figures."""
 
     def shown(block: str) -> str:
         image = re.fullmatch(r"!\[[^]]*\]\(plots/(\w+)\.png\)", block)
-        return drawn.html(image[1]) if image else as_html(block)
+        return figures.render_html(image[1]) if image else markdown_to_html(block)
 
     return "\n".join(map(shown, blocks))
 
 
-def _by_level(summary: Summary, facts: Mapping) -> str:
-    found = levels(facts)
+def _render_levels(summary: Summary, facts: Mapping) -> str:
+    found = group_problems_by_level(facts)
     if not found:
-        return f"<p>{NO_LEVELS}</p>"
+        return f"<p>{NO_LEVELS_NOTE}</p>"
     keys = ("low", "high", "seeds", "problems")
     records = [
         {"level": level, "method": method, "accuracy": one["value"], **{key: one[key] for key in keys}}
         for level in found
-        for method in methods(summary)
+        for method in list_methods(summary)
         if (one := summary.get(f"level.{level}.{method}"))
     ]
     heads = ["method", *(f"{html.escape(level)} <small>n = {len(own)}</small>" for level, own in found.items())]
     lines = [
-        [f"<code>{html.escape(method)}</code>", *(_level_cell(summary.get(f"level.{one}.{method}")) for one in found)]
-        for method in methods(summary)
+        [
+            f"<code>{html.escape(method)}</code>",
+            *(_render_level_cell(summary.get(f"level.{one}.{method}")) for one in found),
+        ]
+        for method in list_methods(summary)
     ]
-    return html_table(heads, lines, "levels") + data_html("levels", records)
+    return format_html_table(heads, lines, "levels") + render_data("levels", records)
 
 
-def _level_cell(one: Mapping[str, float] | None) -> str:
+def _render_level_cell(one: Mapping[str, float] | None) -> str:
     if one is None:
         return "–"
     words = f"{one['value']:.3f}<small>[{one['low']:.2f}, {one['high']:.2f}]</small>"
@@ -260,32 +267,36 @@ def _level_cell(one: Mapping[str, float] | None) -> str:
 # --- traces and provenance ----------------------------------------------------------------------------
 
 
-def traces_section(folder: Path, rows: Sequence[Mapping], facts: Mapping, summary: Summary) -> str:
+def render_traces(folder: Path, rows: Sequence[Mapping], facts: Mapping, summary: Summary) -> str:
     """The viewer's frame; what it shows lies in report_data/. Damaged traces do not keep a report from being made."""
-    sources, notes = [folder / name for name in ("traces", HELD_OUT)], []
+    sources, notes = [folder / name for name in ("traces", EVAL_TRACES_DIR)], []
     try:
-        tokens = next((found for source in sources if (found := viewer.Tokens.read(source)).texts), viewer.Tokens())
-        training, held_out = (viewer.stored_traces(source) for source in sources)
-        shown = viewer.write_data(folder, training, held_out, tokens, rows, facts, summary)
+        tokens = next(
+            (found for source in sources if (found := viewer.TokenTable.read(source)).texts), viewer.TokenTable()
+        )
+        training, held_out = (viewer.iterate_traces(source) for source in sources)
+        shown = viewer.write_viewer_data(folder, training, held_out, tokens, rows, facts, summary)
         if shown["traces"] and not tokens.texts:
             notes.append("The traces come without tokens.json, so tokens are shown by their ids.")
-        if shown["traces"] == viewer.MOST_TRACES:
-            notes.append(f"The first {viewer.MOST_TRACES} traces are shown.")
+        if shown["traces"] == viewer.MAX_TRACES:
+            notes.append(f"The first {viewer.MAX_TRACES} traces are shown.")
     except ValueError as error:
-        viewer.write_data(folder, (), (), viewer.Tokens(), rows, facts, summary)
+        viewer.write_viewer_data(folder, (), (), viewer.TokenTable(), rows, facts, summary)
         notes.append(f"The traces cannot be shown: {error}")
     text = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    return text + _asset("viewer.html")
+    return text + _read_asset("viewer.html")
 
 
-def _provenance(folder: Path, sections: Mapping[str, Sequence[str]], summary: Summary, facts: Mapping) -> str:
-    extra = [f"hardware: {facts['hardware']}"] if is_known(facts, "hardware") else []
+def _render_provenance(folder: Path, sections: Mapping[str, Sequence[str]], summary: Summary, facts: Mapping) -> str:
+    extra = [f"hardware: {facts['hardware']}"] if has_fact(facts, "hardware") else []
     command, made_with = sections["Provenance"]
     settings = folder / "config.yaml"
-    parts = [as_html(command), as_html(f"{made_with}\n{bullets(extra)}".rstrip())]
+    parts = [markdown_to_html(command), markdown_to_html(f"{made_with}\n{format_bullets(extra)}".rstrip())]
     if settings.is_file():
-        parts.append(_folded("config.yaml", f"<pre>{html.escape(settings.read_text(encoding='utf-8'))}</pre>"))
-    parts.append(_folded("Files", _blocks(sections["Files"])))
-    whole = _download("summary.json", "application/json", json.dumps(summary, indent=1, allow_nan=False))
-    facts_link = _download("facts.json", "application/json", json.dumps(dict(facts), indent=1, ensure_ascii=False))
+        parts.append(_render_details("config.yaml", f"<pre>{html.escape(settings.read_text(encoding='utf-8'))}</pre>"))
+    parts.append(_render_details("Files", _render_blocks(sections["Files"])))
+    whole = _render_download("summary.json", "application/json", json.dumps(summary, indent=1, allow_nan=False))
+    facts_link = _render_download(
+        "facts.json", "application/json", json.dumps(dict(facts), indent=1, ensure_ascii=False)
+    )
     return "\n".join([*parts, f'<p class="links">All numbers: {whole} {facts_link}</p>'])
