@@ -42,7 +42,7 @@ test: $(STAMP)
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/research/compare.py --config recipes/tiny/compare.yaml
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/research/compare.py --config recipes/tiny/compare.yaml \
-		--reward logratio:data/tiny/clean --sample_min_p 0.02 --output_dir outputs/tiny-compare-logratio
+		--reward logratio:data/tiny/clean --min_p 0.02 --output_dir outputs/tiny-compare-logratio
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,9 +2,9 @@
 
     accelerate launch recipes/distill.py --config recipes/tiny/distill.yaml
     accelerate launch recipes/distill.py --config recipes/gsm8k/distill.yaml \
-        --policy Qwen/Qwen2.5-0.5B-Instruct --reward PATH_OR_HUB_ID --dataset gsm8k --method sft rloo
+        --policy Qwen/Qwen2.5-0.5B-Instruct --reward PATH_OR_HUB_ID --dataset gsm8k --train_methods sft rloo
 
-Stages: traces (audit the reward, refine the training problems), train (one policy per `--method`: sft, reward-weighted
+Stages: traces (audit the reward, refine the training problems), train (one policy per `--train_methods`: sft, reward-weighted
 and dpo on the traces, rloo and grpo on what the policy draws), evaluate (every method on held-out problems), report.
 Each resumes where it was stopped and is skipped when its output is there; `--stages evaluate,report` runs only those.
 """

@@ -246,7 +246,9 @@ class RewardRun:
         some = self._select_process_share(
             (self.train_problems[first:] + self.train_problems[:first])[: self.args.max_search_problems]
         )
-        config = replace(self.search_config, max_rounds=self.args.max_audit_rounds, patience=0, max_rollouts=0, max_flops=0.0)
+        config = replace(
+            self.search_config, max_rounds=self.args.max_audit_rounds, patience=0, max_rollouts=0, max_flops=0.0
+        )
         pool = draw_pool(
             some,
             self.args.audit_samples,

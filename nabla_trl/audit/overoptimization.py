@@ -101,7 +101,9 @@ def audit_overoptimization(
         curves[name] = compute_search_curve(rows, policy, checker, config.max_rounds)
         errors += sum(trace.error is not None for row in rows for trace in row)
     own = curves[config.method]
-    trust = ValidatedLimits(max_samples=ranking_audit.validated_samples, max_rounds=own.overoptimization.validated_budget)
+    trust = ValidatedLimits(
+        max_samples=ranking_audit.validated_samples, max_rounds=own.overoptimization.validated_budget
+    )
     return OveroptimizationAudit(len(graded), tuple(seeds), curves, errors, trust, own.conclusion)
 
 

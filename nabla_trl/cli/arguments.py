@@ -57,7 +57,7 @@ class ModelArguments:
     device: str | None = _option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
     audit_file: str | None = _option(
         None,
-        "what nabla-trl audit --pressure --output wrote about this reward: a search for more rounds than it trusts is "
+        "what nabla-trl audit --over_optimization --output_file wrote about this reward: a search for more rounds than it trusts is "
         "warned of; a reward.json tells the same of its folder",
     )
     vllm_url: str | None = _option(None, VLLM_URL_HELP)
@@ -227,13 +227,13 @@ class AuditArguments:
     )
     num_swaps: int = _option(1000, "--gradient: single-token swaps to compare predicted with true changes on")
     over_optimization: bool = _option(False, "audit the search: does accuracy fall as it goes on?")
-    max_rounds: int = _option(16, "--pressure: rounds of the search, which else is as by default")
+    max_rounds: int = _option(16, "--over_optimization: rounds of the search, which else is as by default")
     beta: float | None = _option(
-        None, "--gradient, --pressure: KL coefficient β of the search; empty = its own default, a KL budget"
+        None, "--gradient, --over_optimization: KL coefficient β of the search; empty = its own default, a KL budget"
     )
-    top_k_candidates: int = _option(16, "--gradient, --pressure: policy tokens considered per position")
+    top_k_candidates: int = _option(16, "--gradient, --over_optimization: policy tokens considered per position")
     candidate_min_p: float = _option(
-        0.02, "--gradient, --pressure: drop candidates below this fraction of the position's likeliest token"
+        0.02, "--gradient, --over_optimization: drop candidates below this fraction of the position's likeliest token"
     )
 
     def __post_init__(self) -> None:

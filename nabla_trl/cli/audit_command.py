@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from nabla_trl.rewards.reward import Reward
     from nabla_trl.utils.statistics import Interval
 
-AUDIT_HELP = """--json prints one object, and --output writes the same, after each part
+AUDIT_HELP = """--json prints one object, and --output_file writes the same, after each part
 what is found so far:
   policy, reward              as they were named
   problems, samples, accuracy, best_of_n, reward_of_n, auc, correlation,
   length_correlation, trusted_samples, verdict   of the samples
   gradient                    of --gradient, else null: points {name: ...}, best,
                               baseline (no gradient), verdict
-  pressure                    of --pressure, else null: curves {nabla, control},
+  pressure                    of --over_optimization, else null: curves {nabla, control},
                               verdict
-  trust                       of --pressure, else null: {samples, rounds} that
+  trust                       of --over_optimization, else null: {samples, rounds} that
                               the reward may be searched with; other commands
                               read it by --audit FILE"""
 
@@ -46,9 +46,9 @@ def run_audit(argv: Sequence[str]) -> int:
     parser = Parser(
         [ModelArguments, AuditArguments],
         prog="nabla-trl audit",
-        usage="nabla-trl audit --policy P --reward R --dataset D [--gradient] [--pressure] [options]",
+        usage="nabla-trl audit --policy P --reward R --dataset D [--gradient] [--over_optimization] [options]",
         description="Measure whether a reward prefers right answers among samples of the policy, before anything "
-        "searches with it;\nwith --gradient whether its gradient says which token to change, with --pressure how far "
+        "searches with it;\nwith --gradient whether its gradient says which token to change, with --over_optimization how far "
         "a search may go.",
         epilog=AUDIT_HELP,
     )

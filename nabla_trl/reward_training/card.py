@@ -75,7 +75,7 @@ def _render_usage(manifest: RewardManifest) -> str:
     return f"""\
 ```sh
 nabla-trl solve QUESTION --policy {manifest.policy} --reward THIS_FOLDER
-nabla-trl audit --policy {manifest.policy} --reward THIS_FOLDER --dataset D --gradient --pressure
+nabla-trl audit --policy {manifest.policy} --reward THIS_FOLDER --dataset D --gradient --over_optimization
 ```
 """
 

@@ -185,10 +185,10 @@ def _prepare_objective_args(
     )
     return {
         "model": model,
-        "size": measure_model_size(model, "reward"),
-        "mapping": mapping,
+        "model_size": measure_model_size(model, "reward"),
+        "vocab_map": mapping,
         "encode_prompt": make_template_prompt_encoder(tokenizer, mapping, name, get_context_length(model)),
-        "tail": get_turn_end_ids(tokenizer),
+        "turn_end_ids": get_turn_end_ids(tokenizer),
         "stop_ids": policy.stop_ids,
     }
 

@@ -327,7 +327,7 @@ def _parse_uncertainty_penalty(spec: str, text: str | None) -> float:
 
 
 def read_validated_limits(file: str | Path, *, policy: str, reward: str) -> ValidatedLimits:
-    """The trust in an audit that `nabla-trl audit --pressure --output FILE` wrote.
+    """The trust in an audit that `nabla-trl audit --over_optimization --output_file FILE` wrote.
 
     Raises:
         ValueError: no such file, broken, without trust, or of another policy or reward.
@@ -336,11 +336,13 @@ def read_validated_limits(file: str | Path, *, policy: str, reward: str) -> Vali
         found = _read_json_object(Path(file))
         for name, asked in (("policy", policy), ("reward", reward)):
             if name not in found:
-                raise ValueError(f"{name!r} is missing: is it an audit by nabla-trl audit --pressure --output?")
+                raise ValueError(
+                    f"{name!r} is missing: is it an audit by nabla-trl audit --over_optimization --output_file?"
+                )
             if not is_same_model(str(found[name]), asked):
                 raise ValueError(f"this is an audit of the {name} {found[name]}, not of {asked}")
         if found.get("trust") is None:
-            raise ValueError("the audit tells no trust: make it with nabla-trl audit --pressure")
+            raise ValueError("the audit tells no trust: make it with nabla-trl audit --over_optimization")
         return _parse_validated_limits(found["trust"])
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error

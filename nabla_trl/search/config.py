@@ -24,17 +24,17 @@ _PAPER_OPTIONS: dict[str, Any] = {
     "solver": "ste",
     "proposals": "sequential",
     "beta": 1.0,
-    "rollouts": 8,
-    "restart": False,
-    "rounds": 0,
+    "max_rollouts": 8,
+    "restarts": False,
+    "max_rounds": 0,
     "temperature": 0.7,
-    "steps": 20,
-    "lr": 0.01,
-    "lr_end": 0.001,
-    "tau": 1.0,
-    "direct": True,
-    "postfix": True,
-    "moving": "all",
+    "ste_steps": 20,
+    "ste_learning_rate": 0.01,
+    "ste_final_learning_rate": 0.001,
+    "ste_tau": 1.0,
+    "likelihood_token_grad": True,
+    "likelihood_suffix_grad": True,
+    "optimize_positions": "all",
     "confidence": 0.97,
     "resample_temperature": 0.5,
 }
@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "released": {
         **_PAPER_OPTIONS,
         "beta": 0.001,
-        "moving": "first",
+        "optimize_positions": "first",
         "temperature": 0.6,
         "top_p": 0.95,
         "resample_top_p": 0.95,
@@ -56,17 +56,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Options that only one solver, one kind of proposal or one acceptance reads, with their defaults.
 _STE_DEFAULTS = {
-    "steps": 20,
-    "lr": 0.01,
-    "lr_end": 0.001,
-    "tau": 1.0,
-    "direct": True,
-    "postfix": True,
-    "moving": "all",
+    "ste_steps": 20,
+    "ste_learning_rate": 0.01,
+    "ste_final_learning_rate": 0.001,
+    "ste_tau": 1.0,
+    "likelihood_token_grad": True,
+    "likelihood_suffix_grad": True,
+    "optimize_positions": "all",
 }
-_MIRROR_DEFAULTS = {"point": None, "step": 1.0, "shuffle": False}  # point: the reward's own
-_SEQUENTIAL_DEFAULTS = {"confidence": 0.97, "gradient_norm": 0.0, "resample_temperature": 0.5, "resample_top_p": 1.0}
-_METROPOLIS_DEFAULTS = {"redraw": 0.1}
+_MIRROR_DEFAULTS = {"gradient_at": None, "step_size": 1.0, "shuffle_gradient": False}  # point: the reward's own
+_SEQUENTIAL_DEFAULTS = {
+    "confidence": 0.97,
+    "min_gradient_norm": 0.0,
+    "resample_temperature": 0.5,
+    "resample_top_p": 1.0,
+}
+_METROPOLIS_DEFAULTS = {"independence_prob": 0.1}
 # Without a β, branches are moved from the policy's by this much (EXPERIMENTS.md).
 DEFAULT_TARGET_KL = 2.0
 
@@ -170,10 +175,10 @@ class SearchConfig:
         self._apply_defaults(_SEQUENTIAL_DEFAULTS, self.proposals == "sequential", "sequential proposals")
         self._apply_defaults(_METROPOLIS_DEFAULTS, self.acceptance == "metropolis", "acceptance metropolis")
         self._set_beta_or_target_kl()
-        for name in ("rounds", "rollouts", "flops", "patience"):
+        for name in ("max_rounds", "max_rollouts", "max_flops", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative")
-        for name in ("starts", "chains", "branches", "candidates", "batch_size"):
+        for name in ("num_starts", "num_chains", "proposals_per_round", "top_k_candidates", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         if self.num_chains > self.num_starts:
@@ -197,7 +202,7 @@ class SearchConfig:
         if self.gradient_at is not None:
             self.get_gradient_point()
         if self.solver == "ste":
-            self._check_choice("moving", OPTIMIZE_POSITIONS)
+            self._check_choice("optimize_positions", OPTIMIZE_POSITIONS)
             self.get_ste_config()
         if self.proposals == "sequential":
             self.get_scan_config()
@@ -266,7 +271,7 @@ class SearchConfig:
 
     def with_no_gradient(self) -> SearchConfig:
         """The same loop without the gradient."""
-        unset: dict[str, Any] = dict.fromkeys([*_STE_DEFAULTS, *_MIRROR_DEFAULTS, "kl"])
+        unset: dict[str, Any] = dict.fromkeys([*_STE_DEFAULTS, *_MIRROR_DEFAULTS, "target_kl"])
         return replace(self, solver="none", **unset)
 
     def with_shuffled_gradient(self) -> SearchConfig:
@@ -314,7 +319,8 @@ class SearchConfig:
         )
 
     def get_ste_config(self) -> SteConfig:
-        return SteConfig(**{name: getattr(self, name) for name in ("steps", "lr", "lr_end", "tau")})
+        names = ("steps", "learning_rate", "final_learning_rate", "tau")
+        return SteConfig(**{name: getattr(self, f"ste_{name}") for name in names})
 
     def get_scan_config(self) -> ScanConfig:
         return ScanConfig(**{name: getattr(self, name) for name in _SEQUENTIAL_DEFAULTS})

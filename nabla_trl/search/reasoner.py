@@ -87,7 +87,9 @@ class NablaReasoner:
         if isinstance(problems, str | Problem) or (problems and isinstance(problems[0], dict)):
             return self.solve([problems], seed=seed, on_round=on_round)[0]
         asked = [as_problem(question, index) for index, question in enumerate(problems)]
-        return run_search(asked, policy=self.policy, reward=self.reward, config=self.config, seed=seed, on_round=on_round)
+        return run_search(
+            asked, policy=self.policy, reward=self.reward, config=self.config, seed=seed, on_round=on_round
+        )
 
 
 def as_problem(question: Question, index: int = 0) -> Problem:

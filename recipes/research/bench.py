@@ -1,6 +1,6 @@
 """What a search costs, and where the rest goes: measured against the plain way, on one machine, in one run.
 
-    python recipes/research/bench.py --policy P --reward R --output bench.json
+    python recipes/research/bench.py --policy P --reward R --output_file bench.json
     python recipes/research/bench.py --policy P --parts plain --problems 32 --plain_problems 4      # reward: a random head
     python recipes/research/bench.py --parts gradient --dtype bfloat16 --widths 896 1536 --layers 24    # on a GPU
 

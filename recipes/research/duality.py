@@ -161,7 +161,11 @@ class DualityStudy:
                 rows.append(
                     duality_report.make_empirical_row(self.cases, laws, name, budget, noise_floor=floor, flops=flops)
                 )
-            print(f"{name}: {rows[-1].measures.kl_optimum:.3f} nats at {rows[-1].size} steps", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {rows[-1].measures.kl_optimum:.3f} nats at {rows[-1].size} steps",
+                file=sys.stderr,
+                flush=True,
+            )
         return rows
 
     def compute_trained_rows(self, checkpoints: Sequence[PolicyCheckpoint]) -> list[DualityRow]:

@@ -181,7 +181,13 @@ class DualityTrainer:
             return build_sft_rows(traces, "samples", include_unfinished=True), traces
         traces = self._draw_traces(
             "draws",
-            replace(self.search_config.with_no_gradient(), acceptance="greedy", independence_prob=None, max_rounds=0, max_rollouts=1),
+            replace(
+                self.search_config.with_no_gradient(),
+                acceptance="greedy",
+                independence_prob=None,
+                max_rounds=0,
+                max_rollouts=1,
+            ),
         )
         if method == "reward-weighted":
             return build_weighted_rows(traces, self.beta, include_unfinished=True), traces

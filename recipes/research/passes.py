@@ -161,7 +161,9 @@ def read_memory_status(name: str) -> int:
 def measure_peak_memory(spec: PassSpec) -> int:
     """Most bytes that a pass holds beside the model: of this process, which must be fresh, or of a GPU's allocator."""
     model = make_random_model(spec)
-    run_pass(replace(spec, batch_size=1, prompt_length=2, response_length=4), model)  # libraries take some memory for good when first used
+    run_pass(
+        replace(spec, batch_size=1, prompt_length=2, response_length=4), model
+    )  # libraries take some memory for good when first used
     if spec.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(spec.device)
         before = torch.cuda.memory_allocated(spec.device)

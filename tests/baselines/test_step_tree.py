@@ -450,7 +450,9 @@ def test_what_the_reward_cannot_read_is_dropped(name: str, options: dict, tiny: 
     assert any(trace.error is None for trace in found)
     assert all(unknown not in trace.response_ids for trace in found)
     readable[:] = False
-    for trace in run(name, tiny, replace(reward, in_vocabulary=readable, stop_ids=frozenset()), PROBLEMS[:1], **options):
+    for trace in run(
+        name, tiny, replace(reward, in_vocabulary=readable, stop_ids=frozenset()), PROBLEMS[:1], **options
+    ):
         assert "cannot read any response" in str(trace.error) and trace.cost.flops > 0
 
 

@@ -17,7 +17,7 @@ from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.registry import compute_task_version
 from nabla_trl.traces.storage import read_traces
 
-SEARCH = ["--rounds", "3", "--max_new_tokens", "10"]
+SEARCH = ["--max_rounds", "3", "--max_new_tokens", "10"]
 
 
 @pytest.fixture(scope="session")
@@ -153,7 +153,7 @@ def test_the_question_from_stdin(capsys, models, monkeypatch, tmp_path):
 def test_preset_file_and_flags_reach_the_search(capsys, models, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("preset: paper\nrollouts: 3\nsteps: 4\nmax_new_tokens: 6\n", encoding="utf-8")
-    assert main(["solve", "1+2", *models, "--json", f"--config={path}", "--steps", "2"]) == 0
+    assert main(["solve", "1+2", *models, "--json", f"--config={path}", "--ste_steps", "2"]) == 0
     used = json.loads(capsys.readouterr().out)["meta"]["config_hash"]
     assert used == SearchConfig.from_preset("paper", max_rollouts=3, ste_steps=2, max_new_tokens=6).compute_hash()
 
@@ -166,13 +166,13 @@ def test_an_adapter_changes_the_policy(capsys, models, world):
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["1+2", "--rounds", "many"], 2, "argument --rounds: invalid int value"),
-        (["1+2", "--ruonds", "3"], 2, "unknown option --ruonds (did you mean --rounds?)"),
+        (["1+2", "--max_rounds", "many"], 2, "argument --max_rounds: invalid int value"),
+        (["1+2", "--ruonds", "3"], 2, "unknown option --ruonds (did you mean --max_rounds?)"),
         ([], 2, "required: question"),
         ([" "], 1, "the question is empty"),
         (["1\udcff2"], 1, "the question is no UTF-8 text"),
         (["1+2", "--preset", "papr"], 1, "unknown preset 'papr'"),
-        (["1+2", "--steps", "3"], 1, "steps belongs to solver ste"),
+        (["1+2", "--ste_steps", "3"], 1, "steps belongs to solver ste"),
         (["1+2", "--config", "no/such.yaml"], 1, "cannot read no/such.yaml: No such file"),
         (["1+2", "--adapter", "no/adapter"], 1, "cannot put adapter no/adapter"),
         (["1+2", "--device", "warp:9"], 1, "cannot use device 'warp:9'"),
@@ -220,7 +220,7 @@ def test_a_file_with_an_unknown_or_an_ill_typed_key(capsys, models, tmp_path):
 
 def test_traces_are_made_once(capsys, models, dataset, tmp_path, monkeypatch):
     argv = ["traces", *models, *dataset, *SEARCH, "--output_dir", str(tmp_path), "--batch_size", "4"]
-    assert main([*argv, "--limit", "4"]) == 0
+    assert main([*argv, "--max_problems", "4"]) == 0
     capsys.readouterr()
     assert main(argv) == 0  # goes on with the two that are missing
     assert f"2 traces made, 4 were there: {tmp_path / 'traces'}" in capsys.readouterr().out
@@ -239,10 +239,10 @@ def test_traces_are_made_once(capsys, models, dataset, tmp_path, monkeypatch):
 
 
 def test_traces_made_with_other_settings_are_not_mixed(capsys, models, dataset, tmp_path):
-    argv = ["traces", *models, *dataset, *SEARCH, "--output_dir", str(tmp_path), "--limit", "1"]
+    argv = ["traces", *models, *dataset, *SEARCH, "--output_dir", str(tmp_path), "--max_problems", "1"]
     assert main(argv) == 0
     capsys.readouterr()
-    assert main([*argv, "--rounds", "4", "--batch_size", "7"]) == 1
+    assert main([*argv, "--max_rounds", "4", "--batch_size", "7"]) == 1
     assert "now rounds '4' (was '3'): use another --output_dir" in error_line(capsys)
 
 
@@ -257,7 +257,7 @@ def test_a_problem_that_fails_is_counted_and_named(capsys, models, tmp_path):
 
 
 def evaluation(models: list[str], dataset: list[str], folder: Path, methods: str, *more: str) -> list[str]:
-    flags = ["--methods", methods, "--seeds", "0", "1", "--output_dir", str(folder)]
+    flags = ["--eval_methods", methods, "--seeds", "0", "1", "--output_dir", str(folder)]
     return ["eval", *models, *dataset, *SEARCH, *flags, *more]
 
 
@@ -287,7 +287,7 @@ def test_eval_then_report(capsys, models, dataset, tmp_path, monkeypatch):
 
 
 def test_eval_of_a_task_that_asks_for_a_form_tells_where_answers_are_read_in_two_ways(capsys, models, tmp_path):
-    chains = ["--dataset", "chains", "--limit", "5"]
+    chains = ["--dataset", "chains", "--max_problems", "5"]
     assert main(evaluation(models, chains, tmp_path, "greedy,nabla")) == 0
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -311,7 +311,7 @@ def test_another_version_of_the_task_is_refused_by_name(capsys, models, tmp_path
     (tmp_path / "data.jsonl").write_text('{"question": "1+1", "answer": "2"}', encoding="utf-8")
     path, text = tmp_path / "sums.yaml", "path: data.jsonl\nquestion: question\nanswer: answer\ninstruction: ''\n"
     path.write_text(text, encoding="utf-8")
-    methods = ["--methods", "greedy"] * (command == "eval")
+    methods = ["--eval_methods", "greedy"] * (command == "eval")
     argv = [command, *models, "--dataset", str(path), *SEARCH, *methods, "--output_dir", str(tmp_path / "out")]
     was = compute_task_version(str(path))
     assert main(argv) == 0
@@ -350,7 +350,7 @@ def test_eval_by_steps(capsys, models, dataset, tmp_path):
     capsys.readouterr()
     assert main(evaluation(models, dataset, tmp_path, names)) == 1
     assert "no step could end, as no tokens of" in error_line(capsys)
-    more = ["--step_delimiter", ";", "--step_width", "2"]
+    more = ["--step_delimiter", ";", "--steps_per_prefix", "2"]
     assert main(evaluation(models, dataset, tmp_path, names, *more)) == 0
     table = capsys.readouterr().out
     for name in names.split(","):
@@ -379,20 +379,23 @@ def test_eval_of_a_tuned_policy(models, dataset, tmp_path, world, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--methods", "greedy,magic"], "unknown method 'magic': known are greedy, best_of_N"),
-        (["--methods", "best_of_0"], "unknown method 'best_of_0'"),
-        (["--methods", "nabla@0"], "unknown method 'nabla@0'"),
-        (["--methods", ","], "no methods"),
-        (["--methods", "nabla@0.3"], "add best_of_16 to the methods"),
-        (["--methods", "distilled_greedy"], "distilled_greedy needs an adapter: give --adapter"),
+        (["--eval_methods", "greedy,magic"], "unknown method 'magic': known are greedy, best_of_N"),
+        (["--eval_methods", "best_of_0"], "unknown method 'best_of_0'"),
+        (["--eval_methods", "nabla@0"], "unknown method 'nabla@0'"),
+        (["--eval_methods", ","], "no methods"),
+        (["--eval_methods", "nabla@0.3"], "add best_of_16 to the methods"),
+        (["--eval_methods", "distilled_greedy"], "distilled_greedy needs an adapter: give --adapter"),
         (
-            ["--methods", "reward_weighted_greedy"],
+            ["--eval_methods", "reward_weighted_greedy"],
             "a policy trained by reward-weighted, which recipes/distill.py makes",
         ),
-        (["--methods", "sft_shuffled"], "unknown method 'sft_shuffled'"),
-        (["--methods", "ppo_greedy"], "unknown method 'ppo_greedy'"),
-        (["--methods", "sft_nabla@0.3"], "the budget of sft_nabla@0.3 is set by best_of_16's FLOPs: add best_of_16"),
-        (["--methods", "nabla", "--solver", "none"], "solver none is the control"),
+        (["--eval_methods", "sft_shuffled"], "unknown method 'sft_shuffled'"),
+        (["--eval_methods", "ppo_greedy"], "unknown method 'ppo_greedy'"),
+        (
+            ["--eval_methods", "sft_nabla@0.3"],
+            "the budget of sft_nabla@0.3 is set by best_of_16's FLOPs: add best_of_16",
+        ),
+        (["--eval_methods", "nabla", "--solver", "none"], "solver none is the control"),
         (["--seeds", "1", "1"], "seeds must be distinct"),
         (["--split", "x", "--dataset", "gsm8k"], "task 'gsm8k' has no split 'x'"),
     ],
@@ -448,13 +451,13 @@ def test_audit_needs_two_samples(capsys, models, dataset):
     assert "audit_samples must be at least 2" in error_line(capsys)
 
 
-DEEP = ["--audit_samples", "16", "--max_new_tokens", "10", "--gradient", "--points", "direct", "hard"]
-DEEP += ["--swaps", "40", "--pressure", "--rounds", "3"]
+DEEP = ["--audit_samples", "16", "--max_new_tokens", "10", "--gradient", "--gradient_at", "direct", "hard"]
+DEEP += ["--num_swaps", "40", "--over_optimization", "--max_rounds", "3"]
 
 
 def test_audit_of_gradient_and_pressure_as_json(capsys, models, dataset, tmp_path):
     file = tmp_path / "new" / "audit.json"
-    assert main(["audit", *models, *dataset, *DEEP, "--output", str(file), "--json"]) == 0
+    assert main(["audit", *models, *dataset, *DEEP, "--output_file", str(file), "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert err == "" and out.count("\n") == 1 and json.loads(file.read_text(encoding="utf-8")) == found
@@ -471,7 +474,7 @@ def test_what_an_audit_found_is_kept_when_a_later_part_fails(capsys, models, dat
         raise ValueError("no pressure today")
 
     monkeypatch.setattr(audit_command, "_pressure", fails)
-    assert main(["audit", *models, *dataset, *DEEP, "--output", str(tmp_path / "audit.json")]) == 1
+    assert main(["audit", *models, *dataset, *DEEP, "--output_file", str(tmp_path / "audit.json")]) == 1
     assert "no pressure today" in error_line(capsys)
     assert [file.name for file in tmp_path.iterdir()] == ["audit.json"]
     found = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
@@ -498,11 +501,11 @@ def test_audit_without_pressure_tells_no_trust(capsys, models, dataset):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--points", "hard", "soft"], "point must be direct, hard, mixture:A[,A…]"),
-        (["--points", "direct+direct"], "or direct+ one of these, not 'direct+direct'"),
-        (["--points", "hard", "hard"], "points must be distinct"),
-        (["--swaps", "0"], "swaps must be at least 1"),
-        (["--rounds", "0"], "rounds must be at least 1"),
+        (["--gradient_at", "hard", "soft"], "point must be direct, hard, mixture:A[,A…]"),
+        (["--gradient_at", "direct+direct"], "or direct+ one of these, not 'direct+direct'"),
+        (["--gradient_at", "hard", "hard"], "points must be distinct"),
+        (["--num_swaps", "0"], "swaps must be at least 1"),
+        (["--max_rounds", "0"], "rounds must be at least 1"),
     ],
 )
 def test_audit_options_are_checked_before_models_are_loaded(capsys, dataset, flags, message):

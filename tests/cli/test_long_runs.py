@@ -304,11 +304,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     lines = [json.dumps({"question": f"{n}+{n}", "answer": str(n)}) for n in range(1, 9)]
     (folder / "problems.jsonl").write_text("\n".join(lines), encoding="utf-8")
     models = ["--policy", str(folder / "policy"), "--reward", f"logratio:{folder / 'better'}"]
-    return [*models, "--dataset", str(folder / "problems.jsonl"), "--rounds", "1", "--max_new_tokens", "8"]
+    return [*models, "--dataset", str(folder / "problems.jsonl"), "--max_rounds", "1", "--max_new_tokens", "8"]
 
 
 def evaluation(world: list[str], folder: Path, *more: str) -> list[str]:
-    flags = ["--methods", "greedy,control", "--seeds", "0", "--batch_size", "2", "--output_dir", str(folder)]
+    flags = ["--eval_methods", "greedy,control", "--seeds", "0", "--batch_size", "2", "--output_dir", str(folder)]
     return ["eval", *world, *flags, *more]
 
 
@@ -360,14 +360,16 @@ def test_a_second_launch_on_a_folder_is_refused_in_one_line(
 
 
 def test_eval_of_more_and_of_fewer_problems(capsys: Any, world: list[str], tmp_path: Path) -> None:
-    assert main(evaluation(world, tmp_path, "--limit", "4")) == 0
+    assert main(evaluation(world, tmp_path, "--max_problems", "4")) == 0
     stamp = (tmp_path / "rows/rows-00000.jsonl").stat().st_size
-    assert main(evaluation(world, tmp_path, "--limit", "8", "--methods", "greedy", "--batch_size", "3")) == 0
+    assert (
+        main(evaluation(world, tmp_path, "--max_problems", "8", "--eval_methods", "greedy", "--batch_size", "3")) == 0
+    )
     assert {(row["method"], row["problem"][-1]) for row in rows_of(tmp_path)} == {("greedy", str(n)) for n in range(8)}
     assert "left out, as their rows are not all there: control, seed 0 (4 of 8 problems)" in capsys.readouterr().out
     grown = (tmp_path / "rows/rows-00000.jsonl").stat().st_size
     assert stamp < grown
-    assert main(evaluation(world, tmp_path, "--limit", "2")) == 0
+    assert main(evaluation(world, tmp_path, "--max_problems", "2")) == 0
     assert len(rows_of(tmp_path)) == 4 and (tmp_path / "rows/rows-00000.jsonl").stat().st_size == grown
 
 
@@ -473,20 +475,20 @@ def test_a_worker_of_the_checker_outlives_a_signal_to_all(checker: AnswerChecker
 # --- real runs ----------------------------------------------------------------------------------------
 
 TINY = ["--policy", "data/tiny/policy", "--reward", "data/tiny/reward", "--dataset", "chains", "--batch_size", "2"]
-TINY += ["--max_new_tokens", "48", "--candidate_min_p", "0.02", "--rounds", "3"]
+TINY += ["--max_new_tokens", "48", "--candidate_min_p", "0.02", "--max_rounds", "3"]
 KILLS = 20
 
 
 def command(name: str, folder: Path) -> list[str]:
-    more = ["--limit", "150"]
+    more = ["--max_problems", "150"]
     if name == "eval":
         more = [
-            "--limit",
+            "--max_problems",
             "40",
             "--seeds",
             "0",
             "1",
-            "--methods",
+            "--eval_methods",
             "greedy,best_of_1,best_of_4,nabla,control@best_of_4",
         ]
     return [sys.executable, "-m", "nabla_trl.cli.main", name, *TINY, *more, "--output_dir", str(folder)]
@@ -535,7 +537,7 @@ def test_a_real_run_killed_twenty_times_ends_with_the_same(tmp_path: Path, name:
 @pytest.mark.slow
 def test_two_processes_are_stopped_refuse_others_and_are_resumed_by_one(tmp_path: Path) -> None:
     recipe = ["recipes/distill.py", "--config", "recipes/tiny/distill.yaml", "--output_dir", str(tmp_path)]
-    recipe += ["--stages", "traces", "--train_limit", "160", "--batch_size", "4", "--audit_problems", "0"]
+    recipe += ["--stages", "traces", "--max_train_problems", "160", "--batch_size", "4", "--max_audit_problems", "0"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     two = [*launch, "recipes/accelerate/multi_cpu.yaml", "--main_process_port", "0", *recipe]
     quiet = {"cwd": ROOT, "env": ENV, "text": True}

@@ -39,13 +39,13 @@ def options(*argv: str) -> Options:
 
 def test_preset_then_file_then_flags(tmp_path):
     text = "preset: paper\nlr: 0.1\nsteps: 7\nrollouts: 5\n"
-    argv = ["--config", yaml_file(tmp_path, text), "--steps", "9"]
+    argv = ["--config", yaml_file(tmp_path, text), "--ste_steps", "9"]
     found = parse_dataclasses([SearchConfig], argv, presets=PRESETS)[0]
     assert found == SearchConfig.from_preset("paper", ste_learning_rate=0.1, ste_steps=9, max_rollouts=5)
 
 
 def test_the_preset_of_the_command_line_wins_over_the_one_of_the_file(tmp_path):
-    argv = [f"--config={yaml_file(tmp_path, 'preset: paper')}", "--preset=default", "--rounds=2"]
+    argv = [f"--config={yaml_file(tmp_path, 'preset: paper')}", "--preset=default", "--max_rounds=2"]
     assert parse_dataclasses([SearchConfig], argv, presets=PRESETS)[0] == SearchConfig(max_rounds=2)
 
 

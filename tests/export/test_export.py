@@ -101,7 +101,7 @@ def make_run(run: Path, world: Path, methods: tuple[str, ...] = ("sft",), *, ful
         }
         training |= {"tokens": 400, "flops": 2.5e9, "seconds": 3.25, "loss": 0.5, "trace_flops": 7e9}
         training |= {"trace_seconds": 1.0, "processes": 1}
-        training |= {"traces": f"hash of {method}", "command": f"recipes/distill.py --method {method}"}
+        training |= {"traces": f"hash of {method}", "command": f"recipes/distill.py --train_methods {method}"}
         (folder / "train.json").write_text(json.dumps(training))
         (folder / "config.yaml").write_text(yaml.safe_dump({"policy": str(base), "learning_rate": 0.1}))
         for name in ("greedy", "best_of_8"):
@@ -261,11 +261,11 @@ def test_a_pushed_adapter_loads_by_its_id(
 def test_commands_take_it_as_policy(command: str, shipped: ExportResult, world: Path, tmp_path: Path, capsys) -> None:
     models = ["--policy", str(shipped.output_dir), "--reward", f"logratio:{world / 'better'}", "--max_new_tokens", "4"]
     if command == "solve":
-        assert main(["solve", "1+2", *models, "--rounds", "1"]) == 0
+        assert main(["solve", "1+2", *models, "--max_rounds", "1"]) == 0
     else:
         problems = tmp_path / "p.jsonl"
         problems.write_text('{"question": "1+1", "answer": "2"}\n')
-        out = ["--dataset", str(problems), "--output_dir", str(tmp_path / "out"), "--methods", "greedy"]
+        out = ["--dataset", str(problems), "--output_dir", str(tmp_path / "out"), "--eval_methods", "greedy"]
         assert main(["eval", *models, *out]) == 0
     assert capsys.readouterr().out
 
@@ -298,7 +298,7 @@ def test_merged_weights_have_the_runs_dtype(dtype: str, run: Path, tmp_path: Pat
 
 def test_one_of_several_checkpoints(world: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", world, ("sft", "reward-weighted"))
-    worlds.refused(lambda: find_checkpoint(run, None), "--trained", "reward-weighted, sft")
+    worlds.refused(lambda: find_checkpoint(run, None), "--train_method", "reward-weighted, sft")
     worlds.refused(lambda: find_checkpoint(run, "dpo"), "'dpo'", "reward-weighted, sft")
     made = export_checkpoint(find_checkpoint(run, "reward-weighted"), tmp_path / "out")
     card = ModelCard.load(made.output_dir / "README.md")
@@ -382,7 +382,7 @@ def test_the_card_says_where_it_comes_from(shipped: ExportResult, finished: Path
         assert words in card.text, words
     for words in (
         "sha256 hash of sft",
-        "Trained by: `recipes/distill.py --method sft` with",
+        "Trained by: `recipes/distill.py --train_methods sft` with",
         "Measured by: `accelerate launch recipes/distill.py`.",
         "7 G",
         f"logratio:{world / 'better'}",
@@ -652,7 +652,7 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_the_command_ships(finished: Path, tmp_path: Path, capsys, pushed: list) -> None:
-    assert main(["ship", "--run", str(finished), "--to", str(tmp_path / "out"), "--license", "mit"]) == 0
+    assert main(["ship", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), "--license", "mit"]) == 0
     out = capsys.readouterr().out
     assert f"sft of {finished}: {tmp_path / 'out'}" in out and "logits differ" in out and "licence" not in out
     assert "license: mit" in (tmp_path / "out/README.md").read_text() and pushed == []
@@ -661,7 +661,7 @@ def test_the_command_ships(finished: Path, tmp_path: Path, capsys, pushed: list)
 @pytest.mark.parametrize("private", [True, False])
 def test_a_push_comes_after_the_check(private: bool, finished: Path, tmp_path: Path, capsys, pushed: list) -> None:
     flags = ["--push-to-hub", "me/model", "--merge", *(["--private"] if private else [])]
-    assert main(["ship", "--run", str(finished), "--to", str(tmp_path / "out"), *flags]) == 0
+    assert main(["ship", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), *flags]) == 0
     assert "pushed: https://huggingface.co/me/model" in capsys.readouterr().out
     assert [call[:2] for call in pushed] == [("create", "me/model"), ("upload", "me/model")]
     assert pushed[0][2] == {"private": private or None, "exist_ok": True}
@@ -675,14 +675,14 @@ def test_a_push_comes_after_the_check(private: bool, finished: Path, tmp_path: P
         (["--push-to-hub", "me/model"], "a folder of this machine"),
         (["--push-to-hub", "a/b/c", "--merge"], "not a name on the hub"),
         (["--private"], "push_to_hub"),
-        (["--trained", "dpo"], "no checkpoint 'dpo'"),
+        (["--train_method", "dpo"], "no checkpoint 'dpo'"),
         (["--dtype", "int3"], "dtype must be one of"),
     ],
 )
 def test_what_the_command_refuses(
     flags: list[str], words: str, finished: Path, tmp_path: Path, capsys, pushed: list
 ) -> None:
-    assert main(["ship", "--run", str(finished), "--to", str(tmp_path / "out"), *flags]) == 1
+    assert main(["ship", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), *flags]) == 1
     err = capsys.readouterr().err
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
     assert pushed == [] and not list(tmp_path.iterdir())
@@ -695,7 +695,7 @@ def test_a_push_that_fails_keeps_the_folder(finished: Path, tmp_path: Path, caps
 
     monkeypatch.setattr(export, "HfApi", Offline)
     flags = ["--push-to-hub", "me/model", "--merge"]
-    assert main(["ship", "--run", str(finished), "--to", str(tmp_path / "out"), *flags]) == 1
+    assert main(["ship", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), *flags]) == 1
     err = capsys.readouterr().err
     assert "is ready, but was not pushed to me/model: no route to the hub" in err
     assert load_policy(str(tmp_path / "out")).name == str(tmp_path / "out")

@@ -196,7 +196,9 @@ def test_a_string_may_begin_in_what_is_given_but_not_in_the_prompt() -> None:
 def test_search_baselines_and_rows_for_training_end_at_the_same_tokens() -> None:
     policy = base_policy(seed=4)
     reward = worlds.tiny_scalar(policy, context=256)
-    problems = [replace(SHOWN, id=f"q{n}", question=q, stop_strings=tuple("4679abf")) for n, q in enumerate(worlds.QUESTIONS)]
+    problems = [
+        replace(SHOWN, id=f"q{n}", question=q, stop_strings=tuple("4679abf")) for n, q in enumerate(worlds.QUESTIONS)
+    ]
     config = SearchConfig(max_rounds=6, max_new_tokens=16, proposals_per_round=2, top_k_candidates=8)
     traces = run_search(problems, policy=policy, reward=reward, config=config, seed=1)
     pool = sampling.draw_pool(

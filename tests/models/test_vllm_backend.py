@@ -586,7 +586,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, policy: Policy) -> Path:
 def options(world: Path, fake: FakeVllm) -> list[str]:
     fake.name = str(world / "policy")
     models = ["--policy", fake.name, "--reward", f"logratio:{world / 'better'}", "--vllm_url", f"{fake.url}/v1/"]
-    return [*models, "--rounds", "2", "--max_new_tokens", "6"]
+    return [*models, "--max_rounds", "2", "--max_new_tokens", "6"]
 
 
 def test_solve_draws_from_the_server(capsys, options: list[str], fake: FakeVllm) -> None:

@@ -22,7 +22,7 @@ from nabla_trl.traces.storage import read_traces
 
 ROOT = Path(__file__).parents[2]
 MODELS = ["--policy", "data/tiny/policy", "--reward", "logratio:data/tiny/clean"]
-SEARCH = ["--max_new_tokens", "48", "--sample_min_p", "0.02", "--candidate_min_p", "0.02", "--rounds", "3"]
+SEARCH = ["--max_new_tokens", "48", "--min_p", "0.02", "--candidate_min_p", "0.02", "--max_rounds", "3"]
 METHODS = "greedy,best_of_1,best_of_16,nabla,control,nabla@0.2,control@0.2,reward_model_sampling,sft_greedy"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -41,9 +41,18 @@ def run(*command: str, code: int = 0) -> tuple[str, str]:
 
 
 def arguments(folder: Path, *options: str) -> list[str]:
-    sizes = ["--train_limit", "24", "--eval_limit", "8", "--audit_problems", "8", "--audit_samples", "8"]
+    sizes = [
+        "--max_train_problems",
+        "24",
+        "--max_eval_problems",
+        "8",
+        "--max_audit_problems",
+        "8",
+        "--audit_samples",
+        "8",
+    ]
     steps = ["--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--warmup_steps", "0"]
-    small = ["--output_dir", str(folder), *sizes, *steps, "--methods", METHODS, "--seeds", "0"]
+    small = ["--output_dir", str(folder), *sizes, *steps, "--eval_methods", METHODS, "--seeds", "0"]
     return ["--config", "recipes/tiny/logratio.yaml", *small, *options]
 
 
@@ -61,7 +70,7 @@ def distill_here(folder: Path, *options: str) -> None:
 
 
 def traces(folder: Path) -> list[str]:
-    where = ["--dataset", "chains", "--output_dir", str(folder), "--limit", "40", "--batch_size", "4"]
+    where = ["--dataset", "chains", "--output_dir", str(folder), "--max_problems", "40", "--batch_size", "4"]
     return ["-m", "nabla_trl.cli.main", "traces", *MODELS, *where, *SEARCH]
 
 
@@ -118,7 +127,7 @@ def test_two_processes_make_the_traces_of_one(finished, tmp_path):
     """No problem twice, none missing, and every trace the same."""
     launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/multi_cpu.yaml"]
     port = ["--main_process_port", "0"]
-    run(*launch, *port, "recipes/distill.py", *arguments(tmp_path, "--stages", "traces", "--audit_problems", "0"))
+    run(*launch, *port, "recipes/distill.py", *arguments(tmp_path, "--stages", "traces", "--max_audit_problems", "0"))
     shards = {path.name.split("-")[1] for path in (tmp_path / "traces").glob("*.parquet")}
     assert shards == {"00000", "00001"}, "both processes wrote"
     ours, theirs = (
@@ -163,7 +172,7 @@ def test_a_finished_adapter_does_not_answer_for_other_training(finished):
 
 def test_seeds_and_methods_can_be_added(finished):
     before = (finished / "rows" / "rows-00000.jsonl").read_text()
-    distill_here(finished, "--stages", "evaluate", "--seeds", "0", "1", "--methods", "greedy,best_of_1")
+    distill_here(finished, "--stages", "evaluate", "--seeds", "0", "1", "--eval_methods", "greedy,best_of_1")
     after = (finished / "rows" / "rows-00000.jsonl").read_text()
     assert after.startswith(before)
     added = [json.loads(line) for line in after[len(before) :].splitlines()]
@@ -222,7 +231,7 @@ def test_traces_that_are_interrupted_go_on_where_they_stopped(blow, tmp_path, un
     [
         (["--stages", "traces,cook"], "unknown stage 'cook'"),
         (["--seeds", "1", "1"], "seeds must be distinct"),
-        (["--methods", "nabla@0.3"], "add best_of_16"),
+        (["--eval_methods", "nabla@0.3"], "add best_of_16"),
         (["--policy", "nowhere/at-all"], "nowhere/at-all"),
         (["--reward", "data/tiny/clean"], "is a causal LM"),
         (["--dataset", "no-such-task"], "unknown task 'no-such-task'"),
@@ -268,8 +277,18 @@ def test_two_processes_train_together(tmp_path):
     """A probe, a checkpoint and a generation in each step: what one process waits for, the other must come to."""
     launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/multi_cpu.yaml"]
     save = ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4", "--logging_steps", "1"]
-    probe = ["--probe_problems", "8", "--probe_steps", "2", "--stop_on_overoptimisation", "true"]
-    options = ["--method", "sft", "rloo", "--stages", "traces,train", "--audit_problems", "0", *save, *probe]
+    probe = ["--max_callback_problems", "8", "--callback_steps", "2", "--stop_on_overoptimization", "true"]
+    options = [
+        "--train_methods",
+        "sft",
+        "rloo",
+        "--stages",
+        "traces,train",
+        "--max_audit_problems",
+        "0",
+        *save,
+        *probe,
+    ]
     run(*launch, "--main_process_port", "0", "recipes/distill.py", *arguments(tmp_path, *options))
     for method in ("sft", "rloo"):
         home = tmp_path / "trained" / method

@@ -143,11 +143,35 @@ def test_a_slice_of_logits_never_decides_the_peak_and_never_falls_below_its_floo
 def test_the_recipe_measures_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     bench, output = recipe("bench"), tmp_path / "bench.json"
-    small = ["--problems", "3", "--plain_problems", "2", "--rollouts", "3", "--answer_tokens", "12"]
-    small += ["--sizes", "1", "2", "--rounds", "1", "2", "--vocabulary", "300", "--rows", "2", "--length", "16"]
-    small += ["--prompt_length", "3", "--layers", "1", "--widths", "64", "--repeats", "1", "--device", "cpu"]
+    small = ["--max_problems", "3", "--max_plain_problems", "2", "--max_rollouts", "3", "--max_new_tokens", "12"]
+    small += [
+        "--problem_counts",
+        "1",
+        "2",
+        "--round_counts",
+        "1",
+        "2",
+        "--vocab_size",
+        "300",
+        "--batch_size",
+        "2",
+        "--response_length",
+        "16",
+    ]
+    small += [
+        "--prompt_length",
+        "3",
+        "--num_layers",
+        "1",
+        "--hidden_sizes",
+        "64",
+        "--num_repeats",
+        "1",
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(bench, "memory_ratios", lambda specs: [{"plain": 1, "gradient": 1, "ratio": 1}] * len(specs))
-    bench.main([*small, "--output", str(output)])
+    bench.main([*small, "--output_file", str(output)])
     found = json.loads(output.read_text())
     assert [row["problems"] for row in found["plain"]["engine"]] == [1, 2, 3]
     for row in found["plain"]["engine"]:
@@ -181,9 +205,9 @@ def test_peaks_are_of_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     ("flags", "words"),
     [
         (["--parts", "plain,speed"], "unknown part 'speed'"),
-        (["--problems", "2", "--plain_problems", "3"], "problems must be at least plain_problems"),
-        (["--widths", "100", "--parts", "gradient"], "width must be a multiple of 64"),
-        (["--sizes", "0"], "sizes, rounds and widths"),
+        (["--max_problems", "2", "--max_plain_problems", "3"], "problems must be at least plain_problems"),
+        (["--hidden_sizes", "100", "--parts", "gradient"], "width must be a multiple of 64"),
+        (["--problem_counts", "0"], "sizes, rounds and widths"),
         (["--device", "cuda:77"], "cannot use device"),
     ],
 )

@@ -79,7 +79,7 @@ def test_chains_are_not_run_again(folder: Path, tmp_path: Path, monkeypatch: pyt
     module.main([*RUN, *out])
     assert rows(tmp_path / "again") == rows(folder)
     worlds.refused(lambda: module.main([*RUN, *out, "--beta", "2"]), "beta '2.0' (was '1.0')")
-    worlds.refused(lambda: module.main([*RUN, *out, "--spread", "2"]), "spread '2.0' (was '1.2')")
+    worlds.refused(lambda: module.main([*RUN, *out, "--reward_std", "2"]), "spread '2.0' (was '1.2')")
 
 
 def test_rows_of_trained_policies(folder: Path) -> None:
@@ -94,17 +94,26 @@ def test_policies_are_trained_once_and_stand_by_what_they_cost(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(folder, tmp_path / "again")
-    sizes = ["--train_steps", "4", "--train_checkpoints", "2", "--train_samples", "16", "--train_rounds", "2"]
+    sizes = [
+        "--train_steps",
+        "4",
+        "--train_num_checkpoints",
+        "2",
+        "--train_samples_per_prompt",
+        "16",
+        "--train_max_rounds",
+        "2",
+    ]
     train = [
-        "--train",
+        "--train_methods",
         "sft",
         "reward-weighted",
         "dpo",
         "rloo",
         "grpo",
-        "--train_batch",
+        "--train_batch_size",
         "8",
-        "--train_generations",
+        "--train_num_generations",
         "4",
     ]
     command = [*RUN, "--output_dir", str(tmp_path / "again"), *train, *sizes]
@@ -121,13 +130,13 @@ def test_policies_are_trained_once_and_stand_by_what_they_cost(
     monkeypatch.setattr(module, "solve", None)
     module.main(command)
     assert json.loads((tmp_path / "again/duality.json").read_text(encoding="utf-8"))["rows"] == before
-    worlds.refused(lambda: module.main([*command, "--train_rate", "1"]), "train_rate '1.0' (was '0.001')")
+    worlds.refused(lambda: module.main([*command, "--train_learning_rate", "1"]), "train_rate '1.0' (was '0.001')")
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     module, out = recipe(), ["--output_dir", str(tmp_path / "out")]
     worlds.refused(lambda: module.main([*out, "--policy", "P"]), "policy, reward and dataset belong together")
-    worlds.refused(lambda: module.main([*out, "--symbols", "40"]), "symbols must be 2 to 26")
+    worlds.refused(lambda: module.main([*out, "--num_symbols", "40"]), "symbols must be 2 to 26")
     own = ["--policy", "data/tiny/policy", "--reward", "data/tiny/reward", "--dataset", "chains", "--device", "cpu"]
     worlds.refused(lambda: module.main([*out, *own]), "3,368,421 responses of up to 5 tokens", "at most 20,000")
     # … and can be mended in the same folder, as nothing was made there yet.

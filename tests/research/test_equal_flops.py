@@ -143,9 +143,18 @@ def test_the_recipe_compares_on_the_embedded_world(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    argv = ["--config", "recipes/tiny/compare.yaml", "--output_dir", str(tmp_path), "--limit", "4", "--seeds", "0"]
-    argv += ["--samples", "2", "4", "--rivals", "control", "shuffled", "paper", "tot"]
-    argv += ["--lams", "0.3", "3", "--step_delimiter", ";"]
+    argv = [
+        "--config",
+        "recipes/tiny/compare.yaml",
+        "--output_dir",
+        str(tmp_path),
+        "--max_problems",
+        "4",
+        "--seeds",
+        "0",
+    ]
+    argv += ["--best_of_n", "2", "4", "--baselines", "control", "shuffled", "paper", "tot"]
+    argv += ["--reward_weights", "0.3", "3", "--step_delimiter", ";"]
     recipe.main(argv)
     page = (tmp_path / "compare.md").read_text()
     assert page in capsys.readouterr().out
@@ -165,11 +174,11 @@ def test_the_recipe_compares_on_the_embedded_world(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--samples", "1"], "samples must be rising numbers"),
-        (["--samples", "8", "4"], "samples must be rising numbers"),
-        (["--rivals", "beam"], "unknown rival 'beam'"),
+        (["--best_of_n", "1"], "samples must be rising numbers"),
+        (["--best_of_n", "8", "4"], "samples must be rising numbers"),
+        (["--baselines", "beam"], "unknown rival 'beam'"),
         (["--seeds", "0", "0"], "seeds must be distinct"),
-        (["--lams", "0"], "lams must be distinct positive numbers"),
+        (["--reward_weights", "0"], "lams must be distinct positive numbers"),
     ],
 )
 def test_ladders_that_make_no_sense_are_refused(

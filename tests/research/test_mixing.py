@@ -90,7 +90,16 @@ def test_the_recipe_measures_every_proposal(tmp_path: Path, monkeypatch: pytest.
     sys.modules["mixing_recipe"] = recipe
     spec.loader.exec_module(recipe)
     monkeypatch.chdir(ROOT)
-    argv = ["--config", "recipes/tiny/mixing.yaml", "--output_dir", str(tmp_path), "--limit", "3", "--rounds", "4"]
+    argv = [
+        "--config",
+        "recipes/tiny/mixing.yaml",
+        "--output_dir",
+        str(tmp_path),
+        "--max_problems",
+        "3",
+        "--max_rounds",
+        "4",
+    ]
     recipe.main(argv)
     found = json.loads((tmp_path / "mixing.json").read_text())
     assert list(found) == ["no gradient", *(f"{p}, step {s}" for p in ("direct", "mixture:0.5") for s in ("1", "0.5"))]

@@ -453,7 +453,7 @@ def test_rows_of_pairs_are_whole_turns_in_the_rewards_ids(margin: float, policy:
     model = worlds.tiny_model(kind="score", vocab=len(new_ids))
     made = graded(policy, [(2, 2), (1, 2)])
     made = [
-        replace(one, make_sample=replace(one.sample, response_ids=one.sample.response_ids[: None if index % 2 else -1]))
+        replace(one, sample=replace(one.sample, response_ids=one.sample.response_ids[: None if index % 2 else -1]))
         for index, one in enumerate(made)
     ]
     term = build_score_objective(policy, model, tokenizer, "moved")

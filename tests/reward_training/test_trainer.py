@@ -60,7 +60,7 @@ def responses(policy: Policy, count: int = 5) -> list[LabeledResponse]:
         made.append(LabeledResponse(worlds.sample(policy, problem, wrong), False))
         made.append(LabeledResponse(worlds.sample(policy, problem, gold[:9], finished=False), False))
     known = add_draw_info(policy, [one.sample for one in made], 5, 64)
-    return [replace(one, make_sample=sample) for one, sample in zip(made, known, strict=True)]
+    return [replace(one, sample=sample) for one, sample in zip(made, known, strict=True)]
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,9 @@ def test_what_a_folder_means(tmp_path: Path) -> None:
     assert parse_reward_spec(here["implicit"]) == ratio
     members = tuple(str(tmp_path / "ensemble" / "m" / number) for number in "01")
     assert parse_reward_spec(here["ensemble"]) == ParsedRewardSpec("ensemble", members, uncertainty_penalty=0.5)
-    write_manifest(tmp_path / "ensemble", replace(CARDS["ensemble"], validated_limits=ValidatedLimits(4, 1), gradient_at="direct"))
+    write_manifest(
+        tmp_path / "ensemble", replace(CARDS["ensemble"], validated_limits=ValidatedLimits(4, 1), gradient_at="direct")
+    )
     audited = ParsedRewardSpec(
         "ensemble", members, uncertainty_penalty=0.5, validated_limits=ValidatedLimits(4, 1), gradient_at="direct"
     )
@@ -292,7 +294,7 @@ def test_the_trust_of_an_audit(world: Path, tmp_path: Path) -> None:
             lambda other=other: read_validated_limits(file, **other), str(file), f"the {name} {asked[name]}", "other"
         )
     audit_file(world, trust=None)
-    worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "--pressure")
+    worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "--over_optimization")
     file.write_text(json.dumps({"trust": {"samples": 4, "rounds": 1}}))
     worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "'policy' is missing")
     file.write_text("{")
@@ -312,18 +314,20 @@ def warnings(capsys: Any, *argv: str) -> list[str]:
 def test_commands_warn_once_of_a_search_past_trust(command: str, world: Path, tmp_path: Path, capsys: Any) -> None:
     models = ["--policy", str(world / "policy"), "--reward", str(world / "trusted"), "--max_new_tokens", "6"]
     data = ["--dataset", str(world / "problems.jsonl")]
-    given = {"solve": ["1+2"], "traces": data, "eval": [*data, "--seeds", "0", "--methods", "greedy,nabla"]}[command]
+    given = {"solve": ["1+2"], "traces": data, "eval": [*data, "--seeds", "0", "--eval_methods", "greedy,nabla"]}[
+        command
+    ]
 
     def run(rounds: str, *more: str) -> list[str]:
         place = [] if command == "solve" else ["--output_dir", str(tmp_path / rounds)]
-        return warnings(capsys, command, *given, *models, *place, "--rounds", rounds, *more)
+        return warnings(capsys, command, *given, *models, *place, "--max_rounds", rounds, *more)
 
     assert run("2") == []
     assert run("3") == [f"warning: {past_limits(ValidatedLimits(8, 2), 3)}"]
     if command == "eval":
-        assert run("4", "--methods", "greedy,best_of_2") == []  # nothing is refined
-        assert len(run("5", "--methods", "control")) == 1
-        assert run("6", "--methods", "best_of_2,weighted_best_of_9") == [
+        assert run("4", "--eval_methods", "greedy,best_of_2") == []  # nothing is refined
+        assert len(run("5", "--eval_methods", "control")) == 1
+        assert run("6", "--eval_methods", "best_of_2,weighted_best_of_9") == [
             f"warning: {past_sample_limit(ValidatedLimits(8, 2), 9)}"
         ]
     if command == "traces":
@@ -333,8 +337,8 @@ def test_commands_warn_once_of_a_search_past_trust(command: str, world: Path, tm
 def test_an_audit_file_gives_the_trust_of_a_reward_without_folder(world: Path, capsys: Any) -> None:
     models = ["--policy", str(world / "policy"), "--reward", str(world / "scorer"), "--max_new_tokens", "6"]
     audited = ["--audit", str(audit_file(world))]
-    assert warnings(capsys, "solve", "1+2", *models, "--rounds", "3") == []
-    assert warnings(capsys, "solve", "1+2", *models, "--rounds", "3", *audited) == [
+    assert warnings(capsys, "solve", "1+2", *models, "--max_rounds", "3") == []
+    assert warnings(capsys, "solve", "1+2", *models, "--max_rounds", "3", *audited) == [
         f"warning: {past_limits(ValidatedLimits(4, 1), 3)}"
     ]
     models[3] = str(world / "trusted")
@@ -358,8 +362,17 @@ def test_the_recipe_names_an_implicit_reward_and_its_rival(tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "distill", module)
     source.loader.exec_module(module)
     argv = ["--config", "recipes/tiny/distill.yaml", "--reward", str(tmp_path / "tuned"), "--seeds", "0"]
-    argv += ["--output_dir", str(tmp_path / "out"), "--eval_limit", "4", "--train_limit", "4", "--rounds", "2"]
-    argv += ["--methods", "greedy,nabla,reward_model_sampling", "--max_new_tokens", "48"]
+    argv += [
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_eval_problems",
+        "4",
+        "--max_train_problems",
+        "4",
+        "--max_rounds",
+        "2",
+    ]
+    argv += ["--eval_methods", "greedy,nabla,reward_model_sampling", "--max_new_tokens", "48"]
     module.main([*argv, "--stages", "evaluate"])
     assert capsys.readouterr().err.count(f"warning: {past_limits(ValidatedLimits(16, 1), 2)}") == 1
     module.main([*argv, "--stages", "report"])

@@ -317,7 +317,9 @@ def test_a_scan_equals_its_plain_replay(solver: str, policy: Policy, reward: Rew
     """From left to right, confident positions skipped, others resampled until a token changes."""
     problems = worlds.tiny_problems(MANY)
     scan = {"proposals": "sequential", "confidence": 0.6, "resample_temperature": 0.7}
-    config = _config(solver, **scan, beta=2.0, max_rounds=0, max_rollouts=20, restarts=False, top_k_candidates=len(worlds.TOKENS))
+    config = _config(
+        solver, **scan, beta=2.0, max_rounds=0, max_rollouts=20, restarts=False, top_k_candidates=len(worlds.TOKENS)
+    )
     skipped = kept = 0
     for trace in run_search(problems, policy=policy, reward=reward, config=config, seed=1):
         start, revisions, response = 0, list(trace.replay_revisions()), trace.initial_ids

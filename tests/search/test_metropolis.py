@@ -139,7 +139,10 @@ def metropolis(options: dict[str, Any], **more: Any) -> SearchConfig:
 
 def solved(world: World, config: SearchConfig) -> list[ScoredResponse]:
     """Fresh copies of the states, with the solver's scores; rows that a scan works out by itself included."""
-    states = [replace(state, reward_gradient=None, proposal_scores=None, stale_mask=None, loss_gradients={}) for state in world.states]
+    states = [
+        replace(state, reward_gradient=None, proposal_scores=None, stale_mask=None, loss_gradients={})
+        for state in world.states
+    ]
     proposals.compute_proposal_scores(states, world.policy, world.reward, config, FlopCounter())
     for state in states:
         if state.stale_mask is not None:
@@ -341,7 +344,9 @@ def test_long_chains_come_to_the_target(options: dict[str, Any], proposals: str,
 
 def test_chains_whose_candidates_hold_a_token_reach_all_responses_by_redraws(short: World) -> None:
     target, count = short.target(3.0), 200
-    config = metropolis(SETTINGS[3], **SHORT, max_rounds=12, batch_size=count, independence_prob=0.4, top_k_candidates=2)
+    config = metropolis(
+        SETTINGS[3], **SHORT, max_rounds=12, batch_size=count, independence_prob=0.4, top_k_candidates=2
+    )
     [ended] = run_chains(short, config, count, (12,))
     assert total_variation(ended, target) < 2 * noise_floor(target, count)
     [held] = run_chains(short, replace(config, independence_prob=0.0), count, (12,))
@@ -357,7 +362,9 @@ def test_another_sampler_comes_to_the_same_target(short: World) -> None:
 
 def test_tempered_chains_keep_the_target(short: World) -> None:
     target, count = short.target(3.0), 150
-    config = metropolis(SETTINGS[3], **SHORT, max_rounds=12, num_starts=2, num_chains=2, parallel_tempering=2.5, batch_size=count)
+    config = metropolis(
+        SETTINGS[3], **SHORT, max_rounds=12, num_starts=2, num_chains=2, parallel_tempering=2.5, batch_size=count
+    )
     problems = [Problem(id=f"p{index}", question="12") for index in range(count)]
     traces = run_search(problems, policy=short.policy, reward=short.reward, config=config)
     ended = Counter(short.index(trace.response_ids) for trace in traces)

@@ -795,7 +795,9 @@ def test_what_a_point_means(text: str, point: GradientPoint) -> None:
     assert SearchConfig(gradient_at=text).get_gradient_point() == point
     if "mixture" in text:  # the rest mixes nothing
         assert GradientPoint.parse(text, 0.1) == replace(point, candidate_min_p=0.1)
-        assert SearchConfig(gradient_at=text, candidate_min_p=0.1).get_gradient_point() == replace(point, candidate_min_p=0.1)
+        assert SearchConfig(gradient_at=text, candidate_min_p=0.1).get_gradient_point() == replace(
+            point, candidate_min_p=0.1
+        )
     assert GradientPoint.parse("hard") == HARD_GRADIENT_POINT
 
 

@@ -517,7 +517,7 @@ def test_the_command_serves_until_ctrl_c(policy, scalar_reward, monkeypatch, tmp
     monkeypatch.setattr(asgi, "run", run)
     monkeypatch.setenv(serve_command.API_KEY_ENV_VAR, "key")
     models = ["--policy", str(tmp_path / "policy"), "--reward", str(tmp_path / "reward")]
-    options = ["--port", "0", "--served_model_name", "mine", "--max_new_tokens", "6", "--rounds", "3"]
+    options = ["--port", "0", "--served_model_name", "mine", "--max_new_tokens", "6", "--max_rounds", "3"]
     assert main(["serve", *models, *options]) == 130
     out, err = capsys.readouterr()
     assert out.startswith("serving mine at http://127.0.0.1:") and out.count("\n") == 1 and err == "stopped\n"
@@ -551,7 +551,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, missing: str) -> None:
         (["--request_timeout", "nan"], "request_timeout"),
         (["--api_key", ""], "api_key"),
         (["--api_key", "sésame"], "key"),
-        (["--flops", "2", "--max_flops", "1"], "max_flops"),
+        (["--max_flops", "2", "--max_flops", "1"], "max_flops"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(capsys, options: list[str], word: str) -> None:

@@ -465,7 +465,10 @@ def test_preference_rows_rebuild_the_two_responses() -> None:
 
 
 def test_a_shard_from_before_the_pull_was_kept_is_read_without_it(tmp_path: Path) -> None:
-    traces = [replace(make_trace(number), predicted_gain=[[0.5] * len(make_trace(number).initial_ids)]) for number in range(3)]
+    traces = [
+        replace(make_trace(number), predicted_gain=[[0.5] * len(make_trace(number).initial_ids)])
+        for number in range(3)
+    ]
     write(tmp_path, traces)
     assert read_traces(tmp_path) == traces
     path = tmp_path / names(tmp_path)[0]
@@ -482,4 +485,7 @@ def test_a_pull_of_other_lengths_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the pull is not of its incumbents"):
         write(tmp_path, [replace(trace, predicted_gain=[[0.5] * (len(trace.initial_ids) + 1)])])
     with pytest.raises(ValueError, match="the pull is not of its incumbents"):
-        write(tmp_path, [replace(trace, predicted_gain=[[0.5] * len(ids) for ids, _ in trace.list_incumbents()] + [[0.5]])])
+        write(
+            tmp_path,
+            [replace(trace, predicted_gain=[[0.5] * len(ids) for ids, _ in trace.list_incumbents()] + [[0.5]])],
+        )
