@@ -61,6 +61,7 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.traces.build import get_package_versions
 from nabla_trl.training.peft import LoraArguments
+from nabla_trl.utils.fields import option
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.identity import claim_settings
 from nabla_trl.utils.locks import lock_folder
@@ -69,35 +70,31 @@ NUM_BEST_RESPONSES = 4  # responses of highest reward that best-of-N adds per pr
 LABEL_CHOICES = ("auto", "steps", "outcome")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class RewardArguments:
     """Policy, problems and audits. The search is set by the reasoner's options, training by TRL's RewardConfig."""
 
     policy: str = field(metadata={"help": "hub id or path of the policy, a causal LM"})
-    dataset: str = _option("chains", "gsm8k, math500, amc, aime24, aime25, chains, or a .jsonl file to train on")
-    split: str = _option("train", "split of the dataset; audits use problems of it that training does not")
-    max_train_problems: int = _option(2000, "training problems")
-    samples_per_problem: int = _option(4, "answers of the policy per training problem")
-    labels: str = _option("auto", "steps (which token is the first error), outcome (the answer alone), or auto")
-    max_adversarial_rounds: int = _option(2, "most rounds of searching against the reward and training on")
-    max_steps_per_round: int = _option(200, "optimiser steps of a round after the first; the first has max_steps")
-    max_search_problems: int = _option(300, "training problems that a round searches on")
-    extra_sample_temperature: float = _option(
+    dataset: str = option("chains", "gsm8k, math500, amc, aime24, aime25, chains, or a .jsonl file to train on")
+    split: str = option("train", "split of the dataset; audits use problems of it that training does not")
+    max_train_problems: int = option(2000, "training problems")
+    samples_per_problem: int = option(4, "answers of the policy per training problem")
+    labels: str = option("auto", "steps (which token is the first error), outcome (the answer alone), or auto")
+    max_adversarial_rounds: int = option(2, "most rounds of searching against the reward and training on")
+    max_steps_per_round: int = option(200, "optimiser steps of a round after the first; the first has max_steps")
+    max_search_problems: int = option(300, "training problems that a round searches on")
+    extra_sample_temperature: float = option(
         1.5, "temperature of the further answers that a round draws, for rare mistakes"
     )
-    max_audit_problems: int = _option(150, "problems of the audits")
-    audit_samples: int = _option(64, "answers per problem of the best-of-N audit: the N asked for")
-    max_audit_rounds: int = _option(32, "rounds of the pressure audit: the budget of search asked for")
-    num_swaps: int = _option(600, "token swaps of the gradient audit")
+    max_audit_problems: int = option(150, "problems of the audits")
+    audit_samples: int = option(64, "answers per problem of the best-of-N audit: the N asked for")
+    max_audit_rounds: int = option(32, "rounds of the pressure audit: the budget of search asked for")
+    num_swaps: int = option(600, "token swaps of the gradient audit")
     audit_gradient_at: list[str] = field(
         default_factory=lambda: ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
         metadata={"help": "points of the gradient audit, the cheapest first"},
     )
-    dtype: str = _option("float32", "weights: float32, bfloat16 or float16")
+    dtype: str = option("float32", "weights: float32, bfloat16 or float16")
 
     def __post_init__(self) -> None:
         if self.labels not in LABEL_CHOICES:
@@ -152,9 +149,9 @@ class RewardRun:
 
     def get_settings(self) -> dict[str, str]:
         data = {**get_task_settings(self.args.dataset), "policy": self.args.policy, "dtype": self.args.dtype}
-        for option in fields(RewardArguments):
-            if option.name not in ("policy", "dataset", "dtype", "adversarial_rounds"):  # more rounds may be added
-                data[option.name] = str(getattr(self.args, option.name))
+        for argument in fields(RewardArguments):
+            if argument.name not in ("policy", "dataset", "dtype", "adversarial_rounds"):  # more rounds may be added
+                data[argument.name] = str(getattr(self.args, argument.name))
         for part in (self.reward_options, self.lora_arguments):
             data |= {name: str(value) for name, value in asdict(part).items()}
         return (

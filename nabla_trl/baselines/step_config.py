@@ -6,14 +6,10 @@ Depends on nothing heavy, so that `--help` needs no torch.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from nabla_trl.gradient.step_ends import BLANK_LINE, parse_delimiter
-
-
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+from nabla_trl.utils.fields import option
 
 
 @dataclass(frozen=True)
@@ -24,17 +20,17 @@ class StepSearchConfig:
         ValueError: a value out of range, or a delimiter that cannot be read.
     """
 
-    step_delimiter: str | None = _option(
+    step_delimiter: str | None = option(
         None,
         r"searches over steps: what ends a step (escapes \n, \t, \\, \xHH); empty = what ends those of a process "
         "reward, else a blank line",
     )
-    max_step_tokens: int = _option(256, "searches over steps: longest step, in tokens")
-    steps_per_prefix: int = _option(
+    max_step_tokens: int = option(256, "searches over steps: longest step, in tokens")
+    steps_per_prefix: int = option(
         4,
         "searches over steps: beam_search, dvts: one beam in so many is kept; tot, rap: steps drawn from each prefix",
     )
-    exploration: float = _option(1.0, "rap: weight of UCT's bonus for what was seldom visited")
+    exploration: float = option(1.0, "rap: weight of UCT's bonus for what was seldom visited")
 
     def __post_init__(self) -> None:
         if self.step_delimiter is not None:

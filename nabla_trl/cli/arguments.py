@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nabla_trl.cli.parsing import quiet_libraries
 from nabla_trl.evaluation.method import METHOD_SYNTAX
 from nabla_trl.models.options import GradientPoint, PromptOptions
+from nabla_trl.utils.fields import option
 
 if TYPE_CHECKING:
     from nabla_trl.models.policy import Policy
@@ -40,30 +41,26 @@ DEFAULT_EVAL_METHODS = "greedy,best_of_16,nabla,control"
 DEFAULT_ADAPTER_EVAL_METHODS = "distilled_greedy,distilled_best_of_1,distilled_best_of_8"
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-def _required_option(text: str) -> Any:
+def _requiredoption(text: str) -> Any:
     return field(metadata={"help": text})
 
 
 @dataclass
 class ModelArguments:
-    policy: str = _required_option("hub id or path of the policy, a causal LM")
-    reward: str = _required_option(REWARD_HELP)
-    adapter: str | None = _option(None, "LoRA adapter to put on the policy")
-    dtype: str = _option("float32", "weights: float32, bfloat16 or float16")
-    device: str | None = _option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
-    audit_file: str | None = _option(
+    policy: str = _requiredoption("hub id or path of the policy, a causal LM")
+    reward: str = _requiredoption(REWARD_HELP)
+    adapter: str | None = option(None, "LoRA adapter to put on the policy")
+    dtype: str = option("float32", "weights: float32, bfloat16 or float16")
+    device: str | None = option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
+    audit_file: str | None = option(
         None,
         "what nabla-trl audit --over_optimization --output_file wrote about this reward: a search for more rounds than it trusts is "
         "warned of; a reward.json tells the same of its folder",
     )
-    vllm_url: str | None = _option(None, VLLM_URL_HELP)
-    vllm_timeout: float = _option(600.0, VLLM_TIMEOUT_HELP)
-    prompt_style: str = _option("auto", PROMPT_STYLE_HELP)
-    chat_template_kwargs: str | None = _option(None, CHAT_TEMPLATE_KWARGS_HELP)
+    vllm_url: str | None = option(None, VLLM_URL_HELP)
+    vllm_timeout: float = option(600.0, VLLM_TIMEOUT_HELP)
+    prompt_style: str = option("auto", PROMPT_STYLE_HELP)
+    chat_template_kwargs: str | None = option(None, CHAT_TEMPLATE_KWARGS_HELP)
 
     def __post_init__(self) -> None:
         self.get_prompt_options()
@@ -119,33 +116,33 @@ def get_sampler_settings(vllm_url: str | None) -> dict[str, str]:
 
 @dataclass
 class SolveArguments:
-    seed: int = _option(0, "the same seed gives the same answer")
+    seed: int = option(0, "the same seed gives the same answer")
 
 
 @dataclass
 class TracesArguments:
-    dataset: str = _required_option(DATASET_HELP)
-    output_dir: str = _required_option("folder to write traces/ into; what is there already is not made again")
-    split: str = _option("train", "split of the dataset")
-    max_problems: int = _option(1000, "problems; 0 = all")
-    seed: int = _option(0, "seed of the search; traces of several seeds can share a folder")
+    dataset: str = _requiredoption(DATASET_HELP)
+    output_dir: str = _requiredoption("folder to write traces/ into; what is there already is not made again")
+    split: str = option("train", "split of the dataset")
+    max_problems: int = option(1000, "problems; 0 = all")
+    seed: int = option(0, "seed of the search; traces of several seeds can share a folder")
 
 
 @dataclass
 class EvalArguments:
-    dataset: str = _required_option(DATASET_HELP)
-    output_dir: str = _required_option("folder of the rows; rows that are there already are not made again")
-    eval_methods: str = _option(
+    dataset: str = _requiredoption(DATASET_HELP)
+    output_dir: str = _requiredoption("folder of the rows; rows that are there already are not made again")
+    eval_methods: str = option(
         "",
         f"comma-separated: {METHOD_SYNTAX}; here L is distilled, the policy of --adapter; empty = {DEFAULT_EVAL_METHODS}, "
         f"with an adapter also {DEFAULT_ADAPTER_EVAL_METHODS}",
     )
-    split: str = _option("test", "split of the dataset")
-    max_problems: int = _option(300, "problems; 0 = all")
+    split: str = option("test", "split of the dataset")
+    max_problems: int = option(300, "problems; 0 = all")
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of every method that samples"}
     )
-    title: str = _option("Evaluation", "title of the report")
+    title: str = option("Evaluation", "title of the report")
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -154,25 +151,25 @@ class EvalArguments:
 
 @dataclass
 class ReportArguments:
-    run_dir: str = _option("", argparse.SUPPRESS)  # the name that other commands have for it
+    run_dir: str = option("", argparse.SUPPRESS)  # the name that other commands have for it
 
 
 @dataclass
 class ServeArguments:
-    host: str = _option("127.0.0.1", "address to listen at; 0.0.0.0 = all of this machine's: set a key then")
-    port: int = _option(8000, "port to listen at; 0 = any free one")
-    api_key: str | None = _option(
+    host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 = all of this machine's: set a key then")
+    port: int = option(8000, "port to listen at; 0 = any free one")
+    api_key: str | None = option(
         None,
         "bearer token that requests must bring; empty = what NABLA_API_KEY holds, which others on this machine cannot "
         "see; without either none is asked for",
     )
-    served_model_name: str | None = _option(None, "name of the model in requests; empty = that of the policy")
-    max_request_flops: float = _option(
+    served_model_name: str | None = option(None, "name of the model in requests; empty = that of the policy")
+    max_request_flops: float = option(
         0.0, "largest FLOPs budget that a request may ask for, and the budget of those that name none; 0 = no limit"
     )
-    max_queue: int = _option(1000, "requests that may wait; further ones are refused with status 429")
-    request_timeout: float = _option(600.0, "seconds from a request to its answer, waiting included")
-    batch_window: float = _option(0.01, "seconds that a request waits for others to be searched for together with it")
+    max_queue: int = option(1000, "requests that may wait; further ones are refused with status 429")
+    request_timeout: float = option(600.0, "seconds from a request to its answer, waiting included")
+    batch_window: float = option(0.01, "seconds that a request waits for others to be searched for together with it")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
@@ -185,19 +182,19 @@ class ServeArguments:
 
 @dataclass
 class ExportArguments:
-    run_dir: str = _required_option("folder of a run of recipes/distill.py, trained and evaluated")
-    output_dir: str = _required_option("folder to make; it must not be there, or be empty")
-    train_method: str | None = _option(None, "which checkpoint, as sft or dpo, where the run has several")
-    merge: bool = _option(False, "also write base and adapter as one model, in merged/, in --dtype")
-    dtype: str | None = _option(
+    run_dir: str = _requiredoption("folder of a run of recipes/distill.py, trained and evaluated")
+    output_dir: str = _requiredoption("folder to make; it must not be there, or be empty")
+    train_method: str | None = option(None, "which checkpoint, as sft or dpo, where the run has several")
+    merge: bool = option(False, "also write base and adapter as one model, in merged/, in --dtype")
+    dtype: str | None = option(
         None, "of the check and of merged weights: float32, bfloat16 or float16; empty = what the run evaluated in"
     )
-    device: str | None = _option(None, "where to check, as cpu or cuda:1; a GPU if there is one")
-    license: str | None = _option(
+    device: str | None = option(None, "where to check, as cpu or cuda:1; a GPU if there is one")
+    license: str | None = option(
         None, "licence of the checkpoint, as apache-2.0; empty = the base's, where its card is at hand"
     )
-    push_to_hub: str | None = _option(None, "also push the folder to this model of the hub, as NAME/MODEL")
-    private: bool = _option(False, "--push_to_hub: make the model private, if it is new")
+    push_to_hub: str | None = option(None, "also push the folder to this model of the hub, as NAME/MODEL")
+    private: bool = option(False, "--push_to_hub: make the model private, if it is new")
 
     def __post_init__(self) -> None:
         if self.private and not self.push_to_hub:
@@ -206,33 +203,31 @@ class ExportArguments:
 
 @dataclass
 class AuditArguments:
-    dataset: str = _required_option(DATASET_HELP)
-    split: str = _option("train", "split of the dataset: audit on problems that nothing is evaluated on")
-    max_audit_problems: int = _option(64, "problems; 0 = all")
-    audit_samples: int = _option(16, "samples per problem, at least 2")
-    seed: int = _option(0, "seed of the samples")
-    temperature: float = _option(1.0, "sampling temperature")
-    top_k: int = _option(0, "sample from the k likeliest tokens; 0 = all")
-    top_p: float = _option(1.0, "nucleus sampling mass; 1 = all")
-    min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
-    max_new_tokens: int = _option(512, "longest response, in tokens")
-    batch_size: int = _option(256, "responses drawn and scored together")
-    output_file: str = _option(
-        "", "file to write what was found to, as JSON; other commands read its trust by --audit"
-    )
-    gradient: bool = _option(False, "audit the reward's gradient: does it say which token to change?")
+    dataset: str = _requiredoption(DATASET_HELP)
+    split: str = option("train", "split of the dataset: audit on problems that nothing is evaluated on")
+    max_audit_problems: int = option(64, "problems; 0 = all")
+    audit_samples: int = option(16, "samples per problem, at least 2")
+    seed: int = option(0, "seed of the samples")
+    temperature: float = option(1.0, "sampling temperature")
+    top_k: int = option(0, "sample from the k likeliest tokens; 0 = all")
+    top_p: float = option(1.0, "nucleus sampling mass; 1 = all")
+    min_p: float = option(0.0, "min-p sampling threshold; 0 = off")
+    max_new_tokens: int = option(512, "longest response, in tokens")
+    batch_size: int = option(256, "responses drawn and scored together")
+    output_file: str = option("", "file to write what was found to, as JSON; other commands read its trust by --audit")
+    gradient: bool = option(False, "audit the reward's gradient: does it say which token to change?")
     gradient_at: list[str] = field(
         default_factory=lambda: ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
         metadata={"help": "--gradient: which gradients, see `point` of the search; the cheapest first"},
     )
-    num_swaps: int = _option(1000, "--gradient: single-token swaps to compare predicted with true changes on")
-    over_optimization: bool = _option(False, "audit the search: does accuracy fall as it goes on?")
-    max_rounds: int = _option(16, "--over_optimization: rounds of the search, which else is as by default")
-    beta: float | None = _option(
+    num_swaps: int = option(1000, "--gradient: single-token swaps to compare predicted with true changes on")
+    over_optimization: bool = option(False, "audit the search: does accuracy fall as it goes on?")
+    max_rounds: int = option(16, "--over_optimization: rounds of the search, which else is as by default")
+    beta: float | None = option(
         None, "--gradient, --over_optimization: KL coefficient β of the search; empty = its own default, a KL budget"
     )
-    top_k_candidates: int = _option(16, "--gradient, --over_optimization: policy tokens considered per position")
-    candidate_min_p: float = _option(
+    top_k_candidates: int = option(16, "--gradient, --over_optimization: policy tokens considered per position")
+    candidate_min_p: float = option(
         0.02, "--gradient, --over_optimization: drop candidates below this fraction of the position's likeliest token"
     )
 

@@ -6,7 +6,6 @@ the same is written with marks, `[-old-]{+new+}`, and without any control charac
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nabla_trl.traces.schema import Revision, Trace
-from nabla_trl.utils.formatting import format_si
+from nabla_trl.utils.formatting import finite_or_none, format_si
 
 Decode = Callable[[list[int]], str]  # ids to text, special tokens left out
 
@@ -64,8 +63,8 @@ def trace_to_json(trace: Trace, decode: Decode) -> dict[str, Any]:
     """
     found = {**asdict(trace), "initial": decode(trace.initial_ids)}
     found["reward_initial"], found["reward"] = (
-        _replace_nonfinite(trace.reward_initial),
-        _replace_nonfinite(trace.reward),
+        finite_or_none(trace.reward_initial),
+        finite_or_none(trace.reward),
     )
     found["revisions"] = [
         _revision_to_json(revision, compute_text_change(revision, base, decode))
@@ -76,8 +75,8 @@ def trace_to_json(trace: Trace, decode: Decode) -> dict[str, Any]:
 
 def _revision_to_json(revision: Revision, text_change: TextChange) -> dict[str, Any]:
     rewards = {
-        "reward_before": _replace_nonfinite(revision.reward_before),
-        "reward_after": _replace_nonfinite(revision.reward_after),
+        "reward_before": finite_or_none(revision.reward_before),
+        "reward_after": finite_or_none(revision.reward_after),
     }
     texts = {
         "old_text": text_change.old_token,
@@ -85,10 +84,6 @@ def _revision_to_json(revision: Revision, text_change: TextChange) -> dict[str, 
         "suffix_text": text_change.new_token + text_change.suffix,
     }
     return {**asdict(revision), "suffix": list(revision.suffix), **rewards, **texts}
-
-
-def _replace_nonfinite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def print_trace(trace: Trace, question: str, decode: Decode, console: Console) -> None:

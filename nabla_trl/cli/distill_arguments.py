@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from nabla_trl.cli.arguments import (
     CHAT_TEMPLATE_KWARGS_HELP,
@@ -18,6 +17,7 @@ from nabla_trl.evaluation.plan import parse_methods
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.training.checkpoints import get_policy_label
 from nabla_trl.training.offline import TRAIN_METHODS as TRAININGS
+from nabla_trl.utils.fields import option
 
 STAGES = ("traces", "train", "evaluate", "report")
 DEFAULT_DISTILL_EVAL_METHODS = (
@@ -28,44 +28,40 @@ DEFAULT_DISTILL_EVAL_METHODS = (
 DEFAULT_TRAINED_POLICY_METHODS = ("greedy", "best_of_1", "best_of_8", "samples_8")  # of every trained policy
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class DistillArguments:
     """Models, problems and what to compare. The search is set by the reasoner's options, training by TRL's."""
 
     policy: str = field(metadata={"help": "hub id or path of the policy, a causal LM"})
     reward: str = field(metadata={"help": REWARD_HELP})
-    dataset: str = _option("chains", f"what to train on: {DATASET_HELP}")
-    eval_dataset: str = _option("", "the held-out task, named alike; empty = the dataset's eval_split")
-    train_split: str = _option("train", "split that traces are made of")
-    eval_split: str = _option("test", "split that methods are compared on")
+    dataset: str = option("chains", f"what to train on: {DATASET_HELP}")
+    eval_dataset: str = option("", "the held-out task, named alike; empty = the dataset's eval_split")
+    train_split: str = option("train", "split that traces are made of")
+    eval_split: str = option("test", "split that methods are compared on")
     train_methods: list[str] = field(
         default_factory=lambda: ["sft"],
         metadata={"help": f"how to train, one policy for each: {', '.join(TRAININGS)}"},
     )
-    max_train_problems: int = _option(1000, "training problems")
-    traces_per_problem: int = _option(1, "traces of each training problem, with seeds from the first of `seeds` on")
-    max_eval_problems: int = _option(300, "held-out problems")
-    stages: str = _option(",".join(STAGES), "comma-separated stages to run")
+    max_train_problems: int = option(1000, "training problems")
+    traces_per_problem: int = option(1, "traces of each training problem, with seeds from the first of `seeds` on")
+    max_eval_problems: int = option(300, "held-out problems")
+    stages: str = option(",".join(STAGES), "comma-separated stages to run")
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of every method that samples"}
     )
-    eval_methods: str = _option(
+    eval_methods: str = option(
         "",
         f"comma-separated methods to compare: {METHOD_SYNTAX}; empty = {DEFAULT_DISTILL_EVAL_METHODS}, and of every trained policy "
         f"{', '.join(DEFAULT_TRAINED_POLICY_METHODS)}",
     )
-    max_audit_problems: int = _option(64, "training problems of the reward audit; 0 = no audit")
-    audit_samples: int = _option(16, "samples per problem of the reward audit")
-    dtype: str = _option("float32", "weights of frozen models: float32, bfloat16 or float16")
-    vllm_url: str | None = _option(None, VLLM_URL_HELP)
-    vllm_timeout: float = _option(600.0, VLLM_TIMEOUT_HELP)
-    prompt_style: str = _option("auto", PROMPT_STYLE_HELP)
-    chat_template_kwargs: str | None = _option(None, CHAT_TEMPLATE_KWARGS_HELP)
-    title: str = _option("Test-time gradient search and its distillation", "title of the report")
+    max_audit_problems: int = option(64, "training problems of the reward audit; 0 = no audit")
+    audit_samples: int = option(16, "samples per problem of the reward audit")
+    dtype: str = option("float32", "weights of frozen models: float32, bfloat16 or float16")
+    vllm_url: str | None = option(None, VLLM_URL_HELP)
+    vllm_timeout: float = option(600.0, VLLM_TIMEOUT_HELP)
+    prompt_style: str = option("auto", PROMPT_STYLE_HELP)
+    chat_template_kwargs: str | None = option(None, CHAT_TEMPLATE_KWARGS_HELP)
+    title: str = option("Test-time gradient search and its distillation", "title of the report")
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages.split(",") if stage not in STAGES]

@@ -8,7 +8,6 @@ Each process writes its own `rows-<rank>.jsonl`; all of them are read back. A ro
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from nabla_trl.grading.equivalence import normalize_answer
 from nabla_trl.tasks.problem import Problem, compute_content_hash
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.files import fsync_folder, read_jsonl_file
+from nabla_trl.utils.formatting import finite_or_none
 
 MAX_TAIL_CHARS = 300  # characters of a response that a row keeps where its answer may be read in two ways
 
@@ -52,7 +52,7 @@ def build_row(trace: Trace, settings_hash: str, kl: float | None = None) -> Row:
         "gold": trace.gold,
         "verdict": trace.match_result,
         "tail": trace.response[-MAX_TAIL_CHARS:] if has_differing_extractions(trace) else None,
-        "reward": _finite_or_none(trace.reward),
+        "reward": finite_or_none(trace.reward),
         "kl": kl,
         "flops": trace.cost.flops,
         "seconds": trace.cost.seconds,
@@ -120,10 +120,6 @@ def compute_reward_by_round(trace: Trace) -> list[float]:
         if revision.accepted:
             curve[-1] = revision.reward_after
     return curve
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 class StoredRow(NamedTuple):

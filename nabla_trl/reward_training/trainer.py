@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,43 +35,40 @@ from nabla_trl.training.peft import (
     disable_avx512_bf16_kernel,
     save_model_atomically,
 )
+from nabla_trl.utils.fields import option
 from nabla_trl.utils.formatting import format_load_error
 
 REWARD_KINDS = ("scalar", "implicit")
 LOSS_TYPES = ("tokens", "pairs")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class RewardOptions:
     """What a reward is trained for, beside the trainer's own arguments."""
 
-    kind: str = _option("scalar", "scalar (a score head) or implicit (β·(log π_φ − log π_base) of an adapter, by DPO)")
-    base_model: str | None = _option(
+    kind: str = option("scalar", "scalar (a score head) or implicit (β·(log π_φ − log π_base) of an adapter, by DPO)")
+    base_model: str | None = option(
         None,
         "model the reward starts from: the policy if empty, else a reward model or a causal LM of the same tokens",
     )
-    num_members: int = _option(1, "scalar: members of an ensemble, trained with different seeds")
-    uncertainty_penalty: float = _option(1.0, "scalar: k of an ensemble's score, mean − k·std")
-    implicit_beta: float = _option(0.1, "implicit: β of DPO, and scale of the reward")
-    tuning: str = _option("lora", "full, lora or qlora (4-bit base)")
-    loss_type: str = _option(
+    num_members: int = option(1, "scalar: members of an ensemble, trained with different seeds")
+    uncertainty_penalty: float = option(1.0, "scalar: k of an ensemble's score, mean − k·std")
+    implicit_beta: float = option(0.1, "implicit: β of DPO, and scale of the reward")
+    tuning: str = option("lora", "full, lora or qlora (4-bit base)")
+    loss_type: str = option(
         "tokens",
         "tokens (is the response free of error so far, at every token) or pairs (Bradley-Terry within problems)",
     )
-    relaxed_fraction: float = _option(
+    relaxed_fraction: float = option(
         0.5, "tokens: share of rows whose inputs are mixtures of the policy's alternatives"
     )
-    target_samples: int = _option(
+    target_samples: int = option(
         2, "tokens: hard draws that estimate a mixture's target where there are no step labels"
     )
-    gradient_matching: float = _option(0.0, "tokens: weight of the gap of first-order and true change under swaps")
-    pairs_per_problem: int = _option(4, "pairs, implicit: most pairs of a right and a wrong response to one problem")
-    margin: float = _option(0.0, "pairs: by which the right response should win")
-    grow_layers: int = _option(
+    gradient_matching: float = option(0.0, "tokens: weight of the gap of first-order and true change under swaps")
+    pairs_per_problem: int = option(4, "pairs, implicit: most pairs of a right and a wrong response to one problem")
+    margin: float = option(0.0, "pairs: by which the right response should win")
+    grow_layers: int = option(
         0, "full: layers added on top, copies of the last one that begin as identities (arXiv 2401.02415)"
     )
 

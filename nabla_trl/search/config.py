@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint, Sampling, ScanConfig, SteConfig
+from nabla_trl.utils.fields import option
 
 SOLVERS = ("mirror", "ste", "none")
 PROPOSALS = ("global", "sequential")
@@ -76,10 +77,6 @@ _METROPOLIS_DEFAULTS = {"independence_prob": 0.1}
 DEFAULT_TARGET_KL = 2.0
 
 
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass
 class SearchConfig:
     """How a response is refined. Options of another solver, proposal or acceptance are refused, not ignored.
@@ -88,83 +85,83 @@ class SearchConfig:
         ValueError: a value out of range, or an option that the chosen solver, proposal or acceptance does not read.
     """
 
-    solver: str = _option("mirror", "mirror (closed form), ste (Adam on logits, the paper) or none (the control)")
-    proposals: str = _option("global", "global (best branches over all positions) or sequential (scan left to right)")
-    acceptance: str = _option(
+    solver: str = option("mirror", "mirror (closed form), ste (Adam on logits, the paper) or none (the control)")
+    proposals: str = option("global", "global (best branches over all positions) or sequential (scan left to right)")
+    acceptance: str = option(
         "greedy", "greedy (keep what scores strictly higher) or metropolis (sample π·exp(r/β): the last state counts)"
     )
-    beta: float | None = _option(
+    beta: float | None = option(
         None,
         "KL coefficient β; the reward counts λ = 1/β times against log π; empty = set by kl, solvers ste, none: 1",
     )
-    target_kl: float | None = _option(
+    target_kl: float | None = option(
         None,
         f"mirror, global: instead of β, how far branches may move from the policy's, in nats ({DEFAULT_TARGET_KL:g})",
     )
-    num_starts: int = _option(1, "first responses drawn per problem; within a budget of FLOPs, as many as fit")
-    num_chains: int = _option(1, "how many of them are refined side by side: those of the highest reward")
-    parallel_tempering: float = _option(
+    num_starts: int = option(1, "first responses drawn per problem; within a budget of FLOPs, as many as fit")
+    num_chains: int = option(1, "how many of them are refined side by side: those of the highest reward")
+    parallel_tempering: float = option(
         1.0, "metropolis: β of each chain over that of the chain before it; states are swapped"
     )
-    independence_prob: float | None = _option(
+    independence_prob: float | None = option(
         None,
         "metropolis: share of the rounds (of sequential ones: sweeps) that draw the whole response anew, so that no "
         "token is held for lack of a candidate; 0 = none (0.1)",
     )
-    max_rounds: int = _option(
+    max_rounds: int = option(
         16, "most rounds of proposals, in each chain; of sequential metropolis, sweeps; 0 = no limit"
     )
-    max_rollouts: int = _option(0, "most responses drawn per problem, the first ones included; 0 = no limit")
-    max_flops: float = _option(
+    max_rollouts: int = option(0, "most responses drawn per problem, the first ones included; 0 = no limit")
+    max_flops: float = option(
         0.0, "FLOPs budget per problem; no round starts that is expected to end above it; 0 = none"
     )
-    restarts: bool = _option(
+    restarts: bool = option(
         True,
         "within a budget of FLOPs or rollouts, begin anew from a fresh response when all chains have ended before it",
     )
-    patience: int = _option(0, "stop after this many rounds without an acceptance; 0 = never")
-    proposals_per_round: int = _option(1, "branches regenerated per round (global proposals)")
-    top_k_candidates: int = _option(16, "policy tokens considered per position")
-    candidate_min_p: float = _option(0.0, "drop candidates below this fraction of the position's likeliest token")
-    temperature: float = _option(1.0, "sampling temperature of responses and suffixes; 0 = greedy")
-    top_k: int = _option(0, "sample from the k likeliest tokens; 0 = all")
-    top_p: float = _option(1.0, "nucleus sampling mass; 1 = all")
-    min_p: float = _option(0.0, "min-p sampling threshold; 0 = off")
-    max_new_tokens: int = _option(512, "longest response, in tokens")
-    batch_size: int = _option(64, "problems refined together; best-of-N and its like draw 4 times as many responses")
-    gradient_at: str | None = _option(
+    patience: int = option(0, "stop after this many rounds without an acceptance; 0 = never")
+    proposals_per_round: int = option(1, "branches regenerated per round (global proposals)")
+    top_k_candidates: int = option(16, "policy tokens considered per position")
+    candidate_min_p: float = option(0.0, "drop candidates below this fraction of the position's likeliest token")
+    temperature: float = option(1.0, "sampling temperature of responses and suffixes; 0 = greedy")
+    top_k: int = option(0, "sample from the k likeliest tokens; 0 = all")
+    top_p: float = option(1.0, "nucleus sampling mass; 1 = all")
+    min_p: float = option(0.0, "min-p sampling threshold; 0 = off")
+    max_new_tokens: int = option(512, "longest response, in tokens")
+    batch_size: int = option(64, "problems refined together; best-of-N and its like draw 4 times as many responses")
+    gradient_at: str | None = option(
         None,
         "mirror: which gradient of the reward: direct (what scoring shows, no backward pass), hard (at the response's "
         "tokens), mixture:A[,A…] (at mixtures of them and the policy's candidates in shares 1−A and A), direct+hard, "
         "direct+mixture:A; empty = the reward's own: that of its audit, direct for a log-ratio, else mixture:0.5",
     )
-    step_size: float | None = _option(
+    step_size: float | None = option(
         None, "mirror: share of the full step; 0.5 is the locally balanced proposal of a Metropolis chain (1)"
     )
-    shuffle_gradient: bool | None = _option(
+    shuffle_gradient: bool | None = option(
         None, "mirror: give each position the gradient of another, a control for where it points (false)"
     )
-    ste_steps: int | None = _option(None, "ste: optimiser steps (20)")
-    ste_learning_rate: float | None = _option(None, "ste: first learning rate (0.01)")
-    ste_final_learning_rate: float | None = _option(None, "ste: last learning rate of the cosine (0.001)")
-    ste_tau: float | None = _option(None, "ste: softmax temperature of the backward (1)")
-    likelihood_token_grad: bool | None = _option(
+    ste_steps: int | None = option(None, "ste: optimiser steps (20)")
+    ste_learning_rate: float | None = option(None, "ste: first learning rate (0.01)")
+    ste_final_learning_rate: float | None = option(None, "ste: last learning rate of the cosine (0.001)")
+    ste_tau: float | None = option(None, "ste: softmax temperature of the backward (1)")
+    likelihood_token_grad: bool | None = option(
         None, "ste: gradient of the policy's likelihood at the token itself (true)"
     )
-    likelihood_suffix_grad: bool | None = _option(
+    likelihood_suffix_grad: bool | None = option(
         None, "ste: gradient of the policy's likelihood through later tokens (true)"
     )
-    optimize_positions: str | None = _option(
+    optimize_positions: str | None = option(
         None, "ste: whose logits are optimised at a scanned position: all from there on, or the first alone (all)"
     )
-    confidence: float | None = _option(
+    confidence: float | None = option(
         None, "sequential: skip positions where the policy's top token exceeds it (0.97)"
     )
-    min_gradient_norm: float | None = _option(
+    min_gradient_norm: float | None = option(
         None, "sequential: skip positions where the loss's gradient by the logits has a smaller norm; 0 = none (0)"
     )
-    resample_temperature: float | None = _option(None, "sequential: temperature of the resampled token (0.5)")
-    resample_top_p: float | None = _option(None, "sequential: nucleus of the resampled token; 1 = all (1)")
+    resample_temperature: float | None = option(None, "sequential: temperature of the resampled token (0.5)")
+    resample_top_p: float | None = option(None, "sequential: nucleus of the resampled token; 1 = all (1)")
 
     def __post_init__(self) -> None:
         self._check_choice("solver", SOLVERS)

@@ -38,6 +38,7 @@ from nabla_trl.training.peft import (
     load_trainable_model,
     save_model_atomically,
 )
+from nabla_trl.utils.fields import option
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -50,30 +51,26 @@ TRAIN_METHODS = (*OFFLINE_METHODS, *ONLINE_METHODS)
 ONLINE_REWARDS = ("reward", "verifier")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class TrainOptions:
     """What is trained and on what, beside the trainer's own arguments. β is the reasoner's, for all methods alike."""
 
-    tuning: str = _option("lora", "lora, qlora (an adapter on a 4-bit base) or full (all weights)")
-    sft_selection: str = _option(
+    tuning: str = option("lora", "lora, qlora (an adapter on a 4-bit base) or full (all weights)")
+    sft_selection: str = option(
         "best",
         "sft: best (per problem), improved (all accepted responses above the first one's reward) or samples (the last "
         "state of every Metropolis chain)",
     )
-    num_generations: int = _option(8, "rloo, grpo: responses drawn per problem")
-    num_iterations: int = _option(1, "rloo, grpo: optimiser steps on the same responses")
-    online_reward: str = _option(
+    num_generations: int = option(8, "rloo, grpo: responses drawn per problem")
+    num_iterations: int = option(1, "rloo, grpo: optimiser steps on the same responses")
+    online_reward: str = option(
         "reward", "rloo, grpo: reward (the one the search uses) or verifier (1 for a right answer, else 0)"
     )
-    max_callback_problems: int = _option(
+    max_callback_problems: int = option(
         0, "training problems kept apart, to measure accuracy and KL on in training; 0 = none"
     )
-    callback_steps: int = _option(50, "steps between two probes")
-    stop_on_overoptimization: bool = _option(
+    callback_steps: int = option(50, "steps between two probes")
+    stop_on_overoptimization: bool = option(
         False,
         "stop when a probe finds the reward up and the accuracy down, beyond chance, and keep the weights of the most "
         "accurate probe (the last ones, where none was better than the untrained policy)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import field
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
@@ -11,6 +12,16 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 _TYPE_DESCRIPTIONS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def option(default: Any, help_text: str) -> Any:
+    """Return a dataclass field with a default value and its text for `--help`."""
+    return field(default=default, metadata={"help": help_text})
+
+
+def required_option(help_text: str) -> Any:
+    """Return a dataclass field without a default value, with its text for `--help`."""
+    return field(metadata={"help": help_text})
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

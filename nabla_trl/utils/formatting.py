@@ -31,3 +31,8 @@ def format_error(error: BaseException, max_chars: int = 200) -> str:
     """An error's text on one line, cut at `width` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= max_chars else f"{text[: max_chars - 2]} …"
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number as it is, and None for NaN, infinity and None: JSON has no other way to write them."""
+    return value if value is not None and math.isfinite(value) else None

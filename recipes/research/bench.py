@@ -39,51 +39,48 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import load_problems
 from nabla_trl.traces.build import get_package_versions
 from nabla_trl.traces.schema import Trace
+from nabla_trl.utils.fields import option
 
 BENCHMARK_PARTS = ("plain", "memory", "gradient", "scaling")
 RANDOM_REWARD = "random"
 TABLE_COLUMNS = ("cpu", "wall", "flops_ratio", "model_flops_ratio", "cpu_ratio", "wall_ratio")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class BenchArguments:
     """Models, problems and sizes. Part plain searches with the preset paper, part scaling with the defaults."""
 
-    policy: str = _option("data/tiny/policy", "hub id or path of the policy, a causal LM")
-    reward: str = _option(
+    policy: str = option("data/tiny/policy", "hub id or path of the policy, a causal LM")
+    reward: str = option(
         RANDOM_REWARD, f"random (the policy's body, a random head: enough for speed), or {REWARD_HELP}"
     )
-    dataset: str = _option("chains", DATASET_HELP)
-    split: str = _option("test", "split of the dataset")
-    parts: str = _option(",".join(BENCHMARK_PARTS), "comma-separated parts to measure")
-    max_problems: int = _option(32, "plain: problems that the engine refines together, at most")
-    max_plain_problems: int = _option(4, "plain: problems that the plain way refines too, one at a time")
-    max_rollouts: int = _option(8, "plain: most responses per problem")
-    max_new_tokens: int = _option(64, "plain, scaling: longest response")
+    dataset: str = option("chains", DATASET_HELP)
+    split: str = option("test", "split of the dataset")
+    parts: str = option(",".join(BENCHMARK_PARTS), "comma-separated parts to measure")
+    max_problems: int = option(32, "plain: problems that the engine refines together, at most")
+    max_plain_problems: int = option(4, "plain: problems that the plain way refines too, one at a time")
+    max_rollouts: int = option(8, "plain: most responses per problem")
+    max_new_tokens: int = option(64, "plain, scaling: longest response")
     problem_counts: list[int] = field(
         default_factory=lambda: [8, 16, 32], metadata={"help": "scaling: numbers of problems"}
     )
     round_counts: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8], metadata={"help": "scaling: numbers of rounds"}
     )
-    vocab_size: int = _option(151936, "memory, gradient: rows of the embedding")
-    batch_size: int = _option(8, "memory, gradient: responses B")
-    response_length: int = _option(1024, "memory, gradient: tokens T of a response, after prompt_length others")
-    prompt_length: int = _option(64, "memory, gradient: tokens of a prompt, which are in the cache")
-    num_layers: int = _option(4, "memory, gradient: layers")
+    vocab_size: int = option(151936, "memory, gradient: rows of the embedding")
+    batch_size: int = option(8, "memory, gradient: responses B")
+    response_length: int = option(1024, "memory, gradient: tokens T of a response, after prompt_length others")
+    prompt_length: int = option(64, "memory, gradient: tokens of a prompt, which are in the cache")
+    num_layers: int = option(4, "memory, gradient: layers")
     hidden_sizes: list[int] = field(
         default_factory=lambda: [256],
         metadata={"help": "memory (the first), gradient: widths of the hidden states, multiples of 64"},
     )
-    num_repeats: int = _option(3, "gradient: timed calls, of which the quickest counts")
-    dtype: str = _option("float32", "weights: float32, bfloat16 or float16")
-    device: str | None = _option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
-    seed: int = _option(0, "seed of the searches")
-    output_file: str = _option("", "file for the figures, as JSON")
+    num_repeats: int = option(3, "gradient: timed calls, of which the quickest counts")
+    dtype: str = option("float32", "weights: float32, bfloat16 or float16")
+    device: str | None = option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
+    seed: int = option(0, "seed of the searches")
+    output_file: str = option("", "file for the figures, as JSON")
 
     def __post_init__(self) -> None:
         unknown = [part for part in self.parts.split(",") if part not in BENCHMARK_PARTS]

@@ -38,13 +38,9 @@ from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.generate_traces import get_search_settings
 from nabla_trl.tasks.problem import filter_with_gold_answer
 from nabla_trl.tasks.registry import get_task_settings, load_problems
+from nabla_trl.utils.fields import option
 from nabla_trl.utils.identity import claim_settings, identify_adapter
 from nabla_trl.utils.locks import lock_folder
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
 
 BASELINES = ("control", "shuffled", "paper", "released", *STEP_SEARCHES)
 
@@ -52,9 +48,9 @@ BASELINES = ("control", "shuffled", "paper", "released", *STEP_SEARCHES)
 @dataclass
 class CompareArguments:
     output_dir: str = field(metadata={"help": "folder of rows/ and compare.md"})
-    dataset: str = _option("chains", DATASET_HELP)
-    split: str = _option("test", "split of the dataset")
-    max_problems: int = _option(300, "problems; 0 = all")
+    dataset: str = option("chains", DATASET_HELP)
+    split: str = option("test", "split of the dataset")
+    max_problems: int = option(300, "problems; 0 = all")
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of all that samples"})
     best_of_n: list[int] = field(
         default_factory=lambda: [4, 8, 16, 32], metadata={"help": "N of the best-of-N whose FLOPs are the rungs"}
@@ -69,7 +65,7 @@ class CompareArguments:
             "help": "λ = 1/β to run the search with, at the FLOPs of the largest best-of-N: the curve of the step"
         },
     )
-    title: str = _option("Methods at equal FLOPs", "title of the page")
+    title: str = option("Methods at equal FLOPs", "title of the page")
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):

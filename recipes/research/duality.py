@@ -48,35 +48,32 @@ from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.traces.schema import Trace
+from nabla_trl.utils.fields import option
 from nabla_trl.utils.identity import claim_settings
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class DualityArguments:
     output_dir: str = field(metadata={"help": "folder of duality.md, chains/ and world/"})
-    policy: str = _option("", "hub id or path of a causal LM; empty = a world is made")
-    reward: str = _option("", f"with --policy: {REWARD_HELP}")
-    dataset: str = _option("", f"with --policy: {DATASET_HELP}")
-    split: str = _option("test", "split of the dataset")
-    max_problems: int = _option(8, "prompts of the dataset")
-    device: str | None = _option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
-    beta: float = _option(1.0, "KL coefficient β of every method")
-    max_new_tokens: int = _option(5, "longest response, in tokens")
-    max_responses: int = _option(MAX_RESPONSES, "most responses per prompt that are written down")
+    policy: str = option("", "hub id or path of a causal LM; empty = a world is made")
+    reward: str = option("", f"with --policy: {REWARD_HELP}")
+    dataset: str = option("", f"with --policy: {DATASET_HELP}")
+    split: str = option("test", "split of the dataset")
+    max_problems: int = option(8, "prompts of the dataset")
+    device: str | None = option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
+    beta: float = option(1.0, "KL coefficient β of every method")
+    max_new_tokens: int = option(5, "longest response, in tokens")
+    max_responses: int = option(MAX_RESPONSES, "most responses per prompt that are written down")
     best_of_n: list[int] = field(
         default_factory=lambda: [2, 4, 8, 16, 32], metadata={"help": "N of best-of-N, rising, at least 2"}
     )
-    num_chains: int = _option(300, "independent chains per prompt and search")
-    max_rounds: int = _option(32, "steps of every chain")
-    gradient_at: str = _option("direct", "gradient of the searches that follow one, see `point` of the search")
-    step_size: float = _option(1.0, "share of the mirror step")
-    batch_size: int = _option(500, "chains run together")
-    seed: int = _option(0, "seed of the chains and of the noise")
-    title: str = _option("The dual, measured", "title of the page")
+    num_chains: int = option(300, "independent chains per prompt and search")
+    max_rounds: int = option(32, "steps of every chain")
+    gradient_at: str = option("direct", "gradient of the searches that follow one, see `point` of the search")
+    step_size: float = option(1.0, "share of the mirror step")
+    batch_size: int = option(500, "chains run together")
+    seed: int = option(0, "seed of the chains and of the noise")
+    title: str = option("The dual, measured", "title of the page")
 
     def __post_init__(self) -> None:
         if not self.best_of_n or min(self.best_of_n) < 2 or self.best_of_n != sorted(set(self.best_of_n)):

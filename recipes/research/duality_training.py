@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from trl import SFTConfig
 
@@ -32,15 +31,12 @@ from nabla_trl.traces.schema import Trace
 from nabla_trl.training.offline import ONLINE_METHODS, TrainingResult, TrainOptions, train_on_traces
 from nabla_trl.training.online import train_online
 from nabla_trl.training.peft import LoraArguments
+from nabla_trl.utils.fields import option
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.identity import claim_settings
 
 SOFT_DPO = "dpo, Bradley-Terry labels"
 TRAINED_METHODS = ("sft", "reward-weighted", "dpo", SOFT_DPO, "rloo", "grpo")
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -51,13 +47,13 @@ class DualityTrainingArguments:
         default_factory=list,
         metadata={"help": "trained policies: sft, reward-weighted, dpo (both kinds of labels), rloo, grpo"},
     )
-    train_samples_per_prompt: int = _option(8000, "responses per prompt that methods on traces are trained on")
-    train_max_rounds: int = _option(12, "sft: steps of each chain that gives one of them")
-    train_steps: int = _option(1024, "optimiser steps")
-    train_batch_size: int = _option(192, "responses per step (pairs of dpo: half as many)")
-    train_num_generations: int = _option(32, "rloo, grpo: responses per prompt and step")
-    train_learning_rate: float = _option(1e-3, "first learning rate, decaying linearly to 0")
-    train_num_checkpoints: int = _option(5, "points of each curve: steps/2^k, …, steps/2, steps")
+    train_samples_per_prompt: int = option(8000, "responses per prompt that methods on traces are trained on")
+    train_max_rounds: int = option(12, "sft: steps of each chain that gives one of them")
+    train_steps: int = option(1024, "optimiser steps")
+    train_batch_size: int = option(192, "responses per step (pairs of dpo: half as many)")
+    train_num_generations: int = option(32, "rloo, grpo: responses per prompt and step")
+    train_learning_rate: float = option(1e-3, "first learning rate, decaying linearly to 0")
+    train_num_checkpoints: int = option(5, "points of each curve: steps/2^k, …, steps/2, steps")
 
     def __post_init__(self) -> None:
         unknown = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from nabla_trl.models.loading import load_policy
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.tasks.registry import load_problems
+from nabla_trl.utils.fields import option
 
 END_TOKEN = "<|end|>"
 # A turn is its words and the end; a response begins right after the prompt's end.
@@ -29,21 +30,17 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": f"of the world that is made where no policy is given: {text}"})
-
-
 @dataclass
 class WorldArguments:
     """The size and the seed of a world that is made."""
 
-    world_seed: int = _option(2, "seed of its weights and prompts")
-    num_symbols: int = _option(4, "tokens beside the one that ends")
-    num_prompts: int = _option(6, "prompts, pairs of symbols")
-    hidden_size: int = _option(64, "hidden size of both models, a multiple of 8")
-    num_layers: int = _option(2, "layers of both models")
-    weight_std: float = _option(0.25, "standard deviation of every weight")
-    reward_std: float = _option(1.0, "standard deviation of the reward under the policy, mean over prompts")
+    world_seed: int = option(2, "seed of its weights and prompts")
+    num_symbols: int = option(4, "tokens beside the one that ends")
+    num_prompts: int = option(6, "prompts, pairs of symbols")
+    hidden_size: int = option(64, "hidden size of both models, a multiple of 8")
+    num_layers: int = option(2, "layers of both models")
+    weight_std: float = option(0.25, "standard deviation of every weight")
+    reward_std: float = option(1.0, "standard deviation of the reward under the policy, mean over prompts")
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_symbols <= len(ALPHABET):
