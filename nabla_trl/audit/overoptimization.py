@@ -24,6 +24,7 @@ from nabla_trl.rewards.limits import ValidatedLimits, past_limits, past_sample_l
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
+from nabla_trl.search.options import MirrorSolver
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.statistics import Interval, mean_interval
@@ -209,9 +210,10 @@ def warn_past_limits(reward: Reward, config: SearchConfig | None, num_samples: i
     for warning in (past_sample_limit(reward.validated_limits, num_samples), rounds):
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
-    if config is not None and reward.gradient_unhelpful and config.solver == "mirror" and config.gradient_at is None:
+    solver = None if config is None else config.solver
+    if reward.gradient_unhelpful and isinstance(solver, MirrorSolver) and solver.gradient_at is None:
         print(
             f"warning: the audit found no gradient of this reward that helps, and the search follows the one at "
-            f"{reward.gradient_at}: use solver none, or name a point",
+            f"{reward.gradient_at}: use solver none, or set solver.gradient_at",
             file=sys.stderr,
         )

@@ -1,7 +1,7 @@
-"""Command lines: dataclasses filled from a preset, a YAML file and flags, and mistakes reported in one line.
+"""Command lines: dataclasses filled from a preset, a YAML file and flags, with every mistake reported in one line.
 
-A later source wins over an earlier one: defaults, `--preset`, `--config file.yaml`, flags. The YAML file is
-checked against the dataclasses before TRL's parser sees it, since that takes any value for a default.
+A later source wins over an earlier one: defaults, `--preset`, `--config FILE`, flags. The YAML file is checked against
+the dataclasses before TRL's parser sees it, because TRL's parser takes any value for a default.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
+from dataclasses import MISSING, Field, fields
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from trl import TrlParser
 
-from nabla_trl.utils.fields import coerce_fields, format_suggestion, read_yaml
+from nabla_trl.utils.fields import coerce_fields, format_suggestion, get_option_groups, read_yaml
 from nabla_trl.utils.interrupts import StoppedBySignal, get_current_command, handle_stop_signals, is_main_process
+from nabla_trl.utils.renamed import describe_new_flag
 
 Presets = Mapping[str, Mapping[str, Any]]
 
@@ -30,69 +33,182 @@ class UsageError(ValueError):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind every option that has one, and descriptions with their own line breaks."""
+    """Help with the default of every option, and descriptions with their own line breaks."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or action.default is False or action.default == ""
-        return action.help if silent else super()._get_help_string(action)
+        return action.help if silent or "(default" in (action.help or "") else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Show --max_rounds without its other spelling --max-rounds."""
+        shown = copy(action)
+        shown.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        return super()._format_action_invocation(shown if shown.option_strings else action)
 
 
 class _RaisingArgumentParser(argparse.ArgumentParser):
-    """argparse prints a usage of many lines and exits; a caller can do better with an exception."""
+    """An argument parser that raises UsageError. argparse itself prints many lines and exits."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+class _HelpAction(argparse.Action):
+    """Print the help, with all options if `const` is true, and exit."""
+
+    def __call__(self, parser: Any, *args: Any) -> None:
+        parser.show_all_options = self.const
+        parser.print_help()
+        parser.exit()
+
+
 class Parser(TrlParser, _RaisingArgumentParser):
-    """TRL's parser with `--config` and `--preset` explained in --help, and nothing unknown let through.
+    """TRL's parser with --config, --preset, groups of options, and a help of the common options.
+
+    A field that is an `OptionGroup` becomes `--solver NAME` and a flag such as `--solver.steps` for each option of its
+    members.
 
     Args:
-        dataclasses: their fields are the options; `metadata["help"]` explains them.
-        presets: name -> option values, for `--preset` and the YAML key `preset`; none = no such option.
+        dataclasses: classes whose fields are the options. `metadata["help"]` explains them.
+        presets: name -> option values, for `--preset` and the YAML key `preset`. Without presets there is no such
+            option.
+        common: options that `--help` shows, beside the required ones and fields with `metadata["common"]`. If it is
+            None, `--help` shows every option of a dataclass that has no field with `metadata["common"]`.
         kwargs: as for `argparse.ArgumentParser`.
     """
 
-    def __init__(self, dataclasses: Sequence[type], *, presets: Presets | None = None, **kwargs: Any):
-        kwargs = {"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs}
+    def __init__(
+        self,
+        dataclasses: Sequence[type],
+        *,
+        presets: Presets | None = None,
+        common: Collection[str] | None = None,
+        **kwargs: Any,
+    ):
+        self.presets, self.common, self.show_all_options = presets or {}, common, False
+        self.option_groups = {name: group for cls in dataclasses for name, group in get_option_groups(cls).items()}
+        self._uncommon_dests: set[str] = set()
+        kwargs = {"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs, "add_help": False}
         super().__init__(list(dataclasses), **kwargs)  # type: ignore[arg-type]  # TrlParser is untyped for mypy
-        self.presets = presets or {}
-        self.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it")
+        self.add_argument("--config", metavar="FILE", help="YAML file of options. Flags win over it.")
         if self.presets:
             names = ", ".join(self.presets)
-            self.add_argument("--preset", metavar="NAME", help=f"{names}; file and flags win over it")
+            self.add_argument("--preset", metavar="NAME", help=f"Named options: {names}. File and flags win over it.")
+        no_value: dict[str, Any] = {"nargs": 0, "action": _HelpAction, "dest": "help", "default": argparse.SUPPRESS}
+        self.add_argument("-h", "--help", const=False, help="Show the most common options and exit.", **no_value)
+        self.add_argument("--help-all", const=True, help="Show all options and exit.", **no_value)
+
+    def _add_dataclass_arguments(self, dataclass: Any) -> None:
+        """Add the options of a dataclass as a group of the help. Overrides transformers' method."""
+        hints, groups = get_type_hints(dataclass), get_option_groups(dataclass)
+        marks_common = self.common is not None or any(field.metadata.get("common") for field in fields(dataclass))
+        section = self.add_argument_group(_get_title(dataclass))
+        for field in fields(dataclass):
+            if group := groups.get(field.name):
+                members = "; ".join(f"{name}: {_get_title(member)}" for name, member in group.members.items())
+                text = f"{group.help_text} {members} (default: {group.default.name})"
+                section.add_argument(f"--{field.name}", metavar="NAME", default=argparse.SUPPRESS, help=text)
+            elif field.init:
+                self._add_field(section, field, field.name, hints[field.name], marks_common=marks_common)
+        for name, group in groups.items():
+            for member_name, member in group.members.items():
+                member_section = self.add_argument_group(f"--{name} {member_name}: {_get_title(member)}")
+                for field in fields(member):
+                    if f"--{name}.{field.name}" in self._option_string_actions:
+                        continue
+                    flag = copy(field)
+                    flag.default = flag.default_factory = MISSING
+                    default = "" if "(default" in field.metadata["help"] else f" (default: {field.default})"
+                    flag.metadata = {**field.metadata, "help": f"{field.metadata['help']}{default}"}  # type: ignore[assignment]
+                    action = self._add_field(
+                        member_section,
+                        flag,
+                        f"{name}.{field.name}",
+                        get_type_hints(member)[field.name],
+                        marks_common=True,
+                    )
+                    action.default, action.required = argparse.SUPPRESS, False
+                    action.metavar = field.name.upper()
+
+    def _add_field(self, section: Any, field: Field[Any], name: str, hint: Any, *, marks_common: bool) -> Any:
+        """Add one field as an option and return its first argparse action."""
+        field = copy(field)
+        field.name, field.type = name, hint
+        is_common = field.metadata.get("common") or name in (self.common or ())
+        field.metadata = {key: value for key, value in field.metadata.items() if key != "common"}  # type: ignore[assignment]
+        count = len(self._actions)
+        self._parse_dataclass_field(section, field)
+        action = self._actions[count]
+        if marks_common and not is_common and (not action.required or "." in name):
+            self._uncommon_dests.add(name)
+        return action
+
+    def format_help(self) -> str:
+        """Return the help text, without the less common options unless `show_all_options` is set."""
+        if self.show_all_options:
+            return super().format_help()
+        hidden = [
+            (action, action.help)
+            for action in self._actions
+            if action.dest in self._uncommon_dests and action.help is not argparse.SUPPRESS
+        ]
+        for action, _ in hidden:
+            action.help = argparse.SUPPRESS
+        text = super().format_help()
+        for action, help_text in hidden:
+            action.help = help_text
+        count = len({action.dest for action, _ in hidden})
+        return f"{text}\n{count} more options: {self.prog} --help-all\n" if count else text
 
     def parse_options(self, argv: Sequence[str]) -> tuple[Any, ...]:
-        """The filled dataclasses in their order, then a namespace of the arguments added by hand.
+        """Return the filled dataclasses in their order, then a namespace of the arguments added by hand.
 
         Raises:
-            UsageError: an unknown flag, a missing or malformed argument.
+            UsageError: an unknown flag, or a missing or malformed argument.
             ValueError: an unknown or ill-typed key of the file, an unknown preset, or a value a dataclass refuses.
             SystemExit: --help.
         """
         self._refuse_unknown_options(argv)
-        config, preset = self._read_config_and_preset(argv)
-        values = {} if config is None else read_yaml(config)
+        config_file, preset, file_values = _read_sources(argv, _RaisingArgumentParser(prog=self.prog, add_help=False))
         if self.presets:
-            own = values.pop("preset", None)
-            self.set_defaults(**self._get_preset(own if preset is None else preset))
-        if config is not None:
-            self.set_defaults_with_config(**coerce_fields(values, self.dataclass_types, source=config))
-        # Without look_for_args_file, a file "nabla-trl.args" beside the program would add options.
-        *filled, rest = self.parse_args_into_dataclasses(
-            list(argv), return_remaining_strings=True, look_for_args_file=False
+            file_preset = file_values.pop("preset", None)
+            preset_values = self._get_preset(file_preset if preset is None else preset)
+        else:
+            preset_values = {}
+        file_values = coerce_fields(file_values, self.dataclass_types, source=config_file or "")
+        group_values = self._merge_groups(preset_values, file_values, config_file)
+        defaults = {**preset_values, **file_values}
+        self.set_defaults_with_config(
+            **{name: value for name, value in defaults.items() if name not in self.option_groups}
         )
-        if rest:
-            self.error(f"unexpected argument {rest[0]!r}")
-        return tuple(filled)
+        namespace, unexpected = self.parse_known_args(list(argv))
+        if unexpected:
+            self.error(f"unexpected argument {unexpected[0]!r}")
+        values = vars(namespace)
+        for name, group in self.option_groups.items():
+            flags = {key.partition(".")[2]: values.pop(key) for key in list(values) if key.startswith(f"{name}.")}
+            choice = {"name": values.pop(name)} if name in values else {}
+            merged = group.merge(group_values[name], {**choice, **flags})
+            group.check_options(merged["name"], flags, f"--{name} {{}}")
+            values[name] = group.build(merged)
+        filled = []
+        for dataclass in self.dataclass_types:
+            names = [field.name for field in fields(dataclass) if field.init]
+            filled.append(dataclass(**{name: values.pop(name) for name in names}))
+        return (*filled, namespace)
 
-    def _read_config_and_preset(self, argv: Sequence[str]) -> tuple[str | None, str | None]:
-        """--config and --preset, which must be known before anything else is parsed."""
-        peek = _RaisingArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
-        peek.add_argument("--config")
-        peek.add_argument("--preset")
-        found, _ = peek.parse_known_args(list(argv))
-        return found.config, found.preset
+    def _merge_groups(
+        self, preset_values: Mapping[str, Any], file_values: dict[str, Any], config_file: str | None
+    ) -> dict[str, Any]:
+        """Return the options of every group that preset and file set, and check those of the file."""
+        merged = {}
+        for name, group in self.option_groups.items():
+            try:
+                merged[name] = group.merge(preset_values.get(name), file_values.get(name))
+                group.build(merged[name])
+            except ValueError as error:
+                raise ValueError(f"{config_file}: {error}") from error
+        return merged
 
     def _get_preset(self, name: Any) -> Mapping[str, Any]:
         if name is None:
@@ -102,46 +218,77 @@ class Parser(TrlParser, _RaisingArgumentParser):
         return self.presets[name]
 
     def _refuse_unknown_options(self, argv: Sequence[str]) -> None:
-        """Before argparse complains of a required option, which may be the very one that was misspelt."""
-        known = [option for action in self._actions for option in action.option_strings]
+        """Refuse unknown flags before argparse misses a required option, which may be the misspelt one."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        names = {flag.removeprefix("--") for flag in flags}
         for word in argv:
             flag = word.partition("=")[0]
             if word == "--":
                 return
-            if flag.startswith("--") and " " not in flag and flag not in known:
-                self.error(f"unknown option {flag}{format_suggestion(flag, known)}")
+            if flag.startswith("--") and " " not in flag and flag not in flags:
+                old_name = flag.removeprefix("--").replace("-", "_")
+                hint = describe_new_flag(old_name, names) or describe_new_flag(old_name.removeprefix("no_"), names)
+                self.error(f"unknown option {flag}{hint or format_suggestion(flag, flags)}")
 
 
 def parse_dataclasses(
-    dataclasses: Sequence[type], argv: Sequence[str], *, presets: Presets | None = None, prog: str | None = None
+    dataclasses: Sequence[type],
+    argv: Sequence[str],
+    *,
+    presets: Presets | None = None,
+    prog: str | None = None,
+    common: Collection[str] | None = None,
 ) -> tuple[Any, ...]:
-    """The dataclasses filled from `argv`; raises what `Parser.read` raises."""
-    return Parser(dataclasses, presets=presets, prog=prog).parse_options(argv)[: len(dataclasses)]
+    """Return the dataclasses filled from `argv`. Raises what `Parser.parse_options` raises."""
+    return Parser(dataclasses, presets=presets, prog=prog, common=common).parse_options(argv)[: len(dataclasses)]
 
 
 def collect_given_options(
     argv: Sequence[str], parsed_dataclasses: Iterable[Any], presets: Presets | None = None
 ) -> dict[str, Any]:
-    """The options that a command line, its file and its preset set, by name: a YAML of them gives the same again.
+    """Return the options that a command line, its file and its preset set, by name.
+
+    A YAML file of them gives the same options again.
 
     Args:
-        filled: the dataclasses that were parsed from `argv`, for the values of flags.
+        parsed_dataclasses: what was parsed from `argv`, for the values of flags.
     """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--config")
-    peek.add_argument("--preset")
-    sources, _ = peek.parse_known_args(list(argv))
-    values = {} if sources.config is None else read_yaml(sources.config)
-    preset = sources.preset or values.pop("preset", None)
-    values = {**(presets or {}).get(str(preset), {}), **values}
-    held = {name: one for one in parsed_dataclasses for name, field in one.__dataclass_fields__.items() if field.init}
-    for word in argv:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        name = name if name in held else name.removeprefix("no_")
-        if word.startswith("--") and name in held:
-            value = getattr(held[name], name)
-            values[name] = value.value if isinstance(value, Enum) else value
+    _, preset, values = _read_sources(argv, argparse.ArgumentParser(add_help=False))
+    preset = preset or values.pop("preset", None)
+    preset_values = (presets or {}).get(str(preset), {})
+    owners = {field.name: filled for filled in parsed_dataclasses for field in fields(filled) if field.init}
+    flags = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")]
+    flags = [flag if flag.partition(".")[0] in owners else flag.removeprefix("no_") for flag in flags]
+    groups = {name: group for filled in owners.values() for name, group in get_option_groups(type(filled)).items()}
+    for name, group in groups.items():
+        chosen = getattr(owners[name], name)
+        options = {flag.partition(".")[2] for flag in flags if flag.startswith(f"{name}.")}
+        if options or name in flags or name in values or name in preset_values:
+            flag_values = {option: getattr(chosen, option) for option in options}
+            values[name] = group.merge(preset_values.get(name), values.get(name), {"name": chosen.name, **flag_values})
+    values = {**preset_values, **values}
+    for flag in flags:
+        if flag in owners and flag not in groups:
+            value = getattr(owners[flag], flag)
+            values[flag] = value.value if isinstance(value, Enum) else value
     return values
+
+
+def _read_sources(
+    argv: Sequence[str], parser: argparse.ArgumentParser
+) -> tuple[str | None, str | None, dict[str, Any]]:
+    """Return --config, --preset and the options of the file, which must be known before anything else is parsed."""
+    parser.allow_abbrev = False
+    parser.add_argument("--config")
+    parser.add_argument("--preset")
+    sources, _ = parser.parse_known_args(list(argv))
+    return sources.config, sources.preset, {} if sources.config is None else read_yaml(sources.config)
+
+
+def _get_title(dataclass: type) -> str:
+    """Return the first line of a dataclass's docstring without its period, or its name if it has no docstring."""
+    text = dataclass.__doc__ or ""
+    return dataclass.__name__ if text.startswith(f"{dataclass.__name__}(") else text.partition("\n")[0].rstrip(".")
 
 
 def run_main(

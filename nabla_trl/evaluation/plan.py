@@ -22,6 +22,7 @@ from nabla_trl.evaluation.method import (
 from nabla_trl.evaluation.runner import EvaluationSetup, Job
 from nabla_trl.models.policy import Policy
 from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.search.options import MirrorSolver, NoGradient
 
 _BUDGET_PATTERN = r"@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*)"
 _SAMPLES_PATTERN = r"samples_[1-9]\d{0,2}"  # further ones overflow the estimators
@@ -172,7 +173,7 @@ def _build_budget_config(method: str, config: SearchConfig, max_flops: float) ->
 def _build_search_config(method: str, config: SearchConfig) -> SearchConfig:
     """The configuration of a search, from that of nabla."""
     if method in PRESETS:
-        shared = {name: getattr(config, name) for name in ("candidates", "max_new_tokens", "batch_size")}
+        shared = {name: getattr(config, name) for name in ("top_k_candidates", "max_new_tokens", "batch_size")}
         return SearchConfig.from_preset(method, **shared)
     return {"nabla": lambda: config, "control": config.with_no_gradient, "shuffled": config.with_shuffled_gradient}[
         method
@@ -199,10 +200,10 @@ def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies
         setup.plan_reward_model_sampling()
     rests = [split_label(name)[1] for name in names]
     asked = {_get_search_name(rest) for rest in rests}
-    if setup.config.solver == "none" and "nabla" in asked:
+    if isinstance(setup.config.solver, NoGradient) and "nabla" in asked:
         raise ValueError("solver none is the control: ask for control instead of nabla, or choose another solver")
-    if setup.config.solver != "mirror" and "shuffled" in asked:
-        raise ValueError(f"shuffled is a control of solver mirror, not of {setup.config.solver}")
+    if not isinstance(setup.config.solver, MirrorSolver) and "shuffled" in asked:
+        raise ValueError(f"shuffled is a control of solver mirror, not of {setup.config.solver.name}")
     get_step_search_settings(names, setup)
     for rest in rests:
         if _get_search_name(rest) and "@" in rest:

@@ -1,6 +1,6 @@
-"""The reasoner's configuration: one dataclass, read from keywords, YAML and the command line alike.
+"""The configuration of a search: one dataclass, filled from keywords, YAML and the command line alike.
 
-Depends on nothing, so that `--help` needs no torch.
+Nothing here needs torch, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -11,338 +11,339 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint, Sampling, ScanConfig, SteConfig
-from nabla_trl.utils.fields import option
+from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint, Sampling
+from nabla_trl.search.options import (
+    DEFAULT_TARGET_KL,
+    Acceptance,
+    GlobalProposals,
+    GreedyAcceptance,
+    MetropolisAcceptance,
+    MirrorSolver,
+    NoGradient,
+    Proposals,
+    SequentialProposals,
+    Solver,
+    SteSolver,
+)
+from nabla_trl.utils.fields import OptionGroup, format_suggestion, get_option_groups, option
+from nabla_trl.utils.renamed import describe_new_key
 
-SOLVERS = ("mirror", "ste", "none")
-PROPOSALS = ("global", "sequential")
-ACCEPTANCES = ("greedy", "metropolis")
-OPTIMIZE_POSITIONS = ("all", "first")
-
-# The paper's settings (arXiv 2603.04948): one response scanned left to right, eight rollouts at most; the logits of
-# all positions from the scanned one on move. At a budget in a comparison (paper@…) it begins anew until that is spent.
+# The paper's settings (arXiv 2603.04948): one response is scanned from left to right, with eight rollouts at most. The
+# logits of the scanned position and of all later ones are optimized. In a comparison at a budget (paper@…) the search
+# starts again until the budget is spent.
+_PAPER_SOLVER: dict[str, Any] = {
+    "name": "ste",
+    "steps": 20,
+    "learning_rate": 0.01,
+    "final_learning_rate": 0.001,
+    "tau": 1.0,
+    "likelihood_token_grad": True,
+    "likelihood_suffix_grad": True,
+    "optimize_positions": "all",
+}
+_PAPER_PROPOSALS: dict[str, Any] = {"name": "sequential", "confidence": 0.97, "resample_temperature": 0.5}
 _PAPER_OPTIONS: dict[str, Any] = {
-    "solver": "ste",
-    "proposals": "sequential",
+    "solver": _PAPER_SOLVER,
+    "proposals": _PAPER_PROPOSALS,
     "beta": 1.0,
     "max_rollouts": 8,
     "restarts": False,
     "max_rounds": 0,
     "temperature": 0.7,
-    "ste_steps": 20,
-    "ste_learning_rate": 0.01,
-    "ste_final_learning_rate": 0.001,
-    "ste_tau": 1.0,
-    "likelihood_token_grad": True,
-    "likelihood_suffix_grad": True,
-    "optimize_positions": "all",
-    "confidence": 0.97,
-    "resample_temperature": 0.5,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": _PAPER_OPTIONS,
     # What the released code does where it differs: the log-likelihood counts 1e-3 (λ = 1000 at its scripts' reward
-    # coefficient of 1), only the scanned position's logits move, and it samples with top-p. Without its defects (both
-    # responses are scored with the prompt once, float32) and its selector by the norm of ∂L/∂Y over the vocabulary.
+    # coefficient of 1), only the scanned position's logits are optimized, and it samples with top-p. Without its
+    # defects (responses are scored with the prompt once, in float32) and without its choice of positions by the norm
+    # of ∂L/∂Y over the vocabulary.
     "released": {
         **_PAPER_OPTIONS,
+        "solver": {**_PAPER_SOLVER, "optimize_positions": "first"},
+        "proposals": {**_PAPER_PROPOSALS, "resample_top_p": 0.95},
         "beta": 0.001,
-        "optimize_positions": "first",
         "temperature": 0.6,
         "top_p": 0.95,
-        "resample_top_p": 0.95,
     },
 }
-
-# Options that only one solver, one kind of proposal or one acceptance reads, with their defaults.
-_STE_DEFAULTS = {
-    "ste_steps": 20,
-    "ste_learning_rate": 0.01,
-    "ste_final_learning_rate": 0.001,
-    "ste_tau": 1.0,
-    "likelihood_token_grad": True,
-    "likelihood_suffix_grad": True,
-    "optimize_positions": "all",
-}
-_MIRROR_DEFAULTS = {"gradient_at": None, "step_size": 1.0, "shuffle_gradient": False}  # point: the reward's own
-_SEQUENTIAL_DEFAULTS = {
-    "confidence": 0.97,
-    "min_gradient_norm": 0.0,
-    "resample_temperature": 0.5,
-    "resample_top_p": 1.0,
-}
-_METROPOLIS_DEFAULTS = {"independence_prob": 0.1}
-# Without a β, branches are moved from the policy's by this much (EXPERIMENTS.md).
-DEFAULT_TARGET_KL = 2.0
 
 
 @dataclass
 class SearchConfig:
-    """How a response is refined. Options of another solver, proposal or acceptance are refused, not ignored.
+    """Search: how a response is refined.
+
+    Each of `solver`, `proposals` and `acceptance` takes an instance (`SteSolver(steps=3)`), a name ("ste") or a
+    mapping ({"name": "ste", "steps": 3}), and holds the instance.
 
     Raises:
-        ValueError: a value out of range, or an option that the chosen solver, proposal or acceptance does not read.
+        ValueError: a value out of range, an unknown option, or options that do not go together.
     """
 
-    solver: str = option("mirror", "mirror (closed form), ste (Adam on logits, the paper) or none (the control)")
-    proposals: str = option("global", "global (best branches over all positions) or sequential (scan left to right)")
-    acceptance: str = option(
-        "greedy", "greedy (keep what scores strictly higher) or metropolis (sample π·exp(r/β): the last state counts)"
+    solver: OptionGroup[Solver] = OptionGroup(
+        MirrorSolver, SteSolver, NoGradient, help_text="How new tokens are chosen."
+    )
+    proposals: OptionGroup[Proposals] = OptionGroup(
+        GlobalProposals, SequentialProposals, help_text="Where to change the response."
+    )
+    acceptance: OptionGroup[Acceptance] = OptionGroup(
+        GreedyAcceptance,
+        MetropolisAcceptance,
+        help_text="When to keep a proposal. Use metropolis for samples of the optimum.",
     )
     beta: float | None = option(
         None,
-        "KL coefficient β; the reward counts λ = 1/β times against log π; empty = set by kl, solvers ste, none: 1",
+        "KL coefficient β. The reward counts 1/β times relative to log π. Lower it to follow the reward more closely. "
+        "Cannot be combined with --solver.target_kl (default: set by --solver.target_kl, and 1 where that does not "
+        "apply).",
+        common=True,
     )
-    target_kl: float | None = option(
-        None,
-        f"mirror, global: instead of β, how far branches may move from the policy's, in nats ({DEFAULT_TARGET_KL:g})",
+    num_starts: int = option(
+        1,
+        "Number of first responses drawn per problem. With a FLOPs budget, as many are drawn as the budget allows. "
+        "Increase it if the search gets stuck in bad first responses.",
+        common=True,
     )
-    num_starts: int = option(1, "first responses drawn per problem; within a budget of FLOPs, as many as fit")
-    num_chains: int = option(1, "how many of them are refined side by side: those of the highest reward")
-    parallel_tempering: float = option(
-        1.0, "metropolis: β of each chain over that of the chain before it; states are swapped"
-    )
-    independence_prob: float | None = option(
-        None,
-        "metropolis: share of the rounds (of sequential ones: sweeps) that draw the whole response anew, so that no "
-        "token is held for lack of a candidate; 0 = none (0.1)",
+    num_chains: int = option(
+        1,
+        "Number of first responses that are refined in parallel, those with the highest reward. At most --num_starts.",
     )
     max_rounds: int = option(
-        16, "most rounds of proposals, in each chain; of sequential metropolis, sweeps; 0 = no limit"
+        16,
+        "Maximum number of proposal rounds in each chain. For sequential Metropolis, the number of sweeps. Increase "
+        "it for better answers at a higher cost. 0 sets no limit.",
+        common=True,
     )
-    max_rollouts: int = option(0, "most responses drawn per problem, the first ones included; 0 = no limit")
+    max_rollouts: int = option(
+        0, "Maximum number of responses drawn per problem, including the first ones. 0 sets no limit."
+    )
     max_flops: float = option(
-        0.0, "FLOPs budget per problem; no round starts that is expected to end above it; 0 = none"
+        0.0,
+        "FLOPs budget per problem. No round starts that is expected to exceed it. Set it to compare methods at equal "
+        "cost. 0 sets no limit.",
+        common=True,
     )
     restarts: bool = option(
         True,
-        "within a budget of FLOPs or rollouts, begin anew from a fresh response when all chains have ended before it",
+        "Start again from a new response if all chains end before the budget of FLOPs or rollouts is used. Disable it "
+        "to refine one response only.",
     )
-    patience: int = option(0, "stop after this many rounds without an acceptance; 0 = never")
-    proposals_per_round: int = option(1, "branches regenerated per round (global proposals)")
-    top_k_candidates: int = option(16, "policy tokens considered per position")
-    candidate_min_p: float = option(0.0, "drop candidates below this fraction of the position's likeliest token")
-    temperature: float = option(1.0, "sampling temperature of responses and suffixes; 0 = greedy")
-    top_k: int = option(0, "sample from the k likeliest tokens; 0 = all")
-    top_p: float = option(1.0, "nucleus sampling mass; 1 = all")
-    min_p: float = option(0.0, "min-p sampling threshold; 0 = off")
-    max_new_tokens: int = option(512, "longest response, in tokens")
-    batch_size: int = option(64, "problems refined together; best-of-N and its like draw 4 times as many responses")
-    gradient_at: str | None = option(
-        None,
-        "mirror: which gradient of the reward: direct (what scoring shows, no backward pass), hard (at the response's "
-        "tokens), mixture:A[,A…] (at mixtures of them and the policy's candidates in shares 1−A and A), direct+hard, "
-        "direct+mixture:A; empty = the reward's own: that of its audit, direct for a log-ratio, else mixture:0.5",
+    patience: int = option(
+        0,
+        "Stop after this many rounds without an accepted proposal. Set it to save compute. 0 never stops early.",
     )
-    step_size: float | None = option(
-        None, "mirror: share of the full step; 0.5 is the locally balanced proposal of a Metropolis chain (1)"
+    top_k_candidates: int = option(
+        16,
+        "Tokens of the policy considered at each position. Increase it if good tokens are missing.",
+        common=True,
     )
-    shuffle_gradient: bool | None = option(
-        None, "mirror: give each position the gradient of another, a control for where it points (false)"
+    candidate_min_p: float = option(
+        0.0,
+        "Drop candidates whose probability is below this fraction of the most likely token's. Increase it if the "
+        "search finds text that misleads the reward. 0 keeps all candidates.",
     )
-    ste_steps: int | None = option(None, "ste: optimiser steps (20)")
-    ste_learning_rate: float | None = option(None, "ste: first learning rate (0.01)")
-    ste_final_learning_rate: float | None = option(None, "ste: last learning rate of the cosine (0.001)")
-    ste_tau: float | None = option(None, "ste: softmax temperature of the backward (1)")
-    likelihood_token_grad: bool | None = option(
-        None, "ste: gradient of the policy's likelihood at the token itself (true)"
+    temperature: float = option(
+        1.0, "Sampling temperature of responses and suffixes. 0 is greedy decoding.", common=True
     )
-    likelihood_suffix_grad: bool | None = option(
-        None, "ste: gradient of the policy's likelihood through later tokens (true)"
+    top_k: int = option(0, "Sample from the k most likely tokens. 0 uses all tokens.")
+    top_p: float = option(
+        1.0,
+        "Nucleus sampling: sample from the smallest set of tokens with this total probability. 1 uses all tokens.",
     )
-    optimize_positions: str | None = option(
-        None, "ste: whose logits are optimised at a scanned position: all from there on, or the first alone (all)"
+    min_p: float = option(
+        0.0,
+        "Do not sample tokens whose probability is below this fraction of the most likely token's. 0 disables it.",
     )
-    confidence: float | None = option(
-        None, "sequential: skip positions where the policy's top token exceeds it (0.97)"
+    max_new_tokens: int = option(
+        512, "Maximum length of a response in tokens. Increase it if responses are cut off.", common=True
     )
-    min_gradient_norm: float | None = option(
-        None, "sequential: skip positions where the loss's gradient by the logits has a smaller norm; 0 = none (0)"
+    batch_size: int = option(
+        64,
+        "Problems refined together. Best-of-N and similar methods draw 4 times as many responses together. Lower it "
+        "if memory runs out.",
+        common=True,
     )
-    resample_temperature: float | None = option(None, "sequential: temperature of the resampled token (0.5)")
-    resample_top_p: float | None = option(None, "sequential: nucleus of the resampled token; 1 = all (1)")
 
     def __post_init__(self) -> None:
-        self._check_choice("solver", SOLVERS)
-        self._check_choice("proposals", PROPOSALS)
-        self._check_choice("acceptance", ACCEPTANCES)
-        self._apply_defaults(_STE_DEFAULTS, self.solver == "ste", "solver ste")
-        self._apply_defaults(_MIRROR_DEFAULTS, self.solver == "mirror", "solver mirror")
-        self._apply_defaults(_SEQUENTIAL_DEFAULTS, self.proposals == "sequential", "sequential proposals")
-        self._apply_defaults(_METROPOLIS_DEFAULTS, self.acceptance == "metropolis", "acceptance metropolis")
-        self._set_beta_or_target_kl()
         for name in ("max_rounds", "max_rollouts", "max_flops", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative")
-        for name in ("num_starts", "num_chains", "proposals_per_round", "top_k_candidates", "batch_size"):
+        for name in ("num_starts", "num_chains", "top_k_candidates", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         if self.num_chains > self.num_starts:
             raise ValueError(
-                f"chains must be at most starts: {self.num_starts} first responses cannot start {self.num_chains}"
+                f"num_chains must be at most num_starts: {self.num_starts} first responses cannot start "
+                f"{self.num_chains} chains"
             )
         if 0 < self.max_rollouts < self.num_starts:
             raise ValueError(
-                f"rollouts {self.max_rollouts} are fewer than the first responses, starts {self.num_starts}"
+                f"max_rollouts {self.max_rollouts} is less than the number of first responses, num_starts "
+                f"{self.num_starts}"
             )
         if not 0 <= self.candidate_min_p < 1:
             raise ValueError(f"candidate_min_p must be in [0, 1), not {self.candidate_min_p}")
-        if self.proposals == "sequential" and self.proposals_per_round != 1:
-            raise ValueError("sequential proposals regenerate one branch at a time: branches must be 1")
-        if (
-            not (self.max_rounds or self.max_rollouts or self.max_flops or self.patience)
-            and self.proposals == "global"
-        ):
-            raise ValueError("the search would never end: set rounds, rollouts, flops or patience")
+        sequential = isinstance(self.proposals, SequentialProposals)
+        if not (self.max_rounds or self.max_rollouts or self.max_flops or self.patience or sequential):
+            raise ValueError("the search would never end: set max_rounds, max_rollouts, max_flops or patience")
         self.get_sampling()
-        if self.gradient_at is not None:
-            self.get_gradient_point()
-        if self.solver == "ste":
-            self._check_choice("optimize_positions", OPTIMIZE_POSITIONS)
-            self.get_ste_config()
-        if self.proposals == "sequential":
-            self.get_scan_config()
-        if self.acceptance == "metropolis":
-            self._check_metropolis()
-        elif self.parallel_tempering != 1:
-            raise ValueError("tempering belongs to acceptance metropolis")
+        self._set_beta_or_target_kl()
+        norm = self.proposals.min_gradient_norm if isinstance(self.proposals, SequentialProposals) else 0.0
+        if norm and not isinstance(self.solver, SteSolver):
+            raise ValueError("min_gradient_norm is about a gradient that only solver ste computes")
+        if isinstance(self.acceptance, MetropolisAcceptance):
+            self._check_metropolis(self.acceptance)
 
     def _set_beta_or_target_kl(self) -> None:
-        """β or a KL budget: mirror with global branches takes a budget by default, all others β."""
-        budgeted = self.solver == "mirror" and self.proposals == "global" and self.acceptance == "greedy"
-        if self.target_kl is not None:
-            if not budgeted:
-                raise ValueError("kl belongs to solver mirror, global proposals and acceptance greedy: give beta")
+        """Fill in the default of β or of the KL target, and refuse both."""
+        solver = self.solver
+        takes_target = (
+            isinstance(solver, MirrorSolver)
+            and isinstance(self.proposals, GlobalProposals)
+            and isinstance(self.acceptance, GreedyAcceptance)
+        )
+        if isinstance(solver, MirrorSolver) and solver.target_kl is not None:
+            if not takes_target:
+                raise ValueError("target_kl needs global proposals and greedy acceptance: set beta instead")
             if self.beta is not None:
-                raise ValueError("beta and kl both set the size of the step: give one of them")
-            if not 0 < self.target_kl < math.inf:
-                raise ValueError(f"kl must be a positive number, not {self.target_kl}")
-        elif self.beta is None and budgeted:
-            self.target_kl = DEFAULT_TARGET_KL
+                raise ValueError("beta and target_kl both set the size of the step: set one of them")
+        elif self.beta is None and isinstance(solver, MirrorSolver) and takes_target:
+            self.solver = replace(solver, target_kl=DEFAULT_TARGET_KL)
         elif self.beta is None:
             self.beta = 1.0
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"beta must be a positive number, not {self.beta}")
-        if self.step_size is not None and not 0 < self.step_size < math.inf:
-            raise ValueError(f"step must be a positive number, not {self.step_size}")
 
-    def _check_metropolis(self) -> None:
-        """What an exact chain excludes: choosing among branches or ends by what they turned out to be."""
-        if self.proposals_per_round != 1:
-            raise ValueError("metropolis decides on one branch at a time: branches must be 1 (use starts and chains)")
+    def _check_metropolis(self, acceptance: MetropolisAcceptance) -> None:
+        """Refuse what an exact chain excludes: to choose proposals, or the end, by what the chain found."""
+        sequential = isinstance(self.proposals, SequentialProposals)
+        if self.proposals.proposals_per_round != 1:
+            raise ValueError(
+                "metropolis decides on one proposal at a time: proposals_per_round must be 1 (use num_starts and "
+                "num_chains)"
+            )
         if self.temperature == 0:
             raise ValueError("metropolis needs a sampler that can draw any response: temperature must be above 0")
         if self.patience:
             raise ValueError("a metropolis chain that ends when nothing is accepted is no sample: patience must be 0")
-        if self.min_gradient_norm:
-            raise ValueError("gradient_norm chooses positions by the later tokens, which metropolis cannot undo")
-        if self.max_flops or (self.max_rollouts and self.proposals == "sequential"):
-            raise ValueError("a metropolis chain that ends by what its states cost is no sample: limit it by rounds")
-        if self.proposals == "sequential" and not self.max_rounds:
-            raise ValueError("a sequential metropolis chain may propose nothing for ever: set rounds, its sweeps")
-        assert self.independence_prob is not None
-        if not 0 <= self.independence_prob <= 1:
-            raise ValueError(f"redraw must be in [0, 1], not {self.independence_prob}")
-        if not 1 <= self.parallel_tempering < math.inf:
-            raise ValueError(f"tempering must be a number of at least 1, not {self.parallel_tempering}")
-        if self.parallel_tempering > 1 and (
-            self.num_chains < 2 or self.solver == "ste" or self.proposals == "sequential"
+        if isinstance(self.proposals, SequentialProposals) and self.proposals.min_gradient_norm:
+            raise ValueError("min_gradient_norm chooses positions by the later tokens, which metropolis cannot undo")
+        if self.max_flops or (self.max_rollouts and sequential):
+            raise ValueError(
+                "a metropolis chain that ends by the cost of its states is no sample: limit it by max_rounds"
+            )
+        if sequential and not self.max_rounds:
+            raise ValueError("a sequential metropolis chain may never propose anything: set max_rounds, its sweeps")
+        if acceptance.parallel_tempering > 1 and (
+            self.num_chains < 2 or isinstance(self.solver, SteSolver) or sequential
         ):
-            raise ValueError("tempering needs two chains or more, solver mirror or none, and global proposals")
+            raise ValueError(
+                "parallel_tempering needs at least two chains, solver mirror or none, and global proposals"
+            )
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> SearchConfig:
-        """A named setting with overrides.
+        """Return a named setting with overrides. An override of a group without a name changes the preset's member.
 
         Raises:
             ValueError: unknown preset or option.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
-        known = {option.name for option in fields(cls)}
-        unknown = sorted(set(overrides) - known)
-        if unknown:
-            raise ValueError(f"unknown option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
-        return cls(**{**PRESETS[name], **overrides})
+        names = [field.name for field in fields(cls)]
+        for option_name in overrides:
+            if option_name not in names:
+                choices = f"{format_suggestion(option_name, names)}: choose from {', '.join(names)}"
+                raise ValueError(f"unknown option {option_name!r}{describe_new_key(option_name, names) or choices}")
+        preset = PRESETS[name]
+        merged = {
+            option_name: group.merge(preset.get(option_name), overrides[option_name])
+            for option_name, group in get_option_groups(cls).items()
+            if option_name in overrides
+        }
+        return cls(**{**preset, **overrides, **merged})
+
+    def with_beta(self, beta: float) -> SearchConfig:
+        """Return the same search at this β, without a KL target."""
+        solver = replace(self.solver, target_kl=None) if isinstance(self.solver, MirrorSolver) else self.solver
+        return replace(self, beta=beta, solver=solver)
 
     def with_no_gradient(self) -> SearchConfig:
-        """The same loop without the gradient."""
-        unset: dict[str, Any] = dict.fromkeys([*_STE_DEFAULTS, *_MIRROR_DEFAULTS, "target_kl"])
-        return replace(self, solver="none", **unset)
+        """Return the same search without the gradient."""
+        return replace(self, solver=NoGradient())
 
     def with_shuffled_gradient(self) -> SearchConfig:
-        """The same loop with the rows of the gradient shuffled over the positions.
+        """Return the same search with the rows of the gradient shuffled over the positions.
 
         Raises:
             ValueError: another solver than mirror.
         """
-        return replace(self, shuffle_gradient=True)
+        if not isinstance(self.solver, MirrorSolver):
+            raise ValueError(f"only solver mirror can shuffle its gradient, not solver {self.solver.name}")
+        return replace(self, solver=replace(self.solver, shuffle_gradient=True))
+
+    def with_default_gradient_at(self, gradient_at: str) -> SearchConfig:
+        """Return this configuration, with a reward's own `gradient_at` if solver mirror has none."""
+        if not isinstance(self.solver, MirrorSolver) or self.solver.gradient_at is not None:
+            return self
+        return replace(self, solver=replace(self.solver, gradient_at=gradient_at))
 
     @property
     def method(self) -> str:
-        return "control" if self.solver == "none" else "shuffled" if self.shuffle_gradient else "nabla"
+        """The name that reports have for this search."""
+        if isinstance(self.solver, NoGradient):
+            return "control"
+        return "shuffled" if isinstance(self.solver, MirrorSolver) and self.solver.shuffle_gradient else "nabla"
 
     @property
     def reward_weight(self) -> float:
-        """λ = 1/β; 1 where a KL budget sets it for each response apart."""
+        """λ = 1/β, or 1 if a KL target sets λ for each response."""
         return 1.0 if self.beta is None else 1.0 / self.beta
-
-    def compute_chain_betas(self) -> list[float | None]:
-        """β of each chain."""
-        if self.beta is None:
-            return [None] * self.num_chains
-        return [self.beta * self.parallel_tempering**index for index in range(self.num_chains)]
-
-    def get_sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.max_new_tokens)
-
-    def with_default_gradient_at(self, gradient_at: str) -> SearchConfig:
-        """This configuration, with a reward's own point where solver mirror is left to it."""
-        return replace(self, gradient_at=gradient_at) if self.solver == "mirror" and self.gradient_at is None else self
-
-    def get_gradient_point(self) -> GradientPoint:
-        """Which gradient mirror follows; ste takes the hard tokens'.
-
-        Raises:
-            RuntimeError: it is the reward's own, which is not known here (`at`).
-        """
-        if self.solver == "mirror" and self.gradient_at is None:
-            raise RuntimeError("the configuration was not told the reward's own point")
-        return (
-            HARD_GRADIENT_POINT
-            if self.gradient_at is None
-            else GradientPoint.parse(self.gradient_at, self.candidate_min_p)
-        )
-
-    def get_ste_config(self) -> SteConfig:
-        names = ("steps", "learning_rate", "final_learning_rate", "tau")
-        return SteConfig(**{name: getattr(self, f"ste_{name}") for name in names})
-
-    def get_scan_config(self) -> ScanConfig:
-        return ScanConfig(**{name: getattr(self, name) for name in _SEQUENTIAL_DEFAULTS})
 
     @property
     def restarts_enabled(self) -> bool:
-        """A budget is spent on fresh starts where the chains leave some of it. A sample of π* is not chosen so."""
-        return self.restarts and self.acceptance == "greedy" and bool(self.max_flops or self.max_rollouts)
+        """If the rest of a budget is spent on new chains. A sample of π* must not be chosen so."""
+        greedy = isinstance(self.acceptance, GreedyAcceptance)
+        return self.restarts and greedy and bool(self.max_flops or self.max_rollouts)
+
+    def compute_chain_betas(self) -> list[float | None]:
+        """Return the β of each chain."""
+        if self.beta is None:
+            return [None] * self.num_chains
+        return [self.beta * self.acceptance.parallel_tempering**index for index in range(self.num_chains)]
+
+    def get_sampling(self) -> Sampling:
+        """Return how tokens are sampled."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.max_new_tokens)
+
+    def get_gradient_point(self) -> GradientPoint:
+        """Return where the gradient is taken. For solver ste these are the hard tokens.
+
+        Raises:
+            RuntimeError: solver mirror leaves it to the reward (see `with_default_gradient_at`).
+        """
+        if not isinstance(self.solver, MirrorSolver):
+            return HARD_GRADIENT_POINT
+        if self.solver.gradient_at is None:
+            raise RuntimeError("the configuration has no gradient_at: call with_default_gradient_at first")
+        return GradientPoint.parse(self.solver.gradient_at, self.candidate_min_p)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options, those of a group as a mapping with its name. `SearchConfig(**options)` takes them."""
+        names = {name: {"name": getattr(self, name).name} for name in get_option_groups(type(self))}
+        return {name: {**names[name], **value} if name in names else value for name, value in asdict(self).items()}
+
+    def get_settings(self) -> dict[str, str]:
+        """Return every option that can change a trace, by flag name. The batch size cannot."""
+        settings = {}
+        for name, value in self.to_dict().items():
+            if isinstance(value, dict):
+                settings[name] = value.pop("name")
+                settings |= {f"{name}.{key}": str(option_value) for key, option_value in value.items()}
+            elif name != "batch_size":
+                settings[name] = str(value)
+        return settings
 
     def compute_hash(self) -> str:
-        """Identifies everything that can change a trace; the batch size cannot."""
-        values = {name: value for name, value in asdict(self).items() if name != "batch_size"}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-
-    def _apply_defaults(self, defaults: dict[str, Any], applies: bool, requirement: str) -> None:
-        """Fill in the defaults of options that apply; refuse those that do not."""
-        for name, default in defaults.items():
-            if applies and getattr(self, name) is None:
-                setattr(self, name, default)
-            elif not applies and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} belongs to {requirement}; this configuration has solver {self.solver}, {self.proposals} "
-                    f"proposals, acceptance {self.acceptance}"
-                )
+        """Return a hash of everything that can change a trace."""
+        return hashlib.sha256(json.dumps(self.get_settings(), sort_keys=True).encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nabla_trl.grading.checker import AnswerChecker
@@ -143,4 +143,4 @@ def write_token_texts(folder: Path, policy: Policy) -> None:
 
 def get_search_settings(config: SearchConfig) -> dict[str, str]:
     """The options of a search that can change a trace, for `claim_settings`."""
-    return {name: str(value) for name, value in asdict(config).items() if name != "batch_size"}
+    return config.get_settings()

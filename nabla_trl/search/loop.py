@@ -23,6 +23,7 @@ from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import acceptance, proposals
 from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.options import MetropolisAcceptance, SequentialProposals
 from nabla_trl.search.state import EncodedPrompt, Proposal, ScoredResponse, SearchState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
@@ -75,7 +76,8 @@ class Search:
     ):
         self.policy, self.reward, self.seed, self.on_round = policy, reward, seed, on_round
         self.config = config = config.with_default_gradient_at(reward.gradient_at)
-        self.is_metropolis, self.is_sequential = config.acceptance == "metropolis", config.proposals == "sequential"
+        self.is_metropolis = isinstance(config.acceptance, MetropolisAcceptance)
+        self.is_sequential = isinstance(config.proposals, SequentialProposals)
         self.flop_counter = FlopCounter()
         self.chains_by_problem: dict[str, list[SearchState]] = {}  # by problem
         self.num_first_responses: Counter[str] = Counter()  # first responses, by problem
@@ -245,7 +247,7 @@ class Search:
         if proposals:
             self.regenerate_suffixes(proposals)
             self.score_and_decide(proposals)
-        if self.config.parallel_tempering > 1:
+        if self.config.acceptance.parallel_tempering > 1:
             for chains in together:
                 self.exchange_betas([chain for chain in chains if not chain.stop_reason])
 
@@ -260,10 +262,11 @@ class Search:
         going = [chain for chain in chains if not chain.stop_reason]
         drawn = self.count_rollouts(chains[0].problem)
         for number, chain in enumerate(going, 1):
-            if config.max_rollouts and drawn + number * config.proposals_per_round > config.max_rollouts:
+            if config.max_rollouts and drawn + number * config.proposals.proposals_per_round > config.max_rollouts:
                 chain.stop_reason = "rollouts"
         middles = {
-            chain.index: [len(chain.incumbent.response_ids) // 2] * config.proposals_per_round for chain in going
+            chain.index: [len(chain.incumbent.response_ids) // 2] * config.proposals.proposals_per_round
+            for chain in going
         }
         self.stop_over_budget([chain for chain in going if not chain.stop_reason], middles)
 
@@ -315,7 +318,7 @@ class Search:
 
     def is_independence_round(self, chain: SearchState) -> bool:
         """Whether this round, or this sweep of a scan, draws the whole response anew."""
-        if not self.config.independence_prob or chain.scan_position:
+        if not self.config.acceptance.independence_prob or chain.scan_position:
             return False
         uniform = self.make_random_stream(
             chain, "redraw", chain.num_sweeps if self.is_sequential else chain.num_rounds

@@ -22,6 +22,14 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import solvers
 from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.options import (
+    GlobalProposals,
+    MetropolisAcceptance,
+    MirrorSolver,
+    NoGradient,
+    SequentialProposals,
+    SteSolver,
+)
 from nabla_trl.search.state import ScoredResponse, SearchState
 
 
@@ -38,18 +46,19 @@ def compute_proposal_scores(
     Args:
         betas: per state, where it is not the configuration's.
     """
-    if config.solver == "none":
+    if isinstance(config.solver, NoGradient):
         scores = [state.logp for state in responses]
-    elif config.solver == "mirror":
+    elif isinstance(config.solver, MirrorSolver):
         _compute_reward_gradients(
             [state for state in responses if state.reward_gradient is None], policy, reward, config, flop_counter
         )
         wanted = [config.beta] * len(responses) if betas is None else betas
         scores = [
-            _compute_mirror_scores(state, beta, reward, config) for state, beta in zip(responses, wanted, strict=True)
+            _compute_mirror_scores(state, beta, reward, config, config.solver)
+            for state, beta in zip(responses, wanted, strict=True)
         ]
     else:
-        scores = _compute_ste_scores(responses, policy, reward, config, flop_counter)
+        scores = _compute_ste_scores(responses, policy, reward, config, config.solver, flop_counter)
     for state, score in zip(responses, scores, strict=True):
         state.proposal_scores = score
 
@@ -75,12 +84,12 @@ def _compute_reward_gradients(
 
 
 def _compute_mirror_scores(
-    response: ScoredResponse, beta: float | None, reward: Reward, config: SearchConfig
+    response: ScoredResponse, beta: float | None, reward: Reward, config: SearchConfig, solver: MirrorSolver
 ) -> Tensor:
     gradient, choice = response.reward_gradient, response.find_response_columns()
-    assert gradient is not None and config.step_size is not None
+    assert gradient is not None
     gain = solvers.compute_advantages(gradient, choice)
-    if config.shuffle_gradient:
+    if solver.shuffle_gradient:
         order = make_rng(0, response.problem.id, "shuffle", *response.response_ids).permutation(len(choice))
         gain = solvers.shuffle_advantages(gain, choice, torch.from_numpy(order))
     if beta is not None:
@@ -90,9 +99,9 @@ def _compute_mirror_scores(
             response.logp,
             gain,
             compute_proposable_mask(response, reward.in_vocabulary, config),
-            config.target_kl or 0.0,
+            solver.target_kl or 0.0,
         )
-    return solvers.solve_mirror(response.logp, gain, choice, config.step_size * lam)
+    return solvers.solve_mirror(response.logp, gain, choice, solver.step_size * lam)
 
 
 def compute_predicted_gain(response: ScoredResponse, in_vocabulary: Tensor, config: SearchConfig) -> list[float]:
@@ -109,6 +118,7 @@ def _compute_ste_scores(
     policy: Policy,
     reward: Reward,
     config: SearchConfig,
+    solver: SteSolver,
     flop_counter: FlopCounter,
 ) -> list[Tensor]:
     """Optimised logits of whole responses, and which rows a scan has to work out by themselves (`State.stale`).
@@ -118,13 +128,13 @@ def _compute_ste_scores(
     the whole response serves all of them.
     """
     slope, choices = (
-        _LossGradient(responses, policy, reward, config, flop_counter),
+        _LossGradient(responses, policy, reward, solver, config.reward_weight, flop_counter),
         [state.find_response_columns() for state in responses],
     )
-    alone = config.optimize_positions == "first"
+    alone = solver.optimize_positions == "first"
     asked = (lambda rows, hard: slope(rows, [choices[row] for row in rows])) if alone else slope
-    found = solvers.solve_ste(slope.initial_logits, choices, asked, config.get_ste_config())
-    if config.proposals == "sequential":
+    found = solvers.solve_ste(slope.initial_logits, choices, asked, solver)
+    if isinstance(config.proposals, SequentialProposals):
         for state, flipped in zip(responses, found.changed_positions, strict=True):
             state.stale_mask = flipped if alone else flipped.cumsum(0) > flipped
     return found.logits
@@ -139,13 +149,15 @@ def compute_ste_scores_at(
     flop_counter: FlopCounter,
 ) -> Tensor:
     """The optimised logits [K] at a scanned position, with all tokens before it fixed."""
+    solver = config.solver
+    assert isinstance(solver, SteSolver)  # the only one whose scores get stale
     slope, places = (
-        _LossGradient([response], policy, reward, config, flop_counter),
+        _LossGradient([response], policy, reward, solver, config.reward_weight, flop_counter),
         torch.arange(len(response.response_ids)),
     )
-    movable = places == position if config.optimize_positions == "first" else places >= position
+    movable = places == position if solver.optimize_positions == "first" else places >= position
     return solvers.solve_ste(
-        slope.initial_logits, [response.find_response_columns()], slope, config.get_ste_config(), [movable]
+        slope.initial_logits, [response.find_response_columns()], slope, solver, [movable]
     ).logits[0][position]
 
 
@@ -161,16 +173,12 @@ class _LossGradient:
         responses: Sequence[ScoredResponse],
         policy: Policy,
         reward: Reward,
-        config: SearchConfig,
+        solver: SteSolver,
+        reward_weight: float,
         flop_counter: FlopCounter,
     ):
-        self.responses, self.policy, self.reward, self.config, self.flop_counter = (
-            responses,
-            policy,
-            reward,
-            config,
-            flop_counter,
-        )
+        self.responses, self.policy, self.reward, self.flop_counter = responses, policy, reward, flop_counter
+        self.solver, self.reward_weight = solver, reward_weight
         self.initial_logits = [
             state.logp.masked_fill(~_compute_placeable_mask(state, reward.in_vocabulary), -torch.inf)
             for state in responses
@@ -193,7 +201,7 @@ class _LossGradient:
         return [self.responses[row].loss_gradients[ids] for row, ids in zip(rows, tokens, strict=True)]
 
     def _compute_loss_gradients(self, rows: Sequence[int], response_ids: Sequence[list[int]]) -> list[Tensor]:
-        config, meter, states = self.config, self.flop_counter, [self.responses[row] for row in rows]
+        meter, states = self.flop_counter, [self.responses[row] for row in rows]
         samples = [state.make_sample(ids) for state, ids in zip(states, response_ids, strict=True)]
         tables = [state.candidates for state in states]
         likelihood = policy_likelihood(self.policy)
@@ -207,10 +215,10 @@ class _LossGradient:
             prompts,
             tables,
             flop_counter=meter,
-            likelihood_token_grad=bool(config.likelihood_token_grad),
-            likelihood_suffix_grad=bool(config.likelihood_suffix_grad),
+            likelihood_token_grad=self.solver.likelihood_token_grad,
+            likelihood_suffix_grad=self.solver.likelihood_suffix_grad,
         )
-        return [-config.reward_weight * r.float() - p.float() for r, p in zip(by_reward, by_policy, strict=True)]
+        return [-self.reward_weight * r.float() - p.float() for r, p in zip(by_reward, by_policy, strict=True)]
 
 
 def _get_prompt_caches(responses: Sequence[ScoredResponse], policy: Policy, flop_counter: FlopCounter) -> list[Tensor]:
@@ -252,7 +260,7 @@ def compute_proposable_mask(
     """
     tables = response.candidates[span], response.logp[span]
     usable = compute_replaceable_mask(response.response_ids[span], *tables, in_vocabulary, config.candidate_min_p)
-    if config.acceptance == "metropolis" and response.candidates.shape[1] < len(in_vocabulary):
+    if isinstance(config.acceptance, MetropolisAcceptance) and response.candidates.shape[1] < len(in_vocabulary):
         usable[:, -1] = False
     return usable
 
@@ -286,7 +294,7 @@ def draw_global_branches(
     usable = compute_proposable_mask(state, in_vocabulary, config)
     for position, token in chain.rejected_branches:
         usable[position] &= state.candidates[position] != token
-    count = min(config.proposals_per_round, int(usable.sum()))
+    count = min(config.proposals.proposals_per_round, int(usable.sum()))
     keys = (state.get_proposal_scores().double() + gumbel_noise).masked_fill(~usable, -torch.inf).flatten()
     width = state.candidates.shape[1]
     picks = keys.topk(count).indices.tolist()
@@ -304,10 +312,12 @@ def compute_global_branch_logp(response: ScoredResponse, in_vocabulary: Tensor, 
 
 def compute_independence_logp(response: ScoredResponse, in_vocabulary: Tensor, config: SearchConfig) -> float:
     """log-probability that a Metropolis chain tries to draw the response anew; 0, always, where no branch may be."""
-    assert config.independence_prob is not None
-    if config.proposals == "global" and not compute_proposable_mask(response, in_vocabulary, config).any():
+    if (
+        isinstance(config.proposals, GlobalProposals)
+        and not compute_proposable_mask(response, in_vocabulary, config).any()
+    ):
         return 0.0
-    return math.log(config.independence_prob)
+    return math.log(config.acceptance.independence_prob)
 
 
 def draw_sequential_branch(
@@ -322,7 +332,8 @@ def draw_sequential_branch(
     Args:
         rescore: scores [K] of a position whose row is stale (`ste_row`).
     """
-    state, scan = chain.incumbent, config.get_scan_config()
+    state, scan = chain.incumbent, config.proposals
+    assert isinstance(scan, SequentialProposals)
     own = state.find_response_columns()
     while chain.scan_position < len(state.response_ids):
         position = chain.scan_position
@@ -352,7 +363,8 @@ def refresh_stale_scores(
 
 def compute_scan_logp(response: ScoredResponse, position: int, in_vocabulary: Tensor, config: SearchConfig) -> Tensor:
     """[K] float64 log-probability with which the scan draws each token at a position, the incumbent's included."""
-    scan = config.get_scan_config()
+    scan = config.proposals
+    assert isinstance(scan, SequentialProposals)
     [usable] = compute_proposable_mask(response, in_vocabulary, config, slice(position, position + 1))
     usable[response.candidates[position] == response.response_ids[position]] = True
     row = (response.get_proposal_scores()[position] / scan.resample_temperature).masked_fill(~usable, -torch.inf)
@@ -363,11 +375,10 @@ def compute_scan_logp(response: ScoredResponse, position: int, in_vocabulary: Te
 
 def _compute_gradient_norm(response: ScoredResponse, position: int, config: SearchConfig) -> float:
     """‖∂L/∂z_t‖ over the candidates at the start of the optimisation, at the response's own tokens."""
+    assert isinstance(config.solver, SteSolver)
     slope = response.loss_gradients[tuple(response.response_ids)][position : position + 1]
     return float(
-        solvers.compute_softmax_gradient(
-            response.logp[position : position + 1], slope, config.get_ste_config().tau
-        ).norm()
+        solvers.compute_softmax_gradient(response.logp[position : position + 1], slope, config.solver.tau).norm()
     )
 
 
@@ -378,8 +389,8 @@ def estimate_round_flops(
     length, prompt = len(response.response_ids), len(response.prompt.ids)
     total = sum(policy.size.compute_forward_flops(prompt + at, length - at - 1) for at in positions)
     known_gradient = response.proposal_scores is not None or response.reward_gradient is not None
-    gradients = 0 if config.solver == "none" or known_gradient else 1
-    if config.acceptance == "metropolis" and config.solver != "none":
+    gradients = 0 if isinstance(config.solver, NoGradient) or known_gradient else 1
+    if isinstance(config.acceptance, MetropolisAcceptance) and not isinstance(config.solver, NoGradient):
         gradients += len(positions)  # the way back is weighed with the proposal's own scores
     known = response.make_sample_with_draw_info(policy.model)
     for term in reward.objectives:
@@ -395,7 +406,7 @@ def estimate_round_flops(
             if point.direct and reward.has_dense_gradient and not term.has_draw_logp(known):
                 each += term.model_size.compute_forward_flops(begin, 0, head)
             total += gradients * each
-    if config.solver == "ste":
+    if isinstance(config.solver, SteSolver):
         total += gradients * _compute_forward_backward_flops(policy.size, prompt - 1, length, length)
     return total
 

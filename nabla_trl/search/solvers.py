@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nabla_trl.models.options import SteConfig
+from nabla_trl.search.options import SteSolver
 
 # (rows, hard choices per row [T]) -> ∂L/∂Y per row [T, K]
 LossGradientFn = Callable[[list[int], list[Tensor]], list[Tensor]]
@@ -107,7 +107,7 @@ def solve_ste(
     logp: Sequence[Tensor],
     response_columns: Sequence[Tensor],
     loss_gradient: LossGradientFn,
-    config: SteConfig,
+    config: SteSolver,
     optimized_mask: Sequence[Tensor] | None = None,
 ) -> SteResult:
     """Adam on the logits z (started at log π) of whole responses, straight-through.

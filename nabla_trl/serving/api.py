@@ -3,7 +3,7 @@
 Plain dicts in and out, without HTTP. The shapes are those of https://platform.openai.com/docs/api-reference/chat. What
 the API does not have goes by the names of `ReasonerConfig` in a request, and under the key "nabla" in an answer:
 
-    request   flops, beta, kl, rounds, patience, top_k, sample_min_p
+    request   max_flops, beta, target_kl, max_rounds, patience, top_k, min_p
     answer    nabla: {seed, answer, reward_initial, reward, stop}
     usage     nabla: {flops, seconds, tokens, starts, proposals, accepted, rejected}
     chunk     nabla: {chain, round, position, reward_before, reward, flops, text}, a `service.Progress`
@@ -24,6 +24,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.options import MirrorSolver
 from nabla_trl.serving.service import SearchProgress
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.fields import coerce_fields
@@ -32,8 +33,8 @@ from nabla_trl.utils.fields import coerce_fields
 SEARCH_OPTION_BY_FIELD = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
-    **{name: name for name in ("temperature", "top_p", "top_k", "sample_min_p")},
-    **{name: name for name in ("flops", "beta", "kl", "rounds", "patience")},
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p")},
+    **{name: name for name in ("max_flops", "beta", "target_kl", "max_rounds", "patience")},
 }
 API_FIELDS = ("model", "messages", "seed", "stream", "stream_options")
 IGNORED_FIELDS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # change no answer
@@ -99,7 +100,7 @@ class ServerLimits:
         if not self.max_request_flops >= 0:
             raise ValueError(f"max_flops must not be negative, and is {self.max_request_flops}")
         if self.max_request_flops and not self.default_config.max_flops:
-            object.__setattr__(self, "config", replace(self.default_config, max_flops=self.max_request_flops))
+            object.__setattr__(self, "default_config", replace(self.default_config, max_flops=self.max_request_flops))
         if self.max_request_flops and self.default_config.max_flops > self.max_request_flops:
             raise ValueError(
                 f"flops, {self.default_config.max_flops:g} by default, must be at most max_flops, {self.max_request_flops:g}"
@@ -178,13 +179,18 @@ def _read_search_config(fields: Mapping[str, Any], limits: ServerLimits) -> Sear
     for name, option in SEARCH_OPTION_BY_FIELD.items():
         if name in fields:
             try:
-                values |= coerce_fields({option: fields[name]}, [SearchConfig], source="the request")
+                values |= coerce_fields({option: fields[name]}, [SearchConfig, MirrorSolver], source="the request")
             except (ValueError, OverflowError) as error:
                 raise ApiError(400, str(error), param=name, code="invalid_type") from error
     _check_limits(values, limits)
-    for name, other in (("beta", "kl"), ("kl", "beta")):  # the server's own gives way; both in a request are refused
-        if name in values:
-            values.setdefault(other, None)
+    solver = limits.default_config.solver
+    if isinstance(solver, MirrorSolver) and ("beta" in values or "target_kl" in values):
+        # The server's own β or KL target gives way. Both in one request are refused by SearchConfig.
+        values["beta"] = values.get("beta")
+        values["solver"] = replace(solver, target_kl=values.pop("target_kl", None))
+    elif "target_kl" in values:
+        message = f"target_kl needs solver mirror, and this server runs solver {solver.name}: use beta"
+        raise ApiError(400, message, param="target_kl", code="invalid_value")
     try:
         return replace(limits.default_config, **values) if values else limits.default_config
     except ValueError as error:
@@ -196,9 +202,11 @@ def _check_limits(values: Mapping[str, Any], limits: ServerLimits) -> None:
     if values.get("max_new_tokens", 0) > longest:
         message = f"max_tokens is limited to {longest} on this server"
         raise ApiError(400, message, param="max_tokens", code="invalid_value")
-    if limits.max_request_flops and "flops" in values and not 0 < values["flops"] <= limits.max_request_flops:
-        message = f"flops is limited to {limits.max_request_flops:g} per problem on this server, and must be above 0"
-        raise ApiError(400, message, param="flops", code="invalid_value")
+    if limits.max_request_flops and "max_flops" in values and not 0 < values["max_flops"] <= limits.max_request_flops:
+        message = (
+            f"max_flops is limited to {limits.max_request_flops:g} per problem on this server, and must be above 0"
+        )
+        raise ApiError(400, message, param="max_flops", code="invalid_value")
 
 
 def _read_messages(value: Any) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from nabla_trl.models.flops import Cost
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.options import MetropolisAcceptance
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import read_traces
@@ -128,12 +129,12 @@ class TrainStage:
         """Refuse what a method cannot be trained with, before anything is loaded or searched."""
         if method != "sft" and self.search_config.beta is None:
             raise ValueError(
-                f"method {method} needs beta, which search and training share: set beta (kl sizes the search alone)"
+                f"method {method} needs beta, which search and training share: set beta (target_kl sets the step of the search alone)"
             )
         if (
             method == "sft"
             and self.options.sft_selection == "samples"
-            and self.search_config.acceptance != "metropolis"
+            and not isinstance(self.search_config.acceptance, MetropolisAcceptance)
         ):
             raise ValueError("select samples takes samples of π*: set acceptance metropolis")
         if method == "dpo" or method in ONLINE_METHODS:

@@ -1,27 +1,125 @@
-"""A YAML mapping as the fields of dataclasses, with its mistakes named in one line. No torch, no trl here."""
+"""Options as dataclass fields: their help, groups of which one is chosen, and values from YAML. No torch, no trl."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from nabla_trl.utils.renamed import describe_new_key
+
 _TYPE_DESCRIPTIONS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
+MemberT = TypeVar("MemberT")
 
-def option(default: Any, help_text: str) -> Any:
-    """Return a dataclass field with a default value and its text for `--help`."""
-    return field(default=default, metadata={"help": help_text})
+
+def option(default: Any, help_text: str, *, common: bool = False) -> Any:
+    """Return a dataclass field with a default value and its text for `--help`.
+
+    Args:
+        common: `--help` shows it. Other options are shown by `--help-all` only.
+    """
+    return field(default=default, metadata={"help": help_text, "common": common})
 
 
 def required_option(help_text: str) -> Any:
     """Return a dataclass field without a default value, with its text for `--help`."""
     return field(metadata={"help": help_text})
+
+
+class OptionGroup(Generic[MemberT]):
+    """A dataclass field that holds one of several option dataclasses, the members, each with a class attribute `name`.
+
+    Assign an instance, a name, or a mapping such as {"name": "ste", "steps": 20}. Reading the field gives the
+    instance. The first member is the default.
+    """
+
+    def __init__(self, *members: type[MemberT], help_text: str):
+        self.members: dict[str, Any] = {member.name: member for member in members}  # type: ignore[attr-defined]
+        self.default = members[0]()
+        self.help_text = help_text
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> MemberT:
+        return self.default if instance is None else vars(instance)[self.name]
+
+    def __set__(self, instance: Any, value: MemberT | str | Mapping[str, Any]) -> None:
+        vars(instance)[self.name] = self.build(value)
+
+    def build(self, value: MemberT | str | Mapping[str, Any]) -> Any:
+        """Return a member. A mapping without a name is of the default member.
+
+        Raises:
+            ValueError: unknown name or option, or an option of another type or out of range.
+        """
+        if isinstance(value, tuple(self.members.values())):
+            return value
+        options = self.merge(value)
+        name = options.pop("name")
+        self.check_options(name, options, "name: {}")
+        return self.members[name](**coerce_fields(options, [self.members[name]], source=f"{self.name} {name}"))
+
+    def merge(self, *layers: Any) -> dict[str, Any]:
+        """Return the name and options of several sources. Later sources win, and a change of name drops options.
+
+        Args:
+            layers: what `build` takes, or None. A mapping without a name keeps the name of the earlier sources.
+
+        Raises:
+            ValueError: unknown name, or another type.
+        """
+        merged: dict[str, Any] = {"name": self.default.name}  # type: ignore[attr-defined]
+
+        for layer in layers:
+            if layer is None:
+                continue
+            if type(layer) in self.members.values():
+                layer = {"name": layer.name, **vars(layer)}
+            elif not isinstance(layer, Mapping):
+                layer = {"name": layer}
+            name = layer.get("name", merged["name"])
+            if not isinstance(name, str) or name not in self.members:
+                near = format_suggestion(str(name), self.members)
+                raise ValueError(f"{self.name} must be one of {', '.join(self.members)}, not {name!r}{near}")
+            merged = {**(merged if name == merged["name"] else {}), **layer, "name": name}
+        return merged
+
+    def check_options(self, name: str, options: Iterable[str], how_to_choose: str) -> None:
+        """Refuse options that a member does not have.
+
+        Args:
+            how_to_choose: text with a place for the name of the member that has the option, such as "--solver {}".
+
+        Raises:
+            ValueError: names the option, those that the member has, and the member that has it.
+        """
+        names = [field.name for field in fields(self.members[name])]
+        for key in options:
+            if key not in names:
+                owner = next((other for other, member in self.members.items() if key in _get_init_names(member)), None)
+                names_text = f"it has {', '.join(names) or 'none'}"
+                if owner:
+                    hint = f": {names_text}; {key} belongs to {owner}: add {how_to_choose.format(owner)}"
+                else:
+                    suggestion = f"{format_suggestion(str(key), names)}: {names_text}"
+                    hint = describe_new_key(str(key), [self.name]) or suggestion
+                raise ValueError(f"{self.name} {name} has no option {key!r}{hint}")
+
+
+def get_option_groups(dataclass: type) -> dict[str, OptionGroup[Any]]:
+    """Return the fields of a dataclass that are an `OptionGroup`, by name."""
+    return {name: value for name, value in vars(dataclass).items() if isinstance(value, OptionGroup)}
+
+
+def _get_init_names(dataclass: type) -> list[str]:
+    return [field.name for field in fields(dataclass) if field.init]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -51,18 +149,19 @@ def coerce_fields(
         ValueError: an unknown key, or a value of another type; `where` begins the message.
     """
     hints: dict[str, Any] = {}
-    for one in dataclasses:
-        resolved = get_type_hints(one)
-        hints |= {name: resolved[name] for name, field in one.__dataclass_fields__.items() if field.init}
-    fitted = {}
+    for dataclass in dataclasses:
+        resolved = get_type_hints(dataclass)
+        hints |= {name: resolved[name] for name in _get_init_names(dataclass)}
+    coerced = {}
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"{source}: unknown key {key!r}{format_suggestion(str(key), hints)}")
+            hint = describe_new_key(str(key), hints) or format_suggestion(str(key), hints)
+            raise ValueError(f"{source}: unknown key {key!r}{hint}")
         try:
-            fitted[key] = _coerce_value(value, hints[key])
+            coerced[key] = _coerce_value(value, hints[key])
         except TypeError as error:
             raise ValueError(f"{source}: {key} must be {error}, not {value!r}") from None
-    return fitted
+    return coerced
 
 
 def _coerce_value(value: Any, hint: Any) -> Any:

@@ -120,7 +120,7 @@ class Comparison:
         if not self.args.reward_weights:
             return {}
         setter = f"best_of_{self.args.best_of_n[-1]}"
-        config = limit_to_flops(replace(self.setup.config, beta=1.0, target_kl=None), self.read_mean_flops(setter))
+        config = limit_to_flops(self.setup.config.with_beta(1.0), self.read_mean_flops(setter))
         methods = {lam: f"nabla_lambda_{lam:g}@{setter}" for lam in self.args.reward_weights}
         wanted = [self.setup.plan_search(name, replace(config, beta=1 / lam)) for lam, name in methods.items()]
         with AnswerChecker() as checker:

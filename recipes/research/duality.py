@@ -46,6 +46,7 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import compute_reward_identity
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
+from nabla_trl.search.options import GreedyAcceptance, MetropolisAcceptance, MirrorSolver
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.fields import option
@@ -94,17 +95,16 @@ class DualityArguments:
             tokens: rows of the policy's output head. All are candidates, so that a chain can reach every response.
         """
         config = SearchConfig(
-            acceptance="metropolis",
-            independence_prob=0.0,  # every token is a candidate: branches reach every response
+            solver=MirrorSolver(gradient_at=self.gradient_at, step_size=self.step_size),
+            # Every token is a candidate, so branches reach every response.
+            acceptance=MetropolisAcceptance(independence_prob=0.0),
             beta=self.beta,
-            gradient_at=self.gradient_at,
-            step_size=self.step_size,
             max_rounds=self.max_rounds,
             top_k_candidates=vocab_size,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )
-        greedy = replace(config, acceptance="greedy", independence_prob=None)
+        greedy = replace(config, acceptance=GreedyAcceptance())
         return {
             "metropolis + gradient": config,
             "metropolis": config.with_no_gradient(),

@@ -25,6 +25,7 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
+from nabla_trl.search.options import GreedyAcceptance
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.datasets import TrainingRows, build_sft_rows, build_weighted_rows
 from nabla_trl.traces.schema import Trace
@@ -179,8 +180,7 @@ class DualityTrainer:
             "draws",
             replace(
                 self.search_config.with_no_gradient(),
-                acceptance="greedy",
-                independence_prob=None,
+                acceptance=GreedyAcceptance(),
                 max_rounds=0,
                 max_rollouts=1,
             ),

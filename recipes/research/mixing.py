@@ -23,6 +23,7 @@ from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.loop import run_search
+from nabla_trl.search.options import GlobalProposals, MetropolisAcceptance, MirrorSolver
 from nabla_trl.tasks.registry import load_problems
 
 
@@ -45,7 +46,8 @@ def make_search_configs(args: MixingArguments, config: SearchConfig) -> dict[str
     found = {"no gradient": config.with_no_gradient()}
     for point in args.compare_gradient_at:
         for share in args.compare_step_sizes:
-            found[f"{point}, step {share:g}"] = replace(config, gradient_at=point, step_size=share)
+            solver = MirrorSolver(gradient_at=point, step_size=share)
+            found[f"{point}, step size {share:g}"] = replace(config, solver=solver)
     return found
 
 
@@ -65,7 +67,7 @@ def format_mixing_row(name: str, mixing: MixingStatistics) -> str:
 def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     args, models, config = parse_dataclasses([MixingArguments, ModelArguments, SearchConfig], argv, presets=PRESETS)
-    if config.acceptance != "metropolis" or config.proposals != "global":
+    if not isinstance(config.acceptance, MetropolisAcceptance) or not isinstance(config.proposals, GlobalProposals):
         raise ValueError("mixing is measured of chains with acceptance metropolis and global proposals")
     if config.starts > 1:
         raise ValueError("mixing is measured of one chain for each problem: starts must be 1")

@@ -33,15 +33,13 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.options import SequentialProposals, SteSolver
 from nabla_trl.search.proposals import policy_likelihood
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
 # Options that this search does not read, or knows one value of.
-PAPER_OPTIONS = (
-    *("solver", "proposals", "acceptance", "starts", "chains", "branches", "rounds", "flops", "restart", "patience"),
-    *("gradient_norm", "resample_top_p"),
-)
+PAPER_OPTIONS = ("acceptance", "num_starts", "num_chains", "max_rounds", "max_flops", "restarts", "patience")
 ONE_HOT_ACCOUNT = "/one-hot"  # after a problem's id, the account of the products with embedding tables
 
 # position, old token, new token, the new token and what follows it, accepted
@@ -135,13 +133,21 @@ class PlainSearch:
     """
 
     def __init__(self, policy: Policy, reward: Reward, config: SearchConfig, seed: int = 0):
-        paper = SearchConfig.from_preset("paper")
+        paper, solver, scan = SearchConfig.from_preset("paper"), config.solver, config.proposals
+        if not isinstance(solver, SteSolver) or not isinstance(scan, SequentialProposals):
+            raise ValueError("the plain way is written for the preset paper: solver ste and sequential proposals")
         odd = [name for name in PAPER_OPTIONS if getattr(config, name) != getattr(paper, name)]
+        odd += [
+            name
+            for name in ("min_gradient_norm", "resample_top_p")
+            if getattr(scan, name) != getattr(paper.proposals, name)
+        ]
         if odd or reward.uncertainty_penalty is not None:
             raise ValueError(
                 f"the plain way is written for the preset paper, not for other {', '.join(odd) or 'rewards'}"
             )
         self.policy, self.reward, self.config, self.seed = policy, reward, config, seed
+        self.solver, self.scan = solver, scan
         self.flop_counter = FlopCounter()
         self.likelihood = PlainObjective(policy_likelihood(policy))
         self.objectives = [PlainObjective(term) for term in reward.objectives]
@@ -223,7 +229,7 @@ class PlainSearch:
         trace: PlainTrace,
     ) -> int:
         """The token drawn at a position after optimisation; the incumbent's own where the policy is confident."""
-        own, scan = sample.response_ids[position], self.config.get_scan_config()
+        own, scan = sample.response_ids[position], self.scan
         if float(candidate_logp[position].max().exp()) > scan.confidence:
             return own
         logits = self.optimize_logits(sample, candidates, candidate_logp, position, trace)[position]
@@ -241,7 +247,7 @@ class PlainSearch:
         self, sample: Sample, candidates: Tensor, candidate_logp: Tensor, position: int, trace: PlainTrace
     ) -> Tensor:
         """Adam on the T × V logits from a position on (`moving`): a hard forward, a backward through softmax(z/τ)."""
-        own, options = torch.tensor(sample.response_ids), self.config.get_ste_config()
+        own, options = torch.tensor(sample.response_ids), self.solver
         placeable = self.reward.in_vocabulary[candidates] | (candidates == own[:, None])
         start = torch.full((len(own), len(self.policy.forbidden_mask)), -torch.inf)
         start.scatter_(1, candidates, candidate_logp.masked_fill(~placeable, -torch.inf))
@@ -261,7 +267,7 @@ class PlainSearch:
             (logits / options.tau).softmax(-1).backward(slope)
             assert logits.grad is not None
             logits.grad[:position] = 0
-            if self.config.optimize_positions == "first":
+            if options.optimize_positions == "first":
                 logits.grad[position + 1 :] = 0
             optimiser.param_groups[0]["lr"] = options.compute_learning_rate(step)
             optimiser.step()
@@ -276,8 +282,8 @@ class PlainSearch:
             placed,
             rows,
             self.flop_counter,
-            likelihood_token_grad=bool(self.config.likelihood_token_grad),
-            likelihood_suffix_grad=bool(self.config.likelihood_suffix_grad),
+            likelihood_token_grad=self.solver.likelihood_token_grad,
+            likelihood_suffix_grad=self.solver.likelihood_suffix_grad,
         )
         for term in self.objectives:
             loss = loss - self.config.reward_weight * term.objective.weight * term.compute_value(

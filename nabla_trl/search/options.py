@@ -1,0 +1,187 @@
+"""The parts of a search that can be chosen, each with its own options: solvers, kinds of proposals, acceptances.
+
+Nothing here needs torch, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nabla_trl.models.options import GradientPoint
+from nabla_trl.utils.fields import option
+
+# Default KL target of a mirror step, in nats (EXPERIMENTS.md).
+DEFAULT_TARGET_KL = 2.0
+
+
+@dataclass(frozen=True)
+class MirrorSolver:
+    """One closed-form mirror-descent step along the reward's gradient."""
+
+    name: ClassVar[str] = "mirror"
+
+    gradient_at: str | None = option(
+        None,
+        "Where the gradient of the reward is taken. direct uses values that scoring already computed and needs no "
+        "backward pass. hard is at the tokens of the response. mixture:A[,A…] is at mixtures of these tokens (share "
+        "1−A) and the policy's candidates (share A). direct+hard and direct+mixture:A add both. nabla-trl audit "
+        "--gradient shows which is best for a reward (default: what the reward's audit advises, direct for a "
+        "log-ratio, else mixture:0.5).",
+        common=True,
+    )
+    step_size: float = option(
+        1.0,
+        "Fraction of the full mirror-descent step. 0.5 is the locally balanced proposal of a Metropolis chain.",
+    )
+    target_kl: float | None = option(
+        None,
+        "How far the proposal distribution may move from the policy, in nats of KL. Replaces --beta in searches with "
+        "global proposals and greedy acceptance. Lower it if responses become unnatural (default: "
+        f"{DEFAULT_TARGET_KL:g}, unless --beta is set).",
+        common=True,
+    )
+    shuffle_gradient: bool = option(
+        False,
+        "Give each position the gradient of another position. This is a control that shows if the gradient points to "
+        "the right positions.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.gradient_at is not None:
+            GradientPoint.parse(self.gradient_at)
+        if not 0 < self.step_size < math.inf:
+            raise ValueError(f"step_size must be a positive number, not {self.step_size}")
+        if self.target_kl is not None and not 0 < self.target_kl < math.inf:
+            raise ValueError(f"target_kl must be a positive number, not {self.target_kl}")
+
+
+@dataclass(frozen=True)
+class SteSolver:
+    """Adam on the logits with a straight-through estimator, as in the paper (arXiv 2603.04948)."""
+
+    name: ClassVar[str] = "ste"
+
+    steps: int = option(20, "Optimizer steps. Increase it for a closer optimum at a higher cost.")
+    learning_rate: float = option(0.01, "First learning rate.")
+    final_learning_rate: float = option(0.001, "Last learning rate of the cosine schedule.")
+    tau: float = option(1.0, "Softmax temperature of the backward pass.")
+    likelihood_token_grad: bool = option(
+        True, "Include the gradient of the policy's likelihood at the changed token itself."
+    )
+    likelihood_suffix_grad: bool = option(
+        True, "Include the gradient of the policy's likelihood through later tokens."
+    )
+    optimize_positions: str = option(
+        "all",
+        "Positions whose logits are optimized at a scanned position. all is this position and all later ones. first "
+        "is this position alone.",
+    )
+
+    def __post_init__(self) -> None:
+        # Written so that NaN is refused too.
+        if not (self.steps >= 1 and self.learning_rate > 0 and self.final_learning_rate >= 0 and self.tau > 0):
+            raise ValueError("solver ste needs steps >= 1, learning_rate > 0, final_learning_rate >= 0 and tau > 0")
+        if self.optimize_positions not in ("all", "first"):
+            raise ValueError(f"optimize_positions must be one of all, first, not {self.optimize_positions!r}")
+
+    def compute_learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, which falls along a cosine."""
+        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
+
+
+@dataclass(frozen=True)
+class NoGradient:
+    """No gradient, as a control."""
+
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class GlobalProposals:
+    """Change the most promising of all positions."""
+
+    name: ClassVar[str] = "global"
+
+    proposals_per_round: int = option(
+        1,
+        "Number of proposals generated and scored per round. Increase it to use a GPU better. Metropolis searches "
+        "need 1.",
+        common=True,
+    )
+
+    def __post_init__(self) -> None:
+        if self.proposals_per_round < 1:
+            raise ValueError("proposals_per_round must be at least 1")
+
+
+@dataclass(frozen=True)
+class SequentialProposals:
+    """Scan the response from left to right, as the paper does."""
+
+    name: ClassVar[str] = "sequential"
+    proposals_per_round: ClassVar[int] = 1
+
+    confidence: float = option(
+        0.97,
+        "Skip positions where the policy's most likely token has a higher probability than this. Lower it to scan "
+        "faster.",
+    )
+    min_gradient_norm: float = option(
+        0.0,
+        "Skip positions where the norm of ∂L/∂z, the loss gradient with respect to the candidates' logits, is smaller "
+        "than this. Needs solver ste. 0 skips none.",
+    )
+    resample_temperature: float = option(0.5, "Temperature of the resampled token.")
+    resample_top_p: float = option(1.0, "Nucleus sampling mass of the resampled token. 1 uses all candidates.")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence <= 1:
+            raise ValueError(f"confidence must be in (0, 1], not {self.confidence}")
+        if not 0 <= self.min_gradient_norm < math.inf:
+            raise ValueError(f"min_gradient_norm must be a number of at least 0, not {self.min_gradient_norm}")
+        if not 0 < self.resample_temperature < math.inf:
+            raise ValueError(f"resample_temperature must be a positive number, not {self.resample_temperature}")
+        if not 0 < self.resample_top_p <= 1:
+            raise ValueError(f"resample_top_p must be in (0, 1], not {self.resample_top_p}")
+
+
+@dataclass(frozen=True)
+class GreedyAcceptance:
+    """Keep a proposal if its reward is strictly higher."""
+
+    name: ClassVar[str] = "greedy"
+    independence_prob: ClassVar[float] = 0.0
+    parallel_tempering: ClassVar[float] = 1.0
+
+
+@dataclass(frozen=True)
+class MetropolisAcceptance:
+    """Sample from π·exp(r/β) by Metropolis–Hastings, with the last state as the answer."""
+
+    name: ClassVar[str] = "metropolis"
+
+    independence_prob: float = option(
+        0.1,
+        "Probability that a Metropolis step (of a sequential search: a sweep) proposes a completely new response "
+        "instead of changing one token. Needed because tokens outside the top-k candidates can otherwise never be "
+        "replaced. 0 disables it.",
+    )
+    parallel_tempering: float = option(
+        1.0,
+        "Ratio between the β of neighboring chains, which exchange states (parallel tempering). Increase it if "
+        "Metropolis chains mix slowly. 1 disables it.",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.independence_prob <= 1:
+            raise ValueError(f"independence_prob must be in [0, 1], not {self.independence_prob}")
+        if not 1 <= self.parallel_tempering < math.inf:
+            raise ValueError(f"parallel_tempering must be a number of at least 1, not {self.parallel_tempering}")
+
+
+Solver = MirrorSolver | SteSolver | NoGradient
+Proposals = GlobalProposals | SequentialProposals
+Acceptance = GreedyAcceptance | MetropolisAcceptance
