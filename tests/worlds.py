@@ -9,6 +9,7 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -37,7 +38,9 @@ from nabla_trl.models.loading import freeze_policy
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.loading import build_log_ratio_reward, build_scalar_reward
 from nabla_trl.rewards.reward import Reward
+from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.utils.fields import get_option_groups
 
 CHARS = "0123456789+-*=;#abcdef"
 PAD, USER, ASSISTANT, END, UNK = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>"
@@ -65,6 +68,20 @@ TRAINER: dict[str, Any] = {
     "disable_tqdm": True,
 }
 QUESTIONS = ("1+2", "3*4-5", "7", "12-3+4*5")
+
+
+def search_options(**options: Any) -> dict[str, Any]:
+    """Search options by plain names, with those of a solver, proposals or acceptance put into their groups."""
+    for name, group in get_option_groups(SearchConfig).items():
+        names = {field.name for member in group.members.values() for field in fields(member)}
+        own = {key: options.pop(key) for key in list(options) if key in names}
+        if own:
+            options[name] = {"name": options[name], **own} if name in options else own
+    return options
+
+
+def search_config(**options: Any) -> SearchConfig:
+    return SearchConfig(**search_options(**options))
 
 
 def char_tokenizer(

@@ -32,8 +32,8 @@ MANY = ("1+2", "3*4-5", "7", "12-3+4*5", "9*9", "2-2-2")
 
 def _config(solver: str = "none", **options: Any) -> SearchConfig:
     """A short search; ste with large steps, so that tokens flip."""
-    ste = {"steps": 4, "lr": 1.5, "lr_end": 1.0} if solver == "ste" else {}
-    return SearchConfig(**{"solver": solver, "max_new_tokens": 8, "rounds": 4, **ste, **options})
+    ste = {"steps": 4, "learning_rate": 1.5, "final_learning_rate": 1.0} if solver == "ste" else {}
+    return worlds.search_config(**{"solver": solver, "max_new_tokens": 8, "max_rounds": 4, **ste, **options})
 
 
 def _moves(trace: Trace) -> list[tuple]:
@@ -42,7 +42,16 @@ def _moves(trace: Trace) -> list[tuple]:
 
 def _assert_same(one: Trace, two: Trace) -> None:
     """Equal but for rounding: everything discrete exactly, rewards and FLOPs as numbers, seconds not at all."""
-    for name in ("problem_id", "response_ids", "initial_ids", "prompt_ids", "stop", "finished", "error", "answer"):
+    for name in (
+        "problem_id",
+        "response_ids",
+        "initial_ids",
+        "prompt_ids",
+        "stop_reason",
+        "finished",
+        "error",
+        "answer",
+    ):
         assert getattr(one, name) == getattr(two, name), name
     assert _moves(one) == _moves(two)
     for a, b in zip(one.revisions, two.revisions, strict=True):
@@ -84,7 +93,9 @@ def test_batch_of_n_equals_n_singles_in_any_order_and_batch_size(
     solver: str, proposals: str, policy: Policy, reward: Reward, problems: list[Problem]
 ) -> None:
     solver, _, point = solver.partition(" at ")
-    config = _config(solver, proposals=proposals, max_rounds=3, max_new_tokens=7, gradient_at=point or None)
+    config = _config(
+        solver, proposals=proposals, max_rounds=3, max_new_tokens=7, **({"gradient_at": point} if point else {})
+    )
 
     def run(some: Sequence[Problem], batch_size: int) -> dict[str, Trace]:
         settings = replace(config, batch_size=batch_size)
@@ -230,7 +241,7 @@ def _plain_scores(
     logits = policy.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].detach()
     unsorted = logits.log_softmax(-1).masked_fill(policy.forbidden_mask, -torch.inf)
     logp, tokens = unsorted.sort(-1, descending=True)
-    if config.solver == "none":
+    if config.solver.name == "none":
         return tokens, logp, logp.double()
     point = config.with_default_gradient_at(reward.gradient_at).get_gradient_point()
     gradient = _plain_gradient(reward, prompt, response, unsorted.softmax(-1), point).double()
@@ -257,7 +268,7 @@ def _expected_branch(policy: Policy, reward: Reward, config: SearchConfig, trace
 )
 def test_a_search_equals_its_plain_replay(point: str, policy: Policy, reward: Reward, problems: list[Problem]) -> None:
     """Every branch, suffix and decision again, from the definition: whole forwards, one at a time."""
-    options = {"solver": "none"} if point == "none" else {"solver": "mirror", "beta": 0.5, "point": point}
+    options = {"solver": "none"} if point == "none" else {"solver": "mirror", "beta": 0.5, "gradient_at": point}
     config = _config(**options, max_rounds=6, top_k_candidates=len(worlds.TOKENS))
     for problem, trace in zip(
         problems, run_search(problems, policy=policy, reward=reward, config=config, seed=4), strict=True
@@ -354,7 +365,7 @@ def test_token_gradients_are_computed_once_per_distinct_response(
 ) -> None:
     asked: list[tuple[int, str, tuple[int, ...]]] = []
     read: list[tuple[int, str, tuple[int, ...]]] = []
-    plain, direct, solve_tokens, calls = (
+    plain, direct, compute_scores, calls = (
         Reward.compute_backward_gradient,
         Reward.compute_direct_gradient,
         proposals.compute_proposal_scores,
@@ -369,10 +380,14 @@ def test_token_gradients_are_computed_once_per_distinct_response(
         read.extend((len(calls), sample.problem.id, tuple(sample.response_ids)) for sample in samples)
         return direct(self, samples, *args, **options)
 
-    monkeypatch.setattr(Reward, "gradient", gradient)
-    monkeypatch.setattr(Reward, "direct_gradient", direct_gradient)
-    monkeypatch.setattr(proposals, "solve_tokens", lambda *args: calls.append(1) or solve_tokens(*args))
-    flips = {"steps": 6, "lr": 1.0, "lr_end": 0.5} if solver == "ste" else {"point": "direct+hard"}  # there and back
+    monkeypatch.setattr(Reward, "compute_backward_gradient", gradient)
+    monkeypatch.setattr(Reward, "compute_direct_gradient", direct_gradient)
+    monkeypatch.setattr(proposals, "compute_proposal_scores", lambda *args: calls.append(1) or compute_scores(*args))
+    flips = (
+        {"steps": 6, "learning_rate": 1.0, "final_learning_rate": 0.5}
+        if solver == "ste"
+        else {"gradient_at": "direct+hard"}
+    )  # there and back
     config = _config(solver, max_rounds=6, **flips)
     traces = run_search(problems, policy=policy, reward=reward, config=config, seed=1)
     assert len(set(asked)) == len(asked)  # however often ste's tokens flip there and back
@@ -399,7 +414,7 @@ def test_token_gradients_are_computed_once_per_distinct_response(
 def test_the_control_asks_for_no_gradient(
     policy: Policy, reward: Reward, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("gradient", "direct_gradient", "slope"):
+    for name in ("compute_backward_gradient", "compute_direct_gradient", "compute_gradient"):
         monkeypatch.setattr(Reward, name, lambda *args, **options: pytest.fail("the control has no gradient"))
     for kind in ("global", "sequential"):
         for trace in run_search(problems, policy=policy, reward=reward, config=_config(proposals=kind)):
@@ -413,11 +428,11 @@ def test_the_control_asks_for_no_gradient(
 @pytest.mark.parametrize(
     ("options", "stop", "revisions"),
     [
-        ({"rounds": 3}, "rounds", 3),
-        ({"rounds": 3, "branches": 2}, "rounds", 6),
-        ({"rounds": 0, "rollouts": 5}, "rollouts", 4),
-        ({"rounds": 0, "rollouts": 6, "branches": 2}, "rollouts", 4),  # a third round would make 7
-        ({"rounds": 9, "rollouts": 1}, "rollouts", 0),
+        ({"max_rounds": 3}, "rounds", 3),
+        ({"max_rounds": 3, "proposals_per_round": 2}, "rounds", 6),
+        ({"max_rounds": 0, "max_rollouts": 5}, "rollouts", 4),
+        ({"max_rounds": 0, "max_rollouts": 6, "proposals_per_round": 2}, "rollouts", 4),  # a third round would make 7
+        ({"max_rounds": 9, "max_rollouts": 1}, "rollouts", 0),
     ],
 )
 def test_budgets_in_rounds_and_rollouts(
@@ -466,8 +481,8 @@ def test_a_round_starts_only_if_it_is_expected_to_fit(
     """With branches at the first token only and no stop, a round costs exactly what is expected of it."""
     monkeypatch.setattr(
         proposals,
-        "global_branches",
-        lambda chain, *args: [(0, (chain.state.response[0] + 1 + chain.rounds) % 10)],
+        "draw_global_branches",
+        lambda chain, *args: [(0, (chain.incumbent.response_ids[0] + 1 + chain.num_rounds) % 10)],
     )
     with _logits(policy, _favour(END, -1000.0)):
         [free] = run_search(problems[:1], policy=policy, reward=scalar_reward, config=_config(max_rounds=4))
@@ -501,9 +516,9 @@ def test_a_branch_on_the_stop_token_ends_the_response(
     plain = proposals.draw_global_branches
 
     def branches(chain: Any, *args: Any) -> list[tuple[int, int]]:
-        return [(2, END)] if chain.rounds == 0 else plain(chain, *args)
+        return [(2, END)] if chain.num_rounds == 0 else plain(chain, *args)
 
-    monkeypatch.setattr(proposals, "global_branches", branches)
+    monkeypatch.setattr(proposals, "draw_global_branches", branches)
     problems = worlds.tiny_problems(MANY)
     config = _config("mirror", max_rounds=5, top_k_candidates=len(worlds.TOKENS))
     with _logits(policy, _favour(END, -4.0)):  # so that the first responses are longer than the branch
@@ -661,7 +676,7 @@ def test_a_gradient_that_is_no_number_stays_with_its_problem(
     config = _config("mirror", proposals=proposals, gradient_at=point)
     run = {"policy": policy, "reward": reward, "config": config}
     without = run_search([p for p in problems if p.id != "q1"], **run)
-    name = {"direct": "direct_gradient", "hard": "gradient"}[point]
+    name = {"direct": "compute_direct_gradient", "hard": "compute_backward_gradient"}[point]
     plain = getattr(Reward, name)
 
     def gradient(self: Reward, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Tensor]:

@@ -25,15 +25,16 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import acceptance, proposals
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
+from nabla_trl.search.options import MetropolisAcceptance
 from nabla_trl.search.state import EncodedPrompt, ScoredResponse
 from nabla_trl.tasks.problem import Problem
 
 LENGTH, BETA = 3, 0.6
 SHORT = {"max_new_tokens": 2, "beta": 3.0}
 SETTINGS: list[dict[str, Any]] = [
-    {"solver": "mirror", "point": "hard"},
-    {"solver": "mirror", "point": "mixture:0.5", "step": 0.5},
-    {"solver": "ste", "lr": 0.3, "steps": 5},
+    {"solver": "mirror", "gradient_at": "hard"},
+    {"solver": "mirror", "gradient_at": "mixture:0.5", "step_size": 0.5},
+    {"solver": "ste", "learning_rate": 0.3, "steps": 5},
     {"solver": "none"},
 ]
 
@@ -121,20 +122,20 @@ def all_states(
             )
         )
     samples = [
-        Sample(prompt.problem, prompt.ids, s.response, draw_info=DrawInfo(policy.model, s.candidates, s.logp))
+        Sample(prompt.problem, prompt.ids, s.response_ids, draw_info=DrawInfo(policy.model, s.candidates, s.logp))
         for s in states
     ]
     values, memos = reward.score(
         samples, [prompt.score_caches] * len(states), flop_counter=FlopCounter(), return_caches=True
     )
     for state, value, memo in zip(states, values, memos, strict=True):
-        state.reward, state.memos = value, memo
+        state.reward, state.score_caches = value, memo
     return states
 
 
 def metropolis(options: dict[str, Any], **more: Any) -> SearchConfig:
-    common = {"acceptance": "metropolis", "beta": BETA, "candidates": 16, "max_new_tokens": LENGTH}
-    return SearchConfig(**{**common, **options, **more})
+    common = {"acceptance": "metropolis", "beta": BETA, "top_k_candidates": 16, "max_new_tokens": LENGTH}
+    return worlds.search_config(**{**common, **options, **more})
 
 
 def solved(world: World, config: SearchConfig) -> list[ScoredResponse]:
@@ -227,7 +228,7 @@ def test_detailed_balance(options: dict[str, Any], proposals: str, world: World)
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"temperature": 0.7}, {"temperature": 1.4}, {"top_k": 4}, {"top_p": 0.9}, {"sample_min_p": 0.2}],
+    [{"temperature": 0.7}, {"temperature": 1.4}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.2}],
     ids=name,
 )
 @pytest.mark.parametrize("few", [False, True])
@@ -235,7 +236,7 @@ def test_detailed_balance_with_another_sampler_and_fewer_candidates(
     sampling: dict[str, Any], few: bool, world: World
 ) -> None:
     """Suffixes drawn at another temperature or cut, and branches that cannot be taken back, keep π* all the same."""
-    config = metropolis({"solver": "mirror", "point": "hard"}, **sampling, top_k_candidates=4 if few else 16)
+    config = metropolis({"solver": "mirror", "gradient_at": "hard"}, **sampling, top_k_candidates=4 if few else 16)
     states = solved(world, config)
     warpers = build_warpers(config.get_sampling())
     for state in states:
@@ -248,17 +249,17 @@ def test_detailed_balance_with_another_sampler_and_fewer_candidates(
         flows = [flow(world, states[a], states[b], at, config, target) for a, b in ((one, two), (two, one))]
         assert flows[0] == flows[1] or flows[0] == pytest.approx(flows[1], abs=1e-10)
         moved, blocked = moved + (flows[0] > -math.inf), blocked + (flows[0] == -math.inf)
-    assert moved > 20 and (blocked > 10 or not (few or {"top_k", "top_p", "sample_min_p"} & set(sampling)))
+    assert moved > 20 and (blocked > 10 or not (few or {"top_k", "top_p", "min_p"} & set(sampling)))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"candidate_min_p": 0.6}, {"temperature": 1.4}, {"top_k": 4}, {"candidates": 2}],
+    [{}, {"candidate_min_p": 0.6}, {"temperature": 1.4}, {"top_k": 4}, {"top_k_candidates": 2}],
     ids=lambda options: name(options) or "plain",
 )
 def test_detailed_balance_with_redraws(options: dict[str, Any], world: World) -> None:
     """Of the whole kernel, branches and redraws, also where there are no branches, and where q is not π."""
-    config = metropolis({"solver": "mirror", "point": "hard"}, independence_prob=0.3, **options)
+    config = metropolis({"solver": "mirror", "gradient_at": "hard"}, independence_prob=0.3, **options)
     readable, warpers = world.reward.in_vocabulary, build_warpers(config.get_sampling())
     states = solved(world, config)
     for state in states:
@@ -278,7 +279,9 @@ def test_detailed_balance_with_redraws(options: dict[str, Any], world: World) ->
         anew = math.exp(target[tuple(before.response_ids)] + tried[0] + drawn + min(0.0, ratio))
         if tried[0] == 0:
             return anew
-        return anew + (1 - config.independence_prob) * math.exp(flow(world, before, after, at, config, target))
+        return anew + (1 - config.acceptance.independence_prob) * math.exp(
+            flow(world, before, after, at, config, target)
+        )
 
     moved = trapped = 0
     for one, two, at in branches(world, 400, seed=3):
@@ -287,7 +290,7 @@ def test_detailed_balance_with_redraws(options: dict[str, Any], world: World) ->
         moved += there > 0
         trapped += proposals.compute_independence_logp(states[one], readable, config) == 0.0
     assert moved == 400 or "top_k" in options
-    assert (trapped > 0) == ("candidates" in options)
+    assert (trapped > 0) == ("top_k_candidates" in options)
 
 
 # --- chains -----------------------------------------------------------------------------------------------
@@ -317,7 +320,7 @@ def run_chains(world: World, config: SearchConfig, count: int, budgets: Sequence
     return found
 
 
-@pytest.mark.parametrize("options", [{"solver": "mirror", "point": "direct"}, {"solver": "none"}], ids=name)
+@pytest.mark.parametrize("options", [{"solver": "mirror", "gradient_at": "direct"}, {"solver": "none"}], ids=name)
 def test_chains_come_to_the_target(options: dict[str, Any], short: World) -> None:
     """… from π, which is far from it; and greedy acceptance does not."""
     target, count = short.target(3.0), 200
@@ -325,7 +328,7 @@ def test_chains_come_to_the_target(options: dict[str, Any], short: World) -> Non
     begun, ended = run_chains(short, config, count, (0, 14))
     assert total_variation(begun, target) > 3 * floor
     assert total_variation(ended, target) < 2 * floor
-    greedy = run_chains(short, replace(config, acceptance="greedy", independence_prob=None), count, (14,))[0]
+    greedy = run_chains(short, replace(config, acceptance="greedy"), count, (14,))[0]
     assert total_variation(greedy, target) > 3 * floor
 
 
@@ -336,7 +339,7 @@ def test_long_chains_come_to_the_target(options: dict[str, Any], proposals: str,
     """Gradients at hard tokens of a random reward mislead, and a chain that they drive mixes slowly, yet it comes."""
     target, count = world.target(), 400
     more = {"confidence": 1.0} if proposals == "sequential" else {}
-    rounds = {"global": 100 if options.get("point") == "hard" else 40, "sequential": 75}[proposals]
+    rounds = {"global": 100 if options.get("gradient_at") == "hard" else 40, "sequential": 75}[proposals]
     config = metropolis(options, proposals=proposals, max_rounds=rounds, batch_size=500, **more)
     [ended] = run_chains(world, config, count, (10**6,))
     assert total_variation(ended, target) < 2 * noise_floor(target, count)
@@ -349,7 +352,7 @@ def test_chains_whose_candidates_hold_a_token_reach_all_responses_by_redraws(sho
     )
     [ended] = run_chains(short, config, count, (12,))
     assert total_variation(ended, target) < 2 * noise_floor(target, count)
-    [held] = run_chains(short, replace(config, independence_prob=0.0), count, (12,))
+    [held] = run_chains(short, replace(config, acceptance=MetropolisAcceptance(independence_prob=0.0)), count, (12,))
     assert total_variation(held, target) > 3 * noise_floor(target, count)
 
 
@@ -388,16 +391,16 @@ def test_the_swap_of_tempered_chains_is_the_ratio_of_their_targets(world: World)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"branches": 2}, ["branches must be 1"]),
+        ({"proposals_per_round": 2}, ["proposals_per_round must be 1"]),
         ({"temperature": 0.0}, ["temperature must be above 0"]),
         ({"patience": 3}, ["patience must be 0"]),
-        ({"kl": 1.0, "beta": None}, ["kl belongs to"]),
-        ({"proposals": "sequential", "gradient_norm": 1.0}, ["gradient_norm"]),
-        ({"proposals": "sequential", "rounds": 0}, ["set rounds"]),
-        ({"redraw": 1.5}, ["redraw must be in [0, 1]"]),
-        ({"tempering": 2.0}, ["two chains"]),
-        ({"tempering": 2.0, "starts": 2, "chains": 2, "solver": "ste"}, ["two chains"]),
-        ({"tempering": 0.5, "starts": 2, "chains": 2}, ["at least 1"]),
+        ({"target_kl": 1.0, "beta": None}, ["target_kl needs global proposals and greedy acceptance"]),
+        ({"proposals": "sequential", "min_gradient_norm": 1.0}, ["min_gradient_norm"]),
+        ({"proposals": "sequential", "max_rounds": 0}, ["set max_rounds"]),
+        ({"independence_prob": 1.5}, ["independence_prob must be in [0, 1]"]),
+        ({"parallel_tempering": 2.0}, ["two chains"]),
+        ({"parallel_tempering": 2.0, "num_starts": 2, "num_chains": 2, "solver": "ste"}, ["two chains"]),
+        ({"parallel_tempering": 0.5, "num_starts": 2, "num_chains": 2}, ["at least 1"]),
     ],
 )
 def test_what_would_not_be_exact_is_refused(options: dict[str, Any], words: list[str]) -> None:
@@ -405,11 +408,13 @@ def test_what_would_not_be_exact_is_refused(options: dict[str, Any], words: list
 
 
 def test_tempering_and_redraws_belong_to_metropolis() -> None:
-    assert (metropolis({"solver": "none"}).independence_prob, SearchConfig().independence_prob) == (0.1, None)
-    worlds.refused(
-        lambda: SearchConfig(independence_prob=0.1), "redraw belongs to acceptance metropolis", "acceptance greedy"
-    )
-    worlds.refused(lambda: SearchConfig(parallel_tempering=2.0, num_starts=2, num_chains=2), "tempering belongs to")
+    assert metropolis({"solver": "none"}).acceptance == MetropolisAcceptance(0.1, 1.0)
+    for option in ("independence_prob", "parallel_tempering"):
+        worlds.refused(
+            lambda option=option: SearchConfig(acceptance={"name": "greedy", option: 0.1}),
+            f"acceptance greedy has no option '{option}'",
+            f"{option} belongs to metropolis",
+        )
 
 
 def test_sampling_of_the_policy_itself_needs_no_tilt() -> None:

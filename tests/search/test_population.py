@@ -21,7 +21,7 @@ from nabla_trl.traces.schema import Trace
 
 
 def config(**options: Any) -> SearchConfig:
-    return SearchConfig(**{"solver": "none", "max_new_tokens": 8, "rounds": 4, **options})
+    return worlds.search_config(**{"solver": "none", "max_new_tokens": 8, "max_rounds": 4, **options})
 
 
 def moves(trace: Trace) -> list[tuple]:
@@ -39,11 +39,13 @@ def test_starts_without_rounds_are_best_of_n(policy: Policy, reward: Reward, pro
         assert one.cost.flops == pytest.approx(two.cost.flops)
 
 
-@pytest.mark.parametrize("options", [{"starts": 3, "chains": 2}, {"flops": 3e7, "rounds": 0, "patience": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_starts": 3, "num_chains": 2}, {"max_flops": 3e7, "max_rounds": 0, "patience": 2}], ids=str
+)
 def test_several_chains_in_a_batch_equal_singles(
     options: dict[str, Any], policy: Policy, scalar_reward: Reward, problems: list[Problem]
 ) -> None:
-    settings = config(**{"solver": "mirror", "point": "hard", **options})
+    settings = config(**{"solver": "mirror", "gradient_at": "hard", **options})
     run = {"policy": policy, "reward": scalar_reward, "seed": 2}
     together = run_search(problems, config=settings, **run)
     for problem, trace in zip(problems, together, strict=True):
@@ -133,8 +135,8 @@ def test_a_sample_of_the_optimum_is_not_chosen_among_starts() -> None:
     assert config(max_flops=1e9).restarts_enabled and config(max_rollouts=9).restarts_enabled
     assert not config().restarts_enabled and not config(max_flops=1e9, restarts=False).restarts_enabled
     assert not config(max_rollouts=9, acceptance="metropolis", beta=1.0).restarts_enabled
-    worlds.refused(lambda: config(max_flops=1e9, acceptance="metropolis"), "no sample", "limit it by rounds")
-    worlds.refused(lambda: config(max_rollouts=2, num_starts=3), "rollouts 2 are fewer", "starts 3")
+    worlds.refused(lambda: config(max_flops=1e9, acceptance="metropolis"), "no sample", "limit it by max_rounds")
+    worlds.refused(lambda: config(max_rollouts=2, num_starts=3), "max_rollouts 2 is less", "num_starts 3")
 
 
 def test_an_unreadable_start_is_no_error_while_another_can_be_read() -> None:

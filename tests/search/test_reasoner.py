@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 
 from nabla_trl import NablaReasoner, Problem, Trace
 from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.options import SequentialProposals, SteSolver
 
-SHORT = {"max_new_tokens": 6, "rounds": 2}
+SHORT = {"max_new_tokens": 6, "max_rounds": 2}
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +132,17 @@ def test_a_log_ratio_reward_and_the_control(folders: dict[str, str]) -> None:
 
 def test_the_paper_preset_runs_and_can_be_overridden(folders: dict[str, str]) -> None:
     paper = NablaReasoner.from_pretrained(
-        folders["policy"], reward=folders["scorer"], from_preset="paper", max_new_tokens=6, ste_steps=2, confidence=1.0
+        folders["policy"],
+        reward=folders["scorer"],
+        preset="paper",
+        max_new_tokens=6,
+        solver={"steps": 2},
+        proposals={"confidence": 1.0},
     )
     config = paper.config
-    assert (config.solver, config.proposals, config.temperature, config.ste_learning_rate) == (
-        "ste",
-        "sequential",
-        0.7,
-        0.01,
-    )
-    assert (config.max_rollouts, config.ste_steps) == (8, 2)
+    assert config.solver == SteSolver(steps=2, learning_rate=0.01)
+    assert config.proposals == SequentialProposals(confidence=1.0, resample_temperature=0.5)
+    assert (config.max_rollouts, config.temperature) == (8, 0.7)
     trace = paper.solve("12-3+4*5")
     trace.validate()
     assert trace.error is None and trace.stop_reason in ("scanned", "rollouts")
@@ -178,37 +180,40 @@ def test_unknown_options_and_presets_are_refused_by_name_before_anything_is_load
         ({"proposals": "local"}, ["proposals", "'local'", "global"]),
         ({"beta": 0.0}, ["beta"]),
         ({"beta": float("nan")}, ["beta"]),
-        ({"rounds": -1}, ["rounds"]),
-        ({"flops": float("nan")}, ["flops"]),
-        ({"branches": 0}, ["branches"]),
-        ({"candidates": 0}, ["candidates"]),
+        ({"max_rounds": -1}, ["max_rounds"]),
+        ({"max_flops": float("nan")}, ["max_flops"]),
+        ({"proposals_per_round": 0}, ["proposals_per_round"]),
+        ({"top_k_candidates": 0}, ["top_k_candidates"]),
         ({"candidate_min_p": 1.0}, ["candidate_min_p"]),
         ({"temperature": -1.0}, ["temperature"]),
         ({"max_new_tokens": 0}, ["max_new_tokens"]),
-        ({"rounds": 0}, ["never end"]),
-        ({"lr": 0.1}, ["lr belongs to solver ste"]),
-        ({"solver": "none", "postfix": True}, ["postfix belongs to"]),
-        ({"confidence": 0.5}, ["confidence belongs to sequential"]),
-        ({"proposals": "sequential", "branches": 2}, ["branches must be 1"]),
+        ({"max_rounds": 0}, ["never end"]),
+        ({"learning_rate": 0.1}, ["solver mirror has no option", "learning_rate belongs to ste"]),
+        (
+            {"solver": "none", "likelihood_suffix_grad": True},
+            ["solver none has no option", "likelihood_suffix_grad belongs to ste"],
+        ),
+        ({"confidence": 0.5}, ["proposals global has no option", "confidence belongs to sequential"]),
+        ({"proposals": "sequential", "proposals_per_round": 2}, ["proposals_per_round belongs to global"]),
         ({"proposals": "sequential", "confidence": 0.0}, ["confidence"]),
         ({"proposals": "sequential", "resample_temperature": 0.0}, ["resample_temperature"]),
         ({"solver": "ste", "steps": 0}, ["steps"]),
-        ({"solver": "ste", "lr": 0.0}, ["lr"]),
+        ({"solver": "ste", "learning_rate": 0.0}, ["learning_rate"]),
     ],
 )
 def test_a_configuration_that_means_nothing_is_refused(options: dict[str, Any], words: list[str]) -> None:
-    worlds.refused(lambda: SearchConfig(**options), *words)
+    worlds.refused(lambda: worlds.search_config(**options), *words)
 
 
 def test_options_that_apply_get_their_defaults_and_others_stay_unset() -> None:
     mirror, ste = SearchConfig(), SearchConfig(solver="ste", proposals="sequential")
-    assert mirror.ste_learning_rate is None and mirror.confidence is None
-    assert (ste.ste_learning_rate, ste.ste_steps, ste.confidence) == (0.01, 20, 0.97)
+    assert not hasattr(mirror.solver, "learning_rate") and not hasattr(mirror.proposals, "confidence")
+    assert (ste.solver.learning_rate, ste.solver.steps, ste.proposals.confidence) == (0.01, 20, 0.97)
     assert SearchConfig(beta=0.25).reward_weight == 4.0
 
 
 def test_the_control_differs_in_the_gradient_only() -> None:
-    config = SearchConfig(solver="ste", ste_learning_rate=0.3, max_rounds=5, temperature=0.7, batch_size=3)
+    config = SearchConfig(solver=SteSolver(learning_rate=0.3), max_rounds=5, temperature=0.7, batch_size=3)
     control = config.with_no_gradient()
     assert control.method == "control" and config.method == "nabla"
     assert (control.max_rounds, control.temperature, control.batch_size) == (5, 0.7, 3)

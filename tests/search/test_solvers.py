@@ -20,11 +20,12 @@ from nabla_trl.gradient.objectives import Sample
 from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint, SteConfig
+from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import proposals, solvers
 from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.search.options import MirrorSolver, SequentialProposals, SteSolver
 from nabla_trl.search.state import EncodedPrompt, ScoredResponse, SearchState
 from nabla_trl.tasks.problem import Problem
 
@@ -39,7 +40,7 @@ def literal_ste(
     logp: Tensor,
     choice: Tensor,
     objective: Callable[[Tensor], Tensor],
-    config: SteConfig,
+    config: SteSolver,
     movable: slice = slice(None),
 ) -> tuple[Tensor, list[list[int]]]:
     """Autograd through everything at every step; the optimised logits and the hard tokens of each step.
@@ -156,7 +157,7 @@ class Problems:
         alone.logp, alone.hard = [self.logp[row]], [self.choices[row]]
         return alone
 
-    def solve(self, config: SteConfig) -> list[Tensor]:
+    def solve(self, config: SteSolver) -> list[Tensor]:
         return solvers.solve_ste(self.logp, self.choices, self.gradient, config).logits
 
 
@@ -171,7 +172,7 @@ def world(request: pytest.FixtureRequest) -> tuple[Policy, Reward]:
 
 def test_ste_equals_the_literal_reference(world: tuple[Policy, Reward]) -> None:
     """… over 100 steps in which tokens flip, and asks for a gradient at flips only."""
-    config = SteConfig(
+    config = SteSolver(
         steps=100, learning_rate=0.1, final_learning_rate=0.01, tau=1.0 if world[1].kind == "scalar" else 0.7
     )
     ours = Problems(*world, TEXTS)
@@ -192,7 +193,7 @@ def test_ste_equals_the_literal_reference(world: tuple[Policy, Reward]) -> None:
 
 
 def test_a_batch_of_rows_equals_single_rows(world: tuple[Policy, Reward]) -> None:
-    config = SteConfig(steps=40, learning_rate=0.2, final_learning_rate=0.01)
+    config = SteSolver(steps=40, learning_rate=0.2, final_learning_rate=0.01)
     together = Problems(*world, TEXTS)
     solved = together.solve(config)
     assert len(together.calls) > 1
@@ -210,7 +211,7 @@ def test_without_a_flip_one_gradient_serves_all_steps() -> None:
 
     logp = torch.tensor([[0.6, 0.3, 0.1]]).log()
     solvers.solve_ste(
-        [logp, logp], [torch.tensor([0]), torch.tensor([2])], constant, SteConfig(steps=50, learning_rate=0.1)
+        [logp, logp], [torch.tensor([0]), torch.tensor([2])], constant, SteSolver(steps=50, learning_rate=0.1)
     )
     assert calls == [[0, 1]]
 
@@ -227,7 +228,7 @@ def test_once_the_arg_max_has_moved_the_arg_max_is_the_token() -> None:
 
     logp = torch.tensor([[0.5, 0.45, 0.05]]).log()
     solvers.solve_ste(
-        [logp], [torch.tensor([2])], pushed, SteConfig(steps=60, learning_rate=0.1, final_learning_rate=0.1)
+        [logp], [torch.tensor([2])], pushed, SteSolver(steps=60, learning_rate=0.1, final_learning_rate=0.1)
     )
     assert seen == [[2], [1], [0]]
 
@@ -244,7 +245,7 @@ def test_ste_solves_a_quadratic() -> None:
     def slope(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
         return [F.one_hot(hard[0], 5) - target]
 
-    solved = solvers.solve_ste([logp], [choice], slope, SteConfig(steps=100, learning_rate=0.1)).logits[0]
+    solved = solvers.solve_ste([logp], [choice], slope, SteSolver(steps=100, learning_rate=0.1)).logits[0]
     assert solved.argmax(-1).equal(best)
 
 
@@ -301,7 +302,7 @@ def test_mirror_scores_compare_across_positions(numbers: tuple[Tensor, ...]) -> 
 def make_state(
     candidates: Tensor, logp: Tensor, response: list[int], prompt: EncodedPrompt, **values: Any
 ) -> ScoredResponse:
-    known = {"cache": None, "memos": [], **values}
+    known = {"policy_cache": None, "score_caches": [], **values}
     return ScoredResponse(prompt, response, False, candidates, logp, None, reward=0.0, **known)
 
 
@@ -317,7 +318,7 @@ def real_states(policy: Policy, reward: Reward) -> list[ScoredResponse]:
     for item, logp, first, memo, cache in zip(ready.samples, ready.logp, bare, kept, caches, strict=True):
         table = torch.arange(logp.shape[1]).expand(len(item.response_ids), -1)
         prompt = EncodedPrompt(item.problem, item.prompt_ids, 99, first)
-        states.append(make_state(table, logp, item.response_ids, prompt, memos=memo, cache=cache))
+        states.append(make_state(table, logp, item.response_ids, prompt, score_caches=memo, policy_cache=cache))
     return states
 
 
@@ -334,7 +335,7 @@ def test_mirror_reads_the_reward_alone(world: tuple[Policy, Reward], point: str)
     already, so that "direct+hard" is the same. Of a score, "direct+hard" is the sum of two gradients."""
     reward = world[1]
     states, meter = real_states(*world), FlopCounter()
-    config = SearchConfig(solver="mirror", beta=1 / LAM, gradient_at=point)
+    config = SearchConfig(solver=MirrorSolver(gradient_at=point), beta=1 / LAM)
     proposals.compute_proposal_scores(states, *world, config, meter)
     for state in states:
         rows = F.one_hot(torch.tensor(state.response_ids), state.logp.shape[1]).to(DOUBLE).requires_grad_(True)
@@ -355,9 +356,9 @@ def test_mirror_reads_the_reward_alone(world: tuple[Policy, Reward], point: str)
 
 def test_a_solver_must_know_its_point(world: tuple[Policy, Reward]) -> None:
     states = real_states(*world)
-    with pytest.raises(RuntimeError, match="the reward's own point"):
+    with pytest.raises(RuntimeError, match="has no gradient_at"):
         proposals.compute_proposal_scores(states, *world, SearchConfig(), FlopCounter())
-    with pytest.raises(RuntimeError, match="the reward's own point"):
+    with pytest.raises(RuntimeError, match="has no gradient_at"):
         proposals.estimate_round_flops(states[0], [], *world, SearchConfig())
 
 
@@ -366,20 +367,15 @@ def test_a_solver_must_know_its_point(world: tuple[Policy, Reward]) -> None:
 def test_ste_descends_the_paper_loss(world: tuple[Policy, Reward], direct: bool, postfix: bool) -> None:
     """L = −λ·r − log π, its switches included, from state to scores (gradients in float32 there)."""
     states = real_states(*world)
-    config = SearchConfig(
-        solver="ste",
-        beta=1 / LAM,
-        ste_steps=20,
-        ste_learning_rate=0.1,
-        ste_tau=0.9,
-        likelihood_token_grad=direct,
-        likelihood_suffix_grad=postfix,
+    solver = SteSolver(
+        steps=20, learning_rate=0.1, tau=0.9, likelihood_token_grad=direct, likelihood_suffix_grad=postfix
     )
+    config = SearchConfig(solver=solver, beta=1 / LAM)
     proposals.compute_proposal_scores(states, *world, config, FlopCounter())
     moved = 0
     for state in states:
         objective = relaxed_objective(*world, state.make_sample(), direct, postfix)
-        expected, seen = literal_ste(state.logp, torch.tensor(state.response_ids), objective, config.get_ste_config())
+        expected, seen = literal_ste(state.logp, torch.tensor(state.response_ids), objective, solver)
         finite = expected.isfinite()
         assert torch.allclose(state.proposal_scores[finite], expected[finite], rtol=0, atol=1e-3)
         moved += seen[-1] != state.response_ids
@@ -392,8 +388,8 @@ def test_a_scan_optimises_from_each_position_on(world: tuple[Policy, Reward], mo
     """The paper's algorithm at every scanned position by itself: tokens before it stay, and so do those after it if
     only the first position moves. With small steps hardly a token changes, and one run serves almost all positions."""
     states, meter = real_states(*world), FlopCounter()
-    options = {"solver": "ste", "proposals": "sequential", "moving": moving}
-    config = SearchConfig(beta=1 / LAM, ste_steps=20, ste_learning_rate=lr, ste_final_learning_rate=lr / 10, **options)
+    solver = SteSolver(steps=20, learning_rate=lr, final_learning_rate=lr / 10, optimize_positions=moving)
+    config = SearchConfig(solver=solver, proposals="sequential", beta=1 / LAM)
     proposals.compute_proposal_scores(states, *world, config, meter)
     stale = 0
     for state in states:
@@ -404,9 +400,7 @@ def test_a_scan_optimises_from_each_position_on(world: tuple[Policy, Reward], mo
                 state, position, lambda s, p: proposals.compute_ste_scores_at(s, p, *world, config, meter)
             )
             movable = slice(position, position + 1 if moving == "first" else None)
-            expected, _ = literal_ste(
-                state.logp, torch.tensor(state.response_ids), objective, config.get_ste_config(), movable
-            )
+            expected, _ = literal_ste(state.logp, torch.tensor(state.response_ids), objective, solver, movable)
             finite = expected[position].isfinite()
             found = state.proposal_scores[position][finite]
             assert torch.allclose(found, expected[position][finite], rtol=0, atol=1e-3)
@@ -417,17 +411,20 @@ def test_a_scan_optimises_from_each_position_on(world: tuple[Policy, Reward], mo
 @pytest.mark.parametrize(
     "options",
     [
-        *({"point": point} for point in ("direct", "hard", "mixture:0.2,0.8", "direct+hard", "direct+mixture:0.5")),
+        *(
+            {"gradient_at": point}
+            for point in ("direct", "hard", "mixture:0.2,0.8", "direct+hard", "direct+mixture:0.5")
+        ),
         {"solver": "ste", "steps": 1},
     ],
-    ids=lambda options: options.get("point", "ste"),
+    ids=lambda options: options.get("gradient_at", "ste"),
 )
 def test_the_budget_expects_what_the_gradient_costs(world: tuple[Policy, Reward], options: dict[str, Any]) -> None:
-    states, meter, config = real_states(*world), FlopCounter(), SearchConfig(**options)
+    states, meter, config = real_states(*world), FlopCounter(), worlds.search_config(**options)
     expected = [proposals.estimate_round_flops(state, [], *world, config) for state in states]
     proposals.compute_proposal_scores(states, *world, config, meter)
     assert [meter.get_cost(state.problem.id).flops for state in states] == expected
-    free = world[1].kind == "scalar" and options == {"point": "direct"}
+    free = world[1].kind == "scalar" and options == {"gradient_at": "direct"}
     assert all((flops == 0) == free for flops in expected)
     assert [proposals.estimate_round_flops(state, [], *world, config) for state in states] == [0.0, 0.0]  # paid for
 
@@ -437,15 +434,15 @@ def test_ste_pays_once_for_tokens_that_come_back(
 ) -> None:
     states, meter, requests, solve = real_states(*world), FlopCounter(), [], solvers.solve_ste
 
-    def watched(logp: Any, choices: Any, loss_gradient: solvers.LossGradientFn, config: SteConfig) -> list[Tensor]:
+    def watched(logp: Any, choices: Any, loss_gradient: solvers.LossGradientFn, config: SteSolver) -> list[Tensor]:
         def asked(rows: list[int], hard: list[Tensor]) -> list[Tensor]:
             requests.extend((row, *tokens.tolist()) for row, tokens in zip(rows, hard, strict=True))
             return loss_gradient(rows, hard)
 
         return solve(logp, choices, asked, config)  # whole responses: nothing is held still
 
-    monkeypatch.setattr(solvers, "ste", watched)
-    config = SearchConfig(solver="ste", beta=1 / LAM, ste_steps=60, ste_learning_rate=1.0, ste_final_learning_rate=1.0)
+    monkeypatch.setattr(solvers, "solve_ste", watched)
+    config = SearchConfig(solver=SteSolver(steps=60, learning_rate=1.0, final_learning_rate=1.0), beta=1 / LAM)
     proposals.compute_proposal_scores(states, *world, config, meter)
     assert len(requests) > len(set(requests))
     for row, state in enumerate(states):
@@ -465,7 +462,7 @@ def test_ste_never_asks_the_reward_to_read_what_it_cannot() -> None:
         state.logp = state.logp.clone()
         state.logp[:, END] = state.logp.amax(-1) + 5  # the stop token is everywhere the likeliest
     proposals.compute_proposal_scores(
-        states, policy, reward, SearchConfig(solver="ste", ste_learning_rate=0.3, ste_steps=30), FlopCounter()
+        states, policy, reward, SearchConfig(solver=SteSolver(learning_rate=0.3, steps=30)), FlopCounter()
     )
     for state, (_, finished) in zip(states, TEXTS, strict=True):
         assert state.proposal_scores[:, END].isfinite().tolist() == [False] * (len(state.response_ids) - 1) + [
@@ -514,33 +511,33 @@ def test_without_a_better_branch_the_step_is_zero(gain: float) -> None:
 
 def test_mirror_by_a_budget_is_mirror_at_the_lambda_it_gives(world: tuple[Policy, Reward]) -> None:
     budgeted, plain = real_states(*world), real_states(*world)
-    config = SearchConfig(target_kl=0.7, gradient_at="hard", candidate_min_p=0.01)
+    config = SearchConfig(solver=MirrorSolver(target_kl=0.7, gradient_at="hard"), candidate_min_p=0.01)
     proposals.compute_proposal_scores(budgeted, *world, config, FlopCounter())
     for one, two in zip(budgeted, plain, strict=True):
         gain = solvers.compute_advantages(one.reward_gradient, one.find_response_columns())
         usable = proposals.compute_proposable_mask(one, world[1].in_vocabulary, config)
         lam = solvers.find_reward_weight_for_kl(one.logp, gain, usable, 0.7)
-        proposals.compute_proposal_scores([two], *world, replace(config, target_kl=None, beta=1 / lam), FlopCounter())
+        proposals.compute_proposal_scores([two], *world, config.with_beta(1 / lam), FlopCounter())
         assert torch.allclose(one.proposal_scores[usable], two.proposal_scores[usable], atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kl": 1.0, "beta": 1.0}, "give one of them"),
-        ({"kl": 0.0}, "kl must be a positive number"),
-        ({"kl": 1.0, "solver": "none"}, "kl belongs to"),
-        ({"kl": 1.0, "proposals": "sequential"}, "kl belongs to"),
-        ({"step": 0.0}, "step must be a positive number"),
-        ({"step": 0.5, "solver": "none"}, "step belongs to"),
-        ({"shuffle": True, "solver": "ste"}, "shuffle belongs to"),
-        ({"moving": "last", "solver": "ste"}, "moving must be one of all, first"),
-        ({"chains": 2}, "chains must be at most starts"),
+        ({"target_kl": 1.0, "beta": 1.0}, "set one of them"),
+        ({"target_kl": 0.0}, "target_kl must be a positive number"),
+        ({"target_kl": 1.0, "solver": "none"}, "solver none has no option 'target_kl'"),
+        ({"target_kl": 1.0, "proposals": "sequential"}, "target_kl needs global proposals"),
+        ({"step_size": 0.0}, "step_size must be a positive number"),
+        ({"step_size": 0.5, "solver": "none"}, "solver none has no option 'step_size'"),
+        ({"shuffle_gradient": True, "solver": "ste"}, "solver ste has no option 'shuffle_gradient'"),
+        ({"optimize_positions": "last", "solver": "ste"}, "optimize_positions must be one of all, first"),
+        ({"num_chains": 2}, "num_chains must be at most num_starts"),
         ({"acceptance": "never"}, "acceptance must be one of"),
     ],
 )
 def test_steps_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
-    worlds.refused(lambda: SearchConfig(**options), words)
+    worlds.refused(lambda: worlds.search_config(**options), words)
 
 
 def test_the_shuffled_control_moves_rows_and_nothing_else() -> None:
@@ -574,7 +571,7 @@ def toy_chain(**values: Any) -> SearchState:
 
 
 def global_draws(chain: SearchState, readable: Tensor, draws: int, **config: Any) -> Counter[tuple]:
-    stream, settings = np.random.default_rng(0), SearchConfig(solver="none", **config)
+    stream, settings = np.random.default_rng(0), worlds.search_config(solver="none", **config)
     shape = tuple(chain.incumbent.candidates.shape)
     noises = (torch.from_numpy(stream.gumbel(size=shape)) for _ in range(draws))
     return Counter(tuple(proposals.draw_global_branches(chain, noise, readable, settings)) for noise in noises)
@@ -601,18 +598,18 @@ def test_global_branches_are_drawn_by_exp_score_without_replacement() -> None:
     readable[12] = False
     weights = {(0, 1): 0.5, (0, 3): -1.0, (0, 4): 0.0, (1, 3): 1.0, (2, 6): -2.0, (2, 7): 1.5}
     expected = without_replacement({branch: math.exp(score) for branch, score in weights.items()})
-    counts = global_draws(chain, readable, 6000, branches=2)
+    counts = global_draws(chain, readable, 6000, proposals_per_round=2)
     assert chi_square(counts, expected) < 1.6
     assert chi_square(counts, {pair: 1 / len(expected) for pair in expected}) > 10  # the test can tell
 
 
 def test_global_branches_use_up_what_there_is() -> None:
-    (all_,) = global_draws(toy_chain(), READABLE, 1, branches=99)
+    (all_,) = global_draws(toy_chain(), READABLE, 1, proposals_per_round=99)
     usable = {(0, 1), (0, 3), (0, 4), (1, 3), (1, 12), (2, 5), (2, 6), (2, 7)}
     assert set(all_) == usable and len(all_) == len(usable)
     chain = toy_chain()
     chain.rejected_branches = set(usable)
-    assert global_draws(chain, READABLE, 1, branches=3) == {(): 1}
+    assert global_draws(chain, READABLE, 1, proposals_per_round=3) == {(): 1}
     assert global_draws(toy_chain(), ~READABLE, 1) == {(): 1}
 
 
@@ -620,7 +617,7 @@ def test_candidate_min_p_drops_what_the_policy_finds_unlikely() -> None:
     """Relative to the position's likeliest token, the incumbent's included."""
     chain = toy_chain()
     chain.incumbent.logp = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.9, 0.08, 0.02, 0.0], [0.25] * 4]).log()
-    (drawn,) = global_draws(chain, READABLE, 1, branches=99, candidate_min_p=0.2)
+    (drawn,) = global_draws(chain, READABLE, 1, proposals_per_round=99, candidate_min_p=0.2)
     assert set(drawn) == {(0, 1), (0, 3), (2, 5), (2, 6), (2, 7)}
 
 
@@ -651,7 +648,7 @@ def test_sequential_scan_skips_confident_positions_and_ends() -> None:
 def test_sequential_scan_resamples_from_left_to_right() -> None:
     """At temperature T from softmax(score / T) over what may stand there; keeping the incumbent moves on."""
     temperature = 2.0
-    config = SearchConfig(solver="none", proposals="sequential", resample_temperature=temperature)
+    config = SearchConfig(solver="none", proposals=SequentialProposals(resample_temperature=temperature))
     readable, stream, counts = READABLE.clone(), np.random.default_rng(0), Counter()
     readable[[12, 8]] = False  # 8 is an incumbent: it may stay
     for _ in range(4000):
@@ -682,23 +679,23 @@ def test_sequential_scan_resamples_from_left_to_right() -> None:
     "bad",
     [
         {"steps": 0},
-        {"lr": 0.0},
-        {"lr": -0.1},
-        {"lr": math.nan},
-        {"lr_end": -1e-3},
+        {"learning_rate": 0.0},
+        {"learning_rate": -0.1},
+        {"learning_rate": math.nan},
+        {"final_learning_rate": -1e-3},
         {"tau": 0.0},
         {"tau": -1.0},
     ],
 )
 def test_ste_config_refuses(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
-        SteConfig(**bad)
+        SteSolver(**bad)
     with pytest.raises(ValueError, match=next(iter(bad))):
-        SearchConfig(solver="ste", **bad)
+        SearchConfig(solver={"name": "ste", **bad})
 
 
 def test_ste_rate_is_torch_cosine() -> None:
-    config = SteConfig(steps=7, learning_rate=0.3, final_learning_rate=0.05)
+    config = SteSolver(steps=7, learning_rate=0.3, final_learning_rate=0.05)
     optimiser = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=7, eta_min=0.05)
     for step in range(7):
@@ -714,22 +711,22 @@ def test_ste_rate_is_torch_cosine() -> None:
         ({"proposals": "local"}, "proposals must be one of"),
         ({"beta": 0.0}, "beta"),
         ({"beta": -1.0}, "beta"),
-        ({"rounds": -1}, "rounds"),
-        ({"rollouts": -1}, "rollouts"),
-        ({"flops": -1.0}, "flops"),
+        ({"max_rounds": -1}, "max_rounds"),
+        ({"max_rollouts": -1}, "max_rollouts"),
+        ({"max_flops": -1.0}, "max_flops"),
         ({"patience": -1}, "patience"),
-        ({"branches": 0}, "branches"),
-        ({"candidates": 0}, "candidates"),
+        ({"proposals_per_round": 0}, "proposals_per_round"),
+        ({"top_k_candidates": 0}, "top_k_candidates"),
         ({"batch_size": 0}, "batch_size"),
         ({"candidate_min_p": 1.0}, "candidate_min_p"),
         ({"candidate_min_p": -0.1}, "candidate_min_p"),
         ({"temperature": -0.1}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
-        ({"sample_min_p": 1.0}, "min_p"),
+        ({"min_p": 1.0}, "min_p"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"rounds": 0}, "never end"),
-        ({"proposals": "sequential", "branches": 2}, "branches must be 1"),
+        ({"max_rounds": 0}, "never end"),
+        ({"proposals": "sequential", "proposals_per_round": 2}, "proposals_per_round belongs to global"),
         ({"proposals": "sequential", "resample_temperature": 0.0}, "resample_temperature"),
         ({"proposals": "sequential", "confidence": math.nan}, "confidence"),
         ({"beta": math.nan}, "beta"),
@@ -737,7 +734,7 @@ def test_ste_rate_is_torch_cosine() -> None:
 )
 def test_reasoner_config_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SearchConfig(**options)
+        worlds.search_config(**options)
 
 
 @pytest.mark.parametrize("solver", ["mirror", "none"])
@@ -745,33 +742,26 @@ def test_reasoner_config_refuses(options: dict[str, Any], message: str) -> None:
     "option",
     [
         {"steps": 5},
-        {"lr": 0.1},
-        {"lr_end": 0.1},
+        {"learning_rate": 0.1},
+        {"final_learning_rate": 0.1},
         {"tau": 1.0},
-        {"direct": True},
-        {"direct": False},
-        {"postfix": True},
-        {"postfix": False},
+        {"likelihood_token_grad": True},
+        {"likelihood_token_grad": False},
+        {"likelihood_suffix_grad": True},
+        {"likelihood_suffix_grad": False},
     ],
 )
 def test_options_of_ste_are_refused_elsewhere(solver: str, option: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(option))} belongs to solver ste"):
-        SearchConfig(solver=solver, **option)
-    assert SearchConfig(solver="ste", **option)
+    with pytest.raises(ValueError, match=f"solver {solver} has no option .* {next(iter(option))} belongs to ste"):
+        SearchConfig(solver={"name": solver, **option})
+    assert SearchConfig(solver={"name": "ste", **option})
 
 
 def test_both_parts_of_the_likelihood_are_on_in_ste_unless_told_otherwise() -> None:
-    assert (
-        SearchConfig(solver="ste").likelihood_token_grad is SearchConfig(solver="ste").likelihood_suffix_grad is True
-    )
-    off = SearchConfig(solver="ste", likelihood_token_grad=False, likelihood_suffix_grad=False)
+    both = SearchConfig(solver="ste").solver
+    assert both.likelihood_token_grad is both.likelihood_suffix_grad is True
+    off = SearchConfig(solver=SteSolver(likelihood_token_grad=False, likelihood_suffix_grad=False)).solver
     assert off.likelihood_token_grad is off.likelihood_suffix_grad is False
-    for solver in ("mirror", "none"):
-        assert (
-            SearchConfig(solver=solver).likelihood_token_grad
-            is SearchConfig(solver=solver).likelihood_suffix_grad
-            is None
-        )
 
 
 # --- the point --------------------------------------------------------------------------------------------
@@ -792,12 +782,11 @@ def test_both_parts_of_the_likelihood_are_on_in_ste_unless_told_otherwise() -> N
 )
 def test_what_a_point_means(text: str, point: GradientPoint) -> None:
     assert GradientPoint.parse(text) == point
-    assert SearchConfig(gradient_at=text).get_gradient_point() == point
+    assert worlds.search_config(gradient_at=text).get_gradient_point() == point
     if "mixture" in text:  # the rest mixes nothing
         assert GradientPoint.parse(text, 0.1) == replace(point, candidate_min_p=0.1)
-        assert SearchConfig(gradient_at=text, candidate_min_p=0.1).get_gradient_point() == replace(
-            point, candidate_min_p=0.1
-        )
+        config = worlds.search_config(gradient_at=text, candidate_min_p=0.1)
+        assert config.get_gradient_point() == replace(point, candidate_min_p=0.1)
     assert GradientPoint.parse("hard") == HARD_GRADIENT_POINT
 
 
@@ -836,37 +825,33 @@ def test_what_a_point_means(text: str, point: GradientPoint) -> None:
 def test_points_that_are_refused(text: str) -> None:
     words = ["point must be direct, hard, mixture:A[,A…]", "or direct+ one of these", f"not {text!r}"]
     worlds.refused(lambda: GradientPoint.parse(text), *words)
-    worlds.refused(lambda: SearchConfig(gradient_at=text), *words)
+    worlds.refused(lambda: worlds.search_config(gradient_at=text), *words)
 
 
 def test_without_a_point_it_is_the_rewards_own() -> None:
-    left, told = SearchConfig(max_rounds=7), SearchConfig(max_rounds=7, gradient_at="direct+hard")
-    assert left.gradient_at is None
-    with pytest.raises(RuntimeError, match="the reward's own point"):
+    left, told = SearchConfig(max_rounds=7), worlds.search_config(max_rounds=7, gradient_at="direct+hard")
+    assert left.solver.gradient_at is None
+    with pytest.raises(RuntimeError, match="has no gradient_at"):
         left.get_gradient_point()
     assert (
         left.with_default_gradient_at("direct+hard") == told
         and left.with_default_gradient_at("direct+hard").compute_hash() == told.compute_hash() != left.compute_hash()
     )
-    assert told.with_default_gradient_at("direct") is told and left.gradient_at is None
+    assert told.with_default_gradient_at("direct") is told and left.solver.gradient_at is None
     worlds.refused(lambda: left.with_default_gradient_at("soft"), "point must be")
 
 
 @pytest.mark.parametrize("solver", ["ste", "none"])
 def test_the_point_belongs_to_mirror(solver: str) -> None:
     for text in ("direct", "hard", "mixture:0.5"):
-        with pytest.raises(ValueError, match="point belongs to solver mirror"):
-            SearchConfig(solver=solver, gradient_at=text)
+        with pytest.raises(ValueError, match=f"solver {solver} has no option .* gradient_at belongs to mirror"):
+            worlds.search_config(solver=solver, gradient_at=text)
     config = SearchConfig(solver=solver)
-    assert (
-        config.with_default_gradient_at("direct") is config
-        and config.gradient_at is None
-        and config.get_gradient_point() == HARD_GRADIENT_POINT
-    )
+    assert config.with_default_gradient_at("direct") is config and config.get_gradient_point() == HARD_GRADIENT_POINT
 
 
 def test_the_control_has_no_options_of_a_gradient() -> None:
-    assert SearchConfig(gradient_at="direct", max_rounds=3).with_no_gradient() == SearchConfig(
+    assert worlds.search_config(gradient_at="direct", max_rounds=3).with_no_gradient() == SearchConfig(
         solver="none", max_rounds=3
     )
     assert SearchConfig(max_rounds=3).with_no_gradient() == SearchConfig(solver="none", max_rounds=3)
@@ -876,20 +861,28 @@ def test_the_control_has_no_options_of_a_gradient() -> None:
 @pytest.mark.parametrize("option", [{"confidence": 0.9}, {"resample_temperature": 1.0}])
 def test_options_of_the_scan_are_refused_elsewhere(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))} belongs to sequential"):
-        SearchConfig(**option)
-    assert SearchConfig(proposals="sequential", **option)
+        SearchConfig(proposals=option)
+    assert SearchConfig(proposals={"name": "sequential", **option})
 
 
 def test_the_paper_preset_is_the_papers() -> None:
     """arXiv 2603.04948: Adam 0.01 → 0.001 in 20 steps, a scan with at most eight rollouts."""
     config = SearchConfig.from_preset("paper", beta=2.0)
-    assert (config.solver, config.proposals, config.max_rollouts) == ("ste", "sequential", 8)
-    assert config.get_ste_config() == SteConfig(steps=20, learning_rate=0.01, final_learning_rate=0.001, tau=1.0)
-    assert config.likelihood_token_grad and config.likelihood_suffix_grad and config.reward_weight == 0.5
-    assert (config.optimize_positions, config.confidence) == ("all", 0.97)
+    assert (config.max_rollouts, config.reward_weight) == (8, 0.5)
+    assert config.solver == SteSolver(
+        steps=20,
+        learning_rate=0.01,
+        final_learning_rate=0.001,
+        tau=1.0,
+        likelihood_token_grad=True,
+        likelihood_suffix_grad=True,
+        optimize_positions="all",
+    )
+    assert config.proposals == SequentialProposals(confidence=0.97, resample_temperature=0.5)
     assert set(PRESETS) == {"default", "paper", "released"} and SearchConfig.from_preset("default") == SearchConfig()
     released = SearchConfig.from_preset("released")
-    assert (released.optimize_positions, released.reward_weight, released.resample_top_p) == ("first", 1000.0, 0.95)
+    assert (released.solver.optimize_positions, released.reward_weight) == ("first", 1000.0)
+    assert released.proposals.resample_top_p == 0.95
     with pytest.raises(ValueError, match="unknown preset"):
         SearchConfig.from_preset("papre")
     with pytest.raises(ValueError, match="unknown option 'learning_rate'"):
