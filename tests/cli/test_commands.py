@@ -153,9 +153,11 @@ def test_the_question_from_stdin(capsys, models, monkeypatch, tmp_path):
 def test_preset_file_and_flags_reach_the_search(capsys, models, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("preset: paper\nrollouts: 3\nsteps: 4\nmax_new_tokens: 6\n", encoding="utf-8")
-    assert main(["solve", "1+2", *models, "--json", f"--config={path}", "--ste_steps", "2"]) == 0
+    assert main(["solve", "1+2", *models, "--json", f"--config={path}", "--solver.steps", "2"]) == 0
     used = json.loads(capsys.readouterr().out)["meta"]["config_hash"]
-    assert used == SearchConfig.from_preset("paper", max_rollouts=3, ste_steps=2, max_new_tokens=6).compute_hash()
+    assert (
+        used == SearchConfig.from_preset("paper", max_rollouts=3, solver={"steps": 2}, max_new_tokens=6).compute_hash()
+    )
 
 
 def test_an_adapter_changes_the_policy(capsys, models, world):
@@ -172,7 +174,7 @@ def test_an_adapter_changes_the_policy(capsys, models, world):
         ([" "], 1, "the question is empty"),
         (["1\udcff2"], 1, "the question is no UTF-8 text"),
         (["1+2", "--preset", "papr"], 1, "unknown preset 'papr'"),
-        (["1+2", "--ste_steps", "3"], 1, "steps belongs to solver ste"),
+        (["1+2", "--solver.steps", "3"], 1, "steps belongs to ste: add --solver ste"),
         (["1+2", "--config", "no/such.yaml"], 1, "cannot read no/such.yaml: No such file"),
         (["1+2", "--adapter", "no/adapter"], 1, "cannot put adapter no/adapter"),
         (["1+2", "--device", "warp:9"], 1, "cannot use device 'warp:9'"),

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 from trl import SFTConfig
 
-from nabla_trl.cli.parsing import Parser, UsageError, parse_dataclasses, run_main
+from nabla_trl.cli.parsing import Parser, UsageError, collect_given_options, parse_dataclasses, run_main
 from nabla_trl.search.config import PRESETS, SearchConfig
-from nabla_trl.utils.fields import coerce_fields
+from nabla_trl.search.options import MetropolisAcceptance, MirrorSolver, NoGradient, SequentialProposals, SteSolver
+from nabla_trl.utils.fields import coerce_fields, get_option_groups
 from nabla_trl.utils.interrupts import StoppedBySignal
+from nabla_trl.utils.renamed import RENAMED_OPTIONS
 
 
 @dataclass
@@ -38,10 +41,10 @@ def options(*argv: str) -> Options:
 
 
 def test_preset_then_file_then_flags(tmp_path):
-    text = "preset: paper\nlr: 0.1\nsteps: 7\nrollouts: 5\n"
-    argv = ["--config", yaml_file(tmp_path, text), "--ste_steps", "9"]
+    text = "preset: paper\nsolver: {learning_rate: 0.1, steps: 7}\nmax_rollouts: 5\n"
+    argv = ["--config", yaml_file(tmp_path, text), "--solver.steps", "9"]
     found = parse_dataclasses([SearchConfig], argv, presets=PRESETS)[0]
-    assert found == SearchConfig.from_preset("paper", ste_learning_rate=0.1, ste_steps=9, max_rollouts=5)
+    assert found == SearchConfig.from_preset("paper", solver={"learning_rate": 0.1, "steps": 9}, max_rollouts=5)
 
 
 def test_the_preset_of_the_command_line_wins_over_the_one_of_the_file(tmp_path):
@@ -51,9 +54,9 @@ def test_the_preset_of_the_command_line_wins_over_the_one_of_the_file(tmp_path):
 
 def test_a_file_that_repeats_the_defaults_changes_nothing(tmp_path):
     """Also the hash: YAML's `1` for a float must not tell two equal searches apart."""
-    text = "kl: 2\ntemperature: 1\ntop_p: 1\nflops: 0\nrounds: 16"
+    text = "solver: {target_kl: 2, step_size: 1}\ntemperature: 1\ntop_p: 1\nmax_flops: 0\nmax_rounds: 16"
     found = parse_dataclasses([SearchConfig], ["--config", yaml_file(tmp_path, text)])[0]
-    assert found.hash() == SearchConfig().compute_hash()
+    assert found.compute_hash() == SearchConfig().compute_hash()
 
 
 def test_values_of_a_file_get_the_types_of_the_fields(tmp_path):
@@ -161,8 +164,174 @@ def test_help_explains_every_option(capsys):
         parse_dataclasses([Options], ["--help"], presets=PRESETS)
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    assert "--config FILE YAML file of options" in text and "--preset NAME default, paper" in text
-    assert "a number (default: 3)" in text and "a text (default" not in text
+    assert "--config FILE YAML file of options" in text and "--preset NAME Named options: default, paper" in text
+    assert "a number (default: 3)" in text and "a text (default" not in text and "--help-all" in text
+
+
+# --- groups of options ------------------------------------------------------------------------------------
+
+
+def search(*argv: str) -> SearchConfig:
+    return parse_dataclasses([SearchConfig], argv, presets=PRESETS)[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--solver", "ste", "--solver.steps", "3"], {"solver": SteSolver(steps=3)}),
+        (["--solver.steps=3", "--solver=ste"], {"solver": SteSolver(steps=3)}),
+        (
+            ["--solver.likelihood-token-grad", "no", "--solver", "ste"],
+            {"solver": SteSolver(likelihood_token_grad=False)},
+        ),
+        (["--solver.shuffle_gradient"], {"solver": MirrorSolver(shuffle_gradient=True)}),
+        (["--proposals", "sequential", "--proposals.confidence", "1"], {"proposals": SequentialProposals(1.0)}),
+        (
+            ["--acceptance.independence_prob", "0", "--acceptance", "metropolis"],
+            {"acceptance": MetropolisAcceptance(0.0)},
+        ),
+    ],
+)
+def test_options_of_a_group_have_dotted_flags_in_any_order(argv, expected):
+    assert search(*argv) == SearchConfig(**expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "expected"),
+    [
+        ("solver: ste", ["--solver.steps", "3"], SteSolver(steps=3)),
+        ("solver: {name: ste, steps: 3, tau: 2}", ["--solver.steps", "4"], SteSolver(steps=4, tau=2.0)),
+        ("solver: {name: ste, steps: 3}", ["--solver", "ste", "--solver.tau", "2"], SteSolver(steps=3, tau=2.0)),
+        ("solver: {name: ste, steps: 3}", ["--solver", "none"], NoGradient()),
+        ("preset: released", ["--solver.steps", "3"], SteSolver(steps=3, optimize_positions="first")),
+        ("preset: released\nsolver: ste", [], SteSolver(optimize_positions="first")),
+        ("preset: released\nsolver: {name: mirror, step_size: 2}\nproposals: global", [], MirrorSolver(step_size=2.0)),
+    ],
+)
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path, text, argv, expected):
+    argv = ["--config", yaml_file(tmp_path, text), *argv]
+    config = search(*argv)
+    assert config.solver == expected
+    given = collect_given_options(argv, [config], PRESETS)
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(given), encoding="utf-8")
+    assert search("--config", str(again)) == config
+
+
+def test_the_given_options_are_those_of_preset_file_and_flags(tmp_path):
+    argv = ["--config", yaml_file(tmp_path, "solver: {name: ste, tau: 2}"), "--solver.steps=3", "--no_restarts"]
+    given = collect_given_options(argv, [search(*argv)], PRESETS)
+    assert given == {"solver": {"name": "ste", "tau": 2, "steps": 3}, "restarts": False}
+    assert collect_given_options(["--max_rounds", "3"], [search("--max_rounds", "3")]) == {"max_rounds": 3}
+
+
+MIRROR = "it has gradient_at, step_size, target_kl, shuffle_gradient"
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        ("", ["--solver", "sta"], "solver must be one of mirror, ste, none, not 'sta' (did you mean ste?)"),
+        ("", ["--solver.step", "3"], "unknown option --solver.step (did you mean --solver.steps?)"),
+        (
+            "",
+            ["--solver.steps", "3"],
+            f"solver mirror has no option 'steps': {MIRROR}; steps belongs to ste: add --solver",
+        ),
+        ("", ["--solver.steps", "few", "--solver", "ste"], "argument --solver.steps: invalid int value: 'few'"),
+        ("", ["--solver", "ste", "--solver.tau", "0"], "solver ste needs steps >= 1"),
+        (
+            "",
+            ["--acceptance.independence_prob", "0"],
+            "acceptance greedy has no option 'independence_prob': it has none",
+        ),
+        ("solver: 3", [], "yaml: solver must be one of mirror, ste, none, not 3"),
+        (
+            "solver: {step_sze: 3}",
+            [],
+            f"yaml: solver mirror has no option 'step_sze' (did you mean step_size?): {MIRROR}",
+        ),
+        (
+            "solver: {steps: 3}",
+            [],
+            f"yaml: solver mirror has no option 'steps': {MIRROR}; steps belongs to ste: add name: ste",
+        ),
+        ("solver: {name: ste, steps: few}", [], "yaml: solver ste: steps must be a whole number, not 'few'"),
+        (
+            "solver: {name: ste, steps: 3}",
+            ["--solver", "none", "--solver.steps", "4"],
+            "solver none has no option 'steps'",
+        ),
+    ],
+)
+def test_a_wrong_option_of_a_group_is_one_line(tmp_path, text, argv, message):
+    argv = [*argv, "--config", yaml_file(tmp_path, text)] if text else argv
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        search(*argv)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "flag", "key"),
+    [
+        ("rounds", "--max_rounds", "'max_rounds'"),
+        ("restart", "--restarts", "'restarts'"),
+        ("lr", "--solver.learning_rate (of --solver ste)", "solver: {name: ste, learning_rate: …}"),
+        ("kl", "--solver.target_kl (of --solver mirror)", "solver: {name: mirror, target_kl: …}"),
+        (
+            "branches",
+            "--proposals.proposals_per_round (of --proposals global)",
+            "proposals: {name: global, proposals_",
+        ),
+        (
+            "redraw",
+            "--acceptance.independence_prob (of --acceptance metropolis)",
+            "acceptance: {name: metropolis, ind",
+        ),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(tmp_path, old, flag, key):
+    with pytest.raises(UsageError, match=re.escape(f"unknown option --{old}: it is now {flag}")):
+        search(f"--{old}", "1")
+    with pytest.raises(ValueError, match=re.escape(f"unknown key '{old}': it is now {key}")):
+        search("--config", yaml_file(tmp_path, f"{old}: 1"))
+    with pytest.raises(ValueError, match=re.escape(f"unknown option '{old}': it is now {key}")):
+        SearchConfig.from_preset("default", **{old: 1})
+
+
+def test_every_new_name_of_the_table_that_names_a_group_is_an_option():
+    groups = get_option_groups(SearchConfig)
+    for old, names in RENAMED_OPTIONS.items():
+        for group, *path in (name.split(".") for name in names):
+            if path:
+                assert path[1] in groups[group].members[path[0]].__dataclass_fields__, old
+    with pytest.raises(UsageError, match="unknown option --no_restart: it is now --restarts"):
+        search("--no_restart")
+
+
+def shown_help(capsys, *argv: str, **options) -> str:
+    with pytest.raises(SystemExit):
+        parse_dataclasses([Options, SearchConfig], argv, presets=PRESETS, prog="nabla", **options)
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_common_options_in_groups_and_counts_the_others(capsys):
+    brief = shown_help(capsys, "--help", common={"name", "count", "proposals.confidence"})
+    whole = shown_help(capsys, "--help-all")
+    for flag in ("--name", "--count", "--solver NAME", "--solver.gradient_at", "--proposals.confidence", "--config"):
+        assert flag in brief and flag in whole
+    for flag in ("--share", "--patience", "--solver.steps", "--acceptance.parallel_tempering"):
+        assert flag not in brief and flag in whole
+    hidden = whole.count("\n  --") - whole.count("\n  --no_") - brief.count("\n  --")
+    assert f"{hidden} more options: nabla --help-all" in brief and "more options" not in whole
+    for title in ("Search: how a response is refined:", "--solver mirror: One closed-form"):
+        assert title in brief and title in whole
+    assert "--solver ste: Adam" not in brief and "--solver ste: Adam" in whole
+    text = " ".join(whole.split())
+    assert "Optimizer steps. Increase it for a closer optimum at a higher cost. (default: 20)" in text
+    assert "--max-rounds" not in whole and "==SUPPRESS==" not in whole
+    for entry in whole.split("\n  --")[1:]:
+        assert entry.partition("\n\n")[0].count("(default") <= 1
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def test_a_missing_gold_answer_is_neither_right_nor_wrong(bench, problems, check
 
 
 def test_reward_by_round_follows_the_incumbent(bench, asked):
-    for trace in bench.search("nabla", replace(CONFIG, proposals_per_round=2)).work(asked, 0):
+    for trace in bench.search("nabla", replace(CONFIG, proposals={"proposals_per_round": 2})).work(asked, 0):
         curve = compute_reward_by_round(trace)
         assert curve[0] == trace.reward_initial and curve[-1] == trace.reward
         assert len(curve) == 1 + len({revision.round for revision in trace.revisions})

@@ -25,7 +25,7 @@ from nabla_trl.search.reasoner import NablaReasoner
 
 # As a shipped folder has it: the files are copied as they are.
 FOLDER = str(Path(custom_generation.__file__).parent)
-SEARCH: dict[str, Any] = {"rounds": 3, "max_new_tokens": 8, "candidates": 6}
+SEARCH: dict[str, Any] = {"max_rounds": 3, "max_new_tokens": 8, "top_k_candidates": 6}
 PAD = worlds.TOKENS.index(worlds.PAD)
 
 
@@ -128,7 +128,7 @@ def test_a_reward_that_names_the_base_means_the_base(policy: Policy, tmp_path: P
     policy.tokenizer.save_pretrained(tmp_path)
     adapted = AutoModelForCausalLM.from_pretrained(tmp_path)
     wrapped = get_peft_model(adapted, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    settings = {**SEARCH, "solver": "none", "starts": 4}
+    settings = {**SEARCH, "solver": "none", "num_starts": 4}
     inputs, call = (
         prompts(policy),
         {"custom_generate": FOLDER, "trust_remote_code": True, "tokenizer": policy.tokenizer},

@@ -199,7 +199,7 @@ def test_search_baselines_and_rows_for_training_end_at_the_same_tokens() -> None
     problems = [
         replace(SHOWN, id=f"q{n}", question=q, stop_strings=tuple("4679abf")) for n, q in enumerate(worlds.QUESTIONS)
     ]
-    config = SearchConfig(max_rounds=6, max_new_tokens=16, proposals_per_round=2, top_k_candidates=8)
+    config = SearchConfig(proposals={"proposals_per_round": 2}, max_rounds=6, max_new_tokens=16, top_k_candidates=8)
     traces = run_search(problems, policy=policy, reward=reward, config=config, seed=1)
     pool = sampling.draw_pool(
         problems, 4, policy=policy, reward=reward, sampling=config.get_sampling(), seed=1, batch_size=8

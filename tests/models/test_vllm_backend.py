@@ -74,7 +74,7 @@ def _jobs(policy: Policy, problems: Sequence[Problem], limit: int = 8, draws: in
 
 
 def _config(**options: Any) -> SearchConfig:
-    return SearchConfig(**{"max_new_tokens": 8, "rounds": 3, "candidates": ROWS, **options})
+    return SearchConfig(**{"max_new_tokens": 8, "max_rounds": 3, "top_k_candidates": ROWS, **options})
 
 
 def _same(ones: Sequence[Trace], others: Sequence[Trace]) -> None:
@@ -250,8 +250,8 @@ def test_a_greedy_search_is_that_of_transformers(
     solver: str, proposals: str, policy: Policy, served: Policy, logratio_reward: Reward, problems: list[Problem]
 ) -> None:
     """Every proposal, gradient and score: the search needs nothing of the policy but drafts."""
-    ste = {"steps": 4, "lr": 1.5, "lr_end": 1.0} if solver == "ste" else {}
-    config = _config(solver=solver, proposals=proposals, temperature=0.0, **ste)
+    large_steps = {"steps": 4, "learning_rate": 1.5, "final_learning_rate": 1.0} if solver == "ste" else {}
+    config = _config(solver={"name": solver, **large_steps}, proposals=proposals, temperature=0.0)
     here, there = (run_search(problems, policy=one, reward=logratio_reward, config=config) for one in (policy, served))
     _same(there, here)
     assert sum(revision.accepted for trace in here for revision in trace.revisions) > 0

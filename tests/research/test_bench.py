@@ -35,7 +35,7 @@ def recipe(name: str) -> Any:
 
 # --- the same decisions ------------------------------------------------------------------------------------
 
-LARGE = {"steps": 4, "lr": 1.5, "lr_end": 1.0, "confidence": 0.8}  # tokens flip on the way
+LARGE = {"steps": 4, "learning_rate": 1.5, "final_learning_rate": 1.0, "confidence": 0.8}  # tokens flip on the way
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ LARGE = {"steps": 4, "lr": 1.5, "lr_end": 1.0, "confidence": 0.8}  # tokens flip
         ("llama", "scalar", {}),
         ("qwen2", "log-ratio", {}),
         ("qwen2", "scalar", {**LARGE, "beta": 2.0}),
-        ("llama", "log-ratio", {**LARGE, "moving": "first", "direct": False}),
+        ("llama", "log-ratio", {**LARGE, "optimize_positions": "first", "likelihood_token_grad": False}),
     ],
 )
 def test_the_plain_search_takes_the_engines_decisions(architecture: str, kind: str, options: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def test_the_plain_search_takes_the_engines_decisions(architecture: str, kind: s
     policy = worlds.tiny_policy(architecture, dtype=torch.float64)
     reward = (worlds.tiny_scalar if kind == "scalar" else worlds.tiny_logratio)(policy, architecture)
     problems = worlds.tiny_problems()
-    config = SearchConfig.from_preset("paper", max_new_tokens=8, **options)
+    config = SearchConfig.from_preset("paper", max_new_tokens=8, **worlds.search_options(**options))
     traces = run_search(problems, policy=policy, reward=reward, config=config, seed=5)
     search = plain.PlainSearch(policy, reward, config, seed=5)
     others = [search.solve(problem) for problem in problems]

@@ -102,5 +102,8 @@ def test_the_recipe_measures_every_proposal(tmp_path: Path, monkeypatch: pytest.
     ]
     recipe.main(argv)
     found = json.loads((tmp_path / "mixing.json").read_text())
-    assert list(found) == ["no gradient", *(f"{p}, step {s}" for p in ("direct", "mixture:0.5") for s in ("1", "0.5"))]
+    assert list(found) == [
+        "no gradient",
+        *(f"{p}, step size {s}" for p in ("direct", "mixture:0.5") for s in ("1", "0.5")),
+    ]
     worlds.refused(lambda: recipe.main([*argv, "--acceptance", "greedy"]), "acceptance metropolis")

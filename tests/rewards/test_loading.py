@@ -482,7 +482,7 @@ def test_members_that_read_the_stop_token_and_ones_that_do_not(trio: Any) -> Non
 def test_a_search_raises_the_lower_bound(point: str, trio: Any) -> None:
     policy, members = trio
     reward = build_ensemble_reward(members, 1.0, "three")
-    config = SearchConfig(max_rounds=4, max_new_tokens=8, gradient_at=point, batch_size=4)
+    config = SearchConfig(solver={"gradient_at": point}, max_rounds=4, max_new_tokens=8, batch_size=4)
     problems = worlds.tiny_problems()
     traces = run_search(problems, policy=policy, reward=reward, config=config, seed=0)
     assert any(revision.accepted for trace in traces for revision in trace.revisions)

@@ -443,8 +443,8 @@ def test_a_search_raises_the_reward_whatever_the_batch(setting: str, double: Pol
     reward, _ = rewards(double, delimiter="e")
     options: dict[str, Any] = {
         "none": {"solver": "none"},
-        "sequential": {"proposals": "sequential", "point": "hard", "confidence": 1.0},
-    }.get(setting, {"point": setting})
+        "sequential": {"proposals": {"name": "sequential", "confidence": 1.0}, "solver": {"gradient_at": "hard"}},
+    }.get(setting, {"solver": {"gradient_at": setting}})
     config = SearchConfig(max_rounds=5, max_new_tokens=10, **options)
     problems = worlds.tiny_problems()
     traces = run_search(problems, policy=double, reward=reward, config=config, seed=0)
@@ -463,7 +463,10 @@ def test_a_search_raises_the_reward_whatever_the_batch(setting: str, double: Pol
 def test_ste_follows_it_too(double: Policy) -> None:
     reward, _ = rewards(double, delimiter="e")
     config = SearchConfig(
-        solver="ste", proposals="sequential", max_rounds=2, max_new_tokens=6, ste_steps=3, confidence=1.0
+        solver={"name": "ste", "steps": 3},
+        proposals={"name": "sequential", "confidence": 1.0},
+        max_rounds=2,
+        max_new_tokens=6,
     )
     for trace in run_search(worlds.tiny_problems()[:2], policy=double, reward=reward, config=config, seed=0):
         assert trace.error is None and trace.revisions and trace.reward >= trace.reward_initial

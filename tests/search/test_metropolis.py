@@ -165,7 +165,7 @@ def narrow(state: ScoredResponse, candidates: int) -> None:
     own = state.find_response_columns()[:, None]
     order = state.logp.topk(candidates, dim=-1).indices
     order[:, -1:] = torch.where((order == own).any(-1, keepdim=True), order[:, -1:], own)
-    for part in ("logp", "scores", "candidates"):
+    for part in ("logp", "proposal_scores", "candidates"):
         setattr(state, part, getattr(state, part).gather(1, order))
 
 
@@ -176,7 +176,7 @@ def suffix_logp(state: ScoredResponse, position: int, sampler: Tensor | None = N
 
 
 def chosen(state: ScoredResponse, position: int, world: World, config: SearchConfig) -> Tensor:
-    if config.proposals == "global":
+    if config.proposals.name == "global":
         return proposals.compute_global_branch_logp(state, world.reward.in_vocabulary, config)[position]
     return proposals.compute_scan_logp(state, position, world.reward.in_vocabulary, config)
 

@@ -120,25 +120,28 @@ def test_a_plain_request_takes_the_servers_configuration_and_any_seed() -> None:
 
 
 def test_options_reach_the_configuration() -> None:
-    asked = read(max_completion_tokens=4, temperature=0.5, top_p=0.9, rounds=2, flops=10**9, seed=7, top_k=3)
+    asked = read(max_completion_tokens=4, temperature=0.5, top_p=0.9, max_rounds=2, max_flops=10**9, seed=7, top_k=3)
     assert asked.seed == 7
     assert asked.config == SearchConfig(
         max_new_tokens=4, temperature=0.5, top_p=0.9, max_rounds=2, max_flops=1e9, top_k=3
     )
 
 
-@pytest.mark.parametrize("own", [{}, {"kl": 1.0}, {"beta": 0.25}, {"solver": "none"}])
+@pytest.mark.parametrize("own", [{}, {"solver": {"target_kl": 1.0}}, {"beta": 0.25}, {"solver": "none"}])
 def test_a_step_of_the_request_replaces_the_servers(own: dict[str, Any]) -> None:
     offer = ServerLimits(NAME, SearchConfig(**own))
-    assert (read(offer, beta=0.5).config.beta, read(offer, beta=0.5).config.target_kl) == (0.5, None)
-    if own != {"solver": "none"}:
-        assert (read(offer, kl=3).config.beta, read(offer, kl=3).config.target_kl) == (None, 3.0)
+    assert read(offer, beta=0.5).config == SearchConfig(**{"solver": offer.default_config.solver.name, "beta": 0.5})
+    if own == {"solver": "none"}:
+        with pytest.raises(ApiError, match="target_kl needs solver mirror, and this server runs solver none"):
+            read(offer, target_kl=3)
+    else:
+        assert read(offer, target_kl=3).config == SearchConfig(solver={"target_kl": 3.0})
 
 
 def test_the_servers_budget_is_the_default_and_the_limit() -> None:
     assert read(ServerLimits(NAME, CONFIG, max_request_flops=5.0)).config.max_flops == 5.0
     assert read(ServerLimits(NAME, SearchConfig(max_flops=3.0), max_request_flops=5.0)).config.max_flops == 3.0
-    assert read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), flops=5).config.max_flops == 5.0
+    assert read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), max_flops=5).config.max_flops == 5.0
     worlds.refused(
         lambda: ServerLimits(NAME, SearchConfig(max_flops=9.0), max_request_flops=5.0), "flops", "max_flops"
     )
@@ -196,8 +199,8 @@ def test_what_asks_for_nothing_is_taken() -> None:
         ({"max_tokens": 7}, "max_tokens", "invalid_value"),
         ({"max_completion_tokens": 0}, None, "invalid_value"),
         ({"beta": -1}, None, "invalid_value"),
-        ({"beta": 1, "kl": 1}, None, "invalid_value"),
-        ({"flops": -1}, None, "invalid_value"),
+        ({"beta": 1, "target_kl": 1}, None, "invalid_value"),
+        ({"max_flops": -1}, None, "invalid_value"),
         ({"top_p": 0}, None, "invalid_value"),
     ],
 )

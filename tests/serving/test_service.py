@@ -272,7 +272,7 @@ def test_stopping_finishes_what_runs_and_refuses_what_waits(policy, watched) -> 
 # --- progress ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"starts": 3, "chains": 2, "branches": 2}])
+@pytest.mark.parametrize("options", [{}, {"num_starts": 3, "num_chains": 2, "proposals": {"proposals_per_round": 2}}])
 def test_progress_tells_of_every_incumbent(policy, watched, options: dict[str, int]) -> None:
     config = SearchConfig(max_new_tokens=8, max_rounds=6, **options)
     told: list[SearchProgress] = []

@@ -54,7 +54,7 @@ from nabla_trl.training.trainers import MAX_CONSTANT_REWARD_STEPS
 
 LORA = LoraArguments(lora_r=4, lora_alpha=8)
 SAMPLING = Sampling(max_new_tokens=6)
-SEARCH = SearchConfig(beta=1.0, max_rounds=6, max_new_tokens=12, top_k_candidates=8, gradient_at="hard")
+SEARCH = SearchConfig(solver={"gradient_at": "hard"}, beta=1.0, max_rounds=6, max_new_tokens=12, top_k_candidates=8)
 
 
 pytestmark = pytest.mark.usefixtures("little_to_collect")
@@ -721,7 +721,7 @@ def test_a_training_is_of_its_own_problems_traces_and_call(
 def test_methods_that_share_beta_with_the_search_need_one(
     base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path
 ) -> None:
-    sized = replace(SEARCH, beta=None, target_kl=2.0)
+    sized = replace(SEARCH, beta=None, solver={"gradient_at": "hard", "target_kl": 2.0})
     for method in ("reward-weighted", "dpo", "rloo", "grpo"):
         check = partial(stage(tmp_path, base, reward, bases, reasoner=sized).check_method, method)
         worlds.refused(check, "needs beta", method)
