@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "NablaReasoner": "nabla_trl.search.reasoner",
     "Problem": "nabla_trl.tasks.problem",
-    "ReasonerConfig": "nabla_trl.search.config",
+    "SearchConfig": "nabla_trl.search.config",
     "Trace": "nabla_trl.traces.schema",
     "check_disjoint": "nabla_trl.tasks.problem",
     "load_problems": "nabla_trl.tasks.registry",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 HOLDER = """
 import sys, time
-from nabla_trl.utils.locks import hold
-with hold(sys.argv[1], int(sys.argv[2])):
+from nabla_trl.utils.locks import lock_folder
+with lock_folder(sys.argv[1], int(sys.argv[2])):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -1,16 +1,18 @@
-"""Compares answers, in processes that can be killed: `AnswerChecker`. No torch, no sympy here.
+"""Compare answers in processes that can be killed.
 
-The checker settles plain numbers in this process; everything else goes to math-verify. Its own time-outs use
-`SIGALRM` (main thread only, and C code does not hear it), so they are off, and it runs in worker processes that
-this module starts, times and kills.
+`AnswerChecker` compares plain numbers in the calling process. math-verify compares everything else. math-verify can hang,
+and its own time limits need `SIGALRM`, which works in the main thread only and does not interrupt C code. So
+math-verify runs in worker processes that this module starts, times and kills.
 
-Workers are `subprocess`es that speak JSON lines, not `multiprocessing` ones: `spawn` would import the
-caller's main script, and with it torch, into each, and would break scripts without a `__main__` guard.
+A worker is a `subprocess` that exchanges JSON lines, not a `multiprocessing` process. `spawn` and `forkserver`, and with
+them `pebble.ProcessPool`, import the caller's main script into every worker. For a script that imports torch, the
+first comparison then takes 7 s instead of 1 s, again after every kill, and a script without a `__main__` guard fails.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import math
@@ -22,33 +24,50 @@ import threading
 import time
 import weakref
 from collections import ChainMap, Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from nabla_trl.grading.equivalence import VERIFIER_PREFIX, MatchResult, match_without_worker
 
-_EXTRACTION, _EQUIVALENCE = (str(Path(__file__).with_name(name)) for name in ("extraction.py", "equivalence.py"))
-_CACHE_LIMIT = 100_000
+_MAX_CACHED_RESULTS = 100_000
+# A time-out or an error may be due to a busy machine, so it is not cached.
+_FINAL_RESULTS = (MatchResult.CORRECT, MatchResult.INCORRECT, MatchResult.BAD_GOLD)
+_START_TIMEOUT_SECONDS = 120.0  # importing sympy on a busy machine
+_ORPHAN_SECONDS = 2  # how long after its time limit a worker ends by itself, in case its parent is gone
+_MAX_MEMORY_BYTES = 4 << 30
+_WORKER_SCRIPT = """
+import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)
+import json, sys; sys.path[:] = json.loads(sys.argv[1])
+from nabla_trl.grading.checker import _run_worker; _run_worker(sys.argv[2], float(sys.argv[3]))
+"""
 
 
 class AnswerChecker:
-    """Compares predicted with gold answers. A context manager; `counts` adds up the verdicts it gave.
+    """A comparer of predicted with gold answers. It is a context manager and may be called from any thread.
 
-    workers: how many processes may run at once; they are started when a pair first needs one. timeout:
-    seconds for one comparison; after it the worker is killed and replaced, and that pair alone is TIMEOUT.
-    A comparison that ends its worker is ERROR. May be called from any thread.
+    Args:
+        num_workers: maximum number of worker processes. A worker starts when a pair first needs one.
+        timeout: seconds for one comparison. After that the worker is killed and replaced, and the pair is TIMEOUT.
+            A pair that ends its worker is ERROR.
+
+    Attributes:
+        counts: how often each result was returned.
+
+    Raises:
+        ValueError: if `num_workers` is below 1 or `timeout` is not positive.
     """
 
-    def __init__(self, num_workers: int = 1, timeout: float = 5.0, *, _compare_file: str = _EQUIVALENCE) -> None:
+    def __init__(
+        self, num_workers: int = 1, timeout: float = 5.0, *, _matcher_module: str = "nabla_trl.grading.equivalence"
+    ) -> None:
         if num_workers < 1 or not timeout > 0:
-            raise ValueError(f"workers must be at least 1 and timeout above 0, not {num_workers} and {timeout}")
+            raise ValueError(f"num_workers must be at least 1 and timeout above 0, not {num_workers} and {timeout}")
         self.counts: Counter[MatchResult] = Counter()
-        self._start_worker: Callable[[], _Worker] = lambda: _Worker(_compare_file, timeout)
-        self._slots: list[_Worker | None] = [None] * num_workers
+        self._timeout, self._matcher_module = timeout, _matcher_module
+        self._workers: list[_Worker | None] = [None] * num_workers
         self._cached_results: dict[tuple[str, str], MatchResult] = {}
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _end_workers, self._slots)
+        self._finalizer = weakref.finalize(self, _kill_workers, self._workers)
 
     def __enter__(self) -> AnswerChecker:
         return self
@@ -57,156 +76,108 @@ class AnswerChecker:
         self.close()
 
     def close(self) -> None:
-        """End all workers and wait until they are gone. A later `check` would start new ones."""
+        """End all workers and wait until they are gone. A later `check` starts new ones."""
         with self._lock:
-            _end_workers(self._slots)
+            _kill_workers(self._workers)
 
     def check(self, pairs: Sequence[tuple[str | None, str | None]]) -> list[MatchResult]:
-        """Verdicts on (predicted, gold) pairs, in order.
+        """Compare (predicted, gold) pairs and return the results in the same order.
 
-        Predicted answers are what `extract_answer` gives; gold ones may be solutions with a box or `####`.
-        Without a gold answer NO_GOLD, then without a predicted one NO_ANSWER: a gold answer is only parsed to
-        be compared with something. Raises RuntimeError if no worker can be started.
+        Args:
+            pairs: a predicted answer is what `extract_answer` returns. A gold answer may also be a worked solution
+                with a box or `####`. The result is NO_GOLD without a gold answer, else NO_ANSWER without a predicted
+                one. A gold answer without a predicted answer is not parsed, so it is never BAD_GOLD.
+
+        Raises:
+            RuntimeError: if no worker can be started.
         """
         with self._lock:
-            keyed = [match_without_worker(predicted, gold) for predicted, gold in pairs]
-            unknown = dict.fromkeys(key for key in keyed if isinstance(key, tuple) and key not in self._cached_results)
-            fresh = self._match_in_workers(list(unknown)) if unknown else {}
-            settled = ChainMap(fresh, self._cached_results)
-            verdicts = [key if isinstance(key, MatchResult) else settled[key] for key in keyed]
-            self._update_cache(fresh)
-            self.counts.update(verdicts)
-        return verdicts
-
-    def _update_cache(self, fresh: dict[tuple[str, str], MatchResult]) -> None:
-        if len(self._cached_results) > _CACHE_LIMIT:
-            self._cached_results.clear()
-        lasting = (
-            MatchResult.CORRECT,
-            MatchResult.INCORRECT,
-            MatchResult.BAD_GOLD,
-        )  # a time-out may have been a busy machine
-        self._cached_results.update({key: verdict for key, verdict in fresh.items() if verdict in lasting})
+            keys = [match_without_worker(predicted, gold) for predicted, gold in pairs]
+            new_keys = dict.fromkeys(key for key in keys if isinstance(key, tuple) and key not in self._cached_results)
+            new_results = self._match_in_workers(list(new_keys)) if new_keys else {}
+            known_results = ChainMap(new_results, self._cached_results)
+            results = [key if isinstance(key, MatchResult) else known_results[key] for key in keys]
+            if len(self._cached_results) > _MAX_CACHED_RESULTS:
+                self._cached_results.clear()
+            self._cached_results |= {key: result for key, result in new_results.items() if result in _FINAL_RESULTS}
+            self.counts.update(results)
+        return results
 
     def _match_in_workers(self, keys: list[tuple[str, str]]) -> dict[tuple[str, str], MatchResult]:
-        """Verdicts on distinct pairs from the workers, one thread feeding each."""
-        pending, verdicts = deque(keys), {}
+        """Compare distinct pairs in the workers, with one thread for each worker."""
+        pending, results = deque(keys), {}
 
-        def feed(slot: int) -> None:
-            for key in _pop_until_empty(pending):
-                verdicts[key] = self._match_in_slot(slot, key)
+        def feed_worker(index: int) -> None:
+            with contextlib.suppress(IndexError):  # the queue, which all threads share, is empty
+                while True:
+                    key = pending.popleft()
+                    results[key] = self._match_in_worker(index, key)
 
-        count = min(len(self._slots), len(keys))
-        with ThreadPoolExecutor(count) as threads:
+        num_threads = min(len(self._workers), len(keys))
+        with ThreadPoolExecutor(num_threads) as executor:
             try:
-                for future in [threads.submit(feed, slot) for slot in range(count)]:
+                for future in [executor.submit(feed_worker, index) for index in range(num_threads)]:
                     future.result()
-            except BaseException:  # Ctrl-C too: threads end once there is no work and their workers are gone
+            except BaseException:  # Ctrl-C too: threads end once the queue is empty and their workers are gone
                 pending.clear()
-                _end_workers(self._slots)
+                _kill_workers(self._workers)
                 raise
-        return verdicts
+        return results
 
-    def _match_in_slot(self, slot: int, key: tuple[str, str]) -> MatchResult:
-        worker = self._slots[slot]
+    def _match_in_worker(self, index: int, key: tuple[str, str]) -> MatchResult:
+        worker = self._workers[index]
         if worker is None or worker.process.poll() is not None:
-            worker = self._slots[slot] = self._start_worker()
+            worker = self._workers[index] = _Worker(self._matcher_module, self._timeout)
         if key[1].startswith(VERIFIER_PREFIX) and not worker.has_reasoning_gym:
             worker.load_reasoning_gym(key[1])
         return worker.match(key)
 
 
-def _pop_until_empty(pending: deque[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """The items of a queue that other threads take from too."""
-    with contextlib.suppress(IndexError):
-        while True:
-            yield pending.popleft()
-
-
-# ---------------------------------------------------------------- worker processes
-
-_START_TIMEOUT_SECONDS = 120.0  # importing sympy on a busy machine
-_ORPHAN_SECONDS = 2  # after its time-out a worker ends by itself, should its parent be gone
-_MAX_MEMORY_BYTES = 4 << 30
-_WORKER_SCRIPT = """
-import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)
-import importlib.util, sys
-sys.path[:] = [entry for entry in sys.path if entry]
-def load(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-# the checker finds them by these names, so the package is not imported
-load("nabla_trl.grading.extraction", sys.argv[1])
-load("nabla_trl.grading.equivalence", sys.argv[2])
-checker = load("nabla_trl.grading.checker", sys.argv[3])
-checker._serve(lambda: load("answers_compare", sys.argv[4]).compare, float(sys.argv[5]))
-"""
-
-
-def _end_workers(slots: list[_Worker | None]) -> None:
-    for slot, worker in enumerate(slots):
-        if worker is not None:
-            worker.kill()
-            slots[slot] = None
+# --- worker processes -----------------------------------------------------------------------------
 
 
 class _Worker:
-    """A process that compares one pair at a time; it loads this file and answers.py, not the package."""
+    """A process that compares one pair at a time.
 
-    def __init__(self, compare_file: str, timeout: float) -> None:
+    Raises:
+        RuntimeError: if the process cannot be started.
+    """
+
+    def __init__(self, matcher_module: str, timeout: float) -> None:
         self.timeout = timeout
         command = [
             sys.executable,
             "-c",
             _WORKER_SCRIPT,
-            _EXTRACTION,
-            _EQUIVALENCE,
-            __file__,
-            compare_file,
+            json.dumps(list(map(str, sys.path))),
+            matcher_module,
             str(timeout),
         ]
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, encoding="ascii")
         assert self.process.stdin and self.process.stdout  # for the type checker: both are pipes
         self._requests, self._replies = self.process.stdin, self.process.stdout
-        self.has_reasoning_gym = False  # whether reasoning-gym is loaded
-        hello = self._read_reply(_START_TIMEOUT_SECONDS)
-        if hello != "ready":
+        self.has_reasoning_gym = False
+        greeting = self._read_reply(_START_TIMEOUT_SECONDS)
+        if greeting != "ready":
             self.kill()
-            raise RuntimeError(f"no worker for math-verify could be started: {hello or 'it gave no sign'}")
+            raise RuntimeError(f"no worker for math-verify could be started: {greeting or 'it did not answer'}")
 
     def load_reasoning_gym(self, gold: str) -> None:
-        """Load what scores this question, now and not on its first answer's time. A worker that fails will say so."""
+        """Load the scorer of a question now, so that its time does not count for the first answer."""
         self.has_reasoning_gym = True
         self._send(("", gold))
         self._read_reply(_START_TIMEOUT_SECONDS)
 
-    def _send(self, key: tuple[str, str]) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._requests.write(json.dumps(key) + "\n")
-            self._requests.flush()
-
     def match(self, key: tuple[str, str]) -> MatchResult:
-        """The verdict on one normalised pair; a worker that hung or died has ended when this returns."""
+        """Compare one normalized pair. A worker that hung or crashed has ended when this returns."""
         began = time.monotonic()
         self._send(key)
-        answer = self._read_reply(self.timeout)
-        late = time.monotonic() - began >= self.timeout
-        if late or answer is None:
+        reply = self._read_reply(self.timeout)
+        is_late = time.monotonic() - began >= self.timeout
+        if is_late or reply is None:
             self.kill()
-        return MatchResult(answer or (MatchResult.TIMEOUT if late else MatchResult.ERROR))
-
-    def _read_reply(self, seconds: float) -> str | None:
-        """The worker's next line, or None when it died; it is killed after `seconds`."""
-        timer = threading.Timer(seconds, self.process.kill)
-        timer.start()
-        try:
-            return json.loads(self._replies.readline() or "null")
-        finally:
-            timer.cancel()
-            timer.join()  # whether it killed the worker is settled now
+        return MatchResult(reply or (MatchResult.TIMEOUT if is_late else MatchResult.ERROR))
 
     def kill(self) -> None:
         """Kill the process, reap it and close its pipes."""
@@ -216,40 +187,58 @@ class _Worker:
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
 
+    def _send(self, key: tuple[str, str]) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._requests.write(json.dumps(key) + "\n")
+            self._requests.flush()
 
-def _run_worker(load_compare: Callable[[], Callable[[str, str], str]], timeout: float) -> None:
-    """A worker's life: one JSON line (predicted, gold) in, one verdict out, until standard input ends."""
+    def _read_reply(self, timeout: float) -> str | None:
+        """Return the next line of the worker, or None if it died. Kill the worker after `timeout` seconds."""
+        timer = threading.Timer(timeout, self.process.kill)
+        timer.start()
+        try:
+            return json.loads(self._replies.readline() or "null")
+        finally:
+            timer.cancel()
+            timer.join()  # afterwards the timer cannot kill the worker any more
+
+
+def _kill_workers(workers: list[_Worker | None]) -> None:
+    for index, worker in enumerate(workers):
+        if worker is not None:
+            worker.kill()
+            workers[index] = None
+
+
+def _run_worker(matcher_module: str, timeout: float) -> None:
+    """Read (predicted, gold) pairs as JSON lines and write one result for each, until standard input ends."""
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # what a library prints must not be read as a verdict
+    os.dup2(2, 1)  # what a library prints must not be read as a result
 
     def reply(value: str) -> None:
         print(json.dumps(value), file=replies, flush=True)
 
-    logging.disable(logging.WARNING)  # math-verify warns that its time-out is off
-    _limit_memory()
+    logging.disable(logging.WARNING)  # math-verify warns that its time limit is off
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
     try:
-        compare = load_compare()
-        compare("1", "1")  # imports math-verify now, not on the first pair's time
+        match_answers = importlib.import_module(matcher_module).match_answers
+        match_answers("1", "1")  # imports math-verify now, so that its time does not count for the first pair
     except Exception as error:
         return reply(f"{type(error).__name__}: {error}")
     reply("ready")
     for line in sys.stdin:
         predicted, gold = json.loads(line)
-        # Without an answer it is asked to load what it needs.
+        # A pair without a predicted answer asks to load what the gold answer needs.
         _set_exit_alarm(math.ceil(timeout if predicted else _START_TIMEOUT_SECONDS) + _ORPHAN_SECONDS)
-        reply(compare(predicted, gold))
+        reply(match_answers(predicted, gold))
         _set_exit_alarm(0)
 
 
 def _set_exit_alarm(seconds: int) -> None:
-    """End this process in so many seconds, 0 for never: it may hang when nobody is left to kill it."""
+    """End this process after so many seconds, 0 for never. It may hang after its parent, which would kill it, is gone."""
     if sys.platform != "win32":
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(seconds)
-
-
-def _limit_memory() -> None:
-    if sys.platform == "linux":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))

@@ -22,12 +22,12 @@ from nabla_trl.grading.extraction import (
     has_open_think_block,
 )
 
-# A comparison that misbehaves on demand; workers load it by path in place of math-verify's.
+# A comparison that misbehaves on demand. Workers import it in place of math-verify's.
 STAND_IN = """
 import os, signal, sys, time
 from pathlib import Path
 
-def compare(predicted, gold):
+def match_answers(predicted, gold):
     with Path(__file__).with_name("pids").open("a") as pids:
         print(os.getpid(), file=pids)
     if predicted == "hang":
@@ -39,15 +39,16 @@ def compare(predicted, gold):
     if predicted == "noise":
         os.write(1, b"noise on standard output")
     if predicted == "imports":
-        return "wrong" if {"torch", "transformers", "nabla_trl"} & set(sys.modules) else "right"
+        return "wrong" if {"torch", "transformers", "numpy"} & set(sys.modules) else "right"
     return "right" if predicted == gold[::-1] else "wrong"
 """
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path) -> Path:
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "stand_in.py"
     path.write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
     return path
 
 
@@ -377,7 +378,7 @@ def test_a_hung_or_crashed_worker_costs_one_pair(stand_in: Path) -> None:
         ("six", "xis"),
         ("six", "seven"),
     ]
-    with AnswerChecker(num_workers=2, timeout=1, _compare_file=str(stand_in)) as checker:
+    with AnswerChecker(num_workers=2, timeout=1, _matcher_module="stand_in") as checker:
         verdicts = checker.check([*pairs, ("hang", "gnah")])
         assert verdicts == ["timeout", "right", "error", "error", "right", "wrong", "timeout"]
         assert checker.check([("noise", "esion"), ("imports", "")]) == [MatchResult.CORRECT, MatchResult.NO_GOLD]
@@ -389,7 +390,7 @@ def test_a_hung_or_crashed_worker_costs_one_pair(stand_in: Path) -> None:
 
 
 def test_a_pair_that_timed_out_is_tried_again_and_a_settled_one_is_not(stand_in: Path) -> None:
-    with AnswerChecker(timeout=0.5, _compare_file=str(stand_in)) as checker:
+    with AnswerChecker(timeout=0.5, _matcher_module="stand_in") as checker:
         checker.check([("hang", "nine"), ("one", "two")])
         asked = len(pids_of(stand_in))
         checker.check([("one", "two")] * 3)
@@ -405,25 +406,23 @@ def test_an_explosive_expression_ends_and_the_next_pair_is_judged() -> None:
     assert after is MatchResult.CORRECT
 
 
-def test_plain_numbers_start_no_worker_and_a_worker_that_cannot_start_is_a_clear_error(
-    tmp_path: Path,
-) -> None:
-    with AnswerChecker(_compare_file=str(tmp_path / "missing.py")) as checker:
+def test_plain_numbers_start_no_worker_and_a_worker_that_cannot_start_is_a_clear_error() -> None:
+    with AnswerChecker(_matcher_module="missing_matcher") as checker:
         assert checker.check([("1,234.0", "1234"), ("3", "4"), ("Evelyn", "Evelyn")])[0].is_correct
-        with pytest.raises(RuntimeError, match="no worker for math-verify could be started: FileNotFoundError"):
+        with pytest.raises(RuntimeError, match="no worker for math-verify could be started: ModuleNotFoundError"):
             checker.check([("x+1", "1+x")])
         assert sum(checker.counts.values()) == 3
 
 
-@pytest.mark.parametrize("arguments", [{"workers": 0}, {"timeout": 0}, {"timeout": float("nan")}])
+@pytest.mark.parametrize("arguments", [{"num_workers": 0}, {"timeout": 0}, {"timeout": float("nan")}])
 def test_impossible_settings_are_refused(arguments: dict) -> None:
-    with pytest.raises(ValueError, match="workers must be at least 1 and timeout above 0"):
+    with pytest.raises(ValueError, match="num_workers must be at least 1 and timeout above 0"):
         AnswerChecker(**arguments)
 
 
 def test_works_from_threads(stand_in: Path) -> None:
     verdicts: dict[int, list[MatchResult]] = {}
-    with AnswerChecker(num_workers=2, timeout=30, _compare_file=str(stand_in)) as checker:
+    with AnswerChecker(num_workers=2, timeout=30, _matcher_module="stand_in") as checker:
 
         def work(number: int) -> None:
             verdicts[number] = checker.check([("five", "evif"), ("six", f"gold {number}"), ("7", "7.0")])
@@ -446,7 +445,7 @@ def test_no_orphans(stand_in: Path, ending: str) -> None:
     script = f"""
 import time
 from nabla_trl.grading.checker import AnswerChecker
-checker = AnswerChecker(2, {1 if ending == "kill hung" else 60}, _compare_file={str(stand_in)!r})
+checker = AnswerChecker(2, {1 if ending == "kill hung" else 60}, _matcher_module="stand_in")
 checker.check([("ready", "set")])
 checker.check([({last!r}, "nine")])
 time.sleep(60)

@@ -63,7 +63,7 @@ def test_hub_rows_become_problems(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert calls == [(task.path, task.config, {"split": task.splits["test"], "revision": task.revision})]
     assert [p.id for p in problems] == [f"{name}/test/0", f"{name}/test/1"]
     first = problems[0]
-    about = {"task": name, "form": "boxed", "examples": first.few_shot_examples}
+    about = {"task": name, "answer_format": "boxed", "few_shot_examples": first.few_shot_examples}
     assert dataclasses.replace(bare(first), id="") == dataclasses.replace(expected, **about)
     assert first.task_version == task.compute_version() == compute_task_version(name)
     assert first.build_messages() == [{"role": "user", "content": f"{expected.question}\n{BOXED_INSTRUCTION}"}]
@@ -168,7 +168,7 @@ def test_prompt_examples_and_stops_are_as_the_yaml_says(tmp_path: Path) -> None:
         prompt="Grade {{ Grade }}: {{ question }} {{ instruction }}",
         instruction="End with '#### n'.",
         few_shot="shown.yaml",
-        stop=["Ask:"],
+        stop_strings=["Ask:"],
         name="own",
     )
     [problem] = load_problems(path, max_problems=1)
@@ -239,19 +239,19 @@ def test_an_answer_that_is_missing_is_none(tmp_path: Path) -> None:
     [
         ({"quesion": "Body"}, ["unknown key 'quesion'", "did you mean question"]),
         ({"question": None}, ["question must be given"]),
-        ({"stop": "Q:"}, ["stop must be a list"]),
+        ({"stop_strings": "Q:"}, ["stop_strings must be a list"]),
         ({"parse": "number"}, ["parse must be one of plain, hashes, boxed, integer, regex"]),
         ({"parse": "regex"}, ["pattern"]),
         ({"parse": "regex", "pattern": "("}, ["'('", "no regular expression"]),
         ({"pattern": "a"}, ["pattern belongs to parse: regex"]),
-        ({"form": "latex"}, ["form must be one of boxed, hashes, hash"]),
+        ({"answer_format": "latex"}, ["answer_format must be one of boxed, hashes, hash"]),
         ({"question": "{{ Body"}, ["cannot read the template '{{ Body'"]),
         ({"splits": ["test"]}, ["splits must map"]),
         ({"path": "org/name"}, ["splits are needed"]),
         ({"few_shot": [{"question": "1+1?"}]}, ["few_shot, example 1", "a question and an answer"]),
         ({"few_shot": [{"question": "1+1?", "answer": "It is 2."}]}, ["example 1", "no answer", "boxed"]),
         ({"few_shot": "none.yaml"}, ["few_shot: cannot read", "none.yaml", "No such file"]),
-        ({"stop": [""]}, ["stop must not hold an empty string"]),
+        ({"stop_strings": [""]}, ["stop_strings must not hold an empty string"]),
         ({"version": "two"}, ["version must be a whole number"]),
     ],
 )
@@ -295,7 +295,7 @@ def test_versions_change_with_data_prompt_and_number_and_with_nothing_else(tmp_p
         compute_task_version(described(tmp_path, ROWS[:1])),
         compute_task_version(described(tmp_path, instruction="Think.")),
         compute_task_version(described(tmp_path, version=2)),
-        compute_task_version(described(tmp_path, stop=["Q:"])),
+        compute_task_version(described(tmp_path, stop_strings=["Q:"])),
     ]
     assert len({base, *others}) == 5
 
