@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from nabla_trl.evaluation.method import get_num_samples, sort_methods
-from nabla_trl.utils.statistics import Interval, _join_names, mean_interval
+from nabla_trl.utils.formatting import format_names
+from nabla_trl.utils.statistics import Interval, mean_interval
 
 METRICS = ("accuracy", "accuracy_strict", "flops", "seconds", "tokens", "reward", "kl")
 
@@ -84,13 +85,13 @@ def check_rows(rows: Sequence[Mapping]) -> None:
     for number, row in enumerate(rows):
         missing = [field for field in _REQUIRED_FIELDS if field not in row]
         if missing:
-            raise ValueError(f"result row {number} lacks {_join_names(missing)}")
+            raise ValueError(f"result row {number} lacks {format_names(missing)}")
         odd = next((name for name, (kind, _) in _FIELD_TYPES.items() if not isinstance(row[name], kind)), None)
         if odd is not None:
             raise ValueError(f"result row {number}: {odd} must be {_FIELD_TYPES[odd][1]}, not {row[odd]!r}")
     tasks = sorted({row["task"] for row in rows})
     if len(tasks) > 1:
-        raise ValueError(f"rows of {len(tasks)} tasks ({_join_names(tasks)}): report one task at a time")
+        raise ValueError(f"rows of {len(tasks)} tasks ({format_names(tasks)}): report one task at a time")
     places = [(row["method"], row["problem"], row["seed"]) for row in rows]
     if len(set(places)) < len(places):
         twice = next(place for place, count in Counter(places).items() if count > 1)

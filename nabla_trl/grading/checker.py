@@ -1,12 +1,12 @@
 """Compare answers in processes that can be killed.
 
-`AnswerChecker` compares plain numbers in the calling process. math-verify compares everything else. math-verify can hang,
-and its own time limits need `SIGALRM`, which works in the main thread only and does not interrupt C code. So
+`AnswerChecker` compares plain numbers in the calling process. math-verify compares everything else. math-verify can
+hang, and its own time limits need `SIGALRM`, which works in the main thread only and does not interrupt C code. So
 math-verify runs in worker processes that this module starts, times and kills.
 
-A worker is a `subprocess` that exchanges JSON lines, not a `multiprocessing` process. `spawn` and `forkserver`, and with
-them `pebble.ProcessPool`, import the caller's main script into every worker. For a script that imports torch, the
-first comparison then takes 7 s instead of 1 s, again after every kill, and a script without a `__main__` guard fails.
+A worker is a `subprocess` that exchanges JSON lines, not a `multiprocessing` process. `spawn` and `forkserver`, and
+with them `pebble.ProcessPool`, import the caller's main script into every worker. For a script that imports torch the
+first comparison then takes 7 s instead of 1 s, also after every kill. A script without a `__main__` guard fails.
 """
 
 from __future__ import annotations
@@ -145,14 +145,8 @@ class _Worker:
 
     def __init__(self, matcher_module: str, timeout: float) -> None:
         self.timeout = timeout
-        command = [
-            sys.executable,
-            "-c",
-            _WORKER_SCRIPT,
-            json.dumps(list(map(str, sys.path))),
-            matcher_module,
-            str(timeout),
-        ]
+        import_path = json.dumps(list(map(str, sys.path)))
+        command = [sys.executable, "-c", _WORKER_SCRIPT, import_path, matcher_module, str(timeout)]
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, encoding="ascii")
         assert self.process.stdin and self.process.stdout  # for the type checker: both are pipes
@@ -238,7 +232,7 @@ def _run_worker(matcher_module: str, timeout: float) -> None:
 
 
 def _set_exit_alarm(seconds: int) -> None:
-    """End this process after so many seconds, 0 for never. It may hang after its parent, which would kill it, is gone."""
+    """End this process after so many seconds, 0 for never. A parent that is gone cannot kill a worker that hangs."""
     if sys.platform != "win32":
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(seconds)

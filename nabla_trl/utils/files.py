@@ -1,4 +1,4 @@
-"""Small text files: written whole or not at all, and read as what they should hold."""
+"""Small text files: written completely or not at all, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from nabla_trl.utils.formatting import format_error
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write beside the file, then rename: a reader never sees half of it, and processes may write at once.
+    """Write a text file so that a reader never sees half of it. Several processes may write the same file at once.
 
     Raises:
-        OSError: it cannot be written (disk full, …); names the file.
+        OSError: if the file cannot be written, for example to a full disk. The error names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -26,7 +26,7 @@ def write_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-    except OSError as error:  # one of a full disk says no name
+    except OSError as error:  # the error of a full disk names no file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
@@ -34,7 +34,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a new name durable: it is the folder that holds it."""
+    """Make the names of new files durable. The operating system stores names with the folder, not with the files."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -43,23 +43,22 @@ def fsync_folder(folder: Path) -> None:
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a file that holds one JSON object.
 
     Raises:
-        ValueError: the file is not JSON, or holds something else.
+        ValueError: if the file is not JSON or holds another JSON value.
     """
     return _parse_json_object(path.read_bytes(), str(path))
 
 
 def read_jsonl_file(path: Path, *, complete_lines_only: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and JSON object of every line that is not blank.
+    """Yield the line number, from 1, and the JSON object of every line that is not blank.
 
     Args:
-        whole: only lines with their line break: another process may be in the middle of its last one, and of a
-            character there.
+        complete_lines_only: leave out a last line without a line break. Another process may still be writing it.
 
     Raises:
-        ValueError: a line that is not JSON, or holds something else; it is named.
+        ValueError: if a line is not JSON or holds another JSON value. The message names the line.
     """
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, line in enumerate(lines[:-1] if complete_lines_only else lines, start=1):
@@ -69,11 +68,11 @@ def read_jsonl_file(path: Path, *, complete_lines_only: bool = False) -> Iterato
 
 def _parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     try:
-        content = json.loads(data.decode("utf-8"))
-        if b"\\ud" in data.lower():  # half of a surrogate pair is a character for JSON, but for nobody else
-            json.dumps(content, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers without end, brackets without end
+        value = json.loads(data.decode("utf-8"))
+        if b"\\ud" in data.lower():  # JSON allows half of a surrogate pair, which no other text does
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:  # not UTF-8 or JSON, too many digits or brackets
         raise ValueError(f"{where} is not JSON: {format_error(error)}") from error
-    if not isinstance(content, dict):
+    if not isinstance(value, dict):
         raise ValueError(f"{where} does not hold a JSON object")
-    return content
+    return value

@@ -1,38 +1,50 @@
-"""Numbers and errors as short text."""
+"""Numbers, names and errors as short text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _SI_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
 
 
 def format_si(value: float, unit: str = "") -> str:
-    """Three significant digits and an SI prefix: 1.2e8, "FLOPs" -> "120 MFLOPs"."""
+    """Return a number with three significant digits and an SI prefix: 1.2e8, "FLOPs" → "120 MFLOPs"."""
     value = float(f"{value:.3g}")
     power = math.floor(math.log10(abs(value)) / 3) if value else 0
     power = min(max(power, min(_SI_PREFIXES)), max(_SI_PREFIXES))
     return f"{value / 1000.0**power:.3g} {_SI_PREFIXES[power]}{unit}".rstrip()
 
 
+def format_duration(seconds: float) -> str:
+    """Return a duration as h:mm:ss."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
 def format_interval(entry: Mapping[str, float], number_format: str = ".3f") -> str:
-    """A value and its interval: 0.957 [0.940, 0.972]."""
+    """Return a value and its interval, such as "0.957 [0.940, 0.972]"."""
     return f"{entry['value']:{number_format}} [{entry['low']:{number_format}}, {entry['high']:{number_format}}]"
 
 
+def format_names(names: Sequence[str], max_names: int = 3) -> str:
+    """Return the first names in quotes, and an ellipsis if there are more."""
+    return ", ".join(map(repr, names[:max_names])) + (", …" if len(names) > max_names else "")
+
+
 def format_load_error(what: str, name: str, error: BaseException) -> str:
-    where = "" if Path(name).exists() else " (no such folder here, so taken for a hub id)"
+    """Return one line that says what cannot be loaded from a folder or the hub, and why."""
+    where = "" if Path(name).exists() else " (no such folder here, so it is taken for a hub id)"
     return f"cannot load {what} from {name!r}{where}: {format_error(error)}"
 
 
-def format_error(error: BaseException, max_chars: int = 200) -> str:
-    """An error's text on one line, cut at `width` characters."""
+def format_error(error: BaseException | str, max_chars: int = 200) -> str:
+    """Return an error's text on one line, cut at `max_chars` characters. Without a text return the error's type."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= max_chars else f"{text[: max_chars - 2]} …"
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """Return a number as it is, and None for NaN, infinity and None: JSON has no other way to write them."""
+    """Return a finite number as it is, and None for NaN and infinity, which JSON cannot write."""
     return value if value is not None and math.isfinite(value) else None

@@ -1,50 +1,70 @@
-"""Tell whether two names mean the same model, and whether an output was made with the same settings."""
+"""Hashes and settings that tell if two models, data sets or runs are the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from nabla_trl.utils.files import read_json_file, write_atomic
 
-
-def is_same_model(first: str, second: str) -> bool:
-    """Two names are equal, or lead to the same file or folder."""
-    return first == second or (Path(first).exists() and Path(second).exists() and Path(first).samefile(second))
+_BLOCK_BYTES = 2**24
 
 
-def identify_adapter(adapter: str) -> str:
-    """An adapter's name; for a local folder also a hash of its weights, so that a retrained one is another."""
-    return f"{adapter} ({hash_weights(Path(adapter))})" if Path(adapter).is_dir() else adapter
+def hash_json(value: Any, length: int = 12) -> str:
+    """Return the first `length` hexadecimal digits of the sha256 hash of a JSON value with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def hash_files(paths: Iterable[Path], length: int = 12) -> str:
+    """Return the first `length` hexadecimal digits of the sha256 hash of the files' contents, in the given order.
+
+    Raises:
+        ValueError: if a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    digest.update(block)
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()[:length]
 
 
 def hash_weights(folder: Path) -> str:
-    """A hash of the weights in a folder, an adapter's or a model's."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while chunk := file.read(2**24):
-                digest.update(chunk)
-    return digest.hexdigest()[:12]
+    """Return a hash of the weights in the folder of a model or an adapter."""
+    return hash_files(sorted(folder.glob("*.safetensors")))
+
+
+def identify_adapter(adapter: str) -> str:
+    """Return an adapter's name. A local folder also gets a hash of its weights, which tells a retrained adapter."""
+    return f"{adapter} ({hash_weights(Path(adapter))})" if Path(adapter).is_dir() else adapter
+
+
+def is_same_model(first: str, second: str) -> bool:
+    """Return True if two names are equal or are paths of the same file or folder."""
+    return first == second or (Path(first).exists() and Path(second).exists() and Path(first).samefile(second))
 
 
 def claim_settings(settings_file: Path, settings: Mapping[str, str]) -> None:
-    """Note beside an output what it is made with; refuse to add to one made with other settings.
+    """Write down the settings that an output is made with, or check that they are those of an existing output.
 
     Several processes may claim the same settings at once.
 
     Raises:
-        ValueError: the note is there and differs, which is told, or cannot be read.
+        ValueError: if the file exists and has other settings, which the message names, or cannot be read.
     """
     if not settings_file.exists():
         write_atomic(settings_file, json.dumps(dict(settings), indent=1))
         return
-    had = read_json_file(settings_file)
-    names = [name for name in {**had, **settings} if had.get(name) != settings.get(name)]
+    previous = read_json_file(settings_file)
+    names = [name for name in {**previous, **settings} if previous.get(name) != settings.get(name)]
     if names:
-        changed = ", ".join(f"{name} {settings.get(name)!r} (was {had.get(name)!r})" for name in names)
+        changes = ", ".join(f"{name} {settings.get(name)!r} (was {previous.get(name)!r})" for name in names)
         raise ValueError(
-            f"{settings_file.parent} was made with other settings, now {changed}: use another --output_dir"
+            f"{settings_file.parent} was made with other settings, now {changes}: use another --output_dir"
         )

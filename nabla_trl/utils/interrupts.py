@@ -1,8 +1,8 @@
-"""Ctrl-C, and the SIGTERM of a cluster's scheduler: the batch in hand is finished, and how to go on is said.
+"""Ctrl-C, and the SIGTERM of a cluster's scheduler: finish the current batch, then stop and say how to resume.
 
-`listening` is around a whole command, `in_hand` around each of its batches. A signal during a batch is noted, and
-acted on when the batch is on disk; a second one, or one between batches, stops at once. Without `listening`, as in a
-notebook, signals do what they always do.
+`handle_stop_signals` is used around a whole command, and `finish_current_batch` around each of its batches. A signal
+during a batch takes effect when the batch is on disk. A second signal, or one between batches, stops at once. Without
+`handle_stop_signals`, for example in a notebook, signals have their usual effect.
 """
 
 from __future__ import annotations
@@ -14,20 +14,28 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
+from nabla_trl.utils.formatting import format_duration
+
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A scheduler signals launcher and processes, and the launcher passes its own on: that is still the first one.
+# A scheduler signals the launcher and its processes, and the launcher passes its signal on. The processes receive the
+# same request twice.
 _ECHO_SECONDS = 1.0
 
 
 class StoppedBySignal(KeyboardInterrupt):
-    """A command was asked to stop, and has: by which signal, and what is done."""
+    """A command has stopped because of a signal.
+
+    Attributes:
+        signal_number: the signal.
+        progress_text: what is done, or an empty text if the command stopped at once.
+    """
 
     def __init__(self, signal_number: int, progress_text: str = ""):
         super().__init__(signal_number, progress_text)
@@ -35,23 +43,23 @@ class StoppedBySignal(KeyboardInterrupt):
 
 
 class _SignalListener:
-    """What was asked, and whether a batch is in hand."""
+    """The last signal, and a description of the current batch if there is one."""
 
     def __init__(self) -> None:
         self.requested_signal: int | None = None
         self.requested_at = 0.0
-        self.describe_batch: Callable[[], str] | None = None  # of the batch in hand
+        self.describe_batch: Callable[[], str] | None = None
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.requested_signal is not None and now - self.requested_at < _ECHO_SECONDS:
             return
-        again, self.requested_signal, self.requested_at = self.requested_signal is not None, number, now
-        if again or self.describe_batch is None:
+        is_repeated, self.requested_signal, self.requested_at = self.requested_signal is not None, number, now
+        if is_repeated or self.describe_batch is None:
             raise StoppedBySignal(number)
         if is_main_process():
-            # Not by print: the stream may be in the middle of something. On a terminal below the ^C, and above the two
-            # lines that a bar of `nabla_trl.utils.progress` takes for its own.
+            # Not `print`, because the signal may interrupt a write to the same stream. On a terminal the line stands
+            # below the ^C and above the two lines of a progress bar.
             before, after = ("\n", "\n\n") if os.isatty(2) else ("", "\n")
             os.write(2, f"{before}stopping after {self.describe_batch()}; once more stops at once{after}".encode())
 
@@ -61,56 +69,54 @@ _listener: _SignalListener | None = None
 
 @contextmanager
 def handle_stop_signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Stopped` for the length of a `with` block; what is ignored stays ignored.
+    """Turn SIGINT and SIGTERM into `StoppedBySignal` for the length of a `with` block.
 
-    Does nothing outside of the main thread, which alone can hear signals.
+    A signal that is ignored stays ignored. Outside of the main thread, which alone receives signals, nothing changes.
     """
     global _listener
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    outer, _listener = _listener, _SignalListener()
+    handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    outer_listener, _listener = _listener, _SignalListener()
     try:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, _listener.handle_signal)
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        _listener = outer
+        _listener = outer_listener
 
 
 @contextmanager
 def finish_current_batch(
     batch_description: str, describe_progress: Callable[[], str], expected_seconds: float | None = None
 ) -> Iterator[None]:
-    """Finish a batch before stopping.
+    """Delay a signal until the end of the `with` block, which handles one batch.
 
     Args:
-        what: the batch in words, as "4 problems".
-        done: what is done, in words; asked for at the end of the batch.
-        seconds: how long such a batch takes, where that is known.
+        batch_description: the batch in words, such as "4 problems".
+        describe_progress: returns in words what is done. Called at the end of the block.
+        expected_seconds: how long such a batch takes, if known.
 
     Raises:
-        Stopped: at the end of the block, where it was asked for within.
+        StoppedBySignal: at the end of the block, if a signal came within.
     """
     listener = _listener
     if listener is None:
         yield
         return
-    began = time.monotonic()
+    start = time.monotonic()
 
-    def told() -> str:
-        left = (
-            ""
-            if expected_seconds is None
-            else f", about {format_duration(began + expected_seconds - time.monotonic())} more"
-        )
-        return f"the {batch_description} in hand{left}"
+    def describe_batch() -> str:
+        if expected_seconds is None:
+            return f"the {batch_description} in hand"
+        left = format_duration(start + expected_seconds - time.monotonic())
+        return f"the {batch_description} in hand, about {left} more"
 
-    listener.describe_batch = told
+    listener.describe_batch = describe_batch
     try:
         yield
     finally:
@@ -119,34 +125,24 @@ def finish_current_batch(
         raise StoppedBySignal(listener.requested_signal, describe_progress())
 
 
-def format_duration(seconds: float) -> str:
-    """A duration as h:mm:ss."""
-    whole = max(0, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
 def is_main_process() -> bool:
-    """This is the first process of a launch, or the only one."""
+    """Return True for the first process of a launch, and for a process without a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def get_current_command() -> str:
-    """The command that started this process, its launcher (`accelerate launch`) included, as a shell takes it."""
-    own, parent = sys.orig_argv, psutil.Process().parent()
-    script = sys.argv[0]
+    """Return the command that started this process for a shell, including a launcher such as `accelerate launch`."""
+    command = list(sys.orig_argv)
     try:
-        called = parent.cmdline() if parent else []
-    except psutil.Error:  # another user's, or gone
-        called = []
-    launched = script in called and any("launch" in word or "torchrun" in word for word in called)
-    return shlex.join(_strip_interpreter(called if launched else own))
-
-
-def _strip_interpreter(command: Sequence[str]) -> list[str]:
-    """Without the interpreter that the system puts before a script of PATH."""
-    if len(command) > 1:
+        parent = psutil.Process().parent()
+        parent_command = parent.cmdline() if parent else []
+    except psutil.Error:  # the parent has ended or belongs to another user
+        parent_command = []
+    if sys.argv[0] in parent_command and any("launch" in word or "torchrun" in word for word in parent_command):
+        command = parent_command
+    if len(command) > 1:  # leave out the interpreter that the system puts before a script of PATH
         name = Path(command[1]).name
-        found = shutil.which(name)
-        if found and Path(found).resolve() == Path(command[1]).resolve():
-            return [name, *command[2:]]
-    return list(command)
+        script = shutil.which(name)
+        if script and Path(script).resolve() == Path(command[1]).resolve():
+            command = [name, *command[2:]]
+    return shlex.join(command)

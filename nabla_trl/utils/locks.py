@@ -1,8 +1,8 @@
-"""One launch at a time writes to an output folder: locks that end with the process that holds them.
+"""Locks of output folders: one launch at a time writes to a folder.
 
-Each process of a launch holds a file of its own, `.rank-00000.lock`, by the operating system's lock (`filelock`:
-flock, on NFS too), so nothing is left to clean up after a kill. A file is never removed: whoever had it open would go
-on with a lock that nobody else sees.
+Each process of a launch locks a file of its own, `.rank-00000.lock`, with the operating system (`filelock` uses flock,
+which NFS has too). Such a lock ends with its process, so nothing needs cleaning up after a kill. The file is never
+removed, because a process that has opened it would otherwise hold a lock that no other process sees.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-# What file systems answer that have no locks, as Lustre without its mount option flock.
+# Errors of file systems without locks, such as Lustre without its mount option flock.
 _LOCKS_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -28,41 +28,41 @@ class FolderInUse(ValueError):
 
 @contextmanager
 def lock_folder(folder: str | Path, rank: int = 0) -> Iterator[None]:
-    """Hold an output folder, which is made where it is not there, for the length of a `with` block.
+    """Lock an output folder for the length of a `with` block. Create the folder if it does not exist.
 
-    Of a launch of several processes rank 0 must come first (`PartialState.main_process_first`): it also looks whether
-    any other process, of whatever rank, is still there. On a file system without locks a line on stderr says so.
+    In a launch of several processes rank 0 must be the first (`PartialState.main_process_first`), because it also
+    checks the locks of all other ranks. On a file system without locks it prints a warning on stderr.
 
     Args:
-        rank: of this process in its launch; the processes of one launch share a folder.
+        rank: rank of this process in its launch. The processes of one launch share a folder.
 
     Raises:
-        InUse: another launch has it; says which process, and what to do.
-        OSError: the folder cannot be written to.
+        FolderInUse: if another launch holds a lock. The message names its process.
+        OSError: if the folder cannot be written to.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mine = folder / f".rank-{rank:05d}.lock"
-    with ExitStack() as held:
+    own_file = folder / f".rank-{rank:05d}.lock"
+    with ExitStack() as stack:
         try:
-            held.enter_context(_acquire_lock(mine))
-            for other in folder.glob(".rank-*.lock") if rank == 0 else ():
-                if other != mine:
-                    with _acquire_lock(other):
+            stack.enter_context(_acquire_lock(own_file))
+            for other_file in folder.glob(".rank-*.lock") if rank == 0 else ():
+                if other_file != own_file:
+                    with _acquire_lock(other_file):
                         pass
         except OSError as error:
             if error.errno not in _LOCKS_UNSUPPORTED:
                 raise
             print(f"{folder} cannot be locked ({error.strerror}): let no other process write there", file=sys.stderr)
         else:
-            began = time.strftime("%Y-%m-%d %H:%M")
-            mine.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {began}", encoding="utf-8")
+            start = time.strftime("%Y-%m-%d %H:%M")
+            own_file.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {start}", encoding="utf-8")
         yield
 
 
 @contextmanager
 def _acquire_lock(path: Path) -> Iterator[None]:
-    # A lock that is a mere file would outlive its holder: rather none.
+    # filelock's fallback, a lock by the existence of a file, would outlive its process.
     lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)

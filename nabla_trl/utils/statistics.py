@@ -1,8 +1,11 @@
-"""Result rows to problem × seed grids, and grids to intervals. Numpy only.
+"""Bootstrap intervals and permutation tests over problems. Numpy only.
 
-Every interval is a 95% percentile bootstrap over *problems*: problems are what a claim generalises to, seeds
-only make each problem's score less noisy. So the seeds of one problem are averaged first and problems are
-resampled whole (Efron and Tibshirani 1993, chapters 6 and 13; Koehn 2004 for the paired form).
+Every interval is a 95% percentile bootstrap over *problems*. A claim generalizes to problems, while more seeds only
+make each problem's score less noisy. So the seeds of one problem are averaged first, and problems are resampled whole
+(Efron and Tibshirani 1993, chapters 6 and 13, and Koehn 2004 for paired differences).
+
+`scipy.stats.bootstrap` and `scipy.stats.permutation_test`, the references in the tests, draw new resamples in every
+call. These functions draw once for each number of problems, which makes them some fifty times faster.
 """
 
 from __future__ import annotations
@@ -11,18 +14,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 
+from nabla_trl.utils.formatting import format_names
+
 NUM_RESAMPLES = 10_000
 CONFIDENCE_LEVEL = 0.95
-SIGNIFICANCE_LEVEL = 0.05  # largest p-value of a difference that is called one
+SIGNIFICANCE_LEVEL = 0.05  # p-values below it are significant
 BOOTSTRAP_SEED = 20_260_101
+_ROUNDING = 1e-12  # relative error of a float64 sum of problems' scores, with a margin
+_NORMAL_QUANTILE = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95% interval; `seeds` and `problems` are 0 where they do not apply."""
+    """A value with its 95% interval. `num_seeds` and `num_problems` are 0 where they do not apply."""
 
     value: float
     low: float
@@ -32,15 +40,11 @@ class Interval:
 
     @classmethod
     def exact(cls, value: float, num_seeds: int = 0, num_problems: int = 0) -> Interval:
-        """A figure without sampling error (a count, a clock)."""
+        """Return the interval of a number without sampling error, such as a count."""
         return cls(float(value), float(value), float(value), num_seeds, num_problems)
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
     def to_dict(self) -> dict[str, float]:
-        """The five keys of a summary.json entry."""
+        """Return the five keys of an entry of summary.json."""
         counts = {"seeds": self.num_seeds, "problems": self.num_problems}
         return {"value": self.value, "low": self.low, "high": self.high, **counts}
 
@@ -53,18 +57,21 @@ class PairedDifference(Interval):
 
 
 def classify_difference(low: float, high: float, p_value: float) -> str:
-    """Which side of zero a difference is on: ahead, behind, or empty where that is not sure."""
-    # Both must agree: on a handful of problems a percentile interval alone is too sure of itself.
+    """Return on which side of zero a difference is: "ahead", "behind", or an empty text if it is not significant."""
+    # Both must agree, because a percentile interval over a handful of problems is too narrow.
     if p_value >= SIGNIFICANCE_LEVEL:
         return ""
     return "ahead" if low > 0 else "behind" if high < 0 else ""
 
 
 def mean_interval(matrix: np.ndarray) -> Interval:
-    """Mean over problems of the mean over seeds, with its bootstrap interval.
+    """Return the mean over problems of the mean over seeds, with its bootstrap interval.
 
-    `matrix` is problems × seeds (one seed is fine). NaN cells are left out, and problems that hold only NaN.
-    Raises ValueError if no number is left.
+    Args:
+        matrix: [problems, seeds]. NaN cells are left out, and so are problems with NaN only.
+
+    Raises:
+        ValueError: if no number is left.
     """
     matrix = np.atleast_2d(np.asarray(matrix, dtype=np.float64))
     matrix = matrix[np.isfinite(matrix).any(axis=1)]
@@ -76,75 +83,66 @@ def mean_interval(matrix: np.ndarray) -> Interval:
 
 
 def wilson_interval(proportion: float, count: int) -> tuple[float, float]:
-    """The 95% interval of a share among `count` independent trials, cheap enough for every refresh (Wilson 1927)."""
-    z = 1.959964
-    centre, scale = proportion + z * z / (2 * count), 1 + z * z / count
-    reach = z * math.sqrt(
-        max(0.0, proportion * (1 - proportion)) / count + (z / (2 * count)) ** 2
-    )  # rounding may pass 1
-    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+    """Return the 95% interval of a proportion of `count` independent trials (Wilson 1927).
+
+    A progress display calls this function at every refresh. It takes 1 µs, and `scipy.stats.binomtest` 400 µs.
+    `binomtest` also needs a whole number of successes, which a mean over seeds is not.
+    """
+    half = _NORMAL_QUANTILE**2 / (2 * count)
+    variance = max(0.0, proportion * (1 - proportion))  # rounding may make the proportion larger than 1
+    reach = math.sqrt(2 * half * variance + half * half)
+    low, complement = (max(0.0, (share + half - reach) / (1 + 2 * half)) for share in (proportion, 1 - proportion))
+    return low, 1 - complement
 
 
 def paired_difference(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> PairedDifference:
-    """Mean of a − b over the same problems, seeds averaged within each; `seeds` is the smaller of the counts.
+    """Return the mean of a − b over the same problems, after averaging the seeds of each problem.
 
-    `a` and `b` map a problem to its values by seed. Raises ValueError naming problems that only one side has.
+    Args:
+        a, b: the values of each problem by seed. The two may have different numbers of seeds. The result's
+            `num_seeds` is the smaller one.
+
+    Raises:
+        ValueError: if there are no problems, or if only one side has a problem, which the message names.
     """
-    mean_a, mean_b = _compute_common_means(a, b)
-    gaps = mean_a - mean_b
+    means_a, means_b = _compute_common_means(a, b)
+    gaps = means_a - means_b
     low, high = _compute_percentile_interval(gaps.mean(), resample_means(gaps[:, None])[:, 0])
-    seeds = min(len(next(iter(a.values()))), len(next(iter(b.values()))))
-    return PairedDifference(float(gaps.mean()), low, high, seeds, len(gaps), p_value=sign_flip_p_value(gaps))
+    num_seeds = min(len(next(iter(side.values()))) for side in (a, b))
+    return PairedDifference(float(gaps.mean()), low, high, num_seeds, len(gaps), p_value=sign_flip_p_value(gaps))
 
 
 def clustered_mean(values: np.ndarray, problems: np.ndarray, num_problems: int) -> Interval | None:
-    """Mean over items, with its interval over the problems that the items belong to; None without items.
+    """Return the mean over items, with its bootstrap interval over the items' problems. Without items return None.
 
     Args:
-        values: [n], such as 1 for a hit and 0 for a miss.
-        problems: [n] index of each item's problem, below `count`; a problem may have any number of items.
+        values: [items] such as 1 for a hit and 0 for a miss.
+        problems: [items] index of each item's problem, below `num_problems`. A problem may have any number of items.
     """
     if not len(values):
         return None
     sums = _sum_by_problem([np.ones(len(values)), np.asarray(values, dtype=np.float64)], problems, num_problems)
-
-    def mean(means: np.ndarray) -> np.ndarray:
-        return np.clip(means[:, 1] / means[:, 0], np.min(values), np.max(values))  # rounding may end a hair outside
-
-    return _bootstrap_statistic(mean, sums)
+    return _bootstrap_statistic(lambda means: means[:, 1] / means[:, 0], sums)
 
 
 def clustered_correlation(x: np.ndarray, y: np.ndarray, problems: np.ndarray, num_problems: int) -> Interval | None:
-    """Pearson's correlation over items, with its interval over their problems; None where x or y does not vary.
+    """Return Pearson's correlation over items, with its bootstrap interval over the items' problems.
 
-    Arguments as in `clustered_mean`.
+    Return None if x or y does not vary. See `clustered_mean` for the arguments.
     """
     if not len(x) or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    a, b = ((values - values.mean()) / values.std() for values in (x, y))  # so that sums of squares keep their digits
+    # Standardized values, because sums of squares of large values would lose their digits.
+    a, b = ((values - values.mean()) / values.std() for values in (x, y))
     sums = _sum_by_problem([np.ones(len(a)), a, b, a * a, b * b, a * b], problems, num_problems)
 
-    def correlation(means: np.ndarray) -> np.ndarray:
+    def compute_correlation(means: np.ndarray) -> np.ndarray:
         number, mean_a, mean_b, square_a, square_b, product = means.T
         variances = (square_a - mean_a**2 / number) * (square_b - mean_b**2 / number)
+        # Clipped as in `numpy.corrcoef`, because of rounding where a resample hardly varies.
         return np.clip((product - mean_a * mean_b / number) / np.sqrt(variances), -1, 1)
 
-    return _bootstrap_statistic(correlation, sums)
-
-
-def _sum_by_problem(columns: Sequence[np.ndarray], problems: np.ndarray, count: int) -> np.ndarray:
-    return np.stack([np.bincount(problems, column, minlength=count) for column in columns], axis=1)
-
-
-def _bootstrap_statistic(statistic: Callable[[np.ndarray], np.ndarray], sums: np.ndarray) -> Interval:
-    """A statistic of problems' sums (problems, k), of which the first is the number of items."""
-    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may draw no item, or items that do not vary
-        value = float(statistic(sums.mean(axis=0)[None])[0])
-        draws = statistic(resample_means(sums))
-    low, high = (
-        _compute_percentile_interval(value, draws[np.isfinite(draws)]) if np.isfinite(draws).any() else (value, value)
-    )
-    return Interval(value, low, high, num_problems=int((sums[:, 0] > 0).sum()))
+    return _bootstrap_statistic(compute_correlation, sums)
 
 
 def performance_gap_recovered(
@@ -152,84 +150,105 @@ def performance_gap_recovered(
     ceiling: Mapping[str, Sequence[float]],
     base: Mapping[str, Sequence[float]],
 ) -> Interval | None:
-    """(part − base) / (whole − base) with its bootstrap interval; None where the whole's gain may be zero.
+    """Return the performance gap recovered, (trained − base) / (ceiling − base), with its bootstrap interval.
 
-    Without that guard a resample with a gain near zero would make the ratio mean nothing.
+    Return None if the interval of ceiling − base includes zero or less. Resamples with a gap near zero would then make
+    the ratio meaningless. The arguments are those of `paired_difference`.
     """
-    gain = paired_difference(ceiling, base)
-    if gain.low <= 0:
+    gap = paired_difference(ceiling, base)
+    if gap.low <= 0:
         return None
-    part_means, base_means = _compute_common_means(trained, base)
-    whole_means, _ = _compute_common_means(ceiling, base)
-    gains = np.stack([part_means - base_means, whole_means - base_means], axis=1)
-    top, bottom = resample_means(gains).T
-    # a few resamples may still divide by a gain of zero or less: they belong at the far ends
-    ratios = np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.copysign(np.inf, top))
+    trained_means, base_means = _compute_common_means(trained, base)
+    ceiling_means, _ = _compute_common_means(ceiling, base)
+    gains = np.stack([trained_means - base_means, ceiling_means - base_means], axis=1)
+    numerators, denominators = resample_means(gains).T
+    # A few resamples may still have a gap of zero or less. Their ratios belong to the far ends.
+    positive = denominators > 0
+    ratios = np.where(positive, numerators / np.where(positive, denominators, 1.0), np.copysign(np.inf, numerators))
     value = gains[:, 0].mean() / gains[:, 1].mean()
     low, high = _compute_percentile_interval(value, ratios)
-    return Interval(float(value), low, high, gain.num_seeds, gain.num_problems)
+    return Interval(float(value), low, high, gap.num_seeds, gap.num_problems)
 
 
 def sign_flip_p_value(gaps: np.ndarray) -> float:
-    """Two-sided p-value of "the mean gap is zero": how often random signs give a mean at least as far off.
+    """Return the two-sided p-value of "the mean gap is zero" by a permutation test with random signs.
 
-    Never below 1/(RESAMPLES + 1), as the observed signs count among the draws (Phipson and Smyth 2010).
+    The p-value is the share of draws whose mean gap is at least as far from zero as the observed one. The observed
+    signs count as a draw, so it is at least 1 / (NUM_RESAMPLES + 1) (Phipson and Smyth 2010).
+
+    Args:
+        gaps: [problems] differences of two methods.
     """
-    # gaps are multiples of 1/seeds, so ties with the observed sum are common and must survive rounding
-    reach = abs(gaps.sum()) - 1e-5 * np.abs(gaps).sum()
-    sums = _multiply(_draw_random_signs(len(gaps)), gaps)
-    return (int((np.abs(sums) >= reach).sum()) + 1) / (NUM_RESAMPLES + 1)
+    # Gaps are multiples of 1 / seeds, so many draws equal the observed sum up to rounding.
+    threshold = abs(gaps.sum()) - _ROUNDING * np.abs(gaps).sum()
+    sums = np.einsum("rp,p->r", _draw_random_signs(len(gaps)), gaps)
+    return (int((np.abs(sums) >= threshold).sum()) + 1) / (NUM_RESAMPLES + 1)
 
 
 def resample_means(columns: np.ndarray) -> np.ndarray:
-    """(problems, k) -> (RESAMPLES, k): means over problems drawn with replacement, alike for all columns."""
-    centre = columns.mean(axis=0)  # taken off first, so that float32 rounds the spread and not the level
-    spread = columns - centre
-    scale = np.maximum(np.abs(spread).max(axis=0), np.finfo(np.float64).tiny)
-    sums = [_multiply(_draw_resample_counts(len(columns)), column) for column in (spread / scale).T]
-    means = centre + scale * np.stack(sums, axis=1) / len(columns)
-    # a mean of exactly 0 comes out as ±1e-9, and an interval that ends at 0 must not seem to leave it out
-    return np.where(np.abs(means) < 1e-6 * scale, 0.0, means)
+    """Return the means of resamples of problems, drawn with replacement and alike for all columns.
+
+    Args:
+        columns: [problems, k]
+
+    Returns:
+        [NUM_RESAMPLES, k]
+    """
+    counts = _draw_resample_counts(len(columns))
+    # Not `@`: its threads cost fifty times the product itself while other processes use the cores.
+    means = np.stack([np.einsum("rp,p->r", counts, column) for column in columns.T], axis=1) / len(columns)
+    # Gaps of +1/3 and −1/3 do not quite cancel, and an interval that ends at 0 must not seem to exclude it.
+    return np.where(np.abs(means) < _ROUNDING * np.abs(columns).max(axis=0), 0.0, means)
 
 
 @lru_cache(maxsize=2)
-def _draw_resample_counts(problems: int) -> np.ndarray:
-    """(RESAMPLES, problems) float32: how often each resample drew each problem; 40 kB per problem."""
+def _draw_resample_counts(num_problems: int) -> np.ndarray:
+    """Return [NUM_RESAMPLES, num_problems] how often each resample draws each problem. It takes 80 kB a problem."""
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    counts = np.empty((NUM_RESAMPLES, problems), dtype=np.float32)
+    counts = np.empty((NUM_RESAMPLES, num_problems))
     for row in counts:
-        row[:] = np.bincount(rng.integers(0, problems, problems), minlength=problems)
+        row[:] = np.bincount(rng.integers(0, num_problems, num_problems), minlength=num_problems)
     return counts
 
 
 @lru_cache(maxsize=2)
-def _draw_random_signs(problems: int) -> np.ndarray:
-    """(RESAMPLES, problems) float32 of random −1 and +1."""
-    draws = np.random.default_rng(BOOTSTRAP_SEED).integers(0, 2, (NUM_RESAMPLES, problems), dtype=np.int8)
-    return draws.astype(np.float32) * 2 - 1
+def _draw_random_signs(num_problems: int) -> np.ndarray:
+    """Return [NUM_RESAMPLES, num_problems] random signs, −1 or 1. It takes 80 kB a problem."""
+    draws = np.random.default_rng(BOOTSTRAP_SEED).integers(0, 2, (NUM_RESAMPLES, num_problems), dtype=np.int8)
+    return draws.astype(np.float64) * 2 - 1
 
 
-def _multiply(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    # not `@`: its threads cost fifty times the product itself when other processes hold the cores
-    return np.einsum("rp,p->r", matrix, vector.astype(np.float32))
+def _sum_by_problem(columns: Sequence[np.ndarray], problems: np.ndarray, num_problems: int) -> np.ndarray:
+    """Return [num_problems, k] the sums of k columns [items] over the items of each problem."""
+    return np.stack([np.bincount(problems, column, minlength=num_problems) for column in columns], axis=1)
+
+
+def _bootstrap_statistic(compute_statistic: Callable[[np.ndarray], np.ndarray], sums: np.ndarray) -> Interval:
+    """Return a statistic [n] of means [n, k] with its interval. The first of the sums [problems, k] counts items."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may have no item, or items that do not vary
+        value = float(compute_statistic(sums.mean(axis=0)[None])[0])
+        draws = compute_statistic(resample_means(sums))
+    draws = draws[np.isfinite(draws)]
+    low, high = _compute_percentile_interval(value, draws) if len(draws) else (value, value)
+    return Interval(value, low, high, num_problems=int((sums[:, 0] > 0).sum()))
 
 
 def _compute_percentile_interval(value: float, draws: np.ndarray) -> tuple[float, float]:
-    # "nearest" never interpolates towards an infinite ratio
+    # "nearest" never interpolates towards an infinite ratio.
     low, high = np.quantile(draws, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2], method="nearest")
-    return min(float(low), float(value)), max(float(high), float(value))  # equal scores differ by rounding alone
+    return min(float(low), float(value)), max(float(high), float(value))  # rounding may put the value outside
 
 
 def _compute_common_means(
     a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    odd = sorted(a.keys() ^ b.keys())
-    if odd:
-        raise ValueError(f"paired difference: {len(odd)} problems are on one side only ({_join_names(odd)})")
+    """Return [problems] the means over seeds of both sides, in the order of `a`."""
+    unpaired = sorted(a.keys() ^ b.keys())
+    if unpaired:
+        raise ValueError(
+            f"paired difference: {len(unpaired)} problems are on one side only ({format_names(unpaired)})"
+        )
     if not a:
         raise ValueError("paired difference: no problems")
-    return np.array([np.mean(a[key]) for key in a]), np.array([np.mean(b[key]) for key in a])
-
-
-def _join_names(names: Sequence[str], max_names: int = 3) -> str:
-    return ", ".join(map(repr, names[:max_names])) + (", …" if len(names) > max_names else "")
+    means_a, means_b = (np.array([side[name] for name in a], dtype=np.float64).mean(axis=1) for side in (a, b))
+    return means_a, means_b

@@ -463,12 +463,12 @@ def test_what_is_ignored_stays_ignored() -> None:
 def test_a_worker_of_the_checker_outlives_a_signal_to_all(checker: AnswerChecker) -> None:
     """A scheduler signals every process: a comparison that died of it would pass for a wrong answer."""
     assert checker.check([(r"\frac{1}{2}", "0.5")])[0].is_correct
-    for slot in checker._slots:
-        assert slot is not None
-        slot.process.send_signal(signal.SIGTERM)
-        slot.process.send_signal(signal.SIGINT)
+    for worker in checker._workers:
+        assert worker is not None
+        worker.process.send_signal(signal.SIGTERM)
+        worker.process.send_signal(signal.SIGINT)
         time.sleep(0.05)
-        assert slot.process.poll() is None
+        assert worker.process.poll() is None
     assert checker.check([(r"\frac{1}{4}", "0.25")])[0].is_correct
 
 

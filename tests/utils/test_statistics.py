@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from nabla_trl.evaluation.grids import build_grids, compute_mean_reward_by_round
 from nabla_trl.utils import statistics
@@ -252,5 +253,56 @@ def test_nothing_is_said_of_no_items_or_of_what_does_not_vary():
 def test_an_interval_that_ends_at_zero_does_not_exclude_it():
     """Two losses in a hundred: in 13% of the resamples there is none."""
     gaps = -np.r_[np.ones(2), np.zeros(98)]
-    assert not statistics.mean_interval(gaps[:, None]).excludes_zero
-    assert not statistics.mean_interval(-gaps[:, None]).excludes_zero
+    assert statistics.mean_interval(gaps[:, None]).high == 0 == statistics.mean_interval(-gaps[:, None]).low
+
+
+def test_thirds_that_cancel_do_not_exclude_zero():
+    """As float64 numbers 1 − 2/3 and 1/3 differ, and their resampled sums end at 1e-18 in place of 0."""
+    gaps = np.r_[np.full(6, 1 - 2 / 3), np.full(1, -1 / 3), np.zeros(3)]
+    means = statistics.resample_means(gaps[:, None])
+    assert (means == 0).sum() == (np.abs(means) < 1e-9).sum() > 0
+    assert statistics.sign_flip_p_value(gaps) == statistics.sign_flip_p_value(np.round(gaps * 3))
+
+
+# --- scipy as the reference -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values", [np.random.default_rng(10).normal(size=80), np.arange(60) % 7 > 4], ids=["normal", "share"]
+)
+def test_intervals_are_those_of_scipys_bootstrap(values):
+    found = statistics.mean_interval(np.asarray(values, dtype=float)[:, None])
+    reference = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=0).confidence_interval
+    tolerance = 0.03 * (reference.high - reference.low)
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=tolerance)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.15, 0.3])
+def test_p_values_are_those_of_scipys_permutation_test(shift):
+    gaps = np.round(np.random.default_rng(11).normal(shift, 1, size=60) * 3) / 3
+    reference = stats.permutation_test((gaps,), np.mean, permutation_type="samples", n_resamples=20_000, rng=0)
+    assert statistics.sign_flip_p_value(gaps) == pytest.approx(reference.pvalue, abs=0.015)
+
+
+def test_correlation_intervals_are_those_of_scipys_bootstrap():
+    x = np.random.default_rng(12).normal(size=(2, 100))
+    x[1] += x[0]
+    found = statistics.clustered_correlation(*x, np.arange(100), 100)
+    reference = stats.bootstrap(
+        tuple(x),
+        lambda a, b: stats.pearsonr(a, b).statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=4_000,
+        method="percentile",
+        rng=0,
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.02)
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 5), (1, 2), (270, 300), (7, 7)])
+def test_wilson_intervals_are_those_of_scipy(hits, trials):
+    reference = stats.binomtest(hits, trials).proportion_ci(method="wilson")
+    assert statistics.wilson_interval(hits / trials, trials) == pytest.approx(
+        (reference.low, reference.high), abs=1e-12
+    )
