@@ -75,7 +75,9 @@ class RewardArguments:
     """Policy, problems and audits. The search is set by the reasoner's options, training by TRL's RewardConfig."""
 
     policy: str = field(metadata={"help": "hub id or path of the policy, a causal LM"})
-    dataset: str = option("chains", "gsm8k, math500, amc, aime24, aime25, chains, or a .jsonl file to train on")
+    dataset: str = option(
+        "digit_chains", "gsm8k, math500, amc, aime24, aime25, digit_chains, or a .jsonl file to train on"
+    )
     split: str = option("train", "split of the dataset; audits use problems of it that training does not")
     max_train_problems: int = option(2000, "training problems")
     samples_per_problem: int = option(4, "answers of the policy per training problem")

@@ -38,7 +38,7 @@ FACTS = {
     "command": f"distill.py --title '{HOSTILE}'",
     "policy": "tiny-policy",
     "reward": "tiny-reward",
-    "task": "chains",
+    "task": "digit_chains",
     "reward_kind": "scalar",
     "hardware": "Linux x86_64, 2 CPU cores, no GPU",
     "revisions": {"tiny-policy": "0123abcd"},
@@ -63,7 +63,7 @@ def make_rows() -> list[dict[str, Any]]:
             rows.append(
                 {
                     "method": method,
-                    "task": "chains",
+                    "task": "digit_chains",
                     "problem": f"p{number}",
                     "seed": 0,
                     "correct": right,
@@ -109,7 +109,7 @@ def make_trace(number: int, *, before: str = "3", after: str = "7") -> Trace:
         base = ids if accepted else base
     return Trace(
         problem_id=f"train/{number}",
-        task="chains",
+        task="digit_chains",
         method="nabla",
         seed=0,
         prompt=f"1+2 {HOSTILE}",

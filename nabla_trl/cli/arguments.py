@@ -24,8 +24,8 @@ REWARD_HELP = (
     "ensemble[@K]:A,B,… for mean − K·std of reward models (K: 1)"
 )
 DATASET_HELP = (
-    "gsm8k, math500, amc, aime24, aime25, chains, reasoning_gym:FAMILY, or the path of a .jsonl file of problems or "
-    "of a .yaml file that describes a data set"
+    "gsm8k, math500, amc, aime24, aime25, digit_chains, reasoning_gym:FAMILY, or the path of a .jsonl file of problems "
+    "or of a .yaml file that describes a data set"
 )
 VLLM_URL_HELP = (
     "draw the policy's responses from this vLLM server, as http://localhost:8000; it must serve the policy under its "

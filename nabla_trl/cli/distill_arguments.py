@@ -34,7 +34,7 @@ class DistillArguments:
 
     policy: str = field(metadata={"help": "hub id or path of the policy, a causal LM"})
     reward: str = field(metadata={"help": REWARD_HELP})
-    dataset: str = option("chains", f"what to train on: {DATASET_HELP}")
+    dataset: str = option("digit_chains", f"what to train on: {DATASET_HELP}")
     eval_dataset: str = option("", "the held-out task, named alike; empty = the dataset's eval_split")
     train_split: str = option("train", "split that traces are made of")
     eval_split: str = option("test", "split that methods are compared on")

@@ -1,6 +1,6 @@
 """Token labels: which tokens of a response, and which alternatives to them, are free of error.
 
-Step labels exist where a task can say what a right solution may look like character by character (`chains`);
+Step labels exist where a task can say what a right solution may look like character by character (`digit_chains`);
 elsewhere only the verdict on the final answer is known. A token is right if its characters continue a right
 solution at the place where it stands, and the stop token is right at the end of one.
 """
@@ -18,7 +18,7 @@ from nabla_trl.tasks.problem import Problem
 
 # task -> problem -> per character of a right solution, the characters that are right there
 CORRECT_CHARACTERS_BY_TASK: dict[str, Callable[[Problem], list[str]]] = {
-    "chains": digit_chains.list_allowed_characters
+    "digit_chains": digit_chains.list_allowed_characters
 }
 
 

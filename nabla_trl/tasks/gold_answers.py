@@ -1,4 +1,4 @@
-r"""The gold answer in what a data set holds for one: parsers from text to (answer, worked solution). Text only."""
+r"""Parsers of gold answers: from the text in a data set to the final answer and the worked solution."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable
 
 from nabla_trl.grading.extraction import extract_strict_answer
 
-ParsedGold = tuple[str | None, str | None]  # answer and solution, None where there is none
+ParsedGold = tuple[str | None, str | None]  # final answer and worked solution, None if there is none
 
 
 def parse_plain(text: str) -> ParsedGold:
-    """The text itself; None where it is empty."""
+    """Return the text itself, or None if it is empty."""
     return text.strip() or None, None
 
 
 def parse_hashes(text: str) -> ParsedGold:
-    """Answer and solution of a text in GSM8K's form (a last line "#### n"); other text is itself the answer.
+    """Return answer and solution of a text in GSM8K's format, with a last line "#### n". Other text is the answer.
 
-    A number loses its commas, as GSM8K's do; those between the parts of another answer stay.
+    A number loses its commas, as GSM8K's numbers need. Commas between the parts of another answer stay.
     """
     match = re.search(r"^####(.*)\Z", text.strip(), flags=re.MULTILINE)
     if match is None:
@@ -28,20 +28,20 @@ def parse_hashes(text: str) -> ParsedGold:
 
 
 def parse_boxed(text: str) -> ParsedGold:
-    r"""Answer and solution of a text that ends in a `\boxed{…}`, as MATH's solutions do; without a box no answer."""
+    r"""Return answer and solution of a text that ends in `\boxed{…}`, as in MATH. Without a box there is no answer."""
     return extract_strict_answer(text, "boxed"), text
 
 
 def parse_integer(text: str) -> ParsedGold:
-    """An integer as one writes it: "025" and "25.0" give "25". Other text stays; empty text is None."""
+    """Return an integer in its usual form: "25" for "025" and "25.0". Other text stays, and empty text is None."""
     return re.sub(r"^(-?)0*(\d+)(?:\.0+)?$", r"\1\2", text.strip()) or None, None
 
 
 def make_regex_parser(pattern: str) -> Callable[[str], ParsedGold]:
-    """The last match of a regular expression: its group, or all of it; no answer where nothing matches.
+    """Return a parser that takes the last match of a regular expression, or the match's group if there is one.
 
     Raises:
-        ValueError: no regular expression, or one of several groups.
+        ValueError: if the pattern is not a regular expression or has several groups.
     """
     try:
         regex = re.compile(pattern, re.MULTILINE)
@@ -51,8 +51,8 @@ def make_regex_parser(pattern: str) -> Callable[[str], ParsedGold]:
         raise ValueError(f"pattern {pattern!r} has {regex.groups} groups: it may have one, which holds the answer")
 
     def parse(text: str) -> ParsedGold:
-        found = list(regex.finditer(text))
-        answer = (found[-1][regex.groups] or "").strip() if found else ""
+        matches = list(regex.finditer(text))
+        answer = (matches[-1][regex.groups] or "").strip() if matches else ""
         return answer or None, text
 
     return parse

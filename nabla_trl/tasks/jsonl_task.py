@@ -1,8 +1,7 @@
-r"""Problems of a local JSONL file, one object per line (`nabla_trl.tasks.registry` tells the fields)."""
+r"""Problems of a local JSONL file, one object per line. `nabla_trl.tasks.registry` lists the fields."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +9,21 @@ from nabla_trl.grading.extraction import detect_answer_format
 from nabla_trl.tasks.gold_answers import parse_hashes
 from nabla_trl.tasks.problem import Problem, append_instruction, get_question_identity
 from nabla_trl.utils.files import read_jsonl_file
+from nabla_trl.utils.identity import hash_files
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
 
 
-def hash_file(path: Path) -> str:
-    """A hash of a file's content; ValueError where it cannot be read."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-
-
 def load_jsonl_problems(path: Path) -> list[Problem]:
-    """The problems of a file.
+    """Load the problems of a file.
 
     Raises:
-        ValueError: a file that cannot be read, no problems, a bad line or a duplicate, which is named.
+        ValueError: if the file cannot be read, is empty, or has a wrong line or a duplicate, which the message names.
     """
     problems: list[Problem] = []
     line_of_id: dict[str, int] = {}
     line_of_question: dict[tuple[str, ...], int] = {}
-    version = hash_file(path)
+    version = hash_files([path])
     for line, row in read_jsonl_file(path):
         where = f"{path}, line {line}"
         problem = _parse_problem(row, f"{path.stem}/{len(problems)}", path.stem, version, where)
@@ -48,50 +40,51 @@ def load_jsonl_problems(path: Path) -> list[Problem]:
 
 
 def _parse_problem(row: dict[str, Any], default_id: str, task: str, version: str, where: str) -> Problem:
-    messages = _read_messages_field(row, where)
-    question = next((_read_text_field(row, name, where) for name in QUESTION_FIELDS if name in row), None)
+    messages = _read_messages(row, where)
+    question = next((_read_text(row, name, where) for name in QUESTION_FIELDS if name in row), None)
     if question is None and messages is not None:
         question = messages[-1]["content"]
     if question is None or not question.strip():
         raise ValueError(f"{where}: no question; give one of {', '.join(QUESTION_FIELDS)}, or messages")
-    instruction = _read_text_field(row, "instruction", where)
+    instruction = _read_text(row, "instruction", where)
     if instruction is not None:
         if messages is not None:
             raise ValueError(f"{where}: give either instruction or messages, not both")
         messages = append_instruction(question, instruction)
-    answer, solution = parse_hashes(_read_text_field(row, "answer", where, integer=True) or "")
+    answer, solution = parse_hashes(_read_text(row, "answer", where, allow_integer=True) or "")
     return Problem(
-        id=_read_text_field(row, "id", where, integer=True) or default_id,
+        id=_read_text(row, "id", where, allow_integer=True) or default_id,
         question=question,
         answer=answer,
-        solution=_read_text_field(row, "solution", where) or solution,
+        solution=_read_text(row, "solution", where) or solution,
         messages=messages,
         task=task,
-        level=_read_text_field(row, "level", where, integer=True),
+        level=_read_text(row, "level", where, allow_integer=True),
         task_version=version,
         answer_format=detect_answer_format(instruction or ""),
     )
 
 
-def _read_text_field(row: dict[str, Any], name: str, where: str, integer: bool = False) -> str | None:
-    """A string field, or None where absent or null; a whole number is taken where `integer` allows it."""
+def _read_text(row: dict[str, Any], name: str, where: str, allow_integer: bool = False) -> str | None:
+    """Return a string field, or None if it is absent or null."""
     value = row.get(name)
-    if integer and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # other numbers have no one spelling: 0.1, 1e-1
+    if allow_integer and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # other numbers have several spellings, such as 0.1 and 1e-1
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{where}: {name} must be a string, found {type(value).__name__}")
     return value
 
 
-def _read_messages_field(row: dict[str, Any], where: str) -> tuple[dict[str, str], ...] | None:
-    value = row.get("messages")
-    if value is None:
+def _read_messages(row: dict[str, Any], where: str) -> tuple[dict[str, str], ...] | None:
+    messages = row.get("messages")
+    if messages is None:
         return None
-    is_chat = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    is_chat = isinstance(messages, list) and all(
+        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in messages
     )
-    if not is_chat or not value or value[-1]["role"] != "user":
+    if not is_chat or not messages or messages[-1]["role"] != "user":
         raise ValueError(
             f'{where}: messages must be a list of {{"role", "content"}} strings that ends with a user turn'
         )
-    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+    return tuple({key: message[key] for key in ("role", "content")} for message in messages)

@@ -1,32 +1,36 @@
-"""One problem: a question with what is known about its answer."""
+"""A problem: a question and what is known about its answer."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import random
 import sys
 from dataclasses import asdict, dataclass
 
+from nabla_trl.utils.identity import hash_json
+
 BOXED_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+DEFAULT_NUM_PROBLEMS = {"train": 1000, "test": 300}  # of each split of a generated task
+# Fields of a problem that no result on it depends on.
+_UNHASHED_FIELDS = ("id", "solution", "level", "task_version")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with what is known about its answer.
+    """A question and what is known about its answer.
 
     Attributes:
         id: unique within a task and split, such as "gsm8k/test/17".
-        question: the user's question in plain text, without any instruction.
-        answer: the gold final answer; None where there is none.
-        solution: a worked gold solution if the data has one.
-        messages: the chat to send; None means one user turn that holds `question`.
-        task: name of the task; for a file its name without the ending.
+        question: the question in plain text, without any instruction.
+        answer: the gold final answer, or None if there is none.
+        solution: a worked gold solution, if the data has one.
+        messages: the chat to send. None means one user turn that holds `question`.
+        task: name of the task. For a JSONL file, its name without the ending.
         level: difficulty label of the data set, if any.
-        version: what the problem was made from (`task_version`).
-        form: how the prompt asks for the answer, as `answers.strict_answer` takes it; None: in no certain form.
-        examples: worked (question, answer) pairs to show a model without a chat template.
-        stop: strings at whose end a response is over, besides the model's stop tokens.
-        verifier: names what judges an answer where comparing with the gold one would not do (`reasoning_gym_task`).
+        task_version: version of the data that the problem was made from (see `compute_task_version`).
+        answer_format: the format that the prompt asks for (see `extract_strict_answer`). None means no certain format.
+        few_shot_examples: worked (question, answer) pairs for models without a chat template.
+        stop_strings: strings that end a response, besides the model's stop tokens.
+        verifier: names the scorer that replaces the comparison with the gold answer (see `reasoning_gym_task`).
     """
 
     id: str
@@ -43,58 +47,75 @@ class Problem:
     verifier: str | None = None
 
     def build_messages(self) -> list[dict[str, str]]:
-        """The chat as fresh `{"role", "content"}` dicts, ready for a tokenizer's chat template."""
+        """Return the chat as new `{"role", "content"}` dicts for a tokenizer's chat template."""
         if self.messages is None:
             return [{"role": "user", "content": self.question}]
         return [dict(message) for message in self.messages]
 
     @property
     def grading_target(self) -> str | None:
-        """What an answer is checked against by `checker.AnswerChecker`: the verifier, or else the gold answer."""
+        """What `AnswerChecker` compares an answer with: the verifier if there is one, else the gold answer."""
         return self.verifier or self.answer
 
 
 def filter_with_gold_answer(problems: list[Problem], *, verbose: bool = True) -> list[Problem]:
-    """The problems with a gold answer; how many have none is said on stderr, where it is to be `told`.
+    """Return the problems with a gold answer.
+
+    Args:
+        verbose: print on stderr how many problems are left out.
 
     Raises:
-        ValueError: none has one.
+        ValueError: if no problem has a gold answer.
     """
-    found = [problem for problem in problems if problem.answer]
-    if not found:
+    with_gold = [problem for problem in problems if problem.answer]
+    if not with_gold:
         raise ValueError("no problem has a gold answer: nothing could be compared")
-    if verbose and len(found) < len(problems):
-        print(f"{len(problems) - len(found)} problems have no gold answer and are left out", file=sys.stderr)
-    return found
+    if verbose and len(with_gold) < len(problems):
+        print(f"{len(problems) - len(with_gold)} problems have no gold answer and are left out", file=sys.stderr)
+    return with_gold
 
 
-_UNHASHED_FIELDS = ("id", "solution", "level", "version")  # of a problem: what no result on it depends on
+def select_problems(problems: list[Problem], max_problems: int | None, seed: int | None) -> list[Problem]:
+    """Return the first `max_problems` problems, shuffled before if there is a seed. None returns all problems."""
+    problems = list(problems)
+    if seed is not None:
+        random.Random(seed).shuffle(problems)
+    return problems[:max_problems]
+
+
+def check_generated_split(task: str, split: str) -> None:
+    """Check the name of a split of a generated task.
+
+    Raises:
+        ValueError: if the task has no such split.
+    """
+    if split not in DEFAULT_NUM_PROBLEMS:
+        raise ValueError(f"{task} has the splits {', '.join(DEFAULT_NUM_PROBLEMS)}, not {split!r}")
 
 
 def compute_content_hash(problem: Problem) -> str:
-    """Of all that a result on a problem can depend on: what is asked, and the answer it is compared with."""
-    content = {name: value for name, value in asdict(problem).items() if name not in _UNHASHED_FIELDS}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    """Return a hash of everything that a result on a problem can depend on, such as its question and gold answer."""
+    return hash_json({name: value for name, value in asdict(problem).items() if name not in _UNHASHED_FIELDS})
 
 
 def check_disjoint(train_problems: list[Problem], held_out_problems: list[Problem]) -> None:
-    """Refuse held-out problems that are also trained on, comparing questions without case and white space.
+    """Check that no held-out problem is also a training problem. Case and white space of questions are ignored.
 
     Raises:
-        ValueError: naming how many overlap and the first three pairs of ids.
+        ValueError: if problems overlap. The message has their number and the first three pairs of ids.
     """
-    seen = {_normalize_question(problem): problem.id for problem in train_problems}
-    pairs = [(seen[_normalize_question(p)], p.id) for p in held_out_problems if _normalize_question(p) in seen]
-    if pairs:
-        first = ", ".join(f"{a!r} = {b!r}" for a, b in pairs[:3])
+    train_ids = {_normalize_question(problem): problem.id for problem in train_problems}
+    keys = [(_normalize_question(problem), problem.id) for problem in held_out_problems]
+    if overlaps := [(train_ids[key], problem_id) for key, problem_id in keys if key in train_ids]:
+        first = ", ".join(f"{train_id!r} = {held_out_id!r}" for train_id, held_out_id in overlaps[:3])
         raise ValueError(
-            f"{len(pairs)} held-out problem(s) are also trained on (train = held out: {first}); "
+            f"{len(overlaps)} held-out problem(s) are also trained on (train = held out: {first}); "
             "use another split or remove them"
         )
 
 
 def get_question_identity(problem: Problem) -> tuple[str, ...]:
-    """What makes two problems the same: the earlier user turns and the question without instruction."""
+    """Return what makes two problems the same: the earlier user turns, and the question without its instruction."""
     turns = [message["content"] for message in problem.messages or () if message["role"] == "user"]
     return (*turns[:-1], problem.question)
 
@@ -104,5 +125,5 @@ def _normalize_question(problem: Problem) -> tuple[str, ...]:
 
 
 def append_instruction(question: str, instruction: str) -> tuple[dict[str, str], ...]:
-    """One user turn: the question, and below it how to answer."""
+    """Return one user turn with the question and, on the next line, how to answer."""
     return ({"role": "user", "content": f"{question}\n{instruction}"},)

@@ -1,99 +1,112 @@
-r"""Problems and where they come from, by the name of a task.
+r"""Load problems by the name of a task.
 
-    load_problems("gsm8k", split="train", limit=200, seed=0)      # from the hub, or its local cache
-    load_problems("chains", split="test")                         # procedural, needs no file
-    load_problems("svamp.yaml", split="test")                     # any data set, read as a YAML says
-    load_problems("reasoning_gym:chain_sum")                      # a procedural family of reasoning-gym
-    load_problems("my_problems.jsonl")                            # one JSON object per line
+    load_problems("gsm8k", split="train", max_problems=200, seed=0)  # from the hub or its local cache
+    load_problems("digit_chains", split="test")                      # generated, needs no file
+    load_problems("svamp.yaml", split="test")                        # any data set, read as a YAML file says
+    load_problems("reasoning_gym:chain_sum")                         # a generated family of reasoning-gym
+    load_problems("my_problems.jsonl")                               # one JSON object per line
 
-What a YAML holds: `nabla_trl.tasks.yaml_task.Task`. A line of a JSONL file holds `question` (or `problem`, or `prompt`) and
-may hold
-- `answer`: the gold final answer; where it ends in a line "#### n", n is the answer, the text the solution,
-- `solution`, `id`, `level`,
-- `instruction`, appended to the question in the chat, or `messages`, the whole chat. Without either the
-  question is sent as it is: a small model with a format of its own must not be told about \boxed{}.
+See `nabla_trl.tasks.yaml_task.TaskConfig` for the YAML file. A line of a JSONL file holds `question` (or `problem`, or
+`prompt`). It may also hold
+
+- `answer`: the gold final answer. If the text ends in a line "#### n", n is the answer and the text the solution.
+- `solution`, `id`, `level`.
+- `instruction`, which is appended to the question in the chat, or `messages`, the whole chat. Without either the
+  question is sent as it is, because a small model with an answer format of its own must not be told about \boxed{}.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from nabla_trl.tasks.problem import Problem
+from nabla_trl.tasks.digit_chains import GENERATOR_VERSION, make_digit_chain_problems
+from nabla_trl.tasks.jsonl_task import load_jsonl_problems
+from nabla_trl.tasks.problem import Problem, select_problems
+from nabla_trl.tasks.reasoning_gym_task import REASONING_GYM_PREFIX, get_generator_version, make_reasoning_gym_problems
+from nabla_trl.tasks.yaml_task import load_task_config, load_task_problems
+from nabla_trl.utils.identity import hash_files
 
-REASONING_GYM_PREFIX = "reasoning_gym:"
+
+@dataclass(frozen=True)
+class TaskSource:
+    """A kind of task.
+
+    Attributes:
+        load: returns the problems of a name, a split, a maximum number of problems (or None) and a seed (or None).
+        compute_version: returns the version of a name.
+    """
+
+    load: Callable[[str, str, int | None, int | None], list[Problem]]
+    compute_version: Callable[[str], str]
+
+
+# Pattern of a task's name → its source. The first pattern that matches counts.
+TASK_SOURCES = {
+    "digit_chains": TaskSource(
+        lambda name, split, max_problems, seed: make_digit_chain_problems(split, max_problems, seed or 0),
+        lambda name: GENERATOR_VERSION,
+    ),
+    f"{REASONING_GYM_PREFIX}.*": TaskSource(make_reasoning_gym_problems, get_generator_version),
+    r".*\.jsonl": TaskSource(
+        lambda name, split, max_problems, seed: select_problems(load_jsonl_problems(Path(name)), max_problems, seed),
+        lambda name: hash_files([Path(name)]),
+    ),
+    ".*": TaskSource(
+        lambda name, split, max_problems, seed: select_problems(
+            load_task_problems(load_task_config(name), split), max_problems, seed
+        ),
+        lambda name: load_task_config(name).compute_version(),
+    ),
+}
+_RENAMED_TASKS = {"chains": "digit_chains"}
 
 
 def load_problems(
     name_or_path: str, *, split: str = "test", max_problems: int | None = None, seed: int | None = None
 ) -> list[Problem]:
-    """Problems of a task by name, or as a local file holds or describes them.
+    """Load the problems of a task.
 
     Args:
-        name_or_path: one of `task_files.benchmarks()`, "chains", "reasoning_gym:FAMILY", or the path of a `.jsonl`
-            or `.yaml` file.
-        split: "train" or "test" where the task has it. A JSONL file is one split, so it does not apply there.
-        limit: how many problems to keep, at least 1; None keeps all (procedural ones: their default number).
-        seed: shuffle before `limit`; None keeps the order of the data. Procedural tasks draw other problems instead.
+        name_or_path: one of `list_benchmarks()`, "digit_chains", "reasoning_gym:FAMILY", or the path of a `.jsonl` or
+            `.yaml` file.
+        split: "train" or "test", if the task has it. A JSONL file is one split, so its split is ignored.
+        max_problems: maximum number of problems, at least 1. None means all, and for generated tasks their default.
+        seed: shuffle the problems before `max_problems` are taken. None keeps the order of the data. For a generated
+            task another seed gives other problems.
 
     Raises:
-        ValueError: unknown task or split, hub out of reach, or a bad line or description, which is named.
+        ValueError: if the task or split is unknown, the hub cannot be reached, or a line or description is wrong.
     """
     if max_problems is not None and max_problems < 1:
-        raise ValueError(f"limit must be at least 1, got {max_problems}")
-    # The rooms of the tasks build on `Problem`, so they are imported here.
-    if name_or_path == "chains":
-        from nabla_trl.tasks.digit_chains import make_digit_chain_problems
-
-        return make_digit_chain_problems(split, max_problems, 0 if seed is None else seed)
-    if name_or_path.startswith(REASONING_GYM_PREFIX):
-        from nabla_trl.tasks.reasoning_gym_task import make_reasoning_gym_problems as make_procedural
-
-        return make_procedural(name_or_path, split, max_problems, seed)
-    if Path(name_or_path).suffix == ".jsonl":
-        from nabla_trl.tasks.jsonl_task import load_jsonl_problems
-
-        problems = load_jsonl_problems(Path(name_or_path))
-    else:
-        from nabla_trl.tasks.yaml_task import load_task_config, load_task_problems
-
-        problems = load_task_problems(load_task_config(name_or_path), split)
-    if seed is not None:
-        random.Random(seed).shuffle(problems)
-    return problems[:max_problems]
+        raise ValueError(f"max_problems must be at least 1, got {max_problems}")
+    return _find_source(name_or_path).load(name_or_path, split, max_problems, seed)
 
 
 def compute_task_version(name_or_path: str) -> str:
-    """What rows must have in common to be of the same task: of the data, the prompt and the way gold answers are read.
+    """Return the version of a task's data, prompt and gold answers. Results are comparable if they have the same one.
 
-    Of a JSONL file a hash of its content; of a benchmark or YAML the number and a hash of the description, and the
-    data set's revision; of procedural tasks the version of the generator. Every problem carries it.
+    The version of a JSONL file is a hash of its content. That of a benchmark or YAML file is a number, a hash of the
+    description and the data set's revision. That of a generated task is the version of its generator.
 
     Raises:
-        ValueError: as `load_problems`.
+        ValueError: see `load_problems`.
     """
-    if name_or_path == "chains":
-        from nabla_trl.tasks.digit_chains import GENERATOR_VERSION
+    return _find_source(name_or_path).compute_version(name_or_path)
 
-        return GENERATOR_VERSION
-    if name_or_path.startswith(REASONING_GYM_PREFIX):
-        from nabla_trl.tasks.reasoning_gym_task import get_generator_version
 
-        return get_generator_version(name_or_path)
-    if Path(name_or_path).suffix == ".jsonl":
-        from nabla_trl.tasks.jsonl_task import hash_file
-
-        return hash_file(Path(name_or_path))
-    from nabla_trl.tasks.yaml_task import load_task_config
-
-    return load_task_config(name_or_path).compute_version()
+def _find_source(name_or_path: str) -> TaskSource:
+    if name_or_path in _RENAMED_TASKS:
+        raise ValueError(f"unknown task {name_or_path!r}: it is now {_RENAMED_TASKS[name_or_path]!r}")
+    return next(source for pattern, source in TASK_SOURCES.items() if re.fullmatch(pattern, name_or_path, re.DOTALL))
 
 
 def get_task_settings(name_or_path: str) -> dict[str, str]:
-    """A task's name and version, for `tracing.claim_settings`: an output of one version is not added to by another.
+    """Return a task's name and version for `claim_settings`, so that an output never mixes two versions.
 
-    A JSONL file may grow: its problems are told apart one by one (`content_hash`).
+    A JSONL file may grow. Its version is left out, because its problems are compared one by one by their hashes.
     """
     if Path(name_or_path).suffix == ".jsonl":
         return {"dataset": name_or_path}
@@ -101,5 +114,5 @@ def get_task_settings(name_or_path: str) -> dict[str, str]:
 
 
 def collect_problem_facts(problems: Iterable[Problem]) -> dict[str, dict[str, str | None]]:
-    """Id -> question and level: what a report says of held-out problems."""
+    """Return the question and level of each problem by its id, for a report."""
     return {problem.id: {"question": problem.question, "level": problem.level} for problem in problems}

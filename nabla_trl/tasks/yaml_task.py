@@ -1,8 +1,8 @@
-r"""Tasks described by a YAML file: the benchmarks in `benchmarks/`, and any data set that a user describes so.
+r"""Tasks described by a YAML file: the benchmarks in `benchmarks/`, and any data set that a user describes.
 
 path: ChilleD/SVAMP                       # on the hub, or a local file or folder (.jsonl, .json, .parquet, .csv)
 revision: 3a9a9b7                         # commit of the data set
-splits: {train: train, test: test}        # ours to the data set's own; of a local folder, to its files
+splits: {train: train, test: test}        # our names to the data set's names, or to files of a local folder
 question: "{{ Body }} {{ Question }}"     # a column, or a Jinja template of columns
 answer: Answer
 parse: integer
@@ -11,8 +11,6 @@ instruction: Put your final answer within \boxed{}.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
@@ -20,45 +18,46 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError, meta
+from jinja2 import StrictUndefined, Template, TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from nabla_trl.grading.extraction import ANSWER_FORMATS, detect_answer_format, extract_strict_answer
 from nabla_trl.tasks.gold_answers import GOLD_PARSERS, ParsedGold, make_regex_parser
-from nabla_trl.tasks.jsonl_task import hash_file
 from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, append_instruction
 from nabla_trl.utils.fields import coerce_fields, read_yaml
+from nabla_trl.utils.formatting import format_error
+from nabla_trl.utils.identity import hash_files, hash_json
 
 BENCHMARKS_DIR = Path(__file__).with_name("benchmarks")
-EXAMPLES = "examples"  # folder of worked examples that benchmarks share
 _DATASET_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_RENAMED_KEYS = {"form": "answer_format", "stop": "stop_strings"}
 _JINJA_ENV = SandboxedEnvironment(undefined=StrictUndefined)  # a description may come from somebody else
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    r"""Where a data set lies and how its rows become problems. Its fields are the keys of the YAML file.
+    r"""Where a data set is and how its rows become problems. The fields are the keys of the YAML file.
 
     Attributes:
-        path: hub id of the data set, or a local file or folder, relative to the YAML.
-        revision: commit to load; None follows the data set's main branch and is not reproducible.
-        config: the data set's configuration name.
-        splits: our split names to the data set's own; of a local folder, to files in it. A local file is one split.
-        question, answer: a column, or a Jinja template of columns (it has "{{" in it).
-        level, solution: columns of the difficulty and of the worked solution; None: there is none.
-        parse: how the gold answer is read: plain, hashes (GSM8K's "#### n"), boxed, integer, or regex.
-        pattern: regex: its last match is the answer, or the one group of it.
-        instruction: how to answer; empty: nothing is said.
-        prompt: Jinja template of the user turn, of `question`, `instruction` and columns; None: the question, and the
-            instruction on the next line.
-        form: the form of answer that `strict_answer` takes; None: what the instruction names.
+        path: hub id of the data set, or a local file or folder relative to the YAML file.
+        revision: commit to load. None follows the data set's main branch and is not reproducible.
+        config: name of the data set's configuration.
+        splits: our names of splits to the data set's names, or to files of a local folder. A local file is one split.
+        question, answer: a column, or a Jinja template of columns, which has "{{" in it.
+        level, solution: columns of the difficulty and of the worked solution, or None.
+        parse: how to read the gold answer: plain, hashes (GSM8K's "#### n"), boxed, integer, or regex.
+        pattern: regular expression for `parse: regex`. The last match, or its one group, is the answer.
+        instruction: how to answer. An empty text gives no instruction.
+        prompt: Jinja template of the user turn, of `question`, `instruction` and columns. None means the question with
+            the instruction on the next line.
+        answer_format: the format that `extract_strict_answer` reads. None means the one that the instruction names.
         few_shot: worked examples for models without a chat template, [{question, answer}], or a YAML file of them.
-        stop: strings at whose end a response is over.
-        version: to be counted up when what the description cannot say has changed.
-        name: None: the file's, without the ending.
+        stop_strings: strings that end a response.
+        version: increase it after a change that the other fields do not show.
+        name: name of the task. None means the file's name without its ending.
 
     Raises:
-        ValueError: a value that means nothing, a template that cannot be read, an example that does not end in `form`.
+        ValueError: if a value is not allowed, a template cannot be read, or an example does not end in the format.
     """
 
     path: str
@@ -85,18 +84,11 @@ class TaskConfig:
         if (self.parse == "regex") != (self.pattern is not None):
             raise ValueError("pattern belongs to parse: regex, which needs one")
         if self.answer_format is not None and self.answer_format not in ANSWER_FORMATS:
-            raise ValueError(f"form must be one of {', '.join(ANSWER_FORMATS)}, not {self.answer_format!r}")
+            raise ValueError(f"answer_format must be one of {', '.join(ANSWER_FORMATS)}, not {self.answer_format!r}")
         if not _is_str_dict(self.splits):
             raise ValueError("splits must map names of splits to the data set's own, as {test: test}")
-        self._check_splits()
         if not all(self.stop_strings):
-            raise ValueError("stop must not hold an empty string")
-        self.get_answer_parser()
-        for template in (self.question, self.answer, self.prompt or ""):
-            _list_template_variables(template)
-        self._check_examples()
-
-    def _check_splits(self) -> None:
+            raise ValueError("stop_strings must not hold an empty string")
         path = Path(self.path)
         if path.is_file() and self.splits:
             raise ValueError(f"{self.path} is a file, which is one split: leave splits out, or give its folder")
@@ -104,70 +96,81 @@ class TaskConfig:
             raise ValueError(f"there is no file {self.path}")
         if not path.is_file() and not self.splits:
             raise ValueError(f"splits are needed: which of its splits is {self.path}'s test?")
+        self.get_answer_parser()
+        for template in (self.question, self.answer, self.prompt or ""):
+            _list_template_variables(template)
+        self._check_examples()
 
     def _check_examples(self) -> None:
-        form = self.resolve_answer_format()
+        answer_format = self.resolve_answer_format()
         for number, example in enumerate(self.few_shot, start=1):
             if not _is_str_dict(example) or {*example} != {"question", "answer"}:
                 raise ValueError(f"few_shot, example {number}: must have a question and an answer, both text")
-            if form and extract_strict_answer(example["answer"], form) is None:
-                raise ValueError(f"few_shot, example {number}: no answer in the form that is asked for, {form}")
+            if answer_format and extract_strict_answer(example["answer"], answer_format) is None:
+                raise ValueError(
+                    f"few_shot, example {number}: no answer in the form that is asked for, {answer_format}"
+                )
 
     @property
     def is_local(self) -> bool:
+        """Whether the data set is a local file or folder."""
         return Path(self.path).exists()
 
     def resolve_answer_format(self) -> str | None:
-        """The form in which the prompt asks for the answer."""
+        """Return the format in which the prompt asks for the answer, or None if it asks for none."""
         return self.answer_format or detect_answer_format(self.instruction)
 
     def get_answer_parser(self) -> Callable[[str], ParsedGold]:
+        """Return the function that reads gold answers."""
         return GOLD_PARSERS[self.parse] if self.pattern is None else make_regex_parser(self.pattern)
 
     def find_data_files(self) -> dict[str, Path]:
-        """The local files that hold the data, by split; a file that is the data set is all of them, under ""."""
+        """Return the local data files by split. If the data set is a single file, its split is ""."""
         path = Path(self.path)
         return {"": path} if path.is_file() else {split: path / name for split, name in self.splits.items()}
 
     def compute_version(self) -> str:
-        """The version, a hash of the description, and the revision or a hash of the local data."""
-        said = asdict(self) | {"path": Path(self.path).name if self.is_local else self.path}
-        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+        """Return the version, a hash of the description, and the revision or a hash of the local data."""
+        description = asdict(self) | {"path": Path(self.path).name if self.is_local else self.path}
         if self.is_local:
-            data = hashlib.sha256("".join(map(hash_file, self.find_data_files().values())).encode()).hexdigest()[:12]
+            data = hash_json({split: hash_files([file]) for split, file in self.find_data_files().items()})
         else:
             data = (self.revision or "main")[:12]
-        return f"{self.version}-{digest}@{data}"
+        return f"{self.version}-{hash_json(description, 8)}@{data}"
 
 
 def list_benchmarks() -> list[str]:
-    """Names of the tasks that come with the package."""
+    """Return the names of the benchmarks that come with the package."""
     return sorted(path.stem for path in BENCHMARKS_DIR.glob("*.yaml"))
 
 
 def load_task_config(name_or_path: str) -> TaskConfig:
-    """A benchmark by its name, or the task that a YAML file describes.
+    """Return the description of a benchmark by its name, or of a YAML file.
 
     Raises:
-        ValueError: neither, or a file that describes none.
+        ValueError: if there is no such benchmark or file, or the file is not a description.
     """
-    if Path(name_or_path).suffix in (".yaml", ".yml"):
+    if _is_yaml(name_or_path):
         return read_task_config(Path(name_or_path))
     if name_or_path in list_benchmarks():
         return _read_benchmark(name_or_path)
     raise ValueError(
-        f"unknown task {name_or_path!r}: use one of {', '.join(list_benchmarks())}, chains, reasoning_gym:FAMILY, or the "
-        "path of a .jsonl or .yaml file"
+        f"unknown task {name_or_path!r}: use one of {', '.join(list_benchmarks())}, digit_chains, "
+        "reasoning_gym:FAMILY, or the path of a .jsonl or .yaml file"
     )
 
 
 def find_hub_task_config(name_or_path: str) -> TaskConfig | None:
-    """The task of that name if its data lie on the hub; None for all others."""
-    is_file = Path(name_or_path).suffix in (".yaml", ".yml") and Path(name_or_path).is_file()
-    if not is_file and name_or_path not in list_benchmarks():
+    """Return the description of a task whose data are on the hub. For other tasks and names return None."""
+    is_described = _is_yaml(name_or_path) and Path(name_or_path).is_file()
+    if not is_described and name_or_path not in list_benchmarks():
         return None
     task = load_task_config(name_or_path)
     return None if task.is_local else task
+
+
+def _is_yaml(name_or_path: str) -> bool:
+    return Path(name_or_path).suffix in (".yaml", ".yml")
 
 
 @cache
@@ -176,21 +179,24 @@ def _read_benchmark(name: str) -> TaskConfig:
 
 
 def read_task_config(path: Path) -> TaskConfig:
-    """The task of a YAML file.
+    """Read the description of a task from a YAML file.
 
     Raises:
-        ValueError: no such file, unknown or missing keys, or what `Task` refuses; the message begins with the path.
+        ValueError: if there is no such file, a key is unknown or missing, or `TaskConfig` refuses a value. The message
+            begins with the path.
     """
     values = read_yaml(path)
     try:
+        for key in _RENAMED_KEYS.keys() & values:
+            raise ValueError(f"unknown key {key!r}: it is now {_RENAMED_KEYS[key]!r}")
         if isinstance(values.get("few_shot"), str):
             values["few_shot"] = _read_few_shot_examples(path.parent / values["few_shot"])
         values = coerce_fields(values, [TaskConfig], source=path)
-        needed = [one.name for one in fields(TaskConfig) if one.default is MISSING and one.default_factory is MISSING]
-        if missing := [name for name in needed if values.get(name) is None]:
+        required = [item.name for item in fields(TaskConfig) if item.default is item.default_factory is MISSING]
+        if missing := [name for name in required if values.get(name) is None]:
             raise ValueError(f"{', '.join(missing)} must be given")
-        beside = path.parent / values["path"]
-        task = TaskConfig(**values | {"path": str(beside) if beside.exists() else values["path"]})
+        local_path = path.parent / values["path"]
+        task = TaskConfig(**values | {"path": str(local_path) if local_path.exists() else values["path"]})
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
     return replace(task, name=task.name or path.stem)
@@ -200,7 +206,7 @@ def _read_few_shot_examples(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        reason = error.strerror if isinstance(error, OSError) else format_error(error)
         raise ValueError(f"few_shot: cannot read {path}: {reason}") from error
 
 
@@ -208,15 +214,15 @@ def _read_few_shot_examples(path: Path) -> Any:
 
 
 def load_task_problems(task: TaskConfig, split: str) -> list[Problem]:
-    """The problems of one split.
+    """Load the problems of one split.
 
     Raises:
-        ValueError: no such split or column, data out of reach, or a row without a question.
+        ValueError: if there is no such split or column, the data cannot be loaded, or a row has no question.
     """
     rows = _load_rows(task, split)
     _check_columns(task, rows.column_names)
     version, parse = task.compute_version(), task.get_answer_parser()
-    examples = tuple((one["question"], one["answer"]) for one in task.few_shot)
+    examples = tuple((example["question"], example["answer"]) for example in task.few_shot)
     problems = []
     for index, row in enumerate(rows):
         where = f"task {task.name!r}, row {index}"
@@ -245,7 +251,7 @@ def load_task_problems(task: TaskConfig, split: str) -> list[Problem]:
 def _load_rows(task: TaskConfig, split: str) -> Any:
     if task.splits and split not in task.splits:
         raise ValueError(f"task {task.name!r} has no split {split!r}: it has {', '.join(task.splits)}")
-    import datasets  # a second to import, and files or chains do not need it
+    import datasets  # takes a second to import, and other kinds of tasks do not need it
 
     try:
         if not task.is_local:
@@ -256,7 +262,7 @@ def _load_rows(task: TaskConfig, split: str) -> Any:
             raise ValueError(f"{file.name} must end in one of {', '.join(_DATASET_BUILDERS)}")
         return datasets.load_dataset(_DATASET_BUILDERS[file.suffix], data_files=str(file), split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
+        reason = format_error(error)
         if task.is_local:
             raise ValueError(f"task {task.name!r} could not be read from {task.path} ({reason})") from error
         raise ValueError(
@@ -266,20 +272,16 @@ def _load_rows(task: TaskConfig, split: str) -> Any:
 
 
 def _check_columns(task: TaskConfig, columns: Sequence[str]) -> None:
-    named = [name for name in (task.solution, task.level) if name]
-    named += [name for source in (task.question, task.answer) for name in _list_columns(source)]
-    named += [name for name in _list_template_variables(task.prompt or "") if name not in ("question", "instruction")]
-    if absent := [name for name in dict.fromkeys(named) if name not in columns]:
-        raise ValueError(f"task {task.name!r}: no column {', '.join(absent)}; there are {', '.join(columns)}")
+    names = [name for name in (task.solution, task.level) if name]
+    for source in (task.question, task.answer):
+        names += _list_template_variables(source) if _is_template(source) else [source]
+    names += [name for name in _list_template_variables(task.prompt or "") if name not in ("question", "instruction")]
+    if missing := [name for name in dict.fromkeys(names) if name not in columns]:
+        raise ValueError(f"task {task.name!r}: no column {', '.join(missing)}; there are {', '.join(columns)}")
 
 
 def _is_template(source: str) -> bool:
     return "{{" in source or "{%" in source
-
-
-def _list_columns(source: str) -> list[str]:
-    """The columns that a column's name or a template asks for."""
-    return _list_template_variables(source) if _is_template(source) else [source]
 
 
 def _list_template_variables(template: str) -> list[str]:
@@ -290,15 +292,13 @@ def _list_template_variables(template: str) -> list[str]:
 
 
 @cache
-def _compile_template(template: str) -> Any:
+def _compile_template(template: str) -> Template:
     return _JINJA_ENV.from_string(template)
 
 
 def _read_value(source: str, row: Mapping[str, Any], where: str) -> str:
-    """A column, or a template of columns, as text; a missing value is empty."""
-    if _is_template(source):
-        return _render_template(source, row, where)
-    return _to_text(row[source]) or ""
+    """Return a column or a template of columns as text. A missing value is an empty text."""
+    return _render_template(source, row, where) if _is_template(source) else _to_text(row[source]) or ""
 
 
 def _to_text(value: Any) -> str | None:
@@ -316,10 +316,10 @@ def _build_messages(
     task: TaskConfig, question: str, row: Mapping[str, Any], where: str
 ) -> tuple[dict[str, str], ...] | None:
     if task.prompt is not None:
-        known = {**row, "question": question, "instruction": task.instruction}
-        return ({"role": "user", "content": _render_template(task.prompt, known, where)},)
+        variables = {**row, "question": question, "instruction": task.instruction}
+        return ({"role": "user", "content": _render_template(task.prompt, variables, where)},)
     return append_instruction(question, task.instruction) if task.instruction else None
 
 
 def _is_str_dict(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(one, str) for pair in value.items() for one in pair)
+    return isinstance(value, dict) and all(isinstance(text, str) for item in value.items() for text in item)

@@ -54,7 +54,7 @@ class BenchArguments:
     reward: str = option(
         RANDOM_REWARD, f"random (the policy's body, a random head: enough for speed), or {REWARD_HELP}"
     )
-    dataset: str = option("chains", DATASET_HELP)
+    dataset: str = option("digit_chains", DATASET_HELP)
     split: str = option("test", "split of the dataset")
     parts: str = option(",".join(BENCHMARK_PARTS), "comma-separated parts to measure")
     max_problems: int = option(32, "plain: problems that the engine refines together, at most")

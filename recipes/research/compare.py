@@ -48,7 +48,7 @@ BASELINES = ("control", "shuffled", "paper", "released", *STEP_SEARCHES)
 @dataclass
 class CompareArguments:
     output_dir: str = field(metadata={"help": "folder of rows/ and compare.md"})
-    dataset: str = option("chains", DATASET_HELP)
+    dataset: str = option("digit_chains", DATASET_HELP)
     split: str = option("test", "split of the dataset")
     max_problems: int = option(300, "problems; 0 = all")
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of all that samples"})

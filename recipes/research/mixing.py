@@ -30,7 +30,7 @@ from nabla_trl.tasks.registry import load_problems
 @dataclass
 class MixingArguments:
     output_dir: str = field(metadata={"help": "folder of mixing.json"})
-    dataset: str = field(default="chains", metadata={"help": DATASET_HELP})
+    dataset: str = field(default="digit_chains", metadata={"help": DATASET_HELP})
     split: str = field(default="test", metadata={"help": "split of the dataset"})
     max_problems: int = field(default=60, metadata={"help": "problems, a chain for each"})
     compare_gradient_at: list[str] = field(

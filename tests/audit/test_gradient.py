@@ -114,7 +114,7 @@ def chains_policy() -> Policy:
 
 @pytest.fixture(scope="module")
 def chains() -> list[Any]:
-    return load_problems("chains", split="train", max_problems=24)
+    return load_problems("digit_chains", split="train", max_problems=24)
 
 
 def planted(policy: Policy, sign: float = 1.0) -> Slope:

@@ -192,7 +192,7 @@ def test_searches_that_all_failed_are_refused(policy, checker):
 def test_a_real_search_is_read_as_it_went(checker):
     policy = load_policy("data/tiny/policy")
     reward = load_reward("logratio:data/tiny/clean", policy=policy)
-    problems = load_problems("chains", split="train", max_problems=12)
+    problems = load_problems("digit_chains", split="train", max_problems=12)
     config = SearchConfig(
         max_rounds=3, patience=1, max_rollouts=2, max_flops=1.0, max_new_tokens=48, min_p=0.02, candidate_min_p=0.02
     )

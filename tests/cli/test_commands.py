@@ -289,7 +289,7 @@ def test_eval_then_report(capsys, models, dataset, tmp_path, monkeypatch):
 
 
 def test_eval_of_a_task_that_asks_for_a_form_tells_where_answers_are_read_in_two_ways(capsys, models, tmp_path):
-    chains = ["--dataset", "chains", "--max_problems", "5"]
+    chains = ["--dataset", "digit_chains", "--max_problems", "5"]
     assert main(evaluation(models, chains, tmp_path, "greedy,nabla")) == 0
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -298,14 +298,14 @@ def test_eval_of_a_task_that_asks_for_a_form_tells_where_answers_are_read_in_two
     assert f"{len(differ)} answers differ by strict and lenient extraction: {tmp_path / 'extraction.jsonl'}" in out
     lines = (tmp_path / "extraction.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["lenient"] for line in lines] == [row["answer"] for row in differ]
-    assert {row["task_version"] for row in rows} == {compute_task_version("chains")}
+    assert {row["task_version"] for row in rows} == {compute_task_version("digit_chains")}
     assert main(["report", "--output_dir", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     strict = [bool(row["correct_strict"]) for row in rows if row["method"] == "greedy"]
     assert summary["accuracy_strict.greedy"]["value"] == pytest.approx(sum(strict) / len(strict))
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert f"{len(differ)} of {len(rows)} responses are read in two ways" in page
-    assert f"revision of chains: `{compute_task_version('chains')}`" in page
+    assert f"revision of digit_chains: `{compute_task_version('digit_chains')}`" in page
 
 
 @pytest.mark.parametrize("command", ["eval", "traces"])

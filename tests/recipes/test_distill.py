@@ -70,7 +70,7 @@ def distill_here(folder: Path, *options: str) -> None:
 
 
 def traces(folder: Path) -> list[str]:
-    where = ["--dataset", "chains", "--output_dir", str(folder), "--max_problems", "40", "--batch_size", "4"]
+    where = ["--dataset", "digit_chains", "--output_dir", str(folder), "--max_problems", "40", "--batch_size", "4"]
     return ["-m", "nabla_trl.cli.main", "traces", *MODELS, *where, *SEARCH]
 
 
@@ -182,7 +182,7 @@ def test_seeds_and_methods_can_be_added(finished):
 def test_a_reward_that_cannot_be_audited_does_not_stop_the_run(tmp_path):
     lines = [json.dumps({"question": f"{i}+{i}-1*2+3-1"}) for i in range(5)]
     (tmp_path / "asked.jsonl").write_text("\n".join(lines) + "\n")
-    options = ["--stages", "traces", "--dataset", str(tmp_path / "asked.jsonl"), "--eval_dataset", "chains"]
+    options = ["--stages", "traces", "--dataset", str(tmp_path / "asked.jsonl"), "--eval_dataset", "digit_chains"]
     distill_here(tmp_path / "out", *options)
     audited = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert "could not be audited: the audit needs problems with a gold answer" in audited["verdict"]

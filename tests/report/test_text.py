@@ -46,7 +46,7 @@ FACTS = {
     "command": "accelerate launch recipes/distill.py --config recipes/tiny/distill.yaml",
     "policy": "tiny-policy",
     "reward": "clean/policy",
-    "task": "chains",
+    "task": "digit_chains",
     "reward_kind": "log-ratio",
     "versions": {"torch": "2.13"},
     "seeds": [0, 1],
@@ -69,7 +69,7 @@ def make_rows(world=WORLD, without=()):
             for seed in range(1 if method in SINGLE else SEEDS):
                 right = (number * 37 % PROBLEMS) < share * PROBLEMS - 1e-9
                 rounds = [0.0, share] if method.startswith(("nabla", "control")) else None
-                row = {"method": method, "task": "chains", "problem": f"p{number}", "seed": seed}
+                row = {"method": method, "task": "digit_chains", "problem": f"p{number}", "seed": seed}
                 row |= {"correct": right, "reward": math.nan if method == "greedy" else share}
                 row |= {
                     "kl": KL.get(method),

@@ -98,7 +98,7 @@ def test_a_scorer_that_cannot_be_had_costs_its_rows_alone() -> None:
         ("reasoning_gym:no_such", ["no_such"]),
         ("reasoning_gym:gcd,max_valu=3", ["max_valu"]),
         ("reasoning_gym:graph_color", ["no gold answer"]),
-        ("reasoning_gym:gcd,max_value=3", ["only", "lower limit"]),
+        ("reasoning_gym:gcd,max_value=3", ["only", "lower --max_problems"]),
     ],
 )
 def test_what_a_family_cannot_give_is_named_in_one_line(name: str, words: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, check_disjoint
-from nabla_trl.tasks.registry import load_problems
+from nabla_trl.tasks.registry import compute_task_version, load_problems
 
 SOLVED = "He sells 9 - 2 = 7 apples.\n#### 7"
 CHAT = [
@@ -169,19 +169,24 @@ def test_limit_keeps_the_order_and_seed_shuffles_before_it(tmp_path: Path) -> No
 
 
 def test_unknown_names_splits_and_limits_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown task 'gsm9k': use one of .*gsm8k, .*chains, .*\.jsonl or \.yaml"):
+    with pytest.raises(
+        ValueError, match=r"unknown task 'gsm9k': use one of .*gsm8k, .*digit_chains, .*\.jsonl or \.yaml"
+    ):
         load_problems("gsm9k")
+    for action in (load_problems, compute_task_version):
+        with pytest.raises(ValueError, match="unknown task 'chains': it is now 'digit_chains'"):
+            action("chains")
     with pytest.raises(ValueError, match="'math500' has no split 'train': it has test"):
         load_problems("math500", split="train")
-    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_problems must be at least 1, got 0"):
         load_problems(numbered(tmp_path / "n.jsonl", 2), max_problems=0)
 
 
 def test_chains_are_repeatable_and_their_splits_disjoint() -> None:
-    train = load_problems("chains", split="train", max_problems=30)
-    test = load_problems("chains", max_problems=30)
-    assert test == load_problems("chains", max_problems=30)
-    assert test != load_problems("chains", max_problems=30, seed=1)
+    train = load_problems("digit_chains", split="train", max_problems=30)
+    test = load_problems("digit_chains", max_problems=30)
+    assert test == load_problems("digit_chains", max_problems=30)
+    assert test != load_problems("digit_chains", max_problems=30, seed=1)
     check_disjoint(train, test)
 
 

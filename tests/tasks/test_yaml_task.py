@@ -83,7 +83,7 @@ def test_the_data_sets_of_a_model_card_are_those_on_the_hub(tmp_path: Path) -> N
     gsm8k = find_hub_task_config("gsm8k")
     assert gsm8k is not None and gsm8k.path == "openai/gsm8k"
     assert (
-        find_hub_task_config("chains")
+        find_hub_task_config("digit_chains")
         is find_hub_task_config("gone.yaml")
         is find_hub_task_config(described(tmp_path))
         is None
@@ -238,6 +238,8 @@ def test_an_answer_that_is_missing_is_none(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"quesion": "Body"}, ["unknown key 'quesion'", "did you mean question"]),
+        ({"form": "boxed"}, ["unknown key 'form': it is now 'answer_format'"]),
+        ({"stop": ["Q:"]}, ["unknown key 'stop': it is now 'stop_strings'"]),
         ({"question": None}, ["question must be given"]),
         ({"stop_strings": "Q:"}, ["stop_strings must be a list"]),
         ({"parse": "number"}, ["parse must be one of plain, hashes, boxed, integer, regex"]),
@@ -307,8 +309,8 @@ def test_versions_of_files_and_chains(tmp_path: Path) -> None:
     assert load_problems(str(lines))[0].task_version == before
     write_rows(lines, [{"question": "1+2?"}])
     assert compute_task_version(str(lines)) != before
-    [problem] = load_problems("chains", max_problems=1)
-    assert get_task_settings("chains") == {"dataset": "chains", "task_version": problem.task_version}
+    [problem] = load_problems("digit_chains", max_problems=1)
+    assert get_task_settings("digit_chains") == {"dataset": "digit_chains", "task_version": problem.task_version}
     worlds.refused(lambda: compute_task_version(str(tmp_path / "none.jsonl")), "none.jsonl", "No such file")
 
 

@@ -57,7 +57,7 @@ def make_trace(number: int, *, seed: int = 0, rounds: int = 4) -> Trace:
         incumbent, reward = outcome
     return Trace(
         problem_id=f"chains/train/{number:06d}",
-        task="chains",
+        task="digit_chains",
         method="nabla",
         seed=seed,
         prompt="3+4=?",

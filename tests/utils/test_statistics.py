@@ -14,7 +14,7 @@ from nabla_trl.utils import statistics
 def row(method="greedy", problem="p0", seed=0, **changes):
     base = {
         "method": method,
-        "task": "chains",
+        "task": "digit_chains",
         "problem": problem,
         "seed": seed,
         "correct": True,
@@ -162,7 +162,7 @@ def test_grids_do_not_depend_on_the_order_of_rows_within_a_method():
             "no row for method 'greedy', problem 'p1', seed 0: finish",
         ),
         ([row("nabla", "p0", 0), row("nabla", "p1", 1)], r"method 'nabla', problem 'p0', seed 1 and 1 more"),
-        ([row(), row(problem="p1", task="amc")], "rows of 2 tasks \\('amc', 'chains'\\)"),
+        ([row(), row(problem="p1", task="amc")], "rows of 2 tasks \\('amc', 'digit_chains'\\)"),
         ([{key: one for key, one in row().items() if key != "flops"}], "result row 0 lacks 'flops'"),
         ([row() | {"flops": None}], "result row 0: flops must be a number, not None"),
         ([row() | {"method": 5}], "result row 0: method must be text, not 5"),
