@@ -30,7 +30,6 @@ from nabla_trl.utils.identity import hash_files, hash_json
 
 BENCHMARKS_DIR = Path(__file__).with_name("benchmarks")
 _DATASET_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_RENAMED_KEYS = {"form": "answer_format", "stop": "stop_strings"}
 _JINJA_ENV = SandboxedEnvironment(undefined=StrictUndefined)  # a description may come from somebody else
 
 
@@ -187,8 +186,6 @@ def read_task_config(path: Path) -> TaskConfig:
     """
     values = read_yaml(path)
     try:
-        for key in _RENAMED_KEYS.keys() & values:
-            raise ValueError(f"unknown key {key!r}: it is now {_RENAMED_KEYS[key]!r}")
         if isinstance(values.get("few_shot"), str):
             values["few_shot"] = _read_few_shot_examples(path.parent / values["few_shot"])
         values = coerce_fields(values, [TaskConfig], source=path)

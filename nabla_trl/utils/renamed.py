@@ -36,6 +36,9 @@ RENAMED_OPTIONS: dict[str, tuple[str, ...]] = {
     "tempering": ("acceptance.metropolis.parallel_tempering",),
     "step_tokens": ("max_step_tokens",),
     "step_width": ("steps_per_prefix",),
+    # Data sets described by a YAML file
+    "form": ("answer_format",),
+    "stop": ("stop_strings",),
     # Commands and recipes
     "limit": ("max_problems",),
     "train_limit": ("max_train_problems",),

@@ -1,9 +1,9 @@
-r"""How our verdicts compare with math-verify's own, and how fast plain numbers are compared.
+r"""Compare our grading with math-verify's, and time the comparison of plain numbers.
 
-    python recipes/research/answers.py --data FOLDER --show 5      # FOLDER: JSONL files with an "answer" on each line
-    python recipes/research/answers.py --speed 500000
+    python recipes/research/answers.py --data_dir FOLDER --max_shown_disagreements 5   # JSONL files with an "answer"
+    python recipes/research/answers.py --num_comparisons 500000
 
-Of every gold answer responses are written the ways that models write them, right and wrong; each is read and judged
+Correct and incorrect responses are written for every gold answer, in the ways that models write them. Each is graded
 twice: by `extract_answer` and the checker, and by math-verify with its defaults on the whole response,
 `verify(parse("$gold$"), parse(response))`. Nothing of the data is stored.
 """
@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,28 @@ from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.grading.equivalence import MatchResult, match_answers, match_without_worker, normalize_answer
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.tasks.registry import load_problems
+from nabla_trl.utils.fields import option
 
 
 @dataclass
 class AnswersArguments:
-    data_dir: str | None = field(
-        default=None, metadata={"help": "folder of JSONL files of problems with gold answers"}
+    """What to compare."""
+
+    data_dir: str | None = option(
+        None,
+        "Folder of JSONL files of problems with gold answers. Needed to compare the checker with math-verify "
+        "(default: none).",
     )
-    max_problems: int = field(default=250, metadata={"help": "problems of each file"})
-    max_shown_disagreements: int = field(default=0, metadata={"help": "show so many disagreements of each kind"})
-    num_comparisons: int = field(default=0, metadata={"help": "time so many comparisons of plain numbers"})
-    seed: int = field(default=0, metadata={"help": "seed of the numbers"})
-    num_workers: int = field(default=2, metadata={"help": "processes that run math-verify for the checker"})
+    max_problems: int = option(250, "Maximum number of problems of each file.")
+    max_shown_disagreements: int = option(
+        0, "Maximum number of disagreements to print of each kind. Increase it to inspect them."
+    )
+    num_comparisons: int = option(0, "Number of comparisons of plain numbers to time. 0 skips the timing.")
+    seed: int = option(0, "Random seed of the numbers.")
+    num_workers: int = option(2, "Number of processes that run math-verify.")
 
 
-# Where we differ from math-verify and mean to; `answers.py` and its tests hold the rules.
+# Where we differ from math-verify on purpose. The rules are in `nabla_trl/grading` and its tests.
 INTENDED_DIFFERENCES = {
     "corrected at once": "the last box is the answer, even if only a comma parts it from one that is taken back",
     "boxed full stop": "a full stop in the box belongs to the sentence",
@@ -48,15 +55,15 @@ INTENDED_DIFFERENCES = {
 }
 
 
-# --- what a model writes of a gold answer ---------------------------------------------------------
+# --- responses ------------------------------------------------------------------------------------
 
 _REASONING_TEXT = "We set up the equation with 3 unknowns and 12 cases.\nStep 1: $a = 4$, so $b = 7$.\n"
 
 
 def write_responses(gold: str) -> Iterator[tuple[str, str]]:
-    """(kind, response) pairs: the same answer in many writings, then others."""
-    for kind, written in write_answer_variants(gold):
-        yield f"boxed {kind}", f"{_REASONING_TEXT}Therefore, the answer is $\\boxed{{{written}}}$."
+    """Yield (kind, response) pairs for a gold answer: the same answer in many forms, and other answers."""
+    for kind, answer in write_answer_variants(gold):
+        yield f"boxed {kind}", f"{_REASONING_TEXT}Therefore, the answer is $\\boxed{{{answer}}}$."
     yield "display", f"{_REASONING_TEXT}Hence\n\\[\n\\boxed{{{gold}}}\n\\]"
     yield "bare box", f"{_REASONING_TEXT}**Final Answer**\n\\boxed{{{gold}}}"
     yield (
@@ -82,7 +89,7 @@ def write_responses(gold: str) -> Iterator[tuple[str, str]]:
 
 
 def write_answer_variants(gold: str) -> Iterator[tuple[str, str]]:
-    """(kind, writing): the gold answer as other hands write it, and answers that are not it."""
+    """Yield (kind, answer) pairs: the gold answer in other forms, and answers that differ from it."""
     yield "as it is", gold
     yield "spaced", re.sub(r"([,=+])", r"\1 ", f" {gold} ")
     yield "text", rf"\text{{{gold}}}"
@@ -151,124 +158,127 @@ def _write_number_variants(gold: str) -> Iterator[tuple[str, str]]:
 
 
 def _split_list_answer(gold: str) -> list[str]:
-    """The parts of a plain list such as "1, -2"; fewer than two where it is none."""
-    inside = re.search(r"[()\[\]{}\\]", gold)
-    return [] if inside or _is_number(gold) else [part.strip() for part in gold.split(",")]
+    """Return the parts of a plain list such as "1, -2". Other text has fewer than two parts."""
+    has_brackets = re.search(r"[()\[\]{}\\]", gold)
+    return [] if has_brackets or _is_number(gold) else [part.strip() for part in gold.split(",")]
 
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", text) is not None
 
 
-# --- the two judges -------------------------------------------------------------------------------
+# --- agreement ------------------------------------------------------------------------------------
 
 
 def verify_with_math_verify(gold: str, response: str) -> bool:
-    """math-verify's own verdict, with its defaults."""
-    from math_verify import parse as read
-    from math_verify import verify
+    """Grade a response with math-verify and its defaults."""
+    from math_verify import parse, verify
 
-    return bool(verify(read(f"${gold}$"), read(response)))
+    return bool(verify(parse(f"${gold}$"), parse(response)))
 
 
 def measure_agreement(args: AnswersArguments) -> None:
-    """Compare the two on every file of the folder and print a table.
+    """Compare our grading with math-verify's on every file of the folder and print the results.
 
     Raises:
-        ValueError: the folder holds no such files.
+        ValueError: if the folder has no JSONL files.
     """
     files = sorted(Path(str(args.data_dir)).glob("*.jsonl"))
     if not files:
         raise ValueError(f"{args.data_dir} holds no .jsonl files")
     shown: Counter[tuple[str, bool]] = Counter()
-    kinds: Counter[tuple[str, str]] = Counter()
-    written: Counter[str] = Counter()
-    right: Counter[str] = Counter()
+    disagreements: Counter[tuple[str, str]] = Counter()
+    num_responses: Counter[str] = Counter()
+    num_correct: Counter[str] = Counter()
     total: Counter[str] = Counter()
     with AnswerChecker(args.num_workers, timeout=30) as checker:
         for file in files:
-            golds = dict.fromkeys(
-                one.answer for one in load_problems(str(file), max_problems=args.max_problems) if one.answer
-            )
-            asked = [(gold, kind, text) for gold in golds for kind, text in write_responses(gold)]
-            ours = checker.check([(extract_answer(text), gold) for gold, _, text in asked])
-            same = meant = 0
-            for (gold, kind, text), verdict in zip(asked, ours, strict=True):
-                other = verify_with_math_verify(gold, text)
-                same += verdict.is_correct == other
-                meant += verdict.is_correct != other and kind in INTENDED_DIFFERENCES
-                written[kind] += 1
-                right[kind] += verdict.is_correct
-                if verdict.is_correct != other:
-                    kinds[kind, "ours" if verdict.is_correct else "theirs"] += 1
-                    shown[kind, other] += 1
-                    if shown[kind, other] <= args.max_shown_disagreements:
-                        print(f"  {kind}: gold {gold!r}, ours {verdict.value}, theirs {other}: {text[-90:]!r}")
-            total.update(same=same, meant=meant, pairs=len(asked))
-            print(f"{file.stem}: {len(golds)} golds, {_format_agreement(same, meant, len(asked))}")
-    print(f"all: {_format_agreement(total['same'], total['meant'], total['pairs'])}")
-    print("share that we call right, by kind:")
-    print(", ".join(f"{kind} {right[kind] / count:.2f}" for kind, count in sorted(written.items())))
-    print("who calls right what the other calls wrong:")
-    for (kind, who), count in kinds.most_common():
+            problems = load_problems(str(file), max_problems=args.max_problems)
+            golds = dict.fromkeys(problem.answer for problem in problems if problem.answer)
+            cases = [(gold, kind, text) for gold in golds for kind, text in write_responses(gold)]
+            results = checker.check([(extract_answer(text), gold) for gold, _, text in cases])
+            num_agreeing = num_intended = 0
+            for (gold, kind, text), result in zip(cases, results, strict=True):
+                reference = verify_with_math_verify(gold, text)
+                num_responses[kind] += 1
+                num_correct[kind] += result.is_correct
+                if result.is_correct == reference:
+                    num_agreeing += 1
+                    continue
+                num_intended += kind in INTENDED_DIFFERENCES
+                disagreements[kind, "ours" if result.is_correct else "theirs"] += 1
+                shown[kind, reference] += 1
+                if shown[kind, reference] <= args.max_shown_disagreements:
+                    print(f"  {kind}: gold {gold!r}, ours {result.value}, theirs {reference}: {text[-90:]!r}")
+            total.update(agreeing=num_agreeing, intended=num_intended, pairs=len(cases))
+            print(f"{file.stem}: {len(golds)} golds, {_format_agreement(num_agreeing, num_intended, len(cases))}")
+    print(f"all: {_format_agreement(total['agreeing'], total['intended'], total['pairs'])}")
+    print("share that we call correct, by kind:")
+    print(", ".join(f"{kind} {num_correct[kind] / count:.2f}" for kind, count in sorted(num_responses.items())))
+    print("who calls correct what the other calls incorrect:")
+    for (kind, who), count in disagreements.most_common():
         print(f"  {count:5d}  {who:6s}  {kind}: {INTENDED_DIFFERENCES.get(kind, 'NOT on purpose')}")
 
 
 def _format_agreement(num_agreeing: int, num_intended: int, num_pairs: int) -> str:
-    share = num_agreeing / (num_pairs - num_intended)
-    return f"{num_pairs} verdicts, {num_intended} differ on purpose; {num_agreeing} of the other {num_pairs - num_intended} agree ({share:.2%})"
+    others = num_pairs - num_intended
+    share = num_agreeing / others
+    return (
+        f"{num_pairs} results, {num_intended} differ on purpose; "
+        f"{num_agreeing} of the other {others} agree ({share:.2%})"
+    )
 
 
 # --- speed ----------------------------------------------------------------------------------------
 
 
 def make_number_pairs(num_pairs: int, seed: int) -> list[tuple[str, str]]:
-    """Pairs of plain numbers as models write them, half of them equal in value."""
-    draw = random.Random(seed)
+    """Return pairs of plain numbers as models write them. Half of the pairs are equal in value."""
+    rng = random.Random(seed)
 
-    def number() -> float:
-        return draw.choice([draw.randrange(-999, 100_000), round(draw.uniform(-999, 999), draw.randrange(1, 5))])
+    def draw_number() -> float:
+        return rng.choice([rng.randrange(-999, 100_000), round(rng.uniform(-999, 999), rng.randrange(1, 5))])
 
     def write(value: float) -> str:
         forms: list[Any] = [f"{value}", f"{value:,}"]
         forms += (
             [f"0{value}", f"{value}.0", f"+{value}", f"{value:,}."] if isinstance(value, int) and value >= 0 else []
         )
-        return str(draw.choice(forms))
+        return str(rng.choice(forms))
 
     pairs = []
     for _ in range(num_pairs):
-        gold = number()
-        pairs.append((write(gold if draw.random() < 0.5 else number()), write(gold)))
+        gold = draw_number()
+        pairs.append((write(gold if rng.random() < 0.5 else draw_number()), write(gold)))
     return pairs
 
 
 def measure_speed(args: AnswersArguments) -> None:
-    """Time the checker on plain numbers, and hold a sample of its verdicts against math-verify."""
+    """Time the checker on plain numbers, and compare a sample of its results with math-verify's."""
     pairs = make_number_pairs(args.num_comparisons, args.seed)
     with AnswerChecker() as checker:
-        began = time.perf_counter()
-        verdicts = checker.check(pairs)
-        seconds = time.perf_counter() - began
-    right = sum(verdict.is_correct for verdict in verdicts)
+        start = time.perf_counter()
+        results = checker.check(pairs)
+        seconds = time.perf_counter() - start
+    num_correct = sum(result.is_correct for result in results)
     print(
-        f"{len(pairs)} comparisons, {len(set(pairs))} of them distinct: {seconds:.1f} s in one process, {right} right"
+        f"{len(pairs)} comparisons, {len(set(pairs))} of them distinct: {seconds:.1f} s in one process, "
+        f"{num_correct} correct"
     )
     sample = random.Random(args.seed).sample(pairs, min(2000, len(pairs)))
-    settled = [(tuple(map(normalize_answer, pair)), match_without_worker(*pair)) for pair in sample]
-    slow = [
-        verdict
-        for pair, verdict in settled
-        if isinstance(verdict, MatchResult) and verdict.value != match_answers(*pair)
-    ]
-    fast = sum(isinstance(verdict, MatchResult) for _, verdict in settled)
-    print(f"of {len(sample)} drawn from them {fast} need no worker; math-verify judges {len(slow)} of these otherwise")
+    normalized = [(normalize_answer(predicted), normalize_answer(gold)) for predicted, gold in sample]
+    fast = [(pair, result) for pair in normalized if isinstance(result := match_without_worker(*pair), MatchResult)]
+    num_different = sum(result.value != match_answers(*pair) for pair, result in fast)
+    print(
+        f"of a sample of {len(sample)}, {len(fast)} need no worker; "
+        f"math-verify grades {num_different} of these differently"
+    )
 
 
 def main(argv: Sequence[str]) -> None:
     args: AnswersArguments = parse_dataclasses([AnswersArguments], argv)[0]
     if not args.data_dir and not args.num_comparisons:
-        raise ValueError("give --data FOLDER, --speed COUNT, or both")
+        raise ValueError("give --data_dir FOLDER, --num_comparisons COUNT, or both")
     if args.data_dir:
         measure_agreement(args)
     if args.num_comparisons:

@@ -1,13 +1,19 @@
-"""What a search costs, and where the rest goes: measured against the plain way, on one machine, in one run.
+"""Measure what a search costs and where its time goes, against a plain implementation, on one machine in one run.
 
     python recipes/research/bench.py --policy P --reward R --output_file bench.json
-    python recipes/research/bench.py --policy P --parts plain --problems 32 --plain_problems 4      # reward: a random head
-    python recipes/research/bench.py --parts gradient --dtype bfloat16 --widths 896 1536 --layers 24    # on a GPU
+    python recipes/research/bench.py --policy P --parts plain --max_plain_problems 4       # a random reward
+    python recipes/research/bench.py --parts gradient --dtype bfloat16 --hidden_sizes 896 --num_layers 24  # on a GPU
 
-Parts: `plain` (the published algorithm: the engine over a batch against `plain.py`, one problem at a time; decisions,
-FLOPs, seconds), `memory` (peak of a token gradient against a plain forward and backward), `gradient` (share of the
-device's matmul rate), `scaling` (FLOPs and seconds against problems and rounds). On a CPU take the process's own
-seconds, which other work on the machine disturbs less than those on the wall; both are shown.
+The parts are
+
+- `plain`: the published algorithm, by the engine over a batch and by `plain.py` one problem at a time. Compares
+  decisions, FLOPs and seconds.
+- `memory`: peak memory of a token gradient against that of a plain forward and backward pass.
+- `gradient`: speed of a token gradient as a fraction of the device's matmul rate.
+- `scaling`: FLOPs and seconds against the numbers of problems and of rounds.
+
+On a CPU use the CPU seconds of the process, because other work on the machine affects them less than wall time. Both
+are printed.
 """
 
 from __future__ import annotations
@@ -48,85 +54,100 @@ TABLE_COLUMNS = ("cpu", "wall", "flops_ratio", "model_flops_ratio", "cpu_ratio",
 
 @dataclass
 class BenchArguments:
-    """Models, problems and sizes. Part plain searches with the preset paper, part scaling with the defaults."""
+    """Models, problems and sizes. Part plain searches with the preset paper, and part scaling with the defaults."""
 
-    policy: str = option("data/tiny/policy", "hub id or path of the policy, a causal LM")
+    policy: str = option("data/tiny/policy", "Hub id or path of the policy, a causal language model.")
     reward: str = option(
-        RANDOM_REWARD, f"random (the policy's body, a random head: enough for speed), or {REWARD_HELP}"
+        RANDOM_REWARD,
+        f"random (the policy's body with a random score head, enough to measure speed), or {REWARD_HELP}",
     )
     dataset: str = option("digit_chains", DATASET_HELP)
-    split: str = option("test", "split of the dataset")
-    parts: str = option(",".join(BENCHMARK_PARTS), "comma-separated parts to measure")
-    max_problems: int = option(32, "plain: problems that the engine refines together, at most")
-    max_plain_problems: int = option(4, "plain: problems that the plain way refines too, one at a time")
-    max_rollouts: int = option(8, "plain: most responses per problem")
-    max_new_tokens: int = option(64, "plain, scaling: longest response")
+    split: str = option("test", "Split of the data set.")
+    parts: str = option(",".join(BENCHMARK_PARTS), "Parts to measure, separated by commas.")
+    max_problems: int = option(32, "Part plain: maximum number of problems that the engine refines together.")
+    max_plain_problems: int = option(
+        4,
+        "Part plain: maximum number of problems that the plain implementation refines too, one at a time. It is slow.",
+    )
+    max_rollouts: int = option(8, "Part plain: maximum number of responses per problem.")
+    max_new_tokens: int = option(64, "Parts plain and scaling: maximum length of a response in tokens.")
     problem_counts: list[int] = field(
-        default_factory=lambda: [8, 16, 32], metadata={"help": "scaling: numbers of problems"}
+        default_factory=lambda: [8, 16, 32], metadata={"help": "Part scaling: numbers of problems to measure."}
     )
     round_counts: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "scaling: numbers of rounds"}
+        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Part scaling: numbers of rounds to measure."}
     )
-    vocab_size: int = option(151936, "memory, gradient: rows of the embedding")
-    batch_size: int = option(8, "memory, gradient: responses B")
-    response_length: int = option(1024, "memory, gradient: tokens T of a response, after prompt_length others")
-    prompt_length: int = option(64, "memory, gradient: tokens of a prompt, which are in the cache")
-    num_layers: int = option(4, "memory, gradient: layers")
+    vocab_size: int = option(151936, "Parts memory and gradient: vocabulary size of the random models.")
+    batch_size: int = option(8, "Parts memory and gradient: responses per batch.")
+    response_length: int = option(
+        1024, "Parts memory and gradient: length of a response in tokens, without the prompt."
+    )
+    prompt_length: int = option(
+        64, "Parts memory and gradient: length of a prompt in tokens. Prompts are in the key-value cache."
+    )
+    num_layers: int = option(4, "Parts memory and gradient: number of layers of the random models.")
     hidden_sizes: list[int] = field(
         default_factory=lambda: [256],
-        metadata={"help": "memory (the first), gradient: widths of the hidden states, multiples of 64"},
+        metadata={
+            "help": "Hidden sizes of the random models, multiples of 64. Part memory uses the first, part gradient "
+            "all of them."
+        },
     )
-    num_repeats: int = option(3, "gradient: timed calls, of which the quickest counts")
-    dtype: str = option("float32", "weights: float32, bfloat16 or float16")
-    device: str | None = option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
-    seed: int = option(0, "seed of the searches")
-    output_file: str = option("", "file for the figures, as JSON")
+    num_repeats: int = option(3, "Part gradient: number of timed calls. The fastest one counts.")
+    dtype: str = option(
+        "float32",
+        "Data type of the model weights: float32, bfloat16 or float16. Use bfloat16 on a GPU to save memory.",
+    )
+    device: str | None = option(
+        None, "Device to run on, such as cpu or cuda:1 (default: a GPU if there is one, else the CPU)."
+    )
+    seed: int = option(0, "Random seed of the searches.")
+    output_file: str = option("", "JSON file to write the measurements to (default: no file).")
 
     def __post_init__(self) -> None:
         unknown = [part for part in self.parts.split(",") if part not in BENCHMARK_PARTS]
         if unknown:
             raise ValueError(f"unknown part {unknown[0]!r}: choose from {', '.join(BENCHMARK_PARTS)}")
         for name in (
-            "plain_problems",
-            "rollouts",
-            "answer_tokens",
-            "rows",
-            "length",
-            "prompt_length",
-            "layers",
-            "repeats",
+            *("max_plain_problems", "max_rollouts", "max_new_tokens", "batch_size", "response_length"),
+            *("prompt_length", "num_layers", "num_repeats"),
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         if self.max_problems < self.max_plain_problems:
-            raise ValueError("problems must be at least plain_problems, which are the first of them")
-        if min(self.problem_counts + self.round_counts + self.hidden_sizes, default=0) < 1 or not (
-            self.problem_counts and self.round_counts and self.hidden_sizes
-        ):
-            raise ValueError("sizes, rounds and widths must be lists of whole numbers of at least 1")
+            raise ValueError("max_problems must be at least max_plain_problems, which are the first of them")
+        lists = self.problem_counts, self.round_counts, self.hidden_sizes
+        if any(not values or min(values) < 1 for values in lists):
+            raise ValueError(
+                "problem_counts, round_counts and hidden_sizes must be lists of whole numbers of at least 1"
+            )
 
 
 class Benchmark:
-    """One run: its settings and, once asked for, its models."""
+    """One run with its models, which are loaded when a part first needs them."""
 
     def __init__(self, args: BenchArguments):
         self.args, self.device = args, resolve_device(args.device)
         self._models: tuple[Policy, Reward] | None = None
 
     def load_models(self) -> tuple[Policy, Reward]:
+        """Return policy and reward. Later calls return the same objects."""
         if self._models is None:
-            policy = load_policy(self.args.policy, dtype=self.args.dtype, device=self.device)
+            args = self.args
+            policy = load_policy(args.policy, dtype=args.dtype, device=self.device)
             with tempfile.TemporaryDirectory() as folder:
-                name = (
-                    save_random_reward(policy, self.args, folder)
-                    if self.args.reward == RANDOM_REWARD
-                    else self.args.reward
-                )
-                reward = load_reward(name, policy=policy, dtype=self.args.dtype, device=self.device)
+                is_random = args.reward == RANDOM_REWARD
+                name = save_random_reward(policy, args, folder) if is_random else args.reward
+                reward = load_reward(name, policy=policy, dtype=args.dtype, device=self.device)
             self._models = policy, reward
         return self._models
 
     def load_first_problems(self, count: int) -> list[Problem]:
+        """Return exactly so many problems.
+
+        Raises:
+            ValueError: if the data set has fewer.
+        """
         problems = load_problems(self.args.dataset, split=self.args.split, max_problems=count)
         if len(problems) < count:
             raise ValueError(f"{self.args.dataset} has {len(problems)} problems, not {count}")
@@ -135,36 +156,41 @@ class Benchmark:
     # --- parts ------------------------------------------------------------------------------------------
 
     def part_plain(self) -> dict[str, Any]:
-        """The engine over batches of problems against the plain way on the first of them."""
+        """Measure the engine over batches of problems, and the plain implementation on the first of them."""
         args = self.args
         policy, reward = self.load_models()
         problems = self.load_first_problems(args.max_problems)
         config = SearchConfig.from_preset(
-            "paper", rollouts=args.max_rollouts, max_new_tokens=args.max_new_tokens, batch_size=args.max_problems
+            "paper",
+            max_rollouts=args.max_rollouts,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.max_problems,
         )
-        few = problems[: args.max_plain_problems]
         search = PlainSearch(policy, reward, config, args.seed)
-        plain: list[PlainTrace] = []
-        plain_spent = self.measure_call(lambda: plain.extend(search.solve(problem) for problem in few))
+        plain_problems = problems[: args.max_plain_problems]
+        num_plain = len(plain_problems)
+        plain_traces: list[PlainTrace] = []
+        plain_seconds = self.measure_call(lambda: plain_traces.extend(map(search.solve, plain_problems)))
         rows = []
-        for count in sorted(
-            {1, len(few), args.max_problems, *(size for size in args.problem_counts if size < args.max_problems)}
-        ):
-            traces, spent = self.run_search(problems[:count], config)
-            common = min(count, len(few))
-            same = sum(trace.cost.flops for trace in traces[:common])
+        smaller = [count for count in args.problem_counts if count < args.max_problems]
+        for count in sorted({1, num_plain, args.max_problems, *smaller}):
+            traces, seconds = self.run_search(problems[:count], config)
+            num_common = min(count, num_plain)
+            common_flops = sum(trace.cost.flops for trace in traces[:num_common])
             row: dict[str, Any] = {"problems": count, "flops": sum(trace.cost.flops for trace in traces) / count}
-            row |= {name: value / count for name, value in spent.items()}
-            row |= {f"{name}_ratio": plain_spent[name] / len(few) / row[name] for name in spent}
-            for name, with_onehot in (("flops_ratio", True), ("model_flops_ratio", False)):
-                row[name] = sum(search.compute_flops(one.id, with_onehot) for one in few[:common]) / same
-            rows.append(
-                row | {"compared": common, "different": list_differing_problems(traces[:common], plain[:common])}
-            )
-        facts = {name: value / len(few) for name, value in plain_spent.items()}
-        facts["flops"] = sum(search.compute_flops(one.id) for one in few) / len(few)
-        facts["gradients"] = sum(one.num_gradients for one in plain) / len(few)
-        facts["revisions"] = sum(len(one.decisions) for one in plain) / len(few)
+            row |= {name: value / count for name, value in seconds.items()}
+            row |= {f"{name}_ratio": plain_seconds[name] / num_plain / row[name] for name in seconds}
+            for name, include_one_hot in (("flops_ratio", True), ("model_flops_ratio", False)):
+                plain_flops = [
+                    search.compute_flops(problem.id, include_one_hot) for problem in plain_problems[:num_common]
+                ]
+                row[name] = sum(plain_flops) / common_flops
+            different = list_differing_problems(traces[:num_common], plain_traces[:num_common])
+            rows.append(row | {"compared": num_common, "different": different})
+        facts = {name: value / num_plain for name, value in plain_seconds.items()}
+        facts["flops"] = sum(search.compute_flops(problem.id) for problem in plain_problems) / num_plain
+        facts["gradients"] = sum(trace.num_gradients for trace in plain_traces) / num_plain
+        facts["revisions"] = sum(len(trace.decisions) for trace in plain_traces) / num_plain
         print_table(
             [
                 "problems",
@@ -184,80 +210,82 @@ class Benchmark:
                         row["problems"],
                         row["flops"] / 1e9,
                         *(row[name] for name in TABLE_COLUMNS),
-                        format_differing_problems(row),
+                        ", ".join(row["different"]) or f"none of {row['compared']}",
                     ]
                     for row in rows
                 ),
             ],
         )
-        print(f"figures are per problem; the plain way computed {facts['gradients']:.1f} gradients each")
+        print(f"numbers are per problem; the plain search computed {facts['gradients']:.1f} gradients per problem")
         if args.reward == RANDOM_REWARD:
-            print("the reward's head is random: what is measured is speed, at the shapes of a trained one")
+            print("the reward's head is random: this measures speed, with the shapes of a trained reward")
         stages = profile_stages(lambda: self.run_search(problems, config))
-        print_table(["where the engine's seconds go", "s"], list(stages.items()))
+        print_table(["time of the engine", "s"], list(stages.items()))
         return {"plain": facts, "engine": rows, "profile": stages}
 
     def part_memory(self) -> dict[str, Any]:
-        """Peak memory of a token gradient, each in a fresh process, against the plain pass of the same model."""
-        specs = [
-            self.make_pass_spec(self.args.hidden_sizes[0], kind, alpha) for kind in MODEL_KINDS for alpha in (0.0, 0.5)
-        ]
+        """Measure the peak memory of a token gradient and of a plain pass, each in a new process."""
+        hidden_size = self.args.hidden_sizes[0]
+        specs = [self.make_pass_spec(hidden_size, kind, share) for kind in MODEL_KINDS for share in (0.0, 0.5)]
         rows: list[dict[str, Any]] = [
-            {"kind": spec.model_kind, "alpha": spec.mixture_share, **ratio}
+            {"model_kind": spec.model_kind, "mixture_share": spec.mixture_share, **ratio}
             for spec, ratio in zip(specs, measure_memory_ratios(specs), strict=True)
         ]
-        header = ["gradient of", "share of candidates", "plain MB", "token gradient MB", "ratio"]
-        sizes = [(row, row["plain"] / 1e6, row["gradient"] / 1e6) for row in rows]
-        print_table(header, [[row["kind"], row["alpha"], plain, ours, row["ratio"]] for row, plain, ours in sizes])
+        print_table(
+            ["gradient of", "share of candidates", "plain MB", "token gradient MB", "ratio"],
+            [
+                [row["model_kind"], row["mixture_share"], row["plain"] / 1e6, row["gradient"] / 1e6, row["ratio"]]
+                for row in rows
+            ],
+        )
         return {"passes": rows, "shape": asdict(specs[0])}
 
     def part_gradient(self) -> dict[str, Any]:
-        """The gradient pass against the device's own matmul rate in the same dtype."""
+        """Measure the speed of a token gradient against the device's matmul rate in the same data type."""
         rows = []
-        for width in self.args.hidden_sizes:
+        for hidden_size in self.args.hidden_sizes:
             for kind in MODEL_KINDS:
-                spec = self.make_pass_spec(width, kind, 0.0)
-                rows.append({"kind": kind, "width": width, **measure_gradient_speed(spec, self.args.num_repeats)})
+                speed = measure_gradient_speed(self.make_pass_spec(hidden_size, kind, 0.0), self.args.num_repeats)
+                rows.append({"model_kind": kind, "hidden_size": hidden_size, **speed})
         names = ("seconds", "flops", "rate", "matmul_rate", "share", "plain_share")
         header = ["gradient of", "parameters", "s", "FLOPs", "FLOP/s", "matmul FLOP/s", "share", "share of plain pass"]
-        print_table(header, [[row["kind"], row["parameters"], *(row[name] for name in names)] for row in rows])
+        print_table(header, [[row["model_kind"], row["parameters"], *(row[name] for name in names)] for row in rows])
         return {"passes": rows, "shape": asdict(self.make_pass_spec(self.args.hidden_sizes[0], MODEL_KINDS[0], 0.0))}
 
     def part_scaling(self) -> dict[str, Any]:
-        """The search of the defaults against the number of problems and of rounds."""
-        args, found = self.args, dict[str, Any]()
-        most = max(args.problem_counts)
-        config = SearchConfig(max_rounds=max(args.round_counts), max_new_tokens=args.max_new_tokens, batch_size=most)
-        by_size = [(size, config) for size in args.problem_counts]
-        by_rounds = [(rounds, replace(config, max_rounds=rounds)) for rounds in args.round_counts]
-        self.run_search(self.load_first_problems(min(args.problem_counts)), by_rounds[0][1])  # first calls are slow
-        for name, runs in (("problems", by_size), ("rounds", by_rounds)):
+        """Measure the default search against the number of problems and of rounds."""
+        args = self.args
+        most_problems = max(args.problem_counts)
+        config = SearchConfig(
+            max_rounds=max(args.round_counts), max_new_tokens=args.max_new_tokens, batch_size=most_problems
+        )
+        by_problems = [(count, count, config) for count in args.problem_counts]
+        by_rounds = [(count, most_problems, replace(config, max_rounds=count)) for count in args.round_counts]
+        self.run_search(self.load_first_problems(min(args.problem_counts)), by_rounds[0][2])  # first calls are slow
+        measurements = {}
+        for name, runs in (("problems", by_problems), ("rounds", by_rounds)):
             rows = []
-            for number, config in runs:
-                traces, spent = self.run_search(
-                    self.load_first_problems(number if name == "problems" else most), config
-                )
-                rows.append({name: number, "flops": sum(trace.cost.flops for trace in traces), **spent})
+            for count, num_problems, run_config in runs:
+                traces, seconds = self.run_search(self.load_first_problems(num_problems), run_config)
+                rows.append({name: count, "flops": sum(trace.cost.flops for trace in traces), **seconds})
             print_table(
                 [name, "GFLOPs", "CPU s", "wall s"],
                 [[row[name], row["flops"] / 1e9, row["cpu"], row["wall"]] for row in rows],
             )
-            slopes = (
-                {what: fit_power_law_exponent(rows, name, what) for what in ("flops", "cpu", "wall")}
-                if len(rows) > 1
-                else {}
-            )
-            if slopes:
+            slopes = {}
+            if len(rows) > 1:
+                slopes = {cost: fit_power_law_exponent(rows, name, cost) for cost in ("flops", "cpu", "wall")}
                 print(f"cost grows as {name} to the power", ", ".join(f"{v:.2f} ({k})" for k, v in slopes.items()))
-            found[name] = {"runs": rows, "slopes": slopes}
-        return found
+            measurements[name] = {"runs": rows, "slopes": slopes}
+        return measurements
 
-    # --- measuring --------------------------------------------------------------------------------------
+    # --- helpers ----------------------------------------------------------------------------------------
 
-    def make_pass_spec(self, hidden_size: int, kind: str, mixture_share: float) -> PassSpec:
+    def make_pass_spec(self, hidden_size: int, model_kind: str, mixture_share: float) -> PassSpec:
+        """Return the description of a pass with the options' sizes."""
         args = self.args
         return PassSpec(
-            model_kind=kind,
+            model_kind=model_kind,
             vocab_size=args.vocab_size,
             num_layers=args.num_layers,
             hidden_size=hidden_size,
@@ -270,32 +298,32 @@ class Benchmark:
         )
 
     def run_search(self, problems: Sequence[Problem], config: SearchConfig) -> tuple[list[Trace], dict[str, float]]:
+        """Run the engine's search and return its traces and the seconds of `measure_call`.
+
+        Raises:
+            ValueError: if a problem failed.
+        """
         policy, reward = self.load_models()
         traces: list[Trace] = []
-        spent = self.measure_call(
+        seconds = self.measure_call(
             lambda: traces.extend(
                 run_search(problems, policy=policy, reward=reward, config=config, seed=self.args.seed)
             )
         )
-        failed = [trace for trace in traces if trace.error is not None]
-        if failed:
-            raise ValueError(f"{failed[0].problem_id}: {failed[0].error}")
-        return traces, spent
+        for trace in traces:
+            if trace.error is not None:
+                raise ValueError(f"{trace.problem_id}: {trace.error}")
+        return traces, seconds
 
     def measure_call(self, function: Callable[[], object]) -> dict[str, float]:
-        """Seconds of this process ("cpu"; on a GPU those of the wall) and on the wall."""
-        begun, wall = read_timer(self.device), time.perf_counter()
+        """Call a function and return its CPU seconds ("cpu", on a GPU wall time) and its wall time ("wall")."""
+        cpu_start, wall_start = read_timer(self.device), time.perf_counter()
         function()
-        return {"cpu": read_timer(self.device) - begun, "wall": time.perf_counter() - wall}
-
-
-def format_differing_problems(row: dict[str, Any]) -> str:
-    """Problems on which the two searches decided differently."""
-    return ", ".join(row["different"]) or f"none of {row['compared']}"
+        return {"cpu": read_timer(self.device) - cpu_start, "wall": time.perf_counter() - wall_start}
 
 
 def save_random_reward(policy: Policy, args: BenchArguments, folder: str) -> str:
-    """The policy's weights under a random score head, saved with its tokenizer as a reward is."""
+    """Save the policy's weights with a random score head as a reward, and return the folder."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(args.policy, num_labels=1)
@@ -307,19 +335,19 @@ def save_random_reward(policy: Policy, args: BenchArguments, folder: str) -> str
 def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     [args] = parse_dataclasses([BenchArguments], argv)
-    bench = Benchmark(args)
-    found: dict[str, Any] = {
+    benchmark = Benchmark(args)
+    measurements: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name(bench.device) if bench.device.startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name(benchmark.device) if benchmark.device.startswith("cuda") else "cpu",
         "threads": torch.get_num_threads(),
         "versions": get_package_versions(),
         "arguments": asdict(args),
     }
     for part in args.parts.split(","):
         print(f"\n{part}")
-        found[part] = getattr(bench, f"part_{part}")()
-        if args.output:  # after every part: what is measured is not lost
-            Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
+        measurements[part] = getattr(benchmark, f"part_{part}")()
+        if args.output_file:  # after every part, so that nothing is lost if a later part fails
+            Path(args.output_file).write_text(json.dumps(measurements, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What `bench.py` makes of its measurements: profiles, slopes and tables."""
+"""Profiles, slopes and tables of the measurements of `bench.py`."""
 
 from __future__ import annotations
 
 import cProfile
+import inspect
 import pstats
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,39 +11,47 @@ from typing import Any
 
 import numpy as np
 
-# Functions whose calls are the stages of a search; none calls another.
-STAGE_BY_FUNCTION = {
-    ("generation.py", "generate"): "decoding",
-    ("reward.py", "score"): "scoring",
-    ("token_gradient.py", "token_gradient"): "gradients",
+from nabla_trl.gradient.token_gradient import compute_token_gradient
+from nabla_trl.models.generation import generate_continuations
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.search.loop import run_search
+
+# The stages of a search. None of these functions calls another.
+STAGE_FUNCTIONS: dict[str, Callable[..., object]] = {
+    "decoding": generate_continuations,
+    "scoring": Reward.score,
+    "gradients": compute_token_gradient,
 }
-NUM_LISTED_FUNCTIONS = 6  # functions a profile names
+NUM_LISTED_FUNCTIONS = 6  # functions that a profile names
 
 
 def profile_stages(function: Callable[[], object]) -> dict[str, float]:
-    """Seconds (under a profiler, which slows Python) of the rooms of a search, and of the largest functions' own."""
-    recorder = cProfile.Profile()
-    recorder.runcall(function)
-    stats = pstats.Stats(recorder).stats  # type: ignore[attr-defined]  # (file, line, name) -> (…, own, cumulative, …)
-    found = dict.fromkeys([*STAGE_BY_FUNCTION.values(), "the rest of the search"], 0.0)
-    for (file, _, name), (_, _, _, cumulative, _) in stats.items():
-        stage = STAGE_BY_FUNCTION.get((Path(file).name, name))
-        if stage:
-            found[stage] += cumulative
-        elif (Path(file).name, name) == ("loop.py", "solve"):
-            found["the rest of the search"] += cumulative
-    found["the rest of the search"] -= sum(found[stage] for stage in STAGE_BY_FUNCTION.values())
-    largest = sorted(stats.items(), key=lambda item: -item[1][2])[:NUM_LISTED_FUNCTIONS]
-    return found | {f"of it in {name} ({Path(file).name})": own for (file, _, name), (_, _, own, _, _) in largest}
+    """Return the seconds of each stage of a search and those of the slowest functions, without their callees.
+
+    The profiler slows Python down, so the seconds are larger than without it.
+    """
+    profile = cProfile.Profile()
+    profile.runcall(function)
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]  # key -> (…, own seconds, cumulative seconds, …)
+
+    def get_cumulative_seconds(profiled: Callable[..., object]) -> float:
+        code = inspect.unwrap(profiled).__code__
+        return stats[code.co_filename, code.co_firstlineno, code.co_name][3]
+
+    seconds = {stage: get_cumulative_seconds(profiled) for stage, profiled in STAGE_FUNCTIONS.items()}
+    seconds["the rest of the search"] = get_cumulative_seconds(run_search) - sum(seconds.values())
+    slowest = sorted(stats.items(), key=lambda item: -item[1][2])[:NUM_LISTED_FUNCTIONS]
+    return seconds | {f"of it in {name} ({Path(file).name})": entry[2] for (file, _, name), entry in slowest}
 
 
 def fit_power_law_exponent(rows: Sequence[dict[str, float]], x_key: str, y_key: str) -> float:
-    """The exponent p of the power law what ∝ by^p that fits best."""
+    """Return the exponent p of the power law y ∝ x^p that fits best."""
     return float(np.polyfit(np.log([row[x_key] for row in rows]), np.log([row[y_key] for row in rows]), 1)[0])
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    texts = [list(header), *([one if isinstance(one, str) else f"{one:.4g}" for one in row] for row in rows)]
+    """Print a table with columns aligned to the right and numbers of four significant digits."""
+    texts = [list(header), *([cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
     for row in texts:
         print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)), flush=True)

@@ -1,8 +1,8 @@
-"""One gradient pass, measured: its peak memory, beside a plain forward and backward, and its speed.
+"""Measure the peak memory and the speed of a gradient pass, and those of a plain forward and backward pass.
 
-`bench.py` calls this. Peak memory on a CPU is that of a whole process, so every figure comes from a fresh one:
+`bench.py` uses this module. On a CPU, peak memory is that of a whole process, so every measurement has its own:
 
-    python recipes/research/passes.py '[{"work": "gradient", "kind": "scalar"}, ...]'    # prints bytes, a line each
+    python recipes/research/passes.py '[{"pass_type": "gradient", "model_kind": "scalar"}, ...]'  # prints bytes
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,14 @@ class PassSpec:
     """One gradient pass over a random model.
 
     Attributes:
-        work: "plain" (the body through inputs_embeds, forward and backward: no head) or "gradient" (`token_gradient`).
-        rows, prompt, length: B responses of T tokens after prompts.
-        alpha: share of the candidates in the input; 0 = the hard tokens.
+        pass_type: "plain" (forward and backward pass of the body through inputs_embeds, without a head) or "gradient"
+            (`compute_token_gradient`).
+        batch_size: number of responses.
+        prompt_length, response_length: lengths in tokens.
+        mixture_share: weight of the candidates in the input embeddings. 0 means the response's own tokens.
+
+    Raises:
+        ValueError: if a value is not allowed.
     """
 
     pass_type: str = "gradient"
@@ -60,11 +66,11 @@ class PassSpec:
         if self.model_kind not in MODEL_KINDS or self.pass_type not in PASS_TYPES:
             raise ValueError(f"a pass is one of {', '.join(PASS_TYPES)} and {', '.join(MODEL_KINDS)}")
         if self.hidden_size < 64 or self.hidden_size % 64:
-            raise ValueError(f"width must be a multiple of 64, the width of a head, not {self.hidden_size}")
+            raise ValueError(f"hidden_size must be a multiple of 64, the size of a head, not {self.hidden_size}")
 
 
 def make_random_model(spec: PassSpec) -> PreTrainedModel:
-    """A Qwen2 in the proportions of its smallest release: heads of 64, two of keys, and an MLP 5.4 times as wide."""
+    """Return a Qwen2 with the proportions of its smallest release: heads of 64, two for keys, an MLP of 5.4 d."""
     heads = spec.hidden_size // 64
     config = Qwen2Config(
         vocab_size=spec.vocab_size,
@@ -86,21 +92,19 @@ def make_random_model(spec: PassSpec) -> PreTrainedModel:
 
 
 def make_random_objective(spec: PassSpec, model: PreTrainedModel) -> Objective:
-    mapping, size = torch.arange(spec.vocab_size), measure_model_size(model, "model")
+    """Return the reward's objective with a random model, whose prompts are given as ids."""
+    size = measure_model_size(model, "model")
+    options: dict[str, Any] = {
+        "vocab_map": torch.arange(spec.vocab_size),
+        "encode_prompt": lambda problem, prompt_ids: prompt_ids,
+    }
     if spec.model_kind == "log-likelihood":
-        return LikelihoodObjective(model, size, vocab_map=mapping, encode_prompt=lambda problem, prompt: prompt)
-    return ScoreObjective(
-        model,
-        size,
-        mapping=mapping,
-        encode_prompt=lambda problem, prompt: prompt,
-        turn_end_ids=[],
-        stop_ids=frozenset(),
-    )
+        return LikelihoodObjective(model, size, **options)
+    return ScoreObjective(model, size, turn_end_ids=[], stop_ids=frozenset(), **options)
 
 
 def make_random_samples(spec: PassSpec) -> tuple[list[Sample], list[Tensor]]:
-    """B responses and their candidates [T, K], a response's own token the first."""
+    """Return B samples and their candidates [T, K], of which the first is the response's own token."""
     generator = torch.Generator().manual_seed(1)
     samples, tables = [], []
     for row in range(spec.batch_size):
@@ -112,7 +116,7 @@ def make_random_samples(spec: PassSpec) -> tuple[list[Sample], list[Tensor]]:
 
 
 def run_plain_pass(spec: PassSpec, model: PreTrainedModel) -> None:
-    """Forward and backward of the model's body through inputs_embeds [B, prompt + T, d]."""
+    """Run a forward and a backward pass of the model's body through inputs_embeds [B, prompt + T, d]."""
     ids = torch.randint(
         spec.vocab_size, (spec.batch_size, spec.prompt_length + spec.response_length), device=model.device
     )
@@ -121,22 +125,23 @@ def run_plain_pass(spec: PassSpec, model: PreTrainedModel) -> None:
 
 
 def prepare_gradient_pass(spec: PassSpec, model: PreTrainedModel) -> Callable[[FlopCounter], list[Tensor]]:
-    """`token_gradient` ready to be called: prompts are in their caches."""
-    term = make_random_objective(spec, model)
+    """Return a call of `compute_token_gradient` whose prompts are already cached."""
+    objective = make_random_objective(spec, model)
     samples, tables = make_random_samples(spec)
-    memos: list[list[ScoreCache]] = [[memo] for memo in term.compute_prompt_caches(samples, FlopCounter())]
-    flat = torch.zeros(spec.response_length, spec.num_candidates)
-    points = [
-        build_mixture(one.response_ids, table, flat, spec.mixture_share)
-        for one, table in zip(samples, tables, strict=True)
+    caches: list[list[ScoreCache]] = [[cache] for cache in objective.compute_prompt_caches(samples, FlopCounter())]
+    uniform = torch.zeros(spec.response_length, spec.num_candidates)
+    mixtures = [
+        build_mixture(sample.response_ids, table, uniform, spec.mixture_share)
+        for sample, table in zip(samples, tables, strict=True)
     ]
-    relaxed = points if spec.mixture_share else None
-    return lambda meter: compute_token_gradient(
-        [term], samples, memos, tables, flop_counter=meter, relaxed_responses=relaxed
+    relaxed = mixtures if spec.mixture_share else None
+    return lambda flop_counter: compute_token_gradient(
+        [objective], samples, caches, tables, flop_counter=flop_counter, relaxed_responses=relaxed
     )
 
 
 def run_pass(spec: PassSpec, model: PreTrainedModel) -> None:
+    """Run one pass."""
     if spec.pass_type == "plain":
         run_plain_pass(spec, model)
     else:
@@ -147,9 +152,12 @@ def run_pass(spec: PassSpec, model: PreTrainedModel) -> None:
 
 
 def read_memory_status(name: str) -> int:
-    """A figure of /proc/self/status in bytes: VmRSS is held now, VmHWM was the most ever.
+    """Return a value of /proc/self/status in bytes: VmRSS is the current memory, VmHWM its maximum so far.
 
-    getrusage would do for the most, but begins at what the parent held when it forked.
+    `getrusage` has a maximum too, but that one begins at the memory of the parent when it forked.
+
+    Raises:
+        ValueError: if there is no such file.
     """
     status = Path("/proc/self/status")
     if not status.exists():
@@ -159,11 +167,10 @@ def read_memory_status(name: str) -> int:
 
 
 def measure_peak_memory(spec: PassSpec) -> int:
-    """Most bytes that a pass holds beside the model: of this process, which must be fresh, or of a GPU's allocator."""
+    """Return the peak memory of a pass in bytes, without the model. On a CPU the process must be new."""
     model = make_random_model(spec)
-    run_pass(
-        replace(spec, batch_size=1, prompt_length=2, response_length=4), model
-    )  # libraries take some memory for good when first used
+    # Libraries keep some memory after their first use.
+    run_pass(replace(spec, batch_size=1, prompt_length=2, response_length=4), model)
     if spec.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(spec.device)
         before = torch.cuda.memory_allocated(spec.device)
@@ -175,8 +182,12 @@ def measure_peak_memory(spec: PassSpec) -> int:
 
 
 def measure_peaks_in_processes(specs: Sequence[PassSpec]) -> list[int]:
-    """`peak_above_model` of every spec, each in a process of its own."""
-    # Freed blocks go back to the system at once, so that the peak is that of live tensors.
+    """Return `measure_peak_memory` of every spec, each in its own process.
+
+    Raises:
+        ValueError: if a process failed.
+    """
+    # Return freed blocks to the system at once, so that the peak is that of live tensors.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, json.dumps([asdict(spec) for spec in specs])]
     done = subprocess.run(command, env=env, text=True, capture_output=True, check=False)
@@ -188,14 +199,16 @@ def measure_peaks_in_processes(specs: Sequence[PassSpec]) -> list[int]:
 
 
 def measure_memory_ratios(specs: Sequence[PassSpec]) -> list[dict[str, float]]:
-    """Per spec the peak bytes beside the model of a plain pass and of a token gradient, and their ratio."""
-    peaks = measure_peaks_in_processes([replace(spec, pass_type=work) for spec in specs for work in PASS_TYPES])
-    pairs = zip(peaks[::2], peaks[1::2], strict=True)
-    return [{"plain": plain, "gradient": ours, "ratio": ours / plain} for plain, ours in pairs]
+    """Return for every spec the peak memory of a plain pass and of a token gradient in bytes, and their ratio."""
+    peaks = measure_peaks_in_processes([replace(spec, pass_type=kind) for spec in specs for kind in PASS_TYPES])
+    return [
+        {"plain": plain, "gradient": gradient, "ratio": gradient / plain}
+        for plain, gradient in zip(peaks[::2], peaks[1::2], strict=True)
+    ]
 
 
 def main(argument: str) -> int:
-    """Print the peak of every spec, in children that begin with the libraries loaded and nothing else."""
+    """Print the peak memory of every spec, measured in child processes that begin with loaded libraries only."""
     for spec in json.loads(argument):
         child = os.fork()
         if not child:
@@ -211,7 +224,11 @@ def main(argument: str) -> int:
 
 
 def read_timer(device: str) -> float:
-    """A clock to take differences of: wall time on a GPU; on a CPU the process's own, which neighbours slow less."""
+    """Return a time in seconds, of which differences have a meaning.
+
+    On a CPU it is the CPU time of this process, which other processes affect less than wall time. On a GPU it is the
+    wall time after the GPU's work has ended.
+    """
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -219,43 +236,43 @@ def read_timer(device: str) -> float:
 
 
 def measure_best_seconds(function: Callable[[], object], device: str, num_repeats: int) -> float:
-    """The quickest of `repeats` calls, after one that is not timed."""
+    """Return the seconds of the fastest of several calls, after one that is not timed."""
     function()
-    taken = []
+    seconds = []
     for _ in range(num_repeats):
-        begun = read_timer(device)
+        start = read_timer(device)
         function()
-        taken.append(read_timer(device) - begun)
-    return min(taken)
+        seconds.append(read_timer(device) - start)
+    return min(seconds)
 
 
 def measure_matmul_rate(dtype: str, device: str, num_repeats: int) -> float:
-    """FLOPs per second of one large square product."""
+    """Return the FLOPs per second of one large square matrix product."""
     side = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
     return 2 * side**3 / measure_best_seconds(lambda: a @ b, device, num_repeats)
 
 
 def measure_gradient_speed(spec: PassSpec, num_repeats: int) -> dict[str, float]:
-    """FLOPs by formula, seconds and the share of the measured matmul rate, of the pass and of a plain one."""
-    model, meter = make_random_model(spec), FlopCounter()
+    """Return FLOPs by formula, seconds and the share of the measured matmul rate, for the pass and for a plain one."""
+    model, flop_counter = make_random_model(spec), FlopCounter()
     call = prepare_gradient_pass(spec, model)
-    call(meter)
-    flops = meter.get_total_cost().flops
+    call(flop_counter)
+    flops = flop_counter.get_total_cost().flops
     rate = measure_matmul_rate(spec.dtype, spec.device, num_repeats)
-    taken = measure_best_seconds(lambda: call(FlopCounter()), spec.device, num_repeats)
+    seconds = measure_best_seconds(lambda: call(FlopCounter()), spec.device, num_repeats)
     size, length = measure_model_size(model, "body"), spec.prompt_length + spec.response_length
-    body = spec.batch_size * (size.compute_forward_flops(0, length, 0) + size.compute_backward_flops(0, length, 0))
-    plain = measure_best_seconds(lambda: run_plain_pass(spec, model), spec.device, num_repeats)
+    passes = size.compute_forward_flops(0, length, 0) + size.compute_backward_flops(0, length, 0)
+    plain_seconds = measure_best_seconds(lambda: run_plain_pass(spec, model), spec.device, num_repeats)
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "flops": flops,
-        "seconds": taken,
-        "rate": flops / taken,
+        "seconds": seconds,
+        "rate": flops / seconds,
         "matmul_rate": rate,
-        "share": flops / taken / rate,
-        "plain_seconds": plain,
-        "plain_share": body / plain / rate,
+        "share": flops / seconds / rate,
+        "plain_seconds": plain_seconds,
+        "plain_share": spec.batch_size * passes / plain_seconds / rate,
     }
 
 

@@ -1,18 +1,20 @@
-"""The search as it is published, written plainly: what `bench.py` measures the engine against.
+"""A plain implementation of the published search, with which `bench.py` compares the engine.
 
-One problem at a time. The response is a matrix (T × V) of one-hot rows that reach policy and reward through their
-input embeddings, differentiated by autograd through the whole sequence; no prefix is kept between calls; the gradient
-is computed anew at every position that is scanned, and again at every inner step at which a token has changed. The
-algorithm is that of the paper (arXiv 2603.04948) and its released research code; written anew.
+It refines one problem at a time. The response is a matrix [T, V] of one-hot rows that enter policy and reward through
+their input embeddings, and autograd differentiates the whole sequence. No prefix is kept between calls. The gradient
+is computed at every position that is scanned, and again at every inner step at which a token has changed. The
+algorithm is that of the paper (arXiv 2603.04948) and its released research code. The implementation is new.
 
-It takes the engine's decisions, from the same random streams, so that the two differ in work alone. Where the engine
-has another definition than the released code, this follows the engine:
-- a position holds the incumbent's own token until the arg max of its logits moves, not the arg max from the start;
-- a position chooses among the policy's K candidates: elsewhere the T × V logits are −inf;
-- incumbent and proposal are scored alike, with the prompt once.
+It makes the engine's decisions with the same random streams, so that the two differ in work alone. Where the engine
+and the released code differ, this module follows the engine:
 
-What it is charged for is what it runs: whole sequences, the output head at every position, the product of one-hot
-rows and embedding table forward and backward, and both scores of every decision.
+- A position holds the incumbent's token until the argmax of its logits moves. In the released code it holds the argmax
+  from the start.
+- A position chooses among the policy's K candidates. All other logits [T, V] are −inf.
+- Incumbent and proposal are scored in the same way, with the prompt once.
+
+Its FLOPs are those of its own work: whole sequences, the output head at every position, forward and backward products
+of one-hot rows with the embedding table, and both scores of every decision.
 """
 
 from __future__ import annotations
@@ -38,17 +40,18 @@ from nabla_trl.search.proposals import policy_likelihood
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
-# Options that this search does not read, or knows one value of.
+# Options of which this search supports the preset's value only.
 PAPER_OPTIONS = ("acceptance", "num_starts", "num_chains", "max_rounds", "max_flops", "restarts", "patience")
-ONE_HOT_ACCOUNT = "/one-hot"  # after a problem's id, the account of the products with embedding tables
+PAPER_SCAN_OPTIONS = ("min_gradient_norm", "resample_top_p")
+ONE_HOT_ACCOUNT = "/one-hot"  # suffix of a problem's id for the FLOPs of products with embedding tables
 
-# position, old token, new token, the new token and what follows it, accepted
+# position, old token, new token, new token with its suffix, is it accepted
 Decision = tuple[int, int, int, tuple[int, ...], bool]
 
 
 @dataclass
 class PlainTrace:
-    """What a plain search decided, and how often it computed a gradient."""
+    """The decisions of a plain search, and how often it computed a gradient."""
 
     response_ids: list[int]
     reward: float
@@ -57,25 +60,28 @@ class PlainTrace:
 
 
 def list_decisions(trace: Trace) -> list[Decision]:
-    """The decisions of an engine's trace, as a plain search lists them."""
-    return [(one.position, one.old_token, one.new_token, one.suffix, one.accepted) for one in trace.revisions]
+    """Return the decisions of an engine's trace in the form of a plain search."""
+    return [
+        (revision.position, revision.old_token, revision.new_token, revision.suffix, revision.accepted)
+        for revision in trace.revisions
+    ]
 
 
 @dataclass
 class PlainObjective:
-    """A term read through one-hot rows over the policy's vocabulary."""
+    """An objective with one-hot rows over the policy's vocabulary as input."""
 
     objective: Objective
 
     @cached_property
     def embedding_table(self) -> Tensor:
-        """[V, d] this model's embedding of every policy token; 0 for those it lacks."""
+        """[V, d] this model's embedding of every policy token. Missing tokens have zeros."""
         ids = self.objective.vocab_map
         return self.objective.embed_ids(ids.clamp(min=0)) * (ids >= 0)[:, None]
 
     @cached_property
     def one_hot_matmul_size(self) -> ModelSize:
-        """The product of one-hot rows and the table, as if it were an output head."""
+        """Size of the product of one-hot rows and the table, in the form of an output head."""
         return ModelSize(f"{self.objective.model_size.name}-onehot", 0, 0, 0, self.embedding_table.numel())
 
     def compute_value(
@@ -87,136 +93,115 @@ class PlainObjective:
         likelihood_token_grad: bool = True,
         likelihood_suffix_grad: bool = True,
     ) -> Tensor:
-        """The term at one-hot rows [T, V]; one whole forward."""
+        """Return the objective of one-hot rows [T, V], by one forward pass of the whole sequence."""
         encoded = self.objective.encode(sample)
         count, begin = len(encoded.response_ids), len(encoded.prompt_ids)
         one_hot_TV = one_hot_TV[:count]
-        picked, fed = (
-            one_hot_TV if likelihood_token_grad else one_hot_TV.detach(),
-            one_hot_TV if likelihood_suffix_grad else one_hot_TV.detach(),
-        )
+        output_rows = one_hot_TV if likelihood_token_grad else one_hot_TV.detach()
+        input_rows = one_hot_TV if likelihood_suffix_grad else one_hot_TV.detach()
         before, after = (
-            self._embed_tokens(ids, one_hot_TV.device) for ids in (encoded.prompt_ids, encoded.turn_end_ids)
+            self.objective.embed_ids(torch.tensor(ids, dtype=torch.long, device=one_hot_TV.device))
+            for ids in (encoded.prompt_ids, encoded.turn_end_ids)
         )
-        embeds = torch.cat((before, fed @ self.embedding_table, after))[None]
-        self._count_flops(sample, embeds.shape[1], count, one_hot_TV.requires_grad, flop_counter)
+        embeds = torch.cat((before, input_rows @ self.embedding_table, after))[None]
+        for kind in ("forward", "backward") if one_hot_TV.requires_grad else ("forward",):
+            flop_counter.add_flops(sample.cost_key, self.objective.model_size, kind, 0, embeds.shape[1])
+            account, size = sample.cost_key + ONE_HOT_ACCOUNT, self.one_hot_matmul_size
+            flop_counter.add_flops(account, size, kind, 0, 0, num_head_positions=count)
         model = self.objective.model
         if isinstance(self.objective, ScoreObjective):
             return model.score(model.base_model(inputs_embeds=embeds).last_hidden_state[0, -1]).squeeze(-1)
         logits = model(inputs_embeds=embeds).logits[0, begin - 1 : begin - 1 + count]
         mapped = logits.log_softmax(-1)[:, self.objective.vocab_map.clamp(min=0)]
-        return (picked * mapped).sum()
-
-    def _embed_tokens(self, ids: list[int], device: torch.device) -> Tensor:
-        return self.objective.embed_ids(torch.tensor(ids, dtype=torch.long, device=device))
-
-    def _count_flops(
-        self, sample: Sample, length: int, num_head_positions: int, with_backward: bool, flop_counter: FlopCounter
-    ) -> None:
-        for kind in ("forward", "backward") if with_backward else ("forward",):
-            flop_counter.add_flops(sample.cost_key, self.objective.model_size, kind, 0, length)
-            flop_counter.add_flops(
-                sample.cost_key + ONE_HOT_ACCOUNT,
-                self.one_hot_matmul_size,
-                kind,
-                0,
-                0,
-                num_head_positions=num_head_positions,
-            )
+        return (output_rows * mapped).sum()
 
 
 class PlainSearch:
-    """The sequential scan with solver ste, one problem at a time.
+    """A sequential scan with solver ste, one problem at a time.
 
     Raises:
-        ValueError: another algorithm than the preset paper's.
+        ValueError: if the options are not those of the preset paper.
     """
 
     def __init__(self, policy: Policy, reward: Reward, config: SearchConfig, seed: int = 0):
         paper, solver, scan = SearchConfig.from_preset("paper"), config.solver, config.proposals
         if not isinstance(solver, SteSolver) or not isinstance(scan, SequentialProposals):
-            raise ValueError("the plain way is written for the preset paper: solver ste and sequential proposals")
-        odd = [name for name in PAPER_OPTIONS if getattr(config, name) != getattr(paper, name)]
-        odd += [
-            name
-            for name in ("min_gradient_norm", "resample_top_p")
-            if getattr(scan, name) != getattr(paper.proposals, name)
-        ]
-        if odd or reward.uncertainty_penalty is not None:
+            raise ValueError("the plain search supports the preset paper only: solver ste and sequential proposals")
+        changed = [name for name in PAPER_OPTIONS if getattr(config, name) != getattr(paper, name)]
+        changed += [name for name in PAPER_SCAN_OPTIONS if getattr(scan, name) != getattr(paper.proposals, name)]
+        if changed or reward.uncertainty_penalty is not None:
             raise ValueError(
-                f"the plain way is written for the preset paper, not for other {', '.join(odd) or 'rewards'}"
+                f"the plain search supports the preset paper only, not other {', '.join(changed) or 'rewards'}"
             )
         self.policy, self.reward, self.config, self.seed = policy, reward, config, seed
         self.solver, self.scan = solver, scan
         self.flop_counter = FlopCounter()
         self.likelihood = PlainObjective(policy_likelihood(policy))
-        self.objectives = [PlainObjective(term) for term in reward.objectives]
+        self.objectives = [PlainObjective(objective) for objective in reward.objectives]
 
     def solve(self, problem: Problem) -> PlainTrace:
+        """Refine the response to one problem."""
         prompt = self.policy.encode(problem)
-        room = min(
+        max_new_tokens = min(
             self.config.max_new_tokens,
             self.policy.context_length - len(prompt),
             self.reward.compute_max_new_tokens(problem, prompt),
         )
         with self.flop_counter.measure_seconds([problem.id]):
-            draft = self.draw_continuation(problem, prompt, room, 0)
+            draft = self.draw_continuation(problem, prompt, max_new_tokens, 0)
             trace = PlainTrace(draft.ids, self.score_response(Sample(problem, prompt, draft.ids)))
             candidates, logp, position = draft.candidates, draft.logp, 0
-            stream = make_rng(self.seed, problem.id, "resample", 0)
+            rng = make_rng(self.seed, problem.id, "resample", 0)
             while position < len(trace.response_ids) and 1 + len(trace.decisions) < self.config.max_rollouts:
-                at, position = position, position + 1
+                current, position = position, position + 1
                 sample = Sample(problem, prompt, trace.response_ids)
-                token = self.resample_token(sample, candidates, logp, at, stream, trace)
-                if token == trace.response_ids[at]:
+                token = self.resample_token(sample, candidates, logp, current, rng, trace)
+                if token == trace.response_ids[current]:
                     continue
-                response, tables = [*trace.response_ids[:at], token], (candidates[: at + 1], logp[: at + 1])
-                if token not in self.policy.stop_ids and len(response) < room:
+                response = [*trace.response_ids[:current], token]
+                tables = candidates[: current + 1], logp[: current + 1]
+                if token not in self.policy.stop_ids and len(response) < max_new_tokens:
                     draft = self.draw_continuation(
-                        problem, prompt + response, room - len(response), 1 + len(trace.decisions)
+                        problem, prompt + response, max_new_tokens - len(response), 1 + len(trace.decisions)
                     )
                     tables = torch.cat((tables[0], draft.candidates)), torch.cat((tables[1], draft.logp))
                     response = response + draft.ids
-                proposed, standing = (
-                    self.score_response(Sample(problem, prompt, response)),
-                    self.score_response(sample),
-                )
-                accepted = proposed > standing
-                trace.decisions.append((at, trace.response_ids[at], token, tuple(response[at:]), accepted))
+                proposal_reward = self.score_response(Sample(problem, prompt, response))
+                accepted = proposal_reward > self.score_response(sample)
+                old_token = trace.response_ids[current]
+                trace.decisions.append((current, old_token, token, tuple(response[current:]), accepted))
                 if accepted:
-                    (candidates, logp), trace.response_ids, trace.reward = tables, response, proposed
-                stream = make_rng(self.seed, problem.id, "resample", len(trace.decisions))
+                    (candidates, logp), trace.response_ids, trace.reward = tables, response, proposal_reward
+                rng = make_rng(self.seed, problem.id, "resample", len(trace.decisions))
         return trace
 
     def compute_flops(self, problem_id: str, include_one_hot: bool = True) -> float:
-        """What a problem has cost, with or without the products of one-hot rows and embedding tables."""
-        return (
-            self.flop_counter.get_cost(problem_id).flops
-            + include_one_hot * self.flop_counter.get_cost(problem_id + ONE_HOT_ACCOUNT).flops
-        )
+        """Return the FLOPs of a problem, with or without the products of one-hot rows and embedding tables."""
+        flops = self.flop_counter.get_cost(problem_id).flops
+        one_hot_flops = self.flop_counter.get_cost(problem_id + ONE_HOT_ACCOUNT).flops
+        return flops + include_one_hot * one_hot_flops
 
     def draw_continuation(
         self, problem: Problem, prefix: list[int], max_new_tokens: int, draw_index: int
     ) -> GenerationOutput:
-        """A continuation; its prefix is run through the policy again."""
-        job = GenerationRequest(
-            problem.id, prefix, make_rng(self.seed, problem.id, "suffix", draw_index), max_new_tokens
-        )
-        [draft] = generate_continuations(
+        """Generate a continuation. The policy computes the whole prefix again."""
+        rng = make_rng(self.seed, problem.id, "suffix", draw_index)
+        [output] = generate_continuations(
             self.policy,
-            [job],
+            [GenerationRequest(problem.id, prefix, rng, max_new_tokens)],
             self.config.get_sampling(),
             flop_counter=self.flop_counter,
             top_k_candidates=self.config.top_k_candidates,
         )
-        return draft
+        return output
 
     @torch.no_grad()
     def score_response(self, sample: Sample) -> float:
+        """Return the reward of a response."""
         rows = self.make_one_hot(torch.tensor(sample.response_ids))
         return sum(
-            term.objective.weight * float(term.compute_value(sample, rows, self.flop_counter))
-            for term in self.objectives
+            objective.objective.weight * float(objective.compute_value(sample, rows, self.flop_counter))
+            for objective in self.objectives
         )
 
     def resample_token(
@@ -228,79 +213,80 @@ class PlainSearch:
         rng: np.random.Generator,
         trace: PlainTrace,
     ) -> int:
-        """The token drawn at a position after optimisation; the incumbent's own where the policy is confident."""
-        own, scan = sample.response_ids[position], self.scan
-        if float(candidate_logp[position].max().exp()) > scan.confidence:
-            return own
+        """Draw the token of a position after optimization. Keep the incumbent's token if the policy is confident."""
+        current_token, logp = sample.response_ids[position], candidate_logp[position]
+        if float(logp.max().exp()) > self.scan.confidence:
+            return current_token
         logits = self.optimize_logits(sample, candidates, candidate_logp, position, trace)[position]
         table = candidates[position]
-        usable = self.reward.in_vocabulary[table] & candidate_logp[position].isfinite()
+        usable = self.reward.in_vocabulary[table] & logp.isfinite()
         if self.config.candidate_min_p:
-            usable &= candidate_logp[position] >= candidate_logp[position].max() + float(
-                np.log(self.config.candidate_min_p)
-            )
-        row = logits[table].masked_fill(~(usable | (table == own)), -torch.inf) / scan.resample_temperature
+            usable &= logp >= logp.max() + float(np.log(self.config.candidate_min_p))
+        row = logits[table].masked_fill(~(usable | (table == current_token)), -torch.inf)
+        row = row / self.scan.resample_temperature
         mass = row.softmax(-1, dtype=torch.float64).cumsum(-1)
         return int(table[int((mass <= rng.random() * mass[-1]).sum())])
 
     def optimize_logits(
         self, sample: Sample, candidates: Tensor, candidate_logp: Tensor, position: int, trace: PlainTrace
     ) -> Tensor:
-        """Adam on the T × V logits from a position on (`moving`): a hard forward, a backward through softmax(z/τ)."""
-        own, options = torch.tensor(sample.response_ids), self.solver
-        placeable = self.reward.in_vocabulary[candidates] | (candidates == own[:, None])
-        start = torch.full((len(own), len(self.policy.forbidden_mask)), -torch.inf)
-        start.scatter_(1, candidates, candidate_logp.masked_fill(~placeable, -torch.inf))
-        logits = start.clone().requires_grad_(True)
-        optimiser = torch.optim.Adam([logits], lr=options.learning_rate)
-        first, hard = start.argmax(-1), own
-        left = torch.zeros(len(own), dtype=torch.bool)
-        slope = self.compute_gradient(sample, hard, trace)
+        """Return the logits [T, V] after Adam steps from a position on.
+
+        The forward pass uses hard tokens, and the gradient goes back through softmax(z / τ).
+        """
+        tokens, options = torch.tensor(sample.response_ids), self.solver
+        usable = self.reward.in_vocabulary[candidates] | (candidates == tokens[:, None])
+        initial = torch.full((len(tokens), len(self.policy.forbidden_mask)), -torch.inf)
+        initial.scatter_(1, candidates, candidate_logp.masked_fill(~usable, -torch.inf))
+        logits = initial.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([logits], lr=options.learning_rate)
+        initial_argmax, hard_tokens = initial.argmax(-1), tokens
+        has_moved = torch.zeros(len(tokens), dtype=torch.bool)
+        gradient = self.compute_gradient(sample, hard_tokens, trace)
         for step in range(options.steps):
             if step:
-                best = logits.detach().argmax(-1)
-                left |= best != first
-                now = torch.where(left, best, own)
-                if not torch.equal(now, hard):
-                    hard, slope = now, self.compute_gradient(sample, now, trace)
-            optimiser.zero_grad()
-            (logits / options.tau).softmax(-1).backward(slope)
+                argmax = logits.detach().argmax(-1)
+                has_moved |= argmax != initial_argmax
+                new_tokens = torch.where(has_moved, argmax, tokens)
+                if not torch.equal(new_tokens, hard_tokens):
+                    hard_tokens, gradient = new_tokens, self.compute_gradient(sample, new_tokens, trace)
+            optimizer.zero_grad()
+            (logits / options.tau).softmax(-1).backward(gradient)
             assert logits.grad is not None
             logits.grad[:position] = 0
             if options.optimize_positions == "first":
                 logits.grad[position + 1 :] = 0
-            optimiser.param_groups[0]["lr"] = options.compute_learning_rate(step)
-            optimiser.step()
+            optimizer.param_groups[0]["lr"] = options.compute_learning_rate(step)
+            optimizer.step()
         return logits.detach()
 
     def compute_gradient(self, sample: Sample, tokens_T: Tensor, trace: PlainTrace) -> Tensor:
-        """[T, V] ∂L/∂Y of L = −λ·r − log π at hard tokens."""
+        """Return the gradient [T, V] of L = −λ·r − log π with respect to one-hot rows, at hard tokens."""
         trace.num_gradients += 1
         rows = self.make_one_hot(tokens_T).requires_grad_(True)
-        placed = Sample(sample.problem, sample.prompt_ids, tokens_T.tolist())
+        hard_sample = Sample(sample.problem, sample.prompt_ids, tokens_T.tolist())
         loss = -self.likelihood.compute_value(
-            placed,
+            hard_sample,
             rows,
             self.flop_counter,
             likelihood_token_grad=self.solver.likelihood_token_grad,
             likelihood_suffix_grad=self.solver.likelihood_suffix_grad,
         )
-        for term in self.objectives:
-            loss = loss - self.config.reward_weight * term.objective.weight * term.compute_value(
-                placed, rows, self.flop_counter
-            )
+        for objective in self.objectives:
+            weight = self.config.reward_weight * objective.objective.weight
+            loss = loss - weight * objective.compute_value(hard_sample, rows, self.flop_counter)
         return torch.autograd.grad(loss, rows)[0].float().cpu()
 
     def make_one_hot(self, tokens: Tensor) -> Tensor:
+        """Return tokens [T] as rows [T, V] in the policy's data type."""
         rows = torch.nn.functional.one_hot(tokens, len(self.policy.forbidden_mask))
         return rows.to(self.policy.device, self.policy.model.dtype)
 
 
-def has_same_decisions(trace: Trace, plain: PlainTrace) -> bool:
-    """Whether an engine's trace and a plain one took the same revisions and ended at the same response."""
-    return list_decisions(trace) == plain.decisions and trace.response_ids == plain.response_ids
-
-
-def list_differing_problems(traces: Sequence[Trace], plain: Sequence[PlainTrace]) -> list[str]:
-    """Ids of the problems on which the two searches decided differently."""
-    return [one.problem_id for one, other in zip(traces, plain, strict=True) if not has_same_decisions(one, other)]
+def list_differing_problems(traces: Sequence[Trace], plain_traces: Sequence[PlainTrace]) -> list[str]:
+    """Return the ids of the problems on which the two searches made other decisions or ended at other responses."""
+    return [
+        trace.problem_id
+        for trace, plain in zip(traces, plain_traces, strict=True)
+        if (list_decisions(trace), trace.response_ids) != (plain.decisions, plain.response_ids)
+    ]

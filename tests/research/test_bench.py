@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from nabla_trl.gradient import likelihood as heads
-from nabla_trl.gradient import relaxation as relax
-from nabla_trl.gradient import token_gradient as token_gradient_module
+from nabla_trl.gradient import likelihood, relaxation, token_gradient
 from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.policy import Policy
@@ -57,15 +55,19 @@ def test_the_plain_search_takes_the_engines_decisions(architecture: str, kind: s
     traces = run_search(problems, policy=policy, reward=reward, config=config, seed=5)
     search = plain.PlainSearch(policy, reward, config, seed=5)
     others = [search.solve(problem) for problem in problems]
-    assert plain.differing(traces, others) == []
+    assert plain.list_differing_problems(traces, others) == []
     for trace, other in zip(traces, others, strict=True):
         assert trace.reward == pytest.approx(other.reward, rel=1e-6)
-        assert search.flops(trace.problem_id) > search.flops(trace.problem_id, onehot=False) > trace.cost.flops
+        assert (
+            search.compute_flops(trace.problem_id)
+            > search.compute_flops(trace.problem_id, include_one_hot=False)
+            > trace.cost.flops
+        )
     assert sum(len(trace.revisions) for trace in traces) > len(problems)
-    assert {move[4] for other in others for move in other.moves} == {True, False}
+    assert {decision[4] for other in others for decision in other.decisions} == {True, False}
     # Anything else than the same would show.
     changed = run_search(problems, policy=policy, reward=reward, config=config, seed=6)
-    assert plain.differing(changed, others) != []
+    assert plain.list_differing_problems(changed, others) != []
 
 
 def test_the_plain_search_refuses_other_algorithms(policy: Policy, scalar_reward: Reward) -> None:
@@ -102,25 +104,34 @@ def test_no_gradient_pass_makes_a_matrix_of_response_times_vocabulary(
 ) -> None:
     """One response's T × V would be 12 times what is made; without candidates it is made, and seen."""
     passes = recipe("passes")
-    spec = passes.Pass(kind=kind, alpha=alpha, vocabulary=20000, layers=1, width=64, rows=2, prompt=3, length=48)
-    for room in (heads, token_gradient_module, relax):
-        for name in ("LOGIT_BUDGET", "GATHER_BUDGET"):
-            monkeypatch.setattr(room, name, 2**16, raising=False)
-    model = passes.random_model(spec)
-    call = passes.gradient_pass(spec, model)
+    spec = passes.PassSpec(
+        model_kind=kind,
+        mixture_share=alpha,
+        vocab_size=20000,
+        num_layers=1,
+        hidden_size=64,
+        batch_size=2,
+        prompt_length=3,
+        response_length=48,
+    )
+    for module in (likelihood, token_gradient, relaxation):
+        for name in ("MAX_HEAD_LOGITS", "MAX_GATHERED_VALUES"):
+            monkeypatch.setattr(module, name, 2**16, raising=False)
+    model = passes.make_random_model(spec)
+    call = passes.prepare_gradient_pass(spec, model)
     with Made(model) as seen:
         found = call(FlopCounter())
     assert [part.shape for part in found] == [(48, 16)] * 2 and all(part.any() for part in found)
     assert seen.largest <= 80000 < 48 * 20000 / 10
     if kind == "log-likelihood":
         assert seen.largest >= 20000  # the recorder sees logits
-        samples, _ = passes.random_samples(spec)
-        term = passes.random_term(spec, model)
+        samples, _ = passes.make_random_samples(spec)
+        objective = passes.make_random_objective(spec, model)
         with Made(model) as seen:
             compute_token_gradient(
-                [term],
+                [objective],
                 samples,
-                [[memo] for memo in term.prompt_memos(samples, FlopCounter())],
+                [[cache] for cache in objective.compute_prompt_caches(samples, FlopCounter())],
                 None,
                 flop_counter=FlopCounter(),
             )
@@ -130,11 +141,15 @@ def test_no_gradient_pass_makes_a_matrix_of_response_times_vocabulary(
 def test_a_slice_of_logits_never_decides_the_peak_and_never_falls_below_its_floor() -> None:
     """Its size follows the hidden states of the batch: one logit matrix is at most four times their size."""
     passes = recipe("passes")
-    spec = passes.Pass(kind="log-likelihood", vocabulary=50000, layers=1, width=64)
-    term = passes.random_term(spec, passes.random_model(spec))
-    assert term._slice_size(torch.zeros(1, 10, 64)) == heads.MAX_HEAD_LOGITS // 50000 > 1
+    spec = passes.PassSpec(model_kind="log-likelihood", vocab_size=50000, num_layers=1, hidden_size=64)
+    objective = passes.make_random_objective(spec, passes.make_random_model(spec))
+    assert objective._compute_slice_size(torch.zeros(1, 10, 64)) == likelihood.MAX_HEAD_LOGITS // 50000 > 1
     wide = torch.zeros(1, 1, 1).expand(64, 2048, 64)
-    assert term._slice_size(wide) * 50000 <= 4 * wide.numel() < (term._slice_size(wide) + 1) * 50000
+    assert (
+        objective._compute_slice_size(wide) * 50000
+        <= 4 * wide.numel()
+        < (objective._compute_slice_size(wide) + 1) * 50000
+    )
 
 
 # --- the recipe --------------------------------------------------------------------------------------------
@@ -143,35 +158,13 @@ def test_a_slice_of_logits_never_decides_the_peak_and_never_falls_below_its_floo
 def test_the_recipe_measures_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     bench, output = recipe("bench"), tmp_path / "bench.json"
-    small = ["--max_problems", "3", "--max_plain_problems", "2", "--max_rollouts", "3", "--max_new_tokens", "12"]
-    small += [
-        "--problem_counts",
-        "1",
-        "2",
-        "--round_counts",
-        "1",
-        "2",
-        "--vocab_size",
-        "300",
-        "--batch_size",
-        "2",
-        "--response_length",
-        "16",
-    ]
-    small += [
-        "--prompt_length",
-        "3",
-        "--num_layers",
-        "1",
-        "--hidden_sizes",
-        "64",
-        "--num_repeats",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    monkeypatch.setattr(bench, "memory_ratios", lambda specs: [{"plain": 1, "gradient": 1, "ratio": 1}] * len(specs))
-    bench.main([*small, "--output_file", str(output)])
+    small = "--max_problems 3 --max_plain_problems 2 --max_rollouts 3 --max_new_tokens 12 --problem_counts 1 2 "
+    small += "--round_counts 1 2 --vocab_size 300 --batch_size 2 --response_length 16 --prompt_length 3 "
+    small += "--num_layers 1 --hidden_sizes 64 --num_repeats 1 --device cpu"
+    monkeypatch.setattr(
+        bench, "measure_memory_ratios", lambda specs: [{"plain": 1, "gradient": 1, "ratio": 1}] * len(specs)
+    )
+    bench.main([*small.split(), "--output_file", str(output)])
     found = json.loads(output.read_text())
     assert [row["problems"] for row in found["plain"]["engine"]] == [1, 2, 3]
     for row in found["plain"]["engine"]:
@@ -182,7 +175,7 @@ def test_the_recipe_measures_every_part(tmp_path: Path, monkeypatch: pytest.Monk
         assert 0 < one["share"] < 1.5 and one["flops"] > 0
     for name in ("problems", "rounds"):
         assert 0 < found["scaling"][name]["slopes"]["flops"] < 1.6
-    assert [(one["kind"], one["alpha"]) for one in found["memory"]["passes"]] == [
+    assert [(one["model_kind"], one["mixture_share"]) for one in found["memory"]["passes"]] == [
         *(("scalar", alpha) for alpha in (0, 0.5)),
         *(("log-likelihood", alpha) for alpha in (0, 0.5)),
     ]
@@ -193,21 +186,31 @@ def test_peaks_are_of_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass of T × V floats more, and nothing of what this process holds; a failure is one line."""
     passes = recipe("passes")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    spec = passes.Pass(kind="log-likelihood", vocabulary=1000, layers=1, width=64, rows=4, prompt=2, length=256)
-    small, large = passes.measured_peaks([spec, replace(spec, batch_size=32)])
+    spec = passes.PassSpec(
+        model_kind="log-likelihood",
+        vocab_size=1000,
+        num_layers=1,
+        hidden_size=64,
+        batch_size=4,
+        prompt_length=2,
+        response_length=256,
+    )
+    small, large = passes.measure_peaks_in_processes([spec, replace(spec, batch_size=32)])
     grown = 28 * 256 * 64 * 4  # bytes of the hidden states added
     assert 5 * grown < large - small < 60 * grown
     monkeypatch.setattr(passes.sys, "executable", "/bin/false")
-    worlds.refused(lambda: passes.measured_peaks([spec]), "length=256", "failed", "want of memory")
+    worlds.refused(
+        lambda: passes.measure_peaks_in_processes([spec]), "response_length=256", "failed", "want of memory"
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--parts", "plain,speed"], "unknown part 'speed'"),
-        (["--max_problems", "2", "--max_plain_problems", "3"], "problems must be at least plain_problems"),
-        (["--hidden_sizes", "100", "--parts", "gradient"], "width must be a multiple of 64"),
-        (["--problem_counts", "0"], "sizes, rounds and widths"),
+        (["--max_problems", "2", "--max_plain_problems", "3"], "max_problems must be at least max_plain_problems"),
+        (["--hidden_sizes", "100", "--parts", "gradient"], "hidden_size must be a multiple of 64"),
+        (["--problem_counts", "0"], "problem_counts, round_counts and hidden_sizes"),
         (["--device", "cuda:77"], "cannot use device"),
     ],
 )

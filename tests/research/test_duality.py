@@ -137,7 +137,16 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     module, out = recipe(), ["--output_dir", str(tmp_path / "out")]
     worlds.refused(lambda: module.main([*out, "--policy", "P"]), "policy, reward and dataset belong together")
     worlds.refused(lambda: module.main([*out, "--num_symbols", "40"]), "symbols must be 2 to 26")
-    own = ["--policy", "data/tiny/policy", "--reward", "data/tiny/reward", "--dataset", "digit_chains", "--device", "cpu"]
+    own = [
+        "--policy",
+        "data/tiny/policy",
+        "--reward",
+        "data/tiny/reward",
+        "--dataset",
+        "digit_chains",
+        "--device",
+        "cpu",
+    ]
     worlds.refused(lambda: module.main([*out, *own]), "3,368,421 responses of up to 5 tokens", "at most 20,000")
     # … and can be mended in the same folder, as nothing was made there yet.
     worlds.refused(lambda: module.main([*out, *own, "--max_new_tokens", "4"]), "168,421 responses of up to 4 tokens")
