@@ -1,15 +1,20 @@
-"""Test-time search and KL-regularised training against the optimum of both, on a world that can be written down.
+"""Compare test-time search and KL-regularized training with the optimum of both, in a world that can be enumerated.
 
     python recipes/research/duality.py --config recipes/tiny/duality.yaml
-    python recipes/research/duality.py --config recipes/tiny/duality.yaml --train sft rloo
+    python recipes/research/duality.py --config recipes/tiny/duality.yaml --train_methods sft rloo
 
-π* ∝ π·exp(r/β) is had in closed form from every response of every prompt. Against it: best-of-N (exactly), Metropolis
-chains and greedy refinement with and without the gradient (counted from independent chains, beside what as many draws
-of π* measure), and policies trained from π by sft, reward-weighted sft, dpo, rloo and grpo (exactly). OUT/duality.md
-holds the table, duality.json its numbers, duality.png the figure, OUT/world the models; chains and trained policies
-that are there are not made again.
+π* ∝ π·exp(r/β) is computed in closed form from all responses to every prompt. The recipe compares with it
 
-Without --policy a world is made from --world_seed. Your own: --policy P --reward R --dataset D, of few enough tokens.
+- best-of-N, exactly,
+- Metropolis chains and greedy refinement, with and without the gradient. Their distributions are empirical ones of
+  independent chains, next to those of as many samples of π*.
+- policies trained from π by sft, reward-weighted sft, dpo, rloo and grpo, exactly.
+
+OUT/duality.md has the table, duality.json its numbers, duality.png the figure and OUT/world the models. Chains and
+trained policies that already exist are kept.
+
+Without --policy a world is generated from --world_seed. For your own models give --policy P --reward R --dataset D.
+Their vocabulary must be small.
 """
 
 from __future__ import annotations
@@ -20,7 +25,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import duality_report
 import numpy as np
@@ -47,52 +51,70 @@ from nabla_trl.rewards.spec import compute_reward_identity
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.search.options import GreedyAcceptance, MetropolisAcceptance, MirrorSolver
+from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.traces.schema import Trace
-from nabla_trl.utils.fields import option
+from nabla_trl.utils.fields import option, required_option
+from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.identity import claim_settings
 
 
 @dataclass
 class DualityArguments:
-    output_dir: str = field(metadata={"help": "folder of duality.md, chains/ and world/"})
-    policy: str = option("", "hub id or path of a causal LM; empty = a world is made")
-    reward: str = option("", f"with --policy: {REWARD_HELP}")
-    dataset: str = option("", f"with --policy: {DATASET_HELP}")
-    split: str = option("test", "split of the dataset")
-    max_problems: int = option(8, "prompts of the dataset")
-    device: str | None = option(None, "where to run, as cpu or cuda:1; a GPU if there is one")
-    beta: float = option(1.0, "KL coefficient β of every method")
-    max_new_tokens: int = option(5, "longest response, in tokens")
-    max_responses: int = option(MAX_RESPONSES, "most responses per prompt that are written down")
-    best_of_n: list[int] = field(
-        default_factory=lambda: [2, 4, 8, 16, 32], metadata={"help": "N of best-of-N, rising, at least 2"}
+    """Models, prompts and methods."""
+
+    output_dir: str = required_option(
+        "Folder to write duality.md, chains/ and world/ to. Chains and policies that already exist are kept."
     )
-    num_chains: int = option(300, "independent chains per prompt and search")
-    max_rounds: int = option(32, "steps of every chain")
-    gradient_at: str = option("direct", "gradient of the searches that follow one, see `point` of the search")
-    step_size: float = option(1.0, "share of the mirror step")
-    batch_size: int = option(500, "chains run together")
-    seed: int = option(0, "seed of the chains and of the noise")
-    title: str = option("The dual, measured", "title of the page")
+    policy: str = option(
+        "",
+        "Hub id or path of the policy, a causal language model. Needs --reward and --dataset (default: generate a "
+        "small world).",
+    )
+    reward: str = option("", f"{REWARD_HELP} Needs --policy (default: generate one).")
+    dataset: str = option("", f"{DATASET_HELP} Needs --policy (default: generate prompts).")
+    split: str = option("test", "Split of the data set.")
+    max_problems: int = option(8, "Maximum number of prompts of the data set. Ignored for a generated world.")
+    device: str | None = option(
+        None, "Device to run on, such as cpu or cuda:1 (default: a GPU if there is one, else the CPU)."
+    )
+    beta: float = option(1.0, "KL coefficient β of every method.")
+    max_new_tokens: int = option(
+        5, "Maximum length of a response in tokens. The number of responses grows exponentially with it."
+    )
+    max_responses: int = option(
+        MAX_RESPONSES,
+        "Maximum number of responses per prompt that are enumerated. Increase it if memory allows.",
+    )
+    best_of_n: list[int] = field(
+        default_factory=lambda: [2, 4, 8, 16, 32],
+        metadata={"help": "Values of N of best-of-N, in increasing order, at least 2."},
+    )
+    num_chains: int = option(300, "Independent chains per prompt and search. Increase it for less sampling noise.")
+    max_rounds: int = option(32, "Number of rounds of every chain.")
+    gradient_at: str = option(
+        "direct", "Gradient of the searches that use one. See --solver.gradient_at of the search."
+    )
+    step_size: float = option(1.0, "Fraction of the full mirror-descent step. 0.5 is locally balanced.")
+    batch_size: int = option(500, "Chains run together. Lower it if memory runs out.")
+    seed: int = option(0, "Random seed of the chains and of the noise estimate.")
+    title: str = option("Search and training against the optimum", "Title of the page.")
 
     def __post_init__(self) -> None:
         if not self.best_of_n or min(self.best_of_n) < 2 or self.best_of_n != sorted(set(self.best_of_n)):
-            raise ValueError("samples must be rising numbers of at least 2")
+            raise ValueError("best_of_n must be increasing numbers of at least 2")
         if self.num_chains < 2 or self.max_rounds < 1:
-            raise ValueError("chains must be at least 2 and rounds at least 1")
+            raise ValueError("num_chains must be at least 2 and max_rounds at least 1")
         if not 0 < self.beta < float("inf"):
             raise ValueError(f"beta must be a positive number, not {self.beta}")
-        if bool(self.policy) != bool(self.reward) or bool(self.policy) != bool(self.dataset):
-            raise ValueError(
-                "policy, reward and dataset belong together: give all three, or none to have a world made"
-            )
+        if len({bool(self.policy), bool(self.reward), bool(self.dataset)}) > 1:
+            raise ValueError("policy, reward and dataset belong together: give all three, or none to generate a world")
 
     def make_search_configs(self, vocab_size: int) -> dict[str, SearchConfig]:
-        """Metropolis and greedy acceptance, each with the gradient and without.
+        """Return searches with Metropolis and with greedy acceptance, each with and without the gradient.
 
         Args:
-            tokens: rows of the policy's output head. All are candidates, so that a chain can reach every response.
+            vocab_size: rows of the policy's output head. All are candidates, so that a chain can reach every response.
         """
         config = SearchConfig(
             solver=MirrorSolver(gradient_at=self.gradient_at, step_size=self.step_size),
@@ -114,66 +136,75 @@ class DualityArguments:
 
 
 class DualityStudy:
-    """A policy and a reward with every response to every prompt."""
+    """A policy and a reward with all responses to every prompt.
 
-    def __init__(self, args: DualityArguments, policy: Policy, reward: Reward, problems: Sequence[Any]):
+    Attributes:
+        enumerated, scores, cases: the responses, rewards and costs, and distributions of each prompt.
+        optimum_metrics: metrics of π*.
+    """
+
+    def __init__(self, args: DualityArguments, policy: Policy, reward: Reward, problems: Sequence[Problem]):
         self.args, self.policy, self.reward = args, policy, reward
         self.enumerated = [
-            enumerate_responses(policy, one, args.max_new_tokens, max_responses=args.max_responses) for one in problems
+            enumerate_responses(policy, problem, args.max_new_tokens, max_responses=args.max_responses)
+            for problem in problems
         ]
-        self.scores = [score_enumerated_responses(tree, policy, reward) for tree in self.enumerated]
+        self.scores = [score_enumerated_responses(enumerated, policy, reward) for enumerated in self.enumerated]
         self.cases = [
-            EnumeratedCase(tree.logp, scored.rewards, args.beta)
-            for tree, scored in zip(self.enumerated, self.scores, strict=True)
+            EnumeratedCase(enumerated.logp, scores.rewards, args.beta)
+            for enumerated, scores in zip(self.enumerated, self.scores, strict=True)
         ]
         self.optimum_metrics = compute_mean_metrics(self.cases, [case.optimum_probs for case in self.cases])
 
     def compute_sampling_rows(self) -> list[DualityRow]:
-        """π itself, one sample of which costs no score, and best-of-N."""
+        """Return the rows of π itself, of which a sample needs no score, and of best-of-N."""
         policy = [case.policy_probs for case in self.cases]
         rows = [duality_report.make_exact_row(self.cases, policy, "π", flops=self.compute_sampling_flops(policy))]
         for count in self.args.best_of_n:
-            laws, flops = (
-                [case.compute_best_of_n_distribution(count) for case in self.cases],
-                self.compute_best_of_n_flops(count),
-            )
-            rows.append(duality_report.make_exact_row(self.cases, laws, "best of N", count, flops=flops))
+            distributions = [case.compute_best_of_n_distribution(count) for case in self.cases]
+            flops = self.compute_best_of_n_flops(count)
+            rows.append(duality_report.make_exact_row(self.cases, distributions, "best of N", count, flops=flops))
         return rows
 
     def compute_search_rows(self, counts_dir: Path) -> list[DualityRow]:
-        """Chains at 1, 2, 4, … steps; what `folder` holds is not run again."""
+        """Return the rows of every search after 1, 2, 4, … rounds. Chains whose counts are in the folder are kept."""
         counts_dir.mkdir(parents=True, exist_ok=True)
         floor = estimate_noise_floor(self.cases, self.args.num_chains, seed=self.args.seed)
         rows, budgets = [], make_round_grid(self.args.max_rounds)[1:]
-        for number, (name, config) in enumerate(
-            self.args.make_search_configs(len(self.policy.forbidden_mask)).items()
-        ):
-            found = [
-                self.count_chain_states(tree, config, budgets, counts_dir / f"search-{number}-prompt-{place}.npz")
-                for place, tree in enumerate(self.enumerated)
-            ]
-            for at, budget in enumerate(budgets):
-                laws = [compute_empirical_distribution(counts[at]) for counts, _ in found]
-                flops = float(np.mean([spent[at] for _, spent in found]))
-                rows.append(
-                    duality_report.make_empirical_row(self.cases, laws, name, budget, noise_floor=floor, flops=flops)
+        configs = self.args.make_search_configs(len(self.policy.forbidden_mask))
+        for number, (name, config) in enumerate(configs.items()):
+            results = [
+                self.count_chain_states(
+                    enumerated, config, budgets, counts_dir / f"search-{number}-prompt-{index}.npz"
                 )
-            print(
-                f"{name}: {rows[-1].measures.kl_optimum:.3f} nats at {rows[-1].size} steps",
-                file=sys.stderr,
-                flush=True,
-            )
+                for index, enumerated in enumerate(self.enumerated)
+            ]
+            for index, budget in enumerate(budgets):
+                distributions = [compute_empirical_distribution(counts[index]) for counts, _ in results]
+                flops = float(np.mean([flops[index] for _, flops in results]))
+                rows.append(
+                    duality_report.make_empirical_row(
+                        self.cases, distributions, name, budget, noise_floor=floor, flops=flops
+                    )
+                )
+            kl = rows[-1].measures.kl_optimum
+            print(f"{name}: {kl:.3f} nats after {rows[-1].size} rounds", file=sys.stderr, flush=True)
         return rows
 
     def compute_trained_rows(self, checkpoints: Sequence[PolicyCheckpoint]) -> list[DualityRow]:
-        """Exact laws of trained policies."""
+        """Return the rows of the exact distributions of trained policies."""
         rows = []
-        for one in checkpoints:
-            laws = compute_exact_distributions(load_policy(one.folder, device=self.args.device), self.enumerated)
-            flops = self.compute_sampling_flops(laws)
+        for checkpoint in checkpoints:
+            policy = load_policy(checkpoint.folder, device=self.args.device)
+            distributions = compute_exact_distributions(policy, self.enumerated)
             rows.append(
                 duality_report.make_exact_row(
-                    self.cases, laws, one.method, kind=TRAINED_POLICY, flops=flops, training_flops=one.flops
+                    self.cases,
+                    distributions,
+                    checkpoint.method,
+                    kind=TRAINED_POLICY,
+                    flops=self.compute_sampling_flops(distributions),
+                    training_flops=checkpoint.flops,
                 )
             )
         return rows
@@ -181,10 +212,17 @@ class DualityStudy:
     def count_chain_states(
         self, enumerated: EnumeratedResponses, config: SearchConfig, round_budgets: Sequence[int], file: Path
     ) -> tuple[np.ndarray, np.ndarray]:
-        """[budgets, N] how many chains of a prompt stand at each response, and [budgets] mean FLOPs by then."""
+        """Run the chains of one prompt, or read their results from the file.
+
+        Returns:
+            [budgets, N] number of chains at each response, and [budgets] mean FLOPs so far.
+
+        Raises:
+            ValueError: if a chain fails.
+        """
         if file.exists():
-            with np.load(file) as kept:
-                return kept["counts"], kept["flops"]
+            with np.load(file) as arrays:
+                return arrays["counts"], arrays["flops"]
         problems = [
             replace(enumerated.problem, id=f"{enumerated.problem.id}/{chain}") for chain in range(self.args.num_chains)
         ]
@@ -193,8 +231,8 @@ class DualityStudy:
         for trace in traces:
             if trace.error is not None:
                 raise ValueError(f"{trace.problem_id}: {trace.error}")
-            for at, (response, _) in enumerate(select_incumbents(trace, round_budgets)):
-                counts[at, enumerated.index_by_response[tuple(response)]] += 1
+            for index, (response, _) in enumerate(select_incumbents(trace, round_budgets)):
+                counts[index, enumerated.index_by_response[tuple(response)]] += 1
         flops = np.array(
             [np.mean([get_flops_at_round(trace, budget) for trace in traces]) for budget in round_budgets]
         )
@@ -204,44 +242,45 @@ class DualityStudy:
         return counts, flops
 
     def compute_sampling_flops(self, distributions: Sequence[np.ndarray]) -> float:
-        """One sample of laws of policies of this size, without a score."""
-        spent = [
-            one.prompt_sampling_flops + law @ one.sampling_flops
-            for one, law in zip(self.scores, distributions, strict=True)
+        """Return the expected FLOPs of one sample from policies of this size, without a score."""
+        flops = [
+            scores.prompt_sampling_flops + probs @ scores.sampling_flops
+            for scores, probs in zip(self.scores, distributions, strict=True)
         ]
-        return float(np.mean(spent))
+        return float(np.mean(flops))
 
     def compute_best_of_n_flops(self, num_samples: int) -> float:
-        """Expected FLOPs of drawing and scoring `count` responses."""
-        spent = [
-            one.prompt_sampling_flops
-            + one.prompt_scoring_flops
-            + num_samples * float(case.policy_probs @ (one.sampling_flops + one.scoring_flops))
-            for one, case in zip(self.scores, self.cases, strict=True)
+        """Return the expected FLOPs of sampling and scoring several responses."""
+        flops = [
+            scores.prompt_sampling_flops
+            + scores.prompt_scoring_flops
+            + num_samples * float(case.policy_probs @ (scores.sampling_flops + scores.scoring_flops))
+            for scores, case in zip(self.scores, self.cases, strict=True)
         ]
-        return float(np.mean(spent))
+        return float(np.mean(flops))
 
     def describe_world(self) -> str:
-        """A sentence on the world."""
+        """Return a sentence about the world."""
         entropies = [-float(case.policy_probs @ case.logp.clip(-1e3)) for case in self.cases]
-        sizes = sorted({len(tree.responses) for tree in self.enumerated})
+        sizes = sorted({len(enumerated.responses) for enumerated in self.enumerated})
         return (
             f"{len(self.cases)} prompts, {' or '.join(f'{size:,}' for size in sizes)} responses each; entropy of π "
-            f"{min(entropies):.1f} to {max(entropies):.1f} nats, KL(π*‖π) {self.optimum_metrics.kl_policy:.2f} on average."
+            f"{min(entropies):.1f} to {max(entropies):.1f} nats, KL(π*‖π) {self.optimum_metrics.kl_policy:.2f} on "
+            "average."
         )
 
 
 def get_flops_at_round(trace: Trace, num_rounds: int) -> float:
-    """What a search had spent after so many rounds; all of it where it made no more than that."""
-    spent = [revision.cumulative_flops for revision in trace.revisions if revision.round < num_rounds]
-    return spent[-1] if spent else trace.cost.flops
+    """Return the FLOPs of a search after so many rounds, or all of them if it has no more rounds."""
+    flops = [revision.cumulative_flops for revision in trace.revisions if revision.round < num_rounds]
+    return flops[-1] if flops else trace.cost.flops
 
 
-def load_or_make_world(args: DualityArguments, world: WorldArguments) -> tuple[Policy, Reward, list[Any]]:
-    """Models and prompts: those that are named, or of a world that is made if it is not there.
+def load_or_make_world(args: DualityArguments, world: WorldArguments) -> tuple[Policy, Reward, list[Problem]]:
+    """Load the given models and prompts, or those of a world, which is generated if it does not exist.
 
     Raises:
-        ValueError: options of a world beside a policy, or a folder with a world of others.
+        ValueError: if options of a world are given with a policy, or the folder has a world with other options.
     """
     folder = Path(args.output_dir) / "world"
     names = [args.policy, args.reward, args.dataset]
@@ -252,23 +291,22 @@ def load_or_make_world(args: DualityArguments, world: WorldArguments) -> tuple[P
             make_world(folder, world, args.max_new_tokens)
         names = [str(folder / name) for name in ("policy", "reward", "problems.jsonl")]
     elif world != WorldArguments():
-        raise ValueError("a policy is given, so no world is made: leave out world_seed, symbols and their like")
+        raise ValueError(
+            "a policy is given, so no world is made: leave out world_seed, num_symbols and other options of a world"
+        )
     policy = load_policy(names[0], device=args.device)
     reward = load_reward(names[1], policy=policy, device=args.device, batch_size=4 * args.batch_size)
-    return (
-        policy,
-        reward,
-        load_problems(names[2], split=args.split, max_problems=args.max_problems if args.policy else None),
-    )
+    max_problems = args.max_problems if args.policy else None
+    return policy, reward, load_problems(names[2], split=args.split, max_problems=max_problems)
 
 
 def collect_chain_settings(args: DualityArguments) -> dict[str, str]:
-    """What the chains depend on."""
-    keep = ("beta", "max_new_tokens", "chains", "rounds", "point", "step", "seed")
-    settings = {name: str(getattr(args, name)) for name in keep}
+    """Return the settings that the chains depend on."""
+    names = ("beta", "max_new_tokens", "num_chains", "max_rounds", "gradient_at", "step_size", "seed")
+    settings = {name: str(getattr(args, name)) for name in names}
     if args.policy:
         settings |= {"policy": args.policy, "reward": compute_reward_identity(args.reward), "split": args.split}
-        settings |= {**get_task_settings(args.dataset), "limit": str(args.max_problems)}
+        settings |= {**get_task_settings(args.dataset), "max_problems": str(args.max_problems)}
     return settings
 
 
@@ -279,25 +317,25 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(args.output_dir)
     claim_settings(folder / "duality.settings.json", collect_chain_settings(args))
     rows = study.compute_sampling_rows() + study.compute_search_rows(folder / "chains")
-    # Without the gradient: the reward of a made world is untrained, and its gradient leads nowhere.
-    chains = args.searches(len(study.policy.forbidden_mask))["metropolis"]
     trainer = DualityTrainer(
         folder / "trained",
         training,
         policy=study.policy,
         reward=study.reward,
-        problems=[tree.problem for tree in study.enumerated],
-        search_config=chains,
+        problems=[enumerated.problem for enumerated in study.enumerated],
+        # Without the gradient, because the reward of a generated world is untrained and its gradient does not help.
+        search_config=args.make_search_configs(len(study.policy.forbidden_mask))["metropolis"],
         seed=args.seed + 1,  # other chains than those that are measured
     )
-    rows += study.compute_trained_rows([weights for method in training.methods() for weights in trainer.train(method)])
+    checkpoints = [checkpoint for method in training.list_methods() for checkpoint in trainer.train(method)]
+    rows += study.compute_trained_rows(checkpoints)
     command = shlex.join(["python", "recipes/research/duality.py", *argv])
     facts = {"title": args.title, "command": command, "subject": study.describe_world(), "beta": args.beta}
-    found = duality_report.duality_to_json(rows, study.optimum_metrics, facts)
-    (folder / "duality.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    results = duality_report.duality_to_json(rows, study.optimum_metrics, facts)
+    write_atomic(folder / "duality.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     duality_report.plot_duality(folder / "duality.png", rows, facts)
     text = duality_report.format_duality_markdown(rows, study.optimum_metrics, facts)
-    (folder / "duality.md").write_text(text, encoding="utf-8")
+    write_atomic(folder / "duality.md", text)
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""The figure of the duality: how far laws are from π*, against what they cost."""
+"""Plot the KL of distributions to π* against their FLOPs."""
 
 from __future__ import annotations
 
@@ -40,10 +40,13 @@ MethodCurves = Mapping[str, Sequence[tuple[float, float]]]
 def make_duality_figure(
     test_time: MethodCurves, trained: MethodCurves, noise_kl: float | None, title: str, subject: str
 ) -> Figure:
-    """Curves of (FLOPs, KL(q‖π*)) by method: a panel of FLOPs per answer, and one of FLOPs of training if there are.
+    """Plot curves of KL(q‖π*) against FLOPs: a panel for FLOPs per answer, and one for FLOPs of training if needed.
 
     Args:
-        noise: what counted laws cannot be told from π* below; their points end on that line.
+        test_time, trained: points (FLOPs, KL) of each method.
+        noise_kl: KL in nats below which empirical distributions cannot be distinguished from π*.
+        title: title of the figure.
+        subject: subtitle of the figure.
     """
     figure = create_figure(title, subject)
     heights = [kl for curves in (test_time, trained) for curve in curves.values() for _, kl in curve]
@@ -57,9 +60,13 @@ def make_duality_figure(
         axes.set_ylabel("" if column else "KL(q‖π*) beyond noise, nats (log scale)")
         axes.tick_params(labelleft=not column)
         for method, curve in curves.items():
-            look = _get_style(method)
+            style = _get_style(method)
             axes.plot(
-                *zip(*curve, strict=True), color=look.color, ls=look.line_style, lw=1.5, **look.get_marker_options(5)
+                *zip(*curve, strict=True),
+                color=style.color,
+                ls=style.line_style,
+                lw=1.5,
+                **style.get_marker_options(5),
             )
         axes.set_ylim(min(heights) / 1.5, max(heights) * 1.6)
         axes.margins(x=0.3)
@@ -68,18 +75,16 @@ def make_duality_figure(
         labels = LabelPlacer(figure, axes)
         for curve in curves.values():
             labels.avoid_line(curve)
-        least = None if column else noise_kl  # counted laws stand in the first panel alone
+        noise_line = None if column else noise_kl  # only the first panel has empirical distributions
         left, right = axes.get_xlim()
-        if least is not None:
-            axes.axhline(least, color=GRAY, lw=1, ls=(0, (2, 2)), zorder=1)
-            labels.avoid_line([(left, least), (right, least)])
+        if noise_line is not None:
+            axes.axhline(noise_line, color=GRAY, lw=1, ls=(0, (2, 2)), zorder=1)
+            labels.avoid_line([(left, noise_line), (right, noise_line)])
         for method, curve in curves.items():
-            # The names are long for half a page.
-            labels.place_label(
-                method.replace("greedy search", "greedy"), *curve[-1], _get_style(method).color, size=8, weight="bold"
-            )
-        if least is not None:
-            labels.place_label("within noise of π*", left * (right / left) ** 0.15, least, GRAY, size=7)
+            name = method.replace("greedy search", "greedy")  # shorter, because a panel may be half a page wide
+            labels.place_label(name, *curve[-1], _get_style(method).color, size=8, weight="bold")
+        if noise_line is not None:
+            labels.place_label("within noise of π*", left * (right / left) ** 0.15, noise_line, GRAY, size=7)
     return figure
 
 
@@ -88,7 +93,7 @@ def _get_style(method: str) -> MethodStyle:
 
 
 def _use_decimal_ticks(axis: Axis) -> None:
-    """Ticks at 1, 2 and 5 of a logarithmic axis, as decimal numbers."""
+    """Set ticks at 1, 2 and 5 of a logarithmic axis and write them as decimal numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -1,10 +1,12 @@
-"""Training the policies of the duality: every method from the same π, on the same r, at the same β, all weights.
+"""Train policies to compare with π*: every method from the same π, with the same r and β, with full fine-tuning.
 
-sft              Metropolis samples of π*, which it projects into weights
-reward-weighted  draws of π, weighted by exp(r/β)
-dpo              pairs of draws of π, the one with the higher reward chosen
-dpo, Bradley-Terry labels   the same pairs, chosen with probability σ(r − r'): what DPO's loss assumes
-rloo, grpo       what the policy draws as it is trained
+The methods train on
+
+- sft: Metropolis samples of π*.
+- reward-weighted: samples of π, weighted by exp(r/β).
+- dpo: pairs of samples of π, of which the one with the higher reward is chosen.
+- dpo, Bradley-Terry labels: the same pairs, chosen with probability σ(r − r'), as DPO's loss assumes.
+- rloo, grpo: samples of the policy in training.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from nabla_trl.training.offline import ONLINE_METHODS, TrainingResult, TrainOpti
 from nabla_trl.training.online import train_online
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.utils.fields import option
-from nabla_trl.utils.files import write_atomic
+from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.identity import claim_settings
 
 SOFT_DPO = "dpo, Bradley-Terry labels"
@@ -42,50 +44,55 @@ TRAINED_METHODS = ("sft", "reward-weighted", "dpo", SOFT_DPO, "rloo", "grpo")
 
 @dataclass
 class DualityTrainingArguments:
-    """How the trained policies of the duality are made."""
+    """How the policies are trained."""
 
     train_methods: list[str] = field(
         default_factory=list,
-        metadata={"help": "trained policies: sft, reward-weighted, dpo (both kinds of labels), rloo, grpo"},
+        metadata={
+            "help": "Training methods: sft, reward-weighted, dpo (with both kinds of labels), rloo, grpo "
+            "(default: none)."
+        },
     )
-    train_samples_per_prompt: int = option(8000, "responses per prompt that methods on traces are trained on")
-    train_max_rounds: int = option(12, "sft: steps of each chain that gives one of them")
-    train_steps: int = option(1024, "optimiser steps")
-    train_batch_size: int = option(192, "responses per step (pairs of dpo: half as many)")
-    train_num_generations: int = option(32, "rloo, grpo: responses per prompt and step")
-    train_learning_rate: float = option(1e-3, "first learning rate, decaying linearly to 0")
-    train_num_checkpoints: int = option(5, "points of each curve: steps/2^k, …, steps/2, steps")
+    train_samples_per_prompt: int = option(
+        8000, "Responses per prompt for methods that train on traces. Increase it for less sampling noise."
+    )
+    train_max_rounds: int = option(
+        12,
+        "Number of rounds of each Metropolis chain whose last state sft trains on. Increase it if the chains have not "
+        "mixed.",
+    )
+    train_steps: int = option(1024, "Optimizer steps of each method.")
+    train_batch_size: int = option(
+        192,
+        "Responses per optimizer step. dpo uses half as many pairs. Must be a multiple of --train_num_generations.",
+    )
+    train_num_generations: int = option(32, "Responses per prompt and step in rloo and grpo.")
+    train_learning_rate: float = option(1e-3, "First learning rate. It decays linearly to 0.")
+    train_num_checkpoints: int = option(
+        5, "Checkpoints evaluated along each training run, at steps/2^k, …, steps/2, steps."
+    )
 
     def __post_init__(self) -> None:
-        unknown = [
-            name for name in self.train_methods if name not in ("sft", "reward-weighted", "dpo", "rloo", "grpo")
-        ]
-        if unknown:
-            raise ValueError(f"train: unknown method {unknown[0]!r}")
-        if (
-            min(
-                self.train_samples_per_prompt,
-                self.train_max_rounds,
-                self.train_steps,
-                self.train_batch_size,
-                self.train_num_checkpoints,
-            )
-            < 1
-        ):
-            raise ValueError("samples, rounds, steps, batch and checkpoints of training must be at least 1")
+        for method in self.train_methods:
+            if method == SOFT_DPO or method not in TRAINED_METHODS:
+                raise ValueError(f"train_methods: unknown method {method!r}")
+        for name in ("samples_per_prompt", "max_rounds", "steps", "batch_size", "num_checkpoints"):
+            if getattr(self, f"train_{name}") < 1:
+                raise ValueError(f"train_{name} must be at least 1")
         if self.train_steps % 2 ** (self.train_num_checkpoints - 1):
-            raise ValueError("train_steps must be a multiple of 2^(train_checkpoints − 1), so that curves have points")
+            raise ValueError("train_steps must be a multiple of 2^(train_num_checkpoints − 1), to halve it so often")
         if self.train_batch_size % self.train_num_generations:
-            raise ValueError("train_batch must be a multiple of train_generations")
+            raise ValueError("train_batch_size must be a multiple of train_num_generations")
 
     def list_methods(self) -> list[str]:
-        asked = {*self.train_methods, *([SOFT_DPO] if "dpo" in self.train_methods else [])}
-        return [name for name in TRAINED_METHODS if name in asked]
+        """Return the methods in a fixed order, with both kinds of labels for dpo."""
+        methods = {*self.train_methods, *([SOFT_DPO] if "dpo" in self.train_methods else [])}
+        return [method for method in TRAINED_METHODS if method in methods]
 
 
 @dataclass(frozen=True)
 class PolicyCheckpoint:
-    """A trained policy at one point of its training, and what had been spent by then, samples and rewards included."""
+    """A policy at one point of its training, and the FLOPs so far, including those of samples and rewards."""
 
     method: str
     folder: str
@@ -93,7 +100,7 @@ class PolicyCheckpoint:
 
 
 class DualityTrainer:
-    """Trains policies of one world into `folder`; what is there is not trained again."""
+    """A trainer of the policies of one world. Policies that exist in the folder are kept."""
 
     def __init__(
         self,
@@ -111,25 +118,27 @@ class DualityTrainer:
         self._traces_by_name: dict[str, list[Trace]] = {}
 
     def train(self, method: str) -> list[PolicyCheckpoint]:
-        """The policies along the training of a method."""
-        home = self.folder / method.replace(", ", "-").replace(" ", "-")
-        settings = asdict(self.args) | {"seed": self.seed, "beta": self.beta, "train": method}
-        claim_settings(home / "settings.json", {name: str(value) for name, value in settings.items()})
-        note = home / "train.json"
-        if not note.exists():
-            trained, spent = self._train_method(method, home)
-            facts = asdict(trained) | {"trace_flops": spent.flops}
-            write_atomic(note, json.dumps(facts, indent=1))
-        facts = json.loads(note.read_text(encoding="utf-8"))
-        found = []
-        for step in self._list_checkpoint_steps():
-            place = home / "trainer" / f"checkpoint-{step}"
-            spent = facts["trace_flops"] + facts["flops"] * step / facts["steps"]
-            found.append(PolicyCheckpoint(method, str(place), spent))
-        return found
+        """Train one method and return its checkpoints."""
+        method_dir = self.folder / method.replace(", ", "-").replace(" ", "-")
+        settings = asdict(self.args) | {"seed": self.seed, "beta": self.beta, "train_method": method}
+        claim_settings(method_dir / "settings.json", {name: str(value) for name, value in settings.items()})
+        results_file = method_dir / "train.json"
+        if not results_file.exists():
+            result, trace_cost = self._train_method(method, method_dir)
+            write_atomic(results_file, json.dumps(asdict(result) | {"trace_flops": trace_cost.flops}, indent=1))
+        facts = read_json_file(results_file)
+        return [
+            PolicyCheckpoint(
+                method,
+                str(method_dir / "trainer" / f"checkpoint-{step}"),
+                facts["trace_flops"] + facts["flops"] * step / facts["steps"],
+            )
+            for step in self._list_checkpoint_steps()
+        ]
 
     @property
     def beta(self) -> float:
+        """The KL coefficient β of every method."""
         return 1 / self.search_config.reward_weight
 
     def _list_checkpoint_steps(self) -> list[int]:
@@ -141,7 +150,7 @@ class DualityTrainer:
         if method in ONLINE_METHODS:
             options = TrainOptions(tuning="full", num_generations=self.args.train_num_generations)
             with AnswerChecker() as checker:
-                trained = train_online(
+                result = train_online(
                     method,
                     self.policy,
                     self.problems,
@@ -155,13 +164,12 @@ class DualityTrainer:
                     config=config,
                     dtype="float32",
                 )
-            return trained, Cost()
-        found, traces = self._make_rows(method)
-        kind = "dpo" if method == SOFT_DPO else method
-        trained = train_on_traces(
-            kind,
+            return result, Cost()
+        rows, traces = self._make_rows(method)
+        result = train_on_traces(
+            "dpo" if method == SOFT_DPO else method,
             self.policy.name,
-            found,
+            rows,
             method_dir / "model",
             beta=self.beta,
             tuning="full",
@@ -169,10 +177,10 @@ class DualityTrainer:
             config=config,
             dtype="float32",
         )
-        return trained, sum((trace.cost for trace in traces), Cost())
+        return result, sum((trace.cost for trace in traces), Cost())
 
     def _make_rows(self, method: str) -> tuple[TrainingRows, list[Trace]]:
-        """Rows, and the traces that they were made of. Responses that were cut at the limit are part of these laws."""
+        """Return rows and their traces. Responses that were cut at the maximum length belong to the distributions."""
         if method == "sft":
             traces = self._draw_traces("samples", replace(self.search_config, max_rounds=self.args.train_max_rounds))
             return build_sft_rows(traces, "samples", include_unfinished=True), traces
@@ -190,21 +198,21 @@ class DualityTrainer:
         return _make_preference_rows(traces, bradley_terry_labels=method == SOFT_DPO, seed=self.seed), traces
 
     def _draw_traces(self, name: str, config: SearchConfig) -> list[Trace]:
-        """As many independent chains, or draws, of every prompt as training takes, under the prompt's own name."""
+        """Run as many independent chains of every prompt as training needs. The traces have the prompt's own id."""
         if name not in self._traces_by_name:
             copies = [
                 replace(problem, id=f"{problem.id}/train/{number}")
                 for problem in self.problems
                 for number in range(self.args.train_samples_per_prompt)
             ]
-            made = run_search(copies, policy=self.policy, reward=self.reward, config=config, seed=self.seed)
+            traces = run_search(copies, policy=self.policy, reward=self.reward, config=config, seed=self.seed)
             self._traces_by_name[name] = [
-                replace(one, problem_id=one.problem_id.partition("/train/")[0]) for one in made
+                replace(trace, problem_id=trace.problem_id.partition("/train/")[0]) for trace in traces
             ]
         return self._traces_by_name[name]
 
     def _make_trainer_config(self, method_dir: Path) -> SFTConfig:
-        # Curves are read from checkpoints at powers of two: all multiples of the smallest are kept.
+        # The curves need checkpoints at steps/2^k, so all multiples of the smallest are saved.
         return SFTConfig(
             str(method_dir / "trainer"),
             max_steps=self.args.train_steps,
@@ -226,24 +234,24 @@ class DualityTrainer:
 
 
 def _make_preference_rows(traces: Sequence[Trace], *, bradley_terry_labels: bool, seed: int) -> TrainingRows:
-    """Every two neighbouring draws to a prompt as chosen and rejected.
+    """Return preference rows of every two neighboring samples of a prompt.
 
     Args:
-        soft: chosen with probability σ(r − r'), the Bradley-Terry model of DPO (arXiv 2305.18290), under which its
-            optimum is π*; else always the one with the higher reward.
+        bradley_terry_labels: choose a sample with probability σ(r − r'), the Bradley-Terry model of DPO
+            (arXiv 2305.18290), under which its optimum is π*. Else choose the sample with the higher reward.
     """
-    stream = random.Random(seed)
+    rng = random.Random(seed)
     rows, skipped = [], build_sft_rows([], "samples").skipped
-    for one, other in list(pairwise(traces))[::2]:
-        gap = one.reward - other.reward
-        if one.problem_id != other.problem_id or gap == 0:  # equal responses have equal rewards
+    for first, second in list(pairwise(traces))[::2]:
+        gap = first.reward - second.reward
+        if first.problem_id != second.problem_id or gap == 0:  # equal responses have equal rewards
             skipped["undecided"] += 1
             continue
-        first = stream.random() < 1 / (1 + math.exp(-gap)) if bradley_terry_labels else gap > 0
-        chosen, rejected = (one, other) if first else (other, one)
+        is_first_chosen = rng.random() < 1 / (1 + math.exp(-gap)) if bradley_terry_labels else gap > 0
+        chosen, rejected = (first, second) if is_first_chosen else (second, first)
         rows.append(
             {
-                "prompt_ids": one.prompt_ids,
+                "prompt_ids": first.prompt_ids,
                 "chosen_ids": chosen.response_ids,
                 "rejected_ids": rejected.response_ids,
             }

@@ -1,11 +1,11 @@
-"""How fast Metropolis chains come to samples of π* ∝ π·exp(r/β), by what proposes their moves.
+"""Measure how fast Metropolis chains converge to π* ∝ π·exp(r/β), depending on what proposes their moves.
 
     python recipes/research/mixing.py --config recipes/tiny/mixing.yaml
 
-Chains of the embedded world's policy with its reward, one per problem: without the gradient, with the full mirror step
-and with half of it (locally balanced, Zanella 2020), from the direct gradient and from one at mixtures. For each the
-acceptance rate, how many chains never moved, the autocorrelation time of the reward, and effective samples per GFLOP;
-OUT/mixing.json holds them.
+The policy and reward of the embedded world run one chain per problem: without the gradient, and with the full
+mirror-descent step and half of it (locally balanced, Zanella 2020), each with the direct gradient and with one at
+mixtures. For each the recipe measures the acceptance rate, the number of stuck chains, the autocorrelation time of the
+reward, and effective samples per GFLOP. OUT/mixing.json holds the results.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from mixing_statistics import MixingStatistics, measure_mixing
+from mixing_statistics import measure_mixing
 
 from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
@@ -25,43 +24,39 @@ from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.search.options import GlobalProposals, MetropolisAcceptance, MirrorSolver
 from nabla_trl.tasks.registry import load_problems
+from nabla_trl.utils.fields import option, required_option
+from nabla_trl.utils.files import write_atomic
+from nabla_trl.utils.markdown import format_table
 
 
 @dataclass
 class MixingArguments:
-    output_dir: str = field(metadata={"help": "folder of mixing.json"})
-    dataset: str = field(default="digit_chains", metadata={"help": DATASET_HELP})
-    split: str = field(default="test", metadata={"help": "split of the dataset"})
-    max_problems: int = field(default=60, metadata={"help": "problems, a chain for each"})
+    """Problems, and the gradients and step sizes to compare."""
+
+    output_dir: str = required_option("Folder to write mixing.json to.")
+    dataset: str = option("digit_chains", DATASET_HELP)
+    split: str = option("test", "Split of the data set.")
+    max_problems: int = option(60, "Maximum number of problems. Each has one chain. 0 uses all problems.")
     compare_gradient_at: list[str] = field(
-        default_factory=lambda: ["direct", "mixture:0.5"], metadata={"help": "gradients to propose by, see `point`"}
+        default_factory=lambda: ["direct", "mixture:0.5"],
+        metadata={"help": "Gradients to compare. See --solver.gradient_at of the search."},
     )
     compare_step_sizes: list[float] = field(
-        default_factory=lambda: [1.0, 0.5], metadata={"help": "shares of the mirror step; 0.5 is locally balanced"}
+        default_factory=lambda: [1.0, 0.5],
+        metadata={
+            "help": "Step sizes to compare, as fractions of the full mirror-descent step. 0.5 is locally balanced."
+        },
     )
 
 
 def make_search_configs(args: MixingArguments, config: SearchConfig) -> dict[str, SearchConfig]:
-    """The control and every gradient and step, by name."""
-    found = {"no gradient": config.with_no_gradient()}
-    for point in args.compare_gradient_at:
-        for share in args.compare_step_sizes:
-            solver = MirrorSolver(gradient_at=point, step_size=share)
-            found[f"{point}, step size {share:g}"] = replace(config, solver=solver)
-    return found
-
-
-def format_mixing_row(name: str, mixing: MixingStatistics) -> str:
-    time = "–" if mixing.autocorrelation_time is None else f"{mixing.autocorrelation_time:.1f}"
-    time += "" if mixing.is_reliable else " (short chains)"
-    figures = [
-        f"{mixing.acceptance_rate:.3f}",
-        str(mixing.num_stuck_chains),
-        time,
-        f"{mixing.effective_samples:.0f}",
-        f"{mixing.effective_samples_per_gflop:.1f}",
-    ]
-    return f"| {' | '.join([name, *figures, f'{mixing.mean_reward:.3f}'])} |"
+    """Return the search without the gradient and with every gradient and step size, by name."""
+    configs = {"no gradient": config.with_no_gradient()}
+    for gradient_at in args.compare_gradient_at:
+        for step_size in args.compare_step_sizes:
+            solver = MirrorSolver(gradient_at=gradient_at, step_size=step_size)
+            configs[f"{gradient_at}, step size {step_size:g}"] = replace(config, solver=solver)
+    return configs
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,20 +64,31 @@ def main(argv: Sequence[str]) -> None:
     args, models, config = parse_dataclasses([MixingArguments, ModelArguments, SearchConfig], argv, presets=PRESETS)
     if not isinstance(config.acceptance, MetropolisAcceptance) or not isinstance(config.proposals, GlobalProposals):
         raise ValueError("mixing is measured of chains with acceptance metropolis and global proposals")
-    if config.starts > 1:
-        raise ValueError("mixing is measured of one chain for each problem: starts must be 1")
-    wanted = make_search_configs(args, config)
-    problems = load_problems(args.dataset, split=args.split, max_problems=args.limit or None)
-    policy, reward = models.load(4 * config.batch_size)
-    folder, found = Path(args.output_dir), dict[str, Any]()
-    folder.mkdir(parents=True, exist_ok=True)
-    print("| proposals | accepted | stuck chains | autocorrelation, steps | effective samples | per GFLOP | reward |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, one in wanted.items():
-        mixed = measure_mixing(run_search(problems, policy=policy, reward=reward, config=one))
-        found[name] = mixed.to_dict()
-        (folder / "mixing.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-        print(format_mixing_row(name, mixed), flush=True)
+    if config.num_starts > 1:
+        raise ValueError("mixing is measured of one chain for each problem: num_starts must be 1")
+    problems = load_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
+    policy, reward = models.load_policy_and_reward(4 * config.batch_size)
+    file, results = Path(args.output_dir, "mixing.json"), {}
+    rows = []
+    for name, search_config in make_search_configs(args, config).items():
+        mixing = measure_mixing(run_search(problems, policy=policy, reward=reward, config=search_config))
+        results[name] = asdict(mixing)
+        write_atomic(file, json.dumps(results, indent=1))
+        time = "–" if mixing.autocorrelation_time is None else f"{mixing.autocorrelation_time:.1f}"
+        rows.append(
+            [
+                name,
+                f"{mixing.acceptance_rate:.3f}",
+                mixing.num_stuck_chains,
+                time if mixing.is_reliable else f"{time} (short chains)",
+                f"{mixing.effective_samples:.0f}",
+                f"{mixing.effective_samples_per_gflop:.1f}",
+                f"{mixing.mean_reward:.3f}",
+            ]
+        )
+        print(f"{name}: measured", file=sys.stderr, flush=True)
+    headers = ["proposals", "accepted", "stuck chains", "autocorrelation, rounds", "effective samples", "per GFLOP"]
+    print(format_table([*headers, "reward"], rows))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""How fast Metropolis chains mix: acceptance, autocorrelation time, effective samples per FLOP. Numpy only."""
+"""Statistics of mixing Metropolis chains: acceptance rate, autocorrelation time and effective samples. Numpy only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,17 +12,18 @@ from nabla_trl.traces.schema import Trace
 
 @dataclass(frozen=True)
 class MixingStatistics:
-    """What C chains of R steps did.
+    """Statistics of chains of the same length.
 
     Attributes:
-        stuck: chains that never moved.
-        accepted: share of the proposals.
-        autocorrelation: integrated autocorrelation time of the reward in the chains that moved, in steps; 1 =
-            independent samples; None where none moved. A chain much shorter than 50 times that is too short to tell
-            (Sokal 1997), and `reliable` says so.
-        effective: independent samples that all steps are worth, those of stuck chains none; `per_gflop` of model work,
-            that of stuck chains included.
-        reward: mean over the second halves of the chains.
+        num_stuck_chains: chains that never moved.
+        acceptance_rate: fraction of the proposals that were accepted.
+        autocorrelation_time: integrated autocorrelation time of the reward in the chains that moved, in rounds.
+            1 means independent samples, and None that no chain moved.
+        is_reliable: the chains are at least 50 autocorrelation times long. The time of shorter chains is uncertain
+            (Sokal 1997).
+        effective_samples: number of independent samples with the same information. Stuck chains give none.
+        effective_samples_per_gflop: per GFLOP of all chains, including stuck ones.
+        mean_reward: mean over the second halves of the chains.
     """
 
     num_chains: int
@@ -36,15 +36,12 @@ class MixingStatistics:
     effective_samples_per_gflop: float
     mean_reward: float
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def measure_mixing(traces: Sequence[Trace]) -> MixingStatistics:
-    """Read equally long chains from their traces (global proposals: one a round).
+    """Return the statistics of the chains of traces with global proposals, which make one proposal a round.
 
     Raises:
-        ValueError: no traces, one with an error, or chains of different lengths.
+        ValueError: if there are no traces, a trace has an error, or the chains have different lengths.
     """
     failed = next((trace for trace in traces if trace.error is not None), None)
     if failed is not None or not traces:
@@ -52,7 +49,7 @@ def measure_mixing(traces: Sequence[Trace]) -> MixingStatistics:
             "there are no chains to measure" if failed is None else f"{failed.problem_id}: {failed.error}"
         )
     series = [collect_chain_rewards(trace) for trace in traces]
-    lengths = {len(one) for one in series}
+    lengths = set(map(len, series))
     if len(lengths) > 1 or lengths == {1}:
         raise ValueError(f"chains of {min(lengths) - 1} to {max(lengths) - 1} steps cannot be measured together")
     table = np.array(series)
@@ -75,7 +72,7 @@ def measure_mixing(traces: Sequence[Trace]) -> MixingStatistics:
 
 
 def collect_chain_rewards(trace: Trace) -> list[float]:
-    """Reward of the state at the start and after each step."""
+    """Return the rewards of the first state and of the state after each round."""
     values = [trace.reward_initial]
     for revision in trace.revisions:
         values.append(revision.reward_after if revision.accepted else values[-1])
@@ -83,16 +80,17 @@ def collect_chain_rewards(trace: Trace) -> list[float]:
 
 
 def compute_autocorrelation_time(series_CR: np.ndarray) -> float:
-    """τ = 1 + 2 Σ_k ρ_k of chains [C, R] of one quantity, ρ pooled over the chains about their own means.
+    """Return τ = 1 + 2 Σ_k ρ_k of C chains of one quantity over R rounds.
 
-    The sum ends where a pair ρ_2k + ρ_2k+1 turns negative (Geyer 1992, initial positive sequence); it begins after
-    the first half, so that the way from the start does not count. A quantity that never changes has τ = 1.
+    The autocorrelations ρ are pooled over chains, each around its own mean. The first half of a chain is left out as
+    burn-in. The sum ends where ρ_2k + ρ_2k+1 turns negative (Geyer 1992, initial positive sequence). A quantity that
+    never changes has τ = 1.
     """
     late = series_CR[:, series_CR.shape[1] // 2 :]
-    centred = late - late.mean(axis=1, keepdims=True)
-    length = centred.shape[1]
+    centered = late - late.mean(axis=1, keepdims=True)
+    length = centered.shape[1]
     size = 2 ** int(np.ceil(np.log2(2 * length)))
-    power = np.abs(np.fft.rfft(centred, size, axis=1)) ** 2
+    power = np.abs(np.fft.rfft(centered, size, axis=1)) ** 2
     covariance = np.fft.irfft(power, size, axis=1)[:, :length].mean(axis=0) / length
     if covariance[0] <= 0:
         return 1.0

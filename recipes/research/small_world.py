@@ -1,7 +1,7 @@
-"""An enumerable world: a random policy and reward model of a real architecture, and prompts, as folders and a file.
+"""Generate an enumerable world: a random policy and reward model of a real architecture, and prompts.
 
-Weights are drawn wide from one seed, so that laws differ from prompt to prompt and from token to token; the reward's
-head is scaled to a standard deviation of `spread` under the policy. Nothing is trained.
+The weights have a large standard deviation, so that distributions differ between prompts and between tokens. The
+reward's head is scaled to a given standard deviation of the reward under the policy. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -25,42 +25,55 @@ from nabla_trl.tasks.registry import load_problems
 from nabla_trl.utils.fields import option
 
 END_TOKEN = "<|end|>"
-# A turn is its words and the end; a response begins right after the prompt's end.
+# A turn is its text and the end token. A response begins right after the end token of the prompt.
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass
 class WorldArguments:
-    """The size and the seed of a world that is made."""
+    """Size and seed of a generated world."""
 
-    world_seed: int = option(2, "seed of its weights and prompts")
-    num_symbols: int = option(4, "tokens beside the one that ends")
-    num_prompts: int = option(6, "prompts, pairs of symbols")
-    hidden_size: int = option(64, "hidden size of both models, a multiple of 8")
-    num_layers: int = option(2, "layers of both models")
-    weight_std: float = option(0.25, "standard deviation of every weight")
-    reward_std: float = option(1.0, "standard deviation of the reward under the policy, mean over prompts")
+    world_seed: int = option(2, "Random seed of the generated world's weights and prompts.")
+    num_symbols: int = option(4, "Number of tokens of the generated world, without the end token.")
+    num_prompts: int = option(6, "Number of prompts of the generated world. Each is a pair of symbols.")
+    hidden_size: int = option(64, "Hidden size of both generated models, a multiple of 8.")
+    num_layers: int = option(2, "Number of layers of both generated models.")
+    weight_std: float = option(
+        0.25,
+        "Standard deviation of every weight of the generated models. Increase it for policies with lower entropy.",
+    )
+    reward_std: float = option(
+        1.0,
+        "Standard deviation of the reward under the policy, averaged over prompts. Increase it for a stronger reward.",
+    )
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_symbols <= len(ALPHABET):
-            raise ValueError(f"symbols must be 2 to {len(ALPHABET)}, not {self.num_symbols}")
+            raise ValueError(f"num_symbols must be 2 to {len(ALPHABET)}, not {self.num_symbols}")
         if not 1 <= self.num_prompts <= self.num_symbols**2:
             raise ValueError(
-                f"prompts must be 1 to {self.num_symbols**2}, the pairs of symbols, not {self.num_prompts}"
+                f"num_prompts must be 1 to {self.num_symbols**2}, the pairs of symbols, not {self.num_prompts}"
             )
         if self.hidden_size % 8 or self.hidden_size < 8 or self.num_layers < 1:
-            raise ValueError("width must be a multiple of 8 and layers at least 1")
+            raise ValueError("hidden_size must be a multiple of 8 and num_layers at least 1")
         if not (self.weight_std > 0 and self.reward_std > 0):
-            raise ValueError("weights and spread must be positive")
+            raise ValueError("weight_std and reward_std must be positive")
 
 
 def make_world(folder: Path, args: WorldArguments, max_new_tokens: int) -> None:
-    """Write policy/, reward/ and problems.jsonl into `folder`, whole or not at all; responses have `length` tokens."""
+    """Write policy/, reward/ and problems.jsonl to a folder, completely or not at all.
+
+    Args:
+        max_new_tokens: maximum length of the responses over which the standard deviation of the reward is computed.
+    """
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    _write_problems(scratch / "problems.jsonl", args)
+    pairs = ["".join(pair) for pair in product(ALPHABET[: args.num_symbols], repeat=2)]
+    questions = np.random.default_rng(args.world_seed).permutation(pairs)[: args.num_prompts]
+    lines = [json.dumps({"id": f"prompt-{question}", "question": str(question)}) for question in sorted(questions)]
+    (scratch / "problems.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = _make_tokenizer(args.num_symbols)
     scorer = _make_model(LlamaForSequenceClassification, tokenizer, args, args.world_seed + 1, num_labels=1)
     _save_model(_make_model(LlamaForCausalLM, tokenizer, args, args.world_seed), tokenizer, scratch / "policy")
@@ -72,15 +85,8 @@ def make_world(folder: Path, args: WorldArguments, max_new_tokens: int) -> None:
     scratch.rename(folder)
 
 
-def _write_problems(file: Path, args: WorldArguments) -> None:
-    pairs = ["".join(pair) for pair in product(ALPHABET[: args.num_symbols], repeat=2)]
-    chosen = np.random.default_rng(args.world_seed).permutation(pairs)[: args.num_prompts]
-    lines = [json.dumps({"id": f"prompt-{text}", "question": str(text)}) for text in sorted(chosen)]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def _make_tokenizer(num_symbols: int) -> PreTrainedTokenizerFast:
-    """One token per symbol, and one that ends, pads and stands for the unknown: there is none that is never drawn."""
+    """Return a tokenizer with one token per symbol and one for end, padding and unknown text. All can be sampled."""
     vocabulary = {token: index for index, token in enumerate([END_TOKEN, *ALPHABET[:num_symbols]])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=END_TOKEN))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -122,12 +128,12 @@ def _save_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
 
 
 def _measure_reward_std(folder: Path, max_new_tokens: int) -> float:
-    """Standard deviation of the reward under the policy, mean over prompts."""
+    """Return the standard deviation of the reward under the policy, averaged over prompts."""
     policy = load_policy(str(folder / "policy"), device="cpu")
     reward = load_reward(str(folder / "reward"), policy=policy, device="cpu")
-    found = []
+    deviations = []
     for problem in load_problems(str(folder / "problems.jsonl")):
-        tree = enumerate_responses(policy, problem, max_new_tokens)
-        law, rewards = np.exp(tree.logp), score_enumerated_responses(tree, policy, reward).rewards
-        found.append(np.sqrt(law @ (rewards - law @ rewards) ** 2))
-    return float(np.mean(found))
+        enumerated = enumerate_responses(policy, problem, max_new_tokens)
+        probs, rewards = np.exp(enumerated.logp), score_enumerated_responses(enumerated, policy, reward).rewards
+        deviations.append(np.sqrt(probs @ (rewards - probs @ rewards) ** 2))
+    return float(np.mean(deviations))

@@ -20,9 +20,9 @@ from enumeration import EnumeratedResponses
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
-    **{"symbols": 2, "prompts": 1, "max_new_tokens": 3, "width": 16, "layers": 1},
-    **{"world_seed": 1, "weights": 0.4, "spread": 1.2},
-    **{"samples": "2 4", "chains": 60, "rounds": 12, "device": "cpu"},
+    **{"num_symbols": 2, "num_prompts": 1, "max_new_tokens": 3, "hidden_size": 16, "num_layers": 1},
+    **{"world_seed": 1, "weight_std": 0.4, "reward_std": 1.2},
+    **{"best_of_n": "2 4", "num_chains": 60, "max_rounds": 12, "device": "cpu"},
 }
 RUN = [word for name, value in OPTIONS.items() for word in (f"--{name}", *str(value).split())]
 
@@ -48,12 +48,12 @@ def test_metropolis_samples_the_optimum_and_greedy_does_not(folder: Path) -> Non
     found = rows(folder)
     for more in ("", " + gradient"):
         ended, greedy = found[f"metropolis{more}", 12], found[f"greedy search{more}", 12]
-        assert ended["measures"]["kl"] < 2 * ended["noise"]["kl"] and "samples π*" in ended["verdict"]
-        assert greedy["measures"]["kl"] > 3 * greedy["noise"]["kl"] and "overshoots" in greedy["verdict"]
+        assert ended["measures"]["kl_optimum"] < 2 * ended["noise"]["kl"] and "samples π*" in ended["conclusion"]
+        assert greedy["measures"]["kl_optimum"] > 3 * greedy["noise"]["kl"] and "overshoots" in greedy["conclusion"]
         spent = [found[f"metropolis{more}", steps]["flops"] for steps in (1, 2, 4, 8, 12)]
         assert spent == sorted(set(spent))
     assert found["π", None]["measures"]["kl_policy"] == pytest.approx(0, abs=1e-9)
-    assert found["best of N", 4]["frontier"] > found["best of N", 4]["measures"]["reward"]
+    assert found["best of N", 4]["frontier_reward"] > found["best of N", 4]["measures"]["reward"]
     assert found["π", None]["flops"] < found["best of N", 2]["flops"] < found["best of N", 4]["flops"]
 
 
@@ -68,23 +68,25 @@ def test_pages_and_figures_are_there(folder: Path) -> None:
 def study_of(folder: Path) -> Any:
     """The study of a finished run, for its models and laws."""
     module = recipe()
-    args, world = module.parse([module.DualityArguments, module.WorldArguments], [*RUN, "--output_dir", str(folder)])
-    return module.Study(args, *module.prepare(args, world))
+    options = [*RUN, "--output_dir", str(folder)]
+    args, world = module.parse_dataclasses([module.DualityArguments, module.WorldArguments], options)
+    return module.DualityStudy(args, *module.load_or_make_world(args, world))
 
 
 def test_chains_are_not_run_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder, tmp_path / "again")
     module, out = recipe(), ["--output_dir", str(tmp_path / "again")]
-    monkeypatch.setattr(module, "solve", None)
+    monkeypatch.setattr(module, "run_search", None)
     module.main([*RUN, *out])
     assert rows(tmp_path / "again") == rows(folder)
     worlds.refused(lambda: module.main([*RUN, *out, "--beta", "2"]), "beta '2.0' (was '1.0')")
-    worlds.refused(lambda: module.main([*RUN, *out, "--reward_std", "2"]), "spread '2.0' (was '1.2')")
+    worlds.refused(lambda: module.main([*RUN, *out, "--reward_std", "2"]), "reward_std '2.0' (was '1.2')")
 
 
 def test_rows_of_trained_policies(folder: Path) -> None:
     """One that training left as it was has the law and the price of π."""
-    [own] = study_of(folder).trained([recipe().Weights("rloo", str(folder / "world" / "policy"), 3e9)])
+    checkpoint = recipe().PolicyCheckpoint("rloo", str(folder / "world" / "policy"), 3e9)
+    [own] = study_of(folder).compute_trained_rows([checkpoint])
     policy = rows(folder)["π", None]
     assert asdict(own.measures) == pytest.approx(policy["measures"], abs=1e-12) and own.flops == policy["flops"]
     assert (own.kind, own.training_flops, own.is_optimum) == ("trained", 3e9, False)
@@ -94,29 +96,9 @@ def test_policies_are_trained_once_and_stand_by_what_they_cost(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(folder, tmp_path / "again")
-    sizes = [
-        "--train_steps",
-        "4",
-        "--train_num_checkpoints",
-        "2",
-        "--train_samples_per_prompt",
-        "16",
-        "--train_max_rounds",
-        "2",
-    ]
-    train = [
-        "--train_methods",
-        "sft",
-        "reward-weighted",
-        "dpo",
-        "rloo",
-        "grpo",
-        "--train_batch_size",
-        "8",
-        "--train_num_generations",
-        "4",
-    ]
-    command = [*RUN, "--output_dir", str(tmp_path / "again"), *train, *sizes]
+    train = "--train_methods sft reward-weighted dpo rloo grpo --train_batch_size 8 --train_num_generations 4 "
+    train += "--train_steps 4 --train_num_checkpoints 2 --train_samples_per_prompt 16 --train_max_rounds 2"
+    command = [*RUN, "--output_dir", str(tmp_path / "again"), *train.split()]
     module = recipe()
     module.main(command)
     before = json.loads((tmp_path / "again/duality.json").read_text(encoding="utf-8"))["rows"]
@@ -126,17 +108,19 @@ def test_policies_are_trained_once_and_stand_by_what_they_cost(
     for first, last in zip(trained[::2], trained[1::2], strict=True):
         assert 0 < first["training_flops"] < last["training_flops"]
         assert first["measures"] != last["measures"], first["method"]
-    monkeypatch.setattr(importlib.import_module("duality_training"), "solve", None)
-    monkeypatch.setattr(module, "solve", None)
+    monkeypatch.setattr(importlib.import_module("duality_training"), "run_search", None)
+    monkeypatch.setattr(module, "run_search", None)
     module.main(command)
     assert json.loads((tmp_path / "again/duality.json").read_text(encoding="utf-8"))["rows"] == before
-    worlds.refused(lambda: module.main([*command, "--train_learning_rate", "1"]), "train_rate '1.0' (was '0.001')")
+    worlds.refused(
+        lambda: module.main([*command, "--train_learning_rate", "1"]), "train_learning_rate '1.0' (was '0.001')"
+    )
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     module, out = recipe(), ["--output_dir", str(tmp_path / "out")]
     worlds.refused(lambda: module.main([*out, "--policy", "P"]), "policy, reward and dataset belong together")
-    worlds.refused(lambda: module.main([*out, "--num_symbols", "40"]), "symbols must be 2 to 26")
+    worlds.refused(lambda: module.main([*out, "--num_symbols", "40"]), "num_symbols must be 2 to 26")
     own = [
         "--policy",
         "data/tiny/policy",
@@ -214,21 +198,21 @@ def control_kernel(tree: EnumeratedResponses, case: EnumeratedCase) -> np.ndarra
 def test_chains_follow_their_exact_law_at_every_step(folder: Path) -> None:
     """… not only at the end: the control's kernel can be written down, and leaves π* as it is."""
     study = study_of(folder)
-    [tree], [case] = study.trees, study.cases
+    [tree], [case] = study.enumerated, study.cases
     kernel = control_kernel(tree, case)
-    assert case.optimum @ kernel == pytest.approx(case.optimum, abs=1e-12)
-    config = study.args.searches(len(study.policy.forbidden))["metropolis"]
+    assert case.optimum_probs @ kernel == pytest.approx(case.optimum_probs, abs=1e-12)
+    config = study.args.make_search_configs(len(study.policy.forbidden_mask))["metropolis"]
     steps = [1, 2, 4, 8, 12]
-    counts, _ = study.counts(tree, config, steps, folder / "chains" / "search-1-prompt-0.npz")
-    law = case.policy
+    counts, _ = study.count_chain_states(tree, config, steps, folder / "chains" / "search-1-prompt-0.npz")
+    law = case.policy_probs
     for step in range(1, 13):
         law = law @ kernel
         if step in steps:
-            noise = [compute_total_variation(rng_law(law, study.args.chains, seed), law) for seed in range(40)]
+            noise = [compute_total_variation(rng_law(law, study.args.num_chains, seed), law) for seed in range(40)]
             assert compute_total_variation(compute_empirical_distribution(counts[steps.index(step)]), law) <= max(
                 noise
             )
-    assert case.measures(law).kl < 0.02 < case.measures(case.policy).kl
+    assert case.compute_metrics(law).kl_optimum < 0.02 < case.compute_metrics(case.policy_probs).kl_optimum
 
 
 def rng_law(law: np.ndarray, draws: int, seed: int) -> np.ndarray:

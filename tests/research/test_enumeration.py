@@ -104,7 +104,7 @@ def test_another_policy_over_the_same_responses(small: Policy, tree: EnumeratedR
     assert other.sum() == pytest.approx(1) and np.abs(other - own).sum() > 0.1
     stranger = worlds.tiny_policy(tokenizer=worlds.char_tokenizer([*FEW[1:], FEW[0]]))
     worlds.refused(
-        lambda: compute_exact_distributions(stranger, [tree]), "another vocabulary", "p was written down for"
+        lambda: compute_exact_distributions(stranger, [tree]), "another vocabulary", "responses to p were enumerated"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,7 @@ def test_chains_that_never_moved_are_counted_and_are_worth_nothing(
         none.effective_samples,
         none.effective_samples_per_gflop,
     ) == (3, None, 0.0, 0.0)
-    assert not none.is_reliable and json.dumps(none.to_dict(), allow_nan=False)
+    assert not none.is_reliable and json.dumps(asdict(none), allow_nan=False)
 
 
 def test_the_recipe_measures_every_proposal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
