@@ -214,8 +214,8 @@ class _StopTracker:
             if number in self.ids:
                 job, ids = self.requests[number], self.ids[number]
                 ids.append(token)
-                told = job.ends is not None and job.ends(token)  # it is told every token, whatever else ends the row
-                ended[row] = told or job.over(self.policy, ids)
+                told = job.should_stop is not None and job.should_stop(token)  # it is told every token, whatever else ends the row
+                ended[row] = told or job.is_finished(self.policy, ids)
         return ended
 
 

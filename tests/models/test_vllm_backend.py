@@ -80,7 +80,7 @@ def _config(**options: Any) -> SearchConfig:
 def _same(ones: Sequence[Trace], others: Sequence[Trace]) -> None:
     """The same search: every proposal of it, and what it scored."""
     for one, other in zip(ones, others, strict=True):
-        for name in ("problem_id", "response_ids", "initial_ids", "stop", "finished", "error"):
+        for name in ("problem_id", "response_ids", "initial_ids", "stop_reason", "finished", "error"):
             assert getattr(one, name) == getattr(other, name), name
         for a, b in zip(one.revisions, other.revisions, strict=True):
             assert (a.position, a.new_token, a.suffix, a.accepted) == (b.position, b.new_token, b.suffix, b.accepted)
@@ -431,7 +431,7 @@ def test_a_request_that_is_refused_is_not_sent_again(policy: Policy, served: Pol
 
 def test_fewer_log_probabilities_than_candidates(served: Policy, fake: FakeVllm) -> None:
     fake.max_logprobs = 20
-    worlds.refused(lambda: _draw(served, candidates=21), "max allowed: 20", "vllm serve --max-logprobs 21")
+    worlds.refused(lambda: _draw(served, top_k_candidates=21), "max allowed: 20", "vllm serve --max-logprobs 21")
 
 
 def test_another_model(policy: Policy, fake: FakeVllm) -> None:
@@ -512,7 +512,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_answers_that_are_not_what_was_asked_for(name: str, served: Policy, fake: FakeVllm) -> None:
     change, words = CHANGES[name]
     _changed(fake, change)
-    worlds.refused(lambda: _draw(replace(served, stop_ids=frozenset({99})), candidates=ROWS), fake.url, words)
+    worlds.refused(lambda: _draw(replace(served, stop_ids=frozenset({99})), top_k_candidates=ROWS), fake.url, words)
     assert len(fake.requests) == 1
 
 
@@ -550,7 +550,7 @@ def test_a_server_that_dies_half_way_loses_nothing_finished(
     config = _config(batch_size=2, max_rounds=2, top_k_candidates=8)
 
     def run(folder: Path, checker: AnswerChecker) -> TraceTotals:
-        todo, settings = find_unfinished_problems(problems, folder, 0), {"config": config, "seed": 0, "shown": False}
+        todo, settings = find_unfinished_problems(problems, folder, 0), {"config": config, "seed": 0, "show_progress": False}
         return generate_traces(todo, folder, policy=served, reward=scalar_reward, checker=checker, **settings)
 
     with AnswerChecker() as checker:
