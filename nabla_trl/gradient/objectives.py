@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from nabla_trl.gradient.relaxation import RelaxedResponse, build_mixture, build_one_hot
 from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter, ModelSize
+from nabla_trl.models.generation import find_token_columns
 from nabla_trl.tasks.problem import Problem
 
 
@@ -37,8 +38,7 @@ class DrawInfo:
 
     def gather_response_logp(self, response: Sequence[int]) -> Tensor:
         """[T] log-probability of each response token."""
-        column = (self.candidates == torch.tensor(response)[:, None]).int().argmax(-1)
-        return self.logp.gather(1, column[:, None]).squeeze(1)
+        return self.logp.gather(1, find_token_columns(self.candidates, response)[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ class _LossGradient:
 
 def _get_prompt_caches(responses: Sequence[ScoredResponse], policy: Policy, flop_counter: FlopCounter) -> list[Tensor]:
     """kv rows of the prompts (but their last tokens) in the policy."""
-    if policy.backend is None:
+    if policy.backend.returns_caches:
         return [state.policy_cache[:, :, :, : len(state.prompt.ids) - 1] for state in responses]
     # A server keeps its caches to itself: they are made here, and paid for.
     return prefill_prompts(policy, [(state.problem.id, state.prompt.ids) for state in responses], flop_counter)

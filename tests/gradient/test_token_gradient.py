@@ -192,7 +192,9 @@ def test_embeddings_that_the_model_scales() -> None:
     item = worlds.sample(policy, PROBLEM, "12-5=7")
     expected = reference(policy.model, item.prompt_ids, item.response_ids, direct=False)
     table = torch.arange(0, 9).expand(len(item.response_ids), -1)
-    assert_close(gradients([policy_likelihood(policy)], [item], likelihood_token_grad=False)[0], expected, relative=1e-4)
+    assert_close(
+        gradients([policy_likelihood(policy)], [item], likelihood_token_grad=False)[0], expected, relative=1e-4
+    )
     ours = gradients([policy_likelihood(policy)], [item], [table], likelihood_token_grad=False)[0]
     assert_close(ours, expected[:, :9], relative=1e-4)
 
@@ -201,7 +203,10 @@ def test_switches_leave_rewards_alone(double: Policy) -> None:
     """direct and postfix belong to log-likelihoods; a scalar reward acts through its embeddings always."""
     item = worlds.sample(double, PROBLEM, "12-5")
     terms_ = worlds.tiny_scalar(double).objectives
-    assert torch.equal(gradients(terms_, [item], likelihood_token_grad=False, likelihood_suffix_grad=False)[0], gradients(terms_, [item])[0])
+    assert torch.equal(
+        gradients(terms_, [item], likelihood_token_grad=False, likelihood_suffix_grad=False)[0],
+        gradients(terms_, [item])[0],
+    )
 
 
 @pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
@@ -298,7 +303,9 @@ def test_a_mixture_over_shuffled_ids(double: Policy) -> None:
     moved = build_scalar_reward(double, *shuffled(model, double.tokenizer, len(double.tokenizer) + 5), "moved")
     item = known(double, worlds.sample(double, PROBLEM, "4-5=9;#9"), 6)
     table = [item.draw_info.candidates]
-    ours, theirs = (gradients(r.objectives, [item], table, relaxed_responses=[item.relax(0.5)])[0] for r in (moved, plain))
+    ours, theirs = (
+        gradients(r.objectives, [item], table, relaxed_responses=[item.relax(0.5)])[0] for r in (moved, plain)
+    )
     assert_close(ours, theirs)
 
 

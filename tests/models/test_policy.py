@@ -22,8 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nabla_trl.models.loading import freeze_policy, load_policy
-from nabla_trl.models.vocabulary import map_vocabulary
+from nabla_trl.models.loading import freeze_policy, load_policy, map_vocabulary
 from nabla_trl.tasks.problem import Problem
 
 QUESTION = Problem(id="q", question="1+2")

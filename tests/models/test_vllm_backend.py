@@ -20,11 +20,10 @@ from nabla_trl.cli.main import main
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations, make_rng, prepare_prompt_caches
-from nabla_trl.models.http_client import HttpClient, run_concurrently
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.requests import GenerationRequest
-from nabla_trl.models.vllm_backend import connect_vllm
+from nabla_trl.models.vllm_backend import HttpClient, connect_vllm, run_concurrently
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.generate_traces import TraceTotals, find_unfinished_problems, generate_traces
@@ -136,7 +135,7 @@ def test_the_drawn_token_is_a_candidate_and_log_probabilities_are_unwarped(
 def test_a_server_draws_no_steps(served: Policy, problems: list[Problem]) -> None:
     jobs = [replace(job, should_stop=lambda token: True) for job in _jobs(served, problems)]
     worlds.refused(
-        lambda: generate_continuations(served, jobs, GREEDY, flop_counter=FlopCounter()), "steps", "vllm_url"
+        lambda: generate_continuations(served, jobs, GREEDY, flop_counter=FlopCounter()), "after a step", "vllm_url"
     )
 
 
@@ -492,7 +491,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "empty": (lambda choice: choice.update(token_ids=[]), "0 of 8 tokens"),
     "padding": (
         lambda choice: choice["token_ids"].__setitem__(0, worlds.TOKENS.index(worlds.PAD)),
-        "a token that must not be drawn",
+        "a token that must not be sampled",
     ),
     "logits": (
         lambda choice: choice["logprobs"]["top_logprobs"][0].update({"token_id:3": 4.5}),
@@ -550,7 +549,10 @@ def test_a_server_that_dies_half_way_loses_nothing_finished(
     config = _config(batch_size=2, max_rounds=2, top_k_candidates=8)
 
     def run(folder: Path, checker: AnswerChecker) -> TraceTotals:
-        todo, settings = find_unfinished_problems(problems, folder, 0), {"config": config, "seed": 0, "show_progress": False}
+        todo, settings = (
+            find_unfinished_problems(problems, folder, 0),
+            {"config": config, "seed": 0, "show_progress": False},
+        )
         return generate_traces(todo, folder, policy=served, reward=scalar_reward, checker=checker, **settings)
 
     with AnswerChecker() as checker:
