@@ -419,9 +419,7 @@ def estimate_first_response_flops(response: ScoredResponse, policy: Policy, rewa
         if not term.has_draw_logp(known):
             encoded = term.encode(response.make_sample())
             count = len(term.select_input_ids(encoded, 0))
-            total += term.model_size.compute_forward_flops(
-                len(encoded.prompt_ids) - 1, count, count
-            )
+            total += term.model_size.compute_forward_flops(len(encoded.prompt_ids) - 1, count, count)
     return total
 
 
