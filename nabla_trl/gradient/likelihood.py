@@ -45,8 +45,7 @@ class LikelihoodObjective(Objective):
 
     def select_input_ids(self, encoded: EncodedSample, num_shared: int) -> list[int]:
         # The last token is only predicted, never read.
-        sequence = encoded.prompt_ids + encoded.response_ids
-        return sequence[len(encoded.prompt_ids) - 1 + num_shared : -1]
+        return encoded.sequence_ids[len(encoded.prompt_ids) - 1 + num_shared : -1]
 
     # --- values ---
 
