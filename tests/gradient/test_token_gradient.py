@@ -79,10 +79,10 @@ def gradients(
     candidates: Sequence[Tensor] | None = None,
     **switches: Any,
 ) -> list[Tensor]:
-    """`token_gradient` with fresh prompt memos."""
+    """`token_gradient` with fresh prompt caches."""
     columns = [term.compute_prompt_caches(samples, FlopCounter()) for term in parts]
-    memos = list(zip(*columns, strict=True))
-    return compute_token_gradient(parts, samples, memos, candidates, flop_counter=FlopCounter(), **switches)
+    caches = list(zip(*columns, strict=True))
+    return compute_token_gradient(parts, samples, caches, candidates, flop_counter=FlopCounter(), **switches)
 
 
 def scores(reward: Reward, samples: Sequence[Sample]) -> list[float]:
@@ -285,10 +285,10 @@ def test_share_zero_is_the_hard_point_and_needs_no_candidates(double: Policy) ->
 def test_the_mean_over_shares(double: Policy) -> None:
     reward = worlds.tiny_scalar(double)
     items = [known(double, worlds.sample(double, PROBLEM, text), 5) for text in ("4-5=9;#9", "7")]
-    memos = reward.compute_prompt_caches(items, FlopCounter())
+    caches = reward.compute_prompt_caches(items, FlopCounter())
     one, two, both = (
         reward.compute_backward_gradient(
-            items, memos, None, flop_counter=FlopCounter(), gradient_at=GradientPoint(alphas)
+            items, caches, None, flop_counter=FlopCounter(), gradient_at=GradientPoint(alphas)
         )
         for alphas in ((0.2,), (0.8,), (0.2, 0.8))
     )
@@ -515,15 +515,15 @@ def test_never_holds_a_whole_response_times_vocabulary(monkeypatch: pytest.Monke
         assert_close(ours, whole.gather(1, table))
     likelihood = parts[1]
     with Largest([likelihood.model]) as seen:
-        _, memos = likelihood.score(
+        _, caches = likelihood.score(
             samples,
             likelihood.compute_prompt_caches(samples, FlopCounter()),
             [0, 0],
             FlopCounter(),
             return_caches=True,
         )
-        for memo, table in zip(memos, tables, strict=True):
-            likelihood.compute_candidate_logp(memo, table)
+        for score_cache, table in zip(caches, tables, strict=True):
+            likelihood.compute_candidate_logp(score_cache, table)
     assert vocab <= seen.elements <= budget
 
 
@@ -621,10 +621,10 @@ def test_charges_a_forward_and_a_backward_per_term(double: Policy) -> None:
         worlds.sample(double, Problem(id="a", question="1+2"), "4-5", finished=False),
         worlds.sample(double, Problem(id="b", question="12-3"), "9", finished=True),
     ]
-    memos = list(zip(*(term.compute_prompt_caches(samples, FlopCounter()) for term in parts), strict=True))
+    caches = list(zip(*(term.compute_prompt_caches(samples, FlopCounter()) for term in parts), strict=True))
     for switches, terms_back in (({}, (True, True)), ({"likelihood_suffix_grad": False}, (True, False))):
-        meter = FlopCounter()
-        compute_token_gradient(parts, samples, memos, None, flop_counter=meter, **switches)
+        counter = FlopCounter()
+        compute_token_gradient(parts, samples, caches, None, flop_counter=counter, **switches)
         for item, tail in zip(samples, (1, 0), strict=True):
             begin, length = len(item.prompt_ids) - 1, len(item.response_ids)
             total = 0.0
@@ -633,7 +633,7 @@ def test_charges_a_forward_and_a_backward_per_term(double: Policy) -> None:
             ):
                 total += term.model_size.compute_forward_flops(begin, count, head)
                 total += term.model_size.compute_backward_flops(begin, count, head) * back
-            assert meter.get_cost(item.problem.id).flops == total > 0
+            assert counter.get_cost(item.problem.id).flops == total > 0
 
 
 def test_the_direct_part_is_read_from_memory_at_the_price_of_the_heads(double: Policy) -> None:
@@ -646,11 +646,11 @@ def test_the_direct_part_is_read_from_memory_at_the_price_of_the_heads(double: P
     _, first = reward.score([begun], bare, flop_counter=FlopCounter(), return_caches=True)
     _, second = reward.score([item], first, num_shared=[4], flop_counter=FlopCounter(), return_caches=True)
     table = torch.arange(0, len(double.tokenizer), 2).expand(len(item.response_ids), -1)
-    meter = FlopCounter()
-    ours = reward.compute_direct_gradient([item], second, [table], flop_counter=meter)[0]
+    counter = FlopCounter()
+    ours = reward.compute_direct_gradient([item], second, [table], flop_counter=counter)[0]
     assert_close(ours, gradients(reward.objectives, [item], [table], likelihood_suffix_grad=False)[0])
     heads = sum(term.model_size.compute_forward_flops(0, 0, len(item.response_ids)) for term in reward.objectives)
-    assert meter.get_total_cost().flops == heads > 0
+    assert counter.get_total_cost().flops == heads > 0
 
 
 @pytest.mark.parametrize(
@@ -677,9 +677,9 @@ def test_the_direct_part_of_a_score_is_what_each_token_added(
     )
     _, second = reward.score([item], first, num_shared=[4], flop_counter=FlopCounter(), return_caches=True)
     table = torch.arange(len(worlds.TOKENS)).expand(len(item.response_ids), -1)
-    meter = FlopCounter()
-    [ours] = reward.compute_direct_gradient([item], second, [table], flop_counter=meter)
-    assert meter.get_total_cost().flops == 0
+    counter = FlopCounter()
+    [ours] = reward.compute_direct_gradient([item], second, [table], flop_counter=counter)
+    assert counter.get_total_cost().flops == 0
 
     expected = torch.zeros(ours.shape, dtype=DOUBLE)
     read = [*kept, worlds.END] if reads_stop else [*kept]
@@ -692,7 +692,7 @@ def test_the_direct_part_of_a_score_is_what_each_token_added(
     assert_close(ours.double(), expected, relative=1e-6)  # it is handed on in float32
     some = table[:, ::2]
     assert torch.equal(
-        reward.compute_direct_gradient([item], second, [some], flop_counter=meter)[0], ours.gather(1, some)
+        reward.compute_direct_gradient([item], second, [some], flop_counter=counter)[0], ours.gather(1, some)
     )
 
 
@@ -711,18 +711,18 @@ def test_the_slope_is_the_sum_of_what_its_point_names(double: Policy, kind: str,
     _, scored = reward.score(
         [replace(i, draw_info=None) for i in items], prompts, flop_counter=FlopCounter(), return_caches=True
     )
-    point, meter = GradientPoint.parse(text), FlopCounter()
-    found = reward.compute_gradient(items, prompts, scored, tables, flop_counter=meter, gradient_at=point)
+    point, counter = GradientPoint.parse(text), FlopCounter()
+    found = reward.compute_gradient(items, prompts, scored, tables, flop_counter=counter, gradient_at=point)
     again, expected = FlopCounter(), [torch.zeros(table.shape, dtype=DOUBLE) for table in tables]
     if point.direct:
         parts = reward.compute_direct_gradient(items, scored, tables, flop_counter=again)
         expected = [a + b for a, b in zip(expected, parts, strict=True)]
     for alpha in point.alphas:
-        at, memos = [item.relax(alpha) for item in items], prompts
+        at, caches = [item.relax(alpha) for item in items], prompts
         parts = compute_token_gradient(
             reward.objectives,
             items,
-            memos,
+            caches,
             tables,
             flop_counter=again,
             relaxed_responses=at,
@@ -732,10 +732,10 @@ def test_the_slope_is_the_sum_of_what_its_point_names(double: Policy, kind: str,
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours.double(), theirs, relative=1e-6)
     assert (
-        meter.get_total_cost().tokens == again.get_total_cost().tokens
-        and meter.get_total_cost().flops == again.get_total_cost().flops
+        counter.get_total_cost().tokens == again.get_total_cost().tokens
+        and counter.get_total_cost().flops == again.get_total_cost().flops
     )
-    assert ("reward/backward" in meter.get_total_cost().tokens) == bool(point.alphas)
+    assert ("reward/backward" in counter.get_total_cost().tokens) == bool(point.alphas)
     if kind == "log-ratio" and text == "direct+hard":  # both parts at the same tokens: the whole gradient
         whole = reward.compute_backward_gradient(items, prompts, tables, flop_counter=FlopCounter())
         assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(found, whole, strict=True))
@@ -780,9 +780,15 @@ def compare_scores(
 ) -> None:
     bare = reward.compute_prompt_caches(incumbents, FlopCounter())
     _, kept = reward.score(incumbents, bare, flop_counter=FlopCounter(), return_caches=True)
-    before = [[(memo.kv_row.clone(), memo.logp.clone(), memo.prefix_scores.clone()) for memo in row] for row in kept]
+    before = [
+        [
+            (score_cache.kv_row.clone(), score_cache.logp.clone(), score_cache.prefix_scores.clone())
+            for score_cache in row
+        ]
+        for row in kept
+    ]
     saved, whole = FlopCounter(), FlopCounter()
-    through, memos = reward.score(
+    through, caches = reward.score(
         proposals, [kept[row] for row in owners], flop_counter=saved, num_shared=shared, return_caches=True
     )
     afresh, fresh_memos = reward.score(
@@ -791,10 +797,10 @@ def compare_scores(
     assert through == pytest.approx(afresh, rel=1e-9)
     assert saved.get_total_cost().flops < whole.get_total_cost().flops
     for row, copies in zip(kept, before, strict=True):
-        for memo, (cache, logp, levels) in zip(row, copies, strict=True):
-            assert torch.equal(memo.kv_row, cache) and torch.equal(memo.logp, logp)
-            assert torch.equal(memo.prefix_scores, levels)
-    for item, ours, theirs in zip(proposals, memos, fresh_memos, strict=True):
+        for score_cache, (cache, logp, levels) in zip(row, copies, strict=True):
+            assert torch.equal(score_cache.kv_row, cache) and torch.equal(score_cache.logp, logp)
+            assert torch.equal(score_cache.prefix_scores, levels)
+    for item, ours, theirs in zip(proposals, caches, fresh_memos, strict=True):
         for term, a, b in zip(
             reward.objectives, ours, theirs, strict=True
         ):  # an accepted proposal's memory is as good
