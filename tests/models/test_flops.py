@@ -1,4 +1,4 @@
-"""compute: the formula against torch's own FLOP counter on real tiny models, and the Meter's book-keeping."""
+"""FLOPs: the formula against torch's own FLOP counter on real tiny models, and the accounts of FlopCounter."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from nabla_trl.models.generation import (
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.transformers_backend import TransformersBackend
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 SAMPLED = Sampling(max_new_tokens=12)
@@ -266,6 +267,25 @@ def test_generating_does_not_change_the_caches_it_starts_from(policy: Policy) ->
         return_cache=True,
     )
     assert torch.equal(cache, before)
+
+
+def test_a_backend_gets_every_request_with_its_cache(policy: Policy) -> None:
+    """Any object with the methods of `GenerationBackend` will do."""
+    seen: list[GenerationRequest] = []
+
+    class Recorder(TransformersBackend):
+        def generate(self, policy, requests, sampling, **options):
+            seen.extend(requests)
+            return super().generate(policy, requests, sampling, **options)
+
+    recorded = replace(policy, backend=Recorder())
+    outputs = generate_continuations(
+        recorded, _make_requests(_prompts(policy)), SAMPLED, flop_counter=FlopCounter(), batch_size=3
+    )
+    assert _ids(outputs) == _ids(
+        generate_continuations(policy, _make_requests(_prompts(policy)), SAMPLED, flop_counter=FlopCounter())
+    )
+    assert [request.get_cache().shape[3] for request in seen] == [len(ids) - 1 for ids in _prompts(policy)]
 
 
 # --- candidates -------------------------------------------------------------------------------------------
