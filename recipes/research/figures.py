@@ -12,9 +12,9 @@ import numpy as np
 
 # Functions whose calls are the stages of a search; none calls another.
 STAGE_BY_FUNCTION = {
-    ("generation.py", "generate"): "decoding",
+    ("generation.py", "generate_continuations"): "decoding",
     ("reward.py", "score"): "scoring",
-    ("token_gradient.py", "token_gradient"): "gradients",
+    ("token_gradient.py", "compute_token_gradient"): "gradients",
 }
 NUM_LISTED_FUNCTIONS = 6  # functions a profile names
 
