@@ -1,6 +1,6 @@
 """A small HTTP server that speaks vLLM's endpoint over a tiny real model.
 
-It does what `vllm serve` 0.32 was seen to do with the fields that are used here, and shares no code with the rooms
+It does what `vllm serve` 0.32 was seen to do with the fields that are used here, and shares no code with the modules
 that are tested: one forward of the whole sequence per token, and the exponential race of vLLM's sampler.
 """
 

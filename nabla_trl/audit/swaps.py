@@ -17,12 +17,13 @@ from torch import Tensor
 from nabla_trl.baselines.sampling import encode_prompts
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import generate_continuations, make_rng
+from nabla_trl.models.generation import find_token_columns, generate_continuations, make_rng
 from nabla_trl.models.options import GradientPoint, Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.requests import GenerationRequest
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.proposals import compute_replaceable_mask
+from nabla_trl.search.solvers import compute_advantages
 from nabla_trl.tasks.problem import Problem
 
 
@@ -44,10 +45,6 @@ class SampledResponse:
     finished: bool
     allowed_swaps: Tensor
     prompt_caches: list[ScoreCache]
-
-    def find_token_columns(self) -> Tensor:
-        """[T] column of each response token among the candidates."""
-        return (self.draw_info.candidates == torch.tensor(self.sample.response_ids)[:, None]).int().argmax(-1)
 
 
 @dataclass(frozen=True)
@@ -214,8 +211,10 @@ def _predict_changes(responses: Sequence[SampledResponse], gradients: Sequence[T
     for gradient in gradients:
         if not gradient.isfinite().all():
             raise ValueError(f"{what} is not finite")
-    pairs = zip(responses, gradients, strict=True)
-    return [gradient - gradient.gather(1, one.find_token_columns()[:, None]) for one, gradient in pairs]
+    return [
+        compute_advantages(gradient, find_token_columns(one.draw_info.candidates, one.sample.response_ids))
+        for one, gradient in zip(responses, gradients, strict=True)
+    ]
 
 
 def _check_finite(values: Sequence[float], what: str) -> None:

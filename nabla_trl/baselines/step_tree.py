@@ -188,7 +188,7 @@ def create_step_finder(policy: Policy, delimiter: str) -> StepFinder:
     Raises:
         ValueError: no tokens of the policy write the delimiter, or a server draws in its place.
     """
-    if policy.backend is not None:
+    if not policy.backend.supports_should_stop:
         raise ValueError("searches over steps draw step by step, which a vLLM server cannot: leave out vllm_url")
     finder = StepFinder(policy.tokenizer, delimiter)
     written = policy.tokenizer(delimiter, add_special_tokens=False)["input_ids"]

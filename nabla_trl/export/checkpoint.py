@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nabla_trl.evaluation.results import load_results
-from nabla_trl.models.adapters import ADAPTER_CONFIG_FILE, read_adapter_info
+from nabla_trl.models.loading import ADAPTER_CONFIG_FILE, read_adapter_info
 from nabla_trl.training.checkpoints import (
     ADAPTER_WEIGHTS_FILE,
     CONFIG_FILE,

@@ -23,8 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_trl.export.checkpoint import Checkpoint, check_weight_files
 from nabla_trl.export.model_card import Provenance, build_model_card, find_base_license
-from nabla_trl.models.adapters import ADAPTER_CONFIG_FILE, read_adapter_info
-from nabla_trl.models.loading import load_causal_lm, load_policy, load_tokenizer
+from nabla_trl.models.loading import (
+    ADAPTER_CONFIG_FILE,
+    load_causal_lm,
+    load_policy,
+    load_tokenizer,
+    read_adapter_info,
+)
 from nabla_trl.models.policy import Policy
 from nabla_trl.traces.build import get_package_versions
 from nabla_trl.traces.storage import read_traces

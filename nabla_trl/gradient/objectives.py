@@ -1,11 +1,18 @@
-"""Differentiable terms: what one language model contributes to an objective over response tokens.
+"""Differentiable objectives: what one language model contributes to a reward or a loss over response tokens.
 
-A reward, and the policy's own likelihood, are weighted sums of terms. A term reads a response in its own
-vocabulary and gives a value per response, and to the gradient room two things: the derivative of that value by
-the last hidden states (`seed`), and, where the value depends on the one-hot of a token directly, that part.
+The search minimizes L(y) = −λ·r(y|x) − log π(y|x) (arXiv 2603.04948). The reward r and log π are both weighted sums of
+objectives f(y), one per model: log-likelihoods (likelihood.py) and scores (score.py). An objective reads a response in
+the vocabulary of its own model, and gives
 
-Layout of one forward: a cached prefix (left-padded), then the *fed* tokens (right-padded). The first fed token
-is the last one of the prefix proper, because the first response token is predicted from it.
+- f(y) (`score`), reusing the kv cache of what the response shares with one that was scored before, and
+- the seed of ∂f/∂Y for relaxed tokens Y (`compute_gradient_seed`): ∂f/∂h for the last hidden states h, and ∂f/∂Y at
+  fixed h. `compute_token_gradient` goes on from there, through the layers to the input embeddings.
+
+One forward reads a cached prefix (padded on the left) and then new input tokens (padded on the right). The first input
+token is the last token of the prefix, because its hidden state predicts the first response token:
+
+    x_1 … x_{P−1} | x_P y_1 y_2 … y_T, end of turn
+        cached    |   input
 """
 
 from __future__ import annotations
@@ -21,24 +28,25 @@ from transformers import PreTrainedModel
 from nabla_trl.gradient.relaxation import RelaxedResponse, build_mixture, build_one_hot
 from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter, ModelSize
+from nabla_trl.models.generation import find_token_columns
 from nabla_trl.tasks.problem import Problem
+
+# --- samples --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DrawInfo:
-    """What drawing a response showed: `model` gave `candidates` [T, K] the log-probabilities `logp` [T, K].
-
-    The drawn tokens are among the candidates. A likelihood under that very model need not be computed again.
+    """What is known from generating a response of T tokens: `model` gave `candidates` [T, K] the log-probabilities
+    `logp` [T, K]. The response's tokens are candidates. A likelihood under that model need not be computed again.
     """
 
     model: PreTrainedModel
     candidates: Tensor
     logp: Tensor
 
-    def gather_response_logp(self, response: Sequence[int]) -> Tensor:
-        """[T] log-probability of each response token."""
-        column = (self.candidates == torch.tensor(response)[:, None]).int().argmax(-1)
-        return self.logp.gather(1, column[:, None]).squeeze(1)
+    def gather_response_logp(self, response_ids: Sequence[int]) -> Tensor:
+        """Return [T] the log-probability of each response token."""
+        return self.logp.gather(1, find_token_columns(self.candidates, response_ids)[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class Sample:
     """A response to a problem, in the policy's ids.
 
     Attributes:
-        account: the meter's key where it is not the problem's id.
-        open: only the beginning of a response: its turn is not closed, and a score is read at its last token.
+        cost_key_override: key of the FLOP counter, where it is not the problem's id.
+        is_partial: the response is only a beginning. Its turn is not closed, and a score is read at its last token.
     """
 
     problem: Problem
@@ -62,10 +70,10 @@ class Sample:
         return self.problem.id if self.cost_key_override is None else self.cost_key_override
 
     def relax(self, alpha: float, min_p: float = 0.0) -> RelaxedResponse:
-        """The mixture of the response and the candidates seen when it was drawn (`relax.mixture`).
+        """Return the mixture of the response and its candidates (see `build_mixture`), for α = 0 the hard tokens.
 
         Raises:
-            ValueError: α > 0 and nothing is known of the drawing.
+            ValueError: α > 0 and the candidates are not known.
         """
         if not alpha:
             return build_one_hot(self.response_ids)
@@ -76,22 +84,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample in a term's own ids; `tail` closes the turn after the response. All ids are real (≥ 0)."""
+    """A sample in the ids of an objective's model, all of them real (≥ 0). `turn_end_ids` close the turn."""
 
     prompt_ids: list[int]
     response_ids: list[int]
     turn_end_ids: list[int]
 
+    @property
+    def sequence_ids(self) -> list[int]:
+        return self.prompt_ids + self.response_ids + self.turn_end_ids
+
+
+# --- forward and backward -------------------------------------------------------------------------------
+
 
 @dataclass
 class ScoreCache:
-    """What a term remembers of a response, so that one that shares its beginning is scored from the branch on.
+    """What an objective remembers of a scored response of T tokens, to score others that share its beginning.
 
     Attributes:
-        cache: kv row of the prompt (all but its last token) and the response fed so far.
-        logp: [T] log-likelihood of each response token; empty for terms without one.
-        hidden: [T, d] the states it was predicted from; empty likewise.
-        levels: [T + 1] the score after none, one, … of the response's tokens; empty for terms without a score.
+        kv_row: kv row of the prompt (all but its last token) and of the response tokens that were read.
+        logp: [T] log-likelihood of each response token. Empty for scores.
+        hidden_states: [T, d] the last hidden states that predicted these tokens. Empty for scores.
+        prefix_scores: [T + 1] the score after none, one, … of the tokens. Empty for log-likelihoods.
     """
 
     kv_row: Tensor
@@ -102,23 +117,34 @@ class ScoreCache:
 
 @dataclass
 class ForwardBatch:
-    """One padded batch: B rows, R fed tokens at most, C cached ones at most."""
+    """One padded batch of B rows with at most R input tokens.
 
-    input_ids: Tensor  # [B, R]
-    position_ids: Tensor  # [B, R]
-    kv_rows: list[Tensor]  # kv row of each prefix
-    start_positions: list[int]  # position of each row's first fed token
-    num_tokens: list[int]  # fed tokens of each row
+    Attributes:
+        encoded: the sample of each row.
+        num_shared: response tokens of each row that are cached already. The last one is read again.
+        input_ids, position_ids: [B, R].
+        kv_rows: cached prefix of each row.
+        start_positions: position of each row's first input token, which is the length of its cached prefix.
+        num_tokens: input tokens of each row.
+    """
+
+    encoded: list[EncodedSample]
+    num_shared: list[int]
+    input_ids: Tensor
+    position_ids: Tensor
+    kv_rows: list[Tensor]
+    start_positions: list[int]
+    num_tokens: list[int]
 
 
 @dataclass
 class GradientSeed:
-    """Values of a term at B relaxed responses, and where the gradient by Y begins.
+    """Values of an objective at B relaxed responses, and where its gradient begins.
 
     Attributes:
-        values: [B], detached.
-        by_hidden: [B, R, d] derivative of the summed values by the hidden states.
-        direct: per row ∂value/∂Y at fixed hidden states, [T, K] or [T, V]; None for terms without such a part.
+        values: [B] float64, detached.
+        hidden_grad: [B, R, d] ∂(Σ values)/∂h.
+        token_grads: per row ∂f/∂Y at fixed h, [T, K] or [T, V]. None: f depends on Y through h alone.
     """
 
     values: Tensor
@@ -126,13 +152,18 @@ class GradientSeed:
     token_grads: list[Tensor] | None
 
 
+def widen_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the tensor's dtype, but float32 at least. In bfloat16, a log-probability of −10 is off by up to 0.03."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 class Objective(ABC):
-    """One model's share in an objective.
+    """What one model contributes to a weighted sum.
 
     Attributes:
-        weight: factor of this term in its sum.
-        mapping: [policy rows] long, this model's id of each policy token, −1 where it has none.
-        encode_prompt: problem and policy prompt ids → this model's prompt ids.
+        weight: factor of this objective in the sum.
+        vocab_map: [rows of the policy's head] long, this model's id of each policy token, −1 where it has none.
+        encode_prompt: maps a problem and the policy's prompt ids to this model's prompt ids.
     """
 
     def __init__(
@@ -149,118 +180,149 @@ class Objective(ABC):
         self.encode_prompt = encode_prompt
 
     @abstractmethod
-    def encode(self, sample: Sample) -> EncodedSample: ...
+    def encode(self, sample: Sample) -> EncodedSample:
+        """Return the sample in this model's ids."""
 
     @abstractmethod
     def select_input_ids(self, encoded: EncodedSample, num_shared: int) -> list[int]:
-        """Ids to feed when `shared` response tokens are in the cache already; the first one is re-fed."""
-
-    def get_cached_values(self, cache: ScoreCache, encoded: EncodedSample, num_shared: int) -> Tensor:
-        """The numbers that a memo's first `shared` response tokens give to the value."""
-        return cache.logp[:num_shared]
+        """Return the ids to read when `num_shared` response tokens are cached. The last cached token is read again."""
 
     @abstractmethod
-    def compute_values(
-        self, hidden: Tensor, batch: ForwardBatch, encoded: Sequence[EncodedSample], num_shared: Sequence[int]
-    ) -> list[Tensor]:
-        """Per row, the numbers whose sum (with those of `past`) is its value. Scores are float32."""
+    def get_cached_values(self, cache: ScoreCache, encoded: EncodedSample, num_shared: int) -> Tensor:
+        """Return what the first `num_shared` response tokens contribute to f, as `compute_values` does."""
+
+    @abstractmethod
+    def compute_values(self, hidden: Tensor, batch: ForwardBatch) -> list[Tensor]:
+        """Return per row numbers (float32 at least) whose sum, with that of `get_cached_values`, is f.
+
+        Args:
+            hidden: [B, R, d] last hidden states of the batch.
+        """
 
     @abstractmethod
     def compute_gradient_seed(
         self,
         hidden: Tensor,
         batch: ForwardBatch,
-        encoded: Sequence[EncodedSample],
-        num_shared: Sequence[int],
-        targets: Sequence[RelaxedResponse],
+        relaxed_responses: Sequence[RelaxedResponse],
         candidates: Sequence[Tensor] | None,
     ) -> GradientSeed:
-        """Values at relaxed responses, and what the gradient by their tokens begins from.
+        """Return f at relaxed responses, and where its gradient begins.
 
         Args:
-            shared: per row how many tokens are in the cache already; values leave out what was known by then (`past`).
-            targets: per row Y of the tokens after those, in this model's ids.
-            candidates: per row [T, K] ids of this model at these tokens, or None for its whole vocabulary.
+            hidden: [B, R, d] last hidden states of a batch without shared tokens.
+            relaxed_responses: per row Y in this model's ids.
+            candidates: per row [T, K] ids of this model. None: its whole vocabulary.
+        """
+
+    @abstractmethod
+    def build_caches(
+        self,
+        batch: ForwardBatch,
+        hidden_states: Sequence[Tensor],
+        kv_rows: Sequence[Tensor],
+        values: Sequence[Tensor],
+        caches: Sequence[ScoreCache],
+    ) -> list[ScoreCache]:
+        """Return what to remember of freshly scored responses.
+
+        Args:
+            hidden_states: per row [num_tokens, d] of its input tokens.
+            values: per row the cached and the new numbers whose sum is f.
+            caches: what was known of the shared tokens.
         """
 
     def compute_running_values(self, sample: Sample, cache: ScoreCache) -> Tensor:
-        """[T + 1] the value after none, one, … of a remembered response's tokens, if its score were to stay as it is
-        there; empty for terms without a score. A stop token that the template drops is left out."""
+        """Return [T + 1] f after none, one, … of the tokens of a scored response, if its score stayed as it is there.
+
+        Empty for log-likelihoods. A stop token that the template drops is left out.
+        """
         return cache.prefix_scores
 
     def has_draw_logp(self, sample: Sample) -> bool:
-        """This term's value was shown when the sample was drawn."""
+        """Return whether f is known from generating the sample."""
         return False
 
-    @abstractmethod
-    def count_head_positions(self, num_tokens: int) -> int:
-        """Positions to which the output head is applied when `count` tokens are fed."""
+    # --- relaxed tokens ---
 
     def embed_ids(self, ids: Tensor) -> Tensor:
-        """Input embeddings [..., d] of this model's ids, by its own module: some scale the rows of their table."""
+        """Return input embeddings E [..., d] of this model's ids. Its own module scales them where the model does."""
         return self.model.get_input_embeddings()(ids).detach()
 
     def map_to_model_ids(self, relaxed: RelaxedResponse, span: slice) -> RelaxedResponse:
-        """Positions of a relaxed response in this model's ids; tokens it lacks lose their weight."""
+        """Return positions of a relaxed response in this model's ids. Tokens that it lacks lose their weight."""
         ids = self.vocab_map[relaxed.ids[span].to(self.vocab_map.device)]
         weights = relaxed.weights[span].to(self.vocab_map.device).masked_fill(ids < 0, 0.0)
         weights[:, 0] += (weights.sum(-1) == 0).to(weights)  # nothing left: the response's own token, which is first
         return RelaxedResponse(ids.clamp(min=0), weights / weights.sum(-1, keepdim=True))
 
-    def embed_relaxed(self, batch: ForwardBatch, responses: Sequence[RelaxedResponse]) -> Tensor:
-        """Input embeddings [B, R, d] of a feed whose tokens after the first begin with these, Σ_v Y[t, v]·e(v)."""
+    def embed_relaxed(self, batch: ForwardBatch, relaxed_responses: Sequence[RelaxedResponse]) -> Tensor:
+        """Return input embeddings [B, R, d] of a batch, with Σ_v Y[t, v]·E_v at the response tokens."""
         embeds = self.embed_ids(batch.input_ids)
-        for row, response in enumerate(responses):
-            # The last token of a likelihood is not fed at all.
-            count = min(batch.num_tokens[row] - 1, len(response.ids))
-            if count and response.ids.shape[1] > 1:
-                embeds[row, 1 : count + 1] = response.average_embeddings(self.embed_ids, count).to(embeds)
+        for row, relaxed in enumerate(relaxed_responses):
+            # Response token t is input t + 1: the first input is the prompt's. A likelihood never reads the last one.
+            count = min(batch.num_tokens[row] - 1, len(relaxed.ids))
+            if count and relaxed.ids.shape[1] > 1:
+                embeds[row, 1 : count + 1] = relaxed.average_embeddings(self.embed_ids, count).to(embeds)
         return embeds
 
+    # --- the forward ---
+
     def make_prompt_cache(self, kv_row: Tensor) -> ScoreCache:
-        """The memo of a cached prefix of which no response token is known."""
+        """Return the cache of a prefix of which no response token is known."""
         width = self.model.config.get_text_config().hidden_size
         return ScoreCache(kv_row, kv_row.new_zeros(0), kv_row.new_zeros(0, width), kv_row.new_zeros(0))
 
     def compute_prompt_caches(self, samples: Sequence[Sample], flop_counter: FlopCounter) -> list[ScoreCache]:
-        """Memos of the bare prompts."""
+        """Return the caches of the samples' prompts."""
         prompts = [self.encode_prompt(sample.problem, sample.prompt_ids) for sample in samples]
         for sample, prompt in zip(samples, prompts, strict=True):
             flop_counter.add_flops(
                 sample.cost_key, self.model_size, "prefill", 0, len(prompt) - 1, num_head_positions=0
             )
-        rows = kv_cache.prefill_sequences(self.model, [prompt[:-1] for prompt in prompts])
-        return [self.make_prompt_cache(row) for row in rows]
+        kv_rows = kv_cache.prefill_sequences(self.model, [prompt[:-1] for prompt in prompts])
+        return [self.make_prompt_cache(kv_row) for kv_row in kv_rows]
 
     def build_batch(
         self, encoded: Sequence[EncodedSample], caches: Sequence[ScoreCache], num_shared: Sequence[int]
     ) -> ForwardBatch:
+        """Return the batch that reads what is not cached of the samples."""
         tokens = [self.select_input_ids(row, count) for row, count in zip(encoded, num_shared, strict=True)]
         starts = [len(row.prompt_ids) - 1 + count for row, count in zip(encoded, num_shared, strict=True)]
         ids, _ = kv_cache.pad_sequences(tokens, self.model.device, left=False)
         positions = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        rows = [memo.kv_row[:, :, :, :start] for memo, start in zip(caches, starts, strict=True)]
         # Padding repeats the last real position, which exists in every position table.
         last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, tokens, strict=True)])
-        positions = positions.minimum(last.to(ids.device)[:, None])
-        return ForwardBatch(ids, positions, rows, starts, [len(row) for row in tokens])
+        return ForwardBatch(
+            encoded=list(encoded),
+            num_shared=list(num_shared),
+            input_ids=ids,
+            position_ids=positions.minimum(last.to(ids.device)[:, None]),
+            kv_rows=[cache.kv_row[:, :, :, :start] for cache, start in zip(caches, starts, strict=True)],
+            start_positions=starts,
+            num_tokens=[len(row) for row in tokens],
+        )
 
     def compute_hidden_states(
         self, batch: ForwardBatch, embeds: Tensor | None = None, return_caches: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Last hidden states [B, R, d] of the fed tokens (or of `embeds` in their place), and kv rows if kept."""
-        cache, cached = kv_cache.stack_caches(batch.kv_rows)
+        """Return the last hidden states [B, R, d] of the input tokens, and the kv rows with `return_caches`.
+
+        Args:
+            embeds: [B, R, d] input embeddings to read in place of the batch's ids.
+        """
+        cache, cached_mask = kv_cache.stack_caches(batch.kv_rows)
         output = self.model.base_model(
             input_ids=batch.input_ids if embeds is None else None,
             inputs_embeds=embeds,
-            attention_mask=kv_cache.build_attention_mask(cached, batch.input_ids.shape[1], self.model.dtype),
+            attention_mask=kv_cache.build_attention_mask(cached_mask, batch.input_ids.shape[1], self.model.dtype),
             position_ids=batch.position_ids,
             past_key_values=cache,
             use_cache=True,
         )
         if not return_caches:
             return output.last_hidden_state, []
-        padding, width = (cached == 0).sum(1).tolist(), cached.shape[1]
+        padding, width = (cached_mask == 0).sum(1).tolist(), cached_mask.shape[1]
         spans = [(begin, width + count) for begin, count in zip(padding, batch.num_tokens, strict=True)]
         return output.last_hidden_state, kv_cache.unstack_caches(cache, torch.arange(len(spans)), spans)
 
@@ -273,40 +335,23 @@ class Objective(ABC):
         flop_counter: FlopCounter,
         return_caches: bool = False,
     ) -> tuple[list[float], list[ScoreCache]]:
-        """Values (unweighted) of samples that share their first `shared` response tokens with the memos' ones."""
-        encoded = [self.encode(sample) for sample in samples]
-        feed = self.build_batch(encoded, caches, num_shared)
-        for sample, start, count in zip(samples, feed.start_positions, feed.num_tokens, strict=True):
-            flop_counter.add_flops(
-                sample.cost_key,
-                self.model_size,
-                "forward",
-                start,
-                count,
-                num_head_positions=self.count_head_positions(count),
-            )
-        hidden, rows = self.compute_hidden_states(feed, return_caches=return_caches)
-        new = self.compute_values(hidden, feed, encoded, num_shared)
-        logps = [
-            torch.cat((self.get_cached_values(memo, one, count).to(fresh), fresh))
-            for memo, one, count, fresh in zip(caches, encoded, num_shared, new, strict=True)
-        ]
-        values = [float(logp.double().sum()) for logp in logps]
-        if not return_caches:
-            return values, []
-        states = [hidden[row, :count] for row, count in enumerate(feed.num_tokens)]
-        return values, self.build_caches(
-            rows, logps, states, caches, num_shared, [len(one.response_ids) for one in encoded]
-        )
+        """Return f (unweighted) of samples, and what to remember of them with `return_caches`.
 
-    def build_caches(
-        self,
-        kv_rows: Sequence[Tensor],
-        logps: Sequence[Tensor],
-        hidden_states: Sequence[Tensor],
-        caches: Sequence[ScoreCache],
-        num_shared: Sequence[int],
-        lengths: Sequence[int],
-    ) -> list[ScoreCache]:
-        """Memos of freshly scored responses of some lengths, from the hidden states of what was fed."""
-        return [self.make_prompt_cache(row) for row in kv_rows]
+        Args:
+            caches: of responses that share their first `num_shared` tokens with the samples.
+        """
+        encoded = [self.encode(sample) for sample in samples]
+        batch = self.build_batch(encoded, caches, num_shared)
+        for sample, start, count in zip(samples, batch.start_positions, batch.num_tokens, strict=True):
+            flop_counter.add_flops(sample.cost_key, self.model_size, "forward", start, count)
+        hidden, kv_rows = self.compute_hidden_states(batch, return_caches=return_caches)
+        values = []
+        for cache, row, count, new in zip(
+            caches, encoded, num_shared, self.compute_values(hidden, batch), strict=True
+        ):
+            values.append(torch.cat((self.get_cached_values(cache, row, count).to(new), new)))
+        totals = [float(numbers.double().sum()) for numbers in values]
+        if not return_caches:
+            return totals, []
+        hidden_states = [hidden[row, :count] for row, count in enumerate(batch.num_tokens)]
+        return totals, self.build_caches(batch, hidden_states, kv_rows, values, caches)

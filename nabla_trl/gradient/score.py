@@ -1,4 +1,11 @@
-"""Scores of a sequence classifier, at the end of a response or summed over the ends of steps."""
+"""Scores of a sequence classifier as differentiable objectives.
+
+With s_t the scalar head read after response token t, the outcome score is f(y) = s_T at the end of the closed turn,
+and the process score is f(y) = Σ_e s_e over the ends e of reasoning steps and the end of the turn. A score depends on
+the tokens through the hidden states h alone, so that its gradient has no part at fixed h:
+
+    ∂f/∂h_t = ∂s_t/∂h_t where the head is read, and 0 elsewhere
+"""
 
 from __future__ import annotations
 
@@ -8,17 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_trl.gradient.objectives import EncodedSample, ForwardBatch, GradientSeed, Objective, Sample, ScoreCache
+from nabla_trl.gradient.objectives import (
+    EncodedSample,
+    ForwardBatch,
+    GradientSeed,
+    Objective,
+    Sample,
+    ScoreCache,
+    widen_dtype,
+)
 from nabla_trl.gradient.relaxation import RelaxedResponse
 from nabla_trl.gradient.step_ends import StepFinder
 
 
 class ScoreObjective(Objective):
-    """r(x, y): the scalar head of a sequence-classification model at the last token of the closed turn.
+    """f(y): the scalar head of a sequence-classification model at the last token of the closed turn.
 
     Args:
-        tail: ids that close the assistant's turn in the reward's template; may be empty.
-        stop_ids: the policy's stop tokens. A trailing one is kept if it opens the tail, dropped otherwise.
+        turn_end_ids: ids that close the assistant's turn in the model's chat template. May be empty.
+        stop_ids: the policy's stop tokens. A final one is kept if it begins the turn's end, and dropped otherwise.
     """
 
     def __init__(self, *args: Any, turn_end_ids: list[int], stop_ids: frozenset[int], **kwargs: Any):
@@ -26,111 +41,109 @@ class ScoreObjective(Objective):
         self.turn_end_ids, self.stop_ids = turn_end_ids, stop_ids
 
     def encode(self, sample: Sample) -> EncodedSample:
-        prompt = self.encode_prompt(sample.problem, sample.prompt_ids)
+        prompt_ids = self.encode_prompt(sample.problem, sample.prompt_ids)
         if sample.is_partial:
-            return EncodedSample(prompt, self.vocab_map[sample.response_ids].tolist(), turn_end_ids=[])
-        return EncodedSample(prompt, *self._close_turn(sample.response_ids))
+            return EncodedSample(prompt_ids, self.vocab_map[sample.response_ids].tolist(), turn_end_ids=[])
+        return EncodedSample(prompt_ids, *self._close_turn(sample.response_ids))
 
     def _close_turn(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """A response in this model's ids, and what closes the turn after it."""
-        response, tail = self.vocab_map[ids].tolist(), self.turn_end_ids
+        """Return a response in this model's ids, and what closes the turn after it."""
+        response_ids, turn_end_ids = self.vocab_map[ids].tolist(), self.turn_end_ids
         if ids and ids[-1] in self.stop_ids:
-            if tail and response[-1] == tail[0]:
-                tail = tail[1:]
-            elif tail or response[-1] < 0:
-                response = response[:-1]
-        return response, tail
+            if turn_end_ids and response_ids[-1] == turn_end_ids[0]:
+                turn_end_ids = turn_end_ids[1:]
+            elif turn_end_ids or response_ids[-1] < 0:
+                response_ids = response_ids[:-1]
+        return response_ids, turn_end_ids
 
     def list_score_positions(self, response_ids: Sequence[int], num_turn_end_ids: int) -> list[int]:
-        """After how many tokens of a response (this model's ids) and of the `tail` ones that close it the head is
-        read, ascending: the value is the sum of these scores."""
+        """Return after how many tokens the head is read, ascending. f is the sum of these scores.
+
+        Args:
+            response_ids: in this model's ids.
+            num_turn_end_ids: how many tokens close the turn after the response.
+        """
         return [len(response_ids) + num_turn_end_ids]
 
     def select_input_ids(self, encoded: EncodedSample, num_shared: int) -> list[int]:
-        sequence = encoded.prompt_ids + encoded.response_ids + encoded.turn_end_ids
-        return sequence[len(encoded.prompt_ids) - 1 + num_shared :]
+        return encoded.sequence_ids[len(encoded.prompt_ids) - 1 + num_shared :]
 
-    def count_head_positions(self, num_tokens: int) -> int:
-        return num_tokens  # the head is one row: what it costs to read it everywhere does not matter
+    # --- values ---
+
+    def get_cached_values(self, cache: ScoreCache, encoded: EncodedSample, num_shared: int) -> Tensor:
+        positions = self.list_score_positions(encoded.response_ids, len(encoded.turn_end_ids))
+        # The last shared token is read again, and its score with it.
+        return cache.prefix_scores[[count for count in positions if count < num_shared]]
+
+    def compute_values(self, hidden: Tensor, batch: ForwardBatch) -> list[Tensor]:
+        inputs = []
+        for row, begin in zip(batch.encoded, batch.num_shared, strict=True):
+            positions = self.list_score_positions(row.response_ids, len(row.turn_end_ids))
+            inputs.append([count - begin for count in positions if count >= begin])
+        return self._gather_scores(hidden, inputs)
 
     def build_caches(
         self,
-        kv_rows: Sequence[Tensor],
-        logps: Sequence[Tensor],
+        batch: ForwardBatch,
         hidden_states: Sequence[Tensor],
+        kv_rows: Sequence[Tensor],
+        values: Sequence[Tensor],
         caches: Sequence[ScoreCache],
-        num_shared: Sequence[int],
-        lengths: Sequence[int],
     ) -> list[ScoreCache]:
-        fresh = self._apply_score_head(torch.cat(list(hidden_states))).split([len(state) for state in hidden_states])
-        known = []
-        for row, new, memo, count, length in zip(kv_rows, fresh, caches, num_shared, lengths, strict=True):
-            bare = self.make_prompt_cache(row)
-            # What is fed begins with the last shared token, and ends with the tail, which is no part of the response.
-            levels = torch.cat((memo.prefix_scores[:count].to(new), new[: length - count + 1]))
-            known.append(ScoreCache(bare.kv_row, bare.logp, bare.hidden_states, levels))
-        return known
+        scores = self._apply_score_head(torch.cat(list(hidden_states))).split(batch.num_tokens)
+        new_caches = []
+        for kv_row, new, cache, encoded, count in zip(
+            kv_rows, scores, caches, batch.encoded, batch.num_shared, strict=True
+        ):
+            # The inputs begin with the last shared token. The turn's end at their end is no part of the response.
+            new = new[: len(encoded.response_ids) - count + 1]
+            new_cache = self.make_prompt_cache(kv_row)
+            new_cache.prefix_scores = torch.cat((cache.prefix_scores[:count].to(new), new))
+            new_caches.append(new_cache)
+        return new_caches
 
-    def get_cached_values(self, cache: ScoreCache, encoded: EncodedSample, num_shared: int) -> Tensor:
-        # The last shared token is fed again, and read then.
-        return cache.prefix_scores[
-            [
-                count
-                for count in self.list_score_positions(encoded.response_ids, len(encoded.turn_end_ids))
-                if count < num_shared
-            ]
-        ]
+    def compute_running_values(self, sample: Sample, cache: ScoreCache) -> Tensor:
+        # f = Σ_e s_e. After token t, the ends e ≤ t have their scores, and all later ones are taken to have s_t.
+        response_ids, turn_end_ids = self._close_turn(sample.response_ids)
+        positions = self.list_score_positions(response_ids, len(turn_end_ids))
+        scores = cache.prefix_scores.double()
+        is_end = torch.zeros_like(scores)
+        is_end[[count for count in positions if count < len(scores)]] = 1
+        return (is_end * scores).cumsum(0) + (len(positions) - is_end.cumsum(0)) * scores
 
-    def compute_values(
-        self, hidden: Tensor, batch: ForwardBatch, encoded: Sequence[EncodedSample], num_shared: Sequence[int]
-    ) -> list[Tensor]:
-        reads = [self.list_score_positions(one.response_ids, len(one.turn_end_ids)) for one in encoded]
-        places = [
-            [count - begin for count in row if count >= begin] for row, begin in zip(reads, num_shared, strict=True)
-        ]
-        return self._gather_scores(hidden, places)
+    def _gather_scores(self, hidden: Tensor, inputs: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return per row the scores at some of its inputs."""
+        rows = [row for row, indices in enumerate(inputs) for _ in indices]
+        columns = [index for indices in inputs for index in indices]
+        return list(self._apply_score_head(hidden[rows, columns]).split([len(indices) for indices in inputs]))
+
+    def _apply_score_head(self, states: Tensor) -> Tensor:
+        scores = self.model.score(states).squeeze(-1)
+        return scores.to(widen_dtype(scores))
+
+    # --- gradient ---
 
     def compute_gradient_seed(
         self,
         hidden: Tensor,
         batch: ForwardBatch,
-        encoded: Sequence[EncodedSample],
-        num_shared: Sequence[int],
-        targets: Sequence[RelaxedResponse],
+        relaxed_responses: Sequence[RelaxedResponse],
         candidates: Sequence[Tensor] | None,
     ) -> GradientSeed:
         leaf = hidden.detach().requires_grad_(True)
         with torch.enable_grad():
             # The head is read where the response's own tokens say, whatever is mixed into them.
-            scores = self.compute_values(leaf, batch, encoded, num_shared)
-            values = torch.stack([some.double().sum() for some in scores])
+            values = torch.stack([scores.double().sum() for scores in self.compute_values(leaf, batch)])
         return GradientSeed(values.detach(), torch.autograd.grad(values.sum(), leaf)[0], None)
-
-    def compute_running_values(self, sample: Sample, cache: ScoreCache) -> Tensor:
-        response, tail = self._close_turn(sample.response_ids)
-        scores = cache.prefix_scores.double()
-        reads = self.list_score_positions(response, len(tail))
-        done = torch.zeros_like(scores)
-        done[[count for count in reads if count < len(scores)]] = 1
-        return (done * scores).cumsum(0) + (len(reads) - done.cumsum(0)) * scores
-
-    def _gather_scores(self, hidden: Tensor, places: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Per row the scores at some places among its fed tokens."""
-        rows = [row for row, some in enumerate(places) for _ in some]
-        flat = [place for some in places for place in some]
-        return list(self._apply_score_head(hidden[rows, flat]).split([len(some) for some in places]))
-
-    def _apply_score_head(self, states: Tensor) -> Tensor:
-        scores = self.model.score(states).squeeze(-1)
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 class ProcessObjective(ScoreObjective):
-    """r(x, y) = Σ_t s(x, y_≤t) over the tokens t that end a step and the end of the response, where s is the score of
-    a `ScoreTerm`, read there after the closed turn. An end of a step that is also the end of all counts once.
+    """f(y) = Σ_e s(x, y_≤e) over the ends e of reasoning steps and the end of the closed turn.
+
+    An end of a step that is also the end of the turn counts once.
 
     Args:
-        steps: finds the ends of steps in this model's ids.
+        step_finder: finds the ends of steps in this model's ids.
     """
 
     def __init__(self, *args: Any, step_finder: StepFinder, **kwargs: Any):
@@ -138,9 +151,5 @@ class ProcessObjective(ScoreObjective):
         self.step_finder = step_finder
 
     def list_score_positions(self, response_ids: Sequence[int], num_turn_end_ids: int) -> list[int]:
-        return sorted(
-            {
-                *(place + 1 for place in self.step_finder.find_step_ends(response_ids)),
-                *super().list_score_positions(response_ids, num_turn_end_ids),
-            }
-        )
+        step_ends = {position + 1 for position in self.step_finder.find_step_ends(response_ids)}
+        return sorted({*step_ends, *super().list_score_positions(response_ids, num_turn_end_ids)})

@@ -1,4 +1,4 @@
-"""Where the steps of a response end: at the tokens that complete a delimiter. Loads no torch."""
+"""Where the reasoning steps of a response end: at the tokens that complete a delimiter. Loads no torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ _ESCAPED_CHARACTERS = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 def parse_delimiter(text: str) -> str:
-    r"""A delimiter as a spec writes it: \n, \t, \\ and \xHH (so \x3a for a colon, \x2c for a comma) stand for one
-    character each.
+    r"""Return the delimiter that is written with escapes: \n, \t, \\ and \xHH (\x3a for a colon, \x2c for a comma).
 
     Raises:
-        ValueError: nothing, a backslash before anything else, or a line break as it is: specs are one line.
+        ValueError: an empty text, an unknown escape, or a line break that is not escaped (specs are one line).
     """
     if not text.isprintable():
         raise ValueError(rf"step_delimiter must be written with escapes (\n, \t, \xHH), not as {text!r}")
@@ -29,6 +28,7 @@ def parse_delimiter(text: str) -> str:
 
 
 def check_delimiter(value: object) -> None:
+    """Refuse anything but a text of at least one character."""
     if not (isinstance(value, str) and value):
         raise ValueError(f"step_delimiter must be a text of at least one character, not {value!r}")
 
@@ -43,14 +43,14 @@ def _decode_escape(match: re.Match[str]) -> str:
 
 
 class StepFinder:
-    r"""Finds in a response's ids the tokens that end its steps.
+    r"""Finds the tokens that end a step in the ids of a response.
 
-    A step ends at the token that completes the delimiter, be it spread over several tokens or inside one. Delimiters
-    are counted from the left and do not overlap ("\n\n\n" holds one); a token that completes two ends one step. What
-    a token writes is what people read of it: a special one nothing, unless it is the delimiter itself. It is looked
-    up per token, so a character that is cut between two tokens is not seen.
+    A step ends at the token that completes the delimiter, which may be spread over several tokens or stand inside one.
+    Delimiters are counted from the left and do not overlap ("\n\n\n" holds one). A token that completes two ends one
+    step. A token writes what people read of it: a special token writes nothing, unless it is the delimiter itself.
+    Texts are looked up token by token, so a character that is split between two tokens is not seen.
 
-    Whether a token ends a step depends on it and on those before it, and on nothing else.
+    Whether a token ends a step depends on that token and the ones before it, and on nothing else.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, delimiter: str):
@@ -59,14 +59,18 @@ class StepFinder:
         self._token_texts: dict[int, str] = {}
 
     def find_step_ends(self, ids: Sequence[int]) -> list[int]:
-        """Places of the tokens that end a step, ascending."""
-        end = StepEndDetector(self)
-        return [place for place, token in enumerate(ids) if end(token)]
+        """Return the positions of the tokens that end a step, ascending."""
+        detector = StepEndDetector(self)
+        return [position for position, token in enumerate(ids) if detector(token)]
 
     def advance(self, pending_text: str, token: int) -> tuple[bool, str]:
-        """Whether a token ends a step, after a text in which a delimiter may have begun; and that text after it."""
-        *closed, pending_text = (pending_text + self._get_token_text(token)).split(self.delimiter)
-        return bool(closed), pending_text[max(0, len(pending_text) - len(self.delimiter) + 1) :]
+        """Return whether a token ends a step, and the new pending text.
+
+        Args:
+            pending_text: end of the text so far, in which a delimiter may have begun.
+        """
+        *closed, rest = (pending_text + self._get_token_text(token)).split(self.delimiter)
+        return bool(closed), rest[max(0, len(rest) - len(self.delimiter) + 1) :]
 
     def _get_token_text(self, token: int) -> str:
         if token not in self._token_texts:
@@ -82,10 +86,10 @@ class StepFinder:
 
 
 class StepEndDetector:
-    """Is told the tokens of a response one after the other, and says of each whether it ends a step.
+    """Takes the tokens of a response one by one, and returns for each whether it ends a step.
 
     Attributes:
-        begun: the end of the text so far in which a delimiter may have begun.
+        pending_text: end of the text so far, in which a delimiter may have begun.
     """
 
     def __init__(self, finder: StepFinder, pending_text: str = ""):

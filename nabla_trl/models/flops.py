@@ -1,25 +1,25 @@
-"""What a method costs: tokens by model and kind, FLOPs by formula, wall seconds by problem.
+"""Count what a method costs: tokens by model and kind, FLOPs by formula, wall seconds by problem.
 
-The formula, for one sequence (a multiply-add is 2 FLOPs), where `count` tokens are placed at
-positions p = start .. start + count - 1 of a causal model:
+The formula, for one sequence (a multiply-add is 2 FLOPs), where `num_tokens` tokens are placed at
+positions p = start .. start + num_tokens - 1 of a causal model:
 
-    forward  = 2 * linear_params * count                               every weight matrix, once per token
+    forward  = 2 * linear_params * num_tokens                          every weight matrix, once per token
              + 4 * attention_width * layers * sum over p of (p + 1)    Q.K^T and A.V over the causal half
-             + 2 * head_params * head                                  output head, at `head` positions only
+             + 2 * head_params * num_head_positions                    output head, where it is applied
 
     backward, frozen weights  = 1x linear + 2x attention + 1x head     activations only: dX, and dQ dK dV dA
     backward, trained weights = 2x linear + 2x attention + 2x head     dX and dW
     train    = forward + backward
 
-attention_width is query heads x head_dim (grouped keys are repeated, so query heads count). Work on a
-token earlier in a cache is not charged again, but attending to it is. A detached prefix under backward is
-charged its dK and dV, because kernels compute them before they are thrown away.
+attention_width is query heads x head_dim (grouped keys are repeated, so query heads count). The work on a
+cached token is not charged again, but attention to it is. A detached prefix under backward is charged its dK
+and dV, because kernels compute them before they are discarded.
 
 Left out, all below one percent of a model of useful size: embedding look-ups, norms, rotary angles, biases,
-softmax, activations, sampling. Sliding-window layers are charged as full attention (an upper bound), padding
-is not charged (a batch costs what its rows would cost alone), dense attention kernels that compute the masked
-half and gradient checkpointing's second forward are not charged either: the formula counts what the method
-needs, the seconds show what the machine did.
+softmax, activations, sampling. Sliding-window layers are charged as full attention (an upper bound). Padding is
+not charged: a batch costs what its rows would cost alone. Nor are the masked half that dense attention kernels
+compute, and the second forward of gradient checkpointing. The formula counts what the method needs, and the
+seconds show what the machine did.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ WORK_KINDS = ("prefill", "decode", "forward", "backward", "train")
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The few numbers of a transformer that its FLOPs depend on.
+    """The numbers of a transformer that its FLOPs depend on.
 
-    `name` labels the model in the token counts ("policy", "reward", ...); `linear_params` are the weights
-    in matmuls applied at every token (embeddings and output head excluded); `head_params` are those of the
-    output head (lm_head or score), applied only where its output is needed.
+    Attributes:
+        name: labels the model in the token counts ("policy", "reward", ...).
+        linear_params: weights in matmuls at every token, without embeddings and output head.
+        head_params: weights of the output head (lm_head or score), applied only where its output is needed.
     """
 
     name: str
@@ -54,10 +55,11 @@ class ModelSize:
     head_params: int
 
     def compute_forward_flops(self, start: int, num_tokens: int, num_head_positions: int | None = None) -> float:
-        """FLOPs of `count` tokens placed at positions start .. start + count - 1 of one sequence.
+        """Return the FLOPs of tokens at positions start .. start + num_tokens - 1 of one sequence.
 
-        `head`: positions at which the output head is applied; None means all `count`. A count of 0 with a
-        `head` charges the head alone.
+        Args:
+            num_head_positions: positions at which the output head is applied. None: all of them. With
+                `num_tokens` 0, the head alone is counted.
         """
         linear, attention, output = self._compute_flops_by_part(start, num_tokens, num_head_positions)
         return float(linear + attention + output)
@@ -65,10 +67,11 @@ class ModelSize:
     def compute_backward_flops(
         self, start: int, num_tokens: int, num_head_positions: int | None = None, frozen: bool = True
     ) -> float:
-        """FLOPs of the backward alone, for the same tokens; add `forward_flops` for the forward it needs.
+        """Return the FLOPs of the backward alone, for the same tokens.
 
-        `frozen`: gradients with respect to activations only (token gradients; also LoRA, whose own
-        matrices are negligible); False adds those of the weights.
+        Args:
+            frozen: gradients with respect to activations only (token gradients, and LoRA, whose own matrices
+                are negligible). False adds those of the weights.
         """
         linear, attention, output = self._compute_flops_by_part(start, num_tokens, num_head_positions)
         weights = 1 if frozen else 2
@@ -77,7 +80,7 @@ class ModelSize:
     def _compute_flops_by_part(
         self, start: int, num_tokens: int, num_head_positions: int | None
     ) -> tuple[int, int, int]:
-        """Forward FLOPs of the linear layers, the attention and the output head."""
+        """Return the forward FLOPs of the linear layers, the attention and the output head."""
         attended = num_tokens * start + num_tokens * (num_tokens + 1) // 2
         return (
             2 * self.linear_params * num_tokens,
@@ -88,7 +91,7 @@ class ModelSize:
 
 @dataclass
 class Cost:
-    """What was spent: FLOPs, wall seconds, and tokens by "<model>/<kind>"; costs add up with `+`."""
+    """FLOPs, wall seconds, and tokens by "<model>/<kind>". Costs add up with `+`."""
 
     flops: float = 0.0
     seconds: float = 0.0
@@ -101,26 +104,26 @@ class Cost:
         return Cost(self.flops + other.flops, self.seconds + other.seconds, tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON."""
+        """Return plain numbers for JSON."""
         return {"flops": self.flops, "seconds": self.seconds, "tokens": dict(self.tokens)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Cost:
-        """The inverse of `to_dict`."""
+        """Read what `to_dict` returned."""
         tokens = {str(name): int(count) for name, count in data["tokens"].items()}
         return cls(float(data["flops"]), float(data["seconds"]), tokens)
 
 
 class FlopCounter:
-    """One account per key (a problem id), charged by whoever does the work; not thread-safe.
+    """One account per key (a problem id). Not thread-safe.
 
-    Nothing is free: wasted and rejected work is charged like any other. Work that belongs to no problem
-    (training, an audit) gets a key of its own and so counts in `total`.
+    Wasted and rejected work is charged like any other. Work that belongs to no problem (training, an audit)
+    gets a key of its own, and so counts in `get_total_cost`.
     """
 
     def __init__(self) -> None:
         self._costs: dict[str, Cost] = {}
-        self._nested_seconds: list[float] = []  # one entry per open clock: seconds already given to clocks inside it
+        self._nested_seconds: list[float] = []  # per open clock, the seconds of clocks inside it
 
     def add_flops(
         self,
@@ -133,16 +136,21 @@ class FlopCounter:
         num_head_positions: int | None = None,
         frozen: bool = True,
     ) -> None:
-        """Charge `key` for `count` tokens of one sequence at positions start .. start + count - 1.
+        """Charge `key` for tokens of one sequence at positions start .. start + num_tokens - 1.
 
-        kind: "prefill", "decode" and "forward" cost one forward; "backward" costs the backward alone;
-        "train" costs both. `head` as in `ModelSize.forward_flops`. `frozen` matters to "backward" and
-        "train" only: True where base weights get no gradient (token gradients, LoRA), False in full training.
+        Args:
+            kind: "prefill", "decode" and "forward" cost one forward, "backward" costs the backward alone, and
+                "train" costs both.
+            num_head_positions: as in `ModelSize.compute_forward_flops`.
+            frozen: as in `ModelSize.compute_backward_flops`, for "backward" and "train".
+
+        Raises:
+            ValueError: an unknown kind, or a negative number.
         """
         if kind not in WORK_KINDS:
             raise ValueError(f"unknown kind of work {kind!r}; known: {', '.join(WORK_KINDS)}")
         if start < 0 or num_tokens < 0 or (num_head_positions is not None and num_head_positions < 0):
-            raise ValueError(f"cannot charge start={start}, count={num_tokens}, head={num_head_positions}: negative")
+            raise ValueError(f"cannot charge {start=}, {num_tokens=}, {num_head_positions=}: a number is negative")
         flops = 0.0
         if kind != "backward":
             flops += size.compute_forward_flops(start, num_tokens, num_head_positions)
@@ -157,13 +165,15 @@ class FlopCounter:
     def measure_seconds(self, keys: Sequence[str]) -> Iterator[None]:
         """Share the wall seconds of the `with` block evenly over `keys`, also when the block raises.
 
-        A key listed n times (n rows of a batch) gets n shares. Clocks may nest: the seconds of an inner
-        clock belong to its own keys and are taken out of the outer one, so that nothing counts twice. An
-        accelerator works asynchronously: end the block with something that reads a result back.
-        Raises ValueError if `keys` is empty.
+        A key listed n times (n rows of a batch) gets n shares. Blocks may nest: the seconds of an inner one are
+        charged to its own keys and not to those of the outer one. An accelerator works asynchronously, so the
+        block must end with something that reads a result back.
+
+        Raises:
+            ValueError: `keys` is empty.
         """
         if not keys:
-            raise ValueError("a clock needs at least one key to charge the seconds to")
+            raise ValueError("measured seconds need at least one key to be charged to")
         keys = list(keys)
         self._nested_seconds.append(0.0)
         began = perf_counter()
@@ -178,11 +188,11 @@ class FlopCounter:
                 self._get_or_create_cost(key).seconds += share
 
     def get_cost(self, key: str) -> Cost:
-        """A copy of what `key` has cost so far; zero for a key never charged."""
+        """Return a copy of what `key` has cost so far, zero for a key that was never charged."""
         return self._costs.get(key, Cost()) + Cost()
 
     def get_total_cost(self) -> Cost:
-        """The sum over all keys."""
+        """Return the sum over all keys."""
         return sum(self._costs.values(), Cost())
 
     def _get_or_create_cost(self, key: str) -> Cost:
@@ -195,10 +205,12 @@ class FlopCounter:
 def measure_model_size(model: PreTrainedModel, name: str) -> ModelSize:
     """Measure a causal LM or a sequence classifier (also under PEFT, adapters included).
 
-    Weights count where they are matrices (ndim >= 2) and no embedding table; a tied head counts as a head.
-    Of a mixture of experts the share that one token uses is counted if the config states it
-    (`num_experts_per_tok` and `num_experts` or `num_local_experts`), otherwise all experts.
-    Raises ValueError for any other kind of model.
+    Weights count where they are matrices (ndim >= 2) and not an embedding table. A tied head counts as a head.
+    Of a mixture of experts, the share that one token uses is counted if the config states it
+    (`num_experts_per_tok` and `num_experts` or `num_local_experts`), and otherwise all experts.
+
+    Raises:
+        ValueError: any other kind of model.
     """
     config = model.config.get_text_config()
     head = _get_output_head(model)
@@ -209,12 +221,12 @@ def measure_model_size(model: PreTrainedModel, name: str) -> ModelSize:
             continue
         part = "head" if id(module) in in_head else "experts" if ".experts." in f"{path}." else "other"
         params[part] += _count_matrix_params(module)
-    active, of = _get_active_experts(config)
+    num_active, num_experts = _get_active_experts(config)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelSize(
         name=name,
-        linear_params=params["other"] + params["experts"] * active // of,
+        linear_params=params["other"] + params["experts"] * num_active // num_experts,
         num_layers=config.num_hidden_layers,
         attention_width=heads * head_dim,
         head_params=params["head"],
@@ -224,7 +236,7 @@ def measure_model_size(model: PreTrainedModel, name: str) -> ModelSize:
 def _get_output_head(model: PreTrainedModel) -> nn.Module:
     kind = type(model).__name__
     if kind.endswith("ForSequenceClassification"):
-        head = getattr(model, "score", None)  # encoders name theirs differently, and aren't supported
+        head = getattr(model, "score", None)  # encoders name theirs differently, and are not supported
     else:
         head = model.get_output_embeddings()
     if head is None:
@@ -233,7 +245,7 @@ def _get_output_head(model: PreTrainedModel) -> nn.Module:
 
 
 def _count_matrix_params(module: nn.Module) -> int:
-    """Matrix entries that `module` owns itself, its children not counted."""
+    """Return the matrix entries of `module` itself, without its children."""
     from torch import nn  # here, so that a report needs no torch
 
     if isinstance(module, nn.Embedding):
@@ -244,7 +256,7 @@ def _count_matrix_params(module: nn.Module) -> int:
 
 
 def _get_active_experts(config: Any) -> tuple[int, int]:
-    """(experts used per token, experts there), (1, 1) where the config does not say."""
-    active = getattr(config, "num_experts_per_tok", None)
-    there = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    return (active, there) if active and there else (1, 1)
+    """Return the number of experts per token and of all experts, (1, 1) where the config does not say."""
+    num_active = getattr(config, "num_experts_per_tok", None)
+    num_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    return (num_active, num_experts) if num_active and num_experts else (1, 1)

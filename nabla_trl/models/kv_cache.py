@@ -1,8 +1,8 @@
-"""Key/value caches as plain per-sequence tensors, so that sequences can share, crop and re-batch prefixes.
+"""Key/value caches as plain tensors per sequence, so that sequences can share, crop and re-batch prefixes.
 
-A *row* is one sequence's cache: a tensor [layers, 2, heads, length, head_dim] without padding. Rows are
-stacked into a fresh `DynamicCache` (left-padded) for every model call, so a forward that grows the cache
-never changes a stored row. Keys are stored after the position encoding, with each sequence's own positions.
+A *row* is the cache of one sequence: a tensor [layers, 2, heads, length, head_dim] without padding. Every model call
+stacks rows into a fresh `DynamicCache` (padded on the left), so that a forward, which extends the cache, never changes
+a stored row. Keys are stored after the position encoding, with the positions of their own sequence.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+GROWTH_SLOTS = 64  # empty slots that a growing cache allocates at a time
+
 
 def check_croppable_cache(model: PreTrainedModel) -> None:
     """Refuse models whose cache cannot be cropped at any position.
 
     Raises:
-        ValueError: for sliding-window, linear-attention or other special cache layers.
+        ValueError: sliding-window, linear-attention or other special cache layers.
     """
     layers = DynamicCache(config=model.config).layers
     special = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
@@ -31,18 +33,14 @@ def check_croppable_cache(model: PreTrainedModel) -> None:
         )
 
 
-# Slots for further tokens that a growing cache gets at a time.
-GROWTH_SLOTS = 64
-
-
 class GrowingCacheLayer(DynamicLayer):
-    """A layer with spare slots: a token is written into the next one, where `DynamicLayer` copies the whole cache.
+    """A layer with empty slots: a token is written into the next one, where `DynamicLayer` copies the whole cache.
 
-    For decoding only: under autograd, what a graph has saved must not be written to.
+    For decoding only. Under autograd, what a graph has saved must not be overwritten.
 
     Args:
         slots: [2, batch, heads, slots, head_dim] keys and values.
-        length: slots that are filled.
+        length: how many slots are filled.
     """
 
     def __init__(self, slots: Tensor, length: int):
@@ -68,11 +66,11 @@ class GrowingCacheLayer(DynamicLayer):
 
 
 def stack_caches(caches: Sequence[Tensor], *, growable: bool = False) -> tuple[Cache, Tensor]:
-    """Batch rows into one left-padded cache.
+    """Stack rows into one left-padded cache.
 
     Args:
-        rows: tensors [layers, 2, heads, length_i, head_dim].
-        grow: with room for tokens to come (`GrowingLayer`).
+        caches: rows [layers, 2, heads, length_i, head_dim].
+        growable: allocate slots for further tokens (see `GrowingCacheLayer`).
 
     Returns:
         the cache (batch, longest) and its mask [batch, longest] (1 = a real token).
@@ -81,18 +79,18 @@ def stack_caches(caches: Sequence[Tensor], *, growable: bool = False) -> tuple[C
     longest, device = max(lengths), caches[0].device
     if longest == 0:
         return DynamicCache(), torch.zeros(len(caches), 0, dtype=torch.long, device=device)
-    layers, two, heads, _, dim = caches[lengths.index(longest)].shape
-    batch = caches[0].new_zeros(layers, two, len(caches), heads, longest + GROWTH_SLOTS * growable, dim)
+    num_layers, two, heads, _, dim = caches[lengths.index(longest)].shape
+    batch = caches[0].new_zeros(num_layers, two, len(caches), heads, longest + GROWTH_SLOTS * growable, dim)
     for index, (row, length) in enumerate(zip(caches, lengths, strict=True)):
         if length:
             batch[:, :, index, :, longest - length : longest] = row
     mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    made = [GrowingCacheLayer(layer, longest) if growable else _make_layer(*layer) for layer in batch]
-    return Cache(layers=made), mask.long().to(device)
+    layers = [GrowingCacheLayer(layer, longest) if growable else _make_layer(*layer) for layer in batch]
+    return Cache(layers=layers), mask.long().to(device)
 
 
 def _make_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
-    """A layer that holds these tensors themselves: `update` would copy them."""
+    """Return a layer that holds these very tensors. `DynamicLayer.update` would copy them."""
     layer = DynamicLayer()
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
@@ -100,41 +98,36 @@ def _make_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
 
 
 def unstack_caches(cache: Cache, row_indices: Tensor, spans: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Copy the batch rows `rows` [n] out of a cache, row i from slot `spans[i][0]` up to `spans[i][1]`."""
+    """Copy batch rows out of a cache: row `row_indices[i]` from slot `spans[i][0]` up to `spans[i][1]`."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    taken = zip(row_indices.tolist(), spans, strict=True)
     return [
         torch.stack([tensor[row, :, begin:end] for tensor in tensors]).unflatten(0, (-1, 2))
-        for row, (begin, end) in taken
+        for row, (begin, end) in zip(row_indices.tolist(), spans, strict=True)
     ]
 
 
 def build_attention_mask(cached_mask: Tensor, num_new: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the attention of `count` fed tokens over cached ones and themselves: 0, or the lowest number.
+    """Return what to add to the attention scores of new tokens over cached ones and themselves.
 
-    Made once for all layers: of a mask of zeros and ones, every layer would make (and under autograd keep) its own.
-    Fed tokens are padded on the right, where no real token looks.
+    It is 0, or the lowest number where a token must not attend. It is made once for all layers: of a mask of zeros and
+    ones, every layer would make one of its own, and keep it under autograd. New tokens are padded on the right, where
+    no real token attends.
 
     Args:
-        cached: [B, C] (1 = a real token).
+        cached_mask: [B, C] (1 = a real token).
 
     Returns:
-        [B, 1, count, C + count].
+        [B, 1, num_new, C + num_new].
     """
-    past = (cached_mask == 0)[:, None, None].expand(-1, 1, num_new, -1)
-    later = (
-        torch.ones(num_new, num_new, dtype=torch.bool, device=cached_mask.device)
-        .triu(1)
-        .expand(len(cached_mask), 1, -1, -1)
-    )
-    hidden = torch.cat((past, later), dim=-1)
-    return torch.zeros(hidden.shape, dtype=dtype, device=cached_mask.device).masked_fill_(
-        hidden, torch.finfo(dtype).min
-    )
+    device = cached_mask.device
+    is_padding = (cached_mask == 0)[:, None, None].expand(-1, 1, num_new, -1)
+    is_later = torch.ones(num_new, num_new, dtype=torch.bool, device=device).triu(1)
+    hidden = torch.cat((is_padding, is_later.expand(len(cached_mask), 1, -1, -1)), dim=-1)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 def pad_sequences(sequences: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Pad ids with 0 on one side: ids [batch, longest] and mask [batch, longest] (1 = a real token)."""
+    """Pad ids with 0 on one side: return ids [batch, longest] and their mask [batch, longest] (1 = a real token)."""
     longest = max(map(len, sequences))
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -147,12 +140,12 @@ def pad_sequences(sequences: Sequence[Sequence[int]], device: torch.device, *, l
 
 @torch.no_grad()
 def prefill_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Rows of whole sequences (each may be empty), in one forward without the output head."""
-    filled = [index for index, sequence in enumerate(sequences) if len(sequence)]
+    """Return the rows of whole sequences (each may be empty), by one forward without the output head."""
+    nonempty = [index for index, sequence in enumerate(sequences) if len(sequence)]
     rows = [make_empty_cache(model)] * len(sequences)
-    if not filled:
+    if not nonempty:
         return rows
-    ids, mask = pad_sequences([sequences[index] for index in filled], model.device, left=True)
+    ids, mask = pad_sequences([sequences[index] for index in nonempty], model.device, left=True)
     cache = DynamicCache()
     model.base_model(
         input_ids=ids,
@@ -162,13 +155,13 @@ def prefill_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]]
         use_cache=True,
     )
     spans = [(begin, ids.shape[1]) for begin in (mask == 0).sum(1).tolist()]
-    for index, row in zip(filled, unstack_caches(cache, torch.arange(len(filled)), spans), strict=True):
+    for index, row in zip(nonempty, unstack_caches(cache, torch.arange(len(nonempty)), spans), strict=True):
         rows[index] = row
     return rows
 
 
 def make_empty_cache(model: PreTrainedModel) -> Tensor:
-    """The row of an empty prefix; its head count and width do not matter to `stack`."""
+    """Return the row of an empty prefix. Its head count and width do not matter to `stack_caches`."""
     config = model.config.get_text_config()
     heads = config.to_dict().get("num_key_value_heads") or config.num_attention_heads
     dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads

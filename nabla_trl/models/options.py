@@ -1,7 +1,4 @@
-"""Groups of options as the rooms below read them: sampling, the point of a gradient, ste's optimiser, the scan.
-
-Depends on nothing, so that `--help` needs no torch; `config.py` is where a user sets them.
-"""
+"""Options of sampling, prompts and gradients. Loads no torch, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ class GradientPoint:
     """Which gradient of the reward a search follows.
 
     Attributes:
-        alphas: where backward passes are made, their mean counts: the share of the policy's own candidates in the
-            input of each position; 0 = the hard tokens. Empty: no backward pass.
-        direct: the part that scoring has shown already (`Reward.direct_gradient`).
-        min_p: candidates below this fraction of the position's likeliest are left out of mixtures.
+        alphas: shares α of the policy's candidates in the relaxed inputs, 0 for the hard tokens. There is one backward
+            pass for each, and their mean is taken. Empty: no backward pass.
+        direct: add the part that is known from scoring, without a backward pass (`Reward.compute_direct_gradient`).
+        candidate_min_p: mixtures leave out candidates below this fraction of the likeliest one at their position.
     """
 
     alphas: tuple[float, ...]
@@ -34,24 +31,25 @@ class GradientPoint:
 
     @classmethod
     def parse(cls, text: str, candidate_min_p: float = 0.0) -> GradientPoint:
-        """ "direct", "hard", "mixture:A" or "mixture:A,A,…"; or "direct+" and one of the others.
+        """Parse "direct", "hard", "mixture:A" or "mixture:A,A,…", or "direct+" and one of the last three.
 
         Raises:
-            ValueError: anything else, or an α outside (0, 1].
+            ValueError: another text, or an α outside (0, 1].
         """
         if text == "direct":
             return cls((), direct=True)
-        rest = text.removeprefix("direct+")
-        kind, _, listed = rest.partition(":")
+        backward = text.removeprefix("direct+")
+        kind, _, shares = backward.partition(":")
         try:
-            alphas = (0.0,) if rest == "hard" else tuple(float(part) for part in listed.split(","))
+            alphas = (0.0,) if backward == "hard" else tuple(float(share) for share in shares.split(","))
         except ValueError:
             alphas = ()
-        if rest != "hard" and (kind != "mixture" or not alphas or not all(0 < alpha <= 1 for alpha in alphas)):
+        if backward != "hard" and (kind != "mixture" or not alphas or not all(0 < alpha <= 1 for alpha in alphas)):
             raise ValueError(
-                f"point must be direct, hard, mixture:A[,A…] with A in (0, 1], or direct+ one of these, not {text!r}"
+                "gradient_at: the point must be direct, hard, mixture:A[,A…] with A in (0, 1], or direct+ one of "
+                f"these, not {text!r}"
             )
-        return cls(alphas, direct=rest != text, candidate_min_p=candidate_min_p)
+        return cls(alphas, direct=backward != text, candidate_min_p=candidate_min_p)
 
 
 HARD_GRADIENT_POINT = GradientPoint((0.0,))
@@ -59,7 +57,7 @@ HARD_GRADIENT_POINT = GradientPoint((0.0,))
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off."""
+    """How tokens are sampled. Temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 disable a filter."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -78,12 +76,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How a policy is asked.
+    """How problems are written as prompts.
 
     Attributes:
-        style: "chat" (its chat template), "few_shot" (worked examples, as a base model reads them), or "auto": chat
-            where it has a template.
-        template: keywords for the chat template, such as {"enable_thinking": False}.
+        style: "chat" (the chat template), "few_shot" (worked examples, for base models), or "auto": chat where the
+            policy has a template.
+        chat_template_kwargs: keywords of the chat template, such as {"enable_thinking": False}.
     """
 
     style: str = "auto"
@@ -97,10 +95,10 @@ class PromptOptions:
 
     @classmethod
     def parse(cls, style: str, chat_template_kwargs: str | None) -> PromptOptions:
-        """From the command line, where the template's keywords are a JSON object.
+        """Return the options as given on the command line, where the template's keywords are a JSON object.
 
         Raises:
-            ValueError: no JSON object, or what the class refuses.
+            ValueError: not a JSON object, an unknown style, or keywords without a template.
         """
         try:
             keywords = json.loads(chat_template_kwargs) if chat_template_kwargs else {}
@@ -113,20 +111,20 @@ class PromptOptions:
         return cls(style, keywords)
 
     def check_problems(self, problems: Iterable[Problem]) -> None:
-        """Refuse problems that cannot be put so, before any work.
+        """Refuse problems that cannot be written so, before any work is done.
 
         Raises:
-            ValueError: worked examples are asked for, and a problem has none.
+            ValueError: worked examples are requested, and a problem has none.
         """
-        bare = next((one for one in problems if not one.few_shot_examples), None) if self.style == "few_shot" else None
-        if bare is not None:
-            raise ValueError(f"prompt_style few_shot needs worked examples, and task {bare.task} has none")
+        if self.style != "few_shot":
+            return
+        for problem in problems:
+            if not problem.few_shot_examples:
+                raise ValueError(f"prompt_style few_shot needs worked examples, and task {problem.task} has none")
 
     def get_changed_settings(self) -> dict[str, str]:
-        """What differs from the defaults, for `tracing.claim_settings` and a trace's provenance."""
-        told = {} if self.style == "auto" else {"prompt_style": self.style}
-        return told | (
-            {"chat_template_kwargs": json.dumps(self.chat_template_kwargs, sort_keys=True)}
-            if self.chat_template_kwargs
-            else {}
-        )
+        """Return what differs from the defaults, for `claim_settings` and the provenance of a trace."""
+        settings = {} if self.style == "auto" else {"prompt_style": self.style}
+        if self.chat_template_kwargs:
+            settings["chat_template_kwargs"] = json.dumps(self.chat_template_kwargs, sort_keys=True)
+        return settings

@@ -1,35 +1,62 @@
-"""Policies and tokenizers: loading, where responses end, and the map between two vocabularies."""
+"""A policy: a frozen causal LM, how it reads a problem, where its responses end, and what generates its tokens."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_trl.models.flops import ModelSize
-from nabla_trl.models.options import PromptOptions
-from nabla_trl.models.prompts import (
-    NEXT_QUESTION,
-    check_prompt,
-    opens_thinking,
-    tokenize_prompt,
-    uses_few_shot,
-)
-from nabla_trl.models.vocabulary import hash_vocabulary
+from nabla_trl.models.options import PromptOptions, Sampling
+from nabla_trl.models.prompts import NEXT_QUESTION, check_prompt, opens_thinking, tokenize_prompt, uses_few_shot
+from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 from nabla_trl.tasks.problem import Problem
 
-if TYPE_CHECKING:
-    from nabla_trl.models.vllm_backend import VllmBackend
+THINK_TAG = "<think>"  # put before the text of a response that begins inside a think block
 
-THINK_TAG = "<think>"  # before a response that begins inside a think block
+
+class GenerationBackend(Protocol):
+    """What generates a policy's tokens, in this process or on a server. Gradients are always computed in this process.
+
+    Attributes:
+        returns_caches: outputs and prefilled prompts carry kv rows of `policy.model`. If False, their rows are empty.
+        supports_should_stop: `GenerationRequest.should_stop` is called.
+    """
+
+    returns_caches: ClassVar[bool]
+    supports_should_stop: ClassVar[bool]
+
+    def get_context_length(self, policy: Policy) -> int:
+        """Return the longest sequence (tokens, prompt and response) that can be generated."""
+
+    def get_metadata(self) -> dict[str, str]:
+        """Return what every trace records about this back end."""
+
+    def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[Tensor]:
+        """Return the kv row of each sequence, which may be empty."""
+
+    def generate(
+        self,
+        policy: Policy,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        *,
+        top_k_candidates: int = 1,
+        return_cache: bool = False,
+        return_log_importance_weight: bool = False,
+    ) -> list[GenerationOutput]:
+        """Generate one batch of requests whose prefixes have been prefilled (see `generate_continuations`).
+
+        Raises:
+            ValueError: an option or a request that this back end does not support.
+        """
 
 
 @dataclass
@@ -38,13 +65,13 @@ class Policy:
 
     Attributes:
         name: hub id or path, as the user gave it.
-        stop_ids: tokens that end a response (every eos of tokenizer and generation config).
-        forbidden: [rows of the output head] bool, tokens that must not be sampled: rows without a token string
-            and a padding token that is not a stop token.
-        plain_head: the logits are the output head of the last hidden state and nothing more; models that scale or
-            cap them cannot be differentiated slice by slice.
-        server: draws responses in this model's place (`server.connect`); gradients are taken here all the same.
-        prompting: how problems are put to it.
+        stop_ids: tokens that end a response (every eos token of tokenizer and generation config).
+        forbidden_mask: [rows of the output head] bool, tokens that are never sampled: rows without a token string, and
+            a padding token that is not a stop token.
+        has_plain_head: the logits are the output head of the last hidden state and nothing more. The likelihood of a
+            model that scales or caps its logits cannot be differentiated in slices.
+        backend: what generates its responses.
+        prompt_options: how problems are written as prompts.
     """
 
     model: PreTrainedModel
@@ -54,7 +81,7 @@ class Policy:
     stop_ids: frozenset[int]
     forbidden_mask: Tensor
     has_plain_head: bool
-    backend: VllmBackend | None = None
+    backend: GenerationBackend
     prompt_options: PromptOptions = field(default_factory=PromptOptions)
 
     @property
@@ -63,16 +90,16 @@ class Policy:
 
     @property
     def context_length(self) -> int:
-        """Longest sequence (tokens) the position encoding was made for and the server takes."""
-        own = get_context_length(self.model)
-        return own if self.backend is None else min(own, self.backend.context_length)
+        """Return the longest sequence (tokens) that model and back end take."""
+        return self.backend.get_context_length(self)
 
     def encode(self, problem: Problem) -> list[int]:
-        """Prompt ids: the chat template with a generation prompt; without one worked examples, or the plain question.
+        """Return the prompt ids of a problem (see `tokenize_prompt`).
 
         Raises:
             PromptTooLong: the prompt fills the context.
-            ValueError: it is empty, holds unknown characters, the template refuses it, or examples are missing.
+            ValueError: the prompt is empty, holds unknown characters, is refused by the chat template, or needs
+                worked examples that the problem does not have.
         """
         ids = tokenize_prompt(self.tokenizer, problem, self.prompt_options)
         return check_prompt(ids, problem, self.tokenizer, name=self.name, context_length=self.context_length)
@@ -81,38 +108,42 @@ class Policy:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def get_stop_strings(self, problem: Problem) -> tuple[str, ...]:
-        """The strings at whose end a response to this problem is over, besides the stop tokens."""
-        examples = uses_few_shot(self.tokenizer, problem, self.prompt_options)
-        return (*problem.stop_strings, NEXT_QUESTION) if examples else problem.stop_strings
+        """Return the strings that end a response to this problem, besides the stop tokens."""
+        few_shot = uses_few_shot(self.tokenizer, problem, self.prompt_options)
+        return (*problem.stop_strings, NEXT_QUESTION) if few_shot else problem.stop_strings
 
     def is_finished(self, ids: Sequence[int], stop_strings: tuple[str, ...] = ()) -> bool:
-        """Whether a response ends here: with a stop token, or with the token that completes one of the strings.
+        """Return whether the last token ends the response: a stop token, or the token that completes a stop string.
 
-        A response that goes past such a token is not looked through: one that is drawn ends there.
+        Earlier tokens are not checked, because generation would have ended there.
         """
         if not ids:
             return False
         return ids[-1] in self.stop_ids or bool(stop_strings and self._ends_with_stop_string(ids, stop_strings))
 
     def _ends_with_stop_string(self, ids: Sequence[int], stop_strings: tuple[str, ...]) -> bool:
-        # The last token writes the last character, or its last byte: most tokens are told by that alone.
-        last = self._token_texts.get(ids[-1])
-        if last is None:
-            last = self._token_texts[ids[-1]] = self.decode([ids[-1]])
-        if not any(one[-1] in last or not one[-1].isascii() for one in stop_strings):
+        # The last token must write the last character of the string, or the last byte of that character. Most tokens
+        # do not, so that the tail is rarely decoded.
+        last_text = self._token_texts.get(ids[-1])
+        if last_text is None:
+            last_text = self._token_texts[ids[-1]] = self.decode([ids[-1]])
+        if not any(string[-1] in last_text or not string[-1].isascii() for string in stop_strings):
             return False
-        width = 1 + max(len(one.encode()) for one in stop_strings)  # a token writes a byte at least
-        tail = self.decode(list(ids[-width:]))
-        return any(one in tail for one in stop_strings)
+        num_tokens = 1 + max(len(string.encode()) for string in stop_strings)  # every token writes at least a byte
+        tail = self.decode(list(ids[-num_tokens:]))
+        return any(string in tail for string in stop_strings)
 
     @cached_property
     def _token_texts(self) -> dict[int, str]:
         return {}
 
     def decode_response(self, ids: list[int], stop_strings: tuple[str, ...] = ()) -> str:
-        """The text of a response up to a stop string, where its answer is looked for; thinking is marked as such."""
+        """Return the text of a response up to the first stop string.
+
+        A response that begins inside a think block is preceded by `THINK_TAG`.
+        """
         text = self.decode(ids)
-        ends = [at for one in stop_strings if (at := text.find(one)) >= 0]
+        ends = [position for string in stop_strings if (position := text.find(string)) >= 0]
         return THINK_TAG * self._opens_thinking + (text[: min(ends)] if ends else text)
 
     @cached_property
@@ -121,10 +152,16 @@ class Policy:
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """Identifies the map from ids to token strings. Every trace names it, so it is computed once."""
+        """Return the hash of the vocabulary. Cached, because every trace names it."""
         return hash_vocabulary(self.tokenizer)
 
 
 def get_context_length(model: PreTrainedModel) -> int:
-    """Longest sequence (tokens) that the position encoding of a model was made for."""
+    """Return the longest sequence (tokens) that the model's position encoding was made for."""
     return model.config.get_text_config().max_position_embeddings
+
+
+def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of the map from ids to token strings."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""How a model reads a problem: by its chat template, after worked examples, or the plain question; as token ids."""
+"""Write a problem as a prompt: with the chat template, after worked examples, or as the plain question."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from nabla_trl.models.options import PromptOptions
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.formatting import format_error
 
-# A model that was shown examples goes on with a question of its own: there its response is over.
+# After examples, a model goes on with a question of its own. There its response ends.
 NEXT_QUESTION = "\nQuestion:"
 
 
 class PromptTooLong(ValueError):
-    """A prompt that leaves a model's context no room for a response."""
+    """A prompt that fills the context of a model, so that no token is left for a response."""
 
 
 def check_prompt_options(options: PromptOptions, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse options that a model's chat template cannot heed; a template itself ignores what it does not know.
+    """Refuse options that a model's chat template does not support, and would ignore.
 
     Raises:
-        ValueError: there is no template, or a keyword that does not occur in it.
+        ValueError: there is no template, or a keyword does not occur in it.
     """
     template = tokenizer.chat_template
     if template is None and (options.style == "chat" or options.chat_template_kwargs):
-        what = "prompt_style chat" if options.style == "chat" else "chat_template_kwargs"
-        raise ValueError(f"{name} has no chat template, which {what} needs")
+        option = "prompt_style chat" if options.style == "chat" else "chat_template_kwargs"
+        raise ValueError(f"{name} has no chat template, which {option} needs")
     for key in options.chat_template_kwargs:
         if not re.search(rf"\b{re.escape(key)}\b", str(template)):
             raise ValueError(f"chat_template_kwargs: the chat template of {name} has no {key!r}")
 
 
 def uses_few_shot(tokenizer: PreTrainedTokenizerBase, problem: Problem, options: PromptOptions) -> bool:
-    """Whether the prompt is made of worked examples: where that is asked for, or for want of a chat template."""
+    """Return whether the prompt has worked examples: on request, or because there is no chat template."""
     if options.style == "auto":
         return tokenizer.chat_template is None and bool(problem.few_shot_examples)
     return options.style == "few_shot"
@@ -46,13 +46,13 @@ def uses_few_shot(tokenizer: PreTrainedTokenizerBase, problem: Problem, options:
 def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, options: PromptOptions | None = None
 ) -> list[int]:
-    """Prompt ids of a problem.
+    """Return the prompt ids of a problem.
 
-    Worked examples are given as lm-eval gives them, "Question: …", "Answer: …" with blank lines between, and without
-    the instruction, for they show what it asks for. Without a template and examples the prompt is the question.
+    Worked examples are written as in lm-eval, "Question: …" and "Answer: …" with blank lines between, and without the
+    instruction, because they show what it says. Without a template and examples the prompt is the question.
 
     Raises:
-        ValueError: examples are asked for and there are none, or the template refuses the chat.
+        ValueError: examples are requested and there are none, or the template refuses the chat.
     """
     options = PromptOptions() if options is None else options
     if uses_few_shot(tokenizer, problem, options):
@@ -68,7 +68,11 @@ def tokenize_prompt(
 
 
 def format_few_shot(problem: Problem) -> str:
-    """The worked examples and the question; ValueError where there are no examples."""
+    """Return the worked examples and the question as text.
+
+    Raises:
+        ValueError: there are no examples.
+    """
     if not problem.few_shot_examples:
         raise ValueError(
             f"{problem.id}: prompt_style few_shot needs worked examples, and task {problem.task} has none"
@@ -85,10 +89,10 @@ def render_chat_template(
     add_generation_prompt: bool,
     **template_kwargs: Any,
 ) -> str:
-    """The chat template's text.
+    """Return the text that the chat template writes.
 
     Args:
-        template: the template's own keywords, such as enable_thinking.
+        template_kwargs: the template's own keywords, such as enable_thinking.
 
     Raises:
         ValueError: the template refuses the chat (a role it does not know, turns that do not alternate).
@@ -102,7 +106,7 @@ def render_chat_template(
 
 
 def opens_thinking(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -> bool:
-    """Whether the chat template's generation prompt leaves a think block open, so that a response begins inside it."""
+    """Return whether the chat template's generation prompt ends inside a think block, where a response then begins."""
     if tokenizer.chat_template is None or options.style == "few_shot":
         return False
     probe = Problem(id="probe", question="x")
@@ -110,7 +114,7 @@ def opens_thinking(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -
         text = render_chat_template(
             tokenizer, probe, probe.build_messages(), add_generation_prompt=True, **options.chat_template_kwargs
         )
-    except ValueError:  # a template that refuses a plain question is heard of where a problem is read
+    except ValueError:  # the error is raised where a problem is encoded
         return False
     return has_open_think_block(text)
 
@@ -118,12 +122,17 @@ def opens_thinking(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -
 def check_prompt(
     ids: list[int], problem: Problem, tokenizer: PreTrainedTokenizerBase, *, name: str, context_length: int
 ) -> list[int]:
-    """Refuse a prompt that is empty, fills the context, or has characters that the tokenizer does not know."""
+    """Return the prompt ids, unless they are refused.
+
+    Raises:
+        PromptTooLong: the prompt fills the context.
+        ValueError: the prompt is empty, or has characters that the tokenizer does not know.
+    """
     unknown = tokenizer.unk_token_id
     if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        unknown = None  # byte-level tokenizers know everything, and name another special token here
+        unknown = None  # byte-level tokenizers know all characters, and name another special token here
     if not ids:
-        raise ValueError(f"{problem.id}: the prompt is empty after tokenisation")
+        raise ValueError(f"{problem.id}: the prompt is empty, it has no tokens")
     if unknown is not None and unknown in ids:
         raise ValueError(f"{problem.id}: {name}'s tokenizer does not know some characters of the prompt")
     if len(ids) >= context_length:

@@ -1,30 +1,28 @@
-"""What a generation back end is asked for, and what it answers."""
+"""What a generation back end is asked for, and what it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from nabla_trl.models.policy import Policy
-
 
 @dataclass
 class GenerationRequest:
-    """One continuation to draw.
+    """A request for one continuation.
 
     Attributes:
-        key: problem id, for the meter.
-        prefix: ids the continuation starts from (prompt, or prompt and a branch); not empty.
-        stream: randomness of this continuation; unused when greedy.
-        limit: most tokens to draw, at least 1.
-        cache: kv row of `prefix[:-1]`, or None to have it computed.
-        stop: strings that end it, besides the policy's stop tokens.
-        given: how many tokens at the prefix's end belong to the response already: a string may begin in them.
-        ends: is told every token as it is drawn, in order, and says whether the continuation ends with it; None: a
-            stop token or the limit ends it, as they do in any case.
+        cost_key: key that the FLOP counter charges, usually the problem id.
+        prefix_ids: ids to continue: the prompt, or the prompt and the beginning of a response. Never empty.
+        rng: random numbers for this continuation alone. Unused when decoding is greedy.
+        max_new_tokens: at least 1.
+        cache: kv row of `prefix_ids[:-1]`. None: `generate_continuations` computes it.
+        stop_strings: strings that end the response, besides the policy's stop tokens.
+        response_tokens_in_prefix: how many tokens at the end of the prefix belong to the response. A stop string may
+            begin in them.
+        should_stop: called once with every new token, in order. True ends the continuation, as a stop token does.
     """
 
     cost_key: str
@@ -36,25 +34,35 @@ class GenerationRequest:
     response_tokens_in_prefix: int = 0
     should_stop: Callable[[int], bool] | None = None
 
-    def is_finished(self, policy: Policy, new_ids: list[int]) -> bool:
-        """Whether the response ends with these drawn tokens, before the limit."""
-        return policy.is_finished(
-            self.prefix_ids[len(self.prefix_ids) - self.response_tokens_in_prefix :] + new_ids, self.stop_strings
-        )
+    def get_rng(self) -> np.random.Generator:
+        """Return the random numbers of a sampled continuation."""
+        if self.rng is None:
+            raise ValueError("sampling needs a random stream for every request: set rng")
+        return self.rng
+
+    def get_cache(self) -> Tensor:
+        """Return the cache of a request whose prefix has been prefilled."""
+        if self.cache is None:
+            raise RuntimeError("the request's prefix has no cache: call generate_continuations, which prefills it")
+        return self.cache
+
+    def join_response(self, new_ids: Sequence[int]) -> list[int]:
+        """Return the response's tokens so far: those in the prefix, then the new ones."""
+        return [*self.prefix_ids[len(self.prefix_ids) - self.response_tokens_in_prefix :], *new_ids]
 
 
 @dataclass
 class GenerationOutput:
-    """A drawn continuation of T tokens.
+    """A continuation of T tokens.
 
     Attributes:
-        ids: the T new tokens, stop token included.
+        ids: the T new tokens, a final stop token included.
         finished: the last token is a stop token, or completes a stop string.
-        candidates: [T, K] long, the policy's K likeliest tokens at each position, the drawn one among them.
-        logp: [T, K] float32, log π of the candidates (temperature 1, unwarped); −inf for forbidden tokens.
-        tilt: [T, K] log π less the log-probability that the sampler gives the candidates, both over the tokens that
-            are allowed; inf where it never draws one. None where the sampler is π itself, or unless asked for.
-        cache: kv row of `prefix + ids[:-1]`, None unless asked for.
+        candidates: [T, K] long, the policy's K likeliest tokens at each position. The sampled token is one of them.
+        logp: [T, K] float32, log π of the candidates (temperature 1, no filter). −inf for forbidden tokens.
+        log_importance_weight: [T, K] log π − log q of the candidates, where q is the sampler, both normalized over
+            the allowed tokens. inf where q is 0. None where q = π, or if it was not asked for.
+        cache: kv row of `prefix_ids + ids[:-1]`. None if it was not asked for.
     """
 
     ids: list[int]
@@ -65,13 +73,13 @@ class GenerationOutput:
     cache: Tensor | None = None
 
     def get_cache(self) -> Tensor:
-        """The cache of a draft made with `keep_cache`."""
+        """Return the cache of an output made with `return_cache`."""
         if self.cache is None:
-            raise RuntimeError("the draft was made without keep_cache")
+            raise RuntimeError("the output has no cache: generate it with return_cache")
         return self.cache
 
     def get_log_importance_weight(self) -> Tensor:
-        """The tilt of a draft whose sampler is not π."""
+        """Return the weights of an output made with `return_log_importance_weight` by a sampler that is not π."""
         if self.log_importance_weight is None:
-            raise RuntimeError("the draft was made by a sampler that is π itself")
+            raise RuntimeError("the output has no log_importance_weight: its sampler is π itself")
         return self.log_importance_weight

@@ -17,9 +17,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, se
 from trl import RewardConfig, RewardTrainer
 
 from nabla_trl.gradient.score import ScoreObjective
-from nabla_trl.models.adapters import is_adapter, read_adapter_info
 from nabla_trl.models.flops import measure_model_size
-from nabla_trl.models.loading import DTYPES, load_tokenizer
+from nabla_trl.models.loading import DTYPES, is_adapter, load_tokenizer, read_adapter_info
 from nabla_trl.models.policy import Policy
 from nabla_trl.reward_training.data import LabeledResponse, build_pair_rows, build_token_rows, filter_encodable
 from nabla_trl.reward_training.labels import TokenLabeler

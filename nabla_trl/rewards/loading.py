@@ -15,13 +15,20 @@ from nabla_trl.gradient.likelihood import LikelihoodObjective
 from nabla_trl.gradient.objectives import EncodedSample, Objective, Sample
 from nabla_trl.gradient.score import ProcessObjective, ScoreObjective
 from nabla_trl.gradient.step_ends import BLANK_LINE, StepFinder
-from nabla_trl.models.adapters import is_adapter, merge_adapter, read_adapter_info
 from nabla_trl.models.flops import FlopCounter, measure_model_size
 from nabla_trl.models.kv_cache import check_croppable_cache
-from nabla_trl.models.loading import load_architecture, load_model, load_policy, load_tokenizer
+from nabla_trl.models.loading import (
+    is_adapter,
+    load_architecture,
+    load_model,
+    load_policy,
+    load_tokenizer,
+    map_vocabulary,
+    merge_adapter,
+    read_adapter_info,
+)
 from nabla_trl.models.policy import Policy, get_context_length
 from nabla_trl.models.prompts import tokenize_prompt
-from nabla_trl.models.vocabulary import map_vocabulary
 from nabla_trl.rewards.prompts import get_turn_end_ids, make_mapped_prompt_encoder, make_template_prompt_encoder
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import LOG_RATIO_PREFIX, check_ensemble_members, parse_reward_spec

@@ -223,7 +223,7 @@ class _LossGradient:
 
 def _get_prompt_caches(responses: Sequence[ScoredResponse], policy: Policy, flop_counter: FlopCounter) -> list[Tensor]:
     """kv rows of the prompts (but their last tokens) in the policy."""
-    if policy.backend is None:
+    if policy.backend.returns_caches:
         return [state.policy_cache[:, :, :, : len(state.prompt.ids) - 1] for state in responses]
     # A server keeps its caches to itself: they are made here, and paid for.
     return prefill_prompts(policy, [(state.problem.id, state.prompt.ids) for state in responses], flop_counter)
@@ -398,10 +398,10 @@ def estimate_round_flops(
         begin = len(encoded.prompt_ids) - 1
         for at in positions if not term.has_draw_logp(known) else ():
             count = len(term.select_input_ids(encoded, at))
-            total += term.model_size.compute_forward_flops(begin + at, count, term.count_head_positions(count))
+            total += term.model_size.compute_forward_flops(begin + at, count, count)
         if gradients:
             count = len(term.select_input_ids(encoded, 0))
-            head, point = term.count_head_positions(count), config.get_gradient_point()
+            head, point = count, config.get_gradient_point()
             each = len(point.alphas) * _compute_forward_backward_flops(term.model_size, begin, count, head)
             if point.direct and reward.has_dense_gradient and not term.has_draw_logp(known):
                 each += term.model_size.compute_forward_flops(begin, 0, head)
@@ -419,9 +419,7 @@ def estimate_first_response_flops(response: ScoredResponse, policy: Policy, rewa
         if not term.has_draw_logp(known):
             encoded = term.encode(response.make_sample())
             count = len(term.select_input_ids(encoded, 0))
-            total += term.model_size.compute_forward_flops(
-                len(encoded.prompt_ids) - 1, count, term.count_head_positions(count)
-            )
+            total += term.model_size.compute_forward_flops(len(encoded.prompt_ids) - 1, count, count)
     return total
 
 

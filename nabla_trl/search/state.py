@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
+from nabla_trl.models.generation import find_token_columns
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.requests import GenerationOutput
 from nabla_trl.tasks.problem import Problem
@@ -66,8 +67,7 @@ class ScoredResponse:
 
     def find_response_columns(self) -> Tensor:
         """[T] column of each response token among the candidates."""
-        own = torch.tensor(self.response_ids)[:, None]
-        return (self.candidates == own).int().argmax(-1)
+        return find_token_columns(self.candidates, self.response_ids)
 
     def get_proposal_scores(self) -> Tensor:
         """The scores, once the solver has run."""

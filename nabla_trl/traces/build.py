@@ -51,7 +51,6 @@ def find_hub_revision(name: str) -> str:
 
 def build_trace_meta(policy: Policy, reward_name: str, config_hash: str) -> dict[str, str]:
     """Provenance that travels with every trace."""
-    drawn_by = {} if policy.backend is None else {"version/vllm": policy.backend.vllm_version}
     return {
         "policy": policy.name,
         "reward": reward_name,
@@ -59,7 +58,7 @@ def build_trace_meta(policy: Policy, reward_name: str, config_hash: str) -> dict
         "tokenizer_hash": policy.tokenizer_hash,
         **policy.prompt_options.get_changed_settings(),
         **{f"version/{name}": number for name, number in get_package_versions().items()},
-        **drawn_by,
+        **policy.backend.get_metadata(),
     }
 
 

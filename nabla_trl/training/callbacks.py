@@ -26,6 +26,7 @@ from nabla_trl.models.generation import generate_continuations, make_rng
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.transformers_backend import TransformersBackend
 from nabla_trl.rewards.reward import Reward, Verifier
 from nabla_trl.search.proposals import policy_likelihood
 from nabla_trl.tasks.problem import Problem
@@ -224,7 +225,7 @@ def evaluation_mode(model: Any, base_policy: Policy) -> Iterator[Policy]:
     model.eval()
     try:
         with torch.no_grad():
-            yield replace(base_policy, model=bare, name="the policy in training", backend=None)
+            yield replace(base_policy, model=bare, name="the policy in training", backend=TransformersBackend())
     finally:
         model.train(training)
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from nabla_trl.models.flops import measure_model_size
 from nabla_trl.models.loading import load_tokenizer
-from nabla_trl.models.vocabulary import hash_vocabulary
+from nabla_trl.models.policy import hash_vocabulary
 from nabla_trl.traces.datasets import (
     SFT_SELECTIONS,
     TrainingRows,

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
-from nabla_trl.models.adapters import find_adapter_folder
 from nabla_trl.models.flops import ModelSize
-from nabla_trl.models.loading import DTYPES, load_causal_lm
+from nabla_trl.models.loading import DTYPES, find_adapter_folder, load_causal_lm
 from nabla_trl.utils.formatting import format_error, format_load_error
 
 TUNING_MODES = ("full", "lora", "qlora")

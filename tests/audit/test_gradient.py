@@ -31,6 +31,7 @@ from nabla_trl.audit.gradient import (
 from nabla_trl.audit.swaps import SampledResponse, choose_swaps, draw_responses, measure_swaps
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import find_token_columns
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.options import GradientPoint, Sampling
 from nabla_trl.models.policy import Policy
@@ -401,7 +402,7 @@ def test_wrong_responses_are_finished_and_wrong(chains_policy, chains):
         right = TokenLabeler(chains_policy).label_candidates(
             one.response.sample.problem, one.response.sample.response_ids, one.response.draw_info.candidates
         )
-        own = one.response.find_token_columns()
+        own = find_token_columns(one.response.draw_info.candidates, one.response.sample.response_ids)
         assert not right[one.error_position, own[one.error_position]]
         assert all(right[at, own[at]] for at in range(one.error_position))
         assert not one.correct_candidates[own[one.error_position]]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -467,7 +468,7 @@ def test_refusals(tiny: Policy, made: Reward) -> None:
     worlds.refused(lambda: run("rap", tiny, made, size=2, flops=1e6), "rap", "size or a budget")
     strange = replace(STEPS, step_delimiter="x")
     worlds.refused(lambda: run("tot", tiny, made, steps=strange), "no step could end", "'x'", "step_delimiter")
-    served = replace(tiny, backend=object())
+    served = replace(tiny, backend=SimpleNamespace(supports_should_stop=False))
     worlds.refused(lambda: run("tot", served, made), "vLLM server", "vllm_url")
     for options in ({"step_tokens": 0}, {"step_width": 0}, {"exploration": -1.0}, {"exploration": math.inf}):
         worlds.refused(lambda options=options: StepSearchConfig(**options), next(iter(options)))
@@ -541,7 +542,7 @@ def test_names_that_mean_something(bench: EvaluationSetup) -> None:
     assert get_step_search_settings(["rap_2"], bench) == STEPS.get_settings("")
     for broken in (
         replace(bench, step_search=replace(STEPS, step_delimiter="x")),
-        replace(bench, policy=replace(bench.policy, backend=object())),
+        replace(bench, policy=replace(bench.policy, backend=SimpleNamespace(supports_should_stop=False))),
     ):
         check_methods(["nabla"], broken, {})
         worlds.refused(lambda broken=broken: check_methods(["rap_2"], broken, {}), "step")

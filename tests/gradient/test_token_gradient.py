@@ -79,10 +79,10 @@ def gradients(
     candidates: Sequence[Tensor] | None = None,
     **switches: Any,
 ) -> list[Tensor]:
-    """`token_gradient` with fresh prompt memos."""
+    """`token_gradient` with fresh prompt caches."""
     columns = [term.compute_prompt_caches(samples, FlopCounter()) for term in parts]
-    memos = list(zip(*columns, strict=True))
-    return compute_token_gradient(parts, samples, memos, candidates, flop_counter=FlopCounter(), **switches)
+    caches = list(zip(*columns, strict=True))
+    return compute_token_gradient(parts, samples, caches, candidates, flop_counter=FlopCounter(), **switches)
 
 
 def scores(reward: Reward, samples: Sequence[Sample]) -> list[float]:
@@ -163,10 +163,11 @@ def test_equals_autograd_through_the_one_hot(architecture: str, tied: bool) -> N
 
     likelihood = [policy_likelihood(policy)]
     for direct, postfix in ((True, True), (True, False), (False, True)):
-        switches = {"direct": direct, "postfix": postfix}
-        expected = reference(policy.model, prompt, item.response_ids, **switches)
+        parts = {"direct": direct, "postfix": postfix}
+        switches = {"likelihood_token_grad": direct, "likelihood_suffix_grad": postfix}
+        expected = reference(policy.model, prompt, item.response_ids, **parts)
         assert_close(gradients(likelihood, [item], **switches)[0], expected)
-    assert not gradients(likelihood, [item], direct=False, postfix=False)[0].any()
+    assert not gradients(likelihood, [item], likelihood_token_grad=False, likelihood_suffix_grad=False)[0].any()
 
 
 def test_embeddings_that_the_model_scales() -> None:
@@ -191,8 +192,10 @@ def test_embeddings_that_the_model_scales() -> None:
     item = worlds.sample(policy, PROBLEM, "12-5=7")
     expected = reference(policy.model, item.prompt_ids, item.response_ids, direct=False)
     table = torch.arange(0, 9).expand(len(item.response_ids), -1)
-    assert_close(gradients([policy_likelihood(policy)], [item], direct=False)[0], expected, relative=1e-4)
-    ours = gradients([policy_likelihood(policy)], [item], [table], direct=False)[0]
+    assert_close(
+        gradients([policy_likelihood(policy)], [item], likelihood_token_grad=False)[0], expected, relative=1e-4
+    )
+    ours = gradients([policy_likelihood(policy)], [item], [table], likelihood_token_grad=False)[0]
     assert_close(ours, expected[:, :9], relative=1e-4)
 
 
@@ -200,7 +203,10 @@ def test_switches_leave_rewards_alone(double: Policy) -> None:
     """direct and postfix belong to log-likelihoods; a scalar reward acts through its embeddings always."""
     item = worlds.sample(double, PROBLEM, "12-5")
     terms_ = worlds.tiny_scalar(double).objectives
-    assert torch.equal(gradients(terms_, [item], direct=False, postfix=False)[0], gradients(terms_, [item])[0])
+    assert torch.equal(
+        gradients(terms_, [item], likelihood_token_grad=False, likelihood_suffix_grad=False)[0],
+        gradients(terms_, [item])[0],
+    )
 
 
 @pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
@@ -259,7 +265,7 @@ def test_at_a_mixture_equals_autograd_there(architecture: str, min_p: float) -> 
     parts = all_terms(policy, architecture)
     samples = [known(policy, worlds.sample(policy, PROBLEM, text), 6) for text in ("12-5=7;#7", "4")]
     points = [item.relax(alpha, min_p) for item, alpha in zip(samples, (0.7, 1.0), strict=True)]
-    ours = gradients(parts, samples, relaxed=points)
+    ours = gradients(parts, samples, relaxed_responses=points)
     for item, alpha, found in zip(samples, (0.7, 1.0), ours, strict=True):
         rows = one_hot(policy.model, item.prompt_ids + item.response_ids).detach()
         begin = len(item.prompt_ids)
@@ -272,17 +278,17 @@ def test_at_a_mixture_equals_autograd_there(architecture: str, min_p: float) -> 
 def test_share_zero_is_the_hard_point_and_needs_no_candidates(double: Policy) -> None:
     item = worlds.sample(double, PROBLEM, "4-5=9;#9")
     parts = all_terms(double)
-    assert torch.equal(gradients(parts, [item], relaxed=[item.relax(0.0)])[0], gradients(parts, [item])[0])
+    assert torch.equal(gradients(parts, [item], relaxed_responses=[item.relax(0.0)])[0], gradients(parts, [item])[0])
     worlds.refused(lambda: item.relax(0.5), "p:", "candidates")
 
 
 def test_the_mean_over_shares(double: Policy) -> None:
     reward = worlds.tiny_scalar(double)
     items = [known(double, worlds.sample(double, PROBLEM, text), 5) for text in ("4-5=9;#9", "7")]
-    memos = reward.compute_prompt_caches(items, FlopCounter())
+    caches = reward.compute_prompt_caches(items, FlopCounter())
     one, two, both = (
         reward.compute_backward_gradient(
-            items, memos, None, flop_counter=FlopCounter(), gradient_at=GradientPoint(alphas)
+            items, caches, None, flop_counter=FlopCounter(), gradient_at=GradientPoint(alphas)
         )
         for alphas in ((0.2,), (0.8,), (0.2, 0.8))
     )
@@ -297,7 +303,9 @@ def test_a_mixture_over_shuffled_ids(double: Policy) -> None:
     moved = build_scalar_reward(double, *shuffled(model, double.tokenizer, len(double.tokenizer) + 5), "moved")
     item = known(double, worlds.sample(double, PROBLEM, "4-5=9;#9"), 6)
     table = [item.draw_info.candidates]
-    ours, theirs = (gradients(r.objectives, [item], table, relaxed=[item.relax(0.5)])[0] for r in (moved, plain))
+    ours, theirs = (
+        gradients(r.objectives, [item], table, relaxed_responses=[item.relax(0.5)])[0] for r in (moved, plain)
+    )
     assert_close(ours, theirs)
 
 
@@ -312,10 +320,10 @@ def test_candidates_the_reward_lacks_leave_the_mixture(double: Policy) -> None:
     weights[rows, columns] = 0
     expected = RelaxedResponse(point.ids, weights / weights.sum(-1, keepdim=True))
     kept = torch.arange(len(worlds.CHARS)).expand(len(item.response_ids), -1)
-    theirs = gradients(parts, [item], [kept], relaxed=[expected])[0]
+    theirs = gradients(parts, [item], [kept], relaxed_responses=[expected])[0]
     parts[0].vocab_map = parts[0].vocab_map.clone()
     parts[0].vocab_map[lost] = -1
-    ours = gradients(parts, [item], [kept], relaxed=[point])[0]
+    ours = gradients(parts, [item], [kept], relaxed_responses=[point])[0]
     usable = kept[0] != lost
     assert_close(ours[:, usable], theirs[:, usable], relative=1e-6)
     assert not ours[:, ~usable].any()
@@ -498,8 +506,8 @@ def test_never_holds_a_whole_response_times_vocabulary(monkeypatch: pytest.Monke
     plain, _ = largest(tables)
     full, without_candidates = largest(None)
     assert without_candidates >= 24 * vocab  # the recorder sees what it is to find
-    monkeypatch.setattr(likelihood_module, "LOGIT_BUDGET", budget)
-    monkeypatch.setattr(token_gradient_module, "GATHER_BUDGET", budget)
+    monkeypatch.setattr(likelihood_module, "MAX_HEAD_LOGITS", budget)
+    monkeypatch.setattr(token_gradient_module, "MAX_GATHERED_VALUES", budget)
     sliced, elements = largest(tables)
     assert elements <= budget < 9 * vocab
     for ours, whole, table, before in zip(sliced, full, tables, plain, strict=True):
@@ -507,15 +515,15 @@ def test_never_holds_a_whole_response_times_vocabulary(monkeypatch: pytest.Monke
         assert_close(ours, whole.gather(1, table))
     likelihood = parts[1]
     with Largest([likelihood.model]) as seen:
-        _, memos = likelihood.score(
+        _, caches = likelihood.score(
             samples,
             likelihood.compute_prompt_caches(samples, FlopCounter()),
             [0, 0],
             FlopCounter(),
             return_caches=True,
         )
-        for memo, table in zip(memos, tables, strict=True):
-            likelihood.direct(memo, table)
+        for score_cache, table in zip(caches, tables, strict=True):
+            likelihood.compute_candidate_logp(score_cache, table)
     assert vocab <= seen.elements <= budget
 
 
@@ -523,7 +531,7 @@ def test_half_precision_weights_keep_log_likelihoods_in_float32() -> None:
     """log π of a token is as large as 10 or 20, where bfloat16 steps by a sixteenth."""
     policy = worlds.tiny_policy(dtype=torch.bfloat16)
     item = worlds.sample(policy, PROBLEM, "4-5=9;#9")
-    ours = gradients([policy_likelihood(policy)], [item], postfix=False)[0]
+    ours = gradients([policy_likelihood(policy)], [item], likelihood_suffix_grad=False)[0]
     logits = policy.model(torch.tensor([item.prompt_ids + item.response_ids])).logits[0, len(item.prompt_ids) - 1 : -1]
     assert_close(ours.bfloat16(), logits.float().log_softmax(-1).bfloat16(), relative=0.02)
     assert ours.dtype == torch.float32 and not torch.equal(ours, ours.bfloat16().float())
@@ -613,19 +621,19 @@ def test_charges_a_forward_and_a_backward_per_term(double: Policy) -> None:
         worlds.sample(double, Problem(id="a", question="1+2"), "4-5", finished=False),
         worlds.sample(double, Problem(id="b", question="12-3"), "9", finished=True),
     ]
-    memos = list(zip(*(term.prompt_memos(samples, FlopCounter()) for term in parts), strict=True))
-    for switches, terms_back in (({}, (True, True)), ({"postfix": False}, (True, False))):
-        meter = FlopCounter()
-        compute_token_gradient(parts, samples, memos, None, flop_counter=meter, **switches)
+    caches = list(zip(*(term.compute_prompt_caches(samples, FlopCounter()) for term in parts), strict=True))
+    for switches, terms_back in (({}, (True, True)), ({"likelihood_suffix_grad": False}, (True, False))):
+        counter = FlopCounter()
+        compute_token_gradient(parts, samples, caches, None, flop_counter=counter, **switches)
         for item, tail in zip(samples, (1, 0), strict=True):
             begin, length = len(item.prompt_ids) - 1, len(item.response_ids)
             total = 0.0
             for term, count, head, back in zip(
                 parts, (1 + length + tail, length), (1 + length + tail, length), terms_back, strict=True
             ):
-                total += term.size.forward_flops(begin, count, head)
-                total += term.size.backward_flops(begin, count, head) * back
-            assert meter.get_cost(item.problem.id).flops == total > 0
+                total += term.model_size.compute_forward_flops(begin, count, head)
+                total += term.model_size.compute_backward_flops(begin, count, head) * back
+            assert counter.get_cost(item.problem.id).flops == total > 0
 
 
 def test_the_direct_part_is_read_from_memory_at_the_price_of_the_heads(double: Policy) -> None:
@@ -638,11 +646,11 @@ def test_the_direct_part_is_read_from_memory_at_the_price_of_the_heads(double: P
     _, first = reward.score([begun], bare, flop_counter=FlopCounter(), return_caches=True)
     _, second = reward.score([item], first, num_shared=[4], flop_counter=FlopCounter(), return_caches=True)
     table = torch.arange(0, len(double.tokenizer), 2).expand(len(item.response_ids), -1)
-    meter = FlopCounter()
-    ours = reward.compute_direct_gradient([item], second, [table], flop_counter=meter)[0]
-    assert_close(ours, gradients(reward.objectives, [item], [table], postfix=False)[0])
+    counter = FlopCounter()
+    ours = reward.compute_direct_gradient([item], second, [table], flop_counter=counter)[0]
+    assert_close(ours, gradients(reward.objectives, [item], [table], likelihood_suffix_grad=False)[0])
     heads = sum(term.model_size.compute_forward_flops(0, 0, len(item.response_ids)) for term in reward.objectives)
-    assert meter.get_total_cost().flops == heads > 0
+    assert counter.get_total_cost().flops == heads > 0
 
 
 @pytest.mark.parametrize(
@@ -669,9 +677,9 @@ def test_the_direct_part_of_a_score_is_what_each_token_added(
     )
     _, second = reward.score([item], first, num_shared=[4], flop_counter=FlopCounter(), return_caches=True)
     table = torch.arange(len(worlds.TOKENS)).expand(len(item.response_ids), -1)
-    meter = FlopCounter()
-    [ours] = reward.compute_direct_gradient([item], second, [table], flop_counter=meter)
-    assert meter.get_total_cost().flops == 0
+    counter = FlopCounter()
+    [ours] = reward.compute_direct_gradient([item], second, [table], flop_counter=counter)
+    assert counter.get_total_cost().flops == 0
 
     expected = torch.zeros(ours.shape, dtype=DOUBLE)
     read = [*kept, worlds.END] if reads_stop else [*kept]
@@ -684,7 +692,7 @@ def test_the_direct_part_of_a_score_is_what_each_token_added(
     assert_close(ours.double(), expected, relative=1e-6)  # it is handed on in float32
     some = table[:, ::2]
     assert torch.equal(
-        reward.compute_direct_gradient([item], second, [some], flop_counter=meter)[0], ours.gather(1, some)
+        reward.compute_direct_gradient([item], second, [some], flop_counter=counter)[0], ours.gather(1, some)
     )
 
 
@@ -703,18 +711,18 @@ def test_the_slope_is_the_sum_of_what_its_point_names(double: Policy, kind: str,
     _, scored = reward.score(
         [replace(i, draw_info=None) for i in items], prompts, flop_counter=FlopCounter(), return_caches=True
     )
-    point, meter = GradientPoint.parse(text), FlopCounter()
-    found = reward.compute_gradient(items, prompts, scored, tables, flop_counter=meter, gradient_at=point)
+    point, counter = GradientPoint.parse(text), FlopCounter()
+    found = reward.compute_gradient(items, prompts, scored, tables, flop_counter=counter, gradient_at=point)
     again, expected = FlopCounter(), [torch.zeros(table.shape, dtype=DOUBLE) for table in tables]
     if point.direct:
         parts = reward.compute_direct_gradient(items, scored, tables, flop_counter=again)
         expected = [a + b for a, b in zip(expected, parts, strict=True)]
     for alpha in point.alphas:
-        at, memos = [item.relax(alpha) for item in items], prompts
+        at, caches = [item.relax(alpha) for item in items], prompts
         parts = compute_token_gradient(
             reward.objectives,
             items,
-            memos,
+            caches,
             tables,
             flop_counter=again,
             relaxed_responses=at,
@@ -724,10 +732,10 @@ def test_the_slope_is_the_sum_of_what_its_point_names(double: Policy, kind: str,
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours.double(), theirs, relative=1e-6)
     assert (
-        meter.get_total_cost().tokens == again.get_total_cost().tokens
-        and meter.get_total_cost().flops == again.get_total_cost().flops
+        counter.get_total_cost().tokens == again.get_total_cost().tokens
+        and counter.get_total_cost().flops == again.get_total_cost().flops
     )
-    assert ("reward/backward" in meter.get_total_cost().tokens) == bool(point.alphas)
+    assert ("reward/backward" in counter.get_total_cost().tokens) == bool(point.alphas)
     if kind == "log-ratio" and text == "direct+hard":  # both parts at the same tokens: the whole gradient
         whole = reward.compute_backward_gradient(items, prompts, tables, flop_counter=FlopCounter())
         assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(found, whole, strict=True))
@@ -772,9 +780,15 @@ def compare_scores(
 ) -> None:
     bare = reward.compute_prompt_caches(incumbents, FlopCounter())
     _, kept = reward.score(incumbents, bare, flop_counter=FlopCounter(), return_caches=True)
-    before = [[(memo.kv_row.clone(), memo.logp.clone(), memo.prefix_scores.clone()) for memo in row] for row in kept]
+    before = [
+        [
+            (score_cache.kv_row.clone(), score_cache.logp.clone(), score_cache.prefix_scores.clone())
+            for score_cache in row
+        ]
+        for row in kept
+    ]
     saved, whole = FlopCounter(), FlopCounter()
-    through, memos = reward.score(
+    through, caches = reward.score(
         proposals, [kept[row] for row in owners], flop_counter=saved, num_shared=shared, return_caches=True
     )
     afresh, fresh_memos = reward.score(
@@ -783,10 +797,10 @@ def compare_scores(
     assert through == pytest.approx(afresh, rel=1e-9)
     assert saved.get_total_cost().flops < whole.get_total_cost().flops
     for row, copies in zip(kept, before, strict=True):
-        for memo, (cache, logp, levels) in zip(row, copies, strict=True):
-            assert torch.equal(memo.kv_row, cache) and torch.equal(memo.logp, logp)
-            assert torch.equal(memo.prefix_scores, levels)
-    for item, ours, theirs in zip(proposals, memos, fresh_memos, strict=True):
+        for score_cache, (cache, logp, levels) in zip(row, copies, strict=True):
+            assert torch.equal(score_cache.kv_row, cache) and torch.equal(score_cache.logp, logp)
+            assert torch.equal(score_cache.prefix_scores, levels)
+    for item, ours, theirs in zip(proposals, caches, fresh_memos, strict=True):
         for term, a, b in zip(
             reward.objectives, ours, theirs, strict=True
         ):  # an accepted proposal's memory is as good

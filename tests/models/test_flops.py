@@ -1,4 +1,4 @@
-"""compute: the formula against torch's own FLOP counter on real tiny models, and the Meter's book-keeping."""
+"""FLOPs: the formula against torch's own FLOP counter on real tiny models, and the accounts of FlopCounter."""
 
 from __future__ import annotations
 
@@ -204,9 +204,9 @@ def test_cost_of_a_span_is_the_sum_of_its_parts() -> None:
 
 
 def _flops(kind: str, **options: bool) -> float:
-    meter = FlopCounter()
-    meter.add_flops("p", SIZE, kind, 4, 5, num_head_positions=2, **options)
-    return meter.get_cost("p").flops
+    flop_counter = FlopCounter()
+    flop_counter.add_flops("p", SIZE, kind, 4, 5, num_head_positions=2, **options)
+    return flop_counter.get_cost("p").flops
 
 
 def test_kinds_of_work() -> None:
@@ -222,22 +222,22 @@ def test_kinds_of_work() -> None:
 
 
 def test_meter_keeps_accounts_apart_and_totals_them() -> None:
-    meter = FlopCounter()
-    meter.add_flops("a", SIZE, "prefill", 0, 4, num_head_positions=1)
-    meter.add_flops("a", SIZE, "decode", 4, 3)
-    meter.add_flops("b", SIZE, "decode", 0, 2)
-    assert meter.get_cost("a").tokens == {"policy/prefill": 4, "policy/decode": 3}
-    assert meter.get_total_cost() == meter.get_cost("a") + meter.get_cost("b")
-    assert meter.get_total_cost().tokens == {"policy/prefill": 4, "policy/decode": 5}
-    assert meter.get_cost("never charged") == Cost()
+    flop_counter = FlopCounter()
+    flop_counter.add_flops("a", SIZE, "prefill", 0, 4, num_head_positions=1)
+    flop_counter.add_flops("a", SIZE, "decode", 4, 3)
+    flop_counter.add_flops("b", SIZE, "decode", 0, 2)
+    assert flop_counter.get_cost("a").tokens == {"policy/prefill": 4, "policy/decode": 3}
+    assert flop_counter.get_total_cost() == flop_counter.get_cost("a") + flop_counter.get_cost("b")
+    assert flop_counter.get_total_cost().tokens == {"policy/prefill": 4, "policy/decode": 5}
+    assert flop_counter.get_cost("never charged") == Cost()
 
 
 def test_cost_is_a_copy() -> None:
-    meter = FlopCounter()
-    meter.add_flops("a", SIZE, "decode", 0, 2)
-    meter.get_cost("a").tokens.clear()
-    meter.get_total_cost().tokens.clear()
-    assert meter.get_cost("a").tokens == {"policy/decode": 2}
+    flop_counter = FlopCounter()
+    flop_counter.add_flops("a", SIZE, "decode", 0, 2)
+    flop_counter.get_cost("a").tokens.clear()
+    flop_counter.get_total_cost().tokens.clear()
+    assert flop_counter.get_cost("a").tokens == {"policy/decode": 2}
 
 
 @pytest.fixture
@@ -249,38 +249,38 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_clock_shares_seconds_evenly_by_row(wait: list[float]) -> None:
-    meter = FlopCounter()
-    with meter.measure_seconds(["a", "b", "b", "c"]):
+    flop_counter = FlopCounter()
+    with flop_counter.measure_seconds(["a", "b", "b", "c"]):
         wait[0] += 8
-    assert [meter.get_cost(key).seconds for key in "abc"] == [2, 4, 2]
+    assert [flop_counter.get_cost(key).seconds for key in "abc"] == [2, 4, 2]
 
 
 def test_nested_clocks_count_no_second_twice(wait: list[float]) -> None:
-    meter = FlopCounter()
-    with meter.measure_seconds(["outer"]):
+    flop_counter = FlopCounter()
+    with flop_counter.measure_seconds(["outer"]):
         wait[0] += 1
-        with meter.measure_seconds(["inner"]):
+        with flop_counter.measure_seconds(["inner"]):
             wait[0] += 2
-            with meter.measure_seconds(["innermost", "inner"]):
+            with flop_counter.measure_seconds(["innermost", "inner"]):
                 wait[0] += 4
-        with meter.measure_seconds(["inner"]):
+        with flop_counter.measure_seconds(["inner"]):
             wait[0] += 8
         wait[0] += 16
-    assert meter.get_cost("outer").seconds == 17
-    assert meter.get_cost("inner").seconds == 12
-    assert meter.get_cost("innermost").seconds == 2
-    assert meter.get_total_cost().seconds == 31
+    assert flop_counter.get_cost("outer").seconds == 17
+    assert flop_counter.get_cost("inner").seconds == 12
+    assert flop_counter.get_cost("innermost").seconds == 2
+    assert flop_counter.get_total_cost().seconds == 31
 
 
 def test_time_lost_to_an_exception_is_charged_too(wait: list[float]) -> None:
-    meter = FlopCounter()
-    with pytest.raises(RuntimeError), meter.measure_seconds(["a"]), meter.measure_seconds(["b"]):
+    flop_counter = FlopCounter()
+    with pytest.raises(RuntimeError), flop_counter.measure_seconds(["a"]), flop_counter.measure_seconds(["b"]):
         wait[0] += 3
         raise RuntimeError
-    with meter.measure_seconds(["a"]):
+    with flop_counter.measure_seconds(["a"]):
         wait[0] += 1
-    assert (meter.get_cost("a").seconds, meter.get_cost("b").seconds) == (1, 3)
-    with pytest.raises(ValueError, match="at least one key"), meter.measure_seconds([]):
+    assert (flop_counter.get_cost("a").seconds, flop_counter.get_cost("b").seconds) == (1, 3)
+    with pytest.raises(ValueError, match="at least one key"), flop_counter.measure_seconds([]):
         pass
 
 

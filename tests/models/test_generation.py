@@ -31,6 +31,7 @@ from nabla_trl.models.generation import (
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.transformers_backend import TransformersBackend
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 SAMPLED = Sampling(max_new_tokens=12)
@@ -40,12 +41,12 @@ def _prompts(policy: Policy) -> list[list[int]]:
     return [policy.encode(problem) for problem in worlds.tiny_problems()]
 
 
-def _jobs(prompts: Sequence[list[int]], limit: int = 12, seed: int = 0) -> list[GenerationRequest]:
+def _make_requests(prompts: Sequence[list[int]], limit: int = 12, seed: int = 0) -> list[GenerationRequest]:
     return [GenerationRequest(f"q{i}", ids, make_rng(seed, f"q{i}"), limit) for i, ids in enumerate(prompts)]
 
 
-def _ids(drafts: Sequence[GenerationOutput]) -> list[list[int]]:
-    return [draft.ids for draft in drafts]
+def _ids(outputs: Sequence[GenerationOutput]) -> list[list[int]]:
+    return [output.ids for output in outputs]
 
 
 def _without_stops(policy: Policy) -> Policy:
@@ -75,9 +76,9 @@ def test_greedy_equals_model_generate_on_a_left_padded_batch(architecture: str, 
     expected = []
     for row in out[:, ids.shape[1] :].tolist():
         expected.append(row[: row.index(stop) + 1] if stop in row else row)
-    drafts = generate_continuations(policy, _jobs(prompts), GREEDY, flop_counter=FlopCounter())
-    assert _ids(drafts) == expected
-    assert [draft.finished for draft in drafts] == [stop in row for row in expected]
+    outputs = generate_continuations(policy, _make_requests(prompts), GREEDY, flop_counter=FlopCounter())
+    assert _ids(outputs) == expected
+    assert [output.finished for output in outputs] == [stop in row for row in expected]
 
 
 # --- drawing ----------------------------------------------------------------------------------------------
@@ -135,11 +136,11 @@ def test_first_tokens_of_many_continuations_follow_the_model(policy: Policy) -> 
     prompt = _prompts(policy)[0]
     logits = policy.model(torch.tensor([prompt])).logits[0, -1].masked_fill(policy.forbidden_mask, -torch.inf)
     expected = (logits / 0.8).double().softmax(-1)
-    jobs = [GenerationRequest("q", prompt, make_rng(0, "q", n), 1) for n in range(4000)]
-    drafts = generate_continuations(
-        policy, jobs, Sampling(temperature=0.8), flop_counter=FlopCounter(), batch_size=4000
+    requests = [GenerationRequest("q", prompt, make_rng(0, "q", n), 1) for n in range(4000)]
+    outputs = generate_continuations(
+        policy, requests, Sampling(temperature=0.8), flop_counter=FlopCounter(), batch_size=4000
     )
-    counts = torch.bincount(torch.tensor([draft.ids[0] for draft in drafts]), minlength=len(expected))
+    counts = torch.bincount(torch.tensor([output.ids[0] for output in outputs]), minlength=len(expected))
     deviation = (counts - 4000 * expected).abs() / (4000 * expected * (1 - expected)).sqrt().clamp(min=1)
     assert deviation.max() < 4.5
     assert (counts > 0).sum() > 5  # the check above saw more than one token
@@ -153,11 +154,11 @@ def test_batch_equals_singles_in_any_order_and_batch_size(policy: Policy, sampli
     prompts = _prompts(policy) * 2
 
     def run(order: Sequence[int], batch_size: int) -> list[list[int]]:
-        jobs = _jobs(prompts)
-        drafts = generate_continuations(
-            policy, [jobs[i] for i in order], sampling, flop_counter=FlopCounter(), batch_size=batch_size
+        requests = _make_requests(prompts)
+        outputs = generate_continuations(
+            policy, [requests[i] for i in order], sampling, flop_counter=FlopCounter(), batch_size=batch_size
         )
-        return [draft.ids for _, draft in sorted(zip(order, drafts, strict=True), key=lambda pair: pair[0])]
+        return [output.ids for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
 
     singles = run(range(8), 1)
     shuffled = random.Random(0).sample(range(8), 8)
@@ -169,37 +170,43 @@ def test_batch_equals_singles_in_any_order_and_batch_size(policy: Policy, sampli
 @pytest.mark.parametrize("batch_size", [64, 4, 3])
 @pytest.mark.parametrize("order", ["grouped", "interleaved"])
 def test_continuations_of_one_prompt_share_its_prefill(policy: Policy, order: str, batch_size: int) -> None:
-    prompts, meter = _prompts(policy)[:2], FlopCounter()
-    jobs = [
+    prompts, counter = _prompts(policy)[:2], FlopCounter()
+    requests = [
         GenerationRequest(f"q{i}", ids, make_rng(0, f"q{i}", n), 6) for i, ids in enumerate(prompts) for n in range(5)
     ]
-    jobs = jobs if order == "grouped" else jobs[::5] + [job for n in range(1, 5) for job in jobs[n::5]]
-    drafts = generate_continuations(policy, jobs, Sampling(), flop_counter=meter, batch_size=batch_size)
+    requests = (
+        requests
+        if order == "grouped"
+        else requests[::5] + [request for n in range(1, 5) for request in requests[n::5]]
+    )
+    outputs = generate_continuations(policy, requests, Sampling(), flop_counter=counter, batch_size=batch_size)
     for index, prompt in enumerate(prompts):
-        tokens = meter.get_cost(f"q{index}").tokens
-        drawn = sum(len(d.ids) for job, d in zip(jobs, drafts, strict=True) if job.cost_key == f"q{index}")
+        tokens = counter.get_cost(f"q{index}").tokens
+        drawn = sum(
+            len(d.ids) for request, d in zip(requests, outputs, strict=True) if request.cost_key == f"q{index}"
+        )
         assert tokens == {"policy/prefill": len(prompt) - 1, "policy/decode": drawn}
 
 
 def test_a_prompt_under_two_keys_is_charged_to_each(policy: Policy) -> None:
     """No problem's cost may depend on which others are in its batch."""
-    prompt, meter = _prompts(policy)[0], FlopCounter()
+    prompt, counter = _prompts(policy)[0], FlopCounter()
     generate_continuations(
-        policy, [GenerationRequest(key, prompt, None, 2) for key in "ab"], GREEDY, flop_counter=meter
+        policy, [GenerationRequest(key, prompt, None, 2) for key in "ab"], GREEDY, flop_counter=counter
     )
-    assert meter.get_cost("a").flops == meter.get_cost("b").flops > 0
-    assert meter.get_cost("a").tokens == meter.get_cost("b").tokens
+    assert counter.get_cost("a").flops == counter.get_cost("b").flops > 0
+    assert counter.get_cost("a").tokens == counter.get_cost("b").tokens
 
 
 def test_every_forward_token_is_charged(policy: Policy) -> None:
-    prompt, meter = _prompts(policy)[3], FlopCounter()
+    prompt, counter = _prompts(policy)[3], FlopCounter()
     policy = _without_stops(policy)
-    [draft] = generate_continuations(policy, [GenerationRequest("q", prompt, None, 5)], GREEDY, flop_counter=meter)
-    assert len(draft.ids) == 5
+    [output] = generate_continuations(policy, [GenerationRequest("q", prompt, None, 5)], GREEDY, flop_counter=counter)
+    assert len(output.ids) == 5
     prefill = policy.size.compute_forward_flops(0, len(prompt) - 1, num_head_positions=0)
     decode = policy.size.compute_forward_flops(len(prompt) - 1, 5)
-    assert meter.get_cost("q").flops == prefill + decode
-    assert meter.get_cost("q").seconds > 0
+    assert counter.get_cost("q").flops == prefill + decode
+    assert counter.get_cost("q").seconds > 0
 
 
 # --- caches -----------------------------------------------------------------------------------------------
@@ -209,34 +216,41 @@ def test_every_forward_token_is_charged(policy: Policy) -> None:
 def test_kept_caches_equal_a_fresh_prefill(architecture: str) -> None:
     policy = worlds.tiny_policy(architecture)
     prompts = _prompts(policy)
-    jobs = [replace(job, max_new_tokens=limit) for job, limit in zip(_jobs(prompts), (12, 1, 5, 9), strict=True)]
-    drafts = generate_continuations(policy, jobs, SAMPLED, flop_counter=FlopCounter(), return_cache=True)
-    assert len({len(draft.ids) for draft in drafts}) > 1  # rows end at different steps
-    for prompt, draft in zip(prompts, drafts, strict=True):
-        [fresh] = kv_cache.prefill_sequences(policy.model, [prompt + draft.ids[:-1]])
-        torch.testing.assert_close(draft.cache, fresh, rtol=1e-4, atol=1e-4)
+    requests = [
+        replace(request, max_new_tokens=limit)
+        for request, limit in zip(_make_requests(prompts), (12, 1, 5, 9), strict=True)
+    ]
+    outputs = generate_continuations(policy, requests, SAMPLED, flop_counter=FlopCounter(), return_cache=True)
+    assert len({len(output.ids) for output in outputs}) > 1  # rows end at different steps
+    for prompt, output in zip(prompts, outputs, strict=True):
+        [fresh] = kv_cache.prefill_sequences(policy.model, [prompt + output.ids[:-1]])
+        torch.testing.assert_close(output.cache, fresh, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
 def test_continuing_from_a_cropped_cache_equals_continuing_from_scratch(architecture: str) -> None:
     policy = _without_stops(worlds.tiny_policy(architecture))
     prompts = _prompts(policy)
-    firsts = generate_continuations(policy, _jobs(prompts), SAMPLED, flop_counter=FlopCounter(), return_cache=True)
+    firsts = generate_continuations(
+        policy, _make_requests(prompts), SAMPLED, flop_counter=FlopCounter(), return_cache=True
+    )
 
     def branches(cached: bool) -> list[GenerationRequest]:
-        jobs = []
+        requests = []
         for number, (prompt, first) in enumerate(zip(prompts, firsts, strict=True)):
             for cut in (0, 3, 11):
                 cache = first.cache[:, :, :, : len(prompt) + cut] if cached else None
                 prefix = [*prompt, *first.ids[:cut], (first.ids[cut] + 1) % len(worlds.CHARS)]
-                jobs.append(GenerationRequest(f"q{number}", prefix, make_rng(7, f"q{number}", cut), 12 - cut, cache))
-        return jobs
+                requests.append(
+                    GenerationRequest(f"q{number}", prefix, make_rng(7, f"q{number}", cut), 12 - cut, cache)
+                )
+        return requests
 
-    meter = FlopCounter()
-    from_cache = generate_continuations(policy, branches(True), SAMPLED, flop_counter=meter, top_k_candidates=4)
+    counter = FlopCounter()
+    from_cache = generate_continuations(policy, branches(True), SAMPLED, flop_counter=counter, top_k_candidates=4)
     scratch = generate_continuations(policy, branches(False), SAMPLED, flop_counter=FlopCounter(), top_k_candidates=4)
     assert _ids(from_cache) == _ids(scratch)
-    assert "policy/prefill" not in meter.get_total_cost().tokens
+    assert "policy/prefill" not in counter.get_total_cost().tokens
     for one, two in zip(from_cache, scratch, strict=True):
         torch.testing.assert_close(one.logp, two.logp, rtol=1e-4, atol=1e-4)
 
@@ -255,6 +269,25 @@ def test_generating_does_not_change_the_caches_it_starts_from(policy: Policy) ->
     assert torch.equal(cache, before)
 
 
+def test_a_backend_gets_every_request_with_its_cache(policy: Policy) -> None:
+    """Any object with the methods of `GenerationBackend` will do."""
+    seen: list[GenerationRequest] = []
+
+    class Recorder(TransformersBackend):
+        def generate(self, policy, requests, sampling, **options):
+            seen.extend(requests)
+            return super().generate(policy, requests, sampling, **options)
+
+    recorded = replace(policy, backend=Recorder())
+    outputs = generate_continuations(
+        recorded, _make_requests(_prompts(policy)), SAMPLED, flop_counter=FlopCounter(), batch_size=3
+    )
+    assert _ids(outputs) == _ids(
+        generate_continuations(policy, _make_requests(_prompts(policy)), SAMPLED, flop_counter=FlopCounter())
+    )
+    assert [request.get_cache().shape[3] for request in seen] == [len(ids) - 1 for ids in _prompts(policy)]
+
+
 # --- candidates -------------------------------------------------------------------------------------------
 
 
@@ -262,30 +295,32 @@ def test_candidates_are_the_likeliest_tokens_with_unwarped_log_probabilities(pol
     """Drawn hot, so that the drawn token is often not among the likeliest, and recorded at temperature 1."""
     prompts = _prompts(policy)
     hot = Sampling(temperature=20.0, max_new_tokens=12)
-    drafts = generate_continuations(policy, _jobs(prompts), hot, flop_counter=FlopCounter(), top_k_candidates=3)
+    outputs = generate_continuations(
+        policy, _make_requests(prompts), hot, flop_counter=FlopCounter(), top_k_candidates=3
+    )
     strangers = 0
-    for prompt, draft in zip(prompts, drafts, strict=True):
-        length = len(draft.ids)
-        assert draft.candidates.shape == draft.logp.shape == (length, 3)
-        logits = policy.model(torch.tensor([prompt + draft.ids])).logits[0, len(prompt) - 1 : -1]
+    for prompt, output in zip(prompts, outputs, strict=True):
+        length = len(output.ids)
+        assert output.candidates.shape == output.logp.shape == (length, 3)
+        logits = policy.model(torch.tensor([prompt + output.ids])).logits[0, len(prompt) - 1 : -1]
         logp = logits.log_softmax(-1)  # over all rows: a padded row takes its share
-        torch.testing.assert_close(draft.logp, logp.gather(1, draft.candidates), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.logp, logp.gather(1, output.candidates), rtol=1e-4, atol=1e-4)
         best = logp.masked_fill(policy.forbidden_mask, -torch.inf).topk(3).indices
-        for row, drawn in enumerate(draft.ids):
+        for row, drawn in enumerate(output.ids):
             known = best[row].tolist()
             strangers += drawn not in known
             expected = known if drawn in known else [*known[:-1], drawn]
-            assert draft.candidates[row].tolist() == expected
+            assert output.candidates[row].tolist() == expected
     assert strangers > 3
 
 
 def test_more_candidates_than_tokens_gives_all_of_them_and_marks_the_forbidden(policy: Policy) -> None:
-    [draft] = generate_continuations(
-        policy, _jobs(_prompts(policy))[:1], GREEDY, flop_counter=FlopCounter(), top_k_candidates=999
+    [output] = generate_continuations(
+        policy, _make_requests(_prompts(policy))[:1], GREEDY, flop_counter=FlopCounter(), top_k_candidates=999
     )
     rows = len(policy.forbidden_mask)
-    assert (draft.candidates.sort(-1).values == torch.arange(rows)).all()
-    assert torch.equal(draft.logp.isinf(), policy.forbidden_mask[draft.candidates])
+    assert (output.candidates.sort(-1).values == torch.arange(rows)).all()
+    assert torch.equal(output.logp.isinf(), policy.forbidden_mask[output.candidates])
 
 
 # --- ends -------------------------------------------------------------------------------------------------
@@ -294,27 +329,30 @@ def test_more_candidates_than_tokens_gives_all_of_them_and_marks_the_forbidden(p
 def test_any_of_several_stop_tokens_ends_a_row(policy: Policy) -> None:
     endless = _without_stops(policy)
     prompts = _prompts(policy)
-    long = generate_continuations(endless, _jobs(prompts), SAMPLED, flop_counter=FlopCounter())
+    long = generate_continuations(endless, _make_requests(prompts), SAMPLED, flop_counter=FlopCounter())
     stops = frozenset({long[0].ids[2], long[1].ids[5]})
-    drafts = generate_continuations(
-        replace(policy, stop_ids=stops), _jobs(prompts), SAMPLED, flop_counter=FlopCounter()
+    outputs = generate_continuations(
+        replace(policy, stop_ids=stops), _make_requests(prompts), SAMPLED, flop_counter=FlopCounter()
     )
-    for whole, draft in zip(long, drafts, strict=True):
+    for whole, output in zip(long, outputs, strict=True):
         ends = [index for index, token in enumerate(whole.ids) if token in stops]
-        assert draft.ids == (whole.ids[: ends[0] + 1] if ends else whole.ids)
-        assert draft.finished == bool(ends)
-    assert len({len(draft.ids) for draft in drafts}) > 1
+        assert output.ids == (whole.ids[: ends[0] + 1] if ends else whole.ids)
+        assert output.finished == bool(ends)
+    assert len({len(output.ids) for output in outputs}) > 1
 
 
 def test_each_row_has_a_limit_of_its_own(policy: Policy) -> None:
     endless = _without_stops(policy)
     prompts = _prompts(policy)
-    long = _ids(generate_continuations(endless, _jobs(prompts), SAMPLED, flop_counter=FlopCounter()))
-    jobs = [replace(job, max_new_tokens=limit) for job, limit in zip(_jobs(prompts), (1, 12, 4, 7), strict=True)]
-    drafts = generate_continuations(endless, jobs, SAMPLED, flop_counter=FlopCounter(), return_cache=True)
-    assert _ids(drafts) == [ids[:limit] for ids, limit in zip(long, (1, 12, 4, 7), strict=True)]
-    assert not any(draft.finished for draft in drafts)
-    assert [draft.cache.shape[3] for draft in drafts] == [
+    long = _ids(generate_continuations(endless, _make_requests(prompts), SAMPLED, flop_counter=FlopCounter()))
+    requests = [
+        replace(request, max_new_tokens=limit)
+        for request, limit in zip(_make_requests(prompts), (1, 12, 4, 7), strict=True)
+    ]
+    outputs = generate_continuations(endless, requests, SAMPLED, flop_counter=FlopCounter(), return_cache=True)
+    assert _ids(outputs) == [ids[:limit] for ids, limit in zip(long, (1, 12, 4, 7), strict=True)]
+    assert not any(output.finished for output in outputs)
+    assert [output.cache.shape[3] for output in outputs] == [
         len(prompt) + limit - 1 for prompt, limit in zip(prompts, (1, 12, 4, 7), strict=True)
     ]
 
@@ -323,11 +361,14 @@ def test_each_row_has_a_limit_of_its_own(policy: Policy) -> None:
 def test_a_prompt_of_one_token(architecture: str) -> None:
     policy = worlds.tiny_policy(architecture)
     prompts = [[3], _prompts(policy)[0], [7]]
-    meter = FlopCounter()
-    together = generate_continuations(policy, _jobs(prompts), SAMPLED, flop_counter=meter)
-    alone = [generate_continuations(policy, [job], SAMPLED, flop_counter=FlopCounter())[0] for job in _jobs(prompts)]
+    counter = FlopCounter()
+    together = generate_continuations(policy, _make_requests(prompts), SAMPLED, flop_counter=counter)
+    alone = [
+        generate_continuations(policy, [request], SAMPLED, flop_counter=FlopCounter())[0]
+        for request in _make_requests(prompts)
+    ]
     assert _ids(together) == _ids(alone)
-    assert meter.get_cost("q0").tokens["policy/prefill"] == 0
+    assert counter.get_cost("q0").tokens["policy/prefill"] == 0
 
 
 def test_padding_is_not_drawn_unless_it_is_the_stop_token() -> None:
@@ -344,11 +385,13 @@ def test_padding_is_not_drawn_unless_it_is_the_stop_token() -> None:
             return logits
 
         with _head(policy, biased):
-            drafts = generate_continuations(policy, _jobs(_prompts(policy)), SAMPLED, flop_counter=FlopCounter())
-        drawn = {token for draft in drafts for token in draft.ids}
+            outputs = generate_continuations(
+                policy, _make_requests(_prompts(policy)), SAMPLED, flop_counter=FlopCounter()
+            )
+        drawn = {token for output in outputs for token in output.ids}
         assert max(drawn) < len(worlds.TOKENS)
         assert (wanted in drawn) == (wanted in policy.stop_ids)
-        assert policy is separate or _ids(drafts) == [[wanted]] * 4
+        assert policy is separate or _ids(outputs) == [[wanted]] * 4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -360,7 +403,7 @@ def test_nan_and_infinite_logits_are_refused(bad: float) -> None:
         return logits
 
     with _head(policy, spoil), pytest.raises(ValueError, match="broken gave NaN or infinite logits"):
-        generate_continuations(policy, _jobs(_prompts(policy)), SAMPLED, flop_counter=FlopCounter())
+        generate_continuations(policy, _make_requests(_prompts(policy)), SAMPLED, flop_counter=FlopCounter())
 
 
 def test_impossible_tokens_are_no_error(policy: Policy) -> None:
@@ -369,15 +412,15 @@ def test_impossible_tokens_are_no_error(policy: Policy) -> None:
         return logits
 
     with _head(policy, forbid):
-        drafts = generate_continuations(policy, _jobs(_prompts(policy)), SAMPLED, flop_counter=FlopCounter())
-    assert {token for draft in drafts for token in draft.ids} == {0, 1, 2, 3}
+        outputs = generate_continuations(policy, _make_requests(_prompts(policy)), SAMPLED, flop_counter=FlopCounter())
+    assert {token for output in outputs for token in output.ids} == {0, 1, 2, 3}
 
 
 def test_sampling_without_a_stream_is_refused_and_greedy_needs_none(policy: Policy) -> None:
-    job = GenerationRequest("q", [1, 2], None, 3)
-    generate_continuations(policy, [job], GREEDY, flop_counter=FlopCounter())
+    request = GenerationRequest("q", [1, 2], None, 3)
+    generate_continuations(policy, [request], GREEDY, flop_counter=FlopCounter())
     with pytest.raises(ValueError, match="random stream"):
-        generate_continuations(policy, [job], SAMPLED, flop_counter=FlopCounter())
+        generate_continuations(policy, [request], SAMPLED, flop_counter=FlopCounter())
 
 
 class _head:
@@ -423,7 +466,7 @@ def test_a_continuation_ends_where_its_job_says_and_costs_what_was_drawn(policy:
     """It is the beginning of what is drawn otherwise, whatever stands beside it in the batch; its cache goes on."""
     never = _without_stops(policy)
     prompts = _prompts(policy)
-    whole = generate_continuations(never, _jobs(prompts), SAMPLED, flop_counter=FlopCounter())
+    whole = generate_continuations(never, _make_requests(prompts), SAMPLED, flop_counter=FlopCounter())
     told: list[list[int]] = [[] for _ in prompts]
 
     def third(row: int) -> Callable[[int], bool]:
@@ -433,14 +476,17 @@ def test_a_continuation_ends_where_its_job_says_and_costs_what_was_drawn(policy:
 
         return ends
 
-    meter = FlopCounter()
-    jobs = [replace(job, should_stop=third(row) if row else None) for row, job in enumerate(_jobs(prompts))]
-    cut = generate_continuations(never, jobs, SAMPLED, flop_counter=meter, return_cache=True)
+    counter = FlopCounter()
+    requests = [
+        replace(request, should_stop=third(row) if row else None)
+        for row, request in enumerate(_make_requests(prompts))
+    ]
+    cut = generate_continuations(never, requests, SAMPLED, flop_counter=counter, return_cache=True)
     assert cut[0].ids == whole[0].ids and not told[0]
     for row in (1, 2, 3):
         assert cut[row].ids == told[row] == whole[row].ids[: 3 + row]
         assert not cut[row].finished and cut[row].logp.shape == (3 + row, 1)
-        assert meter.get_cost(f"q{row}").tokens["policy/decode"] == 3 + row
+        assert counter.get_cost(f"q{row}").tokens["policy/decode"] == 3 + row
         prefix = prompts[row] + cut[row].ids
         rest = GenerationRequest(f"q{row}", prefix, None, 4, cut[row].get_cache())
         fresh = replace(rest, cache=None)

@@ -35,7 +35,7 @@ def test_a_row_taken_out_is_a_copy() -> None:
 
 def test_growing_equals_concatenating(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past its spare slots, by one token and by several, and when rows leave; stored rows are never written to."""
-    monkeypatch.setattr(kv_cache, "ROOM", 3)
+    monkeypatch.setattr(kv_cache, "GROWTH_SLOTS", 3)
     given = rows(2, 5)
     stored = [row.clone() for row in given]
     growing, _ = kv_cache.stack_caches(given, growable=True)

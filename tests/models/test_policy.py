@@ -22,8 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nabla_trl.models.loading import freeze_policy, load_policy
-from nabla_trl.models.vocabulary import map_vocabulary
+from nabla_trl.models.loading import freeze_policy, load_policy, map_vocabulary
 from nabla_trl.tasks.problem import Problem
 
 QUESTION = Problem(id="q", question="1+2")
@@ -324,7 +323,7 @@ def test_messages_that_the_template_refuses() -> None:
 
 
 def _map(source: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast, **rows: int) -> list[int]:
-    rows = {"source_rows": len(source), "target_rows": len(target), **rows}
+    rows = {"num_source_rows": len(source), "num_target_rows": len(target), **rows}
     return map_vocabulary(source, target, **rows).tolist()
 
 
@@ -345,7 +344,7 @@ def test_permuted_ids_are_matched_by_token_string() -> None:
 def test_padded_rows_map_to_nothing_and_larger_targets_do_not_matter() -> None:
     tokenizer = worlds.char_tokenizer()
     larger = worlds.char_tokenizer((*worlds.TOKENS, "x", "y"))
-    mapped = _map(tokenizer, larger, source_rows=32, target_rows=64)
+    mapped = _map(tokenizer, larger, num_source_rows=32, num_target_rows=64)
     assert mapped == [*range(len(tokenizer)), *[-1] * 5]
 
 
@@ -367,7 +366,7 @@ def test_missing_ordinary_tokens_are_counted_and_named() -> None:
 def test_a_token_beyond_the_targets_embedding_is_missing() -> None:
     """The target's tokenizer knows it, its model does not."""
     tokenizer = worlds.char_tokenizer()
-    worlds.refused(lambda: _map(tokenizer, worlds.char_tokenizer(), target_rows=21), "lacks 1", "'f'")
+    worlds.refused(lambda: _map(tokenizer, worlds.char_tokenizer(), num_target_rows=21), "lacks 1", "'f'")
 
 
 def test_a_policy_in_memory_is_frozen() -> None:

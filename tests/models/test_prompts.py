@@ -131,14 +131,14 @@ def test_a_response_that_begins_inside_a_think_block_has_no_answer_before_its_en
 
 def _draw(policy: Policy, stop: tuple[str, ...], batch_size: int = 256) -> list[GenerationOutput]:
     prompts = {f"q{index}": policy.encode(problem) for index, problem in enumerate(worlds.tiny_problems())}
-    jobs = [
+    requests = [
         GenerationRequest(f"{key}-{draw}", ids, make_rng(0, key, draw), 24, stop_strings=stop)
         for key, ids in prompts.items()
         for draw in range(8)
     ]
     return generate_continuations(
         policy,
-        jobs,
+        requests,
         SAMPLED,
         flop_counter=FlopCounter(),
         top_k_candidates=4,
@@ -158,8 +158,8 @@ def _first_end(policy: Policy, ids: Sequence[int], stop: Sequence[str]) -> int:
 def test_drafts_are_those_without_the_strings_cut_where_one_is_complete(stop: tuple[str, ...]) -> None:
     policy = worlds.tiny_policy(seed=2)
     free, stopped = _draw(policy, ()), _draw(policy, stop)
-    ends = [_first_end(policy, draft.ids, stop) for draft in free]
-    assert sum(end < len(draft.ids) for end, draft in zip(ends, free, strict=True)) > 5
+    ends = [_first_end(policy, output.ids, stop) for output in free]
+    assert sum(end < len(output.ids) for end, output in zip(ends, free, strict=True)) > 5
     for end, whole, cut in zip(ends, free, stopped, strict=True):
         assert cut.ids == whole.ids[:end]
         assert cut.finished == (whole.finished or any(one in policy.decode(cut.ids) for one in stop))
@@ -169,7 +169,7 @@ def test_drafts_are_those_without_the_strings_cut_where_one_is_complete(stop: tu
             cut.get_cache(), whole.get_cache()[:, :, :, : cut.get_cache().shape[3]], rtol=1e-4, atol=1e-5
         )
     singles = _draw(policy, stop, batch_size=1)
-    assert [draft.ids for draft in singles] == [draft.ids for draft in stopped]
+    assert [output.ids for output in singles] == [output.ids for output in stopped]
 
 
 def test_a_string_may_begin_in_what_is_given_but_not_in_the_prompt() -> None:
@@ -224,27 +224,32 @@ def test_search_baselines_and_rows_for_training_end_at_the_same_tokens() -> None
 def test_a_servers_responses_end_at_the_same_strings() -> None:
     policy = worlds.tiny_policy(seed=2)
     rows = len(policy.forbidden_mask)
-    jobs = [
+    requests = [
         GenerationRequest(problem.id, policy.encode(problem), None, 12, stop_strings=("=1", "7"))
         for problem in worlds.tiny_problems()
     ]
     [free] = generate_continuations(
-        policy, [replace(jobs[0], stop_strings=())], Sampling(temperature=0.0), flop_counter=FlopCounter()
+        policy, [replace(requests[0], stop_strings=())], Sampling(temperature=0.0), flop_counter=FlopCounter()
     )
     string = policy.decode(free.ids[:2])
-    jobs.append(
+    requests.append(
         GenerationRequest(
-            "given", jobs[0].prefix_ids + free.ids[:1], None, 8, stop_strings=(string,), response_tokens_in_prefix=1
+            "given",
+            requests[0].prefix_ids + free.ids[:1],
+            None,
+            8,
+            stop_strings=(string,),
+            response_tokens_in_prefix=1,
         )
     )
     with serving(FakeVllm(policy.model, policy.tokenizer, policy.name, max_logprobs=rows)) as fake:
-        drafts = generate_continuations(
-            connect_vllm(policy, fake.url), jobs, Sampling(temperature=0.0), flop_counter=FlopCounter()
+        outputs = generate_continuations(
+            connect_vllm(policy, fake.url), requests, Sampling(temperature=0.0), flop_counter=FlopCounter()
         )
-    expected = generate_continuations(policy, jobs, Sampling(temperature=0.0), flop_counter=FlopCounter())
+    expected = generate_continuations(policy, requests, Sampling(temperature=0.0), flop_counter=FlopCounter())
     assert expected[-1].ids == free.ids[1:2]
-    assert [(one.ids, one.finished) for one in drafts] == [(one.ids, one.finished) for one in expected]
-    assert all(len(one.logp) == len(one.ids) for one in drafts)
+    assert [(one.ids, one.finished) for one in outputs] == [(one.ids, one.finished) for one in expected]
+    assert all(len(one.logp) == len(one.ids) for one in outputs)
 
 
 def test_answers_are_looked_for_before_the_string() -> None:

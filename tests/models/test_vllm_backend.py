@@ -20,11 +20,10 @@ from nabla_trl.cli.main import main
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations, make_rng, prepare_prompt_caches
-from nabla_trl.models.http_client import HttpClient, run_concurrently
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.requests import GenerationRequest
-from nabla_trl.models.vllm_backend import connect_vllm
+from nabla_trl.models.vllm_backend import HttpClient, connect_vllm, run_concurrently
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.generate_traces import TraceTotals, find_unfinished_problems, generate_traces
@@ -65,7 +64,9 @@ def _hasty(served: Policy, timeout: float, retries: int) -> Policy:
     return replace(served, backend=replace(served.backend, client=client))
 
 
-def _jobs(policy: Policy, problems: Sequence[Problem], limit: int = 8, draws: int = 1) -> list[GenerationRequest]:
+def _make_requests(
+    policy: Policy, problems: Sequence[Problem], limit: int = 8, draws: int = 1
+) -> list[GenerationRequest]:
     return [
         GenerationRequest(p.id, policy.encode(p), make_rng(0, p.id, draw), limit)
         for p in problems
@@ -80,33 +81,33 @@ def _config(**options: Any) -> SearchConfig:
 def _same(ones: Sequence[Trace], others: Sequence[Trace]) -> None:
     """The same search: every proposal of it, and what it scored."""
     for one, other in zip(ones, others, strict=True):
-        for name in ("problem_id", "response_ids", "initial_ids", "stop", "finished", "error"):
+        for name in ("problem_id", "response_ids", "initial_ids", "stop_reason", "finished", "error"):
             assert getattr(one, name) == getattr(other, name), name
         for a, b in zip(one.revisions, other.revisions, strict=True):
             assert (a.position, a.new_token, a.suffix, a.accepted) == (b.position, b.new_token, b.suffix, b.accepted)
             assert a.reward_after == pytest.approx(b.reward_after, rel=1e-4, abs=1e-4)
 
 
-# --- drafts -----------------------------------------------------------------------------------------------
+# --- outputs -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
 def test_greedy_drafts_are_those_of_transformers(architecture: str, problems: list[Problem]) -> None:
     """Ids, stops and the whole table of log-probabilities, with rows of the head that no token has."""
     policy = worlds.tiny_policy(architecture, vocab=40, seed=3)
-    jobs = _jobs(policy, problems, limit=12)
+    requests = _make_requests(policy, problems, limit=12)
     with serving(FakeVllm(policy.model, policy.tokenizer, policy.name, max_logprobs=40)) as fake:
-        drafts = generate_continuations(
-            _served(policy, fake), jobs, GREEDY, flop_counter=FlopCounter(), top_k_candidates=40, return_cache=True
+        outputs = generate_continuations(
+            _served(policy, fake), requests, GREEDY, flop_counter=FlopCounter(), top_k_candidates=40, return_cache=True
         )
-    expected = generate_continuations(policy, jobs, GREEDY, flop_counter=FlopCounter(), top_k_candidates=40)
-    assert any(draft.finished for draft in expected)
-    for one, other in zip(drafts, expected, strict=True):
+    expected = generate_continuations(policy, requests, GREEDY, flop_counter=FlopCounter(), top_k_candidates=40)
+    assert any(output.finished for output in expected)
+    for one, other in zip(outputs, expected, strict=True):
         assert (one.ids, one.finished) == (other.ids, other.finished)
         assert one.candidates.shape == other.candidates.shape
         assert (one.candidates.dtype, one.logp.dtype) == (other.candidates.dtype, other.logp.dtype)
         assert (one.logp[:, 1:] <= one.logp[:, :-1]).all()
-        by_token = [draft.logp.gather(1, draft.candidates.argsort(dim=-1)) for draft in (one, other)]
+        by_token = [output.logp.gather(1, output.candidates.argsort(dim=-1)) for output in (one, other)]
         torch.testing.assert_close(*by_token, rtol=0, atol=1e-4)
         assert one.get_cache().shape[3] == 0
 
@@ -116,27 +117,35 @@ def test_the_drawn_token_is_a_candidate_and_log_probabilities_are_unwarped(
 ) -> None:
     """Drawn hot, so that the drawn token is often not among the three likeliest."""
     strangers = 0
-    for job, draft in zip(
-        _jobs(policy, problems),
+    for request, output in zip(
+        _make_requests(policy, problems),
         generate_continuations(
-            served, _jobs(policy, problems), Sampling(temperature=2.0), flop_counter=FlopCounter(), top_k_candidates=3
+            served,
+            _make_requests(policy, problems),
+            Sampling(temperature=2.0),
+            flop_counter=FlopCounter(),
+            top_k_candidates=3,
         ),
         strict=True,
     ):
-        assert draft.candidates.shape == draft.logp.shape == (len(draft.ids), 3)
-        logits = policy.model(torch.tensor([job.prefix_ids + draft.ids])).logits[0, len(job.prefix_ids) - 1 : -1]
+        assert output.candidates.shape == output.logp.shape == (len(output.ids), 3)
+        logits = policy.model(torch.tensor([request.prefix_ids + output.ids])).logits[
+            0, len(request.prefix_ids) - 1 : -1
+        ]
         logp = logits.log_softmax(-1).masked_fill(policy.forbidden_mask, -torch.inf)
-        torch.testing.assert_close(draft.logp, logp.gather(1, draft.candidates), rtol=1e-4, atol=1e-4)
-        for row, drawn in enumerate(draft.ids):
-            assert drawn in draft.candidates[row]
+        torch.testing.assert_close(output.logp, logp.gather(1, output.candidates), rtol=1e-4, atol=1e-4)
+        for row, drawn in enumerate(output.ids):
+            assert drawn in output.candidates[row]
             strangers += drawn not in logits[row].topk(3).indices
     assert strangers > 3
 
 
 def test_a_server_draws_no_steps(served: Policy, problems: list[Problem]) -> None:
-    jobs = [replace(job, should_stop=lambda token: True) for job in _jobs(served, problems)]
+    requests = [replace(request, should_stop=lambda token: True) for request in _make_requests(served, problems)]
     worlds.refused(
-        lambda: generate_continuations(served, jobs, GREEDY, flop_counter=FlopCounter()), "steps", "vllm_url"
+        lambda: generate_continuations(served, requests, GREEDY, flop_counter=FlopCounter()),
+        "after a step",
+        "vllm_url",
     )
 
 
@@ -147,17 +156,17 @@ def test_what_may_be_proposed_does_not_depend_on_the_drawn_token(policy: Policy,
     forbidden = policy.forbidden_mask.clone()
     forbidden[likely[[0, 2]]] = True
     served = _served(replace(policy, forbidden_mask=forbidden), fake)
-    jobs = _jobs(served, [problem], limit=1, draws=30)
-    drafts = generate_continuations(
-        served, jobs, Sampling(temperature=2.0), flop_counter=FlopCounter(), top_k_candidates=5
+    requests = _make_requests(served, [problem], limit=1, draws=30)
+    outputs = generate_continuations(
+        served, requests, Sampling(temperature=2.0), flop_counter=FlopCounter(), top_k_candidates=5
     )
-    drawn = {draft.ids[0] for draft in drafts}
+    drawn = {output.ids[0] for output in outputs}
     assert drawn & set(likely.tolist()) and drawn - set(likely.tolist())
     allowed = [token for token in likely.tolist() if not forbidden[token]]
-    for draft in drafts:
-        ids, logp = draft.candidates[0], draft.logp[0]
+    for output in outputs:
+        ids, logp = output.candidates[0], output.logp[0]
         assert ids[:-1][logp[:-1].isfinite()].tolist() == allowed
-        assert (ids == draft.ids[0]).sum() == 1 and logp[ids == draft.ids[0]].isfinite().all()
+        assert (ids == output.ids[0]).sum() == 1 and logp[ids == output.ids[0]].isfinite().all()
         assert not logp[forbidden[ids]].isfinite().any()
 
 
@@ -166,10 +175,10 @@ def test_a_draw_does_not_depend_on_batch_order_or_concurrency(
     policy: Policy, served: Policy, problems: list[Problem], sampling: Sampling
 ) -> None:
     def ids(policy: Policy, order: int = 1, **options: Any) -> list[list[int]]:
-        drafts = generate_continuations(
-            policy, _jobs(policy, problems, draws=3)[::order], sampling, flop_counter=FlopCounter(), **options
+        outputs = generate_continuations(
+            policy, _make_requests(policy, problems, draws=3)[::order], sampling, flop_counter=FlopCounter(), **options
         )
-        return [draft.ids for draft in drafts][::order]
+        return [output.ids for output in outputs][::order]
 
     together = ids(served)
     single = replace(served, backend=replace(served.backend, max_concurrent_requests=1))
@@ -179,27 +188,32 @@ def test_a_draw_does_not_depend_on_batch_order_or_concurrency(
 
 def test_stop_tokens_and_limits_are_ours(policy: Policy, served: Policy, problems: list[Problem]) -> None:
     endless = replace(served, stop_ids=frozenset({ROWS}))  # a token that no row of the head has
-    long = generate_continuations(endless, _jobs(policy, problems, limit=12), SAMPLED, flop_counter=FlopCounter())
-    assert [len(draft.ids) for draft in long] == [12] * 4 and not any(draft.finished for draft in long)
+    long = generate_continuations(
+        endless, _make_requests(policy, problems, limit=12), SAMPLED, flop_counter=FlopCounter()
+    )
+    assert [len(output.ids) for output in long] == [12] * 4 and not any(output.finished for output in long)
     stops = frozenset({long[0].ids[2], long[1].ids[5]})
-    jobs = [replace(job, max_new_tokens=n) for job, n in zip(_jobs(policy, problems), (12, 12, 1, 4), strict=True)]
-    drafts = generate_continuations(replace(served, stop_ids=stops), jobs, SAMPLED, flop_counter=FlopCounter())
-    assert drafts[0].finished and len(drafts[0].ids) <= 3 and len(drafts[2].ids) == 1
-    for whole, draft in zip(long, drafts, strict=True):
-        assert draft.ids == whole.ids[: len(draft.ids)]
-        assert draft.finished == (draft.ids[-1] in stops) and not stops & {*draft.ids[:-1]}
+    requests = [
+        replace(request, max_new_tokens=n)
+        for request, n in zip(_make_requests(policy, problems), (12, 12, 1, 4), strict=True)
+    ]
+    outputs = generate_continuations(replace(served, stop_ids=stops), requests, SAMPLED, flop_counter=FlopCounter())
+    assert outputs[0].finished and len(outputs[0].ids) <= 3 and len(outputs[2].ids) == 1
+    for whole, output in zip(long, outputs, strict=True):
+        assert output.ids == whole.ids[: len(output.ids)]
+        assert output.finished == (output.ids[-1] in stops) and not stops & {*output.ids[:-1]}
 
 
 def test_nothing_is_left_to_the_servers_defaults(policy: Policy, served: Policy, fake: FakeVllm) -> None:
     """A generation config may bring its own repetition penalty, filters and stop tokens."""
     sampling = Sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.01)
-    [job] = _jobs(policy, worlds.tiny_problems(["1+2"]), limit=3)
-    generate_continuations(served, [job], sampling, flop_counter=FlopCounter(), top_k_candidates=4)
+    [request] = _make_requests(policy, worlds.tiny_problems(["1+2"]), limit=3)
+    generate_continuations(served, [request], sampling, flop_counter=FlopCounter(), top_k_candidates=4)
     [body] = fake.requests
     assert 0 <= body.pop("seed") < 2**63
     assert body == {
         "model": "policy",
-        "prompt": job.prefix_ids,
+        "prompt": request.prefix_ids,
         "max_tokens": 3,
         "temperature": 0.7,
         "top_k": 5,
@@ -222,12 +236,15 @@ def test_costs_are_charged_as_for_a_policy_that_draws_here(
 ) -> None:
     costs = []
     for one in (policy, served):
-        meter = FlopCounter()
+        counter = FlopCounter()
         prompts = [(problem.id, policy.encode(problem)) for problem in problems]
-        caches = prepare_prompt_caches(one, prompts, meter)
-        jobs = [replace(job, cache=cache) for job, cache in zip(_jobs(policy, problems), caches, strict=True)]
-        generate_continuations(one, [*jobs, *_jobs(policy, problems)], GREEDY, flop_counter=meter)
-        costs.append(meter.get_total_cost())
+        caches = prepare_prompt_caches(one, prompts, counter)
+        requests = [
+            replace(request, cache=cache)
+            for request, cache in zip(_make_requests(policy, problems), caches, strict=True)
+        ]
+        generate_continuations(one, [*requests, *_make_requests(policy, problems)], GREEDY, flop_counter=counter)
+        costs.append(counter.get_total_cost())
         assert costs[-1].seconds > 0
     assert costs[0].tokens == costs[1].tokens and costs[0].flops == costs[1].flops
 
@@ -249,7 +266,7 @@ def test_sampling_without_a_stream_is_refused(policy: Policy, served: Policy) ->
 def test_a_greedy_search_is_that_of_transformers(
     solver: str, proposals: str, policy: Policy, served: Policy, logratio_reward: Reward, problems: list[Problem]
 ) -> None:
-    """Every proposal, gradient and score: the search needs nothing of the policy but drafts."""
+    """Every proposal, gradient and score: the search needs nothing of the policy but outputs."""
     large_steps = {"steps": 4, "learning_rate": 1.5, "final_learning_rate": 1.0} if solver == "ste" else {}
     config = _config(solver={"name": solver, **large_steps}, proposals=proposals, temperature=0.0)
     here, there = (run_search(problems, policy=one, reward=logratio_reward, config=config) for one in (policy, served))
@@ -311,11 +328,11 @@ def _fail_first(times: int, answer: Any) -> Callable[[int, dict[str, Any]], Any]
 def test_what_may_pass_is_tried_again(
     answer: Any, policy: Policy, served: Policy, fake: FakeVllm, problems: list[Problem]
 ) -> None:
-    undisturbed = generate_continuations(served, _jobs(policy, problems), SAMPLED, flop_counter=FlopCounter())
+    undisturbed = generate_continuations(served, _make_requests(policy, problems), SAMPLED, flop_counter=FlopCounter())
     fake.requests.clear()
     fake.before = _fail_first(3, answer)
-    drafts = generate_continuations(served, _jobs(policy, problems), SAMPLED, flop_counter=FlopCounter())
-    assert [draft.ids for draft in drafts] == [draft.ids for draft in undisturbed]
+    outputs = generate_continuations(served, _make_requests(policy, problems), SAMPLED, flop_counter=FlopCounter())
+    assert [output.ids for output in outputs] == [output.ids for output in undisturbed]
     assert len(fake.requests) == 4 + 3
 
 
@@ -323,9 +340,9 @@ def test_an_answer_that_does_not_come_in_time_is_asked_for_again(served: Policy,
     [expected] = _draw(served)
     ready, over = (200, {"choices": [fake.complete(fake.requests.pop())]}), Event()
     fake.before = lambda number, body: "hang up" if number == 1 and over.wait(10) else ready
-    [draft] = _draw(_hasty(served, 0.3, retries=1))
+    [output] = _draw(_hasty(served, 0.3, retries=1))
     over.set()
-    assert draft.ids == expected.ids and fake.requests[0] == fake.requests[1]
+    assert output.ids == expected.ids and fake.requests[0] == fake.requests[1]
 
 
 def test_pauses_double_and_stop_when_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +408,7 @@ def _fails(action: Callable[[], Any], *words: str) -> None:
 
 def _draw(served: Policy, **options: Any) -> Any:
     return generate_continuations(
-        served, _jobs(served, worlds.tiny_problems(["1+2"])), SAMPLED, flop_counter=FlopCounter(), **options
+        served, _make_requests(served, worlds.tiny_problems(["1+2"])), SAMPLED, flop_counter=FlopCounter(), **options
     )
 
 
@@ -420,9 +437,9 @@ def test_what_is_no_url(policy: Policy, url: str) -> None:
 
 
 def test_a_request_that_is_refused_is_not_sent_again(policy: Policy, served: Policy, fake: FakeVllm) -> None:
-    jobs = _jobs(policy, worlds.tiny_problems(["1+2"]))
+    requests = _make_requests(policy, worlds.tiny_problems(["1+2"]))
     worlds.refused(
-        lambda: generate_continuations(served, jobs, Sampling(temperature=2.5), flop_counter=FlopCounter()),
+        lambda: generate_continuations(served, requests, Sampling(temperature=2.5), flop_counter=FlopCounter()),
         "status 400",
         "in [0, 2], got 2.5",
     )
@@ -431,7 +448,7 @@ def test_a_request_that_is_refused_is_not_sent_again(policy: Policy, served: Pol
 
 def test_fewer_log_probabilities_than_candidates(served: Policy, fake: FakeVllm) -> None:
     fake.max_logprobs = 20
-    worlds.refused(lambda: _draw(served, candidates=21), "max allowed: 20", "vllm serve --max-logprobs 21")
+    worlds.refused(lambda: _draw(served, top_k_candidates=21), "max allowed: 20", "vllm serve --max-logprobs 21")
 
 
 def test_another_model(policy: Policy, fake: FakeVllm) -> None:
@@ -492,7 +509,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "empty": (lambda choice: choice.update(token_ids=[]), "0 of 8 tokens"),
     "padding": (
         lambda choice: choice["token_ids"].__setitem__(0, worlds.TOKENS.index(worlds.PAD)),
-        "a token that must not be drawn",
+        "a token that must not be sampled",
     ),
     "logits": (
         lambda choice: choice["logprobs"]["top_logprobs"][0].update({"token_id:3": 4.5}),
@@ -512,7 +529,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_answers_that_are_not_what_was_asked_for(name: str, served: Policy, fake: FakeVllm) -> None:
     change, words = CHANGES[name]
     _changed(fake, change)
-    worlds.refused(lambda: _draw(replace(served, stop_ids=frozenset({99})), candidates=ROWS), fake.url, words)
+    worlds.refused(lambda: _draw(replace(served, stop_ids=frozenset({99})), top_k_candidates=ROWS), fake.url, words)
     assert len(fake.requests) == 1
 
 
@@ -550,7 +567,10 @@ def test_a_server_that_dies_half_way_loses_nothing_finished(
     config = _config(batch_size=2, max_rounds=2, top_k_candidates=8)
 
     def run(folder: Path, checker: AnswerChecker) -> TraceTotals:
-        todo, settings = find_unfinished_problems(problems, folder, 0), {"config": config, "seed": 0, "shown": False}
+        todo, settings = (
+            find_unfinished_problems(problems, folder, 0),
+            {"config": config, "seed": 0, "show_progress": False},
+        )
         return generate_traces(todo, folder, policy=served, reward=scalar_reward, checker=checker, **settings)
 
     with AnswerChecker() as checker:
