@@ -48,7 +48,7 @@ GradientFunction = Callable[[Sample, Tensor], Tensor]  # a response and its cand
 
 @dataclass
 class Toy(Reward):
-    """r = Σ_t table[t, y_t]: linear in the one-hot matrix, so `table` is its gradient. `custom_gradient` replaces it."""
+    """r = Σ_t table[t, y_t]: linear in the one-hot matrix, with `table` as its gradient, or `custom_gradient`."""
 
     table: Tensor = field(default_factory=lambda: torch.zeros(0))
     custom_gradient: GradientFunction | None = None
