@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from nabla_trl.tasks.problem import Problem
 
 @dataclass(frozen=True)
 class WrongResponse:
-    """A finished response with a first error and an incorrect answer.
+    """A finished response with a first error and an incorrect answer. Tables are [T, K].
 
     Attributes:
         response_index: its index among the responses.
@@ -41,8 +40,29 @@ class WrongResponse:
         """Whether a correct token may be proposed at the first error."""
         return bool(self.correct_candidates.any())
 
-    def mask_disallowed(self, table: Tensor) -> Tensor:
-        """Return the table [T, K] with −inf at what may not be proposed."""
+    def rank_error_by_swap(self, table: Tensor) -> int:
+        """Return the rank (from 0) of the first error among positions, by the best swap allowed at each."""
+        return _rank_position(self._mask_disallowed(table).amax(-1), self.error_position)
+
+    def rank_error_by_entropy(self) -> int:
+        """Return the rank (from 0) of the first error among positions, by the entropy of the policy's candidates."""
+        logp = self.response.draw_info.logp.double().log_softmax(-1)
+        return _rank_position(-(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1), self.error_position)
+
+    def is_repaired_at_error(self, table: Tensor) -> bool:
+        """Return True if the best swap allowed at the first error is a correct token."""
+        return bool(self.correct_candidates[int(self._mask_disallowed(table)[self.error_position].argmax())])
+
+    def is_correction_predicted(self, table: Tensor) -> bool:
+        """Return True if the table is above 0 for some correct token at the first error."""
+        return bool((table[self.error_position][self.correct_candidates] > 0).any())
+
+    def is_repaired(self, table: Tensor) -> bool:
+        """Return True if the best swap of all that are allowed is a correct token at the first error."""
+        position, column = divmod(int(self._mask_disallowed(table).argmax()), table.shape[1])
+        return position == self.error_position and bool(self.correct_candidates[column])
+
+    def _mask_disallowed(self, table: Tensor) -> Tensor:
         return table.masked_fill(~self.response.allowed_swaps, -torch.inf)
 
 
@@ -70,68 +90,9 @@ def find_wrong_responses(
     return wrong_responses, None if wrong_responses else f"none of {len(responses)} responses is finished and wrong"
 
 
-def rank_errors_by_swap(wrong_responses: Sequence[WrongResponse], tables: Sequence[Tensor]) -> np.ndarray:
-    """Return [W] rank (from 0) of the first error among positions, by the best swap allowed at each."""
-    return np.array(
-        [
-            _rank_position(wrong.mask_disallowed(table).amax(-1), wrong.error_position)
-            for wrong, table in zip(wrong_responses, tables, strict=True)
-        ],
-        dtype=int,
-    )
-
-
-def rank_errors_by_entropy(wrong_responses: Sequence[WrongResponse]) -> np.ndarray:
-    """Return [W] rank (from 0) of the first error among positions, by the entropy of the policy's candidates."""
-    return np.array(
-        [
-            _rank_position(_compute_entropy(wrong.response.draw_info.logp), wrong.error_position)
-            for wrong in wrong_responses
-        ],
-        dtype=int,
-    )
-
-
-def find_repairs_at_error(wrong_responses: Sequence[WrongResponse], tables: Sequence[Tensor]) -> np.ndarray:
-    """Return [W] bool: at the first error the best swap allowed is a correct token."""
-    return np.array(
-        [
-            bool(wrong.correct_candidates[int(wrong.mask_disallowed(table)[wrong.error_position].argmax())])
-            for wrong, table in zip(wrong_responses, tables, strict=True)
-        ],
-        dtype=bool,
-    )
-
-
-def find_predicted_corrections(wrong_responses: Sequence[WrongResponse], tables: Sequence[Tensor]) -> np.ndarray:
-    """Return [W] bool: at the first error the table is above 0 for some correct token."""
-    return np.array(
-        [
-            bool((table[wrong.error_position][wrong.correct_candidates] > 0).any())
-            for wrong, table in zip(wrong_responses, tables, strict=True)
-        ],
-        dtype=bool,
-    )
-
-
-def find_repairs(wrong_responses: Sequence[WrongResponse], tables: Sequence[Tensor]) -> np.ndarray:
-    """Return [W] bool: the best swap of all that are allowed is a correct token at the first error."""
-    repairs = []
-    for wrong, table in zip(wrong_responses, tables, strict=True):
-        position, column = divmod(int(wrong.mask_disallowed(table).argmax()), table.shape[1])
-        repairs.append(position == wrong.error_position and bool(wrong.correct_candidates[column]))
-    return np.array(repairs, dtype=bool)
-
-
 def _rank_position(scores: Tensor, position: int) -> int:
     """Return how many positions come before this one. The earlier of equals does, and −inf comes after all."""
     score = scores[position]
     if score == -torch.inf:
         return len(scores)
     return int((scores > score).sum() + (scores[:position] == score).sum())
-
-
-def _compute_entropy(logp: Tensor) -> Tensor:
-    """Return [T] nats, of log π [T, K] over the candidates alone."""
-    normalized = logp.double().log_softmax(-1)
-    return -(normalized.exp() * normalized.nan_to_num(neginf=0.0)).sum(-1)

@@ -8,14 +8,13 @@ log-probabilities alone (which position and token).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from nabla_trl.audit import first_errors
 from nabla_trl.audit.first_errors import WrongResponse, find_wrong_responses
 from nabla_trl.audit.swaps import SampledResponse, TokenSwap, choose_swaps, draw_responses, measure_swaps
 from nabla_trl.models.generation import make_rng
@@ -84,10 +83,8 @@ class GradientAudit:
 
     Attributes:
         problems: number of problems with responses.
-        responses: number of responses.
         reward_std: standard deviation of the responses' rewards.
         reward_weight: λ, the weight of predicted changes against log π.
-        swaps: number of swaps.
         swapped_responses: number of responses with a swap.
         informative_swaps: number of swaps that change the reward by more than `INFORMATIVE_THRESHOLD`·reward_std.
         wrong_responses: number of finished responses with a first error and an incorrect answer.
@@ -175,14 +172,8 @@ def audit_gradient(
     if not measured.reward_changes.any():
         raise ValueError(f"none of {len(swaps)} swaps changes the reward {reward.name}")
     wrong_responses, no_labels_reason = find_wrong_responses(problems, responses, policy)
-    auditor = GradientAuditor(
-        responses,
-        swaps,
-        measured.reward_changes,
-        INFORMATIVE_THRESHOLD * reward_std,
-        wrong_responses,
-        reward_weight,
-    )
+    threshold = INFORMATIVE_THRESHOLD * reward_std
+    auditor = GradientAuditor(responses, swaps, measured.reward_changes, threshold, wrong_responses, reward_weight)
     points = {name: auditor.audit_point(name, tables) for name, tables in measured.predicted_changes.items()}
     best = auditor.choose_point(points)
     return GradientAudit(
@@ -232,8 +223,8 @@ class GradientAuditor:
         self.problem_of_wrong = np.array([wrong.response.problem_index for wrong in wrong_responses], dtype=int)
         self.is_repairable = np.array([wrong.is_repairable for wrong in wrong_responses], dtype=bool)
         self.candidate_logps = [wrong.response.draw_info.logp for wrong in wrong_responses]
-        self.entropy_ranks = first_errors.rank_errors_by_entropy(wrong_responses)
-        self.baseline_repairs = first_errors.find_repairs(wrong_responses, self.candidate_logps)
+        self.entropy_ranks = np.array([wrong.rank_error_by_entropy() for wrong in wrong_responses], dtype=int)
+        self.baseline_repairs = self._test_wrong_responses(WrongResponse.is_repaired, self.candidate_logps)
         self.baseline = self._score_first_errors(self.entropy_ranks, self.candidate_logps, self.baseline_repairs)
         self._comparison_scores: dict[str, np.ndarray] = {}  # by point, for `choose_point`
 
@@ -245,8 +236,8 @@ class GradientAuditor:
         sign_scores = np.where(predicted == 0, 0.5, np.sign(predicted) == np.sign(self.reward_changes))
         tables = [predicted_changes[wrong.response_index] for wrong in self.wrong_responses]
         tilted = [logp + self.reward_weight * table for logp, table in zip(self.candidate_logps, tables, strict=True)]
-        ranks = first_errors.rank_errors_by_swap(self.wrong_responses, tables)
-        repairs = first_errors.find_repairs(self.wrong_responses, tilted)
+        ranks = self._test_wrong_responses(WrongResponse.rank_error_by_swap, tables)
+        repairs = self._test_wrong_responses(WrongResponse.is_repaired, tilted)
         sign_accuracy_informative = self._average_over_swaps(sign_scores, self.is_informative)
         first_error_scores = self._score_first_errors(ranks, tables, repairs)
         top1_gain = self._average_over_wrong((ranks == 0) * 1.0 - (self.entropy_ranks == 0))
@@ -268,7 +259,7 @@ class GradientAuditor:
             ),
             first_error_scores=first_error_scores,
             correct_token_predicted=self._average_over_wrong(
-                first_errors.find_predicted_corrections(self.wrong_responses, tables), self.is_repairable
+                self._test_wrong_responses(WrongResponse.is_correction_predicted, tables), self.is_repairable
             ),
             top1_gain=top1_gain,
             repair_gain=repair_gain,
@@ -297,6 +288,12 @@ class GradientAuditor:
         )
         return gain is not None and gain.low > MIN_ADVANTAGE
 
+    def _test_wrong_responses(
+        self, test: Callable[[WrongResponse, Tensor], int], tables: Sequence[Tensor]
+    ) -> np.ndarray:
+        """Return [W] the result of a test on each wrong response and its table."""
+        return np.array([test(wrong, table) for wrong, table in zip(self.wrong_responses, tables, strict=True)], int)
+
     def _average_over_swaps(self, values: np.ndarray, mask: np.ndarray) -> Interval | None:
         return clustered_mean(values[mask], self.problem_of_swap[mask], self.num_problems)
 
@@ -309,7 +306,7 @@ class GradientAuditor:
     ) -> FirstErrorScores | None:
         if not self.wrong_responses:
             return None
-        repairs_at_error = first_errors.find_repairs_at_error(self.wrong_responses, tables)
+        repairs_at_error = self._test_wrong_responses(WrongResponse.is_repaired_at_error, tables)
         return FirstErrorScores(
             top1=_require_interval(self._average_over_wrong(ranks == 0)),
             top3=_require_interval(self._average_over_wrong(ranks < 3)),

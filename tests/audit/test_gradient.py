@@ -12,15 +12,7 @@ import torch
 import worlds
 from torch import Tensor
 
-from nabla_trl.audit.first_errors import (
-    WrongResponse,
-    find_predicted_corrections,
-    find_repairs,
-    find_repairs_at_error,
-    find_wrong_responses,
-    rank_errors_by_entropy,
-    rank_errors_by_swap,
-)
+from nabla_trl.audit.first_errors import WrongResponse, find_wrong_responses
 from nabla_trl.audit.gradient import (
     MIN_ADVANTAGE,
     GradientAudit,
@@ -296,7 +288,9 @@ def test_responses_do_not_depend_on_the_batch(policy, scalar_reward):
 # --- first errors -----------------------------------------------------------------------------------------
 
 
-def wrong_one(allowed: list[list[int]], position: int, right: list[int], logp: Tensor | None = None) -> WrongResponse:
+def make_wrong_response(
+    allowed: list[list[int]], position: int, right: list[int], logp: Tensor | None = None
+) -> WrongResponse:
     """A made-up wrong response of two or three positions and as many candidates as told; the first is its own."""
     table = torch.tensor(allowed, dtype=torch.bool)
     logp = torch.zeros(table.shape) if logp is None else logp
@@ -308,39 +302,31 @@ def wrong_one(allowed: list[list[int]], position: int, right: list[int], logp: T
 
 
 def test_ranks_and_repairs_by_hand():
-    one = wrong_one([[0, 1, 1], [0, 1, 0], [0, 0, 0]], 1, [0, 1, 0])
+    wrong = make_wrong_response([[0, 1, 1], [0, 1, 0], [0, 0, 0]], 1, [0, 1, 0])
     table = torch.tensor([[9.0, 1.0, 2.0], [9.0, 3.0, 8.0], [9.0, 9.0, 9.0]])  # what is not allowed does not count
-    assert rank_errors_by_swap([one], [table]).tolist() == [0] and find_repairs([one], [table]).tolist() == [True]
-    assert (
-        find_repairs_at_error([one], [table]).tolist() == find_predicted_corrections([one], [table]).tolist() == [True]
-    )
+    assert wrong.rank_error_by_swap(table) == 0 and wrong.is_repaired(table) is True
+    assert wrong.is_repaired_at_error(table) is wrong.is_correction_predicted(table) is True
     lower = torch.tensor([[0.0, 4.0, 0.0], [0.0, -3.0, 0.0], [0.0, 0.0, 0.0]])
-    assert rank_errors_by_swap([one], [lower]).tolist() == [1] and find_repairs([one], [lower]).tolist() == [False]
-    assert find_repairs_at_error([one], [lower]).tolist() == [True] and find_predicted_corrections(
-        [one], [lower]
-    ).tolist() == [False]
+    assert wrong.rank_error_by_swap(lower) == 1 and wrong.is_repaired(lower) is False
+    assert wrong.is_repaired_at_error(lower) is True and wrong.is_correction_predicted(lower) is False
 
 
 def test_an_error_where_nothing_may_be_proposed_is_never_found():
-    one = wrong_one([[0, 1], [0, 0]], 1, [0, 0])
-    assert not one.is_repairable
-    assert rank_errors_by_swap([one], [torch.ones(2, 2)]).tolist() == [2]
-    assert find_repairs_at_error([one], [torch.ones(2, 2)]).tolist() == [False]
+    wrong = make_wrong_response([[0, 1], [0, 0]], 1, [0, 0])
+    assert not wrong.is_repairable
+    assert wrong.rank_error_by_swap(torch.ones(2, 2)) == 2
+    assert wrong.is_repaired_at_error(torch.ones(2, 2)) is False
 
 
 def test_the_earlier_of_equal_positions_comes_first():
-    allowed = [[0, 1], [0, 1], [0, 1]]
-    assert [rank_errors_by_swap([wrong_one(allowed, at, [0, 1])], [torch.zeros(3, 2)])[0] for at in range(3)] == [
-        0,
-        1,
-        2,
-    ]
+    responses = [make_wrong_response([[0, 1], [0, 1], [0, 1]], position, [0, 1]) for position in range(3)]
+    assert [wrong.rank_error_by_swap(torch.zeros(3, 2)) for wrong in responses] == [0, 1, 2]
 
 
 def test_entropy_ranks_the_least_certain_position_first():
     logp = torch.tensor([[0.5, 0.5, 0.0], [0.9, 0.1, 0.0], [0.4, 0.3, 0.3]]).log()
-    ranks = [rank_errors_by_entropy([wrong_one([[0, 1, 1]] * 3, at, [0, 1, 1], logp)])[0] for at in range(3)]
-    assert ranks == [1, 2, 0]
+    responses = [make_wrong_response([[0, 1, 1]] * 3, position, [0, 1, 1], logp) for position in range(3)]
+    assert [wrong.rank_error_by_entropy() for wrong in responses] == [1, 2, 0]
 
 
 def test_a_gradient_that_points_at_the_first_error_finds_it(chains_policy, chains):
