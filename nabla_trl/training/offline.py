@@ -143,7 +143,7 @@ def build_training_rows(
         num_proposals = sum(len(trace.revisions) for trace in traces)
         raise ValueError(
             f"none of {num_proposals} proposals in {len(traces)} traces was accepted, so there is nothing to learn "
-            "from: raise max_rounds or top_k_candidates, choose another gradient_at, or audit the reward"
+            "from: raise max_rounds or top_k_candidates, choose another solver.gradient_at, or audit the reward"
         )
     if method == "dpo":
         training_rows = build_preference_rows(traces)

@@ -140,8 +140,8 @@ class TrainStage:
         """
         if method != "sft" and self.search_config.beta is None:
             raise ValueError(
-                f"method {method} needs beta, which search and training share: set beta (solver.target_kl is for the search "
-                "alone)"
+                f"method {method} needs beta, which search and training share: set beta (solver.target_kl is for "
+                "the search alone)"
             )
         trains_on_samples = method == "sft" and self.options.sft_selection == "samples"
         if trains_on_samples and not isinstance(self.search_config.acceptance, MetropolisAcceptance):
