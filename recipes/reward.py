@@ -381,7 +381,11 @@ class RewardRun:
         ranking = audit_ranking(pool, self.checker)
         config = replace(self.search_config, max_rounds=self.args.max_audit_rounds)
         pressed = audit_overoptimization(
-            self.audit_problems, config=config, checker=self.checker, ranking_audit=ranking, **common
+            self.audit_problems,
+            config=config,
+            checker=self.checker,
+            validated_samples=ranking.validated_samples,
+            **common,
         )
         return {"gradient": gradient.to_dict(), "ranking": ranking.to_dict(), "pressure": pressed.to_dict()}
 

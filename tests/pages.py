@@ -124,7 +124,7 @@ def make_trace(number: int, *, before: str = "3", after: str = "7") -> Trace:
         correct=after == "7",
         revisions=revisions,
         cost=Cost(3e6, 0.5, {"policy/decode": 30}),
-        stop_reason="rounds",
+        stop_reason="max_rounds",
         finished=True,
         meta={"tokenizer_hash": "ab12"},
         predicted_gain=[[0.0] * 4 + [8.0] + [1.0] * (len(first) - 5), [0.5] * len(last)],

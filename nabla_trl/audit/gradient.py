@@ -1,20 +1,20 @@
-"""The gradient audit: does the reward's gradient say which token to change, and to what?
+"""Audit whether the reward's gradient says which token to change, and to what.
 
-Two questions. Do predicted changes of single-token swaps agree with the true ones (`swaps`)? And where a task has step
-labels, do they point at the first error of a wrong response, and at a right token there? The second is compared with
-what needs no gradient: the policy's entropy (where), and its log-probabilities alone (where and what).
+Two questions. Do predicted changes of single-token swaps agree with the measured ones (`nabla_trl.audit.swaps`)? And
+where a task has step labels, do predicted changes point at the first error of a wrong response, and at a correct token
+there? The second is compared with what needs no gradient: the policy's entropy (which position), and its
+log-probabilities alone (which position and token).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from nabla_trl.audit import first_errors
 from nabla_trl.audit.first_errors import WrongResponse, find_wrong_responses
 from nabla_trl.audit.swaps import SampledResponse, TokenSwap, choose_swaps, draw_responses, measure_swaps
 from nabla_trl.models.generation import make_rng
@@ -22,22 +22,23 @@ from nabla_trl.models.options import GradientPoint, Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.utils.statistics import Interval, clustered_correlation, clustered_mean
+from nabla_trl.utils.statistics import Interval, clustered_correlation, clustered_mean, to_json_values
 
-# A swap tells something if it changes the reward by more than this many standard deviations of the responses' rewards.
+# A swap is informative if it changes the reward by more than this many standard deviations of the responses' rewards.
 INFORMATIVE_THRESHOLD = 0.1
-# A dearer point has to find this much more than a cheaper one: a backward pass must pay for itself.
+# A more expensive point must find this much more than a cheaper one: a backward pass must pay for itself.
 MIN_ADVANTAGE = 0.05
 
 
 @dataclass(frozen=True)
 class FirstErrorScores:
-    """Shares of wrong responses by some ranking of the allowed swaps; intervals are over problems.
+    """Shares of wrong responses for one ranking of the allowed swaps. Intervals are over problems.
 
     Attributes:
-        first: the first-ranked position is the first error; `top3`: it is among the first three.
-        right_first: at the first error the best swap is a right token, of those where one is allowed.
-        repair: the best swap of all is a right token at the first error.
+        top1: the first error is ranked first among positions.
+        top3: the first error is among the first three positions.
+        repair_at_error: at the first error the best swap is a correct token, of the responses where one is allowed.
+        repair: the best swap of all is a correct token at the first error.
     """
 
     top1: Interval
@@ -48,17 +49,20 @@ class FirstErrorScores:
 
 @dataclass(frozen=True)
 class GradientPointAudit:
-    """What the gradient at one point is worth.
+    """Result of the audit of the gradient at one point.
 
     Attributes:
-        sign: share of swaps whose direction is predicted right (a prediction of 0 counts half); `sign_telling` of the
-            telling ones. Chance is 0.5.
-        correlation: Pearson's, of predicted and true changes; None where one of them does not vary.
-        finding: what it finds in wrong responses; `repair` ranks by log π + λ·(predicted change).
-        right_above: share of first errors, with a right token allowed, at which one is predicted to help.
-        first_gain: `finding.first` less the baseline's, paired; `repair_gain` likewise.
-        effect: "helps", "misleads" or "adds nothing", see `effect_of`.
-        verdict: a sentence.
+        sign_accuracy: share of swaps whose direction is predicted. A prediction of 0 counts half. Chance is 0.5.
+        sign_accuracy_informative: the same for informative swaps.
+        correlation: Pearson's, of predicted and measured changes. None where one of them does not vary.
+        correlation_informative: the same for informative swaps.
+        first_error_scores: what the gradient finds in wrong responses. `repair` ranks by log π + λ·(predicted change).
+        correct_token_predicted: share of first errors, with a correct token allowed, at which the predicted change of
+            some correct token is positive.
+        top1_gain: `first_error_scores.top1` minus the baseline's, paired.
+        repair_gain: `first_error_scores.repair` minus the baseline's, paired.
+        effect: "helps", "misleads" or "adds nothing", see `classify_effect`.
+        conclusion: a sentence.
     """
 
     sign_accuracy: Interval
@@ -75,19 +79,21 @@ class GradientPointAudit:
 
 @dataclass(frozen=True)
 class GradientAudit:
-    """What the audit found.
+    """Result of the gradient audit.
 
     Attributes:
-        problems: those with responses; `responses` in all, `spread` the standard deviation of their rewards.
-        lam: λ, how often predicted changes counted against log π.
-        swaps: how many were made, in `swapped` responses; `telling` of them changed the reward by more than
-            TELLING·spread.
-        wrong: finished responses with a first error and a wrong answer; `fixable` of them allow a right token there.
-        no_labels: why nothing is said of first errors; None where something is.
-        baseline: the findings without a gradient: positions by the policy's entropy, tokens by log π.
-        points: by name; "direct" is the gradient that a search with a log-ratio reads by default.
-        best: the point to search with; None where none helps.
-        verdict: a sentence.
+        problems: number of problems with responses.
+        reward_std: standard deviation of the responses' rewards.
+        reward_weight: λ, the weight of predicted changes against log π.
+        swapped_responses: number of responses with a swap.
+        informative_swaps: number of swaps that change the reward by more than `INFORMATIVE_THRESHOLD`·reward_std.
+        wrong_responses: number of finished responses with a first error and an incorrect answer.
+        repairable_responses: number of wrong responses whose first error allows a correct token.
+        no_labels_reason: why first errors are not measured, None where they are.
+        baseline: the scores without a gradient: positions by the policy's entropy, tokens by log π.
+        gradient_points: by name. "direct" is the gradient that a search with a log-ratio follows by default.
+        best_gradient_at: the point to search with, None where none helps.
+        conclusion: a sentence.
     """
 
     policy: str
@@ -108,7 +114,8 @@ class GradientAudit:
     conclusion: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the audit as JSON values."""
+        return to_json_values(self)
 
 
 def audit_gradient(
@@ -126,12 +133,14 @@ def audit_gradient(
     seed: int = 0,
     batch_size: int = 256,
 ) -> GradientAudit:
-    """Audit the gradient of a reward at several points (`options.Point.parse`).
+    """Audit the gradient of a reward at several points.
 
     Args:
-        samples: responses per problem; `swaps`: how many swaps to make in all.
-        candidates, min_p: which tokens a search would consider.
-        lam: λ, how often the predicted change counts against log π.
+        gradient_at: points as `GradientPoint.parse` reads them, the cheapest first.
+        num_swaps: swaps in all.
+        top_k_candidates: candidates per position that a search would consider.
+        candidate_min_p: how likely a candidate must be, relative to the likeliest, for a search to propose it.
+        reward_weight: λ, the weight of the predicted change against log π.
 
     Raises:
         ValueError: a malformed point, fewer than one sample or swap, no swap possible, rewards that are all equal,
@@ -141,9 +150,9 @@ def audit_gradient(
         raise ValueError(
             f"the gradient audit needs at least one sample and one swap, not {samples_per_problem} and {num_swaps}"
         )
-    parsed = {text: GradientPoint.parse(text, candidate_min_p) for text in gradient_at}
-    if not parsed:
-        raise ValueError("the gradient audit needs at least one point")
+    parsed_points = {text: GradientPoint.parse(text, candidate_min_p) for text in gradient_at}
+    if not parsed_points:
+        raise ValueError("the gradient audit needs at least one point in gradient_at")
     responses = draw_responses(
         problems,
         samples_per_problem,
@@ -155,46 +164,46 @@ def audit_gradient(
         seed=seed,
         batch_size=batch_size,
     )
-    chosen = choose_swaps(responses, num_swaps, make_rng(seed, "", "choice"))
-    measured = measure_swaps(responses, chosen, parsed, reward=reward, batch_size=batch_size)
-    spread = float(measured.rewards.std())
+    swaps = choose_swaps(responses, num_swaps, make_rng(seed, "", "choice"))
+    measured = measure_swaps(responses, swaps, parsed_points, reward=reward, batch_size=batch_size)
+    reward_std = float(measured.rewards.std())
     if np.ptp(measured.rewards) == 0:
         raise ValueError(f"the reward {reward.name} gave {measured.rewards[0]:g} to all {len(responses)} responses")
     if not measured.reward_changes.any():
-        raise ValueError(f"none of {len(chosen)} swaps changes the reward {reward.name}")
-    wrong, reason = find_wrong_responses(problems, responses, policy)
-    read = GradientAuditor(
-        responses, chosen, measured.reward_changes, INFORMATIVE_THRESHOLD * spread, wrong, reward_weight
-    )
-    found = {name: read.audit_point(name, tables) for name, tables in measured.predicted_changes.items()}
-    best = read.choose_point(found)
+        raise ValueError(f"none of {len(swaps)} swaps changes the reward {reward.name}")
+    wrong_responses, no_labels_reason = find_wrong_responses(problems, responses, policy)
+    threshold = INFORMATIVE_THRESHOLD * reward_std
+    auditor = GradientAuditor(responses, swaps, measured.reward_changes, threshold, wrong_responses, reward_weight)
+    points = {name: auditor.audit_point(name, tables) for name, tables in measured.predicted_changes.items()}
+    best = auditor.choose_point(points)
     return GradientAudit(
         policy=policy.name,
         reward=reward.name,
-        problems=read.num_problems,
+        problems=auditor.num_problems,
         responses=len(responses),
-        reward_std=spread,
+        reward_std=reward_std,
         reward_weight=reward_weight,
-        swaps=len(chosen),
-        swapped_responses=len({swap.response_index for swap in chosen}),
-        informative_swaps=int(read.is_informative.sum()),
-        wrong_responses=len(wrong),
-        repairable_responses=int(read.is_repairable.sum()),
-        no_labels_reason=reason,
-        baseline=read.baseline,
-        gradient_points=found,
+        swaps=len(swaps),
+        swapped_responses=len({swap.response_index for swap in swaps}),
+        informative_swaps=int(auditor.is_informative.sum()),
+        wrong_responses=len(wrong_responses),
+        repairable_responses=int(auditor.is_repairable.sum()),
+        no_labels_reason=no_labels_reason,
+        baseline=auditor.baseline,
+        gradient_points=points,
         best_gradient_at=best,
-        conclusion=conclude_gradient_audit(found, best),
+        conclusion=conclude_gradient_audit(points, best),
     )
 
 
 class GradientAuditor:
-    """Reads predicted changes against the same swaps and the same first errors.
+    """Comparison of predicted changes with the same swaps and the same first errors.
 
     Args:
-        changes: [n] true changes of the swaps; those above `threshold` are telling.
-        wrong: the wrong responses; may be empty.
-        lam: λ.
+        reward_changes: [n] measured changes of the swaps.
+        threshold: a swap with a larger absolute change is informative.
+        wrong_responses: may be empty.
+        reward_weight: λ.
     """
 
     def __init__(
@@ -206,69 +215,67 @@ class GradientAuditor:
         wrong_responses: Sequence[WrongResponse],
         reward_weight: float,
     ):
-        self.swaps, self.reward_changes, self.wrong_responses, self.reward_weight = (
-            swaps,
-            reward_changes,
-            wrong_responses,
-            reward_weight,
-        )
+        self.swaps, self.reward_changes = swaps, reward_changes
+        self.wrong_responses, self.reward_weight = wrong_responses, reward_weight
         self.num_problems = responses[-1].problem_index + 1
         self.is_informative = np.abs(reward_changes) > threshold
         self.problem_of_swap = np.array([responses[swap.response_index].problem_index for swap in swaps])
-        self.problem_of_wrong = np.array([one.response.problem_index for one in wrong_responses], dtype=int)
-        self.is_repairable = np.array([one.is_repairable for one in wrong_responses], dtype=bool)
-        self.candidate_logps = [one.response.draw_info.logp for one in wrong_responses]
-        self.entropy_ranks = first_errors.rank_errors_by_entropy(wrong_responses)
-        self.baseline_repairs = first_errors.find_repairs(wrong_responses, self.candidate_logps)
+        self.problem_of_wrong = np.array([wrong.response.problem_index for wrong in wrong_responses], dtype=int)
+        self.is_repairable = np.array([wrong.is_repairable for wrong in wrong_responses], dtype=bool)
+        self.candidate_logps = [wrong.response.draw_info.logp for wrong in wrong_responses]
+        self.entropy_ranks = np.array([wrong.rank_error_by_entropy() for wrong in wrong_responses], dtype=int)
+        self.baseline_repairs = self._test_wrong_responses(WrongResponse.is_repaired, self.candidate_logps)
         self.baseline = self._score_first_errors(self.entropy_ranks, self.candidate_logps, self.baseline_repairs)
-        self._comparison_scores: dict[str, np.ndarray] = {}  # by point: what points are compared by, see `best`
+        self._comparison_scores: dict[str, np.ndarray] = {}  # by point, for `choose_point`
 
     def audit_point(self, name: str, predicted_changes: Sequence[Tensor]) -> GradientPointAudit:
-        """The audit of one point from the predicted changes, per response [T, K]."""
-        guesses = np.array(
+        """Audit one point by its predicted changes, per response [T, K]."""
+        predicted = np.array(
             [float(predicted_changes[swap.response_index][swap.position, swap.candidate_index]) for swap in self.swaps]
         )
-        agree = np.where(guesses == 0, 0.5, np.sign(guesses) == np.sign(self.reward_changes))
-        tables = [predicted_changes[one.response_index] for one in self.wrong_responses]
+        sign_scores = np.where(predicted == 0, 0.5, np.sign(predicted) == np.sign(self.reward_changes))
+        tables = [predicted_changes[wrong.response_index] for wrong in self.wrong_responses]
         tilted = [logp + self.reward_weight * table for logp, table in zip(self.candidate_logps, tables, strict=True)]
-        ranks, repairs = (
-            first_errors.rank_errors_by_swap(self.wrong_responses, tables),
-            first_errors.find_repairs(self.wrong_responses, tilted),
-        )
-        sign_telling = self._average_over_swaps(agree, self.is_informative)
-        finding = self._score_first_errors(ranks, tables, repairs)
-        first_gain = self._average_over_wrong((ranks == 0) * 1.0 - (self.entropy_ranks == 0))
+        ranks = self._test_wrong_responses(WrongResponse.rank_error_by_swap, tables)
+        repairs = self._test_wrong_responses(WrongResponse.is_repaired, tilted)
+        sign_accuracy_informative = self._average_over_swaps(sign_scores, self.is_informative)
+        first_error_scores = self._score_first_errors(ranks, tables, repairs)
+        top1_gain = self._average_over_wrong((ranks == 0) * 1.0 - (self.entropy_ranks == 0))
         repair_gain = self._average_over_wrong(repairs * 1.0 - self.baseline_repairs)
-        effect = classify_effect(sign_telling, first_gain, repair_gain)
-        self._comparison_scores[name] = agree if finding is None else repairs * 0.5 + (ranks == 0) * 0.5
+        effect = classify_effect(sign_accuracy_informative, top1_gain, repair_gain)
+        self._comparison_scores[name] = sign_scores if not self.wrong_responses else repairs * 0.5 + (ranks == 0) * 0.5
+        evidence = _format_evidence(sign_accuracy_informative, first_error_scores, self.baseline)
         return GradientPointAudit(
-            sign_accuracy=_require_interval(self._average_over_swaps(agree, np.ones(len(agree), dtype=bool))),
-            sign_accuracy_informative=sign_telling,
-            correlation=clustered_correlation(guesses, self.reward_changes, self.problem_of_swap, self.num_problems),
+            sign_accuracy=_require_interval(
+                self._average_over_swaps(sign_scores, np.ones(len(sign_scores), dtype=bool))
+            ),
+            sign_accuracy_informative=sign_accuracy_informative,
+            correlation=clustered_correlation(predicted, self.reward_changes, self.problem_of_swap, self.num_problems),
             correlation_informative=clustered_correlation(
-                guesses[self.is_informative],
+                predicted[self.is_informative],
                 self.reward_changes[self.is_informative],
                 self.problem_of_swap[self.is_informative],
                 self.num_problems,
             ),
-            first_error_scores=finding,
+            first_error_scores=first_error_scores,
             correct_token_predicted=self._average_over_wrong(
-                first_errors.find_predicted_corrections(self.wrong_responses, tables), self.is_repairable
+                self._test_wrong_responses(WrongResponse.is_correction_predicted, tables), self.is_repairable
             ),
-            top1_gain=first_gain,
+            top1_gain=top1_gain,
             repair_gain=repair_gain,
             effect=effect,
-            conclusion=f"the gradient at {name} {effect}: {_format_evidence(sign_telling, finding, self.baseline)}",
+            conclusion=f"the gradient at {name} {effect}: {evidence}",
         )
 
     def choose_point(self, point_audits: Mapping[str, GradientPointAudit]) -> str | None:
-        """The point to search with: the first that helps, unless a later one is better by WORTH; None: none helps.
+        """Return the point to search with, or None where none helps.
 
-        Compared are repairs and first errors found, both alike, or the directions of telling swaps. The interval of
-        the paired difference decides. Points should come with the cheapest first.
+        It is the first that helps, unless a later one is better by `MIN_ADVANTAGE`. Repairs and first errors found are
+        compared with equal weight, or the directions of informative swaps where there are no wrong responses. The
+        interval of the paired difference decides. Points should come with the cheapest first.
         """
         best: str | None = None
-        for name in (name for name, one in point_audits.items() if one.effect == "helps"):
+        for name in (name for name, audit in point_audits.items() if audit.effect == "helps"):
             if best is None or self._is_better(self._comparison_scores[name] - self._comparison_scores[best]):
                 best = name
         return best
@@ -280,6 +287,12 @@ class GradientAuditor:
             else self._average_over_swaps(gains, self.is_informative)
         )
         return gain is not None and gain.low > MIN_ADVANTAGE
+
+    def _test_wrong_responses(
+        self, test: Callable[[WrongResponse, Tensor], int], tables: Sequence[Tensor]
+    ) -> np.ndarray:
+        """Return [W] the result of a test on each wrong response and its table."""
+        return np.array([test(wrong, table) for wrong, table in zip(self.wrong_responses, tables, strict=True)], int)
 
     def _average_over_swaps(self, values: np.ndarray, mask: np.ndarray) -> Interval | None:
         return clustered_mean(values[mask], self.problem_of_swap[mask], self.num_problems)
@@ -293,18 +306,17 @@ class GradientAuditor:
     ) -> FirstErrorScores | None:
         if not self.wrong_responses:
             return None
+        repairs_at_error = self._test_wrong_responses(WrongResponse.is_repaired_at_error, tables)
         return FirstErrorScores(
             top1=_require_interval(self._average_over_wrong(ranks == 0)),
             top3=_require_interval(self._average_over_wrong(ranks < 3)),
-            repair_at_error=self._average_over_wrong(
-                first_errors.find_repairs_at_error(self.wrong_responses, tables), self.is_repairable
-            ),
+            repair_at_error=self._average_over_wrong(repairs_at_error, self.is_repairable),
             repair=_require_interval(self._average_over_wrong(repairs)),
         )
 
 
 def _require_interval(interval: Interval | None) -> Interval:
-    """The interval of something that is known to have items."""
+    """Return the interval of something that is known to have items."""
     assert interval is not None
     return interval
 
@@ -313,54 +325,50 @@ def _require_interval(interval: Interval | None) -> Interval:
 
 
 def classify_effect(sign_accuracy: Interval | None, top1_gain: Interval | None, repair_gain: Interval | None) -> str:
-    """ "helps", "misleads" or "adds nothing".
+    """Return "helps", "misleads" or "adds nothing".
 
-    With first errors to look at: it misleads if it makes fewer repairs than log π alone; it helps if it makes more, or
-    finds more first errors than entropy does. Without: it helps or misleads if it predicts the direction of telling
-    swaps (`sign`) better or worse than chance. Better and worse: the whole 95% interval lies on that side.
+    With first errors, a gradient misleads if it makes fewer repairs than log π alone. It helps if it makes more, or
+    finds more first errors than entropy does. Without them, it helps or misleads if it predicts the direction of
+    informative swaps better or worse than chance. Better and worse mean that the whole 95% interval is on that side.
     """
     if top1_gain is None or repair_gain is None:
-        better, worse = (
-            sign_accuracy is not None and sign_accuracy.low > 0.5,
-            sign_accuracy is not None and sign_accuracy.high < 0.5,
-        )
+        is_better = sign_accuracy is not None and sign_accuracy.low > 0.5
+        is_worse = sign_accuracy is not None and sign_accuracy.high < 0.5
     else:
-        worse = repair_gain.high < 0
-        better = not worse and (repair_gain.low > 0 or top1_gain.low > 0)
-    return "helps" if better else "misleads" if worse else "adds nothing"
+        is_worse = repair_gain.high < 0
+        is_better = not is_worse and (repair_gain.low > 0 or top1_gain.low > 0)
+    return "helps" if is_better else "misleads" if is_worse else "adds nothing"
 
 
 def conclude_gradient_audit(point_audits: Mapping[str, GradientPointAudit], best_gradient_at: str | None) -> str:
-    """What to do: take the gradient at a point, or do without."""
+    """Return what to do: follow the gradient at a point, or search without one."""
     if best_gradient_at is not None:
         evidence = point_audits[best_gradient_at].conclusion.partition(": ")[2]
-        return f"take the {'direct gradient' if best_gradient_at == 'direct' else f'gradient at {best_gradient_at}'}: {evidence}"
-    misled = [name for name, one in point_audits.items() if one.effect == "misleads"]
-    found = f"misleads at {', '.join(misled)}" if misled else "adds nothing here"
-    if 0 < len(misled) < len(point_audits):
-        found += " and adds nothing elsewhere"
+        gradient = "direct gradient" if best_gradient_at == "direct" else f"gradient at {best_gradient_at}"
+        return f"take the {gradient}: {evidence}"
+    misleading = [name for name, audit in point_audits.items() if audit.effect == "misleads"]
+    effect = f"misleads at {', '.join(misleading)}" if misleading else "adds nothing here"
+    if 0 < len(misleading) < len(point_audits):
+        effect += " and adds nothing elsewhere"
     return (
-        f"this reward's gradient {found}: use branches without gradient (solver none), or train the reward on relaxed "
-        "inputs (recipes/reward.py)"
+        f"this reward's gradient {effect}: use proposals without a gradient (solver none), or train the reward on "
+        "relaxed inputs (recipes/reward.py)"
     )
 
 
 def _format_evidence(
-    sign: Interval | None, finding: FirstErrorScores | None, baseline: FirstErrorScores | None
+    sign_accuracy: Interval | None, scores: FirstErrorScores | None, baseline: FirstErrorScores | None
 ) -> str:
-    """The figures behind a verdict."""
-    told = "no swap changes the reward tellingly"
-    if sign is not None:
-        told = (
-            f"it predicts the direction of {_format_percent(sign)} [{sign.low:.0%}, {sign.high:.0%}] of telling swaps"
+    """Return the figures behind a conclusion."""
+    directions = "no swap changes the reward enough to be informative"
+    if sign_accuracy is not None:
+        directions = (
+            f"it predicts the direction of {sign_accuracy.value:.0%} [{sign_accuracy.low:.0%}, "
+            f"{sign_accuracy.high:.0%}] of informative swaps"
         )
-    if finding is None or baseline is None:
-        return told
+    if scores is None or baseline is None:
+        return directions
     return (
-        f"it ranks the first error first in {_format_percent(finding.top1)} (entropy {_format_percent(baseline.top1)}), with it "
-        f"{_format_percent(finding.repair)} of best swaps repair it (log π alone {_format_percent(baseline.repair)}); {told}"
+        f"it ranks the first error first in {scores.top1.value:.0%} (entropy {baseline.top1.value:.0%}), with it "
+        f"{scores.repair.value:.0%} of best swaps repair it (log π alone {baseline.repair.value:.0%}); {directions}"
     )
-
-
-def _format_percent(interval: Interval) -> str:
-    return f"{interval.value:.0%}"

@@ -1,22 +1,22 @@
-"""The pressure audit: what becomes of accuracy and reward as a search goes on.
+"""Audit how accuracy and reward develop as a search spends more, and find where the reward is over-optimized.
 
-A search maximises the reward. Where the reward is no longer about being right, accuracy falls while the reward still
-rises (Gao et al., arXiv 2210.10760): up to there the search may be trusted. `curves` has the rule.
+A search maximizes the reward. Where the reward no longer measures correctness, accuracy falls while the reward still
+rises (Gao et al., arXiv 2210.10760). Up to there the search is validated. The same rule reads the curve of best-of-N:
+a budget is better or worse than another if the paired difference of the problems' scores has a 95% bootstrap interval
+above or below zero, and a sign-flip test agrees. On a handful of problems an interval alone is too narrow. Small
+audits therefore see neither gains nor harm, and validate nothing.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from nabla_trl.audit.curves import OveroptimizationPoint, find_overoptimization
-from nabla_trl.audit.ranking import RankingAudit
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.models.policy import Policy
@@ -27,18 +27,73 @@ from nabla_trl.search.loop import run_search
 from nabla_trl.search.options import MirrorSolver
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
-from nabla_trl.utils.statistics import Interval, mean_interval
+from nabla_trl.utils.statistics import Interval, classify_difference, mean_interval, sign_flip_p_value, to_json_values
+
+
+@dataclass(frozen=True)
+class OveroptimizationPoint:
+    """Where a curve of accuracy against a budget peaks, and how far the budget is validated.
+
+    Attributes:
+        peak_budget: the budget of the highest score, the smallest among equals.
+        drop_from_peak: paired difference of the largest budget and the peak, at most 0.
+        is_helpful: some budget is better than the smallest.
+        validated_budget: the largest budget up to which the curve is nowhere worse than its peak. The smallest budget
+            where none is helpful.
+    """
+
+    peak_budget: int
+    drop_from_peak: Interval
+    is_helpful: bool
+    validated_budget: int
+
+    @property
+    def has_overoptimization(self) -> bool:
+        """Whether the largest budget is worse than the peak."""
+        return self.drop_from_peak.high < 0
+
+
+def find_overoptimization(curve: Mapping[int, np.ndarray]) -> OveroptimizationPoint:
+    """Find the peak of a curve, and the budget from which on it is worse.
+
+    Args:
+        curve: budget → scores of the problems [P], in the same order for every budget.
+
+    Raises:
+        ValueError: no budgets.
+    """
+    if not curve:
+        raise ValueError("a curve needs at least one budget")
+
+    def estimate_difference(budget: int, other: int) -> Interval:
+        return mean_interval((curve[budget] - curve[other])[:, None])
+
+    def compare(budget: int, other: int) -> str:
+        gap = estimate_difference(budget, other)
+        return classify_difference(gap.low, gap.high, sign_flip_p_value(curve[budget] - curve[other]))
+
+    budgets = sorted(curve)
+    peak = max(budgets, key=lambda budget: (curve[budget].mean(), -budget))
+    is_helpful = any(compare(budget, budgets[0]) == "ahead" for budget in budgets)
+    worse = [budget for budget in budgets if budget > peak and compare(budget, peak) == "behind"]
+    not_worse = [budget for budget in budgets if not worse or budget < worse[0]]
+    return OveroptimizationPoint(
+        peak_budget=peak,
+        drop_from_peak=estimate_difference(budgets[-1], peak),
+        is_helpful=is_helpful,
+        validated_budget=not_worse[-1] if is_helpful else budgets[0],
+    )
 
 
 @dataclass(frozen=True)
 class SearchCurve:
-    """One search as it goes on.
+    """Accuracy and reward of one search by its number of rounds.
 
     Attributes:
         accuracy: rounds → accuracy of the incumbents, with its interval over problems.
-        reward: rounds → their mean reward.
-        turn: how the accuracy goes.
-        verdict: a sentence.
+        reward: rounds → mean reward of the incumbents.
+        overoptimization: where the accuracy peaks.
+        conclusion: a sentence.
     """
 
     accuracy: dict[int, Interval]
@@ -49,13 +104,13 @@ class SearchCurve:
 
 @dataclass(frozen=True)
 class OveroptimizationAudit:
-    """What the pressure audit found on P problems.
+    """Result of the over-optimization audit on P problems.
 
     Attributes:
         curves: "nabla" (the search as configured) and "control" (without the gradient), or "control" alone.
-        errors: searches that failed; they count as wrong.
-        trust: samples by the best-of-N audit, rounds by the search as configured.
-        verdict: that of the search as configured.
+        failed_searches: number of searches that failed. They count as incorrect.
+        validated_limits: samples by the ranking audit, rounds by the search as configured.
+        conclusion: that of the search as configured.
     """
 
     problems: int
@@ -66,7 +121,8 @@ class OveroptimizationAudit:
     conclusion: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the audit as JSON values."""
+        return to_json_values(self)
 
 
 def audit_overoptimization(
@@ -76,144 +132,141 @@ def audit_overoptimization(
     reward: Reward,
     config: SearchConfig,
     checker: AnswerChecker,
-    ranking_audit: RankingAudit,
+    validated_samples: int,
     seeds: Sequence[int] = (0,),
 ) -> OveroptimizationAudit:
-    """Run a search of `config.rounds` rounds, with and without its gradient, and grade it as it goes on.
+    """Run a search of `config.max_rounds` rounds, with and without its gradient, and grade its incumbents.
 
-    Other limits of the configuration (patience, rollouts, FLOPs) are taken off.
+    Other limits of the configuration (patience, rollouts, FLOPs) are removed.
 
     Args:
-        best_of_n: the audit of the same reward by best-of-N, for the samples that it may be trusted with.
+        validated_samples: of the ranking audit of the same reward, for the limits of this one.
 
     Raises:
         ValueError: no limit of rounds, no seeds, no gold answers, or every search failed.
     """
     if config.max_rounds < 1:
-        raise ValueError("the pressure audit needs a limit of rounds, at least 1")
+        raise ValueError("the over-optimization audit needs a limit of rounds: set max_rounds to at least 1")
     graded = [problem for problem in problems if problem.answer]
     if not graded or not seeds:
-        raise ValueError("the pressure audit needs problems with a gold answer, and at least one seed")
+        raise ValueError("the over-optimization audit needs problems with a gold answer, and at least one seed")
     config = replace(config, patience=0, max_rollouts=0, max_flops=0.0)
-    curves, errors = {}, 0
-    for name, one in {config.method: config, "control": config.with_no_gradient()}.items():
-        runs = [run_search(graded, policy=policy, reward=reward, config=one, seed=seed) for seed in seeds]
-        rows = [list(row) for row in zip(*runs, strict=True)]
-        curves[name] = compute_search_curve(rows, policy, checker, config.max_rounds)
-        errors += sum(trace.error is not None for row in rows for trace in row)
-    own = curves[config.method]
-    trust = ValidatedLimits(
-        max_samples=ranking_audit.validated_samples, max_rounds=own.overoptimization.validated_budget
-    )
-    return OveroptimizationAudit(len(graded), tuple(seeds), curves, errors, trust, own.conclusion)
+    curves, failed_searches = {}, 0
+    for name, search_config in {config.method: config, "control": config.with_no_gradient()}.items():
+        runs = [run_search(graded, policy=policy, reward=reward, config=search_config, seed=seed) for seed in seeds]
+        traces_by_problem = list(zip(*runs, strict=True))
+        curves[name] = compute_search_curve(traces_by_problem, policy, checker, config.max_rounds)
+        failed_searches += sum(trace.error is not None for traces in traces_by_problem for trace in traces)
+    curve = curves[config.method]
+    limits = ValidatedLimits(max_samples=validated_samples, max_rounds=curve.overoptimization.validated_budget)
+    return OveroptimizationAudit(len(graded), tuple(seeds), curves, failed_searches, limits, curve.conclusion)
 
 
 def compute_search_curve(
     traces_by_problem: Sequence[Sequence[Trace]], policy: Policy, checker: AnswerChecker, max_rounds: int
 ) -> SearchCurve:
-    """The curve of finished searches.
+    """Return the curve of finished searches at 0, 1, 2, 4, … and `max_rounds` rounds.
 
     Args:
-        rows: per problem its traces by seed. A trace with an error is wrong at every budget and has no reward.
-        rounds: the largest budget; the others are 0, 1, 2, 4, …
+        traces_by_problem: per problem its traces by seed. A trace with an error is incorrect at every budget and has
+            no reward.
 
     Raises:
         ValueError: every trace has an error.
     """
-    failed = [trace.error for row in traces_by_problem for trace in row if trace.error is not None]
-    if len(failed) == sum(map(len, traces_by_problem)):
-        raise ValueError(f"every search of the pressure audit failed, the first because {failed[0]}")
+    errors = [trace.error for traces in traces_by_problem for trace in traces if trace.error is not None]
+    if len(errors) == sum(map(len, traces_by_problem)):
+        raise ValueError(f"every search of the over-optimization audit failed, the first because {errors[0]}")
     budgets = make_round_grid(max_rounds)
-    states = [[select_incumbents(trace, budgets) for trace in row] for row in traces_by_problem]
-    right = _grade_incumbents(traces_by_problem, states, policy, checker)
+    incumbents = [[trace.list_incumbents_at(budgets) for trace in traces] for traces in traces_by_problem]
+    correct = _grade_incumbents(traces_by_problem, incumbents, policy, checker)
     rewards = np.array(
         [
-            [[math.nan if trace.error else value for _, value in state] for trace, state in zip(*pair, strict=True)]
-            for pair in zip(traces_by_problem, states, strict=True)
+            [
+                [math.nan if trace.error else reward for _, reward in by_budget]
+                for trace, by_budget in zip(traces, by_seed, strict=True)
+            ]
+            for traces, by_seed in zip(traces_by_problem, incumbents, strict=True)
         ]
     )
-    accuracy = {budget: mean_interval(right[:, :, index]) for index, budget in enumerate(budgets)}
+    accuracy = {budget: mean_interval(correct[:, :, index]) for index, budget in enumerate(budgets)}
     reward = {budget: mean_interval(rewards[:, :, index]).value for index, budget in enumerate(budgets)}
-    turn = find_overoptimization({budget: right[:, :, index].mean(1) for index, budget in enumerate(budgets)})
-    return SearchCurve(accuracy, reward, turn, conclude_overoptimization(accuracy, reward, turn))
+    point = find_overoptimization({budget: correct[:, :, index].mean(1) for index, budget in enumerate(budgets)})
+    return SearchCurve(accuracy, reward, point, conclude_overoptimization(accuracy, reward, point))
 
 
 def make_round_grid(max_rounds: int) -> list[int]:
-    """0, 1, 2, 4, … and `rounds` itself."""
+    """Return 0, 1, 2, 4, … and `max_rounds` itself."""
     return sorted({0, max_rounds, *(2**power for power in range(max_rounds.bit_length()))})
-
-
-def select_incumbents(trace: Trace, round_counts: Sequence[int]) -> list[tuple[list[int], float]]:
-    """Response ids and reward of the incumbent after each number of rounds; a search that ended keeps its last."""
-    states = trace.list_incumbents()
-    accepted = [revision.round for revision in trace.revisions if revision.accepted]
-    return [states[bisect_left(accepted, budget)] for budget in round_counts]  # rounds count from 0
 
 
 def _grade_incumbents(
     traces_by_problem: Sequence[Sequence[Trace]],
-    states: Sequence[Sequence[Sequence[tuple[list[int], float]]]],
+    incumbents: Sequence[Sequence[Sequence[tuple[list[int], float]]]],
     policy: Policy,
     checker: AnswerChecker,
 ) -> np.ndarray:
-    """[P, seeds, budgets] 1 where the incumbent's answer is right; each distinct response is read once."""
+    """Return [P, seeds, budgets] 1 where the incumbent's answer is correct. Each distinct response is read once."""
     answers: dict[tuple[int, ...], str | None] = {}
     pairs = []
-    for row, traces in zip(states, traces_by_problem, strict=True):
-        for state, trace in zip(row, traces, strict=True):
-            for ids, _ in state:
+    for traces, by_seed in zip(traces_by_problem, incumbents, strict=True):
+        for trace, by_budget in zip(traces, by_seed, strict=True):
+            for ids, _ in by_budget:
                 if tuple(ids) not in answers:
                     answers[tuple(ids)] = extract_answer(policy.decode_response(ids))
                 pairs.append((None if trace.error else answers[tuple(ids)], trace.grading_reference))
-    right = [verdict.is_correct for verdict in checker.check(pairs)]
-    return np.array(right, dtype=np.float64).reshape(len(traces_by_problem), len(traces_by_problem[0]), -1)
+    correct = [result.is_correct for result in checker.check(pairs)]
+    return np.array(correct, dtype=np.float64).reshape(len(traces_by_problem), len(traces_by_problem[0]), -1)
 
 
 def conclude_overoptimization(
-    accuracy: dict[int, Interval], reward: dict[int, float], overoptimization: OveroptimizationPoint
+    accuracy: dict[int, Interval], reward: dict[int, float], point: OveroptimizationPoint
 ) -> str:
-    """A sentence on how far a search may go: it turns, it helps, or it does neither."""
-    last = max(accuracy)
-    start, top, end = (f"{accuracy[rounds].value:.3f}" for rounds in (0, overoptimization.peak_budget, last))
-    if overoptimization.has_overoptimization:
-        trusted = (
-            f"the search may be trusted up to {overoptimization.validated_budget} rounds"
-            if overoptimization.is_helpful
-            else "it helps at no budget"
-        )
+    """Return a sentence on how far a search may go.
+
+    Args:
+        accuracy: rounds → accuracy.
+        reward: rounds → mean reward.
+        point: where the accuracy peaks.
+    """
+    peak, validated, last = point.peak_budget, point.validated_budget, max(accuracy)
+    first_accuracy, peak_accuracy, last_accuracy = (f"{accuracy[rounds].value:.3f}" for rounds in (0, peak, last))
+    if point.has_overoptimization:
+        advice = f"the search is validated up to {validated} rounds" if point.is_helpful else "no budget helps"
         return (
-            f"accuracy falls from {top} at {overoptimization.peak_budget} rounds to {end} at {last} while the reward goes from "
-            f"{reward[overoptimization.peak_budget]:.3f} to {reward[last]:.3f}: {trusted}"
+            f"accuracy falls from {peak_accuracy} at {peak} rounds to {last_accuracy} at {last} while the reward goes "
+            f"from {reward[peak]:.3f} to {reward[last]:.3f}: {advice}"
         )
-    if overoptimization.is_helpful:
-        dip = (
-            ""
-            if overoptimization.validated_budget == last
-            else f", but it dips after {overoptimization.validated_budget}, up to which it may be trusted"
+    if point.is_helpful:
+        dip = "" if validated == last else f", but it dips after {validated}, up to which the search is validated"
+        return (
+            f"accuracy rises from {first_accuracy} to {peak_accuracy} at {peak} rounds and does not fall up to "
+            f"{last}{dip}"
         )
-        return f"accuracy rises from {start} to {top} at {overoptimization.peak_budget} rounds and does not turn up to {last}{dip}"
     return (
-        f"accuracy does not rise measurably: {start} at first, {end} after {last} rounds, on {accuracy[0].num_problems} "
-        "problems; no search is to be trusted on this evidence"
+        f"accuracy does not rise measurably: {first_accuracy} at first, {last_accuracy} after {last} rounds, on "
+        f"{accuracy[0].num_problems} problems; no search is validated by this evidence"
     )
 
 
 def warn_past_limits(reward: Reward, config: SearchConfig | None, num_samples: int = 1) -> None:
-    """Say on stderr where a reward is followed further than its audit trusts it, or by a gradient that misleads.
+    """Warn on stderr of a search beyond the limits that the reward's audit validated, or by an unhelpful gradient.
 
     Args:
-        config: the search; None: there is none.
-        samples: the largest N of best-of-N by this reward.
+        config: the search, None where there is none.
+        num_samples: the largest N of best-of-N by this reward.
     """
+    limits = reward.validated_limits
     num_samples = num_samples if config is None else max(num_samples, config.num_starts)
-    rounds = None if config is None else past_limits(reward.validated_limits, config.max_rounds)
-    for warning in (past_sample_limit(reward.validated_limits, num_samples), rounds):
+    warnings = [past_sample_limit(limits, num_samples)]
+    if config is not None:
+        warnings.append(past_limits(limits, config.max_rounds))
+        solver = config.solver
+        if reward.gradient_unhelpful and isinstance(solver, MirrorSolver) and solver.gradient_at is None:
+            warnings.append(
+                f"the audit found no gradient of this reward that helps, and the search follows the one at "
+                f"{reward.gradient_at}: use solver none, or set solver.gradient_at"
+            )
+    for warning in warnings:
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
-    solver = None if config is None else config.solver
-    if reward.gradient_unhelpful and isinstance(solver, MirrorSolver) and solver.gradient_at is None:
-        print(
-            f"warning: the audit found no gradient of this reward that helps, and the search follows the one at "
-            f"{reward.gradient_at}: use solver none, or set solver.gradient_at",
-            file=sys.stderr,
-        )

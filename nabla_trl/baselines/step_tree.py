@@ -214,7 +214,7 @@ def _build_trace(
         reward=best.reward,
         cost=cost,
         meta=run_metadata,
-        stop_reason="budget" if tree.max_flops else "single",
+        stop_reason="max_flops" if tree.max_flops else "single",
     )
 
 

@@ -171,7 +171,7 @@ def _audit_overoptimization(
         reward=reward,
         config=config,
         checker=checker,
-        ranking_audit=ranking_audit,
+        validated_samples=ranking_audit.validated_samples,
         seeds=(args.seed,),
     )
 

@@ -15,11 +15,11 @@ from nabla_trl.models.loading import ADAPTER_CONFIG_FILE, read_adapter_info
 from nabla_trl.training.checkpoints import (
     ADAPTER_WEIGHTS_FILE,
     CONFIG_FILE,
-    _require_keys,
     find_trained_weights,
     get_policy_label,
     list_trained_methods,
     read_training_record,
+    require_keys,
 )
 from nabla_trl.utils.fields import read_yaml
 from nabla_trl.utils.formatting import format_error
@@ -112,10 +112,10 @@ def find_checkpoint(run_dir: Path, method: str | None) -> Checkpoint:
             raise ValueError(f"{folder} holds no {CONFIG_FILE}: what it was made with would not be known")
     weights = find_trained_weights(run_dir, chosen)
     others = tuple(get_row_prefix(name) for name in names if name != chosen)
-    training = _require_keys(
+    training = require_keys(
         _MODEL_CARD_KEYS, read_training_record(run_dir, chosen), run_dir / "trained" / chosen / "train.json"
     )
-    _require_keys(_FACT_KEYS, facts, run_dir / "facts.json")
+    require_keys(_FACT_KEYS, facts, run_dir / "facts.json")
     return Checkpoint(run_dir, chosen, weights, training, read_yaml(run_dir / CONFIG_FILE), rows, facts, others)
 
 

@@ -256,14 +256,14 @@ class Search:
         config, sweeping = self.config, self.is_metropolis and self.is_sequential
         for chain in chains:
             if config.max_rounds and (chain.num_sweeps if sweeping else chain.num_rounds) >= config.max_rounds:
-                chain.stop_reason = "rounds"
+                chain.stop_reason = "max_rounds"
             elif config.patience and chain.rounds_since_acceptance >= config.patience:
                 chain.stop_reason = "patience"
         going = [chain for chain in chains if not chain.stop_reason]
         drawn = self.count_rollouts(chains[0].problem)
         for number, chain in enumerate(going, 1):
             if config.max_rollouts and drawn + number * config.proposals.proposals_per_round > config.max_rollouts:
-                chain.stop_reason = "rollouts"
+                chain.stop_reason = "max_rollouts"
         middles = {
             chain.index: [len(chain.incumbent.response_ids) // 2] * config.proposals.proposals_per_round
             for chain in going
@@ -281,7 +281,7 @@ class Search:
             and spent + sum(self.estimate_round_flops(chain, positions_by_chain[chain.index]) for chain in left)
             > self.config.max_flops
         ):
-            left.pop().stop_reason = "budget"
+            left.pop().stop_reason = "max_flops"
 
     def estimate_round_flops(self, chain: SearchState, positions: list[int]) -> float:
         return proposals.estimate_round_flops(chain.incumbent, positions, self.policy, self.reward, self.config)

@@ -1,4 +1,4 @@
-"""Building traces: what every method writes down about a response, and where it came from."""
+"""Build traces: what every method records about a response, and where it came from."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ PACKAGES = ("nabla-trl", "torch", "transformers", "trl", "peft", "datasets", "ac
 
 @cache
 def get_package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def describe_hardware() -> str:
-    """The machine in words: system, cores, accelerators."""
+    """Return the machine in words: system, cores, accelerators."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    named = ", ".join(f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus))
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {named or 'no GPU'}"
+    gpu_counts = ", ".join(f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus))
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {gpu_counts or 'no GPU'}"
 
 
 def find_hub_revision(name: str) -> str:
-    """The commit of a hub model that is in the cache; empty for a folder, and where it is not known."""
+    """Return the commit of a hub model that is in the cache, or "" for a folder and for an unknown model."""
     if Path(name).exists():
         return ""
     try:
-        found = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name that the hub could know
+        config_file = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # not a name that the hub accepts
         return ""
-    return Path(found).parent.name if isinstance(found, str) else ""
+    return Path(config_file).parent.name if isinstance(config_file, str) else ""
 
 
 def build_trace_meta(policy: Policy, reward_name: str, config_hash: str) -> dict[str, str]:
-    """Provenance that travels with every trace."""
+    """Return the provenance that travels with every trace."""
     return {
         "policy": policy.name,
         "reward": reward_name,
@@ -81,9 +81,16 @@ def build_response_trace(
     answer: str | None = None,
     error: str | None = None,
 ) -> Trace:
-    """A trace of a response; `answer` overrides the one extracted from its text (self-consistency)."""
+    """Return the trace of a response, not graded yet.
+
+    Args:
+        prompt_ids: the encoded prompt.
+        initial_ids: the first response, None where it is the last one.
+        reward_initial: reward of the first response, None where it is the last one.
+        answer: replaces the answer that is extracted from the response (self-consistency).
+    """
     stops = policy.get_stop_strings(problem)
-    said = policy.decode_response(response_ids, stops)
+    text = policy.decode_response(response_ids, stops)
     return Trace(
         problem_id=problem.id,
         task=problem.task,
@@ -96,8 +103,8 @@ def build_response_trace(
         response_ids=response_ids,
         reward_initial=reward if reward_initial is None else reward_initial,
         reward=reward,
-        answer=extract_answer(said) if answer is None else answer,
-        answer_strict=extract_strict_answer(said, problem.answer_format) if problem.answer_format else None,
+        answer=extract_answer(text) if answer is None else answer,
+        answer_strict=extract_strict_answer(text, problem.answer_format) if problem.answer_format else None,
         gold=problem.answer,
         correct=None,
         revisions=list(revisions),
@@ -113,7 +120,7 @@ def build_response_trace(
 def build_error_trace(
     problem: Problem, method: str, seed: int, message: str, meta: dict[str, str], cost: Cost | None = None
 ) -> Trace:
-    """The visible record of a problem that could not be run; `cost` is what was spent on it all the same."""
+    """Return the record of a problem that could not be run, with the cost that was spent on it before it failed."""
     return Trace(
         problem_id=problem.id,
         task=problem.task,
@@ -139,32 +146,33 @@ def build_error_trace(
 
 
 def _build_problem_meta(problem: Problem) -> dict[str, str]:
-    """What a trace has to tell of its problem beside the answers: its version, the form asked for, who judges."""
-    told = {"task_version": problem.task_version, "form": problem.answer_format, "verifier": problem.verifier}
-    return {name: value for name, value in told.items() if value}
+    meta = {"task_version": problem.task_version, "form": problem.answer_format, "verifier": problem.verifier}
+    return {name: value for name, value in meta.items() if value}
 
 
 def grade_traces(traces: Sequence[Trace], checker: AnswerChecker) -> list[Trace]:
-    """Copies with `correct`, `correct_strict` and `verdict` set; `correct` is None without a usable gold answer.
+    """Return copies with `correct`, `correct_strict` and `match_result` set.
 
-    `correct_strict` is None too where the task asks for no certain form.
+    `correct` is None without a usable gold answer. `correct_strict` is None, too, where the task asks for no
+    particular form of the answer.
     """
-    verdicts = checker.check([(trace.answer, trace.grading_reference) for trace in traces])
-    # The same answer has the same verdict; the others are few.
-    apart = [trace for trace in traces if "form" in trace.meta and trace.answer_strict != trace.answer]
-    again = checker.check([(trace.answer_strict, trace.grading_reference) for trace in apart])
-    strict = {id(trace): verdict for trace, verdict in zip(apart, again, strict=True)}
+    results = checker.check([(trace.answer, trace.grading_reference) for trace in traces])
+    # Most strict answers equal the others and have their result.
+    differing = [trace for trace in traces if "form" in trace.meta and trace.answer_strict != trace.answer]
+    differing_results = checker.check([(trace.answer_strict, trace.grading_reference) for trace in differing])
+    strict_results = {id(trace): result for trace, result in zip(differing, differing_results, strict=True)}
     return [
         replace(
             trace,
-            correct=_is_correct(trace, verdict),
-            correct_strict=_is_correct(trace, strict.get(id(trace), verdict)) if "form" in trace.meta else None,
-            match_result=verdict.value,
+            correct=_is_correct(trace, result),
+            correct_strict=_is_correct(trace, strict_results.get(id(trace), result)) if "form" in trace.meta else None,
+            match_result=result.value,
         )
-        for trace, verdict in zip(traces, verdicts, strict=True)
+        for trace, result in zip(traces, results, strict=True)
     ]
 
 
-def _is_correct(trace: Trace, verdict: MatchResult) -> bool | None:
-    ungraded = verdict in (MatchResult.NO_GOLD, MatchResult.BAD_GOLD)
-    return None if ungraded else verdict.is_correct and trace.error is None
+def _is_correct(trace: Trace, result: MatchResult) -> bool | None:
+    if result in (MatchResult.NO_GOLD, MatchResult.BAD_GOLD):
+        return None
+    return result.is_correct and trace.error is None

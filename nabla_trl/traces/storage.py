@@ -1,11 +1,9 @@
-"""Traces: what a method did to one problem, on disk as parquet shards, and as rows for the trainers.
+"""Store traces as parquet shards.
 
-Sequences stay token ids from the prompt's template to the trainer's rows; texts are for people. A shard is
-written whole (temporary file, fsync, rename), so a folder holds finished shards or nothing, whatever
-happens to the process. `datasets.load_dataset("parquet", data_files=...)` reads the shards as they are: the
-columns are the fields of `Trace`, with `cost` spread over `flops`, `seconds` and `tokens`; `tokens` and
-`meta` are JSON objects in string columns, since their keys differ from run to run. A shard that was written
-before a column of `_LATER` was added lacks it, and is read with the field empty.
+A shard is written whole (temporary file, fsync, rename), so a folder holds finished shards or nothing, whatever
+happens to the process. `datasets.load_dataset("parquet", data_files=...)` reads the shards as they are. The columns
+are the fields of `Trace`, with `cost` spread over `flops`, `seconds` and `tokens`. The columns `tokens` and `meta`
+hold JSON objects as text, since their keys differ from run to run.
 """
 
 from __future__ import annotations
@@ -28,20 +26,22 @@ from nabla_trl.models.flops import Cost
 from nabla_trl.traces.schema import FORMAT_VERSION, SCHEMA, VERSION_KEY, Revision, Trace
 from nabla_trl.utils.files import fsync_folder
 
-EVAL_TRACES_DIR = "held_out"  # folder of the traces of an evaluation's search, beside its rows
-
+EVAL_TRACES_DIR = "eval_traces"  # folder of the traces of an evaluation's search, beside its rows
 
 _COST_COLUMNS = ("flops", "seconds", "tokens")
-_OPTIONAL_COLUMNS = ("pull", "answer_strict", "correct_strict", "verdict")  # columns that a shard may lack
 _KEY_COLUMNS = ("problem_id", "seed", "method")
 
 
 class TraceWriter:
-    """Write traces as shards `traces-<rank>-<chunk>.parquet` of `chunk_size` traces; a context manager.
+    """Writer of traces as shards `traces-<rank>-<chunk>.parquet`, for use in a `with` block.
 
-    Each process needs a `rank` of its own. Numbering goes on from the shards already there, and no shard is
-    ever changed. Leaving the `with` block writes what is pending, also after an exception or Ctrl-C.
-    Temporary files that a killed process of the same rank left behind are removed at the start.
+    Leaving the block writes the pending traces, also after an exception or Ctrl-C. Numbering continues after the
+    shards in the folder, and no shard is ever changed. Temporary files that a killed process of the same rank left
+    behind are removed at the start.
+
+    Args:
+        rank: number of the process. Each process needs its own.
+        chunk_size: traces per shard.
     """
 
     def __init__(self, folder: str | Path, rank: int = 0, chunk_size: int = 256) -> None:
@@ -58,24 +58,27 @@ class TraceWriter:
         self._pending: list[pa.RecordBatch] = []
 
     def add(self, trace: Trace) -> None:
-        """Take one trace, and write a shard once `chunk_size` of them are pending (OSError as for `flush`).
+        """Take one trace, and write a shard once `chunk_size` of them are pending.
 
-        ValueError if the trace contradicts itself or does not fit the columns; it is not taken then.
+        Raises:
+            ValueError: the trace contradicts itself or does not fit the columns. It is not taken then.
+            OSError: as for `flush`.
         """
         trace.validate()
-        try:  # converted here and not in `flush`, so that one bad trace can't take a whole chunk with it
-            row = pa.RecordBatch.from_pylist([_to_row(trace)], schema=SCHEMA)
+        try:  # converted here and not in `flush`, so that one bad trace cannot take a whole chunk with it
+            batch = pa.RecordBatch.from_pylist([_to_row(trace)], schema=SCHEMA)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{trace.describe()} does not fit the trace columns: {error}") from error
-        self._pending.append(row)
+        self._pending.append(batch)
         if len(self._pending) >= self.chunk_size:
             self.flush()
 
     def flush(self) -> None:
-        """Write the pending traces as one shard, on disk when this returns.
+        """Write the pending traces as one shard, which is on disk when this returns.
 
-        OSError names the file that could not be written (disk full, ...): earlier shards are untouched, the
-        pending traces stay pending, and `flush` can be called again.
+        Raises:
+            OSError: the file that could not be written (disk full, …). Earlier shards are untouched, the pending
+                traces stay pending, and `flush` can be called again.
         """
         if not self._pending:
             return
@@ -84,10 +87,14 @@ class TraceWriter:
             raise FileExistsError(f"{path} was written by another process; give each process its own rank")
         temporary = path.with_name(f"{path.name}.tmp")
         try:
-            _write_table(pa.Table.from_batches(self._pending).combine_chunks(), temporary)
+            table = pa.Table.from_batches(self._pending).combine_chunks()
+            with temporary.open("wb") as file:
+                pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            advice = f"{error.strerror or error}; earlier shards are kept, make room and run again"
+            advice = f"{error.strerror or error}; earlier shards are kept, free disk space and run again"
             raise OSError(error.errno, advice, str(path)) from error
         finally:
             with suppress(OSError):
@@ -105,14 +112,17 @@ class TraceWriter:
 
 
 def read_traces(path_or_paths: str | Path | Iterable[str | Path], columns: Sequence[str] | None = None) -> list[Trace]:
-    """All traces of a folder (or of one shard, or of several), sorted by problem id, seed and method.
+    """Return the traces of a folder, of one shard or of several, sorted by problem id, seed and method.
 
-    `columns`: names of the `Trace` fields to read, faster where texts or revisions aren't needed; problem id,
-    seed and method are always read, and the fields left out hold empty values. Raises ValueError for a shard
-    that can't be read, for an unknown column, and for the first (problem, seed, method) found twice.
+    Args:
+        columns: names of the `Trace` fields to read, which is faster where texts or revisions are not needed. Problem
+            id, seed and method are always read, and the other fields hold empty values. None reads every field.
+
+    Raises:
+        ValueError: a shard that cannot be read, an unknown column, or a (problem, seed, method) that occurs twice.
     """
-    stored = None if columns is None else _expand_columns(columns)
-    rows = [row for path in _list_shards(path_or_paths) for row in _read_table(path, stored).to_pylist()]
+    table_columns = None if columns is None else _expand_columns(columns)
+    rows = [row for path in _list_shards(path_or_paths) for row in _read_table(path, table_columns).to_pylist()]
     traces = sorted((_from_row(row) for row in rows), key=_get_trace_key)
     for before, after in pairwise(traces):
         if _get_trace_key(before) == _get_trace_key(after):
@@ -121,16 +131,17 @@ def read_traces(path_or_paths: str | Path | Iterable[str | Path], columns: Seque
 
 
 def read_finished_meta(folder: str | Path) -> dict[tuple[str, int], dict[str, str]]:
-    """`meta` of every trace in the folder by problem id and seed, error rows included; empty without a folder.
+    """Return `meta` of every trace in the folder by problem id and seed, failed problems included.
 
-    Reads these three columns only. Methods are not told apart: keep one folder per method.
+    Only these three columns are read. Methods are not told apart, so keep one folder per method. A folder that does
+    not exist gives an empty dict.
     """
-    done: dict[tuple[str, int], dict[str, str]] = {}
+    meta: dict[tuple[str, int], dict[str, str]] = {}
     for path in _list_shards(folder) if Path(folder).exists() else []:
         table = _read_table(path, ["problem_id", "seed", "meta"])
         keys = zip(table["problem_id"].to_pylist(), table["seed"].to_pylist(), strict=True)
-        done |= dict(zip(keys, map(json.loads, table["meta"].to_pylist()), strict=True))
-    return done
+        meta |= dict(zip(keys, map(json.loads, table["meta"].to_pylist()), strict=True))
+    return meta
 
 
 def _get_trace_key(trace: Trace) -> tuple[str, int, str]:
@@ -147,29 +158,27 @@ def _to_row(trace: Trace) -> dict[str, Any]:
 
 
 def _from_row(row: dict[str, Any]) -> Trace:
-    """A trace from stored columns; the fields of columns that were not read stay empty."""
-    row = _empty_row() | row
+    """Return a trace from the columns that were read. Fields of other columns hold empty values."""
+    texts = dict.fromkeys(("task", "prompt", "response", "stop_reason"), "")
+    lists: dict[str, Any] = {
+        name: [] for name in ("prompt_ids", "initial_ids", "response_ids", "revisions", "predicted_gain")
+    }
+    rewards = dict.fromkeys(("reward_initial", "reward"), math.nan)
+    unknown = dict.fromkeys(("answer", "gold", "correct", "error"))
+    cost = {"flops": 0.0, "seconds": 0.0, "tokens": "{}"}
+    row = {**texts, **lists, **rewards, **unknown, **cost, "finished": False, "meta": "{}", **row}
     row["revisions"] = [Revision(**{**entry, "suffix": tuple(entry["suffix"])}) for entry in row["revisions"]]
     row["cost"] = Cost(row.pop("flops"), row.pop("seconds"), json.loads(row.pop("tokens")))
     row["meta"] = json.loads(row["meta"])
     return Trace(**row)
 
 
-def _empty_row() -> dict[str, Any]:
-    texts = dict.fromkeys(("task", "prompt", "response", "stop"), "")
-    lists: dict[str, Any] = {name: [] for name in ("prompt_ids", "initial_ids", "response_ids", "revisions", "pull")}
-    rewards = dict.fromkeys(("reward_initial", "reward"), math.nan)
-    unknown = dict.fromkeys(("answer", "gold", "correct", "error", "answer_strict", "correct_strict", "verdict"))
-    cost = {"flops": 0.0, "seconds": 0.0, "tokens": "{}"}
-    return {**texts, **lists, **rewards, **unknown, **cost, "finished": False, "meta": "{}"}
-
-
 def _expand_columns(columns: Sequence[str]) -> list[str]:
-    known = [field.name for field in fields(Trace)]
-    if unknown := [name for name in columns if name not in known]:
-        raise ValueError(f"no such trace column: {', '.join(unknown)}; known: {', '.join(known)}")
-    wanted = dict.fromkeys((*_KEY_COLUMNS, *columns))
-    return [column for name in wanted for column in (_COST_COLUMNS if name == "cost" else (name,))]
+    field_names = [field.name for field in fields(Trace)]
+    if unknown := [name for name in columns if name not in field_names]:
+        raise ValueError(f"no such trace column: {', '.join(unknown)}; choose from: {', '.join(field_names)}")
+    names = dict.fromkeys((*_KEY_COLUMNS, *columns))
+    return [column for name in names for column in (_COST_COLUMNS if name == "cost" else (name,))]
 
 
 def _list_shards(path_or_paths: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -187,22 +196,14 @@ def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             version = (file.schema_arrow.metadata or {}).get(VERSION_KEY, b"none").decode()
-            if version == FORMAT_VERSION and _has_known_schema(file.schema_arrow):
-                return file.read(columns if columns is None else [c for c in columns if c in file.schema_arrow.names])
+            if version == FORMAT_VERSION and file.schema_arrow.equals(SCHEMA):
+                return file.read(columns)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: damaged trace shard ({reason}); delete it and run again") from error
+    if version == "1":
+        raise ValueError(
+            f"{path}: a trace shard of format 1, but this version reads format {FORMAT_VERSION}: generate the traces "
+            "again (CHANGELOG.md names the renamed columns)"
+        )
     raise ValueError(f"{path}: not a trace shard of format {FORMAT_VERSION} (its format: {version})")
-
-
-def _has_known_schema(schema: pa.Schema) -> bool:
-    return schema.equals(
-        pa.schema([one for one in SCHEMA if one.name in schema.names or one.name not in _OPTIONAL_COLUMNS])
-    )
-
-
-def _write_table(table: pa.Table, path: Path) -> None:
-    with path.open("wb") as file:
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-        file.flush()
-        os.fsync(file.fileno())

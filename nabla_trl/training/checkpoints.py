@@ -1,13 +1,13 @@
-"""The trained checkpoints of a run: where they lie, what is known of them, and whether their files are whole.
+"""Find the trained checkpoints of a run and read their records.
 
-A run folder, as recipes/distill.py leaves it:
+A run folder of recipes/distill.py holds:
 
-    trained/<method>/train.json        what the training did
-    trained/<method>/config.yaml       the configuration that it was made with, as --config takes it
-    trained/<method>/adapter/          a LoRA adapter and its tokenizer; or
+    trained/<method>/train.json        record of the training (`nabla_trl.training.offline.TrainingResult`)
+    trained/<method>/config.yaml       configuration of the training, as --config takes it
+    trained/<method>/adapter/          a LoRA adapter and its tokenizer, or
     trained/<method>/model/            full weights and their tokenizer
     rows.jsonl, facts.json             what was measured (`nabla_trl.evaluation.results`)
-    config.yaml                        the configuration of the last call
+    config.yaml                        configuration of the last call
     traces/*.parquet                   what was trained on, if anything
 """
 
@@ -22,53 +22,58 @@ from nabla_trl.utils.files import read_json_file
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "config.yaml"
-# What a report needs to know of a training and of a run, and what a card needs beyond that.
-_COST_KEYS = ("flops", "seconds", "trace_flops", "trace_seconds", "processes")
-_TRAINING_KEYS = ("tuning", "beta", "rows", "steps", "tokens", "skipped", *_COST_KEYS)
+# What a report needs of train.json.
+_TRAINING_KEYS = (
+    *("tuning", "beta", "rows", "steps", "tokens", "skipped"),
+    *("flops", "seconds", "trace_flops", "trace_seconds", "processes"),
+)
 
 
 def list_trained_methods(run_dir: Path) -> list[str]:
-    """The methods that a run has finished training with."""
-    return sorted(note.parent.name for note in run_dir.glob("trained/*/train.json"))
+    """Return the methods that a run has finished training with."""
+    return sorted(file.parent.name for file in run_dir.glob("trained/*/train.json"))
 
 
 def find_trained_weights(run_dir: Path, method: str) -> Path:
-    """The folder of a method's adapter or whole model.
+    """Return the folder of a method's adapter or full model.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: neither exists.
     """
     folder = run_dir / "trained" / method
-    found = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), None)
-    if found is None:
-        raise ValueError(
-            f"{folder} holds neither adapter/ nor model/: nothing was trained, or its saving was cut short"
-        )
-    return found
+    for name in ("adapter", "model"):
+        if (folder / name).is_dir():
+            return folder / name
+    raise ValueError(f"{folder} holds neither adapter/ nor model/: nothing was trained, or its saving was cut short")
 
 
 def read_training_record(run_dir: Path, method: str) -> dict[str, Any]:
-    """What a method's training did (`nabla_trl.training.offline.Trained`), and the cost of the traces it was made of.
+    """Return the record of a method's training, with the cost of its traces.
 
     Raises:
-        ValueError: it is not JSON, or lacks something.
+        ValueError: the file is not JSON, or lacks a key.
     """
     path = run_dir / "trained" / method / "train.json"
-    return _require_keys(_TRAINING_KEYS, read_json_file(path), path)
+    return require_keys(_TRAINING_KEYS, read_json_file(path), path)
 
 
 def hash_traces(run_dir: Path) -> str | None:
-    """sha256 over the contents of the run's shards of traces in the order of their names; None without traces."""
+    """Return the sha256 hash of the run's trace shards in the order of their names, or None without traces."""
     shards = sorted(run_dir.glob("traces/*.parquet"))
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for shard in shards:
         with shard.open("rb") as file:
             while block := file.read(2**20):
-                found.update(block)
-    return found.hexdigest() if shards else None
+                digest.update(block)
+    return digest.hexdigest() if shards else None
 
 
-def _require_keys(names: Sequence[str], content: dict[str, Any], path: Path) -> dict[str, Any]:
+def require_keys(names: Sequence[str], content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: it lacks some of the keys.
+    """
     missing = [name for name in names if name not in content]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it was changed, or written by another version")
@@ -76,5 +81,5 @@ def _require_keys(names: Sequence[str], content: dict[str, Any], path: Path) -> 
 
 
 def get_policy_label(train_method: str) -> str:
-    """The label of the policy that a way of training made: reward-weighted -> reward_weighted."""
+    """Return the label of the policy that a method trained: reward-weighted -> reward_weighted."""
     return train_method.replace("-", "_")

@@ -1,4 +1,4 @@
-"""Training a policy on refined traces (SFT, reward-weighted, DPO), as token ids. `alignment.py` has RLOO and GRPO."""
+"""Train a policy on traces by SFT, reward-weighted regression or DPO, as token ids."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from nabla_trl.training.peft import (
     check_reference_model,
     compute_training_flops,
     find_last_checkpoint,
+    load_padded_tokenizer,
     load_trainable_model,
     save_model_atomically,
 )
@@ -46,58 +47,67 @@ if TYPE_CHECKING:
     from nabla_trl.training.callbacks import EvaluationCallback
 
 OFFLINE_METHODS = ("sft", "reward-weighted", "dpo")  # on traces
-ONLINE_METHODS = ("rloo", "grpo")  # on what the policy draws as it is trained
+ONLINE_METHODS = ("rloo", "grpo")  # on samples of the policy in training
 TRAIN_METHODS = (*OFFLINE_METHODS, *ONLINE_METHODS)
 ONLINE_REWARDS = ("reward", "verifier")
 
 
 @dataclass
 class TrainOptions:
-    """What is trained and on what, beside the trainer's own arguments. β is the reasoner's, for all methods alike."""
+    """Options of training beside the trainer's own arguments. β is the search's, for all methods."""
 
-    tuning: str = option("lora", "lora, qlora (an adapter on a 4-bit base) or full (all weights)")
+    tuning: str = option("lora", "what is trained: lora, qlora (an adapter on a 4-bit base) or full (all weights)")
     sft_selection: str = option(
         "best",
-        "sft: best (per problem), improved (all accepted responses above the first one's reward) or samples (the last "
-        "state of every Metropolis chain)",
+        "responses that sft trains on: best (the best of each problem), improved (all accepted responses above the "
+        "first one's reward) or samples (the last response of every Metropolis chain)",
     )
-    num_generations: int = option(8, "rloo, grpo: responses drawn per problem")
-    num_iterations: int = option(1, "rloo, grpo: optimiser steps on the same responses")
+    num_generations: int = option(8, "responses that rloo and grpo sample per problem")
+    num_iterations: int = option(1, "optimizer steps of rloo and grpo on the same responses")
     online_reward: str = option(
-        "reward", "rloo, grpo: reward (the one the search uses) or verifier (1 for a right answer, else 0)"
+        "reward",
+        "what rloo and grpo maximize: reward (that of the search) or verifier (1 for a correct answer, else 0)",
     )
     max_callback_problems: int = option(
-        0, "training problems kept apart, to measure accuracy and KL on in training; 0 = none"
+        0, "training problems that are held out, to measure accuracy, reward and KL during training. 0 disables it"
     )
-    callback_steps: int = option(50, "steps between two probes")
+    callback_steps: int = option(50, "steps between two evaluations on the held-out training problems")
     stop_on_overoptimization: bool = option(
         False,
-        "stop when a probe finds the reward up and the accuracy down, beyond chance, and keep the weights of the most "
-        "accurate probe (the last ones, where none was better than the untrained policy)",
+        "stop when an evaluation during training finds a higher reward and a significantly lower accuracy, and "
+        "restore the most accurate weights (the last ones, where none was more accurate than the untrained policy)",
     )
 
     def __post_init__(self) -> None:
-        for name, choices in (("tuning", TUNING_MODES), ("select", SFT_SELECTIONS), ("online_reward", ONLINE_REWARDS)):
+        for name, choices in (
+            ("tuning", TUNING_MODES),
+            ("sft_selection", SFT_SELECTIONS),
+            ("online_reward", ONLINE_REWARDS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if self.num_generations < 2:
             raise ValueError("num_generations must be at least 2: a response is compared with others to its problem")
         if self.num_iterations < 1 or self.callback_steps < 1 or self.max_callback_problems < 0:
-            raise ValueError("num_iterations and probe_steps must be at least 1, probe_problems not negative")
+            raise ValueError(
+                "num_iterations and callback_steps must be at least 1, max_callback_problems not negative"
+            )
         if self.stop_on_overoptimization and not self.max_callback_problems:
-            raise ValueError("stop_on_overoptimisation needs a probe: set probe_problems")
+            raise ValueError("stop_on_overoptimization needs evaluations during training: set max_callback_problems")
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run did.
+    """Record of a training run.
 
     Attributes:
-        rows: rows trained on (online: problems); `skipped`: what was left out, by reason.
-        tokens, flops: of training; online also of drawing, scoring and reading them with the reference.
-        seconds: wall seconds, of all sittings of a resumed run.
-        stopped: why it ended early; empty where it did not.
-        facts: what the method alone has to tell (zero-variance groups, clipped responses).
+        rows: number of rows trained on (online: problems).
+        skipped: number of rows left out, by reason.
+        tokens: trained tokens (online: sampled tokens with their prompts).
+        flops: of training. Online also of sampling, of scoring and of the reference model.
+        seconds: wall-clock time of all sessions of a resumed run.
+        stop_reason: why training ended early, empty where it did not.
+        method_metrics: metrics of this method alone (groups without variance, clipped responses).
     """
 
     method: str
@@ -118,41 +128,46 @@ class TrainingResult:
 def build_training_rows(
     method: str, traces: Sequence[Trace], *, sft_selection: str, beta: float, include_unfinished: bool = False
 ) -> TrainingRows:
-    """The rows that a method on traces is trained on.
+    """Return the rows that a method on traces is trained on.
+
+    Args:
+        sft_selection: responses for sft, see `build_sft_rows`.
+        beta: β of the weights of reward-weighted.
+        include_unfinished: take responses that were cut at the limit, too.
 
     Raises:
-        ValueError: there are none, or no proposal was accepted, so that there is nothing of the search to learn from.
+        ValueError: there are none, or no proposal was accepted, so that the search teaches nothing.
     """
-    chosen = method == "dpo" or (method == "sft" and sft_selection != "samples")
-    if chosen and not any(revision.accepted for trace in traces for revision in trace.revisions):
-        proposed = sum(len(trace.revisions) for trace in traces)
+    needs_acceptance = method == "dpo" or (method == "sft" and sft_selection != "samples")
+    if needs_acceptance and not any(revision.accepted for trace in traces for revision in trace.revisions):
+        num_proposals = sum(len(trace.revisions) for trace in traces)
         raise ValueError(
-            f"none of {proposed} proposals in {len(traces)} traces was accepted, so there is nothing to learn from: "
-            "raise rounds or candidates, choose another point, or audit the reward"
+            f"none of {num_proposals} proposals in {len(traces)} traces was accepted, so there is nothing to learn "
+            "from: raise max_rounds or top_k_candidates, choose another solver.gradient_at, or audit the reward"
         )
     if method == "dpo":
-        found = build_preference_rows(traces)
+        training_rows = build_preference_rows(traces)
     elif method == "reward-weighted":
-        found = build_weighted_rows(traces, beta, include_unfinished=include_unfinished)
+        training_rows = build_weighted_rows(traces, beta, include_unfinished=include_unfinished)
     else:
-        found = build_sft_rows(traces, sft_selection, include_unfinished=include_unfinished)
-    if not found.rows:
-        left_out = json.dumps(dict(found.skipped)) if found.skipped else "there are none"
+        training_rows = build_sft_rows(traces, sft_selection, include_unfinished=include_unfinished)
+    if not training_rows.rows:
+        skipped = json.dumps(dict(training_rows.skipped)) if training_rows.skipped else "there are none"
         raise ValueError(
-            f"no trace can be trained on ({left_out}): raise max_new_tokens, rounds or the number of problems"
+            f"no trace can be trained on ({skipped}): raise max_new_tokens, max_rounds or the number of problems"
         )
-    return found
+    return training_rows
 
 
 def check_tokenizer(traces: Sequence[Trace], policy: str) -> None:
     """Refuse traces whose ids mean other tokens than the policy's."""
-    own = hash_vocabulary(load_tokenizer(policy))
+    policy_hash = hash_vocabulary(load_tokenizer(policy))
     for trace in traces:
-        made = trace.meta.get("tokenizer_hash", own)
-        if made != own:
+        trace_hash = trace.meta.get("tokenizer_hash", policy_hash)
+        if trace_hash != policy_hash:
             raise ValueError(
-                f"trace {trace.problem_id} was made with another tokenizer (hash {made}) than {policy}'s ({own}): "
-                "make the traces anew"
+                f"trace {trace.problem_id} was made with another tokenizer (hash {trace_hash}) than {policy}'s "
+                f"({policy_hash}): generate the traces again"
             )
 
 
@@ -169,9 +184,9 @@ def train_on_traces(
     dtype: str,
     callback: EvaluationCallback | None = None,
 ) -> TrainingResult:
-    """Train a policy on rows of traces and write the adapter, or the whole model, to `output` (whole or not at all).
+    """Train a policy on rows of traces and write the adapter, or the full model, whole or not at all.
 
-    Checkpoints are the trainer's, in `config.output_dir`; the last whole one there is gone on from.
+    Checkpoints are the trainer's, in `config.output_dir`. Training continues from the last complete one.
 
     Args:
         method: "sft", "reward-weighted" or "dpo".
@@ -180,23 +195,23 @@ def train_on_traces(
 
     Raises:
         ValueError: no row within `max_length`, a loss that is not finite, weights that did not change, a disk that is
-            full, or what `load_trainable` and (dpo) `check_reference` refuse.
+            full, or what `load_trainable_model` and (dpo) `check_reference_model` refuse.
     """
     if method == "dpo":
         check_reference_model(policy, tuning)
     else:
         training_rows = _drop_long_rows(training_rows, config.max_length)
+    is_frozen = tuning != "full"
     model = load_trainable_model(policy, tuning=tuning, dtype=dtype, config=config)
-    trainer = _build_offline_trainer(method, policy, model, training_rows, beta, tuning, lora, config)
+    peft_config = build_lora_config(lora, "CAUSAL_LM") if is_frozen else None
+    trainer = _build_offline_trainer(method, policy, model, training_rows, beta, peft_config, config)
     size = measure_model_size(model, "policy")
     outcome = run_trainer(trainer, output_dir, tuning=tuning, callback=callback)
-    lengths = [_count_sequence_tokens(row) for row in training_rows.rows]
-    added = outcome.trainable_parameters if tuning != "full" else 0
-    each = [
-        compute_training_flops(size, added, count, frozen=tuning != "full") for counts in lengths for count in counts
-    ]
+    lengths = [length for row in training_rows.rows for length in _list_sequence_lengths(row)]
+    adapter_parameters = outcome.trainable_parameters if is_frozen else 0
+    flops = [compute_training_flops(size, adapter_parameters, length, frozen=is_frozen) for length in lengths]
     if method == "dpo":  # the reference reads both responses, too
-        each += [size.compute_forward_flops(0, count) for counts in lengths for count in counts]
+        flops += [size.compute_forward_flops(0, length) for length in lengths]
     return TrainingResult(
         method=method,
         tuning=tuning,
@@ -205,28 +220,24 @@ def train_on_traces(
         skipped=dict(training_rows.skipped),
         steps=outcome.steps,
         epochs=outcome.epochs,
-        tokens=round(outcome.epochs * sum(map(sum, lengths))),
-        flops=outcome.epochs * sum(each),
+        tokens=round(outcome.epochs * sum(lengths)),
+        flops=outcome.epochs * sum(flops),
         seconds=outcome.seconds,
         loss=outcome.loss,
         stop_reason=outcome.stop_reason,
     )
 
 
-def _drop_long_rows(found: TrainingRows, longest: int | None) -> TrainingRows:
-    """The rows that TRL would not cut: a response without its end teaches not to end.
-
-    Raises:
-        ValueError: there are none.
-    """
-    rows = [row for row in found.rows if longest is None or len(row["input_ids"]) <= longest]
+def _drop_long_rows(training_rows: TrainingRows, max_length: int | None) -> TrainingRows:
+    """Return the rows that TRL would not cut, since a response without its end teaches not to end."""
+    rows = [row for row in training_rows.rows if max_length is None or len(row["input_ids"]) <= max_length]
     if not rows:
-        raise ValueError(f"every row is longer than max_length {longest}: raise it")
-    return TrainingRows(rows, found.skipped + Counter({"longer than max_length": len(found.rows) - len(rows)}))
+        raise ValueError(f"every row is longer than max_length {max_length}: raise it")
+    num_long = len(training_rows.rows) - len(rows)
+    return TrainingRows(rows, training_rows.skipped + Counter({"longer than max_length": num_long}))
 
 
-def _count_sequence_tokens(row: dict[str, Any]) -> list[int]:
-    """Tokens of the sequences of a row."""
+def _list_sequence_lengths(row: dict[str, Any]) -> list[int]:
     if "input_ids" in row:
         return [len(row["input_ids"])]
     return [len(row["prompt_ids"]) + len(row[name]) for name in ("chosen_ids", "rejected_ids")]
@@ -236,10 +247,9 @@ def _build_offline_trainer(
     method: str,
     policy: str,
     model: Any,
-    found: TrainingRows,
+    training_rows: TrainingRows,
     beta: float,
-    tuning: str,
-    lora: LoraArguments,
+    peft_config: Any,
     config: SFTConfig,
 ) -> Any:
     from datasets import Dataset
@@ -249,28 +259,26 @@ def _build_offline_trainer(
 
     common = {
         "model": model,
-        "train_dataset": Dataset.from_list(found.rows),
+        "train_dataset": Dataset.from_list(training_rows.rows),
         "processing_class": load_padded_tokenizer(policy),
-        "peft_config": None if tuning == "full" else build_lora_config(lora, "CAUSAL_LM"),
+        "peft_config": peft_config,
     }
     if method == "dpo":
-        # Never cut a response: what it ends with decides which one is chosen.
+        # Without max_length no response is cut: its end decides whether it is chosen.
         return TokenIdsDPOTrainer(args=convert_config(DPOConfig, config, max_length=None, beta=beta), **common)
-    kind = WeightedSFTTrainer if method == "reward-weighted" else TokenIdsSFTTrainer
-    return kind(args=config, **common)
-
-
-def load_padded_tokenizer(policy: str) -> Any:
-    """The policy's tokenizer with a padding token, which trainers need."""
-    tokenizer = load_tokenizer(policy)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    trainer_class = WeightedSFTTrainer if method == "reward-weighted" else TokenIdsSFTTrainer
+    return trainer_class(args=config, **common)
 
 
 @dataclass(frozen=True)
 class TrainerOutcome:
-    """What a trainer did; `added`: weights that were trained."""
+    """Result of a trainer.
+
+    Attributes:
+        trainable_parameters: number of weights that were trained.
+        seconds: wall-clock time of all sessions of a resumed run.
+        stop_reason: why training ended early, empty where it did not.
+    """
 
     trainable_parameters: int
     steps: int
@@ -282,27 +290,27 @@ class TrainerOutcome:
 
 
 def run_trainer(trainer: Any, output_dir: Path, *, tuning: str, callback: EvaluationCallback | None) -> TrainerOutcome:
-    """Train, from the last whole checkpoint if there is one, and save; the log goes to `log.jsonl` beside it.
+    """Train from the last complete checkpoint, if there is one, and save the model and `log.jsonl` beside it.
 
     Raises:
         ValueError: nothing trainable, a loss that is not finite, weights that did not change, or a full disk.
     """
     if tuning == "qlora":
         cast_trainable_to_float32(trainer.model)
-    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    if not trained:
+    trainable_weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    if not trainable_weights:
         raise ValueError("nothing is trainable: lora_target_modules names no module of the policy")
     if callback is not None:
         callback.attach(trainer)
-    before = _compute_weight_sums(trainer.model)
+    initial_sums = _compute_weight_sums(trainer.model)
     checkpoint = find_last_checkpoint(Path(trainer.args.output_dir))
-    clock = TrainingTimeCallback(checkpoint)
-    trainer.add_callback(clock)
+    timer = TrainingTimeCallback(checkpoint)
+    trainer.add_callback(timer)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not math.isfinite(result.training_loss):
         raise ValueError(f"the training loss became {result.training_loss}: lower learning_rate; nothing written")
-    stopped = "" if callback is None else callback.restore_best_weights(trainer)
-    if torch.equal(before, _compute_weight_sums(trainer.model)):
+    stop_reason = "" if callback is None else callback.restore_best_weights(trainer)
+    if torch.equal(initial_sums, _compute_weight_sums(trainer.model)):
         raise ValueError(
             f"{trainer.state.global_step} steps of training changed nothing: lower warmup_steps or raise "
             "num_train_epochs"
@@ -313,37 +321,38 @@ def run_trainer(trainer: Any, output_dir: Path, *, tuning: str, callback: Evalua
         output_dir.with_name("log.jsonl").write_text(lines, encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     return TrainerOutcome(
-        trainable_parameters=sum(weight.numel() for weight in trained),
+        trainable_parameters=sum(weight.numel() for weight in trainable_weights),
         steps=trainer.state.global_step,
         epochs=float(trainer.state.epoch or 0.0),
-        seconds=clock.measure_seconds(),
+        seconds=timer.measure_seconds(),
         loss=float(result.training_loss),
-        stop_reason=stopped,
+        stop_reason=stop_reason,
         log_history=list(trainer.state.log_history),
     )
 
 
 class TrainingTimeCallback(TrainerCallback):
-    """Seconds of training over all sittings: each checkpoint remembers how many led to it."""
+    """Timer of training over all sessions. Each checkpoint stores the seconds that led to it."""
+
+    FILE = "training_seconds.json"
 
     def __init__(self, checkpoint: Path | None):
-        note = None if checkpoint is None else checkpoint / "clock.json"
-        self._previous_seconds = (
-            json.loads(note.read_text(encoding="utf-8")) if note is not None and note.exists() else 0.0
-        )
+        file = None if checkpoint is None else checkpoint / self.FILE
+        self._previous_seconds = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else 0.0
         self._start_time = time.perf_counter()
 
     def measure_seconds(self) -> float:
+        """Return the seconds of training so far."""
         return self._previous_seconds + time.perf_counter() - self._start_time
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            (folder / "clock.json").write_text(json.dumps(self.measure_seconds()), encoding="utf-8")
+            (folder / self.FILE).write_text(json.dumps(self.measure_seconds()), encoding="utf-8")
 
 
 def _compute_weight_sums(model: Any) -> Tensor:
-    """[trained weights, 2] sums that differ once one of the weights does."""
+    """Return [trainable weights, 2] sums that differ if one of the weights does."""
     sums = []
     for weight in model.parameters():
         if weight.requires_grad:

@@ -1,4 +1,4 @@
-"""What is trained of a model (a LoRA adapter, one on a 4-bit base, or all weights), and saving it whole."""
+"""Load what is trained of a model (a LoRA adapter, one on a 4-bit base, or all weights), and save it whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
 from nabla_trl.models.flops import ModelSize
-from nabla_trl.models.loading import DTYPES, find_adapter_folder, load_causal_lm
+from nabla_trl.models.loading import DTYPES, find_adapter_folder, load_causal_lm, load_tokenizer
+from nabla_trl.utils.fields import option
 from nabla_trl.utils.formatting import format_error, format_load_error
 
 TUNING_MODES = ("full", "lora", "qlora")
@@ -20,19 +21,19 @@ TUNING_MODES = ("full", "lora", "qlora")
 
 @dataclass
 class LoraArguments:
-    """The adapter."""
+    """Options of the LoRA adapter."""
 
-    lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
-    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapter, over its rank"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
+    lora_r: int = option(16, "rank of the adapter")
+    lora_alpha: int = option(32, "scale of the adapter, divided by its rank")
+    lora_dropout: float = option(0.0, "dropout on the adapter's input")
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "modules to adapt; all-linear = all but the head"},
+        metadata={"help": "modules to adapt. all-linear adapts all linear layers but the head"},
     )
 
 
 def build_lora_config(lora: LoraArguments, task_type: str, modules_to_save: list[str] | None = None) -> Any:
-    """PEFT's configuration of an adapter."""
+    """Return PEFT's configuration of an adapter."""
     from peft import LoraConfig
 
     modules: Any = lora.lora_target_modules
@@ -47,10 +48,10 @@ def build_lora_config(lora: LoraArguments, task_type: str, modules_to_save: list
 
 
 def load_trainable_model(name: str, *, tuning: str, dtype: str, config: TrainingArguments) -> PreTrainedModel:
-    """The causal LM that training starts from, on the trainer's device; adapters are put on it by the trainer.
+    """Load the causal LM that training starts from, on the trainer's device. The trainer adds the adapter.
 
     Args:
-        dtype: of a frozen base. Weights that are trained themselves are float32: in bfloat16 small steps are lost.
+        dtype: of a frozen base. Weights that are trained themselves are float32, since bfloat16 loses small steps.
 
     Raises:
         ValueError: nothing loadable at `name`, an adapter as the base of another one in 4 bits, or a half-precision
@@ -63,7 +64,7 @@ def load_trainable_model(name: str, *, tuning: str, dtype: str, config: Training
 
 
 def check_precision(tuning: str, dtype: str, config: TrainingArguments) -> None:
-    """Refuse a half-precision base under a float32 adapter without autocast, whose matrices cannot be multiplied."""
+    """Refuse a half-precision base with a float32 adapter without autocast: their matrices cannot be multiplied."""
     if tuning == "lora" and dtype != "float32" and not (config.bf16 or config.fp16):
         raise ValueError(
             f"a {dtype} base under a float32 adapter needs mixed precision: set bf16 true, or dtype float32"
@@ -71,11 +72,11 @@ def check_precision(tuning: str, dtype: str, config: TrainingArguments) -> None:
 
 
 def check_reference_model(name: str, tuning: str) -> None:
-    """Refuse to hold full weights to an adapter: TRL would load its base as the reference instead."""
+    """Refuse full weights with an adapter as their reference: TRL would load the adapter's base instead."""
     if tuning == "full" and find_adapter_folder(name) is not None:
         raise ValueError(
             f"{name} is an adapter, which cannot be the reference of full weights: set tuning lora, or start from "
-            "whole weights (nabla-trl ship --merge makes them)"
+            "whole weights (nabla-trl export --merge writes them)"
         )
 
 
@@ -83,7 +84,9 @@ def _load_four_bit(name: str, dtype: str, config: TrainingArguments) -> PreTrain
     from peft import prepare_model_for_kbit_training
 
     if find_adapter_folder(name) is not None:
-        raise ValueError(f"{name} is an adapter: qlora starts from whole weights (nabla-trl ship --merge makes them)")
+        raise ValueError(
+            f"{name} is an adapter: qlora starts from whole weights (nabla-trl export --merge writes them)"
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -98,7 +101,7 @@ def _load_four_bit(name: str, dtype: str, config: TrainingArguments) -> PreTrain
 
 
 def build_4bit_config(compute_dtype: torch.dtype, *, head_name: str) -> BitsAndBytesConfig:
-    """NF4 with double quantisation (QLoRA, arXiv 2305.14314); the head stays as it is."""
+    """Return NF4 with double quantization (QLoRA, arXiv 2305.14314). The head is not quantized."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -108,9 +111,20 @@ def build_4bit_config(compute_dtype: torch.dtype, *, head_name: str) -> BitsAndB
     )
 
 
+def load_padded_tokenizer(name: str) -> Any:
+    """Load a tokenizer with a padding token, which trainers need."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def disable_avx512_bf16_kernel(model: PreTrainedModel) -> None:
-    """On CPUs with AVX512-BF16 a 4-bit forward without autograd repacks the weights for a kernel that has none:
-    gradients after it are silently wrong."""
+    """Keep 4-bit layers from repacking their weights.
+
+    On CPUs with AVX512-BF16, a forward pass without autograd repacks them for a kernel that has no backward pass.
+    Gradients after it are silently wrong.
+    """
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
@@ -119,25 +133,31 @@ def disable_avx512_bf16_kernel(model: PreTrainedModel) -> None:
 
 
 def cast_trainable_to_float32(model: Any) -> None:
-    """Trained weights in float32: TRL rounds adapters of 4-bit bases to bfloat16, where small steps are lost."""
+    """Turn trained weights into float32: TRL rounds adapters of 4-bit bases to bfloat16, which loses small steps."""
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
 
 
 def compute_training_flops(size: ModelSize, adapter_parameters: int, num_tokens: int, *, frozen: bool = True) -> float:
-    """Forward and backward of `count` tokens: a base, frozen or trained, and `added` weights of an adapter."""
+    """Return the FLOPs of forward and backward passes.
+
+    Args:
+        size: of the base.
+        adapter_parameters: weights of the adapter, 0 without one.
+        frozen: whether the base is not trained.
+    """
     base = size.compute_forward_flops(0, num_tokens) + size.compute_backward_flops(0, num_tokens, frozen=frozen)
     return base + 3 * 2 * adapter_parameters * num_tokens
 
 
 def save_model_atomically(trainer: Any, output_dir: Path) -> None:
-    """The trainer's model and tokenizer in `output`, whole or not at all.
+    """Save the trainer's model and tokenizer, whole or not at all.
 
-    Every process calls this: weights that are sharded over them are gathered.
+    Every process must call this, since weights that are sharded over processes are gathered.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the folder cannot be written.
     """
     scratch = output_dir.with_name(output_dir.name + ".tmp")
     if trainer.accelerator.is_main_process:
@@ -150,7 +170,7 @@ def save_model_atomically(trainer: Any, output_dir: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         raise ValueError(f"cannot save {output_dir}: {format_error(error)}") from error
     if trainer.accelerator.is_main_process:
-        for name in ("training_args.bin", "README.md"):  # paths and hardware; a card that knows no figures
+        for name in ("training_args.bin", "README.md"):  # paths and hardware, a card without figures
             (scratch / name).unlink(missing_ok=True)
         shutil.rmtree(output_dir, ignore_errors=True)
         scratch.rename(output_dir)
@@ -158,13 +178,13 @@ def save_model_atomically(trainer: Any, output_dir: Path) -> None:
 
 
 def find_last_checkpoint(folder: Path) -> Path | None:
-    """The latest whole checkpoint of a trainer's folder; None without one.
+    """Return the latest complete checkpoint in a trainer's folder, or None.
 
-    A trainer writes its state last, so a checkpoint without a readable one was cut off while it was written.
+    A trainer writes its state last, so a checkpoint without a readable state was cut off while it was written.
     """
-    found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
-    whole = [step for step, path in found.items() if _is_complete(path)]
-    return found[max(whole)] if whole else None
+    paths = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    complete = [step for step, path in paths.items() if _is_complete(path)]
+    return paths[max(complete)] if complete else None
 
 
 def _is_complete(checkpoint: Path) -> bool:

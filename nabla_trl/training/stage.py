@@ -1,4 +1,4 @@
-"""The stage of a run that trains: one policy per method, each in a folder of its own, resumable, never mixed up."""
+"""Train one policy per method, each in its own folder of a run, and resume where training was interrupted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.options import MetropolisAcceptance
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import read_traces
 from nabla_trl.training.callbacks import EvaluationCallback
 from nabla_trl.training.checkpoints import CONFIG_FILE, hash_traces
@@ -38,7 +37,7 @@ from nabla_trl.training.peft import LoraArguments, check_precision, check_refere
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.identity import claim_settings
 
-# TRL's options that decide what training makes of a policy.
+# TRL's options that change the trained weights.
 TRAINER_OPTIONS = (
     "learning_rate",
     "num_train_epochs",
@@ -67,15 +66,18 @@ TRAINER_OPTIONS = (
 
 @dataclass
 class TrainStage:
-    """Everything a method needs.
+    """What every training method needs.
 
     Attributes:
-        folder: of the run; traces/ is in it, and trained/<method>/ will be.
-        problems: of training; `probed`: those kept apart for the probe.
-        models: loads the frozen policy and the reward, once.
-        settings: of the models and the search, which decide what the traces are and what is rewarded.
-        called: the options of this call, as `--config` takes them; `command`: how it was called. Both are kept with
-            the weights, as later calls on the folder may be others.
+        run_dir: folder of the run, which holds traces/ and will hold trained/<method>/.
+        policy: name of the policy.
+        problems: of training.
+        callback_problems: training problems that are held out for evaluations during training.
+        load_models: loads the frozen policy and the reward, once.
+        search_settings: of the models and the search, which decide the traces and the rewards.
+        command_options: the options of this call, as `--config` takes them. They are stored with the weights, since
+            later calls on the folder may have others.
+        command: the command line of this call, stored with the weights, too.
     """
 
     run_dir: Path
@@ -95,48 +97,55 @@ class TrainStage:
     command: str
 
     def train_method(self, method: str) -> TrainingResult | None:
-        """Train, or go on training; None where it is done already.
+        """Train a policy, or continue an interrupted training. Returns None where the training is finished already.
 
         Raises:
-            ValueError: other settings than those the folder was begun with (the differing ones are named), and what
+            ValueError: other settings than those of the interrupted training (the differing ones are named), and what
                 the methods refuse.
         """
         self.check_method(method)
-        home = self.run_dir / "trained" / method
-        trainer, mark = home / "trainer", home / "settings.json"
-        finished = (home / "train.json").exists()
-        if not finished and find_last_checkpoint(trainer) is None and self.process_state.is_main_process:
-            mark.unlink(missing_ok=True)  # of an attempt that left nothing
+        folder = self.run_dir / "trained" / method
+        trainer_dir, settings_file = folder / "trainer", folder / "settings.json"
+        is_finished = (folder / "train.json").exists()
+        if not is_finished and find_last_checkpoint(trainer_dir) is None and self.process_state.is_main_process:
+            settings_file.unlink(missing_ok=True)  # of an attempt that left nothing
         self.process_state.wait_for_everyone()
-        traces = hash_traces(self.run_dir) if method in OFFLINE_METHODS else None
-        claim_settings(mark, self._collect_settings(method) | ({} if traces is None else {"traces": traces}))
-        if finished:
+        traces_hash = hash_traces(self.run_dir) if method in OFFLINE_METHODS else None
+        settings = self._collect_settings(method) | ({} if traces_hash is None else {"traces_hash": traces_hash})
+        claim_settings(settings_file, settings)
+        if is_finished:
             return None
         if self.process_state.is_main_process:
-            write_atomic(home / CONFIG_FILE, yaml.safe_dump(dict(self.command_options), sort_keys=False))
+            write_atomic(folder / CONFIG_FILE, yaml.safe_dump(dict(self.command_options), sort_keys=False))
         config = copy(self.sft_config)
-        config.output_dir = str(trainer)
-        output = home / ("model" if self.options.tuning == "full" else "adapter")
-        trained, spent = self._train_policy(method, output, config)
+        config.output_dir = str(trainer_dir)
+        output_dir = folder / ("model" if self.options.tuning == "full" else "adapter")
+        result, trace_cost = self._train_policy(method, output_dir, config)
         if self.process_state.is_main_process:
-            facts = asdict(trained) | {"trace_flops": spent.flops, "trace_seconds": spent.seconds}
-            facts |= {"traces": traces, "command": self.command}
-            facts["processes"] = self.process_state.num_processes
-            write_atomic(home / "train.json", json.dumps(facts, indent=1))
-        return trained
+            record = asdict(result) | {
+                "trace_flops": trace_cost.flops,
+                "trace_seconds": trace_cost.seconds,
+                "traces_hash": traces_hash,
+                "command": self.command,
+                "processes": self.process_state.num_processes,
+            }
+            write_atomic(folder / "train.json", json.dumps(record, indent=1))
+        return result
 
     def check_method(self, method: str) -> None:
-        """Refuse what a method cannot be trained with, before anything is loaded or searched."""
+        """Refuse what a method cannot be trained with, before anything is loaded or searched.
+
+        Raises:
+            ValueError: options that do not fit the method, or fewer problems for evaluations than asked for.
+        """
         if method != "sft" and self.search_config.beta is None:
             raise ValueError(
-                f"method {method} needs beta, which search and training share: set beta (target_kl sets the step of the search alone)"
+                f"method {method} needs beta, which search and training share: set beta (solver.target_kl is for "
+                "the search alone)"
             )
-        if (
-            method == "sft"
-            and self.options.sft_selection == "samples"
-            and not isinstance(self.search_config.acceptance, MetropolisAcceptance)
-        ):
-            raise ValueError("select samples takes samples of π*: set acceptance metropolis")
+        trains_on_samples = method == "sft" and self.options.sft_selection == "samples"
+        if trains_on_samples and not isinstance(self.search_config.acceptance, MetropolisAcceptance):
+            raise ValueError("sft_selection samples takes samples of π*: set acceptance metropolis")
         if method == "dpo" or method in ONLINE_METHODS:
             check_reference_model(self.policy, self.options.tuning)
         if method in ONLINE_METHODS:
@@ -145,61 +154,49 @@ class TrainStage:
         self._select_callback_problems()
 
     def _collect_settings(self, method: str) -> dict[str, str]:
-        found = {name: str(getattr(self.sft_config, name)) for name in TRAINER_OPTIONS}
-        found |= {name: str(value) for name, value in {**asdict(self.lora), **asdict(self.options)}.items()}
-        found |= {
-            "method": method,
-            "problems": str(len(self.problems)),
-            "processes": str(self.process_state.num_processes),
-        }
-        return found | self.search_settings
+        trainer_options = {name: getattr(self.sft_config, name) for name in TRAINER_OPTIONS}
+        options = {**trainer_options, **asdict(self.lora), **asdict(self.options), "method": method}
+        counts = {"problems": len(self.problems), "processes": self.process_state.num_processes}
+        return {name: str(value) for name, value in {**options, **counts}.items()} | self.search_settings
 
-    def _train_policy(self, method: str, output: Path, config: SFTConfig) -> tuple[TrainingResult, Cost]:
-        probe = self._build_callback()
+    def _train_policy(self, method: str, output_dir: Path, config: SFTConfig) -> tuple[TrainingResult, Cost]:
+        """Return the record of a training, and the cost of its traces."""
         beta = 1 / self.search_config.reward_weight
         shared: dict[str, Any] = {
             "beta": beta,
             "lora": self.lora,
             "config": config,
             "dtype": self.dtype,
-            "probe": probe,
+            "callback": self._build_callback(),
         }
         if method in OFFLINE_METHODS:
-            made = self._read_training_traces()
-            check_tokenizer(made, self.policy)
-            found = build_training_rows(method, made, sft_selection=self.options.sft_selection, beta=beta)
-            trained = train_on_traces(method, self.policy, found, output, tuning=self.options.tuning, **shared)
-            return trained, sum((trace.cost for trace in made), Cost())
-        base, reward = self.load_models()
-        trained = train_online(
+            # The folder may hold traces of other problems, also of those that are held out now.
+            problem_ids = {problem.id for problem in self.problems}
+            traces = [trace for trace in read_traces(self.run_dir / "traces") if trace.problem_id in problem_ids]
+            check_tokenizer(traces, self.policy)
+            rows = build_training_rows(method, traces, sft_selection=self.options.sft_selection, beta=beta)
+            result = train_on_traces(method, self.policy, rows, output_dir, tuning=self.options.tuning, **shared)
+            return result, sum((trace.cost for trace in traces), Cost())
+        base_policy, reward = self.load_models()
+        result = train_online(
             method,
-            base,
+            base_policy,
             self.problems,
-            output,
+            output_dir,
             reward=reward,
             checker=self.checker,
             sampling=self.search_config.get_sampling(),
             options=self.options,
             **shared,
         )
-        return trained, Cost()
-
-    def _read_training_traces(self) -> list[Trace]:
-        """Those of the problems of training: the folder may hold more, of the probe too, from before there was one."""
-        asked = {problem.id for problem in self.problems}
-        return [trace for trace in read_traces(self.run_dir / "traces") if trace.problem_id in asked]
+        return result, Cost()
 
     def _select_callback_problems(self) -> list[Problem]:
-        """The problems of the probe.
-
-        Raises:
-            ValueError: fewer than asked for.
-        """
         problems = [problem for problem in self.callback_problems if problem.answer]
         if len(problems) < self.options.max_callback_problems:
             raise ValueError(
-                f"only {len(problems)} training problems with a gold answer are left for probe_problems "
-                f"{self.options.max_callback_problems}: lower train_limit or probe_problems"
+                f"only {len(problems)} training problems with a gold answer are left for max_callback_problems "
+                f"{self.options.max_callback_problems}: lower max_train_problems or max_callback_problems"
             )
         return problems
 
@@ -207,10 +204,10 @@ class TrainStage:
         problems = self._select_callback_problems()
         if not problems:
             return None
-        base, reward = self.load_models()
+        base_policy, reward = self.load_models()
         return EvaluationCallback(
             problems,
-            base_policy=base,
+            base_policy=base_policy,
             reward=reward,
             max_new_tokens=self.search_config.max_new_tokens,
             callback_steps=self.options.callback_steps,

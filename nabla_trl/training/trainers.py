@@ -1,10 +1,10 @@
-"""TRL's trainers, on token ids: what is scored, trained on and compared is never tokenised again."""
+"""Run TRL's trainers on token ids, so that what is scored, trained on and compared is never tokenized again."""
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -23,12 +23,12 @@ from nabla_trl.utils.formatting import format_error
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
-# Steps in a row whose responses differ while all their rewards are the same: nothing can be learned from that.
+# Training stops after so many steps in a row whose responses differ while all their rewards are the same.
 MAX_CONSTANT_REWARD_STEPS = 10
 
 
 class ResponseScorer(Protocol):
-    """Problem ids and response ids → one reward each; −inf: the reward cannot read that response.
+    """Scorer of responses by their ids.
 
     Attributes:
         components: means of the reward's parts over the last call, by name, for the log.
@@ -36,23 +36,27 @@ class ResponseScorer(Protocol):
 
     components: dict[str, float]
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[float]: ...
+    def __call__(self, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[float]:
+        """Return one reward per pair of problem id and response, −inf where the reward cannot read the response."""
+
+    def compute_flops_per_response(self) -> float:
+        """Return the mean FLOPs of scoring one response."""
 
 
 def convert_config(config_class: type[Config], config: TrainingArguments, **options: Any) -> Config:
-    """The configuration of one of TRL's trainers, with another's arguments that every trainer has, and `options`.
+    """Return the configuration of one of TRL's trainers with the general arguments of another one, and `options`.
 
-    Others of the same name may mean another thing (`loss_type`).
+    Only arguments that every trainer has are taken. Others of the same name may have another meaning (`loss_type`).
     """
     shared = [option.name for option in fields(TrainingArguments) if option.init]
     return config_class(**{name: getattr(config, name) for name in shared} | options)
 
 
 class FiniteLossMixin:
-    """Trainer mix-in: a loss that is not finite stops the training before the step is taken.
+    """Trainer mix-in that stops the training before the step if the loss is not finite.
 
     Raises:
-        ValueError: the step is named; checkpoints that the trainer has saved stay where they are.
+        ValueError: with the step. Checkpoints that the trainer has saved stay where they are.
     """
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -64,10 +68,10 @@ class FiniteLossMixin:
 
 
 class AtomicCheckpointMixin:
-    """Trainer mix-in: a checkpoint that cannot be written leaves nothing behind, and the ones before it alone.
+    """Trainer mix-in that removes a checkpoint that cannot be written, and keeps those before it.
 
     Raises:
-        ValueError: the disk is full, or the folder cannot be written to; the step is named.
+        ValueError: the disk is full, or the folder cannot be written to. The step is named.
     """
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -76,10 +80,14 @@ class AtomicCheckpointMixin:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
-            kept = find_last_checkpoint(folder)
+            last_checkpoint = find_last_checkpoint(folder)
             raise ValueError(
                 f"cannot save the checkpoint of step {step}: {format_error(error)}; "
-                + (f"{kept} is intact: run the same command to go on from there" if kept else "there is none yet")
+                + (
+                    f"{last_checkpoint} is intact: run the same command to continue from there"
+                    if last_checkpoint
+                    else "no earlier checkpoint exists"
+                )
             ) from error
 
 
@@ -88,7 +96,7 @@ class TokenIdsSFTTrainer(AtomicCheckpointMixin, FiniteLossMixin, SFTTrainer):
 
 
 class WeightedSFTTrainer(TokenIdsSFTTrainer):
-    """The same with a `weight` for each row: Σ_i w_i · NLL_i over the number of trained tokens."""
+    """TokenIdsSFTTrainer on rows with a `weight`: the loss is Σ_i w_i · NLL_i over the number of trained tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -108,13 +116,13 @@ class WeightedSFTTrainer(TokenIdsSFTTrainer):
     ) -> Any:
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-        each = F.cross_entropy(
+        row_losses = F.cross_entropy(
             outputs.logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
         ).sum(1)
         count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = (inputs["weight"] * each).sum() / count
+        loss = (inputs["weight"] * row_losses).sum() / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # tokens are counted over all of them, gradients averaged
+            loss = loss * self.accelerator.num_processes  # tokens are summed, gradients averaged
         return (loss, outputs) if return_outputs else loss
 
 
@@ -126,13 +134,14 @@ class TokenIdsDPOTrainer(AtomicCheckpointMixin, FiniteLossMixin, DPOTrainer):
 
 
 class _OnlineTrainerMixin(AtomicCheckpointMixin, FiniteLossMixin):
-    """Trainer mix-in for RLOO and GRPO: prompts are problem ids, rewards are of the ids that were drawn.
+    """Trainer mix-in for RLOO and GRPO: prompts are problem ids, rewards are of the sampled token ids.
 
     Args:
-        encoded: problem id → prompt ids.
-        scorer: gives the rewards; `name` is what they are logged under.
-        labels: rewards are labels, which may well be all the same.
-        kwargs: as for TRL's trainer; the dataset holds the column `prompt`, problem ids.
+        prompt_ids: problem id → prompt ids.
+        scorer: gives the rewards.
+        reward_name: what the rewards are logged under.
+        allow_constant_rewards: for rewards that are labels, which may all be the same.
+        kwargs: as for TRL's trainer. The dataset holds the column `prompt`, problem ids.
 
     Raises:
         ValueError: in training, a reward that is NaN or +inf, or the same for all responses of many steps, though they
@@ -148,14 +157,15 @@ class _OnlineTrainerMixin(AtomicCheckpointMixin, FiniteLossMixin):
         allow_constant_rewards: bool = False,
         **kwargs: Any,
     ):
-        self.prompt_ids, self.scorer, self.reward_name, self.allow_constant_rewards = (
-            prompt_ids,
-            scorer,
-            reward_name,
-            allow_constant_rewards,
-        )
+        self.prompt_ids, self.scorer = prompt_ids, scorer
+        self.reward_name, self.allow_constant_rewards = reward_name, allow_constant_rewards
         self._num_constant_steps = 0
-        super().__init__(*args, reward_funcs=[_make_reward_function(reward_name, scorer)], **kwargs)  # type: ignore[call-arg]
+
+        def score(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+            return scorer(prompts, completion_ids)
+
+        score.__name__ = reward_name  # what TRL logs it under
+        super().__init__(*args, reward_funcs=[score], **kwargs)  # type: ignore[call-arg]
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [self.prompt_ids[prompt] for prompt in prompts], None, {}
@@ -164,55 +174,44 @@ class _OnlineTrainerMixin(AtomicCheckpointMixin, FiniteLossMixin):
         self, inputs: list[Any], prompts: list[str], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
-        bad = rewards.isnan() | rewards.isposinf()
-        if bad.any():
-            self._save_and_raise(f"a reward became {rewards[bad][0].item()}")
-        unreadable = rewards.isneginf().any(1)
+        invalid = rewards.isnan() | rewards.isposinf()
+        if invalid.any():
+            self._save_and_raise(f"a reward became {rewards[invalid][0].item()}")
+        unscorable = rewards.isneginf().any(1)
         mode = "train" if self.model.training else "eval"  # type: ignore[attr-defined]
-        self._metrics[mode]["unreadable_ratio"].append(unreadable.float().mean().item())  # type: ignore[attr-defined]
+        self._metrics[mode]["unscorable_ratio"].append(unscorable.float().mean().item())  # type: ignore[attr-defined]
         for part, mean in self.scorer.components.items():
-            shares = self.accelerator.gather(torch.tensor([mean], device=rewards.device))  # type: ignore[attr-defined]
-            self._metrics[mode][f"rewards/{self.reward_name}/{part}"].append(shares.mean().item())  # type: ignore[attr-defined]
-        self._check_reward_variance(
-            rewards[~unreadable].sum(1), self._do_responses_differ(prompts, completion_ids_list, rewards.device)
-        )
-        return rewards.masked_fill(unreadable[:, None], math.nan)  # TRL leaves these out of the baseline
+            process_means = self.accelerator.gather(torch.tensor([mean], device=rewards.device))  # type: ignore[attr-defined]
+            name = f"rewards/{self.reward_name}/{part}"
+            self._metrics[mode][name].append(process_means.mean().item())  # type: ignore[attr-defined]
+        distinct = set(zip(prompts, map(tuple, completion_ids_list), strict=True))
+        differ = torch.tensor([len(distinct) > len(set(prompts))], device=rewards.device)
+        if not self.allow_constant_rewards:
+            do_any_differ = bool(self.accelerator.gather(differ).any())  # type: ignore[attr-defined]
+            self._check_reward_variance(rewards[~unscorable].sum(1), do_any_differ)
+        return rewards.masked_fill(unscorable[:, None], math.nan)  # TRL leaves these out of the baseline
 
-    def _do_responses_differ(self, prompts: list[str], responses: list[list[int]], device: torch.device) -> bool:
-        """Some responses to the same problem differ, in any process."""
-        pairs = set(zip(prompts, map(tuple, responses), strict=True))
-        here = torch.tensor([len(pairs) > len(set(prompts))], device=device)
-        return bool(self.accelerator.gather(here).any())  # type: ignore[attr-defined]
-
-    def _check_reward_variance(self, rewards: Tensor, differ: bool) -> None:
-        same = differ and not self.allow_constant_rewards and bool((rewards == rewards[:1]).all())
-        self._num_constant_steps = self._num_constant_steps + 1 if same else 0
+    def _check_reward_variance(self, rewards: Tensor, do_responses_differ: bool) -> None:
+        is_constant = do_responses_differ and bool((rewards == rewards[:1]).all())
+        self._num_constant_steps = self._num_constant_steps + 1 if is_constant else 0
         if self._num_constant_steps >= MAX_CONSTANT_REWARD_STEPS:
             value = rewards[0].item() if len(rewards) else -math.inf
             self._save_and_raise(
                 f"every reward of the last {MAX_CONSTANT_REWARD_STEPS} steps was {value:g}, so nothing can be learned"
             )
 
-    def _save_and_raise(self, why: str) -> None:
-        """Every process comes here together: the rewards are gathered."""
+    def _save_and_raise(self, reason: str) -> None:
+        # Every process comes here together, since the rewards are gathered.
         step = self.state.global_step  # type: ignore[attr-defined]
         if step:
             self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
-        kept = f"checkpoint-{step} is kept" if step else "nothing was trained"
-        raise ValueError(f"{why} at step {step + 1}; {kept} in {self.args.output_dir}")  # type: ignore[attr-defined]
+        result = f"checkpoint-{step} is kept" if step else "nothing was trained"
+        raise ValueError(f"{reason} at step {step + 1}; {result} in {self.args.output_dir}")  # type: ignore[attr-defined]
 
 
 class TokenIdsRLOOTrainer(_OnlineTrainerMixin, RLOOTrainer):
-    """TRL's RLOOTrainer: maximises E[r] − β KL(q ‖ π), β · log-ratio inside the reward of each response."""
+    """TRL's RLOOTrainer: maximizes E[r] − β KL(q ‖ π), with β · log-ratio inside the reward of each response."""
 
 
 class TokenIdsGRPOTrainer(_OnlineTrainerMixin, GRPOTrainer):
     """TRL's GRPOTrainer: the KL is a term of the loss, token by token."""
-
-
-def _make_reward_function(reward_name: str, scorer: ResponseScorer) -> Callable[..., list[float]]:
-    def score(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-        return scorer(prompts, completion_ids)
-
-    score.__name__ = reward_name  # what TRL logs it under
-    return score

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,15 @@ class PairedDifference(Interval):
     """A paired difference of means, with the two-sided p-value of a sign-flip permutation test."""
 
     p_value: float = math.nan
+
+
+def to_json_values(value: Any) -> Any:
+    """Return a dataclass as nested dicts, like `asdict`, with the keys of summary.json for every interval in it."""
+    if isinstance(value, Interval):
+        return value.to_dict()
+    if is_dataclass(value):
+        return {field.name: to_json_values(getattr(value, field.name)) for field in fields(value)}
+    return {key: to_json_values(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def classify_difference(low: float, high: float, p_value: float) -> str:

@@ -40,7 +40,7 @@ from enumeration import (
 )
 from small_world import WorldArguments, make_world
 
-from nabla_trl.audit.overoptimization import make_round_grid, select_incumbents
+from nabla_trl.audit.overoptimization import make_round_grid
 from nabla_trl.cli.arguments import DATASET_HELP, REWARD_HELP
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
 from nabla_trl.models.loading import load_policy
@@ -231,7 +231,7 @@ class DualityStudy:
         for trace in traces:
             if trace.error is not None:
                 raise ValueError(f"{trace.problem_id}: {trace.error}")
-            for index, (response, _) in enumerate(select_incumbents(trace, round_budgets)):
+            for index, (response, _) in enumerate(trace.list_incumbents_at(round_budgets)):
                 counts[index, enumerated.index_by_response[tuple(response)]] += 1
         flops = np.array(
             [np.mean([get_flops_at_round(trace, budget) for trace in traces]) for budget in round_budgets]

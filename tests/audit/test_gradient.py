@@ -12,15 +12,7 @@ import torch
 import worlds
 from torch import Tensor
 
-from nabla_trl.audit.first_errors import (
-    WrongResponse,
-    find_predicted_corrections,
-    find_repairs,
-    find_repairs_at_error,
-    find_wrong_responses,
-    rank_errors_by_entropy,
-    rank_errors_by_swap,
-)
+from nabla_trl.audit.first_errors import WrongResponse, find_wrong_responses
 from nabla_trl.audit.gradient import (
     MIN_ADVANTAGE,
     GradientAudit,
@@ -42,68 +34,69 @@ from nabla_trl.tasks.registry import load_problems
 from nabla_trl.utils.statistics import Interval
 
 PLAIN = Sampling(max_new_tokens=12)
-CHAINS = Sampling(max_new_tokens=64, min_p=0.02)
+DIGIT_CHAINS = Sampling(max_new_tokens=64, min_p=0.02)
 
-Slope = Callable[[Sample, Tensor], Tensor]  # a response and its candidates [T, K] -> [T, K]
+GradientFunction = Callable[[Sample, Tensor], Tensor]  # a response and its candidates [T, K] -> [T, K]
 
 
 @dataclass
 class Toy(Reward):
-    """r = Σ_t table[t, y_t]: linear in the one-hot matrix, so `table` is its gradient. `told` gives another."""
+    """r = Σ_t table[t, y_t]: linear in the one-hot matrix, with `table` as its gradient, or `custom_gradient`."""
 
     table: Tensor = field(default_factory=lambda: torch.zeros(0))
-    told: Slope | None = None
+    custom_gradient: GradientFunction | None = None
 
     @property
-    def dense(self) -> bool:
+    def has_dense_gradient(self) -> bool:
         return False
 
-    def room(self, problem: Any, prompt: list[int]) -> int:
+    def compute_max_new_tokens(self, problem: Any, prompt_ids: list[int]) -> int:
         return len(self.table)
 
-    def prompt_memos(self, samples: Sequence[Sample], meter: FlopCounter) -> list[list[ScoreCache]]:
+    def compute_prompt_caches(self, samples: Sequence[Sample], flop_counter: FlopCounter) -> list[list[ScoreCache]]:
         return [[] for _ in samples]
 
     def score(
         self,
         samples: Sequence[Sample],
-        memos: Sequence[Sequence[ScoreCache]],
+        caches: Sequence[Sequence[ScoreCache]],
         *,
-        meter: FlopCounter,
-        shared: Sequence[int] | None = None,
-        keep: bool = False,
+        flop_counter: FlopCounter,
+        num_shared: Sequence[int] | None = None,
+        return_caches: bool = False,
     ) -> tuple[list[float], list[list[ScoreCache]]]:
-        values = [float(self.table[range(len(one.response_ids)), one.response_ids].sum()) for one in samples]
+        values = [float(self.table[range(len(s.response_ids)), s.response_ids].sum()) for s in samples]
         return values, [[] for _ in samples]
 
-    def slope(
+    def compute_gradient(
         self,
         samples: Sequence[Sample],
-        prompts: Sequence[Sequence[ScoreCache]],
-        scored: Sequence[Sequence[ScoreCache]],
+        prompt_caches: Sequence[Sequence[ScoreCache]],
+        response_caches: Sequence[Sequence[ScoreCache]],
         candidates: Sequence[Tensor],
         *,
-        meter: FlopCounter,
-        point: GradientPoint,
+        flop_counter: FlopCounter,
+        gradient_at: GradientPoint,
     ) -> list[Tensor]:
-        told = self.told or (lambda sample, table: self.table[: len(table)].gather(1, table))
-        return [told(sample, table) for sample, table in zip(samples, candidates, strict=True)]
+        compute = self.custom_gradient or (lambda sample, table: self.table[: len(table)].gather(1, table))
+        return [compute(sample, table) for sample, table in zip(samples, candidates, strict=True)]
 
 
-def toy(policy: Policy, slope: Slope | None = None, table: Tensor | None = None, **changes: Any) -> Toy:
+def toy(policy: Policy, gradient: GradientFunction | None = None, table: Tensor | None = None, **changes: Any) -> Toy:
     rows = len(policy.forbidden_mask)
     random = torch.randn(64, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    readable = torch.ones(rows, dtype=torch.bool)
-    toy = Toy("toy", "scalar", [], readable, policy.stop_ids, table=random if table is None else table, told=slope)
-    return replace(toy, **changes)
+    in_vocabulary = torch.ones(rows, dtype=torch.bool)
+    table = random if table is None else table
+    reward = Toy("toy", "scalar", [], in_vocabulary, policy.stop_ids, table=table, custom_gradient=gradient)
+    return replace(reward, **changes)
 
 
 def run(policy: Policy, reward: Reward, problems: Sequence[Any] | None = None, **changes: Any) -> GradientAudit:
-    options = {"points": ["hard"], "sampling": PLAIN, "samples": 8, "swaps": 300, **changes}
-    return audit_gradient(problems or worlds.tiny_problems(), policy=policy, reward=reward, **options)
+    defaults = {"gradient_at": ["hard"], "sampling": PLAIN, "samples_per_problem": 8, "num_swaps": 300}
+    return audit_gradient(problems or worlds.tiny_problems(), policy=policy, reward=reward, **{**defaults, **changes})
 
 
-def noise() -> Slope:
+def noise() -> GradientFunction:
     generator = torch.Generator().manual_seed(1)
     return lambda sample, table: torch.randn(table.shape, generator=generator)
 
@@ -118,18 +111,18 @@ def chains() -> list[Any]:
     return load_problems("digit_chains", split="train", max_problems=24)
 
 
-def planted(policy: Policy, sign: float = 1.0) -> Slope:
+def planted(policy: Policy, sign: float = 1.0) -> GradientFunction:
     """`sign` at right tokens of the first error, 0 elsewhere."""
     labels = TokenLabeler(policy)
 
-    def slope(sample: Sample, table: Tensor) -> Tensor:
+    def compute(sample: Sample, table: Tensor) -> Tensor:
         at = labels.find_first_error(sample.problem, sample.response_ids)
         gradient = torch.zeros(table.shape)
         if at is not None:
             gradient[at] = sign * labels.label_candidates(sample.problem, sample.response_ids, table)[at]
         return gradient
 
-    return slope
+    return compute
 
 
 # --- swaps ------------------------------------------------------------------------------------------------
@@ -153,7 +146,7 @@ def test_an_exact_gradient_predicts_every_swap(policy):
 
 def test_a_gradient_of_the_wrong_sign_misleads(policy):
     reward = toy(policy)
-    reward.told = lambda sample, table: -reward.table[: len(table)].gather(1, table)
+    reward.custom_gradient = lambda sample, table: -reward.table[: len(table)].gather(1, table)
     found = run(policy, reward)
     point = found.gradient_points["hard"]
     assert point.correlation.value == pytest.approx(-1) and point.sign_accuracy.value == 0
@@ -178,7 +171,7 @@ def test_a_gradient_of_noise_adds_nothing(policy):
     assert point.sign_accuracy_informative.low < 0.5 < point.sign_accuracy_informative.high
     assert abs(point.correlation.value) < 0.2
     assert (point.effect, found.best_gradient_at) == ("adds nothing", None)
-    assert "adds nothing here: use branches without gradient (solver none)" in found.conclusion
+    assert "adds nothing here: use proposals without a gradient (solver none)" in found.conclusion
 
 
 def test_a_gradient_of_zero_is_no_better_than_chance(policy):
@@ -194,12 +187,12 @@ def test_the_better_point_is_advised(policy):
 
     @dataclass
     class TwoPoints(Toy):
-        def slope(self, samples, prompts, scored, candidates, *, meter, point):
-            table = exact if point.alphas[0] >= 0.5 else blurred
+        def compute_gradient(self, samples, prompts, scored, candidates, *, flop_counter, gradient_at):
+            table = exact if gradient_at.alphas[0] >= 0.5 else blurred
             return [table[: len(rows)].gather(1, rows) for rows in candidates]
 
     two = TwoPoints("two", "scalar", [], reward.in_vocabulary, reward.stop_ids, table=exact)
-    found = run(policy, two, points=["hard", "mixture:0.5", "mixture:1"])
+    found = run(policy, two, gradient_at=["hard", "mixture:0.5", "mixture:1"])
     assert {name: one.effect for name, one in found.gradient_points.items()} == dict.fromkeys(
         found.gradient_points, "helps"
     )
@@ -207,20 +200,20 @@ def test_the_better_point_is_advised(policy):
 
 
 @pytest.mark.parametrize(("error", "best"), [(0.3, "direct"), (1.0, "hard")])
-def test_a_dearer_point_must_be_worth_it(policy, error, best):
+def test_a_more_expensive_point_must_be_worth_it(policy, error, best):
     """A backward pass that predicts surely more, but only a little more, is not advised."""
     exact = toy(policy).table
     blurred = exact + error * torch.randn(exact.shape, generator=torch.Generator().manual_seed(2))
 
     @dataclass
     class TwoPoints(Toy):
-        def slope(self, samples, prompts, scored, candidates, *, meter, point):
-            table = blurred if point.direct else exact
+        def compute_gradient(self, samples, prompts, scored, candidates, *, flop_counter, gradient_at):
+            table = blurred if gradient_at.direct else exact
             return [table[: len(rows)].gather(1, rows) for rows in candidates]
 
     reward = toy(policy)
     two = TwoPoints("two", "scalar", [], reward.in_vocabulary, reward.stop_ids, table=exact)
-    found = run(policy, two, points=["direct", "hard"], swaps=600)
+    found = run(policy, two, gradient_at=["direct", "hard"], num_swaps=600)
     direct, hard = (
         found.gradient_points["direct"].sign_accuracy_informative,
         found.gradient_points["hard"].sign_accuracy_informative,
@@ -231,7 +224,7 @@ def test_a_dearer_point_must_be_worth_it(policy, error, best):
 
 
 def responses_to(policy: Policy, reward: Reward, **changes: Any) -> list[SampledResponse]:
-    options = {"sampling": PLAIN, "candidates": 6, "min_p": 0.02, **changes}
+    options = {"sampling": PLAIN, "top_k_candidates": 6, "candidate_min_p": 0.02, **changes}
     return draw_responses(worlds.tiny_problems(), 3, policy=policy, reward=reward, **options)
 
 
@@ -248,7 +241,9 @@ def test_true_changes_are_those_of_whole_responses(policy, reward):
         ids[swap.position] = int(one.draw_info.candidates[swap.position, swap.candidate_index])
         assert ids != one.sample.response_ids
         pair = [replace(one.sample, draw_info=None), replace(one.sample, response_ids=ids, draw_info=None)]
-        before, after = reward.score(pair, reward.prompt_memos(pair, FlopCounter()), meter=FlopCounter())[0]
+        before, after = reward.score(
+            pair, reward.compute_prompt_caches(pair, FlopCounter()), flop_counter=FlopCounter()
+        )[0]
         assert change == pytest.approx(after - before, abs=1e-4)
         assert found.rewards[swap.response_index] == pytest.approx(before, abs=1e-4)
 
@@ -259,10 +254,11 @@ def test_predicted_changes_are_differences_of_the_gradient(policy, reward):
     points = {name: GradientPoint.parse(name) for name in ("hard", "direct", "direct+hard")}
     found = measure_swaps(responses, swaps, points, reward=reward)
     samples, tables = [one.sample for one in responses], [one.draw_info.candidates for one in responses]
-    memos = [one.prompt_caches for one in responses]
-    whole = reward.gradient(samples, memos, tables, meter=FlopCounter())
-    scored = reward.score([replace(one, draw_info=None) for one in samples], memos, meter=FlopCounter(), keep=True)[1]
-    direct = reward.direct_gradient(samples, scored, tables, meter=FlopCounter())
+    caches = [response.prompt_caches for response in responses]
+    whole = reward.compute_backward_gradient(samples, caches, tables, flop_counter=FlopCounter())
+    bare = [replace(sample, draw_info=None) for sample in samples]
+    scored = reward.score(bare, caches, flop_counter=FlopCounter(), return_caches=True)[1]
+    direct = reward.compute_direct_gradient(samples, scored, tables, flop_counter=FlopCounter())
     both = whole  # of a log-ratio it has the direct part already
     if reward.kind == "scalar":
         both = [one + other for one, other in zip(whole, direct, strict=True)]
@@ -273,7 +269,7 @@ def test_predicted_changes_are_differences_of_the_gradient(policy, reward):
 
 
 def test_swaps_are_distinct_allowed_and_spread_over_responses(policy):
-    responses = responses_to(policy, toy(policy), min_p=0.0)
+    responses = responses_to(policy, toy(policy), candidate_min_p=0.0)
     swaps = choose_swaps(responses, 24, np.random.default_rng(0))
     assert len(set(swaps)) == len(swaps) == 24 and swaps == sorted(swaps, key=lambda swap: swap.response_index)
     assert all(responses[swap.response_index].allowed_swaps[swap.position, swap.candidate_index] for swap in swaps)
@@ -293,7 +289,9 @@ def test_responses_do_not_depend_on_the_batch(policy, scalar_reward):
 # --- first errors -----------------------------------------------------------------------------------------
 
 
-def wrong_one(allowed: list[list[int]], position: int, right: list[int], logp: Tensor | None = None) -> WrongResponse:
+def make_wrong_response(
+    allowed: list[list[int]], position: int, right: list[int], logp: Tensor | None = None
+) -> WrongResponse:
     """A made-up wrong response of two or three positions and as many candidates as told; the first is its own."""
     table = torch.tensor(allowed, dtype=torch.bool)
     logp = torch.zeros(table.shape) if logp is None else logp
@@ -305,44 +303,36 @@ def wrong_one(allowed: list[list[int]], position: int, right: list[int], logp: T
 
 
 def test_ranks_and_repairs_by_hand():
-    one = wrong_one([[0, 1, 1], [0, 1, 0], [0, 0, 0]], 1, [0, 1, 0])
+    wrong = make_wrong_response([[0, 1, 1], [0, 1, 0], [0, 0, 0]], 1, [0, 1, 0])
     table = torch.tensor([[9.0, 1.0, 2.0], [9.0, 3.0, 8.0], [9.0, 9.0, 9.0]])  # what is not allowed does not count
-    assert rank_errors_by_swap([one], [table]).tolist() == [0] and find_repairs([one], [table]).tolist() == [True]
-    assert (
-        find_repairs_at_error([one], [table]).tolist() == find_predicted_corrections([one], [table]).tolist() == [True]
-    )
+    assert wrong.rank_error_by_swap(table) == 0 and wrong.is_repaired(table) is True
+    assert wrong.is_repaired_at_error(table) is wrong.is_correction_predicted(table) is True
     lower = torch.tensor([[0.0, 4.0, 0.0], [0.0, -3.0, 0.0], [0.0, 0.0, 0.0]])
-    assert rank_errors_by_swap([one], [lower]).tolist() == [1] and find_repairs([one], [lower]).tolist() == [False]
-    assert find_repairs_at_error([one], [lower]).tolist() == [True] and find_predicted_corrections(
-        [one], [lower]
-    ).tolist() == [False]
+    assert wrong.rank_error_by_swap(lower) == 1 and wrong.is_repaired(lower) is False
+    assert wrong.is_repaired_at_error(lower) is True and wrong.is_correction_predicted(lower) is False
 
 
 def test_an_error_where_nothing_may_be_proposed_is_never_found():
-    one = wrong_one([[0, 1], [0, 0]], 1, [0, 0])
-    assert not one.is_repairable
-    assert rank_errors_by_swap([one], [torch.ones(2, 2)]).tolist() == [2]
-    assert find_repairs_at_error([one], [torch.ones(2, 2)]).tolist() == [False]
+    wrong = make_wrong_response([[0, 1], [0, 0]], 1, [0, 0])
+    assert not wrong.is_repairable
+    assert wrong.rank_error_by_swap(torch.ones(2, 2)) == 2
+    assert wrong.is_repaired_at_error(torch.ones(2, 2)) is False
 
 
 def test_the_earlier_of_equal_positions_comes_first():
-    allowed = [[0, 1], [0, 1], [0, 1]]
-    assert [rank_errors_by_swap([wrong_one(allowed, at, [0, 1])], [torch.zeros(3, 2)])[0] for at in range(3)] == [
-        0,
-        1,
-        2,
-    ]
+    responses = [make_wrong_response([[0, 1], [0, 1], [0, 1]], position, [0, 1]) for position in range(3)]
+    assert [wrong.rank_error_by_swap(torch.zeros(3, 2)) for wrong in responses] == [0, 1, 2]
 
 
 def test_entropy_ranks_the_least_certain_position_first():
     logp = torch.tensor([[0.5, 0.5, 0.0], [0.9, 0.1, 0.0], [0.4, 0.3, 0.3]]).log()
-    ranks = [rank_errors_by_entropy([wrong_one([[0, 1, 1]] * 3, at, [0, 1, 1], logp)])[0] for at in range(3)]
-    assert ranks == [1, 2, 0]
+    responses = [make_wrong_response([[0, 1, 1]] * 3, position, [0, 1, 1], logp) for position in range(3)]
+    assert [wrong.rank_error_by_entropy() for wrong in responses] == [1, 2, 0]
 
 
 def test_a_gradient_that_points_at_the_first_error_finds_it(chains_policy, chains):
     reward = toy(chains_policy, planted(chains_policy))
-    found = run(chains_policy, reward, chains, sampling=CHAINS, samples=4, lam=100.0)
+    found = run(chains_policy, reward, chains, sampling=DIGIT_CHAINS, samples_per_problem=4, reward_weight=100.0)
     finding = found.gradient_points["hard"].first_error_scores
     assert found.repairable_responses == found.wrong_responses > 20  # else "repair" could not be 1
     assert finding.top1.value == finding.top3.value == finding.repair_at_error.value == finding.repair.value == 1.0
@@ -355,7 +345,7 @@ def test_a_gradient_that_points_at_the_first_error_finds_it(chains_policy, chain
 
 def test_a_gradient_against_the_repair_misleads(chains_policy, chains):
     reward = toy(chains_policy, planted(chains_policy, -1.0))
-    found = run(chains_policy, reward, chains, sampling=CHAINS, samples=12, lam=100.0)
+    found = run(chains_policy, reward, chains, sampling=DIGIT_CHAINS, samples_per_problem=12, reward_weight=100.0)
     assert (
         found.gradient_points["hard"].first_error_scores.repair.value
         == found.gradient_points["hard"].correct_token_predicted.value
@@ -365,13 +355,13 @@ def test_a_gradient_against_the_repair_misleads(chains_policy, chains):
 
 
 def test_noise_finds_first_errors_by_chance_alone(chains_policy, chains):
-    found = run(chains_policy, toy(chains_policy, noise()), chains, sampling=CHAINS, samples=4)
+    found = run(chains_policy, toy(chains_policy, noise()), chains, sampling=DIGIT_CHAINS, samples_per_problem=4)
     responses = draw_responses(
         chains,
         4,
         policy=chains_policy,
         reward=toy(chains_policy),
-        sampling=CHAINS,
+        sampling=DIGIT_CHAINS,
         top_k_candidates=16,
         candidate_min_p=0.02,
     )
@@ -392,7 +382,13 @@ def test_noise_finds_first_errors_by_chance_alone(chains_policy, chains):
 def test_wrong_responses_are_finished_and_wrong(chains_policy, chains):
     reward = toy(chains_policy)
     responses = draw_responses(
-        chains, 4, policy=chains_policy, reward=reward, sampling=CHAINS, top_k_candidates=16, candidate_min_p=0.02
+        chains,
+        4,
+        policy=chains_policy,
+        reward=reward,
+        sampling=DIGIT_CHAINS,
+        top_k_candidates=16,
+        candidate_min_p=0.02,
     )
     wrong, reason = find_wrong_responses(chains, responses, chains_policy)
     assert reason is None and {one.response_index for one in wrong} < set(range(len(responses)))
@@ -410,22 +406,24 @@ def test_wrong_responses_are_finished_and_wrong(chains_policy, chains):
 
 def test_the_direct_gradient_of_a_log_ratio_helps(chains_policy, chains):
     reward = load_reward("logratio:data/tiny/clean", policy=chains_policy)
-    found = run(chains_policy, reward, chains, sampling=CHAINS, samples=4, points=["direct", "hard"])
+    found = run(
+        chains_policy, reward, chains, sampling=DIGIT_CHAINS, samples_per_problem=4, gradient_at=["direct", "hard"]
+    )
     assert list(found.gradient_points) == ["direct", "hard"]
     point = found.gradient_points["direct"]
     assert point.sign_accuracy_informative.low > 0.8 and point.repair_gain.low > 0
     assert found.best_gradient_at == "direct" and found.conclusion.startswith("take the direct gradient: ")
-    assert found.to_dict()["points"]["direct"]["sign"] == point.sign_accuracy.to_dict()
+    assert found.to_dict()["gradient_points"]["direct"]["sign_accuracy"] == point.sign_accuracy.to_dict()
 
 
 def test_without_wrong_responses_the_reason_is_named(chains_policy, chains):
-    found = run(chains_policy, toy(chains_policy), chains, sampling=Sampling(max_new_tokens=12), samples=2)
+    found = run(chains_policy, toy(chains_policy), chains, sampling=Sampling(max_new_tokens=12), samples_per_problem=2)
     assert found.no_labels_reason == "none of 48 responses is finished and wrong"
     assert found.baseline is None and found.gradient_points["hard"].first_error_scores is None
     assert found.best_gradient_at == "hard"  # by swaps alone
 
 
-# --- verdicts and refusals --------------------------------------------------------------------------------
+# --- conclusions and refusals --------------------------------------------------------------------------------
 
 LOW, MID, HIGH = Interval(-0.3, -0.4, -0.1), Interval(0.0, -0.1, 0.1), Interval(0.3, 0.1, 0.4)
 
@@ -445,18 +443,18 @@ LOW, MID, HIGH = Interval(-0.3, -0.4, -0.1), Interval(0.0, -0.1, 0.1), Interval(
         (Interval(1.0, 1.0, 1.0), LOW, MID, "adds nothing"),
     ],
 )
-def test_the_rules_of_the_verdict(sign, first, repair, effect):
+def test_the_rules_of_the_effect(sign, first, repair, effect):
     assert classify_effect(sign, first, repair) == effect
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"points": ["soft"]}, ["point must be", "'soft'"]),
-        ({"points": []}, ["at least one point"]),
-        ({"samples": 0}, ["at least one sample"]),
-        ({"swaps": 0}, ["one swap"]),
-        ({"sampling": Sampling(temperature=0, max_new_tokens=4), "min_p": 0.999}, ["no swap is possible"]),
+        ({"gradient_at": ["soft"]}, ["must be", "'soft'"]),
+        ({"gradient_at": []}, ["at least one point"]),
+        ({"samples_per_problem": 0}, ["at least one sample"]),
+        ({"num_swaps": 0}, ["one swap"]),
+        ({"sampling": Sampling(temperature=0, max_new_tokens=4), "candidate_min_p": 0.999}, ["no swap is possible"]),
     ],
 )
 def test_options_that_cannot_work_are_refused(policy, changes, words):
@@ -464,7 +462,7 @@ def test_options_that_cannot_work_are_refused(policy, changes, words):
 
 
 def test_a_reward_that_does_not_vary_is_refused(policy):
-    table = torch.ones(64, len(policy.forbidden))
+    table = torch.ones(64, len(policy.forbidden_mask))
     # Responses of one length get equal sums.
     sampling = Sampling(max_new_tokens=1)
     worlds.refused(lambda: run(policy, toy(policy, table=table), sampling=sampling), "toy", "1 to all 32 responses")
@@ -472,7 +470,7 @@ def test_a_reward_that_does_not_vary_is_refused(policy):
 
 def test_swaps_that_change_nothing_are_refused(policy):
     """This reward counts tokens, so that only lengths matter."""
-    table = torch.ones(64, len(policy.forbidden))
+    table = torch.ones(64, len(policy.forbidden_mask))
     worlds.refused(lambda: run(policy, toy(policy, table=table)), "none of", "swaps changes the reward toy")
 
 

@@ -1,21 +1,20 @@
-"""The pressure audit: curves of hand-made searches turn where they should, and real ones are read as they went."""
+"""The over-optimization audit: curves of hand-made searches peak where they should, and real ones are read rightly."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import worlds
 
-from nabla_trl.audit.curves import find_overoptimization
 from nabla_trl.audit.overoptimization import (
     SearchCurve,
     audit_overoptimization,
     compute_search_curve,
+    find_overoptimization,
     make_round_grid,
-    select_incumbents,
 )
 from nabla_trl.audit.ranking import compute_ranking_audit
 from nabla_trl.grading.checker import AnswerChecker
@@ -31,7 +30,9 @@ from nabla_trl.traces.schema import Revision, Trace
 
 RNG = np.random.default_rng(0)
 END = worlds.TOKENS.index(worlds.END)
-BEST_OF_N = compute_ranking_audit(RNG.random((9, 4)), np.eye(9, 4, dtype=bool), np.ones((9, 4)))
+VALIDATED_SAMPLES = compute_ranking_audit(
+    RNG.random((9, 4)), np.eye(9, 4, dtype=bool), np.ones((9, 4))
+).validated_samples
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def trace(*answers: tuple[int, str], gold: str = "3", error: str | None = None) 
         correct=None,
         revisions=revisions,
         cost=Cost(),
-        stop_reason="rounds",
+        stop_reason="max_rounds",
         finished=True,
         meta={},
         error=error,
@@ -96,20 +97,20 @@ def scores(*means: float, count: int = 200) -> dict[int, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("means", "peak", "trusted", "turns"),
+    ("means", "peak", "validated", "overoptimized"),
     [
         ((0.2, 0.5, 0.8), 2, 2, False),
         ((0.2, 0.5, 0.8, 0.6, 0.3), 2, 2, True),
         ((0.2, 0.8, 0.8, 0.8, 0.3), 1, 4, True),
-        ((0.2, 0.8, 0.3, 0.8), 1, 1, False),  # a dip ends the trust, though the curve does not turn
+        ((0.2, 0.8, 0.3, 0.8), 1, 1, False),  # a dip ends the validated budgets, though the end is not below the peak
         ((0.5, 0.5, 0.5), 0, 0, False),
         ((0.5, 0.4, 0.2), 0, 0, True),
         ((0.5,), 0, 0, False),
     ],
 )
-def test_where_a_curve_turns(means, peak, trusted, turns):
+def test_where_a_curve_peaks(means, peak, validated, overoptimized):
     found = find_overoptimization(scores(*means))
-    assert (found.peak_budget, found.validated_budget, found.has_overoptimization) == (peak, trusted, turns)
+    assert (found.peak_budget, found.validated_budget, found.has_overoptimization) == (peak, validated, overoptimized)
     assert found.drop_from_peak.value == pytest.approx(means[-1] - max(means))
 
 
@@ -125,7 +126,7 @@ def test_what_chance_may_do_is_neither_a_gain_nor_a_fall():
     )
 
 
-def test_a_gain_that_is_lost_again_by_some_problems_is_trusted_up_to_there():
+def test_a_gain_that_is_lost_again_by_some_problems_is_validated_up_to_there():
     gained = np.r_[np.ones(40), np.zeros(60)]
     found = find_overoptimization({0: np.zeros(100), 1: gained, 2: np.r_[np.zeros(2), gained[2:]], 4: np.zeros(100)})
     assert found.has_overoptimization and found.validated_budget == 2  # two of a hundred may be chance
@@ -145,29 +146,29 @@ def test_budgets_double_and_end_with_all_rounds():
 def test_incumbents_after_each_number_of_rounds():
     one = trace((0, "1"), (1, "3"), (5, "2"))
     one.validate()
-    answers = [worlds.TOKENS[ids[1]] for ids, _ in select_incumbents(one, [0, 1, 2, 4, 5, 16])]
+    answers = [worlds.TOKENS[ids[1]] for ids, _ in one.list_incumbents_at([0, 1, 2, 4, 5, 16])]
     assert answers == ["1", "3", "3", "3", "2", "2"]
-    assert [value for _, value in select_incumbents(one, [0, 1, 5])] == [0.0, 1.0, 2.0]
+    assert [value for _, value in one.list_incumbents_at([0, 1, 5])] == [0.0, 1.0, 2.0]
 
 
-def test_a_search_that_goes_too_far_turns(policy, checker):
+def test_a_search_that_goes_too_far_is_overoptimized(policy, checker):
     rows = [[trace((0, "1"), (1, "3"), (6, "2"))] for _ in range(30)] + [[trace((0, "1"))] for _ in range(10)]
     found = curve_of(rows, policy, checker, 8)
     assert {rounds: one.value for rounds, one in found.accuracy.items()} == {0: 0, 1: 0.75, 2: 0.75, 4: 0.75, 8: 0}
     assert found.reward == {0: 0.0, 1: 0.75, 2: 0.75, 4: 0.75, 8: 1.5}
     assert found.overoptimization.has_overoptimization and found.overoptimization.validated_budget == 4
     assert "falls from 0.750 at 1 rounds to 0.000 at 8 while the reward goes from 0.750 to 1.500" in found.conclusion
-    assert found.conclusion.endswith("may be trusted up to 4 rounds")
+    assert found.conclusion.endswith("the search is validated up to 4 rounds")
 
 
-def test_a_search_that_helps_does_not_turn(policy, checker):
+def test_a_search_that_helps_does_not_fall(policy, checker):
     rows = [[trace((0, "1"), (number % 7 + 1, "3"))] for number in range(28)]
     found = curve_of(rows, policy, checker, 8)
     assert found.accuracy[4].value == pytest.approx(4 / 7) and found.overoptimization.validated_budget == 8
-    assert found.conclusion == "accuracy rises from 0.000 to 1.000 at 8 rounds and does not turn up to 8"
+    assert found.conclusion == "accuracy rises from 0.000 to 1.000 at 8 rounds and does not fall up to 8"
 
 
-def test_a_search_that_changes_nothing_is_not_trusted(policy, checker):
+def test_a_search_that_changes_nothing_is_not_validated(policy, checker):
     found = curve_of([[trace((0, "1"), (1, "2"))] for _ in range(9)], policy, checker, 2)
     assert (
         found.overoptimization.validated_budget == 0 and "does not rise measurably: 0.000 at first" in found.conclusion
@@ -197,9 +198,15 @@ def test_a_real_search_is_read_as_it_went(checker):
         max_rounds=3, patience=1, max_rollouts=2, max_flops=1.0, max_new_tokens=48, min_p=0.02, candidate_min_p=0.02
     )
     found = audit_overoptimization(
-        problems, policy=policy, reward=reward, config=config, checker=checker, ranking_audit=BEST_OF_N, seeds=(0, 1)
+        problems,
+        policy=policy,
+        reward=reward,
+        config=config,
+        checker=checker,
+        validated_samples=VALIDATED_SAMPLES,
+        seeds=(0, 1),
     )
-    free = replace(config, patience=0, max_rollouts=0, flops=0.0)
+    free = replace(config, patience=0, max_rollouts=0, max_flops=0.0)
     for name, one in {"nabla": free, "control": free.with_no_gradient()}.items():
         runs = [run_search(problems, policy=policy, reward=reward, config=one, seed=seed) for seed in (0, 1)]
         traces = [trace for run in runs for trace in run]
@@ -212,15 +219,20 @@ def test_a_real_search_is_read_as_it_went(checker):
         assert sorted(curve.reward.values()) == list(curve.reward.values())
     assert found.curves["nabla"].accuracy[0] == found.curves["control"].accuracy[0]
     assert found.validated_limits.max_rounds == found.curves["nabla"].overoptimization.validated_budget
-    assert found.validated_limits.max_samples == BEST_OF_N.validated_samples
-    assert found.to_dict()["trust"] == found.validated_limits.to_dict()
+    assert found.validated_limits.max_samples == VALIDATED_SAMPLES
+    assert found.to_dict()["validated_limits"] == asdict(found.validated_limits)
 
 
 def test_without_a_gradient_there_is_one_curve(policy, scalar_reward, checker):
     problems = [Problem(f"q{n}", f"{n}+1", answer=str(n)) for n in range(3)]
     config = SearchConfig(solver="none", max_rounds=1, max_new_tokens=6)
     found = audit_overoptimization(
-        problems, policy=policy, reward=scalar_reward, config=config, checker=checker, ranking_audit=BEST_OF_N
+        problems,
+        policy=policy,
+        reward=scalar_reward,
+        config=config,
+        checker=checker,
+        validated_samples=VALIDATED_SAMPLES,
     )
     assert list(found.curves) == ["control"] and found.conclusion == found.curves["control"].conclusion
 
@@ -238,13 +250,18 @@ def test_what_cannot_be_audited_is_said(policy, scalar_reward, checker, changes,
     problems = options.pop("problems")
     worlds.refused(
         lambda: audit_overoptimization(
-            problems, policy=policy, reward=scalar_reward, checker=checker, ranking_audit=BEST_OF_N, **options
+            problems,
+            policy=policy,
+            reward=scalar_reward,
+            checker=checker,
+            validated_samples=VALIDATED_SAMPLES,
+            **options,
         ),
         *words,
     )
 
 
-def test_a_handful_of_problems_earns_no_trust() -> None:
+def test_a_handful_of_problems_validates_nothing() -> None:
     """One problem, or two alike, have an interval without width; a sign-flip test is not taken in."""
     for count, helps in ((1, False), (2, False), (20, True)):
         turn = find_overoptimization({1: np.zeros(count), 2: np.ones(count)})

@@ -1,4 +1,4 @@
-"""The reward audit on arrays with known properties."""
+"""The ranking audit on arrays with known properties."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_perfect_reward():
     assert found.correlation > 0.99
     assert found.best_of_n_accuracy[16]["value"] == right.any(1).mean()
     assert found.best_of_n_accuracy[1]["value"] == pytest.approx(right.mean())
-    assert "without turning" in found.conclusion
+    assert "without over-optimization" in found.conclusion
 
 
 def test_a_random_reward_is_called_out():
@@ -57,13 +57,13 @@ def test_a_random_reward_is_called_out():
     assert "do not search" in found.conclusion
 
 
-def test_a_reward_that_is_hacked_turns():
+def test_a_reward_that_is_hacked_is_overoptimized():
     """Right answers score high, but one wrong sample in thirty scores highest."""
     right = RNG.random((400, 32)) < 0.4
     rewards = right + 0.01 * RNG.random(right.shape)
     rewards[~right & (RNG.random(right.shape) < 1 / 30)] += 5
     found = compute_ranking_audit(rewards, right, np.ones(right.shape))
-    assert "turns" in found.conclusion
+    assert "is over-optimized" in found.conclusion
     assert found.best_of_n_accuracy[32]["value"] < found.best_of_n_accuracy[4]["value"]
     assert found.best_of_n_reward[32] > found.best_of_n_reward[4]
 
@@ -100,11 +100,11 @@ def test_correlation_skips_problems_without_variation():
     ("rewards", "right", "message"),
     [
         (np.ones((3, 1)), np.ones((3, 1), bool), "two samples"),
-        (RNG.random((3, 4)), np.ones((3, 4), bool), "all 12 are right"),
-        (RNG.random((3, 4)), np.zeros((3, 4), bool), "all 12 are wrong"),
+        (RNG.random((3, 4)), np.ones((3, 4), bool), "all 12 are correct"),
+        (RNG.random((3, 4)), np.zeros((3, 4), bool), "all 12 are incorrect"),
         (np.ones((3, 4)), np.eye(3, 4, dtype=bool), "gave 1 to every sample"),
         (np.full((3, 4), np.nan), np.eye(3, 4, dtype=bool), "12 rewards that are not finite"),
-        (RNG.random((2, 2)), np.array([[True, True], [False, False]]), "both right and wrong"),
+        (RNG.random((2, 2)), np.array([[True, True], [False, False]]), "both correct and incorrect"),
     ],
 )
 def test_what_cannot_be_audited_is_said(rewards, right, message):

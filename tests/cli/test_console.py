@@ -58,7 +58,7 @@ def trace_of(first: str, *proposals: tuple[int, str, bool]) -> Trace:
         correct=None,
         revisions=revisions,
         cost=Cost(1.2e9, 0.25, {"policy/decode": 3}),
-        stop_reason="rounds",
+        stop_reason="max_rounds",
         finished=True,
         meta={"policy": "p"},
     )
@@ -93,7 +93,7 @@ def test_the_story_in_plain_lines():
         "answer  9",
         "reward  0.000 → 2.000",
         "cost    1.2 GFLOPs, 250 ms",
-        "search  2 of 4 proposals accepted; ended by: rounds",
+        "search  2 of 4 proposals accepted; ended by: max_rounds",
     ]
 
 

@@ -474,7 +474,16 @@ def test_a_worker_of_the_checker_outlives_a_signal_to_all(checker: AnswerChecker
 
 # --- real runs ----------------------------------------------------------------------------------------
 
-TINY = ["--policy", "data/tiny/policy", "--reward", "data/tiny/reward", "--dataset", "digit_chains", "--batch_size", "2"]
+TINY = [
+    "--policy",
+    "data/tiny/policy",
+    "--reward",
+    "data/tiny/reward",
+    "--dataset",
+    "digit_chains",
+    "--batch_size",
+    "2",
+]
 TINY += ["--max_new_tokens", "48", "--candidate_min_p", "0.02", "--max_rounds", "3"]
 KILLS = 20
 

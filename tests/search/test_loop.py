@@ -428,11 +428,11 @@ def test_the_control_asks_for_no_gradient(
 @pytest.mark.parametrize(
     ("options", "stop", "revisions"),
     [
-        ({"max_rounds": 3}, "rounds", 3),
-        ({"max_rounds": 3, "proposals_per_round": 2}, "rounds", 6),
-        ({"max_rounds": 0, "max_rollouts": 5}, "rollouts", 4),
-        ({"max_rounds": 0, "max_rollouts": 6, "proposals_per_round": 2}, "rollouts", 4),  # a third round would make 7
-        ({"max_rounds": 9, "max_rollouts": 1}, "rollouts", 0),
+        ({"max_rounds": 3}, "max_rounds", 3),
+        ({"max_rounds": 3, "proposals_per_round": 2}, "max_rounds", 6),
+        ({"max_rounds": 0, "max_rollouts": 5}, "max_rollouts", 4),
+        ({"max_rounds": 0, "max_rollouts": 6, "proposals_per_round": 2}, "max_rollouts", 4),  # not 7
+        ({"max_rounds": 9, "max_rollouts": 1}, "max_rollouts", 0),
     ],
 )
 def test_budgets_in_rounds_and_rollouts(
@@ -466,7 +466,7 @@ def test_a_larger_budget_continues_the_trace_of_a_smaller_one(
         [trace] = run_search(problems[3:], policy=policy, reward=reward, config=config)
         moves = _moves(trace)
         assert moves[: len(previous)] == previous and moves == _moves(free)[: len(moves)]
-        assert trace.stop_reason == ("budget" if len(moves) < 8 else "rounds")
+        assert trace.stop_reason == ("max_flops" if len(moves) < 8 else "max_rounds")
         # No round began beyond the budget: what was spent before it lies below.
         assert all(revision.cumulative_flops < budget for revision in trace.revisions[:-1])
         assert trace.revisions == [] or trace.cost.flops < 1.5 * budget
@@ -491,7 +491,7 @@ def test_a_round_starts_only_if_it_is_expected_to_fit(
             for extra, expected in ((-1.0, rounds - 1), (1.0, rounds)):
                 config = _config(max_rounds=4, max_flops=spent + extra)
                 [trace] = run_search(problems[:1], policy=policy, reward=scalar_reward, config=config)
-                assert (len(trace.revisions), trace.stop_reason) == (expected, "budget")
+                assert (len(trace.revisions), trace.stop_reason) == (expected, "max_flops")
                 assert trace.cost.flops <= spent + extra
 
 

@@ -15,7 +15,6 @@ import torch
 import worlds
 from torch import Tensor
 
-from nabla_trl.audit.overoptimization import select_incumbents
 from nabla_trl.gradient.objectives import DrawInfo, Sample
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import build_warpers, compute_log_importance_weight
@@ -315,7 +314,7 @@ def run_chains(world: World, config: SearchConfig, count: int, budgets: Sequence
     for trace in traces:
         trace.validate()
         assert trace.error is None
-        for counter, (response, _) in zip(found, select_incumbents(trace, budgets), strict=True):
+        for counter, (response, _) in zip(found, trace.list_incumbents_at(budgets), strict=True):
             counter[world.index(response)] += 1
     return found
 

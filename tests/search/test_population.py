@@ -34,7 +34,7 @@ def test_starts_without_rounds_are_best_of_n(policy: Policy, reward: Reward, pro
     pool = draw_pool(problems, 5, policy=policy, reward=reward, sampling=settings.get_sampling(), seed=7)
     traces = run_search(problems, policy=policy, reward=reward, config=settings, seed=7)
     for one, two in zip(traces, select_best_of_n(pool, 5), strict=True):
-        assert (one.response_ids, one.stop_reason, one.revisions) == (two.response_ids, "rollouts", [])
+        assert (one.response_ids, one.stop_reason, one.revisions) == (two.response_ids, "max_rollouts", [])
         assert one.reward == pytest.approx(two.reward, abs=1e-4)
         assert one.cost.flops == pytest.approx(two.cost.flops)
 
@@ -74,7 +74,7 @@ def test_a_budget_of_rollouts_counts_every_response(
     for chains in (1, 2, 3):
         settings = config(num_starts=3, num_chains=chains, max_rounds=0, max_rollouts=9, restarts=False)
         for trace in run_search(problems, policy=policy, reward=scalar_reward, config=settings):
-            assert trace.stop_reason in ("rollouts", "exhausted")
+            assert trace.stop_reason in ("max_rollouts", "exhausted")
             assert len(trace.revisions) <= (9 - 3 + chains - 1) // chains
 
 
@@ -124,7 +124,7 @@ def test_a_preset_begins_anew_until_its_budget_is_spent(
     bench = EvaluationSetup(policy, scalar_reward, config(max_new_tokens=4), (0,))
     [step] = plan_jobs(["paper"], bench, {}, lambda method: 0.0)
     [once] = step.run(problems[:1], 0)
-    assert once.stop_reason in ("scanned", "rollouts") and once.meta["starts"] == "1"
+    assert once.stop_reason in ("scanned", "max_rollouts") and once.meta["starts"] == "1"
     budget = 4 * once.cost.flops
     [step] = plan_jobs(["paper@best_of_16"], bench, {}, lambda method: budget)
     [again] = step.run(problems[:1], 0)

@@ -145,7 +145,7 @@ def test_the_paper_preset_runs_and_can_be_overridden(folders: dict[str, str]) ->
     assert (config.max_rollouts, config.temperature) == (8, 0.7)
     trace = paper.solve("12-3+4*5")
     trace.validate()
-    assert trace.error is None and trace.stop_reason in ("scanned", "rollouts")
+    assert trace.error is None and trace.stop_reason in ("scanned", "max_rollouts")
     assert len(trace.revisions) < 8 and trace.cost.tokens["reward/backward"] > 0
 
 

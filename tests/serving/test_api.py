@@ -275,7 +275,7 @@ def test_a_stream_tells_of_revisions_and_adds_up_to_the_completion(client, polic
     assert [one["text"] for one in told] == [policy.decode(ids) for ids, _ in trace.list_incumbents()]
     assert [one["round"] for one in told] == [None, *(one.round for one in accepted)]
     assert chunks[-2].choices[0].finish_reason == ("stop" if trace.finished else "length")
-    assert chunks[-2].nabla["stop"] == "rounds"
+    assert chunks[-2].nabla["stop"] == "max_rounds"
     assert chunks[-1].choices == [] and chunks[-1].usage.nabla["proposals"] == 3
     assert len({chunk.id for chunk in chunks}) == 1
 

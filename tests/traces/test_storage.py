@@ -18,7 +18,7 @@ import worlds
 
 from nabla_trl.models.flops import Cost
 from nabla_trl.traces.datasets import build_preference_rows, build_sft_rows
-from nabla_trl.traces.schema import Revision, Trace
+from nabla_trl.traces.schema import VERSION_KEY, Revision, Trace
 from nabla_trl.traces.storage import TraceWriter, read_finished_meta, read_traces
 
 AWKWARD_FLOATS = [0.1 + 0.2, -0.0, 5e-324, 1.7976931348623157e308, 1e16 + 2]
@@ -72,7 +72,7 @@ def make_trace(number: int, *, seed: int = 0, rounds: int = 4) -> Trace:
         correct=draw.choice([None, True, False]),
         revisions=revisions,
         cost=Cost(draw.choice(AWKWARD_FLOATS), draw.random(), {"policy/decode": number, "reward/backward": 3}),
-        stop_reason="rounds",
+        stop_reason="max_rounds",
         finished=True,
         meta={"policy": "tiny/∇", "config_hash": "ab12"},
     )
@@ -157,10 +157,10 @@ def _revised(number: int, **changes: object) -> Trace:
         (replace(plain_trace(0), reward=1.0), "not finite"),
         (replace(worked_trace(), reward=math.nan, reward_initial=math.nan), "not finite"),
         (_revised(0, reward_after=math.nan), "was accepted with reward nan"),
-        (_revised(0, old=12), "does not fit the incumbent: token 12 is not there"),
+        (_revised(0, old_token=12), "does not fit the incumbent: token 12 is not there"),
         (_revised(0, position=4), "does not fit the incumbent"),
         (_revised(0, position=-3), "does not fit the incumbent"),
-        (_revised(1, new=31), "does not begin with the new token 31"),
+        (_revised(1, new_token=31), "does not begin with the new token 31"),
         (_revised(1, suffix=()), "does not begin with the new token"),
         (_revised(0, round=5), "rounds must not decrease"),
         (_revised(1, round=0, accepted=True), "may accept one revision each"),
@@ -227,7 +227,7 @@ def test_columns_read_what_is_asked_and_the_key(tmp_path: Path) -> None:
     assert (trace.problem_id, trace.seed, trace.method) == (whole.problem_id, whole.seed, whole.method)
     assert (trace.reward, trace.cost, trace.revisions) == (whole.reward, whole.cost, whole.revisions)
     assert (trace.prompt, trace.prompt_ids, trace.meta) == ("", [], {})
-    with pytest.raises(ValueError, match="no such trace column: rewards; known: problem_id, "):
+    with pytest.raises(ValueError, match="no such trace column: rewards; choose from: problem_id, "):
         read_traces(tmp_path, columns=["reward", "rewards"])
     (unasked,) = read_traces(tmp_path, columns=["response_ids", "finished"])
     with pytest.raises(ValueError, match="read without that column"):
@@ -302,7 +302,10 @@ def test_a_full_disk_keeps_earlier_shards_and_pending_traces(tmp_path: Path) -> 
     write(tmp_path, [make_trace(0)])
     with TraceWriter(tmp_path, chunk_size=2) as writer:
         writer.add(make_trace(1))
-        with worlds.full_disk(free=1000), pytest.raises(OSError, match=r"make room.*traces-00000-00001\.parquet"):
+        with (
+            worlds.full_disk(free=1000),
+            pytest.raises(OSError, match=r"free disk.*traces-00000-00001\.parquet"),
+        ):
             writer.add(make_trace(2))
         assert names(tmp_path) == ["traces-00000-00000.parquet"]
     assert repr(read_traces(tmp_path)) == repr([make_trace(number) for number in range(3)])
@@ -311,8 +314,8 @@ def test_a_full_disk_keeps_earlier_shards_and_pending_traces(tmp_path: Path) -> 
 CHILD = """
 import sys
 from test_storage import make_trace
-from nabla_trl.traces.storage import TraceWriter, finished
-done = finished(sys.argv[1])
+from nabla_trl.traces.storage import TraceWriter, read_finished_meta
+done = read_finished_meta(sys.argv[1])
 with TraceWriter(sys.argv[1], chunk_size=2) as writer:
     for number in range(100_000):
         trace = make_trace(number)
@@ -372,7 +375,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         read_traces([tmp_path / "traces-00009-00000.parquet"])
     pq.write_table(pa.table({"problem_id": ["a"], "seed": [0]}), broken)
     for read in (read_traces, read_finished_meta):
-        with pytest.raises(ValueError, match=r"00001\.parquet: not a trace shard of format 1 .*none"):
+        with pytest.raises(ValueError, match=r"00001\.parquet: not a trace shard of format 2 .*none"):
             read(tmp_path)
 
 
@@ -444,7 +447,7 @@ def test_preference_rows_skip_and_count_what_decides_nothing() -> None:
     accepted_though_worse = _revised(0, reward_after=-1.0)
     assert build_preference_rows([accepted_though_worse]).skipped == Counter({"against the reward": 1})
     with pytest.raises(ValueError, match="does not fit the incumbent"):
-        build_preference_rows([_revised(0, old=12)])
+        build_preference_rows([_revised(0, old_token=12)])
 
 
 def test_preference_rows_rebuild_the_two_responses() -> None:
@@ -461,30 +464,48 @@ def test_preference_rows_rebuild_the_two_responses() -> None:
             assert trace.prompt_ids + ids in chosen
 
 
-# --- what a trace may lack --------------------------------------------------------------------------------
+# --- columns of other versions, and what a trace may lack ------------------------------------------------------
 
 
-def test_a_shard_from_before_the_pull_was_kept_is_read_without_it(tmp_path: Path) -> None:
+def test_the_predicted_gain_can_be_read_alone_and_no_column_may_be_missing(tmp_path: Path) -> None:
     traces = [
         replace(make_trace(number), predicted_gain=[[0.5] * len(make_trace(number).initial_ids)])
         for number in range(3)
     ]
     write(tmp_path, traces)
     assert read_traces(tmp_path) == traces
+    assert read_traces(tmp_path, columns=["predicted_gain"])[0].predicted_gain == traces[0].predicted_gain
+    assert read_traces(tmp_path, columns=["reward"])[0].predicted_gain == []
     path = tmp_path / names(tmp_path)[0]
-    pq.write_table(pq.read_table(path).drop_columns(["pull"]), path)
-    assert read_traces(tmp_path) == [replace(trace, predicted_gain=[]) for trace in traces]
-    assert read_traces(tmp_path, columns=["pull"])[0].predicted_gain == []
-    pq.write_table(pq.read_table(path).drop_columns(["gold"]), path)
-    with pytest.raises(ValueError, match="not a trace shard of format 1"):
-        read_traces(tmp_path)
+    whole = pq.read_table(path)
+    for column in ("gold", "predicted_gain"):
+        pq.write_table(whole.drop_columns([column]), path)
+        with pytest.raises(ValueError, match="not a trace shard of format 2"):
+            read_traces(tmp_path)
 
 
-def test_a_pull_of_other_lengths_is_refused(tmp_path: Path) -> None:
+def test_a_shard_of_format_1_is_refused_in_one_line(tmp_path: Path) -> None:
+    write(tmp_path, [make_trace(0)])
+    path = tmp_path / names(tmp_path)[0]
+    table = pq.read_table(path).rename_columns({"stop_reason": "stop", "predicted_gain": "pull"})
+    pq.write_table(table.replace_schema_metadata({VERSION_KEY: b"1"}), path)
+    for read in (read_traces, read_finished_meta):
+        with pytest.raises(ValueError, match=r"00000\.parquet: a trace shard of format 1, .*CHANGELOG\.md") as refusal:
+            read(tmp_path)
+        assert "\n" not in str(refusal.value)
+
+
+def test_incumbents_after_each_number_of_rounds() -> None:
+    """A round without an acceptance keeps the incumbent, and a search that ended its last one."""
+    first, second, last = worked_trace().list_incumbents()
+    assert worked_trace().list_incumbents_at([0, 1, 2, 3, 16]) == [first, second, second, last, last]
+
+
+def test_a_predicted_gain_of_other_lengths_is_refused(tmp_path: Path) -> None:
     trace = make_trace(0)
-    with pytest.raises(ValueError, match="the pull is not of its incumbents"):
+    with pytest.raises(ValueError, match="predicted_gain does not fit its incumbents"):
         write(tmp_path, [replace(trace, predicted_gain=[[0.5] * (len(trace.initial_ids) + 1)])])
-    with pytest.raises(ValueError, match="the pull is not of its incumbents"):
+    with pytest.raises(ValueError, match="predicted_gain does not fit its incumbents"):
         write(
             tmp_path,
             [replace(trace, predicted_gain=[[0.5] * len(ids) for ids, _ in trace.list_incumbents()] + [[0.5]])],

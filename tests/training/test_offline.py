@@ -36,7 +36,7 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.datasets import TrainingRows, build_preference_rows, build_sft_rows, build_weighted_rows
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TraceWriter
-from nabla_trl.training import callbacks as probe_room
+from nabla_trl.training import callbacks
 from nabla_trl.training import offline as offline_module
 from nabla_trl.training.callbacks import EvaluationCallback, PolicyMeasurement, evaluation_mode, is_overoptimized
 from nabla_trl.training.checkpoints import hash_traces
@@ -114,7 +114,7 @@ def online(
     folder: Path,
     *,
     tuning: str = "lora",
-    probe: EvaluationCallback | None = None,
+    callback: EvaluationCallback | None = None,
     problems: Sequence[Problem] | None = None,
     online_reward: str = "reward",
     **options: Any,
@@ -133,7 +133,7 @@ def online(
             lora=LORA,
             config=settings(folder, **{"per_device_train_batch_size": 8, **options}),
             dtype="float32",
-            callback=probe,
+            callback=callback,
         )
 
 
@@ -167,7 +167,7 @@ def test_what_the_reward_could_not_read_is_not_trained_on(traces: list[Trace]) -
     unread = [replace(trace, reward=-math.inf, reward_initial=-math.inf, revisions=[]) for trace in traces[:1]]
     made = [*unread, *traces[1:]]
     for found in (build_sft_rows(made), build_sft_rows(made, "samples"), build_weighted_rows(made, 1.0)):
-        assert found.skipped["unreadable"] == 1
+        assert found.skipped["unscorable"] == 1
         assert all(math.isfinite(row.get("weight", 1.0)) for row in found.rows) and found.rows
 
 
@@ -203,7 +203,7 @@ def test_what_is_saved_is_what_was_trained(
     assert (tmp_path / "log.jsonl").read_text().count("\n") >= 8
 
 
-def test_gradients_of_a_four_bit_policy_are_those_of_its_dequantised_copy(
+def test_gradients_of_a_four_bit_policy_are_those_of_its_dequantized_copy(
     bases: dict[str, str], tmp_path: Path
 ) -> None:
     """Also after a forward without autograd, before which a CPU with AVX512-BF16 would repack the weights."""
@@ -328,7 +328,7 @@ def test_the_terms_of_a_reward_are_logged_apart(base: Policy, tmp_path: Path) ->
     reward = worlds.tiny_logratio(base)
     online("rloo", base, reward, tmp_path, max_steps=2)
     entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    parts = entry["rewards/reward/term_0"] - entry["rewards/reward/term_1"]
+    parts = entry["rewards/reward/objective_0"] - entry["rewards/reward/objective_1"]
     assert parts == pytest.approx(entry["rewards/reward/mean"], rel=1e-4)
 
 
@@ -477,11 +477,11 @@ def test_a_response_the_reward_cannot_read_is_left_out(
 
     monkeypatch.setattr(RewardScorer, "__call__", some)
     made = online("rloo", base, reward, tmp_path)
-    assert made.method_metrics["unreadable_responses"] == 4
+    assert made.method_metrics["unscorable_responses"] == 4
     assert all(weight.isfinite().all() for weight in weights(tmp_path / "out").values())
 
 
-# ---------------------------------------------------------------------------------------------- the probe
+# ------------------------------------------------------------------------------------------- the callback
 
 
 def reading(step: int, right: float, reward: float, count: int = 40) -> PolicyMeasurement:
@@ -489,7 +489,7 @@ def reading(step: int, right: float, reward: float, count: int = 40) -> PolicyMe
     return PolicyMeasurement(step, flags, [reward] * count, [0.0] * count, [5] * count, [False] * count)
 
 
-def test_overoptimisation_is_reward_up_and_accuracy_down_beyond_chance() -> None:
+def test_overoptimization_is_reward_up_and_accuracy_down_beyond_chance() -> None:
     best = reading(10, 0.9, 1.0)
     assert is_overoptimized(best, reading(20, 0.5, 2.0))
     assert not is_overoptimized(best, reading(20, 0.5, 0.5)), "the reward fell, too"
@@ -497,7 +497,7 @@ def test_overoptimisation_is_reward_up_and_accuracy_down_beyond_chance() -> None
     assert not is_overoptimized(best, reading(20, 1.0, 2.0))
 
 
-def make_probe(base: Policy, reward: Reward, *, every: int = 2, stop: bool = False) -> EvaluationCallback:
+def make_callback(base: Policy, reward: Reward, *, every: int = 2, stop: bool = False) -> EvaluationCallback:
     problems = [replace(problem, answer="7") for problem in worlds.tiny_problems()]
     return EvaluationCallback(
         problems,
@@ -510,20 +510,20 @@ def make_probe(base: Policy, reward: Reward, *, every: int = 2, stop: bool = Fal
     )
 
 
-def test_an_overoptimised_run_ends_with_the_weights_of_the_best_probe(
+def test_an_overoptimized_run_ends_with_the_weights_of_the_best_measurement(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {0: reading(0, 0.5, 0.0), 2: reading(2, 0.9, 1.0), 4: reading(4, 0.2, 2.0)}
     monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: found[step])
     online("rloo", base, reward, tmp_path / "short", max_steps=2)
-    probe = make_probe(base, reward, stop=True)
-    made = online("rloo", base, reward, tmp_path / "long", max_steps=20, probe=probe)
+    callback = make_callback(base, reward, stop=True)
+    made = online("rloo", base, reward, tmp_path / "long", max_steps=20, callback=callback)
     assert made.steps == 4
-    assert made.stop_reason == "over-optimised at step 4: reward 1 → 2, accuracy 0.900 → 0.200 since step 2"
+    assert made.stop_reason == "over-optimized at step 4: reward 1 → 2, accuracy 0.900 → 0.200 since step 2"
     assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
 
 
-def test_a_resumed_run_is_compared_with_the_best_probe_before(
+def test_a_resumed_run_is_compared_with_the_best_measurement_before(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: Callable[[int], None]
 ) -> None:
     found = {0: reading(0, 0.5, 0.0), 2: reading(2, 0.9, 1.0), 4: reading(4, 0.85, 1.5), 6: reading(6, 0.5, 2.0)}
@@ -532,44 +532,46 @@ def test_a_resumed_run_is_compared_with_the_best_probe_before(
     online("rloo", base, reward, tmp_path / "short", max_steps=2)
     kill_at(4)
     with pytest.raises(Killed):
-        online("rloo", base, reward, tmp_path / "long", probe=make_probe(base, reward, stop=True), **save)
+        online("rloo", base, reward, tmp_path / "long", callback=make_callback(base, reward, stop=True), **save)
     kill_at(-1)
-    made = online("rloo", base, reward, tmp_path / "long", probe=make_probe(base, reward, stop=True), **save)
-    assert made.stop_reason == "over-optimised at step 6: reward 1 → 2, accuracy 0.900 → 0.500 since step 2"
+    made = online("rloo", base, reward, tmp_path / "long", callback=make_callback(base, reward, stop=True), **save)
+    assert made.stop_reason == "over-optimized at step 6: reward 1 → 2, accuracy 0.900 → 0.500 since step 2"
     assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
 
 
-def test_where_no_probe_was_better_than_the_untrained_policy_it_says_so(
+def test_where_nothing_was_better_than_the_untrained_policy_it_says_so(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0)}
     monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: found[step])
-    made = online("rloo", base, reward, tmp_path, max_steps=4, probe=make_probe(base, reward, stop=True))
+    made = online("rloo", base, reward, tmp_path, max_steps=4, callback=make_callback(base, reward, stop=True))
     assert made.steps == 2 and made.stop_reason.endswith(
         "since step 0, the untrained policy; the weights kept are the last"
     )
 
 
-def test_without_the_flag_an_overoptimised_run_goes_on_and_says_so(
+def test_without_the_flag_an_overoptimized_run_goes_on_and_says_so(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0), 4: reading(4, 0.2, 2.0)}
     monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: found[step])
-    made = online("rloo", base, reward, tmp_path, max_steps=4, probe=make_probe(base, reward))
-    assert made.steps == 4 and "over-optimised at step 4" in made.stop_reason
+    made = online("rloo", base, reward, tmp_path, max_steps=4, callback=make_callback(base, reward))
+    assert made.steps == 4 and "over-optimized at step 4" in made.stop_reason
 
 
-def test_a_probe_reads_the_policy_and_leaves_training_alone(base: Policy, reward: Reward, tmp_path: Path) -> None:
-    probe = make_probe(base, reward)
-    online("rloo", base, reward, tmp_path / "read", probe=probe)
+def test_the_callback_evaluates_the_policy_and_leaves_training_alone(
+    base: Policy, reward: Reward, tmp_path: Path
+) -> None:
+    callback = make_callback(base, reward)
+    online("rloo", base, reward, tmp_path / "read", callback=callback)
     online("rloo", base, reward, tmp_path / "unread")
     assert same(tmp_path / "read" / "out", tmp_path / "unread" / "out")
     log = [json.loads(line) for line in (tmp_path / "read" / "log.jsonl").read_text().splitlines()]
-    probed = [entry for entry in log if "probe/kl" in entry]
-    assert [entry["step"] for entry in probed] == [0, 2, 4]
-    assert probed[0]["probe/kl"] == pytest.approx(0, abs=1e-4), "the policy has not moved yet"
-    assert probed[-1]["probe/kl"] != pytest.approx(0, abs=1e-4)
-    assert {"probe/accuracy", "probe/reward", "probe/length", "probe/clipped_ratio"} <= set(probed[0])
+    evaluated = [entry for entry in log if "callback/kl" in entry]
+    assert [entry["step"] for entry in evaluated] == [0, 2, 4]
+    assert evaluated[0]["callback/kl"] == pytest.approx(0, abs=1e-4), "the policy has not moved yet"
+    assert evaluated[-1]["callback/kl"] != pytest.approx(0, abs=1e-4)
+    assert {"callback/accuracy", "callback/reward", "callback/length", "callback/clipped_ratio"} <= set(evaluated[0])
 
 
 def test_decoding_puts_the_training_mode_back(base: Policy) -> None:
@@ -581,7 +583,7 @@ def test_decoding_puts_the_training_mode_back(base: Policy) -> None:
 
 def test_log_likelihoods_are_those_of_a_plain_forward(base: Policy) -> None:
     made = [worlds.sample(base, problem, "12+3") for problem in worlds.tiny_problems()]
-    for value, one in zip(probe_room.compute_log_likelihoods(base, made), made, strict=True):
+    for value, one in zip(callbacks.compute_log_likelihoods(base, made), made, strict=True):
         ids = torch.tensor([one.prompt_ids + one.response_ids])
         logp = base.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
         assert value == pytest.approx(float(logp[len(one.prompt_ids) - 1 :].sum()), abs=1e-4)
@@ -594,9 +596,9 @@ def test_log_likelihoods_are_those_of_a_plain_forward(base: Policy) -> None:
     ("options", "words"),
     [
         ({"tuning": "half"}, ["tuning must be one of full, lora, qlora"]),
-        ({"select": "worst"}, ["select must be one of best, improved, samples"]),
+        ({"sft_selection": "worst"}, ["sft_selection must be one of best, improved, samples"]),
         ({"num_generations": 1}, ["num_generations must be at least 2"]),
-        ({"stop_on_overoptimisation": True}, ["needs a probe", "probe_problems"]),
+        ({"stop_on_overoptimization": True}, ["needs evaluations during training", "max_callback_problems"]),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], words: list[str]) -> None:
@@ -607,14 +609,16 @@ def test_traces_without_an_acceptance_are_refused(traces: list[Trace]) -> None:
     flat = [replace(trace, revisions=[], response_ids=trace.initial_ids) for trace in traces]
     for method in ("sft", "dpo"):
         choose = partial(build_training_rows, method, flat, sft_selection="best", beta=1.0)
-        worlds.refused(choose, "was accepted", "raise rounds")
+        worlds.refused(choose, "was accepted", "raise max_rounds")
     assert build_training_rows("sft", flat, sft_selection="samples", beta=1.0).rows, "samples need no search"
 
 
 def test_traces_of_another_tokenizer_are_refused(traces: list[Trace], bases: dict[str, str]) -> None:
     check_tokenizer(traces, bases["llama"])
     other = [replace(trace, meta=trace.meta | {"tokenizer_hash": "0123"}) for trace in traces]
-    worlds.refused(lambda: check_tokenizer(other, bases["llama"]), "another tokenizer", "0123", "make the traces anew")
+    worlds.refused(
+        lambda: check_tokenizer(other, bases["llama"]), "another tokenizer", "0123", "generate the traces again"
+    )
 
 
 def test_a_step_must_hold_whole_groups(base: Policy, reward: Reward, tmp_path: Path) -> None:
@@ -643,20 +647,20 @@ def test_nothing_trainable_is_refused(bases: dict[str, str], traces: list[Trace]
 
 def stage(folder: Path, base: Policy, reward: Reward, bases: dict[str, str], **changes: Any) -> TrainStage:
     values: dict[str, Any] = {
-        "folder": folder,
+        "run_dir": folder,
         "policy": bases["llama"],
         "dtype": "float32",
         "problems": worlds.tiny_problems(),
-        "probed": [],
-        "reasoner": replace(SEARCH, max_new_tokens=6),
+        "callback_problems": [],
+        "search_config": replace(SEARCH, max_new_tokens=6),
         "options": TrainOptions(num_generations=4),
         "lora": LORA,
-        "config": settings(folder, per_device_train_batch_size=8, save_strategy="steps", save_steps=2),
-        "models": lambda: (base, reward),
-        "settings": {"reward": "r"},
+        "sft_config": settings(folder, per_device_train_batch_size=8, save_strategy="steps", save_steps=2),
+        "load_models": lambda: (base, reward),
+        "search_settings": {"reward": "r"},
         "checker": AnswerChecker(),
-        "state": PartialState(),
-        "called": {"learning_rate": 0.005},
+        "process_state": PartialState(),
+        "command_options": {"learning_rate": 0.005},
         "command": "distill",
     }
     return TrainStage(**values | changes)
@@ -670,18 +674,18 @@ def test_training_is_gone_on_with_only_as_it_was_begun(
         stage(tmp_path, base, reward, bases).train_method("rloo")
     warmer = settings(tmp_path, per_device_train_batch_size=8, learning_rate=1e-4)
     worlds.refused(
-        lambda: stage(tmp_path, base, reward, bases, config=warmer).train_method("rloo"),
+        lambda: stage(tmp_path, base, reward, bases, sft_config=warmer).train_method("rloo"),
         "made with other settings",
         "learning_rate '0.0001' (was '0.005')",
     )
     shorter = settings(tmp_path, per_device_train_batch_size=8, max_grad_norm=0.1)
     worlds.refused(
-        lambda: stage(tmp_path, base, reward, bases, config=shorter).train_method("rloo"), "max_grad_norm '0.1'"
+        lambda: stage(tmp_path, base, reward, bases, sft_config=shorter).train_method("rloo"), "max_grad_norm '0.1'"
     )
     other = replace(SEARCH, beta=0.25, max_new_tokens=6)
     worlds.refused(
         lambda: stage(
-            tmp_path, base, reward, bases, reasoner=other, settings={"reward": "r", "beta": "0.25"}
+            tmp_path, base, reward, bases, search_config=other, search_settings={"reward": "r", "beta": "0.25"}
         ).train_method("rloo"),
         "beta '0.25' (was None)",
     )
@@ -705,15 +709,15 @@ def test_a_training_is_of_its_own_problems_traces_and_call(
     with pytest.raises(Killed):
         few().train_method("sft")
     write([replace(trace, seed=1) for trace in traces], 1)
-    worlds.refused(lambda: few().train_method("sft"), "made with other settings", "traces")
+    worlds.refused(lambda: few().train_method("sft"), "made with other settings", "traces_hash")
     (tmp_path / "traces/traces-00001-00000.parquet").unlink()
-    made = few(called={"learning_rate": 0.005, "stages": "train"}).train_method("sft")
+    made = few(command_options={"learning_rate": 0.005, "stages": "train"}).train_method("sft")
     mine = [trace for trace in traces if trace.problem_id in {problem.id for problem in problems}]
     assert made is not None and made.rows == len(build_sft_rows(mine, "improved").rows) < len(
         build_sft_rows(traces, "improved").rows
     )
     note = json.loads((tmp_path / "trained/sft/train.json").read_text())
-    assert (note["traces"], note["command"]) == (hash_traces(tmp_path), "distill")
+    assert (note["traces_hash"], note["command"]) == (hash_traces(tmp_path), "distill")
     assert note["trace_flops"] == pytest.approx(sum(trace.cost.flops for trace in mine))
     assert yaml.safe_load((tmp_path / "trained/sft/config.yaml").read_text())["stages"] == "train"
 
@@ -723,7 +727,7 @@ def test_methods_that_share_beta_with_the_search_need_one(
 ) -> None:
     sized = replace(SEARCH, beta=None, solver={"gradient_at": "hard", "target_kl": 2.0})
     for method in ("reward-weighted", "dpo", "rloo", "grpo"):
-        check = partial(stage(tmp_path, base, reward, bases, reasoner=sized).check_method, method)
+        check = partial(stage(tmp_path, base, reward, bases, search_config=sized).check_method, method)
         worlds.refused(check, "needs beta", method)
     samples = TrainOptions(sft_selection="samples")
     worlds.refused(
@@ -731,13 +735,15 @@ def test_methods_that_share_beta_with_the_search_need_one(
     )
 
 
-def test_a_probe_needs_graded_problems(base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path) -> None:
+def test_the_callback_needs_graded_problems(
+    base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path
+) -> None:
     options = TrainOptions(num_generations=4, max_callback_problems=3)
-    probed = [replace(problem, answer="1") for problem in worlds.tiny_problems()[:2]]
+    graded = [replace(problem, answer="1") for problem in worlds.tiny_problems()[:2]]
     worlds.refused(
-        lambda: stage(tmp_path, base, reward, bases, options=options, probed=probed).train_method("rloo"),
+        lambda: stage(tmp_path, base, reward, bases, options=options, callback_problems=graded).train_method("rloo"),
         "only 2 training problems",
-        "lower train_limit",
+        "lower max_train_problems",
     )
 
 
@@ -747,7 +753,7 @@ def test_full_weights_are_not_held_to_the_base_of_an_adapter(
     """TRL loads the reference by the name of the model's configuration, which is the base's."""
     offline("sft", bases["llama"], build_sft_rows(traces), tmp_path / "first")
     adapter = str(tmp_path / "first" / "out")
-    words = ("is an adapter", "reference", "nabla-trl ship --merge")
+    words = ("is an adapter", "reference", "nabla-trl export --merge")
     pairs = build_preference_rows(traces)
     worlds.refused(lambda: offline("dpo", adapter, pairs, tmp_path / "dpo", tuning="full"), *words)
     worlds.refused(lambda: online("rloo", load_policy(adapter), reward, tmp_path / "rloo", tuning="full"), *words)
@@ -767,6 +773,6 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(
     worlds.refused(lambda: check("rloo", options=TrainOptions(num_generations=3)), "8 responses", "whole groups")
     worlds.refused(lambda: check("sft", dtype="bfloat16"), "set bf16 true")
     greedy = replace(SEARCH, temperature=0.0)
-    worlds.refused(lambda: check("grpo", reasoner=greedy), "temperature must be above 0")
-    probe = TrainOptions(num_generations=4, max_callback_problems=3)
-    worlds.refused(lambda: check("sft", options=probe), "only 0 training problems", "lower train_limit")
+    worlds.refused(lambda: check("grpo", search_config=greedy), "temperature must be above 0")
+    evaluated = TrainOptions(num_generations=4, max_callback_problems=3)
+    worlds.refused(lambda: check("sft", options=evaluated), "only 0 training problems", "lower max_train_problems")
