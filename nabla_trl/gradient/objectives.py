@@ -82,6 +82,10 @@ class EncodedSample:
     response_ids: list[int]
     turn_end_ids: list[int]
 
+    @property
+    def sequence_ids(self) -> list[int]:
+        return self.prompt_ids + self.response_ids + self.turn_end_ids
+
 
 @dataclass
 class ScoreCache:

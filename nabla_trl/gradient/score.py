@@ -47,8 +47,7 @@ class ScoreObjective(Objective):
         return [len(response_ids) + num_turn_end_ids]
 
     def select_input_ids(self, encoded: EncodedSample, num_shared: int) -> list[int]:
-        sequence = encoded.prompt_ids + encoded.response_ids + encoded.turn_end_ids
-        return sequence[len(encoded.prompt_ids) - 1 + num_shared :]
+        return encoded.sequence_ids[len(encoded.prompt_ids) - 1 + num_shared :]
 
     def count_head_positions(self, num_tokens: int) -> int:
         return num_tokens  # the head is one row: what it costs to read it everywhere does not matter
