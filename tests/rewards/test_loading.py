@@ -507,7 +507,14 @@ def test_loaded_ensembles_by_spec_and_by_folder(adapted: tuple[str, Any], policy
     parts = [score(load_reward(name, policy=policy), samples(policy)) for name in names]
     card = RewardManifest("ensemble", members=["a", "b", adapted[0]], uncertainty_penalty=0.5)
     write_manifest(tmp_path, card)
-    specs = {f"ensemble:{','.join(names)}": 1.0, f"ensemble@2:{', '.join(names)}": 2.0, str(tmp_path): 0.5}
+    members = [names[0], {"kind": "scalar", "model": names[1]}, names[2]]
+    mapping = json.dumps({"kind": "ensemble", "members": members, "uncertainty_penalty": 1.5})
+    specs = {
+        mapping: 1.5,
+        f"ensemble:{','.join(names)}": 1.0,
+        f"ensemble@2:{', '.join(names)}": 2.0,
+        str(tmp_path): 0.5,
+    }
     for spec, uncertainty_penalty in specs.items():
         reward = load_reward(spec, policy=policy, batch_size=3)
         expected = bound(torch.tensor(parts, dtype=DOUBLE), uncertainty_penalty).tolist()

@@ -518,13 +518,16 @@ def test_loaded_by_spec_and_by_folder(saved: str, policy: Policy, tmp_path: Path
     items = samples(policy)
     model = worlds.tiny_model(kind="score", seed=1)
     folder = copied(saved, tmp_path, RewardManifest("process", step_delimiter="9;"))
-    for spec, delimiter in ((f"process@;:{saved}", ";"), (rf"process@\x39;:{saved}", "9;"), (folder, "9;")):
+    mapping = {"kind": "process", "model": saved, "step_delimiter": ";"}
+    texts = ((f"process@;:{saved}", ";"), (rf"process@\x39;:{saved}", "9;"), (folder, "9;"))
+    for spec, delimiter in (*texts, (mapping, ";"), (json.dumps(mapping), ";")):
         reward = load_reward(spec, policy=policy, batch_size=3)
         expected = score(
             build_process_reward(policy, model, worlds.char_tokenizer(), "memory", step_delimiter=delimiter), items
         )
         assert score(reward, items) == pytest.approx(expected, rel=1e-4, abs=1e-4)
-        assert (reward.kind, reward.name, reward.batch_size, reward.gradient_at) == ("process", spec, 3, "mixture:0.5")
+        name = json.dumps(spec) if isinstance(spec, dict) else spec
+        assert (reward.kind, reward.name, reward.batch_size, reward.gradient_at) == ("process", name, 3, "mixture:0.5")
     values = [
         score(load_reward(f"process@;:{name}", policy=policy), items) for name in (saved, adapter(tmp_path, saved))
     ]

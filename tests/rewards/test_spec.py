@@ -8,7 +8,7 @@ import json
 import random
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from nabla_trl.rewards.spec import (
 )
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks import digit_chains
+from nabla_trl.utils.fields import coerce_fields, read_yaml
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = {
@@ -254,6 +255,15 @@ def test_a_mapping_means_what_its_text_means(mapping: dict[str, Any], text: str)
     assert parse_reward_spec(spec.name) == spec
     assert compute_reward_identity(mapping) == compute_reward_identity(json.dumps(mapping)) == spec.name
     assert spec.name == "a" if mapping["kind"] == "scalar" else json.loads(spec.name)["kind"] == mapping["kind"]
+
+
+def test_a_mapping_of_a_config_file_is_the_text_of_an_option(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text('reward: {kind: process, model: a, step_delimiter: "\\n"}\n')
+    options = coerce_fields(read_yaml(file), [make_dataclass("Options", [("reward", str)])], source=file)
+    assert parse_reward_spec(options["reward"]) == parse_reward_spec(
+        {"kind": "process", "model": "a", "step_delimiter": "\n"}
+    )
 
 
 def test_a_mapping_names_what_text_cannot(tmp_path: Path) -> None:
