@@ -72,12 +72,7 @@ def sample_responses(
 
 
 def collect_accepted_responses(traces: Iterable[Trace], problems: Mapping[str, Problem]) -> list[Sample]:
-    """Return the responses that searches accepted: every incumbent of every trace except the first response.
-
-    Args:
-        traces: of the searches. Failed ones give nothing.
-        problems: by id.
-    """
+    """Return the responses that searches accepted: every incumbent of every trace except the first response."""
     return [
         Sample(problems[trace.problem_id], list(trace.prompt_ids), list(ids))
         for trace in traces
@@ -98,15 +93,7 @@ def select_highest_reward(pool: ResponsePool, num_responses: int) -> list[Sample
 def label_responses(
     samples: Sequence[Sample], *, policy: Policy, checker: AnswerChecker, top_k_candidates: int, batch_size: int = 256
 ) -> list[LabeledResponse]:
-    """Return the distinct responses with the correctness of their answers and the policy's candidates along them.
-
-    Args:
-        samples: responses, perhaps repeated.
-        policy: the model that gives the candidates.
-        checker: compares answers with the gold answers.
-        top_k_candidates: the policy's likeliest tokens that are stored per position.
-        batch_size: most responses in one forward.
-    """
+    """Return the distinct responses with the correctness of their answers and the policy's candidates along them."""
     distinct = list({(sample.problem.id, *sample.response_ids): sample for sample in samples}.values())
     texts = [
         policy.decode_response(sample.response_ids, policy.get_stop_strings(sample.problem)) for sample in distinct
@@ -135,12 +122,6 @@ def filter_encodable(
     labeled_responses: Sequence[LabeledResponse], objective: Objective, model_name: str, *, quiet: bool = False
 ) -> list[LabeledResponse]:
     """Return the responses that a model can read, and print a warning with the number of the others.
-
-    Args:
-        labeled_responses: responses in the policy's tokens.
-        objective: an objective of the model.
-        model_name: for messages.
-        quiet: no warning.
 
     Raises:
         ValueError: the model can read no response, or those of a single class.
@@ -182,10 +163,6 @@ def write_samples(file: Path, samples: Sequence[Sample]) -> None:
 def read_samples(file: Path, problems: Mapping[str, Problem]) -> list[Sample]:
     """Return the samples that `write_samples` wrote.
 
-    Args:
-        file: with JSON lines.
-        problems: by id.
-
     Raises:
         ValueError: a line that is no sample, or a sample of an unknown problem.
     """
@@ -204,11 +181,7 @@ def read_samples(file: Path, problems: Mapping[str, Problem]) -> list[Sample]:
 def add_draw_info(policy: Policy, samples: Sequence[Sample], top_k: int, batch_size: int) -> list[Sample]:
     """Return the samples with the policy's `top_k` likeliest tokens along them, as if the policy had drawn them.
 
-    Args:
-        policy: the model that gives the candidates.
-        samples: responses.
-        top_k: tokens per position.
-        batch_size: most responses in one forward. Long responses make smaller batches.
+    Long responses make batches smaller than `batch_size`.
     """
     lengths = [len(sample.prompt_ids + sample.response_ids) for sample in samples]
     max_tokens = max(1, MAX_FORWARD_LOGITS // policy.forbidden_mask.shape[0])
@@ -249,7 +222,6 @@ def build_token_rows(
 
     Args:
         labeled_responses: the data. Repeated responses are encoded once.
-        objective: of the reward, for its chat template and vocabulary map.
         token_labels: step labels. None = only the correctness of the answer is known.
         min_p: candidates below this fraction of the position's likeliest are left out of mixtures.
 
@@ -310,11 +282,7 @@ def build_pair_rows(
     """Return rows for TRL's RewardTrainer: `choose_pairs` in the reward's ids.
 
     Args:
-        labeled_responses: the data.
-        objective: of the reward, for its chat template and vocabulary map.
-        pairs_per_problem: most pairs of a problem.
         margin: by which the correct response should win, in units of reward. 0 = none.
-        seed: of the choice of pairs.
 
     Returns:
         `chosen_ids` and `rejected_ids` (prompt, response, turn end), and `margin` unless it is 0.
@@ -332,12 +300,9 @@ def build_pair_rows(
 def choose_pairs(
     labeled_responses: Sequence[LabeledResponse], pairs_per_problem: int, seed: int = 0
 ) -> list[tuple[Sample, Sample]]:
-    """Return pairs of a correct and a wrong response to the same problem, drawn without repetition.
+    """Return at most `pairs_per_problem` pairs of a correct and a wrong response to each problem.
 
-    Args:
-        labeled_responses: the data, perhaps with repetitions. Pairs are not repeated.
-        pairs_per_problem: most pairs of a problem.
-        seed: of the choice.
+    Pairs are drawn without repetition, also where responses are repeated.
 
     Raises:
         ValueError: no problem has both a correct and a wrong response.

@@ -44,14 +44,7 @@ def train_implicit_reward(
 
     Args:
         base_model: the policy itself, or another causal LM over the same token strings. It is the reference, too.
-        labeled_responses: the data.
-        output_dir: the folder to write.
-        policy: whose tokens the responses have.
         beta: β of DPO, and the scale of the reward.
-        pairs_per_problem: most pairs of a correct and a wrong response to the same problem.
-        lora: the shape of the adapter.
-        config: arguments of the trainer.
-        dtype: of the base model's weights.
 
     Raises:
         ValueError: no pairs that the base can read, vocabularies that cannot be matched, a loss that is not finite, or

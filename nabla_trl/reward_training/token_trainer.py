@@ -128,10 +128,6 @@ def sample_mixture_weights(length: int, relaxed_fraction: float) -> Tensor:
 
     With probability `relaxed_fraction` a row is relaxed: one α in (0, 1) at random positions, 0 elsewhere. Half of the
     relaxed rows mix every position. The others mix each position with a random probability.
-
-    Args:
-        length: T.
-        relaxed_fraction: probability that the row is a mixture.
     """
     if torch.rand(()) >= relaxed_fraction:
         return torch.zeros(length)

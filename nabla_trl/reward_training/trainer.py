@@ -137,11 +137,6 @@ def train_reward(
     Args:
         init_model: a base model, or the folder of an earlier round with full weights or an adapter.
         labeled_responses: the data, with the policy's candidates (`label_responses`).
-        output_dir: the folder to write.
-        policy: whose tokens the responses have.
-        options: what is trained.
-        lora: the shape of an adapter.
-        config: the arguments of TRL's trainer.
         dtype: of weights that are not trained themselves.
         token_labels: step labels. None where only the correctness of the answer is known.
         min_p: candidates below this fraction of the likeliest are left out of mixtures.
@@ -209,8 +204,6 @@ def build_training_stats(
     """Return what a finished training run did.
 
     Args:
-        trainer: the trainer after its run.
-        result: what `trainer.train()` returned.
         responses_per_row: responses in a row of the training data.
         length: mean tokens of prompt and response.
         size: of the base model.
@@ -280,10 +273,6 @@ def add_top_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
     The new model computes the same function. A verifier has to compare what the policy's last layer expects with the
     next token, which needs layers above the last one (block expansion, arXiv 2401.02415).
-
-    Args:
-        model: the model to copy.
-        num_layers: layers to add.
 
     Raises:
         ValueError: an architecture without `model.layers` of attention and gated MLP.

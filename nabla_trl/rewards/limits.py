@@ -54,9 +54,6 @@ def past_sample_limit(limits: ValidatedLimits | None, num_samples: int) -> str |
     Args:
         limits: None = the reward was not audited, so there is nothing to warn of.
         num_samples: the largest N of best-of-N or weighted best-of-N. 1 = nothing is chosen.
-
-    Returns:
-        None where there is nothing to warn of.
     """
     if limits is None or num_samples <= max(1, limits.max_samples):
         return None
@@ -72,9 +69,6 @@ def past_limits(limits: ValidatedLimits | None, max_rounds: int) -> str | None:
     Args:
         limits: None = the reward was not audited, so there is nothing to warn of.
         max_rounds: the most rounds of the search. 0 = unlimited, which is more than any limit.
-
-    Returns:
-        None where there is nothing to warn of.
     """
     if limits is None or 0 < max_rounds <= limits.max_rounds:
         return None

@@ -61,7 +61,6 @@ def load_reward(
                 mean − K·std of two or more scalar rewards, or of process rewards with one delimiter. K is 1 by
                 default.
         policy: its tokens and prompts are what the reward reads.
-        dtype: of the weights: float32, bfloat16 or float16.
         device: None = a GPU if there is one.
         batch_size: responses that are scored together.
 
@@ -102,10 +101,6 @@ def build_log_ratio_reward(
     """Build scale · (log p_preferred(y|x) − log p_reference(y|x)) from models in memory.
 
     Args:
-        policy: its tokens and prompts are what the reward reads.
-        preferred_model: its likely responses have a high reward.
-        reference_model: its likely responses have a low reward.
-        name: of the reward, in rows and messages.
         scale: β where `preferred_model` was tuned from `reference_model` under a KL penalty of strength β. The reward
             is then the one that it was tuned for, up to a function of x (Rafailov et al., arXiv 2305.18290).
 
@@ -300,8 +295,6 @@ def check_reward(reward: Reward, policy: Policy, *, step_delimiter: str = "") ->
     """Score a test input from ids, from embeddings and through the cache, and refuse a reward on which they differ.
 
     Args:
-        reward: the reward to check.
-        policy: the policy that the reward was loaded for.
         step_delimiter: a text that the test response holds, as the end of a reasoning step.
 
     Raises:

@@ -39,8 +39,7 @@ def make_template_prompt_encoder(
 
     Args:
         tokenizer: the reward's.
-        vocab_map: [policy rows] the reward's id of each policy token, −1 where it has none.
-        name: of the reward, for error messages.
+        vocab_map, name: as for `make_mapped_prompt_encoder`.
         context_length: most tokens that the reward can read.
     """
     if tokenizer.chat_template is None:

@@ -32,7 +32,6 @@ class Reward:
     """A weighted sum of objectives, r(x, y) = Σ weight · objective(x, y), or an ensemble's lower confidence bound.
 
     Attributes:
-        name: of the reward, in rows and messages.
         kind: "scalar", "process", "log-ratio" or "ensemble".
         objectives: one per model.
         in_vocabulary: [policy rows] bool, the policy's tokens that every objective can read inside a response. A
@@ -63,10 +62,6 @@ class Reward:
     def compute_max_new_tokens(self, problem: Problem, prompt_ids: list[int]) -> int:
         """Return how many response tokens fit into the contexts of all models.
 
-        Args:
-            problem: the problem that is asked.
-            prompt_ids: the policy's prompt.
-
         Raises:
             PromptTooLong: no token fits.
             ValueError: an objective cannot read the prompt.
@@ -95,9 +90,7 @@ class Reward:
         """Return the rewards of B responses.
 
         Args:
-            samples: the responses.
             caches: per sample one cache per objective, of its prompt or of a response with the same first tokens.
-            flop_counter: is charged under each sample's `cost_key`.
             num_shared: per sample how many response tokens the cache holds. They are not computed again.
             return_caches: also return the caches of these responses (else empty lists).
 
@@ -118,12 +111,9 @@ class Reward:
         num_shared: Sequence[int] | None = None,
         return_caches: bool = False,
     ) -> tuple[list[float], list[list[float]], list[list[ScoreCache]]]:
-        """Return what `score` does, with each objective's unweighted value in between.
+        """Return what `score` returns, and between them per sample the objectives' unweighted values.
 
-        Args: as for `score`.
-
-        Returns:
-            B rewards, per sample the objectives' values (empty where the reward cannot read it), and caches.
+        These values are empty where the reward cannot read a response.
         """
         values, new_caches = [-math.inf] * len(samples), [list(cache) for cache in caches]
         objective_values: list[list[float]] = [[] for _ in samples]
@@ -159,10 +149,8 @@ class Reward:
         """Return ∂r/∂Y of each sample by backward passes, averaged over the α of `gradient_at`.
 
         Args:
-            samples: B responses of T tokens each.
             caches: per sample the caches of its prompt.
             candidates: per sample [T, K] policy ids at which the gradient is needed. None = the whole vocabulary.
-            flop_counter: is charged under each sample's `cost_key`.
             gradient_at: where to differentiate. Anything but the hard tokens needs samples with `draw_info`.
             likelihood_token_grad: include the direct part of log-likelihoods.
 
@@ -223,10 +211,8 @@ class Reward:
         The direct part is n_t (s_t − s_{t−1}).
 
         Args:
-            samples: B responses of T tokens each.
             caches: per sample the caches of the scored response.
             candidates: per sample [T, K] policy ids.
-            flop_counter: is charged under each sample's `cost_key`.
 
         Returns:
             per sample [T, K].
@@ -266,12 +252,9 @@ class Reward:
         """Return ∂r/∂Y at the candidates as `gradient_at` selects it: the direct part, backward passes, or their sum.
 
         Args:
-            samples: B responses of T tokens each.
             prompt_caches: per sample the caches of its prompt, for backward passes.
             response_caches: per sample the caches of the scored response, for the direct part.
             candidates: per sample [T, K] policy ids.
-            flop_counter: is charged under each sample's `cost_key`.
-            gradient_at: which gradient.
 
         Returns:
             per sample [T, K].

@@ -317,7 +317,7 @@ def _parse_mapping(data: Mapping[str, Any]) -> RewardSpec:
         ):
             raise ValueError(f"reward: members must be a list of rewards, not {members!r}")
         check_uncertainty_penalty(penalty)
-        return _build_ensemble_spec(get_reward_name(data), members, penalty)
+        return _build_ensemble_spec(get_reward_name(data), members, float(penalty))
     for key in ("model", "reference"):
         if key in data:
             _check_model_name(f"reward: {key}", data[key])
@@ -329,7 +329,7 @@ def _parse_mapping(data: Mapping[str, Any]) -> RewardSpec:
     if kind == "log_ratio":
         _check_scale(data.get("scale", 1.0))
         models = tuple(data[key] for key in ("model", "reference") if key in data)
-        return RewardSpec(name, "log-ratio", models, scale=data.get("scale", 1.0))
+        return RewardSpec(name, "log-ratio", models, scale=float(data.get("scale", 1.0)))
     return _parse_scalar(name, model)
 
 
