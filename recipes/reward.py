@@ -1,13 +1,14 @@
-"""A scalar reward from the policy's own answers, trained so that a search can trust it and follow its gradient.
+"""Train a scalar reward from the policy's own answers that a search can rely on, with a useful gradient.
 
     accelerate launch recipes/reward.py --config recipes/tiny/reward.yaml
     accelerate launch recipes/reward.py --config recipes/gsm8k/reward.yaml --policy Qwen/Qwen2.5-0.5B-Instruct
 
-Round 0 draws answers of the policy to training problems, labels them and trains. Every round is audited on problems
-set apart: ranking and best-of-N, search pressure (with and without gradient), and the gradient itself. As long as the
-search turns within the budget asked for, the next round searches against the reward, by best-of-N too, labels what it
-kept and trains on. OUT/reward is the reward that can be trusted furthest, with every round's audit in its reward.json;
-a search that goes past what was measured warns. Each stage resumes where it was stopped.
+Round 0 samples answers of the policy to training problems, labels them and trains. Every round is audited on separate
+problems: ranking and best-of-N, over-optimization by searches (with and without gradient), and the gradient itself.
+While a search over-optimizes the reward within the requested budget, the next round searches against the reward, also
+by best-of-N, labels the accepted responses and trains on them. OUT/reward is the reward with the largest validated
+limits. Its reward.json holds the audits of all rounds, and a search beyond these limits warns. Each stage resumes
+where it was stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -61,55 +62,67 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.traces.build import get_package_versions
 from nabla_trl.training.peft import LoraArguments
-from nabla_trl.utils.fields import option
+from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.identity import claim_settings
 from nabla_trl.utils.locks import lock_folder
 
 NUM_BEST_RESPONSES = 4  # responses of highest reward that best-of-N adds per problem
+AUDIT_SAMPLES_PER_PROBLEM = 4  # of the gradient audit
 LABEL_CHOICES = ("auto", "steps", "outcome")
 
 
 @dataclass
 class RewardArguments:
-    """Policy, problems and audits. The search is set by the reasoner's options, training by TRL's RewardConfig."""
+    """Policy, problems and audits. SearchConfig sets the search, TRL's RewardConfig the training."""
 
-    policy: str = field(metadata={"help": "hub id or path of the policy, a causal LM"})
+    policy: str = required_option("hub id or path of the policy, a causal LM")
     dataset: str = option(
-        "digit_chains", "gsm8k, math500, amc, aime24, aime25, digit_chains, or a .jsonl file to train on"
+        "digit_chains", "problems to train on: gsm8k, math500, amc, aime24, aime25, digit_chains or a .jsonl file"
     )
-    split: str = option("train", "split of the dataset; audits use problems of it that training does not")
+    split: str = option("train", "split of the dataset. Audits use problems of it that training does not use")
     max_train_problems: int = option(2000, "training problems")
     samples_per_problem: int = option(4, "answers of the policy per training problem")
-    labels: str = option("auto", "steps (which token is the first error), outcome (the answer alone), or auto")
-    max_adversarial_rounds: int = option(2, "most rounds of searching against the reward and training on")
-    max_steps_per_round: int = option(200, "optimiser steps of a round after the first; the first has max_steps")
+    labels: str = option(
+        "auto",
+        "steps: label every token as correct or wrong. outcome: label the answer alone. auto: steps where the task "
+        "has step labels, else outcome",
+    )
+    max_adversarial_rounds: int = option(2, "most rounds that search against the reward and train on the result")
+    max_steps_per_round: int = option(200, "optimizer steps of a round after the first. The first has max_steps")
     max_search_problems: int = option(300, "training problems that a round searches on")
     extra_sample_temperature: float = option(
-        1.5, "temperature of the further answers that a round draws, for rare mistakes"
+        1.5, "sampling temperature of one more answer per problem and round. High values show rare mistakes"
     )
     max_audit_problems: int = option(150, "problems of the audits")
-    audit_samples: int = option(64, "answers per problem of the best-of-N audit: the N asked for")
-    max_audit_rounds: int = option(32, "rounds of the pressure audit: the budget of search asked for")
+    audit_samples: int = option(64, "answers per problem of the best-of-N audit, and the largest N to validate")
+    max_audit_rounds: int = option(32, "rounds of the over-optimization audit, and the largest number to validate")
     num_swaps: int = option(600, "token swaps of the gradient audit")
     audit_gradient_at: list[str] = field(
         default_factory=lambda: ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
-        metadata={"help": "points of the gradient audit, the cheapest first"},
+        metadata={"help": "gradients to audit, the cheapest first: direct, hard, mixture:A or direct+ one of these"},
     )
-    dtype: str = option("float32", "weights: float32, bfloat16 or float16")
+    dtype: str = option("float32", "of the weights: float32, bfloat16 or float16")
 
     def __post_init__(self) -> None:
         if self.labels not in LABEL_CHOICES:
             raise ValueError(f"labels must be one of {', '.join(LABEL_CHOICES)}, not {self.labels!r}")
-        for name in ("train_limit", "samples", "round_steps", "search_problems", "audit_problems", "audit_rounds"):
+        for name in (
+            "max_train_problems",
+            "samples_per_problem",
+            "max_steps_per_round",
+            "max_search_problems",
+            "max_audit_problems",
+            "max_audit_rounds",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         if self.audit_samples < 2 or self.max_adversarial_rounds < 0:
-            raise ValueError("audit_samples must be at least 2, adversarial_rounds not negative")
+            raise ValueError("audit_samples must be at least 2, max_adversarial_rounds not negative")
 
 
 class RewardRun:
-    """One run: its settings, its output folder and its policy."""
+    """One run: its options, its output folder and its policy."""
 
     def __init__(
         self,
@@ -119,27 +132,22 @@ class RewardRun:
         lora_arguments: LoraArguments,
         trainer_config: RewardConfig,
     ):
-        self.args, self.reward_options, self.search_config, self.lora_arguments, self.trainer_config = (
-            args,
-            reward_options,
-            search_config,
-            lora_arguments,
-            trainer_config,
-        )
+        self.args, self.reward_options, self.search_config = args, reward_options, search_config
+        self.lora_arguments, self.trainer_config = lora_arguments, trainer_config
         self.state = PartialState()
         self.output_dir = Path(trainer_config.output_dir)
         self.checker = AnswerChecker()
+        # Best-of-N and scoring take four times as many responses at once as the search has problems.
+        self.batch_size = 4 * search_config.batch_size
         problems = load_problems(
             args.dataset, split=args.split, max_problems=args.max_train_problems + args.max_audit_problems
         )
         problems = [problem for problem in problems if problem.answer]
-        # The last ones are for the audits: the first are more likely to have been used before.
-        self.train_problems, self.audit_problems = (
-            problems[: -args.max_audit_problems],
-            problems[-args.max_audit_problems :],
-        )
+        # The audits take the last problems: the first ones are more likely to have been used before.
+        self.train_problems = problems[: -args.max_audit_problems]
+        self.audit_problems = problems[-args.max_audit_problems :]
         if not self.train_problems:
-            raise ValueError(f"{len(problems)} problems with answers leave none to train on: lower audit_problems")
+            raise ValueError(f"{len(problems)} problems with answers leave none to train on: lower max_audit_problems")
         self.use_step_labels = args.labels == "steps" or (
             args.labels == "auto" and has_step_labels(self.train_problems)
         )
@@ -150,24 +158,21 @@ class RewardRun:
         claim_settings(self.output_dir / "settings.json", self.get_settings())
 
     def get_settings(self) -> dict[str, str]:
-        data = {**get_task_settings(self.args.dataset), "policy": self.args.policy, "dtype": self.args.dtype}
-        for argument in fields(RewardArguments):
-            if argument.name not in ("policy", "dataset", "dtype", "adversarial_rounds"):  # more rounds may be added
-                data[argument.name] = str(getattr(self.args, argument.name))
-        for part in (self.reward_options, self.lora_arguments):
-            data |= {name: str(value) for name, value in asdict(part).items()}
-        return (
-            data
-            | {name: str(getattr(self.trainer_config, name)) for name in TRAINER_SETTINGS}
-            | get_search_settings(self.search_config)
-        )
+        """Return the options that the result depends on."""
+        options = asdict(self.args)
+        del options["dataset"]  # get_task_settings names it
+        del options["max_adversarial_rounds"]  # a finished run may get more rounds
+        options |= asdict(self.reward_options) | asdict(self.lora_arguments)
+        options |= {name: getattr(self.trainer_config, name) for name in TRAINER_SETTINGS}
+        settings = {name: str(value) for name, value in options.items()}
+        return get_task_settings(self.args.dataset) | settings | get_search_settings(self.search_config)
 
     def run_rounds(self) -> None:
+        """Train and audit round after round, until a reward is valid for the requested budgets."""
         rounds: list[dict[str, Any]] = []
         for number in range(self.args.max_adversarial_rounds + 1):
-            data = self.collect_labeled_responses(number)
-            trained = self.train_round(number, data)
-            rounds.append({"round": number, "training": trained} | self.audit_round(number))
+            stats = self.train_round(number, self.collect_labeled_responses(number))
+            rounds.append({"round": number, "training": stats} | self.audit_round(number))
             self.print_once(_format_round(rounds[-1]))
             if self.state.is_main_process:
                 self.export_best_reward(rounds)  # now, so that a later round that fails leaves a reward behind
@@ -178,14 +183,16 @@ class RewardRun:
     # --- data -------------------------------------------------------------------------------------------
 
     def collect_labeled_responses(self, number: int) -> list[LabeledResponse]:
-        """Labelled responses of the rounds up to this one, those of searches repeated until they are half."""
-        drawn = self.label_samples(self.load_or_draw_samples(0))
-        check_both_classes(drawn)
-        found = [
-            one for earlier in range(1, number + 1) for one in self.label_samples(self.load_or_draw_samples(earlier))
+        """Return the labeled responses of all rounds up to this one. Those of searches are repeated to be half."""
+        sampled = self.label_samples(self.load_or_draw_samples(0))
+        check_both_classes(sampled)
+        adversarial = [
+            response
+            for earlier in range(1, number + 1)
+            for response in self.label_samples(self.load_or_draw_samples(earlier))
         ]
-        times = max(1, round(len(drawn) / len(found))) if found else 0
-        return drawn + found * times
+        repeats = max(1, round(len(sampled) / len(adversarial))) if adversarial else 0
+        return sampled + adversarial * repeats
 
     def label_samples(self, samples: Sequence[Sample]) -> list[LabeledResponse]:
         return label_responses(
@@ -193,78 +200,76 @@ class RewardRun:
             policy=self.policy,
             checker=self.checker,
             top_k_candidates=self.search_config.top_k_candidates,
-            batch_size=4 * self.search_config.batch_size,
+            batch_size=self.batch_size,
         )
 
     def load_or_draw_samples(self, number: int) -> list[Sample]:
-        """The responses that a round adds, drawn by all processes together and kept on disk."""
+        """Return the responses that a round adds. All processes draw them together and keep them on disk."""
         by_id = {problem.id: problem for problem in self.train_problems}
         files = [self.output_dir / f"round-{number}.{rank}.jsonl" for rank in range(self.state.num_processes)]
-        mine = files[self.state.process_index]
-        if not mine.exists():
-            mine.parent.mkdir(parents=True, exist_ok=True)
-            write_samples(
-                mine,
+        own_file = files[self.state.process_index]
+        if not own_file.exists():
+            samples = (
                 self.search_against_reward(number)
                 if number
-                else self.draw_round_samples(number, self.args.samples_per_problem),
+                else self.draw_round_samples(number, self.args.samples_per_problem)
             )
+            write_samples(own_file, samples)
         self.state.wait_for_everyone()
         return [sample for file in files for sample in read_samples(file, by_id)]
 
     def draw_round_samples(
         self, number: int, samples_per_problem: int, temperature: float | None = None
     ) -> list[Sample]:
-        """`count` responses to each training problem, at the search's temperature unless told another."""
-        begun, sampling = time.perf_counter(), self.search_config.get_sampling()
-        mine = self._select_process_share(self.train_problems)
-        made = sample_responses(
-            mine,
+        """Return responses to this process's training problems, at the search's temperature by default."""
+        start, sampling = time.perf_counter(), self.search_config.get_sampling()
+        problems = self._select_process_share(self.train_problems)
+        samples = sample_responses(
+            problems,
             samples_per_problem,
             policy=self.policy,
             sampling=sampling if temperature is None else replace(sampling, temperature=temperature),
             seed=self.trainer_config.seed,
-            batch_size=4 * self.search_config.batch_size,
+            batch_size=self.batch_size,
         )
-        self.print_once(
-            f"round {number}: {len(made)} answers to {len(mine)} problems, {time.perf_counter() - begun:.0f} s"
-        )
-        return made
+        seconds = time.perf_counter() - start
+        self.print_once(f"round {number}: {len(samples)} answers to {len(problems)} problems, {seconds:.0f} s")
+        return samples
 
     def search_against_reward(self, number: int) -> list[Sample]:
-        """What searches against the last round's reward end up with: best-of-N, and ours with and without gradient.
+        """Return the results of searches against the last round's reward: best-of-N, and with and without gradient.
 
-        And one response per training problem at a higher temperature: the rare mistakes among which best-of-N picks.
+        One response per training problem at a higher temperature is added: it shows the rare mistakes that best-of-N
+        would pick.
         """
-        begun = time.perf_counter()
+        start = time.perf_counter()
         reward = self.load_round_reward(number - 1)
-        # Read, not asked for: `audit` waits for all processes, and some may have drawn their share already.
-        audited = _read_json(self.output_dir / f"round-{number - 1}.audit.json")
-        reward.gradient_at = audited["gradient"]["best"] or reward.gradient_at
+        # From the file: `audit_round` would wait for all processes, and some may have finished their share already.
+        audit = _read_json(self.output_dir / f"round-{number - 1}.audit.json")
+        reward.gradient_at = audit["gradient"]["best_gradient_at"] or reward.gradient_at
         first = (number - 1) * self.args.max_search_problems % len(self.train_problems)
-        some = self._select_process_share(
-            (self.train_problems[first:] + self.train_problems[:first])[: self.args.max_search_problems]
-        )
-        config = replace(
-            self.search_config, max_rounds=self.args.max_audit_rounds, patience=0, max_rollouts=0, max_flops=0.0
-        )
+        rotated = self.train_problems[first:] + self.train_problems[:first]
+        problems = self._select_process_share(rotated[: self.args.max_search_problems])
         pool = draw_pool(
-            some,
+            problems,
             self.args.audit_samples,
             policy=self.policy,
             reward=reward,
             sampling=self.search_config.get_sampling(),
             seed=self.trainer_config.seed + number,
-            batch_size=4 * self.search_config.batch_size,
+            batch_size=self.batch_size,
         )
-        found = select_highest_reward(pool, NUM_BEST_RESPONSES) + self.draw_round_samples(
-            number, 1, self.args.extra_sample_temperature
+        samples = select_highest_reward(pool, NUM_BEST_RESPONSES)
+        samples += self.draw_round_samples(number, 1, self.args.extra_sample_temperature)
+        config = replace(
+            self.search_config, max_rounds=self.args.max_audit_rounds, patience=0, max_rollouts=0, max_flops=0.0
         )
-        for one in (config, config.with_no_gradient()):
-            traces = run_search(some, policy=self.policy, reward=reward, config=one, seed=number)
-            found += collect_accepted_responses(traces, {problem.id: problem for problem in some})
-        self.print_once(f"round {number}: searches kept {len(found)} responses, {time.perf_counter() - begun:.0f} s")
-        return found
+        for search_config in (config, config.with_no_gradient()):
+            traces = run_search(problems, policy=self.policy, reward=reward, config=search_config, seed=number)
+            samples += collect_accepted_responses(traces, {problem.id: problem for problem in problems})
+        seconds = time.perf_counter() - start
+        self.print_once(f"round {number}: searches accepted {len(samples)} responses, {seconds:.0f} s")
+        return samples
 
     def _select_process_share(self, problems: Sequence[Problem]) -> list[Problem]:
         return list(problems[self.state.process_index :: self.state.num_processes])
@@ -272,23 +277,25 @@ class RewardRun:
     # --- training and audits ----------------------------------------------------------------------------
 
     def train_round(self, number: int, data: list[LabeledResponse]) -> list[dict[str, Any]]:
-        """Train the round's members; what each training run did."""
-        note, output = self.output_dir / f"round-{number}.train.json", self._get_round_dir(number)
-        if not note.exists():
-            trained = [self._train_member(number, data, member) for member in self._list_member_dirs(output)]
+        """Train the round's members and return the statistics of each training run."""
+        stats_file, round_dir = self.output_dir / f"round-{number}.train.json", self._get_round_dir(number)
+        if not stats_file.exists():
+            members = self._list_member_dirs(round_dir)
+            stats = [self._train_member(number, data, member, folder) for member, folder in enumerate(members)]
             if self.state.is_main_process:
-                write_manifest(output, self._make_card())
-            self._write_json(note, [asdict(one) for one in trained])
+                write_manifest(round_dir, self._build_manifest())
+            self._write_json(stats_file, [asdict(member_stats) for member_stats in stats])
         self.state.wait_for_everyone()
-        return _read_json(note)
+        return _read_json(stats_file)
 
-    def _train_member(self, number: int, data: list[LabeledResponse], output: Path) -> RewardTrainingStats:
-        before = self._get_round_dir(number - 1) / output.relative_to(self._get_round_dir(number))
+    def _train_member(
+        self, number: int, data: list[LabeledResponse], member: int, output_dir: Path
+    ) -> RewardTrainingStats:
         config = replace(
             self.trainer_config,
-            output_dir=str(self.output_dir / "trainer" / output.relative_to(self.output_dir)),
+            output_dir=str(self.output_dir / "trainer" / output_dir.relative_to(self.output_dir)),
             max_steps=self.args.max_steps_per_round if number else self.trainer_config.max_steps,
-            seed=self.trainer_config.seed + self._list_member_dirs(self._get_round_dir(number)).index(output),
+            seed=self.trainer_config.seed + member,
         )
         common: dict[str, Any] = {
             "policy": self.policy,
@@ -300,15 +307,16 @@ class RewardRun:
             return train_implicit_reward(
                 self.base_model,
                 data,
-                output,
+                output_dir,
                 beta=self.reward_options.implicit_beta,
                 pairs_per_problem=self.reward_options.pairs_per_problem,
                 **common,
             )
+        last_round = self._list_member_dirs(self._get_round_dir(number - 1))[member]
         return train_reward(
-            str(before) if number else self.base_model,
+            str(last_round) if number else self.base_model,
             data,
-            output,
+            output_dir,
             options=self.reward_options,
             token_labels=TokenLabeler(self.policy) if self.use_step_labels else None,
             min_p=self.search_config.candidate_min_p,
@@ -320,22 +328,23 @@ class RewardRun:
         return self.output_dir / f"round-{number}"
 
     def _list_member_dirs(self, folder: Path) -> list[Path]:
-        """A round's folder, or one in it for each member of an ensemble."""
+        """Return a round's folder, or one folder in it for each member of an ensemble."""
         count = self.reward_options.num_members
         return [folder] if count == 1 else [folder / f"member-{index}" for index in range(count)]
 
-    def _make_card(self, **audited: Any) -> RewardManifest:
-        common = {"base": self.base_model, "policy": self.args.policy, **audited}
-        if self.reward_options.kind == "implicit":
+    def _build_manifest(self, **audit_fields: Any) -> RewardManifest:
+        options = self.reward_options
+        fields: dict[str, Any] = {"base_model": self.base_model, "policy": self.args.policy, **audit_fields}
+        if options.kind == "implicit":
             return RewardManifest(
-                kind="implicit", scale=self.reward_options.implicit_beta, reference_model=self.base_model, **common
+                kind="log_ratio", scale=options.implicit_beta, reference_model=self.base_model, **fields
             )
-        if self.reward_options.num_members > 1:
+        if options.num_members > 1:
             members = [folder.name for folder in self._list_member_dirs(self.output_dir)]
             return RewardManifest(
-                kind="ensemble", members=members, uncertainty_penalty=self.reward_options.uncertainty_penalty, **common
+                kind="ensemble", members=members, uncertainty_penalty=options.uncertainty_penalty, **fields
             )
-        return RewardManifest(kind="scalar", **common)
+        return RewardManifest(kind="scalar", **fields)
 
     def load_round_reward(self, number: int) -> Reward:
         return load_reward(
@@ -343,69 +352,78 @@ class RewardRun:
             policy=self.policy,
             dtype=self.args.dtype,
             device=str(self.state.device),
-            batch_size=4 * self.search_config.batch_size,
+            batch_size=self.batch_size,
         )
 
     def audit_round(self, number: int) -> dict[str, Any]:
-        """Ranking, pressure and gradient on problems that nothing is trained on; by the main process."""
-        note = self.output_dir / f"round-{number}.audit.json"
-        if self.state.is_main_process and not note.exists():
-            self._write_json(note, self._audit_reward(self.load_round_reward(number)))
+        """Audit ranking, over-optimization and gradient on the audit problems, in the main process."""
+        file = self.output_dir / f"round-{number}.audit.json"
+        if self.state.is_main_process and not file.exists():
+            self._write_json(file, self._audit_reward(self.load_round_reward(number)))
         self.state.wait_for_everyone()
-        return _read_json(note)
+        return _read_json(file)
 
     def _audit_reward(self, reward: Reward) -> dict[str, Any]:
-        sampling, rows = self.search_config.get_sampling(), 4 * self.search_config.batch_size
+        sampling = self.search_config.get_sampling()
         common: dict[str, Any] = {"policy": self.policy, "reward": reward}
         gradient = audit_gradient(
             self.audit_problems,
             gradient_at=self.args.audit_gradient_at,
             sampling=sampling,
-            samples_per_problem=4,
+            samples_per_problem=AUDIT_SAMPLES_PER_PROBLEM,
             num_swaps=self.args.num_swaps,
             top_k_candidates=self.search_config.top_k_candidates,
             candidate_min_p=self.search_config.candidate_min_p,
             reward_weight=self.search_config.reward_weight,
-            batch_size=rows,
+            batch_size=self.batch_size,
             **common,
         )
-        reward.gradient_at = gradient.best_gradient_at or reward.gradient_at  # the search is audited as it is advised
+        # The audit of the search follows the recommended gradient.
+        reward.gradient_at = gradient.best_gradient_at or reward.gradient_at
         pool = draw_pool(
             self.audit_problems,
             self.args.audit_samples,
             sampling=sampling,
-            batch_size=rows,
+            batch_size=self.batch_size,
             seed=self.trainer_config.seed,
             **common,
         )
         ranking = audit_ranking(pool, self.checker)
-        config = replace(self.search_config, max_rounds=self.args.max_audit_rounds)
-        pressed = audit_overoptimization(
+        over_optimization = audit_overoptimization(
             self.audit_problems,
-            config=config,
+            config=replace(self.search_config, max_rounds=self.args.max_audit_rounds),
             checker=self.checker,
             validated_samples=ranking.validated_samples,
             **common,
         )
-        return {"gradient": gradient.to_dict(), "ranking": ranking.to_dict(), "pressure": pressed.to_dict()}
+        return {
+            "gradient": gradient.to_dict(),
+            "ranking": ranking.to_dict(),
+            "over_optimization": over_optimization.to_dict(),
+        }
 
     def export_best_reward(self, rounds: list[dict[str, Any]]) -> None:
-        scratch, final = self.output_dir / "reward.tmp", self.output_dir / "reward"
-        shutil.rmtree(scratch, ignore_errors=True)
+        """Write OUT/reward: the round with the largest validated limits, with the audits of all rounds."""
+        draft, final = self.output_dir / "reward.tmp", self.output_dir / "reward"
+        shutil.rmtree(draft, ignore_errors=True)
         best = max(rounds, key=_rank_validated_limits)
-        shutil.copytree(self._get_round_dir(best["round"]), scratch)
-        trust = ValidatedLimits.from_dict(best["pressure"]["trust"])
-        settings = self.get_settings() | {
-            f"version of {name}": value for name, value in get_package_versions().items()
-        }
-        point = best["gradient"]["best"]
-        card = self._make_card(trust=trust, point=point, rounds=rounds, settings=settings)
-        write_manifest(scratch, card)
-        write_reward_readme(scratch, card)
+        shutil.copytree(self._get_round_dir(best["round"]), draft)
+        limits = ValidatedLimits.from_dict(best["over_optimization"]["validated_limits"])
+        gradient_at = best["gradient"]["best_gradient_at"]
+        versions = {f"version of {name}": version for name, version in get_package_versions().items()}
+        manifest = self._build_manifest(
+            validated_limits=limits,
+            gradient_at=gradient_at,
+            training_rounds=rounds,
+            training_settings=self.get_settings() | versions,
+        )
+        write_manifest(draft, manifest)
+        write_reward_readme(draft, manifest)
         shutil.rmtree(final, ignore_errors=True)
-        scratch.rename(final)
+        draft.rename(final)
         self.print_once(
-            f"reward: {final}, trusted up to {trust.max_samples} samples and {trust.max_rounds} rounds; gradient: {point}"
+            f"reward: {final}, validated up to {limits.max_samples} samples and {limits.max_rounds} rounds; "
+            f"gradient_at: {gradient_at}"
         )
 
     def _write_json(self, file: Path, content: Any) -> None:
@@ -433,29 +451,25 @@ TRAINER_SETTINGS = (
 
 
 def _passes_audit(round_result: dict[str, Any], args: RewardArguments) -> bool:
-    """Neither best-of-N nor a search, with or without gradient, turns within the budget asked for."""
-    curves = round_result["pressure"]["curves"].values()
-    return round_result["ranking"]["trusted_samples"] >= _get_largest_budget(
-        round_result["ranking"]["best_of_n"]
-    ) and all(curve["turn"]["trusted"] >= args.max_audit_rounds for curve in curves)
+    """Tell whether neither best-of-N nor a search over-optimizes the reward within the requested budgets."""
+    ranking, curves = round_result["ranking"], round_result["over_optimization"]["curves"]
+    largest_n = max(int(n) for n in ranking["best_of_n_accuracy"])
+    return ranking["validated_samples"] >= largest_n and all(
+        curve["overoptimization"]["validated_budget"] >= args.max_audit_rounds for curve in curves.values()
+    )
 
 
 def _rank_validated_limits(round_result: dict[str, Any]) -> tuple[int, int, int]:
-    """How far a round's reward can be trusted; of equals the later."""
-    trust = round_result["pressure"]["trust"]
-    return trust["rounds"], trust["samples"], round_result["round"]
-
-
-def _get_largest_budget(curve: dict[str, Any]) -> int:
-    return max(int(budget) for budget in curve)
+    """Return a key by which the reward with the largest limits comes last, and of equal ones the latest."""
+    limits = round_result["over_optimization"]["validated_limits"]
+    return limits["max_rounds"], limits["max_samples"], round_result["round"]
 
 
 def _format_round(round_result: dict[str, Any]) -> str:
-    ranking, gradient = round_result["ranking"], round_result["gradient"]
-    return (
-        f"round {round_result['round']}: {ranking['verdict']}; search: {round_result['pressure']['verdict']}; "
-        f"gradient: {gradient['verdict']}"
+    ranking, search, gradient = (
+        round_result[name]["conclusion"] for name in ("ranking", "over_optimization", "gradient")
     )
+    return f"round {round_result['round']}: {ranking}; search: {search}; gradient: {gradient}"
 
 
 def _read_json(file: Path) -> Any:
@@ -463,20 +477,20 @@ def _read_json(file: Path) -> Any:
 
 
 def main(argv: Sequence[str]) -> None:
-    # First of all: whatever made a state before would choose the back end.
+    # Before anything else: whatever makes a state first chooses the back end.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-    asked, state = int(os.environ.get("WORLD_SIZE", "1")), PartialState()
-    if state.num_processes != asked:
-        raise ValueError(f"{asked} processes were asked for, but {state.num_processes} started")
+    num_requested, state = int(os.environ.get("WORLD_SIZE", "1")), PartialState()
+    if state.num_processes != num_requested:
+        raise ValueError(f"{num_requested} processes were requested, but {state.num_processes} started")
     quiet_libraries()
     parts = parse_dataclasses(
         [RewardArguments, RewardOptions, SearchConfig, LoraArguments, RewardConfig], argv, presets=PRESETS
     )
     run = RewardRun(*parts)
-    with ExitStack() as held:
+    with ExitStack() as stack:
         with state.main_process_first():
-            held.enter_context(lock_folder(run.output_dir, state.process_index))
-        held.enter_context(run.checker)
+            stack.enter_context(lock_folder(run.output_dir, state.process_index))
+        stack.enter_context(run.checker)
         run.run_rounds()
 
 

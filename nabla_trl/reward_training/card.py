@@ -1,4 +1,4 @@
-"""A reward folder's README.md: what reward.json says, for people. The metadata block is the model hub's."""
+"""The README.md of a reward folder: reward.json as text, with the model hub's metadata on top."""
 
 from __future__ import annotations
 
@@ -10,44 +10,49 @@ from typing import Any
 import yaml
 
 from nabla_trl.rewards.spec import RewardManifest
+from nabla_trl.utils.formatting import format_interval
 
 _KIND_DESCRIPTIONS = {
     "scalar": "A score head: a sequence classifier with one label",
-    "process": "The sum of a score head (a sequence classifier with one label) over the ends of steps",
-    "implicit": "A causal LM's adapter: r = scale · (log π − log π_reference)",
-    "ensemble": "An ensemble of score heads: mean − caution · std",
+    "process": "The sum of a score head (a sequence classifier with one label) over the ends of reasoning steps",
+    "log_ratio": "A causal LM's adapter: r = scale · (log π − log π_reference)",
+    "ensemble": "An ensemble of score heads: mean − uncertainty_penalty · std",
 }
+_AUDIT_NOTE = """\
+On problems apart from training. Brackets are 95% bootstrap intervals over problems. Search: accuracy of the incumbent
+after the rounds, with the recommended gradient and without any gradient (control).
+"""
+_GRADIENT_NOTE = """\
+The gradient in the last round: fraction of wrong responses in which the first error is ranked first, fraction in which
+the best swap repairs it, fraction of informative swaps whose direction is predicted, and correlation of predicted and
+true change.
+"""
 
 
 def write_reward_readme(folder: Path, manifest: RewardManifest) -> None:
-    """Write the folder's README.md from its card."""
+    """Write the README.md of a reward folder from its manifest."""
     (folder / "README.md").write_text(render_reward_readme(manifest), encoding="utf-8")
 
 
 def render_reward_readme(manifest: RewardManifest) -> str:
-    """The text of a reward's README.md."""
+    """Return the text of a reward's README.md."""
     head = {"library_name": "transformers", "tags": ["reward-model", "nabla-trl"], "base_model": manifest.base_model}
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         "# Reward\n",
         _render_description(manifest),
-        _render_usage(manifest),
+        "```sh\n"
+        f"nabla-trl solve QUESTION --policy {manifest.policy} --reward THIS_FOLDER\n"
+        f"nabla-trl audit --policy {manifest.policy} --reward THIS_FOLDER --dataset D --gradient --over_optimization\n"
+        "```\n",
     ]
     if manifest.training_rounds:
-        parts += [
-            "## Measured\n",
-            _AUDIT_NOTE,
-            _render_rounds_table(manifest.training_rounds),
-            _render_gradient_table(manifest.training_rounds[-1]),
-        ]
-    parts += ["## Trained with\n", _render_settings(manifest.training_settings)] if manifest.training_settings else []
-    return "\n".join(part for part in parts if part)
-
-
-_AUDIT_NOTE = """\
-On problems apart from training; brackets are 95% bootstrap intervals over problems. Search: accuracy of the incumbent
-after the rounds, with the gradient at the advised point and without (control).
-"""
+        parts += ["## Measured\n", _AUDIT_NOTE, _render_rounds_table(manifest.training_rounds)]
+        parts += [_GRADIENT_NOTE, _render_gradient_table(manifest.training_rounds[-1]["gradient"])]
+    if manifest.training_settings:
+        settings = "\n".join(f"- {name}: {value}" for name, value in manifest.training_settings.items())
+        parts += ["## Trained with\n", settings + "\n"]
+    return "\n".join(parts)
 
 
 def _render_description(manifest: RewardManifest) -> str:
@@ -58,10 +63,10 @@ def _render_description(manifest: RewardManifest) -> str:
     if manifest.kind == "process":
         lines.append(f"A step ends with {json.dumps(manifest.step_delimiter, ensure_ascii=False)}.")
     if manifest.validated_limits is not None:
-        trust = manifest.validated_limits
+        limits = manifest.validated_limits
         lines.append(
-            f"Trusted up to best-of-{trust.max_samples} and {trust.max_rounds} rounds of search; beyond that nothing was "
-            "measured, or answers got worse."
+            f"Validated up to best-of-{limits.max_samples} and {limits.max_rounds} rounds of search. Beyond that "
+            "nothing was measured, or answers got worse."
         )
     lines.append(
         f"The gradient to follow: {manifest.gradient_at}."
@@ -71,25 +76,13 @@ def _render_description(manifest: RewardManifest) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _render_usage(manifest: RewardManifest) -> str:
-    return f"""\
-```sh
-nabla-trl solve QUESTION --policy {manifest.policy} --reward THIS_FOLDER
-nabla-trl audit --policy {manifest.policy} --reward THIS_FOLDER --dataset D --gradient --over_optimization
-```
-"""
-
-
 def _render_rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
     rows = ["| round | AUC, answer | AUC, steps | best of N | search | control |", "| --- |" + " --- |" * 5]
-    for one in rounds:
-        ranking, curves = one["ranking"], one["pressure"]["curves"]
-        cells = [
-            str(one["round"]),
-            _format_number(ranking["auc"]),
-            _format_number(ranking["step_auc"]),
-            _format_largest_budget(ranking["best_of_n"]),
-        ]
+    for training_round in rounds:
+        ranking, curves = training_round["ranking"], training_round["over_optimization"]["curves"]
+        cells = [str(training_round["round"])]
+        cells += ["" if ranking[name] is None else f"{ranking[name]:.3f}" for name in ("auc", "step_auc")]
+        cells.append(_format_largest_budget(ranking["best_of_n_accuracy"]))
         cells += [
             _format_largest_budget(curves[name]["accuracy"]) if name in curves else "" for name in ("nabla", "control")
         ]
@@ -97,45 +90,26 @@ def _render_rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _render_gradient_table(last_round: Mapping[str, Any]) -> str:
-    gradient = last_round["gradient"]
-    rows = [
-        "The gradient, last round: shares of wrong answers in which the first error is ranked first, and in which\n"
-        "the best swap repairs it; of telling swaps whose direction is predicted.\n",
-        "| point | first error first | repair | direction | correlation |",
-        "| --- |" + " --- |" * 4,
-    ]
-    base = gradient["baseline"]
-    if base is not None:
-        rows.append(
-            f"| none (entropy, log π) | {_format_interval(base['first'])} | {_format_interval(base['repair'])} | | |"
+def _render_gradient_table(gradient: Mapping[str, Any]) -> str:
+    rows = ["| gradient at | first error first | repair | direction | correlation |", "| --- |" + " --- |" * 4]
+    baseline = gradient["baseline"]
+    if baseline is not None:
+        cells = [format_interval(baseline[name]) for name in ("top1", "repair")]
+        rows.append(f"| none (entropy, log π) | {' | '.join(cells)} | | |")
+    for name, audit in gradient["gradient_points"].items():
+        first_error = audit["first_error_scores"] or {"top1": None, "repair": None}
+        intervals = (
+            first_error["top1"],
+            first_error["repair"],
+            audit["sign_accuracy_informative"],
+            audit["correlation"],
         )
-    for name, one in gradient["points"].items():
-        found = one["finding"]
-        cells = [
-            name,
-            _format_interval(found["first"]) if found else "",
-            _format_interval(found["repair"]) if found else "",
-        ]
-        rows.append(
-            f"| {' | '.join([*cells, _format_interval(one['sign_telling']), _format_interval(one['correlation'])])} |"
-        )
+        cells = ["" if interval is None else format_interval(interval) for interval in intervals]
+        rows.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(rows) + "\n"
 
 
 def _format_largest_budget(curve: Mapping[str, Mapping[str, float]]) -> str:
-    """The largest budget of a curve, and what it reached."""
+    """Return what the largest budget of a curve reached, and that budget."""
     largest = max(curve, key=int)
-    return f"{_format_interval(curve[largest])} at {largest}"
-
-
-def _format_interval(interval: Mapping[str, float] | None) -> str:
-    return "" if interval is None else f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
-
-
-def _format_number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _render_settings(settings: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {name}: {value}" for name, value in settings.items()) + "\n"
+    return f"{format_interval(curve[largest])} at {largest}"

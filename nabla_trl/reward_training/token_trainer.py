@@ -1,17 +1,18 @@
-"""Training a scalar reward whose gradient means something: token targets, relaxed inputs, gradient matching.
+"""Train a scalar reward with a meaningful gradient: token targets, relaxed inputs and gradient matching.
 
-A score head read at every response token is trained to tell whether the response is free of error so far (step
-labels) or will be right (outcome labels). On *relaxed inputs* the embedding at each position is a mixture of the
-response's token and the policy's alternatives, in random shares and places, and the target is the probability that
-a draw from the mixture is free of error: exact with step labels (the running product of the right tokens' weight);
-without them the mean of the model's own predictions for hard draws. A reward that has seen mixtures is smooth
-between tokens, where its gradient is taken.
+The score head is read at every response token. It learns to predict whether the response is free of error so far (step
+labels) or will be correct (answer labels).
+
+On *relaxed inputs* the embedding at each position is a mixture of the response's token and the policy's alternatives,
+with random shares at random positions. The target is the probability that a sample from the mixture is free of error.
+With step labels the target is exact: the running product of the weights of correct tokens. Without them it is the mean
+of the model's own predictions for sampled tokens. A reward that is trained on mixtures is smooth between tokens, where
+its gradient is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +26,25 @@ from nabla_trl.training.trainers import FiniteLossMixin
 if TYPE_CHECKING:
     from datasets import Dataset
 
+ROW_COLUMNS = (
+    "input_ids",
+    "response_start",
+    "candidate_ids",
+    "candidate_weights",
+    "correct",
+    "answer_correct",
+    "ends_with_stop",
+)
+
 
 @dataclass(frozen=True)
 class RelaxedLossConfig:
-    """What `TokenRewardTrainer` adds to the loss on hard tokens.
+    """What `TokenRewardTrainer` adds to the loss on the tokens themselves.
 
     Attributes:
-        relaxed: share of the rows that are mixtures, in [0, 1].
-        draws: hard draws per mixture whose mean prediction is the target where there are no step labels.
-        matching: weight of gradient matching; 0 = none. Needs attention with a double backward ("eager").
+        relaxed_fraction: fraction of the rows that are mixtures, in [0, 1].
+        target_samples: samples per mixture whose mean prediction is the target where there are no step labels.
+        gradient_matching: weight of gradient matching. 0 = none. Needs attention with a double backward ("eager").
     """
 
     relaxed_fraction: float = 0.0
@@ -42,18 +53,25 @@ class RelaxedLossConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.relaxed_fraction <= 1 or self.target_samples < 1 or not self.gradient_matching >= 0:
-            raise ValueError("relaxed must be in [0, 1], draws at least 1 and matching at least 0")
+            raise ValueError(
+                "relaxed_fraction must be in [0, 1], target_samples at least 1 and gradient_matching at least 0"
+            )
 
 
 @dataclass
 class TokenCollator:
-    """Rows of `reward_data.token_rows` → one right-padded batch of relaxed sequences.
+    """Rows of `build_token_rows` → one right-padded batch of relaxed sequences.
 
-    Batch: `attention_mask`, `hard` [B, L], the response itself; `ids`, `weights` [B, L, K+1], the tokens mixed at each
-    position (prompt, tail and hard rows have weight 1 on their own token, which comes first); `offered` [B, L, K+1]
-    bool, the policy's other tokens; `targets` [B, L], NaN where there is none; `estimated` [B] bool, rows whose
-    targets are to be estimated by draws; `last` [B] index of the position that is the reward. Shares are drawn from
-    torch's global generator, which the Trainer seeds and restores.
+    The shares of mixtures are drawn from torch's global generator, which the Trainer seeds and restores. A batch of B
+    rows of L tokens with K candidates at most holds:
+
+    - `input_ids`, `attention_mask` [B, L]: the responses themselves.
+    - `candidate_ids`, `candidate_weights` [B, L, K+1]: the tokens mixed at each position. The response's own token
+      comes first. Prompts, turn ends and rows that are not relaxed have weight 1 on their own token.
+    - `is_alternative` [B, L, K+1] bool: the policy's other tokens.
+    - `targets` [B, L]: NaN where there is none.
+    - `needs_estimate` [B] bool: rows whose targets are estimated from samples.
+    - `last_position` [B]: the position whose score is the reward.
     """
 
     pad_id: int
@@ -61,53 +79,55 @@ class TokenCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
-        width = max((len(row["ids"][0]) for row in rows if row["ids"]), default=1)
+        width = max((len(row["candidate_ids"][0]) for row in rows if row["candidate_ids"]), default=1)
         size = (len(rows), length)
         batch = {
             "attention_mask": torch.zeros(size, dtype=torch.long),
-            "hard": torch.full(size, self.pad_id),
-            "ids": torch.full((*size, width), self.pad_id),
-            "weights": torch.zeros(*size, width),
-            "offered": torch.zeros(*size, width, dtype=torch.bool),
+            "input_ids": torch.full(size, self.pad_id),
+            "candidate_ids": torch.full((*size, width), self.pad_id),
+            "candidate_weights": torch.zeros(*size, width),
+            "is_alternative": torch.zeros(*size, width, dtype=torch.bool),
             "targets": torch.full(size, torch.nan),
-            "estimated": torch.zeros(len(rows), dtype=torch.bool),
-            "last": torch.tensor([len(row["input_ids"]) - 1 for row in rows]),
+            "needs_estimate": torch.zeros(len(rows), dtype=torch.bool),
+            "last_position": torch.tensor([len(row["input_ids"]) - 1 for row in rows]),
         }
-        batch["weights"][..., 0] = 1
+        batch["candidate_weights"][..., 0] = 1
         for index, row in enumerate(rows):
-            self._fill_row(batch, index, row)
+            self._fill_row({name: values[index] for name, values in batch.items()}, row)
         return batch
 
-    def _fill_row(self, batch: dict[str, Tensor], index: int, row: dict[str, Any]) -> None:
-        total, begin = len(row["input_ids"]), row["start"]
-        ids, policy = torch.tensor(row["ids"]), torch.tensor(row["weights"])
-        end = begin + len(ids)
-        hard = torch.tensor(row["input_ids"])
-        batch["attention_mask"][index, :total] = 1
-        batch["hard"][index, :total] = hard
-        batch["ids"][index, :total, 0] = hard
-        if not row["ids"]:  # nothing but a stop token, which the reward's template drops
-            batch["targets"][index, begin:total] = row["outcome"]
+    def _fill_row(self, views: dict[str, Tensor], row: dict[str, Any]) -> None:
+        """Write a row into its views of the batch."""
+        input_ids, begin = torch.tensor(row["input_ids"]), row["response_start"]
+        total = len(input_ids)
+        views["attention_mask"][:total] = 1
+        views["input_ids"][:total] = input_ids
+        views["candidate_ids"][:total, 0] = input_ids
+        if not row["candidate_ids"]:  # nothing but a stop token, which the reward's template drops
+            views["targets"][begin:total] = row["answer_correct"]
             return
-        batch["ids"][index, begin:end, : ids.shape[1]] = ids
-        batch["offered"][index, begin:end, : ids.shape[1]] = (policy > 0) & (ids != hard[begin:end, None])
+        ids, policy_weights = torch.tensor(row["candidate_ids"]), torch.tensor(row["candidate_weights"])
+        end, width = begin + len(ids), ids.shape[1]
         shares = sample_mixture_weights(len(ids), self.relaxed_fraction)
-        mixed = shares[:, None] * policy
-        mixed[:, 0] += 1 - shares
-        batch["weights"][index, begin:end, : ids.shape[1]] = mixed
-        if row["right"]:
-            free = (mixed * torch.tensor(row["right"])).sum(-1).cumprod(0)
-            batch["targets"][index, begin:end] = free
-            batch["targets"][index, end:total] = free[-1] * row["closed"]
+        weights = shares[:, None] * policy_weights
+        weights[:, 0] += 1 - shares
+        views["candidate_ids"][begin:end, :width] = ids
+        views["candidate_weights"][begin:end, :width] = weights
+        views["is_alternative"][begin:end, :width] = (policy_weights > 0) & (ids != input_ids[begin:end, None])
+        if row["correct"]:
+            error_free = (weights * torch.tensor(row["correct"])).sum(-1).cumprod(0)
+            views["targets"][begin:end] = error_free
+            views["targets"][end:total] = error_free[-1] * row["ends_with_stop"]
         else:
-            batch["targets"][index, begin:total] = row["outcome"]
-            batch["estimated"][index] = bool(shares.any())
+            views["targets"][begin:total] = row["answer_correct"]
+            views["needs_estimate"].fill_(bool(shares.any()))
 
 
 def sample_mixture_weights(length: int, relaxed_fraction: float) -> Tensor:
-    """[T] shares α_t of the policy's candidates: with probability `relaxed` one α in (0, 1) at random places, else 0.
+    """Return [T] random shares α_t of the policy's candidates.
 
-    Half of the relaxed rows mix every position, the others each position with a probability of their own.
+    With probability `relaxed_fraction` a row is relaxed: one α in (0, 1) at random positions, 0 elsewhere. Half of the
+    relaxed rows mix every position. The others mix each position with a random probability.
     """
     if torch.rand(()) >= relaxed_fraction:
         return torch.zeros(length)
@@ -116,15 +136,15 @@ def sample_mixture_weights(length: int, relaxed_fraction: float) -> Tensor:
 
 
 class PairRewardTrainer(FiniteLossMixin, RewardTrainer):
-    """TRL's RewardTrainer on rows of ids (`chosen_ids`, `rejected_ids`, perhaps `margin`)."""
+    """TRL's RewardTrainer on rows of ids (`chosen_ids`, `rejected_ids` and optionally `margin`)."""
 
 
 class TokenRewardTrainer(FiniteLossMixin, RewardTrainer):
-    """TRL's RewardTrainer on single responses with a target per token, read by the score head at every position.
+    """TRL's RewardTrainer on single responses, with a score and a target at every token.
 
     Args:
-        options: relaxed inputs and gradient matching.
-        kwargs: as for RewardTrainer; the dataset holds rows of `reward_data.token_rows`.
+        loss_config: relaxed inputs and gradient matching.
+        kwargs: as for RewardTrainer. The dataset holds rows of `build_token_rows`.
     """
 
     def __init__(self, *args: Any, loss_config: RelaxedLossConfig, **kwargs: Any):
@@ -133,42 +153,41 @@ class TokenRewardTrainer(FiniteLossMixin, RewardTrainer):
         self.data_collator = TokenCollator(self.processing_class.pad_token_id, loss_config.relaxed_fraction)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
-        return dataset  # rows of ids already
+        return dataset  # already rows of ids
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "start", "ids", "weights", "right", "outcome", "closed"]
+        self._signature_columns = list(ROW_COLUMNS)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        mask = inputs["attention_mask"]
         embed = self.accelerator.unwrap_model(model).get_input_embeddings()
-        embeds = mix_embeddings(embed, inputs["ids"], inputs["weights"])
+        embeds = mix_embeddings(embed, inputs["candidate_ids"], inputs["candidate_weights"])
         if self.loss_config.gradient_matching:
             embeds.requires_grad_(True)
-        scores = compute_token_scores(model, embeds, mask)
-        targets = self._estimate_targets(model, inputs)
-        labelled = ~targets.isnan()
-        loss = F.binary_cross_entropy_with_logits(scores[labelled].float(), targets[labelled])
+        scores = compute_token_scores(model, embeds, inputs["attention_mask"])
+        targets = self._estimate_targets(model, embed, inputs)
+        has_target = ~targets.isnan()
+        loss = F.binary_cross_entropy_with_logits(scores[has_target].float(), targets[has_target])
         if self.loss_config.gradient_matching:
-            loss = loss + self.loss_config.gradient_matching * self._compute_matching_loss(
-                model, embed, inputs, embeds, scores
-            )
+            matching_loss = self._compute_matching_loss(model, embed, inputs, embeds, scores)
+            loss = loss + self.loss_config.gradient_matching * matching_loss
         self._log_reward_metrics(scores.detach(), targets, inputs)
         return (loss, scores) if return_outputs else loss
 
-    def _estimate_targets(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Known targets, and for relaxed rows without step labels the mean prediction for hard draws from them."""
-        targets, rows = inputs["targets"], inputs["estimated"]
+    def _estimate_targets(self, model: nn.Module, embed: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the targets. Rows that need an estimate get the mean prediction for tokens sampled from them."""
+        targets, rows = inputs["targets"], inputs["needs_estimate"]
         if not rows.any():
             return targets
-        ids, weights, mask = inputs["ids"][rows], inputs["weights"][rows], inputs["attention_mask"][rows]
-        embed = self.accelerator.unwrap_model(model).get_input_embeddings()
+        ids, weights = inputs["candidate_ids"][rows], inputs["candidate_weights"][rows]
+        mask = inputs["attention_mask"][rows]
         total = torch.zeros_like(targets[rows])
         with torch.no_grad():
             for _ in range(self.loss_config.target_samples):
-                picks = torch.multinomial(weights.flatten(0, 1), 1).view(*mask.shape, 1)
-                total += compute_token_scores(model, embed(ids.gather(-1, picks).squeeze(-1)), mask).float().sigmoid()
+                columns = torch.multinomial(weights.flatten(0, 1), 1).view(*mask.shape, 1)
+                sampled_ids = ids.gather(-1, columns).squeeze(-1)
+                total += compute_token_scores(model, embed(sampled_ids), mask).float().sigmoid()
         targets = targets.clone()
         targets[rows] = torch.where(targets[rows].isnan(), targets[rows], total / self.loss_config.target_samples)
         return targets
@@ -176,66 +195,70 @@ class TokenRewardTrainer(FiniteLossMixin, RewardTrainer):
     def _compute_matching_loss(
         self, model: nn.Module, embed: nn.Module, inputs: dict[str, Tensor], embeds: Tensor, scores: Tensor
     ) -> Tensor:
-        """Mean gap (Huber) of first-order and true change of reward under one random swap per row."""
+        """Return the mean Huber loss between first-order and true change of reward under one random swap per row."""
+        input_ids, mask, last = inputs["input_ids"], inputs["attention_mask"], inputs["last_position"]
         rows = torch.arange(len(scores), device=scores.device)
-        reward = scores[rows, inputs["last"]]
-        (slopes,) = torch.autograd.grad(reward.sum(), embeds, create_graph=True)
-        places, tokens = sample_token_swaps(inputs)
-        swapped = inputs["hard"].clone()
-        swapped[rows, places] = tokens
-        mask = inputs["attention_mask"]
+        (gradients,) = torch.autograd.grad(scores[rows, last].sum(), embeds, create_graph=True)
+        positions, tokens = sample_token_swaps(inputs)
+        swapped_ids = input_ids.clone()
+        swapped_ids[rows, positions] = tokens
         with torch.no_grad():
-            plain = compute_token_scores(model, embed(inputs["hard"]), mask)[rows, inputs["last"]]
-            true = compute_token_scores(model, embed(swapped), mask)[rows, inputs["last"]] - plain
-        step = embed(tokens) - embed(inputs["hard"][rows, places])
-        return F.smooth_l1_loss((slopes[rows, places] * step.detach()).sum(-1), true)
+            reward = compute_token_scores(model, embed(input_ids), mask)[rows, last]
+            true_change = compute_token_scores(model, embed(swapped_ids), mask)[rows, last] - reward
+        step = embed(tokens) - embed(input_ids[rows, positions])
+        return F.smooth_l1_loss((gradients[rows, positions] * step.detach()).sum(-1), true_change)
 
     @torch.no_grad()
     def _log_reward_metrics(self, scores: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Metrics under the names of RewardTrainer's: reward statistics, and accuracy at the last position."""
+        """Log RewardTrainer's metrics: the mean reward, and the accuracy at the last position."""
         mode = "train" if self.model.training else "eval"
         rows = torch.arange(len(scores), device=scores.device)
-        rewards, wanted = scores[rows, inputs["last"]].float(), targets[rows, inputs["last"]]
-        agree = ((rewards > 0) == (wanted > 0.5)).float().mean()
-        gathered = self.accelerator.gather(rewards)
-        self._metrics[mode]["mean_reward"].append(gathered.mean().item())
-        self._metrics[mode]["accuracy"].append(self.accelerator.gather(agree).mean().item())
+        rewards, last_targets = (values[rows, inputs["last_position"]] for values in (scores.float(), targets))
+        accuracy = ((rewards > 0) == (last_targets > 0.5)).float().mean()
+        self._metrics[mode]["mean_reward"].append(self.accelerator.gather(rewards).mean().item())
+        self._metrics[mode]["accuracy"].append(self.accelerator.gather(accuracy).mean().item())
 
 
 def mix_embeddings(embed: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
-    """Σ_k weights[b, t, k]·e(ids[b, t, k]): [B, L, d]."""
-    table = embed(ids)
-    return torch.einsum("btk,btkd->btd", weights.to(table), table)
+    """Return the mixed embeddings Σ_k weights[b, t, k]·e(ids[b, t, k]), [B, L, d]."""
+    embeddings = embed(ids)
+    return torch.einsum("btk,btkd->btd", weights.to(embeddings), embeddings)
 
 
 def sample_token_swaps(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """One position [B] and one of the policy's other tokens there [B] per row, uniform over what was offered."""
-    ids = inputs["ids"]
-    offered = inputs["offered"].clone()
-    offered[~offered.flatten(1).any(1), :, 0] = (
-        True  # no alternative anywhere: the token itself, which changes nothing
-    )
-    flat = offered.flatten(1).float()
-    picks = torch.multinomial(flat, 1).squeeze(1)
-    places, columns = picks // ids.shape[2], picks % ids.shape[2]
-    rows = torch.arange(len(ids), device=ids.device)
-    return places, ids[rows, places, columns]
+    """Sample per row one position and one of the policy's alternatives there, uniformly over all alternatives.
 
+    A row without any alternative gets its own token, which changes nothing.
 
-@contextmanager
-def _capture_token_scores(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Catches what the score head gives at every position; the model's own forward pools it."""
-    caught: list[Tensor] = []
-    head = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "score")
-    handle = head.register_forward_hook(lambda module, args, output: caught.append(output))
-    try:
-        yield caught
-    finally:
-        handle.remove()
+    Args:
+        inputs: a batch of `TokenCollator`.
+
+    Returns:
+        positions [B] and tokens [B].
+    """
+    ids, is_choice = inputs["candidate_ids"], inputs["is_alternative"].clone()
+    is_choice[~is_choice.flatten(1).any(1), :, 0] = True
+    choices = torch.multinomial(is_choice.flatten(1).float(), 1).squeeze(1)
+    positions, columns = choices // ids.shape[2], choices % ids.shape[2]
+    return positions, ids[torch.arange(len(ids), device=ids.device), positions, columns]
 
 
 def compute_token_scores(model: nn.Module, embeds: Tensor, mask: Tensor) -> Tensor:
-    """[B, L] scores at every position, through the model's forward, so that data-parallel wrappers see it."""
-    with _capture_token_scores(model) as caught:
+    """Return the score head's output at every position, [B, L].
+
+    A hook on the head catches the output, because the model's own forward pools it. The forward is the model's, so
+    that data-parallel wrappers see the call.
+
+    Args:
+        model: a sequence classifier with a head named `score`, perhaps wrapped.
+        embeds: input embeddings [B, L, d].
+        mask: attention mask [B, L].
+    """
+    outputs: list[Tensor] = []
+    head = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "score")
+    handle = head.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
         model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
-    return caught[-1].squeeze(-1)
+    finally:
+        handle.remove()
+    return outputs[-1].squeeze(-1)

@@ -1,4 +1,4 @@
-"""Training a reward model: the model it starts from, one training run, and what is saved of it."""
+"""Train a scalar reward: load the initial model, run TRL's trainer and save the result."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, set_seed
+from transformers.trainer_utils import TrainOutput
 from trl import RewardConfig, RewardTrainer
 
 from nabla_trl.gradient.score import ScoreObjective
-from nabla_trl.models.flops import measure_model_size
+from nabla_trl.models.flops import ModelSize, measure_model_size
 from nabla_trl.models.loading import DTYPES, is_adapter, load_tokenizer, read_adapter_info
 from nabla_trl.models.policy import Policy
 from nabla_trl.reward_training.data import LabeledResponse, build_pair_rows, build_token_rows, filter_encodable
 from nabla_trl.reward_training.labels import TokenLabeler
 from nabla_trl.reward_training.token_trainer import PairRewardTrainer, RelaxedLossConfig, TokenRewardTrainer
 from nabla_trl.rewards.loading import build_score_objective
+from nabla_trl.rewards.spec import check_uncertainty_penalty
 from nabla_trl.training.peft import (
     TUNING_MODES,
     LoraArguments,
@@ -43,59 +45,69 @@ LOSS_TYPES = ("tokens", "pairs")
 
 @dataclass
 class RewardOptions:
-    """What a reward is trained for, beside the trainer's own arguments."""
+    """Options of training a reward, beside those of TRL's trainer."""
 
-    kind: str = option("scalar", "scalar (a score head) or implicit (β·(log π_φ − log π_base) of an adapter, by DPO)")
+    kind: str = option(
+        "scalar", "scalar: a score head. implicit: β·(log π_φ − log π_base) of a LoRA adapter trained by DPO"
+    )
     base_model: str | None = option(
         None,
-        "model the reward starts from: the policy if empty, else a reward model or a causal LM of the same tokens",
+        "initial model: a reward model, or a causal LM with the policy's tokens. Default: the policy",
     )
     num_members: int = option(1, "scalar: members of an ensemble, trained with different seeds")
-    uncertainty_penalty: float = option(1.0, "scalar: k of an ensemble's score, mean − k·std")
-    implicit_beta: float = option(0.1, "implicit: β of DPO, and scale of the reward")
-    tuning: str = option("lora", "full, lora or qlora (4-bit base)")
+    uncertainty_penalty: float = option(1.0, "scalar: k of an ensemble's reward, mean − k·std")
+    implicit_beta: float = option(0.1, "implicit: β of DPO and scale of the reward")
+    tuning: str = option("lora", "full, lora or qlora (LoRA on a 4-bit base)")
     loss_type: str = option(
         "tokens",
-        "tokens (is the response free of error so far, at every token) or pairs (Bradley-Terry within problems)",
+        "tokens: predict at every token whether the response is free of error so far. pairs: Bradley-Terry within "
+        "problems",
     )
     relaxed_fraction: float = option(
-        0.5, "tokens: share of rows whose inputs are mixtures of the policy's alternatives"
+        0.5,
+        "tokens: fraction of rows whose inputs are mixtures of the policy's alternatives. It makes the reward smooth "
+        "where its gradient is taken",
     )
     target_samples: int = option(
-        2, "tokens: hard draws that estimate a mixture's target where there are no step labels"
+        2, "tokens: sampled responses that estimate the target of a mixture where there are no step labels"
     )
-    gradient_matching: float = option(0.0, "tokens: weight of the gap of first-order and true change under swaps")
-    pairs_per_problem: int = option(4, "pairs, implicit: most pairs of a right and a wrong response to one problem")
-    margin: float = option(0.0, "pairs: by which the right response should win")
+    gradient_matching: float = option(
+        0.0, "tokens: weight of the loss between first-order and true change under token swaps. 0 disables it"
+    )
+    pairs_per_problem: int = option(
+        4, "pairs, implicit: most pairs of a correct and a wrong response to the same problem"
+    )
+    margin: float = option(0.0, "pairs: margin by which the correct response should win")
     grow_layers: int = option(
-        0, "full: layers added on top, copies of the last one that begin as identities (arXiv 2401.02415)"
+        0, "full: layers added on top. Each is a copy of the last layer that begins as an identity (arXiv 2401.02415)"
     )
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", REWARD_KINDS), ("objective", LOSS_TYPES), ("tuning", TUNING_MODES)):
+        for name, choices in (("kind", REWARD_KINDS), ("loss_type", LOSS_TYPES), ("tuning", TUNING_MODES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if (
-            not 0 <= self.relaxed_fraction <= 1
-            or not 0 <= self.gradient_matching < math.inf
-            or not 0 <= self.margin < math.inf
-        ):
-            raise ValueError("relaxed must be in [0, 1], gradient_matching and margin numbers of at least 0")
+        if not 0 <= self.relaxed_fraction <= 1:
+            raise ValueError("relaxed_fraction must be in [0, 1]")
+        if not 0 <= self.gradient_matching < math.inf or not 0 <= self.margin < math.inf:
+            raise ValueError("gradient_matching and margin must be numbers of at least 0")
         if min(self.target_samples, self.pairs_per_problem, self.num_members) < 1 or self.grow_layers < 0:
-            raise ValueError("draws, pairs_per_problem and members must be at least 1, grow_layers not negative")
-        if not 0 <= self.uncertainty_penalty < math.inf or not 0 < self.implicit_beta < math.inf:
-            raise ValueError("caution must be a number of at least 0, implicit_beta a positive number")
+            raise ValueError(
+                "target_samples, pairs_per_problem and num_members must be at least 1, grow_layers not negative"
+            )
+        check_uncertainty_penalty(self.uncertainty_penalty)
+        if not 0 < self.implicit_beta < math.inf:
+            raise ValueError("implicit_beta must be a positive number")
         if self.kind == "implicit" and (self.num_members > 1 or self.tuning != "lora"):
-            raise ValueError("an implicit reward is one adapter: members must be 1 and tuning lora")
+            raise ValueError("an implicit reward is one adapter: num_members must be 1 and tuning lora")
         if self.loss_type == "pairs" and self.gradient_matching:
-            raise ValueError("gradient_matching belongs to the objective tokens")
+            raise ValueError("gradient_matching belongs to the loss_type tokens")
         if self.grow_layers and self.tuning != "full":
-            raise ValueError("grow_layers needs tuning full: an adapter cannot carry new layers")
+            raise ValueError("grow_layers needs tuning full: an adapter cannot hold new layers")
 
 
 @dataclass(frozen=True)
 class RewardTrainingStats:
-    """What a training run did: rows, steps, tokens and FLOPs spent, wall seconds, last mean loss."""
+    """Numbers of a training run: rows of data, optimizer steps, tokens, FLOPs, wall seconds and the mean loss."""
 
     rows: int
     steps: int
@@ -119,17 +131,19 @@ def train_reward(
     min_p: float,
     add_layers: bool,
 ) -> RewardTrainingStats:
-    """Train a reward on labelled responses and write it to `output` (whole or not at all).
+    """Train a scalar reward on labeled responses and write it to a folder, whole or not at all.
 
     Args:
-        start: a base model, or the folder of an earlier round, full weights or an adapter.
-        labels: step labels, or None where only verdicts are known.
+        init_model: a base model, or the folder of an earlier round with full weights or an adapter.
+        labeled_responses: the data, with the policy's candidates (`label_responses`).
+        dtype: of weights that are not trained themselves.
+        token_labels: step labels. None where only the correctness of the answer is known.
         min_p: candidates below this fraction of the likeliest are left out of mixtures.
-        grow: add `options.grow_layers` layers (the first round does).
+        add_layers: add `options.grow_layers` layers, as the first round does.
 
     Raises:
-        ValueError: a base that cannot be loaded or that can read none of the responses, a loss that is not finite (the
-            step is named; checkpoints of the trainer stay), or training that changed nothing.
+        ValueError: a base that cannot be loaded or cannot read any of the responses, a loss that is not finite (the
+            message names the step, checkpoints of the trainer stay), or training that changed nothing.
     """
     check_precision(options.tuning, dtype, config)
     tokenizer = load_tokenizer(init_model)
@@ -137,33 +151,75 @@ def train_reward(
         tokenizer.pad_token = tokenizer.eos_token
     set_seed(config.seed)
     model = load_initial_model(init_model, options, lora, config, dtype, add_layers=add_layers)
-    term = build_score_objective(policy, _unwrap_peft_model(model), tokenizer, init_model)
-    labeled_responses = filter_encodable(labeled_responses, term, init_model, quiet=config.process_index > 0)
-    begun = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    trainer = _build_trainer(model, tokenizer, term, labeled_responses, options, config, token_labels, min_p)
+    classifier = model.get_base_model() if isinstance(model, PeftModel) else model
+    objective = build_score_objective(policy, classifier, tokenizer, init_model)
+    labeled_responses = filter_encodable(labeled_responses, objective, init_model, quiet=config.process_index > 0)
+    initial_weights = {
+        name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad
+    }
+    trainer = _build_trainer(model, tokenizer, objective, labeled_responses, options, config, token_labels, min_p)
     for name, weight in model.named_parameters():
         if weight.requires_grad:  # TRL rounds adapters of 4-bit bases to bfloat16, where small steps are lost
-            weight.data = begun[name].float()
-    before = _get_score_weight(model).clone()
+            weight.data = initial_weights[name].float()
+    initial_head = _get_score_weight(model).clone()
+    result = run_training(trainer)
+    if torch.equal(initial_head, _get_score_weight(model)):
+        raise ValueError(f"{trainer.state.global_step} steps of training did not change the score head")
+    save_model_atomically(trainer, output_dir)
+    lengths = [len(row.sample.prompt_ids + row.sample.response_ids) for row in labeled_responses]
+    frozen = options.tuning != "full"
+    return build_training_stats(
+        trainer,
+        result,
+        responses_per_row=2 if options.loss_type == "pairs" else 1,
+        length=round(statistics.mean(lengths)),
+        size=measure_model_size(classifier, "reward"),
+        frozen=frozen,
+    )
+
+
+def run_training(trainer: Trainer) -> TrainOutput:
+    """Train, and refuse a mean loss that is not finite.
+
+    Raises:
+        ValueError: the loss is not finite. Nothing is written.
+    """
     result = trainer.train()
     if not math.isfinite(result.training_loss):
         raise ValueError(f"the training loss became {result.training_loss}: lower learning_rate; nothing written")
-    if torch.equal(before, _get_score_weight(model)):
-        raise ValueError(f"{trainer.state.global_step} steps of training did not change the score head")
-    save_model_atomically(trainer, output_dir)
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    length = round(statistics.mean(len(one.sample.prompt_ids + one.sample.response_ids) for one in labeled_responses))
-    responses = trainer.state.global_step * batch * (2 if options.loss_type == "pairs" else 1)
-    frozen = options.tuning != "full"
-    added = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) if frozen else 0
+    return result
+
+
+def build_training_stats(
+    trainer: Trainer,
+    result: TrainOutput,
+    *,
+    responses_per_row: int,
+    length: int,
+    size: ModelSize,
+    frozen: bool = True,
+    has_reference: bool = False,
+) -> RewardTrainingStats:
+    """Return what a finished training run did.
+
+    Args:
+        responses_per_row: responses in a row of the training data.
+        length: mean tokens of prompt and response.
+        size: of the base model.
+        frozen: the base is frozen and an adapter is trained.
+        has_reference: a reference model reads every response once more, as in DPO.
+    """
+    config = trainer.args
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    responses = trainer.state.global_step * rows_per_step * responses_per_row
+    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad) if frozen else 0
+    flops_per_response = compute_training_flops(size, trained, length, frozen=frozen)
+    flops_per_response += size.compute_forward_flops(0, length) if has_reference else 0
     return RewardTrainingStats(
         rows=len(trainer.train_dataset),
         steps=trainer.state.global_step,
         tokens=responses * length,
-        flops=responses
-        * compute_training_flops(
-            measure_model_size(_unwrap_peft_model(model), "reward"), added, length, frozen=frozen
-        ),
+        flops=responses * flops_per_response,
         seconds=float(result.metrics["train_runtime"]),
         loss=float(result.training_loss),
     )
@@ -172,10 +228,12 @@ def train_reward(
 def load_initial_model(
     init_model: str, options: RewardOptions, lora: LoraArguments, config: RewardConfig, dtype: str, *, add_layers: bool
 ) -> Any:
-    """The model to train: a classifier with one label, its head random where the start has none; or a PeftModel.
+    """Load the model to train: a classifier with one label, or a PeftModel of one.
+
+    The score head is random where the initial model has none.
 
     Raises:
-        ValueError: nothing loadable at `start`.
+        ValueError: nothing can be loaded from `init_model`.
     """
     adapter = is_adapter(init_model)
     model = _load_trainable_classifier(
@@ -193,14 +251,14 @@ def load_initial_model(
 
 
 def _load_trainable_classifier(name: str, options: RewardOptions, config: RewardConfig, dtype: str) -> PreTrainedModel:
-    """A classifier with one label and the attention and precision that the options need."""
-    extra: dict[str, Any] = {"attn_implementation": "eager"} if options.gradient_matching else {}
+    """Load a classifier with one label and the attention and precision that the options need."""
+    kwargs: dict[str, Any] = {"attn_implementation": "eager"} if options.gradient_matching else {}
     if options.tuning == "qlora":
-        extra["quantization_config"] = build_4bit_config(DTYPES[dtype], head_name="score")
-    # Weights that are trained themselves are kept in float32: in bfloat16 small steps are lost.
-    extra["dtype"] = torch.float32 if options.tuning == "full" else DTYPES[dtype]
+        kwargs["quantization_config"] = build_4bit_config(DTYPES[dtype], head_name="score")
+    # Weights that are trained themselves stay in float32: bfloat16 loses small steps.
+    kwargs["dtype"] = torch.float32 if options.tuning == "full" else DTYPES[dtype]
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **extra)
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(format_load_error("a model", name, error)) from error
     if options.tuning != "qlora":
@@ -210,16 +268,15 @@ def _load_trainable_classifier(name: str, options: RewardOptions, config: Reward
 
 
 def add_top_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """A deeper model: copies of the last layer on top, their output projections zero, so that nothing changes yet.
+    """Return a deeper model: copies of the last layer on top, with output projections of zero.
 
-    A verifier has to compare what the policy's last layer expects with the token that came: that takes layers above
-    it (block expansion, arXiv 2401.02415).
+    The new model computes the same function. A verifier has to compare what the policy's last layer expects with the
+    next token, which needs layers above the last one (block expansion, arXiv 2401.02415).
 
     Raises:
         ValueError: an architecture without `model.layers` of attention and gated MLP.
     """
-    stack = getattr(model.base_model, "layers", None)
-    if stack is None:
+    if getattr(model.base_model, "layers", None) is None:
         raise ValueError(f"grow_layers does not know the layers of {model.config.model_type}")
     config = copy.deepcopy(model.config)
     config.num_hidden_layers += num_layers
@@ -230,10 +287,10 @@ def add_top_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     last = model.config.num_hidden_layers - 1
     for name, weight in list(weights.items()):
         if f"layers.{last}." in name:
-            for extra in range(last + 1, last + 1 + num_layers):
-                closed = name.rpartition(".")[0].endswith(("o_proj", "down_proj"))
-                copied = torch.zeros_like(weight) if closed else weight.clone()
-                weights[name.replace(f"layers.{last}.", f"layers.{extra}.")] = copied
+            is_output = name.rpartition(".")[0].endswith(("o_proj", "down_proj"))
+            for layer in range(last + 1, last + 1 + num_layers):
+                new_weight = torch.zeros_like(weight) if is_output else weight.clone()
+                weights[name.replace(f"layers.{last}.", f"layers.{layer}.")] = new_weight
     deeper.load_state_dict(weights)
     return deeper.to(model.device)
 
@@ -248,7 +305,7 @@ def _build_trainer(
     token_labels: TokenLabeler | None,
     min_p: float,
 ) -> RewardTrainer:
-    # Data is never cut or left out for its length: what a response ends with decides its label.
+    # No max_length: rows are never cut, because the end of a response decides its label.
     common = {"model": model, "args": replace(config, max_length=None), "processing_class": tokenizer}
     if options.loss_type == "pairs":
         rows = build_pair_rows(
@@ -264,11 +321,6 @@ def _build_trainer(
     return TokenRewardTrainer(train_dataset=Dataset.from_list(rows), loss_config=loss, **common)
 
 
-def _unwrap_peft_model(model: Any) -> PreTrainedModel:
-    """The classifier inside a PeftModel, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _get_score_weight(model: Any) -> torch.Tensor:
-    """The trained weight of the score head."""
+    """Return the trained weight of the score head."""
     return next(weight for name, weight in model.named_parameters() if "score" in name and weight.requires_grad).data

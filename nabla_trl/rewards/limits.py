@@ -1,4 +1,4 @@
-"""How far a reward may be searched with: what an audit measured, and the warning for a search that goes beyond.
+"""How far a search may go with a reward: limits that an audit validated, and warnings beyond these limits.
 
 Imports nothing heavy, so that options can be checked before a model is loaded.
 """
@@ -12,14 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ValidatedLimits:
-    """The largest budgets up to which searching with a reward was measured to help, and not yet to harm.
+    """The largest search budgets at which an audit measured that a reward still helps.
 
     Attributes:
-        samples: of best-of-N; 1 (a plain sample) where no N was measured to help.
-        rounds: of the search; 0 (the first response) where no number of rounds was measured to help.
+        max_samples: N of best-of-N. 1 (a plain sample) where no N was measured to help.
+        max_rounds: rounds of the search. 0 (the first response) where no number of rounds was measured to help.
 
     Raises:
-        ValueError: a number that is not whole, or negative.
+        ValueError: a number is negative or not whole.
     """
 
     max_samples: int
@@ -28,51 +28,50 @@ class ValidatedLimits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"trust: {name} must be a whole number of at least 0, not {value!r}")
+                raise ValueError(f"validated_limits: {name} must be a whole number of at least 0, not {value!r}")
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ValidatedLimits:
-        """The inverse of `to_dict`.
+    def from_dict(cls, data: Any) -> ValidatedLimits:
+        """Return the limits of an object in reward.json or in an audit file.
 
         Raises:
-            ValueError: a number is missing or malformed.
+            ValueError: not an object, or a number is missing or malformed.
         """
-        missing = [name for name in ("samples", "rounds") if name not in data]
-        if missing:
-            raise ValueError(f"trust: {missing[0]} is missing")
-        return cls(data["samples"], data["rounds"])
+        if not isinstance(data, Mapping):
+            raise ValueError(f"validated_limits must be an object, not {data!r}")
+        for name in ("max_samples", "max_rounds"):
+            if name not in data:
+                raise ValueError(f"validated_limits: {name} is missing")
+        return cls(data["max_samples"], data["max_rounds"])
 
 
 def past_sample_limit(limits: ValidatedLimits | None, num_samples: int) -> str | None:
-    """The warning, in one line, for choosing among more samples than a reward is trusted for.
+    """Return a one-line warning if best-of-N uses more samples than the audit validated.
 
     Args:
-        trust: as for `past_trust`.
-        samples: the largest N of best-of-N or weighted best-of-N; 1 = nothing is chosen.
+        limits: None = the reward was not audited, so there is nothing to warn of.
+        num_samples: the largest N of best-of-N or weighted best-of-N. 1 = nothing is chosen.
     """
     if limits is None or num_samples <= max(1, limits.max_samples):
         return None
-    known = f"up to best of {limits.max_samples}" if limits.max_samples > 1 else "for no choice among samples"
+    validated = f"up to best of {limits.max_samples}" if limits.max_samples > 1 else "for no choice among samples"
     return (
-        f"the audit trusts this reward {known}, and best of {num_samples} was asked for: answers may get worse with it"
+        f"the audit validated this reward {validated}, but best of {num_samples} is requested: answers may get worse"
     )
 
 
 def past_limits(limits: ValidatedLimits | None, max_rounds: int) -> str | None:
-    """The warning, in one line, for a search of more rounds than its reward is trusted for.
+    """Return a one-line warning if a search has more rounds than the audit validated.
 
     Args:
-        trust: what the reward's audit found; None = it was not audited, and nothing is said.
-        rounds: the most rounds of the search; 0 = no limit, which is more than any trust.
-
-    Returns:
-        None where there is nothing to warn of.
+        limits: None = the reward was not audited, so there is nothing to warn of.
+        max_rounds: the most rounds of the search. 0 = unlimited, which is more than any limit.
     """
     if limits is None or 0 < max_rounds <= limits.max_rounds:
         return None
-    known = f"up to {limits.max_rounds} rounds" if limits.max_rounds else "for no search at all"
-    asked = f"a search of {max_rounds} rounds" if max_rounds else "one without a limit of rounds"
-    return f"the audit trusts this reward {known}, and {asked} was asked for: answers may get worse on the way"
+    validated = f"up to {limits.max_rounds} rounds" if limits.max_rounds else "for no search at all"
+    requested = f"a search of {max_rounds} rounds" if max_rounds else "a search without a limit of rounds"
+    return f"the audit validated this reward {validated}, but {requested} is requested: answers may get worse"

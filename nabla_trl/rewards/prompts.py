@@ -1,4 +1,4 @@
-"""How a reward model reads a prompt, and how its chat template closes a response."""
+"""Encode prompts for a reward model, and find the tokens with which its chat template closes a response."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ _RESPONSE_SENTINEL = "\x02response\x03"
 
 
 def make_mapped_prompt_encoder(vocab_map: Tensor, name: str) -> Callable[[Problem, list[int]], list[int]]:
-    """The policy's prompt ids as a reward's own; `name` is the reward's."""
-    table = vocab_map.tolist()
+    """Return an encoder that maps the policy's prompt ids to a reward's ids.
 
-    def encode(problem: Problem, prompt: list[int]) -> list[int]:
-        ids = [table[index] for index in prompt]
+    Args:
+        vocab_map: [policy rows] the reward's id of each policy token, −1 where it has none.
+        name: of the reward, for error messages.
+    """
+    reward_ids = vocab_map.tolist()
+
+    def encode(problem: Problem, prompt_ids: list[int]) -> list[int]:
+        ids = [reward_ids[index] for index in prompt_ids]
         if min(ids) < 0:
-            raise ValueError(
-                f"{problem.id}: {name} has no token for policy id {prompt[ids.index(min(ids))]} of the prompt"
-            )
+            missing = prompt_ids[ids.index(min(ids))]
+            raise ValueError(f"{problem.id}: {name} has no token for policy id {missing} of the prompt")
         return ids
 
     return encode
@@ -31,44 +35,52 @@ def make_mapped_prompt_encoder(vocab_map: Tensor, name: str) -> Callable[[Proble
 def make_template_prompt_encoder(
     tokenizer: PreTrainedTokenizerBase, vocab_map: Tensor, name: str, context_length: int
 ) -> Callable[[Problem, list[int]], list[int]]:
-    """The reward's own chat template; the policy's prompt, mapped, where it has none."""
+    """Return an encoder that uses the reward's own chat template, or maps the policy's prompt where it has none.
+
+    Args:
+        tokenizer: the reward's.
+        vocab_map, name: as for `make_mapped_prompt_encoder`.
+        context_length: most tokens that the reward can read.
+    """
     if tokenizer.chat_template is None:
         return make_mapped_prompt_encoder(vocab_map, name)
-    seen: dict[str, list[int]] = {}
+    encoded: dict[str, list[int]] = {}
 
-    def encode(problem: Problem, prompt: list[int]) -> list[int]:
+    def encode(problem: Problem, prompt_ids: list[int]) -> list[int]:
         key = repr(problem.build_messages())
-        if key not in seen:
+        if key not in encoded:
             ids = _encode_opened_turn(tokenizer, problem)
-            seen[key] = check_prompt(ids, problem, tokenizer, name=name, context_length=context_length)
-        return seen[key]
+            encoded[key] = check_prompt(ids, problem, tokenizer, name=name, context_length=context_length)
+        return encoded[key]
 
     return encode
 
 
 def _encode_opened_turn(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    """The chat up to where the assistant begins to speak."""
-    if render_chat_template(
-        tokenizer, problem, problem.build_messages(), add_generation_prompt=True
-    ) != render_chat_template(tokenizer, problem, problem.build_messages(), add_generation_prompt=False):
+    """Return the ids of the chat up to the beginning of the assistant's response."""
+    opened, closed = (
+        render_chat_template(tokenizer, problem, problem.build_messages(), add_generation_prompt=add)
+        for add in (True, False)
+    )
+    if opened != closed:
         return tokenize_prompt(tokenizer, problem)
-    # Templates of many reward models have no generation prompt: what opens the turn shows only in a whole turn.
+    # Templates of many reward models have no generation prompt: only a complete turn shows what opens the turn.
     opening, _ = _split_around_response(tokenizer, problem)
     return list(tokenizer(opening, add_special_tokens=False)["input_ids"])
 
 
 def get_turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that the reward's template writes after an assistant's words."""
+    """Return the ids that the reward's chat template writes after an assistant's response."""
     if tokenizer.chat_template is None:
         return []
-    _, closing = _split_around_response(tokenizer, Problem(id="probe", question="x"))
+    _, closing = _split_around_response(tokenizer, Problem(id="test-input", question="x"))
     return list(tokenizer(closing, add_special_tokens=False)["input_ids"])
 
 
 def _split_around_response(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> tuple[str, str]:
-    """What the template writes before and after the assistant's words."""
+    """Return what the template writes before and after the assistant's response."""
     turns = [*problem.build_messages(), {"role": "assistant", "content": _RESPONSE_SENTINEL}]
     parts = render_chat_template(tokenizer, problem, turns, add_generation_prompt=False).split(_RESPONSE_SENTINEL)
     if len(parts) != 2:
-        raise ValueError("the reward's chat template does not show the assistant's words once, unchanged")
+        raise ValueError("the reward's chat template does not write the assistant's response once, unchanged")
     return parts[0], parts[1]

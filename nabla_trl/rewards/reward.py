@@ -1,6 +1,6 @@
-"""Differentiable rewards over token ids (scalar, process, log-ratio) and the verifier, which only labels.
+"""Differentiable rewards over token ids (scalar, process, log-ratio, ensemble), and the verifier, which only labels.
 
-Every caller (the reasoner's incumbents and proposals, best-of-N, the audit) scores through `Reward.score`.
+The search, best-of-N and the audits all score through `Reward.score`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ from nabla_trl.tasks.problem import Problem
 
 @dataclass
 class Reward:
-    """A weighted sum of terms, r(x, y) = Σ weight · term(x, y), or the lower confidence bound of an ensemble.
+    """A weighted sum of objectives, r(x, y) = Σ weight · objective(x, y), or an ensemble's lower confidence bound.
 
     Attributes:
         kind: "scalar", "process", "log-ratio" or "ensemble".
-        readable: [policy rows] bool, policy tokens that every term can read inside a response. A response with
-            any other token, or longer than a term's context, scores −inf: it is never preferred.
-        stop_ids: stop tokens of the policy that are readable at the end of a response.
-        rival: the model one could sample from instead: the better (or tuned) one of a log-ratio.
-        caution: of an ensemble, whose terms are its members: r = mean − caution · std over the members' scores,
-            std the population's (Coste et al., arXiv 2310.02743). None: the weighted sum.
-        point: the gradient that a search should follow (`options.Point.parse`), unless it is told another.
-        trust: how far it may be searched with, by its audit; None: not audited.
-        misled: its audit found no gradient of it that helps.
+        objectives: one per model.
+        in_vocabulary: [policy rows] bool, the policy's tokens that every objective can read inside a response. A
+            response with any other token, or longer than a model's context, scores −inf: it is never preferred.
+        stop_ids: stop tokens of the policy that the reward can read at the end of a response.
+        batch_size: responses that are scored together.
+        preferred_model: of a log-ratio: the model that one could sample from instead.
+        uncertainty_penalty: of an ensemble, whose objectives are its members: r = mean − uncertainty_penalty · std
+            over the members' scores, with the population's std (Coste et al., arXiv 2310.02743). None: the weighted
+            sum.
+        gradient_at: the gradient that a search follows by default (`GradientPoint.parse`).
+        validated_limits: how far the audit allows a search to go. None: not audited.
+        gradient_unhelpful: the audit found no gradient of this reward that helps.
     """
 
     name: str
@@ -57,22 +60,22 @@ class Reward:
     gradient_unhelpful: bool = False
 
     def compute_max_new_tokens(self, problem: Problem, prompt_ids: list[int]) -> int:
-        """Most response tokens that the contexts of all terms leave.
+        """Return how many response tokens fit into the contexts of all models.
 
         Raises:
-            PromptTooLong: a term has no room for a response.
-            ValueError: it cannot read the prompt.
+            PromptTooLong: no token fits.
+            ValueError: an objective cannot read the prompt.
         """
-        bare = Sample(problem, prompt_ids, [])
-        room = min(_count_remaining_tokens(term, term.encode(bare)) for term in self.objectives)
-        if room < 1:
+        prompt = Sample(problem, prompt_ids, [])
+        num_tokens = min(_count_remaining_tokens(objective, objective.encode(prompt)) for objective in self.objectives)
+        if num_tokens < 1:
             raise PromptTooLong(f"{problem.id}: the prompt fills the context of {self.name}")
-        return room
+        return num_tokens
 
     def compute_prompt_caches(self, samples: Sequence[Sample], flop_counter: FlopCounter) -> list[list[ScoreCache]]:
-        """Per sample, one memo of its bare prompt per term (responses are ignored)."""
+        """Return per sample one cache of its prompt per objective. Responses are ignored."""
         with flop_counter.measure_seconds([sample.cost_key for sample in samples]):
-            columns = [term.compute_prompt_caches(samples, flop_counter) for term in self.objectives]
+            columns = [objective.compute_prompt_caches(samples, flop_counter) for objective in self.objectives]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def score(
@@ -84,20 +87,20 @@ class Reward:
         num_shared: Sequence[int] | None = None,
         return_caches: bool = False,
     ) -> tuple[list[float], list[list[ScoreCache]]]:
-        """Rewards of B responses.
+        """Return the rewards of B responses.
 
         Args:
-            memos: per sample one memo per term: of its prompt, or of a response that begins with the same
-                `shared` tokens, which are then not computed again.
-            keep: also return the memos of these responses (empty lists otherwise).
+            caches: per sample one cache per objective, of its prompt or of a response with the same first tokens.
+            num_shared: per sample how many response tokens the cache holds. They are not computed again.
+            return_caches: also return the caches of these responses (else empty lists).
 
         Returns:
-            B floats (−inf: unreadable, see `readable`; NaN is passed on to the caller) and memos.
+            B rewards (−inf where the reward cannot read a response, NaN where a model gives NaN), and caches.
         """
-        values, _, kept = self.score_by_objective(
+        values, _, new_caches = self.score_by_objective(
             samples, caches, flop_counter=flop_counter, num_shared=num_shared, return_caches=return_caches
         )
-        return values, kept
+        return values, new_caches
 
     def score_by_objective(
         self,
@@ -108,27 +111,30 @@ class Reward:
         num_shared: Sequence[int] | None = None,
         return_caches: bool = False,
     ) -> tuple[list[float], list[list[float]], list[list[ScoreCache]]]:
-        """As `score`, and per sample what each term gave, before its weight; empty where it cannot be read."""
-        values, kept = [-math.inf] * len(samples), [list(memo) for memo in caches]
-        parts: list[list[float]] = [[] for _ in samples]
-        readable = [index for index, sample in enumerate(samples) if self._is_scorable(sample)]
-        for begin in range(0, len(readable), self.batch_size):
-            rows = readable[begin : begin + self.batch_size]
-            some = [samples[index] for index in rows]
-            with flop_counter.measure_seconds([sample.cost_key for sample in some]):
-                counts = [0 if num_shared is None else num_shared[index] for index in rows]
-                scores, columns = [], []
-                for number, term in enumerate(self.objectives):
-                    bases = [caches[index][number] for index in rows]
-                    column, fresh = term.score(some, bases, counts, flop_counter, return_caches)
+        """Return what `score` returns, and between them per sample the objectives' unweighted values.
+
+        These values are empty where the reward cannot read a response.
+        """
+        values, new_caches = [-math.inf] * len(samples), [list(cache) for cache in caches]
+        objective_values: list[list[float]] = [[] for _ in samples]
+        scorable = [index for index, sample in enumerate(samples) if self._is_scorable(sample)]
+        for begin in range(0, len(scorable), self.batch_size):
+            indices = scorable[begin : begin + self.batch_size]
+            batch = [samples[index] for index in indices]
+            with flop_counter.measure_seconds([sample.cost_key for sample in batch]):
+                counts = [0 if num_shared is None else num_shared[index] for index in indices]
+                scores, cache_columns = [], []
+                for number, objective in enumerate(self.objectives):
+                    batch_caches = [caches[index][number] for index in indices]
+                    column, cache_column = objective.score(batch, batch_caches, counts, flop_counter, return_caches)
                     scores.append(column)
-                    columns.append(fresh)
+                    cache_columns.append(cache_column)
                 totals = self._combine_objective_values(torch.tensor(scores, dtype=torch.float64)).tolist()
-            for row, index in enumerate(rows):
+            for row, index in enumerate(indices):
                 values[index] = totals[row]
-                parts[index] = [column[row] for column in scores]
-                kept[index] = [column[row] for column in columns] if return_caches else []
-        return values, parts, kept
+                objective_values[index] = [column[row] for column in scores]
+                new_caches[index] = [column[row] for column in cache_columns] if return_caches else []
+        return values, objective_values, new_caches
 
     def compute_backward_gradient(
         self,
@@ -140,24 +146,27 @@ class Reward:
         gradient_at: GradientPoint = HARD_GRADIENT_POINT,
         likelihood_token_grad: bool = True,
     ) -> list[Tensor]:
-        """∂r/∂Y per sample by backward passes, [T, K] at the candidates or [T, policy rows]; memos of the prompts.
+        """Return ∂r/∂Y of each sample by backward passes, averaged over the α of `gradient_at`.
 
         Args:
-            point: where to differentiate; the mean over its α. Any but the hard tokens needs samples whose
-                candidates are known.
-            direct: include the direct part of log-likelihoods.
+            caches: per sample the caches of its prompt.
+            candidates: per sample [T, K] policy ids at which the gradient is needed. None = the whole vocabulary.
+            gradient_at: where to differentiate. Anything but the hard tokens needs samples with `draw_info`.
+            likelihood_token_grad: include the direct part of log-likelihoods.
+
+        Returns:
+            per sample [T, K] or [T, policy rows].
         """
         gradients: list[Tensor] = []
         for begin in range(0, len(samples), self.batch_size):
             rows = slice(begin, begin + self.batch_size)
-            some = None if candidates is None else candidates[rows]
             with flop_counter.measure_seconds([sample.cost_key for sample in samples[rows]]):
-                parts = [
+                by_alpha = [
                     compute_token_gradient(
                         self.objectives,
                         samples[rows],
                         caches[rows],
-                        some,
+                        None if candidates is None else candidates[rows],
                         flop_counter=flop_counter,
                         relaxed_responses=[
                             sample.relax(alpha, gradient_at.candidate_min_p) for sample in samples[rows]
@@ -167,18 +176,19 @@ class Reward:
                     )
                     for alpha in gradient_at.alphas
                 ]
-                gradients += [torch.stack(some).mean(0) for some in zip(*parts, strict=True)]
+                gradients += [torch.stack(of_sample).mean(0) for of_sample in zip(*by_alpha, strict=True)]
         return gradients
 
     @property
     def step_delimiter(self) -> str:
-        """What ends the steps that a process reward reads; empty for others."""
-        return next((term.step_finder.delimiter for term in self.objectives if isinstance(term, ProcessObjective)), "")
+        """Return what ends the reasoning steps of a process reward, and an empty text for others."""
+        finders = (obj.step_finder for obj in self.objectives if isinstance(obj, ProcessObjective))
+        return next((finder.delimiter for finder in finders), "")
 
     @property
     def has_dense_gradient(self) -> bool:
-        """Every term is a log-likelihood, so the reward has a direct gradient at every token."""
-        return all(isinstance(term, LikelihoodObjective) for term in self.objectives)
+        """Tell whether all objectives are log-likelihoods, so that every token has a direct gradient."""
+        return all(isinstance(objective, LikelihoodObjective) for objective in self.objectives)
 
     def compute_direct_gradient(
         self,
@@ -188,35 +198,46 @@ class Reward:
         *,
         flop_counter: FlopCounter,
     ) -> list[Tensor]:
-        """The direct part of ∂r/∂Y at the candidates [T, K], from the memos of scored responses: no backward pass.
+        """Return the direct part of ∂r/∂Y at the candidates, without a backward pass.
 
-        Of log-likelihoods it is log π(v | y_<t) for every candidate. A score s is a sum of what each token added,
-        s_T = s_0 + Σ_t (s_t − s_{t−1}), with s_t read by the same head after token t: the direct part is that
-        difference for the response's own token, and 0 for tokens that were not scored. It means something if the
-        head was trained at every token; the gradient audit tells. A process reward Σ_e s_e is a sum of the same
-        differences, each as often as a step ends at or after its token: Σ_e s_e = n_0·s_0 + Σ_t n_t (s_t − s_{t−1})
-        with n_t = #{e ≥ t}, the end of the response included, and the direct part is n_t (s_t − s_{t−1}).
+        Of log-likelihoods the direct part is log π(v | y_<t) for every candidate v.
+
+        A score s is a sum of what each token added, s_T = s_0 + Σ_t (s_t − s_{t−1}), where the same head reads s_t
+        after token t. The direct part is that difference for the response's own token, and 0 for all other tokens.
+        The difference is meaningful if the head was trained at every token, which the gradient audit measures.
+
+        A process reward Σ_e s_e is a sum of the same differences, each counted once per step that ends at or after
+        its token: Σ_e s_e = n_0·s_0 + Σ_t n_t (s_t − s_{t−1}) with n_t = #{e ≥ t}, the end of the response included.
+        The direct part is n_t (s_t − s_{t−1}).
+
+        Args:
+            caches: per sample the caches of the scored response.
+            candidates: per sample [T, K] policy ids.
+
+        Returns:
+            per sample [T, K].
         """
-        terms = [term for term in self.objectives if isinstance(term, LikelihoodObjective)]
+        likelihoods = [objective for objective in self.objectives if isinstance(objective, LikelihoodObjective)]
         with flop_counter.measure_seconds([sample.cost_key for sample in samples]):
-            if len(terms) == len(self.objectives):
+            if len(likelihoods) == len(self.objectives):
                 return compute_direct_likelihood_gradient(
-                    terms, samples, caches, candidates, flop_counter=flop_counter
+                    likelihoods, samples, caches, candidates, flop_counter=flop_counter
                 )
-            return [self._compute_score_increments(*one) for one in zip(samples, caches, candidates, strict=True)]
+            return [self._compute_score_increments(*args) for args in zip(samples, caches, candidates, strict=True)]
 
-    def _compute_score_increments(self, sample: Sample, caches: Sequence[ScoreCache], table: Tensor) -> Tensor:
-        """[T, K]: at each response token what it added to the reward; 0 for the first: before it nothing is read."""
+    def _compute_score_increments(self, sample: Sample, caches: Sequence[ScoreCache], candidates: Tensor) -> Tensor:
+        """Return [T, K]: what each response token added to the reward. The first one has nothing before it: 0."""
         length = len(sample.response_ids) + 1
-        levels = [
-            term.compute_running_values(sample, memo).cpu() for term, memo in zip(self.objectives, caches, strict=True)
+        running_values = [
+            objective.compute_running_values(sample, cache).cpu()
+            for objective, cache in zip(self.objectives, caches, strict=True)
         ]
         # A stop token that a template drops has no score: it adds nothing.
-        levels = [torch.cat((one, one[-1:].expand(length - len(one)))) for one in levels]
-        steps = self._combine_objective_values(torch.stack(levels)).diff()
-        steps[:1] = 0
-        own = table == torch.tensor(sample.response_ids)[:, None]
-        return torch.where(own, steps[:, None], 0.0).float()
+        running_values = [torch.cat((row, row[-1:].expand(length - len(row)))) for row in running_values]
+        increments = self._combine_objective_values(torch.stack(running_values)).diff()
+        increments[:1] = 0
+        is_response_token = candidates == torch.tensor(sample.response_ids)[:, None]
+        return torch.where(is_response_token, increments[:, None], 0.0).float()
 
     def compute_gradient(
         self,
@@ -228,16 +249,20 @@ class Reward:
         flop_counter: FlopCounter,
         gradient_at: GradientPoint,
     ) -> list[Tensor]:
-        """∂r/∂Y at the candidates [T, K] as a point asks for: its direct part, backward passes, or the sum.
+        """Return ∂r/∂Y at the candidates as `gradient_at` selects it: the direct part, backward passes, or their sum.
 
         Args:
-            prompts: memos of the bare prompts; `scored`: of the responses.
+            prompt_caches: per sample the caches of its prompt, for backward passes.
+            response_caches: per sample the caches of the scored response, for the direct part.
+            candidates: per sample [T, K] policy ids.
+
+        Returns:
+            per sample [T, K].
         """
         parts = []
         if gradient_at.direct:
             parts.append(self.compute_direct_gradient(samples, response_caches, candidates, flop_counter=flop_counter))
         if gradient_at.alphas:
-            direct = not gradient_at.direct
             parts.append(
                 self.compute_backward_gradient(
                     samples,
@@ -245,43 +270,39 @@ class Reward:
                     candidates,
                     flop_counter=flop_counter,
                     gradient_at=gradient_at,
-                    likelihood_token_grad=direct,
+                    likelihood_token_grad=not gradient_at.direct,
                 )
             )
-        return [sum(some[1:], start=some[0]) for some in zip(*parts, strict=True)]
+        return [sum(of_sample[1:], start=of_sample[0]) for of_sample in zip(*parts, strict=True)]
 
     def _combine_objective_values(self, values: Tensor) -> Tensor:
-        """[B] rewards from the terms' values [terms, B]."""
+        """Return [B] rewards from the values of the objectives, [objectives, B]."""
         if self.uncertainty_penalty is None:
             return self._get_objective_weights(values) @ values
         return values.mean(0) - self.uncertainty_penalty * values.std(0, correction=0)
 
     def _compute_objective_grads(self, values: Tensor) -> Tensor:
-        """∂r/∂term from the terms' values, both [terms, B]."""
+        """Return ∂r/∂objective [objectives, B] at the values of the objectives, [objectives, B]."""
         if self.uncertainty_penalty is None:
             return self._get_objective_weights(values)[:, None].expand_as(values)
-        centred, spread = values - values.mean(0), values.std(0, correction=0)
-        # Members that agree have no direction in which their spread grows.
-        return (1 - self.uncertainty_penalty * (centred / spread).nan_to_num()) / len(values)
+        deviations, std = values - values.mean(0), values.std(0, correction=0)
+        # Where all members agree, std has no gradient: 0/0 becomes 0.
+        return (1 - self.uncertainty_penalty * (deviations / std).nan_to_num()) / len(values)
 
     def _get_objective_weights(self, values: Tensor) -> Tensor:
-        return torch.tensor([term.weight for term in self.objectives], dtype=values.dtype)
+        return torch.tensor([objective.weight for objective in self.objectives], dtype=values.dtype)
 
     def _is_scorable(self, sample: Sample) -> bool:
-        body = (
-            sample.response_ids[:-1]
-            if sample.response_ids[-1:] and sample.response_ids[-1] in self.stop_ids
-            else sample.response_ids
-        )
-        if not self.in_vocabulary[body].all():
+        """Tell whether the reward can read a response, and whether it fits into every context."""
+        ids = sample.response_ids
+        if not self.in_vocabulary[ids[:-1] if ids and ids[-1] in self.stop_ids else ids].all():
             return False
-        return all(_count_remaining_tokens(term, term.encode(sample)) >= 0 for term in self.objectives)
+        return all(_count_remaining_tokens(objective, objective.encode(sample)) >= 0 for objective in self.objectives)
 
 
 def _count_remaining_tokens(objective: Objective, encoded: EncodedSample) -> int:
-    """Tokens that could still be added to an encoded sample."""
-    used = len(encoded.prompt_ids) + len(encoded.response_ids) + len(encoded.turn_end_ids)
-    return get_context_length(objective.model) - used
+    """Return how many tokens could still be added to an encoded sample."""
+    return get_context_length(objective.model) - len(encoded.sequence_ids)
 
 
 class Verifier:
@@ -291,7 +312,7 @@ class Verifier:
         self.checker = checker
 
     def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[tuple[str | None, MatchResult]]:
-        """Extracted answer and verdict of each response text."""
+        """Return per response text the extracted answer and whether it matches the problem's gold answer."""
         answers = [extract_answer(text) for text in texts]
         golds = [problem.grading_target for problem in problems]
         return list(zip(answers, self.checker.check(list(zip(answers, golds, strict=True))), strict=True))

@@ -1,6 +1,6 @@
-"""What the name of a reward means, before any model is loaded: specs, reward.json, and audits on disk.
+"""What a reward's name means, before any model is loaded: specs, reward.json and limits in audit files.
 
-Loads no torch. The grammar of specs is told in `nabla_trl.rewards.loading.load_reward`.
+Loads no torch. `nabla_trl.rewards.loading.load_reward` lists the forms of a spec.
 """
 
 from __future__ import annotations
@@ -17,27 +17,40 @@ from typing import Any
 from nabla_trl.gradient.step_ends import BLANK_LINE, check_delimiter, parse_delimiter
 from nabla_trl.models.options import GradientPoint
 from nabla_trl.rewards.limits import ValidatedLimits
-from nabla_trl.utils.files import write_atomic
+from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.identity import is_same_model
 
 LOG_RATIO_PREFIX = "logratio:"
 MANIFEST_FILE = "reward.json"
+MANIFEST_FORMAT = 2
 _ADAPTER_FILE = "adapter_config.json"
-MANIFEST_FORMAT = 1
 
-_PROCESS_SPEC = re.compile(r"process(?:@(?P<delimiter>[^:]*))?:(?P<model>.*)", re.DOTALL)
-_ENSEMBLE_SPEC = re.compile(r"ensemble(?:@(?P<caution>[^:]*))?:(?P<members>.*)", re.DOTALL)
-# Kinds of reward.json: the kind of `nabla_trl.rewards.reward.Reward` that each becomes, and the keys that only it has.
-_MANIFEST_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "scalar": ("scalar", ()),
-    "process": ("process", ("step_delimiter",)),
-    "implicit": ("log-ratio", ("scale", "reference")),
-    "ensemble": ("ensemble", ("members", "caution")),
+_PROCESS_SPEC = re.compile(r"process(?:@(?P<step_delimiter>[^:]*))?:(?P<model>.*)", re.DOTALL)
+_ENSEMBLE_SPEC = re.compile(r"ensemble(?:@(?P<uncertainty_penalty>[^:]*))?:(?P<members>.*)", re.DOTALL)
+# Per kind the keys of a mapping that describes a reward. The first one is required.
+_MAPPING_KEYS: dict[str, tuple[str, ...]] = {
+    "scalar": ("model",),
+    "process": ("model", "step_delimiter"),
+    "log_ratio": ("model", "reference", "scale"),
+    "ensemble": ("members", "uncertainty_penalty"),
 }
-_KEYS_OF_OTHER_KINDS = {
-    kind: [name for other in _MANIFEST_KINDS if other != kind for name in _MANIFEST_KINDS[other][1]]
-    for kind in _MANIFEST_KINDS
+# Per kind the keys of reward.json that no other kind has.
+_MANIFEST_KEYS: dict[str, tuple[str, ...]] = {
+    "scalar": (),
+    "process": ("step_delimiter",),
+    "log_ratio": ("scale", "reference_model"),
+    "ensemble": ("members", "uncertainty_penalty"),
+}
+# Keys of reward.json in format 1, which version 0.1 wrote, and their names since.
+_RENAMED_KEYS = {
+    "base": "base_model",
+    "reference": "reference_model",
+    "caution": "uncertainty_penalty",
+    "trust": "validated_limits",
+    "point": "gradient_at",
+    "rounds": "training_rounds",
+    "settings": "training_settings",
 }
 
 
@@ -46,26 +59,27 @@ _KEYS_OF_OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class RewardManifest:
-    """reward.json: what a reward folder holds, and how far it may be trusted.
+    """reward.json: what a reward folder holds, and how far a search may go with the reward.
 
     Attributes:
         kind: "scalar" (a sequence classifier with one label, or a LoRA adapter of one, in this folder), "process" (the
-            sum of such a score over the ends of steps), "implicit" (a causal LM or its adapter in this folder:
-            r = scale · (log π − log π_reference)) or "ensemble".
-        base: the model that training began from; None = none.
-        step_delimiter: process only: the text that ends a step.
-        members, caution: ensemble only: folders of scalar or of process rewards, relative to this one; k of
-            mean − k·std.
-        scale, reference: implicit only: β > 0, and the name of the reference model.
-        policy: the policy that it was trained and audited for.
-        trust: what the audit allows; None = not audited.
-        point: the gradient that the audit advises to follow (`options.Point.parse`); None = not audited, or none
-            helps.
-        rounds: one object per round of training: its audit.
-        settings: what it was trained with.
+            sum of such a score over the ends of reasoning steps), "log_ratio" (a causal LM or its adapter in this
+            folder: r = scale · (log π − log π_reference)) or "ensemble".
+        base_model: the model that training began from. None = none.
+        step_delimiter: process only: the text that ends a reasoning step.
+        members: ensemble only: folders of scalar or of process rewards, relative to this one.
+        uncertainty_penalty: ensemble only: k of mean − k·std.
+        scale: log_ratio only: β > 0.
+        reference_model: log_ratio only: name of the reference model.
+        policy: the policy that the reward was trained and audited for.
+        validated_limits: how far the audit allows a search to go. None = not audited.
+        gradient_at: the gradient that the audit recommends (`GradientPoint.parse`). None = not audited, or no
+            gradient helps.
+        training_rounds: one object per round of training, with its audit.
+        training_settings: the options of the training.
 
     Raises:
-        ValueError: an unknown kind, a value of another kind's, or one out of range.
+        ValueError: an unknown kind, a value of another kind's key, or a value out of range.
     """
 
     kind: str
@@ -83,50 +97,60 @@ class RewardManifest:
 
     def __post_init__(self) -> None:
         _check_kind(self.kind)
-        for one in fields(self):
-            if one.name in _KEYS_OF_OTHER_KINDS[self.kind] and getattr(self, one.name) != one.default:
-                raise ValueError(f"a reward of kind {self.kind} has no {one.name!r}")
-        for name in ("base", "policy"):
+        for attribute in fields(self):
+            name = attribute.name
+            if name in _list_foreign_keys(self.kind) and getattr(self, name) != attribute.default:
+                raise ValueError(f"a reward of kind {self.kind} has no {name!r}")
+        for name in ("base_model", "policy"):
             if getattr(self, name) is not None:
                 _check_model_name(name, getattr(self, name))
-        if self.kind == "implicit":
-            _check_model_name("reference", self.reference_model)
-        if not (isinstance(self.members, list | tuple) and all(isinstance(one, str) and one for one in self.members)):
+        if self.kind == "log_ratio":
+            _check_model_name("reference_model", self.reference_model)
+        if not (
+            isinstance(self.members, list | tuple) and all(isinstance(name, str) and name for name in self.members)
+        ):
             raise ValueError(f"members must be a list of folders, not {self.members!r}")
-        if not (_is_number(self.scale) and self.scale > 0):
-            raise ValueError(f"scale must be a positive number, not {self.scale!r}")
+        _check_scale(self.scale)
         check_delimiter(self.step_delimiter)
-        _check_uncertainty_penalty(self.uncertainty_penalty)
+        check_uncertainty_penalty(self.uncertainty_penalty)
         if self.gradient_at is not None:
             GradientPoint.parse(str(self.gradient_at))
 
     def to_dict(self) -> dict[str, Any]:
-        """The object of reward.json: the common keys and those of the kind."""
-        values = {name: value for name, value in asdict(self).items() if name not in _KEYS_OF_OTHER_KINDS[self.kind]}
+        """Return the object of reward.json: the keys of all rewards and those of the kind."""
+        foreign_keys = _list_foreign_keys(self.kind)
+        values = {name: value for name, value in asdict(self).items() if name not in foreign_keys}
         return {"format": MANIFEST_FORMAT} | values
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RewardManifest:
-        """The inverse of `to_dict`.
+        """Return the manifest in the object of a reward.json, also of format 1.
 
         Raises:
-            ValueError: another format, a missing or unknown key, or a value that the card refuses.
+            ValueError: another format, a missing or unknown key, or a malformed value.
         """
+        if data.get("format") == 1:
+            data = _upgrade_format_1(data)
         if data.get("format") != MANIFEST_FORMAT:
-            raise ValueError(f"format must be {MANIFEST_FORMAT}, not {data.get('format')!r}")
+            raise ValueError(f"format must be {MANIFEST_FORMAT} or 1, not {data.get('format')!r}")
         _check_kind(data.get("kind"))
-        keys = ["base", *_MANIFEST_KINDS[data["kind"]][1], "policy", "trust", "point", "rounds", "settings"]
+        foreign_keys = _list_foreign_keys(data["kind"])
+        keys = [attribute.name for attribute in fields(cls) if attribute.name not in foreign_keys]
+        for name in data:
+            if name not in ("format", *keys):
+                renamed = f": it is now {_RENAMED_KEYS[name]!r}" if name in _RENAMED_KEYS else ""
+                raise ValueError(f"{name!r} is not a key of the kind {data['kind']}{renamed}")
         for name in keys:
             if name not in data:
                 raise ValueError(f"{name!r} is missing")
-        for name in data:
-            if name not in ("format", "kind", *keys):
-                raise ValueError(f"{name!r} is not a key of the kind {data['kind']}")
-        for name, kind in (("rounds", list), ("settings", dict)):
-            if not isinstance(data[name], kind):
-                raise ValueError(f"{name!r} must be a {kind.__name__}, not {data[name]!r}")
-        trust = None if data["trust"] is None else _parse_validated_limits(data["trust"])
-        return cls(**{name: data[name] for name in ("kind", *keys)} | {"trust": trust})
+        for name, expected in (("training_rounds", list), ("training_settings", dict)):
+            if not isinstance(data[name], expected):
+                raise ValueError(f"{name!r} must be a {expected.__name__}, not {data[name]!r}")
+        limits = data["validated_limits"]
+        return cls(
+            **{name: data[name] for name in keys}
+            | {"validated_limits": None if limits is None else ValidatedLimits.from_dict(limits)}
+        )
 
 
 def write_manifest(folder: str | Path, manifest: RewardManifest) -> None:
@@ -135,215 +159,279 @@ def write_manifest(folder: str | Path, manifest: RewardManifest) -> None:
 
 
 def read_manifest(folder: str | Path) -> RewardManifest:
-    """A folder's reward.json.
+    """Return a folder's reward.json.
 
     Raises:
-        ValueError: no such file, or one that is broken; it is named.
+        ValueError: no such file, or a broken one. The message names the file.
     """
     file = Path(folder, MANIFEST_FILE)
+    content = _read_json_object(file)
     try:
-        return RewardManifest.from_dict(_read_json_object(file))
+        return RewardManifest.from_dict(content)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _upgrade_format_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a reward.json of version 0.1 with today's keys. Audits inside the rounds stay as they are."""
+    data = {_RENAMED_KEYS.get(name, name): value for name, value in data.items()} | {"format": MANIFEST_FORMAT}
+    if data.get("kind") == "implicit":
+        data["kind"] = "log_ratio"
+    if isinstance(data.get("validated_limits"), dict):
+        data["validated_limits"] = {f"max_{name}": value for name, value in data["validated_limits"].items()}
+    return data
 
 
 # --- specs --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ParsedRewardSpec:
-    """What a spec means.
+class RewardSpec:
+    """What a reward is made of.
 
     Attributes:
-        kind: as `nabla_trl.rewards.reward.Reward.kind`.
-        models: names of what to load: the classifier; the better model and, where it is not the policy, the
-            reference; or the members, each a spec.
+        name: the reward's name in rows, reports and messages: the spec as text.
+        kind: "scalar", "process", "log-ratio" or "ensemble", as `nabla_trl.rewards.reward.Reward.kind`.
+        model_names: models to load: the classifier, the preferred model and (unless it is the policy) the reference,
+            or the classifiers of an ensemble's members.
+        members: of an ensemble.
         scale: factor of a log-ratio.
-        caution: of an ensemble.
-        delimiter: of a process reward.
-        trust, point: those of reward.json.
+        uncertainty_penalty: k of an ensemble's mean − k·std.
+        step_delimiter: of a process reward, else empty.
+        folder: the folder whose reward.json describes this reward, if there is one.
+        validated_limits: those of reward.json.
+        gradient_at: that of reward.json.
     """
 
+    name: str
     kind: str
     model_names: tuple[str, ...]
+    members: tuple[RewardSpec, ...] = ()
     scale: float = 1.0
     uncertainty_penalty: float = 1.0
     step_delimiter: str = ""
+    folder: str | None = None
     validated_limits: ValidatedLimits | None = None
     gradient_at: str | None = None
 
 
-def parse_reward_spec(spec: str) -> ParsedRewardSpec:
-    """What a spec means; reads reward.json, loads nothing.
+def parse_reward_spec(spec: str | Mapping[str, Any]) -> RewardSpec:
+    """Return what a spec means. Reads reward.json, loads no model.
+
+    Args:
+        spec: text, or a mapping with a `kind` (see `nabla_trl.rewards.loading.load_reward`).
 
     Raises:
-        ValueError: a malformed spec or reward.json; a process reward of what is not scalar; an ensemble of fewer than
-            two members, of one twice, or of different kinds.
+        ValueError: a malformed spec or reward.json, a process reward of a model that is not scalar, an ensemble of
+            fewer than two members, with a member twice, or of different kinds.
     """
+    data = _read_mapping(spec)
+    if data is not None:
+        return _parse_mapping(data)
+    spec = str(spec)
     if spec.startswith(LOG_RATIO_PREFIX):
         names = _split_names(spec.removeprefix(LOG_RATIO_PREFIX))
         if not 1 <= len(names) <= 2 or not all(names):
             raise ValueError(f"{spec!r}: expected {LOG_RATIO_PREFIX}BETTER or {LOG_RATIO_PREFIX}BETTER,REFERENCE")
-        return ParsedRewardSpec("log-ratio", names)
-    written = _PROCESS_SPEC.fullmatch(spec)
-    if written:
-        return _parse_process_spec(spec, written["delimiter"], written["model"])
-    written = _ENSEMBLE_SPEC.fullmatch(spec)
-    if written:
-        return _parse_ensemble_spec(
-            spec, _split_names(written["members"]), _parse_uncertainty_penalty(spec, written["caution"])
-        )
-    return _parse_folder_spec(spec) if Path(spec, MANIFEST_FILE).is_file() else ParsedRewardSpec("scalar", (spec,))
+        return RewardSpec(spec, "log-ratio", names)
+    if match := _PROCESS_SPEC.fullmatch(spec):
+        if not match["model"]:
+            raise ValueError(f"{spec!r}: expected process:NAME or process@DELIMITER:NAME")
+        try:
+            delimiter = BLANK_LINE if match["step_delimiter"] is None else parse_delimiter(match["step_delimiter"])
+        except ValueError as error:
+            raise ValueError(f"{spec!r}: {error}") from error
+        return _build_process_spec(spec, match["model"], delimiter)
+    if match := _ENSEMBLE_SPEC.fullmatch(spec):
+        names = _split_names(match["members"])
+        if not all(names):
+            raise ValueError(f"{spec!r}: expected ensemble:A,B,… or ensemble@K:A,B,…")
+        text = "1" if match["uncertainty_penalty"] is None else match["uncertainty_penalty"]
+        try:
+            check_uncertainty_penalty(float(text))
+        except ValueError as error:
+            raise ValueError(
+                f"{spec!r}: expected ensemble@K:A,B,… with a number K of at least 0, not {text!r}"
+            ) from error
+        return _build_ensemble_spec(spec, names, float(text))
+    return _parse_folder(spec) if Path(spec, MANIFEST_FILE).is_file() else RewardSpec(spec, "scalar", (spec,))
 
 
-def compute_reward_identity(spec: str) -> str:
-    """A reward's name; with a hash of the weights that we trained, so that a reward trained again is another.
+def get_reward_name(spec: str | Mapping[str, Any]) -> str:
+    """Return a spec as text: a mapping becomes a JSON object with its keys in a fixed order."""
+    data = _read_mapping(spec)
+    if data is None:
+        return str(spec)
+    keys = [key for key in ("kind", *_MAPPING_KEYS.get(str(data.get("kind")), ())) if key in data]
+    return json.dumps({key: data[key] for key in keys}, ensure_ascii=False, default=str)
 
-    Weights of plain model folders and of the hub are taken by their names alone, as those of policies are.
+
+def compute_reward_identity(spec: str | Mapping[str, Any]) -> str:
+    """Return a reward's name, with a hash of the weights that were trained here.
+
+    A reward that is trained again gets another identity. Weights of plain model folders and of the hub are
+    identified by their names alone, as policies are.
     """
-    plan = parse_reward_spec(spec)
-    models = [Path(_get_classifier_name(name)) for name in plan.model_names]
-    ours = [
-        folder for folder in models if Path(folder, MANIFEST_FILE).is_file() or Path(folder, _ADAPTER_FILE).is_file()
+    reward = parse_reward_spec(spec)
+    folders = [Path(name) for name in (*reward.model_names, reward.folder) if name is not None]
+    trained = [
+        folder for folder in folders if any(Path(folder, name).is_file() for name in (MANIFEST_FILE, _ADAPTER_FILE))
     ]
-    ours += [Path(spec)] if plan.kind == "ensemble" and Path(spec, MANIFEST_FILE).is_file() else []
-    if not ours:
-        return spec
-    meaning = [
-        plan.scale,
-        plan.uncertainty_penalty,
-        plan.gradient_at,
-        *([plan.step_delimiter] if plan.step_delimiter else []),
-    ]
+    if not trained:
+        return reward.name
+    meaning = [reward.scale, reward.uncertainty_penalty, reward.gradient_at]
+    meaning += [reward.step_delimiter] if reward.step_delimiter else []
     digest = hashlib.sha256(json.dumps(meaning).encode())
-    for file in sorted({file for folder in ours for file in folder.rglob("*.safetensors")}):
+    for file in sorted({file for folder in trained for file in folder.rglob("*.safetensors")}):
         digest.update(file.read_bytes())
-    return f"{spec} ({digest.hexdigest()[:12]})"
+    return f"{reward.name} ({digest.hexdigest()[:12]})"
 
 
-def _parse_folder_spec(spec: str) -> ParsedRewardSpec:
-    card = read_manifest(spec)
-    if card.kind == "ensemble":
-        members = tuple(str(Path(spec, name)) for name in card.members)
-        return replace(
-            _parse_ensemble_spec(spec, members, card.uncertainty_penalty),
-            validated_limits=card.validated_limits,
-            gradient_at=card.gradient_at,
-        )
-    if card.kind == "implicit":
-        return ParsedRewardSpec(
-            "log-ratio",
-            (spec, card.reference_model),
-            card.scale,
-            validated_limits=card.validated_limits,
-            gradient_at=card.gradient_at,
-        )
-    delimiter = card.step_delimiter if card.kind == "process" else ""
-    return ParsedRewardSpec(
-        card.kind,
-        (spec,),
-        step_delimiter=delimiter,
-        validated_limits=card.validated_limits,
-        gradient_at=card.gradient_at,
-    )
-
-
-def _parse_process_spec(spec: str, step_delimiter: str | None, model_name: str) -> ParsedRewardSpec:
-    """A scalar reward, read at steps. Its own audit is of another reward, so it brings no trust and no point."""
-    if not model_name:
-        raise ValueError(f"{spec!r}: expected process:NAME or process@DELIMITER:NAME")
+def _read_mapping(spec: str | Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the mapping that a spec is, or that it writes as JSON. None = another text."""
+    if isinstance(spec, Mapping):
+        return spec
+    if not spec.lstrip().startswith("{"):
+        return None
     try:
-        read = BLANK_LINE if step_delimiter is None else parse_delimiter(step_delimiter)
+        return json.loads(spec)
     except ValueError as error:
-        raise ValueError(f"{spec!r}: {error}") from error
-    kind, _ = _get_kind_and_delimiter(model_name)
-    if kind != "scalar":
-        raise ValueError(f"{spec!r}: {model_name} is a reward of kind {kind}: only a scalar one can be read at steps")
-    return ParsedRewardSpec("process", (model_name,), step_delimiter=read)
+        raise ValueError(f"the reward {spec!r} is not a JSON object: {format_error(error)}") from error
 
 
-def _parse_ensemble_spec(spec: str, members: tuple[str, ...], uncertainty_penalty: float) -> ParsedRewardSpec:
-    if not all(members):
-        raise ValueError(f"{spec!r}: expected ensemble:A,B,… or ensemble@K:A,B,…")
+def _parse_mapping(data: Mapping[str, Any]) -> RewardSpec:
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in _MAPPING_KEYS:
+        raise ValueError(f"reward: kind must be one of {', '.join(_MAPPING_KEYS)}, not {kind!r}")
+    required, *optional = _MAPPING_KEYS[kind]
+    if required not in data:
+        raise ValueError(f"reward: a {kind} reward needs the key {required!r}")
+    for key in data:
+        if key not in ("kind", required, *optional):
+            keys = ", ".join(_MAPPING_KEYS[kind])
+            raise ValueError(f"reward: {key!r} is not a key of the kind {kind}, which has {keys}")
+    if kind == "ensemble":
+        members, penalty = data["members"], data.get("uncertainty_penalty", 1.0)
+        if not isinstance(members, list | tuple) or not all(
+            isinstance(name, str | Mapping) and name for name in members
+        ):
+            raise ValueError(f"reward: members must be a list of rewards, not {members!r}")
+        check_uncertainty_penalty(penalty)
+        return _build_ensemble_spec(get_reward_name(data), members, float(penalty))
+    for key in ("model", "reference"):
+        if key in data:
+            _check_model_name(f"reward: {key}", data[key])
+    name, model = get_reward_name(data), data["model"]
+    if kind == "process":
+        delimiter = data.get("step_delimiter", BLANK_LINE)
+        check_delimiter(delimiter)
+        return _build_process_spec(name, model, delimiter)
+    if kind == "log_ratio":
+        _check_scale(data.get("scale", 1.0))
+        models = tuple(data[key] for key in ("model", "reference") if key in data)
+        return RewardSpec(name, "log-ratio", models, scale=float(data.get("scale", 1.0)))
+    return _parse_scalar(name, model)
+
+
+def _parse_folder(folder: str) -> RewardSpec:
+    """Return what a folder's reward.json describes."""
+    manifest = read_manifest(folder)
+    if manifest.kind == "ensemble":
+        members = [str(Path(folder, name)) for name in manifest.members]
+        spec = _build_ensemble_spec(folder, members, manifest.uncertainty_penalty)
+    elif manifest.kind == "log_ratio":
+        spec = RewardSpec(folder, "log-ratio", (folder, manifest.reference_model), scale=manifest.scale)
+    else:
+        delimiter = manifest.step_delimiter if manifest.kind == "process" else ""
+        spec = RewardSpec(folder, manifest.kind, (folder,), step_delimiter=delimiter)
+    return replace(spec, folder=folder, validated_limits=manifest.validated_limits, gradient_at=manifest.gradient_at)
+
+
+def _build_process_spec(name: str, model: str, step_delimiter: str) -> RewardSpec:
+    """Return a scalar reward that is read at steps. Audits of the scalar reward do not count for this reward."""
+    _parse_scalar(name, model)
+    return RewardSpec(name, "process", (model,), step_delimiter=step_delimiter)
+
+
+def _parse_scalar(name: str, model: str) -> RewardSpec:
+    spec = parse_reward_spec(model)
+    if spec.kind != "scalar":
+        raise ValueError(f"{name!r}: {model} is a reward of kind {spec.kind}, but only a scalar one fits here")
+    return spec
+
+
+def _build_ensemble_spec(
+    name: str, members: Sequence[str | Mapping[str, Any]], uncertainty_penalty: float
+) -> RewardSpec:
     if len(members) < 2:
-        raise ValueError(f"{spec}: an ensemble needs at least two members")
-    for index, name in enumerate(members):
-        if any(is_same_model(_get_classifier_name(name), _get_classifier_name(other)) for other in members[:index]):
-            raise ValueError(f"{spec}: {name} is a member twice, and so would count twice")
-    check_ensemble_members(spec, [(name, *_get_kind_and_delimiter(name)) for name in members])
-    return ParsedRewardSpec("ensemble", members, uncertainty_penalty=uncertainty_penalty)
+        raise ValueError(f"{name}: an ensemble needs at least two members")
+    for member in members:
+        if _is_ensemble(member):  # refused before it is parsed: it could hold itself
+            check_ensemble_members(name, [(get_reward_name(member), "ensemble", "")])
+    specs = tuple(parse_reward_spec(member) for member in members)
+    models = tuple(spec.model_names[0] for spec in specs)
+    for index, model in enumerate(models):
+        if any(is_same_model(model, other) for other in models[:index]):
+            raise ValueError(f"{name}: {specs[index].name} is a member twice, and so would count twice")
+    check_ensemble_members(name, [(spec.name, spec.kind, spec.step_delimiter) for spec in specs])
+    return RewardSpec(name, "ensemble", models, specs, uncertainty_penalty=uncertainty_penalty)
 
 
-def check_ensemble_members(spec: str, members: Sequence[tuple[str, str, str]]) -> None:
+def check_ensemble_members(name: str, members: Sequence[tuple[str, str, str]]) -> None:
     """Refuse an ensemble whose scores cannot be averaged.
 
     Args:
-        members: name, kind and delimiter of each.
+        name: of the ensemble.
+        members: name, kind and step delimiter of each member.
+
+    Raises:
+        ValueError: a member of another kind, or with another delimiter than the first one.
     """
     rule = "the members of an ensemble are all scalar, or all process with one delimiter"
-    for name, kind, delimiter in members:
+    for member, kind, delimiter in members:
         if kind not in ("scalar", "process"):
-            raise ValueError(f"{spec}: {name} is a reward of kind {kind}: {rule}")
+            raise ValueError(f"{name}: {member} is a reward of kind {kind}: {rule}")
         if (kind, delimiter) != members[0][1:]:
-            raise ValueError(f"{spec}: {name} is not read where {members[0][0]} is: {rule}")
+            raise ValueError(f"{name}: {member} is not read at the same steps as {members[0][0]}: {rule}")
 
 
-def _get_kind_and_delimiter(spec: str) -> tuple[str, str]:
-    """The kind of a spec, and its delimiter. Does not look into an ensemble, which might hold itself."""
-    if spec.startswith(LOG_RATIO_PREFIX):
-        return "log-ratio", ""
-    if _ENSEMBLE_SPEC.fullmatch(spec):
-        return "ensemble", ""
-    if _PROCESS_SPEC.fullmatch(spec):
-        return "process", parse_reward_spec(spec).step_delimiter
-    if not Path(spec, MANIFEST_FILE).is_file():
-        return "scalar", ""
-    card = read_manifest(spec)
-    return _MANIFEST_KINDS[card.kind][0], card.step_delimiter if card.kind == "process" else ""
-
-
-def _get_classifier_name(spec: str) -> str:
-    """The name of the model in a member's spec."""
-    written = _PROCESS_SPEC.fullmatch(spec)
-    return written["model"] if written else spec
+def _is_ensemble(spec: str | Mapping[str, Any]) -> bool:
+    data = _read_mapping(spec)
+    if data is not None:
+        return data.get("kind") == "ensemble"
+    if _ENSEMBLE_SPEC.fullmatch(str(spec)):
+        return True
+    return Path(str(spec), MANIFEST_FILE).is_file() and read_manifest(str(spec)).kind == "ensemble"
 
 
 def _split_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
-def _parse_uncertainty_penalty(spec: str, text: str | None) -> float:
-    if text is None:
-        return 1.0
-    try:
-        value = float(text)
-        _check_uncertainty_penalty(value)
-    except ValueError as error:
-        raise ValueError(f"{spec!r}: expected ensemble@K:A,B,… with a number K of at least 0, not {text!r}") from error
-    return value
-
-
 # --- audits -------------------------------------------------------------------------------------------
 
 
-def read_validated_limits(file: str | Path, *, policy: str, reward: str) -> ValidatedLimits:
-    """The trust in an audit that `nabla-trl audit --over_optimization --output_file FILE` wrote.
+def read_validated_limits(file: str | Path, *, policy: str, reward: str | Mapping[str, Any]) -> ValidatedLimits:
+    """Return the limits in a file that `nabla-trl audit --over_optimization --output_file FILE` wrote.
 
     Raises:
-        ValueError: no such file, broken, without trust, or of another policy or reward.
+        ValueError: no such file, or a broken one, or an audit of another policy or reward, or without limits.
     """
+    audit = _read_json_object(Path(file))
+    how = "nabla-trl audit --over_optimization --output_file"
     try:
-        found = _read_json_object(Path(file))
-        for name, asked in (("policy", policy), ("reward", reward)):
-            if name not in found:
-                raise ValueError(
-                    f"{name!r} is missing: is it an audit by nabla-trl audit --over_optimization --output_file?"
-                )
-            if not is_same_model(str(found[name]), asked):
-                raise ValueError(f"this is an audit of the {name} {found[name]}, not of {asked}")
-        if found.get("trust") is None:
-            raise ValueError("the audit tells no trust: make it with nabla-trl audit --over_optimization")
-        return _parse_validated_limits(found["trust"])
+        for key, name in (("policy", policy), ("reward", get_reward_name(reward))):
+            if key not in audit:
+                raise ValueError(f"{key!r} is missing: is it an audit by {how}?")
+            if not is_same_model(get_reward_name(str(audit[key])), name):
+                raise ValueError(f"this is an audit of the {key} {audit[key]}, not of {name}")
+        if "trust" in audit:
+            raise ValueError(
+                f"the key 'trust' of version 0.1 is now 'validated_limits': make the audit again by {how}"
+            )
+        if audit.get("validated_limits") is None:
+            raise ValueError(f"the audit has no validated limits: make it by {how}")
+        return ValidatedLimits.from_dict(audit["validated_limits"])
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -353,36 +441,36 @@ def read_validated_limits(file: str | Path, *, policy: str, reward: str) -> Vali
 
 def _read_json_object(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return read_json_file(file)
     except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not JSON: {format_error(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError("does not hold a JSON object")
-    return content
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _parse_validated_limits(data: Any) -> ValidatedLimits:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"trust must be an object, not {data!r}")
-    return ValidatedLimits.from_dict(data)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _list_foreign_keys(kind: str) -> list[str]:
+    """Return the keys of reward.json that only other kinds have."""
+    return [key for other, keys in _MANIFEST_KEYS.items() if other != kind for key in keys]
 
 
 def _check_kind(value: Any) -> None:
-    if value not in list(_MANIFEST_KINDS):  # a list: the value may be anything that JSON can hold
-        raise ValueError(f"kind must be one of {', '.join(_MANIFEST_KINDS)}, not {value!r}")
+    if value not in list(_MANIFEST_KEYS):  # a list: the value may be anything that JSON can hold
+        raise ValueError(f"kind must be one of {', '.join(_MANIFEST_KEYS)}, not {value!r}")
 
 
-def _check_uncertainty_penalty(value: Any) -> None:
-    if not (_is_number(value) and value >= 0):
-        raise ValueError(f"caution must be a number of at least 0, not {value!r}")
+def check_uncertainty_penalty(value: Any, name: str = "uncertainty_penalty") -> None:
+    """Raise ValueError unless a value is a finite number of at least 0. The message begins with `name`."""
+    if not (_is_finite_number(value) and value >= 0):
+        raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
+
+
+def _check_scale(value: Any) -> None:
+    if not (_is_finite_number(value) and value > 0):
+        raise ValueError(f"scale must be a positive number, not {value!r}")
 
 
 def _check_model_name(key: str, value: Any) -> None:
     if not (isinstance(value, str) and value):
         raise ValueError(f"{key} must be the name of a model, not {value!r}")
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

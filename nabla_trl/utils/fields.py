@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
 from difflib import get_close_matches
@@ -144,6 +145,7 @@ def coerce_fields(
     """Option values converted to the types of the dataclasses' fields (a float's `1` becomes 1.0).
 
     Fields of other types than bool, int, float, str, lists of these, and either or None, are passed on as they are.
+    A mapping for a text option becomes a JSON object, as `--reward` and `--chat_template_kwargs` read it.
 
     Raises:
         ValueError: an unknown key, or a value of another type; `where` begins the message.
@@ -175,6 +177,8 @@ def _coerce_value(value: Any, hint: Any) -> Any:
         return _coerce_list(value, get_args(hint)[0])
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         return _coerce_float(value)
+    if hint is str and isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
     if hint not in _TYPE_DESCRIPTIONS or (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
         return value
     raise TypeError(_TYPE_DESCRIPTIONS[hint] + (" (in quotes)" if hint is str else ""))

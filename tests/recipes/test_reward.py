@@ -29,15 +29,15 @@ ROOT = Path(__file__).parents[2]
 POLICY = "data/tiny/policy"
 TRAINED, AUDITED = 40, 8
 SIZES = {
-    "train_limit": TRAINED,
-    "audit_problems": AUDITED,
+    "max_train_problems": TRAINED,
+    "max_audit_problems": AUDITED,
     "audit_samples": 4,
-    "audit_rounds": 2,
+    "max_audit_rounds": 2,
     "max_steps": 3,
-    "round_steps": 2,
-    "adversarial_rounds": 1,
-    "search_problems": 8,
-    "swaps": 50,
+    "max_steps_per_round": 2,
+    "max_adversarial_rounds": 1,
+    "max_search_problems": 8,
+    "num_swaps": 50,
     "warmup_steps": 0,
 }
 
@@ -104,16 +104,22 @@ def stamps(folder: Path) -> dict[str, int]:
 # --- a whole run ------------------------------------------------------------------------------------------
 
 
-def test_the_reward_is_the_most_trusted_rounds_with_every_audit(finished: tuple[Path, str], policy: Policy) -> None:
+def test_the_reward_is_the_round_of_largest_limits_with_every_audit(
+    finished: tuple[Path, str], policy: Policy
+) -> None:
     folder, said = finished
     card = read_manifest(folder / "reward")
     assert (card.kind, card.base_model, card.policy) == ("scalar", POLICY, POLICY)
     assert [entry["round"] for entry in card.training_rounds] == [0, 1]
     for entry in card.training_rounds:
-        assert {"training", "ranking", "pressure", "gradient"} <= set(entry)
-        assert f"round {entry['round']}: {entry['ranking']['verdict']}" in said
+        assert {"training", "ranking", "over_optimization", "gradient"} <= set(entry)
+        assert f"round {entry['round']}: {entry['ranking']['conclusion']}" in said
     trusts = [
-        (entry["pressure"]["trust"]["rounds"], entry["pressure"]["trust"]["samples"]) for entry in card.training_rounds
+        (
+            entry["over_optimization"]["validated_limits"]["max_rounds"],
+            entry["over_optimization"]["validated_limits"]["max_samples"],
+        )
+        for entry in card.training_rounds
     ]
     best = max((0, 1), key=lambda number: (trusts[number], number))
     assert (
@@ -143,7 +149,7 @@ def test_a_finished_run_is_not_done_again(recipe: ModuleType, finished: tuple[Pa
     before, card = stamps(folder), (folder / "reward" / "reward.json").read_bytes()
     weights = (folder / "reward" / "model.safetensors").read_bytes()
     said = train(recipe, folder)
-    assert "answers to" not in said and "searches kept" not in said and "reward: " in said
+    assert "answers to" not in said and "searches accepted" not in said and "reward: " in said
     assert stamps(folder) == before
     assert (folder / "reward" / "reward.json").read_bytes() == card
     assert (folder / "reward" / "model.safetensors").read_bytes() == weights
@@ -161,7 +167,7 @@ def test_a_run_that_was_cut_short_comes_to_the_same_reward(
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     before = stamps(again)
     said = train(recipe, again)
-    assert "round 0: 120 answers" not in said and "round 1: searches kept" in said
+    assert "round 0: 120 answers" not in said and "round 1: searches accepted" in said
     assert {name: stamp for name, stamp in stamps(again).items() if name in before} == before
     assert (again / "round-1.0.jsonl").read_text() == (folder / "round-1.0.jsonl").read_text()
     ours, theirs = (load_file(one / "reward" / "model.safetensors") for one in (again, folder))
@@ -170,14 +176,14 @@ def test_a_run_that_was_cut_short_comes_to_the_same_reward(
 
 # --- other rewards ----------------------------------------------------------------------------------------
 
-SHORT = {"adversarial_rounds": 0, "audit_rounds": 1, "swaps": 20, "points": ["hard"]}
+SHORT = {"max_adversarial_rounds": 0, "max_audit_rounds": 1, "num_swaps": 20, "audit_gradient_at": ["hard"]}
 SHORT |= {"tuning": "lora", "grow_layers": 0}
 
 
 def test_an_implicit_reward_by_the_recipe(recipe: ModuleType, policy: Policy, tmp_path: Path) -> None:
     train(recipe, tmp_path, kind="implicit", implicit_beta=0.2, **SHORT)
     card = read_manifest(tmp_path / "reward")
-    assert (card.kind, card.scale, card.reference_model) == ("implicit", 0.2, POLICY)
+    assert (card.kind, card.scale, card.reference_model) == ("log_ratio", 0.2, POLICY)
     reward = load_reward(str(tmp_path / "reward"), policy=policy)
     assert reward.kind == "log-ratio" and [term.weight for term in reward.objectives] == [0.2, -0.2]
     assert len(set(scores(reward, policy))) > 6
@@ -185,7 +191,7 @@ def test_an_implicit_reward_by_the_recipe(recipe: ModuleType, policy: Policy, tm
 
 def test_an_ensemble_by_the_recipe(recipe: ModuleType, policy: Policy, tmp_path: Path) -> None:
     """Its score is the members' mean − k·std; they were trained on outcomes, with a seed of their own each."""
-    train(recipe, tmp_path, members=2, caution=0.5, labels="outcome", **SHORT)
+    train(recipe, tmp_path, num_members=2, uncertainty_penalty=0.5, labels="outcome", **SHORT)
     reward = load_reward(str(tmp_path / "reward"), policy=policy)
     first, second = (
         scores(load_reward(str(tmp_path / "reward" / f"member-{index}"), policy=policy), policy) for index in (0, 1)
@@ -203,8 +209,8 @@ def test_an_ensemble_by_the_recipe(recipe: ModuleType, policy: Policy, tmp_path:
     ("option", "value", "words"),
     [
         ("learning_rate", "1e-6", ["learning_rate '1e-06' (was '0.0007')"]),
-        ("relaxed", "0.25", ["relaxed '0.25' (was '0.5')"]),
-        ("samples", "2", ["samples '2' (was '3')"]),
+        ("relaxed_fraction", "0.25", ["relaxed_fraction '0.25' (was '0.5')"]),
+        ("samples_per_problem", "2", ["samples_per_problem '2' (was '3')"]),
         ("max_new_tokens", "32", ["max_new_tokens '32' (was '64')"]),
     ],
 )
@@ -217,7 +223,7 @@ def test_other_settings_on_the_same_folder_are_refused(
     assert stamps(folder) == before
 
 
-@pytest.mark.parametrize("option", ["audit_samples", "audit_rounds", "audit_problems", "swaps"])
+@pytest.mark.parametrize("option", ["audit_samples", "max_audit_rounds", "max_audit_problems", "num_swaps"])
 def test_a_finished_audit_does_not_answer_for_another(
     option: str, recipe: ModuleType, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -242,16 +248,16 @@ def test_step_labels_where_there_are_none_are_refused(recipe: ModuleType, tmp_pa
 def test_problems_that_leave_none_to_train_on_are_refused(count: int, recipe: ModuleType, tmp_path: Path) -> None:
     dataset = lines_of(tmp_path / "mine.jsonl", count)
     act = partial(train, recipe, tmp_path / "out", dataset=dataset)
-    worlds.refused(act, f"{count} problems with answers", "leave none to train on", "audit_problems")
+    worlds.refused(act, f"{count} problems with answers", "leave none to train on", "max_audit_problems")
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"labels": "maybe"}, ["labels must be one of auto, steps, outcome"]),
-        ({"samples": 0}, ["samples must be at least 1"]),
+        ({"samples_per_problem": 0}, ["samples_per_problem must be at least 1"]),
         ({"audit_samples": 1}, ["audit_samples must be at least 2"]),
-        ({"adversarial_rounds": -1}, ["adversarial_rounds not negative"]),
+        ({"max_adversarial_rounds": -1}, ["max_adversarial_rounds not negative"]),
         ({"tuning": "lora"}, ["grow_layers needs tuning full"]),
         ({"policy": "nowhere/at-all"}, ["nowhere/at-all"]),
         ({"dataset": "no-such-task"}, ["unknown task 'no-such-task'"]),

@@ -18,23 +18,27 @@ def span(value: float) -> dict[str, float]:
 
 
 def a_round(number: int, *, labels: bool = True) -> dict[str, Any]:
-    finding = {"first": span(0.7), "top3": span(0.8), "right_first": span(0.9), "repair": span(0.65)}
-    point = {"finding": finding if labels else None, "sign_telling": span(0.88), "correlation": None}
+    scores = {"top1": span(0.7), "top3": span(0.8), "repair_at_error": span(0.9), "repair": span(0.65)}
+    point = {
+        "first_error_scores": scores if labels else None,
+        "sign_accuracy_informative": span(0.88),
+        "correlation": None,
+    }
     curve = {"accuracy": {"0": span(0.5), "16": span(0.91)}, "reward": {"0": 0.0, "16": 1.0}}
     return {
         "round": number,
         "ranking": {
             "auc": 0.95,
             "step_auc": 0.99 if labels else None,
-            "best_of_n": {"1": span(0.5), "64": span(0.93)},
+            "best_of_n_accuracy": {"1": span(0.5), "64": span(0.93)},
         },
-        "pressure": {"curves": {"nabla": curve, "control": curve}},
-        "gradient": {"baseline": finding if labels else None, "points": {"mixture:0.5": point}},
+        "over_optimization": {"curves": {"nabla": curve, "control": curve}},
+        "gradient": {"baseline": scores if labels else None, "gradient_points": {"mixture:0.5": point}},
     }
 
 
 def test_the_metadata_is_the_hubs_and_the_figures_are_all_there() -> None:
-    card = RewardManifest(
+    manifest = RewardManifest(
         "scalar",
         base_model="b/base",
         policy="p/policy",
@@ -42,7 +46,9 @@ def test_the_metadata_is_the_hubs_and_the_figures_are_all_there() -> None:
         gradient_at="mixture:0.5",
     )
     text = render_reward_readme(
-        RewardManifest(**{**vars(card), "rounds": [a_round(0), a_round(1)], "settings": {"seed": "3"}})
+        RewardManifest(
+            **{**vars(manifest), "training_rounds": [a_round(0), a_round(1)], "training_settings": {"seed": "3"}}
+        )
     )
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == "b/base"
@@ -52,12 +58,12 @@ def test_the_metadata_is_the_hubs_and_the_figures_are_all_there() -> None:
     assert "| none (entropy, log π) | 0.700" in body
 
 
-@pytest.mark.parametrize("kind", ["scalar", "implicit", "ensemble"])
+@pytest.mark.parametrize("kind", ["scalar", "log_ratio", "ensemble"])
 def test_a_reward_that_was_not_audited_claims_nothing(kind: str, tmp_path: Path) -> None:
-    own = {"implicit": {"reference": "r"}, "ensemble": {"members": ["a", "b"]}}.get(kind, {})
+    own = {"log_ratio": {"reference_model": "r"}, "ensemble": {"members": ["a", "b"]}}.get(kind, {})
     write_reward_readme(tmp_path, RewardManifest(kind, base_model="b", policy="p", **own))
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "Trusted" not in text and "## Measured" not in text and "No gradient" in text
+    assert "Validated" not in text and "## Measured" not in text and "No gradient" in text
 
 
 def test_without_step_labels_their_cells_are_empty() -> None:

@@ -1,4 +1,4 @@
-"""reward_data: candidates as the policy showed them, rows in the reward's ids, files, and pairs within problems."""
+"""Data of rewards: candidates as the policy showed them, rows in the reward's ids, files, pairs within problems."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_what_a_search_accepted_is_every_incumbent_but_the_first(policy: Policy)
         "problem": problem,
         "method": "nabla",
         "seed": 0,
-        "prompt": first.prompt_ids,
+        "prompt_ids": first.prompt_ids,
         "meta": {},
     }
     revisions, before = [], first.response_ids
@@ -149,9 +149,9 @@ def test_what_a_search_accepted_is_every_incumbent_but_the_first(policy: Policy)
 def test_labels_of_one_class_are_refused(wrong: int, right: int, policy: Policy) -> None:
     one = worlds.sample(policy, worlds.tiny_problems()[0], "3")
     made = [LabeledResponse(one, False)] * wrong + [LabeledResponse(one, True)] * right
-    kind = "wrong" if wrong else "right"
+    kind = "wrong" if wrong else "correct"
     message = worlds.refused(
-        lambda: check_both_classes(made), "needs right and wrong responses", f"all {len(made)} are"
+        lambda: check_both_classes(made), "needs correct and wrong responses", f"all {len(made)} are"
     )
     assert message.endswith(kind) or not made
     check_both_classes([*made, LabeledResponse(one, True), LabeledResponse(one, False)])
@@ -210,15 +210,15 @@ def test_rows_hold_the_response_in_the_rewards_words(
         sample, known = one.sample, one.sample.draw_info
         assert known is not None
         assert row["input_ids"] == sample.prompt_ids + sample.response_ids  # the stop token closes the turn
-        assert row["input_ids"][: row["start"]] == sample.prompt_ids
-        ids, weights = torch.tensor(row["ids"]), torch.tensor(row["weights"])
+        assert row["input_ids"][: row["response_start"]] == sample.prompt_ids
+        ids, weights = torch.tensor(row["candidate_ids"]), torch.tensor(row["candidate_weights"])
         assert ids[:, 0].tolist() == sample.response_ids and not weights[:, 0].any()
         assert torch.equal(ids[:, 1:], known.candidates)
         torch.testing.assert_close(weights[:, 1:], known.logp.exp() / known.logp.exp().sum(-1, keepdim=True))
-        right = torch.tensor(row["right"]).bool()
+        right = torch.tensor(row["correct"]).bool()
         assert torch.equal(right, judge.label_candidates(sample.problem, sample.response_ids, ids))
-        assert row["outcome"] == one.correct and row["closed"] == 1.0
-    assert {row["outcome"] for row in rows} == {0.0, 1.0}
+        assert row["answer_correct"] == one.correct and row["ends_with_stop"] == 1.0
+    assert {row["answer_correct"] for row in rows} == {0.0, 1.0}
 
 
 def test_unlikely_candidates_have_no_weight_in_mixtures(labelled: list[LabeledResponse], term: ScoreObjective) -> None:
@@ -228,7 +228,7 @@ def test_unlikely_candidates_have_no_weight_in_mixtures(labelled: list[LabeledRe
         policy = one.sample.draw_info.logp.exp()
         kept = policy >= 0.1 * policy.amax(-1, keepdim=True)
         candidates = term.vocab_map[one.sample.draw_info.candidates]
-        for at, (ids, weights) in enumerate(zip(row["ids"], row["weights"], strict=True)):
+        for at, (ids, weights) in enumerate(zip(row["candidate_ids"], row["candidate_weights"], strict=True)):
             mixed = {token for token, weight in zip(ids[1:], weights[1:], strict=True) if weight > 0}
             assert mixed == set(candidates[at][kept[at]].tolist()) and sum(weights[1:]) == pytest.approx(1)
         dropped += int((~kept & (policy > 0)).sum())
@@ -239,8 +239,8 @@ def test_without_step_labels_a_row_tells_the_outcome_alone(
     labelled: list[LabeledResponse], term: ScoreObjective
 ) -> None:
     rows = build_token_rows(labelled, term, token_labels=None, min_p=0.0)
-    assert all(row["right"] == [] for row in rows)
-    assert [row["outcome"] for row in rows] == [float(one.correct) for one in labelled]
+    assert all(row["correct"] == [] for row in rows)
+    assert [row["answer_correct"] for row in rows] == [float(one.correct) for one in labelled]
 
 
 def test_a_response_cut_at_the_limit_is_not_closed_and_its_end_not_right(
@@ -250,12 +250,14 @@ def test_a_response_cut_at_the_limit_is_not_closed_and_its_end_not_right(
     cut = add_draw_info(embedded, [replace(whole.sample, response_ids=whole.sample.response_ids[:-3])], 6, 1)[0]
     judge = TokenLabeler(embedded)
     done, open_ = build_token_rows([whole, LabeledResponse(cut, False)], term, token_labels=judge, min_p=0.0)
-    assert (done["closed"], open_["closed"]) == (1.0, 0.0)
+    assert (done["ends_with_stop"], open_["ends_with_stop"]) == (1.0, 0.0)
     collate = TokenCollator(embedded.tokenizer.pad_token_id, 0.0)
     targets = [collate([row])["targets"][0] for row in (done, open_)]
-    assert targets[0][done["start"] :].tolist() == [1.0] * len(whole.sample.response_ids)
+    assert targets[0][done["response_start"] :].tolist() == [1.0] * len(whole.sample.response_ids)
     # All that it wrote is right, but the turn that the template closes behind it (the tail) is not.
-    assert targets[1][open_["start"] :].tolist() == [1.0] * len(cut.response_ids) + [0.0] * len(term.turn_end_ids)
+    assert targets[1][open_["response_start"] :].tolist() == [1.0] * len(cut.response_ids) + [0.0] * len(
+        term.turn_end_ids
+    )
     assert term.turn_end_ids and len(open_["input_ids"]) == len(cut.prompt_ids + cut.response_ids + term.turn_end_ids)
 
 
@@ -271,13 +273,13 @@ def test_rows_follow_a_rewards_shuffled_vocabulary(
     rows = build_token_rows(labelled, other, token_labels=judge, min_p=0.02)
     for one, row in zip(plain, rows, strict=True):
         assert row["input_ids"] == new_ids[one["input_ids"]].tolist() != one["input_ids"]
-        assert row["ids"] == new_ids[torch.tensor(one["ids"])].tolist()
-        same = ("start", "weights", "right", "outcome", "closed")
+        assert row["candidate_ids"] == new_ids[torch.tensor(one["candidate_ids"])].tolist()
+        same = ("response_start", "candidate_weights", "correct", "answer_correct", "ends_with_stop")
         assert [row[name] for name in same] == [one[name] for name in same]
     scores = []
     for model, some in ((term.model, plain), (moved, rows)):
         batch = TokenCollator(0, 0.0)(some[:4])
-        embeds = model.get_input_embeddings()(batch["hard"])
+        embeds = model.get_input_embeddings()(batch["input_ids"])
         scores.append(compute_token_scores(model, embeds, batch["attention_mask"])[batch["attention_mask"].bool()])
     torch.testing.assert_close(scores[0], scores[1])
 
@@ -299,7 +301,9 @@ def test_responses_with_tokens_that_the_base_lacks_are_left_out_and_counted(
     assert [id(one) for one in kept] == [id(one) for one, lost in zip(labelled, gone, strict=True) if not lost]
     assert f"warning: {sum(gone)} of {len(labelled)} responses hold tokens that other" in capsys.readouterr().err
     rows = build_token_rows(kept, seldom, token_labels=None, min_p=0.0)
-    assert len(rows) == len(kept) and all(min(map(min, row["ids"])) >= 0 <= min(row["input_ids"]) for row in rows)
+    assert len(rows) == len(kept) and all(
+        min(map(min, row["candidate_ids"])) >= 0 <= min(row["input_ids"]) for row in rows
+    )
     assert (
         len(filter_encodable(kept, seldom, "other"))
         == len(filter_encodable(labelled, seldom, "other", quiet=True))
@@ -337,8 +341,8 @@ def test_a_dropped_stop_token_leaves_the_rows_positions_in_step(
         labelled, build_token_rows(labelled, dropping, token_labels=TokenLabeler(embedded), min_p=0.0), strict=True
     ):
         count = len(one.sample.response_ids) - 1
-        assert len(row["ids"]) == len(row["weights"]) == len(row["right"]) == count
-        assert len(row["input_ids"]) == row["start"] + count + len(dropping.turn_end_ids)
+        assert len(row["candidate_ids"]) == len(row["candidate_weights"]) == len(row["correct"]) == count
+        assert len(row["input_ids"]) == row["response_start"] + count + len(dropping.turn_end_ids)
 
 
 def test_stopping_too_early_is_wrong_also_where_the_stop_token_is_dropped(
@@ -430,21 +434,21 @@ def pairs_of(made: Sequence[LabeledResponse], **options: int) -> list[tuple[str,
 @pytest.mark.parametrize("most", [1, 2, 4, 99])
 def test_pairs_join_a_right_and_a_wrong_response_to_one_problem(most: int, policy: Policy) -> None:
     sizes = [(1, 1), (3, 2), (2, 0), (0, 3), (4, 4)]
-    found = pairs_of(graded(policy, sizes), per_problem=most)
+    found = pairs_of(graded(policy, sizes), pairs_per_problem=most)
     wanted = {f"p{index}": min(most, good * bad) for index, (good, bad) in enumerate(sizes) if good * bad}
     assert Counter(problem for problem, *_ in found) == wanted
 
 
 def test_pairs_are_drawn_by_the_seed(policy: Policy) -> None:
     made = graded(policy, [(4, 4)] * 3)
-    first = pairs_of(made, per_problem=2, seed=1)
-    assert first == pairs_of(made, per_problem=2, seed=1)
-    assert len({tuple(pairs_of(made, per_problem=2, seed=seed)) for seed in range(5)}) > 1
+    first = pairs_of(made, pairs_per_problem=2, seed=1)
+    assert first == pairs_of(made, pairs_per_problem=2, seed=1)
+    assert len({tuple(pairs_of(made, pairs_per_problem=2, seed=seed)) for seed in range(5)}) > 1
 
 
 def test_no_pairs_at_all_are_refused(policy: Policy) -> None:
     made = graded(policy, [(2, 0), (0, 2)])
-    worlds.refused(lambda: choose_pairs(made, 4), "no problem has both", "samples per problem")
+    worlds.refused(lambda: choose_pairs(made, 4), "no problem has both", "samples_per_problem")
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])

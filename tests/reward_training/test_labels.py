@@ -1,4 +1,4 @@
-"""labels: step labels against the text's own first error, and against every right solution spelled out."""
+"""Step labels against the text's own first error, and against every right solution spelled out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""token_trainer: batches against enumeration of their draws, the loss by hand, gradient matching by differences."""
+"""Token targets: batches against enumeration of their draws, the loss by hand, gradient matching by differences."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_row(
     steps: bool = True,
     closed: float = 1.0,
 ) -> Row:
-    """A row as `reward_data.token_rows` makes them, with random ids, weights and labels."""
+    """A row as `build_token_rows` makes them, with random ids, weights and labels."""
     draw = torch.Generator().manual_seed(seed)
     chars = len(worlds.CHARS)
     ids = torch.stack([torch.randperm(chars, generator=draw)[: width + 1] for _ in range(count)])
@@ -55,12 +55,12 @@ def make_row(
     prompt, closing = torch.randint(chars, (start + 1,), generator=draw).split([start, 1])
     return {
         "input_ids": [*prompt.tolist(), *ids[:, 0].tolist(), *closing.tolist()],
-        "start": start,
-        "ids": ids.tolist(),
-        "weights": (weights / weights.sum(-1, keepdim=True)).tolist(),
-        "right": right.tolist() if steps else [],
-        "outcome": float(seed % 2),
-        "closed": closed,
+        "response_start": start,
+        "candidate_ids": ids.tolist(),
+        "candidate_weights": (weights / weights.sum(-1, keepdim=True)).tolist(),
+        "correct": right.tolist() if steps else [],
+        "answer_correct": float(seed % 2),
+        "ends_with_stop": closed,
     }
 
 
@@ -89,7 +89,11 @@ def scorer(architecture: str = "llama", **options: Any) -> PreTrainedModel:
 
 def trainer(folder: Path, model: Any, rows: Sequence[Row], **options: Any) -> TokenRewardTrainer:
     loss = RelaxedLossConfig(
-        **{name: options.pop(name) for name in ("relaxed", "draws", "matching") if name in options}
+        **{
+            name: options.pop(name)
+            for name in ("relaxed_fraction", "target_samples", "gradient_matching")
+            if name in options
+        }
     )
     common = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
     args = RewardConfig(str(folder), disable_tqdm=True, save_strategy="no", **common, **options)
@@ -113,33 +117,33 @@ def test_without_relaxation_a_batch_is_the_responses_themselves(steps: bool) -> 
     rows = some_rows(steps=steps)
     batch = collated(rows, 0.0)
     length = max(len(row["input_ids"]) for row in rows)
-    assert not batch["estimated"].any()
-    assert batch["last"].tolist() == [len(row["input_ids"]) - 1 for row in rows]
+    assert not batch["needs_estimate"].any()
+    assert batch["last_position"].tolist() == [len(row["input_ids"]) - 1 for row in rows]
     for index, row in enumerate(rows):
         real = len(row["input_ids"])
-        assert batch["hard"][index].tolist() == row["input_ids"] + [PAD] * (length - real)
+        assert batch["input_ids"][index].tolist() == row["input_ids"] + [PAD] * (length - real)
         assert batch["attention_mask"][index].tolist() == [1] * real + [0] * (length - real)
-    one_hot = F.one_hot(batch["hard"], len(worlds.TOKENS)).float()
+    one_hot = F.one_hot(batch["input_ids"], len(worlds.TOKENS)).float()
     assert torch.equal(dense(batch), one_hot)
 
 
 def dense(batch: dict[str, Tensor]) -> Tensor:
     """Y [B, L, V] of a batch."""
-    table = torch.zeros(*batch["ids"].shape[:2], len(worlds.TOKENS))
-    return table.scatter_add(2, batch["ids"], batch["weights"])
+    table = torch.zeros(*batch["candidate_ids"].shape[:2], len(worlds.TOKENS))
+    return table.scatter_add(2, batch["candidate_ids"], batch["candidate_weights"])
 
 
 def test_without_relaxation_targets_are_the_step_labels() -> None:
     """1 up to the first wrong token, then 0; the tail follows the last token where the response is closed."""
     for closed in (1.0, 0.0):
-        rows = [*some_rows(closed=closed), make_row(9, closed=closed) | {"right": [[1.0] * 4] * 4}]
+        rows = [*some_rows(closed=closed), make_row(9, closed=closed) | {"correct": [[1.0] * 4] * 4}]
         for row, targets in zip(rows, collated(rows, 0.0)["targets"], strict=True):
             free, wanted = True, []
-            for right in row["right"]:
+            for right in row["correct"]:
                 free = free and bool(right[0])
                 wanted.append(float(free))
             wanted.append(float(free and bool(closed)))
-            begin, end = row["start"], len(row["input_ids"])
+            begin, end = row["response_start"], len(row["input_ids"])
             assert targets[begin:end].tolist() == wanted
             assert targets[:begin].isnan().all() and targets[end:].isnan().all()
 
@@ -150,7 +154,7 @@ def test_targets_of_mixtures_are_the_probability_that_a_draw_is_free_of_error() 
     for seed in range(8):
         row = make_row(seed, start=2, count=3, width=2)
         batch = collated([row], 1.0, seed)
-        weights, right = batch["weights"][0, 2:5], torch.tensor(row["right"])
+        weights, right = batch["candidate_weights"][0, 2:5], torch.tensor(row["correct"])
         probability = torch.zeros(3)
         for choice in product(range(3), repeat=3):
             chance = torch.stack([weights[at, column] for at, column in enumerate(choice)]).prod()
@@ -168,14 +172,14 @@ def test_a_mixture_has_the_policys_shares_and_leaves_prompt_and_tail_alone() -> 
     batch = collated(rows, 1.0)
     table = dense(batch)
     torch.testing.assert_close(table.sum(-1), torch.ones(table.shape[:2]))
-    hard = F.one_hot(batch["hard"], len(worlds.TOKENS)).float()
+    hard = F.one_hot(batch["input_ids"], len(worlds.TOKENS)).float()
     shares = set()
     for index, row in enumerate(rows):
-        begin, end = row["start"], row["start"] + 6
+        begin, end = row["response_start"], row["response_start"] + 6
         outside = [*range(begin), *range(end, table.shape[1])]
         assert torch.equal(table[index, outside], hard[index, outside])
         policy = torch.zeros(6, len(worlds.TOKENS))
-        policy.scatter_add_(1, torch.tensor(row["ids"]), torch.tensor(row["weights"]))
+        policy.scatter_add_(1, torch.tensor(row["candidate_ids"]), torch.tensor(row["candidate_weights"]))
         step = policy - hard[index, begin:end]
         alpha = ((table[index, begin:end] - hard[index, begin:end]) * step).sum(-1) / step.square().sum(-1)
         torch.testing.assert_close(table[index, begin:end], hard[index, begin:end] + alpha[:, None] * step)
@@ -191,24 +195,26 @@ def test_outcome_labels_stand_at_every_token_of_response_and_tail(relaxed: float
     rows = some_rows(steps=False, closed=0.0)
     batch = collated(rows, relaxed)
     for row, targets in zip(rows, batch["targets"], strict=True):
-        begin, end = row["start"], len(row["input_ids"])
-        assert targets[begin:end].tolist() == [row["outcome"]] * (end - begin)
+        begin, end = row["response_start"], len(row["input_ids"])
+        assert targets[begin:end].tolist() == [row["answer_correct"]] * (end - begin)
         assert targets[:begin].isnan().all() and targets[end:].isnan().all()
-    mixed = (dense(batch) - F.one_hot(batch["hard"], len(worlds.TOKENS))).abs().amax((1, 2)) > 0
-    assert torch.equal(batch["estimated"], mixed)
-    assert not collated(some_rows(), relaxed)["estimated"].any(), "step labels need no estimate"
+    mixed = (dense(batch) - F.one_hot(batch["input_ids"], len(worlds.TOKENS))).abs().amax((1, 2)) > 0
+    assert torch.equal(batch["needs_estimate"], mixed)
+    assert not collated(some_rows(), relaxed)["needs_estimate"].any(), "step labels need no estimate"
 
 
 def test_what_the_policy_offered_are_its_other_tokens() -> None:
     rows = some_rows()
-    rows[0]["weights"][2] = [0.0, 1.0, 0.0, 0.0]  # the others were dropped as too unlikely
+    rows[0]["candidate_weights"][2] = [0.0, 1.0, 0.0, 0.0]  # the others were dropped as too unlikely
     batch = collated(rows, 0.5)
     for index, row in enumerate(rows):
         offered = set()
-        for at, (ids, weights) in enumerate(zip(row["ids"], row["weights"], strict=True)):
-            offered |= {(row["start"] + at, v) for v, w in zip(ids, weights, strict=True) if w and v != ids[0]}
-        places, columns = torch.nonzero(batch["offered"][index], as_tuple=True)
-        assert {*zip(places.tolist(), batch["ids"][index, places, columns].tolist(), strict=True)} == offered
+        for at, (ids, weights) in enumerate(zip(row["candidate_ids"], row["candidate_weights"], strict=True)):
+            offered |= {
+                (row["response_start"] + at, v) for v, w in zip(ids, weights, strict=True) if w and v != ids[0]
+            }
+        places, columns = torch.nonzero(batch["is_alternative"][index], as_tuple=True)
+        assert {*zip(places.tolist(), batch["candidate_ids"][index, places, columns].tolist(), strict=True)} == offered
 
 
 # --- shares -----------------------------------------------------------------------------------------------
@@ -232,10 +238,21 @@ def test_the_share_of_relaxed_rows_is_the_one_asked_for(relaxed: float) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"relaxed": -0.1}, {"relaxed": float("nan")}, {"draws": 0}, {"matching": -1.0}, {"matching": float("nan")}],
+    [
+        {"relaxed_fraction": -0.1},
+        {"relaxed_fraction": float("nan")},
+        {"target_samples": 0},
+        {"gradient_matching": -1.0},
+        {"gradient_matching": float("nan")},
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
-    worlds.refused(lambda: RelaxedLossConfig(**options), "relaxed must be in [0, 1]", "draws", "matching")
+    worlds.refused(
+        lambda: RelaxedLossConfig(**options),
+        "relaxed_fraction must be in [0, 1]",
+        "target_samples",
+        "gradient_matching",
+    )
 
 
 # --- scores -----------------------------------------------------------------------------------------------
@@ -245,10 +262,14 @@ def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
 def test_mixing_at_one_hot_weights_is_embedding(architecture: str) -> None:
     embed = scorer(architecture).get_input_embeddings()
     batch = collated(some_rows(), 0.0)
-    assert torch.equal(mix_embeddings(embed, batch["ids"], batch["weights"]), embed(batch["hard"]))
+    assert torch.equal(
+        mix_embeddings(embed, batch["candidate_ids"], batch["candidate_weights"]), embed(batch["input_ids"])
+    )
     batch = collated(some_rows(), 1.0, seed=3)
-    assert not torch.equal(batch["weights"][..., 0], torch.ones(batch["hard"].shape))
-    torch.testing.assert_close(mix_embeddings(embed, batch["ids"], batch["weights"]), dense(batch) @ embed.weight)
+    assert not torch.equal(batch["candidate_weights"][..., 0], torch.ones(batch["input_ids"].shape))
+    torch.testing.assert_close(
+        mix_embeddings(embed, batch["candidate_ids"], batch["candidate_weights"]), dense(batch) @ embed.weight
+    )
 
 
 def adapted(model: PreTrainedModel, architecture: str) -> Any:
@@ -271,16 +292,16 @@ def test_a_score_at_every_position_is_the_pooled_logit_of_what_came_before(archi
     model = adapted(deepcopy(plain), architecture) if peft else plain
     batch = collated(some_rows(), 0.0)
     with torch.no_grad():
-        embeds = model.get_input_embeddings()(batch["hard"])
+        embeds = model.get_input_embeddings()(batch["input_ids"])
         scores = compute_token_scores(model, embeds, batch["attention_mask"])
-        pooled = model(input_ids=batch["hard"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
-        torch.testing.assert_close(scores[range(3), batch["last"]], pooled, atol=1e-5, rtol=1e-4)
-        for row, ids in enumerate(batch["hard"].tolist()):
-            for end in range(1, int(batch["last"][row]) + 2):
+        pooled = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
+        torch.testing.assert_close(scores[range(3), batch["last_position"]], pooled, atol=1e-5, rtol=1e-4)
+        for row, ids in enumerate(batch["input_ids"].tolist()):
+            for end in range(1, int(batch["last_position"][row]) + 2):
                 own = prefix_score(model, ids[:end])
                 torch.testing.assert_close(scores[row, end - 1], own, atol=1e-5, rtol=1e-4)
         if peft:
-            base = prefix_score(plain, batch["hard"][0].tolist())
+            base = prefix_score(plain, batch["input_ids"][0].tolist())
             assert abs(float(base - scores[0, -1])) > 1e-3, "the adapter's head is the one that is read"
     assert scores.std() > 0.1
 
@@ -298,12 +319,12 @@ def test_the_loss_of_hard_rows_is_binary_cross_entropy_by_hand(architecture: str
     parts = []
     for row in rows:
         free = 1.0
-        for place in range(row["start"], len(row["input_ids"])):
-            step = place - row["start"]
-            if steps and step < len(row["right"]):
-                free *= row["right"][step][0]
+        for place in range(row["response_start"], len(row["input_ids"])):
+            step = place - row["response_start"]
+            if steps and step < len(row["correct"]):
+                free *= row["correct"][step][0]
             chance = torch.sigmoid(prefix_score(model, row["input_ids"][: place + 1]))
-            parts.append(-torch.log(chance if (free if steps else row["outcome"]) else 1 - chance))
+            parts.append(-torch.log(chance if (free if steps else row["answer_correct"]) else 1 - chance))
     torch.testing.assert_close(loss, torch.stack(parts).mean(), atol=1e-5, rtol=1e-4)
 
 
@@ -311,8 +332,10 @@ def known_mixture(rows: Sequence[Row], weights: Tensor) -> dict[str, Tensor]:
     """A batch whose response positions have these weights, marked as one whose targets are to be estimated."""
     batch = collated(rows, 0.0)
     for index, row in enumerate(rows):
-        batch["weights"][index, row["start"] : row["start"] + len(row["ids"])] = weights
-    return batch | {"estimated": torch.ones(len(rows), dtype=torch.bool)}
+        batch["candidate_weights"][
+            index, row["response_start"] : row["response_start"] + len(row["candidate_ids"])
+        ] = weights
+    return batch | {"needs_estimate": torch.ones(len(rows), dtype=torch.bool)}
 
 
 def loss_against(scores: Tensor, targets: Tensor) -> Tensor:
@@ -324,17 +347,17 @@ def test_the_target_of_a_sure_mixture_is_the_models_own_prediction_of_its_tokens
     """All weight on one candidate: every draw is the same, and the target what the model makes of it."""
     rows = [make_row(seed, steps=False) for seed in range(3)]
     model = scorer()
-    made = trainer(tmp_path, model, rows, relaxed=1.0, draws=3)
+    made = trainer(tmp_path, model, rows, relaxed_fraction=1.0, target_samples=3)
     batch = known_mixture(rows, torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    drawn = batch["hard"].clone()
+    drawn = batch["input_ids"].clone()
     for index, row in enumerate(rows):
-        drawn[index, row["start"] : row["start"] + 4] = torch.tensor(row["ids"])[:, 2]
-    assert not torch.equal(drawn, batch["hard"])
+        drawn[index, row["response_start"] : row["response_start"] + 4] = torch.tensor(row["candidate_ids"])[:, 2]
+    assert not torch.equal(drawn, batch["input_ids"])
     with torch.no_grad():
         scores = compute_token_scores(model, model.get_input_embeddings()(drawn), batch["attention_mask"])
     wanted = torch.where(batch["targets"].isnan(), torch.nan, scores.sigmoid())
     torch.testing.assert_close(made.compute_loss(model, batch), loss_against(scores, wanted))
-    batch["estimated"][1] = False  # a hard row beside them keeps its outcome
+    batch["needs_estimate"][1] = False  # a hard row beside them keeps its outcome
     wanted[1] = batch["targets"][1]
     torch.testing.assert_close(made.compute_loss(model, batch), loss_against(scores, wanted))
 
@@ -349,21 +372,21 @@ def test_the_target_of_a_mixture_is_the_mean_prediction_over_its_draws(tmp_path:
     expected, single = torch.zeros(5), []
     with torch.no_grad():
         for choice in product(range(3), repeat=2):
-            ids = batch["hard"][:1].clone()
-            ids[0, 2:4] = torch.tensor([row["ids"][at][column] for at, column in enumerate(choice)])
+            ids = batch["input_ids"][:1].clone()
+            ids[0, 2:4] = torch.tensor([row["candidate_ids"][at][column] for at, column in enumerate(choice)])
             seen = compute_token_scores(model, embed(ids), batch["attention_mask"][:1])[0].sigmoid()
             expected += weights[0, choice[0]] * weights[1, choice[1]] * seen
             single.append(seen[2:])
         scores = compute_token_scores(
-            model, mix_embeddings(embed, batch["ids"], batch["weights"]), batch["attention_mask"]
+            model, mix_embeddings(embed, batch["candidate_ids"], batch["candidate_weights"]), batch["attention_mask"]
         )
     assert torch.stack(single).std(0).max() > 0.1
     targets = torch.where(batch["targets"].isnan(), torch.nan, expected)
     for draws, close in ((256, True), (1, False)):
-        made = trainer(tmp_path, model, [row], relaxed=1.0, draws=draws)
+        made = trainer(tmp_path, model, [row], relaxed_fraction=1.0, target_samples=draws)
         # The loss is linear in the targets; one row at a time, a single draw is far from the mean.
         some = batch if close else {name: value[:1] for name, value in batch.items()}
-        count = len(some["hard"])
+        count = len(some["input_ids"])
         found = seeded(0, lambda made=made, some=some: made.compute_loss(model, some))
         gap = abs(float(found.detach() - loss_against(scores[:count], targets[:count])))
         assert gap < 0.01 if close else gap > 0.02
@@ -373,7 +396,7 @@ def test_no_gradient_flows_into_estimated_targets(tmp_path: Path) -> None:
     """The slope of the loss is the prediction minus the target, as for a known one."""
     rows = [make_row(seed, steps=False) for seed in range(3)]
     model = scorer()
-    made = trainer(tmp_path, model, rows, relaxed=1.0)
+    made = trainer(tmp_path, model, rows, relaxed_fraction=1.0)
     batch = known_mixture(rows, torch.tensor([0.0, 0.0, 1.0, 0.0]))
     (slope,) = torch.autograd.grad(made.compute_loss(model, batch), model.score.weight)
     assert float(slope.abs().max()) < 1e-6, "it predicts what it predicts"
@@ -426,21 +449,23 @@ def test_the_gradient_of_matching_agrees_with_finite_differences(
     model = scorer(architecture, dtype=torch.float64)
     model.set_attn_implementation("eager")
     row = make_row(2, start=2, count=3, width=2)
-    row["weights"] = [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
-    row["ids"] = [[v[0], v[0], v[2]] if at != 1 else v for at, v in enumerate(row["ids"])]  # one swap is offered
+    row["candidate_weights"] = [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    row["candidate_ids"] = [
+        [v[0], v[0], v[2]] if at != 1 else v for at, v in enumerate(row["candidate_ids"])
+    ]  # one swap is offered
     made = trainer(tmp_path, model, [row])
     batch = collated([row], 0.0)
-    place, token = 3, row["ids"][1][2]
-    assert token != row["ids"][1][0]
+    place, token = 3, row["candidate_ids"][1][2]
+    assert token != row["candidate_ids"][1][0]
     embed = model.get_input_embeddings()
-    swapped = batch["hard"].clone()
+    swapped = batch["input_ids"].clone()
     swapped[0, place] = token
     with torch.no_grad():
-        step = embed(swapped)[0, place] - embed(batch["hard"])[0, place]
-        true = model(input_ids=swapped).logits - model(input_ids=batch["hard"]).logits
+        step = embed(swapped)[0, place] - embed(batch["input_ids"])[0, place]
+        true = model(input_ids=swapped).logits - model(input_ids=batch["input_ids"]).logits
 
     def gap() -> float:
-        embeds = embed(batch["hard"]).detach().requires_grad_(True)
+        embeds = embed(batch["input_ids"]).detach().requires_grad_(True)
         (slopes,) = torch.autograd.grad(model(inputs_embeds=embeds).logits.sum(), embeds)
         return float(F.smooth_l1_loss((slopes[0, place] * step).sum(), true.squeeze()))
 
@@ -477,19 +502,21 @@ def test_swaps_are_among_the_tokens_that_were_offered() -> None:
         for index, pair in enumerate(zip(places.tolist(), tokens.tolist(), strict=True)):
             seen[index].add(pair)
     for index in range(len(rows)):
-        places, columns = torch.nonzero(batch["offered"][index], as_tuple=True)
-        assert seen[index] == {*zip(places.tolist(), batch["ids"][index, places, columns].tolist(), strict=True)}
+        places, columns = torch.nonzero(batch["is_alternative"][index], as_tuple=True)
+        assert seen[index] == {
+            *zip(places.tolist(), batch["candidate_ids"][index, places, columns].tolist(), strict=True)
+        }
 
 
 def test_a_swap_changes_nothing_where_nothing_was_offered() -> None:
     rows = some_rows()
-    rows[1]["weights"] = [[0.0, 1.0], [0.0, 1.0]]
-    rows[1]["ids"] = [[v[0], v[0]] for v in rows[1]["ids"]]
+    rows[1]["candidate_weights"] = [[0.0, 1.0], [0.0, 1.0]]
+    rows[1]["candidate_ids"] = [[v[0], v[0]] for v in rows[1]["candidate_ids"]]
     batch = collated(rows, 0.5)
-    assert not batch["offered"][1].any()
+    assert not batch["is_alternative"][1].any()
     for seed in range(100):
         places, tokens = seeded(seed, lambda: sample_token_swaps(batch))
-        assert batch["hard"][1, places[1]] == tokens[1]
+        assert batch["input_ids"][1, places[1]] == tokens[1]
 
 
 # --- training ---------------------------------------------------------------------------------------------
@@ -503,8 +530,8 @@ def test_training_learns_the_targets(tmp_path: Path) -> None:
         tmp_path,
         model,
         rows,
-        relaxed=0.5,
-        matching=0.1,
+        relaxed_fraction=0.5,
+        gradient_matching=0.1,
         max_steps=30,
         learning_rate=3e-3,
         per_device_train_batch_size=8,

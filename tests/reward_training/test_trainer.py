@@ -1,4 +1,4 @@
-"""reward_training and implicit: what is loaded from the folder is what was trained, for every way of tuning."""
+"""Scalar and implicit rewards: what is loaded from the folder is what was trained, for every way of tuning."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         models.append(trainer.model.eval())
         write(trainer, output)
 
-    monkeypatch.setattr(trainer, "save_whole", spy)
-    monkeypatch.setattr(implicit, "save_whole", spy)
+    monkeypatch.setattr(trainer, "save_model_atomically", spy)
+    monkeypatch.setattr(implicit, "save_model_atomically", spy)
     return models
 
 
@@ -151,8 +151,8 @@ def spread(values: Sequence[float]) -> float:
 RUNS = {
     "llama-full-tokens": {"tuning": "full"},
     "llama-lora-tokens": {"tuning": "lora"},
-    "llama-full-pairs": {"tuning": "full", "objective": "pairs", "margin": 0.5},
-    "llama-lora-pairs": {"tuning": "lora", "objective": "pairs"},
+    "llama-full-pairs": {"tuning": "full", "loss_type": "pairs", "margin": 0.5},
+    "llama-lora-pairs": {"tuning": "lora", "loss_type": "pairs"},
     "llama-lora-outcome": {"tuning": "lora", "steps": False},
     "llama-full-matching": {"tuning": "full", "gradient_matching": 0.1},
     "llama-lora-matching": {"tuning": "lora", "gradient_matching": 0.1, "steps": False},
@@ -234,8 +234,8 @@ def test_no_pair_is_dropped_for_its_length(train: Callable[..., Any], tmp_path: 
     """Rows of tokens are all kept, however long they are."""
     short = {"max_length": 50}  # some of the responses have more tokens
     rows = [
-        train(tmp_path / "reward", tuning="full", objective=objective, config=short).rows
-        for objective in ("tokens", "pairs")
+        train(tmp_path / "reward", tuning="full", loss_type=loss_type, config=short).rows
+        for loss_type in ("tokens", "pairs")
     ]
     assert rows == [15, 10]
 
@@ -244,18 +244,18 @@ def test_costs_grow_with_steps_and_with_what_is_trained(train: Callable[..., Any
     one = train(tmp_path / "a", tuning="lora", config={"max_steps": 1})
     three = train(tmp_path / "b", tuning="lora")
     assert (three.tokens, three.flops) == (3 * one.tokens, pytest.approx(3 * one.flops))
-    pairs = train(tmp_path / "c", tuning="lora", objective="pairs")
+    pairs = train(tmp_path / "c", tuning="lora", loss_type="pairs")
     assert (pairs.tokens, pairs.flops) == (2 * three.tokens, pytest.approx(2 * three.flops))
     assert (three.rows, pairs.rows) == (15, 10)  # per problem three responses, and two pairs with the right one
 
 
-@pytest.mark.parametrize("objective", ["tokens", "pairs"])
+@pytest.mark.parametrize("loss_type", ["tokens", "pairs"])
 def test_a_training_that_fails_writes_nothing_over_what_was_there(
-    objective: str, train: Callable[..., Any], tmp_path: Path
+    loss_type: str, train: Callable[..., Any], tmp_path: Path
 ) -> None:
     (tmp_path / "reward").mkdir()
     (tmp_path / "reward" / "earlier").write_text("kept")
-    common = {"tuning": "full", "objective": objective}
+    common = {"tuning": "full", "loss_type": loss_type}
     wild = {"learning_rate": 1e38}
     worlds.refused(lambda: train(tmp_path / "reward", config=wild, **common), "nan at step 2", "lower learning_rate")
     idle = {"learning_rate": 0.0}
@@ -273,21 +273,21 @@ def test_a_base_that_cannot_be_loaded_is_refused(train: Callable[..., Any], tmp_
     ("options", "words"),
     [
         ({"kind": "vector"}, ["kind must be one of scalar, implicit", "'vector'"]),
-        ({"objective": "words"}, ["objective must be one of tokens, pairs"]),
+        ({"loss_type": "words"}, ["loss_type must be one of tokens, pairs"]),
         ({"tuning": "some"}, ["tuning must be one of full, lora, qlora"]),
-        ({"relaxed": 1.5}, ["relaxed must be in [0, 1]"]),
-        ({"relaxed": float("nan")}, ["relaxed must be in [0, 1]"]),
+        ({"relaxed_fraction": 1.5}, ["relaxed_fraction must be in [0, 1]"]),
+        ({"relaxed_fraction": float("nan")}, ["relaxed_fraction must be in [0, 1]"]),
         ({"gradient_matching": float("inf")}, ["gradient_matching and margin"]),
         ({"margin": -1.0}, ["gradient_matching and margin"]),
-        ({"draws": 0}, ["draws, pairs_per_problem and members must be at least 1"]),
+        ({"target_samples": 0}, ["target_samples, pairs_per_problem and num_members must be at least 1"]),
         ({"pairs_per_problem": 0}, ["must be at least 1"]),
-        ({"members": 0}, ["must be at least 1"]),
+        ({"num_members": 0}, ["must be at least 1"]),
         ({"grow_layers": -1, "tuning": "full"}, ["grow_layers not negative"]),
-        ({"caution": -1.0}, ["caution must be a number of at least 0"]),
-        ({"implicit_beta": 0.0}, ["implicit_beta a positive number"]),
-        ({"kind": "implicit", "members": 2}, ["an implicit reward is one adapter"]),
+        ({"uncertainty_penalty": -1.0}, ["uncertainty_penalty must be a number of at least 0"]),
+        ({"implicit_beta": 0.0}, ["implicit_beta must be a positive number"]),
+        ({"kind": "implicit", "num_members": 2}, ["an implicit reward is one adapter"]),
         ({"kind": "implicit", "tuning": "full"}, ["an implicit reward is one adapter"]),
-        ({"objective": "pairs", "gradient_matching": 0.1}, ["gradient_matching belongs to the objective tokens"]),
+        ({"loss_type": "pairs", "gradient_matching": 0.1}, ["gradient_matching belongs to the loss_type tokens"]),
         ({"grow_layers": 1, "tuning": "lora"}, ["grow_layers needs tuning full"]),
     ],
 )
@@ -447,7 +447,7 @@ def test_an_implicit_reward_is_the_difference_that_training_made(
     )
     assert (done.rows, done.steps, done.tokens > 0, done.flops > 0) == (10, 12, True, True)
     write_manifest(
-        tmp_path / "reward", RewardManifest(kind="implicit", scale=0.3, reference_model=base, base_model=base)
+        tmp_path / "reward", RewardManifest(kind="log_ratio", scale=0.3, reference_model=base, base_model=base)
     )
     reward = load_reward(str(tmp_path / "reward"), policy=policy)
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -469,10 +469,10 @@ def test_an_implicit_reward_needs_pairs_and_a_finite_loss(
         "lora": LORA,
         "dtype": "float32",
     }
-    output, right = tmp_path / "reward", [one for one in data["llama"] if one.right]
+    output, right = tmp_path / "reward", [one for one in data["llama"] if one.correct]
     config = settings(tmp_path)
     worlds.refused(
-        lambda: train_implicit_reward(bases["llama"], right, output, config=config, **common), "both a right and"
+        lambda: train_implicit_reward(bases["llama"], right, output, config=config, **common), "both a correct and"
     )
     wild = settings(tmp_path, learning_rate=1e38)
     act = partial(train_implicit_reward, bases["llama"], data["llama"], output, config=wild, **common)

@@ -1,4 +1,4 @@
-"""reward_models: rewards from adapters, implicit rewards and ensembles, against plain forwards and plain autograd."""
+"""Rewards from adapters, implicit rewards and ensembles, against plain forwards and plain autograd."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_a_classifiers_adapter_gives_no_likelihood(adapted: tuple[str, Any], pol
 
 
 def implicit(folder: Path, reference: str, scale: float = 0.25) -> str:
-    write_manifest(folder, RewardManifest("implicit", scale=scale, reference_model=reference))
+    write_manifest(folder, RewardManifest("log_ratio", scale=scale, reference_model=reference))
     return str(folder)
 
 
@@ -331,20 +331,20 @@ def trio() -> tuple[Policy, list[Reward]]:
     return policy, [worlds.tiny_scalar(policy, seed=seed, name=f"s{seed}") for seed in (1, 2, 3)]
 
 
-def bound(values: Tensor, caution: float) -> Tensor:
-    """mean − caution · (population) std over the first axis."""
-    return values.mean(0) - caution * (values - values.mean(0)).square().mean(0).sqrt()
+def bound(values: Tensor, uncertainty_penalty: float) -> Tensor:
+    """mean − uncertainty_penalty · (population) std over the first axis."""
+    return values.mean(0) - uncertainty_penalty * (values - values.mean(0)).square().mean(0).sqrt()
 
 
-@pytest.mark.parametrize("caution", [0.0, 1.0, 2.5])
-def test_an_ensemble_scores_its_lower_bound_and_a_batch_like_singles(caution: float, trio: Any) -> None:
+@pytest.mark.parametrize("uncertainty_penalty", [0.0, 1.0, 2.5])
+def test_an_ensemble_scores_its_lower_bound_and_a_batch_like_singles(uncertainty_penalty: float, trio: Any) -> None:
     policy, members = trio
-    reward = build_ensemble_reward(members, caution, "three")
+    reward = build_ensemble_reward(members, uncertainty_penalty, "three")
     items = samples(policy)
-    expected = bound(torch.tensor([score(one, items) for one in members], dtype=DOUBLE), caution)
+    expected = bound(torch.tensor([score(one, items) for one in members], dtype=DOUBLE), uncertainty_penalty)
     assert score(reward, items) == pytest.approx(expected.tolist(), rel=1e-9)
     assert [score(reward, [item])[0] for item in items] == pytest.approx(expected.tolist(), rel=1e-9)
-    assert (reward.kind, reward.uncertainty_penalty, reward.preferred_model) == ("ensemble", caution, None)
+    assert (reward.kind, reward.uncertainty_penalty, reward.preferred_model) == ("ensemble", uncertainty_penalty, None)
     check_reward(reward, policy)
 
 
@@ -366,7 +366,7 @@ def dense(item: Sample, alpha: float, rows: int) -> Tensor:
     return (1 - alpha) * F.one_hot(torch.tensor(item.response_ids), rows).to(DOUBLE) + alpha * policy
 
 
-def lower_bound_at(members: Sequence[Reward], item: Sample, rows: Tensor, caution: float) -> Tensor:
+def lower_bound_at(members: Sequence[Reward], item: Sample, rows: Tensor, uncertainty_penalty: float) -> Tensor:
     """The bound at token weights [T, V], by each classifier's own forward."""
     values = []
     for one in members:
@@ -374,14 +374,16 @@ def lower_bound_at(members: Sequence[Reward], item: Sample, rows: Tensor, cautio
         table = model.get_input_embeddings().weight
         parts = (table[item.prompt_ids], rows @ table)  # finished responses: nothing closes the turn after them
         values.append(model(inputs_embeds=torch.cat(parts)[None]).logits.squeeze())
-    return bound(torch.stack(values), caution)
+    return bound(torch.stack(values), uncertainty_penalty)
 
 
 @pytest.mark.parametrize(("alpha", "exact"), [(0.0, 1e-9), (0.5, 1e-5)], ids=["hard", "mixture"])
-@pytest.mark.parametrize("caution", [0.0, 1.0, 2.5])
-def test_the_gradient_is_that_of_the_lower_bound(caution: float, alpha: float, exact: float, trio: Any) -> None:
+@pytest.mark.parametrize("uncertainty_penalty", [0.0, 1.0, 2.5])
+def test_the_gradient_is_that_of_the_lower_bound(
+    uncertainty_penalty: float, alpha: float, exact: float, trio: Any
+) -> None:
     policy, members = trio
-    reward = build_ensemble_reward(members, caution, "three")
+    reward = build_ensemble_reward(members, uncertainty_penalty, "three")
     items = [known(policy, item) for item in samples(policy)[::2]]
     point = GradientPoint((alpha,)) if alpha else HARD_GRADIENT_POINT
     found = reward.compute_backward_gradient(
@@ -389,7 +391,7 @@ def test_the_gradient_is_that_of_the_lower_bound(caution: float, alpha: float, e
     )
     for item, ours in zip(items, found, strict=True):
         rows = dense(item, alpha, ours.shape[1]).requires_grad_(True)
-        theirs = torch.autograd.grad(lower_bound_at(members, item, rows, caution), rows)[0]
+        theirs = torch.autograd.grad(lower_bound_at(members, item, rows, uncertainty_penalty), rows)[0]
         readable = reward.in_vocabulary
         scale = float(theirs.abs().max())
         assert scale > 1e-3 and float((ours - theirs)[:, readable].abs().max()) <= exact * scale
@@ -431,11 +433,13 @@ def plain_levels(model: PreTrainedModel, prompt: list[int], response: list[int])
     return model.score(states).squeeze(-1).detach()
 
 
-@pytest.mark.parametrize("caution", [0.0, 1.0, 2.5])
-def test_the_direct_part_of_an_ensemble_is_what_each_token_added_to_its_bound(caution: float, trio: Any) -> None:
+@pytest.mark.parametrize("uncertainty_penalty", [0.0, 1.0, 2.5])
+def test_the_direct_part_of_an_ensemble_is_what_each_token_added_to_its_bound(
+    uncertainty_penalty: float, trio: Any
+) -> None:
     """The difference of the members' combined scores, which is not that of each, combined."""
     policy, members = trio
-    reward = build_ensemble_reward(members, caution, "three")
+    reward = build_ensemble_reward(members, uncertainty_penalty, "three")
     items = samples(policy)
     memos = reward.compute_prompt_caches(items, FlopCounter())
     values, kept = reward.score(items, memos, flop_counter=FlopCounter(), return_caches=True)
@@ -445,8 +449,10 @@ def test_the_direct_part_of_an_ensemble_is_what_each_token_added_to_its_bound(ca
     assert meter.get_total_cost().flops == 0
     for item, value, slope in zip(items, values, found, strict=True):
         levels = bound(
-            torch.stack([plain_levels(one.terms[0].model, item.prompt_ids, item.response_ids) for one in members]),
-            caution,
+            torch.stack(
+                [plain_levels(one.objectives[0].model, item.prompt_ids, item.response_ids) for one in members]
+            ),
+            uncertainty_penalty,
         )
         expected = torch.zeros(slope.shape, dtype=DOUBLE)
         for at in range(1, len(item.response_ids)):
@@ -471,7 +477,7 @@ def test_members_that_read_the_stop_token_and_ones_that_do_not(trio: Any) -> Non
         body = item.response_ids[:-1] if stops else item.response_ids
         prompt = other.objectives[0].encode(item).prompt_ids
         last = plain_levels(other.objectives[0].model, prompt, body)
-        rows = [plain_levels(one.terms[0].model, item.prompt_ids, item.response_ids) for one in members]
+        rows = [plain_levels(one.objectives[0].model, item.prompt_ids, item.response_ids) for one in members]
         rows.append(torch.cat((last, last[-1:])) if stops else last)
         expected = bound(torch.stack(rows), 1.0).diff()
         expected[0] = 0
@@ -501,10 +507,17 @@ def test_loaded_ensembles_by_spec_and_by_folder(adapted: tuple[str, Any], policy
     parts = [score(load_reward(name, policy=policy), samples(policy)) for name in names]
     card = RewardManifest("ensemble", members=["a", "b", adapted[0]], uncertainty_penalty=0.5)
     write_manifest(tmp_path, card)
-    specs = {f"ensemble:{','.join(names)}": 1.0, f"ensemble@2:{', '.join(names)}": 2.0, str(tmp_path): 0.5}
-    for spec, caution in specs.items():
+    members = [names[0], {"kind": "scalar", "model": names[1]}, names[2]]
+    mapping = json.dumps({"kind": "ensemble", "members": members, "uncertainty_penalty": 1.5})
+    specs = {
+        mapping: 1.5,
+        f"ensemble:{','.join(names)}": 1.0,
+        f"ensemble@2:{', '.join(names)}": 2.0,
+        str(tmp_path): 0.5,
+    }
+    for spec, uncertainty_penalty in specs.items():
         reward = load_reward(spec, policy=policy, batch_size=3)
-        expected = bound(torch.tensor(parts, dtype=DOUBLE), caution).tolist()
+        expected = bound(torch.tensor(parts, dtype=DOUBLE), uncertainty_penalty).tolist()
         assert score(reward, samples(policy)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
         assert (reward.kind, reward.name, reward.batch_size) == ("ensemble", spec, 3)
         assert reward.gradient_at == "mixture:0.5"
@@ -518,7 +531,7 @@ def test_the_point_of_a_reward_is_that_of_its_folder_or_of_its_kind(policy: Poli
     assert load_reward(LOG_RATIO_PREFIX + causal, policy=policy).gradient_at == "direct"
     cards = {
         classifier: RewardManifest("scalar", gradient_at="direct+mixture:0.5"),
-        causal: RewardManifest("implicit", reference_model=causal, gradient_at="hard"),
+        causal: RewardManifest("log_ratio", reference_model=causal, gradient_at="hard"),
     }
     own = {classifier: "mixture:0.5", causal: "direct"}
     for folder, card in cards.items():
@@ -543,5 +556,5 @@ def test_ensembles_in_memory_that_are_refused(trio: Any) -> None:
     worlds.refused(lambda: build_ensemble_reward(members[:1], 1.0, "few"), "few", "at least two")
     worlds.refused(lambda: build_ensemble_reward([members[0], members[0]], 1.0, "twin"), "twin", "twice")
     worlds.refused(lambda: build_ensemble_reward([members[0], ratio], 1.0, "mixed"), "mixed", "ratio", "scalar")
-    for caution in (-0.1, math.nan, math.inf):
-        worlds.refused(lambda caution=caution: build_ensemble_reward(members, caution, "bold"), "bold", "caution")
+    for penalty in (-0.1, math.nan, math.inf):
+        worlds.refused(lambda k=penalty: build_ensemble_reward(members, k, "bold"), "bold", "uncertainty_penalty")

@@ -37,8 +37,8 @@ from nabla_trl.rewards.loading import (
 )
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import (
-    ParsedRewardSpec,
     RewardManifest,
+    RewardSpec,
     compute_reward_identity,
     parse_reward_spec,
     write_manifest,
@@ -202,7 +202,7 @@ def test_scoring_from_a_branch_on_equals_scoring_the_whole(
             assert values == pytest.approx(afresh, rel=1e-9)
             for [a], [b] in zip(kept, fresh, strict=True):
                 assert torch.allclose(a.prefix_scores, b.prefix_scores, rtol=0, atol=1e-9)
-            branches = [(row, cut) for row, item in enumerate(items) for cut in range(len(item.response) + 1)]
+            branches = [(row, cut) for row, item in enumerate(items) for cut in range(len(item.response_ids) + 1)]
             branches = branches[:: 1 + 7 * turn]
             new = [
                 worlds.sample(double, start.problem, suffixes[number % 5], finished=finished).response_ids
@@ -214,7 +214,9 @@ def test_scoring_from_a_branch_on_equals_scoring_the_whole(
                 for (row, cut), ids in zip(branches, new, strict=True)
             ]
             shared = [cut for _, cut in branches]
-            read = [index for index, item in enumerate(items) if item.response and END not in item.response[:-1]]
+            read = [
+                index for index, item in enumerate(items) if item.response_ids and END not in item.response_ids[:-1]
+            ]
             items, kept, shared = ([column[i] for i in read] for column in (items, kept, shared))
     assert len(items) > 10
 
@@ -481,7 +483,7 @@ def test_audits_of_a_process_reward(double: Policy) -> None:
     assert 0 < answers.count(gold) < len(answers)
     entries = [replace(entry, problem=replace(entry.problem, answer=gold)) for entry in pool.entries]
     with AnswerChecker() as checker:
-        assert audit_ranking(replace(pool, results=entries), checker).samples == 4
+        assert audit_ranking(replace(pool, entries=entries), checker).samples == 4
     found = audit_gradient(
         worlds.tiny_problems(),
         policy=double,
@@ -516,13 +518,16 @@ def test_loaded_by_spec_and_by_folder(saved: str, policy: Policy, tmp_path: Path
     items = samples(policy)
     model = worlds.tiny_model(kind="score", seed=1)
     folder = copied(saved, tmp_path, RewardManifest("process", step_delimiter="9;"))
-    for spec, delimiter in ((f"process@;:{saved}", ";"), (rf"process@\x39;:{saved}", "9;"), (folder, "9;")):
+    mapping = {"kind": "process", "model": saved, "step_delimiter": ";"}
+    texts = ((f"process@;:{saved}", ";"), (rf"process@\x39;:{saved}", "9;"), (folder, "9;"))
+    for spec, delimiter in (*texts, (mapping, ";"), (json.dumps(mapping), ";")):
         reward = load_reward(spec, policy=policy, batch_size=3)
         expected = score(
             build_process_reward(policy, model, worlds.char_tokenizer(), "memory", step_delimiter=delimiter), items
         )
         assert score(reward, items) == pytest.approx(expected, rel=1e-4, abs=1e-4)
-        assert (reward.kind, reward.name, reward.batch_size, reward.gradient_at) == ("process", spec, 3, "mixture:0.5")
+        name = json.dumps(spec) if isinstance(spec, dict) else spec
+        assert (reward.kind, reward.name, reward.batch_size, reward.gradient_at) == ("process", name, 3, "mixture:0.5")
     values = [
         score(load_reward(f"process@;:{name}", policy=policy), items) for name in (saved, adapter(tmp_path, saved))
     ]
@@ -547,13 +552,19 @@ def test_a_folder_brings_its_audit_and_a_spec_none(saved: str, policy: Policy, t
     folder = copied(saved, tmp_path, card)
     reward = load_reward(f"process@;:{folder}", policy=policy)
     assert (reward.validated_limits, reward.gradient_at) == (None, "mixture:0.5")
-    write_manifest(folder, replace(card, model_kind="process", step_delimiter=";"))
+    write_manifest(folder, replace(card, kind="process", step_delimiter=";"))
     reward = load_reward(folder, policy=policy)
     assert (reward.validated_limits, reward.gradient_at) == (ValidatedLimits(8, 2), "direct")
-    assert parse_reward_spec(folder) == ParsedRewardSpec(
-        "process", (folder,), validated_limits=ValidatedLimits(8, 2), gradient_at="direct", step_delimiter=";"
+    assert parse_reward_spec(folder) == RewardSpec(
+        folder,
+        "process",
+        (folder,),
+        folder=folder,
+        validated_limits=ValidatedLimits(8, 2),
+        gradient_at="direct",
+        step_delimiter=";",
     )
-    assert 'A step ends with ";"' in render_reward_readme(replace(card, model_kind="process", step_delimiter=";"))
+    assert 'A step ends with ";"' in render_reward_readme(replace(card, kind="process", step_delimiter=";"))
 
 
 def test_ensembles_of_specs_and_folders(saved: str, policy: Policy, tmp_path: Path) -> None:
@@ -567,7 +578,7 @@ def test_ensembles_of_specs_and_folders(saved: str, policy: Policy, tmp_path: Pa
     for other, words in (
         (f"process@;:{saved}", ["one delimiter"]),
         (saved, ["one delimiter"]),
-        (rf"process@9\x3b:{folder}", ["member twice"]),
+        (rf"process@9\x3b:{folder}", ["of kind process", "only a scalar one"]),
         (folder + "/../" + Path(folder).name, ["member twice"]),
     ):
         worlds.refused(lambda other=other: parse_reward_spec(f"ensemble:{folder},{other}"), *words)
@@ -584,7 +595,7 @@ def test_identity_follows_the_delimiter(saved: str, tmp_path: Path) -> None:
 
 def test_the_default_delimiter_is_a_blank_line(policy: Policy) -> None:
     for spec, delimiter in (("process:a/b", "\n\n"), (r"process@\n:a/b", "\n"), ("process@ :a/b", " ")):
-        assert parse_reward_spec(spec) == ParsedRewardSpec("process", ("a/b",), step_delimiter=delimiter)
+        assert parse_reward_spec(spec) == RewardSpec(spec, "process", ("a/b",), step_delimiter=delimiter)
 
 
 @pytest.mark.parametrize(
@@ -630,7 +641,7 @@ def test_the_probe_reads_the_end_of_a_step(double: Policy, monkeypatch: pytest.M
     check_reward(reward, double, step_delimiter=";")
     scores = ProcessObjective._gather_scores
     monkeypatch.setattr(
-        ProcessObjective, "_scores", lambda self, hidden, places: scores(self, hidden, [p[-1:] for p in places])
+        ProcessObjective, "_gather_scores", lambda self, hidden, places: scores(self, hidden, [p[-1:] for p in places])
     )
     check_reward(reward, double)
     worlds.refused(lambda: check_reward(reward, double, step_delimiter=";"), "steps", "the prefix cache")

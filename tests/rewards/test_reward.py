@@ -444,7 +444,7 @@ def test_a_reward_whose_padding_is_its_eos(architecture: str, policy: Policy, tm
 @pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "{{ messages[-1]['content'] * 2 }}"])
 def test_a_template_that_does_not_show_the_response_once_is_refused(policy: Policy, template: str) -> None:
     tokenizer = worlds.char_tokenizer(template=template)
-    worlds.refused(lambda: worlds.tiny_scalar(policy, tokenizer=tokenizer), "template", "assistant's words")
+    worlds.refused(lambda: worlds.tiny_scalar(policy, tokenizer=tokenizer), "template", "assistant's response")
 
 
 # --- what a reward cannot read ----------------------------------------------------------------------------

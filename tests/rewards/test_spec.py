@@ -1,4 +1,4 @@
-"""reward_folder: what specs and reward.json mean and what is refused; trust, from the folder to the warning."""
+"""What specs and reward.json mean and what is refused, and validated limits from the folder to the warning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import random
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from nabla_trl.rewards.limits import ValidatedLimits, past_limits, past_sample_l
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.spec import (
     MANIFEST_FILE,
-    ParsedRewardSpec,
     RewardManifest,
+    RewardSpec,
     compute_reward_identity,
     parse_reward_spec,
     read_manifest,
@@ -35,9 +35,10 @@ from nabla_trl.rewards.spec import (
 )
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks import digit_chains
+from nabla_trl.utils.fields import coerce_fields, read_yaml
 
 ROOT = Path(__file__).parents[2]
-CARDS = {
+MANIFESTS = {
     "scalar": RewardManifest(
         "scalar",
         base_model="b",
@@ -48,27 +49,27 @@ CARDS = {
         training_settings={"x": 1},
     ),
     "process": RewardManifest("process", step_delimiter=";", validated_limits=ValidatedLimits(4, 1)),
-    "implicit": RewardManifest("implicit", scale=0.1, reference_model="ref", gradient_at="hard"),
+    "log_ratio": RewardManifest("log_ratio", scale=0.1, reference_model="ref", gradient_at="hard"),
     "ensemble": RewardManifest("ensemble", members=["m/0", "m/1"], uncertainty_penalty=0.5),
 }
 # How reward.json is written: other programs may write one too.
 WRITTEN: dict[str, dict[str, Any]] = {
     kind: {
-        "format": 1,
+        "format": 2,
         "kind": kind,
-        "base": None,
+        "base_model": None,
         **own,
         "policy": "p",
-        "trust": None,
-        "point": None,
-        "rounds": [],
-        "settings": {},
+        "validated_limits": None,
+        "gradient_at": None,
+        "training_rounds": [],
+        "training_settings": {},
     }
     for kind, own in {
         "scalar": {},
         "process": {"step_delimiter": ";"},
-        "implicit": {"scale": 0.1, "reference": "ref"},
-        "ensemble": {"members": ["m/0", "m/1"], "caution": 0.5},
+        "log_ratio": {"scale": 0.1, "reference_model": "ref"},
+        "ensemble": {"members": ["m/0", "m/1"], "uncertainty_penalty": 0.5},
     }.items()
 }
 
@@ -82,12 +83,12 @@ def write(folder: Path, content: Any) -> Path:
 # --- reward.json ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", CARDS)
-def test_a_card_is_read_as_it_was_written(kind: str, tmp_path: Path) -> None:
-    write_manifest(tmp_path / "new", CARDS[kind])
-    assert read_manifest(tmp_path / "new") == CARDS[kind]
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_a_manifest_is_read_as_it_was_written(kind: str, tmp_path: Path) -> None:
+    write_manifest(tmp_path / "new", MANIFESTS[kind])
+    assert read_manifest(tmp_path / "new") == MANIFESTS[kind]
     content = json.loads((tmp_path / "new" / MANIFEST_FILE).read_text())
-    assert content.keys() == WRITTEN[kind].keys() and content["point"] == CARDS[kind].gradient_at
+    assert content.keys() == WRITTEN[kind].keys() and content["gradient_at"] == MANIFESTS[kind].gradient_at
     assert [file.name for file in (tmp_path / "new").iterdir()] == [MANIFEST_FILE]
 
 
@@ -102,42 +103,83 @@ def test_every_key_is_needed_and_no_other_known(kind: str, tmp_path: Path) -> No
     worlds.refused(lambda: read_manifest(tmp_path), str(file), "'colour'")
 
 
-def test_a_write_that_fails_leaves_the_card_that_was_there(tmp_path: Path) -> None:
-    write_manifest(tmp_path, CARDS["scalar"])
+def test_a_reward_of_version_0_1_is_read(tmp_path: Path) -> None:
+    """Format 1 had other keys. What it says is the same, and a write gives today's format."""
+    old = {
+        "format": 1,
+        "kind": "implicit",
+        "base": "b",
+        "scale": 0.1,
+        "reference": "ref",
+        "policy": "p",
+        "trust": {"samples": 8, "rounds": 2},
+        "point": "hard",
+        "rounds": [{"round": 0, "training": [{"flops": 1.0}]}],
+        "settings": {"train_limit": "4"},
+    }
+    write(tmp_path, old)
+    manifest = read_manifest(tmp_path)
+    assert manifest == RewardManifest(
+        "log_ratio",
+        base_model="b",
+        scale=0.1,
+        reference_model="ref",
+        policy="p",
+        validated_limits=ValidatedLimits(8, 2),
+        gradient_at="hard",
+        training_rounds=old["rounds"],
+        training_settings={"train_limit": "4"},
+    )
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest and '"format": 2' in (tmp_path / MANIFEST_FILE).read_text()
+    old = {**WRITTEN["ensemble"], "format": 1, "caution": 0.25}
+    del old["uncertainty_penalty"]
+    write(tmp_path, old)
+    assert read_manifest(tmp_path).uncertainty_penalty == 0.25
+    for name in ("caution", "kind"):
+        file = write(tmp_path, {key: value for key, value in old.items() if key != name})
+        worlds.refused(lambda: read_manifest(tmp_path), str(file), "missing" if name == "caution" else "kind")
+
+
+def test_a_write_that_fails_leaves_the_manifest_that_was_there(tmp_path: Path) -> None:
+    write_manifest(tmp_path, MANIFESTS["scalar"])
     with pytest.raises(TypeError):
         write_manifest(tmp_path, RewardManifest("scalar", training_settings={"x": object()}))
-    assert read_manifest(tmp_path) == CARDS["scalar"] and len(list(tmp_path.iterdir())) == 1
+    assert read_manifest(tmp_path) == MANIFESTS["scalar"] and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
     ("kind", "change", "word"),
     [
-        ("scalar", {"format": 2}, "format must be 1, not 2"),
+        ("scalar", {"format": 3}, "format must be 2 or 1, not 3"),
         ("scalar", {"kind": "oracle"}, "'oracle'"),
         ("scalar", {"kind": ["scalar"]}, "kind"),
-        ("scalar", {"base": 3}, "base"),
+        ("scalar", {"base_model": 3}, "base_model"),
         ("scalar", {"policy": ""}, "policy"),
-        ("scalar", {"trust": {"samples": 4}}, "rounds is missing"),
-        ("scalar", {"trust": {"samples": 4, "rounds": -1}}, "rounds"),
-        ("scalar", {"trust": 7}, "trust"),
-        ("scalar", {"point": "soft"}, "point must be direct, hard, mixture"),
-        ("scalar", {"point": ""}, "point must be"),
-        ("implicit", {"point": "mixture:2"}, "'mixture:2'"),
-        ("ensemble", {"point": 7}, "point"),
-        ("ensemble", {"point": ["hard"]}, "point"),
-        ("scalar", {"rounds": {}}, "rounds"),
-        ("scalar", {"settings": []}, "settings"),
+        ("scalar", {"validated_limits": {"max_samples": 4}}, "max_rounds is missing"),
+        ("scalar", {"validated_limits": {"max_samples": 4, "max_rounds": -1}}, "max_rounds"),
+        ("scalar", {"validated_limits": 7}, "validated_limits"),
+        ("scalar", {"gradient_at": "soft"}, "must be direct, hard, mixture"),
+        ("scalar", {"gradient_at": ""}, "must be direct"),
+        ("log_ratio", {"gradient_at": "mixture:2"}, "'mixture:2'"),
+        ("ensemble", {"gradient_at": 7}, "'7'"),
+        ("ensemble", {"gradient_at": ["hard"]}, "['hard']"),
+        ("scalar", {"training_rounds": {}}, "training_rounds"),
+        ("scalar", {"training_settings": []}, "training_settings"),
+        ("scalar", {"kind": "implicit"}, "'implicit'"),
+        ("scalar", {"base": "b"}, "'base_model'"),
+        ("scalar", {"trust": None}, "'validated_limits'"),
         ("scalar", {"scale": 1.0}, "'scale'"),
         ("scalar", {"step_delimiter": ";"}, "'step_delimiter'"),
         ("process", {"step_delimiter": ""}, "step_delimiter"),
         ("process", {"step_delimiter": None}, "step_delimiter"),
-        ("implicit", {"scale": 0}, "scale"),
-        ("implicit", {"scale": True}, "scale"),
-        ("implicit", {"scale": "1"}, "scale"),
-        ("implicit", {"reference": ""}, "reference"),
-        ("implicit", {"reference": None}, "reference"),
-        ("ensemble", {"caution": -1}, "caution"),
-        ("ensemble", {"caution": float("nan")}, "caution"),
+        ("log_ratio", {"scale": 0}, "scale"),
+        ("log_ratio", {"scale": True}, "scale"),
+        ("log_ratio", {"scale": "1"}, "scale"),
+        ("log_ratio", {"reference_model": ""}, "reference_model"),
+        ("log_ratio", {"reference_model": None}, "reference_model"),
+        ("ensemble", {"uncertainty_penalty": -1}, "uncertainty_penalty"),
+        ("ensemble", {"uncertainty_penalty": float("nan")}, "uncertainty_penalty"),
         ("ensemble", {"members": "ab"}, "members"),
         ("ensemble", {"members": ["a", 1]}, "members"),
     ],
@@ -154,57 +196,149 @@ def test_a_broken_file_is_named(content: str, tmp_path: Path) -> None:
     worlds.refused(lambda: parse_reward_spec(str(tmp_path)), str(file), "JSON")
 
 
-def test_a_folder_without_card(tmp_path: Path) -> None:
+def test_a_folder_without_manifest(tmp_path: Path) -> None:
     worlds.refused(lambda: read_manifest(tmp_path), str(tmp_path / MANIFEST_FILE), "cannot be read")
 
 
-def test_a_card_in_memory_is_checked_too() -> None:
+def test_a_manifest_in_memory_is_checked_too() -> None:
     worlds.refused(lambda: RewardManifest("scalar", members=["a", "b"]), "scalar", "'members'")
-    worlds.refused(lambda: RewardManifest("implicit"), "reference")
+    worlds.refused(lambda: RewardManifest("log_ratio"), "reference_model")
     worlds.refused(lambda: RewardManifest("magic"), "'magic'")
-    worlds.refused(lambda: RewardManifest("scalar", gradient_at="soft"), "point must be", "'soft'")
+    worlds.refused(lambda: RewardManifest("scalar", gradient_at="soft"), "must be direct", "'soft'")
 
 
 # --- specs ------------------------------------------------------------------------------------------------
 
 
+def scalar_specs(*names: str) -> tuple[RewardSpec, ...]:
+    return tuple(RewardSpec(name, "scalar", (name,)) for name in names)
+
+
 @pytest.mark.parametrize(
-    ("spec", "plan"),
+    ("spec", "kind", "models", "options"),
     [
-        ("org/model", ParsedRewardSpec("scalar", ("org/model",))),
-        ("logratio:a", ParsedRewardSpec("log-ratio", ("a",))),
-        ("logratio:a, b", ParsedRewardSpec("log-ratio", ("a", "b"))),
-        ("ensemble:a,b,c", ParsedRewardSpec("ensemble", ("a", "b", "c"), uncertainty_penalty=1.0)),
-        ("ensemble@0: a , b", ParsedRewardSpec("ensemble", ("a", "b"), uncertainty_penalty=0.0)),
-        ("ensemble@2.5:a,b", ParsedRewardSpec("ensemble", ("a", "b"), uncertainty_penalty=2.5)),
+        ("org/model", "scalar", "org/model", {}),
+        ("logratio:a", "log-ratio", "a", {}),
+        ("logratio:a, b", "log-ratio", "a b", {}),
+        ("ensemble:a,b,c", "ensemble", "a b c", {"uncertainty_penalty": 1.0}),
+        ("ensemble@0: a , b", "ensemble", "a b", {"uncertainty_penalty": 0.0}),
+        ("ensemble@2.5:a,b", "ensemble", "a b", {"uncertainty_penalty": 2.5}),
     ],
 )
-def test_what_a_spec_means(spec: str, plan: ParsedRewardSpec) -> None:
-    assert parse_reward_spec(spec) == plan
+def test_what_a_spec_means(spec: str, kind: str, models: str, options: dict[str, Any]) -> None:
+    members = scalar_specs(*models.split()) if kind == "ensemble" else ()
+    assert parse_reward_spec(spec) == RewardSpec(spec, kind, tuple(models.split()), members, **options)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "text"),
+    [
+        ({"kind": "scalar", "model": "a"}, "a"),
+        ({"kind": "process", "model": "a"}, "process:a"),
+        ({"model": "a", "step_delimiter": ":\n", "kind": "process"}, r"process@\x3a\n:a"),
+        ({"kind": "log_ratio", "model": "a"}, "logratio:a"),
+        ({"kind": "log_ratio", "reference": "b", "model": "a"}, "logratio:a,b"),
+        ({"kind": "ensemble", "members": ["a", "b"]}, "ensemble:a,b"),
+        ({"kind": "ensemble", "members": ("process@;:a", "process@;:b")}, "ensemble:process@;:a,process@;:b"),
+        (
+            {"kind": "ensemble", "members": ["a", {"kind": "scalar", "model": "b"}], "uncertainty_penalty": 2.0},
+            "ensemble@2:a,b",
+        ),
+    ],
+)
+def test_a_mapping_means_what_its_text_means(mapping: dict[str, Any], text: str) -> None:
+    """As a dict, as a JSON object and whatever the order of its keys. Its name is that JSON object."""
+    spec, written = parse_reward_spec(mapping), parse_reward_spec(text)
+    assert replace(spec, name=text) == written
+    assert parse_reward_spec(json.dumps(mapping)) == spec
+    assert parse_reward_spec(f" {json.dumps(dict(reversed(mapping.items())))}\n") == spec
+    assert parse_reward_spec(spec.name) == spec
+    assert compute_reward_identity(mapping) == compute_reward_identity(json.dumps(mapping)) == spec.name
+    assert spec.name == "a" if mapping["kind"] == "scalar" else json.loads(spec.name)["kind"] == mapping["kind"]
+
+
+def test_a_mapping_of_a_config_file_is_the_text_of_an_option(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text('reward: {kind: process, model: a, step_delimiter: "\\n"}\n')
+    options = coerce_fields(read_yaml(file), [make_dataclass("Options", [("reward", str)])], source=file)
+    assert parse_reward_spec(options["reward"]) == parse_reward_spec(
+        {"kind": "process", "model": "a", "step_delimiter": "\n"}
+    )
+
+
+def test_a_mapping_names_what_text_cannot(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("a,b", "c:d")]
+    for name in names:
+        write_manifest(name, MANIFESTS["scalar"])
+        Path(name, "model.safetensors").write_bytes(b"one")
+    spec = {"kind": "ensemble", "members": names, "uncertainty_penalty": 0.5}
+    assert parse_reward_spec(spec).model_names == tuple(names)
+    first = compute_reward_identity(spec)
+    assert first.startswith('{"kind": "ensemble", "members": ["')
+    Path(names[1], "model.safetensors").write_bytes(b"two")
+    assert compute_reward_identity(spec) != first
+    assert parse_reward_spec({"kind": "log_ratio", "model": "a", "scale": 0.1}).scale == 0.1
+    folder = parse_reward_spec({"kind": "scalar", "model": names[0]})
+    assert folder == parse_reward_spec(names[0]) and folder.validated_limits == ValidatedLimits(8, 2)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "words"),
+    [
+        ({}, ["kind must be one of scalar, process, log_ratio, ensemble", "not None"]),
+        ({"kind": "implicit", "model": "a"}, ["kind must be one of", "'implicit'"]),
+        ({"kind": ["scalar"], "model": "a"}, ["kind must be one of"]),
+        ({"kind": "scalar"}, ["'model'"]),
+        ({"kind": "ensemble", "uncertainty_penalty": 1}, ["'members'"]),
+        ({"kind": "process", "model": "a", "delimiter": ";"}, ["'delimiter' is not a key", "model, step_delimiter"]),
+        ({"kind": "process", "model": "a", "step_delimiter": ""}, ["step_delimiter", "at least one character"]),
+        ({"kind": "process", "model": "logratio:a"}, ["logratio:a is a reward of kind log-ratio"]),
+        ({"kind": "scalar", "model": "process:a"}, ["process:a is a reward of kind process"]),
+        ({"kind": "scalar", "model": 3}, ["model must be the name", "3"]),
+        ({"kind": "log_ratio", "model": "a", "reference": None}, ["reference must be the name", "None"]),
+        ({"kind": "log_ratio", "model": "a", "scale": 0}, ["scale must be a positive number"]),
+        ({"kind": "ensemble", "members": "a,b"}, ["members must be a list"]),
+        ({"kind": "ensemble", "members": ["a", 3]}, ["members must be a list", "3"]),
+        ({"kind": "ensemble", "members": ["a"]}, ["at least two"]),
+        ({"kind": "ensemble", "members": ["a", "a"]}, ["a is a member twice"]),
+        ({"kind": "ensemble", "members": ["a", {"kind": "ensemble", "members": ["b"]}]}, ["of kind ensemble"]),
+        ({"kind": "ensemble", "members": ["a", "b"], "uncertainty_penalty": -1}, ["uncertainty_penalty", "-1"]),
+        ({"kind": "ensemble", "members": ["a", "b"], "uncertainty_penalty": "1"}, ["uncertainty_penalty", "'1'"]),
+    ],
+)
+def test_mappings_that_are_refused(mapping: dict[str, Any], words: list[str], policy: Policy) -> None:
+    worlds.refused(lambda: load_reward(mapping, policy=policy), *words)
+    worlds.refused(lambda: load_reward(json.dumps(mapping), policy=policy), *words)
+
+
+def test_a_mapping_that_is_no_json_is_refused(policy: Policy) -> None:
+    worlds.refused(lambda: load_reward("{kind: scalar}", policy=policy), "{kind: scalar}", "not a JSON object")
 
 
 def test_what_a_folder_means(tmp_path: Path) -> None:
-    for kind, card in CARDS.items():
-        write_manifest(tmp_path / kind, card)
-    here = {kind: str(tmp_path / kind) for kind in CARDS}
-    assert parse_reward_spec(here["scalar"]) == ParsedRewardSpec(
-        "scalar", (here["scalar"],), validated_limits=ValidatedLimits(8, 2), gradient_at="direct+mixture:0.5"
-    )
-    steps = ParsedRewardSpec("process", (here["process"],), validated_limits=ValidatedLimits(4, 1), step_delimiter=";")
-    assert parse_reward_spec(here["process"]) == steps
-    ratio = ParsedRewardSpec("log-ratio", (here["implicit"], "ref"), scale=0.1, gradient_at="hard")
-    assert parse_reward_spec(here["implicit"]) == ratio
-    members = tuple(str(tmp_path / "ensemble" / "m" / number) for number in "01")
-    assert parse_reward_spec(here["ensemble"]) == ParsedRewardSpec("ensemble", members, uncertainty_penalty=0.5)
-    write_manifest(
-        tmp_path / "ensemble", replace(CARDS["ensemble"], validated_limits=ValidatedLimits(4, 1), gradient_at="direct")
-    )
-    audited = ParsedRewardSpec(
-        "ensemble", members, uncertainty_penalty=0.5, validated_limits=ValidatedLimits(4, 1), gradient_at="direct"
-    )
+    for kind, manifest in MANIFESTS.items():
+        write_manifest(tmp_path / kind, manifest)
+    here = {kind: str(tmp_path / kind) for kind in MANIFESTS}
+
+    def spec_of(kind: str, *models: str, **options: Any) -> RewardSpec:
+        name = here[kind]
+        return RewardSpec(name, kind.replace("_", "-"), models or (name,), folder=name, **options)
+
+    limits = {"validated_limits": ValidatedLimits(4, 1)}
+    scalar = spec_of("scalar", validated_limits=ValidatedLimits(8, 2), gradient_at="direct+mixture:0.5")
+    assert parse_reward_spec(here["scalar"]) == scalar
+    assert parse_reward_spec(here["process"]) == spec_of("process", step_delimiter=";", **limits)
+    ratio = spec_of("log_ratio", here["log_ratio"], "ref", scale=0.1, gradient_at="hard")
+    assert parse_reward_spec(here["log_ratio"]) == ratio
+    models = tuple(str(tmp_path / "ensemble" / "m" / number) for number in "01")
+    members = {"members": scalar_specs(*models), "uncertainty_penalty": 0.5}
+    assert parse_reward_spec(here["ensemble"]) == spec_of("ensemble", *models, **members)
+    write_manifest(tmp_path / "ensemble", replace(MANIFESTS["ensemble"], **limits, gradient_at="direct"))
+    audited = spec_of("ensemble", *models, **members, **limits, gradient_at="direct")
     assert parse_reward_spec(here["ensemble"]) == audited
-    # A member's own point is not that of the ensemble.
-    assert parse_reward_spec(f"ensemble:{here['scalar']},x") == ParsedRewardSpec("ensemble", (here["scalar"], "x"))
+    # A member's own gradient_at is not that of the ensemble.
+    spec = f"ensemble:{here['scalar']},x"
+    assert parse_reward_spec(spec) == RewardSpec(spec, "ensemble", (here["scalar"], "x"), (scalar, *scalar_specs("x")))
 
 
 @pytest.mark.parametrize(
@@ -229,10 +363,10 @@ def test_malformed_specs(spec: str, words: list[str], policy: Policy) -> None:
 
 
 def test_members_that_are_refused(tmp_path: Path) -> None:
-    here = {kind: str(tmp_path / kind) for kind in CARDS}
-    for kind, card in CARDS.items():
+    here = {kind: str(tmp_path / kind) for kind in MANIFESTS}
+    for kind, card in MANIFESTS.items():
         write_manifest(here[kind], card)
-    for kind, named in (("implicit", "log-ratio"), ("ensemble", "ensemble")):
+    for kind, named in (("log_ratio", "log-ratio"), ("ensemble", "ensemble")):
         worlds.refused(lambda kind=kind: parse_reward_spec(f"ensemble:x,{here[kind]}"), here[kind], f"of kind {named}")
     twice = f"ensemble:{here['scalar']},{here['scalar']}/../scalar"
     worlds.refused(lambda: parse_reward_spec(twice), "member twice")
@@ -242,25 +376,25 @@ def test_members_that_are_refused(tmp_path: Path) -> None:
     worlds.refused(lambda: parse_reward_spec(str(tmp_path)), str(tmp_path), "at least two")
 
 
-# --- trust ------------------------------------------------------------------------------------------------
+# --- limits -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """policy/, scorer/, the reward folder trusted/ (up to 2 rounds) and problems.jsonl."""
+    """policy/, scorer/, the reward folder audited/ (up to 2 rounds) and problems.jsonl."""
     folder = tmp_path_factory.mktemp("world")
     models = {"policy": worlds.tiny_model(), "scorer": worlds.tiny_model(kind="score", seed=1)}
-    for name, model in (*models.items(), ("trusted", models["scorer"])):
+    for name, model in (*models.items(), ("audited", models["scorer"])):
         model.save_pretrained(folder / name)
         worlds.char_tokenizer().save_pretrained(folder / name)
-    write_manifest(folder / "trusted", CARDS["scalar"])
+    write_manifest(folder / "audited", MANIFESTS["scalar"])
     lines = [json.dumps({"question": f"{n}+{n}", "answer": str(2 * n)}) for n in (1, 2)]
     (folder / "problems.jsonl").write_text("\n".join(lines))
     return folder
 
 
-def test_a_folders_trust_reaches_the_reward_and_the_warning(world: Path, policy: Policy, capsys: Any) -> None:
-    reward = load_reward(str(world / "trusted"), policy=policy)
+def test_a_folders_limits_reach_the_reward_and_the_warning(world: Path, policy: Policy, capsys: Any) -> None:
+    reward = load_reward(str(world / "audited"), policy=policy)
     assert reward.validated_limits == ValidatedLimits(8, 2)
     assert load_reward(str(world / "scorer"), policy=policy).validated_limits is None
     capsys.readouterr()  # bars of loading
@@ -278,11 +412,11 @@ def test_a_folders_trust_reaches_the_reward_and_the_warning(world: Path, policy:
 def audit_file(folder: Path, **changes: Any) -> Path:
     names = {"policy": str(folder / "policy"), "reward": str(folder / "scorer")}
     file = folder / "audit.json"
-    file.write_text(json.dumps(names | {"trust": {"samples": 4, "rounds": 1}} | changes))
+    file.write_text(json.dumps(names | {"validated_limits": {"max_samples": 4, "max_rounds": 1}} | changes))
     return file
 
 
-def test_the_trust_of_an_audit(world: Path, tmp_path: Path) -> None:
+def test_the_limits_of_an_audit(world: Path, tmp_path: Path) -> None:
     asked = {"policy": str(world / "policy"), "reward": str(world / "scorer")}
     file = audit_file(world)
     assert read_validated_limits(file, **asked) == ValidatedLimits(4, 1)
@@ -293,9 +427,11 @@ def test_the_trust_of_an_audit(world: Path, tmp_path: Path) -> None:
         worlds.refused(
             lambda other=other: read_validated_limits(file, **other), str(file), f"the {name} {asked[name]}", "other"
         )
-    audit_file(world, trust=None)
+    audit_file(world, validated_limits=None)
     worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "--over_optimization")
-    file.write_text(json.dumps({"trust": {"samples": 4, "rounds": 1}}))
+    audit_file(world, trust={"samples": 4, "rounds": 1})
+    worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "'trust'", "'validated_limits'")
+    file.write_text(json.dumps({"validated_limits": {"max_samples": 4, "max_rounds": 1}}))
     worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "'policy' is missing")
     file.write_text("{")
     worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "not JSON")
@@ -311,8 +447,10 @@ def warnings(capsys: Any, *argv: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", ["solve", "traces", "eval"])
-def test_commands_warn_once_of_a_search_past_trust(command: str, world: Path, tmp_path: Path, capsys: Any) -> None:
-    models = ["--policy", str(world / "policy"), "--reward", str(world / "trusted"), "--max_new_tokens", "6"]
+def test_commands_warn_once_of_a_search_past_the_limits(
+    command: str, world: Path, tmp_path: Path, capsys: Any
+) -> None:
+    models = ["--policy", str(world / "policy"), "--reward", str(world / "audited"), "--max_new_tokens", "6"]
     data = ["--dataset", str(world / "problems.jsonl")]
     given = {"solve": ["1+2"], "traces": data, "eval": [*data, "--seeds", "0", "--eval_methods", "greedy,nabla"]}[
         command
@@ -334,14 +472,14 @@ def test_commands_warn_once_of_a_search_past_trust(command: str, world: Path, tm
         assert run("3") == []  # all there already: no search
 
 
-def test_an_audit_file_gives_the_trust_of_a_reward_without_folder(world: Path, capsys: Any) -> None:
+def test_an_audit_file_gives_the_limits_of_a_reward_without_folder(world: Path, capsys: Any) -> None:
     models = ["--policy", str(world / "policy"), "--reward", str(world / "scorer"), "--max_new_tokens", "6"]
-    audited = ["--audit", str(audit_file(world))]
+    audited = ["--audit_file", str(audit_file(world))]
     assert warnings(capsys, "solve", "1+2", *models, "--max_rounds", "3") == []
     assert warnings(capsys, "solve", "1+2", *models, "--max_rounds", "3", *audited) == [
         f"warning: {past_limits(ValidatedLimits(4, 1), 3)}"
     ]
-    models[3] = str(world / "trusted")
+    models[3] = str(world / "audited")
     assert main(["solve", "1+2", *models, *audited]) == 1
     assert "an audit of the reward" in capsys.readouterr().err
 
@@ -354,7 +492,7 @@ def test_the_recipe_names_an_implicit_reward_and_its_rival(tmp_path: Path, monke
     monkeypatch.chdir(ROOT)
     shutil.copytree("data/tiny/clean", tmp_path / "tuned")
     card = RewardManifest(
-        "implicit", scale=0.5, reference_model="data/tiny/policy", validated_limits=ValidatedLimits(16, 1)
+        "log_ratio", scale=0.5, reference_model="data/tiny/policy", validated_limits=ValidatedLimits(16, 1)
     )
     write_manifest(tmp_path / "tuned", card)
     source = importlib.util.spec_from_file_location("distill", ROOT / "recipes" / "distill.py")
