@@ -36,7 +36,7 @@ class StepSearchConfig:
         if self.step_delimiter is not None:
             parse_delimiter(self.step_delimiter)
         if self.max_step_tokens < 1 or self.steps_per_prefix < 1:
-            raise ValueError("step_tokens and step_width must be at least 1")
+            raise ValueError("max_step_tokens and steps_per_prefix must be at least 1")
         if not 0 <= self.exploration < math.inf:
             raise ValueError(f"exploration must be a number of at least 0, not {self.exploration}")
 

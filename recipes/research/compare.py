@@ -5,7 +5,7 @@
 
 A rung is what best-of-N costs. There best-of-N, weighted best-of-N and self-consistency (with as many samples as fit)
 meet the search, the same search without the gradient, with the gradient's rows shuffled over the positions, and the
-paper's, which scans one response and here begins anew from a fresh one until the budget is spent; `--rivals` adds
+paper's, which scans one response and here begins anew from a fresh one until the budget is spent; `--baselines` adds
 searches over steps: beam search, diverse verifier tree search, tree of thoughts, RAP. OUT/compare.md holds the tables
 and says where ours is ahead; rows that are there are not made again.
 """
@@ -71,12 +71,12 @@ class CompareArguments:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must be distinct and not empty")
         if not self.best_of_n or min(self.best_of_n) < 2 or self.best_of_n != sorted(set(self.best_of_n)):
-            raise ValueError("samples must be rising numbers of at least 2")
+            raise ValueError("best_of_n must be rising numbers of at least 2")
         if any(not lam > 0 for lam in self.reward_weights) or len(set(self.reward_weights)) < len(self.reward_weights):
-            raise ValueError("lams must be distinct positive numbers")
+            raise ValueError("reward_weights must be distinct positive numbers")
         unknown = [name for name in self.baselines if name not in BASELINES]
         if unknown:
-            raise ValueError(f"unknown rival {unknown[0]!r}: choose from {', '.join(BASELINES)}")
+            raise ValueError(f"unknown baseline {unknown[0]!r}: choose from {', '.join(BASELINES)}")
 
 
 class Comparison:
@@ -176,7 +176,7 @@ def run_comparison(
     rows = [row for row in made if row["method"] in asked and row["seed"] in args.seeds]
     found = equal_flops.compare_at_equal_flops(rows, rungs)
     facts = models.build_run_facts(title=args.title, command=command, task=args.dataset, seeds=args.seeds)
-    facts["files"] = {"rows": "rows.jsonl", "ladder": "compare.json", "page": "compare.md"}
+    facts["files"] = {"rows": "rows.jsonl", "budgets": "compare.json", "page": "compare.md"}
     store_results(output_dir, rows, facts)
     (output_dir / "compare.json").write_text(
         json.dumps([rung.to_dict() for rung in found], indent=1), encoding="utf-8"

@@ -55,7 +55,7 @@ def facts(rows):
 
 def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
-    for step in (bench.greedy(), bench.pool([1, 2], [2]), bench.search("nabla", CONFIG)):
+    for step in (bench.plan_greedy(), bench.plan_sample_pool([1, 2], [2]), bench.plan_search("nabla", CONFIG)):
         run_job(step, asked, store, checker)
     rows = store.read()
     assert len({get_row_key(row) for row in rows}) == len(rows) == 4 + 3 * 8 + 8
@@ -68,8 +68,8 @@ def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_pat
 def test_no_seed_has_to_be_the_first(bench, asked, checker, tmp_path):
     """The greedy decode is stored under the first seed that was asked for, and is not made again."""
     store = RowStore(tmp_path, "run")
-    elsewhere = replace(bench, num_seeds=(3, 5))
-    for step in (elsewhere.greedy(), elsewhere.pool([1])):
+    elsewhere = replace(bench, seeds=(3, 5))
+    for step in (elsewhere.plan_greedy(), elsewhere.plan_sample_pool([1])):
         assert run_job(step, asked, store, checker) and not run_job(step, asked, store, checker)
     assert {(row["method"], row["seed"]) for row in store.read()} == {
         ("greedy", 3),
@@ -107,7 +107,7 @@ def test_samples_are_the_pool_that_others_choose_from(bench, asked, checker, tmp
 def test_the_traces_of_the_main_search_are_kept_with_its_rows(bench, asked, checker, tmp_path):
     names = ["best_of_16", "nabla@0.5", "nabla", "control"]
     store, folder = RowStore(tmp_path / "rows", "run"), tmp_path / "held"
-    kept = replace(bench, num_seeds=(0,), config=replace(CONFIG, max_rounds=1))
+    kept = replace(bench, seeds=(0,), config=replace(CONFIG, max_rounds=1))
     for step in plan_jobs(names, kept, {}, lambda name: compute_mean_flops(store.read(), name)):
         run_job(step, asked[:3], store, checker, eval_traces_dir=folder)
     rows = {row["problem"]: row for row in store.read() if row["method"] == "nabla"}
@@ -190,7 +190,7 @@ def traced(policy, problem, ids):
 def test_a_pool_of_many_samples_batches_problems_and_equals_one_of_few_rows(bench, asked, checker, tmp_path):
     found = []
     for rows in (1, 2, 8):
-        step = replace(bench, config=replace(CONFIG, batch_size=rows)).pool([1, 5], [5])
+        step = replace(bench, config=replace(CONFIG, batch_size=rows)).plan_sample_pool([1, 5], [5])
         assert step.batch_size == max(1, 4 * rows // 5)
         store = RowStore(tmp_path / str(rows), "run")
         run_job(step, asked, store, checker)
@@ -199,14 +199,14 @@ def test_a_pool_of_many_samples_batches_problems_and_equals_one_of_few_rows(benc
 
 
 def test_what_is_there_is_not_run_again(bench, asked, checker, tmp_path):
-    step = bench.search("nabla", CONFIG)
+    step = bench.plan_search("nabla", CONFIG)
     first = run_job(step, asked, RowStore(tmp_path, "run"), checker)
     assert len(first) == 8
     assert run_job(step, asked, RowStore(tmp_path, "run"), checker) == []
 
 
 def test_a_run_cut_off_in_a_row_ends_with_the_same_rows(bench, asked, checker, tmp_path):
-    step = bench.pool([1, 2])
+    step = bench.plan_sample_pool([1, 2])
     whole = RowStore(tmp_path / "whole", "run")
     run_job(step, asked, whole, checker)
     torn = RowStore(tmp_path / "torn", "run")
@@ -220,7 +220,7 @@ def test_a_run_cut_off_in_a_row_ends_with_the_same_rows(bench, asked, checker, t
 
 
 def test_rows_of_other_settings_are_refused(bench, asked, checker, tmp_path):
-    run_job(bench.greedy(), asked, RowStore(tmp_path, "one"), checker)
+    run_job(bench.plan_greedy(), asked, RowStore(tmp_path, "one"), checker)
     with pytest.raises(ValueError, match="other settings"):
         RowStore(tmp_path, "two")
 
@@ -231,14 +231,14 @@ def test_rows_of_other_settings_are_refused(bench, asked, checker, tmp_path):
 )
 def test_a_corrupt_line_is_named(line, words, bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
-    run_job(bench.greedy(), asked, store, checker)
+    run_job(bench.plan_greedy(), asked, store, checker)
     lines = store.path.read_text().splitlines()
     store.path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
     worlds.refused(lambda: RowStore(tmp_path, "run"), "rows-00000.jsonl, line 2", words)
 
 
 def test_rows_of_several_processes_are_read_together(bench, asked, checker, tmp_path):
-    step = bench.greedy()
+    step = bench.plan_greedy()
     for rank in range(2):
         run_job(step, asked[rank::2], RowStore(tmp_path, "run", rank), checker)
     alone = RowStore(tmp_path / "alone", "run")
@@ -248,19 +248,19 @@ def test_rows_of_several_processes_are_read_together(bench, asked, checker, tmp_
 
 def test_an_error_is_a_row(bench, asked, checker, tmp_path):
     bad = [*asked[:1], replace(asked[1], question="?!")]
-    rows = run_job(bench.search("nabla", CONFIG), bad, RowStore(tmp_path, "run"), checker)
+    rows = run_job(bench.plan_search("nabla", CONFIG), bad, RowStore(tmp_path, "run"), checker)
     assert [bool(row["error"]) for row in rows] == [False, True] * 2
     assert [row["correct"] for row in rows if row["error"]] == [False, False]
     json.dumps(rows, allow_nan=False)
 
 
 def test_a_missing_gold_answer_is_neither_right_nor_wrong(bench, problems, checker, tmp_path):
-    rows = run_job(bench.greedy(), problems, RowStore(tmp_path, "run"), checker)
+    rows = run_job(bench.plan_greedy(), problems, RowStore(tmp_path, "run"), checker)
     assert [row["correct"] for row in rows] == [None] * 4
 
 
 def test_reward_by_round_follows_the_incumbent(bench, asked):
-    for trace in bench.search("nabla", replace(CONFIG, proposals={"proposals_per_round": 2})).work(asked, 0):
+    for trace in bench.plan_search("nabla", replace(CONFIG, proposals={"proposals_per_round": 2})).run(asked, 0):
         curve = compute_reward_by_round(trace)
         assert curve[0] == trace.reward_initial and curve[-1] == trace.reward
         assert len(curve) == 1 + len({revision.round for revision in trace.revisions})
@@ -282,15 +282,15 @@ def tuned():
 
 def test_methods_of_a_trained_policy_are_the_base_ones_on_its_weights(bench, tuned, asked):
     """Every step of a trained policy makes what the same step makes with that policy as the base."""
-    alone, own = replace(bench, policy=tuned), bench.trained("sft", tuned)
+    alone, own = replace(bench, policy=tuned), bench.with_trained_policy("sft", tuned)
     config = replace(CONFIG, max_rounds=1)
     for plain, labelled in (
-        (alone.greedy(), own.greedy()),
-        (alone.pool([1, 2], [2]), own.pool([1, 2], [2])),
-        (alone.search("nabla", config), own.search("nabla", config)),
+        (alone.plan_greedy(), own.plan_greedy()),
+        (alone.plan_sample_pool([1, 2], [2]), own.plan_sample_pool([1, 2], [2])),
+        (alone.plan_search("nabla", config), own.plan_search("nabla", config)),
     ):
         assert labelled.methods == tuple(f"sft_{method}" for method in plain.methods)
-        for one, other in zip(plain.work(asked[:2], 0), labelled.work(asked[:2], 0), strict=True):
+        for one, other in zip(plain.run(asked[:2], 0), labelled.run(asked[:2], 0), strict=True):
             assert (other.method, other.response_ids) == (f"sft_{one.method}", one.response_ids)
             assert other.cost.flops == one.cost.flops
 
@@ -328,10 +328,10 @@ def log_likelihood(policy, trace):
 
 
 def test_the_divergence_of_a_sample_is_its_log_ratio(bench, tuned, policy, asked, checker, tmp_path):
-    step = bench.trained("sft", tuned).pool([1, 2])
+    step = bench.with_trained_policy("sft", tuned).plan_sample_pool([1, 2])
     rows = {get_row_key(row): row for row in run_job(step, asked, RowStore(tmp_path, "run"), checker)}
     for seed in step.seeds:
-        for trace in step.work(asked, seed):
+        for trace in step.run(asked, seed):
             row = rows[trace.method, trace.task, trace.problem_id, seed]
             ratio = log_likelihood(tuned, trace) - log_likelihood(policy, trace)
             bound = 0.0 if trace.method == "sft_best_of_1" else compute_best_of_n_kl_bound(2)
@@ -341,7 +341,7 @@ def test_the_divergence_of_a_sample_is_its_log_ratio(bench, tuned, policy, asked
 
 def test_divergences_of_the_base_policy_and_where_none_is_known(bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
-    for step in (bench.greedy(), bench.pool([1, 4], [2], [2]), bench.search("nabla", replace(CONFIG, max_rounds=1))):
+    for step in (bench.plan_greedy(), bench.plan_sample_pool([1, 4], [2], [2]), bench.plan_search("nabla", replace(CONFIG, max_rounds=1))):
         run_job(step, [*asked[:1], replace(asked[1], question="?!")], store, checker)
     found = {row["method"]: row["kl"] for row in store.read() if not row["error"]}
     unknown = dict.fromkeys(("greedy", "self_consistency_2", "weighted_best_of_2", "nabla"))

@@ -160,12 +160,12 @@ def test_the_recipe_compares_on_the_embedded_world(
     assert page in capsys.readouterr().out
     assert "## The size of the step" in page and (tmp_path / "step.png").exists()
     rungs = json.loads((tmp_path / "compare.json").read_text())
-    assert [rung["setter"] for rung in rungs] == ["best_of_2", "best_of_4"]
+    assert [rung["reference_method"] for rung in rungs] == ["best_of_2", "best_of_4"]
     for rung in rungs:
-        names = [entry["method"].partition("@")[0].rstrip("0123456789") for entry in rung["entries"]]
+        names = [entry["method"].partition("@")[0].rstrip("0123456789") for entry in rung["results"]]
         assert names[:5] == ["nabla", "best_of_", "weighted_best_of_", "self_consistency_", "greedy"]
         assert names[5:] == ["control", "shuffled", "paper", "tot"]
-        assert all(entry["share"] < 1.4 for entry in rung["entries"] if not entry["method"].startswith("paper"))
+        assert all(entry["budget_fraction"] < 1.4 for entry in rung["results"] if not entry["method"].startswith("paper"))
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "rows").iterdir()}
     recipe.main(argv)  # nothing is made again
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "rows").iterdir()} == before
@@ -174,11 +174,11 @@ def test_the_recipe_compares_on_the_embedded_world(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--best_of_n", "1"], "samples must be rising numbers"),
-        (["--best_of_n", "8", "4"], "samples must be rising numbers"),
-        (["--baselines", "beam"], "unknown rival 'beam'"),
+        (["--best_of_n", "1"], "best_of_n must be rising numbers"),
+        (["--best_of_n", "8", "4"], "best_of_n must be rising numbers"),
+        (["--baselines", "beam"], "unknown baseline 'beam'"),
         (["--seeds", "0", "0"], "seeds must be distinct"),
-        (["--reward_weights", "0"], "lams must be distinct positive numbers"),
+        (["--reward_weights", "0"], "reward_weights must be distinct positive numbers"),
     ],
 )
 def test_ladders_that_make_no_sense_are_refused(
