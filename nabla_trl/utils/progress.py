@@ -21,7 +21,7 @@ from nabla_trl.utils.statistics import wilson_interval
 _FIRST_LINE_SECONDS, _INTERVAL_GROWTH, _MAX_INTERVAL_SECONDS = 30.0, 1.25, 900.0
 
 # Of one item: its problem, whether it is right (None = not graded), FLOPs.
-ProgressItem = tuple[str, bool | None, float]
+ProgressItem = tuple[str, float | None, float]
 
 
 class ProgressDisplay:
@@ -46,7 +46,7 @@ class ProgressDisplay:
         self.console = Console(stderr=True) if console is None else console
         self.num_new = 0
         self.flops = 0.0
-        self._counts_by_problem: dict[str, tuple[int, int]] = {}  # right and graded items, by problem
+        self._counts_by_problem: dict[str, tuple[float, int]] = {}  # right and graded items, by problem
         self._accuracy_sum = 0.0  # sum over problems of the share that is right
         self._started_at = self._last_counted_at = time.monotonic()
         self._next_line = _FIRST_LINE_SECONDS

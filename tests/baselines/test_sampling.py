@@ -11,8 +11,8 @@ import torch
 import worlds
 
 from nabla_trl.baselines import sampling
-from nabla_trl.evaluation.plan import parse_methods, plan_jobs
-from nabla_trl.evaluation.runner import EvaluationSetup
+from nabla_trl.evaluation.method import parse_methods
+from nabla_trl.evaluation.plan import EvaluationSetup, plan_jobs
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.equivalence import normalize_answer
 from nabla_trl.grading.extraction import extract_answer

@@ -16,16 +16,10 @@ from nabla_trl.baselines import step_tree
 from nabla_trl.baselines.step_config import StepSearchConfig
 from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS, _NodeValues
 from nabla_trl.baselines.step_tree import StepNode, create_step_finder, run_step_search
-from nabla_trl.evaluation.method import parse_family, sort_methods
-from nabla_trl.evaluation.plan import (
-    check_methods,
-    get_max_selection_size,
-    get_step_search_settings,
-    parse_methods,
-    plan_jobs,
-)
-from nabla_trl.evaluation.rows import RowStore
-from nabla_trl.evaluation.runner import EvaluationSetup, compute_mean_flops, run_jobs
+from nabla_trl.evaluation.method import Method, get_max_selection_size, parse_methods, sort_methods
+from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_step_search_settings, plan_jobs
+from nabla_trl.evaluation.rows import Row, RowStore
+from nabla_trl.evaluation.runner import compute_mean_flops, run_jobs
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.gradient.step_ends import StepFinder
 from nabla_trl.grading.checker import AnswerChecker
@@ -497,17 +491,17 @@ def test_rows_at_sizes_and_budgets_survive_a_kill(bench: EvaluationSetup, tmp_pa
     names = parse_methods("best_of_8,beam_search_7,dvts@best_of_8,rap_5")
     asked = [replace(problem, answer="1") for problem in PROBLEMS[:3]]
 
-    def run_all(store: RowStore) -> list[dict]:
+    def run_all(store: RowStore) -> list[Row]:
         with AnswerChecker() as checker:
             run_jobs(
                 plan_jobs(names, bench, {}, lambda name: compute_mean_flops(store.read(), name)), asked, store, checker
             )
-        rows = [{key: value for key, value in row.items() if key != "seconds"} for row in store.read()]
-        return [row | {"reward": round(row["reward"], 6), "reward_by_round": []} for row in rows]
+        rows = [replace(row, seconds=0.0, reward_by_round=[]) for row in store.read()]
+        return [replace(row, reward=round(row.reward, 6)) for row in rows]
 
     rows = run_all(whole := RowStore(tmp_path / "whole", "run"))
     assert len(rows) == len(names) * len(asked) * 2
-    assert {row["stop"] for row in rows if "@" in row["method"]} == {"budget"}
+    assert {row.stop_reason for row in rows if "@" in row.method} == {"budget"}
     lines = whole.path.read_text(encoding="utf-8").splitlines(keepends=True)
     cut = RowStore(tmp_path / "cut", "run").path
     cut.write_text("".join(lines[: len(lines) * 2 // 3]) + lines[-1][:20], encoding="utf-8")
@@ -515,7 +509,7 @@ def test_rows_at_sizes_and_budgets_survive_a_kill(bench: EvaluationSetup, tmp_pa
     flops = {name: compute_mean_flops(whole.read(), name) for name in names}
     assert 0.75 < flops["dvts@best_of_8"] / flops["best_of_8"] < 1.05
     direct = run("rap", bench.policy, bench.reward, asked, seed=1)
-    found = [row["reward"] for row in rows if (row["method"], row["seed"]) == ("rap_5", 1)]
+    found = [row.reward for row in rows if (row.method, row.seed) == ("rap_5", 1)]
     assert found == pytest.approx([trace.reward for trace in direct], abs=1e-6)
 
 
@@ -529,7 +523,7 @@ def test_names_that_mean_nothing(name: str) -> None:
 def test_names_that_mean_something(bench: EvaluationSetup) -> None:
     names = ["best_of_4", "weighted_best_of_4", "beam_search_8", "dvts@0.5", "tot_4", "rap@best_of_4", "control"]
     assert sort_methods(reversed(names)) == names
-    assert parse_family("beam_search_8") == ("beam_search", 8) and parse_family("rap@best_of_4") == ("rap", 0.25)
+    assert Method.parse("beam_search_8") == Method("beam_search", n=8) and Method.parse("rap@best_of_4").size == 0.25
     worlds.refused(lambda: parse_methods("dvts@0.5"), "add best_of_16")
     assert [get_max_selection_size([name]) for name in ("tot_40", "dvts@0.5", "rap@best_of_4", "greedy")] == [
         40,

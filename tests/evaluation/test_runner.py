@@ -12,10 +12,10 @@ import worlds
 
 from nabla_trl.evaluation import metrics
 from nabla_trl.evaluation.kl import compute_best_of_n_kl_bound
-from nabla_trl.evaluation.plan import check_methods, plan_jobs
+from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, plan_jobs
 from nabla_trl.evaluation.results import describe_failed_comparisons, list_extraction_differences
-from nabla_trl.evaluation.rows import RowStore, build_row, compute_reward_by_round, get_row_key
-from nabla_trl.evaluation.runner import EvaluationSetup, compute_mean_flops, run_job
+from nabla_trl.evaluation.rows import Row, RowStore, build_row, compute_reward_by_round
+from nabla_trl.evaluation.runner import compute_mean_flops, run_job
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.grading.equivalence import MatchResult
 from nabla_trl.models.flops import Cost
@@ -44,13 +44,17 @@ def bench(policy, scalar_reward):
     return EvaluationSetup(policy, scalar_reward, CONFIG, (0, 1))
 
 
-def facts(rows):
+def comparable(rows: list[Row]) -> list[Row]:
     """Rows without what differs from run to run; rewards to the precision of another batch's rounding."""
-    kept = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-    for row in kept:
-        row["reward"] = round(row["reward"], 4)
-        row["reward_by_round"] = [round(value, 4) for value in row["reward_by_round"]]
-    return kept
+    return [
+        replace(
+            row,
+            seconds=0.0,
+            reward=round(row.reward, 4),
+            reward_by_round=[round(value, 4) for value in row.reward_by_round],
+        )
+        for row in rows
+    ]
 
 
 def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_path):
@@ -58,11 +62,11 @@ def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_pat
     for step in (bench.plan_greedy(), bench.plan_sample_pool([1, 2], [2]), bench.plan_search("nabla", CONFIG)):
         run_job(step, asked, store, checker)
     rows = store.read()
-    assert len({get_row_key(row) for row in rows}) == len(rows) == 4 + 3 * 8 + 8
-    assert {row["method"] for row in rows} == {"greedy", "best_of_1", "best_of_2", "self_consistency_2", "nabla"}
+    assert len({row.key for row in rows}) == len(rows) == 4 + 3 * 8 + 8
+    assert {row.method for row in rows} == {"greedy", "best_of_1", "best_of_2", "self_consistency_2", "nabla"}
     for row in rows:
-        assert row["flops"] > 0 and row["correct"] in (True, False) and row["error"] is None
-        assert row["reward_by_round"][-1] == pytest.approx(row["reward"])
+        assert row.flops > 0 and row.correct in (True, False) and row.error is None
+        assert row.reward_by_round[-1] == pytest.approx(row.reward)
 
 
 def test_no_seed_has_to_be_the_first(bench, asked, checker, tmp_path):
@@ -71,7 +75,7 @@ def test_no_seed_has_to_be_the_first(bench, asked, checker, tmp_path):
     elsewhere = replace(bench, seeds=(3, 5))
     for step in (elsewhere.plan_greedy(), elsewhere.plan_sample_pool([1])):
         assert run_job(step, asked, store, checker) and not run_job(step, asked, store, checker)
-    assert {(row["method"], row["seed"]) for row in store.read()} == {
+    assert {(row.method, row.seed) for row in store.read()} == {
         ("greedy", 3),
         ("best_of_1", 3),
         ("best_of_1", 5),
@@ -84,23 +88,23 @@ def test_samples_are_the_pool_that_others_choose_from(bench, asked, checker, tmp
     names = ["best_of_1", "best_of_4", "self_consistency_4", "samples_4"]
     for step in plan_jobs(names, bench, {}, lambda name: 0.0):
         run_job(step, [*asked, bad], store, checker)
-    cells = {(row["method"], row["problem"], row["seed"]): row for row in store.read()}
+    cells = {(row.method, row.problem, row.seed): row for row in store.read()}
     assert len(cells) == len(names) * 5 * 2
     for (method, problem, seed), row in cells.items():
         if method != "samples_4":
             continue
         if problem == "bad":
-            assert row["error"] and row["samples"] == []
+            assert row.error and row.samples == []
             continue
         first, best, voted = (cells[name, problem, seed] for name in names[:3])
-        answers, verdicts = zip(*row["samples"], strict=True)
-        assert len(answers) == 4 and row["correct"] == sum(verdicts) / 4
-        assert (first["answer"], first["correct"]) == tuple(row["samples"][0])
-        assert [best["answer"], best["correct"]] in row["samples"]
-        assert voted["answer"] in answers
-        assert row["flops"] == pytest.approx(voted["flops"])  # neither reads the reward
+        answers, verdicts = zip(*row.samples, strict=True)
+        assert len(answers) == 4 and row.correct == sum(verdicts) / 4
+        assert (first.answer, first.correct) == tuple(row.samples[0])
+        assert [best.answer, best.correct] in row.samples
+        assert voted.answer in answers
+        assert row.flops == pytest.approx(voted.flops)  # neither reads the reward
     found = metrics.estimate_sample_metrics(store.read())
-    shares = [row["correct"] or 0.0 for row in cells.values() if row["method"] == "samples_4"]
+    shares = [row.correct or 0.0 for row in cells.values() if row.method == "samples_4"]
     assert found["avg@4.base"].value == pytest.approx(np.mean(shares))
 
 
@@ -110,12 +114,12 @@ def test_the_traces_of_the_main_search_are_kept_with_its_rows(bench, asked, chec
     kept = replace(bench, seeds=(0,), config=replace(CONFIG, max_rounds=1))
     for step in plan_jobs(names, kept, {}, lambda name: compute_mean_flops(store.read(), name)):
         run_job(step, asked[:3], store, checker, eval_traces_dir=folder)
-    rows = {row["problem"]: row for row in store.read() if row["method"] == "nabla"}
+    rows = {row.problem: row for row in store.read() if row.method == "nabla"}
     traces = list(iterate_traces(folder))
     assert {trace.problem_id for trace in traces} == set(rows) and len(traces) == 3
     for trace in traces:
         row = rows[trace.problem_id]
-        assert (trace.method, trace.reward, trace.correct) == ("nabla", row["reward"], row["correct"])
+        assert (trace.method, trace.reward, trace.correct) == ("nabla", row.reward, row.correct)
     assert TokenTable.read(folder).matches(traces[0])
 
 
@@ -131,9 +135,9 @@ def test_rows_hold_both_verdicts_where_a_form_is_asked_for(policy, checker):
         ids = worlds.sample(policy, problem, text).response_ids
         traces.append(traced(policy, problem, ids))
     traces.append(build_error_trace(replace(problems[0], id="failed"), "greedy", 0, "it failed", {}))
-    rows = {row["problem"]: row for row in (build_row(trace, "run") for trace in grade_traces(traces, checker))}
+    rows = {row.problem: row for row in (build_row(trace, "run") for trace in grade_traces(traces, checker))}
     names = ("answer", "answer_strict", "correct", "correct_strict")
-    assert [[rows[key][name] for name in names] for key in rows] == [
+    assert [[getattr(rows[key], name) for name in names] for key in rows] == [
         ["3", "3", True, True],
         ["3", None, True, False],
         ["4", "4", False, False],
@@ -142,10 +146,10 @@ def test_rows_hold_both_verdicts_where_a_form_is_asked_for(policy, checker):
         ["3", None, None, None],
         [None, None, False, False],
     ]
-    assert {row["task_version"] for row in rows.values()} == {"7"}
-    assert [key for key, row in rows.items() if row["tail"] is not None] == ["q1", "ungraded"]
-    assert rows["q1"]["tail"] == "1+2=3"
-    assert [rows[key]["verdict"] for key in ("q0", "q2", "q3", "ungraded")] == [
+    assert {row.task_version for row in rows.values()} == {"7"}
+    assert [key for key, row in rows.items() if row.tail is not None] == ["q1", "ungraded"]
+    assert rows["q1"].tail == "1+2=3"
+    assert [rows[key].match_result for key in ("q0", "q2", "q3", "ungraded")] == [
         "right",
         "wrong",
         "no_answer",
@@ -166,7 +170,7 @@ def test_comparisons_that_hang_or_crash_are_counted(policy, checker):
     problems = [Problem(f"q{n}", "1+2", "3") for n in range(5)]
     traces = [traced(policy, one, worlds.sample(policy, one, "3").response_ids) for one in problems]
     rows = [build_row(trace, "run") for trace in grade_traces(traces, Lost())]
-    assert [row["correct"] for row in rows] == [False, False, True, False, False]
+    assert [row.correct for row in rows] == [False, False, True, False, False]
     assert describe_failed_comparisons(rows) == (
         "Of the comparisons with gold answers 2 timed out and 2 ended their worker: they count as wrong."
     )
@@ -194,7 +198,7 @@ def test_a_pool_of_many_samples_batches_problems_and_equals_one_of_few_rows(benc
         assert step.batch_size == max(1, 4 * rows // 5)
         store = RowStore(tmp_path / str(rows), "run")
         run_job(step, asked, store, checker)
-        found.append(facts(store.read()))
+        found.append(comparable(store.read()))
     assert found[0] == found[1] == found[2]
 
 
@@ -216,7 +220,7 @@ def test_a_run_cut_off_in_a_row_ends_with_the_same_rows(bench, asked, checker, t
     again = RowStore(tmp_path / "torn", "run")
     assert len(again.stored_rows) == 11
     run_job(step, list(reversed(asked)), again, checker)
-    assert facts(again.read()) == facts(whole.read())
+    assert comparable(again.read()) == comparable(whole.read())
 
 
 def test_rows_of_other_settings_are_refused(bench, asked, checker, tmp_path):
@@ -227,7 +231,15 @@ def test_rows_of_other_settings_are_refused(bench, asked, checker, tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{broken", "is not JSON"), ("[1]", "does not hold a JSON object"), ('{"run": "run"}', "lacks method, task")],
+    [
+        ("{broken", "is not JSON"),
+        ("[1]", "does not hold a JSON object"),
+        ('{"settings_hash": "run"}', "lacks method, task"),
+        ('{"run": "run"}', "unknown key 'run': it is now 'settings_hash'"),
+        ('{"flops": null}', "flops must be a number, not None"),
+        ('{"method": 5}', "method must be text, not 5"),
+        ('{"correct": "yes"}', "correct must be a number or null, not 'yes'"),
+    ],
 )
 def test_a_corrupt_line_is_named(line, words, bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
@@ -243,20 +255,20 @@ def test_rows_of_several_processes_are_read_together(bench, asked, checker, tmp_
         run_job(step, asked[rank::2], RowStore(tmp_path, "run", rank), checker)
     alone = RowStore(tmp_path / "alone", "run")
     run_job(step, asked, alone, checker)
-    assert facts(RowStore(tmp_path, "run").read()) == facts(alone.read())
+    assert comparable(RowStore(tmp_path, "run").read()) == comparable(alone.read())
 
 
 def test_an_error_is_a_row(bench, asked, checker, tmp_path):
     bad = [*asked[:1], replace(asked[1], question="?!")]
     rows = run_job(bench.plan_search("nabla", CONFIG), bad, RowStore(tmp_path, "run"), checker)
-    assert [bool(row["error"]) for row in rows] == [False, True] * 2
-    assert [row["correct"] for row in rows if row["error"]] == [False, False]
-    json.dumps(rows, allow_nan=False)
+    assert [bool(row.error) for row in rows] == [False, True] * 2
+    assert [row.correct for row in rows if row.error] == [False, False]
+    json.dumps([row.to_dict() for row in rows], allow_nan=False)
 
 
 def test_a_missing_gold_answer_is_neither_right_nor_wrong(bench, problems, checker, tmp_path):
     rows = run_job(bench.plan_greedy(), problems, RowStore(tmp_path, "run"), checker)
-    assert [row["correct"] for row in rows] == [None] * 4
+    assert [row.correct for row in rows] == [None] * 4
 
 
 def test_reward_by_round_follows_the_incumbent(bench, asked):
@@ -329,24 +341,28 @@ def log_likelihood(policy, trace):
 
 def test_the_divergence_of_a_sample_is_its_log_ratio(bench, tuned, policy, asked, checker, tmp_path):
     step = bench.with_trained_policy("sft", tuned).plan_sample_pool([1, 2])
-    rows = {get_row_key(row): row for row in run_job(step, asked, RowStore(tmp_path, "run"), checker)}
+    rows = {row.key: row for row in run_job(step, asked, RowStore(tmp_path, "run"), checker)}
     for seed in step.seeds:
         for trace in step.run(asked, seed):
             row = rows[trace.method, trace.task, trace.problem_id, seed]
             ratio = log_likelihood(tuned, trace) - log_likelihood(policy, trace)
             bound = 0.0 if trace.method == "sft_best_of_1" else compute_best_of_n_kl_bound(2)
-            assert row["kl"] == pytest.approx(bound + ratio, abs=1e-4)
-            assert row["flops"] == trace.cost.flops, "measuring is not charged"
+            assert row.kl == pytest.approx(bound + ratio, abs=1e-4)
+            assert row.flops == trace.cost.flops, "measuring is not charged"
 
 
 def test_divergences_of_the_base_policy_and_where_none_is_known(bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
-    for step in (bench.plan_greedy(), bench.plan_sample_pool([1, 4], [2], [2]), bench.plan_search("nabla", replace(CONFIG, max_rounds=1))):
+    for step in (
+        bench.plan_greedy(),
+        bench.plan_sample_pool([1, 4], [2], [2]),
+        bench.plan_search("nabla", replace(CONFIG, max_rounds=1)),
+    ):
         run_job(step, [*asked[:1], replace(asked[1], question="?!")], store, checker)
-    found = {row["method"]: row["kl"] for row in store.read() if not row["error"]}
+    found = {row.method: row.kl for row in store.read() if not row.error}
     unknown = dict.fromkeys(("greedy", "self_consistency_2", "weighted_best_of_2", "nabla"))
     assert found == unknown | {"best_of_1": 0.0, "best_of_4": compute_best_of_n_kl_bound(4)}
-    assert {row["kl"] for row in store.read() if row["error"]} == {None}
+    assert {row.kl for row in store.read() if row.error} == {None}
 
 
 def test_the_bound_holds_of_every_best_of_n():
