@@ -393,7 +393,7 @@ def test_a_budget_is_spent_and_kept(name: str, tiny: Policy, monkeypatch) -> Non
         watch.before.clear()
         flops = times * one.cost.flops
         for trace in run(name, tiny, reward, PROBLEMS[:3], max_flops=flops):
-            assert (trace.stop_reason, trace.error) == ("budget", None)
+            assert (trace.stop_reason, trace.error) == ("max_flops", None)
             assert max(watch.before[trace.problem_id]) < flops
             shares.append(trace.cost.flops / flops)
     assert max(shares) < 1.3 and min(shares[:3]) > 0.4 and min(shares[3:]) > 0.85
@@ -501,7 +501,7 @@ def test_rows_at_sizes_and_budgets_survive_a_kill(bench: EvaluationSetup, tmp_pa
 
     rows = run_all(whole := RowStore(tmp_path / "whole", "run"))
     assert len(rows) == len(names) * len(asked) * 2
-    assert {row.stop_reason for row in rows if "@" in row.method} == {"budget"}
+    assert {row.stop_reason for row in rows if "@" in row.method} == {"max_flops"}
     lines = whole.path.read_text(encoding="utf-8").splitlines(keepends=True)
     cut = RowStore(tmp_path / "cut", "run").path
     cut.write_text("".join(lines[: len(lines) * 2 // 3]) + lines[-1][:20], encoding="utf-8")
