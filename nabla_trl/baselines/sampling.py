@@ -221,8 +221,8 @@ def select_weighted_best_of_n(pool: ResponsePool, num_responses: int, beta: floa
     """Return the best response with the answer of the largest weight, which is its responses' sum of exp(r/β).
 
     Weighted best-of-N sums a verifier's probabilities over the responses that share an answer (Li et al., arXiv
-    2206.02336; Snell et al., arXiv 2408.03314). Rewards here are no probabilities. Where they are negative, their sum
-    favors rare answers, and the sigmoid of a log-ratio means nothing. So the weights are a softmax of r/β over the
+    2206.02336, and Snell et al., arXiv 2408.03314). Rewards here are no probabilities. Where they are negative, their
+    sum favors rare answers, and the sigmoid of a log-ratio means nothing. So the weights are a softmax of r/β over the
     pool, for every kind of reward. For samples from π (temperature 1, nothing filtered) they are the self-normalized
     importance weights of π* ∝ π·exp(r/β), at which the search aims. The answer is then the likeliest under π*, as
     estimated from the pool. β → 0 gives best-of-N, β → ∞ gives self-consistency.

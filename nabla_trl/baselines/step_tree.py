@@ -170,7 +170,7 @@ def run_step_search(
         batch_size: prefixes drawn and scored together.
 
     Raises:
-        ValueError: neither size nor budget, or both; as `create_step_finder`.
+        ValueError: neither size nor budget, or both. Also as `create_step_finder`.
     """
     if (size is None) == (not max_flops) or max_flops < 0:
         raise ValueError(f"{method_name} needs a size or a budget of FLOPs, one of them")
@@ -273,8 +273,8 @@ class _StepSearchBatch:
                 children = iter(self.draw_steps([(tree, node) for tree, _, nodes in active for node in nodes]))
                 still_active = []
                 for tree, generator, nodes in active:
-                    drawn = [next(children) for _ in nodes]
-                    if tree.error is None and (next_nodes := _send_children(generator, drawn)):
+                    own_children = [next(children) for _ in nodes]
+                    if tree.error is None and (next_nodes := _send_children(generator, own_children)):
                         still_active.append((tree, generator, next_nodes))
                 active = still_active
 

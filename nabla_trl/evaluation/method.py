@@ -22,12 +22,13 @@ POOL_METHODS = ("best_of", "self_consistency", "weighted_best_of", "samples")
 POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 
 METHOD_SYNTAX = (
-    "greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (N to 999; for pass@k, maj@k and avg@N); "
-    "the searches nabla, control (without the gradient), shuffled (its gradient rows shuffled), paper and released "
-    "(presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's); the "
-    "step-level searches beam_search, dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, "
-    f"tot@best_of_N or tot@F; {REWARD_MODEL_SAMPLING} (log-ratio rewards); of a trained policy L_greedy, L_best_of_N, "
-    f"L_samples_N, and L_nabla and L_control, also with a budget; L is one of {', '.join(POLICY_LABELS)}"
+    "greedy, best_of_N, weighted_best_of_N, self_consistency_N and samples_N (N up to 999, for pass@k, maj@k and "
+    "avg@N). The searches nabla, control (without the gradient), shuffled (its gradient rows shuffled), paper and "
+    "released (presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's). "
+    "The step-level searches beam_search and dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, "
+    f"tot@best_of_N or tot@F. {REWARD_MODEL_SAMPLING} (for log-ratio rewards). Of a trained policy L_greedy, "
+    "L_best_of_N, L_samples_N, and L_nabla and L_control, also with a budget, where L is one of "
+    f"{', '.join(POLICY_LABELS)}"
 )
 
 MAX_SAMPLES = 999  # the estimators of pass@k and maj@k overflow with more
@@ -73,14 +74,14 @@ class Method:
 
     @property
     def family(self) -> str:
-        """The name without size and budget. Methods of one family form a curve in a report."""
+        """Return the name without size and budget. Methods of one family form a curve in a report."""
         return f"{self.policy}_{self.name}" if self.policy else self.name
 
     @property
     def size(self) -> float:
-        """The number of the method, or its budget as a multiple of best_of_16's FLOPs.
+        """Return the number of the method, or its budget as a multiple of best_of_16's FLOPs.
 
-        Infinite for a method without either, which runs at the budget of the configuration.
+        A method without either runs at the budget of the configuration. Its size is infinite.
         """
         if self.budget.startswith("best_of_"):
             return float(self.budget.removeprefix("best_of_")) / 16  # best_of_N costs about N/16 of best_of_16
@@ -90,17 +91,17 @@ class Method:
 
     @property
     def base_method(self) -> Method:
-        """The same method of the base policy."""
+        """Return the same method of the base policy."""
         return replace(self, policy="")
 
     @property
     def budget_reference(self) -> str:
-        """The method whose FLOPs set the budget. It is the base policy's, so that all policies have equal budgets."""
+        """Return the method whose FLOPs set the budget: the base policy's, so that all policies have equal budgets."""
         return self.budget if self.budget.startswith("best_of_") else "best_of_16"
 
     @property
     def budget_factor(self) -> float:
-        """How many times the FLOPs of `budget_reference` the budget is."""
+        """Return the budget divided by the FLOPs of `budget_reference`."""
         return 1.0 if self.budget.startswith("best_of_") else float(self.budget)
 
     @property
@@ -113,19 +114,19 @@ class Method:
 
     @property
     def num_samples(self) -> int:
-        """How many independent samples a row of the method holds. 0: a row holds one answer."""
+        """Return how many independent samples a row of the method holds. 0: a row holds one answer."""
         return self.n or 0 if self.name == "samples" else 0
 
     @property
     def selection_size(self) -> int:
-        """Among how many samples the method chooses by the reward. 1: it does not choose."""
+        """Return among how many samples the method chooses by the reward. 1: the method does not choose."""
         if self.is_step_search:
             return math.ceil(16 * self.size) if self.budget else int(self.size)
         return self.n or 1 if self.name in ("best_of", "weighted_best_of") else 1
 
     @property
     def is_runnable(self) -> bool:
-        """Whether an evaluation knows how to run the method (`METHOD_SYNTAX`)."""
+        """Return whether an evaluation can run the method (`METHOD_SYNTAX`)."""
         if self.policy and self.name not in _TRAINED_POLICY_METHODS:
             return False
         if self.n == 0 or (self.budget and not _BUDGET.fullmatch(self.budget)):

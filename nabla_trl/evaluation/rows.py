@@ -83,7 +83,7 @@ class Row:
 
     @property
     def is_right(self) -> bool:
-        """Whether the row counts as right: it has no error, and its answer is correct."""
+        """Return whether the row counts as right: it has no error, and its answer is correct."""
         return bool(self.correct) and self.error is None
 
     def to_dict(self) -> dict[str, Any]:

@@ -174,7 +174,9 @@ def run_comparison(
     facts["files"] = {"rows": "rows.jsonl", "budgets": "compare.json", "page": "compare.md"}
     store_results(output_dir, rows, facts)
     comparisons = equal_flops.compare_at_equal_flops(rows, methods_by_reference)
-    write_atomic(output_dir / "compare.json", json.dumps([one.to_dict() for one in comparisons], indent=1))
+    write_atomic(
+        output_dir / "compare.json", json.dumps([comparison.to_dict() for comparison in comparisons], indent=1)
+    )
     text = equal_flops.format_comparison_markdown(comparisons, rows, args.title, command)
     if method_by_weight:
         curve = step_curve.compute_reward_weight_curve(rows, method_by_weight)

@@ -51,7 +51,8 @@ class BudgetComparison:
 
     def list_baselines(self, *, beaten: bool) -> list[MethodResult]:
         """Return the methods that the main one is ahead of beyond chance (`beaten`), or all others."""
-        return [one for one in self.results if one.accuracy_lead and (one.accuracy_lead.low > 0) == beaten]
+        others = [(result, result.accuracy_lead) for result in self.results]
+        return [result for result, lead in others if lead is not None and (lead.low > 0) == beaten]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
