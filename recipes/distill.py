@@ -11,14 +11,12 @@ Each resumes where it was stopped and is skipped when its output is there; `--st
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,18 +32,18 @@ from nabla_trl.baselines.step_config import StepSearchConfig
 from nabla_trl.cli.arguments import get_sampler_settings
 from nabla_trl.cli.distill_arguments import DistillArguments
 from nabla_trl.cli.parsing import collect_given_options, parse_dataclasses, quiet_libraries, run_main
-from nabla_trl.evaluation.method import REWARD_MODEL_SAMPLING, list_policy_labels, split_label
-from nabla_trl.evaluation.plan import (
+from nabla_trl.evaluation.method import (
+    REWARD_MODEL_SAMPLING,
+    Method,
     get_max_selection_size,
-    get_step_search_settings,
     has_search,
+    list_policy_labels,
     parse_methods,
-    plan_jobs,
 )
+from nabla_trl.evaluation.plan import EvaluationSetup
 from nabla_trl.evaluation.results import list_remarks, store_results
-from nabla_trl.evaluation.rows import RowStore, select_complete_rows
 from nabla_trl.evaluation.run_facts import RunStopwatch, build_run_facts, collect_training_facts, describe_reward_cost
-from nabla_trl.evaluation.runner import EvaluationSetup, get_budget_flops, run_jobs
+from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.policy import Policy
@@ -57,8 +55,7 @@ from nabla_trl.rewards.spec import compute_reward_identity
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces, get_search_settings
 from nabla_trl.tasks.problem import Problem, check_disjoint, filter_with_gold_answer
-from nabla_trl.tasks.registry import collect_problem_facts, get_task_settings, load_problems
-from nabla_trl.traces.storage import EVAL_TRACES_DIR
+from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, get_policy_label, list_trained_methods
 from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
@@ -244,41 +241,41 @@ class DistillRun:
 
     def stage_evaluate(self) -> None:
         """Every method on the held-out problems; budgets are fractions of best-of-16's measured FLOPs."""
-        store = self._open_row_store()
-        policy, reward = self.load_models()
-        bench = EvaluationSetup(
+        policy, reward = self.load_models()  # first: what cannot be loaded must not claim the folder
+        evaluation = self._open_evaluation()
+        setup = EvaluationSetup(
             policy, reward, self.search_config, tuple(self.args.seeds), step_search=self.step_search_config
         )
         names = parse_methods(self.args.eval_methods)
-        if own := get_step_search_settings(names, bench):
-            claim_settings(self._get_path("rows/stepwise.settings.json"), own)
-        tuned = self._load_trained_policies(names)
-        absent = [name for name in names if split_label(name)[0] not in ("", *tuned)]
+        trained_policies = self._load_trained_policies(names, evaluation)
+        absent = [name for name in names if Method.parse(name).policy not in ("", *trained_policies)]
         absent += [] if reward.preferred_model else [name for name in names if name == REWARD_MODEL_SAMPLING]
         if absent:
             self.print_once(
                 f"evaluate: without {', '.join(absent)}: not trained here, or no better model to sample from"
             )
 
-        def flops_of(method: str) -> float:
+        def get_flops(method: str) -> float:
             self.state.wait_for_everyone()  # the rows of all processes
-            return get_budget_flops(store, method)
+            return evaluation.get_budget_flops(method)
 
-        wanted = plan_jobs([name for name in names if name not in absent], bench, tuned, flops_of)
-        mine, shown = self._select_process_share(self.held_out_problems), self.state.is_main_process
-        run_jobs(
-            wanted, mine, store, self.checker, eval_traces_dir=self._get_path(EVAL_TRACES_DIR), show_progress=shown
+        jobs = evaluation.plan([name for name in names if name not in absent], setup, trained_policies, get_flops)
+        evaluation.run(
+            jobs,
+            self.checker,
+            problems=self._select_process_share(self.held_out_problems),
+            keep_traces=True,
+            show_progress=self.state.is_main_process,
         )
 
-    def _load_trained_policies(self, eval_methods: Sequence[str]) -> dict[str, Policy]:
+    def _load_trained_policies(self, eval_methods: Sequence[str], evaluation: Evaluation) -> dict[str, Policy]:
         """The trained policies that these methods ask for, by label."""
         tuned = {}
         for method in list_trained_methods(self.output_dir):
             if get_policy_label(method) in list_policy_labels(eval_methods):
                 path = find_trained_weights(self.output_dir, method)
                 # Rows of an earlier training must not pass for those of this one.
-                mark = self._get_path(f"rows/{method}.settings.json")
-                claim_settings(mark, {"weights": hash_weights(path)})
+                evaluation.claim(method, {"weights": hash_weights(path)})
                 model, adapter = (str(path), None) if path.name == "model" else (self.args.policy, str(path))
                 tuned[get_policy_label(method)] = load_policy(
                     model,
@@ -296,7 +293,7 @@ class DistillRun:
     def stage_report(self) -> None:
         if not self.state.is_main_process:
             return
-        rows, left_out = select_complete_rows(self._open_row_store().read(), self.held_out_problems)
+        rows, left_out = self._open_evaluation().select_rows()
         if not rows:
             raise ValueError(f"{self.output_dir} holds no rows of all its problems: finish the stage evaluate first")
         if left_out:
@@ -321,11 +318,11 @@ class DistillRun:
             reward=args.reward,
             task=args.eval_dataset or args.dataset,
             seeds=args.seeds,
+            sampling=self.search_config.get_sampling(),
+            problems=self.held_out_problems,
         )
         sizes = f"{len(self.train_problems)} training and {len(self.held_out_problems)} held-out problems, disjoint"
         return facts | {
-            "problems": collect_problem_facts(self.held_out_problems),
-            "sampling": asdict(self.search_config.get_sampling()),
             "setup_seconds": self.stopwatch.setup_seconds,
             "total_seconds": self.stopwatch.total_seconds,
             "audit": audited,
@@ -346,12 +343,16 @@ class DistillRun:
         }
         return {label: str(self._get_path(name)) for label, name in names.items()}
 
-    def _open_row_store(self) -> RowStore:
+    def _open_evaluation(self) -> Evaluation:
         settings = self._collect_search_settings() | {"split": self.args.eval_split}
         settings |= get_task_settings(self.args.eval_dataset or self.args.dataset)
-        claim_settings(self._get_path("rows/eval.settings.json"), settings)
-        run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        return RowStore(self.output_dir / "rows", run, rank=self.state.process_index)
+        return Evaluation(
+            self.output_dir,
+            settings,
+            self.held_out_problems,
+            settings_file="rows/eval.settings.json",
+            rank=self.state.process_index,
+        )
 
     def _get_path(self, name: str) -> Path:
         return self.output_dir / name

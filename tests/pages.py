@@ -6,9 +6,9 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from nabla_trl.evaluation.method import join_label, split_label
+from nabla_trl.evaluation.method import Method
+from nabla_trl.evaluation.rows import Row
 from nabla_trl.models.flops import Cost
 from nabla_trl.report.summary import Summary
 from nabla_trl.report.text import write_report
@@ -53,7 +53,7 @@ FACTS = {
 }
 
 
-def make_rows() -> list[dict[str, Any]]:
+def make_rows() -> list[Row]:
     rows = []
     for method, (solved, reward, flops) in WORLD.items():
         for number in range(PROBLEMS):
@@ -61,34 +61,33 @@ def make_rows() -> list[dict[str, Any]]:
             # greedy alone solves the last problem: there the base is right and the search is not
             right = number < solved or (number == PROBLEMS - 1 and method == "greedy")
             rows.append(
-                {
-                    "method": method,
-                    "task": "digit_chains",
-                    "problem": f"p{number}",
-                    "seed": 0,
-                    "correct": right,
-                    "answer": "7" if right else HOSTILE,
-                    "gold": "7",
-                    "reward": reward + number % 3,
-                    "kl": {"best_of_1": 0.0, "best_of_4": 0.64, "sft_best_of_4": 1.4}.get(method),
-                    "flops": flops,
-                    "seconds": flops / 1e9,
-                    "tokens": {"policy/prefill": 9, "policy/decode": round(flops / 1e6), "reward/forward": 99},
-                    "revisions": 3 * search,
-                    "accepted": int(search),
-                    "reward_by_round": [reward - 1, reward, reward + number % 3] if search else [reward],
-                    "error": None,
-                }
+                Row(
+                    method=method,
+                    task="digit_chains",
+                    problem=f"p{number}",
+                    seed=0,
+                    correct=right,
+                    answer="7" if right else HOSTILE,
+                    gold="7",
+                    reward=reward + number % 3,
+                    kl={"best_of_1": 0.0, "best_of_4": 0.64, "sft_best_of_4": 1.4}.get(method),
+                    flops=flops,
+                    seconds=flops / 1e9,
+                    tokens={"policy/prefill": 9, "policy/decode": round(flops / 1e6), "reward/forward": 99},
+                    revisions=3 * search,
+                    accepted=int(search),
+                    reward_by_round=[reward - 1, reward, reward + number % 3] if search else [reward],
+                )
             )
-    return rows + [sampled(row, size) for row in rows if (size := SAMPLES.get(row["method"]))]
+    return rows + [sampled(row, size) for row in rows if (size := SAMPLES.get(row.method))]
 
 
-def sampled(row: dict[str, Any], size: int) -> dict[str, Any]:
+def sampled(row: Row, size: int) -> Row:
     """As many samples as that in place of a row's own answer: one more wrong for every third problem."""
-    wrong = int(row["problem"][1:]) % 3
-    samples = [["7", True] if row["correct"] and place >= wrong else [HOSTILE, False] for place in range(size)]
-    method = join_label(split_label(row["method"])[0], f"samples_{size}")
-    return row | {"method": method, "answer": None, "samples": samples, "reward_by_round": []}
+    wrong = int(row.problem[1:]) % 3
+    samples = [["7", True] if row.correct and place >= wrong else [HOSTILE, False] for place in range(size)]
+    method = Method("samples", n=size, policy=Method.parse(row.method).policy)
+    return replace(row, method=str(method), answer=None, samples=samples, reward_by_round=[])
 
 
 def encode(text: str) -> list[int]:

@@ -1,9 +1,9 @@
-"""Methods without revisions: greedy decoding, best-of-N, weighted best-of-N and self-consistency, over one pool.
+"""Methods that do not revise: greedy decoding, best-of-N, weighted best-of-N and self-consistency, from one pool.
 
 A pool holds N independent responses per problem. Best-of-n (the highest reward among the first n), self-consistency
-(the commonest answer among the first n; Wang et al., arXiv 2203.11171) and weighted best-of-n (the answer with the
-largest weight) read nested prefixes of the same pool, so a curve over n costs one pool; each n is charged the samples
-that it reads, and no others.
+(the most common answer among the first n; Wang et al., arXiv 2203.11171) and weighted best-of-n (the answer with the
+largest weight) read nested prefixes of the same pool, so a curve over n costs one pool. Each n is charged only the
+samples that it reads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nabla_trl.models.flops import Cost, FlopCounter
 from nabla_trl.models.generation import generate_continuations, make_rng, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.requests import GenerationRequest
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
@@ -29,7 +29,7 @@ from nabla_trl.traces.schema import Trace
 
 @dataclass(frozen=True)
 class PooledResponse:
-    """One response of a pool. `generation` and `scoring` are its own costs."""
+    """One response of a pool, with the costs of this response alone."""
 
     response_ids: list[int]
     reward: float
@@ -40,7 +40,11 @@ class PooledResponse:
 
 @dataclass(frozen=True)
 class PoolEntry:
-    """The responses to one problem; `prefill` is paid once by the policy and `scored_prefill` by the reward."""
+    """The responses to one problem. Policy and reward read the prompt once, at the prefill costs.
+
+    Attributes:
+        error: why the problem could not be run. There are no responses then.
+    """
 
     problem: Problem
     prompt_ids: list[int]
@@ -50,20 +54,24 @@ class PoolEntry:
     error: str | None = None
 
     def compute_cost(self) -> Cost:
-        """All that was spent on the problem."""
-        parts = [cost for draw in self.responses for cost in (draw.generation_cost, draw.scoring_cost)]
-        return sum(parts, self.policy_prefill_cost + self.reward_prefill_cost)
+        """Return all that was spent on the problem."""
+        costs = [cost for response in self.responses for cost in (response.generation_cost, response.scoring_cost)]
+        return sum(costs, self.policy_prefill_cost + self.reward_prefill_cost)
 
 
 @dataclass(frozen=True)
 class ResponsePool:
-    """N independent responses to each problem, scored if a reward was given."""
+    """Independent responses to each problem, scored if a reward was given."""
 
     policy: Policy
     reward_name: str
     seed: int
     config_hash: str
     entries: list[PoolEntry]
+
+
+# Chooses one of the responses to a problem.
+SelectResponse = Callable[[Sequence[PooledResponse]], PooledResponse]
 
 
 def draw_pool(
@@ -76,15 +84,19 @@ def draw_pool(
     seed: int = 0,
     batch_size: int = 256,
 ) -> ResponsePool:
-    """Draw `count` responses per problem; response i of a problem does not depend on `count` or on the batch."""
-    name = "none" if reward is None else reward.name
+    """Draw a pool of responses. Response i of a problem depends neither on `num_responses` nor on the batch.
+
+    Args:
+        num_responses: responses per problem.
+        reward: scores the responses. None: rewards are NaN.
+        batch_size: responses drawn and scored together.
+    """
+    problems_per_batch = max(1, batch_size // num_responses)
     entries = []
-    per_batch = max(1, batch_size // num_responses)
-    for begin in range(0, len(problems), per_batch):
-        entries += _draw_entries(
-            problems[begin : begin + per_batch], num_responses, policy, reward, sampling, seed, batch_size
-        )
-    return ResponsePool(policy, name, seed, f"{sampling}", entries)
+    for begin in range(0, len(problems), problems_per_batch):
+        batch = problems[begin : begin + problems_per_batch]
+        entries += _draw_entries(batch, num_responses, policy, reward, sampling, seed, batch_size)
+    return ResponsePool(policy, "none" if reward is None else reward.name, seed, f"{sampling}", entries)
 
 
 def _draw_entries(
@@ -97,198 +109,74 @@ def _draw_entries(
     batch_size: int,
 ) -> list[PoolEntry]:
     prompts, limits, errors = encode_prompts(problems, policy, reward, sampling)
+    unreadable = [problem for problem in problems if problem.id in errors]
+    entries = {problem.id: PoolEntry(problem, [], [], Cost(), Cost(), errors[problem.id]) for problem in unreadable}
     if not prompts:
-        return [PoolEntry(problem, [], [], Cost(), Cost(), errors[problem.id]) for problem in problems]
-    made, scored = FlopCounter(), FlopCounter()
-    with made.measure_seconds([problem.id for problem, _ in prompts]):
-        caches = prepare_prompt_caches(policy, [(problem.id, ids) for problem, ids in prompts], made)
-    jobs, samples = [], []
-    for (problem, ids), limit, cache in zip(prompts, limits, caches, strict=True):
-        for draw in range(num_responses):
-            stream = make_rng(seed, problem.id, "suffix", 0 if draw == 0 else f"pool-{draw}")
-            jobs.append(
-                GenerationRequest(
-                    _make_account_key(problem, draw), ids, stream, limit, cache, policy.get_stop_strings(problem)
-                )
-            )
-    drafts = generate_continuations(policy, jobs, sampling, flop_counter=made, batch_size=batch_size)
-    rewards = [math.nan] * len(drafts)
-    if reward is not None:
-        for index, draft in enumerate(drafts):
-            problem, ids = prompts[index // num_responses]
-            known = DrawInfo(policy.model, draft.candidates, draft.logp)
-            samples.append(Sample(problem, ids, draft.ids, _make_account_key(problem, index % num_responses), known))
-        bare = reward.compute_prompt_caches([Sample(problem, ids, []) for problem, ids in prompts], scored)
-        memos = [bare[index // num_responses] for index in range(len(samples))]
-        rewards, _ = reward.score(samples, memos, flop_counter=scored)
-    entries = {
-        problem.id: _build_entry(
-            problem,
+        return [entries[problem.id] for problem in problems]
+    generation_counter, scoring_counter = FlopCounter(), FlopCounter()
+    with generation_counter.measure_seconds([problem.id for problem, _ in prompts]):
+        caches = prepare_prompt_caches(policy, [(problem.id, ids) for problem, ids in prompts], generation_counter)
+    requests = [
+        GenerationRequest(
+            _make_cost_key(problem, index),
             ids,
-            drafts[row * num_responses :][:num_responses],
-            rewards[row * num_responses :][:num_responses],
-            policy,
-            made,
-            scored,
+            make_rng(seed, problem.id, "suffix", f"pool-{index}" if index else 0),
+            limit,
+            cache,
+            policy.get_stop_strings(problem),
         )
-        for row, (problem, ids) in enumerate(prompts)
-    }
-    return [entries[p.id] if p.id in entries else PoolEntry(p, [], [], Cost(), Cost(), errors[p.id]) for p in problems]
+        for (problem, ids), limit, cache in zip(prompts, limits, caches, strict=True)
+        for index in range(num_responses)
+    ]
+    outputs = generate_continuations(
+        policy, requests, sampling, flop_counter=generation_counter, batch_size=batch_size
+    )
+    owners = [(problem, ids, index) for problem, ids in prompts for index in range(num_responses)]
+    rewards = [math.nan] * len(outputs)
+    if reward is not None:
+        draw_infos = [DrawInfo(policy.model, output.candidates, output.logp) for output in outputs]
+        samples = [
+            Sample(problem, ids, output.ids, _make_cost_key(problem, index), draw_info)
+            for (problem, ids, index), output, draw_info in zip(owners, outputs, draw_infos, strict=True)
+        ]
+        prompt_samples = [Sample(problem, ids, []) for problem, ids in prompts]
+        prompt_caches = reward.compute_prompt_caches(prompt_samples, scoring_counter)
+        shared_caches = [caches for caches in prompt_caches for _ in range(num_responses)]
+        rewards, _ = reward.score(samples, shared_caches, flop_counter=scoring_counter)
+    for problem, ids in prompts:
+        costs = generation_counter.get_cost(problem.id), scoring_counter.get_cost(problem.id)
+        entries[problem.id] = PoolEntry(problem, ids, [], *costs)
+    for (problem, _, index), output, value in zip(owners, outputs, rewards, strict=True):
+        answer = extract_answer(policy.decode_response(output.ids, policy.get_stop_strings(problem)))
+        key = _make_cost_key(problem, index)
+        costs = generation_counter.get_cost(key), scoring_counter.get_cost(key)
+        entries[problem.id].responses.append(PooledResponse(output.ids, value, answer, *costs))
+    return [entries[problem.id] for problem in problems]
+
+
+def _make_cost_key(problem: Problem, response_index: int) -> str:
+    return f"{problem.id}#{response_index}"
 
 
 def encode_prompts(
     problems: Sequence[Problem], policy: Policy, reward: Reward | None, sampling: Sampling
 ) -> tuple[list[tuple[Problem, list[int]]], list[int], dict[str, str]]:
-    """Prompts with the most tokens a response to each may have, and why the others cannot be run."""
+    """Encode prompts, and find the longest response that policy and reward can read after each of them.
+
+    Returns:
+        The problems that can be run with their prompt ids, the most new tokens for each of these, and problem id ->
+        message for those that cannot be run.
+    """
     prompts, limits, errors = [], [], {}
     for problem in problems:
         try:
             ids = policy.encode(problem)
-            rooms = [sampling.max_new_tokens, policy.context_length - len(ids)]
-            limits.append(min(rooms if reward is None else [*rooms, reward.compute_max_new_tokens(problem, ids)]))
+            limit = min(sampling.max_new_tokens, policy.context_length - len(ids))
+            limits.append(limit if reward is None else min(limit, reward.compute_max_new_tokens(problem, ids)))
             prompts.append((problem, ids))
         except ValueError as error:
             errors[problem.id] = str(error)
     return prompts, limits, errors
-
-
-def _build_entry(
-    problem: Problem,
-    prompt_ids: list[int],
-    outputs: Sequence[GenerationOutput],
-    rewards: Sequence[float],
-    policy: Policy,
-    generation_counter: FlopCounter,
-    scoring_counter: FlopCounter,
-) -> PoolEntry:
-    draws = [
-        PooledResponse(
-            draft.ids,
-            value,
-            extract_answer(policy.decode_response(draft.ids, policy.get_stop_strings(problem))),
-            generation_counter.get_cost(_make_account_key(problem, number)),
-            scoring_counter.get_cost(_make_account_key(problem, number)),
-        )
-        for number, (draft, value) in enumerate(zip(outputs, rewards, strict=True))
-    ]
-    return PoolEntry(
-        problem, prompt_ids, draws, generation_counter.get_cost(problem.id), scoring_counter.get_cost(problem.id)
-    )
-
-
-def _make_account_key(problem: Problem, response_index: int) -> str:
-    return f"{problem.id}#{response_index}"
-
-
-def select_best_of_n(pool: ResponsePool, num_responses: int, method_name: str | None = None) -> list[Trace]:
-    """Of the first `count` responses the one with the highest reward; the first among equals.
-
-    best-of-1 is a plain sample: its reward is recorded if there is one, but not charged, since nothing needs it.
-    """
-    return _build_reward_selected_traces(
-        pool, num_responses, method_name or f"best_of_{num_responses}", _select_highest_reward
-    )
-
-
-def build_sample_traces(pool: ResponsePool, num_responses: int) -> list[Trace]:
-    """The first `count` responses of each problem, each a trace of its own, as samples_<count>: nothing is chosen.
-
-    The prompt is charged to the first of them; the reward is recorded if there is one, but not charged.
-    """
-    name, traces = f"samples_{num_responses}", []
-    for entry in pool.entries:
-        if entry.error:
-            traces.append(_build_error_trace(pool, entry, name, entry.error, entry.policy_prefill_cost))
-        shared = [entry.policy_prefill_cost, *[Cost()] * num_responses]
-        traces += [
-            _build_trace(pool, entry, name, draw, before + draw.generation_cost)
-            for before, draw in zip(shared, entry.responses[:num_responses], strict=False)
-        ]
-    return traces
-
-
-def select_weighted_best_of_n(pool: ResponsePool, num_responses: int, beta: float) -> list[Trace]:
-    """Of the first `count` responses the best one with the answer that weighs most: the answer's sum of exp(r/β).
-
-    Weighted best-of-N sums a verifier's probabilities over the responses that share an answer (Li et al., arXiv
-    2206.02336; Snell et al., arXiv 2408.03314). Rewards here are no probabilities: where they are negative, their
-    sum favours what is rare, and a sigmoid of a log-ratio means nothing. So the weights are a softmax of r/β over the
-    pool, whatever the kind of reward: for draws from π (temperature 1, nothing filtered) they are the self-normalised
-    importance weights of π* ∝ π·exp(r/β), at which the search aims, and the answer is the likeliest under π*, as
-    estimated from the pool. β → 0 is best-of-N, β → ∞ is self-consistency.
-
-    Ties go to the answer seen first, and within it to the response seen first. Responses that have no answer or that
-    the reward cannot read do not vote; where none votes, this is best-of-N. It is charged as best-of-N is.
-    """
-
-    def choose(draws: Sequence[PooledResponse]) -> PooledResponse:
-        voters = [draw for draw in draws if draw.answer is not None and draw.reward > -math.inf]
-        if not voters:
-            return _select_highest_reward(draws)
-        groups: dict[str, list[PooledResponse]] = {}
-        for draw in voters:
-            groups.setdefault(normalize_answer(draw.answer), []).append(draw)
-        top = _select_highest_reward(voters).reward
-        weights = {
-            answer: math.fsum(_compute_vote_weight(draw.reward, top, beta) for draw in group)
-            for answer, group in groups.items()
-        }
-        return _select_highest_reward(groups[max(weights, key=weights.__getitem__)])
-
-    return _build_reward_selected_traces(pool, num_responses, f"weighted_best_of_{num_responses}", choose)
-
-
-def _build_reward_selected_traces(
-    pool: ResponsePool,
-    num_responses: int,
-    method_name: str,
-    choose: Callable[[Sequence[PooledResponse]], PooledResponse],
-) -> list[Trace]:
-    """What `choose` takes of the first `count` responses. A single one needs no reward, and none is charged."""
-    traces = []
-    for entry in pool.entries:
-        draws = entry.responses[:num_responses]
-        cost = sum((draw.generation_cost for draw in draws), entry.policy_prefill_cost)
-        if num_responses > 1:
-            cost = sum((draw.scoring_cost for draw in draws), cost + entry.reward_prefill_cost)
-        unusable = entry.error or (_describe_unusable_rewards(pool.reward_name, draws) if num_responses > 1 else None)
-        if unusable:
-            traces.append(_build_error_trace(pool, entry, method_name, unusable, cost))
-        else:
-            traces.append(
-                _build_trace(pool, entry, method_name, draws[0] if num_responses == 1 else choose(draws), cost)
-            )
-    return traces
-
-
-def _select_highest_reward(responses: Sequence[PooledResponse]) -> PooledResponse:
-    """The draw with the highest reward; the first among equals."""
-    return max(responses, key=lambda draw: draw.reward)
-
-
-def _compute_vote_weight(reward: float, max_reward: float, beta: float) -> float:
-    """exp((r − r_top)/β); 1 for the highest reward, even if it is infinite."""
-    return 1.0 if reward == max_reward else math.exp((reward - max_reward) / beta)
-
-
-def select_by_self_consistency(pool: ResponsePool, num_responses: int) -> list[Trace]:
-    """The commonest answer among the first `count` responses (ties: the one seen first); no reward is charged."""
-    traces = []
-    for entry in pool.entries:
-        name = f"self_consistency_{num_responses}"
-        if entry.error:
-            traces.append(_build_error_trace(pool, entry, name, entry.error, entry.policy_prefill_cost))
-            continue
-        draws = entry.responses[:num_responses]
-        votes = Counter(normalize_answer(draw.answer) for draw in draws if draw.answer is not None)
-        winner = votes.most_common(1)[0][0] if votes else None
-        chosen = next((d for d in draws if d.answer is not None and normalize_answer(d.answer) == winner), draws[0])
-        traces.append(
-            _build_trace(
-                pool, entry, name, chosen, sum((draw.generation_cost for draw in draws), entry.policy_prefill_cost)
-            )
-        )
-    return traces
 
 
 def decode_greedily(
@@ -300,18 +188,114 @@ def decode_greedily(
     method_name: str = "greedy",
     batch_size: int = 256,
 ) -> list[Trace]:
-    """One greedy response per problem; its reward is recorded but not charged."""
+    """Return one greedy response per problem. Its reward is recorded but not charged."""
     sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
     pool = draw_pool(problems, 1, policy=policy, reward=reward, sampling=sampling, batch_size=batch_size)
     return select_best_of_n(pool, 1, method_name)
 
 
+def build_sample_traces(pool: ResponsePool, num_responses: int) -> list[Trace]:
+    """Return the first `num_responses` responses of each problem, each as a trace of its own, named samples_<n>.
+
+    The first trace of a problem is charged the prompt. Rewards are recorded but not charged.
+    """
+    name, traces = f"samples_{num_responses}", []
+    for entry in pool.entries:
+        if entry.error:
+            traces.append(_build_error_trace(pool, entry, name, entry.error, entry.policy_prefill_cost))
+        for index, response in enumerate(entry.responses[:num_responses]):
+            prompt_cost = Cost() if index else entry.policy_prefill_cost
+            traces.append(_build_trace(pool, entry, name, response, prompt_cost + response.generation_cost))
+    return traces
+
+
+def select_best_of_n(pool: ResponsePool, num_responses: int, method_name: str | None = None) -> list[Trace]:
+    """Return the response with the highest reward among the first `num_responses`. Ties go to the first.
+
+    Best-of-1 is a plain sample. Its reward is recorded if there is one, but not charged, since nothing needs it.
+    """
+    return _select_by_reward(pool, num_responses, method_name or f"best_of_{num_responses}", _get_highest_reward)
+
+
+def select_weighted_best_of_n(pool: ResponsePool, num_responses: int, beta: float) -> list[Trace]:
+    """Return the best response with the answer of the largest weight, which is its responses' sum of exp(r/β).
+
+    Weighted best-of-N sums a verifier's probabilities over the responses that share an answer (Li et al., arXiv
+    2206.02336, and Snell et al., arXiv 2408.03314). Rewards here are no probabilities. Where they are negative, their
+    sum favors rare answers, and the sigmoid of a log-ratio means nothing. So the weights are a softmax of r/β over the
+    pool, for every kind of reward. For samples from π (temperature 1, nothing filtered) they are the self-normalized
+    importance weights of π* ∝ π·exp(r/β), at which the search aims. The answer is then the likeliest under π*, as
+    estimated from the pool. β → 0 gives best-of-N, β → ∞ gives self-consistency.
+
+    Ties go to the answer seen first, and within an answer to the response seen first. Responses without an answer, or
+    that the reward cannot read, do not vote. If none votes, the method is best-of-N. It is charged as best-of-N is.
+    """
+
+    def select(responses: Sequence[PooledResponse]) -> PooledResponse:
+        groups: dict[str, list[PooledResponse]] = {}
+        for response in responses:
+            if response.answer is not None and response.reward > -math.inf:
+                groups.setdefault(normalize_answer(response.answer), []).append(response)
+        if not groups:
+            return _get_highest_reward(responses)
+        max_reward = max(response.reward for group in groups.values() for response in group)
+
+        def compute_weight(answer: str) -> float:
+            # relative to the highest reward, whose weight is 1 even where it is infinite
+            rewards = (response.reward for response in groups[answer])
+            return math.fsum(1.0 if r == max_reward else math.exp((r - max_reward) / beta) for r in rewards)
+
+        return _get_highest_reward(groups[max(groups, key=compute_weight)])
+
+    return _select_by_reward(pool, num_responses, f"weighted_best_of_{num_responses}", select)
+
+
+def _select_by_reward(pool: ResponsePool, num_responses: int, method_name: str, select: SelectResponse) -> list[Trace]:
+    """Return what `select` chooses among the first responses. One response needs no reward, and none is charged."""
+    traces = []
+    for entry in pool.entries:
+        responses = entry.responses[:num_responses]
+        cost = sum((response.generation_cost for response in responses), entry.policy_prefill_cost)
+        error = entry.error
+        if num_responses > 1:
+            cost = sum((response.scoring_cost for response in responses), cost + entry.reward_prefill_cost)
+            error = error or _describe_unusable_rewards(pool.reward_name, responses)
+        if error:
+            traces.append(_build_error_trace(pool, entry, method_name, error, cost))
+        else:
+            traces.append(_build_trace(pool, entry, method_name, select(responses), cost))
+    return traces
+
+
+def _get_highest_reward(responses: Sequence[PooledResponse]) -> PooledResponse:
+    return max(responses, key=lambda response: response.reward)  # the first among equals
+
+
 def _describe_unusable_rewards(reward_name: str, responses: Sequence[PooledResponse]) -> str | None:
-    if any(math.isnan(draw.reward) for draw in responses):
+    if any(math.isnan(response.reward) for response in responses):
         return f"the reward {reward_name} gave nan"
-    if all(draw.reward == -math.inf for draw in responses):
+    if all(response.reward == -math.inf for response in responses):
         return f"the reward {reward_name} cannot read any response"
     return None
+
+
+def select_by_self_consistency(pool: ResponsePool, num_responses: int) -> list[Trace]:
+    """Return the most common answer among the first `num_responses`. Ties go to the answer seen first.
+
+    No reward is charged.
+    """
+    name, traces = f"self_consistency_{num_responses}", []
+    for entry in pool.entries:
+        if entry.error:
+            traces.append(_build_error_trace(pool, entry, name, entry.error, entry.policy_prefill_cost))
+            continue
+        responses = entry.responses[:num_responses]
+        answers = [None if response.answer is None else normalize_answer(response.answer) for response in responses]
+        votes = Counter(answer for answer in answers if answer is not None)
+        chosen = responses[answers.index(votes.most_common(1)[0][0]) if votes else 0]
+        cost = sum((response.generation_cost for response in responses), entry.policy_prefill_cost)
+        traces.append(_build_trace(pool, entry, name, chosen, cost))
+    return traces
 
 
 def _build_trace(

@@ -1,6 +1,6 @@
-"""How the searches over steps are set: beam search, diverse verifier tree search, tree of thoughts, RAP.
+"""Options of the step-level searches: beam search, diverse verifier tree search, tree of thoughts, RAP.
 
-Depends on nothing heavy, so that `--help` needs no torch.
+Loads nothing heavy, so that `--help` needs no torch.
 """
 
 from __future__ import annotations
@@ -14,40 +14,48 @@ from nabla_trl.utils.fields import option
 
 @dataclass(frozen=True)
 class StepSearchConfig:
-    """What beam_search, dvts, tot and rap share. How tokens are drawn is the search's (`config.ReasonerConfig`).
+    """Options that beam_search, dvts, tot and rap share. How tokens are sampled is set in `SearchConfig`.
 
     Raises:
-        ValueError: a value out of range, or a delimiter that cannot be read.
+        ValueError: a value out of range, or a delimiter that cannot be parsed.
     """
 
     step_delimiter: str | None = option(
         None,
-        r"searches over steps: what ends a step (escapes \n, \t, \\, \xHH); empty = what ends those of a process "
-        "reward, else a blank line",
+        r"Step-level searches: text that ends a reasoning step (escapes \n, \t, \\, \xHH). Unset: the delimiter of a "
+        "process reward, else a blank line.",
     )
-    max_step_tokens: int = option(256, "searches over steps: longest step, in tokens")
+    max_step_tokens: int = option(
+        256, "Step-level searches: longest reasoning step, in tokens. Raise it where steps are cut off."
+    )
     steps_per_prefix: int = option(
         4,
-        "searches over steps: beam_search, dvts: one beam in so many is kept; tot, rap: steps drawn from each prefix",
+        "Step-level searches: beam_search and dvts keep one beam of so many. tot and rap draw so many steps from each "
+        "prefix.",
     )
-    exploration: float = option(1.0, "rap: weight of UCT's bonus for what was seldom visited")
+    exploration: float = option(
+        1.0, "rap: weight of the bonus that UCT gives to rarely visited nodes. Raise it to search more widely."
+    )
 
     def __post_init__(self) -> None:
         if self.step_delimiter is not None:
             parse_delimiter(self.step_delimiter)
         if self.max_step_tokens < 1 or self.steps_per_prefix < 1:
-            raise ValueError("step_tokens and step_width must be at least 1")
+            raise ValueError("max_step_tokens and steps_per_prefix must be at least 1")
         if not 0 <= self.exploration < math.inf:
             raise ValueError(f"exploration must be a number of at least 0, not {self.exploration}")
 
     def resolve_delimiter(self, reward_delimiter: str) -> str:
-        """What ends a step, where the reward's steps end with `own` (empty: it has none)."""
-        return (
-            parse_delimiter(self.step_delimiter) if self.step_delimiter is not None else reward_delimiter or BLANK_LINE
-        )
+        """Return the text that ends a step.
+
+        Args:
+            reward_delimiter: the text that ends the steps of the reward. Empty: the reward has no steps.
+        """
+        if self.step_delimiter is not None:
+            return parse_delimiter(self.step_delimiter)
+        return reward_delimiter or BLANK_LINE
 
     def get_settings(self, reward_delimiter: str) -> dict[str, str]:
-        """All that can change a trace, for `claim_settings`."""
-        return {name: str(value) for name, value in asdict(self).items()} | {
-            "step_delimiter": self.resolve_delimiter(reward_delimiter)
-        }
+        """Return all that can change a trace, for `claim_settings`."""
+        settings = {name: str(value) for name, value in asdict(self).items()}
+        return settings | {"step_delimiter": self.resolve_delimiter(reward_delimiter)}

@@ -1,12 +1,13 @@
-"""Searches over the steps of a response: the tree of one problem, and the loop that grows the trees of many.
+"""Step-level searches: the tree of one problem, and the loop that extends the trees of many problems together.
 
-A step ends with the token that completes a delimiter, with a stop token, or at a limit (`nabla_trl.gradient.step_ends`). A method
-(`nabla_trl.baselines.step_methods`) is a walk: a generator that yields the nodes from which it wants a step drawn, and is sent
-what was drawn. The walks of a batch go on together: all that they want is drawn by one `generate` and scored by one
-`Reward.score`, each from the cache of its prefix.
+A reasoning step ends with the token that completes a delimiter, with a stop token, or at a limit
+(`nabla_trl.gradient.step_ends`). A method (`nabla_trl.baselines.step_methods`) is a generator. It yields the nodes
+from which it wants a step drawn, and receives the children. The generators of a batch advance together: all steps that
+they want are drawn by one call of `generate_continuations` and scored by one call of `Reward.score`, each from the
+cache of its prefix.
 
-Every draw has randomness of its own by its place in the tree, so a trace depends on neither batch nor order, and
-methods that come to the same prefix in the same attempt draw the same steps from it.
+Every draw has its own random stream, by its place in the tree. So a trace depends neither on the batch nor on the
+order of problems, and methods that reach the same prefix in the same attempt draw the same steps from it.
 """
 
 from __future__ import annotations
@@ -39,16 +40,18 @@ UNLIMITED = sys.maxsize
 
 @dataclass(eq=False)
 class StepNode:
-    """The beginning of a response, which ends where a step does; or a whole response.
+    """A prefix of a response that ends where a reasoning step ends, or a whole response.
 
     Attributes:
-        place: which attempt of the walk, and which draw of each node on the way here.
-        tokens: ids so far; `logp`: [T] log π of each.
-        begun: the end of the text in which a delimiter may have begun.
-        ended: nothing can follow: a stop token, or no room.
-        reward: of the response if it has ended, else what the reward gives a turn that is not closed yet.
-        cache, memos: of this prefix in policy and reward; None and empty where nothing is drawn from it any more.
-        drawn: steps drawn from here; `children`: the distinct ones among them, in the order in which they came.
+        tree_path: number of the attempt, then number of the draw at each node from the root to this one.
+        token_ids: T ids of the prefix.
+        logp: [T] log π of each id.
+        partial_delimiter: the end of the text in which a delimiter may have begun.
+        is_complete: nothing can follow, because of a stop token or the limit of tokens.
+        policy_cache, score_caches: caches of the prefix in policy and reward. Released when no step is drawn from it.
+        reward: reward of a complete response, else what the reward gives a turn that is not closed yet.
+        num_drawn: steps drawn from this node.
+        children: the distinct steps drawn from this node, in the order of their first draw.
     """
 
     tree_path: tuple[int, ...]
@@ -63,20 +66,22 @@ class StepNode:
     children: list[StepNode] = field(default_factory=list)
 
     def release_caches(self) -> None:
-        """Forget what is needed to go on from here."""
+        """Release what is needed to draw from this node."""
         self.policy_cache, self.score_caches = None, []
 
 
 @dataclass(eq=False)
 class StepTree:
-    """What a walk sees of its problem.
+    """What a method sees of its problem.
 
     Attributes:
-        room: most tokens of a response.
-        flops: budget; 0 = none.
-        bare: FLOPs of reading the prompt.
-        tokens, steps: how many were drawn.
-        responses: those that have ended and can be read.
+        max_new_tokens: most tokens of a response.
+        policy_cache, score_caches: caches of the prompt in policy and reward.
+        max_flops: budget of FLOPs for the problem. 0: none.
+        prompt_flops: FLOPs of reading the prompt.
+        num_attempts: roots that were started.
+        num_tokens, num_steps: tokens and steps that were drawn.
+        responses: complete responses that the reward can read.
         error: why the problem cannot be searched.
     """
 
@@ -96,7 +101,7 @@ class StepTree:
     error: str | None = None
 
     def start_attempt(self) -> StepNode:
-        """The root of a fresh attempt: the empty response, and draws that no other attempt has."""
+        """Return the root of a new attempt: the empty response, with random streams that no other attempt has."""
         self.num_attempts += 1
         return StepNode((self.num_attempts - 1,), [], torch.zeros(0), "", False, self.policy_cache, self.score_caches)
 
@@ -105,33 +110,36 @@ class StepTree:
         return self.flop_counter.get_cost(self.problem.id).flops
 
     def count_affordable_responses(self, nodes: Sequence[StepNode] | None = None) -> int:
-        """How many of the responses that go on from these nodes, the first ones, are expected to fit into the budget;
-        None: how many that begin anew.
+        """Return how many responses are expected to fit into the rest of the budget.
 
-        They are expected to be as long as those that have ended, and a token to cost what it did so far, its scoring
-        included. Until one has ended nothing is known, and any number fits; the first attempt is at one, which goes on
-        whatever is left. Without a budget any number fits.
+        A response is expected to be as long as the mean of the complete ones, and a token to cost what tokens cost so
+        far, their scoring included. Before the first complete response nothing is known, so any number fits. The first
+        attempt always goes on, whatever is left. Without a budget any number fits.
+
+        Args:
+            nodes: count the responses that continue these nodes, the first ones first. None: count new responses.
         """
-        left = self.max_flops - self.spent_flops if self.max_flops else math.inf
-        if left <= 0 and (self.num_attempts > 1 or self.responses or nodes is None):
+        remaining_flops = self.max_flops - self.spent_flops if self.max_flops else math.inf
+        if remaining_flops <= 0 and (self.num_attempts > 1 or self.responses or nodes is None):
             return 0
-        if left == math.inf or not self.responses:
+        if remaining_flops == math.inf or not self.responses:
             return UNLIMITED if nodes is None else len(nodes)
-        fit = left * self.num_tokens / (self.spent_flops - self.prompt_flops)  # in tokens
-        length = sum(len(one.token_ids) for one in self.responses) / len(self.responses)
+        affordable_tokens = remaining_flops * self.num_tokens / (self.spent_flops - self.prompt_flops)
+        mean_length = sum(len(response.token_ids) for response in self.responses) / len(self.responses)
         if nodes is None:
-            return int(fit / length)
-        least = min(length, self.num_tokens / self.num_steps)  # where a response is longer than others were
-        rests = accumulate(max(length - len(node.token_ids), least) for node in nodes)
-        return sum(rest <= fit for rest in rests)
+            return int(affordable_tokens / mean_length)
+        # A prefix that is longer than the mean response still needs about one step.
+        min_tokens = min(mean_length, self.num_tokens / self.num_steps)
+        needed_tokens = accumulate(max(mean_length - len(node.token_ids), min_tokens) for node in nodes)
+        return sum(tokens <= affordable_tokens for tokens in needed_tokens)
 
     def get_best_response(self) -> StepNode | None:
-        """The response of the highest reward, the first of equals."""
-        return max(self.responses, key=lambda one: one.reward, default=None)
+        """Return the response with the highest reward, the first among equals. None: there is no response."""
+        return max(self.responses, key=lambda response: response.reward, default=None)
 
 
 NodeGenerator = Generator[list[StepNode], list[StepNode], None]
-# A tree and the size that was asked for (None: as its budget allows) to the walk.
+# A tree and the size of the method (None: as large as the budget allows) -> the generator of the method.
 StepSearchMethod = Callable[[StepTree, int | None], NodeGenerator]
 
 
@@ -149,31 +157,31 @@ def run_step_search(
     seed: int = 0,
     batch_size: int = 256,
 ) -> list[Trace]:
-    """The response of the highest reward that a search over steps comes to, for each problem.
+    """Return the response with the highest reward that a step-level search finds, for each problem.
 
-    A problem that cannot be run (a prompt that leaves no room, a reward that cannot read it, NaN) gives a trace with
-    `error` set, and what was spent on it.
+    A problem that cannot be run (a prompt that is too long, a reward that cannot read it, NaN) gives a trace with
+    `error` set and with what was spent on the problem.
 
     Args:
-        size: of the method (`nabla_trl.baselines.step_methods`); None: given by `flops`.
-        flops: budget per problem, the prompt included. The first response is drawn whatever it costs; later no step
-            is drawn unless the rest of its response is expected to fit.
+        size: size of the method (`nabla_trl.baselines.step_methods`). None: set by `max_flops`.
+        max_flops: budget per problem, the prompt included. The first response is drawn whatever it costs. Later a step
+            is drawn only if the rest of its response is expected to fit.
+        method_name: name of the method in the traces.
         batch_size: prefixes drawn and scored together.
-        name: of the method in the traces.
 
     Raises:
-        ValueError: neither size nor budget, or both; a delimiter that the policy cannot write; a policy with a server.
+        ValueError: neither size nor budget, or both. Also as `create_step_finder`.
     """
     if (size is None) == (not max_flops) or max_flops < 0:
         raise ValueError(f"{method_name} needs a size or a budget of FLOPs, one of them")
-    loop = _StepSearchBatch(policy, reward, sampling, step_config, seed, batch_size)
+    step_search = _StepSearchBatch(policy, reward, sampling, step_config, seed, batch_size)
     meta = build_trace_meta(policy, reward.name, f"{sampling} {step_config.get_settings(reward.step_delimiter)}")
-    together = max(1, batch_size // (size or 1))
+    problems_per_batch = max(1, batch_size // (size or 1))
     traces: list[Trace] = []
-    for begin in range(0, len(problems), together):
-        batch = problems[begin : begin + together]
-        trees, errors = loop.build_trees(batch, max_flops)
-        loop.run_generators([(tree, method(tree, size)) for tree in trees.values()])
+    for begin in range(0, len(problems), problems_per_batch):
+        batch = problems[begin : begin + problems_per_batch]
+        trees, errors = step_search.build_trees(batch, max_flops)
+        step_search.run_generators([(tree, method(tree, size)) for tree in trees.values()])
         for problem in batch:
             if problem.id in errors:
                 traces.append(build_error_trace(problem, method_name, seed, errors[problem.id], meta))
@@ -183,16 +191,16 @@ def run_step_search(
 
 
 def create_step_finder(policy: Policy, delimiter: str) -> StepFinder:
-    """Finds the ends of a policy's steps.
+    """Return the finder of the ends of a policy's steps.
 
     Raises:
-        ValueError: no tokens of the policy write the delimiter, or a server draws in its place.
+        ValueError: no tokens of the policy write the delimiter, or a server generates in its place.
     """
     if not policy.backend.supports_should_stop:
-        raise ValueError("searches over steps draw step by step, which a vLLM server cannot: leave out vllm_url")
+        raise ValueError("step-level searches draw step by step, which a vLLM server cannot: leave out vllm_url")
     finder = StepFinder(policy.tokenizer, delimiter)
-    written = policy.tokenizer(delimiter, add_special_tokens=False)["input_ids"]
-    if policy.forbidden_mask[written].any() or not finder.find_step_ends(written):
+    delimiter_ids = policy.tokenizer(delimiter, add_special_tokens=False)["input_ids"]
+    if policy.forbidden_mask[delimiter_ids].any() or not finder.find_step_ends(delimiter_ids):
         raise ValueError(f"no step could end, as no tokens of {policy.name} write {delimiter!r}: give step_delimiter")
     return finder
 
@@ -219,7 +227,7 @@ def _build_trace(
 
 
 class _StepSearchBatch:
-    """Grows trees side by side."""
+    """Extends the trees of a batch of problems together."""
 
     def __init__(
         self, policy: Policy, reward: Reward, sampling: Sampling, config: StepSearchConfig, seed: int, batch_size: int
@@ -230,86 +238,87 @@ class _StepSearchBatch:
         self.flop_counter = FlopCounter()
 
     def build_trees(self, problems: Sequence[Problem], max_flops: float) -> tuple[dict[str, StepTree], dict[str, str]]:
-        """Trees of the problems that can be read, by id, and why the others cannot."""
-        self.flop_counter = meter = FlopCounter()
-        prompts, rooms, errors = encode_prompts(problems, self.policy, self.reward, self.sampling)
+        """Return the trees of the problems that can be run, and why the others cannot, by problem id."""
+        self.flop_counter = FlopCounter()
+        prompts, limits, errors = encode_prompts(problems, self.policy, self.reward, self.sampling)
         if not prompts:
             return {}, errors
-        with meter.measure_seconds([problem.id for problem, _ in prompts]):
-            caches = prepare_prompt_caches(self.policy, [(problem.id, ids) for problem, ids in prompts], meter)
-            memos = self.reward.compute_prompt_caches([Sample(problem, ids, []) for problem, ids in prompts], meter)
-        read = zip(prompts, rooms, caches, memos, strict=True)
+        with self.flop_counter.measure_seconds([problem.id for problem, _ in prompts]):
+            prompt_ids = [(problem.id, ids) for problem, ids in prompts]
+            policy_caches = prepare_prompt_caches(self.policy, prompt_ids, self.flop_counter)
+            samples = [Sample(problem, ids, []) for problem, ids in prompts]
+            score_caches = self.reward.compute_prompt_caches(samples, self.flop_counter)
         return {
             problem.id: StepTree(
                 problem,
                 ids,
-                room,
-                cache,
-                memo,
+                limit,
+                policy_cache,
+                prompt_score_caches,
                 self.config,
                 max_flops,
-                meter,
-                prompt_flops=meter.get_cost(problem.id).flops,
+                self.flop_counter,
+                prompt_flops=self.flop_counter.get_cost(problem.id).flops,
             )
-            for (problem, ids), room, cache, memo in read
+            for (problem, ids), limit, policy_cache, prompt_score_caches in zip(
+                prompts, limits, policy_caches, score_caches, strict=True
+            )
         }, errors
 
     def run_generators(self, generators: Sequence[tuple[StepTree, NodeGenerator]]) -> None:
-        """Go on with all walks until each has come to its end, or its tree to an error."""
-        live = [(tree, walk, wanted) for tree, walk in generators if (wanted := next(walk, []))]
-        while live:
-            with self.flop_counter.measure_seconds([tree.problem.id for tree, _, _ in live]):
-                children = iter(self.draw_steps([(tree, node) for tree, _, wanted in live for node in wanted]))
-                following = []
-                for tree, walk, wanted in live:
-                    drawn = [next(children) for _ in wanted]
-                    if tree.error is None and (more := _send_children(walk, drawn)):
-                        following.append((tree, walk, more))
-                live = following
+        """Advance all generators until each of them, or its tree, has ended."""
+        active = [(tree, generator, nodes) for tree, generator in generators if (nodes := next(generator, []))]
+        while active:
+            with self.flop_counter.measure_seconds([tree.problem.id for tree, _, _ in active]):
+                children = iter(self.draw_steps([(tree, node) for tree, _, nodes in active for node in nodes]))
+                still_active = []
+                for tree, generator, nodes in active:
+                    own_children = [next(children) for _ in nodes]
+                    if tree.error is None and (next_nodes := _send_children(generator, own_children)):
+                        still_active.append((tree, generator, next_nodes))
+                active = still_active
 
     def draw_steps(self, requests: Sequence[tuple[StepTree, StepNode]]) -> list[StepNode]:
-        """Draw a step from each of these nodes and score what is new: the children, one of them for equal steps."""
-        jobs, places, ends = [], [], []
+        """Draw a step from each of these nodes and score the new ones. Equal steps of a node share one child."""
+        generation_requests, paths, detectors = [], [], []
         for tree, node in requests:
-            places.append((*node.tree_path, node.num_drawn))
-            ends.append(StepEndDetector(self.step_finder, node.partial_delimiter))
+            paths.append((*node.tree_path, node.num_drawn))
+            detectors.append(StepEndDetector(self.step_finder, node.partial_delimiter))
             node.num_drawn += 1
-            stream = make_rng(self.seed, tree.problem.id, "step", *places[-1])
-            limit = min(self.config.max_step_tokens, tree.max_new_tokens - len(node.token_ids))
-            jobs.append(
+            generation_requests.append(
                 GenerationRequest(
                     tree.problem.id,
                     tree.prompt_ids + node.token_ids,
-                    stream,
-                    limit,
+                    make_rng(self.seed, tree.problem.id, "step", *paths[-1]),
+                    min(self.config.max_step_tokens, tree.max_new_tokens - len(node.token_ids)),
                     node.policy_cache,
                     stop_strings=self.policy.get_stop_strings(tree.problem),
                     response_tokens_in_prefix=len(node.token_ids),
-                    should_stop=ends[-1],
+                    should_stop=detectors[-1],
                 )
             )
-        drafts = generate_continuations(
+        outputs = generate_continuations(
             self.policy,
-            jobs,
+            generation_requests,
             self.sampling,
             flop_counter=self.flop_counter,
             return_cache=True,
             batch_size=self.batch_size,
         )
-        children, fresh = [], []
-        for (tree, node), place, end, draft in zip(requests, places, ends, drafts, strict=True):
-            tree.num_tokens, tree.num_steps = tree.num_tokens + len(draft.ids), tree.num_steps + 1
-            tokens = node.token_ids + draft.ids
-            child = next((one for one in node.children if one.token_ids == tokens), None)
+        children, new_children = [], []
+        for (tree, node), path, detector, output in zip(requests, paths, detectors, outputs, strict=True):
+            tree.num_tokens, tree.num_steps = tree.num_tokens + len(output.ids), tree.num_steps + 1
+            token_ids = node.token_ids + output.ids
+            child = next((child for child in node.children if child.token_ids == token_ids), None)
             if child is None:
-                child = _add_child(tree, node, place, end.pending_text, draft)
-                fresh.append((tree, node, child))
+                child = _add_child(tree, node, path, detector.pending_text, output)
+                new_children.append((tree, node, child))
             children.append(child)
-        self.compute_rewards(fresh)
+        self.compute_rewards(new_children)
         return children
 
     def compute_rewards(self, new_children: Sequence[tuple[StepTree, StepNode, StepNode]]) -> None:
-        """Rewards of new children (tree, parent, child), from where their parents end."""
+        """Compute the rewards of new children (tree, parent, child), each from the cache of its parent."""
         samples = [
             Sample(
                 tree.problem,
@@ -320,43 +329,36 @@ class _StepSearchBatch:
             )
             for tree, _, child in new_children
         ]
-        values, memos = self.reward.score(
+        rewards, score_caches = self.reward.score(
             samples,
-            [node.score_caches for _, node, _ in new_children],
+            [parent.score_caches for _, parent, _ in new_children],
             flop_counter=self.flop_counter,
-            num_shared=[len(node.token_ids) for _, node, _ in new_children],
+            num_shared=[len(parent.token_ids) for _, parent, _ in new_children],
             return_caches=True,
         )
-        for (tree, _, child), value, memo in zip(new_children, values, memos, strict=True):
-            child.reward, child.score_caches = value, memo
-            if math.isnan(value) or value == math.inf:
-                tree.error = tree.error or f"the reward {self.reward.name} gave {value}"
-            if child.is_complete and value > -math.inf:
+        for (tree, _, child), reward, caches in zip(new_children, rewards, score_caches, strict=True):
+            child.reward, child.score_caches = reward, caches
+            if math.isnan(reward) or reward == math.inf:
+                tree.error = tree.error or f"the reward {self.reward.name} gave {reward}"
+            if child.is_complete and reward > -math.inf:
                 tree.responses.append(child)
-            if child.is_complete or value == -math.inf:
+            if child.is_complete or reward == -math.inf:
                 child.release_caches()
 
 
 def _add_child(
-    tree: StepTree, parent: StepNode, tree_path: tuple[int, ...], partial_delimiter: str, generation: GenerationOutput
+    tree: StepTree, parent: StepNode, tree_path: tuple[int, ...], partial_delimiter: str, output: GenerationOutput
 ) -> StepNode:
-    tokens = parent.token_ids + generation.ids
-    ended = generation.finished or len(tokens) >= tree.max_new_tokens
-    child = StepNode(
-        tree_path,
-        tokens,
-        torch.cat((parent.logp, generation.logp[:, 0])),
-        partial_delimiter,
-        ended,
-        generation.cache,
-        [],
-    )
+    token_ids = parent.token_ids + output.ids
+    is_complete = output.finished or len(token_ids) >= tree.max_new_tokens
+    logp = torch.cat((parent.logp, output.logp[:, 0]))
+    child = StepNode(tree_path, token_ids, logp, partial_delimiter, is_complete, output.cache, [])
     parent.children.append(child)
     return child
 
 
 def _send_children(generator: NodeGenerator, children: list[StepNode]) -> list[StepNode]:
-    """What a walk wants next; nothing where it has ended."""
+    """Return the nodes that a generator wants next. Empty: it has ended."""
     try:
         return generator.send(children)
     except StopIteration:

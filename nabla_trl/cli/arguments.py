@@ -93,13 +93,11 @@ class ModelArguments:
         reward.validated_limits = trust or reward.validated_limits
         return policy, reward
 
-    def build_run_facts(self, *, title: str, command: str, task: str, seeds: list[int]) -> dict[str, Any]:
-        """What a report says of where its rows came from (see `nabla_trl.report.text`)."""
+    def build_run_facts(self, **facts: Any) -> dict[str, Any]:
+        """Return what a report says of the run: the models, and the other arguments of `run_facts.build_run_facts`."""
         from nabla_trl.evaluation.run_facts import build_run_facts
 
-        return build_run_facts(
-            title=title, command=command, policy=self.policy, reward=self.reward, task=task, seeds=seeds
-        )
+        return build_run_facts(policy=self.policy, reward=self.reward, **facts)
 
     def get_settings(self) -> dict[str, str]:
         """What results depend on, the adapter aside."""

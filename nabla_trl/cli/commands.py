@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -28,7 +26,7 @@ from nabla_trl.cli.parsing import Parser, UsageError
 from nabla_trl.cli.serve_command import run_serve
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.tasks.problem import filter_with_gold_answer
-from nabla_trl.tasks.registry import collect_problem_facts, get_task_settings, load_problems
+from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.utils.locks import lock_folder
 
 # --- solve --------------------------------------------------------------------------------------------
@@ -161,65 +159,57 @@ def run_eval(argv: Sequence[str]) -> int:
         description="Run methods on held-out problems and print their accuracy and cost. --adapter is the policy of "
         "the\ndistilled_ methods; all others use the policy without it, and so does the reward.",
     )
-    models, args, config, stepwise = parser.parse_options(argv)[:4]
+    models, args, config, step_search_config = parser.parse_options(argv)[:4]
 
     from nabla_trl.audit.overoptimization import warn_past_limits
-    from nabla_trl.evaluation.plan import (
-        get_max_selection_size,
-        get_step_search_settings,
-        has_search,
-        parse_methods,
-        plan_jobs,
-    )
+    from nabla_trl.evaluation.method import get_max_selection_size, has_search, parse_methods
+    from nabla_trl.evaluation.plan import EvaluationSetup
     from nabla_trl.evaluation.results import list_remarks, store_results
-    from nabla_trl.evaluation.rows import RowStore, select_complete_rows
-    from nabla_trl.evaluation.runner import EvaluationSetup, get_budget_flops, run_jobs
+    from nabla_trl.evaluation.runner import Evaluation
     from nabla_trl.models.loading import load_policy
     from nabla_trl.report.summary import summarize
     from nabla_trl.report.text import print_summary_table
     from nabla_trl.search.generate_traces import get_search_settings
-    from nabla_trl.traces.storage import EVAL_TRACES_DIR
-    from nabla_trl.utils.identity import claim_settings, identify_adapter
+    from nabla_trl.utils.identity import identify_adapter
 
-    names = parse_methods(
-        args.methods
-        or ",".join([DEFAULT_EVAL_METHODS, DEFAULT_ADAPTER_EVAL_METHODS] if models.adapter else [DEFAULT_EVAL_METHODS])
+    default_methods = [DEFAULT_EVAL_METHODS, *[DEFAULT_ADAPTER_EVAL_METHODS] * bool(models.adapter)]
+    names = parse_methods(args.eval_methods or ",".join(default_methods))
+    problems = filter_with_gold_answer(
+        load_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
     )
-    problems = filter_with_gold_answer(load_problems(args.dataset, split=args.split, max_problems=args.limit or None))
-    models.prompting().check(problems)
+    models.get_prompt_options().check_problems(problems)
     folder = Path(args.output_dir)
-    settings = (
-        models.settings() | get_task_settings(args.dataset) | {"split": args.split} | get_search_settings(config)
-    )
+    settings = models.get_settings() | get_task_settings(args.dataset)
+    settings |= {"split": args.split} | get_search_settings(config)
     with lock_folder(folder):
-        policy, reward = models.load(4 * config.batch_size, adapter=False)
-        tuned = {}
+        policy, reward = models.load_policy_and_reward(4 * config.batch_size, use_adapter=False)
+        trained_policies = {}
         if models.adapter:
-            tuned["distilled"] = load_policy(
+            trained_policies["distilled"] = load_policy(
                 models.policy,
                 dtype=models.dtype,
                 device=models.device,
                 adapter=models.adapter,
-                prompt_options=policy.prompting,
+                prompt_options=policy.prompt_options,
             )
-        claim_settings(folder / "eval.settings.json", settings)
-        if models.adapter:  # apart, so that an adapter trained later can join the rows that are there
-            claim_settings(folder / "adapter.settings.json", {"adapter": identify_adapter(models.adapter)})
-        store = RowStore(folder / "rows", hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
-        bench = EvaluationSetup(policy, reward, config, tuple(args.seeds), step_search=stepwise)
-        if own := get_step_search_settings(
-            names, bench
-        ):  # apart, so that these methods can join the rows that are there
-            claim_settings(folder / "stepwise.settings.json", own)
+        evaluation = Evaluation(folder, settings, problems)
+        if models.adapter:  # apart, so that an adapter trained later can join the rows of the base policy
+            evaluation.claim("adapter", {"adapter": identify_adapter(models.adapter)})
+        setup = EvaluationSetup(policy, reward, config, tuple(args.seeds), step_search=step_search_config)
+        jobs = evaluation.plan(names, setup, trained_policies)
         warn_past_limits(reward, config if has_search(names) else None, get_max_selection_size(names))
-        wanted = plan_jobs(names, bench, tuned, lambda name: get_budget_flops(store, name))
         with AnswerChecker() as checker:
-            run_jobs(wanted, problems, store, checker, eval_traces_dir=folder / EVAL_TRACES_DIR)
-        command = shlex.join(["nabla-trl", "eval", *argv])
-        facts = models.facts(title=args.title, command=command, task=args.dataset, seeds=args.seeds)
-        facts["sampling"], facts["problems"] = asdict(config.sampling()), collect_problem_facts(problems)
+            evaluation.run(jobs, checker, keep_traces=True)
+        facts = models.build_run_facts(
+            title=args.title,
+            command=shlex.join(["nabla-trl", "eval", *argv]),
+            task=args.dataset,
+            seeds=args.seeds,
+            sampling=config.get_sampling(),
+            problems=problems,
+        )
         facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
-        rows, left_out = select_complete_rows(store.read(), problems)
+        rows, left_out = evaluation.select_rows()
         store_results(folder, rows, facts)
     print_summary_table(summarize(rows, facts))
     for remark in filter(None, [left_out, *list_remarks(folder, rows)]):

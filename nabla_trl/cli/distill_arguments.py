@@ -12,8 +12,7 @@ from nabla_trl.cli.arguments import (
     VLLM_TIMEOUT_HELP,
     VLLM_URL_HELP,
 )
-from nabla_trl.evaluation.method import METHOD_SYNTAX
-from nabla_trl.evaluation.plan import parse_methods
+from nabla_trl.evaluation.method import METHOD_SYNTAX, parse_methods
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.training.checkpoints import get_policy_label
 from nabla_trl.training.offline import TRAIN_METHODS as TRAININGS

@@ -1,6 +1,6 @@
-"""How far a method's responses lie from the base policy: KL divergences in nats per response, where one is known.
+"""How far a method's responses lie from the base policy, as KL divergence in nats per response.
 
-The likelihoods that this needs are a measurement and no part of a method: no row is charged for them.
+The likelihoods that this needs are a measurement and no part of a method, so no row is charged for them.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from nabla_trl.rewards.loading import build_log_ratio_reward
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
-# The problems of one batch and their traces to nats per trace; None where nothing is known.
+# The problems of one batch and their traces -> nats per trace. None: unknown.
 KLMeasure = Callable[[Sequence[Problem], Sequence[Trace]], "list[float | None]"]
 
 
 def skip_kl(problems: Sequence[Problem], traces: Sequence[Trace]) -> list[float | None]:
-    """Of greedy decodes (which have no density) and of searches (whose density nobody can write down)."""
+    """Return None for every trace: a greedy decode has no density, and nobody can write down that of a search."""
     return [None] * len(traces)
 
 
 def build_sample_kl_measure(
     counts: Mapping[str, int], policy: Policy, base_policy: Policy, *, batch_size: int
 ) -> KLMeasure:
-    """KL(q ‖ base) = KL(q ‖ π) + E_q[log π − log base] for q = best-of-N of samples from π.
+    """Return a measure of KL(q ‖ base) = KL(q ‖ π) + E_q[log π − log base], where q is best-of-N of samples from π.
 
-    The first part is at most `best_of_bound`; the second is estimated without bias by log π(y|x) − log base(y|x), both
-    at temperature 1, of the response y that was kept. So a row of N = 1 is an estimate, one of the base policy itself
-    a bound, and any other the estimate of a bound.
+    The first part is at most `compute_best_of_n_kl_bound(N)`. The second part is estimated without bias by
+    log π(y|x) − log base(y|x) of the chosen response y, both at temperature 1. So the value is an estimate for N = 1,
+    a bound for the base policy itself, and otherwise the estimate of a bound.
 
     Args:
-        counts: method -> N; of other methods nothing is known.
-        policy: π; the base policy itself is not asked for likelihoods.
+        counts: method -> N. The KL of other methods is unknown.
+        policy: π. If it is the base policy itself, no likelihoods are computed.
         batch_size: responses read together.
     """
     ratio = None
@@ -44,24 +44,25 @@ def build_sample_kl_measure(
         ratio.batch_size = batch_size
 
     def measure(problems: Sequence[Problem], traces: Sequence[Trace]) -> list[float | None]:
-        found: list[float | None] = [None] * len(traces)
-        known = [row for row, trace in enumerate(traces) if trace.method in counts and trace.error is None]
-        moved = [0.0] * len(known)
-        if ratio is not None and known:
-            asked = {problem.id: problem for problem in problems}
-            kept = [traces[row] for row in known]
-            samples = [Sample(asked[trace.problem_id], trace.prompt_ids, trace.response_ids) for trace in kept]
-            moved, _ = ratio.score(
-                samples, ratio.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter()
-            )
-        for row, nats in zip(known, moved, strict=True):
-            found[row] = compute_best_of_n_kl_bound(counts[traces[row].method]) + nats if math.isfinite(nats) else None
-        return found
+        divergences: list[float | None] = [None] * len(traces)
+        indices = [i for i, trace in enumerate(traces) if trace.method in counts and trace.error is None]
+        log_ratios = [0.0] * len(indices)
+        if ratio is not None and indices:
+            problem_by_id = {problem.id: problem for problem in problems}
+            samples = [
+                Sample(problem_by_id[traces[i].problem_id], traces[i].prompt_ids, traces[i].response_ids)
+                for i in indices
+            ]
+            prompt_caches = ratio.compute_prompt_caches(samples, FlopCounter())
+            log_ratios, _ = ratio.score(samples, prompt_caches, flop_counter=FlopCounter())
+        for i, nats in zip(indices, log_ratios, strict=True):
+            if math.isfinite(nats):
+                divergences[i] = compute_best_of_n_kl_bound(counts[traces[i].method]) + nats
+        return divergences
 
     return measure
 
 
 def compute_best_of_n_kl_bound(num_samples: int) -> float:
-    """The most that best-of-N moves away from π: KL ≤ log N − (N − 1)/N (Beirami et al., arXiv 2401.01879); 0 for one
-    draw, which is π."""
+    """Return an upper bound of the KL of best-of-N from π: log N − (N − 1)/N (Beirami et al., arXiv 2401.01879)."""
     return math.log(num_samples) - (num_samples - 1) / num_samples

@@ -1,103 +1,237 @@
-"""Names of methods: whose policy runs them, what they do, at which size or budget, and their order in a report.
+"""Names of methods: which policy runs, what it does, at which size or budget, and the order of methods in a report.
 
-A name is `greedy`, `best_of_8`, `nabla@0.33`, …; of a trained policy it begins with the policy's label, as
-`sft_greedy` or `dpo_nabla@0.33`. Text only.
+A method is written `greedy`, `best_of_8`, `nabla@0.33`, … The name of a method of a trained policy begins with the
+policy's label, as in `sft_greedy` or `dpo_nabla@0.33`. This module handles text only.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
 REWARD_MODEL_SAMPLING = "reward_model_sampling"
 SEARCHES = ("nabla", "control", "shuffled", "paper", "released")
-# Searches over steps: beams, subtrees, states, rollouts are their sizes.
+# Step-level searches. Their sizes are beams, subtrees, states and rollouts.
 STEP_SEARCHES = ("beam_search", "dvts", "tot", "rap")
-# Trained policies: of an adapter from elsewhere, and of each way to train one.
+# Methods that choose among the responses of one pool, or keep them all.
+POOL_METHODS = ("best_of", "self_consistency", "weighted_best_of", "samples")
+# Trained policies: one from an adapter made elsewhere, and one for each way to train.
 POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 
-# All names, for people.
 METHOD_SYNTAX = (
-    "greedy, best_of_N, weighted_best_of_N, self_consistency_N, samples_N (N to 999; for pass@k, maj@k and avg@N); "
-    "the searches nabla, control (without the gradient), shuffled (its rows in disorder), paper and released "
-    "(presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's); the "
-    "searches over steps beam_search, dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, "
-    f"tot@best_of_N or tot@F; {REWARD_MODEL_SAMPLING} (log-ratio rewards); of a trained policy L_greedy, L_best_of_N, L_samples_N, "
-    f"and L_nabla and L_control, also with a budget; L is one of {', '.join(POLICY_LABELS)}"
+    "greedy, best_of_N, weighted_best_of_N, self_consistency_N and samples_N (N up to 999, for pass@k, maj@k and "
+    "avg@N). The searches nabla, control (without the gradient), shuffled (its gradient rows shuffled), paper and "
+    "released (presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's). "
+    "The step-level searches beam_search and dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, "
+    f"tot@best_of_N or tot@F. {REWARD_MODEL_SAMPLING} (for log-ratio rewards). Of a trained policy L_greedy, "
+    "L_best_of_N, L_samples_N, and L_nabla and L_control, also with a budget, where L is one of "
+    f"{', '.join(POLICY_LABELS)}"
 )
 
+MAX_SAMPLES = 999  # the estimators of pass@k and maj@k overflow with more
+_TRAINED_POLICY_METHODS = ("greedy", "best_of", "samples", "nabla", "control")
 _REPORT_ORDER = ("greedy", "self_consistency", "best_of", "weighted_best_of", *STEP_SEARCHES, *reversed(SEARCHES))
-_LABELED_METHOD = re.compile(rf"(?P<label>{'|'.join(POLICY_LABELS)})_(?P<rest>.+)")
-_NUMBERED_METHOD = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
+_METHOD = re.compile(
+    rf"(?:(?P<policy>{'|'.join(POLICY_LABELS)})_)?(?P<name>.*?)(?:_(?P<n>0|[1-9]\d*))?(?:@(?P<budget>.+))?", re.DOTALL
+)
+_BUDGET = re.compile(r"\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*")
 
 
-def split_label(method: str) -> tuple[str, str]:
-    """Method -> (label, rest): sft_best_of_8 -> (sft, best_of_8). The base policy's label is empty."""
-    match = _LABELED_METHOD.fullmatch(method)
-    return (match["label"], match["rest"]) if match else ("", method)
+@dataclass(frozen=True)
+class Method:
+    """A method of an evaluation. `str(method)` is its name in rows, reports and options.
+
+    Attributes:
+        name: what the policy does, without a number: greedy, best_of, nabla, …
+        n: samples, beams, states or rollouts per problem. None: the name has no number.
+        budget: FLOPs per problem, either as a multiple of best_of_16's ("0.33") or as the method that costs as much
+            ("best_of_8"). Empty: no budget.
+        policy: label of the trained policy. Empty: the base policy.
+    """
+
+    name: str
+    n: int | None = None
+    budget: str = ""
+    policy: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """Return the method of a name: sft_best_of_8 is Method("best_of", n=8, policy="sft").
+
+        Names that `is_runnable` refuses are parsed too, so that a report can show rows of any method.
+
+        Raises:
+            ValueError: the budget is neither a number nor best_of_N.
+        """
+        return _parse(text)
+
+    def __str__(self) -> str:
+        text = self.name + (f"_{self.n}" if self.n is not None else "") + (f"@{self.budget}" if self.budget else "")
+        return f"{self.policy}_{text}" if self.policy else text
+
+    @property
+    def family(self) -> str:
+        """Return the name without size and budget. Methods of one family form a curve in a report."""
+        return f"{self.policy}_{self.name}" if self.policy else self.name
+
+    @property
+    def size(self) -> float:
+        """Return the number of the method, or its budget as a multiple of best_of_16's FLOPs.
+
+        A method without either runs at the budget of the configuration. Its size is infinite.
+        """
+        if self.budget.startswith("best_of_"):
+            return float(self.budget.removeprefix("best_of_")) / 16  # best_of_N costs about N/16 of best_of_16
+        if self.budget:
+            return float(self.budget)
+        return math.inf if self.n is None else float(self.n)
+
+    @property
+    def base_method(self) -> Method:
+        """Return the same method of the base policy."""
+        return replace(self, policy="")
+
+    @property
+    def budget_reference(self) -> str:
+        """Return the method whose FLOPs set the budget: the base policy's, so that all policies have equal budgets."""
+        return self.budget if self.budget.startswith("best_of_") else "best_of_16"
+
+    @property
+    def budget_factor(self) -> float:
+        """Return the budget divided by the FLOPs of `budget_reference`."""
+        return 1.0 if self.budget.startswith("best_of_") else float(self.budget)
+
+    @property
+    def is_search(self) -> bool:
+        return self.name in SEARCHES
+
+    @property
+    def is_step_search(self) -> bool:
+        return self.name in STEP_SEARCHES
+
+    @property
+    def num_samples(self) -> int:
+        """Return how many independent samples a row of the method holds. 0: a row holds one answer."""
+        return self.n or 0 if self.name == "samples" else 0
+
+    @property
+    def selection_size(self) -> int:
+        """Return among how many samples the method chooses by the reward. 1: the method does not choose."""
+        if self.is_step_search:
+            return math.ceil(16 * self.size) if self.budget else int(self.size)
+        return self.n or 1 if self.name in ("best_of", "weighted_best_of") else 1
+
+    @property
+    def is_runnable(self) -> bool:
+        """Return whether an evaluation can run the method (`METHOD_SYNTAX`)."""
+        if self.policy and self.name not in _TRAINED_POLICY_METHODS:
+            return False
+        if self.n == 0 or (self.budget and not _BUDGET.fullmatch(self.budget)):
+            return False
+        if self.is_step_search:
+            return (self.n is None) == bool(self.budget)
+        if self.is_search:
+            return self.n is None
+        if self.name in POOL_METHODS:
+            return self.n is not None and not self.budget and (self.name != "samples" or self.n <= MAX_SAMPLES)
+        return self.n is None and not self.budget and self.name in ("greedy", REWARD_MODEL_SAMPLING)
 
 
-def join_label(label: str, method: str) -> str:
-    """The method whose `split` this is."""
-    return f"{label}_{method}" if label else method
+@cache
+def _parse(text: str) -> Method:
+    match = _METHOD.fullmatch(text)
+    assert match is not None  # the pattern matches every text
+    n = None if match["n"] is None else int(match["n"])
+    method = Method(match["name"], n, match["budget"] or "", match["policy"] or "")
+    try:
+        _ = method.size
+    except ValueError:
+        raise ValueError(f"{text!r} is no method: its budget is no number") from None
+    return method
 
 
-def list_policy_labels(methods: Iterable[str]) -> list[str]:
-    """Labels of the trained policies among these methods' ones, in the order of the report."""
-    found = {split_label(method)[0] for method in methods}
-    return [label for label in POLICY_LABELS if label in found]
+def parse_methods(text: str) -> list[str]:
+    """Return the names of a comma-separated list, each once.
+
+    Raises:
+        ValueError: no name, an unknown one, or a budget without the method that sets it.
+    """
+    names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    if not names:
+        raise ValueError(f"no methods: choose from {METHOD_SYNTAX}")
+    for name in names:
+        if not _is_runnable_name(name):
+            raise ValueError(f"unknown method {name!r}: choose from {METHOD_SYNTAX}")
+    for name in names:
+        method = Method.parse(name)
+        if method.budget and method.budget_reference not in names:
+            reference = method.budget_reference
+            raise ValueError(f"the FLOP budget of {name} equals {reference}'s FLOPs: add {reference} to the methods")
+    return names
+
+
+def _is_runnable_name(name: str) -> bool:
+    try:
+        return Method.parse(name).is_runnable
+    except ValueError:
+        return False
+
+
+def has_search(names: Iterable[str]) -> bool:
+    """Return whether one of these methods refines responses by the reward, other than step by step."""
+    return any(Method.parse(name).is_search for name in names)
+
+
+def get_max_selection_size(names: Iterable[str]) -> int:
+    """Return the most samples among which one of these methods chooses by the reward."""
+    return max([1, *(Method.parse(name).selection_size for name in names)])
+
+
+def list_policy_labels(names: Iterable[str]) -> list[str]:
+    """Return the labels of the trained policies that these methods need, in the order of the report."""
+    labels = {Method.parse(name).policy for name in names}
+    return [label for label in POLICY_LABELS if label in labels]
 
 
 def list_methods(summary: Iterable[str]) -> list[str]:
-    """The methods that the names of a summary speak of, in its order."""
+    """Return the methods that a summary has an accuracy of, in its order."""
     return [name.partition(".")[2] for name in summary if name.startswith("accuracy.")]
 
 
-def parse_family(method: str) -> tuple[str, float]:
-    """Method -> (family, size): nabla@0.33 -> (nabla, 0.33), sft_best_of_8 -> (sft_best_of, 8).
+def sort_methods(names: Iterable[str]) -> list[str]:
+    """Return methods in the order of the report: the base policy's first, unknown ones last in the order given."""
 
-    nabla@best_of_8 -> (nabla, 0.5): shares are of best_of_16.
+    def get_rank(name: str) -> tuple[int, int, float]:
+        method = Method.parse(name)
+        if method.name not in _REPORT_ORDER:
+            return len(POLICY_LABELS) + 1, 0, 0.0
+        policy_rank = POLICY_LABELS.index(method.policy) + 1 if method.policy else 0
+        return policy_rank, _REPORT_ORDER.index(method.name), method.size
 
-    The size of an unnumbered method is infinite: it is the run at the configuration's own budget. ValueError where a
-    budget is no number.
-    """
-    name, _, fraction = method.partition("@")
-    if fraction.startswith("best_of_"):
-        count = _parse_budget_number(fraction.removeprefix("best_of_"), method)
-        return name, count / 16  # shares are of best_of_16, which costs about that
-    if fraction:
-        return name, _parse_budget_number(fraction, method)
-    match = _NUMBERED_METHOD.fullmatch(name)
-    return (match["family"], float(match["number"])) if match else (name, math.inf)
+    return sorted(dict.fromkeys(names), key=get_rank)
 
 
-def _parse_budget_number(text: str, method: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{method!r} is no method: its budget is no number") from None
+def get_main_search(names: Sequence[str]) -> str | None:
+    """Return the search that a report is about: the base policy's nabla run that comes last. None: there is no run."""
+    searches = [name for name in sort_methods(names) if Method.parse(name).family == "nabla"]
+    return searches[-1] if searches else None
 
 
-def get_num_samples(method: str) -> int:
-    """How many independent samples of a problem a row of this method holds; 0 where it holds one answer."""
-    name, size = parse_family(split_label(method)[1])
-    return int(size) if name == "samples" and size < math.inf else 0
+def split_label(name: str) -> tuple[str, str]:
+    """Return (policy label, name without it): sft_best_of_8 -> (sft, best_of_8)."""
+    method = Method.parse(name)
+    return method.policy, str(method.base_method)
 
 
-def sort_methods(methods: Iterable[str]) -> list[str]:
-    """Methods in the order of the report, the base policy's first; unknown ones last, as they came."""
-
-    def rank(method: str) -> tuple[int, int, float]:
-        label, rest = split_label(method)
-        name, size = parse_family(rest)
-        whose = POLICY_LABELS.index(label) + 1 if label else 0
-        return (whose, _REPORT_ORDER.index(name), size) if name in _REPORT_ORDER else (len(POLICY_LABELS) + 1, 0, 0.0)
-
-    return sorted(dict.fromkeys(methods), key=rank)
+def join_label(label: str, name: str) -> str:
+    """Return the name of a trained policy's method. The label of the base policy is empty."""
+    return f"{label}_{name}" if label else name
 
 
-def get_main_search(methods: Iterable[str]) -> str | None:
-    """The search that a report is about: the base policy's last nabla run in its order; None without one."""
-    ours = [method for method in sort_methods(methods) if parse_family(method)[0] == "nabla"]
-    return ours[-1] if ours else None
+def parse_family(name: str) -> tuple[str, float]:
+    """Return (family, size): sft_best_of_8 -> (sft_best_of, 8)."""
+    method = Method.parse(name)
+    return method.family, method.size

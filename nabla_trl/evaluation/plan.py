@@ -1,218 +1,331 @@
-"""Method names as users write them, and the steps of an evaluation that make their rows."""
+"""The jobs of an evaluation: which methods share one piece of work, and with which configuration each of them runs."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from nabla_trl.baselines.step_tree import create_step_finder
+from nabla_trl.baselines import sampling
+from nabla_trl.baselines.sampling import ResponsePool
+from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS
+from nabla_trl.baselines.step_tree import create_step_finder, run_step_search
+from nabla_trl.evaluation.kl import KLMeasure, build_sample_kl_measure, skip_kl
 from nabla_trl.evaluation.method import (
-    METHOD_SYNTAX,
-    POLICY_LABELS,
+    POOL_METHODS,
     REWARD_MODEL_SAMPLING,
-    SEARCHES,
-    STEP_SEARCHES,
+    Method,
     get_main_search,
     list_policy_labels,
-    parse_family,
-    split_label,
 )
-from nabla_trl.evaluation.runner import EvaluationSetup, Job
 from nabla_trl.models.policy import Policy
+from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.search.loop import run_search
 from nabla_trl.search.options import MirrorSolver, NoGradient
+from nabla_trl.tasks.problem import Problem
+from nabla_trl.traces.schema import Trace
 
-_BUDGET_PATTERN = r"@(\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*|best_of_[1-9]\d*)"
-_SAMPLES_PATTERN = r"samples_[1-9]\d{0,2}"  # further ones overflow the estimators
-_METHOD_PATTERN = re.compile(
-    rf"greedy|{REWARD_MODEL_SAMPLING}|(weighted_)?best_of_[1-9]\d*|self_consistency_[1-9]\d*|{_SAMPLES_PATTERN}"
-    rf"|({'|'.join(SEARCHES)})({_BUDGET_PATTERN})?|({'|'.join(STEP_SEARCHES)})(_[1-9]\d*|{_BUDGET_PATTERN})"
-    rf"|({'|'.join(POLICY_LABELS)})_(greedy|best_of_[1-9]\d*|{_SAMPLES_PATTERN}|(nabla|control)({_BUDGET_PATTERN})?)"
-)
+# The problems of one batch and the seed -> the traces of every method of the job.
+RunBatch = Callable[[Sequence[Problem], int], list[Trace]]
 
 
-def parse_methods(text: str) -> list[str]:
-    """Names from a comma-separated list.
+@dataclass(frozen=True)
+class Job:
+    """One piece of work and the methods whose rows it makes.
 
-    Raises:
-        ValueError: none, an unknown one, or a budget without the method that sets it.
+    Attributes:
+        seeds: the seeds to run with. Deterministic work runs with one.
+        batch_size: problems per call of `run`.
+        measure_kl: measures how far the chosen responses lie from the base policy.
+        trace_policy: the policy that drew the responses, if they are worth keeping as traces.
     """
-    names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
-    if not names:
-        raise ValueError(f"no methods: give some of {METHOD_SYNTAX}")
-    unknown = next((name for name in names if not _METHOD_PATTERN.fullmatch(name)), None)
-    if unknown is not None:
-        raise ValueError(f"unknown method {unknown!r}: known are {METHOD_SYNTAX}")
-    for name in names:
-        setter = parse_budget(name)[0] if "@" in name else name
-        if setter not in names:
-            raise ValueError(f"the budget of {name} is set by {setter}'s FLOPs: add {setter} to the methods")
-    return names
+
+    methods: tuple[str, ...]
+    run: RunBatch
+    seeds: tuple[int, ...]
+    batch_size: int
+    measure_kl: KLMeasure = skip_kl
+    trace_policy: Policy | None = None
 
 
-def parse_budget(name: str) -> tuple[str, float]:
-    """The method that sets the budget of a search, and how many times its FLOPs: nabla@0.5 -> (best_of_16, 0.5).
+@dataclass(frozen=True)
+class EvaluationSetup:
+    """Models and configuration that all jobs of an evaluation share.
 
-    It is the base policy's, whoever searches: budgets are equal across policies.
+    Attributes:
+        policy: the policy that runs the methods.
+        label: label of a trained policy. The names of its methods begin with it.
+        base_policy: the policy that a trained one began from. None: `policy` is the base policy itself.
+        step_search: how step-level searches are set.
     """
-    share = name.partition("@")[2]
-    return (share, 1.0) if share.startswith("best_of") else ("best_of_16", float(share))
 
+    policy: Policy
+    reward: Reward
+    config: SearchConfig
+    seeds: tuple[int, ...]
+    label: str = ""
+    base_policy: Policy | None = None
+    step_search: StepSearchConfig = field(default_factory=StepSearchConfig)
 
-def has_search(names: Sequence[str]) -> bool:
-    """Some of these methods refine responses, as the reward says."""
-    return any(_get_search_name(split_label(name)[1]) for name in names)
+    def with_trained_policy(self, label: str, policy: Policy) -> EvaluationSetup:
+        """Return the setup of a policy trained from this one, whose methods are named <label>_<method>."""
+        return replace(self, policy=policy, label=label, base_policy=self.policy)
 
+    def plan_greedy(self) -> Job:
+        """Return the job of the greedy decode."""
 
-def get_max_selection_size(names: Sequence[str]) -> int:
-    """The most samples that one of these methods chooses among by the reward; 1 where none does."""
-    rests = [split_label(name)[1] for name in names]
-    sizes = [_parse_sizes(rests, prefix) for prefix in ("best_of_", "weighted_best_of_")]
-    sizes.append([_get_step_search_size(name) for name in rests if _get_step_search_name(name)])
-    return max([1, *(size for some in sizes for size in some)])
+        def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            traces = sampling.decode_greedily(
+                problems,
+                policy=self.policy,
+                reward=self.reward,
+                max_new_tokens=self.config.max_new_tokens,
+                batch_size=self.config.batch_size,
+            )
+            return [replace(trace, seed=seed) for trace in traces]  # the seed only identifies the row
 
+        return self._build_job(["greedy"], run, self.config.batch_size, seeds=self.seeds[:1])
 
-def get_step_search_settings(names: Sequence[str], setup: EvaluationSetup) -> dict[str, str]:
-    """What the rows of searches over steps depend on beside the rest, for `claim_settings`; empty without any.
+    def plan_sample_pool(
+        self,
+        best_of: Sequence[int] = (),
+        self_consistency: Sequence[int] = (),
+        weighted_best_of: Sequence[int] = (),
+        samples: Sequence[int] = (),
+    ) -> Job:
+        """Return the job that draws one pool of responses per problem and reads all these methods from it.
 
-    Raises:
-        ValueError: the policy cannot make such steps.
-    """
-    if not any(map(_get_step_search_name, names)):
-        return {}
-    create_step_finder(setup.policy, setup.step_search.resolve_delimiter(setup.reward.step_delimiter))
-    return setup.step_search.get_settings(setup.reward.step_delimiter)
+        Args:
+            best_of: the N of best-of-N.
+            self_consistency: the N of self-consistency.
+            weighted_best_of: the N of weighted best-of-N.
+            samples: the N of samples_N, which keeps N responses of each problem.
+        """
+        num_responses = max([*best_of, *self_consistency, *weighted_best_of, *samples])
+        batch_size = self._get_pool_batch_size(num_responses)
+        beta = 1 / self.config.reward_weight
+
+        def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            pool = self._draw_pool(problems, num_responses, seed, self.policy, self.reward)
+            batches = [sampling.select_best_of_n(pool, n) for n in best_of]
+            batches += [sampling.select_by_self_consistency(pool, n) for n in self_consistency]
+            batches += [sampling.select_weighted_best_of_n(pool, n, beta) for n in weighted_best_of]
+            batches += [sampling.build_sample_traces(pool, n) for n in samples]
+            return [trace for traces in batches for trace in traces]
+
+        sizes = zip(POOL_METHODS, (best_of, self_consistency, weighted_best_of, samples), strict=True)
+        methods = [f"{name}_{n}" for name, counts in sizes for n in counts]
+        measure_kl = build_sample_kl_measure(
+            {self._name_method(f"best_of_{n}"): n for n in best_of},
+            self.policy,
+            self.base_policy or self.policy,
+            batch_size=batch_size,
+        )
+        return self._build_job(methods, run, batch_size // num_responses, measure_kl=measure_kl)
+
+    def plan_reward_model_sampling(self) -> Job:
+        """Return the job that samples from the model that a log-ratio reward prefers.
+
+        The model may have another vocabulary than the policy, because the reward does not read its samples.
+
+        Raises:
+            ValueError: the reward has no such model.
+        """
+        model = self.reward.preferred_model
+        if model is None:
+            raise ValueError(
+                f"{REWARD_MODEL_SAMPLING} needs a log-ratio reward: {self.reward.name} has no model to sample from"
+            )
+
+        def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            return sampling.select_best_of_n(self._draw_pool(problems, 1, seed, model, None), 1, REWARD_MODEL_SAMPLING)
+
+        return self._build_job([REWARD_MODEL_SAMPLING], run, self.config.batch_size)
+
+    def plan_search(self, method: str, config: SearchConfig, *, keep_traces: bool = False) -> Job:
+        """Return the job of a search under its own configuration and name."""
+
+        def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            traces = run_search(problems, policy=self.policy, reward=self.reward, config=config, seed=seed)
+            return [replace(trace, method=method) for trace in traces]
+
+        job = self._build_job([method], run, config.batch_size)
+        return replace(job, trace_policy=self.policy) if keep_traces else job
+
+    def plan_step_search(self, method: Method, max_flops: float = 0.0) -> Job:
+        """Return the job of a step-level search, at the size in its name or at a budget of FLOPs per problem."""
+        batch_size = self._get_pool_batch_size(method.selection_size)
+
+        def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            return run_step_search(
+                problems,
+                method=STEP_SEARCH_METHODS[method.name],
+                size=method.n,
+                policy=self.policy,
+                reward=self.reward,
+                sampling=self.config.get_sampling(),
+                step_config=self.step_search,
+                method_name=str(method),
+                max_flops=max_flops,
+                seed=seed,
+                batch_size=batch_size,
+            )
+
+        return self._build_job([str(method)], run, batch_size // method.selection_size)
+
+    def _draw_pool(
+        self, problems: Sequence[Problem], num_responses: int, seed: int, policy: Policy, reward: Reward | None
+    ) -> ResponsePool:
+        return sampling.draw_pool(
+            problems,
+            num_responses,
+            policy=policy,
+            reward=reward,
+            sampling=self.config.get_sampling(),
+            seed=seed,
+            batch_size=self._get_pool_batch_size(num_responses),
+        )
+
+    def _get_pool_batch_size(self, num_responses: int) -> int:
+        """Return how many responses are drawn together.
+
+        Responses of a pool have neither candidates nor gradients, so the number is that of the reward's batches.
+        """
+        return max(4 * self.config.batch_size, num_responses)
+
+    def _name_method(self, name: str) -> str:
+        return str(replace(Method.parse(name), policy=self.label))
+
+    def _build_job(
+        self,
+        methods: Sequence[str],
+        run: RunBatch,
+        batch_size: int,
+        *,
+        seeds: tuple[int, ...] | None = None,
+        measure_kl: KLMeasure = skip_kl,
+    ) -> Job:
+        """Return a job whose methods and traces carry the label of the policy."""
+
+        def run_and_label(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            return [replace(trace, method=self._name_method(trace.method)) for trace in run(problems, seed)]
+
+        names = tuple(map(self._name_method, methods))
+        return Job(names, run_and_label, self.seeds if seeds is None else seeds, batch_size, measure_kl)
 
 
 def plan_jobs(
     names: Sequence[str],
     setup: EvaluationSetup,
     trained_policies: Mapping[str, Policy],
-    flops_of: Callable[[str], float],
+    get_flops: Callable[[str], float],
 ) -> Iterator[Job]:
-    """The steps of these methods; each must have run before the next is asked for.
+    """Yield the jobs of these methods. Each job must have run before the next one is taken.
 
     Args:
-        tuned: label -> trained policy, for the methods that begin with its label.
-        flops_of: mean FLOPs per problem of a method whose rows are there.
+        trained_policies: label -> trained policy, for the methods that begin with the label.
+        get_flops: returns the mean FLOPs per problem of a method whose rows exist.
 
     Raises:
-        ValueError: before the first step, where a method lacks the policy, solver or better model it needs.
+        ValueError: before the first job, as `check_methods`.
     """
     check_methods(names, setup, trained_policies)
-    yield from _plan_policy_jobs(_select_by_label("", names), setup, flops_of)
-    for label, policy in trained_policies.items():
-        yield from _plan_policy_jobs(
-            _select_by_label(label, names), setup.with_trained_policy(label, policy), flops_of
-        )
+    methods = [Method.parse(name) for name in names]
+    setups = [setup, *(setup.with_trained_policy(label, policy) for label, policy in trained_policies.items())]
+    for policy_setup in setups:
+        own_methods = [method.base_method for method in methods if method.policy == policy_setup.label]
+        yield from _plan_policy_jobs(own_methods, policy_setup, get_flops)
 
 
-def _select_by_label(label: str, names: Sequence[str]) -> list[str]:
-    """The methods of one policy, without its label."""
-    return [rest for whose, rest in map(split_label, names) if whose == label]
-
-
-def _plan_policy_jobs(names: Sequence[str], setup: EvaluationSetup, flops_of: Callable[[str], float]) -> Iterator[Job]:
-    """The steps of one policy; names without its label."""
-    best_of, majority = _parse_sizes(names, "best_of_"), _parse_sizes(names, "self_consistency_")
-    weighted, samples = _parse_sizes(names, "weighted_best_of_"), _parse_sizes(names, "samples_")
-    if best_of or majority or weighted or samples:
-        yield setup.plan_sample_pool(best_of, majority, weighted, samples)
+def _plan_policy_jobs(
+    methods: Sequence[Method], setup: EvaluationSetup, get_flops: Callable[[str], float]
+) -> Iterator[Job]:
+    """Yield the jobs of one policy, whose methods come without its label."""
+    names = [str(method) for method in methods]
+    pool_sizes = {name: [m.n for m in methods if m.name == name and m.n is not None] for name in POOL_METHODS}
+    if any(pool_sizes.values()):
+        yield setup.plan_sample_pool(**pool_sizes)
     if "greedy" in names:
         yield setup.plan_greedy()
-    main = get_main_search(names)
-    for name in names:
-        method = _get_search_name(name)
-        if method:
-            config = _build_search_config(method, setup.config)
-            if "@" in name:
-                setter, times = parse_budget(name)
-                config = _build_budget_config(method, setup.config, times * flops_of(setter))
-            yield setup.plan_search(name, config, keep_traces=not setup.label and name == main)
-        elif stepwise := _get_step_search_name(name):
-            setter, times = parse_budget(name) if "@" in name else ("", 0.0)
-            size = None if setter else _get_step_search_size(name)
-            yield setup.plan_step_search(
-                name, stepwise, size, times * flops_of(setter) if setter else 0.0, _get_step_search_size(name)
-            )
+    main_search = get_main_search(names)
+    for name, method in zip(names, methods, strict=True):
+        if not (method.is_search or method.is_step_search):
+            continue
+        max_flops = method.budget_factor * get_flops(method.budget_reference) if method.budget else 0.0
+        if method.is_search:
+            config = build_search_config(method, setup.config, max_flops)
+            yield setup.plan_search(name, config, keep_traces=not setup.label and name == main_search)
+        else:
+            yield setup.plan_step_search(method, max_flops)
     if REWARD_MODEL_SAMPLING in names:
         yield setup.plan_reward_model_sampling()
 
 
-def _get_search_name(name: str) -> str:
-    """The search that a method without a label is, at whatever budget; empty for others."""
-    method = name.partition("@")[0]
-    return method if method in SEARCHES else ""
+def build_search_config(method: Method, config: SearchConfig, max_flops: float = 0.0) -> SearchConfig:
+    """Return the configuration of a search, made from the one of nabla.
 
-
-def _get_step_search_name(name: str) -> str:
-    """The search over steps that a method is, at whatever size or budget; empty for others."""
-    method = parse_family(name)[0]
-    return method if method in STEP_SEARCHES else ""
-
-
-def _get_step_search_size(name: str) -> int:
-    """The size of a search over steps; at a budget, of how many samples that is the price."""
-    size = parse_family(name)[1]
-    return math.ceil(16 * size) if "@" in name else int(size)
+    Args:
+        max_flops: budget of FLOPs per problem, in place of the configuration's own limits. 0: none.
+    """
+    if method.name in PRESETS:
+        shared = {name: getattr(config, name) for name in ("top_k_candidates", "max_new_tokens", "batch_size")}
+        config = SearchConfig.from_preset(method.name, **shared)
+    elif method.name == "control":
+        config = config.with_no_gradient()
+    elif method.name == "shuffled":
+        config = config.with_shuffled_gradient()
+    if not max_flops:
+        return config
+    config = limit_to_flops(config, max_flops)
+    # By itself a preset scans one response once. At a budget it begins again until the budget is spent.
+    return replace(config, restarts=True) if method.name in PRESETS else config
 
 
 def limit_to_flops(config: SearchConfig, max_flops: float) -> SearchConfig:
-    """A configuration with FLOPs per problem as its only limit."""
+    """Return a configuration with FLOPs per problem as its only limit."""
     return replace(config, max_flops=max_flops, max_rounds=0, max_rollouts=0, patience=0)
 
 
-def _build_budget_config(method: str, config: SearchConfig, max_flops: float) -> SearchConfig:
-    """A search at a budget. A preset, by itself one response scanned once, begins anew until its budget is spent."""
-    made = limit_to_flops(_build_search_config(method, config), max_flops)
-    return replace(made, restarts=True) if method in PRESETS else made
+def get_step_search_settings(names: Sequence[str], setup: EvaluationSetup) -> dict[str, str]:
+    """Return what the rows of step-level searches depend on beside the settings of all rows. Empty without such rows.
 
-
-def _build_search_config(method: str, config: SearchConfig) -> SearchConfig:
-    """The configuration of a search, from that of nabla."""
-    if method in PRESETS:
-        shared = {name: getattr(config, name) for name in ("top_k_candidates", "max_new_tokens", "batch_size")}
-        return SearchConfig.from_preset(method, **shared)
-    return {"nabla": lambda: config, "control": config.with_no_gradient, "shuffled": config.with_shuffled_gradient}[
-        method
-    ]()
+    Raises:
+        ValueError: the policy cannot write the delimiter of steps.
+    """
+    if not any(Method.parse(name).is_step_search for name in names):
+        return {}
+    create_step_finder(setup.policy, setup.step_search.resolve_delimiter(setup.reward.step_delimiter))
+    return setup.step_search.get_settings(setup.reward.step_delimiter)
 
 
 def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies: Mapping[str, Policy]) -> None:
     """Refuse methods that cannot be run, before any work.
 
     Raises:
-        ValueError: a method lacks the policy, solver or better model it needs, cannot be given a budget, or searches
-            over steps that the policy cannot make.
+        ValueError: a method lacks the policy, solver or preferred model that it needs, cannot be given a budget, or
+            searches over steps that the policy cannot make.
     """
-    for name in names:
-        label = split_label(name)[0]
-        if label and label not in trained_policies:
+    methods = [Method.parse(name) for name in names]
+    for method in methods:
+        if method.policy == "distilled" and method.policy not in trained_policies:
+            raise ValueError(f"{method} needs an adapter: give --adapter")
+        if method.policy and method.policy not in trained_policies:
+            way = method.policy.replace("_", "-")
             raise ValueError(
-                f"{name} needs {'an adapter: give --adapter' if label == 'distilled' else _describe_missing_policy(label)}"
+                f"{method} needs a policy trained by {way}, which recipes/distill.py makes; there is none here"
             )
     unused = [label for label in trained_policies if label not in list_policy_labels(names)]
     if unused:
         raise ValueError(f"there is an adapter, but no {unused[0]}_ method that uses it")
     if REWARD_MODEL_SAMPLING in names:
         setup.plan_reward_model_sampling()
-    rests = [split_label(name)[1] for name in names]
-    asked = {_get_search_name(rest) for rest in rests}
-    if isinstance(setup.config.solver, NoGradient) and "nabla" in asked:
+    searches = {method.name for method in methods}
+    if isinstance(setup.config.solver, NoGradient) and "nabla" in searches:
         raise ValueError("solver none is the control: ask for control instead of nabla, or choose another solver")
-    if not isinstance(setup.config.solver, MirrorSolver) and "shuffled" in asked:
+    if not isinstance(setup.config.solver, MirrorSolver) and "shuffled" in searches:
         raise ValueError(f"shuffled is a control of solver mirror, not of {setup.config.solver.name}")
     get_step_search_settings(names, setup)
-    for rest in rests:
-        if _get_search_name(rest) and "@" in rest:
-            _build_budget_config(_get_search_name(rest), setup.config, 1.0)
-
-
-def _describe_missing_policy(label: str) -> str:
-    return f"a policy trained by {label.replace('_', '-')}, which recipes/distill.py makes; there is none here"
-
-
-def _parse_sizes(names: Sequence[str], prefix: str) -> list[int]:
-    return [int(name.removeprefix(prefix)) for name in names if name.startswith(prefix)]
+    for method in methods:
+        if method.is_search and method.budget:
+            build_search_config(method, setup.config, max_flops=1.0)

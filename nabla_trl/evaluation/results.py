@@ -7,64 +7,65 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nabla_trl.utils.files import read_json_file, read_jsonl_file, write_atomic
+from nabla_trl.evaluation.rows import Row, format_rows, read_rows
+from nabla_trl.utils.files import read_json_file, write_atomic
 
 EXTRACTION_FILE = "extraction.jsonl"
 
 
-def store_results(folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+def store_results(folder: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
     """Write rows.jsonl, facts.json (see `nabla_trl.report.text`) and extraction.jsonl, each whole or not at all."""
-    write_atomic(folder / "rows.jsonl", _to_json_lines(rows))
+    write_atomic(folder / "rows.jsonl", format_rows(rows))
     write_atomic(folder / "facts.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    differ = list_extraction_differences(rows)
-    if differ:
-        write_atomic(folder / EXTRACTION_FILE, _to_json_lines(differ))
+    differences = list_extraction_differences(rows)
+    if differences:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in differences)
+        write_atomic(folder / EXTRACTION_FILE, lines)
     else:
         (folder / EXTRACTION_FILE).unlink(missing_ok=True)
 
 
-def _to_json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def list_extraction_differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of every response whose answer strict and lenient extraction read differently: what both read, to be judged."""
-    return [
-        {name: row[name] for name in ("method", "problem", "seed", "gold")}
-        | {
-            "tail": row["tail"],
-            "strict": row["answer_strict"],
-            "lenient": row["answer"],
-            "correct_strict": row["correct_strict"],
-            "correct": row["correct"],
-        }
-        for row in rows
-        if row.get("tail") is not None
-    ]
-
-
-def describe_failed_comparisons(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence on the comparisons with gold answers that timed out or ended their worker; empty without any."""
-    late, broken = (sum(row.get("verdict") == verdict for row in rows) for verdict in ("timeout", "error"))
-    lost = [f"{late} timed out"] * bool(late) + [f"{broken} ended their worker"] * bool(broken)
-    return f"Of the comparisons with gold answers {' and '.join(lost)}: they count as wrong." if lost else ""
-
-
-def list_remarks(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a terminal should be told of stored rows beside their table."""
-    differ = len(list_extraction_differences(rows))
-    what = "1 answer differs" if differ == 1 else f"{differ} answers differ"
-    told = f"{what} by strict and lenient extraction: {folder / EXTRACTION_FILE}" if differ else ""
-    return [line for line in (describe_failed_comparisons(rows), told) if line]
-
-
-def load_results(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows and facts of an evaluation.
+def load_results(folder: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Return the rows and the facts of an evaluation.
 
     Raises:
-        ValueError: there is none in this folder, or a file of it is not JSON, or no objects.
+        ValueError: the folder holds no results, or a file of them cannot be read.
     """
     for name in ("rows.jsonl", "facts.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no {name}: run nabla-trl eval or recipes/distill.py there first")
-    return [row for _, row in read_jsonl_file(folder / "rows.jsonl")], read_json_file(folder / "facts.json")
+    return read_rows(folder / "rows.jsonl"), read_json_file(folder / "facts.json")
+
+
+def list_extraction_differences(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return what strict and lenient extraction read, for every response in which the two read different answers."""
+    return [
+        {
+            "method": row.method,
+            "problem": row.problem,
+            "seed": row.seed,
+            "gold": row.gold,
+            "tail": row.tail,
+            "strict": row.answer_strict,
+            "lenient": row.answer,
+            "correct_strict": row.correct_strict,
+            "correct": row.correct,
+        }
+        for row in rows
+        if row.tail is not None
+    ]
+
+
+def describe_failed_comparisons(rows: Sequence[Row]) -> str:
+    """Return a sentence on the comparisons with gold answers that failed. Empty if none failed."""
+    timeouts, errors = (sum(row.match_result == result for row in rows) for result in ("timeout", "error"))
+    counts = [f"{timeouts} timed out"] * bool(timeouts) + [f"{errors} ended their worker"] * bool(errors)
+    return f"Of the comparisons with gold answers {' and '.join(counts)}: they count as wrong." if counts else ""
+
+
+def list_remarks(folder: Path, rows: Sequence[Row]) -> list[str]:
+    """Return the lines that a terminal prints on stored rows, below their table."""
+    count = len(list_extraction_differences(rows))
+    subject = "1 answer differs" if count == 1 else f"{count} answers differ"
+    difference = f"{subject} by strict and lenient extraction: {folder / EXTRACTION_FILE}" if count else ""
+    return [line for line in (describe_failed_comparisons(rows), difference) if line]

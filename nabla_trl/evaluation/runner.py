@@ -1,296 +1,117 @@
 """Run methods on problems and seeds, and keep one row for each (method, problem, seed).
 
-A plan is a list of steps; each step makes the rows of one or several methods from the same work (best-of-n for
-all n reads one pool). What is on disk already is not run again.
+The jobs come from `nabla_trl.evaluation.plan`. Rows on disk are not made again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from nabla_trl.baselines import sampling, step_tree
-from nabla_trl.baselines.sampling import ResponsePool
-from nabla_trl.baselines.step_config import StepSearchConfig
-from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS
-from nabla_trl.evaluation.kl import KLMeasure, build_sample_kl_measure, skip_kl
-from nabla_trl.evaluation.method import REWARD_MODEL_SAMPLING, join_label
-from nabla_trl.evaluation.rows import Row, RowStore, build_row, merge_sample_rows
+from nabla_trl.evaluation.plan import EvaluationSetup, Job, get_step_search_settings, plan_jobs
+from nabla_trl.evaluation.rows import Row, RowStore, build_row, merge_sample_rows, select_complete_rows
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.generate_traces import write_token_texts
-from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem, compute_content_hash
 from nabla_trl.traces.build import grade_traces
 from nabla_trl.traces.schema import Trace
-from nabla_trl.traces.storage import TraceWriter
+from nabla_trl.traces.storage import EVAL_TRACES_DIR, TraceWriter
 from nabla_trl.utils.files import read_json_file, write_atomic
+from nabla_trl.utils.identity import claim_settings
 from nabla_trl.utils.interrupts import finish_current_batch
 from nabla_trl.utils.progress import ProgressDisplay, ProgressItem
 
-# The problems of one batch, and the seed, to traces of every method of the step.
-Work = Callable[[Sequence[Problem], int], list[Trace]]
-# By how much the cost that sets a budget may move; a search ends further from its budget than this.
+# By which share the cost that sets a budget may change. A search ends further from its budget than this.
 _MAX_COST_DRIFT = 0.02
 
 
-@dataclass(frozen=True)
-class Job:
-    """One piece of work and the methods whose rows it makes; a deterministic one runs with one seed.
-
-    `kl` measures how far the kept responses lie from the base policy; `traced` is the policy that drew the responses,
-    where they are worth keeping as traces.
-    """
-
-    methods: tuple[str, ...]
-    run: Work
-    seeds: tuple[int, ...]
-    batch_size: int
-    measure_kl: KLMeasure = skip_kl
-    trace_policy: Policy | None = None
-
-
-@dataclass(frozen=True)
-class EvaluationSetup:
-    """What every step of an evaluation shares.
-
-    Attributes:
-        label: of a trained policy: its methods' names begin with it.
-        base: the policy that it was trained from; None: it is the base itself.
-        stepwise: how searches over steps are set.
-    """
-
-    policy: Policy
-    reward: Reward
-    config: SearchConfig
-    seeds: tuple[int, ...]
-    label: str = ""
-    base_policy: Policy | None = None
-    step_search: StepSearchConfig = field(default_factory=StepSearchConfig)
-
-    def with_trained_policy(self, label: str, policy: Policy) -> EvaluationSetup:
-        """The same for a policy trained from this one: its steps are named <label>_<method>."""
-        return replace(self, policy=policy, label=label, base_policy=self.policy)
-
-    def get_sampling(self) -> Sampling:
-        return self.config.get_sampling()
-
-    def plan_greedy(self) -> Job:
-        def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            traces = sampling.decode_greedily(
-                problems,
-                policy=self.policy,
-                reward=self.reward,
-                max_new_tokens=self.config.max_new_tokens,
-                batch_size=self.config.batch_size,
-            )
-            return [replace(trace, seed=seed) for trace in traces]  # which changes nothing, but names the row
-
-        return self._build_job(["greedy"], work, self.seeds[:1], self.config.batch_size)
-
-    def plan_sample_pool(
-        self,
-        best_of: Sequence[int],
-        self_consistency: Sequence[int] = (),
-        weighted_best_of: Sequence[int] = (),
-        samples: Sequence[int] = (),
-    ) -> Job:
-        """best-of-n, self-consistency, weighted best-of-n and the samples themselves from one pool."""
-        count = max([*best_of, *self_consistency, *weighted_best_of, *samples])
-        rows = self._get_pool_batch_size(count)
-
-        def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            pool = self._draw_pool(problems, count, seed, self.policy, self.reward)
-            made = [trace for n in best_of for trace in sampling.select_best_of_n(pool, n)]
-            made += [trace for n in self_consistency for trace in sampling.select_by_self_consistency(pool, n)]
-            made += [
-                t
-                for n in weighted_best_of
-                for t in sampling.select_weighted_best_of_n(pool, n, 1 / self.config.reward_weight)
-            ]
-            return made + [trace for n in samples for trace in sampling.build_sample_traces(pool, n)]
-
-        counts = {f"best_of_{n}": n for n in best_of}
-        methods = [
-            *counts,
-            *(f"self_consistency_{n}" for n in self_consistency),
-            *(f"weighted_best_of_{n}" for n in weighted_best_of),
-        ]
-        methods += [f"samples_{n}" for n in samples]
-        kl = build_sample_kl_measure(
-            {join_label(self.label, method): n for method, n in counts.items()},
-            self.policy,
-            self.base_policy or self.policy,
-            batch_size=rows,
-        )
-        return self._build_job(methods, work, self.seeds, rows // count, kl)
-
-    def plan_reward_model_sampling(self) -> Job:
-        """Samples of the model that a log-ratio prefers. Its vocabulary may be another: the reward does not read them.
-
-        Raises:
-            ValueError: the reward has no such model.
-        """
-        model = self.reward.preferred_model
-        if model is None:
-            raise ValueError(
-                f"{REWARD_MODEL_SAMPLING} needs a log-ratio reward: {self.reward.name} has no model to sample from"
-            )
-
-        def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            return sampling.select_best_of_n(self._draw_pool(problems, 1, seed, model, None), 1, REWARD_MODEL_SAMPLING)
-
-        return self._build_job([REWARD_MODEL_SAMPLING], work, self.seeds, self.config.batch_size)
-
-    def plan_search(self, method: str, config: SearchConfig, *, keep_traces: bool = False) -> Job:
-        """The reasoner under a configuration and a name of its own; `traced`: its traces are worth keeping."""
-
-        def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            traces = run_search(problems, policy=self.policy, reward=self.reward, config=config, seed=seed)
-            return [replace(trace, method=method) for trace in traces]
-
-        step = self._build_job([method], work, self.seeds, config.batch_size)
-        return replace(step, trace_policy=self.policy) if keep_traces else step
-
-    def plan_step_search(self, name: str, method: str, size: int | None, max_flops: float, num_samples: int) -> Job:
-        """A search over steps, under its whole name, of a size or at a budget: about `breadth` responses wide."""
-        rows = self._get_pool_batch_size(num_samples)
-
-        def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            return step_tree.run_step_search(
-                problems,
-                method=STEP_SEARCH_METHODS[method],
-                size=size,
-                policy=self.policy,
-                reward=self.reward,
-                sampling=self.get_sampling(),
-                step_config=self.step_search,
-                method_name=name,
-                max_flops=max_flops,
-                seed=seed,
-                batch_size=rows,
-            )
-
-        return self._build_job([name], work, self.seeds, rows // num_samples)
-
-    def _draw_pool(
-        self, problems: Sequence[Problem], count: int, seed: int, policy: Policy, reward: Reward | None
-    ) -> ResponsePool:
-        return sampling.draw_pool(
-            problems,
-            count,
-            policy=policy,
-            reward=reward,
-            sampling=self.get_sampling(),
-            seed=seed,
-            batch_size=self._get_pool_batch_size(count),
-        )
-
-    def _get_pool_batch_size(self, count: int) -> int:
-        """Responses of pools that are drawn together: they hold no candidates and no gradients, so as many as the
-        reward scores together."""
-        return max(4 * self.config.batch_size, count)
-
-    def _build_job(
-        self,
-        methods: Sequence[str],
-        work: Work,
-        seeds: tuple[int, ...],
-        batch_size: int,
-        measure_kl: KLMeasure = skip_kl,
-    ) -> Job:
-        """A step whose methods, and their traces, are named after the policy too."""
-
-        def named(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            traces = work(problems, seed)
-            return [replace(trace, method=join_label(self.label, trace.method)) for trace in traces]
-
-        return Job(tuple(join_label(self.label, method) for method in methods), named, seeds, batch_size, measure_kl)
-
-
-def run_job(
-    job: Job,
-    problems: Sequence[Problem],
-    store: RowStore,
-    checker: AnswerChecker,
-    *,
-    eval_traces_dir: Path | None = None,
-    show_progress: bool = False,
-) -> list[Row]:
-    """Run a step where rows are missing; returns the rows it added. Each batch is on disk before the next starts.
+class Evaluation:
+    """An evaluation in a folder: the settings that it claims, its rows, and the jobs that make them.
 
     Args:
-        held_out: a folder to keep the traces in of a step that says so.
-        shown: show the progress, of the step's last method, on stderr.
+        output_dir: holds rows/ and, with `keep_traces`, the traces of the main search.
+        settings: all that every row depends on: models, task and search.
+        problems: the held-out problems.
+        settings_file: where the settings are noted, below `output_dir`.
+        rank: number of this process.
 
     Raises:
-        Stopped: it was asked for, and the batch in hand is on disk (`nabla_trl.utils.interrupts`).
-        ValueError: as `RowStore.missing`.
-        OSError: as `RowStore.append`.
+        ValueError: the folder holds rows of other settings.
     """
-    added: list[Row] = []
-    method = job.methods[-1]
-    todo = {seed: store.find_missing(job.methods, problems, seed) for seed in job.seeds}
-    writer = None
-    if job.trace_policy and eval_traces_dir and any(todo.values()):
-        writer = TraceWriter(eval_traces_dir, rank=store.rank, chunk_size=job.batch_size)
-        write_token_texts(eval_traces_dir, job.trace_policy)
-    progress = ProgressDisplay(method, len(problems) * len(job.seeds), show_progress=show_progress)
-    progress.add_items(_build_done_items(job, problems, todo, store), is_new=False)
-    with progress:
-        for seed, missing in todo.items():
-            for begin in range(0, len(missing), job.batch_size):
-                batch = missing[begin : begin + job.batch_size]
-                about = progress.estimate_seconds(len(batch))
-                with finish_current_batch(f"{len(batch)} problems of {method}", progress.format_position, about):
-                    traces = grade_traces(job.run(batch, seed), checker)
-                    if writer:
-                        _write_trace_shard(traces, writer)
-                    rows = _build_rows(job, batch, traces, store.settings_hash)
-                    store.append(rows)
-                    added += rows
-                    progress.add_items(_build_progress_items(job, batch, seed, store))
-    return added
 
+    def __init__(
+        self,
+        output_dir: Path,
+        settings: Mapping[str, str],
+        problems: Sequence[Problem],
+        *,
+        settings_file: str = "eval.settings.json",
+        rank: int = 0,
+    ):
+        self.output_dir, self.problems = output_dir, problems
+        self._settings_dir = (output_dir / settings_file).parent
+        claim_settings(output_dir / settings_file, settings)
+        digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:16]
+        self.store = RowStore(output_dir / "rows", digest, rank)
 
-def _build_rows(job: Job, batch: Sequence[Problem], traces: Sequence[Trace], settings_hash: str) -> list[Row]:
-    content = {problem.id: compute_content_hash(problem) for problem in batch}
-    known = zip(traces, job.measure_kl(batch, traces), strict=True)
-    return merge_sample_rows(
-        [build_row(trace, settings_hash, kl) | {"content": content[trace.problem_id]} for trace, kl in known]
-    )
+    def claim(self, name: str, settings: Mapping[str, str]) -> None:
+        """Note what some of the rows depend on beside the settings of all rows, so that they can join later.
 
+        Raises:
+            ValueError: the folder holds such rows of other settings.
+        """
+        claim_settings(self._settings_dir / f"{name}.settings.json", settings)
 
-def _write_trace_shard(traces: Sequence[Trace], writer: TraceWriter) -> None:
-    """Write the traces as a shard; before the rows are, so that a row has its trace. A kill in between leaves two."""
-    for trace in traces:
-        writer.add(trace)
-    writer.flush()
+    def plan(
+        self,
+        names: Sequence[str],
+        setup: EvaluationSetup,
+        trained_policies: Mapping[str, Policy] | None = None,
+        get_flops: Callable[[str], float] | None = None,
+    ) -> Iterator[Job]:
+        """Return the jobs of these methods, as `plan_jobs` does, and claim what step-level searches depend on.
 
+        Args:
+            get_flops: as for `plan_jobs` (default: `get_budget_flops` of this evaluation's rows).
+        """
+        if step_search_settings := get_step_search_settings(names, setup):
+            self.claim("step_search", step_search_settings)
+        return plan_jobs(names, setup, trained_policies or {}, get_flops or self.get_budget_flops)
 
-def _build_done_items(
-    job: Job, problems: Sequence[Problem], missing_by_seed: Mapping[int, Sequence[Problem]], store: RowStore
-) -> list[ProgressItem]:
-    """What of a step need not be made, for its progress."""
-    found = []
-    for seed, missing in missing_by_seed.items():
-        ids = {problem.id for problem in missing}
-        found += _build_progress_items(job, [problem for problem in problems if problem.id not in ids], seed, store)
-    return found
+    def run(
+        self,
+        jobs: Iterable[Job],
+        checker: AnswerChecker,
+        *,
+        problems: Sequence[Problem] | None = None,
+        keep_traces: bool = False,
+        show_progress: bool = True,
+    ) -> None:
+        """Run the jobs where rows are missing. Errors are those of `run_job`.
 
+        Args:
+            problems: the share of this process (default: all problems).
+            keep_traces: store the traces of the main search.
+        """
+        run_jobs(
+            jobs,
+            self.problems if problems is None else problems,
+            self.store,
+            checker,
+            eval_traces_dir=self.output_dir / EVAL_TRACES_DIR if keep_traces else None,
+            show_progress=show_progress,
+        )
 
-def _build_progress_items(job: Job, problems: Sequence[Problem], seed: int, store: RowStore) -> list[ProgressItem]:
-    """For the progress of a step: whether its last method is right, and what its dearest cost, which pools share."""
-    found = []
-    for problem in problems:
-        rows = [store.stored_rows[method, problem.task, problem.id, seed] for method in job.methods]
-        found.append((problem.id, rows[-1].correct, max(row.flops for row in rows)))
-    return found
+    def get_budget_flops(self, method: str) -> float:
+        """Return the mean FLOPs per problem of a method, as `get_budget_flops` does."""
+        return get_budget_flops(self.store, method)
+
+    def select_rows(self) -> tuple[list[Row], str]:
+        """Return the rows that cover the problems, and a sentence on what is left out, as `select_complete_rows`."""
+        return select_complete_rows(self.store.read(), self.problems)
 
 
 def run_jobs(
@@ -302,44 +123,120 @@ def run_jobs(
     eval_traces_dir: Path | None = None,
     show_progress: bool = True,
 ) -> None:
-    """Run steps where rows are missing; arguments and errors as for `run_step`."""
-    for step in jobs:
-        run_job(step, problems, store, checker, eval_traces_dir=eval_traces_dir, show_progress=show_progress)
+    """Run jobs where rows are missing. Arguments and errors are those of `run_job`."""
+    for job in jobs:
+        run_job(job, problems, store, checker, eval_traces_dir=eval_traces_dir, show_progress=show_progress)
+
+
+def run_job(
+    job: Job,
+    problems: Sequence[Problem],
+    store: RowStore,
+    checker: AnswerChecker,
+    *,
+    eval_traces_dir: Path | None = None,
+    show_progress: bool = False,
+) -> list[Row]:
+    """Run a job where rows are missing, and return the rows that were added.
+
+    Each batch is on disk before the next one starts.
+
+    Args:
+        eval_traces_dir: folder for the traces of a job that has a `trace_policy`.
+        show_progress: show the progress of the job's last method on stderr.
+
+    Raises:
+        Stopped: a stop was requested, and the current batch is on disk (`nabla_trl.utils.interrupts`).
+        ValueError: as `RowStore.find_missing`.
+        OSError: as `RowStore.append`.
+    """
+    added: list[Row] = []
+    missing_by_seed = {seed: store.find_missing(job.methods, problems, seed) for seed in job.seeds}
+    writer = None
+    if job.trace_policy and eval_traces_dir and any(missing_by_seed.values()):
+        writer = TraceWriter(eval_traces_dir, rank=store.rank, chunk_size=job.batch_size)
+        write_token_texts(eval_traces_dir, job.trace_policy)
+    name = job.methods[-1]
+    progress = ProgressDisplay(name, len(problems) * len(job.seeds), show_progress=show_progress)
+    for seed, missing in missing_by_seed.items():
+        missing_ids = {problem.id for problem in missing}
+        done = [problem for problem in problems if problem.id not in missing_ids]
+        progress.add_items(_build_progress_items(job, done, seed, store), is_new=False)
+    with progress:
+        for seed, missing in missing_by_seed.items():
+            for begin in range(0, len(missing), job.batch_size):
+                batch = missing[begin : begin + job.batch_size]
+                seconds = progress.estimate_seconds(len(batch))
+                with finish_current_batch(f"{len(batch)} problems of {name}", progress.format_position, seconds):
+                    traces = grade_traces(job.run(batch, seed), checker)
+                    if writer:  # before the rows, so that a row has its trace. A kill in between leaves two traces
+                        for trace in traces:
+                            writer.add(trace)
+                        writer.flush()
+                    rows = _build_rows(job, batch, traces, store.settings_hash)
+                    store.append(rows)
+                    added += rows
+                    progress.add_items(_build_progress_items(job, batch, seed, store))
+    return added
+
+
+def _build_rows(job: Job, batch: Sequence[Problem], traces: Sequence[Trace], settings_hash: str) -> list[Row]:
+    content_hashes = {problem.id: compute_content_hash(problem) for problem in batch}
+    divergences = job.measure_kl(batch, traces)
+    return merge_sample_rows(
+        [
+            build_row(trace, settings_hash, kl, content_hashes[trace.problem_id])
+            for trace, kl in zip(traces, divergences, strict=True)
+        ]
+    )
+
+
+def _build_progress_items(job: Job, problems: Sequence[Problem], seed: int, store: RowStore) -> list[ProgressItem]:
+    """Return, per problem, whether the job's last method is right, and the FLOPs of its most expensive method.
+
+    The methods of a pool share their responses, so the most expensive one holds the cost of all.
+    """
+    items = []
+    for problem in problems:
+        rows = [store.stored_rows[method, problem.task, problem.id, seed] for method in job.methods]
+        items.append((problem.id, rows[-1].correct, max(row.flops for row in rows)))
+    return items
 
 
 def get_budget_flops(store: RowStore, method: str) -> float:
-    """Mean FLOPs per problem of a method, for the budgets that it sets; kept beside the rows once it was asked for.
+    """Return the mean FLOPs per problem of a method, for the budgets that it sets.
 
-    So rows of one budget are all made at the same one, whatever problems or seeds come later.
+    The number is kept beside the rows in budgets.json. So all rows of a budget are made at the same one, whatever
+    problems or seeds come later.
 
     Raises:
-        ValueError: the method has no rows, or cost nothing, or costs more than a fiftieth more or less than when the
-            budget was set.
+        ValueError: the method has no rows, or cost nothing, or its cost differs by more than 2% from the budget.
     """
-    mark = store.folder / "budgets.json"
-    now, held = compute_mean_flops(store.read(), method), read_json_file(mark) if mark.exists() else {}
-    if not now:
+    path = store.folder / "budgets.json"
+    flops, budgets = compute_mean_flops(store.read(), method), read_json_file(path) if path.exists() else {}
+    if not flops:
         raise ValueError(f"{method} can set no budget: no problem could be run, as the errors in its rows say")
-    if method not in held:
-        write_atomic(mark, json.dumps({**held, method: now}, indent=1))
-        return now
-    if not isinstance(held[method], float) or held[method] <= 0:
-        raise ValueError(f"{mark}: {held[method]!r} is no budget of FLOPs")
-    if abs(now / held[method] - 1) > _MAX_COST_DRIFT:
+    if method not in budgets:
+        write_atomic(path, json.dumps({**budgets, method: flops}, indent=1))
+        return flops
+    budget = budgets[method]
+    if not isinstance(budget, float) or budget <= 0:
+        raise ValueError(f"{path}: {budget!r} is no budget of FLOPs")
+    if abs(flops / budget - 1) > _MAX_COST_DRIFT:
         raise ValueError(
-            f"{store.folder} has rows at a budget of {held[method]:.4g} FLOPs, which {method} cost on other problems "
-            f"or seeds; now it costs {now:.4g}: use another --output_dir"
+            f"{store.folder} has rows at a budget of {budget:.4g} FLOPs, which {method} cost on other problems or "
+            f"seeds. Now it costs {flops:.4g}: use another --output_dir"
         )
-    return held[method]
+    return budget
 
 
 def compute_mean_flops(rows: Sequence[Row], method: str) -> float:
-    """Mean FLOPs per problem of a method.
+    """Return the mean FLOPs per problem of a method.
 
     Raises:
         ValueError: the method has no rows.
     """
-    values = [row["flops"] for row in rows if row["method"] == method]
+    values = [row.flops for row in rows if row.method == method]
     if not values:
         raise ValueError(f"no rows of {method}: it must be evaluated before budgets can be set by it")
     return sum(values) / len(values)

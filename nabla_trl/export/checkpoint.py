@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nabla_trl.evaluation.results import load_results
+from nabla_trl.evaluation.rows import Row
 from nabla_trl.models.loading import ADAPTER_CONFIG_FILE, read_adapter_info
 from nabla_trl.training.checkpoints import (
     ADAPTER_WEIGHTS_FILE,
@@ -50,7 +51,7 @@ class Checkpoint:
     checkpoint_dir: Path
     training: dict[str, Any]
     run_config: dict[str, Any]
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     facts: dict[str, Any]
     other_prefixes: tuple[str, ...]
 
@@ -77,9 +78,9 @@ class Checkpoint:
         """The dtype that the run evaluated in."""
         return self.run_config.get("dtype", "float32")
 
-    def select_comparable_rows(self) -> list[dict[str, Any]]:
+    def select_comparable_rows(self) -> list[Row]:
         """The rows of this checkpoint and of methods on the base."""
-        return [row for row in self.rows if not row["method"].startswith(self.other_prefixes)]
+        return [row for row in self.rows if not row.method.startswith(self.other_prefixes)]
 
 
 def get_row_prefix(method: str) -> str:
@@ -105,7 +106,7 @@ def find_checkpoint(run_dir: Path, method: str | None) -> Checkpoint:
     chosen = method or names[0]
     if chosen not in names:
         raise ValueError(f"{run_dir} holds no checkpoint {chosen!r}: there is {', '.join(names)}")
-    if not any(row["method"].startswith(get_row_prefix(chosen)) for row in rows):
+    if not any(row.method.startswith(get_row_prefix(chosen)) for row in rows):
         raise ValueError(f"{run_dir} holds no rows of {chosen}: evaluate it first, a card needs figures")
     for folder in (run_dir, run_dir / "trained" / chosen):
         if not (folder / CONFIG_FILE).is_file():

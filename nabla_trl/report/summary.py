@@ -19,6 +19,7 @@ from nabla_trl.evaluation.method import (
     parse_family,
     split_label,
 )
+from nabla_trl.evaluation.rows import Row
 from nabla_trl.report import compute_tradeoff
 from nabla_trl.utils import statistics
 from nabla_trl.utils.statistics import Interval
@@ -28,7 +29,7 @@ Summary = dict[str, dict[str, float]]
 MAX_FLOPS_SHARE = 1 / 3  # target: nabla reaches best-of-16 at no more than this share of its FLOPs
 
 
-def summarize(rows: Sequence[Mapping], facts: Mapping) -> Summary:
+def summarize(rows: Sequence[Row], facts: Mapping) -> Summary:
     """The content of summary.json: name -> {"value", "low", "high", "seeds", "problems"}.
 
     Names: accuracy., accuracy_strict., flops., seconds., tokens., reward., kl., errors.<method> (FLOPs, seconds,

@@ -22,6 +22,7 @@ from nabla_trl.evaluation import metrics
 from nabla_trl.evaluation.grids import ResultGrid, build_grids, compute_mean_reward_by_round
 from nabla_trl.evaluation.method import POLICY_LABELS, list_methods, parse_family
 from nabla_trl.evaluation.results import EXTRACTION_FILE, describe_failed_comparisons, list_extraction_differences
+from nabla_trl.evaluation.rows import Row
 from nabla_trl.report import compute_tradeoff_page, samples
 from nabla_trl.report.conclusions import (
     REWARD_MODEL_SAMPLING_NOTE,
@@ -51,7 +52,7 @@ ALL_FIGURES = MAIN_FIGURES | samples.SAMPLE_FIGURES | compute_tradeoff_page.TRAD
 _REQUIRED_FACTS = ("title", "command", "policy", "reward", "task", "reward_kind")
 
 
-def write_report(folder: str | Path, rows: Sequence[Mapping], facts: Mapping) -> Summary:
+def write_report(folder: str | Path, rows: Sequence[Row], facts: Mapping) -> Summary:
     """Write summary.json, report.md, plots/*.png and report.html with report_data/ under `folder`, each atomically.
 
     The viewer of report.html shows the traces in `folder`/traces, where there are any. Returns the summary.
@@ -143,7 +144,7 @@ def _is_search(method: str) -> bool:
 
 def _build_sections(
     summary: Summary,
-    rows: Sequence[Mapping],
+    rows: Sequence[Row],
     grids: Mapping[str, ResultGrid],
     facts: Mapping,
     folder: Path,
@@ -172,11 +173,11 @@ def _build_sections(
     }
 
 
-def _format_statement(summary: Summary, rows: Sequence[Mapping], facts: Mapping) -> str:
+def _format_statement(summary: Summary, rows: Sequence[Row], facts: Mapping) -> str:
     problems = max(one["problems"] for one in summary.values())
-    count = len({row["method"] for row in rows})
-    wrong = sum(row["error"] is not None for row in rows)
-    ungraded = sum(row["correct"] is None and row["error"] is None for row in rows)
+    count = len({row.method for row in rows})
+    wrong = sum(row.error is not None for row in rows)
+    ungraded = sum(row.correct is None and row.error is None for row in rows)
     head = (
         f"{count} method{'s' * (count > 1)} on {problems} held-out problems of {facts['task']}: policy "
         f"`{facts['policy']}`, {facts['reward_kind']} reward `{facts['reward']}`. Of {len(rows)} rows "
@@ -223,7 +224,7 @@ def _format_results(summary: Summary) -> str:
     return format_table([*heads, "seeds", "problems", "errors"], lines)
 
 
-def _format_strictness_note(summary: Summary, rows: Sequence[Mapping]) -> list[str]:
+def _format_strictness_note(summary: Summary, rows: Sequence[Row]) -> list[str]:
     """What strict accuracy is and on how many answers it rests, where any answer is read in two ways."""
     differ = len(list_extraction_differences(rows))
     if not differ:

@@ -19,7 +19,8 @@ from nabla_trl.utils.statistics import wilson_interval
 # every quarter of an hour. That makes some sixty lines in ten hours.
 _FIRST_LINE_SECONDS, _INTERVAL_GROWTH, _MAX_INTERVAL_SECONDS = 30.0, 1.25, 900.0
 
-ProgressItem = tuple[str, bool | None, float]  # problem, is it correct (None: not graded), FLOPs
+# Of one item: its problem, whether it is right (None = not graded), FLOPs.
+ProgressItem = tuple[str, float | None, float]
 
 
 class ProgressDisplay:
@@ -44,8 +45,8 @@ class ProgressDisplay:
         self.console = Console(stderr=True) if console is None else console
         self.num_new = 0
         self.flops = 0.0
-        self._counts_by_problem: dict[str, tuple[int, int]] = {}  # correct and graded items
-        self._accuracy_sum = 0.0  # sum over problems of the proportion of correct items
+        self._counts_by_problem: dict[str, tuple[float, int]] = {}  # right and graded items, by problem
+        self._accuracy_sum = 0.0  # sum over problems of the share that is right
         self._started_at = self._last_counted_at = time.monotonic()
         self._next_line = _FIRST_LINE_SECONDS
         self._live: Live | None = None

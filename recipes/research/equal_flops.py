@@ -1,28 +1,33 @@
-"""Methods side by side at equal budgets: a ladder whose rungs are the FLOPs of best-of-N. Numpy only.
+"""Methods side by side at equal FLOPs budgets, each budget being what best-of-N costs. Numpy only.
 
-Each rung compares one method of ours with every other: paired differences of accuracy over the same problems.
+At every budget the main method is compared with every other one by paired differences of accuracy over the same
+problems.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nabla_trl.evaluation.grids import ResultGrid, build_grids
-from nabla_trl.utils import statistics
-from nabla_trl.utils.statistics import Interval, PairedDifference
+from nabla_trl.evaluation.rows import Row
+from nabla_trl.utils.formatting import format_interval
+from nabla_trl.utils.markdown import format_bullets, format_table
+from nabla_trl.utils.statistics import Interval, PairedDifference, mean_interval, paired_difference
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One method at one rung.
+    """One method at one budget.
 
     Attributes:
-        flops, seconds: per problem, rejected work included; `share`: FLOPs over the rung's budget.
-        proposed: proposals per problem, of all chains and starts; `rejected`: share of them that were not kept; None
-            without any.
-        ahead: accuracy of ours less this method's, paired by problem; None for ours.
+        flops: FLOPs per problem, rejected work included. `seconds`: the same in seconds.
+        budget_fraction: `flops` divided by the budget.
+        proposals_per_problem: proposals of all chains and starts.
+        rejection_rate: share of the proposals that were not accepted. None: no proposals.
+        accuracy_lead: accuracy of the main method minus this one's, paired by problem. None for the main method.
     """
 
     method: str
@@ -38,163 +43,138 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class BudgetComparison:
-    """A budget, set by `setter` (a best_of_N), and the methods that were given it; ours comes first."""
+    """The methods at one budget, which a reference method (a best_of_N) sets. The main method comes first."""
 
     reference_method: str
     budget_flops: float
     results: tuple[MethodResult, ...]
 
-    @property
-    def beaten_methods(self) -> list[str]:
-        """Methods that ours is ahead of, the whole interval above zero."""
-        return [one.method for one in self.results if one.accuracy_lead is not None and one.accuracy_lead.low > 0]
-
-    @property
-    def unbeaten_methods(self) -> list[str]:
-        return [one.method for one in self.results if one.accuracy_lead is not None and one.accuracy_lead.low <= 0]
+    def list_baselines(self, *, beaten: bool) -> list[MethodResult]:
+        """Return the methods that the main one is ahead of beyond chance (`beaten`), or all others."""
+        others = [(result, result.accuracy_lead) for result in self.results]
+        return [result for result, lead in others if lead is not None and (lead.low > 0) == beaten]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def compare_at_equal_flops(
-    rows: Sequence[Mapping[str, Any]], methods_by_reference: Mapping[str, Sequence[str]]
+    rows: Sequence[Row], methods_by_reference: Mapping[str, Sequence[str]]
 ) -> list[BudgetComparison]:
-    """Read result rows as a ladder.
+    """Return one comparison per budget from result rows.
 
     Args:
-        rungs: setter → the methods compared there, ours first.
+        methods_by_reference: reference method -> the methods compared at its FLOPs, the main method first.
 
     Raises:
         ValueError: a method without rows, or rows that are incomplete or repeated.
     """
     grids = build_grids(rows)
-    missing = [
-        name for setter, names in methods_by_reference.items() for name in (setter, *names) if name not in grids
-    ]
-    if missing:
-        raise ValueError(f"no rows of {missing[0]}: run it before the ladder is read")
-    moves = _count_proposals(rows)
-    ladder = []
-    for setter, names in methods_by_reference.items():
-        budget = float(grids[setter].columns["flops"].mean())
-        entries = tuple(_compute_method_result(name, grids, names[0], budget, *moves[name]) for name in names)
-        ladder.append(BudgetComparison(setter, budget, entries))
-    return ladder
+    for reference, names in methods_by_reference.items():
+        for name in (reference, *names):
+            if name not in grids:
+                raise ValueError(f"no rows of {name}: run it before the comparison")
+    comparisons = []
+    for reference, names in methods_by_reference.items():
+        budget = float(grids[reference].columns["flops"].mean())
+        results = tuple(_compute_method_result(name, rows, grids, names[0], budget) for name in names)
+        comparisons.append(BudgetComparison(reference, budget, results))
+    return comparisons
 
 
 def _compute_method_result(
-    name: str,
-    grids: Mapping[str, ResultGrid],
-    main_method: str,
-    budget_flops: float,
-    num_proposals: int,
-    num_accepted: int,
+    name: str, rows: Sequence[Row], grids: Mapping[str, ResultGrid], main_method: str, budget_flops: float
 ) -> MethodResult:
     grid = grids[name]
-    cells = len(grid.problems) * len(grid.seeds)
+    method_rows = [row for row in rows if row.method == name]
+    num_proposals = sum(row.proposals for row in method_rows)
+    num_accepted = sum(row.proposals_accepted for row in method_rows)
     flops = float(grid.columns["flops"].mean())
-    known = bool((grid.columns["reward"] == grid.columns["reward"]).any())
+    has_reward = any(not math.isnan(value) for value in grid.columns["reward"].ravel())
     return MethodResult(
         method=name,
-        accuracy=statistics.mean_interval(grid.columns["accuracy"]),
-        reward=statistics.mean_interval(grid.columns["reward"]) if known else None,
+        accuracy=mean_interval(grid.columns["accuracy"]),
+        reward=mean_interval(grid.columns["reward"]) if has_reward else None,
         flops=flops,
         budget_fraction=flops / budget_flops,
         seconds=float(grid.columns["seconds"].mean()),
-        proposals_per_problem=num_proposals / cells,
+        proposals_per_problem=num_proposals / len(method_rows),
         rejection_rate=1 - num_accepted / num_proposals if num_proposals else None,
-        accuracy_lead=None
-        if name == main_method
-        else statistics.paired_difference(
-            grids[main_method].get_problem_values("accuracy"), grid.get_problem_values("accuracy")
-        ),
+        accuracy_lead=None if name == main_method else _compare_accuracy(grids, main_method, name),
     )
 
 
-def _count_proposals(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
-    """Method → proposals made and kept."""
-    found: dict[str, tuple[int, int]] = {}
-    for row in rows:
-        proposed, accepted = found.get(row["method"], (0, 0))
-        found[row["method"]] = proposed + row["proposals"], accepted + row["proposals_accepted"]
-    return found
+def _compare_accuracy(grids: Mapping[str, ResultGrid], a: str, b: str) -> PairedDifference:
+    return paired_difference(grids[a].get_problem_values("accuracy"), grids[b].get_problem_values("accuracy"))
 
 
-def conclude_comparison(comparisons: Sequence[BudgetComparison], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where ours is ahead of everything, and at what cost it reaches the top rung's best-of-N."""
-    said = []
-    for rung in comparisons:
-        ours = rung.results[0].method
-        if rung.unbeaten_methods:
-            gaps = ", ".join(
-                f"{one.method} ({one.accuracy_lead.value:+.3f} [{one.accuracy_lead.low:+.3f}, {one.accuracy_lead.high:+.3f}])"
-                for one in rung.results
-                if one.accuracy_lead is not None and one.accuracy_lead.low <= 0
+def conclude_comparison(comparisons: Sequence[BudgetComparison], rows: Sequence[Row]) -> list[str]:
+    """Return sentences on where the main method is ahead, and at what cost it reaches the largest best-of-N."""
+    sentences = []
+    for comparison in comparisons:
+        reference, main_method = comparison.reference_method, comparison.results[0].method
+        unbeaten = comparison.list_baselines(beaten=False)
+        if unbeaten:
+            leads = ", ".join(
+                f"{result.method} ({format_interval(result.accuracy_lead.to_dict(), '+.3f')})"
+                for result in unbeaten
+                if result.accuracy_lead
             )
-            said.append(f"{rung.reference_method}: {ours} is not ahead beyond chance of {gaps}")
+            sentences.append(f"{reference}: {main_method} is not ahead beyond chance of {leads}")
         else:
-            said.append(
-                f"{rung.reference_method}: {ours} is ahead of all {len(rung.beaten_methods)} others, every interval above zero"
-            )
-    return said + _conclude_reference_cost(comparisons, rows)
-
-
-def _conclude_reference_cost(comparisons: Sequence[BudgetComparison], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The lowest rung at which ours is no worse than the top rung's setter."""
-    grids = build_grids(rows)
-    top = comparisons[-1].reference_method
-    for rung in comparisons:
-        ours = rung.results[0]
-        gap = statistics.paired_difference(
-            grids[ours.method].get_problem_values("accuracy"), grids[top].get_problem_values("accuracy")
-        )
-        if gap.value >= 0:
-            share = ours.flops / float(grids[top].columns["flops"].mean())
+            count = len(comparison.list_baselines(beaten=True))
+            sentences.append(f"{reference}: {main_method} is ahead of all {count} others, every interval above zero")
+    grids, largest = build_grids(rows), comparisons[-1].reference_method
+    for comparison in comparisons:
+        result = comparison.results[0]
+        lead = _compare_accuracy(grids, result.method, largest)
+        if lead.value >= 0:
+            share = result.flops / float(grids[largest].columns["flops"].mean())
             return [
-                f"{ours.method} scores {ours.accuracy.value:.3f}, {top} {grids[top].columns['accuracy'].mean():.3f} "
-                f"(paired {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]), at {share:.2f} of its FLOPs"
+                *sentences,
+                f"{result.method} scores {result.accuracy.value:.3f}, {largest} "
+                f"{grids[largest].columns['accuracy'].mean():.3f} (paired {format_interval(lead.to_dict(), '+.3f')}), "
+                f"at {share:.2f} of its FLOPs",
             ]
-    return [f"at no rung is ours as good as {top}"]
+    return [*sentences, f"at no budget is {comparisons[0].results[0].method.partition('@')[0]} as good as {largest}"]
 
 
 def format_comparison_markdown(
-    comparisons: Sequence[BudgetComparison], rows: Sequence[Mapping[str, Any]], title: str, command: str
+    comparisons: Sequence[BudgetComparison], rows: Sequence[Row], title: str, command: str
 ) -> str:
-    """The ladder as a Markdown page; brackets are 95% bootstrap intervals over problems."""
-    problems, seeds = (len({row[name] for row in rows}) for name in ("problem", "seed"))
+    """Return the comparison as a Markdown page."""
+    problems, seeds = len({row.problem for row in rows}), len({row.seed for row in rows})
     parts = [
         f"# {title}",
-        f"{problems} problems, up to {seeds} seeds; brackets are 95% bootstrap intervals over problems; FLOPs and "
+        f"{problems} problems, up to {seeds} seeds. Brackets are 95% bootstrap intervals over problems. FLOPs and "
         "seconds are per problem, rejected work included.",
         "    " + command,
-        "\n".join(f"- {sentence}" for sentence in conclude_comparison(comparisons, rows)),
+        format_bullets(conclude_comparison(comparisons, rows)),
     ]
-    for rung in comparisons:
+    for comparison in comparisons:
         parts += [
-            f"## At the FLOPs of {rung.reference_method}: {rung.budget_flops:.3g} per problem",
-            _format_budget_table(rung),
+            f"## At the FLOPs of {comparison.reference_method}: {comparison.budget_flops:.3g} per problem",
+            _format_budget_table(comparison),
         ]
     return "\n\n".join(parts) + "\n"
 
 
 def _format_budget_table(comparison: BudgetComparison) -> str:
-    head = ["method", "accuracy", "ours ahead by", "reward", "× budget", "seconds", "proposals", "rejected"]
-    lines = [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
-    for one in comparison.results:
-        cells = [
-            one.method,
-            _format_interval(one.accuracy),
-            "" if one.accuracy_lead is None else _format_interval(one.accuracy_lead, "+.3f"),
-            "" if one.reward is None else f"{one.reward.value:.2f}",
-            f"{one.budget_fraction:.2f}",
-            f"{one.seconds:.3f}",
-            f"{one.proposals_per_problem:.1f}" if one.rejection_rate is not None else "",
-            f"{one.rejection_rate:.0%}" if one.rejection_rate is not None else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _format_interval(interval: Interval, format_spec: str = ".3f") -> str:
-    return f"{interval.value:{format_spec}} [{interval.low:{format_spec}}, {interval.high:{format_spec}}]"
+    lead = f"{comparison.results[0].method} ahead by"
+    head = ["method", "accuracy", lead, "reward", "× budget", "seconds", "proposals", "rejected"]
+    lines = []
+    for result in comparison.results:
+        has_proposals = result.rejection_rate is not None
+        lines.append(
+            [
+                result.method,
+                format_interval(result.accuracy.to_dict()),
+                format_interval(result.accuracy_lead.to_dict(), "+.3f") if result.accuracy_lead else "",
+                f"{result.reward.value:.2f}" if result.reward else "",
+                f"{result.budget_fraction:.2f}",
+                f"{result.seconds:.3f}",
+                f"{result.proposals_per_problem:.1f}" if has_proposals else "",
+                f"{result.rejection_rate:.0%}" if has_proposals else "",
+            ]
+        )
+    return format_table(head, lines)

@@ -1,20 +1,21 @@
-"""Accuracy and reward against the size of the step: where a larger λ stops helping, and where it hacks the reward."""
+"""Accuracy and reward against the reward weight λ: where a larger λ stops helping, and where it hacks the reward."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nabla_trl.evaluation.grids import build_grids
-from nabla_trl.utils import statistics
-from nabla_trl.utils.statistics import Interval
+from nabla_trl.evaluation.rows import Row
+from nabla_trl.utils.formatting import format_interval
+from nabla_trl.utils.markdown import format_table
+from nabla_trl.utils.statistics import Interval, mean_interval
 
 
 @dataclass(frozen=True)
 class RewardWeightPoint:
-    """What the search came to at one λ."""
+    """Accuracy and mean reward of the search at one λ."""
 
     reward_weight: float
     accuracy: Interval
@@ -22,57 +23,61 @@ class RewardWeightPoint:
 
 
 def compute_reward_weight_curve(
-    rows: Sequence[Mapping[str, Any]], method_by_reward_weight: Mapping[float, str]
+    rows: Sequence[Row], method_by_reward_weight: Mapping[float, str]
 ) -> list[RewardWeightPoint]:
-    """Result rows as a curve over λ.
+    """Return the curve over λ of result rows.
 
     Args:
-        methods: λ → the method that was run with it.
+        method_by_reward_weight: λ -> the method that was run with it.
 
     Raises:
         ValueError: a method without rows.
     """
     grids = build_grids(rows)
-    missing = [name for name in method_by_reward_weight.values() if name not in grids]
-    if missing:
-        raise ValueError(f"no rows of {missing[0]}: run it before the curve is read")
-    return [
-        RewardWeightPoint(
-            lam,
-            statistics.mean_interval(grids[name].columns["accuracy"]),
-            statistics.mean_interval(grids[name].columns["reward"]),
+    curve = []
+    for reward_weight, name in sorted(method_by_reward_weight.items()):
+        if name not in grids:
+            raise ValueError(f"no rows of {name}: run it before the curve is read")
+        columns = grids[name].columns
+        curve.append(
+            RewardWeightPoint(reward_weight, mean_interval(columns["accuracy"]), mean_interval(columns["reward"]))
         )
-        for lam, name in sorted(method_by_reward_weight.items())
-    ]
+    return curve
 
 
 def conclude_reward_weight_curve(curve: Sequence[RewardWeightPoint]) -> str:
-    """Where accuracy is highest, and whether the reward goes on rising while it falls."""
+    """Return where accuracy is highest, and whether the reward keeps rising while accuracy falls."""
     best, last = max(curve, key=lambda point: point.accuracy.value), curve[-1]
-    said = f"accuracy is highest, {best.accuracy.value:.3f}, at λ = {best.reward_weight:g}"
-    if last.accuracy.high < best.accuracy.low:
-        fell = f"; at λ = {last.reward_weight:g} it is {last.accuracy.value:.3f}"
-        reward = f"while the reward went from {best.reward.value:.2f} to {last.reward.value:.2f}"
-        return f"{said}{fell}, {reward}{': hacked' if last.reward.value > best.reward.value else ''}"
-    return f"{said}; at no λ tried does it fall beyond chance"
+    conclusion = f"accuracy is highest, {best.accuracy.value:.3f}, at λ = {best.reward_weight:g}"
+    if last.accuracy.high >= best.accuracy.low:
+        return f"{conclusion}; at no λ tried does it fall beyond chance"
+    hacked = ": hacked" if last.reward.value > best.reward.value else ""
+    return (
+        f"{conclusion}; at λ = {last.reward_weight:g} it is {last.accuracy.value:.3f}, while the reward went from "
+        f"{best.reward.value:.2f} to {last.reward.value:.2f}{hacked}"
+    )
 
 
 def format_curve_table(curve: Sequence[RewardWeightPoint]) -> str:
-    """The curve as a Markdown table."""
-    lines = ["| λ | accuracy | reward |", "| --- | --- | --- |"]
-    for point in curve:
-        cells = [f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in (point.accuracy, point.reward)]
-        lines.append(f"| {point.reward_weight:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Return the curve as a Markdown table."""
+    lines = [
+        [
+            f"{point.reward_weight:g}",
+            format_interval(point.accuracy.to_dict()),
+            format_interval(point.reward.to_dict()),
+        ]
+        for point in curve
+    ]
+    return format_table(["λ", "accuracy", "reward"], lines)
 
 
 def plot_reward_weight_curve(path: Path, curve: Sequence[RewardWeightPoint], subject: str) -> None:
-    """Two panels over one axis of λ: accuracy and mean reward, with their intervals."""
+    """Draw accuracy and mean reward with their intervals, as two panels over one axis of λ."""
     from nabla_trl.report.figures import plot_reward_weight_curves  # here, so that a table does not load matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.stem + ".tmp.png")
-    lams = [point.reward_weight for point in curve]
+    reward_weights = [point.reward_weight for point in curve]
     panels = {"accuracy": [point.accuracy for point in curve], "mean reward": [point.reward for point in curve]}
-    plot_reward_weight_curves(lams, panels, conclude_reward_weight_curve(curve), subject).savefig(draft)
+    plot_reward_weight_curves(reward_weights, panels, conclude_reward_weight_curve(curve), subject).savefig(draft)
     draft.replace(path)

@@ -11,8 +11,8 @@ import torch
 import worlds
 
 from nabla_trl.baselines import sampling
-from nabla_trl.evaluation.plan import parse_methods, plan_jobs
-from nabla_trl.evaluation.runner import EvaluationSetup
+from nabla_trl.evaluation.method import parse_methods
+from nabla_trl.evaluation.plan import EvaluationSetup, plan_jobs
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.equivalence import normalize_answer
 from nabla_trl.grading.extraction import extract_answer
@@ -29,7 +29,7 @@ def pool(problems, count, policy, reward, **kwargs):
 
 
 def ids(made):
-    return [[draw.ids for draw in entry.draws] for entry in made.entries]
+    return [[draw.response_ids for draw in entry.responses] for entry in made.entries]
 
 
 def test_a_smaller_pool_is_a_prefix_whatever_the_batch(problems, policy, reward):
@@ -59,7 +59,7 @@ def test_recorded_rewards_are_those_of_the_responses(problems, policy, reward):
     made = pool(problems, 3, policy, reward)
     for trace, problem in zip(sampling.select_best_of_n(made, 3), problems, strict=True):
         fresh = [Sample(problem, trace.prompt_ids, trace.response_ids)]
-        values, _ = reward.score(fresh, reward.prompt_memos(fresh, FlopCounter()), meter=FlopCounter())
+        values, _ = reward.score(fresh, reward.compute_prompt_caches(fresh, FlopCounter()), flop_counter=FlopCounter())
         assert trace.reward == pytest.approx(values[0], abs=1e-4)
 
 
@@ -90,7 +90,7 @@ def test_self_consistency_takes_the_commonest_answer(problems, policy, reward):
 def test_greedy_takes_the_likeliest_tokens(problems, policy, reward):
     for trace in sampling.decode_greedily(problems, policy=policy, reward=reward, max_new_tokens=8):
         ids = torch.tensor([trace.prompt_ids + trace.response_ids])
-        logits = policy.model(input_ids=ids).logits[0].masked_fill(policy.forbidden, -torch.inf)
+        logits = policy.model(input_ids=ids).logits[0].masked_fill(policy.forbidden_mask, -torch.inf)
         begin = len(trace.prompt_ids) - 1
         assert trace.response_ids == logits[begin:-1].argmax(-1).tolist()
 
@@ -136,7 +136,7 @@ def test_a_reference_that_drew_the_response_is_not_asked_again(problems, policy,
         for draw in entry.responses:
             afresh = [Sample(entry.problem, entry.prompt_ids, draw.response_ids)]
             values, _ = logratio_reward.score(
-                afresh, logratio_reward.prompt_memos(afresh, FlopCounter()), meter=FlopCounter()
+                afresh, logratio_reward.compute_prompt_caches(afresh, FlopCounter()), flop_counter=FlopCounter()
             )
             assert draw.reward == pytest.approx(values[0], abs=1e-4)
             assert set(draw.scoring_cost.tokens) == {"reward/forward"}

@@ -17,16 +17,10 @@ from nabla_trl.baselines import step_tree
 from nabla_trl.baselines.step_config import StepSearchConfig
 from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS, _NodeValues
 from nabla_trl.baselines.step_tree import StepNode, create_step_finder, run_step_search
-from nabla_trl.evaluation.method import parse_family, sort_methods
-from nabla_trl.evaluation.plan import (
-    check_methods,
-    get_max_selection_size,
-    get_step_search_settings,
-    parse_methods,
-    plan_jobs,
-)
-from nabla_trl.evaluation.rows import RowStore
-from nabla_trl.evaluation.runner import EvaluationSetup, compute_mean_flops, run_jobs
+from nabla_trl.evaluation.method import Method, get_max_selection_size, parse_methods, sort_methods
+from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_step_search_settings, plan_jobs
+from nabla_trl.evaluation.rows import Row, RowStore
+from nabla_trl.evaluation.runner import compute_mean_flops, run_jobs
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.gradient.step_ends import StepFinder
 from nabla_trl.grading.checker import AnswerChecker
@@ -76,8 +70,8 @@ def made(request: pytest.FixtureRequest, tiny: Policy) -> Reward:
 
 
 def run(name: str, policy: Policy, reward: Reward, problems=PROBLEMS, **options) -> list[Trace]:
-    size = options.pop("size", None if "flops" in options else SIZES[name])
-    how = {"sampling": SAMPLING, "steps": STEPS, "name": name} | options
+    size = options.pop("size", None if "max_flops" in options else SIZES[name])
+    how = {"sampling": SAMPLING, "step_config": STEPS, "method_name": name} | options
     return run_step_search(problems, method=STEP_SEARCH_METHODS[name], size=size, policy=policy, reward=reward, **how)
 
 
@@ -243,7 +237,7 @@ def every_response(policy: Policy, problem: Problem, prefix: Prefix = ()) -> lis
 @pytest.mark.parametrize(("name", "size"), [("beam_search", 40 * 16), ("tot", 16), ("rap", 16)])
 def test_as_wide_as_the_world_it_finds_the_best_response(name: str, size: int, tiny: Policy, made: Reward) -> None:
     wide = replace(STEPS, steps_per_prefix=40)
-    traces = run(name, tiny, made, PROBLEMS[:2], size=size, sampling=TWO, steps=wide)
+    traces = run(name, tiny, made, PROBLEMS[:2], size=size, sampling=TWO, step_config=wide)
     for trace, problem in zip(traces, PROBLEMS[:2], strict=True):
         samples = [Sample(problem, tiny.encode(problem), list(ids)) for ids in every_response(tiny, problem)]
         values, _ = made.score(samples, made.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter())
@@ -298,7 +292,7 @@ def test_a_value_goes_back_to_all_nodes_on_the_way_and_closes_what_is_known() ->
 # --- what does not matter -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"flops": 1.5e6}], ids=["size", "budget"])
+@pytest.mark.parametrize("options", [{}, {"max_flops": 1.5e6}], ids=["size", "budget"])
 @pytest.mark.parametrize("name", STEP_SEARCH_METHODS)
 def test_batch_and_order_do_not_matter_and_seeds_do(name: str, options: dict, tiny: Policy) -> None:
     reward = reward_of("process", tiny)
@@ -345,17 +339,17 @@ class Watch:
         def add(key: str, flops: float) -> None:
             self.flops[key] = self.flops.get(key, 0.0) + flops
 
-        def watched_generate(policy, jobs, sampling, *, meter, **options):
-            for key in {job.key for job in jobs}:
-                self.before.setdefault(key, []).append(meter.cost(key).flops)
-            drafts = generate_continuations(policy, jobs, sampling, flop_counter=meter, **options)
+        def watched_generate(policy, jobs, sampling, *, flop_counter, **options):
+            for key in {job.cost_key for job in jobs}:
+                self.before.setdefault(key, []).append(flop_counter.get_cost(key).flops)
+            drafts = generate_continuations(policy, jobs, sampling, flop_counter=flop_counter, **options)
             for job, draft in zip(jobs, drafts, strict=True):
-                assert job.cache is not None and job.cache.shape[3] == len(job.prefix) - 1
-                add(job.key, size.compute_forward_flops(len(job.prefix) - 1, len(draft.ids)))
+                assert job.cache is not None and job.cache.shape[3] == len(job.prefix_ids) - 1
+                add(job.cost_key, size.compute_forward_flops(len(job.prefix_ids) - 1, len(draft.ids)))
             return drafts
 
-        def watched_score(samples, memos, *, meter, shared, keep):
-            for sample, begin in zip(samples, shared, strict=True):
+        def watched_score(samples, memos, *, flop_counter, num_shared, return_caches):
+            for sample, begin in zip(samples, num_shared, strict=True):
                 for term in reward.objectives:
                     if not term.has_draw_logp(sample):
                         encoded = term.encode(sample)
@@ -364,10 +358,10 @@ class Watch:
                         count = (
                             end - start - (term.model is not None and reward.has_dense_gradient)
                         )  # the last is not fed
-                        add(sample.key, term.model_size.compute_forward_flops(start, count, count))
-            return score(samples, memos, flop_counter=meter, num_shared=shared, return_caches=keep)
+                        add(sample.cost_key, term.model_size.compute_forward_flops(start, count, count))
+            return score(samples, memos, flop_counter=flop_counter, num_shared=num_shared, return_caches=return_caches)
 
-        monkeypatch.setattr(step_tree, "generate", watched_generate)
+        monkeypatch.setattr(step_tree, "generate_continuations", watched_generate)
         monkeypatch.setattr(reward, "score", watched_score)
 
     def bare(self, policy: Policy, reward: Reward, problem: Problem) -> float:
@@ -399,7 +393,7 @@ def test_a_budget_is_spent_and_kept(name: str, tiny: Policy, monkeypatch) -> Non
     for times in (3, 16):
         watch.before.clear()
         flops = times * one.cost.flops
-        for trace in run(name, tiny, reward, PROBLEMS[:3], flops=flops):
+        for trace in run(name, tiny, reward, PROBLEMS[:3], max_flops=flops):
             assert (trace.stop_reason, trace.error) == ("max_flops", None)
             assert max(watch.before[trace.problem_id]) < flops
             shares.append(trace.cost.flops / flops)
@@ -411,7 +405,7 @@ def test_from_one_response_to_many(name: str, tiny: Policy) -> None:
     """A budget below one response draws one all the same; a large one finds more reward."""
     reward = reward_of("log-ratio", tiny)
     singles = run("beam_search", tiny, reward, size=1)
-    fewest, most = run(name, tiny, reward, flops=1.0), run(name, tiny, reward, flops=4e6)
+    fewest, most = run(name, tiny, reward, max_flops=1.0), run(name, tiny, reward, max_flops=4e6)
     for trace, single in zip(fewest, singles, strict=True):
         assert (trace.response_ids, trace.cost.tokens) == (single.response_ids, single.cost.tokens)
     assert all(many.reward >= few.reward for many, few in zip(most, fewest, strict=True))
@@ -429,7 +423,7 @@ def test_a_reward_that_is_no_number_fails_its_problem_alone(name: str, bad: floa
 
     def broken(samples, memos, **options):
         values, kept = score(samples, memos, **options)
-        poor = [sample.problem.id == "q1" and len(sample.response) > 2 for sample in samples]
+        poor = [sample.problem.id == "q1" and len(sample.response_ids) > 2 for sample in samples]
         return [bad if one else value for one, value in zip(poor, values, strict=True)], kept
 
     monkeypatch.setattr(reward, "score", broken)
@@ -440,7 +434,7 @@ def test_a_reward_that_is_no_number_fails_its_problem_alone(name: str, bad: floa
         assert (traces[at].error, traces[at].response_ids) == (None, whole[at].response_ids)
 
 
-@pytest.mark.parametrize("options", [{}, {"flops": 1.5e6}], ids=["size", "budget"])
+@pytest.mark.parametrize("options", [{}, {"max_flops": 1.5e6}], ids=["size", "budget"])
 @pytest.mark.parametrize("name", STEP_SEARCH_METHODS)
 def test_what_the_reward_cannot_read_is_dropped(name: str, options: dict, tiny: Policy) -> None:
     reward = reward_of("scalar", tiny)
@@ -465,12 +459,12 @@ def test_a_prompt_that_leaves_no_room(tiny: Policy, made: Reward) -> None:
 
 def test_refusals(tiny: Policy, made: Reward) -> None:
     worlds.refused(lambda: run("rap", tiny, made, size=None), "rap", "size or a budget")
-    worlds.refused(lambda: run("rap", tiny, made, size=2, flops=1e6), "rap", "size or a budget")
+    worlds.refused(lambda: run("rap", tiny, made, size=2, max_flops=1e6), "rap", "size or a budget")
     strange = replace(STEPS, step_delimiter="x")
-    worlds.refused(lambda: run("tot", tiny, made, steps=strange), "no step could end", "'x'", "step_delimiter")
+    worlds.refused(lambda: run("tot", tiny, made, step_config=strange), "no step could end", "'x'", "step_delimiter")
     served = replace(tiny, backend=SimpleNamespace(supports_should_stop=False))
     worlds.refused(lambda: run("tot", served, made), "vLLM server", "vllm_url")
-    for options in ({"step_tokens": 0}, {"step_width": 0}, {"exploration": -1.0}, {"exploration": math.inf}):
+    for options in ({"max_step_tokens": 0}, {"steps_per_prefix": 0}, {"exploration": -1.0}, {"exploration": math.inf}):
         worlds.refused(lambda options=options: StepSearchConfig(**options), next(iter(options)))
     worlds.refused(lambda: StepSearchConfig(step_delimiter=r"\q"), "step_delimiter")
 
@@ -481,7 +475,7 @@ def test_a_process_reward_says_what_ends_a_step(tiny: Policy) -> None:
     assert StepSearchConfig(step_delimiter=r"\x3b\n").resolve_delimiter(";") == ";\n"
     assert StepSearchConfig().get_settings(";") == StepSearchConfig(step_delimiter=";").get_settings("")
     reward, bare = reward_of("process", tiny), replace(STEPS, step_delimiter=None)
-    ours, theirs = (run("dvts", tiny, reward, steps=steps) for steps in (bare, STEPS))
+    ours, theirs = (run("dvts", tiny, reward, step_config=step_config) for step_config in (bare, STEPS))
     assert [one.response_ids for one in ours] == [one.response_ids for one in theirs]
 
 
@@ -498,17 +492,17 @@ def test_rows_at_sizes_and_budgets_survive_a_kill(bench: EvaluationSetup, tmp_pa
     names = parse_methods("best_of_8,beam_search_7,dvts@best_of_8,rap_5")
     asked = [replace(problem, answer="1") for problem in PROBLEMS[:3]]
 
-    def run_all(store: RowStore) -> list[dict]:
+    def run_all(store: RowStore) -> list[Row]:
         with AnswerChecker() as checker:
             run_jobs(
                 plan_jobs(names, bench, {}, lambda name: compute_mean_flops(store.read(), name)), asked, store, checker
             )
-        rows = [{key: value for key, value in row.items() if key != "seconds"} for row in store.read()]
-        return [row | {"reward": round(row["reward"], 6), "reward_by_round": []} for row in rows]
+        rows = [replace(row, seconds=0.0, reward_by_round=[]) for row in store.read()]
+        return [replace(row, reward=round(row.reward, 6)) for row in rows]
 
     rows = run_all(whole := RowStore(tmp_path / "whole", "run"))
     assert len(rows) == len(names) * len(asked) * 2
-    assert {row["stop"] for row in rows if "@" in row["method"]} == {"max_flops"}
+    assert {row.stop_reason for row in rows if "@" in row.method} == {"max_flops"}
     lines = whole.path.read_text(encoding="utf-8").splitlines(keepends=True)
     cut = RowStore(tmp_path / "cut", "run").path
     cut.write_text("".join(lines[: len(lines) * 2 // 3]) + lines[-1][:20], encoding="utf-8")
@@ -516,7 +510,7 @@ def test_rows_at_sizes_and_budgets_survive_a_kill(bench: EvaluationSetup, tmp_pa
     flops = {name: compute_mean_flops(whole.read(), name) for name in names}
     assert 0.75 < flops["dvts@best_of_8"] / flops["best_of_8"] < 1.05
     direct = run("rap", bench.policy, bench.reward, asked, seed=1)
-    found = [row["reward"] for row in rows if (row["method"], row["seed"]) == ("rap_5", 1)]
+    found = [row.reward for row in rows if (row.method, row.seed) == ("rap_5", 1)]
     assert found == pytest.approx([trace.reward for trace in direct], abs=1e-6)
 
 
@@ -530,7 +524,7 @@ def test_names_that_mean_nothing(name: str) -> None:
 def test_names_that_mean_something(bench: EvaluationSetup) -> None:
     names = ["best_of_4", "weighted_best_of_4", "beam_search_8", "dvts@0.5", "tot_4", "rap@best_of_4", "control"]
     assert sort_methods(reversed(names)) == names
-    assert parse_family("beam_search_8") == ("beam_search", 8) and parse_family("rap@best_of_4") == ("rap", 0.25)
+    assert Method.parse("beam_search_8") == Method("beam_search", n=8) and Method.parse("rap@best_of_4").size == 0.25
     worlds.refused(lambda: parse_methods("dvts@0.5"), "add best_of_16")
     assert [get_max_selection_size([name]) for name in ("tot_40", "dvts@0.5", "rap@best_of_4", "greedy")] == [
         40,

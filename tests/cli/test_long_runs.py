@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import shlex
 import signal
@@ -21,8 +22,9 @@ import worlds
 from lock_holder import holder
 
 from nabla_trl.cli.main import main
-from nabla_trl.evaluation.rows import Row, RowStore, select_complete_rows
-from nabla_trl.evaluation.runner import EvaluationSetup, get_budget_flops, run_job, run_jobs
+from nabla_trl.evaluation.plan import EvaluationSetup
+from nabla_trl.evaluation.rows import Row, RowStore, read_rows, select_complete_rows
+from nabla_trl.evaluation.runner import get_budget_flops, run_job, run_jobs
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
@@ -100,9 +102,8 @@ class Run:
 
 
 def comparable(row: Row) -> Row:
-    kept = {name: value for name, value in row.items() if name != "seconds"}
-    rounded = {"reward": round(row["reward"], 4), "reward_by_round": [round(one, 4) for one in row["reward_by_round"]]}
-    return kept | rounded
+    curve = [round(reward, 4) for reward in row.reward_by_round]
+    return replace(row, seconds=0.0, reward=round(row.reward or 0.0, 4), reward_by_round=curve)
 
 
 def told(trace: Trace) -> tuple:
@@ -180,11 +181,13 @@ def test_a_budget_stays_what_it_was(
     run_job(bench.plan_sample_pool([2]), asked[:6], store, checker)
     first = get_budget_flops(store, "best_of_2")
     path = store.path
-    path.write_text(path.read_text().replace('"flops": ', '"flops": 1.0,"was": ', 1))  # one cost next to nothing
+    text = path.read_text()
+    cost = re.search(r'"flops": [^,]+', text)
+    path.write_text(text.replace(cost[0], '"flops": 1.0', 1))  # one cost next to nothing
     worlds.refused(
         lambda: get_budget_flops(RowStore(tmp_path, "run"), "best_of_2"), "rows at a budget of", "best_of_2"
     )
-    path.write_text(path.read_text().replace('"flops": 1.0,"was": ', f'"flops": {first * 1.01},"was": ', 1))
+    path.write_text(text.replace(cost[0], f'"flops": {first * 1.01}', 1))
     assert get_budget_flops(RowStore(tmp_path, "run"), "best_of_2") == first
     assert json.loads((tmp_path / "budgets.json").read_text()) == {"best_of_2": first}
     (tmp_path / "budgets.json").write_text('{"best_of_2": 0.0}')
@@ -202,14 +205,15 @@ def test_what_could_not_be_run_sets_no_budget(bench: EvaluationSetup, checker: A
 
 def test_rows_that_cover_the_problems(asked: list[Problem]) -> None:
     def row(method: str, seed: int, problem: Problem) -> Row:
-        return {"method": method, "task": problem.task, "problem": problem.id, "seed": seed}
+        costs = {"correct": True, "flops": 1.0, "seconds": 1.0}
+        return Row(method=method, task=problem.task, problem=problem.id, seed=seed, **costs)
 
     rows = [row("greedy", 0, one) for one in asked]
     rows += [row("nabla", seed, one) for seed, count in ((0, 3), (1, 2)) for one in asked[:count]]
     rows += [row("old", 0, replace(asked[0], task="another"))]
     whole, left_out = select_complete_rows(rows, asked[:3])
-    assert {(one["method"], one["seed"]) for one in whole} == {("greedy", 0), ("nabla", 0)} and len(whole) == 6
-    assert left_out == "left out, as their rows are not all there: nabla, seed 1 (2 of 3 problems)"
+    assert {(one.method, one.seed) for one in whole} == {("greedy", 0), ("nabla", 0)} and len(whole) == 6
+    assert left_out == "left out, as their rows are not complete: nabla, seed 1 (2 of 3 problems)"
     assert select_complete_rows(rows, asked[:2])[1] == "" and len(select_complete_rows(rows, asked[:2])[0]) == 6
 
 
@@ -266,13 +270,14 @@ def test_a_run_that_is_killed_at_any_write_ends_with_the_same(run: Run, whole: d
 
 def test_half_a_character_of_another_process_is_no_row(tmp_path: Path) -> None:
     store = RowStore(tmp_path, "run", 1)
-    row = {"method": "m", "task": "t", "problem": "∇", "seed": 0, "run": "run", "correct": True, "flops": 1.0}
-    store.append([row, row | {"seed": 1}])
+    costs = {"correct": True, "flops": 1.0, "seconds": 1.0}
+    row = Row(method="m", task="t", problem="∇", seed=0, settings_hash="run", **costs)
+    store.append([row, replace(row, seed=1)])
     data = store.path.read_bytes()
     store.path.write_bytes(data[: data.rindex("∇".encode()) + 1])
-    assert [one["seed"] for one in RowStore(tmp_path, "run", 0).read()] == [0]
+    assert [one.seed for one in RowStore(tmp_path, "run", 0).read()] == [0]
     again = RowStore(tmp_path, "run", 1)
-    again.append([row, row | {"seed": 1}])
+    again.append([row, replace(row, seed=1)])
     assert store.path.read_bytes() == data
 
 
@@ -285,7 +290,7 @@ def test_a_full_disk_keeps_whole_rows_and_the_store_goes_on(
     before = store.path.read_bytes()
     with (
         worlds.full_disk(len(before) + 100),
-        pytest.raises(OSError, match=r"rows until here are kept, make room.*rows-00000"),
+        pytest.raises(OSError, match=r"rows until here are kept, free disk space.*rows-00000"),
     ):
         store.append(rows[2:])
     assert store.path.read_bytes() == before, "no part of a row is left"
@@ -313,7 +318,7 @@ def evaluation(world: list[str], folder: Path, *more: str) -> list[str]:
 
 
 def rows_of(folder: Path) -> list[Row]:
-    return [comparable(json.loads(line)) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return [comparable(row) for row in read_rows(folder / "rows.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -365,8 +370,8 @@ def test_eval_of_more_and_of_fewer_problems(capsys: Any, world: list[str], tmp_p
     assert (
         main(evaluation(world, tmp_path, "--max_problems", "8", "--eval_methods", "greedy", "--batch_size", "3")) == 0
     )
-    assert {(row["method"], row["problem"][-1]) for row in rows_of(tmp_path)} == {("greedy", str(n)) for n in range(8)}
-    assert "left out, as their rows are not all there: control, seed 0 (4 of 8 problems)" in capsys.readouterr().out
+    assert {(row.method, row.problem[-1]) for row in rows_of(tmp_path)} == {("greedy", str(n)) for n in range(8)}
+    assert "left out, as their rows are not complete: control, seed 0 (4 of 8 problems)" in capsys.readouterr().out
     grown = (tmp_path / "rows/rows-00000.jsonl").stat().st_size
     assert stamp < grown
     assert main(evaluation(world, tmp_path, "--max_problems", "2")) == 0

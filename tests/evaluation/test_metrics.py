@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from nabla_trl.evaluation import metrics
 from nabla_trl.evaluation.metrics import compute_maj_at_k, compute_pass_at_k
+from nabla_trl.evaluation.rows import Row
 from nabla_trl.report.summary import summarize
 
 Sample = tuple[str | None, bool]
@@ -59,21 +61,20 @@ def test_writings_of_one_answer_vote_together() -> None:
     assert compute_maj_at_k([("$7$", True), ("7.", True), ("8", False)])[-1] == 1
 
 
-def row(method: str, problem: str, seed: int, samples: list[Sample], error: str | None = None) -> dict:
+def row(method: str, problem: str, seed: int, samples: list[Sample], error: str | None = None) -> Row:
     right = [correct for _, correct in samples]
-    return {
-        "method": method,
-        "task": "t",
-        "problem": problem,
-        "seed": seed,
-        "correct": sum(right) / len(right) if right else None,
-        "reward": 0.0,
-        "flops": 1.0,
-        "seconds": 1.0,
-        "reward_by_round": [],
-        "error": error,
-        "samples": [list(one) for one in samples],
-    }
+    return Row(
+        method=method,
+        task="t",
+        problem=problem,
+        seed=seed,
+        correct=sum(right) / len(right) if right else None,
+        reward=0.0,
+        flops=1.0,
+        seconds=1.0,
+        error=error,
+        samples=[list(sample) for sample in samples],
+    )
 
 
 def test_rows_of_samples_are_measured_by_policy_with_problems_as_the_unit() -> None:
@@ -109,4 +110,4 @@ def test_an_unfinished_evaluation_is_refused() -> None:
     with pytest.raises(ValueError, match="two rows"):
         metrics.estimate_sample_metrics([*rows, rows[0]])
     with pytest.raises(ValueError, match="a row of samples_2 holds no samples"):
-        metrics.estimate_sample_metrics([rows[0], rows[1] | {"samples": None}])
+        metrics.estimate_sample_metrics([rows[0], replace(rows[1], samples=None)])

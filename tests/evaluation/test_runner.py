@@ -12,10 +12,10 @@ import worlds
 
 from nabla_trl.evaluation import metrics
 from nabla_trl.evaluation.kl import compute_best_of_n_kl_bound
-from nabla_trl.evaluation.plan import check_methods, plan_jobs
+from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, plan_jobs
 from nabla_trl.evaluation.results import describe_failed_comparisons, list_extraction_differences
-from nabla_trl.evaluation.rows import RowStore, build_row, compute_reward_by_round, get_row_key
-from nabla_trl.evaluation.runner import EvaluationSetup, compute_mean_flops, run_job
+from nabla_trl.evaluation.rows import Row, RowStore, build_row, compute_reward_by_round
+from nabla_trl.evaluation.runner import compute_mean_flops, run_job
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.grading.equivalence import MatchResult
 from nabla_trl.models.flops import Cost
@@ -44,34 +44,38 @@ def bench(policy, scalar_reward):
     return EvaluationSetup(policy, scalar_reward, CONFIG, (0, 1))
 
 
-def facts(rows):
+def comparable(rows: list[Row]) -> list[Row]:
     """Rows without what differs from run to run; rewards to the precision of another batch's rounding."""
-    kept = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-    for row in kept:
-        row["reward"] = round(row["reward"], 4)
-        row["reward_by_round"] = [round(value, 4) for value in row["reward_by_round"]]
-    return kept
+    return [
+        replace(
+            row,
+            seconds=0.0,
+            reward=round(row.reward, 4),
+            reward_by_round=[round(value, 4) for value in row.reward_by_round],
+        )
+        for row in rows
+    ]
 
 
 def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
-    for step in (bench.greedy(), bench.pool([1, 2], [2]), bench.search("nabla", CONFIG)):
+    for step in (bench.plan_greedy(), bench.plan_sample_pool([1, 2], [2]), bench.plan_search("nabla", CONFIG)):
         run_job(step, asked, store, checker)
     rows = store.read()
-    assert len({get_row_key(row) for row in rows}) == len(rows) == 4 + 3 * 8 + 8
-    assert {row["method"] for row in rows} == {"greedy", "best_of_1", "best_of_2", "self_consistency_2", "nabla"}
+    assert len({row.key for row in rows}) == len(rows) == 4 + 3 * 8 + 8
+    assert {row.method for row in rows} == {"greedy", "best_of_1", "best_of_2", "self_consistency_2", "nabla"}
     for row in rows:
-        assert row["flops"] > 0 and row["correct"] in (True, False) and row["error"] is None
-        assert row["reward_by_round"][-1] == pytest.approx(row["reward"])
+        assert row.flops > 0 and row.correct in (True, False) and row.error is None
+        assert row.reward_by_round[-1] == pytest.approx(row.reward)
 
 
 def test_no_seed_has_to_be_the_first(bench, asked, checker, tmp_path):
     """The greedy decode is stored under the first seed that was asked for, and is not made again."""
     store = RowStore(tmp_path, "run")
-    elsewhere = replace(bench, num_seeds=(3, 5))
-    for step in (elsewhere.greedy(), elsewhere.pool([1])):
+    elsewhere = replace(bench, seeds=(3, 5))
+    for step in (elsewhere.plan_greedy(), elsewhere.plan_sample_pool([1])):
         assert run_job(step, asked, store, checker) and not run_job(step, asked, store, checker)
-    assert {(row["method"], row["seed"]) for row in store.read()} == {
+    assert {(row.method, row.seed) for row in store.read()} == {
         ("greedy", 3),
         ("best_of_1", 3),
         ("best_of_1", 5),
@@ -84,38 +88,38 @@ def test_samples_are_the_pool_that_others_choose_from(bench, asked, checker, tmp
     names = ["best_of_1", "best_of_4", "self_consistency_4", "samples_4"]
     for step in plan_jobs(names, bench, {}, lambda name: 0.0):
         run_job(step, [*asked, bad], store, checker)
-    cells = {(row["method"], row["problem"], row["seed"]): row for row in store.read()}
+    cells = {(row.method, row.problem, row.seed): row for row in store.read()}
     assert len(cells) == len(names) * 5 * 2
     for (method, problem, seed), row in cells.items():
         if method != "samples_4":
             continue
         if problem == "bad":
-            assert row["error"] and row["samples"] == []
+            assert row.error and row.samples == []
             continue
         first, best, voted = (cells[name, problem, seed] for name in names[:3])
-        answers, verdicts = zip(*row["samples"], strict=True)
-        assert len(answers) == 4 and row["correct"] == sum(verdicts) / 4
-        assert (first["answer"], first["correct"]) == tuple(row["samples"][0])
-        assert [best["answer"], best["correct"]] in row["samples"]
-        assert voted["answer"] in answers
-        assert row["flops"] == pytest.approx(voted["flops"])  # neither reads the reward
+        answers, verdicts = zip(*row.samples, strict=True)
+        assert len(answers) == 4 and row.correct == sum(verdicts) / 4
+        assert (first.answer, first.correct) == tuple(row.samples[0])
+        assert [best.answer, best.correct] in row.samples
+        assert voted.answer in answers
+        assert row.flops == pytest.approx(voted.flops)  # neither reads the reward
     found = metrics.estimate_sample_metrics(store.read())
-    shares = [row["correct"] or 0.0 for row in cells.values() if row["method"] == "samples_4"]
+    shares = [row.correct or 0.0 for row in cells.values() if row.method == "samples_4"]
     assert found["avg@4.base"].value == pytest.approx(np.mean(shares))
 
 
 def test_the_traces_of_the_main_search_are_kept_with_its_rows(bench, asked, checker, tmp_path):
     names = ["best_of_16", "nabla@0.5", "nabla", "control"]
     store, folder = RowStore(tmp_path / "rows", "run"), tmp_path / "held"
-    kept = replace(bench, num_seeds=(0,), config=replace(CONFIG, max_rounds=1))
+    kept = replace(bench, seeds=(0,), config=replace(CONFIG, max_rounds=1))
     for step in plan_jobs(names, kept, {}, lambda name: compute_mean_flops(store.read(), name)):
         run_job(step, asked[:3], store, checker, eval_traces_dir=folder)
-    rows = {row["problem"]: row for row in store.read() if row["method"] == "nabla"}
+    rows = {row.problem: row for row in store.read() if row.method == "nabla"}
     traces = list(iterate_traces(folder))
     assert {trace.problem_id for trace in traces} == set(rows) and len(traces) == 3
     for trace in traces:
         row = rows[trace.problem_id]
-        assert (trace.method, trace.reward, trace.correct) == ("nabla", row["reward"], row["correct"])
+        assert (trace.method, trace.reward, trace.correct) == ("nabla", row.reward, row.correct)
     assert TokenTable.read(folder).matches(traces[0])
 
 
@@ -131,9 +135,9 @@ def test_rows_hold_both_verdicts_where_a_form_is_asked_for(policy, checker):
         ids = worlds.sample(policy, problem, text).response_ids
         traces.append(traced(policy, problem, ids))
     traces.append(build_error_trace(replace(problems[0], id="failed"), "greedy", 0, "it failed", {}))
-    rows = {row["problem"]: row for row in (build_row(trace, "run") for trace in grade_traces(traces, checker))}
+    rows = {row.problem: row for row in (build_row(trace, "run") for trace in grade_traces(traces, checker))}
     names = ("answer", "answer_strict", "correct", "correct_strict")
-    assert [[rows[key][name] for name in names] for key in rows] == [
+    assert [[getattr(rows[key], name) for name in names] for key in rows] == [
         ["3", "3", True, True],
         ["3", None, True, False],
         ["4", "4", False, False],
@@ -142,10 +146,10 @@ def test_rows_hold_both_verdicts_where_a_form_is_asked_for(policy, checker):
         ["3", None, None, None],
         [None, None, False, False],
     ]
-    assert {row["task_version"] for row in rows.values()} == {"7"}
-    assert [key for key, row in rows.items() if row["tail"] is not None] == ["q1", "ungraded"]
-    assert rows["q1"]["tail"] == "1+2=3"
-    assert [rows[key]["verdict"] for key in ("q0", "q2", "q3", "ungraded")] == [
+    assert {row.task_version for row in rows.values()} == {"7"}
+    assert [key for key, row in rows.items() if row.tail is not None] == ["q1", "ungraded"]
+    assert rows["q1"].tail == "1+2=3"
+    assert [rows[key].match_result for key in ("q0", "q2", "q3", "ungraded")] == [
         "right",
         "wrong",
         "no_answer",
@@ -166,7 +170,7 @@ def test_comparisons_that_hang_or_crash_are_counted(policy, checker):
     problems = [Problem(f"q{n}", "1+2", "3") for n in range(5)]
     traces = [traced(policy, one, worlds.sample(policy, one, "3").response_ids) for one in problems]
     rows = [build_row(trace, "run") for trace in grade_traces(traces, Lost())]
-    assert [row["correct"] for row in rows] == [False, False, True, False, False]
+    assert [row.correct for row in rows] == [False, False, True, False, False]
     assert describe_failed_comparisons(rows) == (
         "Of the comparisons with gold answers 2 timed out and 2 ended their worker: they count as wrong."
     )
@@ -190,23 +194,23 @@ def traced(policy, problem, ids):
 def test_a_pool_of_many_samples_batches_problems_and_equals_one_of_few_rows(bench, asked, checker, tmp_path):
     found = []
     for rows in (1, 2, 8):
-        step = replace(bench, config=replace(CONFIG, batch_size=rows)).pool([1, 5], [5])
+        step = replace(bench, config=replace(CONFIG, batch_size=rows)).plan_sample_pool([1, 5], [5])
         assert step.batch_size == max(1, 4 * rows // 5)
         store = RowStore(tmp_path / str(rows), "run")
         run_job(step, asked, store, checker)
-        found.append(facts(store.read()))
+        found.append(comparable(store.read()))
     assert found[0] == found[1] == found[2]
 
 
 def test_what_is_there_is_not_run_again(bench, asked, checker, tmp_path):
-    step = bench.search("nabla", CONFIG)
+    step = bench.plan_search("nabla", CONFIG)
     first = run_job(step, asked, RowStore(tmp_path, "run"), checker)
     assert len(first) == 8
     assert run_job(step, asked, RowStore(tmp_path, "run"), checker) == []
 
 
 def test_a_run_cut_off_in_a_row_ends_with_the_same_rows(bench, asked, checker, tmp_path):
-    step = bench.pool([1, 2])
+    step = bench.plan_sample_pool([1, 2])
     whole = RowStore(tmp_path / "whole", "run")
     run_job(step, asked, whole, checker)
     torn = RowStore(tmp_path / "torn", "run")
@@ -216,51 +220,59 @@ def test_a_run_cut_off_in_a_row_ends_with_the_same_rows(bench, asked, checker, t
     again = RowStore(tmp_path / "torn", "run")
     assert len(again.stored_rows) == 11
     run_job(step, list(reversed(asked)), again, checker)
-    assert facts(again.read()) == facts(whole.read())
+    assert comparable(again.read()) == comparable(whole.read())
 
 
 def test_rows_of_other_settings_are_refused(bench, asked, checker, tmp_path):
-    run_job(bench.greedy(), asked, RowStore(tmp_path, "one"), checker)
+    run_job(bench.plan_greedy(), asked, RowStore(tmp_path, "one"), checker)
     with pytest.raises(ValueError, match="other settings"):
         RowStore(tmp_path, "two")
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{broken", "is not JSON"), ("[1]", "does not hold a JSON object"), ('{"run": "run"}', "lacks method, task")],
+    [
+        ("{broken", "is not JSON"),
+        ("[1]", "does not hold a JSON object"),
+        ('{"settings_hash": "run"}', "lacks method, task"),
+        ('{"run": "run"}', "unknown key 'run': it is now 'settings_hash'"),
+        ('{"flops": null}', "flops must be a number, not None"),
+        ('{"method": 5}', "method must be text, not 5"),
+        ('{"correct": "yes"}', "correct must be a number or null, not 'yes'"),
+    ],
 )
 def test_a_corrupt_line_is_named(line, words, bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
-    run_job(bench.greedy(), asked, store, checker)
+    run_job(bench.plan_greedy(), asked, store, checker)
     lines = store.path.read_text().splitlines()
     store.path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
     worlds.refused(lambda: RowStore(tmp_path, "run"), "rows-00000.jsonl, line 2", words)
 
 
 def test_rows_of_several_processes_are_read_together(bench, asked, checker, tmp_path):
-    step = bench.greedy()
+    step = bench.plan_greedy()
     for rank in range(2):
         run_job(step, asked[rank::2], RowStore(tmp_path, "run", rank), checker)
     alone = RowStore(tmp_path / "alone", "run")
     run_job(step, asked, alone, checker)
-    assert facts(RowStore(tmp_path, "run").read()) == facts(alone.read())
+    assert comparable(RowStore(tmp_path, "run").read()) == comparable(alone.read())
 
 
 def test_an_error_is_a_row(bench, asked, checker, tmp_path):
     bad = [*asked[:1], replace(asked[1], question="?!")]
-    rows = run_job(bench.search("nabla", CONFIG), bad, RowStore(tmp_path, "run"), checker)
-    assert [bool(row["error"]) for row in rows] == [False, True] * 2
-    assert [row["correct"] for row in rows if row["error"]] == [False, False]
-    json.dumps(rows, allow_nan=False)
+    rows = run_job(bench.plan_search("nabla", CONFIG), bad, RowStore(tmp_path, "run"), checker)
+    assert [bool(row.error) for row in rows] == [False, True] * 2
+    assert [row.correct for row in rows if row.error] == [False, False]
+    json.dumps([row.to_dict() for row in rows], allow_nan=False)
 
 
 def test_a_missing_gold_answer_is_neither_right_nor_wrong(bench, problems, checker, tmp_path):
-    rows = run_job(bench.greedy(), problems, RowStore(tmp_path, "run"), checker)
-    assert [row["correct"] for row in rows] == [None] * 4
+    rows = run_job(bench.plan_greedy(), problems, RowStore(tmp_path, "run"), checker)
+    assert [row.correct for row in rows] == [None] * 4
 
 
 def test_reward_by_round_follows_the_incumbent(bench, asked):
-    for trace in bench.search("nabla", replace(CONFIG, proposals={"proposals_per_round": 2})).work(asked, 0):
+    for trace in bench.plan_search("nabla", replace(CONFIG, proposals={"proposals_per_round": 2})).run(asked, 0):
         curve = compute_reward_by_round(trace)
         assert curve[0] == trace.reward_initial and curve[-1] == trace.reward
         assert len(curve) == 1 + len({revision.round for revision in trace.revisions})
@@ -282,15 +294,15 @@ def tuned():
 
 def test_methods_of_a_trained_policy_are_the_base_ones_on_its_weights(bench, tuned, asked):
     """Every step of a trained policy makes what the same step makes with that policy as the base."""
-    alone, own = replace(bench, policy=tuned), bench.trained("sft", tuned)
+    alone, own = replace(bench, policy=tuned), bench.with_trained_policy("sft", tuned)
     config = replace(CONFIG, max_rounds=1)
     for plain, labelled in (
-        (alone.greedy(), own.greedy()),
-        (alone.pool([1, 2], [2]), own.pool([1, 2], [2])),
-        (alone.search("nabla", config), own.search("nabla", config)),
+        (alone.plan_greedy(), own.plan_greedy()),
+        (alone.plan_sample_pool([1, 2], [2]), own.plan_sample_pool([1, 2], [2])),
+        (alone.plan_search("nabla", config), own.plan_search("nabla", config)),
     ):
         assert labelled.methods == tuple(f"sft_{method}" for method in plain.methods)
-        for one, other in zip(plain.work(asked[:2], 0), labelled.work(asked[:2], 0), strict=True):
+        for one, other in zip(plain.run(asked[:2], 0), labelled.run(asked[:2], 0), strict=True):
             assert (other.method, other.response_ids) == (f"sft_{one.method}", one.response_ids)
             assert other.cost.flops == one.cost.flops
 
@@ -328,25 +340,29 @@ def log_likelihood(policy, trace):
 
 
 def test_the_divergence_of_a_sample_is_its_log_ratio(bench, tuned, policy, asked, checker, tmp_path):
-    step = bench.trained("sft", tuned).pool([1, 2])
-    rows = {get_row_key(row): row for row in run_job(step, asked, RowStore(tmp_path, "run"), checker)}
+    step = bench.with_trained_policy("sft", tuned).plan_sample_pool([1, 2])
+    rows = {row.key: row for row in run_job(step, asked, RowStore(tmp_path, "run"), checker)}
     for seed in step.seeds:
-        for trace in step.work(asked, seed):
+        for trace in step.run(asked, seed):
             row = rows[trace.method, trace.task, trace.problem_id, seed]
             ratio = log_likelihood(tuned, trace) - log_likelihood(policy, trace)
             bound = 0.0 if trace.method == "sft_best_of_1" else compute_best_of_n_kl_bound(2)
-            assert row["kl"] == pytest.approx(bound + ratio, abs=1e-4)
-            assert row["flops"] == trace.cost.flops, "measuring is not charged"
+            assert row.kl == pytest.approx(bound + ratio, abs=1e-4)
+            assert row.flops == trace.cost.flops, "measuring is not charged"
 
 
 def test_divergences_of_the_base_policy_and_where_none_is_known(bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
-    for step in (bench.greedy(), bench.pool([1, 4], [2], [2]), bench.search("nabla", replace(CONFIG, max_rounds=1))):
+    for step in (
+        bench.plan_greedy(),
+        bench.plan_sample_pool([1, 4], [2], [2]),
+        bench.plan_search("nabla", replace(CONFIG, max_rounds=1)),
+    ):
         run_job(step, [*asked[:1], replace(asked[1], question="?!")], store, checker)
-    found = {row["method"]: row["kl"] for row in store.read() if not row["error"]}
+    found = {row.method: row.kl for row in store.read() if not row.error}
     unknown = dict.fromkeys(("greedy", "self_consistency_2", "weighted_best_of_2", "nabla"))
     assert found == unknown | {"best_of_1": 0.0, "best_of_4": compute_best_of_n_kl_bound(4)}
-    assert {row["kl"] for row in store.read() if row["error"]} == {None}
+    assert {row.kl for row in store.read() if row.error} == {None}
 
 
 def test_the_bound_holds_of_every_best_of_n():

@@ -435,8 +435,7 @@ def test_the_licence_is_the_bases_unless_named(tmp_path: Path) -> None:
 
 def test_a_card_admits_what_is_no_gain(run: Path, tmp_path: Path) -> None:
     rows = find_checkpoint(run, None).rows
-    for row in rows:
-        row["correct"] = row["problem"] == "q0"
+    rows = [replace(row, correct=row.problem == "q0") for row in rows]
     store_results(run, rows, json.loads((run / "facts.json").read_text()))
     made = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
     assert "**Its greedy accuracy is not above the base's**" in (made.output_dir / "README.md").read_text()

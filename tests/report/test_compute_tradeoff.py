@@ -1,10 +1,13 @@
 """Training against search on rows made by hand: every number can be worked out on paper."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import worlds
 
 from nabla_trl.evaluation.grids import build_grids
+from nabla_trl.evaluation.rows import Row
 from nabla_trl.report import compute_tradeoff, compute_tradeoff_page
 from nabla_trl.report.conclusions import describe_best_for_budget, evaluate_targets
 from nabla_trl.report.summary import summarize
@@ -31,8 +34,17 @@ FACTS = {"reward_kind": "log-ratio", "trained": [SFT, DPO]}
 
 def make_rows(world=WORLD):
     return [
-        {"method": method, "task": "t", "problem": f"p{number}", "seed": 0, "correct": number < right, "kl": kl}
-        | {"reward": reward, "flops": flops, "seconds": flops, "reward_by_round": None, "error": None}
+        Row(
+            method=method,
+            task="t",
+            problem=f"p{number}",
+            seed=0,
+            correct=number < right,
+            kl=kl,
+            reward=reward,
+            flops=flops,
+            seconds=flops,
+        )
         for method, (right, flops, reward, kl) in world.items()
         for number in range(PROBLEMS)
     ]
@@ -138,8 +150,7 @@ def test_break_even_is_training_over_what_a_query_saves(summary):
 def test_the_interval_of_a_break_even_is_that_of_the_saving():
     rows = make_rows()
     rng = np.random.default_rng(0)
-    for row in rows:
-        row["flops"] += rng.uniform(-5, 5) * (row["method"] == "nabla")
+    rows = [replace(row, flops=row.flops + rng.uniform(-5, 5) * (row.method == "nabla")) for row in rows]
     summary, grids = summarize(rows, FACTS), build_grids(rows)
     saved = statistics.paired_difference(
         grids["nabla"].get_problem_values("flops"), grids["sft_greedy"].get_problem_values("flops")
@@ -222,8 +233,10 @@ def test_an_overtaking_in_cost_alone_is_marked():
 
 def test_a_saving_that_may_be_nothing_decides_nothing():
     rows = make_rows()
-    for number, row in enumerate(rows):
-        row["flops"] += (number % 20 == 0) * 20 * (row["method"] == "best_of_1")
+    rows = [
+        replace(row, flops=row.flops + (number % 20 == 0) * 20 * (row.method == "best_of_1"))
+        for number, row in enumerate(rows)
+    ]
     (table,) = [
         text
         for text in compute_tradeoff_page.build_tradeoff_section(summarize(rows, FACTS), build_grids(rows), FACTS, {})

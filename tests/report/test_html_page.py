@@ -19,6 +19,7 @@ import pytest
 import worlds
 
 from nabla_trl.evaluation.method import list_methods
+from nabla_trl.evaluation.rows import Row
 from nabla_trl.grading.equivalence import VERIFIER_PREFIX
 from nabla_trl.models.policy import Policy
 from nabla_trl.report.conclusions import format_accuracy
@@ -203,7 +204,7 @@ def test_a_first_answer_that_a_scorer_judges_is_not_held_against_the_gold_one(tm
     assert [item[2:4] for item in index["traces"]] == [[0, 1], [None, 1]]
 
 
-def _rows() -> tuple[list[dict[str, Any]], dict[str, Any], Summary]:
+def _rows() -> tuple[list[Row], dict[str, Any], Summary]:
     rows = pages.make_rows()
     return rows, pages.FACTS, summarize(rows, pages.FACTS)
 
@@ -240,7 +241,7 @@ def test_many_long_traces_are_split_and_written_in_seconds(tmp_path: Path) -> No
 
 def test_levels_are_those_of_the_facts() -> None:
     rows, facts, summary = _rows()
-    right = [row["correct"] for row in rows if row["method"] == "nabla" and int(row["problem"][1:]) % 2]
+    right = [row.correct for row in rows if row.method == "nabla" and int(row.problem[1:]) % 2]
     assert summary["level.10.nabla"]["value"] == pytest.approx(sum(right) / len(right))
     assert summary["level.10.nabla"]["problems"] == len(right)
     assert list(dict.fromkeys(name.split(".")[1] for name in summary if name.startswith("level."))) == ["9", "10"]

@@ -6,12 +6,14 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from nabla_trl.evaluation.method import list_methods
+from nabla_trl.evaluation.rows import Row
 from nabla_trl.report import text as report
 from nabla_trl.report.conclusions import (
     REWARD_MODEL_SAMPLING_NOTE,
@@ -68,16 +70,19 @@ def make_rows(world=WORLD, without=()):
         for number in range(PROBLEMS):
             for seed in range(1 if method in SINGLE else SEEDS):
                 right = (number * 37 % PROBLEMS) < share * PROBLEMS - 1e-9
-                rounds = [0.0, share] if method.startswith(("nabla", "control")) else None
-                row = {"method": method, "task": "digit_chains", "problem": f"p{number}", "seed": seed}
-                row |= {"correct": right, "reward": math.nan if method == "greedy" else share}
-                row |= {
-                    "kl": KL.get(method),
-                    "flops": flops,
-                    "seconds": flops / 1e9,
-                    "reward_by_round": rounds,
-                    "error": None,
-                }
+                rounds = [0.0, share] if method.startswith(("nabla", "control")) else []
+                row = Row(
+                    method=method,
+                    task="digit_chains",
+                    problem=f"p{number}",
+                    seed=seed,
+                    correct=right,
+                    reward=math.nan if method == "greedy" else share,
+                    kl=KL.get(method),
+                    flops=flops,
+                    seconds=flops / 1e9,
+                    reward_by_round=rounds,
+                )
                 rows.append(row)
     return rows
 
@@ -86,7 +91,7 @@ def make_rows(world=WORLD, without=()):
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     rows = make_rows()
-    rows[0]["error"] = "prompt longer than the context"
+    rows[0] = replace(rows[0], error="prompt longer than the context")
     report.write_report(folder, rows, FACTS)
     return folder
 
@@ -111,14 +116,14 @@ def verdicts(rows, facts=FACTS):
 
 def test_strict_accuracy_stands_beside_where_it_differs(tmp_path):
     rows = make_rows({"greedy": (0.4, 4e6), "nabla": (0.8, 61e6)})
-    for row in rows:
-        row["correct_strict"] = row["correct"]
+    rows = [replace(row, correct_strict=row.correct) for row in rows]
     report.write_report(tmp_path, rows, FACTS)
     assert "strict" not in (tmp_path / "report.md").read_text()
-    other = next(row for row in rows if row["method"] == "nabla" and row["correct"])
-    other |= {"correct_strict": False, "answer_strict": None, "answer": "3", "gold": "3", "tail": "so 3"}
-    other["verdict"] = "right"
-    next(row for row in rows if not row["correct"])["verdict"] = "timeout"
+    index = next(index for index, row in enumerate(rows) if row.method == "nabla" and row.correct)
+    strict = {"correct_strict": False, "answer_strict": None, "answer": "3", "gold": "3", "tail": "so 3"}
+    rows[index] = replace(rows[index], **strict, match_result="right")
+    index = next(index for index, row in enumerate(rows) if not row.correct)
+    rows[index] = replace(rows[index], match_result="timeout")
     found = report.write_report(tmp_path, rows, FACTS)
     lines = {line["method"]: line for line in table(section(tmp_path, "Results"))}
     assert lines["greedy"]["strict accuracy"] == lines["greedy"]["accuracy"]
@@ -174,9 +179,9 @@ def test_summary_entries_are_well_formed_json(written):
 def test_summary_equals_plain_means_of_the_rows(summary):
     rows = make_rows()
     for method in WORLD:
-        own = [one for one in rows if one["method"] == method]
-        assert summary[f"accuracy.{method}"]["value"] == pytest.approx(np.mean([one["correct"] for one in own]))
-        assert summary[f"flops.{method}"]["value"] == pytest.approx(np.mean([one["flops"] for one in own]))
+        own = [row for row in rows if row.method == method]
+        assert summary[f"accuracy.{method}"]["value"] == pytest.approx(np.mean([row.correct for row in own]))
+        assert summary[f"flops.{method}"]["value"] == pytest.approx(np.mean([row.flops for row in own]))
     assert summary["paired.nabla-greedy"]["value"] == pytest.approx(0.4)
     assert summary["recovered.sft_greedy"]["value"] == pytest.approx(0.75)
 
@@ -327,9 +332,8 @@ def test_terminal_table_fits_and_shows_every_method(summary):
 def test_samples_alone_are_a_report_too(tmp_path):
     """Nothing is chosen from them, so no method has an accuracy; their errors are told all the same."""
     rows = make_rows({"samples_4": (0.0, 4e6)})
-    for row in rows:
-        row["samples"] = [["1", True], ["2", False], ["2", False], [None, False]]
-    rows[0] |= {"samples": [], "error": "too long"}
+    rows = [replace(row, samples=[["1", True], ["2", False], ["2", False], [None, False]]) for row in rows]
+    rows[0] = replace(rows[0], samples=[], error="too long")
     found = report.write_report(tmp_path, rows, FACTS)
     text = (tmp_path / "report.md").read_text()
     assert section(tmp_path, "Results").strip().startswith("Missing: no method that gives one answer was evaluated.")

@@ -9,9 +9,8 @@ import pytest
 import worlds
 
 from nabla_trl.baselines.sampling import draw_pool, select_best_of_n
-from nabla_trl.evaluation.plan import plan_jobs
+from nabla_trl.evaluation.plan import EvaluationSetup, plan_jobs
 from nabla_trl.evaluation.rows import build_row
-from nabla_trl.evaluation.runner import EvaluationSetup
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
@@ -112,9 +111,9 @@ def test_what_all_chains_and_starts_did_is_counted(
     settings = config(top_k_candidates=2, max_rounds=0, max_new_tokens=4, max_rollouts=12, patience=2)
     for trace in run_search(problems, config=settings, **run):
         row = build_row(trace, "run")
-        assert int(trace.meta["starts"]) > 1 and row["revisions"] <= row["proposals"]
-        assert int(trace.meta["starts"]) + row["proposals"] == 12
-        assert row["accepted"] <= row["proposals_accepted"] <= row["proposals"]
+        assert int(trace.meta["starts"]) > 1 and row.revisions <= row.proposals
+        assert int(trace.meta["starts"]) + row.proposals == 12
+        assert row.accepted <= row.proposals_accepted <= row.proposals
 
 
 def test_a_preset_begins_anew_until_its_budget_is_spent(

@@ -21,6 +21,7 @@ from urllib.parse import quote
 from matplotlib.figure import Figure
 
 from nabla_trl.evaluation.method import list_methods
+from nabla_trl.evaluation.rows import Row
 from nabla_trl.report import samples
 from nabla_trl.report.conclusions import evaluate_targets, format_cost, format_relative_flops
 from nabla_trl.report.html import viewer
@@ -41,7 +42,7 @@ def render_page(
     folder: Path,
     sections: Mapping[str, Sequence[str]],
     summary: Summary,
-    rows: Sequence[Mapping],
+    rows: Sequence[Row],
     facts: Mapping,
     reward_by_round: Mapping[str, Sequence[Interval]],
     figures: Mapping[str, Figure | None],
@@ -267,7 +268,7 @@ def _render_level_cell(one: Mapping[str, float] | None) -> str:
 # --- traces and provenance ----------------------------------------------------------------------------
 
 
-def render_traces(folder: Path, rows: Sequence[Mapping], facts: Mapping, summary: Summary) -> str:
+def render_traces(folder: Path, rows: Sequence[Row], facts: Mapping, summary: Summary) -> str:
     """The viewer's frame; what it shows lies in report_data/. Damaged traces do not keep a report from being made."""
     sources, notes = [folder / name for name in ("traces", EVAL_TRACES_DIR)], []
     try:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from nabla_trl.evaluation.method import get_main_search, list_methods
+from nabla_trl.evaluation.rows import Row
 from nabla_trl.grading.equivalence import MatchResult, match_without_worker, normalize_answer
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.report.summary import Summary
@@ -107,7 +108,7 @@ def write_viewer_data(
     traces: Iterable[Trace],
     eval_traces: Iterable[Trace],
     token_table: TokenTable,
-    rows: Sequence[Mapping],
+    rows: Sequence[Row],
     facts: Mapping,
     summary: Summary,
 ) -> dict[str, int]:
@@ -258,7 +259,7 @@ def _get_compared_methods(summary: Summary) -> tuple[str, str]:
 
 def _write_rows(
     folder: Path,
-    rows: Sequence[Mapping],
+    rows: Sequence[Row],
     facts: Mapping,
     summary: Summary,
     trace_locations: Mapping[tuple[str, int], tuple[int, int]],
@@ -266,48 +267,48 @@ def _write_rows(
     """The index of held-out problems; `places`: of the traces of `ours`, by problem and seed."""
     names, (base, ours) = list_methods(summary), _get_compared_methods(summary)
     pieces, items = ChunkWriter(folder, "rows"), []
-    by_problem: dict[str, list[Mapping]] = {}
+    by_problem: dict[str, list[Row]] = {}
     order = {name: number for number, name in enumerate(names)}
     for row in rows:
-        if row["method"] in order:  # samples that nothing was chosen from are no answer
-            by_problem.setdefault(row["problem"], []).append(row)
+        if row.method in order:  # samples that nothing was chosen from are no answer
+            by_problem.setdefault(row.problem, []).append(row)
     for problem, own in by_problem.items():
         known = (facts.get("problems") or {}).get(problem) or {"question": "", "level": None}
-        own = sorted(own, key=lambda row: (order[row["method"]], row["seed"]))
+        own = sorted(own, key=lambda row: (order[row.method], row.seed))
         place = pieces.add(_encode_problem(problem, known, own))
-        mine = {row["seed"]: row for row in own if row["method"] == ours}
-        others = {row["seed"]: row for row in own if row["method"] == base}
+        mine = {row.seed: row for row in own if row.method == ours}
+        others = {row.seed: row for row in own if row.method == base}
         for seed, row in mine.items():
             other = others.get(seed) or next(iter(others.values()))  # a deterministic method has one seed
-            verdicts = [_encode_correct(None if one["error"] else one["correct"]) for one in (other, row)]
-            gain = None if None in (row["reward"], other["reward"]) else _round_finite(row["reward"] - other["reward"])
-            name, error = f"{problem} · seed {seed}", bool(row["error"])
-            counts = row.get("revisions", 0), row.get("accepted", 0)
+            verdicts = [_encode_correct(None if one.error else one.correct) for one in (other, row)]
+            gain = None if row.reward is None or other.reward is None else _round_finite(row.reward - other.reward)
+            name, error = f"{problem} · seed {seed}", bool(row.error)
+            counts = row.revisions, row.accepted
             traced = trace_locations.get((problem, seed), (None, None))
             items.append([name, _make_snippet(known["question"]), *verdicts, gain, *counts, error, *place, *traced])
     pieces.flush()
     return {"base": base, "ours": ours, "items": items}
 
 
-def _encode_problem(problem: str, problem_facts: Mapping, rows: Sequence[Mapping]) -> dict[str, Any]:
+def _encode_problem(problem: str, problem_facts: Mapping, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "id": problem,
         "question": problem_facts["question"],
         "level": problem_facts["level"],
-        "gold": rows[0].get("gold"),
+        "gold": rows[0].gold,
         "rows": [
             {
-                "method": row["method"],
-                "seed": row["seed"],
-                "correct": _encode_correct(None if row["error"] else row["correct"]),
-                "answer": row.get("answer"),
-                "reward": _round_finite(row["reward"]),
-                "flops": row["flops"],
-                "seconds": row["seconds"],
-                "proposals": row.get("revisions", 0),
-                "accepted": row.get("accepted", 0),
-                "rounds": [_round_finite(one) for one in row["reward_by_round"] or ()],
-                "error": row["error"],
+                "method": row.method,
+                "seed": row.seed,
+                "correct": _encode_correct(None if row.error else row.correct),
+                "answer": row.answer,
+                "reward": _round_finite(row.reward),
+                "flops": row.flops,
+                "seconds": row.seconds,
+                "proposals": row.revisions,
+                "accepted": row.accepted,
+                "rounds": [_round_finite(one) for one in row.reward_by_round],
+                "error": row.error,
             }
             for row in rows
         ],
@@ -319,7 +320,7 @@ def _make_snippet(text: str) -> str:
     return text if len(text) <= _MAX_SNIPPET_CHARS else f"{text[:_MAX_SNIPPET_CHARS]}…"
 
 
-def _encode_correct(correct: bool | None) -> int | None:
+def _encode_correct(correct: float | None) -> int | None:
     return None if correct is None else int(correct)
 
 
