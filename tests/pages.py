@@ -152,7 +152,7 @@ def long_traces(count: int, length: int) -> list[Trace]:
         suffix = (7, *ids[position + 1 :])
         revisions.append(Revision(round_, position, ids[position], 7, suffix, 0.0, -1.0, False, 1e6))
     plain = make_trace(0)
-    fields = vars(plain) | {"initial_ids": ids, "response_ids": ids, "revisions": revisions, "pull": [[0.25] * length]}
+    fields = vars(plain) | {"initial_ids": ids, "response_ids": ids, "revisions": revisions, "predicted_gain": [[0.25] * length]}
     return [Trace(**(fields | {"problem_id": f"train/{number}"})) for number in range(count)]
 
 
