@@ -306,6 +306,8 @@ def _list_provenance(summary: Summary, facts: Mapping) -> Iterable[str]:
     for name, words in timers.items():
         if f"seconds.{name}" in summary:
             yield f"seconds {words}: {get_value(summary, 'seconds', name):.1f}"
+    if facts.get("hardware") is not None:
+        yield f"hardware: {facts['hardware']}"
     yield from facts.get("notes") or []
 
 
