@@ -236,6 +236,17 @@ class LabelPlacer:
         return 200.0 * outside + 5.0 * covered + float(self.obstacles[inside, 2].sum())
 
 
+def label_curve_ends(
+    figure: Figure, axes: Axes, curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], size: float = 9
+) -> None:
+    """Write a name at the end of each curve. A curve is (name, color, points)."""
+    labels = LabelPlacer(figure, axes)
+    for _, _, points in curves:
+        labels.avoid_line(points)
+    for name, color, points in curves:
+        labels.place_label(name, *points[-1], color, size=size, weight="bold")
+
+
 def _list_offsets(width: float, height: float) -> list[tuple[np.ndarray, float]]:
     """Return offsets around a point for a text of this size in pixels, with penalties that grow with distance."""
     offsets = []

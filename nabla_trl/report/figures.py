@@ -28,6 +28,7 @@ from nabla_trl.report.canvas import (
     draw_point,
     format_si_axis,
     get_style,
+    label_curve_ends,
     shorten_method,
 )
 from nabla_trl.report.summary import Summary, find_pareto_front, get_value
@@ -139,8 +140,8 @@ def group_budget_curves(summary: Summary) -> dict[str, list[str]]:
     for method in list_methods(summary):
         if f"reward.{method}" in summary:
             families.setdefault(_get_labeled_family(method), []).append(method)
-    curves = {name: sorted(own, key=lambda m: get_value(summary, "flops", m)) for name, own in families.items()}
-    return {name: methods for name, methods in curves.items() if len(methods) > 1}
+    curves = {name: methods for name, methods in families.items() if len(methods) > 1}
+    return {name: sorted(curves[name], key=lambda method: get_value(summary, "flops", method)) for name in curves}
 
 
 def _get_labeled_family(method: str) -> str:
@@ -159,20 +160,17 @@ def plot_scaling(summary: Summary, subject: str) -> Figure | None:
         axes = add_axes(figure, (0.1, bottom, 0.87, 0.34))
         axes.set_xscale("log")
         axes.set_ylabel(label)
-        lines = {}
+        lines = []
         for name, methods in curves.items():
+            style = get_style(methods[-1])
             xs, entries = zip(*((points[method].xy[0], points[method].y) for method in methods), strict=True)
-            lines[name] = draw_band(axes, xs, entries, get_style(methods[-1]), markers=False)
+            lines.append((name, style.color, draw_band(axes, xs, entries, style, markers=False)))
             for method in methods:
                 draw_marker(axes, points[method], get_style(method), 5)
         axes.margins(x=0.12, y=0.1)
         format_si_axis(axes.xaxis, "FLOPs")
         axes.tick_params(labelbottom=metric == "reward")
-        labels = LabelPlacer(figure, axes)
-        for line in lines.values():
-            labels.avoid_line(line)
-        for name, line in lines.items():
-            labels.place_label(name, *line[-1], get_style(curves[name][-1]).color, size=8, weight="bold")
+        label_curve_ends(figure, axes, lines, size=8)
     figure.axes[-1].set_xlabel("FLOPs per problem (log scale)")
     return figure
 
@@ -226,17 +224,13 @@ def plot_reward_rounds(reward_by_round: Mapping[str, Sequence[Interval]], subjec
     figure, axes = create_figure_with_axes(title, f"{subject}; {_BANDS}")
     axes.set_xlabel("round of search (0: before the first round)")
     axes.set_ylabel("mean reward of the selected response")
-    lines = {
-        method: draw_band(axes, range(len(curve)), [reward.to_dict() for reward in curve], get_style(method))
-        for method, curve in curves.items()
-    }
+    lines = []
+    for method, curve in curves.items():
+        points = draw_band(axes, range(len(curve)), [reward.to_dict() for reward in curve], get_style(method))
+        lines.append((method, get_style(method).color, points))
     axes.set_xlim(-0.03 * num_rounds, 1.16 * num_rounds)
     axes.set_xticks(range(0, num_rounds + 1, math.ceil(num_rounds / 10)))
-    labels = LabelPlacer(figure, axes)
-    for line in lines.values():
-        labels.avoid_line(line)
-    for method, line in lines.items():
-        labels.place_label(method, *line[-1], get_style(method).color, weight="bold")
+    label_curve_ends(figure, axes, lines)
     return figure
 
 
@@ -261,7 +255,8 @@ def plot_reward_weight_curves(
 
 def plot_samples(summary: Summary, subject: str) -> Figure | None:
     """Plot pass@k (solid) and maj@k (dashed) of every policy. None without at least two samples."""
-    samples = {policy: own for policy, own in metrics.group_sample_metrics(summary).items() if len(own["pass"]) > 1}
+    samples = metrics.group_sample_metrics(summary)
+    samples = {policy: curves for policy, curves in samples.items() if len(curves["pass"]) > 1}
     if not samples:
         return None
     title = "Problems with a correct sample among k (pass@k, solid), and with a correct majority (maj@k, dashed)"
@@ -270,19 +265,15 @@ def plot_samples(summary: Summary, subject: str) -> Figure | None:
     axes.set_xlabel("k, independent samples per problem (log scale)")
     axes.set_ylabel("fraction of held-out problems")
     lines = []
-    for policy, own in samples.items():
+    for policy, curves in samples.items():
         # The base policy looks like its best-of-N, a trained policy like its greedy decode.
         style = get_style("best_of_1" if policy == metrics.BASE_POLICY else join_label(policy, "greedy"))
         for name, line_style in (("pass", "-"), ("maj", (0, (4, 2)))):
-            line = draw_band(axes, list(own[name]), list(own[name].values()), style, line_style=line_style)
+            line = draw_band(axes, list(curves[name]), list(curves[name].values()), style, line_style=line_style)
             lines.append((f"{name}@k, {policy}", style.color, line))
-    axes.xaxis.set_major_locator(FixedLocator(sorted({k for own in samples.values() for k in own["pass"]})))
+    axes.xaxis.set_major_locator(FixedLocator(sorted({k for curves in samples.values() for k in curves["pass"]})))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.15, y=0.1)
-    labels = LabelPlacer(figure, axes)
-    for _, _, line in lines:
-        labels.avoid_line(line)
-    for text, color, line in lines:
-        labels.place_label(text, *line[-1], color, size=8, weight="bold")
+    label_curve_ends(figure, axes, lines, size=8)
     return figure

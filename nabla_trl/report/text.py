@@ -258,13 +258,13 @@ def _format_samples(summary: Summary, images: Mapping[str, str]) -> list[str]:
     samples = metrics.group_sample_metrics(summary)
     if not samples:
         return ["Missing: no method samples_N was evaluated."]
-    curves = {f"{name}@k, {policy}": own[name] for policy, own in samples.items() for name in ("pass", "maj")}
+    curves = {f"{name}@k, {policy}": entries[name] for policy, entries in samples.items() for name in ("pass", "maj")}
     ks = sorted({k for curve in curves.values() for k in curve})
     lines = [[k, *(format_interval(curve[k]) if k in curve else "–" for curve in curves.values())] for k in ks]
     means = [
         f"{policy} {format_interval(mean)} (n = {n})"
-        for policy, own in samples.items()
-        for n, mean in own["avg"].items()
+        for policy, entries in samples.items()
+        for n, mean in entries["avg"].items()
     ]
     image = [images["samples"]] if "samples" in images else []
     return [f"avg@n: {'; '.join(means)}.", format_table(["k", *curves], lines), *image, _SAMPLES_LEGEND]
