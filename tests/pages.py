@@ -48,7 +48,7 @@ FACTS = {
     "trained": [
         {"label": "sft", "method": "sft", "beta": 1.0, "tuning": "lora", "train_flops": 9.2e9, "train_seconds": 61.5}
     ],
-    "audit": {"verdict": "Sound.", "auc": 0.97, "best_of_n": {2: {"value": 0.5, "low": 0.4, "high": 0.6}}},
+    "audit": {"conclusion": "Sound.", "auc": 0.97, "best_of_n": {2: {"value": 0.5, "low": 0.4, "high": 0.6}}},
     "notes": [HOSTILE],
 }
 
@@ -151,7 +151,12 @@ def long_traces(count: int, length: int) -> list[Trace]:
         suffix = (7, *ids[position + 1 :])
         revisions.append(Revision(round_, position, ids[position], 7, suffix, 0.0, -1.0, False, 1e6))
     plain = make_trace(0)
-    fields = vars(plain) | {"initial_ids": ids, "response_ids": ids, "revisions": revisions, "pull": [[0.25] * length]}
+    fields = vars(plain) | {
+        "initial_ids": ids,
+        "response_ids": ids,
+        "revisions": revisions,
+        "predicted_gain": [[0.25] * length],
+    }
     return [Trace(**(fields | {"problem_id": f"train/{number}"})) for number in range(count)]
 
 

@@ -218,20 +218,3 @@ def get_main_search(names: Sequence[str]) -> str | None:
     """Return the search that a report is about: the base policy's nabla run that comes last. None: there is no run."""
     searches = [name for name in sort_methods(names) if Method.parse(name).family == "nabla"]
     return searches[-1] if searches else None
-
-
-def split_label(name: str) -> tuple[str, str]:
-    """Return (policy label, name without it): sft_best_of_8 -> (sft, best_of_8)."""
-    method = Method.parse(name)
-    return method.policy, str(method.base_method)
-
-
-def join_label(label: str, name: str) -> str:
-    """Return the name of a trained policy's method. The label of the base policy is empty."""
-    return f"{label}_{name}" if label else name
-
-
-def parse_family(name: str) -> tuple[str, float]:
-    """Return (family, size): sft_best_of_8 -> (sft_best_of, 8)."""
-    method = Method.parse(name)
-    return method.family, method.size

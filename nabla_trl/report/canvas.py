@@ -1,14 +1,14 @@
-"""The house style of figures, drawn with matplotlib's object interface (Agg): no window, no global state.
+"""The house style of figures, drawn with matplotlib's object interface (Agg): no window and no global state.
 
-Colours are those of Okabe and Ito; every family also has its own marker and line, so that the figures read in
-grey. Names stand beside what they name: `Labels` puts each where it covers least.
+Colors are those of Okabe and Ito. Every family also has its own marker and line, so that figures can be read in gray.
+Names stand beside what they name: `LabelPlacer` puts each where it covers least.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -20,16 +20,17 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from nabla_trl.evaluation.method import parse_family, split_label
+from nabla_trl.evaluation.method import Method, list_methods
+from nabla_trl.report.summary import Summary
 
 INK, GRAY = "#222222", "#6b6b6b"
 DPI = 150
-MIN_LEADER_PENALTY = 6.0  # a label at this price or more stands too far off to be read without a line
+MIN_LEADER_PENALTY = 6.0  # a label with this penalty or more is so far off that it needs a leader line
 
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """How a family looks; `hollow` markers are white inside."""
+    """How a family is drawn. Hollow markers are white inside."""
 
     color: str
     marker: str
@@ -38,17 +39,17 @@ class MethodStyle:
     hollow: bool = False
 
     def get_marker_options(self, size: float) -> dict[str, object]:
-        """Options of a marker of about `size` points."""
+        """Return matplotlib's options of a marker of about `size` points."""
         inside, edge, width = ("white", self.color, 0.9) if self.hollow else (self.color, "white", 0.6)
         return {"marker": self.marker, "ms": size * self.marker_scale, "mfc": inside, "mec": edge, "mew": width}
 
 
-_PURPLE = "#8E4585"  # searches over steps; reddish purple, darkened until text in it can be read
+_PURPLE = "#8E4585"  # step-level searches. Reddish purple, darkened so that text in it can be read
 METHOD_STYLES = {
     "best_of": MethodStyle("#0072B2", "o"),
     "weighted_best_of": MethodStyle("#0072B2", "h", marker_scale=1.2),
     "nabla": MethodStyle("#D55E00", "s"),
-    "control": MethodStyle("#B07500", "^", (0, (4, 2))),  # orange, darkened until text in it can be read
+    "control": MethodStyle("#B07500", "^", (0, (4, 2))),  # orange, darkened so that text in it can be read
     "greedy": MethodStyle("#000000", "D", (0, (1, 1.5))),
     "self_consistency": MethodStyle("#56B4E9", "p", marker_scale=1.2),
     "reward_model_sampling": MethodStyle("#CC79A7", "X", marker_scale=1.35),
@@ -71,36 +72,86 @@ CURVE_FAMILIES = ("best_of", "control", "nabla")
 
 
 def get_style(method: str) -> MethodStyle:
-    """Trained policies have one colour and a marker each, hollow where they go on to sample or search."""
-    label, rest = split_label(method)
-    if label:
-        return replace(_TRAINED_STYLES[label], hollow=rest != "greedy")
-    return METHOD_STYLES.get(parse_family(method)[0], METHOD_STYLES.get(method, _DEFAULT_STYLE))
+    """Return how a method is drawn. Trained policies share a color, and are hollow where they sample or search."""
+    parsed = Method.parse(method)
+    if parsed.policy:
+        return replace(_TRAINED_STYLES[parsed.policy], hollow=parsed.name != "greedy")
+    return METHOD_STYLES.get(parsed.name, _DEFAULT_STYLE)
 
 
 def shorten_method(method: str) -> str:
-    """A method's name in a figure: a trained policy's greedy decode goes by its label alone."""
-    label, rest = split_label(method)
-    if not label or rest == "greedy":
-        return label or method
-    return f"{label} {'sampled' if rest == 'best_of_1' else rest.replace('best_of_', 'best of ')}"
+    """Return a method's name in a figure. A trained policy's greedy decode has its label as its name."""
+    parsed = Method.parse(method)
+    if not parsed.policy or parsed.name == "greedy":
+        return parsed.policy or method
+    name = str(parsed.base_method)
+    return f"{parsed.policy} {'sampled' if name == 'best_of_1' else name.replace('best_of_', 'best of ')}"
 
 
 @dataclass(frozen=True)
 class PlotPoint:
+    """A method at an x and a y, each an entry of a summary: {"value", "low", "high"}."""
+
     method: str
-    x: float
-    y: float
-    low: float
-    high: float
+    x: Mapping[str, float]
+    y: Mapping[str, float]
+
+    @property
+    def parsed(self) -> Method:
+        return Method.parse(self.method)
+
+    @property
+    def xy(self) -> tuple[float, float]:
+        return self.x["value"], self.y["value"]
+
+
+def collect_points(summary: Summary, x_metric: str, y_metric: str) -> list[PlotPoint]:
+    """Return a point per method of which both metrics are known, in the order of the report."""
+    keys = {method: (f"{x_metric}.{method}", f"{y_metric}.{method}") for method in list_methods(summary)}
+    return [PlotPoint(method, summary[x], summary[y]) for method, (x, y) in keys.items() if {x, y} <= summary.keys()]
+
+
+def draw_marker(axes: Axes, point: PlotPoint, style: MethodStyle, size: float) -> None:
+    """Draw a marker. The page finds it by its id."""
+    x, y = point.xy
+    axes.plot([x], [y], zorder=3, clip_on=False, gid=f"method {point.method}", **style.get_marker_options(size))
+
+
+def draw_point(axes: Axes, point: PlotPoint, style: MethodStyle, *, size: float = 6, x_bar: bool = False) -> None:
+    """Draw a marker with the interval of y as a bar, and with that of x if asked for."""
+    (x, y), ends = point.xy, point.y
+    bars = {"yerr": [[y - ends["low"]], [ends["high"] - y]]}
+    if x_bar:
+        bars["xerr"] = [[x - point.x["low"]], [point.x["high"] - x]]
+    axes.errorbar(x, y, **bars, fmt="none", ecolor=style.color, elinewidth=1, alpha=0.5)
+    draw_marker(axes, point, style, size)
+
+
+def draw_band(
+    axes: Axes,
+    xs: Sequence[float],
+    entries: Sequence[Mapping[str, float]],
+    style: MethodStyle,
+    *,
+    line_style: object = None,
+    markers: bool = True,
+) -> list[tuple[float, float]]:
+    """Draw a curve with its intervals as a band. Returns the points of the curve."""
+    low, value, high = np.array([[entry[side] for side in ("low", "value", "high")] for entry in entries]).T
+    axes.fill_between(xs, low, high, color=style.color, alpha=0.14, lw=0)
+    marker = style.get_marker_options(5) if markers else {}
+    axes.plot(xs, value, ls=line_style or style.line_style, color=style.color, lw=1.5, **marker)
+    return list(zip(xs, value, strict=True))
 
 
 def create_figure_with_axes(title: str, subject: str, left: float = 0.1) -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes."""
     figure = create_figure(title, subject)
     return figure, add_axes(figure, (left, 0.11, 0.97 - left, 0.74))
 
 
 def create_figure(title: str, subject: str) -> Figure:
+    """Return an empty figure with a title and, below it, a line on what is shown."""
     figure = Figure(figsize=(7.2, 4.8), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     figure.text(0.02, 0.92, textwrap.fill(title, 95), fontsize=9, fontweight="bold", color=INK, va="bottom")
@@ -109,7 +160,7 @@ def create_figure(title: str, subject: str) -> Figure:
 
 
 def add_axes(figure: Figure, bounds: tuple[float, float, float, float]) -> Axes:
-    """Axes in the house style; `place` is left, bottom, width and height as shares of the page."""
+    """Return axes in the house style. `bounds` are left, bottom, width and height as shares of the figure."""
     axes = figure.add_axes(bounds)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRAY)
@@ -122,7 +173,7 @@ def add_axes(figure: Figure, bounds: tuple[float, float, float, float]) -> Axes:
 
 
 def format_si_axis(axis: Axis, unit: str) -> None:
-    """SI prefixes on a logarithmic axis; where it spans little, ticks at 2 and 5 as well as at 1."""
+    """Use SI prefixes on a logarithmic axis, and ticks at 2 and 5 as well as at 1 where it spans little."""
     low, high = axis.get_view_interval()
     subs = (1, 2, 5) if high < 300 * low else (1,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=12))
@@ -131,14 +182,14 @@ def format_si_axis(axis: Axis, unit: str) -> None:
 
 
 class LabelPlacer:
-    """Places texts one after another, each where it covers least of what is drawn or written already."""
+    """Places texts one after another, each where it covers least of what is already drawn or written."""
 
     def __init__(self, figure: Figure, axes: Axes) -> None:
-        figure.draw_without_rendering()  # fixes the limits, so that data has its place in pixels
+        figure.draw_without_rendering()  # fixes the limits, so that data has pixel coordinates
         axes.autoscale(False)
         self.figure, self.axes = figure, axes
         self.occupied_boxes: list[tuple[float, float, float, float]] = []
-        self.obstacles = np.zeros((0, 3))  # x, y and the price of covering it
+        self.obstacles = np.zeros((0, 3))  # [n, 3]: x, y and the penalty for covering it
 
     def avoid_line(self, points: Sequence[tuple[float, float]], penalty: float = 4.0) -> None:
         """Keep texts off the straight segments between the points."""
@@ -150,14 +201,14 @@ class LabelPlacer:
 
     def avoid_bar(self, point: PlotPoint) -> None:
         """Keep texts off a marker and, less strictly, off its interval bar."""
-        self.avoid_line([(point.x, point.low), (point.x, point.high)], penalty=1.0)
-        x, y = self.axes.transData.transform((point.x, point.y))
+        self.avoid_line([(point.xy[0], point.y["low"]), (point.xy[0], point.y["high"])], penalty=1.0)
+        x, y = self.axes.transData.transform(point.xy)
         self.occupied_boxes.append((x - 7, y - 7, x + 7, y + 7))
 
     def place_label(
         self, text: str, x: float, y: float, color: str, *, size: float = 9, weight: str = "normal"
     ) -> None:
-        """Write `text` near the data point (x, y), with a thin line to it where it can't stand beside it."""
+        """Write `text` near the data point (x, y), with a thin leader line where it is far from the point."""
         look = {"fontsize": size, "fontweight": weight, "color": color, "ha": "center", "va": "center"}
         label = self.axes.annotate(text, (x, y), xytext=(0, 0), textcoords="offset points", zorder=5, **look)
         label.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
@@ -165,9 +216,9 @@ class LabelPlacer:
         anchor = self.axes.transData.transform((x, y))
         offsets = _list_offsets(extent.width, extent.height)
         boxes = [_make_box(anchor + offset, extent.width, extent.height) for offset, _ in offsets]
-        prices = [self._compute_penalty(box) + far for box, (_, far) in zip(boxes, offsets, strict=True)]
-        best = int(np.argmin(prices))
-        to_points = 72 / self.figure.dpi  # which stand where they should whatever a figure is saved at
+        penalties = [self._compute_penalty(box) + far for box, (_, far) in zip(boxes, offsets, strict=True)]
+        best = int(np.argmin(penalties))
+        to_points = 72 / self.figure.dpi  # offsets in points stay right at any resolution
         label.set_position(tuple(offsets[best][0] * to_points))
         self.occupied_boxes.append(boxes[best])
         if offsets[best][1] >= MIN_LEADER_PENALTY:
@@ -190,16 +241,27 @@ class LabelPlacer:
         return 200.0 * outside + 5.0 * covered + float(self.obstacles[inside, 2].sum())
 
 
+def label_curve_ends(
+    figure: Figure, axes: Axes, curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], size: float = 9
+) -> None:
+    """Write a name at the end of each curve. A curve is (name, color, points)."""
+    labels = LabelPlacer(figure, axes)
+    for _, _, points in curves:
+        labels.avoid_line(points)
+    for name, color, points in curves:
+        labels.place_label(name, *points[-1], color, size=size, weight="bold")
+
+
 def _list_offsets(width: float, height: float) -> list[tuple[np.ndarray, float]]:
-    """Places round a point for a text of this size in pixels, each with a price that grows with distance."""
-    places = []
+    """Return offsets around a point for a text of this size in pixels, with penalties that grow with distance."""
+    offsets = []
     for ring, gap in enumerate((11.0, 18.0, 30.0, 46.0)):
-        for turn in range(16):
-            angle = 2 * math.pi * turn / 16
-            away = np.array([math.cos(angle), math.sin(angle)])
-            offset = away * (np.array([width, height]) / 2 + gap)
-            places.append((offset, 3.0 * ring + (0.0 if turn % 4 == 0 else 0.5)))
-    return places
+        for sector in range(16):
+            angle = 2 * math.pi * sector / 16
+            direction = np.array([math.cos(angle), math.sin(angle)])
+            offset = direction * (np.array([width, height]) / 2 + gap)
+            offsets.append((offset, 3.0 * ring + (0.0 if sector % 4 == 0 else 0.5)))
+    return offsets
 
 
 def _make_box(center: np.ndarray, width: float, height: float) -> tuple[float, float, float, float]:

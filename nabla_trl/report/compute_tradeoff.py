@@ -1,188 +1,244 @@
-"""Training, paid once, against search, paid with every query: kinds of methods, what was trained, who overtakes whom
-after how many queries, and which method is best under a total of compute. Numpy only.
+"""Training is paid once and search with every query: what is best under a total of compute, and from when on.
+
+The module computes totals and writes the section of the report. `nabla_trl.report.tradeoff_figures` draws its figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 from nabla_trl.evaluation.grids import ResultGrid
-from nabla_trl.evaluation.method import POLICY_LABELS, REWARD_MODEL_SAMPLING, list_methods, split_label
+from nabla_trl.evaluation.method import Method, list_methods, list_policy_labels
+from nabla_trl.models.options import Sampling
+from nabla_trl.report.conclusions import format_accuracy, format_cost
+from nabla_trl.report.summary import (
+    KIND_BASE,
+    KIND_OTHER_MODEL,
+    KIND_TEST_TIME,
+    KIND_TRAINED,
+    KIND_TRAINED_TEST_TIME,
+    METHOD_KINDS,
+    Summary,
+    TrainingCost,
+    compare_grids,
+    get_method_kind,
+    get_value,
+    list_trained_greedy,
+    read_training_costs,
+    select_methods_of_kind,
+)
 from nabla_trl.utils import statistics
-from nabla_trl.utils.statistics import Interval
+from nabla_trl.utils.formatting import format_interval, format_si
+from nabla_trl.utils.markdown import format_bullets, format_table
 
 QUERY_COUNTS = (1, 10**2, 10**4, 10**6)
-KIND_BASE, KIND_TEST_TIME, KIND_OTHER_MODEL, KIND_TRAINED, KIND_TRAINED_TEST_TIME = METHOD_KINDS = (
-    "base",
-    "test-time",
-    "other model",
-    "trained",
-    "trained + test-time",
+TRADEOFF_FIGURES = {
+    "reward_kl": "Mean reward against KL to the base policy",
+    "total_compute": "Accuracy against total compute",
+    "break_even": "Break-even",
+}
+_KL_LEGEND = (
+    "KL to the base policy, in nats per response. 0: samples of the base policy itself. ≤: the known upper bound "
+    "log N − (N − 1)/N of best-of-N (Beirami et al., arXiv 2401.01879). (estimate): the mean of log π_trained(y|x) − "
+    "log π_base(y|x) at temperature 1 over sampled responses y. For best-of-N of a trained policy, the bound and the "
+    "estimate are added. –: not known. A greedy decode is one response and not a sample, and the density of a "
+    "response that a search or a vote selects is not known."
 )
-_SINGLE_SAMPLE_METHODS = ("greedy", "best_of_1")  # one response to a query, nothing searched
-_TRAINING_FIELDS = ("label", "method", "beta", "tuning", "train_flops", "train_seconds")
-
-SummaryMapping = Mapping[str, Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class TrainingCost:
-    """One checkpoint: how it was made, at which β, and what that took in all (FLOPs, seconds); None: not known."""
-
-    label: str
-    method: str
-    beta: float | None
-    tuning: str
-    train_flops: float | None
-    train_seconds: float | None
+_TOTAL_LEGEND = (
+    "Total = training FLOPs + queries × FLOPs per query. Each row holds from its total up to the total of the next "
+    "row. Of the methods that cost no more, it names the one with the highest mean accuracy (chosen on these same "
+    "problems)."
+)
+_BREAK_EVEN_LEGEND = (
+    "†: cheaper, but less accurate beyond chance. ≈: the accuracies are not distinguishable. No mark: also more "
+    "accurate (paired, as above). never: a query costs no less. unsure: the saving per query may be zero. "
+    "summary.json (break_even.) also holds sampling and search with the trained policies."
+)
 
 
-def read_training_costs(facts: Mapping[str, Any]) -> dict[str, TrainingCost]:
-    """The checkpoints that the facts of a run tell of, by label.
+class BestMethod(NamedTuple):
+    """The method with the highest mean accuracy from a total of FLOPs up to the total of the next one."""
 
-    Raises:
-        ValueError: an entry of `trained` lacks a field, or its label is unknown or taken.
-    """
-    found: dict[str, TrainingCost] = {}
-    for entry in facts.get("trained") or ():
-        missing = [name for name in _TRAINING_FIELDS if name not in entry]
-        if missing:
-            raise ValueError(f"the facts of a trained policy lack {', '.join(missing)}: {dict(entry)}")
-        one = TrainingCost(**{name: entry[name] for name in _TRAINING_FIELDS})
-        if one.label not in POLICY_LABELS or one.label in found:
-            trouble = "twice" if one.label in found else f"which is none of {', '.join(POLICY_LABELS)}"
-            raise ValueError(f"the facts name a trained policy {one.label!r}, {trouble}")
-        found[one.label] = one
-    return found
-
-
-def get_method_kind(method: str) -> str:
-    """Which of `KINDS` a method is."""
-    label, rest = split_label(method)
-    if label:
-        return KIND_TRAINED if rest in _SINGLE_SAMPLE_METHODS else KIND_TRAINED_TEST_TIME
-    return (
-        KIND_OTHER_MODEL
-        if method == REWARD_MODEL_SAMPLING
-        else KIND_BASE
-        if method in _SINGLE_SAMPLE_METHODS
-        else KIND_TEST_TIME
-    )
-
-
-def select_methods_of_kind(summary: SummaryMapping, *kinds: str) -> list[str]:
-    """The methods of a summary of some kinds, in the order of the report."""
-    return [method for method in list_methods(summary) if get_method_kind(method) in kinds]
-
-
-def find_best_test_time(summary: SummaryMapping) -> str | None:
-    """The base policy's search or sampling with the highest mean accuracy, the cheapest among equals."""
-    return _find_most_accurate(summary, select_methods_of_kind(summary, KIND_TEST_TIME))
-
-
-def find_best_trained(summary: SummaryMapping) -> str | None:
-    """The trained policy whose greedy decode has the highest mean accuracy; the method, <label>_greedy."""
-    return _find_most_accurate(
-        summary,
-        [method for method in select_methods_of_kind(summary, KIND_TRAINED) if split_label(method)[1] == "greedy"],
-    )
-
-
-def _find_most_accurate(summary: SummaryMapping, methods: Iterable[str]) -> str | None:
-    def worth(method: str) -> tuple[float, float]:
-        return summary[f"accuracy.{method}"]["value"], -summary[f"flops.{method}"]["value"]
-
-    return max(methods, key=worth, default=None)
-
-
-# --- totals -------------------------------------------------------------------------------------------
-
-
-def compute_total_flops(summary: SummaryMapping, method: str, queries: float) -> float | None:
-    """FLOPs of training, if the method needs any, and of so many queries; None where the training's are not known."""
-    label = split_label(method)[0]
-    training = summary.get(f"flops.training.{label}", {"value": None})["value"] if label else 0.0
-    return None if training is None else training + queries * summary[f"flops.{method}"]["value"]
-
-
-@dataclass(frozen=True)
-class BestMethod:
-    """The method with the highest mean accuracy for so many queries, from a total of FLOPs up to the next one's."""
-
-    num_queries: int
     total_flops: float
     method: str
 
 
-def find_best_by_total(summary: SummaryMapping, queries: int) -> list[BestMethod]:
-    """What is best under every total of compute, cheapest first: each is more accurate than all that cost less."""
-    totals = {
-        method: compute_total_flops(summary, method, queries)
-        for method in select_methods_of_kind(summary, *METHOD_KINDS)
-    }
-    known = [BestMethod(queries, total, method) for method, total in totals.items() if total is not None]
-
-    def accuracy(one: BestMethod) -> float:
-        return summary[f"accuracy.{one.method}"]["value"]
-
-    steps: list[BestMethod] = []
-    for one in sorted(known, key=lambda one: (one.total_flops, -accuracy(one))):
-        if not steps or accuracy(one) > accuracy(steps[-1]):
-            steps.append(one)
-    return steps
+def compute_total_flops(summary: Summary, method: str, queries: float) -> float:
+    """Return the FLOPs of training (if the method needs any) and of `queries` answers. NaN: training not known."""
+    label = Method.parse(method).policy
+    training = get_value(summary, "flops.training", label) if label else 0.0
+    return training + queries * get_value(summary, "flops", method)
 
 
-def find_best_at_equal_total(summary: SummaryMapping, queries: int, reference_method: str) -> str | None:
-    """The most accurate method for no more than the total FLOPs of `setter`; None where that was not measured."""
-    limit = compute_total_flops(summary, reference_method, queries) if f"flops.{reference_method}" in summary else None
-    afforded = [
-        one.method for one in find_best_by_total(summary, queries) if limit is not None and one.total_flops <= limit
+def find_best_by_total(summary: Summary, queries: int) -> list[BestMethod]:
+    """Return the best methods by total FLOPs, cheapest first. Each is more accurate than all that cost less."""
+
+    def accuracy(method: str) -> float:
+        return get_value(summary, "accuracy", method)
+
+    totals = [BestMethod(compute_total_flops(summary, m, queries), m) for m in list_methods(summary)]
+    totals = [total for total in totals if not math.isnan(total.total_flops)]
+    best: list[BestMethod] = []
+    for candidate in sorted(totals, key=lambda total: (total.total_flops, -accuracy(total.method))):
+        if not best or accuracy(candidate.method) > accuracy(best[-1].method):
+            best.append(candidate)
+    return best
+
+
+def find_best_at_equal_total(summary: Summary, queries: int, reference_method: str) -> str | None:
+    """Return the most accurate method within the total FLOPs of the reference method. None: it was not measured."""
+    limit = compute_total_flops(summary, reference_method, queries)
+    return next((b.method for b in reversed(find_best_by_total(summary, queries)) if b.total_flops <= limit), None)
+
+
+def describe_best_for_budget(summary: Summary, reference_method: str = "best_of_16") -> str:
+    """Return a phrase on the most accurate methods within the total FLOPs of the reference method.
+
+    Empty where the reference method was not measured.
+    """
+    counts_by_method: dict[str, list[str]] = {}
+    for queries in QUERY_COUNTS:
+        method = find_best_at_equal_total(summary, queries, reference_method)
+        if method is None:
+            return ""
+        counts_by_method.setdefault(method, []).append(format_si(queries))
+    parts = [f"{method} ({', '.join(counts)})" for method, counts in counts_by_method.items()]
+    return f"Best within the total FLOPs of {reference_method}, by number of queries: {', '.join(parts)}"
+
+
+# --- the section --------------------------------------------------------------------------------------
+
+
+def build_tradeoff_section(
+    summary: Summary, grids: Mapping[str, ResultGrid], facts: Mapping[str, Any], images: Mapping[str, str]
+) -> list[str]:
+    """Return the blocks of Markdown under the heading.
+
+    Args:
+        images: Name -> Markdown of each figure that was drawn.
+    """
+    labels = list_policy_labels(list_methods(summary))
+    if not labels:
+        return ["Missing: no trained policy was evaluated."]
+    costs = read_training_costs(facts)
+    cost_lines = [f"{label}: {_format_training_cost(costs.get(label))}" for label in labels]
+    pictures = {name: [images[name]] if name in images else [] for name in TRADEOFF_FIGURES}
+    return [
+        "One policy, one reward and the same held-out problems. Training, with its traces or rollouts and the audit, "
+        "took:",
+        format_bullets(cost_lines),
+        _format_method_table(summary),
+        " ".join([_KL_LEGEND, *_describe_sampling_filters(facts)]),
+        "### Reward and divergence",
+        *(pictures["reward_kl"] or ["Missing: no method with a known divergence and a reward."]),
+        "### Accuracy against total compute",
+        *_format_total_compute(summary),
+        *pictures["total_compute"],
+        "### Break-even",
+        *_format_break_even(summary, grids),
+        *pictures["break_even"],
     ]
-    return afforded[-1] if afforded else None
 
 
-# --- break-even ---------------------------------------------------------------------------------------
+def _format_training_cost(cost: TrainingCost | None) -> str:
+    if cost is None:
+        return "its training cost is not known"
+    beta = "" if cost.beta is None else f", β = {cost.beta:g}"
+    flops = "FLOPs not known" if cost.train_flops is None else format_si(cost.train_flops, "FLOPs")
+    seconds = "" if cost.train_seconds is None else f" in {format_si(cost.train_seconds, 's')}"
+    return f"{cost.method} ({cost.tuning}{beta}), {flops}{seconds}"
 
 
-def compute_break_even(
-    grids: Mapping[str, ResultGrid], training_costs: Mapping[str, TrainingCost]
-) -> dict[tuple[str, str], Interval]:
-    """(method of a trained policy, method without training) -> queries after which the first has cost less in all.
-
-    Training FLOPs over the FLOPs that a query saves, with the interval of the saving. A pair is left out where the
-    saving is not surely above zero, or the cost of training not known.
-    """
-    costs = {method: grid.columns["flops"].mean() for method, grid in grids.items()}
-    found = {}
-    for own in grids:
-        spent = training_costs[split_label(own)[0]].train_flops if split_label(own)[0] in training_costs else None
-        if spent is None:
-            continue
-        for rival in [method for method in grids if not split_label(method)[0] and costs[method] > costs[own]]:
-            saved = statistics.paired_difference(
-                grids[rival].get_problem_values("flops"), grids[own].get_problem_values("flops")
-            )
-            if saved.low > 0:
-                queries = (spent / saved.value, spent / saved.high, spent / saved.low)
-                found[own, rival] = Interval(*queries, saved.num_seeds, saved.num_problems)
-    return found
+def _format_method_table(summary: Summary) -> str:
+    heads = ["", "method", "accuracy", "reward", "KL to base", "FLOPs / query", "seconds / query", "training FLOPs"]
+    lines = []
+    for method in sorted(list_methods(summary), key=lambda method: METHOD_KINDS.index(get_method_kind(method))):
+        reward, training = summary.get(f"reward.{method}"), compute_total_flops(summary, method, 0)
+        lines.append(
+            [
+                get_method_kind(method),
+                method,
+                format_accuracy(summary, method),
+                format_interval(reward, ".3g") if reward else "–",
+                format_kl(summary, method),
+                format_cost(summary, "flops", method),
+                format_cost(summary, "seconds", method),
+                "–" if math.isnan(training) else format_si(training, "FLOPs") if training else "0",
+            ]
+        )
+    return format_table(heads, lines)
 
 
-def compute_pgr(grids: Mapping[str, ResultGrid], reference_method: str | None) -> dict[str, Interval]:
-    """Label -> the share of the way from base greedy to the accuracy of `goal` that the trained greedy decode makes.
+def format_kl(summary: Summary, method: str) -> str:
+    """Return a method's KL to the base policy, marked as exact, a bound or an estimate."""
+    kl = summary.get(f"kl.{method}")
+    if kl is None:
+        return "–"
+    parsed = Method.parse(method)
+    text = f"{format_interval(kl, '.2f')} (estimate)" if parsed.policy else f"{kl['value']:.2f}"
+    return f"≤ {text}" if parsed.selection_size > 1 else text if parsed.policy else "0"
 
-    Empty without the rows, and where the goal may be no better than greedy.
-    """
-    if reference_method is None or not grids.keys() >= {"greedy", reference_method}:
-        return {}
-    found: dict[str, Interval] = {}
-    for own in grids:
-        label, rest = split_label(own)
-        if label and rest == "greedy":
-            share = statistics.performance_gap_recovered(
-                *(grids[name].get_problem_values("accuracy") for name in (own, reference_method, "greedy"))
-            )
-            found |= {} if share is None else {label: share}
-    return found
+
+def _describe_sampling_filters(facts: Mapping[str, Any]) -> list[str]:
+    """Return what the KL values mean where a filter changes the distribution of samples."""
+    sampling = facts.get("sampling") or {}
+    defaults = {field.name: field.default for field in fields(Sampling) if field.name != "max_new_tokens"}
+    filters = [
+        f"{name} {sampling[name]:g}" for name in defaults if sampling.get(name, defaults[name]) != defaults[name]
+    ]
+    if not filters:
+        return []
+    return [
+        f"Here responses are sampled with {', '.join(filters)}: the bound is on the divergence from the base policy "
+        "sampled in this way, and the estimate is the mean over such responses."
+    ]
+
+
+def _format_total_compute(summary: Summary) -> Sequence[str]:
+    best = describe_best_for_budget(summary)
+    trained = select_methods_of_kind(summary, KIND_TRAINED, KIND_TRAINED_TEST_TIME)
+    unknown = [method for method in trained if math.isnan(compute_total_flops(summary, method, 0))]
+    lines = [
+        [format_si(queries), format_si(total, "FLOPs"), method, format_accuracy(summary, method)]
+        for queries in QUERY_COUNTS
+        for total, method in find_best_by_total(summary, queries)
+    ]
+    blocks = [
+        _TOTAL_LEGEND,
+        f"{best}." if best else "",
+        format_table(["queries", "total from", "best", "accuracy"], lines),
+    ]
+    blocks.append(f"Left out, because the FLOPs of training are not known: {', '.join(unknown)}." if unknown else "")
+    return [block for block in blocks if block]
+
+
+def _format_break_even(summary: Summary, grids: Mapping[str, ResultGrid]) -> list[str]:
+    trained = [m for m in list_trained_greedy(summary) if math.isfinite(compute_total_flops(summary, m, 0))]
+    if not trained:
+        return ["Missing: a trained policy's greedy decode, or the FLOPs of training."]
+    baselines = select_methods_of_kind(summary, KIND_BASE, KIND_TEST_TIME, KIND_OTHER_MODEL)
+    heads = ["baseline", *(f"{method} {format_accuracy(summary, method)}" for method in trained)]
+    lines = [
+        [
+            f"{baseline} {format_accuracy(summary, baseline)}",
+            *(_format_break_even_cell(summary, grids, method, baseline) for method in trained),
+        ]
+        for baseline in baselines
+    ]
+    head = "Number of queries after which a trained policy has cost less in total, training included, than a baseline:"
+    return [head, format_table(heads, lines), _BREAK_EVEN_LEGEND]
+
+
+def _format_break_even_cell(summary: Summary, grids: Mapping[str, ResultGrid], trained: str, baseline: str) -> str:
+    """Return the number of queries, marked by how the accuracies compare, or the reason why there is none."""
+    queries = summary.get(f"break_even.{trained}-{baseline}")
+    if queries is None:
+        cheaper = get_value(summary, "flops", trained) < get_value(summary, "flops", baseline)
+        return "unsure" if cheaper else "never"
+    gap = compare_grids(grids, "accuracy", trained, baseline)
+    side = statistics.classify_difference(gap.low, gap.high, gap.p_value)
+    low, value, high = (format_si(queries[key]) for key in ("low", "value", "high"))
+    return f"{value} [{low}, {high}]" + {"ahead": "", "behind": " †", "": " ≈"}[side]

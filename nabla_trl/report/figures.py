@@ -1,4 +1,4 @@
-"""The report's figures, in the style of `nabla_trl.report.canvas`; `nabla_trl.report.compute_tradeoff_figures` makes those of training."""
+"""The report's figures, in the style of `canvas`. Those of training are in `tradeoff_figures`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
-from nabla_trl.evaluation.method import list_methods, parse_family, split_label
-from nabla_trl.report import compute_tradeoff_figures
+from nabla_trl.evaluation import metrics
+from nabla_trl.evaluation.method import Method, list_methods
+from nabla_trl.report import tradeoff_figures
 from nabla_trl.report.canvas import (
     CURVE_FAMILIES,
     GRAY,
@@ -19,171 +20,254 @@ from nabla_trl.report.canvas import (
     LabelPlacer,
     PlotPoint,
     add_axes,
+    collect_points,
     create_figure,
     create_figure_with_axes,
+    draw_band,
+    draw_marker,
+    draw_point,
     format_si_axis,
     get_style,
+    label_curve_ends,
     shorten_method,
 )
-from nabla_trl.report.sample_figures import plot_samples
-from nabla_trl.report.summary import Summary, find_pareto_front
+from nabla_trl.report.summary import Summary, find_pareto_front, get_value
 from nabla_trl.utils.statistics import Interval
 
-COST_AXES = {  # cost -> what the axis says, and its unit
+COST_AXES = {  # cost -> label of the axis, and its unit
     "flops": ("FLOPs per problem (log scale)", "FLOPs"),
     "seconds": ("seconds per problem (log scale)", "s"),
-    "tokens": ("tokens drawn per problem (log scale)", ""),
+    "tokens": ("tokens generated per problem (log scale)", ""),
 }
+_BARS, _BANDS = (f"{mark}: 95% bootstrap intervals over problems" for mark in ("bars", "bands"))
 
 
 def plot_figures(
     summary: Summary, reward_by_round: Mapping[str, Sequence[Interval]], titles: Mapping[str, str]
 ) -> dict[str, Figure | None]:
-    """The figures by name; None where the numbers do not allow one.
+    """Return the figures by name, None where the numbers do not allow one.
 
-    `rounds`: method -> mean reward by round. `titles`: what "flops" and "seconds" show, and the "subject".
+    Args:
+        reward_by_round: Method -> mean reward before the first round and after each round.
+        titles: Titles of the accuracy figures by cost, and the "subject" of all figures.
     """
+    subject = titles["subject"]
     return {
-        "accuracy_flops": plot_accuracy(summary, "flops", titles),
-        "accuracy_seconds": plot_accuracy(summary, "seconds", titles),
-        "reward_rounds": _plot_reward_rounds(reward_by_round, titles),
-        "samples": plot_samples(summary, titles["subject"]),
-    } | compute_tradeoff_figures.plot_tradeoff_figures(summary, titles["subject"])
+        **{f"accuracy_{cost}": plot_accuracy(summary, cost, titles) for cost in COST_AXES},
+        "scaling": plot_scaling(summary, subject),
+        "reward_accuracy": plot_reward_accuracy(summary, subject),
+        "reward_rounds": plot_reward_rounds(reward_by_round, subject),
+        "samples": plot_samples(summary, subject),
+        **tradeoff_figures.plot_tradeoff_figures(summary, subject),
+    }
 
 
 def save_figures(folder: Path, figures: Mapping[str, Figure | None]) -> dict[str, Path]:
-    """Draw figures into `folder`; returns the name and path of each one drawn."""
+    """Save the figures that exist as PNG files in `folder`. Returns their paths by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {}
+    paths = {}
     for name, figure in figures.items():
         path = folder / f"{name}.png"
-        path.unlink(missing_ok=True)  # a figure of an earlier report must not pass for one of this
+        path.unlink(missing_ok=True)  # a figure of an earlier report must not pass for one of this report
         if figure is not None:
             draft = folder / f"{name}.tmp.png"
             figure.savefig(draft)
-            drawn[name] = draft.replace(path)
-    return drawn
+            paths[name] = draft.replace(path)
+    return paths
+
+
+# --- accuracy and cost --------------------------------------------------------------------------------
 
 
 def plot_accuracy(summary: Summary, cost: str, titles: Mapping[str, str]) -> Figure | None:
-    """Accuracy against a cost (flops, seconds or tokens), with the Pareto front; None where it is not known."""
-    # Samples of trained policies measure their divergence; where a greedy decode costs the same they are no answer.
-    shown = [
-        method
-        for method in list_methods(summary)
-        if not split_label(method)[0] or split_label(method)[1] != "best_of_1"
+    """Plot accuracy against a cost (flops, seconds or tokens), with the Pareto front. None: the cost is not known."""
+    # Single samples of trained policies measure their divergence. A greedy decode at the same cost is their answer.
+    points = [
+        point
+        for point in collect_points(summary, cost, "accuracy")
+        if point.xy[0] > 0 and not (point.parsed.policy and str(point.parsed.base_method) == "best_of_1")
     ]
-    points = [_make_accuracy_point(summary, method, cost) for method in shown]
-    points = sorted((point for point in points if point.x > 0), key=lambda point: point.x)
+    points.sort(key=lambda point: point.xy[0])
     if not points:
         return None
-    curves = {name: [point for point in points if parse_family(point.method)[0] == name] for name in CURVE_FAMILIES}
-    subject = f"{titles['subject']}; bars: 95% bootstrap intervals over problems; dotted: Pareto front"
-    figure, axes = create_figure_with_axes(titles[cost], subject)
-    axes.set_xscale("log")
+    figure, axes = create_figure_with_axes(titles[cost], f"{titles['subject']}; {_BARS}; dotted: Pareto front")
     label, unit = COST_AXES[cost]
+    axes.set_xscale("log")
     axes.set_xlabel(label)
     axes.set_ylabel("accuracy on held-out problems")
     for point in points:
-        bars = np.array([[point.y - point.low], [point.high - point.y]])
-        colour = get_style(point.method).color
-        axes.errorbar(point.x, point.y, yerr=bars, fmt="none", ecolor=colour, elinewidth=1, alpha=0.55)
-        axes.plot(
-            [point.x],
-            [point.y],
-            zorder=3,
-            gid=f"method {point.method}",
-            **get_style(point.method).get_marker_options(6),
-        )
-    on_front = [point for point in points if point.method in find_pareto_front(summary, cost)]
-    edge = [(point.x, point.y) for point in on_front]
-    axes.plot(*zip(*edge, strict=True), drawstyle="steps-post", color=GRAY, lw=1.0, ls=(0, (1, 1.6)), zorder=1)
-    for name, curve in curves.items():
-        xs, ys = [point.x for point in curve], [point.y for point in curve]
-        axes.plot(xs, ys, ls=METHOD_STYLES[name].line_style, color=METHOD_STYLES[name].color, lw=1.5, zorder=2)
+        draw_point(axes, point, get_style(point.method))
+    front = [point.xy for point in points if point.method in find_pareto_front(summary, cost)]
+    axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=GRAY, lw=1.0, ls=(0, (1, 1.6)), zorder=1)
+    curves = [[point for point in points if point.parsed.family == name] for name in CURVE_FAMILIES]
+    curves = [curve for curve in curves if curve]
+    for curve in curves:
+        style = get_style(curve[0].method)
+        line = [point.xy for point in curve]
+        axes.plot(*zip(*line, strict=True), ls=style.line_style, color=style.color, lw=1.5, zorder=2)
     axes.margins(x=0.1, y=0.1)
     format_si_axis(axes.xaxis, unit)
-    labels = LabelPlacer(figure, axes)
-    for point in points:
-        labels.avoid_bar(point)
-    for curve in curves.values():
-        labels.avoid_line([(point.x, point.y) for point in curve])
-    _label_points(labels, points, curves)
+    _label_points(LabelPlacer(figure, axes), points, curves)
     return figure
 
 
-def _label_points(labels: LabelPlacer, points: Sequence[PlotPoint], curves: Mapping[str, Sequence[PlotPoint]]) -> None:
-    """Full names first, as they need the room: one per curve and one per single point; then the budgets."""
-    named = [max(curve, key=lambda point: parse_family(point.method)[1]) for curve in curves.values() if curve]
-    for point in named:
-        labels.place_label(point.method, point.x, point.y, get_style(point.method).color, weight="bold")
+def _label_points(labels: LabelPlacer, points: Sequence[PlotPoint], curves: Sequence[Sequence[PlotPoint]]) -> None:
+    """Write the full names first, as they need most space: one per curve and per single point. Then the budgets."""
     for point in points:
-        name, size = parse_family(point.method)
-        if name not in CURVE_FAMILIES:
-            label, rest = split_label(point.method)
-            colour = get_style(point.method).color if label else INK
-            labels.place_label(
-                shorten_method(point.method), point.x, point.y, colour, size=7 if label and rest != "greedy" else 8
-            )
+        labels.avoid_bar(point)
+    for curve in curves:
+        labels.avoid_line([point.xy for point in curve])
+    ends = [max(curve, key=lambda point: point.parsed.size) for curve in curves]
+    for point in ends:
+        labels.place_label(point.method, *point.xy, get_style(point.method).color, weight="bold")
+    on_curves = [point for curve in curves for point in curve]
     for point in points:
-        name, size = parse_family(point.method)
-        if name in CURVE_FAMILIES and point not in named:
-            text = f"{size:g}" if name == "best_of" else f"@{size:g}"
-            labels.place_label(text, point.x, point.y, METHOD_STYLES[name].color, size=7)
+        if point not in on_curves:
+            trained, searched = bool(point.parsed.policy), point.parsed.name != "greedy"
+            color = get_style(point.method).color if trained else INK
+            size = 7 if trained and searched else 8
+            labels.place_label(shorten_method(point.method), *point.xy, color, size=size)
+    for point in points:
+        if point in on_curves and point not in ends:
+            sign = "" if point.parsed.name == "best_of" else "@"
+            labels.place_label(f"{sign}{point.parsed.size:g}", *point.xy, get_style(point.method).color, size=7)
 
 
-def _plot_reward_rounds(reward_by_round: Mapping[str, Sequence[Interval]], titles: Mapping[str, str]) -> Figure | None:
+def group_budget_curves(summary: Summary) -> dict[str, list[str]]:
+    """Return family -> its methods with FLOPs and a reward, cheapest first, for families with two budgets or more."""
+    families: dict[str, list[str]] = {}
+    for method in list_methods(summary):
+        if f"reward.{method}" in summary:
+            families.setdefault(Method.parse(method).family, []).append(method)
+    curves = {name: methods for name, methods in families.items() if len(methods) > 1}
+    return {name: sorted(curves[name], key=lambda method: get_value(summary, "flops", method)) for name in curves}
+
+
+def plot_scaling(summary: Summary, subject: str) -> Figure | None:
+    """Plot accuracy, and below it the reward, against FLOPs for the families at several budgets."""
+    curves = group_budget_curves(summary)
+    if not curves:
+        return None
+    figure = create_figure("Accuracy and reward (the target of the search) against FLOPs", f"{subject}; {_BANDS}")
+    for metric, label, bottom in (("accuracy", "accuracy", 0.51), ("reward", "mean reward", 0.11)):
+        points = {point.method: point for point in collect_points(summary, "flops", metric)}
+        axes = add_axes(figure, (0.1, bottom, 0.87, 0.34))
+        axes.set_xscale("log")
+        axes.set_ylabel(label)
+        lines = []
+        for name, methods in curves.items():
+            style = get_style(methods[-1])
+            xs, entries = zip(*((points[method].xy[0], points[method].y) for method in methods), strict=True)
+            lines.append((name, style.color, draw_band(axes, xs, entries, style, markers=False)))
+            for method in methods:
+                draw_marker(axes, points[method], get_style(method), 5)
+        axes.margins(x=0.12, y=0.1)
+        format_si_axis(axes.xaxis, "FLOPs")
+        axes.tick_params(labelbottom=metric == "reward")
+        label_curve_ends(figure, axes, lines, size=8)
+    figure.axes[-1].set_xlabel("FLOPs per problem (log scale)")
+    return figure
+
+
+# --- reward -------------------------------------------------------------------------------------------
+
+
+def plot_reward_accuracy(summary: Summary, subject: str) -> Figure | None:
+    """Plot accuracy against the mean reward. A line that bends down to the right shows over-optimization."""
+    points = {point.method: point for point in collect_points(summary, "reward", "accuracy")}
+    if len(points) < 2:
+        return None
+    title = "Accuracy against reward: under over-optimization a line bends down to the right"
+    figure, axes = create_figure_with_axes(title, f"{subject}; lines join the budgets of one family; {_BARS}")
+    axes.set_xlabel("mean reward of the selected response")
+    axes.set_ylabel("accuracy on held-out problems")
+    for method, point in points.items():
+        draw_point(axes, point, get_style(method), size=5.5, x_bar=True)
+    curves = group_budget_curves(summary)
+    lines = {name: [points[method].xy for method in methods] for name, methods in curves.items()}
+    for name, line in lines.items():
+        axes.plot(*zip(*line, strict=True), color=get_style(curves[name][0]).color, lw=1.2, alpha=0.8, zorder=2)
+    axes.margins(x=0.12, y=0.1)
+    labels = LabelPlacer(figure, axes)
+    for point in points.values():
+        labels.avoid_bar(point)
+    for line in lines.values():
+        labels.avoid_line(line)
+    ends = [max(methods, key=lambda method: Method.parse(method).size) for methods in curves.values()]
+    for method, point in points.items():
+        if method in ends:
+            labels.place_label(method, *point.xy, get_style(method).color, size=8, weight="bold")
+        elif point.parsed.family not in curves:
+            labels.place_label(shorten_method(method), *point.xy, INK, size=8)
+    return figure
+
+
+def plot_reward_rounds(reward_by_round: Mapping[str, Sequence[Interval]], subject: str) -> Figure | None:
+    """Plot the mean reward over the rounds of nabla and of the control, each at its largest budget."""
     curves = {}
     for name in ("nabla", "control"):
-        runs = [
-            method for method, curve in reward_by_round.items() if parse_family(method)[0] == name and len(curve) > 1
-        ]
+        runs = [m for m, curve in reward_by_round.items() if Method.parse(m).family == name and len(curve) > 1]
         if runs:
-            method = max(runs, key=lambda one: parse_family(one)[1])
+            method = max(runs, key=lambda run: Method.parse(run).size)
             curves[method] = reward_by_round[method]
     if not curves:
         return None
-    most = max(map(len, curves.values())) - 1
-    ends = {method: (curve[0].value, curve[-1].value) for method, curve in curves.items()}
-    moves = ", ".join(f"{method} {first:.2f} to {last:.2f}" for method, (first, last) in ends.items())
-    subject = f"{titles['subject']}; bands: 95% bootstrap intervals over problems"
-    figure, axes = create_figure_with_axes(f"Mean reward over {most} rounds: {moves}", subject)
-    axes.set_xlabel("round of search (0: before the first)")
-    axes.set_ylabel("mean reward of the kept response")
+    num_rounds = max(map(len, curves.values())) - 1
+    changes = [f"{method} {curve[0].value:.2f} to {curve[-1].value:.2f}" for method, curve in curves.items()]
+    title = f"Mean reward over {num_rounds} rounds: {', '.join(changes)}"
+    figure, axes = create_figure_with_axes(title, f"{subject}; {_BANDS}")
+    axes.set_xlabel("round of search (0: before the first round)")
+    axes.set_ylabel("mean reward of the selected response")
+    lines = []
     for method, curve in curves.items():
-        own, steps = get_style(method), np.arange(len(curve))
-        low, value, high = np.array([(one.low, one.value, one.high) for one in curve]).T
-        axes.fill_between(steps, low, high, color=own.color, alpha=0.15, lw=0)
-        axes.plot(steps, value, ls=own.line_style, color=own.color, lw=1.5, **own.get_marker_options(5))
-    axes.set_xlim(-0.03 * most, 1.16 * most)
-    axes.set_xticks(range(0, most + 1, math.ceil(most / 10)))
-    labels = LabelPlacer(figure, axes)
-    for curve in curves.values():
-        labels.avoid_line([(step, one.value) for step, one in enumerate(curve)])
-    for method, curve in curves.items():
-        labels.place_label(method, len(curve) - 1, curve[-1].value, get_style(method).color, weight="bold")
+        points = draw_band(axes, range(len(curve)), [reward.to_dict() for reward in curve], get_style(method))
+        lines.append((method, get_style(method).color, points))
+    axes.set_xlim(-0.03 * num_rounds, 1.16 * num_rounds)
+    axes.set_xticks(range(0, num_rounds + 1, math.ceil(num_rounds / 10)))
+    label_curve_ends(figure, axes, lines)
     return figure
-
-
-def _make_accuracy_point(summary: Summary, method: str, cost: str) -> PlotPoint:
-    one, spent = summary[f"accuracy.{method}"], summary.get(f"{cost}.{method}")
-    return PlotPoint(method, spent["value"] if spent else 0.0, one["value"], one["low"], one["high"])
 
 
 def plot_reward_weight_curves(
     reward_weights: Sequence[float], panels: Mapping[str, Sequence[Interval]], title: str, subject: str
 ) -> Figure:
-    """Curves over one logarithmic axis of λ, a panel each from the top down; shaded: 95% bootstrap intervals."""
-    figure = create_figure(title, f"{subject}; shaded: 95% bootstrap intervals over problems")
+    """Plot curves over one logarithmic axis of λ, one panel per label from the top down."""
+    figure = create_figure(title, f"{subject}; {_BANDS}")
     height = 0.74 / len(panels)
     for row, (label, curve) in enumerate(panels.items()):
         axes = add_axes(figure, (0.1, 0.85 - height * (row + 1) + 0.02, 0.87, height - 0.04))
-        own = METHOD_STYLES["nabla"]
-        low, value, high = np.array([(one.low, one.value, one.high) for one in curve]).T
-        axes.fill_between(reward_weights, low, high, color=own.color, alpha=0.2, lw=0)
-        axes.plot(reward_weights, value, ls=own.line_style, color=own.color, lw=1.5, **own.get_marker_options(6))
+        draw_band(axes, reward_weights, [interval.to_dict() for interval in curve], METHOD_STYLES["nabla"])
         axes.set_xscale("log")
         axes.set_ylabel(label)
         axes.tick_params(labelbottom=row == len(panels) - 1)
-    axes.set_xlabel("λ = 1/β, how often the reward's gradient counts against log π (log scale)")
+    axes.set_xlabel("λ = 1/β, weight of the reward's gradient relative to log π (log scale)")
+    return figure
+
+
+# --- samples ------------------------------------------------------------------------------------------
+
+
+def plot_samples(summary: Summary, subject: str) -> Figure | None:
+    """Plot pass@k (solid) and maj@k (dashed) of every policy. None without at least two samples."""
+    samples = metrics.group_sample_metrics(summary)
+    samples = {policy: curves for policy, curves in samples.items() if len(curves["pass"]) > 1}
+    if not samples:
+        return None
+    title = "Problems with a correct sample among k (pass@k, solid), and with a correct majority (maj@k, dashed)"
+    figure, axes = create_figure_with_axes(title, f"{subject}; {_BANDS}")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("k, independent samples per problem (log scale)")
+    axes.set_ylabel("fraction of held-out problems")
+    lines = []
+    for policy, curves in samples.items():
+        # The base policy looks like its best-of-N, a trained policy like its greedy decode.
+        style = get_style("best_of_1" if policy == metrics.BASE_POLICY else f"{policy}_greedy")
+        for name, line_style in (("pass", "-"), ("maj", (0, (4, 2)))):
+            line = draw_band(axes, list(curves[name]), list(curves[name].values()), style, line_style=line_style)
+            lines.append((f"{name}@k, {policy}", style.color, line))
+    axes.xaxis.set_major_locator(FixedLocator(sorted({k for curves in samples.values() for k in curves["pass"]})))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.15, y=0.1)
+    label_curve_ends(figure, axes, lines, size=8)
     return figure

@@ -1,147 +1,197 @@
-"""Result rows and run facts -> the numbers of a report, by name. `nabla_trl.report.text` tells what rows and facts hold."""
+"""From result rows and run facts to the numbers of a report, each under a name.
+
+`nabla_trl.report.text` documents rows and facts.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
 from nabla_trl.evaluation import metrics
 from nabla_trl.evaluation.grids import METRICS, ResultGrid, build_grids
 from nabla_trl.evaluation.method import (
+    POLICY_LABELS,
     REWARD_MODEL_SAMPLING,
     STEP_SEARCHES,
-    join_label,
+    Method,
     list_methods,
     list_policy_labels,
-    parse_family,
-    split_label,
 )
 from nabla_trl.evaluation.rows import Row
-from nabla_trl.report import compute_tradeoff
 from nabla_trl.utils import statistics
 from nabla_trl.utils.statistics import Interval
 
 Summary = dict[str, dict[str, float]]
 
-MAX_FLOPS_SHARE = 1 / 3  # target: nabla reaches best-of-16 at no more than this share of its FLOPs
+MAX_FLOPS_SHARE = 1 / 3  # target: nabla reaches best_of_16 with at most this share of its FLOPs
+KIND_BASE, KIND_TEST_TIME, KIND_OTHER_MODEL, KIND_TRAINED, KIND_TRAINED_TEST_TIME = METHOD_KINDS = (
+    "base",
+    "test-time",
+    "other model",
+    "trained",
+    "trained + test-time",
+)
+_SINGLE_SAMPLE_METHODS = ("greedy", "best_of_1")  # one response per query, no search
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """How one checkpoint was trained, and the total FLOPs and seconds of its training (None: not known)."""
+
+    label: str
+    method: str
+    beta: float | None
+    tuning: str
+    train_flops: float | None
+    train_seconds: float | None
 
 
 def summarize(rows: Sequence[Row], facts: Mapping) -> Summary:
-    """The content of summary.json: name -> {"value", "low", "high", "seeds", "problems"}.
+    """Return the content of summary.json: name -> {"value", "low", "high", "seeds", "problems"}.
 
-    Names: accuracy., accuracy_strict., flops., seconds., tokens., reward., kl., errors.<method> (FLOPs, seconds,
-    tokens drawn and nats per problem; strict: of answers in the form that the task asks for alone, if it does);
-    level.<level>.<method> (accuracy on the problems of one level, where the facts tell of several);
-    paired.<a>-<b> (accuracy of a minus b) and p_value.<a>-<b>; of a trained policy's greedy decode its share of
-    nabla's gain over greedy, recovered.<label>_greedy, and of the way from greedy to the best test-time method,
-    way.<label>_greedy; break_even.<trained method>-<method> (queries); flops.training.<label> and
-    seconds.training.<label>; seconds.setup and seconds.total; pass@<k>., maj@<k>. and avg@<n>.<policy> of samples_n
-    (`nabla_trl.evaluation.metrics`). A name whose rows or facts are not there is left out.
+    An entry whose rows or facts are missing is left out. The names are:
+
+    - accuracy., accuracy_strict., flops., seconds., tokens., reward., kl. and errors.<method>: means per problem, in
+      FLOPs, seconds, generated tokens and nats. The strict accuracy counts only answers in the form of the task.
+    - level.<level>.<method>: accuracy on the problems of one level, where the facts name several levels.
+    - paired.<a>-<b>: accuracy of a minus accuracy of b. p_value.<a>-<b>: p-value of this difference.
+    - pgr_nabla.<label>_greedy and pgr_best.<label>_greedy: performance gap recovered by a trained policy's greedy
+      decode, between base greedy and nabla, or between base greedy and the best test-time method.
+    - break_even.<trained method>-<method>: number of queries.
+    - flops.training.<label>, seconds.training.<label>, seconds.setup and seconds.total.
+    - pass@<k>., maj@<k>. and avg@<n>.<policy> of samples_n (`nabla_trl.evaluation.metrics`).
 
     Raises:
-        ValueError: rows that are incomplete, repeated or of several tasks, or facts of training that are not whole.
+        ValueError: Rows are incomplete, repeated or of several tasks, or the facts of a training are incomplete.
     """
     grids = build_grids(rows)
-    trained = compute_tradeoff.read_training_costs(facts)
-    summary = {name: one.to_dict() for name, one in _compute_means(grids).items()}
-    goal = compute_tradeoff.find_best_test_time(summary)
-    found = (
+    training_costs = read_training_costs(facts)
+    summary = {name: interval.to_dict() for name, interval in _compute_means(grids).items()}
+    best = find_best_test_time(summary)
+    intervals = (
         _compute_level_means(grids, facts)
-        | _compute_paired_differences(grids, goal)
-        | _compute_training_entries(grids, trained, goal)
+        | _compute_paired_differences(grids, best)
+        | _compute_training_entries(grids, training_costs, best)
+        | metrics.estimate_sample_metrics(rows)
     )
-    found |= metrics.estimate_sample_metrics(rows)
     for name in ("setup", "total"):
-        if has_fact(facts, f"{name}_seconds"):
-            found[f"seconds.{name}"] = Interval.exact(facts[f"{name}_seconds"])
-    return summary | {name: one.to_dict() for name, one in found.items()}
+        if facts.get(f"{name}_seconds") is not None:
+            intervals[f"seconds.{name}"] = Interval.exact(facts[f"{name}_seconds"])
+    return summary | {name: interval.to_dict() for name, interval in intervals.items()}
+
+
+def read_training_costs(facts: Mapping[str, Any]) -> dict[str, TrainingCost]:
+    """Return the checkpoints that the facts of a run describe, by label.
+
+    Raises:
+        ValueError: An entry of `trained` lacks a field, or its label is unknown or repeated.
+    """
+    costs: dict[str, TrainingCost] = {}
+    for entry in facts.get("trained") or ():
+        names = [field.name for field in fields(TrainingCost)]
+        missing = [name for name in names if name not in entry]
+        if missing:
+            raise ValueError(f"the facts of a trained policy lack {', '.join(missing)}: {dict(entry)}")
+        cost = TrainingCost(**{name: entry[name] for name in names})
+        if cost.label not in POLICY_LABELS or cost.label in costs:
+            problem = "twice" if cost.label in costs else f"which is none of {', '.join(POLICY_LABELS)}"
+            raise ValueError(f"the facts name a trained policy {cost.label!r}, {problem}")
+        costs[cost.label] = cost
+    return costs
 
 
 def _compute_means(grids: Mapping[str, ResultGrid]) -> dict[str, Interval]:
-    found: dict[str, Interval] = {}
-    for metric in METRICS:
-        for method, grid in grids.items():
-            if any(map(math.isfinite, grid.columns[metric].ravel())):
-                found[f"{metric}.{method}"] = statistics.mean_interval(grid.columns[metric])
-    for method, grid in grids.items():
-        found[f"errors.{method}"] = Interval.exact(grid.num_errors, len(grid.seeds), len(grid.problems))
-    return found
+    means = {
+        f"{metric}.{method}": statistics.mean_interval(grid.columns[metric])
+        for metric in METRICS
+        for method, grid in grids.items()
+        if np.isfinite(grid.columns[metric]).any()
+    }
+    errors = {
+        f"errors.{method}": Interval.exact(grid.num_errors, len(grid.seeds), len(grid.problems))
+        for method, grid in grids.items()
+    }
+    return means | errors
 
 
 def group_problems_by_level(facts: Mapping) -> dict[str, list[str]]:
-    """Level -> its held-out problems, the lowest first; empty where there are not several levels."""
-    found: dict[str, list[str]] = {}
-    for problem, known in (facts.get("problems") or {}).items():
-        if known["level"] is not None:
-            found.setdefault(known["level"], []).append(problem)
-    names = sorted(found, key=lambda level: (not level.isdigit(), int(level) if level.isdigit() else 0, level))
-    return {level: found[level] for level in names} if len(found) > 1 else {}
+    """Return level -> its held-out problems, lowest level first. Empty where there are fewer than two levels."""
+    levels: dict[str, list[str]] = {}
+    for problem, problem_facts in (facts.get("problems") or {}).items():
+        if problem_facts["level"] is not None:
+            levels.setdefault(problem_facts["level"], []).append(problem)
+    names = sorted(levels, key=lambda level: (not level.isdigit(), int(level) if level.isdigit() else 0, level))
+    return {level: levels[level] for level in names} if len(levels) > 1 else {}
 
 
 def _compute_level_means(grids: Mapping[str, ResultGrid], facts: Mapping) -> dict[str, Interval]:
-    found = {}
+    means = {}
     for level, problems in group_problems_by_level(facts).items():
         for method, grid in grids.items():
-            scores = grid.get_problem_values("accuracy")
-            own = [scores[problem] for problem in problems if problem in scores]
-            if own:
-                found[f"level.{level}.{method}"] = statistics.mean_interval(np.array(own))
-    return found
+            accuracies = grid.get_problem_values("accuracy")
+            values = [accuracies[problem] for problem in problems if problem in accuracies]
+            if values:
+                means[f"level.{level}.{method}"] = statistics.mean_interval(np.array(values))
+    return means
 
 
-def _compute_paired_differences(grids: Mapping[str, ResultGrid], reference_method: str | None) -> dict[str, Interval]:
-    found: dict[str, Interval] = {}
-    pairs = [
-        *_list_search_pairs(grids),
-        *_list_training_pairs(grids, reference_method),
-        *_list_overoptimization_pairs(grids),
-    ]
+def _compute_paired_differences(grids: Mapping[str, ResultGrid], best: str | None) -> dict[str, Interval]:
+    pairs = [*_list_search_pairs(grids), *_list_training_pairs(grids, best), *_list_overoptimization_pairs(grids)]
+    differences: dict[str, Interval] = {}
     for a, b in dict.fromkeys(pairs):
-        gap = statistics.paired_difference(
-            grids[a].get_problem_values("accuracy"), grids[b].get_problem_values("accuracy")
-        )
-        found[f"paired.{a}-{b}"] = gap
-        found[f"p_value.{a}-{b}"] = Interval.exact(gap.p_value, gap.num_seeds, gap.num_problems)
-    return found
+        gap = compare_grids(grids, "accuracy", a, b)
+        differences[f"paired.{a}-{b}"] = gap
+        differences[f"p_value.{a}-{b}"] = Interval.exact(gap.p_value, gap.num_seeds, gap.num_problems)
+    return differences
+
+
+def compare_grids(grids: Mapping[str, ResultGrid], metric: str, a: str, b: str) -> statistics.PairedDifference:
+    """Return the paired difference of a metric, method a minus method b."""
+    return statistics.paired_difference(grids[a].get_problem_values(metric), grids[b].get_problem_values(metric))
 
 
 def _list_search_pairs(grids: Mapping[str, ResultGrid]) -> list[tuple[str, str]]:
-    ours = [name for name in grids if parse_family(name)[0] == "nabla"]
-    searches = [name for name in grids if parse_family(split_label(name)[1])[0] == "nabla"]
-    wanted = [(name, name.replace("nabla", "control")) for name in searches]
-    wanted += [(name, rival) for name in ours for rival in _list_baselines(name)]
-    wanted += [("nabla", "greedy"), ("nabla", REWARD_MODEL_SAMPLING)]
-    if "nabla" not in grids and ours:
-        wanted += [(ours[-1], "greedy"), (ours[-1], REWARD_MODEL_SAMPLING)]
-    return [(a, b) for a, b in wanted if a in grids and b in grids]
+    searches = [name for name in grids if Method.parse(name).name == "nabla"]
+    base_searches = [name for name in searches if not Method.parse(name).policy]
+    main = "nabla" if "nabla" in grids or not base_searches else base_searches[-1]
+    pairs = [(name, name.replace("nabla", "control")) for name in searches]
+    pairs += [(name, baseline) for name in base_searches for baseline in _list_baselines(name)]
+    pairs += [(main, "greedy"), (main, REWARD_MODEL_SAMPLING)]
+    return [(a, b) for a, b in pairs if a in grids and b in grids]
 
 
 def _list_baselines(search: str) -> list[str]:
-    """What a search is compared with: best_of_16, what sets its budget, and the searches over steps at that budget."""
-    share = search.partition("@")[2]
-    setter = share if share.startswith("best_of_") else "best_of_16"
-    return ["best_of_16", setter, f"weighted_{setter}", *(f"{method}@{share}" for method in STEP_SEARCHES if share)]
+    """Return best_of_16, the method that sets the budget of a search, and the step-level searches at this budget."""
+    method = Method.parse(search)
+    step_searches = [f"{name}@{method.budget}" for name in STEP_SEARCHES if method.budget]
+    return ["best_of_16", method.budget_reference, f"weighted_{method.budget_reference}", *step_searches]
 
 
-def _list_training_pairs(grids: Mapping[str, ResultGrid], reference_method: str | None) -> list[tuple[str, str]]:
-    """Every method of a trained policy against the same of the base; greedy decodes against nabla, the best method
-    without training (`goal`) and each other; that method against base greedy."""
-    tuned = [join_label(label, "greedy") for label in list_policy_labels(grids)]
-    wanted = [(name, split_label(name)[1]) for name in grids if split_label(name)[0]]
-    wanted += [(own, rival) for own in tuned for rival in ("nabla", reference_method or "nabla")]
-    wanted += combinations(tuned, 2)
-    wanted += [(reference_method, "greedy")] if tuned and reference_method else []
-    return [(a, b) for a, b in wanted if a in grids and b in grids]
+def _list_training_pairs(grids: Mapping[str, ResultGrid], best: str | None) -> list[tuple[str, str]]:
+    """Return the pairs that training is judged by.
+
+    They are every method of a trained policy against the same method of the base policy, trained greedy decodes
+    against nabla, `best` and each other, and `best` against base greedy.
+    """
+    trained = [f"{label}_greedy" for label in list_policy_labels(grids)]
+    pairs = [(str(method), str(method.base_method)) for method in map(Method.parse, grids) if method.policy]
+    pairs += [(greedy, baseline) for greedy in trained for baseline in ("nabla", best or "nabla")]
+    pairs += combinations(trained, 2)
+    pairs += [(best, "greedy")] if trained and best else []
+    return [(a, b) for a, b in pairs if a in grids and b in grids]
 
 
 def _list_overoptimization_pairs(grids: Mapping[str, ResultGrid]) -> list[tuple[str, str]]:
-    """For best-of-N, control and nabla: the costliest run against the cheapest and against the best."""
+    """Return for best-of-N, control and nabla the most expensive run against the cheapest and the best run."""
     pairs = []
-    for name in ("best_of", "control", "nabla"):
-        curve = [method for method in grids if parse_family(method)[0] == name]
+    for family in ("best_of", "control", "nabla"):
+        curve = [method for method in grids if Method.parse(method).family == family]
         curve.sort(key=lambda method: grids[method].columns["flops"].mean())
         if len(curve) > 1:
             best = max(curve, key=lambda method: grids[method].columns["accuracy"].mean())
@@ -150,48 +200,137 @@ def _list_overoptimization_pairs(grids: Mapping[str, ResultGrid]) -> list[tuple[
 
 
 def _compute_training_entries(
-    grids: Mapping[str, ResultGrid], trained: Mapping[str, compute_tradeoff.TrainingCost], reference_method: str | None
+    grids: Mapping[str, ResultGrid], training_costs: Mapping[str, TrainingCost], best: str | None
 ) -> dict[str, Interval]:
-    found: dict[str, Interval] = {}
-    for name, whole in (("recovered", "nabla"), ("way", reference_method)):
-        found |= {f"{name}.{label}_greedy": one for label, one in compute_tradeoff.compute_pgr(grids, whole).items()}
-    for label, one in trained.items():
-        for cost, spent in (("flops", one.train_flops), ("seconds", one.train_seconds)):
-            found |= {} if spent is None else {f"{cost}.training.{label}": Interval.exact(spent)}
-    crossings = compute_tradeoff.compute_break_even(grids, trained).items()
-    return found | {f"break_even.{own}-{rival}": queries for (own, rival), queries in crossings}
+    entries = _compute_pgr(grids, "pgr_nabla", "nabla") | _compute_pgr(grids, "pgr_best", best)
+    for label, cost in training_costs.items():
+        for name, value in (("flops", cost.train_flops), ("seconds", cost.train_seconds)):
+            if value is not None:
+                entries[f"{name}.training.{label}"] = Interval.exact(value)
+    return entries | _compute_break_even(grids, training_costs)
 
 
-def has_fact(facts: Mapping, name: str) -> bool:
-    """Whether the facts of a run hold a value of that name."""
-    return facts.get(name) is not None
+def _compute_pgr(grids: Mapping[str, ResultGrid], name: str, reference_method: str | None) -> dict[str, Interval]:
+    """Return the performance gap recovered (PGR) by every trained greedy decode.
+
+    PGR = (accuracy of the decode − accuracy of base greedy) / (accuracy of the reference method − accuracy of base
+    greedy). Empty without the rows, and where the reference method may be no better than greedy.
+    """
+    if reference_method is None or not grids.keys() >= {"greedy", reference_method}:
+        return {}
+    shares = {}
+    for method in grids:
+        if _is_trained_greedy(method):
+            accuracies = [grids[name].get_problem_values("accuracy") for name in (method, reference_method, "greedy")]
+            shares[f"{name}.{method}"] = statistics.performance_gap_recovered(*accuracies)
+    return {name: share for name, share in shares.items() if share is not None}
+
+
+def _compute_break_even(
+    grids: Mapping[str, ResultGrid], training_costs: Mapping[str, TrainingCost]
+) -> dict[str, Interval]:
+    """Return after how many queries a method of a trained policy has cost less in total than an untrained method.
+
+    The number is the FLOPs of training divided by the FLOPs that each query saves. Its interval follows from the
+    interval of the saving. A pair is left out where the saving may be zero or the cost of training is not known.
+    """
+    costs = {method: grid.columns["flops"].mean() for method, grid in grids.items()}
+    crossings = {}
+    for method in grids:
+        training = training_costs.get(Method.parse(method).policy)
+        if training is None or training.train_flops is None:
+            continue
+        for baseline in [name for name in grids if not Method.parse(name).policy and costs[name] > costs[method]]:
+            saving = compare_grids(grids, "flops", baseline, method)
+            if saving.low > 0:
+                value, low, high = (training.train_flops / flops for flops in (saving.value, saving.high, saving.low))
+                queries = Interval(value, low, high, saving.num_seeds, saving.num_problems)
+                crossings[f"break_even.{method}-{baseline}"] = queries
+    return crossings
+
+
+# --- queries on a summary -----------------------------------------------------------------------------
+
+
+def get_value(summary: Summary, metric: str, method: str) -> float:
+    """Return the value of an entry, NaN where the summary lacks it."""
+    return summary.get(f"{metric}.{method}", {"value": math.nan})["value"]
 
 
 def compute_cost_ratio(summary: Summary, cost: str, a: str, b: str) -> float:
-    """The cost (flops or seconds) of method a over that of b; NaN where either is not known."""
-    top, bottom = summary.get(f"{cost}.{a}"), summary.get(f"{cost}.{b}")
-    return top["value"] / bottom["value"] if top and bottom and bottom["value"] else math.nan
+    """Return the cost (flops, seconds or tokens) of method a over that of b. NaN where either is not known."""
+    divisor = get_value(summary, cost, b)
+    return get_value(summary, cost, a) / divisor if divisor else math.nan
+
+
+def parse_pairs(summary: Summary, prefix: str) -> list[tuple[str, str]]:
+    """Return (a, b) of every entry <prefix>.<a>-<b>. Method names hold no hyphen."""
+    names = [name.removeprefix(f"{prefix}.") for name in summary if name.startswith(f"{prefix}.")]
+    return [(a, b) for a, _, b in (name.partition("-") for name in names)]
+
+
+def find_unmeasured(summary: Summary, *methods: str) -> list[str]:
+    """Return those of the methods that the summary lacks."""
+    return [method for method in methods if f"accuracy.{method}" not in summary]
 
 
 def find_pareto_front(summary: Summary, cost: str) -> list[str]:
-    """The Pareto front: methods of higher mean accuracy than all that cost no more, cheapest first."""
-    costs = {
-        method: summary[name]["value"] for method in list_methods(summary) if (name := f"{cost}.{method}") in summary
-    }
-    best: list[str] = []
-    for method in sorted(costs, key=lambda one: (costs[one], -summary[f"accuracy.{one}"]["value"])):
-        if not best or summary[f"accuracy.{method}"]["value"] > summary[f"accuracy.{best[-1]}"]["value"]:
-            best.append(method)
-    return best
-
-
-def find_unmeasured(summary: Summary, *names: str) -> list[str]:
-    """Those of the named methods that the summary lacks."""
-    return [name for name in names if f"accuracy.{name}" not in summary]
+    """Return the methods of higher mean accuracy than all that cost no more, cheapest first."""
+    methods = [method for method in list_methods(summary) if f"{cost}.{method}" in summary]
+    front: list[str] = []
+    for method in sorted(methods, key=lambda m: (get_value(summary, cost, m), -get_value(summary, "accuracy", m))):
+        if not front or get_value(summary, "accuracy", method) > get_value(summary, "accuracy", front[-1]):
+            front.append(method)
+    return front
 
 
 def find_nabla_within_flops_share(summary: Summary) -> str | None:
-    """The costliest nabla run within the target's share: chosen by cost, so that luck can't choose."""
-    ours = [m for m in list_methods(summary) if parse_family(m)[0] == "nabla"]
-    within = [m for m in ours if compute_cost_ratio(summary, "flops", m, "best_of_16") <= MAX_FLOPS_SHARE]
-    return max(within, key=lambda m: summary[f"flops.{m}"]["value"], default=None)
+    """Return the most expensive nabla run within the target's share of FLOPs. None without one.
+
+    The run is selected by cost and not by accuracy, so that a lucky run has no advantage.
+    """
+    searches = [method for method in list_methods(summary) if Method.parse(method).family == "nabla"]
+    within = [m for m in searches if compute_cost_ratio(summary, "flops", m, "best_of_16") <= MAX_FLOPS_SHARE]
+    return max(within, key=lambda method: get_value(summary, "flops", method), default=None)
+
+
+def get_method_kind(method: str) -> str:
+    """Return which of `METHOD_KINDS` a method is."""
+    parsed = Method.parse(method)
+    single = str(parsed.base_method) in _SINGLE_SAMPLE_METHODS
+    if parsed.policy:
+        return KIND_TRAINED if single else KIND_TRAINED_TEST_TIME
+    if method == REWARD_MODEL_SAMPLING:
+        return KIND_OTHER_MODEL
+    return KIND_BASE if single else KIND_TEST_TIME
+
+
+def select_methods_of_kind(summary: Summary, *kinds: str) -> list[str]:
+    """Return the methods of these kinds, in the order of the report."""
+    return [method for method in list_methods(summary) if get_method_kind(method) in kinds]
+
+
+def list_trained_greedy(summary: Summary) -> list[str]:
+    """Return the greedy decodes of trained policies, <label>_greedy."""
+    return [method for method in list_methods(summary) if _is_trained_greedy(method)]
+
+
+def _is_trained_greedy(method: str) -> bool:
+    return bool(Method.parse(method).policy) and Method.parse(method).name == "greedy"
+
+
+def find_best_test_time(summary: Summary) -> str | None:
+    """Return the base policy's search or sampling with the highest mean accuracy, the cheapest among equals."""
+    return _find_most_accurate(summary, select_methods_of_kind(summary, KIND_TEST_TIME))
+
+
+def find_best_trained(summary: Summary) -> str | None:
+    """Return the trained greedy decode with the highest mean accuracy, the cheapest among equals."""
+    return _find_most_accurate(summary, list_trained_greedy(summary))
+
+
+def _find_most_accurate(summary: Summary, methods: Iterable[str]) -> str | None:
+    def rank(method: str) -> tuple[float, float]:
+        return get_value(summary, "accuracy", method), -get_value(summary, "flops", method)
+
+    return max(methods, key=rank, default=None)

@@ -77,7 +77,7 @@ class View:
     def traces(self) -> None:
         """Go to the viewer, which loads its data once it is near."""
         self.browser.execute_script("document.querySelector('#viewer').scrollIntoView()")
-        self.until(lambda: self.all("#where"))
+        self.until(lambda: self.all("#step-position"))
 
     def press(self, *keys: str) -> None:
         self.one("body").send_keys(*keys)
@@ -129,12 +129,12 @@ def test_tabs_data_and_sorting(view: View) -> None:
 
 def test_steps_through_a_refinement(view: View) -> None:
     view.traces()
-    assert view.text("#where") == "first response"
+    assert view.text("#step-position") == "first response"
     assert view.text("#step .tokens") == "1+2=3;#3</script><|end|>"
     view.one("#next").click()
     assert "rejected" in view.text("#step .change")
     view.press(Keys.ARROW_RIGHT)
-    assert view.text("#where") == "proposal 2 of 3"
+    assert view.text("#step-position") == "proposal 2 of 3"
     assert "accepted" in view.text("#step .change") and "-1.000 → 1.000" in view.text("#step .change")
     old, new = view.all("#step .tokens")
     assert (old.text, new.text) == ("1+2=3;#3</script><|end|>", "1+2=7;#7<|end|>")
@@ -146,13 +146,13 @@ def test_steps_through_a_refinement(view: View) -> None:
     view.one("#last").click()
     assert "gold 7" in view.text("#step") and "Final response" in view.text("#step")
     view.press(Keys.HOME)
-    assert view.text("#where") == "first response"
+    assert view.text("#step-position") == "first response"
     view.press(Keys.END)
-    assert view.text("#where") == "proposal 3 of 3"
+    assert view.text("#step-position") == "proposal 3 of 3"
     view.press("a", Keys.ARROW_LEFT, Keys.ARROW_LEFT)
-    assert view.text("#where") == "first response"
+    assert view.text("#step-position") == "first response"
     view.press(Keys.ARROW_RIGHT)
-    assert view.text("#where") == "proposal 2 of 3"
+    assert view.text("#step-position") == "proposal 2 of 3"
     assert view.errors() == []
 
 
@@ -160,19 +160,19 @@ def test_steps_through_the_search_of_a_held_out_problem(view: View) -> None:
     view.traces()
     view.one("[data-source=rows]").click()
     view.until(lambda: view.text("#detail h3") == "p0")
-    assert view.text("#where") == "first response"
+    assert view.text("#step-position") == "first response"
     assert len(view.all("#detail .others")) == 2  # the methods, and what was proposed
     view.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    assert view.text("#where") == "proposal 2 of 3" and "accepted" in view.text("#step .change")
+    assert view.text("#step-position") == "proposal 2 of 3" and "accepted" in view.text("#step .change")
     view.one("#search").send_keys("p2")
     view.until(lambda: view.text("#detail h3") == "p2")
-    assert not view.all("#where") and "nothing to step through" in view.text("#detail")
+    assert not view.all("#step-position") and "nothing to step through" in view.text("#detail")
     assert view.errors() == []
 
 
-def test_gradients_colour_the_tokens(view: View) -> None:
+def test_gradients_color_the_tokens(view: View) -> None:
     view.traces()
-    Select(view.one("#colour")).select_by_value("pull")
+    Select(view.one("#color")).select_by_value("gradient")
     spans = view.all("#step .tokens span")
     shades = [one.value_of_css_property("background-color") for one in spans]
     assert shades[0] == "rgba(0, 0, 0, 0)"
@@ -187,7 +187,7 @@ def test_filters_switches_problems_and_finds(view: View) -> None:
     for outcome, found in (("01", 3), ("10", 1), ("11", 1), ("00", 0)):
         Select(view.one("#outcome")).select_by_value(outcome)
         assert len(view.all("#items .item")) == found
-    assert view.text("#detail") == "Nothing fits these filters."
+    assert view.text("#detail") == "No problem matches these filters."
     Select(view.one("#outcome")).select_by_value("10")
     view.until(lambda: view.all("#detail h3") and view.text("#detail h3").startswith("train/3 "))
     Select(view.one("#outcome")).select_by_value("")
@@ -253,7 +253,9 @@ def test_thousands_of_long_traces_are_quick_to_pick(browser: webdriver.Chrome, f
     view.until(lambda: any("train/4000 " in one.text for one in view.all("#items .item")))
     next(one for one in view.all("#items .item") if "train/4000 " in one.text).click()
     view.until(lambda: view.text("#detail h3").startswith("train/4000 "))
-    spent = view.browser.execute_script("const t = performance.now(); go(1); go(2); return performance.now() - t")
+    spent = view.browser.execute_script(
+        "const t = performance.now(); showStep(1); showStep(2); return performance.now() - t"
+    )
     assert spent < 3_000  # milliseconds, on a machine that may be busy
     assert len(view.all("#step .tokens span")) == 2_000
     assert view.errors() == []

@@ -126,7 +126,7 @@ def test_every_figure_is_drawn_and_its_data_are_those_of_the_summary(page: Page,
         one = summary[f"{record['estimator'].removesuffix('k')}{record['k']}.{record['policy']}"]
         assert [record["value"], record["value_low"], record["value_high"]] == [*one.values()][:3]
     for record in json.loads(files["break_even.json"]):
-        assert record["queries"] == summary[f"break_even.{record['trained']}-{record['against']}"]["value"]
+        assert record["queries"] == summary[f"break_even.{record['trained_method']}-{record['baseline']}"]["value"]
     assert json.loads(files["summary.json"]) == summary
 
 
@@ -153,42 +153,43 @@ def test_the_pieces_hold_the_traces(folder: Path) -> None:
     index = read_data(folder / "report_data" / "index.js")
     texts = read_data(folder / "report_data" / "tokens.js")
     for item, trace in zip(index["traces"], pages.make_traces(), strict=True):
-        found = read_data(folder / "report_data" / f"traces-{item[-2]:04d}.js")[item[-1]]
-        assert found["initial"] == trace.initial_ids
+        found = read_data(folder / "report_data" / f"traces-{item['chunk'][0]:04d}.js")[item["chunk"][1]]
+        assert found["initial_ids"] == trace.initial_ids
         assert [one[2] for one in found["revisions"]] == [list(one.suffix) for one in trace.revisions]
-        assert [texts["texts"][str(one)] for one in found["initial"]] == [
+        assert [texts["texts"][str(one)] for one in found["initial_ids"]] == [
             pages.TOKENS[one] for one in trace.initial_ids
         ]
         assert found["prompt"] == trace.prompt
-        steps = np.array(found["pull"]["steps"][0]) / viewer.PREDICTED_GAIN_LEVELS * found["pull"]["top"]
-        assert np.abs(steps - trace.predicted_gain[0]).max() <= found["pull"]["top"] / viewer.PREDICTED_GAIN_LEVELS
-    assert texts["special"] == [pages.END]
+        gain = found["predicted_gain"]
+        step = gain["max"] / gain["levels_per_max"]
+        assert np.abs(np.array(gain["levels"][0]) * step - trace.predicted_gain[0]).max() <= step
+    assert texts["special_ids"] == [pages.END]
 
 
 def test_held_out_problems_have_the_traces_of_the_search(folder: Path) -> None:
     items = read_data(folder / "report_data" / "index.js")["rows"]["items"]
-    places = {item[0].split()[0]: item[-2:] for item in items if item[-1] is not None}
+    places = {item["name"].split()[0]: item["trace"] for item in items if item["trace"] is not None}
     assert set(places) == {"p0", "p1"}
     for trace in pages.make_held_out()[:2]:
         file, place = places[trace.problem_id]
-        found = read_data(folder / "report_data" / f"held-{file:04d}.js")[place]
-        assert (found["id"], found["initial"]) == (trace.problem_id, trace.initial_ids)
+        found = read_data(folder / "report_data" / f"eval_traces-{file:04d}.js")[place]
+        assert (found["id"], found["initial_ids"]) == (trace.problem_id, trace.initial_ids)
 
 
-def test_verdicts_of_first_and_last_answers(folder: Path) -> None:
+def test_results_of_first_and_last_answers(folder: Path) -> None:
     index = read_data(folder / "report_data" / "index.js")
-    assert [item[2:4] for item in index["traces"]] == [[0, 1]] * 3 + [[1, 0], [1, 1]]
+    assert [item["correct"] for item in index["traces"]] == [[0, 1]] * 3 + [[1, 0], [1, 1]]
     rows = index["rows"]
-    assert (rows["base"], rows["ours"]) == ("greedy", "nabla")
+    assert (rows["base"], rows["search"]) == ("greedy", "nabla")
     expected = [[int(n < 10 or n == 23), int(n < 21)] for n in range(pages.PROBLEMS)]
-    assert [item[2:4] for item in rows["items"]] == expected
+    assert [item["correct"] for item in rows["items"]] == expected
 
 
 def test_without_tokens_the_first_answer_is_known_where_it_is_the_last(tmp_path: Path) -> None:
     kept = pages.long_traces(1, 4)[0]
     viewer.write_viewer_data(tmp_path, [pages.make_trace(0), kept], [], viewer.TokenTable(), *_rows())
     index = read_data(tmp_path / "report_data" / "index.js")
-    assert [item[2:4] for item in index["traces"]] == [[None, 1], [1, 1]]
+    assert [item["correct"] for item in index["traces"]] == [[None, 1], [1, 1]]
     pages.write_tokens(tmp_path, tokenizer="another")
     assert not viewer.TokenTable.read(tmp_path).matches(kept)
 
@@ -201,7 +202,7 @@ def test_a_first_answer_that_a_scorer_judges_is_not_held_against_the_gold_one(tm
     pages.write_tokens(tmp_path)
     viewer.write_viewer_data(tmp_path, traces, [], viewer.TokenTable.read(tmp_path), *_rows())
     index = read_data(tmp_path / "report_data" / "index.js")
-    assert [item[2:4] for item in index["traces"]] == [[0, 1], [None, 1]]
+    assert [item["correct"] for item in index["traces"]] == [[0, 1], [None, 1]]
 
 
 def _rows() -> tuple[list[Row], dict[str, Any], Summary]:
@@ -218,13 +219,13 @@ def test_a_damaged_shard_is_named_on_the_page_and_costs_nothing_else(folder: Pat
     assert index["traces"] == [] and len(index["rows"]["items"]) == pages.PROBLEMS
     (tmp_path / "traces" / "traces-00000-00000.parquet").unlink()
     (tmp_path / "traces" / "tokens.json").write_text("[]")
-    assert "tokens.json is no table of tokens" in viewer_section(tmp_path)
+    assert "tokens.json is not a table of tokens" in viewer_section(tmp_path)
 
 
 def viewer_section(folder: Path) -> str:
-    from nabla_trl.report.html.page import render_traces
+    from nabla_trl.report.html.page import write_trace_viewer
 
-    return render_traces(folder, *_rows())
+    return " ".join(write_trace_viewer(folder, *_rows()))
 
 
 def test_many_long_traces_are_split_and_written_in_seconds(tmp_path: Path) -> None:

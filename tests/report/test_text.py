@@ -1,4 +1,4 @@
-"""The report says what the numbers say: names, intervals, verdicts both ways, missing parts, real figures."""
+"""The report says what the numbers say: names, intervals, results both ways, missing parts, real figures."""
 
 import io
 import json
@@ -39,7 +39,7 @@ WORLD = {
     "sft_best_of_8": (0.85, 48e6),
     "reward_model_sampling": (0.95, 6e6),
 }
-TRADE = "Test-time against train-time"
+TRADE = "Train-time vs test-time compute"
 SINGLE = ("greedy", "sft_greedy", "dpo_greedy")
 SFT = {"label": "sft", "method": "sft", "beta": 1.0, "tuning": "lora", "train_flops": 9.2e9, "train_seconds": 61.5}
 KL = {"best_of_1": 0.0, "best_of_2": 0.193, "best_of_8": 1.204, "sft_best_of_1": 0.75, "sft_best_of_8": 1.95}
@@ -55,7 +55,7 @@ FACTS = {
     "trained": [SFT],
     "setup_seconds": 100.0,
     "total_seconds": 250.0,
-    "audit": {"verdict": "Sound.", "auc": 0.97, "best_of_n": {2: {"value": 0.5, "low": 0.4, "high": 0.6}}},
+    "audit": {"conclusion": "Sound.", "auc": 0.97, "best_of_n": {2: {"value": 0.5, "low": 0.4, "high": 0.6}}},
     "files": {"rows": "rows.jsonl"},
     "notes": ["A note."],
 }
@@ -110,7 +110,7 @@ def table(text):
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
-def verdicts(rows, facts=FACTS):
+def results(rows, facts=FACTS):
     return [line[-1] for line in evaluate_targets(summarize(rows, facts))]
 
 
@@ -154,8 +154,8 @@ def test_summary_holds_the_agreed_names(summary):
     others = {
         "seconds.setup",
         "seconds.total",
-        "recovered.sft_greedy",
-        "way.sft_greedy",
+        "pgr_nabla.sft_greedy",
+        "pgr_best.sft_greedy",
         "reward.nabla",
         "kl.sft_best_of_1",
     }
@@ -183,7 +183,7 @@ def test_summary_equals_plain_means_of_the_rows(summary):
         assert summary[f"accuracy.{method}"]["value"] == pytest.approx(np.mean([row.correct for row in own]))
         assert summary[f"flops.{method}"]["value"] == pytest.approx(np.mean([row.flops for row in own]))
     assert summary["paired.nabla-greedy"]["value"] == pytest.approx(0.4)
-    assert summary["recovered.sft_greedy"]["value"] == pytest.approx(0.75)
+    assert summary["pgr_nabla.sft_greedy"]["value"] == pytest.approx(0.75)
 
 
 def test_break_even_pays_the_training_back(summary):
@@ -197,7 +197,7 @@ def test_every_accuracy_stands_beside_its_interval(written):
     assert [one["method"] for one in rows] == list_methods(json.loads((written / "summary.json").read_text()))
     for one in rows:
         assert re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", one["accuracy"]), one
-    for heading in ("Verdict", "Figures to reach", "Is the reward sound under search?", TRADE):
+    for heading in ("Conclusions", "Targets", "Over-optimization of the reward", TRADE):
         text = re.sub(r"\[[^]]*\]", "[]", section(written, heading))
         text = re.sub(r"p [=<] \d\.\d+|\| auc \| .*|arXiv [\d.]+", "", text)
         assert not re.findall(r"\d\.\d{3}(?! \[\])", text), heading
@@ -211,25 +211,25 @@ def test_an_error_row_is_counted_and_shown(written):
 
 
 def test_targets_reached_and_not_reached_follow_the_numbers():
-    assert verdicts(make_rows()) == ["reached"] * 3 + ["NOT reached"]
+    assert results(make_rows()) == ["reached"] * 3 + ["NOT reached"]
     swapped = {
         **WORLD,
         "nabla@0.33": (0.45, 31e6),
         "control@0.33": (0.70, 30e6),
         "sft_greedy": (0.5, 4e6),
     }
-    assert verdicts(make_rows(swapped)) == ["NOT reached"] * 4
+    assert results(make_rows(swapped)) == ["NOT reached"] * 4
     dear = {**WORLD, "nabla@0.33": (0.9, 40e6), "nabla": (0.9, 61e6)}
-    assert verdicts(make_rows(dear))[0] == "NOT reached"
+    assert results(make_rows(dear))[0] == "NOT reached"
     just_short = {**WORLD, "nabla@0.33": (0.63, 31e6), "best_of_16": (0.65, 96e6)}
-    assert verdicts(make_rows(just_short))[0] == "NOT reached"
+    assert results(make_rows(just_short))[0] == "NOT reached"
 
 
 def test_the_run_that_is_judged_is_chosen_by_cost_not_by_accuracy():
     lucky = {**WORLD, "nabla@0.1": (0.9, 9e6), "nabla@0.33": (0.5, 31e6)}
-    measured, verdict = evaluate_targets(summarize(make_rows(lucky), FACTS))[0][1:]
+    measured, result = evaluate_targets(summarize(make_rows(lucky), FACTS))[0][1:]
     assert measured.startswith("nabla@0.33 ")
-    assert verdict == "NOT reached"
+    assert result == "NOT reached"
 
 
 def test_an_unequal_or_missing_control_decides_nothing():
@@ -246,32 +246,32 @@ def test_an_unequal_or_missing_control_decides_nothing():
 def test_without_a_gain_no_share_of_it_is_claimed():
     flat = {**WORLD, "nabla": (0.40, 61e6)}
     summary = summarize(make_rows(flat), FACTS)
-    assert "recovered.sft_greedy" not in summary
+    assert "pgr_nabla.sft_greedy" not in summary
     assert evaluate_targets(summary)[2][2] == "NOT reached"
 
 
 @pytest.mark.parametrize(
-    ("skill", "words"), [(0.95, "the rival wins"), (0.2, "nabla wins"), (0.8, "neither is ahead")]
+    ("skill", "words"), [(0.95, "the baseline wins"), (0.2, "nabla wins"), (0.8, "neither is ahead")]
 )
-def test_a_log_ratio_reward_names_its_rival(skill, words):
+def test_a_log_ratio_reward_names_its_baseline(skill, words):
     rows = make_rows({**WORLD, "reward_model_sampling": (skill, 6e6)})
     last = write_conclusions(summarize(rows, FACTS), FACTS)[-1]
     assert last.startswith(REWARD_MODEL_SAMPLING_NOTE)
     assert words in last
 
 
-def test_rival_missing_or_not_called_for():
+def test_baseline_missing_or_not_called_for():
     rows = make_rows(without=["reward_model_sampling"])
     summary = summarize(rows, FACTS)
     assert "missing: reward_model_sampling" in write_conclusions(summary, FACTS)[-1]
     scalar = write_conclusions(summary, {**FACTS, "reward_kind": "scalar"})
-    assert not any("rival" in line for line in scalar)
+    assert not any("obvious baseline" in line for line in scalar)
 
 
-def test_turning_accuracy_is_said(summary):
+def test_overoptimization_is_reported(summary):
     assert report.NO_OVEROPTIMIZATION in report.describe_overoptimization(summary)
     turned = summarize(make_rows({**WORLD, "best_of_32": (0.45, 192e6)}), FACTS)
-    assert "turns under more search: best_of_32" in report.describe_overoptimization(turned)
+    assert "accuracy falls with more FLOPs: best_of_32" in report.describe_overoptimization(turned)
     assert report.NO_OVEROPTIMIZATION not in report.describe_overoptimization(turned)
 
 
@@ -300,11 +300,11 @@ def test_what_is_not_there_is_named_and_its_old_figure_removed(tmp_path):
         "accuracy_flops",
         "accuracy_seconds",
     ]
-    absent = section(tmp_path, "Plots").split("Not drawn for want of rows or facts: ")[1]
+    absent = section(tmp_path, "Plots").split("Not drawn, because rows or facts are missing: ")[1]
     assert "Reward over rounds" in absent and "Break-even" in absent and "Accuracy against FLOPs" not in absent
     assert section(tmp_path, TRADE).strip() == "Missing: no trained policy was evaluated."
-    assert "nabla" in section(tmp_path, "Verdict").split("Missing, and so not compared: ")[1]
-    assert "not audited" in section(tmp_path, "Is the reward sound under search?")
+    assert "nabla" in section(tmp_path, "Conclusions").split("Missing, and so not compared: ")[1]
+    assert "not audited" in section(tmp_path, "Over-optimization of the reward")
 
 
 def test_nothing_is_written_from_rows_or_facts_that_are_refused(tmp_path):
@@ -315,6 +315,8 @@ def test_nothing_is_written_from_rows_or_facts_that_are_refused(tmp_path):
         report.write_report(tmp_path / "a", rows, {key: one for key, one in FACTS.items() if key != "policy"})
     with pytest.raises(ValueError, match="facts hold no seeds that can be read: 7"):
         report.write_report(tmp_path / "a", rows, FACTS | {"seeds": 7})
+    with pytest.raises(ValueError, match=r"unknown key audit\.verdict: it is now audit\.conclusion"):
+        report.write_report(tmp_path / "a", rows, FACTS | {"audit": {"verdict": "Sound."}})
     assert not (tmp_path / "a").exists()
 
 
@@ -338,7 +340,7 @@ def test_samples_alone_are_a_report_too(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert section(tmp_path, "Results").strip().startswith("Missing: no method that gives one answer was evaluated.")
     assert '<table class="headline">' not in (tmp_path / "report.html").read_text()
-    assert f"1 method on {PROBLEMS} held-out problems" in text and f"Of {len(rows)} rows 1 ended in an error" in text
+    assert f"1 method on {PROBLEMS} held-out problems" in text and f"Of {len(rows)} rows, 1 ended in an error" in text
     screen = io.StringIO()
     report.print_summary_table(found, Console(file=screen, width=80))
     heads, *lines = screen.getvalue().splitlines()

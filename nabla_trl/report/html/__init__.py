@@ -1,0 +1,1 @@
+"""report.html: the page, its figures as SVG, and the data of its trace viewer."""

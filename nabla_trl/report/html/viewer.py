@@ -1,18 +1,18 @@
-"""Traces and rows as the files that the viewer of report.html reads: report_data/*.js, a small index and many pieces.
+"""Traces and rows as the files that the viewer of report.html reads: report_data/*.js, an index and many chunks.
 
-A page that is opened from the file system may load scripts but no data, so each file is a script that hands one value
-to the function `nablaData`. The index lists everything that can be picked; what a problem came through lies in the
-pieces, of about `PIECE` characters each, which are loaded once they are looked at. Texts are JSON with every `<`
-escaped: none of them can end a script.
+A page that is opened from the file system may load scripts but no data. So each file is a script that passes one value
+to the function `nablaData`. The index lists everything that can be selected. The details are in chunks of about
+`CHUNK_CHARS` characters, which the page loads when they are needed. Texts are JSON with every `<` escaped, so that no
+text can end a script.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.report.summary import Summary
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import read_traces
+from nabla_trl.utils.formatting import finite_or_none
 
 DATA_FOLDER = "report_data"
 CHUNK_CHARS = 400_000
@@ -33,10 +34,12 @@ PREDICTED_GAIN_LEVELS = 100
 _MAX_SNIPPET_CHARS = 90  # characters of a question in the list
 _UNGRADED_RESULTS = (MatchResult.NO_GOLD, MatchResult.BAD_GOLD)
 
+Location = tuple[int, int]  # number of a chunk, and the index of a value in it
+
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Texts of tokens by id, as `nabla_trl.search.generate_traces.write_tokens` leaves them beside traces; empty: none are there."""
+    """Texts of tokens by id, as `nabla_trl.search.generate_traces` writes them beside traces. Empty: not known."""
 
     tokenizer_hash: str = ""
     special_ids: frozenset[int] = frozenset()
@@ -44,10 +47,10 @@ class TokenTable:
 
     @classmethod
     def read(cls, folder: Path) -> TokenTable:
-        """The table of a folder of traces; an empty one if there is none.
+        """Read the table of a folder of traces. Empty if there is none.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: The table is damaged.
         """
         path = folder / "tokens.json"
         if not path.exists():
@@ -56,21 +59,22 @@ class TokenTable:
             table = json.loads(path.read_text(encoding="utf-8"))
             return cls(table["tokenizer"], frozenset(table["special"]), tuple(table["tokens"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no table of tokens ({error}): delete it, and make traces again") from error
+            raise ValueError(
+                f"{path} is not a table of tokens ({error}): delete the file and generate traces again"
+            ) from error
 
     def matches(self, trace: Trace) -> bool:
-        """Whether they are those of the trace's tokenizer."""
+        """Return whether the texts belong to the trace's tokenizer."""
         return bool(self.texts) and trace.meta.get("tokenizer_hash", self.tokenizer_hash) == self.tokenizer_hash
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Special tokens left out, and ids that have no text."""
-        shown = (one for one in ids if one not in self.special_ids and 0 <= one < len(self.texts))
-        return "".join(self.texts[one] for one in shown)
+        """Return the text of tokens, without special tokens and ids that have no text."""
+        return "".join(self.texts[i] for i in ids if i not in self.special_ids and 0 <= i < len(self.texts))
 
 
 @dataclass
 class ChunkWriter:
-    """Writes values to files <name>-0000.js, <name>-0001.js, … of about `PIECE` characters."""
+    """Writes values to files <name>-0000.js, <name>-0001.js, … of about `CHUNK_CHARS` characters."""
 
     folder: Path
     name: str
@@ -78,15 +82,14 @@ class ChunkWriter:
     _chunk: list[str] = field(default_factory=list)
     _chunk_chars: int = 0
 
-    def add(self, value: Any) -> tuple[int, int]:
-        """Take a value; returns the number of its file and its place there."""
+    def add(self, value: Any) -> Location:
         text = to_script_json(value)
         self._chunk.append(text)
         self._chunk_chars += len(text)
-        place = self.num_files, len(self._chunk) - 1
+        location = self.num_files, len(self._chunk) - 1
         if self._chunk_chars > CHUNK_CHARS:
             self.flush()
-        return place
+        return location
 
     def flush(self) -> None:
         if self._chunk:
@@ -95,10 +98,10 @@ class ChunkWriter:
 
 
 def to_script_json(value: Any) -> str:
-    """Compact JSON that may stand in a script; numbers that are not finite become null.
+    """Return compact JSON that is safe inside a script.
 
     Raises:
-        ValueError: a number that is not finite where the caller has not replaced it.
+        ValueError: A number is not finite.
     """
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
@@ -112,31 +115,33 @@ def write_viewer_data(
     facts: Mapping,
     summary: Summary,
 ) -> dict[str, int]:
-    """Write `folder`/report_data anew; returns how many traces and held-out problems the viewer shows.
+    """Write `folder`/report_data anew. Returns the numbers of traces and of held-out problems that the viewer shows.
 
     Args:
-        traces, held_out: of training and of held-out problems; read as written, at most `MOST_TRACES` of each.
+        traces: Traces of training problems. They are read one by one, and at most `MAX_TRACES` of them.
+        eval_traces: Traces of held-out problems, read in the same way.
     """
     draft, final = folder / f"{DATA_FOLDER}.tmp", folder / DATA_FOLDER
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    listed, used = _write_traces(draft, traces, token_table)
-    places, more = _write_eval_traces(draft, eval_traces, token_table, _get_compared_methods(summary)[1])
-    used |= more
-    compared = _write_rows(draft, rows, facts, summary, places)
-    texts = {str(one): token_table.texts[one] for one in sorted(used) if one < len(token_table.texts)}
-    _write_script(draft, "tokens", to_script_json({"special": sorted(token_table.special_ids & used), "texts": texts}))
-    _write_script(draft, "index", to_script_json({"traces": listed, "rows": compared}))
+    used_ids: set[int] = set()
+    trace_items = _write_traces(draft, traces, token_table, used_ids)
+    locations = _write_eval_traces(draft, eval_traces, token_table, used_ids, _get_compared_methods(summary)[1])
+    problems = _write_problems(draft, rows, facts, summary, locations)
+    texts = {str(token): token_table.texts[token] for token in sorted(used_ids) if token < len(token_table.texts)}
+    tokens = {"special_ids": sorted(token_table.special_ids & used_ids), "texts": texts}
+    _write_script(draft, "tokens", to_script_json(tokens))
+    _write_script(draft, "index", to_script_json({"traces": trace_items, "rows": problems}))
     shutil.rmtree(final, ignore_errors=True)
     draft.replace(final)
-    return {"traces": len(listed), "rows": len(compared["items"])}
+    return {"traces": len(trace_items), "rows": len(problems["items"])}
 
 
 def iterate_traces(folder: Path) -> Iterator[Trace]:
-    """The traces of a folder, shard by shard, so that they need not be in memory together.
+    """Iterate over the traces of a folder, shard by shard, so that memory holds one shard at a time.
 
     Raises:
-        ValueError: as `read_traces`.
+        ValueError: As `read_traces`.
     """
     for shard in sorted(folder.glob("traces-*.parquet")):
         yield from read_traces(shard)
@@ -149,56 +154,56 @@ def _write_script(folder: Path, name: str, value: str) -> None:
 # --- traces -------------------------------------------------------------------------------------------
 
 
-def _write_traces(folder: Path, traces: Iterable[Trace], token_table: TokenTable) -> tuple[list[list], set[int]]:
-    """The index of traces, and the ids that occur in those whose tokens have texts."""
-    listed: list[list] = []
-    pieces, used = ChunkWriter(folder, "traces"), set[int]()
-    for trace in traces:
-        if len(listed) == MAX_TRACES:
-            break
-        first = _grade_first_response(trace, token_table)
-        place = pieces.add(_encode_trace(trace, first, token_table.matches(trace)))
-        gain = _round_finite(trace.reward - trace.reward_initial)
-        accepted = sum(revision.accepted for revision in trace.revisions)
-        verdicts = _encode_correct(first[1]), _encode_correct(None if trace.error else trace.correct)
-        name, question = f"{trace.problem_id} · seed {trace.seed}", _make_snippet(trace.prompt)
-        listed.append([name, question, *verdicts, gain, len(trace.revisions), accepted, bool(trace.error), *place])
-        used |= _collect_token_ids(trace, token_table)
-    pieces.flush()
-    return listed, used
+def _write_traces(
+    folder: Path, traces: Iterable[Trace], token_table: TokenTable, used_ids: set[int]
+) -> list[dict[str, Any]]:
+    """Write traces and return their items of the index."""
+    items: list[dict[str, Any]] = []
+    chunks = ChunkWriter(folder, "traces")
+    for trace in islice(traces, MAX_TRACES):
+        encoded = _encode_trace(trace, token_table, used_ids)
+        first, last = encoded["correct"]
+        items.append(
+            {
+                "name": f"{trace.problem_id} · seed {trace.seed}",
+                "question": _make_snippet(trace.prompt),
+                "correct": [first, None if trace.error else last],
+                "gain": _round_finite(trace.reward - trace.reward_initial),
+                "proposals": len(trace.revisions),
+                "error": bool(trace.error),
+                "chunk": chunks.add(encoded),
+            }
+        )
+    chunks.flush()
+    return items
 
 
 def _write_eval_traces(
-    folder: Path, traces: Iterable[Trace], token_table: TokenTable, method: str
-) -> tuple[dict[tuple[str, int], tuple[int, int]], set[int]]:
-    """Where the method's trace of each problem and seed lies, and the ids that occur in them."""
-    pieces, used = ChunkWriter(folder, "held"), set[int]()
-    places: dict[tuple[str, int], tuple[int, int]] = {}
+    folder: Path, traces: Iterable[Trace], token_table: TokenTable, used_ids: set[int], method: str
+) -> dict[tuple[str, int], Location]:
+    """Write the method's traces and return where the trace of each problem and seed is."""
+    locations: dict[tuple[str, int], Location] = {}
+    chunks = ChunkWriter(folder, "eval_traces")
     for trace in traces:
-        if trace.method != method or (trace.problem_id, trace.seed) in places:
-            continue
-        if len(places) == MAX_TRACES:
+        if len(locations) == MAX_TRACES:
             break
-        places[trace.problem_id, trace.seed] = pieces.add(
-            _encode_trace(trace, _grade_first_response(trace, token_table), token_table.matches(trace))
-        )
-        used |= _collect_token_ids(trace, token_table)
-    pieces.flush()
-    return places, used
+        key = trace.problem_id, trace.seed
+        if trace.method == method and key not in locations:
+            locations[key] = chunks.add(_encode_trace(trace, token_table, used_ids))
+    chunks.flush()
+    return locations
 
 
-def _collect_token_ids(trace: Trace, token_table: TokenTable) -> set[int]:
-    """The ids in a trace, where they have texts."""
-    if not token_table.matches(trace):
-        return set()
-    return set(trace.initial_ids).union(*(revision.suffix for revision in trace.revisions))
-
-
-def _encode_trace(trace: Trace, first_result: tuple[str | None, bool | None], has_token_texts: bool) -> dict[str, Any]:
+def _encode_trace(trace: Trace, token_table: TokenTable, used_ids: set[int]) -> dict[str, Any]:
+    """Return what the viewer shows of a trace, and add the ids that need texts to `used_ids`."""
+    has_token_texts = token_table.matches(trace)
+    if has_token_texts:
+        used_ids.update(trace.initial_ids, *(revision.suffix for revision in trace.revisions))
+    first_answer, first_correct = _grade_first_response(trace, token_table)
     revisions = [
-        [one.round, one.position, one.suffix, _round_finite(one.reward_before), _round_finite(one.reward_after), one.accepted,
-         one.cumulative_flops]
-        for one in trace.revisions
+        [r.round, r.position, r.suffix, _round_finite(r.reward_before), _round_finite(r.reward_after), r.accepted,
+         r.cumulative_flops]
+        for r in trace.revisions
     ]  # fmt: skip
     return {
         "id": trace.problem_id,
@@ -206,112 +211,112 @@ def _encode_trace(trace: Trace, first_result: tuple[str | None, bool | None], ha
         "method": trace.method,
         "prompt": trace.prompt,
         "response": trace.response,
-        "initial": trace.initial_ids,
+        "initial_ids": trace.initial_ids,
         "rewards": [_round_finite(trace.reward_initial), _round_finite(trace.reward)],
-        "answers": [first_result[0], trace.answer],
-        "verdicts": [_encode_correct(first_result[1]), _encode_correct(trace.correct)],
+        "answers": [first_answer, trace.answer],
+        "correct": [_encode_correct(first_correct), _encode_correct(trace.correct)],
         "gold": trace.gold,
         "revisions": revisions,
-        "pull": _quantize_predicted_gain(trace.predicted_gain),
+        "predicted_gain": _quantize_predicted_gain(trace.predicted_gain),
         "flops": trace.cost.flops,
         "seconds": trace.cost.seconds,
-        "stop": trace.stop_reason,
+        "stop_reason": trace.stop_reason,
         "finished": trace.finished,
         "error": trace.error,
-        "texts": has_token_texts,
+        "has_token_texts": has_token_texts,
     }
 
 
 def _quantize_predicted_gain(predicted_gain: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The pull of each incumbent in whole steps of a `PULL_STEPS`-th of the largest, `top`."""
-    arrays = [np.nan_to_num(np.asarray(own, dtype=np.float64), posinf=0.0) for own in predicted_gain]
-    top = max((float(one.max()) for one in arrays if one.size), default=0.0)
-    return {
-        "top": top,
-        "steps": [np.rint(one * (PREDICTED_GAIN_LEVELS / (top or 1.0))).astype(int).tolist() for one in arrays],
-    }
+    """Return the predicted gain of each incumbent in integer levels, `levels_per_max` of which are the largest one."""
+    gains = [np.nan_to_num(np.asarray(gain, dtype=np.float64), posinf=0.0) for gain in predicted_gain]
+    largest = max((float(gain.max()) for gain in gains if gain.size), default=0.0)
+    levels = [np.rint(gain * (PREDICTED_GAIN_LEVELS / (largest or 1.0))).astype(int).tolist() for gain in gains]
+    return {"max": largest, "levels_per_max": PREDICTED_GAIN_LEVELS, "levels": levels}
 
 
 def _grade_first_response(trace: Trace, token_table: TokenTable) -> tuple[str | None, bool | None]:
-    """The first response's answer and whether it is right; None where that is not known without a checker."""
+    """Return the first response's answer and whether it is correct, None where a checker would be needed."""
     if trace.initial_ids == trace.response_ids:
         return trace.answer, trace.correct
     if not token_table.matches(trace):
         return None, None
     answer = extract_answer(token_table.decode(trace.initial_ids))
-    verdict = match_without_worker(answer, trace.grading_reference)
-    if isinstance(verdict, MatchResult):
-        return answer, None if verdict in _UNGRADED_RESULTS else verdict.is_correct
-    same = answer is not None and trace.answer is not None
-    return answer, trace.correct if same and normalize_answer(answer) == normalize_answer(trace.answer) else None
+    result = match_without_worker(answer, trace.grading_reference)
+    if isinstance(result, MatchResult):
+        return answer, None if result in _UNGRADED_RESULTS else result.is_correct
+    if answer is None or trace.answer is None or normalize_answer(answer) != normalize_answer(trace.answer):
+        return answer, None
+    return answer, trace.correct
 
 
 # --- held-out problems ----------------------------------------------------------------------------------
 
 
 def _get_compared_methods(summary: Summary) -> tuple[str, str]:
-    """What is compared: the base policy's greedy decode (else the first method) and the search (else the last)."""
+    """Return base greedy (else the first method) and the main search (else the last method)."""
     names = list_methods(summary)
     if not names:
         return "", ""
     return ("greedy" if "greedy" in names else names[0]), get_main_search(names) or names[-1]
 
 
-def _write_rows(
+def _write_problems(
     folder: Path,
     rows: Sequence[Row],
     facts: Mapping,
     summary: Summary,
-    trace_locations: Mapping[tuple[str, int], tuple[int, int]],
+    trace_locations: Mapping[tuple[str, int], Location],
 ) -> dict[str, Any]:
-    """The index of held-out problems; `places`: of the traces of `ours`, by problem and seed."""
-    names, (base, ours) = list_methods(summary), _get_compared_methods(summary)
-    pieces, items = ChunkWriter(folder, "rows"), []
-    by_problem: dict[str, list[Row]] = {}
-    order = {name: number for number, name in enumerate(names)}
+    """Write held-out problems with the rows of all methods, and return their index."""
+    order = {name: number for number, name in enumerate(list_methods(summary))}
+    base, search = _get_compared_methods(summary)
+    chunks, items = ChunkWriter(folder, "rows"), []
+    rows_by_problem: dict[str, list[Row]] = {}
     for row in rows:
-        if row.method in order:  # samples that nothing was chosen from are no answer
-            by_problem.setdefault(row.problem, []).append(row)
-    for problem, own in by_problem.items():
-        known = (facts.get("problems") or {}).get(problem) or {"question": "", "level": None}
-        own = sorted(own, key=lambda row: (order[row.method], row.seed))
-        place = pieces.add(_encode_problem(problem, known, own))
-        mine = {row.seed: row for row in own if row.method == ours}
-        others = {row.seed: row for row in own if row.method == base}
-        for seed, row in mine.items():
-            other = others.get(seed) or next(iter(others.values()))  # a deterministic method has one seed
-            verdicts = [_encode_correct(None if one.error else one.correct) for one in (other, row)]
+        if row.method in order:  # rows of samples_N have no answer
+            rows_by_problem.setdefault(row.problem, []).append(row)
+    for problem, problem_rows in rows_by_problem.items():
+        problem_rows.sort(key=lambda row: (order[row.method], row.seed))
+        problem_facts = (facts.get("problems") or {}).get(problem) or {"question": "", "level": None}
+        question, level, gold = problem_facts["question"], problem_facts["level"], problem_rows[0].gold
+        encoded = {"id": problem, "question": question, "level": level, "gold": gold}
+        location = chunks.add(encoded | {"rows": [_encode_row(row) for row in problem_rows]})
+        base_rows = {row.seed: row for row in problem_rows if row.method == base}
+        for row in problem_rows:
+            if row.method != search:
+                continue
+            other = base_rows.get(row.seed) or next(iter(base_rows.values()))  # a deterministic method has one seed
             gain = None if row.reward is None or other.reward is None else _round_finite(row.reward - other.reward)
-            name, error = f"{problem} · seed {seed}", bool(row.error)
-            counts = row.revisions, row.accepted
-            traced = trace_locations.get((problem, seed), (None, None))
-            items.append([name, _make_snippet(known["question"]), *verdicts, gain, *counts, error, *place, *traced])
-    pieces.flush()
-    return {"base": base, "ours": ours, "items": items}
+            items.append(
+                {
+                    "name": f"{problem} · seed {row.seed}",
+                    "question": _make_snippet(question),
+                    "correct": [_encode_row(other)["correct"], _encode_row(row)["correct"]],
+                    "gain": gain,
+                    "proposals": row.revisions,
+                    "error": bool(row.error),
+                    "chunk": location,
+                    "trace": trace_locations.get((problem, row.seed)),
+                }
+            )
+    chunks.flush()
+    return {"base": base, "search": search, "items": items}
 
 
-def _encode_problem(problem: str, problem_facts: Mapping, rows: Sequence[Row]) -> dict[str, Any]:
+def _encode_row(row: Row) -> dict[str, Any]:
     return {
-        "id": problem,
-        "question": problem_facts["question"],
-        "level": problem_facts["level"],
-        "gold": rows[0].gold,
-        "rows": [
-            {
-                "method": row.method,
-                "seed": row.seed,
-                "correct": _encode_correct(None if row.error else row.correct),
-                "answer": row.answer,
-                "reward": _round_finite(row.reward),
-                "flops": row.flops,
-                "seconds": row.seconds,
-                "proposals": row.revisions,
-                "accepted": row.accepted,
-                "rounds": [_round_finite(one) for one in row.reward_by_round],
-                "error": row.error,
-            }
-            for row in rows
-        ],
+        "method": row.method,
+        "seed": row.seed,
+        "correct": _encode_correct(None if row.error else row.correct),
+        "answer": row.answer,
+        "reward": _round_finite(row.reward),
+        "flops": row.flops,
+        "seconds": row.seconds,
+        "revisions": row.revisions,
+        "accepted": row.accepted,
+        "reward_by_round": [_round_finite(reward) for reward in row.reward_by_round],
+        "error": row.error,
     }
 
 
@@ -325,4 +330,5 @@ def _encode_correct(correct: float | None) -> int | None:
 
 
 def _round_finite(value: float | None) -> float | None:
-    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
+    finite = finite_or_none(value)
+    return None if finite is None else float(f"{finite:.6g}")

@@ -1,191 +1,184 @@
-// The trace viewer. Data lies in report_data/*.js beside the page: scripts, as a page from the file system may load
-// nothing else. Each calls nablaData(name, value). Texts go into the page as texts, never as HTML.
+// The trace viewer. Its data is in report_data/*.js beside the page. These are scripts, because a page from the file
+// system may load nothing else. Each calls nablaData(name, value). Texts go into the page as texts, never as HTML.
 const FOLDER = "report_data/";
-const ROW = 52; // height of an item of the list, as in style.css
-const MOST_CELLS = 4e6; // of a comparison of two suffixes; beyond that only their ends are compared
-const arrived = new Map();
-const waiting = new Map();
+const ROW_HEIGHT = 52; // of an item of the list, as in style.css
+const MAX_DIFF_CELLS = 4e6; // beyond this size of a comparison of two suffixes, only their ends are compared
+const loaded = new Map();
+const pending = new Map();
 
 function nablaData(name, value) {
-  arrived.set(name, value);
-  waiting.get(name)?.resolve(value);
+  loaded.set(name, value);
+  pending.get(name)?.resolve(value);
 }
 
 function load(name) {
-  if (arrived.has(name)) return Promise.resolve(arrived.get(name));
-  if (!waiting.has(name)) {
+  if (loaded.has(name)) return Promise.resolve(loaded.get(name));
+  if (!pending.has(name)) {
     const entry = {};
     entry.promise = new Promise((resolve, reject) => Object.assign(entry, { resolve, reject }));
     const script = element("script", { src: `${FOLDER}${name}.js` });
-    script.onerror = () => { waiting.delete(name); entry.reject(new Error(`${FOLDER}${name}.js is not there`)); };
-    waiting.set(name, entry);
+    script.onerror = () => { pending.delete(name); entry.reject(new Error(`${FOLDER}${name}.js is missing`)); };
+    pending.set(name, entry);
     document.head.append(script);
   }
-  return waiting.get(name).promise;
+  return pending.get(name).promise;
 }
 
-const view = { source: "traces", picked: 0, step: 0, accepted: false, colour: "change", items: [], shown: [] };
-const sources = {}; // traces, rows: {items, base, ours}
-let tokens = { special: [], texts: {} };
-let special = new Set();
+// Loads the value at [file, index] of the files <name>-0000.js, …
+async function loadFromChunk(name, location) {
+  if (!location) return null;
+  const values = await load(`${name}-${String(location[0]).padStart(4, "0")}`);
+  return values[location[1]];
+}
+
+const view = { source: "traces", selected: 0, step: 0, accepted: false, color: "change", items: [], visibleItems: [] };
+const sources = {}; // traces and rows: {items, base, search}
+let tokens = { special_ids: [], texts: {} };
+let specialIds = new Set();
 
 // --- the list ---
 
-// An item: [name, question, first verdict, last verdict, gain, proposals, accepted, error, file, place]; of a held-out
-// problem also the file and the place of the search's trace, or nulls
-function filtered() {
-  const outcome = $("#outcome").value, wanted = $("#search").value.trim().toLowerCase(), order = $("#order").value;
-  const kept = view.items.filter((item) => {
-    if (wanted && !item[0].toLowerCase().includes(wanted) && !item[1].toLowerCase().includes(wanted)) return false;
-    if (outcome === "error") return item[7];
-    return !outcome || (!item[7] && `${item[2]}${item[3]}` === outcome);
+function filterItems() {
+  const outcome = $("#outcome").value, query = $("#search").value.trim().toLowerCase(), order = $("#order").value;
+  const items = view.items.filter((item) => {
+    if (query && !item.name.toLowerCase().includes(query) && !item.question.toLowerCase().includes(query)) return false;
+    if (outcome === "error") return item.error;
+    return !outcome || (!item.error && item.correct.join("") === outcome);
   });
-  const keys = { gain: (item) => -(item[4] ?? -Infinity), loss: (item) => item[4] ?? Infinity, steps: (item) => -item[5] };
-  return order ? kept.sort((a, b) => keys[order](a) - keys[order](b)) : kept;
+  const keys = { gain: (item) => -(item.gain ?? -Infinity), loss: (item) => item.gain ?? Infinity, steps: (item) => -item.proposals };
+  return order ? items.sort((a, b) => keys[order](a) - keys[order](b)) : items;
 }
 
-function renew() {
-  view.shown = filtered();
-  $("#pad").style.height = `${view.shown.length * ROW}px`;
-  $("#count").textContent = `${view.shown.length} of ${view.items.length}`;
+function refreshList() {
+  view.visibleItems = filterItems();
+  $("#list-spacer").style.height = `${view.visibleItems.length * ROW_HEIGHT}px`;
+  $("#count").textContent = `${view.visibleItems.length} of ${view.items.length}`;
   $("#items").scrollTop = 0;
-  paint();
-  pick(0);
+  renderList();
+  showItem(0);
 }
 
-// Only the items in sight are in the page.
-function paint() {
+// The page holds only the items in sight.
+function renderList() {
   const box = $("#items");
-  const from = Math.max(0, Math.floor(box.scrollTop / ROW) - 5);
-  const to = Math.min(view.shown.length, from + Math.ceil(box.clientHeight / ROW) + 10);
-  $("#pad").replaceChildren(...view.shown.slice(from, to).map((item, at) => {
-    const gain = item[7] ? "error" : signed(item[4]);
-    const made = element("div", {
-      class: "item", role: "option", style: `top:${(from + at) * ROW}px`, "aria-selected": from + at === view.picked,
-    }, element("span", {}, item[0]), element("span", {}, mark(item[2]), " → ", mark(item[3]), ` ${gain}`),
-    element("span", { class: "question" }, item[1]));
-    made.addEventListener("click", () => pick(from + at));
-    return made;
+  const first = Math.max(0, Math.floor(box.scrollTop / ROW_HEIGHT) - 5);
+  const end = first + Math.ceil(box.clientHeight / ROW_HEIGHT) + 10;
+  $("#list-spacer").replaceChildren(...view.visibleItems.slice(first, end).map((item, offset) => {
+    const at = first + offset;
+    const node = element("div", { class: "item", role: "option", style: `top:${at * ROW_HEIGHT}px`, "aria-selected": at === view.selected },
+      element("span", {}, item.name),
+      element("span", {}, outcomeSign(item.correct[0]), " → ", outcomeSign(item.correct[1]), ` ${item.error ? "error" : formatSigned(item.gain)}`),
+      element("span", { class: "question" }, item.question));
+    node.addEventListener("click", () => showItem(at));
+    return node;
   }));
 }
 
-async function pick(number) {
-  view.picked = number;
-  paint();
-  const item = view.shown[number], detail = $("#detail");
+async function showItem(at) {
+  view.selected = at;
+  renderList();
+  const item = view.visibleItems[at], detail = $("#detail"), box = $("#items");
   if (!item) {
-    detail.replaceChildren(element("p", { class: "note" }, view.items.length ? "Nothing fits these filters." : EMPTY[view.source]));
+    detail.replaceChildren(element("p", { class: "note" }, view.items.length ? "No problem matches these filters." : EMPTY[view.source]));
     return;
   }
-  const box = $("#items");
-  if (number * ROW < box.scrollTop) box.scrollTop = number * ROW;
-  if ((number + 1) * ROW > box.scrollTop + box.clientHeight) box.scrollTop = (number + 1) * ROW - box.clientHeight;
-  const piece = (name, file) => load(`${name}-${String(file).padStart(4, "0")}`);
-  const traced = view.source === "rows" && item[10] !== null;
+  box.scrollTop = Math.min(Math.max(box.scrollTop, (at + 1) * ROW_HEIGHT - box.clientHeight), at * ROW_HEIGHT);
   try {
-    const [own, held] = await Promise.all([piece(view.source, item[8]), traced ? piece("held", item[10]) : null]);
-    if (view.shown[view.picked] !== item) return; // another one was picked meanwhile
-    if (view.source === "traces") showTrace(unfold(own[item[9]]));
-    else showProblem(own[item[9]], traced ? unfold(held[item[11]]) : null);
+    const [value, trace] = await Promise.all([loadFromChunk(view.source, item.chunk), loadFromChunk("eval_traces", item.trace)]);
+    if (view.visibleItems[view.selected] !== item) return; // another item was selected in the meantime
+    if (view.source === "traces") showTrace(reconstructSteps(value));
+    else showProblem(value, trace && reconstructSteps(trace));
   } catch (error) {
-    detail.replaceChildren(element("p", { class: "note" }, `Cannot show this one: ${error.message}.`));
+    detail.replaceChildren(element("p", { class: "note" }, `This problem cannot be shown: ${error.message}.`));
   }
 }
 
 const EMPTY = {
-  traces: "This run has no traces beside its report: they are made by the stage traces of recipes/distill.py.",
+  traces: "This run has no traces beside its report. The traces stage of recipes/distill.py writes them.",
   rows: "This run has no rows of a method that gives one answer.",
 };
 
 // --- one held-out problem ---
 
-// `trace`: of the search, or null where none was kept.
+// `trace` is that of the search, or null where none was stored.
 function showProblem(problem, trace) {
   view.trace = null;
-  const { base, ours } = sources.rows;
-  const rows = problem.rows.map((row) => element("tr", { "aria-current": row.method === base || row.method === ours ? "true" : null },
-    element("td", {}, row.method), element("td", { class: "n" }, `${row.seed}`), element("td", {}, mark(row.correct), ` ${row.error ?? row.answer ?? "none"}`),
-    element("td", { class: "n" }, number(row.reward)), element("td", { class: "n" }, si(row.flops, "FLOPs")), element("td", { class: "n" }, si(row.seconds, "s")),
-    element("td", { class: "n" }, row.proposals ? `${row.accepted} of ${row.proposals}` : "–")));
-  const heads = ["method", "seed", "answer", "reward", "FLOPs", "seconds", "accepted"].map((text) => element("th", {}, text));
-  const searches = trace ? [] : problem.rows.filter((row) => row.method === ours && row.rounds.filter((one) => one !== null).length > 1);
-  const level = problem.level === null ? [] : [fact("level", problem.level)];
+  const { base, search } = sources.rows;
+  const rows = problem.rows.map((row) => tableRow(row.method === base || row.method === search, [
+    element("span", {}, row.method), `${row.seed}`, element("span", {}, outcomeSign(row.correct), ` ${row.error ?? row.answer ?? "none"}`),
+    formatNumber(row.reward), formatSi(row.flops, "FLOPs"), formatSi(row.seconds, "s"), row.revisions ? `${row.accepted} of ${row.revisions}` : "–"]));
+  const curves = problem.rows.flatMap((row) => {
+    const rewards = row.reward_by_round;
+    if (trace || row.method !== search || rewards.filter((reward) => reward !== null).length < 2) return [];
+    const { path, svg } = curveFrame(rewards, 80);
+    return [element("small", {}, `${row.method}, seed ${row.seed}: reward of the selected response by round`), svg("reward over rounds", path(rewards))];
+  });
   $("#detail").replaceChildren(element("h3", {}, problem.id),
     ...(problem.question && !trace ? [element("pre", { class: "prompt" }, problem.question)] : []),
-    element("ul", { class: "facts" }, fact("gold", problem.gold ?? "none"), ...level),
-    ...searches.flatMap((row) => [element("small", {}, `${row.method}, seed ${row.seed}: reward of the response kept, by round`), rounds(row.rounds)]),
+    element("ul", { class: "facts" }, factItem("gold", problem.gold ?? "none"), problem.level === null ? null : factItem("level", problem.level)),
+    ...curves,
     ...(trace ? traceParts(trace).slice(1) : []), // without its own heading
-    element("h3", {}, "What every method made of it"),
-    element("div", { class: "scroll" }, element("table", { class: "others" }, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows))),
-    ...(trace ? [] : [element("p", { class: "note" }, "No trace of the search was kept, so there is nothing to step through.")]));
-  if (trace?.initial.length) go(0);
-}
-
-function rounds(values) {
-  const known = values.filter((value) => value !== null), [low, high] = [Math.min(...known), Math.max(...known)];
-  const WIDTH = Math.max($("#detail").clientWidth, 280);
-  const x = (at) => 56 + (at * (WIDTH - 70)) / (values.length - 1), y = (value) => (high > low ? 10 + ((high - value) * 60) / (high - low) : 40);
-  const rules = [...new Set([low, high])].flatMap((value) => [element("svg:line", { x1: 44, x2: WIDTH, y1: y(value), y2: y(value) }),
-    element("svg:text", { x: 38, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(2))]);
-  const path = values.map((value, at) => (value === null ? "" : `H${x(at)}V${y(value)}`)).join("").replace(/^H([^V]*)V/, "M$1 ");
-  return element("svg:svg", { class: "curve", viewBox: `0 0 ${WIDTH} 80`, role: "img", "aria-label": "reward over rounds" }, ...rules, element("svg:path", { class: "step", d: path }));
+    element("h3", {}, "Answers of all methods"),
+    element("div", { class: "scroll" }, makeTable(["method", "seed", "answer", "reward", "FLOPs", "seconds", "accepted"], rows)),
+    trace ? "" : element("p", { class: "note" }, "No trace of the search was stored, so there is nothing to step through."));
+  if (trace?.initial_ids.length) showStep(0);
 }
 
 // --- the whole ---
 
-function choose(source) {
+function chooseSource(source) {
   view.source = source;
-  $$("[data-source]").forEach((one) => one.setAttribute("aria-pressed", one.dataset.source === source));
+  $$("[data-source]").forEach((button) => button.setAttribute("aria-pressed", button.dataset.source === source));
   view.items = sources[source].items;
-  const { base, ours } = sources.rows;
+  const { base, search } = sources.rows;
   $("#meaning").textContent = !view.items.length ? "" : source === "traces"
-    ? "Of a training trace, base is the first response and nabla the one that was kept; the list shows base → nabla, and the gain of reward. ?: not graded, or not known without a checker."
-    : `Of a held-out problem, ${base} stands for base and ${ours} for nabla. The list shows base → nabla, and the gain of reward.`;
-  renew();
+    ? "For a training trace, base is the first response and nabla is the selected response. The list shows base → nabla, and the gain of reward. ?: not graded, or not known without a checker."
+    : `For a held-out problem, base is ${base} and nabla is ${search}. The list shows base → nabla, and the gain of reward.`;
+  refreshList();
 }
 
-async function begin() {
+async function loadIndex() {
   try {
-    const [index, texts] = await Promise.all([load("index"), load("tokens")]);
-    tokens = texts;
-    special = new Set(texts.special);
-    const { compare: inOrder } = new Intl.Collator("en", { numeric: true });
-    for (const items of [index.traces, index.rows.items]) items.sort((a, b) => inOrder(a[0], b[0]));
+    const [index, tokenTexts] = await Promise.all([load("index"), load("tokens")]);
+    tokens = tokenTexts;
+    specialIds = new Set(tokens.special_ids);
+    const { compare } = new Intl.Collator("en", { numeric: true });
+    for (const items of [index.traces, index.rows.items]) items.sort((a, b) => compare(a.name, b.name));
     sources.traces = { items: index.traces };
     sources.rows = index.rows;
-    choose(index.traces.length ? "traces" : "rows");
+    chooseSource(index.traces.length ? "traces" : "rows");
   } catch (error) {
     $("#detail").replaceChildren(element("p", { class: "note" },
-      `${error.message}: the viewer's data lies in ${FOLDER} beside report.html. Keep the two together.`));
+      `${error.message}. The data of the viewer is in ${FOLDER} beside report.html. Keep the two together.`));
   }
 }
 
-$$("[data-source]").forEach((one) => one.addEventListener("click", () => choose(one.dataset.source)));
-for (const name of ["outcome", "order"]) $(`#${name}`).addEventListener("change", renew);
-$("#search").addEventListener("input", renew);
-$("#items").addEventListener("scroll", paint);
+$$("[data-source]").forEach((button) => button.addEventListener("click", () => chooseSource(button.dataset.source)));
+for (const name of ["outcome", "order"]) $(`#${name}`).addEventListener("change", refreshList);
+$("#search").addEventListener("input", refreshList);
+$("#items").addEventListener("scroll", renderList);
 document.addEventListener("keydown", (event) => {
   const typing = event.target.closest("input[type=search], select, textarea");
   if (event.key === "Escape" && typing) { event.target.blur(); return; }
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
-  const stepping = view.trace && view.trace.initial.length;
-  const acts = {
+  const stepping = view.trace?.initial_ids.length;
+  const actions = {
     d: toggleTheme,
     "/": () => $("#search").focus(),
-    j: () => view.picked + 1 < view.shown.length && pick(view.picked + 1),
-    k: () => view.picked > 0 && pick(view.picked - 1),
-    ArrowRight: stepping && (() => move(1)),
-    ArrowLeft: stepping && (() => move(-1)),
-    Home: stepping && (() => go(0)),
-    End: stepping && (() => go(view.trace.steps.length)),
+    j: () => view.selected + 1 < view.visibleItems.length && showItem(view.selected + 1),
+    k: () => view.selected > 0 && showItem(view.selected - 1),
+    ArrowRight: stepping && (() => moveStep(1)),
+    ArrowLeft: stepping && (() => moveStep(-1)),
+    Home: stepping && (() => showStep(0)),
+    End: stepping && (() => showStep(view.trace.steps.length)),
     a: stepping && (() => $("#accepted").click()),
   };
-  const act = Object.hasOwn(acts, event.key) && acts[event.key];
-  if (!act) return;
+  const action = Object.hasOwn(actions, event.key) && actions[event.key];
+  if (!action) return;
   event.preventDefault();
-  act();
+  action();
 });
 // Nothing is loaded before the viewer comes near to sight.
 new IntersectionObserver((entries, observer) => {
-  if (entries.some((one) => one.isIntersecting)) { observer.disconnect(); begin(); }
+  if (entries.some((entry) => entry.isIntersecting)) { observer.disconnect(); loadIndex(); }
 }, { rootMargin: "600px" }).observe($("#viewer"));
