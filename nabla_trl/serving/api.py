@@ -351,6 +351,5 @@ def build_usage(trace: Trace) -> dict[str, Any]:
     }
 
 
-
 def build_model_entry(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "nabla_trl"}

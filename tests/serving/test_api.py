@@ -19,7 +19,7 @@ import pytest
 import worlds
 from watched_reward import PATIENCE, Gate, Watched
 
-from nabla_trl.cli import serve_command
+from nabla_trl.cli.commands import serve
 from nabla_trl.cli.main import main
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
@@ -68,14 +68,14 @@ def ask(client: openai.OpenAI, question: str, **options: Any) -> Any:
 def serving(
     policy: Policy, reward: Reward, offer: ServerLimits = OFFER, *, max_queue: int = 1000, **options: Any
 ) -> Iterator[Any]:
-    listener, ready = serve_command.bind_socket("127.0.0.1", 0), Event()
+    listener, ready = serve.bind_socket("127.0.0.1", 0), Event()
     service = asgi.ChatService(Engine(policy, reward, max_queue=max_queue), offer, **options)
     server = asgi.ChatServer(service, ready.set)
     thread = Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         assert ready.wait(PATIENCE)
-        yield Running(serve_command.format_base_url(listener), server)
+        yield Running(serve.format_base_url(listener), server)
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
@@ -85,7 +85,9 @@ def serving(
 
 @pytest.fixture(scope="module")
 def server(policy: Policy, scalar_reward: Reward) -> Iterator[Running]:
-    with serving(policy, scalar_reward, ServerLimits(NAME, CONFIG, max_request_flops=1e9), api_key="sesame") as running:
+    with serving(
+        policy, scalar_reward, ServerLimits(NAME, CONFIG, max_request_flops=1e9), api_key="sesame"
+    ) as running:
         yield running
 
 
@@ -143,7 +145,9 @@ def test_the_servers_budget_is_the_default_and_the_limit() -> None:
     assert read(ServerLimits(NAME, SearchConfig(max_flops=3.0), max_request_flops=5.0)).config.max_flops == 3.0
     assert read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), max_flops=5).config.max_flops == 5.0
     worlds.refused(
-        lambda: ServerLimits(NAME, SearchConfig(max_flops=9.0), max_request_flops=5.0), "max_flops", "max_request_flops"
+        lambda: ServerLimits(NAME, SearchConfig(max_flops=9.0), max_request_flops=5.0),
+        "max_flops",
+        "max_request_flops",
     )
     worlds.refused(
         lambda: ServerLimits(NAME, SearchConfig(acceptance="metropolis"), max_request_flops=5.0), "metropolis"
@@ -211,6 +215,12 @@ def test_what_cannot_be_honoured_is_refused(fields: dict[str, Any], param: str |
     error = caught.value.body["error"]
     assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+
+
+@pytest.mark.parametrize(("old", "new"), [("flops", "max_flops"), ("rounds", "max_rounds"), ("kl", "target_kl")])
+def test_the_refusal_of_a_renamed_field_names_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(ApiError, match=f"^{old} is not supported: it is now {new}$"):
+        read(**{old: 1})
 
 
 @pytest.mark.parametrize("flops", [0, 5.1])
@@ -510,7 +520,7 @@ def test_the_command_serves_until_ctrl_c(policy, scalar_reward, monkeypatch, tmp
             os.kill(os.getpid(), signal.SIGINT)
 
     def run(service: asgi.ChatService, listener: socket.socket, started: Any) -> None:
-        visitor = Thread(target=visit, args=[serve_command.format_base_url(listener)])
+        visitor = Thread(target=visit, args=[serve.format_base_url(listener)])
         try:
             real(service, listener, lambda: (started(), visitor.start()))
         finally:
@@ -518,7 +528,7 @@ def test_the_command_serves_until_ctrl_c(policy, scalar_reward, monkeypatch, tmp
 
     real = asgi.run_server
     monkeypatch.setattr(asgi, "run_server", run)
-    monkeypatch.setenv(serve_command.API_KEY_ENV_VAR, "key")
+    monkeypatch.setenv(serve.API_KEY_ENV_VAR, "key")
     models = ["--policy", str(tmp_path / "policy"), "--reward", str(tmp_path / "reward")]
     options = ["--port", "0", "--served_model_name", "mine", "--max_new_tokens", "6", "--max_rounds", "3"]
     assert main(["serve", *models, *options]) == 130
@@ -532,7 +542,7 @@ def test_an_address_in_use_is_refused_before_anything_is_loaded(capsys) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", "--policy", "/nowhere", "--reward", "/nowhere", "--port", port]) == 1
-    assert capsys.readouterr().err.startswith(f"error: cannot listen at 127.0.0.1, port {port}: ")
+    assert capsys.readouterr().err.startswith(f"error: cannot listen on 127.0.0.1, port {port}: ")
 
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
