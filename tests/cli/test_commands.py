@@ -58,7 +58,8 @@ def error_line(capsys) -> str:
 
 def test_help_is_short_and_loads_nothing_heavy():
     code = (
-        "import sys; from nabla_trl.cli.main import main; assert main(['--help']) == main([]) == main(['--version']) == 0;"
+        "import sys; from nabla_trl.cli.main import main;"
+        "assert main(['--help']) == main([]) == main(['--version']) == 0;"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'matplotlib', 'starlette', 'uvicorn'};"
         "assert not heavy & set(sys.modules)"
     )

@@ -21,8 +21,8 @@ from nabla_trl.search.loop import run_search
 from nabla_trl.serving.service import (
     SEARCH_SEED,
     Engine,
-    SearchFailed,
     QueueFull,
+    SearchFailed,
     SearchProgress,
     ServerStopping,
     make_request_problem,
