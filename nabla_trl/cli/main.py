@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments. None takes those of the process.
     """
-    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" in its place
@@ -80,9 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = COMMANDS[name]
     module = importlib.import_module(f"nabla_trl.cli.commands.{command.module}")
-    return run_main(
-        module.main, rest, resume_command=shlex.join(["nabla-trl", name, *rest]) if command.resumable else ""
-    )
+    resume_command = shlex.join(["nabla-trl", name, *arguments]) if command.resumable else ""
+    return run_main(module.main, arguments, resume_command=resume_command)
 
 
 if __name__ == "__main__":

@@ -56,25 +56,27 @@ class Checkpoint:
 
     @property
     def base_policy(self) -> str:
-        """The model that the training started from."""
+        """Return the name of the model that the training started from."""
         return self.facts["policy"]
 
     @property
     def is_adapter(self) -> bool:
+        """Return whether the checkpoint is a LoRA adapter, not a full model."""
         return self.checkpoint_dir.name == "adapter"
 
     @property
     def training_config_path(self) -> Path:
-        """The configuration of the call that trained this checkpoint."""
+        """Return the path of the configuration that trained this checkpoint."""
         return self.checkpoint_dir.parent / CONFIG_FILE
 
     @property
     def row_prefix(self) -> str:
+        """Return the beginning of the method names of this checkpoint's rows."""
         return get_row_prefix(self.method)
 
     @property
     def dtype(self) -> str:
-        """The data type of the run's evaluation."""
+        """Return the data type of the run's evaluation."""
         return self.run_config.get("dtype", "float32")
 
     def select_comparable_rows(self) -> list[dict[str, Any]]:

@@ -332,6 +332,7 @@ class ChatCompletion:
 
 
 def get_finish_reason(trace: Trace) -> str:
+    """Return "stop" if the response has an end, and "length" if it is cut off."""
     return "stop" if trace.finished else "length"
 
 
@@ -352,4 +353,5 @@ def build_usage(trace: Trace) -> dict[str, Any]:
 
 
 def build_model_entry(name: str, created: int) -> dict[str, Any]:
+    """Return a model as GET /v1/models lists it."""
     return {"id": name, "object": "model", "created": created, "owned_by": "nabla_trl"}

@@ -120,6 +120,7 @@ class ProgressStream:
             raise ApiError(500, str(error), error_type="server_error", code="search_failed") from error
 
     def close(self) -> None:
+        """Cancel the request."""
         self.future.cancel()
         self.disconnect_task.cancel()
 
@@ -337,10 +338,12 @@ class ChatServer(uvicorn.Server):
         self.engine, self.on_started = service.engine, on_started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to accept connections, and call `on_started`."""
         await super().startup(sockets)
         self.on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse the waiting requests, and wait for the running ones."""
         self.engine.stop()
         await super().shutdown(sockets)
 

@@ -160,6 +160,7 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
+        """Return whether the engine accepts requests."""
         return self._thread.is_alive() and not self._stopped
 
     def stop(self) -> None:
@@ -291,6 +292,7 @@ class StreamingSearch(Search):
             on_progress(progress)
 
     def deliver_trace(self, trace: Trace) -> None:
+        """Set the trace, or its error, as the outcome of the problem's requests."""
         _set_outcomes(self.batch[trace.problem_id], trace if trace.error is None else SearchFailed(trace.error))
 
 

@@ -18,7 +18,7 @@ from nabla_trl.cli.parsing import Parser
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.options import GradientPoint
 from nabla_trl.search.config import SearchConfig
-from nabla_trl.tasks.problem import filter_with_gold_answer
+from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
 from nabla_trl.tasks.registry import load_problems
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import write_atomic
@@ -152,6 +152,39 @@ class AuditArguments:
         )
 
 
+@dataclass
+class AuditResult:
+    """The parts of an audit that have run so far.
+
+    Attributes:
+        policy: name of the policy on the command line.
+        reward: name of the reward on the command line.
+    """
+
+    policy: str
+    reward: str
+    ranking: RankingAudit
+    gradient: GradientAudit | None = None
+    over_optimization: OveroptimizationAudit | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        over_optimization = self.over_optimization.to_dict() if self.over_optimization else None
+        return {
+            "policy": self.policy,
+            "reward": self.reward,
+            **self.ranking.to_dict(),
+            "gradient": self.gradient.to_dict() if self.gradient else None,
+            "over_optimization": over_optimization,
+            "validated_limits": over_optimization and over_optimization["validated_limits"],
+        }
+
+    def write(self, output_file: str) -> None:
+        """Write the result to a file, if it has a name."""
+        if output_file:
+            write_atomic(Path(output_file), json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     parser = Parser(
@@ -175,14 +208,25 @@ def main(argv: Sequence[str]) -> int:
     problems = load_problems(args.dataset, split=args.split, max_problems=args.max_audit_problems or None)
     problems = filter_with_gold_answer(problems)
     models.get_prompt_options().check_problems(problems)
+    with redirect_stdout(sys.stderr):  # libraries must not print into the JSON
+        result = run_audits(problems, models, args, config)
+    if extra.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print_audit(result, Console())
+    return 0
 
+
+def run_audits(
+    problems: Sequence[Problem], models: ModelArguments, args: AuditArguments, config: SearchConfig
+) -> AuditResult:
+    """Run the parts of the audit. The output file is written after each part, in case a later part fails."""
     from nabla_trl.audit.gradient import audit_gradient
     from nabla_trl.audit.overoptimization import audit_overoptimization
     from nabla_trl.audit.ranking import audit_ranking
     from nabla_trl.baselines.sampling import draw_pool
 
-    gradient_audit = overoptimization_audit = None
-    with redirect_stdout(sys.stderr), AnswerChecker() as checker:
+    with AnswerChecker() as checker:
         policy, reward = models.load_policy_and_reward(args.batch_size)
         pool = draw_pool(
             problems,
@@ -193,12 +237,10 @@ def main(argv: Sequence[str]) -> int:
             seed=args.seed,
             batch_size=args.batch_size,
         )
-        ranking_audit = audit_ranking(pool, checker)
-        result: dict[str, Any] = {"policy": models.policy, "reward": models.reward, **ranking_audit.to_dict()}
-        result |= {"gradient": None, "over_optimization": None, "validated_limits": None}
-        _write_result(args.output_file, result)
+        result = AuditResult(models.policy, models.reward, audit_ranking(pool, checker))
+        result.write(args.output_file)
         if args.gradient:
-            gradient_audit = audit_gradient(
+            result.gradient = audit_gradient(
                 problems,
                 policy=policy,
                 reward=reward,
@@ -212,51 +254,33 @@ def main(argv: Sequence[str]) -> int:
                 seed=args.seed,
                 batch_size=args.batch_size,
             )
-            result["gradient"] = gradient_audit.to_dict()
-            _write_result(args.output_file, result)
+            result.write(args.output_file)
         if args.over_optimization:
-            overoptimization_audit = audit_overoptimization(
+            result.over_optimization = audit_overoptimization(
                 problems,
                 policy=policy,
                 reward=reward,
                 config=config,
                 checker=checker,
-                ranking_audit=ranking_audit,
+                ranking_audit=result.ranking,
                 seeds=(args.seed,),
             )
-            result["over_optimization"] = overoptimization_audit.to_dict()
-            result["validated_limits"] = result["over_optimization"]["validated_limits"]
-            _write_result(args.output_file, result)
-    if extra.json:
-        print(json.dumps(result))
-    else:
-        print_audit(ranking_audit, gradient_audit, overoptimization_audit, Console())
-    return 0
-
-
-def _write_result(output_file: str, result: dict[str, Any]) -> None:
-    """Write the results so far, so that they are kept if a later part fails."""
-    if output_file:
-        write_atomic(Path(output_file), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            result.write(args.output_file)
+    return result
 
 
 # --- in a terminal ------------------------------------------------------------------------------------
 
 
-def print_audit(
-    ranking_audit: RankingAudit,
-    gradient_audit: GradientAudit | None,
-    overoptimization_audit: OveroptimizationAudit | None,
-    console: Console,
-) -> None:
+def print_audit(result: AuditResult, console: Console) -> None:
     """Print the parts of an audit as tables with their conclusions."""
-    _print_ranking_audit(ranking_audit, console)
-    if gradient_audit is not None:
+    _print_ranking_audit(result.ranking, console)
+    if result.gradient is not None:
         console.print("\ngradient", style="bold")
-        _print_gradient_audit(gradient_audit, console)
-    if overoptimization_audit is not None:
+        _print_gradient_audit(result.gradient, console)
+    if result.over_optimization is not None:
         console.print("\nover-optimization", style="bold")
-        _print_overoptimization_audit(overoptimization_audit, console)
+        _print_overoptimization_audit(result.over_optimization, console)
 
 
 def _print_ranking_audit(audit: RankingAudit, console: Console) -> None:
