@@ -160,9 +160,6 @@ class Parser(TrlParser, _RaisingArgumentParser):
         count = len({action.dest for action, _ in hidden})
         return f"{text}\n{count} more options: {self.prog} --help-all\n" if count else text
 
-    def add_argument(self, *args: Any, common: bool = False, **kwargs: Any) -> argparse.Action:
-        return super().add_argument(*args, **kwargs)
-
     def parse_options(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """Return the filled dataclasses in their order, then a namespace of the arguments added by hand.
 

@@ -24,6 +24,7 @@ from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.search.reasoner import as_problem
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.utils.renamed import describe_new_key
 
 _QUESTION_SENTINEL = "\x02question\x03"
 
@@ -108,9 +109,8 @@ def _select_search_options(options: dict[str, Any]) -> dict[str, Any]:
     names = {option.name for option in fields(SearchConfig)}
     for name, value in options.items():
         if name not in names and value is not None:
-            raise ValueError(
-                f"custom generation by nabla_trl does not take {name!r}: its options are {', '.join(sorted(names))}"
-            )
+            hint = describe_new_key(name, names) or f": its options are {', '.join(sorted(names))}"
+            raise ValueError(f"custom generation by nabla_trl does not take {name!r}{hint}")
     return {name: value for name, value in options.items() if name in names}
 
 

@@ -20,15 +20,15 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.options import MirrorSolver
 from nabla_trl.serving.service import SearchProgress
 from nabla_trl.traces.schema import Trace
-from nabla_trl.utils.fields import coerce_fields
+from nabla_trl.utils.fields import coerce_fields, format_suggestion
 from nabla_trl.utils.formatting import finite_or_none
+from nabla_trl.utils.renamed import describe_new_key
 
 # Request fields that are options of the search. None of them increases the memory of a batch.
 SEARCH_OPTION_BY_FIELD = {
@@ -37,7 +37,6 @@ SEARCH_OPTION_BY_FIELD = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p")},
     **{name: name for name in ("max_flops", "beta", "target_kl", "max_rounds", "patience")},
 }
-RENAMED_FIELDS = {"flops": "max_flops", "kl": "target_kl", "rounds": "max_rounds", "sample_min_p": "min_p"}
 API_FIELDS = ("model", "messages", "seed", "stream", "stream_options")
 IGNORED_FIELDS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # they do not change the answer
 # Fields that are accepted only with these values, which request nothing.
@@ -173,9 +172,7 @@ def _refuse_unknown_fields(fields: Mapping[str, Any]) -> None:
     supported = [*API_FIELDS, *SEARCH_OPTION_BY_FIELD, *IGNORED_FIELDS, *NEUTRAL_VALUES]
     for name, value in fields.items():
         if name not in supported:
-            match = get_close_matches(name, supported, n=1)
-            hint = f": did you mean {match[0]}?" if match else ""
-            hint = f": it is now {RENAMED_FIELDS[name]}" if name in RENAMED_FIELDS else hint
+            hint = describe_new_key(name, supported) or format_suggestion(name, supported)
             raise ApiError(400, f"{name} is not supported{hint}", param=name, code="unknown_parameter")
         if name in NEUTRAL_VALUES and value not in NEUTRAL_VALUES[name]:
             values = " or ".join(map(json.dumps, NEUTRAL_VALUES[name]))

@@ -343,7 +343,7 @@ def test_eval_adds_methods_and_keeps_rows(capsys, models, dataset, tmp_path):
     assert more.startswith(rows) and more.count("\n") == 6 + 2 * 6
     capsys.readouterr()
     assert main(evaluation(models, dataset, tmp_path, "greedy", "--beta", "2")) == 1
-    assert "now beta '2.0' (was 'None'), target_kl 'None' (was '2.0')" in error_line(capsys)
+    assert "now solver.target_kl 'None' (was '2.0'), beta '2.0' (was 'None')" in error_line(capsys)
 
 
 def test_eval_by_steps(capsys, models, dataset, tmp_path):

@@ -219,7 +219,7 @@ def test_what_cannot_be_honoured_is_refused(fields: dict[str, Any], param: str |
 
 @pytest.mark.parametrize(("old", "new"), [("flops", "max_flops"), ("rounds", "max_rounds"), ("kl", "target_kl")])
 def test_the_refusal_of_a_renamed_field_names_the_new_one(old: str, new: str) -> None:
-    with pytest.raises(ApiError, match=f"^{old} is not supported: it is now {new}$"):
+    with pytest.raises(ApiError, match=f"^{old} is not supported: it is now '{new}'$"):
         read(**{old: 1})
 
 
