@@ -1,4 +1,4 @@
-"""Distill test-time gradient search into a policy, and compare both at equal cost.
+r"""Distill test-time gradient search into a policy, and compare both at equal cost.
 
     accelerate launch recipes/distill.py --config recipes/tiny/distill.yaml
     accelerate launch recipes/distill.py --config recipes/gsm8k/distill.yaml \
@@ -37,8 +37,8 @@ from trl import SFTConfig
 from nabla_trl.audit.overoptimization import warn_past_limits
 from nabla_trl.audit.ranking import audit_reward
 from nabla_trl.baselines.step_config import StepSearchConfig
-from nabla_trl.cli.distill_arguments import DistillArguments
-from nabla_trl.cli.parsing import collect_given_options, parse_dataclasses, quiet_libraries, run_main
+from nabla_trl.cli.distill_arguments import COMMON_TRAIN_OPTIONS, DistillArguments
+from nabla_trl.cli.parsing import Parser, collect_given_options, quiet_libraries, run_main
 from nabla_trl.evaluation.method import REWARD_MODEL_SAMPLING, list_policy_labels, split_label
 from nabla_trl.evaluation.plan import (
     get_max_selection_size,
@@ -80,7 +80,9 @@ def main(argv: Sequence[str]) -> None:
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     quiet_libraries()
     dataclasses = [DistillArguments, SearchConfig, StepSearchConfig, TrainOptions, LoraArguments, SFTConfig]
-    options = parse_dataclasses(dataclasses, argv, presets=PRESETS)
+    usage = "accelerate launch recipes/distill.py --config FILE [options]"
+    parser = Parser(dataclasses, presets=PRESETS, common=COMMON_TRAIN_OPTIONS, usage=usage, description=__doc__)
+    options = parser.parse_options(argv)[: len(dataclasses)]
     run = DistillRun(collect_given_options(argv, options, PRESETS), *options)
     run.check_train_methods()
     with run.lock_output_dir(), run.checker:

@@ -35,7 +35,7 @@ DEFAULT_SEEDS = (0, 1, 2)
 
 @dataclass
 class PolicyRewardArguments:
-    """The policy and the reward of a command or recipe."""
+    """Policy and reward."""
 
     policy: str = required_option(POLICY_HELP)
     reward: str = required_option(REWARD_HELP)
@@ -110,7 +110,7 @@ class PolicyRewardArguments:
 
 @dataclass
 class ModelArguments(PolicyRewardArguments):
-    """The policy and the reward of a command that runs in one process."""
+    """Policy and reward."""
 
     adapter: str | None = option(
         None,

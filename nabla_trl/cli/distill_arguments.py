@@ -11,6 +11,20 @@ from nabla_trl.training.checkpoints import get_policy_label
 from nabla_trl.training.offline import TRAIN_METHODS
 from nabla_trl.utils.fields import option
 
+# Options of the training that --help shows beside the common ones of this module and of the search.
+COMMON_TRAIN_OPTIONS = (
+    "tuning",
+    "sft_selection",
+    "lora_r",
+    "output_dir",
+    "seed",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+)
 STAGES = ("traces", "train", "evaluate", "report")
 DEFAULT_DISTILL_EVAL_METHODS = (
     "greedy,samples_32,self_consistency_16,best_of_1,best_of_2,best_of_4,best_of_8,best_of_16,best_of_32,"
@@ -22,9 +36,9 @@ DEFAULT_TRAINED_POLICY_METHODS = ("greedy", "best_of_1", "best_of_8", "samples_8
 
 @dataclass
 class DistillArguments(PolicyRewardArguments):
-    """Models, problems, stages and methods of a run."""
+    """Models, problems, stages and methods."""
 
-    dataset: str = option("digit_chains", f"Data set to train on. {DATASET_HELP}", common=True)
+    dataset: str = option("digit_chains", f"{DATASET_HELP} The traces and the training use it.", common=True)
     eval_dataset: str = option(
         "",
         "Data set to evaluate on, named like --dataset (default: --eval_split of --dataset).",

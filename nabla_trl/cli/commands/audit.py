@@ -47,7 +47,7 @@ AUDIT_HELP = """--json prints one object. --output_file writes the same object a
 
 @dataclass
 class AuditArguments:
-    """Options of `nabla-trl audit` beside the models."""
+    """Options of `nabla-trl audit`."""
 
     dataset: str = required_option(DATASET_HELP)
     split: str = option("train", "Split of the data set. Audit on problems that you do not evaluate on.", common=True)
@@ -90,7 +90,7 @@ class AuditArguments:
     gradient_at: list[str] = field(
         default_factory=lambda: ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
         metadata={
-            "help": "Gradients to audit, cheapest first. See --gradient_at of the search. Needs --gradient.",
+            "help": "Gradients to audit, cheapest first. See --solver.gradient_at of the search. Needs --gradient.",
             "common": True,
         },
     )

@@ -27,7 +27,7 @@ DEFAULT_ADAPTER_EVAL_METHODS = "distilled_greedy,distilled_best_of_1,distilled_b
 
 @dataclass
 class EvalArguments:
-    """Options of `nabla-trl eval` beside the models and the search."""
+    """Options of `nabla-trl eval`."""
 
     dataset: str = required_option(DATASET_HELP)
     output_dir: str = required_option(
@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         [ModelArguments, EvalArguments, SearchConfig, StepSearchConfig],
         presets=PRESETS,
+        common=(),
         prog="nabla-trl eval",
         usage="nabla-trl eval --policy P --reward R --dataset D --output_dir DIR [options]",
         description="Run methods on held-out problems and print their accuracy and cost. The distilled_ methods use\n"

@@ -33,7 +33,7 @@ support (n > 1, tools, logprobs, ...) is refused."""
 
 @dataclass
 class ServeArguments:
-    """Options of `nabla-trl serve` beside the models and the search."""
+    """Options of `nabla-trl serve`."""
 
     host: str = option(
         "127.0.0.1",

@@ -33,7 +33,7 @@ SOLVE_HELP = """--json prints one object:
 
 @dataclass
 class SolveArguments:
-    """Options of `nabla-trl solve` beside the models and the search."""
+    """Options of `nabla-trl solve`."""
 
     seed: int = option(
         0,

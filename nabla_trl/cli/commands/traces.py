@@ -18,7 +18,7 @@ from nabla_trl.utils.locks import lock_folder
 
 @dataclass
 class TracesArguments:
-    """Options of `nabla-trl traces` beside the models and the search."""
+    """Options of `nabla-trl traces`."""
 
     dataset: str = required_option(DATASET_HELP)
     output_dir: str = required_option(
