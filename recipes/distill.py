@@ -1,12 +1,18 @@
-"""From a policy and a reward to traces, trained weights and an honest comparison.
+r"""Distill test-time gradient search into a policy, and compare both at equal cost.
 
     accelerate launch recipes/distill.py --config recipes/tiny/distill.yaml
     accelerate launch recipes/distill.py --config recipes/gsm8k/distill.yaml \
         --policy Qwen/Qwen2.5-0.5B-Instruct --reward PATH_OR_HUB_ID --dataset gsm8k --train_methods sft rloo
 
-Stages: traces (audit the reward, refine the training problems), train (one policy per `--train_methods`: sft, reward-weighted
-and dpo on the traces, rloo and grpo on what the policy draws), evaluate (every method on held-out problems), report.
-Each resumes where it was stopped and is skipped when its output is there; `--stages evaluate,report` runs only those.
+The run has four stages:
+
+    traces     audit the reward, and refine the answers to the training problems
+    train      train one policy per training method: sft, reward-weighted and dpo on the traces, rloo and grpo on
+               responses that the policy draws
+    evaluate   run every method on the held-out problems
+    report     write tables, plots and conclusions
+
+Each stage continues where it was interrupted and skips finished work. `--stages evaluate,report` runs two of them.
 """
 
 from __future__ import annotations
@@ -15,8 +21,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,9 +35,8 @@ from trl import SFTConfig
 from nabla_trl.audit.overoptimization import warn_past_limits
 from nabla_trl.audit.ranking import audit_reward
 from nabla_trl.baselines.step_config import StepSearchConfig
-from nabla_trl.cli.arguments import get_sampler_settings
-from nabla_trl.cli.distill_arguments import DistillArguments
-from nabla_trl.cli.parsing import collect_given_options, parse_dataclasses, quiet_libraries, run_main
+from nabla_trl.cli.distill_arguments import COMMON_TRAIN_OPTIONS, DistillArguments
+from nabla_trl.cli.parsing import Parser, collect_given_options, quiet_libraries, run_main
 from nabla_trl.evaluation.method import (
     REWARD_MODEL_SAMPLING,
     Method,
@@ -47,11 +52,8 @@ from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.vllm_backend import connect_vllm
 from nabla_trl.report.text import print_summary_table, write_report
-from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.rewards.spec import compute_reward_identity
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces, get_search_settings
 from nabla_trl.tasks.problem import Problem, check_disjoint, filter_with_gold_answer
@@ -65,9 +67,38 @@ from nabla_trl.utils.identity import claim_settings, hash_weights
 from nabla_trl.utils.interrupts import get_current_command
 from nabla_trl.utils.locks import lock_folder
 
+START_TIME = time.perf_counter()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the stages of a command line in this process, one of the processes that accelerate started."""
+    # Before everything else, because the first state chooses the back end. A process may wait for hours for another
+    # process that draws longer responses.
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    quiet_libraries()
+    dataclasses = [DistillArguments, SearchConfig, StepSearchConfig, TrainOptions, LoraArguments, SFTConfig]
+    usage = "accelerate launch recipes/distill.py --config FILE [options]"
+    parser = Parser(dataclasses, presets=PRESETS, common=COMMON_TRAIN_OPTIONS, usage=usage, description=__doc__)
+    options = parser.parse_options(argv)[: len(dataclasses)]
+    run = DistillRun(collect_given_options(argv, options, PRESETS), *options)
+    run.check_train_methods()
+    with run.lock_output_dir(), run.checker:
+        run.write_config()
+        for stage in run.args.list_stages():
+            if stage == "traces":
+                run.audit_reward()  # does the reward rank the policy's responses?
+                run.stage_traces()  # refine the training problems by gradient search
+            elif stage == "train":
+                run.stage_train()  # one policy per training method
+            elif stage == "evaluate":
+                run.stage_evaluate()  # every method on the held-out problems
+            elif stage == "report":
+                run.stage_report()  # tables, plots and conclusions
+            run.finish_stage()
+
 
 class DistillRun:
-    """One run: its settings, its output folder and, once asked for, its models."""
+    """A run with its options, its output folder, its problems and its models."""
 
     def __init__(
         self,
@@ -79,14 +110,14 @@ class DistillRun:
         lora_arguments: LoraArguments,
         sft_config: SFTConfig,
     ):
-        self.given_options = given_options  # options, as `--config` takes them
+        self.given_options = given_options  # as `--config` takes them
         self.command = get_current_command()
         self.args, self.search_config, self.step_search_config = args, search_config, step_search_config
         self.train_options, self.lora_arguments, self.sft_config = train_options, lora_arguments, sft_config
         self.state = PartialState()
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.state.num_processes != asked:
-            raise ValueError(f"{asked} processes were asked for, but {self.state.num_processes} started")
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.state.num_processes != world_size:
+            raise ValueError(f"WORLD_SIZE is {world_size}, but {self.state.num_processes} processes started")
         self.output_dir = Path(sft_config.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.traces_dir = self.output_dir / "traces"
@@ -96,7 +127,7 @@ class DistillRun:
         self.train_problems, self.callback_problems, self.held_out_problems = self._load_problems()
 
     def _load_problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
-        """Those of training, of the probe in training, and the held-out ones."""
+        """Load the training problems, those of the evaluation during training, and the held-out problems."""
         args = self.args
         limit = args.max_train_problems + self.train_options.max_callback_problems
         train = load_problems(args.dataset, split=args.train_split, max_problems=limit)
@@ -109,60 +140,76 @@ class DistillRun:
         return train[: args.max_train_problems], train[args.max_train_problems :], held_out
 
     def load_models(self) -> tuple[Policy, Reward]:
+        """Return the policy and the reward, which the first call loads."""
         if self._models is None:
-            device = str(self.state.device)
-            policy = load_policy(
-                self.args.policy, dtype=self.args.dtype, device=device, prompt_options=self.args.get_prompt_options()
-            )
-            if self.args.vllm_url:
-                policy = connect_vllm(policy, self.args.vllm_url, timeout=self.args.vllm_timeout)
-            rows = 4 * self.search_config.batch_size
-            reward = load_reward(
-                self.args.reward, policy=policy, dtype=self.args.dtype, device=device, batch_size=rows
-            )
+            policy, reward = self.args.load_models(4 * self.search_config.batch_size, device=str(self.state.device))
             if self.state.is_main_process:
-                among = (
-                    get_max_selection_size(parse_methods(self.args.eval_methods))
-                    if "evaluate" in self.args.stages
-                    else 1
-                )
-                warn_past_limits(reward, self.search_config if self._needs_search() else None, among)
+                stages = self.args.list_stages()
+                methods = parse_methods(self.args.eval_methods) if "evaluate" in stages else []
+                searches = "traces" in stages or has_search(methods)
+                warn_past_limits(reward, self.search_config if searches else None, get_max_selection_size(methods))
             self._models = policy, reward
         return self._models
 
-    def _needs_search(self) -> bool:
-        stages = self.args.stages.split(",")
-        return "traces" in stages or ("evaluate" in stages and has_search(parse_methods(self.args.eval_methods)))
-
     def print_once(self, text: str) -> None:
+        """Print a line in the main process."""
         if self.state.is_main_process:
             print(text, flush=True)
 
+    @contextmanager
+    def lock_output_dir(self) -> Iterator[None]:
+        """Lock the output folder against other runs. Each process of this run has a lock of its own."""
+        with ExitStack() as stack:
+            with self.state.main_process_first():
+                stack.enter_context(lock_folder(self.output_dir, self.state.process_index))
+            yield
+
     def write_config(self) -> None:
-        """config.yaml: what this run was called with, as `--config` takes it."""
+        """Write config.yaml with the options of this run, as `--config` takes them."""
         if self.state.is_main_process:
             write_atomic(self._get_path(CONFIG_FILE), yaml.safe_dump(self.given_options, sort_keys=False))
 
+    def finish_stage(self) -> None:
+        """Wait for all processes and save the time that the run has taken so far."""
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self.stopwatch.save()
+
     # --- stages ---------------------------------------------------------------------------------------
 
-    def stage_traces(self) -> None:
-        """Audit the reward on training problems, then refine them; one shard per process and batch."""
-        if self.state.is_main_process and self.args.max_audit_problems and not self._get_path("audit.json").exists():
-            self._audit_reward()
+    def audit_reward(self) -> None:
+        """Audit in the main process if the reward ranks samples of the policy, and write audit.json."""
+        path = self._get_path("audit.json")
+        if self.state.is_main_process and self.args.max_audit_problems and not path.exists():
+            policy, reward = self.load_models()
+            audit = audit_reward(
+                [problem for problem in self.train_problems if problem.answer][: self.args.max_audit_problems],
+                self.args.audit_samples,
+                policy=policy,
+                reward=reward,
+                sampling=self.search_config.get_sampling(),
+                batch_size=4 * self.search_config.batch_size,
+                checker=self.checker,
+            )
+            write_atomic(path, json.dumps(audit, indent=1))
+            self.print_once(f"audit: {audit['conclusion']}")
         self.state.wait_for_everyone()
+
+    def stage_traces(self) -> None:
+        """Refine the training problems and write traces, one shard per process and batch."""
         if not any(method in OFFLINE_METHODS for method in self.args.train_methods):
-            self.print_once(f"traces: {', '.join(self.args.train_methods)} need none")
+            self.print_once(f"traces: not needed for {', '.join(self.args.train_methods)}")
             return
-        mine = self._select_process_share(self.train_problems)
+        share = self._select_process_share(self.train_problems)
         seeds = range(self.args.seeds[0], self.args.seeds[0] + self.args.traces_per_problem)
-        todo = {seed: find_unfinished_problems(mine, self.traces_dir, seed) for seed in seeds}
-        if any(todo.values()):
-            self.load_models()  # first: what cannot be loaded must not claim the folder
+        unfinished = {seed: find_unfinished_problems(share, self.traces_dir, seed) for seed in seeds}
+        if any(unfinished.values()):
+            self.load_models()  # before the settings are claimed: a mistyped model must not claim the folder
         settings = self._collect_search_settings() | {"adapter": "", "split": self.args.train_split}
         claim_settings(self._get_path("traces.settings.json"), settings | get_task_settings(self.args.dataset))
-        for seed, problems in todo.items():
+        for seed, problems in unfinished.items():
             if not problems:
-                self.print_once(f"traces: {len(mine)} problems are there already")
+                self.print_once(f"traces: {len(share)} problems are already done")
                 continue
             policy, reward = self.load_models()
             tally = generate_traces(
@@ -175,34 +222,21 @@ class DistillRun:
                 checker=self.checker,
                 rank=self.state.process_index,
                 show_progress=self.state.is_main_process,
-                num_done=len(mine) - len(problems),
+                num_done=len(share) - len(problems),
             )
-            here = " of this process" if self.state.num_processes > 1 else ""
-            self.print_once(f"traces{here}: {tally}")
+            scope = " of this process" if self.state.num_processes > 1 else ""
+            self.print_once(f"traces{scope}: {tally}")
 
     def _collect_search_settings(self) -> dict[str, str]:
-        reward = compute_reward_identity(self.args.reward)
-        models = {"policy": self.args.policy, "reward": reward, "dtype": self.args.dtype}
-        models |= get_sampler_settings(self.args.vllm_url) | self.args.get_prompt_options().get_changed_settings()
-        return models | get_search_settings(self.search_config)
-
-    def _audit_reward(self) -> None:
-        policy, reward = self.load_models()
-        found = audit_reward(
-            [problem for problem in self.train_problems if problem.answer][: self.args.max_audit_problems],
-            self.args.audit_samples,
-            policy=policy,
-            reward=reward,
-            sampling=self.search_config.get_sampling(),
-            batch_size=4 * self.search_config.batch_size,
-            checker=self.checker,
-        )
-        write_atomic(self._get_path("audit.json"), json.dumps(found, indent=1))
-        self.print_once(f"audit: {found['verdict']}")
+        return self.args.get_settings() | get_search_settings(self.search_config)
 
     def check_train_methods(self) -> None:
-        """Refuse what could not be trained, before hours of traces."""
-        if "train" in self.args.stages.split(","):
+        """Check the training options before hours are spent on traces.
+
+        Raises:
+            ValueError: a method that cannot be trained with these options.
+        """
+        if "train" in self.args.list_stages():
             for method in self.args.train_methods:
                 self._make_train_stage().check_method(method)
 
@@ -226,21 +260,20 @@ class DistillRun:
         )
 
     def stage_train(self) -> None:
-        """One policy per method; adapters, or whole models."""
+        """Train one policy per method, as an adapter or as a full model."""
         stage = self._make_train_stage()
         for method in self.args.train_methods:
-            made = stage.train_method(method)
-            if made is None:
-                self.print_once(f"train {method}: it is there already")
+            result = stage.train_method(method)
+            if result is None:
+                self.print_once(f"train {method}: already done")
                 continue
-            self.print_once(
-                f"train {method}: {made.rows} rows, {made.steps} steps, loss {made.loss:.3f}, {made.seconds:.0f} s"
-            )
-            if made.stop_reason:
-                self.print_once(f"train {method}: {made.stop_reason}")
+            figures = f"{result.rows} rows, {result.steps} steps, loss {result.loss:.3f}, {result.seconds:.0f} s"
+            self.print_once(f"train {method}: {figures}")
+            if result.stop_reason:
+                self.print_once(f"train {method}: {result.stop_reason}")
 
     def stage_evaluate(self) -> None:
-        """Every method on the held-out problems; budgets are fractions of best-of-16's measured FLOPs."""
+        """Evaluate every method on the held-out problems. Budgets are fractions of best-of-16's measured FLOPs."""
         policy, reward = self.load_models()  # first: what cannot be loaded must not claim the folder
         evaluation = self._open_evaluation()
         setup = EvaluationSetup(
@@ -269,35 +302,38 @@ class DistillRun:
         )
 
     def _load_trained_policies(self, eval_methods: Sequence[str], evaluation: Evaluation) -> dict[str, Policy]:
-        """The trained policies that these methods ask for, by label."""
-        tuned = {}
+        """Return the trained policies that these methods need, by label."""
+        trained_policies = {}
         for method in list_trained_methods(self.output_dir):
             if get_policy_label(method) in list_policy_labels(eval_methods):
                 path = find_trained_weights(self.output_dir, method)
                 # Rows of an earlier training must not pass for those of this one.
                 evaluation.claim(method, {"weights": hash_weights(path)})
                 model, adapter = (str(path), None) if path.name == "model" else (self.args.policy, str(path))
-                tuned[get_policy_label(method)] = load_policy(
+                trained_policies[get_policy_label(method)] = load_policy(
                     model,
                     dtype=self.args.dtype,
                     device=str(self.state.device),
                     adapter=adapter,
                     prompt_options=self.args.get_prompt_options(),
                 )
-        return tuned
+        return trained_policies
 
     def _select_process_share(self, problems: list[Problem]) -> list[Problem]:
-        """The share of this process."""
+        """Return the problems of this process."""
         return problems[self.state.process_index :: self.state.num_processes]
 
     def stage_report(self) -> None:
+        """Write the report of the rows of all processes, in the main process."""
         if not self.state.is_main_process:
             return
-        rows, left_out = self._open_evaluation().select_rows()
+        rows, incomplete = self._open_evaluation().select_rows()
         if not rows:
-            raise ValueError(f"{self.output_dir} holds no rows of all its problems: finish the stage evaluate first")
-        if left_out:
-            self.print_once(left_out)
+            raise ValueError(
+                f"{self.output_dir} has no method with rows of all problems: finish the stage evaluate first"
+            )
+        if incomplete:
+            self.print_once(incomplete)
         facts = self.build_facts()
         store_results(self.output_dir, rows, facts)
         print_summary_table(write_report(self.output_dir, rows, facts))
@@ -309,8 +345,9 @@ class DistillRun:
     # --- facts and files ------------------------------------------------------------------------------
 
     def build_facts(self) -> dict[str, Any]:
-        args, audit = self.args, self._get_path("audit.json")
-        audited = read_json_file(audit) if audit.exists() else None
+        """Return the facts of the run for its report (see `nabla_trl.report.text`)."""
+        args, audit_path = self.args, self._get_path("audit.json")
+        audit = read_json_file(audit_path) if audit_path.exists() else None
         facts = build_run_facts(
             title=args.title,
             command=self.command,
@@ -325,13 +362,14 @@ class DistillRun:
         return facts | {
             "setup_seconds": self.stopwatch.setup_seconds,
             "total_seconds": self.stopwatch.total_seconds,
-            "audit": audited,
-            "trained": collect_training_facts(self.output_dir, audited or {}),
+            "audit": audit,
+            "trained": collect_training_facts(self.output_dir, audit or {}),
             "files": self.list_files(),
             "notes": [sizes, *describe_reward_cost(args.reward)],
         }
 
     def list_files(self) -> dict[str, str]:
+        """Return the paths of the results by what they hold."""
         names = {
             "report": "report.md",
             "page": "report.html",
@@ -356,30 +394,6 @@ class DistillRun:
 
     def _get_path(self, name: str) -> Path:
         return self.output_dir / name
-
-
-START_TIME = time.perf_counter()
-
-
-def main(argv: Sequence[str]) -> None:
-    # First of all: whatever made a state before would choose the back end.
-    # A process may wait for hours for another one that has longer answers to draw.
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-    quiet_libraries()
-    dataclasses = [DistillArguments, SearchConfig, StepSearchConfig, TrainOptions, LoraArguments, SFTConfig]
-    filled = parse_dataclasses(dataclasses, argv, presets=PRESETS)
-    run = DistillRun(collect_given_options(argv, filled, PRESETS), *filled)
-    run.check_train_methods()
-    with ExitStack() as open_:
-        with run.state.main_process_first():
-            open_.enter_context(lock_folder(run.output_dir, run.state.process_index))
-        open_.enter_context(run.checker)
-        run.write_config()
-        for stage in run.args.stages.split(","):
-            getattr(run, f"stage_{stage}")()
-            run.state.wait_for_everyone()
-            if run.state.is_main_process:
-                run.stopwatch.save()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A search of one problem, shown on a terminal while it goes on: one place, drawn anew, of which nothing stays.
+"""Show the progress of a search on a terminal, in a view that disappears at the end.
 
-`nabla_trl.cli.console` writes the account that does stay, and the only one where there is no terminal.
+`nabla_trl.cli.console` prints the result that stays, which is the only output without a terminal.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
     from nabla_trl.search.loop import Search
     from nabla_trl.search.state import SearchState
 
-MAX_RESPONSE_LINES = 14  # of a response: what was changed last is always in it
-_BAR_WIDTH, _SPARKLINE_WIDTH = 24, 24  # columns
+MAX_RESPONSE_LINES = 14  # the last lines of the response, which contain the last change
+_BAR_WIDTH = 24  # columns
+_SPARKLINE_WIDTH = 24
 _SPARKLINE_LEVELS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
 class SearchSnapshot:
-    """What is to be seen of a search between two rounds.
+    """State of a search between two rounds.
 
     Attributes:
-        rewards: of the kept chain's incumbents, the first response's first.
-        share: how much of the limit that ends the search has gone; None where no number tells.
-        lines: the incumbent, wrapped, its last change marked.
+        rewards: of the incumbents of the best chain, beginning with its first response.
+        limit_fraction: used part of the limit that ends the search, None if the search has no such limit.
+        response_lines: the incumbent, wrapped, with its last change marked.
     """
 
     rewards: tuple[float, ...]
@@ -49,7 +50,7 @@ class SearchSnapshot:
 
 
 class LiveView:
-    """Context manager; calling it with the search (as `search.solve`'s `watch` does) shows how far that has come."""
+    """A context manager whose call with a search updates the view. Hand it to a search as `on_round`."""
 
     def __init__(self, decode: Decode, console: Console):
         self.console, self.formatter = console, TraceFormatter(decode, console)
@@ -66,14 +67,15 @@ class LiveView:
         self.rich_live.stop()
 
     def __call__(self, search: Search) -> None:
-        for chains in search.chains_by_problem.values():  # of the one problem, unless it could not be read
+        for chains in search.chains_by_problem.values():  # of the one problem, empty if its prompt was not encodable
             chain = search.select_chain(chains)
-            made = [revision for one in chains for revision in one.revisions]
+            revisions = [revision for state in chains for revision in state.revisions]
+            accepted_rewards = [revision.reward_after for revision in chain.revisions if revision.accepted]
             self.snapshot = SearchSnapshot(
-                rewards=(chain.initial.reward, *(one.reward_after for one in chain.revisions if one.accepted)),
+                rewards=(chain.initial.reward, *accepted_rewards),
                 num_responses=len(chains),
-                num_proposals=len(made),
-                num_accepted=sum(revision.accepted for revision in made),
+                num_proposals=len(revisions),
+                num_accepted=sum(revision.accepted for revision in revisions),
                 flops=search.flop_counter.get_cost(chain.problem.id).flops,
                 limit_fraction=_compute_limit_fraction(search, chains),
                 response_lines=tuple(self._format_response(chain)),
@@ -81,29 +83,28 @@ class LiveView:
             self.rich_live.refresh()
 
     def _format_response(self, chain: SearchState) -> Sequence[Text]:
-        """The response with its last accepted revision marked, if it has one."""
+        """Return the incumbent with its last accepted revision marked, if it has one."""
         last = None
-        for revision, base in replay_revisions(chain.initial.response_ids, chain.revisions):
-            last = (revision, base) if revision.accepted else last
-        return (
-            self.formatter.format_change(*last) if last else self.formatter.format_text(chain.incumbent.response_ids)
-        )
+        for revision, base_ids in replay_revisions(chain.initial.response_ids, chain.revisions):
+            last = (revision, base_ids) if revision.accepted else last
+        if last is None:
+            return self.formatter.format_text(chain.incumbent.response_ids)
+        return self.formatter.format_change(*last)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        now = self.snapshot
+        snapshot = self.snapshot
         seconds = f"{time.monotonic() - self.start_time:.0f} s"
         spinner = self.spinner.render(time.monotonic())
         mark = spinner if isinstance(spinner, Text) else Text("·")
-        if now is None:
+        if snapshot is None:
             yield self._truncate_line(Text.assemble(mark, f" drawing the first response  {seconds}"))
             return
-        yield self._truncate_line(
-            Text.assemble(mark, f" {_format_counts(now)}  {format_si(now.flops, 'FLOPs')}  {seconds}")
-        )
-        yield self._truncate_line(self._format_reward_line(now, options.ascii_only))
+        status = f" {_format_counts(snapshot)}  {format_si(snapshot.flops, 'FLOPs')}  {seconds}"
+        yield self._truncate_line(Text.assemble(mark, status))
+        yield self._truncate_line(self._format_reward_line(snapshot, options.ascii_only))
         yield Text()
-        most = max(1, min(MAX_RESPONSE_LINES, options.max_height - 5))
-        yield from now.response_lines[-most:]
+        num_lines = max(1, min(MAX_RESPONSE_LINES, options.max_height - 5))
+        yield from snapshot.response_lines[-num_lines:]
 
     def _truncate_line(self, line: Text) -> Text:
         line.truncate(self.formatter.width, overflow="ellipsis")
@@ -115,8 +116,8 @@ class LiveView:
         if not ascii_only:
             line.append(f"  {format_sparkline(snapshot.rewards[-_SPARKLINE_WIDTH:])}", "green")
             if snapshot.limit_fraction is not None:
-                full = round(_BAR_WIDTH * snapshot.limit_fraction)
-                line.append("  " + "━" * full, "cyan").append("─" * (_BAR_WIDTH - full), "dim")
+                width = round(_BAR_WIDTH * snapshot.limit_fraction)
+                line.append("  " + "━" * width, "cyan").append("─" * (_BAR_WIDTH - width), "dim")
         if snapshot.limit_fraction is not None:
             line.append(f" {snapshot.limit_fraction:.0%} of the limit", "dim")
         return line
@@ -128,25 +129,24 @@ def _format_counts(snapshot: SearchSnapshot) -> str:
 
 
 def _compute_limit_fraction(search: Search, chains: list[SearchState]) -> float | None:
-    """Of the first limit that is set: FLOPs, rounds, rollouts."""
+    """Return the used part of the first limit that is set: FLOPs, rounds or rollouts."""
     config = search.config
     if config.max_flops:
-        gone = search.flop_counter.get_cost(chains[0].problem.id).flops / config.max_flops
+        fraction = search.flop_counter.get_cost(chains[0].problem.id).flops / config.max_flops
     elif config.max_rounds:
-        gone = max(chain.num_rounds for chain in chains) / config.max_rounds
+        fraction = max(chain.num_rounds for chain in chains) / config.max_rounds
     elif config.max_rollouts:
-        gone = search.count_rollouts(chains[0].problem) / config.max_rollouts
+        fraction = search.count_rollouts(chains[0].problem) / config.max_rollouts
     else:
         return None
-    return min(1.0, gone)
+    return min(1.0, fraction)
 
 
 def format_sparkline(values: Sequence[float]) -> str:
-    """One bar per value, from the lowest to the highest; a value that is not finite leaves a gap."""
+    """Return one bar per value, scaled from the lowest to the highest. A value that is not finite becomes a gap."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
-    top = len(_SPARKLINE_LEVELS) - 1
-    scale = top / (high - low) if high > low else 0.0
+    scale = (len(_SPARKLINE_LEVELS) - 1) / (high - low) if high > low else 0.0
     return "".join(
         _SPARKLINE_LEVELS[round((value - low) * scale)] if math.isfinite(value) else " " for value in values
     )

@@ -1,37 +1,55 @@
-"""The command `nabla-trl`. This file loads nothing heavy: `nabla-trl --help` answers at once."""
+"""The command `nabla-trl`. This module imports nothing heavy, so that `nabla-trl --help` answers at once."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import shlex
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import NamedTuple
 
 from nabla_trl import __version__
 
-COMMAND_SUMMARIES = {
-    "solve": "refine the answer to one question and show how it changed",
-    "traces": "refine the answers to many problems and store them to train on",
-    "eval": "run methods on held-out problems and compare accuracy and cost",
-    "report": "write the report of an evaluation again, from its rows",
-    "audit": "measure whether a reward prefers right answers",
-    "serve": "answer requests over HTTP, as OpenAI's chat completions",
-    "ship": "make a folder of a trained checkpoint that others can load",
+
+class Command(NamedTuple):
+    """A command of `nabla-trl`.
+
+    Attributes:
+        module: its module in `nabla_trl.cli.commands`.
+        summary: its line in `nabla-trl --help`.
+        resumable: the same command line continues an interrupted run.
+    """
+
+    module: str
+    summary: str
+    resumable: bool = False
+
+
+COMMANDS = {
+    "solve": Command("solve", "refine the answer to one question and show how it changed"),
+    "traces": Command(
+        "traces", "refine the answers to many problems and store the traces to train on", resumable=True
+    ),
+    "eval": Command("evaluate", "run methods on held-out problems and compare accuracy and cost", resumable=True),
+    "report": Command("report", "write the report of an evaluation again, from its rows"),
+    "audit": Command("audit", "measure if a reward prefers correct answers"),
+    "serve": Command("serve", "answer requests over HTTP, as OpenAI's chat completions"),
+    "export": Command("export", "write a trained checkpoint to a folder that others can load"),
 }
-# What stops in the middle and can go on.
-_RESUMABLE_COMMANDS = ("traces", "eval")
+RENAMED_COMMANDS = {"ship": "export"}
 
 
 def format_overview() -> str:
-    lines = [f"  {name:<8}{summary}" for name, summary in COMMAND_SUMMARIES.items()]
+    """Return the text of `nabla-trl --help`."""
     return "\n".join(
         [
             "usage: nabla-trl COMMAND [options]",
             "",
-            "Gradient search over the tokens of an answer, guided by a reward, and what it is worth.",
+            "Refine answers by gradient search with a reward, and train on the results.",
             "",
-            *lines,
+            *(f"  {name:<8}{command.summary}" for name, command in COMMANDS.items()),
             "",
             "nabla-trl COMMAND --help explains a command's options; nabla-trl --version prints the version.",
         ]
@@ -39,25 +57,31 @@ def format_overview() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `nabla-trl` with these arguments (None = those of the process); returns the exit code."""
-    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    """Run `nabla-trl` and return the exit code.
+
+    Args:
+        argv: the arguments. None takes those of the process.
+    """
+    name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" for it
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" in its place
     if name in ("--help", "-h", "--version"):
         print(__version__ if name == "--version" else format_overview())
         return 0
-    if name not in COMMAND_SUMMARIES:
-        match = get_close_matches(name, COMMAND_SUMMARIES, n=1)
-        hint = f"did you mean {match[0]}?" if match else f"choose from {', '.join(COMMAND_SUMMARIES)}"
+    if name not in COMMANDS:
+        match = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {match[0]}?" if match else f"choose from {', '.join(COMMANDS)}"
+        hint = f"it is now {RENAMED_COMMANDS[name]}" if name in RENAMED_COMMANDS else hint
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
 
-    from nabla_trl.cli import commands
     from nabla_trl.cli.parsing import run_main
 
-    again = shlex.join(["nabla-trl", name, *rest]) if name in _RESUMABLE_COMMANDS else ""
-    return run_main(commands.COMMAND_FUNCTIONS[name], rest, resume_command=again)
+    command = COMMANDS[name]
+    module = importlib.import_module(f"nabla_trl.cli.commands.{command.module}")
+    resume_command = shlex.join(["nabla-trl", name, *arguments]) if command.resumable else ""
+    return run_main(module.main, arguments, resume_command=resume_command)
 
 
 if __name__ == "__main__":

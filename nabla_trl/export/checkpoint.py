@@ -1,4 +1,4 @@
-"""The trained checkpoint of a run that is exported, and whether its files are whole."""
+"""Find the trained checkpoint of a run, and check its weight files."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from nabla_trl.utils.fields import read_yaml
 from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.identity import is_same_model
 
-_MODEL_CARD_KEYS = ("traces", "command")
-
-
+# Keys that a model card needs, of train.json and facts.json.
+_RECORD_KEYS = ("traces_hash", "command")
 _FACT_KEYS = ("policy", "reward", "reward_kind", "task", "command", "versions")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One trained checkpoint and the run that made it.
+    """A trained checkpoint and its run.
 
     Attributes:
-        method: sft, reward-weighted, dpo, rloo or grpo.
-        folder: its weights and tokenizer.
-        training: train.json: method, tuning, beta, steps, flops and so on.
-        config: the run's configuration, in its last call, which measured.
-        rows: the run's result rows; those of this checkpoint begin with its prefix.
-        facts: the run's facts (`nabla_trl.report.text`).
-        others: prefixes of the run's other checkpoints.
+        run_dir: folder of the run.
+        method: training method: sft, reward-weighted, dpo, rloo or grpo.
+        checkpoint_dir: folder with weights and tokenizer.
+        training: content of train.json: method, tuning, beta, steps, flops and others.
+        run_config: configuration of the run's last call, which evaluated.
+        rows: result rows of the run. Methods of this checkpoint begin with `row_prefix`.
+        facts: facts of the run (see `nabla_trl.report.text`).
+        other_prefixes: row prefixes of the run's other checkpoints.
     """
 
     run_dir: Path
@@ -57,75 +57,86 @@ class Checkpoint:
 
     @property
     def base_policy(self) -> str:
-        """The model that training began from."""
+        """Return the name of the model that the training started from."""
         return self.facts["policy"]
 
     @property
     def is_adapter(self) -> bool:
+        """Return whether the checkpoint is a LoRA adapter, not a full model."""
         return self.checkpoint_dir.name == "adapter"
 
     @property
     def training_config_path(self) -> Path:
-        """The configuration of the call that trained it."""
+        """Return the path of the configuration that trained this checkpoint."""
         return self.checkpoint_dir.parent / CONFIG_FILE
 
     @property
     def row_prefix(self) -> str:
+        """Return the beginning of the method names of this checkpoint's rows."""
         return get_row_prefix(self.method)
 
     @property
     def dtype(self) -> str:
-        """The dtype that the run evaluated in."""
+        """Return the data type of the run's evaluation."""
         return self.run_config.get("dtype", "float32")
 
     def select_comparable_rows(self) -> list[Row]:
-        """The rows of this checkpoint and of methods on the base."""
+        """Return the rows of this checkpoint and of methods that use the base policy."""
         return [row for row in self.rows if not row.method.startswith(self.other_prefixes)]
 
 
 def get_row_prefix(method: str) -> str:
-    """What the names of a trained checkpoint's rows begin with."""
+    """Return the beginning of the method names of a checkpoint's rows."""
     return get_policy_label(method) + "_"
 
 
 def find_checkpoint(run_dir: Path, method: str | None) -> Checkpoint:
-    """The trained checkpoint of a run; `method` says which where there are several.
+    """Return a trained checkpoint of a run.
+
+    Args:
+        run_dir: folder of a run of recipes/distill.py.
+        method: training method. None takes the only checkpoint.
 
     Raises:
-        ValueError: no results, none of this checkpoint, no configuration, nothing trained, several and none named, or
-            notes that lack something.
+        ValueError: the run has no results, no such checkpoint, no rows or no configuration of it, several checkpoints
+            for `method` None, or train.json or facts.json lack a key.
     """
     rows, facts = load_results(run_dir)
-    names = list_trained_methods(run_dir)
-    if not names:
+    methods = list_trained_methods(run_dir)
+    if not methods:
         raise ValueError(f"{run_dir} holds no trained weights: run recipes/distill.py with a training stage first")
-    if method is None and len(names) > 1:
+    if method is None and len(methods) > 1:
         raise ValueError(
-            f"{run_dir} holds several trained checkpoints: choose one by --trained, of {', '.join(names)}"
+            f"{run_dir} holds several trained checkpoints: choose one with --train_method, of {', '.join(methods)}"
         )
-    chosen = method or names[0]
-    if chosen not in names:
-        raise ValueError(f"{run_dir} holds no checkpoint {chosen!r}: there is {', '.join(names)}")
-    if not any(row.method.startswith(get_row_prefix(chosen)) for row in rows):
-        raise ValueError(f"{run_dir} holds no rows of {chosen}: evaluate it first, a card needs figures")
-    for folder in (run_dir, run_dir / "trained" / chosen):
+    method = method or methods[0]
+    if method not in methods:
+        raise ValueError(f"{run_dir} holds no checkpoint {method!r}: choose from {', '.join(methods)}")
+    if not any(row.method.startswith(get_row_prefix(method)) for row in rows):
+        raise ValueError(f"{run_dir} holds no rows of {method}: evaluate it first, because the card needs its results")
+    train_dir = run_dir / "trained" / method
+    for folder in (run_dir, train_dir):
         if not (folder / CONFIG_FILE).is_file():
-            raise ValueError(f"{folder} holds no {CONFIG_FILE}: what it was made with would not be known")
-    weights = find_trained_weights(run_dir, chosen)
-    others = tuple(get_row_prefix(name) for name in names if name != chosen)
-    training = require_keys(
-        _MODEL_CARD_KEYS, read_training_record(run_dir, chosen), run_dir / "trained" / chosen / "train.json"
-    )
+            raise ValueError(f"{folder} holds no {CONFIG_FILE}: its training configuration is not known")
     require_keys(_FACT_KEYS, facts, run_dir / "facts.json")
-    return Checkpoint(run_dir, chosen, weights, training, read_yaml(run_dir / CONFIG_FILE), rows, facts, others)
+    return Checkpoint(
+        run_dir=run_dir,
+        method=method,
+        checkpoint_dir=find_trained_weights(run_dir, method),
+        training=require_keys(_RECORD_KEYS, read_training_record(run_dir, method), train_dir / "train.json"),
+        run_config=read_yaml(run_dir / CONFIG_FILE),
+        rows=rows,
+        facts=facts,
+        other_prefixes=tuple(get_row_prefix(other) for other in methods if other != method),
+    )
 
 
 def check_weight_files(checkpoint: Checkpoint) -> None:
-    """Refuse weights that no model need be loaded for.
+    """Check the weight files without loading a model.
 
     Raises:
-        ValueError: a file that is missing, empty or cut, non-finite weights, an adapter without effect or of another
-            base.
+        ValueError: a file that is missing, empty or incomplete, weights that are not finite, or an adapter that
+            changes nothing or belongs to another base model.
     """
     folder = checkpoint.checkpoint_dir
     if checkpoint.is_adapter:
@@ -134,28 +145,28 @@ def check_weight_files(checkpoint: Checkpoint) -> None:
         base = read_adapter_info(str(folder)).base_model
         if not is_same_model(base, checkpoint.base_policy):
             raise ValueError(
-                f"adapter {folder} was made for {base}, not for the run's policy {checkpoint.base_policy}"
+                f"adapter {folder} was trained on {base}, not on the run's policy {checkpoint.base_policy}"
             )
     files = [folder / ADAPTER_WEIGHTS_FILE] if checkpoint.is_adapter else sorted(folder.glob("*.safetensors"))
     if not files or not files[0].is_file():
-        raise ValueError(f"{folder} holds no weights: nothing was trained, or its saving was cut short")
-    moved = count = 0
+        raise ValueError(f"{folder} holds no weights: nothing was trained, or saving was interrupted")
+    num_weights = num_changed = 0
     for file in files:
         for name, weight in _iterate_weights(file):
-            count += 1
+            num_weights += 1
             if not weight.isfinite().all():
                 raise ValueError(f"{file} holds weights that are not finite ({name}): the training diverged")
-            moved += "lora_A" not in name and bool(weight.any())
-    if not count:
-        raise ValueError(f"{folder} holds files of weights without any: its saving was cut short")
-    if checkpoint.is_adapter and not moved:
-        raise ValueError(f"adapter {folder} is inert: its matrices B are all zero, the training changed nothing")
+            num_changed += "lora_A" not in name and bool(weight.any())
+    if not num_weights:
+        raise ValueError(f"{folder} holds weight files without any weights: saving was interrupted")
+    if checkpoint.is_adapter and not num_changed:
+        raise ValueError(f"adapter {folder} is inert: its B matrices are all zero, so the training changed nothing")
 
 
 def _iterate_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                yield name, opened.get_tensor(name)
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                yield name, tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged: {format_error(error)}") from error

@@ -1,7 +1,7 @@
-"""The reasoner behind transformers' `model.generate(custom_generate=FOLDER, trust_remote_code=True, ...)`.
+"""Run the search inside transformers' `model.generate(custom_generate=FOLDER, trust_remote_code=True, ...)`.
 
-A shipped folder holds `custom_generate/generate.py`, a copy of the file of that name here, which imports this room.
-transformers calls `generate` with the model, what the caller gave, and its own optional arguments as None.
+An exported folder holds a copy of `custom_generate/generate.py`, which imports this module. transformers calls
+`generate` with the model, the caller's arguments, and its own optional arguments as None.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.search.reasoner import as_problem
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.utils.renamed import describe_new_key
 
 _QUESTION_SENTINEL = "\x02question\x03"
 
 
 @dataclass
 class FixedPromptsPolicy(Policy):
-    """A policy whose prompts are given as ids, by problem id; `Policy.encode` would write them by the template."""
+    """A policy with fixed prompt ids by problem id, instead of prompts from the chat template."""
 
     prompts: dict[str, list[int]] = field(default_factory=dict)
 
     def encode(self, problem: Problem) -> list[int]:
-        given = self.prompts[problem.id]
-        return check_prompt(given, problem, self.tokenizer, name=self.name, context_length=self.context_length)
+        """Return the prompt ids of a problem."""
+        ids = self.prompts[problem.id]
+        return check_prompt(ids, problem, self.tokenizer, name=self.name, context_length=self.context_length)
 
 
 def generate(
@@ -52,44 +54,45 @@ def generate(
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Refine a response to every prompt, as `NablaReasoner.solve` does: row n is its question n under the same seed.
+    """Refine a response to every prompt, as `NablaReasoner.solve` does for question n of a list with the same seed.
 
     Args:
-        model: a causal LM, a PEFT adapter on it included.
-        inputs, input_ids: [B, T] prompts, padded on the left (or the right).
-        attention_mask: [B, T], 0 where padding is; None: where the pad token is, unless it also ends responses.
-        tokenizer: the model's.
-        reward: its name, loaded anew at every call (`load_reward`); or a reward loaded for
+        model: a causal LM, with or without a PEFT adapter.
+        inputs: [B, T] prompts, padded on the left or right. `input_ids` means the same and wins.
+        tokenizer: tokenizer of the model.
+        reward: a name, which every call loads (`load_reward`), or a reward loaded for
             `freeze_policy(model, tokenizer, "policy")`.
-        messages: per row the question or chat that its prompt was made from, for a reward that reads questions by a
-            chat template of its own; None: it is read out of the ids, if they are one user turn.
-        options: of `ReasonerConfig`, over the preset's.
+        seed: random seed of the search.
+        messages: question or chat of each row, for a reward that formats questions with its own chat template. None
+            reads the question from the ids, which must be one user turn.
+        preset: named set of search options.
+        attention_mask: [B, T], 0 at padding. None derives it from the pad token, unless the pad token ends responses.
+        options: options of `SearchConfig`, which win over the preset.
 
     Returns:
-        [B, T + longest response] prompts and responses, padded on the right by the pad token, as `model.generate`.
+        [B, T + R] prompts and responses, padded on the right with the pad token, as `model.generate` does. R is the
+        length of the longest response.
 
     Raises:
-        ValueError: an argument that is missing or means nothing here, prompts that cannot be read, or a row that could
-            not be run.
+        ValueError: a missing or unsupported argument, a prompt that cannot be read, or a row whose search failed.
     """
     ids = inputs if input_ids is None else input_ids
     if ids is None or tokenizer is None or reward is None:
-        needed = {"input_ids": ids, "tokenizer": tokenizer, "reward": reward}
-        missing = ", ".join(name for name, given in needed.items() if given is None)
+        required = {"input_ids": ids, "tokenizer": tokenizer, "reward": reward}
+        missing = ", ".join(name for name, value in required.items() if value is None)
         raise ValueError(f"custom generation by nabla_trl needs {missing}")
     config = SearchConfig.from_preset(preset, **_select_search_options(options))
     with _freeze_temporarily(model):
-        # Not under the model's own name: with an adapter on it, it is not what a reward means by that.
+        # The name is not that of the base model, because a reward that names the base means it without an adapter.
         frozen = freeze_policy(model, tokenizer, f"{type(model).__name__} in memory")
-        prompts = _remove_padding(
-            ids, _infer_attention_mask(ids, frozen) if attention_mask is None else attention_mask
-        )
+        prompts = _remove_padding(ids, attention_mask, frozen)
         if messages is not None and len(messages) != len(prompts):
             raise ValueError(f"messages must hold a question or chat for each of {len(prompts)} rows: {len(messages)}")
         policy = FixedPromptsPolicy(**vars(frozen), prompts={f"question/{n}": row for n, row in enumerate(prompts)})
         problems = [_build_problem(policy, index, prompt, messages) for index, prompt in enumerate(prompts)]
         if isinstance(reward, str):
-            reward = load_reward(reward, policy=frozen, dtype=_get_dtype_name(model), device=str(model.device))
+            dtype = next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "float32")
+            reward = load_reward(reward, policy=frozen, dtype=dtype, device=str(model.device))
         traces = run_search(problems, policy=policy, reward=reward, config=config, seed=seed)
     failed = next((trace for trace in traces if trace.error is not None), None)
     if failed is not None:
@@ -98,69 +101,62 @@ def generate(
 
 
 def _select_search_options(options: dict[str, Any]) -> dict[str, Any]:
-    """What is left once transformers' own arguments that nobody gave are gone.
+    """Return the search options, without the arguments of transformers that are None.
 
     Raises:
-        ValueError: one that somebody gave.
+        ValueError: another argument that is not None.
     """
-    known = {option.name for option in fields(SearchConfig)}
-    given = {name: value for name, value in options.items() if name in known or value is not None}
-    odd = sorted(set(given) - known)
-    if odd:
-        raise ValueError(
-            f"custom generation by nabla_trl does not take {odd[0]!r}: its options are {', '.join(sorted(known))}"
-        )
-    return given
+    names = {option.name for option in fields(SearchConfig)}
+    for name, value in options.items():
+        if name not in names and value is not None:
+            hint = describe_new_key(name, names) or f": its options are {', '.join(sorted(names))}"
+            raise ValueError(f"custom generation by nabla_trl does not take {name!r}{hint}")
+    return {name: value for name, value in options.items() if name in names}
 
 
 @contextmanager
 def _freeze_temporarily(model: PreTrainedModel) -> Iterator[None]:
-    """A search freezes the model; its caller gets it back as it was."""
-    training, trained = model.training, [weight for weight in model.parameters() if weight.requires_grad]
+    """Restore the training mode and gradients of the model after a search has frozen it."""
+    training, trainable = model.training, [weight for weight in model.parameters() if weight.requires_grad]
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):  # `model.generate` runs without; token gradients need it
+        with torch.inference_mode(False), torch.enable_grad():  # `model.generate` disables the gradients
             yield
     finally:
         model.train(training)
-        for weight in trained:
+        for weight in trainable:
             weight.requires_grad_(True)
 
 
-def _infer_attention_mask(ids: Tensor, policy: Policy) -> Tensor:
+def _remove_padding(ids: Tensor, mask: Tensor | None, policy: Policy) -> list[list[int]]:
     pad = policy.tokenizer.pad_token_id
-    return torch.ones_like(ids) if pad is None or pad in policy.stop_ids else (ids != pad).long()
-
-
-def _remove_padding(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    if mask is None:
+        mask = torch.ones_like(ids) if pad is None or pad in policy.stop_ids else (ids != pad).long()
     if ids.dim() != 2 or mask.shape != ids.shape:
         raise ValueError(
             f"input_ids and attention_mask must be [batch, length], not {list(ids.shape)} and {list(mask.shape)}"
         )
-    return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+    return [row[row_mask.bool()].tolist() for row, row_mask in zip(ids, mask, strict=True)]
 
 
 def _build_problem(policy: Policy, index: int, prompt: list[int], messages: Sequence[Any] | None) -> Problem:
-    """The question of row `index`, for rewards that read it; the prompt stays as it is."""
+    """Return the problem of a row, for rewards that read its question. The prompt ids stay unchanged."""
     if messages is not None:
         return as_problem(messages[index], index)
     return Problem(id=f"question/{index}", question=_extract_question(policy.tokenizer, prompt, index))
 
 
 def _extract_question(tokenizer: PreTrainedTokenizerBase, prompt: list[int], index: int) -> str:
-    """The words that a prompt asks: what stands in the template's place for one user turn; without a template all."""
+    """Return the text of the user turn in a prompt, or the whole prompt without a chat template."""
     if tokenizer.chat_template is None:
         return tokenizer.decode(prompt, skip_special_tokens=True).strip()
-    probe = Problem(id="probe", question=_QUESTION_SENTINEL)
-    before, _, after = render_chat_template(
-        tokenizer, probe, probe.build_messages(), add_generation_prompt=True
-    ).partition(_QUESTION_SENTINEL)
+    sentinel = Problem(id="sentinel", question=_QUESTION_SENTINEL)
+    template = render_chat_template(tokenizer, sentinel, sentinel.build_messages(), add_generation_prompt=True)
+    before, _, after = template.partition(_QUESTION_SENTINEL)
     text = tokenizer.decode(prompt)
     question = text[len(before) : len(text) - len(after)]
-    turns = any(token in question for token in tokenizer.all_special_tokens)  # which the template writes
-    if turns or not question.strip() or tokenize_prompt(tokenizer, Problem(id="probe", question=question)) != prompt:
+    has_turns = any(token in question for token in tokenizer.all_special_tokens)  # the template writes them
+    copy = Problem(id="sentinel", question=question)
+    if has_turns or not question.strip() or tokenize_prompt(tokenizer, copy) != prompt:
         raise ValueError(
             f"row {index} of input_ids is not one user turn in the tokenizer's chat template: give messages=[...], "
             "the question or chat of every row"
@@ -168,19 +164,15 @@ def _extract_question(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ind
     return question
 
 
-def _get_dtype_name(model: PreTrainedModel) -> str:
-    return next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "float32")
-
-
 def _get_pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad is None:
-        raise ValueError("the tokenizer has neither a padding nor an end token: responses could not be padded")
+        raise ValueError("the tokenizer has neither a padding nor an end token to pad responses with")
     return pad
 
 
 def _append_padded(ids: Tensor, responses: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """[B, T + R] long."""
-    longest = max(map(len, responses), default=0)
-    rows = [[*response, *[pad] * (longest - len(response))] for response in responses]
-    return torch.cat((ids, torch.tensor(rows, dtype=ids.dtype, device=ids.device).reshape(len(ids), longest)), dim=1)
+    """Return [B, T + R] prompts and padded responses."""
+    width = max(map(len, responses), default=0)
+    rows = [[*response, *[pad] * (width - len(response))] for response in responses]
+    return torch.cat((ids, torch.tensor(rows, dtype=ids.dtype, device=ids.device).reshape(len(ids), width)), dim=1)

@@ -1,7 +1,7 @@
-"""Shipping a trained checkpoint: a folder that loads without its run, checked against the trained model, and a card.
+"""Export a trained checkpoint to a folder that loads without its run, and push the folder to the Hub.
 
-The folder is written beside its place and renamed into it once everything loads from it as it should, so a failure
-leaves nothing behind.
+The folder is written under a temporary name. It is renamed after it was loaded again and gave the logits of the
+trained model, so a failure leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -37,16 +36,16 @@ from nabla_trl.training.checkpoints import ADAPTER_WEIGHTS_FILE, CONFIG_FILE
 from nabla_trl.utils.formatting import format_error
 
 MERGED_DIR = "merged"
-# Largest difference of a logit that a reload may show, over the largest logit (at least 1). An adapter is added to the
-# weights or to the activations, so rounding differs.
+# Largest allowed difference of a logit, relative to the largest logit (at least 1). Rounding differs, because an
+# adapter is added to the weights or to the activations.
 LOGIT_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-MAX_CHECK_TRACES = 4  # traces that logits are compared on
+MAX_CHECK_TRACES = 4  # traces to compare logits on
 _CUSTOM_GENERATE_DIR = Path(__file__).parent / "custom_generate"
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A shipped folder and what its check found (see `Provenance`)."""
+    """An exported folder and the results of its check (see `Provenance`)."""
 
     output_dir: Path
     method: str
@@ -64,21 +63,25 @@ def export_checkpoint(
     device: str | None = None,
     model_name: str | None = None,
 ) -> ExportResult:
-    """Make the folder `to` of a run's checkpoint (`find_checkpoint`), checked by loading it again.
+    """Export a checkpoint to a folder, and check the folder by loading it again.
 
     Args:
-        merge: also base and adapter as one model, in merged/.
-        licence: a key of the hub's; None: the base's, where its card is at hand.
-        dtype: of the check and of merged weights; None: what the run was evaluated in.
-        name: what the card calls the model; None: the folder's name.
+        checkpoint: from `find_checkpoint`.
+        output_dir: folder to write, which must be empty or not exist.
+        merge: also write base model and adapter as one model, in merged/.
+        license: key of a license on the Hub. None takes the base model's license if its card is available offline.
+        dtype: data type of the check and of merged weights. None takes that of the run's evaluation.
+        device: device of the check. None takes a GPU if there is one.
+        model_name: name of the model on its card. None takes the name of the folder.
 
     Raises:
-        ValueError: `to` is there and not empty; what `check_files` refuses; weights that do not fit the base or change
-            nothing; another vocabulary; a quantised base; rows without a result; a reload that gives other logits.
+        ValueError: `output_dir` is not empty, `check_weight_files` fails, the weights do not fit the base model or
+            change nothing, vocabularies differ, the base model is quantized, rows are incomplete, or the exported
+            folder gives other logits.
         OSError: the folder cannot be written.
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"{output_dir} is there already and not an empty folder: choose another --to, or delete it")
+        raise ValueError(f"{output_dir} is not an empty folder: choose another --output_dir, or delete it")
     output_dir = Path(os.path.abspath(output_dir))
     check_weight_files(checkpoint)
     if merge and not checkpoint.is_adapter:
@@ -86,45 +89,54 @@ def export_checkpoint(
     check = _LogitCheck(checkpoint, dtype or checkpoint.dtype, device)
     with _temporary_folder(output_dir) as draft:
         differences = check.write_and_compare(draft, merge)
-        made = Provenance(
+        provenance = Provenance(
             model_name=model_name or output_dir.name,
             base_revision=check.base_revision,
             license=license or find_base_license(checkpoint.base_policy),
-            traces_hash=checkpoint.training["traces"],
+            traces_hash=checkpoint.training["traces_hash"],
             dtype=check.dtype,
             has_merged_model=merge,
             max_logit_change=check.max_logit_change,
             logit_differences=differences,
         )
-        _write_json(draft / "provenance.json", _build_provenance_record(checkpoint, made))
-        build_model_card(checkpoint, made).save(draft / "README.md")
+        record = {
+            "method": checkpoint.method,
+            "base": checkpoint.base_policy,
+            "reward": checkpoint.facts["reward"],
+            "training": checkpoint.training,
+            **asdict(provenance),
+            "versions": get_package_versions(),
+        }
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        (draft / "provenance.json").write_text(text, encoding="utf-8")
+        build_model_card(checkpoint, provenance).save(draft / "README.md")
         shutil.copytree(
             _CUSTOM_GENERATE_DIR, draft / _CUSTOM_GENERATE_DIR.name, ignore=shutil.ignore_patterns("__pycache__")
         )
-    return ExportResult(output_dir, checkpoint.method, check.tolerance, made)
+    return ExportResult(output_dir, checkpoint.method, check.tolerance, provenance)
 
 
 def push_to_hub(folder: Path, repo_id: str, *, private: bool) -> str:
-    """Push a shipped folder to the model hub and return its address."""
+    """Push an exported folder to the Hub and return its URL."""
     api = HfApi()
-    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: as the account's settings have it
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Ship by nabla-trl"))
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the default of the account
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export by nabla-trl"))
 
 
 def check_push_to_hub(checkpoint: Checkpoint, repo_id: str, *, merge: bool) -> None:
-    """Refuse a push that cannot be of use, before any work.
+    """Check before any work that a push is possible and useful.
 
     Raises:
-        ValueError: not a name of the hub's, or an adapter whose base only this machine has.
+        ValueError: `repo_id` is not a valid name, or only this machine has the base model of the adapter.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is not a name on the hub: {format_error(error)}") from error
+        raise ValueError(f"{repo_id!r} is not a name on the Hub: {format_error(error)}") from error
     if checkpoint.is_adapter and not merge and Path(checkpoint.base_policy).exists():
         raise ValueError(
             f"the adapter's base {checkpoint.base_policy} is a folder of this machine, so nobody else could load it: "
-            "add --merge, or train from a model on the hub"
+            "add --merge, or train from a model on the Hub"
         )
 
 
@@ -132,179 +144,158 @@ def check_push_to_hub(checkpoint: Checkpoint, repo_id: str, *, merge: bool) -> N
 
 
 class _LogitCheck:
-    """The trained model's logits on probes, and the folder's copies against them. One model is in memory at a time."""
+    """Compare the logits of exported copies with those of the trained model, with one model in memory at a time."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, device: str | None):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         folder = str(checkpoint.checkpoint_dir)
         self.tokenizer = load_tokenizer(folder)
-        base = load_policy(self.base_policy, dtype=dtype, device=device, revision=self._read_base_revision())
+        base = load_policy(checkpoint.base_policy, dtype=dtype, device=device, revision=self._read_base_revision())
         _check_vocabulary(checkpoint, self.tokenizer, base.tokenizer)
         _check_not_quantized(base)
-        known: str | None = vars(base.model.config).get("_commit_hash")  # set where it came from the hub
-        self.base_revision = self._read_base_revision() or known
+        commit_hash: str | None = vars(base.model.config).get("_commit_hash")  # set if the model came from the Hub
+        self.base_revision = self._read_base_revision() or commit_hash
         self.check_sequences = _collect_check_sequences(checkpoint, base)
-        before = _compute_logits(base.model, self.check_sequences)
+        base_logits = _compute_logits(base.model, self.check_sequences)
         del base
         self.trained_logits = _compute_logits(self._load_trained_model(), self.check_sequences)
-        if not all(one.isfinite().all() for one in self.trained_logits):
+        if not all(logits.isfinite().all() for logits in self.trained_logits):
             raise ValueError(f"{folder} gives logits that are not finite in {dtype}")
-        self.max_logit_change = _compute_max_difference(before, self.trained_logits)
+        self.max_logit_change = _compute_max_difference(base_logits, self.trained_logits)
         if self.max_logit_change == 0:
-            raise ValueError(f"{folder} gives the logits of {self.base_policy}: the training changed nothing")
-        self.tolerance = LOGIT_TOLERANCE[dtype] * max(1.0, *(float(one.abs().max()) for one in self.trained_logits))
-
-    @property
-    def base_policy(self) -> str:
-        return self.checkpoint.base_policy
+            raise ValueError(f"{folder} gives the logits of {checkpoint.base_policy}: the training changed nothing")
+        max_logit = max(float(logits.abs().max()) for logits in self.trained_logits)
+        self.tolerance = LOGIT_TOLERANCE[dtype] * max(1.0, max_logit)
 
     def _read_base_revision(self) -> str | None:
         return read_adapter_info(str(self.checkpoint.checkpoint_dir)).revision if self.checkpoint.is_adapter else None
 
     def _load_trained_model(self) -> PreTrainedModel:
-        """The model as the run evaluated it, an adapter merged into its base."""
+        """Load the model as the run evaluated it, with an adapter merged into its base."""
         folder = str(self.checkpoint.checkpoint_dir)
         if not self.checkpoint.is_adapter:
             return load_policy(folder, dtype=self.dtype, device=self.device).model
-        revision = self._read_base_revision()
-        return load_policy(
-            self.base_policy, dtype=self.dtype, device=self.device, adapter=folder, revision=revision
-        ).model
+        base, revision = self.checkpoint.base_policy, self._read_base_revision()
+        return load_policy(base, dtype=self.dtype, device=self.device, adapter=folder, revision=revision).model
 
     def write_and_compare(self, draft: Path, merge: bool) -> dict[str, float]:
-        """Write the weights and tokenizers to `draft`, load them again and compare.
+        """Write weights and tokenizers to `draft`, load them again and compare their logits.
 
         Returns:
-            The largest difference of a logit, by what was loaded.
+            The largest difference of a logit, by the way of loading.
         """
         _copy_files(self.checkpoint, draft)
         self.tokenizer.save_pretrained(draft)
         if merge:
             self._load_trained_model().save_pretrained(draft / MERGED_DIR)
             for file in (draft / MERGED_DIR).glob("*.safetensors"):
-                shutil.copymode(draft / CONFIG_FILE, file)  # safetensors writes for nobody else to read
+                shutil.copymode(draft / CONFIG_FILE, file)  # safetensors lets only the owner read its files
             self.tokenizer.save_pretrained(draft / MERGED_DIR)
         loaders: dict[str, Callable[[], PreTrainedModel]] = {"folder": lambda: self._load_exported_model(draft)}
         if self.checkpoint.is_adapter:
             loaders["adapter by PEFT"] = lambda: self._load_with_peft(draft)
         if merge:
             loaders[MERGED_DIR] = lambda: self._load_exported_model(draft / MERGED_DIR)
-        return {what: self._compare_logits(what, load()) for what, load in loaders.items()}
+        return {way: self._compare_logits(way, load()) for way, load in loaders.items()}
 
-    def _compare_logits(self, what: str, model: PreTrainedModel) -> float:
-        found = _compute_max_difference(self.trained_logits, _compute_logits(model, self.check_sequences))
-        if not found <= self.tolerance:
+    def _compare_logits(self, way: str, model: PreTrainedModel) -> float:
+        difference = _compute_max_difference(self.trained_logits, _compute_logits(model, self.check_sequences))
+        if not difference <= self.tolerance:
             raise ValueError(
-                f"loaded again ({what}), logits differ from the trained model's by {found:.2g}, more than "
-                f"{self.tolerance:.2g} in {self.dtype}: nothing was shipped"
+                f"loaded again ({way}), logits differ from the trained model's by {difference:.2g}, more than "
+                f"{self.tolerance:.2g} in {self.dtype}: nothing was exported"
             )
-        return found
+        return difference
 
     def _load_exported_model(self, folder: Path) -> PreTrainedModel:
-        again = load_policy(str(folder), dtype=self.dtype, device=self.device)
-        _check_vocabulary(self.checkpoint, self.tokenizer, again.tokenizer)
-        if again.tokenizer.chat_template != self.tokenizer.chat_template:
+        policy = load_policy(str(folder), dtype=self.dtype, device=self.device)
+        _check_vocabulary(self.checkpoint, self.tokenizer, policy.tokenizer)
+        if policy.tokenizer.chat_template != self.tokenizer.chat_template:
             raise ValueError(
-                f"the chat template of {self.checkpoint.checkpoint_dir} is another once saved: nothing was shipped"
+                f"the chat template of {self.checkpoint.checkpoint_dir} changes when it is saved: nothing was exported"
             )
-        return again.model
+        return policy.model
 
     def _load_with_peft(self, folder: Path) -> PreTrainedModel:
-        """The base with the adapter beside its weights, as PEFT's users load it."""
+        """Load the base model with the adapter beside its weights, as users of PEFT do."""
         from peft import PeftModel
 
-        base = load_causal_lm(
-            self.base_policy, dtype=self.dtype, device=self.device, revision=self._read_base_revision()
-        )
+        base_policy, revision = self.checkpoint.base_policy, self._read_base_revision()
+        base = load_causal_lm(base_policy, dtype=self.dtype, device=self.device, revision=revision)
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
 def _copy_files(checkpoint: Checkpoint, draft: Path) -> None:
-    names = (
-        [ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE]
-        if checkpoint.is_adapter
-        else _list_model_files(checkpoint.checkpoint_dir)
-    )
-    for name in names:
-        shutil.copyfile(checkpoint.checkpoint_dir / name, draft / name)
+    """Copy weights and configurations. Tokenizers are saved separately, and a trainer's other files are left out."""
+    folder = checkpoint.checkpoint_dir
+    if checkpoint.is_adapter:
+        files = [folder / ADAPTER_CONFIG_FILE, folder / ADAPTER_WEIGHTS_FILE]
+    else:
+        configs = [folder / "config.json", folder / "generation_config.json"]
+        files = [*folder.glob("*.safetensors*"), *(file for file in configs if file.is_file())]
+    for file in files:
+        shutil.copyfile(file, draft / file.name)
     shutil.copyfile(checkpoint.training_config_path, draft / CONFIG_FILE)
 
 
-def _list_model_files(folder: Path) -> list[str]:
-    """Weights and configurations; tokenizers are saved apart, and what a trainer leaves beside them is not shipped."""
-    weights = [file.name for file in sorted(folder.glob("*.safetensors*"))]
-    return [*weights, *(name for name in ("config.json", "generation_config.json") if (folder / name).is_file())]
-
-
-def _check_vocabulary(checkpoint: Checkpoint, own: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> None:
-    ours, theirs = own.get_vocab(), base.get_vocab()
-    odd = sorted(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
-    if odd:
-        named = ", ".join(map(repr, odd[:3])) + (" …" if len(odd) > 3 else "")
+def _check_vocabulary(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, base_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    vocab, base_vocab = tokenizer.get_vocab(), base_tokenizer.get_vocab()
+    tokens = sorted(token for token in {**vocab, **base_vocab} if vocab.get(token) != base_vocab.get(token))
+    if tokens:
+        examples = ", ".join(map(repr, tokens[:3])) + (" …" if len(tokens) > 3 else "")
         raise ValueError(
-            f"the tokenizers of {checkpoint.checkpoint_dir} and {checkpoint.base_policy} differ in {len(odd)} tokens ({named}): it "
-            "was trained on another vocabulary"
+            f"the tokenizers of {checkpoint.checkpoint_dir} and {checkpoint.base_policy} differ in {len(tokens)} "
+            f"tokens ({examples}): the checkpoint was trained on another vocabulary"
         )
 
 
 def _check_not_quantized(base: Policy) -> None:
     if "quantization_config" in base.model.config.to_dict():
         raise ValueError(
-            f"{base.name} is quantised: an adapter would be merged into its few bits. Ship on its un-quantised weights"
+            f"{base.name} is quantized: merging an adapter would round it to a few bits. Export with its full weights"
         )
 
 
 def _collect_check_sequences(checkpoint: Checkpoint, base: Policy) -> list[list[int]]:
-    """Token ids to compare logits on: one walk through the vocabulary, and the first traces, prompt and response."""
+    """Return token ids to compare logits on: evenly spaced tokens of the vocabulary, and the first traces."""
     allowed = torch.nonzero(~base.forbidden_mask.cpu()).squeeze(1)
     length = min(32, base.context_length)
-    walk = allowed[torch.linspace(0, len(allowed) - 1, length).long()].tolist()
-    folder = checkpoint.run_dir / "traces"
+    sequences = [allowed[torch.linspace(0, len(allowed) - 1, length).long()].tolist()]
+    traces_dir = checkpoint.run_dir / "traces"
     columns = ("prompt_ids", "response_ids", "meta", "error")
-    traces = read_traces(folder, columns) if folder.is_dir() else []
-    readable = [t for t in traces if t.error is None and t.meta.get("tokenizer_hash") == base.tokenizer_hash]
-    return [walk, *((t.prompt_ids + t.response_ids)[: base.context_length] for t in readable[:MAX_CHECK_TRACES])]
+    for trace in read_traces(traces_dir, columns) if traces_dir.is_dir() else []:
+        has_same_tokens = trace.error is None and trace.meta.get("tokenizer_hash") == base.tokenizer_hash
+        if has_same_tokens and len(sequences) <= MAX_CHECK_TRACES:
+            sequences.append((trace.prompt_ids + trace.response_ids)[: base.context_length])
+    return sequences
 
 
 @torch.no_grad()
-def _compute_logits(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """[T, V] float32 on the CPU for every probe."""
-    return [model(torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in probes]
+def _compute_logits(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return [T, V] float32 logits on the CPU for every sequence."""
+    return [model(torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in sequences]
 
 
-def _compute_max_difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """NaN where a difference is."""
-    return float(torch.stack([(one - other).abs().max() for one, other in zip(some, others, strict=True)]).max())
+def _compute_max_difference(logits: Sequence[Tensor], other_logits: Sequence[Tensor]) -> float:
+    """Return the largest absolute difference, NaN if any difference is NaN."""
+    return float(torch.stack([(a - b).abs().max() for a, b in zip(logits, other_logits, strict=True)]).max())
 
 
 # --- the folder ---------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _temporary_folder(to: Path) -> Iterator[Path]:
-    """A folder beside `to` that takes its place at the end, or goes."""
-    draft = to.with_name(f"{to.name}.{os.getpid()}.tmp")
+def _temporary_folder(output_dir: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `output_dir` at the end, or deleted after an error."""
+    draft = output_dir.with_name(f"{output_dir.name}.{os.getpid()}.tmp")
     draft.mkdir(parents=True)
     try:
         yield draft
-        if to.exists():
-            to.rmdir()  # it is empty
-        draft.rename(to)
+        if output_dir.exists():
+            output_dir.rmdir()  # it is empty
+        draft.rename(output_dir)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-
-
-def _build_provenance_record(checkpoint: Checkpoint, made: Provenance) -> dict[str, Any]:
-    return {
-        "method": checkpoint.method,
-        "base": checkpoint.base_policy,
-        "reward": checkpoint.facts["reward"],
-        "training": checkpoint.training,
-        **asdict(made),
-        "versions": get_package_versions(),
-    }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

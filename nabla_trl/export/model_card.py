@@ -1,4 +1,4 @@
-"""A shipped checkpoint's README.md: what its run measured, in the model hub's format. Every figure is computed."""
+"""Write the model card of an exported checkpoint, with the results of its run. Every number is computed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
@@ -18,23 +17,23 @@ from nabla_trl.utils.formatting import format_interval, format_si
 from nabla_trl.utils.statistics import Interval, PairedDifference
 
 UNKNOWN_LICENSE = "unknown"
-# Not by `subfolder`: transformers sees the adapter beside it first, and looks for the folder in the base.
+# `subfolder` does not work here: transformers sees the adapter beside it first, and looks for the folder in the base.
 _MERGED_LOAD_COMMENT = '# or, from a copy of this repository: AutoModelForCausalLM.from_pretrained("COPY/merged")'
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a card says beyond the run's own files.
+    """Facts of a card that the files of the run do not contain.
 
     Attributes:
-        name: what to call the shipped model: a hub id, or the folder's name.
-        base_revision: commit of the base; None where it is not known.
-        licence: of the shipped model, a key of the hub's; None where it is not known.
-        traces: hash of the traces that it was trained on (`checkpoints.traces_hash`); None where there were none.
-        dtype: what logits were compared, and merged weights made, in.
-        merged: the folder merged/ is there.
-        moved: largest difference of a logit on the probes between the base and the trained model.
-        differences: by what was loaded again, the largest difference of a logit from the trained model.
+        model_name: a Hub id, or the name of the folder.
+        base_revision: commit of the base model, None if it is not known.
+        license: key of the license on the Hub, None if it is not known.
+        traces_hash: hash of the traces that the checkpoint was trained on (`hash_traces`), None without traces.
+        dtype: data type of the logit comparison and of merged weights.
+        has_merged_model: the folder has merged/.
+        max_logit_change: largest change of a logit by the training.
+        logit_differences: largest difference of a logit from the trained model, by the way of loading.
     """
 
     model_name: str
@@ -48,85 +47,84 @@ class Provenance:
 
 
 def build_model_card(checkpoint: Checkpoint, provenance: Provenance) -> ModelCard:
-    """The card of a checkpoint.
+    """Return the card of a checkpoint.
 
     Raises:
-        ValueError: rows that are incomplete or repeated (`evaluation.grids.build_grids`).
+        ValueError: rows are missing or occur twice (see `evaluation.grids.build_grids`).
     """
     grids = build_grids(checkpoint.select_comparable_rows())
     parts = [
         f"# {provenance.model_name}",
         _write_description(checkpoint, provenance),
-        "## Measured",
+        "## Results",
         _write_results(checkpoint, grids),
-        "## What it cost",
+        "## Training cost",
         _write_cost(checkpoint),
         "## How to load",
         _write_usage(checkpoint, provenance),
         "## Intended use and limits",
         _write_limits(checkpoint, grids),
-        "## Where it comes from",
+        "## Provenance",
         _write_provenance(checkpoint, provenance),
     ]
-    head = _build_metadata(checkpoint, provenance, grids)
-    return ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n", ignore_metadata_errors=False)
+    metadata = _build_metadata(checkpoint, provenance, grids)
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n", ignore_metadata_errors=False)
 
 
 def find_base_license(base: str) -> str | None:
-    """The licence of a model, as its card says that lies in its folder or the hub's cache; no request is made."""
-    local = Path(base, "README.md")
-    found = local if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
-    if not isinstance(found, str | Path) or not Path(found).is_file():
+    """Return the license of a model from its card in the model's folder or the Hub's cache, without a request."""
+    path = Path(base, "README.md") if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
+    if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     try:
-        return ModelCard.load(found).data.license
-    except ValueError:  # its metadata are not YAML: then it says nothing
+        return ModelCard.load(path).data.license
+    except ValueError:  # the metadata are not YAML
         return None
 
 
-def _build_metadata(checkpoint: Checkpoint, made: Provenance, grids: Mapping[str, ResultGrid]) -> ModelCardData:
-    local = Path(checkpoint.base_policy).exists()
-    trained_on = find_hub_task_config(checkpoint.run_config.get("dataset", ""))
+def _build_metadata(checkpoint: Checkpoint, provenance: Provenance, grids: Mapping[str, ResultGrid]) -> ModelCardData:
+    is_local = Path(checkpoint.base_policy).exists()
+    train_task = find_hub_task_config(checkpoint.run_config.get("dataset", ""))
     tags = ["nabla-trl", "custom_generate", checkpoint.method, *(["lora"] if checkpoint.is_adapter else [])]
-    more: dict[str, Any] = {} if local else {"base_model_relation": "adapter" if checkpoint.is_adapter else "finetune"}
+    relation = {"base_model_relation": "adapter" if checkpoint.is_adapter else "finetune"}
     return ModelCardData(
-        base_model=None if local else checkpoint.base_policy,  # the hub takes ids only
+        base_model=None if is_local else checkpoint.base_policy,  # the Hub accepts ids only
         library_name="peft" if checkpoint.is_adapter else "transformers",
         pipeline_tag="text-generation",
-        license=made.license or UNKNOWN_LICENSE,
-        datasets=[trained_on.path] if trained_on else None,
+        license=provenance.license or UNKNOWN_LICENSE,
+        datasets=[train_task.path] if train_task else None,
         tags=tags,
         metrics=["accuracy"],
-        model_name=made.model_name,
+        model_name=provenance.model_name,
         eval_results=[
             _build_eval_result(checkpoint, method, grid)
             for method, grid in grids.items()
-            if _is_row_of_checkpoint(checkpoint, method)
+            if method.startswith(checkpoint.row_prefix)
         ],
-        **more,
+        **({} if is_local else relation),
     )
 
 
 def _build_eval_result(checkpoint: Checkpoint, method: str, grid: ResultGrid) -> EvalResult:
     task = checkpoint.facts["task"]
-    hub = find_hub_task_config(task)
-    found = statistics.mean_interval(grid.columns["accuracy"])
+    hub_task = find_hub_task_config(task)
+    accuracy = statistics.mean_interval(grid.columns["accuracy"])
     return EvalResult(
         task_type="text-generation",
-        dataset_type=hub.path if hub else task,
+        dataset_type=hub_task.path if hub_task else task,
         dataset_name=task,
-        dataset_config=hub.config if hub else None,
+        dataset_config=hub_task.config if hub_task else None,
         dataset_split=checkpoint.run_config.get("eval_split"),
-        dataset_revision=hub.revision if hub else None,
+        dataset_revision=hub_task.revision if hub_task else None,
         metric_type="accuracy",
-        metric_value=round(found.value, 4),
+        metric_value=round(accuracy.value, 4),
         metric_name=f"accuracy of {method}",
         metric_args={
-            "low": round(found.low, 4),
-            "high": round(found.high, 4),
+            "low": round(accuracy.low, 4),
+            "high": round(accuracy.high, 4),
             "level": statistics.CONFIDENCE_LEVEL,
-            "problems": found.num_problems,
-            "seeds": found.num_seeds,
+            "problems": accuracy.num_problems,
+            "seeds": accuracy.num_seeds,
         },
     )
 
@@ -134,36 +132,35 @@ def _build_eval_result(checkpoint: Checkpoint, method: str, grid: ResultGrid) ->
 # --- the text -----------------------------------------------------------------------------------------
 
 
-def _write_description(checkpoint: Checkpoint, made: Provenance) -> str:
-    tuning = checkpoint.training["tuning"]
-    kind = "A LoRA adapter" if checkpoint.is_adapter else "Full weights"
-    version = made.base_revision or "revision not known"
+def _write_description(checkpoint: Checkpoint, provenance: Provenance) -> str:
+    weights = "A LoRA adapter" if checkpoint.is_adapter else "Full weights"
+    revision = provenance.base_revision or "revision not known"
     lines = [
-        f"{kind} of `{checkpoint.base_policy}` ({version}), trained by {checkpoint.method} for the "
+        f"{weights} of `{checkpoint.base_policy}` ({revision}), trained by {checkpoint.method} for the "
         f"{checkpoint.facts['reward_kind']} reward `{checkpoint.facts['reward']}`.",
-        f"β, the price of a nat away from the base: {_format_beta(checkpoint)}.",
+        f"KL coefficient β: {_format_beta(checkpoint)}.",
     ]
-    if tuning == "qlora":
+    if checkpoint.training["tuning"] == "qlora":
         lines.append(
-            f"The base was in 4 bits while it was trained; it was measured on the whole weights, in {made.dtype}."
+            f"The base was quantized to 4 bits in training, and had full {provenance.dtype} weights in evaluation."
         )
-    if made.has_merged_model:
-        lines.append(f"`merged/` holds base and adapter as one model, merged in {made.dtype}.")
+    if provenance.has_merged_model:
+        lines.append(f"`merged/` holds base and adapter as one model, merged in {provenance.dtype}.")
     return "\n".join(lines)
 
 
 def _format_beta(checkpoint: Checkpoint) -> str:
-    own, searched = checkpoint.training["beta"], checkpoint.run_config.get("beta")
-    if own is not None:
-        return f"{own:g}"
-    return "none was set" if searched is None else f"{searched:g} in the search that made its traces, none in training"
+    beta, search_beta = checkpoint.training["beta"], checkpoint.run_config.get("beta")
+    if beta is not None:
+        return f"{beta:g}"
+    return "none was set" if search_beta is None else f"{search_beta:g} in the search for the traces, none in training"
 
 
 def _write_results(checkpoint: Checkpoint, grids: Mapping[str, ResultGrid]) -> str:
     any_grid = next(iter(grids.values()))
     lines = [
-        f"{len(any_grid.problems)} held-out problems of {checkpoint.facts['task']}; brackets are 95% bootstrap "
-        "intervals over problems, FLOPs and seconds are per query. Bold: this model; the others are the base.",
+        f"{len(any_grid.problems)} held-out problems of {checkpoint.facts['task']}. Brackets are 95% bootstrap "
+        "intervals over problems. FLOPs and seconds are per query. This model is bold, the other rows are the base.",
         "",
         "| method | accuracy | reward | FLOPs | seconds | errors |",
         "| --- |" + " --- |" * 5,
@@ -171,13 +168,14 @@ def _write_results(checkpoint: Checkpoint, grids: Mapping[str, ResultGrid]) -> s
     lines += [_write_table_row(checkpoint, method, grid) for method, grid in grids.items()]
     gap = _compute_greedy_gain(checkpoint, grids)
     if gap is not None:
-        chance = f"p = {gap.p_value:.3f}" if gap.p_value >= 0.001 else "p < 0.001"
-        lines += ["", f"Greedy, this model less the base: {format_interval(gap.to_dict(), '+.3f')}, {chance}."]
+        p_value = f"p = {gap.p_value:.3f}" if gap.p_value >= 0.001 else "p < 0.001"
+        difference = format_interval(gap.to_dict(), "+.3f")
+        lines += ["", f"Greedy accuracy of this model minus that of the base: {difference}, {p_value}."]
     return "\n".join(lines)
 
 
 def _write_table_row(checkpoint: Checkpoint, method: str, grid: ResultGrid) -> str:
-    name = f"**{method}**" if _is_row_of_checkpoint(checkpoint, method) else method
+    name = f"**{method}**" if method.startswith(checkpoint.row_prefix) else method
     reward = _compute_mean(grid, "reward")
     flops, seconds = _compute_mean(grid, "flops"), _compute_mean(grid, "seconds")
     accuracy = statistics.mean_interval(grid.columns["accuracy"])
@@ -192,31 +190,30 @@ def _write_table_row(checkpoint: Checkpoint, method: str, grid: ResultGrid) -> s
 
 def _write_cost(checkpoint: Checkpoint) -> str:
     training = checkpoint.training
-    named = {
-        "FLOPs of training": format_si(training["flops"]),
-        "FLOPs of the traces it was trained on": format_si(training["trace_flops"]) if training["traces"] else None,
-        "seconds of training": f"{training['seconds']:.3g}",
-        "rows, steps, tokens": ", ".join(str(training[name]) for name in ("rows", "steps", "tokens")),
-    }
-    lines = [f"- {label}: {text}" for label, text in named.items() if text is not None]
+    lines = [f"- FLOPs of training: {format_si(training['flops'])}"]
+    if training["traces_hash"]:
+        lines.append(f"- FLOPs of the training traces: {format_si(training['trace_flops'])}")
+    lines += [
+        f"- seconds of training: {training['seconds']:.3g}",
+        f"- rows, steps, tokens: {training['rows']}, {training['steps']}, {training['tokens']}",
+    ]
     if training["skipped"]:
         lines.append(f"- rows left out: {', '.join(f'{why} {n}' for why, n in training['skipped'].items())}")
     return "\n".join(lines)
 
 
-def _write_usage(checkpoint: Checkpoint, made: Provenance) -> str:
-    base, name, reward = checkpoint.base_policy, made.model_name, checkpoint.facts["reward"]
-    merged = made.has_merged_model and Path(base).exists()  # whoever gets the folder has no such base
-    plain, imports = [f'model = AutoModelForCausalLM.from_pretrained("{name}")'], []
-    if merged:
-        where = f'snapshot_download("{name}") + "/merged"' if "/" in name else f'"{name}/merged"'
+def _write_usage(checkpoint: Checkpoint, provenance: Provenance) -> str:
+    base, name, reward = checkpoint.base_policy, provenance.model_name, checkpoint.facts["reward"]
+    load, imports = [f'model = AutoModelForCausalLM.from_pretrained("{name}")'], []
+    if provenance.has_merged_model and Path(base).exists():  # the base exists on this machine only
+        path = f'snapshot_download("{name}") + "/merged"' if "/" in name else f'"{name}/merged"'
         imports = ["from huggingface_hub import snapshot_download"] if "/" in name else []
-        plain = [f"model = AutoModelForCausalLM.from_pretrained({where})"]
+        load = [f"model = AutoModelForCausalLM.from_pretrained({path})"]
     elif checkpoint.is_adapter:
         imports = ["from peft import PeftModel"]
-        plain = [
+        load = [
             f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")',
-            *([_MERGED_LOAD_COMMENT] if made.has_merged_model else []),
+            *([_MERGED_LOAD_COMMENT] if provenance.has_merged_model else []),
         ]
     return "\n".join(
         [
@@ -224,11 +221,11 @@ def _write_usage(checkpoint: Checkpoint, made: Provenance) -> str:
             *imports,
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            *plain,
+            *load,
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
             "```",
             "",
-            "Refined further at test time, with `nabla_trl` (the reward is not part of this repository):",
+            "Refine the answers further at test time with `nabla_trl`. The reward is not part of this repository.",
             "",
             "```python",
             "from nabla_trl import NablaReasoner",
@@ -236,7 +233,7 @@ def _write_usage(checkpoint: Checkpoint, made: Provenance) -> str:
             f'reasoner = NablaReasoner.from_pretrained("{name}", reward="{reward}")',
             'print(reasoner.solve("QUESTION").response)',
             "",
-            "# the same from inside transformers, which runs custom_generate/generate.py",
+            "# the same with transformers, which runs custom_generate/generate.py",
             "inputs = tokenizer.apply_chat_template(",
             '    [[{"role": "user", "content": "QUESTION"}]], add_generation_prompt=True,',
             '    padding=True, padding_side="left", return_tensors="pt", return_dict=True,',
@@ -255,29 +252,30 @@ def _write_limits(checkpoint: Checkpoint, grids: Mapping[str, ResultGrid]) -> st
     lines = [
         f"For questions like those of {checkpoint.facts['task']}, in the tokenizer's own chat template.",
         f"Measured on {problems} of them and on nothing else: not on other tasks, languages, longer inputs, safety or "
-        "bias. What the base does wrong elsewhere, this model may do too.",
-        "It was trained towards a reward. A reward that is wrong somewhere is followed there as well: read accuracy "
-        "and reward together above.",
+        "bias. This model may repeat other mistakes of the base.",
+        "It was trained to increase a reward, so it also follows the reward's errors. Compare accuracy and reward "
+        "above.",
     ]
     gap = _compute_greedy_gain(checkpoint, grids)
     if gap is not None and not (gap.low > 0 and gap.p_value < statistics.SIGNIFICANCE_LEVEL):
         side = "below" if gap.high < 0 and gap.p_value < statistics.SIGNIFICANCE_LEVEL else "not above"
-        lines.append(f"**Its greedy accuracy is {side} the base's**, as far as these problems tell.")
+        lines.append(f"**Its greedy accuracy is {side} the base's** on these problems.")
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _write_provenance(checkpoint: Checkpoint, made: Provenance) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in checkpoint.facts["versions"].items())
-    differences = ", ".join(f"{what} {value:.2g}" for what, value in made.logit_differences.items())
-    measured = checkpoint.facts["command"]
-    licence = made.license or "not known: no card of the base was at hand; the terms of the base apply"
+def _write_provenance(checkpoint: Checkpoint, provenance: Provenance) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in checkpoint.facts["versions"].items())
+    differences = ", ".join(f"{way} {value:.2g}" for way, value in provenance.logit_differences.items())
+    train_command, eval_command = checkpoint.training["command"], checkpoint.facts["command"]
+    traces_hash = provenance.traces_hash
+    traces = f"sha256 {traces_hash}, over the shards in order" if traces_hash else "none, it drew its own responses"
     lines = [
-        f"Licence: {licence}.",
-        f"Trained by: `{checkpoint.training['command']}` with the configuration in config.yaml.",
-        *([f"Measured by: `{measured}`."] if measured != checkpoint.training["command"] else []),
-        f"Traces: {f'sha256 {made.traces_hash}, over the shards in order' if made.traces_hash else 'none, it drew its own'}.",
-        f"Loaded again from this folder and compared with the trained model in {made.dtype}: logits differ by at "
-        f"most {differences}; training had moved them by {made.max_logit_change:.2g}.",
+        f"License: {provenance.license or 'not known, so the terms of the base apply'}.",
+        f"Trained by: `{train_command}` with the configuration in config.yaml.",
+        *([f"Measured by: `{eval_command}`."] if eval_command != train_command else []),
+        f"Traces: {traces}.",
+        f"Loaded again from this folder and compared with the trained model in {provenance.dtype}: logits differ by "
+        f"at most {differences}. Training changed them by {provenance.max_logit_change:.2g}.",
         f"Versions: {versions}.",
     ]
     return "\n".join(f"- {line}" for line in lines)
@@ -286,19 +284,15 @@ def _write_provenance(checkpoint: Checkpoint, made: Provenance) -> str:
 # --- figures ------------------------------------------------------------------------------------------
 
 
-def _is_row_of_checkpoint(checkpoint: Checkpoint, method: str) -> bool:
-    return method.startswith(checkpoint.row_prefix)
-
-
 def _compute_greedy_gain(checkpoint: Checkpoint, grids: Mapping[str, ResultGrid]) -> PairedDifference | None:
-    """Greedy accuracy of the checkpoint less the base's, where both were run."""
-    pair = (f"{checkpoint.row_prefix}greedy", "greedy")
-    if not grids.keys() >= set(pair):
+    """Return the greedy accuracy of the checkpoint minus that of the base, None if one of them was not run."""
+    methods = (f"{checkpoint.row_prefix}greedy", "greedy")
+    if not grids.keys() >= set(methods):
         return None
-    own, base = (grids[method].get_problem_values("accuracy") for method in pair)
-    return statistics.paired_difference(own, base)
+    trained, base = (grids[method].get_problem_values("accuracy") for method in methods)
+    return statistics.paired_difference(trained, base)
 
 
 def _compute_mean(grid: ResultGrid, metric: str) -> Interval | None:
-    numbers = grid.columns[metric]
-    return statistics.mean_interval(numbers) if any(map(math.isfinite, numbers.ravel())) else None
+    values = grid.columns[metric]
+    return statistics.mean_interval(values) if any(map(math.isfinite, values.ravel())) else None

@@ -1,35 +1,36 @@
-"""OpenAI's chat completions, as far as a search can honour them: requests read or refused, answers and errors written.
+"""Read requests and write answers in the format of OpenAI's chat completions.
 
-Plain dicts in and out, without HTTP. The shapes are those of https://platform.openai.com/docs/api-reference/chat. What
-the API does not have goes by the names of `ReasonerConfig` in a request, and under the key "nabla" in an answer:
+The functions take and return plain dicts, without HTTP. The format is that of
+https://platform.openai.com/docs/api-reference/chat. Fields that OpenAI does not have carry the names of `SearchConfig`
+in a request, and stand under the key "nabla" in an answer:
 
     request   max_flops, beta, target_kl, max_rounds, patience, top_k, min_p
     answer    nabla: {seed, answer, reward_initial, reward, stop}
     usage     nabla: {flops, seconds, tokens, starts, proposals, accepted, rejected}
-    chunk     nabla: {chain, round, position, reward_before, reward, flops, text}, a `service.Progress`
+    chunk     nabla: {chain, round, position, reward_before, reward, flops, text}, a `service.SearchProgress`
 
-A field that cannot be honoured is refused rather than ignored.
+A field that the search does not support is refused, not ignored.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import secrets
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.options import MirrorSolver
 from nabla_trl.serving.service import SearchProgress
 from nabla_trl.traces.schema import Trace
-from nabla_trl.utils.fields import coerce_fields
+from nabla_trl.utils.fields import coerce_fields, format_suggestion
+from nabla_trl.utils.formatting import finite_or_none
+from nabla_trl.utils.renamed import describe_new_key
 
-# Fields of a request that are options of the search. None of them makes a batch take more memory.
+# Request fields that are options of the search. None of them increases the memory of a batch.
 SEARCH_OPTION_BY_FIELD = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -37,8 +38,8 @@ SEARCH_OPTION_BY_FIELD = {
     **{name: name for name in ("max_flops", "beta", "target_kl", "max_rounds", "patience")},
 }
 API_FIELDS = ("model", "messages", "seed", "stream", "stream_options")
-IGNORED_FIELDS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # change no answer
-# Fields that are taken at these values alone, which ask for nothing.
+IGNORED_FIELDS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # they do not change the answer
+# Fields that are accepted only with these values, which request nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "logprobs": (False,),
@@ -52,16 +53,11 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-TEMPLATE_ROLE_BY_API_ROLE = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-}  # the API's: a template's
+TEMPLATE_ROLE_BY_API_ROLE = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 class ApiError(Exception):
-    """What a client is told, with the HTTP status."""
+    """An error response: HTTP status, headers and JSON body."""
 
     def __init__(
         self,
@@ -80,16 +76,16 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What a server grants.
+    """Model name, default configuration and limits of a server.
 
     Attributes:
-        model: the name it goes by.
-        config: of requests that say nothing else; its `max_new_tokens` is also the most that one may ask for.
-        max_flops: the largest budget that a request may ask for, and the one of requests that name none if
-            `config` has none either; 0 = no limit.
+        model_name: name of the model in requests.
+        default_config: configuration of a request without options. Its `max_new_tokens` is also the upper limit.
+        max_request_flops: largest FLOPs budget of a request. Requests without a budget get this budget if
+            `default_config` has none. 0 sets no limit.
 
     Raises:
-        ValueError: the configuration's own budget is larger, or it can have none.
+        ValueError: `default_config` has a larger budget, or cannot have a budget.
     """
 
     model_name: str
@@ -98,17 +94,21 @@ class ServerLimits:
 
     def __post_init__(self) -> None:
         if not self.max_request_flops >= 0:
-            raise ValueError(f"max_flops must not be negative, and is {self.max_request_flops}")
+            raise ValueError(f"max_request_flops must be at least 0, not {self.max_request_flops}")
         if self.max_request_flops and not self.default_config.max_flops:
-            object.__setattr__(self, "default_config", replace(self.default_config, max_flops=self.max_request_flops))
+            config = replace(self.default_config, max_flops=self.max_request_flops)
+            object.__setattr__(self, "default_config", config)
         if self.max_request_flops and self.default_config.max_flops > self.max_request_flops:
             raise ValueError(
-                f"flops, {self.default_config.max_flops:g} by default, must be at most max_flops, {self.max_request_flops:g}"
+                f"max_flops ({self.default_config.max_flops:g}), the default budget of a request, must be at most "
+                f"max_request_flops ({self.max_request_flops:g})"
             )
 
 
 @dataclass(frozen=True)
 class ChatRequest:
+    """A valid chat request."""
+
     messages: list[dict[str, str]]
     config: SearchConfig
     seed: int
@@ -120,10 +120,14 @@ class ChatRequest:
 
 
 def parse_json(body: bytes) -> Any:
-    """The JSON of a request; ApiError where it is none."""
+    """Parse the body of a request.
+
+    Raises:
+        ApiError: 400, the body is not valid JSON.
+    """
 
     def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     try:
         return json.loads(body, parse_constant=refuse)
@@ -132,49 +136,52 @@ def parse_json(body: bytes) -> Any:
 
 
 def parse_request(body: Any, limits: ServerLimits) -> ChatRequest:
-    """A request that can be honoured as it stands.
+    """Return a request whose fields are all supported and valid.
 
     Raises:
-        ApiError: 404 another model; 400 whatever else.
+        ApiError: 404 for another model, 400 for any other invalid field.
     """
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
-    given = {name: value for name, value in body.items() if value is not None}
-    _refuse_unknown_fields(given)
-    if not isinstance(given.get("model"), str):
-        raise ApiError(400, f"model must be given, as text: {limits.model_name!r} is served here", param="model")
-    check_model_name(given["model"], limits)
-    stream = _read_typed_field(given, "stream", bool, False)
+    fields = {name: value for name, value in body.items() if value is not None}
+    _refuse_unknown_fields(fields)
+    if not isinstance(fields.get("model"), str):
+        raise ApiError(400, f"model must be a string: this server has {limits.model_name!r}", param="model")
+    check_model_name(fields["model"], limits)
+    seed = _read_typed_field(fields, "seed", int, secrets.randbits(31))
+    if not -(2**63) <= seed < 2**63:
+        raise ApiError(400, "seed must fit into 64 bits", param="seed", code="invalid_value")
+    stream = _read_typed_field(fields, "stream", bool, False)
     return ChatRequest(
-        messages=_read_messages(given.get("messages")),
-        config=_read_search_config(given, limits),
-        seed=_read_seed(given),
+        messages=_read_messages(fields.get("messages")),
+        config=_read_search_config(fields, limits),
+        seed=seed,
         stream=stream,
-        include_usage=_read_include_usage(given, stream),
+        include_usage=_read_include_usage(fields, stream),
     )
 
 
 def check_model_name(name: str, limits: ServerLimits) -> None:
+    """Raise the 404 ApiError if a request names another model."""
     if name != limits.model_name:
-        message = f"the model {name!r} does not exist: {limits.model_name!r} is served here"
+        message = f"the model {name!r} does not exist: this server has {limits.model_name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def _refuse_unknown_fields(fields: Mapping[str, Any]) -> None:
-    known = [*API_FIELDS, *SEARCH_OPTION_BY_FIELD, *IGNORED_FIELDS, *NEUTRAL_VALUES]
+    supported = [*API_FIELDS, *SEARCH_OPTION_BY_FIELD, *IGNORED_FIELDS, *NEUTRAL_VALUES]
     for name, value in fields.items():
-        if name not in known:
-            match = get_close_matches(name, known, n=1)
-            hint = f": did you mean {match[0]}?" if match else ""
+        if name not in supported:
+            hint = describe_new_key(name, supported) or format_suggestion(name, supported)
             raise ApiError(400, f"{name} is not supported{hint}", param=name, code="unknown_parameter")
         if name in NEUTRAL_VALUES and value not in NEUTRAL_VALUES[name]:
-            allowed = " or ".join(json.dumps(one) for one in NEUTRAL_VALUES[name])
-            message = f"{name} is not supported, other than {allowed}"
+            values = " or ".join(map(json.dumps, NEUTRAL_VALUES[name]))
+            message = f"{name} is not supported with values other than {values}"
             raise ApiError(400, message, param=name, code="unsupported_value")
 
 
 def _read_search_config(fields: Mapping[str, Any], limits: ServerLimits) -> SearchConfig:
-    """The server's configuration with the options of the request."""
+    """Return the server's default configuration with the options of the request."""
     values: dict[str, Any] = {}
     for name, option in SEARCH_OPTION_BY_FIELD.items():
         if name in fields:
@@ -198,82 +205,68 @@ def _read_search_config(fields: Mapping[str, Any], limits: ServerLimits) -> Sear
 
 
 def _check_limits(values: Mapping[str, Any], limits: ServerLimits) -> None:
-    longest = limits.default_config.max_new_tokens
-    if values.get("max_new_tokens", 0) > longest:
-        message = f"max_tokens is limited to {longest} on this server"
+    max_new_tokens, max_flops = limits.default_config.max_new_tokens, limits.max_request_flops
+    if values.get("max_new_tokens", 0) > max_new_tokens:
+        message = f"max_tokens is limited to {max_new_tokens} on this server"
         raise ApiError(400, message, param="max_tokens", code="invalid_value")
-    if limits.max_request_flops and "max_flops" in values and not 0 < values["max_flops"] <= limits.max_request_flops:
-        message = (
-            f"max_flops is limited to {limits.max_request_flops:g} per problem on this server, and must be above 0"
-        )
+    if max_flops and "max_flops" in values and not 0 < values["max_flops"] <= max_flops:
+        message = f"max_flops is limited to {max_flops:g} per problem on this server, and must be above 0"
         raise ApiError(400, message, param="max_flops", code="invalid_value")
 
 
 def _read_messages(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
-        raise ApiError(400, "messages must be a list of one message or more", param="messages")
+        raise ApiError(400, "messages must be a list of at least one message", param="messages")
     return [_read_message(message, f"messages[{index}]") for index, message in enumerate(value)]
 
 
-def _read_message(message: Any, where: str) -> dict[str, str]:
+def _read_message(message: Any, param: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise ApiError(400, f"{where} must be an object with role and content", param=where)
+        raise ApiError(400, f"{param} must be an object with role and content", param=param)
     role = message.get("role")
     if not isinstance(role, str) or role not in TEMPLATE_ROLE_BY_API_ROLE:
-        raise ApiError(
-            400, f"{where}: the role must be one of {', '.join(TEMPLATE_ROLE_BY_API_ROLE)}", param=f"{where}.role"
-        )
-    other = next((name for name, one in message.items() if name not in ("role", "content") and one is not None), None)
-    if other is not None:  # a client that sends an answer back sends its empty fields too
-        raise ApiError(400, f"{where}: {other} is not supported", param=f"{where}.{other}", code="unknown_parameter")
-    return {
-        "role": TEMPLATE_ROLE_BY_API_ROLE[role],
-        "content": _read_content(message.get("content"), f"{where}.content"),
-    }
+        roles = ", ".join(TEMPLATE_ROLE_BY_API_ROLE)
+        raise ApiError(400, f"{param}: the role must be one of {roles}", param=f"{param}.role")
+    for name, value in message.items():
+        if name not in ("role", "content") and value is not None:  # clients send the empty fields of an answer back
+            error = f"{param}: {name} is not supported"
+            raise ApiError(400, error, param=f"{param}.{name}", code="unknown_parameter")
+    content = _read_content(message.get("content"), f"{param}.content")
+    return {"role": TEMPLATE_ROLE_BY_API_ROLE[role], "content": content}
 
 
-def _read_content(value: Any, where: str) -> str:
-    """A text, or the parts of one."""
+def _read_content(value: Any, param: str) -> str:
+    """Return the content of a message, which is a string or a list of text parts."""
     parts = value if isinstance(value, list) and value else [{"type": "text", "text": value}]
-    texts = [part["text"] for part in parts if _is_text_part(part)]
-    if len(texts) < len(parts):
-        raise ApiError(400, f"{where} must be text, or a list of parts of type text", param=where)
+    texts = []
+    for part in parts:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise ApiError(400, f"{param} must be a string, or a list of parts of type text", param=param)
+        texts.append(part["text"])
     text = "".join(texts)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ApiError(400, f"{where} holds half of a surrogate pair", param=where) from error
+        raise ApiError(400, f"{param} contains half of a surrogate pair", param=param) from error
     return text
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _read_seed(fields: Mapping[str, Any]) -> int:
-    """The request's, or any."""
-    seed = _read_typed_field(fields, "seed", int, secrets.randbits(31))
-    if not -(2**63) <= seed < 2**63:
-        raise ApiError(400, "seed must fit into 64 bits", param="seed", code="invalid_value")
-    return seed
 
 
 def _read_include_usage(fields: Mapping[str, Any], stream: bool) -> bool:
     options = _read_typed_field(fields, "stream_options", dict, {})
     if options and not stream:
-        raise ApiError(400, "stream_options belongs to stream: true", param="stream_options")
-    other = next((name for name in options if name != "include_usage"), None)
-    if other is not None:
-        where = f"stream_options.{other}"
-        raise ApiError(400, f"{where} is not supported", param=where, code="unknown_parameter")
+        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    for name in options:
+        if name != "include_usage":
+            param = f"stream_options.{name}"
+            raise ApiError(400, f"{param} is not supported", param=param, code="unknown_parameter")
     return _read_typed_field(options, "include_usage", bool, False)
 
 
 def _read_typed_field(fields: Mapping[str, Any], name: str, expected_type: type, default: Any) -> Any:
     value = fields.get(name, default)
     if not isinstance(value, expected_type) or (expected_type is int and isinstance(value, bool)):
-        named = {bool: "true or false", int: "a whole number", dict: "an object"}[expected_type]
-        raise ApiError(400, f"{name} must be {named}", param=name, code="invalid_type")
+        description = {bool: "true or false", int: "a whole number", dict: "an object"}[expected_type]
+        raise ApiError(400, f"{name} must be {description}", param=name, code="invalid_type")
     return value
 
 
@@ -282,7 +275,7 @@ def _read_typed_field(fields: Mapping[str, Any], name: str, expected_type: type,
 
 @dataclass(frozen=True)
 class ChatCompletion:
-    """The shapes of one answer, whole or in chunks."""
+    """The answer to one request, as a completion or as the chunks of a stream."""
 
     model_name: str
     request: ChatRequest
@@ -290,6 +283,7 @@ class ChatCompletion:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def build_completion(self, trace: Trace) -> dict[str, Any]:
+        """Return the answer as one object."""
         message = {"role": "assistant", "content": trace.response, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": get_finish_reason(trace)}
         return {
@@ -303,20 +297,18 @@ class ChatCompletion:
     def build_chunk(
         self, delta: dict[str, str], *, finish_reason: str | None = None, **extra_fields: Any
     ) -> dict[str, Any]:
+        """Return a chunk of a stream with the new part of the message."""
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {
-            **self._build_header("chat.completion.chunk"),
-            "choices": [choice],
-            **self._build_empty_usage(),
-            **extra_fields,
-        }
+        empty_usage = {"usage": None} if self.request.include_usage else {}
+        return {**self._build_header("chat.completion.chunk"), "choices": [choice], **empty_usage, **extra_fields}
 
     def build_progress_chunk(self, progress: SearchProgress) -> dict[str, Any]:
-        """A chunk without content: what is refined may yet change, and what a client adds up must not."""
-        return self.build_chunk({}, nabla={name: replace_nonfinite(value) for name, value in asdict(progress).items()})
+        """Return a chunk without content, because a client cannot take back content that later changes."""
+        rewards = {name: finite_or_none(getattr(progress, name)) for name in ("reward_before", "reward")}
+        return self.build_chunk({}, nabla=asdict(progress) | rewards)
 
     def build_final_chunks(self, trace: Trace) -> list[dict[str, Any]]:
-        """The response; how it ended; what it cost, if asked for."""
+        """Return chunks with the response, its finish reason and, if requested, the usage."""
         chunks = [
             self.build_chunk({"content": trace.response}),
             self.build_chunk({}, finish_reason=get_finish_reason(trace), nabla=self._build_search_result(trace)),
@@ -328,41 +320,35 @@ class ChatCompletion:
     def _build_header(self, object_type: str) -> dict[str, Any]:
         return {"id": self.id, "object": object_type, "created": self.created, "model": self.model_name}
 
-    def _build_empty_usage(self) -> dict[str, Any]:
-        return {"usage": None} if self.request.include_usage else {}
-
     def _build_search_result(self, trace: Trace) -> dict[str, Any]:
         rewards = {
-            "reward_initial": replace_nonfinite(trace.reward_initial),
-            "reward": replace_nonfinite(trace.reward),
+            "reward_initial": finite_or_none(trace.reward_initial),
+            "reward": finite_or_none(trace.reward),
         }
         return {"seed": self.request.seed, "answer": trace.answer, **rewards, "stop": trace.stop_reason}
 
 
 def get_finish_reason(trace: Trace) -> str:
+    """Return "stop" if the response has an end, and "length" if it is cut off."""
     return "stop" if trace.finished else "length"
 
 
 def build_usage(trace: Trace) -> dict[str, Any]:
-    """Tokens of the prompt and of the response that is given; under "nabla" the work of all chains, rejected or not.
+    """Return the tokens of prompt and final response, and under "nabla" the work of all chains.
 
-    Seconds are the problem's share of those of its batch.
+    The work includes rejected proposals. Its seconds are the problem's share of the seconds of its batch.
     """
     prompt, response = len(trace.prompt_ids), len(trace.response_ids)
-    refined = {name: int(trace.meta[name]) for name in ("starts", "proposals", "accepted")}
-    refined["rejected"] = refined["proposals"] - refined["accepted"]
+    counts = {name: int(trace.meta[name]) for name in ("starts", "proposals", "accepted")}
+    counts["rejected"] = counts["proposals"] - counts["accepted"]
     return {
         "prompt_tokens": prompt,
         "completion_tokens": response,
         "total_tokens": prompt + response,
-        "nabla": {**trace.cost.to_dict(), **refined},
+        "nabla": {**trace.cost.to_dict(), **counts},
     }
 
 
-def replace_nonfinite(value: Any) -> Any:
-    """JSON knows no infinity and no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def build_model_entry(name: str, created: int) -> dict[str, Any]:
+    """Return a model as GET /v1/models lists it."""
     return {"id": name, "object": "model", "created": created, "owned_by": "nabla_trl"}

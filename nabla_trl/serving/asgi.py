@@ -1,7 +1,7 @@
-"""The service over HTTP, on starlette and uvicorn: routes, time-outs, clients that go, an end that loses nothing.
+"""Serve the search over HTTP, with starlette and uvicorn.
 
-starlette rather than a framework on top of it: requests are checked by the reasoner's own configuration and errors
-have OpenAI's shape, so that models and errors of a framework's own would only have to be undone.
+The module handles routes, timeouts, disconnected clients and a shutdown that finishes the running requests. It uses
+starlette without a framework on top, because `SearchConfig` validates requests and errors have OpenAI's format.
 """
 
 from __future__ import annotations
@@ -45,23 +45,24 @@ from nabla_trl.serving.service import (
 )
 from nabla_trl.traces.schema import Trace
 
-MAX_BODY_BYTES = 4 * 2**20  # bytes: more than any context holds
-KEEP_ALIVE_SECONDS = (
-    75  # seconds: clients drop an idle connection after 5, and must not meet one that is being closed here
-)
+MAX_BODY_BYTES = 4 * 2**20  # more than fits into any context
+# Clients drop an idle connection after 5 s. The server waits longer, so that no client uses a connection it closes.
+KEEP_ALIVE_SECONDS = 75
 
 SubmitRequest = Callable[[ProgressCallback], "Future[Trace]"]
 
 
 class ClientDisconnected(Exception):
-    """Nobody waits for the answer any more."""
+    """The client of a request has closed its connection."""
 
 
 class ProgressStream:
-    """A request at the engine, awaited: progress as it comes, then the trace. Closing it gives the request up.
+    """Progress and result of a request at the engine. Closing the stream cancels the request.
 
     Args:
-        deadline: seconds of the event loop's clock.
+        submit: submits the request with a progress callback.
+        request: the HTTP request, to notice that its client disconnects.
+        deadline: time of the event loop's clock, in seconds, at which the request times out.
     """
 
     def __init__(self, submit: SubmitRequest, request: Request, deadline: float):
@@ -72,7 +73,7 @@ class ProgressStream:
         self.disconnect_task = asyncio.ensure_future(self._wait_for_disconnect())
 
     def _enqueue(self, item: SearchProgress | None) -> None:
-        """From the engine's thread."""
+        """Add progress, or None at the end. The engine's thread calls this method."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
@@ -81,27 +82,27 @@ class ProgressStream:
             pass
 
     async def get_next(self) -> SearchProgress | Trace:
-        """What comes next.
+        """Wait for the next progress, or for the trace at the end.
 
         Raises:
-            ApiError: the request failed, or its time is over.
-            ClientGone: the connection was closed.
+            ApiError: the request failed or timed out.
+            ClientDisconnected: the client closed its connection.
         """
-        coming = asyncio.ensure_future(self.queue.get())
-        left = self.deadline - self.loop.time()
+        next_item = asyncio.ensure_future(self.queue.get())
+        seconds = self.deadline - self.loop.time()
         try:
-            await asyncio.wait({coming, self.disconnect_task}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({next_item, self.disconnect_task}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            coming.cancel()
-        if coming.done():
-            item = coming.result()
+            next_item.cancel()
+        if next_item.done():
+            item = next_item.result()
             return self._get_result() if item is None else item
         if self.disconnect_task.done():
             raise ClientDisconnected
         raise make_timeout_error()
 
     async def wait_for_trace(self) -> Trace:
-        """The trace, whatever progress comes before it."""
+        """Wait for the trace and ignore the progress before it."""
         while not isinstance(item := await self.get_next(), Trace):
             pass
         return item
@@ -119,6 +120,7 @@ class ProgressStream:
             raise ApiError(500, str(error), error_type="server_error", code="search_failed") from error
 
     def close(self) -> None:
+        """Cancel the request."""
         self.future.cancel()
         self.disconnect_task.cancel()
 
@@ -126,23 +128,24 @@ class ProgressStream:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
 
 
 def make_stopping_error(error: ServerStopping) -> ApiError:
+    """Return the 503 error of a server that shuts down."""
     return ApiError(503, str(error), error_type="server_error", code="shutting_down", headers={"Retry-After": "10"})
 
 
 def make_timeout_error() -> ApiError:
-    """Clients must not ask again by themselves: it would take as long."""
-    message = "the request took longer than this server gives it: ask for fewer FLOPs, rounds or tokens"
+    """Return the 504 error of a timeout, which clients do not retry because a retry takes as long."""
+    message = "the request took longer than this server allows: lower max_flops, max_rounds or max_tokens"
     return ApiError(504, message, error_type="timeout_error", code="timeout", headers={"x-should-retry": "false"})
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; however it ends, and even if it never begins, the request is closed."""
+    """A response of server-sent events that closes its request at the end, even if it never begins."""
 
     media_type = "text/event-stream"
 
@@ -156,11 +159,13 @@ class EventStream(StreamingResponse):
 
 
 class ChatService:
-    """The handlers.
+    """The HTTP handlers.
 
     Args:
-        key: the bearer token that requests must bring, /health aside; None: none.
-        timeout: seconds from a request's headers to its answer.
+        engine: runs the searches.
+        limits: default configuration and limits of requests.
+        api_key: bearer token that every request except /health must send. None accepts all requests.
+        request_timeout: seconds from the headers of a request to its answer.
     """
 
     def __init__(
@@ -170,6 +175,7 @@ class ChatService:
         self.created = int(time.time())
 
     def build_app(self) -> Starlette:
+        """Return the application with its routes and error handlers."""
         routes = [
             Route("/health", self.get_health),
             Route("/v1/models", self.list_models),
@@ -186,40 +192,51 @@ class ChatService:
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def get_health(self, request: Request) -> Response:
+        """Answer GET /health."""
         waiting, running = self.engine.count_requests()
         state = {"status": "ok" if self.engine.is_alive else "stopping", "waiting": waiting, "running": running}
         return JSONResponse(state, 200 if self.engine.is_alive else 503)
 
     async def list_models(self, request: Request) -> Response:
+        """Answer GET /v1/models."""
         self.check_authorization(request)
         return JSONResponse({"object": "list", "data": [build_model_entry(self.limits.model_name, self.created)]})
 
     async def get_model(self, request: Request) -> Response:
+        """Answer GET /v1/models/NAME."""
         self.check_authorization(request)
         check_model_name(request.path_params["name"], self.limits)
         return JSONResponse(build_model_entry(self.limits.model_name, self.created))
 
     async def create_chat_completion(self, request: Request) -> Response:
+        """Answer POST /v1/chat/completions with one object or a stream."""
         deadline = asyncio.get_running_loop().time() + self.request_timeout
         self.check_authorization(request)
         try:
             body = await asyncio.wait_for(_read_body(request), self.request_timeout)
         except asyncio.TimeoutError as error:
             raise make_timeout_error() from error
-        asked = parse_request(parse_json(body), self.limits)
-        answer = ChatCompletion(self.limits.model_name, asked)
-        pending = ProgressStream(lambda watch: self.submit_chat_request(asked, watch), request, deadline)
-        if not asked.stream:
-            with pending:
-                return JSONResponse(answer.build_completion(await pending.wait_for_trace()))
+        chat_request = parse_request(parse_json(body), self.limits)
+        completion = ChatCompletion(self.limits.model_name, chat_request)
+        progress_stream = ProgressStream(
+            lambda on_progress: self.submit_chat_request(chat_request, on_progress), request, deadline
+        )
+        if not chat_request.stream:
+            with progress_stream:
+                return JSONResponse(completion.build_completion(await progress_stream.wait_for_trace()))
         try:
-            first = await pending.get_next()  # before the status is sent: what fails by now has a status of its own
+            first = await progress_stream.get_next()  # before the status 200 is sent, so that an error has its own
         except BaseException:
-            pending.close()
+            progress_stream.close()
             raise
-        return EventStream(_stream_events(answer, first, pending), pending)
+        return EventStream(_stream_events(completion, first, progress_stream), progress_stream)
 
     def submit_chat_request(self, chat_request: ChatRequest, on_progress: ProgressCallback) -> Future[Trace]:
+        """Submit a request to the engine.
+
+        Raises:
+            ApiError: 429 if the queue is full, 503 if the server shuts down.
+        """
         problem = make_request_problem(chat_request.messages, chat_request.seed)
         try:
             return self.engine.submit_request(
@@ -232,21 +249,22 @@ class ChatService:
             raise make_stopping_error(error) from error
 
     def check_authorization(self, request: Request) -> None:
+        """Raise the 401 ApiError if the request lacks the API key."""
         if self.api_key is None:
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(
-            token.encode("latin-1"), self.api_key.encode()
-        )  # takes as long wherever they differ
-        if scheme.lower() != "bearer" or not same:
-            headers = {"WWW-Authenticate": "Bearer"}
-            raise ApiError(
-                401, "a valid API key must be given, as a bearer token", code="invalid_api_key", headers=headers
-            )
+        # The time of this comparison does not depend on where the two differ.
+        is_equal = hmac.compare_digest(token.encode("latin-1"), self.api_key.encode())
+        if scheme.lower() != "bearer" or not is_equal:
+            message, headers = "send a valid API key as a bearer token", {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
 
 async def _read_body(request: Request) -> bytes:
-    """The body of a request, JSON by its header: a web page elsewhere could send other types without being asked."""
+    """Return the body of a request whose header says JSON.
+
+    Browsers send other types from any web page without asking the server first (CORS).
+    """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(400, "the content type must be application/json")
     body = bytearray()
@@ -268,7 +286,7 @@ async def _stream_events(
             item = await progress_stream.get_next()
         for chunk in completion.build_final_chunks(item):
             yield _format_event(chunk)
-    except ApiError as error:  # the status is sent already
+    except ApiError as error:  # the status 200 is already sent
         yield _format_event(error.body)
     except ClientDisconnected:
         return
@@ -290,7 +308,7 @@ async def _respond_http_error(request: Request, error: HTTPException) -> Respons
 
 async def _respond_server_error(request: Request, error: Exception) -> Response:
     return await _respond_api_error(
-        request, ApiError(500, "the server made a mistake; its log has more", error_type="server_error")
+        request, ApiError(500, "Internal server error. The server's log has details.", error_type="server_error")
     )
 
 
@@ -302,7 +320,10 @@ async def _respond_client_disconnected(request: Request, error: Exception) -> Re
 
 
 class ChatServer(uvicorn.Server):
-    """Ctrl-C or SIGTERM refuses what waits and finishes what runs; a second Ctrl-C ends that at the next round."""
+    """A uvicorn server that finishes the running requests after Ctrl-C or SIGTERM.
+
+    Waiting requests are refused. A second Ctrl-C ends the running requests at their next round.
+    """
 
     def __init__(self, service: ChatService, on_started: Callable[[], None]):
         super().__init__(
@@ -317,19 +338,24 @@ class ChatServer(uvicorn.Server):
         self.engine, self.on_started = service.engine, on_started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to accept connections, and call `on_started`."""
         await super().startup(sockets)
         self.on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse the waiting requests, and wait for the running ones."""
         self.engine.stop()
         await super().shutdown(sockets)
 
 
 def run_server(service: ChatService, listener: socket.socket, on_started: Callable[[], None]) -> None:
-    """Serve on a bound socket until a signal says stop (KeyboardInterrupt after Ctrl-C), and end the engine.
+    """Serve on a bound socket until a signal, and stop the engine.
 
     Args:
-        started: called once connections are taken.
+        on_started: called when the server accepts connections.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C.
     """
     try:
         ChatServer(service, on_started).run(sockets=[listener])

@@ -1,9 +1,9 @@
-"""Teach a pretrained model the embedded task a little, so that it is right sometimes: a policy to study rewards on.
+"""Train a pretrained model on the embedded task for a few steps: a policy of medium accuracy to study rewards on.
 
     python recipes/chains/sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir outputs/smol --max_steps 120
 
-A LoRA adapter on right solutions of training problems, merged and saved as a plain model in OUT/policy. How many steps
-leave it half right depends on the model: each checkpoint's accuracy on training problems apart is printed.
+The recipe trains a LoRA adapter on correct solutions, merges it and saves the model in OUT/policy. The number of steps
+for an accuracy of one half depends on the model, so the accuracy on separate training problems is printed on the way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,25 +30,26 @@ from nabla_trl.models.requests import GenerationRequest
 from nabla_trl.tasks import digit_chains
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.training.peft import LoraArguments, build_lora_config
+from nabla_trl.utils.fields import option, required_option
 
 
 @dataclass
 class SftArguments:
-    model: str = field(metadata={"help": "hub id or path of a causal LM with a chat template"})
-    problems: int = field(default=4000, metadata={"help": "training problems"})
-    probe: int = field(default=100, metadata={"help": "training problems apart, to measure accuracy on"})
-    probe_steps: int = field(default=40, metadata={"help": "steps between two measurements"})
-    dtype: str = field(default="float32", metadata={"help": "weights of the base: float32 or bfloat16"})
+    model: str = required_option("Hub id or path of a causal language model with a chat template.")
+    max_train_problems: int = option(4000, "Maximum number of training problems.")
+    max_callback_problems: int = option(100, "Maximum number of training problems set aside to measure accuracy.")
+    callback_steps: int = option(40, "Optimizer steps between two measurements.")
+    dtype: str = option("float32", "Data type of the base model's weights: float32 or bfloat16.")
 
 
-class Probe(TrainerCallback):
-    """Prints the accuracy of one sampled answer per problem every so many steps."""
+class AccuracyCallback(TrainerCallback):
+    """Prints the accuracy of one sampled answer per problem, every `callback_steps` steps."""
 
-    def __init__(self, tokenizer, problems: Sequence[Problem], every: int):  # type: ignore[no-untyped-def]
-        self.tokenizer, self.problems, self.every = tokenizer, problems, every
+    def __init__(self, tokenizer, problems: Sequence[Problem], callback_steps: int):  # type: ignore[no-untyped-def]
+        self.tokenizer, self.problems, self.callback_steps = tokenizer, problems, callback_steps
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        if state.global_step % self.every and state.global_step != state.max_steps:
+        if state.global_step % self.callback_steps and state.global_step != state.max_steps:
             return
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         with torch.no_grad():
@@ -60,10 +61,11 @@ class Probe(TrainerCallback):
 
 
 def accuracy(policy: Policy, problems: Sequence[Problem]) -> float:
-    """Share of right answers, one sample per problem at temperature 1."""
-    jobs = [GenerationRequest(p.id, policy.encode(p), make_rng(0, p.id, "probe"), 64) for p in problems]
-    drafts = generate_continuations(policy, jobs, Sampling(), flop_counter=FlopCounter())
-    return sum(digit_chains.is_correct(p, policy.decode(d.ids)) for p, d in zip(problems, drafts, strict=True)) / len(
+    """Return the accuracy of one sample per problem at temperature 1."""
+    requests = [GenerationRequest(p.id, policy.encode(p), make_rng(0, p.id, "probe"), 64) for p in problems]
+    outputs = generate_continuations(policy, requests, Sampling(), flop_counter=FlopCounter())
+    pairs = zip(problems, outputs, strict=True)
+    return sum(digit_chains.is_correct(problem, policy.decode(output.ids)) for problem, output in pairs) / len(
         problems
     )
 
@@ -72,10 +74,10 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     args, lora, config = parse_dataclasses([SftArguments, LoraArguments, SFTConfig], argv)
     tokenizer = load_tokenizer(args.model)
-    problems = digit_chains.make_digit_chain_problems("train", args.problems + args.probe)
+    problems = digit_chains.make_digit_chain_problems("train", args.max_train_problems + args.max_callback_problems)
     rng = random.Random(config.seed)
     rows = []
-    for problem in problems[: args.problems]:
+    for problem in problems[: args.max_train_problems]:
         prompt = tokenize_prompt(tokenizer, problem)
         solution = tokenizer(digit_chains.make_styled_solution(problem.question, rng), add_special_tokens=False)[
             "input_ids"
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=build_lora_config(lora, "CAUSAL_LM"),
-        callbacks=[Probe(tokenizer, problems[args.problems :], args.probe_steps)],
+        callbacks=[AccuracyCallback(tokenizer, problems[args.max_train_problems :], args.callback_steps)],
     )
     trainer.train()
     output = Path(config.output_dir, "policy")

@@ -1,11 +1,11 @@
-"""Make the embedded world: a tokenizer, a clean model and a policy with a knowledge gap, all for the chains task.
+"""Make the embedded world: a tokenizer, a clean model and a policy with a knowledge gap, all for digit_chains.
 
-    python recipes/tiny/make_world.py --out data/tiny --seed 0
+    python recipes/tiny/make_world.py --output_dir data/tiny --seed 0
 
-A small Llama is trained on right solutions ("clean"); the policy is trained on from there on solutions by someone who
-half knows a quarter of the facts (`nabla_trl.tasks.digit_chains.knowledge_gap`). Every question is from the train split. Both are
-saved in bf16 with their tokenizer, loaded again, measured on the test split, and described in OUT/README.md. One seed
-on one machine gives the same files. Some seven minutes of one core.
+A small Llama ("clean") is trained on correct solutions. From there the policy is trained on solutions by someone who
+half knows a quarter of the facts (`nabla_trl.tasks.digit_chains.knowledge_gap`). Every question is from the train
+split. Both models are saved in bf16 with their tokenizer, loaded again, measured on the test split, and described in
+OUT/README.md. The same seed on the same machine gives the same files. It takes about seven minutes of one core.
 """
 
 from __future__ import annotations
@@ -147,19 +147,19 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def main() -> None:
     """Build, train, save, measure, write the card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/tiny"), help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and training data")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; another number rounds differently")
-    parser.add_argument("--width", type=int, default=96, help="hidden size, a multiple of 8")
-    parser.add_argument("--layers", type=int, default=3, help="layers")
+    parser.add_argument("--output_dir", type=Path, default=Path("data/tiny"), help="Folder to write to.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed of weights and training data.")
+    parser.add_argument("--num_threads", type=int, default=1, help="Threads of torch. Rounding depends on them.")
+    parser.add_argument("--hidden_size", type=int, default=96, help="Hidden size, a multiple of 8.")
+    parser.add_argument("--num_layers", type=int, default=3, help="Number of layers.")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.num_threads)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(options.seed)
     start = time.perf_counter()
 
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, options.width, options.layers)
+    model = build_model(tokenizer, options.hidden_size, options.num_layers)
     print(f"clean: {model.num_parameters():,} parameters")
     train(
         model,
@@ -169,7 +169,7 @@ def main() -> None:
         rate=CLEAN_RATE,
         rng=random.Random(f"clean/{options.seed}"),
     )
-    clean = save(model, tokenizer, options.out / "clean")
+    clean = save(model, tokenizer, options.output_dir / "clean")
     print("policy: from the clean model on")
     train(
         model,
@@ -179,10 +179,10 @@ def main() -> None:
         rate=POLICY_RATE,
         rng=random.Random(f"policy/{options.seed}"),
     )
-    policy = save(model, tokenizer, options.out / "policy")
+    policy = save(model, tokenizer, options.output_dir / "policy")
 
     facts = measure(clean, policy, tokenizer, seed=options.seed)
-    write_card(options.out, facts, seed=options.seed, parameters=model.num_parameters())
+    write_card(options.output_dir, facts, seed=options.seed, parameters=model.num_parameters())
     print(f"done in {time.perf_counter() - start:.0f} s")
 
 

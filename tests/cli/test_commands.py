@@ -11,8 +11,9 @@ import pytest
 import worlds
 from peft import LoraConfig, get_peft_model
 
-from nabla_trl.cli import arguments, audit_command, commands, console
-from nabla_trl.cli.main import COMMAND_SUMMARIES, main
+from nabla_trl.audit import overoptimization
+from nabla_trl.cli import arguments, console
+from nabla_trl.cli.main import COMMANDS, main
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.registry import compute_task_version
 from nabla_trl.traces.storage import read_traces
@@ -57,27 +58,27 @@ def error_line(capsys) -> str:
 
 def test_help_is_short_and_loads_nothing_heavy():
     code = (
-        "import sys; from nabla_trl.cli.main import main; assert main(['--help']) == main([]) == main(['--version']) == 0;"
+        "import sys; from nabla_trl.cli.main import main;"
+        "assert main(['--help']) == main([]) == main(['--version']) == 0;"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'matplotlib', 'starlette', 'uvicorn'};"
         "assert not heavy & set(sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
-    for name, summary in COMMAND_SUMMARIES.items():
-        assert ran.stdout.count(f"  {name:<8}{summary}\n") == 2
+    for name, command in COMMANDS.items():
+        assert ran.stdout.count(f"  {name:<8}{command.summary}\n") == 2
 
 
-def test_every_listed_command_is_there():
-    assert list(commands.COMMAND_FUNCTIONS) == list(COMMAND_SUMMARIES)
-
-
-@pytest.mark.parametrize(("name", "hint"), [("slove", "did you mean solve?"), ("xyz", "choose from solve, traces,")])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("slove", "did you mean solve?"), ("xyz", "choose from solve, traces,"), ("ship", "it is now export")],
+)
 def test_an_unknown_command(capsys, name, hint):
     assert main([name]) == 2
     assert f"unknown command {name!r}: {hint}" in error_line(capsys)
 
 
-@pytest.mark.parametrize("name", COMMAND_SUMMARIES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(capsys, name):
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
@@ -92,7 +93,7 @@ def test_ctrl_c(capsys, monkeypatch, name, resumable):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(commands.COMMAND_FUNCTIONS, name, interrupted)
+    monkeypatch.setattr(f"nabla_trl.cli.commands.{COMMANDS[name].module}.main", interrupted)
     assert main([name]) == 130
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
@@ -133,7 +134,7 @@ def test_what_libraries_print_stays_out_of_the_json(capsys, models, monkeypatch)
         print("noise")
         return load(self, *args, **kwargs)
 
-    monkeypatch.setattr(arguments.ModelArguments, "load", chatty)
+    monkeypatch.setattr(arguments.ModelArguments, "load_policy_and_reward", chatty)
     assert main(["solve", "1+2", *models, *SEARCH, "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["error"] is None and err == "noise\n"
@@ -152,7 +153,7 @@ def test_the_question_from_stdin(capsys, models, monkeypatch, tmp_path):
 
 def test_preset_file_and_flags_reach_the_search(capsys, models, tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("preset: paper\nrollouts: 3\nsteps: 4\nmax_new_tokens: 6\n", encoding="utf-8")
+    path.write_text("preset: paper\nmax_rollouts: 3\nsolver: {steps: 4}\nmax_new_tokens: 6\n", encoding="utf-8")
     assert main(["solve", "1+2", *models, "--json", f"--config={path}", "--solver.steps", "2"]) == 0
     used = json.loads(capsys.readouterr().out)["meta"]["config_hash"]
     assert (
@@ -168,11 +169,11 @@ def test_an_adapter_changes_the_policy(capsys, models, world):
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["1+2", "--max_rounds", "many"], 2, "argument --max_rounds: invalid int value"),
+        (["1+2", "--max_rounds", "many"], 2, "argument --max_rounds/--max-rounds: invalid int value"),
         (["1+2", "--ruonds", "3"], 2, "unknown option --ruonds (did you mean --max_rounds?)"),
         ([], 2, "required: question"),
         ([" "], 1, "the question is empty"),
-        (["1\udcff2"], 1, "the question is no UTF-8 text"),
+        (["1\udcff2"], 1, "the question is not UTF-8 text"),
         (["1+2", "--preset", "papr"], 1, "unknown preset 'papr'"),
         (["1+2", "--solver.steps", "3"], 1, "steps belongs to ste: add --solver ste"),
         (["1+2", "--config", "no/such.yaml"], 1, "cannot read no/such.yaml: No such file"),
@@ -209,12 +210,12 @@ def test_models_that_are_not_there(capsys, name, dataset, tmp_path):
 
 def test_a_file_with_an_unknown_or_an_ill_typed_key(capsys, models, tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("ruonds: 3", encoding="utf-8")
+    path.write_text("max_ruonds: 3", encoding="utf-8")
     assert main(["solve", "1+2", *models, "--config", str(path)]) == 1
-    assert f"{path}: unknown key 'ruonds' (did you mean rounds?)" in error_line(capsys)
-    path.write_text("rounds: many", encoding="utf-8")
+    assert f"{path}: unknown key 'max_ruonds' (did you mean max_rounds?)" in error_line(capsys)
+    path.write_text("max_rounds: many", encoding="utf-8")
     assert main(["solve", "1+2", *models, "--config", str(path)]) == 1
-    assert f"{path}: rounds must be a whole number, not 'many'" in error_line(capsys)
+    assert f"{path}: max_rounds must be a whole number, not 'many'" in error_line(capsys)
 
 
 # --- traces -------------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ def test_traces_are_made_once(capsys, models, dataset, tmp_path, monkeypatch):
     assert main([*argv, "--max_problems", "4"]) == 0
     capsys.readouterr()
     assert main(argv) == 0  # goes on with the two that are missing
-    assert f"2 traces made, 4 were there: {tmp_path / 'traces'}" in capsys.readouterr().out
+    assert f"2 traces written, 4 existed: {tmp_path / 'traces'}" in capsys.readouterr().out
     made = read_traces(tmp_path / "traces")
     assert [trace.problem_id for trace in made] == [f"problems/{n}" for n in range(6)]
     assert all(trace.correct is not None and len(trace.revisions) == 3 for trace in made)
@@ -234,9 +235,9 @@ def test_traces_are_made_once(capsys, models, dataset, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("models were loaded for nothing")
 
-    monkeypatch.setattr(arguments.ModelArguments, "load", refuse)
+    monkeypatch.setattr(arguments.ModelArguments, "load_policy_and_reward", refuse)
     assert main(argv) == 0
-    assert capsys.readouterr().out == f"0 traces made, 6 were there: {tmp_path / 'traces'}\n"
+    assert capsys.readouterr().out == f"0 traces written, 6 existed: {tmp_path / 'traces'}\n"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*[!k]")} == before
 
 
@@ -245,7 +246,7 @@ def test_traces_made_with_other_settings_are_not_mixed(capsys, models, dataset, 
     assert main(argv) == 0
     capsys.readouterr()
     assert main([*argv, "--max_rounds", "4", "--batch_size", "7"]) == 1
-    assert "now rounds '4' (was '3'): use another --output_dir" in error_line(capsys)
+    assert "now max_rounds '4' (was '3'): use another --output_dir" in error_line(capsys)
 
 
 def test_a_problem_that_fails_is_counted_and_named(capsys, models, tmp_path):
@@ -278,7 +279,7 @@ def test_eval_then_report(capsys, models, dataset, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a report needs no models")
 
-    monkeypatch.setattr(arguments.ModelArguments, "load", refuse)
+    monkeypatch.setattr(arguments.ModelArguments, "load_policy_and_reward", refuse)
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith(table[: table.index("rows: ")])
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
@@ -299,7 +300,7 @@ def test_eval_of_a_task_that_asks_for_a_form_tells_where_answers_are_read_in_two
     lines = (tmp_path / "extraction.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["lenient"] for line in lines] == [row["answer"] for row in differ]
     assert {row["task_version"] for row in rows} == {compute_task_version("digit_chains")}
-    assert main(["report", "--output_dir", str(tmp_path)]) == 0
+    assert main(["report", "--run_dir", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     strict = [bool(row["correct_strict"]) for row in rows if row["method"] == "greedy"]
     assert summary["accuracy_strict.greedy"]["value"] == pytest.approx(sum(strict) / len(strict))
@@ -342,7 +343,7 @@ def test_eval_adds_methods_and_keeps_rows(capsys, models, dataset, tmp_path):
     assert more.startswith(rows) and more.count("\n") == 6 + 2 * 6
     capsys.readouterr()
     assert main(evaluation(models, dataset, tmp_path, "greedy", "--beta", "2")) == 1
-    assert "now beta '2.0' (was 'None'), kl 'None' (was '2.0')" in error_line(capsys)
+    assert "now solver.target_kl 'None' (was '2.0'), beta '2.0' (was 'None')" in error_line(capsys)
 
 
 def test_eval_by_steps(capsys, models, dataset, tmp_path):
@@ -357,11 +358,11 @@ def test_eval_by_steps(capsys, models, dataset, tmp_path):
     table = capsys.readouterr().out
     for name in names.split(","):
         assert f"\n{name} " in table
-    assert main(["report", "--output_dir", str(tmp_path)]) == 0
+    assert main(["report", "--run_dir", str(tmp_path)]) == 0
     assert "rap@best_of_2" in (tmp_path / "report.html").read_text(encoding="utf-8")
     capsys.readouterr()
     assert main(evaluation(models, dataset, tmp_path, names, *more[:3], "3")) == 1
-    assert "now step_width '3' (was '2')" in error_line(capsys)
+    assert "now steps_per_prefix '3' (was '2')" in error_line(capsys)
 
 
 def test_eval_of_a_tuned_policy(models, dataset, tmp_path, world, capsys):
@@ -418,18 +419,18 @@ def test_eval_needs_gold_answers(capsys, models, tmp_path):
     assert "no problem has a gold answer" in error_line(capsys)
 
 
-@pytest.mark.parametrize("argv", [[], ["a", "--output_dir", "b"]])
+@pytest.mark.parametrize("argv", [[], ["a", "--run_dir", "b"]])
 def test_report_is_of_one_folder(capsys, argv):
     assert main(["report", *argv]) == 2
-    assert "give one folder, as in nabla-trl report outputs/tiny" in error_line(capsys)
+    assert "name one folder, as in nabla-trl report outputs/tiny" in error_line(capsys)
 
 
 def test_report_without_an_evaluation(capsys, tmp_path):
-    assert main(["report", "--output_dir", str(tmp_path)]) == 1
+    assert main(["report", "--run_dir", str(tmp_path)]) == 1
     assert f"{tmp_path} holds no rows.jsonl: run nabla-trl eval" in error_line(capsys)
     (tmp_path / "rows.jsonl").write_text("{", encoding="utf-8")
     (tmp_path / "facts.json").write_text("{}", encoding="utf-8")
-    assert main(["report", "--output_dir", str(tmp_path)]) == 1
+    assert main(["report", "--run_dir", str(tmp_path)]) == 1
     assert "not JSON" in error_line(capsys)
 
 
@@ -441,11 +442,11 @@ def test_audit_as_table_and_as_json(capsys, models, dataset):
     assert main([*argv, "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert err == "" and found["problems"] == 6 and list(found["best_of_n"]) == ["1", "2", "4", "8", "16"]
+    assert err == "" and found["problems"] == 6 and list(found["best_of_n_accuracy"]) == ["1", "2", "4", "8", "16"]
     assert main(argv) == 0
     table = capsys.readouterr().out
     assert f"AUC within problems     {found['auc']:.3f}" in table
-    assert " ".join(found["verdict"].split()) in " ".join(table.split())
+    assert " ".join(found["conclusion"].split()) in " ".join(table.split())
 
 
 def test_audit_needs_two_samples(capsys, models, dataset):
@@ -457,57 +458,61 @@ DEEP = ["--audit_samples", "16", "--max_new_tokens", "10", "--gradient", "--grad
 DEEP += ["--num_swaps", "40", "--over_optimization", "--max_rounds", "3"]
 
 
-def test_audit_of_gradient_and_pressure_as_json(capsys, models, dataset, tmp_path):
+def test_audit_of_gradient_and_over_optimization_as_json(capsys, models, dataset, tmp_path):
     file = tmp_path / "new" / "audit.json"
     assert main(["audit", *models, *dataset, *DEEP, "--output_file", str(file), "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert err == "" and out.count("\n") == 1 and json.loads(file.read_text(encoding="utf-8")) == found
     assert [found["policy"], found["reward"]] == [models[1], models[3]]
-    assert list(found["gradient"]["points"]) == ["direct", "hard"] and found["gradient"]["swaps"] == 40
-    assert list(found["pressure"]["curves"]) == ["nabla", "control"]
-    assert list(found["pressure"]["curves"]["nabla"]["accuracy"]) == ["0", "1", "2", "3"]
-    assert found["trust"] == found["pressure"]["trust"]
-    assert found["trust"]["samples"] == found["trusted_samples"]
+    assert list(found["gradient"]["gradient_points"]) == ["direct", "hard"] and found["gradient"]["swaps"] == 40
+    assert list(found["over_optimization"]["curves"]) == ["nabla", "control"]
+    assert list(found["over_optimization"]["curves"]["nabla"]["accuracy"]) == ["0", "1", "2", "3"]
+    assert found["validated_limits"] == found["over_optimization"]["validated_limits"]
+    assert found["validated_limits"]["max_samples"] == found["validated_samples"]
 
 
 def test_what_an_audit_found_is_kept_when_a_later_part_fails(capsys, models, dataset, tmp_path, monkeypatch):
-    def fails(*args):
-        raise ValueError("no pressure today")
+    def fails(*args, **options):
+        raise ValueError("no audit today")
 
-    monkeypatch.setattr(audit_command, "_pressure", fails)
+    monkeypatch.setattr(overoptimization, "audit_overoptimization", fails)
     assert main(["audit", *models, *dataset, *DEEP, "--output_file", str(tmp_path / "audit.json")]) == 1
-    assert "no pressure today" in error_line(capsys)
+    assert "no audit today" in error_line(capsys)
     assert [file.name for file in tmp_path.iterdir()] == ["audit.json"]
     found = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
     assert found["problems"] == 6 and found["gradient"]["swaps"] == 40
-    assert found["pressure"] is found["trust"] is None
+    assert found["over_optimization"] is found["validated_limits"] is None
 
 
-def test_audit_of_gradient_and_pressure_as_tables(capsys, models, dataset):
+def test_audit_of_gradient_and_over_optimization_as_tables(capsys, models, dataset):
     assert main(["audit", *models, *dataset, *DEEP]) == 0
     out, err = capsys.readouterr()
     assert err == "" and max(map(len, out.splitlines())) <= 80
     text = " ".join(out.split())
-    for part in ("gradient point direction", "wrong responses the problems have no step labels", "pressure rounds"):
+    for part in (
+        "gradient gradient at direction",
+        "wrong responses the problems have no step labels",
+        "over-optimization rounds",
+    ):
         assert part in text
-    assert text.count("verdict: ") == 3 and "trust up to" in text
+    assert text.count("conclusion: ") == 3 and "validated up to" in text
 
 
-def test_audit_without_pressure_tells_no_trust(capsys, models, dataset):
+def test_audit_without_over_optimization_validates_no_limits(capsys, models, dataset):
     assert main(["audit", *models, *dataset, "--max_new_tokens", "10", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["gradient"] is found["pressure"] is found["trust"] is None
+    assert found["gradient"] is found["over_optimization"] is found["validated_limits"] is None
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gradient_at", "hard", "soft"], "point must be direct, hard, mixture:A[,A…]"),
+        (["--gradient_at", "hard", "soft"], "gradient_at must be direct, hard, mixture:A[,A…]"),
         (["--gradient_at", "direct+direct"], "or direct+ one of these, not 'direct+direct'"),
-        (["--gradient_at", "hard", "hard"], "points must be distinct"),
-        (["--num_swaps", "0"], "swaps must be at least 1"),
-        (["--max_rounds", "0"], "rounds must be at least 1"),
+        (["--gradient_at", "hard", "hard"], "gradient_at must be distinct"),
+        (["--num_swaps", "0"], "num_swaps must be at least 1"),
+        (["--max_rounds", "0"], "max_rounds must be at least 1"),
     ],
 )
 def test_audit_options_are_checked_before_models_are_loaded(capsys, dataset, flags, message):
@@ -518,7 +523,7 @@ def test_audit_options_are_checked_before_models_are_loaded(capsys, dataset, fla
 def test_the_view_is_given_what_the_policy_decodes(capsys, models, monkeypatch):
     """Special tokens never reach the view as text."""
     seen = []
-    monkeypatch.setattr(console, "show_trace", lambda trace, question, decode, out: seen.append((trace, decode)))
+    monkeypatch.setattr(console, "print_trace", lambda trace, question, decode, out: seen.append((trace, decode)))
     assert main(["solve", "1+2", *models, *SEARCH]) == 0
     trace, decode = seen[0]
     assert decode(trace.prompt_ids) == "1+2" and decode(trace.response_ids) == trace.response

@@ -389,7 +389,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def install(number: int, times: int = 1) -> None:
         calls: list[int] = []
 
-        def search(self: EvaluationSetup, method: str, config: SearchConfig, **options: Any) -> Any:
+        def plan_search(self: EvaluationSetup, method: str, config: SearchConfig, **options: Any) -> Any:
             step = real(self, method, config, **options)
 
             def work(problems: Sequence[Problem], seed: int) -> list[Trace]:
@@ -400,7 +400,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             return replace(step, run=work)
 
-        monkeypatch.setattr(EvaluationSetup, "search", search)
+        monkeypatch.setattr(EvaluationSetup, "plan_search", plan_search)
 
     return install
 
@@ -434,7 +434,7 @@ def test_the_batch_in_hand_is_finished_and_the_command_that_goes_on_is_said(
 def test_a_second_ctrl_c_stops_at_once(
     capfd: Any, world: list[str], tmp_path: Path, sent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interrupts, "_ECHO", 0.0)
+    monkeypatch.setattr(interrupts, "_ECHO_SECONDS", 0.0)
     sent(signal.SIGINT, times=2)
     assert main(evaluation(world, tmp_path)) == 130
     assert capfd.readouterr().err.splitlines()[-1].startswith("stopped; to go on: nabla-trl eval")
@@ -449,7 +449,9 @@ def test_a_signal_between_batches_stops_at_once() -> None:
 
 
 def test_the_command_of_a_script_is_as_it_was_typed(tmp_path: Path) -> None:
-    (tmp_path / "it.py").write_text("from nabla_trl.utils.interrupts import this_command\nprint(this_command())")
+    (tmp_path / "it.py").write_text(
+        "from nabla_trl.utils.interrupts import get_current_command\nprint(get_current_command())"
+    )
     typed = [sys.executable, "it.py", "--title", "two words"]
     ran = subprocess.run(typed, cwd=tmp_path, env=ENV, capture_output=True, text=True, check=True)
     assert shlex.split(ran.stdout) == typed

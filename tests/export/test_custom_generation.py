@@ -1,4 +1,4 @@
-"""custom_generation: the reasoner inside transformers' `model.generate`, by the file that a shipped folder holds."""
+"""custom_generation: the reasoner inside transformers' `model.generate`, by the file that an exported folder holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.reasoner import NablaReasoner
 
-# As a shipped folder has it: the files are copied as they are.
+# As an exported folder has it: the files are copied as they are.
 FOLDER = str(Path(custom_generation.__file__).parent)
 SEARCH: dict[str, Any] = {"max_rounds": 3, "max_new_tokens": 8, "top_k_candidates": 6}
 PAD = worlds.TOKENS.index(worlds.PAD)
@@ -178,7 +178,7 @@ def _questions(
         return original(problems, **kwargs)
 
     original = custom_generation.run_search
-    monkeypatch.setattr(custom_generation, "solve", solve)
+    monkeypatch.setattr(custom_generation, "run_search", solve)
     reward = worlds.tiny_scalar(policy, "gpt2" if policy.tokenizer.chat_template is None else "llama")
     generate(policy.model, inputs, policy, reward, **options)
     return seen
@@ -223,5 +223,5 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1].startswith(
-        "ImportError: this custom generation method runs in the package nabla-trl"
+        "ImportError: this custom generation method needs the package nabla-trl"
     )

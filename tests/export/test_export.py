@@ -1,4 +1,4 @@
-"""shipping: what a shipped folder holds, that it loads as the trained model, and what is refused before and after."""
+"""export: what an exported folder holds, that it loads as the trained model, and what is refused before and after."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nabla_trl.evaluation.rows import RowStore, build_row
 from nabla_trl.export import export
 from nabla_trl.export.checkpoint import Checkpoint, find_checkpoint
 from nabla_trl.export.export import ExportResult, export_checkpoint
-from nabla_trl.export.model_card import find_base_license
+from nabla_trl.export.model_card import Provenance, build_model_card, find_base_license
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.loading import load_policy
 from nabla_trl.traces.build import build_response_trace, build_trace_meta, get_package_versions
@@ -68,9 +68,9 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shipped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
-    """The run's adapter, shipped with merged weights."""
-    return export_checkpoint(find_checkpoint(finished, None), tmp_path_factory.mktemp("out") / "shipped", merge=True)
+def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """The run's adapter, exported with merged weights."""
+    return export_checkpoint(find_checkpoint(finished, None), tmp_path_factory.mktemp("out") / "exported", merge=True)
 
 
 def make_run(run: Path, world: Path, methods: tuple[str, ...] = ("sft",), *, full: bool = False) -> Path:
@@ -101,7 +101,7 @@ def make_run(run: Path, world: Path, methods: tuple[str, ...] = ("sft",), *, ful
         }
         training |= {"tokens": 400, "flops": 2.5e9, "seconds": 3.25, "loss": 0.5, "trace_flops": 7e9}
         training |= {"trace_seconds": 1.0, "processes": 1}
-        training |= {"traces": f"hash of {method}", "command": f"recipes/distill.py --train_methods {method}"}
+        training |= {"traces_hash": f"hash of {method}", "command": f"recipes/distill.py --train_methods {method}"}
         (folder / "train.json").write_text(json.dumps(training))
         (folder / "config.yaml").write_text(yaml.safe_dump({"policy": str(base), "learning_rate": 0.1}))
         for name in ("greedy", "best_of_8"):
@@ -153,11 +153,11 @@ def logits(model: Any, text: str = "1+2") -> Tensor:
         return model(ids).logits
 
 
-# --- what is shipped ----------------------------------------------------------------------------------
+# --- what is exported ----------------------------------------------------------------------------------
 
 
-def test_the_folder_holds_all_that_is_needed(shipped: ExportResult, finished: Path) -> None:
-    folder = shipped.output_dir
+def test_the_folder_holds_all_that_is_needed(exported: ExportResult, finished: Path) -> None:
+    folder = exported.output_dir
     made = {"README.md", "config.yaml", "provenance.json", "custom_generate", "merged"}
     weights = {"adapter_config.json", WEIGHTS}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -165,20 +165,20 @@ def test_the_folder_holds_all_that_is_needed(shipped: ExportResult, finished: Pa
     assert (folder / "config.yaml").read_bytes() == (finished / "trained/sft/config.yaml").read_bytes()
     assert (folder / WEIGHTS).read_bytes() == (finished / "trained/sft/adapter" / WEIGHTS).read_bytes()
     found = json.loads((folder / "provenance.json").read_text())
-    assert found["traces"] == "hash of sft" and found["training"]["beta"] == 0.5
+    assert found["traces_hash"] == "hash of sft" and found["training"]["beta"] == 0.5
     assert not list(folder.parent.glob("*.tmp"))
 
 
-def test_others_may_read_all_of_it(shipped: ExportResult) -> None:
-    modes = {path.stat().st_mode & 0o777 for path in shipped.output_dir.rglob("*") if path.is_file()}
-    assert modes == {(shipped.output_dir / "config.yaml").stat().st_mode & 0o777}
+def test_others_may_read_all_of_it(exported: ExportResult) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in exported.output_dir.rglob("*") if path.is_file()}
+    assert modes == {(exported.output_dir / "config.yaml").stat().st_mode & 0o777}
 
 
-def test_every_way_to_load_it_gives_the_trained_model(shipped: ExportResult, finished: Path, world: Path) -> None:
+def test_every_way_to_load_it_gives_the_trained_model(exported: ExportResult, finished: Path, world: Path) -> None:
     trained = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(world / "base"), finished / "trained/sft/adapter"
     )
-    folder = str(shipped.output_dir)
+    folder = str(exported.output_dir)
     ways = {
         "policy": load_policy(folder).model,
         "merged": load_policy(f"{folder}/merged").model,
@@ -190,39 +190,39 @@ def test_every_way_to_load_it_gives_the_trained_model(shipped: ExportResult, fin
     assert (logits(trained) - logits(load_policy(str(world / "base")).model)).abs().max() > 0.1
 
 
-def test_it_keeps_its_own_chat_template(shipped: ExportResult, world: Path) -> None:
+def test_it_keeps_its_own_chat_template(exported: ExportResult, world: Path) -> None:
     problem = worlds.tiny_problems()[0]
-    base, policy = load_policy(str(world / "base")), load_policy(str(shipped.output_dir))
+    base, policy = load_policy(str(world / "base")), load_policy(str(exported.output_dir))
     hash_sign = worlds.TOKENS.index("#")
     assert policy.encode(problem) == [*base.encode(problem), hash_sign]
-    assert AutoTokenizer.from_pretrained(shipped.output_dir).chat_template == policy.tokenizer.chat_template
+    assert AutoTokenizer.from_pretrained(exported.output_dir).chat_template == policy.tokenizer.chat_template
 
 
-def test_the_check_says_how_far_apart(shipped: ExportResult) -> None:
-    made = shipped.provenance
+def test_the_check_says_how_far_apart(exported: ExportResult) -> None:
+    made = exported.provenance
     assert set(made.logit_differences) == {"folder", "adapter by PEFT", "merged"}
-    assert max(made.logit_differences.values()) <= shipped.logit_tolerance < made.max_logit_change
+    assert max(made.logit_differences.values()) <= exported.logit_tolerance < made.max_logit_change
     assert made.logit_differences["folder"] == 0  # the same computation
 
 
-def test_a_shipped_policy_can_be_refined_further(shipped: ExportResult, world: Path) -> None:
-    options: dict[str, Any] = {"reward": f"logratio:{world / 'better'}", "rounds": 3, "max_new_tokens": 8}
-    reasoner = NablaReasoner.from_pretrained(str(shipped.output_dir), **options)
+def test_a_shipped_policy_can_be_refined_further(exported: ExportResult, world: Path) -> None:
+    options: dict[str, Any] = {"reward": f"logratio:{world / 'better'}", "max_rounds": 3, "max_new_tokens": 8}
+    reasoner = NablaReasoner.from_pretrained(str(exported.output_dir), **options)
     trace = reasoner.solve("1+2")
-    apart = NablaReasoner.from_pretrained(str(world / "base"), adapter=str(shipped.output_dir), **options)
+    apart = NablaReasoner.from_pretrained(str(world / "base"), adapter=str(exported.output_dir), **options)
     apart.policy.tokenizer.chat_template = reasoner.policy.tokenizer.chat_template
     assert trace.error is None and trace.response_ids == apart.solve("1+2").response_ids
-    assert trace.meta["policy"] == str(shipped.output_dir)
+    assert trace.meta["policy"] == str(exported.output_dir)
 
 
 def test_the_folder_generates_as_its_reasoner_solves(
-    shipped: ExportResult, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: ExportResult, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the adapter beside the base's weights, as transformers loads the folder, and the reward by its name."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.setattr("sys.path", list(sys.path))
-    folder, reward = str(shipped.output_dir), f"logratio:{world / 'better'}"
-    options: dict[str, Any] = {"rounds": 3, "max_new_tokens": 8}
+    folder, reward = str(exported.output_dir), f"logratio:{world / 'better'}"
+    options: dict[str, Any] = {"max_rounds": 3, "max_new_tokens": 8}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "1+2"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -232,34 +232,41 @@ def test_the_folder_generates_as_its_reasoner_solves(
     assert output[0].tolist() == [*solved.prompt_ids, *solved.response_ids]
 
 
-def test_an_adapter_can_stand_on_a_shipped_one(shipped: ExportResult, tmp_path: Path) -> None:
-    first = load_policy(str(shipped.output_dir))
-    adapt(load_policy(str(shipped.output_dir)).model, seed=5).save_pretrained(tmp_path / "second")
+def test_an_adapter_can_stand_on_a_shipped_one(exported: ExportResult, tmp_path: Path) -> None:
+    first = load_policy(str(exported.output_dir))
+    adapt(load_policy(str(exported.output_dir)).model, seed=5).save_pretrained(tmp_path / "second")
     config = json.loads((tmp_path / "second/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(shipped.output_dir)
+    assert config["base_model_name_or_path"] == str(exported.output_dir)
     both = load_policy(str(tmp_path / "second"))  # its tokenizer is the first adapter's
     assert both.tokenizer.chat_template == first.tokenizer.chat_template
     assert (logits(both.model) - logits(first.model)).abs().max() > 0.1
 
 
 def test_a_pushed_adapter_loads_by_its_id(
-    shipped: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the hub's cache, as a download leaves it; offline here."""
     repo, commit = tmp_path / "models--me--model", "0" * 40
-    shutil.copytree(shipped.output_dir, repo / "snapshots" / commit, ignore=shutil.ignore_patterns("merged"))
+    shutil.copytree(exported.output_dir, repo / "snapshots" / commit, ignore=shutil.ignore_patterns("merged"))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    ours, theirs = load_policy("me/model"), load_policy(str(shipped.output_dir))
+    ours, theirs = load_policy("me/model"), load_policy(str(exported.output_dir))
     assert torch.equal(logits(ours.model), logits(theirs.model)) and ours.name == "me/model"
     assert type(ours.model.model.layers[0].self_attn.q_proj) is torch.nn.Linear  # merged
     assert ours.tokenizer.chat_template == theirs.tokenizer.chat_template
 
 
 @pytest.mark.parametrize("command", ["solve", "eval"])
-def test_commands_take_it_as_policy(command: str, shipped: ExportResult, world: Path, tmp_path: Path, capsys) -> None:
-    models = ["--policy", str(shipped.output_dir), "--reward", f"logratio:{world / 'better'}", "--max_new_tokens", "4"]
+def test_commands_take_it_as_policy(command: str, exported: ExportResult, world: Path, tmp_path: Path, capsys) -> None:
+    models = [
+        "--policy",
+        str(exported.output_dir),
+        "--reward",
+        f"logratio:{world / 'better'}",
+        "--max_new_tokens",
+        "4",
+    ]
     if command == "solve":
         assert main(["solve", "1+2", *models, "--max_rounds", "1"]) == 0
     else:
@@ -314,10 +321,12 @@ def change_training(run: Path, **changes: Any) -> None:
 
 def test_a_checkpoint_that_no_traces_were_needed_for(run: Path, tmp_path: Path) -> None:
     """The run's traces may be another method's."""
-    change_training(run, traces=None, trace_flops=0.0)
+    change_training(run, traces_hash=None, trace_flops=0.0)
     made = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
     card = (made.output_dir / "README.md").read_text()
-    assert made.provenance.traces_hash is None and "Traces: none" in card and "FLOPs of the traces" not in card
+    assert (
+        made.provenance.traces_hash is None and "Traces: none" in card and "FLOPs of the training traces" not in card
+    )
 
 
 def test_the_card_tells_the_beta_of_the_search_where_training_has_none(run: Path, tmp_path: Path) -> None:
@@ -345,8 +354,8 @@ def test_the_hash_of_traces_sees_every_shard(run: Path) -> None:
 # --- the card -----------------------------------------------------------------------------------------
 
 
-def test_the_card_has_the_runs_own_figures(shipped: ExportResult, finished: Path) -> None:
-    card = ModelCard.load(shipped.output_dir / "README.md")
+def test_the_card_has_the_runs_own_figures(exported: ExportResult, finished: Path) -> None:
+    card = ModelCard.load(exported.output_dir / "README.md")
     grids = build_grids(find_checkpoint(finished, None).rows)
     results = {result.metric_name: result for result in card.data.eval_results}
     assert set(results) == {"accuracy of sft_greedy", "accuracy of sft_best_of_8"}
@@ -365,11 +374,11 @@ def test_the_card_has_the_runs_own_figures(shipped: ExportResult, finished: Path
     assert "| greedy | 0.500 [" in card.text and "+0.333" in card.text
 
 
-def test_the_card_says_where_it_comes_from(shipped: ExportResult, finished: Path, world: Path) -> None:
-    card = ModelCard.load(shipped.output_dir / "README.md")
+def test_the_card_says_where_it_comes_from(exported: ExportResult, finished: Path, world: Path) -> None:
+    card = ModelCard.load(exported.output_dir / "README.md")
     assert card.data.library_name == "peft" and {"custom_generate", "lora", "sft"} <= set(card.data.tags)
     assert card.data.base_model is None  # a folder: the hub takes no such name
-    assert card.data.license == "unknown" and "Licence: not known" in card.text
+    assert card.data.license == "unknown" and "License: not known" in card.text
     for words in (
         "2.5 G",
         "FLOPs of training",
@@ -387,19 +396,19 @@ def test_the_card_says_where_it_comes_from(shipped: ExportResult, finished: Path
         "7 G",
         f"logratio:{world / 'better'}",
         "custom_generate=",
-        "shipped/merged",
+        "exported/merged",
         "6 of them",
     ):
         assert words in card.text, words
 
 
 def test_the_code_of_the_card_runs(
-    shipped: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    exported: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.setattr("sys.path", list(sys.path))
-    monkeypatch.chdir(shipped.output_dir.parent)  # the card names the folder
-    blocks = (shipped.output_dir / "README.md").read_text().split("```python\n")[1:]
+    monkeypatch.chdir(exported.output_dir.parent)  # the card names the folder
+    blocks = (exported.output_dir / "README.md").read_text().split("```python\n")[1:]
     code = "\n".join(block.partition("```")[0] for block in blocks).replace("QUESTION", "1+2")
     found: dict[str, Any] = {}
     exec(code, found)
@@ -409,23 +418,21 @@ def test_the_code_of_the_card_runs(
 
 
 def test_a_base_on_the_hub_is_linked(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from nabla_trl.export.model_card import Provenance, build_model_card
-
     checkpoint = find_checkpoint(run, None)
     hub = replace(
-        checkpoint, facts={**checkpoint.facts, "policy": "org/model", "task": "gsm8k"}, config={"dataset": "gsm8k"}
+        checkpoint, facts={**checkpoint.facts, "policy": "org/model", "task": "gsm8k"}, run_config={"dataset": "gsm8k"}
     )
     made = Provenance("me/model", "abc123", "apache-2.0", None, "float32", False, 1.0, {"folder": 0.0})
     head = ModelCard(str(build_model_card(hub, made))).data
     assert (head.base_model, head.license, head.datasets) == ("org/model", "apache-2.0", ["openai/gsm8k"])
     assert head.to_dict()["base_model_relation"] == "adapter"
     assert "4 bits" not in str(build_model_card(hub, made)) and "PeftModel" in str(build_model_card(hub, made))
-    quantised = replace(hub, training={**hub.training, "tuning": "qlora"})
-    assert "in 4 bits while it was trained" in str(build_model_card(quantised, made))
+    quantized = replace(hub, training={**hub.training, "tuning": "qlora"})
+    assert "quantized to 4 bits in training" in str(build_model_card(quantized, made))
     assert {result.dataset_type for result in head.eval_results} == {"openai/gsm8k"}
 
 
-def test_the_licence_is_the_bases_unless_named(tmp_path: Path) -> None:
+def test_the_license_is_the_bases_unless_named(tmp_path: Path) -> None:
     assert find_base_license(str(tmp_path)) is None and find_base_license("nobody/no-such-model") is None
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# m\n")
     assert find_base_license(str(tmp_path)) == "mit"
@@ -550,7 +557,7 @@ REFUSED: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (no_training_told, ("train.json lacks tuning", "another version")),
     (no_facts, ("facts.json lacks policy",)),
     (other_vocabulary, ("tokenizers", "differ", "another vocabulary")),
-    (other_name, ("was made for", "other")),
+    (other_name, ("was trained on", "other")),
     (other_shape, ("cannot put adapter", "other")),
 ]
 
@@ -594,11 +601,11 @@ def test_a_reload_that_differs_is_refused(finished: Path, tmp_path: Path, monkey
         save_file({n: w * 1.01 for n, w in weights.items()}, draft / WEIGHTS, metadata={"format": "pt"})
 
     original = export._copy_files
-    monkeypatch.setattr(export, "_copy", copy)
+    monkeypatch.setattr(export, "_copy_files", copy)
     worlds.refused(
         lambda: export_checkpoint(find_checkpoint(finished, None), tmp_path / "out"),
         "logits differ",
-        "nothing was shipped",
+        "nothing was exported",
     )
     assert not list(tmp_path.iterdir())
 
@@ -607,16 +614,16 @@ def test_a_reload_that_differs_is_refused(finished: Path, tmp_path: Path, monkey
 def test_what_stops_in_the_middle_leaves_nothing(
     error: BaseException, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(path: Path, content: dict[str, Any]) -> None:
+    def build(checkpoint: Checkpoint, provenance: Provenance) -> ModelCard:
         raise error
 
-    monkeypatch.setattr(export, "_write", write)
+    monkeypatch.setattr(export, "build_model_card", build)
     with pytest.raises(type(error)):
         export_checkpoint(find_checkpoint(finished, None), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_quantised_base_is_refused(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_base_is_refused(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = export.load_policy
 
     def load(name: str, **options: Any) -> Any:
@@ -626,7 +633,7 @@ def test_a_quantised_base_is_refused(finished: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(export, "load_policy", load)
     worlds.refused(
-        lambda: export_checkpoint(find_checkpoint(finished, None), tmp_path / "out", merge=True), "quantised"
+        lambda: export_checkpoint(find_checkpoint(finished, None), tmp_path / "out", merge=True), "quantized"
     )
 
 
@@ -650,17 +657,19 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return calls
 
 
-def test_the_command_ships(finished: Path, tmp_path: Path, capsys, pushed: list) -> None:
-    assert main(["ship", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), "--license", "mit"]) == 0
+def test_the_command_exports(finished: Path, tmp_path: Path, capsys, pushed: list) -> None:
+    assert main(["export", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), "--license", "mit"]) == 0
     out = capsys.readouterr().out
-    assert f"sft of {finished}: {tmp_path / 'out'}" in out and "logits differ" in out and "licence" not in out
+    assert (
+        f"sft of {finished}: {tmp_path / 'out'}" in out and "logits differ" in out and "license: not known" not in out
+    )
     assert "license: mit" in (tmp_path / "out/README.md").read_text() and pushed == []
 
 
 @pytest.mark.parametrize("private", [True, False])
 def test_a_push_comes_after_the_check(private: bool, finished: Path, tmp_path: Path, capsys, pushed: list) -> None:
     flags = ["--push-to-hub", "me/model", "--merge", *(["--private"] if private else [])]
-    assert main(["ship", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), *flags]) == 0
+    assert main(["export", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), *flags]) == 0
     assert "pushed: https://huggingface.co/me/model" in capsys.readouterr().out
     assert [call[:2] for call in pushed] == [("create", "me/model"), ("upload", "me/model")]
     assert pushed[0][2] == {"private": private or None, "exist_ok": True}
@@ -672,7 +681,7 @@ def test_a_push_comes_after_the_check(private: bool, finished: Path, tmp_path: P
     ("flags", "words"),
     [
         (["--push-to-hub", "me/model"], "a folder of this machine"),
-        (["--push-to-hub", "a/b/c", "--merge"], "not a name on the hub"),
+        (["--push-to-hub", "a/b/c", "--merge"], "not a name on the Hub"),
         (["--private"], "push_to_hub"),
         (["--train_method", "dpo"], "no checkpoint 'dpo'"),
         (["--dtype", "int3"], "dtype must be one of"),
@@ -681,7 +690,7 @@ def test_a_push_comes_after_the_check(private: bool, finished: Path, tmp_path: P
 def test_what_the_command_refuses(
     flags: list[str], words: str, finished: Path, tmp_path: Path, capsys, pushed: list
 ) -> None:
-    assert main(["ship", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), *flags]) == 1
+    assert main(["export", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), *flags]) == 1
     err = capsys.readouterr().err
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
     assert pushed == [] and not list(tmp_path.iterdir())
@@ -694,7 +703,7 @@ def test_a_push_that_fails_keeps_the_folder(finished: Path, tmp_path: Path, caps
 
     monkeypatch.setattr(export, "HfApi", Offline)
     flags = ["--push-to-hub", "me/model", "--merge"]
-    assert main(["ship", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), *flags]) == 1
+    assert main(["export", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), *flags]) == 1
     err = capsys.readouterr().err
     assert "is ready, but was not pushed to me/model: no route to the hub" in err
     assert load_policy(str(tmp_path / "out")).name == str(tmp_path / "out")

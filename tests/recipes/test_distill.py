@@ -120,7 +120,7 @@ def test_the_config_of_a_run_gives_the_same_run_again(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "again", dirs_exist_ok=True)
     options = ["--config", str(tmp_path / "again/config.yaml"), "--output_dir", str(tmp_path / "again")]
     out, _ = run("recipes/distill.py", *options, "--stages", "traces,train")
-    assert "24 problems are there already" in out and "train sft: it is there already" in out
+    assert "24 problems are already done" in out and "train sft: already done" in out
 
 
 def test_two_processes_make_the_traces_of_one(finished, tmp_path):
@@ -155,7 +155,7 @@ def test_finished_stages_are_skipped(finished):
     stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
     rows = (finished / "rows" / "rows-00000.jsonl").read_bytes()
     out, _ = distill(finished, "--stages", "traces,train,evaluate")
-    assert "24 problems are there already" in out and "train sft: it is there already" in out
+    assert "24 problems are already done" in out and "train sft: already done" in out
     assert (finished / "rows" / "rows-00000.jsonl").read_bytes() == rows
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")} == stamps
 
@@ -185,7 +185,7 @@ def test_a_reward_that_cannot_be_audited_does_not_stop_the_run(tmp_path):
     options = ["--stages", "traces", "--dataset", str(tmp_path / "asked.jsonl"), "--eval_dataset", "digit_chains"]
     distill_here(tmp_path / "out", *options)
     audited = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert "could not be audited: the audit needs problems with a gold answer" in audited["verdict"]
+    assert "could not be audited: the audit needs problems with a gold answer" in audited["conclusion"]
     assert len(read_traces(tmp_path / "out" / "traces")) == 5
     (tmp_path / "asked.jsonl").write_text("\n".join(reversed(lines)) + "\n")
     with pytest.raises(ValueError, match="holds a trace of another problem"):

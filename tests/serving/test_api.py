@@ -19,7 +19,7 @@ import pytest
 import worlds
 from watched_reward import PATIENCE, Gate, Watched
 
-from nabla_trl.cli import serve_command
+from nabla_trl.cli.commands import serve
 from nabla_trl.cli.main import main
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
@@ -27,7 +27,7 @@ from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.serving import asgi
 from nabla_trl.serving.api import ApiError, ChatRequest, ServerLimits, build_usage, parse_json, parse_request
-from nabla_trl.serving.service import SEED, Engine, SearchProgress, make_request_problem
+from nabla_trl.serving.service import SEARCH_SEED, Engine, SearchProgress, make_request_problem
 from nabla_trl.traces.schema import Trace
 
 CONFIG = SearchConfig(max_new_tokens=6, max_rounds=3)
@@ -66,16 +66,16 @@ def ask(client: openai.OpenAI, question: str, **options: Any) -> Any:
 
 @contextmanager
 def serving(
-    policy: Policy, reward: Reward, offer: ServerLimits = OFFER, *, queue: int = 1000, **options: Any
+    policy: Policy, reward: Reward, offer: ServerLimits = OFFER, *, max_queue: int = 1000, **options: Any
 ) -> Iterator[Any]:
-    listener, ready = serve_command.bind_socket("127.0.0.1", 0), Event()
-    service = asgi.ChatService(Engine(policy, reward, max_queue=queue), offer, **options)
+    listener, ready = serve.bind_socket("127.0.0.1", 0), Event()
+    service = asgi.ChatService(Engine(policy, reward, max_queue=max_queue), offer, **options)
     server = asgi.ChatServer(service, ready.set)
     thread = Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         assert ready.wait(PATIENCE)
-        yield Running(serve_command.format_base_url(listener), server)
+        yield Running(serve.format_base_url(listener), server)
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
@@ -85,7 +85,9 @@ def serving(
 
 @pytest.fixture(scope="module")
 def server(policy: Policy, scalar_reward: Reward) -> Iterator[Running]:
-    with serving(policy, scalar_reward, ServerLimits(NAME, CONFIG, max_request_flops=1e9), key="sesame") as running:
+    with serving(
+        policy, scalar_reward, ServerLimits(NAME, CONFIG, max_request_flops=1e9), api_key="sesame"
+    ) as running:
         yield running
 
 
@@ -103,7 +105,7 @@ def watched(scalar_reward: Reward) -> Watched:
 def direct(policy: Policy, reward: Reward, question: str, seed: int, config: SearchConfig = CONFIG) -> Trace:
     """What the library gives, without a server."""
     problem = make_request_problem([{"role": "user", "content": question}], seed)
-    return run_search([problem], policy=policy, reward=reward, config=config, seed=SEED)[0]
+    return run_search([problem], policy=policy, reward=reward, config=config, seed=SEARCH_SEED)[0]
 
 
 # --- requests that are read -------------------------------------------------------------------------------
@@ -143,7 +145,9 @@ def test_the_servers_budget_is_the_default_and_the_limit() -> None:
     assert read(ServerLimits(NAME, SearchConfig(max_flops=3.0), max_request_flops=5.0)).config.max_flops == 3.0
     assert read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), max_flops=5).config.max_flops == 5.0
     worlds.refused(
-        lambda: ServerLimits(NAME, SearchConfig(max_flops=9.0), max_request_flops=5.0), "flops", "max_flops"
+        lambda: ServerLimits(NAME, SearchConfig(max_flops=9.0), max_request_flops=5.0),
+        "max_flops",
+        "max_request_flops",
     )
     worlds.refused(
         lambda: ServerLimits(NAME, SearchConfig(acceptance="metropolis"), max_request_flops=5.0), "metropolis"
@@ -176,7 +180,7 @@ def test_what_asks_for_nothing_is_taken() -> None:
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
         ({"bata": 0.5}, "bata", "unknown_parameter"),
         ({"batch_size": 4}, "batch_size", "unknown_parameter"),
-        ({"starts": 10**9}, "starts", "unknown_parameter"),
+        ({"num_starts": 10**9}, "num_starts", "unknown_parameter"),
         ({"messages": []}, "messages", None),
         ({"messages": "1+2"}, "messages", None),
         ({"messages": ["1+2"]}, "messages[0]", None),
@@ -213,10 +217,16 @@ def test_what_cannot_be_honoured_is_refused(fields: dict[str, Any], param: str |
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
 
 
+@pytest.mark.parametrize(("old", "new"), [("flops", "max_flops"), ("rounds", "max_rounds"), ("kl", "target_kl")])
+def test_the_refusal_of_a_renamed_field_names_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(ApiError, match=f"^{old} is not supported: it is now '{new}'$"):
+        read(**{old: 1})
+
+
 @pytest.mark.parametrize("flops", [0, 5.1])
 def test_budgets_above_the_limit_are_refused(flops: float) -> None:
     with pytest.raises(ApiError, match="limited to 5"):
-        read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), flops=flops)
+        read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), max_flops=flops)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"beta": NaN}', b"\xff", b"[" * 100_000])
@@ -229,7 +239,7 @@ def test_what_is_no_json_is_refused(body: bytes) -> None:
 
 
 def test_a_completion_is_what_the_library_gives(client, policy, scalar_reward) -> None:
-    made = ask(client, "12-3+4*5", seed=3, extra_body={"beta": 0.5, "flops": 5e7})
+    made = ask(client, "12-3+4*5", seed=3, extra_body={"beta": 0.5, "max_flops": 5e7})
     trace = direct(
         policy, scalar_reward, "12-3+4*5", 3, SearchConfig(max_new_tokens=6, max_rounds=3, beta=0.5, max_flops=5e7)
     )
@@ -307,7 +317,7 @@ def test_health_needs_no_key(server) -> None:
     [
         ({"model": "other"}, openai.NotFoundError, "model_not_found"),
         ({"n": 2}, openai.BadRequestError, "unsupported_value"),
-        ({"extra_body": {"flops": 2e9}}, openai.BadRequestError, "invalid_value"),
+        ({"extra_body": {"max_flops": 2e9}}, openai.BadRequestError, "invalid_value"),
         ({"messages": [{"role": "user", "content": "1" * 200}]}, openai.BadRequestError, "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "love"}]}, openai.BadRequestError, "invalid_value"),
         ({"messages": [{"role": "user", "content": "love"}], "stream": True}, openai.BadRequestError, "invalid_value"),
@@ -367,7 +377,7 @@ def test_a_search_that_breaks_is_status_500_for_its_request_alone(policy, watche
 
 def test_a_request_out_of_time_is_status_504_and_its_search_ends(policy, watched) -> None:
     watched.before = gate = Gate("7")
-    with serving(policy, watched, timeout=0.2) as server:
+    with serving(policy, watched, request_timeout=0.2) as server:
         with pytest.raises(openai.InternalServerError) as caught:
             server.ask("7")
         assert caught.value.status_code == 504 and caught.value.code == "timeout"
@@ -386,7 +396,7 @@ def test_a_stream_out_of_time_ends_with_an_error(policy, watched) -> None:
             gate(questions)
 
     watched.before = hold
-    with serving(policy, watched, timeout=0.5) as server, server.client() as client:
+    with serving(policy, watched, request_timeout=0.5) as server, server.client() as client:
         with pytest.raises(openai.APIError, match="took longer"):
             list(ask(client, "7", stream=True))
         gates[0].opened.set()
@@ -394,7 +404,7 @@ def test_a_stream_out_of_time_ends_with_an_error(policy, watched) -> None:
 
 def test_more_than_may_wait_get_status_429(policy, watched) -> None:
     watched.before = gate = Gate("1+2")
-    with serving(policy, watched, queue=1) as server, ThreadPoolExecutor(8) as pool:
+    with serving(policy, watched, max_queue=1) as server, ThreadPoolExecutor(8) as pool:
         first = pool.submit(server.ask, "1+2")
         assert gate.reached.wait(PATIENCE)
         rest = [pool.submit(server.ask, "7") for _ in range(3)]
@@ -425,7 +435,7 @@ def test_200_requests_at_once_lose_none_and_get_what_each_gets_alone(policy, sca
             made = list(pool.map(lambda one: ask(client, one[0], seed=one[1]), asked))
         alone = [ask(client, question, seed=seed) for question, seed in asked[:8]]
     problems = [make_request_problem([{"role": "user", "content": question}], seed) for question, seed in asked]
-    traces = run_search(problems, policy=policy, reward=scalar_reward, config=config, seed=SEED)
+    traces = run_search(problems, policy=policy, reward=scalar_reward, config=config, seed=SEARCH_SEED)
     contents = [one.choices[0].message.content for one in made]
     assert contents == [trace.response for trace in traces]
     assert contents[:8] == [one.choices[0].message.content for one in alone]
@@ -440,7 +450,7 @@ def test_the_search_of_a_client_that_goes_is_ended(policy, watched, stream: bool
         _hang_up(server, body, gate.reached)
         assert _eventually(lambda: server.get("/health").json()["running"] == 0)
         gate.opened.set()
-        assert server.ask("1+2", extra_body={"rounds": 1}).choices[0].finish_reason
+        assert server.ask("1+2", extra_body={"max_rounds": 1}).choices[0].finish_reason
     assert [questions for questions in watched.scored if "7" in questions] == [["7"]]
 
 
@@ -510,15 +520,15 @@ def test_the_command_serves_until_ctrl_c(policy, scalar_reward, monkeypatch, tmp
             os.kill(os.getpid(), signal.SIGINT)
 
     def run(service: asgi.ChatService, listener: socket.socket, started: Any) -> None:
-        visitor = Thread(target=visit, args=[serve_command.format_base_url(listener)])
+        visitor = Thread(target=visit, args=[serve.format_base_url(listener)])
         try:
             real(service, listener, lambda: (started(), visitor.start()))
         finally:
             visitor.join(PATIENCE)
 
     real = asgi.run_server
-    monkeypatch.setattr(asgi, "run", run)
-    monkeypatch.setenv(serve_command.API_KEY_ENV_VAR, "key")
+    monkeypatch.setattr(asgi, "run_server", run)
+    monkeypatch.setenv(serve.API_KEY_ENV_VAR, "key")
     models = ["--policy", str(tmp_path / "policy"), "--reward", str(tmp_path / "reward")]
     options = ["--port", "0", "--served_model_name", "mine", "--max_new_tokens", "6", "--max_rounds", "3"]
     assert main(["serve", *models, *options]) == 130
@@ -532,7 +542,7 @@ def test_an_address_in_use_is_refused_before_anything_is_loaded(capsys) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", "--policy", "/nowhere", "--reward", "/nowhere", "--port", port]) == 1
-    assert capsys.readouterr().err.startswith(f"error: cannot listen at 127.0.0.1, port {port}: ")
+    assert capsys.readouterr().err.startswith(f"error: cannot listen on 127.0.0.1, port {port}: ")
 
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
@@ -554,7 +564,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, missing: str) -> None:
         (["--request_timeout", "nan"], "request_timeout"),
         (["--api_key", ""], "api_key"),
         (["--api_key", "sésame"], "key"),
-        (["--max_flops", "2", "--max_flops", "1"], "max_flops"),
+        (["--max_flops", "2", "--max_request_flops", "1"], "max_request_flops"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(capsys, options: list[str], word: str) -> None:

@@ -19,10 +19,10 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.serving.service import (
-    SEED,
+    SEARCH_SEED,
     Engine,
-    Failed,
     QueueFull,
+    SearchFailed,
     SearchProgress,
     ServerStopping,
     make_request_problem,
@@ -65,7 +65,7 @@ def moves(trace: Trace) -> list[Any]:
 
 
 def alone(policy: Policy, reward: Reward, one: Problem, config: SearchConfig = CONFIG) -> Trace:
-    return run_search([one], policy=policy, reward=reward, config=config, seed=SEED)[0]
+    return run_search([one], policy=policy, reward=reward, config=config, seed=SEARCH_SEED)[0]
 
 
 # --- batches ----------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_requests_in_a_batch_get_what_each_gets_alone(architecture: str) -> None
     policy = worlds.tiny_policy(architecture)
     reward = Watched(worlds.tiny_scalar(policy, architecture))
     asked = [(question, seed) for question in worlds.QUESTIONS[:3] for seed in (0, 1, 2)]
-    with running(policy, reward, window=PATIENCE) as engine:  # waits until the batch is full
+    with running(policy, reward, batch_window=PATIENCE) as engine:  # waits until the batch is full
         config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=len(asked))
         traces = [answer(future) for future in [ask(engine, *one, config) for one in asked]]
     assert len(reward.scored[0]) == len(asked)
@@ -90,7 +90,7 @@ def test_requests_in_a_batch_get_what_each_gets_alone(architecture: str) -> None
 def test_what_waits_while_a_batch_runs_is_searched_together_by_configuration(policy, watched) -> None:
     watched.before = gate = Gate("1+2")
     other = SearchConfig(max_new_tokens=6, max_rounds=1)
-    with running(policy, watched, window=0.0) as engine:
+    with running(policy, watched, batch_window=0.0) as engine:
         first = ask(engine, "1+2")
         assert gate.reached.wait(PATIENCE)
         mixed = [ask(engine, f"{n}*{n}", config=other if n % 2 else CONFIG) for n in range(6)]
@@ -105,7 +105,7 @@ def test_what_waits_while_a_batch_runs_is_searched_together_by_configuration(pol
 def test_no_batch_is_larger_than_its_configuration_says(policy, watched) -> None:
     watched.before = gate = Gate("1+2")
     small = SearchConfig(max_new_tokens=6, max_rounds=1, batch_size=2)
-    with running(policy, watched, window=0.0) as engine:
+    with running(policy, watched, batch_window=0.0) as engine:
         futures = [ask(engine, "1+2")]
         assert gate.reached.wait(PATIENCE)
         futures += [ask(engine, f"{n}*{n}", config=small) for n in range(5)]
@@ -115,7 +115,7 @@ def test_no_batch_is_larger_than_its_configuration_says(policy, watched) -> None
 
 
 def test_equal_requests_share_one_search(policy, watched) -> None:
-    with running(policy, watched, window=PATIENCE) as engine:
+    with running(policy, watched, batch_window=PATIENCE) as engine:
         pair = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=2)
         futures = [ask(engine, "1+2", 5, pair) for _ in range(20)] + [ask(engine, "7", 5, pair)]
         traces = [answer(future) for future in futures]
@@ -132,7 +132,7 @@ def test_a_trace_comes_once_its_own_search_has_ended(policy, watched) -> None:
     assert sorted(rounds.values())[-2] + 1 < rounds[longest]
     gate, lonely = Gate(longest), count()
     watched.before = lambda questions: gate(questions) if questions == [longest] and next(lonely) == 1 else None
-    with running(policy, watched, window=PATIENCE) as engine:
+    with running(policy, watched, batch_window=PATIENCE) as engine:
         futures = {question: ask(engine, question, 1, config) for question in worlds.QUESTIONS}
         for question in rounds.keys() - {longest}:
             assert len(answer(futures[question]).revisions) == rounds[question]
@@ -146,7 +146,7 @@ def test_a_trace_comes_once_its_own_search_has_ended(policy, watched) -> None:
 
 def test_a_request_that_cannot_be_read_leaves_the_others_untouched(policy, watched) -> None:
     questions = ["1+2", "what is love", "1" * 200, "7"]
-    with running(policy, watched, window=PATIENCE) as engine:
+    with running(policy, watched, batch_window=PATIENCE) as engine:
         config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=4)
         futures = [ask(engine, question, config=config) for question in questions]
         good, unknown, long, last = [future.exception(PATIENCE) for future in futures]
@@ -162,10 +162,10 @@ def test_a_search_that_breaks_breaks_for_the_culprit_alone(policy, watched, capl
             raise RuntimeError("no such luck")
 
     watched.before = broken
-    with running(policy, watched, window=PATIENCE) as engine:
+    with running(policy, watched, batch_window=PATIENCE) as engine:
         config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=4)
         futures = [ask(engine, question, config=config) for question in worlds.QUESTIONS]
-        with pytest.raises(Failed, match="no such luck"):
+        with pytest.raises(SearchFailed, match="no such luck"):
             answer(futures[2])
         others = [answer(futures[index]) for index in (0, 1, 3)]
     assert "no such luck" in caplog.text
@@ -181,10 +181,10 @@ def test_a_reward_that_is_not_a_number_fails_its_request_alone(policy, scalar_re
             pairs = zip(values, samples, strict=True)
             return [math.nan if one.problem.question == "7" else value for value, one in pairs], memos
 
-    with running(policy, Odd(scalar_reward), window=PATIENCE) as engine:
+    with running(policy, Odd(scalar_reward), batch_window=PATIENCE) as engine:
         config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=2)
         good, bad = ask(engine, "1+2", config=config), ask(engine, "7", config=config)
-        with pytest.raises(Failed, match="nan"):
+        with pytest.raises(SearchFailed, match="nan"):
             answer(bad)
         assert answer(good).response_ids == alone(policy, scalar_reward, problem("1+2")).response_ids
 
@@ -194,10 +194,10 @@ def test_a_drawing_server_that_is_gone_is_asked_once_for_a_batch(policy, watched
         raise ConnectionError("no answer")
 
     watched.before = gone
-    with running(policy, watched, window=PATIENCE) as engine:
+    with running(policy, watched, batch_window=PATIENCE) as engine:
         config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=4)
         for future in [ask(engine, question, config=config) for question in worlds.QUESTIONS]:
-            assert isinstance(future.exception(PATIENCE), Failed)
+            assert isinstance(future.exception(PATIENCE), SearchFailed)
     assert len(watched.scored) == 1
 
 
@@ -206,7 +206,7 @@ def test_a_drawing_server_that_is_gone_is_asked_once_for_a_batch(policy, watched
 
 def test_a_cancelled_request_is_dropped_from_the_queue(policy, watched) -> None:
     watched.before = gate = Gate("1+2")
-    with running(policy, watched, window=0.0, queue=2) as engine:
+    with running(policy, watched, batch_window=0.0, max_queue=2) as engine:
         first = ask(engine, "1+2")
         assert gate.reached.wait(PATIENCE)
         dropped, kept = ask(engine, "7"), ask(engine, "9*9")
@@ -221,7 +221,7 @@ def test_a_cancelled_search_ends_at_the_next_round_and_the_others_go_on(policy, 
     rounds, gate = count(), Gate("7")
     watched.before = lambda questions: gate(questions) if "7" in questions and next(rounds) == 2 else None
     config = SearchConfig(max_new_tokens=6, max_rounds=8, batch_size=2)
-    with running(policy, watched, window=PATIENCE) as engine:
+    with running(policy, watched, batch_window=PATIENCE) as engine:
         going, left = ask(engine, "1+2", config=config), ask(engine, "7", config=config)
         assert gate.reached.wait(PATIENCE)
         assert left.cancel() and engine.count_requests() == (0, 1)
@@ -233,7 +233,7 @@ def test_a_cancelled_search_ends_at_the_next_round_and_the_others_go_on(policy, 
 def test_a_search_goes_on_while_one_of_equal_requests_waits_for_it(policy, watched) -> None:
     watched.before = gate = Gate("7")
     config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=2)
-    with running(policy, watched, window=PATIENCE) as engine:
+    with running(policy, watched, batch_window=PATIENCE) as engine:
         left, waits, _ = (ask(engine, question, config=config) for question in ("7", "7", "1+2"))
         assert gate.reached.wait(PATIENCE) and left.cancel()
         gate.opened.set()
@@ -242,7 +242,7 @@ def test_a_search_goes_on_while_one_of_equal_requests_waits_for_it(policy, watch
 
 def test_more_than_may_wait_are_refused(policy, watched) -> None:
     watched.before = gate = Gate("1+2")
-    with running(policy, watched, window=0.0, queue=3) as engine:
+    with running(policy, watched, batch_window=0.0, max_queue=3) as engine:
         futures = [ask(engine, "1+2")]
         assert gate.reached.wait(PATIENCE)
         futures += [ask(engine, f"{n}") for n in range(3)]
@@ -276,8 +276,8 @@ def test_stopping_finishes_what_runs_and_refuses_what_waits(policy, watched) -> 
 def test_progress_tells_of_every_incumbent(policy, watched, options: dict[str, int]) -> None:
     config = SearchConfig(max_new_tokens=8, max_rounds=6, **options)
     told: list[SearchProgress] = []
-    with running(policy, watched, window=0.0) as engine:
-        trace = answer(ask(engine, "12-3+4*5", config=config, watch=told.append))
+    with running(policy, watched, batch_window=0.0) as engine:
+        trace = answer(ask(engine, "12-3+4*5", config=config, on_progress=told.append))
     accepted = [one for one in trace.revisions if one.accepted]
     assert accepted
     own = [one for one in told if one.chain in {p.chain for p in told if p.reward == trace.reward}]

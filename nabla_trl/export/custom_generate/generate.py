@@ -1,4 +1,4 @@
-"""The reasoner of nabla_trl as a custom generation method: `model.generate(custom_generate=THIS_REPOSITORY, ...)`.
+"""The search of nabla_trl as a custom generation method of transformers.
 
     model.generate(
         **tokenizer(prompts, return_tensors="pt", padding=True),
@@ -6,12 +6,12 @@
         tokenizer=tokenizer, reward=REWARD, max_new_tokens=512,
     )
 
-The work is done by the installed package; `nabla_trl.export.custom_generation.generate` tells of the arguments.
+The installed package does the work. `nabla_trl.export.custom_generation.generate` describes the arguments.
 """
 
 try:
-    from nabla_trl.export.custom_generation import generate  # noqa: F401  (transformers looks it up here)
+    from nabla_trl.export.custom_generation import generate  # noqa: F401  (transformers looks this name up)
 except ImportError as error:
     raise ImportError(
-        f"this custom generation method runs in the package nabla-trl, which is missing or too old here: {error}"
+        f"this custom generation method needs the package nabla-trl, which is missing or too old: {error}"
     ) from error

@@ -1,0 +1,364 @@
+"""`nabla-trl audit`: measure if a reward ranks responses, if its gradient helps, and how far a search may go."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments, check_distinct
+from nabla_trl.cli.parsing import Parser
+from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.options import GradientPoint
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
+from nabla_trl.tasks.registry import load_problems
+from nabla_trl.utils.fields import option, required_option
+from nabla_trl.utils.files import write_atomic
+from nabla_trl.utils.formatting import format_interval
+
+if TYPE_CHECKING:
+    from nabla_trl.audit.gradient import FirstErrorScores, GradientAudit
+    from nabla_trl.audit.overoptimization import OveroptimizationAudit
+    from nabla_trl.audit.ranking import RankingAudit
+    from nabla_trl.utils.statistics import Interval
+
+AUDIT_HELP = """--json prints one object. --output_file writes the same object after each part:
+  policy, reward              names on the command line
+  problems, samples, accuracy, best_of_n_accuracy, best_of_n_reward, auc,
+  correlation, length_correlation, validated_samples, conclusion
+                              the samples
+  gradient                    with --gradient, else null: gradient_points
+                              {name: ...}, best_gradient_at, baseline (no
+                              gradient), conclusion
+  over_optimization           with --over_optimization, else null: curves {nabla,
+                              control}, conclusion
+  validated_limits            with --over_optimization, else null: {max_samples,
+                              max_rounds}, the largest search that the audit
+                              validated. Other commands read it with --audit_file"""
+
+
+@dataclass
+class AuditArguments:
+    """Options of `nabla-trl audit`."""
+
+    dataset: str = required_option(DATASET_HELP)
+    split: str = option("train", "Split of the data set. Audit on problems that you do not evaluate on.", common=True)
+    max_audit_problems: int = option(
+        64,
+        "Maximum number of problems to audit on. Increase it for narrower confidence intervals. 0 uses all problems.",
+        common=True,
+    )
+    audit_samples: int = option(
+        16,
+        "Responses drawn per problem to audit the reward, at least 2. Increase it to audit larger best-of-N.",
+        common=True,
+    )
+    seed: int = option(0, "Random seed of the samples.", common=True)
+    temperature: float = option(1.0, "Sampling temperature. Use the value of the search.", common=True)
+    top_k: int = option(0, "Sample from the k most likely tokens. 0 uses all tokens.")
+    top_p: float = option(
+        1.0,
+        "Nucleus sampling: sample from the smallest set of tokens with this total probability. 1 uses all tokens.",
+    )
+    min_p: float = option(
+        0.0,
+        "Do not sample tokens whose probability is below this fraction of the most likely token's. 0 disables it.",
+    )
+    max_new_tokens: int = option(
+        512, "Maximum length of a response in tokens. Increase it if responses are cut off.", common=True
+    )
+    batch_size: int = option(256, "Responses drawn and scored together. Lower it if memory runs out.", common=True)
+    output_file: str = option(
+        "",
+        "JSON file to write the results to. Other commands read it with --audit_file (default: no file).",
+        common=True,
+    )
+    gradient: bool = option(
+        False,
+        "Also audit the gradient of the reward: does it show which token to change? Use it before a search with "
+        "solver mirror (default: false).",
+        common=True,
+    )
+    gradient_at: list[str] = field(
+        default_factory=lambda: ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
+        metadata={
+            "help": "Gradients to audit, cheapest first. See --solver.gradient_at of the search. Needs --gradient.",
+            "common": True,
+        },
+    )
+    num_swaps: int = option(
+        1000,
+        "Single-token swaps for which predicted and true reward changes are compared. Increase it for narrower "
+        "intervals. Needs --gradient.",
+    )
+    over_optimization: bool = option(
+        False,
+        "Also audit over-optimization: does the accuracy fall as the search continues? The result contains the limits "
+        "that later searches should respect (default: false).",
+        common=True,
+    )
+    max_rounds: int = option(
+        16,
+        "Number of search rounds to audit, the largest budget that can be validated. All other search options keep "
+        "their defaults. Needs --over_optimization.",
+        common=True,
+    )
+    beta: float | None = option(
+        None,
+        "KL coefficient β of the search. Used by --gradient and --over_optimization (default: the search's own "
+        "default, a KL target).",
+        common=True,
+    )
+    top_k_candidates: int = option(
+        16, "Tokens of the policy considered at each position. Used by --gradient and --over_optimization."
+    )
+    candidate_min_p: float = option(
+        0.02,
+        "Drop candidates whose probability is below this fraction of the most likely token's. Used by --gradient and "
+        "--over_optimization.",
+    )
+
+    def __post_init__(self) -> None:
+        check_distinct("gradient_at", self.gradient_at)
+        for text in self.gradient_at:
+            GradientPoint.parse(text)
+        for name in ("num_swaps", "max_rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.audit_samples < 2:
+            raise ValueError("audit_samples must be at least 2: the audit compares samples of the same problem")
+
+    def build_search_config(self) -> SearchConfig:
+        """Return the search that the options describe, with defaults for everything else."""
+        return SearchConfig(
+            beta=self.beta,
+            max_rounds=self.max_rounds,
+            top_k_candidates=self.top_k_candidates,
+            candidate_min_p=self.candidate_min_p,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+        )
+
+
+@dataclass
+class AuditResult:
+    """The parts of an audit that have run so far.
+
+    Attributes:
+        policy: name of the policy on the command line.
+        reward: name of the reward on the command line.
+    """
+
+    policy: str
+    reward: str
+    ranking: RankingAudit
+    gradient: GradientAudit | None = None
+    over_optimization: OveroptimizationAudit | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        over_optimization = self.over_optimization.to_dict() if self.over_optimization else None
+        return {
+            "policy": self.policy,
+            "reward": self.reward,
+            **self.ranking.to_dict(),
+            "gradient": self.gradient.to_dict() if self.gradient else None,
+            "over_optimization": over_optimization,
+            "validated_limits": over_optimization and over_optimization["validated_limits"],
+        }
+
+    def write(self, output_file: str) -> None:
+        """Write the result to a file, if it has a name."""
+        if output_file:
+            write_atomic(Path(output_file), json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    parser = Parser(
+        [ModelArguments, AuditArguments],
+        prog="nabla-trl audit",
+        usage="nabla-trl audit --policy P --reward R --dataset D [--gradient] [--over_optimization] [options]",
+        description="Measure if a reward prefers correct answers among samples of the policy, before a search\n"
+        "uses it. --gradient measures if its gradient shows which token to change, and --over_optimization\n"
+        "how far a search may go.",
+        epilog=AUDIT_HELP,
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="Print the results as one JSON object, described below. Use it in scripts (default: print tables).",
+    )
+    models, args, extra = parser.parse_options(argv)
+    config = args.build_search_config()
+    if args.output_file:  # now, so that a wrong path does not fail after the work
+        Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
+    problems = load_problems(args.dataset, split=args.split, max_problems=args.max_audit_problems or None)
+    problems = filter_with_gold_answer(problems)
+    models.get_prompt_options().check_problems(problems)
+    with redirect_stdout(sys.stderr):  # libraries must not print into the JSON
+        result = run_audits(problems, models, args, config)
+    if extra.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print_audit(result, Console())
+    return 0
+
+
+def run_audits(
+    problems: Sequence[Problem], models: ModelArguments, args: AuditArguments, config: SearchConfig
+) -> AuditResult:
+    """Run the parts of the audit. The output file is written after each part, in case a later part fails."""
+    from nabla_trl.audit.gradient import audit_gradient
+    from nabla_trl.audit.overoptimization import audit_overoptimization
+    from nabla_trl.audit.ranking import audit_ranking
+    from nabla_trl.baselines.sampling import draw_pool
+
+    with AnswerChecker() as checker:
+        policy, reward = models.load_policy_and_reward(args.batch_size)
+        pool = draw_pool(
+            problems,
+            args.audit_samples,
+            policy=policy,
+            reward=reward,
+            sampling=config.get_sampling(),
+            seed=args.seed,
+            batch_size=args.batch_size,
+        )
+        result = AuditResult(models.policy, models.reward, audit_ranking(pool, checker))
+        result.write(args.output_file)
+        if args.gradient:
+            result.gradient = audit_gradient(
+                problems,
+                policy=policy,
+                reward=reward,
+                gradient_at=args.gradient_at,
+                sampling=config.get_sampling(),
+                samples_per_problem=args.audit_samples,
+                num_swaps=args.num_swaps,
+                top_k_candidates=config.top_k_candidates,
+                candidate_min_p=config.candidate_min_p,
+                reward_weight=config.reward_weight,
+                seed=args.seed,
+                batch_size=args.batch_size,
+            )
+            result.write(args.output_file)
+        if args.over_optimization:
+            result.over_optimization = audit_overoptimization(
+                problems,
+                policy=policy,
+                reward=reward,
+                config=config,
+                checker=checker,
+                validated_samples=result.ranking.validated_samples,
+                seeds=(args.seed,),
+            )
+            result.write(args.output_file)
+    return result
+
+
+# --- in a terminal ------------------------------------------------------------------------------------
+
+
+def print_audit(result: AuditResult, console: Console) -> None:
+    """Print the parts of an audit as tables with their conclusions."""
+    _print_ranking_audit(result.ranking, console)
+    if result.gradient is not None:
+        console.print("\ngradient", style="bold")
+        _print_gradient_audit(result.gradient, console)
+    if result.over_optimization is not None:
+        console.print("\nover-optimization", style="bold")
+        _print_overoptimization_audit(result.over_optimization, console)
+
+
+def _print_ranking_audit(audit: RankingAudit, console: Console) -> None:
+    table = _make_table("best of", "accuracy [95%]", "reward")
+    for n, accuracy in audit.best_of_n_accuracy.items():
+        table.add_row(str(n), format_interval(accuracy), f"{audit.best_of_n_reward[n]:.3f}")
+    console.print(table)
+    lines = {
+        "correct samples": f"{audit.accuracy:.3f} of {audit.problems} × {audit.samples}",
+        "AUC within problems": f"{audit.auc:.3f}",
+    }
+    if audit.step_auc is not None:
+        lines["AUC of error-free"] = f"{audit.step_auc:.3f}"
+    if audit.correct_with_errors is not None:
+        lines["correct by luck"] = f"{audit.correct_with_errors:.3f} of the correct samples"
+    lines["correlation with correct"] = f"{audit.correlation:+.3f}"
+    lines["correlation with length"] = f"{audit.length_correlation:+.3f}"
+    _print_fields(lines, audit.conclusion, console)
+
+
+def _print_gradient_audit(audit: GradientAudit, console: Console) -> None:
+    headings = [
+        "gradient at",
+        "direction",
+        "correl.",
+        *(["first error", "repair"] if audit.baseline else []),
+        "effect",
+    ]
+    table = _make_table(*headings)
+    if audit.baseline:
+        table.add_row("(none)", "", "", *_format_first_error_scores(audit.baseline), "")
+    for name, point in audit.gradient_points.items():
+        table.add_row(
+            name,
+            _format_percent_interval(point.sign_accuracy_informative),
+            "–" if point.correlation is None else f"{point.correlation.value:+.2f}",
+            *_format_first_error_scores(point.first_error_scores),
+            point.effect,
+        )
+    console.print(table)
+    lines = {
+        "swaps": f"{audit.swaps} in {audit.swapped_responses} of {audit.responses} responses, "
+        f"{audit.informative_swaps} informative",
+        "wrong responses": audit.no_labels_reason
+        or f"{audit.wrong_responses}, {audit.repairable_responses} with a correct token among the candidates",
+    }
+    _print_fields(lines, audit.conclusion, console)
+
+
+def _print_overoptimization_audit(audit: OveroptimizationAudit, console: Console) -> None:
+    table = _make_table("rounds", *(heading for name in audit.curves for heading in (f"{name} [95%]", "reward")))
+    for rounds in next(iter(audit.curves.values())).accuracy:
+        cells = []
+        for curve in audit.curves.values():
+            cells += [format_interval(curve.accuracy[rounds].to_dict()), f"{curve.reward[rounds]:.3f}"]
+        table.add_row(str(rounds), *cells)
+    console.print(table)
+    limits = audit.validated_limits
+    lines = {"validated": f"up to {limits.max_samples} samples, {limits.max_rounds} rounds"}
+    _print_fields(lines, audit.conclusion, console)
+
+
+def _make_table(*headings: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=heading != "gradient at", overflow="fold")
+    return table
+
+
+def _format_first_error_scores(scores: FirstErrorScores | None) -> list[str]:
+    return [] if scores is None else [_format_percent_interval(scores.top1), _format_percent_interval(scores.repair)]
+
+
+def _format_percent_interval(interval: Interval | None) -> str:
+    return "–" if interval is None else f"{interval.value:.0%} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+
+
+def _print_fields(fields: dict[str, str], conclusion: str, console: Console) -> None:
+    for label, value in fields.items():
+        console.print(f"{label:<24}{value}", highlight=False, markup=False)
+    console.print(f"conclusion: {conclusion}", highlight=False, markup=False)

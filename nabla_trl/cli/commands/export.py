@@ -1,0 +1,109 @@
+"""`nabla-trl export`: write a trained checkpoint to a folder, or a Hub repository, that others can load."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from nabla_trl.cli.parsing import Parser, quiet_libraries
+from nabla_trl.utils.fields import option, required_option
+from nabla_trl.utils.formatting import format_error
+
+
+@dataclass
+class ExportArguments:
+    """Options of `nabla-trl export`."""
+
+    run_dir: str = required_option("Folder of a run of recipes/distill.py that has trained and evaluated a policy.")
+    output_dir: str = required_option("Folder to write the exported model to. It must be empty or not exist.")
+    train_method: str | None = option(
+        None,
+        "Training method of the checkpoint to export, such as sft or dpo. Needed if the run has several checkpoints "
+        "(default: the only checkpoint).",
+        common=True,
+    )
+    merge: bool = option(
+        False,
+        "Also merge the adapter into the base model and save the result in merged/, in --dtype. Use it for tools that "
+        "cannot load adapters (default: false).",
+        common=True,
+    )
+    dtype: str | None = option(
+        None,
+        "Data type of the check and of the merged weights: float32, bfloat16 or float16 (default: the data type of "
+        "the run's evaluation).",
+        common=True,
+    )
+    device: str | None = option(
+        None, "Device of the check, such as cpu or cuda:1 (default: a GPU if there is one, else the CPU).", common=True
+    )
+    license: str | None = option(
+        None,
+        "License of the checkpoint, such as apache-2.0. Set it if the base model's card is not available (default: "
+        "the base model's license).",
+        common=True,
+    )
+    push_to_hub: str | None = option(
+        None,
+        "Also push the folder to this model repository of the Hugging Face Hub, written NAME/MODEL (default: do not "
+        "push).",
+        common=True,
+    )
+    private: bool = option(
+        False, "Make the repository of --push_to_hub private if it is new (default: false).", common=True
+    )
+
+    def __post_init__(self) -> None:
+        if self.private and not self.push_to_hub:
+            raise ValueError("private needs push_to_hub: nothing is pushed")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    parser = Parser(
+        [ExportArguments],
+        prog="nabla-trl export",
+        usage="nabla-trl export --run_dir RUN --output_dir DIR [options]",
+        description="Write a trained checkpoint to a folder: weights, tokenizer, training configuration, and a model\n"
+        "card with the results of the run. The export is checked before it is written: the folder is loaded again,\n"
+        "and must give the logits of the trained model.",
+    )
+    args = parser.parse_options(argv)[0]
+
+    from nabla_trl.export import export
+    from nabla_trl.export.checkpoint import find_checkpoint
+
+    checkpoint = find_checkpoint(Path(args.run_dir), args.train_method)
+    if args.push_to_hub:
+        export.check_push_to_hub(checkpoint, args.push_to_hub, merge=args.merge)
+    quiet_libraries()
+    with redirect_stdout(sys.stderr):
+        result = export.export_checkpoint(
+            checkpoint,
+            Path(args.output_dir),
+            merge=args.merge,
+            license=args.license,
+            dtype=args.dtype,
+            device=args.device,
+            model_name=args.push_to_hub,
+        )
+    provenance = result.provenance
+    differences = ", ".join(f"{name} {value:.2g}" for name, value in provenance.logit_differences.items())
+    print(
+        f"loaded again in {provenance.dtype}: logits differ from the trained model's by at most {differences} "
+        f"(allowed {result.logit_tolerance:.2g}); training changed them by {provenance.max_logit_change:.2g}"
+    )
+    if provenance.license is None:
+        print("license: not known; --license names one")
+    print(f"{checkpoint.method} of {checkpoint.run_dir}: {result.output_dir}")
+    if args.push_to_hub:
+        try:
+            print(f"pushed: {export.push_to_hub(result.output_dir, args.push_to_hub, private=args.private)}")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{result.output_dir} is ready, but was not pushed to {args.push_to_hub}: {format_error(error)}"
+            ) from error
+    return 0

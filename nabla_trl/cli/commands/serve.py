@@ -1,0 +1,145 @@
+"""`nabla-trl serve`: answer HTTP requests in the format of OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+
+from nabla_trl.cli.arguments import ModelArguments
+from nabla_trl.cli.parsing import Parser
+from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.utils.fields import option
+
+API_KEY_ENV_VAR = "NABLA_API_KEY"
+SERVE_HELP = """The server has POST /v1/chat/completions, GET /v1/models and GET /health. Any client of
+OpenAI's API can use it:
+
+  client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="...")
+  client.chat.completions.create(model=POLICY, messages=[...], seed=0,
+                                 extra_body={"max_flops": 1e12, "beta": 0.5})
+
+A request may set the API's own fields, and max_flops, beta, target_kl, max_rounds,
+patience, top_k and min_p of the search. The options of this command are the
+defaults. --max_new_tokens and --max_request_flops are the limits. The same seed
+gives the same answer. usage.nabla contains the cost of the search. A request with
+stream: true receives every accepted revision. A field that the server does not
+support (n > 1, tools, logprobs, ...) is refused."""
+
+
+@dataclass
+class ServeArguments:
+    """Options of `nabla-trl serve`."""
+
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on. 0.0.0.0 accepts connections from other machines. Set an API key in that case.",
+        common=True,
+    )
+    port: int = option(8000, "Port to listen on. 0 chooses a free port.", common=True)
+    api_key: str | None = option(
+        None,
+        f"Bearer token that requests must send. Prefer the environment variable {API_KEY_ENV_VAR}, because other "
+        f"users of this machine can see command lines (default: {API_KEY_ENV_VAR}, and no key if that is not set).",
+        common=True,
+    )
+    served_model_name: str | None = option(
+        None,
+        "Name of the model in requests. Set it to hide a local path (default: the name of the policy).",
+        common=True,
+    )
+    max_request_flops: float = option(
+        0.0,
+        "Largest FLOPs budget that a request may ask for. Requests without a budget, and without --max_flops as the "
+        "default, get this budget. Set it to bound the cost of a request. 0 sets no limit.",
+        common=True,
+    )
+    max_queue: int = option(1000, "Maximum number of waiting requests. Further requests get status 429.")
+    request_timeout: float = option(
+        600.0,
+        "Seconds from a request to its answer, including the time in the queue. Increase it for long searches.",
+    )
+    batch_window: float = option(
+        0.01,
+        "Seconds that a request waits for other requests to join its batch. Increase it for throughput, lower it for "
+        "latency.",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port must be in [0, 65535], not {self.port}")
+        if self.max_queue < 1 or not 0 < self.request_timeout < math.inf or not 0 <= self.batch_window < math.inf:
+            raise ValueError("a server needs max_queue >= 1, request_timeout > 0 and batch_window >= 0, all finite")
+        if self.api_key == "" or self.served_model_name == "":
+            raise ValueError("api_key and served_model_name must not be empty: leave them out instead")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    parser = Parser(
+        [ModelArguments, ServeArguments, SearchConfig],
+        presets=PRESETS,
+        prog="nabla-trl serve",
+        usage="nabla-trl serve --policy P --reward R [options]",
+        description="Answer HTTP requests. The search refines the answer to each request, and many in one batch.",
+        epilog=SERVE_HELP,
+    )
+    models, args, config = parser.parse_options(argv)[:3]
+    try:
+        from nabla_trl.serving import asgi
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("starlette", "uvicorn"):
+            raise
+        raise ValueError(f"nabla-trl serve needs {package}: pip install nabla-trl[serve]") from error
+    from nabla_trl.audit.overoptimization import warn_past_limits
+    from nabla_trl.serving.api import ServerLimits
+    from nabla_trl.serving.service import Engine
+
+    api_key = args.api_key or os.environ.get(API_KEY_ENV_VAR) or None
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise ValueError("the API key must consist of ASCII characters without spaces: clients cannot send others")
+    limits = ServerLimits(args.served_model_name or models.policy, config, args.max_request_flops)
+    with bind_socket(args.host, args.port) as listener:  # before the models are loaded, as the address may be in use
+        with redirect_stdout(sys.stderr):
+            policy, reward = models.load_policy_and_reward(4 * config.batch_size)
+        warn_past_limits(reward, config)
+        base_url = format_base_url(listener)
+        if api_key is None and not args.host.startswith("127.") and args.host not in ("localhost", "::1"):
+            print(f"warning: anyone who can reach {base_url} can use it: set {API_KEY_ENV_VAR}", file=sys.stderr)
+        service = asgi.ChatService(
+            Engine(policy, reward, max_queue=args.max_queue, batch_window=args.batch_window),
+            limits,
+            api_key=api_key,
+            request_timeout=args.request_timeout,
+        )
+        message = f"serving {limits.model_name} at {base_url}; Ctrl-C finishes the running requests and stops"
+        asgi.run_server(service, listener, lambda: print(message, flush=True))
+    return 0
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Bind a socket to an address without accepting connections yet.
+
+    Raises:
+        OSError: the address does not exist, or is in use.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+    return listener
+
+
+def format_base_url(listener: socket.socket) -> str:
+    """Return the base URL of the API, for clients of the server at this socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"

@@ -1,0 +1,80 @@
+"""`nabla-trl traces`: refine the answers to many problems and store the traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments
+from nabla_trl.cli.parsing import Parser
+from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.tasks.registry import get_task_settings, load_problems
+from nabla_trl.utils.fields import option, required_option
+from nabla_trl.utils.identity import claim_settings, identify_adapter
+from nabla_trl.utils.locks import lock_folder
+
+
+@dataclass
+class TracesArguments:
+    """Options of `nabla-trl traces`."""
+
+    dataset: str = required_option(DATASET_HELP)
+    output_dir: str = required_option(
+        "Folder to write traces/ to. Traces that already exist are kept, so an interrupted run can continue."
+    )
+    split: str = option(
+        "train", "Split of the data set. Use a training split, because the traces are training data.", common=True
+    )
+    max_problems: int = option(
+        1000, "Maximum number of problems. Lower it for a quick test. 0 uses all problems.", common=True
+    )
+    seed: int = option(0, "Random seed of the search. Traces of several seeds can be in the same folder.", common=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    parser = Parser(
+        [ModelArguments, TracesArguments, SearchConfig],
+        presets=PRESETS,
+        prog="nabla-trl traces",
+        usage="nabla-trl traces --policy P --reward R --dataset D --output_dir DIR [options]",
+        description="Refine the answers to many problems and store them as parquet shards, in one process.\n"
+        "recipes/distill.py generates the same traces on several devices, and then trains on them.",
+    )
+    models, args, config = parser.parse_options(argv)[:3]
+
+    from nabla_trl.audit.overoptimization import warn_past_limits
+    from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces, get_search_settings
+
+    problems = load_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
+    models.get_prompt_options().check_problems(problems)
+    output_dir, traces_dir = Path(args.output_dir), Path(args.output_dir) / "traces"
+    settings = models.get_settings() | {
+        "adapter": identify_adapter(models.adapter) if models.adapter else "",
+        **get_task_settings(args.dataset),
+        "split": args.split,
+    }
+    with lock_folder(output_dir):
+        unfinished = find_unfinished_problems(problems, traces_dir, args.seed)
+        num_done = len(problems) - len(unfinished)
+        if unfinished:  # load before the settings are claimed: a mistyped model must not claim the folder
+            policy, reward = models.load_policy_and_reward(4 * config.batch_size)
+        claim_settings(output_dir / "traces.settings.json", settings | get_search_settings(config))
+        if unfinished:
+            warn_past_limits(reward, config)
+            with AnswerChecker() as checker:
+                tally = generate_traces(
+                    unfinished,
+                    traces_dir,
+                    policy=policy,
+                    reward=reward,
+                    config=config,
+                    seed=args.seed,
+                    checker=checker,
+                    num_done=num_done,
+                )
+            print(tally)
+    print(f"{len(unfinished)} traces written, {num_done} existed: {traces_dir}")
+    return 0
