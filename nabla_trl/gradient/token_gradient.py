@@ -128,14 +128,16 @@ def _compute_objective_gradient(
         gradient = torch.zeros(
             len(sample.response_ids), ids.shape[-1], dtype=widen_dtype(seed.hidden_grad), device=hidden.device
         )
-        own = gradient[span]
+        span_gradient = gradient[span]  # a view
         if embed_grads is not None:
             # Response token t is input t + 1. A last token that is not read has no effect on later ones.
-            grads = embed_grads[row, 1 : min(batch.num_tokens[row], len(own) + 1)]
-            own[: len(grads)] += _project_on_embeddings(objective, grads, None if tables is None else ids[span])
+            grads = embed_grads[row, 1 : min(batch.num_tokens[row], len(span_gradient) + 1)]
+            span_gradient[: len(grads)] += _project_on_embeddings(
+                objective, grads, None if tables is None else ids[span]
+            )
         if likelihood_token_grad and seed.token_grads is not None:
             token_grads = seed.token_grads[row]
-            own += token_grads if tables is not None else token_grads[:, ids[0].clamp(min=0)]
+            span_gradient += token_grads if tables is not None else token_grads[:, ids[0].clamp(min=0)]
         gradients.append(gradient.masked_fill(ids < 0, 0.0).cpu())
     return seed.values.cpu(), gradients
 
