@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 from nabla_trl.models.loading import load_policy
@@ -35,7 +35,7 @@ class NablaReasoner:
         cls,
         policy: str,
         *,
-        reward: str,
+        reward: str | Mapping[str, Any],
         preset: str = "default",
         adapter: str | None = None,
         dtype: str = "float32",

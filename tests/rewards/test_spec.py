@@ -518,7 +518,7 @@ def test_the_recipe_names_an_implicit_reward_and_its_rival(tmp_path: Path, monke
     facts = json.loads((tmp_path / "out" / "facts.json").read_text())
     assert facts["reward_kind"] == "log-ratio"
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "sampling from the better model itself, reward_model_sampling: " in report
+    assert "sample from the better model, reward_model_sampling. " in report and "Here it is missing" not in report
 
 
 def test_identity_follows_the_weights_that_we_trained(tmp_path: Path) -> None:
