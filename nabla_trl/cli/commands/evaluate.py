@@ -84,9 +84,7 @@ def main(argv: Sequence[str]) -> int:
     problems = filter_with_gold_answer(problems)
     models.get_prompt_options().check_problems(problems)
     output_dir = Path(args.output_dir)
-    settings = (
-        models.get_settings() | get_task_settings(args.dataset) | {"split": args.split} | config.get_settings()
-    )
+    settings = models.get_settings() | get_task_settings(args.dataset) | {"split": args.split} | config.get_settings()
     with lock_folder(output_dir):
         policy, reward = models.load_policy_and_reward(4 * config.batch_size, use_adapter=False)
         trained_policies = {}
