@@ -55,7 +55,7 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.report.text import print_summary_table, write_report
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import PRESETS, SearchConfig
-from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces, get_search_settings
+from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces
 from nabla_trl.tasks.problem import Problem, check_disjoint, filter_with_gold_answer
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, get_policy_label, list_trained_methods
@@ -228,7 +228,7 @@ class DistillRun:
             self.print_once(f"traces{scope}: {tally}")
 
     def _collect_search_settings(self) -> dict[str, str]:
-        return self.args.get_settings() | get_search_settings(self.search_config)
+        return self.args.get_settings() | self.search_config.get_settings()
 
     def check_train_methods(self) -> None:
         """Check the training options before hours are spent on traces.

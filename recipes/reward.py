@@ -56,7 +56,6 @@ from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import RewardManifest, write_manifest
 from nabla_trl.search.config import PRESETS, SearchConfig
-from nabla_trl.search.generate_traces import get_search_settings
 from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import get_task_settings, load_problems
@@ -165,7 +164,7 @@ class RewardRun:
         options |= asdict(self.reward_options) | asdict(self.lora_arguments)
         options |= {name: getattr(self.trainer_config, name) for name in TRAINER_SETTINGS}
         settings = {name: str(value) for name, value in options.items()}
-        return get_task_settings(self.args.dataset) | settings | get_search_settings(self.search_config)
+        return get_task_settings(self.args.dataset) | settings | self.search_config.get_settings()
 
     def run_rounds(self) -> None:
         """Train and audit round after round, until a reward is valid for the requested budgets."""

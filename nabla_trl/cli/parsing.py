@@ -218,7 +218,7 @@ class Parser(TrlParser, _RaisingArgumentParser):
         return self.presets[name]
 
     def _refuse_unknown_options(self, argv: Sequence[str]) -> None:
-        """Refuse unknown flags before argparse misses a required option, which may be the misspelt one."""
+        """Refuse unknown flags before argparse reports a required option as missing, which may be misspelled."""
         flags = [flag for action in self._actions for flag in action.option_strings]
         names = {flag.removeprefix("--") for flag in flags}
         for word in argv:
@@ -239,19 +239,17 @@ def parse_dataclasses(
     prog: str | None = None,
     common: Collection[str] | None = None,
 ) -> tuple[Any, ...]:
-    """Return the dataclasses filled from `argv`. Raises what `Parser.parse_options` raises."""
+    """Return the dataclasses filled from `argv` (see `Parser`)."""
     return Parser(dataclasses, presets=presets, prog=prog, common=common).parse_options(argv)[: len(dataclasses)]
 
 
 def collect_given_options(
     argv: Sequence[str], parsed_dataclasses: Iterable[Any], presets: Presets | None = None
 ) -> dict[str, Any]:
-    """Return the options that a command line, its file and its preset set, by name.
-
-    A YAML file of them gives the same options again.
+    """Return the options that a command line, its file and its preset set, by name. A YAML file can hold them.
 
     Args:
-        parsed_dataclasses: what was parsed from `argv`, for the values of flags.
+        parsed_dataclasses: the dataclasses filled from `argv`, which have the values of flags.
     """
     _, preset, values = _read_sources(argv, argparse.ArgumentParser(add_help=False))
     preset = preset or values.pop("preset", None)
@@ -297,39 +295,40 @@ def run_main(
     *,
     resume_command: str | None = None,
 ) -> int:
-    """Call a command's main and return its exit code; what a user can mend becomes one line on stderr.
+    """Call a command's main and return its exit code. An error that a user can fix becomes one line on stderr.
 
     Args:
-        argv: the arguments; None = those of the process.
-        again: the command that goes on with what was stopped; None = the one that this process was started with,
-            empty = nothing could go on.
+        argv: the arguments. None: those of the process.
+        resume_command: the command that continues after a stop. None: the one that started this process. Empty: a
+            stopped command cannot be continued.
 
     Returns:
-        What main returns (None = 0); 1 after a ValueError or OSError, 2 after a UsageError, 130 after Ctrl-C, 143
-        after a SIGTERM, 141 where the reader of stdout has gone away.
+        what main returns (0 for None), 1 after a ValueError or OSError, 2 after a UsageError, 130 after Ctrl-C, 143
+        after SIGTERM, and 141 if the reader of stdout has closed it.
     """
-    resume_command = (
-        get_current_command() if resume_command is None else resume_command
-    )  # now: a launcher may be gone by the time it is asked for
+    if resume_command is None:
+        resume_command = get_current_command()  # read now, because the launcher may end before a stop
     try:
         with handle_stop_signals() if resume_command else nullcontext():
             return main(sys.argv[1:] if argv is None else argv) or 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the last flush fails too
         return 141
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as error:
         if is_main_process():
-            done = f" at {error.progress_text}" if isinstance(error, StoppedBySignal) and error.progress_text else ""
-            go_on = f"; to go on: {resume_command}" if resume_command else ""
-            print(f"stopped{done}{go_on}", file=sys.stderr)
+            position = (
+                f" at {error.progress_text}" if isinstance(error, StoppedBySignal) and error.progress_text else ""
+            )
+            resume = f"; to go on: {resume_command}" if resume_command else ""
+            print(f"stopped{position}{resume}", file=sys.stderr)
         return 128 + (error.signal_number if isinstance(error, StoppedBySignal) else signal.SIGINT)
 
 
 def quiet_libraries() -> None:
-    """Bars of loading weights, libraries' deprecations and a missing 4-bit kernel tell a user nothing here."""
+    """Hide the progress bars of loading, deprecation warnings of libraries, and warnings of bitsandbytes."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla_trl.models.options import Sampling
-from nabla_trl.rewards.spec import MANIFEST_FILE, compute_reward_identity, parse_reward_spec, read_manifest
+from nabla_trl.rewards.spec import compute_reward_identity, parse_reward_spec, read_manifest
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import collect_problem_facts, compute_task_version
 from nabla_trl.traces.build import describe_hardware, find_hub_revision, get_package_versions
@@ -101,6 +101,7 @@ def collect_training_facts(folder: Path, audit_facts: Mapping[str, Any]) -> list
 
 def describe_reward_cost(reward: str) -> list[str]:
     """Return a sentence on what training the reward cost, if its folder records the cost."""
-    rounds = read_manifest(reward).training_rounds if Path(reward, MANIFEST_FILE).is_file() else []
+    folder = parse_reward_spec(reward).folder
+    rounds = read_manifest(folder).training_rounds if folder else []
     flops = sum(stage["flops"] for training_round in rounds for stage in training_round["training"])
     return [f"training the reward took {flops:.3g} FLOPs, which no total here counts"] if flops else []

@@ -29,6 +29,7 @@ from nabla_trl.gradient.objectives import (
 )
 from nabla_trl.gradient.relaxation import RelaxedResponse
 from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.policy import Policy
 
 # Logits [positions, V] are computed in slices of at most so many values, or of this multiple of the hidden states,
 # which the layers need several times over. So the logits never decide the peak of memory.
@@ -168,4 +169,20 @@ def _stack_relaxed(relaxed_responses: Sequence[RelaxedResponse]) -> tuple[Tensor
     return (
         torch.cat([pad(relaxed.ids, add) for relaxed, add in zip(relaxed_responses, padding, strict=True)]),
         torch.cat([pad(relaxed.weights, add) for relaxed, add in zip(relaxed_responses, padding, strict=True)]),
+    )
+
+
+def policy_likelihood(policy: Policy) -> LikelihoodObjective:
+    """Return log π(y|x) of a policy as an objective.
+
+    Raises:
+        ValueError: the policy scales or caps its logits, so that they are more than its output head.
+    """
+    if not policy.has_plain_head:
+        raise ValueError(f"{policy.name} scales or caps its logits: solver ste cannot differentiate its likelihood")
+    return LikelihoodObjective(
+        policy.model,
+        policy.size,
+        vocab_map=torch.arange(policy.forbidden_mask.shape[0]),
+        encode_prompt=lambda problem, prompt_ids: prompt_ids,
     )

@@ -11,6 +11,7 @@ difference at their midpoint is right to third order (midpoint rule). At one of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -67,3 +68,20 @@ def build_mixture(
     policy = logp.softmax(-1, dtype=torch.float32)
     weights = torch.cat((1 - alphas, alphas * policy), -1)
     return RelaxedResponse(torch.cat((one_hot.ids, candidates), -1), weights)
+
+
+def compute_replaceable_mask(
+    response_ids: Sequence[int], candidates: Tensor, logp: Tensor, in_vocabulary: Tensor, candidate_min_p: float = 0.0
+) -> Tensor:
+    """Return a mask [T, K] of the candidates that may replace the response's own tokens.
+
+    Args:
+        candidates: [T, K] ids.
+        logp: [T, K] log π of the candidates. −inf: never.
+        in_vocabulary: [V] bool, tokens of the policy that the reward can read.
+        candidate_min_p: candidates below this fraction of the likeliest one at their position are left out.
+    """
+    mask = in_vocabulary[candidates] & (candidates != torch.tensor(response_ids)[:, None]) & logp.isfinite()
+    if candidate_min_p:
+        mask &= logp >= logp.amax(-1, keepdim=True) + math.log(candidate_min_p)
+    return mask

@@ -19,7 +19,7 @@ from trl import RewardConfig, RewardTrainer
 
 from nabla_trl.gradient.score import ScoreObjective
 from nabla_trl.models.flops import ModelSize, measure_model_size
-from nabla_trl.models.loading import DTYPES, is_adapter, load_tokenizer, read_adapter_info
+from nabla_trl.models.loading import DTYPES, is_adapter, read_adapter_info
 from nabla_trl.models.policy import Policy
 from nabla_trl.reward_training.data import LabeledResponse, build_pair_rows, build_token_rows, filter_encodable
 from nabla_trl.reward_training.labels import TokenLabeler
@@ -34,6 +34,7 @@ from nabla_trl.training.peft import (
     check_precision,
     compute_training_flops,
     disable_avx512_bf16_kernel,
+    load_padded_tokenizer,
     save_model_atomically,
 )
 from nabla_trl.utils.fields import option
@@ -146,9 +147,7 @@ def train_reward(
             message names the step, checkpoints of the trainer stay), or training that changed nothing.
     """
     check_precision(options.tuning, dtype, config)
-    tokenizer = load_tokenizer(init_model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_padded_tokenizer(init_model)
     set_seed(config.seed)
     model = load_initial_model(init_model, options, lora, config, dtype, add_layers=add_layers)
     classifier = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,4 +1,4 @@
-"""The configuration of a search: one dataclass, filled from keywords, YAML and the command line alike.
+"""The configuration of a search: one dataclass, filled from keywords, a YAML file or the command line.
 
 Nothing here needs torch, so that `--help` answers at once.
 """
@@ -29,8 +29,8 @@ from nabla_trl.utils.fields import OptionGroup, format_suggestion, get_option_gr
 from nabla_trl.utils.renamed import describe_new_key
 
 # The paper's settings (arXiv 2603.04948): one response is scanned from left to right, with eight rollouts at most. The
-# logits of the scanned position and of all later ones are optimized. In a comparison at a budget (paper@…) the search
-# starts again until the budget is spent.
+# logits of the scanned position and of all later ones are optimized. In a comparison at equal FLOPs (paper@…) the
+# search restarts until the budget is spent.
 _PAPER_SOLVER: dict[str, Any] = {
     "name": "ste",
     "steps": 20,
@@ -54,9 +54,9 @@ _PAPER_OPTIONS: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": _PAPER_OPTIONS,
-    # What the released code does where it differs: the log-likelihood counts 1e-3 (λ = 1000 at its scripts' reward
-    # coefficient of 1), only the scanned position's logits are optimized, and it samples with top-p. Without its
-    # defects (responses are scored with the prompt once, in float32) and without its choice of positions by the norm
+    # The released code, where it differs from the paper. The log-likelihood has a weight of 1e-3 (λ = 1000 at its
+    # scripts' reward coefficient of 1), only the scanned position's logits are optimized, and it samples with top-p.
+    # Not taken over: its defects (here the prompt is scored once, in float32), and its choice of positions by the norm
     # of ∂L/∂Y over the vocabulary.
     "released": {
         **_PAPER_OPTIONS,
@@ -186,22 +186,17 @@ class SearchConfig:
         sequential = isinstance(self.proposals, SequentialProposals)
         if not (self.max_rounds or self.max_rollouts or self.max_flops or self.patience or sequential):
             raise ValueError("the search would never end: set max_rounds, max_rollouts, max_flops or patience")
-        self.get_sampling()
+        self.get_sampling()  # refuses invalid sampling options
         self._set_beta_or_target_kl()
-        norm = self.proposals.min_gradient_norm if isinstance(self.proposals, SequentialProposals) else 0.0
-        if norm and not isinstance(self.solver, SteSolver):
-            raise ValueError("min_gradient_norm is about a gradient that only solver ste computes")
+        if self.proposals.min_gradient_norm and not isinstance(self.solver, SteSolver):
+            raise ValueError("min_gradient_norm needs solver ste, because no other solver computes that gradient")
         if isinstance(self.acceptance, MetropolisAcceptance):
-            self._check_metropolis(self.acceptance)
+            self._check_metropolis()
 
     def _set_beta_or_target_kl(self) -> None:
-        """Fill in the default of β or of the KL target, and refuse both."""
+        """Set the default of β or of the KL target, and refuse both."""
         solver = self.solver
-        takes_target = (
-            isinstance(solver, MirrorSolver)
-            and isinstance(self.proposals, GlobalProposals)
-            and isinstance(self.acceptance, GreedyAcceptance)
-        )
+        takes_target = isinstance(self.proposals, GlobalProposals) and isinstance(self.acceptance, GreedyAcceptance)
         if isinstance(solver, MirrorSolver) and solver.target_kl is not None:
             if not takes_target:
                 raise ValueError("target_kl needs global proposals and greedy acceptance: set beta instead")
@@ -214,8 +209,8 @@ class SearchConfig:
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"beta must be a positive number, not {self.beta}")
 
-    def _check_metropolis(self, acceptance: MetropolisAcceptance) -> None:
-        """Refuse what an exact chain excludes: to choose proposals, or the end, by what the chain found."""
+    def _check_metropolis(self) -> None:
+        """Refuse options with which the last response of a chain is no sample of π*."""
         sequential = isinstance(self.proposals, SequentialProposals)
         if self.proposals.proposals_per_round != 1:
             raise ValueError(
@@ -225,16 +220,16 @@ class SearchConfig:
         if self.temperature == 0:
             raise ValueError("metropolis needs a sampler that can draw any response: temperature must be above 0")
         if self.patience:
-            raise ValueError("a metropolis chain that ends when nothing is accepted is no sample: patience must be 0")
-        if isinstance(self.proposals, SequentialProposals) and self.proposals.min_gradient_norm:
-            raise ValueError("min_gradient_norm chooses positions by the later tokens, which metropolis cannot undo")
-        if self.max_flops or (self.max_rollouts and sequential):
+            raise ValueError("metropolis samples are biased if a chain ends after rejections: patience must be 0")
+        if self.proposals.min_gradient_norm:
             raise ValueError(
-                "a metropolis chain that ends by the cost of its states is no sample: limit it by max_rounds"
+                "metropolis cannot reverse a choice of positions by later tokens: remove min_gradient_norm"
             )
+        if self.max_flops or (self.max_rollouts and sequential):
+            raise ValueError("metropolis samples are biased if a chain ends by its cost: limit it by max_rounds")
         if sequential and not self.max_rounds:
             raise ValueError("a sequential metropolis chain may never propose anything: set max_rounds, its sweeps")
-        if acceptance.parallel_tempering > 1 and (
+        if self.acceptance.parallel_tempering > 1 and (
             self.num_chains < 2 or isinstance(self.solver, SteSolver) or sequential
         ):
             raise ValueError(
@@ -290,7 +285,7 @@ class SearchConfig:
 
     @property
     def method(self) -> str:
-        """The name that reports have for this search."""
+        """The name of this search in reports."""
         if isinstance(self.solver, NoGradient):
             return "control"
         return "shuffled" if isinstance(self.solver, MirrorSolver) and self.solver.shuffle_gradient else "nabla"
@@ -302,12 +297,12 @@ class SearchConfig:
 
     @property
     def restarts_enabled(self) -> bool:
-        """If the rest of a budget is spent on new chains. A sample of π* must not be chosen so."""
+        """If the rest of a budget is spent on new chains. Metropolis samples would be biased by it."""
         greedy = isinstance(self.acceptance, GreedyAcceptance)
         return self.restarts and greedy and bool(self.max_flops or self.max_rollouts)
 
     def compute_chain_betas(self) -> list[float | None]:
-        """Return the β of each chain."""
+        """Return the β of each chain: β·c^i for chain i and c = parallel_tempering. None: the KL target decides."""
         if self.beta is None:
             return [None] * self.num_chains
         return [self.beta * self.acceptance.parallel_tempering**index for index in range(self.num_chains)]

@@ -1,4 +1,4 @@
-"""Making a folder of traces: the search over many problems, graded and written as it goes, resumable."""
+"""Generation of a folder of traces: search many problems, and grade and write their traces batch by batch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.interrupts import finish_current_batch
 from nabla_trl.utils.progress import ProgressDisplay
 
-PROBLEM_HASH_KEY = "problem_hash"  # in a trace's meta
+PROBLEM_HASH_KEY = "problem_hash"  # key of a trace's `meta`
 
 
 @dataclass
 class TraceTotals:
-    """What the traces written so far add up to. Rewards are sums over the traces without an error."""
+    """Totals over the traces written so far. Rewards are summed over traces without an error."""
 
     num_traces: int = 0
     num_errors: int = 0
@@ -47,29 +47,29 @@ class TraceTotals:
             self.reward_after_sum += trace.reward
 
     def __str__(self) -> str:
-        sound = max(self.num_traces - self.num_errors, 1)
+        num_valid = max(self.num_traces - self.num_errors, 1)
         text = (
             f"{self.num_accepted} of {self.num_proposed} revisions accepted, "
-            f"mean reward {self.reward_before_sum / sound:.2f} → {self.reward_after_sum / sound:.2f}"
+            f"mean reward {self.reward_before_sum / num_valid:.2f} → {self.reward_after_sum / num_valid:.2f}"
         )
         return f"{text}, {self.num_errors} failed (the first: {self.first_error})" if self.num_errors else text
 
 
 def find_unfinished_problems(problems: Sequence[Problem], folder: Path, seed: int) -> list[Problem]:
-    """The problems without a trace of this seed in the folder.
+    """Return the problems that have no trace of this seed in the folder.
 
     Raises:
-        ValueError: a trace that is there is of another problem of the same id.
+        ValueError: the folder holds a trace of a problem with the same id and another content.
     """
-    done = read_finished_meta(folder)
+    meta_by_trace = read_finished_meta(folder)
     for problem in problems:
-        had = done.get((problem.id, seed), {}).get(PROBLEM_HASH_KEY)
-        if had not in (None, compute_content_hash(problem)):
+        content_hash = meta_by_trace.get((problem.id, seed), {}).get(PROBLEM_HASH_KEY)
+        if content_hash not in (None, compute_content_hash(problem)):
             raise ValueError(
                 f"{folder} holds a trace of another problem {problem.id!r}: its text or answer has changed since, "
                 "so use another --output_dir"
             )
-    return [problem for problem in problems if (problem.id, seed) not in done]
+    return [problem for problem in problems if (problem.id, seed) not in meta_by_trace]
 
 
 def generate_traces(
@@ -85,22 +85,22 @@ def generate_traces(
     show_progress: bool = True,
     num_done: int = 0,
 ) -> TraceTotals:
-    """Refine a response to each problem and write graded traces, one shard per `config.batch_size` problems.
+    """Search a response to each problem and write graded traces, one shard per `config.batch_size` problems.
 
-    A batch is on disk before the next begins, so that little is lost when the process ends early. `meta` holds the
-    hash of the problem.
+    A batch is on disk before the next one begins, so that an early end loses one batch at most. The `meta` of a trace
+    holds the hash of its problem.
 
     Args:
-        rank: number of this process; each needs its own.
-        shown: show the progress on stderr.
-        there: for the progress: traces that are there already.
+        rank: number of this process. Processes that write to the same folder need different numbers.
+        show_progress: show the progress on stderr.
+        num_done: traces that the folder holds already, for the progress.
 
     Raises:
-        Stopped: it was asked for, and the batch in hand is on disk (`nabla_trl.utils.interrupts`).
-        ValueError: as `solve` and `TraceWriter`.
-        OSError: a shard that cannot be written.
+        StoppedBySignal: a signal arrived, and the current batch is on disk (see `utils.interrupts`).
+        ValueError: as `run_search` and `TraceWriter`.
+        OSError: a shard cannot be written.
     """
-    tally, size = TraceTotals(), config.batch_size
+    totals, size = TraceTotals(), config.batch_size
     write_token_texts(folder, policy)
     with (
         TraceWriter(folder, rank=rank, chunk_size=size) as writer,
@@ -113,34 +113,33 @@ def generate_traces(
             with finish_current_batch(
                 f"{len(batch)} problems", progress.format_position, progress.estimate_seconds(len(batch))
             ):
-                made = grade_traces(run_search(batch, policy=policy, reward=reward, config=config, seed=seed), checker)
-                for problem, trace in zip(batch, made, strict=True):
+                traces = grade_traces(
+                    run_search(batch, policy=policy, reward=reward, config=config, seed=seed), checker
+                )
+                for problem, trace in zip(batch, traces, strict=True):
                     writer.add(replace(trace, meta=trace.meta | {PROBLEM_HASH_KEY: compute_content_hash(problem)}))
-                    tally.add(trace)
+                    totals.add(trace)
                 writer.flush()
-                progress.add_items((trace.problem_id, trace.correct, trace.cost.flops) for trace in made)
-    return tally
+                progress.add_items((trace.problem_id, trace.correct, trace.cost.flops) for trace in traces)
+    return totals
 
 
 def write_token_texts(folder: Path, policy: Policy) -> None:
-    """Write tokens.json: the text of every token, so that traces can be shown where there is no tokenizer.
+    """Write tokens.json with the text of every token, so that a viewer needs no tokenizer.
 
-    It holds {"tokenizer": hash, "special": [ids], "tokens": [text by id]}. Tokens are decoded behind a letter, as some
-    tokenizers drop a space that a text begins with; one that is part of a character only is a replacement character.
+    It holds {"tokenizer": hash, "special": [ids], "tokens": [text by id]}. A token that is only part of a character
+    has the text of a replacement character.
     """
     path, tokenizer = folder / "tokens.json", policy.tokenizer
     if path.exists():
         return
-    first = tokenizer.encode("a", add_special_tokens=False)
-    start = tokenizer.decode(first)
-    texts = [tokenizer.decode([*first, token]) for token in range(len(tokenizer))]
+    # Tokens are decoded after a letter, because some tokenizers drop the space at the beginning of a text.
+    letter_ids = tokenizer.encode("a", add_special_tokens=False)
+    letter = tokenizer.decode(letter_ids)
+    texts = [tokenizer.decode([*letter_ids, token]) for token in range(len(tokenizer))]
     tokens = [
-        text[len(start) :] if text.startswith(start) else tokenizer.decode([token]) for token, text in enumerate(texts)
+        text[len(letter) :] if text.startswith(letter) else tokenizer.decode([token])
+        for token, text in enumerate(texts)
     ]
     table = {"tokenizer": policy.tokenizer_hash, "special": sorted(tokenizer.all_special_ids), "tokens": tokens}
-    write_atomic(path, json.dumps(table))  # processes may write at once, all of them the same
-
-
-def get_search_settings(config: SearchConfig) -> dict[str, str]:
-    """The options of a search that can change a trace, for `claim_settings`."""
-    return config.get_settings()
+    write_atomic(path, json.dumps(table))  # several processes may write it, all of them the same text

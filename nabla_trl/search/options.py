@@ -1,4 +1,4 @@
-"""The parts of a search that can be chosen, each with its own options: solvers, kinds of proposals, acceptances.
+"""Solvers, kinds of proposals and acceptances that a search can use, each with its own options.
 
 Nothing here needs torch, so that `--help` answers at once.
 """
@@ -12,7 +12,7 @@ from typing import ClassVar
 from nabla_trl.models.options import GradientPoint
 from nabla_trl.utils.fields import option
 
-# Default KL target of a mirror step, in nats (EXPERIMENTS.md).
+# Default KL target of a mirror step, in nats. EXPERIMENTS.md has the measurements behind it.
 DEFAULT_TARGET_KL = 2.0
 
 
@@ -87,7 +87,7 @@ class SteSolver:
             raise ValueError(f"optimize_positions must be one of all, first, not {self.optimize_positions!r}")
 
     def compute_learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, which falls along a cosine."""
+        """Return the learning rate of step i of n, lr_n + (lr_0 − lr_n)·(1 + cos(π·i/n))/2."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
 
@@ -104,6 +104,7 @@ class GlobalProposals:
     """Change the most promising of all positions."""
 
     name: ClassVar[str] = "global"
+    min_gradient_norm: ClassVar[float] = 0.0
 
     proposals_per_round: int = option(
         1,

@@ -1,7 +1,10 @@
-"""Where to branch: proposal scores from a solver, then branches from the scores.
+"""Proposals: where to change the incumbent, and which token to put there.
 
-`global_branches` looks at every position at once; `sequential_branch` is the paper's left-to-right scan. Both see
-the same scores, whichever solver made them.
+The scores s [T, K] of a solver (solvers.py) define the distribution of branches (t, v), a position and its new token.
+
+    global        b(t, v|y) ∝ exp(s_t(v)) over all branches that may be proposed
+    sequential    b(v|y, t) ∝ exp(s_t(v)/temperature) at one position t after the other, as the paper does. If the
+                  response's own token is drawn, the scan moves on.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-from nabla_trl.gradient.likelihood import LikelihoodObjective
+from nabla_trl.gradient.likelihood import policy_likelihood
+from nabla_trl.gradient.objectives import EncodedSample, Objective
+from nabla_trl.gradient.relaxation import compute_replaceable_mask
 from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models.flops import FlopCounter, ModelSize
 from nabla_trl.models.generation import make_rng, prefill_prompts
@@ -32,6 +37,8 @@ from nabla_trl.search.options import (
 )
 from nabla_trl.search.state import ScoredResponse, SearchState
 
+# --- scores ---------------------------------------------------------------------------------------------
+
 
 def compute_proposal_scores(
     responses: Sequence[ScoredResponse],
@@ -41,26 +48,29 @@ def compute_proposal_scores(
     flop_counter: FlopCounter,
     betas: Sequence[float | None] | None = None,
 ) -> None:
-    """Set each state's `scores` [T, K]. They depend on its tokens (and β) alone, so this is called once for them.
+    """Set the `proposal_scores` [T, K] of responses. Call it once for a response: they depend on tokens and β alone.
 
     Args:
-        betas: per state, where it is not the configuration's.
+        betas: β of each response. None: the configuration's.
     """
     if isinstance(config.solver, NoGradient):
-        scores = [state.logp for state in responses]
+        scores = [response.logp for response in responses]
     elif isinstance(config.solver, MirrorSolver):
         _compute_reward_gradients(
-            [state for state in responses if state.reward_gradient is None], policy, reward, config, flop_counter
+            [response for response in responses if response.reward_gradient is None],
+            policy,
+            reward,
+            config,
+            flop_counter,
         )
-        wanted = [config.beta] * len(responses) if betas is None else betas
         scores = [
-            _compute_mirror_scores(state, beta, reward, config, config.solver)
-            for state, beta in zip(responses, wanted, strict=True)
+            _compute_mirror_scores(response, beta, reward, config, config.solver)
+            for response, beta in zip(responses, betas or [config.beta] * len(responses), strict=True)
         ]
     else:
         scores = _compute_ste_scores(responses, policy, reward, config, config.solver, flop_counter)
-    for state, score in zip(responses, scores, strict=True):
-        state.proposal_scores = score
+    for response, response_scores in zip(responses, scores, strict=True):
+        response.proposal_scores = response_scores
 
 
 def _compute_reward_gradients(
@@ -70,47 +80,45 @@ def _compute_reward_gradients(
     config: SearchConfig,
     flop_counter: FlopCounter,
 ) -> None:
+    """Set the `reward_gradient` ∂r/∂Y [T, K] of responses."""
     if not responses:
         return
-    samples, tables = (
-        [state.make_sample_with_draw_info(policy.model) for state in responses],
-        [state.candidates for state in responses],
+    gradients = reward.compute_gradient(
+        [response.make_sample_with_draw_info(policy.model) for response in responses],
+        [response.prompt.score_caches for response in responses],
+        [response.score_caches for response in responses],
+        [response.candidates for response in responses],
+        flop_counter=flop_counter,
+        gradient_at=config.get_gradient_point(),
     )
-    prompts, scored = [state.prompt.score_caches for state in responses], [state.score_caches for state in responses]
-    point = config.get_gradient_point()
-    slopes = reward.compute_gradient(samples, prompts, scored, tables, flop_counter=flop_counter, gradient_at=point)
-    for state, slope in zip(responses, slopes, strict=True):
-        state.reward_gradient = slope.to(state.logp.dtype)
+    for response, gradient in zip(responses, gradients, strict=True):
+        response.reward_gradient = gradient.to(response.logp.dtype)
 
 
 def _compute_mirror_scores(
     response: ScoredResponse, beta: float | None, reward: Reward, config: SearchConfig, solver: MirrorSolver
 ) -> Tensor:
-    gradient, choice = response.reward_gradient, response.find_response_columns()
-    assert gradient is not None
-    gain = solvers.compute_advantages(gradient, choice)
+    """Return s = log π + step_size·λ·A [T, K], with λ = 1/β or from the KL target."""
+    assert response.reward_gradient is not None
+    columns = response.find_response_columns()
+    advantages = solvers.compute_advantages(response.reward_gradient, columns)
     if solver.shuffle_gradient:
-        order = make_rng(0, response.problem.id, "shuffle", *response.response_ids).permutation(len(choice))
-        gain = solvers.shuffle_advantages(gain, choice, torch.from_numpy(order))
+        order = make_rng(0, response.problem.id, "shuffle", *response.response_ids).permutation(len(columns))
+        advantages = solvers.shuffle_advantages(advantages, columns, torch.from_numpy(order))
     if beta is not None:
         lam = 1 / beta
     else:
-        lam = solvers.find_reward_weight_for_kl(
-            response.logp,
-            gain,
-            compute_proposable_mask(response, reward.in_vocabulary, config),
-            solver.target_kl or 0.0,
-        )
-    return solvers.solve_mirror(response.logp, gain, choice, solver.step_size * lam)
+        mask = compute_proposable_mask(response, reward.in_vocabulary, config)
+        lam = solvers.find_reward_weight_for_kl(response.logp, advantages, mask, solver.target_kl or 0.0)
+    return solvers.solve_mirror(response.logp, advantages, columns, solver.step_size * lam)
 
 
 def compute_predicted_gain(response: ScoredResponse, in_vocabulary: Tensor, config: SearchConfig) -> list[float]:
-    """By how much the gradient promises to raise the reward, at most, with another token at each position [T]."""
+    """Return max(0, max_v A_t(v)) [T] over the branches: the largest rise of the reward that the gradient predicts."""
     assert response.reward_gradient is not None
-    gain = solvers.compute_advantages(response.reward_gradient, response.find_response_columns()).masked_fill(
-        ~compute_proposable_mask(response, in_vocabulary, config), 0.0
-    )
-    return [float(f"{one:.3g}") for one in gain.amax(-1).clamp(min=0.0).tolist()]
+    advantages = solvers.compute_advantages(response.reward_gradient, response.find_response_columns())
+    advantages = advantages.masked_fill(~compute_proposable_mask(response, in_vocabulary, config), 0.0)
+    return [float(f"{gain:.3g}") for gain in advantages.amax(-1).clamp(min=0.0).tolist()]
 
 
 def _compute_ste_scores(
@@ -121,23 +129,25 @@ def _compute_ste_scores(
     solver: SteSolver,
     flop_counter: FlopCounter,
 ) -> list[Tensor]:
-    """Optimised logits of whole responses, and which rows a scan has to work out by themselves (`State.stale`).
+    """Return the optimized logits [T, K] of whole responses, and mark the rows that a scan has to compute again.
 
-    At a scanned position t the paper optimises z_t and all later logits, with the tokens before t fixed; the released
-    code z_t alone. As long as no other hard token changes on the way, that is the same for every t, and one run on
-    the whole response serves all of them.
+    At a scanned position t the paper optimizes z_t and all later logits, with the tokens before t fixed. The released
+    code optimizes z_t alone. As long as no other hard token changes, z_t is the same for every t. So one run on the
+    whole response serves all positions, apart from those whose z_t depends on a change (`stale_mask`).
     """
-    slope, choices = (
-        _LossGradient(responses, policy, reward, solver, config.reward_weight, flop_counter),
-        [state.find_response_columns() for state in responses],
+    loss_gradient = _LossGradient(responses, policy, reward, solver, config.reward_weight, flop_counter)
+    columns = [response.find_response_columns() for response in responses]
+    one_position = solver.optimize_positions == "first"
+    # If only z_t is optimized, all other tokens stay as they are: the gradient is taken at the response itself.
+    gradient_fn = (
+        (lambda rows, _: loss_gradient(rows, [columns[row] for row in rows])) if one_position else loss_gradient
     )
-    alone = solver.optimize_positions == "first"
-    asked = (lambda rows, hard: slope(rows, [choices[row] for row in rows])) if alone else slope
-    found = solvers.solve_ste(slope.initial_logits, choices, asked, solver)
+    result = solvers.solve_ste(loss_gradient.initial_logits, columns, gradient_fn, solver)
     if isinstance(config.proposals, SequentialProposals):
-        for state, flipped in zip(responses, found.changed_positions, strict=True):
-            state.stale_mask = flipped if alone else flipped.cumsum(0) > flipped
-    return found.logits
+        for response, changed in zip(responses, result.changed_positions, strict=True):
+            # Either the token at t itself changed, or a token before t did, which the scan keeps fixed.
+            response.stale_mask = changed if one_position else changed.cumsum(0) > changed
+    return result.logits
 
 
 def compute_ste_scores_at(
@@ -148,24 +158,22 @@ def compute_ste_scores_at(
     config: SearchConfig,
     flop_counter: FlopCounter,
 ) -> Tensor:
-    """The optimised logits [K] at a scanned position, with all tokens before it fixed."""
+    """Return the optimized logits [K] at a scanned position, with all tokens before it fixed."""
     solver = config.solver
-    assert isinstance(solver, SteSolver)  # the only one whose scores get stale
-    slope, places = (
-        _LossGradient([response], policy, reward, solver, config.reward_weight, flop_counter),
-        torch.arange(len(response.response_ids)),
-    )
-    movable = places == position if solver.optimize_positions == "first" else places >= position
-    return solvers.solve_ste(
-        slope.initial_logits, [response.find_response_columns()], slope, solver, [movable]
-    ).logits[0][position]
+    assert isinstance(solver, SteSolver)  # no other solver has stale scores
+    loss_gradient = _LossGradient([response], policy, reward, solver, config.reward_weight, flop_counter)
+    positions = torch.arange(len(response.response_ids))
+    mask = positions == position if solver.optimize_positions == "first" else positions >= position
+    columns = [response.find_response_columns()]
+    return solvers.solve_ste(loss_gradient.initial_logits, columns, loss_gradient, solver, [mask]).logits[0][position]
 
 
 class _LossGradient:
-    """∂L/∂Y of L = −λ·r − log π [T, K], with other tokens in place of the states' responses.
+    """Computes ∂L/∂Y [T, K] of L = −λ·r − log π, with any hard tokens in place of the responses' own.
 
     Attributes:
-        starts: per state [T, K] log π of the candidates, −inf where one could not stand.
+        initial_logits: per response [T, K] log π of the candidates, −inf for tokens that the reward cannot read.
+        prompt_caches: per response the kv row of its prompt (all but the last token) in the policy.
     """
 
     def __init__(
@@ -177,145 +185,119 @@ class _LossGradient:
         reward_weight: float,
         flop_counter: FlopCounter,
     ):
-        self.responses, self.policy, self.reward, self.flop_counter = responses, policy, reward, flop_counter
+        self.responses, self.reward, self.flop_counter = responses, reward, flop_counter
         self.solver, self.reward_weight = solver, reward_weight
-        self.initial_logits = [
-            state.logp.masked_fill(~_compute_placeable_mask(state, reward.in_vocabulary), -torch.inf)
-            for state in responses
-        ]
-        self.prompt_caches = _get_prompt_caches(responses, policy, flop_counter)
+        self.likelihood = policy_likelihood(policy)
+        self.initial_logits = []
+        for response in responses:
+            is_own = response.candidates == torch.tensor(response.response_ids)[:, None]
+            readable = reward.in_vocabulary[response.candidates] | is_own
+            self.initial_logits.append(response.logp.masked_fill(~readable, -torch.inf))
+        if policy.backend.returns_caches:
+            self.prompt_caches = [r.policy_cache[:, :, :, : len(r.prompt.ids) - 1] for r in responses]
+        else:  # a server does not return its caches
+            prompts = [(response.problem.id, response.prompt.ids) for response in responses]
+            self.prompt_caches = prefill_prompts(policy, prompts, flop_counter)
 
-    def __call__(self, rows: list[int], response_columns: list[Tensor]) -> list[Tensor]:
-        """Of rows at hard choices [T]; tokens that come back cost nothing."""
-        tables = [self.responses[row].candidates for row in rows]
+    def __call__(self, rows: list[int], hard_columns: list[Tensor]) -> list[Tensor]:
+        """Return ∂L/∂Y of rows at the columns [T] of hard tokens. Tokens that were seen before cost nothing."""
         tokens = [
-            tuple(t.gather(1, c[:, None]).squeeze(1).tolist()) for t, c in zip(tables, response_columns, strict=True)
+            tuple(self.responses[row].candidates.gather(1, columns[:, None]).squeeze(1).tolist())
+            for row, columns in zip(rows, hard_columns, strict=True)
         ]
         missing = [
             (row, ids) for row, ids in zip(rows, tokens, strict=True) if ids not in self.responses[row].loss_gradients
         ]
         if missing:
-            found = self._compute_loss_gradients([row for row, _ in missing], [list(ids) for _, ids in missing])
-            for (row, ids), slope in zip(missing, found, strict=True):
-                self.responses[row].loss_gradients[ids] = slope
+            gradients = self._compute_loss_gradients([row for row, _ in missing], [list(ids) for _, ids in missing])
+            for (row, ids), gradient in zip(missing, gradients, strict=True):
+                self.responses[row].loss_gradients[ids] = gradient
         return [self.responses[row].loss_gradients[ids] for row, ids in zip(rows, tokens, strict=True)]
 
     def _compute_loss_gradients(self, rows: Sequence[int], response_ids: Sequence[list[int]]) -> list[Tensor]:
-        meter, states = self.flop_counter, [self.responses[row] for row in rows]
-        samples = [state.make_sample(ids) for state, ids in zip(states, response_ids, strict=True)]
-        tables = [state.candidates for state in states]
-        likelihood = policy_likelihood(self.policy)
-        prompts = [[likelihood.make_prompt_cache(self.prompt_caches[row])] for row in rows]
-        by_reward = self.reward.compute_backward_gradient(
-            samples, [state.prompt.score_caches for state in states], tables, flop_counter=meter
-        )
-        by_policy = compute_token_gradient(
-            [likelihood],
+        responses = [self.responses[row] for row in rows]
+        samples = [response.make_sample(ids) for response, ids in zip(responses, response_ids, strict=True)]
+        candidates = [response.candidates for response in responses]
+        reward_gradients = self.reward.compute_backward_gradient(
             samples,
-            prompts,
-            tables,
-            flop_counter=meter,
+            [response.prompt.score_caches for response in responses],
+            candidates,
+            flop_counter=self.flop_counter,
+        )
+        likelihood_gradients = compute_token_gradient(
+            [self.likelihood],
+            samples,
+            [[self.likelihood.make_prompt_cache(self.prompt_caches[row])] for row in rows],
+            candidates,
+            flop_counter=self.flop_counter,
             likelihood_token_grad=self.solver.likelihood_token_grad,
             likelihood_suffix_grad=self.solver.likelihood_suffix_grad,
         )
-        return [-self.reward_weight * r.float() - p.float() for r, p in zip(by_reward, by_policy, strict=True)]
+        # ∂L/∂Y = −λ·∂r/∂Y − ∂(log π)/∂Y
+        return [
+            -self.reward_weight * reward_gradient.float() - likelihood_gradient.float()
+            for reward_gradient, likelihood_gradient in zip(reward_gradients, likelihood_gradients, strict=True)
+        ]
 
 
-def _get_prompt_caches(responses: Sequence[ScoredResponse], policy: Policy, flop_counter: FlopCounter) -> list[Tensor]:
-    """kv rows of the prompts (but their last tokens) in the policy."""
-    if policy.backend.returns_caches:
-        return [state.policy_cache[:, :, :, : len(state.prompt.ids) - 1] for state in responses]
-    # A server keeps its caches to itself: they are made here, and paid for.
-    return prefill_prompts(policy, [(state.problem.id, state.prompt.ids) for state in responses], flop_counter)
-
-
-def _compute_placeable_mask(response: ScoredResponse, in_vocabulary: Tensor) -> Tensor:
-    """[T, K] bool: candidates with which the reward can read the response; the incumbent's own always."""
-    return in_vocabulary[response.candidates] | (response.candidates == torch.tensor(response.response_ids)[:, None])
-
-
-def policy_likelihood(policy: Policy) -> LikelihoodObjective:
-    """log π(y|x) of the policy itself as a term.
-
-    Raises:
-        ValueError: a policy whose logits are more than its output head.
-    """
-    if not policy.has_plain_head:
-        raise ValueError(f"{policy.name} scales or caps its logits: solver ste cannot differentiate its likelihood")
-    return LikelihoodObjective(
-        policy.model,
-        policy.size,
-        vocab_map=torch.arange(policy.forbidden_mask.shape[0]),
-        encode_prompt=lambda problem, prompt: prompt,
-    )
+# --- branches -------------------------------------------------------------------------------------------
 
 
 def compute_proposable_mask(
     response: ScoredResponse, in_vocabulary: Tensor, config: SearchConfig, span: slice = slice(None)
 ) -> Tensor:
-    """[T, K] bool: candidates that may be proposed in place of the incumbent token, at the positions of a span.
-
-    A Metropolis chain must be able to go back, so what may be proposed at a position must not depend on the token that
-    stands there: not the last of the K candidates, which is the incumbent token where that is none of the likeliest.
-    """
-    tables = response.candidates[span], response.logp[span]
-    usable = compute_replaceable_mask(response.response_ids[span], *tables, in_vocabulary, config.candidate_min_p)
-    if isinstance(config.acceptance, MetropolisAcceptance) and response.candidates.shape[1] < len(in_vocabulary):
-        usable[:, -1] = False
-    return usable
-
-
-def compute_replaceable_mask(
-    response_ids: Sequence[int], candidates: Tensor, logp: Tensor, in_vocabulary: Tensor, candidate_min_p: float = 0.0
-) -> Tensor:
-    """[T, K] bool: candidates [T, K] that may stand in place of a response's tokens.
+    """Return a mask [T, K] of the branches that may be proposed, at the positions of a span.
 
     Args:
-        logp: [T, K] log π of the candidates; −inf: never.
-        readable: [policy rows] bool, tokens that the reward can read.
-        min_p: drop candidates below this fraction of the position's likeliest.
+        in_vocabulary: [V] bool, tokens of the policy that the reward can read.
     """
-    own = torch.tensor(response_ids)[:, None]
-    usable = in_vocabulary[candidates] & (candidates != own) & logp.isfinite()
-    if candidate_min_p:
-        usable &= logp >= logp.amax(-1, keepdim=True) + float(np.log(candidate_min_p))
-    return usable
+    candidates, logp = response.candidates[span], response.logp[span]
+    mask = compute_replaceable_mask(
+        response.response_ids[span], candidates, logp, in_vocabulary, config.candidate_min_p
+    )
+    if isinstance(config.acceptance, MetropolisAcceptance) and candidates.shape[1] < len(in_vocabulary):
+        # A chain must be able to go back, so that what may be proposed must not depend on the token at the position.
+        # The last candidate depends on it: it is the response's own token if that is not among the most likely K.
+        mask[:, -1] = False
+    return mask
 
 
 def draw_global_branches(
     chain: SearchState, gumbel_noise: Tensor, in_vocabulary: Tensor, config: SearchConfig
 ) -> list[tuple[int, int]]:
-    """k distinct (position, token) branches, drawn without replacement with weight exp(score) (Gumbel top-k).
+    """Draw distinct branches (position, token) with weights exp(s_t(v)), without replacement, by Gumbel top-k.
 
     Args:
-        noise: [T, K] standard Gumbel.
+        gumbel_noise: [T, K] standard Gumbel.
+        in_vocabulary: [V] bool, tokens of the policy that the reward can read.
+
+    Returns:
+        `proposals_per_round` branches, or as many as have not been rejected.
     """
-    state = chain.incumbent
-    usable = compute_proposable_mask(state, in_vocabulary, config)
+    response = chain.incumbent
+    mask = compute_proposable_mask(response, in_vocabulary, config)
     for position, token in chain.rejected_branches:
-        usable[position] &= state.candidates[position] != token
-    count = min(config.proposals.proposals_per_round, int(usable.sum()))
-    keys = (state.get_proposal_scores().double() + gumbel_noise).masked_fill(~usable, -torch.inf).flatten()
-    width = state.candidates.shape[1]
-    picks = keys.topk(count).indices.tolist()
-    return [(pick // width, int(state.candidates[pick // width, pick % width])) for pick in picks]
+        mask[position] &= response.candidates[position] != token
+    count = min(config.proposals.proposals_per_round, int(mask.sum()))
+    keys = (response.get_proposal_scores().double() + gumbel_noise).masked_fill(~mask, -torch.inf).flatten()
+    branches = [divmod(index, mask.shape[1]) for index in keys.topk(count).indices.tolist()]
+    return [(position, int(response.candidates[position, column])) for position, column in branches]
 
 
 def compute_global_branch_logp(response: ScoredResponse, in_vocabulary: Tensor, config: SearchConfig) -> Tensor:
-    """[T, K] log-probability with which `global_branches` draws each branch first; all −inf where it has none."""
-    usable = compute_proposable_mask(response, in_vocabulary, config)
-    scores = response.get_proposal_scores().double().masked_fill(~usable, -torch.inf)
-    if not usable.any():
-        return scores
-    return scores.flatten().log_softmax(-1).view_as(scores)
+    """Return log b(t, v|y) [T, K] of `draw_global_branches` for a single branch, −inf for what is not proposed."""
+    mask = compute_proposable_mask(response, in_vocabulary, config)
+    scores = response.get_proposal_scores().double().masked_fill(~mask, -torch.inf)
+    return scores.flatten().log_softmax(-1).view_as(scores) if mask.any() else scores
 
 
 def compute_independence_logp(response: ScoredResponse, in_vocabulary: Tensor, config: SearchConfig) -> float:
-    """log-probability that a Metropolis chain tries to draw the response anew; 0, always, where no branch may be."""
-    if (
-        isinstance(config.proposals, GlobalProposals)
-        and not compute_proposable_mask(response, in_vocabulary, config).any()
-    ):
+    """Return log c(y), where c is the probability that a Metropolis chain proposes a whole new response.
+
+    It is 1 if global proposals have no branch, and `independence_prob` otherwise.
+    """
+    is_global = isinstance(config.proposals, GlobalProposals)
+    if is_global and not compute_proposable_mask(response, in_vocabulary, config).any():
         return 0.0
     return math.log(config.acceptance.independence_prob)
 
@@ -327,101 +309,115 @@ def draw_sequential_branch(
     config: SearchConfig,
     recompute_scores_at: Callable[[ScoredResponse, int], Tensor],
 ) -> list[tuple[int, int]]:
-    """Resample unsure positions from left to right until one changes; empty at the end of the response.
+    """Resample tokens from left to right, beginning at `chain.scan_position`, until one changes.
 
     Args:
-        rescore: scores [K] of a position whose row is stale (`ste_row`).
+        in_vocabulary: [V] bool, tokens of the policy that the reward can read.
+        recompute_scores_at: scores [K] of a position whose row is stale (see `compute_ste_scores_at`).
+
+    Returns:
+        one branch (position, token), or none at the end of the response.
     """
-    state, scan = chain.incumbent, config.proposals
+    response, scan = chain.incumbent, config.proposals
     assert isinstance(scan, SequentialProposals)
-    own = state.find_response_columns()
-    while chain.scan_position < len(state.response_ids):
+    own_columns = response.find_response_columns()
+    while chain.scan_position < len(response.response_ids):
         position = chain.scan_position
         chain.scan_position += 1
-        if float(state.logp[position].max().exp()) > scan.confidence:
+        if float(response.logp[position].max().exp()) > scan.confidence:
             continue
-        if scan.min_gradient_norm and _compute_gradient_norm(state, position, config) < scan.min_gradient_norm:
+        if scan.min_gradient_norm and _compute_gradient_norm(response, position, config) < scan.min_gradient_norm:
             continue
-        refresh_stale_scores(state, position, recompute_scores_at)
-        mass = compute_scan_logp(state, position, in_vocabulary, config).exp().cumsum(-1).numpy()
-        pick = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
-        if pick != own[position]:
-            return [(position, int(state.candidates[position, pick]))]
+        refresh_stale_scores(response, position, recompute_scores_at)
+        cumulative_probs = compute_scan_logp(response, position, in_vocabulary, config).exp().cumsum(-1).numpy()
+        column = int(np.searchsorted(cumulative_probs, rng.random() * cumulative_probs[-1], side="right"))
+        if column != own_columns[position]:
+            return [(position, int(response.candidates[position, column]))]
     return []
 
 
 def refresh_stale_scores(
     response: ScoredResponse, position: int, recompute_scores_at: Callable[[ScoredResponse, int], Tensor]
 ) -> None:
-    """Work out a stale row of the scores."""
+    """Compute the scores of a position again if they are stale."""
     if response.stale_mask is not None and response.stale_mask[position]:
-        response.get_proposal_scores()[position], response.stale_mask[position] = (
-            recompute_scores_at(response, position),
-            False,
-        )
+        response.get_proposal_scores()[position] = recompute_scores_at(response, position)
+        response.stale_mask[position] = False
 
 
 def compute_scan_logp(response: ScoredResponse, position: int, in_vocabulary: Tensor, config: SearchConfig) -> Tensor:
-    """[K] float64 log-probability with which the scan draws each token at a position, the incumbent's included."""
+    """Return log b(v|y, t) [K] (float64) of the scan at a position, the response's own token included."""
     scan = config.proposals
     assert isinstance(scan, SequentialProposals)
-    [usable] = compute_proposable_mask(response, in_vocabulary, config, slice(position, position + 1))
-    usable[response.candidates[position] == response.response_ids[position]] = True
-    row = (response.get_proposal_scores()[position] / scan.resample_temperature).masked_fill(~usable, -torch.inf)
+    [mask] = compute_proposable_mask(response, in_vocabulary, config, slice(position, position + 1))
+    mask[response.candidates[position] == response.response_ids[position]] = True
+    scores = (response.get_proposal_scores()[position] / scan.resample_temperature).masked_fill(~mask, -torch.inf)
     if scan.resample_top_p < 1:
-        row = TopPLogitsWarper(scan.resample_top_p)(torch.zeros(1, 0, dtype=torch.long), row[None])[0]
-    return row.double().log_softmax(-1)
+        scores = TopPLogitsWarper(scan.resample_top_p)(torch.zeros(1, 0, dtype=torch.long), scores[None])[0]
+    return scores.double().log_softmax(-1)
 
 
 def _compute_gradient_norm(response: ScoredResponse, position: int, config: SearchConfig) -> float:
-    """‖∂L/∂z_t‖ over the candidates at the start of the optimisation, at the response's own tokens."""
+    """Return ‖∂L/∂z_t‖ over the candidates at z = log π and the response's own tokens."""
     assert isinstance(config.solver, SteSolver)
-    slope = response.loss_gradients[tuple(response.response_ids)][position : position + 1]
-    return float(
-        solvers.compute_softmax_gradient(response.logp[position : position + 1], slope, config.solver.tau).norm()
-    )
+    rows = slice(position, position + 1)
+    gradient = response.loss_gradients[tuple(response.response_ids)][rows]
+    return float(solvers.compute_softmax_gradient(response.logp[rows], gradient, config.solver.tau).norm())
+
+
+# --- costs ----------------------------------------------------------------------------------------------
 
 
 def estimate_round_flops(
     response: ScoredResponse, positions: Sequence[int], policy: Policy, reward: Reward, config: SearchConfig
 ) -> float:
-    """FLOPs of the next round if its suffixes are as long as the incumbent's, with the gradients that are due."""
-    length, prompt = len(response.response_ids), len(response.prompt.ids)
-    total = sum(policy.size.compute_forward_flops(prompt + at, length - at - 1) for at in positions)
-    known_gradient = response.proposal_scores is not None or response.reward_gradient is not None
-    gradients = 0 if isinstance(config.solver, NoGradient) or known_gradient else 1
-    if isinstance(config.acceptance, MetropolisAcceptance) and not isinstance(config.solver, NoGradient):
-        gradients += len(positions)  # the way back is weighed with the proposal's own scores
-    known = response.make_sample_with_draw_info(policy.model)
-    for term in reward.objectives:
-        encoded = term.encode(response.make_sample())
-        begin = len(encoded.prompt_ids) - 1
-        for at in positions if not term.has_draw_logp(known) else ():
-            count = len(term.select_input_ids(encoded, at))
-            total += term.model_size.compute_forward_flops(begin + at, count, count)
-        if gradients:
-            count = len(term.select_input_ids(encoded, 0))
-            head, point = count, config.get_gradient_point()
-            each = len(point.alphas) * _compute_forward_backward_flops(term.model_size, begin, count, head)
-            if point.direct and reward.has_dense_gradient and not term.has_draw_logp(known):
-                each += term.model_size.compute_forward_flops(begin, 0, head)
-            total += gradients * each
+    """Return the expected FLOPs of the next round, with the gradients that it has to compute.
+
+    New suffixes are assumed to be as long as the incumbent's.
+
+    Args:
+        response: the incumbent.
+        positions: where its branches are.
+    """
+    length, prompt_length = len(response.response_ids), len(response.prompt.ids)
+    total = sum(policy.size.compute_forward_flops(prompt_length + t, length - t - 1) for t in positions)
+    num_gradients = 0
+    if not isinstance(config.solver, NoGradient):
+        num_gradients += response.proposal_scores is None and response.reward_gradient is None
+        if isinstance(config.acceptance, MetropolisAcceptance):
+            num_gradients += len(positions)  # the branch back has the probability that the proposal's own scores give
+    sample = response.make_sample_with_draw_info(policy.model)
+    for objective in reward.objectives:
+        size, encoded, has_draw_logp = objective.model_size, objective.encode(sample), objective.has_draw_logp(sample)
+        for position in positions if not has_draw_logp else ():
+            total += _estimate_scoring_flops(objective, encoded, position)
+        if num_gradients:
+            start, num_inputs = len(encoded.prompt_ids) - 1, len(objective.select_input_ids(encoded, 0))
+            point = config.get_gradient_point()
+            flops = len(point.alphas) * _compute_forward_backward_flops(size, start, num_inputs)
+            if point.direct and reward.has_dense_gradient and not has_draw_logp:
+                flops += size.compute_forward_flops(start, 0, num_head_positions=num_inputs)
+            total += num_gradients * flops
     if isinstance(config.solver, SteSolver):
-        total += gradients * _compute_forward_backward_flops(policy.size, prompt - 1, length, length)
+        total += num_gradients * _compute_forward_backward_flops(policy.size, prompt_length - 1, length)
     return total
 
 
 def estimate_first_response_flops(response: ScoredResponse, policy: Policy, reward: Reward) -> float:
-    """FLOPs of drawing and scoring another first response as long as this one."""
+    """Return the FLOPs of drawing and scoring another first response as long as this one."""
     total = policy.size.compute_forward_flops(len(response.prompt.ids) - 1, len(response.response_ids))
-    known = response.make_sample_with_draw_info(policy.model)
-    for term in reward.objectives:
-        if not term.has_draw_logp(known):
-            encoded = term.encode(response.make_sample())
-            count = len(term.select_input_ids(encoded, 0))
-            total += term.model_size.compute_forward_flops(len(encoded.prompt_ids) - 1, count, count)
+    sample = response.make_sample_with_draw_info(policy.model)
+    for objective in reward.objectives:
+        if not objective.has_draw_logp(sample):
+            total += _estimate_scoring_flops(objective, objective.encode(sample), num_shared=0)
     return total
 
 
-def _compute_forward_backward_flops(size: ModelSize, start: int, count: int, head: int) -> float:
-    return size.compute_forward_flops(start, count, head) + size.compute_backward_flops(start, count, head)
+def _estimate_scoring_flops(objective: Objective, encoded: EncodedSample, num_shared: int) -> float:
+    """Return the FLOPs of one score if the first `num_shared` response tokens are cached."""
+    num_inputs = len(objective.select_input_ids(encoded, num_shared))
+    return objective.model_size.compute_forward_flops(len(encoded.prompt_ids) - 1 + num_shared, num_inputs)
+
+
+def _compute_forward_backward_flops(size: ModelSize, start: int, count: int) -> float:
+    return size.compute_forward_flops(start, count) + size.compute_backward_flops(start, count)

@@ -1,8 +1,8 @@
-"""The door for users: a policy, a reward and a configuration that solve problems."""
+"""`NablaReasoner`: a policy, a reward and a configuration that solve problems from Python."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 from nabla_trl.models.loading import load_policy
@@ -20,10 +20,12 @@ Question = str | list[dict[str, str]] | Problem
 
 
 class NablaReasoner:
-    """A policy, a reward and a configuration, ready to solve.
+    """A policy, a reward and a configuration of the search.
 
-    reasoner = NablaReasoner.from_pretrained("policy", reward="reward-model", beta=0.5, rounds=8)
-    trace = reasoner.solve("What is 7 * 8 + 2?")
+    Example:
+        reasoner = NablaReasoner.from_pretrained("policy", reward="reward-model", beta=0.5, max_rounds=8)
+        trace = reasoner.solve("What is 7 * 8 + 2?")
+        print(trace.response)
     """
 
     def __init__(self, policy: Policy, reward: Reward, config: SearchConfig | None = None):
@@ -35,7 +37,7 @@ class NablaReasoner:
         cls,
         policy: str,
         *,
-        reward: str,
+        reward: str | Mapping[str, Any],
         preset: str = "default",
         adapter: str | None = None,
         dtype: str = "float32",
@@ -44,22 +46,26 @@ class NablaReasoner:
         prompt_options: PromptOptions | None = None,
         **config: Any,
     ) -> NablaReasoner:
-        """Load a policy and a reward (see `load_policy`, `load_reward`) and configure the search.
+        """Load a policy and a reward, and configure the search.
 
         Args:
-            vllm_url: a vLLM server that draws the responses (`server.connect`); it knows of no adapter.
-            prompting: how the policy is asked, other than by its chat template.
-            config: any option of `ReasonerConfig`, over those of the preset.
+            policy: name or folder of a causal language model (see `load_policy`).
+            reward: name or folder of a reward model, or another specification of a reward (see `load_reward`).
+            preset: name of the options to begin with (see `config.PRESETS`).
+            adapter: folder of a LoRA adapter of the policy.
+            vllm_url: address of a vLLM server that generates the responses. It does not support an adapter.
+            prompt_options: how the policy is prompted. None: with its chat template.
+            config: options of `SearchConfig`. They win over those of the preset.
 
         Raises:
-            ValueError: an unknown option, or whatever loading refuses.
+            ValueError: an unknown option, or a model that cannot be used.
             ConnectionError: the server does not answer.
         """
-        settings = SearchConfig.from_preset(preset, **config)
-        loaded = load_policy(policy, dtype=dtype, device=device, adapter=adapter, prompt_options=prompt_options)
+        search_config = SearchConfig.from_preset(preset, **config)
+        loaded_policy = load_policy(policy, dtype=dtype, device=device, adapter=adapter, prompt_options=prompt_options)
         if vllm_url is not None:
-            loaded = connect_vllm(loaded, vllm_url)
-        return cls(loaded, load_reward(reward, policy=loaded, dtype=dtype, device=device), settings)
+            loaded_policy = connect_vllm(loaded_policy, vllm_url)
+        return cls(loaded_policy, load_reward(reward, policy=loaded_policy, dtype=dtype, device=device), search_config)
 
     @overload  # a str is a Sequence[str] to the type checker; here it is one question
     def solve(  # type: ignore[overload-overlap]
@@ -74,26 +80,29 @@ class NablaReasoner:
     def solve(
         self, problems: Any, *, seed: int = 0, on_round: Callable[[Search], None] | None = None
     ) -> Trace | list[Trace]:
-        """Refine one response per question, many at once.
+        """Search a response to each question.
 
         Args:
-            problems: a question (text, chat as a list of messages, or `Problem`) for one trace; a list of
-                questions for a list of traces.
-            on_round: called before each round and after the last (`search.solve`).
+            problems: one question (a text, a chat as a list of messages, or a `Problem`), or a list of questions.
+            seed: the same seed gives the same responses.
+            on_round: called before each round and after the last one (see `run_search`).
+
+        Returns:
+            one trace for one question, a list of traces for a list.
 
         Raises:
-            ValueError: an empty question, something that is no question, or duplicate problem ids.
+            ValueError: an empty question, an object that is not a question, or duplicate problem ids.
         """
         if isinstance(problems, str | Problem) or (problems and isinstance(problems[0], dict)):
             return self.solve([problems], seed=seed, on_round=on_round)[0]
-        asked = [as_problem(question, index) for index, question in enumerate(problems)]
+        questions = [as_problem(question, index) for index, question in enumerate(problems)]
         return run_search(
-            asked, policy=self.policy, reward=self.reward, config=self.config, seed=seed, on_round=on_round
+            questions, policy=self.policy, reward=self.reward, config=self.config, seed=seed, on_round=on_round
         )
 
 
 def as_problem(question: Question, index: int = 0) -> Problem:
-    """A text or a chat as a `Problem` named by its place in the list.
+    """Return a text or a chat as a `Problem`, whose id holds its index in the list.
 
     Raises:
         ValueError: an empty text, or messages that are not a chat.
@@ -104,13 +113,12 @@ def as_problem(question: Question, index: int = 0) -> Problem:
         if not question.strip():
             raise ValueError(f"question {index} is empty")
         return Problem(id=f"question/{index}", question=question)
-    turns = [turn for turn in question if _is_message(turn)] if isinstance(question, list) else []
-    if not turns or len(turns) != len(question):
+    turns = question if isinstance(question, list) else []
+    if not turns or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
         raise ValueError(
             f"question {index}: expected a text, a Problem, or a list of messages with 'role' and 'content'"
         )
     return Problem(id=f"question/{index}", question=turns[-1]["content"], messages=tuple(turns))
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))

@@ -1,4 +1,4 @@
-"""The state of one problem's search: a prompt, a response with what is known of it, and how the search goes on."""
+"""The state of a search: an encoded prompt, a scored response, a chain of responses, and a proposal."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from nabla_trl.traces.schema import Revision
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A problem as policy and reward read it.
+    """A problem in the policy's ids.
 
     Attributes:
-        room: most tokens of a response, by the configuration and the contexts of policy and reward.
-        memos: the reward's memory of the bare prompt.
+        max_new_tokens: maximum length of a response, by the configuration and the contexts of policy and reward.
+        score_caches: of the prompt alone, one per objective of the reward.
     """
 
     problem: Problem
@@ -34,17 +34,20 @@ class EncodedPrompt:
 
 @dataclass
 class ScoredResponse:
-    """A response of T tokens and what is known of it. All of it depends on the tokens alone.
+    """A response of T tokens and what has been computed for it. All of it depends on the tokens alone.
 
     Attributes:
-        candidates, logp: [T, K] the policy's candidates along the response and their log π.
-        tilt: [T, K] log π less the sampler's log-probability of the candidates; None where the sampler is π.
-        cache: kv row of prompt and response (all but the last token) in the policy.
-        memos: the reward's memory of the response.
-        gradient: [T, K] ∂r/∂Y at the candidates; None until asked for.
-        slopes: [T, K] ∂L/∂Y that solver ste has asked for, by the tokens it put in place of the response's.
-        scores: [T, K] proposal scores of the solver; None until asked for.
-        stale: [T] bool, rows of `scores` that a scan has to work out again; None: none.
+        finished: the response ends with a stop token or a stop string.
+        candidates: [T, K] the policy's candidates at each position, the response's own token among them.
+        logp: [T, K] log π of the candidates, in nats.
+        log_importance_weight: [T, K] log π − log q of the candidates for the sampler q. None: q is π.
+        policy_cache: kv row of prompt and response (all but the last token) in the policy.
+        score_caches: one per objective of the reward. Not scored yet: of a response that shares its beginning.
+        reward: r(x, y). Not scored yet: NaN.
+        reward_gradient: [T, K] ∂r/∂Y at the candidates. None: not computed yet.
+        loss_gradients: [T, K] ∂L/∂Y that solver ste has computed, by the hard tokens at which it was taken.
+        proposal_scores: [T, K] scores of the solver. None: not computed yet.
+        stale_mask: [T] bool, rows of `proposal_scores` that a scan has to compute again. None: no row.
     """
 
     prompt: EncodedPrompt
@@ -66,37 +69,44 @@ class ScoredResponse:
         return self.prompt.problem
 
     def find_response_columns(self) -> Tensor:
-        """[T] column of each response token among the candidates."""
+        """Return the column [T] of each response token among the candidates."""
         return find_token_columns(self.candidates, self.response_ids)
 
     def get_proposal_scores(self) -> Tensor:
-        """The scores, once the solver has run."""
+        """Return the scores [T, K] of the solver.
+
+        Raises:
+            RuntimeError: the solver has not run yet.
+        """
         if self.proposal_scores is None:
-            raise RuntimeError(f"{self.problem.id}: proposals were asked for before the solver ran")
+            raise RuntimeError(f"{self.problem.id}: run the solver before making proposals")
         return self.proposal_scores
 
     def make_sample(self, response_ids: list[int] | None = None) -> Sample:
+        """Return the sample to score or differentiate, with other tokens in place of the response's if given."""
         return Sample(self.problem, self.prompt.ids, self.response_ids if response_ids is None else response_ids)
 
     def make_sample_with_draw_info(self, model: PreTrainedModel) -> Sample:
-        """The response with what `model`, the policy, showed when it was drawn."""
+        """Return the sample with the log-probabilities that `model`, the policy, gave when it was generated."""
         return replace(self.make_sample(), draw_info=DrawInfo(model, self.candidates, self.logp))
 
 
 @dataclass
 class SearchState:
-    """One walk over responses; a problem may have several.
+    """One chain of responses. A search may run several for a problem.
 
     Attributes:
-        index: which of the problem's chains; each has randomness of its own.
-        state: the incumbent. `initial` is the first one.
-        beta: KL coefficient of this chain; None: set by a KL budget.
-        tried: (position, token) branches rejected from this incumbent.
-        position: where the sequential scan stands; `sweeps`: how often it has come to the end (Metropolis alone).
-        rollouts: responses drawn, the first one aside.
-        idle: rounds since the last acceptance.
-        moves: how often another incumbent was taken.
-        pull: per incumbent whose gradient was taken, what that promised at each position (see `traces.Trace`).
+        incumbent, initial: the current and the first response.
+        index: number of the chain. It is part of the random streams, so that chains are independent.
+        beta: KL coefficient β. None: the KL target of the solver decides.
+        rejected_branches: (position, token) branches that were rejected from the incumbent.
+        scan_position: next position of the sequential scan.
+        num_sweeps: how often a sequential Metropolis scan has reached the end.
+        num_rollouts: responses and suffixes drawn, without the first response.
+        num_accepted: how often the incumbent was replaced.
+        predicted_gain: per incumbent whose gradient was computed, the rise of the reward that the gradient predicts
+            at each position (see `traces.schema.Trace`).
+        stop_reason: why the chain has ended. Empty: it has not.
     """
 
     incumbent: ScoredResponse
@@ -120,22 +130,19 @@ class SearchState:
         return self.incumbent.problem
 
     def replace_incumbent(self, response: ScoredResponse) -> None:
-        """Take another incumbent."""
-        self.incumbent, self.rejected_branches, self.rounds_since_acceptance, self.num_accepted = (
-            response,
-            set(),
-            0,
-            self.num_accepted + 1,
-        )
+        """Make an accepted response the incumbent."""
+        self.incumbent, self.rejected_branches = response, set()
+        self.rounds_since_acceptance = 0
+        self.num_accepted += 1
 
 
 @dataclass
 class Proposal:
-    """A branch: another token at one position of the incumbent, then a regenerated suffix. Or a response drawn anew.
+    """A proposed response: a branch (another token at one position, then a new suffix), or a whole new response.
 
     Attributes:
-        given: the incumbent's tokens before the branch, and the branch's; empty: all is drawn anew.
-        draft: what was drawn after them, if anything was.
+        prefix_ids: the incumbent's tokens before the branch, then the new token. Empty: the whole response is new.
+        generation: the new suffix or response. None: not generated, or nothing to generate.
     """
 
     chain: SearchState
@@ -144,7 +151,7 @@ class Proposal:
 
     @property
     def position(self) -> int:
-        """How many of the incumbent's tokens are kept."""
+        """The branch's position, which is the number of the incumbent's tokens that are kept."""
         return max(0, len(self.prefix_ids) - 1)
 
     @property
@@ -155,26 +162,30 @@ class Proposal:
         return policy.is_finished(self.response_ids, policy.get_stop_strings(self.chain.problem))
 
     def get_prefix_cache(self) -> Tensor:
-        """kv row of the prompt and the given tokens, all but the last of them."""
-        state = self.chain.incumbent
-        return state.policy_cache[:, :, :, : len(state.prompt.ids) + len(self.prefix_ids) - 1]
+        """Return the kv row of the prompt and the prefix, without the last token."""
+        incumbent = self.chain.incumbent
+        return incumbent.policy_cache[:, :, :, : len(incumbent.prompt.ids) + len(self.prefix_ids) - 1]
 
     def to_scored_response(self, policy: Policy) -> ScoredResponse:
-        """Where it leads to, not scored yet: what is known of the incumbent at the given tokens, then of the draft.
+        """Return the proposed response, which is still to be scored.
 
-        Its memos are the incumbent's, of which the first `position` tokens are its own.
+        Its score caches are those of the incumbent, whose first `position` tokens it shares.
         """
-        old, draft, end = self.chain.incumbent, self.generation, len(self.prefix_ids)
-        candidates, logp, tilt = (
-            old.candidates[:end],
-            old.logp[:end],
-            None if old.log_importance_weight is None else old.log_importance_weight[:end],
-        )
-        if draft is not None:
-            candidates, logp = torch.cat((candidates, draft.candidates)), torch.cat((logp, draft.logp))
-            tilt = None if tilt is None else torch.cat((tilt, draft.get_log_importance_weight()))
-        cache = self.get_prefix_cache() if draft is None else draft.get_cache()
-        finished = self.is_finished(policy)
+        incumbent, generation, length = self.chain.incumbent, self.generation, len(self.prefix_ids)
+        candidates, logp = incumbent.candidates[:length], incumbent.logp[:length]
+        log_weight = None if incumbent.log_importance_weight is None else incumbent.log_importance_weight[:length]
+        if generation is not None:
+            candidates, logp = torch.cat((candidates, generation.candidates)), torch.cat((logp, generation.logp))
+            if log_weight is not None:
+                log_weight = torch.cat((log_weight, generation.get_log_importance_weight()))
         return ScoredResponse(
-            old.prompt, self.response_ids, finished, candidates, logp, tilt, cache, old.score_caches, math.nan
+            incumbent.prompt,
+            self.response_ids,
+            self.is_finished(policy),
+            candidates,
+            logp,
+            log_weight,
+            self.get_prefix_cache() if generation is None else generation.get_cache(),
+            incumbent.score_caches,
+            reward=math.nan,
         )

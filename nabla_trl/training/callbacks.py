@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from nabla_trl.gradient.likelihood import policy_likelihood
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter
@@ -28,7 +29,6 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 from nabla_trl.models.transformers_backend import TransformersBackend
 from nabla_trl.rewards.reward import Reward, Verifier
-from nabla_trl.search.proposals import policy_likelihood
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.statistics import paired_difference
 

@@ -13,12 +13,12 @@ A run folder of recipes/distill.py holds:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nabla_trl.utils.files import read_json_file
+from nabla_trl.utils.identity import hash_files
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "config.yaml"
@@ -60,12 +60,7 @@ def read_training_record(run_dir: Path, method: str) -> dict[str, Any]:
 def hash_traces(run_dir: Path) -> str | None:
     """Return the sha256 hash of the run's trace shards in the order of their names, or None without traces."""
     shards = sorted(run_dir.glob("traces/*.parquet"))
-    digest = hashlib.sha256()
-    for shard in shards:
-        with shard.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest() if shards else None
+    return hash_files(shards, length=64) if shards else None
 
 
 def require_keys(names: Sequence[str], content: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -77,7 +77,6 @@ class OptionGroup(Generic[MemberT]):
             ValueError: unknown name, or another type.
         """
         merged: dict[str, Any] = {"name": self.default.name}  # type: ignore[attr-defined]
-
         for layer in layers:
             if layer is None:
                 continue
@@ -124,7 +123,7 @@ def _get_init_names(dataclass: type) -> list[str]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping.
+    """Return the mapping that a YAML file holds.
 
     Raises:
         ValueError: no such file, no YAML, or not a mapping.
@@ -142,13 +141,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def coerce_fields(
     values: Mapping[Any, Any], dataclasses: Iterable[type[Any]], *, source: str | Path
 ) -> dict[str, Any]:
-    """Option values converted to the types of the dataclasses' fields (a float's `1` becomes 1.0).
+    """Return option values in the types of the dataclasses' fields (1 for a float becomes 1.0).
 
-    Fields of other types than bool, int, float, str, lists of these, and either or None, are passed on as they are.
+    Values of bool, int, float and str fields are converted, also in a list or with None. Others stay as they are.
     A mapping for a text option becomes a JSON object, as `--reward` and `--chat_template_kwargs` read it.
 
+    Args:
+        source: begins the message of an error, such as the name of the file.
+
     Raises:
-        ValueError: an unknown key, or a value of another type; `where` begins the message.
+        ValueError: an unknown key, or a value of another type.
     """
     hints: dict[str, Any] = {}
     for dataclass in dataclasses:
@@ -167,16 +169,19 @@ def coerce_fields(
 
 
 def _coerce_value(value: Any, hint: Any) -> Any:
-    """`value` as a `hint`; TypeError says what it must be."""
+    """Return a value in the type of a hint. TypeError says what it must be."""
     if get_origin(hint) in (Union, UnionType):
-        others = [one for one in get_args(hint) if one is not NoneType]
-        if len(others) > 1 or (value is None and NoneType in get_args(hint)):
+        types = [member for member in get_args(hint) if member is not NoneType]
+        if len(types) > 1 or (value is None and NoneType in get_args(hint)):
             return value
-        hint = others[0]
+        hint = types[0]
     if get_origin(hint) is list:
         return _coerce_list(value, get_args(hint)[0])
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        return _coerce_float(value)
+        try:
+            return float(value)  # YAML reads 1e-3, which has no point, as text
+        except ValueError:
+            raise TypeError(_TYPE_DESCRIPTIONS[float]) from None
     if hint is str and isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     if hint not in _TYPE_DESCRIPTIONS or (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
@@ -188,19 +193,12 @@ def _coerce_list(value: Any, hint: Any) -> list[Any]:
     try:
         if not isinstance(value, list):
             raise TypeError(_TYPE_DESCRIPTIONS.get(hint, "values"))
-        return [_coerce_value(one, hint) for one in value]
+        return [_coerce_value(item, hint) for item in value]
     except TypeError as error:
         raise TypeError(f"a list, each {error}") from None
 
 
-def _coerce_float(value: int | str) -> float:
-    try:
-        return float(value)  # YAML reads 1e-3, which has no point, as text
-    except ValueError:
-        raise TypeError(_TYPE_DESCRIPTIONS[float]) from None
-
-
 def format_suggestion(name: str, valid_names: Iterable[str]) -> str:
-    """ " (did you mean X?)" where a known name is close to a misspelt one; else nothing."""
+    """Return " (did you mean X?)" if a valid name is close to the name, else an empty text."""
     match = get_close_matches(name, valid_names, n=1)
     return f" (did you mean {match[0]}?)" if match else ""

@@ -1,10 +1,10 @@
-"""The options that version 0.2 renamed: an old name is refused with a line that says the new one."""
+"""Options that version 0.2 renamed. An old name is refused with a line that says the new one."""
 
 from __future__ import annotations
 
 from collections.abc import Container
 
-# Old name -> new names. Several commands shared an old name, so the first new name that a command has is meant.
+# Old name -> new names. Several commands shared an old name, so the first new name that a command has counts.
 # GROUP.MEMBER.OPTION is an option of one solver, one kind of proposals or one acceptance.
 RENAMED_OPTIONS: dict[str, tuple[str, ...]] = {
     # Search
@@ -106,19 +106,19 @@ RENAMED_OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 def find_new_name(name: str, valid_names: Container[str]) -> str:
-    """Return the new name of an option, or "" if it is no old name of an option among `valid_names`."""
+    """Return the new name among `valid_names` of an old option, or an empty text."""
     return next((new for new in RENAMED_OPTIONS.get(name, ()) if new.partition(".")[0] in valid_names), "")
 
 
 def describe_new_key(name: str, valid_names: Container[str]) -> str:
-    """Return ": it is now 'max_rounds'" for an old key of a YAML file or a Python keyword, and "" for any other."""
+    """Return ": it is now 'max_rounds'" for an old key of a YAML file or a Python keyword, else an empty text."""
     group, *path = find_new_name(name, valid_names).split(".")
     new = f"'{group}'" if not path else f"{group}: {{name: {path[0]}, {path[1]}: …}}"
     return f": it is now {new}" if group else ""
 
 
 def describe_new_flag(name: str, valid_names: Container[str]) -> str:
-    """Return ": it is now --max_rounds" for an old flag (without its dashes), and "" for any other."""
+    """Return ": it is now --max_rounds" for an old flag (without its dashes), else an empty text."""
     group, *path = find_new_name(name, valid_names).split(".")
     new = f"--{group}.{path[1]} (of --{group} {path[0]})" if path else f"--{group}"
     return f": it is now {new}" if group else ""

@@ -1,9 +1,10 @@
-"""Train a pretrained model on the embedded task for a few steps: a policy of medium accuracy to study rewards on.
+"""Teach a pretrained model the embedded task a little, for a policy that is sometimes correct and can be refined.
 
     python recipes/chains/sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir outputs/smol --max_steps 120
 
-The recipe trains a LoRA adapter on correct solutions, merges it and saves the model in OUT/policy. The number of steps
-for an accuracy of one half depends on the model, so the accuracy on separate training problems is printed on the way.
+The recipe trains a LoRA adapter on correct solutions of training problems, and saves the merged model in OUT/policy.
+How many steps give an accuracy of one half depends on the model. So the recipe prints the accuracy on other training
+problems from time to time.
 """
 
 from __future__ import annotations
@@ -35,39 +36,43 @@ from nabla_trl.utils.fields import option, required_option
 
 @dataclass
 class SftArguments:
+    """The model and its data."""
+
     model: str = required_option("Hub id or path of a causal language model with a chat template.")
     max_train_problems: int = option(4000, "Maximum number of training problems.")
-    max_callback_problems: int = option(100, "Maximum number of training problems set aside to measure accuracy.")
-    callback_steps: int = option(40, "Optimizer steps between two measurements.")
+    max_callback_problems: int = option(100, "Maximum number of other training problems to measure the accuracy on.")
+    callback_steps: int = option(40, "Optimizer steps between two measurements of the accuracy.")
     dtype: str = option("float32", "Data type of the base model's weights: float32 or bfloat16.")
 
 
 class AccuracyCallback(TrainerCallback):
-    """Prints the accuracy of one sampled answer per problem, every `callback_steps` steps."""
+    """A callback that prints the accuracy of one sampled answer per problem."""
 
-    def __init__(self, tokenizer, problems: Sequence[Problem], callback_steps: int):  # type: ignore[no-untyped-def]
-        self.tokenizer, self.problems, self.callback_steps = tokenizer, problems, callback_steps
+    def __init__(self, tokenizer, problems: Sequence[Problem], every_steps: int):  # type: ignore[no-untyped-def]
+        self.tokenizer, self.problems, self.every_steps = tokenizer, problems, every_steps
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        if state.global_step % self.callback_steps and state.global_step != state.max_steps:
+        """Print the accuracy after some steps and after the last one."""
+        if state.global_step % self.every_steps and state.global_step != state.max_steps:
             return
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        trained_weights = [weight for weight in model.parameters() if weight.requires_grad]
         with torch.no_grad():
-            policy = freeze_policy(model.get_base_model(), self.tokenizer, "probe")
-            print(f"step {state.global_step}: {accuracy(policy, self.problems):.3f} right", flush=True)
+            policy = freeze_policy(model.get_base_model(), self.tokenizer, "policy in training")
+            print(f"step {state.global_step}: accuracy {measure_accuracy(policy, self.problems):.3f}", flush=True)
         model.train()
-        for weight in trained:
+        for weight in trained_weights:
             weight.requires_grad_(True)
 
 
-def accuracy(policy: Policy, problems: Sequence[Problem]) -> float:
-    """Return the accuracy of one sample per problem at temperature 1."""
-    requests = [GenerationRequest(p.id, policy.encode(p), make_rng(0, p.id, "probe"), 64) for p in problems]
+def measure_accuracy(policy: Policy, problems: Sequence[Problem]) -> float:
+    """Return the share of correct answers, with one sample per problem at temperature 1."""
+    requests = [
+        GenerationRequest(problem.id, policy.encode(problem), make_rng(0, problem.id, "probe"), 64)
+        for problem in problems
+    ]
     outputs = generate_continuations(policy, requests, Sampling(), flop_counter=FlopCounter())
-    pairs = zip(problems, outputs, strict=True)
-    return sum(digit_chains.is_correct(problem, policy.decode(output.ids)) for problem, output in pairs) / len(
-        problems
-    )
+    texts = [policy.decode(output.ids) for output in outputs]
+    return sum(map(digit_chains.is_correct, problems, texts)) / len(problems)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -79,10 +84,8 @@ def main(argv: Sequence[str]) -> None:
     rows = []
     for problem in problems[: args.max_train_problems]:
         prompt = tokenize_prompt(tokenizer, problem)
-        solution = tokenizer(digit_chains.make_styled_solution(problem.question, rng), add_special_tokens=False)[
-            "input_ids"
-        ]
-        response = [*solution, tokenizer.eos_token_id]
+        solution = digit_chains.make_styled_solution(problem.question, rng)
+        response = [*tokenizer(solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
     trainer = SFTTrainer(
         model=load_model(AutoModelForCausalLM, args.model, dtype=args.dtype, device=str(config.device)),

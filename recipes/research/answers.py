@@ -186,7 +186,7 @@ def measure_agreement(args: AnswersArguments) -> None:
     files = sorted(Path(str(args.data_dir)).glob("*.jsonl"))
     if not files:
         raise ValueError(f"{args.data_dir} holds no .jsonl files")
-    shown: Counter[tuple[str, bool]] = Counter()
+    num_shown: Counter[tuple[str, bool]] = Counter()
     disagreements: Counter[tuple[str, str]] = Counter()
     num_responses: Counter[str] = Counter()
     num_correct: Counter[str] = Counter()
@@ -207,8 +207,8 @@ def measure_agreement(args: AnswersArguments) -> None:
                     continue
                 num_intended += kind in INTENDED_DIFFERENCES
                 disagreements[kind, "ours" if result.is_correct else "theirs"] += 1
-                shown[kind, reference] += 1
-                if shown[kind, reference] <= args.max_shown_disagreements:
+                num_shown[kind, reference] += 1
+                if num_shown[kind, reference] <= args.max_shown_disagreements:
                     print(f"  {kind}: gold {gold!r}, ours {result.value}, theirs {reference}: {text[-90:]!r}")
             total.update(agreeing=num_agreeing, intended=num_intended, pairs=len(cases))
             print(f"{file.stem}: {len(golds)} golds, {_format_agreement(num_agreeing, num_intended, len(cases))}")
@@ -267,8 +267,8 @@ def measure_speed(args: AnswersArguments) -> None:
     )
     sample = random.Random(args.seed).sample(pairs, min(2000, len(pairs)))
     normalized = [(normalize_answer(predicted), normalize_answer(gold)) for predicted, gold in sample]
-    fast = [(pair, result) for pair in normalized if isinstance(result := match_without_worker(*pair), MatchResult)]
-    num_different = sum(result.value != match_answers(*pair) for pair, result in fast)
+    fast = [(key, result) for key in normalized if isinstance(result := match_without_worker(*key), MatchResult)]
+    num_different = sum(result.value != match_answers(*key) for key, result in fast)
     print(
         f"of a sample of {len(sample)}, {len(fast)} need no worker; "
         f"math-verify grades {num_different} of these differently"

@@ -32,7 +32,6 @@ from nabla_trl.evaluation.results import store_results
 from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.search.config import PRESETS, SearchConfig
-from nabla_trl.search.generate_traces import get_search_settings
 from nabla_trl.tasks.problem import filter_with_gold_answer
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.utils.fields import option
@@ -151,7 +150,7 @@ def run_comparison(
     )
     models.get_prompt_options().check_problems(problems)
     policy, reward = models.load_policy_and_reward(4 * config.batch_size)
-    settings = models.get_settings() | get_task_settings(args.dataset) | get_search_settings(config)
+    settings = models.get_settings() | get_task_settings(args.dataset) | config.get_settings()
     settings |= {"split": args.split, "adapter": identify_adapter(models.adapter) if models.adapter else ""}
     evaluation = Evaluation(output_dir, settings, problems, settings_file="compare.settings.json")
     warn_past_limits(reward, config, max(args.best_of_n))

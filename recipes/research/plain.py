@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nabla_trl.gradient.likelihood import policy_likelihood
 from nabla_trl.gradient.objectives import Objective, Sample
 from nabla_trl.gradient.score import ScoreObjective
 from nabla_trl.models.flops import FlopCounter, ModelSize
@@ -36,7 +37,6 @@ from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.options import SequentialProposals, SteSolver
-from nabla_trl.search.proposals import policy_likelihood
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 

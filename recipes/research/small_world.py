@@ -70,7 +70,7 @@ def make_world(folder: Path, args: WorldArguments, max_new_tokens: int) -> None:
     scratch = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    pairs = ["".join(pair) for pair in product(ALPHABET[: args.num_symbols], repeat=2)]
+    pairs = ["".join(symbols) for symbols in product(ALPHABET[: args.num_symbols], repeat=2)]
     questions = np.random.default_rng(args.world_seed).permutation(pairs)[: args.num_prompts]
     lines = [json.dumps({"id": f"prompt-{question}", "question": str(question)}) for question in sorted(questions)]
     (scratch / "problems.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Make the embedded world: a tokenizer, a clean model and a policy with a knowledge gap, all for digit_chains.
+"""Train the models of the embedded world: a tokenizer, a clean model and a policy with a knowledge gap.
 
     python recipes/tiny/make_world.py --output_dir data/tiny --seed 0
 
-A small Llama ("clean") is trained on correct solutions. From there the policy is trained on solutions by someone who
-half knows a quarter of the facts (`nabla_trl.tasks.digit_chains.knowledge_gap`). Every question is from the train
-split. Both models are saved in bf16 with their tokenizer, loaded again, measured on the test split, and described in
-OUT/README.md. The same seed on the same machine gives the same files. It takes about seven minutes of one core.
+A small Llama is trained on correct solutions of digit chains ("clean"). The policy is trained from there on solutions
+with the knowledge gap (`nabla_trl.tasks.digit_chains.get_knowledge_gap`). All questions are from the train split. Both
+models are saved in bf16 with their tokenizer, loaded again, measured on the test split, and described in
+OUT/README.md. A seed always gives the same files on the same machine. The run takes seven minutes on one core.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from nabla_trl.tasks import digit_chains
 
 PAD, USER, ASSISTANT, END, UNKNOWN = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>"
 CHARACTERS = "0123456789+-*=;,#"
-BATCH = 64
-CLEAN_STEPS, CLEAN_RATE = 700, 3e-3
-POLICY_STEPS, POLICY_RATE = 400, 2e-3
+BATCH_SIZE = 64
+CLEAN_STEPS, CLEAN_LEARNING_RATE = 700, 3e-3
+POLICY_STEPS, POLICY_LEARNING_RATE = 400, 2e-3
 
-# Loops in the template mark what the assistant says ({% generation %}), so that trainers can find its tokens.
+# The template marks the assistant's text ({% generation %}), so that trainers can find its tokens.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}"
@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A fast tokenizer with one token per character and five special tokens; adds nothing by itself."""
+    """Return a fast tokenizer with one token per character and five special tokens. It adds no tokens by itself."""
     specials = [PAD, USER, ASSISTANT, END, UNKNOWN]
     vocabulary = {token: index for index, token in enumerate([*specials, *CHARACTERS])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -65,13 +65,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> LlamaForCausalLM:
-    """A fresh Llama over the tokenizer's vocabulary, weights from torch's global seed."""
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int) -> LlamaForCausalLM:
+    """Return an untrained Llama over the tokenizer's vocabulary, with weights from torch's global seed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
@@ -84,7 +84,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> 
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """(question, solution) rows as input_ids, attention_mask and labels of the response, each rows × longest."""
+    """Return input_ids, attention_mask and labels, each [rows, length], of (question, solution) rows."""
     chats = [
         [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
         for question, solution in rows
@@ -104,22 +104,26 @@ def encode(tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> d
 def train(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    work: Callable[[str, random.Random], str],
+    make_solution: Callable[[str, random.Random], str],
     *,
-    steps: int,
-    rate: float,
+    num_steps: int,
+    learning_rate: float,
     rng: random.Random,
 ) -> None:
-    """Train in place on `steps` fresh batches of train-split questions, each answered by work(question, rng)."""
+    """Train a model in place on new batches of training questions.
+
+    Args:
+        make_solution: returns the solution of a question.
+    """
     questions = digit_chains.generate_questions("train", rng)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.98))
-    # Up, flat, down: the long flat part teaches the last rare facts, the way down settles them.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+    # Warm-up, a long constant part that teaches the rarest facts, and a linear decay.
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.25 * steps))
+        optimizer, lambda step: min(1.0, (step + 1) / (0.1 * num_steps), (num_steps - step) / (0.25 * num_steps))
     )
     model.train()
-    for step in range(1, steps + 1):
-        rows = [(question, work(question, rng)) for question in islice(questions, BATCH)]
+    for step in range(1, num_steps + 1):
+        rows = [(question, make_solution(question, rng)) for question in islice(questions, BATCH_SIZE)]
         loss = model(**encode(tokenizer, rows)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -127,7 +131,7 @@ def train(
         optimizer.zero_grad()
         schedule.step()
         if step % 50 == 0:
-            print(f"  step {step}/{steps}  loss {loss.item():.4f}", flush=True)
+            print(f"  step {step}/{num_steps}  loss {loss.item():.4f}", flush=True)
     model.eval()
 
 
@@ -135,7 +139,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     """Save model and tokenizer in bf16 and return the model as a user will load it, in float32."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # A cast copy: the float32 weights go on to the next training.
+    # Cast a copy, because the next training continues from the float32 weights.
     copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = model.generation_config
@@ -145,13 +149,15 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def main() -> None:
-    """Build, train, save, measure, write the card."""
+    """Build, train, save and measure the models, and write the card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("data/tiny"), help="Folder to write to.")
     parser.add_argument("--seed", type=int, default=0, help="Random seed of weights and training data.")
-    parser.add_argument("--num_threads", type=int, default=1, help="Threads of torch. Rounding depends on them.")
-    parser.add_argument("--hidden_size", type=int, default=96, help="Hidden size, a multiple of 8.")
-    parser.add_argument("--num_layers", type=int, default=3, help="Number of layers.")
+    parser.add_argument(
+        "--num_threads", type=int, default=1, help="Threads of torch. Another number rounds differently."
+    )
+    parser.add_argument("--hidden_size", type=int, default=96, help="Hidden size of the models, a multiple of 8.")
+    parser.add_argument("--num_layers", type=int, default=3, help="Number of layers of the models.")
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
     torch.use_deterministic_algorithms(True)
@@ -165,24 +171,24 @@ def main() -> None:
         model,
         tokenizer,
         digit_chains.make_styled_solution,
-        steps=CLEAN_STEPS,
-        rate=CLEAN_RATE,
+        num_steps=CLEAN_STEPS,
+        learning_rate=CLEAN_LEARNING_RATE,
         rng=random.Random(f"clean/{options.seed}"),
     )
     clean = save(model, tokenizer, options.output_dir / "clean")
-    print("policy: from the clean model on")
+    print("policy: trained from the clean model")
     train(
         model,
         tokenizer,
         digit_chains.make_noisy_solution,
-        steps=POLICY_STEPS,
-        rate=POLICY_RATE,
+        num_steps=POLICY_STEPS,
+        learning_rate=POLICY_LEARNING_RATE,
         rng=random.Random(f"policy/{options.seed}"),
     )
     policy = save(model, tokenizer, options.output_dir / "policy")
 
     facts = measure(clean, policy, tokenizer, seed=options.seed)
-    write_card(options.output_dir, facts, seed=options.seed, parameters=model.num_parameters())
+    write_card(options.output_dir, facts, seed=options.seed, num_parameters=model.num_parameters())
     print(f"done in {time.perf_counter() - start:.0f} s")
 
 

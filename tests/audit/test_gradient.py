@@ -129,49 +129,49 @@ def planted(policy: Policy, sign: float = 1.0) -> GradientFunction:
 
 
 def test_an_exact_gradient_predicts_every_swap(policy):
-    found = run(policy, toy(policy))
-    point = found.gradient_points["hard"]
-    for one in (
+    audit = run(policy, toy(policy))
+    point = audit.gradient_points["hard"]
+    for interval in (
         point.sign_accuracy,
         point.sign_accuracy_informative,
         point.correlation,
         point.correlation_informative,
     ):
-        assert (one.value, one.low, one.high) == pytest.approx((1, 1, 1), abs=1e-4)
-    assert (point.effect, found.best_gradient_at, found.swaps) == ("helps", "hard", 300)
-    assert 0 < found.informative_swaps <= 300
-    assert found.conclusion.startswith("take the gradient at hard: it predicts the direction of 100% [100%, 100%]")
-    assert (found.no_labels_reason, found.baseline) == ("the problems have no step labels", None)
+        assert (interval.value, interval.low, interval.high) == pytest.approx((1, 1, 1), abs=1e-4)
+    assert (point.effect, audit.best_gradient_at, audit.swaps) == ("helps", "hard", 300)
+    assert 0 < audit.informative_swaps <= 300
+    assert audit.conclusion.startswith("take the gradient at hard: it predicts the direction of 100% [100%, 100%]")
+    assert (audit.no_labels_reason, audit.baseline) == ("the problems have no step labels", None)
 
 
 def test_a_gradient_of_the_wrong_sign_misleads(policy):
     reward = toy(policy)
     reward.custom_gradient = lambda sample, table: -reward.table[: len(table)].gather(1, table)
-    found = run(policy, reward)
-    point = found.gradient_points["hard"]
+    audit = run(policy, reward)
+    point = audit.gradient_points["hard"]
     assert point.correlation.value == pytest.approx(-1) and point.sign_accuracy.value == 0
-    assert (point.effect, found.best_gradient_at) == ("misleads", None)
-    assert "misleads at hard" in found.conclusion and "solver none" in found.conclusion
+    assert (point.effect, audit.best_gradient_at) == ("misleads", None)
+    assert "misleads at hard" in audit.conclusion and "solver none" in audit.conclusion
 
 
 def test_where_points_mislead_is_told_apart_from_where_they_add_nothing(policy):
-    one = run(policy, toy(policy)).gradient_points["hard"]
-    points = {name: replace(one, effect="misleads") for name in ("hard", "b")}
+    point = run(policy, toy(policy)).gradient_points["hard"]
+    points = {name: replace(point, effect="misleads") for name in ("hard", "b")}
     everywhere = conclude_gradient_audit(points, None)
     assert "misleads at hard, b:" in everywhere and "elsewhere" not in everywhere
     points["b"] = replace(points["b"], effect="adds nothing")
     assert "and adds nothing elsewhere" in conclude_gradient_audit(points, None)
-    points = {name: replace(one, effect="adds nothing") for name, one in points.items()}
+    points = {name: replace(point, effect="adds nothing") for name, point in points.items()}
     assert "misleads" not in conclude_gradient_audit(points, None)
 
 
 def test_a_gradient_of_noise_adds_nothing(policy):
-    found = run(policy, toy(policy, noise()))
-    point = found.gradient_points["hard"]
+    audit = run(policy, toy(policy, noise()))
+    point = audit.gradient_points["hard"]
     assert point.sign_accuracy_informative.low < 0.5 < point.sign_accuracy_informative.high
     assert abs(point.correlation.value) < 0.2
-    assert (point.effect, found.best_gradient_at) == ("adds nothing", None)
-    assert "adds nothing here: use proposals without a gradient (solver none)" in found.conclusion
+    assert (point.effect, audit.best_gradient_at) == ("adds nothing", None)
+    assert "adds nothing here: use proposals without a gradient (solver none)" in audit.conclusion
 
 
 def test_a_gradient_of_zero_is_no_better_than_chance(policy):
@@ -192,11 +192,11 @@ def test_the_better_point_is_advised(policy):
             return [table[: len(rows)].gather(1, rows) for rows in candidates]
 
     two = TwoPoints("two", "scalar", [], reward.in_vocabulary, reward.stop_ids, table=exact)
-    found = run(policy, two, gradient_at=["hard", "mixture:0.5", "mixture:1"])
-    assert {name: one.effect for name, one in found.gradient_points.items()} == dict.fromkeys(
-        found.gradient_points, "helps"
+    audit = run(policy, two, gradient_at=["hard", "mixture:0.5", "mixture:1"])
+    assert {name: point.effect for name, point in audit.gradient_points.items()} == dict.fromkeys(
+        audit.gradient_points, "helps"
     )
-    assert found.best_gradient_at == "mixture:0.5"
+    assert audit.best_gradient_at == "mixture:0.5"
 
 
 @pytest.mark.parametrize(("error", "best"), [(0.3, "direct"), (1.0, "hard")])
@@ -213,14 +213,14 @@ def test_a_more_expensive_point_must_be_worth_it(policy, error, best):
 
     reward = toy(policy)
     two = TwoPoints("two", "scalar", [], reward.in_vocabulary, reward.stop_ids, table=exact)
-    found = run(policy, two, gradient_at=["direct", "hard"], num_swaps=600)
+    audit = run(policy, two, gradient_at=["direct", "hard"], num_swaps=600)
     direct, hard = (
-        found.gradient_points["direct"].sign_accuracy_informative,
-        found.gradient_points["hard"].sign_accuracy_informative,
+        audit.gradient_points["direct"].sign_accuracy_informative,
+        audit.gradient_points["hard"].sign_accuracy_informative,
     )
-    assert hard.value == 1 > direct.high and found.gradient_points["direct"].effect == "helps"
+    assert hard.value == 1 > direct.high and audit.gradient_points["direct"].effect == "helps"
     assert (direct.high < 1 - MIN_ADVANTAGE) == (best == "hard")
-    assert found.best_gradient_at == best
+    assert audit.best_gradient_at == best
 
 
 def responses_to(policy: Policy, reward: Reward, **changes: Any) -> list[SampledResponse]:
@@ -233,27 +233,27 @@ def test_true_changes_are_those_of_whole_responses(policy, reward):
     responses = responses_to(policy, reward)
     swaps = choose_swaps(responses, 40, np.random.default_rng(0))
     points = {name: GradientPoint.parse(name, 0.02) for name in ("direct", "mixture:0.5")}
-    found = measure_swaps(responses, swaps, points, reward=reward, batch_size=5)
-    assert list(found.predicted_changes) == list(points)
-    for swap, change in zip(swaps, found.reward_changes, strict=True):
-        one = responses[swap.response_index]
-        ids = list(one.sample.response_ids)
-        ids[swap.position] = int(one.draw_info.candidates[swap.position, swap.candidate_index])
-        assert ids != one.sample.response_ids
-        pair = [replace(one.sample, draw_info=None), replace(one.sample, response_ids=ids, draw_info=None)]
+    measured = measure_swaps(responses, swaps, points, reward=reward, batch_size=5)
+    assert list(measured.predicted_changes) == list(points)
+    for swap, change in zip(swaps, measured.reward_changes, strict=True):
+        response = responses[swap.response_index]
+        ids = list(response.sample.response_ids)
+        ids[swap.position] = int(response.draw_info.candidates[swap.position, swap.candidate_index])
+        assert ids != response.sample.response_ids
+        pair = [replace(response.sample, draw_info=None), replace(response.sample, response_ids=ids, draw_info=None)]
         before, after = reward.score(
             pair, reward.compute_prompt_caches(pair, FlopCounter()), flop_counter=FlopCounter()
         )[0]
         assert change == pytest.approx(after - before, abs=1e-4)
-        assert found.rewards[swap.response_index] == pytest.approx(before, abs=1e-4)
+        assert measured.rewards[swap.response_index] == pytest.approx(before, abs=1e-4)
 
 
 def test_predicted_changes_are_differences_of_the_gradient(policy, reward):
     responses = responses_to(policy, reward)
     swaps = choose_swaps(responses, 5, np.random.default_rng(0))
     points = {name: GradientPoint.parse(name) for name in ("hard", "direct", "direct+hard")}
-    found = measure_swaps(responses, swaps, points, reward=reward)
-    samples, tables = [one.sample for one in responses], [one.draw_info.candidates for one in responses]
+    measured = measure_swaps(responses, swaps, points, reward=reward)
+    samples, tables = zip(*((response.sample, response.draw_info.candidates) for response in responses), strict=True)
     caches = [response.prompt_caches for response in responses]
     whole = reward.compute_backward_gradient(samples, caches, tables, flop_counter=FlopCounter())
     bare = [replace(sample, draw_info=None) for sample in samples]
@@ -261,11 +261,11 @@ def test_predicted_changes_are_differences_of_the_gradient(policy, reward):
     direct = reward.compute_direct_gradient(samples, scored, tables, flop_counter=FlopCounter())
     both = whole  # of a log-ratio it has the direct part already
     if reward.kind == "scalar":
-        both = [one + other for one, other in zip(whole, direct, strict=True)]
+        both = [gradient + other for gradient, other in zip(whole, direct, strict=True)]
     for name, gradients in {"hard": whole, "direct": direct, "direct+hard": both}.items():
-        for one, gradient, predicted in zip(responses, gradients, found.predicted_changes[name], strict=True):
-            own = torch.tensor(one.sample.response_ids)[:, None] == one.draw_info.candidates
-            assert torch.allclose(predicted, gradient - gradient[own][:, None], atol=1e-4)
+        for response, gradient, predicted in zip(responses, gradients, measured.predicted_changes[name], strict=True):
+            is_own_token = torch.tensor(response.sample.response_ids)[:, None] == response.draw_info.candidates
+            assert torch.allclose(predicted, gradient - gradient[is_own_token][:, None], atol=1e-4)
 
 
 def test_swaps_are_distinct_allowed_and_spread_over_responses(policy):
@@ -278,12 +278,12 @@ def test_swaps_are_distinct_allowed_and_spread_over_responses(policy):
     assert swaps == choose_swaps(responses, 24, np.random.default_rng(0))
     assert swaps != choose_swaps(responses, 24, np.random.default_rng(1))
     every = choose_swaps(responses, 10**6, np.random.default_rng(0))
-    assert len(every) == sum(int(one.allowed_swaps.sum()) for one in responses)
+    assert len(every) == sum(int(response.allowed_swaps.sum()) for response in responses)
 
 
 def test_responses_do_not_depend_on_the_batch(policy, scalar_reward):
-    one, other = (responses_to(policy, scalar_reward, batch_size=size) for size in (2, 64))
-    assert [a.sample.response_ids for a in one] == [b.sample.response_ids for b in other]
+    small, large = (responses_to(policy, scalar_reward, batch_size=size) for size in (2, 64))
+    assert [a.sample.response_ids for a in small] == [b.sample.response_ids for b in large]
 
 
 # --- first errors -----------------------------------------------------------------------------------------
@@ -332,30 +332,30 @@ def test_entropy_ranks_the_least_certain_position_first():
 
 def test_a_gradient_that_points_at_the_first_error_finds_it(chains_policy, chains):
     reward = toy(chains_policy, planted(chains_policy))
-    found = run(chains_policy, reward, chains, sampling=DIGIT_CHAINS, samples_per_problem=4, reward_weight=100.0)
-    finding = found.gradient_points["hard"].first_error_scores
-    assert found.repairable_responses == found.wrong_responses > 20  # else "repair" could not be 1
+    audit = run(chains_policy, reward, chains, sampling=DIGIT_CHAINS, samples_per_problem=4, reward_weight=100.0)
+    finding = audit.gradient_points["hard"].first_error_scores
+    assert audit.repairable_responses == audit.wrong_responses > 20  # else "repair" could not be 1
     assert finding.top1.value == finding.top3.value == finding.repair_at_error.value == finding.repair.value == 1.0
-    assert found.gradient_points["hard"].correct_token_predicted.value == 1.0
-    assert found.baseline.top1.value < 0.9 and found.baseline.repair.value < 0.9
-    assert found.gradient_points["hard"].top1_gain.value == pytest.approx(1 - found.baseline.top1.value)
-    assert (found.gradient_points["hard"].effect, found.best_gradient_at) == ("helps", "hard")
-    assert f"first in 100% (entropy {found.baseline.top1.value:.0%})" in found.conclusion
+    assert audit.gradient_points["hard"].correct_token_predicted.value == 1.0
+    assert audit.baseline.top1.value < 0.9 and audit.baseline.repair.value < 0.9
+    assert audit.gradient_points["hard"].top1_gain.value == pytest.approx(1 - audit.baseline.top1.value)
+    assert (audit.gradient_points["hard"].effect, audit.best_gradient_at) == ("helps", "hard")
+    assert f"first in 100% (entropy {audit.baseline.top1.value:.0%})" in audit.conclusion
 
 
 def test_a_gradient_against_the_repair_misleads(chains_policy, chains):
     reward = toy(chains_policy, planted(chains_policy, -1.0))
-    found = run(chains_policy, reward, chains, sampling=DIGIT_CHAINS, samples_per_problem=12, reward_weight=100.0)
+    audit = run(chains_policy, reward, chains, sampling=DIGIT_CHAINS, samples_per_problem=12, reward_weight=100.0)
     assert (
-        found.gradient_points["hard"].first_error_scores.repair.value
-        == found.gradient_points["hard"].correct_token_predicted.value
+        audit.gradient_points["hard"].first_error_scores.repair.value
+        == audit.gradient_points["hard"].correct_token_predicted.value
         == 0
     )
-    assert (found.gradient_points["hard"].effect, found.best_gradient_at) == ("misleads", None)
+    assert (audit.gradient_points["hard"].effect, audit.best_gradient_at) == ("misleads", None)
 
 
 def test_noise_finds_first_errors_by_chance_alone(chains_policy, chains):
-    found = run(chains_policy, toy(chains_policy, noise()), chains, sampling=DIGIT_CHAINS, samples_per_problem=4)
+    audit = run(chains_policy, toy(chains_policy, noise()), chains, sampling=DIGIT_CHAINS, samples_per_problem=4)
     responses = draw_responses(
         chains,
         4,
@@ -365,18 +365,18 @@ def test_noise_finds_first_errors_by_chance_alone(chains_policy, chains):
         top_k_candidates=16,
         candidate_min_p=0.02,
     )
-    wrong, _ = find_wrong_responses(chains, responses, chains_policy)
-    assert len(wrong) == found.wrong_responses
+    wrong_responses, _ = find_wrong_responses(chains, responses, chains_policy)
+    assert len(wrong_responses) == audit.wrong_responses
     # Random scores rank a position as often first as it has candidates to draw from.
     chance = np.mean(
         [
-            int(one.response.allowed_swaps[one.error_position].sum()) / int(one.response.allowed_swaps.sum())
-            for one in wrong
+            int(wrong.response.allowed_swaps[wrong.error_position].sum()) / int(wrong.response.allowed_swaps.sum())
+            for wrong in wrong_responses
         ]
     )
-    first = found.gradient_points["hard"].first_error_scores.top1
-    assert first.low <= chance <= first.high
-    assert found.gradient_points["hard"].effect != "helps"
+    top1 = audit.gradient_points["hard"].first_error_scores.top1
+    assert top1.low <= chance <= top1.high
+    assert audit.gradient_points["hard"].effect != "helps"
 
 
 def test_wrong_responses_are_finished_and_wrong(chains_policy, chains):
@@ -390,37 +390,39 @@ def test_wrong_responses_are_finished_and_wrong(chains_policy, chains):
         top_k_candidates=16,
         candidate_min_p=0.02,
     )
-    wrong, reason = find_wrong_responses(chains, responses, chains_policy)
-    assert reason is None and {one.response_index for one in wrong} < set(range(len(responses)))
-    for one in wrong:
-        text = chains_policy.decode(one.response.sample.response_ids)
-        assert one.response.finished and not text.endswith(f"#{one.response.sample.problem.answer}")
-        right = TokenLabeler(chains_policy).label_candidates(
-            one.response.sample.problem, one.response.sample.response_ids, one.response.draw_info.candidates
+    wrong_responses, reason = find_wrong_responses(chains, responses, chains_policy)
+    assert reason is None and {wrong.response_index for wrong in wrong_responses} < set(range(len(responses)))
+    for wrong in wrong_responses:
+        text = chains_policy.decode(wrong.response.sample.response_ids)
+        assert wrong.response.finished and not text.endswith(f"#{wrong.response.sample.problem.answer}")
+        is_correct = TokenLabeler(chains_policy).label_candidates(
+            wrong.response.sample.problem, wrong.response.sample.response_ids, wrong.response.draw_info.candidates
         )
-        own = find_token_columns(one.response.draw_info.candidates, one.response.sample.response_ids)
-        assert not right[one.error_position, own[one.error_position]]
-        assert all(right[at, own[at]] for at in range(one.error_position))
-        assert not one.correct_candidates[own[one.error_position]]
+        columns = find_token_columns(
+            wrong.response.draw_info.candidates, wrong.response.sample.response_ids
+        )
+        assert not is_correct[wrong.error_position, columns[wrong.error_position]]
+        assert all(is_correct[position, columns[position]] for position in range(wrong.error_position))
+        assert not wrong.correct_candidates[columns[wrong.error_position]]
 
 
 def test_the_direct_gradient_of_a_log_ratio_helps(chains_policy, chains):
     reward = load_reward("logratio:data/tiny/clean", policy=chains_policy)
-    found = run(
+    audit = run(
         chains_policy, reward, chains, sampling=DIGIT_CHAINS, samples_per_problem=4, gradient_at=["direct", "hard"]
     )
-    assert list(found.gradient_points) == ["direct", "hard"]
-    point = found.gradient_points["direct"]
+    assert list(audit.gradient_points) == ["direct", "hard"]
+    point = audit.gradient_points["direct"]
     assert point.sign_accuracy_informative.low > 0.8 and point.repair_gain.low > 0
-    assert found.best_gradient_at == "direct" and found.conclusion.startswith("take the direct gradient: ")
-    assert found.to_dict()["gradient_points"]["direct"]["sign_accuracy"] == point.sign_accuracy.to_dict()
+    assert audit.best_gradient_at == "direct" and audit.conclusion.startswith("take the direct gradient: ")
+    assert audit.to_dict()["gradient_points"]["direct"]["sign_accuracy"] == point.sign_accuracy.to_dict()
 
 
 def test_without_wrong_responses_the_reason_is_named(chains_policy, chains):
-    found = run(chains_policy, toy(chains_policy), chains, sampling=Sampling(max_new_tokens=12), samples_per_problem=2)
-    assert found.no_labels_reason == "none of 48 responses is finished and wrong"
-    assert found.baseline is None and found.gradient_points["hard"].first_error_scores is None
-    assert found.best_gradient_at == "hard"  # by swaps alone
+    audit = run(chains_policy, toy(chains_policy), chains, sampling=Sampling(max_new_tokens=12), samples_per_problem=2)
+    assert audit.no_labels_reason == "none of 48 responses is finished and wrong"
+    assert audit.baseline is None and audit.gradient_points["hard"].first_error_scores is None
+    assert audit.best_gradient_at == "hard"  # by swaps alone
 
 
 # --- conclusions and refusals --------------------------------------------------------------------------------

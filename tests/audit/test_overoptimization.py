@@ -37,8 +37,8 @@ VALIDATED_SAMPLES = compute_ranking_audit(
 
 @pytest.fixture
 def checker() -> Iterator[AnswerChecker]:
-    with AnswerChecker() as one:
-        yield one
+    with AnswerChecker() as answer_checker:
+        yield answer_checker
 
 
 def trace(*answers: tuple[int, str], gold: str = "3", error: str | None = None) -> Trace:
@@ -82,8 +82,8 @@ def revision(number: int, old: Sequence[int], new: Sequence[int], reward: float,
 
 def curve_of(rows: Sequence[Sequence[Trace]], policy: Policy, checker: AnswerChecker, rounds: int) -> SearchCurve:
     for row in rows:
-        for one in row:
-            one.validate()
+        for search in row:
+            search.validate()
     return compute_search_curve(rows, policy, checker, rounds)
 
 
@@ -109,16 +109,16 @@ def scores(*means: float, count: int = 200) -> dict[int, np.ndarray]:
     ],
 )
 def test_where_a_curve_peaks(means, peak, validated, overoptimized):
-    found = find_overoptimization(scores(*means))
-    assert (found.peak_budget, found.validated_budget, found.has_overoptimization) == (peak, validated, overoptimized)
-    assert found.drop_from_peak.value == pytest.approx(means[-1] - max(means))
+    point = find_overoptimization(scores(*means))
+    assert (point.peak_budget, point.validated_budget, point.has_overoptimization) == (peak, validated, overoptimized)
+    assert point.drop_from_peak.value == pytest.approx(means[-1] - max(means))
 
 
 def test_what_chance_may_do_is_neither_a_gain_nor_a_fall():
     """The same shares on few problems, won and lost by different ones, prove nothing."""
     base = np.r_[np.ones(5), np.zeros(5)]
-    found = find_overoptimization({0: base, 1: base[::-1] + np.r_[np.zeros(4), 1, np.zeros(5)], 2: base})
-    assert (found.peak_budget, found.is_helpful, found.has_overoptimization, found.validated_budget) == (
+    point = find_overoptimization({0: base, 1: base[::-1] + np.r_[np.zeros(4), 1, np.zeros(5)], 2: base})
+    assert (point.peak_budget, point.is_helpful, point.has_overoptimization, point.validated_budget) == (
         1,
         False,
         False,
@@ -128,8 +128,8 @@ def test_what_chance_may_do_is_neither_a_gain_nor_a_fall():
 
 def test_a_gain_that_is_lost_again_by_some_problems_is_validated_up_to_there():
     gained = np.r_[np.ones(40), np.zeros(60)]
-    found = find_overoptimization({0: np.zeros(100), 1: gained, 2: np.r_[np.zeros(2), gained[2:]], 4: np.zeros(100)})
-    assert found.has_overoptimization and found.validated_budget == 2  # two of a hundred may be chance
+    point = find_overoptimization({0: np.zeros(100), 1: gained, 2: np.r_[np.zeros(2), gained[2:]], 4: np.zeros(100)})
+    assert point.has_overoptimization and point.validated_budget == 2  # two of a hundred may be chance
 
 
 def test_a_curve_needs_budgets():
@@ -144,42 +144,48 @@ def test_budgets_double_and_end_with_all_rounds():
 
 
 def test_incumbents_after_each_number_of_rounds():
-    one = trace((0, "1"), (1, "3"), (5, "2"))
-    one.validate()
-    answers = [worlds.TOKENS[ids[1]] for ids, _ in one.list_incumbents_at([0, 1, 2, 4, 5, 16])]
+    search = trace((0, "1"), (1, "3"), (5, "2"))
+    search.validate()
+    answers = [worlds.TOKENS[ids[1]] for ids, _ in search.list_incumbents_at([0, 1, 2, 4, 5, 16])]
     assert answers == ["1", "3", "3", "3", "2", "2"]
-    assert [value for _, value in one.list_incumbents_at([0, 1, 5])] == [0.0, 1.0, 2.0]
+    assert [value for _, value in search.list_incumbents_at([0, 1, 5])] == [0.0, 1.0, 2.0]
 
 
 def test_a_search_that_goes_too_far_is_overoptimized(policy, checker):
     rows = [[trace((0, "1"), (1, "3"), (6, "2"))] for _ in range(30)] + [[trace((0, "1"))] for _ in range(10)]
-    found = curve_of(rows, policy, checker, 8)
-    assert {rounds: one.value for rounds, one in found.accuracy.items()} == {0: 0, 1: 0.75, 2: 0.75, 4: 0.75, 8: 0}
-    assert found.reward == {0: 0.0, 1: 0.75, 2: 0.75, 4: 0.75, 8: 1.5}
-    assert found.overoptimization.has_overoptimization and found.overoptimization.validated_budget == 4
-    assert "falls from 0.750 at 1 rounds to 0.000 at 8 while the reward goes from 0.750 to 1.500" in found.conclusion
-    assert found.conclusion.endswith("the search is validated up to 4 rounds")
+    curve = curve_of(rows, policy, checker, 8)
+    assert {rounds: interval.value for rounds, interval in curve.accuracy.items()} == {
+        0: 0,
+        1: 0.75,
+        2: 0.75,
+        4: 0.75,
+        8: 0,
+    }
+    assert curve.reward == {0: 0.0, 1: 0.75, 2: 0.75, 4: 0.75, 8: 1.5}
+    assert curve.overoptimization.has_overoptimization and curve.overoptimization.validated_budget == 4
+    assert "falls from 0.750 at 1 rounds to 0.000 at 8 while the reward goes from 0.750 to 1.500" in curve.conclusion
+    assert curve.conclusion.endswith("the search is validated up to 4 rounds")
 
 
 def test_a_search_that_helps_does_not_fall(policy, checker):
     rows = [[trace((0, "1"), (number % 7 + 1, "3"))] for number in range(28)]
-    found = curve_of(rows, policy, checker, 8)
-    assert found.accuracy[4].value == pytest.approx(4 / 7) and found.overoptimization.validated_budget == 8
-    assert found.conclusion == "accuracy rises from 0.000 to 1.000 at 8 rounds and does not fall up to 8"
+    curve = curve_of(rows, policy, checker, 8)
+    assert curve.accuracy[4].value == pytest.approx(4 / 7) and curve.overoptimization.validated_budget == 8
+    assert curve.conclusion == "accuracy rises from 0.000 to 1.000 at 8 rounds and does not fall up to 8"
 
 
 def test_a_search_that_changes_nothing_is_not_validated(policy, checker):
-    found = curve_of([[trace((0, "1"), (1, "2"))] for _ in range(9)], policy, checker, 2)
+    curve = curve_of([[trace((0, "1"), (1, "2"))] for _ in range(9)], policy, checker, 2)
     assert (
-        found.overoptimization.validated_budget == 0 and "does not rise measurably: 0.000 at first" in found.conclusion
+        curve.overoptimization.validated_budget == 0 and "does not rise measurably: 0.000 at first" in curve.conclusion
     )
 
 
 def test_seeds_are_averaged_and_errors_are_wrong_and_have_no_reward(policy, checker):
     rows = [[trace((0, "3")), trace((0, "1"))], [trace((0, "3"), (1, "3"), error="NaN"), trace((0, "3"), (1, "3"))]]
-    found = curve_of(rows, policy, checker, 1)
-    assert found.accuracy[0].value == 0.5 and found.accuracy[0].num_seeds == 2
-    assert found.reward == {0: 0.0, 1: 0.5}  # one problem's mean is 0, the other's 1
+    curve = curve_of(rows, policy, checker, 1)
+    assert curve.accuracy[0].value == 0.5 and curve.accuracy[0].num_seeds == 2
+    assert curve.reward == {0: 0.0, 1: 0.5}  # one problem's mean is 0, the other's 1
 
 
 def test_searches_that_all_failed_are_refused(policy, checker):
@@ -197,7 +203,7 @@ def test_a_real_search_is_read_as_it_went(checker):
     config = SearchConfig(
         max_rounds=3, patience=1, max_rollouts=2, max_flops=1.0, max_new_tokens=48, min_p=0.02, candidate_min_p=0.02
     )
-    found = audit_overoptimization(
+    audit = audit_overoptimization(
         problems,
         policy=policy,
         reward=reward,
@@ -206,27 +212,27 @@ def test_a_real_search_is_read_as_it_went(checker):
         validated_samples=VALIDATED_SAMPLES,
         seeds=(0, 1),
     )
-    free = replace(config, patience=0, max_rollouts=0, max_flops=0.0)
-    for name, one in {"nabla": free, "control": free.with_no_gradient()}.items():
-        runs = [run_search(problems, policy=policy, reward=reward, config=one, seed=seed) for seed in (0, 1)]
+    unlimited = replace(config, patience=0, max_rollouts=0, max_flops=0.0)
+    for name, search_config in {"nabla": unlimited, "control": unlimited.with_no_gradient()}.items():
+        runs = [run_search(problems, policy=policy, reward=reward, config=search_config, seed=seed) for seed in (0, 1)]
         traces = [trace for run in runs for trace in run]
-        right = [trace.answer == trace.gold for trace in traces]
-        curve = found.curves[name]
+        correct = [trace.answer == trace.gold for trace in traces]
+        curve = audit.curves[name]
         assert list(curve.accuracy) == [0, 1, 2, 3]
-        assert curve.accuracy[3].value == pytest.approx(np.mean(right))
+        assert curve.accuracy[3].value == pytest.approx(np.mean(correct))
         assert curve.reward[3] == pytest.approx(np.mean([trace.reward for trace in traces]))
         assert curve.reward[0] == pytest.approx(np.mean([trace.reward_initial for trace in traces]))
         assert sorted(curve.reward.values()) == list(curve.reward.values())
-    assert found.curves["nabla"].accuracy[0] == found.curves["control"].accuracy[0]
-    assert found.validated_limits.max_rounds == found.curves["nabla"].overoptimization.validated_budget
-    assert found.validated_limits.max_samples == VALIDATED_SAMPLES
-    assert found.to_dict()["validated_limits"] == asdict(found.validated_limits)
+    assert audit.curves["nabla"].accuracy[0] == audit.curves["control"].accuracy[0]
+    assert audit.validated_limits.max_rounds == audit.curves["nabla"].overoptimization.validated_budget
+    assert audit.validated_limits.max_samples == VALIDATED_SAMPLES
+    assert audit.to_dict()["validated_limits"] == asdict(audit.validated_limits)
 
 
 def test_without_a_gradient_there_is_one_curve(policy, scalar_reward, checker):
     problems = [Problem(f"q{n}", f"{n}+1", answer=str(n)) for n in range(3)]
     config = SearchConfig(solver="none", max_rounds=1, max_new_tokens=6)
-    found = audit_overoptimization(
+    audit = audit_overoptimization(
         problems,
         policy=policy,
         reward=scalar_reward,
@@ -234,7 +240,7 @@ def test_without_a_gradient_there_is_one_curve(policy, scalar_reward, checker):
         checker=checker,
         validated_samples=VALIDATED_SAMPLES,
     )
-    assert list(found.curves) == ["control"] and found.conclusion == found.curves["control"].conclusion
+    assert list(audit.curves) == ["control"] and audit.conclusion == audit.curves["control"].conclusion
 
 
 @pytest.mark.parametrize(
@@ -264,6 +270,6 @@ def test_what_cannot_be_audited_is_said(policy, scalar_reward, checker, changes,
 def test_a_handful_of_problems_validates_nothing() -> None:
     """One problem, or two alike, have an interval without width; a sign-flip test is not taken in."""
     for count, helps in ((1, False), (2, False), (20, True)):
-        turn = find_overoptimization({1: np.zeros(count), 2: np.ones(count)})
-        assert (turn.is_helpful, turn.validated_budget) == (helps, 2 if helps else 1)
+        point = find_overoptimization({1: np.zeros(count), 2: np.ones(count)})
+        assert (point.is_helpful, point.validated_budget) == (helps, 2 if helps else 1)
         assert find_overoptimization({1: np.ones(count), 2: np.zeros(count)}).validated_budget == 1

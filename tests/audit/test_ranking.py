@@ -41,47 +41,47 @@ def _best(row, value):
 
 
 def test_a_perfect_reward():
-    right = RNG.random((50, 16)) < 0.4
-    found = compute_ranking_audit(right + 0.01 * RNG.random(right.shape), right, np.full(right.shape, 9.0))
-    assert found.auc == 1.0
-    assert found.correlation > 0.99
-    assert found.best_of_n_accuracy[16]["value"] == right.any(1).mean()
-    assert found.best_of_n_accuracy[1]["value"] == pytest.approx(right.mean())
-    assert "without over-optimization" in found.conclusion
+    correct = RNG.random((50, 16)) < 0.4
+    audit = compute_ranking_audit(correct + 0.01 * RNG.random(correct.shape), correct, np.full(correct.shape, 9.0))
+    assert audit.auc == 1.0
+    assert audit.correlation > 0.99
+    assert audit.best_of_n_accuracy[16]["value"] == correct.any(1).mean()
+    assert audit.best_of_n_accuracy[1]["value"] == pytest.approx(correct.mean())
+    assert "without over-optimization" in audit.conclusion
 
 
 def test_a_random_reward_is_called_out():
-    right = RNG.random((200, 16)) < 0.4
-    found = compute_ranking_audit(RNG.random(right.shape), right, RNG.random(right.shape))
-    assert found.auc == pytest.approx(0.5, abs=0.05)
-    assert "do not search" in found.conclusion
+    correct = RNG.random((200, 16)) < 0.4
+    audit = compute_ranking_audit(RNG.random(correct.shape), correct, RNG.random(correct.shape))
+    assert audit.auc == pytest.approx(0.5, abs=0.05)
+    assert "do not search" in audit.conclusion
 
 
 def test_a_reward_that_is_hacked_is_overoptimized():
     """Right answers score high, but one wrong sample in thirty scores highest."""
-    right = RNG.random((400, 32)) < 0.4
-    rewards = right + 0.01 * RNG.random(right.shape)
-    rewards[~right & (RNG.random(right.shape) < 1 / 30)] += 5
-    found = compute_ranking_audit(rewards, right, np.ones(right.shape))
-    assert "is over-optimized" in found.conclusion
-    assert found.best_of_n_accuracy[32]["value"] < found.best_of_n_accuracy[4]["value"]
-    assert found.best_of_n_reward[32] > found.best_of_n_reward[4]
+    correct = RNG.random((400, 32)) < 0.4
+    rewards = correct + 0.01 * RNG.random(correct.shape)
+    rewards[~correct & (RNG.random(correct.shape) < 1 / 30)] += 5
+    audit = compute_ranking_audit(rewards, correct, np.ones(correct.shape))
+    assert "is over-optimized" in audit.conclusion
+    assert audit.best_of_n_accuracy[32]["value"] < audit.best_of_n_accuracy[4]["value"]
+    assert audit.best_of_n_reward[32] > audit.best_of_n_reward[4]
 
 
 def test_length_correlation_sees_length():
-    right = RNG.random((30, 8)) < 0.5
-    lengths = RNG.integers(3, 40, right.shape).astype(float)
-    assert compute_ranking_audit(lengths, right, lengths).length_correlation == pytest.approx(1.0)
+    correct = RNG.random((30, 8)) < 0.5
+    lengths = RNG.integers(3, 40, correct.shape).astype(float)
+    assert compute_ranking_audit(lengths, correct, lengths).length_correlation == pytest.approx(1.0)
 
 
 def test_lucky_answers_are_told_from_sound_ones():
-    right = np.array([[True, True, False, False]] * 5)
-    sound = np.array([[True, False, False, False]] * 5)
-    found = compute_ranking_audit(np.array([[4.0, 1.0, 2.0, 3.0]] * 5), right, np.ones(right.shape), sound)
-    assert found.step_auc == 1.0
-    assert found.auc == 0.5
-    assert found.correct_with_errors == 0.5
-    without = compute_ranking_audit(np.array([[4.0, 1.0, 2.0, 3.0]] * 5), right, np.ones(right.shape))
+    correct = np.array([[True, True, False, False]] * 5)
+    error_free = np.array([[True, False, False, False]] * 5)
+    audit = compute_ranking_audit(np.array([[4.0, 1.0, 2.0, 3.0]] * 5), correct, np.ones(correct.shape), error_free)
+    assert audit.step_auc == 1.0
+    assert audit.auc == 0.5
+    assert audit.correct_with_errors == 0.5
+    without = compute_ranking_audit(np.array([[4.0, 1.0, 2.0, 3.0]] * 5), correct, np.ones(correct.shape))
     assert without.step_auc is None and without.correct_with_errors is None
 
 
@@ -97,7 +97,7 @@ def test_correlation_skips_problems_without_variation():
 
 
 @pytest.mark.parametrize(
-    ("rewards", "right", "message"),
+    ("rewards", "correct", "message"),
     [
         (np.ones((3, 1)), np.ones((3, 1), bool), "two samples"),
         (RNG.random((3, 4)), np.ones((3, 4), bool), "all 12 are correct"),
@@ -107,9 +107,9 @@ def test_correlation_skips_problems_without_variation():
         (RNG.random((2, 2)), np.array([[True, True], [False, False]]), "both correct and incorrect"),
     ],
 )
-def test_what_cannot_be_audited_is_said(rewards, right, message):
+def test_what_cannot_be_audited_is_said(rewards, correct, message):
     with pytest.raises(ValueError, match=message):
-        compute_ranking_audit(rewards, right, np.ones(right.shape))
+        compute_ranking_audit(rewards, correct, np.ones(correct.shape))
 
 
 def test_problems_without_gold_answers_are_refused(problems, policy, reward):

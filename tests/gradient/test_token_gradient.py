@@ -20,7 +20,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, P
 
 from nabla_trl.gradient import likelihood as likelihood_module
 from nabla_trl.gradient import token_gradient as token_gradient_module
-from nabla_trl.gradient.likelihood import LikelihoodObjective
+from nabla_trl.gradient.likelihood import LikelihoodObjective, policy_likelihood
 from nabla_trl.gradient.objectives import DrawInfo, Objective, Sample
 from nabla_trl.gradient.relaxation import RelaxedResponse
 from nabla_trl.gradient.token_gradient import compute_token_gradient
@@ -32,7 +32,6 @@ from nabla_trl.models.options import GradientPoint
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.loading import build_log_ratio_reward, build_scalar_reward
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.proposals import policy_likelihood
 from nabla_trl.tasks.problem import Problem
 
 DOUBLE = torch.float64

@@ -62,9 +62,9 @@ def train(recipe: ModuleType, folder: Path, **options: object) -> str:
     argv = ["--config", "recipes/tiny/reward.yaml", "--output_dir", str(folder), "--disable_tqdm", "true"]
     for name, value in (SIZES | options).items():
         argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    with redirect_stdout(io.StringIO()) as said:
+    with redirect_stdout(io.StringIO()) as output:
         recipe.main(argv)
-    return said.getvalue()
+    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -107,29 +107,29 @@ def stamps(folder: Path) -> dict[str, int]:
 def test_the_reward_is_the_round_of_largest_limits_with_every_audit(
     finished: tuple[Path, str], policy: Policy
 ) -> None:
-    folder, said = finished
-    card = read_manifest(folder / "reward")
-    assert (card.kind, card.base_model, card.policy) == ("scalar", POLICY, POLICY)
-    assert [entry["round"] for entry in card.training_rounds] == [0, 1]
-    for entry in card.training_rounds:
+    folder, output = finished
+    manifest = read_manifest(folder / "reward")
+    assert (manifest.kind, manifest.base_model, manifest.policy) == ("scalar", POLICY, POLICY)
+    assert [entry["round"] for entry in manifest.training_rounds] == [0, 1]
+    for entry in manifest.training_rounds:
         assert {"training", "ranking", "over_optimization", "gradient"} <= set(entry)
-        assert f"round {entry['round']}: {entry['ranking']['conclusion']}" in said
+        assert f"round {entry['round']}: {entry['ranking']['conclusion']}" in output
     trusts = [
         (
             entry["over_optimization"]["validated_limits"]["max_rounds"],
             entry["over_optimization"]["validated_limits"]["max_samples"],
         )
-        for entry in card.training_rounds
+        for entry in manifest.training_rounds
     ]
     best = max((0, 1), key=lambda number: (trusts[number], number))
     assert (
-        card.validated_limits is not None
-        and (card.validated_limits.max_rounds, card.validated_limits.max_samples) == trusts[best]
+        manifest.validated_limits is not None
+        and (manifest.validated_limits.max_rounds, manifest.validated_limits.max_samples) == trusts[best]
     )
     reward, same, other = (
         load_reward(str(folder / name), policy=policy) for name in ("reward", f"round-{best}", f"round-{1 - best}")
     )
-    assert reward.validated_limits == card.validated_limits and same.validated_limits is None
+    assert reward.validated_limits == manifest.validated_limits and same.validated_limits is None
     assert scores(reward, policy) == scores(same, policy) != scores(other, policy)
     depths = [AutoConfig.from_pretrained(one).num_hidden_layers for one in (POLICY, folder / "reward")]
     assert depths[1] == depths[0] + 2, "it has grown, and only once"
@@ -146,12 +146,12 @@ def test_nothing_is_trained_on_problems_of_the_audits(finished: tuple[Path, str]
 
 def test_a_finished_run_is_not_done_again(recipe: ModuleType, finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    before, card = stamps(folder), (folder / "reward" / "reward.json").read_bytes()
+    before, manifest = stamps(folder), (folder / "reward" / "reward.json").read_bytes()
     weights = (folder / "reward" / "model.safetensors").read_bytes()
-    said = train(recipe, folder)
-    assert "answers to" not in said and "searches accepted" not in said and "reward: " in said
+    output = train(recipe, folder)
+    assert "answers to" not in output and "searches accepted" not in output and "reward: " in output
     assert stamps(folder) == before
-    assert (folder / "reward" / "reward.json").read_bytes() == card
+    assert (folder / "reward" / "reward.json").read_bytes() == manifest
     assert (folder / "reward" / "model.safetensors").read_bytes() == weights
 
 
@@ -166,8 +166,8 @@ def test_a_run_that_was_cut_short_comes_to_the_same_reward(
         gone = again / name
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     before = stamps(again)
-    said = train(recipe, again)
-    assert "round 0: 120 answers" not in said and "round 1: searches accepted" in said
+    output = train(recipe, again)
+    assert "round 0: 120 answers" not in output and "round 1: searches accepted" in output
     assert {name: stamp for name, stamp in stamps(again).items() if name in before} == before
     assert (again / "round-1.0.jsonl").read_text() == (folder / "round-1.0.jsonl").read_text()
     ours, theirs = (load_file(one / "reward" / "model.safetensors") for one in (again, folder))
@@ -182,8 +182,8 @@ SHORT |= {"tuning": "lora", "grow_layers": 0}
 
 def test_an_implicit_reward_by_the_recipe(recipe: ModuleType, policy: Policy, tmp_path: Path) -> None:
     train(recipe, tmp_path, kind="implicit", implicit_beta=0.2, **SHORT)
-    card = read_manifest(tmp_path / "reward")
-    assert (card.kind, card.scale, card.reference_model) == ("log_ratio", 0.2, POLICY)
+    manifest = read_manifest(tmp_path / "reward")
+    assert (manifest.kind, manifest.scale, manifest.reference_model) == ("log_ratio", 0.2, POLICY)
     reward = load_reward(str(tmp_path / "reward"), policy=policy)
     assert reward.kind == "log-ratio" and [term.weight for term in reward.objectives] == [0.2, -0.2]
     assert len(set(scores(reward, policy))) > 6

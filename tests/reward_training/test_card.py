@@ -60,8 +60,8 @@ def test_the_metadata_is_the_hubs_and_the_figures_are_all_there() -> None:
 
 @pytest.mark.parametrize("kind", ["scalar", "log_ratio", "ensemble"])
 def test_a_reward_that_was_not_audited_claims_nothing(kind: str, tmp_path: Path) -> None:
-    own = {"log_ratio": {"reference_model": "r"}, "ensemble": {"members": ["a", "b"]}}.get(kind, {})
-    write_reward_readme(tmp_path, RewardManifest(kind, base_model="b", policy="p", **own))
+    options = {"log_ratio": {"reference_model": "r"}, "ensemble": {"members": ["a", "b"]}}.get(kind, {})
+    write_reward_readme(tmp_path, RewardManifest(kind, base_model="b", policy="p", **options))
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Validated" not in text and "## Measured" not in text and "No gradient" in text
 

@@ -88,16 +88,16 @@ def test_right_solutions_are_sound_throughout_whatever_separators_they_use(write
 def test_the_first_wrong_token_holds_the_first_wrong_character(writer: Policy) -> None:
     """The text tells it by itself; what comes later is unsound however it looks."""
     labels, rng = TokenLabeler(writer), random.Random(1)
-    found = []
+    errors = []
     for problem in PROBLEMS:
         text = digit_chains.make_noisy_solution(problem.question, rng)
         response = ids(writer, text)
         first = at_token(writer, response, digit_chains.find_first_error(problem, text))
         assert labels.find_first_error(problem, response) == first
-        known = len(response) if first is None else first
-        assert labels.label_prefixes(problem, response) == [index < known for index in range(len(response))]
-        found.append(first)
-    assert None in found and len(set(found)) > 5
+        num_correct = len(response) if first is None else first
+        assert labels.label_prefixes(problem, response) == [index < num_correct for index in range(len(response))]
+        errors.append(first)
+    assert None in errors and len(set(errors)) > 5
 
 
 def test_right_alternatives_are_those_of_a_right_solution_spelled_out(writer: Policy) -> None:

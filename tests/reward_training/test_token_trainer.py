@@ -138,13 +138,13 @@ def test_without_relaxation_targets_are_the_step_labels() -> None:
     for closed in (1.0, 0.0):
         rows = [*some_rows(closed=closed), make_row(9, closed=closed) | {"correct": [[1.0] * 4] * 4}]
         for row, targets in zip(rows, collated(rows, 0.0)["targets"], strict=True):
-            free, wanted = True, []
+            free, expected_targets = True, []
             for right in row["correct"]:
                 free = free and bool(right[0])
-                wanted.append(float(free))
-            wanted.append(float(free and bool(closed)))
+                expected_targets.append(float(free))
+            expected_targets.append(float(free and bool(closed)))
             begin, end = row["response_start"], len(row["input_ids"])
-            assert targets[begin:end].tolist() == wanted
+            assert targets[begin:end].tolist() == expected_targets
             assert targets[:begin].isnan().all() and targets[end:].isnan().all()
 
 
@@ -298,8 +298,8 @@ def test_a_score_at_every_position_is_the_pooled_logit_of_what_came_before(archi
         torch.testing.assert_close(scores[range(3), batch["last_position"]], pooled, atol=1e-5, rtol=1e-4)
         for row, ids in enumerate(batch["input_ids"].tolist()):
             for end in range(1, int(batch["last_position"][row]) + 2):
-                own = prefix_score(model, ids[:end])
-                torch.testing.assert_close(scores[row, end - 1], own, atol=1e-5, rtol=1e-4)
+                pooled_score = prefix_score(model, ids[:end])
+                torch.testing.assert_close(scores[row, end - 1], pooled_score, atol=1e-5, rtol=1e-4)
         if peft:
             base = prefix_score(plain, batch["input_ids"][0].tolist())
             assert abs(float(base - scores[0, -1])) > 1e-3, "the adapter's head is the one that is read"
@@ -314,8 +314,8 @@ def test_a_score_at_every_position_is_the_pooled_logit_of_what_came_before(archi
 def test_the_loss_of_hard_rows_is_binary_cross_entropy_by_hand(architecture: str, steps: bool, tmp_path: Path) -> None:
     rows = some_rows(steps=steps)
     model = scorer(architecture)
-    made = trainer(tmp_path, model, rows)
-    loss = made.compute_loss(model, made.data_collator(rows))
+    reward_trainer = trainer(tmp_path, model, rows)
+    loss = reward_trainer.compute_loss(model, reward_trainer.data_collator(rows))
     parts = []
     for row in rows:
         free = 1.0
@@ -339,27 +339,29 @@ def known_mixture(rows: Sequence[Row], weights: Tensor) -> dict[str, Tensor]:
 
 
 def loss_against(scores: Tensor, targets: Tensor) -> Tensor:
-    kept = ~targets.isnan()
-    return F.binary_cross_entropy_with_logits(scores[kept], targets[kept])
+    has_target = ~targets.isnan()
+    return F.binary_cross_entropy_with_logits(scores[has_target], targets[has_target])
 
 
 def test_the_target_of_a_sure_mixture_is_the_models_own_prediction_of_its_tokens(tmp_path: Path) -> None:
     """All weight on one candidate: every draw is the same, and the target what the model makes of it."""
     rows = [make_row(seed, steps=False) for seed in range(3)]
     model = scorer()
-    made = trainer(tmp_path, model, rows, relaxed_fraction=1.0, target_samples=3)
+    reward_trainer = trainer(tmp_path, model, rows, relaxed_fraction=1.0, target_samples=3)
     batch = known_mixture(rows, torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    drawn = batch["input_ids"].clone()
+    sampled_ids = batch["input_ids"].clone()
     for index, row in enumerate(rows):
-        drawn[index, row["response_start"] : row["response_start"] + 4] = torch.tensor(row["candidate_ids"])[:, 2]
-    assert not torch.equal(drawn, batch["input_ids"])
+        sampled_ids[index, row["response_start"] : row["response_start"] + 4] = torch.tensor(row["candidate_ids"])[
+            :, 2
+        ]
+    assert not torch.equal(sampled_ids, batch["input_ids"])
     with torch.no_grad():
-        scores = compute_token_scores(model, model.get_input_embeddings()(drawn), batch["attention_mask"])
-    wanted = torch.where(batch["targets"].isnan(), torch.nan, scores.sigmoid())
-    torch.testing.assert_close(made.compute_loss(model, batch), loss_against(scores, wanted))
+        scores = compute_token_scores(model, model.get_input_embeddings()(sampled_ids), batch["attention_mask"])
+    expected_targets = torch.where(batch["targets"].isnan(), torch.nan, scores.sigmoid())
+    torch.testing.assert_close(reward_trainer.compute_loss(model, batch), loss_against(scores, expected_targets))
     batch["needs_estimate"][1] = False  # a hard row beside them keeps its outcome
-    wanted[1] = batch["targets"][1]
-    torch.testing.assert_close(made.compute_loss(model, batch), loss_against(scores, wanted))
+    expected_targets[1] = batch["targets"][1]
+    torch.testing.assert_close(reward_trainer.compute_loss(model, batch), loss_against(scores, expected_targets))
 
 
 def test_the_target_of_a_mixture_is_the_mean_prediction_over_its_draws(tmp_path: Path) -> None:
@@ -383,12 +385,14 @@ def test_the_target_of_a_mixture_is_the_mean_prediction_over_its_draws(tmp_path:
     assert torch.stack(single).std(0).max() > 0.1
     targets = torch.where(batch["targets"].isnan(), torch.nan, expected)
     for draws, close in ((256, True), (1, False)):
-        made = trainer(tmp_path, model, [row], relaxed_fraction=1.0, target_samples=draws)
+        reward_trainer = trainer(tmp_path, model, [row], relaxed_fraction=1.0, target_samples=draws)
         # The loss is linear in the targets; one row at a time, a single draw is far from the mean.
-        some = batch if close else {name: value[:1] for name, value in batch.items()}
-        count = len(some["input_ids"])
-        found = seeded(0, lambda made=made, some=some: made.compute_loss(model, some))
-        gap = abs(float(found.detach() - loss_against(scores[:count], targets[:count])))
+        subset = batch if close else {name: value[:1] for name, value in batch.items()}
+        count = len(subset["input_ids"])
+        sampled_loss = seeded(
+            0, lambda reward_trainer=reward_trainer, subset=subset: reward_trainer.compute_loss(model, subset)
+        )
+        gap = abs(float(sampled_loss.detach() - loss_against(scores[:count], targets[:count])))
         assert gap < 0.01 if close else gap > 0.02
 
 
@@ -396,9 +400,9 @@ def test_no_gradient_flows_into_estimated_targets(tmp_path: Path) -> None:
     """The slope of the loss is the prediction minus the target, as for a known one."""
     rows = [make_row(seed, steps=False) for seed in range(3)]
     model = scorer()
-    made = trainer(tmp_path, model, rows, relaxed_fraction=1.0)
+    reward_trainer = trainer(tmp_path, model, rows, relaxed_fraction=1.0)
     batch = known_mixture(rows, torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    (slope,) = torch.autograd.grad(made.compute_loss(model, batch), model.score.weight)
+    (slope,) = torch.autograd.grad(reward_trainer.compute_loss(model, batch), model.score.weight)
     assert float(slope.abs().max()) < 1e-6, "it predicts what it predicts"
     assert model.score.weight.requires_grad
 
@@ -420,23 +424,25 @@ class LinearScorer(nn.Module):
         return SimpleNamespace(logits=self.score(inputs_embeds.cumsum(1))[:, -1])
 
 
-def matching_loss(made: TokenRewardTrainer, model: Any, batch: dict[str, Tensor], weight: float = 1.0) -> Tensor:
+def matching_loss(
+    reward_trainer: TokenRewardTrainer, model: Any, batch: dict[str, Tensor], weight: float = 1.0
+) -> Tensor:
     """What gradient matching adds to the loss."""
     parts = []
     for matching in (weight, 0.0):
-        made.loss_config = RelaxedLossConfig(gradient_matching=matching)
-        parts.append(seeded(0, lambda: made.compute_loss(model, batch)))
+        reward_trainer.loss_config = RelaxedLossConfig(gradient_matching=matching)
+        parts.append(seeded(0, lambda: reward_trainer.compute_loss(model, batch)))
     return parts[0] - parts[1]
 
 
 @pytest.mark.parametrize("relaxed", [0.0, 1.0])
 def test_a_linear_score_matches_its_gradient_everywhere(relaxed: float, tmp_path: Path) -> None:
     rows = some_rows()
-    made = trainer(tmp_path, scorer(), rows)
+    reward_trainer = trainer(tmp_path, scorer(), rows)
     batch = collated(rows, relaxed)
     linear = seeded(2, lambda: LinearScorer(len(worlds.TOKENS), 8))
-    assert abs(float(matching_loss(made, linear, batch))) < 1e-6
-    assert float(matching_loss(made, scorer(), batch)) > 1e-3, "a transformer's does not"
+    assert abs(float(matching_loss(reward_trainer, linear, batch))) < 1e-6
+    assert float(matching_loss(reward_trainer, scorer(), batch)) > 1e-3, "a transformer's does not"
 
 
 @pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
@@ -453,7 +459,7 @@ def test_the_gradient_of_matching_agrees_with_finite_differences(
     row["candidate_ids"] = [
         [v[0], v[0], v[2]] if at != 1 else v for at, v in enumerate(row["candidate_ids"])
     ]  # one swap is offered
-    made = trainer(tmp_path, model, [row])
+    reward_trainer = trainer(tmp_path, model, [row])
     batch = collated([row], 0.0)
     place, token = 3, row["candidate_ids"][1][2]
     assert token != row["candidate_ids"][1][0]
@@ -472,7 +478,7 @@ def test_the_gradient_of_matching_agrees_with_finite_differences(
     weights = [
         weight for name, weight in model.named_parameters() if not name.endswith(("wte.weight", "tokens.weight"))
     ]
-    loss = matching_loss(made, model, batch)
+    loss = matching_loss(reward_trainer, model, batch)
     assert float(loss) == pytest.approx(gap(), rel=1e-6, abs=1e-9) and float(loss) > 1e-4
     slopes = torch.autograd.grad(loss, weights, allow_unused=True)
     draw = torch.Generator().manual_seed(3)
@@ -499,8 +505,8 @@ def test_swaps_are_among_the_tokens_that_were_offered() -> None:
     seen: list[set[tuple[int, int]]] = [set() for _ in rows]
     for seed in range(200):
         places, tokens = seeded(seed, lambda: sample_token_swaps(batch))
-        for index, pair in enumerate(zip(places.tolist(), tokens.tolist(), strict=True)):
-            seen[index].add(pair)
+        for index, swap in enumerate(zip(places.tolist(), tokens.tolist(), strict=True)):
+            seen[index].add(swap)
     for index in range(len(rows)):
         places, columns = torch.nonzero(batch["is_alternative"][index], as_tuple=True)
         assert seen[index] == {
@@ -526,7 +532,7 @@ def test_training_learns_the_targets(tmp_path: Path) -> None:
     rows = [make_row(seed, count=5) for seed in range(8)]
     model = scorer()
     model.set_attn_implementation("eager")
-    made = trainer(
+    reward_trainer = trainer(
         tmp_path,
         model,
         rows,
@@ -538,16 +544,16 @@ def test_training_learns_the_targets(tmp_path: Path) -> None:
         logging_steps=10,
     )
     batch = collated(rows, 0.0)
-    before = float(made.compute_loss(model, batch))
-    result = made.train()
-    made.loss_config = RelaxedLossConfig()
-    assert float(made.compute_loss(model, batch)) < 0.7 * before
+    before = float(reward_trainer.compute_loss(model, batch))
+    result = reward_trainer.train()
+    reward_trainer.loss_config = RelaxedLossConfig()
+    assert float(reward_trainer.compute_loss(model, batch)) < 0.7 * before
     assert result.global_step == 30
-    logged = [entry for entry in made.state.log_history if "loss" in entry]
+    logged = [entry for entry in reward_trainer.state.log_history if "loss" in entry]
     assert all({"mean_reward", "accuracy"} <= set(entry) and 0 <= entry["accuracy"] <= 1 for entry in logged)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_named(tmp_path: Path) -> None:
     rows = some_rows()
-    made = trainer(tmp_path, scorer(), rows, max_steps=5, learning_rate=1e38, lr_scheduler_type="constant")
-    worlds.refused(made.train, "the loss became nan at step 2", "lower learning_rate")
+    reward_trainer = trainer(tmp_path, scorer(), rows, max_steps=5, learning_rate=1e38, lr_scheduler_type="constant")
+    worlds.refused(reward_trainer.train, "the loss became nan at step 2", "lower learning_rate")

@@ -52,15 +52,15 @@ pytestmark = pytest.mark.usefixtures("little_to_collect")
 
 def responses(policy: Policy, count: int = 5) -> list[LabeledResponse]:
     """To each of some chains a right response, a wrong one, and one that was cut."""
-    made = []
+    result = []
     for problem in digit_chains.make_digit_chain_problems("train", count):
         gold = digit_chains.make_gold_solution(problem.question)
         wrong = gold[:-1] + str((int(gold[-1]) + random.Random(problem.id).randint(1, 9)) % 10)
-        made.append(LabeledResponse(worlds.sample(policy, problem, gold), True))
-        made.append(LabeledResponse(worlds.sample(policy, problem, wrong), False))
-        made.append(LabeledResponse(worlds.sample(policy, problem, gold[:9], finished=False), False))
-    known = add_draw_info(policy, [one.sample for one in made], 5, 64)
-    return [replace(one, sample=sample) for one, sample in zip(made, known, strict=True)]
+        result.append(LabeledResponse(worlds.sample(policy, problem, gold), True))
+        result.append(LabeledResponse(worlds.sample(policy, problem, wrong), False))
+        result.append(LabeledResponse(worlds.sample(policy, problem, gold[:9], finished=False), False))
+    known = add_draw_info(policy, [item.sample for item in result], 5, 64)
+    return [replace(item, sample=sample) for item, sample in zip(result, known, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +129,8 @@ def train(
 @torch.no_grad()
 def plain_scores(model: Any, samples: Sequence[Sample]) -> list[float]:
     """The classifier's own pooled logits of whole turns."""
-    closed = [one.response_ids if one.response_ids[-1] == END else [*one.response_ids, END] for one in samples]
-    rows = [torch.tensor([one.prompt_ids + ids]) for one, ids in zip(samples, closed, strict=True)]
+    closed = [item.response_ids if item.response_ids[-1] == END else [*item.response_ids, END] for item in samples]
+    rows = [torch.tensor([item.prompt_ids + ids]) for item, ids in zip(samples, closed, strict=True)]
     return [float(model(input_ids=row).logits) for row in rows]
 
 
@@ -138,8 +138,8 @@ def scores(reward: Reward, samples: Sequence[Sample]) -> list[float]:
     return reward.score(samples, reward.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter())[0]
 
 
-def samples_of(labelled: Sequence[LabeledResponse]) -> list[Sample]:
-    return [one.sample for one in labelled]
+def samples_of(labeled: Sequence[LabeledResponse]) -> list[Sample]:
+    return [item.sample for item in labeled]
 
 
 def spread(values: Sequence[float]) -> float:
@@ -168,13 +168,13 @@ def test_the_folder_scores_as_the_model_that_was_trained(
     name: str, train: Callable[..., Any], trained: list[Any], data: Any, policies: Any, tmp_path: Path
 ) -> None:
     architecture = name.split("-")[0]
-    done = train(tmp_path / "reward", architecture=architecture, **RUNS[name])
-    assert (done.steps, done.tokens > 0, done.flops > 0) == (3, True, True)
+    stats = train(tmp_path / "reward", architecture=architecture, **RUNS[name])
+    assert (stats.steps, stats.tokens > 0, stats.flops > 0) == (3, True, True)
     reward = load_reward(str(tmp_path / "reward"), policy=policies[architecture])
     assert reward.kind == "scalar" and (tmp_path / "reward" / "tokenizer_config.json").exists()
     items = samples_of(data[architecture])
-    wanted = plain_scores(trained[0], items)
-    assert scores(reward, items) == pytest.approx(wanted, rel=1e-4, abs=1e-4) and spread(wanted) > 0.05
+    expected = plain_scores(trained[0], items)
+    assert scores(reward, items) == pytest.approx(expected, rel=1e-4, abs=1e-4) and spread(expected) > 0.05
     assert not (tmp_path / "reward.tmp").exists()
 
 
@@ -241,9 +241,9 @@ def test_no_pair_is_dropped_for_its_length(train: Callable[..., Any], tmp_path: 
 
 
 def test_costs_grow_with_steps_and_with_what_is_trained(train: Callable[..., Any], tmp_path: Path) -> None:
-    one = train(tmp_path / "a", tuning="lora", config={"max_steps": 1})
+    item = train(tmp_path / "a", tuning="lora", config={"max_steps": 1})
     three = train(tmp_path / "b", tuning="lora")
-    assert (three.tokens, three.flops) == (3 * one.tokens, pytest.approx(3 * one.flops))
+    assert (three.tokens, three.flops) == (3 * item.tokens, pytest.approx(3 * item.flops))
     pairs = train(tmp_path / "c", tuning="lora", loss_type="pairs")
     assert (pairs.tokens, pairs.flops) == (2 * three.tokens, pytest.approx(2 * three.flops))
     assert (three.rows, pairs.rows) == (15, 10)  # per problem three responses, and two pairs with the right one
@@ -339,16 +339,16 @@ def test_growing_an_unknown_architecture_is_refused() -> None:
 def dequantised(model: PreTrainedModel, base: str) -> PreTrainedModel:
     """A plain copy of a 4-bit classifier."""
     plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-    own = dict(model.named_modules())
+    modules = dict(model.named_modules())
     count = 0
     with torch.no_grad():
         for name, module in plain.named_modules():
             if isinstance(module, nn.Linear):
-                source = own[name].base_layer if hasattr(own[name], "base_layer") else own[name]
+                source = modules[name].base_layer if hasattr(modules[name], "base_layer") else modules[name]
                 if isinstance(source, Linear4bit):
                     module.weight.copy_(dequantize_4bit(source.weight.data, source.weight.quant_state))
                     count += 1
-        head = own["score"]
+        head = modules["score"]
         plain.score.weight.copy_(head.modules_to_save["default"].weight)
     assert count >= 14, "every projection of two layers"
     return plain.eval()
@@ -372,13 +372,15 @@ def test_gradients_of_a_four_bit_model_are_those_of_its_dequantised_copy(
     before = slope_of(model, embeds)
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
-    after, wanted = slope_of(model, embeds), slope_of(plain, embeds)
-    assert float(wanted.abs().max()) > 1e-2
-    torch.testing.assert_close(before, wanted, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(after, wanted, atol=1e-4, rtol=1e-3)
+    after, expected = slope_of(model, embeds), slope_of(plain, embeds)
+    assert float(expected.abs().max()) > 1e-2
+    torch.testing.assert_close(before, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-3)
     whole = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     whole.score.weight.data.copy_(plain.score.weight)
-    assert not torch.allclose(slope_of(whole.eval(), embeds), wanted, atol=1e-3), "four bits are not the whole weights"
+    assert not torch.allclose(slope_of(whole.eval(), embeds), expected, atol=1e-3), (
+        "four bits are not the whole weights"
+    )
 
 
 def test_qlora_saves_an_adapter_with_the_head_that_was_trained(
@@ -387,17 +389,17 @@ def test_qlora_saves_an_adapter_with_the_head_that_was_trained(
     """On the dequantised base it scores as the model that was trained; on the whole base, nearly."""
     train(tmp_path / "reward", tuning="qlora", config={"max_steps": 6})
     model, items = trained[0], samples_of(data["llama"])
-    wanted = plain_scores(model, items)
-    assert spread(wanted) > 0.05
+    expected = plain_scores(model, items)
+    assert spread(expected) > 0.05
     again = PeftModel.from_pretrained(
         dequantised(model.get_base_model(), bases["llama"]), str(tmp_path / "reward")
     ).eval()
-    assert plain_scores(again, items) == pytest.approx(wanted, abs=1e-3)
+    assert plain_scores(again, items) == pytest.approx(expected, abs=1e-3)
     weights = load_peft_weights(str(tmp_path / "reward"), device="cpu")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     reward = load_reward(str(tmp_path / "reward"), policy=policies["llama"])
     assert torch.equal(reward.objectives[0].model.score.weight, trained[0].get_base_model().score.weight)
-    near = torch.corrcoef(torch.tensor([wanted, scores(reward, items)]))[0, 1]
+    near = torch.corrcoef(torch.tensor([expected, scores(reward, items)]))[0, 1]
     assert float(near) > 0.7
 
 
@@ -433,10 +435,10 @@ def test_an_implicit_reward_is_the_difference_that_training_made(
     architecture: str, bases: Any, policies: Any, data: Any, trained: list[Any], tmp_path: Path
 ) -> None:
     """β·(log π_φ − log π_base) by plain forwards; it has come to prefer what it was shown as right."""
-    base, policy, labelled = bases[architecture], policies[architecture], data[architecture]
-    done = train_implicit_reward(
+    base, policy, labeled = bases[architecture], policies[architecture], data[architecture]
+    stats = train_implicit_reward(
         base,
-        labelled,
+        labeled,
         tmp_path / "reward",
         policy=policy,
         beta=0.3,
@@ -445,16 +447,16 @@ def test_an_implicit_reward_is_the_difference_that_training_made(
         config=settings(tmp_path, max_steps=12, learning_rate=1e-2),
         dtype="float32",
     )
-    assert (done.rows, done.steps, done.tokens > 0, done.flops > 0) == (10, 12, True, True)
+    assert (stats.rows, stats.steps, stats.tokens > 0, stats.flops > 0) == (10, 12, True, True)
     write_manifest(
         tmp_path / "reward", RewardManifest(kind="log_ratio", scale=0.3, reference_model=base, base_model=base)
     )
     reward = load_reward(str(tmp_path / "reward"), policy=policy)
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
-    items = samples_of(labelled)
-    wanted = [0.3 * (plain_logp(trained[0], one) - plain_logp(plain, one)) for one in items]
-    assert scores(reward, items) == pytest.approx(wanted, rel=1e-3, abs=2e-3) and spread(wanted) > 0.1
-    pairs = choose_pairs(labelled, 2, 0)
+    items = samples_of(labeled)
+    expected = [0.3 * (plain_logp(trained[0], item) - plain_logp(plain, item)) for item in items]
+    assert scores(reward, items) == pytest.approx(expected, rel=1e-3, abs=2e-3) and spread(expected) > 0.1
+    pairs = choose_pairs(labeled, 2, 0)
     gaps = [a - b for a, b in zip(*[scores(reward, list(side)) for side in zip(*pairs, strict=True)], strict=True)]
     assert sum(gaps) / len(gaps) > 0.1 and sum(gap > 0 for gap in gaps) >= 0.8 * len(gaps)
 
@@ -469,7 +471,7 @@ def test_an_implicit_reward_needs_pairs_and_a_finite_loss(
         "lora": LORA,
         "dtype": "float32",
     }
-    output, right = tmp_path / "reward", [one for one in data["llama"] if one.correct]
+    output, right = tmp_path / "reward", [item for item in data["llama"] if item.correct]
     config = settings(tmp_path)
     worlds.refused(
         lambda: train_implicit_reward(bases["llama"], right, output, config=config, **common), "both a correct and"
@@ -510,10 +512,10 @@ def test_dpo_takes_over_every_argument_that_both_know(tmp_path: Path) -> None:
         "max_grad_norm": 0.3,
     }
     config = settings(tmp_path, **odd)
-    made = make_dpo_config(config, 0.25)
-    assert made.beta == 0.25
+    result = make_dpo_config(config, 0.25)
+    assert result.beta == 0.25
     known = {option.name for option in fields(RewardConfig)}
     shared = [option.name for option in fields(DPOConfig) if option.name in known - {"max_length"}]
     assert set(odd) <= set(shared) and len(shared) > 80
     for name in shared:
-        assert str(getattr(made, name)) == str(getattr(config, name)), name
+        assert str(getattr(result, name)) == str(getattr(config, name)), name

@@ -143,9 +143,9 @@ def test_the_tokenizer_beside_an_adapter_is_the_rewards_own(adapted: tuple[str, 
     assert abs(own[0] - plain[0]) > 1e-3
 
 
-def edited(folder: Path, base: str, change: dict[str, Any] | None = None, **made: Any) -> str:
+def edited(folder: Path, base: str, change: dict[str, Any] | None = None, **adapter_options: Any) -> str:
     """An adapter in `folder` whose note is changed (None: removed)."""
-    adapter(folder, base, **made)
+    adapter(folder, base, **adapter_options)
     note = folder / "adapter_config.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | (change or {})))
     return str(folder)
@@ -154,9 +154,9 @@ def edited(folder: Path, base: str, change: dict[str, Any] | None = None, **made
 def test_an_adapter_without_its_head_is_refused(base: str, policy: Policy, tmp_path: Path) -> None:
     folder = edited(tmp_path, base)
     weights = load_file(tmp_path / WEIGHTS)
-    kept = {name: weight for name, weight in weights.items() if "score" not in name}
-    assert len(kept) == len(weights) - 1
-    save_file(kept, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    caches = {name: weight for name, weight in weights.items() if "score" not in name}
+    assert len(caches) == len(weights) - 1
+    save_file(caches, tmp_path / WEIGHTS, metadata={"format": "pt"})
     worlds.refused(lambda: load_reward(folder, policy=policy), folder, "score.weight", "would be random")
 
 
@@ -386,10 +386,10 @@ def test_the_gradient_is_that_of_the_lower_bound(
     reward = build_ensemble_reward(members, uncertainty_penalty, "three")
     items = [known(policy, item) for item in samples(policy)[::2]]
     point = GradientPoint((alpha,)) if alpha else HARD_GRADIENT_POINT
-    found = reward.compute_backward_gradient(
+    gradients = reward.compute_backward_gradient(
         items, reward.compute_prompt_caches(items, FlopCounter()), None, flop_counter=FlopCounter(), gradient_at=point
     )
-    for item, ours in zip(items, found, strict=True):
+    for item, ours in zip(items, gradients, strict=True):
         rows = dense(item, alpha, ours.shape[1]).requires_grad_(True)
         theirs = torch.autograd.grad(lower_bound_at(members, item, rows, uncertainty_penalty), rows)[0]
         readable = reward.in_vocabulary
@@ -441,13 +441,13 @@ def test_the_direct_part_of_an_ensemble_is_what_each_token_added_to_its_bound(
     policy, members = trio
     reward = build_ensemble_reward(members, uncertainty_penalty, "three")
     items = samples(policy)
-    memos = reward.compute_prompt_caches(items, FlopCounter())
-    values, kept = reward.score(items, memos, flop_counter=FlopCounter(), return_caches=True)
+    prompt_caches = reward.compute_prompt_caches(items, FlopCounter())
+    values, caches = reward.score(items, prompt_caches, flop_counter=FlopCounter(), return_caches=True)
     tables = [torch.arange(len(reward.in_vocabulary)).expand(len(item.response_ids), -1) for item in items]
     meter = FlopCounter()
-    found = reward.compute_direct_gradient(items, kept, tables, flop_counter=meter)
+    gradients = reward.compute_direct_gradient(items, caches, tables, flop_counter=meter)
     assert meter.get_total_cost().flops == 0
-    for item, value, slope in zip(items, values, found, strict=True):
+    for item, value, slope in zip(items, values, gradients, strict=True):
         levels = bound(
             torch.stack(
                 [plain_levels(one.objectives[0].model, item.prompt_ids, item.response_ids) for one in members]
@@ -469,10 +469,10 @@ def test_members_that_read_the_stop_token_and_ones_that_do_not(trio: Any) -> Non
     other = worlds.tiny_scalar(policy, tokenizer=worlds.char_tokenizer(template=template), seed=5, name="other")
     reward, items = build_ensemble_reward([*members, other], 1.0, "four"), samples(policy)
     for item in items:
-        memos = reward.compute_prompt_caches([item], FlopCounter())
-        _, kept = reward.score([item], memos, flop_counter=FlopCounter(), return_caches=True)
+        prompt_caches = reward.compute_prompt_caches([item], FlopCounter())
+        _, caches = reward.score([item], prompt_caches, flop_counter=FlopCounter(), return_caches=True)
         table = torch.tensor(item.response_ids)[:, None]
-        [slope] = reward.compute_direct_gradient([item], kept, [table], flop_counter=FlopCounter())
+        [slope] = reward.compute_direct_gradient([item], caches, [table], flop_counter=FlopCounter())
         stops = item.response_ids[-1] == policy.tokenizer.eos_token_id
         body = item.response_ids[:-1] if stops else item.response_ids
         prompt = other.objectives[0].encode(item).prompt_ids

@@ -194,13 +194,15 @@ def test_scoring_from_a_branch_on_equals_scoring_the_whole(
     start = samples(double)[-1]
     suffixes = ["", ";", "9;1", ";;2;", "8"]
     for finished in (True, False):
-        items, kept, shared = [start], [reward.compute_prompt_caches([start], FlopCounter())[0]], [0]
+        items, caches, shared = [start], [reward.compute_prompt_caches([start], FlopCounter())[0]], [0]
         for turn in range(3):
-            values, kept = reward.score(items, kept, flop_counter=FlopCounter(), num_shared=shared, return_caches=True)
+            values, caches = reward.score(
+                items, caches, flop_counter=FlopCounter(), num_shared=shared, return_caches=True
+            )
             bare = reward.compute_prompt_caches(items, FlopCounter())
             afresh, fresh = reward.score(items, bare, flop_counter=FlopCounter(), return_caches=True)
             assert values == pytest.approx(afresh, rel=1e-9)
-            for [a], [b] in zip(kept, fresh, strict=True):
+            for [a], [b] in zip(caches, fresh, strict=True):
                 assert torch.allclose(a.prefix_scores, b.prefix_scores, rtol=0, atol=1e-9)
             branches = [(row, cut) for row, item in enumerate(items) for cut in range(len(item.response_ids) + 1)]
             branches = branches[:: 1 + 7 * turn]
@@ -208,7 +210,7 @@ def test_scoring_from_a_branch_on_equals_scoring_the_whole(
                 worlds.sample(double, start.problem, suffixes[number % 5], finished=finished).response_ids
                 for number in range(len(branches))
             ]
-            kept = [kept[row] for row, _ in branches]
+            caches = [caches[row] for row, _ in branches]
             items = [
                 replace(items[row], response_ids=items[row].response_ids[:cut] + ids)
                 for (row, cut), ids in zip(branches, new, strict=True)
@@ -217,20 +219,20 @@ def test_scoring_from_a_branch_on_equals_scoring_the_whole(
             read = [
                 index for index, item in enumerate(items) if item.response_ids and END not in item.response_ids[:-1]
             ]
-            items, kept, shared = ([column[i] for i in read] for column in (items, kept, shared))
+            items, caches, shared = ([column[i] for i in read] for column in (items, caches, shared))
     assert len(items) > 10
 
 
 def test_a_branch_is_charged_from_where_it_begins(double: Policy) -> None:
     reward, whole = rewards(double)
     item = samples(double)[2]
-    _, kept = reward.score(
+    _, caches = reward.score(
         [item], reward.compute_prompt_caches([item], FlopCounter()), flop_counter=FlopCounter(), return_caches=True
     )
     costs = []
-    for one, memos in ((reward, kept), (whole, kept)):
+    for one, prompt_caches in ((reward, caches), (whole, caches)):
         meter = FlopCounter()
-        one.score([item], memos, flop_counter=meter, num_shared=[len(item.response_ids) - 2])
+        one.score([item], prompt_caches, flop_counter=meter, num_shared=[len(item.response_ids) - 2])
         costs.append(meter.get_total_cost().flops)
         assert meter.get_total_cost().tokens == {"reward/forward": 3}
     assert costs[0] == costs[1]
@@ -304,11 +306,15 @@ def test_the_gradient_equals_autograd_through_the_one_hot(
     reward, _ = rewards(policy, architecture, closing=closing)
     items = [known(policy, item) for item in samples(policy)[2:6]]
     point = GradientPoint((alpha,)) if alpha else HARD_GRADIENT_POINT
-    memos = reward.compute_prompt_caches(items, FlopCounter())
-    found = reward.compute_backward_gradient(items, memos, None, flop_counter=FlopCounter(), gradient_at=point)
+    prompt_caches = reward.compute_prompt_caches(items, FlopCounter())
+    gradients = reward.compute_backward_gradient(
+        items, prompt_caches, None, flop_counter=FlopCounter(), gradient_at=point
+    )
     tables = [item.draw_info.candidates for item in items]
-    some = reward.compute_backward_gradient(items, memos, tables, flop_counter=FlopCounter(), gradient_at=point)
-    for item, memo, ours, few, table in zip(items, memos, found, some, tables, strict=True):
+    at_candidates = reward.compute_backward_gradient(
+        items, prompt_caches, tables, flop_counter=FlopCounter(), gradient_at=point
+    )
+    for item, memo, ours, few, table in zip(items, prompt_caches, gradients, at_candidates, tables, strict=True):
         rows = dense(item, alpha, ours.shape[1]).requires_grad_(True)
         theirs = torch.autograd.grad(value_at(reward, item, rows, ";", closing), rows)[0]
         readable = reward.in_vocabulary
@@ -348,13 +354,13 @@ def test_the_gradient_equals_central_differences(double: Policy) -> None:
 
 def direct(reward: Reward, items: Sequence[Sample]) -> list[Tensor]:
     """[T, V] direct parts, which must cost nothing."""
-    memos = reward.compute_prompt_caches(items, FlopCounter())
-    _, kept = reward.score(items, memos, flop_counter=FlopCounter(), return_caches=True)
+    prompt_caches = reward.compute_prompt_caches(items, FlopCounter())
+    _, caches = reward.score(items, prompt_caches, flop_counter=FlopCounter(), return_caches=True)
     tables = [torch.arange(len(reward.in_vocabulary)).expand(len(item.response_ids), -1) for item in items]
     meter = FlopCounter()
-    found = reward.compute_direct_gradient(items, kept, tables, flop_counter=meter)
+    gradients = reward.compute_direct_gradient(items, caches, tables, flop_counter=meter)
     assert meter.get_total_cost().flops == 0
-    return found
+    return gradients
 
 
 @pytest.mark.parametrize("closing", CLOSINGS.values(), ids=CLOSINGS)
@@ -386,13 +392,13 @@ def test_without_steps_the_direct_part_is_the_scalar_rewards(double: Policy) -> 
 def test_the_direct_part_survives_branches(double: Policy) -> None:
     reward, _ = rewards(double)
     item = samples(double)[2]
-    _, kept = reward.score(
+    _, caches = reward.score(
         [item], reward.compute_prompt_caches([item], FlopCounter()), flop_counter=FlopCounter(), return_caches=True
     )
     branch = replace(item, response_ids=[*item.response_ids[:9], *item.response_ids[6:]])
-    _, kept = reward.score([branch], kept, flop_counter=FlopCounter(), num_shared=[9], return_caches=True)
+    _, caches = reward.score([branch], caches, flop_counter=FlopCounter(), num_shared=[9], return_caches=True)
     table = torch.arange(len(reward.in_vocabulary)).expand(len(branch.response_ids), -1)
-    [through] = reward.compute_direct_gradient([branch], kept, [table], flop_counter=FlopCounter())
+    [through] = reward.compute_direct_gradient([branch], caches, [table], flop_counter=FlopCounter())
     torch.testing.assert_close(through, direct(reward, [branch])[0], rtol=1e-6, atol=1e-7)
 
 
@@ -410,10 +416,10 @@ def test_an_ensemble_of_process_rewards(double: Policy) -> None:
     sums = torch.tensor([score(one, items) for one in members], dtype=DOUBLE)
     bound = sums.mean(0) - 1.5 * sums.std(0, correction=0)
     assert score(reward, items) == pytest.approx(bound.tolist(), rel=1e-9)
-    found = reward.compute_backward_gradient(
+    gradients = reward.compute_backward_gradient(
         items, reward.compute_prompt_caches(items, FlopCounter()), None, flop_counter=FlopCounter()
     )
-    for item, ours, parts in zip(items, found, direct(reward, items), strict=True):
+    for item, ours, parts in zip(items, gradients, direct(reward, items), strict=True):
         rows = dense(item, 0.0, ours.shape[1]).requires_grad_(True)
         values = torch.stack([value_at(one, item, rows, ";", worlds.END) for one in members])
         theirs = torch.autograd.grad(values.mean(0) - 1.5 * values.std(0, correction=0), rows)[0]
@@ -484,7 +490,7 @@ def test_audits_of_a_process_reward(double: Policy) -> None:
     entries = [replace(entry, problem=replace(entry.problem, answer=gold)) for entry in pool.entries]
     with AnswerChecker() as checker:
         assert audit_ranking(replace(pool, entries=entries), checker).samples == 4
-    found = audit_gradient(
+    gradients = audit_gradient(
         worlds.tiny_problems(),
         policy=double,
         reward=reward,
@@ -493,7 +499,7 @@ def test_audits_of_a_process_reward(double: Policy) -> None:
         samples_per_problem=4,
         num_swaps=20,
     )
-    assert set(found.gradient_points) == {"direct", "hard"} and found.swaps == 20 and found.reward_std > 0
+    assert set(gradients.gradient_points) == {"direct", "hard"} and gradients.swaps == 20 and gradients.reward_std > 0
 
 
 # --- specs and folders ------------------------------------------------------------------------------------
@@ -573,7 +579,7 @@ def test_ensembles_of_specs_and_folders(saved: str, policy: Policy, tmp_path: Pa
     reward = load_reward(f"ensemble@0: {own},{folder}", policy=policy)
     parts = [score(load_reward(name, policy=policy), samples(policy)) for name in (own, folder)]
     assert score(reward, samples(policy)) == pytest.approx(
-        [sum(pair) / 2 for pair in zip(*parts, strict=True)], rel=1e-5
+        [sum(values_of_item) / 2 for values_of_item in zip(*parts, strict=True)], rel=1e-5
     )
     for other, words in (
         (f"process@;:{saved}", ["one delimiter"]),

@@ -258,7 +258,7 @@ def test_a_batch_scores_like_singles_whatever_its_size(policy: Policy, reward: R
 def test_scoring_from_a_shared_beginning_equals_scoring_afresh(policy: Policy, reward: Reward) -> None:
     samples, meter = _samples(policy)[::2], FlopCounter()
     bare = reward.compute_prompt_caches(samples, meter)
-    _, kept = reward.score(samples, bare, flop_counter=meter, return_caches=True)
+    _, caches = reward.score(samples, bare, flop_counter=meter, return_caches=True)
     for cut in (0, 1, 3):
         moved = [
             Sample(s.problem, s.prompt_ids, [*s.response_ids[: min(cut, len(s.response_ids) - 1)], 4, 5, END])
@@ -266,7 +266,7 @@ def test_scoring_from_a_shared_beginning_equals_scoring_afresh(policy: Policy, r
         ]
         shared = [min(cut, len(s.response_ids) - 1) for s in samples]
         branch = FlopCounter()
-        scores, _ = reward.score(moved, kept, flop_counter=branch, num_shared=shared)
+        scores, _ = reward.score(moved, caches, flop_counter=branch, num_shared=shared)
         assert scores == pytest.approx(_score(reward, moved), rel=1e-4, abs=1e-4)
         fed = branch.get_total_cost().tokens[
             "reward/forward"
@@ -290,10 +290,10 @@ def test_scores_charge_the_problem_they_belong_to(policy: Policy, scalar_reward:
 
 
 def _levels(reward: Reward, samples: Sequence[Sample]) -> list[torch.Tensor]:
-    memos = reward.compute_prompt_caches(samples, FlopCounter())
+    prompt_caches = reward.compute_prompt_caches(samples, FlopCounter())
     return [
-        memo[0].prefix_scores
-        for memo in reward.score(samples, memos, flop_counter=FlopCounter(), return_caches=True)[1]
+        cache[0].prefix_scores
+        for cache in reward.score(samples, prompt_caches, flop_counter=FlopCounter(), return_caches=True)[1]
     ]
 
 
@@ -321,7 +321,7 @@ def test_levels_remembered_across_a_shared_beginning_equal_those_of_a_full_scori
     policy = worlds.tiny_policy(dtype=torch.float64)
     reward = worlds.tiny_scalar(policy)
     samples = _samples(policy)
-    _, kept = reward.score(
+    _, caches = reward.score(
         samples, reward.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter(), return_caches=True
     )
     for cuts, suffix in (((0, 1, 3, 99), [4, 5, END]), ((2, 4, 0, 1), [6]), ((1, 3, 2, 0), [7, 7, 7, 7])):
@@ -330,31 +330,31 @@ def test_levels_remembered_across_a_shared_beginning_equal_those_of_a_full_scori
             Sample(s.problem, s.prompt_ids, s.response_ids[:cut] + suffix)
             for s, cut in zip(samples, shared, strict=True)
         ]
-        _, kept = reward.score(samples, kept, flop_counter=FlopCounter(), num_shared=shared, return_caches=True)
-        for sample, [memo], afresh in zip(samples, kept, _levels(reward, samples), strict=True):
+        _, caches = reward.score(samples, caches, flop_counter=FlopCounter(), num_shared=shared, return_caches=True)
+        for sample, [cache], afresh in zip(samples, caches, _levels(reward, samples), strict=True):
             assert (
-                len(memo.prefix_scores) == len(sample.response_ids) + 1 and memo.prefix_scores.dtype == torch.float64
+                len(cache.prefix_scores) == len(sample.response_ids) + 1 and cache.prefix_scores.dtype == torch.float64
             )
-            assert torch.allclose(memo.prefix_scores, afresh, rtol=0, atol=1e-12)
+            assert torch.allclose(cache.prefix_scores, afresh, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("template", ["none", "nothing after the response", "closed"])
 def test_where_nothing_follows_the_response_its_steps_add_up_to_the_score(template: str) -> None:
     """s_T = s_1 + Σ_{t>1} (s_t − s_{t−1}), and of the direct part the own tokens' entries are these differences."""
     policy = worlds.tiny_policy(dtype=torch.float64)
-    own = {"none": None, "closed": worlds.TEMPLATE, **{key: one for key, (one, _) in OTHER_TEMPLATES.items()}}
-    reward = worlds.tiny_scalar(policy, tokenizer=worlds.char_tokenizer(template=own[template]))
+    own_value = {"none": None, "closed": worlds.TEMPLATE, **{key: item for key, (item, _) in OTHER_TEMPLATES.items()}}
+    reward = worlds.tiny_scalar(policy, tokenizer=worlds.char_tokenizer(template=own_value[template]))
     samples = _samples(policy)
-    memos = reward.compute_prompt_caches(samples, FlopCounter())
-    values, kept = reward.score(samples, memos, flop_counter=FlopCounter(), return_caches=True)
+    prompt_caches = reward.compute_prompt_caches(samples, FlopCounter())
+    values, caches = reward.score(samples, prompt_caches, flop_counter=FlopCounter(), return_caches=True)
     tables = [torch.arange(len(worlds.TOKENS)).expand(len(sample.response_ids), -1) for sample in samples]
-    found = reward.compute_direct_gradient(samples, kept, tables, flop_counter=FlopCounter())
+    result = reward.compute_direct_gradient(samples, caches, tables, flop_counter=FlopCounter())
     open_ended = 0
-    for sample, value, [memo], slope in zip(samples, values, kept, found, strict=True):
-        total = float(memo.prefix_scores[0] + memo.prefix_scores.diff().sum())
+    for sample, value, [cache], slope in zip(samples, values, caches, result, strict=True):
+        total = float(cache.prefix_scores[0] + cache.prefix_scores.diff().sum())
         steps = slope[range(len(sample.response_ids)), sample.response_ids]
         assert steps[0] == 0 and int(slope.count_nonzero()) == len(sample.response_ids) - 1
-        assert float(memo.prefix_scores[1] + steps.double().sum()) == pytest.approx(total, rel=1e-5, abs=1e-5)
+        assert float(cache.prefix_scores[1] + steps.double().sum()) == pytest.approx(total, rel=1e-5, abs=1e-5)
         if template != "closed" or sample.response_ids[-1] == END:  # nothing closes the turn any more
             assert total == pytest.approx(value, rel=1e-12)
         else:

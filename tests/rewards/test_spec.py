@@ -417,25 +417,25 @@ def audit_file(folder: Path, **changes: Any) -> Path:
 
 
 def test_the_limits_of_an_audit(world: Path, tmp_path: Path) -> None:
-    asked = {"policy": str(world / "policy"), "reward": str(world / "scorer")}
+    models = {"policy": str(world / "policy"), "reward": str(world / "scorer")}
     file = audit_file(world)
-    assert read_validated_limits(file, **asked) == ValidatedLimits(4, 1)
-    same = asked | {"reward": f"{world}/policy/../scorer"}
+    assert read_validated_limits(file, **models) == ValidatedLimits(4, 1)
+    same = models | {"reward": f"{world}/policy/../scorer"}
     assert read_validated_limits(file, **same) == ValidatedLimits(4, 1)
-    for name in asked:
-        other = {**asked, name: "other"}
+    for name in models:
+        other = {**models, name: "other"}
         worlds.refused(
-            lambda other=other: read_validated_limits(file, **other), str(file), f"the {name} {asked[name]}", "other"
+            lambda other=other: read_validated_limits(file, **other), str(file), f"the {name} {models[name]}", "other"
         )
     audit_file(world, validated_limits=None)
-    worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "--over_optimization")
+    worlds.refused(lambda: read_validated_limits(file, **models), str(file), "--over_optimization")
     audit_file(world, trust={"samples": 4, "rounds": 1})
-    worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "'trust'", "'validated_limits'")
+    worlds.refused(lambda: read_validated_limits(file, **models), str(file), "'trust'", "'validated_limits'")
     file.write_text(json.dumps({"validated_limits": {"max_samples": 4, "max_rounds": 1}}))
-    worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "'policy' is missing")
+    worlds.refused(lambda: read_validated_limits(file, **models), str(file), "'policy' is missing")
     file.write_text("{")
-    worlds.refused(lambda: read_validated_limits(file, **asked), str(file), "not JSON")
-    worlds.refused(lambda: read_validated_limits(tmp_path / "none.json", **asked), "none.json", "cannot be read")
+    worlds.refused(lambda: read_validated_limits(file, **models), str(file), "not JSON")
+    worlds.refused(lambda: read_validated_limits(tmp_path / "none.json", **models), "none.json", "cannot be read")
 
 
 def warnings(capsys: Any, *argv: str) -> list[str]:
@@ -452,13 +452,13 @@ def test_commands_warn_once_of_a_search_past_the_limits(
 ) -> None:
     models = ["--policy", str(world / "policy"), "--reward", str(world / "audited"), "--max_new_tokens", "6"]
     data = ["--dataset", str(world / "problems.jsonl")]
-    given = {"solve": ["1+2"], "traces": data, "eval": [*data, "--seeds", "0", "--eval_methods", "greedy,nabla"]}[
+    arguments = {"solve": ["1+2"], "traces": data, "eval": [*data, "--seeds", "0", "--eval_methods", "greedy,nabla"]}[
         command
     ]
 
     def run(rounds: str, *more: str) -> list[str]:
         place = [] if command == "solve" else ["--output_dir", str(tmp_path / rounds)]
-        return warnings(capsys, command, *given, *models, *place, "--max_rounds", rounds, *more)
+        return warnings(capsys, command, *arguments, *models, *place, "--max_rounds", rounds, *more)
 
     assert run("2") == []
     assert run("3") == [f"warning: {past_limits(ValidatedLimits(8, 2), 3)}"]
@@ -518,7 +518,7 @@ def test_the_recipe_names_an_implicit_reward_and_its_rival(tmp_path: Path, monke
     facts = json.loads((tmp_path / "out" / "facts.json").read_text())
     assert facts["reward_kind"] == "log-ratio"
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "sampling from the better model itself, reward_model_sampling: " in report
+    assert "sample from the better model, reward_model_sampling. " in report and "Here it is missing" not in report
 
 
 def test_identity_follows_the_weights_that_we_trained(tmp_path: Path) -> None:
@@ -577,7 +577,7 @@ def test_the_committed_reward_is_what_its_cards_say() -> None:
                     for text in (digit_chains.make_gold_solution(problem.question), wrong)
                 ]
             )
-    samples = [sample for pair in pairs for sample in pair]
+    samples = [sample for sample_pair in pairs for sample in sample_pair]
     scores = reward.score(samples, reward.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter())[0]
     better = [good > bad for good, bad in zip(scores[::2], scores[1::2], strict=True)]
     assert len(better) > 20 and sum(better) > 0.9 * len(better)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import worlds
 from torch import Tensor
 
+from nabla_trl.gradient.likelihood import policy_likelihood
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models import kv_cache
@@ -142,7 +143,7 @@ class Problems:
             Sample(self.samples[row].problem, self.samples[row].prompt_ids, now.tolist())
             for row, now in zip(rows, hard, strict=True)
         ]
-        own = proposals.policy_likelihood(self.policy)
+        own = policy_likelihood(self.policy)
         total = [torch.zeros(()) for _ in rows]
         for terms, factor in ((self.reward.objectives, -LAM), ([own], -1.0)):
             memos = list(zip(*(term.compute_prompt_caches(moved, FlopCounter()) for term in terms), strict=True))

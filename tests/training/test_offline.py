@@ -72,8 +72,8 @@ def reward(base: Policy) -> Reward:
 
 @pytest.fixture(scope="module")
 def traces(base: Policy, reward: Reward) -> list[Trace]:
-    made = run_search(worlds.tiny_problems(), policy=base, reward=reward, config=SEARCH)
-    return [replace(trace, finished=True) if trace.response_ids else trace for trace in made]
+    searched = run_search(worlds.tiny_problems(), policy=base, reward=reward, config=SEARCH)
+    return [replace(trace, finished=True) if trace.response_ids else trace for trace in searched]
 
 
 def settings(folder: Path, **options: Any) -> SFTConfig:
@@ -86,18 +86,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def same(one: Path, other: Path) -> bool:
-    ours, theirs = weights(one), weights(other)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+def same(folder: Path, other_folder: Path) -> bool:
+    folder_weights, other_weights = weights(folder), weights(other_folder)
+    return folder_weights.keys() == other_weights.keys() and all(
+        torch.equal(folder_weights[name], other_weights[name]) for name in folder_weights
+    )
 
 
 def offline(
-    method: str, policy: str, found: TrainingRows, folder: Path, tuning: str = "lora", **options: Any
+    method: str, policy: str, training_rows: TrainingRows, folder: Path, tuning: str = "lora", **options: Any
 ) -> TrainingResult:
     return train_on_traces(
         method,
         policy,
-        found,
+        training_rows,
         folder / "out",
         beta=1.0,
         tuning=tuning,
@@ -165,10 +167,10 @@ def test_an_unfinished_step_on_the_way_is_not_trained_on(traces: list[Trace]) ->
 def test_what_the_reward_could_not_read_is_not_trained_on(traces: list[Trace]) -> None:
     """Its weight would be exp(−∞), and not a number where a problem has nothing else."""
     unread = [replace(trace, reward=-math.inf, reward_initial=-math.inf, revisions=[]) for trace in traces[:1]]
-    made = [*unread, *traces[1:]]
-    for found in (build_sft_rows(made), build_sft_rows(made, "samples"), build_weighted_rows(made, 1.0)):
-        assert found.skipped["unscorable"] == 1
-        assert all(math.isfinite(row.get("weight", 1.0)) for row in found.rows) and found.rows
+    mixed = [*unread, *traces[1:]]
+    for training_rows in (build_sft_rows(mixed), build_sft_rows(mixed, "samples"), build_weighted_rows(mixed, 1.0)):
+        assert training_rows.skipped["unscorable"] == 1
+        assert all(math.isfinite(row.get("weight", 1.0)) for row in training_rows.rows) and training_rows.rows
 
 
 def test_weights_are_those_of_importance_sampling(traces: list[Trace]) -> None:
@@ -176,9 +178,9 @@ def test_weights_are_those_of_importance_sampling(traces: list[Trace]) -> None:
     index = 0
     for trace in traces:
         rewards = torch.tensor([reward for ids, reward in trace.list_incumbents() if ids], dtype=torch.float64)
-        wanted = (rewards / 0.5).softmax(0) * len(rewards)
-        got = [row["weight"] for row in rows[index : index + len(rewards)]]
-        assert got == pytest.approx(wanted.tolist(), rel=1e-9)
+        expected = (rewards / 0.5).softmax(0) * len(rewards)
+        weights_of_rows = [row["weight"] for row in rows[index : index + len(rewards)]]
+        assert weights_of_rows == pytest.approx(expected.tolist(), rel=1e-9)
         index += len(rewards)
     assert index == len(rows)
 
@@ -193,13 +195,13 @@ def test_weights_are_those_of_importance_sampling(traces: list[Trace]) -> None:
 def test_what_is_saved_is_what_was_trained(
     architecture: str, tuning: str, bases: dict[str, str], traces: list[Trace], tmp_path: Path
 ) -> None:
-    found = build_sft_rows(traces)
-    before = _likelihood(load_policy(bases[architecture]), found)
-    made = offline("sft", bases[architecture], found, tmp_path, tuning, max_steps=8)
+    training_rows = build_sft_rows(traces)
+    before = _likelihood(load_policy(bases[architecture]), training_rows)
+    result = offline("sft", bases[architecture], training_rows, tmp_path, tuning, max_steps=8)
     output = tmp_path / "out"
     tuned = load_policy(str(output)) if tuning == "full" else load_policy(bases[architecture], adapter=str(output))
-    assert _likelihood(tuned, found) > before + 0.5
-    assert made.steps == 8 and made.flops > 0 and made.tokens > 0
+    assert _likelihood(tuned, training_rows) > before + 0.5
+    assert result.steps == 8 and result.flops > 0 and result.tokens > 0
     assert (tmp_path / "log.jsonl").read_text().count("\n") >= 8
 
 
@@ -209,11 +211,13 @@ def test_gradients_of_a_four_bit_policy_are_those_of_its_dequantized_copy(
     """Also after a forward without autograd, before which a CPU with AVX512-BF16 would repack the weights."""
     four = load_trainable_model(bases["llama"], tuning="qlora", dtype="float32", config=settings(tmp_path)).eval()
     plain = AutoModelForCausalLM.from_pretrained(bases["llama"]).eval()
-    own, count = dict(four.named_modules()), 0
+    quantized_modules, count = dict(four.named_modules()), 0
     with torch.no_grad():
         for name, module in plain.named_modules():
-            if isinstance(own[name], Linear4bit):
-                module.weight.copy_(dequantize_4bit(own[name].weight.data, own[name].weight.quant_state))
+            if isinstance(quantized_modules[name], Linear4bit):
+                module.weight.copy_(
+                    dequantize_4bit(quantized_modules[name].weight.data, quantized_modules[name].weight.quant_state)
+                )
                 count += 1
     assert count == 14, "every projection of two layers, and not the head"
     ids = torch.arange(10)[None]
@@ -228,10 +232,10 @@ def test_gradients_of_a_four_bit_policy_are_those_of_its_dequantized_copy(
     torch.testing.assert_close(slopes[0], slopes[1], atol=1e-4, rtol=1e-3)
 
 
-def _likelihood(policy: Policy, found: TrainingRows) -> float:
+def _likelihood(policy: Policy, training_rows: TrainingRows) -> float:
     """Mean log-likelihood of the trained tokens."""
     total = count = 0.0
-    for row in found.rows:
+    for row in training_rows.rows:
         ids = torch.tensor([row["input_ids"]])
         logp = policy.model(ids).logits[0, :-1].log_softmax(-1)
         picked = logp.gather(1, ids[0, 1:, None]).squeeze(1)[[label != -100 for label in row["labels"][1:]]]
@@ -259,39 +263,42 @@ def test_rows_of_weight_zero_do_not_count(bases: dict[str, str], traces: list[Tr
     kept = [row | {"weight": 0.0} if index >= half else row for index, row in enumerate(rows)]
     mixed = [other[index] if index >= half else row for index, row in enumerate(rows)]
     options = {"max_steps": 1, "per_device_train_batch_size": len(rows), "optim": "sgd"}
-    for name, some in (("kept", kept), ("mixed", mixed)):
-        found = TrainingRows(some, build_sft_rows(traces).skipped)
-        offline("reward-weighted", bases["llama"], found, tmp_path / name, "full", **options)
+    for name, rows_of_run in (("kept", kept), ("mixed", mixed)):
+        training_rows = TrainingRows(rows_of_run, build_sft_rows(traces).skipped)
+        offline("reward-weighted", bases["llama"], training_rows, tmp_path / name, "full", **options)
     assert same(tmp_path / "kept" / "out", tmp_path / "mixed" / "out")
 
 
 def test_a_response_is_not_cut(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
     """What is longer than max_length is left out and counted: half a response teaches not to end."""
-    found = build_sft_rows(traces, "improved")
-    lengths = sorted(len(row["input_ids"]) for row in found.rows)
+    training_rows = build_sft_rows(traces, "improved")
+    lengths = sorted(len(row["input_ids"]) for row in training_rows.rows)
     longest = lengths[len(lengths) // 2]
-    short = TrainingRows([row for row in found.rows if len(row["input_ids"]) <= longest], found.skipped)
-    left_out = len(found.rows) - len(short.rows)
+    short = TrainingRows(
+        [row for row in training_rows.rows if len(row["input_ids"]) <= longest], training_rows.skipped
+    )
+    left_out = len(training_rows.rows) - len(short.rows)
     assert short.rows and left_out
-    made = offline("sft", bases["llama"], found, tmp_path / "limited", max_length=longest)
-    assert (made.rows, made.skipped["longer than max_length"]) == (len(short.rows), left_out)
+    result = offline("sft", bases["llama"], training_rows, tmp_path / "limited", max_length=longest)
+    assert (result.rows, result.skipped["longer than max_length"]) == (len(short.rows), left_out)
     offline("sft", bases["llama"], short, tmp_path / "short")
     assert same(tmp_path / "limited" / "out", tmp_path / "short" / "out")
     worlds.refused(
-        lambda: offline("sft", bases["llama"], found, tmp_path / "none", max_length=3), "longer than max_length 3"
+        lambda: offline("sft", bases["llama"], training_rows, tmp_path / "none", max_length=3),
+        "longer than max_length 3",
     )
 
 
 def test_dpo_prefers_what_the_reward_preferred(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:
-    found = build_preference_rows(traces)
-    offline("dpo", bases["llama"], found, tmp_path, max_steps=12)
+    training_rows = build_preference_rows(traces)
+    offline("dpo", bases["llama"], training_rows, tmp_path, max_steps=12)
     before, after = load_policy(bases["llama"]), load_policy(bases["llama"], adapter=str(tmp_path / "out"))
-    assert _margin(after, found) > _margin(before, found)
+    assert _margin(after, training_rows) > _margin(before, training_rows)
 
 
-def _margin(policy: Policy, found: TrainingRows) -> float:
+def _margin(policy: Policy, training_rows: TrainingRows) -> float:
     total = 0.0
-    for row in found.rows:
+    for row in training_rows.rows:
         for sign, name in ((1, "chosen_ids"), (-1, "rejected_ids")):
             ids = torch.tensor([row["prompt_ids"] + row[name]])
             logp = policy.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
@@ -304,12 +311,12 @@ def _margin(policy: Policy, found: TrainingRows) -> float:
 def test_online_training_raises_the_reward(
     method: str, tuning: str, base: Policy, reward: Reward, tmp_path: Path
 ) -> None:
-    made = online(method, base, reward, tmp_path, tuning=tuning, max_steps=20, learning_rate=1e-2)
+    result = online(method, base, reward, tmp_path, tuning=tuning, max_steps=20, learning_rate=1e-2)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     rewards = [entry["rewards/reward/mean"] for entry in log if "rewards/reward/mean" in entry]
     assert sum(rewards[-4:]) > sum(rewards[:4])  # two steps go once through all problems
     assert all({"kl", "completions/clipped_ratio", "frac_reward_zero_std"} <= set(log[step]) for step in range(20))
-    assert made.method_metrics["responses"] == 20 * 8 and made.epochs == 10 and made.flops > 0
+    assert result.method_metrics["responses"] == 20 * 8 and result.epochs == 10 and result.flops > 0
 
 
 def test_the_rewards_of_training_are_those_of_the_search(base: Policy, reward: Reward) -> None:
@@ -319,8 +326,10 @@ def test_the_rewards_of_training_are_those_of_the_search(base: Policy, reward: R
     prompts = ["q1", "q0", "q1", "q2"]
     responses = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
     samples = [Sample(problems[name], encoded[name], ids) for name, ids in zip(prompts, responses, strict=True)]
-    wanted, _ = reward.score(samples, reward.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter())
-    assert scorer(prompts, responses) == pytest.approx(wanted, rel=1e-6)
+    expected, _ = reward.score(
+        samples, reward.compute_prompt_caches(samples, FlopCounter()), flop_counter=FlopCounter()
+    )
+    assert scorer(prompts, responses) == pytest.approx(expected, rel=1e-6)
     assert scorer.compute_flops_per_response() > 0
 
 
@@ -335,12 +344,12 @@ def test_the_terms_of_a_reward_are_logged_apart(base: Policy, tmp_path: Path) ->
 def test_a_verifier_can_be_the_reward(base: Policy, reward: Reward, tmp_path: Path) -> None:
     problems = [replace(problem, answer="7") for problem in worlds.tiny_problems()]
     blank = [replace(problems[0], id="blank", answer=None)]
-    made = online("rloo", base, reward, tmp_path, problems=problems + blank, online_reward="verifier", max_steps=12)
-    assert made.rows == len(problems) and made.skipped == {"no gold answer": 1}
+    result = online("rloo", base, reward, tmp_path, problems=problems + blank, online_reward="verifier", max_steps=12)
+    assert result.rows == len(problems) and result.skipped == {"no gold answer": 1}
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert all(0 <= entry["rewards/verifier/mean"] <= 1 for entry in log if "rewards/verifier/mean" in entry)
     assert (
-        made.method_metrics["groups_without_variance"] > 0
+        result.method_metrics["groups_without_variance"] > 0
     )  # a random policy is hardly ever right, and that is no error
 
 
@@ -383,8 +392,8 @@ def test_a_resumed_training_ends_with_the_same_weights(
         options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "lr_scheduler_type": "linear"}
         if method == "rloo":
             return online(method, base, reward, folder, **options)
-        found = build_training_rows(method, traces, sft_selection="best", beta=1.0)
-        return offline(method, bases["llama"], found, folder, **options, per_device_train_batch_size=2)
+        training_rows = build_training_rows(method, traces, sft_selection="best", beta=1.0)
+        return offline(method, bases["llama"], training_rows, folder, **options, per_device_train_batch_size=2)
 
     undisturbed = train(tmp_path / "whole")
     kill_at(4)
@@ -472,12 +481,12 @@ def test_a_response_the_reward_cannot_read_is_left_out(
 ) -> None:
     score = RewardScorer.__call__
 
-    def some(self: RewardScorer, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[float]:
+    def score_all_but_first(self: RewardScorer, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[float]:
         return [-math.inf, *score(self, prompts, responses)[1:]]
 
-    monkeypatch.setattr(RewardScorer, "__call__", some)
-    made = online("rloo", base, reward, tmp_path)
-    assert made.method_metrics["unscorable_responses"] == 4
+    monkeypatch.setattr(RewardScorer, "__call__", score_all_but_first)
+    result = online("rloo", base, reward, tmp_path)
+    assert result.method_metrics["unscorable_responses"] == 4
     assert all(weight.isfinite().all() for weight in weights(tmp_path / "out").values())
 
 
@@ -513,39 +522,44 @@ def make_callback(base: Policy, reward: Reward, *, every: int = 2, stop: bool = 
 def test_an_overoptimized_run_ends_with_the_weights_of_the_best_measurement(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {0: reading(0, 0.5, 0.0), 2: reading(2, 0.9, 1.0), 4: reading(4, 0.2, 2.0)}
-    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: found[step])
+    measurements = {0: reading(0, 0.5, 0.0), 2: reading(2, 0.9, 1.0), 4: reading(4, 0.2, 2.0)}
+    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: measurements[step])
     online("rloo", base, reward, tmp_path / "short", max_steps=2)
     callback = make_callback(base, reward, stop=True)
-    made = online("rloo", base, reward, tmp_path / "long", max_steps=20, callback=callback)
-    assert made.steps == 4
-    assert made.stop_reason == "over-optimized at step 4: reward 1 → 2, accuracy 0.900 → 0.200 since step 2"
+    result = online("rloo", base, reward, tmp_path / "long", max_steps=20, callback=callback)
+    assert result.steps == 4
+    assert result.stop_reason == "over-optimized at step 4: reward 1 → 2, accuracy 0.900 → 0.200 since step 2"
     assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
 
 
 def test_a_resumed_run_is_compared_with_the_best_measurement_before(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: Callable[[int], None]
 ) -> None:
-    found = {0: reading(0, 0.5, 0.0), 2: reading(2, 0.9, 1.0), 4: reading(4, 0.85, 1.5), 6: reading(6, 0.5, 2.0)}
-    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: found[step])
+    measurements = {
+        0: reading(0, 0.5, 0.0),
+        2: reading(2, 0.9, 1.0),
+        4: reading(4, 0.85, 1.5),
+        6: reading(6, 0.5, 2.0),
+    }
+    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: measurements[step])
     save = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 8}
     online("rloo", base, reward, tmp_path / "short", max_steps=2)
     kill_at(4)
     with pytest.raises(Killed):
         online("rloo", base, reward, tmp_path / "long", callback=make_callback(base, reward, stop=True), **save)
     kill_at(-1)
-    made = online("rloo", base, reward, tmp_path / "long", callback=make_callback(base, reward, stop=True), **save)
-    assert made.stop_reason == "over-optimized at step 6: reward 1 → 2, accuracy 0.900 → 0.500 since step 2"
+    result = online("rloo", base, reward, tmp_path / "long", callback=make_callback(base, reward, stop=True), **save)
+    assert result.stop_reason == "over-optimized at step 6: reward 1 → 2, accuracy 0.900 → 0.500 since step 2"
     assert same(tmp_path / "short" / "out", tmp_path / "long" / "out")
 
 
 def test_where_nothing_was_better_than_the_untrained_policy_it_says_so(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0)}
-    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: found[step])
-    made = online("rloo", base, reward, tmp_path, max_steps=4, callback=make_callback(base, reward, stop=True))
-    assert made.steps == 2 and made.stop_reason.endswith(
+    measurements = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0)}
+    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: measurements[step])
+    result = online("rloo", base, reward, tmp_path, max_steps=4, callback=make_callback(base, reward, stop=True))
+    assert result.steps == 2 and result.stop_reason.endswith(
         "since step 0, the untrained policy; the weights kept are the last"
     )
 
@@ -553,10 +567,10 @@ def test_where_nothing_was_better_than_the_untrained_policy_it_says_so(
 def test_without_the_flag_an_overoptimized_run_goes_on_and_says_so(
     base: Policy, reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0), 4: reading(4, 0.2, 2.0)}
-    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: found[step])
-    made = online("rloo", base, reward, tmp_path, max_steps=4, callback=make_callback(base, reward))
-    assert made.steps == 4 and "over-optimized at step 4" in made.stop_reason
+    measurements = {0: reading(0, 0.9, 0.0), 2: reading(2, 0.2, 1.0), 4: reading(4, 0.2, 2.0)}
+    monkeypatch.setattr(EvaluationCallback, "measure", lambda self, step: measurements[step])
+    result = online("rloo", base, reward, tmp_path, max_steps=4, callback=make_callback(base, reward))
+    assert result.steps == 4 and "over-optimized at step 4" in result.stop_reason
 
 
 def test_the_callback_evaluates_the_policy_and_leaves_training_alone(
@@ -582,11 +596,11 @@ def test_decoding_puts_the_training_mode_back(base: Policy) -> None:
 
 
 def test_log_likelihoods_are_those_of_a_plain_forward(base: Policy) -> None:
-    made = [worlds.sample(base, problem, "12+3") for problem in worlds.tiny_problems()]
-    for value, one in zip(callbacks.compute_log_likelihoods(base, made), made, strict=True):
-        ids = torch.tensor([one.prompt_ids + one.response_ids])
+    samples = [worlds.sample(base, problem, "12+3") for problem in worlds.tiny_problems()]
+    for value, sample in zip(callbacks.compute_log_likelihoods(base, samples), samples, strict=True):
+        ids = torch.tensor([sample.prompt_ids + sample.response_ids])
         logp = base.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-        assert value == pytest.approx(float(logp[len(one.prompt_ids) - 1 :].sum()), abs=1e-4)
+        assert value == pytest.approx(float(logp[len(sample.prompt_ids) - 1 :].sum()), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -696,9 +710,9 @@ def test_a_training_is_of_its_own_problems_traces_and_call(
 ) -> None:
     """The folder may hold traces of more problems, and get more of them while a training waits to go on."""
 
-    def write(made: list[Trace], rank: int) -> None:
+    def write(new_traces: list[Trace], rank: int) -> None:
         with TraceWriter(tmp_path / "traces", rank=rank) as writer:
-            for trace in made:
+            for trace in new_traces:
                 writer.add(trace)
 
     write(traces, 0)
@@ -711,9 +725,9 @@ def test_a_training_is_of_its_own_problems_traces_and_call(
     write([replace(trace, seed=1) for trace in traces], 1)
     worlds.refused(lambda: few().train_method("sft"), "made with other settings", "traces_hash")
     (tmp_path / "traces/traces-00001-00000.parquet").unlink()
-    made = few(command_options={"learning_rate": 0.005, "stages": "train"}).train_method("sft")
+    result = few(command_options={"learning_rate": 0.005, "stages": "train"}).train_method("sft")
     mine = [trace for trace in traces if trace.problem_id in {problem.id for problem in problems}]
-    assert made is not None and made.rows == len(build_sft_rows(mine, "improved").rows) < len(
+    assert result is not None and result.rows == len(build_sft_rows(mine, "improved").rows) < len(
         build_sft_rows(traces, "improved").rows
     )
     note = json.loads((tmp_path / "trained/sft/train.json").read_text())

@@ -75,7 +75,6 @@ def main(argv: Sequence[str]) -> int:
     from nabla_trl.models.loading import load_policy
     from nabla_trl.report.summary import summarize
     from nabla_trl.report.text import print_summary_table
-    from nabla_trl.search.generate_traces import get_search_settings
 
     default_methods = (
         [DEFAULT_EVAL_METHODS, DEFAULT_ADAPTER_EVAL_METHODS] if models.adapter else [DEFAULT_EVAL_METHODS]
@@ -85,9 +84,7 @@ def main(argv: Sequence[str]) -> int:
     problems = filter_with_gold_answer(problems)
     models.get_prompt_options().check_problems(problems)
     output_dir = Path(args.output_dir)
-    settings = (
-        models.get_settings() | get_task_settings(args.dataset) | {"split": args.split} | get_search_settings(config)
-    )
+    settings = models.get_settings() | get_task_settings(args.dataset) | {"split": args.split} | config.get_settings()
     with lock_folder(output_dir):
         policy, reward = models.load_policy_and_reward(4 * config.batch_size, use_adapter=False)
         trained_policies = {}

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     models, args, config = parser.parse_options(argv)[:3]
 
     from nabla_trl.audit.overoptimization import warn_past_limits
-    from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces, get_search_settings
+    from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces
 
     problems = load_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
     models.get_prompt_options().check_problems(problems)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         num_done = len(problems) - len(unfinished)
         if unfinished:  # load before the settings are claimed: a mistyped model must not claim the folder
             policy, reward = models.load_policy_and_reward(4 * config.batch_size)
-        claim_settings(output_dir / "traces.settings.json", settings | get_search_settings(config))
+        claim_settings(output_dir / "traces.settings.json", settings | config.get_settings())
         if unfinished:
             warn_past_limits(reward, config)
             with AnswerChecker() as checker:
