@@ -193,12 +193,8 @@ def measure_swaps(
             for response, gradient in zip(batch, gradients, strict=True):
                 if not gradient.isfinite().all():
                     raise ValueError(f"the gradient of {reward.name} at {name} is not finite")
-                predicted[name].append(
-                    gradient
-                    - gradient.gather(
-                        1, find_token_columns(response.draw_info.candidates, response.sample.response_ids)[:, None]
-                    )
-                )
+                columns = find_token_columns(response.draw_info.candidates, response.sample.response_ids)
+                predicted[name].append(gradient - gradient.gather(1, columns[:, None]))
     return SwapMeasurements(np.array(rewards), np.array(changes), predicted)
 
 

@@ -244,13 +244,7 @@ def _list_sequence_lengths(row: dict[str, Any]) -> list[int]:
 
 
 def _build_offline_trainer(
-    method: str,
-    policy: str,
-    model: Any,
-    training_rows: TrainingRows,
-    beta: float,
-    peft_config: Any,
-    config: SFTConfig,
+    method: str, policy: str, model: Any, training_rows: TrainingRows, beta: float, peft_config: Any, config: SFTConfig
 ) -> Any:
     from datasets import Dataset
     from trl import DPOConfig

@@ -398,9 +398,7 @@ def test_wrong_responses_are_finished_and_wrong(chains_policy, chains):
         is_correct = TokenLabeler(chains_policy).label_candidates(
             wrong.response.sample.problem, wrong.response.sample.response_ids, wrong.response.draw_info.candidates
         )
-        columns = find_token_columns(
-            wrong.response.draw_info.candidates, wrong.response.sample.response_ids
-        )
+        columns = find_token_columns(wrong.response.draw_info.candidates, wrong.response.sample.response_ids)
         assert not is_correct[wrong.error_position, columns[wrong.error_position]]
         assert all(is_correct[position, columns[position]] for position in range(wrong.error_position))
         assert not wrong.correct_candidates[columns[wrong.error_position]]

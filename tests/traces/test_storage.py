@@ -40,17 +40,7 @@ def make_trace(number: int, *, seed: int = 0, rounds: int = 4) -> Trace:
             accepted = branch == accept
             after = reward + (1 if accepted else -1) * draw.random()
             revisions.append(
-                Revision(
-                    turn,
-                    position,
-                    incumbent[position],
-                    suffix[0],
-                    suffix,
-                    reward,
-                    after,
-                    accepted,
-                    1e3 * turn,
-                )
+                Revision(turn, position, incumbent[position], suffix[0], suffix, reward, after, accepted, 1e3 * turn)
             )
             if accepted:
                 outcome = (incumbent[:position] + list(suffix), after)
@@ -302,10 +292,7 @@ def test_a_full_disk_keeps_earlier_shards_and_pending_traces(tmp_path: Path) -> 
     write(tmp_path, [make_trace(0)])
     with TraceWriter(tmp_path, chunk_size=2) as writer:
         writer.add(make_trace(1))
-        with (
-            worlds.full_disk(free=1000),
-            pytest.raises(OSError, match=r"free disk.*traces-00000-00001\.parquet"),
-        ):
+        with worlds.full_disk(free=1000), pytest.raises(OSError, match=r"free disk.*traces-00000-00001\.parquet"):
             writer.add(make_trace(2))
         assert names(tmp_path) == ["traces-00000-00000.parquet"]
     assert repr(read_traces(tmp_path)) == repr([make_trace(number) for number in range(3)])

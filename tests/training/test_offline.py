@@ -189,8 +189,7 @@ def test_weights_are_those_of_importance_sampling(traces: list[Trace]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tuning"),
-    [*product(worlds.ARCHITECTURES, ["lora", "full"]), ("llama", "qlora")],
+    ("architecture", "tuning"), [*product(worlds.ARCHITECTURES, ["lora", "full"]), ("llama", "qlora")]
 )
 def test_what_is_saved_is_what_was_trained(
     architecture: str, tuning: str, bases: dict[str, str], traces: list[Trace], tmp_path: Path
