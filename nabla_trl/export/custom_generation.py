@@ -6,7 +6,7 @@ An exported folder holds a copy of `custom_generate/generate.py`, which imports 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -46,7 +46,7 @@ def generate(
     inputs: Tensor | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    reward: str | Reward | None = None,
+    reward: str | Mapping[str, Any] | Reward | None = None,
     seed: int = 0,
     messages: Sequence[Any] | None = None,
     preset: str = "default",
@@ -60,7 +60,7 @@ def generate(
         model: a causal LM, with or without a PEFT adapter.
         inputs: [B, T] prompts, padded on the left or right. `input_ids` means the same and wins.
         tokenizer: tokenizer of the model.
-        reward: a name, which every call loads (`load_reward`), or a reward loaded for
+        reward: a name or mapping, which every call loads (`load_reward`), or a reward loaded for
             `freeze_policy(model, tokenizer, "policy")`.
         seed: random seed of the search.
         messages: question or chat of each row, for a reward that formats questions with its own chat template. None
@@ -90,7 +90,7 @@ def generate(
             raise ValueError(f"messages must hold a question or chat for each of {len(prompts)} rows: {len(messages)}")
         policy = FixedPromptsPolicy(**vars(frozen), prompts={f"question/{n}": row for n, row in enumerate(prompts)})
         problems = [_build_problem(policy, index, prompt, messages) for index, prompt in enumerate(prompts)]
-        if isinstance(reward, str):
+        if not isinstance(reward, Reward):
             dtype = next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "float32")
             reward = load_reward(reward, policy=frozen, dtype=dtype, device=str(model.device))
         traces = run_search(problems, policy=policy, reward=reward, config=config, seed=seed)
