@@ -143,12 +143,12 @@ def test_a_slice_of_logits_never_decides_the_peak_and_never_falls_below_its_floo
     passes = recipe("passes")
     spec = passes.PassSpec(model_kind="log-likelihood", vocab_size=50000, num_layers=1, hidden_size=64)
     objective = passes.make_random_objective(spec, passes.make_random_model(spec))
-    assert objective._compute_slice_size(torch.zeros(1, 10, 64)) == likelihood.MAX_HEAD_LOGITS // 50000 > 1
+    assert objective._get_slice_size(torch.zeros(1, 10, 64)) == likelihood.MAX_HEAD_LOGITS // 50000 > 1
     wide = torch.zeros(1, 1, 1).expand(64, 2048, 64)
     assert (
-        objective._compute_slice_size(wide) * 50000
+        objective._get_slice_size(wide) * 50000
         <= 4 * wide.numel()
-        < (objective._compute_slice_size(wide) + 1) * 50000
+        < (objective._get_slice_size(wide) + 1) * 50000
     )
 
 
