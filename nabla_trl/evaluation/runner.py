@@ -5,7 +5,6 @@ The jobs come from `nabla_trl.evaluation.plan`. Rows on disk are not made again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from nabla_trl.traces.build import grade_traces
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import EVAL_TRACES_DIR, TraceWriter
 from nabla_trl.utils.files import read_json_file, write_atomic
-from nabla_trl.utils.identity import claim_settings
+from nabla_trl.utils.identity import claim_settings, hash_json
 from nabla_trl.utils.interrupts import finish_current_batch
 from nabla_trl.utils.progress import ProgressDisplay, ProgressItem
 
@@ -54,7 +53,7 @@ class Evaluation:
         self.output_dir, self.problems = output_dir, problems
         self._settings_dir = (output_dir / settings_file).parent
         claim_settings(output_dir / settings_file, settings)
-        digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:16]
+        digest = hash_json(dict(settings), length=16)
         self.store = RowStore(output_dir / "rows", digest, rank)
 
     def claim(self, name: str, settings: Mapping[str, str]) -> None:

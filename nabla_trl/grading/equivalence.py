@@ -19,8 +19,8 @@ from nabla_trl.grading.extraction import extract_answer, trim_answer
 class MatchResult(str, Enum):
     """The result of one comparison. All results but CORRECT count as incorrect."""
 
-    CORRECT = "right"
-    INCORRECT = "wrong"
+    CORRECT = "correct"
+    INCORRECT = "incorrect"
     NO_ANSWER = "no_answer"  # there is no predicted answer
     NO_GOLD = "no_gold"  # there is no gold answer
     BAD_GOLD = "bad_gold"  # the gold answer cannot be parsed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +16,7 @@ from nabla_trl.models.options import PromptOptions, Sampling
 from nabla_trl.models.prompts import NEXT_QUESTION, check_prompt, opens_thinking, tokenize_prompt, uses_few_shot
 from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.utils.identity import hash_json
 
 THINK_TAG = "<think>"  # put before the text of a response that begins inside a think block
 
@@ -164,4 +163,4 @@ def get_context_length(model: PreTrainedModel) -> int:
 def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of the map from ids to token strings."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+    return hash_json(vocabulary, length=16)

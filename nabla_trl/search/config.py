@@ -5,8 +5,6 @@ Nothing here needs torch, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -26,6 +24,7 @@ from nabla_trl.search.options import (
     SteSolver,
 )
 from nabla_trl.utils.fields import OptionGroup, format_suggestion, get_option_groups, option
+from nabla_trl.utils.identity import hash_json
 from nabla_trl.utils.renamed import describe_new_key
 
 # The paper's settings (arXiv 2603.04948): one response is scanned from left to right, with eight rollouts at most. The
@@ -341,4 +340,4 @@ class SearchConfig:
 
     def compute_hash(self) -> str:
         """Return a hash of everything that can change a trace."""
-        return hashlib.sha256(json.dumps(self.get_settings(), sort_keys=True).encode()).hexdigest()[:16]
+        return hash_json(self.get_settings(), length=16)

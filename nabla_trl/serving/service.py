@@ -10,8 +10,6 @@ or ends its search at the next round.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ from nabla_trl.search.state import SearchState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.formatting import format_error
+from nabla_trl.utils.identity import hash_json
 
 SEARCH_SEED = 0  # the seed of every search, because a request's own seed is in the id of its problem
 
@@ -78,7 +77,7 @@ def make_request_problem(messages: list[dict[str, str]], seed: int) -> Problem:
     Raises:
         ValueError: `messages` is not a chat (see `as_problem`).
     """
-    digest = hashlib.sha256(json.dumps([seed, messages], sort_keys=True).encode()).hexdigest()[:16]
+    digest = hash_json([seed, messages], length=16)
     return replace(as_problem(messages), id=f"request/{digest}")
 
 

@@ -150,8 +150,8 @@ def test_rows_hold_both_verdicts_where_a_form_is_asked_for(policy, checker):
     assert [key for key, row in rows.items() if row.tail is not None] == ["q1", "ungraded"]
     assert rows["q1"].tail == "1+2=3"
     assert [rows[key].match_result for key in ("q0", "q2", "q3", "ungraded")] == [
-        "right",
-        "wrong",
+        "correct",
+        "incorrect",
         "no_answer",
         "no_gold",
     ]

@@ -39,8 +39,8 @@ def match_answers(predicted, gold):
     if predicted == "noise":
         os.write(1, b"noise on standard output")
     if predicted == "imports":
-        return "wrong" if {"torch", "transformers", "numpy"} & set(sys.modules) else "right"
-    return "right" if predicted == gold[::-1] else "wrong"
+        return "incorrect" if {"torch", "transformers", "numpy"} & set(sys.modules) else "correct"
+    return "correct" if predicted == gold[::-1] else "incorrect"
 """
 
 
@@ -278,7 +278,7 @@ def test_fast_verdicts_are_those_of_math_verify() -> None:
             assert fast.value == answers.match_answers(*pair), pair
     assert settled > 0.7 * len(NUMBERS) ** 2
     for text in ["Evelyn", "due east", "yes", "information", "Winfrey"]:
-        assert answers._match_fast(text, text).value == answers.match_answers(text, text) == "right"
+        assert answers._match_fast(text, text).value == answers.match_answers(text, text) == "correct"
     assert answers._match_fast(r"\frac{1", r"\frac{1") is None
 
 
@@ -380,7 +380,7 @@ def test_a_hung_or_crashed_worker_costs_one_pair(stand_in: Path) -> None:
     ]
     with AnswerChecker(num_workers=2, timeout=1, _matcher_module="stand_in") as checker:
         verdicts = checker.check([*pairs, ("hang", "gnah")])
-        assert verdicts == ["timeout", "right", "error", "error", "right", "wrong", "timeout"]
+        assert verdicts == ["timeout", "correct", "error", "error", "correct", "incorrect", "timeout"]
         assert checker.check([("noise", "esion"), ("imports", "")]) == [MatchResult.CORRECT, MatchResult.NO_GOLD]
         assert checker.check([("imports", "none")]) == [MatchResult.CORRECT]
         assert checker.counts[MatchResult.TIMEOUT] == checker.counts[MatchResult.ERROR] == 2

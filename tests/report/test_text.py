@@ -121,7 +121,7 @@ def test_strict_accuracy_stands_beside_where_it_differs(tmp_path):
     assert "strict" not in (tmp_path / "report.md").read_text()
     index = next(index for index, row in enumerate(rows) if row.method == "nabla" and row.correct)
     strict = {"correct_strict": False, "answer_strict": None, "answer": "3", "gold": "3", "tail": "so 3"}
-    rows[index] = replace(rows[index], **strict, match_result="right")
+    rows[index] = replace(rows[index], **strict, match_result="correct")
     index = next(index for index, row in enumerate(rows) if not row.correct)
     rows[index] = replace(rows[index], match_result="timeout")
     found = report.write_report(tmp_path, rows, FACTS)

@@ -120,8 +120,8 @@ def test_no_gradient_pass_makes_a_matrix_of_response_times_vocabulary(
     model = passes.make_random_model(spec)
     call = passes.prepare_gradient_pass(spec, model)
     with Made(model) as seen:
-        found = call(FlopCounter())
-    assert [part.shape for part in found] == [(48, 16)] * 2 and all(part.any() for part in found)
+        measurements = call(FlopCounter())
+    assert [part.shape for part in measurements] == [(48, 16)] * 2 and all(part.any() for part in measurements)
     assert seen.largest <= 80000 < 48 * 20000 / 10
     if kind == "log-likelihood":
         assert seen.largest >= 20000  # the recorder sees logits
@@ -143,13 +143,9 @@ def test_a_slice_of_logits_never_decides_the_peak_and_never_falls_below_its_floo
     passes = recipe("passes")
     spec = passes.PassSpec(model_kind="log-likelihood", vocab_size=50000, num_layers=1, hidden_size=64)
     objective = passes.make_random_objective(spec, passes.make_random_model(spec))
-    assert objective._compute_slice_size(torch.zeros(1, 10, 64)) == likelihood.MAX_HEAD_LOGITS // 50000 > 1
+    assert objective._get_slice_size(torch.zeros(1, 10, 64)) == likelihood.MAX_HEAD_LOGITS // 50000 > 1
     wide = torch.zeros(1, 1, 1).expand(64, 2048, 64)
-    assert (
-        objective._compute_slice_size(wide) * 50000
-        <= 4 * wide.numel()
-        < (objective._compute_slice_size(wide) + 1) * 50000
-    )
+    assert objective._get_slice_size(wide) * 50000 <= 4 * wide.numel() < (objective._get_slice_size(wide) + 1) * 50000
 
 
 # --- the recipe --------------------------------------------------------------------------------------------
@@ -165,17 +161,17 @@ def test_the_recipe_measures_every_part(tmp_path: Path, monkeypatch: pytest.Monk
         bench, "measure_memory_ratios", lambda specs: [{"plain": 1, "gradient": 1, "ratio": 1}] * len(specs)
     )
     bench.main([*small.split(), "--output_file", str(output)])
-    found = json.loads(output.read_text())
-    assert [row["problems"] for row in found["plain"]["engine"]] == [1, 2, 3]
-    for row in found["plain"]["engine"]:
+    measurements = json.loads(output.read_text())
+    assert [row["problems"] for row in measurements["plain"]["engine"]] == [1, 2, 3]
+    for row in measurements["plain"]["engine"]:
         assert row["different"] == [] and row["flops_ratio"] > row["model_flops_ratio"] > 1
-    assert {"decoding", "scoring", "gradients", "the rest of the search"} < set(found["plain"]["profile"])
-    assert min(found["plain"]["profile"].values()) > 0
-    for one in found["gradient"]["passes"]:
+    assert {"decoding", "scoring", "gradients", "the rest of the search"} < set(measurements["plain"]["profile"])
+    assert min(measurements["plain"]["profile"].values()) > 0
+    for one in measurements["gradient"]["passes"]:
         assert 0 < one["share"] < 1.5 and one["flops"] > 0
     for name in ("problems", "rounds"):
-        assert 0 < found["scaling"][name]["slopes"]["flops"] < 1.6
-    assert [(one["model_kind"], one["mixture_share"]) for one in found["memory"]["passes"]] == [
+        assert 0 < measurements["scaling"][name]["slopes"]["flops"] < 1.6
+    assert [(one["model_kind"], one["mixture_share"]) for one in measurements["memory"]["passes"]] == [
         *(("scalar", alpha) for alpha in (0, 0.5)),
         *(("log-likelihood", alpha) for alpha in (0, 0.5)),
     ]

@@ -101,8 +101,8 @@ def test_the_recipe_measures_every_proposal(tmp_path: Path, monkeypatch: pytest.
         "4",
     ]
     recipe.main(argv)
-    found = json.loads((tmp_path / "mixing.json").read_text())
-    assert list(found) == [
+    results = json.loads((tmp_path / "mixing.json").read_text())
+    assert list(results) == [
         "no gradient",
         *(f"{p}, step size {s}" for p in ("direct", "mixture:0.5") for s in ("1", "0.5")),
     ]

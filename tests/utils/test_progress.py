@@ -25,9 +25,9 @@ class Time:
 
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    one = Time()
-    monkeypatch.setattr(progress_, "time", one)
-    return one
+    clock = Time()
+    monkeypatch.setattr(progress_, "time", clock)
+    return clock
 
 
 def console(terminal: bool, width: int = 80) -> Console:
@@ -40,23 +40,23 @@ def said(console: Console) -> list[str]:
 
 def test_rate_accuracy_time_to_go_and_flops(time: Time) -> None:
     log = console(terminal=False)
-    with ProgressDisplay("nabla", 10, console=log) as shown:
-        shown.add_items([("a", True, 1e9), ("b", False, 1e9)], is_new=False)
-        assert shown.estimate_seconds_left() is None and shown.format_line() == (
+    with ProgressDisplay("nabla", 10, console=log) as display:
+        display.add_items([("a", True, 1e9), ("b", False, 1e9)], is_new=False)
+        assert display.estimate_seconds_left() is None and display.format_line() == (
             "nabla: 2 of 10, accuracy 0.500 [0.095, 0.905], 2 GFLOPs"  # Wilson's interval of one in two
         )
         time.now += 10
-        shown.add_items([("c", True, 1e9), ("d", None, 5e8)])
-        assert shown.estimate_seconds(3) == 15
-        assert shown.estimate_seconds_left() == 30, (
+        display.add_items([("c", True, 1e9), ("d", None, 5e8)])
+        assert display.estimate_seconds(3) == 15
+        assert display.estimate_seconds_left() == 30, (
             "six to go at five seconds each: what was there before tells nothing"
         )
         time.now += 4
-        assert shown.estimate_seconds_left() == 26
-        shown.add_items([("a", False, 1e9)])  # another seed: problems count once
+        assert display.estimate_seconds_left() == 26
+        display.add_items([("a", False, 1e9)])  # another seed: problems count once
         mean = (0.5 + 0 + 1) / 3
         low, high = wilson_interval(mean, 3)
-        assert f"accuracy {mean:.3f} [{low:.3f}, {high:.3f}], 4.5 GFLOPs" in shown.format_line()
+        assert f"accuracy {mean:.3f} [{low:.3f}, {high:.3f}], 4.5 GFLOPs" in display.format_line()
 
 
 def test_wilson_against_the_formula_of_the_text() -> None:
@@ -70,10 +70,10 @@ def test_wilson_against_the_formula_of_the_text() -> None:
 
 def test_a_log_gets_a_line_now_and_then(time: Time) -> None:
     log = console(terminal=False)
-    with ProgressDisplay("nabla", 36_000, console=log) as shown:
+    with ProgressDisplay("nabla", 36_000, console=log) as display:
         for _ in range(36_000):  # ten hours, an item a second
             time.now += 1
-            shown.add_items([("a", True, 1e9)])
+            display.add_items([("a", True, 1e9)])
     lines = said(log)
     assert 30 < len(lines) < 70
     assert lines[0].startswith("nabla: 30 of 36000, 9:59:30 to go, 1 problems/s, accuracy 1.000 [")
@@ -83,22 +83,22 @@ def test_a_log_gets_a_line_now_and_then(time: Time) -> None:
 
 def test_what_is_done_at_once_is_one_line_and_what_was_there_none(time: Time) -> None:
     log = console(terminal=False)
-    with ProgressDisplay("greedy", 2, console=log) as shown:
-        shown.add_items([("a", True, 1e9), ("b", True, 1e9)], is_new=False)
+    with ProgressDisplay("greedy", 2, console=log) as display:
+        display.add_items([("a", True, 1e9), ("b", True, 1e9)], is_new=False)
     assert said(log) == []
-    with ProgressDisplay("greedy", 2, console=log, show_progress=False) as shown:
-        shown.add_items([("a", True, 1e9), ("b", True, 1e9)])
+    with ProgressDisplay("greedy", 2, console=log, show_progress=False) as display:
+        display.add_items([("a", True, 1e9), ("b", True, 1e9)])
     assert said(log) == []
-    with ProgressDisplay("greedy", 2, console=log) as shown:
-        shown.add_items([("a", True, 1e9), ("b", True, 1e9)])
+    with ProgressDisplay("greedy", 2, console=log) as display:
+        display.add_items([("a", True, 1e9), ("b", True, 1e9)])
     assert len(said(log)) == 1
 
 
 @pytest.mark.parametrize("name", ["nabla", "reward_weighted_self_consistency_16"])
 def test_a_bar_fits_80_columns_and_goes_when_it_is_done(name: str) -> None:
     terminal = console(terminal=True)
-    with ProgressDisplay(name, 90_000, console=terminal) as shown:
-        shown.add_items([(str(n), n % 3 > 0, 1.234e15) for n in range(45_678)])
+    with ProgressDisplay(name, 90_000, console=terminal) as display:
+        display.add_items([(str(n), n % 3 > 0, 1.234e15) for n in range(45_678)])
         last = terminal.file.getvalue().split("\x1b[2K")[-1]
         frame = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", last).splitlines()
     assert len(frame) == 2 and all(len(line) <= 80 for line in frame)
@@ -110,7 +110,7 @@ def test_a_bar_fits_80_columns_and_goes_when_it_is_done(name: str) -> None:
 
 @pytest.mark.parametrize(("each", "words"), [(0.1, "10 problems/s"), (12.0, "12 s/problem"), (5400, "90 min/problem")])
 def test_slow_work_is_told_by_the_problem(time: Time, each: float, words: str) -> None:
-    with ProgressDisplay("nabla", 3, console=console(False)) as shown:
+    with ProgressDisplay("nabla", 3, console=console(False)) as display:
         time.now += each
-        shown.add_items([("a", None, 0.0)])
-        assert shown.format_metrics() == words
+        display.add_items([("a", None, 0.0)])
+        assert display.format_metrics() == words

@@ -25,9 +25,9 @@ def test_interval_covers_the_true_accuracy(seeds):
     hits = 0
     for _ in range(200):
         chance = difficulties(rng, 100)
-        found = statistics.mean_interval(rng.random((100, seeds)) < chance[:, None])
-        hits += found.low <= 0.5 <= found.high
-        assert (found.num_seeds, found.num_problems) == (seeds, 100)
+        interval = statistics.mean_interval(rng.random((100, seeds)) < chance[:, None])
+        hits += interval.low <= 0.5 <= interval.high
+        assert (interval.num_seeds, interval.num_problems) == (seeds, 100)
     assert 0.90 <= hits / 200 <= 0.99
 
 
@@ -38,9 +38,9 @@ def test_paired_interval_covers_the_true_difference_and_null_p_values_are_not_sm
         chance = difficulties(rng, 100)[:, None]
         ours = rng.random((100, 3)) < 0.8 * chance + 0.2
         twin, theirs = (rng.random((100, 3)) < chance for _ in range(2))
-        found = statistics.paired_difference(by_problem(ours), by_problem(theirs))
-        covered += found.low <= 0.1 <= found.high
-        small += found.p_value < 0.05
+        interval = statistics.paired_difference(by_problem(ours), by_problem(theirs))
+        covered += interval.low <= 0.1 <= interval.high
+        small += interval.p_value < 0.05
         null_small += statistics.paired_difference(by_problem(twin), by_problem(theirs)).p_value < 0.05
     assert 0.90 <= covered / 200 <= 0.99
     assert small / 200 > 0.8
@@ -49,9 +49,9 @@ def test_paired_interval_covers_the_true_difference_and_null_p_values_are_not_sm
 
 def test_interval_has_the_width_of_the_normal_theory():
     values = np.random.default_rng(3).normal(size=(400, 1))
-    found = statistics.mean_interval(values)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(400), rel=0.05)
-    assert found.value == pytest.approx(values.mean())
+    interval = statistics.mean_interval(values)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(400), rel=0.05)
+    assert interval.value == pytest.approx(values.mean())
 
 
 def test_pairing_removes_what_the_problems_have_in_common():
@@ -90,32 +90,32 @@ def test_sign_flips_match_their_full_enumeration(gaps):
 
 def test_methods_that_agree_everywhere_do_not_differ():
     same = by_problem(np.eye(10)[:, :2])
-    found = statistics.paired_difference(same, same)
-    assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
+    interval = statistics.paired_difference(same, same)
+    assert (interval.value, interval.low, interval.high, interval.p_value) == (0, 0, 0, 1)
 
 
 def test_share_of_gain():
     base = np.zeros((60, 1))
     whole = np.r_[np.ones((30, 1)), np.zeros((30, 1))]
     half = np.r_[np.ones((15, 1)), np.zeros((45, 1))]
-    found = statistics.performance_gap_recovered(*map(by_problem, (half, whole, base)))
-    assert found.value == pytest.approx(0.5)
-    assert 0.2 < found.low < 0.5 < found.high < 0.8
+    interval = statistics.performance_gap_recovered(*map(by_problem, (half, whole, base)))
+    assert interval.value == pytest.approx(0.5)
+    assert 0.2 < interval.low < 0.5 < interval.high < 0.8
     everything = statistics.performance_gap_recovered(*map(by_problem, (whole, whole, base)))
     assert (everything.low, everything.high) == pytest.approx((1, 1))
     assert statistics.performance_gap_recovered(*map(by_problem, (half, base, base))) is None
 
 
 def test_missing_numbers_are_left_out_and_nothing_left_is_an_error():
-    found = statistics.mean_interval([[1, math.nan], [math.nan, math.nan], [3, 5]])
-    assert (found.value, found.num_problems) == (2.5, 2)
+    interval = statistics.mean_interval([[1, math.nan], [math.nan, math.nan], [3, 5]])
+    assert (interval.value, interval.num_problems) == (2.5, 2)
     with pytest.raises(ValueError, match="no number"):
         statistics.mean_interval([[math.nan]])
 
 
 def test_large_values_keep_their_digits():
-    found = statistics.mean_interval([[1e15], [1e15 + 8]])
-    assert (found.low, found.high) == (1e15, 1e15 + 8)
+    interval = statistics.mean_interval([[1e15], [1e15 + 8]])
+    assert (interval.low, interval.high) == (1e15, 1e15 + 8)
 
 
 def test_a_side_needs_both_the_interval_and_the_p_value():
@@ -131,8 +131,10 @@ def test_a_side_needs_both_the_interval_and_the_p_value():
 
 def test_one_item_per_problem_is_the_interval_over_problems():
     values = np.random.default_rng(7).random(50)
-    found, plain = statistics.clustered_mean(values, np.arange(50), 50), statistics.mean_interval(values[:, None])
-    assert (found.value, found.low, found.high) == pytest.approx((plain.value, plain.low, plain.high), abs=1e-6)
+    interval, plain = statistics.clustered_mean(values, np.arange(50), 50), statistics.mean_interval(values[:, None])
+    assert (interval.value, interval.low, interval.high) == pytest.approx(
+        (plain.value, plain.low, plain.high), abs=1e-6
+    )
 
 
 def test_items_of_one_problem_are_not_independent():
@@ -163,9 +165,9 @@ def test_intervals_of_items_cover_the_true_share_and_correlation():
 def test_correlation_of_items_is_pearsons():
     rng = np.random.default_rng(9)
     x, y, problems = rng.normal(size=40) + 1e6, rng.normal(size=40) * 1e-3, rng.integers(0, 8, 40)
-    found = statistics.clustered_correlation(x, y + 1e-3 * (x - 1e6), problems, 8)
-    assert found.value == pytest.approx(np.corrcoef(x, y + 1e-3 * (x - 1e6))[0, 1])
-    assert found.low < found.value < found.high <= 1
+    interval = statistics.clustered_correlation(x, y + 1e-3 * (x - 1e6), problems, 8)
+    assert interval.value == pytest.approx(np.corrcoef(x, y + 1e-3 * (x - 1e6))[0, 1])
+    assert interval.low < interval.value < interval.high <= 1
     exact = statistics.clustered_correlation(x, -2 * x, problems, 8)
     assert (exact.value, exact.low, exact.high) == pytest.approx((-1, -1, -1), abs=1e-3)
 
@@ -200,10 +202,10 @@ def test_thirds_that_cancel_do_not_exclude_zero():
     "values", [np.random.default_rng(10).normal(size=80), np.arange(60) % 7 > 4], ids=["normal", "share"]
 )
 def test_intervals_are_those_of_scipys_bootstrap(values):
-    found = statistics.mean_interval(np.asarray(values, dtype=float)[:, None])
+    interval = statistics.mean_interval(np.asarray(values, dtype=float)[:, None])
     reference = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=0).confidence_interval
     tolerance = 0.03 * (reference.high - reference.low)
-    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=tolerance)
+    assert (interval.low, interval.high) == pytest.approx((reference.low, reference.high), abs=tolerance)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.15, 0.3])
@@ -216,7 +218,7 @@ def test_p_values_are_those_of_scipys_permutation_test(shift):
 def test_correlation_intervals_are_those_of_scipys_bootstrap():
     x = np.random.default_rng(12).normal(size=(2, 100))
     x[1] += x[0]
-    found = statistics.clustered_correlation(*x, np.arange(100), 100)
+    interval = statistics.clustered_correlation(*x, np.arange(100), 100)
     reference = stats.bootstrap(
         tuple(x),
         lambda a, b: stats.pearsonr(a, b).statistic,
@@ -226,7 +228,7 @@ def test_correlation_intervals_are_those_of_scipys_bootstrap():
         method="percentile",
         rng=0,
     ).confidence_interval
-    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.02)
+    assert (interval.low, interval.high) == pytest.approx((reference.low, reference.high), abs=0.02)
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 5), (1, 2), (270, 300), (7, 7)])
