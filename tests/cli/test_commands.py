@@ -382,7 +382,7 @@ def test_eval_of_a_tuned_policy(models, dataset, tmp_path, world, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--eval_methods", "greedy,magic"], "unknown method 'magic': known are greedy, best_of_N"),
+        (["--eval_methods", "greedy,magic"], "unknown method 'magic': choose from greedy, best_of_N"),
         (["--eval_methods", "best_of_0"], "unknown method 'best_of_0'"),
         (["--eval_methods", "nabla@0"], "unknown method 'nabla@0'"),
         (["--eval_methods", ","], "no methods"),
@@ -396,7 +396,7 @@ def test_eval_of_a_tuned_policy(models, dataset, tmp_path, world, capsys):
         (["--eval_methods", "ppo_greedy"], "unknown method 'ppo_greedy'"),
         (
             ["--eval_methods", "sft_nabla@0.3"],
-            "the budget of sft_nabla@0.3 is set by best_of_16's FLOPs: add best_of_16",
+            "the FLOP budget of sft_nabla@0.3 equals best_of_16's FLOPs: add best_of_16",
         ),
         (["--eval_methods", "nabla", "--solver", "none"], "solver none is the control"),
         (["--seeds", "1", "1"], "seeds must be distinct"),
@@ -508,7 +508,7 @@ def test_audit_without_over_optimization_validates_no_limits(capsys, models, dat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gradient_at", "hard", "soft"], "gradient_at must be direct, hard, mixture:A[,A…]"),
+        (["--gradient_at", "hard", "soft"], "gradient_at: the point must be direct, hard, mixture:A[,A…]"),
         (["--gradient_at", "direct+direct"], "or direct+ one of these, not 'direct+direct'"),
         (["--gradient_at", "hard", "hard"], "gradient_at must be distinct"),
         (["--num_swaps", "0"], "num_swaps must be at least 1"),

@@ -334,7 +334,7 @@ def test_eval_on_a_full_disk_is_one_line_and_goes_on(
     with worlds.full_disk(5_000):
         assert main(evaluation(world, tmp_path)) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: [Errno 27]") and "make room and run again" in last
+    assert last.startswith("error: [Errno 27]") and "free disk space and run again" in last
     assert 0 < len((tmp_path / "rows/rows-00000.jsonl").read_text().splitlines()) < len(undisturbed)
     assert main(evaluation(world, tmp_path)) == 0
     assert rows_of(tmp_path) == undisturbed
@@ -345,7 +345,7 @@ def test_traces_on_a_full_disk_are_one_line_and_go_on(capsys: Any, world: list[s
     with worlds.full_disk(5_000):
         assert main(argv) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "earlier shards are kept, make room and run again" in err
+    assert out == "" and err.count("\n") == 1 and "earlier shards are kept, free disk space and run again" in err
     assert [path.name for path in (tmp_path / "traces").iterdir()] == ["tokens.json"]
     assert main(argv) == 0
     assert len(read_traces(tmp_path / "traces")) == 8
