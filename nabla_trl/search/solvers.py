@@ -137,8 +137,8 @@ def solve_ste(
         for row, z in enumerate(logits):
             changed[row] = changed[row] | (z.argmax(-1) != first_columns[row])
         columns = [
-            torch.where(mask, z.argmax(-1), own)
-            for mask, z, own in zip(changed, logits, response_columns, strict=True)
+            torch.where(mask, z.argmax(-1), column)
+            for mask, z, column in zip(changed, logits, response_columns, strict=True)
         ]
         new_rows = [row for row in range(len(logits)) if not torch.equal(columns[row], hard_columns[row])]
         if new_rows:

@@ -1,4 +1,4 @@
-"""search: the loop against a plain replay of it, batches against singles, budgets, and what must not break it."""
+"""The search loop against a plain replay of it, batches against singles, budgets, and what must not break it."""
 
 from __future__ import annotations
 

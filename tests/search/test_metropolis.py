@@ -416,5 +416,5 @@ def test_tempering_and_redraws_belong_to_metropolis() -> None:
         )
 
 
-def test_sampling_of_the_policy_itself_needs_no_tilt() -> None:
+def test_sampling_of_the_policy_itself_needs_no_importance_weight() -> None:
     assert not build_warpers(Sampling()) and build_warpers(Sampling(temperature=0.5))

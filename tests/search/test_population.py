@@ -134,7 +134,11 @@ def test_a_sample_of_the_optimum_is_not_chosen_among_starts() -> None:
     assert config(max_flops=1e9).restarts_enabled and config(max_rollouts=9).restarts_enabled
     assert not config().restarts_enabled and not config(max_flops=1e9, restarts=False).restarts_enabled
     assert not config(max_rollouts=9, acceptance="metropolis", beta=1.0).restarts_enabled
-    worlds.refused(lambda: config(max_flops=1e9, acceptance="metropolis"), "metropolis samples are biased", "limit it by max_rounds")
+    worlds.refused(
+        lambda: config(max_flops=1e9, acceptance="metropolis"),
+        "metropolis samples are biased",
+        "limit it by max_rounds",
+    )
     worlds.refused(lambda: config(max_rollouts=2, num_starts=3), "max_rollouts 2 is less", "num_starts 3")
 
 

@@ -1,4 +1,4 @@
-"""reasoner: the door for users, from saved folders to traces, and its configuration."""
+"""NablaReasoner from Python: from saved folders to traces, and its configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dto and propose: solvers against literal references, branches against their stated distribution."""
+"""Solvers against literal references, and branches against their stated distribution."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def literal_ste(
     config: SteSolver,
     movable: slice = slice(None),
 ) -> tuple[Tensor, list[list[int]]]:
-    """Autograd through everything at every step; the optimised logits and the hard tokens of each step.
+    """Autograd through everything at every step; the optimized logits and the hard tokens of each step.
 
     Positions outside `movable` keep their logits.
     """
@@ -385,7 +385,7 @@ def test_ste_descends_the_paper_loss(world: tuple[Policy, Reward], direct: bool,
 
 @pytest.mark.parametrize("moving", ["all", "first"])
 @pytest.mark.parametrize("lr", [0.01, 0.1])
-def test_a_scan_optimises_from_each_position_on(world: tuple[Policy, Reward], moving: str, lr: float) -> None:
+def test_a_scan_optimizes_from_each_position_on(world: tuple[Policy, Reward], moving: str, lr: float) -> None:
     """The paper's algorithm at every scanned position by itself: tokens before it stay, and so do those after it if
     only the first position moves. With small steps hardly a token changes, and one run serves almost all positions."""
     states, meter = real_states(*world), FlopCounter()
@@ -697,11 +697,11 @@ def test_ste_config_refuses(bad: dict[str, float]) -> None:
 
 def test_ste_rate_is_torch_cosine() -> None:
     config = SteSolver(steps=7, learning_rate=0.3, final_learning_rate=0.05)
-    optimiser = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=7, eta_min=0.05)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7, eta_min=0.05)
     for step in range(7):
         assert config.compute_learning_rate(step) == pytest.approx(cosine.get_last_lr()[0], rel=1e-12)
-        optimiser.step()
+        optimizer.step()
         cosine.step()
 
 
