@@ -61,11 +61,11 @@ def answer(future: Future[Trace]) -> Trace:
 
 
 def moves(trace: Trace) -> list[Any]:
-    return [(one.round, one.position, one.new_token, one.suffix, one.accepted) for one in trace.revisions]
+    return [(r.round, r.position, r.new_token, r.suffix, r.accepted) for r in trace.revisions]
 
 
-def alone(policy: Policy, reward: Reward, one: Problem, config: SearchConfig = CONFIG) -> Trace:
-    return run_search([one], policy=policy, reward=reward, config=config, seed=SEARCH_SEED)[0]
+def alone(policy: Policy, reward: Reward, problem: Problem, config: SearchConfig = CONFIG) -> Trace:
+    return run_search([problem], policy=policy, reward=reward, config=config, seed=SEARCH_SEED)[0]
 
 
 # --- batches ----------------------------------------------------------------------------------------------
@@ -75,13 +75,13 @@ def alone(policy: Policy, reward: Reward, one: Problem, config: SearchConfig = C
 def test_requests_in_a_batch_get_what_each_gets_alone(architecture: str) -> None:
     policy = worlds.tiny_policy(architecture)
     reward = Watched(worlds.tiny_scalar(policy, architecture))
-    asked = [(question, seed) for question in worlds.QUESTIONS[:3] for seed in (0, 1, 2)]
+    requests = [(question, seed) for question in worlds.QUESTIONS[:3] for seed in (0, 1, 2)]
     with running(policy, reward, batch_window=PATIENCE) as engine:  # waits until the batch is full
-        config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=len(asked))
-        traces = [answer(future) for future in [ask(engine, *one, config) for one in asked]]
-    assert len(reward.scored[0]) == len(asked)
-    for one, trace in zip(asked, traces, strict=True):
-        single = alone(policy, reward, problem(*one))
+        config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=len(requests))
+        traces = [answer(future) for future in [ask(engine, *request, config) for request in requests]]
+    assert len(reward.scored[0]) == len(requests)
+    for request, trace in zip(requests, traces, strict=True):
+        single = alone(policy, reward, problem(*request))
         assert trace.response_ids == single.response_ids and moves(trace) == moves(single)
         assert trace.cost.flops == pytest.approx(single.cost.flops, rel=1e-9)
     assert len({tuple(trace.response_ids) for trace in traces[:3]}) > 1  # seeds differ
@@ -116,10 +116,10 @@ def test_no_batch_is_larger_than_its_configuration_says(policy, watched) -> None
 
 def test_equal_requests_share_one_search(policy, watched) -> None:
     with running(policy, watched, batch_window=PATIENCE) as engine:
-        pair = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=2)
-        futures = [ask(engine, "1+2", 5, pair) for _ in range(20)] + [ask(engine, "7", 5, pair)]
+        config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=2)
+        futures = [ask(engine, "1+2", 5, config) for _ in range(20)] + [ask(engine, "7", 5, config)]
         traces = [answer(future) for future in futures]
-    assert all(one is traces[0] for one in traces[:20]) and traces[20] is not traces[0]
+    assert all(trace is traces[0] for trace in traces[:20]) and traces[20] is not traces[0]
     assert sorted(watched.scored[0]) == ["1+2", "7"]
 
 
@@ -177,9 +177,10 @@ def test_a_search_that_breaks_breaks_for_the_culprit_alone(policy, watched, capl
 def test_a_reward_that_is_not_a_number_fails_its_request_alone(policy, scalar_reward) -> None:
     class Odd(Watched):
         def score(self, samples: Any, *args: Any, **options: Any) -> Any:
-            values, memos = super().score(samples, *args, **options)
-            pairs = zip(values, samples, strict=True)
-            return [math.nan if one.problem.question == "7" else value for value, one in pairs], memos
+            values, caches = super().score(samples, *args, **options)
+            questions = [sample.problem.question for sample in samples]
+            pairs = zip(values, questions, strict=True)
+            return [math.nan if question == "7" else value for value, question in pairs], caches
 
     with running(policy, Odd(scalar_reward), batch_window=PATIENCE) as engine:
         config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=2)
@@ -209,11 +210,11 @@ def test_a_cancelled_request_is_dropped_from_the_queue(policy, watched) -> None:
     with running(policy, watched, batch_window=0.0, max_queue=2) as engine:
         first = ask(engine, "1+2")
         assert gate.reached.wait(PATIENCE)
-        dropped, kept = ask(engine, "7"), ask(engine, "9*9")
+        dropped, waiting = ask(engine, "7"), ask(engine, "9*9")
         assert dropped.cancel()
         again = ask(engine, "8*8")  # there is room for it
         gate.opened.set()
-        assert all(answer(future).error is None for future in (first, kept, again))
+        assert all(answer(future).error is None for future in (first, waiting, again))
     assert not any("7" in questions for questions in watched.scored)
 
 
@@ -275,16 +276,17 @@ def test_stopping_finishes_what_runs_and_refuses_what_waits(policy, watched) -> 
 @pytest.mark.parametrize("options", [{}, {"num_starts": 3, "num_chains": 2, "proposals": {"proposals_per_round": 2}}])
 def test_progress_tells_of_every_incumbent(policy, watched, options: dict[str, int]) -> None:
     config = SearchConfig(max_new_tokens=8, max_rounds=6, **options)
-    told: list[SearchProgress] = []
+    updates: list[SearchProgress] = []
     with running(policy, watched, batch_window=0.0) as engine:
-        trace = answer(ask(engine, "12-3+4*5", config=config, on_progress=told.append))
-    accepted = [one for one in trace.revisions if one.accepted]
+        trace = answer(ask(engine, "12-3+4*5", config=config, on_progress=updates.append))
+    accepted = [revision for revision in trace.revisions if revision.accepted]
     assert accepted
-    own = [one for one in told if one.chain in {p.chain for p in told if p.reward == trace.reward}]
+    best_chains = {update.chain for update in updates if update.reward == trace.reward}
+    best_updates = [update for update in updates if update.chain in best_chains]
     assert [(policy.decode(ids), reward) for ids, reward in trace.list_incumbents()] == [
-        (p.text, p.reward) for p in own
+        (p.text, p.reward) for p in best_updates
     ]
-    assert own[0].round is None and own[0].reward_before is None
-    expected = [(one.round, one.position, one.reward_before, one.cumulative_flops) for one in accepted]
-    assert [(p.round, p.position, p.reward_before, p.flops) for p in own[1:]] == expected
-    assert len({one.chain for one in told if one.round is None}) == config.num_chains
+    assert best_updates[0].round is None and best_updates[0].reward_before is None
+    expected = [(r.round, r.position, r.reward_before, r.cumulative_flops) for r in accepted]
+    assert [(p.round, p.position, p.reward_before, p.flops) for p in best_updates[1:]] == expected
+    assert len({update.chain for update in updates if update.round is None}) == config.num_chains
