@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Protocol
@@ -13,7 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_trl.models.flops import ModelSize
 from nabla_trl.models.options import PromptOptions, Sampling
-from nabla_trl.models.prompts import NEXT_QUESTION, check_prompt, opens_thinking, tokenize_prompt, uses_few_shot
+from nabla_trl.models.prompts import (
+    NEXT_QUESTION,
+    PromptTooLong,
+    check_prompt,
+    opens_thinking,
+    tokenize_prompt,
+    uses_few_shot,
+)
 from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.identity import hash_json
@@ -41,21 +51,52 @@ class GenerationBackend(Protocol):
     def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[Tensor]:
         """Return the kv row of each sequence, which may be empty."""
 
-    def generate(
+    def open_session(
         self,
         policy: Policy,
-        requests: Sequence[GenerationRequest],
         sampling: Sampling,
         *,
+        max_sequences: int = 256,
         top_k_candidates: int = 1,
         return_cache: bool = False,
         return_log_importance_weight: bool = False,
-    ) -> list[GenerationOutput]:
-        """Generate one batch of requests whose prefixes have been prefilled (see `generate_continuations`).
+    ) -> GenerationSession:
+        """Return a session for requests with these options.
+
+        Args:
+            max_sequences: sequences that are generated together at most.
+            top_k_candidates, return_cache, return_log_importance_weight: as for `generate_continuations`.
 
         Raises:
-            ValueError: an option or a request that this back end does not support.
+            ValueError: an option that this back end does not support.
         """
+
+
+class GenerationSession(Protocol):
+    """Requests of one kind that a back end works on. They join and leave at any time."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Return how many submitted requests have no output yet."""
+
+    def submit(self, tag: Hashable, request: GenerationRequest) -> None:
+        """Begin a request whose prefix has been prefilled.
+
+        Args:
+            tag: given back with the output.
+
+        Raises:
+            ValueError: a request that this back end does not support.
+        """
+
+    def step(self) -> list[tuple[Hashable, GenerationOutput | Exception]]:
+        """Go on with all requests, and return the tags and outputs (or errors) of those that have ended."""
+
+    def cancel(self, tags: Collection[Hashable]) -> None:
+        """Drop requests and whatever has been generated for them."""
+
+    def list_requests(self) -> list[tuple[Hashable, GenerationRequest]]:
+        """Return the requests that have no output yet, with their tags."""
 
 
 @dataclass
@@ -100,8 +141,18 @@ class Policy:
             ValueError: the prompt is empty, holds unknown characters, is refused by the chat template, or needs
                 worked examples that the problem does not have.
         """
+        num_bytes = sum(len(message["content"].encode(errors="replace")) for message in problem.build_messages())
+        if num_bytes > self.context_length * self._max_token_bytes:  # without tokenizing megabytes
+            raise PromptTooLong(
+                f"{problem.id}: the prompt has {num_bytes} bytes, and no tokens of {self.name} write so many within its "
+                f"context of {self.context_length}"
+            )
         ids = tokenize_prompt(self.tokenizer, problem, self.prompt_options)
         return check_prompt(ids, problem, self.tokenizer, name=self.name, context_length=self.context_length)
+
+    @cached_property
+    def _max_token_bytes(self) -> int:
+        return max(len(token.encode()) for token in self.tokenizer.get_vocab())
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -21,16 +21,11 @@ from transformers import (
 
 from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import (
-    build_warpers,
-    generate_continuations,
-    make_rng,
-    prepare_prompt_caches,
-    sample_tokens,
-)
+from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.sampling import build_warpers, make_rng, sample_tokens
 from nabla_trl.models.transformers_backend import TransformersBackend
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)

@@ -19,10 +19,11 @@ from nabla_trl.baselines.sampling import draw_pool
 from nabla_trl.cli.main import main
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import generate_continuations, make_rng, prepare_prompt_caches
+from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.models.vllm_backend import HttpClient, connect_vllm, run_concurrently
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig

@@ -63,17 +63,17 @@ class ServeArguments:
         600.0,
         "Seconds from a request to its answer, including the time in the queue. Increase it for long searches.",
     )
-    batch_window: float = option(
-        0.01,
-        "Seconds that a request waits for other requests to join its batch. Increase it for throughput, lower it for "
-        "latency.",
+    max_running: int = option(
+        64,
+        "Maximum number of searches that run together. They share the decoding slots evenly. Lower it if memory runs "
+        "out.",
     )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be in [0, 65535], not {self.port}")
-        if self.max_queue < 1 or not 0 < self.request_timeout < math.inf or not 0 <= self.batch_window < math.inf:
-            raise ValueError("a server needs max_queue >= 1, request_timeout > 0 and batch_window >= 0, all finite")
+        if self.max_queue < 1 or self.max_running < 1 or not 0 < self.request_timeout < math.inf:
+            raise ValueError("a server needs max_queue >= 1, max_running >= 1 and a finite request_timeout > 0")
         if self.api_key == "" or self.served_model_name == "":
             raise ValueError("api_key and served_model_name must not be empty: leave them out instead")
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"nabla-trl serve needs {package}: pip install nabla-trl[serve]") from error
     from nabla_trl.audit.overoptimization import warn_past_limits
     from nabla_trl.serving.api import ServerLimits
-    from nabla_trl.serving.service import Engine
+    from nabla_trl.serving.service import SearchService
 
     api_key = args.api_key or os.environ.get(API_KEY_ENV_VAR) or None
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
@@ -112,7 +112,13 @@ def main(argv: Sequence[str]) -> int:
         if api_key is None and not args.host.startswith("127.") and args.host not in ("localhost", "::1"):
             print(f"warning: anyone who can reach {base_url} can use it: set {API_KEY_ENV_VAR}", file=sys.stderr)
         service = asgi.ChatService(
-            Engine(policy, reward, max_queue=args.max_queue, batch_window=args.batch_window),
+            SearchService(
+                policy,
+                reward,
+                max_queue=args.max_queue,
+                max_running=args.max_running,
+                num_slots=4 * config.batch_size,
+            ),
             limits,
             api_key=api_key,
             request_timeout=args.request_timeout,
