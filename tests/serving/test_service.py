@@ -161,10 +161,17 @@ def test_a_trace_comes_once_its_own_search_has_ended(policy, watched) -> None:
     rounds = {q: len(alone(policy, watched, problem(q, 1), config).revisions) for q in worlds.QUESTIONS}
     longest = max(rounds, key=lambda question: rounds[question])
     assert sorted(rounds.values())[-2] + 1 < rounds[longest]
-    gate, lonely = Gate(longest), count()
-    watched.before = lambda questions: gate(questions) if questions == [longest] and next(lonely) == 1 else None
+    futures: dict[str, Future[Trace]] = {}
+
+    def hold_when_alone(questions: list[str]) -> None:
+        if len(futures) == len(rounds) and all(futures[q].done() for q in rounds.keys() - {longest}):
+            gate(questions)
+
+    gate = Gate(longest)
+    watched.before = hold_when_alone
     with running(policy, watched) as service:
-        futures = {question: ask(service, question, 1, config) for question in worlds.QUESTIONS}
+        for question in worlds.QUESTIONS:
+            futures[question] = ask(service, question, 1, config)
         for question in rounds.keys() - {longest}:
             assert len(answer(futures[question]).revisions) == rounds[question]
         assert not futures[longest].done()
