@@ -34,9 +34,9 @@ def decoding() -> None:
     requests = [GenerationRequest(f"q{index}", [3, 4], make_rng(0, f"q{index}", "suffix"), 40) for index in range(4)]
     with PretendedDevice() as device:
         caches = prefill_prompts(policy, [(one.cost_key, one.prefix_ids) for one in requests], FlopCounter())
-        decoder = SlotDecoder(policy, Sampling(top_p=0.9), num_candidates=4, tokens_per_read=8, num_slots=4)
+        decoder = SlotDecoder(policy, Sampling(top_p=0.9), top_k_candidates=4, tokens_per_read=8, max_sequences=4)
         for index, (request, cache) in enumerate(zip(requests, caches, strict=True)):
-            decoder.submit(index, request, cache)
+            decoder.submit(index, replace(request, cache=cache))
         decoder.step()
         addresses = [buffer.data_on_cpu.data_ptr() for buffer in (decoder.store, *decoder.outputs, decoder.tokens)]
         kernels = []

@@ -58,10 +58,12 @@ def generate_continuations(
                 session.submit(index, request)
     outputs: dict[Hashable, GenerationOutput] = {}
     while session.num_unfinished:
-        with flop_counter.measure_seconds([request.cost_key for _, request in session.list_requests()]):
+        unfinished = session.list_requests()
+        with flop_counter.measure_seconds([request.cost_key for _, request in unfinished]):
             ended = session.step()
         for tag, output in ended:
             if isinstance(output, Exception):
+                session.cancel([tag for tag, _ in unfinished])
                 raise output
             outputs[tag] = output
     for index, request in enumerate(requests):

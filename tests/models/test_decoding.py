@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ def make_requests(count: int = 9, **options: Any) -> list[GenerationRequest]:
 def decode(policy: Policy, requests: Sequence[GenerationRequest], **options: Any) -> list[GenerationOutput]:
     prompts = [(request.cost_key, request.prefix_ids) for request in requests]
     caches = prefill_prompts(policy, prompts, FlopCounter())
-    decoder = SlotDecoder(policy, SAMPLING, num_candidates=4, return_cache=True, **options)
+    decoder = SlotDecoder(policy, SAMPLING, top_k_candidates=4, return_cache=True, **options)
     for index, (request, cache) in enumerate(zip(requests, caches, strict=True)):
-        decoder.submit(index, request, cache)
+        decoder.submit(index, replace(request, cache=cache))
     outputs: dict[Any, Any] = {}
     while decoder.num_unfinished:
         outputs |= dict(decoder.step())
@@ -64,12 +65,12 @@ def singles(policy: Policy) -> list[GenerationOutput]:
     return [decode(policy, [request])[0] for request in make_requests()]
 
 
-@pytest.mark.parametrize("num_slots", [1, 2, 5, 16])
+@pytest.mark.parametrize("max_sequences", [1, 2, 5, 16])
 @pytest.mark.parametrize("tokens_per_read", [1, 4, 7])
 def test_slots_and_reads_change_nothing(
-    num_slots: int, tokens_per_read: int, policy: Policy, singles: list[GenerationOutput]
+    max_sequences: int, tokens_per_read: int, policy: Policy, singles: list[GenerationOutput]
 ) -> None:
-    outputs = decode(policy, make_requests(), num_slots=num_slots, tokens_per_read=tokens_per_read)
+    outputs = decode(policy, make_requests(), max_sequences=max_sequences, tokens_per_read=tokens_per_read)
     assert_same(outputs, singles)
     lengths = {len(output.ids) for output in outputs}
     assert len(lengths) > 4 and max(lengths) > 2 * decoding.CAPACITY_STEP, "sequences of one length would show nothing"
@@ -78,10 +79,10 @@ def test_slots_and_reads_change_nothing(
 def test_a_sequence_that_comes_later_joins_the_others(policy: Policy, singles: list[GenerationOutput]) -> None:
     requests = make_requests()
     caches = prefill_prompts(policy, [(one.cost_key, one.prefix_ids) for one in requests], FlopCounter())
-    decoder = SlotDecoder(policy, SAMPLING, num_candidates=4, return_cache=True)
+    decoder = SlotDecoder(policy, SAMPLING, top_k_candidates=4, return_cache=True)
     outputs: dict[Any, Any] = {}
     for index, (request, cache) in enumerate(zip(requests, caches, strict=True)):
-        decoder.submit(index, request, cache)
+        decoder.submit(index, replace(request, cache=cache))
         outputs |= dict(decoder.step())
     while decoder.num_unfinished:
         outputs |= dict(decoder.step())
@@ -91,9 +92,9 @@ def test_a_sequence_that_comes_later_joins_the_others(policy: Policy, singles: l
 def test_a_cancelled_sequence_leaves_the_others_alone(policy: Policy, singles: list[GenerationOutput]) -> None:
     requests = make_requests()
     caches = prefill_prompts(policy, [(one.cost_key, one.prefix_ids) for one in requests], FlopCounter())
-    decoder = SlotDecoder(policy, SAMPLING, num_candidates=4, return_cache=True, num_slots=6)
+    decoder = SlotDecoder(policy, SAMPLING, top_k_candidates=4, return_cache=True, max_sequences=6)
     for index, (request, cache) in enumerate(zip(requests, caches, strict=True)):
-        decoder.submit(index, request, cache)
+        decoder.submit(index, replace(request, cache=cache))
     outputs = dict(decoder.step())
     dropped = {2, 5, 8} - outputs.keys()
     decoder.cancel(dropped)
@@ -139,7 +140,7 @@ def test_a_model_that_gives_nan_fails_its_sequences_alone(policy: Policy, monkey
     caches = prefill_prompts(policy, [(one.cost_key, one.prefix_ids) for one in requests], FlopCounter())
     decoder = SlotDecoder(policy, SAMPLING)
     for index, (request, cache) in enumerate(zip(requests, caches, strict=True)):
-        decoder.submit(index, request, cache)
+        decoder.submit(index, replace(request, cache=cache))
     first = dict(decoder.step())
     assert isinstance(first[2], ValueError) and "NaN or infinite logits" in str(first[2])
     assert not any(isinstance(output, ValueError) for index, output in first.items() if index != 2)

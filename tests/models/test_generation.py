@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from nabla_trl.models import kv_cache
+from nabla_trl.models.decoding import SlotDecoder
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
@@ -268,10 +269,14 @@ def test_a_backend_gets_every_request_with_its_cache(policy: Policy) -> None:
     """Any object with the methods of `GenerationBackend` will do."""
     seen: list[GenerationRequest] = []
 
+    class RecordingSession(SlotDecoder):
+        def submit(self, tag: Any, request: GenerationRequest) -> None:
+            seen.append(request)
+            super().submit(tag, request)
+
     class Recorder(TransformersBackend):
-        def generate(self, policy, requests, sampling, **options):
-            seen.extend(requests)
-            return super().generate(policy, requests, sampling, **options)
+        def open_session(self, policy: Policy, sampling: Sampling, **options: Any) -> SlotDecoder:
+            return RecordingSession(policy, sampling, **options)
 
     recorded = replace(policy, backend=Recorder())
     outputs = generate_continuations(

@@ -154,31 +154,6 @@ def test_equal_requests_share_one_search(policy, watched) -> None:
     assert sum(questions.count("1+2") for questions in watched.scored) == 4  # the first response and three rounds
 
 
-def test_a_trace_comes_once_its_own_search_has_ended(policy, watched) -> None:
-    """Searches with patience end at different times. The last one is held in the round after the one in which the
-    others were seen to have ended; they are there."""
-    config = SearchConfig(max_new_tokens=8, max_rounds=30, patience=2, batch_size=4)
-    rounds = {q: len(alone(policy, watched, problem(q, 1), config).revisions) for q in worlds.QUESTIONS}
-    longest = max(rounds, key=lambda question: rounds[question])
-    assert sorted(rounds.values())[-2] + 1 < rounds[longest]
-    futures: dict[str, Future[Trace]] = {}
-
-    def hold_when_alone(questions: list[str]) -> None:
-        if len(futures) == len(rounds) and all(futures[q].done() for q in rounds.keys() - {longest}):
-            gate(questions)
-
-    gate = Gate(longest)
-    watched.before = hold_when_alone
-    with running(policy, watched) as service:
-        for question in worlds.QUESTIONS:
-            futures[question] = ask(service, question, 1, config)
-        for question in rounds.keys() - {longest}:
-            assert len(answer(futures[question]).revisions) == rounds[question]
-        assert not futures[longest].done()
-        gate.opened.set()
-        assert len(answer(futures[longest]).revisions) == rounds[longest]
-
-
 # --- failures ---------------------------------------------------------------------------------------------
 
 
