@@ -12,8 +12,7 @@ from nabla_trl.models.decoding import SlotDecoder
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import prefill_prompts
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import make_rng
 
 CPU_POLICY = worlds.tiny_policy()  # random weights need the CPU's generator alone

@@ -20,8 +20,7 @@ from nabla_trl.gradient.relaxation import compute_replaceable_mask
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.options import GradientPoint, Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import find_token_columns, make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem

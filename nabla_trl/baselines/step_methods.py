@@ -1,10 +1,10 @@
 """The step-level searches: beam search, diverse verifier tree search, tree of thoughts, and RAP.
 
 Each is a coroutine over the tree of one problem (`nabla_trl.baselines.step_tree`), of a given size or at a budget of
-FLOPs. It awaits the steps that it wants drawn. At a budget the first response is drawn alone, and shows what one costs. Then comes a search as wide as fits
-into the rest of the budget, and others after it, from new draws, until not one more response fits. The result is the
-complete response with the highest reward. A search whose responses turn out longer than expected is narrowed at the
-next step.
+FLOPs, and awaits the steps that it wants drawn. At a budget the first response is drawn alone, and shows what one
+costs. Then comes a search as wide as fits into the rest of the budget, and others after it, from new draws, until not
+one more response fits. The result is the complete response with the highest reward. A search whose responses turn out
+longer than expected is narrowed at the next step.
 
 The value of a prefix is what the reward gives its unfinished turn: the sum over its steps for a process reward, the
 score at its last token for a scalar one, the sum over its tokens for a log-ratio. Equal steps drawn from one prefix

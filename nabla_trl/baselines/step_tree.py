@@ -27,8 +27,7 @@ from nabla_trl.engine.scheduler import Task
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.gradient.step_ends import StepEndDetector, StepFinder
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
@@ -332,7 +331,7 @@ def create_step_finder(policy: Policy, delimiter: str) -> StepFinder:
     Raises:
         ValueError: no tokens of the policy write the delimiter, or a server generates in its place.
     """
-    if policy.backend is not None:
+    if not policy.backend.supports_should_stop:
         raise ValueError("step-level searches draw step by step, which a vLLM server cannot: leave out vllm_url")
     finder = StepFinder(policy.tokenizer, delimiter)
     delimiter_ids = policy.tokenizer(delimiter, add_special_tokens=False)["input_ids"]

@@ -1,5 +1,5 @@
-"""One engine for many searches: each is written for one problem, and its requests join those of all others.
+"""One engine for many searches: each is a coroutine for one problem, and its requests join those of all others.
 
 Hands out: `Engine`, `Task`.
-May import: tasks, models, gradient, rewards.
+May import: models, gradient, rewards.
 """

@@ -11,8 +11,7 @@ from nabla_trl.gradient.objectives import Sample, ScoreCache
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import prepare_prompt_caches
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import GenerationSession, Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, GenerationSession, Policy
 from nabla_trl.rewards.reward import Reward
 
 

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.policy import GenerationSession
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.policy import GenerationRequest, GenerationSession
 
 # A kind of request runs once it waits this often per sequence that is being decoded.
 WAITING_PER_SEQUENCE = 0.25

@@ -1,31 +1,35 @@
-"""Continuous decoding: every slot holds one sequence, and each step adds one token to all of them.
+"""Generation in this process by continuous decoding: every slot holds one sequence, each step adds a token to all.
 
 A request takes a free slot as soon as there is one, with its prefix copied in from a cache. A sequence that ends leaves
-its slot at once, so that a step is never spent on it and no request waits for the longest one of a batch.
+its slot at once, so no step is spent on it, and no request waits for the longest one of a batch.
 
 Keys and values lie in one tensor [layers, 2, slots, heads, capacity, head_dim] with a write position per slot. The
-occupied slots are always the first ones: where a slot becomes free, the last occupied one moves into it. All buffers
-stay where they are until they have to grow, and nothing is read back from the device but the tokens of
-`tokens_per_read` steps at a time. Tokens that a sequence was given past its end are thrown away, so the number of steps
-between two reads changes no result.
+occupied slots are always the first ones: the last occupied one moves into a slot that becomes free. All buffers stay
+where they are until they must grow. Nothing is read back from the device but the tokens of `tokens_per_read` steps at a
+time. Tokens that a sequence was given past its end are thrown away, so the number of steps between two reads changes no
+result.
+
+The loop is our own instead of `model.generate`, because branching needs what `generate` does not return per sequence:
+its cache, the policy's candidates at each position, and random numbers that belong to the sequence and not to the
+batch. Both give the same tokens where they overlap (tests/models/test_generation.py).
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from nabla_trl.models import kv_cache
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy, get_context_length
 from nabla_trl.models.sampling import (
     build_warpers,
     compute_log_importance_weight,
@@ -344,3 +348,22 @@ def _enlarge(buffer: Tensor, *shape: int) -> Tensor:
     larger = buffer.new_zeros(shape)
     larger[tuple(slice(size) for size in buffer.shape)] = buffer
     return larger
+
+
+class TransformersBackend:
+    """Generates with `policy.model` itself (see `GenerationBackend`)."""
+
+    returns_caches: ClassVar[bool] = True
+    supports_should_stop: ClassVar[bool] = True
+
+    def get_context_length(self, policy: Policy) -> int:
+        return get_context_length(policy.model)
+
+    def get_metadata(self) -> dict[str, str]:
+        return {}
+
+    def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[Tensor]:
+        return kv_cache.prefill_sequences(policy.model, sequences)
+
+    def open_session(self, policy: Policy, sampling: Sampling, **options: Any) -> SlotDecoder:
+        return SlotDecoder(policy, sampling, **options)

@@ -14,8 +14,7 @@ from torch import Tensor
 from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 
 _PrefixKey = tuple[str, tuple[int, ...]]  # cost key and prefix: no problem's cost may depend on the others
 

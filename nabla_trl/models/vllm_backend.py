@@ -34,9 +34,8 @@ from torch import Tensor
 
 from nabla_trl.models import kv_cache
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy, get_context_length
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy, get_context_length
 from nabla_trl.models.prompts import tokenize_prompt
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
 from nabla_trl.models.sampling import build_warpers, make_rng
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.formatting import format_error

@@ -18,8 +18,7 @@ from torch import Tensor
 from nabla_trl.engine.engine import Engine
 from nabla_trl.engine.scheduler import Task
 from nabla_trl.gradient.objectives import Sample
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import acceptance, proposals

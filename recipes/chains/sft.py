@@ -25,9 +25,8 @@ from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.loading import freeze_policy, load_model, load_tokenizer
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
+from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.prompts import tokenize_prompt
-from nabla_trl.models.requests import GenerationRequest
 from nabla_trl.models.sampling import make_rng
 from nabla_trl.tasks import digit_chains
 from nabla_trl.tasks.problem import Problem

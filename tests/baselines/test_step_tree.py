@@ -27,8 +27,7 @@ from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.loading import build_process_reward
 from nabla_trl.rewards.reward import Reward

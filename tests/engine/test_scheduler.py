@@ -13,8 +13,7 @@ from nabla_trl.engine.scheduler import Scheduler, Task
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations, prefill_prompts
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import make_rng
 
 SAMPLING = Sampling(max_new_tokens=20)

@@ -17,8 +17,7 @@ from nabla_trl.models.decoding import SlotDecoder
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import prefill_prompts
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 from nabla_trl.models.sampling import make_rng
 
 SAMPLING = Sampling(max_new_tokens=90)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,14 +21,12 @@ from transformers import (
 )
 
 from nabla_trl.models import kv_cache
-from nabla_trl.models.decoding import SlotDecoder
+from nabla_trl.models.decoding import SlotDecoder, TransformersBackend
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 from nabla_trl.models.sampling import build_warpers, make_rng, sample_tokens
-from nabla_trl.models.transformers_backend import TransformersBackend
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 SAMPLED = Sampling(max_new_tokens=12)

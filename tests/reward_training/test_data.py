@@ -21,8 +21,7 @@ from nabla_trl.models.flops import Cost, FlopCounter
 from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import make_rng
 from nabla_trl.reward_training.data import (
     LabeledResponse,
