@@ -1,13 +1,13 @@
 """Generation in this process by continuous decoding: every slot holds one sequence, each step adds a token to all.
 
-A request takes a free slot as soon as there is one, with its prefix copied in from a cache. A sequence that ends leaves
-its slot at once, so no step is spent on it, and no request waits for the longest one of a batch.
+A request takes a free slot as soon as there is one, with its prefix copied in from a cache. A sequence that ends
+leaves its slot at once, so no step is spent on it, and no request waits for the longest one of a batch.
 
 Keys and values lie in one tensor [layers, 2, slots, heads, capacity, head_dim] with a write position per slot. The
 occupied slots are always the first ones: the last occupied one moves into a slot that becomes free. All buffers stay
-where they are until they must grow. Nothing is read back from the device but the tokens of `tokens_per_read` steps at a
-time. Tokens that a sequence was given past its end are thrown away, so the number of steps between two reads changes no
-result.
+where they are until they must grow. Nothing is read back from the device but the tokens of `tokens_per_read` steps at
+a time. Tokens that a sequence was given past its end are thrown away, so the number of steps between two reads changes
+no result.
 
 The loop is our own instead of `model.generate`, because branching needs what `generate` does not return per sequence:
 its cache, the policy's candidates at each position, and random numbers that belong to the sequence and not to the

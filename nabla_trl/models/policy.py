@@ -217,8 +217,8 @@ class Policy:
         num_bytes = sum(len(message["content"].encode(errors="replace")) for message in problem.build_messages())
         if num_bytes > self.context_length * self._max_token_bytes:  # without tokenizing megabytes
             raise PromptTooLong(
-                f"{problem.id}: the prompt has {num_bytes} bytes, more than {self.name} can read within its context of "
-                f"{self.context_length} tokens"
+                f"{problem.id}: the prompt has {num_bytes} bytes, more than {self.name} can read within its "
+                f"context of {self.context_length} tokens"
             )
         ids = tokenize_prompt(self.tokenizer, problem, self.prompt_options)
         return check_prompt(ids, problem, self.tokenizer, name=self.name, context_length=self.context_length)
