@@ -47,7 +47,7 @@ from nabla_trl.evaluation.method import (
 )
 from nabla_trl.evaluation.plan import EvaluationSetup
 from nabla_trl.evaluation.results import list_remarks, store_results
-from nabla_trl.evaluation.run_facts import RunStopwatch, build_run_facts, collect_training_facts, describe_reward_cost
+from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts, describe_reward_cost
 from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.loading import load_policy
@@ -87,13 +87,13 @@ def main(argv: Sequence[str]) -> None:
         for stage in run.args.list_stages():
             if stage == "traces":
                 run.audit_reward()  # does the reward rank the policy's responses?
-                run.stage_traces()  # refine the training problems by gradient search
+                run.generate_traces()  # refine the training problems by gradient search
             elif stage == "train":
-                run.stage_train()  # one policy per training method
+                run.train()  # one policy per training method
             elif stage == "evaluate":
-                run.stage_evaluate()  # every method on the held-out problems
+                run.evaluate()  # every method on the held-out problems
             elif stage == "report":
-                run.stage_report()  # tables, plots and conclusions
+                run.write_report()  # tables, plots and conclusions
             run.finish_stage()
 
 
@@ -167,7 +167,7 @@ class DistillRun:
     def write_config(self) -> None:
         """Write config.yaml with the options of this run, as `--config` takes them."""
         if self.state.is_main_process:
-            write_atomic(self._get_path(CONFIG_FILE), yaml.safe_dump(self.given_options, sort_keys=False))
+            write_atomic(self.output_dir / CONFIG_FILE, yaml.safe_dump(self.given_options, sort_keys=False))
 
     def finish_stage(self) -> None:
         """Wait for all processes and save the time that the run has taken so far."""
@@ -179,7 +179,7 @@ class DistillRun:
 
     def audit_reward(self) -> None:
         """Audit in the main process if the reward ranks samples of the policy, and write audit.json."""
-        path = self._get_path("audit.json")
+        path = self.output_dir / "audit.json"
         if self.state.is_main_process and self.args.max_audit_problems and not path.exists():
             policy, reward = self.load_models()
             audit = audit_reward(
@@ -195,7 +195,7 @@ class DistillRun:
             self.print_once(f"audit: {audit['conclusion']}")
         self.state.wait_for_everyone()
 
-    def stage_traces(self) -> None:
+    def generate_traces(self) -> None:
         """Refine the training problems and write traces, one shard per process and batch."""
         if not any(method in OFFLINE_METHODS for method in self.args.train_methods):
             self.print_once(f"traces: not needed for {', '.join(self.args.train_methods)}")
@@ -206,7 +206,7 @@ class DistillRun:
         if any(unfinished.values()):
             self.load_models()  # before the settings are claimed: a mistyped model must not claim the folder
         settings = self._collect_search_settings() | {"adapter": "", "split": self.args.train_split}
-        claim_settings(self._get_path("traces.settings.json"), settings | get_task_settings(self.args.dataset))
+        claim_settings(self.output_dir / "traces.settings.json", settings | get_task_settings(self.args.dataset))
         for seed, problems in unfinished.items():
             if not problems:
                 self.print_once(f"traces: {len(share)} problems are already done")
@@ -259,7 +259,7 @@ class DistillRun:
             command=self.command,
         )
 
-    def stage_train(self) -> None:
+    def train(self) -> None:
         """Train one policy per method, as an adapter or as a full model."""
         stage = self._make_train_stage()
         for method in self.args.train_methods:
@@ -272,27 +272,29 @@ class DistillRun:
             if result.stop_reason:
                 self.print_once(f"train {method}: {result.stop_reason}")
 
-    def stage_evaluate(self) -> None:
+    def evaluate(self) -> None:
         """Evaluate every method on the held-out problems. Budgets are fractions of best-of-16's measured FLOPs."""
-        policy, reward = self.load_models()  # first: what cannot be loaded must not claim the folder
+        policy, reward = self.load_models()  # before the settings are claimed, as in `generate_traces`
         evaluation = self._open_evaluation()
         setup = EvaluationSetup(
             policy, reward, self.search_config, tuple(self.args.seeds), step_search=self.step_search_config
         )
-        names = parse_methods(self.args.eval_methods)
-        trained_policies = self._load_trained_policies(names, evaluation)
-        absent = [name for name in names if Method.parse(name).policy not in ("", *trained_policies)]
-        absent += [] if reward.preferred_model else [name for name in names if name == REWARD_MODEL_SAMPLING]
-        if absent:
+        methods = parse_methods(self.args.eval_methods)
+        trained_policies = self._load_trained_policies(methods, evaluation)
+        skipped = [method for method in methods if Method.parse(method).policy not in ("", *trained_policies)]
+        if REWARD_MODEL_SAMPLING in methods and not reward.preferred_model:
+            skipped.append(REWARD_MODEL_SAMPLING)
+        if skipped:
             self.print_once(
-                f"evaluate: without {', '.join(absent)}: not trained here, or no better model to sample from"
+                f"evaluate: without {', '.join(skipped)}: not trained here, or no better model to sample from"
             )
 
         def get_flops(method: str) -> float:
-            self.state.wait_for_everyone()  # the rows of all processes
+            self.state.wait_for_everyone()  # for the rows of all processes
             return evaluation.get_budget_flops(method)
 
-        jobs = evaluation.plan([name for name in names if name not in absent], setup, trained_policies, get_flops)
+        methods = [method for method in methods if method not in skipped]
+        jobs = evaluation.plan(methods, setup, trained_policies, get_flops)
         evaluation.run(
             jobs,
             self.checker,
@@ -323,7 +325,7 @@ class DistillRun:
         """Return the problems of this process."""
         return problems[self.state.process_index :: self.state.num_processes]
 
-    def stage_report(self) -> None:
+    def write_report(self) -> None:
         """Write the report of the rows of all processes, in the main process."""
         if not self.state.is_main_process:
             return
@@ -346,13 +348,11 @@ class DistillRun:
 
     def build_facts(self) -> dict[str, Any]:
         """Return the facts of the run for its report (see `nabla_trl.report.text`)."""
-        args, audit_path = self.args, self._get_path("audit.json")
+        args, audit_path = self.args, self.output_dir / "audit.json"
         audit = read_json_file(audit_path) if audit_path.exists() else None
-        facts = build_run_facts(
+        facts = args.build_run_facts(
             title=args.title,
             command=self.command,
-            policy=args.policy,
-            reward=args.reward,
             task=args.eval_dataset or args.dataset,
             seeds=args.seeds,
             sampling=self.search_config.get_sampling(),
@@ -379,7 +379,7 @@ class DistillRun:
             "trained": "trained",
             "plots": "plots",
         }
-        return {label: str(self._get_path(name)) for label, name in names.items()}
+        return {label: str(self.output_dir / name) for label, name in names.items()}
 
     def _open_evaluation(self) -> Evaluation:
         settings = self._collect_search_settings() | {"split": self.args.eval_split}
@@ -391,9 +391,6 @@ class DistillRun:
             settings_file="rows/eval.settings.json",
             rank=self.state.process_index,
         )
-
-    def _get_path(self, name: str) -> Path:
-        return self.output_dir / name
 
 
 if __name__ == "__main__":

@@ -107,6 +107,12 @@ class PolicyRewardArguments:
         sampler = {"sampler": "vllm"} if self.vllm_url else {}
         return models | sampler | self.get_prompt_options().get_changed_settings()
 
+    def build_run_facts(self, **facts: Any) -> dict[str, Any]:
+        """Return facts of a run with these models, from the other arguments of `run_facts.build_run_facts`."""
+        from nabla_trl.evaluation.run_facts import build_run_facts
+
+        return build_run_facts(policy=self.policy, reward=self.reward, **facts)
+
 
 @dataclass
 class ModelArguments(PolicyRewardArguments):
@@ -149,12 +155,6 @@ class ModelArguments(PolicyRewardArguments):
         policy, reward = self.load_models(reward_batch_size, device=self.device, adapter=adapter)
         reward.validated_limits = limits or reward.validated_limits
         return policy, reward
-
-    def build_run_facts(self, **facts: Any) -> dict[str, Any]:
-        """Return what a report says of the run: the models, and the other arguments of `run_facts.build_run_facts`."""
-        from nabla_trl.evaluation.run_facts import build_run_facts
-
-        return build_run_facts(policy=self.policy, reward=self.reward, **facts)
 
 
 def check_distinct(name: str, values: Sequence[Any]) -> None:

@@ -26,9 +26,9 @@ def world(tmp_path_factory) -> Path:
     """policy/, better/, adapter/ and problems.jsonl."""
     folder = tmp_path_factory.mktemp("world")
     for name, seed in (("policy", 0), ("better", 2)):
-        one = worlds.tiny_policy(seed=seed)
-        one.model.save_pretrained(folder / name)
-        one.tokenizer.save_pretrained(folder / name)
+        policy = worlds.tiny_policy(seed=seed)
+        policy.model.save_pretrained(folder / name)
+        policy.tokenizer.save_pretrained(folder / name)
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(worlds.tiny_policy().model, lora).save_pretrained(folder / "adapter")
     lines = [json.dumps({"question": f"{n}+{n}", "answer": str(n)}) for n in range(1, 7)]
@@ -109,7 +109,7 @@ def test_solve_prints_plain_lines_where_there_is_no_terminal(capsys, models):
     assert err == ""
     lines = out.splitlines()
     assert lines[0] == "question  1+2" and any(line.startswith("answer  ") for line in lines)
-    assert all(one == "\n" or one.isprintable() for one in out)
+    assert all(character == "\n" or character.isprintable() for character in out)
     assert max(map(len, lines)) <= 80
     assert "<|" not in out
 
@@ -117,12 +117,12 @@ def test_solve_prints_plain_lines_where_there_is_no_terminal(capsys, models):
 def test_solve_json(capsys, models):
     assert main(["solve", "1+2", *models, *SEARCH, "--json", "--seed", "5"]) == 0
     out, err = capsys.readouterr()
-    found = json.loads(out)
+    result = json.loads(out)
     assert err == "" and out.count("\n") == 1
-    assert (found["seed"], found["method"], found["prompt"]) == (5, "nabla", "<|user|>1+2<|end|><|assistant|>")
-    assert len(found["revisions"]) == 3 and found["cost"]["flops"] > 0 and found["error"] is None
+    assert (result["seed"], result["method"], result["prompt"]) == (5, "nabla", "<|user|>1+2<|end|><|assistant|>")
+    assert len(result["revisions"]) == 3 and result["cost"]["flops"] > 0 and result["error"] is None
     assert (
-        found["meta"]["config_hash"]
+        result["meta"]["config_hash"]
         == SearchConfig(max_rounds=3, max_new_tokens=10).with_default_gradient_at("direct").compute_hash()
     )
 
@@ -147,8 +147,8 @@ def test_the_question_from_stdin(capsys, models, monkeypatch, tmp_path):
         assert main(["solve", "-", *models, *SEARCH, "--json"]) == 0
     piped = json.loads(capsys.readouterr().out)
     main(["solve", "1+2", *models, *SEARCH, "--json"])
-    given = json.loads(capsys.readouterr().out)
-    assert piped["response_ids"] == given["response_ids"] and piped["prompt_ids"] == given["prompt_ids"]
+    typed = json.loads(capsys.readouterr().out)
+    assert piped["response_ids"] == typed["response_ids"] and piped["prompt_ids"] == typed["prompt_ids"]
 
 
 def test_preset_file_and_flags_reach_the_search(capsys, models, tmp_path):
@@ -191,8 +191,8 @@ def test_solve_refuses_in_one_line(capsys, models, argv, code, message):
 def test_a_failed_question_is_an_error_and_still_one_json_object(capsys, models):
     assert main(["solve", "what?", *models, "--json"]) == 1
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert found["error"] in err and found["reward"] is None and err.count("\n") == 1
+    result = json.loads(out)
+    assert result["error"] in err and result["reward"] is None and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["solve", "traces", "eval", "audit"])
@@ -227,9 +227,9 @@ def test_traces_are_made_once(capsys, models, dataset, tmp_path, monkeypatch):
     capsys.readouterr()
     assert main(argv) == 0  # goes on with the two that are missing
     assert f"2 traces written, 4 existed: {tmp_path / 'traces'}" in capsys.readouterr().out
-    made = read_traces(tmp_path / "traces")
-    assert [trace.problem_id for trace in made] == [f"problems/{n}" for n in range(6)]
-    assert all(trace.correct is not None and len(trace.revisions) == 3 for trace in made)
+    traces = read_traces(tmp_path / "traces")
+    assert [trace.problem_id for trace in traces] == [f"problems/{n}" for n in range(6)]
+    assert all(trace.correct is not None and len(trace.revisions) == 3 for trace in traces)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*[!k]")}  # all but the lock
 
     def refuse(*args, **kwargs):
@@ -441,12 +441,12 @@ def test_audit_as_table_and_as_json(capsys, models, dataset):
     argv = ["audit", *models, *dataset, "--audit_samples", "16", "--max_new_tokens", "10"]
     assert main([*argv, "--json"]) == 0
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert err == "" and found["problems"] == 6 and list(found["best_of_n_accuracy"]) == ["1", "2", "4", "8", "16"]
+    result = json.loads(out)
+    assert err == "" and result["problems"] == 6 and list(result["best_of_n_accuracy"]) == ["1", "2", "4", "8", "16"]
     assert main(argv) == 0
     table = capsys.readouterr().out
-    assert f"AUC within problems     {found['auc']:.3f}" in table
-    assert " ".join(found["conclusion"].split()) in " ".join(table.split())
+    assert f"AUC within problems     {result['auc']:.3f}" in table
+    assert " ".join(result["conclusion"].split()) in " ".join(table.split())
 
 
 def test_audit_needs_two_samples(capsys, models, dataset):
@@ -462,14 +462,14 @@ def test_audit_of_gradient_and_over_optimization_as_json(capsys, models, dataset
     file = tmp_path / "new" / "audit.json"
     assert main(["audit", *models, *dataset, *DEEP, "--output_file", str(file), "--json"]) == 0
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert err == "" and out.count("\n") == 1 and json.loads(file.read_text(encoding="utf-8")) == found
-    assert [found["policy"], found["reward"]] == [models[1], models[3]]
-    assert list(found["gradient"]["gradient_points"]) == ["direct", "hard"] and found["gradient"]["swaps"] == 40
-    assert list(found["over_optimization"]["curves"]) == ["nabla", "control"]
-    assert list(found["over_optimization"]["curves"]["nabla"]["accuracy"]) == ["0", "1", "2", "3"]
-    assert found["validated_limits"] == found["over_optimization"]["validated_limits"]
-    assert found["validated_limits"]["max_samples"] == found["validated_samples"]
+    result = json.loads(out)
+    assert err == "" and out.count("\n") == 1 and json.loads(file.read_text(encoding="utf-8")) == result
+    assert [result["policy"], result["reward"]] == [models[1], models[3]]
+    assert list(result["gradient"]["gradient_points"]) == ["direct", "hard"] and result["gradient"]["swaps"] == 40
+    assert list(result["over_optimization"]["curves"]) == ["nabla", "control"]
+    assert list(result["over_optimization"]["curves"]["nabla"]["accuracy"]) == ["0", "1", "2", "3"]
+    assert result["validated_limits"] == result["over_optimization"]["validated_limits"]
+    assert result["validated_limits"]["max_samples"] == result["validated_samples"]
 
 
 def test_what_an_audit_found_is_kept_when_a_later_part_fails(capsys, models, dataset, tmp_path, monkeypatch):
@@ -480,9 +480,9 @@ def test_what_an_audit_found_is_kept_when_a_later_part_fails(capsys, models, dat
     assert main(["audit", *models, *dataset, *DEEP, "--output_file", str(tmp_path / "audit.json")]) == 1
     assert "no audit today" in error_line(capsys)
     assert [file.name for file in tmp_path.iterdir()] == ["audit.json"]
-    found = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
-    assert found["problems"] == 6 and found["gradient"]["swaps"] == 40
-    assert found["over_optimization"] is found["validated_limits"] is None
+    result = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    assert result["problems"] == 6 and result["gradient"]["swaps"] == 40
+    assert result["over_optimization"] is result["validated_limits"] is None
 
 
 def test_audit_of_gradient_and_over_optimization_as_tables(capsys, models, dataset):
@@ -501,8 +501,8 @@ def test_audit_of_gradient_and_over_optimization_as_tables(capsys, models, datas
 
 def test_audit_without_over_optimization_validates_no_limits(capsys, models, dataset):
     assert main(["audit", *models, *dataset, "--max_new_tokens", "10", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["gradient"] is found["over_optimization"] is found["validated_limits"] is None
+    result = json.loads(capsys.readouterr().out)
+    assert result["gradient"] is result["over_optimization"] is result["validated_limits"] is None
 
 
 @pytest.mark.parametrize(

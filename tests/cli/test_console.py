@@ -119,7 +119,7 @@ def test_white_space_that_is_exchanged_can_be_seen():
 
 def test_nothing_can_drive_the_terminal():
     text = shown(trace_of("a\x1b[31m\x07\x9b1m\r\u202eb", (1, "\x1b]0;x\x07\tz", True)))
-    assert all(one == "\n" or one.isprintable() for one in text)
+    assert all(character == "\n" or character.isprintable() for character in text)
 
 
 @pytest.mark.parametrize("width", [80, 40])
@@ -143,29 +143,29 @@ def test_a_response_that_was_cut_off_says_so():
 def test_pieces_of_a_change_make_the_proposal():
     trace = trace_of("1+2=4;#4", (4, "3;#3", False), (4, "5", True), (0, "0", True))
     for revision, base in trace.replay_revisions():
-        made = compute_text_change(revision, base, decode)
+        change = compute_text_change(revision, base, decode)
         proposal = base[: revision.position] + list(revision.suffix)
-        assert made.prefix + made.new_token + made.suffix == decode(proposal)
-        assert made.prefix + made.old_token == decode(base[: revision.position + 1])
+        assert change.prefix + change.new_token + change.suffix == decode(proposal)
+        assert change.prefix + change.old_token == decode(base[: revision.position + 1])
 
 
 def test_a_character_of_several_tokens_is_not_torn_apart():
     base, new = list("aé".encode()), list("aß!".encode())
     # é and ß begin with the same byte and differ in the second, é and 数 in the first
     same = Revision(0, 2, base[2], new[2], tuple(new[2:]), 0.0, 1.0, True, 0.0)
-    made = compute_text_change(same, base, utf8)
-    assert (made.prefix, made.old_token, made.new_token, made.suffix) == ("a", "é", "ß", "!")
+    change = compute_text_change(same, base, utf8)
+    assert (change.prefix, change.old_token, change.new_token, change.suffix) == ("a", "é", "ß", "!")
     other = Revision(0, 1, base[1], "数".encode()[0], tuple("数!".encode()), 0.0, 1.0, True, 0.0)
-    made = compute_text_change(other, base, utf8)
-    assert (made.prefix, made.new_token, made.suffix) == ("a", "数", "!")
+    change = compute_text_change(other, base, utf8)
+    assert (change.prefix, change.new_token, change.suffix) == ("a", "数", "!")
 
 
 def test_json_holds_the_whole_trace_and_texts():
     bad = replace(STORY, reward=math.nan)
-    found = json.loads(json.dumps(trace_to_json(bad, decode), allow_nan=False))
-    assert found["reward"] is None and found["initial"] == "1+2=4;#4"
-    assert found["cost"] == {"flops": 1.2e9, "seconds": 0.25, "tokens": {"policy/decode": 3}}
-    assert {name for name in vars(STORY)} <= set(found)
-    third = found["revisions"][2]
+    result = json.loads(json.dumps(trace_to_json(bad, decode), allow_nan=False))
+    assert result["reward"] is None and result["initial"] == "1+2=4;#4"
+    assert result["cost"] == {"flops": 1.2e9, "seconds": 0.25, "tokens": {"policy/decode": 3}}
+    assert {name for name in vars(STORY)} <= set(result)
+    third = result["revisions"][2]
     assert third["suffix"] == ids_of("3;#9") and third["accepted"] is True
     assert (third["old_text"], third["new_text"], third["suffix_text"]) == ("4", "3", "3;#9")

@@ -44,14 +44,13 @@ QUESTIONS = ("1+2", "3*4-5", "7", "12-3+4*5", "2*2", "9-1", "6+6*6", "5-4")
 
 @pytest.fixture
 def checker() -> Iterator[AnswerChecker]:
-    with AnswerChecker() as one:
-        yield one
+    with AnswerChecker() as checker:
+        yield checker
 
 
 @pytest.fixture(scope="module")
 def asked() -> list[Problem]:
-    found = worlds.tiny_problems(QUESTIONS)
-    return [replace(problem, answer=str(index)) for index, problem in enumerate(found)]
+    return [replace(problem, answer=str(index)) for index, problem in enumerate(worlds.tiny_problems(QUESTIONS))]
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +65,21 @@ class Run:
         self.folder, self.bench, self.problems, self.config = folder, bench, problems, CONFIG
 
     def rows(self, rank: int = 0, processes: int = 1, problems: Sequence[Problem] | None = None) -> None:
-        mine = list(self.problems if problems is None else problems)[rank::processes]
+        share = list(self.problems if problems is None else problems)[rank::processes]
         store = RowStore(self.folder / "rows", "run", rank)
         with AnswerChecker() as checker:
             run_jobs(
                 [self.bench.plan_greedy(), self.bench.plan_search("nabla", self.config)],
-                mine,
+                share,
                 store,
                 checker,
                 show_progress=False,
             )
 
     def traces(self, rank: int = 0, processes: int = 1, problems: Sequence[Problem] | None = None) -> None:
-        mine = list(self.problems if problems is None else problems)[rank::processes]
+        share = list(self.problems if problems is None else problems)[rank::processes]
         folder = self.folder / "traces"
-        todo = find_unfinished_problems(mine, folder, 0)
+        todo = find_unfinished_problems(share, folder, 0)
         with AnswerChecker() as checker:
             generate_traces(
                 todo,
@@ -107,7 +106,7 @@ def comparable(row: Row) -> Row:
 
 
 def told(trace: Trace) -> tuple:
-    revisions = [(one.round, one.position, one.suffix, one.accepted) for one in trace.revisions]
+    revisions = [(r.round, r.position, r.suffix, r.accepted) for r in trace.revisions]
     return trace.problem_id, trace.seed, trace.response_ids, revisions, trace.correct, trace.meta, trace.cost.flops
 
 
@@ -159,15 +158,17 @@ def test_another_problem_of_the_same_id_is_refused(run: Run, asked: list[Problem
     getattr(run, what)(problems=asked[:2])
     changed = [asked[0], replace(asked[1], **change)]
     worlds.refused(lambda: getattr(run, what)(problems=changed), "another problem 'q1'", "use another --output_dir")
-    getattr(run, what)(problems=[replace(one, level="hard", solution="so") for one in asked[:2]])  # no row tells
+    getattr(run, what)(
+        problems=[replace(problem, level="hard", solution="so") for problem in asked[:2]]
+    )  # no row tells
 
 
 def test_the_hash_of_a_problem_is_of_what_is_asked_and_its_answer(asked: list[Problem]) -> None:
-    one = asked[0]
+    first = asked[0]
     chat = ({"role": "user", "content": "otherwise"},)
-    others = [replace(one, question="2"), replace(one, answer=None), replace(one, messages=chat)]
-    assert len({compute_content_hash(problem) for problem in [one, *others]}) == 4
-    assert compute_content_hash(replace(one, id="x", level="1", solution="s")) == compute_content_hash(one)
+    others = [replace(first, question="2"), replace(first, answer=None), replace(first, messages=chat)]
+    assert len({compute_content_hash(problem) for problem in [first, *others]}) == 4
+    assert compute_content_hash(replace(first, id="x", level="1", solution="s")) == compute_content_hash(first)
 
 
 # --- budgets ------------------------------------------------------------------------------------------
@@ -208,11 +209,11 @@ def test_rows_that_cover_the_problems(asked: list[Problem]) -> None:
         costs = {"correct": True, "flops": 1.0, "seconds": 1.0}
         return Row(method=method, task=problem.task, problem=problem.id, seed=seed, **costs)
 
-    rows = [row("greedy", 0, one) for one in asked]
-    rows += [row("nabla", seed, one) for seed, count in ((0, 3), (1, 2)) for one in asked[:count]]
+    rows = [row("greedy", 0, problem) for problem in asked]
+    rows += [row("nabla", seed, problem) for seed, count in ((0, 3), (1, 2)) for problem in asked[:count]]
     rows += [row("old", 0, replace(asked[0], task="another"))]
     whole, left_out = select_complete_rows(rows, asked[:3])
-    assert {(one.method, one.seed) for one in whole} == {("greedy", 0), ("nabla", 0)} and len(whole) == 6
+    assert {(row.method, row.seed) for row in whole} == {("greedy", 0), ("nabla", 0)} and len(whole) == 6
     assert left_out == "left out, as their rows are not complete: nabla, seed 1 (2 of 3 problems)"
     assert select_complete_rows(rows, asked[:2])[1] == "" and len(select_complete_rows(rows, asked[:2])[0]) == 6
 
@@ -261,7 +262,7 @@ def test_a_run_that_is_killed_at_any_write_ends_with_the_same(run: Run, whole: d
     for _ in range(8):
         kills += killed(getattr(run, what), draw, run.folder)
         made = run.made(what) if (run.folder / what).exists() else []
-        assert seen <= len(made) and all(one in whole[what] for one in made), "what was there stays, and is right"
+        assert seen <= len(made) and all(entry in whole[what] for entry in made), "what was there stays, and is right"
         seen = len(made)
     assert kills >= 5
     getattr(run, what)()
@@ -275,7 +276,7 @@ def test_half_a_character_of_another_process_is_no_row(tmp_path: Path) -> None:
     store.append([row, replace(row, seed=1)])
     data = store.path.read_bytes()
     store.path.write_bytes(data[: data.rindex("∇".encode()) + 1])
-    assert [one.seed for one in RowStore(tmp_path, "run", 0).read()] == [0]
+    assert [row.seed for row in RowStore(tmp_path, "run", 0).read()] == [0]
     again = RowStore(tmp_path, "run", 1)
     again.append([row, replace(row, seed=1)])
     assert store.path.read_bytes() == data
@@ -303,9 +304,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of an evaluation by `nabla-trl` of models on disk, but for the folder."""
     folder = tmp_path_factory.mktemp("world")
     for name, seed in (("policy", 0), ("better", 2)):
-        one = worlds.tiny_policy(seed=seed)
-        one.model.save_pretrained(folder / name)
-        one.tokenizer.save_pretrained(folder / name)
+        policy = worlds.tiny_policy(seed=seed)
+        policy.model.save_pretrained(folder / name)
+        policy.tokenizer.save_pretrained(folder / name)
     lines = [json.dumps({"question": f"{n}+{n}", "answer": str(n)}) for n in range(1, 9)]
     (folder / "problems.jsonl").write_text("\n".join(lines), encoding="utf-8")
     models = ["--policy", str(folder / "policy"), "--reward", f"logratio:{folder / 'better'}"]

@@ -135,8 +135,8 @@ def test_a_reward_that_names_the_base_means_the_base(policy: Policy, tmp_path: P
     )
     named = wrapped.generate(**inputs, **call, reward=f"logratio:{tmp_path}", **settings)
     frozen = freeze_policy(deepcopy(wrapped).merge_and_unload(), policy.tokenizer, "adapted")
-    known = build_log_ratio_reward(frozen, freeze_policy(base, policy.tokenizer, "base"), frozen, "ratio")
-    solved = NablaReasoner(frozen, known, SearchConfig(**settings)).solve(list(worlds.QUESTIONS))
+    expected_reward = build_log_ratio_reward(frozen, freeze_policy(base, policy.tokenizer, "base"), frozen, "ratio")
+    solved = NablaReasoner(frozen, expected_reward, SearchConfig(**settings)).solve(list(worlds.QUESTIONS))
     assert any(trace.reward for trace in solved)
     assert written(named, inputs["input_ids"].shape[1]) == [trace.response_ids for trace in solved]
 
@@ -189,8 +189,8 @@ def _questions(
 
 @pytest.mark.parametrize("missing", ["tokenizer", "reward"])
 def test_what_must_be_given(policy: Policy, scalar_reward: Reward, missing: str) -> None:
-    given = {"tokenizer": policy.tokenizer, "reward": scalar_reward, missing: None}
-    call = dict(custom_generate=FOLDER, trust_remote_code=True, **given, **SEARCH)
+    arguments = {"tokenizer": policy.tokenizer, "reward": scalar_reward, missing: None}
+    call = dict(custom_generate=FOLDER, trust_remote_code=True, **arguments, **SEARCH)
     worlds.refused(lambda: policy.model.generate(**prompts(policy), **call), f"needs {missing}")
 
 

@@ -42,7 +42,7 @@ WEIGHTS = "adapter_model.safetensors"
 PROBLEMS, SEEDS = 6, (0, 1)
 
 
-# --- a run, made by hand ------------------------------------------------------------------------------
+# --- a run, result by hand ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def make_run(run: Path, world: Path, methods: tuple[str, ...] = ("sft",), *, ful
     tokenizer.chat_template = worlds.TEMPLATE.replace("<|assistant|>", "<|assistant|>#")  # not the base's
     rows = RowStore(run / "rows", "hash")
     policy = load_policy(str(base))
-    rows.append(build_row(one, "hash") for one in graded(policy, "greedy"))
+    rows.append(build_row(trace, "hash") for trace in graded(policy, "greedy"))
     for index, method in enumerate(methods):
         folder = run / "trained" / method
         model = AutoModelForCausalLM.from_pretrained(base)
@@ -105,14 +105,14 @@ def make_run(run: Path, world: Path, methods: tuple[str, ...] = ("sft",), *, ful
         (folder / "train.json").write_text(json.dumps(training))
         (folder / "config.yaml").write_text(yaml.safe_dump({"policy": str(base), "learning_rate": 0.1}))
         for name in ("greedy", "best_of_8"):
-            own = f"{method.replace('-', '_')}_{name}"
-            rows.append(build_row(one, "hash") for one in graded(policy, own, wrong=1))
+            row_name = f"{method.replace('-', '_')}_{name}"
+            rows.append(build_row(trace, "hash") for trace in graded(policy, row_name, wrong=1))
     facts = {"title": "t", "command": "accelerate launch recipes/distill.py", "policy": str(base), "task": "sums"}
     facts |= {"reward": f"logratio:{world / 'better'}", "reward_kind": "log-ratio", "versions": get_package_versions()}
     store_results(run, rows.read(), facts)
     with TraceWriter(run / "traces") as writer:
-        for one in graded(policy, "nabla", seeds=(0,)):
-            writer.add(one)
+        for trace in graded(policy, "nabla", seeds=(0,)):
+            writer.add(trace)
     (run / "config.yaml").write_text(yaml.safe_dump({"policy": str(base), "dataset": "sums", "eval_split": "test"}))
     return run
 
@@ -158,14 +158,14 @@ def logits(model: Any, text: str = "1+2") -> Tensor:
 
 def test_the_folder_holds_all_that_is_needed(exported: ExportResult, finished: Path) -> None:
     folder = exported.output_dir
-    made = {"README.md", "config.yaml", "provenance.json", "custom_generate", "merged"}
+    result = {"README.md", "config.yaml", "provenance.json", "custom_generate", "merged"}
     weights = {"adapter_config.json", WEIGHTS}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert {path.name for path in folder.iterdir()} == made | weights | tokenizer
+    assert {path.name for path in folder.iterdir()} == result | weights | tokenizer
     assert (folder / "config.yaml").read_bytes() == (finished / "trained/sft/config.yaml").read_bytes()
     assert (folder / WEIGHTS).read_bytes() == (finished / "trained/sft/adapter" / WEIGHTS).read_bytes()
-    found = json.loads((folder / "provenance.json").read_text())
-    assert found["traces_hash"] == "hash of sft" and found["training"]["beta"] == 0.5
+    record = json.loads((folder / "provenance.json").read_text())
+    assert record["traces_hash"] == "hash of sft" and record["training"]["beta"] == 0.5
     assert not list(folder.parent.glob("*.tmp"))
 
 
@@ -199,10 +199,10 @@ def test_it_keeps_its_own_chat_template(exported: ExportResult, world: Path) -> 
 
 
 def test_the_check_says_how_far_apart(exported: ExportResult) -> None:
-    made = exported.provenance
-    assert set(made.logit_differences) == {"folder", "adapter by PEFT", "merged"}
-    assert max(made.logit_differences.values()) <= exported.logit_tolerance < made.max_logit_change
-    assert made.logit_differences["folder"] == 0  # the same computation
+    result = exported.provenance
+    assert set(result.logit_differences) == {"folder", "adapter by PEFT", "merged"}
+    assert max(result.logit_differences.values()) <= exported.logit_tolerance < result.max_logit_change
+    assert result.logit_differences["folder"] == 0  # the same computation
 
 
 def test_a_shipped_policy_can_be_refined_further(exported: ExportResult, world: Path) -> None:
@@ -280,13 +280,14 @@ def test_commands_take_it_as_policy(command: str, exported: ExportResult, world:
 def test_full_weights_are_the_model_itself(world: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", world, full=True)
     (run / "trained/sft/model/training_args.bin").write_bytes(b"x")  # of the trainer, of no use to a reader
-    made = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
+    result = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
     trained = AutoModelForCausalLM.from_pretrained(run / "trained/sft/model")
-    assert torch.equal(logits(load_policy(str(made.output_dir)).model), logits(trained))
+    assert torch.equal(logits(load_policy(str(result.output_dir)).model), logits(trained))
     assert (
-        set(made.provenance.logit_differences) == {"folder"} and not (made.output_dir / "training_args.bin").exists()
+        set(result.provenance.logit_differences) == {"folder"}
+        and not (result.output_dir / "training_args.bin").exists()
     )
-    card = ModelCard.load(made.output_dir / "README.md")
+    card = ModelCard.load(result.output_dir / "README.md")
     assert card.data.library_name == "transformers" and "PeftModel" not in card.text
     worlds.refused(
         lambda: export_checkpoint(find_checkpoint(run, None), tmp_path / "other", merge=True), "nothing to merge"
@@ -297,20 +298,23 @@ def test_full_weights_are_the_model_itself(world: Path, tmp_path: Path) -> None:
 def test_merged_weights_have_the_runs_dtype(dtype: str, run: Path, tmp_path: Path) -> None:
     config = run / "config.yaml"
     config.write_text(config.read_text() + f"dtype: {dtype}\n")
-    made = export_checkpoint(find_checkpoint(run, None), tmp_path / "out", merge=True)
-    weights = load_file(made.output_dir / "merged/model.safetensors")
+    result = export_checkpoint(find_checkpoint(run, None), tmp_path / "out", merge=True)
+    weights = load_file(result.output_dir / "merged/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
-    assert made.provenance.dtype == dtype and max(made.provenance.logit_differences.values()) <= made.logit_tolerance
+    assert (
+        result.provenance.dtype == dtype
+        and max(result.provenance.logit_differences.values()) <= result.logit_tolerance
+    )
 
 
 def test_one_of_several_checkpoints(world: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", world, ("sft", "reward-weighted"))
     worlds.refused(lambda: find_checkpoint(run, None), "--train_method", "reward-weighted, sft")
     worlds.refused(lambda: find_checkpoint(run, "dpo"), "'dpo'", "reward-weighted, sft")
-    made = export_checkpoint(find_checkpoint(run, "reward-weighted"), tmp_path / "out")
-    card = ModelCard.load(made.output_dir / "README.md")
+    result = export_checkpoint(find_checkpoint(run, "reward-weighted"), tmp_path / "out")
+    card = ModelCard.load(result.output_dir / "README.md")
     assert "| **reward_weighted_greedy** |" in card.text and "sft" not in card.text
-    weights = [load_file(folder / WEIGHTS) for folder in (made.output_dir, run / "trained/reward-weighted/adapter")]
+    weights = [load_file(folder / WEIGHTS) for folder in (result.output_dir, run / "trained/reward-weighted/adapter")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
@@ -322,10 +326,10 @@ def change_training(run: Path, **changes: Any) -> None:
 def test_a_checkpoint_that_no_traces_were_needed_for(run: Path, tmp_path: Path) -> None:
     """The run's traces may be another method's."""
     change_training(run, traces_hash=None, trace_flops=0.0)
-    made = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
-    card = (made.output_dir / "README.md").read_text()
+    result = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
+    card = (result.output_dir / "README.md").read_text()
     assert (
-        made.provenance.traces_hash is None and "Traces: none" in card and "FLOPs of the training traces" not in card
+        result.provenance.traces_hash is None and "Traces: none" in card and "FLOPs of the training traces" not in card
     )
 
 
@@ -346,8 +350,8 @@ def test_the_card_tells_the_beta_of_the_search_where_training_has_none(run: Path
 def test_the_hash_of_traces_sees_every_shard(run: Path) -> None:
     before = hash_traces(run)
     with TraceWriter(run / "traces", rank=1) as writer:
-        for one in graded(load_policy(find_checkpoint(run, None).base_policy), "nabla", seeds=(7,)):
-            writer.add(one)
+        for trace in graded(load_policy(find_checkpoint(run, None).base_policy), "nabla", seeds=(7,)):
+            writer.add(trace)
     assert before is not None and hash_traces(run) not in (None, before)
 
 
@@ -360,10 +364,10 @@ def test_the_card_has_the_runs_own_figures(exported: ExportResult, finished: Pat
     results = {result.metric_name: result for result in card.data.eval_results}
     assert set(results) == {"accuracy of sft_greedy", "accuracy of sft_best_of_8"}
     for name, result in results.items():
-        found = statistics.mean_interval(grids[name.removeprefix("accuracy of ")].columns["accuracy"])
-        assert result.metric_value == pytest.approx(found.value, abs=1e-4) == pytest.approx(5 / 6, abs=1e-4)
-        assert result.metric_args["low"] == pytest.approx(found.low, abs=1e-4)
-        assert result.metric_args["high"] == pytest.approx(found.high, abs=1e-4)
+        accuracy = statistics.mean_interval(grids[name.removeprefix("accuracy of ")].columns["accuracy"])
+        assert result.metric_value == pytest.approx(accuracy.value, abs=1e-4) == pytest.approx(5 / 6, abs=1e-4)
+        assert result.metric_args["low"] == pytest.approx(accuracy.low, abs=1e-4)
+        assert result.metric_args["high"] == pytest.approx(accuracy.high, abs=1e-4)
         assert (result.dataset_name, result.dataset_split, result.metric_args["problems"]) == (
             "sums",
             "test",
@@ -410,10 +414,10 @@ def test_the_code_of_the_card_runs(
     monkeypatch.chdir(exported.output_dir.parent)  # the card names the folder
     blocks = (exported.output_dir / "README.md").read_text().split("```python\n")[1:]
     code = "\n".join(block.partition("```")[0] for block in blocks).replace("QUESTION", "1+2")
-    found: dict[str, Any] = {}
-    exec(code, found)
-    response = found["ids"][0, found["inputs"]["input_ids"].shape[1] :]
-    written = found["tokenizer"].decode(response, skip_special_tokens=True)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    response = namespace["ids"][0, namespace["inputs"]["input_ids"].shape[1] :]
+    written = namespace["tokenizer"].decode(response, skip_special_tokens=True)
     assert written and capsys.readouterr().out == written + "\n"
 
 
@@ -422,13 +426,13 @@ def test_a_base_on_the_hub_is_linked(run: Path, monkeypatch: pytest.MonkeyPatch,
     hub = replace(
         checkpoint, facts={**checkpoint.facts, "policy": "org/model", "task": "gsm8k"}, run_config={"dataset": "gsm8k"}
     )
-    made = Provenance("me/model", "abc123", "apache-2.0", None, "float32", False, 1.0, {"folder": 0.0})
-    head = ModelCard(str(build_model_card(hub, made))).data
+    result = Provenance("me/model", "abc123", "apache-2.0", None, "float32", False, 1.0, {"folder": 0.0})
+    head = ModelCard(str(build_model_card(hub, result))).data
     assert (head.base_model, head.license, head.datasets) == ("org/model", "apache-2.0", ["openai/gsm8k"])
     assert head.to_dict()["base_model_relation"] == "adapter"
-    assert "4 bits" not in str(build_model_card(hub, made)) and "PeftModel" in str(build_model_card(hub, made))
+    assert "4 bits" not in str(build_model_card(hub, result)) and "PeftModel" in str(build_model_card(hub, result))
     quantized = replace(hub, training={**hub.training, "tuning": "qlora"})
-    assert "quantized to 4 bits in training" in str(build_model_card(quantized, made))
+    assert "quantized to 4 bits in training" in str(build_model_card(quantized, result))
     assert {result.dataset_type for result in head.eval_results} == {"openai/gsm8k"}
 
 
@@ -444,8 +448,8 @@ def test_a_card_admits_what_is_no_gain(run: Path, tmp_path: Path) -> None:
     rows = find_checkpoint(run, None).rows
     rows = [replace(row, correct=row.problem == "q0") for row in rows]
     store_results(run, rows, json.loads((run / "facts.json").read_text()))
-    made = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
-    assert "**Its greedy accuracy is not above the base's**" in (made.output_dir / "README.md").read_text()
+    result = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
+    assert "**Its greedy accuracy is not above the base's**" in (result.output_dir / "README.md").read_text()
 
 
 # --- refusals: nothing is left behind -----------------------------------------------------------------

@@ -136,8 +136,8 @@ def test_two_processes_make_the_traces_of_one(finished, tmp_path):
     assert len(read_traces(tmp_path / "traces")) == len(ours) == 24
     for name, trace in theirs.items():
         assert (ours[name].initial_ids, ours[name].response_ids) == (trace.initial_ids, trace.response_ids)
-        assert [(one.round, one.position, one.suffix, one.accepted) for one in ours[name].revisions] == [
-            (one.round, one.position, one.suffix, one.accepted) for one in trace.revisions
+        assert [(r.round, r.position, r.suffix, r.accepted) for r in ours[name].revisions] == [
+            (r.round, r.position, r.suffix, r.accepted) for r in trace.revisions
         ]
 
 
@@ -219,9 +219,9 @@ def test_traces_that_are_interrupted_go_on_where_they_stopped(blow, tmp_path, un
     assert 0 < done < 40, "interrupted too late to show anything"
     again = traces(tmp_path)
     if blow == signal.SIGINT:
-        said = err.splitlines()[-1]
-        assert said.startswith(f"stopped at traces: {done} of 40; to go on: nabla-trl traces ")
-        again = ["-m", "nabla_trl.cli.main", *shlex.split(said)[said.split().index("nabla-trl") + 1 :]]
+        last = err.splitlines()[-1]
+        assert last.startswith(f"stopped at traces: {done} of 40; to go on: nabla-trl traces ")
+        again = ["-m", "nabla_trl.cli.main", *shlex.split(last)[last.split().index("nabla-trl") + 1 :]]
     run(*again)
     assert comparable(tmp_path) == undisturbed
 
@@ -266,10 +266,10 @@ def test_held_out_problems_without_gold_answers_are_refused(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_its_configurations(path):
-    wanted = {"fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED", "cpu": "NO", "single_gpu": "NO"}
-    found = load_config_from_file(str(path))
-    assert found.distributed_type.value == wanted.get(path.stem, "MULTI_GPU")
-    assert found.num_processes == (1 if wanted.get(path.stem) == "NO" else 2)
+    types = {"fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED", "cpu": "NO", "single_gpu": "NO"}
+    config = load_config_from_file(str(path))
+    assert config.distributed_type.value == types.get(path.stem, "MULTI_GPU")
+    assert config.num_processes == (1 if types.get(path.stem) == "NO" else 2)
 
 
 @pytest.mark.slow

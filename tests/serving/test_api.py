@@ -116,24 +116,24 @@ def read(offer: ServerLimits = OFFER, **fields: Any) -> ChatRequest:
 
 
 def test_a_plain_request_takes_the_servers_configuration_and_any_seed() -> None:
-    one, two = read(), read()
-    assert one.config is CONFIG and not one.stream
-    assert one.seed != two.seed
+    first, second = read(), read()
+    assert first.config is CONFIG and not first.stream
+    assert first.seed != second.seed
 
 
 def test_options_reach_the_configuration() -> None:
-    asked = read(max_completion_tokens=4, temperature=0.5, top_p=0.9, max_rounds=2, max_flops=10**9, seed=7, top_k=3)
-    assert asked.seed == 7
-    assert asked.config == SearchConfig(
+    request = read(max_completion_tokens=4, temperature=0.5, top_p=0.9, max_rounds=2, max_flops=10**9, seed=7, top_k=3)
+    assert request.seed == 7
+    assert request.config == SearchConfig(
         max_new_tokens=4, temperature=0.5, top_p=0.9, max_rounds=2, max_flops=1e9, top_k=3
     )
 
 
-@pytest.mark.parametrize("own", [{}, {"solver": {"target_kl": 1.0}}, {"beta": 0.25}, {"solver": "none"}])
-def test_a_step_of_the_request_replaces_the_servers(own: dict[str, Any]) -> None:
-    offer = ServerLimits(NAME, SearchConfig(**own))
+@pytest.mark.parametrize("server_options", [{}, {"solver": {"target_kl": 1.0}}, {"beta": 0.25}, {"solver": "none"}])
+def test_a_step_of_the_request_replaces_the_servers(server_options: dict[str, Any]) -> None:
+    offer = ServerLimits(NAME, SearchConfig(**server_options))
     assert read(offer, beta=0.5).config == SearchConfig(**{"solver": offer.default_config.solver.name, "beta": 0.5})
-    if own == {"solver": "none"}:
+    if server_options == {"solver": "none"}:
         with pytest.raises(ApiError, match="target_kl needs solver mirror, and this server runs solver none"):
             read(offer, target_kl=3)
     else:
@@ -161,8 +161,8 @@ def test_messages_may_have_parts_and_empty_fields() -> None:
         {"role": "assistant", "content": "d", "refusal": None, "tool_calls": None},
         {"role": "user", "content": "e"},
     ]
-    read_ = [(one["role"], one["content"]) for one in read(messages=messages).messages]
-    assert read_ == [("system", "a"), ("user", "bc"), ("assistant", "d"), ("user", "e")]
+    pairs = [(message["role"], message["content"]) for message in read(messages=messages).messages]
+    assert pairs == [("system", "a"), ("user", "bc"), ("assistant", "d"), ("user", "e")]
 
 
 def test_what_asks_for_nothing_is_taken() -> None:
@@ -239,51 +239,59 @@ def test_what_is_no_json_is_refused(body: bytes) -> None:
 
 
 def test_a_completion_is_what_the_library_gives(client, policy, scalar_reward) -> None:
-    made = ask(client, "12-3+4*5", seed=3, extra_body={"beta": 0.5, "max_flops": 5e7})
+    completion = ask(client, "12-3+4*5", seed=3, extra_body={"beta": 0.5, "max_flops": 5e7})
     trace = direct(
         policy, scalar_reward, "12-3+4*5", 3, SearchConfig(max_new_tokens=6, max_rounds=3, beta=0.5, max_flops=5e7)
     )
-    [choice] = made.choices
+    [choice] = completion.choices
     assert (choice.message.role, choice.message.content) == ("assistant", trace.response)
     assert choice.finish_reason == ("stop" if trace.finished else "length")
-    assert (made.object, made.model) == ("chat.completion", NAME) and made.id.startswith("chatcmpl-")
-    assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (len(trace.prompt_ids), len(trace.response_ids))
-    assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
-    cost = made.usage.nabla
+    assert (completion.object, completion.model) == ("chat.completion", NAME) and completion.id.startswith("chatcmpl-")
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (
+        len(trace.prompt_ids),
+        len(trace.response_ids),
+    )
+    assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
+    cost = completion.usage.nabla
     assert cost["flops"] == pytest.approx(trace.cost.flops) and cost["seconds"] > 0
     assert cost["tokens"] == trace.cost.tokens
-    assert made.nabla["reward"] == pytest.approx(trace.reward, abs=1e-5)
-    assert made.nabla["seed"] == 3 and made.system_fingerprint == trace.meta["config_hash"]
+    assert completion.nabla["reward"] == pytest.approx(trace.reward, abs=1e-5)
+    assert completion.nabla["seed"] == 3 and completion.system_fingerprint == trace.meta["config_hash"]
 
 
 def test_usage_counts_what_all_chains_did(policy, scalar_reward) -> None:
     config = SearchConfig(max_new_tokens=8, max_rounds=2, num_starts=3, num_chains=2)
-    told: list[SearchProgress] = []
+    progress: list[SearchProgress] = []
     engine = SearchService(policy, scalar_reward)
     problem = make_request_problem([{"role": "user", "content": "12-3+4*5"}], 0)
-    made = build_usage(engine.submit_request(problem, config, told.append).result(PATIENCE))["nabla"]
+    usage = build_usage(engine.submit_request(problem, config, progress.append).result(PATIENCE))["nabla"]
     engine.stop()
-    accepted = sum(one.round is not None for one in told)
-    assert (made["starts"], made["proposals"], made["accepted"], made["rejected"]) == (3, 4, accepted, 4 - accepted)
+    accepted = sum(update.round is not None for update in progress)
+    assert (usage["starts"], usage["proposals"], usage["accepted"], usage["rejected"]) == (
+        3,
+        4,
+        accepted,
+        4 - accepted,
+    )
 
 
 def test_a_request_without_a_seed_names_the_one_it_got(client) -> None:
-    made = ask(client, "12-3+4*5")
-    again = ask(client, "12-3+4*5", seed=made.nabla["seed"])
-    assert again.choices[0].message.content == made.choices[0].message.content
+    completion = ask(client, "12-3+4*5")
+    again = ask(client, "12-3+4*5", seed=completion.nabla["seed"])
+    assert again.choices[0].message.content == completion.choices[0].message.content
 
 
 def test_a_stream_tells_of_revisions_and_adds_up_to_the_completion(client, policy, scalar_reward) -> None:
     trace = direct(policy, scalar_reward, "12-3+4*5", 1)
-    accepted = [one for one in trace.revisions if one.accepted]
+    accepted = [revision for revision in trace.revisions if revision.accepted]
     assert accepted
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(ask(client, "12-3+4*5", seed=1, **options))
     deltas = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
     assert "".join(deltas) == trace.response and chunks[0].choices[0].delta.role == "assistant"
-    told = [chunk.nabla for chunk in chunks[1:-3]]
-    assert [one["text"] for one in told] == [policy.decode(ids) for ids, _ in trace.list_incumbents()]
-    assert [one["round"] for one in told] == [None, *(one.round for one in accepted)]
+    updates = [chunk.nabla for chunk in chunks[1:-3]]
+    assert [update["text"] for update in updates] == [policy.decode(ids) for ids, _ in trace.list_incumbents()]
+    assert [update["round"] for update in updates] == [None, *(revision.round for revision in accepted)]
     assert chunks[-2].choices[0].finish_reason == ("stop" if trace.finished else "length")
     assert chunks[-2].nabla["stop"] == "max_rounds"
     assert chunks[-1].choices == [] and chunks[-1].usage.nabla["proposals"] == 3
@@ -293,13 +301,13 @@ def test_a_stream_tells_of_revisions_and_adds_up_to_the_completion(client, polic
 def test_the_clients_own_stream_helper_reads_it(client) -> None:
     messages: Any = [{"role": "user", "content": "7"}]
     with client.chat.completions.stream(model=NAME, messages=messages, seed=3) as stream:
-        made = stream.get_final_completion()
-    assert made.choices[0].finish_reason == "stop"
-    assert made.choices[0].message.content == ask(client, "7", seed=3).choices[0].message.content
+        completion = stream.get_final_completion()
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.choices[0].message.content == ask(client, "7", seed=3).choices[0].message.content
 
 
 def test_the_model_is_listed(client, server) -> None:
-    assert [one.id for one in client.models.list()] == [NAME]
+    assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).owned_by == "nabla_trl"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
@@ -354,9 +362,9 @@ def test_other_mistakes_have_the_apis_shape(policy, scalar_reward) -> None:
             400: server.post(b"{"),
         }
         typed = server.post(b"{}", **{"content-type": "text/plain"})
-    for status, made in [*answers.items(), (400, typed)]:
-        assert made.status_code == status
-        assert set(made.json()["error"]) == {"message", "type", "param", "code"}
+    for status, answer in [*answers.items(), (400, typed)]:
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_a_search_that_breaks_is_status_500_for_its_request_alone(policy, watched, caplog) -> None:
@@ -429,17 +437,17 @@ def _first_done(futures: list[Any], number: int) -> list[Any]:
 
 def test_200_requests_at_once_lose_none_and_get_what_each_gets_alone(policy, scalar_reward) -> None:
     config = SearchConfig(max_new_tokens=3, max_rounds=1, batch_size=64)
-    asked = [(worlds.QUESTIONS[seed % 4], seed) for seed in range(200)]
+    requests = [(worlds.QUESTIONS[seed % 4], seed) for seed in range(200)]
     with serving(policy, scalar_reward, ServerLimits(NAME, config)) as server, server.client() as client:
         with ThreadPoolExecutor(200) as pool:
-            made = list(pool.map(lambda one: ask(client, one[0], seed=one[1]), asked))
-        alone = [ask(client, question, seed=seed) for question, seed in asked[:8]]
-    problems = [make_request_problem([{"role": "user", "content": question}], seed) for question, seed in asked]
+            completions = list(pool.map(lambda pair: ask(client, pair[0], seed=pair[1]), requests))
+        singles = [ask(client, question, seed=seed) for question, seed in requests[:8]]
+    problems = [make_request_problem([{"role": "user", "content": question}], seed) for question, seed in requests]
     traces = run_search(problems, policy=policy, reward=scalar_reward, config=config, seed=SEARCH_SEED)
-    contents = [one.choices[0].message.content for one in made]
+    contents = [completion.choices[0].message.content for completion in completions]
     assert contents == [trace.response for trace in traces]
-    assert contents[:8] == [one.choices[0].message.content for one in alone]
-    assert len({one.id for one in made}) == 200
+    assert contents[:8] == [completion.choices[0].message.content for completion in singles]
+    assert len({completion.id for completion in completions}) == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -506,16 +514,16 @@ def test_the_command_serves_until_ctrl_c(policy, scalar_reward, monkeypatch, tmp
         model.save_pretrained(tmp_path / name)
         policy.tokenizer.save_pretrained(tmp_path / name)
     capsys.readouterr()
-    made: list[Any] = []
+    results: list[Any] = []
 
     def visit(url: str) -> None:
         try:
             with openai.OpenAI(base_url=url, api_key="key", max_retries=0) as client:
-                made.append(ask(client, "12-3+4*5", seed=3, model="mine"))
+                results.append(ask(client, "12-3+4*5", seed=3, model="mine"))
             with openai.OpenAI(base_url=url, api_key="other", max_retries=0) as client:
                 with pytest.raises(openai.AuthenticationError):
                     client.models.list()
-                made.append("refused")
+                results.append("refused")
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -534,8 +542,8 @@ def test_the_command_serves_until_ctrl_c(policy, scalar_reward, monkeypatch, tmp
     assert main(["serve", *models, *options]) == 130
     out, err = capsys.readouterr()
     assert out.startswith("serving mine at http://127.0.0.1:") and out.count("\n") == 1 and err == "stopped\n"
-    assert made[0].choices[0].message.content == direct(policy, scalar_reward, "12-3+4*5", 3).response
-    assert made[1:] == ["refused"]
+    assert results[0].choices[0].message.content == direct(policy, scalar_reward, "12-3+4*5", 3).response
+    assert results[1:] == ["refused"]
 
 
 def test_an_address_in_use_is_refused_before_anything_is_loaded(capsys) -> None:

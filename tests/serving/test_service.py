@@ -63,11 +63,11 @@ def answer(future: Future[Trace]) -> Trace:
 
 
 def moves(trace: Trace) -> list[Any]:
-    return [(one.round, one.position, one.new_token, one.suffix, one.accepted) for one in trace.revisions]
+    return [(r.round, r.position, r.new_token, r.suffix, r.accepted) for r in trace.revisions]
 
 
-def alone(policy: Policy, reward: Reward, one: Problem, config: SearchConfig = CONFIG) -> Trace:
-    return run_search([one], policy=policy, reward=reward, config=config, seed=SEARCH_SEED)[0]
+def alone(policy: Policy, reward: Reward, problem: Problem, config: SearchConfig = CONFIG) -> Trace:
+    return run_search([problem], policy=policy, reward=reward, config=config, seed=SEARCH_SEED)[0]
 
 
 # --- batches ----------------------------------------------------------------------------------------------
@@ -77,17 +77,17 @@ def alone(policy: Policy, reward: Reward, one: Problem, config: SearchConfig = C
 def test_requests_that_run_together_get_what_each_gets_alone(architecture: str) -> None:
     policy = worlds.tiny_policy(architecture)
     reward = Watched(worlds.tiny_scalar(policy, architecture))
-    asked = [(question, seed) for question in worlds.QUESTIONS[:3] for seed in (0, 1, 2)]
-    reward.before = gate = Gate(asked[0][0])
+    requests = [(question, seed) for question in worlds.QUESTIONS[:3] for seed in (0, 1, 2)]
+    reward.before = gate = Gate(requests[0][0])
     with running(policy, reward) as service:
-        futures = [ask(service, *asked[0])]
+        futures = [ask(service, *requests[0])]
         assert gate.reached.wait(PATIENCE)
-        futures += [ask(service, *one) for one in asked[1:]]
+        futures += [ask(service, *request) for request in requests[1:]]
         gate.opened.set()
         traces = [answer(future) for future in futures]
     assert max(map(len, reward.scored)) > 1
-    for one, trace in zip(asked, traces, strict=True):
-        single = alone(policy, reward, problem(*one))
+    for request, trace in zip(requests, traces, strict=True):
+        single = alone(policy, reward, problem(*request))
         assert trace.response_ids == single.response_ids and moves(trace) == moves(single)
         assert trace.cost.flops == pytest.approx(single.cost.flops, rel=1e-9)
     assert len({tuple(trace.response_ids) for trace in traces[:3]}) > 1  # seeds differ
@@ -190,9 +190,10 @@ def test_a_search_that_breaks_breaks_for_the_culprit_alone(policy, watched, capl
 def test_a_reward_that_is_not_a_number_fails_its_request_alone(policy, scalar_reward) -> None:
     class Odd(Watched):
         def score(self, samples: Any, *args: Any, **options: Any) -> Any:
-            values, memos = super().score(samples, *args, **options)
-            pairs = zip(values, samples, strict=True)
-            return [math.nan if one.problem.question == "7" else value for value, one in pairs], memos
+            values, caches = super().score(samples, *args, **options)
+            questions = [sample.problem.question for sample in samples]
+            pairs = zip(values, questions, strict=True)
+            return [math.nan if question == "7" else value for value, question in pairs], caches
 
     with running(policy, Odd(scalar_reward)) as service:
         config = SearchConfig(max_new_tokens=6, max_rounds=3, batch_size=2)
@@ -222,11 +223,11 @@ def test_a_cancelled_request_is_dropped_from_the_queue(policy, watched) -> None:
     with running(policy, watched, max_queue=2) as service:
         first = ask(service, "1+2")
         assert gate.reached.wait(PATIENCE)
-        dropped, kept = ask(service, "7"), ask(service, "9*9")
+        dropped, waiting = ask(service, "7"), ask(service, "9*9")
         assert dropped.cancel()
         again = ask(service, "8*8")  # there is room for it
         gate.opened.set()
-        assert all(answer(future).error is None for future in (first, kept, again))
+        assert all(answer(future).error is None for future in (first, waiting, again))
     assert not any("7" in questions for questions in watched.scored)
 
 
@@ -288,16 +289,17 @@ def test_stopping_finishes_what_runs_and_refuses_what_waits(policy, watched) -> 
 @pytest.mark.parametrize("options", [{}, {"num_starts": 3, "num_chains": 2, "proposals": {"proposals_per_round": 2}}])
 def test_progress_tells_of_every_incumbent(policy, watched, options: dict[str, int]) -> None:
     config = SearchConfig(max_new_tokens=8, max_rounds=6, **options)
-    told: list[SearchProgress] = []
+    updates: list[SearchProgress] = []
     with running(policy, watched) as service:
-        trace = answer(ask(service, "12-3+4*5", config=config, on_progress=told.append))
-    accepted = [one for one in trace.revisions if one.accepted]
+        trace = answer(ask(service, "12-3+4*5", config=config, on_progress=updates.append))
+    accepted = [revision for revision in trace.revisions if revision.accepted]
     assert accepted
-    own = [one for one in told if one.chain in {p.chain for p in told if p.reward == trace.reward}]
+    best_chains = {update.chain for update in updates if update.reward == trace.reward}
+    best_updates = [update for update in updates if update.chain in best_chains]
     assert [(policy.decode(ids), reward) for ids, reward in trace.list_incumbents()] == [
-        (p.text, p.reward) for p in own
+        (p.text, p.reward) for p in best_updates
     ]
-    assert own[0].round is None and own[0].reward_before is None
-    expected = [(one.round, one.position, one.reward_before, one.cumulative_flops) for one in accepted]
-    assert [(p.round, p.position, p.reward_before, p.flops) for p in own[1:]] == expected
-    assert len({one.chain for one in told if one.round is None}) == config.num_chains
+    assert best_updates[0].round is None and best_updates[0].reward_before is None
+    expected = [(r.round, r.position, r.reward_before, r.cumulative_flops) for r in accepted]
+    assert [(p.round, p.position, p.reward_before, p.flops) for p in best_updates[1:]] == expected
+    assert len({update.chain for update in updates if update.round is None}) == config.num_chains
