@@ -14,7 +14,7 @@ if _typing.TYPE_CHECKING:
     from nabla_trl.traces.schema import Trace
     from nabla_trl.traces.storage import read_traces
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "NablaReasoner": "nabla_trl.search.reasoner",
