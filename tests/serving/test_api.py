@@ -229,6 +229,15 @@ def test_budgets_above_the_limit_are_refused(flops: float) -> None:
         read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), max_flops=flops)
 
 
+def test_rounds_above_the_limit_are_refused() -> None:
+    limits = ServerLimits(NAME, SearchConfig(max_rounds=4), max_request_rounds=8)
+    assert read(limits, max_rounds=8).config.max_rounds == 8
+    with pytest.raises(ApiError, match="max_rounds is limited to 8"):
+        read(limits, max_rounds=9)
+    own_rounds = ServerLimits(NAME, SearchConfig(max_rounds=12), max_request_rounds=8)
+    assert read(own_rounds, max_rounds=12).config.max_rounds == 12
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b'{"beta": NaN}', b"\xff", b"[" * 100_000])
 def test_what_is_no_json_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError, match="not valid JSON"):
@@ -573,6 +582,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, missing: str) -> None:
         (["--api_key", ""], "api_key"),
         (["--api_key", "sésame"], "key"),
         (["--max_flops", "2", "--max_request_flops", "1"], "max_request_flops"),
+        (["--max_request_rounds", "0"], "max_request_rounds"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(capsys, options: list[str], word: str) -> None:
