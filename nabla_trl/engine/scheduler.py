@@ -20,6 +20,7 @@ from nabla_trl.models.policy import GenerationRequest, GenerationSession
 
 # A kind of request runs once it waits this often per sequence that is being decoded.
 WAITING_PER_SEQUENCE = 0.25
+MAX_IDLE_SESSIONS = 4  # kept for requests with the same options: their buffers are large
 
 BatchFunction = Callable[[list[Any]], Sequence[Any]]
 
@@ -245,3 +246,8 @@ class Scheduler:
                 ended = session.step()
             for (call, index), output in ended:  # type: ignore[misc]
                 self._settle(call, index, output, output if isinstance(output, Exception) else None)
+        idle = [
+            lane for lane, session in self._sessions.items() if not (session.num_unfinished or self._sequences[lane])
+        ]
+        for lane in idle[:-MAX_IDLE_SESSIONS]:
+            del self._sessions[lane], self._sequences[lane]

@@ -107,7 +107,8 @@ class SlotDecoder:
         self.num_candidates = min(top_k_candidates, policy.forbidden_mask.shape[0])
         self.return_cache = return_cache
         self.return_weight = return_log_importance_weight and bool(self.warpers)
-        device = policy.device
+        self.device, self.context_length = policy.device, policy.context_length
+        device = self.device
         self.tokens_per_read = tokens_per_read or (1 if device.type == "cpu" else TOKENS_PER_READ)
         self.use_graphs = device.type == "cuda"
         self.graphs: dict[tuple[int, int], Any] = {}  # by slots and positions of a step
@@ -174,7 +175,7 @@ class SlotDecoder:
 
     def _shape(self, count: int, width: int) -> tuple[int, int]:
         """How many slots and positions a step covers: no more than needed on a CPU, else the next larger bucket."""
-        if self.policy.device.type == "cpu":
+        if self.device.type == "cpu":
             return count, width
         return min(self.num_slots, 1 << (count - 1).bit_length()), -(-width // CAPACITY_STEP) * CAPACITY_STEP
 
@@ -213,7 +214,7 @@ class SlotDecoder:
             input_ids=self.tokens[:count, None],
             attention_mask=mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None],
             # A token past a sequence's end is thrown away, but its position must exist.
-            position_ids=positions.clamp(max=self.policy.context_length - 1)[:, None],
+            position_ids=positions.clamp(max=self.context_length - 1)[:, None],
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -317,7 +318,7 @@ class SlotDecoder:
             (shape[0], shape[3], shape[5]) if like is None else (like.shape[0], like.shape[2], like.shape[4])
         )
         capacity = max(shape[4], -(-capacity // CAPACITY_STEP) * CAPACITY_STEP)
-        room = self.num_slots if self.policy.device.type != "cpu" else min(self.num_slots, max(slots, 2 * shape[2]))
+        room = self.num_slots if self.device.type != "cpu" else min(self.num_slots, max(slots, 2 * shape[2]))
         slots = shape[2] if slots <= shape[2] else room
         if (slots, capacity) != (shape[2], shape[4]):
             store = self.store.new_zeros(layers, 2, slots, heads, capacity, dim)

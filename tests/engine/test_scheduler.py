@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nabla_trl.engine.engine import Engine
-from nabla_trl.engine.scheduler import Scheduler, Task
+from nabla_trl.engine.scheduler import MAX_IDLE_SESSIONS, Scheduler, Task
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations, prefill_prompts
 from nabla_trl.models.options import Sampling
@@ -189,3 +189,15 @@ def test_a_cancelled_task_frees_its_slots(policy: Policy) -> None:
     while engine.work():
         pass
     assert second.result == 1 and not engine.tasks
+
+
+def test_buffers_of_options_that_nobody_uses_any_more_are_dropped(policy: Policy) -> None:
+    engine = Engine(policy, None, num_slots=2)
+
+    async def work(index: int) -> list[int]:
+        sampling = Sampling(max_new_tokens=20, temperature=1 + index / 10)
+        [output] = await engine.generate(make_requests(policy, [str(index)]), sampling)
+        return output.ids
+
+    results = finish(engine, {str(index): work(index) for index in range(9)})
+    assert all(results.values()) and len(results) == 9 and len(engine._sessions) == MAX_IDLE_SESSIONS
