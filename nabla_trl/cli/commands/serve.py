@@ -108,7 +108,9 @@ def main(argv: Sequence[str]) -> int:
     api_key = args.api_key or os.environ.get(API_KEY_ENV_VAR) or None
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise ValueError("the API key must consist of ASCII characters without spaces: clients cannot send others")
-    limits = ServerLimits(args.served_model_name or models.policy, config, args.max_request_flops, args.max_request_rounds)
+    limits = ServerLimits(
+        args.served_model_name or models.policy, config, args.max_request_flops, args.max_request_rounds
+    )
     with bind_socket(args.host, args.port) as listener:  # before the models are loaded, as the address may be in use
         with redirect_stdout(sys.stderr):
             policy, reward = models.load_policy_and_reward(4 * config.batch_size)
