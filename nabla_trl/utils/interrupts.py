@@ -173,6 +173,8 @@ def _has_ended(launcher_id: int) -> bool:
     """Whether the launcher had ended before this process asked for it, so that a system process is its parent."""
     try:
         command = psutil.Process(launcher_id).cmdline()
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return True
+    except psutil.Error:
+        return False
     return not any(name in word for word in command for name in ("python", "launch", "torch"))
