@@ -64,7 +64,7 @@ from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.stage import TrainStage
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.identity import claim_settings, hash_weights
-from nabla_trl.utils.interrupts import get_current_command
+from nabla_trl.utils.interrupts import end_with_launcher, get_current_command
 from nabla_trl.utils.locks import lock_folder
 
 START_TIME = time.perf_counter()
@@ -72,6 +72,7 @@ START_TIME = time.perf_counter()
 
 def main(argv: Sequence[str]) -> None:
     """Run the stages of a command line in this process, one of the processes that accelerate started."""
+    end_with_launcher()
     # Before everything else, because the first state chooses the back end. A process may wait for hours for another
     # process that draws longer responses.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))

@@ -64,6 +64,7 @@ from nabla_trl.training.peft import LoraArguments
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.identity import claim_settings
+from nabla_trl.utils.interrupts import end_with_launcher
 from nabla_trl.utils.locks import lock_folder
 
 NUM_BEST_RESPONSES = 4  # responses of highest reward that best-of-N adds per problem
@@ -476,6 +477,7 @@ def _read_json(file: Path) -> Any:
 
 
 def main(argv: Sequence[str]) -> None:
+    end_with_launcher()
     # Before anything else: whatever makes a state first chooses the back end.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     num_requested, state = int(os.environ.get("WORLD_SIZE", "1")), PartialState()

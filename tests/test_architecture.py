@@ -22,6 +22,7 @@ LAYERS = (
     "models",
     "gradient",
     "rewards",
+    "engine",
     "traces",
     "search",
     "baselines",

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from nabla_trl.audit.first_errors import WrongResponse, find_wrong_responses
 from nabla_trl.audit.swaps import SampledResponse, TokenSwap, choose_swaps, draw_responses, measure_swaps
-from nabla_trl.models.generation import make_rng
 from nabla_trl.models.options import GradientPoint, Sampling
 from nabla_trl.models.policy import Policy
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.statistics import Interval, clustered_correlation, clustered_mean, to_json_values

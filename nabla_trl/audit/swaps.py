@@ -18,10 +18,10 @@ from nabla_trl.baselines.sampling import encode_prompts
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.gradient.relaxation import compute_replaceable_mask
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import find_token_columns, generate_continuations, make_rng
+from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.options import GradientPoint, Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.policy import GenerationRequest, Policy
+from nabla_trl.models.sampling import find_token_columns, make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
 

@@ -17,10 +17,10 @@ from nabla_trl.gradient.objectives import DrawInfo, Sample
 from nabla_trl.grading.equivalence import normalize_answer
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.models.flops import Cost, FlopCounter
-from nabla_trl.models.generation import generate_continuations, make_rng, prepare_prompt_caches
+from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.policy import GenerationRequest, Policy
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta

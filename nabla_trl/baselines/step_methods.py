@@ -1,10 +1,10 @@
 """The step-level searches: beam search, diverse verifier tree search, tree of thoughts, and RAP.
 
-Each is a generator over the tree of one problem (`nabla_trl.baselines.step_tree`), of a given size or at a budget of
-FLOPs. At a budget the first response is drawn alone, and shows what one costs. Then comes a search as wide as fits
-into the rest of the budget, and others after it, from new draws, until not one more response fits. The result is the
-complete response with the highest reward. A search whose responses turn out longer than expected is narrowed at the
-next step.
+Each is a coroutine over the tree of one problem (`nabla_trl.baselines.step_tree`), of a given size or at a budget of
+FLOPs, and awaits the steps that it wants drawn. At a budget the first response is drawn alone, and shows what one
+costs. Then comes a search as wide as fits into the rest of the budget, and others after it, from new draws, until not
+one more response fits. The result is the complete response with the highest reward. A search whose responses turn out
+longer than expected is narrowed at the next step.
 
 The value of a prefix is what the reward gives its unfinished turn: the sum over its steps for a process reward, the
 score at its last token for a scalar one, the sum over its tokens for a log-ratio. Equal steps drawn from one prefix
@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from nabla_trl.baselines.step_tree import NodeGenerator, StepNode, StepSearchMethod, StepTree
+from nabla_trl.baselines.step_tree import StepNode, StepSearchMethod, StepTree
 
 # --- level by level -------------------------------------------------------------------------------------
 
 
-def beam_search(tree: StepTree, size: int | None) -> NodeGenerator:
-    """Return beam search over steps with the reward as verifier (Snell et al., arXiv 2408.03314, section 5.2).
+async def beam_search(tree: StepTree, size: int | None) -> None:
+    """Run beam search over steps with the reward as verifier (Snell et al., arXiv 2408.03314, section 5.2).
 
     Of `size` = N first steps the N/M best are kept, M more are drawn from each of them, and so on (M is
     `steps_per_prefix`).
@@ -33,11 +33,11 @@ def beam_search(tree: StepTree, size: int | None) -> NodeGenerator:
     is solved from there. A complete response keeps its place among the N/M as long as it is one of the best. If fewer
     than N/M distinct prefixes are left, they share the N draws. At a budget, N is what fits.
     """
-    return _run_with_size(tree, size, lambda num_draws: _search_level_by_level(tree, [_create_beam(tree, num_draws)]))
+    await _run_with_size(tree, size, lambda num_draws: _search_level_by_level(tree, [_create_beam(tree, num_draws)]))
 
 
-def dvts(tree: StepTree, size: int | None) -> NodeGenerator:
-    """Return diverse verifier tree search.
+async def dvts(tree: StepTree, size: int | None) -> None:
+    """Run diverse verifier tree search.
 
     Beeching, Tunstall and Rush, "Scaling test-time compute with open models", 2024.
 
@@ -47,16 +47,16 @@ def dvts(tree: StepTree, size: int | None) -> NodeGenerator:
     """
     width = tree.config.steps_per_prefix
 
-    def search_subtrees(num_draws: int) -> NodeGenerator:
+    async def search_subtrees(num_draws: int) -> None:
         num_full, remainder = divmod(num_draws, width)
         sizes = [width] * num_full + [remainder] * (remainder > 0)
-        return _search_level_by_level(tree, [_create_beam(tree, subtree_size) for subtree_size in sizes])
+        await _search_level_by_level(tree, [_create_beam(tree, subtree_size) for subtree_size in sizes])
 
-    return _run_with_size(tree, size, search_subtrees)
+    await _run_with_size(tree, size, search_subtrees)
 
 
-def tree_of_thought(tree: StepTree, size: int | None) -> NodeGenerator:
-    """Return tree of thoughts by breadth-first search (Yao et al., arXiv 2305.10601, algorithm 1).
+async def tree_of_thought(tree: StepTree, size: int | None) -> None:
+    """Run tree of thoughts by breadth-first search (Yao et al., arXiv 2305.10601, algorithm 1).
 
     At every step `size` = b states are kept, and k thoughts are drawn from each (k is `steps_per_prefix`).
 
@@ -68,26 +68,27 @@ def tree_of_thought(tree: StepTree, size: int | None) -> NodeGenerator:
     """
     width = tree.config.steps_per_prefix
 
-    def search_states(max_states: int, num_thoughts: int) -> NodeGenerator:
-        return _search_level_by_level(tree, [_Frontier(max_states, num_thoughts, [tree.start_attempt()])])
+    async def search_states(max_states: int, num_thoughts: int) -> None:
+        await _search_level_by_level(tree, [_Frontier(max_states, num_thoughts, [tree.start_attempt()])])
 
     if size is not None:
-        return search_states(size, width)
-    return _run_to_budget(tree, lambda num_draws: search_states(max(1, num_draws // width), min(num_draws, width)))
+        await search_states(size, width)
+    else:
+        await _run_to_budget(tree, lambda num_draws: search_states(max(1, num_draws // width), min(num_draws, width)))
 
 
-def _run_with_size(tree: StepTree, size: int | None, search: Callable[[int], NodeGenerator]) -> NodeGenerator:
-    return _run_to_budget(tree, search) if size is None else search(size)
+async def _run_with_size(tree: StepTree, size: int | None, search: Callable[[int], Awaitable[None]]) -> None:
+    await (_run_to_budget(tree, search) if size is None else search(size))
 
 
-def _run_to_budget(tree: StepTree, search: Callable[[int], NodeGenerator]) -> NodeGenerator:
+async def _run_to_budget(tree: StepTree, search: Callable[[int], Awaitable[None]]) -> None:
     """Draw one response, and then search for as many more as fit, until the budget is spent."""
-    yield from search(1)
+    await search(1)
     # If the first response could not be read, what one costs is not known yet.
     while not tree.responses and tree.count_affordable_responses():
-        yield from search(1)
+        await search(1)
     while num_responses := tree.count_affordable_responses():
-        yield from search(num_responses)
+        await search(num_responses)
 
 
 @dataclass
@@ -132,13 +133,13 @@ def _create_beam(tree: StepTree, num_draws: int) -> _Frontier:
     return _Frontier(num_draws // width, width, [tree.start_attempt()], num_draws)
 
 
-def _search_level_by_level(tree: StepTree, frontiers: Sequence[_Frontier]) -> NodeGenerator:
+async def _search_level_by_level(tree: StepTree, frontiers: Sequence[_Frontier]) -> None:
     """Extend all frontiers step by step, until no node can go on or no step fits into the budget."""
     while requests := _interleave_draws(frontiers):
         requests = requests[: tree.count_affordable_responses([node for _, node in requests])]
         if not requests:
             return
-        children = yield [node for _, node in requests]
+        children = await tree.draw_steps([node for _, node in requests])
         for frontier in frontiers:
             pairs = zip(requests, children, strict=True)
             frontier.keep_best([child for (owner, _), child in pairs if owner is frontier])
@@ -155,8 +156,8 @@ def _interleave_draws(frontiers: Sequence[_Frontier]) -> list[tuple[_Frontier, S
 # --- Monte Carlo tree search ----------------------------------------------------------------------------
 
 
-def rap(tree: StepTree, size: int | None) -> NodeGenerator:
-    """Return RAP, reasoning as planning by Monte Carlo tree search (Hao et al., arXiv 2305.14992, algorithm 1).
+async def rap(tree: StepTree, size: int | None) -> None:
+    """Run RAP, reasoning as planning by Monte Carlo tree search (Hao et al., arXiv 2305.14992, algorithm 1).
 
     Each of `size` rollouts goes down the tree by UCT. At the leaf it draws d steps (d is `steps_per_prefix`), follows
     the one with the highest reward, draws d more there, and so on until a response is complete. The reward of the
@@ -173,8 +174,9 @@ def rap(tree: StepTree, size: int | None) -> NodeGenerator:
     """
     width = tree.config.steps_per_prefix
     if size is not None:
-        return _run_rollouts(tree, size, width)
-    return _run_to_budget(tree, lambda count: _run_rollouts(tree, 1 if count == 1 else None, min(count, width)))
+        await _run_rollouts(tree, size, width)
+    else:
+        await _run_to_budget(tree, lambda count: _run_rollouts(tree, 1 if count == 1 else None, min(count, width)))
 
 
 @dataclass
@@ -222,7 +224,7 @@ class _NodeValues:
                 self.exhausted_nodes.add(node)
 
 
-def _run_rollouts(tree: StepTree, num_rollouts: int | None, steps_per_prefix: int) -> NodeGenerator:
+async def _run_rollouts(tree: StepTree, num_rollouts: int | None, steps_per_prefix: int) -> None:
     """Run rollouts, in as many trees as they take. None: the rollouts of one tree that fit."""
     num_done = 0
     while True:
@@ -231,7 +233,7 @@ def _run_rollouts(tree: StepTree, num_rollouts: int | None, steps_per_prefix: in
             path = [root]
             while path[-1].children:
                 path.append(values.select_child(path[-1], tree.config.exploration))
-            is_finished = yield from _run_rollout(tree, path, values, steps_per_prefix)
+            is_finished = await _run_rollout(tree, path, values, steps_per_prefix)
             if not is_finished:
                 return
             num_done += 1
@@ -241,9 +243,7 @@ def _run_rollouts(tree: StepTree, num_rollouts: int | None, steps_per_prefix: in
             return
 
 
-def _run_rollout(
-    tree: StepTree, path: list[StepNode], values: _NodeValues, steps_per_prefix: int
-) -> Generator[list[StepNode], list[StepNode], bool]:
+async def _run_rollout(tree: StepTree, path: list[StepNode], values: _NodeValues, steps_per_prefix: int) -> bool:
     """Follow the best step drawn at each leaf until a response is complete. Return False if a step does not fit."""
     while not path[-1].is_complete:
         leaf = path[-1]
@@ -251,7 +251,7 @@ def _run_rollout(
         requests = requests[: tree.count_affordable_responses(requests)]
         if not requests:
             return False
-        children = yield requests
+        children = await tree.draw_steps(requests)
         leaf.release_caches()
         values.record_nodes(children)
         readable = [child for child in children if child.reward > -math.inf]

@@ -1,10 +1,9 @@
-"""Step-level searches: the tree of one problem, and the loop that extends the trees of many problems together.
+"""Step-level searches: the tree of one problem, and the steps that are drawn in it.
 
 A reasoning step ends with the token that completes a delimiter, with a stop token, or at a limit
-(`nabla_trl.gradient.step_ends`). A method (`nabla_trl.baselines.step_methods`) is a generator. It yields the nodes
-from which it wants a step drawn, and receives the children. The generators of a batch advance together: all steps that
-they want are drawn by one call of `generate_continuations` and scored by one call of `Reward.score`, each from the
-cache of its prefix.
+(`nabla_trl.gradient.step_ends`). A method (`nabla_trl.baselines.step_methods`) is a coroutine. It awaits
+`StepTree.draw_steps` with the nodes from which it wants a step drawn, and receives the children. The engine batches
+the draws and the scoring of all problems, each from the cache of its prefix.
 
 Every draw has its own random stream, by its place in the tree. So a trace depends neither on the batch nor on the
 order of problems, and methods that reach the same prefix in the same attempt draw the same steps from it.
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -23,13 +22,13 @@ from torch import Tensor
 
 from nabla_trl.baselines.sampling import encode_prompts
 from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.engine.engine import Engine
+from nabla_trl.engine.scheduler import Task
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.gradient.step_ends import StepEndDetector, StepFinder
-from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import generate_continuations, make_rng, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
@@ -70,6 +69,22 @@ class StepNode:
         self.policy_cache, self.score_caches = None, []
 
 
+@dataclass(frozen=True)
+class StepSearchSettings:
+    """What the trees of a search share.
+
+    Attributes:
+        max_flops: budget of FLOPs per problem. 0: none.
+    """
+
+    engine: Engine
+    sampling: Sampling
+    config: StepSearchConfig
+    step_finder: StepFinder
+    max_flops: float
+    seed: int
+
+
 @dataclass(eq=False)
 class StepTree:
     """What a method sees of its problem.
@@ -77,12 +92,11 @@ class StepTree:
     Attributes:
         max_new_tokens: most tokens of a response.
         policy_cache, score_caches: caches of the prompt in policy and reward.
-        max_flops: budget of FLOPs for the problem. 0: none.
+        settings: what all problems of the search share.
         prompt_flops: FLOPs of reading the prompt.
         num_attempts: roots that were started.
         num_tokens, num_steps: tokens and steps that were drawn.
         responses: complete responses that the reward can read.
-        error: why the problem cannot be searched.
     """
 
     problem: Problem
@@ -90,15 +104,12 @@ class StepTree:
     max_new_tokens: int
     policy_cache: Tensor
     score_caches: list[ScoreCache]
-    config: StepSearchConfig
-    max_flops: float
-    flop_counter: FlopCounter
+    settings: StepSearchSettings
     prompt_flops: float
     num_attempts: int = 0
     num_tokens: int = 0
     num_steps: int = 0
     responses: list[StepNode] = field(default_factory=list)
-    error: str | None = None
 
     def start_attempt(self) -> StepNode:
         """Return the root of a new attempt: the empty response, with random streams that no other attempt has."""
@@ -106,8 +117,12 @@ class StepTree:
         return StepNode((self.num_attempts - 1,), [], torch.zeros(0), "", False, self.policy_cache, self.score_caches)
 
     @property
+    def config(self) -> StepSearchConfig:
+        return self.settings.config
+
+    @property
     def spent_flops(self) -> float:
-        return self.flop_counter.get_cost(self.problem.id).flops
+        return self.settings.engine.flop_counter.get_cost(self.problem.id).flops
 
     def count_affordable_responses(self, nodes: Sequence[StepNode] | None = None) -> int:
         """Return how many responses are expected to fit into the rest of the budget.
@@ -119,7 +134,8 @@ class StepTree:
         Args:
             nodes: count the responses that continue these nodes, the first ones first. None: count new responses.
         """
-        remaining_flops = self.max_flops - self.spent_flops if self.max_flops else math.inf
+        max_flops = self.settings.max_flops
+        remaining_flops = max_flops - self.spent_flops if max_flops else math.inf
         if remaining_flops <= 0 and (self.num_attempts > 1 or self.responses or nodes is None):
             return 0
         if remaining_flops == math.inf or not self.responses:
@@ -137,10 +153,90 @@ class StepTree:
         """Return the response with the highest reward, the first among equals. None: there is no response."""
         return max(self.responses, key=lambda response: response.reward, default=None)
 
+    async def draw_steps(self, nodes: Sequence[StepNode]) -> list[StepNode]:
+        """Draw a step from each of these nodes and score the new ones. Equal steps of a node share one child.
 
-NodeGenerator = Generator[list[StepNode], list[StepNode], None]
-# A tree and the size of the method (None: as large as the budget allows) -> the generator of the method.
-StepSearchMethod = Callable[[StepTree, int | None], NodeGenerator]
+        Raises:
+            StepSearchError: the reward is NaN or +∞.
+        """
+        settings, policy = self.settings, self.settings.engine.policy
+        requests, paths, detectors = [], [], []
+        for node in nodes:
+            paths.append((*node.tree_path, node.num_drawn))
+            detectors.append(StepEndDetector(settings.step_finder, node.partial_delimiter))
+            node.num_drawn += 1
+            requests.append(
+                GenerationRequest(
+                    self.problem.id,
+                    self.prompt_ids + node.token_ids,
+                    make_rng(settings.seed, self.problem.id, "step", *paths[-1]),
+                    min(self.config.max_step_tokens, self.max_new_tokens - len(node.token_ids)),
+                    node.policy_cache,
+                    stop_strings=policy.get_stop_strings(self.problem),
+                    response_tokens_in_prefix=len(node.token_ids),
+                    should_stop=detectors[-1],
+                )
+            )
+        outputs = await settings.engine.generate(requests, settings.sampling, return_cache=True)
+        children, new_children = [], []
+        for node, path, detector, output in zip(nodes, paths, detectors, outputs, strict=True):
+            self.num_tokens, self.num_steps = self.num_tokens + len(output.ids), self.num_steps + 1
+            token_ids = node.token_ids + output.ids
+            child = next((child for child in node.children if child.token_ids == token_ids), None)
+            if child is None:
+                child = self._add_child(node, path, detector.pending_text, output)
+                new_children.append((node, child))
+            children.append(child)
+        await self._score_children(new_children)
+        return children
+
+    def _add_child(
+        self, parent: StepNode, tree_path: tuple[int, ...], partial_delimiter: str, output: GenerationOutput
+    ) -> StepNode:
+        token_ids = parent.token_ids + output.ids
+        is_complete = output.finished or len(token_ids) >= self.max_new_tokens
+        logp = torch.cat((parent.logp, output.logp[:, 0]))
+        child = StepNode(tree_path, token_ids, logp, partial_delimiter, is_complete, output.cache, [])
+        parent.children.append(child)
+        return child
+
+    async def _score_children(self, new_children: Sequence[tuple[StepNode, StepNode]]) -> None:
+        """Score new children (parent, child), each from the cache of its parent."""
+        engine = self.settings.engine
+        samples = [
+            Sample(
+                self.problem,
+                self.prompt_ids,
+                child.token_ids,
+                draw_info=DrawInfo(engine.policy.model, torch.tensor(child.token_ids)[:, None], child.logp[:, None]),
+                is_partial=not child.is_complete,
+            )
+            for _, child in new_children
+        ]
+        scored = await engine.score(
+            samples,
+            [parent.score_caches for parent, _ in new_children],
+            [len(parent.token_ids) for parent, _ in new_children],
+        )
+        for (_, child), (reward, caches) in zip(new_children, scored, strict=True):
+            child.reward, child.score_caches = reward, caches
+            if child.is_complete and reward > -math.inf:
+                self.responses.append(child)
+            if child.is_complete or reward == -math.inf:
+                child.release_caches()
+        broken = next(
+            (child.reward for _, child in new_children if child.reward == math.inf or math.isnan(child.reward)), None
+        )
+        if broken is not None:
+            raise StepSearchError(f"the reward {engine.reward.name if engine.reward else ''} gave {broken}")
+
+
+class StepSearchError(ValueError):
+    """A problem that cannot be searched any further."""
+
+
+# A tree and the size of the method (None: as large as the budget allows) -> the coroutine of the method.
+StepSearchMethod = Callable[[StepTree, int | None], Awaitable[None]]
 
 
 def run_step_search(
@@ -174,20 +270,59 @@ def run_step_search(
     """
     if (size is None) == (not max_flops) or max_flops < 0:
         raise ValueError(f"{method_name} needs a size or a budget of FLOPs, one of them")
-    step_search = _StepSearchBatch(policy, reward, sampling, step_config, seed, batch_size)
+    settings = StepSearchSettings(
+        Engine(policy, reward, num_slots=batch_size),
+        sampling,
+        step_config,
+        create_step_finder(policy, step_config.resolve_delimiter(reward.step_delimiter)),
+        max_flops,
+        seed,
+    )
     meta = build_trace_meta(policy, reward.name, f"{sampling} {step_config.get_settings(reward.step_delimiter)}")
-    problems_per_batch = max(1, batch_size // (size or 1))
-    traces: list[Trace] = []
-    for begin in range(0, len(problems), problems_per_batch):
-        batch = problems[begin : begin + problems_per_batch]
-        trees, errors = step_search.build_trees(batch, max_flops)
-        step_search.run_generators([(tree, method(tree, size)) for tree in trees.values()])
-        for problem in batch:
-            if problem.id in errors:
-                traces.append(build_error_trace(problem, method_name, seed, errors[problem.id], meta))
-            else:
-                traces.append(_build_trace(policy, reward, trees[problem.id], method_name, seed, meta))
-    return traces
+    tasks = (Task(one.id, _search_problem(one, method, size, settings, method_name, meta)) for one in problems)
+    max_concurrent = max(1, batch_size // (size or 1))
+    traces = {task.key: task.result for task in settings.engine.run(tasks, max_concurrent=max_concurrent)}
+    return [traces[problem.id] for problem in problems]
+
+
+async def _search_problem(
+    problem: Problem,
+    method: StepSearchMethod,
+    size: int | None,
+    settings: StepSearchSettings,
+    method_name: str,
+    meta: dict[str, str],
+) -> Trace:
+    engine = settings.engine
+    assert engine.reward is not None
+    prompts, limits, errors = encode_prompts([problem], engine.policy, engine.reward, settings.sampling)
+    if errors:
+        return build_error_trace(problem, method_name, settings.seed, errors[problem.id], meta)
+    [(_, ids)], [limit] = prompts, limits
+    policy_cache, score_caches = await engine.read_prompt(Sample(problem, ids, []))
+    prompt_flops = engine.flop_counter.get_cost(problem.id).flops
+    tree = StepTree(problem, ids, limit, policy_cache, score_caches, settings, prompt_flops)
+    error = ""
+    try:
+        await method(tree, size)
+    except StepSearchError as failure:
+        error = str(failure)
+    best, cost = tree.get_best_response(), engine.flop_counter.get_cost(problem.id)
+    if best is None or error:
+        message = error or f"the reward {engine.reward.name} cannot read any response"
+        return build_error_trace(problem, method_name, settings.seed, message, meta, cost)
+    return build_response_trace(
+        engine.policy,
+        problem,
+        method=method_name,
+        seed=settings.seed,
+        prompt_ids=ids,
+        response_ids=best.token_ids,
+        reward=best.reward,
+        cost=cost,
+        meta=meta,
+        stop_reason="max_flops" if settings.max_flops else "single",
+    )
 
 
 def create_step_finder(policy: Policy, delimiter: str) -> StepFinder:
@@ -203,163 +338,3 @@ def create_step_finder(policy: Policy, delimiter: str) -> StepFinder:
     if policy.forbidden_mask[delimiter_ids].any() or not finder.find_step_ends(delimiter_ids):
         raise ValueError(f"no step could end, as no tokens of {policy.name} write {delimiter!r}: give step_delimiter")
     return finder
-
-
-def _build_trace(
-    policy: Policy, reward: Reward, tree: StepTree, method_name: str, seed: int, run_metadata: dict[str, str]
-) -> Trace:
-    best, cost = tree.get_best_response(), tree.flop_counter.get_cost(tree.problem.id)
-    if best is None or tree.error is not None:
-        message = tree.error or f"the reward {reward.name} cannot read any response"
-        return build_error_trace(tree.problem, method_name, seed, message, run_metadata, cost)
-    return build_response_trace(
-        policy,
-        tree.problem,
-        method=method_name,
-        seed=seed,
-        prompt_ids=tree.prompt_ids,
-        response_ids=best.token_ids,
-        reward=best.reward,
-        cost=cost,
-        meta=run_metadata,
-        stop_reason="max_flops" if tree.max_flops else "single",
-    )
-
-
-class _StepSearchBatch:
-    """Extends the trees of a batch of problems together."""
-
-    def __init__(
-        self, policy: Policy, reward: Reward, sampling: Sampling, config: StepSearchConfig, seed: int, batch_size: int
-    ):
-        self.policy, self.reward, self.sampling, self.config = policy, reward, sampling, config
-        self.seed, self.batch_size = seed, batch_size
-        self.step_finder = create_step_finder(policy, config.resolve_delimiter(reward.step_delimiter))
-        self.flop_counter = FlopCounter()
-
-    def build_trees(self, problems: Sequence[Problem], max_flops: float) -> tuple[dict[str, StepTree], dict[str, str]]:
-        """Return the trees of the problems that can be run, and why the others cannot, by problem id."""
-        self.flop_counter = FlopCounter()
-        prompts, limits, errors = encode_prompts(problems, self.policy, self.reward, self.sampling)
-        if not prompts:
-            return {}, errors
-        with self.flop_counter.measure_seconds([problem.id for problem, _ in prompts]):
-            prompt_ids = [(problem.id, ids) for problem, ids in prompts]
-            policy_caches = prepare_prompt_caches(self.policy, prompt_ids, self.flop_counter)
-            samples = [Sample(problem, ids, []) for problem, ids in prompts]
-            score_caches = self.reward.compute_prompt_caches(samples, self.flop_counter)
-        return {
-            problem.id: StepTree(
-                problem,
-                ids,
-                limit,
-                policy_cache,
-                prompt_score_caches,
-                self.config,
-                max_flops,
-                self.flop_counter,
-                prompt_flops=self.flop_counter.get_cost(problem.id).flops,
-            )
-            for (problem, ids), limit, policy_cache, prompt_score_caches in zip(
-                prompts, limits, policy_caches, score_caches, strict=True
-            )
-        }, errors
-
-    def run_generators(self, generators: Sequence[tuple[StepTree, NodeGenerator]]) -> None:
-        """Advance all generators until each of them, or its tree, has ended."""
-        active = [(tree, generator, nodes) for tree, generator in generators if (nodes := next(generator, []))]
-        while active:
-            with self.flop_counter.measure_seconds([tree.problem.id for tree, _, _ in active]):
-                children = iter(self.draw_steps([(tree, node) for tree, _, nodes in active for node in nodes]))
-                still_active = []
-                for tree, generator, nodes in active:
-                    own_children = [next(children) for _ in nodes]
-                    if tree.error is None and (next_nodes := _send_children(generator, own_children)):
-                        still_active.append((tree, generator, next_nodes))
-                active = still_active
-
-    def draw_steps(self, requests: Sequence[tuple[StepTree, StepNode]]) -> list[StepNode]:
-        """Draw a step from each of these nodes and score the new ones. Equal steps of a node share one child."""
-        generation_requests, paths, detectors = [], [], []
-        for tree, node in requests:
-            paths.append((*node.tree_path, node.num_drawn))
-            detectors.append(StepEndDetector(self.step_finder, node.partial_delimiter))
-            node.num_drawn += 1
-            generation_requests.append(
-                GenerationRequest(
-                    tree.problem.id,
-                    tree.prompt_ids + node.token_ids,
-                    make_rng(self.seed, tree.problem.id, "step", *paths[-1]),
-                    min(self.config.max_step_tokens, tree.max_new_tokens - len(node.token_ids)),
-                    node.policy_cache,
-                    stop_strings=self.policy.get_stop_strings(tree.problem),
-                    response_tokens_in_prefix=len(node.token_ids),
-                    should_stop=detectors[-1],
-                )
-            )
-        outputs = generate_continuations(
-            self.policy,
-            generation_requests,
-            self.sampling,
-            flop_counter=self.flop_counter,
-            return_cache=True,
-            batch_size=self.batch_size,
-        )
-        children, new_children = [], []
-        for (tree, node), path, detector, output in zip(requests, paths, detectors, outputs, strict=True):
-            tree.num_tokens, tree.num_steps = tree.num_tokens + len(output.ids), tree.num_steps + 1
-            token_ids = node.token_ids + output.ids
-            child = next((child for child in node.children if child.token_ids == token_ids), None)
-            if child is None:
-                child = _add_child(tree, node, path, detector.pending_text, output)
-                new_children.append((tree, node, child))
-            children.append(child)
-        self.compute_rewards(new_children)
-        return children
-
-    def compute_rewards(self, new_children: Sequence[tuple[StepTree, StepNode, StepNode]]) -> None:
-        """Compute the rewards of new children (tree, parent, child), each from the cache of its parent."""
-        samples = [
-            Sample(
-                tree.problem,
-                tree.prompt_ids,
-                child.token_ids,
-                draw_info=DrawInfo(self.policy.model, torch.tensor(child.token_ids)[:, None], child.logp[:, None]),
-                is_partial=not child.is_complete,
-            )
-            for tree, _, child in new_children
-        ]
-        rewards, score_caches = self.reward.score(
-            samples,
-            [parent.score_caches for _, parent, _ in new_children],
-            flop_counter=self.flop_counter,
-            num_shared=[len(parent.token_ids) for _, parent, _ in new_children],
-            return_caches=True,
-        )
-        for (tree, _, child), reward, caches in zip(new_children, rewards, score_caches, strict=True):
-            child.reward, child.score_caches = reward, caches
-            if math.isnan(reward) or reward == math.inf:
-                tree.error = tree.error or f"the reward {self.reward.name} gave {reward}"
-            if child.is_complete and reward > -math.inf:
-                tree.responses.append(child)
-            if child.is_complete or reward == -math.inf:
-                child.release_caches()
-
-
-def _add_child(
-    tree: StepTree, parent: StepNode, tree_path: tuple[int, ...], partial_delimiter: str, output: GenerationOutput
-) -> StepNode:
-    token_ids = parent.token_ids + output.ids
-    is_complete = output.finished or len(token_ids) >= tree.max_new_tokens
-    logp = torch.cat((parent.logp, output.logp[:, 0]))
-    child = StepNode(tree_path, token_ids, logp, partial_delimiter, is_complete, output.cache, [])
-    parent.children.append(child)
-    return child
-
-
-def _send_children(generator: NodeGenerator, children: list[StepNode]) -> list[StepNode]:
-    """Return the nodes that a generator wants next. Empty: it has ended."""
-    try:
-        return generator.send(children)
-    except StopIteration:
-        return []

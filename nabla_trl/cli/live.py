@@ -67,8 +67,8 @@ class LiveView:
         self.rich_live.stop()
 
     def __call__(self, search: Search) -> None:
-        for chains in search.chains_by_problem.values():  # of the one problem, empty if its prompt was not encodable
-            chain = search.select_chain(chains)
+        if search.chains:
+            chains, chain = search.chains, search.select_chain()
             revisions = [revision for state in chains for revision in state.revisions]
             accepted_rewards = [revision.reward_after for revision in chain.revisions if revision.accepted]
             self.snapshot = SearchSnapshot(
@@ -76,8 +76,8 @@ class LiveView:
                 num_responses=len(chains),
                 num_proposals=len(revisions),
                 num_accepted=sum(revision.accepted for revision in revisions),
-                flops=search.flop_counter.get_cost(chain.problem.id).flops,
-                limit_fraction=_compute_limit_fraction(search, chains),
+                flops=search.count_flops(),
+                limit_fraction=_compute_limit_fraction(search),
                 response_lines=tuple(self._format_response(chain)),
             )
             self.rich_live.refresh()
@@ -128,15 +128,15 @@ def _format_counts(snapshot: SearchSnapshot) -> str:
     return f"{snapshot.num_accepted} of {snapshot.num_proposals} proposals accepted{responses}"
 
 
-def _compute_limit_fraction(search: Search, chains: list[SearchState]) -> float | None:
+def _compute_limit_fraction(search: Search) -> float | None:
     """Return the used part of the first limit that is set: FLOPs, rounds or rollouts."""
     config = search.config
     if config.max_flops:
-        fraction = search.flop_counter.get_cost(chains[0].problem.id).flops / config.max_flops
+        fraction = search.count_flops() / config.max_flops
     elif config.max_rounds:
-        fraction = max(chain.num_rounds for chain in chains) / config.max_rounds
+        fraction = max(chain.num_rounds for chain in search.chains) / config.max_rounds
     elif config.max_rollouts:
-        fraction = search.count_rollouts(chains[0].problem) / config.max_rollouts
+        fraction = search.count_rollouts() / config.max_rollouts
     else:
         return None
     return min(1.0, fraction)

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from nabla_trl.gradient.relaxation import RelaxedResponse, build_mixture, build_one_hot
 from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter, ModelSize
-from nabla_trl.models.generation import find_token_columns
+from nabla_trl.models.sampling import find_token_columns
 from nabla_trl.tasks.problem import Problem
 
 # --- samples --------------------------------------------------------------------------------------------

@@ -191,6 +191,10 @@ class FlopCounter:
         """Return a copy of what `key` has cost so far, zero for a key that was never charged."""
         return self._costs.get(key, Cost()) + Cost()
 
+    def forget(self, key: str) -> None:
+        """Drop what a key has cost."""
+        self._costs.pop(key, None)
+
     def get_total_cost(self) -> Cost:
         """Return the sum over all keys."""
         return sum(self._costs.values(), Cost())

@@ -6,26 +6,15 @@ belongs to. The sampling functions below are those of the transformers back end.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-import numpy as np
-import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 
 _PrefixKey = tuple[str, tuple[int, ...]]  # cost key and prefix: no problem's cost may depend on the others
 
@@ -41,7 +30,7 @@ def generate_continuations(
     return_log_importance_weight: bool = False,
     batch_size: int = 256,
 ) -> list[GenerationOutput]:
-    """Generate the continuation of every request, `batch_size` requests at a time.
+    """Generate the continuation of every request, at most `batch_size` of them together.
 
     Args:
         top_k_candidates: K, how many candidates to record per position (capped at the vocabulary).
@@ -52,28 +41,35 @@ def generate_continuations(
         ValueError: NaN or infinite logits, or an option that the back end does not support.
         ConnectionError: a server fails or does not answer.
     """
-    outputs: list[GenerationOutput] = []
+    session = policy.backend.open_session(
+        policy,
+        sampling,
+        max_sequences=batch_size,
+        top_k_candidates=top_k_candidates,
+        return_cache=return_cache,
+        return_log_importance_weight=return_log_importance_weight,
+    )
     prefix_caches: dict[_PrefixKey, Tensor] = {}
     for begin in range(0, len(requests), batch_size):
-        batch, later = requests[begin : begin + batch_size], requests[begin + batch_size :]
+        batch = requests[begin : begin + batch_size]
         with flop_counter.measure_seconds([request.cost_key for request in batch]):
-            batch_outputs = policy.backend.generate(
-                policy,
-                _add_prefix_caches(policy, batch, prefix_caches, flop_counter),
-                sampling,
-                top_k_candidates=top_k_candidates,
-                return_cache=return_cache,
-                return_log_importance_weight=return_log_importance_weight,
-            )
-        for request, output in zip(batch, batch_outputs, strict=True):
-            # A server is charged as if its prefix cache never missed, as vLLM's rarely does.
-            flop_counter.add_flops(
-                request.cost_key, policy.size, "decode", len(request.prefix_ids) - 1, len(output.ids)
-            )
-        outputs += batch_outputs
-        needed = {_make_prefix_key(request) for request in later if request.cache is None}
-        prefix_caches = {key: row for key, row in prefix_caches.items() if key in needed}
-    return outputs
+            for index, request in enumerate(_add_prefix_caches(policy, batch, prefix_caches, flop_counter), begin):
+                session.submit(index, request)
+    outputs: dict[Hashable, GenerationOutput] = {}
+    while session.num_unfinished:
+        unfinished = session.list_requests()
+        with flop_counter.measure_seconds([request.cost_key for _, request in unfinished]):
+            ended = session.step()
+        for tag, output in ended:
+            if isinstance(output, Exception):
+                session.cancel([tag for tag, _ in unfinished])
+                raise output
+            outputs[tag] = output
+    for index, request in enumerate(requests):
+        # A server is charged as if its prefix cache never missed, as vLLM's rarely does.
+        num_new_tokens = len(outputs[index].ids)
+        flop_counter.add_flops(request.cost_key, policy.size, "decode", len(request.prefix_ids) - 1, num_new_tokens)
+    return [outputs[index] for index in range(len(requests))]
 
 
 def _add_prefix_caches(
@@ -125,90 +121,3 @@ def _charge_prefill(policy: Policy, prompts: Sequence[tuple[str, list[int]]], fl
 
 
 # --- sampling -----------------------------------------------------------------------------------------
-
-
-def make_rng(seed: int, problem_id: str, *labels: int | str) -> np.random.Generator:
-    """Return the random numbers of one sample of one problem.
-
-    They depend on the arguments alone, so a result does not depend on batch, order, shard or resumption.
-    """
-    key = hashlib.blake2b(repr((seed, problem_id, *labels)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-
-
-def build_warpers(sampling: Sampling) -> LogitsProcessorList:
-    """Return transformers' logits processors for these options. An empty list means that the sampler is π itself."""
-    warpers = LogitsProcessorList()
-    if sampling.temperature not in (0.0, 1.0):
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    return warpers
-
-
-def sample_tokens(logits: Tensor, uniforms: Tensor, warpers: LogitsProcessorList, sampling: Sampling) -> Tensor:
-    """Sample one token per row by inverting the CDF (arg max when greedy).
-
-    The sum runs in float64, so that rounding hardly ever changes a sample. A token of zero mass is never sampled.
-
-    Args:
-        logits: [B, V].
-        uniforms: [B] in [0, 1), where to invert the CDF.
-
-    Returns:
-        [B] long.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    cdf = _warp(logits, warpers).softmax(-1, dtype=torch.float64).cumsum(-1)
-    target = uniforms[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-
-
-def compute_top_candidates(
-    logits: Tensor, sampled_ids: Tensor, forbidden_mask: Tensor, num_candidates: int
-) -> tuple[Tensor, Tensor]:
-    """Return the likeliest tokens of each row. The sampled token is always one of them.
-
-    It takes the last column if it is not among the likeliest, so that the other columns do not depend on it.
-
-    Args:
-        logits: [B, V].
-        sampled_ids: [B].
-        forbidden_mask: [V] bool.
-
-    Returns:
-        ids [B, K] long and log π [B, K] (−inf where forbidden), K = min(num_candidates, V).
-    """
-    logp = logits.log_softmax(-1).masked_fill(forbidden_mask, -torch.inf)
-    values, ids = logp.topk(min(num_candidates, logp.shape[-1]), dim=-1)
-    absent = (ids != sampled_ids[:, None]).all(-1)
-    ids[absent, -1] = sampled_ids[absent]
-    values[absent, -1] = logp[absent].gather(1, sampled_ids[absent, None]).squeeze(1)
-    return ids, values
-
-
-def find_token_columns(candidates: Tensor, token_ids: Sequence[int]) -> Tensor:
-    """Return the column [T] of each position's own token among its candidates [T, K], where it always is."""
-    return (candidates == torch.tensor(token_ids)[:, None]).int().argmax(-1)
-
-
-def compute_log_importance_weight(logits: Tensor, candidates: Tensor, warpers: LogitsProcessorList) -> Tensor:
-    """Return log π − log q of candidates [B, K], where q is the sampler: [B, K], inf where q is 0.
-
-    Args:
-        logits: [B, V], −inf at forbidden tokens.
-    """
-    sampler, policy = (
-        scores.log_softmax(-1).gather(1, candidates) for scores in (_warp(logits.clone(), warpers), logits)
-    )
-    return torch.where(sampler == -torch.inf, torch.inf, policy - sampler)
-
-
-def _warp(logits: Tensor, warpers: LogitsProcessorList) -> Tensor:
-    no_input_ids = torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
-    return warpers(no_input_ids, logits)

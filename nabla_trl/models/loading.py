@@ -22,12 +22,12 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
+from nabla_trl.models.decoding import TransformersBackend
 from nabla_trl.models.flops import measure_model_size
 from nabla_trl.models.kv_cache import check_croppable_cache
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.prompts import check_prompt_options
-from nabla_trl.models.transformers_backend import TransformersBackend
 from nabla_trl.utils.files import read_json_file
 from nabla_trl.utils.formatting import format_error, format_load_error
 from nabla_trl.utils.identity import is_same_model

@@ -2,23 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_trl.models.flops import ModelSize
 from nabla_trl.models.options import PromptOptions, Sampling
-from nabla_trl.models.prompts import NEXT_QUESTION, check_prompt, opens_thinking, tokenize_prompt, uses_few_shot
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.prompts import (
+    NEXT_QUESTION,
+    PromptTooLong,
+    check_prompt,
+    opens_thinking,
+    tokenize_prompt,
+    uses_few_shot,
+)
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.identity import hash_json
 
 THINK_TAG = "<think>"  # put before the text of a response that begins inside a think block
+
+
+@dataclass
+class GenerationRequest:
+    """A request for one continuation.
+
+    Attributes:
+        cost_key: key that the FLOP counter charges, usually the problem id.
+        prefix_ids: ids to continue: the prompt, or the prompt and the beginning of a response. Never empty.
+        rng: random numbers for this continuation alone. Unused when decoding is greedy.
+        max_new_tokens: at least 1.
+        cache: kv row of `prefix_ids[:-1]`. None: `generate_continuations` computes it.
+        stop_strings: strings that end the response, besides the policy's stop tokens.
+        response_tokens_in_prefix: how many tokens at the end of the prefix belong to the response. A stop string may
+            begin in them.
+        should_stop: called once with every new token, in order. True ends the continuation, as a stop token does.
+    """
+
+    cost_key: str
+    prefix_ids: list[int]
+    rng: np.random.Generator | None
+    max_new_tokens: int
+    cache: Tensor | None = None
+    stop_strings: tuple[str, ...] = ()
+    response_tokens_in_prefix: int = 0
+    should_stop: Callable[[int], bool] | None = None
+
+    def get_rng(self) -> np.random.Generator:
+        """Return the random numbers of a sampled continuation."""
+        if self.rng is None:
+            raise ValueError("sampling needs a random stream for every request: set rng")
+        return self.rng
+
+    def get_cache(self) -> Tensor:
+        """Return the cache of a request whose prefix has been prefilled."""
+        if self.cache is None:
+            raise RuntimeError("the request's prefix has no cache: call generate_continuations, which prefills it")
+        return self.cache
+
+    def join_response(self, new_ids: Sequence[int]) -> list[int]:
+        """Return the response's tokens so far: those in the prefix, then the new ones."""
+        return [*self.prefix_ids[len(self.prefix_ids) - self.response_tokens_in_prefix :], *new_ids]
+
+
+@dataclass
+class GenerationOutput:
+    """A continuation of T tokens.
+
+    Attributes:
+        ids: the T new tokens, a final stop token included.
+        finished: the last token is a stop token, or completes a stop string.
+        candidates: [T, K] long, the policy's K likeliest tokens at each position. The sampled token is one of them.
+        logp: [T, K] float32, log π of the candidates (temperature 1, no filter). −inf for forbidden tokens.
+        log_importance_weight: [T, K] log π − log q of the candidates, where q is the sampler, both normalized over
+            the allowed tokens. inf where q is 0. None where q = π, or if it was not asked for.
+        cache: kv row of `prefix_ids + ids[:-1]`. None if it was not asked for.
+    """
+
+    ids: list[int]
+    finished: bool
+    candidates: Tensor
+    logp: Tensor
+    log_importance_weight: Tensor | None = None
+    cache: Tensor | None = None
+
+    def get_cache(self) -> Tensor:
+        """Return the cache of an output made with `return_cache`."""
+        if self.cache is None:
+            raise RuntimeError("the output has no cache: generate it with return_cache")
+        return self.cache
+
+    def get_log_importance_weight(self) -> Tensor:
+        """Return the weights of an output made with `return_log_importance_weight` by a sampler that is not π."""
+        if self.log_importance_weight is None:
+            raise RuntimeError("the output has no log_importance_weight: its sampler is π itself")
+        return self.log_importance_weight
 
 
 class GenerationBackend(Protocol):
@@ -41,21 +124,52 @@ class GenerationBackend(Protocol):
     def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[Tensor]:
         """Return the kv row of each sequence, which may be empty."""
 
-    def generate(
+    def open_session(
         self,
         policy: Policy,
-        requests: Sequence[GenerationRequest],
         sampling: Sampling,
         *,
+        max_sequences: int = 256,
         top_k_candidates: int = 1,
         return_cache: bool = False,
         return_log_importance_weight: bool = False,
-    ) -> list[GenerationOutput]:
-        """Generate one batch of requests whose prefixes have been prefilled (see `generate_continuations`).
+    ) -> GenerationSession:
+        """Return a session for requests with these options.
+
+        Args:
+            max_sequences: sequences that are generated together at most.
+            top_k_candidates, return_cache, return_log_importance_weight: as for `generate_continuations`.
 
         Raises:
-            ValueError: an option or a request that this back end does not support.
+            ValueError: an option that this back end does not support.
         """
+
+
+class GenerationSession(Protocol):
+    """Requests of one kind that a back end works on. They join and leave at any time."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Return how many submitted requests have no output yet."""
+
+    def submit(self, tag: Hashable, request: GenerationRequest) -> None:
+        """Begin a request whose prefix has been prefilled.
+
+        Args:
+            tag: given back with the output.
+
+        Raises:
+            ValueError: a request that this back end does not support.
+        """
+
+    def step(self) -> list[tuple[Hashable, GenerationOutput | Exception]]:
+        """Go on with all requests, and return the tags and outputs (or errors) of those that have ended."""
+
+    def cancel(self, tags: Collection[Hashable]) -> None:
+        """Drop requests and whatever has been generated for them."""
+
+    def list_requests(self) -> list[tuple[Hashable, GenerationRequest]]:
+        """Return the requests that have no output yet, with their tags."""
 
 
 @dataclass
@@ -100,8 +214,18 @@ class Policy:
             ValueError: the prompt is empty, holds unknown characters, is refused by the chat template, or needs
                 worked examples that the problem does not have.
         """
+        num_bytes = sum(len(message["content"].encode(errors="replace")) for message in problem.build_messages())
+        if num_bytes > self.context_length * self._max_token_bytes:  # without tokenizing megabytes
+            raise PromptTooLong(
+                f"{problem.id}: the prompt has {num_bytes} bytes, more than {self.name} can read within its "
+                f"context of {self.context_length} tokens"
+            )
         ids = tokenize_prompt(self.tokenizer, problem, self.prompt_options)
         return check_prompt(ids, problem, self.tokenizer, name=self.name, context_length=self.context_length)
+
+    @cached_property
+    def _max_token_bytes(self) -> int:
+        return max(len(token.encode()) for token in self.tokenizer.get_vocab())
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

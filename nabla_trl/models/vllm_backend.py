@@ -22,27 +22,23 @@ import math
 import os
 import random
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
-from typing import Any, ClassVar, TypeVar
+from threading import Event, Lock, Thread
+from typing import Any, ClassVar
 
 import httpx2
 import torch
 from torch import Tensor
 
 from nabla_trl.models import kv_cache
-from nabla_trl.models.generation import build_warpers, make_rng
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy, get_context_length
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy, get_context_length
 from nabla_trl.models.prompts import tokenize_prompt
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.sampling import build_warpers, make_rng
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.formatting import format_error
-
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
 
 VLLM_MIN_LOGP = -9999.0  # what vLLM writes for −inf, which JSON cannot
 FORBIDDEN_LOGIT_BIAS = -100.0  # the lowest bias that vLLM takes: a factor of e^−100
@@ -57,19 +53,21 @@ LOGP_TOLERANCE = {torch.float64: 0.01, torch.float32: 0.01, torch.float16: 0.03,
 
 RETRY_STATUSES = (429, 500, 502, 503, 504)  # a retry may succeed. Any other refusal is final
 MAX_BACKOFF_SECONDS = 30.0
+MAX_STEP_SECONDS = 1.0  # that a step waits for an output
 
 
 @dataclass(frozen=True)
 class VllmBackend:
-    """Generates with a vLLM server (see `GenerationBackend`).
+    """Generates with vLLM servers (see `GenerationBackend`).
 
     Attributes:
+        clients: one per server. All serve the same model.
         model_name: the policy's name, under which the server lists the model.
         context_length: longest sequence (tokens) that the server takes.
         max_concurrent_requests: requests under way together. vLLM batches them.
     """
 
-    client: HttpClient
+    clients: tuple[HttpClient, ...]
     model_name: str
     context_length: int
     vllm_version: str
@@ -87,56 +85,32 @@ class VllmBackend:
     def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[Tensor]:
         return [kv_cache.make_empty_cache(policy.model)] * len(sequences)
 
-    def generate(
+    def open_session(
         self,
         policy: Policy,
-        requests: Sequence[GenerationRequest],
         sampling: Sampling,
         *,
+        max_sequences: int = 256,
         top_k_candidates: int = 1,
         return_cache: bool = False,
         return_log_importance_weight: bool = False,
-    ) -> list[GenerationOutput]:
-        """Send all requests at once.
+    ) -> VllmSession:
+        """Return a session whose requests are sent as they come.
 
         Candidates are vLLM's likeliest tokens. Where a forbidden one is among them its log π is −inf, and fewer than
         `top_k_candidates` can be used. (Transformers goes on to the next likeliest.)
 
         Raises:
-            ConnectionError: the server fails or does not answer, at every try.
-            ValueError: an option that the server does not support, or an answer that is not what was asked for.
+            ValueError: an option that the server does not support.
         """
         if return_log_importance_weight and build_warpers(sampling):
             raise ValueError(
                 "a vLLM server does not return the log-probabilities of its sampler: metropolis with vllm_url needs "
                 "temperature 1, and no top_k, top_p or min_p"
             )
-        if any(request.should_stop for request in requests):
-            raise ValueError("a vLLM server generates whole responses, and cannot stop after a step: omit vllm_url")
-        num_candidates = min(top_k_candidates, len(policy.forbidden_mask))
-        shared_body = self._build_shared_body(policy, sampling, num_candidates)
-        bodies = [shared_body | _build_request_body(request, sampling) for request in requests]
+        return VllmSession(self, policy, sampling, min(top_k_candidates, len(policy.forbidden_mask)))
 
-        def complete(index: int, stop_event: Event) -> GenerationOutput:
-            try:
-                answer = self.client.request_json("/v1/completions", bodies[index], stop_event)
-            except ValueError as error:
-                if "logprobs" not in str(error) or "max allowed" not in str(error):
-                    raise
-                hint = f"{num_candidates} candidates need vllm serve --max-logprobs {num_candidates}"
-                raise ValueError(f"{error}: {hint}") from error
-            try:
-                return _parse_output(policy, requests[index], answer, num_candidates)
-            except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{self.client.url} does not answer as vLLM does: {type(error).__name__} {error}"
-                ) from error
-            except ValueError as error:
-                raise ValueError(f"{self.client.url}: {error}") from error
-
-        return run_concurrently(complete, range(len(requests)), self.max_concurrent_requests)
-
-    def _build_shared_body(self, policy: Policy, sampling: Sampling, num_candidates: int) -> dict[str, Any]:
+    def build_shared_body(self, policy: Policy, sampling: Sampling, num_candidates: int) -> dict[str, Any]:
         """Return what all requests share. Everything is set, because a generation config may change the defaults."""
         num_rows = len(policy.forbidden_mask)
         # A bias instead of `allowed_token_ids`: a few tokens instead of a whole vocabulary in every request.
@@ -158,6 +132,117 @@ class VllmBackend:
             "return_tokens_as_token_ids": True,  # in the table of candidates, which otherwise is by text
             **({"logit_bias": bias} if bias else {}),
         }
+
+
+class VllmSession:
+    """Requests of one kind on their way to the servers (see `GenerationSession`).
+
+    Each goes to the server with the fewest requests under way. One that a dead server had goes to the others.
+    """
+
+    def __init__(self, backend: VllmBackend, policy: Policy, sampling: Sampling, num_candidates: int):
+        self.backend, self.policy, self.sampling, self.num_candidates = backend, policy, sampling, num_candidates
+        self.shared_body = backend.build_shared_body(policy, sampling, num_candidates)
+        self._requests: dict[Hashable, GenerationRequest] = {}
+        self._stop_events: dict[Hashable, Event] = {}
+        self._todo: SimpleQueue[Hashable] = SimpleQueue()
+        self._done: SimpleQueue[tuple[Hashable, GenerationOutput | Exception]] = SimpleQueue()
+        self._lock = Lock()
+        self._num_threads = 0
+        self._load = dict.fromkeys(backend.clients, 0)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    def list_requests(self) -> list[tuple[Hashable, GenerationRequest]]:
+        return list(self._requests.items())
+
+    def submit(self, tag: Hashable, request: GenerationRequest) -> None:
+        if request.should_stop:
+            raise ValueError("a vLLM server generates whole responses, and cannot stop after a step: omit vllm_url")
+        if self.sampling.temperature > 0:
+            request.get_rng()
+        self._requests[tag], self._stop_events[tag] = request, Event()
+        self._todo.put(tag)
+        with self._lock:
+            # Daemons, and no ThreadPoolExecutor: a time-out of minutes must delay neither an error nor Ctrl-C.
+            if self._num_threads < self.backend.max_concurrent_requests:
+                self._num_threads += 1
+                Thread(target=self._work, daemon=True).start()
+
+    def step(self) -> list[tuple[Hashable, GenerationOutput | Exception]]:
+        """Wait for the next outputs, a second at most."""
+        ended: list[tuple[Hashable, GenerationOutput | Exception]] = []
+        timeout: float | None = MAX_STEP_SECONDS
+        while True:
+            try:
+                tag, output = self._done.get(timeout=timeout) if timeout else self._done.get_nowait()
+            except Empty:
+                return ended
+            timeout = None
+            if self._requests.pop(tag, None) is not None:  # it was not cancelled
+                del self._stop_events[tag]
+                ended.append((tag, output))
+
+    def cancel(self, tags: Collection[Hashable]) -> None:
+        for tag in tags:
+            if self._requests.pop(tag, None) is not None:
+                self._stop_events.pop(tag).set()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                try:
+                    tag = self._todo.get_nowait()
+                except Empty:
+                    self._num_threads -= 1
+                    return
+            request, stop_event = self._requests.get(tag), self._stop_events.get(tag)
+            if request is None or stop_event is None:
+                continue
+            try:
+                self._done.put((tag, self._complete(request, stop_event)))
+            except Exception as error:
+                self._done.put((tag, error))
+
+    def _complete(self, request: GenerationRequest, stop_event: Event) -> GenerationOutput:
+        """Send a request to the least busy server, and to the next one if that is dead.
+
+        Raises:
+            ConnectionError: no server answers, at every try.
+            ValueError: an answer that is not what was asked for.
+        """
+        body = self.shared_body | _build_request_body(request, self.sampling)
+        while True:
+            with self._lock:
+                client = min(self._load, key=self._load.__getitem__)
+                self._load[client] += 1
+            try:
+                return self._parse(client, request, client.request_json("/v1/completions", body, stop_event))
+            except ConnectionError:
+                with self._lock:
+                    self._load.pop(client, None)
+                    if not self._load:
+                        self._load = dict.fromkeys(self.backend.clients, 0)  # for requests that come later
+                        raise
+            except ValueError as error:
+                if "logprobs" not in str(error) or "max allowed" not in str(error):
+                    raise
+                hint = f"{self.num_candidates} candidates need vllm serve --max-logprobs {self.num_candidates}"
+                raise ValueError(f"{error}: {hint}") from error
+            finally:
+                with self._lock:
+                    if client in self._load:
+                        self._load[client] = max(0, self._load[client] - 1)
+
+    def _parse(self, client: HttpClient, request: GenerationRequest, answer: Any) -> GenerationOutput:
+        try:
+            return _parse_output(self.policy, request, answer, self.num_candidates)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"{client.url} does not answer as vLLM does: {type(error).__name__} {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{client.url}: {error}") from error
 
 
 def _list_forbidden_ids(policy: Policy) -> list[int]:
@@ -236,21 +321,25 @@ def _rank_candidates(
 def connect_vllm(
     policy: Policy, url: str, *, timeout: float = 600.0, retries: int = 4, backoff: float = 0.5
 ) -> Policy:
-    """Return the same policy with the vLLM server at `url` as its back end.
+    """Return the same policy with one or several vLLM servers as its back end.
 
     Args:
+        url: of the server, or several URLs separated by commas.
         timeout, retries, backoff: see `HttpClient`.
 
     Raises:
         ConnectionError: no answer.
         ValueError: no vLLM server, or one with another model, tokenizer or weights. The difference is named.
     """
-    client = HttpClient(url, timeout=timeout, retries=retries, backoff=backoff)
-    context_length = _fetch_context_length(client, policy.name)
-    _check_tokenizer(client, policy)
-    backend = VllmBackend(client, policy.name, context_length, str(_fetch_field(client, "/version", "version")))
-    _check_weights(policy, backend)
-    return replace(policy, backend=backend)
+    clients = tuple(
+        HttpClient(one.strip(), timeout=timeout, retries=retries, backoff=backoff) for one in url.split(",")
+    )
+    context_length = min(_fetch_context_length(client, policy.name) for client in clients)
+    version = str(_fetch_field(clients[0], "/version", "version"))
+    for client in clients:
+        _check_tokenizer(client, policy)
+        _check_weights(policy, VllmBackend((client,), policy.name, context_length, version))
+    return replace(policy, backend=VllmBackend(clients, policy.name, context_length, version))
 
 
 def _fetch_field(client: HttpClient, path: str, name: str, body: dict[str, Any] | None = None) -> Any:
@@ -292,7 +381,13 @@ def _check_weights(policy: Policy, backend: VllmBackend) -> None:
     """Refuse a server whose log-probabilities along a response of its own are not those of the model here."""
     prompt_ids = tokenize_prompt(policy.tokenizer, CHECK_PROBLEM)
     request = GenerationRequest("probe", prompt_ids, make_rng(0, "probe"), CHECK_MAX_NEW_TOKENS)
-    [output] = backend.generate(policy, [request], CHECK_SAMPLING, top_k_candidates=CHECK_TOP_K_CANDIDATES)
+    session = backend.open_session(policy, CHECK_SAMPLING, top_k_candidates=CHECK_TOP_K_CANDIDATES)
+    session.submit(0, request)
+    while not (ended := session.step()):
+        pass
+    [(_, output)] = ended
+    if isinstance(output, Exception):
+        raise output
     ids = torch.tensor([prompt_ids + output.ids], device=policy.device)
     logits = policy.model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1].float()
     difference = (output.logp - logits.log_softmax(-1).cpu().gather(1, output.candidates)).abs()
@@ -301,7 +396,7 @@ def _check_weights(policy: Policy, backend: VllmBackend) -> None:
     if not mean <= LOGP_TOLERANCE[dtype]:  # NaN too
         kind = str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"{backend.client.url} gives other log-probabilities than {policy.name} in {kind} does here: "
+            f"{backend.clients[0].url} gives other log-probabilities than {policy.name} in {kind} does here: "
             f"{mean:.3g} apart on average, at most {LOGP_TOLERANCE[dtype]:g} is expected. It may have other weights, "
             f"or was started without --dtype {kind} or --logprobs-mode raw_logprobs"
         )
@@ -389,43 +484,3 @@ def _extract_error_message(response: httpx2.Response) -> str:
     except (ValueError, KeyError, TypeError):
         text = response.text
     return format_error(ValueError(text or "no message"))
-
-
-def run_concurrently(
-    function: Callable[[ItemT, Event], ResultT], items: Sequence[ItemT], num_threads: int
-) -> list[ResultT]:
-    """Return `function(item, stop_event)` of every item. The first error sets the event and is raised at once.
-
-    Calls under way are not waited for, and the threads are daemons: a time-out of minutes must delay neither the error
-    nor Ctrl-C. That is why this is no ThreadPoolExecutor.
-    """
-    todo: SimpleQueue[int] = SimpleQueue()
-    done: SimpleQueue[tuple[int, ResultT] | Exception] = SimpleQueue()
-    stop_event = Event()
-
-    def work() -> None:
-        while not stop_event.is_set():
-            try:
-                index = todo.get_nowait()
-            except Empty:
-                return
-            try:
-                done.put((index, function(items[index], stop_event)))
-            except Exception as error:
-                done.put(error)
-                stop_event.set()
-
-    for index in range(len(items)):
-        todo.put(index)
-    for _ in range(min(num_threads, len(items))):
-        Thread(target=work, daemon=True).start()
-    results: dict[int, ResultT] = {}
-    try:
-        while len(results) < len(items):
-            result = done.get()
-            if isinstance(result, Exception):
-                raise result
-            results[result[0]] = result[1]
-    finally:
-        stop_event.set()
-    return [results[index] for index in range(len(items))]

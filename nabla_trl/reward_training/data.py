@@ -22,9 +22,9 @@ from nabla_trl.gradient.objectives import DrawInfo, Objective, Sample
 from nabla_trl.gradient.score import ScoreObjective
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models import kv_cache
-from nabla_trl.models.generation import compute_top_candidates
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
+from nabla_trl.models.sampling import compute_top_candidates
 from nabla_trl.reward_training.labels import TokenLabeler
 from nabla_trl.rewards.reward import Verifier
 from nabla_trl.tasks.problem import Problem

@@ -22,8 +22,9 @@ from nabla_trl.gradient.objectives import EncodedSample, Objective
 from nabla_trl.gradient.relaxation import compute_replaceable_mask
 from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models.flops import FlopCounter, ModelSize
-from nabla_trl.models.generation import make_rng, prefill_prompts
+from nabla_trl.models.generation import prefill_prompts
 from nabla_trl.models.policy import Policy
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import solvers
 from nabla_trl.search.config import SearchConfig

@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
-from nabla_trl.models.generation import find_token_columns
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput
+from nabla_trl.models.policy import GenerationOutput, Policy
+from nabla_trl.models.sampling import find_token_columns
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Revision
 

@@ -1,5 +1,5 @@
 """Answer HTTP requests in the format of OpenAI's chat completions, with one search for many requests at once.
 
-Hands out: `Engine`, `ServerLimits`, `ChatService`, `run_server`.
-May import: utils, tasks, models, rewards, traces, search.
+Hands out: `SearchService`, `ServerLimits`, `ChatService`, `run_server`.
+May import: utils, tasks, models, rewards, engine, traces, search.
 """

@@ -83,6 +83,7 @@ class ServerLimits:
         default_config: configuration of a request without options. Its `max_new_tokens` is also the upper limit.
         max_request_flops: largest FLOPs budget of a request. Requests without a budget get this budget if
             `default_config` has none. 0 sets no limit.
+        max_request_rounds: most rounds that a request may ask for, if `default_config` has no more.
 
     Raises:
         ValueError: `default_config` has a larger budget, or cannot have a budget.
@@ -91,6 +92,7 @@ class ServerLimits:
     model_name: str
     default_config: SearchConfig
     max_request_flops: float = 0.0
+    max_request_rounds: int = 256
 
     def __post_init__(self) -> None:
         if not self.max_request_flops >= 0:
@@ -212,6 +214,10 @@ def _check_limits(values: Mapping[str, Any], limits: ServerLimits) -> None:
     if max_flops and "max_flops" in values and not 0 < values["max_flops"] <= max_flops:
         message = f"max_flops is limited to {max_flops:g} per problem on this server, and must be above 0"
         raise ApiError(400, message, param="max_flops", code="invalid_value")
+    max_rounds = max(limits.max_request_rounds, limits.default_config.max_rounds)
+    if values.get("max_rounds", 0) > max_rounds:
+        message = f"max_rounds is limited to {max_rounds} on this server"
+        raise ApiError(400, message, param="max_rounds", code="invalid_value")
 
 
 def _read_messages(value: Any) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Address
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -36,10 +37,10 @@ from nabla_trl.serving.api import (
     parse_request,
 )
 from nabla_trl.serving.service import (
-    Engine,
     ProgressCallback,
     QueueFull,
     SearchProgress,
+    SearchService,
     ServerStopping,
     make_request_problem,
 )
@@ -162,16 +163,21 @@ class ChatService:
     """The HTTP handlers.
 
     Args:
-        engine: runs the searches.
+        searches: runs the searches.
         limits: default configuration and limits of requests.
         api_key: bearer token that every request except /health must send. None accepts all requests.
         request_timeout: seconds from the headers of a request to its answer.
     """
 
     def __init__(
-        self, engine: Engine, limits: ServerLimits, *, api_key: str | None = None, request_timeout: float = 600.0
+        self,
+        searches: SearchService,
+        limits: ServerLimits,
+        *,
+        api_key: str | None = None,
+        request_timeout: float = 600.0,
     ):
-        self.engine, self.limits, self.api_key, self.request_timeout = engine, limits, api_key, request_timeout
+        self.searches, self.limits, self.api_key, self.request_timeout = searches, limits, api_key, request_timeout
         self.created = int(time.time())
 
     def build_app(self) -> Starlette:
@@ -193,9 +199,9 @@ class ChatService:
 
     async def get_health(self, request: Request) -> Response:
         """Answer GET /health."""
-        waiting, running = self.engine.count_requests()
-        state = {"status": "ok" if self.engine.is_alive else "stopping", "waiting": waiting, "running": running}
-        return JSONResponse(state, 200 if self.engine.is_alive else 503)
+        waiting, running = self.searches.count_requests()
+        state = {"status": "ok" if self.searches.is_alive else "stopping", "waiting": waiting, "running": running}
+        return JSONResponse(state, 200 if self.searches.is_alive else 503)
 
     async def list_models(self, request: Request) -> Response:
         """Answer GET /v1/models."""
@@ -219,7 +225,7 @@ class ChatService:
         chat_request = parse_request(parse_json(body), self.limits)
         completion = ChatCompletion(self.limits.model_name, chat_request)
         progress_stream = ProgressStream(
-            lambda on_progress: self.submit_chat_request(chat_request, on_progress), request, deadline
+            lambda on_progress: self.submit_chat_request(chat_request, on_progress, request.client), request, deadline
         )
         if not chat_request.stream:
             with progress_stream:
@@ -231,16 +237,24 @@ class ChatService:
             raise
         return EventStream(_stream_events(completion, first, progress_stream), progress_stream)
 
-    def submit_chat_request(self, chat_request: ChatRequest, on_progress: ProgressCallback) -> Future[Trace]:
-        """Submit a request to the engine.
+    def submit_chat_request(
+        self, chat_request: ChatRequest, on_progress: ProgressCallback, address: Address | None
+    ) -> Future[Trace]:
+        """Submit a request.
+
+        Args:
+            address: of the client. Waiting requests of clients with fewer running searches come first.
 
         Raises:
             ApiError: 429 if the queue is full, 503 if the server shuts down.
         """
         problem = make_request_problem(chat_request.messages, chat_request.seed)
         try:
-            return self.engine.submit_request(
-                problem, chat_request.config, on_progress if chat_request.stream else None
+            return self.searches.submit_request(
+                problem,
+                chat_request.config,
+                on_progress if chat_request.stream else None,
+                client=None if address is None else address.host,
             )
         except QueueFull as error:
             code, headers = "rate_limit_exceeded", {"Retry-After": "1"}
@@ -335,7 +349,7 @@ class ChatServer(uvicorn.Server):
                 lifespan="off",
             )
         )
-        self.engine, self.on_started = service.engine, on_started
+        self.searches, self.on_started = service.searches, on_started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to accept connections, and call `on_started`."""
@@ -344,7 +358,7 @@ class ChatServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse the waiting requests, and wait for the running ones."""
-        self.engine.stop()
+        self.searches.stop()
         await super().shutdown(sockets)
 
 
@@ -360,5 +374,5 @@ def run_server(service: ChatService, listener: socket.socket, on_started: Callab
     try:
         ChatServer(service, on_started).run(sockets=[listener])
     finally:
-        service.engine.stop()
-        service.engine.join()
+        service.searches.stop()
+        service.searches.join()

@@ -1,29 +1,32 @@
-"""Solve the requests of many threads in batches, with a queue and one search thread.
+"""Search for the requests of many threads at once: one engine, driven by one thread.
 
-Requests with the same configuration share one batch of the search, in order of arrival. The result of a request does
-not depend on its batch. Its seed is part of the id of its problem, and this id selects the random numbers of every
-draw, so one seed of the search serves requests of all seeds. HTTP is in `nabla_trl.serving.asgi`.
+A request joins the running searches as soon as there is a place, whatever its options are, and leaves when its own
+search has ended. Its result does not depend on the others. Its seed is part of the id of its problem, and this id
+selects the random numbers of every draw, so one seed of the search serves requests of all seeds. HTTP is in
+`nabla_trl.serving.asgi`.
 
 The caller of a request holds a `concurrent.futures.Future`. Cancelling the future removes the request from the queue,
-or ends its search at the next round.
+or ends its search.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Condition, Thread
 
+from nabla_trl.engine.engine import Engine
+from nabla_trl.engine.scheduler import Task
 from nabla_trl.models.policy import Policy
+from nabla_trl.models.prompts import PromptTooLong
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import Search
 from nabla_trl.search.reasoner import as_problem
-from nabla_trl.search.state import SearchState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.formatting import format_error
@@ -43,7 +46,7 @@ class QueueFull(RuntimeError):
 
 
 class ServerStopping(RuntimeError):
-    """The engine is shutting down and starts no further search."""
+    """The service is shutting down and starts no further search."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,15 @@ def make_request_problem(messages: list[dict[str, str]], seed: int) -> Problem:
 
 @dataclass(frozen=True, eq=False)
 class PendingRequest:
-    """A request in the queue or in the running search.
+    """A request in the queue or in a running search.
 
-    The engine's thread calls `on_progress`, which must neither block nor raise.
+    The service's thread calls `on_progress`, which must neither block nor raise.
     """
 
     problem: Problem
     config: SearchConfig
     on_progress: ProgressCallback | None
+    client: Hashable
     future: Future[Trace] = field(default_factory=Future)
 
     def set_outcome(self, outcome: Trace | Exception) -> None:
@@ -102,44 +106,94 @@ class PendingRequest:
                 self.future.set_exception(outcome)
 
 
-RequestBatch = dict[str, list[PendingRequest]]  # by problem id, as equal requests of equal seed share one search
+@dataclass(eq=False)
+class RunningSearch:
+    """One search, and the equal requests that wait for it."""
+
+    requests: list[PendingRequest]
+    num_reported: dict[int, int] = field(default_factory=dict)  # chain -> revisions that were reported
+    task: Task | None = None
+
+    def report_progress(self, search: Search) -> None:
+        """Report new incumbents. A chain accepts at most one revision per round."""
+        callbacks = [request.on_progress for request in _select_unfinished(self.requests) if request.on_progress]
+        for chain in search.chains:
+            num_reported = self.num_reported.get(chain.index)
+            accepted = [revision for revision in chain.revisions[num_reported or 0 :] if revision.accepted]
+            self.num_reported[chain.index] = len(chain.revisions)
+            if not callbacks or not (num_reported is None or accepted):
+                continue
+            last = accepted[-1] if accepted else None
+            progress = SearchProgress(
+                chain=chain.index,
+                round=last.round if last else None,
+                position=last.position if last else None,
+                reward_before=last.reward_before if last else None,
+                reward=chain.incumbent.reward,
+                flops=last.cumulative_flops if last else search.count_flops(),
+                text=search.policy.decode(chain.incumbent.response_ids),
+            )
+            for on_progress in callbacks:
+                on_progress(progress)
+
+    def deliver(self, task: Task) -> None:
+        """Hand the outcome of the search to its requests."""
+        if task.error is not None:
+            if not isinstance(task.error, PromptTooLong | ValueError):
+                log.error("a search failed", exc_info=task.error)
+            outcome: Trace | Exception = SearchFailed(format_error(task.error))
+        else:
+            outcome = task.result if task.result.error is None else SearchFailed(task.result.error)
+        _set_outcomes(self.requests, outcome)
 
 
-class Engine:
-    """Run one search at a time in a separate thread.
+class SearchService:
+    """Run searches in a separate thread.
 
     Args:
         max_queue: maximum number of waiting requests.
-        batch_window: seconds that a request waits for other requests to fill its batch.
+        max_running: maximum number of searches that run together. They share the engine's slots evenly, so a search
+            with a huge budget does not delay a small one by more than its share.
+        num_slots: sequences that the engine decodes together.
     """
 
-    def __init__(self, policy: Policy, reward: Reward, *, max_queue: int = 1000, batch_window: float = 0.01):
-        self.policy, self.reward, self.max_queue, self.batch_window = policy, reward, max_queue, batch_window
+    def __init__(
+        self, policy: Policy, reward: Reward, *, max_queue: int = 1000, max_running: int = 64, num_slots: int = 256
+    ):
+        self.policy, self.reward, self.max_queue, self.max_running = policy, reward, max_queue, max_running
+        self.engine = Engine(policy, reward, num_slots=num_slots)
         self._waiting_requests: list[PendingRequest] = []
-        self._running_requests: list[PendingRequest] = []
+        self._running: dict[tuple[str, str], RunningSearch] = {}
+        self._last_turn: dict[Hashable, int] = {}  # by client
+        self._turn = 0
         self._stopped = False
         self._condition = Condition()
-        self._thread = Thread(target=self._serve_batches, name="nabla_trl engine", daemon=True)
+        self._thread = Thread(target=self._serve, name="nabla_trl searches", daemon=True)
         self._thread.start()
 
     def submit_request(
-        self, problem: Problem, config: SearchConfig, on_progress: ProgressCallback | None = None
+        self,
+        problem: Problem,
+        config: SearchConfig,
+        on_progress: ProgressCallback | None = None,
+        client: Hashable = None,
     ) -> Future[Trace]:
         """Put a request into the queue.
 
         Args:
             problem: from `make_request_problem`. Requests with the same id and configuration share one search.
+            client: who asks. If requests wait, those of clients with fewer running searches come first.
 
         Returns:
             A future of a trace without an error. The future raises PromptTooLong or another ValueError for a request
-            that cannot be run, SearchFailed if the search of a valid request fails, and ServerStopping if the engine
+            that cannot be run, SearchFailed if the search of a valid request fails, and ServerStopping if the service
             stopped before the search began.
 
         Raises:
             QueueFull: the maximum number of requests is waiting.
-            ServerStopping: the engine has been stopped.
+            ServerStopping: the service has been stopped.
         """
-        request = PendingRequest(problem, config, on_progress)
+        request = PendingRequest(problem, config, on_progress, client)
         with self._condition:
             if self._stopped:
                 raise ServerStopping("the server is shutting down")
@@ -155,15 +209,15 @@ class Engine:
     def count_requests(self) -> tuple[int, int]:
         """Return the number of waiting and the number of running requests."""
         with self._condition:
-            return len(_select_unfinished(self._waiting_requests)), len(_select_unfinished(self._running_requests))
+            running = [request for search in self._running.values() for request in search.requests]
+            return len(_select_unfinished(self._waiting_requests)), len(_select_unfinished(running))
 
     @property
     def is_alive(self) -> bool:
-        """Return whether the engine accepts requests."""
         return self._thread.is_alive() and not self._stopped
 
     def stop(self) -> None:
-        """Refuse waiting and future requests. The running search continues to its end."""
+        """Refuse waiting and future requests. Running searches continue to their end."""
         with self._condition:
             self._stopped = True
             waiting, self._waiting_requests = self._waiting_requests, []
@@ -176,123 +230,70 @@ class Engine:
 
     # --- the thread -------------------------------------------------------------------------------------
 
-    def _serve_batches(self) -> None:
-        while (batch := self._take_next_batch()) is not None:
-            encodable = {key: requests for key, requests in batch.items() if self._is_encodable(requests)}
-            if encodable:
-                self._solve_batch(encodable)
+    def _serve(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._stopped or self._waiting_requests or self._running)
+                if self._stopped and not self._running:
+                    return
+                starting = self._take_requests()
+            for search in starting:
+                self._start(search)
+            for search in list(self._running.values()):
+                if not _select_unfinished(search.requests) and search.task is not None:
+                    self.engine.cancel(search.task)
+            self.engine.work()
 
-    def _take_next_batch(self) -> RequestBatch | None:
-        """Return the next batch, empty if all its requests were cancelled, or None once the engine is stopped."""
-        with self._condition:
-            self._running_requests = []
-            self._condition.wait_for(lambda: self._stopped or self._waiting_requests)
-            deadline = time.monotonic() + self.batch_window
-            while not self._stopped and not self._is_batch_full() and (seconds := deadline - time.monotonic()) > 0:
-                self._condition.wait(seconds)
-            if self._stopped:
-                return None
-            batch = self._collect_compatible_requests()
-            self._running_requests = [request for requests in batch.values() for request in requests]
-            self._waiting_requests = [
-                request for request in self._waiting_requests if request not in self._running_requests
-            ]
-            return batch
+    def _take_requests(self) -> list[RunningSearch]:
+        """Move waiting requests to running searches, as many as may run. Return the searches that begin."""
+        starting = []
+        waiting = _select_unfinished(self._waiting_requests)
+        self._waiting_requests = []
+        load = Counter(dict.fromkeys((request.client for request in waiting), 0))
+        load.update(search.requests[0].client for search in self._running.values())
+        while waiting:
+            # The client with the fewest running searches, of equals the one that has waited longest for its turn.
+            request = min(waiting, key=lambda request: (load[request.client], self._last_turn.get(request.client, 0)))
+            key = (request.problem.id, request.config.compute_hash())
+            if key not in self._running and len(self._running) >= self.max_running:
+                break
+            waiting.remove(request)
+            if key in self._running:
+                self._running[key].requests.append(request)
+            else:
+                self._running[key] = search = RunningSearch([request])
+                load[request.client] += 1
+                self._last_turn = {client: turn for client, turn in self._last_turn.items() if client in load}
+                self._last_turn[request.client] = self._turn = self._turn + 1
+                starting.append(search)
+        self._waiting_requests = waiting
+        return starting
 
-    def _is_batch_full(self) -> bool:
-        batch = self._collect_compatible_requests()
-        return bool(batch) and len(batch) >= self._waiting_requests[0].config.batch_size
+    def _start(self, search: RunningSearch) -> None:
+        request = search.requests[0]
+        key = (request.problem.id, request.config.compute_hash())
 
-    def _collect_compatible_requests(self) -> RequestBatch:
-        """Return the oldest request and all requests that can share its search."""
-        self._waiting_requests = _select_unfinished(self._waiting_requests)
-        batch: RequestBatch = {}
-        for request in self._waiting_requests:
-            config, key = self._waiting_requests[0].config, request.problem.id
-            if request.config == config and (key in batch or len(batch) < config.batch_size):
-                batch.setdefault(key, []).append(request)
-        return batch
+        def on_end(task: Task) -> None:
+            with self._condition:
+                del self._running[key]
+            self.engine.flop_counter.forget(request.problem.id)
+            if task.result is not None or task.error is not None:  # not cancelled
+                search.deliver(task)
 
-    def _is_encodable(self, requests: list[PendingRequest]) -> bool:
-        """Return whether policy and reward can encode the problem. If not, end its requests with the error."""
-        problem = requests[0].problem
         try:
-            self.reward.compute_max_new_tokens(problem, self.policy.encode(problem))
-        except ValueError as error:
-            _set_outcomes(requests, error)
+            self.reward.compute_max_new_tokens(request.problem, self.policy.encode(request.problem))
         except Exception as error:
-            log.exception("a prompt could not be encoded")
-            _set_outcomes(requests, SearchFailed(format_error(error)))
-        else:
-            return True
-        return False
-
-    def _solve_batch(self, batch: RequestBatch) -> None:
-        """Search for a batch. If the search fails, search again for each problem alone."""
-        first = next(iter(batch.values()))[0]
-        try:
-            search = StreamingSearch(self.policy, self.reward, first.config, batch)
-            for trace in search.refine_batch([requests[0].problem for requests in batch.values()]):
-                search.deliver_trace(trace)
-        except Exception as error:
-            log.exception("a search for %d problems failed", len(batch))
-            # A vLLM server that does not answer was called repeatedly. It would fail each problem as slowly.
-            if len(batch) == 1 or isinstance(error, ConnectionError):
-                for requests in batch.values():
-                    _set_outcomes(requests, SearchFailed(format_error(error)))
-                return
-            for key, requests in batch.items():
-                if _select_unfinished(requests):
-                    self._solve_batch({key: requests})
-
-
-class StreamingSearch(Search):
-    """A search that reports progress, delivers each trace when it is complete, and ends cancelled problems."""
-
-    def __init__(self, policy: Policy, reward: Reward, config: SearchConfig, batch: RequestBatch):
-        super().__init__(policy, reward, config, SEARCH_SEED)
-        self.batch = batch
-        self.num_reported_revisions: dict[tuple[str, int], int] = {}  # by problem id and chain
-
-    def update_active_chains(self) -> list[SearchState]:
-        """Return the chains that continue. The search calls this before each round, and after the last one."""
-        for key, chains in self.chains_by_problem.items():
-            if not _select_unfinished(self.batch[key]):
-                for chain in chains:
-                    chain.stop_reason = "cancelled"
-        active = super().update_active_chains()
-        for key, chains in self.chains_by_problem.items():
-            for chain in chains:
-                self.report_progress(self.batch[key], chain)
-        for key in self.chains_by_problem.keys() - {chain.problem.id for chain in active}:
-            if _select_unfinished(self.batch[key]):
-                self.deliver_trace(self.build_trace(self.chains_by_problem[key]))
-        return active
-
-    def report_progress(self, requests: list[PendingRequest], chain: SearchState) -> None:
-        """Report a new incumbent of a chain. A chain accepts at most one revision per round."""
-        callbacks = [request.on_progress for request in _select_unfinished(requests) if request.on_progress]
-        num_reported = self.num_reported_revisions.get((chain.problem.id, chain.index))
-        accepted = [revision for revision in chain.revisions[num_reported or 0 :] if revision.accepted]
-        self.num_reported_revisions[chain.problem.id, chain.index] = len(chain.revisions)
-        if not callbacks or not (num_reported is None or accepted):
+            with self._condition:
+                del self._running[key]
+            is_refusal = isinstance(error, ValueError)
+            if not is_refusal:
+                log.exception("a prompt could not be encoded")
+            _set_outcomes(search.requests, error if is_refusal else SearchFailed(format_error(error)))
             return
-        last = accepted[-1] if accepted else None
-        progress = SearchProgress(
-            chain=chain.index,
-            round=last.round if last else None,
-            position=last.position if last else None,
-            reward_before=last.reward_before if last else None,
-            reward=chain.incumbent.reward,
-            flops=last.cumulative_flops if last else self.flop_counter.get_cost(chain.problem.id).flops,
-            text=self.policy.decode(chain.incumbent.response_ids),
-        )
-        for on_progress in callbacks:
-            on_progress(progress)
-
-    def deliver_trace(self, trace: Trace) -> None:
-        """Set the trace, or its error, as the outcome of the problem's requests."""
-        _set_outcomes(self.batch[trace.problem_id], trace if trace.error is None else SearchFailed(trace.error))
+        run = Search(request.problem, self.engine, request.config, SEARCH_SEED, search.report_progress).run()
+        # Each search owns its requests to the engine: slots are shared evenly by search.
+        search.task = Task(request.problem.id, run, owner=search, on_end=on_end)
+        self.engine.add(search.task)
 
 
 def _select_unfinished(requests: Sequence[PendingRequest]) -> list[PendingRequest]:

@@ -22,12 +22,12 @@ from transformers import TrainerCallback
 from nabla_trl.gradient.likelihood import policy_likelihood
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.decoding import TransformersBackend
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import generate_continuations, make_rng
+from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
-from nabla_trl.models.transformers_backend import TransformersBackend
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward, Verifier
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.statistics import paired_difference

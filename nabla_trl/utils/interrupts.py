@@ -146,3 +146,35 @@ def get_current_command() -> str:
         if script and Path(script).resolve() == Path(command[1]).resolve():
             command = [name, *command[2:]]
     return shlex.join(command)
+
+
+def end_with_launcher(poll_seconds: float = 1.0) -> None:
+    """End this process soon after its launcher has ended, as after `kill -9` of `accelerate launch`.
+
+    Without its launcher a process would wait for the other processes for as long as the process group allows, and hold
+    the port that the next launch needs. Rows and traces survive a kill at any moment. A process that neither
+    `accelerate launch` nor torchrun started as one of several is left alone.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher_id = os.getppid()
+
+    def watch() -> None:
+        if not _has_ended(launcher_id):
+            while os.getppid() == launcher_id:
+                time.sleep(poll_seconds)
+        print(f"process {os.getpid()} ends, because its launcher has ended", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+def _has_ended(launcher_id: int) -> bool:
+    """Whether the launcher had ended before this process asked for it, so that a system process is its parent."""
+    try:
+        command = psutil.Process(launcher_id).cmdline()
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+    return not any(name in word for word in command for name in ("python", "launch", "torch"))

@@ -22,12 +22,12 @@ from trl import SFTConfig, SFTTrainer
 
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import generate_continuations, make_rng
+from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.loading import freeze_policy, load_model, load_tokenizer
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
+from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.prompts import tokenize_prompt
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.tasks import digit_chains
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.training.peft import LoraArguments, build_lora_config

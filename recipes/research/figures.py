@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from nabla_trl.gradient.token_gradient import compute_token_gradient
-from nabla_trl.models.generation import generate_continuations
+from nabla_trl.models.decoding import SlotDecoder
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.loop import run_search
 
 # The stages of a search. None of these functions calls another.
 STAGE_FUNCTIONS: dict[str, Callable[..., object]] = {
-    "decoding": generate_continuations,
+    "decoding": SlotDecoder.step,
     "scoring": Reward.score,
     "gradients": compute_token_gradient,
 }

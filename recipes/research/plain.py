@@ -31,9 +31,9 @@ from nabla_trl.gradient.likelihood import policy_likelihood
 from nabla_trl.gradient.objectives import Objective, Sample
 from nabla_trl.gradient.score import ScoreObjective
 from nabla_trl.models.flops import FlopCounter, ModelSize
-from nabla_trl.models.generation import generate_continuations, make_rng
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.generation import generate_continuations
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.options import SequentialProposals, SteSolver

@@ -23,10 +23,10 @@ from nabla_trl.audit.gradient import (
 from nabla_trl.audit.swaps import SampledResponse, choose_swaps, draw_responses, measure_swaps
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import find_token_columns
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.options import GradientPoint, Sampling
 from nabla_trl.models.policy import Policy
+from nabla_trl.models.sampling import find_token_columns
 from nabla_trl.reward_training.labels import TokenLabeler
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward

@@ -13,10 +13,10 @@ import pytest
 import torch
 import worlds
 
-from nabla_trl.baselines import step_tree
 from nabla_trl.baselines.step_config import StepSearchConfig
 from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS, _NodeValues
 from nabla_trl.baselines.step_tree import StepNode, create_step_finder, run_step_search
+from nabla_trl.engine.engine import Engine
 from nabla_trl.evaluation.method import Method, get_max_selection_size, parse_methods, sort_methods
 from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_step_search_settings, plan_jobs
 from nabla_trl.evaluation.rows import Row, RowStore
@@ -25,10 +25,10 @@ from nabla_trl.gradient.objectives import Sample
 from nabla_trl.gradient.step_ends import StepFinder
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import generate_continuations, make_rng
+from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.policy import GenerationRequest, Policy
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.loading import build_process_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
@@ -334,19 +334,19 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, policy: Policy, reward: Reward):
         self.flops: dict[str, float] = {}
         self.before: dict[str, list[float]] = {}
-        score, size = reward.score, policy.size
+        score, size, generate = reward.score, policy.size, Engine.generate
 
         def add(key: str, flops: float) -> None:
             self.flops[key] = self.flops.get(key, 0.0) + flops
 
-        def watched_generate(policy, jobs, sampling, *, flop_counter, **options):
-            for key in {job.cost_key for job in jobs}:
-                self.before.setdefault(key, []).append(flop_counter.get_cost(key).flops)
-            drafts = generate_continuations(policy, jobs, sampling, flop_counter=flop_counter, **options)
-            for job, draft in zip(jobs, drafts, strict=True):
-                assert job.cache is not None and job.cache.shape[3] == len(job.prefix_ids) - 1
-                add(job.cost_key, size.compute_forward_flops(len(job.prefix_ids) - 1, len(draft.ids)))
-            return drafts
+        async def watched_generate(engine, requests, sampling, **options):
+            for key in {request.cost_key for request in requests}:
+                self.before.setdefault(key, []).append(engine.flop_counter.get_cost(key).flops)
+            outputs = await generate(engine, requests, sampling, **options)
+            for request, output in zip(requests, outputs, strict=True):
+                assert request.cache is not None and request.cache.shape[3] == len(request.prefix_ids) - 1
+                add(request.cost_key, size.compute_forward_flops(len(request.prefix_ids) - 1, len(output.ids)))
+            return outputs
 
         def watched_score(samples, memos, *, flop_counter, num_shared, return_caches):
             for sample, begin in zip(samples, num_shared, strict=True):
@@ -361,7 +361,7 @@ class Watch:
                         add(sample.cost_key, term.model_size.compute_forward_flops(start, count, count))
             return score(samples, memos, flop_counter=flop_counter, num_shared=num_shared, return_caches=return_caches)
 
-        monkeypatch.setattr(step_tree, "generate_continuations", watched_generate)
+        monkeypatch.setattr(Engine, "generate", watched_generate)
         monkeypatch.setattr(reward, "score", watched_score)
 
     def bare(self, policy: Policy, reward: Reward, problem: Problem) -> float:

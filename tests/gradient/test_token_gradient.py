@@ -26,10 +26,10 @@ from nabla_trl.gradient.relaxation import RelaxedResponse
 from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import compute_top_candidates
 from nabla_trl.models.loading import freeze_policy
 from nabla_trl.models.options import GradientPoint
 from nabla_trl.models.policy import Policy
+from nabla_trl.models.sampling import compute_top_candidates
 from nabla_trl.rewards.loading import build_log_ratio_reward, build_scalar_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem

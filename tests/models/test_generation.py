@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,18 +21,12 @@ from transformers import (
 )
 
 from nabla_trl.models import kv_cache
+from nabla_trl.models.decoding import SlotDecoder, TransformersBackend
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import (
-    build_warpers,
-    generate_continuations,
-    make_rng,
-    prepare_prompt_caches,
-    sample_tokens,
-)
+from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
-from nabla_trl.models.transformers_backend import TransformersBackend
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
+from nabla_trl.models.sampling import build_warpers, make_rng, sample_tokens
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 SAMPLED = Sampling(max_new_tokens=12)
@@ -273,10 +268,14 @@ def test_a_backend_gets_every_request_with_its_cache(policy: Policy) -> None:
     """Any object with the methods of `GenerationBackend` will do."""
     seen: list[GenerationRequest] = []
 
+    class RecordingSession(SlotDecoder):
+        def submit(self, tag: Any, request: GenerationRequest) -> None:
+            seen.append(request)
+            super().submit(tag, request)
+
     class Recorder(TransformersBackend):
-        def generate(self, policy, requests, sampling, **options):
-            seen.extend(requests)
-            return super().generate(policy, requests, sampling, **options)
+        def open_session(self, policy: Policy, sampling: Sampling, **options: Any) -> SlotDecoder:
+            return RecordingSession(policy, sampling, **options)
 
     recorded = replace(policy, backend=Recorder())
     outputs = generate_continuations(

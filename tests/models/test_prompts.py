@@ -13,12 +13,12 @@ from vllm_server import FakeVllm, serving
 from nabla_trl.baselines import sampling
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import generate_continuations, make_rng
+from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.options import PromptOptions, Sampling
-from nabla_trl.models.policy import Policy
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 from nabla_trl.models.prompts import check_prompt_options, format_few_shot
-from nabla_trl.models.requests import GenerationOutput, GenerationRequest
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.models.vllm_backend import connect_vllm
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig

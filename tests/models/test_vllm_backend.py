@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,11 @@ from nabla_trl.baselines.sampling import draw_pool
 from nabla_trl.cli.main import main
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import generate_continuations, make_rng, prepare_prompt_caches
+from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationRequest
-from nabla_trl.models.vllm_backend import HttpClient, connect_vllm, run_concurrently
+from nabla_trl.models.policy import GenerationRequest, Policy
+from nabla_trl.models.sampling import make_rng
+from nabla_trl.models.vllm_backend import HttpClient, VllmBackend, VllmSession, connect_vllm
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.generate_traces import TraceTotals, find_unfinished_problems, generate_traces
@@ -60,8 +61,8 @@ def _served(policy: Policy, fake: FakeVllm, **options: Any) -> Policy:
 def _hasty(served: Policy, timeout: float, retries: int) -> Policy:
     """The same policy and server, with less patience."""
     assert served.backend is not None
-    client = HttpClient(served.backend.client.url, timeout=timeout, retries=retries, backoff=0.0)
-    return replace(served, backend=replace(served.backend, client=client))
+    client = HttpClient(served.backend.clients[0].url, timeout=timeout, retries=retries, backoff=0.0)
+    return replace(served, backend=replace(served.backend, clients=(client,)))
 
 
 def _make_requests(
@@ -361,31 +362,91 @@ def test_pauses_double_and_stop_when_told_to(monkeypatch: pytest.MonkeyPatch) ->
         assert min(0.5 * base, 30) <= pause <= min(1.5 * base, 30)
 
 
-def test_the_first_error_stops_what_has_not_begun() -> None:
-    begun: list[int] = []
+class StubClient:
+    """Answers as `answer` says; equal to itself alone."""
 
-    def work(item: int, stop: Event) -> int:
-        begun.append(item)
-        if item == 3:
-            raise ValueError("no three")
-        return item
+    def __init__(self, name: str, answer: Callable[[dict[str, Any], Event], Any]):
+        self.url, self.answer, self.num_calls = name, answer, 0
 
-    with pytest.raises(ValueError, match="no three"):
-        run_concurrently(work, range(100), 1)
-    assert begun == [0, 1, 2, 3]
+    def request_json(self, path: str, body: dict[str, Any], stop_event: Event) -> Any:
+        self.num_calls += 1
+        return self.answer(body, stop_event)
 
 
-def test_the_error_does_not_wait_for_requests_under_way() -> None:
+def open_session(policy: Policy, *clients: Any, **options: Any) -> VllmSession:
+    backend = VllmBackend(clients, policy.name, 64, "0", **options)
+    return backend.open_session(policy, SAMPLED)
+
+
+def test_the_first_error_stops_what_has_not_begun(policy: Policy, problems: list[Problem]) -> None:
+    def refuse(body: dict[str, Any], stop_event: Event) -> Any:
+        time.sleep(0.02)
+        raise ValueError("no such model")
+
+    client = StubClient("only", refuse)
+    served = replace(policy, backend=VllmBackend((client,), policy.name, 64, "0", max_concurrent_requests=1))
+    with pytest.raises(ValueError, match="no such model"):
+        generate_continuations(served, _make_requests(policy, problems, draws=9), SAMPLED, flop_counter=FlopCounter())
+    time.sleep(0.1)
+    assert client.num_calls < 12, "most of the requests had not begun"
+
+
+def test_an_error_does_not_wait_for_requests_under_way(policy: Policy, problems: list[Problem]) -> None:
     hanging = Event()
 
-    def work(item: int, stop: Event) -> bool:
-        if item:
+    def answer(body: dict[str, Any], stop_event: Event) -> Any:
+        if client.num_calls > 1:
             raise ConnectionError("gone")
         return hanging.wait(60)
 
-    with pytest.raises(ConnectionError, match="gone"):
-        run_concurrently(work, [0, 1], 2)
+    client = StubClient("only", answer)
+    session = open_session(policy, client)
+    first, second = _make_requests(policy, problems)[:2]
+    session.submit("hangs", first)
+    while not client.num_calls:
+        time.sleep(0.001)
+    session.submit("fails", second)
+    ended = session.step()
+    assert [tag for tag, _ in ended] == ["fails"] and isinstance(ended[0][1], ConnectionError)
+    session.cancel(["hangs"])
+    assert session.num_unfinished == 0
     hanging.set()
+
+
+def test_requests_of_a_dead_server_go_to_the_others(policy: Policy, served: Policy, problems: list[Problem]) -> None:
+    def die(body: dict[str, Any], stop_event: Event) -> Any:
+        raise ConnectionError("dead")
+
+    [alive] = served.backend.clients
+    dead = StubClient("dead", die)
+    requests = _make_requests(policy, problems, draws=3)
+    both = replace(served, backend=replace(served.backend, clients=(dead, alive)))
+    outputs = generate_continuations(both, requests, SAMPLED, flop_counter=FlopCounter())
+    again = _make_requests(policy, problems, draws=3)
+    expected = generate_continuations(served, again, SAMPLED, flop_counter=FlopCounter())
+    assert [output.ids for output in outputs] == [output.ids for output in expected]
+    assert 1 <= dead.num_calls < len(requests)
+    nobody = replace(served, backend=replace(served.backend, clients=(dead,)))
+    with pytest.raises(ConnectionError, match="dead"):
+        generate_continuations(nobody, _make_requests(policy, problems), SAMPLED, flop_counter=FlopCounter())
+
+
+def test_servers_share_the_requests(policy: Policy, served: Policy, problems: list[Problem]) -> None:
+    [alive] = served.backend.clients
+    calls = {"a": 0, "b": 0}
+
+    def count_as(name: str) -> Callable[[dict[str, Any], Event], Any]:
+        def answer(body: dict[str, Any], stop_event: Event) -> Any:
+            calls[name] += 1
+            time.sleep(0.01)
+            return alive.request_json("/v1/completions", body, stop_event)
+
+        return answer
+
+    clients = tuple(StubClient(name, count_as(name)) for name in calls)
+    shared = replace(served, backend=replace(served.backend, clients=clients))
+    generate_continuations(shared, _make_requests(policy, problems, draws=4), SAMPLED, flop_counter=FlopCounter())
+    assert sum(calls.values()) == 16 and min(calls.values()) >= 5
 
 
 # --- refusals ---------------------------------------------------------------------------------------------

@@ -212,3 +212,30 @@ def test_peaks_are_of_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_recipe_refuses_in_one_line(flags: list[str], words: str) -> None:
     worlds.refused(lambda: recipe("bench").main(flags), words)
+
+
+def test_the_gpu_benchmark_runs_all_parts_and_a_failing_one_leaves_its_error(tmp_path: Path, monkeypatch) -> None:
+    """At tiny size on a CPU. No figure is checked, as they depend on the machine."""
+    gpu_bench = recipe("gpu_bench")
+
+    def fail(self: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu_bench.GpuBenchmark, "part_precision", fail)
+    output_file = tmp_path / "gpu.json"
+    sizes = {"max_problems": 2, "max_new_tokens": 8, "max_rounds": 2, "parts": "decode,throughput,precision,plain"}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    gpu_bench.main(["--device", "cpu", "--slot_counts", "1", "2", "--output_file", str(output_file), *options])
+    parts = json.loads(output_file.read_text())["parts"]
+    assert list(parts) == list(gpu_bench.GPU_PARTS[:-1])  # the last one is tested above, and slow
+    assert parts.pop("precision")["error"] == "out of memory"
+    assert all(part["result"] for part in parts.values())
+    assert all(row["slots_rate"] > 0 and row["generate_rate"] > 0 for row in parts["decode"]["result"])
+
+
+def test_the_gpu_benchmark_fails_if_every_part_does(tmp_path: Path) -> None:
+    gpu_bench = recipe("gpu_bench")
+    worlds.refused(lambda: gpu_bench.main(["--parts", "decode,cook"]), "unknown part 'cook'")
+    (tmp_path / "one.jsonl").write_text('{"question": "1+2", "answer": "3"}\n')
+    with pytest.raises(ValueError, match="every part failed"):
+        gpu_bench.main(["--device", "cpu", "--parts", "throughput", "--dataset", str(tmp_path / "one.jsonl")])

@@ -18,11 +18,11 @@ from nabla_trl.gradient.objectives import DrawInfo, Sample
 from nabla_trl.gradient.score import ScoreObjective
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import Cost, FlopCounter
-from nabla_trl.models.generation import generate_continuations, make_rng
+from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.options import Sampling
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.policy import GenerationRequest, Policy
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.reward_training.data import (
     LabeledResponse,
     add_draw_info,

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from nabla_trl.gradient.objectives import DrawInfo, Sample
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import compute_top_candidates
 from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint
 from nabla_trl.models.policy import Policy
+from nabla_trl.models.sampling import compute_top_candidates
 from nabla_trl.rewards.loading import (
     build_ensemble_reward,
     build_log_ratio_reward,

@@ -23,9 +23,9 @@ from nabla_trl.gradient.objectives import DrawInfo, Sample
 from nabla_trl.gradient.score import ProcessObjective
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import compute_top_candidates
 from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint, Sampling
 from nabla_trl.models.policy import Policy
+from nabla_trl.models.sampling import compute_top_candidates
 from nabla_trl.reward_training.card import render_reward_readme
 from nabla_trl.rewards.limits import ValidatedLimits
 from nabla_trl.rewards.loading import (

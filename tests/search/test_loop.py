@@ -15,10 +15,10 @@ from torch import Tensor
 
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import generate_continuations, make_rng
+from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.options import GradientPoint
-from nabla_trl.models.policy import Policy
-from nabla_trl.models.requests import GenerationRequest
+from nabla_trl.models.policy import GenerationRequest, Policy
+from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import proposals
 from nabla_trl.search.config import SearchConfig

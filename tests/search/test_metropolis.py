@@ -17,9 +17,9 @@ from torch import Tensor
 
 from nabla_trl.gradient.objectives import DrawInfo, Sample
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import build_warpers, compute_log_importance_weight
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
+from nabla_trl.models.sampling import build_warpers, compute_log_importance_weight
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import acceptance, proposals
 from nabla_trl.search.config import SearchConfig

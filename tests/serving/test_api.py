@@ -27,7 +27,7 @@ from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.serving import asgi
 from nabla_trl.serving.api import ApiError, ChatRequest, ServerLimits, build_usage, parse_json, parse_request
-from nabla_trl.serving.service import SEARCH_SEED, Engine, SearchProgress, make_request_problem
+from nabla_trl.serving.service import SEARCH_SEED, SearchProgress, SearchService, make_request_problem
 from nabla_trl.traces.schema import Trace
 
 CONFIG = SearchConfig(max_new_tokens=6, max_rounds=3)
@@ -69,7 +69,7 @@ def serving(
     policy: Policy, reward: Reward, offer: ServerLimits = OFFER, *, max_queue: int = 1000, **options: Any
 ) -> Iterator[Any]:
     listener, ready = serve.bind_socket("127.0.0.1", 0), Event()
-    service = asgi.ChatService(Engine(policy, reward, max_queue=max_queue), offer, **options)
+    service = asgi.ChatService(SearchService(policy, reward, max_queue=max_queue), offer, **options)
     server = asgi.ChatServer(service, ready.set)
     thread = Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -79,7 +79,7 @@ def serving(
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
-        service.engine.join()
+        service.searches.join()
         assert not thread.is_alive()
 
 
@@ -229,6 +229,15 @@ def test_budgets_above_the_limit_are_refused(flops: float) -> None:
         read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), max_flops=flops)
 
 
+def test_rounds_above_the_limit_are_refused() -> None:
+    limits = ServerLimits(NAME, SearchConfig(max_rounds=4), max_request_rounds=8)
+    assert read(limits, max_rounds=8).config.max_rounds == 8
+    with pytest.raises(ApiError, match="max_rounds is limited to 8"):
+        read(limits, max_rounds=9)
+    own_rounds = ServerLimits(NAME, SearchConfig(max_rounds=12), max_request_rounds=8)
+    assert read(own_rounds, max_rounds=12).config.max_rounds == 12
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b'{"beta": NaN}', b"\xff", b"[" * 100_000])
 def test_what_is_no_json_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError, match="not valid JSON"):
@@ -262,7 +271,7 @@ def test_a_completion_is_what_the_library_gives(client, policy, scalar_reward) -
 def test_usage_counts_what_all_chains_did(policy, scalar_reward) -> None:
     config = SearchConfig(max_new_tokens=8, max_rounds=2, num_starts=3, num_chains=2)
     progress: list[SearchProgress] = []
-    engine = Engine(policy, scalar_reward)
+    engine = SearchService(policy, scalar_reward)
     problem = make_request_problem([{"role": "user", "content": "12-3+4*5"}], 0)
     usage = build_usage(engine.submit_request(problem, config, progress.append).result(PATIENCE))["nabla"]
     engine.stop()
@@ -573,6 +582,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, missing: str) -> None:
         (["--api_key", ""], "api_key"),
         (["--api_key", "sésame"], "key"),
         (["--max_flops", "2", "--max_request_flops", "1"], "max_request_flops"),
+        (["--max_request_rounds", "0"], "max_request_rounds"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(capsys, options: list[str], word: str) -> None:

@@ -25,10 +25,10 @@ OpenAI's API can use it:
 
 A request may set the API's own fields, and max_flops, beta, target_kl, max_rounds,
 patience, top_k and min_p of the search. The options of this command are the
-defaults. --max_new_tokens and --max_request_flops are the limits. The same seed
-gives the same answer. usage.nabla contains the cost of the search. A request with
-stream: true receives every accepted revision. A field that the server does not
-support (n > 1, tools, logprobs, ...) is refused."""
+defaults. --max_new_tokens, --max_request_flops and --max_request_rounds are the
+limits. The same seed gives the same answer. usage.nabla contains the cost of the
+search. A request with stream: true receives every accepted revision. A field that
+the server does not support (n > 1, tools, logprobs, ...) is refused."""
 
 
 @dataclass
@@ -58,22 +58,27 @@ class ServeArguments:
         "default, get this budget. Set it to bound the cost of a request. 0 sets no limit.",
         common=True,
     )
+    max_request_rounds: int = option(
+        256, "Most rounds that a request may ask for. A larger --max_rounds of this server raises the limit."
+    )
     max_queue: int = option(1000, "Maximum number of waiting requests. Further requests get status 429.")
     request_timeout: float = option(
         600.0,
         "Seconds from a request to its answer, including the time in the queue. Increase it for long searches.",
     )
-    batch_window: float = option(
-        0.01,
-        "Seconds that a request waits for other requests to join its batch. Increase it for throughput, lower it for "
-        "latency.",
+    max_running: int = option(
+        64,
+        "Maximum number of searches that run together. They share the decoding slots evenly. Lower it if memory runs "
+        "out.",
     )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be in [0, 65535], not {self.port}")
-        if self.max_queue < 1 or not 0 < self.request_timeout < math.inf or not 0 <= self.batch_window < math.inf:
-            raise ValueError("a server needs max_queue >= 1, request_timeout > 0 and batch_window >= 0, all finite")
+        if self.max_queue < 1 or self.max_running < 1 or not 0 < self.request_timeout < math.inf:
+            raise ValueError("a server needs max_queue >= 1, max_running >= 1 and a finite request_timeout > 0")
+        if self.max_request_rounds < 1:
+            raise ValueError(f"max_request_rounds must be at least 1, not {self.max_request_rounds}")
         if self.api_key == "" or self.served_model_name == "":
             raise ValueError("api_key and served_model_name must not be empty: leave them out instead")
 
@@ -98,12 +103,14 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"nabla-trl serve needs {package}: pip install nabla-trl[serve]") from error
     from nabla_trl.audit.overoptimization import warn_past_limits
     from nabla_trl.serving.api import ServerLimits
-    from nabla_trl.serving.service import Engine
+    from nabla_trl.serving.service import SearchService
 
     api_key = args.api_key or os.environ.get(API_KEY_ENV_VAR) or None
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise ValueError("the API key must consist of ASCII characters without spaces: clients cannot send others")
-    limits = ServerLimits(args.served_model_name or models.policy, config, args.max_request_flops)
+    limits = ServerLimits(
+        args.served_model_name or models.policy, config, args.max_request_flops, args.max_request_rounds
+    )
     with bind_socket(args.host, args.port) as listener:  # before the models are loaded, as the address may be in use
         with redirect_stdout(sys.stderr):
             policy, reward = models.load_policy_and_reward(4 * config.batch_size)
@@ -112,7 +119,13 @@ def main(argv: Sequence[str]) -> int:
         if api_key is None and not args.host.startswith("127.") and args.host not in ("localhost", "::1"):
             print(f"warning: anyone who can reach {base_url} can use it: set {API_KEY_ENV_VAR}", file=sys.stderr)
         service = asgi.ChatService(
-            Engine(policy, reward, max_queue=args.max_queue, batch_window=args.batch_window),
+            SearchService(
+                policy,
+                reward,
+                max_queue=args.max_queue,
+                max_running=args.max_running,
+                num_slots=4 * config.batch_size,
+            ),
             limits,
             api_key=api_key,
             request_timeout=args.request_timeout,

@@ -1,0 +1,120 @@
+"""What a search may ask for: prompts read, continuations generated, responses scored, proposal scores solved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nabla_trl.engine.scheduler import Call, Scheduler
+from nabla_trl.gradient.objectives import Sample, ScoreCache
+from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import prepare_prompt_caches
+from nabla_trl.models.options import Sampling
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, GenerationSession, Policy
+from nabla_trl.rewards.reward import Reward
+
+
+class Engine(Scheduler):
+    """A policy and a reward that many searches share.
+
+    Args:
+        reward: None where nothing is scored.
+        num_slots: sequences that are decoded together at most.
+        flop_counter: charged with all work; a new one by default.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward | None,
+        *,
+        num_slots: int = 256,
+        flop_counter: FlopCounter | None = None,
+    ):
+        super().__init__(num_slots=num_slots, flop_counter=flop_counter)
+        self.policy, self.reward = policy, reward
+
+    async def read_prompt(self, sample: Sample) -> tuple[Tensor, list[ScoreCache]]:
+        """Return the policy's cache of a prompt (all but its last token) and the reward's, one per objective."""
+        policy_call = self.batch("policy prompts", self._read_policy_prompts, [(sample.cost_key, sample.prompt_ids)])
+        reward_call = (
+            None if self.reward is None else self.batch("reward prompts", self._read_reward_prompts, [sample])
+        )
+        [policy_cache] = await policy_call
+        [score_caches] = [[]] if reward_call is None else await reward_call
+        return policy_cache, score_caches
+
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        *,
+        top_k_candidates: int = 1,
+        return_cache: bool = False,
+        return_log_importance_weight: bool = False,
+    ) -> list[GenerationOutput]:
+        """Draw continuations; every request holds the cache of its prefix.
+
+        Args:
+            top_k_candidates: K, tokens to record per position.
+            return_log_importance_weight: record how the sampler differs from π, if it does.
+        """
+        lane = (sampling, top_k_candidates, return_cache, return_log_importance_weight)
+
+        def open_session() -> GenerationSession:
+            return self.policy.backend.open_session(
+                self.policy,
+                sampling,
+                max_sequences=self.num_slots,
+                top_k_candidates=top_k_candidates,
+                return_cache=return_cache,
+                return_log_importance_weight=return_log_importance_weight,
+            )
+
+        outputs = await self.generate_together(lane, open_session, requests)
+        for request, output in zip(requests, outputs, strict=True):
+            self.flop_counter.add_flops(
+                request.cost_key, self.policy.size, "decode", len(request.prefix_ids) - 1, len(output.ids)
+            )
+        return outputs
+
+    async def score(
+        self,
+        samples: Sequence[Sample],
+        caches: Sequence[Sequence[ScoreCache]],
+        num_shared: Sequence[int],
+        *,
+        return_caches: bool = True,
+    ) -> list[tuple[float, list[ScoreCache]]]:
+        """Return the reward of each sample and its caches (see `Reward.score`)."""
+        function = self._score_with_caches if return_caches else self._score
+        return await self.batch(
+            ("score", return_caches), function, list(zip(samples, caches, num_shared, strict=True))
+        )
+
+    # --- what is done for many at once -------------------------------------------------------------------
+
+    def _read_policy_prompts(self, prompts: list[tuple[str, list[int]]]) -> list[Tensor]:
+        with self.flop_counter.measure_seconds([key for key, _ in prompts]):
+            return prepare_prompt_caches(self.policy, prompts, self.flop_counter)
+
+    def _read_reward_prompts(self, samples: list[Sample]) -> list[list[ScoreCache]]:
+        assert self.reward is not None
+        return self.reward.compute_prompt_caches(samples, self.flop_counter)
+
+    def _score_with_caches(
+        self, items: list[tuple[Sample, Sequence[ScoreCache], int]], return_caches: bool = True
+    ) -> list[tuple[float, list[ScoreCache]]]:
+        assert self.reward is not None
+        samples, caches, num_shared = zip(*items, strict=True)
+        rewards, new_caches = self.reward.score(
+            samples, caches, flop_counter=self.flop_counter, num_shared=num_shared, return_caches=return_caches
+        )
+        return list(zip(rewards, new_caches, strict=True))
+
+    def _score(self, items: list[tuple[Sample, Sequence[ScoreCache], int]]) -> list[tuple[float, list[ScoreCache]]]:
+        return self._score_with_caches(items, return_caches=False)
+
+
+__all__ = ["Call", "Engine"]

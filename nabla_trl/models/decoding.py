@@ -1,0 +1,370 @@
+"""Generation in this process by continuous decoding: every slot holds one sequence, each step adds a token to all.
+
+A request takes a free slot as soon as there is one, with its prefix copied in from a cache. A sequence that ends
+leaves its slot at once, so no step is spent on it, and no request waits for the longest one of a batch.
+
+Keys and values lie in one tensor [layers, 2, slots, heads, capacity, head_dim] with a write position per slot. The
+occupied slots are always the first ones: the last occupied one moves into a slot that becomes free. All buffers stay
+where they are until they must grow. Nothing is read back from the device but the tokens of `tokens_per_read` steps at
+a time. Tokens that a sequence was given past its end are thrown away, so the number of steps between two reads changes
+no result.
+
+The loop is our own instead of `model.generate`, because branching needs what `generate` does not return per sequence:
+its cache, the policy's candidates at each position, and random numbers that belong to the sequence and not to the
+batch. Both give the same tokens where they overlap (tests/models/test_generation.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from nabla_trl.models import kv_cache
+from nabla_trl.models.options import Sampling
+from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy, get_context_length
+from nabla_trl.models.sampling import (
+    build_warpers,
+    compute_log_importance_weight,
+    compute_top_candidates,
+    sample_tokens,
+)
+from nabla_trl.utils.formatting import format_error
+
+log = logging.getLogger(__name__)
+
+CAPACITY_STEP = 64  # positions by which the cache and the outputs grow
+TOKENS_PER_READ = 8  # on an accelerator; a CPU has nothing to wait for
+
+
+class _SlotLayer(DynamicLayer):
+    """One layer's view of the slots: the new keys and values go to each slot's own position."""
+
+    def __init__(self, decoder: SlotDecoder, index: int):
+        super().__init__()
+        self.decoder, self.index = decoder, index
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        decoder, count = self.decoder, len(key_states)
+        keys, values = decoder.store[self.index]
+        slots, positions = decoder.slots[:count], decoder.places
+        keys[slots, :, positions] = key_states[:, :, 0]
+        values[slots, :, positions] = value_states[:, :, 0]
+        return keys[:count, :, : decoder.width], values[:count, :, : decoder.width]
+
+    def get_seq_length(self) -> int:
+        return self.decoder.width - 1
+
+
+@dataclass
+class _Sequence:
+    """What the host knows of one slot."""
+
+    tag: Hashable
+    request: GenerationRequest
+    cached: int  # tokens in the cache
+    ids: list[int] = field(default_factory=list)
+    failed: bool = False
+
+
+class SlotDecoder:
+    """Draws continuations of a policy under one sampling configuration.
+
+    Args:
+        top_k_candidates: K, tokens to record per position (at most the vocabulary).
+        max_sequences: slots, the sequences that are decoded together at most.
+        return_cache: return each sequence's cache.
+        return_log_importance_weight: record how the sampler differs from π, if it does.
+        tokens_per_read: steps between two reads of the drawn tokens.
+
+    Attributes:
+        store: [layers, 2, slots, heads, capacity, head_dim] keys and values.
+        positions: [slots] where each sequence's next token goes; `places`: the same for the slots of this step.
+        width: positions that the current step attends to.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        sampling: Sampling,
+        *,
+        top_k_candidates: int = 1,
+        max_sequences: int = 256,
+        return_cache: bool = False,
+        return_log_importance_weight: bool = False,
+        tokens_per_read: int | None = None,
+    ):
+        self.policy, self.sampling, self.num_slots = policy, sampling, max_sequences
+        self.warpers = build_warpers(sampling)
+        self.num_candidates = min(top_k_candidates, policy.forbidden_mask.shape[0])
+        self.return_cache = return_cache
+        self.return_weight = return_log_importance_weight and bool(self.warpers)
+        self.device, self.context_length = policy.device, policy.context_length
+        device = self.device
+        self.tokens_per_read = tokens_per_read or (1 if device.type == "cpu" else TOKENS_PER_READ)
+        self.use_graphs = device.type == "cuda"
+        self.graphs: dict[tuple[int, int], Any] = {}  # by slots and positions of a step
+        self.waiting: deque[tuple[Hashable, GenerationRequest]] = deque()
+        self.active: list[_Sequence] = []
+        self.width = 0
+        self.cache: Cache | None = None
+        self.store = torch.zeros(0, 2, 0, 0, 0, 0, dtype=policy.model.dtype, device=device)
+        self.slots = torch.zeros(0, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(0, dtype=torch.long, device=device)
+        self.positions = torch.zeros(0, dtype=torch.long, device=device)
+        self.places = self.positions
+        self.counts = torch.zeros(0, dtype=torch.long, device=device)  # tokens drawn, by slot
+        self.uniforms = torch.zeros(0, 0, dtype=torch.float64, device=device)
+        self.latest = torch.zeros(0, dtype=torch.long, device=device)
+        self.drawn = torch.zeros(0, self.tokens_per_read, dtype=torch.long, device=device)
+        self.outputs: list[Tensor] = []  # [slots, tokens, K] candidates, log π and, if asked for, weights
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.active) + len(self.waiting)
+
+    def submit(self, tag: Hashable, request: GenerationRequest) -> None:
+        """Queue a request with its cache [layers, 2, heads, length, head_dim].
+
+        Raises:
+            ValueError: sampling without random numbers.
+        """
+        if self.sampling.temperature > 0:
+            request.get_rng()
+        self.waiting.append((tag, request))
+
+    def list_requests(self) -> list[tuple[Hashable, GenerationRequest]]:
+        return [(sequence.tag, sequence.request) for sequence in self.active] + list(self.waiting)
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Hashable, GenerationOutput | Exception]]:
+        """Add `tokens_per_read` tokens to every sequence, and return those that have ended.
+
+        Returns:
+            tag and output of each; a ValueError in its place for NaN or infinite logits.
+        """
+        self._admit()
+        count = len(self.active)
+        if not count:
+            return []
+        longest = max(sequence.cached for sequence in self.active)
+        self._reserve(self.store.shape[2], longest + self.tokens_per_read)
+        for offset in range(self.tokens_per_read):
+            self._run(*self._shape(count, longest + offset + 1))
+            self.drawn[:, offset] = self.latest
+        ended = [slot for slot, ids in enumerate(self.drawn[:count].tolist()) if self._append(self.active[slot], ids)]
+        # From the last one on, so that the slot that moves into a freed one holds a sequence that goes on.
+        return [self._take(slot) for slot in reversed(ended)]
+
+    def cancel(self, tags: Collection[Hashable]) -> None:
+        """Drop the requests of these tags, whatever has been drawn for them."""
+        self.waiting = deque(entry for entry in self.waiting if entry[0] not in tags)
+        for slot in reversed(range(len(self.active))):
+            if self.active[slot].tag in tags:
+                self._free(slot)
+
+    # --- one step ----------------------------------------------------------------------------------------
+
+    def _shape(self, count: int, width: int) -> tuple[int, int]:
+        """How many slots and positions a step covers: no more than needed on a CPU, else the next larger bucket."""
+        if self.device.type == "cpu":
+            return count, width
+        return min(self.num_slots, 1 << (count - 1).bit_length()), -(-width // CAPACITY_STEP) * CAPACITY_STEP
+
+    def _run(self, count: int, width: int) -> None:
+        """Take one step; on a GPU by the CUDA graph of its bucket, which the first step in it is recorded as."""
+        self.width = width
+        graph = self.graphs.get((count, width))
+        if graph is not None:
+            graph.replay()
+            return
+        self._advance(count)
+        if self.use_graphs:
+            self.graphs[count, width] = self._record(count)
+
+    def _record(self, count: int) -> Any:
+        """Record the step as a CUDA graph; nothing is computed. None, and no graphs from then on, where that fails."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._advance(count)
+        except (RuntimeError, NotImplementedError) as error:
+            log.warning("decoding without CUDA graphs: %s", format_error(error))
+            self.use_graphs = False
+            return None
+        return graph
+
+    def _advance(self, count: int) -> None:
+        """Draw one token for each of the first `count` slots. Nothing here waits for the device."""
+        # Free slots count on, past the end of their buffers.
+        slots, counts = self.slots[:count], self.counts[:count].clamp(max=self.uniforms.shape[1] - 1)
+        self.places = positions = self.positions[:count].clamp(max=self.store.shape[4] - 1)
+        hidden = torch.arange(self.width, device=slots.device) > positions[:, None]
+        dtype = self.policy.model.dtype
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=slots.device)
+        output = self.policy.model(
+            input_ids=self.tokens[:count, None],
+            attention_mask=mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None],
+            # A token past a sequence's end is thrown away, but its position must exist.
+            position_ids=positions.clamp(max=self.context_length - 1)[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        logits = output.logits[:, -1].float()
+        allowed = logits.masked_fill(self.policy.forbidden_mask, -torch.inf)
+        tokens = sample_tokens(allowed, self.uniforms[slots, counts], self.warpers, self.sampling)
+        tables = [*compute_top_candidates(logits, tokens, self.policy.forbidden_mask, self.num_candidates)]
+        if self.return_weight:
+            tables.append(compute_log_importance_weight(allowed, tables[0], self.warpers))
+        for buffer, table in zip(self.outputs, tables, strict=True):
+            buffer[slots, counts] = table
+        sound = (logits < torch.inf).all(-1)  # −inf only means that a token is impossible
+        self.latest[:count] = torch.where(sound, tokens, -1)
+        self.tokens[:count] = tokens
+        self.counts[:count] += 1
+        self.positions[:count] += 1
+
+    def _append(self, sequence: _Sequence, ids: list[int]) -> bool:
+        """Give a sequence its next tokens up to its end, and return whether it has ended."""
+        request = sequence.request
+        for token in ids:
+            if token < 0:
+                sequence.failed = True
+                return True
+            sequence.ids.append(token)
+            sequence.cached += 1
+            stops = request.should_stop is not None and request.should_stop(token)  # told every token, in order
+            if (
+                stops
+                or token in self.policy.stop_ids
+                or len(sequence.ids) >= request.max_new_tokens
+                or (
+                    request.stop_strings
+                    and self.policy.is_finished(request.join_response(sequence.ids), request.stop_strings)
+                )
+            ):
+                return True
+        return False
+
+    # --- slots -------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Copy waiting requests into free slots."""
+        entering = min(len(self.waiting), self.num_slots - len(self.active))
+        if not entering:
+            return
+        entries = [self.waiting.popleft() for _ in range(entering)]
+        caches = [request.get_cache() for _, request in entries]
+        self._reserve(
+            len(self.active) + entering,
+            max(cache.shape[3] for cache in caches) + self.tokens_per_read,
+            max(request.max_new_tokens for _, request in entries) + self.tokens_per_read,
+            caches[0],
+        )
+        first = len(self.active)
+        uniforms = torch.zeros(entering, self.uniforms.shape[1], dtype=torch.float64)
+        for row, ((tag, request), cache) in enumerate(zip(entries, caches, strict=True)):
+            length = cache.shape[3]
+            self.store[:, :, first + row, :, :length] = cache
+            if self.sampling.temperature > 0:
+                numbers = request.get_rng().random(request.max_new_tokens)
+                uniforms[row, : request.max_new_tokens] = torch.from_numpy(numbers)
+            self.active.append(_Sequence(tag, request, length))
+        last = torch.tensor([[sequence.request.prefix_ids[-1], sequence.cached] for sequence in self.active[first:]])
+        span = slice(first, first + entering)
+        self.uniforms[span] = uniforms.to(self.uniforms.device)
+        self.tokens[span], self.positions[span] = last.to(self.tokens.device).unbind(1)
+        self.counts[span] = 0
+
+    def _take(self, slot: int) -> tuple[Hashable, GenerationOutput | Exception]:
+        sequence = self.active[slot]
+        if sequence.failed:
+            self._free(slot)
+            return sequence.tag, ValueError(f"{self.policy.name} gave NaN or infinite logits")
+        length, request = len(sequence.ids), sequence.request
+        tables = [buffer[slot, :length].cpu().clone() for buffer in self.outputs]
+        cache = self.store[:, :, slot, :, : sequence.cached].clone() if self.return_cache else None
+        finished = self.policy.is_finished(request.join_response(sequence.ids), request.stop_strings)
+        weight = tables[2] if self.return_weight else None
+        output = GenerationOutput(sequence.ids, finished, tables[0], tables[1], weight, cache)
+        self._free(slot)
+        return sequence.tag, output
+
+    def _free(self, slot: int) -> None:
+        """Move the last occupied slot into this one."""
+        sequence = self.active.pop()
+        last = len(self.active)
+        if slot == last:
+            return
+        self.active[slot] = sequence
+        self.store[:, :, slot, :, : sequence.cached] = self.store[:, :, last, :, : sequence.cached]
+        for buffer in (self.tokens, self.positions, self.counts, self.uniforms):
+            buffer[slot] = buffer[last]
+        for buffer in self.outputs:
+            buffer[slot, : len(sequence.ids)] = buffer[last, : len(sequence.ids)]
+
+    def _reserve(self, slots: int, capacity: int, tokens: int = 0, like: Tensor | None = None) -> None:
+        """Make buffers large enough; what they hold stays."""
+        shape = self.store.shape
+        layers, heads, dim = (
+            (shape[0], shape[3], shape[5]) if like is None else (like.shape[0], like.shape[2], like.shape[4])
+        )
+        capacity = max(shape[4], -(-capacity // CAPACITY_STEP) * CAPACITY_STEP)
+        room = self.num_slots if self.device.type != "cpu" else min(self.num_slots, max(slots, 2 * shape[2]))
+        slots = shape[2] if slots <= shape[2] else room
+        if (slots, capacity) != (shape[2], shape[4]):
+            store = self.store.new_zeros(layers, 2, slots, heads, capacity, dim)
+            if self.store.numel():
+                store[:, :, : shape[2], :, : shape[4]] = self.store
+            self.store = store
+            self.graphs.clear()  # they were recorded on the buffers before
+            self.cache = Cache(layers=[_SlotLayer(self, index) for index in range(layers)])
+        width = max(self.uniforms.shape[1], -(-tokens // CAPACITY_STEP) * CAPACITY_STEP)
+        if (slots, width) != self.uniforms.shape:
+            self.graphs.clear()
+            device = self.tokens.device
+            self.slots = torch.arange(slots, device=device)
+            self.tokens, self.positions, self.counts, self.latest = (
+                _enlarge(buffer, slots) for buffer in (self.tokens, self.positions, self.counts, self.latest)
+            )
+            self.drawn = _enlarge(self.drawn, slots, self.tokens_per_read)
+            self.uniforms = _enlarge(self.uniforms, slots, width)
+            dtypes = [torch.long, torch.float32, *[torch.float32] * self.return_weight]
+            held = self.outputs or [
+                torch.zeros(0, 0, self.num_candidates, dtype=dtype, device=device) for dtype in dtypes
+            ]
+            self.outputs = [_enlarge(buffer, slots, width, self.num_candidates) for buffer in held]
+
+
+def _enlarge(buffer: Tensor, *shape: int) -> Tensor:
+    """Return a larger buffer that begins with what this one holds."""
+    larger = buffer.new_zeros(shape)
+    larger[tuple(slice(size) for size in buffer.shape)] = buffer
+    return larger
+
+
+class TransformersBackend:
+    """Generates with `policy.model` itself (see `GenerationBackend`)."""
+
+    returns_caches: ClassVar[bool] = True
+    supports_should_stop: ClassVar[bool] = True
+
+    def get_context_length(self, policy: Policy) -> int:
+        return get_context_length(policy.model)
+
+    def get_metadata(self) -> dict[str, str]:
+        return {}
+
+    def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[Tensor]:
+        return kv_cache.prefill_sequences(policy.model, sequences)
+
+    def open_session(self, policy: Policy, sampling: Sampling, **options: Any) -> SlotDecoder:
+        return SlotDecoder(policy, sampling, **options)
