@@ -220,15 +220,25 @@ class Parser(TrlParser, _RaisingArgumentParser):
     def _refuse_unknown_options(self, argv: Sequence[str]) -> None:
         """Refuse unknown flags before argparse reports a required option as missing, which may be misspelled."""
         flags = [flag for action in self._actions for flag in action.option_strings]
+        words = list(argv[: argv.index("--")] if "--" in argv else argv)
+        given = [word.partition("=")[0] for word in words if word.startswith("--")]
+        unknown = dict.fromkeys(flag for flag in given if " " not in flag and flag not in flags)
+        if unknown:
+            self.error("; ".join(f"unknown option {flag}{self._describe_flag(flag, flags)}" for flag in unknown))
+
+    def _describe_flag(self, flag: str, flags: Sequence[str]) -> str:
+        """Return what an unknown flag is called now, or the most similar flag of its group, or an empty text."""
         names = {flag.removeprefix("--") for flag in flags}
-        for word in argv:
-            flag = word.partition("=")[0]
-            if word == "--":
-                return
-            if flag.startswith("--") and " " not in flag and flag not in flags:
-                old_name = flag.removeprefix("--").replace("-", "_")
-                hint = describe_new_flag(old_name, names) or describe_new_flag(old_name.removeprefix("no_"), names)
-                self.error(f"unknown option {flag}{hint or format_suggestion(flag, flags)}")
+        old_name = flag.removeprefix("--").replace("-", "_")
+        group, _, grouped_name = old_name.partition(".")
+        if grouped_name:
+            in_group = [flag for flag in flags if flag.startswith(f"--{group}.")]
+            return describe_new_flag(grouped_name, names) or format_suggestion(flag, in_group)
+        positive_name = old_name.removeprefix("no_")
+        if positive_name != old_name and (hint := describe_new_flag(positive_name, names)):
+            new_flag = hint.split("--")[1].split()[0]
+            return f": it is now --{new_flag} false" if "." in new_flag else f": it is now --no_{new_flag}"
+        return describe_new_flag(old_name, names) or format_suggestion(flag, flags)
 
 
 def parse_dataclasses(
@@ -286,7 +296,11 @@ def _read_sources(
 def _get_title(dataclass: type) -> str:
     """Return the first line of a dataclass's docstring without its period, or its name if it has no docstring."""
     text = dataclass.__doc__ or ""
-    return dataclass.__name__ if text.startswith(f"{dataclass.__name__}(") else text.partition("\n")[0].rstrip(".")
+    return (
+        dataclass.__name__
+        if text.startswith(f"{dataclass.__name__}(")
+        else text.strip().partition("\n")[0].rstrip(".")
+    )
 
 
 def run_main(

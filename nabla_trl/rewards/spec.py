@@ -420,15 +420,15 @@ def read_validated_limits(file: str | Path, *, policy: str, reward: str | Mappin
     audit = _read_json_object(Path(file))
     how = "nabla-trl audit --over_optimization --output_file"
     try:
+        if "trust" in audit or "verdict" in audit:
+            raise ValueError(
+                f"this is an audit of version 0.1, which had 'trust' for 'validated_limits': make it again by {how}"
+            )
         for key, name in (("policy", policy), ("reward", get_reward_name(reward))):
             if key not in audit:
                 raise ValueError(f"{key!r} is missing: is it an audit by {how}?")
             if not is_same_model(get_reward_name(str(audit[key])), name):
                 raise ValueError(f"this is an audit of the {key} {audit[key]}, not of {name}")
-        if "trust" in audit:
-            raise ValueError(
-                f"the key 'trust' of version 0.1 is now 'validated_limits': make the audit again by {how}"
-            )
         if audit.get("validated_limits") is None:
             raise ValueError(f"the audit has no validated limits: make it by {how}")
         return ValidatedLimits.from_dict(audit["validated_limits"])

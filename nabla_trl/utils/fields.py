@@ -101,6 +101,7 @@ class OptionGroup(Generic[MemberT]):
             ValueError: names the option, those that the member has, and the member that has it.
         """
         names = [field.name for field in fields(self.members[name])]
+        mistakes = []
         for key in options:
             if key not in names:
                 owner = next((other for other, member in self.members.items() if key in _get_init_names(member)), None)
@@ -110,7 +111,9 @@ class OptionGroup(Generic[MemberT]):
                 else:
                     suggestion = f"{format_suggestion(str(key), names)}: {names_text}"
                     hint = describe_new_key(str(key), [self.name]) or suggestion
-                raise ValueError(f"{self.name} {name} has no option {key!r}{hint}")
+                mistakes.append(f"{self.name} {name} has no option {key!r}{hint}")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
 
 
 def get_option_groups(dataclass: type) -> dict[str, OptionGroup[Any]]:
@@ -156,16 +159,27 @@ def coerce_fields(
     for dataclass in dataclasses:
         resolved = get_type_hints(dataclass)
         hints |= {name: resolved[name] for name in _get_init_names(dataclass)}
-    coerced = {}
+    coerced, mistakes = {}, []
     for key, value in values.items():
         if key not in hints:
-            hint = describe_new_key(str(key), hints) or format_suggestion(str(key), hints)
-            raise ValueError(f"{source}: unknown key {key!r}{hint}")
+            mistakes.append(f"unknown key {key!r}{_describe_key(str(key), hints)}")
+            continue
         try:
             coerced[key] = _coerce_value(value, hints[key])
         except TypeError as error:
-            raise ValueError(f"{source}: {key} must be {error}, not {value!r}") from None
+            mistakes.append(f"{key} must be {error}, not {value!r}")
+    if mistakes:
+        raise ValueError(f"{source}: {'; '.join(mistakes)}")
     return coerced
+
+
+def _describe_key(key: str, valid_names: Iterable[str]) -> str:
+    """Return what an unknown key is called now, or how it is written, or the most similar key, or an empty text."""
+    names = list(valid_names)
+    group, _, option_name = key.partition(".")
+    if option_name and group in names:  # the spelling of the command line
+        return f": write {group}: {{{option_name}: …}}"
+    return describe_new_key(key, names) or format_suggestion(key, names)
 
 
 def _coerce_value(value: Any, hint: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla_trl.utils.files import read_json_file, write_atomic
+from nabla_trl.utils.renamed import RENAMED_OPTIONS
 
 _BLOCK_BYTES = 2**24
 
@@ -62,6 +63,12 @@ def claim_settings(settings_file: Path, settings: Mapping[str, str]) -> None:
         write_atomic(settings_file, json.dumps(dict(settings), indent=1))
         return
     previous = read_json_file(settings_file)
+    old_names = [name for name in previous if name not in settings and name in RENAMED_OPTIONS]
+    if old_names:
+        raise ValueError(
+            f"{settings_file.parent} was made by version 0.1, since its settings have old names "
+            f"({', '.join(old_names[:3])}, …), and cannot be continued: use another --output_dir"
+        )
     names = [name for name in {**previous, **settings} if previous.get(name) != settings.get(name)]
     if names:
         changes = ", ".join(f"{name} {settings.get(name)!r} (was {previous.get(name)!r})" for name in names)
