@@ -232,8 +232,9 @@ class Parser(TrlParser, _RaisingArgumentParser):
         old_name = flag.removeprefix("--").replace("-", "_")
         group, _, grouped_name = old_name.partition(".")
         if grouped_name:
-            in_group = [flag for flag in flags if flag.startswith(f"--{group}.")]
-            return describe_new_flag(grouped_name, names) or format_suggestion(flag, in_group)
+            in_group = [flag.partition(".")[2] for flag in flags if flag.startswith(f"--{group}.")]
+            similar = format_suggestion(grouped_name, in_group).replace("mean ", f"mean --{group}.")
+            return similar or describe_new_flag(grouped_name, names)
         positive_name = old_name.removeprefix("no_")
         if positive_name != old_name and (hint := describe_new_flag(positive_name, names)):
             new_flag = hint.split("--")[1].split()[0]

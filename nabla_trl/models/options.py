@@ -46,7 +46,7 @@ class GradientPoint:
             alphas = ()
         if backward != "hard" and (kind != "mixture" or not alphas or not all(0 < alpha <= 1 for alpha in alphas)):
             raise ValueError(
-                "gradient_at: the point must be direct, hard, mixture:A[,A…] with A in (0, 1], or direct+ one of "
+                "gradient_at must be direct, hard, mixture:A[,A…] with A in (0, 1], or direct+ one of "
                 f"these, not {text!r}"
             )
         return cls(alphas, direct=backward != text, candidate_min_p=candidate_min_p)

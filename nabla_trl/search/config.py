@@ -23,7 +23,7 @@ from nabla_trl.search.options import (
     Solver,
     SteSolver,
 )
-from nabla_trl.utils.fields import OptionGroup, format_suggestion, get_option_groups, option
+from nabla_trl.utils.fields import OptionGroup, coerce_fields, format_suggestion, get_option_groups, option
 from nabla_trl.utils.identity import hash_json
 from nabla_trl.utils.renamed import describe_new_key
 
@@ -164,6 +164,9 @@ class SearchConfig:
     )
 
     def __post_init__(self) -> None:
+        groups = get_option_groups(type(self))
+        values = {name: value for name, value in vars(self).items() if name not in groups}
+        vars(self).update(coerce_fields(values, [type(self)], source="SearchConfig"))
         for name in ("max_rounds", "max_rollouts", "max_flops", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative")

@@ -508,7 +508,7 @@ def test_audit_without_over_optimization_validates_no_limits(capsys, models, dat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gradient_at", "hard", "soft"], "gradient_at: the point must be direct, hard, mixture:A[,A…]"),
+        (["--gradient_at", "hard", "soft"], "gradient_at must be direct, hard, mixture:A[,A…]"),
         (["--gradient_at", "direct+direct"], "or direct+ one of these, not 'direct+direct'"),
         (["--gradient_at", "hard", "hard"], "gradient_at must be distinct"),
         (["--num_swaps", "0"], "num_swaps must be at least 1"),

@@ -305,7 +305,7 @@ def test_every_new_name_of_the_table_that_names_a_group_is_an_option():
         for group, *path in (name.split(".") for name in names):
             if path:
                 assert path[1] in groups[group].members[path[0]].__dataclass_fields__, old
-    with pytest.raises(UsageError, match="unknown option --no_restart: it is now --restarts"):
+    with pytest.raises(UsageError, match="unknown option --no_restart: it is now --no_restarts"):
         search("--no_restart")
 
 
@@ -313,6 +313,25 @@ def shown_help(capsys, *argv: str, **options) -> str:
     with pytest.raises(SystemExit):
         parse_dataclasses([Options, SearchConfig], argv, presets=PRESETS, prog="nabla", **options)
     return capsys.readouterr().out
+
+
+def test_everything_wrong_is_told_at_once(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        parse_dataclasses([SearchConfig], ["--kl", "2", "--foo", "--flops=3", "--no_direct", "--solver.kl", "3"])
+    assert str(caught.value).rpartition(" (see")[0].split("; ") == [
+        "unknown option --kl: it is now --solver.target_kl (of --solver mirror)",
+        "unknown option --foo",
+        "unknown option --flops: it is now --max_flops",
+        "unknown option --no_direct: it is now --solver.likelihood_token_grad false",
+        "unknown option --solver.kl: it is now --solver.target_kl (of --solver mirror)",
+    ]
+    text = "kl: 2\nmax_rounds: abc\nsolver.target_kl: 2\n"
+    with pytest.raises(ValueError) as caught:
+        parse_dataclasses([SearchConfig], ["--config", yaml_file(tmp_path, text)])
+    for part in ("unknown key 'kl': it is now", "max_rounds must be a whole number", "write solver: {target_kl: …}"):
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match="SearchConfig: beta must be a number, not 'x'; max_rounds must be a whole"):
+        SearchConfig(beta="x", max_rounds="y")
 
 
 def test_help_shows_the_common_options_in_groups_and_counts_the_others(capsys):

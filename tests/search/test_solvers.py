@@ -824,7 +824,7 @@ def test_what_a_point_means(text: str, point: GradientPoint) -> None:
     ],
 )
 def test_points_that_are_refused(text: str) -> None:
-    words = ["point must be direct, hard, mixture:A[,A…]", "or direct+ one of these", f"not {text!r}"]
+    words = ["gradient_at must be direct, hard, mixture:A[,A…]", "or direct+ one of these", f"not {text!r}"]
     worlds.refused(lambda: GradientPoint.parse(text), *words)
     worlds.refused(lambda: worlds.search_config(gradient_at=text), *words)
 
@@ -839,7 +839,7 @@ def test_without_a_point_it_is_the_rewards_own() -> None:
         and left.with_default_gradient_at("direct+hard").compute_hash() == told.compute_hash() != left.compute_hash()
     )
     assert told.with_default_gradient_at("direct") is told and left.solver.gradient_at is None
-    worlds.refused(lambda: left.with_default_gradient_at("soft"), "point must be")
+    worlds.refused(lambda: left.with_default_gradient_at("soft"), "gradient_at must be")
 
 
 @pytest.mark.parametrize("solver", ["ste", "none"])
