@@ -56,26 +56,26 @@ ONLINE_REWARDS = ("reward", "verifier")
 class TrainOptions:
     """Options of training beside the trainer's own arguments. β is the search's, for all methods."""
 
-    tuning: str = option("lora", "what is trained: lora, qlora (an adapter on a 4-bit base) or full (all weights)")
+    tuning: str = option("lora", "Weights to train: lora, qlora (an adapter on a 4-bit base) or full (all weights).")
     sft_selection: str = option(
         "best",
-        "responses that sft trains on: best (the best of each problem), improved (all accepted responses above the "
-        "first one's reward) or samples (the last response of every Metropolis chain)",
+        "Responses that sft trains on: best (the best of each problem), improved (all accepted responses above the "
+        "first one's reward) or samples (the last response of every Metropolis chain).",
     )
-    num_generations: int = option(8, "responses that rloo and grpo sample per problem")
-    num_iterations: int = option(1, "optimizer steps of rloo and grpo on the same responses")
+    num_generations: int = option(8, "Responses that rloo and grpo sample per problem.")
+    num_iterations: int = option(1, "Optimizer steps of rloo and grpo on the same responses.")
     online_reward: str = option(
         "reward",
-        "what rloo and grpo maximize: reward (that of the search) or verifier (1 for a correct answer, else 0)",
+        "What rloo and grpo maximize: reward (that of the search) or verifier (1 for a correct answer, else 0).",
     )
     max_callback_problems: int = option(
-        0, "training problems that are held out, to measure accuracy, reward and KL during training. 0 disables it"
+        0, "Training problems that are held out, to measure accuracy, reward and KL during training. 0 disables it."
     )
-    callback_steps: int = option(50, "steps between two evaluations on the held-out training problems")
+    callback_steps: int = option(50, "Steps between two evaluations on the held-out training problems.")
     stop_on_overoptimization: bool = option(
         False,
-        "stop when an evaluation during training finds a higher reward and a significantly lower accuracy, and "
-        "restore the most accurate weights (the last ones, where none was more accurate than the untrained policy)",
+        "Stop when an evaluation during training finds a higher reward and a significantly lower accuracy, and "
+        "restore the most accurate weights (the last ones, if none was more accurate than the untrained policy).",
     )
 
     def __post_init__(self) -> None:

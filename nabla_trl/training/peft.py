@@ -23,12 +23,12 @@ TUNING_MODES = ("full", "lora", "qlora")
 class LoraArguments:
     """Options of the LoRA adapter."""
 
-    lora_r: int = option(16, "rank of the adapter")
-    lora_alpha: int = option(32, "scale of the adapter, divided by its rank")
-    lora_dropout: float = option(0.0, "dropout on the adapter's input")
+    lora_r: int = option(16, "Rank of the adapter. Increase it if the adapter learns too little.")
+    lora_alpha: int = option(32, "Scale of the adapter, which is divided by its rank.")
+    lora_dropout: float = option(0.0, "Dropout on the input of the adapter.")
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "modules to adapt. all-linear adapts all linear layers but the head"},
+        metadata={"help": "Modules to adapt. all-linear adapts all linear layers but the head."},
     )
 
 

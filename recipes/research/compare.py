@@ -44,25 +44,30 @@ BASELINES = ("control", "shuffled", "paper", "released", *STEP_SEARCHES)
 
 @dataclass
 class CompareArguments:
-    output_dir: str = field(metadata={"help": "folder to write rows/ and compare.md to"})
+    """Problems, sizes and methods of the comparison."""
+
+    output_dir: str = field(metadata={"help": "Folder to write rows/ and compare.md to."})
     dataset: str = option("digit_chains", DATASET_HELP)
-    split: str = option("test", "split of the dataset")
-    max_problems: int = option(300, "problems; 0 = all")
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "seeds of all that samples"})
+    split: str = option("test", "Split of the data set.")
+    max_problems: int = option(300, "Maximum number of problems. 0: all.")
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds of everything that samples."}
+    )
     best_of_n: list[int] = field(
-        default_factory=lambda: [4, 8, 16, 32], metadata={"help": "N of the best-of-N whose FLOPs are the budgets"}
+        default_factory=lambda: [4, 8, 16, 32],
+        metadata={"help": "N of the best-of-N methods whose FLOPs are the budgets."},
     )
     baselines: list[str] = field(
         default_factory=lambda: ["control", "shuffled", "paper"],
-        metadata={"help": f"other searches at each budget: {', '.join(BASELINES)}"},
+        metadata={"help": f"Other searches at each budget: {', '.join(BASELINES)}."},
     )
     reward_weights: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "λ = 1/β to run the search with, at the FLOPs of the largest best-of-N: one point of a curve each"
+            "help": "Values of λ = 1/β to search with, at the FLOPs of the largest best-of-N. Each is a point of a curve."
         },
     )
-    title: str = option("Methods at equal FLOPs", "title of the page")
+    title: str = option("Methods at equal FLOPs", "Title of the page.")
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
