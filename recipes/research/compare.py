@@ -63,9 +63,7 @@ class CompareArguments:
     )
     reward_weights: list[float] = field(
         default_factory=list,
-        metadata={
-            "help": "Values of λ = 1/β to search with, at the FLOPs of the largest best-of-N. Each is a point of a curve."
-        },
+        metadata={"help": "Values of λ = 1/β to search with, at the FLOPs of the largest best-of-N, for a curve."},
     )
     title: str = option("Methods at equal FLOPs", "Title of the page.")
 
