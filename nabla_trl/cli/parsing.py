@@ -233,12 +233,8 @@ class Parser(TrlParser, _RaisingArgumentParser):
         group, _, grouped_name = old_name.partition(".")
         if grouped_name:
             in_group = [flag.partition(".")[2] for flag in flags if flag.startswith(f"--{group}.")]
-            similar = format_suggestion(grouped_name, in_group).replace("mean ", f"mean --{group}.")
+            similar = format_suggestion(grouped_name, in_group, prefix=f"--{group}.")
             return similar or describe_new_flag(grouped_name, names)
-        positive_name = old_name.removeprefix("no_")
-        if positive_name != old_name and (hint := describe_new_flag(positive_name, names)):
-            new_flag = hint.split("--")[1].split()[0]
-            return f": it is now --{new_flag} false" if "." in new_flag else f": it is now --no_{new_flag}"
         return describe_new_flag(old_name, names) or format_suggestion(flag, flags)
 
 

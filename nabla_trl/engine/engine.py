@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nabla_trl.engine.scheduler import Call, Scheduler
+from nabla_trl.engine.scheduler import Scheduler
 from nabla_trl.gradient.objectives import Sample, ScoreCache
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import prepare_prompt_caches
@@ -115,6 +115,3 @@ class Engine(Scheduler):
 
     def _score(self, items: list[tuple[Sample, Sequence[ScoreCache], int]]) -> list[tuple[float, list[ScoreCache]]]:
         return self._score_with_caches(items, return_caches=False)
-
-
-__all__ = ["Call", "Engine"]

@@ -1,7 +1,7 @@
 """Generate continuations of token prefixes, with whatever back end the policy has.
 
 A prefix is prefilled once and shared by all requests that continue it. Every token is charged to the problem that it
-belongs to. The sampling functions below are those of the transformers back end. Its filters are transformers' own.
+belongs to.
 """
 
 from __future__ import annotations
@@ -118,6 +118,3 @@ def prefill_prompts(
 def _charge_prefill(policy: Policy, prompts: Sequence[tuple[str, list[int]]], flop_counter: FlopCounter) -> None:
     for key, ids in prompts:
         flop_counter.add_flops(key, policy.size, "prefill", 0, len(ids) - 1, num_head_positions=0)
-
-
-# --- sampling -----------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def _coerce_list(value: Any, hint: Any) -> list[Any]:
         raise TypeError(f"a list, each {error}") from None
 
 
-def format_suggestion(name: str, valid_names: Iterable[str]) -> str:
-    """Return " (did you mean X?)" if a valid name is close to the name, else an empty text."""
+def format_suggestion(name: str, valid_names: Iterable[str], prefix: str = "") -> str:
+    """Return " (did you mean X?)", X after a prefix, if a valid name is close to the name, else an empty text."""
     match = get_close_matches(name, valid_names, n=1)
-    return f" (did you mean {match[0]}?)" if match else ""
+    return f" (did you mean {prefix}{match[0]}?)" if match else ""

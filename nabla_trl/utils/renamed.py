@@ -118,7 +118,13 @@ def describe_new_key(name: str, valid_names: Container[str]) -> str:
 
 
 def describe_new_flag(name: str, valid_names: Container[str]) -> str:
-    """Return ": it is now --max_rounds" for an old flag (without its dashes), else an empty text."""
-    group, *path = find_new_name(name, valid_names).split(".")
+    """Return ": it is now --max_rounds" for an old flag (without its dashes), else an empty text.
+
+    A flag such as no_restart, which turned an option off, gets the flag that does so now.
+    """
+    positive_name = name.removeprefix("no_")
+    group, *path = find_new_name(positive_name, valid_names).split(".")
+    if positive_name != name and group:
+        return f": it is now --{group}.{path[1]} false" if path else f": it is now --no_{group}"
     new = f"--{group}.{path[1]} (of --{group} {path[0]})" if path else f"--{group}"
     return f": it is now {new}" if group else ""
