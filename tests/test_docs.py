@@ -11,7 +11,7 @@ from nabla_trl.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-# Folders that snippets read. A snippet runs in an empty folder with links to these, so that what it writes is thrown away.
+# Folders that snippets read. A snippet runs in an empty folder with links to them: what it writes is thrown away.
 INPUTS = ("data", "recipes")
 
 
@@ -45,7 +45,7 @@ def test_the_first_snippet_of_the_readme_prints_a_refined_response(scratch, caps
     assert " -> " in first and revisions and all(" -> " in line for line in revisions)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if read_blocks(page, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if read_blocks(page, "python")], ids=str)
 def test_the_snippets_of_a_page_run_one_after_another(page: Path, scratch) -> None:
     namespace: dict[str, object] = {"__name__": "docs"}
     for block in read_blocks(page, "python"):
