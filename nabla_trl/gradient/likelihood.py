@@ -1,6 +1,6 @@
 """The log-likelihood of a response under a causal LM as a differentiable objective.
 
-With last hidden states h_t, the output head W and p_t = softmax(W·h_t), a relaxed response Y has the value
+With last hidden states h_t, the model's output head z and p_t = softmax(z(h_t)), a relaxed response Y has the value
 
     f(Y) = Σ_t Σ_v Y[t, v]·log p_t(v),
 
@@ -8,15 +8,17 @@ which is log π(y|x) at the one-hot Y of a response. It depends on Y in two ways
 the "token" gradient. The h of later positions, which read the embedding of token t, give the "suffix" gradient.
 
     ∂f/∂Y[t, v] at fixed h = log p_t(v)
-    ∂f/∂h_t                = Wᵀ(Y[t] − (Σ_v Y[t, v])·p_t)
+    ∂f/∂h_t                = (∂z/∂h_t)ᵀ(Y[t] − (Σ_v Y[t, v])·p_t)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from nabla_trl.gradient.objectives import (
     EncodedSample,
@@ -29,6 +31,7 @@ from nabla_trl.gradient.objectives import (
 )
 from nabla_trl.gradient.relaxation import RelaxedResponse
 from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.heads import OutputHead
 from nabla_trl.models.policy import Policy
 
 # Logits [positions, V] are computed in slices of at most so many values, or of this multiple of the hidden states,
@@ -38,7 +41,15 @@ LOGITS_PER_HIDDEN_VALUE = 4
 
 
 class LikelihoodObjective(Objective):
-    """f(y) = Σ_t log π(y_t | x, y_<t)."""
+    """f(y) = Σ_t log π(y_t | x, y_<t).
+
+    Args:
+        head: of the model. None: it is made here.
+    """
+
+    def __init__(self, model: PreTrainedModel, *args: Any, head: OutputHead | None = None, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        self.head = OutputHead(model) if head is None else head
 
     def encode(self, sample: Sample) -> EncodedSample:
         prompt_ids = self.encode_prompt(sample.problem, sample.prompt_ids)
@@ -90,7 +101,13 @@ class LikelihoodObjective(Objective):
         caches: Sequence[ScoreCache],
     ) -> list[ScoreCache]:
         return [
-            ScoreCache(kv_row, logp, torch.cat((cache.hidden_states[:count], states)), cache.prefix_scores)
+            # Without shared tokens, the width of the cache's empty states is not known to be that of the head's input.
+            ScoreCache(
+                kv_row,
+                logp,
+                torch.cat((cache.hidden_states[:count], states)) if count else states,
+                cache.prefix_scores,
+            )
             for kv_row, logp, states, cache, count in zip(
                 kv_rows, values, hidden_states, caches, batch.num_shared, strict=True
             )
@@ -138,7 +155,7 @@ class LikelihoodObjective(Objective):
         """
         with torch.enable_grad():
             states = states.requires_grad_(True)
-            logits = self.model.get_output_embeddings()(states)
+            logits = self.head(states)
         logp = logits.detach().log_softmax(-1, dtype=widen_dtype(logits))
         weights = weights.to(logp)
         values = (weights * logp.gather(1, ids)).sum(1)  # Σ_v Y[v]·log p(v)
@@ -151,14 +168,14 @@ class LikelihoodObjective(Objective):
         """Return log p(v) [N, K] of ids [N, K] at states [N, d], `slice_size` positions at a time."""
         parts = []
         for states_slice, ids_slice in zip(states.split(slice_size), ids.split(slice_size), strict=True):
-            logits = self.model.get_output_embeddings()(states_slice)
+            logits = self.head(states_slice)
             parts.append(logits.log_softmax(-1, dtype=widen_dtype(logits)).gather(1, ids_slice))
         return torch.cat(parts)
 
     def _get_slice_size(self, hidden: Tensor) -> int:
         """Return how many positions to slice off a batch with these hidden states."""
         budget = max(MAX_HEAD_LOGITS, LOGITS_PER_HIDDEN_VALUE * hidden.numel())
-        return max(1, budget // self.model.get_output_embeddings().weight.shape[0])
+        return max(1, budget // self.head.num_rows)
 
 
 def _stack_relaxed(relaxed_responses: Sequence[RelaxedResponse]) -> tuple[Tensor, Tensor]:
@@ -173,16 +190,11 @@ def _stack_relaxed(relaxed_responses: Sequence[RelaxedResponse]) -> tuple[Tensor
 
 
 def policy_likelihood(policy: Policy) -> LikelihoodObjective:
-    """Return log π(y|x) of a policy as an objective.
-
-    Raises:
-        ValueError: the policy scales or caps its logits, so that they are more than its output head.
-    """
-    if not policy.has_plain_head:
-        raise ValueError(f"{policy.name} scales or caps its logits: solver ste cannot differentiate its likelihood")
+    """Return log π(y|x) of a policy as an objective."""
     return LikelihoodObjective(
         policy.model,
         policy.size,
         vocab_map=torch.arange(policy.forbidden_mask.shape[0]),
         encode_prompt=lambda problem, prompt_ids: prompt_ids,
+        head=policy.head,
     )

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from nabla_trl.gradient.relaxation import RelaxedResponse, build_mixture, build_one_hot
 from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter, ModelSize
+from nabla_trl.models.heads import find_backbone
 from nabla_trl.models.sampling import find_token_columns
 from nabla_trl.tasks.problem import Problem
 
@@ -312,7 +313,7 @@ class Objective(ABC):
             embeds: [B, R, d] input embeddings to read in place of the batch's ids.
         """
         cache, cached_mask = kv_cache.stack_caches(batch.kv_rows)
-        output = self.model.base_model(
+        output = find_backbone(self.model)(
             input_ids=batch.input_ids if embeds is None else None,
             inputs_embeds=embeds,
             attention_mask=kv_cache.build_attention_mask(cached_mask, batch.input_ids.shape[1], self.model.dtype),

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from nabla_trl.models.heads import find_backbone
+
 GROWTH_SLOTS = 64  # empty slots that a growing cache allocates at a time
 
 
@@ -147,7 +149,7 @@ def prefill_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]]
         return rows
     ids, mask = pad_sequences([sequences[index] for index in nonempty], model.device, left=True)
     cache = DynamicCache()
-    model.base_model(
+    find_backbone(model)(
         input_ids=ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),

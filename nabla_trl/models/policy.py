@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_trl.models.flops import ModelSize
+from nabla_trl.models.heads import OutputHead
 from nabla_trl.models.options import PromptOptions, Sampling
 from nabla_trl.models.prompts import (
     NEXT_QUESTION,
@@ -181,8 +182,7 @@ class Policy:
         stop_ids: tokens that end a response (every eos token of tokenizer and generation config).
         forbidden_mask: [rows of the output head] bool, tokens that are never sampled: rows without a token string, and
             a padding token that is not a stop token.
-        has_plain_head: the logits are the output head of the last hidden state and nothing more. The likelihood of a
-            model that scales or caps its logits cannot be differentiated in slices.
+        head: maps last hidden states to logits.
         backend: what generates its responses.
         prompt_options: how problems are written as prompts.
     """
@@ -193,7 +193,7 @@ class Policy:
     size: ModelSize
     stop_ids: frozenset[int]
     forbidden_mask: Tensor
-    has_plain_head: bool
+    head: OutputHead
     backend: GenerationBackend
     prompt_options: PromptOptions = field(default_factory=PromptOptions)
 

@@ -14,6 +14,7 @@ from nabla_trl.gradient.objectives import EncodedSample, Objective, Sample
 from nabla_trl.gradient.score import ProcessObjective, ScoreObjective
 from nabla_trl.gradient.step_ends import BLANK_LINE, StepFinder
 from nabla_trl.models.flops import FlopCounter, measure_model_size
+from nabla_trl.models.heads import find_backbone
 from nabla_trl.models.kv_cache import check_croppable_cache
 from nabla_trl.models.loading import (
     is_adapter,
@@ -129,6 +130,7 @@ def build_log_ratio_reward(
                 vocab_map=vocab_map,
                 weight=weight,
                 encode_prompt=make_mapped_prompt_encoder(vocab_map, name),
+                head=model.head,
             )
         )
     in_vocabulary = torch.stack([objective.vocab_map.cpu() >= 0 for objective in objectives]).all(0)
@@ -338,7 +340,7 @@ def _compute_unbatched_value(objective: Objective, encoded: EncodedSample, *, fr
     ids = torch.tensor([encoded.sequence_ids], device=objective.model.device)
     inputs = {"inputs_embeds": objective.model.get_input_embeddings()(ids)} if from_embeddings else {"input_ids": ids}
     if isinstance(objective, ScoreObjective):
-        hidden = objective.model.base_model(**inputs).last_hidden_state[0, begin - 1 :]
+        hidden = find_backbone(objective.model)(**inputs).last_hidden_state[0, begin - 1 :]
         positions = objective.list_score_positions(encoded.response_ids, len(encoded.turn_end_ids))
         return float(objective.model.score(hidden[positions]).sum())
     logp = objective.model(**inputs).logits[0].float().log_softmax(-1)

@@ -1,0 +1,31 @@
+"""Load policies, models, tokenizers and adapters from folders and the hub."""
+
+from nabla_trl.models.loading.adapters import (
+    ADAPTER_CONFIG_FILE,
+    AdapterInfo,
+    find_adapter_folder,
+    is_adapter,
+    merge_adapter,
+    read_adapter_info,
+)
+from nabla_trl.models.loading.policies import freeze_policy, load_causal_lm, load_policy
+from nabla_trl.models.loading.pretrained import DTYPES, load_architecture, load_model, resolve_device
+from nabla_trl.models.loading.tokenizers import load_tokenizer, map_vocabulary
+
+__all__ = [
+    "ADAPTER_CONFIG_FILE",
+    "DTYPES",
+    "AdapterInfo",
+    "find_adapter_folder",
+    "freeze_policy",
+    "is_adapter",
+    "load_architecture",
+    "load_causal_lm",
+    "load_model",
+    "load_policy",
+    "load_tokenizer",
+    "map_vocabulary",
+    "merge_adapter",
+    "read_adapter_info",
+    "resolve_device",
+]
