@@ -9,13 +9,12 @@ samples that it reads.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nabla_trl.gradient.objectives import DrawInfo, Sample
-from nabla_trl.grading.equivalence import normalize_answer
 from nabla_trl.grading.extraction import extract_answer
+from nabla_trl.grading.voting import vote
 from nabla_trl.models.flops import Cost, FlopCounter
 from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
@@ -232,20 +231,9 @@ def select_weighted_best_of_n(pool: ResponsePool, num_responses: int, beta: floa
     """
 
     def select(responses: Sequence[PooledResponse]) -> PooledResponse:
-        groups: dict[str, list[PooledResponse]] = {}
-        for response in responses:
-            if response.answer is not None and response.reward > -math.inf:
-                groups.setdefault(normalize_answer(response.answer), []).append(response)
-        if not groups:
-            return _get_highest_reward(responses)
-        max_reward = max(response.reward for group in groups.values() for response in group)
-
-        def compute_weight(answer: str) -> float:
-            # relative to the highest reward, whose weight is 1 even where it is infinite
-            rewards = (response.reward for response in groups[answer])
-            return math.fsum(1.0 if r == max_reward else math.exp((r - max_reward) / beta) for r in rewards)
-
-        return _get_highest_reward(groups[max(groups, key=compute_weight)])
+        answers = [response.answer for response in responses]
+        voters = vote(answers, [response.reward / beta for response in responses])
+        return _get_highest_reward([responses[index] for index in voters] or responses)
 
     return _select_by_reward(pool, num_responses, f"weighted_best_of_{num_responses}", select)
 
@@ -290,9 +278,8 @@ def select_by_self_consistency(pool: ResponsePool, num_responses: int) -> list[T
             traces.append(_build_error_trace(pool, entry, name, entry.error, entry.policy_prefill_cost))
             continue
         responses = entry.responses[:num_responses]
-        answers = [None if response.answer is None else normalize_answer(response.answer) for response in responses]
-        votes = Counter(answer for answer in answers if answer is not None)
-        chosen = responses[answers.index(votes.most_common(1)[0][0]) if votes else 0]
+        voters = vote([response.answer for response in responses])
+        chosen = responses[voters[0] if voters else 0]
         cost = sum((response.generation_cost for response in responses), entry.policy_prefill_cost)
         traces.append(_build_trace(pool, entry, name, chosen, cost))
     return traces

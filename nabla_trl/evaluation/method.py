@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 REWARD_MODEL_SAMPLING = "reward_model_sampling"
-SEARCHES = ("nabla", "control", "shuffled", "paper", "released")
+SEARCHES = ("nabla", "control", "shuffled", "paper", "released", "qalign")
 # Step-level searches. Their sizes are beams, subtrees, states and rollouts.
 STEP_SEARCHES = ("beam_search", "dvts", "tot", "rap")
 # Methods that choose among the responses of one pool, or keep them all.
@@ -23,8 +23,9 @@ POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 
 METHOD_SYNTAX = (
     "greedy, best_of_N, weighted_best_of_N, self_consistency_N and samples_N (N up to 999, for pass@k, maj@k and "
-    "avg@N). The searches nabla, control (without the gradient), shuffled (its gradient rows shuffled), paper and "
-    "released (presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's). "
+    "avg@N). The searches nabla, control (without the gradient), shuffled (its gradient rows shuffled), paper, "
+    "released and qalign (presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times "
+    "best_of_16's). "
     "The step-level searches beam_search and dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, "
     f"tot@best_of_N or tot@F. {REWARD_MODEL_SAMPLING} (for log-ratio rewards). Of a trained policy L_greedy, "
     "L_best_of_N, L_samples_N, and L_nabla and L_control, also with a budget, where L is one of "

@@ -270,6 +270,8 @@ def build_search_config(method: Method, config: SearchConfig, max_flops: float =
     """
     if method.name in PRESETS:
         shared = {name: getattr(config, name) for name in ("top_k_candidates", "max_new_tokens", "batch_size")}
+        if method.name == "qalign":
+            shared["beta"] = config.vote_beta  # the π* that a weighted vote of samples estimates
         config = SearchConfig.from_preset(method.name, **shared)
     elif method.name == "control":
         config = config.with_no_gradient()
@@ -278,8 +280,8 @@ def build_search_config(method: Method, config: SearchConfig, max_flops: float =
     if not max_flops:
         return config
     config = limit_to_flops(config, max_flops)
-    # By itself a preset scans one response once. At a budget it begins again until the budget is spent.
-    return replace(config, restarts=True) if method.name in PRESETS else config
+    # By itself a preset of the paper scans one response once. At a budget it begins again until the budget is spent.
+    return replace(config, restarts=True) if method.name in ("paper", "released") else config
 
 
 def limit_to_flops(config: SearchConfig, max_flops: float) -> SearchConfig:

@@ -19,9 +19,13 @@ from nabla_trl.search.options import (
     MirrorSolver,
     NoGradient,
     Proposals,
+    RewardSelection,
+    Selection,
     SequentialProposals,
     Solver,
     SteSolver,
+    VoteSelection,
+    WeightedVoteSelection,
 )
 from nabla_trl.utils.fields import OptionGroup, coerce_fields, format_suggestion, get_option_groups, option
 from nabla_trl.utils.identity import hash_json
@@ -65,6 +69,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "temperature": 0.6,
         "top_p": 0.95,
     },
+    # QAlign (Faria et al., arXiv 2504.03790): a Metropolis chain on π·exp(r/β), and a vote over its states. Other than
+    # there, a step changes a token that π itself finds likely, in place of a cut at a uniform position.
+    "qalign": {"solver": "none", "acceptance": "metropolis", "select": "vote", "beta": 1.0},
 }
 
 
@@ -72,8 +79,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class SearchConfig:
     """Search: how a response is refined.
 
-    Each of `solver`, `proposals` and `acceptance` takes an instance (`SteSolver(steps=3)`), a name ("ste") or a
-    mapping ({"name": "ste", "steps": 3}), and holds the instance.
+    Each of `solver`, `proposals`, `acceptance` and `select` takes an instance (`SteSolver(steps=3)`), a name ("ste")
+    or a mapping ({"name": "ste", "steps": 3}), and holds the instance.
 
     Raises:
         ValueError: a value out of range, an unknown option, or options that do not go together.
@@ -89,6 +96,13 @@ class SearchConfig:
         GreedyAcceptance,
         MetropolisAcceptance,
         help_text="When to keep a proposal. Use metropolis for samples of the optimum.",
+    )
+    select: OptionGroup[Selection] = OptionGroup(
+        RewardSelection,
+        VoteSelection,
+        WeightedVoteSelection,
+        help_text="Which of the scored responses is returned. Use weighted_vote where the reward makes mistakes, "
+        "because a long search finds them.",
     )
     beta: float | None = option(
         None,
@@ -194,6 +208,10 @@ class SearchConfig:
             raise ValueError("min_gradient_norm needs solver ste, because no other solver computes that gradient")
         if isinstance(self.acceptance, MetropolisAcceptance):
             self._check_metropolis()
+        elif isinstance(self.select, VoteSelection) and self.select.burn_in:
+            raise ValueError(
+                "burn_in needs metropolis acceptance: other searches have no states that forget the start"
+            )
 
     def _set_beta_or_target_kl(self) -> None:
         """Set the default of β or of the KL target, and refuse both."""
@@ -221,13 +239,17 @@ class SearchConfig:
             )
         if self.temperature == 0:
             raise ValueError("metropolis needs a sampler that can draw any response: temperature must be above 0")
+        if isinstance(self.select, WeightedVoteSelection):
+            raise ValueError("the states of a metropolis chain are samples of π*, weighted already: use select vote")
         if self.patience:
             raise ValueError("metropolis samples are biased if a chain ends after rejections: patience must be 0")
         if self.proposals.min_gradient_norm:
             raise ValueError(
                 "metropolis cannot reverse a choice of positions by later tokens: remove min_gradient_norm"
             )
-        if self.max_flops or (self.max_rollouts and sequential):
+        # A vote weighs all states, so what the end of the chain depends on matters less the longer the chain is.
+        by_vote = isinstance(self.select, VoteSelection)
+        if not by_vote and (self.max_flops or (self.max_rollouts and sequential)):
             raise ValueError("metropolis samples are biased if a chain ends by its cost: limit it by max_rounds")
         if sequential and not self.max_rounds:
             raise ValueError("a sequential metropolis chain may never propose anything: set max_rounds, its sweeps")
@@ -302,6 +324,12 @@ class SearchConfig:
         """If the rest of a budget is spent on new chains. Metropolis samples would be biased by it."""
         greedy = isinstance(self.acceptance, GreedyAcceptance)
         return self.restarts and greedy and bool(self.max_flops or self.max_rollouts)
+
+    @property
+    def vote_beta(self) -> float:
+        """β of weighted votes."""
+        own_beta = self.select.vote_beta if isinstance(self.select, WeightedVoteSelection) else None
+        return 1.0 / self.reward_weight if own_beta is None else own_beta
 
     def compute_chain_betas(self) -> list[float | None]:
         """Return the β of each chain: β·c^i for chain i and c = parallel_tempering. None: the KL target decides."""

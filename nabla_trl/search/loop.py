@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,15 @@ from torch import Tensor
 from nabla_trl.engine.engine import Engine
 from nabla_trl.engine.scheduler import Task
 from nabla_trl.gradient.objectives import Sample
+from nabla_trl.grading.extraction import extract_answer
+from nabla_trl.grading.voting import vote
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import acceptance, proposals
 from nabla_trl.search.config import SearchConfig
-from nabla_trl.search.options import MetropolisAcceptance, SequentialProposals
-from nabla_trl.search.state import EncodedPrompt, Proposal, ScoredResponse, SearchState
+from nabla_trl.search.options import MetropolisAcceptance, RewardSelection, SequentialProposals, VoteSelection
+from nabla_trl.search.state import EncodedPrompt, Proposal, ScoredResponse, SearchState, Voter
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
 from nabla_trl.traces.schema import Revision, Trace
@@ -87,6 +90,8 @@ class Search:
     Attributes:
         chains: in the order in which they began. A search within a budget begins new ones while some of it is left.
         num_first_responses: whole responses drawn from the prompt.
+        voters: what votes for the answer, if the configuration asks for a vote: every scored response. With
+            Metropolis acceptance: the state of the chain at β after every round.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class Search:
         self.is_sequential = isinstance(config.proposals, SequentialProposals)
         self.chains: list[SearchState] = []
         self.num_first_responses = 0
+        self.voters: list[Voter] = []
         self.trace_meta = build_trace_meta(self.policy, self.reward.name, config.compute_hash())
 
     async def run(self) -> Trace:
@@ -170,6 +176,8 @@ class Search:
             for output in await self.generate(requests)
         ]
         await self.score(responses, [0] * count)
+        if not self.is_metropolis:
+            self.record_voters(responses)
         return responses
 
     def begin_chains(self, responses: list[ScoredResponse]) -> list[SearchState]:
@@ -224,8 +232,15 @@ class Search:
                 rows = [row for row, proposal in enumerate(branches) if proposal.chain is chain]
                 if rows:
                     self.decide(chain, [branches[row] for row in rows], [responses[row] for row in rows])
+            if not self.is_metropolis:
+                self.record_voters(responses)
         if self.is_metropolis and self.config.acceptance.parallel_tempering > 1:
             self.exchange_betas([chain for chain in active if not chain.stop_reason])
+        if self.is_metropolis:
+            target_beta = min(chain.beta or 0.0 for chain in self.chains)
+            moved = {id(proposal.chain) for proposal in branches}
+            at_target = [chain for chain in active if id(chain) in moved and chain.beta == target_beta]
+            self.record_voters([chain.incumbent for chain in at_target])
 
     def stop_at_limits(self, chains: list[SearchState]) -> None:
         """Stop the chains that have reached a limit of the configuration."""
@@ -503,30 +518,69 @@ class Search:
             return min(self.chains, key=lambda chain: (chain.beta or 0.0, chain.index))
         return max(self.chains, key=lambda chain: (chain.incumbent.reward, -chain.index))
 
+    def record_voters(self, responses: Sequence[ScoredResponse]) -> None:
+        """Let the answers of scored responses vote, if the configuration asks for a vote."""
+        if isinstance(self.config.select, RewardSelection):
+            return
+        stops = self.policy.get_stop_strings(self.problem)
+        for response in responses:
+            answer = extract_answer(self.policy.decode_response(response.response_ids, stops))
+            self.voters.append(Voter(response.response_ids, response.reward, answer))
+
+    def select_by_vote(self) -> Voter | None:
+        """Return the response of the highest reward that has the winning answer. None: no response has an answer."""
+        voters = [voter for voter in self.voters if voter.reward > -math.inf]
+        log_weights = None
+        if isinstance(self.config.select, VoteSelection):
+            voters = voters[int(self.config.select.burn_in * len(voters)) :]
+        else:
+            log_weights = [voter.reward / self.config.vote_beta for voter in voters]
+        winners = vote([voter.answer for voter in voters], log_weights)
+        return max((voters[index] for index in winners), key=lambda voter: voter.reward, default=None)
+
     def build_trace(self) -> Trace:
         """Return the trace of the selected chain, or of a chain that failed.
 
-        Its meta counts what all chains did: first responses, proposals and accepted proposals.
+        A response that wins a vote is returned with the revisions of its chain if it is the last of a chain, and
+        without revisions if it is not. The meta counts what all chains did: first responses, proposals and accepted
+        proposals.
         """
         accepted = [revision.accepted for chain in self.chains for revision in chain.revisions]
         counts = {"starts": self.num_first_responses, "proposals": len(accepted), "accepted": sum(accepted)}
-        chain = next((chain for chain in self.chains if chain.error is not None), None) or self.select_chain()
+        failed = next((chain for chain in self.chains if chain.error is not None), None)
+        chain = failed or self.select_chain()
         if chain.stop_reason == "unreadable":
             chain.error, chain.stop_reason = f"the reward {self.reward.name} cannot read the response", "error"
+        shared: dict[str, Any] = {
+            "method": self.config.method,
+            "seed": self.seed,
+            "prompt_ids": self.prompt.ids,
+            "cost": self.flop_counter.get_cost(self.problem.id),
+            "meta": self.trace_meta | {name: str(count) for name, count in counts.items()},
+        }
+        winner = self.select_by_vote() if chain.error is None else None
+        if winner is not None:
+            of_winner = [one for one in self.chains if one.incumbent.response_ids == winner.response_ids]
+            if not of_winner:
+                return build_response_trace(
+                    self.policy,
+                    self.problem,
+                    response_ids=winner.response_ids,
+                    reward=winner.reward,
+                    stop_reason=chain.stop_reason,
+                    **shared,
+                )
+            [chain, *_] = of_winner
         return build_response_trace(
             self.policy,
             self.problem,
-            method=self.config.method,
-            seed=self.seed,
-            prompt_ids=self.prompt.ids,
             response_ids=chain.incumbent.response_ids,
             reward=chain.incumbent.reward,
-            cost=self.flop_counter.get_cost(self.problem.id),
-            meta=self.trace_meta | {name: str(count) for name, count in counts.items()},
             stop_reason=chain.stop_reason,
             initial_ids=chain.initial.response_ids,
             reward_initial=chain.initial.reward,
             revisions=chain.revisions,
             predicted_gain=chain.predicted_gain,
             error=chain.error,
+            **shared,
         )

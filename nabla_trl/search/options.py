@@ -183,6 +183,51 @@ class MetropolisAcceptance:
             raise ValueError(f"parallel_tempering must be a number of at least 1, not {self.parallel_tempering}")
 
 
+@dataclass(frozen=True)
+class RewardSelection:
+    """Return the response with the highest reward. With Metropolis acceptance: the last state."""
+
+    name: ClassVar[str] = "reward"
+
+
+@dataclass(frozen=True)
+class VoteSelection:
+    """Return the most common answer of all scored responses. With Metropolis acceptance: of the chain's states.
+
+    The vote over the states of a Metropolis chain is QAlign (Faria et al., arXiv 2504.03790).
+    """
+
+    name: ClassVar[str] = "vote"
+
+    burn_in: float = option(
+        0.0,
+        "Share of the first states of a Metropolis chain that do not vote. Increase it if the chain starts far from "
+        "its target.",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.burn_in < 1:
+            raise ValueError(f"burn_in must be in [0, 1), not {self.burn_in}")
+
+
+@dataclass(frozen=True)
+class WeightedVoteSelection:
+    """Return the answer with the largest sum of exp(r/β) over all scored responses, as weighted best-of-N does."""
+
+    name: ClassVar[str] = "weighted_vote"
+
+    vote_beta: float | None = option(
+        None,
+        "β of the weights exp(r/β). Lower it to follow the reward more closely (default: --beta, and 1 where "
+        "--solver.target_kl sets the step).",
+    )
+
+    def __post_init__(self) -> None:
+        if self.vote_beta is not None and not 0 < self.vote_beta < math.inf:
+            raise ValueError(f"vote_beta must be a positive number, not {self.vote_beta}")
+
+
 Solver = MirrorSolver | SteSolver | NoGradient
 Proposals = GlobalProposals | SequentialProposals
 Acceptance = GreedyAcceptance | MetropolisAcceptance
+Selection = RewardSelection | VoteSelection | WeightedVoteSelection

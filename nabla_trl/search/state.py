@@ -90,6 +90,15 @@ class ScoredResponse:
         return replace(self.make_sample(), draw_info=DrawInfo(model, self.candidates, self.logp))
 
 
+@dataclass(frozen=True)
+class Voter:
+    """A scored response that votes for its answer. None: it has no answer."""
+
+    response_ids: list[int]
+    reward: float
+    answer: str | None
+
+
 @dataclass
 class SearchState:
     """One chain of responses. A search may run several for a problem.

@@ -39,7 +39,7 @@ from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.identity import identify_adapter
 from nabla_trl.utils.locks import lock_folder
 
-BASELINES = ("control", "shuffled", "paper", "released", *STEP_SEARCHES)
+BASELINES = ("control", "shuffled", "paper", "released", "qalign", *STEP_SEARCHES)
 
 
 @dataclass

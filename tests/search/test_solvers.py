@@ -880,7 +880,8 @@ def test_the_paper_preset_is_the_papers() -> None:
         optimize_positions="all",
     )
     assert config.proposals == SequentialProposals(confidence=0.97, resample_temperature=0.5)
-    assert set(PRESETS) == {"default", "paper", "released"} and SearchConfig.from_preset("default") == SearchConfig()
+    assert set(PRESETS) == {"default", "paper", "released", "qalign"}
+    assert SearchConfig.from_preset("default") == SearchConfig()
     released = SearchConfig.from_preset("released")
     assert (released.solver.optimize_positions, released.reward_weight) == ("first", 1000.0)
     assert released.proposals.resample_top_p == 0.95
