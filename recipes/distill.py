@@ -207,7 +207,10 @@ class DistillRun:
         if any(unfinished.values()):
             self.load_models()  # before the settings are claimed: a mistyped model must not claim the folder
         settings = self._collect_search_settings() | {"adapter": "", "split": self.args.train_split}
-        claim_settings(self.output_dir / "traces.settings.json", settings | get_task_settings(self.args.dataset))
+        settings |= get_task_settings(self.args.dataset)
+        claim_settings(self.output_dir / "traces.settings.json", settings)
+        for path in self.output_dir.glob("*/traces.settings.json"):  # of shards in folders of their own
+            claim_settings(path, settings)
         for seed, problems in unfinished.items():
             if not problems:
                 self.print_once(f"traces: {len(share)} problems are already done")

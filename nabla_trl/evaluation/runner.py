@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
+from nabla_trl.evaluation.method import Method
 from nabla_trl.evaluation.plan import EvaluationSetup, Job, get_step_search_settings, plan_jobs
+from nabla_trl.evaluation.results import SHARD_PLAN_FILE, describe_missing_rows
 from nabla_trl.evaluation.rows import Row, RowStore, build_row, merge_sample_rows, select_complete_rows
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
 from nabla_trl.search.generate_traces import write_token_texts
 from nabla_trl.tasks.problem import Problem, compute_content_hash
+from nabla_trl.tasks.shards import Shard, ShardPlan
 from nabla_trl.traces.build import grade_traces
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import EVAL_TRACES_DIR, TraceWriter
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.identity import claim_settings, hash_json
 from nabla_trl.utils.interrupts import finish_current_batch
+from nabla_trl.utils.locks import hold_lock
 from nabla_trl.utils.progress import ProgressDisplay, ProgressItem
 
 # By which share the cost that sets a budget may change. A search ends further from its budget than this.
@@ -36,6 +42,7 @@ class Evaluation:
         problems: the held-out problems.
         settings_file: where the settings are noted, below `output_dir`.
         rank: number of this process.
+        shard: the share of the problems that this process runs, if it is one of several shards.
 
     Raises:
         ValueError: the folder holds rows of other settings.
@@ -49,12 +56,14 @@ class Evaluation:
         *,
         settings_file: str = "eval.settings.json",
         rank: int = 0,
+        shard: Shard | None = None,
     ):
-        self.output_dir, self.problems = output_dir, problems
+        self.output_dir, self.problems, self.shard = output_dir, problems, shard or Shard()
+        self._shard_plan: ShardPlan | None = None
         self._settings_dir = (output_dir / settings_file).parent
         claim_settings(output_dir / settings_file, settings)
         digest = hash_json(dict(settings), length=16)
-        self.store = RowStore(output_dir / "rows", digest, rank)
+        self.store = RowStore(output_dir / "rows", digest, rank or self.shard.index)
 
     def claim(self, name: str, settings: Mapping[str, str]) -> None:
         """Note what some of the rows depend on beside the settings of all rows, so that they can join later.
@@ -73,11 +82,20 @@ class Evaluation:
     ) -> Iterator[Job]:
         """Return the jobs of these methods, as `plan_jobs` does, and claim what step-level searches depend on.
 
+        A shard also writes the plan of all shards.
+
         Args:
             get_flops: as for `plan_jobs` (default: `get_budget_flops` of this evaluation's rows).
         """
         if step_search_settings := get_step_search_settings(names, setup):
             self.claim("step_search", step_search_settings)
+        if self.shard.count > 1:
+            self._shard_plan = ShardPlan.build(self.shard, self.problems, setup.seeds, names)
+            self._shard_plan.write(self.store.folder / SHARD_PLAN_FILE)
+            # Budgets come last, because they may need rows that other shards still make.
+            names = sorted(names, key=lambda name: bool(Method.parse(name).budget))
+        else:
+            (self.store.folder / SHARD_PLAN_FILE).unlink(missing_ok=True)
         return plan_jobs(names, setup, trained_policies or {}, get_flops or self.get_budget_flops)
 
     def run(
@@ -92,12 +110,12 @@ class Evaluation:
         """Run the jobs where rows are missing. Errors are those of `run_job`.
 
         Args:
-            problems: the share of this process (default: all problems).
+            problems: the share of this process (default: that of its shard).
             keep_traces: store the traces of the main search.
         """
         run_jobs(
             jobs,
-            self.problems if problems is None else problems,
+            self.shard.select(self.problems) if problems is None else problems,
             self.store,
             checker,
             eval_traces_dir=self.output_dir / EVAL_TRACES_DIR if keep_traces else None,
@@ -105,8 +123,26 @@ class Evaluation:
         )
 
     def get_budget_flops(self, method: str) -> float:
-        """Return the mean FLOPs per problem of a method, as `get_budget_flops` does."""
-        return get_budget_flops(self.store, method)
+        """Return the mean FLOPs per problem of a method, as `get_budget_flops` does.
+
+        Raises:
+            ValueError: as `get_budget_flops`, or the rows of other shards are missing. A mean over the rows of one
+                shard would give each shard another budget, and other rows than one process.
+        """
+        if missing := self.describe_missing_shards([method]):
+            raise ValueError(
+                f"a budget is the mean cost of {method} over all problems, but {self.store.folder} lacks rows of "
+                f"{missing}: run these shards first, or copy their rows-*.jsonl here, then run this command again"
+            )
+        with hold_lock(self.store.folder / ".budgets.lock") if self._shard_plan else nullcontext():
+            return get_budget_flops(self.store, method)
+
+    def describe_missing_shards(self, methods: Sequence[str] | None = None) -> str:
+        """Return which shards lack rows of these methods (default: all). Empty if none does, and without shards."""
+        if self._shard_plan is None:
+            return ""
+        plan = self._shard_plan if methods is None else replace(self._shard_plan, methods=tuple(methods))
+        return describe_missing_rows(plan, self.store.read())
 
     def select_rows(self) -> tuple[list[Row], str]:
         """Return the rows that cover the problems, and a sentence on what is left out, as `select_complete_rows`."""

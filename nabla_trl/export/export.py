@@ -31,7 +31,7 @@ from nabla_trl.models.loading import (
 )
 from nabla_trl.models.policy import Policy
 from nabla_trl.traces.build import get_package_versions
-from nabla_trl.traces.storage import read_traces
+from nabla_trl.traces.storage import list_trace_files, read_traces
 from nabla_trl.training.checkpoints import ADAPTER_WEIGHTS_FILE, CONFIG_FILE
 from nabla_trl.utils.formatting import format_error
 
@@ -263,9 +263,9 @@ def _collect_check_sequences(checkpoint: Checkpoint, base: Policy) -> list[list[
     allowed = torch.nonzero(~base.forbidden_mask.cpu()).squeeze(1)
     length = min(32, base.context_length)
     sequences = [allowed[torch.linspace(0, len(allowed) - 1, length).long()].tolist()]
-    traces_dir = checkpoint.run_dir / "traces"
+    files = list_trace_files(checkpoint.run_dir)
     columns = ("prompt_ids", "response_ids", "meta", "error")
-    for trace in read_traces(traces_dir, columns) if traces_dir.is_dir() else []:
+    for trace in read_traces(files, columns):
         has_same_tokens = trace.error is None and trace.meta.get("tokenizer_hash") == base.tokenizer_hash
         if has_same_tokens and len(sequences) <= MAX_CHECK_TRACES:
             sequences.append((trace.prompt_ids + trace.response_ids)[: base.context_length])

@@ -13,6 +13,7 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem, compute_content_hash
+from nabla_trl.tasks.shards import list_run_folders
 from nabla_trl.traces.build import grade_traces
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TraceWriter, read_finished_meta
@@ -56,12 +57,14 @@ class TraceTotals:
 
 
 def find_unfinished_problems(problems: Sequence[Problem], folder: Path, seed: int) -> list[Problem]:
-    """Return the problems that have no trace of this seed in the folder.
+    """Return the problems that have no trace of this seed in the folder, or in a folder of a shard of the same run.
 
     Raises:
         ValueError: the folder holds a trace of a problem with the same id and another content.
     """
-    meta_by_trace = read_finished_meta(folder)
+    meta_by_trace: dict[tuple[str, int], dict[str, str]] = {}
+    for run_folder in list_run_folders(folder.parent):
+        meta_by_trace |= read_finished_meta(run_folder / folder.name)
     for problem in problems:
         content_hash = meta_by_trace.get((problem.id, seed), {}).get(PROBLEM_HASH_KEY)
         if content_hash not in (None, compute_content_hash(problem)):

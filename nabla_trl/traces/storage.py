@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from itertools import pairwise
@@ -23,9 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nabla_trl.models.flops import Cost
+from nabla_trl.tasks.shards import check_same_settings, list_run_folders, read_shard_plan
 from nabla_trl.traces.schema import FORMAT_VERSION, SCHEMA, VERSION_KEY, Revision, Trace
 from nabla_trl.utils.files import fsync_folder
 
+TRACES_DIR = "traces"  # folder of the traces of a run
 EVAL_TRACES_DIR = "eval_traces"  # folder of the traces of an evaluation's search, beside its rows
 
 _COST_COLUMNS = ("flops", "seconds", "tokens")
@@ -142,6 +144,47 @@ def read_finished_meta(folder: str | Path) -> dict[tuple[str, int], dict[str, st
         keys = zip(table["problem_id"].to_pylist(), table["seed"].to_pylist(), strict=True)
         meta |= dict(zip(keys, map(json.loads, table["meta"].to_pylist()), strict=True))
     return meta
+
+
+def get_shard_plan_path(traces_dir: Path, seed: int) -> Path:
+    """Return the file with the plan of the shards that generate the traces of a seed."""
+    return traces_dir / f"shards-{seed}.json"
+
+
+def list_trace_files(run_dir: Path, name: str = TRACES_DIR) -> list[Path]:
+    """Return the parquet files of a run's traces, and of shards that have folders of their own inside the run's.
+
+    Args:
+        name: `TRACES_DIR` or `EVAL_TRACES_DIR`.
+    """
+    return [file for folder in list_run_folders(run_dir) for file in sorted(folder.glob(f"{name}/traces-*.parquet"))]
+
+
+def describe_missing_shards(run_dir: Path, problem_ids: Collection[str] | None = None) -> str:
+    """Return which shards of `nabla-trl traces --shard` lack traces. Empty if none does, and without shards.
+
+    Args:
+        problem_ids: the problems that must have traces. None: all problems of the shards.
+
+    Raises:
+        ValueError: shards of different plans or settings, or a damaged file.
+    """
+    folders = list_run_folders(run_dir)
+    names = sorted({path.name for folder in folders for path in folder.glob(f"{TRACES_DIR}/shards-*.json")})
+    if not names:
+        return ""
+    check_same_settings(folders, f"{TRACES_DIR}.settings.json")
+    done = {key for folder in folders for key in read_finished_meta(folder / TRACES_DIR)}
+    parts = []
+    for name in names:
+        plan = read_shard_plan(folder / TRACES_DIR / name for folder in folders)
+        assert plan is not None
+        for seed in plan.seeds:
+            needless = (key for key in plan.problems if problem_ids is not None and key[1] not in problem_ids)
+            finished = {key for key in plan.problems if (key[1], seed) in done}.union(needless)
+            if missing := plan.describe_missing(finished):
+                parts.append(missing + (f" of seed {seed}" if len(names) > 1 else ""))
+    return ", ".join(parts)
 
 
 def _get_trace_key(trace: Trace) -> tuple[str, int, str]:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nabla_trl.traces.storage import list_trace_files
 from nabla_trl.utils.files import read_json_file
 from nabla_trl.utils.identity import hash_files
 
@@ -58,9 +59,9 @@ def read_training_record(run_dir: Path, method: str) -> dict[str, Any]:
 
 
 def hash_traces(run_dir: Path) -> str | None:
-    """Return the sha256 hash of the run's trace shards in the order of their names, or None without traces."""
-    shards = sorted(run_dir.glob("traces/*.parquet"))
-    return hash_files(shards, length=64) if shards else None
+    """Return the sha256 hash of the run's trace files in the order of their names, or None without traces."""
+    files = list_trace_files(run_dir)
+    return hash_files(files, length=64) if files else None
 
 
 def require_keys(names: Sequence[str], content: dict[str, Any], path: Path) -> dict[str, Any]:

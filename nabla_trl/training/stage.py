@@ -20,7 +20,7 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.options import MetropolisAcceptance
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.traces.storage import read_traces
+from nabla_trl.traces.storage import TRACES_DIR, describe_missing_shards, list_trace_files, read_traces
 from nabla_trl.training.callbacks import EvaluationCallback
 from nabla_trl.training.checkpoints import CONFIG_FILE, hash_traces
 from nabla_trl.training.offline import (
@@ -100,8 +100,8 @@ class TrainStage:
         """Train a policy, or continue an interrupted training. Returns None where the training is finished already.
 
         Raises:
-            ValueError: other settings than those of the interrupted training (the differing ones are named), and what
-                the methods refuse.
+            ValueError: other settings than those of the interrupted training (the differing ones are named), shards
+                whose traces are missing, and what the methods refuse.
         """
         self.check_method(method)
         folder = self.run_dir / "trained" / method
@@ -110,6 +110,8 @@ class TrainStage:
         if not is_finished and find_last_checkpoint(trainer_dir) is None and self.process_state.is_main_process:
             settings_file.unlink(missing_ok=True)  # of an attempt that left nothing
         self.process_state.wait_for_everyone()
+        if method in OFFLINE_METHODS and not is_finished:
+            self._check_shards()
         traces_hash = hash_traces(self.run_dir) if method in OFFLINE_METHODS else None
         settings = self._collect_settings(method) | ({} if traces_hash is None else {"traces_hash": traces_hash})
         claim_settings(settings_file, settings)
@@ -153,6 +155,14 @@ class TrainStage:
         check_precision(self.options.tuning, self.dtype, self.sft_config)
         self._select_callback_problems()
 
+    def _check_shards(self) -> None:
+        """Refuse to train on the traces of some shards only."""
+        if missing := describe_missing_shards(self.run_dir, {problem.id for problem in self.problems}):
+            raise ValueError(
+                f"{self.run_dir} lacks the traces of {missing}: run nabla-trl traces again with these values of "
+                "--shard, or let the stage traces make them"
+            )
+
     def _collect_settings(self, method: str) -> dict[str, str]:
         trainer_options = {name: getattr(self.sft_config, name) for name in TRAINER_OPTIONS}
         options = {**trainer_options, **asdict(self.lora), **asdict(self.options), "method": method}
@@ -172,7 +182,10 @@ class TrainStage:
         if method in OFFLINE_METHODS:
             # The folder may hold traces of other problems, also of those that are held out now.
             problem_ids = {problem.id for problem in self.problems}
-            traces = [trace for trace in read_traces(self.run_dir / "traces") if trace.problem_id in problem_ids]
+            files = list_trace_files(self.run_dir)
+            traces = [
+                trace for trace in read_traces(files or self.run_dir / TRACES_DIR) if trace.problem_id in problem_ids
+            ]
             check_tokenizer(traces, self.policy)
             rows = build_training_rows(method, traces, sft_selection=self.options.sft_selection, beta=beta)
             result = train_on_traces(method, self.policy, rows, output_dir, tuning=self.options.tuning, **shared)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ def write_atomic(path: Path, text: str) -> None:
         OSError: if the file cannot be written, for example to a full disk. The error names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # A process id is not enough: processes on several machines, or in containers, may share a folder.
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -1,8 +1,9 @@
-"""Locks of output folders: one launch at a time writes to a folder.
+"""Locks of output folders: one launch at a time writes to a folder, or the shards of one output.
 
 Each process of a launch locks a file of its own, `.rank-00000.lock`, with the operating system (`filelock` uses flock,
-which NFS has too). Such a lock ends with its process, so nothing needs cleaning up after a kill. The file is never
-removed, because a process that has opened it would otherwise hold a lock that no other process sees.
+which NFS has too). A shard is a launch of its own, and locks the file of its number. Such a lock ends with its
+process, so nothing needs cleaning up after a kill. The file is never removed, because a process that has opened it
+would otherwise hold a lock that no other process sees.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from filelock import FileLock, Timeout
 
 # Errors of file systems without locks, such as Lustre without its mount option flock.
 _LOCKS_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_SHARD_NOTE = ", shard {}/{}"  # the end of a lock file's text
 
 
 class FolderInUse(ValueError):
@@ -27,17 +29,19 @@ class FolderInUse(ValueError):
 
 
 @contextmanager
-def lock_folder(folder: str | Path, rank: int = 0) -> Iterator[None]:
+def lock_folder(folder: str | Path, rank: int = 0, num_shards: int = 1) -> Iterator[None]:
     """Lock an output folder for the length of a `with` block. Create the folder if it does not exist.
 
     In a launch of several processes rank 0 must be the first (`PartialState.main_process_first`), because it also
     checks the locks of all other ranks. On a file system without locks it prints a warning on stderr.
 
     Args:
-        rank: rank of this process in its launch. The processes of one launch share a folder.
+        rank: rank of this process in its launch, or number of its shard. The processes of one launch share a folder.
+        num_shards: number of shards, which share a folder although each of them is a launch. 1: no shards.
 
     Raises:
-        FolderInUse: if another launch holds a lock. The message names its process.
+        FolderInUse: if another launch holds a lock, other than another shard of as many. The message names its
+            process.
         OSError: if the folder cannot be written to.
     """
     folder = Path(folder)
@@ -45,19 +49,56 @@ def lock_folder(folder: str | Path, rank: int = 0) -> Iterator[None]:
     own_file = folder / f".rank-{rank:05d}.lock"
     with ExitStack() as stack:
         try:
-            stack.enter_context(_acquire_lock(own_file))
-            for other_file in folder.glob(".rank-*.lock") if rank == 0 else ():
-                if other_file != own_file:
-                    with _acquire_lock(other_file):
-                        pass
+            # One process starts at a time, because a process that looks at a lock holds it for a moment.
+            with hold_lock(folder / ".start.lock"):
+                stack.enter_context(_acquire_lock(own_file))
+                for other_file in folder.glob(".rank-*.lock") if rank == 0 or num_shards > 1 else ():
+                    if other_file != own_file:
+                        _check_other_lock(other_file, num_shards)
+                own_file.write_text(_describe_process(rank, num_shards), encoding="utf-8")
         except OSError as error:
             if error.errno not in _LOCKS_UNSUPPORTED:
                 raise
             print(f"{folder} cannot be locked ({error.strerror}): let no other process write there", file=sys.stderr)
-        else:
-            start = time.strftime("%Y-%m-%d %H:%M")
-            own_file.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {start}", encoding="utf-8")
         yield
+
+
+@contextmanager
+def hold_lock(path: Path, seconds: float = 60.0) -> Iterator[None]:
+    """Hold a lock that processes need for a moment only.
+
+    Raises:
+        FolderInUse: if another process holds it for longer than `seconds`.
+        OSError: if the file cannot be written, or the file system has no locks.
+    """
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise FolderInUse(
+            f"{path} has been locked for {seconds:.0f} s: is the process that holds it stopped?"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _describe_process(rank: int, num_shards: int) -> str:
+    shard = _SHARD_NOTE.format(rank, num_shards) if num_shards > 1 else ""
+    start = time.strftime("%Y-%m-%d %H:%M")
+    return f"process {os.getpid()} on {socket.gethostname()}, since {start}{shard}"
+
+
+def _check_other_lock(path: Path, num_shards: int) -> None:
+    """Refuse the lock of another process, unless it is another shard of as many."""
+    try:
+        with _acquire_lock(path):
+            pass
+    except FolderInUse:
+        note = _SHARD_NOTE.format(int(path.stem.rpartition("-")[2]), num_shards)
+        if num_shards < 2 or not path.read_text(encoding="utf-8", errors="replace").endswith(note):
+            raise
 
 
 @contextmanager

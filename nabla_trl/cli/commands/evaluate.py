@@ -15,6 +15,7 @@ from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.tasks.problem import filter_with_gold_answer
 from nabla_trl.tasks.registry import get_task_settings, load_problems
+from nabla_trl.tasks.shards import SHARD_HELP, Shard
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.identity import identify_adapter
 from nabla_trl.utils.locks import lock_folder
@@ -48,9 +49,16 @@ class EvalArguments:
     seeds: list[int] = field(
         default_factory=lambda: list(DEFAULT_SEEDS), metadata={"help": SEEDS_HELP, "common": True}
     )
+    shard: str | None = option(
+        None,
+        f"{SHARD_HELP} A method with a budget, such as nabla@best_of_16, needs the rows of all shards of "
+        "best_of_16 first.",
+        common=True,
+    )
     title: str = option("Evaluation", "Title of the report.")
 
     def __post_init__(self) -> None:
+        Shard.parse(self.shard)  # refuses a wrong value before anything is loaded
         check_distinct("seeds", self.seeds)
 
 
@@ -70,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     from nabla_trl.audit.overoptimization import warn_past_limits
     from nabla_trl.evaluation.method import get_max_selection_size, has_search, parse_methods
     from nabla_trl.evaluation.plan import EvaluationSetup
-    from nabla_trl.evaluation.results import list_remarks, store_results
+    from nabla_trl.evaluation.results import list_remarks, store_facts, store_results
     from nabla_trl.evaluation.runner import Evaluation
     from nabla_trl.models.loading import load_policy
     from nabla_trl.report.summary import summarize
@@ -83,9 +91,9 @@ def main(argv: Sequence[str]) -> int:
     problems = load_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
     problems = filter_with_gold_answer(problems)
     models.get_prompt_options().check_problems(problems)
-    output_dir = Path(args.output_dir)
+    output_dir, shard = Path(args.output_dir), Shard.parse(args.shard)
     settings = models.get_settings() | get_task_settings(args.dataset) | {"split": args.split} | config.get_settings()
-    with lock_folder(output_dir):
+    with lock_folder(output_dir, shard.index, shard.count):
         policy, reward = models.load_policy_and_reward(4 * config.batch_size, use_adapter=False)
         trained_policies = {}
         if models.adapter:
@@ -96,14 +104,12 @@ def main(argv: Sequence[str]) -> int:
                 adapter=models.adapter,
                 prompt_options=policy.prompt_options,
             )
-        evaluation = Evaluation(output_dir, settings, problems)
+        evaluation = Evaluation(output_dir, settings, problems, shard=shard)
         if models.adapter:  # apart, so that an adapter trained later can join the rows of the base policy
             evaluation.claim("adapter", {"adapter": identify_adapter(models.adapter)})
         setup = EvaluationSetup(policy, reward, config, tuple(args.seeds), step_search=step_search_config)
         jobs = evaluation.plan(methods, setup, trained_policies)
         warn_past_limits(reward, config if has_search(methods) else None, get_max_selection_size(methods))
-        with AnswerChecker() as checker:
-            evaluation.run(jobs, checker, keep_traces=True)
         facts = models.build_run_facts(
             title=args.title,
             command=shlex.join(["nabla-trl", "eval", *argv]),
@@ -113,6 +119,15 @@ def main(argv: Sequence[str]) -> int:
             problems=problems,
         )
         facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
+        if shard.count > 1:  # before the work, so that a report needs the rows of all shards and no more
+            facts["command"] = facts["command"].replace(f"--shard {shard}", f"--shard I/{shard.count}")
+            store_facts(output_dir, facts)
+        with AnswerChecker() as checker:
+            evaluation.run(jobs, checker, keep_traces=True)
+        if missing := evaluation.describe_missing_shards():
+            print(f"shard {shard}: rows of {len(shard.select(problems))} problems are in {output_dir / 'rows'}")
+            print(f"rows are still missing of {missing}")
+            return 0
         rows, incomplete = evaluation.select_rows()
         store_results(output_dir, rows, facts)
     print_summary_table(summarize(rows, facts))

@@ -11,6 +11,7 @@ from nabla_trl.cli.parsing import Parser
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.tasks.registry import get_task_settings, load_problems
+from nabla_trl.tasks.shards import SHARD_HELP, Shard, ShardPlan
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.identity import claim_settings, identify_adapter
 from nabla_trl.utils.locks import lock_folder
@@ -31,6 +32,10 @@ class TracesArguments:
         1000, "Maximum number of problems. Lower it for a quick test. 0 uses all problems.", common=True
     )
     seed: int = option(0, "Random seed of the search. Traces of several seeds can be in the same folder.", common=True)
+    shard: str | None = option(None, SHARD_HELP, common=True)
+
+    def __post_init__(self) -> None:
+        Shard.parse(self.shard)  # refuses a wrong value before anything is loaded
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,14 +45,17 @@ def main(argv: Sequence[str]) -> int:
         presets=PRESETS,
         prog="nabla-trl traces",
         usage="nabla-trl traces --policy P --reward R --dataset D --output_dir DIR [options]",
-        description="Refine the answers to many problems and store them as parquet shards, in one process.\n"
-        "recipes/distill.py generates the same traces on several devices, and then trains on them.",
+        description="Refine the answers to many problems and store them as parquet files, in one process.\n"
+        "With --shard, any number of independent processes share the work. recipes/distill.py generates the same\n"
+        "traces on several devices of one launch, and then trains on them.",
     )
     models, args, config = parser.parse_options(argv)[:3]
 
     from nabla_trl.audit.overoptimization import warn_past_limits
     from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces
+    from nabla_trl.traces.storage import describe_missing_shards, get_shard_plan_path
 
+    shard = Shard.parse(args.shard)
     problems = load_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
     models.get_prompt_options().check_problems(problems)
     output_dir, traces_dir = Path(args.output_dir), Path(args.output_dir) / "traces"
@@ -56,12 +64,15 @@ def main(argv: Sequence[str]) -> int:
         **get_task_settings(args.dataset),
         "split": args.split,
     }
-    with lock_folder(output_dir):
-        unfinished = find_unfinished_problems(problems, traces_dir, args.seed)
-        num_done = len(problems) - len(unfinished)
+    share = shard.select(problems)
+    with lock_folder(output_dir, shard.index, shard.count):
+        unfinished = find_unfinished_problems(share, traces_dir, args.seed)
+        num_done = len(share) - len(unfinished)
         if unfinished:  # load before the settings are claimed: a mistyped model must not claim the folder
             policy, reward = models.load_policy_and_reward(4 * config.batch_size)
         claim_settings(output_dir / "traces.settings.json", settings | config.get_settings())
+        if shard.count > 1:
+            ShardPlan.build(shard, problems, [args.seed]).write(get_shard_plan_path(traces_dir, args.seed))
         if unfinished:
             warn_past_limits(reward, config)
             with AnswerChecker() as checker:
@@ -73,8 +84,11 @@ def main(argv: Sequence[str]) -> int:
                     config=config,
                     seed=args.seed,
                     checker=checker,
+                    rank=shard.index,
                     num_done=num_done,
                 )
             print(tally)
     print(f"{len(unfinished)} traces written, {num_done} existed: {traces_dir}")
+    if missing := describe_missing_shards(output_dir):
+        print(f"traces are still missing of {missing}")
     return 0

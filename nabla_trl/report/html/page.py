@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from nabla_trl.report.conclusions import evaluate_targets, format_cost, format_r
 from nabla_trl.report.html import viewer
 from nabla_trl.report.html.figures import FigureRecord, collect_figure_data, render_svg
 from nabla_trl.report.summary import Summary, find_pareto_front, group_problems_by_level
-from nabla_trl.traces.storage import EVAL_TRACES_DIR
+from nabla_trl.tasks.shards import list_run_folders
+from nabla_trl.traces.storage import EVAL_TRACES_DIR, TRACES_DIR
 from nabla_trl.utils.formatting import format_interval
 from nabla_trl.utils.markdown import markdown_to_html
 from nabla_trl.utils.statistics import Interval
@@ -118,11 +120,12 @@ def _collect_level_records(summary: Summary, levels: Mapping[str, Any]) -> list[
 
 def write_trace_viewer(folder: Path, rows: Sequence[Row], facts: Mapping, summary: Summary) -> list[str]:
     """Write report_data/ and return notes to the reader. A report is also made where traces are damaged."""
-    sources = [folder / name for name in ("traces", EVAL_TRACES_DIR)]
+    names = (TRACES_DIR, EVAL_TRACES_DIR)
+    sources = {name: [run_folder / name for run_folder in list_run_folders(folder)] for name in names}
     try:
-        tables = [table for source in sources if (table := viewer.TokenTable.read(source)).texts]
+        tables = [table for source in chain(*sources.values()) if (table := viewer.TokenTable.read(source)).texts]
         table = tables[0] if tables else viewer.TokenTable()
-        traces, eval_traces = map(viewer.iterate_traces, sources)
+        traces, eval_traces = (chain.from_iterable(map(viewer.iterate_traces, sources[name])) for name in names)
         counts = viewer.write_viewer_data(folder, traces, eval_traces, table, rows, facts, summary)
     except ValueError as error:
         viewer.write_viewer_data(folder, (), (), viewer.TokenTable(), rows, facts, summary)
