@@ -47,7 +47,7 @@ from nabla_trl.evaluation.method import (
 )
 from nabla_trl.evaluation.plan import EvaluationSetup
 from nabla_trl.evaluation.results import list_remarks, store_results
-from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts, describe_reward_cost
+from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts, compute_reward_train_flops
 from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.loading import load_policy
@@ -369,7 +369,9 @@ class DistillRun:
             "audit": audit,
             "trained": collect_training_facts(self.output_dir, audit or {}),
             "files": self.list_files(),
-            "notes": [sizes, *describe_reward_cost(args.reward)],
+            "reward_train_flops": compute_reward_train_flops(args.reward),
+            "show_targets": args.show_targets,
+            "notes": [sizes],
         }
 
     def list_files(self) -> dict[str, str]:

@@ -22,12 +22,20 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.utils.statistics import Interval, clustered_correlation, clustered_mean, to_json_values
+from nabla_trl.utils.statistics import (
+    Interval,
+    clustered_correlation,
+    clustered_difference,
+    clustered_proportion,
+    to_json_values,
+)
 
 # A swap is informative if it changes the reward by more than this many standard deviations of the responses' rewards.
 INFORMATIVE_THRESHOLD = 0.1
 # A more expensive point must find this much more than a cheaper one: a backward pass must pay for itself.
 MIN_ADVANTAGE = 0.05
+TOO_FEW = "too few to tell"
+_EFFECT_PHRASES = {TOO_FEW: "may help or not, which too few wrong responses or swaps can tell"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class GradientPointAudit:
             some correct token is positive.
         top1_gain: `first_error_scores.top1` minus the baseline's, paired.
         repair_gain: `first_error_scores.repair` minus the baseline's, paired.
-        effect: "helps", "misleads" or "adds nothing", see `classify_effect`.
+        effect: "helps", "misleads", "adds nothing" or "too few to tell", see `classify_effect`.
         conclusion: a sentence.
     """
 
@@ -240,8 +248,8 @@ class GradientAuditor:
         repairs = self._test_wrong_responses(WrongResponse.is_repaired, tilted)
         sign_accuracy_informative = self._average_over_swaps(sign_scores, self.is_informative)
         first_error_scores = self._score_first_errors(ranks, tables, repairs)
-        top1_gain = self._average_over_wrong((ranks == 0) * 1.0 - (self.entropy_ranks == 0))
-        repair_gain = self._average_over_wrong(repairs * 1.0 - self.baseline_repairs)
+        top1_gain = self._compare_over_wrong((ranks == 0) * 1.0 - (self.entropy_ranks == 0))
+        repair_gain = self._compare_over_wrong(repairs * 1.0 - self.baseline_repairs)
         effect = classify_effect(sign_accuracy_informative, top1_gain, repair_gain)
         self._comparison_scores[name] = sign_scores if not self.wrong_responses else repairs * 0.5 + (ranks == 0) * 0.5
         evidence = _format_evidence(sign_accuracy_informative, first_error_scores, self.baseline)
@@ -264,7 +272,7 @@ class GradientAuditor:
             top1_gain=top1_gain,
             repair_gain=repair_gain,
             effect=effect,
-            conclusion=f"the gradient at {name} {effect}: {evidence}",
+            conclusion=f"the gradient at {name} {_EFFECT_PHRASES.get(effect, effect)}: {evidence}",
         )
 
     def choose_point(self, point_audits: Mapping[str, GradientPointAudit]) -> str | None:
@@ -282,9 +290,11 @@ class GradientAuditor:
 
     def _is_better(self, gains: np.ndarray) -> bool:
         gain = (
-            self._average_over_wrong(gains)
+            self._compare_over_wrong(gains)
             if self.wrong_responses
-            else self._average_over_swaps(gains, self.is_informative)
+            else clustered_difference(
+                gains[self.is_informative], self.problem_of_swap[self.is_informative], self.num_problems
+            )
         )
         return gain is not None and gain.low > MIN_ADVANTAGE
 
@@ -295,11 +305,14 @@ class GradientAuditor:
         return np.array([test(wrong, table) for wrong, table in zip(self.wrong_responses, tables, strict=True)], int)
 
     def _average_over_swaps(self, values: np.ndarray, mask: np.ndarray) -> Interval | None:
-        return clustered_mean(values[mask], self.problem_of_swap[mask], self.num_problems)
+        return clustered_proportion(values[mask], self.problem_of_swap[mask], self.num_problems)
+
+    def _compare_over_wrong(self, gains: np.ndarray) -> Interval | None:
+        return clustered_difference(gains, self.problem_of_wrong, self.num_problems)
 
     def _average_over_wrong(self, values: np.ndarray, mask: np.ndarray | None = None) -> Interval | None:
         mask = np.ones(len(values), dtype=bool) if mask is None else mask
-        return clustered_mean(values[mask], self.problem_of_wrong[mask], self.num_problems)
+        return clustered_proportion(values[mask], self.problem_of_wrong[mask], self.num_problems)
 
     def _score_first_errors(
         self, ranks: np.ndarray, tables: Sequence[Tensor], repairs: np.ndarray
@@ -325,19 +338,24 @@ def _require_interval(interval: Interval | None) -> Interval:
 
 
 def classify_effect(sign_accuracy: Interval | None, top1_gain: Interval | None, repair_gain: Interval | None) -> str:
-    """Return "helps", "misleads" or "adds nothing".
+    """Return "helps", "misleads", "adds nothing" or "too few to tell".
 
     With first errors, a gradient misleads if it makes fewer repairs than log π alone. It helps if it makes more, or
     finds more first errors than entropy does. Without them, it helps or misleads if it predicts the direction of
-    informative swaps better or worse than chance. Better and worse mean that the whole 95% interval is on that side.
+    informative swaps better or worse than chance. Better and worse mean that the whole 95% interval is on that side. A
+    gradient adds nothing if the intervals exclude an advantage of `MIN_ADVANTAGE`.
     """
     if top1_gain is None or repair_gain is None:
         is_better = sign_accuracy is not None and sign_accuracy.low > 0.5
         is_worse = sign_accuracy is not None and sign_accuracy.high < 0.5
+        excludes_gain = sign_accuracy is not None and sign_accuracy.high < 0.5 + MIN_ADVANTAGE
     else:
         is_worse = repair_gain.high < 0
         is_better = not is_worse and (repair_gain.low > 0 or top1_gain.low > 0)
-    return "helps" if is_better else "misleads" if is_worse else "adds nothing"
+        excludes_gain = max(repair_gain.high, top1_gain.high) < MIN_ADVANTAGE
+    if is_better or is_worse:
+        return "helps" if is_better else "misleads"
+    return "adds nothing" if excludes_gain else TOO_FEW
 
 
 def conclude_gradient_audit(point_audits: Mapping[str, GradientPointAudit], best_gradient_at: str | None) -> str:
@@ -347,9 +365,16 @@ def conclude_gradient_audit(point_audits: Mapping[str, GradientPointAudit], best
         gradient = "direct gradient" if best_gradient_at == "direct" else f"gradient at {best_gradient_at}"
         return f"take the {gradient}: {evidence}"
     misleading = [name for name, audit in point_audits.items() if audit.effect == "misleads"]
+    unclear = [name for name, audit in point_audits.items() if audit.effect == TOO_FEW]
     effect = f"misleads at {', '.join(misleading)}" if misleading else "adds nothing here"
+    if unclear and not misleading:
+        evidence = point_audits[unclear[0]].conclusion.partition(": ")[2]
+        return (
+            f"too few wrong responses or swaps to tell if this reward's gradient helps at {', '.join(unclear)} "
+            f"({evidence}): audit more problems, and search without a gradient (solver none) until then"
+        )
     if 0 < len(misleading) < len(point_audits):
-        effect += " and adds nothing elsewhere"
+        effect += " and helps nowhere beyond chance" if unclear else " and adds nothing elsewhere"
     return (
         f"this reward's gradient {effect}: use proposals without a gradient (solver none), or train the reward on "
         "relaxed inputs (recipes/reward.py)"

@@ -2,9 +2,9 @@
 
 A search maximizes the reward. Where the reward no longer measures correctness, accuracy falls while the reward still
 rises (Gao et al., arXiv 2210.10760). Up to there the search is validated. The same rule reads the curve of best-of-N:
-a budget is better or worse than another if the paired difference of the problems' scores has a 95% bootstrap interval
-above or below zero, and a sign-flip test agrees. On a handful of problems an interval alone is too narrow. Small
-audits therefore see neither gains nor harm, and validate nothing.
+a budget is better or worse than another if the paired difference of the problems' scores has a 95% interval above or
+below zero, and a sign-flip test agrees. Audits of few problems therefore see neither gains nor harm. They say that
+they cannot tell, and validate nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ from nabla_trl.search.loop import run_search
 from nabla_trl.search.options import MirrorSolver
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
-from nabla_trl.utils.statistics import Interval, classify_difference, mean_interval, sign_flip_p_value, to_json_values
+from nabla_trl.utils.formatting import format_interval
+from nabla_trl.utils.statistics import (
+    RELEVANT_DIFFERENCE,
+    Interval,
+    PairedDifference,
+    difference_interval,
+    mean_interval,
+    proportion_interval,
+    to_json_values,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class OveroptimizationPoint:
 
     Attributes:
         peak_budget: the budget of the highest score, the smallest among equals.
+        rise_to_peak: paired difference of the peak and the smallest budget, at least 0.
         drop_from_peak: paired difference of the largest budget and the peak, at most 0.
         is_helpful: some budget is better than the smallest.
         validated_budget: the largest budget up to which the curve is nowhere worse than its peak. The smallest budget
@@ -43,14 +53,20 @@ class OveroptimizationPoint:
     """
 
     peak_budget: int
-    drop_from_peak: Interval
+    rise_to_peak: PairedDifference
+    drop_from_peak: PairedDifference
     is_helpful: bool
     validated_budget: int
 
     @property
     def has_overoptimization(self) -> bool:
         """Whether the largest budget is worse than the peak."""
-        return self.drop_from_peak.high < 0
+        return self.drop_from_peak.side == "behind"
+
+    @property
+    def excludes_rise(self) -> bool:
+        """Whether no budget is better than the smallest by as much as would matter."""
+        return not self.is_helpful and self.rise_to_peak.high < RELEVANT_DIFFERENCE
 
 
 def find_overoptimization(curve: Mapping[int, np.ndarray]) -> OveroptimizationPoint:
@@ -65,21 +81,18 @@ def find_overoptimization(curve: Mapping[int, np.ndarray]) -> OveroptimizationPo
     if not curve:
         raise ValueError("a curve needs at least one budget")
 
-    def estimate_difference(budget: int, other: int) -> Interval:
-        return mean_interval((curve[budget] - curve[other])[:, None])
-
-    def compare(budget: int, other: int) -> str:
-        gap = estimate_difference(budget, other)
-        return classify_difference(gap.low, gap.high, sign_flip_p_value(curve[budget] - curve[other]))
+    def compare(budget: int, other: int) -> PairedDifference:
+        return difference_interval(curve[budget] - curve[other])
 
     budgets = sorted(curve)
     peak = max(budgets, key=lambda budget: (curve[budget].mean(), -budget))
-    is_helpful = any(compare(budget, budgets[0]) == "ahead" for budget in budgets)
-    worse = [budget for budget in budgets if budget > peak and compare(budget, peak) == "behind"]
+    is_helpful = any(compare(budget, budgets[0]).side == "ahead" for budget in budgets)
+    worse = [budget for budget in budgets if budget > peak and compare(budget, peak).side == "behind"]
     not_worse = [budget for budget in budgets if not worse or budget < worse[0]]
     return OveroptimizationPoint(
         peak_budget=peak,
-        drop_from_peak=estimate_difference(budgets[-1], peak),
+        rise_to_peak=compare(peak, budgets[0]),
+        drop_from_peak=compare(budgets[-1], peak),
         is_helpful=is_helpful,
         validated_budget=not_worse[-1] if is_helpful else budgets[0],
     )
@@ -189,7 +202,7 @@ def compute_search_curve(
             for traces, by_seed in zip(traces_by_problem, incumbents, strict=True)
         ]
     )
-    accuracy = {budget: mean_interval(correct[:, :, index]) for index, budget in enumerate(budgets)}
+    accuracy = {budget: proportion_interval(correct[:, :, index]) for index, budget in enumerate(budgets)}
     reward = {budget: mean_interval(rewards[:, :, index]).value for index, budget in enumerate(budgets)}
     point = find_overoptimization({budget: correct[:, :, index].mean(1) for index, budget in enumerate(budgets)})
     return SearchCurve(accuracy, reward, point, conclude_overoptimization(accuracy, reward, point))
@@ -240,12 +253,14 @@ def conclude_overoptimization(
     if point.is_helpful:
         dip = "" if validated == last else f", but it dips after {validated}, up to which the search is validated"
         return (
-            f"accuracy rises from {first_accuracy} to {peak_accuracy} at {peak} rounds and does not fall up to "
-            f"{last}{dip}"
+            f"accuracy rises from {first_accuracy} to {peak_accuracy} at {peak} rounds and does not fall beyond "
+            f"chance up to {last}{dip}"
         )
+    judgment = "accuracy does not rise" if point.excludes_rise else "too few problems to tell if accuracy rises"
+    rise = format_interval(point.rise_to_peak.to_dict(), "+.3f")
     return (
-        f"accuracy does not rise measurably: {first_accuracy} at first, {last_accuracy} after {last} rounds, on "
-        f"{accuracy[0].num_problems} problems; no search is validated by this evidence"
+        f"{judgment}: {first_accuracy} at first, {last_accuracy} after {last} rounds, on {accuracy[0].num_problems} "
+        f"problems (peak − first: {rise}); no search is validated by this evidence"
     )
 
 

@@ -22,7 +22,10 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.reward_training.labels import TokenLabeler, has_step_labels
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.utils.statistics import mean_interval, to_json_values
+from nabla_trl.utils.formatting import format_interval
+from nabla_trl.utils.statistics import Interval, proportion_interval, to_json_values, weighted_proportion_interval
+
+MIN_AUC = 0.6  # a reward ranks if the interval of its AUC is above, and hardly does if it is below
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class RankingAudit:
             interval {"value", "low", "high"}.
         best_of_n_reward: n → mean reward of that sample.
         auc: probability that a correct sample scores above an incorrect one of the same problem.
+        auc_interval: the same with its interval over problems.
         step_auc: the same for samples free of error against all others. None without step labels, and where no problem
             has both kinds.
         correct_with_errors: share of the correct samples that are not free of error. None without step labels.
@@ -49,6 +53,7 @@ class RankingAudit:
     best_of_n_accuracy: dict[int, dict[str, float]]
     best_of_n_reward: dict[int, float]
     auc: float
+    auc_interval: Interval
     step_auc: float | None
     correct_with_errors: float | None
     correlation: float
@@ -148,19 +153,23 @@ def compute_ranking_audit(
     sizes = [n for n in (2**k for k in range(12)) if n <= samples]
     accuracies = {n: compute_best_of_n_values(rewards, correct.astype(float), n) for n in sizes}
     point = find_overoptimization(accuracies)
-    auc = compute_within_problem_auc(rewards, correct)
+    auc = estimate_within_problem_auc(rewards, correct)
     step_auc = correct_with_errors = None
     if error_free is not None:
         correct_with_errors = float((correct & ~error_free).sum() / correct.sum())
         if (error_free.any(1) & ~error_free.all(1)).any():  # some problem has both kinds
-            step_auc = compute_within_problem_auc(rewards, error_free)
+            step_auc = estimate_within_problem_auc(rewards, error_free).value
     return RankingAudit(
         problems=problems,
         samples=samples,
         accuracy=float(correct.mean()),
-        best_of_n_accuracy={n: mean_interval(values[:, None]).to_dict() for n, values in accuracies.items()},
+        best_of_n_accuracy={
+            n: proportion_interval(values[:, None], trials_per_cell=samples / n).to_dict()
+            for n, values in accuracies.items()
+        },
         best_of_n_reward={n: float(compute_best_of_n_values(rewards, rewards, n).mean()) for n in sizes},
-        auc=auc,
+        auc=auc.value,
+        auc_interval=auc,
         step_auc=step_auc,
         correct_with_errors=correct_with_errors,
         correlation=compute_within_problem_correlation(rewards, correct.astype(float)),
@@ -193,8 +202,10 @@ def compute_best_of_n_values(rewards: np.ndarray, values: np.ndarray, n: int) ->
     return np.array(expected)
 
 
-def compute_within_problem_auc(rewards: np.ndarray, correct: np.ndarray) -> float:
+def estimate_within_problem_auc(rewards: np.ndarray, correct: np.ndarray) -> Interval:
     """Return P(a correct sample scores above an incorrect one of the same problem), with ties counted half.
+
+    Every pair counts the same. The interval is over the problems that have both kinds.
 
     Args:
         rewards: [P, N].
@@ -203,14 +214,15 @@ def compute_within_problem_auc(rewards: np.ndarray, correct: np.ndarray) -> floa
     Raises:
         ValueError: no problem has both kinds.
     """
-    num_above = num_pairs = 0.0
+    shares, sizes = [], []
     for row, labels in zip(rewards, correct, strict=True):
         gaps = row[labels][:, None] - row[~labels][None]
-        num_above += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
-        num_pairs += gaps.size
-    if not num_pairs:
+        if gaps.size:
+            shares.append(float((gaps > 0).mean() + 0.5 * (gaps == 0).mean()))
+            sizes.append(float(gaps.size))
+    if not sizes:
         raise ValueError("the audit needs a problem with both correct and incorrect samples")
-    return num_above / num_pairs
+    return weighted_proportion_interval(np.array(shares), np.array(sizes), len(sizes) * rewards.shape[1])
 
 
 def compute_within_problem_correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -219,24 +231,34 @@ def compute_within_problem_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
-def conclude_ranking(accuracy_by_n: dict[int, float], auc: float, point: OveroptimizationPoint) -> str:
+def conclude_ranking(accuracy_by_n: dict[int, float], auc: Interval, point: OveroptimizationPoint) -> str:
     """Return a sentence on whether best-of-N may use the reward.
 
     Args:
         point: where `accuracy_by_n` peaks.
     """
     smallest, largest = min(accuracy_by_n), max(accuracy_by_n)
-    if auc < 0.6:
-        return f"the reward hardly tells correct from incorrect answers (AUC {auc:.2f}): do not search with it"
+    auc_text = f"AUC {format_interval(auc.to_dict(), '.2f')}"
+    if auc.high < MIN_AUC:
+        return f"the reward hardly tells correct from incorrect answers ({auc_text}): do not search with it"
+    if auc.low <= MIN_AUC:
+        return (
+            f"too few problems to tell if the reward ranks: {auc_text} on {auc.num_problems} problems with correct "
+            "and incorrect samples; audit more problems before you search with it"
+        )
     if point.has_overoptimization:
         advice = f"validated up to {point.validated_budget} samples" if point.is_helpful else "no N helps"
         return (
-            f"the reward ranks (AUC {auc:.2f}) but is over-optimized: best-of-N falls from "
+            f"the reward ranks ({auc_text}) but is over-optimized: best-of-N falls from "
             f"{accuracy_by_n[point.peak_budget]:.3f} at {point.peak_budget} to {accuracy_by_n[largest]:.3f} at "
             f"{largest}; {advice}"
         )
-    rise = "rises" if point.is_helpful else "moves, by no more than chance may do,"
+    ends = f"from {accuracy_by_n[smallest]:.3f} at {smallest} to {accuracy_by_n[largest]:.3f} at {largest} samples"
+    if point.is_helpful:
+        return f"the reward ranks ({auc_text}), and best-of-N rises {ends} and does not fall beyond chance"
+    judgment = "does not rise" if point.excludes_rise else "goes"
+    doubt = "" if point.excludes_rise else ", which are too few problems to tell if it rises"
     return (
-        f"the reward ranks (AUC {auc:.2f}) and best-of-N {rise} from {accuracy_by_n[smallest]:.3f} to "
-        f"{accuracy_by_n[largest]:.3f} up to {largest} samples without over-optimization"
+        f"the reward ranks ({auc_text}), but best-of-N {judgment} {ends} on {point.rise_to_peak.num_problems} problems"
+        f"{doubt}: no N is validated by this evidence"
     )

@@ -80,6 +80,10 @@ class DistillArguments(PolicyRewardArguments):
         16, "Responses drawn per problem to audit the reward, at least 2. Increase it to audit larger best-of-N."
     )
     title: str = option("Test-time gradient search and its distillation", "Title of the report.")
+    show_targets: bool = option(
+        False,
+        "Compare the results with the targets that this project set for its own demonstration (default: false).",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,9 +11,17 @@ import numpy as np
 
 from nabla_trl.evaluation.method import Method, sort_methods
 from nabla_trl.evaluation.rows import Row
-from nabla_trl.utils.statistics import Interval, mean_interval
+from nabla_trl.utils.statistics import (
+    Interval,
+    PairedDifference,
+    mean_interval,
+    paired_difference,
+    paired_mean_difference,
+    proportion_interval,
+)
 
-METRICS = ("accuracy", "accuracy_strict", "flops", "seconds", "tokens", "reward", "kl")
+PROPORTIONS = ("accuracy", "accuracy_strict")  # metrics with values from 0 to 1
+METRICS = (*PROPORTIONS, "flops", "seconds", "tokens", "reward", "kl")
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,18 @@ class ResultGrid:
     def get_problem_values(self, metric: str) -> dict[str, np.ndarray]:
         """Return problem id -> its values by seed."""
         return dict(zip(self.problems, self.columns[metric], strict=True))
+
+    def compute_mean(self, metric: str) -> Interval | None:
+        """Return the mean of a metric with its interval, None if no row has such a number."""
+        column = self.columns[metric]
+        if not np.isfinite(column).any():
+            return None
+        return proportion_interval(column) if metric in PROPORTIONS else mean_interval(column)
+
+    def compute_difference(self, metric: str, other: ResultGrid) -> PairedDifference:
+        """Return the paired difference of a metric, this method minus the other."""
+        compare = paired_difference if metric in PROPORTIONS else paired_mean_difference
+        return compare(self.get_problem_values(metric), other.get_problem_values(metric))
 
 
 def build_grids(rows: Sequence[Row]) -> dict[str, ResultGrid]:

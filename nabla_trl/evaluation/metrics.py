@@ -23,7 +23,7 @@ from nabla_trl.evaluation.grids import arrange_by_problem, check_rows
 from nabla_trl.evaluation.method import Method
 from nabla_trl.evaluation.rows import Row
 from nabla_trl.grading.equivalence import normalize_answer
-from nabla_trl.utils.statistics import Interval, mean_interval
+from nabla_trl.utils.statistics import Interval, proportion_interval
 
 BASE_POLICY = "base"  # name of the policy without a label
 
@@ -116,11 +116,11 @@ def _estimate_policy_metrics(method: Method, rows: Sequence[Row]) -> dict[str, I
     n, policy = method.num_samples, method.policy or BASE_POLICY
     curves = np.array([_compute_row_curves(row, n) for row in arranged]).reshape(len(problems), len(seeds), 2, n)
     metrics = {
-        f"{name}@{k}.{policy}": mean_interval(curves[:, :, index, k - 1])
+        f"{name}@{k}.{policy}": proportion_interval(curves[:, :, index, k - 1], trials_per_cell=n / k)
         for index, name in enumerate(("pass", "maj"))
         for k in list_k_values(n)
     }
-    return metrics | {f"avg@{n}.{policy}": mean_interval(curves[:, :, 0, 0])}
+    return metrics | {f"avg@{n}.{policy}": proportion_interval(curves[:, :, 0, 0], trials_per_cell=n)}
 
 
 def _compute_row_curves(row: Row, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -99,9 +99,8 @@ def collect_training_facts(folder: Path, audit_facts: Mapping[str, Any]) -> list
     return facts
 
 
-def describe_reward_cost(reward: str) -> list[str]:
-    """Return a sentence on what training the reward cost, if its folder records the cost."""
+def compute_reward_train_flops(reward: str) -> float | None:
+    """Return the FLOPs of training a reward, as its folder records them. None if nothing is recorded."""
     folder = parse_reward_spec(reward).folder
     rounds = read_manifest(folder).training_rounds if folder else []
-    flops = sum(stage["flops"] for training_round in rounds for stage in training_round["training"])
-    return [f"training the reward took {flops:.3g} FLOPs, which no total here counts"] if flops else []
+    return sum(stage["flops"] for training_round in rounds for stage in training_round["training"]) or None

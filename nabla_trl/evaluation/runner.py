@@ -192,7 +192,12 @@ def run_job(
         writer = TraceWriter(eval_traces_dir, rank=store.rank, chunk_size=job.batch_size)
         write_token_texts(eval_traces_dir, job.trace_policy)
     name = job.methods[-1]
-    progress = ProgressDisplay(name, len(problems) * len(job.seeds), show_progress=show_progress)
+    progress = ProgressDisplay(
+        name,
+        len(problems) * len(job.seeds),
+        show_progress=show_progress,
+        trials_per_item=Method.parse(name).num_samples or 1,
+    )
     for seed, missing in missing_by_seed.items():
         missing_ids = {problem.id for problem in missing}
         done = [problem for problem in problems if problem.id not in missing_ids]
@@ -229,12 +234,14 @@ def _build_rows(job: Job, batch: Sequence[Problem], traces: Sequence[Trace], set
 def _build_progress_items(job: Job, problems: Sequence[Problem], seed: int, store: RowStore) -> list[ProgressItem]:
     """Return, per problem, whether the job's last method is right, and the FLOPs of its most expensive method.
 
+    A row that could not be graded counts as wrong, as in the report.
+
     The methods of a pool share their responses, so the most expensive one holds the cost of all.
     """
-    items = []
+    items: list[ProgressItem] = []
     for problem in problems:
         rows = [store.stored_rows[method, problem.task, problem.id, seed] for method in job.methods]
-        items.append((problem.id, rows[-1].correct, max(row.flops for row in rows)))
+        items.append((problem.id, rows[-1].correct or 0.0, max(row.flops for row in rows)))
     return items
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from nabla_trl.export.checkpoint import Checkpoint
 from nabla_trl.tasks.yaml_task import find_hub_task_config
 from nabla_trl.utils import statistics
 from nabla_trl.utils.formatting import format_interval, format_si
-from nabla_trl.utils.statistics import Interval, PairedDifference
+from nabla_trl.utils.statistics import PairedDifference
 
 UNKNOWN_LICENSE = "unknown"
 # `subfolder` does not work here: transformers sees the adapter beside it first, and looks for the folder in the base.
@@ -108,7 +107,7 @@ def _build_metadata(checkpoint: Checkpoint, provenance: Provenance, grids: Mappi
 def _build_eval_result(checkpoint: Checkpoint, method: str, grid: ResultGrid) -> EvalResult:
     task = checkpoint.facts["task"]
     hub_task = find_hub_task_config(task)
-    accuracy = statistics.mean_interval(grid.columns["accuracy"])
+    accuracy = statistics.proportion_interval(grid.columns["accuracy"])
     return EvalResult(
         task_type="text-generation",
         dataset_type=hub_task.path if hub_task else task,
@@ -159,8 +158,8 @@ def _format_beta(checkpoint: Checkpoint) -> str:
 def _write_results(checkpoint: Checkpoint, grids: Mapping[str, ResultGrid]) -> str:
     any_grid = next(iter(grids.values()))
     lines = [
-        f"{len(any_grid.problems)} held-out problems of {checkpoint.facts['task']}. Brackets are 95% bootstrap "
-        "intervals over problems. FLOPs and seconds are per query. This model is bold, the other rows are the base.",
+        f"{len(any_grid.problems)} held-out problems of {checkpoint.facts['task']}. {statistics.INTERVAL_NOTE} "
+        "FLOPs and seconds are per query. This model is bold, the other rows are the base.",
         "",
         "| method | accuracy | reward | FLOPs | seconds | errors |",
         "| --- |" + " --- |" * 5,
@@ -176,9 +175,8 @@ def _write_results(checkpoint: Checkpoint, grids: Mapping[str, ResultGrid]) -> s
 
 def _write_table_row(checkpoint: Checkpoint, method: str, grid: ResultGrid) -> str:
     name = f"**{method}**" if method.startswith(checkpoint.row_prefix) else method
-    reward = _compute_mean(grid, "reward")
-    flops, seconds = _compute_mean(grid, "flops"), _compute_mean(grid, "seconds")
-    accuracy = statistics.mean_interval(grid.columns["accuracy"])
+    reward, flops, seconds = map(grid.compute_mean, ("reward", "flops", "seconds"))
+    accuracy = statistics.proportion_interval(grid.columns["accuracy"])
     cells = [name, format_interval(accuracy.to_dict()), format_interval(reward.to_dict(), ".3g") if reward else "–"]
     cells += [
         format_si(flops.value) if flops else "–",
@@ -257,9 +255,11 @@ def _write_limits(checkpoint: Checkpoint, grids: Mapping[str, ResultGrid]) -> st
         "above.",
     ]
     gap = _compute_greedy_gain(checkpoint, grids)
-    if gap is not None and not (gap.low > 0 and gap.p_value < statistics.SIGNIFICANCE_LEVEL):
-        side = "below" if gap.high < 0 and gap.p_value < statistics.SIGNIFICANCE_LEVEL else "not above"
-        lines.append(f"**Its greedy accuracy is {side} the base's** on these problems.")
+    if gap is not None and gap.side == "behind":
+        lines.append("**Its greedy accuracy is below the base's** on these problems.")
+    elif gap is not None and not gap.side:
+        judgment = statistics.describe_difference(gap.low, gap.high, gap.p_value)
+        lines.append(f"**Its greedy accuracy was not measured to be above the base's:** {judgment}.")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -289,10 +289,5 @@ def _compute_greedy_gain(checkpoint: Checkpoint, grids: Mapping[str, ResultGrid]
     methods = (f"{checkpoint.row_prefix}greedy", "greedy")
     if not grids.keys() >= set(methods):
         return None
-    trained, base = (grids[method].get_problem_values("accuracy") for method in methods)
-    return statistics.paired_difference(trained, base)
-
-
-def _compute_mean(grid: ResultGrid, metric: str) -> Interval | None:
-    values = grid.columns[metric]
-    return statistics.mean_interval(values) if any(map(math.isfinite, values.ravel())) else None
+    trained, base = (grids[method] for method in methods)
+    return trained.compute_difference("accuracy", base)

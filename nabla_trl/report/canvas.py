@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -108,7 +109,16 @@ class PlotPoint:
 def collect_points(summary: Summary, x_metric: str, y_metric: str) -> list[PlotPoint]:
     """Return a point per method of which both metrics are known, in the order of the report."""
     keys = {method: (f"{x_metric}.{method}", f"{y_metric}.{method}") for method in list_methods(summary)}
-    return [PlotPoint(method, summary[x], summary[y]) for method, (x, y) in keys.items() if {x, y} <= summary.keys()]
+    return [
+        PlotPoint(method, fill_unknown_ends(summary[x]), fill_unknown_ends(summary[y]))
+        for method, (x, y) in keys.items()
+        if {x, y} <= summary.keys()
+    ]
+
+
+def fill_unknown_ends(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return an entry of a summary in which an end that is not known (None) is the value itself."""
+    return {end: entry["value"] if entry[end] is None else entry[end] for end in ("value", "low", "high")}
 
 
 def draw_marker(axes: Axes, point: PlotPoint, style: MethodStyle, size: float) -> None:
@@ -137,7 +147,8 @@ def draw_band(
     markers: bool = True,
 ) -> list[tuple[float, float]]:
     """Draw a curve with its intervals as a band. Returns the points of the curve."""
-    low, value, high = np.array([[entry[side] for side in ("low", "value", "high")] for entry in entries]).T
+    filled = map(fill_unknown_ends, entries)
+    low, value, high = np.array([[entry[side] for side in ("low", "value", "high")] for entry in filled]).T
     axes.fill_between(xs, low, high, color=style.color, alpha=0.14, lw=0)
     marker = style.get_marker_options(5) if markers else {}
     axes.plot(xs, value, ls=line_style or style.line_style, color=style.color, lw=1.5, **marker)

@@ -21,6 +21,7 @@ from nabla_trl.report.summary import (
     KIND_TRAINED,
     KIND_TRAINED_TEST_TIME,
     METHOD_KINDS,
+    REWARD_LABEL,
     Summary,
     TrainingCost,
     compare_grids,
@@ -30,7 +31,6 @@ from nabla_trl.report.summary import (
     read_training_costs,
     select_methods_of_kind,
 )
-from nabla_trl.utils import statistics
 from nabla_trl.utils.formatting import format_interval, format_si
 from nabla_trl.utils.markdown import format_bullets, format_table
 
@@ -53,9 +53,14 @@ _TOTAL_LEGEND = (
     "problems)."
 )
 _BREAK_EVEN_LEGEND = (
-    "†: cheaper, but less accurate beyond chance. ≈: the accuracies are not distinguishable. No mark: also more "
-    "accurate (paired, as above). never: a query costs no less. unsure: the saving per query may be zero. "
+    "†: cheaper, but less accurate beyond chance. ≈: the accuracies do not differ beyond chance. No mark: also "
+    "more accurate (paired, as above). never: a query costs no less. unsure: the saving per query may be zero. "
     "summary.json (break_even.) also holds sampling and search with the trained policies."
+)
+
+_REWARD_COST_LEGEND = (
+    "The training of the reward counts in full in the rows that include it, although test-time methods that use the "
+    "reward need it too. The other rows suppose that the reward is there already."
 )
 
 
@@ -125,6 +130,9 @@ def build_tradeoff_section(
         return ["Missing: no trained policy was evaluated."]
     costs = read_training_costs(facts)
     cost_lines = [f"{label}: {_format_training_cost(costs.get(label))}" for label in labels]
+    reward_flops = get_value(summary, "flops.training", REWARD_LABEL)
+    if math.isfinite(reward_flops):
+        cost_lines.append(f"the reward itself: {format_si(reward_flops, 'FLOPs')}, counted apart in rows of its own")
     pictures = {name: [images[name]] if name in images else [] for name in TRADEOFF_FIGURES}
     return [
         "One policy, one reward and the same held-out problems. Training, with its traces or rollouts and the audit, "
@@ -221,24 +229,28 @@ def _format_break_even(summary: Summary, grids: Mapping[str, ResultGrid]) -> lis
         return ["Missing: a trained policy's greedy decode, or the FLOPs of training."]
     baselines = select_methods_of_kind(summary, KIND_BASE, KIND_TEST_TIME, KIND_OTHER_MODEL)
     heads = ["baseline", *(f"{method} {format_accuracy(summary, method)}" for method in trained)]
-    lines = [
-        [
-            f"{baseline} {format_accuracy(summary, baseline)}",
-            *(_format_break_even_cell(summary, grids, method, baseline) for method in trained),
-        ]
-        for baseline in baselines
-    ]
+    has_reward_cost = math.isfinite(get_value(summary, "flops.training", REWARD_LABEL))
+    lines = []
+    for baseline in baselines:
+        cells = [_format_break_even_cell(summary, grids, method, baseline, "break_even") for method in trained]
+        lines.append([f"{baseline} {format_accuracy(summary, baseline)}", *cells])
+        if has_reward_cost:
+            name = "break_even_with_reward"
+            cells = [_format_break_even_cell(summary, grids, method, baseline, name) for method in trained]
+            lines.append([f"{baseline}, training of the reward included", *cells])
     head = "Number of queries after which a trained policy has cost less in total, training included, than a baseline:"
-    return [head, format_table(heads, lines), _BREAK_EVEN_LEGEND]
+    legend = f"{_BREAK_EVEN_LEGEND} {_REWARD_COST_LEGEND}" if has_reward_cost else _BREAK_EVEN_LEGEND
+    return [head, format_table(heads, lines), legend]
 
 
-def _format_break_even_cell(summary: Summary, grids: Mapping[str, ResultGrid], trained: str, baseline: str) -> str:
+def _format_break_even_cell(
+    summary: Summary, grids: Mapping[str, ResultGrid], trained: str, baseline: str, name: str
+) -> str:
     """Return the number of queries, marked by how the accuracies compare, or the reason why there is none."""
-    queries = summary.get(f"break_even.{trained}-{baseline}")
+    queries = summary.get(f"{name}.{trained}-{baseline}")
     if queries is None:
         cheaper = get_value(summary, "flops", trained) < get_value(summary, "flops", baseline)
         return "unsure" if cheaper else "never"
     gap = compare_grids(grids, "accuracy", trained, baseline)
-    side = statistics.classify_difference(gap.low, gap.high, gap.p_value)
     low, value, high = (format_si(queries[key]) for key in ("low", "value", "high"))
-    return f"{value} [{low}, {high}]" + {"ahead": "", "behind": " †", "": " ≈"}[side]
+    return f"{value} [{low}, {high}]" + {"ahead": "", "behind": " †", "": " ≈"}[gap.side]

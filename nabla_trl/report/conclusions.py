@@ -31,6 +31,7 @@ MIN_EQUAL_FLOPS_SHARE = 0.9  # a control that spent less than this share of nabl
 REWARD_MODEL_SAMPLING_NOTE = (
     f"The reward is a log-ratio, so the obvious baseline is to sample from the better model, {REWARD_MODEL_SAMPLING}."
 )
+_TOO_FEW = "too few to tell"
 _EXPECTED_METHODS = ("greedy", "best_of_8", "best_of_16", "control", "nabla")
 
 
@@ -72,8 +73,12 @@ def classify_pair(summary: Summary, a: str, b: str) -> str:
 def describe_difference(summary: Summary, a: str, b: str) -> str:
     """Return a sentence with the paired difference a − b, its p-value, and which side of zero it is on."""
     gap = format_interval(summary[f"paired.{a}-{b}"], "+.3f")
-    side = classify_pair(summary, a, b) or "not distinguishable from zero"
-    return f"Paired difference {gap}, {format_p_value(summary, a, b)}: {side}"
+    return f"Paired difference {gap}, {format_p_value(summary, a, b)}: {_judge_pair(summary, a, b)}"
+
+
+def _judge_pair(summary: Summary, a: str, b: str) -> str:
+    gap = summary[f"paired.{a}-{b}"]
+    return statistics.describe_difference(gap["low"], gap["high"], get_value(summary, "p_value", f"{a}-{b}"))
 
 
 def compare(summary: Summary, a: str, b: str, note_a: str = "", note_b: str = "") -> str:
@@ -95,7 +100,11 @@ def _compare_with_control(summary: Summary, method: str, control: str) -> str:
 
 
 def evaluate_targets(summary: Summary) -> list[tuple[str, str, str]]:
-    """Return (target, measurement, result) per target. A result is reached, NOT reached or not measured."""
+    """Return (target, measurement, result) per target of this project's own demonstration.
+
+    A result is "reached" or "NOT reached" if the interval of its measurement says so, else "too few to tell". It is
+    "not measured" where methods are missing, their budgets are not those of the target, or a ratio is not defined.
+    """
     return [
         (
             f"nabla reaches the accuracy of best_of_16 with at most {MAX_FLOPS_SHARE:.2f} of its FLOPs",
@@ -120,9 +129,12 @@ def _evaluate_flops_target(summary: Summary) -> tuple[str, str]:
         return f"missing: {'nabla' if main is None else 'best_of_16'}", "not measured"
     method = find_nabla_within_flops_share(summary)
     if method is None:
-        return f"no nabla run was that cheap: {_compare_with_best_of_16(summary, main)}", "NOT reached"
-    reached = get_value(summary, "paired", f"{method}-best_of_16") >= 0
-    return _compare_with_best_of_16(summary, method), "reached" if reached else "NOT reached"
+        return f"no nabla run was that cheap: {_compare_with_best_of_16(summary, main)}", "not measured"
+    gap = summary[f"paired.{method}-best_of_16"]
+    result = "reached" if gap["low"] >= 0 else _TOO_FEW
+    if classify_pair(summary, method, "best_of_16") == "behind":
+        result = "NOT reached"
+    return _compare_with_best_of_16(summary, method), result
 
 
 def _evaluate_control_target(summary: Summary) -> tuple[str, str]:
@@ -133,7 +145,10 @@ def _evaluate_control_target(summary: Summary) -> tuple[str, str]:
     measured = _compare_with_control(summary, method, control)
     if compute_cost_ratio(summary, "flops", control, method) < MIN_EQUAL_FLOPS_SHARE:
         return f"the budgets were not equal: {measured}", "not measured"
-    return measured, "reached" if classify_pair(summary, method, control) == "ahead" else "NOT reached"
+    if classify_pair(summary, method, control) == "ahead":
+        return measured, "reached"
+    cannot_matter = summary[f"paired.{method}-{control}"]["high"] < statistics.RELEVANT_DIFFERENCE
+    return measured, "NOT reached" if cannot_matter else _TOO_FEW
 
 
 def _evaluate_pgr_target(summary: Summary, name: str, reference_method: str | None, min_pgr: float) -> tuple[str, str]:
@@ -146,13 +161,15 @@ def _evaluate_pgr_target(summary: Summary, name: str, reference_method: str | No
     share = summary.get(f"{name}.{trained}")
     if share is None:
         gap = describe_difference(summary, reference_method, "greedy")
-        return f"the gain of {reference_method} over greedy may be zero, so PGR is not defined. {gap}", "NOT reached"
+        return f"the gain of {reference_method} over greedy may be zero, so PGR is not defined. {gap}", "not measured"
     accuracies = [f"{method} {format_accuracy(summary, method)}" for method in ("greedy", trained, reference_method)]
     measured = (
         f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}]: {', '.join(accuracies)}. {trained} costs "
         f"{format_relative_flops(summary, trained, 'greedy')} of greedy's FLOPs per query"
     )
-    return measured, "reached" if share["value"] >= min_pgr else "NOT reached"
+    if share["low"] >= min_pgr:
+        return measured, "reached"
+    return measured, "NOT reached" if share["high"] < min_pgr else _TOO_FEW
 
 
 def write_conclusions(summary: Summary, facts: Mapping) -> list[str]:
@@ -180,8 +197,8 @@ def _compare_with_reward_model_sampling(summary: Summary) -> str:
     search = get_main_search(list_methods(summary))
     if search is None or find_unmeasured(summary, REWARD_MODEL_SAMPLING):
         return f"{REWARD_MODEL_SAMPLING_NOTE} Here it is missing: {REWARD_MODEL_SAMPLING if search else 'nabla'}"
-    gap = summary[f"paired.{search}-{REWARD_MODEL_SAMPLING}"]
-    winner = f"{search} wins" if gap["low"] > 0 else "the baseline wins" if gap["high"] < 0 else "neither is ahead"
+    sides = {"ahead": f"{search} wins", "behind": "the baseline wins"}
+    winner = sides.get(_judge_pair(summary, search, REWARD_MODEL_SAMPLING), "neither is ahead beyond chance")
     ratio = format_relative_flops(summary, REWARD_MODEL_SAMPLING, search)
     comparison = compare(summary, search, REWARD_MODEL_SAMPLING, note_b=f", which spent {ratio} of its FLOPs")
     return f"{REWARD_MODEL_SAMPLING_NOTE} {comparison}. Here {winner}"

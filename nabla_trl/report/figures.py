@@ -39,7 +39,7 @@ COST_AXES = {  # cost -> label of the axis, and its unit
     "seconds": ("seconds per problem (log scale)", "s"),
     "tokens": ("tokens generated per problem (log scale)", ""),
 }
-_BARS, _BANDS = (f"{mark}: 95% bootstrap intervals over problems" for mark in ("bars", "bands"))
+_BARS, _BANDS = (f"{mark}: 95% intervals over problems" for mark in ("bars", "bands"))
 
 
 def plot_figures(

@@ -29,6 +29,7 @@ from nabla_trl.utils.statistics import Interval
 
 Summary = dict[str, dict[str, float]]
 
+REWARD_LABEL = "reward"  # of the entry flops.training.reward
 MAX_FLOPS_SHARE = 1 / 3  # target: nabla reaches best_of_16 with at most this share of its FLOPs
 KIND_BASE, KIND_TEST_TIME, KIND_OTHER_MODEL, KIND_TRAINED, KIND_TRAINED_TEST_TIME = METHOD_KINDS = (
     "base",
@@ -63,8 +64,9 @@ def summarize(rows: Sequence[Row], facts: Mapping) -> Summary:
     - paired.<a>-<b>: accuracy of a minus accuracy of b. p_value.<a>-<b>: p-value of this difference.
     - pgr_nabla.<label>_greedy and pgr_best.<label>_greedy: performance gap recovered by a trained policy's greedy
       decode, between base greedy and nabla, or between base greedy and the best test-time method.
-    - break_even.<trained method>-<method>: number of queries.
-    - flops.training.<label>, seconds.training.<label>, seconds.setup and seconds.total.
+    - break_even.<trained method>-<method>: number of queries. break_even_with_reward.<trained method>-<method>: the
+      same with the training of the reward among the costs of training.
+    - flops.training.<label>, seconds.training.<label>, flops.training.reward, seconds.setup and seconds.total.
     - pass@<k>., maj@<k>. and avg@<n>.<policy> of samples_n (`nabla_trl.evaluation.metrics`).
 
     Raises:
@@ -77,7 +79,7 @@ def summarize(rows: Sequence[Row], facts: Mapping) -> Summary:
     intervals = (
         _compute_level_means(grids, facts)
         | _compute_paired_differences(grids, best)
-        | _compute_training_entries(grids, training_costs, best)
+        | _compute_training_entries(grids, training_costs, best, facts.get("reward_train_flops"))
         | metrics.estimate_sample_metrics(rows)
     )
     for name in ("setup", "total"):
@@ -108,10 +110,10 @@ def read_training_costs(facts: Mapping[str, Any]) -> dict[str, TrainingCost]:
 
 def _compute_means(grids: Mapping[str, ResultGrid]) -> dict[str, Interval]:
     means = {
-        f"{metric}.{method}": statistics.mean_interval(grid.columns[metric])
+        f"{metric}.{method}": mean
         for metric in METRICS
         for method, grid in grids.items()
-        if np.isfinite(grid.columns[metric]).any()
+        if (mean := grid.compute_mean(metric)) is not None
     }
     errors = {
         f"errors.{method}": Interval.exact(grid.num_errors, len(grid.seeds), len(grid.problems))
@@ -137,7 +139,7 @@ def _compute_level_means(grids: Mapping[str, ResultGrid], facts: Mapping) -> dic
             accuracies = grid.get_problem_values("accuracy")
             values = [accuracies[problem] for problem in problems if problem in accuracies]
             if values:
-                means[f"level.{level}.{method}"] = statistics.mean_interval(np.array(values))
+                means[f"level.{level}.{method}"] = statistics.proportion_interval(np.array(values))
     return means
 
 
@@ -153,7 +155,7 @@ def _compute_paired_differences(grids: Mapping[str, ResultGrid], best: str | Non
 
 def compare_grids(grids: Mapping[str, ResultGrid], metric: str, a: str, b: str) -> statistics.PairedDifference:
     """Return the paired difference of a metric, method a minus method b."""
-    return statistics.paired_difference(grids[a].get_problem_values(metric), grids[b].get_problem_values(metric))
+    return grids[a].compute_difference(metric, grids[b])
 
 
 def _list_search_pairs(grids: Mapping[str, ResultGrid]) -> list[tuple[str, str]]:
@@ -200,14 +202,21 @@ def _list_overoptimization_pairs(grids: Mapping[str, ResultGrid]) -> list[tuple[
 
 
 def _compute_training_entries(
-    grids: Mapping[str, ResultGrid], training_costs: Mapping[str, TrainingCost], best: str | None
+    grids: Mapping[str, ResultGrid],
+    training_costs: Mapping[str, TrainingCost],
+    best: str | None,
+    reward_train_flops: float | None,
 ) -> dict[str, Interval]:
     entries = _compute_pgr(grids, "pgr_nabla", "nabla") | _compute_pgr(grids, "pgr_best", best)
     for label, cost in training_costs.items():
         for name, value in (("flops", cost.train_flops), ("seconds", cost.train_seconds)):
             if value is not None:
                 entries[f"{name}.training.{label}"] = Interval.exact(value)
-    return entries | _compute_break_even(grids, training_costs)
+    entries |= _compute_break_even(grids, training_costs)
+    if reward_train_flops:
+        entries[f"flops.training.{REWARD_LABEL}"] = Interval.exact(reward_train_flops)
+        entries |= _compute_break_even(grids, training_costs, reward_train_flops, "break_even_with_reward")
+    return entries
 
 
 def _compute_pgr(grids: Mapping[str, ResultGrid], name: str, reference_method: str | None) -> dict[str, Interval]:
@@ -227,7 +236,10 @@ def _compute_pgr(grids: Mapping[str, ResultGrid], name: str, reference_method: s
 
 
 def _compute_break_even(
-    grids: Mapping[str, ResultGrid], training_costs: Mapping[str, TrainingCost]
+    grids: Mapping[str, ResultGrid],
+    training_costs: Mapping[str, TrainingCost],
+    reward_train_flops: float = 0.0,
+    name: str = "break_even",
 ) -> dict[str, Interval]:
     """Return after how many queries a method of a trained policy has cost less in total than an untrained method.
 
@@ -243,9 +255,10 @@ def _compute_break_even(
         for baseline in [name for name in grids if not Method.parse(name).policy and costs[name] > costs[method]]:
             saving = compare_grids(grids, "flops", baseline, method)
             if saving.low > 0:
-                value, low, high = (training.train_flops / flops for flops in (saving.value, saving.high, saving.low))
+                train_flops = training.train_flops + reward_train_flops
+                value, low, high = (train_flops / flops for flops in (saving.value, saving.high, saving.low))
                 queries = Interval(value, low, high, saving.num_seeds, saving.num_problems)
-                crossings[f"break_even.{method}-{baseline}"] = queries
+                crossings[f"{name}.{method}-{baseline}"] = queries
     return crossings
 
 

@@ -10,7 +10,10 @@
 - trained: [{"label", "method", "beta", "tuning", "train_flops", "train_seconds"}], where the costs include traces or
   rollouts and the audit, and a number may be null
 - problems {held-out id: {"question", "level"}}, files {label: path} and notes [sentence]
-- audit: {"conclusion": sentence, "auc": number, "best_of_n": {N: {"value", "low", "high"}}} with any further numbers
+- audit: {"conclusion": sentence, "auc_interval": {"value", "low", "high"}, "best_of_n_accuracy": {N: the same}} with
+  any further numbers
+- show_targets: true adds the targets that this project set for its own demonstration
+- reward_train_flops: FLOPs of training the reward, which totals count apart
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from nabla_trl.report.compute_tradeoff import TRADEOFF_FIGURES, build_tradeoff_s
 from nabla_trl.report.conclusions import (
     REWARD_MODEL_SAMPLING_NOTE,
     build_plot_titles,
+    classify_pair,
     compare,
     evaluate_targets,
     format_accuracy,
@@ -44,6 +48,7 @@ from nabla_trl.report.summary import Summary, get_value, parse_pairs, summarize
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import format_interval
 from nabla_trl.utils.markdown import format_bullets, format_table
+from nabla_trl.utils.statistics import INTERVAL_NOTE
 
 NO_OVEROPTIMIZATION = "No run with the most FLOPs is worse than a cheaper run of its family, beyond chance."
 MAIN_FIGURES = {
@@ -161,10 +166,7 @@ def build_sections(
     return {
         "": [f"# {facts['title']}", _format_statement(summary, rows, facts)],
         "Conclusions": [format_bullets(write_conclusions(summary, facts))],
-        "Targets": [
-            format_table(["target", "measured", "result"], evaluate_targets(summary)),
-            _format_target_note(facts),
-        ],
+        **({"Targets": _format_targets(summary, facts)} if facts.get("show_targets") else {}),
         "Results": [_format_results(summary), *_format_strictness_note(summary, rows), *baseline],
         "Paired differences of accuracy": _format_paired_differences(summary),
         "pass@k, maj@k and avg@n": _format_samples(summary, images),
@@ -189,24 +191,22 @@ def _format_statement(summary: Summary, rows: Sequence[Row], facts: Mapping) -> 
         f"`{facts['policy']}`, {facts['reward_kind']} reward `{facts['reward']}`.",
         f"Of {len(rows)} rows, {errors} ended in an error and {ungraded} could not be graded. They count as wrong.",
         describe_failed_comparisons(rows),
-        "Brackets hold 95% bootstrap intervals over problems, after averaging the seeds of each problem. FLOPs and "
-        "seconds are per problem and include rejected work. An interval of zero width means that all problems agreed, "
-        "not that the value is certain.",
+        f"{INTERVAL_NOTE} FLOPs and seconds are per problem and include rejected work.",
     ]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _format_target_note(facts: Mapping) -> str:
+def _format_targets(summary: Summary, facts: Mapping) -> list[str]:
     note = (
-        "The first target asks for an accuracy no lower than that of best_of_16, and the paired interval shows how "
-        "certain this is. The trained policy and the best test-time method are those with the highest mean accuracy "
-        "on these same problems."
+        "These are the targets of the demonstration of nabla_trl, not of your run. The first one is reached if the "
+        "paired interval is nowhere below zero. The trained policy and the best test-time method are those with the "
+        "highest mean accuracy on these same problems."
     )
-    if facts["reward_kind"] == "log-ratio":
-        return note
-    return (
-        f"{note} The first two targets were set for a log-ratio reward. This run has a {facts['reward_kind']} reward."
-    )
+    if facts["reward_kind"] != "log-ratio":
+        note += (
+            f" The first two targets were set for a log-ratio reward. This run has a {facts['reward_kind']} reward."
+        )
+    return [format_table(["target", "measured", "result"], evaluate_targets(summary)), note]
 
 
 def _format_results(summary: Summary) -> str:
@@ -277,7 +277,7 @@ def describe_overoptimization(summary: Summary) -> str:
     if not pairs:
         return "Missing: no method was evaluated at several budgets."
     lines = [f"{compare(summary, a, b, note_a=' (most FLOPs)')}." for a, b in pairs]
-    falling = dict.fromkeys(a for a, b in pairs if summary[f"paired.{a}-{b}"]["high"] < 0)
+    falling = dict.fromkeys(a for a, b in pairs if classify_pair(summary, a, b) == "behind")
     warning = f"Over-optimization: accuracy falls with more FLOPs: {', '.join(falling)}."
     return format_bullets([*lines, warning if falling else NO_OVEROPTIMIZATION])
 
@@ -286,9 +286,11 @@ def _format_audit(facts: Mapping) -> list[str]:
     audit = facts.get("audit")
     if not audit:
         return ["Missing: the reward was not audited."]
-    curve = {int(count): accuracy for count, accuracy in audit.get("best_of_n", {}).items()}
+    curve = {int(count): accuracy for count, accuracy in audit.get("best_of_n_accuracy", {}).items()}
     lines = [[f"best of {count}", format_interval(curve[count])] for count in sorted(curve)]
-    lines += [[name, f"{value:.3f}"] for name, value in audit.items() if isinstance(value, int | float)]
+    if isinstance(auc := audit.get("auc_interval"), Mapping):
+        lines.append(["AUC within problems", format_interval(auc)])
+    lines += [[name, f"{value:.3g}"] for name, value in audit.items() if isinstance(value, int | float)]
     return [f"Audit before the search: {audit['conclusion']}", format_table(["audit", "value"], lines)]
 
 

@@ -77,7 +77,7 @@ def plot_reward_kl(summary: Summary, subject: str) -> Figure | None:
         curve = [point for point in points if point.parsed.policy == label]
         curves[label] = sorted(curve, key=lambda point: point.parsed.size)
     title = _build_frontier_title(curves)
-    figure, axes = create_figure_with_axes(title, f"{subject}; bars: 95% bootstrap intervals over problems")
+    figure, axes = create_figure_with_axes(title, f"{subject}; bars: 95% intervals over problems")
     axes.set_xscale("function", functions=(lambda nats: np.sqrt(np.maximum(nats, 0)), np.square))
     axes.set_xlabel("KL to the base policy, nats per response (square-root scale; best-of-N: upper bound)")
     axes.set_ylabel("mean reward of the selected response")

@@ -19,8 +19,8 @@ _KIND_DESCRIPTIONS = {
     "ensemble": "An ensemble of score heads: mean − uncertainty_penalty · std",
 }
 _AUDIT_NOTE = """\
-On problems apart from training. Brackets are 95% bootstrap intervals over problems. Search: accuracy of the incumbent
-after the rounds, with the recommended gradient and without any gradient (control).
+On problems apart from training. Brackets are 95% intervals over problems. Search: accuracy of the incumbent after the
+rounds, with the recommended gradient and without any gradient (control).
 """
 _GRADIENT_NOTE = """\
 The gradient in the last round: fraction of wrong responses in which the first error is ranked first, fraction in which

@@ -229,8 +229,8 @@ def evaluation_mode(model: Any, base_policy: Policy) -> Iterator[Policy]:
 def is_overoptimized(best: PolicyMeasurement, current: PolicyMeasurement) -> bool:
     """Return True if the reward is higher than at the most accurate measurement and the accuracy significantly lower.
 
-    The accuracy is significantly lower if the 95% bootstrap interval over problems of its paired difference is below
-    0.
+    The accuracy is significantly lower if the 95% interval over problems of its paired difference is below 0, and a
+    sign-flip test agrees.
     """
     if statistics.mean(current.rewards) <= statistics.mean(best.rewards):
         return False
@@ -238,4 +238,4 @@ def is_overoptimized(best: PolicyMeasurement, current: PolicyMeasurement) -> boo
         {str(index): [float(correct)] for index, correct in enumerate(measurement.correct)}
         for measurement in (current, best)
     )
-    return paired_difference(current_scores, best_scores).high < 0
+    return paired_difference(current_scores, best_scores).side == "behind"

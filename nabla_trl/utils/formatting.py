@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _SI_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
 
@@ -23,9 +24,10 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def format_interval(entry: Mapping[str, float], number_format: str = ".3f") -> str:
-    """Return a value and its interval, such as "0.957 [0.940, 0.972]"."""
-    return f"{entry['value']:{number_format}} [{entry['low']:{number_format}}, {entry['high']:{number_format}}]"
+def format_interval(entry: Mapping[str, Any], number_format: str = ".3f") -> str:
+    """Return a value and its interval, such as "0.957 [0.940, 0.972]". An end that is not known is written "?"."""
+    low, high = ("?" if entry[end] is None else f"{entry[end]:{number_format}}" for end in ("low", "high"))
+    return f"{entry['value']:{number_format}} [{low}, {high}]"
 
 
 def format_names(names: Sequence[str], max_names: int = 3) -> str:

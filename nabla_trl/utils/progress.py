@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from types import TracebackType
 
+import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from nabla_trl.utils.formatting import format_duration, format_si
-from nabla_trl.utils.statistics import wilson_interval
+from nabla_trl.utils.formatting import format_duration, format_interval, format_si
+from nabla_trl.utils.statistics import Interval, proportion_interval
 
 # The first line comes after half a minute. Later ones come whenever the time has grown by a quarter, and at least
 # every quarter of an hour. That makes some sixty lines in ten hours.
@@ -26,27 +28,34 @@ ProgressItem = tuple[str, float | None, float]
 class ProgressDisplay:
     """A display that counts the items of one piece of work and shows its progress. It is a context manager.
 
-    An item is one problem with one seed. The accuracy is a mean over problems, after averaging their seeds, with
-    Wilson's interval over problems. With several seeds that interval is too wide. The rate and the remaining time are
-    those of new items.
+    An item is one problem with one seed. The accuracy is a mean over problems, after averaging their seeds, with the
+    interval of tables and reports. The rate and the remaining time are those of new items.
 
     Args:
         name: name of the work, such as a method.
         total: number of items, including those that are already done.
         num_done: number of items on disk about which nothing else is known.
         show_progress: show something. If False, items are only counted.
+        trials_per_item: independent answers that the score of one item averages, such as N for samples_N.
         console: where to write. None means stderr.
     """
 
     def __init__(
-        self, name: str, total: int, *, num_done: int = 0, show_progress: bool = True, console: Console | None = None
+        self,
+        name: str,
+        total: int,
+        *,
+        num_done: int = 0,
+        show_progress: bool = True,
+        trials_per_item: int = 1,
+        console: Console | None = None,
     ):
         self.name, self.total, self.num_done, self.show_progress = name, total, num_done, show_progress
+        self.trials_per_item = trials_per_item
         self.console = Console(stderr=True) if console is None else console
         self.num_new = 0
         self.flops = 0.0
-        self._counts_by_problem: dict[str, tuple[float, int]] = {}  # right and graded items, by problem
-        self._accuracy_sum = 0.0  # sum over problems of the share that is right
+        self._scores_by_problem: dict[str, list[float]] = {}  # of the graded items
         self._started_at = self._last_counted_at = time.monotonic()
         self._next_line = _FIRST_LINE_SECONDS
         self._live: Live | None = None
@@ -66,9 +75,7 @@ class ProgressDisplay:
         for problem, is_correct, flops in items:
             self.flops += flops
             if is_correct is not None:
-                correct, graded = self._counts_by_problem.get(problem, (0, 0))
-                self._counts_by_problem[problem] = correct + is_correct, graded + 1
-                self._accuracy_sum += (correct + is_correct) / (graded + 1) - (correct / graded if graded else 0.0)
+                self._scores_by_problem.setdefault(problem, []).append(float(is_correct))
         if not is_new:
             self.num_done += len(items)
             return
@@ -97,11 +104,19 @@ class ProgressDisplay:
         """Return rate, accuracy and FLOPs as text, as far as they are known."""
         seconds_per_item = self.estimate_seconds(1)
         parts = [] if seconds_per_item is None else [_format_rate(seconds_per_item)]
-        if self._counts_by_problem:
-            accuracy = self._accuracy_sum / len(self._counts_by_problem)
-            low, high = wilson_interval(accuracy, len(self._counts_by_problem))
-            parts.append(f"accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}]")
+        if self._scores_by_problem:
+            parts.append(f"accuracy {format_interval(self.compute_accuracy().to_dict())}")
         return ", ".join([*parts, format_si(self.flops, "FLOPs")] if self.flops else parts)
+
+    def compute_accuracy(self) -> Interval:
+        """Return the accuracy so far with its interval.
+
+        Raises:
+            ValueError: nothing was graded yet.
+        """
+        num_seeds = max(map(len, self._scores_by_problem.values()), default=0)
+        rows = [scores + [math.nan] * (num_seeds - len(scores)) for scores in self._scores_by_problem.values()]
+        return proportion_interval(np.array(rows, dtype=np.float64), trials_per_cell=self.trials_per_item)
 
     def format_position(self) -> str:
         """Return the number of finished items as text."""

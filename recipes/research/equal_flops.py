@@ -15,7 +15,7 @@ from nabla_trl.evaluation.grids import ResultGrid, build_grids
 from nabla_trl.evaluation.rows import Row
 from nabla_trl.utils.formatting import format_interval
 from nabla_trl.utils.markdown import format_bullets, format_table
-from nabla_trl.utils.statistics import Interval, PairedDifference, mean_interval, paired_difference
+from nabla_trl.utils.statistics import INTERVAL_NOTE, Interval, PairedDifference, mean_interval, proportion_interval
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class BudgetComparison:
     def list_baselines(self, *, beaten: bool) -> list[MethodResult]:
         """Return the methods that the main one is ahead of beyond chance (`beaten`), or all others."""
         others = [(result, result.accuracy_lead) for result in self.results]
-        return [result for result, lead in others if lead is not None and (lead.low > 0) == beaten]
+        return [result for result, lead in others if lead is not None and (lead.side == "ahead") == beaten]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,7 +93,7 @@ def _compute_method_result(
     has_reward = any(not math.isnan(value) for value in grid.columns["reward"].ravel())
     return MethodResult(
         method=name,
-        accuracy=mean_interval(grid.columns["accuracy"]),
+        accuracy=proportion_interval(grid.columns["accuracy"]),
         reward=mean_interval(grid.columns["reward"]) if has_reward else None,
         flops=flops,
         budget_fraction=flops / budget_flops,
@@ -105,7 +105,7 @@ def _compute_method_result(
 
 
 def _compare_accuracy(grids: Mapping[str, ResultGrid], a: str, b: str) -> PairedDifference:
-    return paired_difference(grids[a].get_problem_values("accuracy"), grids[b].get_problem_values("accuracy"))
+    return grids[a].compute_difference("accuracy", grids[b])
 
 
 def conclude_comparison(comparisons: Sequence[BudgetComparison], rows: Sequence[Row]) -> list[str]:
@@ -146,7 +146,7 @@ def format_comparison_markdown(
     problems, seeds = len({row.problem for row in rows}), len({row.seed for row in rows})
     parts = [
         f"# {title}",
-        f"{problems} problems, up to {seeds} seeds. Brackets are 95% bootstrap intervals over problems. FLOPs and "
+        f"{problems} problems, up to {seeds} seeds. {INTERVAL_NOTE} FLOPs and "
         "seconds are per problem, rejected work included.",
         "    " + command,
         format_bullets(conclude_comparison(comparisons, rows)),

@@ -10,7 +10,7 @@ from nabla_trl.evaluation.grids import build_grids
 from nabla_trl.evaluation.rows import Row
 from nabla_trl.utils.formatting import format_interval
 from nabla_trl.utils.markdown import format_table
-from nabla_trl.utils.statistics import Interval, mean_interval
+from nabla_trl.utils.statistics import Interval, mean_interval, proportion_interval
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ def compute_reward_weight_curve(
             raise ValueError(f"no rows of {name}: run it before the curve is read")
         columns = grids[name].columns
         curve.append(
-            RewardWeightPoint(reward_weight, mean_interval(columns["accuracy"]), mean_interval(columns["reward"]))
+            RewardWeightPoint(
+                reward_weight, proportion_interval(columns["accuracy"]), mean_interval(columns["reward"])
+            )
         )
     return curve
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nabla_trl.audit.first_errors import WrongResponse, find_wrong_responses
 from nabla_trl.audit.gradient import (
-    MIN_ADVANTAGE,
     GradientAudit,
     audit_gradient,
     classify_effect,
@@ -31,9 +30,10 @@ from nabla_trl.reward_training.labels import TokenLabeler
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.registry import load_problems
-from nabla_trl.utils.statistics import Interval
+from nabla_trl.utils.statistics import Interval, wilson_interval
 
 PLAIN = Sampling(max_new_tokens=12)
+MANY = [replace(problem, id=f"{problem.id}-{copy}") for copy in range(10) for problem in worlds.tiny_problems()]
 DIGIT_CHAINS = Sampling(max_new_tokens=64, min_p=0.02)
 
 GradientFunction = Callable[[Sample, Tensor], Tensor]  # a response and its candidates [T, K] -> [T, K]
@@ -131,16 +131,14 @@ def planted(policy: Policy, sign: float = 1.0) -> GradientFunction:
 def test_an_exact_gradient_predicts_every_swap(policy):
     audit = run(policy, toy(policy))
     point = audit.gradient_points["hard"]
-    for interval in (
-        point.sign_accuracy,
-        point.sign_accuracy_informative,
-        point.correlation,
-        point.correlation_informative,
-    ):
+    for interval in (point.correlation, point.correlation_informative):
         assert (interval.value, interval.low, interval.high) == pytest.approx((1, 1, 1), abs=1e-4)
+    for interval in (point.sign_accuracy, point.sign_accuracy_informative):
+        assert interval.value == interval.high == 1 and interval.low > 0.5
+        assert interval.low == pytest.approx(wilson_interval(1.0, audit.problems)[0], abs=0.05), "problems, not swaps"
     assert (point.effect, audit.best_gradient_at, audit.swaps) == ("helps", "hard", 300)
     assert 0 < audit.informative_swaps <= 300
-    assert audit.conclusion.startswith("take the gradient at hard: it predicts the direction of 100% [100%, 100%]")
+    assert audit.conclusion.startswith("take the gradient at hard: it predicts the direction of 100% [")
     assert (audit.no_labels_reason, audit.baseline) == ("the problems have no step labels", None)
 
 
@@ -170,13 +168,20 @@ def test_a_gradient_of_noise_adds_nothing(policy):
     point = audit.gradient_points["hard"]
     assert point.sign_accuracy_informative.low < 0.5 < point.sign_accuracy_informative.high
     assert abs(point.correlation.value) < 0.2
-    assert (point.effect, audit.best_gradient_at) == ("adds nothing", None)
-    assert "adds nothing here: use proposals without a gradient (solver none)" in audit.conclusion
+    assert point.effect in ("adds nothing", "too few to tell") and audit.best_gradient_at is None
+    assert "solver none" in audit.conclusion
+
+
+def test_too_few_swaps_say_so(policy):
+    point = run(policy, toy(policy)).gradient_points["hard"]
+    point = replace(point, effect="too few to tell", conclusion="the gradient at hard may help: 55% [40%, 70%]")
+    words = conclude_gradient_audit({"hard": point}, None)
+    assert words.startswith("too few wrong responses or swaps to tell") and "at hard (55% [40%, 70%])" in words
 
 
 def test_a_gradient_of_zero_is_no_better_than_chance(policy):
     point = run(policy, toy(policy, lambda sample, table: torch.zeros(table.shape))).gradient_points["hard"]
-    assert (point.sign_accuracy.value, point.correlation, point.effect) == (0.5, None, "adds nothing")
+    assert (point.sign_accuracy.value, point.correlation, point.effect) == (0.5, None, "too few to tell")
 
 
 def test_the_better_point_is_advised(policy):
@@ -192,14 +197,14 @@ def test_the_better_point_is_advised(policy):
             return [table[: len(rows)].gather(1, rows) for rows in candidates]
 
     two = TwoPoints("two", "scalar", [], reward.in_vocabulary, reward.stop_ids, table=exact)
-    audit = run(policy, two, gradient_at=["hard", "mixture:0.5", "mixture:1"])
+    audit = run(policy, two, MANY, gradient_at=["hard", "mixture:0.5", "mixture:1"], num_swaps=600)
     assert {name: point.effect for name, point in audit.gradient_points.items()} == dict.fromkeys(
         audit.gradient_points, "helps"
     )
     assert audit.best_gradient_at == "mixture:0.5"
 
 
-@pytest.mark.parametrize(("error", "best"), [(0.3, "direct"), (1.0, "hard")])
+@pytest.mark.parametrize(("error", "best"), [(0.3, "direct"), (3.0, "hard")])
 def test_a_more_expensive_point_must_be_worth_it(policy, error, best):
     """A backward pass that predicts surely more, but only a little more, is not advised."""
     exact = toy(policy).table
@@ -213,13 +218,12 @@ def test_a_more_expensive_point_must_be_worth_it(policy, error, best):
 
     reward = toy(policy)
     two = TwoPoints("two", "scalar", [], reward.in_vocabulary, reward.stop_ids, table=exact)
-    audit = run(policy, two, gradient_at=["direct", "hard"], num_swaps=600)
+    audit = run(policy, two, MANY, gradient_at=["direct", "hard"], num_swaps=1000)
     direct, hard = (
         audit.gradient_points["direct"].sign_accuracy_informative,
         audit.gradient_points["hard"].sign_accuracy_informative,
     )
     assert hard.value == 1 > direct.high and audit.gradient_points["direct"].effect == "helps"
-    assert (direct.high < 1 - MIN_ADVANTAGE) == (best == "hard")
     assert audit.best_gradient_at == best
 
 
@@ -345,7 +349,8 @@ def test_a_gradient_that_points_at_the_first_error_finds_it(chains_policy, chain
 
 def test_a_gradient_against_the_repair_misleads(chains_policy, chains):
     reward = toy(chains_policy, planted(chains_policy, -1.0))
-    audit = run(chains_policy, reward, chains, sampling=DIGIT_CHAINS, samples_per_problem=12, reward_weight=100.0)
+    problems = load_problems("digit_chains", split="train", max_problems=48)
+    audit = run(chains_policy, reward, problems, sampling=DIGIT_CHAINS, samples_per_problem=8, reward_weight=100.0)
     assert (
         audit.gradient_points["hard"].first_error_scores.repair.value
         == audit.gradient_points["hard"].correct_token_predicted.value
@@ -411,7 +416,7 @@ def test_the_direct_gradient_of_a_log_ratio_helps(chains_policy, chains):
     )
     assert list(audit.gradient_points) == ["direct", "hard"]
     point = audit.gradient_points["direct"]
-    assert point.sign_accuracy_informative.low > 0.8 and point.repair_gain.low > 0
+    assert point.sign_accuracy_informative.low > 0.75 and point.repair_gain.low > 0
     assert audit.best_gradient_at == "direct" and audit.conclusion.startswith("take the direct gradient: ")
     assert audit.to_dict()["gradient_points"]["direct"]["sign_accuracy"] == point.sign_accuracy.to_dict()
 
@@ -432,15 +437,18 @@ LOW, MID, HIGH = Interval(-0.3, -0.4, -0.1), Interval(0.0, -0.1, 0.1), Interval(
     ("sign", "first", "repair", "effect"),
     [
         (Interval(0.6, 0.51, 0.7), None, None, "helps"),
-        (Interval(0.6, 0.49, 0.7), None, None, "adds nothing"),
+        (Interval(0.6, 0.49, 0.7), None, None, "too few to tell"),
         (Interval(0.4, 0.3, 0.49), None, None, "misleads"),
-        (None, None, None, "adds nothing"),
+        (Interval(0.5, 0.48, 0.53), None, None, "adds nothing"),
+        (None, None, None, "too few to tell"),
         (None, MID, HIGH, "helps"),
         (None, HIGH, MID, "helps"),
         (None, LOW, HIGH, "helps"),
         (None, HIGH, LOW, "misleads"),
-        (Interval(1.0, 1.0, 1.0), MID, MID, "adds nothing"),
-        (Interval(1.0, 1.0, 1.0), LOW, MID, "adds nothing"),
+        (Interval(1.0, 1.0, 1.0), MID, MID, "too few to tell"),
+        (None, MID, Interval(0.0, -0.01, 0.02), "too few to tell"),
+        (None, Interval(0.0, -0.02, 0.01), Interval(0.0, -0.01, 0.02), "adds nothing"),
+        (Interval(1.0, 1.0, 1.0), LOW, MID, "too few to tell"),
     ],
 )
 def test_the_rules_of_the_effect(sign, first, repair, effect):

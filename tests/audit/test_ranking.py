@@ -11,8 +11,8 @@ from nabla_trl.audit.ranking import (
     audit_ranking,
     compute_best_of_n_values,
     compute_ranking_audit,
-    compute_within_problem_auc,
     compute_within_problem_correlation,
+    estimate_within_problem_auc,
 )
 from nabla_trl.baselines.sampling import draw_pool
 from nabla_trl.grading.checker import AnswerChecker
@@ -47,14 +47,35 @@ def test_a_perfect_reward():
     assert audit.correlation > 0.99
     assert audit.best_of_n_accuracy[16]["value"] == correct.any(1).mean()
     assert audit.best_of_n_accuracy[1]["value"] == pytest.approx(correct.mean())
-    assert "without over-optimization" in audit.conclusion
+    assert "does not fall beyond chance" in audit.conclusion and audit.auc_interval.low > 0.9
 
 
 def test_a_random_reward_is_called_out():
     correct = RNG.random((200, 16)) < 0.4
     audit = compute_ranking_audit(RNG.random(correct.shape), correct, RNG.random(correct.shape))
     assert audit.auc == pytest.approx(0.5, abs=0.05)
+    assert audit.auc_interval.low < 0.5 < audit.auc_interval.high < 0.6
     assert "do not search" in audit.conclusion
+
+
+def test_a_random_reward_is_not_called_sound_on_four_problems():
+    """A verdict by the value alone would praise one random reward in six here."""
+    rng = np.random.default_rng(7)
+    praised, lucky = 0, 0
+    for _ in range(200):
+        correct = rng.random((4, 8)) < 0.5
+        audit = compute_ranking_audit(rng.random(correct.shape), correct, np.ones(correct.shape))
+        lucky += audit.auc >= 0.6
+        praised += audit.conclusion.startswith("the reward ranks")
+        assert audit.auc < 0.6 or "too few problems to tell" in audit.conclusion or audit.auc_interval.low > 0.6
+    assert lucky > 20 and praised <= 5
+
+
+def test_a_curve_that_does_not_rise_is_not_said_to_move():
+    correct = np.array([[True] * 7 + [False]] * 12)
+    rewards = correct + 0.01 * np.random.default_rng(0).random(correct.shape)
+    audit = compute_ranking_audit(rewards, correct, np.ones(correct.shape))
+    assert "moves" not in audit.conclusion and "too few" in audit.conclusion
 
 
 def test_a_reward_that_is_hacked_is_overoptimized():
@@ -86,8 +107,9 @@ def test_lucky_answers_are_told_from_sound_ones():
 
 
 def test_auc_counts_ties_half():
-    assert compute_within_problem_auc(np.array([[1.0, 1.0]]), np.array([[True, False]])) == 0.5
-    assert compute_within_problem_auc(np.array([[2.0, 1.0, 1.5]]), np.array([[True, False, False]])) == 1.0
+    assert estimate_within_problem_auc(np.array([[1.0, 1.0]]), np.array([[True, False]])).value == 0.5
+    one = estimate_within_problem_auc(np.array([[2.0, 1.0, 1.5]]), np.array([[True, False, False]]))
+    assert one.value == 1.0 and one.low < 0.3, "a single problem"
 
 
 def test_correlation_skips_problems_without_variation():

@@ -55,7 +55,12 @@ FACTS = {
     "trained": [SFT],
     "setup_seconds": 100.0,
     "total_seconds": 250.0,
-    "audit": {"conclusion": "Sound.", "auc": 0.97, "best_of_n": {2: {"value": 0.5, "low": 0.4, "high": 0.6}}},
+    "audit": {
+        "conclusion": "Sound.",
+        "auc": 0.97,
+        "best_of_n_accuracy": {2: {"value": 0.5, "low": 0.4, "high": 0.6}},
+    },
+    "show_targets": True,
     "files": {"rows": "rows.jsonl"},
     "notes": ["A note."],
 }
@@ -211,18 +216,20 @@ def test_an_error_row_is_counted_and_shown(written):
 
 
 def test_targets_reached_and_not_reached_follow_the_numbers():
-    assert results(make_rows()) == ["reached"] * 3 + ["NOT reached"]
+    assert results(make_rows()) == ["too few to tell", "reached", "too few to tell", "too few to tell"]
+    far = {**WORLD, "nabla@0.33": (0.95, 31e6), "sft_greedy": (1.0, 4e6), "reward_model_sampling": (0.9, 6e6)}
+    assert results(make_rows(far)) == ["reached"] * 4
     swapped = {
         **WORLD,
         "nabla@0.33": (0.45, 31e6),
         "control@0.33": (0.70, 30e6),
         "sft_greedy": (0.5, 4e6),
     }
-    assert results(make_rows(swapped)) == ["NOT reached"] * 4
+    assert results(make_rows(swapped)) == ["NOT reached", "NOT reached", "too few to tell", "too few to tell"]
     dear = {**WORLD, "nabla@0.33": (0.9, 40e6), "nabla": (0.9, 61e6)}
-    assert results(make_rows(dear))[0] == "NOT reached"
+    assert results(make_rows(dear))[0] == "not measured", "no run was within the budget of the target"
     just_short = {**WORLD, "nabla@0.33": (0.63, 31e6), "best_of_16": (0.65, 96e6)}
-    assert results(make_rows(just_short))[0] == "NOT reached"
+    assert results(make_rows(just_short))[0] == "too few to tell"
 
 
 def test_the_run_that_is_judged_is_chosen_by_cost_not_by_accuracy():
@@ -247,7 +254,7 @@ def test_without_a_gain_no_share_of_it_is_claimed():
     flat = {**WORLD, "nabla": (0.40, 61e6)}
     summary = summarize(make_rows(flat), FACTS)
     assert "pgr_nabla.sft_greedy" not in summary
-    assert evaluate_targets(summary)[2][2] == "NOT reached"
+    assert evaluate_targets(summary)[2][2] == "not measured"
 
 
 @pytest.mark.parametrize(

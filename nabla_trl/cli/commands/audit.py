@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 AUDIT_HELP = """--json prints one object. --output_file writes the same object after each part:
   policy, reward              names on the command line
   problems, samples, accuracy, best_of_n_accuracy, best_of_n_reward, auc,
-  correlation, length_correlation, validated_samples, conclusion
+  auc_interval, correlation, length_correlation, validated_samples, conclusion
                               the samples
   gradient                    with --gradient, else null: gradient_points
                               {name: ...}, best_gradient_at, baseline (no
@@ -290,7 +290,7 @@ def _print_ranking_audit(audit: RankingAudit, console: Console) -> None:
     console.print(table)
     lines = {
         "correct samples": f"{audit.accuracy:.3f} of {audit.problems} × {audit.samples}",
-        "AUC within problems": f"{audit.auc:.3f}",
+        "AUC within problems": format_interval(audit.auc_interval.to_dict()),
     }
     if audit.step_auc is not None:
         lines["AUC of error-free"] = f"{audit.step_auc:.3f}"

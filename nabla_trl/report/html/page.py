@@ -57,7 +57,7 @@ def render_page(
             summary=summary,
             facts=dict(facts),
             methods=list_methods(summary),
-            targets=evaluate_targets(summary),
+            targets=evaluate_targets(summary) if facts.get("show_targets") else [],
             pareto_front=find_pareto_front(summary, "flops"),
             levels=levels,
             figures={name: _render_figure(figure, name, summary) for name, figure in figures.items()},
