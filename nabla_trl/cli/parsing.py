@@ -21,7 +21,8 @@ from typing import Any, NoReturn, get_type_hints
 
 from trl import TrlParser
 
-from nabla_trl.utils.fields import coerce_fields, format_suggestion, get_option_groups, read_yaml
+from nabla_trl.utils.fields import coerce_fields, format_suggestion, get_option_groups
+from nabla_trl.utils.files import read_yaml
 from nabla_trl.utils.interrupts import StoppedBySignal, get_current_command, handle_stop_signals, is_main_process
 from nabla_trl.utils.renamed import describe_new_flag
 

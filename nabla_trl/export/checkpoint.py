@@ -22,7 +22,7 @@ from nabla_trl.training.checkpoints import (
     read_training_record,
     require_keys,
 )
-from nabla_trl.utils.fields import read_yaml
+from nabla_trl.utils.files import read_yaml
 from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.identity import is_same_model
 

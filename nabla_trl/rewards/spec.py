@@ -165,7 +165,7 @@ def read_manifest(folder: str | Path) -> RewardManifest:
         ValueError: no such file, or a broken one. The message names the file.
     """
     file = Path(folder, MANIFEST_FILE)
-    content = _read_json_object(file)
+    content = read_json_file(file)
     try:
         return RewardManifest.from_dict(content)
     except ValueError as error:
@@ -417,7 +417,7 @@ def read_validated_limits(file: str | Path, *, policy: str, reward: str | Mappin
     Raises:
         ValueError: no such file, or a broken one, or an audit of another policy or reward, or without limits.
     """
-    audit = _read_json_object(Path(file))
+    audit = read_json_file(Path(file))
     how = "nabla-trl audit --over_optimization --output_file"
     try:
         if "trust" in audit or "verdict" in audit:
@@ -437,13 +437,6 @@ def read_validated_limits(file: str | Path, *, policy: str, reward: str | Mappin
 
 
 # --- checks -------------------------------------------------------------------------------------------
-
-
-def _read_json_object(file: Path) -> dict[str, Any]:
-    try:
-        return read_json_file(file)
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _list_foreign_keys(kind: str) -> list[str]:

@@ -16,8 +16,6 @@ import json
 import re
 from typing import Any
 
-import yaml
-
 from nabla_trl.grading.equivalence import VERIFIER_PREFIX, parse_plain_number
 from nabla_trl.tasks.problem import (
     BOXED_INSTRUCTION,
@@ -26,6 +24,7 @@ from nabla_trl.tasks.problem import (
     append_instruction,
     check_generated_split,
 )
+from nabla_trl.utils.files import parse_yaml
 from nabla_trl.utils.formatting import format_error
 
 REASONING_GYM_PREFIX = "reasoning_gym:"
@@ -104,8 +103,8 @@ def parse_task_name(name: str) -> tuple[str, dict[str, Any]]:
         )
     assignments = [option.partition("=") for option in match["options"].split(",") if option]
     try:
-        options = {key: yaml.safe_load(value) for key, _, value in assignments}
-    except yaml.YAMLError as error:
+        options = {key: parse_yaml(value) for key, _, value in assignments}
+    except ValueError as error:
         raise ValueError(f"{name}: cannot read its options: {format_error(error)}") from error
     seed = options.get("seed", 0)
     if not isinstance(seed, int) or seed < 0:  # a generator takes −1 for 1

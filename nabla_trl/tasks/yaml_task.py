@@ -11,26 +11,41 @@ instruction: Put your final answer within \boxed{}.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import csv
+import datetime
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jinja2 import StrictUndefined, Template, TemplateError, meta
+from jinja2 import StrictUndefined, Template, TemplateError, Undefined, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from nabla_trl.grading.extraction import ANSWER_FORMATS, detect_answer_format, extract_strict_answer
 from nabla_trl.tasks.gold_answers import GOLD_PARSERS, ParsedGold, make_regex_parser
 from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, append_instruction
-from nabla_trl.utils.fields import coerce_fields, read_yaml
+from nabla_trl.utils.fields import coerce_fields
+from nabla_trl.utils.files import read_yaml, read_yaml_value, refuse_unreadable
 from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.identity import hash_files, hash_json
 
 BENCHMARKS_DIR = Path(__file__).with_name("benchmarks")
+_DATE_TYPES = (datetime.date, datetime.time, datetime.timedelta)
 _DATASET_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_JINJA_ENV = SandboxedEnvironment(undefined=StrictUndefined)  # a description may come from somebody else
+
+
+def _finalize(value: Any) -> str:
+    """Return what an expression of a template writes, by the rules of plain columns."""
+    return str(value) if isinstance(value, bool | Undefined) else format_value(value) or ""
+
+
+_JINJA_ENV = SandboxedEnvironment(
+    undefined=StrictUndefined, finalize=_finalize
+)  # a description may be somebody else's
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,8 @@ class TaskConfig:
 
     Attributes:
         path: hub id of the data set, or a local file or folder relative to the YAML file.
+        test_fraction: share of the problems that are the test split, chosen by a hash of the question. The others are
+            the train split. For data in one piece: a local file, or a data set with one split.
         revision: commit to load. None follows the data set's main branch and is not reproducible.
         config: name of the data set's configuration.
         splits: our names of splits to the data set's names, or to files of a local folder. A local file is one split.
@@ -62,6 +79,7 @@ class TaskConfig:
     path: str
     question: str
     answer: str
+    test_fraction: float | None = None
     revision: str | None = None
     config: str | None = None
     splits: dict[str, str] = field(default_factory=dict)
@@ -93,6 +111,11 @@ class TaskConfig:
             raise ValueError(f"{self.path} is a file, which is one split: leave splits out, or give its folder")
         if not path.exists() and path.suffix in _DATASET_BUILDERS:
             raise ValueError(f"there is no file {self.path}")
+        if self.test_fraction is not None:
+            if not 0 < self.test_fraction < 1:
+                raise ValueError(f"test_fraction must be between 0 and 1, not {self.test_fraction:g}")
+            if not path.is_file() and len(self.splits) != 1:
+                raise ValueError("test_fraction divides data in one piece: a file, or a data set with one of splits")
         if not path.is_file() and not self.splits:
             raise ValueError(f"splits are needed: which of its splits is {self.path}'s test?")
         self.get_answer_parser()
@@ -131,6 +154,8 @@ class TaskConfig:
     def compute_version(self) -> str:
         """Return the version, a hash of the description, and the revision or a hash of the local data."""
         description = asdict(self) | {"path": Path(self.path).name if self.is_local else self.path}
+        if self.test_fraction is None:
+            del description["test_fraction"]
         if self.is_local:
             data = hash_json({split: hash_files([file]) for split, file in self.find_data_files().items()})
         else:
@@ -185,26 +210,31 @@ def read_task_config(path: Path) -> TaskConfig:
             begins with the path.
     """
     values = read_yaml(path)
+    required = [item.name for item in fields(TaskConfig) if item.default is item.default_factory is MISSING]
+    if not any(name in values for name in required):  # another file: say nothing of what is in it
+        raise ValueError(f"{path} describes no task: it has none of {', '.join(required)}")
     try:
         if isinstance(values.get("few_shot"), str):
-            values["few_shot"] = _read_few_shot_examples(path.parent / values["few_shot"])
+            values["few_shot"] = _read_few_shot_examples(path.parent, values["few_shot"])
         values = coerce_fields(values, [TaskConfig], source=path)
-        required = [item.name for item in fields(TaskConfig) if item.default is item.default_factory is MISSING]
         if missing := [name for name in required if values.get(name) is None]:
             raise ValueError(f"{', '.join(missing)} must be given")
-        local_path = path.parent / values["path"]
-        task = TaskConfig(**values | {"path": str(local_path) if local_path.exists() else values["path"]})
+        with refuse_unreadable("path"):  # a null byte, or a name that is too long
+            local_path = path.parent / values["path"]
+            is_local = local_path.exists()
+        task = TaskConfig(**values | {"path": str(local_path) if is_local else values["path"]})
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
     return replace(task, name=task.name or path.stem)
 
 
-def _read_few_shot_examples(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else format_error(error)
-        raise ValueError(f"few_shot: cannot read {path}: {reason}") from error
+def _read_few_shot_examples(folder: Path, name: str) -> Any:
+    with refuse_unreadable("few_shot"):
+        path = folder / name
+        # A description may be somebody else's, and its examples become part of prompts that others see.
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"few_shot: {name} leads out of the folder of the description")
+        return read_yaml_value(path)
 
 
 # --- rows to problems -----------------------------------------------------------------------------
@@ -216,26 +246,28 @@ def load_task_problems(task: TaskConfig, split: str) -> list[Problem]:
     Raises:
         ValueError: if there is no such split or column, the data cannot be loaded, or a row has no question.
     """
-    rows = _load_rows(task, split)
-    _check_columns(task, rows.column_names)
+    columns, rows = _load_rows(task, split)
+    _check_columns(task, columns)
     version, parse = task.compute_version(), task.get_answer_parser()
     examples = tuple((example["question"], example["answer"]) for example in task.few_shot)
     problems = []
     for index, row in enumerate(rows):
         where = f"task {task.name!r}, row {index}"
-        question = _read_value(task.question, row, where).strip()
+        question = (_read_value(task.question, row, where) or "").strip()
         if not question:
             raise ValueError(f"{where}: the question is empty")
-        answer, solution = parse(_read_value(task.answer, row, where))
+        if task.test_fraction is not None and assign_split(question, task.test_fraction) != split:
+            continue
+        answer, solution = parse(_read_value(task.answer, row, where) or "")
         problems.append(
             Problem(
                 id=f"{task.name}/{split}/{index}",
                 question=question,
                 answer=answer,
-                solution=_to_text(row[task.solution]) if task.solution else solution,
+                solution=_read_value(task.solution, row, where) if task.solution else solution,
                 messages=_build_messages(task, question, row, where),
                 task=str(task.name),
-                level=_to_text(row[task.level]) if task.level else None,
+                level=_read_value(task.level, row, where) if task.level else None,
                 task_version=version,
                 answer_format=task.resolve_answer_format(),
                 few_shot_examples=examples,
@@ -245,27 +277,87 @@ def load_task_problems(task: TaskConfig, split: str) -> list[Problem]:
     return problems
 
 
-def _load_rows(task: TaskConfig, split: str) -> Any:
-    if task.splits and split not in task.splits:
-        raise ValueError(f"task {task.name!r} has no split {split!r}: it has {', '.join(task.splits)}")
-    import datasets  # takes a second to import, and other kinds of tasks do not need it
+def assign_split(question: str, test_fraction: float) -> str:
+    """Return the split, "train" or "test", that a question belongs to, which depends on its text alone."""
+    text = " ".join(question.split()).casefold()
+    return "test" if int(hash_json(text, 8), 16) < test_fraction * 16**8 else "train"
 
+
+def _load_rows(task: TaskConfig, split: str) -> tuple[list[str], Sequence[Mapping[str, Any]]]:
+    """Return the columns and the rows of a split of the data, before `test_fraction` divides them."""
+    source_split = split
+    if task.test_fraction is not None:
+        if split not in ("train", "test"):
+            raise ValueError(f"task {task.name!r} has the splits train, test, not {split!r}")
+        source_split = next(iter(task.splits), "")
+    elif task.splits and split not in task.splits:
+        raise ValueError(f"task {task.name!r} has no split {split!r}: it has {', '.join(task.splits)}")
+    elif not task.splits:
+        _tell_of_one_split(str(task.name))
+    if not task.is_local:
+        advice = f"go online once to cache it, or pass the path of a local .jsonl file in place of {task.name!r}"
+        with _refuse_data(f"task {task.name!r} could not be loaded from the hub data set {task.path!r}", advice):
+            import datasets  # takes a second to import, and other kinds of tasks do not need it
+
+            name = task.splits[source_split]
+            rows: Any = datasets.load_dataset(task.path, task.config, split=name, revision=task.revision)
+            return rows.column_names, rows
+    files = task.find_data_files()
+    file = files.get(source_split) or files[""]
+    if file.suffix not in _DATASET_BUILDERS:
+        raise ValueError(f"task {task.name!r}: {file.name} must end in one of {', '.join(_DATASET_BUILDERS)}")
+    with _refuse_data(f"task {task.name!r} could not be read from {task.path}"):
+        if file.suffix == ".csv":
+            return _read_csv(file)
+        import datasets
+
+        rows: Any = datasets.load_dataset(_DATASET_BUILDERS[file.suffix], data_files=str(file), split="train")
+        return rows.column_names, rows
+
+
+@contextmanager
+def _refuse_data(what: str, advice: str = "") -> Iterator[None]:
+    """Turn any error of the block into one line. Readers of data sets raise errors of many kinds."""
     try:
-        if not task.is_local:
-            return datasets.load_dataset(task.path, task.config, split=task.splits[split], revision=task.revision)
-        files = task.find_data_files()
-        file = files.get(split) or files[""]
-        if file.suffix not in _DATASET_BUILDERS:
-            raise ValueError(f"{file.name} must end in one of {', '.join(_DATASET_BUILDERS)}")
-        return datasets.load_dataset(_DATASET_BUILDERS[file.suffix], data_files=str(file), split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = format_error(error)
-        if task.is_local:
-            raise ValueError(f"task {task.name!r} could not be read from {task.path} ({reason})") from error
-        raise ValueError(
-            f"task {task.name!r} could not be loaded from the hub data set {task.path!r} ({reason}); "
-            f"go online once to cache it, or pass the path of a local .jsonl file in place of {task.name!r}"
-        ) from error
+        yield
+    except Exception as error:
+        advice = f"; {advice}" if advice else ""
+        raise ValueError(f"{what} ({format_error(error)}){advice}") from error
+
+
+_TOLD_OF_ONE_SPLIT: set[str] = set()
+
+
+def _tell_of_one_split(name: str) -> None:
+    """Say once that a task in one piece has the same problems in every split."""
+    if name not in _TOLD_OF_ONE_SPLIT:
+        _TOLD_OF_ONE_SPLIT.add(name)
+        print(
+            f"note: task {name!r} is one file, so its train and test problems are the same; test_fraction: 0.2 in its "
+            "description divides them",
+            file=sys.stderr,
+        )
+
+
+def _read_csv(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns and the rows of a CSV file with a header. Every cell stays the text that it is.
+
+    Raises:
+        ValueError: the file is no CSV, or a row has more or fewer cells than the header.
+    """
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        lines = csv.reader(stream, strict=True)
+        columns = next(lines, [])
+        if len(set(columns)) < len(columns) or not columns:
+            raise ValueError("its first line must name the columns, each once")
+        rows = []
+        for cells in lines:
+            if not cells:
+                continue
+            if len(cells) != len(columns):
+                raise ValueError(f"row {len(rows)} has {len(cells)} cells, and the header names {len(columns)}")
+            rows.append(dict(zip(columns, cells, strict=True)))
+    return columns, rows
 
 
 def _check_columns(task: TaskConfig, columns: Sequence[str]) -> None:
@@ -293,20 +385,59 @@ def _compile_template(template: str) -> Template:
     return _JINJA_ENV.from_string(template)
 
 
-def _read_value(source: str, row: Mapping[str, Any], where: str) -> str:
-    """Return a column or a template of columns as text. A missing value is an empty text."""
-    return _render_template(source, row, where) if _is_template(source) else _to_text(row[source]) or ""
+def _read_value(source: str, row: Mapping[str, Any], where: str) -> str | None:
+    """Return a column or a template of columns as text, None for a missing value.
+
+    Raises:
+        ValueError: a value that has no certain text (`format_value`), or a template that fails.
+    """
+    if _is_template(source):
+        return _render_template(source, row, where)
+    try:
+        return format_value(row[source])
+    except ValueError as error:
+        raise ValueError(f"{where}: column {source!r} {error}") from error
 
 
-def _to_text(value: Any) -> str | None:
-    return None if value is None else str(value)
+def format_value(value: Any) -> str | None:
+    """Return a value of a data set as text, None for a missing value.
+
+    Texts and whole numbers stay as they are. A float is written in decimals, without an exponent and without a final
+    ".0": 1e-07 is 0.0000001, and 25.0 is 25.
+
+    Raises:
+        ValueError: a list, a mapping, bytes, a date, true, false, NaN or infinity, which have several spellings.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        text = repr(value)
+        if text.strip("-") in ("nan", "inf"):
+            raise ValueError(f"holds {text}, which is no number")
+        return f"{Decimal(text):f}".removesuffix(".0")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    kinds = {list: "a list", dict: "a mapping", bytes: "bytes", bool: "true or false"}
+    kind = "a date or time" if isinstance(value, _DATE_TYPES) else kinds.get(type(value), type(value).__name__)
+    raise ValueError(f"holds {kind}, which has no certain text: write a template, as in {_get_template_hint(value)}")
+
+
+def _get_template_hint(value: Any) -> str:
+    """Return a template that makes text of a value."""
+    if isinstance(value, list):
+        return '"{{ answer[0] }}" or "{{ answer | join(\', \') }}"'
+    if isinstance(value, dict):
+        return '"{{ answer.value }}"'
+    if isinstance(value, bool):
+        return "\"{{ 'yes' if answer else 'no' }}\""
+    return '"{{ answer | string }}"'
 
 
 def _render_template(template: str, row: Mapping[str, Any], where: str) -> str:
     try:
         return _compile_template(template).render(row)
-    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{where}: the template {template!r} fails: {error}") from error
+    except Exception as error:  # whatever the template's own operations raise
+        raise ValueError(f"{where}: the template {template!r} fails: {format_error(error)}") from error
 
 
 def _build_messages(

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from nabla_trl.utils.renamed import describe_new_key
 
 _TYPE_DESCRIPTIONS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -123,22 +121,6 @@ def get_option_groups(dataclass: type) -> dict[str, OptionGroup[Any]]:
 
 def _get_init_names(dataclass: type) -> list[str]:
     return [field.name for field in fields(dataclass) if field.init]
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds.
-
-    Raises:
-        ValueError: no such file, no YAML, or not a mapping.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"cannot read {path}: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of options, one 'name: value' on a line")
-    return content
 
 
 def coerce_fields(

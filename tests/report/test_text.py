@@ -225,7 +225,7 @@ def test_targets_reached_and_not_reached_follow_the_numbers():
         "control@0.33": (0.70, 30e6),
         "sft_greedy": (0.5, 4e6),
     }
-    assert results(make_rows(swapped)) == ["NOT reached", "NOT reached", "too few to tell", "too few to tell"]
+    assert results(make_rows(swapped)) == ["NOT reached"] * 4
     dear = {**WORLD, "nabla@0.33": (0.9, 40e6), "nabla": (0.9, 61e6)}
     assert results(make_rows(dear))[0] == "not measured", "no run was within the budget of the target"
     just_short = {**WORLD, "nabla@0.33": (0.63, 31e6), "best_of_16": (0.65, 96e6)}

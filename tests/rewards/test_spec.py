@@ -35,7 +35,8 @@ from nabla_trl.rewards.spec import (
 )
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks import digit_chains
-from nabla_trl.utils.fields import coerce_fields, read_yaml
+from nabla_trl.utils.fields import coerce_fields
+from nabla_trl.utils.files import read_yaml
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = {

@@ -271,7 +271,7 @@ def test_a_bad_description_is_named_in_one_line(tmp_path: Path, changes: dict[st
         ({"question": "{{ Body / 0 }}"}, ["row 0", "{{ Body / 0 }}", "fails"]),
         ({"question": "{{ Body.__class__.__mro__ }}"}, ["row 0", "unsafe"]),
         ({"question": "{% if Grade == 3 %}x{% endif %}"}, ["row 0", "the question is empty"]),
-        ({"path": "rows.xlsx"}, ["could not be read", ".jsonl"]),
+        ({"path": "rows.xlsx"}, ["must end in one of", ".jsonl"]),
     ],
 )
 def test_what_does_not_fit_the_rows_is_named_in_one_line(
