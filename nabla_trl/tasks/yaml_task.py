@@ -300,7 +300,7 @@ def _load_rows(task: TaskConfig, split: str) -> tuple[list[str], Sequence[Mappin
             import datasets  # takes a second to import, and other kinds of tasks do not need it
 
             name = task.splits[source_split]
-            rows: Any = datasets.load_dataset(task.path, task.config, split=name, revision=task.revision)
+            rows = datasets.load_dataset(task.path, task.config, split=name, revision=task.revision)
             return rows.column_names, rows
     files = task.find_data_files()
     file = files.get(source_split) or files[""]
@@ -311,7 +311,7 @@ def _load_rows(task: TaskConfig, split: str) -> tuple[list[str], Sequence[Mappin
             return _read_csv(file)
         import datasets
 
-        rows: Any = datasets.load_dataset(_DATASET_BUILDERS[file.suffix], data_files=str(file), split="train")
+        rows = datasets.load_dataset(_DATASET_BUILDERS[file.suffix], data_files=str(file), split="train")
         return rows.column_names, rows
 
 
@@ -350,7 +350,7 @@ def _read_csv(file: Path) -> tuple[list[str], list[dict[str, str]]]:
         columns = next(lines, [])
         if len(set(columns)) < len(columns) or not columns:
             raise ValueError("its first line must name the columns, each once")
-        rows = []
+        rows: list[dict[str, str]] = []
         for cells in lines:
             if not cells:
                 continue
