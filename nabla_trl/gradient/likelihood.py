@@ -189,12 +189,13 @@ def _stack_relaxed(relaxed_responses: Sequence[RelaxedResponse]) -> tuple[Tensor
     )
 
 
-def policy_likelihood(policy: Policy) -> LikelihoodObjective:
-    """Return log π(y|x) of a policy as an objective."""
+def policy_likelihood(policy: Policy, weight: float = 1.0) -> LikelihoodObjective:
+    """Return weight · log π(y|x) of a policy as an objective."""
     return LikelihoodObjective(
         policy.model,
         policy.size,
         vocab_map=torch.arange(policy.forbidden_mask.shape[0]),
+        weight=weight,
         encode_prompt=lambda problem, prompt_ids: prompt_ids,
         head=policy.head,
     )

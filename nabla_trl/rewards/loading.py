@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from nabla_trl.gradient.likelihood import LikelihoodObjective
+from nabla_trl.gradient.likelihood import LikelihoodObjective, policy_likelihood
 from nabla_trl.gradient.objectives import EncodedSample, Objective, Sample
 from nabla_trl.gradient.score import ProcessObjective, ScoreObjective
 from nabla_trl.gradient.step_ends import BLANK_LINE, StepFinder
@@ -65,6 +65,8 @@ def load_reward(
             process:NAME, process@DELIMITER:NAME or {kind: process, model: NAME, step_delimiter: "\\n\\n"}: the sum of
                 the scalar reward's score over the ends of reasoning steps and the end of the response. A step ends
                 with the delimiter, a blank line by default. In text, `parse_delimiter` reads its escapes.
+            power:ALPHA or {kind: power, alpha: ALPHA}: (ALPHA − 1) · log π(y|x) of the policy itself, for ALPHA > 1.
+                With β = 1 the optimum is π^ALPHA. No model is loaded, and drawing a response has scored it already.
             ensemble:A,B,…, ensemble@K:A,B,… or {kind: ensemble, members: [A, B], uncertainty_penalty: 1.0}:
                 mean − K·std of two or more scalar rewards, or of process rewards with one delimiter. K is 1 by
                 default.
@@ -90,6 +92,8 @@ def _load_spec(spec: RewardSpec, policy: Policy, dtype: str, device: str | None)
     if spec.kind == "ensemble":
         members = [_load_spec(member, policy, dtype, device) for member in spec.members]
         return build_ensemble_reward(members, spec.uncertainty_penalty, spec.name)
+    if spec.kind == "power":
+        return build_power_reward(policy, spec.scale + 1, spec.name)
     if spec.kind == "log-ratio":
         models = [_load_causal_lm(name, policy, dtype, device) for name in spec.model_names]
         reference = models[1] if len(models) > 1 else policy
@@ -146,6 +150,17 @@ def build_log_ratio_reward(
         preferred_model=preferred_model,
         gradient_at="direct",
     )
+
+
+def build_power_reward(policy: Policy, alpha: float, name: str) -> Reward:
+    """Build (α − 1) · log π(y|x), whose optimum π·exp(r) is π^α (Karan and Du, arXiv 2510.14901).
+
+    Args:
+        alpha: α > 1.
+    """
+    objective = policy_likelihood(policy, weight=alpha - 1)
+    in_vocabulary = torch.ones(policy.forbidden_mask.shape[0], dtype=torch.bool)
+    return Reward(name, "power", [objective], in_vocabulary, policy.stop_ids, gradient_at="direct")
 
 
 def build_scalar_reward(

@@ -32,7 +32,7 @@ class Reward:
     """A weighted sum of objectives, r(x, y) = Σ weight · objective(x, y), or an ensemble's lower confidence bound.
 
     Attributes:
-        kind: "scalar", "process", "log-ratio" or "ensemble".
+        kind: "scalar", "process", "log-ratio", "ensemble" or "power".
         objectives: one per model.
         in_vocabulary: [policy rows] bool, the policy's tokens that every objective can read inside a response. A
             response with any other token, or longer than a model's context, scores −inf: it is never preferred.

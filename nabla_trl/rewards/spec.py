@@ -22,6 +22,7 @@ from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.identity import is_same_model
 
 LOG_RATIO_PREFIX = "logratio:"
+POWER_PREFIX = "power:"
 MANIFEST_FILE = "reward.json"
 MANIFEST_FORMAT = 2
 _ADAPTER_FILE = "adapter_config.json"
@@ -34,6 +35,7 @@ _MAPPING_KEYS: dict[str, tuple[str, ...]] = {
     "process": ("model", "step_delimiter"),
     "log_ratio": ("model", "reference", "scale"),
     "ensemble": ("members", "uncertainty_penalty"),
+    "power": ("alpha",),
 }
 # Per kind the keys of reward.json that no other kind has.
 _MANIFEST_KEYS: dict[str, tuple[str, ...]] = {
@@ -191,11 +193,11 @@ class RewardSpec:
 
     Attributes:
         name: the reward's name in rows, reports and messages: the spec as text.
-        kind: "scalar", "process", "log-ratio" or "ensemble", as `nabla_trl.rewards.reward.Reward.kind`.
+        kind: "scalar", "process", "log-ratio", "ensemble" or "power", as `nabla_trl.rewards.reward.Reward.kind`.
         model_names: models to load: the classifier, the preferred model and (unless it is the policy) the reference,
-            or the classifiers of an ensemble's members.
+            or the classifiers of an ensemble's members. Empty for a power of the policy.
         members: of an ensemble.
-        scale: factor of a log-ratio.
+        scale: factor of a log-ratio, or α − 1 of a power.
         uncertainty_penalty: k of an ensemble's mean − k·std.
         step_delimiter: of a process reward, else empty.
         folder: the folder whose reward.json describes this reward, if there is one.
@@ -234,6 +236,8 @@ def parse_reward_spec(spec: str | Mapping[str, Any]) -> RewardSpec:
         if not 1 <= len(names) <= 2 or not all(names):
             raise ValueError(f"{spec!r}: expected {LOG_RATIO_PREFIX}BETTER or {LOG_RATIO_PREFIX}BETTER,REFERENCE")
         return RewardSpec(spec, "log-ratio", names)
+    if spec.startswith(POWER_PREFIX):
+        return _build_power_spec(spec, spec.removeprefix(POWER_PREFIX))
     if match := _PROCESS_SPEC.fullmatch(spec):
         if not match["model"]:
             raise ValueError(f"{spec!r}: expected process:NAME or process@DELIMITER:NAME")
@@ -318,6 +322,8 @@ def _parse_mapping(data: Mapping[str, Any]) -> RewardSpec:
             raise ValueError(f"reward: members must be a list of rewards, not {members!r}")
         check_uncertainty_penalty(penalty)
         return _build_ensemble_spec(get_reward_name(data), members, float(penalty))
+    if kind == "power":
+        return _build_power_spec(get_reward_name(data), data["alpha"])
     for key in ("model", "reference"):
         if key in data:
             _check_model_name(f"reward: {key}", data[key])
@@ -345,6 +351,16 @@ def _parse_folder(folder: str) -> RewardSpec:
         delimiter = manifest.step_delimiter if manifest.kind == "process" else ""
         spec = RewardSpec(folder, manifest.kind, (folder,), step_delimiter=delimiter)
     return replace(spec, folder=folder, validated_limits=manifest.validated_limits, gradient_at=manifest.gradient_at)
+
+
+def _build_power_spec(name: str, alpha: Any) -> RewardSpec:
+    try:
+        value = float(alpha)
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(alpha, bool) or not 1 < value < math.inf:
+        raise ValueError(f"{name}: expected power:ALPHA with a number ALPHA above 1, not {alpha!r}")
+    return RewardSpec(name, "power", (), scale=value - 1)
 
 
 def _build_process_spec(name: str, model: str, step_delimiter: str) -> RewardSpec:

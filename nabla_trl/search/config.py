@@ -69,9 +69,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "temperature": 0.6,
         "top_p": 0.95,
     },
-    # QAlign (Faria et al., arXiv 2504.03790): a Metropolis chain on π·exp(r/β), and a vote over its states. Other than
-    # there, a step changes a token that π itself finds likely, in place of a cut at a uniform position.
-    "qalign": {"solver": "none", "acceptance": "metropolis", "select": "vote", "beta": 1.0},
+    # QAlign (Faria et al., arXiv 2504.03790): a Metropolis chain on π·exp(r/β) that cuts the response at a uniform
+    # position, and a vote over its states. Other than there, the token at the cut always changes, and one step in ten
+    # proposes a whole new response.
+    "qalign": {
+        "solver": {"name": "none", "cut": "uniform"},
+        "acceptance": "metropolis",
+        "select": "vote",
+        "beta": 1.0,
+    },
+    # Samples of π·exp(r), meant for rewards power:ALPHA, with locally balanced proposals (Zanella 2020).
+    "power": {
+        "solver": {"name": "mirror", "gradient_at": "direct", "step_size": 0.5},
+        "acceptance": {"name": "metropolis", "independence_prob": 0.0},
+        "beta": 1.0,
+    },
 }
 
 

@@ -98,6 +98,17 @@ class NoGradient:
 
     name: ClassVar[str] = "none"
 
+    cut: str = option(
+        "token",
+        "How the position of a change is drawn. token prefers positions where another token is likely. uniform gives "
+        "all positions the same probability (power sampling, arXiv 2510.14901). entropy prefers positions where the "
+        "policy is uncertain.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.cut not in ("token", "uniform", "entropy"):
+            raise ValueError(f"cut must be one of token, uniform, entropy, not {self.cut!r}")
+
 
 @dataclass(frozen=True)
 class GlobalProposals:

@@ -38,6 +38,8 @@ from nabla_trl.search.options import (
 )
 from nabla_trl.search.state import ScoredResponse, SearchState
 
+MIN_CUT_ENTROPY = 1e-3  # nats; with it a chain can change every position
+
 # --- scores ---------------------------------------------------------------------------------------------
 
 
@@ -55,7 +57,7 @@ def compute_proposal_scores(
         betas: β of each response. None: the configuration's.
     """
     if isinstance(config.solver, NoGradient):
-        scores = [response.logp for response in responses]
+        scores = [_compute_cut_scores(response, reward, config, config.solver.cut) for response in responses]
     elif isinstance(config.solver, MirrorSolver):
         _compute_reward_gradients(
             [response for response in responses if response.reward_gradient is None],
@@ -72,6 +74,23 @@ def compute_proposal_scores(
         scores = _compute_ste_scores(responses, policy, reward, config, config.solver, flop_counter)
     for response, response_scores in zip(responses, scores, strict=True):
         response.proposal_scores = response_scores
+
+
+def _compute_cut_scores(response: ScoredResponse, reward: Reward, config: SearchConfig, cut: str) -> Tensor:
+    """Return the scores [T, K] of a search without the gradient: log π, or log w_t + log q_t(v) for cut weights w_t.
+
+    q_t is π at the sampler's temperature over the tokens that may be proposed. w_t is 1 for the cut "uniform", and
+    the entropy of π over the candidates for the cut "entropy".
+    """
+    if cut == "token":
+        return response.logp
+    mask = compute_proposable_mask(response, reward.in_vocabulary, config)
+    logits = (response.logp / (config.temperature or 1.0)).masked_fill(~mask, -torch.inf)
+    scores = (logits - logits.logsumexp(-1, keepdim=True)).masked_fill(~mask, -torch.inf)
+    if cut == "entropy":
+        entropy = -(response.logp.exp() * response.logp.clamp(min=-100)).sum(-1, keepdim=True)
+        scores = scores + entropy.clamp(min=MIN_CUT_ENTROPY).log()
+    return scores
 
 
 def _compute_reward_gradients(

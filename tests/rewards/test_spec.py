@@ -219,6 +219,7 @@ def scalar_specs(*names: str) -> tuple[RewardSpec, ...]:
     ("spec", "kind", "models", "options"),
     [
         ("org/model", "scalar", "org/model", {}),
+        ("power:2.5", "power", "", {"scale": 1.5}),
         ("logratio:a", "log-ratio", "a", {}),
         ("logratio:a, b", "log-ratio", "a b", {}),
         ("ensemble:a,b,c", "ensemble", "a b c", {"uncertainty_penalty": 1.0}),
@@ -346,6 +347,9 @@ def test_what_a_folder_means(tmp_path: Path) -> None:
     ("spec", "words"),
     [
         ("logratio:a,b,c", ["logratio:BETTER,REFERENCE"]),
+        ("power:", ["power:ALPHA", "above 1"]),
+        ("power:1", ["power:ALPHA", "above 1"]),
+        ("power:nan", ["power:ALPHA", "above 1"]),
         ("ensemble:", ["ensemble:A,B"]),
         ("ensemble:a,", ["ensemble:A,B"]),
         ("ensemble:a", ["at least two"]),

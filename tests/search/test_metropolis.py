@@ -20,6 +20,7 @@ from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.sampling import build_warpers, compute_log_importance_weight
+from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import acceptance, proposals
 from nabla_trl.search.config import SearchConfig
@@ -35,6 +36,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"solver": "mirror", "gradient_at": "mixture:0.5", "step_size": 0.5},
     {"solver": "ste", "learning_rate": 0.3, "steps": 5},
     {"solver": "none"},
+    {"solver": "none", "cut": "uniform"},
+    {"solver": "none", "cut": "entropy"},
 ]
 
 
@@ -77,10 +80,18 @@ def short() -> World:
     return make_world(2, ratio=True)
 
 
-def make_world(length: int = LENGTH, ratio: bool = False) -> World:
+@pytest.fixture(scope="module")
+def power() -> World:
+    """31 responses and the reward power:2, so that π* at β = 1 is π²."""
+    return make_world(2, alpha=2.0)
+
+
+def make_world(length: int = LENGTH, ratio: bool = False, alpha: float | None = None) -> World:
     tokenizer = worlds.char_tokenizer(["1", "2", worlds.PAD, worlds.USER, worlds.ASSISTANT, worlds.END, worlds.UNK])
     policy = worlds.tiny_policy(tokenizer=tokenizer, dtype=torch.float64)
     reward = worlds.tiny_logratio(policy) if ratio else worlds.tiny_scalar(policy, seed=5)
+    if alpha is not None:
+        reward = load_reward(f"power:{alpha:g}", policy=policy)
     problem = Problem(id="p", question="12")
     ids = policy.encode(problem)
     memos = reward.compute_prompt_caches([Sample(problem, ids, [])], FlopCounter())[0]
@@ -317,6 +328,26 @@ def run_chains(world: World, config: SearchConfig, count: int, budgets: Sequence
         for counter, (response, _) in zip(found, trace.list_incumbents_at(budgets), strict=True):
             counter[world.index(response)] += 1
     return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "mirror", "gradient_at": "direct", "step_size": 0.5, "temperature": 0.5},
+        {"solver": "none", "cut": "entropy", "temperature": 0.5},
+    ],
+    ids=name,
+)
+def test_chains_on_a_power_reward_sample_the_power_of_the_policy(options: dict[str, Any], power: World) -> None:
+    """… and scoring is free, because drawing has scored the response already."""
+    target = power.target(1.0)
+    squared = np.exp(2 * power.logp)
+    assert target == pytest.approx(squared / squared.sum(), abs=1e-9)
+    settings = {**options, "max_new_tokens": 2, "beta": 1.0, "max_rounds": 20, "batch_size": 150}
+    [ended] = run_chains(power, metropolis(settings), 150, (20,))
+    assert total_variation(ended, target) < 1.6 * noise_floor(target, 150)
+    policy_share = np.exp(power.logp) / np.exp(power.logp).sum()
+    assert total_variation(ended, policy_share) > 2 * noise_floor(target, 150)
 
 
 @pytest.mark.parametrize("options", [{"solver": "mirror", "gradient_at": "direct"}, {"solver": "none"}], ids=name)

@@ -880,7 +880,7 @@ def test_the_paper_preset_is_the_papers() -> None:
         optimize_positions="all",
     )
     assert config.proposals == SequentialProposals(confidence=0.97, resample_temperature=0.5)
-    assert set(PRESETS) == {"default", "paper", "released", "qalign"}
+    assert set(PRESETS) == {"default", "paper", "released", "qalign", "power"}
     assert SearchConfig.from_preset("default") == SearchConfig()
     released = SearchConfig.from_preset("released")
     assert (released.solver.optimize_positions, released.reward_weight) == ("first", 1000.0)
