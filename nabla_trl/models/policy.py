@@ -26,6 +26,7 @@ from nabla_trl.models.prompts import (
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.identity import hash_json
 
+MIN_PIECE_CHARS = 4096  # of a text whose tokens are counted piece by piece
 THINK_TAG = "<think>"  # put before the text of a response that begins inside a think block
 
 
@@ -207,21 +208,45 @@ class Policy:
         return self.backend.get_context_length(self)
 
     def encode(self, problem: Problem) -> list[int]:
-        """Return the prompt ids of a problem (see `tokenize_prompt`).
+        """Return the prompt ids of a problem: its own, or those of its messages (see `tokenize_prompt`).
 
         Raises:
             PromptTooLong: the prompt fills the context.
             ValueError: the prompt is empty, holds unknown characters, is refused by the chat template, or needs
                 worked examples that the problem does not have.
         """
-        num_bytes = sum(len(message["content"].encode(errors="replace")) for message in problem.build_messages())
-        if num_bytes > self.context_length * self._max_token_bytes:  # without tokenizing megabytes
-            raise PromptTooLong(
-                f"{problem.id}: the prompt has {num_bytes} bytes, more than {self.name} can read within its "
-                f"context of {self.context_length} tokens"
-            )
-        ids = tokenize_prompt(self.tokenizer, problem, self.prompt_options)
+        if problem.prompt_ids is not None:
+            ids = list(problem.prompt_ids)
+        else:
+            self.check_text_length("".join(message["content"] for message in problem.build_messages()), problem.id)
+            ids = tokenize_prompt(self.tokenizer, problem, self.prompt_options)
         return check_prompt(ids, problem, self.tokenizer, name=self.name, context_length=self.context_length)
+
+    def check_text_length(self, text: str, name: str) -> None:
+        """Refuse a text that cannot fit into the context, at a cost that does not grow with the text.
+
+        Args:
+            name: begins the message of an error.
+
+        Raises:
+            PromptTooLong: the text is longer than the context.
+        """
+        context_length, num_bytes = self.context_length, len(text.encode(errors="replace"))
+        is_too_long = num_bytes > context_length * self._max_token_bytes
+        num_chars = MIN_PIECE_CHARS + 4 * context_length
+        if not is_too_long and len(text) > 2 * num_chars:  # longer than most texts that fit: count piece by piece
+            num_tokens = 0
+            for begin in range(0, len(text), num_chars):
+                piece = text[begin : begin + num_chars]
+                # A cut may split a token, or change how its neighbors are split.
+                num_tokens += max(0, len(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) - 16)
+                if is_too_long := num_tokens > context_length:
+                    break
+        if is_too_long:
+            raise PromptTooLong(
+                f"{name}: the prompt has {num_bytes} bytes, more than {self.name} can read within its context of "
+                f"{context_length} tokens"
+            )
 
     @cached_property
     def _max_token_bytes(self) -> int:
@@ -249,12 +274,31 @@ class Policy:
         # do not, so that the tail is rarely decoded.
         last_text = self._token_texts.get(ids[-1])
         if last_text is None:
-            last_text = self._token_texts[ids[-1]] = self.decode([ids[-1]])
+            # Decoded after another token, because some tokenizers drop the space at the beginning of a text.
+            before = self.decode(list(self._letter_ids))
+            text = self.decode([*self._letter_ids, ids[-1]])
+            last_text = text.removeprefix(before) if text.startswith(before) else self.decode([ids[-1]])
+            self._token_texts[ids[-1]] = last_text
         if not any(string[-1] in last_text or not string[-1].isascii() for string in stop_strings):
             return False
-        num_tokens = 1 + max(len(string.encode()) for string in stop_strings)  # every token writes at least a byte
-        tail = self.decode(list(ids[-num_tokens:]))
-        return any(string in tail for string in stop_strings)
+        # Every token writes at least a byte, apart from special tokens, which are not part of the text.
+        num_tokens = 1 + max(len(string.encode()) for string in stop_strings)
+        tail: list[int] = []
+        for token in reversed(ids):
+            if token not in self._special_ids:
+                tail.append(token)
+            if len(tail) == num_tokens:
+                break
+        text = self.decode(tail[::-1])
+        return any(string in text for string in stop_strings)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.all_special_ids)
+
+    @cached_property
+    def _letter_ids(self) -> list[int]:
+        return list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
 
     @cached_property
     def _token_texts(self) -> dict[int, str]:

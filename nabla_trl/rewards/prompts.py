@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from nabla_trl.models.prompts import check_prompt, render_chat_template, tokenize_prompt
 from nabla_trl.tasks.problem import Problem
 
+MAX_ENCODED_PROMPTS = 4096
 _RESPONSE_SENTINEL = "\x02response\x03"
 
 
@@ -48,10 +49,14 @@ def make_template_prompt_encoder(
 
     def encode(problem: Problem, prompt_ids: list[int]) -> list[int]:
         key = repr(problem.build_messages())
-        if key not in encoded:
-            ids = _encode_opened_turn(tokenizer, problem)
-            encoded[key] = check_prompt(ids, problem, tokenizer, name=name, context_length=context_length)
-        return encoded[key]
+        ids = encoded.get(key)
+        if ids is None:
+            opened = _encode_opened_turn(tokenizer, problem)
+            ids = check_prompt(opened, problem, tokenizer, name=name, context_length=context_length)
+            if len(encoded) >= MAX_ENCODED_PROMPTS:  # a server would keep every prompt that it ever got
+                encoded.clear()
+            encoded[key] = ids
+        return ids
 
     return encode
 

@@ -31,6 +31,7 @@ class Problem:
         few_shot_examples: worked (question, answer) pairs for models without a chat template.
         stop_strings: strings that end a response, besides the model's stop tokens.
         verifier: names the scorer that replaces the comparison with the gold answer (see `reasoning_gym_task`).
+        prompt_ids: the prompt in the policy's tokens. None means that it is written from the messages.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Problem:
     few_shot_examples: tuple[tuple[str, str], ...] = ()
     stop_strings: tuple[str, ...] = ()
     verifier: str | None = None
+    prompt_ids: tuple[int, ...] | None = None
 
     def build_messages(self) -> list[dict[str, str]]:
         """Return the chat as new `{"role", "content"}` dicts for a tokenizer's chat template."""
@@ -95,7 +97,10 @@ def check_generated_split(task: str, split: str) -> None:
 
 def compute_content_hash(problem: Problem) -> str:
     """Return a hash of everything that a result on a problem can depend on, such as its question and gold answer."""
-    return hash_json({name: value for name, value in asdict(problem).items() if name not in _UNHASHED_FIELDS})
+    content = {name: value for name, value in asdict(problem).items() if name not in _UNHASHED_FIELDS}
+    if problem.prompt_ids is None:  # as it was hashed before there were prompts in tokens
+        del content["prompt_ids"]
+    return hash_json(content)
 
 
 def check_disjoint(train_problems: list[Problem], held_out_problems: list[Problem]) -> None:
