@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
+from nabla_trl.engine.logprobs import TokenLogprobs, compute_token_logprobs
 from nabla_trl.engine.scheduler import Scheduler
 from nabla_trl.gradient.objectives import Sample, ScoreCache
 from nabla_trl.models.flops import FlopCounter
@@ -22,6 +24,7 @@ class Engine(Scheduler):
         reward: None where nothing is scored.
         num_slots: sequences that are decoded together at most.
         flop_counter: charged with all work; a new one by default.
+        share_time: small tasks do not wait for large ones (see `Scheduler`).
     """
 
     def __init__(
@@ -31,8 +34,9 @@ class Engine(Scheduler):
         *,
         num_slots: int = 256,
         flop_counter: FlopCounter | None = None,
+        share_time: bool = False,
     ):
-        super().__init__(num_slots=num_slots, flop_counter=flop_counter)
+        super().__init__(num_slots=num_slots, flop_counter=flop_counter, share_time=share_time)
         self.policy, self.reward = policy, reward
 
     async def read_prompt(self, sample: Sample) -> tuple[Tensor, list[ScoreCache]]:
@@ -60,7 +64,8 @@ class Engine(Scheduler):
             top_k_candidates: K, tokens to record per position.
             return_log_importance_weight: record how the sampler differs from π, if it does.
         """
-        lane = (sampling, top_k_candidates, return_cache, return_log_importance_weight)
+        # Every request has its own limit of tokens, so requests of other limits are decoded together.
+        lane = (replace(sampling, max_new_tokens=1), top_k_candidates, return_cache, return_log_importance_weight)
 
         def open_session() -> GenerationSession:
             return self.policy.backend.open_session(
@@ -93,6 +98,11 @@ class Engine(Scheduler):
             ("score", return_caches), function, list(zip(samples, caches, num_shared, strict=True))
         )
 
+    async def compute_token_logprobs(self, cost_key: str, ids: Sequence[int], num_top: int) -> TokenLogprobs:
+        """Return the policy's log-probability of every token of a sequence (see `compute_token_logprobs`)."""
+        [logprobs] = await self.batch(("logprobs", num_top), self._compute_logprobs, [(cost_key, ids, num_top)])
+        return logprobs
+
     # --- what is done for many at once -------------------------------------------------------------------
 
     def _read_policy_prompts(self, prompts: list[tuple[str, list[int]]]) -> list[Tensor]:
@@ -115,3 +125,11 @@ class Engine(Scheduler):
 
     def _score(self, items: list[tuple[Sample, Sequence[ScoreCache], int]]) -> list[tuple[float, list[ScoreCache]]]:
         return self._score_with_caches(items, return_caches=False)
+
+    def _compute_logprobs(self, items: list[tuple[str, Sequence[int], int]]) -> list[TokenLogprobs]:
+        results = []
+        for cost_key, ids, num_top in items:
+            with self.flop_counter.measure_seconds([cost_key]):
+                results.append(compute_token_logprobs(self.policy, ids, num_top))
+            self.flop_counter.add_flops(cost_key, self.policy.size, "forward", 0, len(ids))
+        return results

@@ -5,14 +5,18 @@ set aside, and goes on once its results are there. Sequences to generate join th
 (`nabla_trl.models.decoding`). Everything else waits until enough requests of its kind have come together, or until the
 decoder would run too empty. When a request is served changes no result, only the time it takes.
 
+Tasks may share the time by their size (`share_time`): while others wait, the smallest ones get `SMALL_TASKS_SHARE` of
+it to themselves. So a small task ends soon beside large ones, and the large ones go on as well.
+
 The scheduler is a plain loop: no threads and no event loop.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Collection, Coroutine, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 from nabla_trl.models.flops import FlopCounter
@@ -21,7 +25,12 @@ from nabla_trl.models.policy import GenerationRequest, GenerationSession
 # A kind of request runs once it waits this often per sequence that is being decoded.
 WAITING_PER_SEQUENCE = 0.25
 MAX_IDLE_SESSIONS = 4  # kept for requests with the same options: their buffers are large
+MAX_SESSIONS = 8  # that decode at a time; requests with further options wait
+SMALL_TASKS_SHARE = 0.7  # of the time, which the smallest tasks get to themselves
+SAME_SIZE_RATIO = 2.0  # tasks of up to this many times the smallest size count as small
+CLIENT_SLOTS_SHARE = 0.75  # of the slots of a decoder, which one client can have
 
+_Sequences = OrderedDict[Hashable, deque[tuple["Call", int, GenerationRequest]]]  # by owner
 BatchFunction = Callable[[list[Any]], Sequence[Any]]
 
 
@@ -32,12 +41,16 @@ class Task:
     Attributes:
         key: what its seconds are charged to.
         owner: whose task it is; owners share the slots of the decoder evenly.
+        client: who asked for it; clients share the slots evenly before owners do. None: nobody in particular.
+        size: how much work it may be at most, in any unit (see `share_time`).
         on_end: called with the task once it has ended.
     """
 
     key: str
     coroutine: Coroutine[Any, Any, Any]
     owner: Hashable = None
+    client: Hashable = None
+    size: float = 0.0
     on_end: Callable[[Task], None] | None = None
     result: Any = None
     error: BaseException | None = None
@@ -76,17 +89,24 @@ class Scheduler:
     Args:
         num_slots: sequences that are decoded together at most.
         flop_counter: charged with the seconds of all work.
+        share_time: small tasks do not wait for large ones. Costs throughput, because they are batched apart.
+
+    Attributes:
+        small_tasks: those that have a share of the time to themselves at the moment.
     """
 
-    def __init__(self, *, num_slots: int = 256, flop_counter: FlopCounter | None = None):
-        self.num_slots = num_slots
+    def __init__(self, *, num_slots: int = 256, flop_counter: FlopCounter | None = None, share_time: bool = False):
+        self.num_slots, self.share_time = num_slots, share_time
+        self.small_tasks: set[Task] = set()
+        self._small_seconds = self._shared_seconds = 0.0
         self.flop_counter = FlopCounter() if flop_counter is None else flop_counter
         self.tasks: set[Task] = set()
         self.current: Task | None = None
         self._ready: deque[Task] = deque()
         self._queues: OrderedDict[Hashable, _Queue] = OrderedDict()
         self._sessions: dict[Hashable, GenerationSession] = {}
-        self._sequences: dict[Hashable, OrderedDict[Hashable, deque[tuple[Call, int, GenerationRequest]]]] = {}
+        self._openers: dict[Hashable, Callable[[], GenerationSession]] = {}
+        self._sequences: dict[Hashable, _Sequences] = {}
 
     # --- tasks -------------------------------------------------------------------------------------------
 
@@ -103,11 +123,13 @@ class Scheduler:
         for queue in self._queues.values():
             queue.entries = [entry for entry in queue.entries if entry[0].task is not task]
         for lane, owners in self._sequences.items():
-            for waiting in owners.values():
-                for entry in [entry for entry in waiting if entry[0].task is task]:
-                    waiting.remove(entry)
-            session = self._sessions[lane]
-            session.cancel([tag for tag, _ in session.list_requests() if tag[0].task is task])  # type: ignore[index]
+            for owner, waiting in list(owners.items()):
+                owners[owner] = deque(entry for entry in waiting if entry[0].task is not task)
+                if not owners[owner]:
+                    del owners[owner]
+            session = self._sessions.get(lane)
+            if session is not None:
+                session.cancel([tag for tag, _ in session.list_requests() if tag[0].task is task])  # type: ignore[index]
         self._end(task)
 
     def run(self, tasks: Iterable[Task], *, max_concurrent: int) -> Iterator[Task]:
@@ -138,20 +160,53 @@ class Scheduler:
 
     def work(self) -> bool:
         """Go on with every task that can, then do one piece of work for those that wait. False: nothing to do."""
-        progressed = bool(self._ready)
-        while self._ready:
-            task = self._ready.popleft()
+        self.small_tasks = self._find_small_tasks() if self.share_time else set()
+        if not self.small_tasks:
+            self._small_seconds = self._shared_seconds = 0.0
+            return self._work(None)
+        began = perf_counter()
+        if self._small_seconds * (1 - SMALL_TASKS_SHARE) <= self._shared_seconds * SMALL_TASKS_SHARE:
+            progressed = self._work(self.small_tasks)
+            self._small_seconds += perf_counter() - began
+            if progressed:
+                return True
+            began = perf_counter()
+        progressed = self._work(None)
+        self._shared_seconds += perf_counter() - began
+        return progressed
+
+    def _find_small_tasks(self) -> set[Task]:
+        """Return the smallest tasks, and none if all are of about the same size."""
+        smallest = min((task.size for task in self.tasks), default=0.0)
+        small = {task for task in self.tasks if task.size <= SAME_SIZE_RATIO * smallest}
+        return small if len(small) < len(self.tasks) else set()
+
+    def _work(self, tasks: Collection[Task] | None) -> bool:
+        """Go on with these tasks (None: all of them), as `work` does."""
+        ready = self._ready
+        if tasks is not None:
+            ready = deque(task for task in self._ready if task in tasks)
+            self._ready = deque(task for task in self._ready if task not in tasks)
+        progressed = bool(ready)
+        while ready:
+            task = ready.popleft()
             if not task.ended:  # cancelled since
                 self._resume(task)
-        active = sum(session.num_unfinished for session in self._sessions.values())
-        active += sum(len(waiting) for owners in self._sequences.values() for waiting in owners.values())
-        due = [queue for queue in self._queues.values() if queue.entries]
-        due = [queue for queue in due if len(queue.entries) >= WAITING_PER_SEQUENCE * active]
+        active = self._count_sequences(tasks)
+        waiting = {kind: _count_entries(queue.entries, tasks) for kind, queue in self._queues.items()}
+        due = [kind for kind, count in waiting.items() if count and count >= WAITING_PER_SEQUENCE * active]
         if due:
-            self._run_queue(max(due, key=lambda queue: len(queue.entries)))
+            self._run_queue(self._queues[max(due, key=lambda kind: waiting[kind])], tasks)
         elif active:
-            self._decode()
-        return progressed or bool(due) or bool(active)
+            progressed |= self._decode(tasks)
+        return progressed or bool(due)
+
+    def _count_sequences(self, tasks: Collection[Task] | None) -> int:
+        """Return how many sequences of these tasks are being decoded or wait for a slot."""
+        waiting = [entries for owners in self._sequences.values() for entries in owners.values()]
+        return sum(_count_entries(entries, tasks) for entries in waiting) + sum(
+            _count_active(session, tasks) for session in self._sessions.values()
+        )
 
     def _resume(self, task: Task) -> None:
         self.current = task
@@ -194,12 +249,13 @@ class Scheduler:
         self, lane: Hashable, open_session: Callable[[], GenerationSession], items: Sequence[GenerationRequest]
     ) -> Call:
         """Ask for continuations from the session of a lane: of all requests with the same options."""
-        call = Call(self._current_task(), [None] * len(items), len(items))
-        if lane not in self._sessions:
-            self._sessions[lane] = open_session()
-        owners = self._sequences.setdefault(lane, OrderedDict())
+        task = self._current_task()
+        call = Call(task, [None] * len(items), len(items))
         if not items:
             return call
+        lane = (lane, task in self.small_tasks)  # small tasks take their steps without the others
+        self._openers.setdefault(lane, open_session)
+        owners = self._sequences.setdefault(lane, OrderedDict())
         waiting = owners.setdefault(call.task.owner, deque())
         waiting.extend((call, index, request) for index, request in enumerate(items))
         return call
@@ -209,8 +265,9 @@ class Scheduler:
             raise RuntimeError("only a coroutine that the engine runs can ask it for something")
         return self.current
 
-    def _run_queue(self, queue: _Queue) -> None:
-        entries, queue.entries = queue.entries, []
+    def _run_queue(self, queue: _Queue, tasks: Collection[Task] | None = None) -> None:
+        entries = [entry for entry in queue.entries if tasks is None or entry[0].task in tasks]
+        queue.entries = [entry for entry in queue.entries if tasks is not None and entry[0].task not in tasks]
         try:
             results = queue.function([item for _, _, item in entries])
         except Exception as error:
@@ -224,30 +281,85 @@ class Scheduler:
         for (call, index, _), result in zip(entries, results, strict=True):
             self._settle(call, index, result)
 
-    def _decode(self) -> None:
-        """Fill the free slots, owner by owner, and take a step in every lane."""
+    def _decode(self, tasks: Collection[Task] | None) -> bool:
+        """Fill the free slots, and take a step in every lane with a sequence of these tasks. False: in none."""
+        self._open_sessions()
+        stepped = False
         for lane, session in self._sessions.items():
-            owners = self._sequences[lane]
-            free = self.num_slots - session.num_unfinished
-            while free and owners:
-                owner, waiting = next(iter(owners.items()))
-                call, index, request = waiting.popleft()
-                del owners[owner]
-                if waiting:
-                    owners[owner] = waiting  # at the end: the next slot is another owner's
-                try:
-                    session.submit((call, index), request)
-                    free -= 1
-                except ValueError as error:
-                    self._settle(call, index, None, error)
+            waiting = self._sequences[lane].values()
+            if not (_count_active(session, tasks) or any(_count_entries(entries, tasks) for entries in waiting)):
+                continue
+            self._fill_slots(session, self._sequences[lane])
             if not session.num_unfinished:
                 continue
             with self.flop_counter.measure_seconds([request.cost_key for _, request in session.list_requests()]):
                 ended = session.step()
-            for (call, index), output in ended:  # type: ignore[misc]
-                self._settle(call, index, output, output if isinstance(output, Exception) else None)
-        idle = [
+            for tag, output in ended:
+                self._settle(*tag, output, output if isinstance(output, Exception) else None)  # type: ignore[misc, call-arg]
+            stepped = True
+        for lane in self._list_idle_lanes()[:-MAX_IDLE_SESSIONS]:
+            self._close(lane)
+        return stepped
+
+    def _open_sessions(self) -> None:
+        """Open sessions for lanes with waiting sequences, those of small tasks and the others `MAX_SESSIONS` each."""
+        for lane, owners in list(self._sequences.items()):
+            if lane in self._sessions or not owners:
+                continue
+            is_small = lane[1]  # type: ignore[index]
+            same = [other for other in self._sessions if other[1] == is_small]  # type: ignore[index]
+            if len(same) >= MAX_SESSIONS:
+                idle = next((other for other in self._list_idle_lanes() if other in same), None)
+                if idle is None:
+                    continue
+                self._close(idle)
+            try:
+                self._sessions[lane] = self._openers[lane]()
+            except (ValueError, RuntimeError) as error:  # options that the back end does not support, or no memory
+                for entry in [entry for waiting in owners.values() for entry in waiting]:
+                    self._settle(entry[0], entry[1], None, error)
+                self._close(lane)
+
+    def _list_idle_lanes(self) -> list[Hashable]:
+        return [
             lane for lane, session in self._sessions.items() if not (session.num_unfinished or self._sequences[lane])
         ]
-        for lane in idle[:-MAX_IDLE_SESSIONS]:
-            del self._sessions[lane], self._sequences[lane]
+
+    def _close(self, lane: Hashable) -> None:
+        self._sessions.pop(lane, None)
+        del self._sequences[lane], self._openers[lane]
+
+    def _fill_slots(self, session: GenerationSession, owners: _Sequences) -> None:
+        """Give each free slot to the client with the fewest, and of its owners to the next one in turn."""
+        free = self.num_slots - session.num_unfinished
+        held: Counter[Hashable] = Counter()
+        if free and owners:
+            held.update(tag[0].task.client for tag, _ in session.list_requests())  # type: ignore[index]
+        while free and owners:
+            owner = min(owners, key=lambda owner: held[owners[owner][0][0].task.client])
+            waiting = owners[owner]
+            client = waiting[0][0].task.client
+            if client is not None and held[client] >= max(1, CLIENT_SLOTS_SHARE * self.num_slots):
+                return
+            call, index, request = waiting.popleft()
+            held[client] += 1
+            del owners[owner]
+            if waiting:
+                owners[owner] = waiting  # at the end: the next slot is another owner's
+            try:
+                session.submit((call, index), request)
+                free -= 1
+            except ValueError as error:
+                self._settle(call, index, None, error)
+
+
+def _count_active(session: GenerationSession, tasks: Collection[Task] | None) -> int:
+    """Return how many sequences of a session belong to these tasks."""
+    if tasks is None:
+        return session.num_unfinished
+    return sum(tag[0].task in tasks for tag, _ in session.list_requests())  # type: ignore[index]
+
+
+def _count_entries(entries: Collection[tuple[Call, int, Any]], tasks: Collection[Task] | None) -> int:
+    """Return how many waiting requests belong to these tasks."""
+    return len(entries) if tasks is None else sum(entry[0].task in tasks for entry in entries)

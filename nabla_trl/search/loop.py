@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,13 @@ from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import acceptance, proposals
 from nabla_trl.search.config import SearchConfig
-from nabla_trl.search.options import MetropolisAcceptance, RewardSelection, SequentialProposals, VoteSelection
+from nabla_trl.search.options import (
+    MetropolisAcceptance,
+    RewardSelection,
+    SequentialProposals,
+    SteSolver,
+    VoteSelection,
+)
 from nabla_trl.search.state import EncodedPrompt, Proposal, ScoredResponse, SearchState, Voter
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
@@ -87,6 +93,9 @@ def stream_search(
 class Search:
     """The search for one problem: its chains and how they go on.
 
+    Args:
+        rng_id: selects the random numbers together with the seed. None: the problem's id, which pays for the work.
+
     Attributes:
         chains: in the order in which they began. A search within a budget begins new ones while some of it is left.
         num_first_responses: whole responses drawn from the prompt.
@@ -101,8 +110,10 @@ class Search:
         config: SearchConfig,
         seed: int,
         on_round: SearchCallback | None = None,
+        rng_id: str | None = None,
     ):
         assert engine.reward is not None
+        self.rng_id = problem.id if rng_id is None else rng_id
         self.problem, self.engine, self.seed, self.on_round = problem, engine, seed, on_round
         self.policy, self.reward, self.flop_counter = engine.policy, engine.reward, engine.flop_counter
         self.config = config = config.with_default_gradient_at(self.reward.gradient_at)
@@ -111,6 +122,7 @@ class Search:
         self.chains: list[SearchState] = []
         self.num_first_responses = 0
         self.voters: list[Voter] = []
+        self.solve_kind = self.find_solve_kind()
         self.trace_meta = build_trace_meta(self.policy, self.reward.name, config.compute_hash())
 
     async def run(self) -> Trace:
@@ -149,7 +161,7 @@ class Search:
         """Return scored responses from the prompt. Response n is response n of best-of-N under the same seed."""
         requests = []
         for number in range(self.num_first_responses, self.num_first_responses + count):
-            rng = make_rng(self.seed, self.problem.id, "suffix", f"pool-{number}" if number else 0)
+            rng = make_rng(self.seed, self.rng_id, "suffix", f"pool-{number}" if number else 0)
             requests.append(
                 GenerationRequest(
                     self.problem.id,
@@ -488,8 +500,20 @@ class Search:
                 )
             return [None] * len(items)
 
-        kind = ("proposal scores", self.trace_meta["config_hash"])
+        kind = ("proposal scores", self.solve_kind)
         await self.engine.batch(kind, solve_together, list(zip(responses, betas, strict=True)))
+
+    def find_solve_kind(self) -> Hashable:
+        """Return what the proposal scores depend on, so that searches that agree in it are solved together.
+
+        β is given for every response. Solver ste takes it from the configuration.
+        """
+        config = self.config
+        beta = config.beta if isinstance(config.solver, SteSolver) else None
+        return (
+            *(config.solver, config.proposals, type(config.acceptance)),
+            *(config.candidate_min_p, config.top_k_candidates, beta),
+        )
 
     # --- the end ----------------------------------------------------------------------------------------
 
@@ -504,7 +528,7 @@ class Search:
     def make_rng(self, chain: SearchState, *draw: int | str) -> np.random.Generator:
         """Return the random numbers of one draw of a chain."""
         label = ("chain", chain.index) if chain.index else ()
-        return make_rng(self.seed, self.problem.id, *label, *draw)
+        return make_rng(self.seed, self.rng_id, *label, *draw)
 
     def stop_on_invalid_reward(self, chain: SearchState, reward: float) -> None:
         if reward == -math.inf:
