@@ -1,7 +1,7 @@
-"""Serve the search over HTTP, with starlette and uvicorn.
+"""The HTTP handlers of the search, with starlette.
 
-The module handles routes, timeouts, disconnected clients and a shutdown that finishes the running requests. It uses
-starlette without a framework on top, because `SearchConfig` validates requests and errors have OpenAI's format.
+The module handles routes, time-outs, disconnected clients and answers during a shutdown. It uses starlette without a
+framework on top, because `SearchConfig` validates requests and errors have OpenAI's format.
 """
 
 from __future__ import annotations
@@ -9,123 +9,181 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Address
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nabla_trl.models.prompts import PromptTooLong
-from nabla_trl.serving.api import (
-    ApiError,
-    ChatCompletion,
-    ChatRequest,
-    ServerLimits,
+from nabla_trl.serving.answers import (
+    Answer,
+    ChatAnswer,
+    Choice,
+    CompletionAnswer,
     build_model_entry,
+    cut_at_stop_string,
+    write_tokens,
+)
+from nabla_trl.serving.fields import ApiError
+from nabla_trl.serving.monitoring import REQUEST_ID_HEADER, Metrics, Monitor
+from nabla_trl.serving.prompts import PromptEncoder
+from nabla_trl.serving.requests import (
+    SearchRequest,
+    ServerLimits,
     check_model_name,
+    parse_chat_request,
+    parse_completion_request,
     parse_json,
-    parse_request,
 )
-from nabla_trl.serving.service import (
-    ProgressCallback,
-    QueueFull,
-    SearchProgress,
-    SearchService,
-    ServerStopping,
-    make_request_problem,
-)
+from nabla_trl.serving.service import QueueFull, SearchProgress, SearchService, ServerStopping
+from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
 MAX_BODY_BYTES = 4 * 2**20  # more than fits into any context
-# Clients drop an idle connection after 5 s. The server waits longer, so that no client uses a connection it closes.
-KEEP_ALIVE_SECONDS = 75
+MAX_DRAINED_BYTES = 4 * MAX_BODY_BYTES  # of a larger body, whose client reads the answer only after it has sent it
 
-SubmitRequest = Callable[[ProgressCallback], "Future[Trace]"]
+# What has happened to a choice: a new incumbent of its search, or its trace.
+Event = SearchProgress | Trace
+ParseRequest = Callable[[Any, ServerLimits], SearchRequest]
 
 
 class ClientDisconnected(Exception):
     """The client of a request has closed its connection."""
 
 
-class ProgressStream:
-    """Progress and result of a request at the engine. Closing the stream cancels the request.
+class SearchStream:
+    """Progress and results of the searches of one request. Closing the stream cancels them.
 
     Args:
-        submit: submits the request with a progress callback.
+        service: runs the searches.
+        problems: one per choice.
+        search_request: as it was read.
         request: the HTTP request, to notice that its client disconnects.
         deadline: time of the event loop's clock, in seconds, at which the request times out.
+
+    Raises:
+        ApiError: 429 if the queue is full, 503 if the server shuts down.
     """
 
-    def __init__(self, submit: SubmitRequest, request: Request, deadline: float):
-        self.loop, self.request, self.deadline = asyncio.get_running_loop(), request, deadline
-        self.queue: asyncio.Queue[SearchProgress | None] = asyncio.Queue()
-        self.future = submit(self._enqueue)
-        self.future.add_done_callback(lambda _: self._enqueue(None))
-        self.disconnect_task = asyncio.ensure_future(self._wait_for_disconnect())
+    def __init__(
+        self,
+        service: ChatService,
+        problems: Sequence[Problem],
+        search_request: SearchRequest,
+        request: Request,
+        deadline: float,
+    ):
+        self.loop, self.deadline, self.service = asyncio.get_running_loop(), deadline, service
+        self.problems, self.search_request = problems, search_request
+        self.client = None if request.client is None else request.client.host
+        self.events: asyncio.Queue[tuple[int, SearchProgress | None]] = asyncio.Queue()
+        self.futures: list[Future[Any]] = []
+        self.disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
+        try:
+            for index, problem in enumerate(problems if not search_request.only_prompt else ()):
+                self.futures.append(self._submit_search(index, problem))
+        except (QueueFull, ServerStopping) as error:
+            self.close()
+            raise make_queue_error(error) from error
 
-    def _enqueue(self, item: SearchProgress | None) -> None:
-        """Add progress, or None at the end. The engine's thread calls this method."""
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+    def _submit_search(self, index: int, problem: Problem) -> Future[Trace]:
+        def enqueue(progress: SearchProgress | None) -> None:  # called by the engine's thread
+            if not self.loop.is_closed():
+                self.loop.call_soon_threadsafe(self.events.put_nowait, (index, progress))
 
-    async def _wait_for_disconnect(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
+        future = self.service.searches.submit_request(
+            problem, self.search_request.config, enqueue if self.search_request.stream else None, client=self.client
+        )
+        future.add_done_callback(lambda _: enqueue(None))
+        return future
 
-    async def get_next(self) -> SearchProgress | Trace:
-        """Wait for the next progress, or for the trace at the end.
+    async def list_events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Yield the index of a choice with its progress, or with its trace at the end, until all have ended.
 
         Raises:
-            ApiError: the request failed or timed out.
+            ApiError: a search failed, or the request timed out.
             ClientDisconnected: the client closed its connection.
         """
-        next_item = asyncio.ensure_future(self.queue.get())
+        missing = len(self.futures)
+        while missing:
+            index, progress = await self._wait(self.events.get())
+            if progress is None:
+                missing -= 1
+                yield index, _get_result(self.futures[index])
+            else:
+                yield index, progress
+
+    async def build_choice(self, index: int, trace: Trace | None) -> Choice:
+        """Return the answer that a trace gives, with log-probabilities if they were asked for."""
+        request, problem, policy = self.search_request, self.problems[index], self.service.searches.policy
+        prompt_ids = list(problem.prompt_ids or ())
+        text = "" if trace is None else cut_at_stop_string(trace.response, request.stop)
+        if request.echo:
+            prompt = request.prompts[index // request.num_choices]
+            text = (prompt if isinstance(prompt, str) else policy.tokenizer.decode(prompt_ids)) + text
+        response_ids = [] if trace is None else trace.response_ids
+        tokens = None
+        if request.num_top_logprobs is not None:
+            logprobs = await self._compute_logprobs(problem, response_ids)
+            begin = 0 if request.echo else len(prompt_ids)
+            tokens = await self._wait(
+                self.loop.run_in_executor(
+                    self.service.encoder.threads, write_tokens, policy.tokenizer, logprobs, begin
+                )
+            )
+        seed = request.get_seed(index)
+        return Choice(index, text, len(prompt_ids), len(response_ids), seed, trace, tokens)
+
+    async def _compute_logprobs(self, problem: Problem, response_ids: Sequence[int]) -> Any:
+        num_top = self.search_request.num_top_logprobs or 0
+        try:
+            future = self.service.searches.submit_scoring(problem, response_ids, num_top, self.client)
+        except (QueueFull, ServerStopping) as error:
+            raise make_queue_error(error) from error
+        self.futures.append(future)
+        await self._wait(asyncio.wrap_future(future))
+        return _get_result(future)
+
+    async def _wait(self, awaitable: Any) -> Any:
+        """Return the result of an awaitable, unless the client, the time or the server ends before.
+
+        Raises:
+            ApiError: 504 after the deadline, 503 at the end of a shutdown.
+            ClientDisconnected: the client closed its connection.
+        """
+        task = asyncio.ensure_future(awaitable)
+        ended = asyncio.ensure_future(self.service.shutdown_ended.wait())
         seconds = self.deadline - self.loop.time()
         try:
-            await asyncio.wait({next_item, self.disconnect_task}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, ended, self.disconnected}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            next_item.cancel()
-        if next_item.done():
-            item = next_item.result()
-            return self._get_result() if item is None else item
-        if self.disconnect_task.done():
+            ended.cancel()
+            if not task.done():
+                task.cancel()
+        if task.done() and not task.cancelled():
+            error = task.exception()
+            return _raise_search_error(error) if error is not None else task.result()
+        if self.disconnected.done():
             raise ClientDisconnected
+        if self.service.shutdown_ended.is_set():
+            raise make_queue_error(ServerStopping("the server is shutting down, and the request took too long"))
         raise make_timeout_error()
 
-    async def wait_for_trace(self) -> Trace:
-        """Wait for the trace and ignore the progress before it."""
-        while not isinstance(item := await self.get_next(), Trace):
-            pass
-        return item
-
-    def _get_result(self) -> Trace:
-        try:
-            return self.future.result(timeout=0)
-        except PromptTooLong as error:
-            raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from error
-        except ValueError as error:
-            raise ApiError(400, str(error), param="messages", code="invalid_value") from error
-        except ServerStopping as error:
-            raise make_stopping_error(error) from error
-        except Exception as error:
-            raise ApiError(500, str(error), error_type="server_error", code="search_failed") from error
-
     def close(self) -> None:
-        """Cancel the request."""
-        self.future.cancel()
-        self.disconnect_task.cancel()
+        """Cancel the searches."""
+        for future in self.futures:
+            future.cancel()
+        self.disconnected.cancel()
 
-    def __enter__(self) -> ProgressStream:
+    def __enter__(self) -> SearchStream:
         return self
 
     def __exit__(
@@ -134,9 +192,36 @@ class ProgressStream:
         self.close()
 
 
-def make_stopping_error(error: ServerStopping) -> ApiError:
-    """Return the 503 error of a server that shuts down."""
-    return ApiError(503, str(error), error_type="server_error", code="shutting_down", headers={"Retry-After": "10"})
+async def _wait_for_disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _get_result(future: Future[Any]) -> Any:
+    try:
+        return future.result(timeout=0)
+    except Exception as error:
+        return _raise_search_error(error)
+
+
+def _raise_search_error(error: BaseException) -> Any:
+    """Raise the ApiError for the error of a search."""
+    if isinstance(error, ApiError):
+        raise error
+    if isinstance(error, ServerStopping):
+        raise make_queue_error(error) from error
+    if isinstance(error, ValueError):
+        raise ApiError(400, str(error), code="invalid_value") from error
+    raise ApiError(500, str(error), error_type="server_error", code="search_failed") from error
+
+
+def make_queue_error(error: QueueFull | ServerStopping) -> ApiError:
+    """Return the 429 error of a full queue, or the 503 error of a server that shuts down."""
+    if isinstance(error, QueueFull):
+        code, headers = "rate_limit_exceeded", {"Retry-After": "1"}
+        return ApiError(429, str(error), error_type="requests", code=code, headers=headers)
+    headers = {"Retry-After": "10"}
+    return ApiError(503, str(error), error_type="server_error", code="shutting_down", headers=headers)
 
 
 def make_timeout_error() -> ApiError:
@@ -146,16 +231,16 @@ def make_timeout_error() -> ApiError:
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events that closes its request at the end, even if it never begins."""
+    """A response of server-sent events that closes its searches at the end, even if it never begins."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], progress_stream: ProgressStream):
+    def __init__(self, events: AsyncIterator[str], searches: SearchStream):
         super().__init__(events, headers={"Cache-Control": "no-cache"})
-        self.progress_stream = progress_stream
+        self.searches = searches
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.progress_stream:
+        with self.searches:
             await super().__call__(scope, receive, send)
 
 
@@ -165,8 +250,12 @@ class ChatService:
     Args:
         searches: runs the searches.
         limits: default configuration and limits of requests.
-        api_key: bearer token that every request except /health must send. None accepts all requests.
+        api_key: bearer token that every request except /health and /metrics must send. None accepts all requests.
         request_timeout: seconds from the headers of a request to its answer.
+        body_timeout: seconds from the headers of a request to the end of its body.
+        cors_origins: origins whose pages may ask this server from a browser, or "*" for all.
+        access_log: write a line per request.
+        metrics: what /metrics shows. None: new ones.
     """
 
     def __init__(
@@ -176,17 +265,28 @@ class ChatService:
         *,
         api_key: str | None = None,
         request_timeout: float = 600.0,
+        body_timeout: float = 60.0,
+        cors_origins: Sequence[str] = (),
+        access_log: bool = False,
+        metrics: Metrics | None = None,
     ):
         self.searches, self.limits, self.api_key, self.request_timeout = searches, limits, api_key, request_timeout
+        self.body_timeout, self.cors_origins, self.access_log = body_timeout, list(cors_origins), access_log
+        self.metrics = Metrics() if metrics is None else metrics
+        self.metrics.watch(searches)
+        self.encoder = PromptEncoder(searches.policy, searches.reward)
         self.created = int(time.time())
+        self.shutdown_began, self.shutdown_ended = asyncio.Event(), asyncio.Event()
 
-    def build_app(self) -> Starlette:
+    def build_app(self) -> ASGIApp:
         """Return the application with its routes and error handlers."""
         routes = [
             Route("/health", self.get_health),
+            Route("/metrics", self.get_metrics),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.get_model),
             Route("/v1/chat/completions", self.create_chat_completion, methods=["POST"]),
+            Route("/v1/completions", self.create_completion, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {
             ApiError: _respond_api_error,
@@ -195,72 +295,134 @@ class ChatService:
             ClientDisconnect: _respond_client_disconnected,
             Exception: _respond_server_error,
         }
-        return Starlette(routes=routes, exception_handlers=handlers)
+        app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
+        if self.cors_origins:
+            app = CORSMiddleware(
+                app,
+                allow_origins=self.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=[REQUEST_ID_HEADER],
+            )
+        return Monitor(app, self.metrics, access_log=self.access_log)
 
     async def get_health(self, request: Request) -> Response:
         """Answer GET /health."""
         waiting, running = self.searches.count_requests()
-        state = {"status": "ok" if self.searches.is_alive else "stopping", "waiting": waiting, "running": running}
-        return JSONResponse(state, 200 if self.searches.is_alive else 503)
+        is_ok = self.searches.is_alive and not self.shutdown_began.is_set()
+        state = {"status": "ok" if is_ok else "stopping", "waiting": waiting, "running": running}
+        return JSONResponse(state, 200 if is_ok else 503)
+
+    async def get_metrics(self, request: Request) -> Response:
+        """Answer GET /metrics in Prometheus' text format."""
+        content, content_type = self.metrics.render()
+        return Response(content, headers={"content-type": content_type})
 
     async def list_models(self, request: Request) -> Response:
         """Answer GET /v1/models."""
         self.check_authorization(request)
-        return JSONResponse({"object": "list", "data": [build_model_entry(self.limits.model_name, self.created)]})
+        return JSONResponse({"object": "list", "data": [self.build_model_entry()]})
 
     async def get_model(self, request: Request) -> Response:
         """Answer GET /v1/models/NAME."""
         self.check_authorization(request)
         check_model_name(request.path_params["name"], self.limits)
-        return JSONResponse(build_model_entry(self.limits.model_name, self.created))
+        return JSONResponse(self.build_model_entry())
+
+    def build_model_entry(self) -> dict[str, Any]:
+        """Return the model of this server as GET /v1/models lists it."""
+        return build_model_entry(self.limits.model_name, self.created, self.searches.policy.context_length)
 
     async def create_chat_completion(self, request: Request) -> Response:
         """Answer POST /v1/chat/completions with one object or a stream."""
-        deadline = asyncio.get_running_loop().time() + self.request_timeout
-        self.check_authorization(request)
-        try:
-            body = await asyncio.wait_for(_read_body(request), self.request_timeout)
-        except asyncio.TimeoutError as error:
-            raise make_timeout_error() from error
-        chat_request = parse_request(parse_json(body), self.limits)
-        completion = ChatCompletion(self.limits.model_name, chat_request)
-        progress_stream = ProgressStream(
-            lambda on_progress: self.submit_chat_request(chat_request, on_progress, request.client), request, deadline
-        )
-        if not chat_request.stream:
-            with progress_stream:
-                return JSONResponse(completion.build_completion(await progress_stream.wait_for_trace()))
-        try:
-            first = await progress_stream.get_next()  # before the status 200 is sent, so that an error has its own
-        except BaseException:
-            progress_stream.close()
-            raise
-        return EventStream(_stream_events(completion, first, progress_stream), progress_stream)
+        return await self.answer(request, parse_chat_request, ChatAnswer)
 
-    def submit_chat_request(
-        self, chat_request: ChatRequest, on_progress: ProgressCallback, address: Address | None
-    ) -> Future[Trace]:
-        """Submit a request.
+    async def create_completion(self, request: Request) -> Response:
+        """Answer POST /v1/completions with one object or a stream."""
+        return await self.answer(request, parse_completion_request, CompletionAnswer)
+
+    async def answer(self, request: Request, parse: ParseRequest, answer_type: type[Answer]) -> Response:
+        """Answer a request for a search.
 
         Args:
-            address: of the client. Waiting requests of clients with fewer running searches come first.
-
-        Raises:
-            ApiError: 429 if the queue is full, 503 if the server shuts down.
+            parse: reads the request.
+            answer_type: writes the answer.
         """
-        problem = make_request_problem(chat_request.messages, chat_request.seed)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.request_timeout
+        self.check_authorization(request)
+        body = await self.read_body(request)
+        search_request = parse(parse_json(body), self.limits)
+        del body
         try:
-            return self.searches.submit_request(
-                problem,
-                chat_request.config,
-                on_progress if chat_request.stream else None,
-                client=None if address is None else address.host,
-            )
-        except QueueFull as error:
-            code, headers = "rate_limit_exceeded", {"Retry-After": "1"}
-            raise ApiError(429, str(error), error_type="requests", code=code, headers=headers) from error
-        except ServerStopping as error:
-            raise make_stopping_error(error) from error
+            self.searches.check_queue()  # before the prompt is tokenized
+        except (QueueFull, ServerStopping) as error:
+            raise make_queue_error(error) from error
+        encoding = loop.run_in_executor(self.encoder.threads, self.encoder.encode, search_request)
+        try:
+            problems = await asyncio.wait_for(encoding, deadline - loop.time())
+        except asyncio.TimeoutError as error:
+            raise make_timeout_error() from error
+        searches = SearchStream(self, problems, search_request, request, deadline)
+        config = search_request.config.with_default_gradient_at(self.searches.reward.gradient_at)
+        answer = answer_type(self.limits.model_name, search_request, fingerprint=config.compute_hash())
+        if not search_request.stream:
+            with searches:
+                return JSONResponse(answer.build(await self.collect_choices(searches)))
+        try:
+            events = searches.list_events()
+            first = await anext(events, None)  # before the status 200 is sent, so that an error has its own
+        except BaseException:
+            searches.close()
+            raise
+        return EventStream(self.stream_answer(answer, first, events, searches), searches)
+
+    async def collect_choices(self, searches: SearchStream) -> list[Choice]:
+        """Return all choices in their order, once their searches have ended."""
+        traces: dict[int, Trace | None] = dict.fromkeys(range(len(searches.problems)))
+        async for index, event in searches.list_events():
+            if isinstance(event, Trace):
+                traces[index] = event
+        choices = [await searches.build_choice(index, trace) for index, trace in traces.items()]
+        self.metrics.count_choices(choices, searches.search_request.num_choices)
+        return choices
+
+    async def stream_answer(
+        self,
+        answer: Answer,
+        first: tuple[int, Event] | None,
+        events: AsyncIterator[tuple[int, Event]],
+        searches: SearchStream,
+    ) -> AsyncIterator[str]:
+        """Yield the events of a stream."""
+        choices: list[Choice] = []
+        try:
+            for index in range(len(searches.problems)):
+                for chunk in answer.build_first_chunks(index):
+                    yield _format_event(chunk)
+            if searches.search_request.only_prompt:
+                choices = await self.collect_choices(searches)
+                for chunk in (chunk for choice in choices for chunk in answer.build_final_chunks(choice)):
+                    yield _format_event(chunk)
+            while first is not None:
+                index, event = first
+                if isinstance(event, Trace):
+                    choices.append(await searches.build_choice(index, event))
+                    for chunk in answer.build_final_chunks(choices[-1]):
+                        yield _format_event(chunk)
+                else:
+                    yield _format_event(answer.build_progress_chunk(index, event))
+                first = await anext(events, None)
+            if searches.search_request.include_usage:
+                yield _format_event(answer.build_usage_chunk(choices))
+        except ApiError as error:  # the status 200 is already sent
+            yield _format_event(error.body)
+        except ClientDisconnected:
+            return
+        finally:
+            if not searches.search_request.only_prompt:
+                self.metrics.count_choices(choices, searches.search_request.num_choices)
+        yield "data: [DONE]\n\n"
 
     def check_authorization(self, request: Request) -> None:
         """Raise the 401 ApiError if the request lacks the API key."""
@@ -273,38 +435,59 @@ class ChatService:
             message, headers = "send a valid API key as a bearer token", {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
+    async def read_body(self, request: Request) -> bytes:
+        """Return the body of a request whose header says JSON.
 
-async def _read_body(request: Request) -> bytes:
-    """Return the body of a request whose header says JSON.
+        Raises:
+            ApiError: the body is no JSON or too large, takes too long, or is not complete when the server stops.
+        """
+        # Browsers send other types from any web page without asking the server first (CORS).
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(400, "the content type must be application/json")
+        reading = asyncio.ensure_future(_read_parts(request))
+        stopping = asyncio.ensure_future(self.shutdown_began.wait())
+        seconds = min(self.body_timeout, self.request_timeout)
+        try:
+            await asyncio.wait({reading, stopping}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                return reading.result()
+        finally:
+            stopping.cancel()
+            reading.cancel()
+        if self.shutdown_began.is_set():
+            raise make_queue_error(ServerStopping("the server is shutting down"))
+        message = f"the body of the request was not complete after {seconds:g} s"
+        headers = {"Connection": "close"}
+        raise ApiError(408, message, error_type="timeout_error", code="timeout", headers=headers)
 
-    Browsers send other types from any web page without asking the server first (CORS).
-    """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(400, "the content type must be application/json")
-    body = bytearray()
+    def begin_shutdown(self, seconds: float) -> None:
+        """Refuse requests that wait or are not complete, and end the running ones after some seconds."""
+        self.searches.stop()
+        self.shutdown_began.set()
+        asyncio.get_running_loop().call_later(seconds, self.shutdown_ended.set)
+
+    def close(self) -> None:
+        """End the threads that write prompts."""
+        self.encoder.close()
+
+
+async def _read_parts(request: Request) -> bytes:
+    body, num_bytes = bytearray(), 0
     async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="request_too_large")
+        num_bytes += len(part)
+        if num_bytes <= MAX_BODY_BYTES:
+            body += part
+        elif num_bytes > MAX_DRAINED_BYTES:
+            break
+    if num_bytes > MAX_BODY_BYTES:
+        raise make_size_error()
     return bytes(body)
 
 
-async def _stream_events(
-    completion: ChatCompletion, first: SearchProgress | Trace, progress_stream: ProgressStream
-) -> AsyncIterator[str]:
-    yield _format_event(completion.build_chunk({"role": "assistant", "content": ""}))
-    item = first
-    try:
-        while not isinstance(item, Trace):
-            yield _format_event(completion.build_progress_chunk(item))
-            item = await progress_stream.get_next()
-        for chunk in completion.build_final_chunks(item):
-            yield _format_event(chunk)
-    except ApiError as error:  # the status 200 is already sent
-        yield _format_event(error.body)
-    except ClientDisconnected:
-        return
-    yield "data: [DONE]\n\n"
+def make_size_error() -> ApiError:
+    """Return the 413 error of a body that is too large."""
+    message = f"the body is larger than {MAX_BODY_BYTES} bytes"
+    return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
 
 
 def _format_event(content: dict[str, Any]) -> str:
@@ -328,51 +511,3 @@ async def _respond_server_error(request: Request, error: Exception) -> Response:
 
 async def _respond_client_disconnected(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
-
-
-# --- the server ---------------------------------------------------------------------------------------
-
-
-class ChatServer(uvicorn.Server):
-    """A uvicorn server that finishes the running requests after Ctrl-C or SIGTERM.
-
-    Waiting requests are refused. A second Ctrl-C ends the running requests at their next round.
-    """
-
-    def __init__(self, service: ChatService, on_started: Callable[[], None]):
-        super().__init__(
-            uvicorn.Config(
-                service.build_app(),
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-            )
-        )
-        self.searches, self.on_started = service.searches, on_started
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to accept connections, and call `on_started`."""
-        await super().startup(sockets)
-        self.on_started()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse the waiting requests, and wait for the running ones."""
-        self.searches.stop()
-        await super().shutdown(sockets)
-
-
-def run_server(service: ChatService, listener: socket.socket, on_started: Callable[[], None]) -> None:
-    """Serve on a bound socket until a signal, and stop the engine.
-
-    Args:
-        on_started: called when the server accepts connections.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C.
-    """
-    try:
-        ChatServer(service, on_started).run(sockets=[listener])
-    finally:
-        service.searches.stop()
-        service.searches.join()

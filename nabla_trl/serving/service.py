@@ -12,21 +12,23 @@ or ends its search.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from threading import Condition, Thread
+from time import monotonic
+from typing import Any
 
-from nabla_trl.engine.engine import Engine
+from nabla_trl.engine.engine import Engine, TokenLogprobs
 from nabla_trl.engine.scheduler import Task
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.prompts import PromptTooLong
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import Search
-from nabla_trl.search.reasoner import as_problem
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.formatting import format_error
@@ -72,43 +74,41 @@ class SearchProgress:
 ProgressCallback = Callable[[SearchProgress], None]
 
 
-def make_request_problem(messages: list[dict[str, str]], seed: int) -> Problem:
-    """Return a chat as a problem whose id contains the seed.
-
-    `run_search` on this problem with `SEARCH_SEED` gives the same answer as the service.
-
-    Raises:
-        ValueError: `messages` is not a chat (see `as_problem`).
-    """
-    digest = hash_json([seed, messages], length=16)
-    return replace(as_problem(messages), id=f"request/{digest}")
-
-
 @dataclass(frozen=True, eq=False)
 class PendingRequest:
-    """A request in the queue or in a running search.
+    """A request in the queue or in a running task of the engine.
 
     The service's thread calls `on_progress`, which must neither block nor raise.
+
+    Attributes:
+        key: requests with the same key share one task.
+        cost_key: what the engine charges its work to.
+        begin: returns the coroutine for the engine. It raises ValueError for a request that cannot be run.
+        size: the most tokens that it may take to answer (see `Scheduler`).
+        submitted: when it came, in seconds of the monotonic clock.
     """
 
-    problem: Problem
-    config: SearchConfig
-    on_progress: ProgressCallback | None
+    key: Hashable
+    cost_key: str
+    begin: Callable[[RunningTask], Coroutine[Any, Any, Any]]
     client: Hashable
-    future: Future[Trace] = field(default_factory=Future)
+    size: float
+    on_progress: ProgressCallback | None = None
+    future: Future[Any] = field(default_factory=Future)
+    submitted: float = field(default_factory=monotonic)
 
-    def set_outcome(self, outcome: Trace | Exception) -> None:
+    def set_outcome(self, outcome: Any) -> None:
         """Set the result or the exception of the future, unless the future is already done."""
         with suppress(InvalidStateError):
-            if isinstance(outcome, Trace):
-                self.future.set_result(outcome)
-            else:
+            if isinstance(outcome, Exception):
                 self.future.set_exception(outcome)
+            else:
+                self.future.set_result(outcome)
 
 
 @dataclass(eq=False)
-class RunningSearch:
-    """One search, and the equal requests that wait for it."""
+class RunningTask:
+    """A task of the engine, and the equal requests that wait for it."""
 
     requests: list[PendingRequest]
     num_reported: dict[int, int] = field(default_factory=dict)  # chain -> revisions that were reported
@@ -137,13 +137,15 @@ class RunningSearch:
                 on_progress(progress)
 
     def deliver(self, task: Task) -> None:
-        """Hand the outcome of the search to its requests."""
+        """Hand the outcome of the task to its requests."""
         if task.error is not None:
-            if not isinstance(task.error, PromptTooLong | ValueError):
+            if not isinstance(task.error, ValueError):
                 log.error("a search failed", exc_info=task.error)
-            outcome: Trace | Exception = SearchFailed(format_error(task.error))
+            outcome: Any = SearchFailed(format_error(task.error))
+        elif isinstance(task.result, Trace) and task.result.error is not None:
+            outcome = SearchFailed(task.result.error)
         else:
-            outcome = task.result if task.result.error is None else SearchFailed(task.result.error)
+            outcome = task.result
         _set_outcomes(self.requests, outcome)
 
 
@@ -152,20 +154,30 @@ class SearchService:
 
     Args:
         max_queue: maximum number of waiting requests.
-        max_running: maximum number of searches that run together. They share the engine's slots evenly, so a search
-            with a huge budget does not delay a small one by more than its share.
+        max_running: maximum number of searches that run together. They share the engine's slots evenly by client, and
+            a search that may take few tokens does not wait for those that may take many.
         num_slots: sequences that the engine decodes together.
+        on_queue_seconds: called with the time that a request has waited when it begins to run.
     """
 
     def __init__(
-        self, policy: Policy, reward: Reward, *, max_queue: int = 1000, max_running: int = 64, num_slots: int = 256
+        self,
+        policy: Policy,
+        reward: Reward,
+        *,
+        max_queue: int = 1000,
+        max_running: int = 64,
+        num_slots: int = 256,
+        on_queue_seconds: Callable[[float], None] = lambda seconds: None,
     ):
         self.policy, self.reward, self.max_queue, self.max_running = policy, reward, max_queue, max_running
-        self.engine = Engine(policy, reward, num_slots=num_slots)
+        self.num_slots, self.on_queue_seconds = num_slots, on_queue_seconds
+        self.engine = self._open_engine()
         self._waiting_requests: list[PendingRequest] = []
-        self._running: dict[tuple[str, str], RunningSearch] = {}
+        self._running: dict[Hashable, RunningTask] = {}
         self._last_turn: dict[Hashable, int] = {}  # by client
         self._turn = 0
+        self._numbers = count()
         self._stopped = False
         self._condition = Condition()
         self._thread = Thread(target=self._serve, name="nabla_trl searches", daemon=True)
@@ -193,7 +205,54 @@ class SearchService:
             QueueFull: the maximum number of requests is waiting.
             ServerStopping: the service has been stopped.
         """
-        request = PendingRequest(problem, config, on_progress, client)
+
+        # Requests that differ in their options have the same random numbers, and each its own costs.
+        digest = hash_json([config.compute_hash(), problem.stop_strings, problem.prompt_ids], length=16)
+        own_problem = replace(problem, id=f"{problem.id}/{digest}")
+
+        def begin(running: RunningTask) -> Coroutine[Any, Any, Trace]:
+            self.reward.compute_max_new_tokens(own_problem, self.policy.encode(own_problem))
+            search = Search(own_problem, self.engine, config, SEARCH_SEED, running.report_progress, problem.id)
+            return search.run()
+
+        size = self.estimate_tokens(problem, config)
+        return self._submit(PendingRequest(own_problem.id, own_problem.id, begin, client, size, on_progress))
+
+    def submit_scoring(
+        self, problem: Problem, response_ids: Sequence[int], num_top: int, client: Hashable = None
+    ) -> Future[TokenLogprobs]:
+        """Put a request for the log-probabilities of a prompt and a response into the queue.
+
+        Args:
+            num_top: alternatives of each token.
+            client: as for `submit_request`.
+
+        Raises:
+            QueueFull, ServerStopping: as `submit_request`.
+        """
+        cost_key = f"{problem.id}/logprobs/{next(self._numbers)}"
+
+        def begin(running: RunningTask) -> Coroutine[Any, Any, TokenLogprobs]:
+            ids = [*self.policy.encode(problem), *response_ids]
+            return self.engine.compute_token_logprobs(cost_key, ids, num_top)
+
+        size = len(problem.prompt_ids or ()) + len(response_ids)
+        return self._submit(PendingRequest(cost_key, cost_key, begin, client, size))
+
+    def _submit(self, request: PendingRequest) -> Future[Any]:
+        with self._condition:
+            self.check_queue()
+            self._waiting_requests.append(request)
+            self._condition.notify_all()
+        return request.future
+
+    def check_queue(self) -> None:
+        """Refuse a request before any work on it.
+
+        Raises:
+            QueueFull: the maximum number of requests is waiting.
+            ServerStopping: the service has been stopped.
+        """
         with self._condition:
             if self._stopped:
                 raise ServerStopping("the server is shutting down")
@@ -202,14 +261,19 @@ class SearchService:
                 raise QueueFull(
                     f"the queue is full, {len(self._waiting_requests)} requests are waiting: try again later"
                 )
-            self._waiting_requests.append(request)
-            self._condition.notify_all()
-        return request.future
+
+    def estimate_tokens(self, problem: Problem, config: SearchConfig) -> float:
+        """Return the most tokens that a search may generate, by its budget of FLOPs or by its limits."""
+        if config.max_flops:
+            return config.max_flops / self.policy.size.compute_forward_flops(0, 1)
+        rounds = config.max_rounds * config.num_chains * config.proposals.proposals_per_round or math.inf
+        responses = config.max_rollouts or config.num_starts + rounds
+        return len(problem.prompt_ids or ()) + config.max_new_tokens * responses
 
     def count_requests(self) -> tuple[int, int]:
         """Return the number of waiting and the number of running requests."""
         with self._condition:
-            running = [request for search in self._running.values() for request in search.requests]
+            running = [request for task in self._running.values() for request in task.requests]
             return len(_select_unfinished(self._waiting_requests)), len(_select_unfinished(running))
 
     @property
@@ -230,6 +294,9 @@ class SearchService:
 
     # --- the thread -------------------------------------------------------------------------------------
 
+    def _open_engine(self) -> Engine:
+        return Engine(self.policy, self.reward, num_slots=self.num_slots, share_time=True)
+
     def _serve(self) -> None:
         while True:
             with self._condition:
@@ -237,69 +304,81 @@ class SearchService:
                 if self._stopped and not self._running:
                     return
                 starting = self._take_requests()
-            for search in starting:
-                self._start(search)
-            for search in list(self._running.values()):
-                if not _select_unfinished(search.requests) and search.task is not None:
-                    self.engine.cancel(search.task)
-            self.engine.work()
+            try:
+                for running in starting:
+                    self._start(running)
+                for running in list(self._running.values()):
+                    if not _select_unfinished(running.requests) and running.task is not None:
+                        self.engine.cancel(running.task)
+                self.engine.work()
+            except Exception as error:  # not of one search: nobody knows which of them can go on
+                log.exception("the engine failed, and all searches with it")
+                self._fail_all(error)
 
-    def _take_requests(self) -> list[RunningSearch]:
-        """Move waiting requests to running searches, as many as may run. Return the searches that begin."""
+    def _fail_all(self, error: Exception) -> None:
+        """Answer all running requests with an error, and go on with a new engine."""
+        with self._condition:
+            failed, self._running = list(self._running.values()), {}
+        for running in failed:
+            _set_outcomes(running.requests, SearchFailed(format_error(error)))
+        self.engine = self._open_engine()
+
+    def _take_requests(self) -> list[RunningTask]:
+        """Move waiting requests to running tasks, as many as may run. Return the tasks that begin."""
         starting = []
         waiting = _select_unfinished(self._waiting_requests)
         self._waiting_requests = []
         load = Counter(dict.fromkeys((request.client for request in waiting), 0))
-        load.update(search.requests[0].client for search in self._running.values())
+        load.update(running.requests[0].client for running in self._running.values())
         while waiting:
             # The client with the fewest running searches, of equals the one that has waited longest for its turn.
             request = min(waiting, key=lambda request: (load[request.client], self._last_turn.get(request.client, 0)))
-            key = (request.problem.id, request.config.compute_hash())
-            if key not in self._running and len(self._running) >= self.max_running:
+            if request.key not in self._running and len(self._running) >= self.max_running:
                 break
             waiting.remove(request)
-            if key in self._running:
-                self._running[key].requests.append(request)
+            if request.key in self._running:
+                self._running[request.key].requests.append(request)
             else:
-                self._running[key] = search = RunningSearch([request])
+                self._running[request.key] = running = RunningTask([request])
                 load[request.client] += 1
                 self._last_turn = {client: turn for client, turn in self._last_turn.items() if client in load}
                 self._last_turn[request.client] = self._turn = self._turn + 1
-                starting.append(search)
+                starting.append(running)
+            self.on_queue_seconds(monotonic() - request.submitted)
         self._waiting_requests = waiting
         return starting
 
-    def _start(self, search: RunningSearch) -> None:
-        request = search.requests[0]
-        key = (request.problem.id, request.config.compute_hash())
+    def _start(self, running: RunningTask) -> None:
+        request, engine = running.requests[0], self.engine
 
         def on_end(task: Task) -> None:
             with self._condition:
-                del self._running[key]
-            self.engine.flop_counter.forget(request.problem.id)
+                self._running.pop(request.key, None)
+            engine.flop_counter.forget(request.cost_key)
             if task.result is not None or task.error is not None:  # not cancelled
-                search.deliver(task)
+                running.deliver(task)
 
         try:
-            self.reward.compute_max_new_tokens(request.problem, self.policy.encode(request.problem))
+            coroutine = request.begin(running)
         except Exception as error:
             with self._condition:
-                del self._running[key]
+                del self._running[request.key]
             is_refusal = isinstance(error, ValueError)
             if not is_refusal:
-                log.exception("a prompt could not be encoded")
-            _set_outcomes(search.requests, error if is_refusal else SearchFailed(format_error(error)))
+                log.exception("a request could not begin")
+            _set_outcomes(running.requests, error if is_refusal else SearchFailed(format_error(error)))
             return
-        run = Search(request.problem, self.engine, request.config, SEARCH_SEED, search.report_progress).run()
-        # Each search owns its requests to the engine: slots are shared evenly by search.
-        search.task = Task(request.problem.id, run, owner=search, on_end=on_end)
-        self.engine.add(search.task)
+        # Each search owns its requests to the engine: slots are shared evenly by client, and then by search.
+        running.task = Task(
+            request.cost_key, coroutine, owner=running, client=request.client, size=request.size, on_end=on_end
+        )
+        engine.add(running.task)
 
 
 def _select_unfinished(requests: Sequence[PendingRequest]) -> list[PendingRequest]:
     return [request for request in requests if not request.future.done()]
 
 
-def _set_outcomes(requests: Sequence[PendingRequest], outcome: Trace | Exception) -> None:
+def _set_outcomes(requests: Sequence[PendingRequest], outcome: Any) -> None:
     for request in requests:
         request.set_outcome(outcome)

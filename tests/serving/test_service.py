@@ -18,6 +18,7 @@ from nabla_trl.models.prompts import PromptTooLong
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
+from nabla_trl.serving.prompts import make_request_problem
 from nabla_trl.serving.service import (
     SEARCH_SEED,
     QueueFull,
@@ -25,7 +26,6 @@ from nabla_trl.serving.service import (
     SearchProgress,
     SearchService,
     ServerStopping,
-    make_request_problem,
 )
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace

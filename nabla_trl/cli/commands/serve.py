@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nabla_trl.cli.arguments import ModelArguments
 from nabla_trl.cli.parsing import Parser
@@ -16,19 +18,20 @@ from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.utils.fields import option
 
 API_KEY_ENV_VAR = "NABLA_API_KEY"
-SERVE_HELP = """The server has POST /v1/chat/completions, GET /v1/models and GET /health. Any client of
-OpenAI's API can use it:
+SERVE_HELP = """The server has POST /v1/chat/completions, POST /v1/completions, GET /v1/models,
+GET /health and GET /metrics (Prometheus). Any client of OpenAI's API can use it:
 
   client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="...")
   client.chat.completions.create(model=POLICY, messages=[...], seed=0,
                                  extra_body={"max_flops": 1e12, "beta": 0.5})
 
 A request may set the API's own fields, and max_flops, beta, target_kl, max_rounds,
-patience, top_k and min_p of the search. The options of this command are the
-defaults. --max_new_tokens, --max_request_flops and --max_request_rounds are the
-limits. The same seed gives the same answer. usage.nabla contains the cost of the
+patience, num_starts, num_chains, max_rollouts, top_k and min_p of the search. The
+options of this command are the defaults. --max_new_tokens and --max_request_... are
+the limits. The same seed gives the same answer. usage.nabla contains the cost of the
 search. A request with stream: true receives every accepted revision. A field that
-the server does not support (n > 1, tools, logprobs, ...) is refused."""
+the server does not support (tools, JSON formats, ...) is refused, unless its value
+asks for nothing."""
 
 
 @dataclass
@@ -55,11 +58,17 @@ class ServeArguments:
     max_request_flops: float = option(
         0.0,
         "Largest FLOPs budget that a request may ask for. Requests without a budget, and without --max_flops as the "
-        "default, get this budget. Set it to bound the cost of a request. 0 sets no limit.",
+        "default, get this budget. Set it to spend the same on every request. With 0, requests without a budget end "
+        "by their other limits, and a budget may be as large as --max_request_rounds rounds cost.",
         common=True,
     )
     max_request_rounds: int = option(
         256, "Most rounds that a request may ask for. A larger --max_rounds of this server raises the limit."
+    )
+    max_request_starts: int = option(
+        16,
+        "Most first responses and chains that a request may ask for. A larger --num_starts of this server raises the "
+        "limit.",
     )
     max_queue: int = option(1000, "Maximum number of waiting requests. Further requests get status 429.")
     request_timeout: float = option(
@@ -68,17 +77,44 @@ class ServeArguments:
     )
     max_running: int = option(
         64,
-        "Maximum number of searches that run together. They share the decoding slots evenly. Lower it if memory runs "
-        "out.",
+        "Maximum number of searches that run together. They share the decoding slots evenly by client, and small ones "
+        "do not wait for large ones. Lower it if memory runs out.",
     )
+    max_connections: int = option(
+        1000,
+        "Maximum number of open connections. A new one takes the place of the one that is idle for the longest time. "
+        "Lowered to what the limit of open files (ulimit -n) allows.",
+    )
+    header_timeout: float = option(
+        20.0, "Seconds from a connection, or the first byte of a request, to the end of the request's headers."
+    )
+    body_timeout: float = option(60.0, "Seconds from the headers of a request to the end of its body.")
+    shutdown_timeout: float = option(
+        60.0, "Seconds that running requests have after Ctrl-C or SIGTERM. Then they get status 503."
+    )
+    cors_origins: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Origins whose pages may ask this server from a browser, such as http://localhost:3000, or * for "
+            "all (default: none)."
+        },
+    )
+    access_log: bool = option(True, "Write one line per request on stderr.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be in [0, 65535], not {self.port}")
         if self.max_queue < 1 or self.max_running < 1 or not 0 < self.request_timeout < math.inf:
             raise ValueError("a server needs max_queue >= 1, max_running >= 1 and a finite request_timeout > 0")
-        if self.max_request_rounds < 1:
-            raise ValueError(f"max_request_rounds must be at least 1, not {self.max_request_rounds}")
+        for name in ("max_request_rounds", "max_request_starts", "max_connections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("header_timeout", "body_timeout", "shutdown_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number of seconds, not {getattr(self, name)}")
+        for origin in self.cors_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^\s/@?#]+", origin):
+                raise ValueError(f"cors_origins must be * or like http://localhost:3000, not {origin!r}")
         if self.api_key == "" or self.served_model_name == "":
             raise ValueError("api_key and served_model_name must not be empty: leave them out instead")
 
@@ -95,29 +131,38 @@ def main(argv: Sequence[str]) -> int:
     )
     models, args, config = parser.parse_options(argv)[:3]
     try:
-        from nabla_trl.serving import asgi
+        from nabla_trl.serving import asgi, server
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in ("starlette", "uvicorn"):
+        if package not in ("starlette", "uvicorn", "prometheus_client"):
             raise
         raise ValueError(f"nabla-trl serve needs {package}: pip install nabla-trl[serve]") from error
     from nabla_trl.audit.overoptimization import warn_past_limits
-    from nabla_trl.serving.api import ServerLimits
+    from nabla_trl.serving.requests import ServerLimits, estimate_flops_bound
     from nabla_trl.serving.service import SearchService
 
     api_key = args.api_key or os.environ.get(API_KEY_ENV_VAR) or None
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise ValueError("the API key must consist of ASCII characters without spaces: clients cannot send others")
-    limits = ServerLimits(
-        args.served_model_name or models.policy, config, args.max_request_flops, args.max_request_rounds
-    )
+    model_name = args.served_model_name or models.policy
+    ServerLimits(model_name, config, args.max_request_flops)  # refuses what does not go together
     with bind_socket(args.host, args.port) as listener:  # before the models are loaded, as the address may be in use
         with redirect_stdout(sys.stderr):
             policy, reward = models.load_policy_and_reward(4 * config.batch_size)
         warn_past_limits(reward, config)
+        limits = ServerLimits(
+            model_name,
+            config,
+            args.max_request_flops,
+            args.max_request_rounds,
+            args.max_request_starts,
+            estimate_flops_bound(policy, reward, config, args.max_request_rounds),
+        )
         base_url = format_base_url(listener)
         if api_key is None and not args.host.startswith("127.") and args.host not in ("localhost", "::1"):
             print(f"warning: anyone who can reach {base_url} can use it: set {API_KEY_ENV_VAR}", file=sys.stderr)
+        if args.access_log:
+            write_access_log()
         service = asgi.ChatService(
             SearchService(
                 policy,
@@ -129,10 +174,30 @@ def main(argv: Sequence[str]) -> int:
             limits,
             api_key=api_key,
             request_timeout=args.request_timeout,
+            body_timeout=args.body_timeout,
+            cors_origins=args.cors_origins,
+            access_log=args.access_log,
         )
         message = f"serving {limits.model_name} at {base_url}; Ctrl-C finishes the running requests and stops"
-        asgi.run_server(service, listener, lambda: print(message, flush=True))
+        server.run_server(
+            service,
+            listener,
+            lambda: print(message, flush=True),
+            shutdown_timeout=args.shutdown_timeout,
+            max_connections=args.max_connections,
+            header_timeout=args.header_timeout,
+        )
     return 0
+
+
+def write_access_log() -> None:
+    """Send the access log to stderr, one line per request with its time."""
+    logger = logging.getLogger("nabla_trl.access")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 
 
 def bind_socket(host: str, port: int) -> socket.socket:

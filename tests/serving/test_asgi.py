@@ -1,4 +1,4 @@
-"""api and asgi: OpenAI's chat completions, asked by the official client over a real server."""
+"""asgi: OpenAI's completions, asked by the official client over a real server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any
 
@@ -17,6 +16,7 @@ import httpx2
 import openai
 import pytest
 import worlds
+from chat_server import CONFIG, NAME, Running, ask, direct, serving
 from watched_reward import PATIENCE, Gate, Watched
 
 from nabla_trl.cli.commands import serve
@@ -26,61 +26,10 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.serving import asgi
-from nabla_trl.serving.api import ApiError, ChatRequest, ServerLimits, build_usage, parse_json, parse_request
-from nabla_trl.serving.service import SEARCH_SEED, SearchProgress, SearchService, make_request_problem
-from nabla_trl.traces.schema import Trace
-
-CONFIG = SearchConfig(max_new_tokens=6, max_rounds=3)
-NAME = "org/policy"
-OFFER = ServerLimits(NAME, CONFIG)
-
-
-class Running:
-    """A server on a free port, and clients of it."""
-
-    def __init__(self, url: str, server: asgi.ChatServer):
-        self.url, self.server = url, server
-
-    def client(self, key: str = "unused", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=PATIENCE, **options)
-
-    def ask(self, question: str, **options: Any) -> Any:
-        with self.client() as client:
-            return ask(client, question, **options)
-
-    def get(self, path: str, **options: Any) -> httpx2.Response:
-        return httpx2.get(self.url.removesuffix("/v1") + path, timeout=PATIENCE, **options)
-
-    def post(self, content: bytes, **headers: str) -> httpx2.Response:
-        headers = {"content-type": "application/json", **headers}
-        return httpx2.post(f"{self.url}/chat/completions", content=content, headers=headers, timeout=PATIENCE)
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-
-
-def ask(client: openai.OpenAI, question: str, **options: Any) -> Any:
-    options = {"model": NAME, "messages": [{"role": "user", "content": question}], **options}
-    return client.chat.completions.create(**options)
-
-
-@contextmanager
-def serving(
-    policy: Policy, reward: Reward, offer: ServerLimits = OFFER, *, max_queue: int = 1000, **options: Any
-) -> Iterator[Any]:
-    listener, ready = serve.bind_socket("127.0.0.1", 0), Event()
-    service = asgi.ChatService(SearchService(policy, reward, max_queue=max_queue), offer, **options)
-    server = asgi.ChatServer(service, ready.set)
-    thread = Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        assert ready.wait(PATIENCE)
-        yield Running(serve.format_base_url(listener), server)
-    finally:
-        server.should_exit = True
-        thread.join(PATIENCE)
-        service.searches.join()
-        assert not thread.is_alive()
+from nabla_trl.serving import server as http_server
+from nabla_trl.serving.prompts import make_request_problem
+from nabla_trl.serving.requests import ServerLimits
+from nabla_trl.serving.service import SEARCH_SEED
 
 
 @pytest.fixture(scope="module")
@@ -100,148 +49,6 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 @pytest.fixture
 def watched(scalar_reward: Reward) -> Watched:
     return Watched(scalar_reward)
-
-
-def direct(policy: Policy, reward: Reward, question: str, seed: int, config: SearchConfig = CONFIG) -> Trace:
-    """What the library gives, without a server."""
-    problem = make_request_problem([{"role": "user", "content": question}], seed)
-    return run_search([problem], policy=policy, reward=reward, config=config, seed=SEARCH_SEED)[0]
-
-
-# --- requests that are read -------------------------------------------------------------------------------
-
-
-def read(offer: ServerLimits = OFFER, **fields: Any) -> ChatRequest:
-    return parse_request({"model": NAME, "messages": [{"role": "user", "content": "1+2"}], **fields}, offer)
-
-
-def test_a_plain_request_takes_the_servers_configuration_and_any_seed() -> None:
-    first, second = read(), read()
-    assert first.config is CONFIG and not first.stream
-    assert first.seed != second.seed
-
-
-def test_options_reach_the_configuration() -> None:
-    request = read(max_completion_tokens=4, temperature=0.5, top_p=0.9, max_rounds=2, max_flops=10**9, seed=7, top_k=3)
-    assert request.seed == 7
-    assert request.config == SearchConfig(
-        max_new_tokens=4, temperature=0.5, top_p=0.9, max_rounds=2, max_flops=1e9, top_k=3
-    )
-
-
-@pytest.mark.parametrize("server_options", [{}, {"solver": {"target_kl": 1.0}}, {"beta": 0.25}, {"solver": "none"}])
-def test_a_step_of_the_request_replaces_the_servers(server_options: dict[str, Any]) -> None:
-    offer = ServerLimits(NAME, SearchConfig(**server_options))
-    assert read(offer, beta=0.5).config == SearchConfig(**{"solver": offer.default_config.solver.name, "beta": 0.5})
-    if server_options == {"solver": "none"}:
-        with pytest.raises(ApiError, match="target_kl needs solver mirror, and this server runs solver none"):
-            read(offer, target_kl=3)
-    else:
-        assert read(offer, target_kl=3).config == SearchConfig(solver={"target_kl": 3.0})
-
-
-def test_the_servers_budget_is_the_default_and_the_limit() -> None:
-    assert read(ServerLimits(NAME, CONFIG, max_request_flops=5.0)).config.max_flops == 5.0
-    assert read(ServerLimits(NAME, SearchConfig(max_flops=3.0), max_request_flops=5.0)).config.max_flops == 3.0
-    assert read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), max_flops=5).config.max_flops == 5.0
-    worlds.refused(
-        lambda: ServerLimits(NAME, SearchConfig(max_flops=9.0), max_request_flops=5.0),
-        "max_flops",
-        "max_request_flops",
-    )
-    worlds.refused(
-        lambda: ServerLimits(NAME, SearchConfig(acceptance="metropolis"), max_request_flops=5.0), "metropolis"
-    )
-
-
-def test_messages_may_have_parts_and_empty_fields() -> None:
-    messages = [
-        {"role": "developer", "content": "a"},
-        {"role": "user", "content": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]},
-        {"role": "assistant", "content": "d", "refusal": None, "tool_calls": None},
-        {"role": "user", "content": "e"},
-    ]
-    pairs = [(message["role"], message["content"]) for message in read(messages=messages).messages]
-    assert pairs == [("system", "a"), ("user", "bc"), ("assistant", "d"), ("user", "e")]
-
-
-def test_what_asks_for_nothing_is_taken() -> None:
-    neutral = {"n": 1, "tools": [], "logprobs": False, "response_format": {"type": "text"}, "presence_penalty": 0.0}
-    assert read(**neutral, user="me", stop=None, functions=None).config is CONFIG
-
-
-@pytest.mark.parametrize(
-    ("fields", "param", "code"),
-    [
-        ({"n": 2}, "n", "unsupported_value"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_value"),
-        ({"logprobs": True}, "logprobs", "unsupported_value"),
-        ({"stop": ["#"]}, "stop", "unsupported_value"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
-        ({"bata": 0.5}, "bata", "unknown_parameter"),
-        ({"batch_size": 4}, "batch_size", "unknown_parameter"),
-        ({"num_starts": 10**9}, "num_starts", "unknown_parameter"),
-        ({"messages": []}, "messages", None),
-        ({"messages": "1+2"}, "messages", None),
-        ({"messages": ["1+2"]}, "messages[0]", None),
-        ({"messages": [{"role": "tool", "content": "1"}]}, "messages[0].role", None),
-        ({"messages": [{"role": ["user"], "content": "1"}]}, "messages[0].role", None),
-        ({"messages": [{"role": "user"}]}, "messages[0].content", None),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", None),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", None),
-        ({"messages": [{"role": "user", "content": "1", "name": "x"}]}, "messages[0].name", "unknown_parameter"),
-        ({"model": None}, "model", None),
-        ({"seed": 1.5}, "seed", "invalid_type"),
-        ({"seed": True}, "seed", "invalid_type"),
-        ({"seed": 2**63}, "seed", "invalid_value"),
-        ({"stream": "yes"}, "stream", "invalid_type"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", None),
-        ({"stream": True, "stream_options": {"obfuscate": 1}}, "stream_options.obfuscate", "unknown_parameter"),
-        ({"temperature": "hot"}, "temperature", "invalid_type"),
-        ({"beta": 10**400}, "beta", "invalid_type"),
-        ({"max_tokens": 1.5}, "max_tokens", "invalid_type"),
-        ({"max_tokens": 7}, "max_tokens", "invalid_value"),
-        ({"max_completion_tokens": 0}, None, "invalid_value"),
-        ({"beta": -1}, None, "invalid_value"),
-        ({"beta": 1, "target_kl": 1}, None, "invalid_value"),
-        ({"max_flops": -1}, None, "invalid_value"),
-        ({"top_p": 0}, None, "invalid_value"),
-    ],
-)
-def test_what_cannot_be_honoured_is_refused(fields: dict[str, Any], param: str | None, code: str | None) -> None:
-    with pytest.raises(ApiError) as caught:
-        read(**fields)
-    assert caught.value.status == 400
-    error = caught.value.body["error"]
-    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
-    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
-
-
-@pytest.mark.parametrize(("old", "new"), [("flops", "max_flops"), ("rounds", "max_rounds"), ("kl", "target_kl")])
-def test_the_refusal_of_a_renamed_field_names_the_new_one(old: str, new: str) -> None:
-    with pytest.raises(ApiError, match=f"^{old} is not supported: it is now '{new}'$"):
-        read(**{old: 1})
-
-
-@pytest.mark.parametrize("flops", [0, 5.1])
-def test_budgets_above_the_limit_are_refused(flops: float) -> None:
-    with pytest.raises(ApiError, match="limited to 5"):
-        read(ServerLimits(NAME, CONFIG, max_request_flops=5.0), max_flops=flops)
-
-
-def test_rounds_above_the_limit_are_refused() -> None:
-    limits = ServerLimits(NAME, SearchConfig(max_rounds=4), max_request_rounds=8)
-    assert read(limits, max_rounds=8).config.max_rounds == 8
-    with pytest.raises(ApiError, match="max_rounds is limited to 8"):
-        read(limits, max_rounds=9)
-    own_rounds = ServerLimits(NAME, SearchConfig(max_rounds=12), max_request_rounds=8)
-    assert read(own_rounds, max_rounds=12).config.max_rounds == 12
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b'{"beta": NaN}', b"\xff", b"[" * 100_000])
-def test_what_is_no_json_is_refused(body: bytes) -> None:
-    with pytest.raises(ApiError, match="not valid JSON"):
-        parse_json(body)
 
 
 # --- answers ----------------------------------------------------------------------------------------------
@@ -270,18 +77,12 @@ def test_a_completion_is_what_the_library_gives(client, policy, scalar_reward) -
 
 def test_usage_counts_what_all_chains_did(policy, scalar_reward) -> None:
     config = SearchConfig(max_new_tokens=8, max_rounds=2, num_starts=3, num_chains=2)
-    progress: list[SearchProgress] = []
-    engine = SearchService(policy, scalar_reward)
-    problem = make_request_problem([{"role": "user", "content": "12-3+4*5"}], 0)
-    usage = build_usage(engine.submit_request(problem, config, progress.append).result(PATIENCE))["nabla"]
-    engine.stop()
-    accepted = sum(update.round is not None for update in progress)
-    assert (usage["starts"], usage["proposals"], usage["accepted"], usage["rejected"]) == (
-        3,
-        4,
-        accepted,
-        4 - accepted,
-    )
+    with serving(policy, scalar_reward, ServerLimits(NAME, config)) as server, server.client() as client:
+        chunks = list(ask(client, "12-3+4*5", seed=0, stream=True, stream_options={"include_usage": True}))
+    accepted = sum(getattr(chunk, "nabla", {}).get("round") is not None for chunk in chunks)
+    usage = chunks[-1].usage.nabla
+    counts = (usage["starts"], usage["proposals"], usage["accepted"], usage["rejected"])
+    assert counts == (3, 4, accepted, 4 - accepted)
 
 
 def test_a_request_without_a_seed_names_the_one_it_got(client) -> None:
@@ -333,8 +134,8 @@ def test_health_needs_no_key(server) -> None:
     ("options", "kind", "code"),
     [
         ({"model": "other"}, openai.NotFoundError, "model_not_found"),
-        ({"n": 2}, openai.BadRequestError, "unsupported_value"),
-        ({"extra_body": {"max_flops": 2e9}}, openai.BadRequestError, "invalid_value"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "unsupported_value"),
+        ({"extra_body": {"max_flops": 2e9}}, openai.BadRequestError, "decimal_above_max_value"),
         ({"messages": [{"role": "user", "content": "1" * 200}]}, openai.BadRequestError, "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "love"}]}, openai.BadRequestError, "invalid_value"),
         ({"messages": [{"role": "user", "content": "love"}], "stream": True}, openai.BadRequestError, "invalid_value"),
@@ -365,7 +166,7 @@ def test_other_headers_are_no_key(server, value: bytes | None) -> None:
 def test_other_mistakes_have_the_apis_shape(policy, scalar_reward) -> None:
     with serving(policy, scalar_reward) as server:
         answers = {
-            404: server.get("/v1/completions"),
+            404: server.get("/v1/embeddings"),
             405: server.get("/v1/chat/completions"),
             413: server.post(b'"' + b"1" * (asgi.MAX_BODY_BYTES + 1)),
             400: server.post(b"{"),
@@ -536,18 +337,19 @@ def test_the_command_serves_until_ctrl_c(policy, scalar_reward, monkeypatch, tmp
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def run(service: asgi.ChatService, listener: socket.socket, started: Any) -> None:
+    def run(service: asgi.ChatService, listener: socket.socket, started: Any, **options: Any) -> None:
         visitor = Thread(target=visit, args=[serve.format_base_url(listener)])
         try:
-            real(service, listener, lambda: (started(), visitor.start()))
+            real(service, listener, lambda: (started(), visitor.start()), **options)
         finally:
             visitor.join(PATIENCE)
 
-    real = asgi.run_server
-    monkeypatch.setattr(asgi, "run_server", run)
+    real = http_server.run_server
+    monkeypatch.setattr(http_server, "run_server", run)
     monkeypatch.setenv(serve.API_KEY_ENV_VAR, "key")
     models = ["--policy", str(tmp_path / "policy"), "--reward", str(tmp_path / "reward")]
     options = ["--port", "0", "--served_model_name", "mine", "--max_new_tokens", "6", "--max_rounds", "3"]
+    options += ["--no_access_log"]
     assert main(["serve", *models, *options]) == 130
     out, err = capsys.readouterr()
     assert out.startswith("serving mine at http://127.0.0.1:") and out.count("\n") == 1 and err == "stopped\n"
@@ -562,12 +364,13 @@ def test_an_address_in_use_is_refused_before_anything_is_loaded(capsys) -> None:
     assert capsys.readouterr().err.startswith(f"error: cannot listen on 127.0.0.1, port {port}: ")
 
 
-@pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
+@pytest.mark.parametrize("missing", ["starlette", "uvicorn", "prometheus_client"])
 def test_a_missing_extra_is_named(capsys, monkeypatch, missing: str) -> None:
     import nabla_trl.serving
 
-    monkeypatch.delitem(sys.modules, "nabla_trl.serving.asgi")
-    monkeypatch.delattr(nabla_trl.serving, "asgi")
+    for module in ("asgi", "server", "monitoring"):
+        monkeypatch.delitem(sys.modules, f"nabla_trl.serving.{module}")
+        monkeypatch.delattr(nabla_trl.serving, module)
     for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["serve", "--policy", "/nowhere", "--reward", "/nowhere"]) == 1
@@ -583,6 +386,11 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, missing: str) -> None:
         (["--api_key", "sésame"], "key"),
         (["--max_flops", "2", "--max_request_flops", "1"], "max_request_flops"),
         (["--max_request_rounds", "0"], "max_request_rounds"),
+        (["--max_request_starts", "0"], "max_request_starts"),
+        (["--max_connections", "0"], "max_connections"),
+        (["--header_timeout", "0"], "header_timeout"),
+        (["--shutdown_timeout", "nan"], "shutdown_timeout"),
+        (["--cors_origins", "example.org"], "cors_origins"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(capsys, options: list[str], word: str) -> None:
