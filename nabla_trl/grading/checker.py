@@ -23,15 +23,20 @@ import sys
 import threading
 import time
 import weakref
-from collections import ChainMap, Counter, deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from nabla_trl.grading.equivalence import VERIFIER_PREFIX, MatchResult, match_without_worker
 
 _MAX_CACHED_RESULTS = 100_000
-# A time-out or an error may be due to a busy machine, so it is not cached.
-_FINAL_RESULTS = (MatchResult.CORRECT, MatchResult.INCORRECT, MatchResult.BAD_GOLD)
+# A time-out counts as the fault of the pair if the worker computed for this share of the time. On a busy machine or
+# after a crash the pair is tried once more.
+_BUSY_SHARE = 0.5
+_MAX_ATTEMPTS = 2
+# After so many time-outs with different partners an answer is not compared any more.
+_MAX_TIMEOUTS_OF_PREDICTED = 2
+_MAX_TIMEOUTS_OF_GOLD = 3
 _START_TIMEOUT_SECONDS = 120.0  # importing sympy on a busy machine
 _ORPHAN_SECONDS = 2  # how long after its time limit a worker ends by itself, in case its parent is gone
 _MAX_MEMORY_BYTES = 4 << 30
@@ -40,6 +45,45 @@ import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signa
 import json, sys; sys.path[:] = json.loads(sys.argv[1])
 from nabla_trl.grading.checker import _run_worker; _run_worker(sys.argv[2], float(sys.argv[3]))
 """
+
+
+class _Memory:
+    """The results of a process, so that no pair, and no answer that takes endless time, is paid for twice."""
+
+    def __init__(self) -> None:
+        self.results: dict[tuple[str, str], MatchResult] = {}
+        self._attempts: Counter[tuple[str, str]] = Counter()
+        # For each side of a pair: how often each text timed out, and the texts that were compared in time.
+        self._timeouts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        self._decided: tuple[set[str], set[str]] = (set(), set())
+
+    def get(self, key: tuple[str, str]) -> MatchResult | None:
+        """Return the result of a pair if it is known, also if one of its sides has always timed out."""
+        if (result := self.results.get(key)) is not None:
+            return result
+        limits = (_MAX_TIMEOUTS_OF_PREDICTED, _MAX_TIMEOUTS_OF_GOLD)
+        for text, limit, timeouts, decided in zip(key, limits, self._timeouts, self._decided, strict=True):
+            if timeouts[text] >= limit and text not in decided:
+                return MatchResult.TIMEOUT
+        return None
+
+    def add(self, key: tuple[str, str], result: MatchResult, is_final: bool) -> None:
+        """Store the result of a comparison. A result that is not final is stored after the second attempt."""
+        if len(self.results) > _MAX_CACHED_RESULTS:
+            self.__init__()  # type: ignore[misc]
+        self._attempts[key] += 1
+        if not is_final and self._attempts[key] < _MAX_ATTEMPTS:
+            return
+        self.results[key] = result
+        for text, timeouts, decided in zip(key, self._timeouts, self._decided, strict=True):
+            if result is MatchResult.TIMEOUT:
+                timeouts[text] += 1
+            elif result is not MatchResult.ERROR:
+                decided.add(text)
+
+
+_DEFAULT_MATCHER = "nabla_trl.grading.equivalence"
+_shared_memories: dict[float, _Memory] = {}  # for each time limit, because a longer one may find more
 
 
 class AnswerChecker:
@@ -57,15 +101,14 @@ class AnswerChecker:
         ValueError: if `num_workers` is below 1 or `timeout` is not positive.
     """
 
-    def __init__(
-        self, num_workers: int = 1, timeout: float = 5.0, *, _matcher_module: str = "nabla_trl.grading.equivalence"
-    ) -> None:
+    def __init__(self, num_workers: int = 1, timeout: float = 5.0, *, _matcher_module: str = _DEFAULT_MATCHER) -> None:
         if num_workers < 1 or not timeout > 0:
             raise ValueError(f"num_workers must be at least 1 and timeout above 0, not {num_workers} and {timeout}")
         self.counts: Counter[MatchResult] = Counter()
         self._timeout, self._matcher_module = timeout, _matcher_module
         self._workers: list[_Worker | None] = [None] * num_workers
-        self._cached_results: dict[tuple[str, str], MatchResult] = {}
+        is_shared = _matcher_module == _DEFAULT_MATCHER
+        self._memory = _shared_memories.setdefault(timeout, _Memory()) if is_shared else _Memory()
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _kill_workers, self._workers)
 
@@ -93,13 +136,10 @@ class AnswerChecker:
         """
         with self._lock:
             keys = [match_without_worker(predicted, gold) for predicted, gold in pairs]
-            new_keys = dict.fromkeys(key for key in keys if isinstance(key, tuple) and key not in self._cached_results)
-            new_results = self._match_in_workers(list(new_keys)) if new_keys else {}
-            known_results = ChainMap(new_results, self._cached_results)
-            results = [key if isinstance(key, MatchResult) else known_results[key] for key in keys]
-            if len(self._cached_results) > _MAX_CACHED_RESULTS:
-                self._cached_results.clear()
-            self._cached_results |= {key: result for key, result in new_results.items() if result in _FINAL_RESULTS}
+            known = {key: result for key in keys if isinstance(key, tuple) and (result := self._memory.get(key))}
+            new_keys = [key for key in dict.fromkeys(keys) if isinstance(key, tuple) and key not in known]
+            known |= self._match_in_workers(new_keys) if new_keys else {}
+            results = [key if isinstance(key, MatchResult) else known[key] for key in keys]
             self.counts.update(results)
         return results
 
@@ -111,7 +151,8 @@ class AnswerChecker:
             with contextlib.suppress(IndexError):  # the queue, which all threads share, is empty
                 while True:
                     key = pending.popleft()
-                    results[key] = self._match_in_worker(index, key)
+                    # Another pair of the same call may have shown that an answer takes endless time.
+                    results[key] = self._memory.get(key) or self._match_in_worker(index, key)
 
         num_threads = min(len(self._workers), len(keys))
         with ThreadPoolExecutor(num_threads) as executor:
@@ -130,7 +171,9 @@ class AnswerChecker:
             worker = self._workers[index] = _Worker(self._matcher_module, self._timeout)
         if key[1].startswith(VERIFIER_PREFIX) and not worker.has_reasoning_gym:
             worker.load_reasoning_gym(key[1])
-        return worker.match(key)
+        result, is_final = worker.match(key)
+        self._memory.add(key, result, is_final)
+        return result
 
 
 # --- worker processes -----------------------------------------------------------------------------
@@ -152,6 +195,7 @@ class _Worker:
         assert self.process.stdin and self.process.stdout  # for the type checker: both are pipes
         self._requests, self._replies = self.process.stdin, self.process.stdout
         self.has_reasoning_gym = False
+        self._cpu_seconds = 0.0  # of the process when it last replied
         greeting = self._read_reply(_START_TIMEOUT_SECONDS)
         if greeting != "ready":
             self.kill()
@@ -163,23 +207,43 @@ class _Worker:
         self._send(("", gold))
         self._read_reply(_START_TIMEOUT_SECONDS)
 
-    def match(self, key: tuple[str, str]) -> MatchResult:
-        """Compare one normalized pair. A worker that hung or crashed has ended when this returns."""
+    def match(self, key: tuple[str, str]) -> tuple[MatchResult, bool]:
+        """Compare one normalized pair. A worker that hung or crashed has ended when this returns.
+
+        Returns:
+            The result, and whether another attempt would have the same result. A worker that had no processor, or that
+            crashed, may do better.
+        """
         began = time.monotonic()
         self._send(key)
         reply = self._read_reply(self.timeout)
-        is_late = time.monotonic() - began >= self.timeout
-        if is_late or reply is None:
-            self.kill()
-        return MatchResult(reply or (MatchResult.TIMEOUT if is_late else MatchResult.ERROR))
+        if reply is not None and time.monotonic() - began < self.timeout:
+            return MatchResult(reply), True
+        cpu_seconds = self.kill()
+        if reply is not None:  # it came at the last moment
+            return MatchResult(reply), reply != MatchResult.ERROR
+        if time.monotonic() - began < self.timeout:
+            return MatchResult.ERROR, False
+        return MatchResult.TIMEOUT, cpu_seconds is None or cpu_seconds >= _BUSY_SHARE * self.timeout
 
-    def kill(self) -> None:
-        """Kill the process, reap it and close its pipes."""
+    def kill(self) -> float | None:
+        """Kill the process, reap it and close its pipes.
+
+        Returns:
+            The seconds that it computed since its last reply, or None where the system does not tell.
+        """
+        cpu_seconds = None
+        if hasattr(os, "wait4") and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.process.pid, signal.SIGKILL)  # Popen.kill would reap a process that has ended
+                usage = os.wait4(self.process.pid, 0)[2]
+                cpu_seconds = usage.ru_utime + usage.ru_stime - self._cpu_seconds
         self.process.kill()
         self.process.wait()
         for stream in (self._requests, self._replies):
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
+        return cpu_seconds
 
     def _send(self, key: tuple[str, str]) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -191,7 +255,9 @@ class _Worker:
         timer = threading.Timer(timeout, self.process.kill)
         timer.start()
         try:
-            return json.loads(self._replies.readline() or "null")
+            line = self._replies.readline()
+            reply, self._cpu_seconds = json.loads(line) if line else (None, self._cpu_seconds)
+            return reply
         finally:
             timer.cancel()
             timer.join()  # afterwards the timer cannot kill the worker any more
@@ -210,7 +276,7 @@ def _run_worker(matcher_module: str, timeout: float) -> None:
     os.dup2(2, 1)  # what a library prints must not be read as a result
 
     def reply(value: str) -> None:
-        print(json.dumps(value), file=replies, flush=True)
+        print(json.dumps((value, time.process_time())), file=replies, flush=True)
 
     logging.disable(logging.WARNING)  # math-verify warns that its time limit is off
     if sys.platform == "linux":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-_THINK_BLOCK = re.compile(r"<(think|thinking)>.*?</\1>", re.DOTALL | re.IGNORECASE)
+from nabla_trl.grading.formulas import Span, find_bare_formulas, find_formulas, join_spans
+from nabla_trl.grading.notation import rewrite_symbols, trim_answer
+
+_THINK_TAG = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
 _THINK_OPEN = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 _THINK_CLOSE = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 
@@ -13,13 +16,17 @@ ANSWER_FORMATS = ("boxed", "hashes", "hash")
 _HASHES_LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)$", re.MULTILINE)
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w))")
-# Text that joins boxes to one answer: "and", "or" or a comma, within a few characters.
-_MAX_BOX_GAP = 40
-_BOX_JOINER = re.compile(
-    r"[\s$]*(?:\\[)\],;])*[\s$]*(?:,?\s*\b(?:and|or)\b|,|\\text\{,?\s*(?:and|or)\s*\})[\s$]*(?:\\[(\[])?[\s$]*"
+# Text that joins boxes to one answer: spacing, "and", "or" or a comma, with a few words before and a name behind.
+_MAX_BOX_GAP = 70
+_SPACING = re.compile(r"\\[,;:! ()\[\]]|\\q?quad(?![A-Za-z])|[~$]|\\text\s*\{([^{}]*)\}")
+_NAME_BEFORE_BOX = re.compile(r"\s*\b[A-Za-z](?:_\{?\w+\}?)?\s*(?:=|:|\bis)\s*$")
+_BOX_JOINER = re.compile(r"\s*[,;]?\s*(?:(?:[a-z()]+\s){0,5}(?:and|or|&))?\s*")
+_CORRECTION = re.compile(
+    r"\b(?:no|not|but|wait|wrong|so|thus|hence|then|correct\w*|actually|instead|rather|check\w*|is|are|was|equal\w*)\b"
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?|\.\d+"
+# Thousands commas, or a decimal comma: "2,74" is a number or a list of two, and the gold answer tells which.
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+,\d{1,2}(?!,?\d)|\d+)(?:\.\d+)?|\.\d+"
 _CURRENCY = r"(?:\\?[$£€]\s?)"
 _NUMBER = (
     rf"(?P<sign>(?<![\w)\]}}])[-+])?(?:{_CURRENCY}(?P<inner>[-+])?)?"
@@ -27,7 +34,7 @@ _NUMBER = (
     r"(?!\d)(?!(?:st|nd|rd|th)\b)(?P<percent>\s?\\?%|\s+percent\b)?"
 )
 # Not inside a word (CO2), a decimal (3.14), an exponent (x^2) or a subscript. ASCII, because 共18个 is not a word.
-_ANY_NUMBER = re.compile(rf"(?<![\w.^]){_NUMBER}", re.ASCII)
+_ANY_NUMBER = re.compile(rf"(?<![\w.^])(?<!\^\{{){_NUMBER}", re.ASCII)
 _UNIT = r"(?:[ \t]+[A-Za-z][A-Za-z ]*)?[.;]?[ \t]*(?=\n|$)"
 _HASHES_NUMBER = re.compile(rf"####[ \t]*(?P<answer>{_NUMBER}){_UNIT}")
 _HASHES_LAST_LINE = re.compile(r"####[ \t]*(?P<answer>[^\s#][^\n#]*)$")
@@ -38,20 +45,30 @@ _ANSWER_PHRASE = re.compile(
     r"|^[#*_ \t]*(?:the )?(?:final )?answer[*_ \t]*\n[\s*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
-_MATH = (
-    r"(?:\$\$(?:[^$]+)\$\$|\\\[(?:.+?)\\\]|\\\((?:.+?)\\\)"
-    # A dollar sign may be money. A closing one touches the formula, and no digit follows it (Pandoc's rule).
-    r"|(?<!\\)\$(?=\S)(?:[^$\n]*?[^$\s\\])\$(?!\d))"
-)
-_MATH_RUN = re.compile(rf"{_MATH}(?:\s*(?:,?\s*(?:and|or)|,)\s*{_MATH})*", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?<=[^\s.\\])[.!?](?=\s|$)|\s+I hope\b")
 # "18 because …" and "18 eggs a day", but neither "3 and 5" nor "2 pi".
 _LEADING_NUMBER = re.compile(rf"{_NUMBER}(?=,?\s+(?:a\b|\(|(?!(?:and|or|pi|sqrt)\b)[A-Za-z]{{2}}))")
 _NOT_ONE_VALUE = re.compile(r",\s|\b(?:and|or)\b|\d[A-Za-z]|\^")  # "3, 5", "2x + 3y = 0"
+_MAX_PHRASES, _MAX_SENTENCE = 20, 2000  # what is looked at, so that repeated phrases take no quadratic time
+_VERB_BEFORE = re.compile(r"(?:\b(?:is|are|was|be|equals|gives|becomes)|[:=])[\s*_]*$")
+_MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)[a-z]*\.?"
+_LITERAL = re.compile(
+    r"(?<![\w:.,/-])(?:\d{1,2}:\d{2}(?::\d{2})?(?:\s?[AaPp]\.?[Mm]\b\.?)?|\d+(?::\d+)+|\d{4}-\d{2}-\d{2}"
+    rf"|{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?(?:,? \d{{4}})?"
+    rf"|\d{{1,2}}(?:st|nd|rd|th)? {_MONTH}(?:,? \d{{4}})?)(?![\w:/-])",
+    re.ASCII,
+)
+_SPACED_NUMBER = re.compile(r"[-+]?[1-9]\d{0,2}(?: \d{3})+(?:\.\d+)?", re.ASCII)
+_SUBSCRIPT = re.compile(r"_\s?(?:\{[^{}]*\}|\w)")
+_NAMING_COMMAND = re.compile(
+    r"\\(?:triangle|angle|overline|overrightarrow|vec|hat|bar|mathbf|mathbb|mathcal|mathrm|square|odot|ell|alpha|beta"
+    r"|gamma|delta|theta|lambda|phi|omega|sigma|varphi|left|right|prime)(?![A-Za-z])"
+)
+_ONLY_NAMES = re.compile(r"[A-Za-z\s(),|'^{}\[\]]*")
+_NUMBER_COMMAND = re.compile(r"\\(?:d?frac|times|cdot|div|left|right|text\s?\{[^{}]*\}|[,;! ])")
 # Words mark prose, in which the answer is a number, in contrast to a formula: "it is 12", but not "ab + 2 sin x".
 _FUNCTION = r"(?:and|sin|cos|tan|cot|sec|csc|log|exp|sqrt|mod)\b"
 _WORD = re.compile(rf"(?<![A-Za-z])(?:(?!{_FUNCTION})[A-Za-z]{{3}}|[A-Za-z]{{2}} [A-Za-z]{{2}})")
-_TRAILING_PUNCTUATION = re.compile(r"(?<!\\right)[.,;:]+$")
 
 
 def extract_answer(text: str) -> str | None:
@@ -62,17 +79,20 @@ def extract_answer(text: str) -> str | None:
     markers in this order:
 
     - `\boxed{…}` or `\fbox{…}` with balanced braces. A box that is cut off is not an answer. Several boxes with only
-      "and", "or" or commas between them are one answer of several parts, as in math-verify.
+      spacing, "and", "or", commas, a few words or a name such as `n =` between them are one answer of several parts.
     - `#### 18`, or `#8` at the start of a line or step.
     - "the answer is …" or "Answer: …".
-    - The last plain number with its sign, thousands commas, decimals, a/b or %, without its currency sign.
+    - The last formula or plain number. A number has its sign, thousands commas, decimals, a/b or %, without its
+      currency sign. Names such as `$x$` or `$f(x)$` have no value, so they count only if nothing else is there.
+
+    The time is linear in the length of the text.
     """
     text = _strip_thinking(text).replace("−", "-")
     box, text = _extract_last_boxes(text)
-    for find in (lambda _: box, _extract_after_hashes, _extract_after_phrase, _extract_last_number):
-        if answer := find(text):
-            return answer
-    return None
+    if answer := box or _extract_after_hashes(text):
+        return answer
+    text = rewrite_symbols(text)
+    return _extract_after_phrase(text) or _extract_last_value(text)
 
 
 def extract_strict_answer(text: str, answer_format: str) -> str | None:
@@ -103,9 +123,18 @@ def has_open_think_block(text: str) -> bool:
 
 
 def _strip_thinking(text: str) -> str:
-    text = _THINK_BLOCK.sub(" ", text)
-    text = _THINK_CLOSE.split(text)[-1]
-    return _THINK_OPEN.split(text)[0]
+    """Return a text without its think blocks, in one pass over their tags."""
+    kept: list[str] = []
+    start, is_thinking = 0, False
+    for tag in _THINK_TAG.finditer(text):
+        is_closing = bool(tag[1])
+        if is_closing and not is_thinking:
+            kept = []  # the template opened the block in the prompt
+        elif not is_closing and not is_thinking:
+            kept.append(text[start : tag.start()])
+        is_thinking = not is_closing
+        start = tag.end()
+    return " ".join(kept if is_thinking else [*kept, text[start:]])
 
 
 def _extract_last_boxes(text: str) -> tuple[str | None, str]:
@@ -114,11 +143,19 @@ def _extract_last_boxes(text: str) -> tuple[str | None, str]:
     parts: list[str] = []
     following = 0
     for content, start, end in reversed(boxes):
-        if parts and (following - end > _MAX_BOX_GAP or not _BOX_JOINER.fullmatch(text, end, following)):
+        if parts and not _joins_boxes(text[end:following]):
             break
         parts.insert(0, content)
         following = start
-    return ", ".join(parts) or None, text
+    return ", ".join(dict.fromkeys(parts)) or None, text
+
+
+def _joins_boxes(gap: str) -> bool:
+    """Return True if the text between two boxes makes them parts of one answer."""
+    if len(gap) > _MAX_BOX_GAP or "\n\n" in gap:
+        return False
+    gap = _NAME_BEFORE_BOX.sub(" ", _SPACING.sub(lambda match: f" {match[1] or ''} ", gap))
+    return bool(_BOX_JOINER.fullmatch(" ".join(gap.split()))) and not _CORRECTION.search(gap)
 
 
 def _find_boxes(text: str) -> tuple[list[tuple[str, int, int]], str]:
@@ -159,48 +196,117 @@ def _is_heading(line: str) -> bool:
 
 
 def _extract_after_phrase(text: str) -> str | None:
-    for match in reversed(list(_ANSWER_PHRASE.finditer(text))):
-        if answer := _extract_from_sentence(text[match.end() :]):
+    matches = list(_ANSWER_PHRASE.finditer(text))[-_MAX_PHRASES:]
+    for match in reversed(matches):
+        if answer := _extract_from_sentence(text[match.end() : match.end() + _MAX_SENTENCE]):
             return answer
     return None
 
 
 def _extract_from_sentence(text: str) -> str | None:
     """Return the answer after "the answer is": a formula, a number with its unit, or a few words."""
-    if formula := _MATH_RUN.match(text):
-        return trim_answer(formula[0])
+    formulas = join_spans(text, find_formulas(text))
+    if formulas and formulas[0].start == 0 and (formulas[0].text is None or has_value(formulas[0].text)):
+        return _read_formula(formulas[0])
     line = text.split("\n", 1)[0]
     if number := _LEADING_NUMBER.match(line):
         return _format_number(number)
-    if formula := _MATH_RUN.search(line):
-        return trim_answer(formula[0])
+    if literal := _LITERAL.match(line):
+        return literal[0]
+    formulas = [formula for formula in formulas if formula.start < len(line)]
+    if any(formula.text is None for formula in formulas):
+        return None
+    if formulas:
+        return _choose_in_sentence(line, formulas)
+    if (bare := find_bare_formulas(line, [])) and bare[0].start == 0:
+        return trim_answer(str(join_spans(line, bare)[0].text))
     line = trim_answer(_SENTENCE_END.split(line, maxsplit=1)[0])
     tail = line if _NOT_ONE_VALUE.search(line) else line.rsplit("=", 1)[-1].strip()
     if number := _ANY_NUMBER.fullmatch(tail) or _LEADING_NUMBER.match(tail):
         return _format_number(number)
     if "\\" in line or not _WORD.search(line):
         return line or None
-    return _extract_last_number(line) or (line if len(line.split()) <= 6 else None)
+    return _extract_last_value(line) or (line if len(line.split()) <= 6 else None)
 
 
-def _extract_last_number(text: str) -> str | None:
-    numbers = list(_ANY_NUMBER.finditer(text))
-    return _format_number(numbers[-1]) if numbers else None
+def _choose_in_sentence(line: str, formulas: list[Span]) -> str | None:
+    """Return the answer of a sentence with formulas: what "is", "equals" or "=" points to, else the first formula."""
+    ends = [match.start() for match in _SENTENCE_END.finditer(line) if not _is_inside(match.start(), formulas)]
+    sentence = line[: ends[0]] if ends else line
+    values = [formula for formula in formulas if formula.start < len(sentence) and has_value(str(formula.text))]
+    numbers = _find_numbers(sentence, formulas)
+    after_verb = [span for span in sorted(values + numbers) if _VERB_BEFORE.search(sentence[: span.start])]
+    chosen = after_verb[-1:] or values[:1] or numbers[-1:] or formulas[:1]
+    return _read_formula(chosen[0])
+
+
+def _extract_last_value(text: str) -> str | None:
+    """Return the last formula or number of a text."""
+    if _SPACED_NUMBER.fullmatch(text.strip()):
+        return text.strip()
+    formulas = find_formulas(text)
+    values = [formula for formula in formulas if formula.text is None or has_value(formula.text)]
+    bare = [*find_bare_formulas(text, formulas), *_find_literals(text, formulas)]
+    spans = join_spans(text, sorted([*values, *bare], key=lambda span: span.end))
+    candidates = [*spans, *_find_numbers(text, [*formulas, *bare])]
+    if candidates:
+        return _read_formula(max(candidates, key=lambda span: span.end))
+    # A name is an answer if the response is nothing else, or says that something is it.
+    if formulas and (len(formulas) == 1 or _VERB_BEFORE.search(text[: formulas[-1].start])):
+        formula = formulas[-1]
+        is_all = not text[: formula.start].strip() and not text[formula.end :].strip(" .\n")
+        return _read_formula(formula) if is_all or _VERB_BEFORE.search(text[: formula.start]) else None
+    return None
+
+
+def _find_literals(text: str, taken: list[Span]) -> list[Span]:
+    """Return times, ratios and dates outside the `taken` spans."""
+    found = [Span(match.start(), match.end(), match[0]) for match in _LITERAL.finditer(text)]
+    return _outside(found, taken)
+
+
+def _find_numbers(text: str, taken: list[Span]) -> list[Span]:
+    """Return the plain numbers outside the `taken` spans."""
+    found = [Span(match.start(), match.end(), _format_number(match)) for match in _ANY_NUMBER.finditer(text)]
+    return _outside(found, taken)
+
+
+def _outside(spans: list[Span], taken: list[Span]) -> list[Span]:
+    """Return the spans that overlap none of the `taken` ones, in one pass over both."""
+    bounds = iter(sorted(taken))
+    outside, bound = [], next(bounds, None)
+    for span in spans:
+        while bound and bound.end <= span.start:
+            bound = next(bounds, None)
+        if bound is None or span.end <= bound.start:
+            outside.append(span)
+    return outside
+
+
+def _is_inside(position: int, spans: list[Span]) -> bool:
+    return any(span.start <= position < span.end for span in spans)
+
+
+def has_value(formula: str) -> bool:
+    r"""Return False for a formula that only names something: `x`, `f(x)`, `x_1`, `\triangle ABC`, `(x, y)`."""
+    plain = _SUBSCRIPT.sub("", _NAMING_COMMAND.sub(" ", trim_answer(formula)))
+    return _ONLY_NAMES.fullmatch(plain) is None
+
+
+def _read_formula(span: Span) -> str | None:
+    """Return the answer in a formula. Of an equation between numbers, `3 + 4 = 7`, the last number is the answer."""
+    if span.text is None:
+        return None
+    formula = trim_answer(span.text)
+    left, equals, right = formula.rpartition("=")
+    is_arithmetic = (
+        equals and left[-1:] not in tuple("<>!\\") and not re.search("[A-Za-z]", _NUMBER_COMMAND.sub("", left))
+    )
+    if is_arithmetic and (number := _ANY_NUMBER.fullmatch(right.strip())):
+        return _format_number(number)
+    return formula or None
 
 
 def _format_number(match: re.Match[str]) -> str:
     sign = "-" if "-" in (match["sign"], match["inner"]) else ""
     return sign + match["body"].replace(" ", "") + ("%" if match["percent"] else "")
-
-
-def trim_answer(answer: str) -> str:
-    r"""Remove outer space, Markdown emphasis, `$…$`, `\(…\)`, `\[…\]` and closing punctuation from an answer."""
-    previous = None
-    while answer != previous:
-        previous = answer
-        answer = _TRAILING_PUNCTUATION.sub("", answer.strip(" \t\r\n*_`~\u00a0"))
-        for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-            inner = answer[len(left) : -len(right)]
-            if answer.startswith(left) and answer.endswith(right) and inner and left not in inner:
-                answer = inner
-    return answer

@@ -1,0 +1,117 @@
+r"""Split an answer of several parts at its top level: lists, sets, tuples, intervals and chains of inequalities."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import NamedTuple
+
+_OPENING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}"}
+_CLOSING = frozenset(_OPENING.values())
+_TOKEN = re.compile(
+    r"\\text\s?\{\s?,?\s?(?:and|or|,)\s?\}|\\[{}]|\\\\|\\[A-Za-z]+|[()\[\]{}|,;]|\b(?:and|or)\b|[^\\()\[\]{}|,;]"
+)
+_IN_ORDER = re.compile(
+    r",?\s?(?:\(\s?(?:in (?:that|this) order|in order|respectively)\s?\)|in (?:that|this) order|respectively)$"
+)
+_MEMBER = re.compile(r"[A-Za-z]\s?\\in\s?(.+)")
+_NAMED = re.compile(r"(\S[^=<>]{0,40}?)\s?=\s?([^=<>]+)")
+_VECTOR = re.compile(r"\\begin\{([pb]?)matrix\}(.+)\\end\{\1matrix\}")
+_RELATION = re.compile(r"(\\leq|\\geq|<=|>=|<|>)(?![A-Za-z])")
+_REVERSED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
+
+
+class Parts(NamedTuple):
+    """The parts of an answer.
+
+    Attributes:
+        brackets: the outer brackets, such as "()", "[)" or "\\{\\}". Empty for a plain list. `{}` prints nothing.
+        parts: the parts in their order. One part means that there is nothing to split.
+        in_order: whether the answer says that the order matters.
+    """
+
+    brackets: str
+    parts: list[str]
+    in_order: bool = False
+
+
+def split_parts(text: str) -> Parts:
+    """Split a normalized answer at the commas, semicolons, "and" and "or" that no bracket encloses.
+
+    Commas between groups of three digits belong to the number, if the list has other separators.
+    """
+    if match := _MEMBER.fullmatch(text):
+        text = match[1]
+    if in_order := _IN_ORDER.search(text):
+        text = text[: in_order.start()].rstrip(", ")
+    if (match := _VECTOR.fullmatch(text)) and "&" not in match[2]:
+        entries = [entry.strip() for entry in match[2].strip().split(r"\\")]
+        return Parts("()", [entry for entry in entries if entry])
+    brackets, inner = _strip_brackets(text)
+    if brackets == r"\{\}" and re.search(r"\\mid\b|[|:]", inner):  # a set by its property
+        return Parts("", [text])
+    parts = _split(inner)
+    if len(parts) < 2 and brackets != r"\{\}":
+        return Parts("", [text], bool(in_order))
+    return Parts(brackets.replace("{}", "") if brackets == "{}" else brackets, parts, bool(in_order))
+
+
+def _strip_brackets(text: str) -> tuple[str, str]:
+    """Return the outer brackets and what is inside, if the first bracket closes at the end of the text."""
+    depth, first = 0, ""
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        if token in _OPENING:
+            depth += 1
+            first = first or token
+            if match.start() and depth == 1:
+                return "", text
+        elif token in _CLOSING:
+            depth -= 1
+            if depth == 0:
+                if match.end() != len(text):
+                    return "", text
+                return first + token, text[len(first) : match.start()].strip()
+        elif depth == 0:
+            return "", text
+    return "", text
+
+
+def _split(text: str) -> list[str]:
+    tokens = [(match[0], match.start(), match.end()) for match in _TOKEN.finditer(text)]
+    depth, separators = 0, []
+    for token, start, end in tokens:
+        if token in _OPENING:
+            depth += 1
+        elif token in _CLOSING:
+            depth -= 1
+        elif depth == 0 and (token in (",", ";", "and", "or") or token.startswith("\\text")) and token != "\\text":
+            separators.append((token, start, end))
+    is_thousands = [token == "," and _is_thousands_comma(text, start) for token, start, _ in separators]
+    if not all(is_thousands):
+        separators = [separator for separator, skip in zip(separators, is_thousands, strict=True) if not skip]
+    bounds = [(0, 0), *((start, end) for _, start, end in separators), (len(text), len(text))]
+    parts = [text[end:start].strip() for (_, end), (start, _) in itertools.pairwise(bounds)]
+    return [part for part in parts if part]
+
+
+def _is_thousands_comma(text: str, comma: int) -> bool:
+    before, after = text[max(0, comma - 4) : comma], text[comma + 1 : comma + 5]
+    return bool(re.search(r"(?:^|\D)\d{1,3}$", before, re.ASCII) and re.match(r"\d{3}(?!\d)", after, re.ASCII))
+
+
+def split_name(part: str) -> tuple[str, str]:
+    """Return the name and the value of `x = 5`, or an empty name and the part."""
+    match = _NAMED.fullmatch(part)
+    return (match[1].replace(" ", ""), match[2].strip()) if match else ("", part)
+
+
+def split_inequalities(text: str) -> tuple[list[str], list[str]] | None:
+    r"""Return the terms and the signs of a chain `1 < x \leq 3` in ascending order, or None for other text."""
+    pieces = _RELATION.split(text.replace("<=", r"\leq ").replace(">=", r"\geq "))
+    terms, signs = [piece.strip() for piece in pieces[::2]], pieces[1::2]
+    if len(signs) < 2 or not all(terms) or "=" in text.replace("<=", "").replace(">=", ""):
+        return None
+    if all(sign in (">", r"\geq") for sign in signs):
+        return terms[::-1], [_REVERSED[sign] for sign in reversed(signs)]
+    return (terms, signs) if all(sign in ("<", r"\leq") for sign in signs) else None
