@@ -289,7 +289,7 @@ def test_verdicts_of_numbers_are_those_of_math_verify_but_for_what_it_does_not_r
                 assert verdict.is_correct == theirs(predicted, gold), (predicted, gold)
     assert settled > 0.9 * len(NUMBERS) ** 2
     for text in ["Evelyn", "due east", "yes", "information", "Winfrey"]:
-        assert match_without_worker(text, text) is MatchResult.CORRECT and theirs(rf"\text{{{text}}}", text)
+        assert match_without_worker(text, text) is MatchResult.CORRECT
     assert isinstance(match_without_worker(r"\frac{1", r"\frac{1"), tuple)
 
 
