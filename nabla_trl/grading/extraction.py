@@ -58,6 +58,7 @@ _LITERAL = re.compile(
     rf"|\d{{1,2}}(?:st|nd|rd|th)? {_MONTH}(?:,? \d{{4}})?)(?![\w:/-])",
     re.ASCII,
 )
+_LABEL_BEFORE = re.compile(r"(?:^|\n)[A-Z][a-z]+ $")  # "Week 3:210 pages"
 _SPACED_NUMBER = re.compile(r"[-+]?[1-9]\d{0,2}(?: \d{3})+(?:\.\d+)?", re.ASCII)
 _SUBSCRIPT = re.compile(r"_\s?(?:\{[^{}]*\}|\w)")
 _NAMING_COMMAND = re.compile(
@@ -261,7 +262,11 @@ def _extract_last_value(text: str) -> str | None:
 
 def _find_literals(text: str, taken: list[Span]) -> list[Span]:
     """Return times, ratios and dates outside the `taken` spans."""
-    found = [Span(match.start(), match.end(), match[0]) for match in _LITERAL.finditer(text)]
+    found = [
+        Span(match.start(), match.end(), match[0])
+        for match in _LITERAL.finditer(text)
+        if not _LABEL_BEFORE.search(text[max(0, match.start() - 20) : match.start()])
+    ]
     return _outside(found, taken)
 
 

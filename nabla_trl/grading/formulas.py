@@ -68,7 +68,8 @@ def _read_content(opening: str, content: str, text: str, end: int) -> str:
     r"""Return the content of a formula, "\n" if it is broken, or nothing if the delimiters enclose no formula."""
     stripped = content.strip()
     if opening == "$\n" or (opening == r"\(" and content.lstrip(" \t").startswith("\n")):
-        return "\n" if stripped and "\n" not in stripped else ""
+        is_alone = content.rstrip(" \t").endswith("\n")
+        return "\n" if stripped and "\n" not in stripped and is_alone else ""
     if opening == "$":
         if text[end : end + 1].isdigit() or content.endswith("\\"):
             return ""
@@ -110,6 +111,7 @@ _TUPLE = re.compile(r"(?:\\\{|[(\[{])[^()\[\]{}]*\d[^()\[\]{}]*,.*(?:\\\}|[)\]}]
 _PRODUCT = re.compile(rf"\d(?:[A-Za-z](?<![mgshklLKDkMB])|{_FUNCTIONS})|\bsqrt|\d\*?\(|\)\(|\d\s?pi\b")
 _SUM = re.compile(r"[A-Za-z]\s?[-+*/]\s?[\dA-Za-z(]|\d\s?[-+*/]\s?[A-Za-z]")
 _RELATION = re.compile(r"[<>]|!=")
+_NUMBER_AT_END = re.compile(r"(?<![<>!\\])=\s*[-+]?[\d.,]*\d[A-Za-z]{0,3}$")
 _EDGES = " \t*_|!:.,"
 _UNIT_BEFORE = re.compile(r"\d\s*[A-Za-z]{0,3}$")
 
@@ -117,7 +119,8 @@ _UNIT_BEFORE = re.compile(r"\d\s*[A-Za-z]{0,3}$")
 def find_bare_formulas(text: str, taken: list[Span]) -> list[Span]:
     r"""Return the formulas that no delimiter marks, such as `x \leq 4`, (3, 5) or 2x + 1, outside the `taken` spans.
 
-    Plain numbers and sums of plain numbers are no formulas here, because prose is full of them.
+    Plain numbers, sums of plain numbers and equations with a number on the right are no formulas here, because prose is
+    full of them, and the number is the answer.
     """
     spans: list[Span] = []
     position = 0
@@ -179,7 +182,11 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
 
 def _is_formula(text: str, start: int, end: int) -> bool:
     run = text[start:end]
-    if not (any(map(str.isdigit, run)) or _VALUE_COMMAND.search(run)) or run.count("(") != run.count(")"):
+    if not (any(map(str.isdigit, run)) or _VALUE_COMMAND.search(run)) or sum(map(run.count, "([{")) != sum(
+        map(run.count, ")]}")
+    ):
+        return False
+    if "<<" in run or ">>" in run or _NUMBER_AT_END.search(run):  # a calculation, whose result is a number
         return False
     if run[0] in "^_" or (run[0].isalpha() and _UNIT_BEFORE.search(text[max(0, start - 8) : start])):  # 9 m^2
         return False

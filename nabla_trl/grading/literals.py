@@ -99,7 +99,7 @@ def parse_decimal_comma(text: str) -> Number | None:
 def equal_numbers(one: Number, other: Number) -> bool:
     """Return True if two numbers are equal.
 
-    Whole numbers and fractions are compared exactly. A decimal is compared to 6 places with a number that is not whole.
+    Whole numbers and fractions are compared exactly. A decimal and a number that is not whole agree to 6 places.
     A percentage equals both its number and a hundredth of it, because golds have all of these forms.
     """
     if one.is_percent != other.is_percent:
