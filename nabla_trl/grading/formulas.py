@@ -119,8 +119,8 @@ _UNIT_BEFORE = re.compile(r"\d\s*[A-Za-z]{0,3}$")
 def find_bare_formulas(text: str, taken: list[Span]) -> list[Span]:
     r"""Return the formulas that no delimiter marks, such as `x \leq 4`, (3, 5) or 2x + 1, outside the `taken` spans.
 
-    Plain numbers, sums of plain numbers and equations with a number on the right are no formulas here, because prose is
-    full of them, and the number is the answer.
+    Plain numbers, sums of plain numbers and equations with a number on the right are no formulas here, because prose
+    is full of them, and the number is the answer.
     """
     spans: list[Span] = []
     position = 0
