@@ -19,7 +19,7 @@ from nabla_trl.models.flops import Cost, FlopCounter
 from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationRequest, Policy
-from nabla_trl.models.sampling import make_rng
+from nabla_trl.models.sampling import find_token_columns, make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
@@ -28,11 +28,16 @@ from nabla_trl.traces.schema import Trace
 
 @dataclass(frozen=True)
 class PooledResponse:
-    """One response of a pool, with the costs of this response alone."""
+    """One response of a pool, with the costs of this response alone.
+
+    Attributes:
+        mean_logp: log π(y|x) divided by the number of tokens, in nats.
+    """
 
     response_ids: list[int]
     reward: float
     answer: str | None
+    mean_logp: float
     generation_cost: Cost
     scoring_cost: Cost
 
@@ -149,7 +154,9 @@ def _draw_entries(
         answer = extract_answer(policy.decode_response(output.ids, policy.get_stop_strings(problem)))
         key = _make_cost_key(problem, index)
         costs = generation_counter.get_cost(key), scoring_counter.get_cost(key)
-        entries[problem.id].responses.append(PooledResponse(output.ids, value, answer, *costs))
+        own_columns = find_token_columns(output.candidates, output.ids)
+        mean_logp = float(output.logp.gather(1, own_columns[:, None]).mean())
+        entries[problem.id].responses.append(PooledResponse(output.ids, value, answer, mean_logp, *costs))
     return [entries[problem.id] for problem in problems]
 
 
@@ -272,16 +279,34 @@ def select_by_self_consistency(pool: ResponsePool, num_responses: int) -> list[T
 
     No reward is charged.
     """
-    name, traces = f"self_consistency_{num_responses}", []
+
+    def select(responses: Sequence[PooledResponse]) -> tuple[PooledResponse, int]:
+        voters = vote([response.answer for response in responses])
+        return responses[voters[0] if voters else 0], len(responses)
+
+    return build_vote_traces(pool, num_responses, f"self_consistency_{num_responses}", select)
+
+
+def build_vote_traces(
+    pool: ResponsePool,
+    num_responses: int,
+    method_name: str,
+    select: Callable[[Sequence[PooledResponse]], tuple[PooledResponse, int]],
+) -> list[Trace]:
+    """Return the traces of a vote among the first `num_responses`, without the cost of a reward.
+
+    Args:
+        select: returns the chosen response, and how many of the responses it has read. Only these are charged.
+    """
+    traces = []
     for entry in pool.entries:
         if entry.error:
-            traces.append(_build_error_trace(pool, entry, name, entry.error, entry.policy_prefill_cost))
+            traces.append(_build_error_trace(pool, entry, method_name, entry.error, entry.policy_prefill_cost))
             continue
         responses = entry.responses[:num_responses]
-        voters = vote([response.answer for response in responses])
-        chosen = responses[voters[0] if voters else 0]
-        cost = sum((response.generation_cost for response in responses), entry.policy_prefill_cost)
-        traces.append(_build_trace(pool, entry, name, chosen, cost))
+        chosen, num_read = select(responses)
+        cost = sum((response.generation_cost for response in responses[:num_read]), entry.policy_prefill_cost)
+        traces.append(_build_trace(pool, entry, method_name, chosen, cost))
     return traces
 
 

@@ -1,4 +1,4 @@
-"""Options of the step-level searches: beam search, diverse verifier tree search, tree of thoughts, RAP.
+"""Options of the step-level searches: beam search, DVTS, tree of thoughts, RAP, particle filtering.
 
 Loads nothing heavy, so that `--help` needs no torch.
 """
@@ -14,7 +14,7 @@ from nabla_trl.utils.fields import option
 
 @dataclass(frozen=True)
 class StepSearchConfig:
-    """Options that beam_search, dvts, tot and rap share. How tokens are sampled is set in `SearchConfig`.
+    """Options that the step-level searches share. How tokens are sampled is set in `SearchConfig`.
 
     Raises:
         ValueError: a value out of range, or a delimiter that cannot be parsed.
@@ -36,6 +36,9 @@ class StepSearchConfig:
     exploration: float = option(
         1.0, "rap: weight of the bonus that UCT gives to rarely visited nodes. Raise it to search more widely."
     )
+    particle_beta: float = option(
+        1.0, "particle_filter: β of the target π·exp(r/β). Lower it to follow the reward more closely."
+    )
 
     def __post_init__(self) -> None:
         if self.step_delimiter is not None:
@@ -44,6 +47,8 @@ class StepSearchConfig:
             raise ValueError("max_step_tokens and steps_per_prefix must be at least 1")
         if not 0 <= self.exploration < math.inf:
             raise ValueError(f"exploration must be a number of at least 0, not {self.exploration}")
+        if not 0 < self.particle_beta < math.inf:
+            raise ValueError(f"particle_beta must be a positive number, not {self.particle_beta}")
 
     def resolve_delimiter(self, reward_delimiter: str) -> str:
         """Return the text that ends a step.

@@ -18,7 +18,8 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from nabla_trl.baselines.step_tree import StepNode, StepSearchMethod, StepTree
+from nabla_trl.baselines.particles import particle_filter
+from nabla_trl.baselines.step_tree import StepNode, StepSearchMethod, StepTree, run_to_budget
 
 # --- level by level -------------------------------------------------------------------------------------
 
@@ -74,21 +75,11 @@ async def tree_of_thought(tree: StepTree, size: int | None) -> None:
     if size is not None:
         await search_states(size, width)
     else:
-        await _run_to_budget(tree, lambda num_draws: search_states(max(1, num_draws // width), min(num_draws, width)))
+        await run_to_budget(tree, lambda num_draws: search_states(max(1, num_draws // width), min(num_draws, width)))
 
 
 async def _run_with_size(tree: StepTree, size: int | None, search: Callable[[int], Awaitable[None]]) -> None:
-    await (_run_to_budget(tree, search) if size is None else search(size))
-
-
-async def _run_to_budget(tree: StepTree, search: Callable[[int], Awaitable[None]]) -> None:
-    """Draw one response, and then search for as many more as fit, until the budget is spent."""
-    await search(1)
-    # If the first response could not be read, what one costs is not known yet.
-    while not tree.responses and tree.count_affordable_responses():
-        await search(1)
-    while num_responses := tree.count_affordable_responses():
-        await search(num_responses)
+    await (run_to_budget(tree, search) if size is None else search(size))
 
 
 @dataclass
@@ -176,7 +167,7 @@ async def rap(tree: StepTree, size: int | None) -> None:
     if size is not None:
         await _run_rollouts(tree, size, width)
     else:
-        await _run_to_budget(tree, lambda count: _run_rollouts(tree, 1 if count == 1 else None, min(count, width)))
+        await run_to_budget(tree, lambda count: _run_rollouts(tree, 1 if count == 1 else None, min(count, width)))
 
 
 @dataclass
@@ -267,4 +258,5 @@ STEP_SEARCH_METHODS: dict[str, StepSearchMethod] = {
     "dvts": dvts,
     "tot": tree_of_thought,
     "rap": rap,
+    "particle_filter": particle_filter,
 }

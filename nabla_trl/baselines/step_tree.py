@@ -231,6 +231,20 @@ class StepTree:
             raise StepSearchError(f"the reward {engine.reward.name if engine.reward else ''} gave {broken}")
 
 
+async def run_to_budget(tree: StepTree, search: Callable[[int], Awaitable[None]]) -> None:
+    """Draw one response, and then search for as many more as fit, until the budget is spent.
+
+    Args:
+        search: takes the number of responses to search for.
+    """
+    await search(1)
+    # If the first response could not be read, what one costs is not known yet.
+    while not tree.responses and tree.count_affordable_responses():
+        await search(1)
+    while num_responses := tree.count_affordable_responses():
+        await search(num_responses)
+
+
 class StepSearchError(ValueError):
     """A problem that cannot be searched any further."""
 

@@ -14,27 +14,29 @@ from functools import cache
 
 REWARD_MODEL_SAMPLING = "reward_model_sampling"
 SEARCHES = ("nabla", "control", "shuffled", "paper", "released", "qalign")
-# Step-level searches. Their sizes are beams, subtrees, states and rollouts.
-STEP_SEARCHES = ("beam_search", "dvts", "tot", "rap")
+# Step-level searches. Their sizes are beams, subtrees, states, rollouts and particles.
+STEP_SEARCHES = ("beam_search", "dvts", "tot", "rap", "particle_filter")
+# Methods that vote among the responses of one pool, without a reward.
+VOTE_METHODS = ("self_consistency", "adaptive_consistency", "confidence_vote")
 # Methods that choose among the responses of one pool, or keep them all.
-POOL_METHODS = ("best_of", "self_consistency", "weighted_best_of", "samples")
+POOL_METHODS = ("best_of", *VOTE_METHODS, "weighted_best_of", "samples")
 # Trained policies: one from an adapter made elsewhere, and one for each way to train.
 POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 
 METHOD_SYNTAX = (
-    "greedy, best_of_N, weighted_best_of_N, self_consistency_N and samples_N (N up to 999, for pass@k, maj@k and "
-    "avg@N). The searches nabla, control (without the gradient), shuffled (its gradient rows shuffled), paper, "
-    "released and qalign (presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times "
-    "best_of_16's). "
-    "The step-level searches beam_search and dvts (N beams), tot (N states) and rap (N rollouts), each as tot_N, "
-    f"tot@best_of_N or tot@F. {REWARD_MODEL_SAMPLING} (for log-ratio rewards). Of a trained policy L_greedy, "
-    "L_best_of_N, L_samples_N, and L_nabla and L_control, also with a budget, where L is one of "
-    f"{', '.join(POLICY_LABELS)}"
+    "greedy, best_of_N, weighted_best_of_N, self_consistency_N, adaptive_consistency_N (stops early), "
+    "confidence_vote_N (weighted by likelihood) and samples_N (N up to 999, for pass@k, maj@k and avg@N). The "
+    "searches nabla, control (without the gradient), shuffled (its gradient rows shuffled), paper, released and "
+    "qalign (presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's). "
+    "The step-level searches beam_search and dvts (N beams), tot (N states), rap (N rollouts) and particle_filter (N "
+    f"particles), each as tot_N, tot@best_of_N or tot@F. {REWARD_MODEL_SAMPLING} (for log-ratio rewards). Of a "
+    "trained policy L_greedy, L_best_of_N, L_samples_N, and L_nabla and L_control, also with a budget, where L is one "
+    f"of {', '.join(POLICY_LABELS)}"
 )
 
 MAX_SAMPLES = 999  # the estimators of pass@k and maj@k overflow with more
 _TRAINED_POLICY_METHODS = ("greedy", "best_of", "samples", "nabla", "control")
-_REPORT_ORDER = ("greedy", "self_consistency", "best_of", "weighted_best_of", *STEP_SEARCHES, *reversed(SEARCHES))
+_REPORT_ORDER = ("greedy", *VOTE_METHODS, "best_of", "weighted_best_of", *STEP_SEARCHES, *reversed(SEARCHES))
 _METHOD = re.compile(
     rf"(?:(?P<policy>{'|'.join(POLICY_LABELS)})_)?(?P<name>.*?)(?:_(?P<n>0|[1-9]\d*))?(?:@(?P<budget>.+))?", re.DOTALL
 )

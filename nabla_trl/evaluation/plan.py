@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from nabla_trl.baselines import sampling
+from nabla_trl.baselines import consistency, sampling
 from nabla_trl.baselines.sampling import ResponsePool
 from nabla_trl.baselines.step_config import StepSearchConfig
 from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS
@@ -87,37 +87,32 @@ class EvaluationSetup:
 
         return self._build_job(["greedy"], run, self.config.batch_size, seeds=self.seeds[:1])
 
-    def plan_sample_pool(
-        self,
-        best_of: Sequence[int] = (),
-        self_consistency: Sequence[int] = (),
-        weighted_best_of: Sequence[int] = (),
-        samples: Sequence[int] = (),
-    ) -> Job:
+    def plan_sample_pool(self, **sizes: Sequence[int]) -> Job:
         """Return the job that draws one pool of responses per problem and reads all these methods from it.
 
         Args:
-            best_of: the N of best-of-N.
-            self_consistency: the N of self-consistency.
-            weighted_best_of: the N of weighted best-of-N.
-            samples: the N of samples_N, which keeps N responses of each problem.
+            sizes: the N of each method of `POOL_METHODS`, as in `best_of=[4, 16], self_consistency=[16]`.
         """
-        num_responses = max([*best_of, *self_consistency, *weighted_best_of, *samples])
-        batch_size = self._get_pool_batch_size(num_responses)
         beta = 1 / self.config.reward_weight
+        selectors: dict[str, Callable[[ResponsePool, int], list[Trace]]] = {
+            "best_of": sampling.select_best_of_n,
+            "self_consistency": sampling.select_by_self_consistency,
+            "adaptive_consistency": consistency.select_by_adaptive_consistency,
+            "confidence_vote": consistency.select_by_confidence_vote,
+            "weighted_best_of": lambda pool, n: sampling.select_weighted_best_of_n(pool, n, beta),
+            "samples": sampling.build_sample_traces,
+        }
+        reads = [(name, n) for name in selectors for n in sizes.get(name, ())]
+        num_responses = max(n for _, n in reads)
+        batch_size = self._get_pool_batch_size(num_responses)
 
         def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
             pool = self._draw_pool(problems, num_responses, seed, self.policy, self.reward)
-            batches = [sampling.select_best_of_n(pool, n) for n in best_of]
-            batches += [sampling.select_by_self_consistency(pool, n) for n in self_consistency]
-            batches += [sampling.select_weighted_best_of_n(pool, n, beta) for n in weighted_best_of]
-            batches += [sampling.build_sample_traces(pool, n) for n in samples]
-            return [trace for traces in batches for trace in traces]
+            return [trace for name, n in reads for trace in selectors[name](pool, n)]
 
-        sizes = zip(POOL_METHODS, (best_of, self_consistency, weighted_best_of, samples), strict=True)
-        methods = [f"{name}_{n}" for name, counts in sizes for n in counts]
+        methods = [f"{name}_{n}" for name, n in reads]
         measure_kl = build_sample_kl_measure(
-            {self._name_method(f"best_of_{n}"): n for n in best_of},
+            {self._name_method(f"best_of_{n}"): n for n in sizes.get("best_of", ())},
             self.policy,
             self.base_policy or self.policy,
             batch_size=batch_size,

@@ -93,7 +93,7 @@ class Comparison:
         searches = [f"{name}@best_of_{size}" for name in ("nabla", *args.baselines) for size in sizes]
         extra = [REWARD_MODEL_SAMPLING] if self.setup.reward.preferred_model else []
         check_methods(searches, self.setup, {})
-        self.run([self.setup.plan_sample_pool([1, *sizes], sizes, weighted_best_of=sizes)])
+        self.run([self.setup.plan_sample_pool(best_of=[1, *sizes], self_consistency=sizes, weighted_best_of=sizes)])
         majority = {size: self.count_affordable_samples(size) for size in sizes}
         self.run([self.setup.plan_sample_pool(self_consistency=sorted(set(majority.values())))])
         self.run(self.evaluation.plan(["greedy", *searches, *extra], self.setup))

@@ -183,7 +183,7 @@ def made_pool(policy, *written, problem=None):
         ids = worlds.sample(policy, problem, text).response_ids
         answer = extract_answer(policy.decode(ids))
         cost = [Cost(flops=10.0**number), Cost(flops=2 * 10.0**number)]
-        draws.append(sampling.PooledResponse(ids, reward, answer, *cost))
+        draws.append(sampling.PooledResponse(ids, reward, answer, -1.0, *cost))
     entry = sampling.PoolEntry(problem, policy.encode(problem), draws, Cost(flops=0.25), Cost(flops=0.5))
     return sampling.ResponsePool(policy, "r", 0, "h", [entry])
 

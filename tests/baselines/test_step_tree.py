@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -41,7 +42,7 @@ PROBLEMS = [Problem(id=f"q{number}", question=text) for number, text in enumerat
 ROOM = 10
 SAMPLING = Sampling(max_new_tokens=ROOM)
 STEPS = StepSearchConfig(step_delimiter=";", max_step_tokens=4, steps_per_prefix=3)
-SIZES = {"beam_search": 7, "dvts": 7, "tot": 2, "rap": 5}
+SIZES = {"beam_search": 7, "dvts": 7, "tot": 2, "rap": 5, "particle_filter": 6}
 
 
 def small(architecture: str = "llama", seed: int = 0) -> Policy:
@@ -172,6 +173,32 @@ class Hand:
                 for _, prefix in path:
                     values.setdefault(prefix, []).append(self.value(path[-1][1]))
                 size -= 1
+
+    def particle_filter(self, size: int) -> None:
+        particles: list[tuple[Place, Prefix]] = [((0,), ())] * size
+        rng = make_rng(0, self.problem.id, "particles", 0)
+        while not all(self.ended(prefix) for _, prefix in particles):
+            new, logs, drawn, children = [], [], Counter[Place](), {}
+            for place, prefix in particles:
+                if self.ended(prefix):
+                    new.append((place, prefix))
+                    logs.append(0.0)
+            for place, prefix in particles:
+                if not self.ended(prefix):
+                    child_place = (*place, drawn[place])
+                    drawn[place] += 1
+                    child = self.step(self.problem, child_place, prefix)
+                    new.append((children.setdefault((place, child), child_place), child))
+                    logs.append(self.value(child) - (self.value(prefix) if prefix else 0.0))
+            weights = [math.exp(log - max(logs)) for log in logs]
+            uniform, total, particles = rng.random(), sum(weights), []
+            for number in range(size):
+                goal, mass = (uniform + number) / size, 0.0
+                for particle, weight in zip(new, weights, strict=True):
+                    mass += weight / total
+                    if mass > goal:
+                        particles.append(particle)
+                        break
 
     def known(self, prefix: Prefix, children: dict) -> bool:
         return self.ended(prefix) or (

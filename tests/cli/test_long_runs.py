@@ -179,7 +179,7 @@ def test_a_budget_stays_what_it_was(
 ) -> None:
     """More problems change the mean cost of what sets a budget, which rows at that budget would not notice."""
     store = RowStore(tmp_path, "run")
-    run_job(bench.plan_sample_pool([2]), asked[:6], store, checker)
+    run_job(bench.plan_sample_pool(best_of=[2]), asked[:6], store, checker)
     first = get_budget_flops(store, "best_of_2")
     path = store.path
     text = path.read_text()
@@ -199,7 +199,7 @@ def test_a_budget_stays_what_it_was(
 
 def test_what_could_not_be_run_sets_no_budget(bench: EvaluationSetup, checker: AnswerChecker, tmp_path: Path) -> None:
     store = RowStore(tmp_path, "run")
-    run_job(bench.plan_sample_pool([2]), [Problem(id="bad", question="?!", answer="1")], store, checker)
+    run_job(bench.plan_sample_pool(best_of=[2]), [Problem(id="bad", question="?!", answer="1")], store, checker)
     worlds.refused(lambda: get_budget_flops(store, "best_of_2"), "best_of_2 can set no budget")
     assert not (tmp_path / "budgets.json").exists()
 

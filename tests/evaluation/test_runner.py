@@ -59,7 +59,11 @@ def comparable(rows: list[Row]) -> list[Row]:
 
 def test_one_row_for_each_method_problem_and_seed(bench, asked, checker, tmp_path):
     store = RowStore(tmp_path, "run")
-    for step in (bench.plan_greedy(), bench.plan_sample_pool([1, 2], [2]), bench.plan_search("nabla", CONFIG)):
+    for step in (
+        bench.plan_greedy(),
+        bench.plan_sample_pool(best_of=[1, 2], self_consistency=[2]),
+        bench.plan_search("nabla", CONFIG),
+    ):
         run_job(step, asked, store, checker)
     rows = store.read()
     assert len({row.key for row in rows}) == len(rows) == 4 + 3 * 8 + 8
@@ -73,7 +77,7 @@ def test_no_seed_has_to_be_the_first(bench, asked, checker, tmp_path):
     """The greedy decode is stored under the first seed that was asked for, and is not made again."""
     store = RowStore(tmp_path, "run")
     elsewhere = replace(bench, seeds=(3, 5))
-    for step in (elsewhere.plan_greedy(), elsewhere.plan_sample_pool([1])):
+    for step in (elsewhere.plan_greedy(), elsewhere.plan_sample_pool(best_of=[1])):
         assert run_job(step, asked, store, checker) and not run_job(step, asked, store, checker)
     assert {(row.method, row.seed) for row in store.read()} == {
         ("greedy", 3),
@@ -194,7 +198,9 @@ def traced(policy, problem, ids):
 def test_a_pool_of_many_samples_batches_problems_and_equals_one_of_few_rows(bench, asked, checker, tmp_path):
     found = []
     for rows in (1, 2, 8):
-        step = replace(bench, config=replace(CONFIG, batch_size=rows)).plan_sample_pool([1, 5], [5])
+        step = replace(bench, config=replace(CONFIG, batch_size=rows)).plan_sample_pool(
+            best_of=[1, 5], self_consistency=[5]
+        )
         assert step.batch_size == max(1, 4 * rows // 5)
         store = RowStore(tmp_path / str(rows), "run")
         run_job(step, asked, store, checker)
@@ -210,7 +216,7 @@ def test_what_is_there_is_not_run_again(bench, asked, checker, tmp_path):
 
 
 def test_a_run_cut_off_in_a_row_ends_with_the_same_rows(bench, asked, checker, tmp_path):
-    step = bench.plan_sample_pool([1, 2])
+    step = bench.plan_sample_pool(best_of=[1, 2])
     whole = RowStore(tmp_path / "whole", "run")
     run_job(step, asked, whole, checker)
     torn = RowStore(tmp_path / "torn", "run")
@@ -298,7 +304,10 @@ def test_methods_of_a_trained_policy_are_the_base_ones_on_its_weights(bench, tun
     config = replace(CONFIG, max_rounds=1)
     for plain, labelled in (
         (alone.plan_greedy(), own.plan_greedy()),
-        (alone.plan_sample_pool([1, 2], [2]), own.plan_sample_pool([1, 2], [2])),
+        (
+            alone.plan_sample_pool(best_of=[1, 2], self_consistency=[2]),
+            own.plan_sample_pool(best_of=[1, 2], self_consistency=[2]),
+        ),
         (alone.plan_search("nabla", config), own.plan_search("nabla", config)),
     ):
         assert labelled.methods == tuple(f"sft_{method}" for method in plain.methods)
@@ -340,7 +349,7 @@ def log_likelihood(policy, trace):
 
 
 def test_the_divergence_of_a_sample_is_its_log_ratio(bench, tuned, policy, asked, checker, tmp_path):
-    step = bench.with_trained_policy("sft", tuned).plan_sample_pool([1, 2])
+    step = bench.with_trained_policy("sft", tuned).plan_sample_pool(best_of=[1, 2])
     rows = {row.key: row for row in run_job(step, asked, RowStore(tmp_path, "run"), checker)}
     for seed in step.seeds:
         for trace in step.run(asked, seed):
@@ -355,7 +364,7 @@ def test_divergences_of_the_base_policy_and_where_none_is_known(bench, asked, ch
     store = RowStore(tmp_path, "run")
     for step in (
         bench.plan_greedy(),
-        bench.plan_sample_pool([1, 4], [2], [2]),
+        bench.plan_sample_pool(best_of=[1, 4], self_consistency=[2], weighted_best_of=[2]),
         bench.plan_search("nabla", replace(CONFIG, max_rounds=1)),
     ):
         run_job(step, [*asked[:1], replace(asked[1], question="?!")], store, checker)
