@@ -61,6 +61,7 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.traces.build import get_package_versions
 from nabla_trl.training.peft import LoraArguments
+from nabla_trl.training.trainers import check_seeds
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.identity import claim_settings
@@ -134,6 +135,7 @@ class RewardRun:
     ):
         self.args, self.reward_options, self.search_config = args, reward_options, search_config
         self.lora_arguments, self.trainer_config = lora_arguments, trainer_config
+        check_seeds(trainer_config, num_derived=reward_options.num_members)
         self.state = PartialState()
         self.output_dir = Path(trainer_config.output_dir)
         self.checker = AnswerChecker()

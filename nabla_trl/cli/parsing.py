@@ -21,6 +21,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from trl import TrlParser
 
+from nabla_trl.cli.telemetry import disable_telemetry
 from nabla_trl.utils.fields import coerce_fields, format_suggestion, get_option_groups
 from nabla_trl.utils.files import read_yaml
 from nabla_trl.utils.interrupts import StoppedBySignal, get_current_command, handle_stop_signals, is_main_process
@@ -309,6 +310,8 @@ def run_main(
 ) -> int:
     """Call a command's main and return its exit code. An error that a user can fix becomes one line on stderr.
 
+    Telemetry of libraries is off (`disable_telemetry`).
+
     Args:
         argv: the arguments. None: those of the process.
         resume_command: the command that continues after a stop. None: the one that started this process. Empty: a
@@ -318,6 +321,7 @@ def run_main(
         what main returns (0 for None), 1 after a ValueError or OSError, 2 after a UsageError, 130 after Ctrl-C, 143
         after SIGTERM, and 141 if the reader of stdout has closed it.
     """
+    disable_telemetry()
     if resume_command is None:
         resume_command = get_current_command()  # read now, because the launcher may end before a stop
     try:

@@ -39,6 +39,7 @@ from nabla_trl.training.peft import (
     load_trainable_model,
     save_model_atomically,
 )
+from nabla_trl.training.rollouts import RolloutOptions
 from nabla_trl.utils.fields import option
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ ONLINE_REWARDS = ("reward", "verifier")
 
 
 @dataclass
-class TrainOptions:
+class TrainOptions(RolloutOptions):
     """Options of training beside the trainer's own arguments. β is the search's, for all methods."""
 
     tuning: str = option("lora", "Weights to train: lora, qlora (an adapter on a 4-bit base) or full (all weights).")
@@ -79,6 +80,7 @@ class TrainOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (
             ("tuning", TUNING_MODES),
             ("sft_selection", SFT_SELECTIONS),

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from trl import GRPOConfig, RLOOConfig, SFTConfig
 
@@ -36,6 +35,7 @@ from nabla_trl.training.peft import (
     load_padded_tokenizer,
     load_trainable_model,
 )
+from nabla_trl.training.rollouts import build_generation_kwargs
 from nabla_trl.training.trainers import ResponseScorer, TokenIdsGRPOTrainer, TokenIdsRLOOTrainer, convert_config
 
 
@@ -256,8 +256,8 @@ def _choose_trainer(
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "min_p": sampling.min_p or None,
-        # Rows of the head without a token, which the search never samples either.
-        "generation_kwargs": {"suppress_tokens": torch.nonzero(policy.forbidden_mask).flatten().tolist() or None},
+        "generation_kwargs": build_generation_kwargs(policy, use_vllm=options.use_vllm),
+        **options.get_trainer_options(),
         "disable_dropout": True,
         "remove_unused_columns": False,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from nabla_trl.training.offline import (
 )
 from nabla_trl.training.online import check_online_options, train_online
 from nabla_trl.training.peft import LoraArguments, check_precision, check_reference_model, find_last_checkpoint
+from nabla_trl.training.rollouts import RolloutOptions
+from nabla_trl.training.trainers import check_seeds
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.identity import claim_settings
 
@@ -140,6 +142,7 @@ class TrainStage:
         Raises:
             ValueError: options that do not fit the method, or fewer problems for evaluations than asked for.
         """
+        check_seeds(self.sft_config)
         if method != "sft" and self.search_config.beta is None:
             raise ValueError(
                 f"method {method} needs beta, which search and training share: set beta (solver.target_kl is for "
@@ -152,6 +155,7 @@ class TrainStage:
             check_reference_model(self.policy, self.options.tuning)
         if method in ONLINE_METHODS:
             check_online_options(self.sft_config, self.search_config.get_sampling(), self.options)
+            self.options.check(self.policy, self.process_state.num_processes)
         check_precision(self.options.tuning, self.dtype, self.sft_config)
         self._select_callback_problems()
 
@@ -166,6 +170,10 @@ class TrainStage:
     def _collect_settings(self, method: str) -> dict[str, str]:
         trainer_options = {name: getattr(self.sft_config, name) for name in TRAINER_OPTIONS}
         options = {**trainer_options, **asdict(self.lora), **asdict(self.options), "method": method}
+        for name in (field.name for field in fields(RolloutOptions)):
+            del options[name]  # where responses are sampled does not matter, only by what
+        if self.options.use_vllm and method in ONLINE_METHODS:
+            options["rollouts"] = "vllm"
         counts = {"problems": len(self.problems), "processes": self.process_state.num_processes}
         return {name: str(value) for name, value in {**options, **counts}.items()} | self.search_settings
 

@@ -19,6 +19,7 @@ from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 
 from nabla_trl.traces.datasets import IGNORE_INDEX
 from nabla_trl.training.peft import find_last_checkpoint
+from nabla_trl.training.rollouts import default_generation_config
 from nabla_trl.utils.formatting import format_error
 
 Config = TypeVar("Config", bound=TrainingArguments)
@@ -50,6 +51,23 @@ def convert_config(config_class: type[Config], config: TrainingArguments, **opti
     """
     shared = [option.name for option in fields(TrainingArguments) if option.init]
     return config_class(**{name: getattr(config, name) for name in shared} | options)
+
+
+def check_seeds(config: TrainingArguments, *, num_derived: int = 1) -> None:
+    """Refuse seeds that a trainer cannot take, before anything is loaded.
+
+    Args:
+        num_derived: number of consecutive seeds that are used, from `config.seed` on.
+
+    Raises:
+        ValueError: `seed` beyond what numpy takes, or `data_seed` beyond what torch takes.
+    """
+    # TRL adds the number of the process to the seed of samples.
+    largest = 2**32 - num_derived - config.world_size + 1
+    if not 0 <= config.seed <= largest:
+        raise ValueError(f"seed must be between 0 and {largest}, not {config.seed}")
+    if config.data_seed is not None and not 0 <= config.data_seed < 2**63:
+        raise ValueError(f"data_seed must be between 0 and {2**63 - 1}, not {config.data_seed}")
 
 
 class FiniteLossMixin:
@@ -169,6 +187,10 @@ class _OnlineTrainerMixin(AtomicCheckpointMixin, FiniteLossMixin):
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [self.prompt_ids[prompt] for prompt in prompts], None, {}
+
+    def _generate_single_turn(self, *args: Any) -> Any:
+        with default_generation_config(self.accelerator.unwrap_model(self.model)):  # type: ignore[attr-defined]
+            return super()._generate_single_turn(*args)  # type: ignore[misc]
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[str], completions: list[Any], completion_ids_list: list[list[int]]
