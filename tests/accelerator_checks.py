@@ -37,7 +37,9 @@ def decoding() -> None:
         for index, (request, cache) in enumerate(zip(requests, caches, strict=True)):
             decoder.submit(index, replace(request, cache=cache))
         decoder.step()
-        addresses = [buffer.data_on_cpu.data_ptr() for buffer in (decoder.store, *decoder.outputs, decoder.tokens)]
+        addresses = [
+            buffer.data_on_cpu.data_ptr() for buffer in (*decoder.store.buffers, *decoder.outputs, decoder.tokens)
+        ]
         kernels = []
         for _ in range(3):
             device.waits.clear()
@@ -46,7 +48,9 @@ def decoding() -> None:
             kernels.append(dict(device.kernels))
             assert sum(device.waits.values()) == 1, f"8 tokens took more than one wait: {device.waits}"
         assert kernels[0] == kernels[1] == kernels[2], "a step of the same bucket runs other kernels"
-        after = [buffer.data_on_cpu.data_ptr() for buffer in (decoder.store, *decoder.outputs, decoder.tokens)]
+        after = [
+            buffer.data_on_cpu.data_ptr() for buffer in (*decoder.store.buffers, *decoder.outputs, decoder.tokens)
+        ]
         assert addresses == after, "a buffer has moved"
 
 

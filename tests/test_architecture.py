@@ -19,6 +19,7 @@ LAYERS = (
     "utils",
     "grading",
     "tasks",
+    "states",
     "models",
     "gradient",
     "rewards",
@@ -124,7 +125,7 @@ def test_a_circle_would_be_found() -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_package_says_what_it_is_for(name: str, imports: Imports) -> None:
     text = inspect.cleandoc(ast.get_docstring(ast.parse((SOURCE / name / "__init__.py").read_text())) or "")
-    match = re.fullmatch(r"(\S[^\n]*\.)\n\nHands out: (.+)\.\nMay import: (.+)\.", text, re.DOTALL)
+    match = re.fullmatch(r"(\S[^\n]*\.)\n\n(?:.+\n\n)?Hands out: (.+)\.\nMay import: (.+)\.", text, re.DOTALL)
     assert match, f"nabla_trl/{name}/__init__.py needs a sentence, a line 'Hands out: …' and a line 'May import: …'"
     allowed = set() if match[3] == "nothing of nabla_trl" else set(re.split(r",\s+", match[3]))
     used = {

@@ -2,5 +2,5 @@
 
 Hands out: `draw_pool`, `select_best_of_n`, `select_weighted_best_of_n`, `select_by_self_consistency`,
 `decode_greedily`, `run_step_search`, `StepSearchConfig`.
-May import: utils, grading, tasks, models, gradient, rewards, engine, traces.
+May import: utils, grading, tasks, states, models, gradient, rewards, engine, traces.
 """

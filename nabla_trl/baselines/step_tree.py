@@ -30,6 +30,7 @@ from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward
+from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
 from nabla_trl.traces.schema import Trace
@@ -58,7 +59,7 @@ class StepNode:
     logp: Tensor
     partial_delimiter: str
     is_complete: bool
-    policy_cache: Tensor | None
+    policy_cache: PrefixState | None
     score_caches: list[ScoreCache]
     reward: float = math.nan
     num_drawn: int = 0
@@ -102,7 +103,7 @@ class StepTree:
     problem: Problem
     prompt_ids: list[int]
     max_new_tokens: int
-    policy_cache: Tensor
+    policy_cache: PrefixState
     score_caches: list[ScoreCache]
     settings: StepSearchSettings
     prompt_flops: float

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
 from nabla_trl.engine.logprobs import TokenLogprobs, compute_token_logprobs
 from nabla_trl.engine.scheduler import Scheduler
 from nabla_trl.gradient.objectives import Sample, ScoreCache
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.generation import prepare_prompt_caches
+from nabla_trl.models.generation import charge_generation, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, GenerationSession, Policy
 from nabla_trl.rewards.reward import Reward
+from nabla_trl.states.prefix import PrefixState
 
 
 class Engine(Scheduler):
@@ -39,7 +38,7 @@ class Engine(Scheduler):
         super().__init__(num_slots=num_slots, flop_counter=flop_counter, share_time=share_time)
         self.policy, self.reward = policy, reward
 
-    async def read_prompt(self, sample: Sample) -> tuple[Tensor, list[ScoreCache]]:
+    async def read_prompt(self, sample: Sample) -> tuple[PrefixState, list[ScoreCache]]:
         """Return the policy's cache of a prompt (all but its last token) and the reward's, one per objective."""
         policy_call = self.batch("policy prompts", self._read_policy_prompts, [(sample.cost_key, sample.prompt_ids)])
         reward_call = (
@@ -79,9 +78,7 @@ class Engine(Scheduler):
 
         outputs = await self.generate_together(lane, open_session, requests)
         for request, output in zip(requests, outputs, strict=True):
-            self.flop_counter.add_flops(
-                request.cost_key, self.policy.size, "decode", len(request.prefix_ids) - 1, len(output.ids)
-            )
+            charge_generation(self.policy, request, output, self.flop_counter)
         return outputs
 
     async def score(
@@ -105,7 +102,7 @@ class Engine(Scheduler):
 
     # --- what is done for many at once -------------------------------------------------------------------
 
-    def _read_policy_prompts(self, prompts: list[tuple[str, list[int]]]) -> list[Tensor]:
+    def _read_policy_prompts(self, prompts: list[tuple[str, list[int]]]) -> list[PrefixState]:
         with self.flop_counter.measure_seconds([key for key, _ in prompts]):
             return prepare_prompt_caches(self.policy, prompts, self.flop_counter)
 

@@ -2,5 +2,5 @@
 
 Hands out: `compute_token_gradient`, `Sample`, `Objective`, `LikelihoodObjective`, `ScoreObjective`,
 `ProcessObjective`, `policy_likelihood`, `build_mixture`, `compute_replaceable_mask`, `StepFinder`.
-May import: models, tasks.
+May import: models, tasks, states.
 """

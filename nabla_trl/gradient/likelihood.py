@@ -33,6 +33,7 @@ from nabla_trl.gradient.relaxation import RelaxedResponse
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.heads import OutputHead
 from nabla_trl.models.policy import Policy
+from nabla_trl.states.prefix import PrefixState
 
 # Logits [positions, V] are computed in slices of at most so many values, or of this multiple of the hidden states,
 # which the layers need several times over. So the logits never decide the peak of memory.
@@ -96,20 +97,20 @@ class LikelihoodObjective(Objective):
         self,
         batch: ForwardBatch,
         hidden_states: Sequence[Tensor],
-        kv_rows: Sequence[Tensor],
+        states: Sequence[PrefixState],
         values: Sequence[Tensor],
         caches: Sequence[ScoreCache],
     ) -> list[ScoreCache]:
         return [
             # Without shared tokens, the width of the cache's empty states is not known to be that of the head's input.
             ScoreCache(
-                kv_row,
+                state,
                 logp,
-                torch.cat((cache.hidden_states[:count], states)) if count else states,
+                torch.cat((cache.hidden_states[:count], hidden)) if count else hidden,
                 cache.prefix_scores,
             )
-            for kv_row, logp, states, cache, count in zip(
-                kv_rows, values, hidden_states, caches, batch.num_shared, strict=True
+            for state, logp, hidden, cache, count in zip(
+                states, values, hidden_states, caches, batch.num_shared, strict=True
             )
         ]
 

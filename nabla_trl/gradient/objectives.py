@@ -4,7 +4,7 @@ The search minimizes L(y) = −λ·r(y|x) − log π(y|x) (arXiv 2603.04948). Th
 objectives f(y), one per model: log-likelihoods (likelihood.py) and scores (score.py). An objective reads a response in
 the vocabulary of its own model, and gives
 
-- f(y) (`score`), reusing the kv cache of what the response shares with one that was scored before, and
+- f(y) (`score`), reusing the state of what the response shares with one that was scored before, and
 - the seed of ∂f/∂Y for relaxed tokens Y (`compute_gradient_seed`): ∂f/∂h for the last hidden states h, and ∂f/∂Y at
   fixed h. `compute_token_gradient` goes on from there, through the layers to the input embeddings.
 
@@ -25,11 +25,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nabla_trl.gradient.embeddings import embed_tokens, split_embeddings
 from nabla_trl.gradient.relaxation import RelaxedResponse, build_mixture, build_one_hot
-from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter, ModelSize
-from nabla_trl.models.heads import find_backbone
 from nabla_trl.models.sampling import find_token_columns
+from nabla_trl.states import prefix
+from nabla_trl.states.batch import pad_sequences, prefill_sequences, read_tokens
+from nabla_trl.states.layout import StateLayout
+from nabla_trl.states.prefix import PrefixState
+from nabla_trl.states.probe import get_layout
 from nabla_trl.tasks.problem import Problem
 
 # --- samples --------------------------------------------------------------------------------------------
@@ -104,13 +108,13 @@ class ScoreCache:
     """What an objective remembers of a scored response of T tokens, to score others that share its beginning.
 
     Attributes:
-        kv_row: kv row of the prompt (all but its last token) and of the response tokens that were read.
+        state: state of the prompt (all but its last token) and of the response tokens that were read.
         logp: [T] log-likelihood of each response token. Empty for scores.
         hidden_states: [T, d] the last hidden states that predicted these tokens. Empty for scores.
         prefix_scores: [T + 1] the score after none, one, … of the tokens. Empty for log-likelihoods.
     """
 
-    kv_row: Tensor
+    state: PrefixState
     logp: Tensor
     hidden_states: Tensor
     prefix_scores: Tensor
@@ -124,7 +128,7 @@ class ForwardBatch:
         encoded: the sample of each row.
         num_shared: response tokens of each row that are cached already. The last one is read again.
         input_ids, position_ids: [B, R].
-        kv_rows: cached prefix of each row.
+        states: cached prefix of each row.
         start_positions: position of each row's first input token, which is the length of its cached prefix.
         num_tokens: input tokens of each row.
     """
@@ -133,7 +137,7 @@ class ForwardBatch:
     num_shared: list[int]
     input_ids: Tensor
     position_ids: Tensor
-    kv_rows: list[Tensor]
+    states: list[PrefixState]
     start_positions: list[int]
     num_tokens: list[int]
 
@@ -221,7 +225,7 @@ class Objective(ABC):
         self,
         batch: ForwardBatch,
         hidden_states: Sequence[Tensor],
-        kv_rows: Sequence[Tensor],
+        states: Sequence[PrefixState],
         values: Sequence[Tensor],
         caches: Sequence[ScoreCache],
     ) -> list[ScoreCache]:
@@ -247,8 +251,8 @@ class Objective(ABC):
     # --- relaxed tokens ---
 
     def embed_ids(self, ids: Tensor) -> Tensor:
-        """Return input embeddings E [..., d] of this model's ids. Its own module scales them where the model does."""
-        return self.model.get_input_embeddings()(ids).detach()
+        """Return the vectors E [..., D] that this model reads for its ids (see `embed_tokens`)."""
+        return embed_tokens(self.model, ids)
 
     def map_to_model_ids(self, relaxed: RelaxedResponse, span: slice) -> RelaxedResponse:
         """Return positions of a relaxed response in this model's ids. Tokens that it lacks lose their weight."""
@@ -269,10 +273,15 @@ class Objective(ABC):
 
     # --- the forward ---
 
-    def make_prompt_cache(self, kv_row: Tensor) -> ScoreCache:
+    @property
+    def layout(self) -> StateLayout:
+        return get_layout(self.model)
+
+    def make_prompt_cache(self, state: PrefixState) -> ScoreCache:
         """Return the cache of a prefix of which no response token is known."""
         width = self.model.config.get_text_config().hidden_size
-        return ScoreCache(kv_row, kv_row.new_zeros(0), kv_row.new_zeros(0, width), kv_row.new_zeros(0))
+        empty = torch.zeros(0, dtype=self.model.dtype, device=self.model.device)
+        return ScoreCache(state, empty, empty.new_zeros(0, width), empty)
 
     def compute_prompt_caches(self, samples: Sequence[Sample], flop_counter: FlopCounter) -> list[ScoreCache]:
         """Return the caches of the samples' prompts."""
@@ -281,8 +290,8 @@ class Objective(ABC):
             flop_counter.add_flops(
                 sample.cost_key, self.model_size, "prefill", 0, len(prompt) - 1, num_head_positions=0
             )
-        kv_rows = kv_cache.prefill_sequences(self.model, [prompt[:-1] for prompt in prompts])
-        return [self.make_prompt_cache(kv_row) for kv_row in kv_rows]
+        states = prefill_sequences(self.model, self.layout, [prompt[:-1] for prompt in prompts])
+        return [self.make_prompt_cache(state) for state in states]
 
     def build_batch(
         self, encoded: Sequence[EncodedSample], caches: Sequence[ScoreCache], num_shared: Sequence[int]
@@ -290,7 +299,7 @@ class Objective(ABC):
         """Return the batch that reads what is not cached of the samples."""
         tokens = [self.select_input_ids(row, count) for row, count in zip(encoded, num_shared, strict=True)]
         starts = [len(row.prompt_ids) - 1 + count for row, count in zip(encoded, num_shared, strict=True)]
-        ids, _ = kv_cache.pad_sequences(tokens, self.model.device, left=False)
+        ids, _ = pad_sequences(tokens, self.model.device, left=False)
         positions = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
         # Padding repeats the last real position, which exists in every position table.
         last = torch.tensor([start + len(row) - 1 for start, row in zip(starts, tokens, strict=True)])
@@ -299,33 +308,35 @@ class Objective(ABC):
             num_shared=list(num_shared),
             input_ids=ids,
             position_ids=positions.minimum(last.to(ids.device)[:, None]),
-            kv_rows=[cache.kv_row[:, :, :, :start] for cache, start in zip(caches, starts, strict=True)],
+            states=[cache.state.cut(start) for cache, start in zip(caches, starts, strict=True)],
             start_positions=starts,
             num_tokens=[len(row) for row in tokens],
         )
 
     def compute_hidden_states(
-        self, batch: ForwardBatch, embeds: Tensor | None = None, return_caches: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the last hidden states [B, R, d] of the input tokens, and the kv rows with `return_caches`.
+        self, batch: ForwardBatch, embeds: Tensor | None = None, return_states: bool = False
+    ) -> tuple[Tensor, list[PrefixState]]:
+        """Return the last hidden states [B, R, d] of the input tokens, and the new states with `return_states`.
 
         Args:
             embeds: [B, R, d] input embeddings to read in place of the batch's ids.
         """
-        cache, cached_mask = kv_cache.stack_caches(batch.kv_rows)
-        output = find_backbone(self.model)(
-            input_ids=batch.input_ids if embeds is None else None,
-            inputs_embeds=embeds,
-            attention_mask=kv_cache.build_attention_mask(cached_mask, batch.input_ids.shape[1], self.model.dtype),
-            position_ids=batch.position_ids,
-            past_key_values=cache,
-            use_cache=True,
+        return read_tokens(
+            self.model,
+            self.layout,
+            batch.states,
+            batch.input_ids,
+            batch.position_ids,
+            batch.num_tokens,
+            embeds=None if embeds is None else split_embeddings(self.model, embeds),
+            return_states=return_states,
+            snapshot_every=prefix.SNAPSHOT_INTERVAL,
         )
-        if not return_caches:
-            return output.last_hidden_state, []
-        padding, width = (cached_mask == 0).sum(1).tolist(), cached_mask.shape[1]
-        spans = [(begin, width + count) for begin, count in zip(padding, batch.num_tokens, strict=True)]
-        return output.last_hidden_state, kv_cache.unstack_caches(cache, torch.arange(len(spans)), spans)
+
+    def count_reusable(self, encoded: EncodedSample, cache: ScoreCache, num_shared: int) -> int:
+        """Return how many of the shared response tokens need not be read again. 0: the prompt's state is there."""
+        num_prompt = len(encoded.prompt_ids) - 1
+        return max(0, cache.state.cut(num_prompt + num_shared).resume_length - num_prompt)
 
     @torch.no_grad()
     def score(
@@ -342,10 +353,11 @@ class Objective(ABC):
             caches: of responses that share their first `num_shared` tokens with the samples.
         """
         encoded = [self.encode(sample) for sample in samples]
+        num_shared = [self.count_reusable(*row) for row in zip(encoded, caches, num_shared, strict=True)]
         batch = self.build_batch(encoded, caches, num_shared)
         for sample, start, count in zip(samples, batch.start_positions, batch.num_tokens, strict=True):
             flop_counter.add_flops(sample.cost_key, self.model_size, "forward", start, count)
-        hidden, kv_rows = self.compute_hidden_states(batch, return_caches=return_caches)
+        hidden, states = self.compute_hidden_states(batch, return_states=return_caches)
         values = []
         for cache, row, count, new in zip(
             caches, encoded, num_shared, self.compute_values(hidden, batch), strict=True
@@ -355,4 +367,4 @@ class Objective(ABC):
         if not return_caches:
             return totals, []
         hidden_states = [hidden[row, :count] for row, count in enumerate(batch.num_tokens)]
-        return totals, self.build_caches(batch, hidden_states, kv_rows, values, caches)
+        return totals, self.build_caches(batch, hidden_states, states, values, caches)

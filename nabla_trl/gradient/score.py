@@ -26,6 +26,7 @@ from nabla_trl.gradient.objectives import (
 )
 from nabla_trl.gradient.relaxation import RelaxedResponse
 from nabla_trl.gradient.step_ends import StepFinder
+from nabla_trl.states.prefix import PrefixState
 
 
 class ScoreObjective(Objective):
@@ -86,18 +87,18 @@ class ScoreObjective(Objective):
         self,
         batch: ForwardBatch,
         hidden_states: Sequence[Tensor],
-        kv_rows: Sequence[Tensor],
+        states: Sequence[PrefixState],
         values: Sequence[Tensor],
         caches: Sequence[ScoreCache],
     ) -> list[ScoreCache]:
         scores = self._apply_score_head(torch.cat(list(hidden_states))).split(batch.num_tokens)
         new_caches = []
-        for kv_row, new, cache, encoded, count in zip(
-            kv_rows, scores, caches, batch.encoded, batch.num_shared, strict=True
+        for state, new, cache, encoded, count in zip(
+            states, scores, caches, batch.encoded, batch.num_shared, strict=True
         ):
             # The inputs begin with the last shared token. The turn's end at their end is no part of the response.
             new = new[: len(encoded.response_ids) - count + 1]
-            new_cache = self.make_prompt_cache(kv_row)
+            new_cache = self.make_prompt_cache(state)
             new_cache.prefix_scores = torch.cat((cache.prefix_scores[:count].to(new), new))
             new_caches.append(new_cache)
         return new_caches

@@ -2,5 +2,5 @@
 
 Hands out: `load_policy`, `freeze_policy`, `Policy`, `GenerationBackend`, `connect_vllm`, `GenerationRequest`,
 `generate_continuations`, `Sampling`, `PromptOptions`, `FlopCounter`.
-May import: utils, grading, tasks.
+May import: utils, grading, tasks, states.
 """

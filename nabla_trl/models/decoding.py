@@ -3,11 +3,10 @@
 A request takes a free slot as soon as there is one, with its prefix copied in from a cache. A sequence that ends
 leaves its slot at once, so no step is spent on it, and no request waits for the longest one of a batch.
 
-Keys and values lie in one tensor [layers, 2, slots, heads, capacity, head_dim] with a write position per slot. The
-occupied slots are always the first ones: the last occupied one moves into a slot that becomes free. All buffers stay
-where they are until they must grow. Nothing is read back from the device but the tokens of `tokens_per_read` steps at
-a time. Tokens that a sequence was given past its end are thrown away, so the number of steps between two reads changes
-no result.
+What the layers keep lies in the slots of a store (states/slots.py). The occupied slots are always the first ones: the
+last occupied one moves into a slot that becomes free. All buffers stay where they are until they must grow. Nothing is
+read back from the device but the tokens of `tokens_per_read` steps at a time. Tokens that a sequence was given past
+its end are thrown away, so the number of steps between two reads changes no result.
 
 The loop is our own instead of `model.generate`, because branching needs what `generate` does not return per sequence:
 its cache, the policy's candidates at each position, and random numbers that belong to the sequence and not to the
@@ -24,10 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
-from nabla_trl.models import kv_cache
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy, get_context_length
 from nabla_trl.models.sampling import (
@@ -36,32 +32,18 @@ from nabla_trl.models.sampling import (
     compute_top_candidates,
     sample_tokens,
 )
+from nabla_trl.states import prefix
+from nabla_trl.states.batch import catch_up, prefill_sequences
+from nabla_trl.states.masks import build_masks
+from nabla_trl.states.prefix import PrefixState
+from nabla_trl.states.probe import get_layout
+from nabla_trl.states.slots import SlotStore
 from nabla_trl.utils.formatting import format_error
 
 log = logging.getLogger(__name__)
 
 CAPACITY_STEP = 64  # positions by which the cache and the outputs grow
 TOKENS_PER_READ = 8  # on an accelerator; a CPU has nothing to wait for
-
-
-class _SlotLayer(DynamicLayer):
-    """One layer's view of the slots: the new keys and values go to each slot's own position."""
-
-    def __init__(self, decoder: SlotDecoder, index: int):
-        super().__init__()
-        self.decoder, self.index = decoder, index
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        decoder, count = self.decoder, len(key_states)
-        keys, values = decoder.store[self.index]
-        slots, positions = decoder.slots[:count], decoder.places
-        keys[slots, :, positions] = key_states[:, :, 0]
-        values[slots, :, positions] = value_states[:, :, 0]
-        return keys[:count, :, : decoder.width], values[:count, :, : decoder.width]
-
-    def get_seq_length(self) -> int:
-        return self.decoder.width - 1
 
 
 @dataclass
@@ -73,6 +55,7 @@ class _Sequence:
     cached: int  # tokens in the cache
     ids: list[int] = field(default_factory=list)
     failed: bool = False
+    snapshots: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # of recurrent layers, by tokens read
 
 
 class SlotDecoder:
@@ -86,9 +69,8 @@ class SlotDecoder:
         tokens_per_read: steps between two reads of the drawn tokens.
 
     Attributes:
-        store: [layers, 2, slots, heads, capacity, head_dim] keys and values.
-        positions: [slots] where each sequence's next token goes; `places`: the same for the slots of this step.
-        width: positions that the current step attends to.
+        store: what the layers keep of each sequence.
+        positions: [slots] where each sequence's next token goes.
     """
 
     def __init__(
@@ -109,18 +91,18 @@ class SlotDecoder:
         self.return_weight = return_log_importance_weight and bool(self.warpers)
         self.device, self.context_length = policy.device, policy.context_length
         device = self.device
+        self.layout = get_layout(policy.model)
         self.tokens_per_read = tokens_per_read or (1 if device.type == "cpu" else TOKENS_PER_READ)
+        if return_cache and self.layout.is_recurrent:
+            self.tokens_per_read = 1  # a recurrent state cannot be taken back to the end of its sequence
         self.use_graphs = device.type == "cuda"
         self.graphs: dict[tuple[int, int], Any] = {}  # by slots and positions of a step
         self.waiting: deque[tuple[Hashable, GenerationRequest]] = deque()
         self.active: list[_Sequence] = []
-        self.width = 0
-        self.cache: Cache | None = None
-        self.store = torch.zeros(0, 2, 0, 0, 0, 0, dtype=policy.model.dtype, device=device)
+        self.store = SlotStore(self.layout, device)
         self.slots = torch.zeros(0, dtype=torch.long, device=device)
         self.tokens = torch.zeros(0, dtype=torch.long, device=device)
         self.positions = torch.zeros(0, dtype=torch.long, device=device)
-        self.places = self.positions
         self.counts = torch.zeros(0, dtype=torch.long, device=device)  # tokens drawn, by slot
         self.uniforms = torch.zeros(0, 0, dtype=torch.float64, device=device)
         self.latest = torch.zeros(0, dtype=torch.long, device=device)
@@ -132,7 +114,7 @@ class SlotDecoder:
         return len(self.active) + len(self.waiting)
 
     def submit(self, tag: Hashable, request: GenerationRequest) -> None:
-        """Queue a request with its cache [layers, 2, heads, length, head_dim].
+        """Queue a request with the state of its prefix.
 
         Raises:
             ValueError: sampling without random numbers.
@@ -156,10 +138,12 @@ class SlotDecoder:
         if not count:
             return []
         longest = max(sequence.cached for sequence in self.active)
-        self._reserve(self.store.shape[2], longest + self.tokens_per_read)
+        self._reserve(self.store.num_slots, longest + self.tokens_per_read)
         for offset in range(self.tokens_per_read):
             self._run(*self._shape(count, longest + offset + 1))
             self.drawn[:, offset] = self.latest
+        if self.return_cache and self.layout.is_recurrent:
+            self._take_snapshots()
         ended = [slot for slot, ids in enumerate(self.drawn[:count].tolist()) if self._append(self.active[slot], ids)]
         # From the last one on, so that the slot that moves into a freed one holds a sequence that goes on.
         return [self._take(slot) for slot in reversed(ended)]
@@ -181,42 +165,45 @@ class SlotDecoder:
 
     def _run(self, count: int, width: int) -> None:
         """Take one step; on a GPU by the CUDA graph of its bucket, which the first step in it is recorded as."""
-        self.width = width
         graph = self.graphs.get((count, width))
         if graph is not None:
             graph.replay()
             return
-        self._advance(count)
+        self._advance(count, width)
         if self.use_graphs:
-            self.graphs[count, width] = self._record(count)
+            self.graphs[count, width] = self._record(count, width)
 
-    def _record(self, count: int) -> Any:
+    def _record(self, count: int, width: int) -> Any:
         """Record the step as a CUDA graph; nothing is computed. None, and no graphs from then on, where that fails."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self._advance(count)
+                self._advance(count, width)
         except (RuntimeError, NotImplementedError) as error:
             log.warning("decoding without CUDA graphs: %s", format_error(error))
             self.use_graphs = False
             return None
         return graph
 
-    def _advance(self, count: int) -> None:
-        """Draw one token for each of the first `count` slots. Nothing here waits for the device."""
+    def _advance(self, count: int, width: int) -> None:
+        """Draw one token for each of the first `count` slots, which attend to the first `width` positions.
+
+        Nothing here waits for the device.
+        """
         # Free slots count on, past the end of their buffers.
         slots, counts = self.slots[:count], self.counts[:count].clamp(max=self.uniforms.shape[1] - 1)
-        self.places = positions = self.positions[:count].clamp(max=self.store.shape[4] - 1)
-        hidden = torch.arange(self.width, device=slots.device) > positions[:, None]
-        dtype = self.policy.model.dtype
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=slots.device)
-        output = self.policy.model(
-            input_ids=self.tokens[:count, None],
-            attention_mask=mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None],
+        positions = self.positions[:count].clamp(max=self.store.capacity - 1)
+        writer = self.store.writer
+        writer.slots, writer.positions, writer.width = slots, positions, width
+        keys = torch.arange(width, device=slots.device)
+        hidden = keys > positions[:, None]
+        output = self.layout.run(
+            self.policy.model,
+            self.store.cache,
+            build_masks(self.layout, hidden[:, None], positions[:, None], keys[None], self.policy.model.dtype),
             # A token past a sequence's end is thrown away, but its position must exist.
-            position_ids=positions.clamp(max=self.context_length - 1)[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
+            positions.clamp(max=self.context_length - 1)[:, None],
+            input_ids=self.tokens[:count, None],
         )
         logits = output.logits[:, -1].float()
         allowed = logits.masked_fill(self.policy.forbidden_mask, -torch.inf)
@@ -262,22 +249,23 @@ class SlotDecoder:
         if not entering:
             return
         entries = [self.waiting.popleft() for _ in range(entering)]
-        caches = [request.get_cache() for _, request in entries]
+        states = [request.get_cache() for _, request in entries]
+        # Requests that begin between two snapshots of recurrent layers (see `charge_generation`).
+        prefixes = [request.prefix_ids for _, request in entries]
+        states = catch_up(self.policy.model, self.layout, states, prefixes)
         self._reserve(
             len(self.active) + entering,
-            max(cache.shape[3] for cache in caches) + self.tokens_per_read,
+            max(state.length for state in states) + self.tokens_per_read,
             max(request.max_new_tokens for _, request in entries) + self.tokens_per_read,
-            caches[0],
         )
         first = len(self.active)
         uniforms = torch.zeros(entering, self.uniforms.shape[1], dtype=torch.float64)
-        for row, ((tag, request), cache) in enumerate(zip(entries, caches, strict=True)):
-            length = cache.shape[3]
-            self.store[:, :, first + row, :, :length] = cache
+        for row, ((tag, request), state) in enumerate(zip(entries, states, strict=True)):
+            self.store.write(first + row, state)
             if self.sampling.temperature > 0:
                 numbers = request.get_rng().random(request.max_new_tokens)
                 uniforms[row, : request.max_new_tokens] = torch.from_numpy(numbers)
-            self.active.append(_Sequence(tag, request, length))
+            self.active.append(_Sequence(tag, request, state.length, snapshots=dict(state.snapshots or {})))
         last = torch.tensor([[sequence.request.prefix_ids[-1], sequence.cached] for sequence in self.active[first:]])
         span = slice(first, first + entering)
         self.uniforms[span] = uniforms.to(self.uniforms.device)
@@ -291,12 +279,25 @@ class SlotDecoder:
             return sequence.tag, ValueError(f"{self.policy.name} gave NaN or infinite logits")
         length, request = len(sequence.ids), sequence.request
         tables = [buffer[slot, :length].cpu().clone() for buffer in self.outputs]
-        cache = self.store[:, :, slot, :, : sequence.cached].clone() if self.return_cache else None
+        cache = self._copy_state(slot) if self.return_cache else None
         finished = self.policy.is_finished(request.join_response(sequence.ids), request.stop_strings)
         weight = tables[2] if self.return_weight else None
         output = GenerationOutput(sequence.ids, finished, tables[0], tables[1], weight, cache)
         self._free(slot)
         return sequence.tag, output
+
+    def _copy_state(self, slot: int) -> PrefixState:
+        sequence = self.active[slot]
+        snapshots = sequence.snapshots if self.layout.is_recurrent else None
+        if snapshots is not None:
+            snapshots[sequence.cached] = self.store.copy_fixed(slot)
+        return PrefixState(sequence.cached, self.store.copy_tokens(slot, sequence.cached), snapshots)
+
+    def _take_snapshots(self) -> None:
+        """Copy the recurrent states of sequences that have read another `SNAPSHOT_INTERVAL` tokens."""
+        for slot, sequence in enumerate(self.active):
+            if (len(sequence.ids) + 1) % prefix.SNAPSHOT_INTERVAL == 0:
+                sequence.snapshots[sequence.cached + 1] = self.store.copy_fixed(slot)
 
     def _free(self, slot: int) -> None:
         """Move the last occupied slot into this one."""
@@ -305,28 +306,22 @@ class SlotDecoder:
         if slot == last:
             return
         self.active[slot] = sequence
-        self.store[:, :, slot, :, : sequence.cached] = self.store[:, :, last, :, : sequence.cached]
+        self.store.move(last, slot, sequence.cached)
         for buffer in (self.tokens, self.positions, self.counts, self.uniforms):
             buffer[slot] = buffer[last]
         for buffer in self.outputs:
             buffer[slot, : len(sequence.ids)] = buffer[last, : len(sequence.ids)]
 
-    def _reserve(self, slots: int, capacity: int, tokens: int = 0, like: Tensor | None = None) -> None:
+    def _reserve(self, slots: int, capacity: int, tokens: int = 0) -> None:
         """Make buffers large enough; what they hold stays."""
-        shape = self.store.shape
-        layers, heads, dim = (
-            (shape[0], shape[3], shape[5]) if like is None else (like.shape[0], like.shape[2], like.shape[4])
-        )
-        capacity = max(shape[4], -(-capacity // CAPACITY_STEP) * CAPACITY_STEP)
-        room = self.num_slots if self.device.type != "cpu" else min(self.num_slots, max(slots, 2 * shape[2]))
-        slots = shape[2] if slots <= shape[2] else room
-        if (slots, capacity) != (shape[2], shape[4]):
-            store = self.store.new_zeros(layers, 2, slots, heads, capacity, dim)
-            if self.store.numel():
-                store[:, :, : shape[2], :, : shape[4]] = self.store
-            self.store = store
+        capacity = max(self.store.capacity, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP)
+        if slots > self.store.num_slots:
+            room = min(self.num_slots, max(slots, 2 * self.store.num_slots))
+            slots = self.num_slots if self.device.type != "cpu" else room
+        else:
+            slots = self.store.num_slots
+        if self.store.reserve(slots, capacity):
             self.graphs.clear()  # they were recorded on the buffers before
-            self.cache = Cache(layers=[_SlotLayer(self, index) for index in range(layers)])
         width = max(self.uniforms.shape[1], -(-tokens // CAPACITY_STEP) * CAPACITY_STEP)
         if (slots, width) != self.uniforms.shape:
             self.graphs.clear()
@@ -363,8 +358,8 @@ class TransformersBackend:
     def get_metadata(self) -> dict[str, str]:
         return {}
 
-    def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[Tensor]:
-        return kv_cache.prefill_sequences(policy.model, sequences)
+    def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[PrefixState]:
+        return prefill_sequences(policy.model, get_layout(policy.model), sequences)
 
     def open_session(self, policy: Policy, sampling: Sampling, **options: Any) -> SlotDecoder:
         return SlotDecoder(policy, sampling, **options)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
-from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
+from nabla_trl.states.batch import prefill_sequences
+from nabla_trl.states.prefix import PrefixState
+from nabla_trl.states.probe import get_layout
 
 _PrefixKey = tuple[str, tuple[int, ...]]  # cost key and prefix: no problem's cost may depend on the others
 
@@ -34,7 +34,7 @@ def generate_continuations(
 
     Args:
         top_k_candidates: K, how many candidates to record per position (capped at the vocabulary).
-        return_cache: return each output's kv row. Outputs of a server have empty rows.
+        return_cache: return each output's state. Outputs of a server have empty rows.
         return_log_importance_weight: record log π − log q of the candidates, unless the sampler q is π.
 
     Raises:
@@ -49,7 +49,7 @@ def generate_continuations(
         return_cache=return_cache,
         return_log_importance_weight=return_log_importance_weight,
     )
-    prefix_caches: dict[_PrefixKey, Tensor] = {}
+    prefix_caches: dict[_PrefixKey, PrefixState] = {}
     for begin in range(0, len(requests), batch_size):
         batch = requests[begin : begin + batch_size]
         with flop_counter.measure_seconds([request.cost_key for request in batch]):
@@ -66,16 +66,30 @@ def generate_continuations(
                 raise output
             outputs[tag] = output
     for index, request in enumerate(requests):
-        # A server is charged as if its prefix cache never missed, as vLLM's rarely does.
-        num_new_tokens = len(outputs[index].ids)
-        flop_counter.add_flops(request.cost_key, policy.size, "decode", len(request.prefix_ids) - 1, num_new_tokens)
+        charge_generation(policy, request, outputs[index], flop_counter)
     return [outputs[index] for index in range(len(requests))]
+
+
+def charge_generation(
+    policy: Policy, request: GenerationRequest, output: GenerationOutput, flop_counter: FlopCounter
+) -> None:
+    """Charge a continuation, and what of its prefix had to be read again (see `PrefixState.resume_length`).
+
+    A server is charged as if its prefix cache never missed, as vLLM's rarely does.
+    """
+    state = request.cache
+    if state is not None and state.resume_length < state.length:
+        start = state.resume_length
+        flop_counter.add_flops(
+            request.cost_key, policy.size, "prefill", start, state.length - start, num_head_positions=0
+        )
+    flop_counter.add_flops(request.cost_key, policy.size, "decode", len(request.prefix_ids) - 1, len(output.ids))
 
 
 def _add_prefix_caches(
     policy: Policy,
     requests: Sequence[GenerationRequest],
-    prefix_caches: dict[_PrefixKey, Tensor],
+    prefix_caches: dict[_PrefixKey, PrefixState],
     flop_counter: FlopCounter,
 ) -> list[GenerationRequest]:
     """Return the requests with a cache each. Prefixes that are not in `prefix_caches` yet are prefilled into it."""
@@ -96,8 +110,8 @@ def _make_prefix_key(request: GenerationRequest) -> _PrefixKey:
 
 def prepare_prompt_caches(
     policy: Policy, prompts: Sequence[tuple[str, list[int]]], flop_counter: FlopCounter
-) -> list[Tensor]:
-    """Return the kv row of every prompt but its last token, for pairs of cost key and prompt ids.
+) -> list[PrefixState]:
+    """Return the state of every prompt but its last token, for pairs of cost key and prompt ids.
 
     The rows are empty where the back end keeps its caches to itself.
     """
@@ -108,9 +122,9 @@ def prepare_prompt_caches(
 
 def prefill_prompts(
     policy: Policy, prompts: Sequence[tuple[str, list[int]]], flop_counter: FlopCounter
-) -> list[Tensor]:
+) -> list[PrefixState]:
     """Return the same rows computed by the model in this process, whatever the back end is."""
-    rows = kv_cache.prefill_sequences(policy.model, [ids[:-1] for _, ids in prompts])
+    rows = prefill_sequences(policy.model, get_layout(policy.model), [ids[:-1] for _, ids in prompts])
     _charge_prefill(policy, prompts, flop_counter)
     return rows
 

@@ -16,26 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from nabla_trl.states.backbone import find_backbone
 from nabla_trl.utils.formatting import format_error
 
 _NUM_TEST_TOKENS = 4
 _TEST_STATE_SCALE = 30.0  # large states give large logits, so that a soft cap shows
-
-
-def find_backbone(model: PreTrainedModel) -> nn.Module:
-    """Return the module that maps input ids or embeddings to last hidden states.
-
-    It is `model.base_model`, except where that is the whole model (Llama 4).
-
-    Raises:
-        ValueError: the model has no such part.
-    """
-    if model.base_model is not model:
-        return model.base_model
-    for child in model.children():
-        if isinstance(child, PreTrainedModel):
-            return child
-    raise ValueError(f"{type(model).__name__} has no part that computes hidden states: load a causal LM")
 
 
 class OutputHead:

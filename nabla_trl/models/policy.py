@@ -23,6 +23,7 @@ from nabla_trl.models.prompts import (
     tokenize_prompt,
     uses_few_shot,
 )
+from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.identity import hash_json
 
@@ -39,7 +40,7 @@ class GenerationRequest:
         prefix_ids: ids to continue: the prompt, or the prompt and the beginning of a response. Never empty.
         rng: random numbers for this continuation alone. Unused when decoding is greedy.
         max_new_tokens: at least 1.
-        cache: kv row of `prefix_ids[:-1]`. None: `generate_continuations` computes it.
+        cache: state of `prefix_ids[:-1]`. None: `generate_continuations` computes it.
         stop_strings: strings that end the response, besides the policy's stop tokens.
         response_tokens_in_prefix: how many tokens at the end of the prefix belong to the response. A stop string may
             begin in them.
@@ -50,7 +51,7 @@ class GenerationRequest:
     prefix_ids: list[int]
     rng: np.random.Generator | None
     max_new_tokens: int
-    cache: Tensor | None = None
+    cache: PrefixState | None = None
     stop_strings: tuple[str, ...] = ()
     response_tokens_in_prefix: int = 0
     should_stop: Callable[[int], bool] | None = None
@@ -61,7 +62,7 @@ class GenerationRequest:
             raise ValueError("sampling needs a random stream for every request: set rng")
         return self.rng
 
-    def get_cache(self) -> Tensor:
+    def get_cache(self) -> PrefixState:
         """Return the cache of a request whose prefix has been prefilled."""
         if self.cache is None:
             raise RuntimeError("the request's prefix has no cache: call generate_continuations, which prefills it")
@@ -83,7 +84,7 @@ class GenerationOutput:
         logp: [T, K] float32, log π of the candidates (temperature 1, no filter). −inf for forbidden tokens.
         log_importance_weight: [T, K] log π − log q of the candidates, where q is the sampler, both normalized over
             the allowed tokens. inf where q is 0. None where q = π, or if it was not asked for.
-        cache: kv row of `prefix_ids + ids[:-1]`. None if it was not asked for.
+        cache: state of `prefix_ids + ids[:-1]`. None if it was not asked for.
     """
 
     ids: list[int]
@@ -91,9 +92,9 @@ class GenerationOutput:
     candidates: Tensor
     logp: Tensor
     log_importance_weight: Tensor | None = None
-    cache: Tensor | None = None
+    cache: PrefixState | None = None
 
-    def get_cache(self) -> Tensor:
+    def get_cache(self) -> PrefixState:
         """Return the cache of an output made with `return_cache`."""
         if self.cache is None:
             raise RuntimeError("the output has no cache: generate it with return_cache")
@@ -110,7 +111,7 @@ class GenerationBackend(Protocol):
     """What generates a policy's tokens, in this process or on a server. Gradients are always computed in this process.
 
     Attributes:
-        returns_caches: outputs and prefilled prompts carry kv rows of `policy.model`. If False, their rows are empty.
+        returns_caches: outputs and prefilled prompts carry states of `policy.model`. If False, their rows are empty.
         supports_should_stop: `GenerationRequest.should_stop` is called.
     """
 
@@ -123,8 +124,8 @@ class GenerationBackend(Protocol):
     def get_metadata(self) -> dict[str, str]:
         """Return what every trace records about this back end."""
 
-    def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[Tensor]:
-        """Return the kv row of each sequence, which may be empty."""
+    def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[PrefixState]:
+        """Return the state of each sequence, which may be empty."""
 
     def open_session(
         self,

@@ -30,13 +30,12 @@ from typing import Any, ClassVar
 
 import httpx2
 import torch
-from torch import Tensor
 
-from nabla_trl.models import kv_cache
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy, get_context_length
 from nabla_trl.models.prompts import tokenize_prompt
 from nabla_trl.models.sampling import build_warpers, make_rng
+from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.formatting import format_error
 
@@ -82,8 +81,8 @@ class VllmBackend:
     def get_metadata(self) -> dict[str, str]:
         return {"version/vllm": self.vllm_version}
 
-    def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[Tensor]:
-        return [kv_cache.make_empty_cache(policy.model)] * len(sequences)
+    def prefill(self, policy: Policy, sequences: Sequence[list[int]]) -> list[PrefixState]:
+        return [PrefixState(0)] * len(sequences)
 
     def open_session(
         self,
@@ -292,7 +291,7 @@ def _parse_output(
     ]
     candidates = torch.tensor([[token for token, _ in row] for row in table])
     logp = torch.tensor([[value for _, value in row] for row in table], dtype=torch.float32)
-    return GenerationOutput(ids, finished, candidates, logp, cache=kv_cache.make_empty_cache(policy.model))
+    return GenerationOutput(ids, finished, candidates, logp, cache=PrefixState(0))
 
 
 def _rank_candidates(

@@ -2,5 +2,5 @@
 
 Hands out: `RewardOptions`, `train_reward`, `train_implicit_reward`, `LabeledResponse`, `sample_responses`,
 `label_responses`, `TokenLabeler`, `has_step_labels`, `TokenRewardTrainer`, `write_reward_readme`.
-May import: utils, grading, tasks, models, gradient, rewards, traces, baselines, training.
+May import: utils, grading, tasks, states, models, gradient, rewards, traces, baselines, training.
 """

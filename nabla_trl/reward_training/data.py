@@ -21,12 +21,12 @@ from nabla_trl.baselines.sampling import ResponsePool, draw_pool
 from nabla_trl.gradient.objectives import DrawInfo, Objective, Sample
 from nabla_trl.gradient.score import ScoreObjective
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models import kv_cache
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.sampling import compute_top_candidates
 from nabla_trl.reward_training.labels import TokenLabeler
 from nabla_trl.rewards.reward import Verifier
+from nabla_trl.states.batch import pad_sequences
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.files import write_atomic
@@ -197,7 +197,7 @@ def add_draw_info(policy: Policy, samples: Sequence[Sample], top_k: int, batch_s
 
 
 def _compute_draw_info(policy: Policy, samples: Sequence[Sample], top_k: int) -> list[DrawInfo]:
-    ids, mask = kv_cache.pad_sequences(
+    ids, mask = pad_sequences(
         [sample.prompt_ids + sample.response_ids for sample in samples], policy.device, left=False
     )
     logits = policy.model(input_ids=ids, attention_mask=mask).logits.float()

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from nabla_trl.gradient.embeddings import embed_tokens, split_embeddings
 from nabla_trl.gradient.likelihood import LikelihoodObjective, policy_likelihood
 from nabla_trl.gradient.objectives import EncodedSample, Objective, Sample
 from nabla_trl.gradient.score import ProcessObjective, ScoreObjective
 from nabla_trl.gradient.step_ends import BLANK_LINE, StepFinder
 from nabla_trl.models.flops import FlopCounter, measure_model_size
-from nabla_trl.models.heads import find_backbone
-from nabla_trl.models.kv_cache import check_croppable_cache
 from nabla_trl.models.loading import (
     is_adapter,
     load_architecture,
@@ -37,6 +36,8 @@ from nabla_trl.rewards.spec import (
     check_uncertainty_penalty,
     parse_reward_spec,
 )
+from nabla_trl.states.backbone import find_backbone
+from nabla_trl.states.probe import get_layout
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.identity import is_same_model
 
@@ -231,7 +232,7 @@ def _prepare_frozen_objective_args(
 def _prepare_objective_args(
     policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> dict[str, Any]:
-    check_croppable_cache(model)
+    get_layout(model)
     vocab_map = map_vocabulary(
         policy.tokenizer,
         tokenizer,
@@ -353,7 +354,8 @@ def _compute_unbatched_value(objective: Objective, encoded: EncodedSample, *, fr
     """Return an objective's value by the model's own full forward, without this package's batching."""
     begin = len(encoded.prompt_ids)
     ids = torch.tensor([encoded.sequence_ids], device=objective.model.device)
-    inputs = {"inputs_embeds": objective.model.get_input_embeddings()(ids)} if from_embeddings else {"input_ids": ids}
+    model = objective.model
+    inputs = split_embeddings(model, embed_tokens(model, ids)) if from_embeddings else {"input_ids": ids}
     if isinstance(objective, ScoreObjective):
         hidden = find_backbone(objective.model)(**inputs).last_hidden_state[0, begin - 1 :]
         positions = objective.list_score_positions(encoded.response_ids, len(encoded.turn_end_ids))

@@ -193,7 +193,7 @@ class _LossGradient:
 
     Attributes:
         initial_logits: per response [T, K] log π of the candidates, −inf for tokens that the reward cannot read.
-        prompt_caches: per response the kv row of its prompt (all but the last token) in the policy.
+        prompt_caches: per response the state of its prompt (all but the last token) in the policy.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class _LossGradient:
             readable = reward.in_vocabulary[response.candidates] | is_own
             self.initial_logits.append(response.logp.masked_fill(~readable, -torch.inf))
         if policy.backend.returns_caches:
-            self.prompt_caches = [r.policy_cache[:, :, :, : len(r.prompt.ids) - 1] for r in responses]
+            self.prompt_caches = [r.policy_cache.cut(len(r.prompt.ids) - 1) for r in responses]
         else:  # a server does not return its caches
             prompts = [(response.problem.id, response.prompt.ids) for response in responses]
             self.prompt_caches = prefill_prompts(policy, prompts, flop_counter)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.models.policy import GenerationOutput, Policy
 from nabla_trl.models.sampling import find_token_columns
+from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Revision
 
@@ -40,7 +41,7 @@ class ScoredResponse:
         candidates: [T, K] the policy's candidates at each position, the response's own token among them.
         logp: [T, K] log π of the candidates, in nats.
         log_importance_weight: [T, K] log π − log q of the candidates for the sampler q. None: q is π.
-        policy_cache: kv row of prompt and response (all but the last token) in the policy.
+        policy_cache: state of prompt and response (all but the last token) in the policy.
         score_caches: one per objective of the reward. Not scored yet: of a response that shares its beginning.
         reward: r(x, y). Not scored yet: NaN.
         reward_gradient: [T, K] ∂r/∂Y at the candidates. None: not computed yet.
@@ -55,7 +56,7 @@ class ScoredResponse:
     candidates: Tensor
     logp: Tensor
     log_importance_weight: Tensor | None
-    policy_cache: Tensor
+    policy_cache: PrefixState
     score_caches: list[ScoreCache]
     reward: float
     reward_gradient: Tensor | None = None
@@ -169,10 +170,10 @@ class Proposal:
     def is_finished(self, policy: Policy) -> bool:
         return policy.is_finished(self.response_ids, policy.get_stop_strings(self.chain.problem))
 
-    def get_prefix_cache(self) -> Tensor:
-        """Return the kv row of the prompt and the prefix, without the last token."""
+    def get_prefix_cache(self) -> PrefixState:
+        """Return the state of the prompt and the prefix, without the last token."""
         incumbent = self.chain.incumbent
-        return incumbent.policy_cache[:, :, :, : len(incumbent.prompt.ids) + len(self.prefix_ids) - 1]
+        return incumbent.policy_cache.cut(len(incumbent.prompt.ids) + len(self.prefix_ids) - 1)
 
     def to_scored_response(self, policy: Policy) -> ScoredResponse:
         """Return the proposed response, which is still to be scored.

@@ -371,7 +371,7 @@ class Watch:
                 self.before.setdefault(key, []).append(engine.flop_counter.get_cost(key).flops)
             outputs = await generate(engine, requests, sampling, **options)
             for request, output in zip(requests, outputs, strict=True):
-                assert request.cache is not None and request.cache.shape[3] == len(request.prefix_ids) - 1
+                assert request.cache is not None and request.cache.length == len(request.prefix_ids) - 1
                 add(request.cost_key, size.compute_forward_flops(len(request.prefix_ids) - 1, len(output.ids)))
             return outputs
 

@@ -24,7 +24,6 @@ from nabla_trl.gradient.likelihood import LikelihoodObjective, policy_likelihood
 from nabla_trl.gradient.objectives import DrawInfo, Objective, Sample
 from nabla_trl.gradient.relaxation import RelaxedResponse
 from nabla_trl.gradient.token_gradient import compute_token_gradient
-from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.loading import freeze_policy
 from nabla_trl.models.options import GradientPoint
@@ -342,7 +341,7 @@ def test_prefix_cache_changes_nothing(architecture: str) -> None:
     (item,) = drawn(7, prompts=[9])
     long = Sample(item.problem, item.prompt_ids[:1], item.prompt_ids[1:] + item.response_ids)
     for term in parts:
-        cached, bare = (term.compute_prompt_caches([some], FlopCounter())[0].kv_row.shape[3] for some in (item, long))
+        cached, bare = (term.compute_prompt_caches([some], FlopCounter())[0].state.length for some in (item, long))
         assert (cached, bare) == (8, 0)
         assert_close(gradients([term], [item])[0], gradients([term], [long])[0][-7:])
 
@@ -359,13 +358,6 @@ def test_batch_of_mixed_lengths_equals_singles(architecture: str) -> None:
         for index, item in enumerate(samples):
             alone = gradients(parts, [item], None if candidates is None else [candidates[index]])[0]
             assert_close(together[index], alone)
-
-
-def test_an_empty_prefix_row_need_not_know_the_cache_shape() -> None:
-    real = torch.randn(2, 2, 1, 3, 5)
-    cache, mask = kv_cache.stack_caches([torch.zeros(2, 2, 4, 0, 7), real])
-    assert mask.tolist() == [[0, 0, 0], [1, 1, 1]]
-    assert torch.equal(cache.layers[1].keys[1], real[1, 0]) and not cache.layers[1].keys[0].any()
 
 
 def test_candidates_equal_the_full_gradient_there(double: Policy) -> None:
@@ -781,7 +773,11 @@ def compare_scores(
     _, kept = reward.score(incumbents, bare, flop_counter=FlopCounter(), return_caches=True)
     before = [
         [
-            (score_cache.kv_row.clone(), score_cache.logp.clone(), score_cache.prefix_scores.clone())
+            (
+                [tensor.clone() for tensor in score_cache.state.tokens],
+                score_cache.logp.clone(),
+                score_cache.prefix_scores.clone(),
+            )
             for score_cache in row
         ]
         for row in kept
@@ -797,13 +793,13 @@ def compare_scores(
     assert saved.get_total_cost().flops < whole.get_total_cost().flops
     for row, copies in zip(kept, before, strict=True):
         for score_cache, (cache, logp, levels) in zip(row, copies, strict=True):
-            assert torch.equal(score_cache.kv_row, cache) and torch.equal(score_cache.logp, logp)
+            assert all(map(torch.equal, score_cache.state.tokens, cache)) and torch.equal(score_cache.logp, logp)
             assert torch.equal(score_cache.prefix_scores, levels)
     for item, ours, theirs in zip(proposals, caches, fresh_memos, strict=True):
         for term, a, b in zip(
             reward.objectives, ours, theirs, strict=True
         ):  # an accepted proposal's memory is as good
-            assert torch.allclose(a.kv_row, b.kv_row, rtol=0, atol=1e-9)
+            torch.testing.assert_close(a.state.tokens, b.state.tokens, rtol=0, atol=1e-9)
             assert torch.allclose(a.logp, b.logp, rtol=0, atol=1e-9)
             assert torch.allclose(a.hidden_states, b.hidden_states, rtol=0, atol=1e-9)
             assert (

@@ -20,13 +20,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from nabla_trl.models import kv_cache
 from nabla_trl.models.decoding import SlotDecoder, TransformersBackend
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 from nabla_trl.models.sampling import build_warpers, make_rng, sample_tokens
+from nabla_trl.states.batch import pad_sequences, prefill_sequences
+from nabla_trl.states.probe import get_layout
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 SAMPLED = Sampling(max_new_tokens=12)
@@ -58,7 +59,7 @@ def test_greedy_equals_model_generate_on_a_left_padded_batch(architecture: str, 
     policy = worlds.tiny_policy(architecture, tied=tied, seed=5)
     prompts = _prompts(policy)
     assert len({len(ids) for ids in prompts}) > 2
-    ids, mask = kv_cache.pad_sequences(prompts, policy.device, left=True)
+    ids, mask = pad_sequences(prompts, policy.device, left=True)
     out = policy.model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -218,8 +219,8 @@ def test_kept_caches_equal_a_fresh_prefill(architecture: str) -> None:
     outputs = generate_continuations(policy, requests, SAMPLED, flop_counter=FlopCounter(), return_cache=True)
     assert len({len(output.ids) for output in outputs}) > 1  # rows end at different steps
     for prompt, output in zip(prompts, outputs, strict=True):
-        [fresh] = kv_cache.prefill_sequences(policy.model, [prompt + output.ids[:-1]])
-        torch.testing.assert_close(output.cache, fresh, rtol=1e-4, atol=1e-4)
+        [fresh] = prefill_sequences(policy.model, get_layout(policy.model), [prompt + output.ids[:-1]])
+        torch.testing.assert_close(output.get_cache().tokens, fresh.tokens, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
@@ -234,7 +235,7 @@ def test_continuing_from_a_cropped_cache_equals_continuing_from_scratch(architec
         requests = []
         for number, (prompt, first) in enumerate(zip(prompts, firsts, strict=True)):
             for cut in (0, 3, 11):
-                cache = first.cache[:, :, :, : len(prompt) + cut] if cached else None
+                cache = first.get_cache().cut(len(prompt) + cut) if cached else None
                 prefix = [*prompt, *first.ids[:cut], (first.ids[cut] + 1) % len(worlds.CHARS)]
                 requests.append(
                     GenerationRequest(f"q{number}", prefix, make_rng(7, f"q{number}", cut), 12 - cut, cache)
@@ -253,7 +254,7 @@ def test_continuing_from_a_cropped_cache_equals_continuing_from_scratch(architec
 def test_generating_does_not_change_the_caches_it_starts_from(policy: Policy) -> None:
     prompt = _prompts(policy)[0]
     [cache] = prepare_prompt_caches(policy, [("q", prompt)], FlopCounter())
-    before = cache.clone()
+    before = [tensor.clone() for tensor in cache.tokens]
     generate_continuations(
         policy,
         [GenerationRequest("q", prompt, None, 4, cache)] * 2,
@@ -261,7 +262,7 @@ def test_generating_does_not_change_the_caches_it_starts_from(policy: Policy) ->
         flop_counter=FlopCounter(),
         return_cache=True,
     )
-    assert torch.equal(cache, before)
+    assert all(map(torch.equal, cache.tokens, before))
 
 
 def test_a_backend_gets_every_request_with_its_cache(policy: Policy) -> None:
@@ -351,7 +352,7 @@ def test_each_row_has_a_limit_of_its_own(policy: Policy) -> None:
     outputs = generate_continuations(endless, requests, SAMPLED, flop_counter=FlopCounter(), return_cache=True)
     assert _ids(outputs) == [ids[:limit] for ids, limit in zip(long, (1, 12, 4, 7), strict=True)]
     assert not any(output.finished for output in outputs)
-    assert [output.cache.shape[3] for output in outputs] == [
+    assert [output.get_cache().length for output in outputs] == [
         len(prompt) + limit - 1 for prompt, limit in zip(prompts, (1, 12, 4, 7), strict=True)
     ]
 

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from nabla_trl.models.loading import freeze_policy, load_policy, map_vocabulary
+from nabla_trl.states.probe import get_layout
 from nabla_trl.tasks.problem import Problem
 
 QUESTION = Problem(id="q", question="1+2")
@@ -154,15 +155,10 @@ SHAPE = {
 
 
 @pytest.mark.parametrize("kind", WINDOWED)
-def test_sliding_window_caches_are_refused(kind: str, tmp_path: Path) -> None:
+def test_sliding_windows_are_welcome(kind: str, tmp_path: Path) -> None:
     config, model, options = WINDOWED[kind]
     name = _save(tmp_path, model(config(**SHAPE, **options)))
-    worlds.refused(lambda: load_policy(name), kind, "Sliding", "cannot be cut")
-
-
-def test_the_same_architecture_without_a_window_is_welcome(tmp_path: Path) -> None:
-    name = _save(tmp_path, MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)))
-    assert load_policy(name).size.num_layers == 2
+    assert get_layout(load_policy(name).model).window == 8
 
 
 # --- adapters ---------------------------------------------------------------------------------------------

@@ -12,8 +12,6 @@ import pytest
 import torch
 import worlds
 from transformers import (
-    MistralConfig,
-    MistralForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -164,15 +162,6 @@ def test_no_common_vocabulary_is_refused(kind: str, policy: Policy, tmp_path: Pa
 def test_a_likelihood_without_the_policys_stop_token_is_refused(policy: Policy) -> None:
     tokenizer = worlds.char_tokenizer([*worlds.TOKENS[:-2], "<|bye|>", worlds.UNK], eos="<|bye|>")
     worlds.refused(lambda: worlds.tiny_logratio(policy, tokenizer=tokenizer), "ratio", "stop tokens")
-
-
-def test_sliding_windows_are_refused(policy: Policy) -> None:
-    shape = {"vocab_size": 27, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    config = MistralConfig(**shape, num_hidden_layers=1, num_key_value_heads=1, sliding_window=4, num_labels=1)
-    model = MistralForSequenceClassification(config)
-    worlds.refused(
-        lambda: build_scalar_reward(policy, model, worlds.char_tokenizer(), "window"), "mistral", "cannot be cut"
-    )
 
 
 def test_an_encoder_is_refused(policy: Policy) -> None:

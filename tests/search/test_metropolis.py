@@ -27,6 +27,8 @@ from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.search.options import MetropolisAcceptance
 from nabla_trl.search.state import EncodedPrompt, ScoredResponse
+from nabla_trl.states.batch import prefill_sequences
+from nabla_trl.states.probe import get_layout
 from nabla_trl.tasks.problem import Problem
 
 LENGTH, BETA = 3, 0.6
@@ -113,9 +115,9 @@ def all_states(
     """Scored states over the whole vocabulary, from plain forwards in float64."""
     states = []
     for response in responses:
-        output = policy.model(torch.tensor([prompt.ids + response]), use_cache=True)
+        output = policy.model(torch.tensor([prompt.ids + response]))
         logits = output.logits[0, len(prompt.ids) - 1 : -1].masked_fill(policy.forbidden_mask, -torch.inf)
-        cache = torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in output.past_key_values.layers])
+        [state] = prefill_sequences(policy.model, get_layout(policy.model), [prompt.ids + response[:-1]])
         table = torch.arange(logits.shape[1]).expand(len(response), -1)
         done = response[-1] in policy.stop_ids
         states.append(
@@ -126,7 +128,7 @@ def all_states(
                 table,
                 logits.log_softmax(-1),
                 None,
-                cache[..., :-1, :],
+                state,
                 prompt.score_caches,
                 0.0,
             )

@@ -19,7 +19,6 @@ from torch import Tensor
 from nabla_trl.gradient.likelihood import policy_likelihood
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.gradient.token_gradient import compute_token_gradient
-from nabla_trl.models import kv_cache
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint
 from nabla_trl.models.policy import Policy
@@ -28,6 +27,8 @@ from nabla_trl.search import proposals, solvers
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.options import MirrorSolver, SequentialProposals, SteSolver
 from nabla_trl.search.state import EncodedPrompt, ScoredResponse, SearchState
+from nabla_trl.states.batch import prefill_sequences
+from nabla_trl.states.probe import get_layout
 from nabla_trl.tasks.problem import Problem
 
 DOUBLE = torch.float64
@@ -312,8 +313,8 @@ def real_states(policy: Policy, reward: Reward) -> list[ScoredResponse]:
     ready = Problems(policy, reward, TEXTS)
     bare = reward.compute_prompt_caches(ready.samples, FlopCounter())
     _, kept = reward.score(ready.samples, bare, flop_counter=FlopCounter(), return_caches=True)
-    caches = kv_cache.prefill_sequences(
-        policy.model, [item.prompt_ids + item.response_ids[:-1] for item in ready.samples]
+    caches = prefill_sequences(
+        policy.model, get_layout(policy.model), [item.prompt_ids + item.response_ids[:-1] for item in ready.samples]
     )
     states = []
     for item, logp, first, memo, cache in zip(ready.samples, ready.logp, bare, kept, caches, strict=True):

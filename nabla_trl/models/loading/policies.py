@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from nabla_trl.models.decoding import TransformersBackend
 from nabla_trl.models.flops import measure_model_size
 from nabla_trl.models.heads import OutputHead
-from nabla_trl.models.kv_cache import check_croppable_cache
 from nabla_trl.models.loading.adapters import find_adapter_folder, merge_adapter, read_adapter_info
 from nabla_trl.models.loading.pretrained import load_model
 from nabla_trl.models.loading.tokenizers import load_tokenizer
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.prompts import check_prompt_options
+from nabla_trl.states.probe import get_layout
 
 
 def load_policy(
@@ -36,8 +36,8 @@ def load_policy(
 
     Raises:
         ValueError: nothing can be loaded from `name`, weights are missing or have another shape, an unknown dtype or
-            device, a cache that cannot be cropped, no eos token, an adapter that does not fit or changes nothing, or
-            prompt options that the chat template does not support.
+            device, a model that cannot go on from a prefix, no eos token, an adapter that does not fit or changes
+            nothing, or prompt options that the chat template does not support.
     """
     prompt_options = PromptOptions() if prompt_options is None else prompt_options
     tokenizer = load_tokenizer(name, revision)
@@ -51,8 +51,8 @@ def load_policy(
 
 def freeze_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Policy:
     """Return a policy of a model in memory. The model is put in eval mode and frozen."""
-    check_croppable_cache(model)
     model.eval().requires_grad_(False)
+    get_layout(model)
     stop_ids = _get_stop_ids(model, tokenizer)
     head = OutputHead(model)
     num_rows = head.num_rows

@@ -1,0 +1,78 @@
+"""Which arrays a model keeps of a prefix, and how its forward takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DummyLayer
+
+from nabla_trl.states.writers import StateWriter
+
+PER_TOKEN_ARRAYS = frozenset({"keys", "values", "indexer_keys"})  # the others are whole states
+
+
+@dataclass(frozen=True)
+class ArrayGroup:
+    """Arrays of equal shape, which are stored as one tensor.
+
+    Attributes:
+        arrays: layer index and name of each.
+        shape: (heads, width) of an entry per token, or the shape of a recurrent state.
+    """
+
+    arrays: tuple[tuple[int, str], ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What a model keeps of a prefix, and how its forward takes it (found out by `get_layout`).
+
+    Attributes:
+        layer_types: per layer the class that holds its state, and how many recurrent states it has.
+        token_groups: arrays with an entry per token.
+        fixed_groups: states of recurrent layers.
+        window: tokens that a sliding-window layer attends to, its own included. None: no layer has a window.
+        chunk: length of the chunks of chunked attention. None: no layer has chunks.
+        mask_style: "one" mask for all layers, one "by kind" of layer, or "padding" (ones and zeros) for models that
+            compute position biases from it.
+        cache_argument, takes_positions: arguments of the model's forward.
+    """
+
+    layer_types: tuple[tuple[type, int], ...]
+    token_groups: tuple[ArrayGroup, ...]
+    fixed_groups: tuple[ArrayGroup, ...]
+    window: int | None
+    chunk: int | None
+    mask_style: str
+    cache_argument: str
+    takes_positions: bool
+    dtype: torch.dtype
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Tell whether a layer's state cannot be cut at any token."""
+        return bool(self.fixed_groups)
+
+    def make_cache(self, writer: StateWriter, arrays: Mapping[int, dict[str, Tensor]]) -> Cache:
+        """Return a cache whose layers hold these arrays (by layer, then by name)."""
+        layers: list[Any] = []
+        for index, (layer_type, num_states) in enumerate(self.layer_types):
+            if layer_type is DummyLayer:
+                layers.append(DummyLayer())
+            else:
+                layers.append(layer_type(arrays.get(index, {}), writer, num_states))
+        return Cache(layers=layers)
+
+    def run(self, module: Any, cache: Cache, attention_mask: Any, position_ids: Tensor, **inputs: Any) -> Any:
+        """Return the output of the model, or of its part below the head, for new tokens after a cache."""
+        options = {self.cache_argument: cache, "attention_mask": attention_mask, "use_cache": True, **inputs}
+        if self.takes_positions:
+            options["position_ids"] = position_ids
+        return module(**options)

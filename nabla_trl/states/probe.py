@@ -1,0 +1,177 @@
+"""Find out the layout of a model by running it on a few tokens.
+
+A first forward shows the arrays of every layer with their shapes. A second one goes on from prefixes of different
+lengths in one batch, and must give the hidden states of a forward without a cache. A model that fails is refused when
+it is loaded, before any work is done with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from nabla_trl.states.attention import AttentionLayer
+from nabla_trl.states.backbone import find_backbone
+from nabla_trl.states.batch import prefill_sequences, read_tokens
+from nabla_trl.states.indexed import IndexedLayer
+from nabla_trl.states.layout import PER_TOKEN_ARRAYS, ArrayGroup, StateLayout
+from nabla_trl.states.recurrent import HybridLayer, RecurrentLayer
+from nabla_trl.states.writers import BatchWriter
+from nabla_trl.utils.formatting import format_error
+
+# Layer classes of transformers, and what holds their state here.
+LAYER_TYPES: dict[type, type] = {
+    DynamicLayer: AttentionLayer,
+    DynamicSlidingWindowLayer: AttentionLayer,
+    DynamicIndexedLayer: IndexedLayer,
+    LinearAttentionLayer: RecurrentLayer,
+    LinearAttentionAndFullAttentionLayer: HybridLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: HybridLayer,
+    DummyLayer: DummyLayer,
+}
+PROBE_LENGTH = 6  # tokens
+PREFIX_LENGTHS = (3, 1)  # of the two sequences of the second forward
+# Largest relative error of a hidden state. A wrong mask or state gives errors near 1.
+MAX_ERRORS = {torch.float64: 1e-2, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.2}
+
+_layouts: WeakKeyDictionary[PreTrainedModel, StateLayout] = WeakKeyDictionary()
+
+
+def get_layout(model: PreTrainedModel) -> StateLayout:
+    """Return the layout of a model, which is found out once.
+
+    Raises:
+        ValueError: the model's state cannot be stored, cut and gone on from.
+    """
+    layout = _layouts.get(model)
+    if layout is None or layout.dtype != model.dtype:
+        layout = _layouts[model] = _find_layout(model)
+    return layout
+
+
+@torch.no_grad()
+def _find_layout(model: PreTrainedModel) -> StateLayout:
+    name = model.config.model_type
+    cache_layers = _list_cache_layers(model, name)
+    special = sorted({type(layer).__name__ for layer in cache_layers if type(layer) not in LAYER_TYPES})
+    if special:
+        raise ValueError(f"{name} keeps {', '.join(special)} states, which cannot be gone on from at another token")
+    parameters = inspect.signature(find_backbone(model).forward).parameters
+    cache_argument = next((key for key in ("past_key_values", "cache_params") if key in parameters), None)
+    if cache_argument is None:
+        raise ValueError(f"{name} takes no cache of a prefix, so it would read every prefix again")
+    text = model.config.get_text_config(decoder=True)
+    chunk = getattr(text, "attention_chunk_size", None)
+    windows = {layer.sliding_window for layer in cache_layers if hasattr(layer, "sliding_window")} - {chunk}
+    if len(windows) > 1:
+        raise ValueError(f"{name} has sliding windows of several sizes: {', '.join(map(str, sorted(windows)))}")
+    layout = StateLayout(
+        layer_types=tuple((LAYER_TYPES[type(layer)], getattr(layer, "number_of_states", 1)) for layer in cache_layers),
+        token_groups=(),
+        fixed_groups=(),
+        window=next(iter(windows), None),
+        chunk=chunk,
+        mask_style="one",
+        cache_argument=cache_argument,
+        takes_positions="position_ids" in parameters,
+        dtype=model.dtype,
+    )
+    layout = _find_arrays(model, layout, name)
+    return _find_mask_style(model, layout, cache_layers, name)
+
+
+def _list_cache_layers(model: PreTrainedModel, name: str) -> list[Any]:
+    try:
+        return list(DynamicCache(config=model.config).layers)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"transformers has no cache for {name}: {format_error(error)}") from error
+
+
+def _find_arrays(model: PreTrainedModel, layout: StateLayout, name: str) -> StateLayout:
+    """Return the layout with the arrays that a forward leaves in the cache."""
+    cache = layout.make_cache(BatchWriter(continues=False), {})
+    ids = _probe_ids(model)
+    try:
+        layout.run(find_backbone(model), cache, torch.ones_like(ids), _positions(ids), input_ids=ids)
+    except Exception as error:  # of any kind: the model's code may fail anywhere
+        raise ValueError(f"{name} does not run with a cache of its layers: {format_error(error)}") from error
+    groups: dict[bool, dict[tuple[Any, ...], list[tuple[int, str]]]] = {
+        True: defaultdict(list),
+        False: defaultdict(list),
+    }
+    for index, layer in enumerate(cache.layers):
+        for array_name, array in getattr(layer, "arrays", {}).items():
+            per_token = array_name in PER_TOKEN_ARRAYS
+            shape = (array.shape[1], array.shape[3]) if per_token else tuple(array.shape[1:])
+            groups[per_token][shape, array.dtype].append((index, array_name))
+    token_groups, fixed_groups = (
+        tuple(ArrayGroup(tuple(arrays), shape, dtype) for (shape, dtype), arrays in groups[per_token].items())
+        for per_token in (True, False)
+    )
+    if not token_groups and not fixed_groups:
+        raise ValueError(f"{name} leaves nothing in its cache, so it would read every prefix again")
+    return replace(layout, token_groups=token_groups, fixed_groups=fixed_groups)
+
+
+def _find_mask_style(model: PreTrainedModel, layout: StateLayout, cache_layers: list[Any], name: str) -> StateLayout:
+    """Return the layout with the first form of mask under which a prefix gives the model's own hidden states."""
+    ids = _probe_ids(model)
+    reference = find_backbone(model)(input_ids=ids).last_hidden_state[0]
+    is_windowed = [hasattr(layer, "sliding_window") for layer in cache_layers if isinstance(layer, DynamicLayer)]
+    has_one_kind = len(set(is_windowed)) <= 1 and (layout.window is None or layout.chunk is None)
+    failures = {}
+    for style in ("one", "by kind", "padding"):
+        if style == "one" and not has_one_kind:
+            failures[style] = "layers of several kinds would have one mask"
+            continue
+        if style == "padding" and (any(is_windowed) or layout.is_recurrent):
+            continue
+        candidate = replace(layout, mask_style=style)
+        try:
+            error = _compute_error(model, candidate, ids, reference)
+        except Exception as exception:  # of any kind: the model's code may fail anywhere
+            failures[style] = format_error(exception)
+            continue
+        if not error > MAX_ERRORS.get(model.dtype, 0.2):  # NaN weights are none of the cache's business
+            return candidate
+        failures[style] = f"hidden states differ by {error:.0%}"
+    raise ValueError(
+        f"{name} does not go on from a prefix as it reads a whole sequence: {'; '.join(failures.values())}"
+    )
+
+
+def _compute_error(model: PreTrainedModel, layout: StateLayout, ids: Tensor, reference: Tensor) -> float:
+    """Return the median relative error of hidden states that go on from prefixes of different lengths."""
+    sequence, count = ids[0].tolist(), PROBE_LENGTH - max(PREFIX_LENGTHS)
+    states = prefill_sequences(model, layout, [sequence[:length] for length in PREFIX_LENGTHS])
+    inputs = torch.stack([ids[0, length : length + count] for length in PREFIX_LENGTHS])
+    positions = torch.stack([torch.arange(length, length + count) for length in PREFIX_LENGTHS]).to(ids.device)
+    hidden, _ = read_tokens(model, layout, states, inputs, positions, [count] * len(states))
+    expected = torch.stack([reference[length : length + count] for length in PREFIX_LENGTHS])
+    errors = (hidden.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    return float(errors.median() if model.dtype.itemsize < 4 else errors.max())
+
+
+def _probe_ids(model: PreTrainedModel) -> Tensor:
+    rows = model.get_input_embeddings().weight.shape[0]
+    return (torch.arange(1, PROBE_LENGTH + 1, device=model.device) % rows)[None]
+
+
+def _positions(ids: Tensor) -> Tensor:
+    return torch.arange(ids.shape[1], device=ids.device)[None]
