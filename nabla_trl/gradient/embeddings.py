@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nabla_trl.states.backbone import find_backbone
+from nabla_trl.states.layout import find_backbone
 
 
 def embed_tokens(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from nabla_trl.states.backbone import find_backbone
+from nabla_trl.states.layout import find_backbone
 from nabla_trl.utils.formatting import format_error
 
 _NUM_TEST_TOKENS = 4

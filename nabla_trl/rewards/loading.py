@@ -36,7 +36,7 @@ from nabla_trl.rewards.spec import (
     check_uncertainty_penalty,
     parse_reward_spec,
 )
-from nabla_trl.states.backbone import find_backbone
+from nabla_trl.states.layout import find_backbone
 from nabla_trl.states.probe import get_layout
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.identity import is_same_model

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from nabla_trl.states.backbone import find_backbone
-from nabla_trl.states.layout import ArrayGroup, StateLayout
+from nabla_trl.states.layout import ArrayGroup, StateLayout, find_backbone
 from nabla_trl.states.masks import build_masks, find_hidden_keys
 from nabla_trl.states.prefix import PrefixState
 from nabla_trl.states.writers import BatchWriter

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DummyLayer
 
 from nabla_trl.states.writers import StateWriter
@@ -76,3 +76,19 @@ class StateLayout:
         if self.takes_positions:
             options["position_ids"] = position_ids
         return module(**options)
+
+
+def find_backbone(model: PreTrainedModel) -> nn.Module:
+    """Return the module that maps input ids or embeddings to last hidden states.
+
+    It is `model.base_model`, except where that is the whole model (Llama 4).
+
+    Raises:
+        ValueError: the model has no such part.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    for child in model.children():
+        if isinstance(child, PreTrainedModel):
+            return child
+    raise ValueError(f"{type(model).__name__} has no part that computes hidden states: load a causal LM")

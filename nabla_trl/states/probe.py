@@ -27,10 +27,9 @@ from transformers.cache_utils import (
 )
 
 from nabla_trl.states.attention import AttentionLayer
-from nabla_trl.states.backbone import find_backbone
 from nabla_trl.states.batch import prefill_sequences, read_tokens
 from nabla_trl.states.indexed import IndexedLayer
-from nabla_trl.states.layout import PER_TOKEN_ARRAYS, ArrayGroup, StateLayout
+from nabla_trl.states.layout import PER_TOKEN_ARRAYS, ArrayGroup, StateLayout, find_backbone
 from nabla_trl.states.recurrent import HybridLayer, RecurrentLayer
 from nabla_trl.states.writers import BatchWriter
 from nabla_trl.utils.formatting import format_error
@@ -73,7 +72,9 @@ def _find_layout(model: PreTrainedModel) -> StateLayout:
     if special:
         raise ValueError(f"{name} keeps {', '.join(special)} states, which cannot be gone on from at another token")
     parameters = inspect.signature(find_backbone(model).forward).parameters
-    cache_argument = next((key for key in ("past_key_values", "cache_params") if key in parameters), None)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    names = [key for key in ("past_key_values", "cache_params") if key in parameters]
+    cache_argument = next(iter(names), "past_key_values" if takes_any else None)
     if cache_argument is None:
         raise ValueError(f"{name} takes no cache of a prefix, so it would read every prefix again")
     text = model.config.get_text_config(decoder=True)

@@ -285,7 +285,7 @@ def test_a_backend_gets_every_request_with_its_cache(policy: Policy) -> None:
     assert _ids(outputs) == _ids(
         generate_continuations(policy, _make_requests(_prompts(policy)), SAMPLED, flop_counter=FlopCounter())
     )
-    assert [request.get_cache().shape[3] for request in seen] == [len(ids) - 1 for ids in _prompts(policy)]
+    assert [request.get_cache().length for request in seen] == [len(ids) - 1 for ids in _prompts(policy)]
 
 
 # --- candidates -------------------------------------------------------------------------------------------

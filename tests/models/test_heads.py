@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nabla_trl.gradient.likelihood import LikelihoodObjective, policy_likelihood
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.heads import OutputHead, find_backbone
+from nabla_trl.models.heads import OutputHead
 from nabla_trl.models.loading import freeze_policy, load_policy
 from nabla_trl.models.options import HARD_GRADIENT_POINT
 from nabla_trl.rewards.loading import load_reward
+from nabla_trl.states.layout import find_backbone
 
 SHAPE: dict[str, Any] = {
     "vocab_size": len(worlds.TOKENS),

@@ -110,7 +110,7 @@ def test_greedy_drafts_are_those_of_transformers(architecture: str, problems: li
         assert (one.logp[:, 1:] <= one.logp[:, :-1]).all()
         by_token = [output.logp.gather(1, output.candidates.argsort(dim=-1)) for output in (one, other)]
         torch.testing.assert_close(*by_token, rtol=0, atol=1e-4)
-        assert one.get_cache().shape[3] == 0
+        assert one.get_cache().length == 0
 
 
 def test_the_drawn_token_is_a_candidate_and_log_probabilities_are_unwarped(
