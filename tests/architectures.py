@@ -6,6 +6,7 @@ the tests, so that their masks matter.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 NUM_TOKENS = len(worlds.TOKENS)
 PAD_ID, END_ID = worlds.TOKENS.index(worlds.PAD), worlds.TOKENS.index(worlds.END)
+MAX_PARAMETERS = 1_000_000
 BASE: dict[str, Any] = {
     "vocab_size": NUM_TOKENS,
     "hidden_size": 32,
@@ -68,6 +70,26 @@ DELTA = {
 PER_LAYER = {"vocab_size_per_layer_input": NUM_TOKENS, "hidden_size_per_layer_input": 8}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 4}
 INDEX = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 8}  # fewer heads often give ties
+# For families without options of their own in CONFIGS, whose defaults are large. What a family does not know is ignored.
+SMALL: dict[str, Any] = {
+    **MOE,
+    **MLA,
+    "num_key_value_heads": 2,
+    "shared_expert_intermediate_size": 16,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "expert_ffn_hidden_size": 16,
+    "num_dense_layers": 1,
+    "sliding_window": 8,
+    "dense_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 16,
+    "num_shared_experts": 1,
+    "index_n_heads": 16,
+    "index_head_dim": 16,
+    "index_topk": 8,
+}
+DROP = object()  # an option of BASE that a config does not take
 # model type, or model type and variant -> options besides BASE
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -85,7 +107,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "codegen": GPT2,
     "cohere2": {"sliding_window": 8, "layer_types": SLIDING},
     "ctrl": {"dff": 64, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 256},
-    "cwm": {"sliding_window": 8, "layer_types": SLIDING},
+    "cwm": {"bos_token_id": 0, "sliding_window": 8, "layer_types": SLIDING},
     "dbrx": {
         "d_model": 32,
         "n_heads": 4,
@@ -99,8 +121,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v32": {**MLA, **INDEX},
     "ernie4_5_moe": {**MOE, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
     "exaone4": {"sliding_window": 8, "layer_types": SLIDING},
-    "falcon": {},
-    "falcon:alibi": {"alibi": True, "new_decoder_architecture": False},
+    "falcon": {"head_dim": DROP},
+    "falcon:alibi": {"head_dim": DROP, "alibi": True, "new_decoder_architecture": False},
     "falcon_h1": {
         "mamba_n_heads": 8,
         "mamba_d_head": 8,
@@ -132,7 +154,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {**MLA, **INDEX},
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
-    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gpt_neo": {
+        "num_hidden_layers": DROP,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "num_attention_heads": DROP,
+        "window_size": 8,
+    },
     "gptj": GPT2,
     "gpt_oss": {**MOE, "sliding_window": 8, "layer_types": SLIDING, "rope_parameters": ROPE},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0},
@@ -149,7 +178,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
     },
     "jamba": {**MOE, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
-    "kimi_linear": MLA,
+    "kimi_linear": {
+        **MLA,
+        "num_experts": 4,
+        "head_dim": 8,
+        "linear_attn_config": {
+            "head_dim": 8,
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+            "kda_layers": [1, 3],
+            "full_attn_layers": [2, 4],
+        },
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {**MOE, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "llama4_text": {
@@ -239,9 +279,14 @@ def build_model(name: str, *, kind: str = "causal", seed: int = 0) -> PreTrained
         Exception: of any kind, where transformers has no such model or cannot build it this small.
     """
     model_type = name.partition(":")[0]
-    options = {**BASE, **CONFIGS.get(name, {}), **({"num_labels": 1} if kind == "score" else {})}
+    options = {**BASE, **CONFIGS.get(name, SMALL), **({"num_labels": 1} if kind == "score" else {})}
+    options = {key: value for key, value in options.items() if value is not DROP}
     config = AutoConfig.for_model(model_type, **options)
     auto_class = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+    with suppress(TypeError), torch.device("meta"):  # some models compute with values as they are built
+        num_parameters = auto_class.from_config(config).num_parameters()
+        if num_parameters > MAX_PARAMETERS:
+            raise ValueError(f"the tiny {name} has {num_parameters:,} parameters: shrink it in CONFIGS")
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = auto_class.from_config(config)

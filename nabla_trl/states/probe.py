@@ -152,9 +152,9 @@ def _find_mask_style(model: PreTrainedModel, layout: StateLayout, cache_layers: 
         if not error > MAX_ERRORS.get(model.dtype, 0.2):  # NaN weights are none of the cache's business
             return candidate
         failures[style] = f"hidden states differ by {error:.0%}"
-    raise ValueError(
-        f"{name} does not go on from a prefix as it reads a whole sequence: {'; '.join(failures.values())}"
-    )
+    # One reason in one line: the error that numbers show, rather than that of a form of mask the model does not take.
+    reason = min(failures.values(), key=lambda text: not text.startswith("hidden states differ"))
+    raise ValueError(f"{name} does not go on from a prefix as it reads a whole sequence: {reason}")
 
 
 def _compute_error(model: PreTrainedModel, layout: StateLayout, ids: Tensor, reference: Tensor) -> float:
