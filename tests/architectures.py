@@ -70,7 +70,7 @@ DELTA = {
 PER_LAYER = {"vocab_size_per_layer_input": NUM_TOKENS, "hidden_size_per_layer_input": 8}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 4}
 INDEX = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 8}  # fewer heads often give ties
-# For families without options of their own in CONFIGS, whose defaults are large. What a family does not know is ignored.
+# For families without options of their own in CONFIGS, whose defaults are large. Unknown options are ignored.
 SMALL: dict[str, Any] = {
     **MOE,
     **MLA,
