@@ -36,6 +36,7 @@ from nabla_trl.audit.overoptimization import warn_past_limits
 from nabla_trl.audit.ranking import audit_reward
 from nabla_trl.baselines.step_config import StepSearchConfig
 from nabla_trl.cli.distill_arguments import COMMON_TRAIN_OPTIONS, DistillArguments
+from nabla_trl.cli.launch import watch_for_stalls
 from nabla_trl.cli.parsing import Parser, collect_given_options, quiet_libraries, run_main
 from nabla_trl.evaluation.method import (
     REWARD_MODEL_SAMPLING,
@@ -73,29 +74,23 @@ START_TIME = time.perf_counter()
 def main(argv: Sequence[str]) -> None:
     """Run the stages of a command line in this process, one of the processes that accelerate started."""
     end_with_launcher()
-    # Before everything else, because the first state chooses the back end. A process may wait for hours for another
-    # process that draws longer responses.
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-    quiet_libraries()
-    dataclasses = [DistillArguments, SearchConfig, StepSearchConfig, TrainOptions, LoraArguments, SFTConfig]
-    usage = "accelerate launch recipes/distill.py --config FILE [options]"
-    parser = Parser(dataclasses, presets=PRESETS, common=COMMON_TRAIN_OPTIONS, usage=usage, description=__doc__)
-    options = parser.parse_options(argv)[: len(dataclasses)]
-    run = DistillRun(collect_given_options(argv, options, PRESETS), *options)
-    run.check_train_methods()
-    with run.lock_output_dir(), run.checker:
-        run.write_config()
-        for stage in run.args.list_stages():
-            if stage == "traces":
-                run.audit_reward()  # does the reward rank the policy's responses?
-                run.generate_traces()  # refine the training problems by gradient search
-            elif stage == "train":
-                run.train()  # one policy per training method
-            elif stage == "evaluate":
-                run.evaluate()  # every method on the held-out problems
-            elif stage == "report":
-                run.write_report()  # tables, plots and conclusions
-            run.finish_stage()
+    with watch_for_stalls() as stall_watch:
+        # Before everything else, because the first state chooses the back end. A process may wait for hours for
+        # another process that draws longer responses.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+        quiet_libraries()
+        dataclasses = [DistillArguments, SearchConfig, StepSearchConfig, TrainOptions, LoraArguments, SFTConfig]
+        usage = "accelerate launch recipes/distill.py --config FILE [options]"
+        parser = Parser(dataclasses, presets=PRESETS, common=COMMON_TRAIN_OPTIONS, usage=usage, description=__doc__)
+        options = parser.parse_options(argv)[: len(dataclasses)]
+        run = DistillRun(collect_given_options(argv, options, PRESETS), *options)
+        if stall_watch:
+            stall_watch.limit_seconds = 60 * run.args.stall_minutes
+        run.check_train_methods()
+        with run.lock_output_dir(), run.checker:
+            run.write_config()
+            for stage in run.args.list_stages():
+                run.run_stage(stage)
 
 
 class DistillRun:
@@ -177,6 +172,19 @@ class DistillRun:
             self.stopwatch.save()
 
     # --- stages ---------------------------------------------------------------------------------------
+
+    def run_stage(self, stage: str) -> None:
+        """Run one stage, and wait for all processes."""
+        if stage == "traces":
+            self.audit_reward()  # does the reward rank the policy's responses?
+            self.generate_traces()  # refine the training problems by gradient search
+        elif stage == "train":
+            self.train()  # one policy per training method
+        elif stage == "evaluate":
+            self.evaluate()  # every method on the held-out problems
+        elif stage == "report":
+            self.write_report()  # tables, plots and conclusions
+        self.finish_stage()
 
     def audit_reward(self) -> None:
         """Audit in the main process if the reward ranks samples of the policy, and write audit.json."""

@@ -33,6 +33,12 @@ from nabla_trl.audit.gradient import audit_gradient
 from nabla_trl.audit.overoptimization import audit_overoptimization
 from nabla_trl.audit.ranking import audit_ranking
 from nabla_trl.baselines.sampling import draw_pool
+from nabla_trl.cli.launch import (
+    DEFAULT_STALL_MINUTES,
+    STALL_MINUTES_HELP,
+    check_stall_minutes,
+    watch_for_stalls,
+)
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
@@ -104,8 +110,10 @@ class RewardArguments:
         metadata={"help": "gradients to audit, the cheapest first: direct, hard, mixture:A or direct+ one of these"},
     )
     dtype: str = option("float32", "of the weights: float32, bfloat16 or float16")
+    stall_minutes: float = option(DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP)
 
     def __post_init__(self) -> None:
+        check_stall_minutes(self.stall_minutes)
         if self.labels not in LABEL_CHOICES:
             raise ValueError(f"labels must be one of {', '.join(LABEL_CHOICES)}, not {self.labels!r}")
         for name in (
@@ -163,6 +171,7 @@ class RewardRun:
         """Return the options that the result depends on."""
         options = asdict(self.args)
         del options["dataset"]  # get_task_settings names it
+        del options["stall_minutes"]
         del options["max_adversarial_rounds"]  # a finished run may get more rounds
         options |= asdict(self.reward_options) | asdict(self.lora_arguments)
         options |= {name: getattr(self.trainer_config, name) for name in TRAINER_SETTINGS}
@@ -480,21 +489,24 @@ def _read_json(file: Path) -> Any:
 
 def main(argv: Sequence[str]) -> None:
     end_with_launcher()
-    # Before anything else: whatever makes a state first chooses the back end.
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-    num_requested, state = int(os.environ.get("WORLD_SIZE", "1")), PartialState()
-    if state.num_processes != num_requested:
-        raise ValueError(f"{num_requested} processes were requested, but {state.num_processes} started")
-    quiet_libraries()
-    parts = parse_dataclasses(
-        [RewardArguments, RewardOptions, SearchConfig, LoraArguments, RewardConfig], argv, presets=PRESETS
-    )
-    run = RewardRun(*parts)
-    with ExitStack() as stack:
-        with state.main_process_first():
-            stack.enter_context(lock_folder(run.output_dir, state.process_index))
-        stack.enter_context(run.checker)
-        run.run_rounds()
+    with watch_for_stalls() as stall_watch:
+        # Before anything else: whatever makes a state first chooses the back end.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+        num_requested, state = int(os.environ.get("WORLD_SIZE", "1")), PartialState()
+        if state.num_processes != num_requested:
+            raise ValueError(f"{num_requested} processes were requested, but {state.num_processes} started")
+        quiet_libraries()
+        parts = parse_dataclasses(
+            [RewardArguments, RewardOptions, SearchConfig, LoraArguments, RewardConfig], argv, presets=PRESETS
+        )
+        run = RewardRun(*parts)
+        if stall_watch:
+            stall_watch.limit_seconds = 60 * run.args.stall_minutes
+        with ExitStack() as stack:
+            with state.main_process_first():
+                stack.enter_context(lock_folder(run.output_dir, state.process_index))
+            stack.enter_context(run.checker)
+            run.run_rounds()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nabla_trl.cli.arguments import DATASET_HELP, DEFAULT_SEEDS, SEEDS_HELP, PolicyRewardArguments, check_distinct
+from nabla_trl.cli.launch import DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP, check_stall_minutes
 from nabla_trl.evaluation.method import METHOD_SYNTAX, parse_methods
 from nabla_trl.training.checkpoints import get_policy_label
 from nabla_trl.training.offline import TRAIN_METHODS
@@ -79,6 +80,7 @@ class DistillArguments(PolicyRewardArguments):
     audit_samples: int = option(
         16, "Responses drawn per problem to audit the reward, at least 2. Increase it to audit larger best-of-N."
     )
+    stall_minutes: float = option(DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP)
     title: str = option("Test-time gradient search and its distillation", "Title of the report.")
     show_targets: bool = option(
         False,
@@ -87,6 +89,7 @@ class DistillArguments(PolicyRewardArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_stall_minutes(self.stall_minutes)
         for stage in self.list_stages():
             if stage not in STAGES:
                 raise ValueError(f"unknown stage {stage!r}: choose from {', '.join(STAGES)}")
