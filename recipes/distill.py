@@ -62,6 +62,7 @@ from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, get_policy_label, list_trained_methods
 from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
+from nabla_trl.training.reporting import check_reporting
 from nabla_trl.training.stage import TrainStage
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.identity import claim_settings, hash_weights
@@ -246,9 +247,12 @@ class DistillRun:
         """Check the training options before hours are spent on traces.
 
         Raises:
-            ValueError: a method that cannot be trained with these options.
+            ValueError: a method that cannot be trained with these options, or results that cannot be reported or
+                pushed where the options ask for.
         """
         if "train" in self.args.list_stages():
+            if self.state.is_main_process:
+                check_reporting(self.sft_config, len(self.args.train_methods))
             for method in self.args.train_methods:
                 self._make_train_stage().check_method(method)
 

@@ -67,6 +67,7 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.traces.build import get_package_versions
 from nabla_trl.training.peft import LoraArguments
+from nabla_trl.training.reporting import check_reporting
 from nabla_trl.training.trainers import check_seeds
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import write_atomic
@@ -500,6 +501,8 @@ def main(argv: Sequence[str]) -> None:
             [RewardArguments, RewardOptions, SearchConfig, LoraArguments, RewardConfig], argv, presets=PRESETS
         )
         run = RewardRun(*parts)
+        if state.is_main_process:
+            check_reporting(run.trainer_config)
         if stall_watch:
             stall_watch.limit_seconds = 60 * run.args.stall_minutes
         with ExitStack() as stack:

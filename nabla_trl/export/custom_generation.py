@@ -1,7 +1,8 @@
 """Run the search inside transformers' `model.generate(custom_generate=FOLDER, trust_remote_code=True, ...)`.
 
 An exported folder holds a copy of `custom_generate/generate.py`, which imports this module. transformers calls
-`generate` with the model, the caller's arguments, and its own optional arguments as None.
+`generate` with the model, the caller's arguments, and its own optional arguments as None. A model or pipeline that was
+loaded from the folder with `trust_remote_code=True` calls it in place of its own `generate`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nabla_trl.models.loading import DTYPES, freeze_policy
+from nabla_trl.models.loading import DTYPES, freeze_policy, load_tokenizer
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.prompts import check_prompt, render_chat_template, tokenize_prompt
 from nabla_trl.rewards.loading import load_reward
@@ -27,6 +28,17 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.renamed import describe_new_key
 
 _QUESTION_SENTINEL = "\x02question\x03"
+# Arguments of transformers' `generate` at the values that ask for nothing else than a search does.
+_NEUTRAL_ARGUMENTS: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "synced_gpus": False,
+    "use_cache": True,
+}
+# What chose this function, which a loaded model passes on.
+_LOADING_ARGUMENTS = ("custom_generate", "trust_remote_code")
+_SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
 
 
 @dataclass
@@ -59,7 +71,8 @@ def generate(
     Args:
         model: a causal LM, with or without a PEFT adapter.
         inputs: [B, T] prompts, padded on the left or right. `input_ids` means the same and wins.
-        tokenizer: tokenizer of the model.
+        tokenizer: tokenizer of the model. None loads that of the folder or repository that the model came
+            from, unless it has an adapter beside its weights.
         reward: a name or mapping, which every call loads (`load_reward`), or a reward loaded for
             `freeze_policy(model, tokenizer, "policy")`.
         seed: random seed of the search.
@@ -67,7 +80,8 @@ def generate(
             reads the question from the ids, which must be one user turn.
         preset: named set of search options.
         attention_mask: [B, T], 0 at padding. None derives it from the pad token, unless the pad token ends responses.
-        options: options of `SearchConfig`, which win over the preset.
+        options: options of `SearchConfig`, which win over the preset, and `do_sample` and `generation_config` of
+            transformers. `do_sample=False` means temperature 0.
 
     Returns:
         [B, T + R] prompts and responses, padded on the right with the pad token, as `model.generate` does. R is the
@@ -77,6 +91,8 @@ def generate(
         ValueError: a missing or unsupported argument, a prompt that cannot be read, or a row whose search failed.
     """
     ids = inputs if input_ids is None else input_ids
+    if tokenizer is None and model.name_or_path and not hasattr(model, "peft_config"):
+        tokenizer = load_tokenizer(model.name_or_path)  # with an adapter that name is the base's
     if ids is None or tokenizer is None or reward is None:
         required = {"input_ids": ids, "tokenizer": tokenizer, "reward": reward}
         missing = ", ".join(name for name, value in required.items() if value is None)
@@ -101,14 +117,24 @@ def generate(
 
 
 def _select_search_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the search options, without the arguments of transformers that are None.
+    """Return the search options, without the arguments of transformers that ask for nothing else.
 
     Raises:
         ValueError: another argument that is not None.
     """
     names = {option.name for option in fields(SearchConfig)}
+    options = {
+        name: value
+        for name, value in options.items()
+        if name in names or (value is not None and name not in _LOADING_ARGUMENTS)
+    }
+    if config := options.pop("generation_config", None):
+        changed = config.to_diff_dict()
+        options = {name: changed[name] for name in (*_SAMPLING_OPTIONS, "do_sample") if name in changed} | options
+    if options.pop("do_sample", True) is False:
+        options["temperature"] = 0.0  # transformers ignores a temperature without sampling, too
     for name, value in options.items():
-        if name not in names and value is not None:
+        if name not in names and _NEUTRAL_ARGUMENTS.get(name) != value:
             hint = describe_new_key(name, names) or f": its options are {', '.join(sorted(names))}"
             raise ValueError(f"custom generation by nabla_trl does not take {name!r}{hint}")
     return {name: value for name, value in options.items() if name in names}

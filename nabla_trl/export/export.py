@@ -6,17 +6,19 @@ trained model, so a failure leaves nothing behind.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,7 +35,8 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.traces.build import get_package_versions
 from nabla_trl.traces.storage import list_trace_files, read_traces
 from nabla_trl.training.checkpoints import ADAPTER_WEIGHTS_FILE, CONFIG_FILE
-from nabla_trl.utils.formatting import format_error
+from nabla_trl.training.peft import make_base_path_absolute
+from nabla_trl.training.reporting import check_hub_repository
 
 MERGED_DIR = "merged"
 # Largest allowed difference of a logit, relative to the largest logit (at least 1). Rounding differs, because an
@@ -127,17 +130,14 @@ def check_push_to_hub(checkpoint: Checkpoint, repo_id: str, *, merge: bool) -> N
     """Check before any work that a push is possible and useful.
 
     Raises:
-        ValueError: `repo_id` is not a valid name, or only this machine has the base model of the adapter.
+        ValueError: only this machine has the base model of the adapter, or as `check_hub_repository`.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is not a name on the Hub: {format_error(error)}") from error
     if checkpoint.is_adapter and not merge and Path(checkpoint.base_policy).exists():
         raise ValueError(
             f"the adapter's base {checkpoint.base_policy} is a folder of this machine, so nobody else could load it: "
             "add --merge, or train from a model on the Hub"
         )
+    check_hub_repository(repo_id, HfApi())
 
 
 # --- the check ----------------------------------------------------------------------------------------
@@ -235,6 +235,7 @@ def _copy_files(checkpoint: Checkpoint, draft: Path) -> None:
         files = [*folder.glob("*.safetensors*"), *(file for file in configs if file.is_file())]
     for file in files:
         shutil.copyfile(file, draft / file.name)
+    make_base_path_absolute(draft)
     shutil.copyfile(checkpoint.training_config_path, draft / CONFIG_FILE)
 
 
@@ -289,7 +290,8 @@ def _compute_max_difference(logits: Sequence[Tensor], other_logits: Sequence[Ten
 @contextmanager
 def _temporary_folder(output_dir: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `output_dir` at the end, or deleted after an error."""
-    draft = output_dir.with_name(f"{output_dir.name}.{os.getpid()}.tmp")
+    _remove_leftovers(output_dir)
+    draft = output_dir.with_name(f"{output_dir.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     draft.mkdir(parents=True)
     try:
         yield draft
@@ -299,3 +301,23 @@ def _temporary_folder(output_dir: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """Delete the temporary folders of exports to the same folder that were killed on this machine."""
+    prefix = f"{output_dir.name}."
+    for path in output_dir.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        host, _, process_id = path.name.removeprefix(prefix).removesuffix(".tmp").rpartition("-")
+        is_ours = host in (socket.gethostname(), "") and process_id.isdigit()  # version 0.2 wrote no host
+        if is_ours and not _is_writing(int(process_id), path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_writing(process_id: int, folder: Path) -> bool:
+    """Return whether the process that made a folder still runs. Another process may have its number by now."""
+    try:
+        return process_id != os.getpid() and psutil.Process(process_id).create_time() <= folder.stat().st_mtime + 1
+    except (psutil.NoSuchProcess, OSError):
+        return False
+    except psutil.AccessDenied:
+        return True

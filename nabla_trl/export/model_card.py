@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,11 @@ from nabla_trl.utils.statistics import PairedDifference
 UNKNOWN_LICENSE = "unknown"
 # `subfolder` does not work here: transformers sees the adapter beside it first, and looks for the folder in the base.
 _MERGED_LOAD_COMMENT = '# or, from a copy of this repository: AutoModelForCausalLM.from_pretrained("COPY/merged")'
+
+_LOCAL_BASE_NOTE = (
+    "The base of the adapter is the folder `{}`, and `adapter_config.json` names it. On another machine give the path "
+    "of a copy of the base: set `base_model_name_or_path` there, or load the base and put the adapter on it."
+)
 
 
 @dataclass(frozen=True)
@@ -201,9 +207,12 @@ def _write_cost(checkpoint: Checkpoint) -> str:
 
 
 def _write_usage(checkpoint: Checkpoint, provenance: Provenance) -> str:
-    base, name, reward = checkpoint.base_policy, provenance.model_name, checkpoint.facts["reward"]
+    name, reward = provenance.model_name, checkpoint.facts["reward"]
+    is_local = Path(checkpoint.base_policy).exists()
+    base = os.path.abspath(checkpoint.base_policy) if is_local else checkpoint.base_policy
+    note = [_LOCAL_BASE_NOTE.format(base), ""] if is_local and checkpoint.is_adapter else []
     load, imports = [f'model = AutoModelForCausalLM.from_pretrained("{name}")'], []
-    if provenance.has_merged_model and Path(base).exists():  # the base exists on this machine only
+    if provenance.has_merged_model and is_local:  # the base exists on this machine only
         path = f'snapshot_download("{name}") + "/merged"' if "/" in name else f'"{name}/merged"'
         imports = ["from huggingface_hub import snapshot_download"] if "/" in name else []
         load = [f"model = AutoModelForCausalLM.from_pretrained({path})"]
@@ -215,6 +224,7 @@ def _write_usage(checkpoint: Checkpoint, provenance: Provenance) -> str:
         ]
     return "\n".join(
         [
+            *note,
             "```python",
             *imports,
             "from transformers import AutoModelForCausalLM, AutoTokenizer",

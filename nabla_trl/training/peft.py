@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
 from nabla_trl.models.flops import ModelSize
-from nabla_trl.models.loading import DTYPES, find_adapter_folder, load_causal_lm, load_tokenizer
+from nabla_trl.models.loading import ADAPTER_CONFIG_FILE, DTYPES, find_adapter_folder, load_causal_lm, load_tokenizer
 from nabla_trl.utils.fields import option
+from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.formatting import format_error, format_load_error
 
 TUNING_MODES = ("full", "lora", "qlora")
@@ -172,9 +174,28 @@ def save_model_atomically(trainer: Any, output_dir: Path) -> None:
     if trainer.accelerator.is_main_process:
         for name in ("training_args.bin", "README.md"):  # paths and hardware, a card without figures
             (scratch / name).unlink(missing_ok=True)
+        make_base_path_absolute(scratch)
         shutil.rmtree(output_dir, ignore_errors=True)
         scratch.rename(output_dir)
     trainer.accelerator.wait_for_everyone()
+
+
+def make_base_path_absolute(folder: Path) -> None:
+    """Name the base of an adapter by its absolute path if it is a local folder, so that it loads from any directory.
+
+    A folder without an adapter stays as it is.
+
+    Raises:
+        ValueError: the configuration of the adapter is not JSON.
+        OSError: it cannot be written.
+    """
+    path = folder / ADAPTER_CONFIG_FILE
+    if not path.exists():
+        return
+    config = read_json_file(path)
+    base = config.get("base_model_name_or_path") or ""
+    if isinstance(base, str) and base and not Path(base).is_absolute() and Path(base).is_dir():
+        write_atomic(path, json.dumps(config | {"base_model_name_or_path": os.path.abspath(base)}, indent=2) + "\n")
 
 
 def find_last_checkpoint(folder: Path) -> Path | None:

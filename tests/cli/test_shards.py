@@ -52,7 +52,7 @@ def run_traces(world: list[str], folder: Path, *more: str) -> int:
 
 
 def comparable_rows(folder: Path) -> list[Row]:
-    """The merged rows without seconds, and rewards to the precision of another batch's rounding."""
+    """The merged rows without seconds, and rewards and KL to the precision of another batch's rounding."""
     rows = read_rows(folder / "rows.jsonl")
     assert [row.key for row in rows] == sorted(row.key for row in rows)
     return [
@@ -60,6 +60,7 @@ def comparable_rows(folder: Path) -> list[Row]:
             row,
             seconds=0.0,
             reward=round(row.reward or 0.0, 4),
+            kl=None if row.kl is None else round(row.kl, 4),
             reward_by_round=[round(reward, 4) for reward in row.reward_by_round],
         )
         for row in rows
@@ -192,7 +193,7 @@ TINY += ["--batch_size", "2", "--max_new_tokens", "48", "--candidate_min_p", "0.
 
 
 def command(name: str, folder: Path, *more: str) -> list[str]:
-    more = ("--max_problems", "40", *more)
+    more = ("--max_problems", "24", *more)
     if name == "eval":
         more += ("--seeds", "0", "--eval_methods", "greedy,best_of_4,nabla,control@best_of_4")
     return [sys.executable, "-m", "nabla_trl.cli.main", name, *TINY, *more, "--output_dir", str(folder)]

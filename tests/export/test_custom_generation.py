@@ -13,7 +13,7 @@ import torch
 import worlds
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from nabla_trl.export import custom_generation
 from nabla_trl.models.loading import freeze_policy
@@ -225,3 +225,37 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     assert ran.stderr.splitlines()[-1].startswith(
         "ImportError: this custom generation method needs the package nabla-trl"
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "num_beams": 1, "num_return_sequences": 1, "use_cache": True},
+        {"generation_config": GenerationConfig(max_new_tokens=8, eos_token_id=1)},
+    ],
+)
+def test_arguments_that_ask_for_nothing_else_are_accepted(
+    options: dict[str, Any], policy: Policy, scalar_reward: Reward
+) -> None:
+    plain = generate(policy.model, prompts(policy), policy, scalar_reward)
+    assert torch.equal(generate(policy.model, prompts(policy), policy, scalar_reward, **options), plain)
+
+
+def test_sampling_options_of_transformers_count(policy: Policy, scalar_reward: Reward) -> None:
+    inputs = prompts(policy)
+    greedy = generate(policy.model, inputs, policy, scalar_reward, temperature=0.0)
+    assert torch.equal(generate(policy.model, inputs, policy, scalar_reward, do_sample=False), greedy)
+    cold = generate(policy.model, inputs, policy, scalar_reward, temperature=0.5)
+    config = GenerationConfig(temperature=0.5, do_sample=True, max_new_tokens=3)
+    assert torch.equal(generate(policy.model, inputs, policy, scalar_reward, generation_config=config), cold)
+
+
+def test_without_a_tokenizer_that_of_the_models_folder_is_taken(
+    policy: Policy, scalar_reward: Reward, tmp_path: Path
+) -> None:
+    policy.model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    model, inputs = AutoModelForCausalLM.from_pretrained(tmp_path), prompts(policy)
+    call: dict[str, Any] = {"custom_generate": FOLDER, "trust_remote_code": True, "reward": scalar_reward}
+    output = model.generate(**inputs, **call, **SEARCH)
+    assert torch.equal(output, generate(policy.model, inputs, policy, scalar_reward))

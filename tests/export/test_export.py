@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +22,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from nabla_trl import NablaReasoner
 from nabla_trl.cli.main import main
@@ -630,6 +633,74 @@ def test_what_stops_in_the_middle_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_leftovers_of_a_killed_export_are_cleaned(finished: Path, tmp_path: Path) -> None:
+    """Only those to the same folder, from this machine, of processes that are gone."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
+        host = socket.gethostname()
+        gone = ["out.4194305.tmp", f"out.{host}-4194305.tmp", f"out.{host}-{os.getpid()}.tmp"]
+        kept = [f"out.{host}-{running.pid}.tmp", "out.elsewhere-4194305.tmp", "out2.4194305.tmp", "out.notes.tmp"]
+        for name in gone + kept:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "model.safetensors").write_text("half")
+        export_checkpoint(find_checkpoint(finished, None), tmp_path / "out")
+        assert {path.name for path in tmp_path.iterdir()} == {"out", *kept}
+        assert running.stdin is not None
+        running.stdin.close()
+
+
+def test_a_relative_base_becomes_absolute(
+    run: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the folder loads from any directory, and the card says what to give elsewhere."""
+    monkeypatch.chdir(world)
+    file = run / "trained/sft/adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "base"}))
+    for name in ("facts.json", "config.yaml"):
+        (run / name).write_text((run / name).read_text().replace(str(world / "base"), "base"))
+    result = export_checkpoint(find_checkpoint(run, None), tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained("out")
+    torch.testing.assert_close(logits(model), logits(load_policy("out").model), rtol=1e-4, atol=1e-4)
+    base = str(world / "base")
+    assert json.loads((result.output_dir / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    card = (result.output_dir / "README.md").read_text()
+    assert f'AutoModelForCausalLM.from_pretrained("{base}")' in card
+    assert f"The base of the adapter is the folder `{base}`" in card and "set `base_model_name_or_path` there" in card
+
+
+@pytest.mark.parametrize("name", ["", "merged"])
+def test_a_pipeline_generates_as_the_reasoner_solves(
+    name: str, exported: ExportResult, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chats, alone and in a batch. The method is chosen in the call, or at loading.
+
+    transformers takes weights and tokenizer of the base for the folder of an adapter, so its tokenizer is named.
+    """
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    folder, reward = str(exported.output_dir), f"logratio:{world / 'better'}"
+    options: dict[str, Any] = {"max_rounds": 3, "max_new_tokens": 8, "temperature": 0.9}
+    reasoner = NablaReasoner.from_pretrained(f"{folder}/{name}", reward=reward, **options)
+    chats = [[{"role": "user", "content": question}] for question in ("1+2", "3*4-5")]
+    call: dict[str, Any] = {"custom_generate": folder, "trust_remote_code": True}
+    pipe = pipeline("text-generation", model=f"{folder}/{name}", tokenizer=f"{folder}/{name}", device="cpu")
+    if not name:
+        call["tokenizer"] = pipe.tokenizer
+    for batch_size in (1, 2):
+        made = pipe(chats, batch_size=batch_size, reward=reward, **options, **call)
+        texts = [response[0]["generated_text"][-1]["content"] for response in made]
+        solved = reasoner.solve(["1+2", "3*4-5"])[:batch_size]  # a row alone is question 0
+        expected = [reasoner.policy.decode(trace.response_ids) for trace in solved]
+        assert texts[: len(expected)] == expected
+    if name:
+        shutil.copytree(f"{folder}/{name}", tmp_path / "model")
+        shutil.copytree(f"{folder}/custom_generate", tmp_path / "model/custom_generate")
+        loaded = pipeline("text-generation", model=str(tmp_path / "model"), device="cpu", trust_remote_code=True)
+        assert loaded(chats, batch_size=2, reward=reward, **options) == made
+    plain = pipe(chats[0], do_sample=False, max_new_tokens=8, return_full_text=False)
+    assert plain[0]["generated_text"] != texts[0]
+
+
 def test_a_quantized_base_is_refused(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = export.load_policy
 
@@ -653,6 +724,9 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
 
     class FakeApi:
+        def whoami(self) -> dict[str, Any]:
+            return {"name": "me", "orgs": [{"name": "us", "roleInOrg": "write"}]}
+
         def create_repo(self, repo_id: str, **options: Any) -> None:
             calls.append(("create", repo_id, options))
 
@@ -689,6 +763,7 @@ def test_a_push_comes_after_the_check(private: bool, finished: Path, tmp_path: P
     [
         (["--push-to-hub", "me/model"], "a folder of this machine"),
         (["--push-to-hub", "a/b/c", "--merge"], "not a name on the Hub"),
+        (["--push-to-hub", "you/model", "--merge"], "me may write to repositories of me, us"),
         (["--private"], "push_to_hub"),
         (["--train_method", "dpo"], "no checkpoint 'dpo'"),
         (["--dtype", "int3"], "dtype must be one of"),
@@ -705,6 +780,9 @@ def test_what_the_command_refuses(
 
 def test_a_push_that_fails_keeps_the_folder(finished: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     class Offline:
+        def whoami(self) -> dict[str, Any]:
+            return {"name": "me"}
+
         def create_repo(self, repo_id: str, **options: Any) -> None:
             raise ConnectionError("no route to the hub")
 
