@@ -239,7 +239,7 @@ def measure_model_size(model: PreTrainedModel, name: str) -> ModelSize:
 
 def _get_output_head(model: PreTrainedModel) -> nn.Module:
     kind = type(model).__name__
-    if kind.endswith("ForSequenceClassification"):
+    if kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
         head = getattr(model, "score", None)  # encoders name theirs differently, and are not supported
     else:
         head = model.get_output_embeddings()

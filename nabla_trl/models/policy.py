@@ -28,6 +28,8 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.identity import hash_json
 
 MIN_PIECE_CHARS = 4096  # of a text whose tokens are counted piece by piece
+UNLIMITED_CONTEXT = 2**20  # tokens
+_CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
 THINK_TAG = "<think>"  # put before the text of a response that begins inside a think block
 
 
@@ -325,8 +327,14 @@ class Policy:
 
 
 def get_context_length(model: PreTrainedModel) -> int:
-    """Return the longest sequence (tokens) that the model's position encoding was made for."""
-    return model.config.get_text_config().max_position_embeddings
+    """Return the longest sequence (tokens) that the model was made for.
+
+    It is `UNLIMITED_CONTEXT` where the config names no length, because the positions have no table (ALiBi) or there are
+    none (recurrent layers).
+    """
+    config = model.config.get_text_config()
+    lengths = [getattr(config, name, None) for name in _CONTEXT_LENGTH_NAMES]
+    return next((length for length in lengths if isinstance(length, int) and length > 0), UNLIMITED_CONTEXT)
 
 
 def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:

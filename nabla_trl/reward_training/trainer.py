@@ -19,12 +19,12 @@ from trl import RewardConfig, RewardTrainer
 
 from nabla_trl.gradient.score import ScoreObjective
 from nabla_trl.models.flops import ModelSize, measure_model_size
-from nabla_trl.models.loading import DTYPES, is_adapter, read_adapter_info
+from nabla_trl.models.loading import DTYPES, is_adapter, load_model, read_adapter_info
 from nabla_trl.models.policy import Policy
 from nabla_trl.reward_training.data import LabeledResponse, build_pair_rows, build_token_rows, filter_encodable
 from nabla_trl.reward_training.labels import TokenLabeler
 from nabla_trl.reward_training.token_trainer import PairRewardTrainer, RelaxedLossConfig, TokenRewardTrainer
-from nabla_trl.rewards.loading import build_score_objective
+from nabla_trl.rewards.loading import CAUSAL_HEAD_WEIGHTS, SCORE_HEAD_WEIGHT, build_score_objective
 from nabla_trl.rewards.spec import check_uncertainty_penalty
 from nabla_trl.training.peft import (
     TUNING_MODES,
@@ -33,12 +33,10 @@ from nabla_trl.training.peft import (
     build_lora_config,
     check_precision,
     compute_training_flops,
-    disable_avx512_bf16_kernel,
     load_padded_tokenizer,
     save_model_atomically,
 )
 from nabla_trl.utils.fields import option
-from nabla_trl.utils.formatting import format_load_error
 
 REWARD_KINDS = ("scalar", "implicit")
 LOSS_TYPES = ("tokens", "pairs")
@@ -251,19 +249,20 @@ def load_initial_model(
 
 def _load_trainable_classifier(name: str, options: RewardOptions, config: RewardConfig, dtype: str) -> PreTrainedModel:
     """Load a classifier with one label and the attention and precision that the options need."""
-    kwargs: dict[str, Any] = {"attn_implementation": "eager"} if options.gradient_matching else {}
+    model_options: dict[str, Any] = {"attn_implementation": "eager"} if options.gradient_matching else {}
     if options.tuning == "qlora":
-        kwargs["quantization_config"] = build_4bit_config(DTYPES[dtype], head_name="score")
-    # Weights that are trained themselves stay in float32: bfloat16 loses small steps.
-    kwargs["dtype"] = torch.float32 if options.tuning == "full" else DTYPES[dtype]
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(format_load_error("a model", name, error)) from error
-    if options.tuning != "qlora":
-        return model.to(config.device)
-    disable_avx512_bf16_kernel(model)
-    return model
+        model_options["quantization_config"] = build_4bit_config(DTYPES[dtype], head_name="score")
+    return load_model(
+        AutoModelForSequenceClassification,
+        name,
+        # Weights that are trained themselves stay in float32: bfloat16 loses small steps.
+        dtype="float32" if options.tuning == "full" else dtype,
+        device=str(config.device),
+        allowed_missing=SCORE_HEAD_WEIGHT,
+        allowed_unexpected=CAUSAL_HEAD_WEIGHTS,
+        model_options=model_options,
+        num_labels=1,
+    )
 
 
 def add_top_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:

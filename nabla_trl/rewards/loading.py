@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from nabla_trl.gradient.embeddings import embed_tokens, split_embeddings
 from nabla_trl.gradient.likelihood import LikelihoodObjective, policy_likelihood
@@ -23,7 +28,8 @@ from nabla_trl.models.loading import (
     load_tokenizer,
     map_vocabulary,
     merge_adapter,
-    read_adapter_info,
+    resolve_adapters,
+    trusting_remote_code,
 )
 from nabla_trl.models.policy import Policy, get_context_length
 from nabla_trl.models.prompts import tokenize_prompt
@@ -42,6 +48,8 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.identity import is_same_model
 
 SCORE_HEAD_WEIGHT = "score.weight"
+# The head of a causal LM, which a classifier that is made from one does not use.
+CAUSAL_HEAD_WEIGHTS = ("lm_head.weight", "lm_head.bias")
 
 
 def load_reward(
@@ -51,6 +59,7 @@ def load_reward(
     dtype: str = "float32",
     device: str | None = None,
     batch_size: int = 256,
+    trust_remote_code: bool | None = None,
 ) -> Reward:
     """Load a differentiable reward for a policy.
 
@@ -74,6 +83,7 @@ def load_reward(
         policy: its tokens and prompts are what the reward reads.
         device: None = a GPU if there is one.
         batch_size: responses that are scored together.
+        trust_remote_code: as for `load_policy`.
 
     Raises:
         ValueError: a malformed spec or reward.json, no such model, a random or multi-label head, an adapter that does
@@ -81,7 +91,8 @@ def load_reward(
             scores, or a score that changes when embeddings are fed in place of ids.
     """
     plan = parse_reward_spec(spec)
-    reward = _load_spec(plan, policy, dtype, device)
+    with trusting_remote_code(trust_remote_code):
+        reward = _load_spec(plan, policy, dtype, device)
     reward.batch_size, reward.validated_limits = batch_size, plan.validated_limits
     reward.gradient_at = plan.gradient_at or reward.gradient_at
     reward.gradient_unhelpful = plan.validated_limits is not None and plan.gradient_at is None
@@ -279,32 +290,39 @@ def _load_classifier(name: str, dtype: str, device: str | None) -> tuple[PreTrai
             f"{name} is a causal LM ({architecture}), not a reward model: use {LOG_RATIO_PREFIX}{name} to reward its "
             "likelihood"
         )
-    model = load_model(AutoModelForSequenceClassification, name, dtype=dtype, device=device)
-    return model, load_tokenizer(name)
+    # A token classifier scores every token, with a bias in its head.
+    is_token_classifier = architecture.endswith("ForTokenClassification")
+    auto_class = AutoModelForTokenClassification if is_token_classifier else AutoModelForSequenceClassification
+    return load_model(auto_class, name, dtype=dtype, device=device), load_tokenizer(name)
 
 
 def _load_adapted_classifier(
     folder: str, dtype: str, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    info = read_adapter_info(folder)
-    if info.task_type == "CAUSAL_LM":
+    chain = resolve_adapters(folder)
+    task_type = chain.adapters[0][2].task_type
+    if task_type == "CAUSAL_LM":
         raise ValueError(
             f"{folder} is an adapter of a causal LM, not of a reward model: use {LOG_RATIO_PREFIX}{folder} to reward "
             "its likelihood"
         )
-    if info.task_type != "SEQ_CLS":
-        raise ValueError(
-            f"{folder} is an adapter for the task {info.task_type or 'None'}: a scalar reward needs SEQ_CLS"
-        )
-    base = load_model(
+    if task_type != "SEQ_CLS":
+        raise ValueError(f"{folder} is an adapter for the task {task_type or 'None'}: a scalar reward needs SEQ_CLS")
+    model = load_model(
         AutoModelForSequenceClassification,
-        info.base_model,
+        chain.base_model,
         dtype=dtype,
         device=device,
+        revision=chain.revision,
         allowed_missing=SCORE_HEAD_WEIGHT,
+        allowed_unexpected=CAUSAL_HEAD_WEIGHTS,
         num_labels=1,
     )
-    return merge_adapter(base, folder, required_head=SCORE_HEAD_WEIGHT), load_tokenizer(folder)
+    for number, (name, adapter, _) in enumerate(reversed(chain.adapters), 1):
+        is_last = number == len(chain.adapters)
+        model = merge_adapter(model, adapter, required_head=SCORE_HEAD_WEIGHT if is_last else None)
+        model.name_or_path = name
+    return model, load_tokenizer(folder)
 
 
 def _load_causal_lm(name: str, policy: Policy, dtype: str, device: str | None) -> Policy:

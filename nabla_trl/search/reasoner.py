@@ -44,6 +44,7 @@ class NablaReasoner:
         device: str | None = None,
         vllm_url: str | None = None,
         prompt_options: PromptOptions | None = None,
+        trust_remote_code: bool | None = None,
         **config: Any,
     ) -> NablaReasoner:
         """Load a policy and a reward, and configure the search.
@@ -55,6 +56,7 @@ class NablaReasoner:
             adapter: folder of a LoRA adapter of the policy.
             vllm_url: address of a vLLM server that generates the responses. It does not support an adapter.
             prompt_options: how the policy is prompted. None: with its chat template.
+            trust_remote_code: run code from the models' repositories (see `load_policy`).
             config: options of `SearchConfig`. They win over those of the preset.
 
         Raises:
@@ -62,10 +64,11 @@ class NablaReasoner:
             ConnectionError: the server does not answer.
         """
         search_config = SearchConfig.from_preset(preset, **config)
-        loaded_policy = load_policy(policy, dtype=dtype, device=device, adapter=adapter, prompt_options=prompt_options)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        loaded_policy = load_policy(policy, adapter=adapter, prompt_options=prompt_options, **options)
         if vllm_url is not None:
             loaded_policy = connect_vllm(loaded_policy, vllm_url)
-        return cls(loaded_policy, load_reward(reward, policy=loaded_policy, dtype=dtype, device=device), search_config)
+        return cls(loaded_policy, load_reward(reward, policy=loaded_policy, **options), search_config)
 
     @overload  # a str is a Sequence[str] to the type checker; here it is one question
     def solve(  # type: ignore[overload-overlap]

@@ -13,10 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
 from nabla_trl.models.flops import ModelSize
-from nabla_trl.models.loading import ADAPTER_CONFIG_FILE, DTYPES, find_adapter_folder, load_causal_lm, load_tokenizer
+from nabla_trl.models.loading import (
+    ADAPTER_CONFIG_FILE,
+    DTYPES,
+    find_adapter_folder,
+    load_causal_lm,
+    load_model,
+    load_tokenizer,
+)
 from nabla_trl.utils.fields import option
 from nabla_trl.utils.files import read_json_file, write_atomic
-from nabla_trl.utils.formatting import format_error, format_load_error
+from nabla_trl.utils.formatting import format_error
 
 TUNING_MODES = ("full", "lora", "qlora")
 
@@ -89,16 +96,13 @@ def _load_four_bit(name: str, dtype: str, config: TrainingArguments) -> PreTrain
         raise ValueError(
             f"{name} is an adapter: qlora starts from whole weights (nabla-trl export --merge writes them)"
         )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            quantization_config=build_4bit_config(DTYPES[dtype], head_name="lm_head"),
-            dtype=DTYPES[dtype],
-            device_map={"": str(config.device)},
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(format_load_error("a model", name, error)) from error
-    disable_avx512_bf16_kernel(model)
+    model = load_model(
+        AutoModelForCausalLM,
+        name,
+        dtype=dtype,
+        device=str(config.device),
+        model_options={"quantization_config": build_4bit_config(DTYPES[dtype], head_name="lm_head")},
+    )
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
 
 
@@ -119,19 +123,6 @@ def load_padded_tokenizer(name: str) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def disable_avx512_bf16_kernel(model: PreTrainedModel) -> None:
-    """Keep 4-bit layers from repacking their weights.
-
-    On CPUs with AVX512-BF16, a forward pass without autograd repacks them for a kernel that has no backward pass.
-    Gradients after it are silently wrong.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def cast_trainable_to_float32(model: Any) -> None:

@@ -7,9 +7,17 @@ from nabla_trl.models.loading.adapters import (
     is_adapter,
     merge_adapter,
     read_adapter_info,
+    resolve_adapters,
 )
 from nabla_trl.models.loading.policies import freeze_policy, load_causal_lm, load_policy
-from nabla_trl.models.loading.pretrained import DTYPES, load_architecture, load_model, resolve_device
+from nabla_trl.models.loading.pretrained import (
+    DTYPES,
+    load_architecture,
+    load_model,
+    resolve_device,
+    set_trust_remote_code,
+    trusting_remote_code,
+)
 from nabla_trl.models.loading.tokenizers import load_tokenizer, map_vocabulary
 
 __all__ = [
@@ -27,5 +35,8 @@ __all__ = [
     "map_vocabulary",
     "merge_adapter",
     "read_adapter_info",
+    "resolve_adapters",
     "resolve_device",
+    "set_trust_remote_code",
+    "trusting_remote_code",
 ]

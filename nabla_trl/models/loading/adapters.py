@@ -1,24 +1,31 @@
-"""Find LoRA adapters, read what they were made for, and merge them in memory."""
+"""Find LoRA adapters, read what they were made for, and put them on their base in memory."""
 
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from nabla_trl.models.loading.quantization import is_quantized
 from nabla_trl.utils.files import read_json_file
 from nabla_trl.utils.formatting import format_error, format_load_error
 from nabla_trl.utils.identity import is_same_model
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+# Largest change of a logit by merging, relative to the largest logit (at least 1). Half precision rounds a sum of
+# weights more coarsely than a sum of products.
+MERGE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+_NUM_TEST_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -72,14 +79,52 @@ def read_adapter_info(folder: str) -> AdapterInfo:
     return AdapterInfo(config.get("task_type") or "", base_model, config.get("revision"))
 
 
+@dataclass(frozen=True)
+class AdapterChain:
+    """The adapters that a name stands for, the last-trained one first, and the whole model below them.
+
+    Attributes:
+        adapters: name, folder and info of each.
+        base_model, revision: of the whole model.
+    """
+
+    adapters: tuple[tuple[str, str, AdapterInfo], ...]
+    base_model: str
+    revision: str | None
+
+
+def resolve_adapters(name: str, revision: str | None = None) -> AdapterChain:
+    """Follow a name to a whole model. An adapter may have been trained on another adapter.
+
+    Raises:
+        ValueError: adapters that lead back to themselves, or one that does not name its base.
+    """
+    adapters: list[tuple[str, str, AdapterInfo]] = []
+    seen: set[Path] = set()
+    while (folder := find_adapter_folder(name, revision)) is not None:
+        if Path(folder).resolve() in seen:
+            raise ValueError(
+                f"adapter {folder} leads back to itself: its base_model_name_or_path names no whole model"
+            )
+        seen.add(Path(folder).resolve())
+        info = read_adapter_info(folder)
+        adapters.append((name, folder, info))
+        name, revision = info.base_model, info.revision
+    return AdapterChain(tuple(adapters), name, revision)
+
+
 def merge_adapter(model: PreTrainedModel, adapter: str, *, required_head: str | None = None) -> PreTrainedModel:
-    """Merge a LoRA adapter into the weights, in their own dtype.
+    """Merge a LoRA adapter into the weights, in their own dtype, so that the logits are those of the trained model.
+
+    A weight that serves as embedding and as head is split first if the adapter changes it. On a quantized base the
+    adapter stays beside the weights, because merging would round it to a few bits.
 
     Args:
         required_head: name of the score head's weight, random in `model`, that the adapter must hold ("score.weight").
 
     Raises:
-        ValueError: not an adapter folder, or an adapter for another base, without effect, or without the head.
+        ValueError: not an adapter folder, or an adapter for another base, without effect, without the head, or of a
+            kind that cannot be merged.
     """
     base = model.name_or_path
     if not is_adapter(adapter) and Path(adapter).exists():
@@ -89,14 +134,22 @@ def merge_adapter(model: PreTrainedModel, adapter: str, *, required_head: str | 
         has_head = required_head is None or _has_weight(adapter, required_head)
     if not has_head:
         raise ValueError(f"adapter {adapter} does not carry {required_head}: its score head would be random")
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    model.eval()
+    before, base_logits = {name: weight.clone() for name, weight in model.named_parameters()}, _compute_logits(model)
     with _wrap_load_errors(adapter, base):
-        merged, unmatched = _load_and_merge(model, adapter)
+        wrapped, unmatched = _load_adapter(model, adapter)
     if unmatched:
         raise ValueError(f"adapter {adapter} does not fit {base}: {unmatched[0]} is in one of them only")
+    with _wrap_load_errors(adapter, base):
+        trained_logits = _compute_logits(wrapped)
+        merged = wrapped.get_base_model() if is_quantized(model) else _merge(wrapped)
     # A head always differs from a random one, so that it does not show whether the adapter learned anything.
-    if all(torch.equal(before[name], weight) for name, weight in merged.named_parameters() if name != required_head):
+    weights = {name: weight for name, weight in merged.named_parameters() if name in before and name != required_head}
+    if all(torch.equal(before[name], weight) for name, weight in weights.items()) and (
+        not is_quantized(model) or torch.equal(base_logits, trained_logits)
+    ):
         raise ValueError(f"adapter {adapter} changes no weight of {base}: it is inert")
+    _check_merged_logits(trained_logits, _compute_logits(merged), MERGE_TOLERANCE[merged.dtype], adapter, base)
     return merged
 
 
@@ -104,7 +157,7 @@ def merge_adapter(model: PreTrainedModel, adapter: str, *, required_head: str | 
 def _wrap_load_errors(adapter: str, base: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # whatever files by others may raise
         raise ValueError(f"cannot put adapter {adapter} on {base}: {format_error(error)}") from error
 
 
@@ -114,15 +167,64 @@ def _has_weight(adapter: str, name: str) -> bool:
     return any(key.endswith(f".{name}") for key in load_peft_weights(adapter, device="cpu"))
 
 
-def _load_and_merge(model: PreTrainedModel, adapter: str) -> tuple[PreTrainedModel, list[str]]:
-    """Return the merged model, and the names of weights that only the model or only the adapter has."""
+def _load_adapter(model: PreTrainedModel, adapter: str) -> tuple[Any, list[str]]:
+    """Return the PEFT model, and the names of weights that only the model or only the adapter has."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # the caller raises an error
-        wrapped = PeftModel.from_pretrained(model, adapter)
+        wrapped = PeftModel.from_pretrained(model, adapter).eval()
     result = wrapped.load_adapter(adapter, "default")  # again, for the keys that from_pretrained does not return
-    return wrapped.merge_and_unload(), sorted([*result.missing_keys, *result.unexpected_keys])
+    return wrapped, sorted([*result.missing_keys, *result.unexpected_keys])
+
+
+def _merge(wrapped: Any) -> PreTrainedModel:
+    _untie_adapted_weights(wrapped)
+    model = wrapped.merge_and_unload()
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    text_config = model.config.get_text_config()
+    if (
+        getattr(text_config, "tie_word_embeddings", False)
+        and head is not None
+        and head.weight is not embeddings.weight
+    ):
+        for config in (model.config, text_config):
+            config.tie_word_embeddings = False  # or saving and loading would tie them again
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return model
+
+
+def _untie_adapted_weights(wrapped: nn.Module) -> None:
+    """Give every module a weight of its own where an adapter changes one that several modules share.
+
+    A trained adapter changes what one of the modules computes. Merged into the shared weight, it would change all.
+    """
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
+    for path, module in wrapped.named_modules():
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners[id(weight)].append((path, module, name))
+    for modules in owners.values():
+        is_adapted = any(path.endswith((".base_layer", ".original_module")) for path, _, _ in modules)
+        for _, module, name in modules[1:] if is_adapted else []:
+            weight = getattr(module, name)
+            setattr(module, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+
+
+@torch.no_grad()
+def _compute_logits(model: Any) -> Tensor:
+    """Return logits of the first tokens of the vocabulary."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return model(input_ids=torch.arange(_NUM_TEST_TOKENS, device=model.device)[None] % rows).logits.float()
+
+
+def _check_merged_logits(trained: Tensor, merged: Tensor, share: float, adapter: str, base: str) -> None:
+    """Refuse a merge that computes something else than the trained model."""
+    tolerance = share * max(1.0, float(trained.nan_to_num().abs().max()))
+    if not torch.allclose(trained, merged, rtol=share, atol=tolerance, equal_nan=True):
+        difference = float((trained - merged).abs().max())
+        raise ValueError(
+            f"adapter {adapter} cannot be merged into {base}: its logits change by up to {difference:.2g}"
+        )
 
 
 def _check_base_model(adapter: str, base: str) -> None:

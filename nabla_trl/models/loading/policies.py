@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from nabla_trl.models.decoding import TransformersBackend
 from nabla_trl.models.flops import measure_model_size
 from nabla_trl.models.heads import OutputHead
-from nabla_trl.models.loading.adapters import find_adapter_folder, merge_adapter, read_adapter_info
-from nabla_trl.models.loading.pretrained import load_model
+from nabla_trl.models.loading.adapters import merge_adapter, resolve_adapters
+from nabla_trl.models.loading.pretrained import load_model, trusting_remote_code
 from nabla_trl.models.loading.tokenizers import load_tokenizer
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.policy import Policy
@@ -27,12 +27,15 @@ def load_policy(
     adapter: str | None = None,
     revision: str | None = None,
     prompt_options: PromptOptions | None = None,
+    trust_remote_code: bool | None = None,
 ) -> Policy:
     """Load a frozen policy from a hub id or a local folder.
 
     Args:
         name: a causal LM, or an adapter of one (see `load_causal_lm`).
         adapter: LoRA adapter to merge into the model in memory.
+        trust_remote_code: run code from the model's repository where transformers has none of its own. None: as set
+            for the process, which by default runs none.
 
     Raises:
         ValueError: nothing can be loaded from `name`, weights are missing or have another shape, an unknown dtype or
@@ -40,9 +43,10 @@ def load_policy(
             nothing, or prompt options that the chat template does not support.
     """
     prompt_options = PromptOptions() if prompt_options is None else prompt_options
-    tokenizer = load_tokenizer(name, revision)
-    check_prompt_options(prompt_options, tokenizer, name)
-    model = load_causal_lm(name, dtype=dtype, device=device, revision=revision)
+    with trusting_remote_code(trust_remote_code):
+        tokenizer = load_tokenizer(name, revision)
+        check_prompt_options(prompt_options, tokenizer, name)
+        model = load_causal_lm(name, dtype=dtype, device=device, revision=revision)
     if adapter is not None:
         model = merge_adapter(model, adapter)
     policy = freeze_policy(model, tokenizer, name if adapter is None else f"{name}+{adapter}")
@@ -82,19 +86,24 @@ def _get_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return stop_ids
 
 
-def load_causal_lm(name: str, *, dtype: str, device: str | None, revision: str | None = None) -> PreTrainedModel:
+def load_causal_lm(
+    name: str, *, dtype: str, device: str | None, revision: str | None = None, sharded: bool = False
+) -> PreTrainedModel:
     """Load a causal LM, or the base of an adapter (in a folder or on the hub) with the adapter merged in.
+
+    Args:
+        sharded: as for `load_model`.
 
     Raises:
         ValueError: as `load_model` and `merge_adapter`, or an adapter of a classifier.
     """
-    folder = find_adapter_folder(name, revision)
-    if folder is None:
-        return load_model(AutoModelForCausalLM, name, dtype=dtype, device=device, revision=revision)
-    info = read_adapter_info(folder)
-    if info.task_type == "SEQ_CLS":
+    chain = resolve_adapters(name, revision)
+    if any(info.task_type == "SEQ_CLS" for _, _, info in chain.adapters):
         raise ValueError(f"{name} is an adapter of a reward model, not of a causal LM: it gives no likelihoods")
-    base = load_causal_lm(info.base_model, dtype=dtype, device=device, revision=info.revision)
-    model = merge_adapter(base, folder)
-    model.name_or_path = name  # an adapter trained from it belongs to it, not to its base
+    model = load_model(
+        AutoModelForCausalLM, chain.base_model, dtype=dtype, device=device, revision=chain.revision, sharded=sharded
+    )
+    for adapter_name, folder, _ in reversed(chain.adapters):
+        model = merge_adapter(model, folder)
+        model.name_or_path = adapter_name  # an adapter trained from it belongs to it, not to its base
     return model

@@ -8,28 +8,21 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nabla_trl.models.loading.adapters import find_adapter_folder, read_adapter_info
-from nabla_trl.utils.formatting import format_load_error
+from nabla_trl.models.loading.adapters import resolve_adapters
+from nabla_trl.models.loading.pretrained import call_from_pretrained
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model. An adapter without a tokenizer has that of its base."""
-    source, source_revision = _find_tokenizer_source(name, revision)
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=source_revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(format_load_error("a tokenizer", name, error)) from error
+    """Load the tokenizer of a model. An adapter without a tokenizer has that of its base.
 
-
-def _find_tokenizer_source(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Return where the tokenizer is, and its revision."""
-    folder = find_adapter_folder(name, revision)
-    if folder is None:
-        return name, revision
-    if Path(folder, "tokenizer_config.json").is_file():
-        return folder, None
-    info = read_adapter_info(folder)
-    return _find_tokenizer_source(info.base_model, info.revision)
+    Raises:
+        ValueError: there is none, or adapters that lead back to themselves.
+    """
+    chain = resolve_adapters(name, revision)
+    for _, folder, _ in chain.adapters:
+        if Path(folder, "tokenizer_config.json").is_file():
+            return call_from_pretrained(AutoTokenizer, "a tokenizer", folder)
+    return call_from_pretrained(AutoTokenizer, "a tokenizer", chain.base_model, revision=chain.revision)
 
 
 def map_vocabulary(
