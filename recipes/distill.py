@@ -51,7 +51,7 @@ from nabla_trl.evaluation.results import list_remarks, store_results
 from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts, compute_reward_train_flops
 from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.loading import load_policy
+from nabla_trl.models.loading import load_policy, set_trust_remote_code
 from nabla_trl.models.policy import Policy
 from nabla_trl.report.text import print_summary_table, write_report
 from nabla_trl.rewards.reward import Reward
@@ -111,6 +111,7 @@ class DistillRun:
         self.command = get_current_command()
         self.args, self.search_config, self.step_search_config = args, search_config, step_search_config
         self.train_options, self.lora_arguments, self.sft_config = train_options, lora_arguments, sft_config
+        set_trust_remote_code(sft_config.trust_remote_code)
         self.state = PartialState()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if self.state.num_processes != world_size:

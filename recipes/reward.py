@@ -42,7 +42,7 @@ from nabla_trl.cli.launch import (
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.loading import load_policy
+from nabla_trl.models.loading import load_policy, set_trust_remote_code
 from nabla_trl.reward_training.card import write_reward_readme
 from nabla_trl.reward_training.data import (
     LabeledResponse,
@@ -165,6 +165,7 @@ class RewardRun:
         if self.use_step_labels and not has_step_labels(self.train_problems):
             raise ValueError(f"{args.dataset} has no step labels: use labels outcome")
         self.base_model = reward_options.base_model or args.policy
+        set_trust_remote_code(trainer_config.trust_remote_code)
         self.policy = load_policy(args.policy, dtype=args.dtype, device=str(self.state.device))
         claim_settings(self.output_dir / "settings.json", self.get_settings())
 

@@ -25,6 +25,10 @@ DATASET_HELP = (
     "Data set: gsm8k, math500, amc, aime24, aime25, digit_chains, reasoning_gym:FAMILY, the path of a .jsonl file of "
     "problems, or the path of a .yaml file that describes a data set."
 )
+TRUST_REMOTE_CODE_HELP = (
+    "Run Python code from the repositories of the models, where transformers has none for them. Read that code first: "
+    "it can do whatever you can (default: false)."
+)
 DEVICE_HELP = "Device to run on, such as cpu or cuda:1 (default: a GPU if there is one, else the CPU)."
 SEEDS_HELP = (
     "Seeds of every method that samples. Each seed repeats the whole evaluation. Use more seeds for narrower "
@@ -125,6 +129,7 @@ class ModelArguments(PolicyRewardArguments):
         common=True,
     )
     device: str | None = option(None, DEVICE_HELP, common=True)
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE_HELP)
     audit_file: str | None = option(
         None,
         "JSON file that nabla-trl audit --over_optimization --output_file wrote for this reward. A search with more "
@@ -142,8 +147,10 @@ class ModelArguments(PolicyRewardArguments):
         Raises:
             ValueError: --vllm_url with an adapter, an audit of another reward, or a model that cannot be loaded.
         """
+        from nabla_trl.models.loading import set_trust_remote_code
         from nabla_trl.rewards.spec import read_validated_limits
 
+        set_trust_remote_code(self.trust_remote_code)
         adapter = self.adapter if use_adapter else None
         if self.vllm_url and adapter:
             raise ValueError(

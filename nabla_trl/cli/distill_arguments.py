@@ -24,6 +24,7 @@ COMMON_TRAIN_OPTIONS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "max_length",
+    "trust_remote_code",
 )
 STAGES = ("traces", "train", "evaluate", "report")
 DEFAULT_DISTILL_EVAL_METHODS = (

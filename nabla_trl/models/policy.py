@@ -329,8 +329,8 @@ class Policy:
 def get_context_length(model: PreTrainedModel) -> int:
     """Return the longest sequence (tokens) that the model was made for.
 
-    It is `UNLIMITED_CONTEXT` where the config names no length, because the positions have no table (ALiBi) or there are
-    none (recurrent layers).
+    It is `UNLIMITED_CONTEXT` where the config names no length, as positions have no table (ALiBi) or there are none
+    (recurrent layers).
     """
     config = model.config.get_text_config()
     lengths = [getattr(config, name, None) for name in _CONTEXT_LENGTH_NAMES]

@@ -35,9 +35,9 @@ from transformers import AutoModelForSequenceClassification
 
 from nabla_trl.cli.arguments import DATASET_HELP, REWARD_HELP
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
-from nabla_trl.models.loading import load_policy, resolve_device
+from nabla_trl.models.loading import load_model, load_policy, resolve_device
 from nabla_trl.models.policy import Policy
-from nabla_trl.rewards.loading import load_reward
+from nabla_trl.rewards.loading import CAUSAL_HEAD_WEIGHTS, SCORE_HEAD_WEIGHT, load_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
@@ -326,7 +326,15 @@ def save_random_reward(policy: Policy, args: BenchArguments, folder: str) -> str
     """Save the policy's weights with a random score head as a reward, and return the folder."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_pretrained(args.policy, num_labels=1)
+        model = load_model(
+            AutoModelForSequenceClassification,
+            args.policy,
+            dtype="float32",
+            device="cpu",
+            allowed_missing=SCORE_HEAD_WEIGHT,
+            allowed_unexpected=CAUSAL_HEAD_WEIGHTS,
+            num_labels=1,
+        )
     model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     return folder

@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+from nabla_trl.cli.arguments import TRUST_REMOTE_CODE_HELP
 from nabla_trl.cli.parsing import Parser, quiet_libraries
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.formatting import format_error
@@ -52,6 +53,7 @@ class ExportArguments:
         "push).",
         common=True,
     )
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE_HELP)
     private: bool = option(
         False, "Make the repository of --push_to_hub private if it is new (default: false).", common=True
     )
@@ -75,7 +77,9 @@ def main(argv: Sequence[str]) -> int:
 
     from nabla_trl.export import export
     from nabla_trl.export.checkpoint import find_checkpoint
+    from nabla_trl.models.loading import set_trust_remote_code
 
+    set_trust_remote_code(args.trust_remote_code)
     checkpoint = find_checkpoint(Path(args.run_dir), args.train_method)
     if args.push_to_hub:
         export.check_push_to_hub(checkpoint, args.push_to_hub, merge=args.merge)
