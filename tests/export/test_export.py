@@ -124,7 +124,8 @@ def adapt(model: Any, *, seed: int = 0, trained: bool = True, **options: Any) ->
     """The model with an adapter that changes it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+        options = {"target_modules": ["q_proj", "down_proj"], **options}
+        config = LoraConfig(r=2, task_type="CAUSAL_LM", **options)
         wrapped = get_peft_model(model, config)
         for name, weight in wrapped.named_parameters():
             if trained and "lora_B" in name:
@@ -295,6 +296,25 @@ def test_full_weights_are_the_model_itself(world: Path, tmp_path: Path) -> None:
     worlds.refused(
         lambda: export_checkpoint(find_checkpoint(run, None), tmp_path / "other", merge=True), "nothing to merge"
     )
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_a_tied_weight_is_exported_as_it_was_trained(target: str, tmp_path: Path) -> None:
+    worlds.tiny_model("qwen2", tied=True).save_pretrained(tmp_path / "base")
+    worlds.char_tokenizer().save_pretrained(tmp_path / "base")
+    run = make_run(tmp_path / "run", tmp_path)
+    trained = adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), target_modules=["q_proj", target])
+    for name, weight in trained.named_parameters():
+        if "lora_embedding_" in name:
+            weight.data.normal_(std=0.1)
+    trained.save_pretrained(run / "trained/sft/adapter")
+    result = export_checkpoint(find_checkpoint(run, None), tmp_path / "out", merge=True)
+    assert set(result.provenance.logit_differences) == {"folder", "adapter by PEFT", "merged"}
+    for model in (
+        load_policy(str(result.output_dir)).model,
+        AutoModelForCausalLM.from_pretrained(result.output_dir / "merged"),
+    ):
+        torch.testing.assert_close(logits(model), logits(trained), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

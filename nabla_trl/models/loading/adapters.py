@@ -173,6 +173,7 @@ def _load_adapter(model: PreTrainedModel, adapter: str) -> tuple[Any, list[str]]
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # the caller raises an error
+        warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")  # see `_merge`
         wrapped = PeftModel.from_pretrained(model, adapter).eval()
     result = wrapped.load_adapter(adapter, "default")  # again, for the keys that from_pretrained does not return
     return wrapped, sorted([*result.missing_keys, *result.unexpected_keys])
@@ -180,7 +181,9 @@ def _load_adapter(model: PreTrainedModel, adapter: str) -> tuple[Any, list[str]]
 
 def _merge(wrapped: Any) -> PreTrainedModel:
     _untie_adapted_weights(wrapped)
-    model = wrapped.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # no longer tied
+        model = wrapped.merge_and_unload()
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     text_config = model.config.get_text_config()
     if (
