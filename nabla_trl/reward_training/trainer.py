@@ -258,6 +258,7 @@ def _load_trainable_classifier(name: str, options: RewardOptions, config: Reward
         # Weights that are trained themselves stay in float32: bfloat16 loses small steps.
         dtype="float32" if options.tuning == "full" else dtype,
         device=str(config.device),
+        sharded=True,
         allowed_missing=SCORE_HEAD_WEIGHT,
         allowed_unexpected=CAUSAL_HEAD_WEIGHTS,
         model_options=model_options,

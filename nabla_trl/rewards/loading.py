@@ -21,6 +21,7 @@ from nabla_trl.gradient.score import ProcessObjective, ScoreObjective
 from nabla_trl.gradient.step_ends import BLANK_LINE, StepFinder
 from nabla_trl.models.flops import FlopCounter, measure_model_size
 from nabla_trl.models.loading import (
+    fix_quantized_gradients,
     is_adapter,
     load_architecture,
     load_model,
@@ -243,6 +244,7 @@ def _prepare_frozen_objective_args(
 def _prepare_objective_args(
     policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> dict[str, Any]:
+    fix_quantized_gradients(model, name)  # of one that was not loaded here
     get_layout(model)
     vocab_map = map_vocabulary(
         policy.tokenizer,

@@ -69,7 +69,9 @@ def load_trainable_model(name: str, *, tuning: str, dtype: str, config: Training
     check_precision(tuning, dtype, config)
     if tuning == "qlora":
         return _load_four_bit(name, dtype, config)
-    return load_causal_lm(name, dtype="float32" if tuning == "full" else dtype, device=str(config.device))
+    return load_causal_lm(
+        name, dtype="float32" if tuning == "full" else dtype, device=str(config.device), sharded=True
+    )
 
 
 def check_precision(tuning: str, dtype: str, config: TrainingArguments) -> None:

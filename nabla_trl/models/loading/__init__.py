@@ -18,6 +18,7 @@ from nabla_trl.models.loading.pretrained import (
     set_trust_remote_code,
     trusting_remote_code,
 )
+from nabla_trl.models.loading.quantization import fix_quantized_gradients
 from nabla_trl.models.loading.tokenizers import load_tokenizer, map_vocabulary
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "DTYPES",
     "AdapterInfo",
     "find_adapter_folder",
+    "fix_quantized_gradients",
     "freeze_policy",
     "is_adapter",
     "load_architecture",

@@ -12,6 +12,7 @@ from nabla_trl.models.flops import measure_model_size
 from nabla_trl.models.heads import OutputHead
 from nabla_trl.models.loading.adapters import merge_adapter, resolve_adapters
 from nabla_trl.models.loading.pretrained import load_model, trusting_remote_code
+from nabla_trl.models.loading.quantization import fix_quantized_gradients
 from nabla_trl.models.loading.tokenizers import load_tokenizer
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.policy import Policy
@@ -56,6 +57,7 @@ def load_policy(
 def freeze_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Policy:
     """Return a policy of a model in memory. The model is put in eval mode and frozen."""
     model.eval().requires_grad_(False)
+    fix_quantized_gradients(model, name)  # of one that was not loaded here
     get_layout(model)
     stop_ids = _get_stop_ids(model, tokenizer)
     head = OutputHead(model)
@@ -92,7 +94,7 @@ def load_causal_lm(
     """Load a causal LM, or the base of an adapter (in a folder or on the hub) with the adapter merged in.
 
     Args:
-        sharded: as for `load_model`.
+        sharded: as for `load_model`. An adapter is merged into whole weights.
 
     Raises:
         ValueError: as `load_model` and `merge_adapter`, or an adapter of a classifier.
@@ -101,7 +103,12 @@ def load_causal_lm(
     if any(info.task_type == "SEQ_CLS" for _, _, info in chain.adapters):
         raise ValueError(f"{name} is an adapter of a reward model, not of a causal LM: it gives no likelihoods")
     model = load_model(
-        AutoModelForCausalLM, chain.base_model, dtype=dtype, device=device, revision=chain.revision, sharded=sharded
+        AutoModelForCausalLM,
+        chain.base_model,
+        dtype=dtype,
+        device=device,
+        revision=chain.revision,
+        sharded=sharded and not chain.adapters,
     )
     for adapter_name, folder, _ in reversed(chain.adapters):
         model = merge_adapter(model, folder)

@@ -122,7 +122,7 @@ def load_model(
     is_quantized = "quantization_config" in options or getattr(config, "quantization_config", None) is not None
     if is_quantized:
         options["device_map"] = {"": resolved_device}
-    with _loading_whole_weights(sharded):
+    with _loading_weights(sharded) as is_sharded:
         model, info = call_from_pretrained(auto_class, "a model", name, output_loading_info=True, **options)
     missing = sorted({*info["missing_keys"]} - {allowed_missing})
     if missing:
@@ -138,7 +138,7 @@ def load_model(
             "something else"
         )
     fix_quantized_gradients(model, name)
-    return model if is_quantized or sharded else model.to(resolved_device)
+    return model if is_quantized or is_sharded else model.to(resolved_device)
 
 
 def _load_config(name: str, revision: str | None = None, **options: Any) -> PreTrainedConfig:
@@ -209,20 +209,20 @@ def _list_unused_weights(
 
 
 @contextmanager
-def _loading_whole_weights(sharded: bool) -> Iterator[None]:
-    """Load whole weights although DeepSpeed's ZeRO-3 is on, unless they are to be sharded.
+def _loading_weights(sharded: bool) -> Iterator[bool]:
+    """Load whole weights although DeepSpeed's ZeRO-3 is on, or sharded ones if they are wanted. Yield which.
 
     transformers shards every model that it loads while a ZeRO-3 config is alive, frozen models too.
     """
     from transformers.integrations import deepspeed
 
     if sharded or not deepspeed.is_deepspeed_zero3_enabled():
-        yield
+        yield deepspeed.is_deepspeed_zero3_enabled()
         return
     reference = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
-        yield
+        yield False
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 

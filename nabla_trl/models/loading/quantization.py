@@ -20,7 +20,8 @@ def fix_quantized_gradients(model: PreTrainedModel, name: str) -> None:
       multiply by the dequantized weights instead.
 
     Raises:
-        ValueError: another kind of quantization, whose gradients are not known to be right.
+        ValueError: weights that are repacked already, or another kind of quantization, whose gradients are not known to
+            be right.
     """
     method = getattr(model, "quantization_method", None)
     if method is None:
@@ -35,9 +36,15 @@ def fix_quantized_gradients(model: PreTrainedModel, name: str) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-        elif isinstance(module, Linear8bitLt):
-            # The class stays one of bitsandbytes, by which PEFT and transformers know the layer.
-            module.__class__ = _make_weight_only_class(type(module))
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"the 4-bit weights of {name} were repacked by a forward pass without autograd, and have no right "
+                    "gradients now: load the model again"
+                )
+        elif isinstance(module, Linear8bitLt) and not isinstance(module, _WeightOnlyInt8):
+            # A class of bitsandbytes too, by which PEFT and transformers know the layer.
+            base = type(module)
+            module.__class__ = type(base.__name__, (_WeightOnlyInt8, base), {"__module__": base.__module__})
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
@@ -45,14 +52,18 @@ def is_quantized(model: PreTrainedModel) -> bool:
     return getattr(model, "quantization_method", None) is not None
 
 
-def _make_weight_only_class(base: type) -> type:
-    def forward(self: Any, x: Tensor) -> Tensor:
+class _WeightOnlyInt8:
+    """The forward pass of an 8-bit layer that multiplies by its dequantized weights."""
+
+    weight: Any
+    state: Any
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
         codes = self.weight if self.weight.CB is None else self.weight.CB
         scales = self.state.SCB if self.weight.SCB is None else self.weight.SCB
         product = _Int8Product.apply(x, codes, scales)
         return product if self.bias is None else product + self.bias.to(product)
-
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
 
 
 class _Int8Product(torch.autograd.Function):

@@ -19,7 +19,7 @@ from transformers import (
 from nabla_trl.gradient.likelihood import policy_likelihood
 from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.loading import load_policy
+from nabla_trl.models.loading import freeze_policy, load_policy
 from nabla_trl.models.loading.quantization import fix_quantized_gradients
 from nabla_trl.models.options import HARD_GRADIENT_POINT
 from nabla_trl.rewards.loading import load_reward
@@ -96,6 +96,26 @@ def test_a_policy_of_few_bits_is_its_dequantized_self(bits: str, tmp_path: Path)
         results.append((batch, gradient))
     for quantized, expected in zip(*results, strict=True):
         torch.testing.assert_close(quantized, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_model_in_memory_that_has_run_before(bits: str, tmp_path: Path) -> None:
+    folder, plain_folder = save_quantized(tmp_path, bits, "causal")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        model(ids)
+    states = [module.weight.quant_state for module in model.modules() if hasattr(module, "quant_state")]
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):  # on CPUs with AVX512-BF16
+        worlds.refused(lambda: freeze_policy(model, worlds.char_tokenizer(), "in memory"), "repacked", "load", "again")
+        return
+    policy = freeze_policy(model, worlds.char_tokenizer(), "in memory")
+    expected = AutoModelForCausalLM.from_pretrained(plain_folder)(ids).logits
+    torch.testing.assert_close(policy.model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+    assert torch.autograd.grad(policy.model(inputs_embeds=embeds).logits.sum(), embeds)[0].abs().sum() > 0
+    freeze_policy(model, worlds.char_tokenizer(), "in memory")
+    torch.testing.assert_close(policy.model(ids).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", ["4", "8"])
