@@ -20,8 +20,8 @@ def fix_quantized_gradients(model: PreTrainedModel, name: str) -> None:
       multiply by the dequantized weights instead.
 
     Raises:
-        ValueError: weights that are repacked already, or another kind of quantization, whose gradients are not known to
-            be right.
+        ValueError: weights that are repacked already, or another kind of quantization, whose gradients are not known
+            to be right.
     """
     method = getattr(model, "quantization_method", None)
     if method is None:
