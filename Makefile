@@ -2,6 +2,7 @@
 # make test     the tests that need neither a GPU nor a network
 # make bench    every method at equal FLOPs on the embedded world, with both rewards (an hour of one core)
 # make check    linter, formatter and type checker, changing nothing
+# make docs     the pages of docs/ as a site in outputs/site, with every link checked
 # make world    make the embedded world's models again (recipes/tiny)
 # make clean    remove the environment, outputs and caches
 #
@@ -27,7 +28,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test bench check world clean venv
+.PHONY: demo test bench check docs world clean venv
 
 # seconds.setup of summary.json: what this very call of make spent on the environment, else 0.
 demo: $(STAMP)
@@ -48,6 +49,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 world: $(STAMP)
 	$(BIN)/python recipes/tiny/make_world.py

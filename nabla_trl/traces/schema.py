@@ -68,9 +68,9 @@ class Trace:
         stop_reason: why the search ended: "max_rounds", "max_rollouts", "max_flops", "patience", "exhausted",
             "single" (a method without rounds), …
         finished: whether the response ends with a stop token.
-        predicted_gain: [k][t], the largest increase of the reward that the gradient at the k-th incumbent predicts for
-            another token at position t. The gradient at the last incumbents is not always computed, so there may be
-            fewer entries than incumbents.
+        predicted_gain: entry k is about the k-th incumbent. Its value t is the largest increase of the reward that the
+            gradient predicts for another token at position t. The gradient at the last incumbents is not always
+            computed, so there may be fewer entries than incumbents.
     """
 
     problem_id: str
