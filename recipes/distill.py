@@ -59,6 +59,7 @@ from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces
 from nabla_trl.tasks.problem import Problem, check_disjoint, filter_with_gold_answer
 from nabla_trl.tasks.registry import get_task_settings, load_problems
+from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, get_policy_label, list_trained_methods
 from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
@@ -118,6 +119,7 @@ class DistillRun:
             raise ValueError(f"WORLD_SIZE is {world_size}, but {self.state.num_processes} processes started")
         self.output_dir = Path(sft_config.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        use_recorded_date(self.output_dir, args.template_date)
         self.traces_dir = self.output_dir / "traces"
         self.checker = AnswerChecker()
         self._models: tuple[Policy, Reward] | None = None

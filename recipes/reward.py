@@ -65,6 +65,7 @@ from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import get_task_settings, load_problems
+from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.traces.build import get_package_versions
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.reporting import check_reporting
@@ -147,6 +148,7 @@ class RewardRun:
         check_seeds(trainer_config, num_derived=reward_options.num_members)
         self.state = PartialState()
         self.output_dir = Path(trainer_config.output_dir)
+        use_recorded_date(self.output_dir)
         self.checker = AnswerChecker()
         # Best-of-N and scoring take four times as many responses at once as the search has problems.
         self.batch_size = 4 * search_config.batch_size

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nabla_trl.cli.parsing import quiet_libraries
 from nabla_trl.models.options import PromptOptions
+from nabla_trl.tasks.templates import pin_template_date
 from nabla_trl.utils.fields import option, required_option
 
 if TYPE_CHECKING:
@@ -69,9 +70,15 @@ class PolicyRewardArguments:
         'Keywords for the chat template, as a JSON object such as {"enable_thinking": false}. Set it for models with '
         "template switches (default: none).",
     )
+    template_date: str | None = option(
+        None,
+        "Date that chat templates print, such as 2026-11-29. Most templates print none. Set it to repeat an earlier "
+        "run (default: the date that --output_dir records, else the time at which the run first needs it).",
+    )
 
     def __post_init__(self) -> None:
         self.get_prompt_options()  # refuses wrong values before anything is loaded
+        pin_template_date(self.template_date)
 
     def get_prompt_options(self) -> PromptOptions:
         """Return the options of prompts.

@@ -6,6 +6,7 @@ import re
 
 from nabla_trl.grading.formulas import Span, find_bare_formulas, find_formulas, join_spans
 from nabla_trl.grading.notation import rewrite_symbols, trim_answer
+from nabla_trl.grading.thinking import normalize_think_tags
 
 _THINK_TAG = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
 _THINK_OPEN = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
@@ -119,12 +120,14 @@ def detect_answer_format(instruction: str) -> str | None:
 
 def has_open_think_block(text: str) -> bool:
     """Return True if a text ends inside a think block."""
+    text = normalize_think_tags(text)
     opened, closed = ([match.start() for match in tag.finditer(text)] for tag in (_THINK_OPEN, _THINK_CLOSE))
     return bool(opened) and (not closed or closed[-1] < opened[-1])
 
 
 def _strip_thinking(text: str) -> str:
     """Return a text without its think blocks, in one pass over their tags."""
+    text = normalize_think_tags(text)
     kept: list[str] = []
     start, is_thinking = 0, False
     for tag in _THINK_TAG.finditer(text):

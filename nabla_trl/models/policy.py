@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nabla_trl.grading.thinking import OPENING
+from nabla_trl.models.chat.thinking import ThinkingFormat, decode_with_thinking
 from nabla_trl.models.flops import ModelSize
 from nabla_trl.models.heads import OutputHead
 from nabla_trl.models.options import PromptOptions, Sampling
@@ -19,7 +21,7 @@ from nabla_trl.models.prompts import (
     NEXT_QUESTION,
     PromptTooLong,
     check_prompt,
-    opens_thinking,
+    find_policy_thinking,
     tokenize_prompt,
     uses_few_shot,
 )
@@ -30,7 +32,6 @@ from nabla_trl.utils.identity import hash_json
 MIN_PIECE_CHARS = 4096  # of a text whose tokens are counted piece by piece
 UNLIMITED_CONTEXT = 2**20  # tokens
 _CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
-THINK_TAG = "<think>"  # put before the text of a response that begins inside a think block
 
 
 @dataclass
@@ -256,7 +257,17 @@ class Policy:
         return max(len(token.encode()) for token in self.tokenizer.get_vocab())
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Return the text of a response. Of special tokens it holds only those that begin or end a thought."""
+        return decode_with_thinking(self.tokenizer, ids, self._thinking[0].token_ids)
+
+    @cached_property
+    def _thinking(self) -> tuple[ThinkingFormat, bool]:
+        return find_policy_thinking(self.tokenizer, self.prompt_options)
+
+    @property
+    def think_token_ids(self) -> frozenset[int]:
+        """Return the special tokens that begin or end a thought."""
+        return self._thinking[0].token_ids
 
     def get_stop_strings(self, problem: Problem) -> tuple[str, ...]:
         """Return the strings that end a response to this problem, besides the stop tokens."""
@@ -308,17 +319,15 @@ class Policy:
         return {}
 
     def decode_response(self, ids: list[int], stop_strings: tuple[str, ...] = ()) -> str:
-        """Return the text of a response up to the first stop string.
+        """Return the text of a response up to the first stop string, for grading.
 
-        A response that begins inside a think block is preceded by `THINK_TAG`.
+        Thoughts stand between `<think>` and `</think>`, whatever tags the model writes. A response that begins inside
+        a thought begins with `<think>`.
         """
         text = self.decode(ids)
         ends = [position for string in stop_strings if (position := text.find(string)) >= 0]
-        return THINK_TAG * self._opens_thinking + (text[: min(ends)] if ends else text)
-
-    @cached_property
-    def _opens_thinking(self) -> bool:
-        return opens_thinking(self.tokenizer, self.prompt_options)
+        thinking, is_opened = self._thinking
+        return OPENING * is_opened + thinking.normalize(text[: min(ends)] if ends else text)
 
     @cached_property
     def tokenizer_hash(self) -> str:

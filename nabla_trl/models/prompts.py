@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nabla_trl.grading.extraction import has_open_think_block
+from nabla_trl.models.chat.control_tokens import TokenGuard, get_template, get_token_guard
+from nabla_trl.models.chat.thinking import ThinkingFormat, find_thinking_format
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.utils.formatting import format_error
+from nabla_trl.tasks.templates import TemplateFailure, render_chat
 
 # After examples, a model goes on with a question of its own. There its response ends.
 NEXT_QUESTION = "\nQuestion:"
@@ -56,15 +58,58 @@ def tokenize_prompt(
     """
     options = PromptOptions() if options is None else options
     if uses_few_shot(tokenizer, problem, options):
-        return list(tokenizer(format_few_shot(problem))["input_ids"])
+        return _encode_text(tokenizer, problem, format_few_shot(problem))
     if tokenizer.chat_template is None:
         text = "\n\n".join(message["content"] for message in problem.build_messages()) + "\n"
-        return list(tokenizer(text)["input_ids"])
-    text = render_chat_template(
+        return _encode_text(tokenizer, problem, text)
+    return encode_chat(
         tokenizer, problem, problem.build_messages(), add_generation_prompt=True, **options.chat_template_kwargs
     )
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str) -> list[int]:
+    """Return the ids of a prompt without a template, all of which is text, with the tokenizer's own special tokens."""
+    guard = get_token_guard(tokenizer)
+    mark = guard.choose_mark(text)
+    return _encode_guarded(guard, problem, guard.guard(text, mark), mark, add_special_tokens=True)
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    chat: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool,
+    **template_kwargs: Any,
+) -> list[int]:
+    """Return the ids of a chat. Control tokens in its messages stay text, so that nobody can forge a turn.
+
+    Args:
+        template_kwargs: the template's own keywords, such as enable_thinking.
+
+    Raises:
+        ValueError: the template refuses the chat, or the tokenizer makes a control token of ordinary text.
+    """
+    guard = get_token_guard(tokenizer)
+    mark = guard.choose_mark([chat, template_kwargs])
+    text = render_chat_template(
+        tokenizer,
+        problem,
+        guard.guard(chat, mark),
+        add_generation_prompt=add_generation_prompt,
+        **guard.guard(template_kwargs, mark),
+    )
     # The template writes its own special tokens: letting the tokenizer add them again would double the BOS.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _encode_guarded(guard, problem, text, mark, add_special_tokens=False)
+
+
+def _encode_guarded(
+    guard: TokenGuard, problem: Problem, text: str, mark: str, *, add_special_tokens: bool
+) -> list[int]:
+    try:
+        return guard.encode(text, mark, add_special_tokens=add_special_tokens)
+    except ValueError as error:
+        raise ValueError(f"{problem.id}: {error}") from error
 
 
 def format_few_shot(problem: Problem) -> str:
@@ -97,26 +142,53 @@ def render_chat_template(
     Raises:
         ValueError: the template refuses the chat (a role it does not know, turns that do not alternate).
     """
+    template = str(get_template(tokenizer))
+    special_tokens = {name: _to_plain(token) for name, token in tokenizer.special_tokens_map.items()}
+    variables = {**special_tokens, "tools": None, "documents": None, **template_kwargs}
     try:
-        return tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
-        )
-    except TemplateError as error:
-        raise ValueError(f"{problem.id}: the chat template refuses the messages: {format_error(error)}") from error
+        if _reads_parts(template):
+            chat = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]  # type: ignore[dict-item]
+        return render_chat(template, {**variables, "messages": chat, "add_generation_prompt": add_generation_prompt})
+    except TemplateFailure as error:
+        raise ValueError(f"{problem.id}: the chat template refuses the messages: {error}") from error
 
 
-def opens_thinking(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -> bool:
-    """Return whether the chat template's generation prompt ends inside a think block, where a response then begins."""
+def _to_plain(token: Any) -> Any:
+    return list(map(str, token)) if isinstance(token, list | tuple) else str(token)
+
+
+@lru_cache
+def _reads_parts(template: str) -> bool:
+    """Return whether a template takes lists of text parts, as those of vision-language models do, and no text."""
+    text, parts = ("\x02content\x03", [{"type": "text", "text": "\x02content\x03"}])
+    written = []
+    for content in (text, parts):
+        chat = {"messages": [{"role": "user", "content": content}], "add_generation_prompt": True}
+        try:
+            written.append(text in render_chat(template, {**chat, "bos_token": "", "eos_token": ""}))
+        except TemplateFailure:
+            written.append(False)
+    return written == [False, True]
+
+
+def find_policy_thinking(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -> tuple[ThinkingFormat, bool]:
+    """Return how a policy writes thoughts, and whether its responses begin inside one, which the prompt opened."""
     if tokenizer.chat_template is None or options.style == "few_shot":
-        return False
-    probe = Problem(id="probe", question="x")
-    try:
-        text = render_chat_template(
-            tokenizer, probe, probe.build_messages(), add_generation_prompt=True, **options.chat_template_kwargs
+        return find_thinking_format(tokenizer, None), False
+    probe = Problem(id="probe", question="\x02question\x03")
+
+    def render(chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return render_chat_template(
+            tokenizer, probe, chat, add_generation_prompt=add_generation_prompt, **options.chat_template_kwargs
         )
+
+    thinking = find_thinking_format(tokenizer, render)
+    try:
+        text = render(probe.build_messages(), True)
     except ValueError:  # the error is raised where a problem is encoded
-        return False
-    return has_open_think_block(text)
+        return thinking, False
+    # A system prompt may explain the tags. Only what follows the question is the beginning of the response.
+    return thinking, has_open_think_block(thinking.normalize(text.rpartition(probe.question)[2]))
 
 
 def check_prompt(

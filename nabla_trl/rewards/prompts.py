@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nabla_trl.models.prompts import check_prompt, render_chat_template, tokenize_prompt
+from nabla_trl.models.chat.control_tokens import get_token_guard
+from nabla_trl.models.prompts import check_prompt, render_chat_template
 from nabla_trl.tasks.problem import Problem
 
 MAX_ENCODED_PROMPTS = 4096
@@ -62,29 +63,34 @@ def make_template_prompt_encoder(
 
 
 def _encode_opened_turn(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-    """Return the ids of the chat up to the beginning of the assistant's response."""
-    opened, closed = (
-        render_chat_template(tokenizer, problem, problem.build_messages(), add_generation_prompt=add)
-        for add in (True, False)
-    )
-    if opened != closed:
-        return tokenize_prompt(tokenizer, problem)
-    # Templates of many reward models have no generation prompt: only a complete turn shows what opens the turn.
-    opening, _ = _split_around_response(tokenizer, problem)
-    return list(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    """Return the ids of the chat up to the beginning of the assistant's response, as a complete turn has them.
+
+    The generation prompt is no guide: many templates open a complete turn in another way (an empty think block), and
+    those of many reward models have none.
+    """
+    guard = get_token_guard(tokenizer)
+    mark = guard.choose_mark(problem.build_messages())
+    opening, _ = _split_around_response(tokenizer, problem, guard.guard(problem.build_messages(), mark))
+    try:
+        return guard.encode(opening, mark)
+    except ValueError as error:
+        raise ValueError(f"{problem.id}: {error}") from error
 
 
 def get_turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that the reward's chat template writes after an assistant's response."""
     if tokenizer.chat_template is None:
         return []
-    _, closing = _split_around_response(tokenizer, Problem(id="test-input", question="x"))
+    problem = Problem(id="test-input", question="x")
+    _, closing = _split_around_response(tokenizer, problem, problem.build_messages())
     return list(tokenizer(closing, add_special_tokens=False)["input_ids"])
 
 
-def _split_around_response(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> tuple[str, str]:
+def _split_around_response(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, messages: list[dict[str, str]]
+) -> tuple[str, str]:
     """Return what the template writes before and after the assistant's response."""
-    turns = [*problem.build_messages(), {"role": "assistant", "content": _RESPONSE_SENTINEL}]
+    turns = [*messages, {"role": "assistant", "content": _RESPONSE_SENTINEL}]
     parts = render_chat_template(tokenizer, problem, turns, add_generation_prompt=False).split(_RESPONSE_SENTINEL)
     if len(parts) != 2:
         raise ValueError("the reward's chat template does not write the assistant's response once, unchanged")

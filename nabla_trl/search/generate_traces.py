@@ -144,5 +144,6 @@ def write_token_texts(folder: Path, policy: Policy) -> None:
         text[len(letter) :] if text.startswith(letter) else tokenizer.decode([token])
         for token, text in enumerate(texts)
     ]
-    table = {"tokenizer": policy.tokenizer_hash, "special": sorted(tokenizer.all_special_ids), "tokens": tokens}
+    special = sorted({*tokenizer.all_special_ids} - policy.think_token_ids)
+    table = {"tokenizer": policy.tokenizer_hash, "special": special, "tokens": tokens}
     write_atomic(path, json.dumps(table))  # several processes may write it, all of them the same text

@@ -12,40 +12,26 @@ instruction: Put your final answer within \boxed{}.
 from __future__ import annotations
 
 import csv
-import datetime
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, Undefined, meta
-from jinja2.sandbox import SandboxedEnvironment
-
 from nabla_trl.grading.extraction import ANSWER_FORMATS, detect_answer_format, extract_strict_answer
 from nabla_trl.tasks.gold_answers import GOLD_PARSERS, ParsedGold, make_regex_parser
 from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, append_instruction
+from nabla_trl.tasks.template_worker import format_value
+from nabla_trl.tasks.templates import TemplateFailure, list_variables, render_columns
 from nabla_trl.utils.fields import coerce_fields
 from nabla_trl.utils.files import read_yaml, read_yaml_value, refuse_unreadable
 from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.identity import hash_files, hash_json
 
 BENCHMARKS_DIR = Path(__file__).with_name("benchmarks")
-_DATE_TYPES = (datetime.date, datetime.time, datetime.timedelta)
 _DATASET_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-def _finalize(value: Any) -> str:
-    """Return what an expression of a template writes, by the rules of plain columns."""
-    return str(value) if isinstance(value, bool | Undefined) else format_value(value) or ""
-
-
-_JINJA_ENV = SandboxedEnvironment(
-    undefined=StrictUndefined, finalize=_finalize
-)  # a description may be somebody else's
 
 
 @dataclass(frozen=True)
@@ -375,14 +361,9 @@ def _is_template(source: str) -> bool:
 
 def _list_template_variables(template: str) -> list[str]:
     try:
-        return sorted(meta.find_undeclared_variables(_JINJA_ENV.parse(template)))
-    except TemplateError as error:
+        return list_variables(template)
+    except TemplateFailure as error:
         raise ValueError(f"cannot read the template {template!r}: {error}") from error
-
-
-@cache
-def _compile_template(template: str) -> Template:
-    return _JINJA_ENV.from_string(template)
 
 
 def _read_value(source: str, row: Mapping[str, Any], where: str) -> str | None:
@@ -399,45 +380,12 @@ def _read_value(source: str, row: Mapping[str, Any], where: str) -> str | None:
         raise ValueError(f"{where}: column {source!r} {error}") from error
 
 
-def format_value(value: Any) -> str | None:
-    """Return a value of a data set as text, None for a missing value.
-
-    Texts and whole numbers stay as they are. A float is written in decimals, without an exponent and without a final
-    ".0": 1e-07 is 0.0000001, and 25.0 is 25.
-
-    Raises:
-        ValueError: a list, a mapping, bytes, a date, true, false, NaN or infinity, which have several spellings.
-    """
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        text = repr(value)
-        if text.strip("-") in ("nan", "inf"):
-            raise ValueError(f"holds {text}, which is no number")
-        return f"{Decimal(text):f}".removesuffix(".0")
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    kinds = {list: "a list", dict: "a mapping", bytes: "bytes", bool: "true or false"}
-    kind = "a date or time" if isinstance(value, _DATE_TYPES) else kinds.get(type(value), type(value).__name__)
-    raise ValueError(f"holds {kind}, which has no certain text: write a template, as in {_get_template_hint(value)}")
-
-
-def _get_template_hint(value: Any) -> str:
-    """Return a template that makes text of a value."""
-    if isinstance(value, list):
-        return '"{{ answer[0] }}" or "{{ answer | join(\', \') }}"'
-    if isinstance(value, dict):
-        return '"{{ answer.value }}"'
-    if isinstance(value, bool):
-        return "\"{{ 'yes' if answer else 'no' }}\""
-    return '"{{ answer | string }}"'
-
-
 def _render_template(template: str, row: Mapping[str, Any], where: str) -> str:
+    columns = {name: row[name] for name in _list_template_variables(template) if name in row}
     try:
-        return _compile_template(template).render(row)
-    except Exception as error:  # whatever the template's own operations raise
-        raise ValueError(f"{where}: the template {template!r} fails: {format_error(error)}") from error
+        return render_columns(template, columns)
+    except TemplateFailure as error:
+        raise ValueError(f"{where}: the template {template!r} fails: {error}") from error
 
 
 def _build_messages(

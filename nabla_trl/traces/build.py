@@ -17,9 +17,11 @@ from huggingface_hub import try_to_load_from_cache
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.grading.equivalence import MatchResult
 from nabla_trl.grading.extraction import extract_answer, extract_strict_answer
+from nabla_trl.models.chat.control_tokens import get_template
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.policy import Policy
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.tasks.templates import get_template_date, is_dated
 from nabla_trl.traces.schema import Revision, Trace
 
 PACKAGES = ("nabla-trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "math-verify")
@@ -57,6 +59,7 @@ def build_trace_meta(policy: Policy, reward_name: str, config_hash: str) -> dict
         "config_hash": config_hash,
         "tokenizer_hash": policy.tokenizer_hash,
         **policy.prompt_options.get_changed_settings(),
+        **({"template_date": get_template_date()} if is_dated(get_template(policy.tokenizer)) else {}),
         **{f"version/{name}": number for name, number in get_package_versions().items()},
         **policy.backend.get_metadata(),
     }

@@ -16,6 +16,7 @@ from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.tasks.problem import filter_with_gold_answer
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.tasks.shards import SHARD_HELP, Shard
+from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.identity import identify_adapter
 from nabla_trl.utils.locks import lock_folder
@@ -94,6 +95,7 @@ def main(argv: Sequence[str]) -> int:
     output_dir, shard = Path(args.output_dir), Shard.parse(args.shard)
     settings = models.get_settings() | get_task_settings(args.dataset) | {"split": args.split} | config.get_settings()
     with lock_folder(output_dir, shard.index, shard.count):
+        use_recorded_date(output_dir, models.template_date)
         policy, reward = models.load_policy_and_reward(4 * config.batch_size, use_adapter=False)
         trained_policies = {}
         if models.adapter:

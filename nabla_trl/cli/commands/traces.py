@@ -12,6 +12,7 @@ from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.tasks.shards import SHARD_HELP, Shard, ShardPlan
+from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.identity import claim_settings, identify_adapter
 from nabla_trl.utils.locks import lock_folder
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     }
     share = shard.select(problems)
     with lock_folder(output_dir, shard.index, shard.count):
+        use_recorded_date(output_dir, models.template_date)
         unfinished = find_unfinished_problems(share, traces_dir, args.seed)
         num_done = len(share) - len(unfinished)
         if unfinished:  # load before the settings are claimed: a mistyped model must not claim the folder

@@ -21,7 +21,8 @@ import numpy as np
 from nabla_trl.evaluation.method import get_main_search, list_methods
 from nabla_trl.evaluation.rows import Row
 from nabla_trl.grading.equivalence import MatchResult, match_without_worker, normalize_answer
-from nabla_trl.grading.extraction import extract_answer
+from nabla_trl.grading.extraction import extract_answer, has_open_think_block
+from nabla_trl.grading.thinking import OPENING
 from nabla_trl.report.summary import Summary
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import read_traces
@@ -31,6 +32,7 @@ DATA_FOLDER = "report_data"
 CHUNK_CHARS = 400_000
 MAX_TRACES = 5_000
 PREDICTED_GAIN_LEVELS = 100
+_MAX_OPENING_CHARS = 40  # at the end of a prompt, in which a tag may open a thought
 _MAX_SNIPPET_CHARS = 90  # characters of a question in the list
 _UNGRADED_RESULTS = (MatchResult.NO_GOLD, MatchResult.BAD_GOLD)
 
@@ -241,7 +243,9 @@ def _grade_first_response(trace: Trace, token_table: TokenTable) -> tuple[str | 
         return trace.answer, trace.correct
     if not token_table.matches(trace):
         return None, None
-    answer = extract_answer(token_table.decode(trace.initial_ids))
+    # The end of a prompt may begin a thought, as it does for the final response.
+    opening = OPENING if has_open_think_block(trace.prompt[-_MAX_OPENING_CHARS:]) else ""
+    answer = extract_answer(opening + token_table.decode(trace.initial_ids))
     result = match_without_worker(answer, trace.grading_reference)
     if isinstance(result, MatchResult):
         return answer, None if result in _UNGRADED_RESULTS else result.is_correct
