@@ -6,8 +6,11 @@ Otherwise marks take the place of styles, `[-old-]{+new+}`, and the output conta
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Callable, Iterator
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,13 +18,14 @@ from rich.console import Console
 from rich.text import Text
 
 from nabla_trl.traces.schema import Revision, Trace
-from nabla_trl.utils.formatting import finite_or_none, format_si
+from nabla_trl.utils.formatting import finite_or_none, format_si, make_printable
 
 Decode = Callable[[list[int]], str]  # token ids to text without special tokens
 
 MAX_WIDTH = 100  # columns, because longer lines are hard to read
 MAX_PREFIX_CHARACTERS = 160  # of the unchanged text before a revision
-_BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+# What progress bars of libraries write beside text: they go to the beginning of a line, or up some lines.
+_BAR_MOVES = re.compile(r"\r?(?:\x1b\[A|\n)*")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,56 @@ class TextChange:
     old_token: str
     new_token: str
     suffix: str
+
+
+class PrintableStream:
+    """A text stream on which control characters become replacement characters.
+
+    Whatever a program or a library prints may hold texts of models and data. A carriage return at the beginning of a
+    text and the moves of progress bars pass. Our own consoles write to `raw_stream`, because they replace the control
+    characters of texts themselves and style them afterwards (`PrintableConsole`).
+    """
+
+    def __init__(self, raw_stream: Any):
+        self.raw_stream = raw_stream
+
+    def write(self, text: str) -> int:
+        """Write a text and return its length."""
+        start = len(text) if _BAR_MOVES.fullmatch(text) else int(text.startswith("\r"))
+        self.raw_stream.write(text[:start] + make_printable(text[start:]))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw_stream, name)
+
+
+@contextmanager
+def guard_terminal() -> Iterator[None]:
+    """Replace control characters in all that is printed and logged on stdout and stderr."""
+    streams = sys.stdout, sys.stderr
+    guarded = tuple(PrintableStream(stream) for stream in streams)
+    _redirect_logs(dict(zip(streams, guarded, strict=True)))
+    sys.stdout, sys.stderr = guarded
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        _redirect_logs(dict(zip(guarded, streams, strict=True)))
+
+
+def _redirect_logs(new_streams: dict[Any, Any]) -> None:
+    """Let log handlers that were made before write to other streams."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", ()):
+            # Some handlers look up sys.stderr for each line, and hold no stream.
+            stream = vars(handler).get("stream")
+            if isinstance(handler, logging.StreamHandler) and stream in new_streams:
+                handler.setStream(new_streams[stream])
 
 
 def compute_text_change(revision: Revision, base_ids: list[int], decode: Decode) -> TextChange:
@@ -109,7 +163,7 @@ class TraceFormatter:
 
     def format_trace(self, trace: Trace, question: str) -> Iterator[list[Text]]:
         """Yield the parts of a trace as blocks of lines."""
-        yield [*self.wrap_text(Text.assemble(("question  ", "bold"), _make_printable(question)), ""), Text()]
+        yield [*self.wrap_text(Text.assemble(("question  ", "bold"), make_printable(question)), ""), Text()]
         yield self.format_response("first response", f"reward {trace.reward_initial:.3f}", trace.initial_ids)
         accepted = rejected = 0
         for revision, base_ids in trace.replay_revisions():
@@ -133,12 +187,12 @@ class TraceFormatter:
 
     def format_text(self, token_ids: list[int]) -> list[Text]:
         """Return the text of a response."""
-        return self.wrap_text(Text(_make_printable(self.decode(token_ids)) or "(empty)"))
+        return self.wrap_text(Text(make_printable(self.decode(token_ids)) or "(empty)"))
 
     def format_change(self, revision: Revision, base_ids: list[int]) -> list[Text]:
         """Return the text of a revised response with the changed token marked."""
         change = compute_text_change(revision, base_ids, self.decode)
-        prefix = _make_printable(change.prefix)
+        prefix = make_printable(change.prefix)
         text = Text("… " + prefix[-MAX_PREFIX_CHARACTERS:] if len(prefix) > MAX_PREFIX_CHARACTERS else prefix)
         old = _format_token(change.old_token, revision.position == len(base_ids) - 1)
         new = _format_token(change.new_token, len(revision.suffix) == 1)
@@ -146,7 +200,7 @@ class TraceFormatter:
         text.append(f"{{+{new}+}}" if self.use_marks else new, "bold green")
         if change.new_token.endswith("\n"):
             text.append("\n")
-        text.append(_make_printable(change.suffix), "cyan")
+        text.append(make_printable(change.suffix), "cyan")
         return self.wrap_text(text)
 
     def format_rejected_count(self, count: int) -> list[Text]:
@@ -157,7 +211,7 @@ class TraceFormatter:
 
     def format_summary(self, trace: Trace, num_accepted: int) -> list[Text]:
         """Return lines with answer, reward, cost and the end of the search."""
-        answer = _make_printable(trace.answer or "none found")
+        answer = make_printable(trace.answer or "none found")
         cost = f"{format_si(trace.cost.flops, 'FLOPs')}, {format_si(trace.cost.seconds, 's')}"
         proposals = f"{num_accepted} of {len(trace.revisions)} proposals accepted"
         lines = [
@@ -198,15 +252,4 @@ def _format_token(text: str, is_last: bool) -> str:
         return "⟨end⟩" if is_last else "⟨special⟩"
     if text.isspace():
         return text.replace("\n", "⏎").replace(" ", "␣").replace("\t", "⇥")
-    return _make_printable(text)
-
-
-def _make_printable(text: str) -> str:
-    """Replace characters that move the cursor, color text or reorder it. Line breaks and tabs stay."""
-    return "".join("\ufffd" if _is_control(character) else character for character in text.replace("\r\n", "\n"))
-
-
-def _is_control(character: str) -> bool:
-    if character in "\n\t":
-        return False
-    return unicodedata.category(character) in ("Cc", "Cs") or character in _BIDI_CONTROLS
+    return make_printable(text)

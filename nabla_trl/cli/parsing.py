@@ -21,9 +21,11 @@ from typing import Any, NoReturn, get_type_hints
 
 from trl import TrlParser
 
+from nabla_trl.cli.console import guard_terminal
 from nabla_trl.cli.telemetry import disable_telemetry
 from nabla_trl.utils.fields import coerce_fields, format_suggestion, get_option_groups
 from nabla_trl.utils.files import read_yaml
+from nabla_trl.utils.formatting import make_printable
 from nabla_trl.utils.interrupts import StoppedBySignal, get_current_command, handle_stop_signals, is_main_process
 from nabla_trl.utils.renamed import describe_new_flag
 
@@ -325,13 +327,13 @@ def run_main(
     if resume_command is None:
         resume_command = get_current_command()  # read now, because the launcher may end before a stop
     try:
-        with handle_stop_signals() if resume_command else nullcontext():
+        with guard_terminal(), handle_stop_signals() if resume_command else nullcontext():
             return main(sys.argv[1:] if argv is None else argv) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the last flush fails too
         return 141
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", make_printable(" ".join(str(error).split())), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as error:
         if is_main_process():
@@ -339,7 +341,7 @@ def run_main(
                 f" at {error.progress_text}" if isinstance(error, StoppedBySignal) and error.progress_text else ""
             )
             resume = f"; to go on: {resume_command}" if resume_command else ""
-            print(f"stopped{position}{resume}", file=sys.stderr)
+            print(make_printable(f"stopped{position}{resume}"), file=sys.stderr)
         return 128 + (error.signal_number if isinstance(error, StoppedBySignal) else signal.SIGINT)
 
 

@@ -48,6 +48,7 @@ from nabla_trl.report.summary import Summary, get_value, parse_pairs, summarize
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import format_interval
 from nabla_trl.utils.markdown import format_bullets, format_table
+from nabla_trl.utils.progress import PrintableConsole
 from nabla_trl.utils.statistics import INTERVAL_NOTE
 
 NO_OVEROPTIMIZATION = "No run with the most FLOPs is worse than a cheaper run of its family, beyond chance."
@@ -116,7 +117,7 @@ def print_summary_table(summary: Summary, console: Console | None = None) -> Non
 
     The strict accuracy is shown where it differs, errors where there are any, and pass@k and maj@k of samples.
     """
-    console = console or Console()
+    console = console or PrintableConsole()
     methods = list_methods(summary)
     if methods:
         strict = has_strict_difference(summary)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Characters that change the order in which a terminal shows others (Unicode's Bidi_Control).
+_BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _SI_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
 
 
@@ -42,9 +45,25 @@ def format_load_error(what: str, name: str, error: BaseException) -> str:
 
 
 def format_error(error: BaseException | str, max_chars: int = 200) -> str:
-    """Return an error's text on one line, cut at `max_chars` characters. Without a text return the error's type."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Return an error's text on one line, cut at `max_chars` characters. Without a text return the error's type.
+
+    Control characters become replacement characters, because the text may hold parts of data and of templates.
+    """
+    text = make_printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= max_chars else f"{text[: max_chars - 2]} …"
+
+
+def make_printable(text: str) -> str:
+    """Replace characters that move the cursor, color text, reorder it or break lines. Line breaks and tabs stay."""
+    if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
+        return text
+    return "".join("\ufffd" if _is_control(character) else character for character in text.replace("\r\n", "\n"))
+
+
+def _is_control(character: str) -> bool:
+    if character in "\n\t":
+        return False
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _BIDI_CONTROLS
 
 
 def finite_or_none(value: float | None) -> float | None:

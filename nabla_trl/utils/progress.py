@@ -6,15 +6,17 @@ import math
 import time
 from collections.abc import Iterable
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
-from nabla_trl.utils.formatting import format_duration, format_interval, format_si
+from nabla_trl.utils.formatting import format_duration, format_interval, format_si, make_printable
 from nabla_trl.utils.statistics import Interval, proportion_interval
 
 # The first line comes after half a minute. Later ones come whenever the time has grown by a quarter, and at least
@@ -23,6 +25,28 @@ _FIRST_LINE_SECONDS, _INTERVAL_GROWTH, _MAX_INTERVAL_SECONDS = 30.0, 1.25, 900.0
 
 # Of one item: its problem, whether it is right (None = not graded), FLOPs.
 ProgressItem = tuple[str, float | None, float]
+
+
+class PrintableConsole(Console):
+    """A console on which control characters of texts become replacement characters, and styles stay.
+
+    It writes to the stream behind a `PrintableStream`, because its own control sequences must pass.
+    """
+
+    @property
+    def file(self) -> IO[str]:
+        """Return the stream that is written to."""
+        file = Console.file.fget(self)
+        return getattr(file, "raw_stream", file)
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        Console.file.fset(self, new_file)
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        return super()._render_buffer(
+            segment if segment.control else Segment(make_printable(segment.text), segment.style) for segment in buffer
+        )
 
 
 class ProgressDisplay:
@@ -52,7 +76,7 @@ class ProgressDisplay:
     ):
         self.name, self.total, self.num_done, self.show_progress = name, total, num_done, show_progress
         self.trials_per_item = trials_per_item
-        self.console = Console(stderr=True) if console is None else console
+        self.console = PrintableConsole(stderr=True) if console is None else console
         self.num_new = 0
         self.flops = 0.0
         self._scores_by_problem: dict[str, list[float]] = {}  # of the graded items

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import re
+import sys
 from dataclasses import replace
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from nabla_trl.cli.console import compute_text_change, print_trace, trace_to_json
+from nabla_trl.cli.console import compute_text_change, guard_terminal, print_trace, trace_to_json
+from nabla_trl.cli.parsing import run_main
 from nabla_trl.models.flops import Cost
 from nabla_trl.traces.schema import Revision, Trace
+from nabla_trl.utils.formatting import format_error, make_printable
+from nabla_trl.utils.progress import PrintableConsole, ProgressDisplay
 
 END = 0
 
@@ -169,3 +174,56 @@ def test_json_holds_the_whole_trace_and_texts():
     third = result["revisions"][2]
     assert third["suffix"] == ids_of("3;#9") and third["accepted"] is True
     assert (third["old_text"], third["new_text"], third["suffix_text"]) == ("4", "3", "3;#9")
+
+
+# --- what is printed beside traces ------------------------------------------------------------------------
+
+FOREIGN = "a\x1b[2J\x1b]0;title\x07b\rc\u202ed\u2066e\x9b1mf\x7f\u2028g\x00"
+SHOWN = "a\ufffd[2J\ufffd]0;title\ufffdb\ufffdc\ufffdd\ufffde\ufffd1mf\ufffd\ufffdg\ufffd"
+
+
+def test_what_moves_a_cursor_or_reorders_text_is_made_visible() -> None:
+    assert make_printable(FOREIGN) == SHOWN
+    assert make_printable("é\t1\n北京 👩\u200d🔬\r\n") == "é\t1\n北京 👩\u200d🔬\n"
+    assert "\x1b" not in format_error(ValueError(FOREIGN)) and "\n" not in format_error(ValueError(FOREIGN))
+
+
+def test_nothing_that_is_printed_or_logged_reaches_a_terminal_raw(capsys: pytest.CaptureFixture[str]) -> None:
+    early = logging.StreamHandler(sys.stderr)
+    log = logging.getLogger("nabla_trl.test")
+    log.addHandler(early)
+    try:
+        with guard_terminal():
+            print(FOREIGN)
+            print("error:", FOREIGN, file=sys.stderr)
+            log.warning("%s", FOREIGN)
+            sys.stderr.write("\r 50%|█| 1/2")  # a progress bar of a library
+            sys.stderr.write("\n\x1b[A")
+    finally:
+        log.removeHandler(early)
+    out, err = capsys.readouterr()
+    assert out == SHOWN + "\n"
+    assert err.count(SHOWN) == 2 and err.endswith("\r 50%|█| 1/2\n\x1b[A")
+    assert early.stream is sys.stderr  # put back
+
+
+def test_errors_and_stops_of_commands_are_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(argv: object) -> None:
+        raise ValueError(FOREIGN)
+
+    assert run_main(fail, [], resume_command="") == 1
+    err = capsys.readouterr().err
+    assert err == f"error: {make_printable(' '.join(FOREIGN.split()))}\n" and err[:-1].isprintable()
+
+
+def test_consoles_show_styles_and_no_foreign_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    with guard_terminal():
+        console = PrintableConsole(file=sys.stdout, force_terminal=True, color_system="standard", width=99)
+        console.print(FOREIGN, style="bold", highlight=False, markup=False)
+    out = capsys.readouterr().out
+    assert out.startswith("\x1b[1m") and out.count("\x1b") == 2 and not {"\x07", "\x9b", "\u202e", "\r"} & {*out}
+    stream = io.StringIO()
+    display = ProgressDisplay(FOREIGN, 2, console=PrintableConsole(file=stream, width=99))
+    with display:
+        display.add_items([("p", 1.0, 1e9)])
+    assert "title" in stream.getvalue() and not {"\x1b", "\x07", "\r"} & {*stream.getvalue()}

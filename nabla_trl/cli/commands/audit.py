@@ -23,6 +23,7 @@ from nabla_trl.tasks.registry import load_problems
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import format_interval
+from nabla_trl.utils.progress import PrintableConsole
 
 if TYPE_CHECKING:
     from nabla_trl.audit.gradient import FirstErrorScores, GradientAudit
@@ -213,7 +214,7 @@ def main(argv: Sequence[str]) -> int:
     if extra.json:
         print(json.dumps(result.to_dict()))
     else:
-        print_audit(result, Console())
+        print_audit(result, PrintableConsole())
     return 0
 
 

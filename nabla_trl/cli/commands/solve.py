@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from nabla_trl.cli.arguments import ModelArguments
 from nabla_trl.cli.parsing import Parser
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.utils.fields import option
+from nabla_trl.utils.progress import PrintableConsole
 
 SOLVE_HELP = """--json prints one object:
   problem_id, task, method, seed, prompt, response, answer, gold, correct, error
@@ -74,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     from nabla_trl.cli.live import LiveView
     from nabla_trl.search.reasoner import NablaReasoner
 
-    console = Console(file=sys.stdout)
+    console = PrintableConsole(file=sys.stdout)
     with redirect_stdout(sys.stderr):  # libraries must not print into the JSON
         policy, reward = models.load_policy_and_reward(4 * config.batch_size)
         warn_past_limits(reward, config)
@@ -85,7 +84,8 @@ def main(argv: Sequence[str]) -> int:
             with LiveView(policy.decode, console) as view:
                 trace = reasoner.solve(question, seed=args.seed, on_round=view)
     if extra.json:
-        print(json.dumps(trace_to_json(trace, policy.decode), allow_nan=False))
+        text = json.dumps(trace_to_json(trace, policy.decode), allow_nan=False)
+        print(text.replace("\x7f", "\\u007f"))  # the only control character that json.dumps does not escape
     elif trace.error is None:
         print_trace(trace, question, policy.decode, console)
     if trace.error is not None:
