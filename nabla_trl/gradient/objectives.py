@@ -112,12 +112,14 @@ class ScoreCache:
         logp: [T] log-likelihood of each response token. Empty for scores.
         hidden_states: [T, d] the last hidden states that predicted these tokens. Empty for scores.
         prefix_scores: [T + 1] the score after none, one, … of the tokens. Empty for log-likelihoods.
+        prompt_ids: the prompt, in the objective's ids. None: the one that all responses to the problem have.
     """
 
     state: PrefixState
     logp: Tensor
     hidden_states: Tensor
     prefix_scores: Tensor
+    prompt_ids: list[int] | None = None
 
 
 @dataclass
@@ -277,21 +279,51 @@ class Objective(ABC):
     def layout(self) -> StateLayout:
         return get_layout(self.model)
 
-    def make_prompt_cache(self, state: PrefixState) -> ScoreCache:
+    def make_prompt_cache(self, state: PrefixState, prompt_ids: list[int] | None = None) -> ScoreCache:
         """Return the cache of a prefix of which no response token is known."""
         width = self.model.config.get_text_config().hidden_size
         empty = torch.zeros(0, dtype=self.model.dtype, device=self.model.device)
-        return ScoreCache(state, empty, empty.new_zeros(0, width), empty)
+        return ScoreCache(state, empty, empty.new_zeros(0, width), empty, prompt_ids)
 
     def compute_prompt_caches(self, samples: Sequence[Sample], flop_counter: FlopCounter) -> list[ScoreCache]:
         """Return the caches of the samples' prompts."""
         prompts = [self.encode_prompt(sample.problem, sample.prompt_ids) for sample in samples]
+        return self._read_prompts(samples, prompts, flop_counter)
+
+    def _read_prompts(
+        self, samples: Sequence[Sample], prompts: Sequence[list[int]], flop_counter: FlopCounter
+    ) -> list[ScoreCache]:
         for sample, prompt in zip(samples, prompts, strict=True):
             flop_counter.add_flops(
                 sample.cost_key, self.model_size, "prefill", 0, len(prompt) - 1, num_head_positions=0
             )
         states = prefill_sequences(self.model, self.layout, [prompt[:-1] for prompt in prompts])
-        return [self.make_prompt_cache(state) for state in states]
+        return [self.make_prompt_cache(state, prompt) for state, prompt in zip(states, prompts, strict=True)]
+
+    def fit_caches(
+        self,
+        samples: Sequence[Sample],
+        encoded: Sequence[EncodedSample],
+        caches: Sequence[ScoreCache],
+        num_shared: Sequence[int],
+        flop_counter: FlopCounter,
+    ) -> tuple[list[ScoreCache], list[int]]:
+        """Return caches and numbers of shared tokens, with new caches for responses that have another prompt.
+
+        A chat template may open a turn with a thought in another way than a turn without one.
+        """
+        fitted, counts = list(caches), list(num_shared)
+        others = [
+            index
+            for index, (row, cache) in enumerate(zip(encoded, caches, strict=True))
+            if cache.prompt_ids is not None and cache.prompt_ids != row.prompt_ids
+        ]
+        if others:
+            prompts = [encoded[index].prompt_ids for index in others]
+            new_caches = self._read_prompts([samples[index] for index in others], prompts, flop_counter)
+            for index, cache in zip(others, new_caches, strict=True):
+                fitted[index], counts[index] = cache, 0
+        return fitted, counts
 
     def build_batch(
         self, encoded: Sequence[EncodedSample], caches: Sequence[ScoreCache], num_shared: Sequence[int]
@@ -353,6 +385,7 @@ class Objective(ABC):
             caches: of responses that share their first `num_shared` tokens with the samples.
         """
         encoded = [self.encode(sample) for sample in samples]
+        caches, num_shared = self.fit_caches(samples, encoded, caches, num_shared, flop_counter)
         num_shared = [self.count_reusable(*row) for row in zip(encoded, caches, num_shared, strict=True)]
         batch = self.build_batch(encoded, caches, num_shared)
         for sample, start, count in zip(samples, batch.start_positions, batch.num_tokens, strict=True):

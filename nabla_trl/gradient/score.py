@@ -9,7 +9,7 @@ the tokens through the hidden states h alone, so that its gradient has no part a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from nabla_trl.gradient.objectives import (
 from nabla_trl.gradient.relaxation import RelaxedResponse
 from nabla_trl.gradient.step_ends import StepFinder
 from nabla_trl.states.prefix import PrefixState
+from nabla_trl.tasks.problem import Problem
 
 
 class ScoreObjective(Objective):
@@ -35,17 +36,33 @@ class ScoreObjective(Objective):
     Args:
         turn_end_ids: ids that close the assistant's turn in the model's chat template. May be empty.
         stop_ids: the policy's stop tokens. A final one is kept if it begins the turn's end, and dropped otherwise.
+        encode_prompt_for_response: maps a problem and a response in this model's ids to the prompt ids before it.
+            None: they depend on the problem alone.
     """
 
-    def __init__(self, *args: Any, turn_end_ids: list[int], stop_ids: frozenset[int], **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        turn_end_ids: list[int],
+        stop_ids: frozenset[int],
+        encode_prompt_for_response: Callable[[Problem, Sequence[int]], list[int]] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.turn_end_ids, self.stop_ids = turn_end_ids, stop_ids
+        self.encode_prompt_for_response = encode_prompt_for_response
 
     def encode(self, sample: Sample) -> EncodedSample:
-        prompt_ids = self.encode_prompt(sample.problem, sample.prompt_ids)
-        if sample.is_partial:
-            return EncodedSample(prompt_ids, self.vocab_map[sample.response_ids].tolist(), turn_end_ids=[])
-        return EncodedSample(prompt_ids, *self._close_turn(sample.response_ids))
+        response_ids, turn_end_ids = (
+            (self.vocab_map[sample.response_ids].tolist(), [])
+            if sample.is_partial
+            else self._close_turn(sample.response_ids)
+        )
+        if self.encode_prompt_for_response is None:
+            prompt_ids = self.encode_prompt(sample.problem, sample.prompt_ids)
+        else:
+            prompt_ids = self.encode_prompt_for_response(sample.problem, response_ids)
+        return EncodedSample(prompt_ids, response_ids, turn_end_ids)
 
     def _close_turn(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Return a response in this model's ids, and what closes the turn after it."""
@@ -98,7 +115,7 @@ class ScoreObjective(Objective):
         ):
             # The inputs begin with the last shared token. The turn's end at their end is no part of the response.
             new = new[: len(encoded.response_ids) - count + 1]
-            new_cache = self.make_prompt_cache(state)
+            new_cache = self.make_prompt_cache(state, encoded.prompt_ids)
             new_cache.prefix_scores = torch.cat((cache.prefix_scores[:count].to(new), new))
             new_caches.append(new_cache)
         return new_caches

@@ -101,7 +101,8 @@ def _compute_objective_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the values [B] of one objective and, per sample, its gradient at the candidates."""
     encoded = [objective.encode(sample) for sample in samples]
-    batch = objective.build_batch(encoded, caches, num_shared=[0] * len(samples))
+    caches, num_shared = objective.fit_caches(samples, encoded, caches, [0] * len(samples), flop_counter)
+    batch = objective.build_batch(encoded, caches, num_shared)
     for sample, start, count in zip(samples, batch.start_positions, batch.num_tokens, strict=True):
         for kind in ("forward", "backward") if through_embeddings else ("forward",):
             flop_counter.add_flops(sample.cost_key, objective.model_size, kind, start, count)

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.prompts import tokenize_prompt
-from nabla_trl.rewards.prompts import get_turn_end_ids, make_template_prompt_encoder
+from nabla_trl.models.prompts import render_chat_template, tokenize_prompt
+from nabla_trl.rewards.prompts import TurnEncoder, get_turn_end_ids, make_template_prompt_encoder
 from nabla_trl.tasks.problem import Problem
 
 TEMPLATES = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
@@ -104,6 +104,73 @@ def test_the_reward_scores_the_templates_tokens_and_gradients_belong_to_the_resp
     [gradient] = compute_token_gradient([objective], [sample], caches, None, flop_counter=FlopCounter())
     table = objective.embed_ids(torch.arange(len(tokenizer)))
     torch.testing.assert_close(gradient, embed_grads[0, begin : begin + 9] @ table.T, rtol=1e-7, atol=1e-9)
+
+
+THOUGHTS = ("<think>\nIt is.\n</think>\n\n4", "It is.\n</think>\n\n4", "<think>\nIt is")
+
+
+def _check_thoughts(path: Path) -> int:
+    """Return how many of these responses the template writes as they are. All of them must be read so."""
+    tokenizer = template_tokenizer(path.read_text(encoding="utf-8"))
+    encoder = TurnEncoder(tokenizer, "r", 100_000)
+    question, written = Problem("a", "What is 2+2?"), 0
+    for answer in THOUGHTS:
+        try:
+            text = render_chat_template(
+                tokenizer,
+                question,
+                [*question.build_messages(), {"role": "assistant", "content": answer}],
+                add_generation_prompt=False,
+            )
+        except ValueError:
+            continue
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        read = [*encoder.encode_for_response(question, ids), *ids, *get_turn_end_ids(tokenizer)]
+        if answer in text:
+            assert tokenizer.decode(read) == text, path.name
+            written += 1
+    return written
+
+
+@pytest.mark.parametrize(("name", "expected"), [("qwen3", 3), ("nemotron_3_nano", 3), ("deepseekv3", 1)])
+def test_a_response_with_a_thought_is_read_as_the_template_writes_it(name: str, expected: int) -> None:
+    assert _check_thoughts(next(path for path in TEMPLATES if path.stem == name)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_every_template_of_trl_is_read_as_it_writes_thoughts(path: Path) -> None:
+    _check_thoughts(path)
+
+
+def test_a_thought_changes_the_opening_and_caches_of_the_other_opening_are_not_used() -> None:
+    tags = ("<think>", "</think>")
+    template = worlds.TEMPLATE.replace(
+        "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}",
+        "{{ '<|' + m['role'] + '|>' + (';;' if m['role'] == 'assistant' and '</think>' not in m['content'] else '')"
+        " + m['content'] + '<|end|>' }}",
+    )
+    tokenizer = worlds.char_tokenizer((*worlds.TOKENS, *tags), template=template)
+    policy = worlds.tiny_policy(tokenizer=worlds.char_tokenizer((*worlds.TOKENS, *tags)), dtype=torch.float64)
+    reward = worlds.tiny_scalar(policy, tokenizer=tokenizer)
+    problem, [objective] = Problem("a", "9-5+1"), reward.objectives
+    plain, thought = (worlds.sample(policy, problem, text) for text in ("<think>9-5", "<think>9-5</think>4"))
+    assert tokenizer.decode(objective.encode(plain).sequence_ids).endswith("<|assistant|>;;<think>9-5<|end|>")
+    assert tokenizer.decode(objective.encode(thought).sequence_ids).endswith("<|assistant|><think>9-5</think>4<|end|>")
+
+    prompt_cache = reward.compute_prompt_caches([plain], FlopCounter())
+    counter = FlopCounter()
+    for first, then in ((plain, thought), (thought, plain)):
+        _, cache = reward.score([first], prompt_cache, flop_counter=counter, return_caches=True)
+        [reused], _ = reward.score([then], cache, flop_counter=counter, num_shared=[4])
+        ids = torch.tensor([objective.encode(then).sequence_ids])
+        torch.testing.assert_close(reused, float(objective.model(ids).logits), rtol=1e-9, atol=1e-9)
+    [gradient] = compute_token_gradient([objective], [thought], prompt_cache, None, flop_counter=counter)
+    embeds = objective.embed_ids(torch.tensor([objective.encode(thought).sequence_ids])).requires_grad_(True)
+    [embed_grads] = torch.autograd.grad(objective.model(inputs_embeds=embeds).logits.sum(), embeds)
+    begin, length = len(objective.encode(thought).prompt_ids), len(thought.response_ids)
+    expected = embed_grads[0, begin : begin + length] @ objective.embed_ids(torch.arange(len(tokenizer))).T
+    torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-9)
 
 
 def test_parts_of_a_search_read_the_same_turn() -> None:
