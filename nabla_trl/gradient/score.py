@@ -9,7 +9,8 @@ the tokens through the hidden states h alone, so that its gradient has no part a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,27 +31,33 @@ from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 
 
+class TurnPromptEncoder(ABC):
+    """Maps a problem to a model's prompt ids, where the opening of the turn may depend on the response."""
+
+    @abstractmethod
+    def __call__(self, problem: Problem, prompt_ids: list[int]) -> list[int]:
+        """Return the prompt ids before most responses."""
+
+    @abstractmethod
+    def encode_for_response(self, problem: Problem, response_ids: Sequence[int]) -> list[int]:
+        """Return the prompt ids before a response.
+
+        Args:
+            response_ids: in the model's ids, −1 where it has none.
+        """
+
+
 class ScoreObjective(Objective):
     """f(y): the scalar head of a sequence-classification model at the last token of the closed turn.
 
     Args:
         turn_end_ids: ids that close the assistant's turn in the model's chat template. May be empty.
         stop_ids: the policy's stop tokens. A final one is kept if it begins the turn's end, and dropped otherwise.
-        encode_prompt_for_response: maps a problem and a response in this model's ids to the prompt ids before it.
-            None: they depend on the problem alone.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        turn_end_ids: list[int],
-        stop_ids: frozenset[int],
-        encode_prompt_for_response: Callable[[Problem, Sequence[int]], list[int]] | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, turn_end_ids: list[int], stop_ids: frozenset[int], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.turn_end_ids, self.stop_ids = turn_end_ids, stop_ids
-        self.encode_prompt_for_response = encode_prompt_for_response
 
     def encode(self, sample: Sample) -> EncodedSample:
         response_ids, turn_end_ids = (
@@ -58,10 +65,10 @@ class ScoreObjective(Objective):
             if sample.is_partial
             else self._close_turn(sample.response_ids)
         )
-        if self.encode_prompt_for_response is None:
-            prompt_ids = self.encode_prompt(sample.problem, sample.prompt_ids)
+        if isinstance(self.encode_prompt, TurnPromptEncoder):
+            prompt_ids = self.encode_prompt.encode_for_response(sample.problem, response_ids)
         else:
-            prompt_ids = self.encode_prompt_for_response(sample.problem, response_ids)
+            prompt_ids = self.encode_prompt(sample.problem, sample.prompt_ids)
         return EncodedSample(prompt_ids, response_ids, turn_end_ids)
 
     def _close_turn(self, ids: list[int]) -> tuple[list[int], list[int]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from nabla_trl.grading.formulas import Span, find_bare_formulas, find_formulas, join_spans
-from nabla_trl.grading.notation import rewrite_symbols, trim_answer
-from nabla_trl.grading.thinking import normalize_think_tags
+from nabla_trl.grading.notation import normalize_think_tags, rewrite_symbols, trim_answer
 
 _THINK_TAG = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
 _THINK_OPEN = re.compile(r"<think(?:ing)?>", re.IGNORECASE)

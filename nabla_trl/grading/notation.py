@@ -137,3 +137,51 @@ def _strip_closing_punctuation(answer: str) -> str:
     answer = answer.strip(_LAYOUT)
     kept = answer.rstrip(_LAYOUT + ".,;:")
     return kept + "." if kept.endswith("\\right") and answer[len(kept) :].startswith(".") else kept
+
+
+# --- thoughts ---------------------------------------------------------------------------------------
+
+THINK_OPENING, THINK_CLOSING = "<think>", "</think>"
+
+_TAG_EDGE = "begin|start|end|of"
+_THINK_TAG = (
+    r"[<\[◁]\|?(?P<slash>/?)(?:\w{1,20}:)?"
+    rf"(?P<edges>(?:(?:{_TAG_EDGE})[_▁])*)(?:thinking|think|thoughts|thought)(?P<last>(?:[_▁](?:{_TAG_EDGE}))?)"
+    r"\|?[>\]▷]"
+)
+_WHOLE_THINK_TAG = re.compile(_THINK_TAG, re.IGNORECASE)
+_THOUGHT_MARKUP = re.compile(
+    rf"{_THINK_TAG}"
+    r"|<\|channel\|>(?P<channel>\w{0,30})[^<>|]{0,100}(?:<\|constrain\|>\w*)?<\|message\|>"
+    r"|(?P<gemma><\|channel>\s*thought\b|<channel\|>)"
+    r"|^(?P<granite>Here is my (?:thought process|response)):",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def is_think_tag(text: str) -> bool:
+    """Return whether a text is one tag that opens or closes a thought, such as `[/THINK]`."""
+    return _WHOLE_THINK_TAG.fullmatch(text) is not None
+
+
+def normalize_think_tags(text: str) -> str:
+    """Return a text with `<think>` and `</think>` in place of all other tags around thoughts.
+
+    - tags that name a thought: `<thinking>`, `<thought>`, `<seed:think>`, `[THINK]`, `<|START_THINKING|>`, `◁think▷`
+    - the channels of gpt-oss: every channel but `final` is a thought
+    - the thought channel of Gemma: `<|channel>thought` … `<channel|>`
+    - the phrases of Granite: "Here is my thought process:" and "Here is my response:", each on a line
+    """
+    return _THOUGHT_MARKUP.sub(_normalize_tag, text)
+
+
+def _normalize_tag(match: re.Match[str]) -> str:
+    if match["channel"] is not None:
+        closes = match["channel"].lower() == "final"
+    elif match["gemma"]:
+        closes = match["gemma"] == "<channel|>"
+    elif match["granite"]:
+        closes = match["granite"].lower().endswith("response")
+    else:
+        closes = bool(match["slash"]) or "end" in (match["edges"] + match["last"]).lower()
+    return THINK_CLOSING if closes else THINK_OPENING

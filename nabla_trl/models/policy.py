@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nabla_trl.grading.thinking import OPENING
+from nabla_trl.grading.notation import THINK_OPENING
 from nabla_trl.models.chat.thinking import ThinkingFormat, decode_with_thinking
 from nabla_trl.models.flops import ModelSize
 from nabla_trl.models.heads import OutputHead
@@ -327,7 +327,7 @@ class Policy:
         text = self.decode(ids)
         ends = [position for string in stop_strings if (position := text.find(string)) >= 0]
         thinking, is_opened = self._thinking
-        return OPENING * is_opened + thinking.normalize(text[: min(ends)] if ends else text)
+        return THINK_OPENING * is_opened + thinking.normalize(text[: min(ends)] if ends else text)
 
     @cached_property
     def tokenizer_hash(self) -> str:

@@ -34,12 +34,7 @@ from nabla_trl.models.loading import (
 )
 from nabla_trl.models.policy import Policy, get_context_length
 from nabla_trl.models.prompts import tokenize_prompt
-from nabla_trl.rewards.prompts import (
-    TurnEncoder,
-    get_turn_end_ids,
-    make_mapped_prompt_encoder,
-    make_template_prompt_encoder,
-)
+from nabla_trl.rewards.prompts import get_turn_end_ids, make_mapped_prompt_encoder, make_template_prompt_encoder
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import (
     LOG_RATIO_PREFIX,
@@ -257,15 +252,11 @@ def _prepare_objective_args(
         num_source_rows=policy.forbidden_mask.shape[0],
         num_target_rows=model.get_input_embeddings().weight.shape[0],
     )
-    encode_prompt = make_template_prompt_encoder(tokenizer, vocab_map, name, get_context_length(model))
     return {
         "model": model,
         "model_size": measure_model_size(model, "reward"),
         "vocab_map": vocab_map,
-        "encode_prompt": encode_prompt,
-        "encode_prompt_for_response": (
-            encode_prompt.encode_for_response if isinstance(encode_prompt, TurnEncoder) else None
-        ),
+        "encode_prompt": make_template_prompt_encoder(tokenizer, vocab_map, name, get_context_length(model)),
         "turn_end_ids": get_turn_end_ids(tokenizer),
         "stop_ids": policy.stop_ids,
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nabla_trl.gradient.score import TurnPromptEncoder
 from nabla_trl.models.chat.control_tokens import get_template, get_token_guard
 from nabla_trl.models.prompts import check_prompt, render_chat_template
 from nabla_trl.tasks.problem import Problem
@@ -38,7 +39,7 @@ def make_mapped_prompt_encoder(vocab_map: Tensor, name: str) -> Callable[[Proble
 
 
 @dataclass
-class TurnEncoder:
+class TurnEncoder(TurnPromptEncoder):
     """Encodes what stands before a response in the complete turn that a reward's own chat template writes.
 
     The generation prompt is no guide: many templates open a complete turn in another way (an empty think block), and
@@ -62,11 +63,7 @@ class TurnEncoder:
         return self._encode(problem, _RESPONSE_SENTINEL)
 
     def encode_for_response(self, problem: Problem, response_ids: Sequence[int]) -> list[int]:
-        """Return the ids before a response.
-
-        Args:
-            response_ids: in the reward's ids, −1 where it has none.
-        """
+        """Return the ids before a response."""
         return self._encode(problem, self._get_skeleton(response_ids))
 
     def _encode(self, problem: Problem, skeleton: str) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from nabla_trl.grading.thinking import CLOSING, OPENING, is_think_tag, normalize_think_tags
+from nabla_trl.grading.notation import THINK_CLOSING, THINK_OPENING, is_think_tag, normalize_think_tags
 
 _THOUGHT, _ANSWER = "\x02thought\x03", "\x02answer\x03"
 _CHANNEL_TOKEN = re.compile(r"<\|?channel\|?>|<\|message\|>|<\|constrain\|>")
@@ -77,10 +77,10 @@ def _find_delimiters(render: Render) -> list[tuple[str, str]]:
     if whole.startswith(prompt) and whole.count(_THOUGHT) == whole.count(_ANSWER) == 1:
         opening, _, rest = whole[len(prompt) :].partition(_THOUGHT)
         closing = rest.partition(_ANSWER)[0]
-        if opening.strip() and closing.strip() and normalize_think_tags(opening).strip() != OPENING:
-            pairs += [(opening.strip(), OPENING), (closing.strip(), CLOSING)]
+        if opening.strip() and closing.strip() and normalize_think_tags(opening).strip() != THINK_OPENING:
+            pairs += [(opening.strip(), THINK_OPENING), (closing.strip(), THINK_CLOSING)]
         elif _CHANNEL_TOKEN.search(closing):
-            pairs.append((closing.strip(), CLOSING))
+            pairs.append((closing.strip(), THINK_CLOSING))
     if pairs and plain.startswith(prompt) and plain.count(_ANSWER) == 1:
         pairs.append((plain[len(prompt) :].partition(_ANSWER)[0].strip(), ""))
     return sorted((pair for pair in pairs if pair[0]), key=lambda pair: -len(pair[0]))

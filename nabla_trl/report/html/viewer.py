@@ -22,7 +22,7 @@ from nabla_trl.evaluation.method import get_main_search, list_methods
 from nabla_trl.evaluation.rows import Row
 from nabla_trl.grading.equivalence import MatchResult, match_without_worker, normalize_answer
 from nabla_trl.grading.extraction import extract_answer, has_open_think_block
-from nabla_trl.grading.thinking import OPENING
+from nabla_trl.grading.notation import THINK_OPENING
 from nabla_trl.report.summary import Summary
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import read_traces
@@ -244,7 +244,7 @@ def _grade_first_response(trace: Trace, token_table: TokenTable) -> tuple[str | 
     if not token_table.matches(trace):
         return None, None
     # The end of a prompt may begin a thought, as it does for the final response.
-    opening = OPENING if has_open_think_block(trace.prompt[-_MAX_OPENING_CHARS:]) else ""
+    opening = THINK_OPENING if has_open_think_block(trace.prompt[-_MAX_OPENING_CHARS:]) else ""
     answer = extract_answer(opening + token_table.decode(trace.initial_ids))
     result = match_without_worker(answer, trace.grading_reference)
     if isinstance(result, MatchResult):
