@@ -44,6 +44,9 @@ class Running:
     def get(self, path: str, **options: Any) -> httpx2.Response:
         return httpx2.get(self.url.removesuffix("/v1") + path, timeout=PATIENCE, **options)
 
+    def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
+        return httpx2.request(method, self.url.removesuffix("/v1") + path, timeout=PATIENCE, **options)
+
     def post(self, content: bytes, **headers: str) -> httpx2.Response:
         headers = {"content-type": "application/json", **headers}
         return httpx2.post(f"{self.url}/chat/completions", content=content, headers=headers, timeout=PATIENCE)

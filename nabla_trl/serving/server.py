@@ -26,7 +26,7 @@ KEEP_ALIVE_SECONDS = 75
 HEADER_SECONDS = 20  # from the first byte of a request, or the connection, to the end of its headers
 MAX_HEADER_BYTES = 32 * 2**10
 WRITE_SECONDS = 60  # until a client that reads nothing is dropped
-RESERVED_FILES = 24  # that models, searches and logs may open
+RESERVED_FILES = 40  # that models and logs may open, or that are accepted before others are closed
 MIN_CONNECTIONS = 4
 QUIET_SECONDS = 60.0  # between two lines in the log about the same trouble
 
@@ -168,7 +168,7 @@ class ChatServer(uvicorn.Server):
             service.build_app(),
             http=type("ServerProtocol", (BoundedProtocol,), {"owner": self}),
             ws="none",
-            backlog=max(8, min(2048, self.max_connections // 2)),  # so many are accepted before any is closed
+            backlog=max(32, min(2048, self.max_connections // 2)),  # so many are accepted at a time
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             log_level="warning",
