@@ -321,6 +321,8 @@ class SearchService:
             failed, self._running = list(self._running.values()), {}
         for running in failed:
             _set_outcomes(running.requests, SearchFailed(format_error(error)))
+            if running.task is not None:
+                running.task.coroutine.close()
         self.engine = self._open_engine()
 
     def _take_requests(self) -> list[RunningTask]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -140,6 +141,57 @@ def test_a_small_request_ends_beside_a_huge_one(policy, watched) -> None:
         assert len(answer(small).revisions) == 3
         assert not large.done()
         large.cancel()
+
+
+def test_requests_of_other_betas_are_solved_together_and_get_what_each_gets_alone(
+    policy, watched, monkeypatch
+) -> None:
+    together: list[int] = []
+    compute_gradient = watched.compute_gradient
+
+    def count_and_compute(samples: Any, *args: Any, **options: Any) -> Any:
+        together.append(len(samples))
+        return compute_gradient(samples, *args, **options)
+
+    monkeypatch.setattr(watched, "compute_gradient", count_and_compute)
+    watched.before = gate = Gate("7")
+    configs = [replace(CONFIG, beta=0.1 + 0.1 * n, solver={"target_kl": None}) for n in range(8)]
+    with running(policy, watched) as service:
+        held = ask(service, "7")
+        assert gate.reached.wait(PATIENCE)
+        futures = [ask(service, "12-3+4*5", config=config) for config in configs]
+        gate.opened.set()
+        traces = [answer(future) for future in [*futures, held]]
+    assert max(together) >= 8
+    for trace, config in zip(traces, configs, strict=False):
+        single = alone(policy, watched, problem("12-3+4*5"), config)
+        assert trace.response_ids == single.response_ids and moves(trace) == moves(single)
+        assert trace.cost.flops == pytest.approx(single.cost.flops, rel=1e-9)
+
+
+def test_the_size_of_a_request_is_what_it_may_take(policy, scalar_reward) -> None:
+    with running(policy, scalar_reward) as service:
+
+        def size(**options: Any) -> float:
+            return service.estimate_tokens(problem("7"), replace(CONFIG, **options))
+
+        assert size() == 6 * 4 and size(max_rounds=1) == 6 * 2 and size(max_new_tokens=60) == 60 * 4
+        assert size(num_starts=5, num_chains=2) == 6 * (5 + 6) and size(max_rollouts=2) == 12
+        assert size(max_flops=1e12) > 1e5 and size(max_rounds=0, patience=3) == math.inf
+
+
+def test_an_engine_that_fails_fails_its_searches_and_the_next_ones_get_another(policy, watched, caplog) -> None:
+    with running(policy, watched) as service:
+        broken = service.engine
+
+        def work() -> bool:
+            raise RuntimeError("out of memory")
+
+        broken.work = work  # type: ignore[method-assign]
+        with pytest.raises(SearchFailed, match="out of memory"):
+            answer(ask(service, "7"))
+        assert answer(ask(service, "7")).error is None and service.is_alive and service.engine is not broken
+    assert "the engine failed" in caplog.text
 
 
 def test_equal_requests_share_one_search(policy, watched) -> None:
