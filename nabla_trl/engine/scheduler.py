@@ -28,6 +28,7 @@ MAX_IDLE_SESSIONS = 4  # kept for requests with the same options: their buffers 
 MAX_SESSIONS = 8  # that decode at a time; requests with further options wait
 SMALL_TASKS_SHARE = 0.7  # of the time, which the smallest tasks get to themselves
 SAME_SIZE_RATIO = 2.0  # tasks of up to this many times the smallest size count as small
+MAX_RESUME_SECONDS = 0.01  # of searches' own work at a time, where small tasks must not wait
 CLIENT_SLOTS_SHARE = 0.75  # of the slots of a decoder, which one client can have
 
 _Sequences = OrderedDict[Hashable, deque[tuple["Call", int, GenerationRequest]]]  # by owner
@@ -99,6 +100,7 @@ class Scheduler:
         self.num_slots, self.share_time = num_slots, share_time
         self.small_tasks: set[Task] = set()
         self._small_seconds = self._shared_seconds = 0.0
+        self._piece_seconds = 0.0  # of a usual piece of work for all tasks
         self.flop_counter = FlopCounter() if flop_counter is None else flop_counter
         self.tasks: set[Task] = set()
         self.current: Task | None = None
@@ -163,16 +165,25 @@ class Scheduler:
         self.small_tasks = self._find_small_tasks() if self.share_time else set()
         if not self.small_tasks:
             self._small_seconds = self._shared_seconds = 0.0
-            return self._work(None)
-        began = perf_counter()
-        if self._small_seconds * (1 - SMALL_TASKS_SHARE) <= self._shared_seconds * SMALL_TASKS_SHARE:
+            return self._work_for_all()
+        # What is begun cannot be interrupted, so the others wait until their share covers a piece of work.
+        others_share = (self._shared_seconds + self._piece_seconds) * SMALL_TASKS_SHARE
+        if self._small_seconds * (1 - SMALL_TASKS_SHARE) <= others_share:
+            began = perf_counter()
             progressed = self._work(self.small_tasks)
             self._small_seconds += perf_counter() - began
             if progressed:
                 return True
-            began = perf_counter()
-        progressed = self._work(None)
+        began = perf_counter()
+        progressed = self._work_for_all()
         self._shared_seconds += perf_counter() - began
+        return progressed
+
+    def _work_for_all(self) -> bool:
+        """Go on with all tasks, and note how long a piece of work for them takes."""
+        began = perf_counter()
+        progressed = self._work(None)
+        self._piece_seconds += 0.2 * (perf_counter() - began - self._piece_seconds)
         return progressed
 
     def _find_small_tasks(self) -> set[Task]:
@@ -188,10 +199,13 @@ class Scheduler:
             ready = deque(task for task in self._ready if task in tasks)
             self._ready = deque(task for task in self._ready if task not in tasks)
         progressed = bool(ready)
+        began = perf_counter()
         while ready:
             task = ready.popleft()
             if not task.ended:  # cancelled since
                 self._resume(task)
+            if self.share_time and tasks is None and perf_counter() - began > MAX_RESUME_SECONDS and ready:
+                return True  # a small task may have come
         active = self._count_sequences(tasks)
         waiting = {kind: _count_entries(queue.entries, tasks) for kind, queue in self._queues.items()}
         due = [kind for kind, count in waiting.items() if count and count >= WAITING_PER_SEQUENCE * active]

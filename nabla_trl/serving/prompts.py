@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -59,32 +60,38 @@ class PromptEncoder:
         for index, prompt in enumerate(request.prompts):
             is_chat = isinstance(prompt, list) and isinstance(prompt[0], dict)
             param = "messages" if is_chat else "prompt" if len(request.prompts) == 1 else f"prompt[{index}]"
-            first = make_request_problem(prompt, request.get_seed(0), request.stop)
             try:
-                ids = self._encode_chat(first, request) if is_chat else self._encode_prompt(prompt)
-                # The reward writes a raw prompt as its own template says, so it gets the text alone.
-                question = first.question if is_chat else self.policy.decode(ids)
-                problem = replace(first, prompt_ids=tuple(ids), question=question)
-                self.reward.compute_max_new_tokens(problem, self.policy.encode(problem))
-            except PromptTooLong as error:
-                message = str(error).removeprefix(f"{first.id}: ")
-                raise ApiError(400, message, param=param, code="context_length_exceeded") from error
+                problems += self._encode_choices(prompt, request)
             except ValueError as error:
-                message = str(error).removeprefix(f"{first.id}: ")
-                raise ApiError(400, message, param=param, code="invalid_value") from error
-            problems.append(problem)
-            for choice in range(1, request.num_choices):
-                seeded = make_request_problem(prompt, request.get_seed(choice))
-                problems.append(replace(problem, id=seeded.id))
+                code = "context_length_exceeded" if isinstance(error, PromptTooLong) else "invalid_value"
+                message = re.sub(r"^request/\w+: ", "", str(error))
+                raise ApiError(400, message, param=param, code=code) from error
         return problems
+
+    def _encode_choices(self, prompt: Any, request: SearchRequest) -> list[Problem]:
+        """Return the problems of one prompt, one per choice."""
+        is_chat = isinstance(prompt, list) and isinstance(prompt[0], dict)
+        if is_chat:
+            if len(prompt) > self.policy.context_length:  # each message takes a token at least
+                raise PromptTooLong(f"the chat has more messages than {self.policy.name} can read tokens")
+            self.policy.check_text_length("".join(message["content"] for message in prompt), "request/chat")
+        elif isinstance(prompt, str):
+            self.policy.check_text_length(prompt, "request/prompt")
+        elif len(prompt) >= self.policy.context_length:
+            raise PromptTooLong(f"the prompt has {len(prompt)} tokens, more than {self.policy.name} can read")
+        first = make_request_problem(prompt, request.get_seed(0), request.stop)
+        ids = self._encode_chat(first, request) if is_chat else self._encode_prompt(prompt)
+        # The reward writes a raw prompt as its own template says, so it gets the text alone.
+        question = first.question if is_chat else self.policy.decode(ids)
+        problem = replace(first, prompt_ids=tuple(ids), question=question)
+        self.reward.compute_max_new_tokens(problem, self.policy.encode(problem))
+        others = [make_request_problem(prompt, request.get_seed(n)).id for n in range(1, request.num_choices)]
+        return [problem, *(replace(problem, id=other) for other in others)]
 
     def _encode_chat(self, problem: Problem, request: SearchRequest) -> list[int]:
         options = self.policy.prompt_options
-        if len(problem.build_messages()) > self.policy.context_length:  # each of them takes a token at least
-            raise PromptTooLong(f"the chat has more messages than the context of {self.policy.name} has tokens")
         if not request.template_kwargs:
             return self.policy.encode(problem)
-        self.policy.check_text_length("".join(message["content"] for message in problem.build_messages()), problem.id)
         keywords = {**options.chat_template_kwargs, **request.template_kwargs}
         return tokenize_prompt(self.policy.tokenizer, problem, replace(options, chat_template_kwargs=keywords))
 
@@ -96,7 +103,6 @@ class PromptEncoder:
                 raise ValueError(f"the token ids of a prompt must be in [0, {size - 1}], not {wrong[0]}")
             return prompt
         tokenizer = self.policy.tokenizer
-        self.policy.check_text_length(prompt, "")
         has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
         return list(tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"])
 

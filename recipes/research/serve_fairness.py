@@ -3,7 +3,9 @@
     python recipes/research/serve_fairness.py --num_runs 9
 
 The server is a process of its own, on the embedded world. The others come from a third process, so that they do not
-delay the clock. Reported is the median over the runs, and its ratio to the lone median. Seconds need a quiet machine.
+delay the clock, and are sent again as soon as they are answered. Reported are medians over the runs and their ratios
+to the lone medians: of seconds, which need a quiet machine, and of the seconds of CPU that the server used from the
+small request to its answer, which do not.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx2
+import psutil
 
 from nabla_trl.cli.parsing import parse_dataclasses, run_main
 from nabla_trl.utils.fields import option
@@ -75,8 +78,12 @@ SCENARIOS: dict[str, tuple[int, Callable[[str, int], None]]] = {
 }
 
 
-def keep_busy(url: str, scenario: str) -> None:
-    """Send the requests of a scenario again and again, as many at a time as it says. Ends with its process."""
+def keep_busy(url: str, scenario: str, began: Any) -> None:
+    """Send the requests of a scenario again and again, as many at a time as it says. Ends with its process.
+
+    Args:
+        began: an event that is set before the first request.
+    """
     count, send = SCENARIOS[scenario]
 
     def send_forever(number: int) -> None:
@@ -85,13 +92,15 @@ def keep_busy(url: str, scenario: str) -> None:
             number += count
 
     with ThreadPoolExecutor(count) as pool:
-        for future in [pool.submit(send_forever, number) for number in range(count)]:
+        futures = [pool.submit(send_forever, number) for number in range(count)]
+        began.set()
+        for future in futures:
             future.result()
 
 
 @contextmanager
-def running_server() -> Iterator[str]:
-    """Run the server, and give its base URL."""
+def running_server() -> Iterator[tuple[str, psutil.Process]]:
+    """Run the server, and give its base URL and its process."""
     command = [sys.executable, "-m", "nabla_trl.cli", "serve", "--config", SEARCH_CONFIG, "--port", "0"]
     command += ["--served_model_name", MODEL, "--patience", "0", "--no_access_log", "--shutdown_timeout", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -100,48 +109,58 @@ def running_server() -> Iterator[str]:
         line = process.stdout.readline()
         if " at " not in line:
             raise OSError("the server did not start")
-        yield line.split(" at ")[1].split(";")[0]
+        yield line.split(" at ")[1].split(";")[0], psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
 
 
-def measure(url: str, num_runs: int) -> list[float]:
-    """Return the seconds of small requests, one after another. The first one is not counted."""
-    seconds = []
-    for run in range(num_runs + 1):
-        began = time.perf_counter()
+@contextmanager
+def running_others(url: str, scenario: str, warm_up_seconds: float) -> Iterator[None]:
+    """Keep the server busy with the requests of a scenario."""
+    context = multiprocessing.get_context("spawn")
+    began = context.Event()
+    others = context.Process(target=keep_busy, args=(url, scenario, began), daemon=True)
+    others.start()
+    try:
+        began.wait()
+        time.sleep(warm_up_seconds)
+        yield
+        if not others.is_alive():
+            raise ValueError(f"the other requests ({scenario}) ended early")
+    finally:
+        others.terminate()
+        others.join()
+
+
+def measure(url: str, server: psutil.Process, num_runs: int) -> tuple[float, float]:
+    """Return the medians of seconds, and of the server's seconds of CPU, of small requests one after another."""
+    seconds, cpu_seconds = [], []
+    for run in range(num_runs):
+        began, cpu_began = time.perf_counter(), sum(server.cpu_times()[:2])
         if ask(url, seed=run, **SMALL) != 200:
             raise ValueError("a small request was not answered")
         seconds.append(time.perf_counter() - began)
-    return seconds[1:]
+        cpu_seconds.append(sum(server.cpu_times()[:2]) - cpu_began)
+    return statistics.median(seconds), statistics.median(cpu_seconds)
 
 
 def main(argv: Sequence[str]) -> None:
     """Print a line per scenario."""
     [args] = parse_dataclasses([FairnessArguments], argv, prog="serve_fairness.py")
-    with running_server() as url:
-        lone = statistics.median(measure(url, args.num_runs))
-        print(json.dumps({"scenario": "alone", "median_seconds": round(lone, 4)}), flush=True)
+    with running_server() as (url, server):
+        measure(url, server, args.num_runs)  # warms up
         for scenario in SCENARIOS:
-            others = multiprocessing.get_context("spawn").Process(target=keep_busy, args=(url, scenario), daemon=True)
-            others.start()
-            try:
-                time.sleep(args.warm_up_seconds)
-                seconds = measure(url, args.num_runs)
-            finally:
-                others.terminate()
-                others.join()
-            again = measure(url, args.num_runs)  # the machine may have changed
-            lone = statistics.median(again)
-            result = {
-                "scenario": scenario,
-                "median_seconds": round(statistics.median(seconds), 4),
-                "worst_seconds": round(max(seconds), 4),
-                "lone_seconds": round(lone, 4),
-                "ratio": round(statistics.median(seconds) / lone, 2),
-            }
+            alone = measure(url, server, args.num_runs)
+            with running_others(url, scenario, args.warm_up_seconds):
+                beside = measure(url, server, args.num_runs)
+            result: dict[str, Any] = {"scenario": scenario}
+            for name, lone, value in zip(("seconds", "cpu_seconds"), alone, beside, strict=True):
+                result |= {f"lone_{name}": round(lone, 3), name: round(value, 3)}
+                result[f"{name}_ratio"] = round(value / lone, 2)
             print(json.dumps(result), flush=True)
+            while httpx2.get(url.removesuffix("/v1") + "/health").json()["running"]:  # until their searches have ended
+                time.sleep(0.1)
 
 
 if __name__ == "__main__":

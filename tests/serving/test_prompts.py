@@ -98,7 +98,7 @@ def test_a_text_that_fits_is_not_refused_however_it_is_cut(policy) -> None:
 
 def test_more_messages_than_tokens_are_refused_without_writing_them(encoder) -> None:
     body = {"messages": [{"role": "user", "content": "1"}] * 200}
-    with pytest.raises(ApiError, match="more messages than the context") as caught:
+    with pytest.raises(ApiError, match="more messages than policy can read tokens") as caught:
         encoder.encode(parse_chat_request(body, OFFER))
     assert caught.value.body["error"]["code"] == "context_length_exceeded"
 
