@@ -34,9 +34,10 @@ _MAX_CACHED_RESULTS = 100_000
 # after a crash the pair is tried once more.
 _BUSY_SHARE = 0.5
 _MAX_ATTEMPTS = 2
-# After so many time-outs with different partners an answer is not compared any more.
-_MAX_TIMEOUTS_OF_PREDICTED = 2
-_MAX_TIMEOUTS_OF_GOLD = 3
+# After so many points of time-outs with different partners an answer is not compared any more. A time-out of a worker
+# that computed counts 2 points, and of a worker without a processor 1 point.
+_MAX_POINTS_OF_PREDICTED = 4
+_MAX_POINTS_OF_GOLD = 6
 _START_TIMEOUT_SECONDS = 120.0  # importing sympy on a busy machine
 _ORPHAN_SECONDS = 2  # how long after its time limit a worker ends by itself, in case its parent is gone
 _MAX_MEMORY_BYTES = 4 << 30
@@ -53,17 +54,17 @@ class _Memory:
     def __init__(self) -> None:
         self.results: dict[tuple[str, str], MatchResult] = {}
         self._attempts: Counter[tuple[str, str]] = Counter()
-        # For each side of a pair: how often each text timed out, and the texts that were compared in time.
-        self._timeouts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        # For each side of a pair: the points of each text for its time-outs, and the texts that were compared in time.
+        self._points: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._decided: tuple[set[str], set[str]] = (set(), set())
 
     def get(self, key: tuple[str, str]) -> MatchResult | None:
         """Return the result of a pair if it is known, also if one of its sides has always timed out."""
         if (result := self.results.get(key)) is not None:
             return result
-        limits = (_MAX_TIMEOUTS_OF_PREDICTED, _MAX_TIMEOUTS_OF_GOLD)
-        for text, limit, timeouts, decided in zip(key, limits, self._timeouts, self._decided, strict=True):
-            if timeouts[text] >= limit and text not in decided:
+        limits = (_MAX_POINTS_OF_PREDICTED, _MAX_POINTS_OF_GOLD)
+        for text, limit, points, decided in zip(key, limits, self._points, self._decided, strict=True):
+            if points[text] >= limit and text not in decided:
                 return MatchResult.TIMEOUT
         return None
 
@@ -71,15 +72,14 @@ class _Memory:
         """Store the result of a comparison. A result that is not final is stored after the second attempt."""
         if len(self.results) > _MAX_CACHED_RESULTS:
             self.__init__()  # type: ignore[misc]
-        self._attempts[key] += 1
-        if not is_final and self._attempts[key] < _MAX_ATTEMPTS:
-            return
-        self.results[key] = result
-        for text, timeouts, decided in zip(key, self._timeouts, self._decided, strict=True):
+        for text, points, decided in zip(key, self._points, self._decided, strict=True):
             if result is MatchResult.TIMEOUT:
-                timeouts[text] += 1
+                points[text] += 2 if is_final else 1
             elif result is not MatchResult.ERROR:
                 decided.add(text)
+        self._attempts[key] += 1
+        if is_final or self._attempts[key] >= _MAX_ATTEMPTS:
+            self.results[key] = result
 
 
 _DEFAULT_MATCHER = "nabla_trl.grading.equivalence"
@@ -93,6 +93,8 @@ class AnswerChecker:
         num_workers: maximum number of worker processes. A worker starts when a pair first needs one.
         timeout: seconds for one comparison. After that the worker is killed and replaced, and the pair is TIMEOUT.
             A pair that ends its worker is ERROR.
+        matcher: name of an importable module of yours with a function `match_answers(predicted, gold)`, which returns
+            True or False. It compares every pair, as written, in place of the built-in comparison.
 
     Attributes:
         counts: how often each result was returned.
@@ -101,13 +103,21 @@ class AnswerChecker:
         ValueError: if `num_workers` is below 1 or `timeout` is not positive.
     """
 
-    def __init__(self, num_workers: int = 1, timeout: float = 5.0, *, _matcher_module: str = _DEFAULT_MATCHER) -> None:
+    def __init__(
+        self,
+        num_workers: int = 1,
+        timeout: float = 5.0,
+        *,
+        matcher: str | None = None,
+        _matcher_module: str = _DEFAULT_MATCHER,
+    ) -> None:
         if num_workers < 1 or not timeout > 0:
             raise ValueError(f"num_workers must be at least 1 and timeout above 0, not {num_workers} and {timeout}")
         self.counts: Counter[MatchResult] = Counter()
-        self._timeout, self._matcher_module = timeout, _matcher_module
+        self._timeout, self._matcher_module = timeout, matcher or _matcher_module
+        self._match_at_once = match_without_worker if matcher is None else _find_missing
         self._workers: list[_Worker | None] = [None] * num_workers
-        is_shared = _matcher_module == _DEFAULT_MATCHER
+        is_shared = self._matcher_module == _DEFAULT_MATCHER
         self._memory = _shared_memories.setdefault(timeout, _Memory()) if is_shared else _Memory()
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _kill_workers, self._workers)
@@ -135,7 +145,7 @@ class AnswerChecker:
             RuntimeError: if no worker can be started.
         """
         with self._lock:
-            keys = [match_without_worker(predicted, gold) for predicted, gold in pairs]
+            keys = [self._match_at_once(predicted, gold) for predicted, gold in pairs]
             known = {key: result for key in keys if isinstance(key, tuple) and (result := self._memory.get(key))}
             new_keys = [key for key in dict.fromkeys(keys) if isinstance(key, tuple) and key not in known]
             known |= self._match_in_workers(new_keys) if new_keys else {}
@@ -174,6 +184,13 @@ class AnswerChecker:
         result, is_final = worker.match(key)
         self._memory.add(key, result, is_final)
         return result
+
+
+def _find_missing(predicted: str | None, gold: str | None) -> MatchResult | tuple[str, str]:
+    """Return the pair for a comparison that knows all answers itself, or which side is missing."""
+    if gold is None or not gold.strip():
+        return MatchResult.NO_GOLD
+    return (predicted.strip(), gold.strip()) if predicted and predicted.strip() else MatchResult.NO_ANSWER
 
 
 # --- worker processes -----------------------------------------------------------------------------
@@ -293,7 +310,8 @@ def _run_worker(matcher_module: str, timeout: float) -> None:
         predicted, gold = json.loads(line)
         # A pair without a predicted answer asks to load what the gold answer needs.
         _set_exit_alarm(math.ceil(timeout if predicted else _START_TIMEOUT_SECONDS) + _ORPHAN_SECONDS)
-        reply(match_answers(predicted, gold))
+        result = match_answers(predicted, gold)
+        reply({True: "correct", False: "incorrect"}.get(result, result))
         _set_exit_alarm(0)
 
 

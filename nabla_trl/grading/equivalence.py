@@ -57,6 +57,7 @@ _PLAIN_NUMBER = re.compile(r"([-+]?)((?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.(\d+))?
 # Longer answers are compared in a worker, because some patterns need more than linear time.
 _MAX_FAST_LENGTH = 300
 _MAX_PARTS_WITH_ALGEBRA = 12
+_ASSIGNMENT = re.compile(r"(?:\\[a-z]+ ?)?[A-Za-z]{1,3}(?:_\{?\w+\}?)?(?:\([A-Za-z\d, ]+\))? ?= ?([^=<>,;]+)")
 _CHOICE = re.compile(r"(?:\\text\s?)?[({]*\s?([A-J])\s?[)}]*")
 _CHOICE_WITH_VALUE = re.compile(r"(?:\\text\s?\{\s?)?\(?([A-J])(?:\)|[.:](?=\s))\s?\}?\s?(.+)")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{(.*)\}", re.DOTALL)
@@ -87,8 +88,8 @@ def _prepare(answer: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _prepare_gold(gold: str) -> str | None:
-    """Return the normalized gold answer, also of a worked solution with a box or ####, or None if there is none."""
-    is_solution = re.search(r"\\boxed|\\fbox|####", gold)
+    """Return the normalized gold answer, also of a worked solution that marks it, or None if there is none."""
+    is_solution = re.search(r"\\boxed|\\fbox|####|\b[Ff]inal answer is\b", gold)
     return _prepare((extract_answer(gold) or "") if is_solution else gold) or None
 
 
@@ -98,21 +99,28 @@ def match_without_worker(predicted: str | None, gold: str | None) -> MatchResult
         return MatchResult.NO_GOLD
     if gold.startswith(VERIFIER_PREFIX):  # its scorer reads the answer without normalization
         return (predicted.strip(), gold) if predicted and predicted.strip() else MatchResult.NO_ANSWER
+    if predicted and (result := _match_plain_numbers(predicted, gold)):
+        return result
     if (gold := _prepare_gold(gold)) is None:
         return MatchResult.BAD_GOLD
     if not predicted or not (predicted := _prepare(predicted)):
         return MatchResult.NO_ANSWER
-    if (number := parse_plain_number(predicted)) and (gold_number := parse_plain_number(gold)):
-        if number[0] == gold_number[0]:
-            return MatchResult.CORRECT
-        if not (number[1] or gold_number[1]):
-            return MatchResult.INCORRECT
     if max(len(predicted), len(gold)) > _MAX_FAST_LENGTH:
         return MatchResult.CORRECT if _is_identical(predicted, gold) else (predicted, gold)
     if _match_texts(predicted, gold):
         return MatchResult.CORRECT
     is_certain = parse_number(predicted) and parse_number(gold)
     return MatchResult.INCORRECT if is_certain else (predicted, gold)
+
+
+def _match_plain_numbers(predicted: str, gold: str) -> MatchResult | None:
+    """Compare the most frequent answers, which are plain numbers, without any other work."""
+    number, gold_number = parse_plain_number(predicted), parse_plain_number(gold)
+    if number is None or gold_number is None:
+        return None
+    if number[0] == gold_number[0]:
+        return MatchResult.CORRECT
+    return None if number[1] or gold_number[1] else MatchResult.INCORRECT
 
 
 def match_answers(predicted: str, gold: str) -> str:
@@ -142,6 +150,8 @@ def _match_texts(predicted: str, gold: str, identical: bool = True) -> bool | No
     """
     if identical and _is_identical(predicted, gold):
         return True
+    if ("=" in predicted) != ("=" in gold):
+        predicted, gold = _strip_name(predicted), _strip_name(gold)
     number, gold_number = parse_number(predicted), parse_number(gold)
     if number and gold_number:
         return equal_numbers(number, gold_number)
@@ -157,6 +167,12 @@ def _match_texts(predicted: str, gold: str, identical: bool = True) -> bool | No
     if (is_equal := _match_words(predicted, gold)) is not None:
         return is_equal
     return _match_units(predicted, gold, _match_texts)
+
+
+def _strip_name(text: str) -> str:
+    """Return the value of `x = 5`. Equations such as `2x + z = 5` stay whole."""
+    match = _ASSIGNMENT.fullmatch(text)
+    return match[1] if match else text
 
 
 def _is_identical(predicted: str, gold: str) -> bool:

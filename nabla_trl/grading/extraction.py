@@ -58,6 +58,7 @@ _LITERAL = re.compile(
     rf"|\d{{1,2}}(?:st|nd|rd|th)? {_MONTH}(?:,? \d{{4}})?)(?![\w:/-])",
     re.ASCII,
 )
+_LITERAL_HINT = re.compile(rf"\d[:-]\d|{_MONTH} \d|\d[a-z]* {_MONTH}")
 _LABEL_BEFORE = re.compile(r"(?:^|\n)[A-Z][a-z]+ $")  # "Week 3:210 pages"
 _SPACED_NUMBER = re.compile(r"[-+]?[1-9]\d{0,2}(?: \d{3})+(?:\.\d+)?", re.ASCII)
 _SUBSCRIPT = re.compile(r"_\s?(?:\{[^{}]*\}|\w)")
@@ -221,7 +222,7 @@ def _extract_from_sentence(text: str) -> str | None:
         return None
     if formulas:
         return _choose_in_sentence(line, formulas)
-    if (bare := find_bare_formulas(line, [])) and bare[0].start == 0:
+    if (bare := find_bare_formulas(line)) and bare[0].start == 0:
         return trim_answer(str(join_spans(line, bare)[0].text))
     line = trim_answer(_SENTENCE_END.split(line, maxsplit=1)[0])
     tail = line if _NOT_ONE_VALUE.search(line) else line.rsplit("=", 1)[-1].strip()
@@ -237,44 +238,67 @@ def _choose_in_sentence(line: str, formulas: list[Span]) -> str | None:
     ends = [match.start() for match in _SENTENCE_END.finditer(line) if not _is_inside(match.start(), formulas)]
     sentence = line[: ends[0]] if ends else line
     values = [formula for formula in formulas if formula.start < len(sentence) and has_value(str(formula.text))]
-    numbers = _find_numbers(sentence, formulas)
-    after_verb = [span for span in sorted(values + numbers) if _VERB_BEFORE.search(sentence[: span.start])]
+    numbers = _find_numbers(sentence, 0, len(sentence), formulas)
+    after_verb = [s for s in sorted(values + numbers) if _VERB_BEFORE.search(sentence[max(0, s.start - 40) : s.start])]
     chosen = after_verb[-1:] or values[:1] or numbers[-1:] or formulas[:1]
     return _read_formula(chosen[0])
 
 
 def _extract_last_value(text: str) -> str | None:
-    """Return the last formula or number of a text."""
+    """Return the last formula or number of a text. The last line is read first, because most answers are there."""
     if _SPACED_NUMBER.fullmatch(text.strip()):
         return text.strip()
     formulas = find_formulas(text)
-    values = [formula for formula in formulas if formula.text is None or has_value(formula.text)]
-    bare = [*find_bare_formulas(text, formulas), *_find_literals(text, formulas)]
-    spans = join_spans(text, sorted([*values, *bare], key=lambda span: span.end))
-    candidates = [*spans, *_find_numbers(text, [*formulas, *bare])]
-    if candidates:
-        return _read_formula(max(candidates, key=lambda span: span.end))
+    remaining = list(formulas)
+    end = len(text)
+    while end >= 0:
+        begin = text.rfind("\n", 0, end) + 1
+        in_line: list[Span] = []
+        while remaining and remaining[-1].end > begin:
+            in_line.append(remaining.pop())
+        begin = min([begin, *(formula.start for formula in in_line)])
+        if span := _find_last_value(text, begin, end, in_line[::-1]):
+            return _read_formula(span)
+        end = begin - 1
     # A name is an answer if the response is nothing else, or says that something is it.
-    if formulas and (len(formulas) == 1 or _VERB_BEFORE.search(text[: formulas[-1].start])):
-        formula = formulas[-1]
-        is_all = not text[: formula.start].strip() and not text[formula.end :].strip(" .\n")
-        return _read_formula(formula) if is_all or _VERB_BEFORE.search(text[: formula.start]) else None
+    if formulas:
+        before, formula = text[: formulas[-1].start], formulas[-1]
+        is_all = not before.strip() and not text[formula.end :].strip(" .\n")
+        return _read_formula(formula) if is_all or _VERB_BEFORE.search(before[-40:]) else None
     return None
 
 
-def _find_literals(text: str, taken: list[Span]) -> list[Span]:
+def _find_last_value(text: str, begin: int, end: int, formulas: list[Span]) -> Span | None:
+    """Return the last formula, literal or number of a part of a text in which the formulas are known."""
+    literals = _find_literals(text, begin, end, formulas)
+    bare, position = [], begin
+    for formula in [*formulas, Span(end, end, None)]:
+        bare += find_bare_formulas(text, position, formula.start)
+        position = formula.end
+    bare = [*literals, *_outside(bare, literals)]
+    values = [formula for formula in formulas if formula.text is None or has_value(formula.text)]
+    spans = join_spans(text, sorted([*values, *bare], key=lambda span: span.end))
+    candidates = [*spans, *_find_numbers(text, begin, end, [*formulas, *bare])]
+    return max(candidates, key=lambda span: span.end, default=None)
+
+
+def _find_literals(text: str, begin: int, end: int, taken: list[Span]) -> list[Span]:
     """Return times, ratios and dates outside the `taken` spans."""
+    if not _LITERAL_HINT.search(text, begin, end):
+        return []
     found = [
         Span(match.start(), match.end(), match[0])
-        for match in _LITERAL.finditer(text)
+        for match in _LITERAL.finditer(text, begin, end)
         if not _LABEL_BEFORE.search(text[max(0, match.start() - 20) : match.start()])
     ]
     return _outside(found, taken)
 
 
-def _find_numbers(text: str, taken: list[Span]) -> list[Span]:
+def _find_numbers(text: str, begin: int, end: int, taken: list[Span]) -> list[Span]:
     """Return the plain numbers outside the `taken` spans."""
-    found = [Span(match.start(), match.end(), _format_number(match)) for match in _ANY_NUMBER.finditer(text)]
+    found = [
+        Span(match.start(), match.end(), _format_number(match)) for match in _ANY_NUMBER.finditer(text, begin, end)
+    ]
     return _outside(found, taken)
 
 

@@ -111,26 +111,30 @@ _TUPLE = re.compile(r"(?:\\\{|[(\[{])[^()\[\]{}]*\d[^()\[\]{}]*,.*(?:\\\}|[)\]}]
 _PRODUCT = re.compile(rf"\d(?:[A-Za-z](?<![mgshklLKDkMB])|{_FUNCTIONS})|\bsqrt|\d\*?\(|\)\(|\d\s?pi\b")
 _SUM = re.compile(r"[A-Za-z]\s?[-+*/]\s?[\dA-Za-z(]|\d\s?[-+*/]\s?[A-Za-z]")
 _RELATION = re.compile(r"[<>]|!=")
+# What every formula has, so that most prose is not split into tokens.
+_HINT = re.compile(r"[\\^(\[{<>]|!=|\d(?:[A-Za-z]|\s?pi\b)|\bsqrt|\b[A-Za-z]\s?[-+*/]|\d\s?[-+*/]\s?[A-Za-z]\b")
 _NUMBER_AT_END = re.compile(r"(?<![<>!\\])=\s*[-+]?[\d.,]*\d[A-Za-z]{0,3}$")
 _EDGES = " \t*_|!:.,"
+_WITH_SQUARE_UNIT = re.compile(r"[-+]?[\d.,]+(?:[mcdk]?m|ft|in|yd|mi|s)\^\{?[23]\}?")
 _UNIT_BEFORE = re.compile(r"\d\s*[A-Za-z]{0,3}$")
 
 
-def find_bare_formulas(text: str, taken: list[Span]) -> list[Span]:
-    r"""Return the formulas that no delimiter marks, such as `x \leq 4`, (3, 5) or 2x + 1, outside the `taken` spans.
+def find_bare_formulas(text: str, begin: int = 0, end: int | None = None) -> list[Span]:
+    r"""Return the formulas that no delimiter marks, such as `x \leq 4`, (3, 5) or 2x + 1.
 
     Plain numbers, sums of plain numbers and equations with a number on the right are no formulas here, because prose
     is full of them, and the number is the answer.
+
+    Args:
+        text: the text, in which a formula ends at the end of its line.
+        begin: where to begin in the text.
+        end: where to end, by default at the end of the text.
     """
-    spans: list[Span] = []
-    position = 0
-    for start, end, _ in [*taken, Span(len(text), len(text), None)]:
-        for run_start, run_end in _find_runs(text, position, start):
-            run_start, run_end = _trim(text, run_start, run_end)
-            if run_start < run_end and _is_formula(text, run_start, run_end):
-                spans.append(Span(run_start, run_end, text[run_start:run_end]))
-        position = end
-    return spans
+    end = len(text) if end is None else end
+    if not _HINT.search(text, begin, end):
+        return []
+    runs = (_trim(text, *run) for run in _find_runs(text, begin, end))
+    return [Span(start, stop, text[start:stop]) for start, stop in runs if _is_formula(text[start:stop], text, start)]
 
 
 def _find_runs(text: str, begin: int, end: int) -> Iterable[tuple[int, int]]:
@@ -180,13 +184,16 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     return start, end
 
 
-def _is_formula(text: str, start: int, end: int) -> bool:
-    run = text[start:end]
-    if not (any(map(str.isdigit, run)) or _VALUE_COMMAND.search(run)) or sum(map(run.count, "([{")) != sum(
-        map(run.count, ")]}")
+def _is_formula(run: str, text: str, start: int) -> bool:
+    if (
+        not run
+        or not (any(map(str.isdigit, run)) or _VALUE_COMMAND.search(run))
+        or sum(map(run.count, "([{")) != sum(map(run.count, ")]}"))
     ):
         return False
     if "<<" in run or ">>" in run or _NUMBER_AT_END.search(run):  # a calculation, whose result is a number
+        return False
+    if _WITH_SQUARE_UNIT.fullmatch(run):
         return False
     if run[0] in "^_" or (run[0].isalpha() and _UNIT_BEFORE.search(text[max(0, start - 8) : start])):  # 9 m^2
         return False

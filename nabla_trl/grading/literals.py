@@ -100,13 +100,14 @@ def equal_numbers(one: Number, other: Number) -> bool:
     """Return True if two numbers are equal.
 
     Whole numbers and fractions are compared exactly. A decimal and a number that is not whole agree to 6 places.
-    A percentage equals both its number and a hundredth of it, because golds have all of these forms.
+    A percentage equals a hundredth of its number, and its number if that is at least 1: golds have all these forms.
     """
     if one.is_percent != other.is_percent:
         percent, plain = (one, other) if one.is_percent else (other, one)
         percent = percent._replace(is_percent=False)
         hundredth = percent._replace(value=percent.value / 100, is_decimal=True)
-        return equal_numbers(percent, plain) or equal_numbers(hundredth, plain)
+        # 25% for a gold answer 25 says the same, but 0.15% is not 0.15.
+        return (abs(plain.value) >= 1 and equal_numbers(percent, plain)) or equal_numbers(hundredth, plain)
     if one.value == other.value:
         return True
     if not (one.is_decimal or other.is_decimal):
@@ -226,6 +227,8 @@ def parse_literal(text: str) -> Literal | None:
     """
     if len(text) > _MAX_LITERAL_LENGTH:
         return None
+    if wrapped := _IN_PARENTHESES.fullmatch(text):
+        text = wrapped[1].strip()
     if match := _IN_BASE.fullmatch(text):
         name = match[3] or match[4]
         base = int(name) if name.isdigit() else _SMALL.get(name, 0)

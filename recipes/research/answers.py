@@ -2,6 +2,7 @@ r"""Compare our grading with math-verify's, and time the comparison of plain num
 
     python recipes/research/answers.py --data_dir FOLDER --max_shown_disagreements 5   # JSONL files with an "answer"
     python recipes/research/answers.py --num_comparisons 500000
+    python recipes/research/answers.py --suite_dir FOLDER          # the folder tests/ of Math-Verify's source
 
 Correct and incorrect responses are written for every gold answer, in the ways that models write them. Each is graded
 twice: by `extract_answer` and the checker, and by math-verify with its defaults on the whole response,
@@ -10,6 +11,7 @@ twice: by `extract_answer` and the checker, and by math-verify with its defaults
 
 from __future__ import annotations
 
+import importlib
 import random
 import re
 import sys
@@ -35,6 +37,12 @@ class AnswersArguments:
     data_dir: str | None = option(
         None,
         "Folder of JSONL files of problems with gold answers. Needed to compare the checker with math-verify "
+        "(default: none).",
+    )
+    suite_dir: str | None = option(
+        None,
+        "Folder `tests` of Math-Verify's source. Its cases of gold answer, prediction and verdict are graded: as they "
+        "stand, and with pure formulas in a box. The files are imported, so give only a folder that you trust "
         "(default: none).",
     )
     max_problems: int = option(250, "Maximum number of problems of each file.")
@@ -229,6 +237,57 @@ def _format_agreement(num_agreeing: int, num_intended: int, num_pairs: int) -> s
     )
 
 
+# --- the suite of Math-Verify ------------------------------------------------------------------------
+
+
+def load_suite(folder: Path) -> list[tuple[str, str, str, bool]]:
+    """Return (name, gold, prediction, whether it is right) of the parametrized tests in a folder.
+
+    Raises:
+        ValueError: if the folder has no such tests.
+    """
+    sys.path.insert(0, str(folder.resolve().parent))  # its files import each other as `tests.test_all`
+    cases = []
+    for file in sorted(folder.glob("test_*.py")):
+        module = importlib.import_module(f"{folder.name}.{file.stem}")
+        for test_name, test in vars(module).items():
+            marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+            for mark in marks if test_name.startswith("test_") else []:
+                names = [name.strip() for name in mark.args[0].split(",")]
+                for index, values in enumerate(mark.args[1]):
+                    case = dict(zip(names, values, strict=True)) if len(names) > 1 else {}
+                    verdict = case.get("expected", case.get("result"))
+                    if "gold" in case and "pred" in case and verdict is not None:
+                        cases.append((f"{file.stem}:{test_name}:{index}", case["gold"], case["pred"], bool(verdict)))
+    if not cases:
+        raise ValueError(f"{folder} holds no tests with a gold answer, a prediction and a verdict")
+    return cases
+
+
+def box_pure_formula(prediction: str) -> str:
+    """Put a prediction that is one formula between delimiters into a box. Return other predictions as they are."""
+    text = prediction.strip()
+    for left, right in (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)")):
+        inner = text[len(left) : -len(right)]
+        if text.startswith(left) and text.endswith(right) and left not in inner and r"\boxed" not in inner:
+            return rf"\boxed{{{inner}}}"
+    return prediction
+
+
+def measure_suite(args: AnswersArguments) -> None:
+    """Grade the cases of Math-Verify's tests in both forms, and print where our verdict differs."""
+    cases = load_suite(Path(str(args.suite_dir)))
+    with AnswerChecker(args.num_workers, timeout=30) as checker:
+        for form, write in (("as they stand", str), ("pure formulas in a box", box_pure_formula)):
+            results = checker.check([(extract_answer(write(prediction)), gold) for _, gold, prediction, _ in cases])
+            graded = list(zip(cases, results, strict=True))
+            different = [(case, result) for case, result in graded if result.is_correct != case[3]]
+            num_false = sum(result.is_correct for _, result in different)
+            print(f"{form}: {len(cases) - len(different)} of {len(cases)} agree, {num_false} false right")
+            for (name, gold, prediction, _), result in different:
+                print(f"  {name}: gold {gold[-60:]!r}, ours {result.value}: {prediction[-60:]!r}")
+
+
 # --- speed ----------------------------------------------------------------------------------------
 
 
@@ -277,8 +336,10 @@ def measure_speed(args: AnswersArguments) -> None:
 
 def main(argv: Sequence[str]) -> None:
     args: AnswersArguments = parse_dataclasses([AnswersArguments], argv)[0]
-    if not args.data_dir and not args.num_comparisons:
-        raise ValueError("give --data_dir FOLDER, --num_comparisons COUNT, or both")
+    if not (args.data_dir or args.suite_dir or args.num_comparisons):
+        raise ValueError("give --data_dir FOLDER, --suite_dir FOLDER or --num_comparisons COUNT")
+    if args.suite_dir:
+        measure_suite(args)
     if args.data_dir:
         measure_agreement(args)
     if args.num_comparisons:

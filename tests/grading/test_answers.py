@@ -489,3 +489,144 @@ def test_imports_neither_torch_nor_sympy() -> None:
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0
+
+
+# ------------------------------------------------------------------ time
+
+FRAGMENTS = [
+    *(
+        "'. '",
+        ". ",
+        "A. ",
+        "1.",
+        "1,",
+        "1, ",
+        "1 ",
+        "1/",
+        "-1",
+        "1e5",
+        "1:",
+        "12:00 ",
+        "March 4, ",
+        "1st ",
+        "50%",
+        "5 cm ",
+    ),
+    *("<think>", "<think></think>", "<thinking>", "</think>", "answer ", "the answer is ", "Answer: ", "answer is 1 "),
+    *("####", "#### 5 ", "#8", "\n#8", "$", "$$", "$x$ ", "$x$, ", "$ ", "\\(", "\\[", "\\(x\\), ", "\\]", "\\boxed{"),
+    *(
+        "\\boxed{1} and ",
+        "\\boxed1",
+        "{",
+        "}",
+        "(1,",
+        "(1,2)",
+        "\\{",
+        "[",
+        "*",
+        "_",
+        "= ",
+        "x = 1, ",
+        "a ",
+        "aa ",
+        " ",
+    ),
+    *(
+        "\n",
+        "\n\n",
+        ": ",
+        "\\",
+        "\\\\",
+        "\\frac{",
+        "\\text{a}",
+        "\\text{ and }",
+        "1\\,000",
+        "\\sqrt{",
+        "^{",
+        "x^2",
+        "x<",
+    ),
+    *(
+        "percent ",
+        "½",
+        "√(",
+        "²",
+        "°",
+        "1\u202f000",
+        "北",
+        "and ",
+        "is $x$ ",
+        "1 000 ",
+        "1{,}",
+        "2x + ",
+        "\\pi",
+        "no ",
+        "|",
+    ),
+]
+
+
+def seconds_of(text: str) -> float:
+    """The shortest of three times to read a text, and to compare what runs in the process of the caller."""
+    fastest = float("inf")
+    for _ in range(3):
+        normalize_answer.cache_clear()
+        began = time.process_time()
+        match_without_worker(text, "x+1")
+        match_without_worker(extract_answer(text), text)
+        fastest = min(fastest, time.process_time() - began)
+    return fastest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", ["", "The answer is ", "\\boxed{", "$", "#### "])
+def test_reading_an_answer_takes_linear_time(prefix: str) -> None:
+    draw = random.Random(0)
+    pairs = ["".join(draw.sample(FRAGMENTS, 2)) for _ in range(60)]
+    quadratic = []
+    for fragment in [*FRAGMENTS, *pairs]:
+        short, long = (seconds_of(prefix + fragment * (size // len(fragment)) + " 7") for size in (8000, 32000))
+        if long > 0.02 and long > 6 * short:
+            quadratic.append((fragment, short, long))
+    assert quadratic == []
+
+
+BUSY_STAND_IN = """
+from pathlib import Path
+
+def match_answers(predicted, gold):
+    with Path(__file__).with_name("asked").open("a") as asked:
+        print(predicted, gold, file=asked)
+    while "endless" in predicted + gold:
+        pass
+    return "correct" if predicted == gold[::-1] else "incorrect"
+"""
+
+
+def test_an_answer_that_takes_endless_time_is_not_paid_for_in_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "busy_stand_in.py").write_text(BUSY_STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    checker = AnswerChecker(timeout=0.3, _matcher_module="busy_stand_in")
+    for gold in [*range(12), *range(12)]:
+        assert checker.check([("endless + 1", f"x + {gold}")]) == [MatchResult.TIMEOUT]
+        checker.close()  # what is known outlives the workers
+    for predicted in [*range(12), *range(12)]:
+        assert checker.check([(f"x + {predicted}", "endless + 2")]) == [MatchResult.TIMEOUT]
+    assert checker.check([("x + 1", "1 + x")]) == [MatchResult.CORRECT]
+    assert checker.check([("x + 1", "y + x")]) == [MatchResult.INCORRECT]
+    checker.close()
+    asked = (tmp_path / "asked").read_text().splitlines()
+    # Two time-outs of the answer and three of the gold answer, or twice as many where others take the processor.
+    assert sum("endless + 1" in line for line in asked) <= 4
+    assert sum("endless + 2" in line for line in asked) <= 6
+    assert checker.counts[MatchResult.TIMEOUT] == 48
+
+
+def test_checkers_of_a_process_share_what_they_know() -> None:
+    with AnswerChecker(timeout=29) as one:
+        assert one.check([("x+2", "2+x")]) == [MatchResult.CORRECT]
+    other = AnswerChecker(timeout=29)
+    other._workers = []  # none could be asked
+    assert other.check([("x+2", "2+x")]) == [MatchResult.CORRECT]
