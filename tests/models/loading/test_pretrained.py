@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import worlds
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nabla_trl.cli.main import main
 from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.generation import GenerationRequest, generate_continuations
 from nabla_trl.models.loading import (
     load_model,
     load_policy,
@@ -25,6 +28,7 @@ from nabla_trl.models.loading import (
     trusting_remote_code,
 )
 from nabla_trl.models.loading.pretrained import trusts_remote_code
+from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import UNLIMITED_CONTEXT, get_context_length
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.search.reasoner import NablaReasoner
@@ -255,6 +259,35 @@ def test_context_lengths_by_other_names() -> None:
     assert get_context_length(worlds.tiny_model("gpt2", context=96)) == 96
 
 
+ALIBI: dict[str, Any] = {
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
+}
+
+
+@pytest.mark.parametrize("family", ALIBI)
+def test_models_without_position_embeddings_decode_as_transformers_does(family: str, tmp_path: Path) -> None:
+    ids = {name: TEXT[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    config = transformers.AutoConfig.for_model(family, **ids, **ALIBI[family])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.data.normal_(std=0.3)
+    policy = load_policy(save(tmp_path, model))
+    prompts = [policy.encode(problem) for problem in worlds.tiny_problems()]
+    requests = [GenerationRequest(str(number), prompt, None, 6) for number, prompt in enumerate(prompts)]
+    sampling = Sampling(temperature=0, max_new_tokens=6)
+    outputs = generate_continuations(policy, requests, sampling, flop_counter=FlopCounter())
+    forbidden = [[index] for index in policy.forbidden_mask.nonzero().squeeze(1).tolist()]
+    for prompt, output in zip(prompts, outputs, strict=True):
+        options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "bad_words_ids": forbidden}
+        expected = policy.model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :]
+        assert output.ids == expected.tolist()
+
+
 # --- foreign code -----------------------------------------------------------------------------------------
 
 CODE = """
@@ -316,6 +349,22 @@ def test_code_of_a_repository_runs_where_it_is_trusted(foreign: tuple[str, Path]
         set_trust_remote_code(False)
 
 
+def test_the_shell_runs_no_code_of_a_repository_unless_told(
+    foreign: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, marker = foreign
+    command = ["solve", "1+2", "--policy", folder, "--reward", f"logratio:{folder}", "--max_new_tokens", "2"]
+    try:
+        assert main(command) == 1 and not marker.exists()
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and "--trust_remote_code" in lines[0]
+        main([*command, "--trust_remote_code"])
+        assert marker.exists()
+        assert main(command) == 1  # the option holds for one command
+    finally:
+        set_trust_remote_code(False)
+
+
 def test_a_tokenizer_with_code_is_refused(tmp_path: Path, foreign: tuple[str, Path]) -> None:
     folder, marker = Path(foreign[0]), foreign[1]
     file = folder / "tokenizer_config.json"
@@ -344,8 +393,11 @@ def test_nothing_else_loads_with_an_auto_class() -> None:
     assert not calls, f"use call_from_pretrained: {calls}"
 
 
-def test_whole_weights_are_loaded_where_zero_3_is_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers shards every model that it loads while ZeRO-3 is on."""
+@pytest.mark.parametrize("sharded", [False, True])
+def test_whole_weights_are_loaded_where_zero_3_is_on(
+    sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers shards every model that it loads while ZeRO-3 is on: one to train may be, a frozen one not."""
     from transformers.integrations import deepspeed
 
     class Zero3:
@@ -362,6 +414,7 @@ def test_whole_weights_are_loaded_where_zero_3_is_on(tmp_path: Path, monkeypatch
         original(self, config)
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", record)
-    load_model(AutoModelForCausalLM, folder, dtype="float32", device="cpu")
-    assert seen and not any(seen)
+    with suppress(ValueError, ImportError):  # sharding itself needs DeepSpeed
+        load_model(AutoModelForCausalLM, folder, dtype="float32", device="cpu", sharded=sharded)
+    assert seen == [sharded] or (sharded and not seen)
     assert deepspeed.is_deepspeed_zero3_enabled()
