@@ -34,9 +34,11 @@ class Refiner:
     """
 
     def __init__(self, policy: str, reward: str, beta: float = 0.3, top_k: int = 16, share: float = 0.5):
-        self.tokenizer = AutoTokenizer.from_pretrained(policy)
-        self.policy = AutoModelForCausalLM.from_pretrained(policy).eval()
-        self.reward = AutoModelForSequenceClassification.from_pretrained(reward).eval().requires_grad_(False)
+        no_code = {"trust_remote_code": False}  # transformers would ask on the terminal
+        self.tokenizer = AutoTokenizer.from_pretrained(policy, **no_code)
+        self.policy = AutoModelForCausalLM.from_pretrained(policy, **no_code).eval()
+        self.reward = AutoModelForSequenceClassification.from_pretrained(reward, **no_code).eval()
+        self.reward.requires_grad_(False)
         self.beta, self.top_k, self.share = beta, top_k, share
 
     def encode(self, question: str) -> list[int]:

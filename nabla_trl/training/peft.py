@@ -17,6 +17,7 @@ from nabla_trl.models.loading import (
     ADAPTER_CONFIG_FILE,
     DTYPES,
     find_adapter_folder,
+    has_adapter_beside,
     load_causal_lm,
     load_model,
     load_tokenizer,
@@ -69,9 +70,12 @@ def load_trainable_model(name: str, *, tuning: str, dtype: str, config: Training
     check_precision(tuning, dtype, config)
     if tuning == "qlora":
         return _load_four_bit(name, dtype, config)
-    return load_causal_lm(
+    model = load_causal_lm(
         name, dtype="float32" if tuning == "full" else dtype, device=str(config.device), sharded=True
     )
+    if has_adapter_beside(model):
+        raise ValueError(f"{name} is an adapter beside quantized weights: train from whole weights")
+    return model
 
 
 def check_precision(tuning: str, dtype: str, config: TrainingArguments) -> None:

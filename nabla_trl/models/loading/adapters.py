@@ -134,8 +134,10 @@ def merge_adapter(model: PreTrainedModel, adapter: str, *, required_head: str | 
         has_head = required_head is None or _has_weight(adapter, required_head)
     if not has_head:
         raise ValueError(f"adapter {adapter} does not carry {required_head}: its score head would be random")
+    if has_adapter_beside(model):
+        raise ValueError(f"adapter {adapter} cannot be put on {base}, an adapter beside quantized weights")
     model.eval()
-    before, base_logits = {name: weight.clone() for name, weight in model.named_parameters()}, _compute_logits(model)
+    before, base_logits = _copy_weights(model), _compute_logits(model)
     with _wrap_load_errors(adapter, base):
         wrapped, unmatched = _load_adapter(model, adapter)
     if unmatched:
@@ -144,13 +146,34 @@ def merge_adapter(model: PreTrainedModel, adapter: str, *, required_head: str | 
         trained_logits = _compute_logits(wrapped)
         merged = wrapped.get_base_model() if is_quantized(model) else _merge(wrapped)
     # A head always differs from a random one, so that it does not show whether the adapter learned anything.
-    weights = {name: weight for name, weight in merged.named_parameters() if name in before and name != required_head}
+    weights = {
+        name: weight
+        for name, weight in merged.named_parameters(remove_duplicate=False)
+        if name in before and name != required_head
+    }
     if all(torch.equal(before[name], weight) for name, weight in weights.items()) and (
         not is_quantized(model) or torch.equal(base_logits, trained_logits)
     ):
         raise ValueError(f"adapter {adapter} changes no weight of {base}: it is inert")
     _check_merged_logits(trained_logits, _compute_logits(merged), MERGE_TOLERANCE[merged.dtype], adapter, base)
     return merged
+
+
+def has_adapter_beside(model: PreTrainedModel) -> bool:
+    """Return whether an adapter stands beside the weights of a model, unmerged."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _copy_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a copy of every weight, by all names that it has."""
+    copies: dict[int, Tensor] = {}
+    names = model.named_parameters(remove_duplicate=False)
+    return {
+        name: copies[id(weight)] if id(weight) in copies else copies.setdefault(id(weight), weight.clone())
+        for name, weight in names
+    }
 
 
 @contextmanager

@@ -30,6 +30,8 @@ TARGETS: dict[str, dict[str, Any]] = {
         "ensure_weight_tying": True,
     },
     "rows": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 14]}},
+    "head alone": {"target_modules": ["lm_head"]},
+    "saved head alone": {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]},
     "neither": {"target_modules": ["q_proj"]},
 }
 
@@ -45,8 +47,8 @@ def train_adapter(base: PreTrainedModel, **options: Any) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         trained = get_peft_model(base, LoraConfig(r=4, **{"task_type": "CAUSAL_LM", **options})).eval()
-        for weight in trained.parameters():
-            if weight.requires_grad:
+        for name, weight in trained.named_parameters():
+            if weight.requires_grad and "k_proj" not in name:  # k_proj stands for a module that learned nothing
                 weight.data.add_(torch.randn_like(weight) * 0.1)
     return trained
 
@@ -67,6 +69,15 @@ def test_adapters_of_tied_weights_give_the_trained_logits(target: str, tmp_path:
     stays_tied = again.lm_head.weight is again.model.embed_tokens.weight
     assert again.config.tie_word_embeddings is stays_tied
     assert stays_tied or target != "neither"
+
+
+@pytest.mark.parametrize("target", ["head alone", "embeddings"])
+def test_an_untrained_adapter_of_a_tied_weight_is_inert(target: str, tmp_path: Path) -> None:
+    base = save(tmp_path / "base", worlds.tiny_model("qwen2", tied=True))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    untrained = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **TARGETS[target]))
+    untrained.save_pretrained(tmp_path / "adapter")
+    worlds.refused(lambda: load_policy(base, adapter=str(tmp_path / "adapter")), "inert")
 
 
 def test_a_merge_that_would_change_the_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

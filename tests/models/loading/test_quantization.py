@@ -19,7 +19,7 @@ from transformers import (
 from nabla_trl.gradient.likelihood import policy_likelihood
 from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models.flops import FlopCounter
-from nabla_trl.models.loading import freeze_policy, load_policy
+from nabla_trl.models.loading import freeze_policy, load_policy, merge_adapter
 from nabla_trl.models.loading.quantization import fix_quantized_gradients
 from nabla_trl.models.options import HARD_GRADIENT_POINT
 from nabla_trl.rewards.loading import load_reward
@@ -136,6 +136,9 @@ def test_an_adapter_stays_beside_weights_of_few_bits(bits: str, tmp_path: Path) 
     assert isinstance(policy.model, PreTrainedModel) and policy.head.num_rows == len(worlds.TOKENS)
     assert not any(weight.requires_grad for weight in policy.model.parameters())
     worlds.refused(lambda: load_policy(folder, adapter=str(inert)), "inert")
+    worlds.refused(
+        lambda: merge_adapter(policy.model, str(tmp_path / "adapter")), "an adapter beside quantized weights"
+    )
 
 
 def test_other_kinds_of_quantization_are_refused() -> None:
