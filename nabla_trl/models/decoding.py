@@ -34,7 +34,6 @@ from nabla_trl.models.sampling import (
 )
 from nabla_trl.states import prefix
 from nabla_trl.states.batch import catch_up, prefill_sequences
-from nabla_trl.states.masks import build_masks
 from nabla_trl.states.prefix import PrefixState
 from nabla_trl.states.probe import get_layout
 from nabla_trl.states.slots import SlotStore
@@ -192,18 +191,13 @@ class SlotDecoder:
         """
         # Free slots count on, past the end of their buffers.
         slots, counts = self.slots[:count], self.counts[:count].clamp(max=self.uniforms.shape[1] - 1)
-        positions = self.positions[:count].clamp(max=self.store.capacity - 1)
-        writer = self.store.writer
-        writer.slots, writer.positions, writer.width = slots, positions, width
-        keys = torch.arange(width, device=slots.device)
-        hidden = keys > positions[:, None]
-        output = self.layout.run(
+        output = self.store.run_step(
             self.policy.model,
-            self.store.cache,
-            build_masks(self.layout, hidden[:, None], positions[:, None], keys[None], self.policy.model.dtype),
+            self.tokens[:count, None],
+            self.positions[:count],
+            width,
             # A token past a sequence's end is thrown away, but its position must exist.
-            positions.clamp(max=self.context_length - 1)[:, None],
-            input_ids=self.tokens[:count, None],
+            max_position=self.context_length - 1,
         )
         logits = output.logits[:, -1].float()
         allowed = logits.masked_fill(self.policy.forbidden_mask, -torch.inf)

@@ -179,13 +179,15 @@ def prefill_sequences(
 ) -> list[PrefixState]:
     """Return the states of whole sequences (each may be empty), by forwards without the output head.
 
-    It takes one forward. Recurrent layers take one for each length, because padding must not enter their states.
+    It takes one forward. Recurrent layers take one for each length, because padding must not enter their states. So do
+    models with position biases, because in float64 some of them give NaN for padding.
     """
+    by_length = layout.is_recurrent or layout.mask_style == "padding"
     states = [make_empty_state(layout)] * len(sequences)
     batches: dict[int, list[int]] = defaultdict(list)
     for index, sequence in enumerate(sequences):
         if len(sequence):
-            batches[len(sequence) if layout.is_recurrent else 0].append(index)
+            batches[len(sequence) if by_length else 0].append(index)
     for indices in batches.values():
         ids, mask = pad_sequences([sequences[index] for index in indices], model.device, left=True)
         cache = layout.make_cache(BatchWriter(continues=False), {})

@@ -31,6 +31,7 @@ from nabla_trl.states.batch import prefill_sequences, read_tokens
 from nabla_trl.states.indexed import IndexedLayer
 from nabla_trl.states.layout import PER_TOKEN_ARRAYS, ArrayGroup, StateLayout, find_backbone
 from nabla_trl.states.recurrent import HybridLayer, RecurrentLayer
+from nabla_trl.states.slots import SlotStore
 from nabla_trl.states.writers import BatchWriter
 from nabla_trl.utils.formatting import format_error
 
@@ -44,6 +45,8 @@ LAYER_TYPES: dict[type, type] = {
     LinearAttentionAndSlidingWindowAttentionLayer: HybridLayer,
     DummyLayer: DummyLayer,
 }
+# Models that mask by the place in the cache, which differs from the position in a batch of slots.
+OWN_MASKS = {"gpt_neo": "local"}
 PROBE_LENGTH = 6  # tokens
 PREFIX_LENGTHS = (3, 1)  # of the two sequences of the second forward
 # Largest relative error of a hidden state. A wrong mask or state gives errors near 1.
@@ -71,6 +74,8 @@ def _find_layout(model: PreTrainedModel) -> StateLayout:
     special = sorted({type(layer).__name__ for layer in cache_layers if type(layer) not in LAYER_TYPES})
     if special:
         raise ValueError(f"{name} keeps {', '.join(special)} states, which cannot be gone on from at another token")
+    if name in OWN_MASKS and OWN_MASKS[name] in str(getattr(model.config, "attention_layers", "")):
+        raise ValueError(f"{name} has {OWN_MASKS[name]} attention that counts entries of the cache, not positions")
     parameters = inspect.signature(find_backbone(model).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     names = [key for key in ("past_key_values", "cache_params") if key in parameters]
@@ -145,11 +150,14 @@ def _find_mask_style(model: PreTrainedModel, layout: StateLayout, cache_layers: 
             continue
         candidate = replace(layout, mask_style=style)
         try:
-            error = _compute_error(model, candidate, ids, reference)
+            errors = [
+                compute(model, candidate, ids, reference) for compute in (_compute_batch_error, _compute_slot_error)
+            ]
+            error = float(torch.tensor(errors).max())  # NaN if one of them is
         except Exception as exception:  # of any kind: the model's code may fail anywhere
             failures[style] = format_error(exception)
             continue
-        if not error > MAX_ERRORS.get(model.dtype, 0.2):  # NaN weights are none of the cache's business
+        if error <= MAX_ERRORS.get(model.dtype, 0.2) or not reference.isfinite().all():  # of NaN, others will tell
             return candidate
         failures[style] = f"hidden states differ by {error:.0%}"
     # One reason in one line: the error that numbers show, rather than that of a form of mask the model does not take.
@@ -157,7 +165,7 @@ def _find_mask_style(model: PreTrainedModel, layout: StateLayout, cache_layers: 
     raise ValueError(f"{name} does not go on from a prefix as it reads a whole sequence: {reason}")
 
 
-def _compute_error(model: PreTrainedModel, layout: StateLayout, ids: Tensor, reference: Tensor) -> float:
+def _compute_batch_error(model: PreTrainedModel, layout: StateLayout, ids: Tensor, reference: Tensor) -> float:
     """Return the median relative error of hidden states that go on from prefixes of different lengths."""
     sequence, count = ids[0].tolist(), PROBE_LENGTH - max(PREFIX_LENGTHS)
     states = prefill_sequences(model, layout, [sequence[:length] for length in PREFIX_LENGTHS])
@@ -165,8 +173,24 @@ def _compute_error(model: PreTrainedModel, layout: StateLayout, ids: Tensor, ref
     positions = torch.stack([torch.arange(length, length + count) for length in PREFIX_LENGTHS]).to(ids.device)
     hidden, _ = read_tokens(model, layout, states, inputs, positions, [count] * len(states))
     expected = torch.stack([reference[length : length + count] for length in PREFIX_LENGTHS])
+    return _summarize_error(hidden, expected)
+
+
+def _compute_slot_error(model: PreTrainedModel, layout: StateLayout, ids: Tensor, reference: Tensor) -> float:
+    """Return the median relative error of the hidden states of one step in slots that are longer than the prefixes."""
+    sequence = ids[0].tolist()
+    store = SlotStore(layout, ids.device)
+    store.reserve(len(PREFIX_LENGTHS), PROBE_LENGTH)
+    for slot, state in enumerate(prefill_sequences(model, layout, [sequence[:n] for n in PREFIX_LENGTHS])):
+        store.write(slot, state)
+    positions = torch.tensor(PREFIX_LENGTHS, device=ids.device)
+    output = store.run_step(find_backbone(model), ids[0, positions, None], positions, PROBE_LENGTH)
+    return _summarize_error(output.last_hidden_state[:, 0], reference[positions])
+
+
+def _summarize_error(hidden: Tensor, expected: Tensor) -> float:
     errors = (hidden.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
-    return float(errors.median() if model.dtype.itemsize < 4 else errors.max())
+    return float(errors.median() if hidden.dtype.itemsize < 4 else errors.max())
 
 
 def _probe_ids(model: PreTrainedModel) -> Tensor:

@@ -8,11 +8,13 @@ can hold a step.
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nabla_trl.states.layout import StateLayout
+from nabla_trl.states.masks import build_masks
 from nabla_trl.states.prefix import PrefixState
 from nabla_trl.states.writers import SlotWriter
 
@@ -29,6 +31,7 @@ class SlotStore:
     def __init__(self, layout: StateLayout, device: torch.device):
         self.layout, self.device = layout, device
         self.num_slots = self.capacity = 0
+        self.slots = torch.zeros(0, dtype=torch.long, device=device)
         self.writer = SlotWriter(device)
         self.tokens: list[Tensor] = []
         self.fixed: list[Tensor] = []
@@ -57,6 +60,7 @@ class SlotStore:
             for new, old in zip(fixed, self.fixed, strict=True):
                 new[:, : self.num_slots] = old
         self.tokens, self.fixed, self.num_slots, self.capacity = tokens, fixed, num_slots, capacity
+        self.slots = torch.arange(num_slots, device=self.device)
         arrays: dict[int, dict[str, Tensor]] = defaultdict(dict)
         groups = (*self.layout.token_groups, *self.layout.fixed_groups)
         for group, buffer in zip(groups, self.buffers, strict=True):
@@ -64,6 +68,22 @@ class SlotStore:
                 arrays[layer][name] = array
         self.cache = self.layout.make_cache(self.writer, arrays)
         return True
+
+    def run_step(self, module: Any, tokens: Tensor, positions: Tensor, width: int, max_position: int = 2**62) -> Any:
+        """Return the output of a model, or of its part below the head, for one new token in each of the first slots.
+
+        Args:
+            tokens: [B, 1].
+            positions: [B] where each slot's token goes.
+            width: entries of the slots that this step attends to.
+            max_position: the model knows no later position.
+        """
+        positions = positions.clamp(max=self.capacity - 1)
+        self.writer.slots, self.writer.positions, self.writer.width = self.slots[: len(tokens)], positions, width
+        keys = torch.arange(width, device=positions.device)
+        hidden = keys > positions[:, None]
+        masks = build_masks(self.layout, hidden[:, None], positions[:, None], keys[None], self.layout.dtype)
+        return self.layout.run(module, self.cache, masks, positions.clamp(max=max_position)[:, None], input_ids=tokens)
 
     def write(self, slot: int, state: PrefixState) -> None:
         """Copy the state of a prefix that the model can go on from into a slot."""

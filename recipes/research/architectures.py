@@ -1,24 +1,40 @@
-"""Tiny random models of the architectures that transformers has a causal head for.
+"""Which architectures run: a tiny random model of each one that transformers has a causal head for is tried.
 
-Every model fits the character tokenizer of worlds.py. Windows, chunks and indexes are shorter than the sequences of
-the tests, so that their masks matter.
+    python recipes/research/architectures.py                # writes the table into docs/models.md
+    python recipes/research/architectures.py mamba2 llama   # prints the rows of these
+
+Windows, chunks and indexes are shorter than the sequences of the tests, so that their masks matter.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
-import worlds
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.cache_utils import DummyLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-NUM_TOKENS = len(worlds.TOKENS)
-PAD_ID, END_ID = worlds.TOKENS.index(worlds.PAD), worlds.TOKENS.index(worlds.END)
+from nabla_trl.cli.parsing import quiet_libraries
+from nabla_trl.models.heads import OutputHead
+from nabla_trl.states.attention import AttentionLayer
+from nabla_trl.states.indexed import IndexedLayer
+from nabla_trl.states.layout import StateLayout
+from nabla_trl.states.probe import get_layout
+from nabla_trl.states.recurrent import HybridLayer, RecurrentLayer
+from nabla_trl.utils.formatting import format_error
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+TABLE_HEAD = "| model type | layers | |\n| --- | --- | --- |\n"
+TABLE_END = "<!-- end of the table -->"
+VOCAB_SIZE, END_ID, PAD_ID = 27, 25, 22  # those of the character tokenizer of the tests
 MAX_PARAMETERS = 1_000_000
 BASE: dict[str, Any] = {
-    "vocab_size": NUM_TOKENS,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 4,
@@ -67,7 +83,7 @@ DELTA = {
     "linear_conv_kernel_dim": 4,
     "layer_types": LINEAR,
 }
-PER_LAYER = {"vocab_size_per_layer_input": NUM_TOKENS, "hidden_size_per_layer_input": 8}
+PER_LAYER = {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 4}
 INDEX = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 8}  # fewer heads often give ties
 # For families without options of their own in CONFIGS, whose defaults are large. Unknown options are ignored.
@@ -81,7 +97,6 @@ SMALL: dict[str, Any] = {
     "moe_topk": 2,
     "expert_ffn_hidden_size": 16,
     "num_dense_layers": 1,
-    "sliding_window": 8,
     "dense_intermediate_size": 64,
     "moe_shared_expert_intermediate_size": 16,
     "num_shared_experts": 1,
@@ -256,6 +271,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "num_hidden_layers": 3},
     "starcoder2": {"sliding_window": 8},
+    "afmoe": {**SMALL, "sliding_window": 8},
+    "exaone_moe": {**SMALL, "sliding_window": 8},
+    "hy_v3": {**SMALL, "sliding_window": 8},
+    "flint": {**SMALL, "sliding_window": 8},
+    "kolibri1": {**SMALL, "sliding_window": 8},
+    "mimo_v2_flash": {**SMALL, "sliding_window": 8},
+    "laguna": {**SMALL, "sliding_window": 8},
+    "mellum": {**SMALL, "sliding_window": 8},
+    "modernbert-decoder": {"local_attention": 8},
+    "smollm3": {"use_sliding_window": False},
+    "vaultgemma": {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "granite_swa": {**SMALL, "sliding_window": 8},
+    "cohere2_moe": {**SMALL, "sliding_window": 8},
+    "dots1": {**SMALL, "num_key_value_heads": 4},
+    "dots3_note_text": {**SMALL, "num_key_value_heads": 4},
     "youtu": MLA,
     "axk1": MLA,
     "zamba": {"mamba_d_state": 8, "mamba_dt_rank": 4, "n_mamba_heads": 2},
@@ -273,20 +303,20 @@ def build_model(name: str, *, kind: str = "causal", seed: int = 0) -> PreTrained
     """Return a random model in float32 and eval mode, whose weights are wide enough for outputs to differ visibly.
 
     Args:
+        name: model type, or model type and variant ("falcon:alibi").
         kind: "causal" or "score" (a sequence classifier with one label).
 
     Raises:
         Exception: of any kind, where transformers has no such model or cannot build it this small.
     """
-    model_type = name.partition(":")[0]
     options = {**BASE, **CONFIGS.get(name, SMALL), **({"num_labels": 1} if kind == "score" else {})}
     options = {key: value for key, value in options.items() if value is not DROP}
-    config = AutoConfig.for_model(model_type, **options)
+    config = AutoConfig.for_model(name.partition(":")[0], **options)
     auto_class = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     with suppress(TypeError), torch.device("meta"):  # some models compute with values as they are built
         num_parameters = auto_class.from_config(config).num_parameters()
         if num_parameters > MAX_PARAMETERS:
-            raise ValueError(f"the tiny {name} has {num_parameters:,} parameters: shrink it in CONFIGS")
+            raise ValueError(f"its smallest configuration here has {num_parameters:,} parameters")
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = auto_class.from_config(config)
@@ -296,3 +326,65 @@ def build_model(name: str, *, kind: str = "causal", seed: int = 0) -> PreTrained
             elif not parameter.isfinite().all():
                 parameter.zero_()
     return model.eval()
+
+
+def describe_architecture(name: str) -> tuple[str, str]:
+    """Return the kinds of layers of an architecture, and "runs" or the reason why it does not."""
+    try:
+        model = build_model(name)
+    except Exception as error:  # of any kind, from the code of any model
+        return "", f"not tried: {_shorten(error)}"
+    try:
+        layout = get_layout(model)
+        OutputHead(model)
+    except ValueError as error:
+        return "", f"refused: {_shorten(error)}"
+    return describe_layers(layout), "runs"
+
+
+def describe_layers(layout: StateLayout) -> str:
+    """Return what kinds of layers a model has, as their states tell."""
+    types = {layer_type for layer_type, _ in layout.layer_types}
+    kinds = {
+        "attention": AttentionLayer in types,
+        "indexed attention": IndexedLayer in types,
+        "recurrent": RecurrentLayer in types,
+        "attention and recurrent in one": HybridLayer in types,
+        "windows": layout.window is not None,
+        "chunks": layout.chunk is not None,
+        "keys and values of different widths": len({group.shape for group in layout.token_groups}) > 1,
+        "layers that keep nothing": any(issubclass(layer_type, DummyLayer) for layer_type in types),
+    }
+    return ", ".join(kind for kind, present in kinds.items() if present)
+
+
+def _shorten(error: Exception) -> str:
+    return format_error(error).replace("|", "/").replace("\n", " ")[:140]
+
+
+def format_row(name: str) -> str:
+    """Return the line of an architecture in the table of docs/models.md."""
+    layers, result = describe_architecture(name)
+    return f"| {name} | {layers} | {result} |"
+
+
+def read_table() -> list[str]:
+    """Return the lines of the table in docs/models.md."""
+    return PAGE.read_text(encoding="utf-8").partition(TABLE_HEAD)[2].partition(TABLE_END)[0].splitlines()
+
+
+def main(argv: Sequence[str]) -> None:
+    quiet_libraries()
+    torch.set_num_threads(1)
+    rows = []
+    for name in argv or list_architectures():
+        rows.append(format_row(name))
+        print(rows[-1], flush=True)
+    if not argv:
+        before, head, rest = PAGE.read_text(encoding="utf-8").partition(TABLE_HEAD)
+        after = rest.partition(TABLE_END)[2]
+        PAGE.write_text(before + head + "\n".join(rows) + "\n" + TABLE_END + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
