@@ -32,7 +32,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 TABLE_HEAD = "| model type | layers | |\n| --- | --- | --- |\n"
 TABLE_END = "<!-- end of the table -->"
 VOCAB_SIZE, END_ID, PAD_ID = 27, 25, 22  # those of the character tokenizer of the tests
-MAX_PARAMETERS = 1_000_000
+MAX_PARAMETERS = 5_000_000
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -105,6 +105,9 @@ SMALL: dict[str, Any] = {
     "index_topk": 8,
 }
 DROP = object()  # an option of BASE that a config does not take
+ATTENTION_FREE = dict.fromkeys(
+    ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "intermediate_size"), DROP
+)
 # model type, or model type and variant -> options besides BASE
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -118,7 +121,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attn_layer_indices": [1, 3],
         "mamba_chunk_size": 16,
     },
-    "bloom": {"n_layer": 2, "n_head": 4},
+    "bloom": {"n_layer": 2, "n_head": 4, "max_position_embeddings": DROP},
     "codegen": GPT2,
     "cohere2": {"sliding_window": 8, "layer_types": SLIDING},
     "ctrl": {"dff": 64, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 256},
@@ -223,8 +226,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_topk": 2,
         "zero_expert_num": 1,
     },
-    "mamba": {"state_size": 8, "num_hidden_layers": 2},
+    "mamba": {**ATTENTION_FREE, "state_size": 8, "num_hidden_layers": 2},
     "mamba2": {
+        **ATTENTION_FREE,
         "num_heads": 8,
         "head_dim": 8,
         "state_size": 8,
@@ -240,7 +244,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "mistral:window": {"sliding_window": 8},
     "mixtral": {**MOE, "sliding_window": None},
-    "mpt": {"n_heads": 4, "n_layers": 2, "max_seq_len": 256, "expansion_ratio": 2},
+    "mpt": {"max_position_embeddings": DROP, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "expansion_ratio": 2},
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention", "mlp", "attention"],
         "mamba_num_heads": 8,
