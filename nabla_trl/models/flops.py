@@ -5,13 +5,15 @@ positions p = start .. start + num_tokens - 1 of a causal model:
 
     forward  = 2 * linear_params * num_tokens                          every weight matrix, once per token
              + 4 * attention_width * layers * sum over p of (p + 1)    Q.K^T and A.V over the causal half
+             + 6 * state_size * num_tokens                             recurrent states: decay, update, read
              + 2 * head_params * num_head_positions                    output head, where it is applied
 
-    backward, frozen weights  = 1x linear + 2x attention + 1x head     activations only: dX, and dQ dK dV dA
-    backward, trained weights = 2x linear + 2x attention + 2x head     dX and dW
+    backward, frozen weights  = 1x linear + 2x attention + 2x state + 1x head     activations only: dX, dQ dK dV dA
+    backward, trained weights = 2x linear + 2x attention + 2x state + 2x head     dX and dW
     train    = forward + backward
 
-attention_width is query heads x head_dim (grouped keys are repeated, so query heads count). The work on a
+attention_width is query heads x head_dim (grouped keys are repeated, so query heads count). Where keys and values
+have different widths, head_dim is their mean. `layers` are those with attention. The work on a
 cached token is not charged again, but attention to it is. A detached prefix under backward is charged its dK
 and dV, because kernels compute them before they are discarded.
 
@@ -45,7 +47,9 @@ class ModelSize:
     Attributes:
         name: labels the model in the token counts ("policy", "reward", ...).
         linear_params: weights in matmuls at every token, without embeddings and output head.
+        num_layers: layers with attention.
         head_params: weights of the output head (lm_head or score), applied only where its output is needed.
+        state_size: numbers in the recurrent states of all layers.
     """
 
     name: str
@@ -53,6 +57,7 @@ class ModelSize:
     num_layers: int
     attention_width: int
     head_params: int
+    state_size: int = 0
 
     def compute_forward_flops(self, start: int, num_tokens: int, num_head_positions: int | None = None) -> float:
         """Return the FLOPs of tokens at positions start .. start + num_tokens - 1 of one sequence.
@@ -80,11 +85,11 @@ class ModelSize:
     def _compute_flops_by_part(
         self, start: int, num_tokens: int, num_head_positions: int | None
     ) -> tuple[int, int, int]:
-        """Return the forward FLOPs of the linear layers, the attention and the output head."""
+        """Return the forward FLOPs of the linear layers, of attention and recurrent states, and of the output head."""
         attended = num_tokens * start + num_tokens * (num_tokens + 1) // 2
         return (
             2 * self.linear_params * num_tokens,
-            4 * self.attention_width * self.num_layers * attended,
+            4 * self.attention_width * self.num_layers * attended + 6 * self.state_size * num_tokens,
             2 * self.head_params * (num_tokens if num_head_positions is None else num_head_positions),
         )
 
@@ -226,15 +231,32 @@ def measure_model_size(model: PreTrainedModel, name: str) -> ModelSize:
         part = "head" if id(module) in in_head else "experts" if ".experts." in f"{path}." else "other"
         params[part] += _count_matrix_params(module)
     num_active, num_experts = _get_active_experts(config)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    from nabla_trl.states.probe import find_known_layout  # here, so that a report needs no torch
+
+    layout = find_known_layout(model)
     return ModelSize(
         name=name,
         linear_params=params["other"] + params["experts"] * num_active // num_experts,
-        num_layers=config.num_hidden_layers,
-        attention_width=heads * head_dim,
+        num_layers=config.num_hidden_layers if layout is None else layout.num_attention_layers,
+        attention_width=_get_attention_width(config),
         head_params=params["head"],
+        state_size=0 if layout is None else layout.state_size,
     )
+
+
+def _get_attention_width(config: Any) -> int:
+    """Return query heads x head_dim of a layer with attention, the largest where layers differ, and 0 without any."""
+    widths = [0]
+    for layer in getattr(config, "per_layer_config", None) or [config]:
+        heads = getattr(layer, "num_attention_heads", None)
+        if not heads:
+            continue
+        key_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        if getattr(layer, "kv_lora_rank", None):  # multi-head latent attention
+            key_dim = layer.qk_nope_head_dim + layer.qk_rope_head_dim
+        value_dim = getattr(layer, "v_head_dim", None) or key_dim
+        widths.append(heads * (key_dim + value_dim) // 2)
+    return max(widths)
 
 
 def _get_output_head(model: PreTrainedModel) -> nn.Module:

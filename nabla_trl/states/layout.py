@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DummyLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from nabla_trl.states.writers import StateWriter
 
@@ -42,6 +43,7 @@ class StateLayout:
         chunk: length of the chunks of chunked attention. None: no layer has chunks.
         mask_style: "one" mask for all layers, one "by kind" of layer, or "padding" (ones and zeros) for models that
             compute position biases from it.
+        num_sharing_layers: layers that use the keys and values of another one.
         cache_argument, takes_positions: arguments of the model's forward.
     """
 
@@ -54,6 +56,24 @@ class StateLayout:
     cache_argument: str
     takes_positions: bool
     dtype: torch.dtype
+    num_sharing_layers: int = 0
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Return how many layers attend to earlier tokens, with own or shared keys and values."""
+        return (
+            sum(issubclass(layer_type, DynamicLayer) for layer_type, _ in self.layer_types) + self.num_sharing_layers
+        )
+
+    @property
+    def state_size(self) -> int:
+        """Return how many numbers the recurrent states of all layers have, without those of convolutions."""
+        return sum(
+            math.prod(group.shape)
+            for group in self.fixed_groups
+            for _, name in group.arrays
+            if name.startswith("recurrent_states")
+        )
 
     @property
     def is_recurrent(self) -> bool:

@@ -67,6 +67,12 @@ def get_layout(model: PreTrainedModel) -> StateLayout:
     return layout
 
 
+def find_known_layout(model: Any) -> StateLayout | None:
+    """Return the layout of a model, or of the base of an adapter, if it was found out before. The model is not run."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return _layouts.get(base)
+
+
 @torch.no_grad()
 def _find_layout(model: PreTrainedModel) -> StateLayout:
     name = model.config.model_type
@@ -97,6 +103,7 @@ def _find_layout(model: PreTrainedModel) -> StateLayout:
         cache_argument=cache_argument,
         takes_positions="position_ids" in parameters,
         dtype=model.dtype,
+        num_sharing_layers=sum(mode == "reuse" for mode in getattr(text, "kv_sharing_modes", None) or ()),
     )
     layout = _find_arrays(model, layout, name)
     return _find_mask_style(model, layout, cache_layers, name)
