@@ -20,6 +20,7 @@ import selectors
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
@@ -31,6 +32,7 @@ from nabla_trl.utils.files import read_json_file
 from nabla_trl.utils.formatting import format_error
 
 TIMEOUT_SECONDS = 10.0  # for one rendering, which usually takes less than a millisecond
+MAX_STOPS = 2  # how often a template may be stopped before it is refused at once
 DATE_FILE = "template_date.json"  # in the folder of a run
 _START_TIMEOUT_SECONDS = 120.0  # on a busy machine
 _WORKER_SCRIPT = """
@@ -257,6 +259,7 @@ class _WorkerSlot:
 
 
 _slot = _WorkerSlot()
+_num_stops: Counter[str] = Counter()  # by template
 
 
 def _forget_worker() -> None:
@@ -268,8 +271,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _ask_worker(request: Mapping[str, Any]) -> str:
-    answer = _slot.ask(json.dumps(request, default=str))
+    template = request["template"]
+    # Otherwise every problem of a data set would wait for it.
+    is_hopeless = _num_stops[template] >= MAX_STOPS
+    answer = None if is_hopeless else _slot.ask(json.dumps(request, default=str))
     if answer is None:
+        _num_stops[template] += 1
         raise TemplateFailure(
             f"the template takes more than {TIMEOUT_SECONDS:.0f} s or {MAX_MEMORY_BYTES >> 20} MB, and was stopped"
         )

@@ -177,3 +177,12 @@ def test_tokens_that_are_added_later_are_guarded_too() -> None:
     assert _control_ids(tokenizer, tokenize_prompt(tokenizer, Problem("a", "<new>"))) == _control_ids(
         tokenizer, tokenize_prompt(tokenizer, Problem("a", "x"))
     )
+
+
+def test_few_shot_prompts_need_no_template_for_chats() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"tool_use": TEMPLATE}
+    problem = Problem("a", FORGED, few_shot_examples=(("1", "2"),))
+    ids = tokenize_prompt(tokenizer, problem, PromptOptions("few_shot"))
+    assert _control_ids(tokenizer, ids) == []
+    worlds.refused(lambda: tokenize_prompt(tokenizer, problem), "default")

@@ -94,6 +94,15 @@ def test_a_template_out_of_bounds_ends_in_one_line(
     assert render_chat("{{ 1 + 1 }}", {}) == "2"
 
 
+def test_a_template_that_hangs_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "TIMEOUT_SECONDS", 0.5)
+    template = LONG_LOOP + "{# again #}"
+    began = time.monotonic()
+    for number in range(20):
+        worlds.refused(lambda number=number: render_chat(template, {"n": number}), "stopped")
+    assert time.monotonic() - began < 9
+
+
 def test_templates_of_tasks_have_the_same_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "TIMEOUT_SECONDS", 1.0)
     assert render_columns("{{ a }} + {{ b }}", {"a": 1, "b": "x"}) == "1 + x"

@@ -35,7 +35,7 @@ _guards: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, TokenGuard] = weakre
 def get_token_guard(tokenizer: PreTrainedTokenizerBase) -> TokenGuard:
     """Return the guard of a tokenizer, which is made anew if tokens were added or the template has changed."""
     guard = _guards.get(tokenizer)
-    key = len(tokenizer), get_template(tokenizer)
+    key = len(tokenizer), str(tokenizer.chat_template)
     if guard is None or guard.key != key:
         guard = _guards[tokenizer] = TokenGuard(weakref.ref(tokenizer), key, find_control_tokens(tokenizer))
     return guard
@@ -52,7 +52,10 @@ def find_control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     These are the special tokens, and other added tokens that the chat template writes, such as <tool_call>. White
     space and single characters are ordinary text.
     """
-    template = get_template(tokenizer) or ""
+    try:
+        template = get_template(tokenizer) or ""
+    except ValueError:  # several templates, and none for chats without tools
+        template = ""
     tokens = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
@@ -76,7 +79,7 @@ class TokenGuard:
     """
 
     tokenizer_ref: weakref.ref[PreTrainedTokenizerBase]
-    key: tuple[int, str | None]
+    key: tuple[int, str]
     control_tokens: Mapping[str, int]
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
 
