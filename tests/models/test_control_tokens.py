@@ -186,3 +186,17 @@ def test_few_shot_prompts_need_no_template_for_chats() -> None:
     ids = tokenize_prompt(tokenizer, problem, PromptOptions("few_shot"))
     assert _control_ids(tokenizer, ids) == []
     worlds.refused(lambda: tokenize_prompt(tokenizer, problem), "default")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_templates_see_the_thoughts_of_earlier_turns(special: bool) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['content'].split('</think>')[-1] }}{% endfor %}{# <think> #}"
+    )
+    tokenizer = byte_level(template)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+    answer = "<think>1</think>2<|im_end|>"
+    messages = tuple({"role": role, "content": answer} for role in ("user", "assistant", "user"))
+    ids = tokenize_prompt(tokenizer, Problem("a", "b", messages=messages))
+    assert tokenizer.decode(ids) == f"<|im_start|>{answer}<|im_start|>2<|im_end|><|im_start|>{answer}"
+    assert _control_ids(tokenizer, ids) == [tokenizer.convert_tokens_to_ids("<|im_start|>")] * 3

@@ -26,6 +26,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from nabla_trl.grading.notation import is_think_tag
+
 # Noncharacters, which Unicode reserves for use inside programs.
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDEF)]
 _NAME_DELIMITER = "\ufdef"
@@ -89,6 +91,11 @@ class TokenGuard:
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @cached_property
+    def _think_pattern(self) -> re.Pattern[str]:
+        tags = sorted(filter(is_think_tag, self.control_tokens), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tags)) or "(?!)")
+
+    @cached_property
     def _beginnings(self) -> frozenset[str]:
         return frozenset(token[:end] for token in self.control_tokens for end in range(1, len(token)))
 
@@ -112,12 +119,18 @@ class TokenGuard:
         """Return a JSON value with a mark inside every control token in its texts.
 
         A part of a control token at the beginning or end of a text gets a mark too. Otherwise a template could join
-        it with the other part.
+        it with the other part. Think tags in the content of an assistant's turn are left: templates look for them,
+        to leave out the thoughts of earlier turns.
         """
         if isinstance(value, str):
             return self._guard_text(value, mark)
         if isinstance(value, Mapping):
-            return {key: self.guard(item, mark) for key, item in value.items()}
+            content = {key: self.guard(item, mark) for key, item in value.items()}
+            if value.get("role") == "assistant" and isinstance(value.get("content"), str):
+                parts = re.split(f"({self._think_pattern.pattern})", value["content"])
+                guarded = [part if index % 2 else self._guard_text(part, mark) for index, part in enumerate(parts)]
+                content["content"] = "".join(guarded)
+            return content
         if isinstance(value, list | tuple):
             return [self.guard(item, mark) for item in value]
         return value
