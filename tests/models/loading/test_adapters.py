@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import worlds
@@ -126,6 +127,32 @@ def test_an_adapter_of_an_adapter(tmp_path: Path) -> None:
     delta = [part.model.layers[0].self_attn.q_proj.weight for part in (model, once, plain)]
     torch.testing.assert_close(delta[0] - delta[1], delta[1] - delta[2])  # the same adapter, twice
     assert model.name_or_path == second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bias", "dora", "rslora", "norm", "loha", "lokr", "ia3", "vera", "oft", "pissa"])
+def test_adapters_of_other_kinds_give_the_trained_logits(kind: str, tmp_path: Path) -> None:
+    task: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
+    configs = {
+        "bias": peft.LoraConfig(r=2, bias="all", **task),
+        "dora": peft.LoraConfig(r=2, use_dora=True, **task),
+        "rslora": peft.LoraConfig(r=2, use_rslora=True, **task),
+        "norm": peft.LoraConfig(r=2, modules_to_save=["norm"], **task),
+        "loha": peft.LoHaConfig(r=2, **task),
+        "lokr": peft.LoKrConfig(r=2, **task),
+        "ia3": peft.IA3Config(feedforward_modules=["down_proj"], **task),
+        "vera": peft.VeraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"]),
+        "oft": peft.OFTConfig(r=0, oft_block_size=4, **task),
+        "pissa": peft.LoraConfig(r=2, init_lora_weights="pissa", **task),
+    }
+    base = save(tmp_path / "base", worlds.tiny_model("qwen2", tied=True))
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(base), configs[kind]).eval()
+    for weight in trained.parameters():
+        if weight.requires_grad:
+            weight.data.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    trained.save_pretrained(tmp_path / "adapter")
+    policy = load_policy(base, adapter=str(tmp_path / "adapter"))
+    torch.testing.assert_close(policy.model(IDS).logits, trained(IDS).logits, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
