@@ -33,8 +33,10 @@ from nabla_trl.states.probe import get_layout
 PROBLEMS = worlds.tiny_problems(("1+2", "3*4-5", "12-3+4*5"))
 TEXTS = ("4-5=9;#9", "7", "1+2=3;3*4=2;#2")  # longer than the windows, and one token
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
-# Relative error of gradients where the model runs in float64, and where some of it computes in float32.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3}
+# Relative error of gradients. Parts of many models compute in float32 (norms, softmax, delta rules), also in float64.
+TOLERANCES = {torch.float64: 2e-5, torch.float32: 2e-3}
+# Where a step of one token of transformers differs from its pass over several, in any precision.
+STEP_ERRORS = {"nemotron_h": 1e-2}
 # One architecture for each kind of layer.
 KINDS = {
     "bloom": "position biases",
@@ -101,7 +103,8 @@ def check_greedy(policy: Policy) -> None:
             for cache, counter in zip((state, None), counters, strict=True)
         ]
         assert branches[0].ids == branches[1].ids
-        torch.testing.assert_close(branches[0].logp, branches[1].logp, rtol=1e-3, atol=1e-3)
+        tolerance = STEP_ERRORS.get(policy.name, 1e-3)
+        torch.testing.assert_close(branches[0].logp, branches[1].logp, rtol=tolerance, atol=tolerance)
         num_read_again = counters[0].get_total_cost().tokens.get("policy/prefill", 0)
         assert num_read_again == state.length - state.resume_length < 3 + (not get_layout(policy.model).is_recurrent)
 
