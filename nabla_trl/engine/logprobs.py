@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from nabla_trl.models.policy import Policy
+from nabla_trl.states.probe import get_layout
+from nabla_trl.states.writers import BatchWriter
 
 MAX_LOGITS = 2**24  # of one forward pass, so that a long sequence over a large vocabulary fits into memory
 
@@ -39,11 +41,12 @@ def compute_token_logprobs(policy: Policy, ids: Sequence[int], num_top: int) -> 
     logprobs: list[float | None] = [None]
     top: list[list[tuple[int, float]]] = [[]]
     step = max(1, MAX_LOGITS // policy.forbidden_mask.shape[0])
-    cache = None
+    layout = get_layout(policy.model)
+    cache = layout.make_cache(BatchWriter(continues=False), {})
     for begin in range(0, len(ids) - 1, step):
         piece = inputs[:, begin : min(begin + step, len(ids) - 1)]
-        output = policy.model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        positions = torch.arange(begin, begin + piece.shape[1], device=policy.device)[None]
+        output = layout.run(policy.model, cache, None, positions, input_ids=piece)
         logp = output.logits[0].float().log_softmax(-1)
         targets = inputs[0, begin + 1 : begin + 1 + piece.shape[1]]
         logprobs += logp.gather(1, targets[:, None]).squeeze(1).tolist()
