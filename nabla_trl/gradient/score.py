@@ -53,11 +53,14 @@ class ScoreObjective(Objective):
     Args:
         turn_end_ids: ids that close the assistant's turn in the model's chat template. May be empty.
         stop_ids: the policy's stop tokens. A final one is kept if it begins the turn's end, and dropped otherwise.
+
+    Attributes:
+        repeats_turn_end: write the whole end of the turn after a response that ends with its first token.
     """
 
     def __init__(self, *args: Any, turn_end_ids: list[int], stop_ids: frozenset[int], **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.turn_end_ids, self.stop_ids = turn_end_ids, stop_ids
+        self.turn_end_ids, self.stop_ids, self.repeats_turn_end = turn_end_ids, stop_ids, False
 
     def encode(self, sample: Sample) -> EncodedSample:
         response_ids, turn_end_ids = (
@@ -76,7 +79,7 @@ class ScoreObjective(Objective):
         response_ids, turn_end_ids = self.vocab_map[ids].tolist(), self.turn_end_ids
         if ids and ids[-1] in self.stop_ids:
             if turn_end_ids and response_ids[-1] == turn_end_ids[0]:
-                turn_end_ids = turn_end_ids[1:]
+                turn_end_ids = turn_end_ids if self.repeats_turn_end else turn_end_ids[1:]
             elif turn_end_ids or response_ids[-1] < 0:
                 response_ids = response_ids[:-1]
         return response_ids, turn_end_ids

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nabla_trl.gradient.likelihood import LikelihoodObjective
 from nabla_trl.gradient.objectives import EncodedSample, Objective, Sample, ScoreCache
-from nabla_trl.gradient.score import ProcessObjective
+from nabla_trl.gradient.score import ProcessObjective, ScoreObjective
 from nabla_trl.gradient.token_gradient import compute_direct_likelihood_gradient, compute_token_gradient
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.grading.equivalence import MatchResult
@@ -58,6 +59,14 @@ class Reward:
     gradient_at: str = "mixture:0.5"
     validated_limits: ValidatedLimits | None = None
     gradient_unhelpful: bool = False
+
+    def with_repeated_turn_end(self) -> Reward:
+        """Return the reward whose score models read the end of the turn twice after responses that end with it."""
+        objectives = [copy(objective) for objective in self.objectives]
+        for objective in objectives:
+            if isinstance(objective, ScoreObjective):
+                objective.repeats_turn_end = True
+        return replace(self, objectives=objectives)
 
     def compute_max_new_tokens(self, problem: Problem, prompt_ids: list[int]) -> int:
         """Return how many response tokens fit into the contexts of all models.

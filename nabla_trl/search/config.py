@@ -57,13 +57,22 @@ _PAPER_OPTIONS: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": _PAPER_OPTIONS,
-    # The released code, where it differs from the paper. The log-likelihood has a weight of 1e-3 (λ = 1000 at its
-    # scripts' reward coefficient of 1), only the scanned position's logits are optimized, and it samples with top-p.
-    # Not taken over: its defects (here the prompt is scored once, in float32), and its choice of positions by the norm
-    # of ∂L/∂Y over the vocabulary.
+    # The released code (github.com/VITA-Group/Nabla-Reasoner), where it differs from the paper. The log-likelihood has
+    # a weight of 1e-3 (λ = 1000 at its scripts' reward coefficient of 1). Only the scanned position's logits are
+    # optimized, at the most likely token of every later position. The learning rate is clipped, the end of a turn is
+    # read twice, and it samples with top-p. Where the candidates are the whole vocabulary, the logits are those of a
+    # literal reference (tests/search/test_released.py). Not taken over: that the current response is scored with its
+    # prompt twice and the proposal with none, bfloat16, and the choice of positions by the norm of ∂L/∂Y over the
+    # vocabulary.
     "released": {
         **_PAPER_OPTIONS,
-        "solver": {**_PAPER_SOLVER, "optimize_positions": "first"},
+        "solver": {
+            **_PAPER_SOLVER,
+            "optimize_positions": "first",
+            "hard_tokens": "argmax",
+            "schedule": "clipped_cosine",
+            "repeat_turn_end": True,
+        },
         "proposals": {**_PAPER_PROPOSALS, "resample_top_p": 0.95},
         "beta": 0.001,
         "temperature": 0.6,
@@ -218,6 +227,11 @@ class SearchConfig:
         self._set_beta_or_target_kl()
         if self.proposals.min_gradient_norm and not isinstance(self.solver, SteSolver):
             raise ValueError("min_gradient_norm needs solver ste, because no other solver computes that gradient")
+        if isinstance(self.solver, SteSolver) and self.solver.hard_tokens == "argmax":
+            if not isinstance(self.proposals, SequentialProposals):
+                raise ValueError("hard_tokens argmax needs proposals sequential: it depends on the scanned position")
+            if self.proposals.min_gradient_norm:
+                raise ValueError("min_gradient_norm needs hard_tokens response, at which its gradient is taken")
         if isinstance(self.acceptance, MetropolisAcceptance):
             self._check_metropolis()
         elif isinstance(self.select, VoteSelection) and self.select.burn_in:

@@ -90,6 +90,10 @@ def stream_search(
         yield task.result
 
 
+class _OutOfBudget(Exception):
+    """The next gradient of a scan does not fit into the budget of FLOPs."""
+
+
 class Search:
     """The search for one problem: its chains and how they go on.
 
@@ -121,6 +125,7 @@ class Search:
         self.is_sequential = isinstance(config.proposals, SequentialProposals)
         self.chains: list[SearchState] = []
         self.num_first_responses = 0
+        self.recompute_flops = 0.0  # of the last position whose scores were computed again
         self.voters: list[Voter] = []
         self.solve_kind = self.find_solve_kind()
         self.trace_meta = build_trace_meta(self.policy, self.reward.name, config.compute_hash())
@@ -333,19 +338,32 @@ class Search:
     def draw_sequential_branch(self, chain: SearchState) -> list[tuple[int, int]]:
         sweep = [chain.num_sweeps] if self.is_metropolis else []
         rng = self.make_rng(chain, "resample", chain.num_rounds, *sweep)
-        branches = proposals.draw_sequential_branch(
-            chain, rng, self.reward.in_vocabulary, self.config, self.recompute_scores_at
-        )
-        if not branches and self.is_metropolis:
+        try:
+            branches = proposals.draw_sequential_branch(
+                chain, rng, self.reward.in_vocabulary, self.config, self.recompute_scores_at
+            )
+        except _OutOfBudget:
+            chain.stop_reason = "max_flops"
+            return []
+        if not branches and chain.incumbent.get_proposal_scores().isnan().any():
+            chain.error, chain.stop_reason = f"the token gradient of {self.reward.name} holds NaN", "error"
+        elif not branches and self.is_metropolis:
             chain.scan_position, chain.num_sweeps = 0, chain.num_sweeps + 1
         elif not branches:
             chain.stop_reason = "scanned"
         return branches
 
     def recompute_scores_at(self, response: ScoredResponse, position: int) -> Tensor:
-        return proposals.compute_ste_scores_at(
+        before, max_flops = self.count_flops(), self.config.max_flops
+        # With hard tokens "argmax" every scanned position costs a gradient, which no estimate of a round knows.
+        is_usual = isinstance(self.config.solver, SteSolver) and self.config.solver.hard_tokens == "argmax"
+        if is_usual and max_flops and before + self.recompute_flops > max_flops:
+            raise _OutOfBudget
+        scores = proposals.compute_ste_scores_at(
             response, position, self.policy, self.reward, self.config, self.flop_counter
         )
+        self.recompute_flops = self.count_flops() - before
+        return scores
 
     async def regenerate_suffixes(self, branches: list[Proposal]) -> None:
         """Draw the tokens after each branch, or whole responses, from the caches of the incumbents."""

@@ -78,6 +78,22 @@ class SteSolver:
         "Positions whose logits are optimized at a scanned position. all is this position and all later ones. first "
         "is this position alone.",
     )
+    hard_tokens: str = option(
+        "response",
+        "Tokens at which the gradient is taken. response is those of the response, until the most likely token of a "
+        "position changes. argmax is the most likely token at the scanned position and at all later ones, as in the "
+        "released code. It computes a gradient at every scanned position, and needs sequential proposals.",
+    )
+    schedule: str = option(
+        "cosine",
+        "Learning rates of the steps. cosine falls from the first to the last. clipped_cosine falls towards 0, but "
+        "never below the last, as in the released code.",
+    )
+    repeat_turn_end: bool = option(
+        False,
+        "Read the end of the turn twice after a response that ends with it, where the gradient of a reward model is "
+        "taken, as in the released code.",
+    )
 
     def __post_init__(self) -> None:
         # Written so that NaN is refused too.
@@ -86,9 +102,18 @@ class SteSolver:
         if self.optimize_positions not in ("all", "first"):
             raise ValueError(f"optimize_positions must be one of all, first, not {self.optimize_positions!r}")
 
+        for name, choices in (("hard_tokens", ("response", "argmax")), ("schedule", ("cosine", "clipped_cosine"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+
     def compute_learning_rate(self, step: int) -> float:
-        """Return the learning rate of step i of n, lr_n + (lr_0 − lr_n)·(1 + cos(π·i/n))/2."""
+        """Return the learning rate of step i of n.
+
+        With c_i = (1 + cos(π·i/n))/2 it is lr_n + (lr_0 − lr_n)·c_i, or clipped max(lr_n, lr_0·c_i).
+        """
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        if self.schedule == "clipped_cosine":
+            return max(self.final_learning_rate, self.learning_rate * cosine)
         return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
 
 

@@ -156,6 +156,10 @@ def _compute_ste_scores(
     whole response serves all positions, apart from those whose z_t depends on a change (`stale_mask`).
     """
     loss_gradient = _LossGradient(responses, policy, reward, solver, config.reward_weight, flop_counter)
+    if solver.hard_tokens == "argmax":  # every scanned position has other hard tokens
+        for response in responses:
+            response.stale_mask = torch.ones(len(response.response_ids), dtype=torch.bool)
+        return loss_gradient.initial_logits
     columns = [response.find_response_columns() for response in responses]
     one_position = solver.optimize_positions == "first"
     # If only z_t is optimized, all other tokens stay as they are: the gradient is taken at the response itself.
@@ -184,8 +188,11 @@ def compute_ste_scores_at(
     loss_gradient = _LossGradient([response], policy, reward, solver, config.reward_weight, flop_counter)
     positions = torch.arange(len(response.response_ids))
     mask = positions == position if solver.optimize_positions == "first" else positions >= position
-    columns = [response.find_response_columns()]
-    return solvers.solve_ste(loss_gradient.initial_logits, columns, loss_gradient, solver, [mask]).logits[0][position]
+    columns = response.find_response_columns()
+    if solver.hard_tokens == "argmax":
+        columns = torch.where(positions < position, columns, loss_gradient.initial_logits[0].argmax(-1))
+    result = solvers.solve_ste(loss_gradient.initial_logits, [columns], loss_gradient, solver, [mask])
+    return result.logits[0][position]
 
 
 class _LossGradient:
@@ -205,7 +212,8 @@ class _LossGradient:
         reward_weight: float,
         flop_counter: FlopCounter,
     ):
-        self.responses, self.reward, self.flop_counter = responses, reward, flop_counter
+        self.responses, self.flop_counter = responses, flop_counter
+        self.reward = reward.with_repeated_turn_end() if solver.repeat_turn_end else reward
         self.solver, self.reward_weight = solver, reward_weight
         self.likelihood = policy_likelihood(policy)
         self.initial_logits = []
@@ -336,7 +344,7 @@ def draw_sequential_branch(
         recompute_scores_at: scores [K] of a position whose row is stale (see `compute_ste_scores_at`).
 
     Returns:
-        one branch (position, token), or none at the end of the response.
+        one branch (position, token), or none at the end of the response and where a score is NaN.
     """
     response, scan = chain.incumbent, config.proposals
     assert isinstance(scan, SequentialProposals)
@@ -349,6 +357,8 @@ def draw_sequential_branch(
         if scan.min_gradient_norm and _compute_gradient_norm(response, position, config) < scan.min_gradient_norm:
             continue
         refresh_stale_scores(response, position, recompute_scores_at)
+        if response.get_proposal_scores()[position].isnan().any():
+            return []
         cumulative_probs = compute_scan_logp(response, position, in_vocabulary, config).exp().cumsum(-1).numpy()
         column = int(np.searchsorted(cumulative_probs, rng.random() * cumulative_probs[-1], side="right"))
         if column != own_columns[position]:

@@ -42,6 +42,7 @@ from nabla_trl.traces.schema import Trace
 
 # Options of which this search supports the preset's value only.
 PAPER_OPTIONS = ("acceptance", "num_starts", "num_chains", "max_rounds", "max_flops", "restarts", "patience")
+PAPER_SOLVER_OPTIONS = ("hard_tokens", "repeat_turn_end")
 PAPER_SCAN_OPTIONS = ("min_gradient_norm", "resample_top_p")
 ONE_HOT_ACCOUNT = "/one-hot"  # suffix of a problem's id for the FLOPs of products with embedding tables
 
@@ -128,6 +129,7 @@ class PlainSearch:
         if not isinstance(solver, SteSolver) or not isinstance(scan, SequentialProposals):
             raise ValueError("the plain search supports the preset paper only: solver ste and sequential proposals")
         changed = [name for name in PAPER_OPTIONS if getattr(config, name) != getattr(paper, name)]
+        changed += [name for name in PAPER_SOLVER_OPTIONS if getattr(solver, name) != getattr(paper.solver, name)]
         changed += [name for name in PAPER_SCAN_OPTIONS if getattr(scan, name) != getattr(paper.proposals, name)]
         if changed or reward.uncertainty_penalty is not None:
             raise ValueError(

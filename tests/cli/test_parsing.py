@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,10 @@ from nabla_trl.search.options import MetropolisAcceptance, MirrorSolver, NoGradi
 from nabla_trl.utils.fields import coerce_fields, get_option_groups
 from nabla_trl.utils.interrupts import StoppedBySignal
 from nabla_trl.utils.renamed import RENAMED_OPTIONS
+
+RELEASED_SOLVER = SteSolver(
+    optimize_positions="first", hard_tokens="argmax", schedule="clipped_cosine", repeat_turn_end=True
+)
 
 
 @dataclass
@@ -203,8 +207,8 @@ def test_options_of_a_group_have_dotted_flags_in_any_order(argv, expected):
         ("solver: {name: ste, steps: 3, tau: 2}", ["--solver.steps", "4"], SteSolver(steps=4, tau=2.0)),
         ("solver: {name: ste, steps: 3}", ["--solver", "ste", "--solver.tau", "2"], SteSolver(steps=3, tau=2.0)),
         ("solver: {name: ste, steps: 3}", ["--solver", "none"], NoGradient()),
-        ("preset: released", ["--solver.steps", "3"], SteSolver(steps=3, optimize_positions="first")),
-        ("preset: released\nsolver: ste", [], SteSolver(optimize_positions="first")),
+        ("preset: released", ["--solver.steps", "3"], replace(RELEASED_SOLVER, steps=3)),
+        ("preset: released\nsolver: ste", [], RELEASED_SOLVER),
         ("preset: released\nsolver: {name: mirror, step_size: 2}\nproposals: global", [], MirrorSolver(step_size=2.0)),
     ],
 )

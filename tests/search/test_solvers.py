@@ -704,6 +704,9 @@ def test_ste_rate_is_torch_cosine() -> None:
         assert config.compute_learning_rate(step) == pytest.approx(cosine.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         cosine.step()
+    clipped = [replace(config, schedule="clipped_cosine").compute_learning_rate(step) for step in range(7)]
+    free = [0.15 * (1 + math.cos(math.pi * step / 7)) for step in range(7)]
+    assert clipped == pytest.approx([max(rate, 0.05) for rate in free]) and min(free) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -884,7 +887,10 @@ def test_the_paper_preset_is_the_papers() -> None:
     assert set(PRESETS) == {"default", "paper", "released", "qalign", "power"}
     assert SearchConfig.from_preset("default") == SearchConfig()
     released = SearchConfig.from_preset("released")
-    assert (released.solver.optimize_positions, released.reward_weight) == ("first", 1000.0)
+    assert released.reward_weight == 1000.0
+    assert released.solver == SteSolver(
+        optimize_positions="first", hard_tokens="argmax", schedule="clipped_cosine", repeat_turn_end=True
+    )
     assert released.proposals.resample_top_p == 0.95
     with pytest.raises(ValueError, match="unknown preset"):
         SearchConfig.from_preset("papre")
