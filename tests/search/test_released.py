@@ -147,7 +147,7 @@ def test_each_of_its_peculiarities_counts(
         rows = [position for position in positions if position in other_positions]
         change_of_rows = response.get_proposal_scores()[rows] - other.get_proposal_scores()[rows]
         differences += change_of_rows.nan_to_num().abs().flatten().tolist()
-    assert max(differences) > 0.01
+    assert max(differences) > 0.005  # four times what the test above tolerates
 
 
 def test_the_turn_ends_once_unless_it_is_asked_for(world: tuple[Policy, Reward]) -> None:
