@@ -10,8 +10,9 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -48,6 +49,7 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
 MAX_BODY_BYTES = 4 * 2**20  # more than fits into any context
+MAX_HELD_BYTES = 64 * MAX_BODY_BYTES  # of all requests whose prompts are not in tokens yet
 MAX_DRAINED_BYTES = 4 * MAX_BODY_BYTES  # of a larger body, whose client reads the answer only after it has sent it
 
 # What has happened to a choice: a new incumbent of its search, or its trace.
@@ -276,6 +278,7 @@ class ChatService:
         self.metrics.watch(searches)
         self.encoder = PromptEncoder(searches.policy, searches.reward)
         self.created = int(time.time())
+        self.num_held_bytes = 0
         self.shutdown_began, self.shutdown_ended = asyncio.Event(), asyncio.Event()
 
     def build_app(self) -> ASGIApp:
@@ -351,18 +354,9 @@ class ChatService:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.request_timeout
         self.check_authorization(request)
-        body = await self.read_body(request)
-        search_request = parse(parse_json(body), self.limits)
-        del body
-        try:
-            self.searches.check_queue()  # before the prompt is tokenized
-        except (QueueFull, ServerStopping) as error:
-            raise make_queue_error(error) from error
-        encoding = loop.run_in_executor(self.encoder.threads, self.encoder.encode, search_request)
-        try:
-            problems = await asyncio.wait_for(encoding, deadline - loop.time())
-        except asyncio.TimeoutError as error:
-            raise make_timeout_error() from error
+        with self.hold_body() as count_bytes:
+            search_request = parse(parse_json(await self.read_body(request, count_bytes)), self.limits)
+            problems = await self.encode(search_request, deadline)
         searches = SearchStream(self, problems, search_request, request, deadline)
         config = search_request.config.with_default_gradient_at(self.searches.reward.gradient_at)
         answer = answer_type(self.limits.model_name, search_request, fingerprint=config.compute_hash())
@@ -376,6 +370,23 @@ class ChatService:
             searches.close()
             raise
         return EventStream(self.stream_answer(answer, first, events, searches), searches)
+
+    async def encode(self, search_request: SearchRequest, deadline: float) -> list[Problem]:
+        """Return one problem per choice, with its prompt in tokens.
+
+        Raises:
+            ApiError: the queue is full, the server stops, or a prompt cannot be read.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            self.searches.check_queue()  # before the prompt is tokenized
+        except (QueueFull, ServerStopping) as error:
+            raise make_queue_error(error) from error
+        encoding = loop.run_in_executor(self.encoder.threads, self.encoder.encode, search_request)
+        try:
+            return await asyncio.wait_for(encoding, deadline - loop.time())
+        except asyncio.TimeoutError as error:
+            raise make_timeout_error() from error
 
     async def collect_choices(self, searches: SearchStream) -> list[Choice]:
         """Return all choices in their order, once their searches have ended."""
@@ -435,8 +446,33 @@ class ChatService:
             message, headers = "send a valid API key as a bearer token", {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
-    async def read_body(self, request: Request) -> bytes:
+    @contextmanager
+    def hold_body(self) -> Iterator[Callable[[int], None]]:
+        """Give a function that counts the bytes of a body, which are held until the end of the block.
+
+        The function raises the 503 ApiError if all bodies together are too large.
+        """
+        num_held = 0
+
+        def count_bytes(num_bytes: int) -> None:
+            nonlocal num_held
+            num_held += num_bytes
+            self.num_held_bytes += num_bytes
+            if self.num_held_bytes > MAX_HELD_BYTES:
+                message = "too many large requests at a time: try again later"
+                headers = {"Retry-After": "1", "Connection": "close"}
+                raise ApiError(503, message, error_type="server_error", code="overloaded", headers=headers)
+
+        try:
+            yield count_bytes
+        finally:
+            self.num_held_bytes -= num_held
+
+    async def read_body(self, request: Request, count_bytes: Callable[[int], None]) -> bytes:
         """Return the body of a request whose header says JSON.
+
+        Args:
+            count_bytes: called with the number of bytes of every part.
 
         Raises:
             ApiError: the body is no JSON or too large, takes too long, or is not complete when the server stops.
@@ -444,7 +480,7 @@ class ChatService:
         # Browsers send other types from any web page without asking the server first (CORS).
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(400, "the content type must be application/json")
-        reading = asyncio.ensure_future(_read_parts(request))
+        reading = asyncio.ensure_future(_read_parts(request, count_bytes))
         stopping = asyncio.ensure_future(self.shutdown_began.wait())
         seconds = min(self.body_timeout, self.request_timeout)
         try:
@@ -471,11 +507,12 @@ class ChatService:
         self.encoder.close()
 
 
-async def _read_parts(request: Request) -> bytes:
+async def _read_parts(request: Request, count_bytes: Callable[[int], None]) -> bytes:
     body, num_bytes = bytearray(), 0
     async for part in request.stream():
         num_bytes += len(part)
         if num_bytes <= MAX_BODY_BYTES:
+            count_bytes(len(part))
             body += part
         elif num_bytes > MAX_DRAINED_BYTES:
             break

@@ -32,6 +32,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_CHAT_STOPS = 4  # as OpenAI
 MAX_COMPLETION_STOPS = 32  # lm-eval sends all that a task has
 MAX_STOP_CHARS = 1000
+MAX_REWARD_WEIGHT = 1e6  # β and 1/β: what is larger is no number in float32 before long
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
 # A name of OpenAI's cannot hold what looks like a control token.
 NAME_PATTERN = re.compile(r"[^\s<|\\/>]+")
@@ -352,15 +353,14 @@ def _read_common_fields(
 def _read_search_config(reader: FieldReader, limits: ServerLimits) -> SearchConfig:
     """Return the server's default configuration with the options of the request."""
     default = limits.default_config
-    # Metropolis samples would be biased by an end that depends on their cost.
     values: dict[str, Any] = {
         "temperature": reader.read_number("temperature", minimum=0),
         "top_p": reader.read_number("top_p", above=0, maximum=1),
         "top_k": reader.read_integer("top_k", minimum=-1),
         "min_p": reader.read_number("min_p", minimum=0, below=1),
         "max_flops": reader.read_number("max_flops", above=0, maximum=_finite_or_none(limits.flops_limit)),
-        "beta": reader.read_number("beta", above=0),
-        "target_kl": reader.read_number("target_kl", above=0),
+        "beta": reader.read_number("beta", minimum=1 / MAX_REWARD_WEIGHT, maximum=MAX_REWARD_WEIGHT),
+        "target_kl": reader.read_number("target_kl", above=0, maximum=MAX_REWARD_WEIGHT),
         "max_rounds": reader.read_integer("max_rounds", minimum=0, maximum=limits.rounds_limit),
         "patience": reader.read_integer("patience", minimum=0),
         "num_starts": reader.read_integer("num_starts", minimum=1, maximum=limits.starts_limit),

@@ -201,6 +201,7 @@ def test_all_of_it_at_once_and_no_model() -> None:
         ({"max_completion_tokens": 0}, "max_completion_tokens", "integer_below_min_value"),
         ({"max_completion_tokens": 2, "max_tokens": 3}, "max_tokens", "invalid_parameter_combination"),
         ({"beta": -1}, "beta", "decimal_below_min_value"),
+        ({"beta": 1e-300}, "beta", "decimal_below_min_value"),
         ({"beta": 1, "target_kl": 1}, "beta", "invalid_value"),
         ({"max_flops": -1}, "max_flops", "decimal_below_min_value"),
         ({"top_p": 0}, "top_p", "decimal_below_min_value"),
