@@ -26,7 +26,7 @@ from nabla_trl.models.policy import GenerationRequest, GenerationSession
 WAITING_PER_SEQUENCE = 0.25
 MAX_IDLE_SESSIONS = 4  # kept for requests with the same options: their buffers are large
 MAX_SESSIONS = 8  # that decode at a time; requests with further options wait
-SMALL_TASKS_SHARE = 0.7  # of the time, which the smallest tasks get to themselves
+SMALL_TASKS_SHARE = 0.8  # of the time, which the smallest tasks get to themselves
 SAME_SIZE_RATIO = 2.0  # tasks of up to this many times the smallest size count as small
 MAX_RESUME_SECONDS = 0.01  # of searches' own work at a time, where small tasks must not wait
 CLIENT_SLOTS_SHARE = 0.75  # of the slots of a decoder, which one client can have

@@ -155,14 +155,14 @@ def test_requests_of_other_betas_are_solved_together_and_get_what_each_gets_alon
 
     monkeypatch.setattr(watched, "compute_gradient", count_and_compute)
     watched.before = gate = Gate("7")
-    configs = [replace(CONFIG, beta=0.1 + 0.1 * n, solver={"target_kl": None}) for n in range(8)]
+    configs = [replace(CONFIG, beta=0.1 + 0.1 * n, solver={"target_kl": None}) for n in range(5)]
     with running(policy, watched) as service:
         held = ask(service, "7")
         assert gate.reached.wait(PATIENCE)
         futures = [ask(service, "12-3+4*5", config=config) for config in configs]
         gate.opened.set()
         traces = [answer(future) for future in [*futures, held]]
-    assert max(together) >= 8
+    assert max(together) >= 5
     for trace, config in zip(traces, configs, strict=False):
         single = alone(policy, watched, problem("12-3+4*5"), config)
         assert trace.response_ids == single.response_ids and moves(trace) == moves(single)
