@@ -27,7 +27,7 @@ def match_with_math_verify(predicted: str, gold: str) -> bool:
     """
     from math_verify import verify
 
-    _use_relative_precision()
+    load_math_verify()
     parsed, gold_parsed = parse_with_math_verify(predicted), parse_with_math_verify(gold)
     # A doubled backslash ends a line, so what follows it may not be the sign of a relation that it looks like.
     as_sets = "\\\\" not in predicted
@@ -53,8 +53,12 @@ def parse_with_math_verify(answer: str) -> list:
 
 
 @lru_cache(maxsize=1)
-def _use_relative_precision() -> None:
-    """Replace the numerical comparison of math-verify in this process."""
+def load_math_verify() -> None:
+    """Import math-verify and replace its numerical comparison in this process.
+
+    Raises:
+        ImportError: if math-verify is not installed.
+    """
     from math_verify import grader
 
     absolutely_equal = grader.sympy_numeric_eq

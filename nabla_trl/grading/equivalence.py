@@ -13,10 +13,11 @@ import unicodedata
 from collections.abc import Callable
 from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from nabla_trl.grading.algebra import match_with_math_verify, parse_with_math_verify
+from nabla_trl.grading.algebra import load_math_verify, match_with_math_verify, parse_with_math_verify
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.grading.literals import (
     equal_literals,
@@ -28,8 +29,8 @@ from nabla_trl.grading.literals import (
     unwrap_text,
 )
 from nabla_trl.grading.notation import normalize_answer, rewrite_symbols, trim_answer
-from nabla_trl.grading.structure import Parts, split_inequalities, split_name, split_parts
-from nabla_trl.grading.units import DEGREE, are_comparable, split_money, split_unit
+from nabla_trl.grading.structure import Parts, split_inequalities, split_name, split_parts, write_as_union
+from nabla_trl.grading.units import DEGREE, Unit, add_quantities, are_comparable, split_money, split_unit
 
 __all__ = ["MatchResult", "match_answers", "match_without_worker", "normalize_answer", "parse_plain_number"]
 
@@ -58,7 +59,7 @@ _PLAIN_NUMBER = re.compile(r"([-+]?)((?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.(\d+))?
 _MAX_FAST_LENGTH = 300
 _MAX_PARTS_WITH_ALGEBRA = 12
 _ASSIGNMENT = re.compile(r"(?:\\[a-z]+ ?)?[A-Za-z]{1,3}(?:_\{?\w+\}?)?(?:\([A-Za-z\d, ]+\))? ?= ?([^=<>,;]+)")
-_CHOICE = re.compile(r"(?:\\text\s?)?[({]*\s?([A-J])\s?[)}]*")
+_CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer) )?(?:\\text\s?)?[({]*\s?([A-J])\s?[)}]*")
 _CHOICE_WITH_VALUE = re.compile(r"(?:\\text\s?\{\s?)?\(?([A-J])(?:\)|[.:](?=\s))\s?\}?\s?(.+)")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{(.*)\}", re.DOTALL)
 _SPACE_AT_SYMBOL = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
@@ -83,7 +84,25 @@ def _prepare(answer: str) -> str:
     if money := split_money(trim_answer(rewrite_symbols(answer)) if len(answer) <= _MAX_FAST_LENGTH else ""):
         amount, currency = money
         return f"{amount} {currency}"
-    return normalize_answer(answer)
+    text = normalize_answer(answer)
+    if len(text) > _MAX_FAST_LENGTH:
+        return text
+    if match := _SET_BY_PROPERTY.fullmatch(text):  # the set of all x with x > 3
+        text = match[2].strip()
+    return _MEANINGS.get(unwrap_text(text).lower(), text)
+
+
+_SET_BY_PROPERTY = re.compile(
+    r"\\\{ ?([a-z])(?: ?\\in ?\\mathbb ?\{R\})? ?(?:\\mid|\||:) ?([^:|{}]*[<>q][^:|{}]*)\\\}"
+)
+_MEANINGS = {
+    **dict.fromkeys(
+        ("all real numbers", "all reals", "the set of all real numbers", r"(-\infty,\infty)"), r"\mathbb{R}"
+    ),
+    **dict.fromkeys(("no solution", "no solutions", "no real solutions", "the empty set", "empty set"), r"\emptyset"),
+    **{"infinity": r"\infty", "negative infinity": r"-\infty", "does not exist": "DNE", "noon": "12:00 PM"},
+    **{"midnight": "12:00 AM", r"\{ \}": r"\emptyset", r"\{\}": r"\emptyset"},
+}
 
 
 @lru_cache(maxsize=1 << 16)
@@ -127,6 +146,7 @@ def match_answers(predicted: str, gold: str) -> str:
     """Return the `MatchResult` value of two normalized answers. For workers, because computer algebra may hang."""
     if gold.startswith(VERIFIER_PREFIX):
         return _score_with_reasoning_gym(predicted, gold).value
+    load_math_verify()  # with the first call, whose time does not count
     try:
         if _match(predicted, gold):
             return MatchResult.CORRECT.value
@@ -135,6 +155,8 @@ def match_answers(predicted: str, gold: str) -> str:
         return (MatchResult.INCORRECT if is_readable or parse_with_math_verify(gold) else MatchResult.BAD_GOLD).value
     except (MemoryError, RecursionError):
         return MatchResult.ERROR.value
+    except Exception:  # a comparison that cannot be made does not show that the answers are equal
+        return MatchResult.INCORRECT.value
 
 
 # --- without computer algebra ------------------------------------------------------------------------
@@ -216,7 +238,7 @@ def _match_choices(predicted: str, gold: str) -> bool | None:
         return False if with_value[1] != gold_with_value[1] else is_equal
     if gold_with_value:
         return _match_texts(predicted, gold_with_value[2])
-    return None
+    return True if with_value and _match_texts(with_value[2], gold) else None
 
 
 def _match_words(predicted: str, gold: str) -> bool | None:
@@ -247,16 +269,20 @@ def _read_words(text: str) -> str | None:
 def _match_units(predicted: str, gold: str, match: Callable[[str, str], bool | None]) -> bool | None:
     """Compare the values of two answers if one of them has a unit, and their units if both have one."""
     (value, unit), (gold_value, gold_unit) = split_unit(predicted), split_unit(gold)
+    total, gold_total = add_quantities(predicted), add_quantities(gold)
+    if total or gold_total:
+        total, gold_total = total or _in_base_units(value, unit), gold_total or _in_base_units(gold_value, gold_unit)
+        return total == gold_total
     if unit is None and gold_unit is None:
         # In "5m" beside the gold answer 5, the letter is a unit. In a gold answer it is a variable.
         lettered = _LETTER_AS_UNIT.fullmatch(predicted)
         return match(lettered[1], gold) if lettered and parse_number(gold) else None
     if not are_comparable(unit, gold_unit):
         return False
-    if unit == DEGREE and gold_unit is None and r"\pi" in gold:
-        return match(rf"\frac{{({value})\pi}}{{180}}", gold)
-    if gold_unit == DEGREE and unit is None and r"\pi" in predicted:
-        return match(predicted, rf"\frac{{({gold_value})\pi}}{{180}}")
+    if unit == DEGREE and (gold_unit is None or not gold_unit.is_known) and r"\pi" in gold:
+        return match(rf"\frac{{({value})\pi}}{{180}}", gold_value)
+    if gold_unit == DEGREE and (unit is None or not unit.is_known) and r"\pi" in predicted:
+        return match(value, rf"\frac{{({gold_value})\pi}}{{180}}")
     number, gold_number = parse_number(value), parse_number(gold_value)
     if number and gold_number and unit and gold_unit and unit.is_known and gold_unit.is_known:
         scaled, gold_scaled = number.value * unit.factor, gold_number.value * gold_unit.factor
@@ -264,6 +290,11 @@ def _match_units(predicted: str, gold: str, match: Callable[[str, str], bool | N
     if unit and gold_unit and unit.is_known and gold_unit.is_known and unit.factor != gold_unit.factor:
         return False
     return match(value, gold_value)
+
+
+def _in_base_units(value: str, unit: Unit | None) -> tuple[Fraction, tuple] | None:
+    number = parse_number(value)
+    return (number.value * unit.factor, unit.dimension) if number and unit and unit.is_known else None
 
 
 # --- families of reasoning-gym -----------------------------------------------------------------------
@@ -316,6 +347,9 @@ def _match(predicted: str, gold: str) -> bool:
         return chain[1] == gold_chain[1] and all(map(_match, chain[0], gold_chain[0]))
     if (is_equal := _match_units(predicted, gold, _match)) is not None:
         return is_equal
+    as_union, gold_as_union = write_as_union(predicted), write_as_union(gold)
+    if (as_union or gold_as_union) and match_with_math_verify(as_union or predicted, gold_as_union or gold):
+        return True
     return match_with_math_verify(predicted, gold)
 
 
@@ -327,7 +361,11 @@ def _match_parts(predicted: Parts, gold: Parts) -> bool | None:
                 return _match_parts(inner, other) if parts is predicted else _match_parts(other, inner)
     if len(gold.parts) == 1 and not gold.brackets and len(predicted.parts) > 1 and not predicted.brackets:
         return True if all(_match(part, gold.parts[0]) for part in predicted.parts) else None
-    if len(predicted.parts) != len(gold.parts) or (len(gold.parts) < 2 and not gold.brackets):
+    if len(predicted.parts) != len(gold.parts):
+        # math-verify compares lists as sets, in which a part that comes twice counts once.
+        is_list = min(len(predicted.parts), len(gold.parts)) > 1 and predicted.brackets == gold.brackets == ""
+        return False if is_list and all(map(parse_number, predicted.parts + gold.parts)) else None
+    if len(gold.parts) < 2 and not gold.brackets:
         return None
     is_ordered = _is_ordered(predicted, gold)
     if is_ordered is None:

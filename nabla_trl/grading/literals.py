@@ -5,6 +5,7 @@ All functions take normalized answers (`nabla_trl.grading.notation.normalize_ans
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from functools import lru_cache
@@ -148,6 +149,11 @@ _ORDINAL = re.compile(r"(\d+)\s?\^?\s?\{?(?:\\text\s?\{)?\s?(?:st|nd|rd|th)\s?\}
 _WITH_SCALE = re.compile(r"(.*[\d}%])[ -]?(?:\\text\s?\{\s?)?(hundred|thousand|million|billion|trillion|dozen)\s?\}?")
 
 
+_PARTS = {"half": 2, "halves": 2, "quarter": 4, "quarters": 4} | {
+    f"{name}{ending}": number for name, number in _ORDINALS.items() if number > 2 for ending in ("", "s")
+}
+
+
 def parse_number_words(text: str) -> Number | None:
     """Return the value of "seven", "twenty-five", "two hundred", "5 million" or "3rd", or None for other text."""
     text = unwrap_text(text).lower()
@@ -157,6 +163,9 @@ def parse_number_words(text: str) -> Number | None:
         number = parse_number(match[1].strip())
         return number and number._replace(value=number.value * _SCALES[match[2]])
     words = text.replace("-", " ").split()
+    if words and words[-1] in _PARTS and (len(words) == 2 or text in ("half", "quarter")):  # "two thirds"
+        count = {"a": 1}.get(words[0], _SMALL.get(words[0], 0)) if len(words) == 2 else 1
+        return Number(Fraction(count, _PARTS[words[-1]]), False, False) if count else None
     if not words or len(words) > 12 or not all(w in _SMALL or w in _TENS or w in _SCALES or w == "and" for w in words):
         return Number(Fraction(_ORDINALS[text]), False, False) if text in _ORDINALS else None
     return _read_number_words([word for word in words if word != "and"])
@@ -210,6 +219,7 @@ _IN_BASE = re.compile(
     re.ASCII,
 )
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)(?:\s?-\s?|\sto\s|\s?\\text\s?\{\s?to\s?\}\s?)(\d+(?:\.\d+)?)", re.ASCII)
+_RATIO = re.compile(r"\d+(?:\s?:\s?\d+)+|\d+(?:\sto\s\d+)+", re.ASCII)
 _MAX_LITERAL_LENGTH = 60
 
 
@@ -244,6 +254,10 @@ def parse_literal(text: str) -> Literal | None:
             return Literal("time", (hour, minute, int(match[3] or 0), match[4] or match[6]))
     if (match := _RANGE.fullmatch(text)) and float(match[1]) < float(match[2]):
         return Literal("range", (Fraction(match[1]), Fraction(match[2])))
+    if _RATIO.fullmatch(plain):
+        terms = [int(term) for term in re.findall(r"\d+", plain)]
+        divisor = math.gcd(*terms) or 1
+        return Literal("ratio", tuple(term // divisor for term in terms))
     return None
 
 
@@ -269,13 +283,26 @@ def equal_literals(
         if gold.kind == "time":
             *clock, half = predicted.parts
             *gold_clock, gold_half = gold.parts
-            return clock == gold_clock and (gold_half is None or half == gold_half)
+            is_same = clock == gold_clock and (gold_half is None or half == gold_half)
+            return is_same or _to_24_hours(predicted) == _to_24_hours(gold) is not None
+        return predicted.parts == gold.parts
+    if predicted and gold and {predicted.kind, gold.kind} == {"ratio", "range"}:  # "2 to 3" may be either
         return predicted.parts == gold.parts
     literal, text = (predicted, gold_text) if predicted else (gold, predicted_text)
     assert literal
     if literal.kind == "base":  # the base may be left out, because the question names it
-        return "".join(literal.parts[:2]) == text
+        return "".join(literal.parts[:2]) == text.lstrip("0")
+    if literal.kind == "ratio":  # 7:32 is 7/32 too
+        return None
     if literal.kind == "time":
         may_be_ratio = literal.parts[1] >= 10 and literal.parts[3] is None
         return None if may_be_ratio else False
     return False
+
+
+def _to_24_hours(time: Literal) -> tuple[int, int, int] | None:
+    """Return hours, minutes and seconds of a day, or None if the half of the day is not known."""
+    hour, minute, second, half = time.parts
+    if half is None:
+        return (hour, minute, second) if hour > 12 else None
+    return (hour % 12 + (12 if half == "p" else 0), minute, second)

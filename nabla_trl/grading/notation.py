@@ -17,7 +17,19 @@ _SYMBOLS = {
     **{"⇒": r"\implies ", "→": r"\to ", "⇔": r"\iff ", "∠": r"\angle ", "∥": r"\parallel ", "⊥": r"\perp "},
     **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
     **{"π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda "},
-    **{"°": r"^\circ ", "º": r"^\circ ", "“": '"', "”": '"', "‘": "'", "’": "'", "′": "'", "…": r"\ldots "},
+    **{
+        "⟨": "(",
+        "⟩": ")",
+        "¢": " cents",
+        "°": r"^\circ ",
+        "º": r"^\circ ",
+        "“": '"',
+        "”": '"',
+        "‘": "'",
+        "’": "'",
+        "′": "'",
+        "…": r"\ldots ",
+    },
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", ""),
 }
 _SYMBOL_TABLE = {ord(symbol): text for symbol, text in _SYMBOLS.items()}
@@ -37,7 +49,16 @@ _COMMAND_NAMES = {
 }
 _COMMAND_TEXTS = {
     **{"lt": "<", "gt": ">", "degree": r"^\circ ", "textdegree": r"^\circ "},
-    **{"lbrace": r"\{", "rbrace": r"\}", "lvert": "|", "rvert": "|", "lbrack": "[", "rbrack": "]"},
+    **{
+        "langle": "(",
+        "rangle": ")",
+        "lbrace": r"\{",
+        "rbrace": r"\}",
+        "lvert": "|",
+        "rvert": "|",
+        "lbrack": "[",
+        "rbrack": "]",
+    },
     **dict.fromkeys(("quad", "qquad", "thinspace", "enspace", "space"), " "),
     **dict.fromkeys(("displaystyle", "textstyle", "limits", "left", "right", "mleft", "mright", "middle"), ""),
     **dict.fromkeys((f"{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")), ""),

@@ -115,3 +115,17 @@ def split_inequalities(text: str) -> tuple[list[str], list[str]] | None:
     if all(sign in (">", r"\geq") for sign in signs):
         return terms[::-1], [_REVERSED[sign] for sign in reversed(signs)]
     return (terms, signs) if all(sign in ("<", r"\leq") for sign in signs) else None
+
+
+_OR = re.compile(r"\\text ?\{ ?or ?\}|\\vee\b|\bor\b")
+_BOUND = re.compile(r"([a-z]) ?(<|>|\\leq|\\geq) ?([^<>a-z=]*(?:\\(?:frac|sqrt|pi|infty)[^<>=]*)?)")
+_INTERVALS = {"<": r"(-\infty, {})", r"\leq": r"(-\infty, {}]", ">": r"({}, \infty)", r"\geq": r"[{}, \infty)"}
+
+
+def write_as_union(text: str) -> str | None:
+    r"""Return the union of intervals that `x < -2 \text{ or } x > 2` says, or None for other text."""
+    parts = [part.strip() for part in _OR.split(text)]
+    matches = [_BOUND.fullmatch(part) for part in parts]
+    if len(parts) < 2 or not all(matches) or len({match[1] for match in matches if match}) > 1:
+        return None
+    return r" \cup ".join(_INTERVALS[match[2]].format(match[3].strip()) for match in matches if match)

@@ -82,6 +82,8 @@ _ENDS_IN_DEGREES = re.compile(r"(.+?)\s?\^\s?\{?\\circ\s?\}?\s?([CFK]?)")
 _POWER_WORDS = {"square": 2, "squared": 2, "sq": 2, "sq.": 2, "cubic": 3, "cubed": 3, "cu": 3}
 _NOT_UNITS = re.compile(r"\b(?:and|or|to|base|mod|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|if|for|where|inf)\b")
 _SCALES = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)\b")
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)\s?([A-Za-z]+)", re.ASCII)
+_QUANTITIES = re.compile(rf"{_QUANTITY.pattern}(?:,?\s(?:and\s)?{_QUANTITY.pattern})+", re.ASCII)
 _MAX_UNIT_LENGTH = 80
 
 
@@ -91,6 +93,18 @@ def split_money(text: str) -> tuple[str, str] | None:
     if not match:
         return None
     return (f"{match[1]}{match[3]}" if match[3] else match[4]), _CURRENCIES[match[2] or match[5]]
+
+
+def add_quantities(text: str) -> tuple[Fraction, tuple] | None:
+    """Return the sum and the dimension of "2 hours 30 minutes", in base units, or None for other text."""
+    plain = unwrap_text(text)
+    if len(plain) > _MAX_UNIT_LENGTH or not _QUANTITIES.fullmatch(plain):
+        return None
+    quantities = [(Fraction(number), _read_unit(name, 1)) for number, name in _QUANTITY.findall(plain)]
+    dimensions = {unit.dimension for _, unit in quantities}
+    if len(quantities) < 2 or len(dimensions) != 1 or not all(unit.is_known for _, unit in quantities):
+        return None
+    return sum((number * unit.factor for number, unit in quantities), Fraction(0)), dimensions.pop()
 
 
 @lru_cache(maxsize=1 << 14)
@@ -130,6 +144,8 @@ def _read_unit(words: str, power: int) -> Unit:
         return Unit(("words", words.lower()), Fraction(1), is_known=False)
     unit = units[0]
     assert unit
+    if unit.dimension == ("radians", 1):  # the number of radians is the angle itself
+        return Unit(("words", "radians"), Fraction(1), is_known=False)
     if len(parts) == 2 and units[1]:
         if (unit.dimension, units[1].dimension) == (("length", 1), ("time", 1)):
             return Unit(("speed", power), unit.factor / units[1].factor * 3600)
