@@ -66,11 +66,13 @@ from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.reporting import check_reporting
 from nabla_trl.training.stage import TrainStage
 from nabla_trl.utils.files import read_json_file, write_atomic
-from nabla_trl.utils.identity import claim_settings, hash_weights
+from nabla_trl.utils.formatting import hide_userinfo
+from nabla_trl.utils.identity import check_settings, claim_settings, hash_weights
 from nabla_trl.utils.interrupts import end_with_launcher, get_current_command
 from nabla_trl.utils.locks import lock_folder
 
 START_TIME = time.perf_counter()
+EVAL_SETTINGS_FILE = "rows/eval.settings.json"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -90,6 +92,7 @@ def main(argv: Sequence[str]) -> None:
             stall_watch.limit_seconds = 60 * run.args.stall_minutes
         run.check_train_methods()
         with run.lock_output_dir(), run.checker:
+            run.check_settings()
             run.write_config()
             for stage in run.args.list_stages():
                 run.run_stage(stage)
@@ -108,7 +111,7 @@ class DistillRun:
         lora_arguments: LoraArguments,
         sft_config: SFTConfig,
     ):
-        self.given_options = given_options  # as `--config` takes them
+        self.given_options = hide_userinfo(given_options)  # as `--config` takes them
         self.command = get_current_command()
         self.args, self.search_config, self.step_search_config = args, search_config, step_search_config
         self.train_options, self.lora_arguments, self.sft_config = train_options, lora_arguments, sft_config
@@ -218,8 +221,7 @@ class DistillRun:
         unfinished = {seed: find_unfinished_problems(share, self.traces_dir, seed) for seed in seeds}
         if any(unfinished.values()):
             self.load_models()  # before the settings are claimed: a mistyped model must not claim the folder
-        settings = self._collect_search_settings() | {"adapter": "", "split": self.args.train_split}
-        settings |= get_task_settings(self.args.dataset)
+        settings = self._collect_trace_settings()
         claim_settings(self.output_dir / "traces.settings.json", settings)
         for path in self.output_dir.glob("*/traces.settings.json"):  # of shards in folders of their own
             claim_settings(path, settings)
@@ -242,6 +244,29 @@ class DistillRun:
             )
             scope = " of this process" if self.state.num_processes > 1 else ""
             self.print_once(f"traces{scope}: {tally}")
+
+    def check_settings(self) -> None:
+        """Check the settings of the output folder before anything in it is written.
+
+        Raises:
+            ValueError: a stage of this call would continue an output of other settings.
+        """
+        stages, methods = self.args.list_stages(), self.args.train_methods
+        if "traces" in stages and any(method in OFFLINE_METHODS for method in methods):
+            check_settings(self.output_dir / "traces.settings.json", self._collect_trace_settings())
+        if "train" in stages:
+            for method in methods:
+                self._make_train_stage().check_settings(method)
+        if "evaluate" in stages or "report" in stages:
+            check_settings(self.output_dir / EVAL_SETTINGS_FILE, self._collect_eval_settings())
+
+    def _collect_trace_settings(self) -> dict[str, str]:
+        settings = self._collect_search_settings() | {"adapter": "", "split": self.args.train_split}
+        return settings | get_task_settings(self.args.dataset)
+
+    def _collect_eval_settings(self) -> dict[str, str]:
+        settings = self._collect_search_settings() | {"split": self.args.eval_split}
+        return settings | get_task_settings(self.args.eval_dataset or self.args.dataset)
 
     def _collect_search_settings(self) -> dict[str, str]:
         return self.args.get_settings() | self.search_config.get_settings()
@@ -403,13 +428,11 @@ class DistillRun:
         return {label: str(self.output_dir / name) for label, name in names.items()}
 
     def _open_evaluation(self) -> Evaluation:
-        settings = self._collect_search_settings() | {"split": self.args.eval_split}
-        settings |= get_task_settings(self.args.eval_dataset or self.args.dataset)
         return Evaluation(
             self.output_dir,
-            settings,
+            self._collect_eval_settings(),
             self.held_out_problems,
-            settings_file="rows/eval.settings.json",
+            settings_file=EVAL_SETTINGS_FILE,
             rank=self.state.process_index,
         )
 

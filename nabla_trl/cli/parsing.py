@@ -25,7 +25,7 @@ from nabla_trl.cli.console import guard_terminal
 from nabla_trl.cli.telemetry import disable_telemetry
 from nabla_trl.utils.fields import coerce_fields, format_suggestion, get_option_groups
 from nabla_trl.utils.files import read_yaml
-from nabla_trl.utils.formatting import make_printable
+from nabla_trl.utils.formatting import hide_userinfo, make_printable
 from nabla_trl.utils.interrupts import StoppedBySignal, get_current_command, handle_stop_signals, is_main_process
 from nabla_trl.utils.renamed import describe_new_flag
 
@@ -333,14 +333,14 @@ def run_main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the last flush fails too
         return 141
     except (ValueError, OSError) as error:
-        print("error:", make_printable(" ".join(str(error).split())), file=sys.stderr)
+        print("error:", make_printable(hide_userinfo(" ".join(str(error).split()))), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as error:
         if is_main_process():
             position = (
                 f" at {error.progress_text}" if isinstance(error, StoppedBySignal) and error.progress_text else ""
             )
-            resume = f"; to go on: {resume_command}" if resume_command else ""
+            resume = f"; to go on: {hide_userinfo(resume_command)}" if resume_command else ""
             print(make_printable(f"stopped{position}{resume}"), file=sys.stderr)
         return 128 + (error.signal_number if isinstance(error, StoppedBySignal) else signal.SIGINT)
 

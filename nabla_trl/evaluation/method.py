@@ -147,12 +147,14 @@ class Method:
 def _parse(text: str) -> Method:
     match = _METHOD.fullmatch(text)
     assert match is not None  # the pattern matches every text
+    if len(match["n"] or "") > 18:
+        raise ValueError(f"{text[:60]!r} is no method: its size has {len(match['n'])} digits")
     n = None if match["n"] is None else int(match["n"])
     method = Method(match["name"], n, match["budget"] or "", match["policy"] or "")
     try:
         _ = method.size
-    except ValueError:
-        raise ValueError(f"{text!r} is no method: its budget is no number") from None
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text[:60]!r} is no method: its budget or size is no number") from None
     return method
 
 
@@ -160,19 +162,22 @@ def parse_methods(text: str) -> list[str]:
     """Return the names of a comma-separated list, each once.
 
     Raises:
-        ValueError: no name, an unknown one, or a budget without the method that sets it.
+        ValueError: no name, unknown ones, or a budget without the method that sets it. The message has all mistakes.
     """
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
     if not names:
         raise ValueError(f"no methods: choose from {METHOD_SYNTAX}")
-    for name in names:
-        if not _is_runnable_name(name):
-            raise ValueError(f"unknown method {name!r}: choose from {METHOD_SYNTAX}")
-    for name in names:
-        method = Method.parse(name)
+    mistakes = []
+    unknown = [repr(name) for name in names if not _is_runnable_name(name)]
+    for method in (Method.parse(name) for name in names if _is_runnable_name(name)):
         if method.budget and method.budget_reference not in names:
             reference = method.budget_reference
-            raise ValueError(f"the FLOP budget of {name} equals {reference}'s FLOPs: add {reference} to the methods")
+            mistakes.append(f"the FLOP budget of {method} equals {reference}'s FLOPs: add {reference} to the methods")
+    if unknown:
+        plural = "s" if len(unknown) > 1 else ""
+        mistakes.append(f"unknown method{plural} {', '.join(unknown)}: choose from {METHOD_SYNTAX}")
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
     return names
 
 

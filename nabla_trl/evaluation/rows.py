@@ -8,9 +8,10 @@ Each process writes its own `rows-<rank>.jsonl`, and all of these files are read
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,7 +22,7 @@ from nabla_trl.grading.equivalence import normalize_answer
 from nabla_trl.tasks.problem import Problem, compute_content_hash
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.files import fsync_folder, read_jsonl_file
-from nabla_trl.utils.formatting import finite_or_none
+from nabla_trl.utils.formatting import finite_or_none, format_error
 
 MAX_TAIL_CHARS = 300
 
@@ -101,18 +102,33 @@ class Row:
             source: file and line, for messages.
 
         Raises:
-            ValueError: an unknown or missing key, or a value of another type.
+            ValueError: unknown or missing keys, or values of another type. The message names all of them.
         """
+        mistakes = []
         for key, value in values.items():
             if key not in _FIELD_TYPES:
                 renamed = f": it is now {_RENAMED_KEYS[key]!r}" if key in _RENAMED_KEYS else ""
-                raise ValueError(f"{source}: unknown key {key!r}{renamed}")
+                mistakes.append(f"unknown key {key[:60]!r}{renamed}")
+                continue
             types, description = _FIELD_TYPES[key]
-            if not isinstance(value, types):
-                raise ValueError(f"{source}: {key} must be {description}, not {value!r}")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                mistakes.append(f"{key} must be {description}, not {format_error(repr(value), 60)}")
+            elif is_number and not _is_finite_number(value):
+                mistakes.append(f"{key} must be a finite number, not {format_error(repr(value), 60)}")
+            elif key in _ITEM_CHECKS and value is not None and not _ITEM_CHECKS[key](value):
+                mistakes.append(f"{key} holds values of another type")
         missing = [name for name in _FIELD_TYPES if name not in values and name != "samples"]
         if missing:
-            raise ValueError(f"{source} is no result row: it lacks {', '.join(missing)}")
+            mistakes.append(f"it lacks {', '.join(missing)}")
+        if not mistakes:
+            try:
+                Method.parse(values["method"])
+            except ValueError as error:
+                mistakes.append(str(error))
+        if mistakes:
+            shown = mistakes[:_MAX_MISTAKES] + ["…"] * (len(mistakes) > _MAX_MISTAKES)
+            raise ValueError(f"{source} is no result row: {'; '.join(shown)}")
         return cls(**values)
 
 
@@ -139,7 +155,28 @@ def _describe_field_types() -> dict[str, tuple[tuple[UnionType | type, ...], str
     return described
 
 
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_sample(value: Any) -> bool:
+    """Return whether a value is [answer, correct]."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str | NoneType)
+        and (value[1] is None or _is_finite_number(float(value[1]) if isinstance(value[1], bool) else value[1]))
+    )
+
+
 _FIELD_TYPES = _describe_field_types()
+_MAX_MISTAKES = 10
+# Checks of what lists and objects hold.
+_ITEM_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "tokens": lambda tokens: all(map(_is_finite_number, tokens.values())),
+    "reward_by_round": lambda rewards: all(map(_is_finite_number, rewards)),
+    "samples": lambda samples: all(map(_is_sample, samples)),
+}
 
 
 def format_rows(rows: Iterable[Row]) -> str:
@@ -281,10 +318,10 @@ class RowStore:
         self.folder, self.settings_hash, self.rank = Path(folder), settings_hash, rank
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / f"rows-{rank:05d}.jsonl"
-        if self.path.exists():
-            _drop_torn_line(self.path)
         self.stored_rows: dict[RowKey, StoredRow] = {}
         self._remember(self.read())
+        if self.path.exists():
+            _drop_torn_line(self.path)
 
     def read(self) -> list[Row]:
         """Return the rows of all processes, in a fixed order."""

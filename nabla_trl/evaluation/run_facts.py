@@ -16,6 +16,7 @@ from nabla_trl.tasks.registry import collect_problem_facts, compute_task_version
 from nabla_trl.traces.build import describe_hardware, find_hub_revision, get_package_versions
 from nabla_trl.training.checkpoints import get_policy_label, list_trained_methods, read_training_record
 from nabla_trl.utils.files import read_json_file, write_atomic
+from nabla_trl.utils.formatting import hide_userinfo
 
 
 class RunStopwatch:
@@ -64,16 +65,14 @@ def build_run_facts(
     revisions = {name: find_hub_revision(name) for name in names}
     revisions |= {reward: compute_reward_identity(reward), task: compute_task_version(task)}
     return {
-        "title": title,
-        "command": command,
-        "policy": policy,
-        "reward": reward,
-        "task": task,
+        **hide_userinfo({"title": title, "command": command, "policy": policy, "reward": reward, "task": task}),
         "reward_kind": parse_reward_spec(reward).kind,
         "versions": get_package_versions(),
         "hardware": describe_hardware(),
         # commits on the hub, hashes of local rewards, versions of tasks
-        "revisions": {name: revision for name, revision in revisions.items() if revision not in ("", name)},
+        "revisions": {
+            hide_userinfo(name): revision for name, revision in revisions.items() if revision not in ("", name)
+        },
         "seeds": list(seeds),
         "sampling": asdict(sampling),
         "problems": collect_problem_facts(problems),

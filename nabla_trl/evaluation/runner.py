@@ -24,7 +24,8 @@ from nabla_trl.traces.build import grade_traces
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import EVAL_TRACES_DIR, TraceWriter
 from nabla_trl.utils.files import read_json_file, write_atomic
-from nabla_trl.utils.identity import claim_settings, hash_json
+from nabla_trl.utils.formatting import hide_userinfo
+from nabla_trl.utils.identity import check_settings, claim_settings, hash_json
 from nabla_trl.utils.interrupts import finish_current_batch
 from nabla_trl.utils.locks import hold_lock
 from nabla_trl.utils.progress import ProgressDisplay, ProgressItem
@@ -61,9 +62,12 @@ class Evaluation:
         self.output_dir, self.problems, self.shard = output_dir, problems, shard or Shard()
         self._shard_plan: ShardPlan | None = None
         self._settings_dir = (output_dir / settings_file).parent
-        claim_settings(output_dir / settings_file, settings)
+        settings = hide_userinfo(settings)
+        check_settings(output_dir / settings_file, settings)
         digest = hash_json(dict(settings), length=16)
         self.store = RowStore(output_dir / "rows", digest, rank or self.shard.index)
+        # Last, so that a folder whose rows are refused stays as it was.
+        claim_settings(output_dir / settings_file, settings)
 
     def claim(self, name: str, settings: Mapping[str, str]) -> None:
         """Note what some of the rows depend on beside the settings of all rows, so that they can join later.

@@ -37,7 +37,7 @@ from nabla_trl.models.prompts import tokenize_prompt
 from nabla_trl.models.sampling import build_warpers, make_rng
 from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.utils.formatting import format_error
+from nabla_trl.utils.formatting import format_error, hide_userinfo
 
 VLLM_MIN_LOGP = -9999.0  # what vLLM writes for −inf, which JSON cannot
 FORBIDDEN_LOGIT_BIAS = -100.0  # the lowest bias that vLLM takes: a factor of e^−100
@@ -407,7 +407,8 @@ def _check_weights(policy: Policy, backend: VllmBackend) -> None:
 class HttpClient:
     """A JSON client with retries.
 
-    The environment variable VLLM_API_KEY, which vLLM itself reads, is sent as a bearer token.
+    The environment variable VLLM_API_KEY, which vLLM itself reads, is sent as a bearer token. A user name and a
+    password in the URL are sent by basic authentication instead, for a proxy that asks for them.
 
     Args:
         url: http://host:port, with or without a final /v1.
@@ -425,15 +426,17 @@ class HttpClient:
         try:
             parsed = httpx2.URL(url)
         except httpx2.InvalidURL as error:
-            raise ValueError(f"{url!r} is not a URL: {format_error(error)}") from error
+            raise ValueError(f"{hide_userinfo(url)!r} is not a URL: {format_error(error)}") from error
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"a server's URL looks like http://localhost:8000, not {url!r}")
-        self.url = url.rstrip("/").removesuffix("/v1")
+            raise ValueError(f"a server's URL looks like http://localhost:8000, not {hide_userinfo(url)!r}")
+        # Without user name and password, because messages and logs show it.
+        self.url = str(parsed.copy_with(username=None, password=None)).rstrip("/").removesuffix("/v1")
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self._jitter = random.Random()  # not the global generator, which training seeds
         key = os.environ.get("VLLM_API_KEY")
         self._http = httpx2.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
+            auth=(parsed.username, parsed.password) if parsed.username else None,
             timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0), pool=None),
             limits=httpx2.Limits(max_connections=None),  # `run_concurrently` sets the limit
         )

@@ -129,7 +129,7 @@ class RewardManifest:
         """Return the manifest in the object of a reward.json, also of format 1.
 
         Raises:
-            ValueError: another format, a missing or unknown key, or a malformed value.
+            ValueError: another format, missing or unknown keys (the message names all), or a malformed value.
         """
         if data.get("format") == 1:
             data = _upgrade_format_1(data)
@@ -138,16 +138,17 @@ class RewardManifest:
         _check_kind(data.get("kind"))
         foreign_keys = _list_foreign_keys(data["kind"])
         keys = [attribute.name for attribute in fields(cls) if attribute.name not in foreign_keys]
+        mistakes = []
         for name in data:
             if name not in ("format", *keys):
                 renamed = f": it is now {_RENAMED_KEYS[name]!r}" if name in _RENAMED_KEYS else ""
-                raise ValueError(f"{name!r} is not a key of the kind {data['kind']}{renamed}")
-        for name in keys:
-            if name not in data:
-                raise ValueError(f"{name!r} is missing")
+                mistakes.append(f"{name[:60]!r} is not a key of the kind {data['kind']}{renamed}")
+        mistakes += [f"{name!r} is missing" for name in keys if name not in data]
         for name, expected in (("training_rounds", list), ("training_settings", dict)):
-            if not isinstance(data[name], expected):
-                raise ValueError(f"{name!r} must be a {expected.__name__}, not {data[name]!r}")
+            if name in data and not isinstance(data[name], expected):
+                mistakes.append(f"{name!r} must be a {expected.__name__}, not {format_error(repr(data[name]), 60)}")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
         limits = data["validated_limits"]
         return cls(
             **{name: data[name] for name in keys}

@@ -6,7 +6,7 @@ Nothing here needs torch, so that `--help` answers at once.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint, Sampling
@@ -27,9 +27,15 @@ from nabla_trl.search.options import (
     VoteSelection,
     WeightedVoteSelection,
 )
-from nabla_trl.utils.fields import OptionGroup, coerce_fields, format_suggestion, get_option_groups, option
+from nabla_trl.utils.fields import (
+    OptionGroup,
+    check_option_names,
+    coerce_fields,
+    get_option_groups,
+    name_unknown_options,
+    option,
+)
 from nabla_trl.utils.identity import hash_json
-from nabla_trl.utils.renamed import describe_new_key
 
 # The paper's settings (arXiv 2603.04948): one response is scanned from left to right, with eight rollouts at most. The
 # logits of the scanned position and of all later ones are optimized. In a comparison at equal FLOPs (paper@…) the
@@ -96,6 +102,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@name_unknown_options
 @dataclass
 class SearchConfig:
     """Search: how a response is refined.
@@ -295,11 +302,7 @@ class SearchConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
-        names = [field.name for field in fields(cls)]
-        for option_name in overrides:
-            if option_name not in names:
-                choices = f"{format_suggestion(option_name, names)}: choose from {', '.join(names)}"
-                raise ValueError(f"unknown option {option_name!r}{describe_new_key(option_name, names) or choices}")
+        check_option_names(overrides, cls)
         preset = PRESETS[name]
         merged = {
             option_name: group.merge(preset.get(option_name), overrides[option_name])

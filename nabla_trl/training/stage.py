@@ -37,7 +37,7 @@ from nabla_trl.training.peft import LoraArguments, check_precision, check_refere
 from nabla_trl.training.rollouts import RolloutOptions
 from nabla_trl.training.trainers import check_seeds
 from nabla_trl.utils.files import write_atomic
-from nabla_trl.utils.identity import claim_settings
+from nabla_trl.utils.identity import check_settings, claim_settings
 
 # TRL's options that change the trained weights.
 TRAINER_OPTIONS = (
@@ -135,6 +135,16 @@ class TrainStage:
             }
             write_atomic(folder / "train.json", json.dumps(record, indent=1))
         return result
+
+    def check_settings(self, method: str) -> None:
+        """Refuse to continue the training of other settings, before anything is written. The traces may still change.
+
+        Raises:
+            ValueError: a finished or interrupted training has other settings. The differing ones are named.
+        """
+        folder = self.run_dir / "trained" / method
+        if (folder / "train.json").exists() or find_last_checkpoint(folder / "trainer") is not None:
+            check_settings(folder / "settings.json", self._collect_settings(method), ignored_names=["traces_hash"])
 
     def check_method(self, method: str) -> None:
         """Refuse what a method cannot be trained with, before anything is loaded or searched.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -15,6 +16,7 @@ from nabla_trl.utils.renamed import describe_new_key
 _TYPE_DESCRIPTIONS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 MemberT = TypeVar("MemberT")
+ClassT = TypeVar("ClassT")
 
 
 def option(default: Any, help_text: str, *, common: bool = False) -> Any:
@@ -29,6 +31,38 @@ def option(default: Any, help_text: str, *, common: bool = False) -> Any:
 def required_option(help_text: str) -> Any:
     """Return a dataclass field without a default value, with its text for `--help`."""
     return field(metadata={"help": help_text})
+
+
+def name_unknown_options(dataclass: type[ClassT]) -> type[ClassT]:
+    """Decorate a dataclass so that an unknown keyword is a ValueError with the option's new name or the most similar.
+
+    Without it Python raises a TypeError, which names the keyword alone.
+    """
+    init: Any = dataclass.__init__
+
+    @wraps(init)
+    def checked_init(self: Any, *args: Any, **options: Any) -> None:
+        check_option_names(options, dataclass)
+        init(self, *args, **options)
+
+    setattr(dataclass, "__init__", checked_init)  # noqa: B010  # an assignment is an error to mypy
+    return dataclass
+
+
+def check_option_names(options: Iterable[str], dataclass: type) -> None:
+    """Refuse names that are no options of a dataclass.
+
+    Raises:
+        ValueError: names all of them, each with its new name, or the most similar one.
+    """
+    names = [field.name for field in fields(dataclass)]
+    mistakes = [
+        f"unknown option {name!r}{describe_new_key(name, names) or format_suggestion(name, names)}"
+        for name in options
+        if name not in names
+    ]
+    if mistakes:
+        raise ValueError(f"{'; '.join(mistakes)}; {dataclass.__name__} has {', '.join(names)}")
 
 
 class OptionGroup(Generic[MemberT]):

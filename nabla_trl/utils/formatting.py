@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 # Characters that change the order in which a terminal shows others (Unicode's Bidi_Control).
 _BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+# https://user:password@host. A password may hold an @ of its own, so the last one before the path counts.
+_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"<>]*@")
 _SI_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
 
 
@@ -49,7 +52,7 @@ def format_error(error: BaseException | str, max_chars: int = 200) -> str:
 
     Control characters become replacement characters, because the text may hold parts of data and of templates.
     """
-    text = make_printable(" ".join(str(error).split())) or type(error).__name__
+    text = make_printable(hide_userinfo(" ".join(str(error).split()))) or type(error).__name__
     return text if len(text) <= max_chars else f"{text[: max_chars - 2]} …"
 
 
@@ -64,6 +67,18 @@ def _is_control(character: str) -> bool:
     if character in "\n\t":
         return False
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _BIDI_CONTROLS
+
+
+def hide_userinfo(value: Any) -> Any:
+    """Return a value in which user names and passwords of URLs are "***", in texts, lists and mappings.
+
+    Texts that are stored, shown or sent pass through here: configurations, commands, settings, cards and errors.
+    """
+    if isinstance(value, str):
+        return _USERINFO.sub(r"\1***@", value)
+    if isinstance(value, Mapping):
+        return {key: hide_userinfo(item) for key, item in value.items()}
+    return [hide_userinfo(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def finite_or_none(value: float | None) -> float | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nabla_trl.utils.files import read_json_file, write_atomic
+from nabla_trl.utils.formatting import hide_userinfo
 from nabla_trl.utils.renamed import RENAMED_OPTIONS
 
 _BLOCK_BYTES = 2**24
@@ -54,15 +55,29 @@ def is_same_model(first: str, second: str) -> bool:
 def claim_settings(settings_file: Path, settings: Mapping[str, str]) -> None:
     """Write down the settings that an output is made with, or check that they are those of an existing output.
 
-    Several processes may claim the same settings at once.
+    Several processes may claim the same settings at once. Passwords in URLs are not written down.
+
+    Raises:
+        ValueError: if the file exists and has other settings, which the message names, or cannot be read.
+    """
+    check_settings(settings_file, settings)
+    if not settings_file.exists():
+        write_atomic(settings_file, json.dumps(hide_userinfo(settings), indent=1))
+
+
+def check_settings(settings_file: Path, settings: Mapping[str, str], ignored_names: Collection[str] = ()) -> None:
+    """Check the settings of an existing output as `claim_settings` does, and write nothing.
+
+    Args:
+        ignored_names: settings that are not compared, because they are not known yet.
 
     Raises:
         ValueError: if the file exists and has other settings, which the message names, or cannot be read.
     """
     if not settings_file.exists():
-        write_atomic(settings_file, json.dumps(dict(settings), indent=1))
         return
     previous = read_json_file(settings_file)
+    settings = hide_userinfo(settings)
     old_names = [name for name in previous if name not in settings and name in RENAMED_OPTIONS]
     if old_names:
         raise ValueError(
@@ -70,6 +85,7 @@ def claim_settings(settings_file: Path, settings: Mapping[str, str]) -> None:
             f"({', '.join(old_names[:3])}, …), and cannot be continued: use another --output_dir"
         )
     names = [name for name in {**previous, **settings} if previous.get(name) != settings.get(name)]
+    names = [name for name in names if name not in ignored_names]
     if names:
         changes = ", ".join(f"{name} {settings.get(name)!r} (was {previous.get(name)!r})" for name in names)
         raise ValueError(

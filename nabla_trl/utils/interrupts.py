@@ -21,7 +21,7 @@ from types import FrameType
 
 import psutil
 
-from nabla_trl.utils.formatting import format_duration
+from nabla_trl.utils.formatting import format_duration, hide_userinfo
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A scheduler signals the launcher and its processes, and the launcher passes its signal on. The processes receive the
@@ -131,7 +131,10 @@ def is_main_process() -> bool:
 
 
 def get_current_command() -> str:
-    """Return the command that started this process for a shell, including a launcher such as `accelerate launch`."""
+    """Return the command that started this process for a shell, including a launcher such as `accelerate launch`.
+
+    Passwords in URLs are hidden, because the command is printed and stored with results.
+    """
     command = list(sys.orig_argv)
     try:
         parent = psutil.Process().parent()
@@ -145,7 +148,7 @@ def get_current_command() -> str:
         script = shutil.which(name)
         if script and Path(script).resolve() == Path(command[1]).resolve():
             command = [name, *command[2:]]
-    return shlex.join(command)
+    return hide_userinfo(shlex.join(command))
 
 
 def end_with_launcher(poll_seconds: float = 1.0) -> None:

@@ -36,6 +36,7 @@ from nabla_trl.tasks.problem import filter_with_gold_answer
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.utils.fields import option
 from nabla_trl.utils.files import write_atomic
+from nabla_trl.utils.formatting import hide_userinfo
 from nabla_trl.utils.identity import identify_adapter
 from nabla_trl.utils.locks import lock_folder
 
@@ -135,7 +136,7 @@ def main(argv: Sequence[str]) -> None:
     args, models, config, step_search_config = parse_dataclasses(dataclasses, argv, presets=PRESETS)
     folder = Path(args.output_dir)
     with lock_folder(folder):
-        command = shlex.join(["python", "recipes/research/compare.py", *argv])
+        command = hide_userinfo(shlex.join(["python", "recipes/research/compare.py", *argv]))
         run_comparison(folder, args, models, config, step_search_config, command)
 
 

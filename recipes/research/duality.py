@@ -56,6 +56,7 @@ from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import write_atomic
+from nabla_trl.utils.formatting import hide_userinfo
 from nabla_trl.utils.identity import claim_settings
 
 
@@ -329,7 +330,7 @@ def main(argv: Sequence[str]) -> None:
     )
     checkpoints = [checkpoint for method in training.list_methods() for checkpoint in trainer.train(method)]
     rows += study.compute_trained_rows(checkpoints)
-    command = shlex.join(["python", "recipes/research/duality.py", *argv])
+    command = hide_userinfo(shlex.join(["python", "recipes/research/duality.py", *argv]))
     facts = {"title": args.title, "command": command, "subject": study.describe_world(), "beta": args.beta}
     results = duality_report.duality_to_json(rows, study.optimum_metrics, facts)
     write_atomic(folder / "duality.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -29,6 +30,8 @@ from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models.flops import FlopCounter, measure_model_size
 from nabla_trl.models.loading import DTYPES
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.utils.fields import coerce_fields
+from nabla_trl.utils.files import parse_json
 
 MODEL_KINDS = ("scalar", "log-likelihood")
 PASS_TYPES = ("plain", "gradient")
@@ -207,17 +210,34 @@ def measure_memory_ratios(specs: Sequence[PassSpec]) -> list[dict[str, float]]:
     ]
 
 
-def main(argument: str) -> int:
+def main(argv: Sequence[str]) -> int:
     """Print the peak memory of every spec, measured in child processes that begin with loaded libraries only."""
-    for spec in json.loads(argument):
+    parser = argparse.ArgumentParser(
+        description="Print the peak memory in bytes of gradient passes, one a line. bench.py calls this script.",
+        epilog=f"Keys of a pass and their defaults: {json.dumps(asdict(PassSpec()))}",
+    )
+    parser.add_argument("passes", help='JSON list of passes, such as [{"pass_type": "gradient", "batch_size": 8}]')
+    for spec in _parse_passes(parser.parse_args(argv).passes):
         child = os.fork()
         if not child:
-            print(measure_peak_memory(PassSpec(**spec)), flush=True)
+            print(measure_peak_memory(spec), flush=True)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status:
             return 1
     return 0
+
+
+def _parse_passes(text: str) -> list[PassSpec]:
+    """Return the passes of a JSON list.
+
+    Raises:
+        ValueError: not a list of objects, or unknown keys or values.
+    """
+    values = parse_json(text)
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise ValueError("the passes must be a JSON list of objects")
+    return [PassSpec(**coerce_fields(value, [PassSpec], source="pass")) for value in values]
 
 
 # --- speed -------------------------------------------------------------------------------------------------
@@ -277,4 +297,7 @@ def measure_gradient_speed(spec: PassSpec, num_repeats: int) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
