@@ -216,6 +216,7 @@ class TraceFormatter:
         proposals = f"{num_accepted} of {len(trace.revisions)} proposals accepted"
         lines = [
             Text.assemble(("answer  ", "bold"), (answer, "bold green")),
+            *self._format_gold(trace),
             Text(f"reward  {_format_change(trace.reward_initial, trace.reward)}"),
             Text(f"cost    {cost}"),
             Text(f"search  {proposals}; ended by: {trace.stop_reason}"),
@@ -223,6 +224,14 @@ class TraceFormatter:
         if not trace.finished:
             lines.append(Text("The response is cut off: it reached --max_new_tokens before its end.", "yellow"))
         return [part for line in lines for part in self.wrap_text(line, "")]
+
+    def _format_gold(self, trace: Trace) -> list[Text]:
+        """Return a line with the gold answer and how the answer compares, nothing without a gold answer."""
+        if trace.gold is None:
+            return []
+        words = {True: ("right", "green"), False: ("wrong", "red"), None: ("could not be compared", "yellow")}
+        word, style = words[trace.correct]
+        return [Text.assemble(f"gold    {_make_printable(trace.gold)}: the answer is ", (word, style))]
 
     def format_heading(self, title: str, note: str) -> list[Text]:
         """Return a title on the left and a note on the right, on two lines if they do not fit on one."""

@@ -38,6 +38,7 @@ from nabla_trl.rewards.prompts import get_turn_end_ids, make_mapped_prompt_encod
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import (
     LOG_RATIO_PREFIX,
+    SAME_MODELS,
     RewardSpec,
     check_ensemble_members,
     check_uncertainty_penalty,
@@ -110,6 +111,8 @@ def _load_spec(spec: RewardSpec, policy: Policy, dtype: str, device: str | None)
     if spec.kind == "log-ratio":
         models = [_load_causal_lm(name, policy, dtype, device) for name in spec.model_names]
         reference = models[1] if len(models) > 1 else policy
+        if models[0] is reference:
+            raise ValueError(f"{spec.name}: {SAME_MODELS}; name a better model than the policy {policy.name}")
         reward = build_log_ratio_reward(policy, models[0], reference, spec.name, scale=spec.scale)
     elif spec.kind == "process":
         classifier = _load_classifier(spec.model_names[0], dtype, device)
@@ -343,7 +346,7 @@ def check_reward(reward: Reward, policy: Policy, *, step_delimiter: str = "") ->
         step_delimiter: a text that the test response holds, as the end of a reasoning step.
 
     Raises:
-        ValueError: non-finite or differing values.
+        ValueError: non-finite or differing values, or a log-ratio of two models with the same weights.
     """
     readable = torch.nonzero(reward.in_vocabulary & ~policy.forbidden_mask.cpu()).squeeze(1)
     special = {*policy.tokenizer.all_special_ids, *policy.stop_ids}
@@ -354,6 +357,7 @@ def check_reward(reward: Reward, policy: Policy, *, step_delimiter: str = "") ->
     sample = Sample(
         problem, tokenize_prompt(policy.tokenizer, problem), [*body[:2], *delimiter, *body[2:], min(reward.stop_ids)]
     )
+    values = []
     for objective in reward.objectives:
         encoded = objective.encode(sample)
         cache = objective.compute_prompt_caches([sample], FlopCounter())[0]
@@ -362,12 +366,15 @@ def check_reward(reward: Reward, policy: Policy, *, step_delimiter: str = "") ->
         from_embeddings = _compute_unbatched_value(objective, encoded, from_embeddings=True)
         if not all(map(math.isfinite, (from_ids, from_embeddings, cached))):
             raise ValueError(f"{reward.name} gives {from_ids} on a test input: its scores are not finite")
+        values.append(from_ids)
         tolerance = 1e-3 if objective.model.dtype in (torch.float32, torch.float64) else 5e-2
         for label, value in (("embeddings", from_embeddings), ("the prefix cache", cached)):
             if abs(value - from_ids) > tolerance * max(1.0, abs(from_ids)):
                 raise ValueError(
                     f"{reward.name} scores a test input {from_ids:.4f} from ids but {value:.4f} through {label}"
                 )
+    if reward.kind == "log-ratio" and values[0] == values[1]:
+        raise ValueError(f"{reward.name} compares two models with the same weights: {SAME_MODELS}")
 
 
 def _compute_unbatched_value(objective: Objective, encoded: EncodedSample, *, from_embeddings: bool) -> float:

@@ -23,6 +23,7 @@ from nabla_trl.utils.identity import is_same_model
 
 LOG_RATIO_PREFIX = "logratio:"
 POWER_PREFIX = "power:"
+SAME_MODELS = "a log-ratio of a model against itself is 0 for every response, so it rewards nothing"
 MANIFEST_FILE = "reward.json"
 MANIFEST_FORMAT = 2
 _ADAPTER_FILE = "adapter_config.json"
@@ -236,6 +237,7 @@ def parse_reward_spec(spec: str | Mapping[str, Any]) -> RewardSpec:
         names = _split_names(spec.removeprefix(LOG_RATIO_PREFIX))
         if not 1 <= len(names) <= 2 or not all(names):
             raise ValueError(f"{spec!r}: expected {LOG_RATIO_PREFIX}BETTER or {LOG_RATIO_PREFIX}BETTER,REFERENCE")
+        _check_two_models(spec, names)
         return RewardSpec(spec, "log-ratio", names)
     if spec.startswith(POWER_PREFIX):
         return _build_power_spec(spec, spec.removeprefix(POWER_PREFIX))
@@ -336,6 +338,7 @@ def _parse_mapping(data: Mapping[str, Any]) -> RewardSpec:
     if kind == "log_ratio":
         _check_scale(data.get("scale", 1.0))
         models = tuple(data[key] for key in ("model", "reference") if key in data)
+        _check_two_models(name, models)
         return RewardSpec(name, "log-ratio", models, scale=float(data.get("scale", 1.0)))
     return _parse_scalar(name, model)
 
@@ -347,6 +350,7 @@ def _parse_folder(folder: str) -> RewardSpec:
         members = [str(Path(folder, name)) for name in manifest.members]
         spec = _build_ensemble_spec(folder, members, manifest.uncertainty_penalty)
     elif manifest.kind == "log_ratio":
+        _check_two_models(folder, (folder, manifest.reference_model))
         spec = RewardSpec(folder, "log-ratio", (folder, manifest.reference_model), scale=manifest.scale)
     else:
         delimiter = manifest.step_delimiter if manifest.kind == "process" else ""
@@ -475,6 +479,11 @@ def check_uncertainty_penalty(value: Any, name: str = "uncertainty_penalty") -> 
 def _check_scale(value: Any) -> None:
     if not (_is_finite_number(value) and value > 0):
         raise ValueError(f"scale must be a positive number, not {value!r}")
+
+
+def _check_two_models(name: str, models: Sequence[str]) -> None:
+    if len(models) == 2 and is_same_model(*models):
+        raise ValueError(f"{name}: {SAME_MODELS}")
 
 
 def _check_model_name(key: str, value: Any) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
-from nabla_trl.cli.arguments import ModelArguments
+from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments
 from nabla_trl.cli.parsing import Parser
 from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.tasks.problem import Problem
+from nabla_trl.tasks.registry import load_problems
 from nabla_trl.utils.fields import option
 from nabla_trl.utils.progress import PrintableConsole
 
@@ -39,6 +41,44 @@ class SolveArguments:
         "Random seed. The same seed and options give the same answer. Change it to get another answer.",
         common=True,
     )
+    answer: str | None = option(
+        None,
+        "Gold answer of the question. The answer found is then compared with it (default: not compared).",
+        common=True,
+    )
+    dataset: str | None = option(
+        None,
+        f"Solve a problem of this data set instead of a QUESTION, and compare the answer with its gold answer. "
+        f"{DATASET_HELP}",
+    )
+    split: str = option("test", "Split of --dataset.")
+    index: int = option(0, "Number of the problem in the split of --dataset, counted from 0.")
+
+    def __post_init__(self) -> None:
+        if self.answer is not None and self.dataset is not None:
+            raise ValueError("give --answer with a question of your own: a problem of --dataset has its gold answer")
+        if self.index < 0:
+            raise ValueError(f"index must be at least 0, not {self.index}")
+
+    def build_problem(self, question: str) -> Problem:
+        """Return the problem to solve: the question with its gold answer, or one of the data set.
+
+        Raises:
+            ValueError: both a question and a data set, neither, a text that is not UTF-8, or an index past the end.
+        """
+        if self.dataset is not None:
+            if question:
+                raise ValueError("give either a question or --dataset, not both")
+            problems = load_problems(self.dataset, split=self.split, max_problems=self.index + 1)
+            if self.index >= len(problems):
+                raise ValueError(f"{self.dataset} has {len(problems)} problems, so there is no index {self.index}")
+            return problems[self.index]
+        if not question:
+            raise ValueError("the question is empty")
+        for name, text in (("question", question), ("answer", self.answer or "")):
+            if any("\ud800" <= character <= "\udfff" for character in text):  # bytes that are not UTF-8
+                raise ValueError(f"the {name} is not UTF-8 text")
+        return Problem(id="question/0", question=question, answer=self.answer)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,12 +87,14 @@ def main(argv: Sequence[str]) -> int:
         [ModelArguments, SolveArguments, SearchConfig],
         presets=PRESETS,
         prog="nabla-trl solve",
-        usage="nabla-trl solve QUESTION --policy P --reward R [options]",
+        usage="nabla-trl solve QUESTION --policy P --reward R [options]\n"
+        "       nabla-trl solve --dataset D --index N --policy P --reward R [options]",
         description="Refine the answer to one question and show how it changed.",
         epilog=SOLVE_HELP,
     )
     parser.add_argument(
         "question",
+        nargs="?",
         help='The question. "-" reads it from standard input. Write "--" before a question that begins with a dash, '
         'such as "-3+4".',
     )
@@ -62,16 +104,16 @@ def main(argv: Sequence[str]) -> int:
         help="Print the trace as one JSON object, described below. Use it in scripts (default: print readable text).",
     )
     models, args, config, extra = parser.parse_options(argv)
-    question = (sys.stdin.read() if extra.question == "-" else extra.question).strip()
-    if not question:
-        raise ValueError("the question is empty")
-    if any("\ud800" <= character <= "\udfff" for character in question):  # the terminal sent bytes that are not UTF-8
-        raise ValueError("the question is not UTF-8 text")
+    if extra.question is None and args.dataset is None:
+        parser.error("the following arguments are required: question")
+    problem = args.build_problem((sys.stdin.read() if extra.question == "-" else extra.question or "").strip())
 
     from nabla_trl.audit.overoptimization import warn_past_limits
     from nabla_trl.cli.console import print_trace, trace_to_json
     from nabla_trl.cli.live import LiveView
+    from nabla_trl.grading.checker import AnswerChecker
     from nabla_trl.search.reasoner import NablaReasoner
+    from nabla_trl.traces.build import grade_traces
 
     console = PrintableConsole(file=sys.stdout)
     with redirect_stdout(sys.stderr):  # libraries must not print into the JSON
@@ -79,15 +121,18 @@ def main(argv: Sequence[str]) -> int:
         warn_past_limits(reward, config)
         reasoner = NablaReasoner(policy, reward, config)
         if extra.json or not console.is_terminal or console.is_dumb_terminal:
-            trace = reasoner.solve(question, seed=args.seed)
+            trace = reasoner.solve(problem, seed=args.seed)
         else:
             with LiveView(policy.decode, console) as view:
-                trace = reasoner.solve(question, seed=args.seed, on_round=view)
+                trace = reasoner.solve(problem, seed=args.seed, on_round=view)
+        if problem.grading_target and trace.error is None:
+            with AnswerChecker() as checker:
+                [trace] = grade_traces([trace], checker)
     if extra.json:
         text = json.dumps(trace_to_json(trace, policy.decode), allow_nan=False)
         print(text.replace("\x7f", "\\u007f"))  # the only control character that json.dumps does not escape
     elif trace.error is None:
-        print_trace(trace, question, policy.decode, console)
+        print_trace(trace, problem.question, policy.decode, console)
     if trace.error is not None:
         raise ValueError(trace.error)
     return 0
