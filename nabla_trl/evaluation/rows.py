@@ -54,7 +54,7 @@ class Row:
     task_version: str = ""
     problem: str
     seed: int
-    correct: float | None
+    correct: float | bool | None
     correct_strict: bool | None = None
     answer: str | None = None
     answer_strict: str | None = None
@@ -117,7 +117,7 @@ class Row:
             elif is_number and not _is_finite_number(value):
                 mistakes.append(f"{key} must be a finite number, not {format_error(repr(value), 60)}")
             elif key in _ITEM_CHECKS and value is not None and not _ITEM_CHECKS[key](value):
-                mistakes.append(f"{key} holds values of another type")
+                mistakes.append(f"{key} holds values of another type or range")
         missing = [name for name in _FIELD_TYPES if name not in values and name != "samples"]
         if missing:
             mistakes.append(f"it lacks {', '.join(missing)}")
@@ -173,6 +173,7 @@ _FIELD_TYPES = _describe_field_types()
 _MAX_MISTAKES = 10
 # Checks of what lists and objects hold.
 _ITEM_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "correct": lambda correct: 0 <= correct <= 1,
     "tokens": lambda tokens: all(map(_is_finite_number, tokens.values())),
     "reward_by_round": lambda rewards: all(map(_is_finite_number, rewards)),
     "samples": lambda samples: all(map(_is_sample, samples)),
@@ -295,7 +296,7 @@ class StoredRow(NamedTuple):
     """What the store remembers of a row on disk."""
 
     content_hash: str
-    correct: float | None
+    correct: float | bool | None
     flops: float
 
 

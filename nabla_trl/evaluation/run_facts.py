@@ -30,6 +30,8 @@ class RunStopwatch:
     def __init__(self, folder: Path, start_time: float, setup_seconds: float):
         self.path, self._start_time = folder / "clock.json", start_time
         earlier = read_json_file(self.path) if self.path.exists() else {}
+        if not all(isinstance(value, int | float) and value >= 0 for value in earlier.values()):
+            raise ValueError(f"{self.path} must hold numbers of seconds: delete it")
         self._earlier_seconds = earlier.get("total_seconds", 0.0)
         self.setup_seconds = max(earlier.get("setup_seconds", 0.0), setup_seconds)
 

@@ -6,6 +6,7 @@ The jobs come from `nabla_trl.evaluation.plan`. Rows on disk are not made again.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,7 +25,7 @@ from nabla_trl.traces.build import grade_traces
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import EVAL_TRACES_DIR, TraceWriter
 from nabla_trl.utils.files import read_json_file, write_atomic
-from nabla_trl.utils.formatting import hide_userinfo
+from nabla_trl.utils.formatting import format_error, hide_userinfo
 from nabla_trl.utils.identity import check_settings, claim_settings, hash_json
 from nabla_trl.utils.interrupts import finish_current_batch
 from nabla_trl.utils.locks import hold_lock
@@ -266,8 +267,8 @@ def get_budget_flops(store: RowStore, method: str) -> float:
         write_atomic(path, json.dumps({**budgets, method: flops}, indent=1))
         return flops
     budget = budgets[method]
-    if not isinstance(budget, float) or budget <= 0:
-        raise ValueError(f"{path}: {budget!r} is no budget of FLOPs")
+    if not isinstance(budget, float) or not 0 < budget < math.inf:
+        raise ValueError(f"{path}: {format_error(repr(budget), 60)} is no budget of FLOPs")
     if abs(flops / budget - 1) > _MAX_COST_DRIFT:
         raise ValueError(
             f"{store.folder} has rows at a budget of {budget:.4g} FLOPs, which {method} cost on other problems or "

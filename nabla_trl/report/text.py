@@ -19,8 +19,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -46,7 +48,7 @@ from nabla_trl.report.conclusions import (
 )
 from nabla_trl.report.summary import Summary, get_value, parse_pairs, summarize
 from nabla_trl.utils.files import write_atomic
-from nabla_trl.utils.formatting import format_interval
+from nabla_trl.utils.formatting import format_error, format_interval
 from nabla_trl.utils.markdown import format_bullets, format_table
 from nabla_trl.utils.progress import PrintableConsole
 from nabla_trl.utils.statistics import INTERVAL_NOTE
@@ -59,6 +61,56 @@ MAIN_FIGURES = {
 }
 ALL_FIGURES = MAIN_FIGURES | {"samples": "pass@k and maj@k"} | TRADEOFF_FIGURES
 _REQUIRED_FACTS = ("title", "command", "policy", "reward", "task", "reward_kind")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(_is_number(value.get(end)) for end in ("value", "low", "high"))
+
+
+def _is_problem(value: Any) -> bool:
+    """Return whether a value is {"question": text, "level": text or null}."""
+    if not isinstance(value, Mapping) or not {"question", "level"} <= value.keys():
+        return False
+    return isinstance(value["question"], str) and isinstance(value["level"], str | None)
+
+
+def _is_audit(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not isinstance(value.get("conclusion", value.get("verdict")), str):
+        return False
+    curve = value.get("best_of_n_accuracy", {})
+    if not isinstance(curve, Mapping) or not all(str(n).isdecimal() and _is_interval(curve[n]) for n in curve):
+        return False
+    return value.get("auc_interval") is None or _is_interval(value["auc_interval"])
+
+
+def _is_training(value: Any) -> bool:
+    """Return whether a value describes a trained policy (`TrainingCost`), as far as its keys are there."""
+    if not isinstance(value, Mapping):
+        return False
+    texts = [value.get(name, "") for name in ("label", "method", "tuning")]
+    numbers = [value.get(name) for name in ("beta", "train_flops", "train_seconds")]
+    return all(isinstance(text, str) for text in texts) and all(n is None or _is_number(n) for n in numbers)
+
+
+# How the values of facts are recognized. Null stands for a value that is not known.
+_FACT_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **{name: lambda value: isinstance(value, str) for name in (*_REQUIRED_FACTS, "hardware")},
+    **{name: _is_number for name in ("setup_seconds", "total_seconds", "reward_train_flops")},
+    **{
+        name: lambda value: isinstance(value, Mapping) and all(isinstance(text, str) for text in value.values())
+        for name in ("files", "versions", "revisions")
+    },
+    "seeds": lambda value: isinstance(value, list) and all(isinstance(seed, int) for seed in value),
+    "notes": lambda value: isinstance(value, list) and all(isinstance(note, str) for note in value),
+    "sampling": lambda value: isinstance(value, Mapping) and all(map(_is_number, value.values())),
+    "problems": lambda value: isinstance(value, Mapping) and all(map(_is_problem, value.values())),
+    "trained": lambda value: isinstance(value, list) and all(map(_is_training, value)),
+    "audit": _is_audit,
+}
 _SAMPLES_LEGEND = (
     "pass@k: probability that at least one of k independent samples is correct (no method selects it). maj@k: "
     "probability that the most frequent answer of k samples is correct. Both are averaged over every choice of k of "
@@ -81,7 +133,7 @@ def write_report(folder: str | Path, rows: Sequence[Row], facts: Mapping) -> Sum
     from nabla_trl.report.figures import plot_figures, save_figures
     from nabla_trl.report.html.page import render_page
 
-    _check_facts(facts)
+    check_facts(facts)
     summary = summarize(rows, facts)
     folder = Path(folder)
     grids = build_grids(rows)
@@ -99,15 +151,16 @@ def write_report(folder: str | Path, rows: Sequence[Row], facts: Mapping) -> Sum
     return summary
 
 
-def _check_facts(facts: Mapping) -> None:
+def check_facts(facts: Mapping) -> None:
     missing = [name for name in _REQUIRED_FACTS if facts.get(name) is None]
     if missing:
         raise ValueError(f"the run facts lack {', '.join(missing)}")
-    types: dict[str, type] = dict.fromkeys(_REQUIRED_FACTS, str)
-    types |= {"seeds": list, "problems": Mapping, "versions": Mapping, "audit": Mapping}
-    for name, kind in types.items():
-        if facts.get(name) is not None and not isinstance(facts[name], kind):
-            raise ValueError(f"the run facts hold no {name} that can be read: {facts[name]!r}")
+    unreadable = [
+        name for name, is_valid in _FACT_CHECKS.items() if facts.get(name) is not None if not is_valid(facts[name])
+    ]
+    if unreadable:
+        values = ", ".join(f"{name} ({format_error(repr(facts[name]), 60)})" for name in unreadable)
+        raise ValueError(f"the run facts hold values that cannot be read: {values}")
     if "verdict" in (facts.get("audit") or {}):
         raise ValueError("the run facts hold the unknown key audit.verdict: it is now audit.conclusion")
 

@@ -25,12 +25,14 @@ import pyarrow.parquet as pq
 from nabla_trl.models.flops import Cost
 from nabla_trl.tasks.shards import check_same_settings, list_run_folders, read_shard_plan
 from nabla_trl.traces.schema import FORMAT_VERSION, SCHEMA, VERSION_KEY, Revision, Trace
-from nabla_trl.utils.files import fsync_folder
+from nabla_trl.utils.files import fsync_folder, parse_json, refuse_unreadable
+from nabla_trl.utils.formatting import format_error
 
 TRACES_DIR = "traces"  # folder of the traces of a run
 EVAL_TRACES_DIR = "eval_traces"  # folder of the traces of an evaluation's search, beside its rows
 
 _COST_COLUMNS = ("flops", "seconds", "tokens")
+_NULLABLE = dict.fromkeys(("answer_strict", "correct_strict", "match_result"))  # of the columns that may be null
 _KEY_COLUMNS = ("problem_id", "seed", "method")
 
 
@@ -124,8 +126,12 @@ def read_traces(path_or_paths: str | Path | Iterable[str | Path], columns: Seque
         ValueError: a shard that cannot be read, an unknown column, or a (problem, seed, method) that occurs twice.
     """
     table_columns = None if columns is None else _expand_columns(columns)
-    rows = [row for path in _list_shards(path_or_paths) for row in _read_table(path, table_columns).to_pylist()]
-    traces = sorted((_from_row(row) for row in rows), key=_get_trace_key)
+    traces: list[Trace] = []
+    for path in _list_shards(path_or_paths):
+        table = _read_table(path, table_columns)
+        with refuse_unreadable(f"{path}: damaged trace shard"):
+            traces += [_from_row(row) for row in table.to_pylist()]
+    traces.sort(key=_get_trace_key)
     for before, after in pairwise(traces):
         if _get_trace_key(before) == _get_trace_key(after):
             raise ValueError(f"{after.describe()} is there twice; remove one of the shards that hold it")
@@ -142,7 +148,8 @@ def read_finished_meta(folder: str | Path) -> dict[tuple[str, int], dict[str, st
     for path in _list_shards(folder) if Path(folder).exists() else []:
         table = _read_table(path, ["problem_id", "seed", "meta"])
         keys = zip(table["problem_id"].to_pylist(), table["seed"].to_pylist(), strict=True)
-        meta |= dict(zip(keys, map(json.loads, table["meta"].to_pylist()), strict=True))
+        with refuse_unreadable(f"{path}: damaged trace shard"):
+            meta |= dict(zip(keys, map(_parse_object, table["meta"].to_pylist()), strict=True))
     return meta
 
 
@@ -210,10 +217,20 @@ def _from_row(row: dict[str, Any]) -> Trace:
     unknown = dict.fromkeys(("answer", "gold", "correct", "error"))
     cost = {"flops": 0.0, "seconds": 0.0, "tokens": "{}"}
     row = {**texts, **lists, **rewards, **unknown, **cost, "finished": False, "meta": "{}", **row}
+    missing = [name for name, value in row.items() if value is None and name not in unknown | _NULLABLE]
+    if missing:
+        raise ValueError(f"no value of {', '.join(missing)}")
     row["revisions"] = [Revision(**{**entry, "suffix": tuple(entry["suffix"])}) for entry in row["revisions"]]
-    row["cost"] = Cost(row.pop("flops"), row.pop("seconds"), json.loads(row.pop("tokens")))
-    row["meta"] = json.loads(row["meta"])
+    row["cost"] = Cost(row.pop("flops"), row.pop("seconds"), _parse_object(row.pop("tokens")))
+    row["meta"] = _parse_object(row["meta"])
     return Trace(**row)
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError("a column holds no JSON object")
+    return value
 
 
 def _expand_columns(columns: Sequence[str]) -> list[str]:
@@ -241,8 +258,8 @@ def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
             version = (file.schema_arrow.metadata or {}).get(VERSION_KEY, b"none").decode()
             if version == FORMAT_VERSION and file.schema_arrow.equals(SCHEMA):
                 return file.read(columns)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # Arrow raises errors of many kinds for a damaged file
+        reason = format_error(error)
         raise ValueError(f"{path}: damaged trace shard ({reason}); delete it and run again") from error
     if version == "1":
         raise ValueError(

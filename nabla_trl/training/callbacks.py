@@ -30,6 +30,7 @@ from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward, Verifier
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.utils.files import read_json_file, refuse_unreadable
 from nabla_trl.utils.statistics import paired_difference
 
 
@@ -118,7 +119,8 @@ class EvaluationCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         file = _get_measurement_path(args, state)
         if state.global_step and file.is_file():
-            self.best_measurement = PolicyMeasurement(**json.loads(file.read_text(encoding="utf-8")))
+            with refuse_unreadable(f"{file} holds no measurement"):
+                self.best_measurement = PolicyMeasurement(**read_json_file(file))
         self._measure_and_log(state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ A run folder of recipes/distill.py holds:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,24 @@ def read_training_record(run_dir: Path, method: str) -> dict[str, Any]:
     """Return the record of a method's training, with the cost of its traces.
 
     Raises:
-        ValueError: the file is not JSON, or lacks a key.
+        ValueError: the file is not JSON, lacks a key, or has a value of another type.
     """
     path = run_dir / "trained" / method / "train.json"
-    return require_keys(_TRAINING_KEYS, read_json_file(path), path)
+    record = require_keys(_TRAINING_KEYS, read_json_file(path), path)
+    numbers = [name for name in _TRAINING_KEYS if name not in ("tuning", "beta", "skipped")]
+    wrong = [name for name in numbers if not _is_amount(record[name])]
+    wrong += ["beta"] * (record["beta"] is not None and not _is_amount(record["beta"]))
+    wrong += ["tuning"] * (not isinstance(record["tuning"], str))
+    wrong += ["skipped"] * (not isinstance(record["skipped"], dict))
+    wrong += ["processes"] * ("processes" not in wrong and record["processes"] < 1)
+    if wrong:
+        raise ValueError(f"{path} has values of another type or range: {', '.join(wrong)}")
+    return record
+
+
+def _is_amount(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= 0
 
 
 def hash_traces(run_dir: Path) -> str | None:

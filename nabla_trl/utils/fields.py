@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.renamed import describe_new_key
 
 _TYPE_DESCRIPTIONS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -178,12 +179,12 @@ def coerce_fields(
     coerced, mistakes = {}, []
     for key, value in values.items():
         if key not in hints:
-            mistakes.append(f"unknown key {key!r}{_describe_key(str(key), hints)}")
+            mistakes.append(f"unknown key {format_error(repr(key), 80)}{_describe_key(str(key), hints)}")
             continue
         try:
             coerced[key] = _coerce_value(value, hints[key])
         except TypeError as error:
-            mistakes.append(f"{key} must be {error}, not {value!r}")
+            mistakes.append(f"{key} must be {error}, not {format_error(repr(value), 80)}")
     if mistakes:
         raise ValueError(f"{source}: {'; '.join(mistakes)}")
     return coerced

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def identify_adapter(adapter: str) -> str:
 
 def is_same_model(first: str, second: str) -> bool:
     """Return True if two names are equal or are paths of the same file or folder."""
-    return first == second or (Path(first).exists() and Path(second).exists() and Path(first).samefile(second))
+    # os.path, because pathlib raises an error for a text that is too long or holds a null byte.
+    return first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second))
 
 
 def claim_settings(settings_file: Path, settings: Mapping[str, str]) -> None:

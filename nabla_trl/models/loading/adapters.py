@@ -74,9 +74,12 @@ def read_adapter_info(folder: str) -> AdapterInfo:
     """
     config = read_json_file(Path(folder, ADAPTER_CONFIG_FILE))
     base_model = config.get("base_model_name_or_path")
-    if not base_model:
+    if not isinstance(base_model, str) or not base_model:
         raise ValueError(f"adapter {folder} does not name the model that it was made for")
-    return AdapterInfo(config.get("task_type") or "", base_model, config.get("revision"))
+    task_type, revision = config.get("task_type") or "", config.get("revision")
+    if not isinstance(task_type, str) or not isinstance(revision, str | None):
+        raise ValueError(f"adapter {folder}: task_type and revision must be texts")
+    return AdapterInfo(task_type, base_model, revision)
 
 
 @dataclass(frozen=True)

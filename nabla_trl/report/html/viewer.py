@@ -26,6 +26,7 @@ from nabla_trl.grading.notation import THINK_OPENING
 from nabla_trl.report.summary import Summary
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import read_traces
+from nabla_trl.utils.files import read_json_file
 from nabla_trl.utils.formatting import finite_or_none
 
 DATA_FOLDER = "report_data"
@@ -58,8 +59,11 @@ class TokenTable:
         if not path.exists():
             return cls()
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-            return cls(table["tokenizer"], frozenset(table["special"]), tuple(table["tokens"]))
+            table = read_json_file(path)
+            texts = tuple(table["tokens"])
+            if not isinstance(table["tokenizer"], str) or not all(isinstance(text, str) for text in texts):
+                raise ValueError("its values are no texts")
+            return cls(table["tokenizer"], frozenset(table["special"]), texts)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not a table of tokens ({error}): delete the file and generate traces again"
