@@ -220,7 +220,10 @@ def _read_few_shot_examples(folder: Path, name: str) -> Any:
         # A description may be somebody else's, and its examples become part of prompts that others see.
         if not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"few_shot: {name} leads out of the folder of the description")
-        return read_yaml_value(path)
+        examples = read_yaml_value(path)
+        if not isinstance(examples, list):
+            raise ValueError(f"few_shot: {name} must hold a list, each with a question and an answer")
+        return examples
 
 
 # --- rows to problems -----------------------------------------------------------------------------

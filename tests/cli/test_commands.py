@@ -127,6 +127,49 @@ def test_solve_json(capsys, models):
     )
 
 
+def test_solve_grades_where_gold_is_known(capsys, models, world):
+    """The gold answer of one call is what the same call answered before."""
+    assert main(["solve", "1+1", *models, *SEARCH, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert (plain["gold"], plain["correct"]) == (None, None)
+    gold = plain["answer"] or "7"
+    for answer, word in ((gold, "right" if plain["answer"] else "wrong"), ("123456", "wrong")):
+        assert main(["solve", "1+1", *models, *SEARCH, "--answer", answer]) == 0
+        assert f"gold    {answer}: the answer is {word}" in capsys.readouterr().out
+    dataset = ["--dataset", str(world / "problems.jsonl")]
+    assert main(["solve", *dataset, "--index", "2", *models, *SEARCH, "--json"]) == 0
+    solved = json.loads(capsys.readouterr().out)
+    assert solved["gold"] == "3" and solved["correct"] is not None and "3+3" in solved["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        ([], 2, "the following arguments are required: question"),
+        (["1+1", "--dataset", "digit_chains"], 1, "either a question or --dataset"),
+        (["--dataset", "digit_chains", "--answer", "3"], 1, "a problem of --dataset has its gold answer"),
+        (["--dataset", "digit_chains", "--index", "-1"], 1, "index must be at least 0"),
+    ],
+)
+def test_solve_needs_one_problem(capsys, models, argv, code, message):
+    assert main(["solve", *argv, *models]) == code
+    assert message in error_line(capsys)
+
+
+def test_a_log_ratio_of_the_policy_against_itself_is_refused(capsys, world):
+    policy = str(world / "policy")
+    for reward in (f"logratio:{policy}", f"logratio:{policy},{policy}"):
+        assert main(["solve", "1+1", "--policy", policy, "--reward", reward]) == 1
+        assert "a log-ratio of a model against itself is 0 for every response" in error_line(capsys)
+
+
+def test_every_method_that_is_wrong_is_named(capsys, models, dataset, tmp_path):
+    methods = "greedy,best_off_4,nabla@0.3,vote"
+    assert main(["eval", *models, *dataset, "--output_dir", str(tmp_path), "--eval_methods", methods]) == 1
+    line = error_line(capsys)
+    assert "unknown methods 'best_off_4', 'vote'" in line and "add best_of_16 to the methods" in line
+
+
 def test_what_libraries_print_stays_out_of_the_json(capsys, models, monkeypatch):
     load = arguments.ModelArguments.load_policy_and_reward
 

@@ -18,6 +18,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import load_dataset
 
+from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.traces.storage import read_traces
 
 ROOT = Path(__file__).parents[2]
@@ -160,14 +161,29 @@ def test_finished_stages_are_skipped(finished):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")} == stamps
 
 
+def list_contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "lock" not in path.name}
+
+
 def test_other_settings_on_the_same_folder_are_refused(finished):
+    before = list_contents(finished)
     _, err = distill(finished, "--beta", "0.5", "--stages", "traces", code=1)
     assert "beta '0.5' (was '1.0')" in err.splitlines()[-1]
+    assert list_contents(finished) == before
 
 
 def test_a_finished_adapter_does_not_answer_for_other_training(finished):
+    before = list_contents(finished)
     with pytest.raises(ValueError, match=r"learning_rate '1e-06' \(was '0.002'\)"):
         distill_here(finished, "--stages", "train", "--learning_rate", "1e-6")
+    assert list_contents(finished) == before
+
+
+def test_an_evaluation_of_another_kind_leaves_the_folder_as_it_was(finished):
+    before = list_contents(finished)
+    with pytest.raises(ValueError, match="holds rows of other settings"):
+        Evaluation(finished, {"policy": "another"}, [])
+    assert list_contents(finished) == before
 
 
 def test_seeds_and_methods_can_be_added(finished):

@@ -146,6 +146,17 @@ def test_break_even_is_training_over_what_a_query_saves(summary):
     )
 
 
+def test_the_training_of_the_reward_has_rows_of_its_own():
+    facts = FACTS | {"reward_train_flops": 9000.0}
+    summary = summarize(make_rows(), facts)
+    assert summary["flops.training.reward"]["value"] == 9000
+    plain, full = (summary[f"{name}.sft_greedy-nabla"]["value"] for name in ("break_even", "break_even_with_reward"))
+    assert full == pytest.approx(plain * (1000 + 9000) / 1000)
+    text = "\n".join(compute_tradeoff.build_tradeoff_section(summary, build_grids(make_rows()), facts, {}))
+    assert "| nabla, training of the reward included | " in text and "the reward itself: 9 kFLOPs" in text
+    assert "training of the reward included" not in "\n".join(page())
+
+
 def test_the_interval_of_a_break_even_is_that_of_the_saving():
     rows = make_rows()
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Tasks by YAML: the benchmarks' columns, rows of any shape to problems, every mistake in one line, versions."""
 
 import dataclasses
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,146 @@ def test_versions_of_files_and_chains(tmp_path: Path) -> None:
 def test_the_example_among_the_recipes_can_be_read() -> None:
     task = read_task_config(Path(__file__).parents[2] / "recipes" / "tasks" / "svamp.yaml")
     assert task.resolve_answer_format() == "boxed" and task.few_shot and not task.is_local
+
+
+# --- what a cell becomes ------------------------------------------------------------------------------
+
+
+def table(folder: Path, values: list[Any], **changes: Any) -> str:
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame({"q": [f"{n}+1" for n in range(len(values))], "a": values}).to_parquet(folder / "t.parquet")
+    spec = {"path": "t.parquet", "question": "q", "answer": "a", "instruction": ""} | changes
+    (folder / "t.yaml").write_text(yaml.safe_dump(spec))
+    return str(folder / "t.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([1e-7, 1e16], ["0.0000001", "10000000000000000"]),
+        ([25.0, -0.5], ["25", "-0.5"]),
+        ([7, 2**60], ["7", str(2**60)]),
+        (["None", "007"], ["None", "007"]),
+        ([None, "x"], [None, "x"]),
+    ],
+)
+def test_values_become_text_by_one_rule(values: list[Any], texts: list[str], tmp_path: Path) -> None:
+    assert [problem.answer for problem in load_problems(table(tmp_path, values))] == texts
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([["2"], ["4", "5"]], "a list"),
+        ([{"value": "2"}, {"value": "4"}], "a mapping"),
+        ([b"2", b"4"], "bytes"),
+        ([datetime.date(2020, 1, 2), datetime.date(2021, 3, 4)], "a date or time"),
+        ([True, False], "true or false"),
+        ([1.0, float("inf")], "holds inf, which is no number"),
+    ],
+)
+def test_values_without_a_certain_text_are_refused_by_row(values: list[Any], kind: str, tmp_path: Path) -> None:
+    row = "row 1" if "inf" in kind else "row 0"
+    worlds.refused(lambda: load_problems(table(tmp_path, values)), row, "column 'a'", kind)
+
+
+def test_a_template_says_what_a_list_means(tmp_path: Path) -> None:
+    values = [["2"], ["4", "5"]]
+    path = table(tmp_path, values, answer="{{ a | join(', ') }}")
+    assert [problem.answer for problem in load_problems(path)] == ["2", "4, 5"]
+    worlds.refused(lambda: load_problems(table(tmp_path, values, answer="{{ a }}")), "row 0", "holds a list")
+    [problem, _] = load_problems(table(tmp_path, [0.25, 3.0], answer="{{ a }}"))
+    assert problem.answer == "0.25"
+
+
+def csv_task(folder: Path, text: str, **changes: Any) -> str:
+    (folder / "t.csv").write_text(text, encoding="utf-8")
+    spec = {"path": "t.csv", "question": "q", "answer": "a", "instruction": ""} | changes
+    (folder / "t.yaml").write_text(yaml.safe_dump(spec))
+    return str(folder / "t.yaml")
+
+
+def test_cells_of_a_csv_stay_the_text_they_are(tmp_path: Path) -> None:
+    words = ["None", "NA", "null", "NaN", "007", "1.50", "true", "2020-01-02"]
+    path = csv_task(tmp_path, "\ufeffq,a\n" + "".join(f"which {n}?,{word}\n" for n, word in enumerate(words)))
+    assert [problem.answer for problem in load_problems(path)] == words
+    assert load_problems(csv_task(tmp_path, "q,a\nwho?,\n"))[0].answer is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("q,a\nx,1\ny\n", ["row 1 has 1 cells"]),
+        ("q,a\nx,1,2\n", ["row 0 has 3 cells"]),
+        ("q,q\n1,2\n", ["each once"]),
+        ('q,a\n"x,1\n', ["could not be read"]),
+        ("q,a\n,1\n", ["row 0", "question is empty"]),
+    ],
+)
+def test_a_damaged_csv_is_named_by_row(text: str, words: list[str], tmp_path: Path) -> None:
+    worlds.refused(lambda: load_problems(csv_task(tmp_path, text)), *words)
+
+
+# --- train and test -----------------------------------------------------------------------------------
+
+
+def test_a_fraction_divides_one_file_by_its_questions(tmp_path: Path) -> None:
+    rows = "".join(f"{n}+1,{n}\n" for n in range(200)) + " 3+1 ,3\n"
+    train, test = (
+        load_problems(csv_task(tmp_path, "q,a\n" + rows, test_fraction=0.25), split=s) for s in ("train", "test")
+    )
+    assert len(train) + len(test) == 201 and 30 < len(test) < 70
+    assert not {problem.question for problem in train} & {problem.question for problem in test}
+    worlds.refused(lambda: load_problems(csv_task(tmp_path, rows, test_fraction=0.25), split="dev"), "train, test")
+    worlds.refused(lambda: load_problems(csv_task(tmp_path, rows, test_fraction=1.0)), "test_fraction must be between")
+
+
+def test_one_file_without_a_fraction_says_that_it_is_one_split(tmp_path: Path, capsys: Any) -> None:
+    path = csv_task(tmp_path, "q,a\n1+1,2\n", name=f"one-{tmp_path.name}")
+    for split in ("train", "test"):
+        assert len(load_problems(path, split=split)) == 1
+    err = capsys.readouterr().err
+    assert err.count("train and test problems are the same") == 1 and "test_fraction" in err
+
+
+def test_the_version_of_a_task_without_a_fraction_is_what_it_was(tmp_path: Path) -> None:
+    path = csv_task(tmp_path, "q,a\n1+1,2\n")
+    before, after = (
+        compute_task_version(path),
+        compute_task_version(csv_task(tmp_path, "q,a\n1+1,2\n", test_fraction=0.5)),
+    )
+    assert before != after
+
+
+# --- whose file is it ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../secret.yaml", "link.yaml"])
+def test_examples_from_outside_the_folder_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.yaml").write_text("- {question: hunter2, answer: '\\boxed{hunter2}'}\n")
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (folder / "link.yaml").symlink_to(tmp_path / "secret.yaml")
+    message = worlds.refused(lambda: load_problems(described(folder, few_shot=name)), "leads out of the folder")
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "password: hunter2\n",
+        "hunter2\n",
+        "- hunter2\n",
+        "hunter2: [\n",
+        "a: !!hunter2 x\n",
+        "? [hunter2]\n: x\n",
+        "a: *hunter2\n",
+        "hunter2: 1\nhunter2: 2\n",
+        "a: !!int hunter2\n",
+    ],
+)
+def test_what_is_in_a_file_that_is_no_task_is_not_said(text: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.yaml").write_text(text)
+    assert "hunter2" not in worlds.refused(lambda: load_problems(str(tmp_path / "notes.yaml")), "notes.yaml")
+    path = described(tmp_path, few_shot="notes.yaml")
+    assert "hunter2" not in worlds.refused(lambda: load_problems(path), "few_shot")
