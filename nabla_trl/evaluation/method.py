@@ -154,7 +154,7 @@ def _parse(text: str) -> Method:
     try:
         _ = method.size
     except (ValueError, OverflowError):
-        raise ValueError(f"{text[:60]!r} is no method: its budget or size is no number") from None
+        raise ValueError(f"{text[:60]!r} is no method: its budget is no number") from None
     return method
 
 

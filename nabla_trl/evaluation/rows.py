@@ -54,7 +54,7 @@ class Row:
     task_version: str = ""
     problem: str
     seed: int
-    correct: float | bool | None
+    correct: float | None
     correct_strict: bool | None = None
     answer: str | None = None
     answer_strict: str | None = None
@@ -112,7 +112,7 @@ class Row:
                 continue
             types, description = _FIELD_TYPES[key]
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types and key != "correct"):
                 mistakes.append(f"{key} must be {description}, not {format_error(repr(value), 60)}")
             elif is_number and not _is_finite_number(value):
                 mistakes.append(f"{key} must be a finite number, not {format_error(repr(value), 60)}")
@@ -175,7 +175,8 @@ _MAX_MISTAKES = 10
 _ITEM_CHECKS: dict[str, Callable[[Any], bool]] = {
     "correct": lambda correct: 0 <= correct <= 1,
     "tokens": lambda tokens: all(map(_is_finite_number, tokens.values())),
-    "reward_by_round": lambda rewards: all(map(_is_finite_number, rewards)),
+    # NaN where a method has no reward.
+    "reward_by_round": lambda rewards: all(isinstance(reward, float | int) for reward in rewards),
     "samples": lambda samples: all(map(_is_sample, samples)),
 }
 
@@ -296,7 +297,7 @@ class StoredRow(NamedTuple):
     """What the store remembers of a row on disk."""
 
     content_hash: str
-    correct: float | bool | None
+    correct: float | None
     flops: float
 
 

@@ -320,7 +320,7 @@ def test_nothing_is_written_from_rows_or_facts_that_are_refused(tmp_path):
         report.write_report(tmp_path / "a", rows[:-1], FACTS)
     with pytest.raises(ValueError, match="facts lack policy"):
         report.write_report(tmp_path / "a", rows, {key: one for key, one in FACTS.items() if key != "policy"})
-    with pytest.raises(ValueError, match="facts hold no seeds that can be read: 7"):
+    with pytest.raises(ValueError, match=r"facts hold values that cannot be read: seeds \(7\)"):
         report.write_report(tmp_path / "a", rows, FACTS | {"seeds": 7})
     with pytest.raises(ValueError, match=r"unknown key audit\.verdict: it is now audit\.conclusion"):
         report.write_report(tmp_path / "a", rows, FACTS | {"audit": {"verdict": "Sound."}})

@@ -527,11 +527,12 @@ def test_loaded_ensembles_by_spec_and_by_folder(adapted: tuple[str, Any], policy
 
 def test_the_point_of_a_reward_is_that_of_its_folder_or_of_its_kind(policy: Policy, tmp_path: Path) -> None:
     classifier, causal = save(tmp_path / "a", scorer()), save(tmp_path / "b", worlds.tiny_model(seed=2))
+    reference = save(tmp_path / "c", worlds.tiny_model(seed=3))
     assert load_reward(classifier, policy=policy).gradient_at == "mixture:0.5"
     assert load_reward(LOG_RATIO_PREFIX + causal, policy=policy).gradient_at == "direct"
     cards = {
         classifier: RewardManifest("scalar", gradient_at="direct+mixture:0.5"),
-        causal: RewardManifest("log_ratio", reference_model=causal, gradient_at="hard"),
+        causal: RewardManifest("log_ratio", reference_model=reference, gradient_at="hard"),
     }
     own = {classifier: "mixture:0.5", causal: "direct"}
     for folder, card in cards.items():
