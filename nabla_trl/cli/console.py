@@ -231,7 +231,7 @@ class TraceFormatter:
             return []
         words = {True: ("right", "green"), False: ("wrong", "red"), None: ("could not be compared", "yellow")}
         word, style = words[trace.correct]
-        return [Text.assemble(f"gold    {_make_printable(trace.gold)}: the answer is ", (word, style))]
+        return [Text.assemble(f"gold    {make_printable(trace.gold)}: the answer is ", (word, style))]
 
     def format_heading(self, title: str, note: str) -> list[Text]:
         """Return a title on the left and a note on the right, on two lines if they do not fit on one."""
