@@ -36,6 +36,7 @@ COMMANDS = {
     "report": Command("report", "write the report of an evaluation again, from its rows"),
     "audit": Command("audit", "measure if a reward prefers correct answers"),
     "serve": Command("serve", "answer requests over HTTP, as OpenAI's chat completions"),
+    "plan": Command("plan", "estimate memory, batch, FLOPs and hours of a run from the models' configs"),
     "export": Command("export", "write a trained checkpoint to a folder that others can load"),
 }
 RENAMED_COMMANDS = {"ship": "export"}

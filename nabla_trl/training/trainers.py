@@ -108,6 +108,14 @@ class AtomicCheckpointMixin:
                 )
             ) from error
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save each tied weight once: gathered copies of sharded weights do not show that they are one."""
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}  # type: ignore[attr-defined]
+        if state_dict is not None:
+            copies = {name for name, source in tied.items() if source in state_dict}
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in copies}
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+
 
 class TokenIdsSFTTrainer(AtomicCheckpointMixin, FiniteLossMixin, SFTTrainer):
     """TRL's SFTTrainer on rows of `input_ids` and `labels`."""

@@ -283,9 +283,11 @@ def test_held_out_problems_without_gold_answers_are_refused(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_its_configurations(path):
     types = {"fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED", "cpu": "NO", "single_gpu": "NO"}
+    nodes = 2 if path.stem.endswith("multi_node") else 1
+    kind = types.get(path.stem.removesuffix("_multi_node"), "MULTI_GPU")
     config = load_config_from_file(str(path))
-    assert config.distributed_type.value == types.get(path.stem, "MULTI_GPU")
-    assert config.num_processes == (1 if types.get(path.stem) == "NO" else 2)
+    assert config.distributed_type.value == kind and config.num_machines == nodes
+    assert config.num_processes == (1 if kind == "NO" else 2 if nodes == 1 else 16)
 
 
 @pytest.mark.slow
