@@ -6,7 +6,8 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -317,7 +318,8 @@ def run_trainer(trainer: Any, output_dir: Path, *, tuning: str, callback: Evalua
         output_dir.with_name("log.jsonl").write_text(lines, encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     return TrainerOutcome(
-        trainable_parameters=sum(weight.numel() for weight in trainable_weights),
+        # ZeRO-3 leaves an empty tensor in place of a sharded weight.
+        trainable_parameters=sum(getattr(weight, "ds_numel", weight.numel()) for weight in trainable_weights),
         steps=trainer.state.global_step,
         epochs=float(trainer.state.epoch or 0.0),
         seconds=timer.measure_seconds(),
@@ -348,10 +350,24 @@ class TrainingTimeCallback(TrainerCallback):
 
 
 def _compute_weight_sums(model: Any) -> Tensor:
-    """Return [trainable weights, 2] sums that differ if one of the weights does."""
+    """Return [trainable weights, 2] sums that differ if one of the weights does. Every process must call this."""
     sums = []
     for weight in model.parameters():
         if weight.requires_grad:
-            whole = weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
-            sums.append(torch.stack([whole.double().sum(), whole.double().square().sum()]).cpu())
+            with _gathered(weight) as whole:
+                sums.append(torch.stack([whole.double().sum(), whole.double().square().sum()]).cpu())
     return torch.stack(sums)
+
+
+@contextmanager
+def _gathered(weight: Any) -> Iterator[Tensor]:
+    """Give the whole of a weight that FSDP2 or ZeRO-3 may have sharded."""
+    if isinstance(weight, DTensor):
+        yield weight.detach().full_tensor()
+    elif hasattr(weight, "ds_id"):
+        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+
+        with GatheredParameters([weight]):
+            yield weight.detach()
+    else:
+        yield weight.detach()
