@@ -28,6 +28,7 @@ LAYERS = (
     "search",
     "baselines",
     "training",
+    "planning",
     "reward_training",
     "audit",
     "evaluation",

@@ -1,6 +1,6 @@
 """The command `nabla-trl` and what its command line needs.
 
 Hands out: `main`, `Parser`, `ModelArguments`, `DistillArguments`.
-May import: utils, grading, tasks, models, rewards, traces, search, baselines, training, audit, evaluation, report,
-export, serving.
+May import: utils, grading, tasks, models, rewards, traces, search, baselines, training, planning, audit, evaluation,
+report, export, serving.
 """
