@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from nabla_trl.models.flops import ModelSize, measure_model_size
-from nabla_trl.rewards.spec import RewardSpec, parse_reward_spec
 from nabla_trl.planning.memory import ModelShape, build_empty_model, count_params, measure_shape, plan_memory
+from nabla_trl.rewards.spec import RewardSpec, parse_reward_spec
 from nabla_trl.training.peft import LoraArguments, compute_training_flops
 from nabla_trl.utils.formatting import format_si
 

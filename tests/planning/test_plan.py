@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from nabla_trl.cli.main import main
 from nabla_trl.models.loading import load_policy
 from nabla_trl.planning.memory import build_empty_model, count_params, measure_shape, plan_memory
-from nabla_trl.training.peft import LoraArguments
 from nabla_trl.planning.plan import Hardware, Workload, make_plan
+from nabla_trl.training.peft import LoraArguments
 
 LORA = LoraArguments(lora_r=4)
 WORKLOAD = Workload("sft", 100, 20, 40, 4, 4, 1.0)

@@ -65,8 +65,8 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_options(argv)[0]
 
-    from nabla_trl.training.peft import LoraArguments
     from nabla_trl.planning.plan import GB, Hardware, Workload, format_plan, make_plan
+    from nabla_trl.training.peft import LoraArguments
 
     quiet_libraries()
     workload = Workload(
