@@ -365,9 +365,9 @@ def _gathered(weight: Any) -> Iterator[Tensor]:
     if isinstance(weight, DTensor):
         yield weight.detach().full_tensor()
     elif hasattr(weight, "ds_id"):
-        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+        import deepspeed  # type: ignore[import-not-found]
 
-        with GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight]):
             yield weight.detach()
     else:
         yield weight.detach()
