@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicIndexedLayer
 
 from nabla_trl.states.attention import AttentionLayer
+from nabla_trl.states.releases import DynamicIndexedLayer
 from nabla_trl.states.writers import StateWriter
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
+from nabla_trl.states.releases import DummyLayer
 from nabla_trl.states.writers import StateWriter
 
 PER_TOKEN_ARRAYS = frozenset({"keys", "values", "indexer_keys"})  # the others are whole states

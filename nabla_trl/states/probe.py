@@ -17,12 +17,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
-    DummyLayer,
-    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
 
@@ -31,6 +28,11 @@ from nabla_trl.states.batch import prefill_sequences, read_tokens
 from nabla_trl.states.indexed import IndexedLayer
 from nabla_trl.states.layout import PER_TOKEN_ARRAYS, ArrayGroup, StateLayout, find_backbone
 from nabla_trl.states.recurrent import HybridLayer, RecurrentLayer
+from nabla_trl.states.releases import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 from nabla_trl.states.slots import SlotStore
 from nabla_trl.states.writers import BatchWriter
 from nabla_trl.utils.formatting import format_error

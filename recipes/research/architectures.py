@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.cache_utils import DummyLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nabla_trl.cli.parsing import quiet_libraries
@@ -26,6 +25,7 @@ from nabla_trl.states.indexed import IndexedLayer
 from nabla_trl.states.layout import StateLayout
 from nabla_trl.states.probe import get_layout
 from nabla_trl.states.recurrent import HybridLayer, RecurrentLayer
+from nabla_trl.states.releases import DummyLayer
 from nabla_trl.utils.formatting import format_error
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
