@@ -503,9 +503,9 @@ def main(argv: Sequence[str]) -> None:
         parts = parse_dataclasses(
             [RewardArguments, RewardOptions, SearchConfig, LoraArguments, RewardConfig], argv, presets=PRESETS
         )
-        run = RewardRun(*parts)
         if state.is_main_process:
-            check_reporting(run.trainer_config)
+            check_reporting(parts[-1])
+        run = RewardRun(*parts)
         if stall_watch:
             stall_watch.limit_seconds = 60 * run.args.stall_minutes
         with ExitStack() as stack:
