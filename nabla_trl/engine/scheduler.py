@@ -25,7 +25,7 @@ from nabla_trl.models.policy import GenerationRequest, GenerationSession
 # A kind of request runs once it waits this often per sequence that is being decoded.
 WAITING_PER_SEQUENCE = 0.25
 MAX_IDLE_SESSIONS = 4  # kept for requests with the same options: their buffers are large
-MAX_SESSIONS = 8  # that decode at a time; requests with further options wait
+MAX_SESSIONS = 8  # that decode at a time. Requests with further options wait
 SMALL_TASKS_SHARE = 0.8  # of the time, which the smallest tasks get to themselves
 SAME_SIZE_RATIO = 2.0  # tasks of up to this many times the smallest size count as small
 MAX_RESUME_SECONDS = 0.01  # of searches' own work at a time, where small tasks must not wait
@@ -42,7 +42,7 @@ class Task:
     Attributes:
         key: what its seconds are charged to.
         owner: whose task it is; owners share the slots of the decoder evenly.
-        client: who asked for it; clients share the slots evenly before owners do. None: nobody in particular.
+        client: who asked for it. Clients share the slots evenly before owners do. None: nobody in particular.
         size: how much work it may be at most, in any unit (see `share_time`).
         on_end: called with the task once it has ended.
     """

@@ -2,7 +2,7 @@
 
 Fields that OpenAI does not have stand under the key "nabla":
 
-    answer    nabla: {seed, answer, reward_initial, reward, stop}, of the first choice; each choice has its own
+    answer    nabla: {seed, answer, reward_initial, reward, stop}, of the first choice. Each choice has its own
     usage     nabla: {flops, seconds, tokens, starts, proposals, accepted, rejected}, the sum over all choices
     chunk     nabla: {chain, round, position, reward_before, reward, flops, text}, a `service.SearchProgress`
 """
@@ -32,7 +32,7 @@ class Choice:
     """One answer.
 
     Attributes:
-        text: the answer without the stop string and what follows it; with the prompt before it if that was asked for.
+        text: the answer before the stop string. With `echo`, the prompt stands before it.
         num_prompt_tokens, num_tokens: of the prompt and of the response.
         trace: of the search. None: only the prompt is returned.
         tokens: text, log-probability and alternatives of each token. None: not asked for.
