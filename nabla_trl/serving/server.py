@@ -199,7 +199,7 @@ class ChatServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     def make_room(self, new: BoundedProtocol) -> None:
-        """Close the connection that is idle for the longest time, if there are too many. Refuse the new one if none is."""
+        """Close the connection that is idle for the longest time, or refuse the new one, if there are too many."""
         connections = self.server_state.connections
         if len(connections) <= self.max_connections:
             return
