@@ -110,6 +110,8 @@ def _encode_guarded(
         return guard.encode(text, mark, add_special_tokens=add_special_tokens)
     except ValueError as error:
         raise ValueError(f"{problem.id}: {error}") from error
+    except TypeError as error:  # the tokenizer takes no half of a surrogate pair
+        raise ValueError(f"{problem.id}: the prompt is not Unicode text: {error}") from error
 
 
 def format_few_shot(problem: Problem) -> str:

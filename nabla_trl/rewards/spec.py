@@ -135,7 +135,9 @@ class RewardManifest:
         if data.get("format") == 1:
             data = _upgrade_format_1(data)
         if data.get("format") != MANIFEST_FORMAT:
-            raise ValueError(f"format must be {MANIFEST_FORMAT} or 1, not {data.get('format')!r}")
+            raise ValueError(
+                f"format must be {MANIFEST_FORMAT} or 1, not {format_error(repr(data.get('format')), 60)}"
+            )
         _check_kind(data.get("kind"))
         foreign_keys = _list_foreign_keys(data["kind"])
         keys = [attribute.name for attribute in fields(cls) if attribute.name not in foreign_keys]
