@@ -6,7 +6,7 @@ What the model must keep for that depends on the kind of each layer:
     full attention         keys and values of all tokens, whose widths may differ          attention.py
     sliding window, chunks the same, and a mask of its own, because a branch may begin anywhere
     shared keys, values    nothing: the layer uses those of another layer
-    indexed attention      keys, values and the keys of the index                          indexed.py
+    indexed attention      keys, values and the keys of the index                          attention.py
     recurrent, convolution a state of fixed size, copied after some of the tokens          recurrent.py
 
 `get_layout` finds out what a model keeps, and refuses a model that cannot go on from a prefix. A `PrefixState` is what

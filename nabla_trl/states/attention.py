@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from nabla_trl.states.releases import DynamicIndexedLayer
 from nabla_trl.states.writers import StateWriter
 
 
@@ -34,3 +35,17 @@ class AttentionLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.writer.get_length(self.arrays)
+
+
+class IndexedLayer(AttentionLayer, DynamicIndexedLayer):
+    """Keys and values, and the keys of an index with one head: [B, length, width] for the model.
+
+    In indexed attention (DeepSeek V3.2, GLM-5) each query attends to the tokens that a small index selects for it.
+    """
+
+    def __init__(self, arrays: dict[str, Tensor], writer: StateWriter, number_of_states: int = 0):
+        DynamicIndexedLayer.__init__(self)
+        AttentionLayer.__init__(self, arrays, writer)
+
+    def update_indexer(self, indexer_key_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.writer.append(self.arrays, "indexer_keys", indexer_key_states[:, None]).squeeze(1)

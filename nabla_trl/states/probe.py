@@ -23,15 +23,16 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from nabla_trl.states.attention import AttentionLayer
+from nabla_trl.states.attention import AttentionLayer, IndexedLayer
 from nabla_trl.states.batch import prefill_sequences, read_tokens
-from nabla_trl.states.indexed import IndexedLayer
 from nabla_trl.states.layout import PER_TOKEN_ARRAYS, ArrayGroup, StateLayout, find_backbone
 from nabla_trl.states.recurrent import HybridLayer, RecurrentLayer
 from nabla_trl.states.releases import (
+    RECURRENT_LAYERS_RELEASE,
     DummyLayer,
     DynamicIndexedLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    supports_recurrent_layers,
 )
 from nabla_trl.states.slots import SlotStore
 from nabla_trl.states.writers import BatchWriter
@@ -82,6 +83,8 @@ def _find_layout(model: PreTrainedModel) -> StateLayout:
     special = sorted({type(layer).__name__ for layer in cache_layers if type(layer) not in LAYER_TYPES})
     if special:
         raise ValueError(f"{name} keeps {', '.join(special)} states, which cannot be gone on from at another token")
+    if not supports_recurrent_layers and any(isinstance(layer, LinearAttentionLayer) for layer in cache_layers):
+        raise ValueError(f"{name} has recurrent layers, which need transformers {RECURRENT_LAYERS_RELEASE} or newer")
     if name in OWN_MASKS and OWN_MASKS[name] in str(getattr(model.config, "attention_layers", "")):
         raise ValueError(f"{name} has {OWN_MASKS[name]} attention that counts entries of the cache, not positions")
     parameters = inspect.signature(find_backbone(model).forward).parameters

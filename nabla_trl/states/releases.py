@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers import cache_utils
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 
 def _get_layer(name: str, base: type) -> Any:
@@ -17,3 +18,6 @@ DynamicIndexedLayer = _get_layer("DynamicIndexedLayer", DynamicLayer)
 LinearAttentionAndSlidingWindowAttentionLayer = _get_layer(
     "LinearAttentionAndSlidingWindowAttentionLayer", LinearAttentionAndFullAttentionLayer
 )
+# Before 5.15, recurrent layers of transformers have another interface.
+RECURRENT_LAYERS_RELEASE = "5.15"
+supports_recurrent_layers = "number_of_states" in inspect.signature(LinearAttentionLayer.__init__).parameters

@@ -20,8 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from nabla_trl.cli.parsing import quiet_libraries
 from nabla_trl.models.heads import OutputHead
-from nabla_trl.states.attention import AttentionLayer
-from nabla_trl.states.indexed import IndexedLayer
+from nabla_trl.states.attention import AttentionLayer, IndexedLayer
 from nabla_trl.states.layout import StateLayout
 from nabla_trl.states.probe import get_layout
 from nabla_trl.states.recurrent import HybridLayer, RecurrentLayer

@@ -9,8 +9,12 @@ from architectures import build_model
 from nabla_trl.states.batch import catch_up, prefill_sequences, read_tokens
 from nabla_trl.states.prefix import PrefixState
 from nabla_trl.states.probe import get_layout
+from nabla_trl.states.releases import RECURRENT_LAYERS_RELEASE, supports_recurrent_layers
 from nabla_trl.states.slots import SlotStore
 
+pytestmark = pytest.mark.skipif(
+    not supports_recurrent_layers, reason=f"needs transformers {RECURRENT_LAYERS_RELEASE} or newer"
+)
 SEQUENCES = ([3, 1, 4, 1, 5, 9, 2, 6], [], [5], [2, 7, 1, 8, 2], [9, 8, 7, 6, 5])
 
 
