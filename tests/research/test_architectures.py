@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +177,10 @@ def check_searches(name: str) -> None:
     policy, tokenizer = make_policy(name), worlds.char_tokenizer()
     better = freeze_policy(build_model(name, seed=1), tokenizer, "better")
     rewards = [build_log_ratio_reward(policy, better, policy, "ratio")]
-    try:
+    scorer = None
+    with suppress(Exception):  # transformers has no classification head for it
         scorer = build_model(name, kind="score", seed=2)
-    except Exception:  # transformers has no classification head for it
-        scorer = None
-    if scorer is not None:
+    if hasattr(scorer, "score"):  # encoders name their head differently
         rewards.append(build_scalar_reward(policy, scorer, tokenizer, "scorer"))
     for reward in rewards:
         for options in (
