@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -154,8 +155,11 @@ def test_the_peak_of_a_training_is_as_planned(tuning: str, batch: int, length: i
         frozen_params=0,
     )
     arguments = [str(tmp_path / "policy"), tuning, str(batch), str(length), str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", MEASUREMENT, *arguments], text=True, capture_output=True, timeout=600)
+    # glibc keeps what is freed, as fragments that an allocator of a GPU would use again.
+    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASUREMENT, *arguments]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=600, env=environ)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads(done.stdout.splitlines()[-1])["bytes"]
     print(f"{tuning} {batch} x {length}: planned {plan.get_total() / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
-    assert 0.6 < measured / plan.get_total() < 1.6
+    assert 0.6 < measured / plan.get_total() < 1.4
