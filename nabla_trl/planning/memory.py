@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from nabla_trl.models.flops import ModelSize, measure_model_size
 from nabla_trl.models.loading import DTYPES, find_adapter_folder, read_adapter_info
+from nabla_trl.models.loading.pretrained import call_from_pretrained
 from nabla_trl.training.peft import LoraArguments, build_lora_config
 from nabla_trl.utils.formatting import format_load_error
 
@@ -69,8 +70,8 @@ def build_empty_model(name: str, *, dtype: str, is_classifier: bool = False) -> 
         return build_empty_model(read_adapter_info(folder).base_model, dtype=dtype, is_classifier=is_classifier)
     auto_class: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     options = {"num_labels": 1} if is_classifier else {}
+    config = call_from_pretrained(AutoConfig, "a model config", name, **options)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
         with torch.device("meta"):
             return auto_class.from_config(config, dtype=DTYPES[dtype])
     except (OSError, ValueError, KeyError) as error:

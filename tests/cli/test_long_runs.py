@@ -470,14 +470,14 @@ def test_what_is_ignored_stays_ignored() -> None:
 
 def test_a_worker_of_the_checker_outlives_a_signal_to_all(checker: AnswerChecker) -> None:
     """A scheduler signals every process: a comparison that died of it would pass for a wrong answer."""
-    assert checker.check([(r"\frac{1}{2}", "0.5")])[0].is_correct
+    assert checker.check([(r"\sqrt{50}", r"5\sqrt{2}")])[0].is_correct
     for worker in checker._workers:
         assert worker is not None
         worker.process.send_signal(signal.SIGTERM)
         worker.process.send_signal(signal.SIGINT)
         time.sleep(0.05)
         assert worker.process.poll() is None
-    assert checker.check([(r"\frac{1}{4}", "0.25")])[0].is_correct
+    assert checker.check([(r"\sqrt{98}", r"7\sqrt{2}")])[0].is_correct
 
 
 # --- real runs ----------------------------------------------------------------------------------------
