@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -55,6 +54,10 @@ class GradientPoint:
 HARD_GRADIENT_POINT = GradientPoint((0.0,))
 
 
+# Logits divided by what is outside are infinite in float32, and their softmax is no number.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-20, 1e20
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are sampled. Temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 disable a filter."""
@@ -66,8 +69,10 @@ class Sampling:
     max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a number of at least 0, not {self.temperature}")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be 0 or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, not {self.temperature}"
+            )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:

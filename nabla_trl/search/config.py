@@ -5,7 +5,6 @@ Nothing here needs torch, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,6 +35,9 @@ from nabla_trl.utils.fields import (
     option,
 )
 from nabla_trl.utils.identity import hash_json
+
+# Of β and 1/β: rewards that are multiplied by more are no numbers in float32 before long.
+MAX_REWARD_WEIGHT = 1e6
 
 # The paper's settings (arXiv 2603.04948): one response is scanned from left to right, with eight rollouts at most. The
 # logits of the scanned position and of all later ones are optimized. In a comparison at equal FLOPs (paper@…) the
@@ -259,8 +261,9 @@ class SearchConfig:
             self.solver = replace(solver, target_kl=DEFAULT_TARGET_KL)
         elif self.beta is None:
             self.beta = 1.0
-        if self.beta is not None and not 0 < self.beta < math.inf:
-            raise ValueError(f"beta must be a positive number, not {self.beta}")
+        if self.beta is not None and not 1 / MAX_REWARD_WEIGHT <= self.beta <= MAX_REWARD_WEIGHT:
+            bounds = f"{1 / MAX_REWARD_WEIGHT:g} to {MAX_REWARD_WEIGHT:g}"
+            raise ValueError(f"beta must be from {bounds}, not {self.beta}")
 
     def _check_metropolis(self) -> None:
         """Refuse options with which the last response of a chain is no sample of π*."""

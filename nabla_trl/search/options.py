@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from nabla_trl.models.options import GradientPoint
+from nabla_trl.models.options import MAX_TEMPERATURE, MIN_TEMPERATURE, GradientPoint
 from nabla_trl.utils.fields import option
 
 # Default KL target of a mirror step, in nats. EXPERIMENTS.md has the measurements behind it.
@@ -179,8 +179,9 @@ class SequentialProposals:
             raise ValueError(f"confidence must be in (0, 1], not {self.confidence}")
         if not 0 <= self.min_gradient_norm < math.inf:
             raise ValueError(f"min_gradient_norm must be a number of at least 0, not {self.min_gradient_norm}")
-        if not 0 < self.resample_temperature < math.inf:
-            raise ValueError(f"resample_temperature must be a positive number, not {self.resample_temperature}")
+        if not MIN_TEMPERATURE <= self.resample_temperature <= MAX_TEMPERATURE:
+            bounds = f"{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+            raise ValueError(f"resample_temperature must be from {bounds}, not {self.resample_temperature}")
         if not 0 < self.resample_top_p <= 1:
             raise ValueError(f"resample_top_p must be in (0, 1], not {self.resample_top_p}")
 

@@ -33,7 +33,7 @@ from nabla_trl.serving.answers import (
     cut_at_stop_string,
     write_tokens,
 )
-from nabla_trl.serving.fields import ApiError
+from nabla_trl.serving.fields import ApiError, quote
 from nabla_trl.serving.monitoring import REQUEST_ID_HEADER, Metrics, Monitor
 from nabla_trl.serving.prompts import PromptEncoder
 from nabla_trl.serving.requests import (
@@ -475,11 +475,20 @@ class ChatService:
             count_bytes: called with the number of bytes of every part.
 
         Raises:
-            ApiError: the body is no JSON or too large, takes too long, or is not complete when the server stops.
+            ApiError: the body is no JSON, compressed or too large, takes too long, or is not complete when the server
+                stops.
         """
         # Browsers send other types from any web page without asking the server first (CORS).
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(400, "the content type must be application/json")
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            message = f"content encoding {quote(encoding)} is not supported: send the body without compression"
+            raise ApiError(415, message, code="unsupported_content_encoding")
+        # The server asks for the body, if the client waits for that, with the first read.
+        waits = request.headers.get("expect", "").strip().lower() == "100-continue"
+        if _read_length(request) > (MAX_BODY_BYTES if waits else MAX_DRAINED_BYTES):
+            raise make_size_error()
         reading = asyncio.ensure_future(_read_parts(request, count_bytes))
         stopping = asyncio.ensure_future(self.shutdown_began.wait())
         seconds = min(self.body_timeout, self.request_timeout)
@@ -519,6 +528,11 @@ async def _read_parts(request: Request, count_bytes: Callable[[int], None]) -> b
     if num_bytes > MAX_BODY_BYTES:
         raise make_size_error()
     return bytes(body)
+
+
+def _read_length(request: Request) -> int:
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdecimal() and len(length) < 20 else 0
 
 
 def make_size_error() -> ApiError:

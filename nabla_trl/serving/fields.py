@@ -166,7 +166,8 @@ class FieldReader:
         too_small, too_large = minimum is not None and value < minimum, maximum is not None and value > maximum
         if too_small or too_large:
             which, sign, bound = ("below minimum", ">=", minimum) if too_small else ("above maximum", "<=", maximum)
-            message = f"Invalid '{self.name(field)}': {kind} {which} value. Expected a value {sign} {bound:.15g}"
+            text = str(bound) if isinstance(bound, int) else f"{bound:.15g}"
+            message = f"Invalid '{self.name(field)}': {kind} {which} value. Expected a value {sign} {text}"
             code = f"{kind}_{'below_min' if too_small else 'above_max'}_value"
             self.refuse(field, f"{message}, but got {quote(value)} instead.", code)
         return not (too_small or too_large)

@@ -20,9 +20,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from nabla_trl.models.options import MAX_TEMPERATURE
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.config import MAX_REWARD_WEIGHT, SearchConfig
 from nabla_trl.search.options import MirrorSolver
 from nabla_trl.serving.fields import ApiError, FieldReader, TooManyMistakes, quote, shorten
 from nabla_trl.utils.identity import hash_json
@@ -32,7 +33,6 @@ MAX_TOP_LOGPROBS = 20
 MAX_CHAT_STOPS = 4  # as OpenAI
 MAX_COMPLETION_STOPS = 32  # lm-eval sends all that a task has
 MAX_STOP_CHARS = 1000
-MAX_REWARD_WEIGHT = 1e6  # β and 1/β: what is larger is no number in float32 before long
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
 # A name of OpenAI's cannot hold what looks like a control token.
 NAME_PATTERN = re.compile(r"[^\s<|\\/>]+")
@@ -335,6 +335,9 @@ def _read_common_fields(
         except ApiError as error:
             reader.errors.append(error)
     reader.refuse_unknown(supported)
+    bias = reader.fields.get("logit_bias")
+    if isinstance(bias, dict) and all(type(value) in (int, float) and value == 0 for value in bias.values()):
+        del reader.fields["logit_bias"]
     reader.refuse_other_values(neutral_values)
     for name, (kind, description) in IGNORED_FIELDS.items():
         if name in reader.fields and not isinstance(reader.fields[name], kind):
@@ -354,7 +357,7 @@ def _read_search_config(reader: FieldReader, limits: ServerLimits) -> SearchConf
     """Return the server's default configuration with the options of the request."""
     default = limits.default_config
     values: dict[str, Any] = {
-        "temperature": reader.read_number("temperature", minimum=0),
+        "temperature": reader.read_number("temperature", minimum=0, maximum=MAX_TEMPERATURE),
         "top_p": reader.read_number("top_p", above=0, maximum=1),
         "top_k": reader.read_integer("top_k", minimum=-1),
         "min_p": reader.read_number("min_p", minimum=0, below=1),

@@ -7,6 +7,7 @@ server refuses, because a search cannot honor them.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from nabla_trl.serving.service import SearchService
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "1+2"}
+JSON = (("content-type", "application/json"),)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Case:
     status: int
     param: str = ""
     method: str = "POST"
-    headers: tuple[tuple[str, str], ...] = (("content-type", "application/json"),)
+    headers: tuple[tuple[str, str], ...] = JSON
 
 
 def chat(status: int = 200, param: str = "", **fields: Any) -> Case:
@@ -112,6 +114,8 @@ AS_EXPECTED = [
     chat(priority=0),
     chat(logit_bias={}),
     chat(logit_bias=None),
+    chat(logit_bias={"5": 0, "6": 0.0}),
+    chat(temperature=1e-9),
     chat(service_tier="auto"),
     chat(service_tier="default"),
     chat(parallel_tool_calls=False),
@@ -186,6 +190,8 @@ AS_EXPECTED = [
     chat(400, "max_completion_tokens", max_completion_tokens=0),
     chat(400, "max_completion_tokens", max_completion_tokens="x"),
     chat(400, "temperature", temperature=-0.1),
+    chat(400, "temperature", temperature=1e-300),
+    chat(400, "temperature", temperature=1e300),
     chat(400, "temperature", temperature="hot"),
     chat(400, "temperature", temperature=True),
     chat(400, "temperature", temperature=[1]),
@@ -227,6 +233,7 @@ AS_EXPECTED = [
     chat(400, "response_format", response_format="text"),
     chat(400, "response_format", response_format={"type": "xml"}),
     chat(400, "logit_bias", logit_bias=[1]),
+    chat(400, "logit_bias", logit_bias={"5": False}),
     # Completions
     complete(),
     Case(COMPLETE, {"prompt": "1+2"}, 200),
@@ -279,6 +286,9 @@ AS_EXPECTED = [
     Case(CHAT, b"[" * 100_000, 400),
     Case(CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400),
     Case(CHAT, b" " * (MAX_BODY_BYTES + 1), 413),
+    Case(CHAT, gzip.compress(b"{}"), 415, headers=(*JSON, ("content-encoding", "gzip"))),
+    Case(CHAT, b"{}", 400, "messages", headers=(*JSON, ("content-encoding", "identity"))),
+    Case(CHAT, b"{}", 400, headers=(("content-type", "application/x-www-form-urlencoded"),)),
     get("/v1/models", 200),
     get(f"/v1/models/{NAME}", 200),
     get("/v1/models/other", 404),

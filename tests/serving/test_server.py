@@ -151,6 +151,15 @@ def test_pipelined_requests_are_answered_in_their_order(server) -> None:
     assert answer.index(b'"seed":1') < answer.index(b'"status":"ok"') < answer.index(b'"seed":2')
 
 
+def test_a_body_that_is_too_large_is_refused_by_its_length_and_not_asked_for(server) -> None:
+    with connect(server) as connection:
+        connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 5000000\r\n\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 413")
+    with connect(server) as connection:
+        connection.sendall(HEAD + b"Content-Length: 99999999999\r\n\r\n{")
+        assert read_all(connection).startswith(b"HTTP/1.1 413")
+
+
 def test_a_body_in_chunks_is_read(server) -> None:
     with connect(server) as connection:
         pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in BODY) + b"0\r\n\r\n"

@@ -125,7 +125,7 @@ class TokenGuard:
         if isinstance(value, str):
             return self._guard_text(value, mark)
         if isinstance(value, Mapping):
-            content = {key: self.guard(item, mark) for key, item in value.items()}
+            content = {self._guard_key(key, mark): self.guard(item, mark) for key, item in value.items()}
             if value.get("role") == "assistant" and isinstance(value.get("content"), str):
                 parts = re.split(f"({self._think_pattern.pattern})", value["content"])
                 guarded = [part if index % 2 else self._guard_text(part, mark) for index, part in enumerate(parts)]
@@ -134,6 +134,10 @@ class TokenGuard:
         if isinstance(value, list | tuple):
             return [self.guard(item, mark) for item in value]
         return value
+
+    def _guard_key(self, key: Any, mark: str) -> Any:
+        """Return a key, which a template may write as JSON, with a mark if it holds a control token."""
+        return self._guard_text(key, mark) if isinstance(key, str) and self._pattern.search(key) else key
 
     def _guard_text(self, text: str, mark: str) -> str:
         while self._pattern.search(text):  # again, for tokens that overlap
