@@ -423,12 +423,15 @@ class HttpClient:
     def __init__(self, url: str, *, timeout: float = 600.0, retries: int = 4, backoff: float = 0.5):
         if not timeout > 0 or retries < 0 or not backoff >= 0:
             raise ValueError("a client needs timeout > 0, retries >= 0 and backoff >= 0")
+        shown = hide_userinfo(url if "//" in url else f"//{url}").removeprefix("//")
         try:
             parsed = httpx2.URL(url)
         except httpx2.InvalidURL as error:
-            raise ValueError(f"{hide_userinfo(url)!r} is not a URL: {format_error(error)}") from error
+            # The reason may quote a part of the password.
+            reason = "write special characters of the password as %XX" if "@" in url else format_error(error)
+            raise ValueError(f"{shown!r} is not a URL: {reason}") from error
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"a server's URL looks like http://localhost:8000, not {hide_userinfo(url)!r}")
+            raise ValueError(f"a server's URL looks like http://localhost:8000, not {shown!r}")
         # Without user name and password, because messages and logs show it.
         self.url = str(parsed.copy_with(username=None, password=None)).rstrip("/").removesuffix("/v1")
         self.timeout, self.retries, self.backoff = timeout, retries, backoff

@@ -12,7 +12,12 @@ from typing import Any
 # Characters that change the order in which a terminal shows others (Unicode's Bidi_Control).
 _BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 # https://user:password@host. A password may hold an @ of its own, so the last one before the path counts.
-_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"<>]*@")
+_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/?#'\"<>]*@")
+# Passwords with characters that a URL should not hold, and URLs that went through a path, which has single slashes. A
+# number after the colon is a port. All lengths are bounded, so that a long text takes linear time.
+_UNQUOTED_USERINFO = re.compile(
+    r"((?:[A-Za-z][A-Za-z0-9+.-]{1,30}:[/\\]{1,2})|//)[^\s/\\?#:@\[]{0,64}:(?!\d{1,5}(?:[/?#,'\"\s]|$))\S{0,200}@"
+)
 _SI_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
 
 
@@ -75,7 +80,7 @@ def hide_userinfo(value: Any) -> Any:
     Texts that are stored, shown or sent pass through here: configurations, commands, settings, cards and errors.
     """
     if isinstance(value, str):
-        return _USERINFO.sub(r"\1***@", value)
+        return _UNQUOTED_USERINFO.sub(r"\1***@", _USERINFO.sub(r"\1***@", value))
     if isinstance(value, Mapping):
         return {key: hide_userinfo(item) for key, item in value.items()}
     return [hide_userinfo(item) for item in value] if isinstance(value, list | tuple) else value
