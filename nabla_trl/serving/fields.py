@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from nabla_trl.utils.fields import format_suggestion
+from nabla_trl.utils.formatting import make_printable
 from nabla_trl.utils.renamed import describe_new_key
 
 MAX_MISTAKES = 8  # of one request that are described
@@ -37,7 +38,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ):
         # JSON can hold half of a surrogate pair, which no answer can.
-        message = " ".join(message.encode(errors="backslashreplace").decode().split())
+        message = make_printable(" ".join(message.encode(errors="backslashreplace").decode().split()))
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
         self.body = {"error": {"message": message, "type": error_type, "param": param, "code": code}}

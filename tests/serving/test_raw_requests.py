@@ -298,6 +298,7 @@ AS_EXPECTED = [
     get(COMPLETE, 405),
     get("/v1/models", 405, "DELETE"),
     get("/v1/nothing", 404),
+    get("/v1/%0d%0a%1b[2J", 404),
     get("/", 404),
 ]
 
