@@ -625,10 +625,12 @@ def test_a_prompt_that_cannot_be_read_gives_an_error_trace(
 
 
 def test_a_prompt_that_only_the_reward_cannot_read_gives_an_error_trace(problems: list[Problem]) -> None:
-    policy = worlds.tiny_policy(tokenizer=worlds.char_tokenizer((*worlds.TOKENS, "é")))
+    # Only a template can put such a token into a prompt: in a question it stays text.
+    template = worlds.TEMPLATE.replace("{{ '<|' +", "{{ ('<é>' if m['content'] == 'f' else '') + '<|' +")
+    policy = worlds.tiny_policy(tokenizer=worlds.char_tokenizer((*worlds.TOKENS, "<é>"), template=template))
     reward = worlds.tiny_logratio(policy, tokenizer=worlds.char_tokenizer())
     run = {"policy": policy, "reward": reward, "config": _config("mirror")}
-    some = [*problems, Problem(id="bad", question="é")]
+    some = [*problems, Problem(id="bad", question="f")]
     with _logits(policy, _favour(len(worlds.TOKENS), -1000.0)):  # never draw it: the others can be read
         traces, without = run_search(some, **run), run_search(problems, **run)
     _assert_others_unaffected(some, "bad", traces, without, "bad", "no token")
