@@ -84,7 +84,9 @@ class PromptEncoder:
         # The reward writes a raw prompt as its own template says, so it gets the text alone.
         question = first.question if is_chat else self.policy.decode(ids)
         problem = replace(first, prompt_ids=tuple(ids), question=question)
-        self.reward.compute_max_new_tokens(problem, self.policy.encode(problem))
+        ids = self.policy.encode(problem)
+        if not request.only_prompt:  # which is scored by the policy alone
+            self.reward.compute_max_new_tokens(problem, ids)
         others = [make_request_problem(prompt, request.get_seed(n)).id for n in range(1, request.num_choices)]
         return [problem, *(replace(problem, id=other) for other in others)]
 

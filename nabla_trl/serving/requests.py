@@ -26,6 +26,7 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import MAX_REWARD_WEIGHT, SearchConfig
 from nabla_trl.search.options import MirrorSolver
 from nabla_trl.serving.fields import ApiError, FieldReader, TooManyMistakes, quote, shorten
+from nabla_trl.utils.files import check_depth
 from nabla_trl.utils.identity import hash_json
 
 MAX_CHOICES = 128  # answers to one request: prompts × n
@@ -33,6 +34,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_CHAT_STOPS = 4  # as OpenAI
 MAX_COMPLETION_STOPS = 32  # lm-eval sends all that a task has
 MAX_STOP_CHARS = 1000
+MAX_KEYWORD_CHARS = 2**16  # of all keywords of a chat template
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI
 # A name of OpenAI's cannot hold what looks like a control token.
 NAME_PATTERN = re.compile(r"[^\s<|\\/>]+")
@@ -224,16 +226,20 @@ def parse_json(body: bytes) -> Any:
     """Parse the body of a request.
 
     Raises:
-        ApiError: 400, the body is not valid JSON.
+        ApiError: 400, the body is not valid JSON, or nests too deeply.
     """
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        return json.loads(body, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+        value = json.loads(body, parse_constant=refuse)
+        check_depth(value)
+    except RecursionError as error:
+        raise ApiError(400, "the body is not valid JSON: it nests too deeply") from error
+    except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
+    return value
 
 
 def parse_chat_request(body: Any, limits: ServerLimits) -> SearchRequest:
@@ -451,6 +457,11 @@ def _read_template_kwargs(reader: FieldReader) -> dict[str, Any]:
         if name in TEMPLATE_PARAMETERS or name in ("messages", "eos_token", "bos_token") or not name.isidentifier():
             field = f"chat_template_kwargs.{shorten(name)}"
             reader.refuse(field, f"Invalid '{field}': it is no keyword of a chat template.")
+    if (
+        len(json.dumps(keywords)) > MAX_KEYWORD_CHARS
+    ):  # a template may write them, and its text is tokenized as a whole
+        message = f"Invalid 'chat_template_kwargs': it has more than {MAX_KEYWORD_CHARS} characters as JSON."
+        reader.refuse("chat_template_kwargs", message, "string_above_max_length")
     return keywords
 
 

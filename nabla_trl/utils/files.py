@@ -110,7 +110,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it nests too deeply") from None
     if "\\u" in text:  # JSON allows half of a surrogate pair, which no other text does
         json.dumps(value, ensure_ascii=False).encode("utf-8")
-    _check_depth(value)
+    check_depth(value)
     return value
 
 
@@ -144,8 +144,12 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return built
 
 
-def _check_depth(value: Any) -> None:
-    """Refuse a value that nests so deeply that printing, copying or comparing it could fail."""
+def check_depth(value: Any) -> None:
+    """Refuse a JSON value that nests so deeply that printing, copying or comparing it could fail.
+
+    Raises:
+        ValueError: it nests more than `MAX_DEPTH` levels.
+    """
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

@@ -376,6 +376,12 @@ def test_an_address_in_use_is_refused_before_anything_is_loaded(capsys) -> None:
     assert capsys.readouterr().err.startswith(f"error: cannot listen on 127.0.0.1, port {port}: ")
 
 
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a b", "x" * 300])
+def test_a_host_that_is_none_is_named(capsys, host: str) -> None:
+    assert main(["serve", "--policy", "/nowhere", "--reward", "/nowhere", "--host", host, "--port", "0"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot listen on {host!r}"[:60])
+
+
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn", "prometheus_client"])
 def test_a_missing_extra_is_named(capsys, monkeypatch, missing: str) -> None:
     import nabla_trl.serving

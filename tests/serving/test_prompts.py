@@ -103,6 +103,17 @@ def test_more_messages_than_tokens_are_refused_without_writing_them(encoder) -> 
     assert caught.value.body["error"]["code"] == "context_length_exceeded"
 
 
+def test_a_prompt_that_is_only_scored_need_not_fit_the_reward(encoder, monkeypatch) -> None:
+    def refuse(*args: Any) -> int:
+        raise PromptTooLong("too long for the reward")
+
+    monkeypatch.setattr(encoder.reward, "compute_max_new_tokens", refuse)
+    body = {"prompt": [5, 6, 7], "echo": True, "max_tokens": 0, "logprobs": 0}
+    assert encoder.encode(parse_completion_request(body, OFFER))[0].prompt_ids == (5, 6, 7)
+    with pytest.raises(ApiError, match="too long for the reward"):
+        encoder.encode(parse_completion_request({**body, "max_tokens": 1}, OFFER))
+
+
 def test_every_choice_is_a_problem_of_its_own(encoder) -> None:
     request = parse_completion_request({"prompt": ["1", "2"], "n": 3, "seed": 4, "max_tokens": 6}, OFFER)
     problems = encoder.encode(request)

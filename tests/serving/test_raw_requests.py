@@ -284,6 +284,8 @@ AS_EXPECTED = [
     Case(CHAT, b"\xff\xfe\xfd", 400),
     Case(CHAT, b'{"messages": NaN}', 400),
     Case(CHAT, b"[" * 100_000, 400),
+    Case(CHAT, b'{"messages": [], "chat_template_kwargs": {"a": ' + b"[" * 700 + b"]" * 700 + b"}}", 400),
+    chat(400, "chat_template_kwargs", chat_template_kwargs={"a": "b" * 70_000}),
     Case(CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400),
     Case(CHAT, b" " * (MAX_BODY_BYTES + 1), 413),
     Case(CHAT, gzip.compress(b"{}"), 415, headers=(*JSON, ("content-encoding", "gzip"))),

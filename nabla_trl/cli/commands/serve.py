@@ -206,7 +206,12 @@ def bind_socket(host: str, port: int) -> socket.socket:
     Raises:
         OSError: the address does not exist, or is in use.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise OSError(
+            f"cannot listen on {host!r}: {getattr(error, 'strerror', None) or 'it is no address'}"
+        ) from error
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
