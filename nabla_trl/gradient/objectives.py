@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nabla_trl.gradient.embeddings import embed_tokens, split_embeddings
+from nabla_trl.gradient.embeddings import embed_tokens, find_embedding_scale, split_embeddings
 from nabla_trl.gradient.relaxation import RelaxedResponse, build_mixture, build_one_hot
 from nabla_trl.models.flops import FlopCounter, ModelSize
 from nabla_trl.models.sampling import find_token_columns
@@ -171,6 +171,9 @@ class Objective(ABC):
         weight: factor of this objective in the sum.
         vocab_map: [rows of the policy's head] long, this model's id of each policy token, −1 where it has none.
         encode_prompt: maps a problem and the policy's prompt ids to this model's prompt ids.
+
+    Raises:
+        ValueError: the model does not read the vectors of tokens as it reads their ids.
     """
 
     def __init__(
@@ -182,6 +185,7 @@ class Objective(ABC):
         weight: float = 1.0,
         encode_prompt: Callable[[Problem, list[int]], list[int]],
     ):
+        find_embedding_scale(model)  # refuses a model that does not read vectors as it reads ids
         self.model, self.model_size, self.weight = model, model_size, weight
         self.vocab_map = vocab_map.to(model.device)
         self.encode_prompt = encode_prompt

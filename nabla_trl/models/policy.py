@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nabla_trl.grading.notation import THINK_OPENING
 from nabla_trl.models.chat.thinking import ThinkingFormat, decode_with_thinking
@@ -336,14 +336,32 @@ class Policy:
 
 
 def get_context_length(model: PreTrainedModel) -> int:
-    """Return the longest sequence (tokens) that the model was made for.
+    """Return the longest sequence (tokens) that the model was made for, and that is read alike in every batch.
 
     It is `UNLIMITED_CONTEXT` where the config names no length, as positions have no table (ALiBi) or there are none
     (recurrent layers).
     """
     config = model.config.get_text_config()
     lengths = [getattr(config, name, None) for name in _CONTEXT_LENGTH_NAMES]
-    return next((length for length in lengths if isinstance(length, int) and length > 0), UNLIMITED_CONTEXT)
+    longest = next((length for length in lengths if isinstance(length, int) and length > 0), UNLIMITED_CONTEXT)
+    return min([longest, *_list_uniform_lengths(config)])
+
+
+def _list_uniform_lengths(config: PreTrainedConfig) -> list[int]:
+    """Return lengths beyond which what a token reads depends on the rest of its sequence or batch."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    # A longer sequence turns all of its keys by other angles (Phi-3, Phi-4-mini), those in a cache too.
+    lengths = [
+        rope["original_max_position_embeddings"]
+        for rope in (ropes, *ropes.values())
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope"
+    ]
+    # These count places in the cache of a batch, which is at most twice as long as its longest sequence.
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4
+        lengths.append(int(config.floor_scale) // 2)
+    if isinstance(keys := getattr(config, "keep_window_size", None), int):  # Doge
+        lengths.append(keys // 2)
+    return [length for length in lengths if length]
 
 
 def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from trl import RewardTrainer
 
+from nabla_trl.gradient.embeddings import has_embeddings_per_layer
 from nabla_trl.training.trainers import FiniteLossMixin
 
 if TYPE_CHECKING:
@@ -145,11 +146,20 @@ class TokenRewardTrainer(FiniteLossMixin, RewardTrainer):
     Args:
         loss_config: relaxed inputs and gradient matching.
         kwargs: as for RewardTrainer. The dataset holds rows of `build_token_rows`.
+
+    Raises:
+        ValueError: a model that reads embeddings per layer, which a mixture of its input embeddings would leave out.
     """
 
     def __init__(self, *args: Any, loss_config: RelaxedLossConfig, **kwargs: Any):
         self.loss_config = loss_config
         super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        if has_embeddings_per_layer(model.get_base_model() if hasattr(model, "get_base_model") else model):
+            raise ValueError(
+                f"{model.config.model_type} reads embeddings of each token in every layer, and targets per token mix "
+                "the input embeddings alone: train it on pairs of responses"
+            )
         self.data_collator = TokenCollator(self.processing_class.pad_token_id, loss_config.relaxed_fraction)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:

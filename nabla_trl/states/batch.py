@@ -132,6 +132,20 @@ def read_tokens(
     Returns:
         the last hidden states [B, R, d], and the states.
     """
+    if layout.is_recurrent and input_ids.shape[1] == 1 and torch.is_grad_enabled():
+        # A step of one token writes into the states that autograd has saved. A pass over two tokens does not.
+        hidden, new_states = read_tokens(
+            model,
+            layout,
+            states,
+            input_ids.expand(-1, 2),
+            position_ids.expand(-1, 2),
+            num_tokens,
+            embeds=None if embeds is None else {name: torch.cat((x, x), dim=1) for name, x in embeds.items()},
+            return_states=return_states,
+            snapshot_every=snapshot_every,
+        )
+        return hidden[:, :1], new_states
     cache, cached_mask = stack_states(layout, states, input_ids.device)
     width, longest = cached_mask.shape[1], input_ids.shape[1]
     padding = [width - state.length for state in states]

@@ -96,6 +96,9 @@ def _find_layout(model: PreTrainedModel) -> StateLayout:
     text = model.config.get_text_config(decoder=True)
     chunk = getattr(text, "attention_chunk_size", None)
     windows = {layer.sliding_window for layer in cache_layers if hasattr(layer, "sliding_window")} - {chunk}
+    config_type = type(text)
+    if config_type.__module__.startswith("transformers.") and not hasattr(config_type, "sliding_window"):
+        windows = set()  # transformers' caches read the entry in a config whose model does not
     if len(windows) > 1:
         raise ValueError(f"{name} has sliding windows of several sizes: {', '.join(map(str, sorted(windows)))}")
     layout = StateLayout(

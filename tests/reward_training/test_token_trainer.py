@@ -16,7 +16,9 @@ import worlds
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Gemma3nTextConfig, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nPreTrainedModel
 from trl import RewardConfig
 
 from nabla_trl.reward_training.token_trainer import (
@@ -107,6 +109,35 @@ def trainer(folder: Path, model: Any, rows: Sequence[Row], **options: Any) -> To
 def prefix_score(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """The classifier's own logit of a sequence, pooled at its last token."""
     return model(input_ids=torch.tensor([list(ids)])).logits[0, 0]
+
+
+class PerLayerScorer(GenericForSequenceClassification, Gemma3nPreTrainedModel):
+    """transformers has no classifier of a Gemma with embeddings per layer yet."""
+
+    config_class = Gemma3nTextConfig
+
+
+def test_embeddings_per_layer_are_refused(tmp_path: Path) -> None:
+    config = Gemma3nTextConfig(
+        vocab_size=len(worlds.TOKENS),
+        vocab_size_per_layer_input=len(worlds.TOKENS),
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_kv_shared_layers=0,
+        head_dim=8,
+        laurel_rank=4,
+        layer_types=["full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 2,
+        num_labels=1,
+        pad_token_id=PAD,
+    )
+    model = PerLayerScorer(config)
+    with pytest.raises(ValueError, match="gemma3n_text reads embeddings of each token in every layer"):
+        trainer(tmp_path, model, some_rows())
 
 
 # --- batches ----------------------------------------------------------------------------------------------

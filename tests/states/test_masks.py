@@ -30,3 +30,11 @@ def test_a_model_with_position_biases_gets_ones_and_zeros() -> None:
     positions = torch.arange(4).expand(2, -1)
     mask = build_masks(replace(LAYOUT, mask_style="padding"), hidden, positions[:, 2:], positions, torch.float32)
     assert mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+
+
+def test_a_window_in_the_config_of_a_model_that_has_none() -> None:
+    """transformers' caches would cut such a model's keys and values. Its own forward attends to all of them."""
+    model = worlds.tiny_model()
+    model.config.sliding_window = 2
+    layout = get_layout(model)
+    assert layout.window is None and layout.chunk is None

@@ -8,6 +8,7 @@ import json
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,6 +258,35 @@ def test_context_lengths_by_other_names() -> None:
     assert get_context_length(transformers.MptForCausalLM(mpt)) == 48
     assert get_context_length(transformers.BloomForCausalLM(bloom)) == UNLIMITED_CONTEXT
     assert get_context_length(worlds.tiny_model("gpt2", context=96)) == 96
+
+
+SHORT_FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "length"),
+    [
+        (
+            "phi3",
+            {
+                "max_position_embeddings": 256,
+                "original_max_position_embeddings": 64,
+                "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **SHORT_FACTORS},
+            },
+            64,
+        ),
+        ("llama4_text", {"max_position_embeddings": 256, "floor_scale": 64}, 32),
+        ("llama4_text", {"max_position_embeddings": 256, "floor_scale": 64, "attn_temperature_tuning": False}, 256),
+        ("doge", {"max_position_embeddings": 256, "keep_window_size": 64}, 32),
+        ("doge", {"max_position_embeddings": 16, "keep_window_size": 64}, 16),
+    ],
+)
+def test_contexts_end_where_a_token_would_depend_on_the_rest_of_the_batch(
+    family: str, options: dict[str, Any], length: int
+) -> None:
+    size = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(family, **size, **options)
+    assert get_context_length(SimpleNamespace(config=config)) == length  # type: ignore[arg-type]
 
 
 ALIBI: dict[str, Any] = {
