@@ -64,7 +64,7 @@ _CHOICE_WITH_VALUE = re.compile(r"(?:\\text\s?\{\s?)?\(?([A-J])(?:\)|[.:](?=\s))
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{(.*)\}", re.DOTALL)
 _SPACE_AT_SYMBOL = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 _YES_OR_NO = re.compile(r"(yes|no|true|false)(?=[,.;:]|$)", re.IGNORECASE)
-_LETTER_AS_UNIT = re.compile(r"([-+]?[\d.,]*\d) ?(?:m|s|g|h|L|l|d|k|K|N|J|W|V|A|C|F)", re.ASCII)
+_LETTER_AS_UNIT = re.compile(r"([-+]?[\d.,]*\d)(?: ?[msghLl]| [KNJWVACF])", re.ASCII)
 _MATH_WORDS = frozenset({"infinity", "inf", "pi", "and", "or", "exp", "sin", "cos", "tan", "log"})
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 
 from nabla_trl.grading.formulas import Span, find_bare_formulas, find_formulas, join_spans
-from nabla_trl.grading.notation import normalize_think_tags, rewrite_symbols, trim_answer
+from nabla_trl.grading.notation import (
+    join_thousands,
+    normalize_think_tags,
+    rewrite_modulus,
+    rewrite_symbols,
+    trim_answer,
+)
 
 _THINK_TAG = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
 _THINK_OPEN = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
@@ -18,6 +24,13 @@ _HASHES_LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)$", re.MULTILINE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w))")
 # Text that joins boxes to one answer: spacing, "and", "or" or a comma, with a few words before and a name behind.
 _MAX_BOX_GAP = 70
+_ITEM = r"(?:[A-Za-z]\s?=\s?)?-?\d+(?:\.\d+)?(?:/\d+)?"
+_LIST_AT_END = re.compile(
+    rf"(?<![-+*/^=<>(\[{{.,\\]\s)(?<![-+*/^=<>(\[{{\w.,\\])({_ITEM}(?:(?:,\s(?:and\s|or\s)?|\s(?:and|or)\s){_ITEM})+)"
+    r"[.\s*]*\Z",
+    re.ASCII,
+)
+_MAX_LIST_LENGTH = 200
 _SPACING = re.compile(r"\\[,;:! ()\[\]]|\\q?quad(?![A-Za-z])|[~$]|\\text\s*\{([^{}]*)\}")
 _NAME_BEFORE_BOX = re.compile(r"\s*\b[A-Za-z](?:_\{?\w+\}?)?\s*(?:=|:|\bis)\s*$")
 _BOX_JOINER = re.compile(r"\s*[,;]?\s*(?:(?:[a-z()]+\s){0,5}(?:and|or|&))?\s*")
@@ -26,11 +39,11 @@ _CORRECTION = re.compile(
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # Thousands commas, or a decimal comma: "2,74" is a number or a list of two, and the gold answer tells which.
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+,\d{1,2}(?!,?\d)|\d+)(?:\.\d+)?|\.\d+"
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+,\d{1,2}(?!,?\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|\.\d+"
 _CURRENCY = r"(?:\\?[$£€]\s?)"
 _NUMBER = (
     rf"(?P<sign>(?<![\w)\]}}])[-+])?(?:{_CURRENCY}(?P<inner>[-+])?)?"
-    rf"(?P<body>\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|\d+\s?/\s?\d+(?!\s?/)|{_DIGITS})"
+    rf"(?P<body>\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|(?:\d{{1,3}} (?=\d+/))?\d+\s?/\s?\d+(?!\s?/)|{_DIGITS})"
     r"(?!\d)(?!(?:st|nd|rd|th)\b)(?P<percent>\s?\\?%|\s+percent\b)?"
 )
 # Not inside a word (CO2), a decimal (3.14), an exponent (x^2) or a subscript. ASCII, because 共18个 is not a word.
@@ -41,24 +54,43 @@ _HASHES_LAST_LINE = re.compile(r"####[ \t]*(?P<answer>[^\s#][^\n#]*)$")
 # "…;#8", only at the start of a line or of a step, so that "door #3" and Markdown headings do not match.
 _HASH_NUMBER = re.compile(rf"(?:^|[;\n])[ \t]*#[ \t]*(?P<answer>{_NUMBER})[ \t]*(?=[;\n]|$)")
 _ANSWER_PHRASE = re.compile(
-    r"\banswers?\b(?:\s+[^\s.,:;=?!]+){0,8}?[\s*_]*(?:\b(?:is|are|was|be|equals)\b|:|=)[\s:*_]*"
+    r"\b(?:answers?|(?:correct|right|best) (?:option|choice))\b"
+    r"(?:\s+[^\s.,:;=?!]+){0,8}?[\s*_]*(?:\b(?:is|are|was|be|equals)\b|:|=)[\s:*_]*"
     r"|^[#*_ \t]*(?:the )?(?:final )?answer[*_ \t]*\n[\s*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
-_SENTENCE_END = re.compile(r"(?<=[^\s.\\])[.!?](?=\s|$)|\s+I hope\b")
+_SENTENCE_END = re.compile(r"(?<=[^\s.\\])[.!?](?=\s|$)|\s+I hope\b|,?\s+(?:not|rather than|instead of)\b")
 # "18 because …" and "18 eggs a day", but neither "3 and 5" nor "2 pi".
 _LEADING_NUMBER = re.compile(rf"{_NUMBER}(?=,?\s+(?:a\b|\(|(?!(?:and|or|pi|sqrt)\b)[A-Za-z]{{2}}))")
 _NOT_ONE_VALUE = re.compile(r",\s|\b(?:and|or)\b|\d[A-Za-z]|\^")  # "3, 5", "2x + 3y = 0"
+_TIMES_POWER = re.compile(r"(?<=\d)\s?x\s?(?=10\s?\^)")
+# "The answer is not 5." says what the answer is not, unless the sentence goes on to say what it is.
+_DENIED = re.compile(
+    r"\banswers?\b(?:\s+[^\s.,:;=?!]+){0,4}?\s+"
+    r"(?:(?:is|are|was|were|can|could|should|would)(?:n't|\s+(?:[a-z]+ly\s+)?(?:not|never))|cannot|can't)\b(?: be)?"
+    r"(?!(?:[^.!?\n]|\.(?=\d)){0,200}(?:\b(?:but|rather|instead|is|are|it's|equals|only|just)\b|[:;=$\\]))"
+    r"(?:[^.!?\n]|\.(?=\d)){0,200}",
+    re.IGNORECASE,
+)
+_BOUNDED = re.compile(
+    r"(?:(?:strictly |always |exactly )?(?:less|more|greater|fewer|larger|smaller) than"
+    r"|at (?:most|least)|between|no (?:more|less) than"
+    r"|up to|under|over|above|below)\s.{1,60}|[-+]?[\d.,]+ or (?:more|less|fewer|greater|above|below)"
+)
+_MAX_WORDS, _MAX_WORDS_LENGTH = 3, 40  # "I do not know" is longer
+_UNFINISHED = re.compile(r"\b(?:answers?|so|thus|hence)\b|\b(?:is|are|the|an?)$", re.IGNORECASE)  # "The answer is"
+_ONLY_WORDS = re.compile(r"(?:[^\W\d_]|[\u0300-\u036f\u0900-\u0dff\u0e00-\u0e7f'’ -])+")
 _MAX_PHRASES, _MAX_SENTENCE = 20, 2000  # what is looked at, so that repeated phrases take no quadratic time
 _VERB_BEFORE = re.compile(r"(?:\b(?:is|are|was|be|equals|gives|becomes)|[:=])[\s*_]*$")
 _MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)[a-z]*\.?"
 _LITERAL = re.compile(
     r"(?<![\w:.,/-])(?:\d{1,2}:\d{2}(?::\d{2})?(?:\s?[AaPp]\.?[Mm]\b\.?)?|\d+(?::\d+)+|\d{4}-\d{2}-\d{2}"
+    r"|(?<=ratio is )\d+ to \d+(?: to \d+)*"
     rf"|{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?(?:,? \d{{4}})?"
     rf"|\d{{1,2}}(?:st|nd|rd|th)? {_MONTH}(?:,? \d{{4}})?)(?![\w:/-])",
     re.ASCII,
 )
-_LITERAL_HINT = re.compile(rf"\d[:-]\d|{_MONTH} \d|\d[a-z]* {_MONTH}")
+_LITERAL_HINT = re.compile(rf"\d[:-]\d|ratio is \d|{_MONTH} \d|\d[a-z]* {_MONTH}")
 _LABEL_BEFORE = re.compile(r"(?:^|\n)[A-Z][a-z]+ $")  # "Week 3:210 pages"
 _SPACED_NUMBER = re.compile(r"[-+]?[1-9]\d{0,2}(?: \d{3})+(?:\.\d+)?", re.ASCII)
 _SUBSCRIPT = re.compile(r"_\s?(?:\{[^{}]*\}|\w)")
@@ -89,12 +121,23 @@ def extract_answer(text: str) -> str | None:
 
     The time is linear in the length of the text.
     """
-    text = _strip_thinking(text).replace("−", "-")
-    box, text = _extract_last_boxes(text)
+    whole = _strip_thinking(text).replace("−", "-")
+    box, text = _extract_last_boxes(whole)
+    is_whole = len(text) == len(whole)  # no box was cut off
     if answer := box or _extract_after_hashes(text):
         return answer
-    text = rewrite_symbols(text)
-    return _extract_after_phrase(text) or _extract_last_value(text)
+    text = rewrite_modulus(_TIMES_POWER.sub(r" \\times ", join_thousands(rewrite_symbols(text))))
+    text = _DENIED.sub("", text)
+    return _extract_after_phrase(text) or _extract_last_value(text) or (_read_words(text) if is_whole else None)
+
+
+def _read_words(text: str) -> str | None:
+    """Return a response that is nothing but a few words, such as "Paris" or "red and blue"."""
+    answer = trim_answer(text)
+    is_short = len(answer) <= _MAX_WORDS_LENGTH and len(answer.split()) <= _MAX_WORDS
+    if not is_short or not _ONLY_WORDS.fullmatch(answer) or _UNFINISHED.search(answer):
+        return None
+    return answer
 
 
 def extract_strict_answer(text: str, answer_format: str) -> str | None:
@@ -209,6 +252,10 @@ def _extract_after_phrase(text: str) -> str | None:
 
 def _extract_from_sentence(text: str) -> str | None:
     """Return the answer after "the answer is": a formula, a number with its unit, or a few words."""
+    text = text.removeprefix("either ")
+    sentence = trim_answer(_SENTENCE_END.split(text.split("\n", 1)[0], maxsplit=1)[0])
+    if _BOUNDED.fullmatch(sentence):  # "at most 5" is not 5
+        return sentence
     formulas = join_spans(text, find_formulas(text))
     if formulas and formulas[0].start == 0 and (formulas[0].text is None or has_value(formulas[0].text)):
         return _read_formula(formulas[0])
@@ -270,7 +317,7 @@ def _extract_last_value(text: str) -> str | None:
 
 def _find_last_value(text: str, begin: int, end: int, formulas: list[Span]) -> Span | None:
     """Return the last formula, literal or number of a part of a text in which the formulas are known."""
-    literals = _find_literals(text, begin, end, formulas)
+    literals = [*_find_literals(text, begin, end, formulas), *_find_list_at_end(text, begin, end, formulas)]
     bare, position = [], begin
     for formula in [*formulas, Span(end, end, None)]:
         bare += find_bare_formulas(text, position, formula.start)
@@ -292,6 +339,12 @@ def _find_literals(text: str, begin: int, end: int, taken: list[Span]) -> list[S
         if not _LABEL_BEFORE.search(text[max(0, match.start() - 20) : match.start()])
     ]
     return _outside(found, taken)
+
+
+def _find_list_at_end(text: str, begin: int, end: int, taken: list[Span]) -> list[Span]:
+    """Return the list of numbers at the end of a line, as in "The roots are 5 and 6." or "x = 5, y = 7"."""
+    match = _LIST_AT_END.search(text, max(begin, end - _MAX_LIST_LENGTH), end)
+    return _outside([Span(match.start(), match.end(1), match[1])], taken) if match else []
 
 
 def _find_numbers(text: str, begin: int, end: int, taken: list[Span]) -> list[Span]:
@@ -340,4 +393,4 @@ def _read_formula(span: Span) -> str | None:
 
 def _format_number(match: re.Match[str]) -> str:
     sign = "-" if "-" in (match["sign"], match["inner"]) else ""
-    return sign + match["body"].replace(" ", "") + ("%" if match["percent"] else "")
+    return sign + re.sub(r" (?=/)|(?<=/) ", "", match["body"]) + ("%" if match["percent"] else "")

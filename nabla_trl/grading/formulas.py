@@ -97,23 +97,27 @@ _FUNCTIONS = r"(?:sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![A-Za-z])"
 _TOKEN = re.compile(
     r"(?P<command>\\text[a-z]*\s?\{[^{}\n]{0,80}\}|\\[A-Za-z]{2,}|\\[{},;!:%])"
     r"|(?P<number>\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
-    rf"|(?P<function>{_FUNCTIONS})"
+    rf"|(?P<function>{_FUNCTIONS}|mod(?![A-Za-z]))"
     r"|(?P<letter>[A-Za-z](?![\w']))"
     r"|(?P<word>[^\W\d_][\w'’]*)"
     r"|(?P<operator>[-+*/^_=<>!|%]+)"
-    r"|(?P<open>[(\[{])|(?P<close>[)\]}])|(?P<comma>,)|(?P<space>[ \t]+)|(?P<other>.|\n)",
+    r"|(?P<open>[(\[{])|(?P<close>[)\]}])|(?P<comma>[,;])|(?P<space>[ \t]+)|(?P<other>.|\n)",
     re.DOTALL,
 )
 _JOINING = frozenset({"operator", "open", "command", "function"})
 _JOINED = frozenset({"operator", "close", "command", "function"})
 _VALUE_COMMAND = re.compile(r"\\(?!text|left|right|big|quad|qquad|boxed|begin|end|item|section)[A-Za-z]{2,}")
-_TUPLE = re.compile(r"(?:\\\{|[(\[{])[^()\[\]{}]*\d[^()\[\]{}]*,.*(?:\\\}|[)\]}])", re.DOTALL)
+_TUPLE = re.compile(r"(?:\\\{|[(\[{])[^()\[\]{}]*\d[^()\[\]{}]*[,;].*(?:\\\}|[)\]}])", re.DOTALL)
 _PRODUCT = re.compile(rf"\d(?:[A-Za-z](?<![mgshklLKDkMB])|{_FUNCTIONS})|\bsqrt|\d\*?\(|\)\(|\d\s?pi\b")
 _SUM = re.compile(r"[A-Za-z]\s?[-+*/]\s?[\dA-Za-z(]|\d\s?[-+*/]\s?[A-Za-z]")
 _RELATION = re.compile(r"[<>]|!=")
 # What every formula has, so that most prose is not split into tokens.
 _HINT = re.compile(r"[\\^(\[{<>]|!=|\d(?:[A-Za-z]|\s?pi\b)|\bsqrt|\b[A-Za-z]\s?[-+*/]|\d\s?[-+*/]\s?[A-Za-z]\b")
-_NUMBER_AT_END = re.compile(r"(?<![<>!\\])=\s*[-+]?[\d.,]*\d[A-Za-z]{0,3}$")
+# Letters behind the number are units that are no usual variables: "= 5cm", but not "= 2x".
+_NUMBER_AT_END = re.compile(
+    r"(?<![<>!\\])=\s*[-+]?[\d.,]*\d(?:[mcdk]?m|k?g|mg|m?s|h|hrs?|min|m?[lL]|ft|in|yd|mi|lbs?|oz|kW|[Jj]pm|mph)?$"
+)
+_EQUATION = re.compile(r"[A-Za-z]\s?=\s?[-+]?[\d.,]*\d[A-Za-z]")
 _EDGES = " \t*_|!:.,"
 _WITH_SQUARE_UNIT = re.compile(r"[-+]?[\d.,]+(?:[mcdk]?m|ft|in|yd|mi|s)\^\{?[23]\}?")
 _UNIT_BEFORE = re.compile(r"\d\s*[A-Za-z]{0,3}$")
@@ -200,6 +204,7 @@ def _is_formula(run: str, text: str, start: int) -> bool:
     has_letter = any(map(str.isalpha, run))
     return bool(
         _VALUE_COMMAND.search(run)
+        or _EQUATION.fullmatch(run)
         or ("^" in run and run[-1] != "^")
         or _TUPLE.fullmatch(run)
         or (_RELATION.search(run) and has_letter)

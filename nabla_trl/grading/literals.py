@@ -29,7 +29,8 @@ _DECIMAL_COMMA = re.compile(r"([-+]?)(\d+),(\d{1,2}|\d{4,})", re.ASCII)
 _FRACTION = re.compile(
     rf"([-+]?)\s?(?:(\d+)\s?)?\\frac\s?{_BRACED}\s?{_BRACED}|([-+]?)(?:(\d+) )?(\d+)\s?/\s?([-+]?\d+)", re.ASCII
 )
-_IN_PARENTHESES = re.compile(r"\(([^()]*)\)")
+_IN_PARENTHESES = re.compile(r"\(([^(),]*)\)")  # without a comma: (1,234) is a pair
+_REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s?(?:\{\s?(\d+)\s?\}|(\d))", re.ASCII)
 _TEXT_WRAPPER = re.compile(r"\\text\s?\{([^{}]*)\}")
 
 
@@ -48,7 +49,7 @@ class Number(NamedTuple):
 
 @lru_cache(maxsize=1 << 16)
 def parse_number(text: str) -> Number | None:
-    r"""Return the exact value of `12`, `1,234.5`, `2.5e4`, `2 \times 10^{3}`, `3/4`, `\frac34`, `2\frac12` or `25%`.
+    r"""Return the exact value of `1,234.5`, `2 \times 10^{3}`, `\frac34`, `2\frac12`, `25%` or `0.\overline{3}`.
 
     Args:
         text: a normalized answer.
@@ -76,6 +77,11 @@ def parse_number(text: str) -> Number | None:
         return Number(Fraction(10) ** exponent * (-1 if match[1] == "-" else 1), False, is_percent)
     if match := _FRACTION.fullmatch(text):
         return _read_fraction(match, is_percent)
+    if match := _REPEATING.fullmatch(text):
+        cycle = match[4] or match[5]
+        repeated = Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(match[3]))
+        value = Fraction(f"{match[2] or 0}.{match[3] or 0}") + repeated
+        return Number(-value if match[1] == "-" else value, False, is_percent)
     return None
 
 
@@ -212,7 +218,7 @@ _ISO_DATE = re.compile(r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})", re.ASCII)
 _SHORT_DATE = re.compile(r"(\d{1,2})([-/.])(\d{1,2})\2(\d{4})", re.ASCII)
 _MONTH_FIRST = re.compile(rf"{_MONTH}\s(\d{{1,2}})(?:st|nd|rd|th)?(?:,?\s(\d{{4}}))?", re.ASCII)
 _DAY_FIRST = re.compile(rf"(\d{{1,2}})(?:st|nd|rd|th)?\s(?:of\s)?{_MONTH}(?:,?\s(\d{{4}}))?", re.ASCII)
-_BASE_SUBSCRIPT = r"\s?_\s?\{?\s?(?:\\text\s?\{\s?)?([a-z]+|\d{1,2})\s?\}*"
+_BASE_SUBSCRIPT = r"\s?_\s?\{?\s?\(?(?:\\text\s?\{\s?)?([a-z]+|\d{1,2})\)?\s?\}*"
 _IN_BASE = re.compile(
     r"([-+]?)(\d[\dA-F]*(?:\.[\dA-F]+)?|[A-F][\dA-F]+|\([\dA-F]+\))"
     rf"(?:{_BASE_SUBSCRIPT}|\s(?:in\s)?base[ -]([a-z]+|\d{{1,2}}))",

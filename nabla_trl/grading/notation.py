@@ -12,7 +12,7 @@ _LAYOUT = " \t\r\n*_`~\u00a0"  # space and Markdown emphasis around an answer
 _DASHES = dict.fromkeys(map(ord, "−–—‒―﹣"), "-")
 _SYMBOLS = {
     **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/", "±": r"\pm ", "∓": r"\mp "},
-    **{"≤": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx "},
+    **{"≡": r"\equiv ", "≤": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx "},
     **{"∞": r"\infty ", "∅": r"\emptyset ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∖": r"\setminus "},
     **{"⇒": r"\implies ", "→": r"\to ", "⇔": r"\iff ", "∠": r"\angle ", "∥": r"\parallel ", "⊥": r"\perp "},
     **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
@@ -67,6 +67,9 @@ _COMMAND = re.compile(r"\\\\|\\(left|right)\s*\.|\\([A-Za-z]+)(\s*)|\\([,;:!>~ ]
 # "4\,200", "4 200" with a space that does not break, and "4{,}200", which becomes "4,200".
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;: ]|[~\u00a0\u2009\u202f])\s?\d{3})+(?!\d)", re.ASCII)
 _SPACED_NUMBER = re.compile(r"[-+]?[1-9]\d{0,2}(?: \d{3})+(?:\.\d+)?", re.ASCII)
+_ASCII_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])(?: (?=[a-z\d/+*-]))?")
+_ASCII_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s?(?:(\d+(?:\.\d+)?)|\(([^()]{1,200})\))")
+_MODULUS = re.compile(r"\(\s?\\?(?:mod|bmod)\s+([^()\s]{1,20})\s?\)|\\pmod\s?(\w)")
 _WRAPPED_LETTER = re.compile(r"\\text\s?\{\s?([A-Za-z])\s?\}")
 _DEGREES = re.compile(r"\^\s?\{?\s?\\circ\s?\}?")
 _PERCENT = re.compile(r"\s?(?:\\?%|\\text\s?\{\s?(?:percent(?:age)?|pct)\s?\}|\b(?:percent(?:age)?|pct)\b)")
@@ -90,13 +93,25 @@ def normalize_answer(answer: str) -> str:
     text = trim_answer(rewrite_symbols(answer))
     text = re.sub(r"(?<!\\)\\[()\[\]]", "", re.sub(r"\\?[$£€¥]", "", text))
     text = _rewrite_commands(text)
-    text = _PERCENT.sub("%", text)
+    text = _ASCII_ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", _ASCII_PI.sub(r"\\pi ", text))
+    text = _PERCENT.sub("%", rewrite_modulus(text))
     text = re.sub(r"\^\\circ\s?", r"^\\circ ", _DEGREES.sub(r"^\\circ ", text))
     text = trim_answer(" ".join(text.split())).rstrip("\\ ")
     if _SPACED_NUMBER.fullmatch(text):
         text = text.replace(" ", "")
+    text = re.sub(r"^=\s?(?=[^=\s])", "", text)
     text = re.sub(r"^\+\s?(?=[\d.])", "", text)
     return re.sub(r"(?<=\d)\.$", "", text)
+
+
+def join_thousands(text: str) -> str:
+    r"""Return a text in which `4\,200`, `4{,}200` and 4 200 with a space that does not break are 4200."""
+    return _SPACED_THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text.replace("{,}", ","))
+
+
+def rewrite_modulus(text: str) -> str:
+    r"""Write `(mod 5)` and `\pmod 5` as `\pmod{5}`."""
+    return _MODULUS.sub(lambda match: rf"\pmod{{{match[1] or match[2]}}}", text)
 
 
 def rewrite_symbols(text: str) -> str:
@@ -120,8 +135,7 @@ def _rewrite_vulgar_fraction(match: re.Match[str]) -> str:
 def _rewrite_commands(text: str) -> str:
     if "\\" not in text and "~" not in text and "{,}" not in text:
         return text
-    text = re.sub(r",\\!\s*(?=\d{3})", ",", text)
-    text = _SPACED_THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    text = join_thousands(re.sub(r",\\!\s*(?=\d{3})", ",", text))
     text = _COMMAND.sub(_rewrite_command, text)
     if not _WRAPPED_LETTER.fullmatch(text.strip()):
         text = _WRAPPED_LETTER.sub(r" \1 ", text)

@@ -12,9 +12,13 @@ _TOKEN = re.compile(
     r"\\text\s?\{\s?,?\s?(?:and|or|,)\s?\}|\\[{}]|\\\\|\\[A-Za-z]+|[()\[\]{}|,;]|\b(?:and|or)\b|[^\\()\[\]{}|,;]"
 )
 _IN_ORDER = re.compile(
-    r",?\s?(?:\(\s?(?:in (?:that|this) order|in order|respectively)\s?\)|in (?:that|this) order|respectively)$"
+    r"(?:,\s?)?(?:\\text\s?\{)?\s?,?\s?(?:\(\s?)?(?:in (?:that|this|the given) order|in order|respectively)"
+    r"(?:\s?\))?\s?\}?$"
 )
 _MEMBER = re.compile(r"[A-Za-z]\s?\\in\s?(.+)")
+_LIST_IN_TEXT = re.compile(r"\\text\s?\{([^{},]*,[^{}]*)\}")  # \text{Alice, Bob}
+_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
+_UNARY_PLUS = re.compile(r"(^|[=({]\s?)\+\s?")
 _NAMED = re.compile(r"(\S[^=<>]{0,40}?)\s?=\s?([^=<>]+)")
 _VECTOR = re.compile(r"\\begin\{([pb]?)matrix\}(.+)\\end\{\1matrix\}")
 _RELATION = re.compile(r"(\\leq|\\geq|<=|>=|<|>)(?![A-Za-z])")
@@ -40,7 +44,7 @@ def split_parts(text: str) -> Parts:
 
     Commas between groups of three digits belong to the number, if the list has other separators.
     """
-    if match := _MEMBER.fullmatch(text):
+    if match := _MEMBER.fullmatch(text) or _LIST_IN_TEXT.fullmatch(text):
         text = match[1]
     if in_order := _IN_ORDER.search(text):
         text = text[: in_order.start()].rstrip(", ")
@@ -51,6 +55,8 @@ def split_parts(text: str) -> Parts:
     if brackets == r"\{\}" and re.search(r"\\mid\b|[|:]", inner):  # a set by its property
         return Parts("", [text])
     parts = _split(inner)
+    if brackets in ("", r"\{\}"):
+        parts = [value for part in parts for value in _expand_signs(part)]
     if len(parts) < 2 and brackets != r"\{\}":
         return Parts("", [text], bool(in_order))
     return Parts(brackets.replace("{}", "") if brackets == "{}" else brackets, parts, bool(in_order))
@@ -93,6 +99,17 @@ def _split(text: str) -> list[str]:
     bounds = [(0, 0), *((start, end) for _, start, end in separators), (len(text), len(text))]
     parts = [text[end:start].strip() for (_, end), (start, _) in itertools.pairwise(bounds)]
     return [part for part in parts if part]
+
+
+def _expand_signs(part: str) -> list[str]:
+    r"""Return both values of a part with one `\pm`, and the part itself if it has none or several."""
+    names = _PLUS_MINUS.findall(part)
+    if not names or len(names) != len(set(names)):
+        return [part]
+    upper, lower = {"pm": "+", "mp": "-"}, {"pm": "-", "mp": "+"}
+    pieces = _PLUS_MINUS.split(part)  # text, name of a sign, text, …
+    values = ("".join(signs.get(piece, piece) for piece in pieces) for signs in (upper, lower))
+    return [_UNARY_PLUS.sub(r"\1", value).strip() for value in values]
 
 
 def _is_thousands_comma(text: str, comma: int) -> bool:

@@ -75,7 +75,7 @@ _MONEY = re.compile(r"([-+]?)\s?\\?([$€£])\s?([-+]?[\d.,]*\d)|([-+]?[\d.,]*\d
 # A value, then letters that no operator joins to it. The last group is a power, as in cm^2.
 _ENDS_IN_TEXT = re.compile(r"(.*?[^\s\\])\s?((?:\\text\s?\{[^{}]*\}\s?)+)(?:\^\s?\{?\s?([23])\s?\}?)?")
 _ENDS_IN_WORDS = re.compile(
-    r"(.*?[\d}\)%])\s?((?<=\s)[A-Za-z][A-Za-z./]*|[A-Za-z]{2,}[A-Za-z/]*)((?:\s[A-Za-z][A-Za-z./]*)*)"
+    r"(.*?(?:[\d}\)%]|\\pi))\s?((?<=\s)[A-Za-z][A-Za-z./]*|[A-Za-z]{2,}[A-Za-z/]*)((?:\s[A-Za-z][A-Za-z./]*)*)"
     r"(?:\^\s?\{?\s?([23])\s?\}?)?"
 )
 _ENDS_IN_DEGREES = re.compile(r"(.+?)\s?\^\s?\{?\\circ\s?\}?\s?([CFK]?)")

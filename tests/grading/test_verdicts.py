@@ -1,6 +1,7 @@
 r"""Verdicts as a human grader of a contest would give them, for answers and golds of many kinds."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -698,3 +699,32 @@ def test_whole_responses_are_judged_as_a_human_would(checker: AnswerChecker) -> 
     judged = zip(RESPONSES, results, strict=True)
     wrong = [(case, extract_answer(case[1]), result.value) for case, result in judged if result.is_correct != case[2]]
     assert wrong == []
+
+
+@pytest.mark.parametrize("name", ["answers", "responses"])
+def test_tables_of_verdicts(checker: AnswerChecker, name: str) -> None:
+    """Each line of a table is a gold answer, an answer or a response (⏎ is a line break), and "right" or "wrong"."""
+    lines = (Path(__file__).parent / f"verdicts_of_{name}.txt").read_text(encoding="utf-8").splitlines()[1:]
+    cases = [line.replace("⏎", "\n").split(" || ") for line in lines]
+    box = (lambda text: rf"\boxed{{{text}}}") if name == "answers" else str
+    results = checker.check([(extract_answer(box(text)), gold) for gold, text, _ in cases])
+    wrong = [case for case, result in zip(cases, results, strict=True) if result.is_correct != (case[2] == "right")]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("The answer is not 5.", None),
+        ("The answer isn't obvious. We compute 2+3=5.", "5"),
+        ("The answer is at most 5.", "at most 5"),
+        ("José", "José"),
+        ("Sorry, I do not know", None),
+        ("So the answer is", None),
+        ("It is \\boxed{5", None),
+        ("In 2019, 18 students came.", "18"),
+        ("The roots are 5, 6, and 7.", "5, 6, and 7"),
+    ],
+)
+def test_what_a_response_says(response: str, answer: str | None) -> None:
+    assert extract_answer(response) == answer
