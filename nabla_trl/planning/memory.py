@@ -89,8 +89,9 @@ def measure_shape(name: str, *, tuning: str, dtype: str, lora: LoraArguments) ->
     layers = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
     largest = max([count_params(layer) for layer in layers] + [model.get_input_embeddings().weight.numel()])
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_heads = getattr(config, "num_attention_heads", 0)  # none where all layers are recurrent
+    heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(num_heads, 1)
     adapter_params = 0
     if tuning != "full":
         from peft import get_peft_model
@@ -101,6 +102,10 @@ def measure_shape(name: str, *, tuning: str, dtype: str, lora: LoraArguments) ->
         trained = trained.get_base_model()
     else:
         trained = model
+    try:
+        saved_bytes = _measure_saved_bytes(trained)
+    except RuntimeError:  # PEFT's adapters of expert weights do not run on the meta device: as much as full weights
+        saved_bytes = _measure_saved_bytes(build_empty_model(name, dtype=dtype))
     item_size = DTYPES[dtype].itemsize
     return ModelShape(
         size=size,
@@ -109,7 +114,7 @@ def measure_shape(name: str, *, tuning: str, dtype: str, lora: LoraArguments) ->
         largest_layer=largest,
         vocab_size=model.get_output_embeddings().weight.shape[0],
         num_layers=config.num_hidden_layers,
-        saved_bytes=_measure_saved_bytes(trained),
+        saved_bytes=saved_bytes,
         layer_input_bytes=config.hidden_size * item_size,
         kv_bytes=2 * config.num_hidden_layers * heads * head_dim * item_size,
     )
@@ -141,7 +146,10 @@ def _measure_saved_bytes(model: Any) -> float:
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, _PROBE_TOKENS, _PROBE_TOKENS, dtype=model.dtype, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        try:
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        except ValueError:  # position biases are computed from a mask of ones and zeros, before the first layer
+            model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return sum(storages.values()) / _PROBE_TOKENS
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import worlds
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nabla_trl.cli.main import main
 from nabla_trl.models.loading import load_policy
@@ -55,6 +55,25 @@ def test_activations_are_what_autograd_saves(architecture: str, bases: dict[str,
         model.base_model(input_ids=torch.zeros(2, 50, dtype=torch.long), use_cache=False)
     shape = measure_shape(bases[architecture], tuning="full", dtype="float32", lora=LORA)
     assert shape.saved_bytes == pytest.approx(sum(storages.values()) / 100, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "kv_bytes"),
+    [
+        ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "expand": 2, "n_groups": 1}, 0),
+        ("bloom", {"n_head": 4, "n_layer": 2}, 2 * 2 * 32 * 2),
+        ("mixtral", {"num_local_experts": 4, "intermediate_size": 64, "head_dim": 8}, 2 * 2 * 2 * 8 * 2),
+    ],
+)
+def test_layers_of_other_kinds(family: str, options: dict[str, Any], kv_bytes: int, tmp_path: Path) -> None:
+    """Without attention, with position biases, and with expert weights that PEFT does not adapt without data."""
+    size = {"vocab_size": 27, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": None}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2} if family == "mixtral" else {}
+    AutoConfig.for_model(family, **size, **heads, **options).save_pretrained(tmp_path)
+    tuning = "full" if family == "mamba2" else "lora"  # PEFT refuses the default modules of Mamba
+    shape = measure_shape(str(tmp_path), tuning=tuning, dtype="bfloat16", lora=LoraArguments())
+    assert shape.kv_bytes == kv_bytes and shape.saved_bytes > 0
+    assert (shape.adapter_params > 0) == (tuning == "lora")
 
 
 def test_sharding_divides_what_is_trained(bases: dict[str, str]) -> None:
