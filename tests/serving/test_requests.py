@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
 from typing import Any
 
 import pytest
@@ -11,6 +14,11 @@ from chat_server import CONFIG, NAME, OFFER
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.serving.fields import ApiError
 from nabla_trl.serving.requests import (
+    CHAT_FIELDS,
+    CHAT_NEUTRAL_VALUES,
+    COMMON_FIELDS,
+    COMPLETION_FIELDS,
+    IGNORED_FIELDS,
     SearchRequest,
     ServerLimits,
     estimate_flops_bound,
@@ -377,3 +385,50 @@ def test_rounds_above_the_limit_are_refused() -> None:
 def test_what_is_no_json_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError, match="not valid JSON"):
         parse_json(body)
+
+
+ODD_VALUES: tuple[Any, ...] = (
+    *(None, True, 0, 1, -1, 16, 2**63, 10**30, -(10**400), -0.0, 0.5, 1.0, 1e-320, 1e308, math.inf),
+    *(
+        "",
+        "1+2",
+        "auto",
+        "\ud800",
+        "\x00",
+        "<|end|>",
+        "x" * 2000,
+        [],
+        {},
+        [None],
+        [5],
+        [[5]],
+        ["a"],
+        ["a"] * 40,
+        [2**70],
+    ),
+    *(
+        {"type": "text"},
+        {"5": 0},
+        {"include_usage": True},
+        {"\ud800": {"self": []}},
+        [{"role": "user", "content": "1"}],
+    ),
+    [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}],
+)
+
+
+@pytest.mark.parametrize("parse", [parse_chat_request, parse_completion_request])
+def test_odd_values_of_any_field_are_read_or_refused_in_words_that_can_be_sent(parse: Any) -> None:
+    rng = random.Random(0)
+    names = [*COMMON_FIELDS, *CHAT_FIELDS, *COMPLETION_FIELDS, *IGNORED_FIELDS, *CHAT_NEUTRAL_VALUES, "\ud800", "a\nb"]
+    first = {"messages": [{"role": "user", "content": "1"}]} if parse is parse_chat_request else {"prompt": "1"}
+    num_read = 0
+    for _ in range(2000):
+        fields = {rng.choice(names): rng.choice(ODD_VALUES) for _ in range(rng.randrange(1, 4))}
+        try:
+            parse({**first, **fields}, OFFER)
+            num_read += 1
+        except ApiError as error:
+            text = json.dumps(error.body, ensure_ascii=False)
+            assert text.isprintable() and text.encode() and len(text) < 3000
+    assert 50 < num_read < 1900
