@@ -326,6 +326,7 @@ def run_main(
     disable_telemetry()
     if resume_command is None:
         resume_command = get_current_command()  # read now, because the launcher may end before a stop
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when it is imported, by whichever library
     try:
         with guard_terminal(), handle_stop_signals() if resume_command else nullcontext():
             return main(sys.argv[1:] if argv is None else argv) or 0
@@ -346,9 +347,8 @@ def run_main(
 
 
 def quiet_libraries() -> None:
-    """Hide the progress bars of loading, deprecation warnings of libraries, and warnings of bitsandbytes."""
+    """Hide the progress bars of loading, and deprecation warnings of libraries."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
