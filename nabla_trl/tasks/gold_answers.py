@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import regex  # type: ignore[import-untyped]
+
 from nabla_trl.grading.extraction import extract_strict_answer
 
+_PATTERN_TIMEOUT = 2  # seconds for one answer; a pattern such as (a+)+$ may backtrack for years
 ParsedGold = tuple[str | None, str | None]  # final answer and worked solution, None if there is none
 
 
@@ -41,18 +44,22 @@ def make_regex_parser(pattern: str) -> Callable[[str], ParsedGold]:
     """Return a parser that takes the last match of a regular expression, or the match's group if there is one.
 
     Raises:
-        ValueError: if the pattern is not a regular expression or has several groups.
+        ValueError: if the pattern is not a regular expression or has several groups. The parser raises one if it takes
+            more than 2 seconds.
     """
     try:
-        regex = re.compile(pattern, re.MULTILINE)
-    except re.error as error:
+        compiled = regex.compile(pattern, regex.MULTILINE)
+    except regex.error as error:
         raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
-    if regex.groups > 1:
-        raise ValueError(f"pattern {pattern!r} has {regex.groups} groups: it may have one, which holds the answer")
+    if compiled.groups > 1:
+        raise ValueError(f"pattern {pattern!r} has {compiled.groups} groups: it may have one, which holds the answer")
 
     def parse(text: str) -> ParsedGold:
-        matches = list(regex.finditer(text))
-        answer = (matches[-1][regex.groups] or "").strip() if matches else ""
+        try:
+            matches = list(compiled.finditer(text, timeout=_PATTERN_TIMEOUT))
+        except TimeoutError:
+            raise ValueError(f"pattern {pattern!r} takes more than {_PATTERN_TIMEOUT} s on an answer") from None
+        answer = (matches[-1][compiled.groups] or "").strip() if matches else ""
         return answer or None, text
 
     return parse

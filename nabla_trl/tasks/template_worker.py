@@ -30,6 +30,9 @@ MAX_OUTPUT_CHARS = 1 << 23  # several times what the longest contexts hold
 # --- values of data sets -------------------------------------------------------------------------
 
 
+_FIRST_INEXACT_FLOAT = 2**53
+
+
 def format_value(value: Any) -> str | None:
     """Return a value of a data set as text, None for a missing value.
 
@@ -37,7 +40,8 @@ def format_value(value: Any) -> str | None:
     ".0": 1e-07 is 0.0000001, and 25.0 is 25.
 
     Raises:
-        ValueError: a list, a mapping, bytes, a date, true, false, NaN or infinity, which have several spellings.
+        ValueError: a list, a mapping, bytes, a date, true, false, NaN or infinity, which have several spellings, or a
+            float from 2^53 on, which may have lost digits of a whole number.
     """
     if value is None or isinstance(value, str):
         return value
@@ -45,6 +49,9 @@ def format_value(value: Any) -> str | None:
         text = repr(value)
         if text.strip("-") in ("nan", "inf"):
             raise ValueError(f"holds {text}, which is no number")
+        if abs(value) >= _FIRST_INEXACT_FLOAT:  # a decimal makes floats of a column
+            advice = 'write numbers in quotes, or the template "{{ answer | int }}" if no digit is missing'
+            raise ValueError(f"holds the float {text}, which may have lost digits: {advice}")
         return f"{Decimal(text):f}".removesuffix(".0")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)

@@ -247,7 +247,11 @@ def load_task_problems(task: TaskConfig, split: str) -> list[Problem]:
             raise ValueError(f"{where}: the question is empty")
         if task.test_fraction is not None and assign_split(question, task.test_fraction) != split:
             continue
-        answer, solution = parse(_read_value(task.answer, row, where) or "")
+        text = _read_value(task.answer, row, where) or ""
+        try:
+            answer, solution = parse(text)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         problems.append(
             Problem(
                 id=f"{task.name}/{split}/{index}",
