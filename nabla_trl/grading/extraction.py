@@ -133,7 +133,7 @@ def extract_answer(text: str) -> str | None:
 
 def _read_words(text: str) -> str | None:
     """Return a response that is nothing but a few words, such as "Paris" or "red and blue"."""
-    answer = trim_answer(text)
+    answer = trim_answer(text).strip("!() ")
     is_short = len(answer) <= _MAX_WORDS_LENGTH and len(answer.split()) <= _MAX_WORDS
     if not is_short or not _ONLY_WORDS.fullmatch(answer) or _UNFINISHED.search(answer):
         return None

@@ -123,6 +123,8 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
         value, words, power = match[1], unwrap_text(match[2]), int(match[3] or 1)
     elif (match := _ENDS_IN_WORDS.fullmatch(text)) and "\\" not in match[2]:
         value, words, power = match[1], f"{match[2]}{match[3]}", int(match[4] or 1)
+        if value.endswith(r"\pi") and (len(words) == 1 or words not in _KNOWN):  # the r of 2\pi r is a variable
+            return text, None
     else:
         return text, None
     if (
