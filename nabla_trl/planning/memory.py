@@ -96,8 +96,13 @@ def measure_shape(name: str, *, tuning: str, dtype: str, lora: LoraArguments) ->
     if tuning != "full":
         from peft import get_peft_model
 
+        adapter = build_lora_config(lora, "CAUSAL_LM")
         with torch.device("meta"):
-            trained: Any = get_peft_model(model, build_lora_config(lora, "CAUSAL_LM"))
+            try:
+                trained: Any = get_peft_model(model, adapter)
+            except ValueError:  # PEFT refuses these modules of Mamba layers, so a training has to leave them out
+                adapter.exclude_modules = ["out_proj", "conv1d"]
+                trained = get_peft_model(build_empty_model(name, dtype=dtype), adapter)
         adapter_params = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
         trained = trained.get_base_model()
     else:

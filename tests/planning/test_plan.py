@@ -70,10 +70,10 @@ def test_layers_of_other_kinds(family: str, options: dict[str, Any], kv_bytes: i
     size = {"vocab_size": 27, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": None}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2} if family == "mixtral" else {}
     AutoConfig.for_model(family, **size, **heads, **options).save_pretrained(tmp_path)
-    tuning = "full" if family == "mamba2" else "lora"  # PEFT refuses the default modules of Mamba
-    shape = measure_shape(str(tmp_path), tuning=tuning, dtype="bfloat16", lora=LoraArguments())
-    assert shape.kv_bytes == kv_bytes and shape.saved_bytes > 0
-    assert (shape.adapter_params > 0) == (tuning == "lora")
+    for tuning in ("lora", "full"):
+        shape = measure_shape(str(tmp_path), tuning=tuning, dtype="bfloat16", lora=LoraArguments())
+        assert shape.kv_bytes == kv_bytes and shape.saved_bytes > 0
+        assert (shape.adapter_params > 0) == (tuning == "lora")
 
 
 def test_sharding_divides_what_is_trained(bases: dict[str, str]) -> None:
