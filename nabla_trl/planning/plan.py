@@ -150,7 +150,9 @@ def plan_search(
     num_tokens = workload.num_problems * length * (1 + workload.max_rounds / 2)
     frozen = policy.num_params + sum(params for _, params in rewards)
     room = max(USABLE_SHARE * hardware.memory - frozen * item_size, 0.0)
-    slots = math.floor(room / (policy.kv_bytes * workload.num_tokens))
+    # A model without keys and values keeps a state of fixed size, of one token's width at least.
+    state = max(policy.kv_bytes * workload.num_tokens, policy.layer_input_bytes * policy.num_layers)
+    slots = math.floor(room / state)
     return StageCost("traces", flops, _compute_hours(flops, num_tokens, slots, policy, hardware, item_size))
 
 

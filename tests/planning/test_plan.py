@@ -74,6 +74,8 @@ def test_layers_of_other_kinds(family: str, options: dict[str, Any], kv_bytes: i
         shape = measure_shape(str(tmp_path), tuning=tuning, dtype="bfloat16", lora=LoraArguments())
         assert shape.kv_bytes == kv_bytes and shape.saved_bytes > 0
         assert (shape.adapter_params > 0) == (tuning == "lora")
+    reward = f"logratio:{tmp_path}"
+    assert main(["plan", "--policy", str(tmp_path), "--reward", reward, "--gpus", "2", "--memory", "80"]) == 0
 
 
 def test_sharding_divides_what_is_trained(bases: dict[str, str]) -> None:
