@@ -65,6 +65,9 @@ _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{(.*)\}", re.DOTALL)
 _SPACE_AT_SYMBOL = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 _YES_OR_NO = re.compile(r"(yes|no|true|false)(?=[,.;:]|$)", re.IGNORECASE)
 _LETTER_AS_UNIT = re.compile(r"([-+]?[\d.,]*\d)(?: ?[msghLl]| [KNJWVACF])", re.ASCII)
+_PRIME = re.compile(r"(?<=[A-Za-z)}'])'(?![A-Za-z])")  # not the feet of 6'
+_SINE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_SINE_OF_DEGREES = re.compile(rf"{_SINE.pattern}[^=,;]{{0,40}}\\circ")
 _MATH_WORDS = frozenset({"infinity", "inf", "pi", "and", "or", "exp", "sin", "cos", "tan", "log"})
 
 
@@ -337,6 +340,8 @@ def _load_reasoning_gym_dataset(source: str) -> Any:
 
 def _match(predicted: str, gold: str) -> bool:
     """Compare two normalized answers: by text, then part by part, then by math-verify."""
+    if _differ_in_marks(predicted, gold):
+        return False
     if (is_equal := _match_texts(predicted, gold)) is not None:
         return is_equal
     parts, gold_parts = split_parts(predicted), split_parts(gold)
@@ -351,6 +356,14 @@ def _match(predicted: str, gold: str) -> bool:
     if (as_union or gold_as_union) and match_with_math_verify(as_union or predicted, gold_as_union or gold):
         return True
     return match_with_math_verify(predicted, gold)
+
+
+def _differ_in_marks(predicted: str, gold: str) -> bool:
+    r"""Return True if only one answer has a prime, or only one sine is of degrees. math-verify drops both marks."""
+    primes, gold_primes = (len(_PRIME.findall(text)) for text in (predicted, gold))
+    degrees, gold_degrees = (bool(_SINE_OF_DEGREES.search(text)) for text in (predicted, gold))
+    has_sines = bool(_SINE.search(predicted) and _SINE.search(gold))
+    return primes != gold_primes or (has_sines and degrees != gold_degrees)
 
 
 def _match_parts(predicted: Parts, gold: Parts) -> bool | None:

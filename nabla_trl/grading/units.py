@@ -79,6 +79,7 @@ _ENDS_IN_WORDS = re.compile(
     r"(?:\^\s?\{?\s?([23])\s?\}?)?"
 )
 _ENDS_IN_DEGREES = re.compile(r"(.+?)\s?\^\s?\{?\\circ\s?\}?\s?([CFK]?)")
+_SINE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])[^()+-]*\\circ")
 _POWER_WORDS = {"square": 2, "squared": 2, "sq": 2, "sq.": 2, "cubic": 3, "cubed": 3, "cu": 3}
 _NOT_UNITS = re.compile(r"\b(?:and|or|to|base|mod|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|if|for|where|inf)\b")
 _SCALES = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)\b")
@@ -114,6 +115,8 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     A unit is `^\circ`, `\text{…}` after a value, a word of several letters, or a known letter after a space. The `d`
     of `2d` is a variable.
     """
+    if _SINE.search(text):  # the degrees of \sin 1^\circ belong to its argument
+        return text, None
     if match := _ENDS_IN_DEGREES.fullmatch(text[-_MAX_UNIT_LENGTH:]):
         scale = Unit((f"degrees {match[2]}", 1), Fraction(1)) if match[2] else DEGREE
         return text[:-_MAX_UNIT_LENGTH] + match[1], scale
