@@ -12,11 +12,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from nabla_trl.engine.engine import Engine
+from nabla_trl.engine.scheduler import Task
 from nabla_trl.gradient.objectives import DrawInfo, Sample
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.grading.voting import vote
-from nabla_trl.models.flops import Cost, FlopCounter
-from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
+from nabla_trl.models.flops import Cost
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import find_token_columns, make_rng
@@ -93,75 +94,56 @@ def draw_pool(
     Args:
         num_responses: responses per problem.
         reward: scores the responses. None: rewards are NaN.
-        batch_size: responses drawn and scored together.
+        batch_size: responses drawn together.
+
+    Raises:
+        ValueError: two problems have the same id.
     """
-    problems_per_batch = max(1, batch_size // num_responses)
-    entries = []
-    for begin in range(0, len(problems), problems_per_batch):
-        batch = problems[begin : begin + problems_per_batch]
-        entries += _draw_entries(batch, num_responses, policy, reward, sampling, seed, batch_size)
-    return ResponsePool(policy, "none" if reward is None else reward.name, seed, f"{sampling}", entries)
+    engine = Engine(policy, reward, num_slots=batch_size)
+    tasks = (Task(problem.id, _draw_entry(problem, num_responses, engine, sampling, seed)) for problem in problems)
+    # Twice the problems that fill the slots, so that slots stay occupied while others are scored.
+    max_concurrent = max(1, 2 * batch_size // num_responses)
+    entries = {task.key: task.result for task in engine.run(tasks, max_concurrent=max_concurrent)}
+    reward_name = "none" if reward is None else reward.name
+    return ResponsePool(policy, reward_name, seed, f"{sampling}", [entries[problem.id] for problem in problems])
 
 
-def _draw_entries(
-    problems: Sequence[Problem],
-    num_responses: int,
-    policy: Policy,
-    reward: Reward | None,
-    sampling: Sampling,
-    seed: int,
-    batch_size: int,
-) -> list[PoolEntry]:
-    prompts, limits, errors = encode_prompts(problems, policy, reward, sampling)
-    unreadable = [problem for problem in problems if problem.id in errors]
-    entries = {problem.id: PoolEntry(problem, [], [], Cost(), Cost(), errors[problem.id]) for problem in unreadable}
-    if not prompts:
-        return [entries[problem.id] for problem in problems]
-    generation_counter, scoring_counter = FlopCounter(), FlopCounter()
-    with generation_counter.measure_seconds([problem.id for problem, _ in prompts]):
-        caches = prepare_prompt_caches(policy, [(problem.id, ids) for problem, ids in prompts], generation_counter)
+async def _draw_entry(
+    problem: Problem, num_responses: int, engine: Engine, sampling: Sampling, seed: int
+) -> PoolEntry:
+    """Draw and score the responses to one problem. What each of them costs is charged to a key of its own."""
+    policy, counter = engine.policy, engine.flop_counter
+    prompts, limits, errors = encode_prompts([problem], policy, engine.reward, sampling)
+    if errors:
+        return PoolEntry(problem, [], [], Cost(), Cost(), errors[problem.id])
+    [(_, ids)], [limit] = prompts, limits
+    prompt_key, scoring_key = f"{problem.id}/prompt", f"{problem.id}/reward prompt"
+    cache, score_caches = await engine.read_prompt(Sample(problem, ids, [], prompt_key), reward_cost_key=scoring_key)
+    keys = [f"{problem.id}#{index}" for index in range(num_responses)]
+    stops = policy.get_stop_strings(problem)
     requests = [
         GenerationRequest(
-            _make_cost_key(problem, index),
-            ids,
-            make_rng(seed, problem.id, "suffix", f"pool-{index}" if index else 0),
-            limit,
-            cache,
-            policy.get_stop_strings(problem),
+            key, ids, make_rng(seed, problem.id, "suffix", f"pool-{index}" if index else 0), limit, cache, stops
         )
-        for (problem, ids), limit, cache in zip(prompts, limits, caches, strict=True)
-        for index in range(num_responses)
+        for index, key in enumerate(keys)
     ]
-    outputs = generate_continuations(
-        policy, requests, sampling, flop_counter=generation_counter, batch_size=batch_size
-    )
-    owners = [(problem, ids, index) for problem, ids in prompts for index in range(num_responses)]
-    rewards = [math.nan] * len(outputs)
-    if reward is not None:
-        draw_infos = [DrawInfo(policy.model, output.candidates, output.logp) for output in outputs]
+    outputs = await engine.generate(requests, sampling)
+    rewards = [math.nan] * num_responses
+    if engine.reward is not None:
         samples = [
-            Sample(problem, ids, output.ids, _make_cost_key(problem, index), draw_info)
-            for (problem, ids, index), output, draw_info in zip(owners, outputs, draw_infos, strict=True)
+            Sample(problem, ids, output.ids, f"{key}/reward", DrawInfo(policy.model, output.candidates, output.logp))
+            for key, output in zip(keys, outputs, strict=True)
         ]
-        prompt_samples = [Sample(problem, ids, []) for problem, ids in prompts]
-        prompt_caches = reward.compute_prompt_caches(prompt_samples, scoring_counter)
-        shared_caches = [caches for caches in prompt_caches for _ in range(num_responses)]
-        rewards, _ = reward.score(samples, shared_caches, flop_counter=scoring_counter)
-    for problem, ids in prompts:
-        costs = generation_counter.get_cost(problem.id), scoring_counter.get_cost(problem.id)
-        entries[problem.id] = PoolEntry(problem, ids, [], *costs)
-    for (problem, _, index), output, value in zip(owners, outputs, rewards, strict=True):
-        answer = extract_answer(policy.decode_response(output.ids, policy.get_stop_strings(problem)))
-        key = _make_cost_key(problem, index)
-        costs = generation_counter.get_cost(key), scoring_counter.get_cost(key)
+        scored = await engine.score(samples, [score_caches] * num_responses, [0] * num_responses, return_caches=False)
+        rewards = [reward for reward, _ in scored]
+    entry = PoolEntry(problem, ids, [], counter.get_cost(prompt_key), counter.get_cost(scoring_key))
+    for key, output, reward in zip(keys, outputs, rewards, strict=True):
+        answer = extract_answer(policy.decode_response(output.ids, stops))
         own_columns = find_token_columns(output.candidates, output.ids)
         mean_logp = float(output.logp.gather(1, own_columns[:, None]).mean())
-        entries[problem.id].responses.append(PooledResponse(output.ids, value, answer, mean_logp, *costs))
-    return [entries[problem.id] for problem in problems]
-
-
-def _make_cost_key(problem: Problem, response_index: int) -> str:
-    return f"{problem.id}#{response_index}"
+        costs = counter.get_cost(key), counter.get_cost(f"{key}/reward")
+        entry.responses.append(PooledResponse(output.ids, reward, answer, mean_logp, *costs))
+    return entry
 
 
 def encode_prompts(

@@ -38,11 +38,18 @@ class Engine(Scheduler):
         super().__init__(num_slots=num_slots, flop_counter=flop_counter, share_time=share_time)
         self.policy, self.reward = policy, reward
 
-    async def read_prompt(self, sample: Sample) -> tuple[PrefixState, list[ScoreCache]]:
-        """Return the policy's cache of a prompt (all but its last token) and the reward's, one per objective."""
+    async def read_prompt(
+        self, sample: Sample, *, reward_cost_key: str | None = None
+    ) -> tuple[PrefixState, list[ScoreCache]]:
+        """Return the policy's cache of a prompt (all but its last token) and the reward's, one per objective.
+
+        Args:
+            reward_cost_key: what the reward's work is charged to (default: what the policy's is).
+        """
+        reward_sample = replace(sample, cost_key_override=reward_cost_key or sample.cost_key_override)
         policy_call = self.batch("policy prompts", self._read_policy_prompts, [(sample.cost_key, sample.prompt_ids)])
         reward_call = (
-            None if self.reward is None else self.batch("reward prompts", self._read_reward_prompts, [sample])
+            None if self.reward is None else self.batch("reward prompts", self._read_reward_prompts, [reward_sample])
         )
         [policy_cache] = await policy_call
         [score_caches] = [[]] if reward_call is None else await reward_call

@@ -151,7 +151,9 @@ def test_what_another_policy_showed_does_not_count(problems, policy, logratio_re
 
 def test_a_reward_that_fails_costs_only_the_methods_that_need_it(problems, policy, scalar_reward, monkeypatch):
     monkeypatch.setattr(
-        type(scalar_reward), "score", lambda self, samples, memos, **_: ([math.nan] * len(samples), [])
+        type(scalar_reward),
+        "score",
+        lambda self, samples, memos, **_: ([math.nan] * len(samples), [[] for _ in samples]),
     )
     made = pool(problems, 2, policy, scalar_reward)
     for single, several in zip(sampling.select_best_of_n(made, 1), sampling.select_best_of_n(made, 2), strict=True):
@@ -230,7 +232,7 @@ def test_only_differences_in_units_of_beta_count(policy, written):
 @pytest.mark.parametrize("written", [MAJORITY_WRONG, REWARDS_WRONG])
 def test_between_best_of_n_and_self_consistency(policy, written):
     made, count = made_pool(policy, *written), len(written)
-    cold, hot = (sampling.select_weighted_best_of_n(made, count, beta)[0] for beta in (1e-9, 1e9))
+    cold, hot = (sampling.select_weighted_best_of_n(made, count, beta)[0] for beta in (1e-6, 1e6))
     assert cold.response_ids == sampling.select_best_of_n(made, count)[0].response_ids
     assert hot.answer == sampling.select_by_self_consistency(made, count)[0].answer
     assert cold.answer != hot.answer
@@ -266,15 +268,15 @@ def test_answers_are_those_of_self_consistency(policy):
 
 
 def test_without_a_vote_the_highest_reward_counts(policy):
-    made = made_pool(policy, ("ab", 0.0), ("abc", 3.0), ("a", -math.inf))
+    made = made_pool(policy, ("a;b", 0.0), ("ab;cd", 3.0), ("a", -math.inf))
     assert all(draw.answer is None for draw in made.entries[0].responses)
-    assert chosen(made, 3) == ("abc", 3.0)
-    assert chosen(made_pool(policy, ("3#3", -math.inf), ("abc", 1.0)), 2) == ("abc", 1.0)  # its answer is not read
+    assert chosen(made, 3) == ("ab;cd", 3.0)
+    assert chosen(made_pool(policy, ("3#3", -math.inf), ("ab;cd", 1.0)), 2) == ("ab;cd", 1.0)  # its answer is not read
 
 
 def test_responses_without_an_answer_do_not_vote(policy):
     """… and a reward far above those that do leaves their weights apart."""
-    made = made_pool(policy, ("abc", 1e6), ("4#4", 0.0), ("3#3", 1.0))
+    made = made_pool(policy, ("ab;cd", 1e6), ("4#4", 0.0), ("3#3", 1.0))
     assert chosen(made, 3) == ("3#3", 1.0)
 
 
@@ -305,7 +307,7 @@ def test_it_costs_what_best_of_n_costs(problems, policy, reward, count):
 def test_it_reads_the_pool_of_the_others(problems, policy, reward):
     """One step for all methods of a pool, with the configuration's β."""
     names = ["best_of_2", "self_consistency_4", "weighted_best_of_4"]
-    for beta in (1e-9, 1e9):
+    for beta in (1e-6, 1e6):
         bench = EvaluationSetup(policy, reward, SearchConfig(max_new_tokens=8, beta=beta), (0,))
         (step,) = plan_jobs(names, bench, {}, lambda: 0.0)
         assert step.methods == tuple(names)
