@@ -1,6 +1,6 @@
 # make demo     from a policy and a reward to traces, a LoRA adapter and a comparison (embedded world, CPU)
 # make test     the tests that need neither a GPU nor a network
-# make bench    every method at equal FLOPs on the embedded world, with both rewards (an hour of one core)
+# make bench    every method at equal FLOPs on the embedded world, with both rewards (some hours of one core)
 # make check    linter, formatter and type checker, changing nothing
 # make docs     the pages of docs/ as a site in outputs/site, with every link checked
 # make world    make the embedded world's models again (recipes/tiny)
