@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nabla_trl.baselines.step_tree import StepNode, StepTree, run_to_budget
+from nabla_trl.baselines.step_tree import StepNode, StepTree, run_with_size
 from nabla_trl.models.sampling import make_rng
 
 
@@ -23,10 +23,7 @@ async def particle_filter(tree: StepTree, size: int | None) -> None:
     probabilities. Resampling is systematic, which has less noise than the paper's multinomial draws. β is
     `particle_beta`.
     """
-    if size is not None:
-        await _run_population(tree, size)
-    else:
-        await run_to_budget(tree, lambda num_particles: _run_population(tree, num_particles))
+    await run_with_size(tree, size, lambda num_particles: _run_population(tree, num_particles))
 
 
 async def _run_population(tree: StepTree, num_particles: int) -> None:

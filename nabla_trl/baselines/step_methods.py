@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nabla_trl.baselines.particles import particle_filter
-from nabla_trl.baselines.step_tree import StepNode, StepSearchMethod, StepTree, run_to_budget
+from nabla_trl.baselines.step_tree import StepNode, StepSearchMethod, StepTree, run_to_budget, run_with_size
 
 # --- level by level -------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ async def beam_search(tree: StepTree, size: int | None) -> None:
     is solved from there. A complete response keeps its place among the N/M as long as it is one of the best. If fewer
     than N/M distinct prefixes are left, they share the N draws. At a budget, N is what fits.
     """
-    await _run_with_size(tree, size, lambda num_draws: _search_level_by_level(tree, [_create_beam(tree, num_draws)]))
+    await run_with_size(tree, size, lambda num_draws: _search_level_by_level(tree, [_create_beam(tree, num_draws)]))
 
 
 async def dvts(tree: StepTree, size: int | None) -> None:
@@ -53,7 +53,7 @@ async def dvts(tree: StepTree, size: int | None) -> None:
         sizes = [width] * num_full + [remainder] * (remainder > 0)
         await _search_level_by_level(tree, [_create_beam(tree, subtree_size) for subtree_size in sizes])
 
-    await _run_with_size(tree, size, search_subtrees)
+    await run_with_size(tree, size, search_subtrees)
 
 
 async def tree_of_thought(tree: StepTree, size: int | None) -> None:
@@ -76,10 +76,6 @@ async def tree_of_thought(tree: StepTree, size: int | None) -> None:
         await search_states(size, width)
     else:
         await run_to_budget(tree, lambda num_draws: search_states(max(1, num_draws // width), min(num_draws, width)))
-
-
-async def _run_with_size(tree: StepTree, size: int | None, search: Callable[[int], Awaitable[None]]) -> None:
-    await (run_to_budget(tree, search) if size is None else search(size))
 
 
 @dataclass

@@ -232,6 +232,11 @@ class StepTree:
             raise StepSearchError(f"the reward {engine.reward.name if engine.reward else ''} gave {broken}")
 
 
+async def run_with_size(tree: StepTree, size: int | None, search: Callable[[int], Awaitable[None]]) -> None:
+    """Search for `size` responses. None: for as many as the budget allows."""
+    await (run_to_budget(tree, search) if size is None else search(size))
+
+
 async def run_to_budget(tree: StepTree, search: Callable[[int], Awaitable[None]]) -> None:
     """Draw one response, and then search for as many more as fit, until the budget is spent.
 
