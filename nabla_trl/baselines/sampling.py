@@ -20,7 +20,7 @@ from nabla_trl.grading.voting import vote
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationRequest, Policy
-from nabla_trl.models.sampling import find_token_columns, make_rng
+from nabla_trl.models.sampling import find_token_columns, make_response_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
@@ -122,9 +122,7 @@ async def _draw_entry(
     keys = [f"{problem.id}#{index}" for index in range(num_responses)]
     stops = policy.get_stop_strings(problem)
     requests = [
-        GenerationRequest(
-            key, ids, make_rng(seed, problem.id, "suffix", f"pool-{index}" if index else 0), limit, cache, stops
-        )
+        GenerationRequest(key, ids, make_response_rng(seed, problem.id, index), limit, cache, stops)
         for index, key in enumerate(keys)
     ]
     outputs = await engine.generate(requests, sampling)

@@ -28,6 +28,11 @@ def make_rng(seed: int, problem_id: str, *labels: int | str) -> np.random.Genera
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
+def make_response_rng(seed: int, problem_id: str, number: int) -> np.random.Generator:
+    """Return the random numbers of response `number` from the prompt: the same one in a pool and in a search."""
+    return make_rng(seed, problem_id, "suffix", f"pool-{number}" if number else 0)
+
+
 def build_warpers(sampling: Sampling) -> LogitsProcessorList:
     """Return transformers' logits processors for these options. An empty list means that the sampler is π itself."""
     warpers = LogitsProcessorList()

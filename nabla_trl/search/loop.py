@@ -22,7 +22,7 @@ from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.grading.voting import vote
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
-from nabla_trl.models.sampling import make_rng
+from nabla_trl.models.sampling import make_response_rng, make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import acceptance, proposals
 from nabla_trl.search.config import SearchConfig
@@ -166,7 +166,7 @@ class Search:
         """Return scored responses from the prompt. Response n is response n of best-of-N under the same seed."""
         requests = []
         for number in range(self.num_first_responses, self.num_first_responses + count):
-            rng = make_rng(self.seed, self.rng_id, "suffix", f"pool-{number}" if number else 0)
+            rng = make_response_rng(self.seed, self.rng_id, number)
             requests.append(
                 GenerationRequest(
                     self.problem.id,
