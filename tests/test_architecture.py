@@ -37,6 +37,7 @@ LAYERS = (
     "serving",
     "cli",
 )
+TOP_MODULES = ("distill",)  # what `python -m` runs, above all packages
 MAX_FILES = 10  # of a folder, __init__.py aside
 
 # module -> [(imported module, imported name, line)], lazy and type-only imports included
@@ -64,16 +65,17 @@ def imports() -> Imports:
 
 
 def package(module: str) -> str:
-    """Return the package below nabla_trl, and an empty text for nabla_trl itself."""
+    """Return the package or module below nabla_trl, and an empty text for nabla_trl itself."""
     return module.split(".")[1] if "." in module else ""
 
 
 def test_the_layers_are_the_packages() -> None:
     assert {path.parent.name for path in SOURCE.glob("*/__init__.py")} == set(LAYERS)
+    assert {path.stem for path in SOURCE.glob("*.py")} == {"__init__", *TOP_MODULES}
 
 
 def test_no_package_imports_from_one_above_it(imports: Imports) -> None:
-    height = {name: index for index, name in enumerate(LAYERS)}
+    height = {name: index for index, name in enumerate((*LAYERS, *TOP_MODULES))}
     upwards = [
         f"{module}:{line} imports {name} from {target}: {package(target)} stands above {package(module)}, "
         f"so move {name} down, or its user up"

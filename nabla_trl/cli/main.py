@@ -17,7 +17,7 @@ class Command(NamedTuple):
     """A command of `nabla-trl`.
 
     Attributes:
-        module: its module in `nabla_trl.cli.commands`.
+        module: its module in `nabla_trl.cli`.
         summary: its line in `nabla-trl --help`.
         resumable: the same command line continues an interrupted run.
     """
@@ -28,16 +28,19 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "solve": Command("solve", "refine the answer to one question and show how it changed"),
+    "solve": Command("commands.solve", "refine the answer to one question and show how it changed"),
     "traces": Command(
-        "traces", "refine the answers to many problems and store the traces to train on", resumable=True
+        "commands.traces", "refine the answers to many problems and store the traces to train on", resumable=True
     ),
-    "eval": Command("evaluate", "run methods on held-out problems and compare accuracy and cost", resumable=True),
-    "report": Command("report", "write the report of an evaluation again, from its rows"),
-    "audit": Command("audit", "measure if a reward prefers correct answers"),
-    "serve": Command("serve", "answer requests over HTTP, as OpenAI's chat completions"),
-    "plan": Command("plan", "estimate memory, batch, FLOPs and hours of a run from the models' configs"),
-    "export": Command("export", "write a trained checkpoint to a folder that others can load"),
+    "eval": Command(
+        "commands.evaluate", "run methods on held-out problems and compare accuracy and cost", resumable=True
+    ),
+    "distill": Command("distill.run", "traces, training, evaluation and report in one run", resumable=True),
+    "report": Command("commands.report", "write the report of an evaluation again, from its rows"),
+    "audit": Command("commands.audit", "measure if a reward prefers correct answers"),
+    "serve": Command("commands.serve", "answer requests over HTTP, as OpenAI's chat completions"),
+    "plan": Command("commands.plan", "estimate memory, batch, FLOPs and hours of a run from the models' configs"),
+    "export": Command("commands.export", "write a trained checkpoint to a folder that others can load"),
 }
 RENAMED_COMMANDS = {"ship": "export"}
 
@@ -80,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nabla_trl.cli.parsing import run_main
 
     command = COMMANDS[name]
-    module = importlib.import_module(f"nabla_trl.cli.commands.{command.module}")
+    module = importlib.import_module(f"nabla_trl.cli.{command.module}")
     resume_command = shlex.join(["nabla-trl", name, *arguments]) if command.resumable else ""
     return run_main(module.main, arguments, resume_command=resume_command)
 

@@ -141,7 +141,8 @@ def get_current_command() -> str:
         parent_command = parent.cmdline() if parent else []
     except psutil.Error:  # the parent has ended or belongs to another user
         parent_command = []
-    if sys.argv[0] in parent_command and any("launch" in word or "torchrun" in word for word in parent_command):
+    name_in_launcher = command[command.index("-m") + 1] if "-m" in command[:-1] else sys.argv[0]
+    if name_in_launcher in parent_command and any("launch" in word or "torchrun" in word for word in parent_command):
         command = parent_command
     if len(command) > 1:  # leave out the interpreter that the system puts before a script of PATH
         name = Path(command[1]).name

@@ -85,7 +85,7 @@ def test_help_of_a_command(capsys, name):
     out, err = capsys.readouterr()
     assert stop.value.code == 0 and err == ""
     assert out.startswith(f"usage: nabla-trl {name}") and "--config FILE" in out
-    assert ("--preset" in out) == (name in ("solve", "traces", "eval", "serve"))
+    assert ("--preset" in out) == (name in ("solve", "traces", "eval", "distill", "serve"))
 
 
 @pytest.mark.parametrize(("name", "resumable"), [("traces", True), ("eval", True), ("solve", False)])
@@ -93,7 +93,7 @@ def test_ctrl_c(capsys, monkeypatch, name, resumable):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"nabla_trl.cli.commands.{COMMANDS[name].module}.main", interrupted)
+    monkeypatch.setattr(f"nabla_trl.cli.{COMMANDS[name].module}.main", interrupted)
     assert main([name]) == 130
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1

@@ -458,6 +458,17 @@ def test_the_command_of_a_script_is_as_it_was_typed(tmp_path: Path) -> None:
     assert shlex.split(ran.stdout) == typed
 
 
+def test_the_command_of_a_module_is_that_of_its_launcher(tmp_path: Path) -> None:
+    """A launcher names the module, and the process sees the path of its file."""
+    (tmp_path / "it.py").write_text(
+        "from nabla_trl.utils.interrupts import get_current_command\nprint(get_current_command())"
+    )
+    launcher = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, *sys.argv[2:]]).returncode)"
+    typed = [sys.executable, "-c", launcher, "launch", "-m", "it", "--title", "two words"]
+    ran = subprocess.run(typed, cwd=tmp_path, env=ENV, capture_output=True, text=True, check=True)
+    assert shlex.split(ran.stdout) == typed
+
+
 def test_what_is_ignored_stays_ignored() -> None:
     """As of a shell's background job, or under nohup."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

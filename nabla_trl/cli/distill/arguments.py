@@ -1,4 +1,4 @@
-"""Options of recipes/distill.py, beside those of the search, the training and the adapter."""
+"""Options of a run of `nabla-trl distill`, beside those of the search, the training and the adapter."""
 
 from __future__ import annotations
 

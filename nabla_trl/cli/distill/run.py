@@ -1,0 +1,435 @@
+r"""Distill test-time gradient search into a policy, and compare both at equal cost.
+
+The run has four stages:
+
+    traces     audit the reward, and refine the answers to the training problems
+    train      train one policy per training method: sft, reward-weighted and dpo on the traces, rloo and grpo on
+               responses that the policy draws
+    evaluate   run every method on the held-out problems
+    report     write tables, plots and conclusions
+
+Each stage continues where it was interrupted and skips finished work. `--stages evaluate,report` runs two of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from trl import SFTConfig
+
+from nabla_trl.audit.overoptimization import warn_past_limits
+from nabla_trl.audit.ranking import audit_reward
+from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.cli.distill.arguments import COMMON_TRAIN_OPTIONS, DistillArguments
+from nabla_trl.cli.launch import watch_for_stalls
+from nabla_trl.cli.parsing import Parser, collect_given_options, quiet_libraries
+from nabla_trl.evaluation.method import (
+    REWARD_MODEL_SAMPLING,
+    Method,
+    get_max_selection_size,
+    has_search,
+    list_policy_labels,
+    parse_methods,
+)
+from nabla_trl.evaluation.plan import EvaluationSetup
+from nabla_trl.evaluation.results import list_remarks, store_results
+from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts, compute_reward_train_flops
+from nabla_trl.evaluation.runner import Evaluation
+from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.loading import load_policy, set_trust_remote_code
+from nabla_trl.models.policy import Policy
+from nabla_trl.report.text import print_summary_table, write_report
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces
+from nabla_trl.tasks.problem import Problem, check_disjoint, filter_with_gold_answer
+from nabla_trl.tasks.registry import get_task_settings, load_problems
+from nabla_trl.tasks.templates import use_recorded_date
+from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, get_policy_label, list_trained_methods
+from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
+from nabla_trl.training.peft import LoraArguments
+from nabla_trl.training.reporting import check_reporting
+from nabla_trl.training.stage import TrainStage
+from nabla_trl.utils.files import read_json_file, write_atomic
+from nabla_trl.utils.formatting import hide_userinfo
+from nabla_trl.utils.identity import check_settings, claim_settings, hash_weights
+from nabla_trl.utils.interrupts import end_with_launcher, get_current_command
+from nabla_trl.utils.locks import lock_folder
+
+START_TIME = time.perf_counter()
+EVAL_SETTINGS_FILE = "rows/eval.settings.json"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the stages of a command line in this process, one of the processes that accelerate started."""
+    end_with_launcher()
+    with watch_for_stalls() as stall_watch:
+        # Before everything else, because the first state chooses the back end. A process may wait for hours for
+        # another process that draws longer responses.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+        quiet_libraries()
+        dataclasses = [DistillArguments, SearchConfig, StepSearchConfig, TrainOptions, LoraArguments, SFTConfig]
+        usage = (
+            "nabla-trl distill --config FILE [options]\n"
+            "       accelerate launch -m nabla_trl.distill --config FILE [options]"
+        )
+        parser = Parser(dataclasses, presets=PRESETS, common=COMMON_TRAIN_OPTIONS, usage=usage, description=__doc__)
+        options = parser.parse_options(argv)[: len(dataclasses)]
+        run = DistillRun(collect_given_options(argv, options, PRESETS), *options)
+        if stall_watch:
+            stall_watch.limit_seconds = 60 * run.args.stall_minutes
+        run.check_train_methods()
+        with run.lock_output_dir(), run.checker:
+            run.check_settings()
+            run.write_config()
+            for stage in run.args.list_stages():
+                run.run_stage(stage)
+
+
+class DistillRun:
+    """A run with its options, its output folder, its problems and its models."""
+
+    def __init__(
+        self,
+        given_options: Mapping[str, Any],
+        args: DistillArguments,
+        search_config: SearchConfig,
+        step_search_config: StepSearchConfig,
+        train_options: TrainOptions,
+        lora_arguments: LoraArguments,
+        sft_config: SFTConfig,
+    ):
+        self.given_options = hide_userinfo(given_options)  # as `--config` takes them
+        self.command = get_current_command()
+        self.args, self.search_config, self.step_search_config = args, search_config, step_search_config
+        self.train_options, self.lora_arguments, self.sft_config = train_options, lora_arguments, sft_config
+        set_trust_remote_code(sft_config.trust_remote_code)
+        self.state = PartialState()
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.state.num_processes != world_size:
+            raise ValueError(f"WORLD_SIZE is {world_size}, but {self.state.num_processes} processes started")
+        self.output_dir = Path(sft_config.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        use_recorded_date(self.output_dir, args.template_date)
+        self.traces_dir = self.output_dir / "traces"
+        self.checker = AnswerChecker()
+        self._models: tuple[Policy, Reward] | None = None
+        self.stopwatch = RunStopwatch(self.output_dir, START_TIME, float(os.environ.get("NABLA_SETUP_SECONDS", "0")))
+        self.train_problems, self.callback_problems, self.held_out_problems = self._load_problems()
+
+    def _load_problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
+        """Load the training problems, those of the evaluation during training, and the held-out problems."""
+        args = self.args
+        limit = args.max_train_problems + self.train_options.max_callback_problems
+        train = load_problems(args.dataset, split=args.train_split, max_problems=limit)
+        held_out = load_problems(
+            args.eval_dataset or args.dataset, split=args.eval_split, max_problems=args.max_eval_problems
+        )
+        args.get_prompt_options().check_problems([*train, *held_out])
+        check_disjoint(train, held_out)
+        held_out = filter_with_gold_answer(held_out, verbose=self.state.is_main_process)
+        return train[: args.max_train_problems], train[args.max_train_problems :], held_out
+
+    def load_models(self) -> tuple[Policy, Reward]:
+        """Return the policy and the reward, which the first call loads."""
+        if self._models is None:
+            policy, reward = self.args.load_models(4 * self.search_config.batch_size, device=str(self.state.device))
+            if self.state.is_main_process:
+                stages = self.args.list_stages()
+                methods = parse_methods(self.args.eval_methods) if "evaluate" in stages else []
+                searches = "traces" in stages or has_search(methods)
+                warn_past_limits(reward, self.search_config if searches else None, get_max_selection_size(methods))
+            self._models = policy, reward
+        return self._models
+
+    def print_once(self, text: str) -> None:
+        """Print a line in the main process."""
+        if self.state.is_main_process:
+            print(text, flush=True)
+
+    @contextmanager
+    def lock_output_dir(self) -> Iterator[None]:
+        """Lock the output folder against other runs. Each process of this run has a lock of its own."""
+        with ExitStack() as stack:
+            with self.state.main_process_first():
+                stack.enter_context(lock_folder(self.output_dir, self.state.process_index))
+            yield
+
+    def write_config(self) -> None:
+        """Write config.yaml with the options of this run, as `--config` takes them."""
+        if self.state.is_main_process:
+            write_atomic(self.output_dir / CONFIG_FILE, yaml.safe_dump(self.given_options, sort_keys=False))
+
+    def finish_stage(self) -> None:
+        """Wait for all processes and save the time that the run has taken so far."""
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self.stopwatch.save()
+
+    # --- stages ---------------------------------------------------------------------------------------
+
+    def run_stage(self, stage: str) -> None:
+        """Run one stage, and wait for all processes."""
+        if stage == "traces":
+            self.audit_reward()  # does the reward rank the policy's responses?
+            self.generate_traces()  # refine the training problems by gradient search
+        elif stage == "train":
+            self.train()  # one policy per training method
+        elif stage == "evaluate":
+            self.evaluate()  # every method on the held-out problems
+        elif stage == "report":
+            self.write_report()  # tables, plots and conclusions
+        self.finish_stage()
+
+    def audit_reward(self) -> None:
+        """Audit in the main process if the reward ranks samples of the policy, and write audit.json."""
+        path = self.output_dir / "audit.json"
+        if self.state.is_main_process and self.args.max_audit_problems and not path.exists():
+            policy, reward = self.load_models()
+            audit = audit_reward(
+                [problem for problem in self.train_problems if problem.answer][: self.args.max_audit_problems],
+                self.args.audit_samples,
+                policy=policy,
+                reward=reward,
+                sampling=self.search_config.get_sampling(),
+                batch_size=4 * self.search_config.batch_size,
+                checker=self.checker,
+            )
+            write_atomic(path, json.dumps(audit, indent=1))
+            self.print_once(f"audit: {audit['conclusion']}")
+        self.state.wait_for_everyone()
+
+    def generate_traces(self) -> None:
+        """Refine the training problems and write traces, one shard per process and batch."""
+        if not any(method in OFFLINE_METHODS for method in self.args.train_methods):
+            self.print_once(f"traces: not needed for {', '.join(self.args.train_methods)}")
+            return
+        share = self._select_process_share(self.train_problems)
+        seeds = range(self.args.seeds[0], self.args.seeds[0] + self.args.traces_per_problem)
+        unfinished = {seed: find_unfinished_problems(share, self.traces_dir, seed) for seed in seeds}
+        if any(unfinished.values()):
+            self.load_models()  # before the settings are claimed: a mistyped model must not claim the folder
+        settings = self._collect_trace_settings()
+        claim_settings(self.output_dir / "traces.settings.json", settings)
+        for path in self.output_dir.glob("*/traces.settings.json"):  # of shards in folders of their own
+            claim_settings(path, settings)
+        for seed, problems in unfinished.items():
+            if not problems:
+                self.print_once(f"traces: {len(share)} problems are already done")
+                continue
+            policy, reward = self.load_models()
+            tally = generate_traces(
+                problems,
+                self.traces_dir,
+                policy=policy,
+                reward=reward,
+                config=self.search_config,
+                seed=seed,
+                checker=self.checker,
+                rank=self.state.process_index,
+                show_progress=self.state.is_main_process,
+                num_done=len(share) - len(problems),
+            )
+            scope = " of this process" if self.state.num_processes > 1 else ""
+            self.print_once(f"traces{scope}: {tally}")
+
+    def check_settings(self) -> None:
+        """Check the settings of the output folder before anything in it is written.
+
+        Raises:
+            ValueError: a stage of this call would continue an output of other settings.
+        """
+        stages, methods = self.args.list_stages(), self.args.train_methods
+        if "traces" in stages and any(method in OFFLINE_METHODS for method in methods):
+            check_settings(self.output_dir / "traces.settings.json", self._collect_trace_settings())
+        if "train" in stages:
+            for method in methods:
+                self._make_train_stage().check_settings(method)
+        if "evaluate" in stages or "report" in stages:
+            check_settings(self.output_dir / EVAL_SETTINGS_FILE, self._collect_eval_settings())
+
+    def _collect_trace_settings(self) -> dict[str, str]:
+        settings = self._collect_search_settings() | {"adapter": "", "split": self.args.train_split}
+        return settings | get_task_settings(self.args.dataset)
+
+    def _collect_eval_settings(self) -> dict[str, str]:
+        settings = self._collect_search_settings() | {"split": self.args.eval_split}
+        return settings | get_task_settings(self.args.eval_dataset or self.args.dataset)
+
+    def _collect_search_settings(self) -> dict[str, str]:
+        return self.args.get_settings() | self.search_config.get_settings()
+
+    def check_train_methods(self) -> None:
+        """Check the training options before hours are spent on traces.
+
+        Raises:
+            ValueError: a method that cannot be trained with these options, or results that cannot be reported or
+                pushed where the options ask for.
+        """
+        if "train" in self.args.list_stages():
+            if self.state.is_main_process:
+                check_reporting(self.sft_config, len(self.args.train_methods))
+            for method in self.args.train_methods:
+                self._make_train_stage().check_method(method)
+
+    def _make_train_stage(self) -> TrainStage:
+        return TrainStage(
+            run_dir=self.output_dir,
+            policy=self.args.policy,
+            dtype=self.args.dtype,
+            problems=self.train_problems,
+            callback_problems=self.callback_problems,
+            search_config=self.search_config,
+            options=self.train_options,
+            lora=self.lora_arguments,
+            sft_config=self.sft_config,
+            load_models=self.load_models,
+            search_settings=self._collect_search_settings() | get_task_settings(self.args.dataset),
+            checker=self.checker,
+            process_state=self.state,
+            command_options=self.given_options,
+            command=self.command,
+        )
+
+    def train(self) -> None:
+        """Train one policy per method, as an adapter or as a full model."""
+        stage = self._make_train_stage()
+        for method in self.args.train_methods:
+            result = stage.train_method(method)
+            if result is None:
+                self.print_once(f"train {method}: already done")
+                continue
+            figures = f"{result.rows} rows, {result.steps} steps, loss {result.loss:.3f}, {result.seconds:.0f} s"
+            self.print_once(f"train {method}: {figures}")
+            if result.stop_reason:
+                self.print_once(f"train {method}: {result.stop_reason}")
+
+    def evaluate(self) -> None:
+        """Evaluate every method on the held-out problems. Budgets are fractions of best-of-16's measured FLOPs."""
+        policy, reward = self.load_models()  # before the settings are claimed, as in `generate_traces`
+        evaluation = self._open_evaluation()
+        setup = EvaluationSetup(
+            policy, reward, self.search_config, tuple(self.args.seeds), step_search=self.step_search_config
+        )
+        methods = parse_methods(self.args.eval_methods)
+        trained_policies = self._load_trained_policies(methods, evaluation)
+        skipped = [method for method in methods if Method.parse(method).policy not in ("", *trained_policies)]
+        if REWARD_MODEL_SAMPLING in methods and not reward.preferred_model:
+            skipped.append(REWARD_MODEL_SAMPLING)
+        if skipped:
+            self.print_once(
+                f"evaluate: without {', '.join(skipped)}: not trained here, or no better model to sample from"
+            )
+
+        def get_flops(method: str) -> float:
+            self.state.wait_for_everyone()  # for the rows of all processes
+            return evaluation.get_budget_flops(method)
+
+        methods = [method for method in methods if method not in skipped]
+        jobs = evaluation.plan(methods, setup, trained_policies, get_flops)
+        evaluation.run(
+            jobs,
+            self.checker,
+            problems=self._select_process_share(self.held_out_problems),
+            keep_traces=True,
+            show_progress=self.state.is_main_process,
+        )
+
+    def _load_trained_policies(self, eval_methods: Sequence[str], evaluation: Evaluation) -> dict[str, Policy]:
+        """Return the trained policies that these methods need, by label."""
+        trained_policies = {}
+        for method in list_trained_methods(self.output_dir):
+            if get_policy_label(method) in list_policy_labels(eval_methods):
+                path = find_trained_weights(self.output_dir, method)
+                # Rows of an earlier training must not pass for those of this one.
+                evaluation.claim(method, {"weights": hash_weights(path)})
+                model, adapter = (str(path), None) if path.name == "model" else (self.args.policy, str(path))
+                trained_policies[get_policy_label(method)] = load_policy(
+                    model,
+                    dtype=self.args.dtype,
+                    device=str(self.state.device),
+                    adapter=adapter,
+                    prompt_options=self.args.get_prompt_options(),
+                )
+        return trained_policies
+
+    def _select_process_share(self, problems: list[Problem]) -> list[Problem]:
+        """Return the problems of this process."""
+        return problems[self.state.process_index :: self.state.num_processes]
+
+    def write_report(self) -> None:
+        """Write the report of the rows of all processes, in the main process."""
+        if not self.state.is_main_process:
+            return
+        rows, incomplete = self._open_evaluation().select_rows()
+        if not rows:
+            raise ValueError(
+                f"{self.output_dir} has no method with rows of all problems: finish the stage evaluate first"
+            )
+        if incomplete:
+            self.print_once(incomplete)
+        facts = self.build_facts()
+        store_results(self.output_dir, rows, facts)
+        print_summary_table(write_report(self.output_dir, rows, facts))
+        for remark in list_remarks(self.output_dir, rows):
+            print(remark)
+        for name, path in self.list_files().items():
+            print(f"{name:>10}: {path}")
+
+    # --- facts and files ------------------------------------------------------------------------------
+
+    def build_facts(self) -> dict[str, Any]:
+        """Return the facts of the run for its report (see `nabla_trl.report.text`)."""
+        args, audit_path = self.args, self.output_dir / "audit.json"
+        audit = read_json_file(audit_path) if audit_path.exists() else None
+        facts = args.build_run_facts(
+            title=args.title,
+            command=self.command,
+            task=args.eval_dataset or args.dataset,
+            seeds=args.seeds,
+            sampling=self.search_config.get_sampling(),
+            problems=self.held_out_problems,
+        )
+        sizes = f"{len(self.train_problems)} training and {len(self.held_out_problems)} held-out problems, disjoint"
+        return facts | {
+            "setup_seconds": self.stopwatch.setup_seconds,
+            "total_seconds": self.stopwatch.total_seconds,
+            "audit": audit,
+            "trained": collect_training_facts(self.output_dir, audit or {}),
+            "files": self.list_files(),
+            "reward_train_flops": compute_reward_train_flops(args.reward),
+            "show_targets": args.show_targets,
+            "notes": [sizes],
+        }
+
+    def list_files(self) -> dict[str, str]:
+        """Return the paths of the results by what they hold."""
+        names = {
+            "report": "report.md",
+            "page": "report.html",
+            "summary": "summary.json",
+            "rows": "rows.jsonl",
+            "traces": "traces",
+            "trained": "trained",
+            "plots": "plots",
+        }
+        return {label: str(self.output_dir / name) for label, name in names.items()}
+
+    def _open_evaluation(self) -> Evaluation:
+        return Evaluation(
+            self.output_dir,
+            self._collect_eval_settings(),
+            self.held_out_problems,
+            settings_file=EVAL_SETTINGS_FILE,
+            rank=self.state.process_index,
+        )
