@@ -20,8 +20,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.baselines.sampling import encode_prompts
-from nabla_trl.baselines.step_config import StepSearchConfig
 from nabla_trl.engine.engine import Engine
 from nabla_trl.engine.scheduler import Task
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
@@ -80,7 +80,7 @@ class StepSearchSettings:
 
     engine: Engine
     sampling: Sampling
-    config: StepSearchConfig
+    config: BaselineConfig
     step_finder: StepFinder
     max_flops: float
     seed: int
@@ -118,7 +118,7 @@ class StepTree:
         return StepNode((self.num_attempts - 1,), [], torch.zeros(0), "", False, self.policy_cache, self.score_caches)
 
     @property
-    def config(self) -> StepSearchConfig:
+    def config(self) -> BaselineConfig:
         return self.settings.config
 
     @property
@@ -267,7 +267,7 @@ def run_step_search(
     policy: Policy,
     reward: Reward,
     sampling: Sampling,
-    step_config: StepSearchConfig,
+    step_config: BaselineConfig,
     method_name: str,
     max_flops: float = 0.0,
     seed: int = 0,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nabla_trl.baselines import consistency, sampling
+from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.baselines.sampling import ResponsePool
-from nabla_trl.baselines.step_config import StepSearchConfig
 from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS
 from nabla_trl.baselines.step_tree import create_step_finder, run_step_search
 from nabla_trl.evaluation.kl import KLMeasure, build_sample_kl_measure, skip_kl
@@ -57,7 +57,7 @@ class EvaluationSetup:
         policy: the policy that runs the methods.
         label: label of a trained policy. The names of its methods begin with it.
         base_policy: the policy that a trained one began from. None: `policy` is the base policy itself.
-        step_search: how step-level searches are set.
+        baseline_config: how the baselines are set.
     """
 
     policy: Policy
@@ -66,7 +66,7 @@ class EvaluationSetup:
     seeds: tuple[int, ...]
     label: str = ""
     base_policy: Policy | None = None
-    step_search: StepSearchConfig = field(default_factory=StepSearchConfig)
+    baseline_config: BaselineConfig = field(default_factory=BaselineConfig)
 
     def with_trained_policy(self, label: str, policy: Policy) -> EvaluationSetup:
         """Return the setup of a policy trained from this one, whose methods are named <label>_<method>."""
@@ -160,7 +160,7 @@ class EvaluationSetup:
                 policy=self.policy,
                 reward=self.reward,
                 sampling=self.config.get_sampling(),
-                step_config=self.step_search,
+                step_config=self.baseline_config,
                 method_name=str(method),
                 max_flops=max_flops,
                 seed=seed,
@@ -292,8 +292,8 @@ def get_step_search_settings(names: Sequence[str], setup: EvaluationSetup) -> di
     """
     if not any(Method.parse(name).is_step_search for name in names):
         return {}
-    create_step_finder(setup.policy, setup.step_search.resolve_delimiter(setup.reward.step_delimiter))
-    return setup.step_search.get_settings(setup.reward.step_delimiter)
+    create_step_finder(setup.policy, setup.baseline_config.resolve_delimiter(setup.reward.step_delimiter))
+    return setup.baseline_config.get_settings(setup.reward.step_delimiter)
 
 
 def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies: Mapping[str, Policy]) -> None:

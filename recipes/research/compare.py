@@ -23,7 +23,7 @@ import equal_flops
 import step_curve
 
 from nabla_trl.audit.overoptimization import warn_past_limits
-from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
 from nabla_trl.evaluation.method import REWARD_MODEL_SAMPLING, STEP_SEARCHES
@@ -132,12 +132,12 @@ class Comparison:
 
 def main(argv: Sequence[str]) -> None:
     quiet_libraries()
-    dataclasses = [CompareArguments, ModelArguments, SearchConfig, StepSearchConfig]
-    args, models, config, step_search_config = parse_dataclasses(dataclasses, argv, presets=PRESETS)
+    dataclasses = [CompareArguments, ModelArguments, SearchConfig, BaselineConfig]
+    args, models, config, baseline_config = parse_dataclasses(dataclasses, argv, presets=PRESETS)
     folder = Path(args.output_dir)
     with lock_folder(folder):
         command = hide_userinfo(shlex.join(["python", "recipes/research/compare.py", *argv]))
-        run_comparison(folder, args, models, config, step_search_config, command)
+        run_comparison(folder, args, models, config, baseline_config, command)
 
 
 def run_comparison(
@@ -145,7 +145,7 @@ def run_comparison(
     args: CompareArguments,
     models: ModelArguments,
     config: SearchConfig,
-    step_search_config: StepSearchConfig,
+    baseline_config: BaselineConfig,
     command: str,
 ) -> None:
     """Make the missing rows and write compare.md, compare.json, rows.jsonl and facts.json."""
@@ -158,7 +158,7 @@ def run_comparison(
     settings |= {"split": args.split, "adapter": identify_adapter(models.adapter) if models.adapter else ""}
     evaluation = Evaluation(output_dir, settings, problems, settings_file="compare.settings.json")
     warn_past_limits(reward, config, max(args.best_of_n))
-    setup = EvaluationSetup(policy, reward, config, tuple(args.seeds), step_search=step_search_config)
+    setup = EvaluationSetup(policy, reward, config, tuple(args.seeds), baseline_config=baseline_config)
     with AnswerChecker() as checker:
         comparison = Comparison(args, setup, evaluation, checker)
         methods_by_reference, method_by_weight = comparison.run_budgets(), comparison.run_reward_weights()

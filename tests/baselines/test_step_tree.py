@@ -14,7 +14,7 @@ import pytest
 import torch
 import worlds
 
-from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS, _NodeValues
 from nabla_trl.baselines.step_tree import StepNode, create_step_finder, run_step_search
 from nabla_trl.engine.engine import Engine
@@ -41,7 +41,7 @@ FEW = ["1", ";", worlds.PAD, worlds.USER, worlds.ASSISTANT, worlds.END, worlds.U
 PROBLEMS = [Problem(id=f"q{number}", question=text) for number, text in enumerate(["1", "11;1", ";1;", "111"])]
 ROOM = 10
 SAMPLING = Sampling(max_new_tokens=ROOM)
-STEPS = StepSearchConfig(step_delimiter=";", max_step_tokens=4, steps_per_prefix=3)
+STEPS = BaselineConfig(step_delimiter=";", max_step_tokens=4, steps_per_prefix=3)
 SIZES = {"beam_search": 7, "dvts": 7, "tot": 2, "rap": 5, "particle_filter": 6}
 
 
@@ -492,15 +492,15 @@ def test_refusals(tiny: Policy, made: Reward) -> None:
     served = replace(tiny, backend=SimpleNamespace(supports_should_stop=False))
     worlds.refused(lambda: run("tot", served, made), "vLLM server", "vllm_url")
     for options in ({"max_step_tokens": 0}, {"steps_per_prefix": 0}, {"exploration": -1.0}, {"exploration": math.inf}):
-        worlds.refused(lambda options=options: StepSearchConfig(**options), next(iter(options)))
-    worlds.refused(lambda: StepSearchConfig(step_delimiter=r"\q"), "step_delimiter")
+        worlds.refused(lambda options=options: BaselineConfig(**options), next(iter(options)))
+    worlds.refused(lambda: BaselineConfig(step_delimiter=r"\q"), "step_delimiter")
 
 
 def test_a_process_reward_says_what_ends_a_step(tiny: Policy) -> None:
-    assert StepSearchConfig().resolve_delimiter(reward_of("process", tiny).step_delimiter) == ";"
-    assert StepSearchConfig().resolve_delimiter(reward_of("scalar", tiny).step_delimiter) == "\n\n"
-    assert StepSearchConfig(step_delimiter=r"\x3b\n").resolve_delimiter(";") == ";\n"
-    assert StepSearchConfig().get_settings(";") == StepSearchConfig(step_delimiter=";").get_settings("")
+    assert BaselineConfig().resolve_delimiter(reward_of("process", tiny).step_delimiter) == ";"
+    assert BaselineConfig().resolve_delimiter(reward_of("scalar", tiny).step_delimiter) == "\n\n"
+    assert BaselineConfig(step_delimiter=r"\x3b\n").resolve_delimiter(";") == ";\n"
+    assert BaselineConfig().get_settings(";") == BaselineConfig(step_delimiter=";").get_settings("")
     reward, bare = reward_of("process", tiny), replace(STEPS, step_delimiter=None)
     ours, theirs = (run("dvts", tiny, reward, step_config=step_config) for step_config in (bare, STEPS))
     assert [one.response_ids for one in ours] == [one.response_ids for one in theirs]
@@ -512,7 +512,7 @@ def test_a_process_reward_says_what_ends_a_step(tiny: Policy) -> None:
 @pytest.fixture
 def bench(tiny: Policy) -> EvaluationSetup:
     config = SearchConfig(max_new_tokens=ROOM, batch_size=2)
-    return EvaluationSetup(tiny, reward_of("process", tiny), config, (0, 1), step_search=STEPS)
+    return EvaluationSetup(tiny, reward_of("process", tiny), config, (0, 1), baseline_config=STEPS)
 
 
 def test_rows_at_sizes_and_budgets_survive_a_kill(bench: EvaluationSetup, tmp_path: Path) -> None:
@@ -562,7 +562,7 @@ def test_names_that_mean_something(bench: EvaluationSetup) -> None:
     assert get_step_search_settings(["greedy", "nabla"], bench) == {}
     assert get_step_search_settings(["rap_2"], bench) == STEPS.get_settings("")
     for broken in (
-        replace(bench, step_search=replace(STEPS, step_delimiter="x")),
+        replace(bench, baseline_config=replace(STEPS, step_delimiter="x")),
         replace(bench, policy=replace(bench.policy, backend=SimpleNamespace(supports_should_stop=False))),
     ):
         check_methods(["nabla"], broken, {})

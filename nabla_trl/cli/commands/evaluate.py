@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.cli.arguments import DATASET_HELP, DEFAULT_SEEDS, SEEDS_HELP, ModelArguments, check_distinct
 from nabla_trl.cli.parsing import Parser
 from nabla_trl.evaluation.method import METHOD_SYNTAX
@@ -66,7 +66,7 @@ class EvalArguments:
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     parser = Parser(
-        [ModelArguments, EvalArguments, SearchConfig, StepSearchConfig],
+        [ModelArguments, EvalArguments, SearchConfig, BaselineConfig],
         presets=PRESETS,
         common=(),
         prog="nabla-trl eval",
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         description="Run methods on held-out problems and print their accuracy and cost. The distilled_ methods use\n"
         "--adapter. All other methods, and the reward, use the policy without it.",
     )
-    models, args, config, step_search_config = parser.parse_options(argv)[:4]
+    models, args, config, baseline_config = parser.parse_options(argv)[:4]
 
     from nabla_trl.audit.overoptimization import warn_past_limits
     from nabla_trl.evaluation.method import get_max_selection_size, has_search, parse_methods
@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
         evaluation = Evaluation(output_dir, settings, problems, shard=shard)
         if models.adapter:  # apart, so that an adapter trained later can join the rows of the base policy
             evaluation.claim("adapter", {"adapter": identify_adapter(models.adapter)})
-        setup = EvaluationSetup(policy, reward, config, tuple(args.seeds), step_search=step_search_config)
+        setup = EvaluationSetup(policy, reward, config, tuple(args.seeds), baseline_config=baseline_config)
         jobs = evaluation.plan(methods, setup, trained_policies)
         warn_past_limits(reward, config if has_search(methods) else None, get_max_selection_size(methods))
         facts = models.build_run_facts(

@@ -29,7 +29,7 @@ from trl import SFTConfig
 
 from nabla_trl.audit.overoptimization import warn_past_limits
 from nabla_trl.audit.ranking import audit_reward
-from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.cli.distill.arguments import COMMON_TRAIN_OPTIONS, DistillArguments
 from nabla_trl.cli.launch import watch_for_stalls
 from nabla_trl.cli.parsing import Parser, collect_given_options, quiet_libraries
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         # another process that draws longer responses.
         PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         quiet_libraries()
-        dataclasses = [DistillArguments, SearchConfig, StepSearchConfig, TrainOptions, LoraArguments, SFTConfig]
+        dataclasses = [DistillArguments, SearchConfig, BaselineConfig, TrainOptions, LoraArguments, SFTConfig]
         usage = (
             "nabla-trl distill --config FILE [options]\n"
             "       accelerate launch -m nabla_trl.distill --config FILE [options]"
@@ -104,14 +104,14 @@ class DistillRun:
         given_options: Mapping[str, Any],
         args: DistillArguments,
         search_config: SearchConfig,
-        step_search_config: StepSearchConfig,
+        baseline_config: BaselineConfig,
         train_options: TrainOptions,
         lora_arguments: LoraArguments,
         sft_config: SFTConfig,
     ):
         self.given_options = hide_userinfo(given_options)  # as `--config` takes them
         self.command = get_current_command()
-        self.args, self.search_config, self.step_search_config = args, search_config, step_search_config
+        self.args, self.search_config, self.baseline_config = args, search_config, baseline_config
         self.train_options, self.lora_arguments, self.sft_config = train_options, lora_arguments, sft_config
         set_trust_remote_code(sft_config.trust_remote_code)
         self.state = PartialState()
@@ -319,7 +319,7 @@ class DistillRun:
         policy, reward = self.load_models()  # before the settings are claimed, as in `generate_traces`
         evaluation = self._open_evaluation()
         setup = EvaluationSetup(
-            policy, reward, self.search_config, tuple(self.args.seeds), step_search=self.step_search_config
+            policy, reward, self.search_config, tuple(self.args.seeds), baseline_config=self.baseline_config
         )
         methods = parse_methods(self.args.eval_methods)
         trained_policies = self._load_trained_policies(methods, evaluation)

@@ -1,4 +1,4 @@
-"""Options of the step-level searches: beam search, DVTS, tree of thoughts, RAP, particle filtering.
+"""Options of the methods that the search is compared with.
 
 Loads nothing heavy, so that `--help` needs no torch.
 """
@@ -13,8 +13,8 @@ from nabla_trl.utils.fields import option
 
 
 @dataclass(frozen=True)
-class StepSearchConfig:
-    """Options that the step-level searches share. How tokens are sampled is set in `SearchConfig`.
+class BaselineConfig:
+    """Options of the baselines. How tokens are sampled is set in `SearchConfig`.
 
     Raises:
         ValueError: a value out of range, or a delimiter that cannot be parsed.
