@@ -6,10 +6,17 @@ Loads nothing heavy, so that `--help` needs no torch.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from nabla_trl.gradient.step_ends import BLANK_LINE, parse_delimiter
 from nabla_trl.utils.fields import option
+
+_STEP_OPTIONS = ("step_delimiter", "max_step_tokens", "steps_per_prefix", "exploration", "particle_beta")
+_VOTE_OPTIONS = (
+    *("confidence_top_k", "confidence_window", "deepconf_keep", "deepconf_warmup"),
+    *("borda_power", "confidence_temperature"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,29 @@ class BaselineConfig:
     particle_beta: float = option(
         1.0, "particle_filter: β of the target π·exp(r/β). Lower it to follow the reward more closely."
     )
+    confidence_top_k: int = option(
+        20, "deepconf: number of likeliest tokens whose mean log-probability is the confidence of a token."
+    )
+    confidence_window: int = option(
+        2048,
+        "deepconf: tokens of a group, whose mean confidence is compared. Lower it where responses are shorter, since "
+        "a response shorter than the window is a single group.",
+    )
+    deepconf_keep: float = option(
+        0.1,
+        "deepconf: share of the most confident responses that vote. Raise it where few responses are drawn.",
+    )
+    deepconf_warmup: int = option(
+        16, "deepconf_online: responses drawn whole, from which the threshold for stopping others comes."
+    )
+    borda_power: float = option(
+        0.5, "self_certainty: exponent p of the (N − r + 1)^p votes of the response of rank r. 0 gives equal votes."
+    )
+    confidence_temperature: float | None = option(
+        None,
+        "confidence_vote: temperature of a softmax over the confidences, whose values are the weights. Unset: the "
+        "confidences are the weights.",
+    )
 
     def __post_init__(self) -> None:
         if self.step_delimiter is not None:
@@ -47,8 +77,17 @@ class BaselineConfig:
             raise ValueError("max_step_tokens and steps_per_prefix must be at least 1")
         if not 0 <= self.exploration < math.inf:
             raise ValueError(f"exploration must be a number of at least 0, not {self.exploration}")
-        if not 0 < self.particle_beta < math.inf:
-            raise ValueError(f"particle_beta must be a positive number, not {self.particle_beta}")
+        for name in ("confidence_top_k", "confidence_window", "deepconf_warmup"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("particle_beta", "confidence_temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {value}")
+        if not 0 < self.deepconf_keep <= 1:
+            raise ValueError(f"deepconf_keep must be in (0, 1], not {self.deepconf_keep}")
+        if not 0 <= self.borda_power < math.inf:
+            raise ValueError(f"borda_power must be a number of at least 0, not {self.borda_power}")
 
     def resolve_delimiter(self, reward_delimiter: str) -> str:
         """Return the text that ends a step.
@@ -61,6 +100,13 @@ class BaselineConfig:
         return reward_delimiter or BLANK_LINE
 
     def get_settings(self, reward_delimiter: str) -> dict[str, str]:
-        """Return all that can change a trace, for `claim_settings`."""
-        settings = {name: str(value) for name, value in asdict(self).items()}
-        return settings | {"step_delimiter": self.resolve_delimiter(reward_delimiter)}
+        """Return all that can change the trace of a step-level search, for `claim_settings`."""
+        return self.select_settings(_STEP_OPTIONS) | {"step_delimiter": self.resolve_delimiter(reward_delimiter)}
+
+    def get_vote_settings(self) -> dict[str, str]:
+        """Return all that can change the trace of a vote by confidence, for `claim_settings`."""
+        return self.select_settings(_VOTE_OPTIONS)
+
+    def select_settings(self, names: Sequence[str]) -> dict[str, str]:
+        """Return the values of options as text."""
+        return {name: str(getattr(self, name)) for name in names}

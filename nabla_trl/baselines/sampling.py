@@ -1,20 +1,21 @@
-"""Methods that do not revise: greedy decoding, best-of-N, weighted best-of-N and self-consistency, from one pool.
+"""Methods that do not revise: greedy decoding, best-of-N and weighted best-of-N, from one pool of responses.
 
-A pool holds N independent responses per problem. Best-of-n (the highest reward among the first n), self-consistency
-(the most common answer among the first n; Wang et al., arXiv 2203.11171) and weighted best-of-n (the answer with the
-largest weight) read nested prefixes of the same pool, so a curve over n costs one pool. Each n is charged only the
-samples that it reads.
+A pool holds N independent responses per problem. Best-of-n (the highest reward among the first n), weighted best-of-n
+(the answer with the largest weight) and votes without a reward (`nabla_trl.baselines.votes`) read nested prefixes of
+the same pool, so a curve over n costs one pool. Each n is charged only the samples that it reads.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from nabla_trl.engine.engine import Engine
 from nabla_trl.engine.scheduler import Task
-from nabla_trl.gradient.objectives import DrawInfo, Sample
+from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.grading.voting import vote
 from nabla_trl.models.flops import Cost
@@ -22,6 +23,7 @@ from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import find_token_columns, make_response_rng
 from nabla_trl.rewards.reward import Reward
+from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
 from nabla_trl.traces.schema import Trace
@@ -33,6 +35,8 @@ class PooledResponse:
 
     Attributes:
         mean_logp: log π(y|x) divided by the number of tokens, in nats.
+        statistics: [T, 3] of the distributions that the tokens were drawn from (`TokenStatistic`). None if they were
+            not asked for.
     """
 
     response_ids: list[int]
@@ -41,6 +45,13 @@ class PooledResponse:
     mean_logp: float
     generation_cost: Cost
     scoring_cost: Cost
+    statistics: Tensor | None = None
+
+    def get_statistics(self) -> Tensor:
+        """Return the statistics of a pool drawn with `statistics_top_k`."""
+        if self.statistics is None:
+            raise RuntimeError("the pool has no statistics of its distributions: draw it with statistics_top_k")
+        return self.statistics
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,8 @@ class PoolEntry:
 
     Attributes:
         error: why the problem could not be run. There are no responses then.
+        max_new_tokens: most tokens of a response.
+        policy_cache, score_caches: caches of the prompt while responses are drawn.
     """
 
     problem: Problem
@@ -57,6 +70,9 @@ class PoolEntry:
     policy_prefill_cost: Cost
     reward_prefill_cost: Cost
     error: str | None = None
+    max_new_tokens: int = 0
+    policy_cache: PrefixState | None = None
+    score_caches: list[ScoreCache] = field(default_factory=list)
 
     def compute_cost(self) -> Cost:
         """Return all that was spent on the problem."""
@@ -75,6 +91,8 @@ class ResponsePool:
     entries: list[PoolEntry]
 
 
+# A problem with the responses drawn so far -> how many more it needs.
+CountMissing = Callable[[PoolEntry], int]
 # Chooses one of the responses to a problem.
 SelectResponse = Callable[[Sequence[PooledResponse]], PooledResponse]
 
@@ -88,6 +106,8 @@ def draw_pool(
     sampling: Sampling,
     seed: int = 0,
     batch_size: int = 256,
+    statistics_top_k: int = 0,
+    count_missing: CountMissing | None = None,
 ) -> ResponsePool:
     """Draw a pool of responses. Response i of a problem depends neither on `num_responses` nor on the batch.
 
@@ -95,12 +115,23 @@ def draw_pool(
         num_responses: responses per problem.
         reward: scores the responses. None: rewards are NaN.
         batch_size: responses drawn together.
+        statistics_top_k: record statistics of the distributions, with this k (`TokenStatistic`). 0: none.
+        count_missing: returns how many responses a problem still needs. They are drawn until it returns 0.
 
     Raises:
         ValueError: two problems have the same id.
     """
     engine = Engine(policy, reward, num_slots=batch_size)
-    tasks = (Task(problem.id, _draw_entry(problem, num_responses, engine, sampling, seed)) for problem in problems)
+
+    async def draw_entry(problem: Problem) -> PoolEntry:
+        entry = await _begin_entry(problem, engine, sampling)
+        num_missing = 0 if entry.error else num_responses
+        while num_missing:
+            await _draw_responses(entry, num_missing, engine, sampling, seed, statistics_top_k)
+            num_missing = count_missing(entry) if count_missing else 0
+        return replace(entry, policy_cache=None, score_caches=[])
+
+    tasks = (Task(problem.id, draw_entry(problem)) for problem in problems)
     # Twice the problems that fill the slots, so that slots stay occupied while others are scored.
     max_concurrent = max(1, 2 * batch_size // num_responses)
     entries = {task.key: task.result for task in engine.run(tasks, max_concurrent=max_concurrent)}
@@ -108,40 +139,49 @@ def draw_pool(
     return ResponsePool(policy, reward_name, seed, f"{sampling}", [entries[problem.id] for problem in problems])
 
 
-async def _draw_entry(
-    problem: Problem, num_responses: int, engine: Engine, sampling: Sampling, seed: int
-) -> PoolEntry:
-    """Draw and score the responses to one problem. What each of them costs is charged to a key of its own."""
-    policy, counter = engine.policy, engine.flop_counter
-    prompts, limits, errors = encode_prompts([problem], policy, engine.reward, sampling)
+async def _begin_entry(problem: Problem, engine: Engine, sampling: Sampling) -> PoolEntry:
+    """Return an entry without responses, with the caches of its prompt."""
+    prompts, limits, errors = encode_prompts([problem], engine.policy, engine.reward, sampling)
     if errors:
         return PoolEntry(problem, [], [], Cost(), Cost(), errors[problem.id])
     [(_, ids)], [limit] = prompts, limits
     prompt_key, scoring_key = f"{problem.id}/prompt", f"{problem.id}/reward prompt"
-    cache, score_caches = await engine.read_prompt(Sample(problem, ids, [], prompt_key), reward_cost_key=scoring_key)
-    keys = [f"{problem.id}#{index}" for index in range(num_responses)]
+    caches = await engine.read_prompt(Sample(problem, ids, [], prompt_key), reward_cost_key=scoring_key)
+    costs = [engine.flop_counter.get_cost(key) for key in (prompt_key, scoring_key)]
+    return PoolEntry(problem, ids, [], costs[0], costs[1], None, limit, *caches)
+
+
+async def _draw_responses(
+    entry: PoolEntry, count: int, engine: Engine, sampling: Sampling, seed: int, statistics_top_k: int
+) -> None:
+    """Draw and score further responses to one problem. What each of them costs is charged to a key of its own."""
+    problem, ids, policy, counter = entry.problem, entry.prompt_ids, engine.policy, engine.flop_counter
+    first = len(entry.responses)
+    keys = [f"{problem.id}#{index}" for index in range(first, first + count)]
     stops = policy.get_stop_strings(problem)
     requests = [
-        GenerationRequest(key, ids, make_response_rng(seed, problem.id, index), limit, cache, stops)
-        for index, key in enumerate(keys)
+        GenerationRequest(
+            key, ids, make_response_rng(seed, problem.id, index), entry.max_new_tokens, entry.policy_cache, stops
+        )
+        for index, key in enumerate(keys, first)
     ]
-    outputs = await engine.generate(requests, sampling)
-    rewards = [math.nan] * num_responses
+    outputs = await engine.generate(requests, sampling, statistics_top_k=statistics_top_k)
+    rewards = [math.nan] * count
     if engine.reward is not None:
         samples = [
             Sample(problem, ids, output.ids, f"{key}/reward", DrawInfo(policy.model, output.candidates, output.logp))
             for key, output in zip(keys, outputs, strict=True)
         ]
-        scored = await engine.score(samples, [score_caches] * num_responses, [0] * num_responses, return_caches=False)
+        scored = await engine.score(samples, [entry.score_caches] * count, [0] * count, return_caches=False)
         rewards = [reward for reward, _ in scored]
-    entry = PoolEntry(problem, ids, [], counter.get_cost(prompt_key), counter.get_cost(scoring_key))
     for key, output, reward in zip(keys, outputs, rewards, strict=True):
         answer = extract_answer(policy.decode_response(output.ids, stops))
         own_columns = find_token_columns(output.candidates, output.ids)
         mean_logp = float(output.logp.gather(1, own_columns[:, None]).mean())
         costs = counter.get_cost(key), counter.get_cost(f"{key}/reward")
-        entry.responses.append(PooledResponse(output.ids, reward, answer, mean_logp, *costs))
-    return entry
+        entry.responses.append(
+            PooledResponse(output.ids, reward, answer, mean_logp, *costs, statistics=output.statistics)
+        )
 
 
 def encode_prompts(
@@ -188,10 +228,10 @@ def build_sample_traces(pool: ResponsePool, num_responses: int) -> list[Trace]:
     name, traces = f"samples_{num_responses}", []
     for entry in pool.entries:
         if entry.error:
-            traces.append(_build_error_trace(pool, entry, name, entry.error, entry.policy_prefill_cost))
+            traces.append(build_pool_error_trace(pool, entry, name, entry.error, entry.policy_prefill_cost))
         for index, response in enumerate(entry.responses[:num_responses]):
             prompt_cost = Cost() if index else entry.policy_prefill_cost
-            traces.append(_build_trace(pool, entry, name, response, prompt_cost + response.generation_cost))
+            traces.append(build_pool_trace(pool, entry, name, response, prompt_cost + response.generation_cost))
     return traces
 
 
@@ -236,9 +276,9 @@ def _select_by_reward(pool: ResponsePool, num_responses: int, method_name: str, 
             cost = sum((response.scoring_cost for response in responses), cost + entry.reward_prefill_cost)
             error = error or _describe_unusable_rewards(pool.reward_name, responses)
         if error:
-            traces.append(_build_error_trace(pool, entry, method_name, error, cost))
+            traces.append(build_pool_error_trace(pool, entry, method_name, error, cost))
         else:
-            traces.append(_build_trace(pool, entry, method_name, select(responses), cost))
+            traces.append(build_pool_trace(pool, entry, method_name, select(responses), cost))
     return traces
 
 
@@ -254,43 +294,7 @@ def _describe_unusable_rewards(reward_name: str, responses: Sequence[PooledRespo
     return None
 
 
-def select_by_self_consistency(pool: ResponsePool, num_responses: int) -> list[Trace]:
-    """Return the most common answer among the first `num_responses`. Ties go to the answer seen first.
-
-    No reward is charged.
-    """
-
-    def select(responses: Sequence[PooledResponse]) -> tuple[PooledResponse, int]:
-        voters = vote([response.answer for response in responses])
-        return responses[voters[0] if voters else 0], len(responses)
-
-    return build_vote_traces(pool, num_responses, f"self_consistency_{num_responses}", select)
-
-
-def build_vote_traces(
-    pool: ResponsePool,
-    num_responses: int,
-    method_name: str,
-    select: Callable[[Sequence[PooledResponse]], tuple[PooledResponse, int]],
-) -> list[Trace]:
-    """Return the traces of a vote among the first `num_responses`, without the cost of a reward.
-
-    Args:
-        select: returns the chosen response, and how many of the responses it has read. Only these are charged.
-    """
-    traces = []
-    for entry in pool.entries:
-        if entry.error:
-            traces.append(_build_error_trace(pool, entry, method_name, entry.error, entry.policy_prefill_cost))
-            continue
-        responses = entry.responses[:num_responses]
-        chosen, num_read = select(responses)
-        cost = sum((response.generation_cost for response in responses[:num_read]), entry.policy_prefill_cost)
-        traces.append(_build_trace(pool, entry, method_name, chosen, cost))
-    return traces
-
-
-def _build_trace(
+def build_pool_trace(
     pool: ResponsePool, entry: PoolEntry, method_name: str, response: PooledResponse, cost: Cost
 ) -> Trace:
     return build_response_trace(
@@ -306,6 +310,6 @@ def _build_trace(
     )
 
 
-def _build_error_trace(pool: ResponsePool, entry: PoolEntry, method_name: str, message: str, cost: Cost) -> Trace:
+def build_pool_error_trace(pool: ResponsePool, entry: PoolEntry, method_name: str, message: str, cost: Cost) -> Trace:
     meta = build_trace_meta(pool.policy, pool.reward_name, pool.config_hash)
     return build_error_trace(entry.problem, method_name, pool.seed, message, meta, cost)

@@ -63,15 +63,20 @@ class Engine(Scheduler):
         top_k_candidates: int = 1,
         return_cache: bool = False,
         return_log_importance_weight: bool = False,
+        statistics_top_k: int = 0,
     ) -> list[GenerationOutput]:
         """Draw continuations; every request holds the cache of its prefix.
 
         Args:
             top_k_candidates: K, tokens to record per position.
             return_log_importance_weight: record how the sampler differs from π, if it does.
+            statistics_top_k: record statistics of π at every position, with this k (`TokenStatistic`). 0: none.
         """
         # Every request has its own limit of tokens, so requests of other limits are decoded together.
-        lane = (replace(sampling, max_new_tokens=1), top_k_candidates, return_cache, return_log_importance_weight)
+        lane = (
+            replace(sampling, max_new_tokens=1),
+            *(top_k_candidates, return_cache, return_log_importance_weight, statistics_top_k),
+        )
 
         def open_session() -> GenerationSession:
             return self.policy.backend.open_session(
@@ -81,6 +86,7 @@ class Engine(Scheduler):
                 top_k_candidates=top_k_candidates,
                 return_cache=return_cache,
                 return_log_importance_weight=return_log_importance_weight,
+                statistics_top_k=statistics_top_k,
             )
 
         outputs = await self.generate_together(lane, open_session, requests)

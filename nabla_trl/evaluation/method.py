@@ -17,21 +17,24 @@ SEARCHES = ("nabla", "control", "shuffled", "paper", "released", "qalign")
 # Step-level searches. Their sizes are beams, subtrees, states, rollouts and particles.
 STEP_SEARCHES = ("beam_search", "dvts", "tot", "rap", "particle_filter")
 # Methods that vote among the responses of one pool, without a reward.
-VOTE_METHODS = ("self_consistency", "adaptive_consistency", "confidence_vote")
+VOTE_METHODS = (
+    *("self_consistency", "adaptive_consistency", "dirichlet_consistency", "confidence_vote", "self_certainty"),
+    *("deepconf_tail", "deepconf_bottom", "deepconf_online"),
+)
 # Methods that choose among the responses of one pool, or keep them all.
 POOL_METHODS = ("best_of", *VOTE_METHODS, "weighted_best_of", "samples")
 # Trained policies: one from an adapter made elsewhere, and one for each way to train.
 POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 
 METHOD_SYNTAX = (
-    "greedy, best_of_N, weighted_best_of_N, self_consistency_N, adaptive_consistency_N (stops early), "
-    "confidence_vote_N (weighted by likelihood) and samples_N (N up to 999, for pass@k, maj@k and avg@N). The "
-    "searches nabla, control (without the gradient), shuffled (its gradient rows shuffled), paper, released and "
-    "qalign (presets), each also as nabla@best_of_N (at that method's FLOPs) or nabla@F (at F times best_of_16's). "
-    "The step-level searches beam_search and dvts (N beams), tot (N states), rap (N rollouts) and particle_filter (N "
-    f"particles), each as tot_N, tot@best_of_N or tot@F. {REWARD_MODEL_SAMPLING} (for log-ratio rewards). Of a "
-    "trained policy L_greedy, L_best_of_N, L_samples_N, and L_nabla and L_control, also with a budget, where L is one "
-    f"of {', '.join(POLICY_LABELS)}"
+    "greedy, best_of_N, weighted_best_of_N and samples_N (N up to 999, for pass@k, maj@k and avg@N). The votes "
+    f"without a reward {', '.join(VOTE_METHODS)}, each as self_consistency_N, self_consistency@best_of_N (at that "
+    "method's FLOPs) or self_consistency@F (at F times best_of_16's). The searches nabla, control (without the "
+    "gradient), shuffled (its gradient rows shuffled), paper, released and qalign (presets), each also with such a "
+    "budget, as nabla@F. The step-level searches beam_search and dvts (N beams), tot (N states), rap (N rollouts) and "
+    "particle_filter (N particles), each as tot_N, tot@best_of_N or tot@F. "
+    f"{REWARD_MODEL_SAMPLING} (for log-ratio rewards). Of a trained policy L_greedy, L_best_of_N, L_samples_N, and "
+    f"L_nabla and L_control, also with a budget, where L is one of {', '.join(POLICY_LABELS)}"
 )
 
 MAX_SAMPLES = 999  # the estimators of pass@k and maj@k overflow with more
@@ -116,6 +119,10 @@ class Method:
         return self.name in STEP_SEARCHES
 
     @property
+    def is_vote(self) -> bool:
+        return self.name in VOTE_METHODS
+
+    @property
     def num_samples(self) -> int:
         """Return how many independent samples a row of the method holds. 0: a row holds one answer."""
         return self.n or 0 if self.name == "samples" else 0
@@ -138,6 +145,8 @@ class Method:
             return (self.n is None) == bool(self.budget)
         if self.is_search:
             return self.n is None
+        if self.is_vote:
+            return (self.n is None) == bool(self.budget)
         if self.name in POOL_METHODS:
             return self.n is not None and not self.budget and (self.name != "samples" or self.n <= MAX_SAMPLES)
         return self.n is None and not self.budget and self.name in ("greedy", REWARD_MODEL_SAMPLING)

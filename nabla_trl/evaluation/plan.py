@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
-from nabla_trl.baselines import consistency, sampling
+from nabla_trl.baselines import sampling
 from nabla_trl.baselines.config import BaselineConfig
-from nabla_trl.baselines.sampling import ResponsePool
+from nabla_trl.baselines.sampling import PoolEntry, ResponsePool
 from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS
 from nabla_trl.baselines.step_tree import create_step_finder, run_step_search
+from nabla_trl.baselines.votes import (
+    STATISTICS_VOTES,
+    VOTES,
+    WHOLE_DISTRIBUTION_VOTES,
+    count_responses_in_budget,
+    vote_in_pool,
+)
 from nabla_trl.evaluation.kl import KLMeasure, build_sample_kl_measure, skip_kl
 from nabla_trl.evaluation.method import (
     POOL_METHODS,
@@ -96,9 +105,7 @@ class EvaluationSetup:
         beta = 1 / self.config.reward_weight
         selectors: dict[str, Callable[[ResponsePool, int], list[Trace]]] = {
             "best_of": sampling.select_best_of_n,
-            "self_consistency": sampling.select_by_self_consistency,
-            "adaptive_consistency": consistency.select_by_adaptive_consistency,
-            "confidence_vote": consistency.select_by_confidence_vote,
+            **{name: partial(self._vote, name) for name in VOTES},
             "weighted_best_of": lambda pool, n: sampling.select_weighted_best_of_n(pool, n, beta),
             "samples": sampling.build_sample_traces,
         }
@@ -107,7 +114,8 @@ class EvaluationSetup:
         batch_size = self._get_pool_batch_size(num_responses)
 
         def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            pool = self._draw_pool(problems, num_responses, seed, self.policy, self.reward)
+            top_k = self._get_statistics_top_k(name for name, _ in reads)
+            pool = self._draw_pool(problems, num_responses, seed, self.policy, self.reward, statistics_top_k=top_k)
             return [trace for name, n in reads for trace in selectors[name](pool, n)]
 
         methods = [f"{name}_{n}" for name, n in reads]
@@ -118,6 +126,52 @@ class EvaluationSetup:
             batch_size=batch_size,
         )
         return self._build_job(methods, run, batch_size // num_responses, measure_kl=measure_kl)
+
+    def plan_vote_budget(self, methods: Sequence[Method], max_flops: float) -> Job:
+        """Return the job that draws one pool for votes at the same budget of FLOPs per problem.
+
+        Responses are drawn until each method has all that it draws at the budget.
+        """
+        names = [method.name for method in methods]
+
+        def count_missing(entry: PoolEntry) -> int:
+            num_drawn = len(entry.responses)
+            counts = [
+                count_responses_in_budget(entry, name, self.baseline_config, self.policy, max_flops) for name in names
+            ]
+            return num_drawn if max(counts) > num_drawn else 0  # twice as many, so that they are decoded together
+
+        def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            pool = self._draw_pool(
+                problems,
+                4,
+                seed,
+                self.policy,
+                None,
+                statistics_top_k=self._get_statistics_top_k(names),
+                count_missing=count_missing,
+            )
+            return [
+                trace
+                for method in methods
+                for trace in vote_in_pool(
+                    pool,
+                    method.name,
+                    None,
+                    config=self.baseline_config,
+                    max_flops=max_flops,
+                    method_name=str(method),
+                )
+            ]
+
+        return self._build_job([str(method) for method in methods], run, self.config.batch_size)
+
+    def _vote(self, name: str, pool: ResponsePool, size: int) -> list[Trace]:
+        return vote_in_pool(pool, name, size, config=self.baseline_config)
+
+    def _get_statistics_top_k(self, names: Iterable[str]) -> int:
+        """Return the k of the statistics that these methods need, or 0."""
+        return self.baseline_config.confidence_top_k if set(names) & set(STATISTICS_VOTES) else 0
 
     def plan_reward_model_sampling(self) -> Job:
         """Return the job that samples from the model that a log-ratio reward prefers.
@@ -170,7 +224,13 @@ class EvaluationSetup:
         return self._build_job([str(method)], run, batch_size // method.selection_size)
 
     def _draw_pool(
-        self, problems: Sequence[Problem], num_responses: int, seed: int, policy: Policy, reward: Reward | None
+        self,
+        problems: Sequence[Problem],
+        num_responses: int,
+        seed: int,
+        policy: Policy,
+        reward: Reward | None,
+        **options: Any,
     ) -> ResponsePool:
         return sampling.draw_pool(
             problems,
@@ -180,6 +240,7 @@ class EvaluationSetup:
             sampling=self.config.get_sampling(),
             seed=seed,
             batch_size=self._get_pool_batch_size(num_responses),
+            **options,
         )
 
     def _get_pool_batch_size(self, num_responses: int) -> int:
@@ -243,6 +304,9 @@ def _plan_policy_jobs(
         yield setup.plan_sample_pool(**pool_sizes)
     if "greedy" in names:
         yield setup.plan_greedy()
+    for budget in dict.fromkeys(method.budget for method in methods if method.is_vote and method.budget):
+        votes = [method for method in methods if method.is_vote and method.budget == budget]
+        yield setup.plan_vote_budget(votes, votes[0].budget_factor * get_flops(votes[0].budget_reference))
     main_search = get_main_search(names)
     for name, method in zip(names, methods, strict=True):
         if not (method.is_search or method.is_step_search):
@@ -284,16 +348,24 @@ def limit_to_flops(config: SearchConfig, max_flops: float) -> SearchConfig:
     return replace(config, max_flops=max_flops, max_rounds=0, max_rollouts=0, patience=0)
 
 
-def get_step_search_settings(names: Sequence[str], setup: EvaluationSetup) -> dict[str, str]:
-    """Return what the rows of step-level searches depend on beside the settings of all rows. Empty without such rows.
+def get_baseline_settings(names: Sequence[str], setup: EvaluationSetup) -> dict[str, dict[str, str]]:
+    """Return what the rows of baselines depend on beside the settings of all rows, by the name to claim them under.
 
     Raises:
-        ValueError: the policy cannot write the delimiter of steps.
+        ValueError: the policy cannot write the delimiter of steps, or its back end lacks what a vote needs.
     """
-    if not any(Method.parse(name).is_step_search for name in names):
-        return {}
-    create_step_finder(setup.policy, setup.baseline_config.resolve_delimiter(setup.reward.step_delimiter))
-    return setup.baseline_config.get_settings(setup.reward.step_delimiter)
+    methods, config, settings = [Method.parse(name) for name in names], setup.baseline_config, {}
+    if any(method.is_step_search for method in methods):
+        create_step_finder(setup.policy, config.resolve_delimiter(setup.reward.step_delimiter))
+        settings["step_search"] = config.get_settings(setup.reward.step_delimiter)
+    if any(method.name in ("confidence_vote", *STATISTICS_VOTES) for method in methods):
+        settings["votes"] = config.get_vote_settings()
+    whole = [str(method) for method in methods if method.name in WHOLE_DISTRIBUTION_VOTES]
+    if whole and not setup.policy.backend.knows_distributions:
+        raise ValueError(
+            f"{whole[0]} reads whole distributions, which a vLLM server does not return: leave out vllm_url"
+        )
+    return settings
 
 
 def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies: Mapping[str, Policy]) -> None:
@@ -322,7 +394,7 @@ def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies
         raise ValueError("solver none is the control: ask for control instead of nabla, or choose another solver")
     if not isinstance(setup.config.solver, MirrorSolver) and "shuffled" in searches:
         raise ValueError(f"shuffled is a control of solver mirror, not of {setup.config.solver.name}")
-    get_step_search_settings(names, setup)
+    get_baseline_settings(names, setup)
     for method in methods:
         if method.is_search and method.budget:
             build_search_config(method, setup.config, max_flops=1.0)

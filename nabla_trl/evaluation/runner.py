@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nabla_trl.evaluation.method import Method
-from nabla_trl.evaluation.plan import EvaluationSetup, Job, get_step_search_settings, plan_jobs
+from nabla_trl.evaluation.plan import EvaluationSetup, Job, get_baseline_settings, plan_jobs
 from nabla_trl.evaluation.results import SHARD_PLAN_FILE, describe_missing_rows
 from nabla_trl.evaluation.rows import Row, RowStore, build_row, merge_sample_rows, select_complete_rows
 from nabla_trl.grading.checker import AnswerChecker
@@ -92,8 +92,8 @@ class Evaluation:
         Args:
             get_flops: as for `plan_jobs` (default: `get_budget_flops` of this evaluation's rows).
         """
-        if step_search_settings := get_step_search_settings(names, setup):
-            self.claim("step_search", step_search_settings)
+        for claim_name, baseline_settings in get_baseline_settings(names, setup).items():
+            self.claim(claim_name, baseline_settings)
         if self.shard.count > 1:
             self._shard_plan = ShardPlan.build(self.shard, self.problems, setup.seeds, names)
             self._shard_plan.write(self.store.folder / SHARD_PLAN_FILE)

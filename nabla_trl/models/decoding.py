@@ -27,7 +27,9 @@ from torch import Tensor
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy, get_context_length
 from nabla_trl.models.sampling import (
+    TokenStatistic,
     build_warpers,
+    compute_distribution_statistics,
     compute_log_importance_weight,
     compute_top_candidates,
     sample_tokens,
@@ -65,6 +67,7 @@ class SlotDecoder:
         max_sequences: slots, the sequences that are decoded together at most.
         return_cache: return each sequence's cache.
         return_log_importance_weight: record how the sampler differs from π, if it does.
+        statistics_top_k: k of the statistics of π to record at every position. 0: none.
         tokens_per_read: steps between two reads of the drawn tokens.
 
     Attributes:
@@ -81,6 +84,7 @@ class SlotDecoder:
         max_sequences: int = 256,
         return_cache: bool = False,
         return_log_importance_weight: bool = False,
+        statistics_top_k: int = 0,
         tokens_per_read: int | None = None,
     ):
         self.policy, self.sampling, self.num_slots = policy, sampling, max_sequences
@@ -88,6 +92,7 @@ class SlotDecoder:
         self.num_candidates = min(top_k_candidates, policy.forbidden_mask.shape[0])
         self.return_cache = return_cache
         self.return_weight = return_log_importance_weight and bool(self.warpers)
+        self.statistics_top_k = statistics_top_k
         self.device, self.context_length = policy.device, policy.context_length
         device = self.device
         self.layout = get_layout(policy.model)
@@ -106,7 +111,8 @@ class SlotDecoder:
         self.uniforms = torch.zeros(0, 0, dtype=torch.float64, device=device)
         self.latest = torch.zeros(0, dtype=torch.long, device=device)
         self.drawn = torch.zeros(0, self.tokens_per_read, dtype=torch.long, device=device)
-        self.outputs: list[Tensor] = []  # [slots, tokens, K] candidates, log π and, if asked for, weights
+        # [slots, tokens, K] candidates, log π and, if asked for, weights, and [slots, tokens, 3] statistics
+        self.outputs: list[Tensor] = []
 
     @property
     def num_unfinished(self) -> int:
@@ -205,6 +211,9 @@ class SlotDecoder:
         tables = [*compute_top_candidates(logits, tokens, self.policy.forbidden_mask, self.num_candidates)]
         if self.return_weight:
             tables.append(compute_log_importance_weight(allowed, tables[0], self.warpers))
+        if self.statistics_top_k:
+            statistics = compute_distribution_statistics(logits, self.policy.forbidden_mask, self.statistics_top_k)
+            tables.append(statistics)
         for buffer, table in zip(self.outputs, tables, strict=True):
             buffer[slots, counts] = table
         sound = (logits < torch.inf).all(-1)  # −inf only means that a token is impossible
@@ -276,7 +285,8 @@ class SlotDecoder:
         cache = self._copy_state(slot) if self.return_cache else None
         finished = self.policy.is_finished(request.join_response(sequence.ids), request.stop_strings)
         weight = tables[2] if self.return_weight else None
-        output = GenerationOutput(sequence.ids, finished, tables[0], tables[1], weight, cache)
+        statistics = tables[-1] if self.statistics_top_k else None
+        output = GenerationOutput(sequence.ids, finished, tables[0], tables[1], weight, cache, statistics)
         self._free(slot)
         return sequence.tag, output
 
@@ -326,11 +336,14 @@ class SlotDecoder:
             )
             self.drawn = _enlarge(self.drawn, slots, self.tokens_per_read)
             self.uniforms = _enlarge(self.uniforms, slots, width)
-            dtypes = [torch.long, torch.float32, *[torch.float32] * self.return_weight]
+            columns = [self.num_candidates] * (2 + self.return_weight)
+            columns += [len(TokenStatistic)] * bool(self.statistics_top_k)
+            dtypes = [torch.long] + [torch.float32] * (len(columns) - 1)
             held = self.outputs or [
-                torch.zeros(0, 0, self.num_candidates, dtype=dtype, device=device) for dtype in dtypes
+                torch.zeros(0, 0, size, dtype=dtype, device=device)
+                for size, dtype in zip(columns, dtypes, strict=True)
             ]
-            self.outputs = [_enlarge(buffer, slots, width, self.num_candidates) for buffer in held]
+            self.outputs = [_enlarge(buffer, slots, width, buffer.shape[-1]) for buffer in held]
 
 
 def _enlarge(buffer: Tensor, *shape: int) -> Tensor:
@@ -345,6 +358,7 @@ class TransformersBackend:
 
     returns_caches: ClassVar[bool] = True
     supports_should_stop: ClassVar[bool] = True
+    knows_distributions: ClassVar[bool] = True
 
     def get_context_length(self, policy: Policy) -> int:
         return get_context_length(policy.model)

@@ -28,6 +28,7 @@ def generate_continuations(
     top_k_candidates: int = 1,
     return_cache: bool = False,
     return_log_importance_weight: bool = False,
+    statistics_top_k: int = 0,
     batch_size: int = 256,
 ) -> list[GenerationOutput]:
     """Generate the continuation of every request, at most `batch_size` of them together.
@@ -36,6 +37,7 @@ def generate_continuations(
         top_k_candidates: K, how many candidates to record per position (capped at the vocabulary).
         return_cache: return each output's state. Outputs of a server have empty rows.
         return_log_importance_weight: record log π − log q of the candidates, unless the sampler q is π.
+        statistics_top_k: record statistics of π at every position, with this k (`TokenStatistic`). 0: none.
 
     Raises:
         ValueError: NaN or infinite logits, or an option that the back end does not support.
@@ -48,6 +50,7 @@ def generate_continuations(
         top_k_candidates=top_k_candidates,
         return_cache=return_cache,
         return_log_importance_weight=return_log_importance_weight,
+        statistics_top_k=statistics_top_k,
     )
     prefix_caches: dict[_PrefixKey, PrefixState] = {}
     for begin in range(0, len(requests), batch_size):

@@ -88,6 +88,8 @@ class GenerationOutput:
         log_importance_weight: [T, K] log π − log q of the candidates, where q is the sampler, both normalized over
             the allowed tokens. inf where q is 0. None where q = π, or if it was not asked for.
         cache: state of `prefix_ids + ids[:-1]`. None if it was not asked for.
+        statistics: [T, 3] float32, what is recorded of π at each position (`TokenStatistic`). None if it was not asked
+            for. A server knows only the first column, and the others are NaN.
     """
 
     ids: list[int]
@@ -96,6 +98,7 @@ class GenerationOutput:
     logp: Tensor
     log_importance_weight: Tensor | None = None
     cache: PrefixState | None = None
+    statistics: Tensor | None = None
 
     def get_cache(self) -> PrefixState:
         """Return the cache of an output made with `return_cache`."""
@@ -116,10 +119,12 @@ class GenerationBackend(Protocol):
     Attributes:
         returns_caches: outputs and prefilled prompts carry states of `policy.model`. If False, their rows are empty.
         supports_should_stop: `GenerationRequest.should_stop` is called.
+        knows_distributions: `GenerationOutput.statistics` has all columns.
     """
 
     returns_caches: ClassVar[bool]
     supports_should_stop: ClassVar[bool]
+    knows_distributions: ClassVar[bool]
 
     def get_context_length(self, policy: Policy) -> int:
         """Return the longest sequence (tokens, prompt and response) that can be generated."""
@@ -139,12 +144,14 @@ class GenerationBackend(Protocol):
         top_k_candidates: int = 1,
         return_cache: bool = False,
         return_log_importance_weight: bool = False,
+        statistics_top_k: int = 0,
     ) -> GenerationSession:
         """Return a session for requests with these options.
 
         Args:
             max_sequences: sequences that are generated together at most.
             top_k_candidates, return_cache, return_log_importance_weight: as for `generate_continuations`.
+            statistics_top_k: record `GenerationOutput.statistics` with this k. 0 records none, and costs nothing.
 
         Raises:
             ValueError: an option that this back end does not support.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -17,6 +18,20 @@ from transformers import (
 )
 
 from nabla_trl.models.options import Sampling
+
+
+class TokenStatistic(IntEnum):
+    """What is recorded of the distribution π that a token is drawn from, at temperature 1 and without a filter.
+
+    Attributes:
+        TOP_LOGP: mean log π of the k likeliest tokens, in nats.
+        SELF_CERTAINTY: KL from the uniform distribution to π, −log V − mean log π over all V tokens, in nats.
+        ENTROPY: entropy of π, in nats.
+    """
+
+    TOP_LOGP = 0
+    SELF_CERTAINTY = 1
+    ENTROPY = 2
 
 
 def make_rng(seed: int, problem_id: str, *labels: int | str) -> np.random.Generator:
@@ -88,6 +103,30 @@ def compute_top_candidates(
     ids[:, -1] = torch.where(present, ids[:, -1], sampled_ids)
     values[:, -1] = torch.where(present, values[:, -1], logp.gather(1, sampled_ids[:, None]).squeeze(1))
     return ids, values
+
+
+def compute_distribution_statistics(logits: Tensor, forbidden_mask: Tensor, top_k: int) -> Tensor:
+    """Return what confidence measures need of a whole distribution π [B, 3], in the columns of `TokenStatistic`.
+
+    Tokens that are forbidden or impossible are left out of every sum and mean.
+
+    Args:
+        logits: [B, V].
+        forbidden_mask: [V] bool.
+        top_k: k of the mean over the likeliest tokens.
+    """
+    all_logp = logits.log_softmax(-1)
+    logp = all_logp.masked_fill(forbidden_mask, -torch.inf)
+    possible = logp > -torch.inf
+    finite_logp = torch.where(possible, logp, 0.0)
+    num_possible = possible.sum(-1).clamp(min=1)
+    # The likeliest of all tokens, as a server returns them, and of these the ones that can be drawn.
+    top = logp.gather(-1, all_logp.topk(min(top_k, logp.shape[-1]), dim=-1).indices)
+    is_top = top > -torch.inf
+    top_mean = torch.where(is_top, top, 0.0).sum(-1) / is_top.sum(-1).clamp(min=1)
+    self_certainty = -finite_logp.sum(-1) / num_possible - num_possible.log()
+    entropy = -(logp.exp() * finite_logp).sum(-1)
+    return torch.stack((top_mean, self_certainty, entropy), dim=-1)
 
 
 def find_token_columns(candidates: Tensor, token_ids: Sequence[int]) -> Tensor:

@@ -34,7 +34,7 @@ import torch
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy, get_context_length
 from nabla_trl.models.prompts import tokenize_prompt
-from nabla_trl.models.sampling import build_warpers, make_rng
+from nabla_trl.models.sampling import TokenStatistic, build_warpers, make_rng
 from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.formatting import format_error, hide_userinfo
@@ -74,6 +74,7 @@ class VllmBackend:
 
     returns_caches: ClassVar[bool] = False  # the server keeps them to itself
     supports_should_stop: ClassVar[bool] = False  # it answers with whole responses
+    knows_distributions: ClassVar[bool] = False  # it returns the likeliest tokens alone
 
     def get_context_length(self, policy: Policy) -> int:
         return min(get_context_length(policy.model), self.context_length)
@@ -93,6 +94,7 @@ class VllmBackend:
         top_k_candidates: int = 1,
         return_cache: bool = False,
         return_log_importance_weight: bool = False,
+        statistics_top_k: int = 0,
     ) -> VllmSession:
         """Return a session whose requests are sent as they come.
 
@@ -107,7 +109,8 @@ class VllmBackend:
                 "a vLLM server does not return the log-probabilities of its sampler: metropolis with vllm_url needs "
                 "temperature 1, and no top_k, top_p or min_p"
             )
-        return VllmSession(self, policy, sampling, min(top_k_candidates, len(policy.forbidden_mask)))
+        num_candidates, num_rows = min(top_k_candidates, len(policy.forbidden_mask)), len(policy.forbidden_mask)
+        return VllmSession(self, policy, sampling, num_candidates, min(statistics_top_k, num_rows))
 
     def build_shared_body(self, policy: Policy, sampling: Sampling, num_candidates: int) -> dict[str, Any]:
         """Return what all requests share. Everything is set, because a generation config may change the defaults."""
@@ -139,9 +142,18 @@ class VllmSession:
     Each goes to the server with the fewest requests under way. One that a dead server had goes to the others.
     """
 
-    def __init__(self, backend: VllmBackend, policy: Policy, sampling: Sampling, num_candidates: int):
+    def __init__(
+        self,
+        backend: VllmBackend,
+        policy: Policy,
+        sampling: Sampling,
+        num_candidates: int,
+        statistics_top_k: int = 0,
+    ):
         self.backend, self.policy, self.sampling, self.num_candidates = backend, policy, sampling, num_candidates
-        self.shared_body = backend.build_shared_body(policy, sampling, num_candidates)
+        self.statistics_top_k = statistics_top_k
+        self.num_logprobs = max(num_candidates, statistics_top_k)
+        self.shared_body = backend.build_shared_body(policy, sampling, self.num_logprobs)
         self._requests: dict[Hashable, GenerationRequest] = {}
         self._stop_events: dict[Hashable, Event] = {}
         self._todo: SimpleQueue[Hashable] = SimpleQueue()
@@ -228,7 +240,7 @@ class VllmSession:
             except ValueError as error:
                 if "logprobs" not in str(error) or "max allowed" not in str(error):
                     raise
-                hint = f"{self.num_candidates} candidates need vllm serve --max-logprobs {self.num_candidates}"
+                hint = f"{self.num_logprobs} log-probabilities need vllm serve --max-logprobs {self.num_logprobs}"
                 raise ValueError(f"{error}: {hint}") from error
             finally:
                 with self._lock:
@@ -237,7 +249,7 @@ class VllmSession:
 
     def _parse(self, client: HttpClient, request: GenerationRequest, answer: Any) -> GenerationOutput:
         try:
-            return _parse_output(self.policy, request, answer, self.num_candidates)
+            return _parse_output(self.policy, request, answer, self.num_candidates, self.statistics_top_k)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{client.url} does not answer as vLLM does: {type(error).__name__} {error}") from error
         except ValueError as error:
@@ -258,7 +270,11 @@ def _build_request_body(request: GenerationRequest, sampling: Sampling) -> dict[
 
 
 def _parse_output(
-    policy: Policy, request: GenerationRequest, answer: dict[str, Any], num_candidates: int
+    policy: Policy,
+    request: GenerationRequest,
+    answer: dict[str, Any],
+    num_candidates: int,
+    statistics_top_k: int = 0,
 ) -> GenerationOutput:
     """Return the output in a server's answer.
 
@@ -291,7 +307,23 @@ def _parse_output(
     ]
     candidates = torch.tensor([[token for token, _ in row] for row in table])
     logp = torch.tensor([[value for _, value in row] for row in table], dtype=torch.float32)
-    return GenerationOutput(ids, finished, candidates, logp, cache=PrefixState(0))
+    statistics = None
+    if statistics_top_k:
+        top_means = [_compute_top_mean(logprobs, statistics_top_k, forbidden_ids) for logprobs in top_logprobs]
+        statistics = torch.full((len(ids), len(TokenStatistic)), torch.nan)
+        statistics[:, TokenStatistic.TOP_LOGP] = torch.tensor(top_means)
+    return GenerationOutput(ids, finished, candidates, logp, cache=PrefixState(0), statistics=statistics)
+
+
+def _compute_top_mean(logprobs: dict[str, float], top_k: int, forbidden_ids: set[int]) -> float:
+    """Return the mean log π of those of the `top_k` likeliest tokens of one position that can be sampled."""
+    likeliest = sorted(logprobs, key=logprobs.__getitem__, reverse=True)[:top_k]
+    values = [
+        logprobs[name]
+        for name in likeliest
+        if logprobs[name] > VLLM_MIN_LOGP and int(name.removeprefix(TOKEN_ID_PREFIX)) not in forbidden_ids
+    ]
+    return math.fsum(values) / len(values) if values else 0.0
 
 
 def _rank_candidates(

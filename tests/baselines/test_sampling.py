@@ -11,6 +11,7 @@ import torch
 import worlds
 
 from nabla_trl.baselines import sampling
+from nabla_trl.baselines.votes import vote_in_pool
 from nabla_trl.evaluation.method import parse_methods
 from nabla_trl.evaluation.plan import EvaluationSetup, plan_jobs
 from nabla_trl.gradient.objectives import Sample
@@ -80,7 +81,7 @@ def test_cost_adds_up_and_best_of_1_pays_for_no_reward(problems, policy, reward)
 
 def test_self_consistency_takes_the_commonest_answer(problems, policy, reward):
     made = pool(problems, 9, policy, reward, seed=1)
-    for entry, trace in zip(made.entries, sampling.select_by_self_consistency(made, 9), strict=True):
+    for entry, trace in zip(made.entries, vote_in_pool(made, "self_consistency", 9), strict=True):
         votes = Counter(normalize_answer(draw.answer) for draw in entry.responses if draw.answer is not None)
         assert votes, "the world gives answers"
         assert votes[normalize_answer(trace.answer)] == max(votes.values())
@@ -103,9 +104,9 @@ def test_the_first_draw_is_the_start_of_the_search(problems, policy, reward):
     assert [trace.initial_ids for trace in traces] == [trace.response_ids for trace in single]
 
 
-def test_without_a_reward_only_self_consistency_and_samples_work(problems, policy):
+def test_without_a_reward_only_votes_and_samples_work(problems, policy):
     made = pool(problems, 2, policy, None)
-    assert all(trace.error is None for trace in sampling.select_by_self_consistency(made, 2))
+    assert all(trace.error is None for trace in vote_in_pool(made, "self_consistency", 2))
     assert all("gave nan" in trace.error for trace in sampling.select_best_of_n(made, 2))
 
 
@@ -203,7 +204,7 @@ REWARDS_WRONG = (("3#3", 0.6), ("1+2=3#3", 0.9), ("4#4", 1.0), ("1+2=3;#3", 0.8)
 def test_a_few_responses_of_high_reward_outweigh_a_majority(policy):
     made = made_pool(policy, *MAJORITY_WRONG)
     assert chosen(made, 5) == ("1+2=3#3", 2.5)
-    assert sampling.select_by_self_consistency(made, 5)[0].answer == "4"
+    assert vote_in_pool(made, "self_consistency", 5)[0].answer == "4"
     assert chosen(made, 1) == ("1+2=4#4", -1.0)  # a plain sample
 
 
@@ -234,7 +235,7 @@ def test_between_best_of_n_and_self_consistency(policy, written):
     made, count = made_pool(policy, *written), len(written)
     cold, hot = (sampling.select_weighted_best_of_n(made, count, beta)[0] for beta in (1e-6, 1e6))
     assert cold.response_ids == sampling.select_best_of_n(made, count)[0].response_ids
-    assert hot.answer == sampling.select_by_self_consistency(made, count)[0].answer
+    assert hot.answer == vote_in_pool(made, "self_consistency", count)[0].answer
     assert cold.answer != hot.answer
 
 
@@ -264,7 +265,7 @@ def test_answers_are_those_of_self_consistency(policy):
     """Grouped after normalisation, however they are written."""
     made = made_pool(policy, ("#+3", 0.0), ("#4", 0.5), ("#3", 0.1))
     assert chosen(made, 3) == ("#3", 0.1)
-    assert sampling.select_by_self_consistency(made, 3)[0].response_ids == made.entries[0].responses[0].response_ids
+    assert vote_in_pool(made, "self_consistency", 3)[0].response_ids == made.entries[0].responses[0].response_ids
 
 
 def test_without_a_vote_the_highest_reward_counts(policy):

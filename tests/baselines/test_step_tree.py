@@ -19,7 +19,7 @@ from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS, _NodeValues
 from nabla_trl.baselines.step_tree import StepNode, create_step_finder, run_step_search
 from nabla_trl.engine.engine import Engine
 from nabla_trl.evaluation.method import Method, get_max_selection_size, parse_methods, sort_methods
-from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_step_search_settings, plan_jobs
+from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_baseline_settings, plan_jobs
 from nabla_trl.evaluation.rows import Row, RowStore
 from nabla_trl.evaluation.runner import compute_mean_flops, run_jobs
 from nabla_trl.gradient.objectives import Sample
@@ -559,12 +559,12 @@ def test_names_that_mean_something(bench: EvaluationSetup) -> None:
         4,
         1,
     ]
-    assert get_step_search_settings(["greedy", "nabla"], bench) == {}
-    assert get_step_search_settings(["rap_2"], bench) == STEPS.get_settings("")
+    assert get_baseline_settings(["greedy", "nabla"], bench) == {}
+    assert get_baseline_settings(["rap_2"], bench) == {"step_search": STEPS.get_settings("")}
     for broken in (
         replace(bench, baseline_config=replace(STEPS, step_delimiter="x")),
         replace(bench, policy=replace(bench.policy, backend=SimpleNamespace(supports_should_stop=False))),
     ):
         check_methods(["nabla"], broken, {})
         worlds.refused(lambda broken=broken: check_methods(["rap_2"], broken, {}), "step")
-        worlds.refused(lambda broken=broken: get_step_search_settings(["rap_2"], broken), "step")
+        worlds.refused(lambda broken=broken: get_baseline_settings(["rap_2"], broken), "step")

@@ -23,7 +23,7 @@ from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations, prepare_prompt_caches
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationRequest, Policy
-from nabla_trl.models.sampling import make_rng
+from nabla_trl.models.sampling import TokenStatistic, make_rng
 from nabla_trl.models.vllm_backend import HttpClient, VllmBackend, VllmSession, connect_vllm
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
@@ -248,6 +248,23 @@ def test_costs_are_charged_as_for_a_policy_that_draws_here(
         costs.append(counter.get_total_cost())
         assert costs[-1].seconds > 0
     assert costs[0].tokens == costs[1].tokens and costs[0].flops == costs[1].flops
+
+
+def test_a_server_knows_the_confidence_of_a_token_and_nothing_of_the_whole_distribution(
+    policy: Policy, served: Policy, problems: list[Problem]
+) -> None:
+    ours, theirs = (
+        generate_continuations(
+            one, _make_requests(one, problems), GREEDY, flop_counter=FlopCounter(), statistics_top_k=5
+        )
+        for one in (policy, served)
+    )
+    for here, there in zip(ours, theirs, strict=True):
+        assert here.statistics is not None and there.statistics is not None
+        assert there.statistics[:, TokenStatistic.TOP_LOGP] == pytest.approx(
+            here.statistics[:, TokenStatistic.TOP_LOGP], abs=1e-4
+        )
+        assert there.statistics[:, 1:].isnan().all() and there.candidates.shape[1] == 1
 
 
 def test_sampling_without_a_stream_is_refused(policy: Policy, served: Policy) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import worlds
 
-from nabla_trl.baselines.sampling import draw_pool, select_by_self_consistency, select_weighted_best_of_n
+from nabla_trl.baselines.sampling import draw_pool, select_weighted_best_of_n
+from nabla_trl.baselines.votes import vote_in_pool
 from nabla_trl.grading.voting import vote
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
@@ -46,7 +47,7 @@ def test_a_vote_without_rounds_is_self_consistency(policy: Policy, reward: Rewar
     settings = config(num_starts=12, max_rollouts=12, select="vote")
     pool = draw_pool(problems, 12, policy=policy, reward=reward, sampling=settings.get_sampling(), seed=7)
     traces, _ = run(problems, settings, policy=policy, reward=reward, seed=7)
-    for trace, baseline in zip(traces, select_by_self_consistency(pool, 12), strict=True):
+    for trace, baseline in zip(traces, vote_in_pool(pool, "self_consistency", 12), strict=True):
         assert trace.answer == baseline.answer
 
 
