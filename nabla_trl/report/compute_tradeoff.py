@@ -1,6 +1,6 @@
 """Training is paid once and search with every query: what is best under a total of compute, and from when on.
 
-The module computes totals and writes the section of the report. `nabla_trl.report.tradeoff_figures` draws its figures.
+The module computes totals and writes the section of the report. Figures: `nabla_trl.report.plots.tradeoff_figures`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from nabla_trl.evaluation.grids import ResultGrid
 from nabla_trl.evaluation.method import Method, list_methods, list_policy_labels
 from nabla_trl.models.options import Sampling
-from nabla_trl.report.conclusions import format_accuracy, format_cost
+from nabla_trl.report.conclusions import format_accuracy, format_cost, format_reward
 from nabla_trl.report.summary import (
     KIND_BASE,
     KIND_OTHER_MODEL,
@@ -31,7 +31,7 @@ from nabla_trl.report.summary import (
     read_training_costs,
     select_methods_of_kind,
 )
-from nabla_trl.utils.formatting import format_interval, format_si
+from nabla_trl.utils.formatting import format_count, format_interval, format_seconds, format_si
 from nabla_trl.utils.markdown import format_bullets, format_table
 
 QUERY_COUNTS = (1, 10**2, 10**4, 10**6)
@@ -109,9 +109,9 @@ def describe_best_for_budget(summary: Summary, reference_method: str = "best_of_
         method = find_best_at_equal_total(summary, queries, reference_method)
         if method is None:
             return ""
-        counts_by_method.setdefault(method, []).append(format_si(queries))
-    parts = [f"{method} ({', '.join(counts)})" for method, counts in counts_by_method.items()]
-    return f"Best within the total FLOPs of {reference_method}, by number of queries: {', '.join(parts)}"
+        counts_by_method.setdefault(method, []).append(format_count(queries))
+    parts = [f"{method} for {' and '.join(counts)}" for method, counts in counts_by_method.items()]
+    return f"Most accurate within the total FLOPs of {reference_method}, by number of queries: {'; '.join(parts)}"
 
 
 # --- the section --------------------------------------------------------------------------------------
@@ -156,21 +156,30 @@ def _format_training_cost(cost: TrainingCost | None) -> str:
         return "its training cost is not known"
     beta = "" if cost.beta is None else f", β = {cost.beta:g}"
     flops = "FLOPs not known" if cost.train_flops is None else format_si(cost.train_flops, "FLOPs")
-    seconds = "" if cost.train_seconds is None else f" in {format_si(cost.train_seconds, 's')}"
+    seconds = "" if cost.train_seconds is None else f" in {format_seconds(cost.train_seconds)}"
     return f"{cost.method} ({cost.tuning}{beta}), {flops}{seconds}"
 
 
 def _format_method_table(summary: Summary) -> str:
-    heads = ["", "method", "accuracy", "reward", "KL to base", "FLOPs / query", "seconds / query", "training FLOPs"]
+    heads = [
+        "kind",
+        "method",
+        "accuracy",
+        "reward",
+        "KL to base",
+        "FLOPs / query",
+        "time / query",
+        "training FLOPs",
+    ]
     lines = []
     for method in sorted(list_methods(summary), key=lambda method: METHOD_KINDS.index(get_method_kind(method))):
-        reward, training = summary.get(f"reward.{method}"), compute_total_flops(summary, method, 0)
+        training = compute_total_flops(summary, method, 0)
         lines.append(
             [
                 get_method_kind(method),
                 method,
                 format_accuracy(summary, method),
-                format_interval(reward, ".3g") if reward else "–",
+                format_reward(summary, method),
                 format_kl(summary, method),
                 format_cost(summary, "flops", method),
                 format_cost(summary, "seconds", method),
@@ -210,7 +219,7 @@ def _format_total_compute(summary: Summary) -> Sequence[str]:
     trained = select_methods_of_kind(summary, KIND_TRAINED, KIND_TRAINED_TEST_TIME)
     unknown = [method for method in trained if math.isnan(compute_total_flops(summary, method, 0))]
     lines = [
-        [format_si(queries), format_si(total, "FLOPs"), method, format_accuracy(summary, method)]
+        [format_count(queries), format_si(total, "FLOPs"), method, format_accuracy(summary, method)]
         for queries in QUERY_COUNTS
         for total, method in find_best_by_total(summary, queries)
     ]
@@ -252,5 +261,5 @@ def _format_break_even_cell(
         cheaper = get_value(summary, "flops", trained) < get_value(summary, "flops", baseline)
         return "unsure" if cheaper else "never"
     gap = compare_grids(grids, "accuracy", trained, baseline)
-    low, value, high = (format_si(queries[key]) for key in ("low", "value", "high"))
+    low, value, high = (format_count(queries[key]) for key in ("low", "value", "high"))
     return f"{value} [{low}, {high}]" + {"ahead": "", "behind": " †", "": " ≈"}[gap.side]

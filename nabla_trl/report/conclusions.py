@@ -23,7 +23,7 @@ from nabla_trl.report.summary import (
     get_value,
 )
 from nabla_trl.utils import statistics
-from nabla_trl.utils.formatting import format_interval, format_si
+from nabla_trl.utils.formatting import format_count, format_interval, format_seconds, format_si
 
 MIN_PGR_NABLA = 0.6  # target: share of nabla's gain over greedy that one trained greedy decode recovers
 MIN_PGR_BEST = 0.8  # target: share of the best test-time method's gain over greedy that it recovers
@@ -40,10 +40,20 @@ def format_accuracy(summary: Summary, method: str, metric: str = "accuracy") -> 
     return format_interval(summary[f"{metric}.{method}"]) if f"{metric}.{method}" in summary else "–"
 
 
+def format_reward(summary: Summary, method: str) -> str:
+    """Return a method's mean reward with its interval. All rewards of a report have the same number of decimals."""
+    if f"reward.{method}" not in summary:
+        return "–"
+    largest = max(abs(entry["value"]) for name, entry in summary.items() if name.startswith("reward."))
+    return format_interval(summary[f"reward.{method}"], ".3f" if largest < 1 else ".2f" if largest < 100 else ".0f")
+
+
 def format_cost(summary: Summary, cost: str, method: str) -> str:
     """Return a method's cost (flops or seconds) per problem with its unit."""
     value = get_value(summary, cost, method)
-    return "–" if math.isnan(value) else format_si(value, "s" if cost == "seconds" else "FLOPs")
+    if math.isnan(value):
+        return "–"
+    return format_seconds(value) if cost == "seconds" else format_si(value, "FLOPs")
 
 
 def format_relative_flops(summary: Summary, method: str, baseline: str = "best_of_16") -> str:
@@ -215,5 +225,5 @@ def build_plot_titles(summary: Summary, facts: Mapping) -> dict[str, str]:
             a, b = format_accuracy(summary, method), format_accuracy(summary, "best_of_16")
             titles[cost] = f"{method} scores {a} at {ratio:.2f} of best_of_16's {unit} ({b})"
     problems = max(entry["problems"] for entry in summary.values())
-    titles["subject"] = f"{facts['task']}, {problems} held-out problems"
+    titles["subject"] = f"{facts['task']}, {format_count(problems)} held-out problems"
     return titles

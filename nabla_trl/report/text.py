@@ -27,6 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nabla_trl.audit.terms import describe_audit
 from nabla_trl.evaluation import metrics
 from nabla_trl.evaluation.grids import ResultGrid, build_grids, compute_mean_reward_by_round
 from nabla_trl.evaluation.method import POLICY_LABELS, Method, list_methods
@@ -43,12 +44,13 @@ from nabla_trl.report.conclusions import (
     format_cost,
     format_p_value,
     format_relative_flops,
+    format_reward,
     has_strict_difference,
     write_conclusions,
 )
 from nabla_trl.report.summary import Summary, get_value, parse_pairs, summarize
 from nabla_trl.utils.files import write_atomic
-from nabla_trl.utils.formatting import format_error, format_interval
+from nabla_trl.utils.formatting import format_count, format_error, format_interval, format_seconds
 from nabla_trl.utils.markdown import format_bullets, format_table
 from nabla_trl.utils.progress import PrintableConsole
 from nabla_trl.utils.statistics import INTERVAL_NOTE
@@ -81,9 +83,10 @@ def _is_problem(value: Any) -> bool:
 def _is_audit(value: Any) -> bool:
     if not isinstance(value, Mapping) or not isinstance(value.get("conclusion", value.get("verdict")), str):
         return False
-    curve = value.get("best_of_n_accuracy", {})
-    if not isinstance(curve, Mapping) or not all(str(n).isdecimal() and _is_interval(curve[n]) for n in curve):
-        return False
+    for name, is_valid in (("accuracy", _is_interval), ("reward", lambda value: value is None or _is_number(value))):
+        curve = value.get(f"best_of_n_{name}") or {}
+        if not isinstance(curve, Mapping) or not all(str(n).isdecimal() and is_valid(curve[n]) for n in curve):
+            return False
     return value.get("auc_interval") is None or _is_interval(value["auc_interval"])
 
 
@@ -130,8 +133,9 @@ def write_report(folder: str | Path, rows: Sequence[Row], facts: Mapping) -> Sum
     Raises:
         ValueError: Rows or facts are refused. Nothing is written then.
     """
-    from nabla_trl.report.figures import plot_figures, save_figures
     from nabla_trl.report.html.page import render_page
+    from nabla_trl.report.plots.canvas import NARROW, WIDE
+    from nabla_trl.report.plots.figures import plot_figures, save_figures
 
     check_facts(facts)
     summary = summarize(rows, facts)
@@ -140,13 +144,13 @@ def write_report(folder: str | Path, rows: Sequence[Row], facts: Mapping) -> Sum
     searches = {name: grid for name, grid in grids.items() if Method.parse(name).family in ("nabla", "control")}
     reward_by_round = {name: compute_mean_reward_by_round(grid) for name, grid in searches.items()}
     titles = build_plot_titles(summary, facts)
-    figures = plot_figures(summary, reward_by_round, titles)
+    figures, narrow_figures = (plot_figures(summary, reward_by_round, titles, size) for size in (WIDE, NARROW))
     plot_paths = save_figures(folder / "plots", {name: figures[name] for name in ALL_FIGURES})
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     sections = build_sections(summary, rows, grids, facts, folder, plot_paths)
     blocks = [block for name, texts in sections.items() for block in ([f"## {name}"] if name else []) + texts]
     write_atomic(folder / "report.md", "\n\n".join(blocks) + "\n")
-    html = render_page(folder, sections, summary, rows, facts, reward_by_round, figures)
+    html = render_page(folder, sections, summary, rows, facts, reward_by_round, figures, narrow_figures)
     write_atomic(folder / "report.html", html)
     return summary
 
@@ -241,13 +245,22 @@ def _format_statement(summary: Summary, rows: Sequence[Row], facts: Mapping) -> 
     errors = sum(row.error is not None for row in rows)
     ungraded = sum(row.correct is None and row.error is None for row in rows)
     sentences = [
-        f"{methods} method{'s' * (methods > 1)} on {problems} held-out problems of {facts['task']}: policy "
-        f"`{facts['policy']}`, {facts['reward_kind']} reward `{facts['reward']}`.",
-        f"Of {len(rows)} rows, {errors} ended in an error and {ungraded} could not be graded. They count as wrong.",
+        f"{methods} method{'s' * (methods > 1)} on {format_count(problems)} held-out problems of {facts['task']}: "
+        f"policy `{facts['policy']}`, {facts['reward_kind']} reward `{facts['reward']}`.",
+        _describe_ungraded(len(rows), errors, ungraded),
         describe_failed_comparisons(rows),
         f"{INTERVAL_NOTE} FLOPs and seconds are per problem and include rejected work.",
     ]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _describe_ungraded(num_rows: int, num_errors: int, num_ungraded: int) -> str:
+    if not num_errors + num_ungraded:
+        return f"All {num_rows:,} rows were graded."
+    return (
+        f"Of {num_rows:,} rows, {num_errors:,} ended in an error and {num_ungraded:,} could not be graded. They count "
+        "as wrong."
+    )
 
 
 def _format_targets(summary: Summary, facts: Mapping) -> list[str]:
@@ -270,14 +283,14 @@ def _format_results(summary: Summary) -> str:
     heads = ["method", "accuracy", *["strict accuracy"] * strict, "reward", "FLOPs / problem", "× best_of_16"]
     lines = []
     for method in list_methods(summary):
-        accuracy, reward = summary[f"accuracy.{method}"], summary.get(f"reward.{method}")
+        accuracy = summary[f"accuracy.{method}"]
         cells = [method, format_interval(accuracy)]
         cells += [format_accuracy(summary, method, "accuracy_strict")] * strict
-        cells += [format_interval(reward, ".3g") if reward else "–", format_cost(summary, "flops", method)]
+        cells += [format_reward(summary, method), format_cost(summary, "flops", method)]
         cells += [format_relative_flops(summary, method), format_cost(summary, "seconds", method)]
         counts = accuracy["seeds"], accuracy["problems"], get_value(summary, "errors", method)
-        lines.append([*cells, *(f"{count:.0f}" for count in counts)])
-    return format_table([*heads, "seconds / problem", "seeds", "problems", "errors"], lines)
+        lines.append([*cells, *map(format_count, counts)])
+    return format_table([*heads, "time / problem", "seeds", "problems", "errors"], lines)
 
 
 def _format_strictness_note(summary: Summary, rows: Sequence[Row]) -> list[str]:
@@ -288,8 +301,8 @@ def _format_strictness_note(summary: Summary, rows: Sequence[Row]) -> list[str]:
     same = "" if has_strict_difference(summary) else " (here the same)"
     return [
         f"Strict accuracy{same} counts an answer only in the form that the task asks for. Accuracy accepts it "
-        f"anywhere in the response. {differences} of {len(rows)} responses are read in two ways: `{EXTRACTION_FILE}` "
-        "holds them."
+        f"anywhere in the response. {differences:,} of {len(rows):,} responses are read in two ways: "
+        f"`{EXTRACTION_FILE}` holds them."
     ]
 
 
@@ -340,12 +353,23 @@ def _format_audit(facts: Mapping) -> list[str]:
     audit = facts.get("audit")
     if not audit:
         return ["Missing: the reward was not audited."]
-    curve = {int(count): accuracy for count, accuracy in audit.get("best_of_n_accuracy", {}).items()}
-    lines = [[f"best of {count}", format_interval(curve[count])] for count in sorted(curve)]
-    if isinstance(auc := audit.get("auc_interval"), Mapping):
-        lines.append(["AUC within problems", format_interval(auc)])
-    lines += [[name, f"{value:.3g}"] for name, value in audit.items() if isinstance(value, int | float)]
-    return [f"Audit before the search: {audit['conclusion']}", format_table(["audit", "value"], lines)]
+    accuracies, rewards = (
+        {int(count): value for count, value in (audit.get(f"best_of_n_{name}") or {}).items()}
+        for name in ("accuracy", "reward")
+    )
+    points = [
+        [f"best of {count}", format_interval(accuracies[count]), _format_number(rewards.get(count))]
+        for count in sorted(accuracies)
+    ]
+    return [
+        f"Audit before the search: {audit['conclusion']}",
+        *([format_table(["chosen by the reward", "accuracy", "mean reward"], points)] if points else []),
+        format_table(["the reward", "value", "what it means"], describe_audit(audit)),
+    ]
+
+
+def _format_number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _list_provenance(summary: Summary, facts: Mapping) -> Iterable[str]:
@@ -356,13 +380,13 @@ def _list_provenance(summary: Summary, facts: Mapping) -> Iterable[str]:
     yield from (f"revision of {name}: `{revision}`" for name, revision in (facts.get("revisions") or {}).items())
     yield from (f"{name}: {version}" for name, version in (facts.get("versions") or {}).items())
     timers = {
-        "setup": "of set-up",
-        "total": "in total",
-        **{f"training.{name}": f"to train {name}" for name in POLICY_LABELS},
+        "setup": "set-up",
+        "total": "total time",
+        **{f"training.{name}": f"training of {name}" for name in POLICY_LABELS},
     }
     for name, words in timers.items():
         if f"seconds.{name}" in summary:
-            yield f"seconds {words}: {get_value(summary, 'seconds', name):.1f}"
+            yield f"{words}: {format_seconds(get_value(summary, 'seconds', name))}"
     if facts.get("hardware") is not None:
         yield f"hardware: {facts['hardware']}"
     yield from facts.get("notes") or []
@@ -370,7 +394,7 @@ def _list_provenance(summary: Summary, facts: Mapping) -> Iterable[str]:
 
 def _format_files(facts: Mapping, folder: Path, plot_paths: Mapping[str, Path]) -> str:
     files = {**(facts.get("files") or {}), "summary": folder / "summary.json"}
-    files |= {f"plot, {name}": path for name, path in plot_paths.items()}
+    files |= {f"figure, {name.replace('_', ' ')}": path for name, path in plot_paths.items()}
     paths = {label: Path(path) for label, path in files.items()}
     return format_bullets(
         f"{label}: `{(path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()}`"

@@ -19,6 +19,7 @@ _UNQUOTED_USERINFO = re.compile(
     r"((?:[A-Za-z][A-Za-z0-9+.-]{1,30}:[/\\]{1,2})|//)[^\s/\\?#:@\[]{0,64}:(?!\d{1,5}(?:[/?#,'\"\s]|$))\S{0,200}@"
 )
 _SI_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
+_LARGE_NUMBERS = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
 
 
 def format_si(value: float, unit: str = "") -> str:
@@ -27,6 +28,24 @@ def format_si(value: float, unit: str = "") -> str:
     power = math.floor(math.log10(abs(value)) / 3) if value else 0
     power = min(max(power, min(_SI_PREFIXES)), max(_SI_PREFIXES))
     return f"{value / 1000.0**power:.3g} {_SI_PREFIXES[power]}{unit}".rstrip()
+
+
+def format_count(value: float) -> str:
+    """Return a number of things as people write it: 718.3 → "718", 56512 → "56,500", 2.5e6 → "2.5 million"."""
+    if abs(value) < 9_999.5:
+        return f"{value:.2g}" if abs(value) < 9.95 else f"{value:,.0f}"
+    value = float(f"{value:.3g}")
+    size, name = next(((size, name) for size, name in _LARGE_NUMBERS if abs(value) >= size), (1.0, ""))
+    return f"{value / size:,.10g} {name}".rstrip()
+
+
+def format_seconds(value: float) -> str:
+    """Return a time with three significant digits in the unit that people use: 0.0264 → "26.4 ms", 5400 → "90 min"."""
+    if value < 120:
+        return format_si(value, "s")
+    if value < 7200:
+        return f"{value / 60:.3g} min"
+    return f"{value / 3600:.3g} h" if value < 999.5 * 3600 else f"{value / 3600:,.0f} h"
 
 
 def format_duration(seconds: float) -> str:

@@ -10,6 +10,8 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
+_NUMBER = re.compile(r"[≤<>+\-−$]?\s*\d")
+
 
 def format_bullets(lines: Iterable[str]) -> str:
     """Return a Markdown list."""
@@ -17,9 +19,16 @@ def format_bullets(lines: Iterable[str]) -> str:
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """Return a Markdown table."""
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+    """Return a Markdown table. Columns of numbers are aligned to the right."""
+    lines = [[str(cell) for cell in row] for row in rows]
+    rules = ["---:" if is_number else "---" for is_number in _find_number_columns(len(headers), lines)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [[*map(str, headers)], rules, *lines])
+
+
+def _find_number_columns(num_columns: int, rows: Sequence[Sequence[str]]) -> list[bool]:
+    """Return for each column whether most of its cells are numbers. A dash and an empty cell are neither."""
+    columns = [[row[at] for row in rows if at < len(row) and row[at] not in ("", "–")] for at in range(num_columns)]
+    return [2 * sum(map(bool, map(_NUMBER.match, cells))) > len(cells) for cells in columns]
 
 
 def markdown_to_html(text: str) -> str:
@@ -39,9 +48,7 @@ def _block_to_html(block: str) -> str:
     if block.startswith("```"):
         return f"<pre>{html.escape(block.strip('`').strip())}</pre>"
     if block.startswith("|"):
-        lines = [line.strip("|").split(" | ") for line in block.splitlines()]
-        headers, _, *rows = [[_inline_to_html(cell.strip()) for cell in cells] for cells in lines]
-        return format_html_table(headers, rows)
+        return _table_to_html(block)
     if block.startswith("- "):
         return "<ul>" + "".join(f"<li>{_inline_to_html(line[2:])}</li>" for line in block.splitlines()) + "</ul>"
     return f"<p>{_inline_to_html(block)}</p>"
@@ -51,17 +58,16 @@ def _inline_to_html(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
-def format_html_table(headers: Sequence[str], rows: Iterable[Sequence[str]], css_class: str = "") -> str:
-    """Return a table in a box that scrolls, with numbers aligned to the right.
+def _table_to_html(block: str) -> str:
+    """Return a table in a box that scrolls, in which columns of numbers and their headers have the class n."""
+    headers, rules, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines()]
 
-    Args:
-        headers, rows: cells that are already HTML.
-    """
-    head = "".join(f'<th scope="col">{header}</th>' for header in headers)
-    body = "".join(f"<tr>{''.join(map(_format_cell, row))}</tr>" for row in rows)
-    tag = f'<table class="{css_class}">' if css_class else "<table>"
-    return f'<div class="scroll" tabindex="0">{tag}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    def format_row(tag: str, attributes: str, cells: Sequence[str]) -> str:
+        kinds = [' class="n"' if at < len(rules) and rules[at].endswith(":") else "" for at in range(len(cells))]
+        texts = map(_inline_to_html, cells)
+        parts = (f"<{tag}{attributes}{kind}>{text}</{tag}>" for kind, text in zip(kinds, texts, strict=True))
+        return f"<tr>{''.join(parts)}</tr>"
 
-
-def _format_cell(text: str) -> str:
-    return f'<td class="n">{text}</td>' if re.match(r"[≤<+\-−]?\s*\d|–$", text) else f"<td>{text}</td>"
+    head, body = format_row("th", ' scope="col"', headers), "".join(format_row("td", "", cells) for cells in rows)
+    table = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'

@@ -8,7 +8,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from nabla_trl.report.canvas import (
+from nabla_trl.report.plots.canvas import (
     GRAY,
     METHOD_STYLES,
     LabelPlacer,
@@ -51,9 +51,9 @@ def make_duality_figure(
     figure = create_figure(title, subject)
     heights = [kl for curves in (test_time, trained) for curve in curves.values() for _, kl in curve]
     panels = [(test_time, "FLOPs per answer"), (trained, "FLOPs of training")][: 2 if trained else 1]
-    width = (0.87 - 0.06 * (len(panels) - 1)) / len(panels)
+    width = (6.26 - 0.43 * (len(panels) - 1)) / len(panels)  # inches
     for column, (curves, cost) in enumerate(panels):
-        axes = add_axes(figure, (0.1 + column * (width + 0.06), 0.11, width, 0.74))
+        axes = add_axes(figure, 0.72 + column * (width + 0.43), 0.0, width, 3.55)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel(f"{cost} (log scale)")

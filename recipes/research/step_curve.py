@@ -75,7 +75,9 @@ def format_curve_table(curve: Sequence[RewardWeightPoint]) -> str:
 
 def plot_reward_weight_curve(path: Path, curve: Sequence[RewardWeightPoint], subject: str) -> None:
     """Draw accuracy and mean reward with their intervals, as two panels over one axis of λ."""
-    from nabla_trl.report.figures import plot_reward_weight_curves  # here, so that a table does not load matplotlib
+    from nabla_trl.report.plots.figures import (
+        plot_reward_weight_curves,  # here, so that a table does not load matplotlib
+    )
 
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.stem + ".tmp.png")

@@ -127,7 +127,9 @@ def test_what_is_best_under_a_total():
     ]
     assert compute_tradeoff.find_best_at_equal_total(own, 1, "best_of_4") == "nabla"
     assert compute_tradeoff.find_best_at_equal_total(own, 1000, "best_of_4") == "sft_best_of_4"
-    assert describe_best_for_budget(own, "best_of_4").endswith("nabla (1, 100), sft_best_of_4 (10 k, 1 M)")
+    assert describe_best_for_budget(own, "best_of_4").endswith(
+        "nabla for 1 and 100; sft_best_of_4 for 10,000 and 1 million"
+    )
     assert describe_best_for_budget(own) == "", "best_of_16 was not run"
 
 
@@ -235,10 +237,10 @@ def test_an_overtaking_in_cost_alone_is_marked():
         line[0].split()[0]: line[1:] for line in (row.strip("| ").split(" | ") for row in table.splitlines()[2:])
     }
     assert crossings["nabla"] == ["50 [50, 50] ≈", "200 [200, 200] †"]
-    assert crossings["best_of_4"] == ["33.3 [33.3, 33.3] ≈", "129 [129, 129] ≈"]
+    assert crossings["best_of_4"] == ["33 [33, 33] ≈", "129 [129, 129] ≈"]
     assert crossings["greedy"] == crossings["reward_model_sampling"] == ["never", "never"]
     better = page(WORLD | {"sft_greedy": (20, 10.0, 1.5, None)})
-    assert any("| 33.3 [33.3, 33.3] |" in text for text in better), "more accurate beyond chance: no mark"
+    assert any("| 33 [33, 33] |" in text for text in better), "more accurate beyond chance: no mark"
 
 
 def test_a_saving_that_may_be_nothing_decides_nothing():

@@ -23,6 +23,7 @@ from nabla_trl.evaluation.rows import Row
 from nabla_trl.grading.equivalence import VERIFIER_PREFIX
 from nabla_trl.models.policy import Policy
 from nabla_trl.report.conclusions import format_accuracy
+from nabla_trl.report.groups import group_methods
 from nabla_trl.report.html import viewer
 from nabla_trl.report.summary import Summary, find_pareto_front, summarize
 from nabla_trl.search.generate_traces import write_token_texts
@@ -101,9 +102,14 @@ def downloads(page: Page) -> dict[str, str]:
 def test_the_page_holds_the_numbers_of_the_summary(page: Page, summary: Summary) -> None:
     assert json.loads(next(one for one in page.scripts if one.startswith("{"))) == summary
     heads, *lines = page.rows["headline"]
-    assert [line[0].split()[0] for line in lines] == list_methods(summary)
-    for method, line in zip(list_methods(summary), lines, strict=True):
-        assert line[heads.index("accuracy")] == format_accuracy(summary, method)
+    titles = [line[0].split("  ")[0] for line in lines if len(line) == 1]
+    groups = group_methods(list_methods(summary))
+    assert [title for title, group in zip(titles, groups, strict=True) if title.startswith(group.title)] == titles
+    lines = [line for line in lines if len(line) > 1]
+    methods = [method for names in groups.values() for method in names]
+    assert [line[0].split()[0] for line in lines] == methods and sorted(methods) == sorted(list_methods(summary))
+    for method, line in zip(methods, lines, strict=True):
+        assert line[heads.index("accuracy [95%]")] == format_accuracy(summary, method)
         assert line[heads.index("tokens")] == f"{summary[f'tokens.{method}']['value']:.0f}"
         assert ("●" in line[0]) == (method in find_pareto_front(summary, "flops"))
 
@@ -270,6 +276,7 @@ def test_markdown_blocks_as_html() -> None:
     assert markdown_to_html("- one\n- `two`") == "<ul><li>one</li><li><code>two</code></li></ul>"
     html = markdown_to_html(format_table(["a", "n"], [["<x>", "0.5 [0.4, 0.6]"]]))
     assert "<td>&lt;x&gt;</td>" in html and '<td class="n">0.5 [0.4, 0.6]</td>' in html
+    assert '<th scope="col">a</th><th scope="col" class="n">n</th>' in html
 
 
 def test_token_texts_join_to_what_the_tokenizer_decodes(tmp_path: Path, policy: Policy) -> None:

@@ -22,7 +22,7 @@ from nabla_trl.report.conclusions import (
     write_conclusions,
 )
 from nabla_trl.report.summary import summarize
-from nabla_trl.utils.formatting import format_si
+from nabla_trl.utils.formatting import format_count, format_seconds, format_si
 
 PROBLEMS, SEEDS = 60, 2
 # method -> share of the problems it solves, FLOPs per problem
@@ -204,7 +204,7 @@ def test_every_accuracy_stands_beside_its_interval(written):
         assert re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", one["accuracy"]), one
     for heading in ("Conclusions", "Targets", "Over-optimization of the reward", TRADE):
         text = re.sub(r"\[[^]]*\]", "[]", section(written, heading))
-        text = re.sub(r"p [=<] \d\.\d+|\| auc \| .*|arXiv [\d.]+", "", text)
+        text = re.sub(r"p [=<] \d\.\d+|\| AUC within problems \| .*|arXiv [\d.]+", "", text)
         assert not re.findall(r"\d\.\d{3}(?! \[\])", text), heading
 
 
@@ -360,9 +360,17 @@ def test_si():
     assert texts == ["120 MFLOPs", "11.3 ms", "1 M", "0 s"]
 
 
+def test_numbers_of_things_and_times_are_in_units_of_people():
+    counts = [0.3, 3, 33.3, 718.4, 1797, 9999.4, 9999.6, 56_512, 999_600, 2.5e6, 1e9, 1.5e15]
+    texts = ["0.3", "3", "33", "718", "1,797", "9,999", "10,000", "56,500", "1 million", "2.5 million", "1 billion"]
+    assert [format_count(count) for count in counts] == [*texts, "1,500 trillion"]
+    times = [0.0264, 61.5, 197.3, 5400, 9000, 4e6]
+    assert [format_seconds(time) for time in times] == ["26.4 ms", "61.5 s", "3.29 min", "90 min", "2.5 h", "1,111 h"]
+
+
 def test_report_loads_no_heavy_library():
     code = (
         "import sys, nabla_trl.report.text; assert not {'torch', 'matplotlib'} & sys.modules.keys();"
-        "import nabla_trl.report.figures; assert not {'torch', 'matplotlib.pyplot'} & sys.modules.keys()"
+        "import nabla_trl.report.plots.figures; assert not {'torch', 'matplotlib.pyplot'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,27 +16,39 @@ from nabla_trl.evaluation import metrics
 from nabla_trl.evaluation.method import list_methods
 from nabla_trl.report.compute_tradeoff import QUERY_COUNTS, compute_total_flops
 from nabla_trl.report.conclusions import format_accuracy, format_cost
-from nabla_trl.report.figures import COST_AXES, group_budget_curves
+from nabla_trl.report.plots import canvas
+from nabla_trl.report.plots.canvas import HEADER
+from nabla_trl.report.plots.figures import COST_AXES, group_budget_curves
 from nabla_trl.report.summary import Summary, find_pareto_front, parse_pairs
 from nabla_trl.utils.statistics import Interval
 
 FigureRecord = dict[str, Any]
 
+_SPACE_ABOVE = 0.22  # inches above the axes, for their titles and the names at the tops of lines
 _NUM_HEADER_TEXTS = 2  # texts above a figure, title and subject, which the page writes itself
-_CSS_VARIABLES = {  # colors of `nabla_trl.report.canvas` -> variables of style.css, which differ by light and dark
-    "#222222": "--ink",
+_CSS_VARIABLES = {  # colors of `plots.canvas` -> variables of style.css, which differ by light and dark
+    canvas.INK: "--ink",
     "#000000": "--ink",
-    "#6b6b6b": "--gray",
+    canvas.GRAY: "--gray",
     "#e4e4e4": "--grid",
     "#ffffff": "--paper",
-    "#0072b2": "--blue",
-    "#d55e00": "--vermilion",
-    "#b07500": "--orange",
-    "#56b4e9": "--sky",
-    "#cc79a7": "--purple",
-    "#8e4585": "--plum",
-    "#009e73": "--green",
+    canvas.BLUE: "--blue",
+    canvas.VERMILION: "--vermilion",
+    canvas.ORANGE: "--orange",
+    canvas.TEAL: "--teal",
+    canvas.PINK: "--pink",
+    canvas.PLUM: "--plum",
+    canvas.GREEN: "--green",
+    canvas.INDIGO: "--indigo",
+    canvas.OLIVE: "--olive",
+    canvas.RED: "--red",
+    canvas.BROWN: "--brown",
 }
+
+
+def get_css_color(method: str) -> str:
+    """Return the color of a method's lines and markers, for a style sheet."""
+    return f"var({_CSS_VARIABLES[canvas.get_style(method).color]})"
 
 
 def render_svg(figure: Figure, name: str, summary: Summary) -> tuple[str, str, str]:
@@ -52,7 +64,7 @@ def render_svg(figure: Figure, name: str, summary: Summary) -> tuple[str, str, s
         text.set_path_effects([])  # they would turn letters into shapes. The style sheet outlines texts instead
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(out, format="svg", bbox_inches="tight", pad_inches=0.04, transparent=True)
+        figure.savefig(out, format="svg", transparent=True)
 
     def render_tooltip(match: re.Match[str]) -> str:
         costs = ", ".join(format_cost(summary, cost, match[1]) for cost in ("flops", "seconds"))
@@ -63,8 +75,9 @@ def render_svg(figure: Figure, name: str, summary: Summary) -> tuple[str, str, s
         return f"var({_CSS_VARIABLES[match[0]]})" if match[0] in _CSS_VARIABLES else match[0]
 
     svg = out.getvalue()
-    view_box = re.search(r'viewBox="[^"]+"', svg)
-    assert view_box is not None
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    top = 72 * (HEADER - _SPACE_ABOVE)  # below the header
+    view_box = f'viewBox="0 {top:.6g} {width:.6g} {height - top:.6g}"'
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(
         r"font: (?:(\w+) )?([\d.]+px)[^;\"]*", lambda m: f"font: {m[1] or '400'} {m[2]} system-ui, sans-serif", svg
@@ -75,7 +88,7 @@ def render_svg(figure: Figure, name: str, summary: Summary) -> tuple[str, str, s
     svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used_ids else "", svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     attributes = f'xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{html.escape(title)}"'
-    return title, subject, f"<svg {view_box[0]} {attributes}>{svg[svg.index('>') + 1 :].rstrip()}"
+    return title, subject, f"<svg {view_box} {attributes}>{svg[svg.index('>') + 1 :].rstrip()}"
 
 
 def collect_figure_data(

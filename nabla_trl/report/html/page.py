@@ -21,15 +21,18 @@ from matplotlib.figure import Figure
 
 from nabla_trl.evaluation.method import list_methods
 from nabla_trl.evaluation.rows import Row
-from nabla_trl.report.conclusions import evaluate_targets, format_cost, format_relative_flops
+from nabla_trl.report.conclusions import evaluate_targets, format_cost, format_relative_flops, format_reward
+from nabla_trl.report.groups import describe_method, group_methods, list_families
 from nabla_trl.report.html import viewer
-from nabla_trl.report.html.figures import FigureRecord, collect_figure_data, render_svg
+from nabla_trl.report.html.figures import FigureRecord, collect_figure_data, get_css_color, render_svg
 from nabla_trl.report.summary import Summary, find_pareto_front, group_problems_by_level
 from nabla_trl.tasks.shards import list_run_folders
 from nabla_trl.traces.storage import EVAL_TRACES_DIR, TRACES_DIR
-from nabla_trl.utils.formatting import format_interval
+from nabla_trl.utils.formatting import format_count, format_interval, format_seconds, format_si
 from nabla_trl.utils.markdown import markdown_to_html
 from nabla_trl.utils.statistics import Interval
+
+_HEADING_WORDS = {"flops": "FLOPs", "kl": "KL", "maj@k": "maj@k"}
 
 
 def render_page(
@@ -40,12 +43,14 @@ def render_page(
     facts: Mapping,
     reward_by_round: Mapping[str, Sequence[Interval]],
     figures: Mapping[str, Figure | None],
+    narrow_figures: Mapping[str, Figure | None],
 ) -> str:
     """Return the page and write `folder`/report_data.
 
     Args:
         sections: Heading -> blocks of Markdown, as in report.md.
         figures: Name -> figure. The figures lose their titles.
+        narrow_figures: The same figures for phones.
     """
     settings = folder / "config.yaml"
     levels = group_problems_by_level(facts)
@@ -57,10 +62,11 @@ def render_page(
             summary=summary,
             facts=dict(facts),
             methods=list_methods(summary),
+            groups=group_methods(list_methods(summary)),
             targets=evaluate_targets(summary) if facts.get("show_targets") else [],
             pareto_front=find_pareto_front(summary, "flops"),
             levels=levels,
-            figures={name: _render_figure(figure, name, summary) for name, figure in figures.items()},
+            figures={name: _render_figure(name, figures, narrow_figures, summary) for name in figures},
             records=collect_figure_data(summary, reward_by_round)
             | {"levels": _collect_level_records(summary, levels)},
             trace_notes=write_trace_viewer(folder, rows, facts, summary),
@@ -75,16 +81,34 @@ def _create_environment(summary: Summary) -> jinja2.Environment:
     environment.filters |= {
         "anchor": lambda name: re.sub(r"\W+", "-", name.lower()).strip("-"),
         "asset": lambda name: Markup(loader.get_source(environment, name)[0]),  # as it is, not a template
+        "cell": _format_cell,
+        "color": get_css_color,
         "cost": lambda method, cost: format_cost(summary, cost, method),
+        "count": format_count,
         "csv": _to_csv,
+        "description": describe_method,
+        "families": list_families,
+        "heading": lambda key: " ".join(_HEADING_WORDS.get(word, word) for word in key.split("_")),
         "image_name": _get_image_name,
         "interval": format_interval,
         "json": lambda value: json.dumps(value, indent=1, ensure_ascii=False),
         "markdown": lambda block: Markup(markdown_to_html(block)),
+        "reward": lambda method: format_reward(summary, method),
         "relative_flops": lambda method: format_relative_flops(summary, method),
         "script_json": lambda value: Markup(viewer.to_script_json(value)),
     }
     return environment
+
+
+def _format_cell(value: Any, key: str) -> str:
+    """Return a value of a figure's data as text, in the unit that its key names."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return {True: "yes", False: "no", None: "–"}.get(value, str(value))
+    if "flops" in key:
+        return format_si(value, "FLOPs")
+    if key.startswith("seconds"):
+        return format_seconds(value)
+    return format_count(value) if isinstance(value, int) or key.startswith(("queries", "tokens")) else f"{value:.4g}"
 
 
 def _to_csv(records: Sequence[FigureRecord]) -> str:
@@ -101,11 +125,15 @@ def _get_image_name(block: str) -> str:
     return image[1] if image else ""
 
 
-def _render_figure(figure: Figure | None, name: str, summary: Summary) -> tuple[str, str, Markup] | None:
-    if figure is None:
+def _render_figure(
+    name: str, figures: Mapping[str, Figure | None], narrow_figures: Mapping[str, Figure | None], summary: Summary
+) -> tuple[str, str, Markup, Markup] | None:
+    """Return title, subject, and the SVG of a page and of a phone. None: there is no such figure."""
+    figure, narrow_figure = figures[name], narrow_figures[name]
+    if figure is None or narrow_figure is None:
         return None
     title, subject, svg = render_svg(figure, name, summary)
-    return title, subject, Markup(svg)
+    return title, subject, Markup(svg), Markup(render_svg(narrow_figure, f"{name}-narrow", summary)[2])
 
 
 def _collect_level_records(summary: Summary, levels: Mapping[str, Any]) -> list[FigureRecord]:

@@ -17,13 +17,14 @@ function formatSi(value, unit) {
   const power = Math.min(Math.max(Math.floor(Math.log10(Math.abs(value)) / 3), -3), 6);
   return `${Number((value / 1000 ** power).toPrecision(3))} ${PREFIXES[power + 3]}${unit}`;
 }
+const formatSeconds = (value) => (value < 120 ? formatSi(value, "s") : value < 7200 ? `${Number((value / 60).toPrecision(3))} min` : `${Number((value / 3600).toPrecision(3))} h`);
 const tokenText = (id) => tokens.texts[id] ?? `⟨${id}⟩`;
 // A token that is visible where it stands alone: spaces and line breaks become signs.
 const visibleToken = (id) => tokenText(id).replace(/^ | $/g, "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || `⟨${id}⟩`;
 const factItem = (name, ...value) => element("li", {}, element("b", {}, name), ...value);
 
 function makeTable(heads, rows) {
-  return element("table", { class: "others" }, element("thead", {}, element("tr", {}, ...heads.map((head) => element("th", {}, head)))),
+  return element("table", { class: "others" }, element("thead", {}, element("tr", {}, ...heads.map((head, column) => element("th", { scope: "col", class: rows.length && rows[0].cells[column].className === "n" ? "n" : null }, head)))),
     element("tbody", {}, ...rows));
 }
 // Cells of numbers are given as strings, all others as nodes.
@@ -57,7 +58,7 @@ function traceParts(trace) {
       factItem("gold", trace.gold ?? "none"),
       factItem("reward", `${formatNumber(trace.rewards[0])} → ${formatNumber(trace.rewards[1])}`),
       factItem("proposals", `${trace.steps.length}, ${trace.numAccepted} accepted`),
-      factItem("cost", `${formatSi(trace.flops, "FLOPs")}, ${formatSi(trace.seconds, "s")}`),
+      factItem("cost", `${formatSi(trace.flops, "FLOPs")}, ${formatSeconds(trace.seconds)}`),
       factItem("stop reason", trace.finished ? trace.stop_reason : `${trace.stop_reason}, response cut off`))];
   if (trace.error) parts.push(element("p", { class: "wrong" }, trace.error));
   if (trace.initial_ids.length) parts.push(rewardCurve(trace), controls(trace), element("div", { id: "step" }));

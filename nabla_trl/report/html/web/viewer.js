@@ -106,7 +106,7 @@ function showProblem(problem, trace) {
   const { base, search } = sources.rows;
   const rows = problem.rows.map((row) => tableRow(row.method === base || row.method === search, [
     element("span", {}, row.method), `${row.seed}`, element("span", {}, outcomeSign(row.correct), ` ${row.error ?? row.answer ?? "none"}`),
-    formatNumber(row.reward), formatSi(row.flops, "FLOPs"), formatSi(row.seconds, "s"), row.revisions ? `${row.accepted} of ${row.revisions}` : "–"]));
+    formatNumber(row.reward), formatSi(row.flops, "FLOPs"), formatSeconds(row.seconds), row.revisions ? `${row.accepted} of ${row.revisions}` : "–"]));
   const curves = problem.rows.flatMap((row) => {
     const rewards = row.reward_by_round;
     if (trace || row.method !== search || rewards.filter((reward) => reward !== null).length < 2) return [];
@@ -119,7 +119,7 @@ function showProblem(problem, trace) {
     ...curves,
     ...(trace ? traceParts(trace).slice(1) : []), // without its own heading
     element("h3", {}, "Answers of all methods"),
-    element("div", { class: "scroll" }, makeTable(["method", "seed", "answer", "reward", "FLOPs", "seconds", "accepted"], rows)),
+    element("div", { class: "scroll" }, makeTable(["method", "seed", "answer", "reward", "FLOPs", "time", "accepted"], rows)),
     trace ? "" : element("p", { class: "note" }, "No trace of the search was stored, so there is nothing to step through."));
   if (trace?.initial_ids.length) showStep(0);
 }
@@ -127,6 +127,7 @@ function showProblem(problem, trace) {
 // --- the whole ---
 
 function chooseSource(source) {
+  if (!sources[source]) return; // not loaded yet
   view.source = source;
   $$("[data-source]").forEach((button) => button.setAttribute("aria-pressed", button.dataset.source === source));
   view.items = sources[source].items;
@@ -148,8 +149,10 @@ async function loadIndex() {
     sources.rows = index.rows;
     chooseSource(index.traces.length ? "traces" : "rows");
   } catch (error) {
-    $("#detail").replaceChildren(element("p", { class: "note" },
-      `${error.message}. The data of the viewer is in ${FOLDER} beside report.html. Keep the two together.`));
+    $$("#viewer button, #viewer select, #viewer input").forEach((control) => { control.disabled = true; });
+    $(".list").hidden = true;
+    $("#detail").replaceChildren(element("p", { class: "alone", role: "alert" },
+      `There is nothing to step through: ${error.message}. The traces are in the folder ${FOLDER} beside report.html. Keep the two together. All other parts of this page are complete.`));
   }
 }
 
@@ -178,6 +181,7 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   action();
 });
+$("#viewer").hidden = false;
 // Nothing is loaded before the viewer comes near to sight.
 new IntersectionObserver((entries, observer) => {
   if (entries.some((entry) => entry.isIntersecting)) { observer.disconnect(); loadIndex(); }

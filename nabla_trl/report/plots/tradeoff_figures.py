@@ -12,9 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from nabla_trl.evaluation.method import Method, list_methods, list_policy_labels
-from nabla_trl.report.canvas import (
+from nabla_trl.report.compute_tradeoff import (
+    QUERY_COUNTS,
+    TRADEOFF_FIGURES,
+    compute_total_flops,
+    describe_best_for_budget,
+    find_best_by_total,
+)
+from nabla_trl.report.plots.canvas import (
+    HEADER,
     INK,
     METHOD_STYLES,
+    WIDE,
+    FigureSize,
     LabelPlacer,
     PlotPoint,
     add_axes,
@@ -27,13 +37,6 @@ from nabla_trl.report.canvas import (
     get_style,
     shorten_method,
 )
-from nabla_trl.report.compute_tradeoff import (
-    QUERY_COUNTS,
-    TRADEOFF_FIGURES,
-    compute_total_flops,
-    describe_best_for_budget,
-    find_best_by_total,
-)
 from nabla_trl.report.summary import (
     KIND_TRAINED,
     Summary,
@@ -42,28 +45,28 @@ from nabla_trl.report.summary import (
     list_trained_greedy,
     select_methods_of_kind,
 )
-from nabla_trl.utils.formatting import format_si
+from nabla_trl.utils.formatting import format_count
 
 MAX_QUERIES = 10**6
 # Ticks of a divergence in nats, on an axis of its square root.
 _KL_TICKS = (0.1, 0.25, 0.5, 1, 2, 4, 7, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 800, 1000)
 
 
-def plot_tradeoff_figures(summary: Summary, subject: str) -> dict[str, Figure | None]:
+def plot_tradeoff_figures(summary: Summary, subject: str, size: FigureSize = WIDE) -> dict[str, Figure | None]:
     """Return the figures by name, None where the numbers do not allow one, or no policy was trained."""
     if not list_policy_labels(list_methods(summary)):
         return dict.fromkeys(TRADEOFF_FIGURES)
     return {
-        "reward_kl": plot_reward_kl(summary, subject),
-        "total_compute": plot_total_compute(summary, subject),
-        "break_even": plot_break_even(summary, subject),
+        "reward_kl": plot_reward_kl(summary, subject, size),
+        "total_compute": plot_total_compute(summary, subject, size),
+        "break_even": plot_break_even(summary, subject, size),
     }
 
 
 # --- reward and divergence ----------------------------------------------------------------------------
 
 
-def plot_reward_kl(summary: Summary, subject: str) -> Figure | None:
+def plot_reward_kl(summary: Summary, subject: str, size: FigureSize = WIDE) -> Figure | None:
     """Plot the mean reward against KL to the base policy: the curve of best-of-N, and the trained policies."""
     # An estimate of a small divergence may be below zero, where no divergence can be.
     points = [
@@ -77,9 +80,13 @@ def plot_reward_kl(summary: Summary, subject: str) -> Figure | None:
         curve = [point for point in points if point.parsed.policy == label]
         curves[label] = sorted(curve, key=lambda point: point.parsed.size)
     title = _build_frontier_title(curves)
-    figure, axes = create_figure_with_axes(title, f"{subject}; bars: 95% intervals over problems")
+    figure, axes = create_figure_with_axes(title, f"{subject}; bars: 95% intervals over problems", size)
     axes.set_xscale("function", functions=(lambda nats: np.sqrt(np.maximum(nats, 0)), np.square))
-    axes.set_xlabel("KL to the base policy, nats per response (square-root scale; best-of-N: upper bound)")
+    axes.set_xlabel(
+        "KL to the base policy, nats per response (square-root scale; best-of-N: upper bound)"
+        if size == WIDE
+        else "KL to the base policy, nats per response"
+    )
     axes.set_ylabel("mean reward of the selected response")
     for label, curve in curves.items():
         line = {"lw": 1.0, "ls": (0, (2, 2)), "alpha": 0.7} if label else {"lw": 1.5}
@@ -91,18 +98,18 @@ def plot_reward_kl(summary: Summary, subject: str) -> Figure | None:
             draw_point(axes, point, style, size=6.5, x_bar=bool(label))
     axes.set_xlim(0, 1.12 * max(point.xy[0] for point in points) + 0.02)
     axes.margins(y=0.12)
-    axes.xaxis.set_major_locator(FixedLocator(_select_ticks(axes.get_xlim()[1])))
+    axes.xaxis.set_major_locator(FixedLocator(_select_ticks(axes.get_xlim()[1], 14 if size == WIDE else 7)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda nats, _: f"{nats:g}")
     _label_kl_points(LabelPlacer(figure, axes), curves)
     return figure
 
 
-def _select_ticks(max_kl: float) -> list[float]:
-    """Return zero and those of `_KL_TICKS` that stand well apart on a square-root axis up to `max_kl`."""
+def _select_ticks(max_kl: float, max_ticks: int) -> list[float]:
+    """Return zero and at most `max_ticks` of `_KL_TICKS`, well apart on a square-root axis up to `max_kl`."""
     ticks = [0.0]
     for nats in _KL_TICKS:
-        if nats <= max_kl and math.sqrt(nats) - math.sqrt(ticks[-1]) > math.sqrt(max_kl) / 14:
+        if nats <= max_kl and math.sqrt(nats) - math.sqrt(ticks[-1]) > math.sqrt(max_kl) / max_ticks:
             ticks.append(float(nats))
     return ticks
 
@@ -137,17 +144,20 @@ def _build_frontier_title(curves: Mapping[str, Sequence[PlotPoint]]) -> str:
 # --- total compute ------------------------------------------------------------------------------------
 
 
-def plot_total_compute(summary: Summary, subject: str) -> Figure | None:
+def plot_total_compute(summary: Summary, subject: str, size: FigureSize = WIDE) -> Figure | None:
     """Plot every method's accuracy against its total FLOPs, and the best methods, for several numbers of queries."""
     trained = select_methods_of_kind(summary, KIND_TRAINED)
     if all(math.isnan(compute_total_flops(summary, method, 0)) for method in trained):
         return None
     title = describe_best_for_budget(summary) or "Accuracy against total FLOPs"
-    figure = create_figure(title, f"{subject}; steps: highest accuracy within a total of FLOPs, training included")
+    subject = f"{subject}; steps: highest accuracy within a total of FLOPs, training included"
+    num_columns = 2 if size == WIDE else 1
+    num_rows = len(QUERY_COUNTS) // num_columns
+    figure = create_figure(title, subject, FigureSize(size.width, HEADER + 1.94 * num_rows + 0.2))
     for number, queries in enumerate(QUERY_COUNTS):
-        column, row = number % 2, number // 2
-        axes = add_axes(figure, (0.085 + 0.475 * column, 0.52 - 0.41 * row, 0.42, 0.32))
-        axes.set_xlabel("total FLOPs (log scale)" if row else "")
+        row, column = divmod(number, num_columns)
+        axes = add_axes(figure, 0.58 + 3.45 * column, 0.1 + 1.94 * row, 2.95, 1.5)
+        axes.set_xlabel("total FLOPs (log scale)" if row == num_rows - 1 else "")
         axes.set_ylabel("" if column else "accuracy")
         _plot_totals(figure, axes, summary, queries)
     return figure
@@ -155,7 +165,7 @@ def plot_total_compute(summary: Summary, subject: str) -> Figure | None:
 
 def _plot_totals(figure: Figure, axes: Axes, summary: Summary, queries: int) -> None:
     axes.set_xscale("log")
-    name = f"{format_si(queries)} quer{'y' if queries == 1 else 'ies'}"
+    name = f"{format_count(queries)} quer{'y' if queries == 1 else 'ies'}"
     axes.set_title(name, fontsize=9, color=INK, loc="left", pad=3)
     points = {}
     for method in list_methods(summary):
@@ -191,7 +201,7 @@ def _plot_totals(figure: Figure, axes: Axes, summary: Summary, queries: int) -> 
 # --- break-even ---------------------------------------------------------------------------------------
 
 
-def plot_break_even(summary: Summary, subject: str) -> Figure | None:
+def plot_break_even(summary: Summary, subject: str, size: FigureSize = WIDE) -> Figure | None:
     """Plot total FLOPs against queries, for trained greedy decodes and for what they are trained to replace."""
     trained = {method: compute_total_flops(summary, method, 0) for method in list_trained_greedy(summary)}
     trained = {method: flops for method, flops in trained.items() if math.isfinite(flops)}
@@ -202,10 +212,13 @@ def plot_break_even(summary: Summary, subject: str) -> Figure | None:
     best = best if best in trained else next(iter(trained))
     crossings = {name: get_value(summary, "break_even", f"{best}-{name}") for name in baselines}
     crossings = {name: queries for name, queries in crossings.items() if 1 <= queries <= MAX_QUERIES}
-    parts = [f"{format_si(queries)} queries against {name}" for name, queries in crossings.items()]
+    parts = [f"{format_count(queries)} queries against {name}" for name, queries in crossings.items()]
     title = f"Break-even of {best}: {', '.join(parts)}" if parts else "Total FLOPs against queries answered"
     figure, axes = create_figure_with_axes(
-        title, f"{subject}; training once, then FLOPs per query; trained policies decode greedily", left=0.15
+        title,
+        f"{subject}; training once, then FLOPs per query; trained policies decode greedily",
+        size,
+        left=1.08 if size == WIDE else 0.9,
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -229,7 +242,7 @@ def plot_break_even(summary: Summary, subject: str) -> Figure | None:
     for name, crossing in crossings.items():
         height = crossing * get_value(summary, "flops", name)
         axes.plot([crossing], [height], "o", ms=9, mfc="none", mec=INK, mew=1.2, zorder=4)
-        labels.place_label(f"{format_si(crossing)} queries", crossing, height, INK, size=8)
+        labels.place_label(f"{format_count(crossing)} queries", crossing, height, INK, size=8)
     for method, total in totals.items():
         number = list(trained).index(method) if method in trained else -1
         at = 8 if number < 0 else 2 * number + (10 if number % 2 == 0 else 20)  # beside one of its markers

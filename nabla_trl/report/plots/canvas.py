@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -45,30 +46,44 @@ class MethodStyle:
         return {"marker": self.marker, "ms": size * self.marker_scale, "mfc": inside, "mec": edge, "mew": width}
 
 
-_PURPLE = "#8E4585"  # step-level searches. Reddish purple, darkened so that text in it can be read
+# Colors that can be read as text on white. `nabla_trl.report.html.figures` has their names in the page's style sheet.
+BLUE, VERMILION, ORANGE, TEAL, PINK, PLUM = "#0072b2", "#b84a00", "#8f5e00", "#00798c", "#b0468a", "#8e4585"
+GREEN, INDIGO, OLIVE, RED, BROWN = "#007a58", "#4b4fc4", "#6b7000", "#b3261e", "#8a4b2a"
 METHOD_STYLES = {
-    "best_of": MethodStyle("#0072B2", "o"),
-    "weighted_best_of": MethodStyle("#0072B2", "h", marker_scale=1.2),
-    "nabla": MethodStyle("#D55E00", "s"),
-    "control": MethodStyle("#B07500", "^", (0, (4, 2))),  # orange, darkened so that text in it can be read
     "greedy": MethodStyle("#000000", "D", (0, (1, 1.5))),
-    "self_consistency": MethodStyle("#56B4E9", "p", marker_scale=1.2),
-    "reward_model_sampling": MethodStyle("#CC79A7", "X", marker_scale=1.35),
-    "beam_search": MethodStyle(_PURPLE, "<", (0, (5, 1.5)), marker_scale=1.2),
-    "dvts": MethodStyle(_PURPLE, "v", (0, (3, 1, 1, 1)), marker_scale=1.2),
-    "tot": MethodStyle(_PURPLE, "P", (0, (1, 1)), marker_scale=1.3),
-    "rap": MethodStyle(_PURPLE, "H", (0, (8, 2)), marker_scale=1.2),
+    "reward_model_sampling": MethodStyle(PINK, "X", marker_scale=1.35),
+    "best_of": MethodStyle(BLUE, "o"),
+    "weighted_best_of": MethodStyle(INDIGO, "h", (0, (5, 1.5)), marker_scale=1.2),
+    "self_consistency": MethodStyle(TEAL, "p", (0, (3, 1.5)), marker_scale=1.2),
+    "adaptive_consistency": MethodStyle(OLIVE, "v", (0, (1, 1))),
+    "confidence_vote": MethodStyle(BROWN, "d", (0, (3, 1, 1, 1)), marker_scale=1.2),
+    "nabla": MethodStyle(VERMILION, "s"),
+    "control": MethodStyle(ORANGE, "^", (0, (4, 2))),
+    "shuffled": MethodStyle(OLIVE, "v", (0, (2, 1))),
+    "paper": MethodStyle(BROWN, "P", (0, (5, 1.5)), marker_scale=1.2),
+    "released": MethodStyle(RED, "X", (0, (1, 1)), marker_scale=1.2),
+    "qalign": MethodStyle(PINK, "d", (0, (3, 1, 1, 1)), marker_scale=1.2),
+    "beam_search": MethodStyle(PLUM, "<", (0, (5, 1.5)), marker_scale=1.2),
+    "dvts": MethodStyle(RED, "v", (0, (3, 1, 1, 1)), marker_scale=1.2),
+    "tot": MethodStyle(BROWN, "P", (0, (1, 1)), marker_scale=1.3),
+    "rap": MethodStyle(TEAL, "H", (0, (8, 2)), marker_scale=1.2),
+    "particle_filter": MethodStyle(OLIVE, ">", (0, (3, 1.5)), marker_scale=1.2),
 }
-_GREEN = "#009E73"
 _TRAINED_STYLES = {
-    "distilled": MethodStyle(_GREEN, "*", (0, (6, 1.5, 1, 1.5)), marker_scale=1.9),
-    "sft": MethodStyle(_GREEN, "*", (0, (6, 1.5, 1, 1.5)), marker_scale=1.9),
-    "reward_weighted": MethodStyle(_GREEN, "P", (0, (6, 1.5, 1, 1.5, 1, 1.5)), marker_scale=1.35),
-    "dpo": MethodStyle(_GREEN, "X", (0, (3, 1.5)), marker_scale=1.35),
-    "rloo": MethodStyle(_GREEN, "d", (0, (8, 2)), marker_scale=1.25),
-    "grpo": MethodStyle(_GREEN, ">", (0, (2, 1)), marker_scale=1.2),
+    "distilled": MethodStyle(GREEN, "*", (0, (6, 1.5, 1, 1.5)), marker_scale=1.9),
+    "sft": MethodStyle(GREEN, "*", (0, (6, 1.5, 1, 1.5)), marker_scale=1.9),
+    "reward_weighted": MethodStyle(GREEN, "P", (0, (6, 1.5, 1, 1.5, 1, 1.5)), marker_scale=1.35),
+    "dpo": MethodStyle(GREEN, "X", (0, (3, 1.5)), marker_scale=1.35),
+    "rloo": MethodStyle(GREEN, "d", (0, (8, 2)), marker_scale=1.25),
+    "grpo": MethodStyle(GREEN, ">", (0, (2, 1)), marker_scale=1.2),
 }
-_DEFAULT_STYLE = MethodStyle(GRAY, "v")
+# Of families without a style of their own. The name decides, so that a family looks the same in every report.
+_OTHER_STYLES = [
+    MethodStyle(color, marker, line_style)
+    for color, marker, line_style in zip(
+        (INDIGO, BROWN, TEAL, PINK, OLIVE, RED, PLUM), "v<>dphH", ("-", (0, (5, 1.5)), (0, (3, 1.5))) * 3, strict=False
+    )
+]
 CURVE_FAMILIES = ("best_of", "control", "nabla")
 
 
@@ -77,7 +92,7 @@ def get_style(method: str) -> MethodStyle:
     parsed = Method.parse(method)
     if parsed.policy:
         return replace(_TRAINED_STYLES[parsed.policy], hollow=parsed.name != "greedy")
-    return METHOD_STYLES.get(parsed.name, _DEFAULT_STYLE)
+    return METHOD_STYLES.get(parsed.name) or _OTHER_STYLES[zlib.crc32(parsed.name.encode()) % len(_OTHER_STYLES)]
 
 
 def shorten_method(method: str) -> str:
@@ -155,24 +170,43 @@ def draw_band(
     return list(zip(xs, value, strict=True))
 
 
-def create_figure_with_axes(title: str, subject: str, left: float = 0.1) -> tuple[Figure, Axes]:
-    """Return a figure with one pair of axes."""
-    figure = create_figure(title, subject)
-    return figure, add_axes(figure, (left, 0.11, 0.97 - left, 0.74))
+@dataclass(frozen=True)
+class FigureSize:
+    """Width and height of a figure in inches."""
+
+    width: float
+    height: float
 
 
-def create_figure(title: str, subject: str) -> Figure:
+WIDE, NARROW = FigureSize(7.2, 4.8), FigureSize(3.6, 4.2)  # for a page and for a phone, with letters of one size
+HEADER = 0.72  # inches at the top of a figure, for its title and subject
+
+
+def create_figure_with_axes(
+    title: str, subject: str, size: FigureSize = WIDE, left: float = 0.72
+) -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes. `left` is their margin for labels in inches."""
+    figure = create_figure(title, subject, size)
+    left = min(left, 0.6 + (left - 0.72)) if size == NARROW else left
+    right = 0.1 if size == NARROW else 0.22
+    return figure, add_axes(figure, left, 0.0, size.width - left - right, size.height - HEADER - 0.53)
+
+
+def create_figure(title: str, subject: str, size: FigureSize = WIDE) -> Figure:
     """Return an empty figure with a title and, below it, a line on what is shown."""
-    figure = Figure(figsize=(7.2, 4.8), dpi=DPI, facecolor="white")
+    figure = Figure(figsize=(size.width, size.height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.text(0.02, 0.92, textwrap.fill(title, 95), fontsize=9, fontweight="bold", color=INK, va="bottom")
-    figure.text(0.02, 0.885, subject, fontsize=8, color=GRAY, va="bottom")
+    wrapped = textwrap.fill(title, 95)
+    figure.text(0.02, 1 - 0.384 / size.height, wrapped, fontsize=9, fontweight="bold", color=INK, va="bottom")
+    figure.text(0.02, 1 - 0.552 / size.height, subject, fontsize=8, color=GRAY, va="bottom")
     return figure
 
 
-def add_axes(figure: Figure, bounds: tuple[float, float, float, float]) -> Axes:
-    """Return axes in the house style. `bounds` are left, bottom, width and height as shares of the figure."""
-    axes = figure.add_axes(bounds)
+def add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Return axes in the house style. Lengths are in inches, the top is measured from the end of the header."""
+    size = figure.get_size_inches()
+    bottom = size[1] - HEADER - top - height
+    axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRAY)
     axes.tick_params(colors=GRAY, labelsize=8, which="both")
@@ -183,11 +217,12 @@ def add_axes(figure: Figure, bounds: tuple[float, float, float, float]) -> Axes:
     return axes
 
 
-def format_si_axis(axis: Axis, unit: str) -> None:
+def format_si_axis(axis: Axis, unit: str, *, max_ticks: int = 7) -> None:
     """Use SI prefixes on a logarithmic axis, and ticks at 2 and 5 as well as at 1 where it spans little."""
     low, high = axis.get_view_interval()
-    subs = (1, 2, 5) if high < 300 * low else (1,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    decades = math.log10(high / low)
+    subs = (1, 2, 5) if 3 * decades <= max_ticks + 0.5 else (1, 3) if 2 * decades <= max_ticks else (1,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12 if max_ticks > 6 else max_ticks + 2))
     axis.set_major_formatter(EngFormatter(unit=unit, sep=" " if unit else ""))
     axis.set_minor_formatter(NullFormatter())
 
@@ -196,8 +231,7 @@ class LabelPlacer:
     """Places texts one after another, each where it covers least of what is already drawn or written."""
 
     def __init__(self, figure: Figure, axes: Axes) -> None:
-        figure.draw_without_rendering()  # fixes the limits, so that data has pixel coordinates
-        axes.autoscale(False)
+        axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # fixed, so that data has pixel coordinates
         self.figure, self.axes = figure, axes
         self.occupied_boxes: list[tuple[float, float, float, float]] = []
         self.obstacles = np.zeros((0, 3))  # [n, 3]: x, y and the penalty for covering it

@@ -11,12 +11,15 @@ from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 from nabla_trl.evaluation import metrics
 from nabla_trl.evaluation.method import Method, list_methods
-from nabla_trl.report import tradeoff_figures
-from nabla_trl.report.canvas import (
+from nabla_trl.report.plots import tradeoff_figures
+from nabla_trl.report.plots.canvas import (
     CURVE_FAMILIES,
     GRAY,
+    HEADER,
     INK,
     METHOD_STYLES,
+    WIDE,
+    FigureSize,
     LabelPlacer,
     PlotPoint,
     add_axes,
@@ -31,6 +34,7 @@ from nabla_trl.report.canvas import (
     label_curve_ends,
     shorten_method,
 )
+from nabla_trl.report.plots.panels import is_crowded, plot_panels
 from nabla_trl.report.summary import Summary, find_pareto_front, get_value
 from nabla_trl.utils.statistics import Interval
 
@@ -43,22 +47,26 @@ _BARS, _BANDS = (f"{mark}: 95% intervals over problems" for mark in ("bars", "ba
 
 
 def plot_figures(
-    summary: Summary, reward_by_round: Mapping[str, Sequence[Interval]], titles: Mapping[str, str]
+    summary: Summary,
+    reward_by_round: Mapping[str, Sequence[Interval]],
+    titles: Mapping[str, str],
+    size: FigureSize = WIDE,
 ) -> dict[str, Figure | None]:
     """Return the figures by name, None where the numbers do not allow one.
 
     Args:
+        size: `WIDE` or `NARROW`, for a page or for a phone.
         reward_by_round: Method -> mean reward before the first round and after each round.
         titles: Titles of the accuracy figures by cost, and the "subject" of all figures.
     """
     subject = titles["subject"]
     return {
-        **{f"accuracy_{cost}": plot_accuracy(summary, cost, titles) for cost in COST_AXES},
-        "scaling": plot_scaling(summary, subject),
-        "reward_accuracy": plot_reward_accuracy(summary, subject),
-        "reward_rounds": plot_reward_rounds(reward_by_round, subject),
-        "samples": plot_samples(summary, subject),
-        **tradeoff_figures.plot_tradeoff_figures(summary, subject),
+        **{f"accuracy_{cost}": plot_accuracy(summary, cost, titles, size) for cost in COST_AXES},
+        "scaling": plot_scaling(summary, subject, size),
+        "reward_accuracy": plot_reward_accuracy(summary, subject, size),
+        "reward_rounds": plot_reward_rounds(reward_by_round, subject, size),
+        "samples": plot_samples(summary, subject, size),
+        **tradeoff_figures.plot_tradeoff_figures(summary, subject, size),
     }
 
 
@@ -79,7 +87,7 @@ def save_figures(folder: Path, figures: Mapping[str, Figure | None]) -> dict[str
 # --- accuracy and cost --------------------------------------------------------------------------------
 
 
-def plot_accuracy(summary: Summary, cost: str, titles: Mapping[str, str]) -> Figure | None:
+def plot_accuracy(summary: Summary, cost: str, titles: Mapping[str, str], size: FigureSize = WIDE) -> Figure | None:
     """Plot accuracy against a cost (flops, seconds or tokens), with the Pareto front. None: the cost is not known."""
     # Single samples of trained policies measure their divergence. A greedy decode at the same cost is their answer.
     points = [
@@ -90,8 +98,12 @@ def plot_accuracy(summary: Summary, cost: str, titles: Mapping[str, str]) -> Fig
     points.sort(key=lambda point: point.xy[0])
     if not points:
         return None
-    figure, axes = create_figure_with_axes(titles[cost], f"{titles['subject']}; {_BARS}; dotted: Pareto front")
     label, unit = COST_AXES[cost]
+    if is_crowded(points):
+        subject = f"{titles['subject']}; {_BARS}; gray: all other groups"
+        return plot_panels(points, titles[cost], subject, size, x_label=label, y_label="accuracy")
+    subject = f"{titles['subject']}; {_BARS}; dotted: Pareto front"
+    figure, axes = create_figure_with_axes(titles[cost], subject, size)
     axes.set_xscale("log")
     axes.set_xlabel(label)
     axes.set_ylabel("accuracy on held-out problems")
@@ -106,12 +118,18 @@ def plot_accuracy(summary: Summary, cost: str, titles: Mapping[str, str]) -> Fig
         line = [point.xy for point in curve]
         axes.plot(*zip(*line, strict=True), ls=style.line_style, color=style.color, lw=1.5, zorder=2)
     axes.margins(x=0.1, y=0.1)
-    format_si_axis(axes.xaxis, unit)
-    _label_points(LabelPlacer(figure, axes), points, curves)
+    format_si_axis(axes.xaxis, unit if size == WIDE else "", max_ticks=7 if size == WIDE else 5)
+    _label_points(LabelPlacer(figure, axes), points, curves, label_budgets=size == WIDE)
     return figure
 
 
-def _label_points(labels: LabelPlacer, points: Sequence[PlotPoint], curves: Sequence[Sequence[PlotPoint]]) -> None:
+def _label_points(
+    labels: LabelPlacer,
+    points: Sequence[PlotPoint],
+    curves: Sequence[Sequence[PlotPoint]],
+    *,
+    label_budgets: bool,
+) -> None:
     """Write the full names first, as they need most space: one per curve and per single point. Then the budgets."""
     for point in points:
         labels.avoid_bar(point)
@@ -128,7 +146,7 @@ def _label_points(labels: LabelPlacer, points: Sequence[PlotPoint], curves: Sequ
             size = 7 if trained and searched else 8
             labels.place_label(shorten_method(point.method), *point.xy, color, size=size)
     for point in points:
-        if point in on_curves and point not in ends:
+        if label_budgets and point in on_curves and point not in ends:
             sign = "" if point.parsed.name == "best_of" else "@"
             labels.place_label(f"{sign}{point.parsed.size:g}", *point.xy, get_style(point.method).color, size=7)
 
@@ -143,15 +161,27 @@ def group_budget_curves(summary: Summary) -> dict[str, list[str]]:
     return {name: sorted(curves[name], key=lambda method: get_value(summary, "flops", method)) for name in curves}
 
 
-def plot_scaling(summary: Summary, subject: str) -> Figure | None:
+def plot_scaling(summary: Summary, subject: str, size: FigureSize = WIDE) -> Figure | None:
     """Plot accuracy, and below it the reward, against FLOPs for the families at several budgets."""
     curves = group_budget_curves(summary)
     if not curves:
         return None
-    figure = create_figure("Accuracy and reward (the target of the search) against FLOPs", f"{subject}; {_BANDS}")
-    for metric, label, bottom in (("accuracy", "accuracy", 0.51), ("reward", "mean reward", 0.11)):
+    shown = {method for methods in curves.values() for method in methods}
+    rewards = [point for point in collect_points(summary, "flops", "reward") if point.method in shown]
+    if is_crowded(rewards):
+        title = "Reward (the target of the search) against FLOPs: compare with the accuracy above"
+        subject = f"{subject}; {_BARS}; gray: all other groups"
+        return plot_panels(
+            rewards, title, subject, size, x_label="FLOPs per problem (log scale)", y_label="mean reward"
+        )
+    figure = create_figure(
+        "Accuracy and reward (the target of the search) against FLOPs", f"{subject}; {_BANDS}", size
+    )
+    left, right = (0.72, 0.22) if size == WIDE else (0.55, 0.1)
+    height = (size.height - HEADER - 0.53 - 0.28) / 2
+    for metric, label, top in (("accuracy", "accuracy", 0.0), ("reward", "mean reward", height + 0.28)):
         points = {point.method: point for point in collect_points(summary, "flops", metric)}
-        axes = add_axes(figure, (0.1, bottom, 0.87, 0.34))
+        axes = add_axes(figure, left, top, size.width - left - right, height)
         axes.set_xscale("log")
         axes.set_ylabel(label)
         lines = []
@@ -162,7 +192,7 @@ def plot_scaling(summary: Summary, subject: str) -> Figure | None:
             for method in methods:
                 draw_marker(axes, points[method], get_style(method), 5)
         axes.margins(x=0.12, y=0.1)
-        format_si_axis(axes.xaxis, "FLOPs")
+        format_si_axis(axes.xaxis, "FLOPs" if size == WIDE else "", max_ticks=7 if size == WIDE else 5)
         axes.tick_params(labelbottom=metric == "reward")
         label_curve_ends(figure, axes, lines, size=8)
     figure.axes[-1].set_xlabel("FLOPs per problem (log scale)")
@@ -172,13 +202,19 @@ def plot_scaling(summary: Summary, subject: str) -> Figure | None:
 # --- reward -------------------------------------------------------------------------------------------
 
 
-def plot_reward_accuracy(summary: Summary, subject: str) -> Figure | None:
+def plot_reward_accuracy(summary: Summary, subject: str, size: FigureSize = WIDE) -> Figure | None:
     """Plot accuracy against the mean reward. A line that bends down to the right shows over-optimization."""
     points = {point.method: point for point in collect_points(summary, "reward", "accuracy")}
     if len(points) < 2:
         return None
     title = "Accuracy against reward: under over-optimization a line bends down to the right"
-    figure, axes = create_figure_with_axes(title, f"{subject}; lines join the budgets of one family; {_BARS}")
+    if is_crowded(list(points.values())):
+        subject = f"{subject}; lines join the budgets of one family; {_BARS}; gray: all other groups"
+        return plot_panels(
+            list(points.values()), title, subject, size, x_label="mean reward", y_label="accuracy", log_x=False
+        )
+    subject = f"{subject}; lines join the budgets of one family; {_BARS}"
+    figure, axes = create_figure_with_axes(title, subject, size)
     axes.set_xlabel("mean reward of the selected response")
     axes.set_ylabel("accuracy on held-out problems")
     for method, point in points.items():
@@ -202,7 +238,9 @@ def plot_reward_accuracy(summary: Summary, subject: str) -> Figure | None:
     return figure
 
 
-def plot_reward_rounds(reward_by_round: Mapping[str, Sequence[Interval]], subject: str) -> Figure | None:
+def plot_reward_rounds(
+    reward_by_round: Mapping[str, Sequence[Interval]], subject: str, size: FigureSize = WIDE
+) -> Figure | None:
     """Plot the mean reward over the rounds of nabla and of the control, each at its largest budget."""
     curves = {}
     for name in ("nabla", "control"):
@@ -215,7 +253,7 @@ def plot_reward_rounds(reward_by_round: Mapping[str, Sequence[Interval]], subjec
     num_rounds = max(map(len, curves.values())) - 1
     changes = [f"{method} {curve[0].value:.2f} to {curve[-1].value:.2f}" for method, curve in curves.items()]
     title = f"Mean reward over {num_rounds} rounds: {', '.join(changes)}"
-    figure, axes = create_figure_with_axes(title, f"{subject}; {_BANDS}")
+    figure, axes = create_figure_with_axes(title, f"{subject}; {_BANDS}", size)
     axes.set_xlabel("round of search (0: before the first round)")
     axes.set_ylabel("mean reward of the selected response")
     lines = []
@@ -233,9 +271,9 @@ def plot_reward_weight_curves(
 ) -> Figure:
     """Plot curves over one logarithmic axis of λ, one panel per label from the top down."""
     figure = create_figure(title, f"{subject}; {_BANDS}")
-    height = 0.74 / len(panels)
+    height = (WIDE.height - HEADER - 0.53) / len(panels)
     for row, (label, curve) in enumerate(panels.items()):
-        axes = add_axes(figure, (0.1, 0.85 - height * (row + 1) + 0.02, 0.87, height - 0.04))
+        axes = add_axes(figure, 0.72, height * row + 0.1, WIDE.width - 0.94, height - 0.2)
         draw_band(axes, reward_weights, [interval.to_dict() for interval in curve], METHOD_STYLES["nabla"])
         axes.set_xscale("log")
         axes.set_ylabel(label)
@@ -247,14 +285,14 @@ def plot_reward_weight_curves(
 # --- samples ------------------------------------------------------------------------------------------
 
 
-def plot_samples(summary: Summary, subject: str) -> Figure | None:
+def plot_samples(summary: Summary, subject: str, size: FigureSize = WIDE) -> Figure | None:
     """Plot pass@k (solid) and maj@k (dashed) of every policy. None without at least two samples."""
     samples = metrics.group_sample_metrics(summary)
     samples = {policy: curves for policy, curves in samples.items() if len(curves["pass"]) > 1}
     if not samples:
         return None
     title = "Problems with a correct sample among k (pass@k, solid), and with a correct majority (maj@k, dashed)"
-    figure, axes = create_figure_with_axes(title, f"{subject}; {_BANDS}")
+    figure, axes = create_figure_with_axes(title, f"{subject}; {_BANDS}", size)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("k, independent samples per problem (log scale)")
     axes.set_ylabel("fraction of held-out problems")

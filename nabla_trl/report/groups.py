@@ -1,0 +1,92 @@
+"""Groups of methods, in which tables and figures show them, and what each method does in a few words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from nabla_trl.evaluation.method import POOL_METHODS, REWARD_MODEL_SAMPLING, SEARCHES, STEP_SEARCHES, Method
+
+Groups = Mapping["MethodGroup", list[str]]  # group -> its methods
+
+
+class MethodGroup(NamedTuple):
+    """Methods that are compared with each other first."""
+
+    title: str
+    description: str
+
+
+SINGLE_PASS = MethodGroup("Single pass", "one response, nothing to choose from")
+VOTES = MethodGroup("Votes and best-of-N", "many independent responses, then a choice or a vote")
+STEP_LEVEL = MethodGroup("Step-level searches", "the reward steers while a response is written, step by step")
+SAMPLERS = MethodGroup("Samplers without a reward", "chains that sharpen the policy's own distribution")
+TOKEN_LEVEL = MethodGroup("nabla and its controls", "whole responses are revised, token by token")
+TRAINED = MethodGroup("Trained policies", "the policy was trained first, then it answers")
+OTHER = MethodGroup("Other methods", "")
+METHOD_GROUPS = (SINGLE_PASS, VOTES, STEP_LEVEL, SAMPLERS, TOKEN_LEVEL, TRAINED, OTHER)
+
+_DESCRIPTIONS = {
+    "greedy": "the most likely token at each place",
+    "best_of": "N samples, the one with the highest reward",
+    "weighted_best_of": "N samples, a vote weighted by the reward",
+    "self_consistency": "N samples, the most frequent answer",
+    "adaptive_consistency": "a vote that stops when its result is clear",
+    "confidence_vote": "N samples, a vote weighted by the policy's likelihood",
+    REWARD_MODEL_SAMPLING: "one sample of the better model behind the reward",
+    "beam_search": "keeps the best partial responses after each step",
+    "dvts": "diverse verifier tree search: beam search in separate subtrees",
+    "tot": "tree of thoughts: keeps the best states after each step",
+    "rap": "reasoning via planning: Monte Carlo tree search",
+    "particle_filter": "resamples partial responses by their reward",
+    "nabla": "the search: changes tokens where the gradient of the reward points to",
+    "control": "the same search without the gradient",
+    "shuffled": "the same search, its gradient shuffled over the positions",
+    "paper": "the search with the settings of the paper",
+    "released": "the search with the settings of the paper's code",
+    "qalign": "QAlign: a chain that samples the end of the response again",
+}
+_TRAININGS = {
+    "distilled": "an adapter that was trained elsewhere",
+    "sft": "SFT on the responses that the search selected",
+    "reward_weighted": "SFT weighted by the reward",
+    "dpo": "DPO on pairs from the traces",
+    "rloo": "RLOO on the reward",
+    "grpo": "GRPO on the reward",
+}
+
+
+def get_method_group(method: str) -> MethodGroup:
+    """Return the group of a method. Names that nothing is known about are `OTHER`."""
+    parsed = Method.parse(method)
+    if parsed.policy:
+        return TRAINED
+    if method == "best_of_1" or parsed.name in ("greedy", REWARD_MODEL_SAMPLING):
+        return SINGLE_PASS
+    groups = {TOKEN_LEVEL: SEARCHES, STEP_LEVEL: STEP_SEARCHES, VOTES: POOL_METHODS}
+    return next((group for group, names in groups.items() if parsed.name in names), OTHER)
+
+
+def group_methods(methods: Iterable[str]) -> dict[MethodGroup, list[str]]:
+    """Return group -> its methods in the order given. Groups without a method are left out."""
+    by_group: dict[MethodGroup, list[str]] = {group: [] for group in METHOD_GROUPS}
+    for method in methods:
+        by_group[get_method_group(method)].append(method)
+    return {group: names for group, names in by_group.items() if names}
+
+
+def describe_method(method: str) -> str:
+    """Return what a method does in a few words. Empty for names that nothing is known about."""
+    parsed = Method.parse(method)
+    words = _DESCRIPTIONS.get(parsed.name, "")
+    if method == "best_of_1" or (parsed.policy and str(parsed.base_method) == "best_of_1"):
+        words = "one sample"
+    return f"{_TRAININGS[parsed.policy]}; {words}" if parsed.policy and words else words
+
+
+def list_families(methods: Iterable[str]) -> dict[str, list[str]]:
+    """Return family -> its methods, in the order of first appearance."""
+    families: dict[str, list[str]] = {}
+    for method in methods:
+        families.setdefault(Method.parse(method).family, []).append(method)
+    return families
