@@ -35,6 +35,7 @@ LAYERS = (
     "report",
     "export",
     "serving",
+    "lm_eval",
     "cli",
 )
 TOP_MODULES = ("distill",)  # what `python -m` runs, above all packages
