@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nabla_trl.baselines.step_config import StepSearchConfig
+from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.engine.logprobs import compute_token_logprobs
 from nabla_trl.evaluation.method import METHOD_SYNTAX, Method
-from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, plan_jobs
+from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_baseline_settings, plan_jobs
 from nabla_trl.evaluation.results import load_results, store_results
 from nabla_trl.evaluation.rows import Row, RowStore, build_row, read_rows
 from nabla_trl.evaluation.runner import compute_mean_flops
@@ -150,7 +150,7 @@ class HarnessModel:
         *,
         method: str = "nabla",
         config: SearchConfig | None = None,
-        step_search: StepSearchConfig | None = None,
+        baseline_config: BaselineConfig | None = None,
         seed: int = 0,
         fixed_options: Iterable[str] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -159,7 +159,7 @@ class HarnessModel:
         rank: int = 0,
     ):
         self.policy, self.reward, self.method, self.seed = policy, reward, check_method(method), seed
-        self.config, self.step_search = config or SearchConfig(), step_search or StepSearchConfig()
+        self.config, self.baseline_config = config or SearchConfig(), baseline_config or BaselineConfig()
         if self.config.max_flops and not self.method.is_search:
             raise ValueError(f"max_flops limits searches, and {method} is none: its cost follows from its name")
         check_methods([method], self._build_setup(self.config), {})
@@ -173,7 +173,6 @@ class HarnessModel:
             "policy": policy.name,
             "reward": reward.name,
             **self.config.get_settings(),
-            **self.step_search.get_settings(reward.step_delimiter),
             "chat_template_kwargs": json.dumps(self.chat_template_kwargs, sort_keys=True),
             **(settings or {}),
         }
@@ -215,14 +214,14 @@ class HarnessModel:
             chat_template_kwargs: keywords of the chat template, as a JSON object.
             enable_thinking: a keyword of many chat templates.
             log: folder of the log.
-            options: options of `SearchConfig` and `StepSearchConfig`. A dot names an option of a group, as in
+            options: options of `SearchConfig` and `BaselineConfig`. A dot names an option of a group, as in
                 solver.step_size.
 
         Raises:
             ValueError: unknown options, values out of range, or models that cannot be loaded.
         """
         check_method(method)  # before anything is loaded
-        config, step_search = build_configs(preset, options)
+        config, baseline_config = build_configs(preset, options)
         keywords = PromptOptions.parse("auto", _to_json(chat_template_kwargs)).chat_template_kwargs
         if enable_thinking is not None:
             keywords = {**keywords, "enable_thinking": enable_thinking}
@@ -245,7 +244,7 @@ class HarnessModel:
             loaded_reward,
             method=method,
             config=config,
-            step_search=step_search,
+            baseline_config=baseline_config,
             seed=seed,
             fixed_options={name.partition(".")[0] for name in options},
             chat_template_kwargs=keywords,
@@ -382,7 +381,7 @@ class HarnessModel:
         return replace(self.config, **changes) if changes else self.config
 
     def _build_setup(self, config: SearchConfig) -> EvaluationSetup:
-        return EvaluationSetup(self.policy, self.reward, config, (self.seed,), step_search=self.step_search)
+        return EvaluationSetup(self.policy, self.reward, config, (self.seed,), baseline_config=self.baseline_config)
 
     def _get_answer(self, trace: Trace, problem: Problem) -> str:
         """Return the text before the first stop string, also where that string is a special token."""
@@ -399,6 +398,8 @@ class HarnessModel:
             check_settings(folder / SETTINGS_FILE, settings)
             store = RowStore(folder / "rows", self.settings_hash, rank)
             claim_settings(folder / SETTINGS_FILE, settings)
+            for name, own in get_baseline_settings([str(self.method)], self._build_setup(self.config)).items():
+                claim_settings(folder / f"{name}.settings.json", own)
         except ValueError as error:
             raise ValueError(str(error).replace("--output_dir", "log")) from error
         return store
@@ -520,21 +521,21 @@ def check_method(name: str) -> Method:
     return method
 
 
-def build_configs(preset: str, options: Mapping[str, Any]) -> tuple[SearchConfig, StepSearchConfig]:
+def build_configs(preset: str, options: Mapping[str, Any]) -> tuple[SearchConfig, BaselineConfig]:
     """Return the configurations of model_args.
 
     Args:
-        options: options of `SearchConfig` and `StepSearchConfig`. A dot names an option of a group.
+        options: options of `SearchConfig` and `BaselineConfig`. A dot names an option of a group.
 
     Raises:
         ValueError: unknown options, each with the most similar one, or values out of range.
     """
-    step_names = {field.name for field in fields(StepSearchConfig)}
-    step_options = {name: value for name, value in options.items() if name in step_names}
+    baseline_names = {field.name for field in fields(BaselineConfig)}
+    baseline_options = {name: value for name, value in options.items() if name in baseline_names}
     search_options: dict[str, Any] = {}
     for name, value in options.items():
         group, _, option = name.partition(".")
-        if name in step_names:
+        if name in baseline_names:
             continue
         if option or isinstance(search_options.get(name), dict):
             present = search_options.get(group, {})
@@ -542,11 +543,11 @@ def build_configs(preset: str, options: Mapping[str, Any]) -> tuple[SearchConfig
             search_options[group] = present | ({option: value} if option else {"name": value})
         else:
             search_options[name] = value
-    known = {field.name for field in fields(SearchConfig)} | step_names | _MODEL_ARGS
+    known = {field.name for field in fields(SearchConfig)} | baseline_names | _MODEL_ARGS
     unknown = [f"{name!r}{format_suggestion(name, known)}" for name in search_options if name not in known]
     if unknown:
         raise ValueError(f"model_args: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return SearchConfig.from_preset(preset, **search_options), StepSearchConfig(**step_options)
+    return SearchConfig.from_preset(preset, **search_options), BaselineConfig(**baseline_options)
 
 
 _MODEL_ARGS = frozenset(
