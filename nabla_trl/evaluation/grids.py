@@ -11,6 +11,7 @@ import numpy as np
 
 from nabla_trl.evaluation.method import Method, sort_methods
 from nabla_trl.evaluation.rows import Row
+from nabla_trl.models.flops import count_model_calls
 from nabla_trl.utils.statistics import (
     Interval,
     PairedDifference,
@@ -21,7 +22,7 @@ from nabla_trl.utils.statistics import (
 )
 
 PROPORTIONS = ("accuracy", "accuracy_strict")  # metrics with values from 0 to 1
-METRICS = (*PROPORTIONS, "flops", "seconds", "tokens", "reward", "kl")
+METRICS = (*PROPORTIONS, "flops", "seconds", "tokens", "calls", "reward", "kl")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def _build_grid(method: str, cells: Mapping[tuple[str, int], Row], problems: tup
     has_strict = any(row.correct_strict is not None for row in rows)
     numbers = {
         "tokens": [_count_generated_tokens(row.tokens) for row in rows],
+        "calls": [count_model_calls(row.calls) for row in rows],
         "flops": [row.flops for row in rows],
         "seconds": [row.seconds for row in rows],
         "reward": [row.reward for row in rows],

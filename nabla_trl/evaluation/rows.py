@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from nabla_trl.evaluation.method import Method
 from nabla_trl.grading.equivalence import normalize_answer
+from nabla_trl.models.flops import Cost
 from nabla_trl.tasks.problem import Problem, compute_content_hash
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.files import fsync_folder, read_jsonl_file
@@ -40,7 +40,8 @@ class Row:
         tail: the end of the response, at most `MAX_TAIL_CHARS` characters, if strict and lenient extraction differ.
         kl: nats per response from the base policy (`nabla_trl.evaluation.kl`). None: unknown.
         flops: FLOPs of the problem, rejected work included. `seconds`: the same in seconds.
-        tokens: tokens by model and kind, as "policy/decode".
+        tokens: tokens by model and kind, as "policy/decode". `calls`: the same in calls (`models.flops`), empty where
+            they were not counted.
         revisions: proposals of the chain that was kept. `accepted`: how many of them were accepted.
         proposals: proposals of all chains and starts of a search. `proposals_accepted`: how many were accepted.
         reward_by_round: reward of the incumbent before any revision and after each round.
@@ -66,6 +67,7 @@ class Row:
     flops: float
     seconds: float
     tokens: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
     finished: bool = True
     revisions: int = 0
     accepted: int = 0
@@ -118,7 +120,7 @@ class Row:
                 mistakes.append(f"{key} must be a finite number, not {format_error(repr(value), 60)}")
             elif key in _ITEM_CHECKS and value is not None and not _ITEM_CHECKS[key](value):
                 mistakes.append(f"{key} holds values of another type or range")
-        missing = [name for name in _FIELD_TYPES if name not in values and name != "samples"]
+        missing = [name for name in _FIELD_TYPES if name not in {*values, *_OPTIONAL_KEYS}]
         if missing:
             mistakes.append(f"it lacks {', '.join(missing)}")
         if not mistakes:
@@ -170,11 +172,13 @@ def _is_sample(value: Any) -> bool:
 
 
 _FIELD_TYPES = _describe_field_types()
+_OPTIONAL_KEYS = ("samples", "calls")  # rows of version 0.2 and before hold no calls
 _MAX_MISTAKES = 10
 # Checks of what lists and objects hold.
 _ITEM_CHECKS: dict[str, Callable[[Any], bool]] = {
     "correct": lambda correct: 0 <= correct <= 1,
     "tokens": lambda tokens: all(map(_is_finite_number, tokens.values())),
+    "calls": lambda calls: all(map(_is_finite_number, calls.values())),
     # NaN where a method has no reward.
     "reward_by_round": lambda rewards: all(isinstance(reward, float | int) for reward in rewards),
     "samples": lambda samples: all(map(_is_sample, samples)),
@@ -220,6 +224,7 @@ def build_row(trace: Trace, settings_hash: str, kl: float | None = None, content
         flops=trace.cost.flops,
         seconds=trace.cost.seconds,
         tokens=trace.cost.tokens,
+        calls=trace.cost.calls,
         finished=trace.finished,
         revisions=revisions,
         accepted=accepted,
@@ -251,7 +256,7 @@ def _merge_samples(rows: Sequence[Row]) -> Row:
     graded = [row.correct for row in rows if row.correct is not None]
     rewards = [row.reward for row in rows if row.reward is not None]
     failures = [row.match_result for row in rows if row.match_result in ("timeout", "error")]
-    tokens: Counter[str] = sum((Counter(row.tokens) for row in rows), Counter())
+    cost = sum((Cost(row.flops, row.seconds, row.tokens, row.calls) for row in rows), Cost())
     return replace(
         rows[0],
         correct=sum(graded) / len(graded) if graded else None,
@@ -261,9 +266,10 @@ def _merge_samples(rows: Sequence[Row]) -> Row:
         match_result=failures[0] if failures else None,
         tail=None,
         reward=sum(rewards) / len(rewards) if rewards else None,
-        flops=sum(row.flops for row in rows),
-        seconds=sum(row.seconds for row in rows),
-        tokens=dict(tokens),
+        flops=cost.flops,
+        seconds=cost.seconds,
+        tokens=cost.tokens,
+        calls=cost.calls,
         finished=all(row.finished for row in rows),
         reward_by_round=[],
         samples=[] if rows[0].error else [[row.answer, row.correct] for row in rows],

@@ -1,4 +1,4 @@
-"""Count what a method costs: tokens by model and kind, FLOPs by formula, wall seconds by problem.
+"""Count what a method costs: tokens and calls by model and kind, FLOPs by formula, wall seconds by problem.
 
 The formula, for one sequence (a multiply-add is 2 FLOPs), where `num_tokens` tokens are placed at
 positions p = start .. start + num_tokens - 1 of a causal model:
@@ -22,6 +22,11 @@ softmax, activations, sampling. Sliding-window layers are charged as full attent
 not charged: a batch costs what its rows would cost alone. Nor are the masked half that dense attention kernels
 compute, and the second forward of gradient checkpointing. The formula counts what the method needs, and the
 seconds show what the machine did.
+
+A call is one pass of one model over one sequence, whatever its length: a decoded token, a prompt that is read
+(prefill), a response that is scored (forward), the backward of a gradient. `count_model_calls` counts as the paper of
+the method does (arXiv 2603.04948 and its released code): one call for each decoded token, each scored response, and
+each forward and each backward of a gradient. Prompts are free there.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WORK_KINDS = ("prefill", "decode", "forward", "backward", "train")
+CALL_KINDS = ("decode", "forward", "backward")  # what the paper counts as calls of a model
 
 
 @dataclass(frozen=True)
@@ -96,27 +102,43 @@ class ModelSize:
 
 @dataclass
 class Cost:
-    """FLOPs, wall seconds, and tokens by "<model>/<kind>". Costs add up with `+`."""
+    """FLOPs, wall seconds, and tokens and calls by "<model>/<kind>". Costs add up with `+`.
+
+    `calls` is empty where it is not known, as in traces that were read from disk.
+    """
 
     flops: float = 0.0
     seconds: float = 0.0
     tokens: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: Cost) -> Cost:
-        tokens = dict(self.tokens)
-        for name, count in other.tokens.items():
-            tokens[name] = tokens.get(name, 0) + count
-        return Cost(self.flops + other.flops, self.seconds + other.seconds, tokens)
+        tokens, calls = (_add_counts(*pair) for pair in ((self.tokens, other.tokens), (self.calls, other.calls)))
+        return Cost(self.flops + other.flops, self.seconds + other.seconds, tokens, calls)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers for JSON."""
-        return {"flops": self.flops, "seconds": self.seconds, "tokens": dict(self.tokens)}
+        counts = {"tokens": dict(self.tokens), "calls": dict(self.calls)}
+        return {"flops": self.flops, "seconds": self.seconds, **counts}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Cost:
         """Read what `to_dict` returned."""
-        tokens = {str(name): int(count) for name, count in data["tokens"].items()}
-        return cls(float(data["flops"]), float(data["seconds"]), tokens)
+        tokens, calls = (
+            {str(name): int(count) for name, count in data.get(key, {}).items()} for key in ("tokens", "calls")
+        )
+        return cls(float(data["flops"]), float(data["seconds"]), tokens, calls)
+
+
+def count_model_calls(calls: Mapping[str, float]) -> float | None:
+    """Return the calls of models as the paper counts them, from calls by "<model>/<kind>". None without counts."""
+    if not calls:
+        return None
+    return sum(count for name, count in calls.items() if name.rpartition("/")[2] in CALL_KINDS)
+
+
+def _add_counts(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}
 
 
 class FlopCounter:
@@ -165,6 +187,9 @@ class FlopCounter:
         cost.flops += flops
         name = f"{size.name}/{kind}"
         cost.tokens[name] = cost.tokens.get(name, 0) + num_tokens
+        # The output head alone, which reads no token, is no call.
+        num_calls = num_tokens if kind == "decode" else min(num_tokens, 1)
+        cost.calls[name] = cost.calls.get(name, 0) + num_calls
 
     @contextmanager
     def measure_seconds(self, keys: Sequence[str]) -> Iterator[None]:

@@ -3,7 +3,7 @@
 Fields that OpenAI does not have stand under the key "nabla":
 
     answer    nabla: {seed, answer, reward_initial, reward, stop}, of the first choice. Each choice has its own
-    usage     nabla: {flops, seconds, tokens, starts, proposals, accepted, rejected}, the sum over all choices
+    usage     nabla: {flops, seconds, tokens, calls, starts, proposals, accepted, rejected}, the sum over all choices
     chunk     nabla: {chain, round, position, reward_before, reward, flops, text}, a `service.SearchProgress`
 """
 

@@ -232,6 +232,19 @@ def test_meter_keeps_accounts_apart_and_totals_them() -> None:
     assert flop_counter.get_cost("never charged") == Cost()
 
 
+def test_a_call_is_a_pass_over_one_sequence() -> None:
+    """A decoded token is a call, a prompt or a scored response is one of any length, and a head alone is none."""
+    flop_counter = FlopCounter()
+    for kind, num_tokens in (("prefill", 9), ("decode", 7), ("forward", 5), ("forward", 0), ("backward", 5)):
+        flop_counter.add_flops("a", SIZE, kind, 0, num_tokens, num_head_positions=num_tokens or 3)
+    flop_counter.add_flops("b", SIZE, "decode", 0, 2)
+    calls = flop_counter.get_cost("a").calls
+    assert calls == {"policy/prefill": 1, "policy/decode": 7, "policy/forward": 1, "policy/backward": 1}
+    assert flops.count_model_calls(calls) == 9, "the paper counts no prompt"
+    assert flop_counter.get_total_cost().calls["policy/decode"] == 9
+    assert flops.count_model_calls({}) is None, "not counted is not zero"
+
+
 def test_cost_is_a_copy() -> None:
     flop_counter = FlopCounter()
     flop_counter.add_flops("a", SIZE, "decode", 0, 2)
@@ -285,8 +298,9 @@ def test_time_lost_to_an_exception_is_charged_too(wait: list[float]) -> None:
 
 
 def test_cost_survives_json() -> None:
-    cost = Cost(1.5e18, 0.1 + 0.2, {"policy/decode": 7, "reward/backward": 0})
+    cost = Cost(1.5e18, 0.1 + 0.2, {"policy/decode": 7, "reward/backward": 0}, {"policy/decode": 7})
     assert Cost.from_dict(json.loads(json.dumps(cost.to_dict()))) == cost
+    assert Cost.from_dict({"flops": 1.0, "seconds": 2.0, "tokens": {}}).calls == {}, "of an earlier version"
 
 
 def test_import_loads_no_torch() -> None:

@@ -14,7 +14,7 @@ import worlds
 from torch import Tensor
 
 from nabla_trl.gradient.objectives import Sample
-from nabla_trl.models.flops import FlopCounter
+from nabla_trl.models.flops import FlopCounter, count_model_calls
 from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.options import GradientPoint
 from nabla_trl.models.policy import GenerationRequest, Policy
@@ -261,6 +261,19 @@ def _expected_branch(policy: Policy, reward: Reward, config: SearchConfig, trace
     best = int(keys.argmax())
     position = best // tokens.shape[1]
     return position, int(tokens[position, best % tokens.shape[1]])
+
+
+def test_the_calls_of_a_search_are_those_of_the_paper(policy: Policy, scalar_reward: Reward) -> None:
+    """A token is one, a scored response one, a gradient four: forward and backward of the policy and the reward."""
+    [problem] = worlds.tiny_problems()[:1]
+    config = replace(SearchConfig.from_preset("paper"), max_new_tokens=8, top_k_candidates=4)
+    [trace] = run_search([problem], policy=policy, reward=scalar_reward, config=config)
+    calls, tokens = trace.cost.calls, trace.cost.tokens
+    gradients = calls["reward/backward"]
+    scored = int(trace.meta["starts"]) + int(trace.meta["proposals"])
+    assert gradients > 0 and calls["policy/forward"] == calls["policy/backward"] == gradients
+    assert calls["reward/forward"] == gradients + scored and calls["policy/decode"] == tokens["policy/decode"]
+    assert count_model_calls(calls) == tokens["policy/decode"] + scored + 4 * gradients
 
 
 @pytest.mark.parametrize(
