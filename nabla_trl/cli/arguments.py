@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,10 @@ SEEDS_HELP = (
     "confidence intervals."
 )
 DEFAULT_SEEDS = (0, 1, 2)
+DOLLARS_HELP = (
+    "Price in dollars of an hour of the device that one process uses. Set it to see what queries and training cost in "
+    "dollars (default: no dollars)."
+)
 
 
 @dataclass
@@ -169,6 +174,12 @@ class ModelArguments(PolicyRewardArguments):
         policy, reward = self.load_models(reward_batch_size, device=self.device, adapter=adapter)
         reward.validated_limits = limits or reward.validated_limits
         return policy, reward
+
+
+def check_dollars_per_gpu_hour(value: float | None) -> None:
+    """Raise ValueError if the price of a GPU hour is not positive and finite."""
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"dollars_per_gpu_hour must be positive, not {value:g}")
 
 
 def check_distinct(name: str, values: Sequence[Any]) -> None:

@@ -25,6 +25,7 @@ VOTE_METHODS = (
 POOL_METHODS = ("best_of", *VOTE_METHODS, "weighted_best_of", "samples")
 # Trained policies: one from an adapter made elsewhere, and one for each way to train.
 POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
+_REWARD_FREE_METHODS = ("greedy", "samples", REWARD_MODEL_SAMPLING, *VOTE_METHODS)
 
 METHOD_SYNTAX = (
     "greedy, best_of_N, weighted_best_of_N and samples_N (N up to 999, for pass@k, maj@k and avg@N). The votes "
@@ -133,6 +134,13 @@ class Method:
         if self.is_step_search:
             return math.ceil(16 * self.size) if self.budget else int(self.size)
         return self.n or 1 if self.name in ("best_of", "weighted_best_of") else 1
+
+    @property
+    def needs_reward(self) -> bool:
+        """Return whether the method reads rewards, or its policy was trained with them."""
+        if self.policy:
+            return True
+        return self.selection_size > 1 if self.name == "best_of" else self.name not in _REWARD_FREE_METHODS
 
     @property
     def is_runnable(self) -> bool:

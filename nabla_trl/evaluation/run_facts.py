@@ -55,6 +55,7 @@ def build_run_facts(
     seeds: Sequence[int],
     sampling: Sampling,
     problems: Sequence[Problem],
+    dollars_per_gpu_hour: float | None = None,
 ) -> dict[str, Any]:
     """Return the facts that every report needs (`nabla_trl.report.text`).
 
@@ -62,6 +63,7 @@ def build_run_facts(
         policy, reward, task: names, as in the options.
         sampling: how the tokens were drawn.
         problems: the held-out problems.
+        dollars_per_gpu_hour: price of an hour of the device of one process. None: costs are not told in dollars.
     """
     names = sorted({policy, *parse_reward_spec(reward).model_names})
     revisions = {name: find_hub_revision(name) for name in names}
@@ -78,6 +80,8 @@ def build_run_facts(
         "seeds": list(seeds),
         "sampling": asdict(sampling),
         "problems": collect_problem_facts(problems),
+        **compute_reward_training_cost(reward),
+        **({} if dollars_per_gpu_hour is None else {"dollars_per_gpu_hour": dollars_per_gpu_hour}),
     }
 
 
@@ -95,13 +99,16 @@ def collect_training_facts(folder: Path, audit_facts: Mapping[str, Any]) -> list
                 "train_flops": record["flops"] + record["trace_flops"] + audit_facts.get("flops", 0.0),
                 # Traces are timed in each process. Processes run side by side, so they take that much less in all.
                 "train_seconds": record["seconds"] + record["trace_seconds"] / record["processes"],
+                "processes": record["processes"],
             }
         )
     return facts
 
 
-def compute_reward_train_flops(reward: str) -> float | None:
-    """Return the FLOPs of training a reward, as its folder records them. None if nothing is recorded."""
+def compute_reward_training_cost(reward: str) -> dict[str, float]:
+    """Return the FLOPs and seconds of training a reward, as its folder records them. Empty if nothing is recorded."""
     folder = parse_reward_spec(reward).folder
     rounds = read_manifest(folder).training_rounds if folder else []
-    return sum(stage["flops"] for training_round in rounds for stage in training_round["training"]) or None
+    stages = [stage for training_round in rounds for stage in training_round["training"]]
+    totals = {f"reward_train_{unit}": sum(stage.get(unit) or 0.0 for stage in stages) for unit in ("flops", "seconds")}
+    return {name: total for name, total in totals.items() if total}

@@ -14,6 +14,14 @@ from nabla_trl.evaluation.grids import ResultGrid
 from nabla_trl.evaluation.method import Method, list_methods, list_policy_labels
 from nabla_trl.models.options import Sampling
 from nabla_trl.report.conclusions import format_accuracy, format_cost, format_reward
+from nabla_trl.report.prices import (
+    UNITS,
+    BreakEven,
+    TrainingCost,
+    compute_break_even,
+    read_reward_price,
+    read_training_costs,
+)
 from nabla_trl.report.summary import (
     KIND_BASE,
     KIND_OTHER_MODEL,
@@ -23,16 +31,15 @@ from nabla_trl.report.summary import (
     METHOD_KINDS,
     REWARD_LABEL,
     Summary,
-    TrainingCost,
     compare_grids,
     get_method_kind,
     get_value,
     list_trained_greedy,
-    read_training_costs,
     select_methods_of_kind,
 )
 from nabla_trl.utils.formatting import format_count, format_interval, format_seconds, format_si
 from nabla_trl.utils.markdown import format_bullets, format_table
+from nabla_trl.utils.statistics import adjust_differences
 
 QUERY_COUNTS = (1, 10**2, 10**4, 10**6)
 TRADEOFF_FIGURES = {
@@ -40,6 +47,7 @@ TRADEOFF_FIGURES = {
     "total_compute": "Accuracy against total compute",
     "break_even": "Break-even",
 }
+UNIT_WORDS = {"flops": "FLOPs", "seconds": "seconds", "dollars": "dollars"}
 _KL_LEGEND = (
     "KL to the base policy, in nats per response. 0: samples of the base policy itself. ≤: the known upper bound "
     "log N − (N − 1)/N of best-of-N (Beirami et al., arXiv 2401.01879). (estimate): the mean of log π_trained(y|x) − "
@@ -54,8 +62,9 @@ _TOTAL_LEGEND = (
 )
 _BREAK_EVEN_LEGEND = (
     "†: cheaper, but less accurate beyond chance. ≈: the accuracies do not differ beyond chance. No mark: also "
-    "more accurate (paired, as above). never: a query costs no less. unsure: the saving per query may be zero. "
-    "summary.json (break_even.) also holds sampling and search with the trained policies."
+    "more accurate (paired, adjusted for the number of these comparisons). never: a query costs no less. unsure: the "
+    "saving per query may be zero. at once: the first query pays already. not known: a cost is missing. summary.json "
+    "(break_even., break_even_seconds. and so on) also holds sampling and search with the trained policies."
 )
 
 _REWARD_COST_LEGEND = (
@@ -71,20 +80,32 @@ class BestMethod(NamedTuple):
     method: str
 
 
-def compute_total_flops(summary: Summary, method: str, queries: float) -> float:
-    """Return the FLOPs of training (if the method needs any) and of `queries` answers. NaN: training not known."""
-    label = Method.parse(method).policy
-    training = get_value(summary, "flops.training", label) if label else 0.0
+def compute_total_flops(summary: Summary, method: str, queries: float, *, with_reward: bool = False) -> float:
+    """Return the FLOPs of training (if the method needs any) and of `queries` answers. NaN: training not known.
+
+    Args:
+        with_reward: count the training of the reward too, for every method that needs the reward.
+    """
+    parsed = Method.parse(method)
+    training = get_value(summary, "flops.training", parsed.policy) if parsed.policy else 0.0
+    if with_reward and parsed.needs_reward:
+        training += get_value(summary, "flops.training", REWARD_LABEL)
     return training + queries * get_value(summary, "flops", method)
 
 
-def find_best_by_total(summary: Summary, queries: int) -> list[BestMethod]:
-    """Return the best methods by total FLOPs, cheapest first. Each is more accurate than all that cost less."""
+def find_best_by_total(summary: Summary, queries: int, *, with_reward: bool = False) -> list[BestMethod]:
+    """Return the best methods by total FLOPs, cheapest first. Each is more accurate than all that cost less.
+
+    Args:
+        with_reward: as in `compute_total_flops`.
+    """
 
     def accuracy(method: str) -> float:
         return get_value(summary, "accuracy", method)
 
-    totals = [BestMethod(compute_total_flops(summary, m, queries), m) for m in list_methods(summary)]
+    totals = [
+        BestMethod(compute_total_flops(summary, m, queries, with_reward=with_reward), m) for m in list_methods(summary)
+    ]
     totals = [total for total in totals if not math.isnan(total.total_flops)]
     best: list[BestMethod] = []
     for candidate in sorted(totals, key=lambda total: (total.total_flops, -accuracy(total.method))):
@@ -129,10 +150,9 @@ def build_tradeoff_section(
     if not labels:
         return ["Missing: no trained policy was evaluated."]
     costs = read_training_costs(facts)
-    cost_lines = [f"{label}: {_format_training_cost(costs.get(label))}" for label in labels]
-    reward_flops = get_value(summary, "flops.training", REWARD_LABEL)
-    if math.isfinite(reward_flops):
-        cost_lines.append(f"the reward itself: {format_si(reward_flops, 'FLOPs')}, counted apart in rows of its own")
+    cost_lines = [f"{label}: {_format_training_cost(summary, label, costs.get(label))}" for label in labels]
+    if _has_reward_cost(summary):
+        cost_lines.append(f"the reward itself: {_format_amounts(summary, REWARD_LABEL)}, counted apart")
     pictures = {name: [images[name]] if name in images else [] for name in TRADEOFF_FIGURES}
     return [
         "One policy, one reward and the same held-out problems. Training, with its traces or rollouts and the audit, "
@@ -146,18 +166,28 @@ def build_tradeoff_section(
         *_format_total_compute(summary),
         *pictures["total_compute"],
         "### Break-even",
-        *_format_break_even(summary, grids),
+        *_format_break_even(summary, grids, facts),
         *pictures["break_even"],
     ]
 
 
-def _format_training_cost(cost: TrainingCost | None) -> str:
+def _format_training_cost(summary: Summary, label: str, cost: TrainingCost | None) -> str:
     if cost is None:
         return "its training cost is not known"
     beta = "" if cost.beta is None else f", β = {cost.beta:g}"
-    flops = "FLOPs not known" if cost.train_flops is None else format_si(cost.train_flops, "FLOPs")
-    seconds = "" if cost.train_seconds is None else f" in {format_seconds(cost.train_seconds)}"
-    return f"{cost.method} ({cost.tuning}{beta}), {flops}{seconds}"
+    return f"{cost.method} ({cost.tuning}{beta}), {_format_amounts(summary, label)}"
+
+
+def _format_amounts(summary: Summary, label: str) -> str:
+    """Return what a training cost: "912 GFLOPs in 20.3 s, $0.0141"."""
+    flops, seconds, dollars = (get_value(summary, f"{unit}.training", label) for unit in UNITS)
+    text = "FLOPs not known" if math.isnan(flops) else format_si(flops, "FLOPs")
+    text += "" if math.isnan(seconds) else f" in {format_seconds(seconds)}"
+    return text + ("" if math.isnan(dollars) else f", ${dollars:.3g}")
+
+
+def _has_reward_cost(summary: Summary) -> bool:
+    return any(f"{unit}.training.{REWARD_LABEL}" in summary for unit in UNITS)
 
 
 def _format_method_table(summary: Summary) -> str:
@@ -218,48 +248,80 @@ def _format_total_compute(summary: Summary) -> Sequence[str]:
     best = describe_best_for_budget(summary)
     trained = select_methods_of_kind(summary, KIND_TRAINED, KIND_TRAINED_TEST_TIME)
     unknown = [method for method in trained if math.isnan(compute_total_flops(summary, method, 0))]
-    lines = [
-        [format_count(queries), format_si(total, "FLOPs"), method, format_accuracy(summary, method)]
-        for queries in QUERY_COUNTS
-        for total, method in find_best_by_total(summary, queries)
-    ]
-    blocks = [
-        _TOTAL_LEGEND,
-        f"{best}." if best else "",
-        format_table(["queries", "total from", "best", "accuracy"], lines),
-    ]
+    blocks = [_TOTAL_LEGEND, f"{best}." if best else "", _format_total_table(summary, with_reward=False)]
+    if math.isfinite(get_value(summary, "flops.training", REWARD_LABEL)):
+        blocks += [
+            "The same with the training of the reward, for every method that needs the reward:",
+            _format_total_table(summary, with_reward=True),
+        ]
     blocks.append(f"Left out, because the FLOPs of training are not known: {', '.join(unknown)}." if unknown else "")
     return [block for block in blocks if block]
 
 
-def _format_break_even(summary: Summary, grids: Mapping[str, ResultGrid]) -> list[str]:
-    trained = [m for m in list_trained_greedy(summary) if math.isfinite(compute_total_flops(summary, m, 0))]
-    if not trained:
-        return ["Missing: a trained policy's greedy decode, or the FLOPs of training."]
+def _format_total_table(summary: Summary, *, with_reward: bool) -> str:
+    lines = [
+        [format_count(queries), format_si(total, "FLOPs"), method, format_accuracy(summary, method)]
+        for queries in QUERY_COUNTS
+        for total, method in find_best_by_total(summary, queries, with_reward=with_reward)
+    ]
+    return format_table(["queries", "total from", "best", "accuracy"], lines)
+
+
+def _format_break_even(summary: Summary, grids: Mapping[str, ResultGrid], facts: Mapping[str, Any]) -> list[str]:
+    """Return a table for each unit in which the cost of training is known."""
+    trained = list_trained_greedy(summary)
     baselines = select_methods_of_kind(summary, KIND_BASE, KIND_TEST_TIME, KIND_OTHER_MODEL)
-    heads = ["baseline", *(f"{method} {format_accuracy(summary, method)}" for method in trained)]
-    has_reward_cost = math.isfinite(get_value(summary, "flops.training", REWARD_LABEL))
+    gaps = {(a, b): compare_grids(grids, "accuracy", a, b) for a in trained for b in baselines}
+    sides = {pair: gap.side for pair, gap in adjust_differences(gaps).items()}
+    tables = []
+    for unit in UNITS:
+        known = [method for method in trained if f"{unit}.training.{Method.parse(method).policy}" in summary]
+        if known and baselines:
+            table = _format_break_even_table(summary, grids, known, baselines, unit, sides, facts)
+            tables += [f"By {UNIT_WORDS[unit]}:", table]
+    if not tables:
+        return ["Missing: a trained policy's greedy decode, or the cost of training."]
+    head = "Number of queries after which a trained policy has cost less in total, training included, than a baseline."
+    legend = [_BREAK_EVEN_LEGEND, *([_REWARD_COST_LEGEND] if _has_reward_cost(summary) else [])]
+    return [head, *tables, " ".join(legend)]
+
+
+def _format_break_even_table(
+    summary: Summary,
+    grids: Mapping[str, ResultGrid],
+    trained: Sequence[str],
+    baselines: Sequence[str],
+    unit: str,
+    sides: Mapping[tuple[str, str], str],
+    facts: Mapping[str, Any],
+) -> str:
+    rate, reward_price = facts.get("dollars_per_gpu_hour"), read_reward_price(facts)
+    prices = {method: read_training_costs(facts)[Method.parse(method).policy].price for method in trained}
+    versions = {"": prices}
+    if reward_price.get_amount(unit, rate) is not None:
+        with_reward = {method: price + reward_price for method, price in prices.items()}
+        versions[", training of the reward included"] = with_reward
     lines = []
     for baseline in baselines:
-        cells = [_format_break_even_cell(summary, grids, method, baseline, "break_even") for method in trained]
-        lines.append([f"{baseline} {format_accuracy(summary, baseline)}", *cells])
-        if has_reward_cost:
-            name = "break_even_with_reward"
-            cells = [_format_break_even_cell(summary, grids, method, baseline, name) for method in trained]
-            lines.append([f"{baseline}, training of the reward included", *cells])
-    head = "Number of queries after which a trained policy has cost less in total, training included, than a baseline:"
-    legend = f"{_BREAK_EVEN_LEGEND} {_REWARD_COST_LEGEND}" if has_reward_cost else _BREAK_EVEN_LEGEND
-    return [head, format_table(heads, lines), legend]
+        for words, own_prices in versions.items():
+            cells = [f"{baseline}{words}" if words else f"{baseline} {format_accuracy(summary, baseline)}"]
+            for method, price in own_prices.items():
+                amount = price.get_amount(unit, rate)
+                result = compute_break_even(grids[method], grids[baseline], unit, amount, rate)
+                cells.append(format_break_even(result, sides[method, baseline]))
+            lines.append(cells)
+    heads = ["baseline", *(f"{method} {format_accuracy(summary, method)}" for method in trained)]
+    return format_table(heads, lines)
 
 
-def _format_break_even_cell(
-    summary: Summary, grids: Mapping[str, ResultGrid], trained: str, baseline: str, name: str
-) -> str:
-    """Return the number of queries, marked by how the accuracies compare, or the reason why there is none."""
-    queries = summary.get(f"{name}.{trained}-{baseline}")
-    if queries is None:
-        cheaper = get_value(summary, "flops", trained) < get_value(summary, "flops", baseline)
-        return "unsure" if cheaper else "never"
-    gap = compare_grids(grids, "accuracy", trained, baseline)
-    low, value, high = (format_count(queries[key]) for key in ("low", "value", "high"))
-    return f"{value} [{low}, {high}]" + {"ahead": "", "behind": " †", "": " ≈"}[gap.side]
+def format_break_even(result: BreakEven, side: str) -> str:
+    """Return the number of queries with its interval, or why there is none, marked by how the accuracies compare.
+
+    Args:
+        side: the trained policy's side in accuracy, as of `PairedDifference.side`.
+    """
+    if result.queries is None:
+        return result.outcome
+    value, low, high = (format_count(getattr(result.queries, name)) for name in ("value", "low", "high"))
+    text = "at once" if result.outcome == "at once" else f"{value} [{low}, {high}]"
+    return text + {"ahead": "", "behind": " †", "": " ≈"}[side]

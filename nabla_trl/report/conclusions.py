@@ -49,11 +49,14 @@ def format_reward(summary: Summary, method: str) -> str:
 
 
 def format_cost(summary: Summary, cost: str, method: str) -> str:
-    """Return a method's cost (flops or seconds) per problem with its unit."""
+    """Return a method's cost (flops, seconds, tokens or calls) per problem with its unit, or dollars per 1000."""
     value = get_value(summary, cost, method)
     if math.isnan(value):
         return "–"
-    return format_seconds(value) if cost == "seconds" else format_si(value, "FLOPs")
+    if cost == "dollars":
+        return f"${1000 * value:.3g} / 1000"
+    formats = {"seconds": format_seconds, "tokens": format_count, "calls": format_count}
+    return formats[cost](value) if cost in formats else format_si(value, "FLOPs")
 
 
 def format_relative_flops(summary: Summary, method: str, baseline: str = "best_of_16") -> str:
@@ -62,9 +65,9 @@ def format_relative_flops(summary: Summary, method: str, baseline: str = "best_o
     return f"{ratio:.2f}" if math.isfinite(ratio) else "–"
 
 
-def format_p_value(summary: Summary, a: str, b: str) -> str:
-    """Return the p-value of the paired difference a − b."""
-    p_value = get_value(summary, "p_value", f"{a}-{b}")
+def format_p_value(summary: Summary, a: str, b: str, name: str = "p_adjusted") -> str:
+    """Return the p-value of the paired difference a − b. By default it is adjusted for the number of comparisons."""
+    p_value = get_value(summary, name, f"{a}-{b}")
     return f"p = {p_value:.3f}" if p_value >= 0.001 else "p < 0.001"
 
 
@@ -75,20 +78,23 @@ def has_strict_difference(summary: Summary) -> bool:
 
 
 def classify_pair(summary: Summary, a: str, b: str) -> str:
-    """Return whether a is "ahead" or "behind" b in accuracy. Empty where that is not certain."""
+    """Return whether a is "ahead" or "behind" b in accuracy. Empty where that is not certain.
+
+    The p-value is adjusted for the number of comparisons in the summary.
+    """
     gap = summary[f"paired.{a}-{b}"]
-    return statistics.classify_difference(gap["low"], gap["high"], get_value(summary, "p_value", f"{a}-{b}"))
+    return statistics.classify_difference(gap["low"], gap["high"], get_value(summary, "p_adjusted", f"{a}-{b}"))
 
 
 def describe_difference(summary: Summary, a: str, b: str) -> str:
-    """Return a sentence with the paired difference a − b, its p-value, and which side of zero it is on."""
+    """Return a sentence with the paired difference a − b, its adjusted p-value, and which side of zero it is on."""
     gap = format_interval(summary[f"paired.{a}-{b}"], "+.3f")
-    return f"Paired difference {gap}, {format_p_value(summary, a, b)}: {_judge_pair(summary, a, b)}"
+    return f"Paired difference {gap}, adjusted {format_p_value(summary, a, b)}: {_judge_pair(summary, a, b)}"
 
 
 def _judge_pair(summary: Summary, a: str, b: str) -> str:
     gap = summary[f"paired.{a}-{b}"]
-    return statistics.describe_difference(gap["low"], gap["high"], get_value(summary, "p_value", f"{a}-{b}"))
+    return statistics.describe_difference(gap["low"], gap["high"], get_value(summary, "p_adjusted", f"{a}-{b}"))
 
 
 def compare(summary: Summary, a: str, b: str, note_a: str = "", note_b: str = "") -> str:

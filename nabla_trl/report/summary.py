@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from nabla_trl.evaluation import metrics
 from nabla_trl.evaluation.grids import METRICS, ResultGrid, build_grids
 from nabla_trl.evaluation.method import (
-    POLICY_LABELS,
     REWARD_MODEL_SAMPLING,
     STEP_SEARCHES,
     Method,
@@ -24,6 +22,16 @@ from nabla_trl.evaluation.method import (
     list_policy_labels,
 )
 from nabla_trl.evaluation.rows import Row
+from nabla_trl.report.paper_claim import compute_paper_claims, list_claim_intervals
+from nabla_trl.report.prices import (
+    SECONDS_PER_HOUR,
+    UNITS,
+    Price,
+    TrainingCost,
+    compute_break_even,
+    read_reward_price,
+    read_training_costs,
+)
 from nabla_trl.utils import statistics
 from nabla_trl.utils.statistics import Interval
 
@@ -41,32 +49,27 @@ KIND_BASE, KIND_TEST_TIME, KIND_OTHER_MODEL, KIND_TRAINED, KIND_TRAINED_TEST_TIM
 _SINGLE_SAMPLE_METHODS = ("greedy", "best_of_1")  # one response per query, no search
 
 
-@dataclass(frozen=True)
-class TrainingCost:
-    """How one checkpoint was trained, and the total FLOPs and seconds of its training (None: not known)."""
-
-    label: str
-    method: str
-    beta: float | None
-    tuning: str
-    train_flops: float | None
-    train_seconds: float | None
-
-
 def summarize(rows: Sequence[Row], facts: Mapping) -> Summary:
     """Return the content of summary.json: name -> {"value", "low", "high", "seeds", "problems"}.
 
     An entry whose rows or facts are missing is left out. The names are:
 
-    - accuracy., accuracy_strict., flops., seconds., tokens., reward., kl. and errors.<method>: means per problem, in
-      FLOPs, seconds, generated tokens and nats. The strict accuracy counts only answers in the form of the task.
+    - accuracy., accuracy_strict., flops., seconds., dollars., tokens., calls., reward., kl. and errors.<method>: means
+      per problem, in FLOPs, seconds, generated tokens, calls of models as the paper counts them
+      (`nabla_trl.models.flops`) and nats. The strict accuracy counts only answers in the form of the task. Dollars
+      are seconds at the price of a GPU hour, where the facts name one.
     - level.<level>.<method>: accuracy on the problems of one level, where the facts name several levels.
     - paired.<a>-<b>: accuracy of a minus accuracy of b. p_value.<a>-<b>: p-value of this difference.
+      p_adjusted.<a>-<b>: the same, adjusted for the number of all these differences (Holm).
     - pgr_nabla.<label>_greedy and pgr_best.<label>_greedy: performance gap recovered by a trained policy's greedy
       decode, between base greedy and nabla, or between base greedy and the best test-time method.
-    - break_even.<trained method>-<method>: number of queries. break_even_with_reward.<trained method>-<method>: the
-      same with the training of the reward among the costs of training.
-    - flops.training.<label>, seconds.training.<label>, flops.training.reward, seconds.setup and seconds.total.
+    - break_even.<trained method>-<method>: number of queries, by FLOPs. break_even_seconds. and break_even_dollars.:
+      the same by seconds and dollars. break_even_with_reward. and so on: the same with the training of the reward
+      among the costs of training.
+    - flops.training., seconds.training. and dollars.training.<label>, the same of the reward (label "reward"),
+      seconds.setup and seconds.total.
+    - calls_ratio.<search>-<best_of_N> and accuracy_ratio.<search>-greedy: ratios of means
+      (`nabla_trl.report.paper_claim`).
     - pass@<k>., maj@<k>. and avg@<n>.<policy> of samples_n (`nabla_trl.evaluation.metrics`).
 
     Raises:
@@ -74,12 +77,14 @@ def summarize(rows: Sequence[Row], facts: Mapping) -> Summary:
     """
     grids = build_grids(rows)
     training_costs = read_training_costs(facts)
-    summary = {name: interval.to_dict() for name, interval in _compute_means(grids).items()}
+    rate = facts.get("dollars_per_gpu_hour")
+    summary = {name: interval.to_dict() for name, interval in _compute_means(grids, rate).items()}
     best = find_best_test_time(summary)
     intervals = (
         _compute_level_means(grids, facts)
         | _compute_paired_differences(grids, best)
-        | _compute_training_entries(grids, training_costs, best, facts.get("reward_train_flops"))
+        | _compute_training_entries(grids, training_costs, best, read_reward_price(facts), rate)
+        | list_claim_intervals(compute_paper_claims(grids))
         | metrics.estimate_sample_metrics(rows)
     )
     for name in ("setup", "total"):
@@ -88,38 +93,26 @@ def summarize(rows: Sequence[Row], facts: Mapping) -> Summary:
     return summary | {name: interval.to_dict() for name, interval in intervals.items()}
 
 
-def read_training_costs(facts: Mapping[str, Any]) -> dict[str, TrainingCost]:
-    """Return the checkpoints that the facts of a run describe, by label.
-
-    Raises:
-        ValueError: An entry of `trained` lacks a field, or its label is unknown or repeated.
-    """
-    costs: dict[str, TrainingCost] = {}
-    for entry in facts.get("trained") or ():
-        names = [field.name for field in fields(TrainingCost)]
-        missing = [name for name in names if name not in entry]
-        if missing:
-            raise ValueError(f"the facts of a trained policy lack {', '.join(missing)}: {dict(entry)}")
-        cost = TrainingCost(**{name: entry[name] for name in names})
-        if cost.label not in POLICY_LABELS or cost.label in costs:
-            problem = "twice" if cost.label in costs else f"which is none of {', '.join(POLICY_LABELS)}"
-            raise ValueError(f"the facts name a trained policy {cost.label!r}, {problem}")
-        costs[cost.label] = cost
-    return costs
-
-
-def _compute_means(grids: Mapping[str, ResultGrid]) -> dict[str, Interval]:
+def _compute_means(grids: Mapping[str, ResultGrid], dollars_per_gpu_hour: float | None) -> dict[str, Interval]:
     means = {
         f"{metric}.{method}": mean
         for metric in METRICS
         for method, grid in grids.items()
         if (mean := grid.compute_mean(metric)) is not None
     }
+    if dollars_per_gpu_hour is not None:
+        for method in grids:
+            means[f"dollars.{method}"] = _scale(means[f"seconds.{method}"], dollars_per_gpu_hour / SECONDS_PER_HOUR)
     errors = {
         f"errors.{method}": Interval.exact(grid.num_errors, len(grid.seeds), len(grid.problems))
         for method, grid in grids.items()
     }
     return means | errors
+
+
+def _scale(interval: Interval, factor: float) -> Interval:
+    ends = {name: getattr(interval, name) * factor for name in ("value", "low", "high")}
+    return replace(interval, **ends)
 
 
 def group_problems_by_level(facts: Mapping) -> dict[str, list[str]]:
@@ -145,11 +138,13 @@ def _compute_level_means(grids: Mapping[str, ResultGrid], facts: Mapping) -> dic
 
 def _compute_paired_differences(grids: Mapping[str, ResultGrid], best: str | None) -> dict[str, Interval]:
     pairs = [*_list_search_pairs(grids), *_list_training_pairs(grids, best), *_list_overoptimization_pairs(grids)]
+    gaps = {(a, b): compare_grids(grids, "accuracy", a, b) for a, b in pairs}
+    adjusted = statistics.adjust_p_values({pair: gap.p_value for pair, gap in gaps.items()})
     differences: dict[str, Interval] = {}
-    for a, b in dict.fromkeys(pairs):
-        gap = compare_grids(grids, "accuracy", a, b)
+    for (a, b), gap in gaps.items():
         differences[f"paired.{a}-{b}"] = gap
-        differences[f"p_value.{a}-{b}"] = Interval.exact(gap.p_value, gap.num_seeds, gap.num_problems)
+        for name, p_value in (("p_value", gap.p_value), ("p_adjusted", adjusted[a, b])):
+            differences[f"{name}.{a}-{b}"] = Interval.exact(p_value, gap.num_seeds, gap.num_problems)
     return differences
 
 
@@ -205,18 +200,18 @@ def _compute_training_entries(
     grids: Mapping[str, ResultGrid],
     training_costs: Mapping[str, TrainingCost],
     best: str | None,
-    reward_train_flops: float | None,
+    reward_price: Price,
+    dollars_per_gpu_hour: float | None,
 ) -> dict[str, Interval]:
     entries = _compute_pgr(grids, "pgr_nabla", "nabla") | _compute_pgr(grids, "pgr_best", best)
-    for label, cost in training_costs.items():
-        for name, value in (("flops", cost.train_flops), ("seconds", cost.train_seconds)):
-            if value is not None:
-                entries[f"{name}.training.{label}"] = Interval.exact(value)
-    entries |= _compute_break_even(grids, training_costs)
-    if reward_train_flops:
-        entries[f"flops.training.{REWARD_LABEL}"] = Interval.exact(reward_train_flops)
-        entries |= _compute_break_even(grids, training_costs, reward_train_flops, "break_even_with_reward")
-    return entries
+    prices = {label: cost.price for label, cost in training_costs.items()}
+    for label, price in {**prices, REWARD_LABEL: reward_price}.items():
+        for unit in UNITS:
+            if (amount := price.get_amount(unit, dollars_per_gpu_hour)) is not None:
+                entries[f"{unit}.training.{label}"] = Interval.exact(amount)
+    entries |= _compute_break_evens(grids, prices, "", dollars_per_gpu_hour)
+    with_reward = {label: price + reward_price for label, price in prices.items()}
+    return entries | _compute_break_evens(grids, with_reward, "_with_reward", dollars_per_gpu_hour)
 
 
 def _compute_pgr(grids: Mapping[str, ResultGrid], name: str, reference_method: str | None) -> dict[str, Interval]:
@@ -235,31 +230,31 @@ def _compute_pgr(grids: Mapping[str, ResultGrid], name: str, reference_method: s
     return {name: share for name, share in shares.items() if share is not None}
 
 
-def _compute_break_even(
-    grids: Mapping[str, ResultGrid],
-    training_costs: Mapping[str, TrainingCost],
-    reward_train_flops: float = 0.0,
-    name: str = "break_even",
+def _compute_break_evens(
+    grids: Mapping[str, ResultGrid], prices: Mapping[str, Price], suffix: str, dollars_per_gpu_hour: float | None
 ) -> dict[str, Interval]:
-    """Return after how many queries a method of a trained policy has cost less in total than an untrained method.
+    """Return break_even<suffix>.<a>-<b>, and the same by seconds and dollars, where method a of a trained policy pays.
 
-    The number is the FLOPs of training divided by the FLOPs that each query saves. Its interval follows from the
-    interval of the saving. A pair is left out where the saving may be zero or the cost of training is not known.
+    A pair is left out where the saving per query may be zero or the cost of training is not known.
     """
-    costs = {method: grid.columns["flops"].mean() for method, grid in grids.items()}
-    crossings = {}
+    entries = {}
     for method in grids:
-        training = training_costs.get(Method.parse(method).policy)
-        if training is None or training.train_flops is None:
+        price = prices.get(Method.parse(method).policy)
+        if price is None:
             continue
-        for baseline in [name for name in grids if not Method.parse(name).policy and costs[name] > costs[method]]:
-            saving = compare_grids(grids, "flops", baseline, method)
-            if saving.low > 0:
-                train_flops = training.train_flops + reward_train_flops
-                value, low, high = (train_flops / flops for flops in (saving.value, saving.high, saving.low))
-                queries = Interval(value, low, high, saving.num_seeds, saving.num_problems)
-                crossings[f"{name}.{method}-{baseline}"] = queries
-    return crossings
+        for baseline in [name for name in grids if not Method.parse(name).policy]:
+            for unit in UNITS:
+                amount = price.get_amount(unit, dollars_per_gpu_hour)
+                result = compute_break_even(grids[method], grids[baseline], unit, amount, dollars_per_gpu_hour)
+                if result.queries is not None:
+                    name = get_break_even_name(unit, suffix)
+                    entries[f"{name}.{method}-{baseline}"] = result.queries
+    return entries
+
+
+def get_break_even_name(unit: str, suffix: str = "") -> str:
+    """Return the name of the break-even by FLOPs, seconds or dollars. Suffix "_with_reward": the reward included."""
+    return f"break_even{suffix}" if unit == "flops" else f"break_even_{unit}{suffix}"
 
 
 # --- queries on a summary -----------------------------------------------------------------------------

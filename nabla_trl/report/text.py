@@ -7,13 +7,14 @@
 
 - versions, seeds, hardware, setup_seconds, total_seconds and revisions {model: revision}
 - sampling: the fields of `nabla_trl.models.options.Sampling`
-- trained: [{"label", "method", "beta", "tuning", "train_flops", "train_seconds"}], where the costs include traces or
-  rollouts and the audit, and a number may be null
+- trained: [{"label", "method", "beta", "tuning", "train_flops", "train_seconds", "processes"}], where the costs
+  include traces or rollouts and the FLOPs of the audit, a number may be null, and processes may be missing (1)
 - problems {held-out id: {"question", "level"}}, files {label: path} and notes [sentence]
 - audit: {"conclusion": sentence, "auc_interval": {"value", "low", "high"}, "best_of_n_accuracy": {N: the same}} with
   any further numbers
 - show_targets: true adds the targets that this project set for its own demonstration
-- reward_train_flops: FLOPs of training the reward, which totals count apart
+- reward_train_flops, reward_train_seconds: costs of training the reward, which totals count apart
+- dollars_per_gpu_hour: price of an hour of the device of one process
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ from nabla_trl.report.conclusions import (
     has_strict_difference,
     write_conclusions,
 )
+from nabla_trl.report.paper_claim import compute_paper_claims, describe_paper_claims
 from nabla_trl.report.summary import Summary, get_value, parse_pairs, summarize
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import format_count, format_error, format_interval, format_seconds
 from nabla_trl.utils.markdown import format_bullets, format_table
 from nabla_trl.utils.progress import PrintableConsole
-from nabla_trl.utils.statistics import INTERVAL_NOTE
+from nabla_trl.utils.statistics import INTERVAL_NOTE, SIGNIFICANCE_LEVEL
 
 NO_OVEROPTIMIZATION = "No run with the most FLOPs is worse than a cheaper run of its family, beyond chance."
 MAIN_FIGURES = {
@@ -95,14 +97,15 @@ def _is_training(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     texts = [value.get(name, "") for name in ("label", "method", "tuning")]
-    numbers = [value.get(name) for name in ("beta", "train_flops", "train_seconds")]
+    numbers = [value.get(name) for name in ("beta", "train_flops", "train_seconds", "processes")]
     return all(isinstance(text, str) for text in texts) and all(n is None or _is_number(n) for n in numbers)
 
 
 # How the values of facts are recognized. Null stands for a value that is not known.
 _FACT_CHECKS: dict[str, Callable[[Any], bool]] = {
     **{name: lambda value: isinstance(value, str) for name in (*_REQUIRED_FACTS, "hardware")},
-    **{name: _is_number for name in ("setup_seconds", "total_seconds", "reward_train_flops")},
+    **{name: _is_number for name in ("setup_seconds", "total_seconds", "reward_train_flops", "reward_train_seconds")},
+    "dollars_per_gpu_hour": lambda value: _is_number(value) and value > 0,
     **{
         name: lambda value: isinstance(value, Mapping) and all(isinstance(text, str) for text in value.values())
         for name in ("files", "versions", "revisions")
@@ -114,6 +117,7 @@ _FACT_CHECKS: dict[str, Callable[[Any], bool]] = {
     "trained": lambda value: isinstance(value, list) and all(map(_is_training, value)),
     "audit": _is_audit,
 }
+_COST_HEADS = {"tokens": "tokens", "calls": "model calls", "dollars": "dollars"}
 _SAMPLES_LEGEND = (
     "pass@k: probability that at least one of k independent samples is correct (no method selects it). maj@k: "
     "probability that the most frequent answer of k samples is correct. Both are averaged over every choice of k of "
@@ -170,23 +174,18 @@ def check_facts(facts: Mapping) -> None:
 
 
 def print_summary_table(summary: Summary, console: Console | None = None) -> None:
-    """Print a line per method: accuracy, FLOPs (also relative to best_of_16) and seconds.
+    """Print a line per method with its accuracy and costs, and pass@k and maj@k of samples.
 
-    The strict accuracy is shown where it differs, errors where there are any, and pass@k and maj@k of samples.
+    Columns that do not fit into the console are left out, the least important first. Some are shown only where there
+    is something to see: strict accuracy that differs, dollars where a GPU hour has a price, and errors.
     """
     console = console or PrintableConsole()
     methods = list_methods(summary)
     if methods:
-        strict = has_strict_difference(summary)
-        errors = any(get_value(summary, "errors", method) for method in methods)
-        heads = ["accuracy [95%]", *["strict"] * strict, "FLOPs", "× bo16", "time", *["errors"] * errors]
-        table = _create_terminal_table("method", *heads)
-        for method in methods:
-            cells = [method, format_accuracy(summary, method)]
-            cells += [format_accuracy(summary, method, "accuracy_strict").split(" ")[0]] * strict
-            cells += [format_cost(summary, "flops", method).removesuffix("FLOPs")]
-            cells += [format_relative_flops(summary, method), format_cost(summary, "seconds", method)]
-            table.add_row(*cells, *[f"{get_value(summary, 'errors', method):.0f}"] * errors)
+        columns = _fit_columns(methods, _build_terminal_columns(summary, methods), console.width)
+        table = _create_terminal_table("method", *columns)
+        for row in zip(methods, *columns.values(), strict=True):
+            table.add_row(*row)
         console.print(table)
     if samples := metrics.group_sample_metrics(summary):
         table = _create_terminal_table("samples of", "k", "pass@k [95%]", "maj@k [95%]")
@@ -194,6 +193,38 @@ def print_summary_table(summary: Summary, console: Console | None = None) -> Non
             for k in curves["pass"]:
                 table.add_row(policy, str(k), format_interval(curves["pass"][k]), format_interval(curves["maj"][k]))
         console.print(table)
+
+
+def _build_terminal_columns(summary: Summary, methods: Sequence[str]) -> dict[str, list[str]]:
+    """Return heading -> cells of all columns behind the method, from left to right."""
+    strict = [format_accuracy(summary, method, "accuracy_strict").split(" ")[0] for method in methods]
+    errors = [f"{get_value(summary, 'errors', method):.0f}" for method in methods]
+    flops, seconds, calls, dollars = (
+        [format_cost(summary, cost, method).removesuffix("FLOPs") for method in methods]
+        for cost in ("flops", "seconds", "calls", "dollars")
+    )
+    columns = {
+        "accuracy [95%]": [format_accuracy(summary, method) for method in methods],
+        "strict": strict if has_strict_difference(summary) else [],
+        "FLOPs": flops,
+        "× bo16": [format_relative_flops(summary, method) for method in methods],
+        "time": seconds,
+        "calls": calls,
+        "$ / 1000": [cell.removesuffix(" / 1000") for cell in dollars],
+        "errors": errors if any(get_value(summary, "errors", method) for method in methods) else [],
+    }
+    return {heading: cells for heading, cells in columns.items() if set(cells) - {"–"}}
+
+
+def _fit_columns(methods: Sequence[str], columns: Mapping[str, list[str]], width: int) -> dict[str, list[str]]:
+    """Return the columns that fit into so many characters beside the methods."""
+    fitted, gap = dict(columns), 2
+    for heading in ("× bo16", "strict", "calls", "$ / 1000"):
+        widths = [max(map(len, texts)) for texts in (methods, *([head, *cells] for head, cells in fitted.items()))]
+        if sum(widths) + gap * len(fitted) <= width:
+            break
+        fitted.pop(heading, None)
+    return fitted
 
 
 def _create_terminal_table(first: str, *headings: str) -> Table:
@@ -223,7 +254,9 @@ def build_sections(
     missing = [title for name, title in ALL_FIGURES.items() if name not in images]
     return {
         "": [f"# {facts['title']}", _format_statement(summary, rows, facts)],
-        "Conclusions": [format_bullets(write_conclusions(summary, facts))],
+        "Conclusions": [
+            format_bullets([*write_conclusions(summary, facts), *describe_paper_claims(compute_paper_claims(grids))])
+        ],
         **({"Targets": _format_targets(summary, facts)} if facts.get("show_targets") else {}),
         "Results": [_format_results(summary), *_format_strictness_note(summary, rows), *baseline],
         "Paired differences of accuracy": _format_paired_differences(summary),
@@ -280,7 +313,9 @@ def _format_results(summary: Summary) -> str:
     if not list_methods(summary):
         return "Missing: no method that gives one answer was evaluated."
     strict = has_strict_difference(summary)
+    costs = [cost for cost in ("tokens", "calls", "dollars") if any(name.startswith(f"{cost}.") for name in summary)]
     heads = ["method", "accuracy", *["strict accuracy"] * strict, "reward", "FLOPs / problem", "× best_of_16"]
+    heads += ["time / problem", *(_COST_HEADS[cost] for cost in costs)]
     lines = []
     for method in list_methods(summary):
         accuracy = summary[f"accuracy.{method}"]
@@ -288,9 +323,10 @@ def _format_results(summary: Summary) -> str:
         cells += [format_accuracy(summary, method, "accuracy_strict")] * strict
         cells += [format_reward(summary, method), format_cost(summary, "flops", method)]
         cells += [format_relative_flops(summary, method), format_cost(summary, "seconds", method)]
+        cells += [format_cost(summary, cost, method) for cost in costs]
         counts = accuracy["seeds"], accuracy["problems"], get_value(summary, "errors", method)
         lines.append([*cells, *map(format_count, counts)])
-    return format_table([*heads, "time / problem", "seeds", "problems", "errors"], lines)
+    return format_table([*heads, "seeds", "problems", "errors"], lines)
 
 
 def _format_strictness_note(summary: Summary, rows: Sequence[Row]) -> list[str]:
@@ -311,15 +347,23 @@ def _format_paired_differences(summary: Summary) -> list[str]:
         [
             f"{a} − {b}",
             format_interval(summary[f"paired.{a}-{b}"], "+.3f"),
-            format_p_value(summary, a, b).removeprefix("p = ").removeprefix("p "),
+            *(
+                format_p_value(summary, a, b, name).removeprefix("p = ").removeprefix("p ")
+                for name in ("p_value", "p_adjusted")
+            ),
             format_relative_flops(summary, a, b),
         ]
         for a, b in parse_pairs(summary, "paired")
     ]
     if not lines:
         return ["Missing: no two methods that belong together were evaluated."]
-    note = "p: two-sided sign-flip permutation test over problems, not corrected for the number of tests."
-    return [format_table(["a − b", "difference", "p", "FLOPs a / b"], lines), note]
+    note = (
+        "p: two-sided sign-flip permutation test over problems. Adjusted p: the same, adjusted for the "
+        f"{len(lines)} comparisons of this table (Holm). Conclusions say ahead or behind only where the adjusted p is "
+        f"below {SIGNIFICANCE_LEVEL:g} and the interval excludes zero, so the chance of any wrong claim among them is "
+        f"at most {SIGNIFICANCE_LEVEL:.0%}."
+    )
+    return [format_table(["a − b", "difference", "p", "adjusted p", "FLOPs a / b"], lines), note]
 
 
 def _format_samples(summary: Summary, images: Mapping[str, str]) -> list[str]:

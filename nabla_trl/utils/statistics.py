@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
@@ -290,6 +290,44 @@ def sign_flip_p_value(gaps: np.ndarray) -> float:
     threshold = abs(gaps.sum()) - _ROUNDING * np.abs(gaps).sum()
     sums = np.einsum("rp,p->r", _draw_random_signs(len(gaps)), gaps)
     return (int((np.abs(sums) >= threshold).sum()) + 1) / (NUM_RESAMPLES + 1)
+
+
+def adjust_p_values(p_values: Mapping[Any, float]) -> dict[Any, float]:
+    """Return p-values adjusted for the number of comparisons (Holm 1979), under the same keys.
+
+    The smallest of m p-values is multiplied by m, the next one by m − 1, and so on, and none falls below the one
+    before it. If every difference is zero, at most one family of comparisons in twenty then has any adjusted p-value
+    below 0.05, however the comparisons depend on each other. A p-value that is not a number stays as it is and does
+    not count.
+    """
+    ordered = sorted((key for key, value in p_values.items() if not math.isnan(value)), key=p_values.__getitem__)
+    adjusted, largest = dict(p_values), 0.0
+    for rank, key in enumerate(ordered):
+        largest = max(largest, min(1.0, p_values[key] * (len(ordered) - rank)))
+        adjusted[key] = largest
+    return adjusted
+
+
+def adjust_differences(differences: Mapping[Any, PairedDifference]) -> dict[Any, PairedDifference]:
+    """Return differences whose p-values, and so their `side`, are adjusted for their number (`adjust_p_values`)."""
+    adjusted = adjust_p_values({key: difference.p_value for key, difference in differences.items()})
+    return {key: replace(difference, p_value=adjusted[key]) for key, difference in differences.items()}
+
+
+def ratio_of_means(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> Interval | None:
+    """Return the ratio R of the means of a and b over the same problems, with its interval, after averaging seeds.
+
+    The interval is Student's t of the mean of a − R·b, divided by the mean of b (the linearized ratio, Cochran 1977,
+    chapter 6). Return None where the mean of b is not positive. The arguments and errors are those of
+    `paired_difference`.
+    """
+    means_a, means_b = _compute_common_means(a, b)
+    if not means_b.mean() > 0:
+        return None
+    ratio = float(means_a.mean() / means_b.mean())
+    low, high = (end / float(means_b.mean()) for end in _compute_t_ends(means_a - ratio * means_b))
+    num_seeds = min(len(next(iter(side.values()))) for side in (a, b))
+    return Interval(ratio, ratio + low, ratio + high, num_seeds, len(means_a))
 
 
 def resample_means(columns: np.ndarray) -> np.ndarray:

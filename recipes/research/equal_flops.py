@@ -13,9 +13,17 @@ from typing import Any
 
 from nabla_trl.evaluation.grids import ResultGrid, build_grids
 from nabla_trl.evaluation.rows import Row
-from nabla_trl.utils.formatting import format_interval
+from nabla_trl.utils.formatting import finite_or_none, format_interval
 from nabla_trl.utils.markdown import format_bullets, format_table
-from nabla_trl.utils.statistics import INTERVAL_NOTE, Interval, PairedDifference, mean_interval, proportion_interval
+from nabla_trl.utils.statistics import (
+    INTERVAL_NOTE,
+    SIGNIFICANCE_LEVEL,
+    Interval,
+    PairedDifference,
+    adjust_differences,
+    mean_interval,
+    proportion_interval,
+)
 
 
 @dataclass(frozen=True)
@@ -23,11 +31,13 @@ class MethodResult:
     """One method at one budget.
 
     Attributes:
-        flops: FLOPs per problem, rejected work included. `seconds`: the same in seconds.
+        flops: FLOPs per problem, rejected work included. `seconds`: the same in seconds. `calls`: the same in calls of
+            models, as the paper counts them. None: not counted.
         budget_fraction: `flops` divided by the budget.
         proposals_per_problem: proposals of all chains and starts.
         rejection_rate: share of the proposals that were not accepted. None: no proposals.
-        accuracy_lead: accuracy of the main method minus this one's, paired by problem. None for the main method.
+        accuracy_lead: accuracy of the main method minus this one's, paired by problem. None for the main method. Its
+            p-value is adjusted for the number of all comparisons, of all budgets.
     """
 
     method: str
@@ -36,6 +46,7 @@ class MethodResult:
     flops: float
     budget_fraction: float
     seconds: float
+    calls: float | None
     proposals_per_problem: float
     rejection_rate: float | None
     accuracy_lead: PairedDifference | None
@@ -74,18 +85,26 @@ def compare_at_equal_flops(
         for name in (reference, *names):
             if name not in grids:
                 raise ValueError(f"no rows of {name}: run it before the comparison")
+    leads = adjust_differences(
+        {
+            (reference, name): _compare_accuracy(grids, names[0], name)
+            for reference, names in methods_by_reference.items()
+            for name in names[1:]
+        }
+    )
     comparisons = []
     for reference, names in methods_by_reference.items():
         budget = float(grids[reference].columns["flops"].mean())
-        results = tuple(_compute_method_result(name, rows, grids, names[0], budget) for name in names)
+        results = tuple(
+            _compute_method_result(name, rows, grids[name], budget, leads.get((reference, name))) for name in names
+        )
         comparisons.append(BudgetComparison(reference, budget, results))
     return comparisons
 
 
 def _compute_method_result(
-    name: str, rows: Sequence[Row], grids: Mapping[str, ResultGrid], main_method: str, budget_flops: float
+    name: str, rows: Sequence[Row], grid: ResultGrid, budget_flops: float, accuracy_lead: PairedDifference | None
 ) -> MethodResult:
-    grid = grids[name]
     method_rows = [row for row in rows if row.method == name]
     num_proposals = sum(row.proposals for row in method_rows)
     num_accepted = sum(row.proposals_accepted for row in method_rows)
@@ -98,9 +117,10 @@ def _compute_method_result(
         flops=flops,
         budget_fraction=flops / budget_flops,
         seconds=float(grid.columns["seconds"].mean()),
+        calls=finite_or_none(float(grid.columns["calls"].mean())),
         proposals_per_problem=num_proposals / len(method_rows),
         rejection_rate=1 - num_accepted / num_proposals if num_proposals else None,
-        accuracy_lead=None if name == main_method else _compare_accuracy(grids, main_method, name),
+        accuracy_lead=accuracy_lead,
     )
 
 
@@ -146,8 +166,9 @@ def format_comparison_markdown(
     problems, seeds = len({row.problem for row in rows}), len({row.seed for row in rows})
     parts = [
         f"# {title}",
-        f"{problems} problems, up to {seeds} seeds. {INTERVAL_NOTE} FLOPs and "
-        "seconds are per problem, rejected work included.",
+        f"{problems} problems, up to {seeds} seeds. {INTERVAL_NOTE} FLOPs and seconds are per problem, rejected work "
+        "included. A lead counts as beyond chance if its interval excludes zero and its p-value, adjusted for the "
+        f"number of all comparisons on this page (Holm), is below {SIGNIFICANCE_LEVEL:g}.",
         "    " + command,
         format_bullets(conclude_comparison(comparisons, rows)),
     ]
@@ -161,7 +182,7 @@ def format_comparison_markdown(
 
 def _format_budget_table(comparison: BudgetComparison) -> str:
     lead = f"{comparison.results[0].method} ahead by"
-    head = ["method", "accuracy", lead, "reward", "× budget", "seconds", "proposals", "rejected"]
+    head = ["method", "accuracy", lead, "reward", "× budget", "seconds", "calls", "proposals", "rejected"]
     lines = []
     for result in comparison.results:
         has_proposals = result.rejection_rate is not None
@@ -173,6 +194,7 @@ def _format_budget_table(comparison: BudgetComparison) -> str:
                 f"{result.reward.value:.2f}" if result.reward else "",
                 f"{result.budget_fraction:.2f}",
                 f"{result.seconds:.3f}",
+                "" if result.calls is None else f"{result.calls:.0f}",
                 f"{result.proposals_per_problem:.1f}" if has_proposals else "",
                 f"{result.rejection_rate:.0%}" if has_proposals else "",
             ]

@@ -159,6 +159,42 @@ def test_the_training_of_the_reward_has_rows_of_its_own():
     assert "training of the reward included" not in "\n".join(page())
 
 
+def test_totals_with_the_reward_charge_every_method_that_reads_it():
+    """Greedy decoding and another model need no reward. Best-of-1 reads none."""
+    summary = summarize(make_rows(), FACTS | {"reward_train_flops": 9000.0})
+    totals = {
+        method: compute_tradeoff.compute_total_flops(summary, method, 0, with_reward=True)
+        for method in WORLD
+        if method != "distilled_greedy"
+    }
+    assert totals == {
+        **dict.fromkeys(("greedy", "best_of_1", "reward_model_sampling"), 0),
+        **dict.fromkeys(("best_of_4", "nabla"), 9000),
+        **dict.fromkeys(("sft_greedy", "sft_best_of_1", "sft_best_of_4"), 10_000),
+        "dpo_greedy": 12_600,
+    }
+    facts = {"reward_train_flops": 9000.0, "trained": [SFT]}
+    text = "\n".join(page(without("reward_model_sampling"), facts))
+    with_reward = text[text.index("for every method that needs the reward:") :]
+    assert "| 100 | 12 kFLOPs | nabla |" in with_reward and "| 100 | 3 kFLOPs | nabla |" in text
+
+
+def test_prices_are_told_in_seconds_and_dollars():
+    """Seconds equal FLOPs in these rows. At 3600 dollars an hour a second of a device costs a dollar."""
+    facts = {"reward_train_seconds": 4.0, "dollars_per_gpu_hour": 3600.0, "trained": [SFT | {"processes": 2}, DPO]}
+    summary = summarize(make_rows(), facts)
+    assert summary["dollars.nabla"]["value"] == pytest.approx(30)
+    assert summary["dollars.training.sft"]["value"] == 16 and summary["dollars.training.reward"]["value"] == 4
+    assert "dollars.training.dpo" not in summary, "its seconds are not known"
+    found = {unit: summary[f"break_even_{unit}.sft_greedy-nabla"]["value"] for unit in ("seconds", "dollars")}
+    assert found == pytest.approx({"seconds": 8 / 20, "dollars": 16 / 20})
+    full = summary["break_even_dollars_with_reward.sft_greedy-nabla"]["value"]
+    assert full == pytest.approx(20 / 20) and "break_even_with_reward.sft_greedy-nabla" not in summary
+    text = "\n".join(page(facts=facts))
+    assert "By FLOPs:" in text and "By seconds:" in text and "By dollars:" in text
+    assert "sft: sft (lora, β = 0.5), 1 kFLOPs in 8 s, $16" in text
+
+
 def test_the_interval_of_a_break_even_is_that_of_the_saving():
     rows = make_rows()
     rng = np.random.default_rng(0)
@@ -231,15 +267,16 @@ def test_the_table_sets_all_kinds_side_by_side():
 
 
 def test_an_overtaking_in_cost_alone_is_marked():
-    """dpo_greedy is less accurate than nabla by 7 of 20, sft_greedy by one."""
-    (table,) = [text for text in page() if text.startswith("| baseline")]
+    """dpo_greedy is less accurate than nabla by 14 of 20, and than best_of_4 by 10, sft_greedy by one."""
+    world = WORLD | {"dpo_greedy": (2, 12.0, 0.5, None)}
+    table = next(text for text in page(world) if text.startswith("| baseline"))
     crossings = {
         line[0].split()[0]: line[1:] for line in (row.strip("| ").split(" | ") for row in table.splitlines()[2:])
     }
     assert crossings["nabla"] == ["50 [50, 50] ≈", "200 [200, 200] †"]
-    assert crossings["best_of_4"] == ["33 [33, 33] ≈", "129 [129, 129] ≈"]
+    assert crossings["best_of_4"] == ["33 [33, 33] ≈", "129 [129, 129] †"]
     assert crossings["greedy"] == crossings["reward_model_sampling"] == ["never", "never"]
-    better = page(WORLD | {"sft_greedy": (20, 10.0, 1.5, None)})
+    better = page(WORLD | {"sft_greedy": (20, 10.0, 1.5, None), "best_of_4": (4, 40.0, 1.0, 0.636)})
     assert any("| 33 [33, 33] |" in text for text in better), "more accurate beyond chance: no mark"
 
 
@@ -249,11 +286,11 @@ def test_a_saving_that_may_be_nothing_decides_nothing():
         replace(row, flops=row.flops + (number % 20 == 0) * 20 * (row.method == "best_of_1"))
         for number, row in enumerate(rows)
     ]
-    (table,) = [
+    table = next(
         text
         for text in compute_tradeoff.build_tradeoff_section(summarize(rows, FACTS), build_grids(rows), FACTS, {})
         if text.startswith("| baseline")
-    ]
+    )
     assert "| best_of_1 0.400 [0.219, 0.613] | unsure | never |" in table
 
 
@@ -263,7 +300,7 @@ def test_what_is_missing_is_said():
     ]
     unknown = page(facts={"reward_kind": "scalar"})
     assert "- sft: its training cost is not known" in unknown[1]
-    assert "Missing: a trained policy's greedy decode, or the FLOPs of training." in unknown
+    assert "Missing: a trained policy's greedy decode, or the cost of training." in unknown
     assert any(
         text.startswith("Left out, because the FLOPs of training are not known: distilled_greedy, sft_greedy")
         for text in unknown

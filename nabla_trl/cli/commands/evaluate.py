@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nabla_trl.baselines.config import BaselineConfig
-from nabla_trl.cli.arguments import DATASET_HELP, DEFAULT_SEEDS, SEEDS_HELP, ModelArguments, check_distinct
+from nabla_trl.cli.arguments import (
+    DATASET_HELP,
+    DEFAULT_SEEDS,
+    DOLLARS_HELP,
+    SEEDS_HELP,
+    ModelArguments,
+    check_distinct,
+    check_dollars_per_gpu_hour,
+)
 from nabla_trl.cli.parsing import Parser
 from nabla_trl.evaluation.method import METHOD_SYNTAX
 from nabla_trl.grading.checker import AnswerChecker
@@ -56,11 +64,13 @@ class EvalArguments:
         "best_of_16 first.",
         common=True,
     )
+    dollars_per_gpu_hour: float | None = option(None, DOLLARS_HELP)
     title: str = option("Evaluation", "Title of the report.")
 
     def __post_init__(self) -> None:
         Shard.parse(self.shard)  # refuses a wrong value before anything is loaded
         check_distinct("seeds", self.seeds)
+        check_dollars_per_gpu_hour(self.dollars_per_gpu_hour)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -119,6 +129,7 @@ def main(argv: Sequence[str]) -> int:
             seeds=args.seeds,
             sampling=config.get_sampling(),
             problems=problems,
+            dollars_per_gpu_hour=args.dollars_per_gpu_hour,
         )
         facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
         if shard.count > 1:  # before the work, so that a report needs the rows of all shards and no more

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nabla_trl.cli.arguments import DOLLARS_HELP, check_dollars_per_gpu_hour
 from nabla_trl.cli.parsing import Parser, UsageError
 from nabla_trl.utils.fields import option
 
@@ -16,6 +17,10 @@ class ReportArguments:
     """Options of `nabla-trl report`, for YAML files. The command line has the positional RUN_DIR."""
 
     run_dir: str = option("", argparse.SUPPRESS)
+    dollars_per_gpu_hour: float | None = option(None, DOLLARS_HELP)
+
+    def __post_init__(self) -> None:
+        check_dollars_per_gpu_hour(self.dollars_per_gpu_hour)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         [ReportArguments],
         prog="nabla-trl report",
-        usage="nabla-trl report RUN_DIR",
+        usage="nabla-trl report RUN_DIR [--dollars_per_gpu_hour D]",
         description="Write report.md, report.html, summary.json and plots/ again from rows.jsonl and facts.json.\n"
         "Needs no models.",
     )
@@ -42,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
     run_dir = Path(args.run_dir or extra.folder)
     rows, facts = load_results(run_dir)
+    if args.dollars_per_gpu_hour is not None:
+        facts["dollars_per_gpu_hour"] = args.dollars_per_gpu_hour
     print_summary_table(write_report(run_dir, rows, facts))
     print(f"report: {run_dir / 'report.md'}; the same as a page, with the traces: {run_dir / 'report.html'}")
     return 0

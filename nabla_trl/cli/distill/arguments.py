@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nabla_trl.cli.arguments import DATASET_HELP, DEFAULT_SEEDS, SEEDS_HELP, PolicyRewardArguments, check_distinct
+from nabla_trl.cli.arguments import (
+    DATASET_HELP,
+    DEFAULT_SEEDS,
+    DOLLARS_HELP,
+    SEEDS_HELP,
+    PolicyRewardArguments,
+    check_distinct,
+    check_dollars_per_gpu_hour,
+)
 from nabla_trl.cli.launch import DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP, check_stall_minutes
 from nabla_trl.evaluation.method import METHOD_SYNTAX, parse_methods
 from nabla_trl.training.checkpoints import get_policy_label
@@ -83,6 +91,7 @@ class DistillArguments(PolicyRewardArguments):
     )
     stall_minutes: float = option(DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP)
     title: str = option("Test-time gradient search and its distillation", "Title of the report.")
+    dollars_per_gpu_hour: float | None = option(None, DOLLARS_HELP)
     show_targets: bool = option(
         False,
         "Compare the results with the targets that this project set for its own demonstration (default: false).",
@@ -96,6 +105,7 @@ class DistillArguments(PolicyRewardArguments):
                 raise ValueError(f"unknown stage {stage!r}: choose from {', '.join(STAGES)}")
         check_distinct("seeds", self.seeds)
         check_distinct("train_methods", self.train_methods)
+        check_dollars_per_gpu_hour(self.dollars_per_gpu_hour)
         for method in self.train_methods:
             if method not in TRAIN_METHODS:
                 raise ValueError(f"unknown training method {method!r}: choose from {', '.join(TRAIN_METHODS)}")

@@ -43,7 +43,7 @@ from nabla_trl.evaluation.method import (
 )
 from nabla_trl.evaluation.plan import EvaluationSetup
 from nabla_trl.evaluation.results import list_remarks, store_results
-from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts, compute_reward_train_flops
+from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts
 from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.loading import load_policy, set_trust_remote_code
@@ -399,6 +399,7 @@ class DistillRun:
             seeds=args.seeds,
             sampling=self.search_config.get_sampling(),
             problems=self.held_out_problems,
+            dollars_per_gpu_hour=args.dollars_per_gpu_hour,
         )
         sizes = f"{len(self.train_problems)} training and {len(self.held_out_problems)} held-out problems, disjoint"
         return facts | {
@@ -407,7 +408,6 @@ class DistillRun:
             "audit": audit,
             "trained": collect_training_facts(self.output_dir, audit or {}),
             "files": self.list_files(),
-            "reward_train_flops": compute_reward_train_flops(args.reward),
             "show_targets": args.show_targets,
             "notes": [sizes],
         }

@@ -1,0 +1,79 @@
+"""The paper's headline, judged on rows whose calls and answers are made by hand."""
+
+import pytest
+
+from nabla_trl.evaluation.grids import build_grids
+from nabla_trl.evaluation.rows import Row
+from nabla_trl.report.paper_claim import CLAIM_NOTE, compute_paper_claims, describe_paper_claims, list_claim_intervals
+
+PROBLEMS = 60
+
+
+def make_grids(**methods):
+    """Each method: problems solved (the first so many), decoded tokens per problem, and whether calls were counted."""
+    return build_grids(
+        [
+            Row(
+                method=method.replace("__", "@"),
+                task="t",
+                problem=f"p{number}",
+                seed=0,
+                correct=number < right,
+                flops=1.0,
+                seconds=1.0,
+                calls={"policy/decode": tokens + number % 3, "reward/forward": 8, "policy/prefill": 99}
+                if tokens
+                else {},
+            )
+            for method, (right, tokens) in methods.items()
+            for number in range(PROBLEMS)
+        ]
+    )
+
+
+def test_a_search_with_fewer_calls_and_more_accuracy_holds_the_claim():
+    grids = make_grids(greedy=(20, 30), best_of_8=(40, 240), nabla=(40, 150))
+    [claim] = compute_paper_claims(grids)
+    assert claim.has_fewer_calls and claim.has_more_accuracy
+    assert claim.calls_ratio is not None and claim.calls_ratio.value == pytest.approx(159 / 249)
+    note, sentence = describe_paper_claims([claim])
+    assert note == CLAIM_NOTE and sentence.endswith("the paper's headline holds here.")
+    assert set(list_claim_intervals([claim])) == {"calls_ratio.nabla-best_of_8", "accuracy_ratio.nabla-greedy"}
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ((40, 240), "(not fewer calls)"),
+        ((20, 100), "(not fewer calls, not more accuracy)"),  # less accurate than best of 8
+        ((22, 100), "(not fewer calls, not more accuracy)"),  # 1.1 times greedy
+    ],
+)
+def test_each_half_of_the_claim_can_fail(search, words):
+    claims = compute_paper_claims(make_grids(greedy=(20, 30), best_of_8=(40, 240), paper=search))
+    assert describe_paper_claims(claims)[1].endswith(f"the paper's headline does not hold here {words}.")
+
+
+def test_the_baseline_is_the_best_of_n_that_is_nearest_to_eight():
+    grids = make_grids(
+        greedy=(20, 30), best_of_1=(20, 30), best_of_4=(30, 120), best_of_32=(40, 960), released=(30, 60)
+    )
+    assert [claim.baseline for claim in compute_paper_claims(grids)] == ["best_of_4"]
+
+
+def test_rows_without_calls_say_nothing():
+    assert compute_paper_claims(make_grids(greedy=(20, 30), best_of_8=(40, 0), nabla=(40, 150))) == []
+    assert compute_paper_claims(make_grids(greedy=(20, 30), best_of_8=(40, 240), nabla=(40, 0))) == []
+    assert compute_paper_claims(make_grids(best_of_8=(40, 240), nabla=(40, 150))) == []
+    assert describe_paper_claims([]) == []
+
+
+def test_greedy_without_a_right_answer_has_no_ratio():
+    [claim] = compute_paper_claims(make_grids(greedy=(0, 30), best_of_8=(40, 240), nabla=(40, 150)))
+    assert claim.accuracy_ratio is None and not claim.has_more_accuracy
+    assert "greedy decoding has no right answer" in describe_paper_claims([claim])[1]
+
+
+def test_other_searches_make_no_claim():
+    grids = make_grids(greedy=(20, 30), best_of_8=(40, 240), control=(40, 150), sft_nabla=(40, 150))
+    assert compute_paper_claims(grids) == []
