@@ -63,6 +63,9 @@ def render_page(
             facts=dict(facts),
             methods=list_methods(summary),
             groups=group_methods(list_methods(summary)),
+            extra_costs=[
+                cost for cost in ("calls", "dollars") if any(name.startswith(f"{cost}.") for name in summary)
+            ],
             targets=evaluate_targets(summary) if facts.get("show_targets") else [],
             pareto_front=find_pareto_front(summary, "flops"),
             levels=levels,
