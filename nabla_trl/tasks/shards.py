@@ -99,11 +99,19 @@ class ShardPlan:
         return plan
 
     def write(self, path: Path) -> None:
-        """Write the plan as JSON.
+        """Write the plan as JSON. A plan of other problems is never replaced, because their shards would be forgotten.
 
         Raises:
+            ValueError: the file holds a plan of other problems.
             OSError: the file cannot be written.
         """
+        planned = ShardPlan.read(path).problems if path.exists() else self.problems
+        if planned != self.problems:
+            count = len(self.problems) if len(self.problems) != len(planned) else "other ones"
+            raise ValueError(
+                f"{path} plans shards of {len(planned)} problems, and this command has {count}: give every shard the "
+                "same data set, split and --max_problems, or delete that file to plan anew"
+            )
         write_atomic(path, json.dumps(asdict(self), ensure_ascii=False))
 
     def describe_missing(self, finished: Collection[tuple[str, str]]) -> str:

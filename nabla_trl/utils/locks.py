@@ -13,14 +13,16 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 # Errors of file systems without locks, such as Lustre without its mount option flock.
 _LOCKS_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+# Files that say how a run was started. Without another file beside them there is nothing to continue.
+_NOTES = ("config.yaml", "template_date.json")
 _SHARD_NOTE = ", shard {}/{}"  # the end of a lock file's text
 
 
@@ -31,6 +33,8 @@ class FolderInUse(ValueError):
 @contextmanager
 def lock_folder(folder: str | Path, rank: int = 0, num_shards: int = 1) -> Iterator[None]:
     """Lock an output folder for the length of a `with` block. Create the folder if it does not exist.
+
+    A folder that is created here is removed again if the block raises an error before it has written a result.
 
     In a launch of several processes rank 0 must be the first (`PartialState.main_process_first`), because it also
     checks the locks of all other ranks. On a file system without locks it prints a warning on stderr.
@@ -45,6 +49,7 @@ def lock_folder(folder: str | Path, rank: int = 0, num_shards: int = 1) -> Itera
         OSError: if the folder cannot be written to.
     """
     folder = Path(folder)
+    missing_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     own_file = folder / f".rank-{rank:05d}.lock"
     with ExitStack() as stack:
@@ -60,7 +65,22 @@ def lock_folder(folder: str | Path, rank: int = 0, num_shards: int = 1) -> Itera
             if error.errno not in _LOCKS_UNSUPPORTED:
                 raise
             print(f"{folder} cannot be locked ({error.strerror}): let no other process write there", file=sys.stderr)
-        yield
+        try:
+            yield
+        except BaseException:
+            _remove_folders_without_results(missing_folders)
+            raise
+
+
+def _remove_folders_without_results(folders: Sequence[Path]) -> None:
+    """Remove folders that hold only notes of a run that was refused, the innermost first."""
+    with suppress(OSError):  # the error that is on its way matters more
+        for folder in folders:
+            if any(path.is_dir() or (path.name not in _NOTES and path.suffix != ".lock") for path in folder.iterdir()):
+                return
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
 
 
 @contextmanager

@@ -42,6 +42,16 @@ def test_a_plan_names_the_shards_that_are_missing(tmp_path: Path) -> None:
     assert plan.describe_missing(set(plan.problems)) == ""
 
 
+def test_a_plan_of_other_problems_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    ShardPlan.build(Shard(0, 3), PROBLEMS, [0]).write(path)
+    ShardPlan.build(Shard(1, 2), PROBLEMS, [0, 1]).write(path)  # the same problems in other shares
+    for others, count in ((PROBLEMS[:3], "3"), (PROBLEMS[::-1], "other ones")):
+        plan = ShardPlan.build(Shard(0, 2), others, [0])
+        worlds.refused(lambda plan=plan: plan.write(path), f"shards of 7 problems, and this command has {count}")
+    assert ShardPlan.read(path).problems == tuple((problem.task, problem.id) for problem in PROBLEMS)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"num_shards": 2, "problems": [1], "seeds": [], "methods": []}'])
 def test_what_is_no_plan_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)

@@ -67,6 +67,24 @@ def test_a_refused_launch_leaves_the_holders_note(tmp_path: Path) -> None:
         assert next(tmp_path.iterdir()).read_text() == note
 
 
+def test_a_refused_launch_leaves_no_new_folder_and_a_stopped_one_leaves_its_results(tmp_path: Path) -> None:
+    new = tmp_path / "outputs" / "new"
+    with pytest.raises(ValueError, match="refused"), lock_folder(new), lock_folder(new, 1):
+        (new / "config.yaml").write_text("dataset: none\n")
+        raise ValueError("refused")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), lock_folder(new):
+        (new / "rows.jsonl").write_text("{}\n")
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="refused"), lock_folder(new):
+        raise ValueError("refused")
+    assert (new / "rows.jsonl").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="refused"), lock_folder(tmp_path / "mine"):
+        raise ValueError("refused")
+    assert (tmp_path / "mine").is_dir(), "it was there before"
+
+
 def test_where_there_are_no_locks_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

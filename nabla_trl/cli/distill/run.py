@@ -119,7 +119,6 @@ class DistillRun:
         if self.state.num_processes != world_size:
             raise ValueError(f"WORLD_SIZE is {world_size}, but {self.state.num_processes} processes started")
         self.output_dir = Path(sft_config.output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         use_recorded_date(self.output_dir, args.template_date)
         self.traces_dir = self.output_dir / "traces"
         self.checker = AnswerChecker()
