@@ -28,6 +28,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "init": Command("init", "write a commented configuration for your model, reward and data, or the demo's files"),
     "solve": Command("commands.solve", "refine the answer to one question and show how it changed"),
     "traces": Command(
         "commands.traces", "refine the answers to many problems and store the traces to train on", resumable=True

@@ -30,7 +30,7 @@ from nabla_trl.training.peft import LoraArguments, build_lora_config
 from nabla_trl.utils.formatting import format_load_error
 
 SHARDINGS = ("ddp", "fsdp2", "zero3")
-# Tokens of the forward pass that is measured. No size of a model should equal it (see `_measure_saved_bytes`).
+# Tokens of the forward pass that is measured. No size of a model should equal it (see `measure_saved_bytes`).
 _PROBE_TOKENS = 61
 
 
@@ -108,9 +108,9 @@ def measure_shape(name: str, *, tuning: str, dtype: str, lora: LoraArguments) ->
     else:
         trained = model
     try:
-        saved_bytes = _measure_saved_bytes(trained)
+        saved_bytes = measure_saved_bytes(trained)
     except RuntimeError:  # PEFT's adapters of expert weights do not run on the meta device: as much as full weights
-        saved_bytes = _measure_saved_bytes(build_empty_model(name, dtype=dtype))
+        saved_bytes = measure_saved_bytes(build_empty_model(name, dtype=dtype))
     item_size = DTYPES[dtype].itemsize
     return ModelShape(
         size=size,
@@ -130,7 +130,7 @@ def count_params(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def _measure_saved_bytes(model: Any) -> float:
+def measure_saved_bytes(model: Any) -> float:
     """Return what autograd saves in the forward pass of a model without its head, in bytes per token.
 
     Matrices of tokens by tokens are left out: kernels of attention do not keep them, but the meta device has no

@@ -119,6 +119,36 @@ def check_disjoint(train_problems: list[Problem], held_out_problems: list[Proble
         )
 
 
+def divide_problems(
+    problems: list[Problem], test_fraction: float, seed: int = 0
+) -> tuple[list[Problem], list[Problem]]:
+    """Divide problems into training and test problems by a hash of each question.
+
+    A question keeps its side when others are added or removed. If a side would be empty, as may happen with a handful
+    of problems, it gets the problem that is next to it.
+
+    Args:
+        test_fraction: expected share of test problems, between 0 and 1.
+        seed: another seed gives another division.
+
+    Raises:
+        ValueError: there is only one problem, or the fraction is out of range.
+    """
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction must be between 0 and 1, not {test_fraction:g}")
+    if len(problems) < 2:
+        raise ValueError(f"{len(problems)} problem cannot be divided into training and test problems: add more")
+    places = [hash_to_unit_interval("\n".join(_normalize_question(problem)), seed) for problem in problems]
+    border = min(max(test_fraction, min(places) + 1e-12), max(places))
+    train = [problem for problem, place in zip(problems, places, strict=True) if place >= border]
+    return train, [problem for problem, place in zip(problems, places, strict=True) if place < border]
+
+
+def hash_to_unit_interval(text: str, seed: int = 0) -> float:
+    """Return a number in [0, 1) that depends on a text and a seed alone."""
+    return int(hash_json(f"{seed}:{text}" if seed else text, 8), 16) / 16**8
+
+
 def get_question_identity(problem: Problem) -> tuple[str, ...]:
     """Return what makes two problems the same: the earlier user turns, and the question without its instruction."""
     turns = [message["content"] for message in problem.messages or () if message["role"] == "user"]

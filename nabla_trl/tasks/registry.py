@@ -24,9 +24,9 @@ from pathlib import Path
 
 from nabla_trl.tasks.digit_chains import GENERATOR_VERSION, make_digit_chain_problems
 from nabla_trl.tasks.jsonl_task import load_jsonl_problems
-from nabla_trl.tasks.problem import Problem, select_problems
+from nabla_trl.tasks.problem import Problem, divide_problems, select_problems
 from nabla_trl.tasks.reasoning_gym_task import REASONING_GYM_PREFIX, get_generator_version, make_reasoning_gym_problems
-from nabla_trl.tasks.yaml_task import load_task_config, load_task_problems
+from nabla_trl.tasks.yaml_task import ALL_PROBLEMS, load_task_config, load_task_problems
 from nabla_trl.utils.identity import hash_files
 
 
@@ -111,6 +111,24 @@ def get_task_settings(name_or_path: str) -> dict[str, str]:
     if Path(name_or_path).suffix == ".jsonl":
         return {"dataset": name_or_path}
     return {"dataset": name_or_path, "task_version": compute_task_version(name_or_path)}
+
+
+def is_one_split(name_or_path: str) -> bool:
+    """Return whether a data set is one file without splits, so that training and test problems are to be divided."""
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        task = load_task_config(name_or_path)
+        return task.test_fraction is None and Path(task.path).is_file()
+    return path.suffix == ".jsonl"
+
+
+def load_divided_problems(name_or_path: str, test_fraction: float, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Return the training and the test problems of a data set that is one file (see `divide_problems`).
+
+    Raises:
+        ValueError: as `load_problems` and `divide_problems`.
+    """
+    return divide_problems(load_problems(name_or_path, split=ALL_PROBLEMS), test_fraction, seed)
 
 
 def collect_problem_facts(problems: Iterable[Problem]) -> dict[str, dict[str, str | None]]:

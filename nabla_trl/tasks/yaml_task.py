@@ -22,7 +22,7 @@ from typing import Any
 
 from nabla_trl.grading.extraction import ANSWER_FORMATS, detect_answer_format, extract_strict_answer
 from nabla_trl.tasks.gold_answers import GOLD_PARSERS, ParsedGold, make_regex_parser
-from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, append_instruction
+from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, append_instruction, hash_to_unit_interval
 from nabla_trl.tasks.template_worker import format_value
 from nabla_trl.tasks.templates import TemplateFailure, list_variables, render_columns
 from nabla_trl.utils.fields import coerce_fields
@@ -31,6 +31,7 @@ from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.identity import hash_files, hash_json
 
 BENCHMARKS_DIR = Path(__file__).with_name("benchmarks")
+ALL_PROBLEMS = "all"  # the split of a data set in one piece that a caller divides
 _DATASET_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -272,8 +273,7 @@ def load_task_problems(task: TaskConfig, split: str) -> list[Problem]:
 
 def assign_split(question: str, test_fraction: float) -> str:
     """Return the split, "train" or "test", that a question belongs to, which depends on its text alone."""
-    text = " ".join(question.split()).casefold()
-    return "test" if int(hash_json(text, 8), 16) < test_fraction * 16**8 else "train"
+    return "test" if hash_to_unit_interval(" ".join(question.split()).casefold()) < test_fraction else "train"
 
 
 def _load_rows(task: TaskConfig, split: str) -> tuple[list[str], Sequence[Mapping[str, Any]]]:
@@ -285,7 +285,7 @@ def _load_rows(task: TaskConfig, split: str) -> tuple[list[str], Sequence[Mappin
         source_split = next(iter(task.splits), "")
     elif task.splits and split not in task.splits:
         raise ValueError(f"task {task.name!r} has no split {split!r}: it has {', '.join(task.splits)}")
-    elif not task.splits:
+    elif not task.splits and split != ALL_PROBLEMS:
         _tell_of_one_split(str(task.name))
     if not task.is_local:
         advice = f"go online once to cache it, or pass the path of a local .jsonl file in place of {task.name!r}"

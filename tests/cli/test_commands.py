@@ -71,7 +71,7 @@ def test_help_is_short_and_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("slove", "did you mean solve?"), ("xyz", "choose from solve, traces,"), ("ship", "it is now export")],
+    [("slove", "did you mean solve?"), ("xyz", "choose from init, solve, traces,"), ("ship", "it is now export")],
 )
 def test_an_unknown_command(capsys, name, hint):
     assert main([name]) == 2

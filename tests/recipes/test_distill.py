@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -15,10 +14,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import load_dataset
 
+from nabla_trl.distill import main
+from nabla_trl.evaluation.rows import read_rows
 from nabla_trl.evaluation.runner import Evaluation
+from nabla_trl.tasks.digit_chains import make_digit_chain_problems
 from nabla_trl.traces.storage import read_traces
 
 ROOT = Path(__file__).parents[2]
@@ -63,11 +66,7 @@ def distill(folder: Path, *options: str, code: int = 0) -> tuple[str, str]:
 
 def distill_here(folder: Path, *options: str) -> None:
     """The recipe in this process, which is quicker to be refused by."""
-    spec = importlib.util.spec_from_file_location("distill", ROOT / "recipes" / "distill.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["distill"] = module
-    spec.loader.exec_module(module)
-    module.main(arguments(folder, *options))
+    main(arguments(folder, *options))
 
 
 def traces(folder: Path) -> list[str]:
@@ -272,6 +271,52 @@ def test_problems_trained_on_cannot_be_held_out(tmp_path):
     files = ["--dataset", str(tmp_path / "mine.jsonl"), "--eval_dataset", str(tmp_path / "other.jsonl")]
     with pytest.raises(ValueError, match=r"held-out problem\(s\) are also trained on"):
         distill_here(tmp_path / "out", *files)
+
+
+def first_run(folder: Path, *options: str) -> None:
+    """What a new user types: models and a file, no configuration."""
+    problems = make_digit_chain_problems("train", 10, 0)
+    if not (folder / "mine.jsonl").exists():
+        rows = [json.dumps({"question": problem.question, "answer": problem.answer}) for problem in problems]
+        (folder / "mine.jsonl").write_text("\n".join(rows))
+    models = ["--policy", "data/tiny/policy", "--reward", "data/tiny/reward", "--max_new_tokens", "48"]
+    where = ["--dataset", str(folder / "mine.jsonl"), "--output_dir", str(folder / "out"), "--max_rounds", "2"]
+    main([*models, *where, "--max_audit_problems", "0", "--eval_methods", "greedy", "--seeds", "0", *options])
+
+
+def test_a_first_run_needs_models_and_a_file(tmp_path, capsys):
+    """No configuration, no splits, no GPU, bfloat16 asked for. The file may grow afterwards."""
+    first_run(tmp_path, "--stages", "traces,evaluate", "--bf16", "true")
+    out = capsys.readouterr().out
+    assert "mine.jsonl has no splits: 8 problems to train on, 2 held out (by a hash of each question" in out
+    where = "running on 1 × CPU process: float32, search in batches of 64 problems, training in batches of 8 rows × 1"
+    assert f"{where} with bf16\n" in out
+    config = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert (config["batch_size"], config["per_device_train_batch_size"], config["dtype"]) == (64, 8, "float32")
+    held_out = {row.problem for row in read_rows(tmp_path / "out/rows/rows-00000.jsonl")}
+    assert len(held_out) == 2 and not held_out & {t.problem_id for t in read_traces(tmp_path / "out/traces")}
+    more = make_digit_chain_problems("train", 20, 1)
+    with (tmp_path / "mine.jsonl").open("a") as file:
+        file.writelines(
+            "\n" + json.dumps({"question": problem.question, "answer": problem.answer}) for problem in more
+        )
+    first_run(tmp_path, "--stages", "traces")
+    train = {trace.problem_id for trace in read_traces(tmp_path / "out/traces")}
+    assert not held_out & train and len(train) > 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--eval_split", "validation"], "one file without splits, so there is no eval_split 'validation'"),
+        (["--test_fraction", "1"], "test_fraction must be between 0 and 1"),
+        (["--reward", "nowhere/at-all"], "nowhere/at-all"),
+    ],
+)
+def test_a_first_run_that_is_refused_leaves_no_folder(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        first_run(tmp_path, *options)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["mine.jsonl"])
 
 
 def test_held_out_problems_without_gold_answers_are_refused(tmp_path):

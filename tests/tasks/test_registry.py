@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import worlds
 
-from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, check_disjoint
+from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, check_disjoint, divide_problems
 from nabla_trl.tasks.registry import compute_task_version, load_problems
+from nabla_trl.tasks.yaml_task import assign_split
 
 SOLVED = "He sells 9 - 2 = 7 apples.\n#### 7"
 CHAT = [
@@ -199,6 +201,28 @@ def test_overlap_of_train_and_held_out_ignores_case_and_white_space() -> None:
 
 
 # --- the hub --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 400])
+def test_problems_are_divided_by_their_questions_alone(count: int) -> None:
+    problems = [Problem(id=f"p/{n}", question=f"What is {n} + 1?") for n in range(count)]
+    train, test = divide_problems(problems, 0.2)
+    assert train and test and sorted(train + test, key=problems.index) == problems
+    assert divide_problems(problems[::-1], 0.2) == (train[::-1], test[::-1])
+    shouted = [dataclasses.replace(problem, question=problem.question.upper() + " ") for problem in problems]
+    assert [problem.id for problem in divide_problems(shouted, 0.2)[1]] == [problem.id for problem in test]
+    if count == 400:
+        assert 50 < len(test) < 110
+        assert divide_problems(problems[:300], 0.2)[1] == [problem for problem in test if problem in problems[:300]]
+        assert divide_problems(problems, 0.2, seed=1)[1] != test
+        assert {assign_split(problem.question, 0.2) for problem in test} == {"test"}, "as a task's test_fraction does"
+
+
+def test_what_cannot_be_divided_is_refused() -> None:
+    worlds.refused(lambda: divide_problems([Problem("p", "1+1")], 0.2), "1 problem cannot be divided")
+    worlds.refused(
+        lambda: divide_problems([Problem("p", "1"), Problem("q", "2")], 1.0), "test_fraction must be between"
+    )
 
 
 def test_an_unreachable_hub_is_one_line_that_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ def test_shards_in_folders_of_their_own(tmp_path: Path) -> None:
     check_same_settings(folders, "*.settings.json")
     (tmp_path / "shard-1/eval.settings.json").write_text(json.dumps({"policy": "q", "seed": "0"}))
     worlds.refused(lambda: check_same_settings(folders, "*.settings.json"), "differ in policy: they are shards of")
+    (tmp_path / "shard-1/rows/shards.json").unlink()
     ShardPlan.build(Shard(0, 2), PROBLEMS[:3], [0]).write(tmp_path / "shard-1/rows/shards.json")
     worlds.refused(
         lambda: read_shard_plan(folder / "rows/shards.json" for folder in folders), "another plan of shards"

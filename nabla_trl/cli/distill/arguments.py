@@ -34,6 +34,8 @@ COMMON_TRAIN_OPTIONS = (
     "max_length",
     "trust_remote_code",
 )
+DEFAULT_OUTPUT_DIR = "outputs/distill"
+DEFAULT_SPLITS = {"train_split": "train", "eval_split": "test"}
 STAGES = ("traces", "train", "evaluate", "report")
 DEFAULT_DISTILL_EVAL_METHODS = (
     "greedy,samples_32,self_consistency_16,best_of_1,best_of_2,best_of_4,best_of_8,best_of_16,best_of_32,"
@@ -47,14 +49,27 @@ DEFAULT_TRAINED_POLICY_METHODS = ("greedy", "best_of_1", "best_of_8", "samples_8
 class DistillArguments(PolicyRewardArguments):
     """Models, problems, stages and methods."""
 
+    dtype: str = option(
+        "float32",
+        "Data type of the frozen models' weights: float32, bfloat16 or float16 (default: bfloat16 on a GPU that has "
+        "it, else float32).",
+        common=True,
+    )
     dataset: str = option("digit_chains", f"{DATASET_HELP} The traces and the training use it.", common=True)
     eval_dataset: str = option(
         "",
-        "Data set to evaluate on, named like --dataset (default: --eval_split of --dataset).",
+        "Data set to evaluate on, named like --dataset (default: --eval_split of --dataset, or --test_fraction of it "
+        "if it is one file without splits).",
         common=True,
     )
-    train_split: str = option("train", "Split of --dataset to generate traces on.")
-    eval_split: str = option("test", "Split to evaluate on. Nothing is trained on its problems.")
+    train_split: str = option(DEFAULT_SPLITS["train_split"], "Split of --dataset to generate traces on.")
+    eval_split: str = option(DEFAULT_SPLITS["eval_split"], "Split to evaluate on. Nothing is trained on its problems.")
+    test_fraction: float = option(
+        0.2,
+        "Share of the problems that is held out to evaluate on, if --dataset is one file without splits. A hash of "
+        "each question decides, so that a question keeps its side when the file grows.",
+    )
+    split_seed: int = option(0, "Seed of that division. Another seed holds out other problems.")
     train_methods: list[str] = field(
         default_factory=lambda: ["sft"],
         metadata={
@@ -100,6 +115,8 @@ class DistillArguments(PolicyRewardArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_stall_minutes(self.stall_minutes)
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(f"test_fraction must be between 0 and 1, not {self.test_fraction:g}")
         for stage in self.list_stages():
             if stage not in STAGES:
                 raise ValueError(f"unknown stage {stage!r}: choose from {', '.join(STAGES)}")

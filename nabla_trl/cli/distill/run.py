@@ -30,7 +30,13 @@ from trl import SFTConfig
 from nabla_trl.audit.overoptimization import warn_past_limits
 from nabla_trl.audit.ranking import audit_reward
 from nabla_trl.baselines.config import BaselineConfig
-from nabla_trl.cli.distill.arguments import COMMON_TRAIN_OPTIONS, DistillArguments
+from nabla_trl.cli.distill.arguments import (
+    COMMON_TRAIN_OPTIONS,
+    DEFAULT_OUTPUT_DIR,
+    DEFAULT_SPLITS,
+    DistillArguments,
+)
+from nabla_trl.cli.distill.machine import Machine, choose_batches
 from nabla_trl.cli.launch import watch_for_stalls
 from nabla_trl.cli.parsing import Parser, collect_given_options, quiet_libraries
 from nabla_trl.evaluation.method import (
@@ -53,7 +59,7 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces
 from nabla_trl.tasks.problem import Problem, check_disjoint, filter_with_gold_answer
-from nabla_trl.tasks.registry import get_task_settings, load_problems
+from nabla_trl.tasks.registry import get_task_settings, is_one_split, load_divided_problems, load_problems
 from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, get_policy_label, list_trained_methods
 from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
@@ -62,7 +68,7 @@ from nabla_trl.training.reporting import check_reporting
 from nabla_trl.training.stage import TrainStage
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.formatting import hide_userinfo
-from nabla_trl.utils.identity import check_settings, claim_settings, hash_weights
+from nabla_trl.utils.identity import check_settings, claim_settings, hash_weights, is_same_model
 from nabla_trl.utils.interrupts import end_with_launcher, get_current_command
 from nabla_trl.utils.locks import lock_folder
 
@@ -70,22 +76,20 @@ START_TIME = time.perf_counter()
 EVAL_SETTINGS_FILE = "rows/eval.settings.json"
 
 
+DATACLASSES = (DistillArguments, SearchConfig, BaselineConfig, TrainOptions, LoraArguments, SFTConfig)
+
+
 def main(argv: Sequence[str]) -> None:
-    """Run the stages of a command line in this process, one of the processes that accelerate started."""
+    """Run the stages of a command line in this process, alone or one of those that a launcher started."""
     end_with_launcher()
     with watch_for_stalls() as stall_watch:
         # Before everything else, because the first state chooses the back end. A process may wait for hours for
         # another process that draws longer responses.
-        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+        machine = Machine.detect(PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1)))
         quiet_libraries()
-        dataclasses = [DistillArguments, SearchConfig, BaselineConfig, TrainOptions, LoraArguments, SFTConfig]
-        usage = (
-            "nabla-trl distill --config FILE [options]\n"
-            "       accelerate launch -m nabla_trl.distill --config FILE [options]"
-        )
-        parser = Parser(dataclasses, presets=PRESETS, common=COMMON_TRAIN_OPTIONS, usage=usage, description=__doc__)
-        options = parser.parse_options(argv)[: len(dataclasses)]
-        run = DistillRun(collect_given_options(argv, options, PRESETS), *options)
+        parser = build_parser(machine)
+        options = parser.parse_options(argv)[: len(DATACLASSES)]
+        run = DistillRun(collect_given_options(argv, options, PRESETS), machine, *options)
         if stall_watch:
             stall_watch.limit_seconds = 60 * run.args.stall_minutes
         run.check_train_methods()
@@ -96,12 +100,24 @@ def main(argv: Sequence[str]) -> None:
                 run.run_stage(stage)
 
 
+def build_parser(machine: Machine) -> Parser:
+    """Return the parser of a run's options, with the defaults for this machine."""
+    usage = (
+        "nabla-trl distill --policy P --reward R --dataset D [options]\n"
+        "       accelerate launch -m nabla_trl.distill --config FILE [options]"
+    )
+    parser = Parser(DATACLASSES, presets=PRESETS, common=COMMON_TRAIN_OPTIONS, usage=usage, description=__doc__)
+    parser.set_defaults_with_config(output_dir=DEFAULT_OUTPUT_DIR, max_length=None, **machine.get_defaults())
+    return parser
+
+
 class DistillRun:
     """A run with its options, its output folder, its problems and its models."""
 
     def __init__(
         self,
         given_options: Mapping[str, Any],
+        machine: Machine,
         args: DistillArguments,
         search_config: SearchConfig,
         baseline_config: BaselineConfig,
@@ -125,19 +141,67 @@ class DistillRun:
         self._models: tuple[Policy, Reward] | None = None
         self.stopwatch = RunStopwatch(self.output_dir, START_TIME, float(os.environ.get("NABLA_SETUP_SECONDS", "0")))
         self.train_problems, self.callback_problems, self.held_out_problems = self._load_problems()
+        self.all_options = self._choose_batches(machine) | self.given_options
 
     def _load_problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
         """Load the training problems, those of the evaluation during training, and the held-out problems."""
         args = self.args
         limit = args.max_train_problems + self.train_options.max_callback_problems
-        train = load_problems(args.dataset, split=args.train_split, max_problems=limit)
-        held_out = load_problems(
-            args.eval_dataset or args.dataset, split=args.eval_split, max_problems=args.max_eval_problems
-        )
+        if self._divides_dataset():
+            train, held_out = load_divided_problems(args.dataset, args.test_fraction, args.split_seed)
+            self.print_once(
+                f"{args.dataset} has no splits: {len(train)} problems to train on, {len(held_out)} held out (by a "
+                f"hash of each question; test_fraction {args.test_fraction:g}, split_seed {args.split_seed})"
+            )
+            train, held_out = train[:limit], held_out[: args.max_eval_problems]
+        else:
+            train = load_problems(args.dataset, split=args.train_split, max_problems=limit)
+            held_out = load_problems(
+                args.eval_dataset or args.dataset, split=args.eval_split, max_problems=args.max_eval_problems
+            )
         args.get_prompt_options().check_problems([*train, *held_out])
         check_disjoint(train, held_out)
-        held_out = filter_with_gold_answer(held_out, verbose=self.state.is_main_process)
+        if {"evaluate", "report"} & {*args.list_stages()}:
+            held_out = filter_with_gold_answer(held_out, verbose=self.state.is_main_process)
         return train[: args.max_train_problems], train[args.max_train_problems :], held_out
+
+    def _divides_dataset(self) -> bool:
+        """Return whether the data set is one file, which gives both the training and the held-out problems.
+
+        Raises:
+            ValueError: a split of such a file is named.
+        """
+        args = self.args
+        is_eval_dataset = not args.eval_dataset or is_same_model(args.eval_dataset, args.dataset)
+        if not is_eval_dataset or not is_one_split(args.dataset):
+            return False
+        named = [name for name, default in DEFAULT_SPLITS.items() if getattr(args, name) != default]
+        if named:
+            raise ValueError(
+                f"{args.dataset} is one file without splits, so there is no {named[0]} {getattr(args, named[0])!r}: "
+                "leave the option out (--test_fraction divides the file), or name a file for each split in a YAML file"
+            )
+        return True
+
+    def _choose_batches(self, machine: Machine) -> dict[str, Any]:
+        """Fill in the batch sizes that the options leave out, say where the run computes, return what is chosen."""
+        args, config = self.args, self.sft_config
+        chosen = choose_batches(
+            machine,
+            self.given_options,
+            policy=args.policy,
+            reward=args.reward,
+            methods=args.train_methods,
+            dtype=args.dtype,
+            search_config=self.search_config,
+            train_options=self.train_options,
+            lora=self.lora_arguments,
+            sft_config=config,
+        )
+        for name, value in chosen.items():
+            setattr(self.search_config if name == "batch_size" else config, name, value)
+        self.print_once(machine.describe(args.dtype, self.search_config.batch_size, config))
+        return {"dtype": args.dtype, "bf16": config.bf16, **chosen}
 
     def load_models(self) -> tuple[Policy, Reward]:
         """Return the policy and the reward, which the first call loads."""
@@ -167,7 +231,7 @@ class DistillRun:
     def write_config(self) -> None:
         """Write config.yaml with the options of this run, as `--config` takes them."""
         if self.state.is_main_process:
-            write_atomic(self.output_dir / CONFIG_FILE, yaml.safe_dump(self.given_options, sort_keys=False))
+            write_atomic(self.output_dir / CONFIG_FILE, yaml.safe_dump(self.all_options, sort_keys=False))
 
     def finish_stage(self) -> None:
         """Wait for all processes and save the time that the run has taken so far."""
@@ -258,12 +322,18 @@ class DistillRun:
             check_settings(self.output_dir / EVAL_SETTINGS_FILE, self._collect_eval_settings())
 
     def _collect_trace_settings(self) -> dict[str, str]:
-        settings = self._collect_search_settings() | {"adapter": "", "split": self.args.train_split}
+        settings = self._collect_search_settings() | {"adapter": "", "split": self._describe_split("train_split")}
         return settings | get_task_settings(self.args.dataset)
 
     def _collect_eval_settings(self) -> dict[str, str]:
-        settings = self._collect_search_settings() | {"split": self.args.eval_split}
+        settings = self._collect_search_settings() | {"split": self._describe_split("eval_split")}
         return settings | get_task_settings(self.args.eval_dataset or self.args.dataset)
+
+    def _describe_split(self, name: str) -> str:
+        split = str(getattr(self.args, name))
+        if not self._divides_dataset():
+            return split
+        return f"{split}, test_fraction {self.args.test_fraction:g}, split_seed {self.args.split_seed}"
 
     def _collect_search_settings(self) -> dict[str, str]:
         return self.args.get_settings() | self.search_config.get_settings()
@@ -296,7 +366,7 @@ class DistillRun:
             search_settings=self._collect_search_settings() | get_task_settings(self.args.dataset),
             checker=self.checker,
             process_state=self.state,
-            command_options=self.given_options,
+            command_options=self.all_options,
             command=self.command,
         )
 
