@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nabla_trl.gradient.step_ends import BLANK_LINE, parse_delimiter
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
 _STEP_OPTIONS = ("step_delimiter", "max_step_tokens", "steps_per_prefix", "exploration", "particle_beta")
@@ -71,23 +72,24 @@ class BaselineConfig:
     )
 
     def __post_init__(self) -> None:
+        checks = Checks()
         if self.step_delimiter is not None:
-            parse_delimiter(self.step_delimiter)
-        if self.max_step_tokens < 1 or self.steps_per_prefix < 1:
-            raise ValueError("max_step_tokens and steps_per_prefix must be at least 1")
-        if not 0 <= self.exploration < math.inf:
-            raise ValueError(f"exploration must be a number of at least 0, not {self.exploration}")
+            with checks.collect():
+                parse_delimiter(self.step_delimiter)
+        checks.require(
+            self.max_step_tokens >= 1 and self.steps_per_prefix >= 1,
+            "max_step_tokens and steps_per_prefix must be at least 1",
+        )
         for name in ("confidence_top_k", "confidence_window", "deepconf_warmup"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("particle_beta", "confidence_temperature"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {value}")
-        if not 0 < self.deepconf_keep <= 1:
-            raise ValueError(f"deepconf_keep must be in (0, 1], not {self.deepconf_keep}")
-        if not 0 <= self.borda_power < math.inf:
-            raise ValueError(f"borda_power must be a number of at least 0, not {self.borda_power}")
+            checks.require(value is None or 0 < value < math.inf, f"{name} must be a positive number, not {value}")
+        checks.require(0 < self.deepconf_keep <= 1, f"deepconf_keep must be in (0, 1], not {self.deepconf_keep}")
+        for name in ("exploration", "borda_power"):
+            value = getattr(self, name)
+            checks.require(0 <= value < math.inf, f"{name} must be a number of at least 0, not {value}")
+        checks.raise_faults()
 
     def resolve_delimiter(self, reward_delimiter: str) -> str:
         """Return the text that ends a step.

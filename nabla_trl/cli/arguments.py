@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nabla_trl.cli.parsing import quiet_libraries
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.tasks.templates import pin_template_date
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
+from nabla_trl.utils.identity import check_settings
 
 if TYPE_CHECKING:
     from nabla_trl.models.policy import Policy
     from nabla_trl.rewards.reward import Reward
+    from nabla_trl.tasks.problem import Problem
 
 POLICY_HELP = "Hub id or path of the policy, a causal language model."
 REWARD_HELP = (
@@ -82,8 +86,12 @@ class PolicyRewardArguments:
     )
 
     def __post_init__(self) -> None:
-        self.get_prompt_options()  # refuses wrong values before anything is loaded
-        pin_template_date(self.template_date)
+        checks = Checks()
+        with checks.collect():
+            self.get_prompt_options()  # refuses wrong values before anything is loaded
+        with checks.collect():
+            pin_template_date(self.template_date)
+        checks.raise_faults()
 
     def get_prompt_options(self) -> PromptOptions:
         """Return the options of prompts.
@@ -92,6 +100,48 @@ class PolicyRewardArguments:
             ValueError: unknown style, or keywords that are not a JSON object.
         """
         return PromptOptions.parse(self.prompt_style, self.chat_template_kwargs)
+
+    def check_models(
+        self,
+        checks: Checks,
+        *,
+        problems: Sequence[Problem] = (),
+        max_new_tokens: int = 0,
+        device: str | None = None,
+        adapter: str | None = None,
+        audit_file: str | None = None,
+    ) -> None:
+        """Collect what is wrong with the models, before they are loaded.
+
+        Args:
+            problems: whose prompts are written.
+            max_new_tokens: longest response. 0: not checked.
+        """
+        from nabla_trl.planning import preflight
+
+        quiet_libraries()
+        with checks.collect():
+            preflight.check_device(device, self.dtype)
+        if self.policy:
+            with checks.collect():
+                preflight.check_policy(
+                    self.policy,
+                    prompt_options=self.get_prompt_options(),
+                    problems=problems,
+                    max_new_tokens=max_new_tokens,
+                    adapter=adapter,
+                )
+            if self.vllm_url:
+                with checks.collect():
+                    preflight.check_vllm_server(self.vllm_url, self.policy)
+        if self.policy and self.reward:
+            num_faults = len(checks.faults)
+            with checks.collect():
+                preflight.check_reward(self.reward, policy=self.policy, audit_file=audit_file)
+            if len(checks.faults) == num_faults:
+                with checks.collect():
+                    models = preflight.list_frozen_models(self.policy, self.reward)
+                    preflight.check_memory(models, dtype=self.dtype, device=device)
 
     def load_models(
         self, reward_batch_size: int, *, device: str | None, adapter: str | None = None
@@ -149,6 +199,24 @@ class ModelArguments(PolicyRewardArguments):
         "(default: none).",
     )
 
+    def preflight(self, checks: Checks, *, problems: Sequence[Problem] = (), max_new_tokens: int = 0) -> None:
+        """Collect what is wrong with the models and their options (see `check_models`)."""
+        from nabla_trl.models.loading import set_trust_remote_code
+
+        set_trust_remote_code(self.trust_remote_code)
+        checks.require(
+            not (self.vllm_url and self.adapter),
+            "a vLLM server draws from the policy without an adapter: leave out --vllm_url or --adapter",
+        )
+        self.check_models(
+            checks,
+            problems=problems,
+            max_new_tokens=max_new_tokens,
+            device=self.device,
+            adapter=self.adapter,
+            audit_file=self.audit_file,
+        )
+
     def load_policy_and_reward(self, reward_batch_size: int, *, use_adapter: bool = True) -> tuple[Policy, Reward]:
         """Load the policy and the reward, with the limits that --audit_file validated.
 
@@ -180,6 +248,25 @@ def check_dollars_per_gpu_hour(value: float | None) -> None:
     """Raise ValueError if the price of a GPU hour is not positive and finite."""
     if value is not None and not 0 < value < math.inf:
         raise ValueError(f"dollars_per_gpu_hour must be positive, not {value:g}")
+
+
+def collect_output_faults(
+    checks: Checks, output_dir: str | None, settings_files: Mapping[str, Callable[[], Mapping[str, str]]]
+) -> None:
+    """Collect what is wrong with an output folder: it cannot be written, or holds an output of other settings.
+
+    Args:
+        settings_files: names of files with settings in the folder, and functions that return the settings now.
+    """
+    from nabla_trl.planning.preflight import check_output_dir
+
+    if not output_dir:
+        return
+    with checks.collect():
+        check_output_dir(output_dir)
+    for name, get_settings in settings_files.items():
+        with checks.collect():
+            check_settings(Path(output_dir, name), get_settings())
 
 
 def check_distinct(name: str, values: Sequence[Any]) -> None:

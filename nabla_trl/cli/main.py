@@ -85,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = COMMANDS[name]
     module = importlib.import_module(f"nabla_trl.cli.{command.module}")
-    resume_command = shlex.join(["nabla-trl", name, *arguments]) if command.resumable else ""
-    return run_main(module.main, arguments, resume_command=resume_command)
+    command_line = shlex.join(["nabla-trl", name, *arguments])
+    resume_command = command_line if command.resumable else ""
+    return run_main(module.main, arguments, resume_command=resume_command, command=command_line)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Command lines: dataclasses filled from a preset, a YAML file and flags, with every mistake reported in one line.
+"""Command lines: dataclasses filled from a preset, a YAML file and flags, with all mistakes reported at once.
 
 A later source wins over an earlier one: defaults, `--preset`, `--config FILE`, flags. The YAML file is checked against
 the dataclasses before TRL's parser sees it, because TRL's parser takes any value for a default.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 import warnings
@@ -16,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
 from enum import Enum
 from typing import Any, NoReturn, get_type_hints
 
@@ -23,6 +26,7 @@ from trl import TrlParser
 
 from nabla_trl.cli.console import guard_terminal
 from nabla_trl.cli.telemetry import disable_telemetry
+from nabla_trl.utils.faults import Checks, Faults
 from nabla_trl.utils.fields import coerce_fields, format_suggestion, get_option_groups
 from nabla_trl.utils.files import read_yaml
 from nabla_trl.utils.formatting import hide_userinfo, make_printable
@@ -32,8 +36,8 @@ from nabla_trl.utils.renamed import describe_new_flag
 Presets = Mapping[str, Mapping[str, Any]]
 
 
-class UsageError(ValueError):
-    """A command line that cannot be understood."""
+class UsageError(Faults):
+    """A command that cannot be run: its command line, or what it names. Nothing was started."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -54,7 +58,7 @@ class _RaisingArgumentParser(argparse.ArgumentParser):
     """An argument parser that raises UsageError. argparse itself prints many lines and exits."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        raise UsageError(message)
 
 
 class _HelpAction(argparse.Action):
@@ -92,6 +96,8 @@ class Parser(TrlParser, _RaisingArgumentParser):
         self.presets, self.common, self.show_all_options = presets or {}, common, False
         self.option_groups = {name: group for cls in dataclasses for name, group in get_option_groups(cls).items()}
         self._uncommon_dests: set[str] = set()
+        self._checks: Checks | None = None  # of the command line that is being parsed
+        self._incomplete_dests: set[str] = set()
         kwargs = {"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs, "add_help": False}
         super().__init__(list(dataclasses), **kwargs)  # type: ignore[arg-type]  # TrlParser is untyped for mypy
         self.add_argument("--config", metavar="FILE", help="YAML file of options. Flags win over it.")
@@ -164,71 +170,149 @@ class Parser(TrlParser, _RaisingArgumentParser):
         count = len({action.dest for action, _ in hidden})
         return f"{text}\n{count} more options: {self.prog} --help-all\n" if count else text
 
-    def parse_options(self, argv: Sequence[str]) -> tuple[Any, ...]:
+    def parse_options(self, argv: Sequence[str], checks: Checks | None = None) -> tuple[Any, ...]:
         """Return the filled dataclasses in their order, then a namespace of the arguments added by hand.
 
+        Args:
+            checks: collects what is wrong, for a command that has more to check. The values are then as far as they
+                can be understood, and must not be used for work. None: everything wrong is raised as one error.
+
         Raises:
-            UsageError: an unknown flag, or a missing or malformed argument.
-            ValueError: an unknown or ill-typed key of the file, an unknown preset, or a value a dataclass refuses.
+            UsageError: an unknown flag, a missing or malformed argument, an unknown or ill-typed key of the file, an
+                unknown preset, or a value that a dataclass refuses. The error names all of them.
             SystemExit: --help.
         """
-        self._refuse_unknown_options(argv)
-        config_file, preset, file_values = _read_sources(argv, _RaisingArgumentParser(prog=self.prog, add_help=False))
-        if self.presets:
-            file_preset = file_values.pop("preset", None)
-            preset_values = self._get_preset(file_preset if preset is None else preset)
-        else:
-            preset_values = {}
-        file_values = coerce_fields(file_values, self.dataclass_types, source=config_file or "")
+        self._checks, self._incomplete_dests = Checks() if checks is None else checks, set()
+        argv = self._replace_unknown_options(argv)
+        config_file: str | None = None
+        preset: str | None = None
+        file_values: dict[str, Any] = {}
+        with self._checks.collect():
+            config_file, preset, file_values = _read_sources(
+                argv, _RaisingArgumentParser(prog=self.prog, add_help=False)
+            )
+        preset_values = self._get_preset(file_values, preset) if self.presets else {}
+        file_values = coerce_fields(file_values, self.dataclass_types, source=config_file or "", checks=self._checks)
         group_values = self._merge_groups(preset_values, file_values, config_file)
         defaults = {**preset_values, **file_values}
         self.set_defaults_with_config(
             **{name: value for name, value in defaults.items() if name not in self.option_groups}
         )
-        namespace, unexpected = self.parse_known_args(list(argv))
-        if unexpected:
-            self.error(f"unexpected argument {unexpected[0]!r}")
+        namespace = self._parse_words(argv)
         values = vars(namespace)
         for name, group in self.option_groups.items():
             flags = {key.partition(".")[2]: values.pop(key) for key in list(values) if key.startswith(f"{name}.")}
             choice = {"name": values.pop(name)} if name in values else {}
-            merged = group.merge(group_values[name], {**choice, **flags})
-            group.check_options(merged["name"], flags, f"--{name} {{}}")
-            values[name] = group.build(merged)
-        filled = []
-        for dataclass in self.dataclass_types:
-            names = [field.name for field in fields(dataclass) if field.init]
-            filled.append(dataclass(**{name: values.pop(name) for name in names}))
+            values[name] = group.default
+            with self._checks.collect():
+                merged = group.merge(group_values[name], {**choice, **flags})
+                group.check_options(merged["name"], flags, f"--{name} {{}}")
+                values[name] = group.build(merged)
+        filled = [self._fill(dataclass, values) for dataclass in self.dataclass_types]
+        if checks is None:
+            self._checks.raise_faults(UsageError)
+        self._checks = None
         return (*filled, namespace)
+
+    def _fill(self, dataclass: type, values: dict[str, Any]) -> Any:
+        """Take the values of a dataclass. If it refuses some, its object has them nevertheless."""
+        assert self._checks is not None
+        filled: Any = object.__new__(dataclass)
+        with self._checks.collect():
+            filled.__init__(**{field.name: values.pop(field.name, None) for field in fields(dataclass) if field.init})
+        return filled
 
     def _merge_groups(
         self, preset_values: Mapping[str, Any], file_values: dict[str, Any], config_file: str | None
     ) -> dict[str, Any]:
         """Return the options of every group that preset and file set, and check those of the file."""
+        assert self._checks is not None
         merged = {}
         for name, group in self.option_groups.items():
-            try:
-                merged[name] = group.merge(preset_values.get(name), file_values.get(name))
-                group.build(merged[name])
-            except ValueError as error:
-                raise ValueError(f"{config_file}: {error}") from error
+            merged[name] = group.merge(preset_values.get(name))
+            with self._checks.collect(f"{config_file}: "):
+                of_file = group.merge(preset_values.get(name), file_values.get(name))
+                group.build(of_file)
+                merged[name] = of_file
         return merged
 
-    def _get_preset(self, name: Any) -> Mapping[str, Any]:
-        if name is None:
-            return {}
-        if str(name) not in self.presets:
-            raise ValueError(f"unknown preset {name!r}: choose from {', '.join(self.presets)}")
-        return self.presets[name]
+    def _get_preset(self, file_values: dict[str, Any], flag: str | None) -> Mapping[str, Any]:
+        """Return the options of the preset that the flag or, without it, the file names."""
+        assert self._checks is not None
+        file_preset = file_values.pop("preset", None)
+        name = file_preset if flag is None else flag
+        if name is None or str(name) in self.presets:
+            return {} if name is None else self.presets[name]
+        match = get_close_matches(str(name), self.presets, n=1)
+        hint = f" (did you mean {match[0]}?)" if match else ""
+        choices = ", ".join(self.presets)
+        self._checks.add(
+            [f"unknown preset {name!r}: choose from {choices}{hint}"], {str(name): match[0]} if match else {}
+        )
+        return {}
 
-    def _refuse_unknown_options(self, argv: Sequence[str]) -> None:
-        """Refuse unknown flags before argparse reports a required option as missing, which may be misspelled."""
+    def _parse_words(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Return the values of a command line. Wrong ones are noted, and the defaults returned in their place."""
+        assert self._checks is not None
+        namespace = argparse.Namespace()
+        try:
+            namespace, unexpected = self.parse_known_args(list(argv))
+            self._checks.add(f"unexpected argument {word!r}" for word in unexpected)
+        except UsageError as error:  # what argparse cannot go on from
+            self._checks.add(error.lines)
+        for action in self._actions:
+            if argparse.SUPPRESS not in (action.dest, action.default) and not hasattr(namespace, action.dest):
+                setattr(namespace, action.dest, action.default)
+        return namespace
+
+    def error(self, message: str) -> Any:
+        """Raise UsageError, or note which arguments are missing, after which argparse goes on."""
+        if self._checks is None or not message.startswith("the following arguments are required"):
+            super().error(message)
+        self._checks.add([message])
+
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError as error:
+            if self._checks is None:
+                raise
+            self._checks.add([str(error)])
+            self._incomplete_dests.add(action.dest)
+            return 0
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.dest in self._incomplete_dests:
+            return action.default
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as error:
+            if self._checks is None:
+                raise
+            self._checks.add([str(error)])
+            return action.default
+
+    def _replace_unknown_options(self, argv: Sequence[str]) -> list[str]:
+        """Note unknown flags. Return the words with the flags that are meant, or without the flag and its value."""
+        assert self._checks is not None
         flags = [flag for action in self._actions for flag in action.option_strings]
-        words = list(argv[: argv.index("--")] if "--" in argv else argv)
-        given = [word.partition("=")[0] for word in words if word.startswith("--")]
-        unknown = dict.fromkeys(flag for flag in given if " " not in flag and flag not in flags)
-        if unknown:
-            self.error("; ".join(f"unknown option {flag}{self._describe_flag(flag, flags)}" for flag in unknown))
+        end = argv.index("--") if "--" in argv else len(argv)
+        words: list[str] = []
+        is_value_of_unknown = False
+        for word in argv[:end]:
+            flag, equals, value = word.partition("=")
+            if not flag.startswith("--") or " " in flag or flag in flags:
+                if not is_value_of_unknown or flag.startswith("--"):
+                    words.append(word)
+                is_value_of_unknown = False
+                continue
+            description = self._describe_flag(flag, flags)
+            match = re.search(r"--([\w.-]+)( false)?", description)
+            self._checks.add([f"unknown option {flag}{description}"], {flag: match[0]} if match else {})
+            if match:
+                words += [f"--{match[1]}{equals}{value}", *(["false"] if match[2] else [])]
+            is_value_of_unknown = not match and not equals
+        return [*words, *argv[end:]]
 
     def _describe_flag(self, flag: str, flags: Sequence[str]) -> str:
         """Return what an unknown flag is called now, or the most similar flag of its group, or an empty text."""
@@ -309,6 +393,7 @@ def run_main(
     argv: Sequence[str] | None = None,
     *,
     resume_command: str | None = None,
+    command: str = "",
 ) -> int:
     """Call a command's main and return its exit code. An error that a user can fix becomes one line on stderr.
 
@@ -318,10 +403,13 @@ def run_main(
         argv: the arguments. None: those of the process.
         resume_command: the command that continues after a stop. None: the one that started this process. Empty: a
             stopped command cannot be continued.
+        command: the command line for a shell, which is printed with misspelled names mended (default:
+            `resume_command`).
 
     Returns:
-        what main returns (0 for None), 1 after a ValueError or OSError, 2 after a UsageError, 130 after Ctrl-C, 143
-        after SIGTERM, and 141 if the reader of stdout has closed it.
+        what main returns (0 for None), 2 after Faults, by which a command is refused before it starts, 1 after
+        another ValueError or OSError, 130 after Ctrl-C, 143 after SIGTERM, and 141 if the reader of stdout has closed
+        it.
     """
     disable_telemetry()
     if resume_command is None:
@@ -334,8 +422,8 @@ def run_main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the last flush fails too
         return 141
     except (ValueError, OSError) as error:
-        print("error:", make_printable(hide_userinfo(" ".join(str(error).split()))), file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        _print_error(error, command or resume_command)
+        return 2 if isinstance(error, Faults) else 1
     except KeyboardInterrupt as error:
         if is_main_process():
             position = (
@@ -344,6 +432,33 @@ def run_main(
             resume = f"; to go on: {hide_userinfo(resume_command)}" if resume_command else ""
             print(make_printable(f"stopped{position}{resume}"), file=sys.stderr)
         return 128 + (error.signal_number if isinstance(error, StoppedBySignal) else signal.SIGINT)
+
+
+def _print_error(error: ValueError | OSError, command: str) -> None:
+    """Print an error as one line on stderr, faults as one line each, and the command with its names mended."""
+    lines = error.lines if isinstance(error, Faults) else [str(error)]
+    for line in lines:
+        print("error:", make_printable(hide_userinfo(" ".join(line.split()))), file=sys.stderr)
+    if len(lines) > 1:
+        print(f"{len(lines)} faults. Nothing was started.", file=sys.stderr)
+    if isinstance(error, Faults) and command and (mended := _mend(command, error.replacements)):
+        print(make_printable(hide_userinfo(f"with the names mended: {mended}")), file=sys.stderr)
+
+
+def _mend(command: str, replacements: Mapping[str, str]) -> str:
+    """Return a command with words replaced, also before "=" and in lists with commas. Empty: it has no such word."""
+    words, is_changed = [], False
+    for word in shlex.split(command):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            value = ",".join(replacements.get(part, part) for part in value.split(","))
+            new = [*replacements.get(flag, flag).split(" "), *([value] if equals else [])]
+            new = [f"{new[0]}{equals}{value}"] if equals and len(new) == 2 else new
+        else:
+            new = [",".join(replacements.get(part, part) for part in word.split(","))]
+        is_changed = is_changed or new != [word]
+        words += new
+    return shlex.join(words) if is_changed else ""
 
 
 def quiet_libraries() -> None:

@@ -10,7 +10,10 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
+
+from nabla_trl.utils.faults import Faults
 
 REWARD_MODEL_SAMPLING = "reward_model_sampling"
 SEARCHES = ("nabla", "control", "shuffled", "paper", "released", "qalign")
@@ -185,17 +188,30 @@ def parse_methods(text: str) -> list[str]:
     if not names:
         raise ValueError(f"no methods: choose from {METHOD_SYNTAX}")
     mistakes = []
-    unknown = [repr(name) for name in names if not _is_runnable_name(name)]
+    unknown = [name for name in names if not _is_runnable_name(name)]
     for method in (Method.parse(name) for name in names if _is_runnable_name(name)):
         if method.budget and method.budget_reference not in names:
             reference = method.budget_reference
             mistakes.append(f"the FLOP budget of {method} equals {reference}'s FLOPs: add {reference} to the methods")
-    if unknown:
-        plural = "s" if len(unknown) > 1 else ""
-        mistakes.append(f"unknown method{plural} {', '.join(unknown)}: choose from {METHOD_SYNTAX}")
+    replacements = {name: similar for name in unknown if (similar := _find_similar_method(name))}
+    mistakes += [f"unknown method {name!r} (did you mean {similar}?)" for name, similar in replacements.items()]
+    if others := [repr(name) for name in unknown if name not in replacements]:
+        plural = "s" if len(others) > 1 else ""
+        mistakes.append(f"unknown method{plural} {', '.join(others)}: choose from {METHOD_SYNTAX}")
     if mistakes:
-        raise ValueError("; ".join(mistakes))
+        raise Faults(*mistakes, replacements=replacements)
     return names
+
+
+def _find_similar_method(name: str) -> str:
+    """Return a method whose name is similar, at the same size or budget. Empty without any."""
+    try:
+        method = Method.parse(name)
+    except ValueError:
+        return ""
+    match = get_close_matches(method.name, ("greedy", *POOL_METHODS, *STEP_SEARCHES, *SEARCHES), n=1, cutoff=0.7)
+    similar = replace(method, name=match[0]) if match else method
+    return str(similar) if similar.is_runnable else ""
 
 
 def _is_runnable_name(name: str) -> bool:

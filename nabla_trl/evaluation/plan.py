@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from nabla_trl.search.loop import run_search
 from nabla_trl.search.options import MirrorSolver, NoGradient
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
+from nabla_trl.utils.faults import Checks
 
 # The problems of one batch and the seed -> the traces of every method of the job.
 RunBatch = Callable[[Sequence[Problem], int], list[Trace]]
@@ -375,26 +376,56 @@ def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies
         ValueError: a method lacks the policy, solver or preferred model that it needs, cannot be given a budget, or
             searches over steps that the policy cannot make.
     """
+    checks = Checks()
+    with checks.collect():
+        check_method_options(
+            names, setup.config, list(trained_policies), has_better_model=setup.reward.preferred_model is not None
+        )
+    with checks.collect():
+        get_baseline_settings(names, setup)
+    checks.raise_faults()
+
+
+def check_method_options(
+    names: Sequence[str], config: SearchConfig, policy_labels: Collection[str], *, has_better_model: bool
+) -> None:
+    """Refuse methods that cannot be run, before any model is loaded.
+
+    Args:
+        policy_labels: of the trained policies that there are.
+        has_better_model: the reward compares the policy with a model that can be sampled from.
+
+    Raises:
+        Faults: methods that lack the policy, the solver or the model that they need, or cannot be given a budget.
+    """
+    checks = Checks()
     methods = [Method.parse(name) for name in names]
     for method in methods:
-        if method.policy == "distilled" and method.policy not in trained_policies:
-            raise ValueError(f"{method} needs an adapter: give --adapter")
-        if method.policy and method.policy not in trained_policies:
+        if method.policy == "distilled":
+            checks.require("distilled" in policy_labels, f"{method} needs an adapter: give --adapter")
+        elif method.policy:
             way = method.policy.replace("_", "-")
-            raise ValueError(
-                f"{method} needs a policy trained by {way}, which recipes/distill.py makes; there is none here"
+            checks.require(
+                method.policy in policy_labels,
+                f"{method} needs a policy trained by {way}, which recipes/distill.py makes; there is none here",
             )
-    unused = [label for label in trained_policies if label not in list_policy_labels(names)]
-    if unused:
-        raise ValueError(f"there is an adapter, but no {unused[0]}_ method that uses it")
-    if REWARD_MODEL_SAMPLING in names:
-        setup.plan_reward_model_sampling()
+    unused = [label for label in policy_labels if label not in list_policy_labels(names)]
+    checks.require(not unused, f"there is an adapter, but no {', '.join(unused)}_ method that uses it")
+    checks.require(
+        has_better_model or REWARD_MODEL_SAMPLING not in names,
+        f"{REWARD_MODEL_SAMPLING} needs a log-ratio reward: this one has no model to sample from",
+    )
     searches = {method.name for method in methods}
-    if isinstance(setup.config.solver, NoGradient) and "nabla" in searches:
-        raise ValueError("solver none is the control: ask for control instead of nabla, or choose another solver")
-    if not isinstance(setup.config.solver, MirrorSolver) and "shuffled" in searches:
-        raise ValueError(f"shuffled is a control of solver mirror, not of {setup.config.solver.name}")
-    get_baseline_settings(names, setup)
+    checks.require(
+        not isinstance(config.solver, NoGradient) or "nabla" not in searches,
+        "solver none is the control: ask for control instead of nabla, or choose another solver",
+    )
+    checks.require(
+        isinstance(config.solver, MirrorSolver) or "shuffled" not in searches,
+        f"shuffled is a control of solver mirror, not of {config.solver.name}",
+    )
     for method in methods:
         if method.is_search and method.budget:
-            build_search_config(method, setup.config, max_flops=1.0)
+            with checks.collect(f"{method}: "):
+                build_search_config(method, config, max_flops=1.0)
+    checks.raise_faults()

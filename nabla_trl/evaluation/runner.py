@@ -31,6 +31,7 @@ from nabla_trl.utils.interrupts import finish_current_batch
 from nabla_trl.utils.locks import hold_lock
 from nabla_trl.utils.progress import ProgressDisplay, ProgressItem
 
+SETTINGS_FILE = "eval.settings.json"
 # By which share the cost that sets a budget may change. A search ends further from its budget than this.
 _MAX_COST_DRIFT = 0.02
 
@@ -56,7 +57,7 @@ class Evaluation:
         settings: Mapping[str, str],
         problems: Sequence[Problem],
         *,
-        settings_file: str = "eval.settings.json",
+        settings_file: str = SETTINGS_FILE,
         rank: int = 0,
         shard: Shard | None = None,
     ):

@@ -83,8 +83,7 @@ def export_checkpoint(
             folder gives other logits.
         OSError: the folder cannot be written.
     """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"{output_dir} is not an empty folder: choose another --output_dir, or delete it")
+    check_export_folder(output_dir)
     output_dir = Path(os.path.abspath(output_dir))
     check_weight_files(checkpoint)
     if merge and not checkpoint.is_adapter:
@@ -117,6 +116,12 @@ def export_checkpoint(
             _CUSTOM_GENERATE_DIR, draft / _CUSTOM_GENERATE_DIR.name, ignore=shutil.ignore_patterns("__pycache__")
         )
     return ExportResult(output_dir, checkpoint.method, check.tolerance, provenance)
+
+
+def check_export_folder(output_dir: Path) -> None:
+    """Refuse a folder that holds something."""
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir} is not an empty folder: choose another --output_dir, or delete it")
 
 
 def push_to_hub(folder: Path, repo_id: str, *, private: bool) -> str:

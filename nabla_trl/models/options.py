@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nabla_trl.utils.faults import Checks
+
 if TYPE_CHECKING:
     from nabla_trl.tasks.problem import Problem
 
@@ -69,14 +71,17 @@ class Sampling:
     max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
-            raise ValueError(
-                f"temperature must be 0 or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, not {self.temperature}"
-            )
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
-            raise ValueError("sampling needs top_k >= 0, 0 < top_p <= 1 and 0 <= min_p < 1")
+        checks = Checks()
+        checks.require(
+            self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+            f"temperature must be 0 or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, not {self.temperature}",
+        )
+        checks.require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        checks.require(
+            self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p < 1,
+            "sampling needs top_k >= 0, 0 < top_p <= 1 and 0 <= min_p < 1",
+        )
+        checks.raise_faults()
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,16 @@ class PromptOptions:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.style not in PROMPT_STYLES:
-            raise ValueError(f"prompt_style must be one of {', '.join(PROMPT_STYLES)}, not {self.style!r}")
-        if self.style == "few_shot" and self.chat_template_kwargs:
-            raise ValueError("chat_template_kwargs belong to a chat template: prompt_style few_shot uses none")
+        checks = Checks()
+        checks.require(
+            self.style in PROMPT_STYLES,
+            f"prompt_style must be one of {', '.join(PROMPT_STYLES)}, not {self.style!r}",
+        )
+        checks.require(
+            self.style != "few_shot" or not self.chat_template_kwargs,
+            "chat_template_kwargs belong to a chat template: prompt_style few_shot uses none",
+        )
+        checks.raise_faults()
 
     @classmethod
     def parse(cls, style: str, chat_template_kwargs: str | None) -> PromptOptions:

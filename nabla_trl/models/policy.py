@@ -348,7 +348,12 @@ def get_context_length(model: PreTrainedModel) -> int:
     It is `UNLIMITED_CONTEXT` where the config names no length, as positions have no table (ALiBi) or there are none
     (recurrent layers).
     """
-    config = model.config.get_text_config()
+    return read_context_length(model.config)
+
+
+def read_context_length(config: PreTrainedConfig) -> int:
+    """Return the same from the config of a model."""
+    config = config.get_text_config()
     lengths = [getattr(config, name, None) for name in _CONTEXT_LENGTH_NAMES]
     longest = next((length for length in lengths if isinstance(length, int) and length > 0), UNLIMITED_CONTEXT)
     return min([longest, *_list_uniform_lengths(config)])

@@ -365,7 +365,7 @@ def connect_vllm(
     clients = tuple(
         HttpClient(one.strip(), timeout=timeout, retries=retries, backoff=backoff) for one in url.split(",")
     )
-    context_length = min(_fetch_context_length(client, policy.name) for client in clients)
+    context_length = min(fetch_context_length(client, policy.name) for client in clients)
     version = str(_fetch_field(clients[0], "/version", "version"))
     for client in clients:
         _check_tokenizer(client, policy)
@@ -380,7 +380,7 @@ def _fetch_field(client: HttpClient, path: str, name: str, body: dict[str, Any] 
     return answer[name]
 
 
-def _fetch_context_length(client: HttpClient, name: str) -> int:
+def fetch_context_length(client: HttpClient, name: str) -> int:
     """Return the longest sequence that the server takes for the model `name`."""
     try:
         cards = {card["id"]: card for card in _fetch_field(client, "/v1/models", "data")}

@@ -14,6 +14,7 @@ from nabla_trl.evaluation.grids import ResultGrid
 from nabla_trl.evaluation.method import Method, list_methods, list_policy_labels
 from nabla_trl.models.options import Sampling
 from nabla_trl.report.conclusions import format_accuracy, format_cost, format_reward
+from nabla_trl.report.markdown import format_bullets, format_table
 from nabla_trl.report.prices import (
     UNITS,
     BreakEven,
@@ -38,7 +39,6 @@ from nabla_trl.report.summary import (
     select_methods_of_kind,
 )
 from nabla_trl.utils.formatting import format_count, format_interval, format_seconds, format_si
-from nabla_trl.utils.markdown import format_bullets, format_table
 from nabla_trl.utils.statistics import adjust_differences
 
 QUERY_COUNTS = (1, 10**2, 10**4, 10**6)

@@ -49,11 +49,11 @@ from nabla_trl.report.conclusions import (
     has_strict_difference,
     write_conclusions,
 )
+from nabla_trl.report.markdown import format_bullets, format_table
 from nabla_trl.report.paper_claim import compute_paper_claims, describe_paper_claims
 from nabla_trl.report.summary import Summary, get_value, parse_pairs, summarize
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import format_count, format_error, format_interval, format_seconds
-from nabla_trl.utils.markdown import format_bullets, format_table
 from nabla_trl.utils.progress import PrintableConsole
 from nabla_trl.utils.statistics import INTERVAL_NOTE, SIGNIFICANCE_LEVEL
 

@@ -289,16 +289,25 @@ def build_ensemble_reward(members: Sequence[Reward], uncertainty_penalty: float,
 def _load_classifier(name: str, dtype: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if is_adapter(name):
         return _load_adapted_classifier(name, dtype, device)
+    # A token classifier scores every token, with a bias in its head.
+    is_token_classifier = check_classifier(name).endswith("ForTokenClassification")
+    auto_class = AutoModelForTokenClassification if is_token_classifier else AutoModelForSequenceClassification
+    return load_model(auto_class, name, dtype=dtype, device=device), load_tokenizer(name)
+
+
+def check_classifier(name: str) -> str:
+    """Return the architecture of a reward model, from its config.
+
+    Raises:
+        ValueError: no config, or one of a causal LM.
+    """
     architecture = load_architecture(name)
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         raise ValueError(
             f"{name} is a causal LM ({architecture}), not a reward model: use {LOG_RATIO_PREFIX}{name} to reward its "
             "likelihood"
         )
-    # A token classifier scores every token, with a bias in its head.
-    is_token_classifier = architecture.endswith("ForTokenClassification")
-    auto_class = AutoModelForTokenClassification if is_token_classifier else AutoModelForSequenceClassification
-    return load_model(auto_class, name, dtype=dtype, device=device), load_tokenizer(name)
+    return architecture
 
 
 def _load_adapted_classifier(

@@ -26,6 +26,7 @@ from nabla_trl.search.options import (
     VoteSelection,
     WeightedVoteSelection,
 )
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import (
     OptionGroup,
     check_option_names,
@@ -211,42 +212,51 @@ class SearchConfig:
         groups = get_option_groups(type(self))
         values = {name: value for name, value in vars(self).items() if name not in groups}
         vars(self).update(coerce_fields(values, [type(self)], source="SearchConfig"))
+        checks = Checks()
         for name in ("max_rounds", "max_rollouts", "max_flops", "patience"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative")
+            checks.require(getattr(self, name) >= 0, f"{name} must not be negative")
         for name in ("num_starts", "num_chains", "top_k_candidates", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if self.num_chains > self.num_starts:
-            raise ValueError(
-                f"num_chains must be at most num_starts: {self.num_starts} first responses cannot start "
-                f"{self.num_chains} chains"
-            )
-        if 0 < self.max_rollouts < self.num_starts:
-            raise ValueError(
-                f"max_rollouts {self.max_rollouts} is less than the number of first responses, num_starts "
-                f"{self.num_starts}"
-            )
-        if not 0 <= self.candidate_min_p < 1:
-            raise ValueError(f"candidate_min_p must be in [0, 1), not {self.candidate_min_p}")
+            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        checks.require(
+            self.num_chains <= self.num_starts,
+            f"num_chains must be at most num_starts: {self.num_starts} first responses cannot start "
+            f"{self.num_chains} chains",
+        )
+        checks.require(
+            not 0 < self.max_rollouts < self.num_starts,
+            f"max_rollouts {self.max_rollouts} is less than the number of first responses, num_starts "
+            f"{self.num_starts}",
+        )
+        checks.require(0 <= self.candidate_min_p < 1, f"candidate_min_p must be in [0, 1), not {self.candidate_min_p}")
         sequential = isinstance(self.proposals, SequentialProposals)
-        if not (self.max_rounds or self.max_rollouts or self.max_flops or self.patience or sequential):
-            raise ValueError("the search would never end: set max_rounds, max_rollouts, max_flops or patience")
-        self.get_sampling()  # refuses invalid sampling options
-        self._set_beta_or_target_kl()
-        if self.proposals.min_gradient_norm and not isinstance(self.solver, SteSolver):
-            raise ValueError("min_gradient_norm needs solver ste, because no other solver computes that gradient")
+        checks.require(
+            bool(self.max_rounds or self.max_rollouts or self.max_flops or self.patience or sequential),
+            "the search would never end: set max_rounds, max_rollouts, max_flops or patience",
+        )
+        with checks.collect():
+            self.get_sampling()  # refuses invalid sampling options
+        with checks.collect():
+            self._set_beta_or_target_kl()
+        checks.require(
+            not self.proposals.min_gradient_norm or isinstance(self.solver, SteSolver),
+            "min_gradient_norm needs solver ste, because no other solver computes that gradient",
+        )
         if isinstance(self.solver, SteSolver) and self.solver.hard_tokens == "argmax":
-            if not isinstance(self.proposals, SequentialProposals):
-                raise ValueError("hard_tokens argmax needs proposals sequential: it depends on the scanned position")
-            if self.proposals.min_gradient_norm:
-                raise ValueError("min_gradient_norm needs hard_tokens response, at which its gradient is taken")
-        if isinstance(self.acceptance, MetropolisAcceptance):
-            self._check_metropolis()
-        elif isinstance(self.select, VoteSelection) and self.select.burn_in:
-            raise ValueError(
-                "burn_in needs metropolis acceptance: other searches have no states that forget the start"
+            checks.require(
+                sequential, "hard_tokens argmax needs proposals sequential: it depends on the scanned position"
             )
+            checks.require(
+                not self.proposals.min_gradient_norm,
+                "min_gradient_norm needs hard_tokens response, at which its gradient is taken",
+            )
+        if isinstance(self.acceptance, MetropolisAcceptance):
+            self._check_metropolis(checks)
+        else:
+            checks.require(
+                not (isinstance(self.select, VoteSelection) and self.select.burn_in),
+                "burn_in needs metropolis acceptance: other searches have no states that forget the start",
+            )
+        checks.raise_faults()
 
     def _set_beta_or_target_kl(self) -> None:
         """Set the default of β or of the KL target, and refuse both."""
@@ -265,36 +275,44 @@ class SearchConfig:
             bounds = f"{1 / MAX_REWARD_WEIGHT:g} to {MAX_REWARD_WEIGHT:g}"
             raise ValueError(f"beta must be from {bounds}, not {self.beta}")
 
-    def _check_metropolis(self) -> None:
+    def _check_metropolis(self, checks: Checks) -> None:
         """Refuse options with which the last response of a chain is no sample of π*."""
         sequential = isinstance(self.proposals, SequentialProposals)
-        if self.proposals.proposals_per_round != 1:
-            raise ValueError(
-                "metropolis decides on one proposal at a time: proposals_per_round must be 1 (use num_starts and "
-                "num_chains)"
-            )
-        if self.temperature == 0:
-            raise ValueError("metropolis needs a sampler that can draw any response: temperature must be above 0")
-        if isinstance(self.select, WeightedVoteSelection):
-            raise ValueError("the states of a metropolis chain are samples of π*, weighted already: use select vote")
-        if self.patience:
-            raise ValueError("metropolis samples are biased if a chain ends after rejections: patience must be 0")
-        if self.proposals.min_gradient_norm:
-            raise ValueError(
-                "metropolis cannot reverse a choice of positions by later tokens: remove min_gradient_norm"
-            )
+        checks.require(
+            self.proposals.proposals_per_round == 1,
+            "metropolis decides on one proposal at a time: proposals_per_round must be 1 (use num_starts and "
+            "num_chains)",
+        )
+        checks.require(
+            self.temperature != 0,
+            "metropolis needs a sampler that can draw any response: temperature must be above 0",
+        )
+        checks.require(
+            not isinstance(self.select, WeightedVoteSelection),
+            "the states of a metropolis chain are samples of π*, weighted already: use select vote",
+        )
+        checks.require(
+            not self.patience, "metropolis samples are biased if a chain ends after rejections: patience must be 0"
+        )
+        checks.require(
+            not self.proposals.min_gradient_norm,
+            "metropolis cannot reverse a choice of positions by later tokens: remove min_gradient_norm",
+        )
         # A vote weighs all states, so what the end of the chain depends on matters less the longer the chain is.
         by_vote = isinstance(self.select, VoteSelection)
-        if not by_vote and (self.max_flops or (self.max_rollouts and sequential)):
-            raise ValueError("metropolis samples are biased if a chain ends by its cost: limit it by max_rounds")
-        if sequential and not self.max_rounds:
-            raise ValueError("a sequential metropolis chain may never propose anything: set max_rounds, its sweeps")
-        if self.acceptance.parallel_tempering > 1 and (
-            self.num_chains < 2 or isinstance(self.solver, SteSolver) or sequential
-        ):
-            raise ValueError(
-                "parallel_tempering needs at least two chains, solver mirror or none, and global proposals"
-            )
+        checks.require(
+            by_vote or not (self.max_flops or (self.max_rollouts and sequential)),
+            "metropolis samples are biased if a chain ends by its cost: limit it by max_rounds",
+        )
+        checks.require(
+            not sequential or bool(self.max_rounds),
+            "a sequential metropolis chain may never propose anything: set max_rounds, its sweeps",
+        )
+        can_temper = self.num_chains >= 2 and not isinstance(self.solver, SteSolver) and not sequential
+        checks.require(
+            self.acceptance.parallel_tempering <= 1 or can_temper,
+            "parallel_tempering needs at least two chains, solver mirror or none, and global proposals",
+        )
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> SearchConfig:

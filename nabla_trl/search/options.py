@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from nabla_trl.models.options import MAX_TEMPERATURE, MIN_TEMPERATURE, GradientPoint
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
 # Default KL target of a mirror step, in nats. EXPERIMENTS.md has the measurements behind it.
@@ -49,12 +50,16 @@ class MirrorSolver:
     )
 
     def __post_init__(self) -> None:
+        checks = Checks()
         if self.gradient_at is not None:
-            GradientPoint.parse(self.gradient_at)
-        if not 0 < self.step_size < math.inf:
-            raise ValueError(f"step_size must be a positive number, not {self.step_size}")
-        if self.target_kl is not None and not 0 < self.target_kl < math.inf:
-            raise ValueError(f"target_kl must be a positive number, not {self.target_kl}")
+            with checks.collect():
+                GradientPoint.parse(self.gradient_at)
+        checks.require(0 < self.step_size < math.inf, f"step_size must be a positive number, not {self.step_size}")
+        checks.require(
+            self.target_kl is None or 0 < self.target_kl < math.inf,
+            f"target_kl must be a positive number, not {self.target_kl}",
+        )
+        checks.raise_faults()
 
 
 @dataclass(frozen=True)
@@ -96,15 +101,20 @@ class SteSolver:
     )
 
     def __post_init__(self) -> None:
+        checks = Checks()
         # Written so that NaN is refused too.
-        if not (self.steps >= 1 and self.learning_rate > 0 and self.final_learning_rate >= 0 and self.tau > 0):
-            raise ValueError("solver ste needs steps >= 1, learning_rate > 0, final_learning_rate >= 0 and tau > 0")
-        if self.optimize_positions not in ("all", "first"):
-            raise ValueError(f"optimize_positions must be one of all, first, not {self.optimize_positions!r}")
-
-        for name, choices in (("hard_tokens", ("response", "argmax")), ("schedule", ("cosine", "clipped_cosine"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        checks.require(
+            self.steps >= 1 and self.learning_rate > 0 and self.final_learning_rate >= 0 and self.tau > 0,
+            "solver ste needs steps >= 1, learning_rate > 0, final_learning_rate >= 0 and tau > 0",
+        )
+        for name, choices in (
+            ("optimize_positions", ("all", "first")),
+            ("hard_tokens", ("response", "argmax")),
+            ("schedule", ("cosine", "clipped_cosine")),
+        ):
+            value = getattr(self, name)
+            checks.require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        checks.raise_faults()
 
     def compute_learning_rate(self, step: int) -> float:
         """Return the learning rate of step i of n.
@@ -175,15 +185,19 @@ class SequentialProposals:
     resample_top_p: float = option(1.0, "Nucleus sampling mass of the resampled token. 1 uses all candidates.")
 
     def __post_init__(self) -> None:
-        if not 0 < self.confidence <= 1:
-            raise ValueError(f"confidence must be in (0, 1], not {self.confidence}")
-        if not 0 <= self.min_gradient_norm < math.inf:
-            raise ValueError(f"min_gradient_norm must be a number of at least 0, not {self.min_gradient_norm}")
-        if not MIN_TEMPERATURE <= self.resample_temperature <= MAX_TEMPERATURE:
-            bounds = f"{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
-            raise ValueError(f"resample_temperature must be from {bounds}, not {self.resample_temperature}")
-        if not 0 < self.resample_top_p <= 1:
-            raise ValueError(f"resample_top_p must be in (0, 1], not {self.resample_top_p}")
+        checks = Checks()
+        checks.require(0 < self.confidence <= 1, f"confidence must be in (0, 1], not {self.confidence}")
+        checks.require(
+            0 <= self.min_gradient_norm < math.inf,
+            f"min_gradient_norm must be a number of at least 0, not {self.min_gradient_norm}",
+        )
+        bounds = f"{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+        checks.require(
+            MIN_TEMPERATURE <= self.resample_temperature <= MAX_TEMPERATURE,
+            f"resample_temperature must be from {bounds}, not {self.resample_temperature}",
+        )
+        checks.require(0 < self.resample_top_p <= 1, f"resample_top_p must be in (0, 1], not {self.resample_top_p}")
+        checks.raise_faults()
 
 
 @dataclass(frozen=True)
@@ -214,10 +228,15 @@ class MetropolisAcceptance:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.independence_prob <= 1:
-            raise ValueError(f"independence_prob must be in [0, 1], not {self.independence_prob}")
-        if not 1 <= self.parallel_tempering < math.inf:
-            raise ValueError(f"parallel_tempering must be a number of at least 1, not {self.parallel_tempering}")
+        checks = Checks()
+        checks.require(
+            0 <= self.independence_prob <= 1, f"independence_prob must be in [0, 1], not {self.independence_prob}"
+        )
+        checks.require(
+            1 <= self.parallel_tempering < math.inf,
+            f"parallel_tempering must be a number of at least 1, not {self.parallel_tempering}",
+        )
+        checks.raise_faults()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import random
 import sys
 from dataclasses import asdict, dataclass
 
+from nabla_trl.utils.formatting import pluralize
 from nabla_trl.utils.identity import hash_json
 
 BOXED_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -73,7 +74,8 @@ def filter_with_gold_answer(problems: list[Problem], *, verbose: bool = True) ->
     if not with_gold:
         raise ValueError("no problem has a gold answer: nothing could be compared")
     if verbose and len(with_gold) < len(problems):
-        print(f"{len(problems) - len(with_gold)} problems have no gold answer and are left out", file=sys.stderr)
+        count = pluralize(len(problems) - len(with_gold), "problem")
+        print(f"{count} without a gold answer left out", file=sys.stderr)
     return with_gold
 
 
@@ -114,7 +116,8 @@ def check_disjoint(train_problems: list[Problem], held_out_problems: list[Proble
     if overlaps := [(train_ids[key], problem_id) for key, problem_id in keys if key in train_ids]:
         first = ", ".join(f"{train_id!r} = {held_out_id!r}" for train_id, held_out_id in overlaps[:3])
         raise ValueError(
-            f"{len(overlaps)} held-out problem(s) are also trained on (train = held out: {first}); "
+            f"{pluralize(len(overlaps), 'held-out problem is', 'held-out problems are')} also trained on "
+            f"(train = held out: {first}); "
             "use another split or remove them"
         )
 

@@ -41,6 +41,7 @@ from nabla_trl.training.peft import (
     save_model_atomically,
 )
 from nabla_trl.training.rollouts import RolloutOptions
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
 if TYPE_CHECKING:
@@ -81,22 +82,29 @@ class TrainOptions(RolloutOptions):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        checks = Checks()
+        with checks.collect():
+            super().__post_init__()
         for name, choices in (
             ("tuning", TUNING_MODES),
             ("sft_selection", SFT_SELECTIONS),
             ("online_reward", ONLINE_REWARDS),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if self.num_generations < 2:
-            raise ValueError("num_generations must be at least 2: a response is compared with others to its problem")
-        if self.num_iterations < 1 or self.callback_steps < 1 or self.max_callback_problems < 0:
-            raise ValueError(
-                "num_iterations and callback_steps must be at least 1, max_callback_problems not negative"
-            )
-        if self.stop_on_overoptimization and not self.max_callback_problems:
-            raise ValueError("stop_on_overoptimization needs evaluations during training: set max_callback_problems")
+            value = getattr(self, name)
+            checks.require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        checks.require(
+            self.num_generations >= 2,
+            "num_generations must be at least 2: a response is compared with others to its problem",
+        )
+        checks.require(
+            self.num_iterations >= 1 and self.callback_steps >= 1 and self.max_callback_problems >= 0,
+            "num_iterations and callback_steps must be at least 1, max_callback_problems not negative",
+        )
+        checks.require(
+            not self.stop_on_overoptimization or bool(self.max_callback_problems),
+            "stop_on_overoptimization needs evaluations during training: set max_callback_problems",
+        )
+        checks.raise_faults()
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from nabla_trl.training.peft import (
 )
 from nabla_trl.training.rollouts import build_generation_kwargs
 from nabla_trl.training.trainers import ResponseScorer, TokenIdsGRPOTrainer, TokenIdsRLOOTrainer, convert_config
+from nabla_trl.utils.faults import Checks
 
 
 @dataclass
@@ -220,14 +221,15 @@ def check_stop_strings(base_policy: Policy, problems: Sequence[Problem]) -> None
 
 def check_online_options(config: SFTConfig, sampling: Sampling, options: TrainOptions) -> None:
     """Refuse steps that do not hold whole groups, and responses that cannot differ, before anything is loaded."""
+    checks = Checks()
     batch = _count_responses_per_step(config)
-    if batch % options.num_generations:
-        raise ValueError(
-            f"a step's {batch} responses (per_device_train_batch_size × gradient_accumulation_steps × processes) are "
-            f"not whole groups of num_generations {options.num_generations}"
-        )
-    if sampling.temperature == 0:
-        raise ValueError("rloo and grpo need responses that differ: temperature must be above 0")
+    checks.require(
+        batch % options.num_generations == 0,
+        f"a step's {batch} responses (per_device_train_batch_size × gradient_accumulation_steps × processes) are "
+        f"not whole groups of num_generations {options.num_generations}",
+    )
+    checks.require(sampling.temperature != 0, "rloo and grpo need responses that differ: temperature must be above 0")
+    checks.raise_faults()
 
 
 def _choose_trainer(

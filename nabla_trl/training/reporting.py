@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from nabla_trl.utils.faults import Faults
 from nabla_trl.utils.formatting import format_error
 
 _WANDB_HOST = "api.wandb.ai"
@@ -50,7 +51,7 @@ def check_reporting(config: Any, num_trained: int = 1) -> None:
             except ValueError as error:
                 errors.append(str(error))
     if errors:
-        raise ValueError("; ".join(errors))
+        raise Faults(*errors)
 
 
 def check_hub_repository(repo_id: str, api: HfApi) -> None:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from nabla_trl.models.loading import find_adapter_folder
 from nabla_trl.models.policy import Policy
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
 VLLM_MODES = ("colocate", "server")
@@ -54,15 +55,20 @@ class RolloutOptions:
     vllm_model_impl: str = option("vllm", "Implementation of the policy in mode colocate: vllm or transformers.")
 
     def __post_init__(self) -> None:
-        if self.vllm_mode not in VLLM_MODES:
-            raise ValueError(f"vllm_mode must be one of {', '.join(VLLM_MODES)}, not {self.vllm_mode!r}")
-        url = urlsplit(self.vllm_server_base_url)
-        if url.scheme not in ("http", "https") or not url.hostname or url.username or url.password:
-            raise ValueError("vllm_server_base_url must be http://HOST:PORT, without a user name or password")
-        if not 0 < self.vllm_gpu_memory_utilization <= 1:
-            raise ValueError("vllm_gpu_memory_utilization must be above 0 and at most 1")
-        if self.vllm_tensor_parallel_size < 1:
-            raise ValueError("vllm_tensor_parallel_size must be at least 1")
+        checks = Checks()
+        checks.require(
+            self.vllm_mode in VLLM_MODES,
+            f"vllm_mode must be one of {', '.join(VLLM_MODES)}, not {self.vllm_mode!r}",
+        )
+        with checks.collect("vllm_server_base_url: "):
+            url = urlsplit(self.vllm_server_base_url)
+            if url.scheme not in ("http", "https") or not url.hostname or url.username or url.password:
+                raise ValueError("it must be http://HOST:PORT, without a user name or password")
+        checks.require(
+            0 < self.vllm_gpu_memory_utilization <= 1, "vllm_gpu_memory_utilization must be above 0 and at most 1"
+        )
+        checks.require(self.vllm_tensor_parallel_size >= 1, "vllm_tensor_parallel_size must be at least 1")
+        checks.raise_faults()
 
     def check(self, policy: str, num_processes: int) -> None:
         """Refuse vLLM where it cannot run, before anything is loaded.
@@ -75,17 +81,22 @@ class RolloutOptions:
         """
         if not self.use_vllm:
             return
-        if find_spec("vllm") is None:
-            raise ValueError("use_vllm needs vLLM, which is not installed: pip install 'nabla-trl[vllm]'")
-        if find_adapter_folder(policy) is not None:
-            raise ValueError(
-                f"{policy} is an adapter, which vLLM cannot start from: leave out use_vllm, or start from whole "
-                "weights (nabla-trl export --merge writes them)"
-            )
-        if self.vllm_mode == "colocate" and num_processes % self.vllm_tensor_parallel_size:
-            raise ValueError(
-                f"vllm_tensor_parallel_size {self.vllm_tensor_parallel_size} does not divide {num_processes} processes"
-            )
+        checks = Checks()
+        checks.require(
+            find_spec("vllm") is not None,
+            "use_vllm needs vLLM, which is not installed: pip install 'nabla-trl[vllm]'",
+        )
+        with checks.collect():
+            if find_adapter_folder(policy) is not None:
+                raise ValueError(
+                    f"{policy} is an adapter, which vLLM cannot start from: leave out use_vllm, or start from whole "
+                    "weights (nabla-trl export --merge writes them)"
+                )
+        checks.require(
+            self.vllm_mode != "colocate" or num_processes % self.vllm_tensor_parallel_size == 0,
+            f"vllm_tensor_parallel_size {self.vllm_tensor_parallel_size} does not divide {num_processes} processes",
+        )
+        checks.raise_faults()
 
     def get_trainer_options(self) -> dict[str, Any]:
         """Return the options as TRL's configurations take them."""

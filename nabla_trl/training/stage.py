@@ -36,6 +36,7 @@ from nabla_trl.training.online import check_online_options, train_online
 from nabla_trl.training.peft import LoraArguments, check_precision, check_reference_model, find_last_checkpoint
 from nabla_trl.training.rollouts import RolloutOptions
 from nabla_trl.training.trainers import check_seeds
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.identity import check_settings, claim_settings
 
@@ -152,22 +153,32 @@ class TrainStage:
         Raises:
             ValueError: options that do not fit the method, or fewer problems for evaluations than asked for.
         """
-        check_seeds(self.sft_config)
-        if method != "sft" and self.search_config.beta is None:
-            raise ValueError(
-                f"method {method} needs beta, which search and training share: set beta (solver.target_kl is for "
-                "the search alone)"
-            )
+        checks = Checks()
+        with checks.collect():
+            check_seeds(self.sft_config)
+        checks.require(
+            method == "sft" or self.search_config.beta is not None,
+            f"method {method} needs beta, which search and training share: set beta (solver.target_kl is for "
+            "the search alone)",
+        )
         trains_on_samples = method == "sft" and self.options.sft_selection == "samples"
-        if trains_on_samples and not isinstance(self.search_config.acceptance, MetropolisAcceptance):
-            raise ValueError("sft_selection samples takes samples of π*: set acceptance metropolis")
+        checks.require(
+            not trains_on_samples or isinstance(self.search_config.acceptance, MetropolisAcceptance),
+            "sft_selection samples takes samples of π*: set acceptance metropolis",
+        )
         if method == "dpo" or method in ONLINE_METHODS:
-            check_reference_model(self.policy, self.options.tuning)
+            with checks.collect():
+                check_reference_model(self.policy, self.options.tuning)
         if method in ONLINE_METHODS:
-            check_online_options(self.sft_config, self.search_config.get_sampling(), self.options)
-            self.options.check(self.policy, self.process_state.num_processes)
-        check_precision(self.options.tuning, self.dtype, self.sft_config)
-        self._select_callback_problems()
+            with checks.collect():
+                check_online_options(self.sft_config, self.search_config.get_sampling(), self.options)
+            with checks.collect():
+                self.options.check(self.policy, self.process_state.num_processes)
+        with checks.collect():
+            check_precision(self.options.tuning, self.dtype, self.sft_config)
+        with checks.collect():
+            self._select_callback_problems()
+        checks.raise_faults()
 
     def _check_shards(self) -> None:
         """Refuse to train on the traces of some shards only."""

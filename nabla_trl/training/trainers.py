@@ -20,6 +20,7 @@ from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 from nabla_trl.traces.datasets import IGNORE_INDEX
 from nabla_trl.training.peft import find_last_checkpoint
 from nabla_trl.training.rollouts import default_generation_config
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.formatting import format_error
 
 Config = TypeVar("Config", bound=TrainingArguments)
@@ -64,10 +65,13 @@ def check_seeds(config: TrainingArguments, *, num_derived: int = 1) -> None:
     """
     # TRL adds the number of the process to the seed of samples.
     largest = 2**32 - num_derived - config.world_size + 1
-    if not 0 <= config.seed <= largest:
-        raise ValueError(f"seed must be between 0 and {largest}, not {config.seed}")
-    if config.data_seed is not None and not 0 <= config.data_seed < 2**63:
-        raise ValueError(f"data_seed must be between 0 and {2**63 - 1}, not {config.data_seed}")
+    checks = Checks()
+    checks.require(0 <= config.seed <= largest, f"seed must be between 0 and {largest}, not {config.seed}")
+    checks.require(
+        config.data_seed is None or 0 <= config.data_seed < 2**63,
+        f"data_seed must be between 0 and {2**63 - 1}, not {config.data_seed}",
+    )
+    checks.raise_faults()
 
 
 class FiniteLossMixin:

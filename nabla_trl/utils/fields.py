@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from nabla_trl.utils.faults import Checks, Faults
 from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.renamed import describe_new_key
 
@@ -40,11 +41,22 @@ def name_unknown_options(dataclass: type[ClassT]) -> type[ClassT]:
     Without it Python raises a TypeError, which names the keyword alone.
     """
     init: Any = dataclass.__init__
+    names = {field.name for field in fields(dataclass)}  # type: ignore[arg-type]
 
     @wraps(init)
     def checked_init(self: Any, *args: Any, **options: Any) -> None:
-        check_option_names(options, dataclass)
-        init(self, *args, **options)
+        checks = Checks()
+        with checks.collect():
+            check_option_names(options, dataclass)
+        valid_options = {name: value for name, value in options.items() if name in names}
+        for name, group in get_option_groups(dataclass).items():
+            with checks.collect():
+                if name in options:
+                    valid_options[name] = group.default  # in case the next line raises an error
+                    valid_options[name] = group.build(options[name])
+        with checks.collect():
+            init(self, *args, **valid_options)
+        checks.raise_faults()
 
     setattr(dataclass, "__init__", checked_init)  # noqa: B010  # an assignment is an error to mypy
     return dataclass
@@ -57,13 +69,14 @@ def check_option_names(options: Iterable[str], dataclass: type) -> None:
         ValueError: names all of them, each with its new name, or the most similar one.
     """
     names = [field.name for field in fields(dataclass)]
+    every_name = f": {dataclass.__name__} has {', '.join(names)}"
     mistakes = [
-        f"unknown option {name!r}{describe_new_key(name, names) or format_suggestion(name, names)}"
+        f"unknown option {name!r}{describe_new_key(name, names) or format_suggestion(name, names) or every_name}"
         for name in options
         if name not in names
     ]
     if mistakes:
-        raise ValueError(f"{'; '.join(mistakes)}; {dataclass.__name__} has {', '.join(names)}")
+        raise Faults(*mistakes)
 
 
 class OptionGroup(Generic[MemberT]):
@@ -94,7 +107,8 @@ class OptionGroup(Generic[MemberT]):
             ValueError: unknown name or option, or an option of another type or out of range.
         """
         if isinstance(value, tuple(self.members.values())):
-            return value
+            member: Any = value
+            value = {"name": member.name, **{name: getattr(member, name) for name in _get_init_names(type(member))}}
         options = self.merge(value)
         name = options.pop("name")
         self.check_options(name, options, "name: {}")
@@ -119,8 +133,12 @@ class OptionGroup(Generic[MemberT]):
                 layer = {"name": layer}
             name = layer.get("name", merged["name"])
             if not isinstance(name, str) or name not in self.members:
-                near = format_suggestion(str(name), self.members)
-                raise ValueError(f"{self.name} must be one of {', '.join(self.members)}, not {name!r}{near}")
+                similar = get_close_matches(str(name), self.members, n=1)
+                hint = f" (did you mean {similar[0]}?)" if similar else ""
+                raise Faults(
+                    f"{self.name} must be one of {', '.join(self.members)}, not {name!r}{hint}",
+                    replacements={str(name): similar[0]} if similar else {},
+                )
             merged = {**(merged if name == merged["name"] else {}), **layer, "name": name}
         return merged
 
@@ -146,7 +164,7 @@ class OptionGroup(Generic[MemberT]):
                     hint = describe_new_key(str(key), [self.name]) or suggestion
                 mistakes.append(f"{self.name} {name} has no option {key!r}{hint}")
         if mistakes:
-            raise ValueError("; ".join(mistakes))
+            raise Faults(*mistakes)
 
 
 def get_option_groups(dataclass: type) -> dict[str, OptionGroup[Any]]:
@@ -159,7 +177,7 @@ def _get_init_names(dataclass: type) -> list[str]:
 
 
 def coerce_fields(
-    values: Mapping[Any, Any], dataclasses: Iterable[type[Any]], *, source: str | Path
+    values: Mapping[Any, Any], dataclasses: Iterable[type[Any]], *, source: str | Path, checks: Checks | None = None
 ) -> dict[str, Any]:
     """Return option values in the types of the dataclasses' fields (1 for a float becomes 1.0).
 
@@ -168,9 +186,10 @@ def coerce_fields(
 
     Args:
         source: begins the message of an error, such as the name of the file.
+        checks: collects what is wrong, and the other values are returned.
 
     Raises:
-        ValueError: an unknown key, or a value of another type.
+        ValueError: an unknown key, or a value of another type, without `checks`.
     """
     hints: dict[str, Any] = {}
     for dataclass in dataclasses:
@@ -185,8 +204,11 @@ def coerce_fields(
             coerced[key] = _coerce_value(value, hints[key])
         except TypeError as error:
             mistakes.append(f"{key} must be {error}, not {format_error(repr(value), 80)}")
-    if mistakes:
-        raise ValueError(f"{source}: {'; '.join(mistakes)}")
+    faults = [f"{source}: {mistake}" for mistake in mistakes]
+    if faults and checks is None:
+        raise Faults(*faults)
+    if checks is not None:
+        checks.add(faults)
     return coerced
 
 
@@ -211,7 +233,7 @@ def _coerce_value(value: Any, hint: Any) -> Any:
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3, which has no point, as text
-        except ValueError:
+        except (ValueError, OverflowError):  # an integer of more digits than a float can hold
             raise TypeError(_TYPE_DESCRIPTIONS[float]) from None
     if hint is str and isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False, default=str)

@@ -18,6 +18,18 @@ _USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/?#'\"<>]*@")
 _UNQUOTED_USERINFO = re.compile(
     r"((?:[A-Za-z][A-Za-z0-9+.-]{1,30}:[/\\]{1,2})|//)[^\s/\\?#:@\[]{0,64}:(?!\d{1,5}(?:[/?#,'\"\s]|$))\S{0,200}@"
 )
+# Names of secrets in flags and mappings, with TRL's eos_token and pad_token left alone, and in queries of URLs.
+_SECRET_NAME = (
+    r"(?:(?:[\w-]{1,20}[_-])?(?:hub|hf|access|auth|api|bearer|login|refresh)[_-])?token"
+    r"|(?:[\w-]{1,20}[_-])?(?:api[_-]?key|secret|password|passwd)"
+)
+_SECRET_KEY = re.compile(_SECRET_NAME, re.IGNORECASE)
+_SECRET_FLAG = re.compile(rf"((?:^|\s)--(?:{_SECRET_NAME})(?:=|\s+))(?!--)(?:'[^']*'|\"[^\"]*\"|\S+)", re.IGNORECASE)
+_SECRET_QUERY = re.compile(
+    r"([?&#;][\w.-]{0,40}(?:token|key|secret|password|passwd|signature|credential|sig|auth)=)[^\s&#;'\"<>]+",
+    re.IGNORECASE,
+)
+_KNOWN_TOKENS = re.compile(r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{16,}")
 _SI_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
 _LARGE_NUMBERS = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
 
@@ -46,6 +58,11 @@ def format_seconds(value: float) -> str:
     if value < 7200:
         return f"{value / 60:.3g} min"
     return f"{value / 3600:.3g} h" if value < 999.5 * 3600 else f"{value / 3600:,.0f} h"
+
+
+def pluralize(count: int, singular: str, plural: str = "") -> str:
+    """Return a number with its noun: 1, "problem" → "1 problem". The plural has an s unless it is given."""
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"
 
 
 def format_duration(seconds: float) -> str:
@@ -94,14 +111,22 @@ def _is_control(character: str) -> bool:
 
 
 def hide_userinfo(value: Any) -> Any:
-    """Return a value in which user names and passwords of URLs are "***", in texts, lists and mappings.
+    """Return a value in which passwords and tokens are "***", in texts, lists and mappings.
 
-    Texts that are stored, shown or sent pass through here: configurations, commands, settings, cards and errors.
+    These are user names and passwords of URLs, secrets in their queries (?token=…), the values of flags and of keys
+    such as hub_token, and tokens that show what they are (hf_…). Texts that are stored, shown or sent pass through
+    here: configurations, commands, settings, cards and errors.
     """
     if isinstance(value, str):
-        return _UNQUOTED_USERINFO.sub(r"\1***@", _USERINFO.sub(r"\1***@", value))
+        text = _UNQUOTED_USERINFO.sub(r"\1***@", _USERINFO.sub(r"\1***@", value))
+        for pattern in (_SECRET_QUERY, _SECRET_FLAG):
+            text = pattern.sub(r"\1***", text)
+        return _KNOWN_TOKENS.sub(r"\1***", text)
     if isinstance(value, Mapping):
-        return {key: hide_userinfo(item) for key, item in value.items()}
+        return {
+            key: "***" if item and isinstance(item, str) and _SECRET_KEY.fullmatch(str(key)) else hide_userinfo(item)
+            for key, item in value.items()
+        }
     return [hide_userinfo(item) for item in value] if isinstance(value, list | tuple) else value
 
 

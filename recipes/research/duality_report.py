@@ -22,8 +22,8 @@ from distributions import (
     compute_mean_metrics,
 )
 
+from nabla_trl.report.markdown import format_bullets, format_table
 from nabla_trl.utils.formatting import format_si
-from nabla_trl.utils.markdown import format_bullets, format_table
 from nabla_trl.utils.statistics import SIGNIFICANCE_LEVEL
 
 KL_TOLERANCE = 0.1  # nats of KL(q‖π*) up to which an exact distribution is called π*

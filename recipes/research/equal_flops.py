@@ -13,8 +13,8 @@ from typing import Any
 
 from nabla_trl.evaluation.grids import ResultGrid, build_grids
 from nabla_trl.evaluation.rows import Row
+from nabla_trl.report.markdown import format_bullets, format_table
 from nabla_trl.utils.formatting import finite_or_none, format_interval
-from nabla_trl.utils.markdown import format_bullets, format_table
 from nabla_trl.utils.statistics import (
     INTERVAL_NOTE,
     SIGNIFICANCE_LEVEL,

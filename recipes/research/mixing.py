@@ -20,13 +20,13 @@ from mixing_statistics import measure_mixing
 
 from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
+from nabla_trl.report.markdown import format_table
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.search.options import GlobalProposals, MetropolisAcceptance, MirrorSolver
 from nabla_trl.tasks.registry import load_problems
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import write_atomic
-from nabla_trl.utils.markdown import format_table
 
 
 @dataclass

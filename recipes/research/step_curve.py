@@ -8,8 +8,8 @@ from pathlib import Path
 
 from nabla_trl.evaluation.grids import build_grids
 from nabla_trl.evaluation.rows import Row
+from nabla_trl.report.markdown import format_table
 from nabla_trl.utils.formatting import format_interval
-from nabla_trl.utils.markdown import format_table
 from nabla_trl.utils.statistics import Interval, mean_interval, proportion_interval
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from nabla_trl.report.markdown import format_table
 from nabla_trl.tasks import digit_chains
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.identity import hash_files
-from nabla_trl.utils.markdown import format_table
 
 NUM_PROBLEMS = 300
 NUM_SAMPLES = 32

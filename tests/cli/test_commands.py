@@ -47,9 +47,12 @@ def dataset(world: Path) -> list[str]:
 
 
 def error_line(capsys) -> str:
-    """The one line on stderr, with nothing on stdout."""
+    """The faults on stderr, one on each line, with nothing on stdout."""
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+    *faults, last = err.splitlines() if err.count("\n") > 1 else [err.rstrip("\n"), ""]
+    assert out == "" and err.endswith("\n") and "Traceback" not in err
+    assert all(line.startswith("error: ") for line in faults if not line.endswith("Nothing was started."))
+    assert last == "" or last.endswith("Nothing was started.") or last.startswith("with the names mended: ")
     return err
 
 
@@ -146,9 +149,9 @@ def test_solve_grades_where_gold_is_known(capsys, models, world):
     ("argv", "code", "message"),
     [
         ([], 2, "the following arguments are required: question"),
-        (["1+1", "--dataset", "digit_chains"], 1, "either a question or --dataset"),
-        (["--dataset", "digit_chains", "--answer", "3"], 1, "a problem of --dataset has its gold answer"),
-        (["--dataset", "digit_chains", "--index", "-1"], 1, "index must be at least 0"),
+        (["1+1", "--dataset", "digit_chains"], 2, "either a question or --dataset"),
+        (["--dataset", "digit_chains", "--answer", "3"], 2, "a problem of --dataset has its gold answer"),
+        (["--dataset", "digit_chains", "--index", "-1"], 2, "index must be at least 0"),
     ],
 )
 def test_solve_needs_one_problem(capsys, models, argv, code, message):
@@ -159,15 +162,16 @@ def test_solve_needs_one_problem(capsys, models, argv, code, message):
 def test_a_log_ratio_of_the_policy_against_itself_is_refused(capsys, world):
     policy = str(world / "policy")
     for reward in (f"logratio:{policy}", f"logratio:{policy},{policy}"):
-        assert main(["solve", "1+1", "--policy", policy, "--reward", reward]) == 1
+        assert main(["solve", "1+1", "--policy", policy, "--reward", reward]) == 2
         assert "a log-ratio of a model against itself is 0 for every response" in error_line(capsys)
 
 
 def test_every_method_that_is_wrong_is_named(capsys, models, dataset, tmp_path):
     methods = "greedy,best_off_4,nabla@0.3,vote"
-    assert main(["eval", *models, *dataset, "--output_dir", str(tmp_path), "--eval_methods", methods]) == 1
+    assert main(["eval", *models, *dataset, "--output_dir", str(tmp_path), "--eval_methods", methods]) == 2
     line = error_line(capsys)
-    assert "unknown methods 'best_off_4', 'vote'" in line and "add best_of_16 to the methods" in line
+    assert "unknown method 'best_off_4' (did you mean best_of_4?)" in line and "unknown method 'vote': choose" in line
+    assert "add best_of_16 to the methods" in line and "--eval_methods greedy,best_of_4,nabla@0.3,vote\n" in line
 
 
 def test_what_libraries_print_stays_out_of_the_json(capsys, models, monkeypatch):
@@ -215,15 +219,15 @@ def test_an_adapter_changes_the_policy(capsys, models, world):
         (["1+2", "--max_rounds", "many"], 2, "argument --max_rounds/--max-rounds: invalid int value"),
         (["1+2", "--ruonds", "3"], 2, "unknown option --ruonds (did you mean --max_rounds?)"),
         ([], 2, "required: question"),
-        ([" "], 1, "the question is empty"),
-        (["1\udcff2"], 1, "the question is not UTF-8 text"),
-        (["1+2", "--preset", "papr"], 1, "unknown preset 'papr'"),
-        (["1+2", "--solver.steps", "3"], 1, "steps belongs to ste: add --solver ste"),
-        (["1+2", "--config", "no/such.yaml"], 1, "cannot read no/such.yaml: No such file"),
-        (["1+2", "--adapter", "no/adapter"], 1, "cannot put adapter no/adapter"),
-        (["1+2", "--device", "warp:9"], 1, "cannot use device 'warp:9'"),
-        (["what?"], 1, "does not know some characters of the prompt"),
-        (["1" * 200], 1, "the prompt has 203 tokens, the context"),
+        ([" "], 2, "the question is empty"),
+        (["1\udcff2"], 2, "the question is not UTF-8 text"),
+        (["1+2", "--preset", "papr"], 2, "unknown preset 'papr'"),
+        (["1+2", "--solver.steps", "3"], 2, "steps belongs to ste: add --solver ste"),
+        (["1+2", "--config", "no/such.yaml"], 2, "cannot read no/such.yaml: No such file"),
+        (["1+2", "--adapter", "no/adapter"], 2, "cannot put adapter no/adapter"),
+        (["1+2", "--device", "warp:9"], 2, "cannot use device 'warp:9'"),
+        (["what?"], 2, "does not know some characters of the prompt"),
+        (["1" * 200], 2, "the prompt has 203 tokens, the context"),
     ],
 )
 def test_solve_refuses_in_one_line(capsys, models, argv, code, message):
@@ -246,7 +250,7 @@ def test_models_that_are_not_there(capsys, name, dataset, tmp_path):
         "traces": [*dataset, "--output_dir", str(tmp_path / "out")],
         "eval": [*dataset, "--output_dir", str(tmp_path / "out")],
     }
-    assert main([name, *argv[name], "--policy", "no/policy", "--reward", "no/reward"]) == 1
+    assert main([name, *argv[name], "--policy", "no/policy", "--reward", "no/reward"]) == 2
     assert "cannot load a tokenizer from 'no/policy'" in error_line(capsys)
     assert not list(tmp_path.glob("out/*.json"))  # a folder that was claimed would refuse the right policy
 
@@ -254,10 +258,10 @@ def test_models_that_are_not_there(capsys, name, dataset, tmp_path):
 def test_a_file_with_an_unknown_or_an_ill_typed_key(capsys, models, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("max_ruonds: 3", encoding="utf-8")
-    assert main(["solve", "1+2", *models, "--config", str(path)]) == 1
+    assert main(["solve", "1+2", *models, "--config", str(path)]) == 2
     assert f"{path}: unknown key 'max_ruonds' (did you mean max_rounds?)" in error_line(capsys)
     path.write_text("max_rounds: many", encoding="utf-8")
-    assert main(["solve", "1+2", *models, "--config", str(path)]) == 1
+    assert main(["solve", "1+2", *models, "--config", str(path)]) == 2
     assert f"{path}: max_rounds must be a whole number, not 'many'" in error_line(capsys)
 
 
@@ -288,7 +292,7 @@ def test_traces_made_with_other_settings_are_not_mixed(capsys, models, dataset, 
     argv = ["traces", *models, *dataset, *SEARCH, "--output_dir", str(tmp_path), "--max_problems", "1"]
     assert main(argv) == 0
     capsys.readouterr()
-    assert main([*argv, "--max_rounds", "4", "--batch_size", "7"]) == 1
+    assert main([*argv, "--max_rounds", "4", "--batch_size", "7"]) == 2
     assert "now max_rounds '4' (was '3'): use another --output_dir" in error_line(capsys)
 
 
@@ -363,18 +367,18 @@ def test_another_version_of_the_task_is_refused_by_name(capsys, models, tmp_path
     assert main(argv) == 0
     path.write_text(f"{text}version: 2\n", encoding="utf-8")
     capsys.readouterr()
-    assert main(argv) == 1
+    assert main(argv) == 2
     assert f"now task_version '{compute_task_version(str(path))}' (was '{was}')" in error_line(capsys)
 
 
 def test_how_the_policy_is_asked_is_a_setting(capsys, models, dataset, tmp_path):
     assert main(evaluation(models, dataset, tmp_path, "greedy", "--prompt_style", "chat")) == 0
     capsys.readouterr()
-    assert main(evaluation(models, dataset, tmp_path, "greedy")) == 1
+    assert main(evaluation(models, dataset, tmp_path, "greedy")) == 2
     assert "now prompt_style None (was 'chat')" in error_line(capsys)
-    assert main(evaluation(models, dataset, tmp_path, "greedy", "--chat_template_kwargs", '{"add": 1}')) == 1
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--chat_template_kwargs", '{"add": 1}')) == 2
     assert "has no 'add'" in error_line(capsys)
-    assert main(evaluation(models, dataset, tmp_path, "greedy", "--chat_template_kwargs", "x")) == 1
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--chat_template_kwargs", "x")) == 2
     assert "chat_template_kwargs is not JSON" in error_line(capsys)
 
 
@@ -385,7 +389,7 @@ def test_eval_adds_methods_and_keeps_rows(capsys, models, dataset, tmp_path):
     more = (tmp_path / "rows" / "rows-00000.jsonl").read_text(encoding="utf-8")
     assert more.startswith(rows) and more.count("\n") == 6 + 2 * 6
     capsys.readouterr()
-    assert main(evaluation(models, dataset, tmp_path, "greedy", "--beta", "2")) == 1
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--beta", "2")) == 2
     assert "now solver.target_kl 'None' (was '2.0'), beta '2.0' (was 'None')" in error_line(capsys)
 
 
@@ -418,7 +422,7 @@ def test_eval_of_a_tuned_policy(models, dataset, tmp_path, world, capsys):
     assert len(rewards["distilled_best_of_2"]) == 12
     assert len(rewards["greedy"]) == 6 and rewards["greedy"] != rewards["distilled_greedy"]
     capsys.readouterr()
-    assert main(evaluation(models, dataset, tmp_path, methods, "--adapter", str(world / "policy"))) == 1
+    assert main(evaluation(models, dataset, tmp_path, methods, "--adapter", str(world / "policy"))) == 2
     assert "is not an adapter" in error_line(capsys)
 
 
@@ -447,18 +451,18 @@ def test_eval_of_a_tuned_policy(models, dataset, tmp_path, world, capsys):
     ],
 )
 def test_eval_refuses_in_one_line(capsys, models, dataset, tmp_path, argv, message):
-    assert main(["eval", *models, *dataset, "--output_dir", str(tmp_path), *SEARCH, *argv]) == 1
+    assert main(["eval", *models, *dataset, "--output_dir", str(tmp_path), *SEARCH, *argv]) == 2
     assert message in error_line(capsys)
 
 
 def test_an_adapter_without_a_method_that_uses_it(capsys, models, dataset, tmp_path, world):
-    assert main(evaluation(models, dataset, tmp_path, "greedy", "--adapter", str(world / "adapter"))) == 1
+    assert main(evaluation(models, dataset, tmp_path, "greedy", "--adapter", str(world / "adapter"))) == 2
     assert "no distilled_ method that uses it" in error_line(capsys)
 
 
 def test_eval_needs_gold_answers(capsys, models, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question": "1+2"}', encoding="utf-8")
-    assert main(evaluation(models, ["--dataset", str(tmp_path / "q.jsonl")], tmp_path / "out", "greedy")) == 1
+    assert main(evaluation(models, ["--dataset", str(tmp_path / "q.jsonl")], tmp_path / "out", "greedy")) == 2
     assert "no problem has a gold answer" in error_line(capsys)
 
 
@@ -493,7 +497,7 @@ def test_audit_as_table_and_as_json(capsys, models, dataset):
 
 
 def test_audit_needs_two_samples(capsys, models, dataset):
-    assert main(["audit", *models, *dataset, "--audit_samples", "1"]) == 1
+    assert main(["audit", *models, *dataset, "--audit_samples", "1"]) == 2
     assert "audit_samples must be at least 2" in error_line(capsys)
 
 
@@ -559,7 +563,7 @@ def test_audit_without_over_optimization_validates_no_limits(capsys, models, dat
     ],
 )
 def test_audit_options_are_checked_before_models_are_loaded(capsys, dataset, flags, message):
-    assert main(["audit", "--policy", "no/policy", "--reward", "no/reward", *dataset, *flags]) == 1
+    assert main(["audit", "--policy", "no/policy", "--reward", "no/reward", *dataset, *flags]) == 2
     assert message in error_line(capsys)
 
 

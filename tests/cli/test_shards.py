@@ -143,7 +143,7 @@ def test_a_shard_without_problems_has_nothing_to_do(world: list[str], tmp_path: 
 
 @pytest.mark.parametrize("name", ["eval", "traces"])
 def test_what_is_no_shard_is_one_line(world: list[str], tmp_path: Path, capsys: Any, name: str) -> None:
-    assert main([name, *world, "--output_dir", str(tmp_path / "new"), "--shard", "4/4"]) == 1
+    assert main([name, *world, "--output_dir", str(tmp_path / "new"), "--shard", "4/4"]) == 2
     assert capsys.readouterr().err.startswith("error: shard must be I/N with I from 0 to N-1, such as 0/4")
     assert not (tmp_path / "new").exists()
 

@@ -792,7 +792,7 @@ def test_a_push_comes_after_the_check(private: bool, finished: Path, tmp_path: P
 def test_what_the_command_refuses(
     flags: list[str], words: str, finished: Path, tmp_path: Path, capsys, pushed: list
 ) -> None:
-    assert main(["export", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), *flags]) == 1
+    assert main(["export", "--run_dir", str(finished), "--output_dir", str(tmp_path / "out"), *flags]) == 2
     err = capsys.readouterr().err
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
     assert pushed == [] and not list(tmp_path.iterdir())

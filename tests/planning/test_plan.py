@@ -117,8 +117,8 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *options, "--train_method", "rloo"]) == 0
     out = capsys.readouterr().out
     assert "rloo on 8 × 80 GB" in out and "| full | zero3 |" in out and "| traces |" in out
-    assert main(["plan", *options, "--train_method", "best"]) == 1
-    assert main(["plan", "--policy", "nowhere/at-all", *options[2:]]) == 1
+    assert main(["plan", *options, "--train_method", "best"]) == 2
+    assert main(["plan", "--policy", "nowhere/at-all", *options[2:]]) == 2
     assert "nowhere/at-all" in capsys.readouterr().err
 
 

@@ -485,7 +485,7 @@ def test_an_audit_file_gives_the_limits_of_a_reward_without_folder(world: Path, 
         f"warning: {past_limits(ValidatedLimits(4, 1), 3)}"
     ]
     models[3] = str(world / "audited")
-    assert main(["solve", "1+2", *models, *audited]) == 1
+    assert main(["solve", "1+2", *models, *audited]) == 2
     assert "an audit of the reward" in capsys.readouterr().err
 
 

@@ -372,13 +372,13 @@ def test_the_command_serves_until_ctrl_c(policy, scalar_reward, monkeypatch, tmp
 def test_an_address_in_use_is_refused_before_anything_is_loaded(capsys) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert main(["serve", "--policy", "/nowhere", "--reward", "/nowhere", "--port", port]) == 1
+        assert main(["serve", "--policy", "/nowhere", "--reward", "/nowhere", "--port", port]) == 2
     assert capsys.readouterr().err.startswith(f"error: cannot listen on 127.0.0.1, port {port}: ")
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "a b", "x" * 300])
 def test_a_host_that_is_none_is_named(capsys, host: str) -> None:
-    assert main(["serve", "--policy", "/nowhere", "--reward", "/nowhere", "--host", host, "--port", "0"]) == 1
+    assert main(["serve", "--policy", "/nowhere", "--reward", "/nowhere", "--host", host, "--port", "0"]) == 2
     assert capsys.readouterr().err.startswith(f"error: cannot listen on {host!r}"[:60])
 
 
@@ -391,8 +391,9 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, missing: str) -> None:
         monkeypatch.delattr(nabla_trl.serving, module)
     for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
         monkeypatch.setitem(sys.modules, name, None)
-    assert main(["serve", "--policy", "/nowhere", "--reward", "/nowhere"]) == 1
-    assert capsys.readouterr().err == f"error: nabla-trl serve needs {missing}: pip install nabla-trl[serve]\n"
+    assert main(["serve", "--policy", "/nowhere", "--reward", "/nowhere"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"error: nabla-trl serve needs {missing}: pip install nabla-trl[serve]" and len(lines) == 4
 
 
 @pytest.mark.parametrize(

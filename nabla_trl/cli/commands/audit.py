@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments, check_distinct
-from nabla_trl.cli.parsing import Parser
+from nabla_trl.cli.parsing import Parser, UsageError
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.options import GradientPoint
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
 from nabla_trl.tasks.registry import load_problems
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import format_interval
@@ -128,14 +129,20 @@ class AuditArguments:
     )
 
     def __post_init__(self) -> None:
-        check_distinct("gradient_at", self.gradient_at)
+        checks = Checks()
+        with checks.collect():
+            check_distinct("gradient_at", self.gradient_at)
         for text in self.gradient_at:
-            GradientPoint.parse(text)
+            with checks.collect():
+                GradientPoint.parse(text)
         for name in ("num_swaps", "max_rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if self.audit_samples < 2:
-            raise ValueError("audit_samples must be at least 2: the audit compares samples of the same problem")
+            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        checks.require(
+            self.audit_samples >= 2, "audit_samples must be at least 2: the audit compares samples of the same problem"
+        )
+        with checks.collect():
+            self.build_search_config()
+        checks.raise_faults()
 
     def build_search_config(self) -> SearchConfig:
         """Return the search that the options describe, with defaults for everything else."""
@@ -202,13 +209,22 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="Print the results as one JSON object, described below. Use it in scripts (default: print tables).",
     )
-    models, args, extra = parser.parse_options(argv)
+    checks = Checks()
+    models, args, extra = parser.parse_options(argv, checks)
+
+    from nabla_trl.planning.preflight import check_output_file
+
+    problems: list[Problem] = []
+    if args.dataset:
+        with checks.collect():
+            problems = load_problems(args.dataset, split=args.split, max_problems=args.max_audit_problems or None)
+            problems = filter_with_gold_answer(problems)
+    models.preflight(checks, problems=problems, max_new_tokens=args.max_new_tokens)
+    if args.output_file:
+        with checks.collect():
+            check_output_file(args.output_file)
+    checks.raise_faults(UsageError)
     config = args.build_search_config()
-    if args.output_file:  # now, so that a wrong path does not fail after the work
-        Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
-    problems = load_problems(args.dataset, split=args.split, max_problems=args.max_audit_problems or None)
-    problems = filter_with_gold_answer(problems)
-    models.get_prompt_options().check_problems(problems)
     with redirect_stdout(sys.stderr):  # libraries must not print into the JSON
         result = run_audits(problems, models, args, config)
     if extra.json:

@@ -16,15 +16,17 @@ from nabla_trl.cli.arguments import (
     ModelArguments,
     check_distinct,
     check_dollars_per_gpu_hour,
+    collect_output_faults,
 )
-from nabla_trl.cli.parsing import Parser
-from nabla_trl.evaluation.method import METHOD_SYNTAX
+from nabla_trl.cli.parsing import Parser, UsageError
+from nabla_trl.evaluation.method import METHOD_SYNTAX, parse_methods
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.search.config import PRESETS, SearchConfig
-from nabla_trl.tasks.problem import filter_with_gold_answer
+from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.tasks.shards import SHARD_HELP, Shard
 from nabla_trl.tasks.templates import use_recorded_date
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.identity import identify_adapter
 from nabla_trl.utils.locks import lock_folder
@@ -68,9 +70,17 @@ class EvalArguments:
     title: str = option("Evaluation", "Title of the report.")
 
     def __post_init__(self) -> None:
-        Shard.parse(self.shard)  # refuses a wrong value before anything is loaded
-        check_distinct("seeds", self.seeds)
-        check_dollars_per_gpu_hour(self.dollars_per_gpu_hour)
+        checks = Checks()
+        with checks.collect():
+            Shard.parse(self.shard)
+        with checks.collect():
+            check_distinct("seeds", self.seeds)
+        with checks.collect():
+            check_dollars_per_gpu_hour(self.dollars_per_gpu_hour)
+        if self.eval_methods:
+            with checks.collect():
+                parse_methods(self.eval_methods)
+        checks.raise_faults()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -84,26 +94,42 @@ def main(argv: Sequence[str]) -> int:
         description="Run methods on held-out problems and print their accuracy and cost. The distilled_ methods use\n"
         "--adapter. All other methods, and the reward, use the policy without it.",
     )
-    models, args, config, baseline_config = parser.parse_options(argv)[:4]
+    checks = Checks()
+    models, args, config, baseline_config = parser.parse_options(argv, checks)[:4]
 
     from nabla_trl.audit.overoptimization import warn_past_limits
-    from nabla_trl.evaluation.method import get_max_selection_size, has_search, parse_methods
-    from nabla_trl.evaluation.plan import EvaluationSetup
+    from nabla_trl.evaluation.method import get_max_selection_size, has_search
+    from nabla_trl.evaluation.plan import EvaluationSetup, check_method_options
     from nabla_trl.evaluation.results import list_remarks, store_facts, store_results
-    from nabla_trl.evaluation.runner import Evaluation
+    from nabla_trl.evaluation.runner import SETTINGS_FILE, Evaluation
     from nabla_trl.models.loading import load_policy
     from nabla_trl.report.summary import summarize
     from nabla_trl.report.text import print_summary_table
+    from nabla_trl.rewards.spec import parse_reward_spec
 
     default_methods = (
         [DEFAULT_EVAL_METHODS, DEFAULT_ADAPTER_EVAL_METHODS] if models.adapter else [DEFAULT_EVAL_METHODS]
     )
-    methods = parse_methods(args.eval_methods or ",".join(default_methods))
-    problems = load_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
-    problems = filter_with_gold_answer(problems)
-    models.get_prompt_options().check_problems(problems)
-    output_dir, shard = Path(args.output_dir), Shard.parse(args.shard)
-    settings = models.get_settings() | get_task_settings(args.dataset) | {"split": args.split} | config.get_settings()
+    methods: list[str] = []
+    with checks.collect():
+        methods = parse_methods(args.eval_methods or ",".join(default_methods))
+        labels = ["distilled"] if models.adapter else []
+        has_better_model = parse_reward_spec(models.reward).kind == "log-ratio"
+        check_method_options(methods, config, labels, has_better_model=has_better_model)
+    problems: list[Problem] = []
+    if args.dataset:
+        with checks.collect():
+            problems = load_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
+            problems = filter_with_gold_answer(problems)
+    models.preflight(checks, problems=problems, max_new_tokens=config.max_new_tokens)
+
+    def get_settings() -> dict[str, str]:
+        task_settings = get_task_settings(args.dataset) | {"split": args.split}
+        return models.get_settings() | task_settings | config.get_settings()
+
+    collect_output_faults(checks, args.output_dir, {SETTINGS_FILE: get_settings})
+    checks.raise_faults(UsageError)
+    output_dir, shard, settings = Path(args.output_dir), Shard.parse(args.shard), get_settings()
     with lock_folder(output_dir, shard.index, shard.count):
         use_recorded_date(output_dir, models.template_date)
         policy, reward = models.load_policy_and_reward(4 * config.batch_size, use_adapter=False)

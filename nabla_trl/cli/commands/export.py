@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nabla_trl.cli.arguments import TRUST_REMOTE_CODE_HELP
-from nabla_trl.cli.parsing import Parser, quiet_libraries
+from nabla_trl.cli.parsing import Parser, UsageError, quiet_libraries
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.formatting import format_error
 
@@ -73,17 +74,31 @@ def main(argv: Sequence[str]) -> int:
         "card with the results of the run. The export is checked before it is written: the folder is loaded again,\n"
         "and must give the logits of the trained model.",
     )
-    args = parser.parse_options(argv)[0]
+    checks = Checks()
+    args = parser.parse_options(argv, checks)[0]
 
     from nabla_trl.export import export
-    from nabla_trl.export.checkpoint import find_checkpoint
+    from nabla_trl.export.checkpoint import check_weight_files, find_checkpoint
     from nabla_trl.models.loading import set_trust_remote_code
+    from nabla_trl.planning.preflight import check_device, check_output_dir
 
-    set_trust_remote_code(args.trust_remote_code)
-    checkpoint = find_checkpoint(Path(args.run_dir), args.train_method)
-    if args.push_to_hub:
-        export.check_push_to_hub(checkpoint, args.push_to_hub, merge=args.merge)
     quiet_libraries()
+    set_trust_remote_code(args.trust_remote_code)
+    with checks.collect():
+        check_device(args.device, args.dtype)
+    if args.output_dir:
+        with checks.collect():
+            export.check_export_folder(Path(args.output_dir))
+        with checks.collect():
+            check_output_dir(args.output_dir)
+    if args.run_dir:
+        with checks.collect():
+            checkpoint = find_checkpoint(Path(args.run_dir), args.train_method)
+            with checks.collect():
+                check_weight_files(checkpoint)
+            if args.push_to_hub:
+                export.check_push_to_hub(checkpoint, args.push_to_hub, merge=args.merge)
+    checks.raise_faults(UsageError)
     with redirect_stdout(sys.stderr):
         result = export.export_checkpoint(
             checkpoint,

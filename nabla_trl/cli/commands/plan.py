@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nabla_trl.cli.arguments import POLICY_HELP, REWARD_HELP
-from nabla_trl.cli.parsing import Parser, quiet_libraries
+from nabla_trl.cli.parsing import Parser, UsageError, quiet_libraries
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
 
 
@@ -40,18 +41,19 @@ class PlanArguments:
         from nabla_trl.models.loading import DTYPES
         from nabla_trl.training.offline import TRAIN_METHODS
 
-        if self.train_method not in TRAIN_METHODS:
-            raise ValueError(f"train_method must be one of {', '.join(TRAIN_METHODS)}, not {self.train_method!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        checks = Checks()
+        for name, choices in (("train_method", TRAIN_METHODS), ("dtype", tuple(DTYPES))):
+            value = getattr(self, name)
+            checks.require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
         for name in ("gpus", "max_problems", "prompt_tokens", "response_tokens", "num_generations", "lora_r"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
         for name in ("memory", "num_train_epochs", "gpu_tflops", "bandwidth"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0")
-        if not 0 < self.utilization <= 1 or self.max_rounds < 0:
-            raise ValueError("utilization must be above 0 and at most 1, max_rounds not negative")
+            checks.require(getattr(self, name) > 0, f"{name} must be above 0")
+        checks.require(
+            0 < self.utilization <= 1 and self.max_rounds >= 0,
+            "utilization must be above 0 and at most 1, max_rounds not negative",
+        )
+        checks.raise_faults()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,7 +65,9 @@ def main(argv: Sequence[str]) -> int:
         description="Estimate what fits into memory, at which batch, and the FLOPs and hours of each stage.\n"
         "Reads configs only, loads no weights and needs no GPU.",
     )
-    args = parser.parse_options(argv)[0]
+    checks = Checks()
+    args = parser.parse_options(argv, checks)[0]
+    checks.raise_faults(UsageError)
 
     from nabla_trl.planning.plan import GB, Hardware, Workload, format_plan, make_plan
     from nabla_trl.training.peft import LoraArguments
@@ -79,14 +83,16 @@ def main(argv: Sequence[str]) -> int:
         args.num_train_epochs,
     )
     hardware = Hardware(args.gpus, args.memory * GB, args.gpu_tflops * 1e12, args.bandwidth * 1e12, args.utilization)
-    launches, costs = make_plan(
-        args.policy,
-        args.reward,
-        workload,
-        hardware,
-        dtype=args.dtype,
-        lora=LoraArguments(lora_r=args.lora_r),
-        activation_checkpointing=args.activation_checkpointing,
-    )
+    with checks.collect():
+        launches, costs = make_plan(
+            args.policy,
+            args.reward,
+            workload,
+            hardware,
+            dtype=args.dtype,
+            lora=LoraArguments(lora_r=args.lora_r),
+            activation_checkpointing=args.activation_checkpointing,
+        )
+    checks.raise_faults(UsageError)
     print(format_plan(launches, costs, hardware, workload))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -9,12 +10,13 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 
 from nabla_trl.cli.arguments import ModelArguments
-from nabla_trl.cli.parsing import Parser
+from nabla_trl.cli.parsing import Parser, UsageError
 from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
 API_KEY_ENV_VAR = "NABLA_API_KEY"
@@ -102,21 +104,27 @@ class ServeArguments:
     access_log: bool = option(True, "Write one line per request on stderr.")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 2**16:
-            raise ValueError(f"port must be in [0, 65535], not {self.port}")
-        if self.max_queue < 1 or self.max_running < 1 or not 0 < self.request_timeout < math.inf:
-            raise ValueError("a server needs max_queue >= 1, max_running >= 1 and a finite request_timeout > 0")
+        checks = Checks()
+        checks.require(0 <= self.port < 2**16, f"port must be in [0, 65535], not {self.port}")
+        checks.require(
+            self.max_queue >= 1 and self.max_running >= 1 and 0 < self.request_timeout < math.inf,
+            "a server needs max_queue >= 1, max_running >= 1 and a finite request_timeout > 0",
+        )
         for name in ("max_request_rounds", "max_request_starts", "max_connections"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("header_timeout", "body_timeout", "shutdown_timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number of seconds, not {getattr(self, name)}")
+            seconds = getattr(self, name)
+            checks.require(0 < seconds < math.inf, f"{name} must be a positive number of seconds, not {seconds}")
         for origin in self.cors_origins:
-            if origin != "*" and not re.fullmatch(r"https?://[^\s/@?#]+", origin):
-                raise ValueError(f"cors_origins must be * or like http://localhost:3000, not {origin!r}")
-        if self.api_key == "" or self.served_model_name == "":
-            raise ValueError("api_key and served_model_name must not be empty: leave them out instead")
+            checks.require(
+                origin == "*" or re.fullmatch(r"https?://[^\s/@?#]+", origin) is not None,
+                f"cors_origins must be * or like http://localhost:3000, not {origin!r}",
+            )
+        checks.require(
+            self.api_key != "" and self.served_model_name != "",
+            "api_key and served_model_name must not be empty: leave them out instead",
+        )
+        checks.raise_faults()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -129,65 +137,87 @@ def main(argv: Sequence[str]) -> int:
         description="Answer HTTP requests. The search refines the answer to each request, and many in one batch.",
         epilog=SERVE_HELP,
     )
-    models, args, config = parser.parse_options(argv)[:3]
-    try:
-        from nabla_trl.serving import asgi, server
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("starlette", "uvicorn", "prometheus_client"):
-            raise
-        raise ValueError(f"nabla-trl serve needs {package}: pip install nabla-trl[serve]") from error
+    checks = Checks()
+    models, args, config = parser.parse_options(argv, checks)[:3]
+    with checks.collect():
+        _check_packages()
+    api_key = args.api_key or os.environ.get(API_KEY_ENV_VAR) or None
+    checks.require(
+        api_key is None or (api_key.isascii() and api_key.isprintable() and " " not in api_key),
+        "the API key must consist of ASCII characters without spaces: clients cannot send others",
+    )
+    with ExitStack() as stack:
+        with checks.collect():
+            listener = stack.enter_context(bind_socket(args.host, args.port))
+        models.preflight(checks, max_new_tokens=config.max_new_tokens)
+        with checks.collect():
+            from nabla_trl.serving.requests import ServerLimits
+
+            ServerLimits(args.served_model_name or models.policy, config, args.max_request_flops)
+        checks.raise_faults(UsageError)
+        serve(listener, models, args, config, api_key)
+    return 0
+
+
+def serve(
+    listener: socket.socket, models: ModelArguments, args: ServeArguments, config: SearchConfig, api_key: str | None
+) -> None:
+    """Load the models, and answer requests until a signal arrives."""
     from nabla_trl.audit.overoptimization import warn_past_limits
+    from nabla_trl.serving import asgi, server
     from nabla_trl.serving.requests import ServerLimits, estimate_flops_bound
     from nabla_trl.serving.service import SearchService
 
-    api_key = args.api_key or os.environ.get(API_KEY_ENV_VAR) or None
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-        raise ValueError("the API key must consist of ASCII characters without spaces: clients cannot send others")
     model_name = args.served_model_name or models.policy
-    ServerLimits(model_name, config, args.max_request_flops)  # refuses what does not go together
-    with bind_socket(args.host, args.port) as listener:  # before the models are loaded, as the address may be in use
-        with redirect_stdout(sys.stderr):
-            policy, reward = models.load_policy_and_reward(4 * config.batch_size)
-        warn_past_limits(reward, config)
-        limits = ServerLimits(
-            model_name,
-            config,
-            args.max_request_flops,
-            args.max_request_rounds,
-            args.max_request_starts,
-            estimate_flops_bound(policy, reward, config, args.max_request_rounds),
-        )
-        base_url = format_base_url(listener)
-        if api_key is None and not args.host.startswith("127.") and args.host not in ("localhost", "::1"):
-            print(f"warning: anyone who can reach {base_url} can use it: set {API_KEY_ENV_VAR}", file=sys.stderr)
-        if args.access_log:
-            write_access_log()
-        service = asgi.ChatService(
-            SearchService(
-                policy,
-                reward,
-                max_queue=args.max_queue,
-                max_running=args.max_running,
-                num_slots=4 * config.batch_size,
-            ),
-            limits,
-            api_key=api_key,
-            request_timeout=args.request_timeout,
-            body_timeout=args.body_timeout,
-            cors_origins=args.cors_origins,
-            access_log=args.access_log,
-        )
-        message = f"serving {limits.model_name} at {base_url}; Ctrl-C finishes the running requests and stops"
-        server.run_server(
-            service,
-            listener,
-            lambda: print(message, flush=True),
-            shutdown_timeout=args.shutdown_timeout,
-            max_connections=args.max_connections,
-            header_timeout=args.header_timeout,
-        )
-    return 0
+    with redirect_stdout(sys.stderr):
+        policy, reward = models.load_policy_and_reward(4 * config.batch_size)
+    warn_past_limits(reward, config)
+    limits = ServerLimits(
+        model_name,
+        config,
+        args.max_request_flops,
+        args.max_request_rounds,
+        args.max_request_starts,
+        estimate_flops_bound(policy, reward, config, args.max_request_rounds),
+    )
+    base_url = format_base_url(listener)
+    if api_key is None and not args.host.startswith("127.") and args.host not in ("localhost", "::1"):
+        print(f"warning: anyone who can reach {base_url} can use it: set {API_KEY_ENV_VAR}", file=sys.stderr)
+    if args.access_log:
+        write_access_log()
+    service = asgi.ChatService(
+        SearchService(
+            policy,
+            reward,
+            max_queue=args.max_queue,
+            max_running=args.max_running,
+            num_slots=4 * config.batch_size,
+        ),
+        limits,
+        api_key=api_key,
+        request_timeout=args.request_timeout,
+        body_timeout=args.body_timeout,
+        cors_origins=args.cors_origins,
+        access_log=args.access_log,
+    )
+    message = f"serving {limits.model_name} at {base_url}; Ctrl-C finishes the running requests and stops"
+    server.run_server(
+        service,
+        listener,
+        lambda: print(message, flush=True),
+        shutdown_timeout=args.shutdown_timeout,
+        max_connections=args.max_connections,
+        header_timeout=args.header_timeout,
+    )
+
+
+def _check_packages() -> None:
+    """Check that the packages of the extra `serve` are installed."""
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"nabla-trl serve needs {package}: pip install nabla-trl[serve]") from error
 
 
 def write_access_log() -> None:

@@ -9,10 +9,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments
-from nabla_trl.cli.parsing import Parser
+from nabla_trl.cli.parsing import Parser, UsageError
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import load_problems
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 from nabla_trl.utils.progress import PrintableConsole
 
@@ -55,10 +56,13 @@ class SolveArguments:
     index: int = option(0, "Number of the problem in the split of --dataset, counted from 0.")
 
     def __post_init__(self) -> None:
-        if self.answer is not None and self.dataset is not None:
-            raise ValueError("give --answer with a question of your own: a problem of --dataset has its gold answer")
-        if self.index < 0:
-            raise ValueError(f"index must be at least 0, not {self.index}")
+        checks = Checks()
+        checks.require(
+            self.answer is None or self.dataset is None,
+            "give --answer with a question of your own: a problem of --dataset has its gold answer",
+        )
+        checks.require(self.index >= 0, f"index must be at least 0, not {self.index}")
+        checks.raise_faults()
 
     def build_problem(self, question: str) -> Problem:
         """Return the problem to solve: the question with its gold answer, or one of the data set.
@@ -103,10 +107,19 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="Print the trace as one JSON object, described below. Use it in scripts (default: print readable text).",
     )
-    models, args, config, extra = parser.parse_options(argv)
+    checks = Checks()
+    models, args, config, extra = parser.parse_options(argv, checks)
+    problems = []
     if extra.question is None and args.dataset is None:
-        parser.error("the following arguments are required: question")
-    problem = args.build_problem((sys.stdin.read() if extra.question == "-" else extra.question or "").strip())
+        checks.add(["the following arguments are required: question"])
+    else:
+        question = (sys.stdin.read() if extra.question == "-" else extra.question or "").strip()
+        with checks.collect():
+            problems = [args.build_problem(question)]
+    # A question that cannot be asked is an error of the JSON object.
+    models.preflight(checks, problems=[] if extra.json else problems, max_new_tokens=config.max_new_tokens)
+    checks.raise_faults(UsageError)
+    [problem] = problems
 
     from nabla_trl.audit.overoptimization import warn_past_limits
     from nabla_trl.cli.console import print_trace, trace_to_json

@@ -25,11 +25,11 @@ from nabla_trl.report.conclusions import evaluate_targets, format_cost, format_r
 from nabla_trl.report.groups import describe_method, group_methods, list_families
 from nabla_trl.report.html import viewer
 from nabla_trl.report.html.figures import FigureRecord, collect_figure_data, get_css_color, render_svg
+from nabla_trl.report.markdown import markdown_to_html
 from nabla_trl.report.summary import Summary, find_pareto_front, group_problems_by_level
 from nabla_trl.tasks.shards import list_run_folders
 from nabla_trl.traces.storage import EVAL_TRACES_DIR, TRACES_DIR
 from nabla_trl.utils.formatting import format_count, format_interval, format_seconds, format_si
-from nabla_trl.utils.markdown import markdown_to_html
 from nabla_trl.utils.statistics import Interval
 
 _HEADING_WORDS = {"flops": "FLOPs", "kl": "KL", "maj@k": "maj@k"}
