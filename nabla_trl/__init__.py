@@ -7,6 +7,7 @@ import importlib as _importlib
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
+    from nabla_trl.report.breakeven import compute_breakeven
     from nabla_trl.search.config import SearchConfig
     from nabla_trl.search.reasoner import NablaReasoner
     from nabla_trl.tasks.problem import Problem, check_disjoint
@@ -22,6 +23,7 @@ _MODULES = {
     "SearchConfig": "nabla_trl.search.config",
     "Trace": "nabla_trl.traces.schema",
     "check_disjoint": "nabla_trl.tasks.problem",
+    "compute_breakeven": "nabla_trl.report.breakeven",
     "load_problems": "nabla_trl.tasks.registry",
     "read_traces": "nabla_trl.traces.storage",
 }
@@ -32,6 +34,7 @@ __all__ = [
     "Trace",
     "__version__",
     "check_disjoint",
+    "compute_breakeven",
     "load_problems",
     "read_traces",
 ]

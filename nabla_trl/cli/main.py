@@ -38,6 +38,7 @@ COMMANDS = {
     ),
     "distill": Command("distill.run", "traces, training, evaluation and report in one run", resumable=True),
     "report": Command("commands.report", "write the report of an evaluation again, from its rows"),
+    "breakeven": Command("commands.breakeven", "count the queries after which training has paid for itself"),
     "audit": Command("commands.audit", "measure if a reward prefers correct answers"),
     "serve": Command("commands.serve", "answer requests over HTTP, as OpenAI's chat completions"),
     "plan": Command("commands.plan", "estimate memory, batch, FLOPs and hours of a run from the models' configs"),
@@ -54,7 +55,7 @@ def format_overview() -> str:
             "",
             "Refine answers by gradient search with a reward, and train on the results.",
             "",
-            *(f"  {name:<8}{command.summary}" for name, command in COMMANDS.items()),
+            *(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()),
             "",
             "nabla-trl COMMAND --help explains a command's options; nabla-trl --version prints the version.",
         ]

@@ -16,10 +16,11 @@ from nabla_trl.models.options import Sampling
 from nabla_trl.report.conclusions import format_accuracy, format_cost, format_reward
 from nabla_trl.report.markdown import format_bullets, format_table
 from nabla_trl.report.prices import (
+    UNIT_WORDS,
     UNITS,
-    BreakEven,
     TrainingCost,
     compute_break_even,
+    format_break_even,
     read_reward_price,
     read_training_costs,
 )
@@ -47,7 +48,6 @@ TRADEOFF_FIGURES = {
     "total_compute": "Accuracy against total compute",
     "break_even": "Break-even",
 }
-UNIT_WORDS = {"flops": "FLOPs", "seconds": "seconds", "dollars": "dollars"}
 _KL_LEGEND = (
     "KL to the base policy, in nats per response. 0: samples of the base policy itself. ≤: the known upper bound "
     "log N − (N − 1)/N of best-of-N (Beirami et al., arXiv 2401.01879). (estimate): the mean of log π_trained(y|x) − "
@@ -312,16 +312,3 @@ def _format_break_even_table(
             lines.append(cells)
     heads = ["baseline", *(f"{method} {format_accuracy(summary, method)}" for method in trained)]
     return format_table(heads, lines)
-
-
-def format_break_even(result: BreakEven, side: str) -> str:
-    """Return the number of queries with its interval, or why there is none, marked by how the accuracies compare.
-
-    Args:
-        side: the trained policy's side in accuracy, as of `PairedDifference.side`.
-    """
-    if result.queries is None:
-        return result.outcome
-    value, low, high = (format_count(getattr(result.queries, name)) for name in ("value", "low", "high"))
-    text = "at once" if result.outcome == "at once" else f"{value} [{low}, {high}]"
-    return text + {"ahead": "", "behind": " †", "": " ≈"}[side]

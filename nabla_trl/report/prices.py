@@ -9,9 +9,11 @@ from typing import Any
 
 from nabla_trl.evaluation.grids import ResultGrid
 from nabla_trl.evaluation.method import POLICY_LABELS
+from nabla_trl.utils.formatting import format_count
 from nabla_trl.utils.statistics import Interval
 
-UNITS = ("flops", "seconds", "dollars")
+UNIT_WORDS = {"flops": "FLOPs", "seconds": "seconds", "dollars": "dollars"}
+UNITS = tuple(UNIT_WORDS)
 SECONDS_PER_HOUR = 3600.0
 
 
@@ -49,6 +51,13 @@ class Price:
         names = [field.name for field in fields(self)]
         pairs = [(getattr(self, name), getattr(other, name)) for name in names]
         return Price(*(None if None in pair else sum(pair) for pair in pairs))
+
+    def fill_unknown(self, other: Price | None) -> Price:
+        """Return this price, with the other one's amounts where this one's are not known."""
+        if other is None:
+            return self
+        names = [field.name for field in fields(self)]
+        return Price(*(getattr(other if getattr(self, name) is None else self, name) for name in names))
 
     def get_amount(self, unit: str, dollars_per_gpu_hour: float | None = None) -> float | None:
         """Return the price in "flops", "seconds" or "dollars". None: it is not known, or a GPU hour has no price."""
@@ -131,3 +140,25 @@ def _has_costs(grid: ResultGrid, column: str) -> bool:
     """Return whether every row has a cost. Costs that are all zero were not measured."""
     values = grid.columns[column]
     return bool(math.isfinite(values.sum()) and values.sum() > 0)
+
+
+def format_queries(result: BreakEven) -> str:
+    """Return the number of queries with its interval, such as "718 [707, 729]", or why there is none.
+
+    An end that is not known is written "?".
+    """
+    if result.queries is None or result.outcome == "at once":
+        return result.outcome
+    entry = result.queries.to_dict()
+    value, low, high = ("?" if entry[key] is None else format_count(entry[key]) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def format_break_even(result: BreakEven, side: str) -> str:
+    """Return `format_queries`, marked by how the accuracies compare.
+
+    Args:
+        side: the trained policy's side in accuracy, as of `PairedDifference.side`.
+    """
+    marks = {"ahead": "", "behind": " †", "": " ≈"}
+    return format_queries(result) + (marks[side] if result.queries is not None else "")
