@@ -169,7 +169,13 @@ async def _draw_responses(
     rewards = [math.nan] * count
     if engine.reward is not None:
         samples = [
-            Sample(problem, ids, output.ids, f"{key}/reward", DrawInfo(policy.model, output.candidates, output.logp))
+            Sample(
+                problem,
+                ids,
+                output.ids,
+                f"{key}/reward",
+                DrawInfo(policy.model, output.candidates, output.logp, output.hidden_states),
+            )
             for key, output in zip(keys, outputs, strict=True)
         ]
         scored = await engine.score(samples, [entry.score_caches] * count, [0] * count, return_caches=False)

@@ -51,6 +51,7 @@ class StepNode:
         policy_cache, score_caches: caches of the prefix in policy and reward. Released when no step is drawn from it.
         reward: reward of a complete response, else what the reward gives a turn that is not closed yet.
         num_drawn: steps drawn from this node.
+        hidden_states: [T, d] the policy's hidden states that predicted the ids. None: the reward reads none.
         children: the distinct steps drawn from this node, in the order of their first draw.
     """
 
@@ -63,6 +64,7 @@ class StepNode:
     score_caches: list[ScoreCache]
     reward: float = math.nan
     num_drawn: int = 0
+    hidden_states: Tensor | None = None
     children: list[StepNode] = field(default_factory=list)
 
     def release_caches(self) -> None:
@@ -197,7 +199,12 @@ class StepTree:
         token_ids = parent.token_ids + output.ids
         is_complete = output.finished or len(token_ids) >= self.max_new_tokens
         logp = torch.cat((parent.logp, output.logp[:, 0]))
-        child = StepNode(tree_path, token_ids, logp, partial_delimiter, is_complete, output.cache, [])
+        states = output.hidden_states
+        if states is not None and parent.hidden_states is not None:
+            states = torch.cat((parent.hidden_states, states))
+        child = StepNode(
+            tree_path, token_ids, logp, partial_delimiter, is_complete, output.cache, [], hidden_states=states
+        )
         parent.children.append(child)
         return child
 
@@ -209,7 +216,12 @@ class StepTree:
                 self.problem,
                 self.prompt_ids,
                 child.token_ids,
-                draw_info=DrawInfo(engine.policy.model, torch.tensor(child.token_ids)[:, None], child.logp[:, None]),
+                draw_info=DrawInfo(
+                    engine.policy.model,
+                    torch.tensor(child.token_ids)[:, None],
+                    child.logp[:, None],
+                    child.hidden_states,
+                ),
                 is_partial=not child.is_complete,
             )
             for _, child in new_children

@@ -48,6 +48,9 @@ class Engine(Scheduler):
         """
         reward_sample = replace(sample, cost_key_override=reward_cost_key or sample.cost_key_override)
         policy_call = self.batch("policy prompts", self._read_policy_prompts, [(sample.cost_key, sample.prompt_ids)])
+        if self.reward is not None and self.reward.reads_policy_states and self.policy.backend.returns_caches:
+            [policy_cache] = await policy_call
+            return policy_cache, self.reward.make_prompt_caches(policy_cache)
         reward_call = (
             None if self.reward is None else self.batch("reward prompts", self._read_reward_prompts, [reward_sample])
         )
@@ -66,6 +69,8 @@ class Engine(Scheduler):
         statistics_top_k: int = 0,
     ) -> list[GenerationOutput]:
         """Draw continuations; every request holds the cache of its prefix.
+
+        Outputs have hidden states if the reward reads them, and if the policy's back end gives them.
 
         Args:
             top_k_candidates: K, tokens to record per position.
@@ -87,6 +92,7 @@ class Engine(Scheduler):
                 return_cache=return_cache,
                 return_log_importance_weight=return_log_importance_weight,
                 statistics_top_k=statistics_top_k,
+                return_hidden_states=self.reward is not None and self.reward.reads_policy_states,
             )
 
         outputs = await self.generate_together(lane, open_session, requests)

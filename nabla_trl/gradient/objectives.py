@@ -43,11 +43,15 @@ from nabla_trl.tasks.problem import Problem
 class DrawInfo:
     """What is known from generating a response of T tokens: `model` gave `candidates` [T, K] the log-probabilities
     `logp` [T, K]. The response's tokens are candidates. A likelihood under that model need not be computed again.
+
+    Attributes:
+        hidden_states: [T, d] the last hidden states of `model` that predicted the tokens. None: not known.
     """
 
     model: PreTrainedModel
     candidates: Tensor
     logp: Tensor
+    hidden_states: Tensor | None = None
 
     def gather_response_logp(self, response_ids: Sequence[int]) -> Tensor:
         """Return [T] the log-probability of each response token."""

@@ -118,7 +118,7 @@ class ScoreObjective(Objective):
         values: Sequence[Tensor],
         caches: Sequence[ScoreCache],
     ) -> list[ScoreCache]:
-        scores = self._apply_score_head(torch.cat(list(hidden_states))).split(batch.num_tokens)
+        scores = self.apply_head(torch.cat(list(hidden_states))).split(batch.num_tokens)
         new_caches = []
         for state, new, cache, encoded, count in zip(
             states, scores, caches, batch.encoded, batch.num_shared, strict=True
@@ -143,9 +143,10 @@ class ScoreObjective(Objective):
         """Return per row the scores at some of its inputs."""
         rows = [row for row, indices in enumerate(inputs) for _ in indices]
         columns = [index for indices in inputs for index in indices]
-        return list(self._apply_score_head(hidden[rows, columns]).split([len(indices) for indices in inputs]))
+        return list(self.apply_head(hidden[rows, columns]).split([len(indices) for indices in inputs]))
 
-    def _apply_score_head(self, states: Tensor) -> Tensor:
+    def apply_head(self, states: Tensor) -> Tensor:
+        """Return the scores [...] (float32 at least) of last hidden states [..., d]."""
         scores = self.model.score(states).squeeze(-1)
         return scores.to(widen_dtype(scores))
 

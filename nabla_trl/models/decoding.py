@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nabla_trl.models.heads import StateRecorder
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy, get_context_length
 from nabla_trl.models.sampling import (
@@ -68,6 +69,7 @@ class SlotDecoder:
         return_cache: return each sequence's cache.
         return_log_importance_weight: record how the sampler differs from π, if it does.
         statistics_top_k: k of the statistics of π to record at every position. 0: none.
+        return_hidden_states: record the last hidden states that predict the tokens.
         tokens_per_read: steps between two reads of the drawn tokens.
 
     Attributes:
@@ -85,6 +87,7 @@ class SlotDecoder:
         return_cache: bool = False,
         return_log_importance_weight: bool = False,
         statistics_top_k: int = 0,
+        return_hidden_states: bool = False,
         tokens_per_read: int | None = None,
     ):
         self.policy, self.sampling, self.num_slots = policy, sampling, max_sequences
@@ -93,6 +96,7 @@ class SlotDecoder:
         self.return_cache = return_cache
         self.return_weight = return_log_importance_weight and bool(self.warpers)
         self.statistics_top_k = statistics_top_k
+        self.recorder = StateRecorder(policy.model) if return_hidden_states else None
         self.device, self.context_length = policy.device, policy.context_length
         device = self.device
         self.layout = get_layout(policy.model)
@@ -113,6 +117,7 @@ class SlotDecoder:
         self.drawn = torch.zeros(0, self.tokens_per_read, dtype=torch.long, device=device)
         # [slots, tokens, K] candidates, log π and, if asked for, weights, and [slots, tokens, 3] statistics
         self.outputs: list[Tensor] = []
+        self.states = torch.zeros(0, 0, 0, device=device)  # [slots, tokens, d], if asked for
 
     @property
     def num_unfinished(self) -> int:
@@ -198,7 +203,7 @@ class SlotDecoder:
         # Free slots count on, past the end of their buffers.
         slots, counts = self.slots[:count], self.counts[:count].clamp(max=self.uniforms.shape[1] - 1)
         output = self.store.run_step(
-            self.policy.model,
+            self.policy.model if self.recorder is None else self.recorder,
             self.tokens[:count, None],
             self.positions[:count],
             width,
@@ -216,6 +221,8 @@ class SlotDecoder:
             tables.append(statistics)
         for buffer, table in zip(self.outputs, tables, strict=True):
             buffer[slots, counts] = table
+        if self.recorder is not None:
+            self.states[slots, counts] = self.recorder.take()[:, -1]
         sound = (logits < torch.inf).all(-1)  # −inf only means that a token is impossible
         self.latest[:count] = torch.where(sound, tokens, -1)
         self.tokens[:count] = tokens
@@ -286,7 +293,8 @@ class SlotDecoder:
         finished = self.policy.is_finished(request.join_response(sequence.ids), request.stop_strings)
         weight = tables[2] if self.return_weight else None
         statistics = tables[-1] if self.statistics_top_k else None
-        output = GenerationOutput(sequence.ids, finished, tables[0], tables[1], weight, cache, statistics)
+        states = None if self.recorder is None else self.states[slot, :length].clone()
+        output = GenerationOutput(sequence.ids, finished, tables[0], tables[1], weight, cache, statistics, states)
         self._free(slot)
         return sequence.tag, output
 
@@ -313,7 +321,7 @@ class SlotDecoder:
         self.store.move(last, slot, sequence.cached)
         for buffer in (self.tokens, self.positions, self.counts, self.uniforms):
             buffer[slot] = buffer[last]
-        for buffer in self.outputs:
+        for buffer in (*self.outputs, *[self.states] * (self.recorder is not None)):
             buffer[slot, : len(sequence.ids)] = buffer[last, : len(sequence.ids)]
 
     def _reserve(self, slots: int, capacity: int, tokens: int = 0) -> None:
@@ -344,6 +352,10 @@ class SlotDecoder:
                 for size, dtype in zip(columns, dtypes, strict=True)
             ]
             self.outputs = [_enlarge(buffer, slots, width, buffer.shape[-1]) for buffer in held]
+            if self.recorder is not None:
+                size = self.recorder.width
+                states = self.states if self.states.numel() else self.states.new_zeros(0, 0, size)
+                self.states = _enlarge(states.to(self.policy.model.dtype), slots, width, size)
 
 
 def _enlarge(buffer: Tensor, *shape: int) -> Tensor:

@@ -72,6 +72,44 @@ class OutputHead:
         return torch.equal(self._matrix(random[None])[0], self(random))
 
 
+class StateRecorder:
+    """A causal LM that also keeps the last hidden states of a forward pass. Its logits are the model's, bit for bit.
+
+    Attributes:
+        width: d, the size of a hidden state.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model, self._backbone = model, find_backbone(model)
+        self._states: Tensor | None = None
+        with torch.no_grad():
+            self(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        self.width = self.take().shape[-1]
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return what the model returns for its inputs, and keep the hidden states for `take`."""
+
+        def keep_states(module: nn.Module, arguments: Any, output: Any) -> None:
+            self._states = output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+        hook = self._backbone.register_forward_hook(keep_states)
+        try:
+            return self._model(**inputs)
+        finally:
+            hook.remove()
+
+    def take(self) -> Tensor:
+        """Return the hidden states [B, R, d] of the last forward pass, once.
+
+        Raises:
+            RuntimeError: there was no forward pass since the last call.
+        """
+        states, self._states = self._states, None
+        if states is None:
+            raise RuntimeError("no hidden states: run the model first")
+        return states
+
+
 class _GivenStates(nn.Module):
     """Stands where the backbone was, and returns its `inputs_embeds` as the last hidden states."""
 

@@ -90,6 +90,8 @@ class GenerationOutput:
         cache: state of `prefix_ids + ids[:-1]`. None if it was not asked for.
         statistics: [T, 3] float32, what is recorded of π at each position (`TokenStatistic`). None if it was not asked
             for. A server knows only the first column, and the others are NaN.
+        hidden_states: [T, d] the policy's last hidden states that predicted the tokens. None if they were not asked
+            for, or if the back end does not give them.
     """
 
     ids: list[int]
@@ -99,6 +101,7 @@ class GenerationOutput:
     log_importance_weight: Tensor | None = None
     cache: PrefixState | None = None
     statistics: Tensor | None = None
+    hidden_states: Tensor | None = None
 
     def get_cache(self) -> PrefixState:
         """Return the cache of an output made with `return_cache`."""
@@ -145,6 +148,7 @@ class GenerationBackend(Protocol):
         return_cache: bool = False,
         return_log_importance_weight: bool = False,
         statistics_top_k: int = 0,
+        return_hidden_states: bool = False,
     ) -> GenerationSession:
         """Return a session for requests with these options.
 
@@ -152,6 +156,7 @@ class GenerationBackend(Protocol):
             max_sequences: sequences that are generated together at most.
             top_k_candidates, return_cache, return_log_importance_weight: as for `generate_continuations`.
             statistics_top_k: record `GenerationOutput.statistics` with this k. 0 records none, and costs nothing.
+            return_hidden_states: return the hidden states that predicted the tokens. A server returns none.
 
         Raises:
             ValueError: an option that this back end does not support.

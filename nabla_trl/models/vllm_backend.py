@@ -95,8 +95,9 @@ class VllmBackend:
         return_cache: bool = False,
         return_log_importance_weight: bool = False,
         statistics_top_k: int = 0,
+        return_hidden_states: bool = False,
     ) -> VllmSession:
-        """Return a session whose requests are sent as they come.
+        """Return a session whose requests are sent as they come. It returns no hidden states.
 
         Candidates are vLLM's likeliest tokens. Where a forbidden one is among them its log π is −inf, and fewer than
         `top_k_candidates` can be used. (Transformers goes on to the next likeliest.)

@@ -15,6 +15,7 @@ from nabla_trl.utils.formatting import format_interval
 _KIND_DESCRIPTIONS = {
     "scalar": "A score head: a sequence classifier with one label",
     "process": "The sum of a score head (a sequence classifier with one label) over the ends of reasoning steps",
+    "head": "A head on the policy's own hidden states, which drawing a response has computed already",
     "log_ratio": "A causal LM's adapter: r = scale · (log π − log π_reference)",
     "ensemble": "An ensemble of score heads: mean − uncertainty_penalty · std",
 }

@@ -18,6 +18,7 @@ from nabla_trl.gradient.embeddings import embed_tokens, split_embeddings
 from nabla_trl.gradient.likelihood import LikelihoodObjective, policy_likelihood
 from nabla_trl.gradient.objectives import EncodedSample, Objective, Sample
 from nabla_trl.gradient.score import ProcessObjective, ScoreObjective
+from nabla_trl.gradient.state_head import HeadObjective, StateHead
 from nabla_trl.gradient.step_ends import BLANK_LINE, StepFinder
 from nabla_trl.models.flops import FlopCounter, measure_model_size
 from nabla_trl.models.loading import (
@@ -77,11 +78,13 @@ def load_reward(
             process:NAME, process@DELIMITER:NAME or {kind: process, model: NAME, step_delimiter: "\\n\\n"}: the sum of
                 the scalar reward's score over the ends of reasoning steps and the end of the response. A step ends
                 with the delimiter, a blank line by default. In text, `parse_delimiter` reads its escapes.
+            head:FOLDER or {kind: head, model: FOLDER}: a head on the policy's own hidden states, which drawing has
+                computed already, so that a score costs nearly nothing (`nabla_trl.gradient.state_head`).
             power:ALPHA or {kind: power, alpha: ALPHA}: (ALPHA − 1) · log π(y|x) of the policy itself, for ALPHA > 1.
                 With β = 1 the optimum is π^ALPHA. No model is loaded, and drawing a response has scored it already.
             ensemble:A,B,…, ensemble@K:A,B,… or {kind: ensemble, members: [A, B], uncertainty_penalty: 1.0}:
-                mean − K·std of two or more scalar rewards, or of process rewards with one delimiter. K is 1 by
-                default.
+                mean − K·std of two or more scalar rewards, of heads, or of process rewards with one delimiter. K
+                is 1 by default.
         policy: its tokens and prompts are what the reward reads.
         device: None = a GPU if there is one.
         batch_size: responses that are scored together.
@@ -89,8 +92,8 @@ def load_reward(
 
     Raises:
         ValueError: a malformed spec or reward.json, no such model, a random or multi-label head, an adapter that does
-            not fit, a vocabulary that does not cover the policy's, a delimiter that no tokens write, non-finite
-            scores, or a score that changes when embeddings are fed in place of ids.
+            not fit, a head of another policy, a vocabulary that does not cover the policy's, a delimiter that no
+            tokens write, non-finite scores, or a score that changes when embeddings are fed in place of ids.
     """
     plan = parse_reward_spec(spec)
     with trusting_remote_code(trust_remote_code):
@@ -117,6 +120,8 @@ def _load_spec(spec: RewardSpec, policy: Policy, dtype: str, device: str | None)
     elif spec.kind == "process":
         classifier = _load_classifier(spec.model_names[0], dtype, device)
         reward = build_process_reward(policy, *classifier, spec.name, step_delimiter=spec.step_delimiter)
+    elif spec.kind == "head":
+        reward = build_head_reward(policy, StateHead.load(spec.model_names[0]), spec.name)
     else:
         reward = build_scalar_reward(policy, *_load_classifier(spec.model_names[0], dtype, device), spec.name)
     check_reward(reward, policy, step_delimiter=spec.step_delimiter)
@@ -177,6 +182,17 @@ def build_power_reward(policy: Policy, alpha: float, name: str) -> Reward:
     objective = policy_likelihood(policy, weight=alpha - 1)
     in_vocabulary = torch.ones(policy.forbidden_mask.shape[0], dtype=torch.bool)
     return Reward(name, "power", [objective], in_vocabulary, policy.stop_ids, gradient_at="direct")
+
+
+def build_head_reward(policy: Policy, head: StateHead, name: str) -> Reward:
+    """Build a reward from a head on the policy's hidden states in memory.
+
+    Raises:
+        ValueError: the head was trained on another policy's states.
+    """
+    head.check_policy(policy, name)
+    in_vocabulary = torch.ones(policy.forbidden_mask.shape[0], dtype=torch.bool)
+    return Reward(name, "head", [HeadObjective(policy, head)], in_vocabulary, policy.stop_ids, gradient_at="direct")
 
 
 def build_scalar_reward(
@@ -268,7 +284,8 @@ def _prepare_objective_args(
 def build_ensemble_reward(members: Sequence[Reward], uncertainty_penalty: float, name: str) -> Reward:
     """Build the lower confidence bound mean − uncertainty_penalty · std of rewards in memory.
 
-    The members are all scalar rewards, or all process rewards with one delimiter (Coste et al., arXiv 2310.02743).
+    The members are all scalar rewards, all heads, or all process rewards with one delimiter (Coste et al., arXiv
+    2310.02743).
 
     Raises:
         ValueError: fewer than two members, a member twice, a member of another kind or delimiter, or a penalty below
@@ -395,6 +412,6 @@ def _compute_unbatched_value(objective: Objective, encoded: EncodedSample, *, fr
     if isinstance(objective, ScoreObjective):
         hidden = find_backbone(objective.model)(**inputs).last_hidden_state[0, begin - 1 :]
         positions = objective.list_score_positions(encoded.response_ids, len(encoded.turn_end_ids))
-        return float(objective.model.score(hidden[positions]).sum())
+        return float(objective.apply_head(hidden[positions]).sum())
     logp = objective.model(**inputs).logits[0].float().log_softmax(-1)
     return float(logp[begin - 1 : -1].gather(1, ids[0, begin:, None]).sum())

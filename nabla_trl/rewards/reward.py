@@ -1,4 +1,4 @@
-"""Differentiable rewards over token ids (scalar, process, log-ratio, ensemble), and the verifier, which only labels.
+"""Differentiable rewards over token ids (scalar, process, head, log-ratio, ensemble), and a verifier for labels.
 
 The search, best-of-N and the audits all score through `Reward.score`.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from nabla_trl.gradient.likelihood import LikelihoodObjective
 from nabla_trl.gradient.objectives import EncodedSample, Objective, Sample, ScoreCache
 from nabla_trl.gradient.score import ProcessObjective, ScoreObjective
+from nabla_trl.gradient.state_head import HeadObjective
 from nabla_trl.gradient.token_gradient import compute_direct_likelihood_gradient, compute_token_gradient
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.grading.equivalence import MatchResult
@@ -25,6 +26,7 @@ from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint
 from nabla_trl.models.policy import Policy, get_context_length
 from nabla_trl.models.prompts import PromptTooLong
 from nabla_trl.rewards.limits import ValidatedLimits
+from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 
 
@@ -33,7 +35,7 @@ class Reward:
     """A weighted sum of objectives, r(x, y) = Σ weight · objective(x, y), or an ensemble's lower confidence bound.
 
     Attributes:
-        kind: "scalar", "process", "log-ratio", "ensemble" or "power".
+        kind: "scalar", "process", "head", "log-ratio", "ensemble" or "power".
         objectives: one per model.
         in_vocabulary: [policy rows] bool, the policy's tokens that every objective can read inside a response. A
             response with any other token, or longer than a model's context, scores −inf: it is never preferred.
@@ -80,6 +82,15 @@ class Reward:
         if num_tokens < 1:
             raise PromptTooLong(f"{problem.id}: the prompt fills the context of {self.name}")
         return num_tokens
+
+    @property
+    def reads_policy_states(self) -> bool:
+        """Tell whether all objectives read the hidden states that drawing a response has computed."""
+        return all(isinstance(objective, HeadObjective) for objective in self.objectives)
+
+    def make_prompt_caches(self, policy_state: PrefixState) -> list[ScoreCache]:
+        """Return one cache per objective of a prompt that the policy has read, if `reads_policy_states`."""
+        return [objective.make_prompt_cache(policy_state) for objective in self.objectives]
 
     def compute_prompt_caches(self, samples: Sequence[Sample], flop_counter: FlopCounter) -> list[list[ScoreCache]]:
         """Return per sample one cache of its prompt per objective. Responses are ignored."""

@@ -28,12 +28,14 @@ MANIFEST_FILE = "reward.json"
 MANIFEST_FORMAT = 2
 _ADAPTER_FILE = "adapter_config.json"
 
+HEAD_PREFIX = "head:"
 _PROCESS_SPEC = re.compile(r"process(?:@(?P<step_delimiter>[^:]*))?:(?P<model>.*)", re.DOTALL)
 _ENSEMBLE_SPEC = re.compile(r"ensemble(?:@(?P<uncertainty_penalty>[^:]*))?:(?P<members>.*)", re.DOTALL)
 # Per kind the keys of a mapping that describes a reward. The first one is required.
 _MAPPING_KEYS: dict[str, tuple[str, ...]] = {
     "scalar": ("model",),
     "process": ("model", "step_delimiter"),
+    "head": ("model",),
     "log_ratio": ("model", "reference", "scale"),
     "ensemble": ("members", "uncertainty_penalty"),
     "power": ("alpha",),
@@ -42,6 +44,7 @@ _MAPPING_KEYS: dict[str, tuple[str, ...]] = {
 _MANIFEST_KEYS: dict[str, tuple[str, ...]] = {
     "scalar": (),
     "process": ("step_delimiter",),
+    "head": (),
     "log_ratio": ("scale", "reference_model"),
     "ensemble": ("members", "uncertainty_penalty"),
 }
@@ -66,11 +69,12 @@ class RewardManifest:
 
     Attributes:
         kind: "scalar" (a sequence classifier with one label, or a LoRA adapter of one, in this folder), "process" (the
-            sum of such a score over the ends of reasoning steps), "log_ratio" (a causal LM or its adapter in this
-            folder: r = scale · (log π − log π_reference)) or "ensemble".
+            sum of such a score over the ends of reasoning steps), "head" (a head on the policy's hidden states, in
+            this folder), "log_ratio" (a causal LM or its adapter in this folder: r = scale · (log π −
+            log π_reference)) or "ensemble".
         base_model: the model that training began from. None = none.
         step_delimiter: process only: the text that ends a reasoning step.
-        members: ensemble only: folders of scalar or of process rewards, relative to this one.
+        members: ensemble only: folders of scalar, process or head rewards, relative to this one.
         uncertainty_penalty: ensemble only: k of mean − k·std.
         scale: log_ratio only: β > 0.
         reference_model: log_ratio only: name of the reference model.
@@ -197,9 +201,9 @@ class RewardSpec:
 
     Attributes:
         name: the reward's name in rows, reports and messages: the spec as text.
-        kind: "scalar", "process", "log-ratio", "ensemble" or "power", as `nabla_trl.rewards.reward.Reward.kind`.
+        kind: "scalar", "process", "head", "log-ratio", "ensemble" or "power", as `Reward.kind`.
         model_names: models to load: the classifier, the preferred model and (unless it is the policy) the reference,
-            or the classifiers of an ensemble's members. Empty for a power of the policy.
+            or the classifiers of an ensemble's members. The folder of a head. Empty for a power of the policy.
         members: of an ensemble.
         scale: factor of a log-ratio, or α − 1 of a power.
         uncertainty_penalty: k of an ensemble's mean − k·std.
@@ -243,6 +247,8 @@ def parse_reward_spec(spec: str | Mapping[str, Any]) -> RewardSpec:
         return RewardSpec(spec, "log-ratio", names)
     if spec.startswith(POWER_PREFIX):
         return _build_power_spec(spec, spec.removeprefix(POWER_PREFIX))
+    if spec.startswith(HEAD_PREFIX):
+        return _build_head_spec(spec, spec.removeprefix(HEAD_PREFIX))
     if match := _PROCESS_SPEC.fullmatch(spec):
         if not match["model"]:
             raise ValueError(f"{spec!r}: expected process:NAME or process@DELIMITER:NAME")
@@ -333,6 +339,8 @@ def _parse_mapping(data: Mapping[str, Any]) -> RewardSpec:
         if key in data:
             _check_model_name(f"reward: {key}", data[key])
     name, model = get_reward_name(data), data["model"]
+    if kind == "head":
+        return _build_head_spec(name, model)
     if kind == "process":
         delimiter = data.get("step_delimiter", BLANK_LINE)
         check_delimiter(delimiter)
@@ -376,6 +384,18 @@ def _build_process_spec(name: str, model: str, step_delimiter: str) -> RewardSpe
     return RewardSpec(name, "process", (model,), step_delimiter=step_delimiter)
 
 
+def _build_head_spec(name: str, folder: str) -> RewardSpec:
+    """Return the head in a folder, with the limits of its reward.json if there is one."""
+    if not folder:
+        raise ValueError(f"{name!r}: expected {HEAD_PREFIX}FOLDER")
+    if not Path(folder, MANIFEST_FILE).is_file():
+        return RewardSpec(name, "head", (folder,), folder=folder)
+    spec = _parse_folder(folder)
+    if spec.kind != "head":
+        raise ValueError(f"{name!r}: {folder} is a reward of kind {spec.kind}, not a head")
+    return replace(spec, name=name)
+
+
 def _parse_scalar(name: str, model: str) -> RewardSpec:
     spec = parse_reward_spec(model)
     if spec.kind != "scalar":
@@ -410,9 +430,9 @@ def check_ensemble_members(name: str, members: Sequence[tuple[str, str, str]]) -
     Raises:
         ValueError: a member of another kind, or with another delimiter than the first one.
     """
-    rule = "the members of an ensemble are all scalar, or all process with one delimiter"
+    rule = "the members of an ensemble are all scalar, all heads, or all process with one delimiter"
     for member, kind, delimiter in members:
-        if kind not in ("scalar", "process"):
+        if kind not in ("scalar", "process", "head"):
             raise ValueError(f"{name}: {member} is a reward of kind {kind}: {rule}")
         if (kind, delimiter) != members[0][1:]:
             raise ValueError(f"{name}: {member} is not read at the same steps as {members[0][0]}: {rule}")

@@ -189,6 +189,7 @@ class Search:
                 output.get_cache(),
                 self.prompt.score_caches,
                 math.nan,
+                hidden_states=output.hidden_states,
             )
             for output in await self.generate(requests)
         ]

@@ -42,6 +42,7 @@ class ScoredResponse:
         logp: [T, K] log π of the candidates, in nats.
         log_importance_weight: [T, K] log π − log q of the candidates for the sampler q. None: q is π.
         policy_cache: state of prompt and response (all but the last token) in the policy.
+        hidden_states: [T, d] the policy's last hidden states that predicted the tokens. None: the reward reads none.
         score_caches: one per objective of the reward. Not scored yet: of a response that shares its beginning.
         reward: r(x, y). Not scored yet: NaN.
         reward_gradient: [T, K] ∂r/∂Y at the candidates. None: not computed yet.
@@ -63,6 +64,7 @@ class ScoredResponse:
     loss_gradients: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     proposal_scores: Tensor | None = None
     stale_mask: Tensor | None = None
+    hidden_states: Tensor | None = None
 
     @property
     def problem(self) -> Problem:
@@ -88,7 +90,8 @@ class ScoredResponse:
 
     def make_sample_with_draw_info(self, model: PreTrainedModel) -> Sample:
         """Return the sample with the log-probabilities that `model`, the policy, gave when it was generated."""
-        return replace(self.make_sample(), draw_info=DrawInfo(model, self.candidates, self.logp))
+        draw_info = DrawInfo(model, self.candidates, self.logp, self.hidden_states)
+        return replace(self.make_sample(), draw_info=draw_info)
 
 
 @dataclass(frozen=True)
@@ -183,10 +186,13 @@ class Proposal:
         incumbent, generation, length = self.chain.incumbent, self.generation, len(self.prefix_ids)
         candidates, logp = incumbent.candidates[:length], incumbent.logp[:length]
         log_weight = None if incumbent.log_importance_weight is None else incumbent.log_importance_weight[:length]
+        states = None if incumbent.hidden_states is None else incumbent.hidden_states[:length]
         if generation is not None:
             candidates, logp = torch.cat((candidates, generation.candidates)), torch.cat((logp, generation.logp))
             if log_weight is not None:
                 log_weight = torch.cat((log_weight, generation.get_log_importance_weight()))
+            if states is not None and generation.hidden_states is not None:
+                states = torch.cat((states, generation.hidden_states))
         return ScoredResponse(
             incumbent.prompt,
             self.response_ids,
@@ -197,4 +203,5 @@ class Proposal:
             self.get_prefix_cache() if generation is None else generation.get_cache(),
             incumbent.score_caches,
             reward=math.nan,
+            hidden_states=states,
         )

@@ -1,4 +1,4 @@
-"""Small text files: written completely or not at all, and checked when they are read."""
+"""Small files: written completely or not at all, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MAX_DEPTH = 50  # of lists and mappings in each other
 MAX_NUMBER_CHARS = 300  # of an integer: a longer one fits no float
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader never sees half of it. Several processes may write the same file at once.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader never sees half of it. Several processes may write the same file at once.
 
     Raises:
         OSError: if the file cannot be written, for example to a full disk. The error names the file.
@@ -31,8 +31,8 @@ def write_atomic(path: Path, text: str) -> None:
     # A process id is not enough: processes on several machines, or in containers, may share a folder.
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with draft.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
