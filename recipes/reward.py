@@ -54,6 +54,7 @@ from nabla_trl.reward_training.data import (
     select_highest_reward,
     write_samples,
 )
+from nabla_trl.reward_training.head_trainer import train_state_head
 from nabla_trl.reward_training.implicit import train_implicit_reward
 from nabla_trl.reward_training.labels import TokenLabeler, has_step_labels
 from nabla_trl.reward_training.trainer import RewardOptions, RewardTrainingStats, train_reward
@@ -78,6 +79,9 @@ from nabla_trl.utils.locks import lock_folder
 
 NUM_BEST_RESPONSES = 4  # responses of highest reward that best-of-N adds per problem
 AUDIT_SAMPLES_PER_PROBLEM = 4  # of the gradient audit
+PROBLEMS_PER_SAMPLES_FILE = 64  # after which the answers of round 0 are on disk
+# What the answers of round 0 depend on, beside the data.
+SAMPLE_SETTINGS = ("policy", "split", "max_train_problems", "max_audit_problems", "samples_per_problem", "dtype")
 LABEL_CHOICES = ("auto", "steps", "outcome")
 
 
@@ -92,6 +96,9 @@ class RewardArguments:
     split: str = option("train", "split of the dataset. Audits use problems of it that training does not use")
     max_train_problems: int = option(2000, "training problems")
     samples_per_problem: int = option(4, "answers of the policy per training problem")
+    samples_dir: str = option(
+        "", "folder with the answers of round 0, which rewards of several kinds may share (default: output_dir)"
+    )
     labels: str = option(
         "auto",
         "steps: label every token as correct or wrong. outcome: label the answer alone. auto: steps where the task "
@@ -170,12 +177,18 @@ class RewardRun:
         set_trust_remote_code(trainer_config.trust_remote_code)
         self.policy = load_policy(args.policy, dtype=args.dtype, device=str(self.state.device))
         claim_settings(self.output_dir / "settings.json", self.get_settings())
+        self.samples_dir = Path(args.samples_dir or self.output_dir)
+        if args.samples_dir:
+            sampling = asdict(search_config.get_sampling()) | {name: getattr(args, name) for name in SAMPLE_SETTINGS}
+            facts = {name: str(value) for name, value in sampling.items()} | {"seed": str(trainer_config.seed)}
+            claim_settings(self.samples_dir / "samples.json", get_task_settings(args.dataset) | facts)
 
     def get_settings(self) -> dict[str, str]:
         """Return the options that the result depends on."""
         options = asdict(self.args)
         del options["dataset"]  # get_task_settings names it
         del options["stall_minutes"]
+        del options["samples_dir"]
         del options["max_adversarial_rounds"]  # a finished run may get more rounds
         options |= asdict(self.reward_options) | asdict(self.lora_arguments)
         options |= {name: getattr(self.trainer_config, name) for name in TRAINER_SETTINGS}
@@ -221,24 +234,34 @@ class RewardRun:
     def load_or_draw_samples(self, number: int) -> list[Sample]:
         """Return the responses that a round adds. All processes draw them together and keep them on disk."""
         by_id = {problem.id: problem for problem in self.train_problems}
-        files = [self.output_dir / f"round-{number}.{rank}.jsonl" for rank in range(self.state.num_processes)]
+        folder = self.output_dir if number else self.samples_dir
+        files = [folder / f"round-{number}.{rank}.jsonl" for rank in range(self.state.num_processes)]
         own_file = files[self.state.process_index]
         if not own_file.exists():
-            samples = (
-                self.search_against_reward(number)
-                if number
-                else self.draw_round_samples(number, self.args.samples_per_problem)
+            write_samples(
+                own_file,
+                self.search_against_reward(number) if number else self.draw_first_samples(own_file.with_suffix("")),
             )
-            write_samples(own_file, samples)
         self.state.wait_for_everyone()
         return [sample for file in files for sample in read_samples(file, by_id)]
 
-    def draw_round_samples(
-        self, number: int, samples_per_problem: int, temperature: float | None = None
-    ) -> list[Sample]:
-        """Return responses to this process's training problems, at the search's temperature by default."""
-        start, sampling = time.perf_counter(), self.search_config.get_sampling()
+    def draw_first_samples(self, folder: Path) -> list[Sample]:
+        """Return the responses of round 0 to this process's training problems. Those in the folder are kept."""
         problems = self._select_process_share(self.train_problems)
+        by_id, samples = {problem.id: problem for problem in problems}, []
+        for begin in range(0, len(problems), PROBLEMS_PER_SAMPLES_FILE):
+            file = folder / f"{begin:06d}.jsonl"
+            if not file.exists():
+                part = problems[begin : begin + PROBLEMS_PER_SAMPLES_FILE]
+                write_samples(file, self._draw_samples(0, part, self.args.samples_per_problem))
+            samples += read_samples(file, by_id)
+        return samples
+
+    def _draw_samples(
+        self, number: int, problems: Sequence[Problem], samples_per_problem: int, temperature: float | None = None
+    ) -> list[Sample]:
+        """Return responses to problems, at the search's temperature by default."""
+        start, sampling = time.perf_counter(), self.search_config.get_sampling()
         samples = sample_responses(
             problems,
             samples_per_problem,
@@ -275,7 +298,8 @@ class RewardRun:
             batch_size=self.batch_size,
         )
         samples = select_highest_reward(pool, NUM_BEST_RESPONSES)
-        samples += self.draw_round_samples(number, 1, self.args.extra_sample_temperature)
+        train_problems = self._select_process_share(self.train_problems)
+        samples += self._draw_samples(number, train_problems, 1, self.args.extra_sample_temperature)
         config = replace(
             self.search_config, max_rounds=self.args.max_audit_rounds, patience=0, max_rollouts=0, max_flops=0.0
         )
@@ -327,6 +351,20 @@ class RewardRun:
                 pairs_per_problem=self.reward_options.pairs_per_problem,
                 **common,
             )
+        if self.reward_options.kind == "head":
+            # Every process trains the same head, which takes seconds, and writes the same file.
+            stats = train_state_head(
+                data,
+                output_dir,
+                policy=self.policy,
+                options=self.reward_options,
+                config=config,
+                token_labels=TokenLabeler(self.policy) if self.use_step_labels else None,
+                batch_size=self.batch_size,
+            )
+            if self.reward_options.num_members > 1:
+                write_manifest(output_dir, RewardManifest(kind="head", policy=self.args.policy))
+            return stats
         last_round = self._list_member_dirs(self._get_round_dir(number - 1))[member]
         return train_reward(
             str(last_round) if number else self.base_model,
@@ -359,7 +397,7 @@ class RewardRun:
             return RewardManifest(
                 kind="ensemble", members=members, uncertainty_penalty=options.uncertainty_penalty, **fields
             )
-        return RewardManifest(kind="scalar", **fields)
+        return RewardManifest(kind=options.kind, **fields)
 
     def load_round_reward(self, number: int) -> Reward:
         return load_reward(

@@ -17,7 +17,7 @@ _KIND_DESCRIPTIONS = {
     "process": "The sum of a score head (a sequence classifier with one label) over the ends of reasoning steps",
     "head": "A head on the policy's own hidden states, which drawing a response has computed already",
     "log_ratio": "A causal LM's adapter: r = scale · (log π − log π_reference)",
-    "ensemble": "An ensemble of score heads: mean − uncertainty_penalty · std",
+    "ensemble": "An ensemble of scores: mean − uncertainty_penalty · std",
 }
 _AUDIT_NOTE = """\
 On problems apart from training. Brackets are 95% intervals over problems. Search: accuracy of the incumbent after the

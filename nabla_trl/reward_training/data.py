@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nabla_trl.baselines.sampling import ResponsePool, draw_pool
 from nabla_trl.gradient.objectives import DrawInfo, Objective, Sample
@@ -27,6 +28,7 @@ from nabla_trl.models.sampling import compute_top_candidates
 from nabla_trl.reward_training.labels import TokenLabeler
 from nabla_trl.rewards.reward import Verifier
 from nabla_trl.states.batch import pad_sequences
+from nabla_trl.states.layout import find_backbone
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.files import write_atomic
@@ -209,6 +211,24 @@ def _compute_draw_info(policy: Policy, samples: Sequence[Sample], top_k: int) ->
         candidates, logp = compute_top_candidates(logits_TV, response, policy.forbidden_mask, top_k)
         draw_infos.append(DrawInfo(policy.model, candidates.cpu(), logp.cpu()))
     return draw_infos
+
+
+@torch.no_grad()
+def compute_hidden_states(policy: Policy, samples: Sequence[Sample], batch_size: int) -> list[Tensor]:
+    """Return per sample [T, d] the policy's last hidden states that predict the response's tokens."""
+    backbone = find_backbone(policy.model)
+    lengths = [len(sample.prompt_ids + sample.response_ids) for sample in samples]
+    order = sorted(range(len(samples)), key=lambda index: lengths[index])
+    states: dict[int, Tensor] = {}
+    for begin in range(0, len(order), batch_size):
+        indices = order[begin : begin + batch_size]
+        sequences = [samples[index].prompt_ids + samples[index].response_ids for index in indices]
+        ids, mask = pad_sequences(sequences, policy.device, left=False)
+        hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        for row, index in enumerate(indices):
+            start = len(samples[index].prompt_ids) - 1
+            states[index] = hidden[row, start : start + len(samples[index].response_ids)].float()
+    return [states[index] for index in range(len(samples))]
 
 
 def build_token_rows(

@@ -38,7 +38,7 @@ from nabla_trl.training.peft import (
 )
 from nabla_trl.utils.fields import option
 
-REWARD_KINDS = ("scalar", "implicit")
+REWARD_KINDS = ("scalar", "head", "implicit")
 LOSS_TYPES = ("tokens", "pairs")
 
 
@@ -47,14 +47,20 @@ class RewardOptions:
     """Options of training a reward, beside those of TRL's trainer."""
 
     kind: str = option(
-        "scalar", "scalar: a score head. implicit: β·(log π_φ − log π_base) of a LoRA adapter trained by DPO"
+        "scalar",
+        "scalar: a model with a score head. head: a head on the policy's own states, whose scores cost nothing. "
+        "implicit: β·(log π_φ − log π_base) of a LoRA adapter trained by DPO",
     )
     base_model: str | None = option(
         None,
         "initial model: a reward model, or a causal LM with the policy's tokens. Default: the policy",
     )
-    num_members: int = option(1, "scalar: members of an ensemble, trained with different seeds")
-    uncertainty_penalty: float = option(1.0, "scalar: k of an ensemble's reward, mean − k·std")
+    head_width: int = option(0, "head: units of a hidden layer. 0 is a linear map")
+    ranking_weight: float = option(
+        1.0, "head: weight of Bradley-Terry within problems beside the loss at every token. 0 disables it"
+    )
+    num_members: int = option(1, "scalar, head: members of an ensemble, trained with different seeds")
+    uncertainty_penalty: float = option(1.0, "scalar, head: k of an ensemble's reward, mean − k·std")
     implicit_beta: float = option(0.1, "implicit: β of DPO and scale of the reward")
     tuning: str = option("lora", "full, lora or qlora (LoRA on a 4-bit base)")
     loss_type: str = option(
@@ -87,6 +93,8 @@ class RewardOptions:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if not 0 <= self.relaxed_fraction <= 1:
             raise ValueError("relaxed_fraction must be in [0, 1]")
+        if self.head_width < 0 or not 0 <= self.ranking_weight < math.inf:
+            raise ValueError("head_width and ranking_weight must be numbers of at least 0")
         if not 0 <= self.gradient_matching < math.inf or not 0 <= self.margin < math.inf:
             raise ValueError("gradient_matching and margin must be numbers of at least 0")
         if min(self.target_samples, self.pairs_per_problem, self.num_members) < 1 or self.grow_layers < 0:
@@ -96,6 +104,8 @@ class RewardOptions:
         check_uncertainty_penalty(self.uncertainty_penalty)
         if not 0 < self.implicit_beta < math.inf:
             raise ValueError("implicit_beta must be a positive number")
+        if self.kind == "head" and self.base_model:
+            raise ValueError("a head reads the policy's own states: base_model must not be set")
         if self.kind == "implicit" and (self.num_members > 1 or self.tuning != "lora"):
             raise ValueError("an implicit reward is one adapter: num_members must be 1 and tuning lora")
         if self.loss_type == "pairs" and self.gradient_matching:

@@ -202,6 +202,26 @@ def test_an_ensemble_by_the_recipe(recipe: ModuleType, policy: Policy, tmp_path:
     assert len(read_manifest(tmp_path / "reward").training_rounds[0]["training"]) == 2
 
 
+@pytest.mark.slow
+def test_heads_on_shared_answers_by_the_recipe(recipe: ModuleType, policy: Policy, tmp_path: Path) -> None:
+    """Two runs draw their answers of round 0 once, and the second goes on from what the first had drawn."""
+    shared = {"kind": "head", "samples_dir": tmp_path / "answers", "max_adversarial_rounds": 0, "max_steps": 30}
+    train(recipe, tmp_path / "one", **shared, head_width=8)
+    answers, part = (tmp_path / "answers" / name for name in ("round-0.0.jsonl", "round-0.0/000000.jsonl"))
+    assert part.read_text() == answers.read_text()
+    before, content = stamps(tmp_path / "answers"), answers.read_text()
+    train(recipe, tmp_path / "two", **shared, num_members=2)
+    assert stamps(tmp_path / "answers") == before
+    one, two = (load_reward(str(tmp_path / name / "reward"), policy=policy) for name in ("one", "two"))
+    assert (one.kind, two.kind, len(two.objectives)) == ("head", "ensemble", 2)
+    assert len(set(scores(one, policy))) > 6 and two.reads_policy_states
+    answers.unlink()  # as if the drawing had been stopped
+    shutil.rmtree(tmp_path / "one")
+    train(recipe, tmp_path / "one", **shared)
+    assert answers.read_text() == content
+    worlds.refused(lambda: train(recipe, tmp_path / "three", **shared, samples_per_problem=5), "samples_per_problem")
+
+
 # --- refusals ---------------------------------------------------------------------------------------------
 
 
