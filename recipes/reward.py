@@ -64,7 +64,7 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import RewardManifest, write_manifest
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.loop import run_search
-from nabla_trl.tasks.problem import Problem
+from nabla_trl.tasks.problem import Problem, check_disjoint
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.traces.build import get_package_versions
@@ -110,6 +110,7 @@ class RewardArguments:
     extra_sample_temperature: float = option(
         1.5, "sampling temperature of one more answer per problem and round. High values show rare mistakes"
     )
+    audit_dataset: str = option("", "problems of the audits (default: the last ones of dataset)")
     max_audit_problems: int = option(150, "problems of the audits")
     audit_samples: int = option(64, "answers per problem of the best-of-N audit, and the largest N to validate")
     max_audit_rounds: int = option(32, "rounds of the over-optimization audit, and the largest number to validate")
@@ -159,13 +160,18 @@ class RewardRun:
         self.checker = AnswerChecker()
         # Best-of-N and scoring take four times as many responses at once as the search has problems.
         self.batch_size = 4 * search_config.batch_size
+        num_audit_problems = 0 if args.audit_dataset else args.max_audit_problems
         problems = load_problems(
-            args.dataset, split=args.split, max_problems=args.max_train_problems + args.max_audit_problems
+            args.dataset, split=args.split, max_problems=args.max_train_problems + num_audit_problems
         )
         problems = [problem for problem in problems if problem.answer]
         # The audits take the last problems: the first ones are more likely to have been used before.
-        self.train_problems = problems[: -args.max_audit_problems]
-        self.audit_problems = problems[-args.max_audit_problems :]
+        self.train_problems = problems[: len(problems) - num_audit_problems]
+        self.audit_problems = problems[len(self.train_problems) :]
+        if args.audit_dataset:
+            others = load_problems(args.audit_dataset, split=args.split, max_problems=args.max_audit_problems)
+            self.audit_problems = [problem for problem in others if problem.answer]
+            check_disjoint(self.train_problems, self.audit_problems)
         if not self.train_problems:
             raise ValueError(f"{len(problems)} problems with answers leave none to train on: lower max_audit_problems")
         self.use_step_labels = args.labels == "steps" or (
@@ -348,6 +354,7 @@ class RewardRun:
                 data,
                 output_dir,
                 beta=self.reward_options.implicit_beta,
+                loss_type=self.reward_options.implicit_loss,
                 pairs_per_problem=self.reward_options.pairs_per_problem,
                 **common,
             )

@@ -40,6 +40,7 @@ from nabla_trl.utils.fields import option
 
 REWARD_KINDS = ("scalar", "head", "implicit")
 LOSS_TYPES = ("tokens", "pairs")
+IMPLICIT_LOSSES = ("dpo", "outcome")
 
 
 @dataclass
@@ -49,7 +50,7 @@ class RewardOptions:
     kind: str = option(
         "scalar",
         "scalar: a model with a score head. head: a head on the policy's own states, whose scores cost nothing. "
-        "implicit: β·(log π_φ − log π_base) of a LoRA adapter trained by DPO",
+        "implicit: β·(log π_φ − log π_base) of a LoRA adapter",
     )
     base_model: str | None = option(
         None,
@@ -61,7 +62,12 @@ class RewardOptions:
     )
     num_members: int = option(1, "scalar, head: members of an ensemble, trained with different seeds")
     uncertainty_penalty: float = option(1.0, "scalar, head: k of an ensemble's reward, mean − k·std")
-    implicit_beta: float = option(0.1, "implicit: β of DPO and scale of the reward")
+    implicit_loss: str = option(
+        "dpo",
+        "implicit: dpo on pairs of a correct and a wrong response, or outcome: cross-entropy with the reward as logit "
+        "of a correct answer (arXiv 2412.01981), which needs no pairs",
+    )
+    implicit_beta: float = option(0.1, "implicit: β of the loss and scale of the reward")
     tuning: str = option("lora", "full, lora or qlora (LoRA on a 4-bit base)")
     loss_type: str = option(
         "tokens",
@@ -88,7 +94,12 @@ class RewardOptions:
     )
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", REWARD_KINDS), ("loss_type", LOSS_TYPES), ("tuning", TUNING_MODES)):
+        for name, choices in (
+            ("kind", REWARD_KINDS),
+            ("loss_type", LOSS_TYPES),
+            ("implicit_loss", IMPLICIT_LOSSES),
+            ("tuning", TUNING_MODES),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if not 0 <= self.relaxed_fraction <= 1:

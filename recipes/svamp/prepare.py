@@ -7,7 +7,7 @@ answers with one operation a line, such as "6 + 2 = 8\n8 * 8 = 64\n#### 64". Pro
 arithmetic are left out, as are formulas that do not give the answer. The problems are shuffled and written to
 
 - sft.jsonl: the policy is trained on their solutions,
-- reward.jsonl: the problems of sft.jsonl, and as many others as there are. A reward is trained on answers to them,
+- reward.jsonl: the problems of sft.jsonl and all others, in another order. A reward is trained on answers to them,
 - audit.jsonl: the policy and the rewards never see them. Every choice is made on them.
 
 SVAMP is for the evaluation alone. With `--svamp FILE` the script checks that no question of it is trained on. But
@@ -27,13 +27,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from arithmetic import OPERATORS, compute, format_number, parse_expression
+
 from nabla_trl.cli.parsing import parse_dataclasses, run_main
 from nabla_trl.tasks.problem import Problem, check_disjoint
 from nabla_trl.tasks.registry import load_problems
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import write_atomic
 
-OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+TAGS = ("Body", "Question", "Formula", "Answer", "Solution-Type")
 
 
 @dataclass
@@ -59,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         check_disjoint([Problem(row["id"], row["question"]) for row in rows], load_problems(args.svamp))
     parts = {
         "sft": rows[: args.num_sft_problems],
-        "reward": rows[:num_train],
+        "reward": random.Random(args.seed + 1).sample(rows[:num_train], num_train),
         "audit": rows[num_train:],
     }
     for name, part in parts.items():
@@ -90,9 +92,6 @@ def read_asdiv(path: Path) -> list[dict[str, str]]:
     return list(rows.values())
 
 
-TAGS = ("Body", "Question", "Formula", "Answer", "Solution-Type")
-
-
 def write_solution(formula: str, answer: str) -> str | None:
     r"""Return a worked answer with one operation a line, or None if the formula is no arithmetic or gives no answer.
 
@@ -107,10 +106,10 @@ def write_solution(formula: str, answer: str) -> str | None:
     for equation in formula.rstrip("; ").split(";"):
         left, _, right = equation.partition("=")
         try:
-            value = write_steps(ast.parse(left.strip(), mode="eval").body, lines)
+            value = write_steps(parse_expression(left), lines)
             if value is None or value != Fraction(right.strip()):
                 return None
-        except (SyntaxError, ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError):
             return None
     try:
         if value is None or not lines or value != Fraction(answer.replace(",", "")):
@@ -139,25 +138,6 @@ def write_steps(node: ast.expr, lines: list[str]) -> Fraction | None:
         return None
     lines.append(f"{numbers[0]} {OPERATORS[type(node.op)]} {numbers[1]} = {numbers[2]}")
     return value
-
-
-def compute(left: Fraction, operator: str, right: Fraction) -> Fraction:
-    """Return the value of an operation.
-
-    Raises:
-        ZeroDivisionError: a division by zero.
-    """
-    if operator == "/":
-        return left / right
-    return {"+": left + right, "-": left - right, "*": left * right}[operator]
-
-
-def format_number(number: Fraction) -> str:
-    """Return a number with at most four decimals, or an empty text if it has more."""
-    if number.denominator == 1:
-        return str(number.numerator)
-    scaled = number * 10_000
-    return f"{float(number):.4f}".rstrip("0") if scaled.denominator == 1 else ""
 
 
 if __name__ == "__main__":

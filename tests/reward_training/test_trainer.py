@@ -272,7 +272,7 @@ def test_a_base_that_cannot_be_loaded_is_refused(train: Callable[..., Any], tmp_
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kind": "vector"}, ["kind must be one of scalar, implicit", "'vector'"]),
+        ({"kind": "vector"}, ["kind must be one of scalar, head, implicit", "'vector'"]),
         ({"loss_type": "words"}, ["loss_type must be one of tokens, pairs"]),
         ({"tuning": "some"}, ["tuning must be one of full, lora, qlora"]),
         ({"relaxed_fraction": 1.5}, ["relaxed_fraction must be in [0, 1]"]),
@@ -430,12 +430,15 @@ def plain_logp(model: Any, sample: Sample) -> float:
     return float(logp[begin - 1 : -1].gather(1, torch.tensor(sample.response_ids)[:, None]).sum())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("architecture", "loss_type"), [("llama", "dpo"), ("gpt2", "dpo"), ("llama", "outcome")])
 def test_an_implicit_reward_is_the_difference_that_training_made(
-    architecture: str, bases: Any, policies: Any, data: Any, trained: list[Any], tmp_path: Path
+    architecture: str, loss_type: str, bases: Any, policies: Any, data: Any, trained: list[Any], tmp_path: Path
 ) -> None:
     """β·(log π_φ − log π_base) by plain forwards; it has come to prefer what it was shown as right."""
     base, policy, labeled = bases[architecture], policies[architecture], data[architecture]
+    options: dict[str, Any] = {"learning_rate": 1e-2}
+    if loss_type == "outcome":  # all of the data at each step: twelve steps on a few responses are noisy
+        options = {"learning_rate": 1e-3, "per_device_train_batch_size": len(labeled)}
     stats = train_implicit_reward(
         base,
         labeled,
@@ -444,10 +447,13 @@ def test_an_implicit_reward_is_the_difference_that_training_made(
         beta=0.3,
         pairs_per_problem=2,
         lora=LORA,
-        config=settings(tmp_path, max_steps=12, learning_rate=1e-2),
+        config=settings(tmp_path, max_steps=12, **options),
         dtype="float32",
+        loss_type=loss_type,
     )
-    assert (stats.rows, stats.steps, stats.tokens > 0, stats.flops > 0) == (10, 12, True, True)
+    num_rows = 10 if loss_type == "dpo" else len(labeled)
+    assert (stats.rows, stats.steps, stats.tokens > 0, stats.flops > 0) == (num_rows, 12, True, True)
+    assert 0 < stats.loss < 0.69  # it began at log 2, where φ is the base
     write_manifest(
         tmp_path / "reward", RewardManifest(kind="log_ratio", scale=0.3, reference_model=base, base_model=base)
     )

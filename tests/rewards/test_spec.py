@@ -287,7 +287,7 @@ def test_a_mapping_names_what_text_cannot(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mapping", "words"),
     [
-        ({}, ["kind must be one of scalar, process, log_ratio, ensemble", "not None"]),
+        ({}, ["kind must be one of scalar, process, head, log_ratio, ensemble", "not None"]),
         ({"kind": "implicit", "model": "a"}, ["kind must be one of", "'implicit'"]),
         ({"kind": ["scalar"], "model": "a"}, ["kind must be one of"]),
         ({"kind": "scalar"}, ["'model'"]),
