@@ -130,7 +130,7 @@ def _draw_pool(args: MeasureArguments, problems: Sequence[Problem], policy: Poli
 
 def build_rows(pool: ResponsePool, checker: AnswerChecker) -> list[dict[str, Any]]:
     """Return one row per sample: its text, its answers as written and as computed, and whether they are correct."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in pool.entries:
         for response in entry.responses:
             text = pool.policy.decode_response(response.response_ids)

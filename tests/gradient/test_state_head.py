@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import worlds
 from torch import Tensor
 
+from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.baselines.sampling import draw_pool, select_weighted_best_of_n
-from nabla_trl.baselines.step_config import StepSearchConfig
 from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS
 from nabla_trl.baselines.step_tree import run_step_search
 from nabla_trl.gradient.objectives import DrawInfo, Sample
@@ -203,7 +203,7 @@ def test_a_search_scores_with_the_states_it_has_drawn(options: dict, double: Pol
 
 
 def run_steps(policy: Policy, reward: Reward) -> list[Trace]:
-    steps = StepSearchConfig(step_delimiter=";", max_step_tokens=4, steps_per_prefix=3)
+    steps = BaselineConfig(step_delimiter=";", max_step_tokens=4, steps_per_prefix=3)
     return run_step_search(
         worlds.tiny_problems(),
         method=STEP_SEARCH_METHODS["beam_search"],
