@@ -137,12 +137,12 @@ class NoGradient:
         "token",
         "How the position of a change is drawn. token prefers positions where another token is likely. uniform gives "
         "all positions the same probability (power sampling, arXiv 2510.14901). entropy prefers positions where the "
-        "policy is uncertain.",
+        "policy is uncertain, and jump those where it becomes uncertain (arXiv 2605.30327).",
     )
 
     def __post_init__(self) -> None:
-        if self.cut not in ("token", "uniform", "entropy"):
-            raise ValueError(f"cut must be one of token, uniform, entropy, not {self.cut!r}")
+        if self.cut not in ("token", "uniform", "entropy", "jump"):
+            raise ValueError(f"cut must be one of token, uniform, entropy, jump, not {self.cut!r}")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from nabla_trl.search.options import (
 from nabla_trl.search.state import ScoredResponse, SearchState
 
 MIN_CUT_ENTROPY = 1e-3  # nats; with it a chain can change every position
+JUMP_EXPONENT = 4  # of the weights of cut "jump", as in its authors' code
 
 # --- scores ---------------------------------------------------------------------------------------------
 
@@ -79,18 +80,21 @@ def compute_proposal_scores(
 def _compute_cut_scores(response: ScoredResponse, reward: Reward, config: SearchConfig, cut: str) -> Tensor:
     """Return the scores [T, K] of a search without the gradient: log π, or log w_t + log q_t(v) for cut weights w_t.
 
-    q_t is π at the sampler's temperature over the tokens that may be proposed. w_t is 1 for the cut "uniform", and
-    the entropy of π over the candidates for the cut "entropy".
+    q_t is π at the sampler's temperature over the tokens that may be proposed. w_t is 1 for the cut "uniform", the
+    entropy H_t of π over the candidates for the cut "entropy", and max(H_t − H_{t−1}, 0)^4 for the cut "jump".
     """
     if cut == "token":
         return response.logp
     mask = compute_proposable_mask(response, reward.in_vocabulary, config)
     logits = (response.logp / (config.temperature or 1.0)).masked_fill(~mask, -torch.inf)
     scores = (logits - logits.logsumexp(-1, keepdim=True)).masked_fill(~mask, -torch.inf)
+    if cut == "uniform":
+        return scores
+    entropy = -(response.logp.exp() * response.logp.clamp(min=-100)).sum(-1, keepdim=True)
     if cut == "entropy":
-        entropy = -(response.logp.exp() * response.logp.clamp(min=-100)).sum(-1, keepdim=True)
-        scores = scores + entropy.clamp(min=MIN_CUT_ENTROPY).log()
-    return scores
+        return scores + entropy.clamp(min=MIN_CUT_ENTROPY).log()
+    jump = entropy.diff(dim=0, prepend=torch.zeros_like(entropy[:1]))
+    return scores + JUMP_EXPONENT * jump.clamp(min=MIN_CUT_ENTROPY).log()
 
 
 def _compute_reward_gradients(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nabla_trl.traces.schema import Trace
+from nabla_trl.utils import statistics
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class MixingStatistics:
             (Sokal 1997).
         effective_samples: number of independent samples with the same information. Stuck chains give none.
         effective_samples_per_gflop: per GFLOP of all chains, including stuck ones.
+        per_gflop_interval: its 95% interval over chains, a jackknife of its logarithm. None of fewer than two chains.
         mean_reward: mean over the second halves of the chains.
     """
 
@@ -35,6 +37,7 @@ class MixingStatistics:
     effective_samples: float
     effective_samples_per_gflop: float
     mean_reward: float
+    per_gflop_interval: tuple[float, float] | None = None
 
 
 def measure_mixing(traces: Sequence[Trace]) -> MixingStatistics:
@@ -57,7 +60,7 @@ def measure_mixing(traces: Sequence[Trace]) -> MixingStatistics:
     time = compute_autocorrelation_time(table[moved]) if moved.any() else None
     steps = table.shape[1] - 1
     effective = 0.0 if time is None else int(moved.sum()) * steps / time
-    flops = sum(trace.cost.flops for trace in traces)
+    flops = np.array([trace.cost.flops for trace in traces])
     return MixingStatistics(
         num_chains=len(table),
         num_stuck_chains=int((~moved).sum()),
@@ -66,9 +69,31 @@ def measure_mixing(traces: Sequence[Trace]) -> MixingStatistics:
         autocorrelation_time=time,
         is_reliable=time is not None and steps >= 50 * time,
         effective_samples=effective,
-        effective_samples_per_gflop=effective / (flops / 1e9),
+        effective_samples_per_gflop=effective / (float(flops.sum()) / 1e9),
         mean_reward=float(table[:, table.shape[1] // 2 :].mean()),
+        per_gflop_interval=_compute_per_gflop_interval(table, moved, flops) if moved.sum() > 1 else None,
     )
+
+
+def _compute_per_gflop_interval(table_CR: np.ndarray, moved_C: np.ndarray, flops_C: np.ndarray) -> tuple[float, float]:
+    """Return the 95% interval of effective samples per GFLOP over chains, by the jackknife of its logarithm.
+
+    The autocorrelations are summed up to the same lag in all of it.
+    """
+    covariance_CL = np.zeros((len(table_CR), table_CR.shape[1] - table_CR.shape[1] // 2))
+    covariance_CL[moved_C] = _compute_autocovariance(table_CR[moved_C])
+    num_lags = _count_summed_lags(covariance_CL.sum(axis=0))
+    indices = np.arange(len(table_CR))
+    logs = []
+    for left_out in [None, *indices]:
+        kept = indices != left_out
+        time = _sum_autocorrelations(covariance_CL[kept].sum(axis=0), num_lags)
+        effective = moved_C[kept].sum() * (table_CR.shape[1] - 1) / time
+        logs.append(np.log(effective / (flops_C[kept].sum() / 1e9)))
+    estimate, without = logs[0], np.array(logs[1:])
+    error = np.sqrt((len(without) - 1) * np.mean((without - without.mean()) ** 2))
+    margin = statistics.get_t_quantile(len(without) - 1) * error
+    return float(np.exp(estimate - margin)), float(np.exp(estimate + margin))
 
 
 def collect_chain_rewards(trace: Trace) -> list[float]:
@@ -86,15 +111,27 @@ def compute_autocorrelation_time(series_CR: np.ndarray) -> float:
     burn-in. The sum ends where ρ_2k + ρ_2k+1 turns negative (Geyer 1992, initial positive sequence). A quantity that
     never changes has τ = 1.
     """
+    covariance = _compute_autocovariance(series_CR).mean(axis=0)
+    return _sum_autocorrelations(covariance, _count_summed_lags(covariance))
+
+
+def _compute_autocovariance(series_CR: np.ndarray) -> np.ndarray:
+    """Return the autocovariance of the second half of each chain, by lag [C, L]."""
     late = series_CR[:, series_CR.shape[1] // 2 :]
     centered = late - late.mean(axis=1, keepdims=True)
     length = centered.shape[1]
     size = 2 ** int(np.ceil(np.log2(2 * length)))
     power = np.abs(np.fft.rfft(centered, size, axis=1)) ** 2
-    covariance = np.fft.irfft(power, size, axis=1)[:, :length].mean(axis=0) / length
-    if covariance[0] <= 0:
+    return np.fft.irfft(power, size, axis=1)[:, :length] / length
+
+
+def _count_summed_lags(covariance_L: np.ndarray) -> int:
+    """Return how many lags are summed: the pairs of successive lags before the first pair that is negative."""
+    pairs = covariance_L[: 2 * (len(covariance_L) // 2)].reshape(-1, 2).sum(axis=1)
+    return 2 * (int(np.argmax(pairs < 0)) if (pairs < 0).any() else len(pairs))
+
+
+def _sum_autocorrelations(covariance_L: np.ndarray, num_lags: int) -> float:
+    if covariance_L[0] <= 0:
         return 1.0
-    rho = covariance / covariance[0]
-    pairs = rho[: 2 * (length // 2)].reshape(-1, 2).sum(axis=1)
-    stop = int(np.argmax(pairs < 0)) if (pairs < 0).any() else len(pairs)
-    return max(1.0, float(2 * pairs[:stop].sum() - 1))
+    return max(1.0, float(2 * covariance_L[:num_lags].sum() / covariance_L[0] - 1))

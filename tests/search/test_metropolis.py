@@ -40,6 +40,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"solver": "none"},
     {"solver": "none", "cut": "uniform"},
     {"solver": "none", "cut": "entropy"},
+    {"solver": "none", "cut": "jump"},
 ]
 
 
