@@ -13,7 +13,11 @@ from nabla_trl.gradient.step_ends import BLANK_LINE, parse_delimiter
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
-_STEP_OPTIONS = ("step_delimiter", "max_step_tokens", "steps_per_prefix", "exploration", "particle_beta")
+_STEP_OPTIONS = (
+    *("step_delimiter", "max_step_tokens", "steps_per_prefix", "exploration"),
+    *("particle_beta", "particle_potential"),
+)
+_POWER_OPTIONS = ("power_alpha", "power_select", "smc_block_tokens", "smc_ess_threshold", "smc_ramp_tokens")
 _VOTE_OPTIONS = (
     *("confidence_top_k", "confidence_window", "deepconf_keep", "deepconf_warmup"),
     *("borda_power", "confidence_temperature"),
@@ -46,6 +50,28 @@ class BaselineConfig:
     )
     particle_beta: float = option(
         1.0, "particle_filter: β of the target π·exp(r/β). Lower it to follow the reward more closely."
+    )
+    particle_potential: str = option(
+        "difference",
+        "particle_filter: what a resampling weighs by. difference is what the last step added to the reward, for "
+        "samples of π·exp(r/β). score is the reward of the whole prefix at every step, as in the paper.",
+    )
+    power_alpha: float = option(
+        4.0, "low_temperature and power methods: exponent α of π^α. They draw at temperature 1/α.", common=True
+    )
+    power_select: str = option(
+        "vote",
+        "power methods: what they return. vote is the most common answer of their samples. sample is a single sample, "
+        "as published. Chains at a budget of FLOPs need vote, because a chain that ends by its cost is biased.",
+    )
+    smc_block_tokens: int = option(64, "power_smc: tokens between two checks whether to resample.")
+    smc_ess_threshold: float = option(
+        0.5, "power_smc: resample below this effective sample size, as a fraction of the particles."
+    )
+    smc_ramp_tokens: int = option(
+        0,
+        "power_smc: tokens over which the exponent rises from 1 to α. Set it where few particles survive the first "
+        "blocks.",
     )
     confidence_top_k: int = option(
         20, "deepconf: number of likeliest tokens whose mean log-probability is the confidence of a token."
@@ -80,8 +106,16 @@ class BaselineConfig:
             self.max_step_tokens >= 1 and self.steps_per_prefix >= 1,
             "max_step_tokens and steps_per_prefix must be at least 1",
         )
-        for name in ("confidence_top_k", "confidence_window", "deepconf_warmup"):
+        for name in ("confidence_top_k", "confidence_window", "deepconf_warmup", "smc_block_tokens"):
             checks.require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        choices = {"particle_potential": ("difference", "score"), "power_select": ("vote", "sample")}
+        for name, values in choices.items():
+            value = getattr(self, name)
+            checks.require(value in values, f"{name} must be one of {', '.join(values)}, not {value!r}")
+        alpha, threshold, ramp = self.power_alpha, self.smc_ess_threshold, self.smc_ramp_tokens
+        checks.require(1 < alpha < math.inf, f"power_alpha must be a number above 1, not {alpha}")
+        checks.require(0 <= threshold <= 1, f"smc_ess_threshold must be in [0, 1], not {threshold}")
+        checks.require(ramp >= 0, f"smc_ramp_tokens must not be negative, not {ramp}")
         for name in ("particle_beta", "confidence_temperature"):
             value = getattr(self, name)
             checks.require(value is None or 0 < value < math.inf, f"{name} must be a positive number, not {value}")
@@ -108,6 +142,10 @@ class BaselineConfig:
     def get_vote_settings(self) -> dict[str, str]:
         """Return all that can change the trace of a vote by confidence, for `claim_settings`."""
         return self.select_settings(_VOTE_OPTIONS)
+
+    def get_power_settings(self) -> dict[str, str]:
+        """Return all that can change the trace of a sampler of π^α, for `claim_settings`."""
+        return self.select_settings(_POWER_OPTIONS)
 
     def select_settings(self, names: Sequence[str]) -> dict[str, str]:
         """Return the values of options as text."""

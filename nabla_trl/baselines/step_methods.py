@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nabla_trl.baselines.particles import particle_filter
+from nabla_trl.baselines.particles import entropic_particle_filter, particle_filter
 from nabla_trl.baselines.step_tree import StepNode, StepSearchMethod, StepTree, run_to_budget, run_with_size
 
 # --- level by level -------------------------------------------------------------------------------------
@@ -255,4 +255,5 @@ STEP_SEARCH_METHODS: dict[str, StepSearchMethod] = {
     "tot": tree_of_thought,
     "rap": rap,
     "particle_filter": particle_filter,
+    "entropic_particle_filter": entropic_particle_filter,
 }

@@ -50,6 +50,7 @@ class StepNode:
         is_complete: nothing can follow, because of a stop token or the limit of tokens.
         policy_cache, score_caches: caches of the prefix in policy and reward. Released when no step is drawn from it.
         reward: reward of a complete response, else what the reward gives a turn that is not closed yet.
+        log_importance_weight: log π − log q of the last step, where q is the sampler. 0 if it was not asked for.
         num_drawn: steps drawn from this node.
         hidden_states: [T, d] the policy's hidden states that predicted the ids. None: the reward reads none.
         children: the distinct steps drawn from this node, in the order of their first draw.
@@ -63,6 +64,7 @@ class StepNode:
     policy_cache: PrefixState | None
     score_caches: list[ScoreCache]
     reward: float = math.nan
+    log_importance_weight: float = 0.0
     num_drawn: int = 0
     hidden_states: Tensor | None = None
     children: list[StepNode] = field(default_factory=list)
@@ -77,15 +79,20 @@ class StepSearchSettings:
     """What the trees of a search share.
 
     Attributes:
+        step_finder: finds the ends of steps. None: a step is a block of `max_step_tokens`.
+        max_step_tokens: longest step.
         max_flops: budget of FLOPs per problem. 0: none.
+        is_power_sampling: the reward is (α − 1)·log π, and steps record their importance weights.
     """
 
     engine: Engine
     sampling: Sampling
     config: BaselineConfig
-    step_finder: StepFinder
+    step_finder: StepFinder | None
+    max_step_tokens: int
     max_flops: float
     seed: int
+    is_power_sampling: bool = False
 
 
 @dataclass(eq=False)
@@ -100,6 +107,7 @@ class StepTree:
         num_attempts: roots that were started.
         num_tokens, num_steps: tokens and steps that were drawn.
         responses: complete responses that the reward can read.
+        chosen: the response that the method returns. None: that of the highest reward.
     """
 
     problem: Problem
@@ -113,6 +121,7 @@ class StepTree:
     num_tokens: int = 0
     num_steps: int = 0
     responses: list[StepNode] = field(default_factory=list)
+    chosen: StepNode | None = None
 
     def start_attempt(self) -> StepNode:
         """Return the root of a new attempt: the empty response, with random streams that no other attempt has."""
@@ -153,8 +162,8 @@ class StepTree:
         return sum(tokens <= affordable_tokens for tokens in needed_tokens)
 
     def get_best_response(self) -> StepNode | None:
-        """Return the response with the highest reward, the first among equals. None: there is no response."""
-        return max(self.responses, key=lambda response: response.reward, default=None)
+        """Return the chosen response, or that of the highest reward, the first among equals. None: there is none."""
+        return self.chosen or max(self.responses, key=lambda response: response.reward, default=None)
 
     async def draw_steps(self, nodes: Sequence[StepNode]) -> list[StepNode]:
         """Draw a step from each of these nodes and score the new ones. Equal steps of a node share one child.
@@ -166,28 +175,35 @@ class StepTree:
         requests, paths, detectors = [], [], []
         for node in nodes:
             paths.append((*node.tree_path, node.num_drawn))
-            detectors.append(StepEndDetector(settings.step_finder, node.partial_delimiter))
+            finder = settings.step_finder
+            detectors.append(None if finder is None else StepEndDetector(finder, node.partial_delimiter))
             node.num_drawn += 1
             requests.append(
                 GenerationRequest(
                     self.problem.id,
                     self.prompt_ids + node.token_ids,
                     make_rng(settings.seed, self.problem.id, "step", *paths[-1]),
-                    min(self.config.max_step_tokens, self.max_new_tokens - len(node.token_ids)),
+                    min(settings.max_step_tokens, self.max_new_tokens - len(node.token_ids)),
                     node.policy_cache,
                     stop_strings=policy.get_stop_strings(self.problem),
                     response_tokens_in_prefix=len(node.token_ids),
                     should_stop=detectors[-1],
                 )
             )
-        outputs = await settings.engine.generate(requests, settings.sampling, return_cache=True)
+        outputs = await settings.engine.generate(
+            requests,
+            settings.sampling,
+            return_cache=True,
+            return_log_importance_weight=settings.is_power_sampling,
+        )
         children, new_children = [], []
         for node, path, detector, output in zip(nodes, paths, detectors, outputs, strict=True):
             self.num_tokens, self.num_steps = self.num_tokens + len(output.ids), self.num_steps + 1
             token_ids = node.token_ids + output.ids
             child = next((child for child in node.children if child.token_ids == token_ids), None)
             if child is None:
-                child = self._add_child(node, path, detector.pending_text, output)
+                pending_text = "" if detector is None else detector.pending_text
+                child = self._add_child(node, path, pending_text, output)
                 new_children.append((node, child))
             children.append(child)
         await self._score_children(new_children)
@@ -205,6 +221,8 @@ class StepTree:
         child = StepNode(
             tree_path, token_ids, logp, partial_delimiter, is_complete, output.cache, [], hidden_states=states
         )
+        if output.log_importance_weight is not None:
+            child.log_importance_weight = float(output.log_importance_weight[:, 0].double().sum())
         parent.children.append(child)
         return child
 
@@ -244,12 +262,12 @@ class StepTree:
             raise StepSearchError(f"the reward {engine.reward.name if engine.reward else ''} gave {broken}")
 
 
-async def run_with_size(tree: StepTree, size: int | None, search: Callable[[int], Awaitable[None]]) -> None:
+async def run_with_size(tree: StepTree, size: int | None, search: Callable[[int], Awaitable[object]]) -> None:
     """Search for `size` responses. None: for as many as the budget allows."""
     await (run_to_budget(tree, search) if size is None else search(size))
 
 
-async def run_to_budget(tree: StepTree, search: Callable[[int], Awaitable[None]]) -> None:
+async def run_to_budget(tree: StepTree, search: Callable[[int], Awaitable[object]]) -> None:
     """Draw one response, and then search for as many more as fit, until the budget is spent.
 
     Args:
@@ -284,6 +302,7 @@ def run_step_search(
     max_flops: float = 0.0,
     seed: int = 0,
     batch_size: int = 256,
+    is_power_sampling: bool = False,
 ) -> list[Trace]:
     """Return the response with the highest reward that a step-level search finds, for each problem.
 
@@ -296,19 +315,26 @@ def run_step_search(
             is drawn only if the rest of its response is expected to fit.
         method_name: name of the method in the traces.
         batch_size: prefixes drawn and scored together.
+        is_power_sampling: draw blocks of `smc_block_tokens` with their importance weights, in place of steps. The
+            reward is (α − 1)·log π.
 
     Raises:
         ValueError: neither size nor budget, or both. Also as `create_step_finder`.
     """
     if (size is None) == (not max_flops) or max_flops < 0:
         raise ValueError(f"{method_name} needs a size or a budget of FLOPs, one of them")
+    step_finder = None
+    if not is_power_sampling:
+        step_finder = create_step_finder(policy, step_config.resolve_delimiter(reward.step_delimiter))
     settings = StepSearchSettings(
         Engine(policy, reward, num_slots=batch_size),
         sampling,
         step_config,
-        create_step_finder(policy, step_config.resolve_delimiter(reward.step_delimiter)),
+        step_finder,
+        step_config.smc_block_tokens if is_power_sampling else step_config.max_step_tokens,
         max_flops,
         seed,
+        is_power_sampling,
     )
     meta = build_trace_meta(policy, reward.name, f"{sampling} {step_config.get_settings(reward.step_delimiter)}")
     tasks = (Task(one.id, _search_problem(one, method, size, settings, method_name, meta)) for one in problems)

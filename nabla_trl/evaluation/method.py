@@ -16,9 +16,13 @@ from functools import cache
 from nabla_trl.utils.faults import Faults
 
 REWARD_MODEL_SAMPLING = "reward_model_sampling"
+# Metropolis chains on π^α, which need no reward. They differ in how they choose where to cut a response.
+POWER_SEARCHES = ("power_gradient", "power_jump", "power_entropy", "power_uniform")
 SEARCHES = ("nabla", "control", "shuffled", "paper", "released", "qalign")
 # Step-level searches. Their sizes are beams, subtrees, states, rollouts and particles.
-STEP_SEARCHES = ("beam_search", "dvts", "tot", "rap", "particle_filter")
+STEP_SEARCHES = ("beam_search", "dvts", "tot", "rap", "particle_filter", "entropic_particle_filter")
+# Samplers of π^α that draw responses from the beginning. Their sizes are samples and particles.
+POWER_SAMPLERS = ("low_temperature", "power_smc")
 # Methods that vote among the responses of one pool, without a reward.
 VOTE_METHODS = (
     *("self_consistency", "adaptive_consistency", "dirichlet_consistency", "confidence_vote", "self_certainty"),
@@ -28,22 +32,30 @@ VOTE_METHODS = (
 POOL_METHODS = ("best_of", *VOTE_METHODS, "weighted_best_of", "samples")
 # Trained policies: one from an adapter made elsewhere, and one for each way to train.
 POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
-_REWARD_FREE_METHODS = ("greedy", "samples", REWARD_MODEL_SAMPLING, *VOTE_METHODS)
+_REWARD_FREE_METHODS = (
+    *("greedy", "samples", REWARD_MODEL_SAMPLING),
+    *(*VOTE_METHODS, *POWER_SAMPLERS, *POWER_SEARCHES),
+)
 
 METHOD_SYNTAX = (
     "greedy, best_of_N, weighted_best_of_N and samples_N (N up to 999, for pass@k, maj@k and avg@N). The votes "
     f"without a reward {', '.join(VOTE_METHODS)}, each as self_consistency_N, self_consistency@best_of_N (at that "
     "method's FLOPs) or self_consistency@F (at F times best_of_16's). The searches nabla, control (without the "
     "gradient), shuffled (its gradient rows shuffled), paper, released and qalign (presets), each also with such a "
-    "budget, as nabla@F. The step-level searches beam_search and dvts (N beams), tot (N states), rap (N rollouts) and "
-    "particle_filter (N particles), each as tot_N, tot@best_of_N or tot@F. "
+    "budget, as nabla@F. The step-level searches beam_search and dvts (N beams), tot (N states), rap (N rollouts), "
+    "particle_filter and entropic_particle_filter (N particles), each as tot_N, tot@best_of_N or tot@F. Samplers of "
+    "π^α without a reward: low_temperature and power_smc (N particles), each as power_smc_N or power_smc@F, and the "
+    f"chains {', '.join(POWER_SEARCHES)}, each also with a budget. "
     f"{REWARD_MODEL_SAMPLING} (for log-ratio rewards). Of a trained policy L_greedy, L_best_of_N, L_samples_N, and "
     f"L_nabla and L_control, also with a budget, where L is one of {', '.join(POLICY_LABELS)}"
 )
 
 MAX_SAMPLES = 999  # the estimators of pass@k and maj@k overflow with more
 _TRAINED_POLICY_METHODS = ("greedy", "best_of", "samples", "nabla", "control")
-_REPORT_ORDER = ("greedy", *VOTE_METHODS, "best_of", "weighted_best_of", *STEP_SEARCHES, *reversed(SEARCHES))
+_REPORT_ORDER = (
+    *("greedy", *VOTE_METHODS, *POWER_SAMPLERS, *reversed(POWER_SEARCHES), "best_of", "weighted_best_of"),
+    *(*STEP_SEARCHES, *reversed(SEARCHES)),
+)
 _METHOD = re.compile(
     rf"(?:(?P<policy>{'|'.join(POLICY_LABELS)})_)?(?P<name>.*?)(?:_(?P<n>0|[1-9]\d*))?(?:@(?P<budget>.+))?", re.DOTALL
 )
@@ -116,7 +128,15 @@ class Method:
 
     @property
     def is_search(self) -> bool:
-        return self.name in SEARCHES
+        return self.name in SEARCHES or self.is_power_search
+
+    @property
+    def is_power_search(self) -> bool:
+        return self.name in POWER_SEARCHES
+
+    @property
+    def is_power_sampler(self) -> bool:
+        return self.name in POWER_SAMPLERS
 
     @property
     def is_step_search(self) -> bool:
@@ -135,7 +155,7 @@ class Method:
     def selection_size(self) -> int:
         """Return among how many samples the method chooses by the reward. 1: the method does not choose."""
         if self.is_step_search:
-            return math.ceil(16 * self.size) if self.budget else int(self.size)
+            return self.population_size
         return self.n or 1 if self.name in ("best_of", "weighted_best_of") else 1
 
     @property
@@ -144,6 +164,11 @@ class Method:
         if self.policy:
             return True
         return self.selection_size > 1 if self.name == "best_of" else self.name not in _REWARD_FREE_METHODS
+
+    @property
+    def population_size(self) -> int:
+        """Return about how many responses a method draws side by side."""
+        return math.ceil(16 * self.size) if self.budget else self.n or 1
 
     @property
     def is_runnable(self) -> bool:
@@ -156,7 +181,7 @@ class Method:
             return (self.n is None) == bool(self.budget)
         if self.is_search:
             return self.n is None
-        if self.is_vote:
+        if self.is_vote or self.is_power_sampler:
             return (self.n is None) == bool(self.budget)
         if self.name in POOL_METHODS:
             return self.n is not None and not self.budget and (self.name != "samples" or self.n <= MAX_SAMPLES)
@@ -223,7 +248,8 @@ def _is_runnable_name(name: str) -> bool:
 
 def has_search(names: Iterable[str]) -> bool:
     """Return whether one of these methods refines responses by the reward, other than step by step."""
-    return any(Method.parse(name).is_search for name in names)
+    methods = [Method.parse(name) for name in names]
+    return any(method.is_search and not method.is_power_search for method in methods)
 
 
 def get_max_selection_size(names: Iterable[str]) -> int:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from nabla_trl.baselines import sampling
+from nabla_trl.baselines import sampling as pools
 from nabla_trl.baselines.config import BaselineConfig
+from nabla_trl.baselines.particles import power_smc
 from nabla_trl.baselines.sampling import PoolEntry, ResponsePool
 from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS
-from nabla_trl.baselines.step_tree import create_step_finder, run_step_search
+from nabla_trl.baselines.step_tree import StepSearchMethod, create_step_finder, run_step_search
 from nabla_trl.baselines.votes import (
     STATISTICS_VOTES,
     VOTES,
@@ -27,7 +28,9 @@ from nabla_trl.evaluation.method import (
     get_main_search,
     list_policy_labels,
 )
+from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
+from nabla_trl.rewards.loading import build_power_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.loop import run_search
@@ -86,7 +89,7 @@ class EvaluationSetup:
         """Return the job of the greedy decode."""
 
         def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            traces = sampling.decode_greedily(
+            traces = pools.decode_greedily(
                 problems,
                 policy=self.policy,
                 reward=self.reward,
@@ -105,10 +108,10 @@ class EvaluationSetup:
         """
         beta = 1 / self.config.reward_weight
         selectors: dict[str, Callable[[ResponsePool, int], list[Trace]]] = {
-            "best_of": sampling.select_best_of_n,
+            "best_of": pools.select_best_of_n,
             **{name: partial(self._vote, name) for name in VOTES},
-            "weighted_best_of": lambda pool, n: sampling.select_weighted_best_of_n(pool, n, beta),
-            "samples": sampling.build_sample_traces,
+            "weighted_best_of": lambda pool, n: pools.select_weighted_best_of_n(pool, n, beta),
+            "samples": pools.build_sample_traces,
         }
         reads = [(name, n) for name in selectors for n in sizes.get(name, ())]
         num_responses = max(n for _, n in reads)
@@ -128,12 +131,42 @@ class EvaluationSetup:
         )
         return self._build_job(methods, run, batch_size // num_responses, measure_kl=measure_kl)
 
-    def plan_vote_budget(self, methods: Sequence[Method], max_flops: float) -> Job:
-        """Return the job that draws one pool for votes at the same budget of FLOPs per problem.
+    def plan_low_temperature(self, methods: Sequence[Method], max_flops: float = 0.0) -> Job:
+        """Return the job of votes among samples at temperature 1/α, all from one pool, at sizes or at one budget."""
+        sampling = Sampling(1 / self.baseline_config.power_alpha, max_new_tokens=self.config.max_new_tokens)
+        return self._plan_votes(methods, dict.fromkeys(methods, "self_consistency"), max_flops, sampling)
 
-        Responses are drawn until each method has all that it draws at the budget.
+    def plan_power_smc(self, method: Method, max_flops: float = 0.0) -> Job:
+        """Return the job of a population on π^α, at the size in its name or at a budget of FLOPs per problem."""
+        return self._plan_tree_search(
+            method,
+            power_smc,
+            self.build_power_reward(),
+            Sampling(1 / self.baseline_config.power_alpha, max_new_tokens=self.config.max_new_tokens),
+            max_flops,
+            is_power_sampling=True,
+        )
+
+    def build_power_reward(self) -> Reward:
+        """Return the reward whose optimum is π^α: (α − 1)·log π, which costs nothing to score."""
+        alpha = self.baseline_config.power_alpha
+        return build_power_reward(self.policy, alpha, f"power:{alpha:g}")
+
+    def plan_vote_budget(self, methods: Sequence[Method], max_flops: float) -> Job:
+        """Return the job that draws one pool for votes at the same budget of FLOPs per problem."""
+        votes = {method: method.name for method in methods}
+        return self._plan_votes(methods, votes, max_flops, self.config.get_sampling())
+
+    def _plan_votes(
+        self, methods: Sequence[Method], votes: Mapping[Method, str], max_flops: float, sampling: Sampling
+    ) -> Job:
+        """Return the job of votes without a reward. Responses are drawn until each method has all that it reads.
+
+        Args:
+            votes: the vote of each method (`VOTES`).
         """
-        names = [method.name for method in methods]
+        names = list(votes.values())
+        largest_size = max(method.n or 0 for method in methods)
 
         def count_missing(entry: PoolEntry) -> int:
             num_drawn = len(entry.responses)
@@ -142,30 +175,34 @@ class EvaluationSetup:
             ]
             return num_drawn if max(counts) > num_drawn else 0  # twice as many, so that they are decoded together
 
+        num_responses = largest_size or 4
+
         def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
             pool = self._draw_pool(
                 problems,
-                4,
+                num_responses,
                 seed,
                 self.policy,
                 None,
+                sampling=sampling,
                 statistics_top_k=self._get_statistics_top_k(names),
-                count_missing=count_missing,
+                count_missing=count_missing if max_flops else None,
             )
             return [
                 trace
                 for method in methods
                 for trace in vote_in_pool(
                     pool,
-                    method.name,
-                    None,
+                    votes[method],
+                    method.n,
                     config=self.baseline_config,
                     max_flops=max_flops,
                     method_name=str(method),
                 )
             ]
 
-        return self._build_job([str(method) for method in methods], run, self.config.batch_size)
+        batch_size = self._get_pool_batch_size(num_responses) // num_responses
+        return self._build_job([str(method) for method in methods], run, batch_size)
 
     def _vote(self, name: str, pool: ResponsePool, size: int) -> list[Trace]:
         return vote_in_pool(pool, name, size, config=self.baseline_config)
@@ -189,15 +226,17 @@ class EvaluationSetup:
             )
 
         def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            return sampling.select_best_of_n(self._draw_pool(problems, 1, seed, model, None), 1, REWARD_MODEL_SAMPLING)
+            return pools.select_best_of_n(self._draw_pool(problems, 1, seed, model, None), 1, REWARD_MODEL_SAMPLING)
 
         return self._build_job([REWARD_MODEL_SAMPLING], run, self.config.batch_size)
 
-    def plan_search(self, method: str, config: SearchConfig, *, keep_traces: bool = False) -> Job:
-        """Return the job of a search under its own configuration and name."""
+    def plan_search(
+        self, method: str, config: SearchConfig, *, reward: Reward | None = None, keep_traces: bool = False
+    ) -> Job:
+        """Return the job of a search under its own configuration and name, and with its own reward if it has one."""
 
         def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            traces = run_search(problems, policy=self.policy, reward=self.reward, config=config, seed=seed)
+            traces = run_search(problems, policy=self.policy, reward=reward or self.reward, config=config, seed=seed)
             return [replace(trace, method=method) for trace in traces]
 
         job = self._build_job([method], run, config.batch_size)
@@ -205,24 +244,38 @@ class EvaluationSetup:
 
     def plan_step_search(self, method: Method, max_flops: float = 0.0) -> Job:
         """Return the job of a step-level search, at the size in its name or at a budget of FLOPs per problem."""
-        batch_size = self._get_pool_batch_size(method.selection_size)
+        search = STEP_SEARCH_METHODS[method.name]
+        return self._plan_tree_search(method, search, self.reward, self.config.get_sampling(), max_flops)
+
+    def _plan_tree_search(
+        self,
+        method: Method,
+        search: StepSearchMethod,
+        reward: Reward,
+        sampling: Sampling,
+        max_flops: float,
+        **options: Any,
+    ) -> Job:
+        num_prefixes = method.population_size
+        batch_size = self._get_pool_batch_size(num_prefixes)
 
         def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
             return run_step_search(
                 problems,
-                method=STEP_SEARCH_METHODS[method.name],
+                method=search,
                 size=method.n,
                 policy=self.policy,
-                reward=self.reward,
-                sampling=self.config.get_sampling(),
+                reward=reward,
+                sampling=sampling,
                 step_config=self.baseline_config,
                 method_name=str(method),
                 max_flops=max_flops,
                 seed=seed,
                 batch_size=batch_size,
+                **options,
             )
 
-        return self._build_job([str(method)], run, batch_size // method.selection_size)
+        return self._build_job([str(method)], run, batch_size // num_prefixes)
 
     def _draw_pool(
         self,
@@ -231,14 +284,16 @@ class EvaluationSetup:
         seed: int,
         policy: Policy,
         reward: Reward | None,
+        *,
+        sampling: Sampling | None = None,
         **options: Any,
     ) -> ResponsePool:
-        return sampling.draw_pool(
+        return pools.draw_pool(
             problems,
             num_responses,
             policy=policy,
             reward=reward,
-            sampling=self.config.get_sampling(),
+            sampling=sampling or self.config.get_sampling(),
             seed=seed,
             batch_size=self._get_pool_batch_size(num_responses),
             **options,
@@ -305,19 +360,30 @@ def _plan_policy_jobs(
         yield setup.plan_sample_pool(**pool_sizes)
     if "greedy" in names:
         yield setup.plan_greedy()
-    for budget in dict.fromkeys(method.budget for method in methods if method.is_vote and method.budget):
-        votes = [method for method in methods if method.is_vote and method.budget == budget]
-        yield setup.plan_vote_budget(votes, votes[0].budget_factor * get_flops(votes[0].budget_reference))
+
+    def get_max_flops(method: Method) -> float:
+        return method.budget_factor * get_flops(method.budget_reference) if method.budget else 0.0
+
+    low_temperature = [method for method in methods if method.name == "low_temperature"]
+    for plan, pool_methods in (
+        (setup.plan_vote_budget, [method for method in methods if method.is_vote and method.budget]),
+        (setup.plan_low_temperature, low_temperature),
+    ):
+        for budget in dict.fromkeys(method.budget for method in pool_methods):
+            same_pool = [method for method in pool_methods if method.budget == budget]
+            yield plan(same_pool, get_max_flops(same_pool[0]))
     main_search = get_main_search(names)
     for name, method in zip(names, methods, strict=True):
-        if not (method.is_search or method.is_step_search):
-            continue
-        max_flops = method.budget_factor * get_flops(method.budget_reference) if method.budget else 0.0
-        if method.is_search:
-            config = build_search_config(method, setup.config, max_flops)
+        if method.is_power_search:
+            config = build_power_config(method, setup.config, setup.baseline_config, get_max_flops(method))
+            yield setup.plan_search(name, config, reward=setup.build_power_reward())
+        elif method.is_search:
+            config = build_search_config(method, setup.config, get_max_flops(method))
             yield setup.plan_search(name, config, keep_traces=not setup.label and name == main_search)
-        else:
-            yield setup.plan_step_search(method, max_flops)
+        elif method.is_step_search:
+            yield setup.plan_step_search(method, get_max_flops(method))
+        elif method.name == "power_smc":
+            yield setup.plan_power_smc(method, get_max_flops(method))
     if REWARD_MODEL_SAMPLING in names:
         yield setup.plan_reward_model_sampling()
 
@@ -344,6 +410,35 @@ def build_search_config(method: Method, config: SearchConfig, max_flops: float =
     return replace(config, restarts=True) if method.name in ("paper", "released") else config
 
 
+def build_power_config(
+    method: Method, config: SearchConfig, baseline_config: BaselineConfig, max_flops: float = 0.0
+) -> SearchConfig:
+    """Return the configuration of a Metropolis chain on π^α, for a reward of (α − 1)·log π.
+
+    Suffixes are drawn at temperature 1/α, as published. One step in ten proposes a whole new response.
+
+    Args:
+        max_flops: budget of FLOPs per problem. 0: the chain has the rounds of the configuration.
+
+    Raises:
+        ValueError: a budget, and a single sample to be returned.
+    """
+    cut = method.name.removeprefix("power_")
+    solver = MirrorSolver(gradient_at="direct", step_size=0.5) if cut == "gradient" else NoGradient(cut=cut)
+    power_config = SearchConfig(
+        solver=solver,
+        acceptance="metropolis",
+        select="vote" if baseline_config.power_select == "vote" else "reward",
+        beta=1.0,
+        temperature=1 / baseline_config.power_alpha,
+        top_k_candidates=config.top_k_candidates,
+        max_new_tokens=config.max_new_tokens,
+        max_rounds=config.max_rounds or 16,
+        batch_size=config.batch_size,
+    )
+    return limit_to_flops(power_config, max_flops) if max_flops else power_config
+
+
 def limit_to_flops(config: SearchConfig, max_flops: float) -> SearchConfig:
     """Return a configuration with FLOPs per problem as its only limit."""
     return replace(config, max_flops=max_flops, max_rounds=0, max_rollouts=0, patience=0)
@@ -361,7 +456,13 @@ def get_baseline_settings(names: Sequence[str], setup: EvaluationSetup) -> dict[
         settings["step_search"] = config.get_settings(setup.reward.step_delimiter)
     if any(method.name in ("confidence_vote", *STATISTICS_VOTES) for method in methods):
         settings["votes"] = config.get_vote_settings()
-    whole = [str(method) for method in methods if method.name in WHOLE_DISTRIBUTION_VOTES]
+    if any(method.is_power_search or method.is_power_sampler for method in methods):
+        settings["power"] = config.get_power_settings()
+    whole = [
+        str(method)
+        for method in methods
+        if method.name in (*WHOLE_DISTRIBUTION_VOTES, "power_smc") or method.is_power_search
+    ]
     if whole and not setup.policy.backend.knows_distributions:
         raise ValueError(
             f"{whole[0]} reads whole distributions, which a vLLM server does not return: leave out vllm_url"
@@ -379,7 +480,11 @@ def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies
     checks = Checks()
     with checks.collect():
         check_method_options(
-            names, setup.config, list(trained_policies), has_better_model=setup.reward.preferred_model is not None
+            names,
+            setup.config,
+            list(trained_policies),
+            has_better_model=setup.reward.preferred_model is not None,
+            baseline_config=setup.baseline_config,
         )
     with checks.collect():
         get_baseline_settings(names, setup)
@@ -387,13 +492,19 @@ def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies
 
 
 def check_method_options(
-    names: Sequence[str], config: SearchConfig, policy_labels: Collection[str], *, has_better_model: bool
+    names: Sequence[str],
+    config: SearchConfig,
+    policy_labels: Collection[str],
+    *,
+    has_better_model: bool,
+    baseline_config: BaselineConfig | None = None,
 ) -> None:
     """Refuse methods that cannot be run, before any model is loaded.
 
     Args:
         policy_labels: of the trained policies that there are.
         has_better_model: the reward compares the policy with a model that can be sampled from.
+        baseline_config: how the baselines are set. None: the defaults.
 
     Raises:
         Faults: methods that lack the policy, the solver or the model that they need, or cannot be given a budget.
@@ -425,7 +536,9 @@ def check_method_options(
         f"shuffled is a control of solver mirror, not of {config.solver.name}",
     )
     for method in methods:
-        if method.is_search and method.budget:
-            with checks.collect(f"{method}: "):
+        with checks.collect(f"{method}: "):
+            if method.is_power_search:
+                build_power_config(method, config, baseline_config or BaselineConfig(), float(bool(method.budget)))
+            elif method.is_search and method.budget:
                 build_search_config(method, config, max_flops=1.0)
     checks.raise_faults()

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from nabla_trl.evaluation.method import POOL_METHODS, REWARD_MODEL_SAMPLING, SEARCHES, STEP_SEARCHES, Method
+from nabla_trl.evaluation.method import (
+    POOL_METHODS,
+    POWER_SAMPLERS,
+    POWER_SEARCHES,
+    REWARD_MODEL_SAMPLING,
+    SEARCHES,
+    STEP_SEARCHES,
+    Method,
+)
 
 Groups = Mapping["MethodGroup", list[str]]  # group -> its methods
 
@@ -32,13 +40,25 @@ _DESCRIPTIONS = {
     "weighted_best_of": "N samples, a vote weighted by the reward",
     "self_consistency": "N samples, the most frequent answer",
     "adaptive_consistency": "a vote that stops when its result is clear",
+    "dirichlet_consistency": "a vote that stops when its result is clear, whatever the other answers are",
     "confidence_vote": "N samples, a vote weighted by the policy's likelihood",
+    "self_certainty": "N samples, a vote ranked by how far the policy is from guessing",
+    "deepconf_tail": "a vote of the samples that end most confidently",
+    "deepconf_bottom": "a vote of the samples whose weakest passages are most confident",
+    "deepconf_online": "the same, and samples that lose confidence are stopped",
+    "low_temperature": "N samples at a low temperature, the most frequent answer",
+    "power_smc": "a population that sharpens the policy's distribution while it writes",
+    "power_uniform": "a chain on the sharpened distribution that cuts at any place",
+    "power_entropy": "the same chain, cut where the policy is uncertain",
+    "power_jump": "the same chain, cut where the policy becomes uncertain",
+    "power_gradient": "the same chain, cut where the gradient of its likelihood points to",
     REWARD_MODEL_SAMPLING: "one sample of the better model behind the reward",
     "beam_search": "keeps the best partial responses after each step",
     "dvts": "diverse verifier tree search: beam search in separate subtrees",
     "tot": "tree of thoughts: keeps the best states after each step",
     "rap": "reasoning via planning: Monte Carlo tree search",
     "particle_filter": "resamples partial responses by their reward",
+    "entropic_particle_filter": "the same, but keeps them diverse at the beginning",
     "nabla": "the search: changes tokens where the gradient of the reward points to",
     "control": "the same search without the gradient",
     "shuffled": "the same search, its gradient shuffled over the positions",
@@ -63,7 +83,12 @@ def get_method_group(method: str) -> MethodGroup:
         return TRAINED
     if method == "best_of_1" or parsed.name in ("greedy", REWARD_MODEL_SAMPLING):
         return SINGLE_PASS
-    groups = {TOKEN_LEVEL: SEARCHES, STEP_LEVEL: STEP_SEARCHES, VOTES: POOL_METHODS}
+    groups = {
+        TOKEN_LEVEL: SEARCHES,
+        STEP_LEVEL: STEP_SEARCHES,
+        VOTES: POOL_METHODS,
+        SAMPLERS: (*POWER_SAMPLERS, *POWER_SEARCHES),
+    }
     return next((group for group, names in groups.items() if parsed.name in names), OTHER)
 
 

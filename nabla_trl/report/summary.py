@@ -167,7 +167,8 @@ def _list_baselines(search: str) -> list[str]:
     """Return best_of_16, the method that sets the budget of a search, and the step-level searches at this budget."""
     method = Method.parse(search)
     step_searches = [f"{name}@{method.budget}" for name in STEP_SEARCHES if method.budget]
-    return ["best_of_16", method.budget_reference, f"weighted_{method.budget_reference}", *step_searches]
+    votes = [f"self_consistency@{method.budget}"] if method.budget else []
+    return ["best_of_16", method.budget_reference, f"weighted_{method.budget_reference}", *votes, *step_searches]
 
 
 def _list_training_pairs(grids: Mapping[str, ResultGrid], best: str | None) -> list[tuple[str, str]]:

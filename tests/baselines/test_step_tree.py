@@ -42,7 +42,7 @@ PROBLEMS = [Problem(id=f"q{number}", question=text) for number, text in enumerat
 ROOM = 10
 SAMPLING = Sampling(max_new_tokens=ROOM)
 STEPS = BaselineConfig(step_delimiter=";", max_step_tokens=4, steps_per_prefix=3)
-SIZES = {"beam_search": 7, "dvts": 7, "tot": 2, "rap": 5, "particle_filter": 6}
+SIZES = {"beam_search": 7, "dvts": 7, "tot": 2, "rap": 5, "particle_filter": 6, "entropic_particle_filter": 7}
 
 
 def small(architecture: str = "llama", seed: int = 0) -> Policy:
@@ -174,7 +174,12 @@ class Hand:
                     values.setdefault(prefix, []).append(self.value(path[-1][1]))
                 size -= 1
 
-    def particle_filter(self, size: int) -> None:
+    def entropic_particle_filter(self, size: int) -> None:
+        self.particle_filter(size, anneal=True)
+
+    def particle_filter(self, size: int, anneal: bool = False, score: bool = False) -> None:
+        """Weights of the last step, or with `score` of the whole prefix, as in its_hub: softmax of the scores."""
+        rest: dict[int, float] = {}
         particles: list[tuple[Place, Prefix]] = [((0,), ())] * size
         rng = make_rng(0, self.problem.id, "particles", 0)
         while not all(self.ended(prefix) for _, prefix in particles):
@@ -182,21 +187,31 @@ class Hand:
             for place, prefix in particles:
                 if self.ended(prefix):
                     new.append((place, prefix))
-                    logs.append(0.0)
+                    logs.append(self.value(prefix) if score else 0.0)
+            moving = [number for number, (_, prefix) in enumerate(particles) if not self.ended(prefix)]
+            order = [number for number in range(len(particles)) if number not in moving] + moving
             for place, prefix in particles:
                 if not self.ended(prefix):
                     child_place = (*place, drawn[place])
                     drawn[place] += 1
                     child = self.step(self.problem, child_place, prefix)
                     new.append((children.setdefault((place, child), child_place), child))
-                    logs.append(self.value(child) - (self.value(prefix) if prefix else 0.0))
-            weights = [math.exp(log - max(logs)) for log in logs]
-            uniform, total, particles = rng.random(), sum(weights), []
+                    logs.append(self.value(child) - (self.value(prefix) if prefix and not score else 0.0))
+            logs = [log + (0.0 if score else rest.get(number, 0.0)) for number, log in zip(order, logs, strict=True)]
+            weights, temperature = [math.exp(log - max(logs)) for log in logs], 1.0
+            if anneal:  # its_hub: T = max(1, N/ESS · (1 − progress)) where ESS/N and progress are below one half
+                ess = sum(weights) ** 2 / sum(weight**2 for weight in weights) / len(weights)
+                progress = sum(len(prefix) for _, prefix in new) / len(new) / ROOM
+                if ess < 0.5 and progress < 0.5:
+                    temperature = max(1.0, (1 - progress) / ess)
+            weights, left = [weight ** (1 / temperature) for weight in weights], list(logs)
+            uniform, total, particles, rest = rng.random(), sum(weights), [], {}
             for number in range(size):
                 goal, mass = (uniform + number) / size, 0.0
-                for particle, weight in zip(new, weights, strict=True):
+                for particle, weight, log in zip(new, weights, left, strict=True):
                     mass += weight / total
                     if mass > goal:
+                        rest[len(particles)] = (1 - 1 / temperature) * log
                         particles.append(particle)
                         break
 
@@ -225,6 +240,14 @@ def test_the_search_by_hand(name: str, step: Step, tiny: Policy, made: Reward) -
         assert (trace.error, trace.method, trace.stop_reason) == (None, name, "single")
         steps.append(max(prefix.count(FEW.index(";")) for prefix in hand.seen))
     assert max(steps) > 2, "responses of several steps"
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[:3], ids=lambda problem: problem.id)
+def test_particles_weighed_by_their_whole_score(problem: Problem, step: Step, tiny: Policy, made: Reward) -> None:
+    [trace] = run("particle_filter", tiny, made, [problem], step_config=replace(STEPS, particle_potential="score"))
+    hand = Hand(step, tiny, made, problem)
+    hand.particle_filter(SIZES["particle_filter"], score=True)
+    assert tuple(trace.response_ids) == hand.best()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2", "qwen3"])

@@ -15,6 +15,9 @@ import torch
 import worlds
 from torch import Tensor
 
+from nabla_trl.baselines.config import BaselineConfig
+from nabla_trl.evaluation.method import POWER_SEARCHES, Method
+from nabla_trl.evaluation.plan import build_power_config
 from nabla_trl.gradient.objectives import DrawInfo, Sample
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import Sampling
@@ -334,20 +337,17 @@ def run_chains(world: World, config: SearchConfig, count: int, budgets: Sequence
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"solver": "mirror", "gradient_at": "direct", "step_size": 0.5, "temperature": 0.5},
-        {"solver": "none", "cut": "entropy", "temperature": 0.5},
-    ],
-    ids=name,
+    "method",
+    ["power_gradient", "power_jump", *(pytest.param(name, marks=pytest.mark.slow) for name in POWER_SEARCHES[2:])],
 )
-def test_chains_on_a_power_reward_sample_the_power_of_the_policy(options: dict[str, Any], power: World) -> None:
+def test_chains_on_a_power_reward_sample_the_power_of_the_policy(method: str, power: World) -> None:
     """… and scoring is free, because drawing has scored the response already."""
     target = power.target(1.0)
     squared = np.exp(2 * power.logp)
     assert target == pytest.approx(squared / squared.sum(), abs=1e-9)
-    settings = {**options, "max_new_tokens": 2, "beta": 1.0, "max_rounds": 20, "batch_size": 150}
-    [ended] = run_chains(power, metropolis(settings), 150, (20,))
+    shared = SearchConfig(max_new_tokens=2, max_rounds=20, batch_size=150)
+    config = build_power_config(Method(method), shared, BaselineConfig(power_alpha=2.0, power_select="sample"))
+    [ended] = run_chains(power, config, 150, (20,))
     assert total_variation(ended, target) < 1.6 * noise_floor(target, 150)
     policy_share = np.exp(power.logp) / np.exp(power.logp).sum()
     assert total_variation(ended, policy_share) > 2 * noise_floor(target, 150)

@@ -115,7 +115,9 @@ def main(argv: Sequence[str]) -> int:
         methods = parse_methods(args.eval_methods or ",".join(default_methods))
         labels = ["distilled"] if models.adapter else []
         has_better_model = parse_reward_spec(models.reward).kind == "log-ratio"
-        check_method_options(methods, config, labels, has_better_model=has_better_model)
+        check_method_options(
+            methods, config, labels, has_better_model=has_better_model, baseline_config=baseline_config
+        )
     problems: list[Problem] = []
     if args.dataset:
         with checks.collect():
