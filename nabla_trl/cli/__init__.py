@@ -4,3 +4,9 @@ Hands out: `main`, `Parser`, `ModelArguments`, `DistillArguments`.
 May import: utils, grading, tasks, models, rewards, traces, search, baselines, training, planning, audit, evaluation,
 report, export, serving.
 """
+
+import sys
+
+from nabla_trl.cli.quiet import prepare_environment
+
+prepare_environment(sys.argv)  # before any module of this package imports torch

@@ -7,13 +7,11 @@ the dataclasses before TRL's parser sees it, because TRL's parser takes any valu
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import shlex
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
@@ -25,6 +23,7 @@ from typing import Any, NoReturn, get_type_hints
 from trl import TrlParser
 
 from nabla_trl.cli.console import guard_terminal
+from nabla_trl.cli.quiet import VERBOSE_HELP, prepare_environment, quiet_libraries
 from nabla_trl.cli.telemetry import disable_telemetry
 from nabla_trl.utils.faults import Checks, Faults
 from nabla_trl.utils.fields import coerce_fields, format_suggestion, get_option_groups
@@ -101,6 +100,7 @@ class Parser(TrlParser, _RaisingArgumentParser):
         kwargs = {"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs, "add_help": False}
         super().__init__(list(dataclasses), **kwargs)  # type: ignore[arg-type]  # TrlParser is untyped for mypy
         self.add_argument("--config", metavar="FILE", help="YAML file of options. Flags win over it.")
+        self.add_argument("--verbose", action="store_true", help=VERBOSE_HELP)
         if self.presets:
             names = ", ".join(self.presets)
             self.add_argument("--preset", metavar="NAME", help=f"Named options: {names}. File and flags win over it.")
@@ -414,10 +414,12 @@ def run_main(
     disable_telemetry()
     if resume_command is None:
         resume_command = get_current_command()  # read now, because the launcher may end before a stop
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when it is imported, by whichever library
+    argv = sys.argv[1:] if argv is None else argv
+    prepare_environment(argv)
     try:
         with guard_terminal(), handle_stop_signals() if resume_command else nullcontext():
-            return main(sys.argv[1:] if argv is None else argv) or 0
+            quiet_libraries()
+            return main(argv) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the last flush fails too
         return 141
@@ -459,11 +461,3 @@ def _mend(command: str, replacements: Mapping[str, str]) -> str:
         is_changed = is_changed or new != [word]
         words += new
     return shlex.join(words) if is_changed else ""
-
-
-def quiet_libraries() -> None:
-    """Hide the progress bars of loading, and deprecation warnings of libraries."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)

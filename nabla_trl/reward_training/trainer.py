@@ -26,6 +26,7 @@ from nabla_trl.reward_training.labels import TokenLabeler
 from nabla_trl.reward_training.token_trainer import PairRewardTrainer, RelaxedLossConfig, TokenRewardTrainer
 from nabla_trl.rewards.loading import CAUSAL_HEAD_WEIGHTS, SCORE_HEAD_WEIGHT, build_score_objective
 from nabla_trl.rewards.spec import check_uncertainty_penalty
+from nabla_trl.training.callbacks import ProgressCallback
 from nabla_trl.training.peft import (
     TUNING_MODES,
     LoraArguments,
@@ -202,7 +203,8 @@ def run_training(trainer: Trainer) -> TrainOutput:
     Raises:
         ValueError: the loss is not finite. Nothing is written.
     """
-    result = trainer.train()
+    with ProgressCallback.show(trainer, "train reward"):
+        result = trainer.train()
     if not math.isfinite(result.training_loss):
         raise ValueError(f"the training loss became {result.training_loss}: lower learning_rate; nothing written")
     return result

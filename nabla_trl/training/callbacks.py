@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from nabla_trl.gradient.likelihood import policy_likelihood
 from nabla_trl.gradient.objectives import Sample
@@ -31,6 +32,8 @@ from nabla_trl.models.sampling import make_rng
 from nabla_trl.rewards.reward import Reward, Verifier
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.files import read_json_file, refuse_unreadable
+from nabla_trl.utils.formatting import is_verbose
+from nabla_trl.utils.progress import StepDisplay
 from nabla_trl.utils.statistics import paired_difference
 
 
@@ -62,6 +65,65 @@ class PolicyMeasurement:
             "callback/length": statistics.mean(self.lengths),
             "callback/clipped_ratio": statistics.mean(self.clipped),
         }
+
+
+class ProgressCallback(TrainerCallback):
+    """Trainer callback that shows one line of progress, in place of the trainer's own bar and its log.
+
+    Args:
+        name: of the training.
+    """
+
+    # Names in the trainer's log, and names for people.
+    METRICS: ClassVar[dict[str, str]] = {
+        "loss": "loss",
+        "reward": "reward",
+        "kl": "KL",
+        "callback/accuracy": "accuracy",
+        "callback/reward": "reward",
+        "callback/kl": "KL",
+    }
+
+    def __init__(self, name: str):
+        self.name = name
+        self.display: StepDisplay | None = None
+
+    @classmethod
+    @contextmanager
+    def show(cls, trainer: Any, name: str) -> Iterator[None]:
+        """Show the progress of a trainer within the block. With --verbose the trainer shows its own."""
+        if is_verbose():
+            yield
+            return
+        for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
+            trainer.remove_callback(callback)
+        progress = cls(name)
+        trainer.add_callback(progress)
+        try:
+            yield
+        finally:
+            progress.close()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.display = StepDisplay(
+            self.name, state.max_steps, num_done=state.global_step, show_progress=state.is_world_process_zero
+        )
+        self.display.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.display is not None:
+            self.display.set_step(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.display is not None:
+            known = {self.METRICS[name]: value for name, value in (logs or {}).items() if name in self.METRICS}
+            self.display.metrics |= {name: float(value) for name, value in known.items()}
+
+    def close(self) -> None:
+        """Stop showing."""
+        if self.display is not None:
+            self.display.__exit__(None, None, None)
+            self.display = None
 
 
 class EvaluationCallback(TrainerCallback):

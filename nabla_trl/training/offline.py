@@ -217,7 +217,7 @@ def train_on_traces(
     peft_config = build_lora_config(lora, "CAUSAL_LM") if is_frozen else None
     trainer = _build_offline_trainer(method, policy, model, training_rows, beta, peft_config, config)
     size = measure_model_size(model, "policy")
-    outcome = run_trainer(trainer, output_dir, tuning=tuning, callback=callback)
+    outcome = run_trainer(trainer, output_dir, tuning=tuning, callback=callback, name=f"train {method}")
     lengths = [length for row in training_rows.rows for length in _list_sequence_lengths(row)]
     adapter_parameters = outcome.trainable_parameters if is_frozen else 0
     flops = [compute_training_flops(size, adapter_parameters, length, frozen=is_frozen) for length in lengths]
@@ -294,8 +294,13 @@ class TrainerOutcome:
     log_history: list[dict[str, Any]]
 
 
-def run_trainer(trainer: Any, output_dir: Path, *, tuning: str, callback: EvaluationCallback | None) -> TrainerOutcome:
+def run_trainer(
+    trainer: Any, output_dir: Path, *, tuning: str, callback: EvaluationCallback | None, name: str = "train"
+) -> TrainerOutcome:
     """Train from the last complete checkpoint, if there is one, and save the model and `log.jsonl` beside it.
+
+    Args:
+        name: of the training in its line of progress.
 
     Raises:
         ValueError: nothing trainable, a loss that is not finite, weights that did not change, or a full disk.
@@ -311,7 +316,10 @@ def run_trainer(trainer: Any, output_dir: Path, *, tuning: str, callback: Evalua
     checkpoint = find_last_checkpoint(Path(trainer.args.output_dir))
     timer = TrainingTimeCallback(checkpoint)
     trainer.add_callback(timer)
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    from nabla_trl.training.callbacks import ProgressCallback
+
+    with ProgressCallback.show(trainer, name):
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not math.isfinite(result.training_loss):
         raise ValueError(f"the training loss became {result.training_loss}: lower learning_rate; nothing written")
     stop_reason = "" if callback is None else callback.restore_best_weights(trainer)

@@ -158,7 +158,7 @@ def train_online(
         allow_constant_rewards=is_graded,
     )
     size = measure_model_size(model, "policy")
-    outcome = run_trainer(trainer, output_dir, tuning=options.tuning, callback=callback)
+    outcome = run_trainer(trainer, output_dir, tuning=options.tuning, callback=callback, name=f"train {method}")
     return _build_result(
         method, beta, trainer, outcome, size, scorer.compute_flops_per_response(), skipped, len(trainable), options
     )

@@ -1,14 +1,17 @@
-"""Numbers, names and errors as short text."""
+"""Numbers, names and errors as short text, and whether libraries may print theirs."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Environment variable that --verbose sets, for this process and its children.
+VERBOSE_VARIABLE = "NABLA_VERBOSE"
 # Characters that change the order in which a terminal shows others (Unicode's Bidi_Control).
 _BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 # https://user:password@host. A password may hold an @ of its own, so the last one before the path counts.
@@ -32,6 +35,11 @@ _SECRET_QUERY = re.compile(
 _KNOWN_TOKENS = re.compile(r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{16,}")
 _SI_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E", 7: "Z", 8: "Y"}
 _LARGE_NUMBERS = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
+
+
+def is_verbose() -> bool:
+    """Return whether libraries may print what they like, which --verbose asks for."""
+    return os.environ.get(VERBOSE_VARIABLE, "0") not in ("", "0")
 
 
 def format_si(value: float, unit: str = "") -> str:

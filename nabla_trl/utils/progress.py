@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import IO
 
@@ -19,9 +21,10 @@ from rich.text import Text
 from nabla_trl.utils.formatting import format_duration, format_interval, format_si, make_printable
 from nabla_trl.utils.statistics import Interval, proportion_interval
 
-# The first line comes after half a minute. Later ones come whenever the time has grown by a quarter, and at least
-# every quarter of an hour. That makes some sixty lines in ten hours.
-_FIRST_LINE_SECONDS, _INTERVAL_GROWTH, _MAX_INTERVAL_SECONDS = 30.0, 1.25, 900.0
+# A line comes every ten seconds for ten minutes. Later ones come whenever the time has grown by a tenth, and at least
+# every quarter of an hour. That makes some hundred lines in ten hours.
+_LINE_SECONDS, _OFTEN_SECONDS, _INTERVAL_GROWTH, _MAX_INTERVAL_SECONDS = 10.0, 600.0, 1.1, 900.0
+_ANNOUNCE_SECONDS = 3.0
 
 # Of one item: its problem, whether it is right (None = not graded), FLOPs.
 ProgressItem = tuple[str, float | None, float]
@@ -47,6 +50,70 @@ class PrintableConsole(Console):
         return super()._render_buffer(
             segment if segment.control else Segment(make_printable(segment.text), segment.style) for segment in buffer
         )
+
+
+class Heartbeat:
+    """A thread that calls a function every ten seconds, or less often if it is postponed.
+
+    Args:
+        first_seconds: until the first call.
+    """
+
+    def __init__(self, function: Callable[[], None], first_seconds: float = _LINE_SECONDS):
+        self._function, self._next_seconds = function, first_seconds
+        self._wake_up, self._is_stopped = threading.Event(), False
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> Heartbeat:
+        """Start the thread."""
+        self._thread.start()
+        return self
+
+    def postpone(self) -> None:
+        """Begin to count the ten seconds again."""
+        if threading.current_thread() is not self._thread:
+            self._wake_up.set()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._is_stopped = True
+        self._wake_up.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_stopped:
+            is_early = self._wake_up.wait(self._next_seconds)
+            self._next_seconds = _LINE_SECONDS
+            self._wake_up.clear()
+            if not is_early and not self._is_stopped:
+                self._function()
+
+
+@contextmanager
+def announce(activity: str, *, show: bool = True, console: Console | None = None) -> Iterator[None]:
+    """Say what the block is doing, if it takes more than a moment, and that it still does, every ten seconds.
+
+    Args:
+        activity: such as "loading the policy P".
+        show: False says nothing, as in a process that is not the first of its launch.
+    """
+    if not show:
+        yield
+        return
+    console = PrintableConsole(stderr=True) if console is None else console
+    started_at, num_lines = time.monotonic(), 0
+
+    def beat() -> None:
+        nonlocal num_lines
+        elapsed = f", {format_duration(time.monotonic() - started_at)} so far" if num_lines else " …"
+        console.print(f"{activity}{elapsed}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+        num_lines += 1
+
+    heartbeat = Heartbeat(beat, _ANNOUNCE_SECONDS).start()
+    try:
+        yield
+    finally:
+        heartbeat.stop()
 
 
 class ProgressDisplay:
@@ -81,8 +148,9 @@ class ProgressDisplay:
         self.flops = 0.0
         self._scores_by_problem: dict[str, list[float]] = {}  # of the graded items
         self._started_at = self._last_counted_at = time.monotonic()
-        self._next_line = _FIRST_LINE_SECONDS
+        self._next_line = _LINE_SECONDS
         self._live: Live | None = None
+        self._heartbeat: Heartbeat | None = None
 
     @property
     def num_completed(self) -> int:
@@ -109,9 +177,21 @@ class ProgressDisplay:
         if self._live is not None:
             self._live.refresh()
         elif self.show_progress and elapsed >= self._next_line and self.num_completed < self.total:
-            self._print(self.format_line())
-            interval = max(_FIRST_LINE_SECONDS, (_INTERVAL_GROWTH - 1) * elapsed)
-            self._next_line = elapsed + min(_MAX_INTERVAL_SECONDS, interval)
+            self.print_line()
+
+    def print_line(self, addition: str = "") -> None:
+        """Print what is known as one line, and decide when the next one may come."""
+        elapsed = time.monotonic() - self._started_at
+        self._print(self.format_line() + addition)
+        interval = _LINE_SECONDS if elapsed < _OFTEN_SECONDS else (_INTERVAL_GROWTH - 1) * elapsed
+        self._next_line = elapsed + min(_MAX_INTERVAL_SECONDS, interval)
+        if self._heartbeat is not None:
+            self._heartbeat.postpone()
+
+    def warn(self, text: str) -> None:
+        """Print a warning above the bar."""
+        if self.show_progress:
+            self._print(f"warning: {text}")
 
     def estimate_seconds(self, num_items: int) -> float | None:
         """Return the seconds that so many items take at the measured rate. Before the first new item return None."""
@@ -158,13 +238,22 @@ class ProgressDisplay:
         if has_bar and self.num_completed < self.total:
             self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2, transient=True)
             self._live.start()
+        elif self.show_progress and self.num_completed < self.total:
+            self._heartbeat = Heartbeat(self._beat).start()
         return self
+
+    def _beat(self) -> None:
+        """Print a line although nothing new is done, as during a long batch."""
+        if time.monotonic() - self._started_at >= self._next_line:
+            self.print_line(f", {self._format_elapsed()} so far")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._live is not None:
             self._live.stop()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         if self.num_new and self.show_progress and kind is None:
             self._print(f"{self.format_line()}, took {self._format_elapsed()}")
 
@@ -183,6 +272,46 @@ class ProgressDisplay:
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
+
+
+class StepDisplay(ProgressDisplay):
+    """Progress of a training: steps, and what its log says, such as the loss.
+
+    Args:
+        name, total, num_done, show_progress, console: as for `ProgressDisplay`, in steps.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        *,
+        num_done: int = 0,
+        show_progress: bool = True,
+        console: Console | None = None,
+    ):
+        super().__init__(name, total, num_done=num_done, show_progress=show_progress, console=console)
+        self.metrics: dict[str, float] = {}
+
+    def set_step(self, step: int) -> None:
+        """Note that a step is done."""
+        self.add_items([("", None, 0.0)] * (step - self.num_completed))
+
+    def format_metrics(self) -> str:
+        """Return what the log says, and the time of a step."""
+        seconds = self.estimate_seconds(1)
+        rate = [] if seconds is None else [f"{seconds:.3g} s/step"]
+        return ", ".join([*(f"{name} {value:.4g}" for name, value in self.metrics.items()), *rate])
+
+    def format_position(self) -> str:
+        """Return the number of steps as text."""
+        return f"{self.name}: step {self.num_completed} of {self.total}"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.num_new = 0  # the line about a finished training has more to say
+        super().__exit__(kind, error, traceback)
 
 
 def _format_rate(seconds_per_item: float) -> str:
