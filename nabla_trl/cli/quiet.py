@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from nabla_trl.utils.formatting import VERBOSE_VARIABLE, format_error, is_verbose
 
@@ -29,10 +29,12 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "DATASETS_VERBOSITY": "error",
-    "ACCELERATE_LOG_LEVEL": "ERROR",
 }
 # Libraries that give their loggers a handler of their own.
-_LIBRARIES = ("transformers", "datasets", "huggingface_hub", "accelerate", "trl", "peft", "bitsandbytes", "diffusers")
+_LIBRARIES = (
+    *("transformers", "datasets", "huggingface_hub", "accelerate", "trl", "peft", "bitsandbytes"),
+    *("diffusers", "torch", "vllm", "wandb", "trackio", "tensorboard", "deepspeed"),
+)
 _PACKAGE_DIR = Path(__file__).parents[1]
 _LIBRARY_DIRS = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
@@ -45,7 +47,7 @@ def prepare_environment(argv: Sequence[str], environ: MutableMapping[str, str] =
     """
     if "--verbose" in argv:
         environ[VERBOSE_VARIABLE] = "1"
-    if is_verbose():
+    if is_verbose(environ):
         return
     for name, value in _ENVIRONMENT.items():
         environ.setdefault(name, value)
@@ -59,12 +61,11 @@ def quiet_libraries() -> None:
     warnings.showwarning = _show_warning
     if not any(isinstance(handler, _LibraryHandler) for handler in logging.root.handlers):
         logging.root.addHandler(_LibraryHandler())
-    for name in _LIBRARIES:
-        logger = logging.getLogger(name)
-        logger.propagate = True
-        for handler in list(logger.handlers):
-            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                logger.removeHandler(handler)
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    for logger in loggers:
+        if logger.name.partition(".")[0] in _LIBRARIES and any(map(_writes_to_terminal, logger.handlers)):
+            logger.handlers = [handler for handler in logger.handlers if not _writes_to_terminal(handler)]
+            logger.propagate = True
     if "transformers" in sys.modules:
         from transformers.utils.logging import disable_progress_bar
 
@@ -73,6 +74,10 @@ def quiet_libraries() -> None:
         from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
 
         disable_datasets_bar()
+
+
+def _writes_to_terminal(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
 
 
 class _RunLog:
@@ -102,7 +107,12 @@ class _LibraryHandler(logging.Handler):
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, *args: Any
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     """Write a warning about a library to the file of the run, and show any other as one line."""
     if file is None and not _is_library(filename):

@@ -37,9 +37,9 @@ _SI_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T
 _LARGE_NUMBERS = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
 
 
-def is_verbose() -> bool:
+def is_verbose(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether libraries may print what they like, which --verbose asks for."""
-    return os.environ.get(VERBOSE_VARIABLE, "0") not in ("", "0")
+    return environ.get(VERBOSE_VARIABLE, "0") not in ("", "0")
 
 
 def format_si(value: float, unit: str = "") -> str:

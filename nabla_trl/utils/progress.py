@@ -24,7 +24,7 @@ from nabla_trl.utils.statistics import Interval, proportion_interval
 # A line comes every ten seconds for ten minutes. Later ones come whenever the time has grown by a tenth, and at least
 # every quarter of an hour. That makes some hundred lines in ten hours.
 _LINE_SECONDS, _OFTEN_SECONDS, _INTERVAL_GROWTH, _MAX_INTERVAL_SECONDS = 10.0, 600.0, 1.1, 900.0
-_ANNOUNCE_SECONDS = 3.0
+_ANNOUNCE_SECONDS, _BEAT_SECONDS = 3.0, 10.0
 
 # Of one item: its problem, whether it is right (None = not graded), FLOPs.
 ProgressItem = tuple[str, float | None, float]
@@ -59,8 +59,9 @@ class Heartbeat:
         first_seconds: until the first call.
     """
 
-    def __init__(self, function: Callable[[], None], first_seconds: float = _LINE_SECONDS):
-        self._function, self._next_seconds = function, first_seconds
+    def __init__(self, function: Callable[[], None], first_seconds: float | None = None):
+        self._function = function
+        self._next_seconds = _BEAT_SECONDS if first_seconds is None else first_seconds
         self._wake_up, self._is_stopped = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -83,7 +84,7 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._is_stopped:
             is_early = self._wake_up.wait(self._next_seconds)
-            self._next_seconds = _LINE_SECONDS
+            self._next_seconds = _BEAT_SECONDS
             self._wake_up.clear()
             if not is_early and not self._is_stopped:
                 self._function()

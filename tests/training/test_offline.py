@@ -51,6 +51,8 @@ from nabla_trl.training.online import RewardScorer, train_online
 from nabla_trl.training.peft import LoraArguments, find_last_checkpoint, load_trainable_model
 from nabla_trl.training.stage import TrainStage
 from nabla_trl.training.trainers import MAX_CONSTANT_REWARD_STEPS
+from nabla_trl.utils import progress
+from nabla_trl.utils.formatting import VERBOSE_VARIABLE
 
 LORA = LoraArguments(lora_r=4, lora_alpha=8)
 SAMPLING = Sampling(max_new_tokens=6)
@@ -640,6 +642,23 @@ def test_a_step_must_hold_whole_groups(base: Policy, reward: Reward, tmp_path: P
         "6 responses",
         "whole groups of num_generations 4",
     )
+
+
+def test_a_training_prints_its_progress_and_nothing_else(
+    bases: dict[str, str], traces: list[Trace], tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    offline("sft", bases["llama"], build_sft_rows(traces), tmp_path / "quiet", max_steps=3)
+    out, err = capfd.readouterr()
+    assert out == "" and [line.partition(",")[0] for line in err.splitlines()] == [
+        "train sft: step 1 of 3",
+        "train sft: step 2 of 3",
+    ]
+    assert "loss " in err and "s/step" in err
+    monkeypatch.setenv(VERBOSE_VARIABLE, "1")
+    offline("sft", bases["llama"], build_sft_rows(traces), tmp_path / "verbose", max_steps=3, disable_tqdm=True)
+    out, err = capfd.readouterr()
+    assert out.count("'loss':") == 3 and err == ""
 
 
 def test_nothing_trainable_is_refused(bases: dict[str, str], traces: list[Trace], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from time import sleep
 
 import pytest
 from rich.console import Console
@@ -75,8 +76,8 @@ def test_a_log_gets_a_line_now_and_then(time: Time) -> None:
             time.now += 1
             display.add_items([("a", True, 1e9)])
     lines = said(log)
-    assert 30 < len(lines) < 70
-    assert lines[0].startswith("nabla: 30 of 36000, 9:59:30 to go, 1 problems/s, accuracy 1.000 [")
+    assert 80 < len(lines) < 140
+    assert lines[0].startswith("nabla: 10 of 36000, 9:59:50 to go, 1 problems/s, accuracy 1.000 [")
     assert lines[-1].startswith("nabla: 36000 of 36000, ") and lines[-1].endswith("36 TFLOPs, took 10:00:00")
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
@@ -106,6 +107,40 @@ def test_a_bar_fits_80_columns_and_goes_when_it_is_done(name: str) -> None:
     assert "accuracy 0.667 [0.662, 0.671], 56.4 EFLOPs" in frame[1]
     last = said(terminal)[-2:]
     assert f"{name}: 45678 of 90000" in last[0] and "took 0:00:0" in last[1] and max(map(len, last)) <= 100
+
+
+def test_a_long_batch_and_a_long_loading_are_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_, "_LINE_SECONDS", 0.02)
+    monkeypatch.setattr(progress_, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(progress_, "_ANNOUNCE_SECONDS", 0.02)
+    log = console(terminal=False)
+    with ProgressDisplay("nabla", 2, console=log, show_progress=True):
+        for _ in range(100):
+            if len(said(log)) >= 2:
+                break
+            sleep(0.02)
+    assert said(log)[0] == "nabla: 0 of 2, 0:00:00 so far"
+    other = console(terminal=False)
+    with progress_.announce("loading P", console=other):
+        for _ in range(100):
+            if len(said(other)) >= 2:
+                break
+            sleep(0.02)
+    assert said(other)[0] == "loading P …" and said(other)[1].startswith("loading P, 0:00:00 so far")
+    quick = console(terminal=False)
+    monkeypatch.setattr(progress_, "_ANNOUNCE_SECONDS", 60.0)
+    with progress_.announce("loading P", console=quick), progress_.announce("loading Q", show=False):
+        pass
+    assert said(quick) == []
+
+
+def test_steps_of_a_training(time: Time) -> None:
+    log = console(terminal=False)
+    with progress_.StepDisplay("train rloo", 40, num_done=10, console=log) as display:
+        time.now += 30
+        display.metrics = {"loss": 0.12345, "reward": -1.0, "KL": 0.01}
+        display.set_step(20)
+    assert said(log) == ["train rloo: step 20 of 40, 0:01:00 to go, loss 0.1235, reward -1, KL 0.01, 3 s/step"]
 
 
 @pytest.mark.parametrize(("each", "words"), [(0.1, "10 problems/s"), (12.0, "12 s/problem"), (5400, "90 min/problem")])
