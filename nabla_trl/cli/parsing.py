@@ -95,6 +95,7 @@ class Parser(TrlParser, _RaisingArgumentParser):
         self.presets, self.common, self.show_all_options = presets or {}, common, False
         self.option_groups = {name: group for cls in dataclasses for name, group in get_option_groups(cls).items()}
         self._uncommon_dests: set[str] = set()
+        self._owners: dict[str, str] = {}  # option -> what it belongs to, as in "rloo and grpo"
         self._checks: Checks | None = None  # of the command line that is being parsed
         self._incomplete_dests: set[str] = set()
         kwargs = {"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs, "add_help": False}
@@ -145,7 +146,10 @@ class Parser(TrlParser, _RaisingArgumentParser):
         field = copy(field)
         field.name, field.type = name, hint
         is_common = field.metadata.get("common") or name in (self.common or ())
-        field.metadata = {key: value for key, value in field.metadata.items() if key != "common"}  # type: ignore[assignment]
+        if owner := field.metadata.get("owner"):
+            self._owners[name] = owner
+        ours = ("common", "owner")
+        field.metadata = {key: value for key, value in field.metadata.items() if key not in ours}  # type: ignore[assignment]
         count = len(self._actions)
         self._parse_dataclass_field(section, field)
         action = self._actions[count]
@@ -323,7 +327,9 @@ class Parser(TrlParser, _RaisingArgumentParser):
             in_group = [flag.partition(".")[2] for flag in flags if flag.startswith(f"--{group}.")]
             similar = format_suggestion(grouped_name, in_group, prefix=f"--{group}.")
             return similar or describe_new_flag(grouped_name, names)
-        return describe_new_flag(old_name, names) or format_suggestion(flag, flags)
+        similar = describe_new_flag(old_name, names) or format_suggestion(flag, flags)
+        owner = next((owner for name, owner in self._owners.items() if similar.endswith(f"--{name}?)")), "")
+        return f"{similar.removesuffix('?)')}, of {owner}?)" if owner else similar
 
 
 def parse_dataclasses(

@@ -37,6 +37,7 @@ from nabla_trl.utils.fields import (
 )
 from nabla_trl.utils.identity import hash_json
 
+DEFAULT_BETA = 1.0  # where no KL target sets the steps
 # Of β and 1/β: rewards that are multiplied by more are no numbers in float32 before long.
 MAX_REWARD_WEIGHT = 1e6
 
@@ -270,7 +271,7 @@ class SearchConfig:
         elif self.beta is None and isinstance(solver, MirrorSolver) and takes_target:
             self.solver = replace(solver, target_kl=DEFAULT_TARGET_KL)
         elif self.beta is None:
-            self.beta = 1.0
+            self.beta = DEFAULT_BETA
         if self.beta is not None and not 1 / MAX_REWARD_WEIGHT <= self.beta <= MAX_REWARD_WEIGHT:
             bounds = f"{1 / MAX_REWARD_WEIGHT:g} to {MAX_REWARD_WEIGHT:g}"
             raise ValueError(f"beta must be from {bounds}, not {self.beta}")

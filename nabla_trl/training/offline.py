@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,6 +194,7 @@ def train_on_traces(
     config: SFTConfig,
     dtype: str,
     callback: EvaluationCallback | None = None,
+    trl_options: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Train a policy on rows of traces and write the adapter, or the full model, whole or not at all.
 
@@ -203,6 +204,7 @@ def train_on_traces(
         method: "sft", "reward-weighted" or "dpo".
         beta: of DPO.
         dtype: of a frozen base.
+        trl_options: further options of TRL's trainer (see `trl_options.select_trl_options`).
 
     Raises:
         ValueError: no row within `max_length`, a loss that is not finite, weights that did not change, a disk that is
@@ -215,7 +217,9 @@ def train_on_traces(
     is_frozen = tuning != "full"
     model = load_trainable_model(policy, tuning=tuning, dtype=dtype, config=config)
     peft_config = build_lora_config(lora, "CAUSAL_LM") if is_frozen else None
-    trainer = _build_offline_trainer(method, policy, model, training_rows, beta, peft_config, config)
+    trainer = _build_offline_trainer(
+        method, policy, model, training_rows, beta, peft_config, config, trl_options or {}
+    )
     size = measure_model_size(model, "policy")
     outcome = run_trainer(trainer, output_dir, tuning=tuning, callback=callback, name=f"train {method}")
     lengths = [length for row in training_rows.rows for length in _list_sequence_lengths(row)]
@@ -255,7 +259,14 @@ def _list_sequence_lengths(row: dict[str, Any]) -> list[int]:
 
 
 def _build_offline_trainer(
-    method: str, policy: str, model: Any, training_rows: TrainingRows, beta: float, peft_config: Any, config: SFTConfig
+    method: str,
+    policy: str,
+    model: Any,
+    training_rows: TrainingRows,
+    beta: float,
+    peft_config: Any,
+    config: SFTConfig,
+    trl_options: Mapping[str, Any],
 ) -> Any:
     from datasets import Dataset
     from trl import DPOConfig
@@ -270,7 +281,8 @@ def _build_offline_trainer(
     }
     if method == "dpo":
         # Without max_length no response is cut: its end decides whether it is chosen.
-        return TokenIdsDPOTrainer(args=convert_config(DPOConfig, config, max_length=None, beta=beta), **common)
+        dpo_config = convert_config(DPOConfig, config, **{"max_length": None, "beta": beta, **trl_options})
+        return TokenIdsDPOTrainer(args=dpo_config, **common)
     trainer_class = WeightedSFTTrainer if method == "reward-weighted" else TokenIdsSFTTrainer
     return trainer_class(args=config, **common)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,7 @@ def train_online(
     config: SFTConfig,
     dtype: str,
     callback: EvaluationCallback | None = None,
+    trl_options: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Train a policy by RLOO or GRPO and write the adapter, or the full model, whole or not at all.
 
@@ -126,6 +127,7 @@ def train_online(
         sampling: how responses are sampled. π* is the optimum only where that is π itself.
         config: `per_device_train_batch_size` responses per process and step, times the accumulated steps.
         dtype: of a frozen base.
+        trl_options: further options of TRL's trainer (see `trl_options.select_trl_options`).
 
     Raises:
         ValueError: no problem that can be trained on, a batch that does not hold whole groups, a reward that is not
@@ -144,7 +146,7 @@ def train_online(
     )
     model = load_trainable_model(base_policy.name, tuning=options.tuning, dtype=dtype, config=config)
     trainer_class, trainer_config = _choose_trainer(
-        method, config, len(trainable), base_policy, beta, sampling, options
+        method, config, len(trainable), base_policy, beta, sampling, options, trl_options or {}
     )
     trainer = trainer_class(
         model=model,
@@ -240,6 +242,7 @@ def _choose_trainer(
     beta: float,
     sampling: Sampling,
     options: TrainOptions,
+    trl_options: Mapping[str, Any],
 ) -> tuple[type[Any], Any]:
     """Return the trainer's class and its configuration."""
     steps_per_epoch = (
@@ -264,11 +267,11 @@ def _choose_trainer(
         "remove_unused_columns": False,
     }
     if method == "rloo":
-        return TokenIdsRLOOTrainer, convert_config(RLOOConfig, config, **common)
+        return TokenIdsRLOOTrainer, convert_config(RLOOConfig, config, **{**common, **trl_options})
     # Scaling by a group's standard deviation would make λ differ from prompt to prompt, and dividing by the length
     # from response to response. The corrected KL has the gradient of KL(q ‖ π), the plain one that of KL(π ‖ q).
     grpo_options = {"scale_rewards": "none", "loss_type": "dr_grpo", "use_bias_correction_kl": True}
-    return TokenIdsGRPOTrainer, convert_config(GRPOConfig, config, **common, **grpo_options)
+    return TokenIdsGRPOTrainer, convert_config(GRPOConfig, config, **{**common, **grpo_options, **trl_options})
 
 
 def _build_result(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.config import DEFAULT_BETA, SearchConfig
 from nabla_trl.search.options import MetropolisAcceptance
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.storage import TRACES_DIR, describe_missing_shards, list_trace_files, read_traces
@@ -36,6 +36,7 @@ from nabla_trl.training.online import check_online_options, train_online
 from nabla_trl.training.peft import LoraArguments, check_precision, check_reference_model, find_last_checkpoint
 from nabla_trl.training.rollouts import RolloutOptions
 from nabla_trl.training.trainers import check_seeds
+from nabla_trl.training.trl_options import list_trl_faults, select_trl_options
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.identity import check_settings, claim_settings
@@ -66,6 +67,10 @@ TRAINER_OPTIONS = (
     "data_seed",
 )
 
+# TRL's default learning rate of each method, for full weights. An adapter needs about ten times as much.
+DEFAULT_LEARNING_RATES = {"sft": 2e-5, "reward-weighted": 2e-5, "dpo": 1e-6, "rloo": 1e-6, "grpo": 1e-6}
+ADAPTER_LEARNING_RATE_FACTOR = 10
+
 
 @dataclass
 class TrainStage:
@@ -74,19 +79,21 @@ class TrainStage:
     Attributes:
         run_dir: folder of the run, which holds traces/ and will hold trained/<method>/.
         policy: name of the policy.
-        problems: of training.
+        problems: of training. None: those of the traces, for methods that learn from traces.
         callback_problems: training problems that are held out for evaluations during training.
         load_models: loads the frozen policy and the reward, once.
         search_settings: of the models and the search, which decide the traces and the rewards.
         command_options: the options of this call, as `--config` takes them. They are stored with the weights, since
             later calls on the folder may have others.
         command: the command line of this call, stored with the weights, too.
+        traces_run_dir: folder of the run that holds traces/. None: `run_dir`.
+        trl_options: further options of TRL's trainers (see `collect_trl_options`).
     """
 
     run_dir: Path
     policy: str
     dtype: str
-    problems: Sequence[Problem]
+    problems: Sequence[Problem] | None
     callback_problems: Sequence[Problem]
     search_config: SearchConfig
     options: TrainOptions
@@ -98,6 +105,33 @@ class TrainStage:
     process_state: PartialState
     command_options: Mapping[str, Any]
     command: str
+    traces_run_dir: Path | None = None
+    trl_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def beta(self) -> float:
+        """β of the search, and `DEFAULT_BETA` where a KL target sets the steps of the search."""
+        return self.search_config.beta or DEFAULT_BETA
+
+    def build_config(self, method: str) -> SFTConfig:
+        """Return the trainer's options for a method, whose learning rate depends on it unless one was given."""
+        config = copy(self.sft_config)
+        config.output_dir = str(self.run_dir / "trained" / method / "trainer")
+        if "learning_rate" not in self.command_options:
+            factor = 1 if self.options.tuning == "full" else ADAPTER_LEARNING_RATE_FACTOR
+            config.learning_rate = factor * DEFAULT_LEARNING_RATES[method]
+        return config
+
+    def describe_defaults(self, method: str) -> str:
+        """Return what was not given and is chosen for a method, with its source. Empty where all was given."""
+        parts = []
+        if method != "sft" and self.search_config.beta is None:
+            parts.append(f"beta {DEFAULT_BETA:g} (the search has a KL target, and no beta for the training)")
+        if "learning_rate" not in self.command_options:
+            source = f"TRL's for {method}" if method in ("dpo", *ONLINE_METHODS) else "TRL's for sft"
+            times = "" if self.options.tuning == "full" else f", × {ADAPTER_LEARNING_RATE_FACTOR} for an adapter"
+            parts.append(f"learning_rate {self.build_config(method).learning_rate:g} ({source}{times})")
+        return ", ".join(parts)
 
     def train_method(self, method: str) -> TrainingResult | None:
         """Train a policy, or continue an interrupted training. Returns None where the training is finished already.
@@ -108,22 +142,21 @@ class TrainStage:
         """
         self.check_method(method)
         folder = self.run_dir / "trained" / method
-        trainer_dir, settings_file = folder / "trainer", folder / "settings.json"
+        config, settings_file = self.build_config(method), folder / "settings.json"
         is_finished = (folder / "train.json").exists()
-        if not is_finished and find_last_checkpoint(trainer_dir) is None and self.process_state.is_main_process:
+        has_begun = is_finished or find_last_checkpoint(Path(config.output_dir)) is not None
+        if not has_begun and self.process_state.is_main_process:
             settings_file.unlink(missing_ok=True)  # of an attempt that left nothing
         self.process_state.wait_for_everyone()
         if method in OFFLINE_METHODS and not is_finished:
             self._check_shards()
-        traces_hash = hash_traces(self.run_dir) if method in OFFLINE_METHODS else None
+        traces_hash = hash_traces(self._get_traces_run_dir()) if method in OFFLINE_METHODS else None
         settings = self._collect_settings(method) | ({} if traces_hash is None else {"traces_hash": traces_hash})
         claim_settings(settings_file, settings)
         if is_finished:
             return None
         if self.process_state.is_main_process:
             write_atomic(folder / CONFIG_FILE, yaml.safe_dump(dict(self.command_options), sort_keys=False))
-        config = copy(self.sft_config)
-        config.output_dir = str(trainer_dir)
         output_dir = folder / ("model" if self.options.tuning == "full" else "adapter")
         result, trace_cost = self._train_policy(method, output_dir, config)
         if self.process_state.is_main_process:
@@ -156,11 +189,7 @@ class TrainStage:
         checks = Checks()
         with checks.collect():
             check_seeds(self.sft_config)
-        checks.require(
-            method == "sft" or self.search_config.beta is not None,
-            f"method {method} needs beta, which search and training share: set beta (solver.target_kl is for "
-            "the search alone)",
-        )
+        checks.add(list_trl_faults([method], select_trl_options(method, self.trl_options)))
         trains_on_samples = method == "sft" and self.options.sft_selection == "samples"
         checks.require(
             not trains_on_samples or isinstance(self.search_config.acceptance, MetropolisAcceptance),
@@ -182,48 +211,59 @@ class TrainStage:
 
     def _check_shards(self) -> None:
         """Refuse to train on the traces of some shards only."""
-        if missing := describe_missing_shards(self.run_dir, {problem.id for problem in self.problems}):
+        if missing := describe_missing_shards(self._get_traces_run_dir(), self._get_problem_ids()):
             raise ValueError(
-                f"{self.run_dir} lacks the traces of {missing}: run nabla-trl traces again with these values of "
-                "--shard, or let the stage traces make them"
+                f"{self._get_traces_run_dir()} lacks the traces of {missing}: run nabla-trl traces again with these "
+                "values of --shard, or let the stage traces make them"
             )
 
+    def _get_traces_run_dir(self) -> Path:
+        return self.traces_run_dir or self.run_dir
+
+    def _get_problem_ids(self) -> set[str] | None:
+        return None if self.problems is None else {problem.id for problem in self.problems}
+
     def _collect_settings(self, method: str) -> dict[str, str]:
-        trainer_options = {name: getattr(self.sft_config, name) for name in TRAINER_OPTIONS}
-        options = {**trainer_options, **asdict(self.lora), **asdict(self.options), "method": method}
-        for name in (field.name for field in fields(RolloutOptions)):
+        config = self.build_config(method)
+        trainer_options = {name: getattr(config, name) for name in TRAINER_OPTIONS}
+        trl_options = select_trl_options(method, self.trl_options)
+        options = {**trainer_options, **trl_options, **asdict(self.lora), **asdict(self.options), "method": method}
+        for name in (item.name for item in fields(RolloutOptions)):
             del options[name]  # where responses are sampled does not matter, only by what
         if self.options.use_vllm and method in ONLINE_METHODS:
             options["rollouts"] = "vllm"
-        counts = {"problems": len(self.problems), "processes": self.process_state.num_processes}
+        num_problems = "all" if self.problems is None else len(self.problems)
+        counts = {"problems": num_problems, "processes": self.process_state.num_processes}
         return {name: str(value) for name, value in {**options, **counts}.items()} | self.search_settings
 
     def _train_policy(self, method: str, output_dir: Path, config: SFTConfig) -> tuple[TrainingResult, Cost]:
         """Return the record of a training, and the cost of its traces."""
-        beta = 1 / self.search_config.reward_weight
         shared: dict[str, Any] = {
-            "beta": beta,
+            "beta": self.beta,
             "lora": self.lora,
             "config": config,
             "dtype": self.dtype,
             "callback": self._build_callback(),
+            "trl_options": select_trl_options(method, self.trl_options),
         }
         if method in OFFLINE_METHODS:
             # The folder may hold traces of other problems, also of those that are held out now.
-            problem_ids = {problem.id for problem in self.problems}
-            files = list_trace_files(self.run_dir)
+            problem_ids, traces_run_dir = self._get_problem_ids(), self._get_traces_run_dir()
+            files = list_trace_files(traces_run_dir)
             traces = [
-                trace for trace in read_traces(files or self.run_dir / TRACES_DIR) if trace.problem_id in problem_ids
+                trace
+                for trace in read_traces(files or traces_run_dir / TRACES_DIR)
+                if problem_ids is None or trace.problem_id in problem_ids
             ]
             check_tokenizer(traces, self.policy)
-            rows = build_training_rows(method, traces, sft_selection=self.options.sft_selection, beta=beta)
+            rows = build_training_rows(method, traces, sft_selection=self.options.sft_selection, beta=self.beta)
             result = train_on_traces(method, self.policy, rows, output_dir, tuning=self.options.tuning, **shared)
             return result, sum((trace.cost for trace in traces), Cost())
         base_policy, reward = self.load_models()
         result = train_online(
             method,
             base_policy,
-            self.problems,
+            self.problems or (),
             output_dir,
             reward=reward,
             checker=self.checker,

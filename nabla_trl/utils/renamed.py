@@ -77,6 +77,18 @@ RENAMED_OPTIONS: dict[str, tuple[str, ...]] = {
     "round_steps": ("max_steps_per_round",),
     "rare_temperature": ("extra_sample_temperature",),
     "audit_rounds": ("max_audit_rounds",),
+    # Names of TRL's scripts
+    "max_completion_length": ("max_new_tokens",),
+    "model_name_or_path": ("policy",),
+    "dataset_name": ("dataset",),
+    "dataset_train_split": ("train_split",),
+    "dataset_test_split": ("eval_split",),
+    "reward_model_name_or_path": ("reward",),
+    "torch_dtype": ("dtype",),
+    "load_in_4bit": ("tuning",),
+    "use_peft": ("tuning",),
+    "vllm_server_host": ("vllm_server_base_url",),
+    "vllm_server_port": ("vllm_server_base_url",),
     # Research recipes
     "answer_tokens": ("max_new_tokens",),
     "sizes": ("problem_counts",),

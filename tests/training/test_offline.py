@@ -754,13 +754,23 @@ def test_a_training_is_of_its_own_problems_traces_and_call(
     assert yaml.safe_load((tmp_path / "trained/sft/config.yaml").read_text())["stages"] == "train"
 
 
-def test_methods_that_share_beta_with_the_search_need_one(
+def test_what_is_not_given_is_chosen_for_the_method_and_said(
     base: Policy, reward: Reward, bases: dict[str, str], tmp_path: Path
 ) -> None:
     sized = replace(SEARCH, beta=None, solver={"gradient_at": "hard", "target_kl": 2.0})
-    for method in ("reward-weighted", "dpo", "rloo", "grpo"):
-        check = partial(stage(tmp_path, base, reward, bases, search_config=sized).check_method, method)
-        worlds.refused(check, "needs beta", method)
+    free = stage(tmp_path, base, reward, bases, search_config=sized, command_options={})
+    assert (
+        free.beta == 1.0
+        and free.describe_defaults("sft") == "learning_rate 0.0002 (TRL's for sft, × 10 for an adapter)"
+    )
+    assert free.describe_defaults("dpo").startswith(
+        "beta 1 (the search has a KL target, and no beta for the training)"
+    )
+    assert free.build_config("rloo").learning_rate == pytest.approx(1e-5)
+    full = stage(tmp_path, base, reward, bases, options=TrainOptions(tuning="full"), command_options={})
+    assert full.describe_defaults("dpo") == "learning_rate 1e-06 (TRL's for dpo)"
+    given = stage(tmp_path, base, reward, bases)
+    assert given.describe_defaults("dpo") == "" and given.build_config("dpo").learning_rate == 0.005
     samples = TrainOptions(sft_selection="samples")
     worlds.refused(
         lambda: stage(tmp_path, base, reward, bases, options=samples).check_method("sft"), "acceptance metropolis"

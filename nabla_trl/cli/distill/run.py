@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from trl import SFTConfig
 
 from nabla_trl.audit.overoptimization import warn_past_limits
 from nabla_trl.audit.ranking import audit_reward
@@ -66,6 +66,7 @@ from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.reporting import check_reporting
 from nabla_trl.training.stage import TrainStage
+from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options, list_trl_faults
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.formatting import hide_userinfo
 from nabla_trl.utils.identity import check_settings, claim_settings, hash_weights, is_same_model
@@ -76,7 +77,7 @@ START_TIME = time.perf_counter()
 EVAL_SETTINGS_FILE = "rows/eval.settings.json"
 
 
-DATACLASSES = (DistillArguments, SearchConfig, BaselineConfig, TrainOptions, LoraArguments, SFTConfig)
+DATACLASSES = (DistillArguments, SearchConfig, BaselineConfig, TrainOptions, LoraArguments, TrainerConfig, TrlOptions)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -123,12 +124,14 @@ class DistillRun:
         baseline_config: BaselineConfig,
         train_options: TrainOptions,
         lora_arguments: LoraArguments,
-        sft_config: SFTConfig,
+        sft_config: TrainerConfig,
+        trl_options: Any,
     ):
         self.given_options = hide_userinfo(given_options)  # as `--config` takes them
         self.command = get_current_command()
         self.args, self.search_config, self.baseline_config = args, search_config, baseline_config
         self.train_options, self.lora_arguments, self.sft_config = train_options, lora_arguments, sft_config
+        self.trl_options = collect_trl_options(trl_options, sft_config, given_options)
         set_trust_remote_code(sft_config.trust_remote_code)
         self.state = PartialState()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -141,6 +144,8 @@ class DistillRun:
         self._models: tuple[Policy, Reward] | None = None
         self.stopwatch = RunStopwatch(self.output_dir, START_TIME, float(os.environ.get("NABLA_SETUP_SECONDS", "0")))
         self.train_problems, self.callback_problems, self.held_out_problems = self._load_problems()
+        if args.dtype == "bfloat16" and not {"bf16", "fp16"} & set(given_options):
+            self.sft_config = replace(sft_config, bf16=True)  # an adapter on a half-precision base needs it
         self.all_options = self._choose_batches(machine) | self.given_options
 
     def _load_problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
@@ -348,6 +353,8 @@ class DistillRun:
         if "train" in self.args.list_stages():
             if self.state.is_main_process:
                 check_reporting(self.sft_config, len(self.args.train_methods))
+            if faults := list_trl_faults(self.args.train_methods, self.trl_options):
+                raise ValueError("; ".join(faults))
             for method in self.args.train_methods:
                 self._make_train_stage().check_method(method)
 
@@ -368,12 +375,15 @@ class DistillRun:
             process_state=self.state,
             command_options=self.all_options,
             command=self.command,
+            trl_options=self.trl_options,
         )
 
     def train(self) -> None:
         """Train one policy per method, as an adapter or as a full model."""
         stage = self._make_train_stage()
         for method in self.args.train_methods:
+            if defaults := stage.describe_defaults(method):
+                self.print_once(f"train {method}: {defaults}")
             result = stage.train_method(method)
             if result is None:
                 self.print_once(f"train {method}: already done")
