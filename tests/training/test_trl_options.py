@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import worlds
-from trl import DPOConfig, GRPOConfig, RLOOConfig
+from trl import DPOConfig, RLOOConfig
 
 from nabla_trl.cli.parsing import Parser, collect_given_options
 from nabla_trl.models.options import Sampling
@@ -64,7 +64,8 @@ def test_options_reach_the_trainers_configuration_and_win_over_ours() -> None:
     assert (grpo.scale_rewards, grpo.loss_type) == ("none", "dr_grpo")
     _, rloo = _choose_trainer("rloo", config, 4, policy, 0.5, sampling, TrainOptions(), {"reward_clip_range": (-1, 1)})
     assert isinstance(rloo, RLOOConfig) and rloo.reward_clip_range == (-1, 1)
-    assert isinstance(grpo, GRPOConfig) and DPOConfig(loss_type=select_trl_options("dpo", values)["loss_type"], **{})
+    losses = select_trl_options("dpo", {"loss_type": "hinge,bco_pair"})
+    assert DPOConfig(output_dir="out", use_cpu=True, bf16=False, **losses).loss_type == ["hinge", "bco_pair"]
 
 
 @pytest.mark.parametrize(
@@ -86,3 +87,12 @@ def test_options_of_other_methods_are_named_with_their_method(
     found = list_trl_faults(methods, values)
     assert len(found) == len(faults)
     assert all(text.startswith(start) for text, start in zip(found, faults, strict=True))
+
+
+def test_a_misspelled_option_names_the_near_one_and_its_methods() -> None:
+    parser = Parser([TrlOptions, TrainerConfig])
+    for flag, hint in (
+        ("--epsilom", "--epsilon, of rloo and grpo?)"),
+        ("--label_smooth", "--label_smoothing, of dpo?)"),
+    ):
+        worlds.refused(lambda flag=flag: parser.parse_options([*CPU, flag, "0.1"]), f"(did you mean {hint}")
