@@ -69,7 +69,7 @@ def test_help_is_short_and_loads_nothing_heavy():
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
     for name, command in COMMANDS.items():
-        assert ran.stdout.count(f"  {name:<8}{command.summary}\n") == 2
+        assert ran.stdout.count(f"  {name:<10}{command.summary}\n") == 2
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_the_configuration_loads_and_its_comments_name_options_and_defaults(here
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "mine.jsonl: 4 problems, 3 with a gold answer"
     assert out[1].endswith("nabla-trl distill --config runs/mine.yaml")
-    args, search, _, train, *_, config, _ = parse("--config", "runs/mine.yaml")
+    args, search, _, train, _, config, *_ = parse("--config", "runs/mine.yaml")
     assert (args.policy, args.reward, args.dataset) == ("my/policy", 'logratio:"odd": name', "mine.jsonl")
     assert args.train_methods == ["sft", "dpo"] and train.tuning == "lora"
     assert (search.max_rounds, config.output_dir) == (8, "outputs/mine")

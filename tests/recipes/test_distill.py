@@ -259,7 +259,7 @@ def test_nonsense_is_refused(options, message, tmp_path):
 
 
 def test_a_refusal_is_one_line_without_a_traceback(tmp_path):
-    _, err = distill(tmp_path / "out", "--stages", "traces,cook", code=1)
+    _, err = distill(tmp_path / "out", "--stages", "traces,cook", code=2)
     assert err.strip().splitlines()[-1].startswith("error: unknown stage 'cook'")
     assert "Traceback" not in err
 

@@ -124,7 +124,7 @@ class DistillRun:
         baseline_config: BaselineConfig,
         train_options: TrainOptions,
         lora_arguments: LoraArguments,
-        sft_config: TrainerConfig,
+        sft_config: Any,  # TrainerConfig, whose base is untyped for mypy
         trl_options: Any,
     ):
         self.given_options = hide_userinfo(given_options)  # as `--config` takes them
