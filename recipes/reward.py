@@ -233,7 +233,8 @@ class RewardRun:
             samples,
             policy=self.policy,
             checker=self.checker,
-            top_k_candidates=self.search_config.top_k_candidates,
+            # A head reads states alone.
+            top_k_candidates=0 if self.reward_options.kind == "head" else self.search_config.top_k_candidates,
             batch_size=self.batch_size,
         )
 

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 
 from nabla_trl.baselines.sampling import ResponsePool, draw_pool
+from nabla_trl.gradient.likelihood import policy_likelihood
 from nabla_trl.gradient.objectives import DrawInfo, Objective, Sample
 from nabla_trl.gradient.score import ScoreObjective
 from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.sampling import compute_top_candidates
 from nabla_trl.reward_training.labels import TokenLabeler
 from nabla_trl.rewards.reward import Verifier
 from nabla_trl.states.batch import pad_sequences
-from nabla_trl.states.layout import find_backbone
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.files import write_atomic
@@ -95,13 +96,17 @@ def select_highest_reward(pool: ResponsePool, num_responses: int) -> list[Sample
 def label_responses(
     samples: Sequence[Sample], *, policy: Policy, checker: AnswerChecker, top_k_candidates: int, batch_size: int = 256
 ) -> list[LabeledResponse]:
-    """Return the distinct responses with the correctness of their answers and the policy's candidates along them."""
+    """Return the distinct responses with the correctness of their answers and the policy's candidates along them.
+
+    Args:
+        top_k_candidates: number of candidates. 0 leaves them out, and takes no pass of the policy.
+    """
     distinct = list({(sample.problem.id, *sample.response_ids): sample for sample in samples}.values())
     texts = [
         policy.decode_response(sample.response_ids, policy.get_stop_strings(sample.problem)) for sample in distinct
     ]
     answers = Verifier(checker)([sample.problem for sample in distinct], texts)
-    with_candidates = add_draw_info(policy, distinct, top_k_candidates, batch_size)
+    with_candidates = add_draw_info(policy, distinct, top_k_candidates, batch_size) if top_k_candidates else distinct
     return [
         LabeledResponse(sample, result.is_correct)
         for sample, (_, result) in zip(with_candidates, answers, strict=True)
@@ -215,20 +220,22 @@ def _compute_draw_info(policy: Policy, samples: Sequence[Sample], top_k: int) ->
 
 @torch.no_grad()
 def compute_hidden_states(policy: Policy, samples: Sequence[Sample], batch_size: int) -> list[Tensor]:
-    """Return per sample [T, d] the policy's last hidden states that predict the response's tokens."""
-    backbone = find_backbone(policy.model)
-    lengths = [len(sample.prompt_ids + sample.response_ids) for sample in samples]
-    order = sorted(range(len(samples)), key=lambda index: lengths[index])
-    states: dict[int, Tensor] = {}
-    for begin in range(0, len(order), batch_size):
-        indices = order[begin : begin + batch_size]
-        sequences = [samples[index].prompt_ids + samples[index].response_ids for index in indices]
-        ids, mask = pad_sequences(sequences, policy.device, left=False)
-        hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
-        for row, index in enumerate(indices):
-            start = len(samples[index].prompt_ids) - 1
-            states[index] = hidden[row, start : start + len(samples[index].response_ids)].float()
-    return [states[index] for index in range(len(samples))]
+    """Return per sample [T, d] the policy's last hidden states that predict the response's tokens.
+
+    The policy reads the prompt of consecutive responses to one problem once.
+    """
+    objective = policy_likelihood(policy)
+    counter, states = FlopCounter(), []
+    for begin in range(0, len(samples), batch_size):
+        batch = samples[begin : begin + batch_size]
+        distinct = {tuple(sample.prompt_ids): sample for sample in batch}
+        caches = dict(zip(distinct, objective.compute_prompt_caches(list(distinct.values()), counter), strict=True))
+        encoded = [objective.encode(sample) for sample in batch]
+        prompt_caches = [caches[tuple(sample.prompt_ids)] for sample in batch]
+        forward_batch = objective.build_batch(encoded, prompt_caches, [0] * len(batch))
+        hidden, _ = objective.compute_hidden_states(forward_batch)
+        states += [hidden[row, :count].float() for row, count in enumerate(forward_batch.num_tokens)]
+    return states
 
 
 def build_token_rows(

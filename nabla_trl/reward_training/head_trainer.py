@@ -114,9 +114,11 @@ def collect_states(
             [problems.setdefault(response.sample.problem.id, len(problems)) for response in labeled_responses]
         ),
     )
-    sizes = [len(sample.prompt_ids) + len(sample.response_ids) for sample in distinct.values()]
-    flops = sum(policy.size.compute_forward_flops(0, size, num_head_positions=0) for size in sizes)
-    return data, sum(sizes), flops
+    prompts = {tuple(sample.prompt_ids) for sample in distinct.values()}
+    spans = [(0, len(prompt) - 1) for prompt in prompts]
+    spans += [(len(sample.prompt_ids) - 1, len(sample.response_ids)) for sample in distinct.values()]
+    flops = sum(policy.size.compute_forward_flops(*span, num_head_positions=0) for span in spans)
+    return data, sum(count for _, count in spans), flops
 
 
 def _build_targets(response: LabeledResponse, token_labels: TokenLabeler | None) -> Tensor:

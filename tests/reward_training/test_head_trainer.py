@@ -70,8 +70,9 @@ def test_a_head_learns_what_the_states_tell(
     )
     assert compute_auc(tmp_path, policy, data) > 0.9
     assert stats.rows == len(data) and stats.steps == 150 and stats.loss > 0
-    distinct = sum(len(response.sample.prompt_ids + response.sample.response_ids) for response in data)
-    assert stats.tokens == distinct and stats.flops > policy.size.compute_forward_flops(0, 1) * stats.tokens
+    prompts = {tuple(response.sample.prompt_ids) for response in data}
+    num_tokens = sum(len(prompt) - 1 for prompt in prompts) + sum(len(one.sample.response_ids) for one in data)
+    assert stats.tokens == num_tokens and stats.flops > 2 * policy.size.linear_params * stats.tokens
 
 
 def test_a_head_depends_on_its_seed_and_on_nothing_else(
