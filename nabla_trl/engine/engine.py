@@ -48,7 +48,7 @@ class Engine(Scheduler):
         """
         reward_sample = replace(sample, cost_key_override=reward_cost_key or sample.cost_key_override)
         policy_call = self.batch("policy prompts", self._read_policy_prompts, [(sample.cost_key, sample.prompt_ids)])
-        if self.reward is not None and self.reward.reads_policy_states and self.policy.backend.returns_caches:
+        if self.reward and self.reward.reads_states_of(self.policy) and self.policy.backend.returns_caches:
             [policy_cache] = await policy_call
             return policy_cache, self.reward.make_prompt_caches(policy_cache)
         reward_call = (
@@ -92,7 +92,7 @@ class Engine(Scheduler):
                 return_cache=return_cache,
                 return_log_importance_weight=return_log_importance_weight,
                 statistics_top_k=statistics_top_k,
-                return_hidden_states=self.reward is not None and self.reward.reads_policy_states,
+                return_hidden_states=self.reward is not None and self.reward.reads_states_of(self.policy),
             )
 
         outputs = await self.generate_together(lane, open_session, requests)

@@ -83,13 +83,14 @@ class Reward:
             raise PromptTooLong(f"{problem.id}: the prompt fills the context of {self.name}")
         return num_tokens
 
-    @property
-    def reads_policy_states(self) -> bool:
-        """Tell whether all objectives read the hidden states that drawing a response has computed."""
-        return all(isinstance(objective, HeadObjective) for objective in self.objectives)
+    def reads_states_of(self, policy: Policy) -> bool:
+        """Tell whether all objectives read the hidden states that this policy computes when it draws a response."""
+        return all(
+            isinstance(objective, HeadObjective) and objective.model is policy.model for objective in self.objectives
+        )
 
     def make_prompt_caches(self, policy_state: PrefixState) -> list[ScoreCache]:
-        """Return one cache per objective of a prompt that the policy has read, if `reads_policy_states`."""
+        """Return one cache per objective of a prompt that the policy has read, if the reward reads its states."""
         return [objective.make_prompt_cache(policy_state) for objective in self.objectives]
 
     def compute_prompt_caches(self, samples: Sequence[Sample], flop_counter: FlopCounter) -> list[list[ScoreCache]]:

@@ -253,6 +253,22 @@ def test_without_states_the_policy_reads_the_response_again(double: Policy) -> N
             assert response.scoring_cost.tokens == {"reward/forward": len(response.response_ids)}
 
 
+def test_another_policy_draws_and_the_head_reads_its_own(double: Policy) -> None:
+    """A policy that was trained later has other states, so the head's policy reads prompts and responses itself."""
+    reward, problems = head_reward(double), worlds.tiny_problems()
+    trained = worlds.tiny_policy(dtype=DOUBLE, seed=7, name="trained")
+    for entry in draw_pool(problems, 3, policy=trained, reward=reward, sampling=SAMPLING).entries:
+        assert entry.reward_prefill_cost.flops > 0
+        for response in entry.responses:
+            levels = plain_levels(reward, double, entry.prompt_ids, response.response_ids)
+            assert response.reward == pytest.approx(float(levels[-1]))
+            assert response.scoring_cost.tokens == {"reward/forward": len(response.response_ids)}
+    config = worlds.search_config(max_rounds=4, max_new_tokens=12, top_k_candidates=4)
+    for trace in run_search(problems, policy=trained, reward=reward, config=config):
+        levels = plain_levels(reward, double, list(trace.prompt_ids), trace.response_ids)
+        assert trace.reward == pytest.approx(float(levels[-1])) and trace.error is None
+
+
 def test_an_ensemble_of_heads(double: Policy) -> None:
     members = [build_head_reward(double, random_head(double, seed=seed), f"head {seed}") for seed in range(3)]
     reward = build_ensemble_reward(members, 0.5, "three")

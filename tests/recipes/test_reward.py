@@ -214,7 +214,7 @@ def test_heads_on_shared_answers_by_the_recipe(recipe: ModuleType, policy: Polic
     assert stamps(tmp_path / "answers") == before
     one, two = (load_reward(str(tmp_path / name / "reward"), policy=policy) for name in ("one", "two"))
     assert (one.kind, two.kind, len(two.objectives)) == ("head", "ensemble", 2)
-    assert len(set(scores(one, policy))) > 6 and two.reads_policy_states
+    assert len(set(scores(one, policy))) > 6 and two.reads_states_of(policy)
     answers.unlink()  # as if the drawing had been stopped
     shutil.rmtree(tmp_path / "one")
     train(recipe, tmp_path / "one", **shared)
