@@ -2,5 +2,5 @@
 
 Hands out: `measure_shape`, `plan_memory`, `make_plan`, `Workload`, `Hardware`, `check_policy`, `check_reward`,
 `check_device`, `check_memory`, `check_output_dir`.
-May import: utils, tasks, models, rewards, training.
+May import: utils, tasks, models, gradient, rewards, training.
 """

@@ -96,7 +96,7 @@ def measure_reward_models(reward: str, policy: str, dtype: str) -> list[tuple[Mo
     models = []
     for member in specs:
         for name in member.model_names:
-            if name != policy and member.kind != "head":  # neither is the policy loaded again, nor has a head a model
+            if name != policy:  # the policy itself is not loaded again
                 model = build_empty_model(name, dtype=dtype, is_classifier=member.kind in ("scalar", "process"))
                 models.append((measure_model_size(model, "reward"), count_params(model)))
     return models

@@ -16,6 +16,7 @@ import psutil
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from nabla_trl.gradient.state_head import StateHead
 from nabla_trl.models.loading import (
     ADAPTER_CONFIG_FILE,
     DTYPES,
@@ -192,6 +193,9 @@ def check_reward(reward: str, *, policy: str, audit_file: str | None = None) -> 
             for model in member.model_names:
                 with checks.collect():
                     _check_reward_model(member, model, policy)
+            if member.kind == "head":
+                with checks.collect():
+                    StateHead.load(str(member.folder))
     if audit_file:
         with checks.collect():
             read_validated_limits(audit_file, policy=policy, reward=reward)

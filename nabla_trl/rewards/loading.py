@@ -121,7 +121,7 @@ def _load_spec(spec: RewardSpec, policy: Policy, dtype: str, device: str | None)
         classifier = _load_classifier(spec.model_names[0], dtype, device)
         reward = build_process_reward(policy, *classifier, spec.name, step_delimiter=spec.step_delimiter)
     elif spec.kind == "head":
-        reward = build_head_reward(policy, StateHead.load(spec.model_names[0]), spec.name)
+        reward = build_head_reward(policy, StateHead.load(str(spec.folder)), spec.name)
     else:
         reward = build_scalar_reward(policy, *_load_classifier(spec.model_names[0], dtype, device), spec.name)
     check_reward(reward, policy, step_delimiter=spec.step_delimiter)

@@ -203,12 +203,12 @@ class RewardSpec:
         name: the reward's name in rows, reports and messages: the spec as text.
         kind: "scalar", "process", "head", "log-ratio", "ensemble" or "power", as `Reward.kind`.
         model_names: models to load: the classifier, the preferred model and (unless it is the policy) the reference,
-            or the classifiers of an ensemble's members. The folder of a head. Empty for a power of the policy.
+            or the classifiers of an ensemble's members. Empty for a power of the policy and for heads.
         members: of an ensemble.
         scale: factor of a log-ratio, or α − 1 of a power.
         uncertainty_penalty: k of an ensemble's mean − k·std.
         step_delimiter: of a process reward, else empty.
-        folder: the folder whose reward.json describes this reward, if there is one.
+        folder: the folder of a head, or the one whose reward.json describes this reward, if there is one.
         validated_limits: those of reward.json.
         gradient_at: that of reward.json.
     """
@@ -364,7 +364,8 @@ def _parse_folder(folder: str) -> RewardSpec:
         spec = RewardSpec(folder, "log-ratio", (folder, manifest.reference_model), scale=manifest.scale)
     else:
         delimiter = manifest.step_delimiter if manifest.kind == "process" else ""
-        spec = RewardSpec(folder, manifest.kind, (folder,), step_delimiter=delimiter)
+        models = () if manifest.kind == "head" else (folder,)
+        spec = RewardSpec(folder, manifest.kind, models, step_delimiter=delimiter)
     return replace(spec, folder=folder, validated_limits=manifest.validated_limits, gradient_at=manifest.gradient_at)
 
 
@@ -389,7 +390,7 @@ def _build_head_spec(name: str, folder: str) -> RewardSpec:
     if not folder:
         raise ValueError(f"{name!r}: expected {HEAD_PREFIX}FOLDER")
     if not Path(folder, MANIFEST_FILE).is_file():
-        return RewardSpec(name, "head", (folder,), folder=folder)
+        return RewardSpec(name, "head", (), folder=folder)
     spec = _parse_folder(folder)
     if spec.kind != "head":
         raise ValueError(f"{name!r}: {folder} is a reward of kind {spec.kind}, not a head")
@@ -412,11 +413,12 @@ def _build_ensemble_spec(
         if _is_ensemble(member):  # refused before it is parsed: it could hold itself
             check_ensemble_members(name, [(get_reward_name(member), "ensemble", "")])
     specs = tuple(parse_reward_spec(member) for member in members)
-    models = tuple(spec.model_names[0] for spec in specs)
-    for index, model in enumerate(models):
-        if any(is_same_model(model, other) for other in models[:index]):
+    sources = [spec.model_names[0] if spec.model_names else str(spec.folder) for spec in specs]
+    for index, source in enumerate(sources):
+        if any(is_same_model(source, other) for other in sources[:index]):
             raise ValueError(f"{name}: {specs[index].name} is a member twice, and so would count twice")
     check_ensemble_members(name, [(spec.name, spec.kind, spec.step_delimiter) for spec in specs])
+    models = tuple(model for spec in specs for model in spec.model_names[:1])
     return RewardSpec(name, "ensemble", models, specs, uncertainty_penalty=uncertainty_penalty)
 
 

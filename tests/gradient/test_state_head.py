@@ -24,6 +24,7 @@ from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.options import GradientPoint, Sampling
 from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import compute_top_candidates, make_rng
+from nabla_trl.planning.preflight import check_reward as check_reward_files
 from nabla_trl.rewards.loading import build_ensemble_reward, build_head_reward, check_reward, load_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import RewardManifest, compute_reward_identity, parse_reward_spec, write_manifest
@@ -302,9 +303,12 @@ def test_what_is_no_head_of_this_policy_is_refused(tmp_path: Path, double: Polic
     name = f"head:{tmp_path}"
     worlds.refused(lambda: parse_reward_spec("head:"), "head:FOLDER")
     worlds.refused(lambda: load_reward(name, policy=double), HEAD_FILE)
+    worlds.refused(lambda: check_reward_files(name, policy="double"), HEAD_FILE)
     (tmp_path / HEAD_FILE).write_bytes(b"no tensors")
     worlds.refused(lambda: load_reward(name, policy=double), HEAD_FILE)
     random_head(double).save(tmp_path)
+    check_reward_files(name, policy="double")
+    worlds.refused(lambda: parse_reward_spec(f"ensemble:{name},{name}"), "twice")
     other = worlds.tiny_policy(dtype=DOUBLE, seed=5, name="other")
     worlds.refused(lambda: load_reward(name, policy=other), "another policy than other")
     wide = worlds.tiny_policy(dtype=DOUBLE, width=64, name="wide")
