@@ -7,7 +7,7 @@ import re
 from fractions import Fraction
 
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-MAX_EXPRESSION = 80  # characters
+MAX_EXPRESSION = 200  # characters
 _EQUATION = re.compile(r"^(?P<left>[\d.+\-*/() ]*\d[\d.+\-*/() ]*?)\s*=\s*(?P<right>-?\d+(?:\.\d+)?)\s*$")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _FINAL = re.compile(r"^#### *(-?\d+(?:\.\d+)?)\s*$", re.MULTILINE)
@@ -41,7 +41,7 @@ def parse_expression(text: str) -> ast.expr:
     if len(text) > MAX_EXPRESSION:
         raise ValueError("the expression is too long")
     try:
-        return ast.parse(re.sub(r"\b0+(?=\d)", "", text.strip()), mode="eval").body
+        return ast.parse(re.sub(r"(?<![\d.])0+(?=\d)", "", text.strip()), mode="eval").body
     except (SyntaxError, MemoryError, RecursionError) as error:
         raise ValueError(f"{text!r} is no expression") from error
 
