@@ -70,10 +70,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("page")
-    pages.write_run(folder)
-    return folder
+def folder(report_folder: Path) -> Path:
+    return report_folder
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,12 @@ METHOD_STYLES = {
     "weighted_best_of": MethodStyle(INDIGO, "h", (0, (5, 1.5)), marker_scale=1.2),
     "self_consistency": MethodStyle(TEAL, "p", (0, (3, 1.5)), marker_scale=1.2),
     "adaptive_consistency": MethodStyle(OLIVE, "v", (0, (1, 1))),
-    "confidence_vote": MethodStyle(BROWN, "d", (0, (3, 1, 1, 1)), marker_scale=1.2),
+    "dirichlet_consistency": MethodStyle(BROWN, "^", (0, (5, 1.5))),
+    "confidence_vote": MethodStyle(PINK, "d", (0, (3, 1, 1, 1)), marker_scale=1.2),
+    "self_certainty": MethodStyle(RED, "s", (0, (2, 1))),
+    "deepconf_tail": MethodStyle(PLUM, "<", (0, (8, 2)), marker_scale=1.2),
+    "deepconf_bottom": MethodStyle(ORANGE, ">", (0, (1, 1)), marker_scale=1.2),
+    "deepconf_online": MethodStyle("#000000", "P", (0, (6, 1.5, 1, 1.5)), marker_scale=1.2),
     "nabla": MethodStyle(VERMILION, "s"),
     "control": MethodStyle(ORANGE, "^", (0, (4, 2))),
     "shuffled": MethodStyle(OLIVE, "v", (0, (2, 1))),
@@ -139,16 +144,18 @@ def fill_unknown_ends(entry: Mapping[str, Any]) -> dict[str, float]:
 def draw_marker(axes: Axes, point: PlotPoint, style: MethodStyle, size: float) -> None:
     """Draw a marker. The page finds it by its id."""
     x, y = point.xy
-    axes.plot([x], [y], zorder=3, clip_on=False, gid=f"method {point.method}", **style.get_marker_options(size))
+    axes.plot([x], [y], ls="", zorder=3, clip_on=False, gid=f"method {point.method}", **style.get_marker_options(size))
 
 
-def draw_point(axes: Axes, point: PlotPoint, style: MethodStyle, *, size: float = 6, x_bar: bool = False) -> None:
+def draw_point(
+    axes: Axes, point: PlotPoint, style: MethodStyle, *, size: float = 6, x_bar: bool = False, bar_alpha: float = 0.5
+) -> None:
     """Draw a marker with the interval of y as a bar, and with that of x if asked for."""
     (x, y), ends = point.xy, point.y
     bars = {"yerr": [[y - ends["low"]], [ends["high"] - y]]}
     if x_bar:
         bars["xerr"] = [[x - point.x["low"]], [point.x["high"] - x]]
-    axes.errorbar(x, y, **bars, fmt="none", ecolor=style.color, elinewidth=1, alpha=0.5)
+    axes.errorbar(x, y, **bars, fmt="none", ecolor=style.color, elinewidth=1, alpha=bar_alpha)
     draw_marker(axes, point, style, size)
 
 

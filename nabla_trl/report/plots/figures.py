@@ -252,7 +252,7 @@ def plot_reward_rounds(
         return None
     num_rounds = max(map(len, curves.values())) - 1
     changes = [f"{method} {curve[0].value:.2f} to {curve[-1].value:.2f}" for method, curve in curves.items()]
-    title = f"Mean reward over {num_rounds} rounds: {', '.join(changes)}"
+    title = f"Mean reward over {num_rounds} round{'s' * (num_rounds > 1)}: {', '.join(changes)}"
     figure, axes = create_figure_with_axes(title, f"{subject}; {_BANDS}", size)
     axes.set_xlabel("round of search (0: before the first round)")
     axes.set_ylabel("mean reward of the selected response")
