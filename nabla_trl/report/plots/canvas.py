@@ -234,6 +234,12 @@ def format_si_axis(axis: Axis, unit: str, *, max_ticks: int = 7) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def limit_to_shares(axes: Axes) -> None:
+    """End an axis of accuracies, which are from 0 to 1, just beyond these values."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -0.03), min(high, 1.03))
+
+
 class LabelPlacer:
     """Places texts one after another, each where it covers least of what is already drawn or written."""
 

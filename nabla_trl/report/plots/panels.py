@@ -25,6 +25,7 @@ from nabla_trl.report.plots.canvas import (
     draw_point,
     format_si_axis,
     get_style,
+    limit_to_shares,
 )
 
 MAX_CURVES, MAX_POINTS = 8, 24  # of one pair of axes
@@ -95,6 +96,8 @@ def plot_panels(
             axes.set_xlabel(x_label, fontsize=8)
     for axes in figure.axes:
         axes.margins(x=0.06, y=0.08)
+        if y_label == "accuracy":
+            limit_to_shares(axes)
         if log_x:
             format_si_axis(axes.xaxis, "", max_ticks=4)
     for axes, families in zip(figure.axes, groups.values(), strict=True):

@@ -35,6 +35,7 @@ from nabla_trl.report.plots.canvas import (
     draw_point,
     format_si_axis,
     get_style,
+    limit_to_shares,
     shorten_method,
 )
 from nabla_trl.report.summary import (
@@ -179,6 +180,7 @@ def _plot_totals(figure: Figure, axes: Axes, summary: Summary, queries: int) -> 
     best = find_best_by_total(summary, queries)
     corners = [points[method].xy for _, method in best]
     axes.margins(x=0.12, y=0.16)
+    limit_to_shares(axes)
     end = axes.get_xlim()[1]
     axes.set_xlim(right=end)
     stairs = [corners[0]]
