@@ -73,6 +73,13 @@ METHOD_STYLES = {
     "tot": MethodStyle(BROWN, "P", (0, (1, 1)), marker_scale=1.3),
     "rap": MethodStyle(TEAL, "H", (0, (8, 2)), marker_scale=1.2),
     "particle_filter": MethodStyle(OLIVE, ">", (0, (3, 1.5)), marker_scale=1.2),
+    "entropic_particle_filter": MethodStyle(INDIGO, "p", (0, (8, 2)), marker_scale=1.2),
+    "low_temperature": MethodStyle(TEAL, "p", (0, (3, 1.5)), marker_scale=1.2),
+    "power_smc": MethodStyle(PLUM, ">", (0, (5, 1.5)), marker_scale=1.2),
+    "power_uniform": MethodStyle(BROWN, "v", (0, (1, 1))),
+    "power_entropy": MethodStyle(OLIVE, "^", (0, (4, 2))),
+    "power_jump": MethodStyle(RED, "d", (0, (3, 1, 1, 1)), marker_scale=1.2),
+    "power_gradient": MethodStyle(INDIGO, "s"),
 }
 _TRAINED_STYLES = {
     "distilled": MethodStyle(GREEN, "*", (0, (6, 1.5, 1, 1.5)), marker_scale=1.9),
