@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from html import escape
 from typing import Any
 
@@ -273,8 +273,10 @@ class Trace:
             for revision, change in zip(self.revisions, texts.changes, strict=True)
         ]
         values = {name: value for name, value in vars(self).items() if name not in _UNSTORED_FIELDS}
-        cost = {"flops": self.cost.flops, "seconds": self.cost.seconds, "tokens": dict(self.cost.tokens)}
-        return _to_json(values | {"cost": cost, "revisions": ()}) | {"initial": texts.initial, "revisions": revisions}
+        return _to_json(values | {"cost": asdict(self.cost), "revisions": ()}) | {
+            "initial": texts.initial,
+            "revisions": revisions,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trace:
