@@ -13,6 +13,8 @@ from nabla_trl.gradient.step_ends import BLANK_LINE, parse_delimiter
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
+PILOT_RESPONSES = 2
+MAX_ALLOCATION_RATIO = 4  # a problem gets at most this many times the responses of a uniform split
 _STEP_OPTIONS = (
     *("step_delimiter", "max_step_tokens", "steps_per_prefix", "exploration"),
     *("particle_beta", "particle_potential"),
@@ -97,6 +99,12 @@ class BaselineConfig:
         "confidences are the weights.",
     )
 
+    allocation_pilot: int = option(
+        PILOT_RESPONSES,
+        "allocated_ methods: responses to each problem before it is decided which problems get more. Fewer are drawn "
+        "where they would cost more than half of the budget.",
+    )
+
     def __post_init__(self) -> None:
         checks = Checks()
         if self.step_delimiter is not None:
@@ -106,7 +114,13 @@ class BaselineConfig:
             self.max_step_tokens >= 1 and self.steps_per_prefix >= 1,
             "max_step_tokens and steps_per_prefix must be at least 1",
         )
-        for name in ("confidence_top_k", "confidence_window", "deepconf_warmup", "smc_block_tokens"):
+        for name in (
+            "confidence_top_k",
+            "confidence_window",
+            "deepconf_warmup",
+            "smc_block_tokens",
+            "allocation_pilot",
+        ):
             checks.require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         choices = {"particle_potential": ("difference", "score"), "power_select": ("vote", "sample")}
         for name, values in choices.items():

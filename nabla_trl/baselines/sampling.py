@@ -124,10 +124,10 @@ def draw_pool(
     engine = Engine(policy, reward, num_slots=batch_size)
 
     async def draw_entry(problem: Problem) -> PoolEntry:
-        entry = await _begin_entry(problem, engine, sampling)
+        entry = await begin_entry(problem, engine, sampling)
         num_missing = 0 if entry.error else num_responses
         while num_missing:
-            await _draw_responses(entry, num_missing, engine, sampling, seed, statistics_top_k)
+            await draw_responses(entry, num_missing, engine, sampling, seed, statistics_top_k)
             num_missing = count_missing(entry) if count_missing else 0
         return replace(entry, policy_cache=None, score_caches=[])
 
@@ -139,7 +139,7 @@ def draw_pool(
     return ResponsePool(policy, reward_name, seed, f"{sampling}", [entries[problem.id] for problem in problems])
 
 
-async def _begin_entry(problem: Problem, engine: Engine, sampling: Sampling) -> PoolEntry:
+async def begin_entry(problem: Problem, engine: Engine, sampling: Sampling) -> PoolEntry:
     """Return an entry without responses, with the caches of its prompt."""
     prompts, limits, errors = encode_prompts([problem], engine.policy, engine.reward, sampling)
     if errors:
@@ -151,8 +151,8 @@ async def _begin_entry(problem: Problem, engine: Engine, sampling: Sampling) -> 
     return PoolEntry(problem, ids, [], costs[0], costs[1], None, limit, *caches)
 
 
-async def _draw_responses(
-    entry: PoolEntry, count: int, engine: Engine, sampling: Sampling, seed: int, statistics_top_k: int
+async def draw_responses(
+    entry: PoolEntry, count: int, engine: Engine, sampling: Sampling, seed: int, statistics_top_k: int = 0
 ) -> None:
     """Draw and score further responses to one problem. What each of them costs is charged to a key of its own."""
     problem, ids, policy, counter = entry.problem, entry.prompt_ids, engine.policy, engine.flop_counter
@@ -249,7 +249,9 @@ def select_best_of_n(pool: ResponsePool, num_responses: int, method_name: str | 
     return _select_by_reward(pool, num_responses, method_name or f"best_of_{num_responses}", _get_highest_reward)
 
 
-def select_weighted_best_of_n(pool: ResponsePool, num_responses: int, beta: float) -> list[Trace]:
+def select_weighted_best_of_n(
+    pool: ResponsePool, num_responses: int, beta: float, method_name: str | None = None
+) -> list[Trace]:
     """Return the best response with the answer of the largest weight, which is its responses' sum of exp(r/β).
 
     Weighted best-of-N sums a verifier's probabilities over the responses that share an answer (Li et al., arXiv
@@ -268,7 +270,7 @@ def select_weighted_best_of_n(pool: ResponsePool, num_responses: int, beta: floa
         voters = vote(answers, [response.reward / beta for response in responses])
         return _get_highest_reward([responses[index] for index in voters] or responses)
 
-    return _select_by_reward(pool, num_responses, f"weighted_best_of_{num_responses}", select)
+    return _select_by_reward(pool, num_responses, method_name or f"weighted_best_of_{num_responses}", select)
 
 
 def _select_by_reward(pool: ResponsePool, num_responses: int, method_name: str, select: SelectResponse) -> list[Trace]:

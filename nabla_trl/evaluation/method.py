@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 
+from nabla_trl.baselines.config import MAX_ALLOCATION_RATIO
 from nabla_trl.utils.faults import Faults
 
 REWARD_MODEL_SAMPLING = "reward_model_sampling"
@@ -30,10 +31,12 @@ VOTE_METHODS = (
 )
 # Methods that choose among the responses of one pool, or keep them all.
 POOL_METHODS = ("best_of", *VOTE_METHODS, "weighted_best_of", "samples")
+# Methods that spread one budget over all problems: a vote, best-of-N and weighted best-of-N.
+ALLOCATED_METHODS = ("allocated_vote", "allocated_best_of", "allocated_weighted_best_of")
 # Trained policies: one from an adapter made elsewhere, and one for each way to train.
 POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 _REWARD_FREE_METHODS = (
-    *("greedy", "samples", REWARD_MODEL_SAMPLING),
+    *("greedy", "samples", "allocated_vote", REWARD_MODEL_SAMPLING),
     *(*VOTE_METHODS, *POWER_SAMPLERS, *POWER_SEARCHES),
 )
 
@@ -46,15 +49,17 @@ METHOD_SYNTAX = (
     "particle_filter and entropic_particle_filter (N particles), each as tot_N, tot@best_of_N or tot@F. Samplers of "
     "π^α without a reward: low_temperature and power_smc (N particles), each as power_smc_N or power_smc@F, and the "
     f"chains {', '.join(POWER_SEARCHES)}, each also with a budget. "
-    f"{REWARD_MODEL_SAMPLING} (for log-ratio rewards). Of a trained policy L_greedy, L_best_of_N, L_samples_N, and "
-    f"L_nabla and L_control, also with a budget, where L is one of {', '.join(POLICY_LABELS)}"
+    f"{', '.join(ALLOCATED_METHODS)}, each as allocated_vote@best_of_N or allocated_vote@F (one budget, spread over "
+    f"all problems by what they gain). {REWARD_MODEL_SAMPLING} (for log-ratio rewards). Of a trained policy L_greedy, "
+    "L_best_of_N, L_samples_N, and L_nabla and L_control, also with a budget, where L is one of "
+    f"{', '.join(POLICY_LABELS)}"
 )
 
 MAX_SAMPLES = 999  # the estimators of pass@k and maj@k overflow with more
 _TRAINED_POLICY_METHODS = ("greedy", "best_of", "samples", "nabla", "control")
 _REPORT_ORDER = (
     *("greedy", *VOTE_METHODS, *POWER_SAMPLERS, *reversed(POWER_SEARCHES), "best_of", "weighted_best_of"),
-    *(*STEP_SEARCHES, *reversed(SEARCHES)),
+    *(*ALLOCATED_METHODS, *STEP_SEARCHES, *reversed(SEARCHES)),
 )
 _METHOD = re.compile(
     rf"(?:(?P<policy>{'|'.join(POLICY_LABELS)})_)?(?P<name>.*?)(?:_(?P<n>0|[1-9]\d*))?(?:@(?P<budget>.+))?", re.DOTALL
@@ -147,6 +152,11 @@ class Method:
         return self.name in VOTE_METHODS
 
     @property
+    def is_allocated(self) -> bool:
+        """Return whether the method spreads one budget over all problems."""
+        return self.name in ALLOCATED_METHODS
+
+    @property
     def num_samples(self) -> int:
         """Return how many independent samples a row of the method holds. 0: a row holds one answer."""
         return self.n or 0 if self.name == "samples" else 0
@@ -156,6 +166,8 @@ class Method:
         """Return among how many samples the method chooses by the reward. 1: the method does not choose."""
         if self.is_step_search:
             return self.population_size
+        if self.is_allocated and self.needs_reward:
+            return MAX_ALLOCATION_RATIO * math.ceil(16 * self.size)
         return self.n or 1 if self.name in ("best_of", "weighted_best_of") else 1
 
     @property
@@ -183,6 +195,8 @@ class Method:
             return self.n is None
         if self.is_vote or self.is_power_sampler:
             return (self.n is None) == bool(self.budget)
+        if self.is_allocated:
+            return self.n is None and bool(self.budget)
         if self.name in POOL_METHODS:
             return self.n is not None and not self.budget and (self.name != "samples" or self.n <= MAX_SAMPLES)
         return self.n is None and not self.budget and self.name in ("greedy", REWARD_MODEL_SAMPLING)
@@ -234,7 +248,9 @@ def _find_similar_method(name: str) -> str:
         method = Method.parse(name)
     except ValueError:
         return ""
-    match = get_close_matches(method.name, ("greedy", *POOL_METHODS, *STEP_SEARCHES, *SEARCHES), n=1, cutoff=0.7)
+    match = get_close_matches(
+        method.name, ("greedy", *POOL_METHODS, *ALLOCATED_METHODS, *STEP_SEARCHES, *SEARCHES), n=1, cutoff=0.7
+    )
     similar = replace(method, name=match[0]) if match else method
     return str(similar) if similar.is_runnable else ""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from nabla_trl.baselines import allocation
 from nabla_trl.baselines import sampling as pools
 from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.baselines.particles import power_smc
@@ -52,6 +53,7 @@ class Job:
         batch_size: problems per call of `run`.
         measure_kl: measures how far the chosen responses lie from the base policy.
         trace_policy: the policy that drew the responses, if they are worth keeping as traces.
+        needs_all_problems: one call of `run` gets all problems of the evaluation, because they share a budget.
     """
 
     methods: tuple[str, ...]
@@ -60,6 +62,7 @@ class Job:
     batch_size: int
     measure_kl: KLMeasure = skip_kl
     trace_policy: Policy | None = None
+    needs_all_problems: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,35 @@ class EvaluationSetup:
 
         batch_size = self._get_pool_batch_size(num_responses) // num_responses
         return self._build_job([str(method) for method in methods], run, batch_size)
+
+    def plan_allocation(self, method: Method, max_flops: float) -> Job:
+        """Return the job of a method that spreads the budget of all problems over them by what they gain.
+
+        Args:
+            max_flops: mean FLOPs per problem.
+        """
+        beta = 1 / self.config.reward_weight
+
+        def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            pool = allocation.draw_allocated_pool(
+                problems,
+                allocation.build_gain_estimator(method.needs_reward, beta),
+                max_flops=max_flops * len(problems),
+                policy=self.policy,
+                reward=self.reward if method.needs_reward else None,
+                sampling=self.config.get_sampling(),
+                seed=seed,
+                batch_size=self._get_pool_batch_size(1),
+                pilot=self.baseline_config.allocation_pilot,
+            )
+            size, name = max(len(entry.responses) for entry in pool.entries), str(method)
+            if method.name == "allocated_best_of":
+                return pools.select_best_of_n(pool, size, name)
+            if method.name == "allocated_weighted_best_of":
+                return pools.select_weighted_best_of_n(pool, size, beta, name)
+            return vote_in_pool(pool, "self_consistency", size, config=self.baseline_config, method_name=name)
+
+        return replace(self._build_job([str(method)], run, self.config.batch_size), needs_all_problems=True)
 
     def _vote(self, name: str, pool: ResponsePool, size: int) -> list[Trace]:
         return vote_in_pool(pool, name, size, config=self.baseline_config)
@@ -384,6 +416,8 @@ def _plan_policy_jobs(
             yield setup.plan_step_search(method, get_max_flops(method))
         elif method.name == "power_smc":
             yield setup.plan_power_smc(method, get_max_flops(method))
+        elif method.is_allocated:
+            yield setup.plan_allocation(method, get_max_flops(method))
     if REWARD_MODEL_SAMPLING in names:
         yield setup.plan_reward_model_sampling()
 
@@ -458,6 +492,8 @@ def get_baseline_settings(names: Sequence[str], setup: EvaluationSetup) -> dict[
         settings["votes"] = config.get_vote_settings()
     if any(method.is_power_search or method.is_power_sampler for method in methods):
         settings["power"] = config.get_power_settings()
+    if any(method.is_allocated for method in methods):
+        settings["allocation"] = config.select_settings(("allocation_pilot",))
     whole = [
         str(method)
         for method in methods
@@ -485,12 +521,6 @@ def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies
             list(trained_policies),
             has_better_model=setup.reward.preferred_model is not None,
             baseline_config=setup.baseline_config,
-            has_gradient=setup.reward.has_gradient,
-        )
-    for label, policy in trained_policies.items():
-        checks.require(
-            policy.model is not setup.policy.model,
-            f"the trained policy {label} is the policy itself: there is nothing to compare",
         )
     with checks.collect():
         get_baseline_settings(names, setup)
@@ -504,7 +534,6 @@ def check_method_options(
     *,
     has_better_model: bool,
     baseline_config: BaselineConfig | None = None,
-    has_gradient: bool = True,
 ) -> None:
     """Refuse methods that cannot be run, before any model is loaded.
 
@@ -512,7 +541,6 @@ def check_method_options(
         policy_labels: of the trained policies that there are.
         has_better_model: the reward compares the policy with a model that can be sampled from.
         baseline_config: how the baselines are set. None: the defaults.
-        has_gradient: of the reward.
 
     Raises:
         Faults: methods that lack the policy, the solver or the model that they need, or cannot be given a budget.
@@ -547,10 +575,6 @@ def check_method_options(
         with checks.collect(f"{method}: "):
             if method.is_power_search:
                 build_power_config(method, config, baseline_config or BaselineConfig(), float(bool(method.budget)))
-            elif method.is_search and (method.budget or not has_gradient):
-                method_config = build_search_config(method, config, max_flops=1.0 if method.budget else 0.0)
-                checks.require(
-                    has_gradient or isinstance(method_config.solver, NoGradient),
-                    f"{method} follows the gradient of the reward, and a function has none: use control or best_of_N",
-                )
+            elif method.is_search and method.budget:
+                build_search_config(method, config, max_flops=1.0)
     checks.raise_faults()

@@ -18,7 +18,7 @@ from nabla_trl.evaluation.results import SHARD_PLAN_FILE, describe_missing_rows
 from nabla_trl.evaluation.rows import Row, RowStore, build_row, merge_sample_rows, select_complete_rows
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
-from nabla_trl.search.batches import write_token_texts
+from nabla_trl.search.generate_traces import write_token_texts
 from nabla_trl.tasks.problem import Problem, compute_content_hash
 from nabla_trl.tasks.shards import Shard, ShardPlan
 from nabla_trl.traces.build import grade_traces
@@ -95,6 +95,8 @@ class Evaluation:
         """
         for claim_name, baseline_settings in get_baseline_settings(names, setup).items():
             self.claim(claim_name, baseline_settings)
+        if allocated := [name for name in names if Method.parse(name).is_allocated]:
+            self._claim_all_problems(allocated)
         if self.shard.count > 1:
             self._shard_plan = ShardPlan.build(self.shard, self.problems, setup.seeds, names)
             self._shard_plan.write(self.store.folder / SHARD_PLAN_FILE)
@@ -103,6 +105,13 @@ class Evaluation:
         else:
             (self.store.folder / SHARD_PLAN_FILE).unlink(missing_ok=True)
         return plan_jobs(names, setup, trained_policies or {}, get_flops or self.get_budget_flops)
+
+    def _claim_all_problems(self, methods: Sequence[str]) -> None:
+        """Claim the set of problems, because methods that share a budget among problems depend on all of them."""
+        if self.shard.count > 1:
+            raise ValueError(f"{', '.join(methods)}: all problems share one budget, so leave out --shard")
+        hashes = {f"{problem.task}/{problem.id}": compute_content_hash(problem) for problem in self.problems}
+        self.claim("shared_budget", {"problems that share a budget": hash_json(hashes, length=16)})
 
     def run(
         self,
@@ -119,14 +128,18 @@ class Evaluation:
             problems: the share of this process (default: that of its shard).
             keep_traces: store the traces of the main search.
         """
-        run_jobs(
-            jobs,
-            self.shard.select(self.problems) if problems is None else problems,
-            self.store,
-            checker,
-            eval_traces_dir=self.output_dir / EVAL_TRACES_DIR if keep_traces else None,
-            show_progress=show_progress,
-        )
+        share = self.shard.select(self.problems) if problems is None else problems
+        for job in jobs:
+            if job.needs_all_problems and self.store.rank:
+                continue  # the first process runs it
+            run_job(
+                job,
+                self.problems if job.needs_all_problems else share,
+                self.store,
+                checker,
+                eval_traces_dir=self.output_dir / EVAL_TRACES_DIR if keep_traces else None,
+                show_progress=show_progress,
+            )
 
     def get_budget_flops(self, method: str) -> float:
         """Return the mean FLOPs per problem of a method, as `get_budget_flops` does.
@@ -210,8 +223,10 @@ def run_job(
         progress.add_items(_build_progress_items(job, done, seed, store), is_new=False)
     with progress:
         for seed, missing in missing_by_seed.items():
-            for begin in range(0, len(missing), job.batch_size):
-                batch = missing[begin : begin + job.batch_size]
+            batches = [missing[begin : begin + job.batch_size] for begin in range(0, len(missing), job.batch_size)]
+            if missing and job.needs_all_problems:
+                batches = [list(problems)]
+            for batch in batches:
                 seconds = progress.estimate_seconds(len(batch))
                 with finish_current_batch(f"{len(batch)} problems of {name}", progress.format_position, seconds):
                     traces = grade_traces(job.run(batch, seed), checker)

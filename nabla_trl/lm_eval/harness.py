@@ -516,7 +516,7 @@ def check_method(name: str) -> Method:
         ValueError: no such method.
     """
     method = Method.parse(name)
-    if not method.is_runnable or method.policy or method.num_samples:
+    if not method.is_runnable or method.policy or method.num_samples or method.is_allocated:
         raise ValueError(f"method {name!r} cannot answer lm-eval: choose from {METHOD_SYNTAX}")
     return method
 

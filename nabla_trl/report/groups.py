@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from nabla_trl.evaluation.method import (
+    ALLOCATED_METHODS,
     POOL_METHODS,
     POWER_SAMPLERS,
     POWER_SEARCHES,
@@ -42,6 +43,9 @@ _DESCRIPTIONS = {
     "adaptive_consistency": "a vote that stops when its result is clear",
     "dirichlet_consistency": "a vote that stops when its result is clear, whatever the other answers are",
     "confidence_vote": "N samples, a vote weighted by the policy's likelihood",
+    "allocated_vote": "a vote, more samples where they may change the answer, one budget for all problems",
+    "allocated_best_of": "best-of-N, more samples where the reward may still rise, one budget for all problems",
+    "allocated_weighted_best_of": "the same with a vote weighted by the reward",
     "self_certainty": "N samples, a vote ranked by how far the policy is from guessing",
     "deepconf_tail": "a vote of the samples that end most confidently",
     "deepconf_bottom": "a vote of the samples whose weakest passages are most confident",
@@ -86,7 +90,7 @@ def get_method_group(method: str) -> MethodGroup:
     groups = {
         TOKEN_LEVEL: SEARCHES,
         STEP_LEVEL: STEP_SEARCHES,
-        VOTES: POOL_METHODS,
+        VOTES: (*POOL_METHODS, *ALLOCATED_METHODS),
         SAMPLERS: (*POWER_SAMPLERS, *POWER_SEARCHES),
     }
     return next((group for group, names in groups.items() if parsed.name in names), OTHER)

@@ -15,7 +15,7 @@ from nabla_trl.evaluation.kl import compute_best_of_n_kl_bound
 from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, plan_jobs
 from nabla_trl.evaluation.results import describe_failed_comparisons, list_extraction_differences
 from nabla_trl.evaluation.rows import Row, RowStore, build_row, compute_reward_by_round
-from nabla_trl.evaluation.runner import compute_mean_flops, run_job
+from nabla_trl.evaluation.runner import Evaluation, compute_mean_flops, run_job
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.grading.equivalence import MatchResult
 from nabla_trl.models.flops import Cost
@@ -23,6 +23,7 @@ from nabla_trl.report.html.viewer import TokenTable, iterate_traces
 from nabla_trl.report.summary import summarize
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.tasks.shards import Shard
 from nabla_trl.traces.build import build_error_trace, build_response_trace, grade_traces
 
 CONFIG = SearchConfig(max_rounds=3, max_new_tokens=8, batch_size=2)
@@ -227,6 +228,33 @@ def test_a_run_cut_off_in_a_row_ends_with_the_same_rows(bench, asked, checker, t
     assert len(again.stored_rows) == 11
     run_job(step, list(reversed(asked)), again, checker)
     assert comparable(again.read()) == comparable(whole.read())
+
+
+ALLOCATED = ["best_of_4", "allocated_best_of@best_of_4"]
+
+
+def test_problems_that_share_a_budget_run_together_and_again_after_a_kill(bench, asked, checker, tmp_path):
+    """A batch holds two problems, but the budget is that of all four. Rows that a kill took come back the same."""
+    evaluation = Evaluation(tmp_path, {"policy": "p"}, asked)
+    evaluation.run(evaluation.plan(ALLOCATED, bench), checker, show_progress=False)
+    whole = evaluation.store.read()
+    totals = {name: sum(row.flops for row in whole if row.method == name) for name in ALLOCATED}
+    assert totals["allocated_best_of@best_of_4"] <= 1.1 * totals["best_of_4"]
+    path = evaluation.store.path
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3]))
+    again = Evaluation(tmp_path, {"policy": "p"}, asked)
+    again.run(again.plan(ALLOCATED, bench), checker, show_progress=False)
+    assert comparable(again.store.read()) == comparable(whole)
+    beside = Evaluation(tmp_path, {"policy": "p"}, asked, rank=1)
+    beside.run(beside.plan(ALLOCATED, bench), checker, problems=asked[:1], show_progress=False)
+    assert not beside.store.path.exists(), "the first process runs it for all"
+
+
+def test_rows_that_shared_a_budget_with_other_problems_are_refused(bench, asked, checker, tmp_path):
+    Evaluation(tmp_path, {"policy": "p"}, asked).plan(ALLOCATED, bench)
+    worlds.refused(lambda: Evaluation(tmp_path, {"policy": "p"}, asked[:2]).plan(ALLOCATED, bench), "share a budget")
+    shard = Evaluation(tmp_path / "shard", {"policy": "p"}, asked, shard=Shard(0, 2))
+    worlds.refused(lambda: shard.plan(ALLOCATED, bench), "allocated_best_of@best_of_4", "leave out --shard")
 
 
 def test_rows_of_other_settings_are_refused(bench, asked, checker, tmp_path):
