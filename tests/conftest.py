@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -63,6 +64,16 @@ def logratio_reward(policy: Policy) -> Reward:
 def reward(request: pytest.FixtureRequest) -> Reward:
     """Each kind of differentiable reward in turn."""
     return request.getfixturevalue("scalar_reward" if request.param == "scalar" else "logratio_reward")
+
+
+@pytest.fixture(scope="session")
+def report_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a small run with traces (`pages`). Only to be read."""
+    import pages  # loads matplotlib
+
+    folder = tmp_path_factory.mktemp("report")
+    pages.write_run(folder)
+    return folder
 
 
 @pytest.fixture

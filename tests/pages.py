@@ -11,7 +11,7 @@ from nabla_trl.evaluation.method import Method
 from nabla_trl.evaluation.rows import Row
 from nabla_trl.models.flops import Cost
 from nabla_trl.report.summary import Summary
-from nabla_trl.report.text import write_report
+from nabla_trl.report.text import write_report_files
 from nabla_trl.traces.schema import Revision, Trace
 from nabla_trl.traces.storage import EVAL_TRACES_DIR, TraceWriter
 
@@ -178,4 +178,4 @@ def write_run(folder: Path) -> Summary:
         with TraceWriter(folder / name) as writer:
             for trace in traces:
                 writer.add(trace)
-    return write_report(folder, make_rows(), FACTS)
+    return write_report_files(folder, make_rows(), FACTS)

@@ -151,9 +151,11 @@ def audit_gradient(
         reward_weight: λ, the weight of the predicted change against log π.
 
     Raises:
-        ValueError: a malformed point, fewer than one sample or swap, no swap possible, rewards that are all equal,
-            swaps that change nothing, a reward or gradient that is not finite.
+        ValueError: a reward without a gradient, a malformed point, fewer than one sample or swap, no swap possible,
+            rewards that are all equal, swaps that change nothing, a reward or gradient that is not finite.
     """
+    if not reward.has_gradient:
+        raise ValueError(f"the reward {reward.name} is a function, which has no gradient to audit")
     if samples_per_problem < 1 or num_swaps < 1:
         raise ValueError(
             f"the gradient audit needs at least one sample and one swap, not {samples_per_problem} and {num_swaps}"

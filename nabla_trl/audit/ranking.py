@@ -14,14 +14,10 @@ from typing import Any
 import numpy as np
 
 from nabla_trl.audit.overoptimization import OveroptimizationPoint, find_overoptimization
-from nabla_trl.baselines.sampling import PoolEntry, ResponsePool, draw_pool
+from nabla_trl.baselines.sampling import PoolEntry, ResponsePool
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.flops import Cost
-from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.reward_training.labels import TokenLabeler, has_step_labels
-from nabla_trl.rewards.reward import Reward
-from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.formatting import format_interval
 from nabla_trl.utils.statistics import Interval, proportion_interval, to_json_values, weighted_proportion_interval
 
@@ -64,33 +60,6 @@ class RankingAudit:
     def to_dict(self) -> dict[str, Any]:
         """Return the audit as JSON values."""
         return to_json_values(self)
-
-
-def audit_reward(
-    problems: Sequence[Problem],
-    samples_per_problem: int,
-    *,
-    policy: Policy,
-    reward: Reward,
-    sampling: Sampling,
-    batch_size: int,
-    checker: AnswerChecker,
-) -> dict[str, Any]:
-    """Audit a reward on samples of the policy, as the first stage of a run, which continues whatever the result.
-
-    Returns:
-        The audit's fields, or "conclusion" alone where no audit was possible, and "flops", the cost of sampling and
-        scoring.
-    """
-    pool = draw_pool(
-        problems, samples_per_problem, policy=policy, reward=reward, sampling=sampling, batch_size=batch_size
-    )
-    cost = sum((entry.compute_cost() for entry in pool.entries), Cost())
-    try:
-        audit = audit_ranking(pool, checker).to_dict()
-    except ValueError as error:
-        audit = {"conclusion": f"the reward could not be audited: {error}"}
-    return audit | {"flops": cost.flops}
 
 
 def audit_ranking(pool: ResponsePool, checker: AnswerChecker) -> RankingAudit:

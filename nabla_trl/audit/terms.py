@@ -31,7 +31,7 @@ AUDIT_TERMS = {
     "auc_interval": AuditTerm(
         "AUC within problems",
         "probability that a correct sample scores above an incorrect one of the same problem (0.5: by chance)",
-        format_interval,
+        lambda auc: _format_share(auc) if isinstance(auc, float) else format_interval(auc),
     ),
     "step_auc": AuditTerm(
         "AUC of error-free",
@@ -60,12 +60,12 @@ AUDIT_TERMS = {
 
 def describe_audit(audit: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (label, value, meaning) of every number of an audit that is known, those without a term of ours last."""
+    if "auc" in audit:
+        audit = {"auc_interval": audit["auc"]} | {key: value for key, value in audit.items() if key != "auc"}
     lines = [
         (term.label, term.format(audit[key]), term.meaning)
         for key, term in AUDIT_TERMS.items()
         if audit.get(key) is not None
     ]
-    known = {*AUDIT_TERMS, "auc"} if audit.get("auc_interval") is not None else {*AUDIT_TERMS}
-    others = {key: value for key, value in audit.items() if isinstance(value, int | float) and key not in known}
-    names = {"auc": AUDIT_TERMS["auc_interval"].label}
-    return lines + [(names.get(key, key.replace("_", " ")), f"{value:.3g}", "") for key, value in others.items()]
+    others = {key: value for key, value in audit.items() if isinstance(value, int | float) and key not in AUDIT_TERMS}
+    return lines + [(key.replace("_", " "), f"{value:.3g}", "") for key, value in others.items()]

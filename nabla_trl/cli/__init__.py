@@ -2,7 +2,7 @@
 
 Hands out: `main`, `Parser`, `ModelArguments`, `DistillArguments`.
 May import: utils, grading, tasks, models, rewards, traces, search, baselines, training, planning, audit, evaluation,
-report, export, serving.
+report, pipeline, serving.
 """
 
 import sys

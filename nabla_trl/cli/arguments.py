@@ -17,6 +17,7 @@ from nabla_trl.utils.identity import check_settings
 
 if TYPE_CHECKING:
     from nabla_trl.models.policy import Policy
+    from nabla_trl.pipeline.models import ModelPair
     from nabla_trl.rewards.reward import Reward
     from nabla_trl.tasks.problem import Problem
 
@@ -144,41 +145,24 @@ class PolicyRewardArguments:
                     models = preflight.list_frozen_models(self.policy, self.reward)
                     preflight.check_memory(models, dtype=self.dtype, device=device)
 
-    def load_models(
-        self, reward_batch_size: int, *, device: str | None, adapter: str | None = None
-    ) -> tuple[Policy, Reward]:
-        """Load the policy, with an adapter if it has one, and the reward.
+    def build_pair(self, **options: Any) -> ModelPair:
+        """Return the policy and the reward, which are loaded when they are first needed.
 
         Args:
-            reward_batch_size: maximum number of responses that the reward scores together.
+            options: further ones of `ModelPair`, such as the device.
         """
-        from nabla_trl.models.loading import load_policy
-        from nabla_trl.models.vllm_backend import connect_vllm
-        from nabla_trl.rewards.loading import load_reward
+        from nabla_trl.pipeline.models import ModelPair
 
         quiet_libraries()
-        policy = load_policy(
-            self.policy, dtype=self.dtype, device=device, adapter=adapter, prompt_options=self.get_prompt_options()
+        return ModelPair(
+            self.policy,
+            self.reward,
+            dtype=self.dtype,
+            vllm_url=self.vllm_url,
+            vllm_timeout=self.vllm_timeout,
+            prompt_options=self.get_prompt_options(),
+            **options,
         )
-        if self.vllm_url:
-            policy = connect_vllm(policy, self.vllm_url, timeout=self.vllm_timeout)
-        reward = load_reward(self.reward, policy=policy, dtype=self.dtype, device=device, batch_size=reward_batch_size)
-        return policy, reward
-
-    def get_settings(self) -> dict[str, str]:
-        """Return the settings of the models that results depend on, without the adapter (see `claim_settings`)."""
-        from nabla_trl.rewards.spec import compute_reward_identity
-
-        models = {"policy": self.policy, "reward": compute_reward_identity(self.reward), "dtype": self.dtype}
-        # A vLLM server draws other responses than this process does. Its address does not matter.
-        sampler = {"sampler": "vllm"} if self.vllm_url else {}
-        return models | sampler | self.get_prompt_options().get_changed_settings()
-
-    def build_run_facts(self, **facts: Any) -> dict[str, Any]:
-        """Return facts of a run with these models, from the other arguments of `run_facts.build_run_facts`."""
-        from nabla_trl.evaluation.run_facts import build_run_facts
-
-        return build_run_facts(policy=self.policy, reward=self.reward, **facts)
 
 
 @dataclass
@@ -218,31 +202,31 @@ class ModelArguments(PolicyRewardArguments):
             audit_file=self.audit_file,
         )
 
-    def load_policy_and_reward(self, reward_batch_size: int, *, use_adapter: bool = True) -> tuple[Policy, Reward]:
+    def build_pair(self, *, use_adapter: bool = True, **options: Any) -> ModelPair:
+        """Return the policy and the reward, which are loaded when they are first needed.
+
+        Args:
+            use_adapter: load the policy with its adapter.
+
+        Raises:
+            ValueError: --vllm_url with an adapter.
+        """
+        from nabla_trl.models.loading import set_trust_remote_code
+
+        set_trust_remote_code(self.trust_remote_code)
+        adapter = self.adapter if use_adapter else None
+        return super().build_pair(device=self.device, adapter=adapter, audit_file=self.audit_file, **options)
+
+    def load_policy_and_reward(self, reward_batch_size: int) -> tuple[Policy, Reward]:
         """Load the policy and the reward, with the limits that --audit_file validated.
 
         Args:
             reward_batch_size: maximum number of responses that the reward scores together.
-            use_adapter: load the policy with its adapter.
 
         Raises:
             ValueError: --vllm_url with an adapter, an audit of another reward, or a model that cannot be loaded.
         """
-        from nabla_trl.models.loading import set_trust_remote_code
-        from nabla_trl.rewards.spec import read_validated_limits
-
-        set_trust_remote_code(self.trust_remote_code)
-        adapter = self.adapter if use_adapter else None
-        if self.vllm_url and adapter:
-            raise ValueError(
-                "a vLLM server draws from the policy without an adapter: leave out --vllm_url or --adapter"
-            )
-        limits = None
-        if self.audit_file:
-            limits = read_validated_limits(self.audit_file, policy=self.policy, reward=self.reward)
-        policy, reward = self.load_models(reward_batch_size, device=self.device, adapter=adapter)
-        reward.validated_limits = limits or reward.validated_limits
-        return policy, reward
+        return self.build_pair().load(reward_batch_size)
 
 
 def check_dollars_per_gpu_hour(value: float | None) -> None:

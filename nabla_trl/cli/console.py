@@ -1,4 +1,4 @@
-"""Print a trace as text for people, or convert it to a JSON object for programs.
+"""Print a trace as text for people.
 
 A color terminal shows a replaced token struck out, the new token in bold, and the regenerated suffix in color.
 Otherwise marks take the place of styles, `[-old-]{+new+}`, and the output contains no control character.
@@ -9,38 +9,21 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from nabla_trl.traces.schema import Revision, Trace
-from nabla_trl.utils.formatting import finite_or_none, format_si, make_printable
-
-Decode = Callable[[list[int]], str]  # token ids to text without special tokens
+from nabla_trl.traces.texts import Decode, compute_text_change, format_token, name_special_tokens
+from nabla_trl.utils.formatting import format_si, make_printable
 
 MAX_WIDTH = 100  # columns, because longer lines are hard to read
 MAX_PREFIX_CHARACTERS = 160  # of the unchanged text before a revision
 # What progress bars of libraries write beside text: they go to the beginning of a line, or up some lines.
 _BAR_MOVES = re.compile(r"\r?(?:\x1b\[A|\n)*")
-
-
-@dataclass(frozen=True)
-class TextChange:
-    """The text that a revision changed: prefix + old_token + … became prefix + new_token + suffix.
-
-    `old_token` or `new_token` is empty if the token is special, such as an end token. The parts are cut from decoded
-    prefixes, because the text of a token depends on the tokens before it. If the new token is only the beginning of a
-    character, `new_token` is the complete character.
-    """
-
-    prefix: str
-    old_token: str
-    new_token: str
-    suffix: str
 
 
 class PrintableStream:
@@ -91,54 +74,6 @@ def _redirect_logs(new_streams: dict[Any, Any]) -> None:
             stream = vars(handler).get("stream")
             if isinstance(handler, logging.StreamHandler) and stream in new_streams:
                 handler.setStream(new_streams[stream])
-
-
-def compute_text_change(revision: Revision, base_ids: list[int], decode: Decode) -> TextChange:
-    """Return the text that a revision changed.
-
-    Args:
-        base_ids: ids of the response that the revision changes.
-    """
-    prefix_ids, position = base_ids[: revision.position], revision.position
-    before, with_old = decode(prefix_ids), decode(base_ids[: position + 1])
-    with_new, proposal = decode([*prefix_ids, revision.new_token]), decode([*prefix_ids, *revision.suffix])
-    start = _common_prefix_length(before, with_old, with_new, proposal)
-    end = _common_prefix_length(with_new, proposal)
-    if end == start and decode([revision.new_token]):
-        end += 1
-    return TextChange(before[:start], with_old[start:], proposal[start:end], proposal[end:])
-
-
-def _common_prefix_length(*texts: str) -> int:
-    ends = (index for index, column in enumerate(zip(*texts, strict=False)) if len(set(column)) > 1)
-    return next(ends, min(map(len, texts)))
-
-
-def trace_to_json(trace: Trace, decode: Decode) -> dict[str, Any]:
-    """Return the fields of a trace as JSON values, with the texts of responses and revisions.
-
-    A reward that is not finite becomes None.
-    """
-    revisions = []
-    for revision, base_ids in trace.replay_revisions():
-        change = compute_text_change(revision, base_ids, decode)
-        revisions.append(
-            asdict(revision)
-            | {
-                "suffix": list(revision.suffix),
-                "reward_before": finite_or_none(revision.reward_before),
-                "reward_after": finite_or_none(revision.reward_after),
-                "old_text": change.old_token,
-                "new_text": change.new_token,
-                "suffix_text": change.new_token + change.suffix,
-            }
-        )
-    return asdict(trace) | {
-        "initial": decode(trace.initial_ids),
-        "reward_initial": finite_or_none(trace.reward_initial),
-        "reward": finite_or_none(trace.reward),
-        "revisions": revisions,
-    }
 
 
 def print_trace(trace: Trace, question: str, decode: Decode, console: Console) -> None:
@@ -194,8 +129,8 @@ class TraceFormatter:
         change = compute_text_change(revision, base_ids, self.decode)
         prefix = make_printable(change.prefix)
         text = Text("… " + prefix[-MAX_PREFIX_CHARACTERS:] if len(prefix) > MAX_PREFIX_CHARACTERS else prefix)
-        old = _format_token(change.old_token, revision.position == len(base_ids) - 1)
-        new = _format_token(change.new_token, len(revision.suffix) == 1)
+        names = name_special_tokens(revision, base_ids)
+        old, new = format_token(change.old_token, names[0]), format_token(change.new_token, names[1])
         text.append(f"[-{old}-]" if self.use_marks else old, "strike red")
         text.append(f"{{+{new}+}}" if self.use_marks else new, "bold green")
         if change.new_token.endswith("\n"):
@@ -253,12 +188,3 @@ def format_reward_change(before: float, after: float) -> str:
 
 def _format_change(before: float, after: float) -> str:
     return f"{before:.3f} → {after:.3f}"
-
-
-def _format_token(text: str, is_last: bool) -> str:
-    """Return a visible form of a token: signs for spaces and line breaks, names for special tokens."""
-    if not text:
-        return "⟨end⟩" if is_last else "⟨special⟩"
-    if text.isspace():
-        return text.replace("\n", "⏎").replace(" ", "␣").replace("\t", "⇥")
-    return make_printable(text)

@@ -521,6 +521,12 @@ def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies
             list(trained_policies),
             has_better_model=setup.reward.preferred_model is not None,
             baseline_config=setup.baseline_config,
+            has_gradient=setup.reward.has_gradient,
+        )
+    for label, policy in trained_policies.items():
+        checks.require(
+            policy.model is not setup.policy.model,
+            f"the trained policy {label} is the policy itself: there is nothing to compare",
         )
     with checks.collect():
         get_baseline_settings(names, setup)
@@ -534,6 +540,7 @@ def check_method_options(
     *,
     has_better_model: bool,
     baseline_config: BaselineConfig | None = None,
+    has_gradient: bool = True,
 ) -> None:
     """Refuse methods that cannot be run, before any model is loaded.
 
@@ -541,6 +548,7 @@ def check_method_options(
         policy_labels: of the trained policies that there are.
         has_better_model: the reward compares the policy with a model that can be sampled from.
         baseline_config: how the baselines are set. None: the defaults.
+        has_gradient: of the reward.
 
     Raises:
         Faults: methods that lack the policy, the solver or the model that they need, or cannot be given a budget.
@@ -575,6 +583,10 @@ def check_method_options(
         with checks.collect(f"{method}: "):
             if method.is_power_search:
                 build_power_config(method, config, baseline_config or BaselineConfig(), float(bool(method.budget)))
-            elif method.is_search and method.budget:
-                build_search_config(method, config, max_flops=1.0)
+            elif method.is_search and (method.budget or not has_gradient):
+                method_config = build_search_config(method, config, max_flops=1.0 if method.budget else 0.0)
+                checks.require(
+                    has_gradient or isinstance(method_config.solver, NoGradient),
+                    f"{method} follows the gradient of the reward, and a function has none: use control or best_of_N",
+                )
     checks.raise_faults()

@@ -12,7 +12,7 @@ from typing import Any
 from nabla_trl.models.options import Sampling
 from nabla_trl.rewards.spec import compute_reward_identity, parse_reward_spec, read_manifest
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.tasks.registry import collect_problem_facts, compute_task_version
+from nabla_trl.tasks.registry import collect_problem_facts
 from nabla_trl.traces.build import describe_hardware, find_hub_revision, get_package_versions
 from nabla_trl.training.checkpoints import get_policy_label, list_trained_methods, read_training_record
 from nabla_trl.utils.files import read_json_file, write_atomic
@@ -56,21 +56,27 @@ def build_run_facts(
     sampling: Sampling,
     problems: Sequence[Problem],
     dollars_per_gpu_hour: float | None = None,
+    reward_kind: str | None = None,
 ) -> dict[str, Any]:
     """Return the facts that every report needs (`nabla_trl.report.text`).
 
     Args:
-        policy, reward, task: names, as in the options.
+        policy, reward: names, as in the options.
         sampling: how the tokens were drawn.
+        task: the name of a task, or that of problems in memory.
         problems: the held-out problems.
         dollars_per_gpu_hour: price of an hour of the device of one process. None: costs are not told in dollars.
+        reward_kind: as `Reward.kind`. None: the kind that the reward's name says.
     """
-    names = sorted({policy, *parse_reward_spec(reward).model_names})
+    is_function = reward_kind == "function"
+    names = sorted({policy, *(() if is_function else parse_reward_spec(reward).model_names)})
     revisions = {name: find_hub_revision(name) for name in names}
-    revisions |= {reward: compute_reward_identity(reward), task: compute_task_version(task)}
+    revisions[task] = problems[0].task_version if problems else ""
+    if not is_function:
+        revisions[reward] = compute_reward_identity(reward)
     return {
         **hide_userinfo({"title": title, "command": command, "policy": policy, "reward": reward, "task": task}),
-        "reward_kind": parse_reward_spec(reward).kind,
+        "reward_kind": reward_kind or parse_reward_spec(reward).kind,
         "versions": get_package_versions(),
         "hardware": describe_hardware(),
         # commits on the hub, hashes of local rewards, versions of tasks

@@ -18,7 +18,7 @@ from nabla_trl.evaluation.results import SHARD_PLAN_FILE, describe_missing_rows
 from nabla_trl.evaluation.rows import Row, RowStore, build_row, merge_sample_rows, select_complete_rows
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
-from nabla_trl.search.generate_traces import write_token_texts
+from nabla_trl.search.batches import write_token_texts
 from nabla_trl.tasks.problem import Problem, compute_content_hash
 from nabla_trl.tasks.shards import Shard, ShardPlan
 from nabla_trl.traces.build import grade_traces

@@ -26,9 +26,9 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence]) -> str:
 
 
 def _find_number_columns(num_columns: int, rows: Sequence[Sequence[str]]) -> list[bool]:
-    """Return for each column whether most of its cells are numbers. A dash and an empty cell are neither."""
-    columns = [[row[at] for row in rows if at < len(row) and row[at] not in ("", "–")] for at in range(num_columns)]
-    return [2 * sum(map(bool, map(_NUMBER.match, cells))) > len(cells) for cells in columns]
+    """Return for each column whether most of its cells are numbers. A dash stands for a number that is not known."""
+    columns = [[row[at] for row in rows if at < len(row) and row[at]] for at in range(num_columns)]
+    return [2 * sum(cell == "–" or bool(_NUMBER.match(cell)) for cell in cells) > len(cells) for cells in columns]
 
 
 def markdown_to_html(text: str) -> str:

@@ -125,7 +125,7 @@ _SAMPLES_LEGEND = (
 )
 
 
-def write_report(folder: str | Path, rows: Sequence[Row], facts: Mapping) -> Summary:
+def write_report_files(folder: str | Path, rows: Sequence[Row], facts: Mapping) -> Summary:
     """Write summary.json, report.md, plots/*.png, and report.html with report_data/, each atomically.
 
     Args:

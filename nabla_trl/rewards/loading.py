@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,12 @@ from nabla_trl.gradient.state_head import HeadObjective, StateHead
 from nabla_trl.gradient.step_ends import BLANK_LINE, StepFinder
 from nabla_trl.models.flops import FlopCounter, measure_model_size
 from nabla_trl.models.loading import (
+    check_stays_as_loaded,
+    find_tokenizer,
     fix_quantized_gradients,
+    freeze_policy,
+    get_device_name,
+    get_dtype_name,
     is_adapter,
     load_architecture,
     load_model,
@@ -30,11 +37,14 @@ from nabla_trl.models.loading import (
     load_tokenizer,
     map_vocabulary,
     merge_adapter,
+    name_model,
     resolve_adapters,
     trusting_remote_code,
+    unwrap_model,
 )
 from nabla_trl.models.policy import Policy, get_context_length
 from nabla_trl.models.prompts import tokenize_prompt
+from nabla_trl.rewards.function import RewardFunction, build_function_reward, is_reward_function
 from nabla_trl.rewards.prompts import get_turn_end_ids, make_mapped_prompt_encoder, make_template_prompt_encoder
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import (
@@ -48,6 +58,7 @@ from nabla_trl.rewards.spec import (
 from nabla_trl.states.layout import find_backbone
 from nabla_trl.states.probe import get_layout
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.identity import is_same_model
 
 SCORE_HEAD_WEIGHT = "score.weight"
@@ -56,18 +67,24 @@ CAUSAL_HEAD_WEIGHTS = ("lm_head.weight", "lm_head.bias")
 
 
 def load_reward(
-    spec: str | Mapping[str, Any],
+    spec: str | Path | Mapping[str, Any] | PreTrainedModel | RewardFunction | Reward | Any,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
     *,
     policy: Policy,
-    dtype: str = "float32",
-    device: str | None = None,
-    batch_size: int = 256,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int | None = None,
+    conversational: bool | None = None,
     trust_remote_code: bool | None = None,
 ) -> Reward:
-    """Load a differentiable reward for a policy.
+    """Load a reward for a policy: by name, from a model in memory, or from a function.
 
     Args:
-        spec: which reward, as text or as a mapping (a dict, a YAML mapping or a JSON object as text):
+        spec: which reward. A model of transformers or PEFT in memory is a sequence classifier with one label, and is
+            frozen. A function is called as TRL calls its reward functions, with prompts, completions, completion_ids
+            and columns of the problems (see `FunctionReward`). It has no gradient, so it serves best-of-N, votes,
+            searches with solver none and online training. A reward is returned as it is. As text or as a mapping (a
+            dict, a YAML mapping or a JSON object as text):
 
             NAME or {kind: scalar, model: NAME}: hub id or path of a sequence classifier with one label, or a folder
                 with a LoRA adapter of one and its score head. A folder with a reward.json may hold a reward of any
@@ -85,9 +102,14 @@ def load_reward(
             ensemble:A,B,…, ensemble@K:A,B,… or {kind: ensemble, members: [A, B], uncertainty_penalty: 1.0}:
                 mean − K·std of two or more scalar rewards, of heads, or of process rewards with one delimiter. K
                 is 1 by default.
+
+            The models of a Python mapping may be in memory too.
+        tokenizer: of models in memory, or its name. None: that of the model's name.
         policy: its tokens and prompts are what the reward reads.
-        device: None = a GPU if there is one.
-        batch_size: responses that are scored together.
+        dtype: None: float32, and for a model in memory its own.
+        device: None: a GPU if there is one, and for a model in memory where it is.
+        batch_size: responses that are scored together (default: 256).
+        conversational: how a function gets texts (see `FunctionReward`).
         trust_remote_code: as for `load_policy`.
 
     Raises:
@@ -95,37 +117,110 @@ def load_reward(
             not fit, a head of another policy, a vocabulary that does not cover the policy's, a delimiter that no
             tokens write, non-finite scores, or a score that changes when embeddings are fed in place of ids.
     """
-    plan = parse_reward_spec(spec)
+    if isinstance(spec, Reward):
+        return spec if batch_size is None else replace(spec, batch_size=batch_size)
+    batch_size = 256 if batch_size is None else batch_size
+    if is_reward_function(spec):
+        function: Any = spec
+        return build_function_reward(policy, function, conversational=conversational, batch_size=batch_size)
+    models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
+    named_spec = _name_models_in_memory(spec, tokenizer, models, dtype, device)
+    plan = parse_reward_spec(named_spec)
     with trusting_remote_code(trust_remote_code):
-        reward = _load_spec(plan, policy, dtype, device)
+        reward = _Loader(policy, get_dtype_name(dtype), get_device_name(device), models).load(plan)
     reward.batch_size, reward.validated_limits = batch_size, plan.validated_limits
     reward.gradient_at = plan.gradient_at or reward.gradient_at
     reward.gradient_unhelpful = plan.validated_limits is not None and plan.gradient_at is None
     return reward
 
 
-def _load_spec(spec: RewardSpec, policy: Policy, dtype: str, device: str | None) -> Reward:
-    """Load and check a reward, each member of an ensemble under its own name."""
-    if spec.kind == "ensemble":
-        members = [_load_spec(member, policy, dtype, device) for member in spec.members]
-        return build_ensemble_reward(members, spec.uncertainty_penalty, spec.name)
-    if spec.kind == "power":
-        return build_power_reward(policy, spec.scale + 1, spec.name)
-    if spec.kind == "log-ratio":
-        models = [_load_causal_lm(name, policy, dtype, device) for name in spec.model_names]
-        reference = models[1] if len(models) > 1 else policy
-        if models[0] is reference:
-            raise ValueError(f"{spec.name}: {SAME_MODELS}; name a better model than the policy {policy.name}")
-        reward = build_log_ratio_reward(policy, models[0], reference, spec.name, scale=spec.scale)
-    elif spec.kind == "process":
-        classifier = _load_classifier(spec.model_names[0], dtype, device)
-        reward = build_process_reward(policy, *classifier, spec.name, step_delimiter=spec.step_delimiter)
-    elif spec.kind == "head":
-        reward = build_head_reward(policy, StateHead.load(str(spec.folder)), spec.name)
-    else:
-        reward = build_scalar_reward(policy, *_load_classifier(spec.model_names[0], dtype, device), spec.name)
-    check_reward(reward, policy, step_delimiter=spec.step_delimiter)
-    return reward
+def _name_models_in_memory(
+    spec: Any,
+    tokenizer: Any,
+    models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    dtype: Any,
+    device: Any,
+) -> str | Mapping[str, Any]:
+    """Return a spec with names in place of models in memory, which are put into `models` by their names.
+
+    Raises:
+        ValueError: an object that is no reward.
+    """
+    if isinstance(spec, str | Path):
+        return str(spec)
+    if isinstance(spec, Mapping):
+
+        def name(value: Any) -> Any:
+            is_ours = isinstance(value, Mapping | torch.nn.Module)
+            return _name_models_in_memory(value, tokenizer, models, dtype, device) if is_ours else value
+
+        named = {key: name(value) if key in ("model", "reference") else value for key, value in spec.items()}
+        if isinstance(members := named.get("members"), list | tuple):
+            named["members"] = [name(member) for member in members]
+        return named
+    if isinstance(spec, list | tuple):
+        raise ValueError("a reward is one model, name or function: several are an {kind: ensemble, members: […]}")
+    if not isinstance(spec, torch.nn.Module):
+        raise ValueError(f"a reward is a name, a mapping, a model or a function, not {format_error(repr(spec), 60)}")
+    model = unwrap_model(spec)
+    check_stays_as_loaded(model, dtype=dtype, device=device)
+    model_name = name_model(model)
+    models[model_name] = model, find_tokenizer(tokenizer, model.name_or_path)
+    return model_name
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Loads and checks rewards by their specs. Names of models in memory stand for these models."""
+
+    policy: Policy
+    dtype: str
+    device: str | None
+    models: Mapping[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
+    def load(self, spec: RewardSpec) -> Reward:
+        """Load and check a reward, each member of an ensemble under its own name."""
+        policy = self.policy
+        if spec.kind == "ensemble":
+            members = [self.load(member) for member in spec.members]
+            return build_ensemble_reward(members, spec.uncertainty_penalty, spec.name)
+        if spec.kind == "power":
+            return build_power_reward(policy, spec.scale + 1, spec.name)
+        if spec.kind == "log-ratio":
+            models = [self._load_causal_lm(name) for name in spec.model_names]
+            reference = models[1] if len(models) > 1 else policy
+            if models[0] is reference:
+                raise ValueError(f"{spec.name}: {SAME_MODELS}; name a better model than the policy {policy.name}")
+            reward = build_log_ratio_reward(policy, models[0], reference, spec.name, scale=spec.scale)
+        elif spec.kind == "process":
+            classifier = self._load_classifier(spec.model_names[0])
+            reward = build_process_reward(policy, *classifier, spec.name, step_delimiter=spec.step_delimiter)
+        elif spec.kind == "head":
+            reward = build_head_reward(policy, StateHead.load(str(spec.folder)), spec.name)
+        else:
+            reward = build_scalar_reward(policy, *self._load_classifier(spec.model_names[0]), spec.name)
+        check_reward(reward, policy, step_delimiter=spec.step_delimiter)
+        return reward
+
+    def _load_classifier(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if name not in self.models:
+            return _load_classifier(name, self.dtype, self.device)
+        model, tokenizer = self.models[name]
+        if not hasattr(model, "score") or not hasattr(model.config, "num_labels"):
+            raise ValueError(
+                f"{name} is a {type(model).__name__}, and a reward model is a sequence classifier with one label: use "
+                "{'kind': 'log_ratio', 'model': MODEL} to reward the likelihood of a causal LM"
+            )
+        return model, tokenizer
+
+    def _load_causal_lm(self, name: str) -> Policy:
+        """Return the policy itself if the name is the policy's: its likelihood is known from sampling."""
+        if is_same_model(name, self.policy.name):
+            return self.policy
+        # Without the policy's prompt options: methods may sample from this model, in its own style.
+        if name in self.models:
+            return freeze_policy(*self.models[name], name)
+        return load_policy(name, dtype=self.dtype, device=self.device)
 
 
 def build_log_ratio_reward(
@@ -354,14 +449,6 @@ def _load_adapted_classifier(
         model = merge_adapter(model, adapter, required_head=SCORE_HEAD_WEIGHT if is_last else None)
         model.name_or_path = name
     return model, load_tokenizer(folder)
-
-
-def _load_causal_lm(name: str, policy: Policy, dtype: str, device: str | None) -> Policy:
-    """Return the policy itself if the name is the policy's: its likelihood is known from sampling."""
-    if is_same_model(name, policy.name):
-        return policy
-    # Without the policy's prompt options: methods may sample from this model, in its own style.
-    return load_policy(name, dtype=dtype, device=device)
 
 
 @torch.no_grad()

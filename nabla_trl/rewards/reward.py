@@ -35,7 +35,7 @@ class Reward:
     """A weighted sum of objectives, r(x, y) = Σ weight · objective(x, y), or an ensemble's lower confidence bound.
 
     Attributes:
-        kind: "scalar", "process", "head", "log-ratio", "ensemble" or "power".
+        kind: "scalar", "process", "head", "log-ratio", "ensemble", "power" or "function".
         objectives: one per model.
         in_vocabulary: [policy rows] bool, the policy's tokens that every objective can read inside a response. A
             response with any other token, or longer than a model's context, scores −inf: it is never preferred.
@@ -199,6 +199,11 @@ class Reward:
                 ]
                 gradients += [torch.stack(of_sample).mean(0) for of_sample in zip(*by_alpha, strict=True)]
         return gradients
+
+    @property
+    def has_gradient(self) -> bool:
+        """Tell whether the reward has a gradient by the response's tokens. A function (`FunctionReward`) has none."""
+        return True
 
     @property
     def step_delimiter(self) -> str:

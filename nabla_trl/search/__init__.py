@@ -1,5 +1,5 @@
 """Gradient search over the tokens of a response: propose, regenerate, accept.
 
-Hands out: `SearchConfig`, `NablaReasoner`, `run_search`, `generate_traces`.
+Hands out: `SearchConfig`, `NablaReasoner`, `run_search`, `search_to_folder`.
 May import: utils, grading, tasks, states, models, gradient, rewards, engine, traces.
 """

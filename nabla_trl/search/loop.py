@@ -28,6 +28,7 @@ from nabla_trl.search import acceptance, proposals
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.options import (
     MetropolisAcceptance,
+    NoGradient,
     RewardSelection,
     SequentialProposals,
     SteSolver,
@@ -62,7 +63,7 @@ def run_search(
         on_round: called with each problem's search before every round and after the last one.
 
     Raises:
-        ValueError: two problems have the same id.
+        ValueError: two problems have the same id, or the solver needs a gradient and the reward is a function.
     """
     traces = {
         trace.problem_id: trace
@@ -81,6 +82,7 @@ def stream_search(
     on_round: SearchCallback | None = None,
 ) -> Iterator[Trace]:
     """Yield the traces of `run_search` as they are completed, in any order."""
+    check_gradient(reward, config)
     name, count = Counter(problem.id for problem in problems).most_common(1)[0] if problems else ("", 0)
     if count > 1:
         raise ValueError(f"problem id {name!r} occurs {count} times")
@@ -88,6 +90,19 @@ def stream_search(
     tasks = (Task(problem.id, Search(problem, engine, config, seed, on_round).run()) for problem in problems)
     for task in engine.run(tasks, max_concurrent=config.batch_size):
         yield task.result
+
+
+def check_gradient(reward: Reward, config: SearchConfig) -> None:
+    """Refuse a solver that needs the gradient of a reward without one.
+
+    Raises:
+        ValueError: the reward is a function.
+    """
+    if not reward.has_gradient and not isinstance(config.solver, NoGradient):
+        raise ValueError(
+            f"the reward {reward.name} is a function, which has no gradient: search with solver none (in Python: "
+            'solver="none"), or use best_of_N or control'
+        )
 
 
 class _OutOfBudget(Exception):

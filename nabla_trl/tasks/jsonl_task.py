@@ -1,17 +1,20 @@
-r"""Problems of a local JSONL file, one object per line. `nabla_trl.tasks.registry` lists the fields."""
+r"""Problems of rows: the lines of a JSONL file, or dicts in memory. `nabla_trl.tasks.registry` lists the fields."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nabla_trl.grading.extraction import detect_answer_format
 from nabla_trl.tasks.gold_answers import parse_hashes
 from nabla_trl.tasks.problem import Problem, append_instruction, get_question_identity
+from nabla_trl.utils.fields import format_suggestion
 from nabla_trl.utils.files import read_jsonl_file
 from nabla_trl.utils.identity import hash_files
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
+FIELDS = (*QUESTION_FIELDS, "answer", "solution", "id", "level", "instruction", "messages")
 
 
 def load_jsonl_problems(path: Path) -> list[Problem]:
@@ -20,32 +23,81 @@ def load_jsonl_problems(path: Path) -> list[Problem]:
     Raises:
         ValueError: if the file cannot be read, is empty, or has a wrong line or a duplicate, which the message names.
     """
-    problems: list[Problem] = []
-    line_of_id: dict[str, int] = {}
-    line_of_question: dict[tuple[str, ...], int] = {}
-    version = hash_files([path])
-    for line, row in read_jsonl_file(path):
-        where = f"{path}, line {line}"
-        problem = _parse_problem(row, f"{path.stem}/{len(problems)}", path.stem, version, where)
-        earlier = line_of_id.setdefault(problem.id, line)
-        if earlier != line:
-            raise ValueError(f"{where}: id {problem.id!r} is already on line {earlier}; ids must be unique")
-        earlier = line_of_question.setdefault(get_question_identity(problem), line)
-        if earlier != line:
-            raise ValueError(f"{where}: the question is already on line {earlier}; remove one of the two")
-        problems.append(problem)
+    rows = ((f"{path}, line {line}", row) for line, row in read_jsonl_file(path))
+    problems = parse_rows(rows, path.stem, hash_files([path]))
     if not problems:
         raise ValueError(f"{path} holds no problems: write one JSON object per line")
     return problems
 
 
+def build_problems(
+    rows: Iterable[Mapping[str, Any]], *, task: str = "custom", columns: Mapping[str, str] | None = None
+) -> list[Problem]:
+    """Return the problems of dicts, or of the rows of a data set.
+
+    Args:
+        task: name of the task, which begins the ids of problems that have none.
+        columns: field → name of the column that holds it, where the two differ.
+
+    Raises:
+        ValueError: an unknown field in `columns`, a row without a question or with a value of another type, or a
+            duplicate.
+    """
+    columns = columns or {}
+    for name in columns:
+        if name not in FIELDS:
+            near = format_suggestion(name, FIELDS)
+            raise ValueError(f"columns: {name!r} is no field of a problem{near}: choose from {', '.join(FIELDS)}")
+
+    def rename(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        if missing := [column for column in columns.values() if column not in row]:
+            raise ValueError(f"{where} has no column {missing[0]!r}: it has {', '.join(map(str, row))}")
+        renamed = {name: value for name, value in row.items() if name not in columns.values()}
+        return renamed | {field: row[column] for field, column in columns.items()}
+
+    numbered = ((f"row {number} of the problems", row) for number, row in enumerate(rows))
+    return parse_rows(((where, rename(row, where)) for where, row in numbered), task, "")
+
+
+def parse_rows(rows: Iterable[tuple[str, dict[str, Any]]], task: str, version: str) -> list[Problem]:
+    """Return the problems of rows, each with its place for messages.
+
+    Raises:
+        ValueError: a wrong row, or a duplicate.
+    """
+    problems: list[Problem] = []
+    place_of_id: dict[str, str] = {}
+    place_of_question: dict[tuple[str, ...], str] = {}
+    for where, row in rows:
+        problem = _parse_problem(row, f"{task}/{len(problems)}", task, version, where)
+        earlier = place_of_id.setdefault(problem.id, where)
+        if earlier != where:
+            raise ValueError(f"{where}: id {problem.id!r} is already on {_shorten(earlier)}; ids must be unique")
+        earlier = place_of_question.setdefault(get_question_identity(problem), where)
+        if earlier != where:
+            raise ValueError(f"{where}: the question is already on {_shorten(earlier)}; remove one of the two")
+        problems.append(problem)
+    return problems
+
+
+def _shorten(place: str) -> str:
+    """Return a place without the name of its file."""
+    return place.rpartition(", ")[2].removesuffix(" of the problems")
+
+
 def _parse_problem(row: dict[str, Any], default_id: str, task: str, version: str, where: str) -> Problem:
+    if isinstance(row.get("prompt"), list):  # a chat, as in the data sets of TRL
+        row = {"messages": row["prompt"], **{name: value for name, value in row.items() if name != "prompt"}}
     messages = _read_messages(row, where)
     question = next((_read_text(row, name, where) for name in QUESTION_FIELDS if name in row), None)
     if question is None and messages is not None:
         question = messages[-1]["content"]
     if question is None or not question.strip():
-        raise ValueError(f"{where}: no question; give one of {', '.join(QUESTION_FIELDS)}, or messages")
+        raise ValueError(
+            f"{where}: no question; give one of {', '.join(QUESTION_FIELDS)}, or messages. Its columns are "
+            f"{', '.join(map(str, row)) or 'none'}: load_problems(rows, columns={{'question': COLUMN, 'answer': "
+            "COLUMN}) names others"
+        )
     instruction = _read_text(row, "instruction", where)
     if instruction is not None:
         if messages is not None:
@@ -62,6 +114,7 @@ def _parse_problem(row: dict[str, Any], default_id: str, task: str, version: str
         level=_read_text(row, "level", where, allow_integer=True),
         task_version=version,
         answer_format=detect_answer_format(instruction or ""),
+        columns={str(name): value for name, value in row.items() if name not in FIELDS} or None,
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from nabla_trl.utils.formatting import pluralize
 from nabla_trl.utils.identity import hash_json
@@ -33,6 +36,7 @@ class Problem:
         stop_strings: strings that end a response, besides the model's stop tokens.
         verifier: names the scorer that replaces the comparison with the gold answer (see `reasoning_gym_task`).
         prompt_ids: the prompt in the policy's tokens. None means that it is written from the messages.
+        columns: further columns of the data, for a reward that is a function. None means none.
     """
 
     id: str
@@ -48,6 +52,7 @@ class Problem:
     stop_strings: tuple[str, ...] = ()
     verifier: str | None = None
     prompt_ids: tuple[int, ...] | None = None
+    columns: Mapping[str, Any] | None = None
 
     def build_messages(self) -> list[dict[str, str]]:
         """Return the chat as new `{"role", "content"}` dicts for a tokenizer's chat template."""
@@ -102,6 +107,9 @@ def compute_content_hash(problem: Problem) -> str:
     content = {name: value for name, value in asdict(problem).items() if name not in _UNHASHED_FIELDS}
     if problem.prompt_ids is None:  # as it was hashed before there were prompts in tokens
         del content["prompt_ids"]
+    columns = content.pop("columns")
+    if columns:
+        content["columns"] = json.loads(json.dumps(columns, default=str))
     return hash_json(content)
 
 

@@ -5,6 +5,7 @@ r"""Load problems by the name of a task.
     load_problems("svamp.yaml", split="test")                        # any data set, read as a YAML file says
     load_problems("reasoning_gym:chain_sum")                         # a generated family of reasoning-gym
     load_problems("my_problems.jsonl")                               # one JSON object per line
+    load_problems([{"question": "1+1", "answer": "2"}])              # rows in memory, also a datasets.Dataset
 
 See `nabla_trl.tasks.yaml_task.TaskConfig` for the YAML file. A line of a JSONL file holds `question` (or `problem`, or
 `prompt`). It may also hold
@@ -18,12 +19,13 @@ See `nabla_trl.tasks.yaml_task.TaskConfig` for the YAML file. A line of a JSONL 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nabla_trl.tasks.digit_chains import GENERATOR_VERSION, make_digit_chain_problems
-from nabla_trl.tasks.jsonl_task import load_jsonl_problems
+from nabla_trl.tasks.jsonl_task import build_problems, load_jsonl_problems
 from nabla_trl.tasks.problem import Problem, divide_problems, select_problems
 from nabla_trl.tasks.reasoning_gym_task import REASONING_GYM_PREFIX, get_generator_version, make_reasoning_gym_problems
 from nabla_trl.tasks.yaml_task import ALL_PROBLEMS, load_task_config, load_task_problems
@@ -64,25 +66,68 @@ TASK_SOURCES = {
 _RENAMED_TASKS = {"chains": "digit_chains"}
 
 
+# Problems themselves, questions as dicts, a `datasets.Dataset`, a table of pandas, or the name of a task.
+Problems = str | Path | Iterable[Problem] | Iterable[Mapping[str, Any]]
+
+
 def load_problems(
-    name_or_path: str, *, split: str = "test", max_problems: int | None = None, seed: int | None = None
+    name_or_rows: Problems,
+    *,
+    split: str = "test",
+    max_problems: int | None = None,
+    seed: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Problem]:
-    """Load the problems of a task.
+    """Load the problems of a task, or build them from rows in memory.
 
     Args:
-        name_or_path: one of `list_benchmarks()`, "digit_chains", "reasoning_gym:FAMILY", or the path of a `.jsonl` or
-            `.yaml` file.
-        split: "train" or "test", if the task has it. A JSONL file is one split, so its split is ignored.
+        name_or_rows: one of `list_benchmarks()`, "digit_chains", "reasoning_gym:FAMILY", or the path of a `.jsonl` or
+            `.yaml` file. Or rows in memory with the fields of a JSONL file: a list of dicts, a `datasets.Dataset` or
+            a table of pandas. Or a list of `Problem`.
+        split: "train" or "test", if the task has it. A JSONL file is one split, so its split is ignored, and so are
+            rows. Of a `datasets.DatasetDict` it is the key.
         max_problems: maximum number of problems, at least 1. None means all, and for generated tasks their default.
         seed: shuffle the problems before `max_problems` are taken. None keeps the order of the data. For a generated
             task another seed gives other problems.
+        columns: field → name of the column, for rows with other names, as {"question": "Problem"}.
 
     Raises:
-        ValueError: if the task or split is unknown, the hub cannot be reached, or a line or description is wrong.
+        ValueError: if the task or split is unknown, the hub cannot be reached, a line, row or description is wrong, or
+            there are no rows.
     """
     if max_problems is not None and max_problems < 1:
         raise ValueError(f"max_problems must be at least 1, got {max_problems}")
-    return _find_source(name_or_path).load(name_or_path, split, max_problems, seed)
+    if not isinstance(name_or_rows, str | Path):
+        return select_problems(_build_from_rows(name_or_rows, split, columns), max_problems, seed)
+    if columns:
+        raise ValueError(f"columns are of rows in memory: describe the data set {name_or_rows} in a YAML file")
+    return _find_source(str(name_or_rows)).load(str(name_or_rows), split, max_problems, seed)
+
+
+def _build_from_rows(rows: Any, split: str, columns: Mapping[str, str] | None) -> list[Problem]:
+    """Return the problems of rows in memory."""
+    if isinstance(rows, Mapping) and not isinstance(rows.get("question", ""), str | None):
+        raise ValueError("problems are rows, one dict for each, and not a dict of columns")
+    if isinstance(rows, Mapping):
+        if all(isinstance(value, str | int | float | None) for value in rows.values()):
+            raise ValueError("one problem is a dict in a list: [problem]")
+        if split not in rows:
+            raise ValueError(f"the data set has the splits {', '.join(map(str, rows))}, and not {split!r}: set split")
+        rows = rows[split]
+    if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):
+        rows = rows.to_dict("records")
+    if isinstance(rows, Problem) or not isinstance(rows, Iterable):
+        raise ValueError(f"expected a list of problems, not {type(rows).__name__}")
+    items = list(rows)
+    if not items:
+        raise ValueError("there are no problems")
+    if all(isinstance(item, Problem) for item in items):
+        if columns:
+            raise ValueError("columns are of rows, and these are problems already")
+        return items
+    if others := {type(item).__name__ for item in items if not isinstance(item, Mapping)}:
+        raise ValueError(f"problems are Problem objects or dicts with a question, and not {', '.join(sorted(others))}")
+    return build_problems(items, columns=columns)
 
 
 def compute_task_version(name_or_path: str) -> str:
@@ -103,11 +148,12 @@ def _find_source(name_or_path: str) -> TaskSource:
     return next(source for pattern, source in TASK_SOURCES.items() if re.fullmatch(pattern, name_or_path, re.DOTALL))
 
 
-def get_task_settings(name_or_path: str) -> dict[str, str]:
+def get_task_settings(name_or_path: str | Path) -> dict[str, str]:
     """Return a task's name and version for `claim_settings`, so that an output never mixes two versions.
 
     A JSONL file may grow. Its version is left out, because its problems are compared one by one by their hashes.
     """
+    name_or_path = str(name_or_path)
     if Path(name_or_path).suffix == ".jsonl":
         return {"dataset": name_or_path}
     return {"dataset": name_or_path, "task_version": compute_task_version(name_or_path)}

@@ -18,11 +18,13 @@ from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.grading.equivalence import MatchResult
 from nabla_trl.grading.extraction import extract_answer, extract_strict_answer
 from nabla_trl.models.chat.control_tokens import get_template
+from nabla_trl.models.chat.thinking import decode_with_thinking
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.policy import Policy
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.templates import get_template_date, is_dated
 from nabla_trl.traces.schema import Revision, Trace
+from nabla_trl.traces.texts import TextDecoder
 
 PACKAGES = ("nabla-trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "math-verify")
 
@@ -117,7 +119,14 @@ def build_response_trace(
         meta=meta | _build_problem_meta(problem),
         error=error,
         predicted_gain=list(predicted_gain),
+        decoder=_make_decoder(policy),
     )
+
+
+def _make_decoder(policy: Policy) -> TextDecoder:
+    """Return the decoder of a policy's traces. It holds the tokenizer and not the model."""
+    tokenizer, token_ids = policy.tokenizer, policy.think_token_ids
+    return TextDecoder(lambda ids: decode_with_thinking(tokenizer, ids, token_ids), tokenizer)
 
 
 def build_error_trace(

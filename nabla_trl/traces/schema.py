@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from html import escape
+from typing import Any
 
 import pyarrow as pa
 
 from nabla_trl.models.flops import Cost
+from nabla_trl.traces.texts import TextChange, TextDecoder, compute_text_change, name_special_tokens
+from nabla_trl.utils.formatting import format_error, format_si, make_printable
 
 FORMAT_VERSION = "2"
 VERSION_KEY = b"nabla_trl.traces"  # in the metadata of a shard
@@ -40,6 +44,19 @@ class Revision:
     cumulative_flops: float
 
 
+@dataclass(frozen=True)
+class TraceTexts:
+    """Texts of a trace, for people.
+
+    Attributes:
+        initial: the first response.
+        changes: what each revision changed, accepted or not.
+    """
+
+    initial: str
+    changes: tuple[TextChange, ...]
+
+
 def replay_revisions(initial: Sequence[int], revisions: Iterable[Revision]) -> Iterator[tuple[Revision, list[int]]]:
     """Yield each revision of a chain with the response ids it was proposed against (the incumbent of its round)."""
     incumbent = base = list(initial)
@@ -52,7 +69,7 @@ def replay_revisions(initial: Sequence[int], revisions: Iterable[Revision]) -> I
             incumbent = base[: revision.position] + list(revision.suffix)
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """What one method made of one problem with one seed.
 
@@ -71,6 +88,8 @@ class Trace:
         predicted_gain: entry k is about the k-th incumbent. Its value t is the largest increase of the reward that the
             gradient predicts for another token at position t. The gradient at the last incumbents is not always
             computed, so there may be fewer entries than incumbents.
+        decoder: turns token ids into text, if the tokenizer or a table of its tokens is at hand. Not stored.
+        texts: of a trace from `from_dict`. `get_texts` returns those of any trace.
     """
 
     problem_id: str
@@ -97,6 +116,8 @@ class Trace:
     answer_strict: str | None = None
     correct_strict: bool | None = None
     match_result: str | None = None
+    decoder: TextDecoder | None = field(default=None, repr=False, compare=False)
+    texts: TraceTexts | None = field(default=None, repr=False, compare=False)
 
     @property
     def grading_reference(self) -> str | None:
@@ -158,6 +179,172 @@ class Trace:
     def describe(self) -> str:
         """Name the trace in a message."""
         return f"trace {self.problem_id!r} (seed {self.seed}, {self.method})"
+
+    # --- for people and programs --------------------------------------------------------------------------
+
+    def get_texts(self) -> TraceTexts:
+        """Return the first response and the changes of all revisions as text.
+
+        Without a decoder a token is written as its number, such as ⟨17⟩.
+        """
+        if self.texts is not None and len(self.texts.changes) == len(self.revisions):
+            return self.texts
+        decode = self.decoder or _write_numbers
+        changes = tuple(compute_text_change(revision, base, decode) for revision, base in self.replay_revisions())
+        return TraceTexts(decode(self.initial_ids), changes)
+
+    def list_changes(self) -> list[tuple[Revision, TextChange, tuple[str, str]]]:
+        """Return each revision with what it changed, and what stands for its tokens where they have no text."""
+        return [
+            (revision, change, name_special_tokens(revision, base))
+            for (revision, base), change in zip(self.replay_revisions(), self.get_texts().changes, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        """Return the trace as an answer that is refined: each accepted change, its reward, and the cost."""
+        if self.error is not None:
+            return f"{self.describe()}\n  question  {_shorten(self.prompt)}\n  error     {_shorten(self.error)}"
+        lines = [
+            self.describe(),
+            f"  question  {_shorten(self.prompt)}",
+            f"  first     {_shorten(self.get_texts().initial)}   reward {self.reward_initial:.3f}",
+        ]
+        for revision, change, names in self.list_changes():
+            if revision.accepted:
+                text = change.format_marked(names, _MAX_CONTEXT).replace("\n", "⏎")
+                reward = f"{revision.reward_before:.3f} -> {revision.reward_after:.3f}"
+                lines.append(f"  round {revision.round + 1:<4}{text}   reward {reward}")
+        lines.append(f"  last      {_shorten(self.response)}   reward {self.reward:.3f}")
+        return "\n".join([*lines, f"  {self._describe_outcome()}"])
+
+    def _describe_outcome(self) -> str:
+        """Return answer, cost and the end of the search in one line."""
+        num_accepted = sum(revision.accepted for revision in self.revisions)
+        words = {True: " (right)", False: " (wrong)", None: ""}
+        parts = [
+            f"answer {_shorten(self.answer or 'none found')}{words[self.correct]}",
+            f"{num_accepted} of {len(self.revisions)} proposals accepted",
+            f"{format_si(self.cost.flops, 'FLOPs')}, {format_si(self.cost.seconds, 's')}",
+            f"ended by {self.stop_reason}" + ("" if self.finished else ", response cut off"),
+        ]
+        return "; ".join(parts)
+
+    def _repr_html_(self) -> str:
+        """Return the trace for a notebook: HTML with inline styles, without scripts. All texts are escaped."""
+
+        def row(title: str, content: str, reward: str) -> str:
+            cell = "padding:2px 10px 2px 0;vertical-align:top;text-align:left"
+            return (
+                f'<tr><th style="{cell};white-space:nowrap">{escape(title)}</th>'
+                f'<td style="{cell};white-space:pre-wrap;font-family:monospace">{content}</td>'
+                f'<td style="{cell};white-space:nowrap">{escape(reward)}</td></tr>'
+            )
+
+        def text(value: str) -> str:
+            return escape(make_printable(value))
+
+        rows = [row("question", text(self.prompt), "")]
+        if self.error is not None:
+            rows.append(row("error", text(self.error), ""))
+        else:
+            rows.append(row("first response", text(self.get_texts().initial), f"reward {self.reward_initial:.3f}"))
+            for revision, change, names in self.list_changes():
+                if revision.accepted:
+                    reward = f"{revision.reward_before:.3f} → {revision.reward_after:.3f}"
+                    rows.append(row(f"round {revision.round + 1}", change.format_html(names), reward))
+            rows.append(row("last response", text(self.response), f"reward {self.reward:.3f}"))
+        caption = f"<div>{escape(self._describe_outcome())}</div>" if self.error is None else ""
+        return f"<div><b>{text(self.describe())}</b><table>{''.join(rows)}</table>{caption}</div>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trace as JSON values, with the texts of its responses and revisions.
+
+        A number that is not finite becomes None (NaN) or the text "inf" or "-inf". `from_dict` reads it again.
+        """
+        texts = self.get_texts()
+        revisions = [
+            _to_json(vars(revision))
+            | {
+                "old_text": change.old_token,
+                "new_text": change.new_token,
+                "suffix_text": change.new_token + change.suffix,
+                "prefix_text": change.prefix,
+            }
+            for revision, change in zip(self.revisions, texts.changes, strict=True)
+        ]
+        values = {name: value for name, value in vars(self).items() if name not in _UNSTORED_FIELDS}
+        return _to_json(values | {"cost": asdict(self.cost), "revisions": ()}) | {
+            "initial": texts.initial,
+            "revisions": revisions,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trace:
+        """Return the trace of an object that `to_dict` wrote.
+
+        Raises:
+            ValueError: unknown or missing keys, or a trace that contradicts itself.
+        """
+        values, names = dict(data), [one.name for one in fields(cls) if one.name not in _UNSTORED_FIELDS]
+        initial = values.pop("initial", None)
+        required = [one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING]
+        mistakes = [f"unknown key {name!r}" for name in values if name not in names]
+        mistakes += [f"{name!r} is missing" for name in required if name not in values]
+        if mistakes:
+            raise ValueError(f"this is no trace: {'; '.join(mistakes)}")
+        try:
+            revisions, changes = [], []
+            for entry in values["revisions"]:
+                entry = dict(entry)
+                old, new, after, before = (entry.pop(name, None) for name in _TEXT_KEYS)
+                revisions.append(
+                    Revision(**_read_numbers(entry | {"suffix": tuple(entry["suffix"])}, _REVISION_NUMBERS))
+                )
+                if None not in (old, new, after, before):
+                    changes.append(TextChange(before, old, new, after[len(new) :]))
+            values = _read_numbers(values, ("reward_initial", "reward")) | {
+                "revisions": revisions,
+                "cost": Cost(**values["cost"]),
+            }
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"this is no trace: {format_error(error)}") from error
+        has_texts = initial is not None and len(changes) == len(revisions)
+        trace = cls(**values, texts=TraceTexts(initial, tuple(changes)) if has_texts else None)
+        trace.validate()
+        return trace
+
+
+_MAX_CONTEXT = 60  # characters before and after a change in `repr`
+_MAX_REPR_CHARS = 160
+_UNSTORED_FIELDS = ("decoder", "texts")
+_TEXT_KEYS = ("old_text", "new_text", "suffix_text", "prefix_text")
+_REVISION_NUMBERS = ("reward_before", "reward_after", "cumulative_flops")
+STORED_FIELDS = tuple(one.name for one in fields(Trace) if one.name not in _UNSTORED_FIELDS)
+
+
+def _shorten(text: str) -> str:
+    """Return a text on one line, with its middle left out if it is long."""
+    text = make_printable(text).replace("\n", "⏎")
+    half = _MAX_REPR_CHARS // 2
+    return text if len(text) <= _MAX_REPR_CHARS else f"{text[:half]} … {text[-half:]}"
+
+
+def _write_numbers(ids: Sequence[int]) -> str:
+    return "".join(f"⟨{token}⟩" for token in ids)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, Mapping):
+        return {key: _to_json(item) for key, item in value.items()}
+    return [_to_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _read_numbers(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return values with the numbers that are not finite as floats again."""
+    numbers = {name: values[name] for name in names if name in values}
+    return {**values, **{name: math.nan if number is None else float(number) for name, number in numbers.items()}}
 
 
 _TOKEN_IDS = pa.list_(pa.int32())

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 
 from nabla_trl.models.flops import Cost
 from nabla_trl.tasks.shards import check_same_settings, list_run_folders, read_shard_plan
-from nabla_trl.traces.schema import FORMAT_VERSION, SCHEMA, VERSION_KEY, Revision, Trace
+from nabla_trl.traces.schema import FORMAT_VERSION, SCHEMA, STORED_FIELDS, VERSION_KEY, Revision, Trace
+from nabla_trl.traces.texts import make_folder_decoder
 from nabla_trl.utils.files import fsync_folder, parse_json, refuse_unreadable
 from nabla_trl.utils.formatting import format_error
 
@@ -129,8 +130,9 @@ def read_traces(path_or_paths: str | Path | Iterable[str | Path], columns: Seque
     traces: list[Trace] = []
     for path in _list_shards(path_or_paths):
         table = _read_table(path, table_columns)
+        decoder = make_folder_decoder(path.parent)
         with refuse_unreadable(f"{path}: damaged trace shard"):
-            traces += [_from_row(row) for row in table.to_pylist()]
+            traces += [replace(_from_row(row), decoder=decoder) for row in table.to_pylist()]
     traces.sort(key=_get_trace_key)
     for before, after in pairwise(traces):
         if _get_trace_key(before) == _get_trace_key(after):
@@ -199,7 +201,7 @@ def _get_trace_key(trace: Trace) -> tuple[str, int, str]:
 
 
 def _to_row(trace: Trace) -> dict[str, Any]:
-    row = dict(vars(trace))
+    row = {name: getattr(trace, name) for name in STORED_FIELDS}
     cost = row.pop("cost")
     row["revisions"] = [vars(revision) for revision in trace.revisions]
     row |= {"flops": cost.flops, "seconds": cost.seconds, "tokens": json.dumps(cost.tokens)}
@@ -234,9 +236,8 @@ def _parse_object(text: str) -> dict[str, Any]:
 
 
 def _expand_columns(columns: Sequence[str]) -> list[str]:
-    field_names = [field.name for field in fields(Trace)]
-    if unknown := [name for name in columns if name not in field_names]:
-        raise ValueError(f"no such trace column: {', '.join(unknown)}; choose from: {', '.join(field_names)}")
+    if unknown := [name for name in columns if name not in STORED_FIELDS]:
+        raise ValueError(f"no such trace column: {', '.join(unknown)}; choose from: {', '.join(STORED_FIELDS)}")
     names = dict.fromkeys((*_KEY_COLUMNS, *columns))
     return [column for name in names for column in (_COST_COLUMNS if name == "cost" else (name,))]
 

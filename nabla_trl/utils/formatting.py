@@ -45,6 +45,8 @@ def is_verbose(environ: Mapping[str, str] = os.environ) -> bool:
 def format_si(value: float, unit: str = "") -> str:
     """Return a number with three significant digits and an SI prefix: 1.2e8, "FLOPs" → "120 MFLOPs"."""
     value = float(f"{value:.3g}")
+    if not math.isfinite(value):
+        return f"{value} {unit}".rstrip()
     power = math.floor(math.log10(abs(value)) / 3) if value else 0
     power = min(max(power, min(_SI_PREFIXES)), max(_SI_PREFIXES))
     return f"{value / 1000.0**power:.3g} {_SI_PREFIXES[power]}{unit}".rstrip()

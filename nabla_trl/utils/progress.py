@@ -30,6 +30,21 @@ _ANNOUNCE_SECONDS, _BEAT_SECONDS = 3.0, 10.0
 ProgressItem = tuple[str, float | None, float]
 
 
+_is_enabled = True
+
+
+def disable_progress() -> None:
+    """Show no progress of long work in this process, neither as a bar nor as lines. Messages go to `logging`."""
+    global _is_enabled
+    _is_enabled = False
+
+
+def enable_progress() -> None:
+    """Show the progress of long work again, after `disable_progress`."""
+    global _is_enabled
+    _is_enabled = True
+
+
 class PrintableConsole(Console):
     """A console on which control characters of texts become replacement characters, and styles stay.
 
@@ -142,7 +157,8 @@ class ProgressDisplay:
         trials_per_item: int = 1,
         console: Console | None = None,
     ):
-        self.name, self.total, self.num_done, self.show_progress = name, total, num_done, show_progress
+        self.name, self.total, self.num_done = name, total, num_done
+        self.show_progress = show_progress and _is_enabled
         self.trials_per_item = trials_per_item
         self.console = PrintableConsole(stderr=True) if console is None else console
         self.num_new = 0

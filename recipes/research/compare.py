@@ -31,13 +31,13 @@ from nabla_trl.evaluation.plan import EvaluationSetup, Job, check_methods, limit
 from nabla_trl.evaluation.results import store_results
 from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.pipeline.evaluation import open_evaluation
+from nabla_trl.pipeline.problems import collect_problems
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.tasks.problem import filter_with_gold_answer
-from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.utils.fields import option
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import hide_userinfo
-from nabla_trl.utils.identity import identify_adapter
 from nabla_trl.utils.locks import lock_folder
 
 BASELINES = ("control", "shuffled", "paper", "released", "qalign", *STEP_SEARCHES)
@@ -143,22 +143,31 @@ def main(argv: Sequence[str]) -> None:
 def run_comparison(
     output_dir: Path,
     args: CompareArguments,
-    models: ModelArguments,
+    model_arguments: ModelArguments,
     config: SearchConfig,
     baseline_config: BaselineConfig,
     command: str,
 ) -> None:
     """Make the missing rows and write compare.md, compare.json, rows.jsonl and facts.json."""
-    problems = filter_with_gold_answer(
-        load_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
+    models = model_arguments.build_pair()
+    problem_set = collect_problems(
+        args.dataset,
+        split=args.split,
+        max_problems=args.max_problems or None,
+        prompt_options=models.get_prompt_options(),
     )
-    models.get_prompt_options().check_problems(problems)
-    policy, reward = models.load_policy_and_reward(4 * config.batch_size)
-    settings = models.get_settings() | get_task_settings(args.dataset) | config.get_settings()
-    settings |= {"split": args.split, "adapter": identify_adapter(models.adapter) if models.adapter else ""}
-    evaluation = Evaluation(output_dir, settings, problems, settings_file="compare.settings.json")
-    warn_past_limits(reward, config, max(args.best_of_n))
-    setup = EvaluationSetup(policy, reward, config, tuple(args.seeds), baseline_config=baseline_config)
+    problems = filter_with_gold_answer(problem_set.problems)
+    evaluation, setup = open_evaluation(
+        problems,
+        models,
+        output_dir,
+        task_settings=problem_set.settings | models.get_adapter_settings(),
+        config=config,
+        seeds=args.seeds,
+        baseline_config=baseline_config,
+        settings_file="compare.settings.json",
+    )
+    warn_past_limits(setup.reward, config, max(args.best_of_n))
     with AnswerChecker() as checker:
         comparison = Comparison(args, setup, evaluation, checker)
         methods_by_reference, method_by_weight = comparison.run_budgets(), comparison.run_reward_weights()

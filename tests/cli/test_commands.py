@@ -11,9 +11,10 @@ import pytest
 import worlds
 from peft import LoraConfig, get_peft_model
 
-from nabla_trl.audit import overoptimization
-from nabla_trl.cli import arguments, console
+from nabla_trl.cli import console
 from nabla_trl.cli.main import COMMANDS, main
+from nabla_trl.pipeline import audit
+from nabla_trl.pipeline.models import ModelPair
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.registry import compute_task_version
 from nabla_trl.traces.storage import read_traces
@@ -175,13 +176,13 @@ def test_every_method_that_is_wrong_is_named(capsys, models, dataset, tmp_path):
 
 
 def test_what_libraries_print_stays_out_of_the_json(capsys, models, monkeypatch):
-    load = arguments.ModelArguments.load_policy_and_reward
+    load = ModelPair.load
 
     def chatty(self, *args, **kwargs):
         print("noise")
         return load(self, *args, **kwargs)
 
-    monkeypatch.setattr(arguments.ModelArguments, "load_policy_and_reward", chatty)
+    monkeypatch.setattr(ModelPair, "load", chatty)
     assert main(["solve", "1+2", *models, *SEARCH, "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["error"] is None and err == "noise\n"
@@ -282,7 +283,7 @@ def test_traces_are_made_once(capsys, models, dataset, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("models were loaded for nothing")
 
-    monkeypatch.setattr(arguments.ModelArguments, "load_policy_and_reward", refuse)
+    monkeypatch.setattr(ModelPair, "load", refuse)
     assert main(argv) == 0
     assert capsys.readouterr().out == f"0 traces written, 6 existed: {tmp_path / 'traces'}\n"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*[!k]")} == before
@@ -326,7 +327,7 @@ def test_eval_then_report(capsys, models, dataset, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a report needs no models")
 
-    monkeypatch.setattr(arguments.ModelArguments, "load_policy_and_reward", refuse)
+    monkeypatch.setattr(ModelPair, "load", refuse)
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith(table[: table.index("rows: ")])
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
@@ -523,7 +524,7 @@ def test_what_an_audit_found_is_kept_when_a_later_part_fails(capsys, models, dat
     def fails(*args, **options):
         raise ValueError("no audit today")
 
-    monkeypatch.setattr(overoptimization, "audit_overoptimization", fails)
+    monkeypatch.setattr(audit, "audit_overoptimization", fails)
     assert main(["audit", *models, *dataset, *DEEP, "--output_file", str(tmp_path / "audit.json")]) == 1
     assert "no audit today" in error_line(capsys)
     assert [file.name for file in tmp_path.iterdir()] == ["audit.json"]

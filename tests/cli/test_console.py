@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
-import math
 import re
 import sys
 from dataclasses import replace
@@ -14,10 +12,11 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from nabla_trl.cli.console import compute_text_change, guard_terminal, print_trace, trace_to_json
+from nabla_trl.cli.console import guard_terminal, print_trace
 from nabla_trl.cli.parsing import run_main
 from nabla_trl.models.flops import Cost
 from nabla_trl.traces.schema import Revision, Trace
+from nabla_trl.traces.texts import compute_text_change
 from nabla_trl.utils.formatting import format_error, make_printable
 from nabla_trl.utils.progress import PrintableConsole, ProgressDisplay
 
@@ -163,17 +162,6 @@ def test_a_character_of_several_tokens_is_not_torn_apart():
     other = Revision(0, 1, base[1], "数".encode()[0], tuple("数!".encode()), 0.0, 1.0, True, 0.0)
     change = compute_text_change(other, base, utf8)
     assert (change.prefix, change.new_token, change.suffix) == ("a", "数", "!")
-
-
-def test_json_holds_the_whole_trace_and_texts():
-    bad = replace(STORY, reward=math.nan)
-    result = json.loads(json.dumps(trace_to_json(bad, decode), allow_nan=False))
-    assert result["reward"] is None and result["initial"] == "1+2=4;#4"
-    assert result["cost"] == {"flops": 1.2e9, "seconds": 0.25, "tokens": {"policy/decode": 3}}
-    assert {name for name in vars(STORY)} <= set(result)
-    third = result["revisions"][2]
-    assert third["suffix"] == ids_of("3;#9") and third["accepted"] is True
-    assert (third["old_text"], third["new_text"], third["suffix_text"]) == ("4", "3", "3;#9")
 
 
 # --- what is printed beside traces ------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from nabla_trl.evaluation.runner import get_budget_flops, run_job, run_jobs
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
+from nabla_trl.search.batches import find_unfinished_problems, search_to_folder
 from nabla_trl.search.config import SearchConfig
-from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces
 from nabla_trl.tasks.problem import Problem, compute_content_hash
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import read_traces
@@ -81,7 +81,7 @@ class Run:
         folder = self.folder / "traces"
         todo = find_unfinished_problems(share, folder, 0)
         with AnswerChecker() as checker:
-            generate_traces(
+            search_to_folder(
                 todo,
                 folder,
                 policy=self.bench.policy,

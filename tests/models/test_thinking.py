@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from nabla_trl.grading.extraction import extract_answer, has_open_think_block
 from nabla_trl.grading.notation import is_think_tag, normalize_think_tags
 from nabla_trl.models.policy import Policy
-from nabla_trl.search.generate_traces import write_token_texts
+from nabla_trl.search.batches import write_token_texts
 from nabla_trl.tasks.problem import Problem
 
 TRL = Path(trl.__file__).parent / "chat_templates"

@@ -26,8 +26,8 @@ from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import TokenStatistic, make_rng
 from nabla_trl.models.vllm_backend import HttpClient, VllmBackend, VllmSession, connect_vllm
 from nabla_trl.rewards.reward import Reward
+from nabla_trl.search.batches import TraceTotals, find_unfinished_problems, search_to_folder
 from nabla_trl.search.config import SearchConfig
-from nabla_trl.search.generate_traces import TraceTotals, find_unfinished_problems, generate_traces
 from nabla_trl.search.loop import run_search
 from nabla_trl.search.reasoner import NablaReasoner
 from nabla_trl.tasks.problem import Problem
@@ -649,7 +649,7 @@ def test_a_server_that_dies_half_way_loses_nothing_finished(
             find_unfinished_problems(problems, folder, 0),
             {"config": config, "seed": 0, "show_progress": False},
         )
-        return generate_traces(todo, folder, policy=served, reward=scalar_reward, checker=checker, **settings)
+        return search_to_folder(todo, folder, policy=served, reward=scalar_reward, checker=checker, **settings)
 
     with AnswerChecker() as checker:
         assert run(tmp_path / "whole", checker).num_traces == 4

@@ -27,7 +27,7 @@ from nabla_trl.report.groups import group_methods
 from nabla_trl.report.html import viewer
 from nabla_trl.report.markdown import format_table, markdown_to_html
 from nabla_trl.report.summary import Summary, find_pareto_front, summarize
-from nabla_trl.search.generate_traces import write_token_texts
+from nabla_trl.search.batches import write_token_texts
 
 FIGURES = {
     *("accuracy_flops", "accuracy_seconds", "accuracy_tokens", "scaling", "reward_accuracy", "reward_rounds"),
@@ -70,10 +70,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("page")
-    pages.write_run(folder)
-    return folder
+def folder(report_folder: Path) -> Path:
+    return report_folder
 
 
 @pytest.fixture(scope="module")

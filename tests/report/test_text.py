@@ -97,7 +97,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     rows = make_rows()
     rows[0] = replace(rows[0], error="prompt longer than the context")
-    report.write_report(folder, rows, FACTS)
+    report.write_report_files(folder, rows, FACTS)
     return folder
 
 
@@ -122,14 +122,14 @@ def results(rows, facts=FACTS):
 def test_strict_accuracy_stands_beside_where_it_differs(tmp_path):
     rows = make_rows({"greedy": (0.4, 4e6), "nabla": (0.8, 61e6)})
     rows = [replace(row, correct_strict=row.correct) for row in rows]
-    report.write_report(tmp_path, rows, FACTS)
+    report.write_report_files(tmp_path, rows, FACTS)
     assert "strict" not in (tmp_path / "report.md").read_text()
     index = next(index for index, row in enumerate(rows) if row.method == "nabla" and row.correct)
     strict = {"correct_strict": False, "answer_strict": None, "answer": "3", "gold": "3", "tail": "so 3"}
     rows[index] = replace(rows[index], **strict, match_result="correct")
     index = next(index for index, row in enumerate(rows) if not row.correct)
     rows[index] = replace(rows[index], match_result="timeout")
-    found = report.write_report(tmp_path, rows, FACTS)
+    found = report.write_report_files(tmp_path, rows, FACTS)
     lines = {line["method"]: line for line in table(section(tmp_path, "Results"))}
     assert lines["greedy"]["strict accuracy"] == lines["greedy"]["accuracy"]
     assert lines["nabla"]["strict accuracy"].startswith("0.792") and lines["nabla"]["accuracy"].startswith("0.800")
@@ -302,7 +302,7 @@ def test_what_is_not_there_is_named_and_its_old_figure_removed(tmp_path):
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "break_even.png").write_bytes(b"of an earlier run")
     few = make_rows(without=[name for name in WORLD if name not in ("greedy", "best_of_16")])
-    report.write_report(tmp_path, few, {**FACTS, "audit": None})
+    report.write_report_files(tmp_path, few, {**FACTS, "audit": None})
     assert sorted(path.stem for path in (tmp_path / "plots").iterdir()) == [
         "accuracy_flops",
         "accuracy_seconds",
@@ -317,13 +317,13 @@ def test_what_is_not_there_is_named_and_its_old_figure_removed(tmp_path):
 def test_nothing_is_written_from_rows_or_facts_that_are_refused(tmp_path):
     rows = make_rows()
     with pytest.raises(ValueError, match="no row for method 'reward_model_sampling', problem 'p59', seed 1"):
-        report.write_report(tmp_path / "a", rows[:-1], FACTS)
+        report.write_report_files(tmp_path / "a", rows[:-1], FACTS)
     with pytest.raises(ValueError, match="facts lack policy"):
-        report.write_report(tmp_path / "a", rows, {key: one for key, one in FACTS.items() if key != "policy"})
+        report.write_report_files(tmp_path / "a", rows, {key: one for key, one in FACTS.items() if key != "policy"})
     with pytest.raises(ValueError, match=r"facts hold values that cannot be read: seeds \(7\)"):
-        report.write_report(tmp_path / "a", rows, FACTS | {"seeds": 7})
+        report.write_report_files(tmp_path / "a", rows, FACTS | {"seeds": 7})
     with pytest.raises(ValueError, match=r"unknown key audit\.verdict: it is now audit\.conclusion"):
-        report.write_report(tmp_path / "a", rows, FACTS | {"audit": {"verdict": "Sound."}})
+        report.write_report_files(tmp_path / "a", rows, FACTS | {"audit": {"verdict": "Sound."}})
     assert not (tmp_path / "a").exists()
 
 
@@ -343,7 +343,7 @@ def test_samples_alone_are_a_report_too(tmp_path):
     rows = make_rows({"samples_4": (0.0, 4e6)})
     rows = [replace(row, samples=[["1", True], ["2", False], ["2", False], [None, False]]) for row in rows]
     rows[0] = replace(rows[0], samples=[], error="too long")
-    found = report.write_report(tmp_path, rows, FACTS)
+    found = report.write_report_files(tmp_path, rows, FACTS)
     text = (tmp_path / "report.md").read_text()
     assert section(tmp_path, "Results").strip().startswith("Missing: no method that gives one answer was evaluated.")
     assert '<table class="headline">' not in (tmp_path / "report.html").read_text()

@@ -73,7 +73,8 @@ def test_reads_problems_with_ids(tmp_path: Path) -> None:
 def test_reads_every_optional_field(tmp_path: Path) -> None:
     row = {"prompt": "9-5=?", "answer": 4, "solution": "9-5=4", "id": 12, "level": 5, "unknown": [1]}
     path = write_lines(tmp_path / "own.jsonl", row)
-    assert [bare(one) for one in load_problems(path)] == [Problem("12", "9-5=?", "4", "9-5=4", task="own", level="5")]
+    expected = Problem("12", "9-5=?", "4", "9-5=4", task="own", level="5", columns={"unknown": [1]})
+    assert [bare(one) for one in load_problems(path)] == [expected]
 
 
 def test_messages_are_the_chat_and_their_last_turn_the_question(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,11 @@ from nabla_trl.traces.storage import TraceWriter, read_finished_meta, read_trace
 
 AWKWARD_FLOATS = [0.1 + 0.2, -0.0, 5e-324, 1.7976931348623157e308, 1e16 + 2]
 AWKWARD_TEXTS = ["", "∇β → 7 🙂", "a\x00b\r\n", "\u202eright to left", '"quoted", {json}']
+
+
+def values(traces: Sequence[Trace]) -> list[str]:
+    """All fields of traces as text. It tells -0.0 from 0.0 and a float from its neighbor, and nan equals nan."""
+    return [repr(vars(trace)) for trace in traces]
 
 
 def make_trace(number: int, *, seed: int = 0, rounds: int = 4) -> Trace:
@@ -164,7 +170,7 @@ def test_contradictions_are_refused_and_not_written(trace: Trace, message: str, 
         writer.add(make_trace(7))
         with pytest.raises(ValueError, match=message):
             writer.add(trace)
-    assert repr(read_traces(tmp_path)) == repr([make_trace(7)])
+    assert values(read_traces(tmp_path)) == values([make_trace(7)])
 
 
 # --- on disk
@@ -181,7 +187,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     write(tmp_path, shuffled, chunk_size=8)
     assert len(names(tmp_path)) == math.ceil(len(traces) / 8)
     # repr tells -0.0 from 0.0, 7 from 7.0 and every float from its neighbour, and nan equals nan
-    assert repr(read_traces(tmp_path)) == repr(traces)
+    assert values(read_traces(tmp_path)) == values(traces)
 
 
 def test_a_value_that_fits_no_column_costs_only_its_own_trace(tmp_path: Path) -> None:
@@ -285,7 +291,7 @@ def test_an_interrupted_write_shows_no_part_of_a_shard(
             writer.flush()
     assert names(tmp_path) == ["traces-00000-00000.parquet"]
     writer.flush()
-    assert repr(read_traces(tmp_path)) == repr([make_trace(0), make_trace(1)])
+    assert values(read_traces(tmp_path)) == values([make_trace(0), make_trace(1)])
 
 
 def test_a_full_disk_keeps_earlier_shards_and_pending_traces(tmp_path: Path) -> None:
@@ -295,7 +301,7 @@ def test_a_full_disk_keeps_earlier_shards_and_pending_traces(tmp_path: Path) -> 
         with worlds.full_disk(free=1000), pytest.raises(OSError, match=r"free disk.*traces-00000-00001\.parquet"):
             writer.add(make_trace(2))
         assert names(tmp_path) == ["traces-00000-00000.parquet"]
-    assert repr(read_traces(tmp_path)) == repr([make_trace(number) for number in range(3)])
+    assert values(read_traces(tmp_path)) == values([make_trace(number) for number in range(3)])
 
 
 CHILD = """
@@ -345,7 +351,7 @@ def test_kill_9_leaves_whole_shards_and_resume_gives_the_same_rows(tmp_path: Pat
     assert len(missing) == 5
     write(tmp_path, missing)
     assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
-    assert repr(read_traces(tmp_path)) == repr([make_trace(number) for number in range(total)])
+    assert values(read_traces(tmp_path)) == values([make_trace(number) for number in range(total)])
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:

@@ -7,22 +7,19 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments, check_distinct
 from nabla_trl.cli.parsing import Parser, UsageError
-from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.options import GradientPoint
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
 from nabla_trl.tasks.registry import load_problems
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
-from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import format_interval
 from nabla_trl.utils.progress import PrintableConsole
 
@@ -30,6 +27,7 @@ if TYPE_CHECKING:
     from nabla_trl.audit.gradient import FirstErrorScores, GradientAudit
     from nabla_trl.audit.overoptimization import OveroptimizationAudit
     from nabla_trl.audit.ranking import RankingAudit
+    from nabla_trl.pipeline.audit import AuditResult
     from nabla_trl.utils.statistics import Interval
 
 AUDIT_HELP = """--json prints one object. --output_file writes the same object after each part:
@@ -160,39 +158,6 @@ class AuditArguments:
         )
 
 
-@dataclass
-class AuditResult:
-    """The parts of an audit that have run so far.
-
-    Attributes:
-        policy: name of the policy on the command line.
-        reward: name of the reward on the command line.
-    """
-
-    policy: str
-    reward: str
-    ranking: RankingAudit
-    gradient: GradientAudit | None = None
-    over_optimization: OveroptimizationAudit | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as JSON values."""
-        over_optimization = self.over_optimization.to_dict() if self.over_optimization else None
-        return {
-            "policy": self.policy,
-            "reward": self.reward,
-            **self.ranking.to_dict(),
-            "gradient": self.gradient.to_dict() if self.gradient else None,
-            "over_optimization": over_optimization,
-            "validated_limits": over_optimization and over_optimization["validated_limits"],
-        }
-
-    def write(self, output_file: str) -> None:
-        """Write the result to a file, if it has a name."""
-        if output_file:
-            write_atomic(Path(output_file), json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     parser = Parser(
@@ -212,6 +177,7 @@ def main(argv: Sequence[str]) -> int:
     checks = Checks()
     models, args, extra = parser.parse_options(argv, checks)
 
+    from nabla_trl.pipeline.audit import run_audit
     from nabla_trl.planning.preflight import check_output_file
 
     problems: list[Problem] = []
@@ -224,66 +190,24 @@ def main(argv: Sequence[str]) -> int:
         with checks.collect():
             check_output_file(args.output_file)
     checks.raise_faults(UsageError)
-    config = args.build_search_config()
     with redirect_stdout(sys.stderr):  # libraries must not print into the JSON
-        result = run_audits(problems, models, args, config)
+        result = run_audit(
+            problems,
+            models.build_pair(),
+            config=args.build_search_config(),
+            samples=args.audit_samples,
+            gradient_at=args.gradient_at if args.gradient else (),
+            num_swaps=args.num_swaps,
+            over_optimization=args.over_optimization,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            output_file=args.output_file,
+        )
     if extra.json:
         print(json.dumps(result.to_dict()))
     else:
         print_audit(result, PrintableConsole())
     return 0
-
-
-def run_audits(
-    problems: Sequence[Problem], models: ModelArguments, args: AuditArguments, config: SearchConfig
-) -> AuditResult:
-    """Run the parts of the audit. The output file is written after each part, in case a later part fails."""
-    from nabla_trl.audit.gradient import audit_gradient
-    from nabla_trl.audit.overoptimization import audit_overoptimization
-    from nabla_trl.audit.ranking import audit_ranking
-    from nabla_trl.baselines.sampling import draw_pool
-
-    with AnswerChecker() as checker:
-        policy, reward = models.load_policy_and_reward(args.batch_size)
-        pool = draw_pool(
-            problems,
-            args.audit_samples,
-            policy=policy,
-            reward=reward,
-            sampling=config.get_sampling(),
-            seed=args.seed,
-            batch_size=args.batch_size,
-        )
-        result = AuditResult(models.policy, models.reward, audit_ranking(pool, checker))
-        result.write(args.output_file)
-        if args.gradient:
-            result.gradient = audit_gradient(
-                problems,
-                policy=policy,
-                reward=reward,
-                gradient_at=args.gradient_at,
-                sampling=config.get_sampling(),
-                samples_per_problem=args.audit_samples,
-                num_swaps=args.num_swaps,
-                top_k_candidates=config.top_k_candidates,
-                candidate_min_p=config.candidate_min_p,
-                reward_weight=config.reward_weight,
-                seed=args.seed,
-                batch_size=args.batch_size,
-            )
-            result.write(args.output_file)
-        if args.over_optimization:
-            result.over_optimization = audit_overoptimization(
-                problems,
-                policy=policy,
-                reward=reward,
-                config=config,
-                checker=checker,
-                validated_samples=result.ranking.validated_samples,
-                seeds=(args.seed,),
-            )
-            result.write(args.output_file)
-    return result
 
 
 # --- in a terminal ------------------------------------------------------------------------------------

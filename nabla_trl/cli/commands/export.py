@@ -6,13 +6,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 
 from nabla_trl.cli.arguments import TRUST_REMOTE_CODE_HELP
 from nabla_trl.cli.parsing import Parser, UsageError, quiet_libraries
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
-from nabla_trl.utils.formatting import format_error
 
 
 @dataclass
@@ -77,9 +75,8 @@ def main(argv: Sequence[str]) -> int:
     checks = Checks()
     args = parser.parse_options(argv, checks)[0]
 
-    from nabla_trl.export import export
-    from nabla_trl.export.checkpoint import check_weight_files, find_checkpoint
     from nabla_trl.models.loading import set_trust_remote_code
+    from nabla_trl.pipeline.export import collect_export_faults, export
     from nabla_trl.planning.preflight import check_device, check_output_dir
 
     quiet_libraries()
@@ -88,26 +85,21 @@ def main(argv: Sequence[str]) -> int:
         check_device(args.device, args.dtype)
     if args.output_dir:
         with checks.collect():
-            export.check_export_folder(Path(args.output_dir))
-        with checks.collect():
             check_output_dir(args.output_dir)
-    if args.run_dir:
-        with checks.collect():
-            checkpoint = find_checkpoint(Path(args.run_dir), args.train_method)
-            with checks.collect():
-                check_weight_files(checkpoint)
-            if args.push_to_hub:
-                export.check_push_to_hub(checkpoint, args.push_to_hub, merge=args.merge)
+    if args.run_dir and args.output_dir:
+        collect_export_faults(checks, args.run_dir, args.output_dir, args.train_method, args.push_to_hub, args.merge)
     checks.raise_faults(UsageError)
     with redirect_stdout(sys.stderr):
-        result = export.export_checkpoint(
-            checkpoint,
-            Path(args.output_dir),
+        result = export(
+            args.run_dir,
+            args.output_dir,
+            train_method=args.train_method,
             merge=args.merge,
             license=args.license,
             dtype=args.dtype,
             device=args.device,
-            model_name=args.push_to_hub,
+            push_to_hub=args.push_to_hub,
+            private=args.private,
         )
     provenance = result.provenance
     differences = ", ".join(f"{name} {value:.2g}" for name, value in provenance.logit_differences.items())
@@ -117,12 +109,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if provenance.license is None:
         print("license: not known; --license names one")
-    print(f"{checkpoint.method} of {checkpoint.run_dir}: {result.output_dir}")
-    if args.push_to_hub:
-        try:
-            print(f"pushed: {export.push_to_hub(result.output_dir, args.push_to_hub, private=args.private)}")
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{result.output_dir} is ready, but was not pushed to {args.push_to_hub}: {format_error(error)}"
-            ) from error
+    print(f"{result.method} of {result.run_dir}: {result.output_dir}")
+    if result.url:
+        print(f"pushed: {result.url}")
     return 0

@@ -42,13 +42,10 @@ def main(argv: Sequence[str]) -> int:
     if bool(args.run_dir) == bool(extra.folder):
         raise UsageError("name one folder, as in nabla-trl report outputs/tiny")
 
-    from nabla_trl.evaluation.results import load_results
-    from nabla_trl.report.text import print_summary_table, write_report
+    from nabla_trl.pipeline.report import write_report
+    from nabla_trl.report.text import print_summary_table
 
     run_dir = Path(args.run_dir or extra.folder)
-    rows, facts = load_results(run_dir)
-    if args.dollars_per_gpu_hour is not None:
-        facts["dollars_per_gpu_hour"] = args.dollars_per_gpu_hour
-    print_summary_table(write_report(run_dir, rows, facts))
+    print_summary_table(write_report(run_dir, dollars_per_gpu_hour=args.dollars_per_gpu_hour))
     print(f"report: {run_dir / 'report.md'}; the same as a page, with the traces: {run_dir / 'report.html'}")
     return 0

@@ -20,10 +20,12 @@ from nabla_trl.utils.progress import PrintableConsole
 SOLVE_HELP = """--json prints one object:
   problem_id, task, method, seed, prompt, response, answer, gold, correct, error
   initial, prompt_ids, initial_ids, response_ids   first response, token ids
-  reward_initial, reward      null if they are not finite
+  reward_initial, reward      null for NaN, "-inf" where the reward cannot read
+                              the response
   revisions                   [{round, position, old_token, new_token, suffix,
-                              old_text, new_text, suffix_text, reward_before,
-                              reward_after, accepted, cumulative_flops}].
+                              old_text, new_text, prefix_text, suffix_text,
+                              reward_before, reward_after, accepted,
+                              cumulative_flops}].
                               position is an index of the response. FLOPs count
                               from the start of the search.
   predicted_gain              largest reward increase that the gradient
@@ -122,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
     [problem] = problems
 
     from nabla_trl.audit.overoptimization import warn_past_limits
-    from nabla_trl.cli.console import print_trace, trace_to_json
+    from nabla_trl.cli.console import print_trace
     from nabla_trl.cli.live import LiveView
     from nabla_trl.grading.checker import AnswerChecker
     from nabla_trl.search.reasoner import NablaReasoner
@@ -142,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
             with AnswerChecker() as checker:
                 [trace] = grade_traces([trace], checker)
     if extra.json:
-        text = json.dumps(trace_to_json(trace, policy.decode), allow_nan=False)
+        text = json.dumps(trace.to_dict(), allow_nan=False)
         print(text.replace("\x7f", "\\u007f"))  # the only control character that json.dumps does not escape
     elif trace.error is None:
         print_trace(trace, problem.question, policy.decode, console)

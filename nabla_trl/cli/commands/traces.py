@@ -8,18 +8,10 @@ from pathlib import Path
 
 from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments, collect_output_faults
 from nabla_trl.cli.parsing import Parser, UsageError
-from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.search.config import PRESETS, SearchConfig
-from nabla_trl.tasks.problem import Problem
-from nabla_trl.tasks.registry import get_task_settings, load_problems
-from nabla_trl.tasks.shards import SHARD_HELP, Shard, ShardPlan
-from nabla_trl.tasks.templates import use_recorded_date
+from nabla_trl.tasks.shards import SHARD_HELP, Shard
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
-from nabla_trl.utils.identity import claim_settings, identify_adapter
-from nabla_trl.utils.locks import lock_folder
-
-SETTINGS_FILE = "traces.settings.json"
 
 
 @dataclass
@@ -56,54 +48,34 @@ def main(argv: Sequence[str]) -> int:
     )
     checks = Checks()
     models, args, config = parser.parse_options(argv, checks)[:3]
-    problems: list[Problem] = []
+
+    from nabla_trl.pipeline.problems import ProblemSet, collect_problems
+    from nabla_trl.pipeline.traces import SETTINGS_FILE, collect_trace_settings, write_traces
+
+    problem_set = ProblemSet([], "", {})
     if args.dataset:
         with checks.collect():
-            problems = load_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
-    models.preflight(checks, problems=problems, max_new_tokens=config.max_new_tokens)
+            problem_set = collect_problems(args.dataset, split=args.split, max_problems=args.max_problems or None)
+    models.preflight(checks, problems=problem_set.problems, max_new_tokens=config.max_new_tokens)
 
     def get_settings() -> dict[str, str]:
-        adapter = identify_adapter(models.adapter) if models.adapter else ""
-        task_settings = get_task_settings(args.dataset)
-        return (
-            models.get_settings() | {"adapter": adapter, **task_settings, "split": args.split} | config.get_settings()
-        )
+        return collect_trace_settings(models.build_pair(), config, problem_set.settings)
 
     collect_output_faults(checks, args.output_dir, {SETTINGS_FILE: get_settings})
     checks.raise_faults(UsageError)
-
-    from nabla_trl.audit.overoptimization import warn_past_limits
-    from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces
-    from nabla_trl.traces.storage import describe_missing_shards, get_shard_plan_path
-
-    shard = Shard.parse(args.shard)
-    output_dir, traces_dir = Path(args.output_dir), Path(args.output_dir) / "traces"
-    share = shard.select(problems)
-    with lock_folder(output_dir, shard.index, shard.count):
-        use_recorded_date(output_dir, models.template_date)
-        unfinished = find_unfinished_problems(share, traces_dir, args.seed)
-        num_done = len(share) - len(unfinished)
-        if unfinished:  # load before the settings are claimed: a mistyped model must not claim the folder
-            policy, reward = models.load_policy_and_reward(4 * config.batch_size)
-        claim_settings(output_dir / SETTINGS_FILE, get_settings())
-        if shard.count > 1:
-            ShardPlan.build(shard, problems, [args.seed]).write(get_shard_plan_path(traces_dir, args.seed))
-        if unfinished:
-            warn_past_limits(reward, config)
-            with AnswerChecker() as checker:
-                tally = generate_traces(
-                    unfinished,
-                    traces_dir,
-                    policy=policy,
-                    reward=reward,
-                    config=config,
-                    seed=args.seed,
-                    checker=checker,
-                    rank=shard.index,
-                    num_done=num_done,
-                )
-            print(tally)
-    print(f"{len(unfinished)} traces written, {num_done} existed: {traces_dir}")
-    if missing := describe_missing_shards(output_dir):
-        print(f"traces are still missing of {missing}")
+    summary = write_traces(
+        problem_set.problems,
+        models.build_pair(),
+        Path(args.output_dir),
+        config=config,
+        seed=args.seed,
+        task_settings=problem_set.settings,
+        shard=Shard.parse(args.shard),
+        template_date=models.template_date,
+    )
+    if summary.totals is not None:
+        print(summary.totals)
+    print(f"{summary.num_written} traces written, {summary.num_existing} existed: {summary.folder}")
+    if summary.missing:
+        print(f"traces are still missing of {summary.missing}")
     return 0

@@ -28,7 +28,6 @@ import yaml
 from accelerate import PartialState
 
 from nabla_trl.audit.overoptimization import warn_past_limits
-from nabla_trl.audit.ranking import audit_reward
 from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.cli.distill.arguments import (
     COMMON_TRAIN_OPTIONS,
@@ -47,17 +46,18 @@ from nabla_trl.evaluation.method import (
     list_policy_labels,
     parse_methods,
 )
-from nabla_trl.evaluation.plan import EvaluationSetup
 from nabla_trl.evaluation.results import list_remarks, store_results
 from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts
 from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.loading import load_policy, set_trust_remote_code
+from nabla_trl.models.loading import set_trust_remote_code
 from nabla_trl.models.policy import Policy
-from nabla_trl.report.text import print_summary_table, write_report
+from nabla_trl.pipeline.audit import audit_samples
+from nabla_trl.pipeline.evaluation import collect_eval_settings, open_evaluation
+from nabla_trl.pipeline.traces import collect_trace_settings, fill_traces
+from nabla_trl.report.text import print_summary_table, write_report_files
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import PRESETS, SearchConfig
-from nabla_trl.search.generate_traces import find_unfinished_problems, generate_traces
 from nabla_trl.tasks.problem import Problem, check_disjoint, filter_with_gold_answer
 from nabla_trl.tasks.registry import get_task_settings, is_one_split, load_divided_problems, load_problems
 from nabla_trl.tasks.templates import use_recorded_date
@@ -69,7 +69,7 @@ from nabla_trl.training.stage import TrainStage
 from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options, list_trl_faults
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.formatting import hide_userinfo
-from nabla_trl.utils.identity import check_settings, claim_settings, hash_weights, is_same_model
+from nabla_trl.utils.identity import check_settings, hash_weights, is_same_model
 from nabla_trl.utils.interrupts import end_with_launcher, get_current_command
 from nabla_trl.utils.locks import lock_folder
 
@@ -139,9 +139,9 @@ class DistillRun:
             raise ValueError(f"WORLD_SIZE is {world_size}, but {self.state.num_processes} processes started")
         self.output_dir = Path(sft_config.output_dir)
         use_recorded_date(self.output_dir, args.template_date)
-        self.traces_dir = self.output_dir / "traces"
         self.checker = AnswerChecker()
-        self._models: tuple[Policy, Reward] | None = None
+        self.models = args.build_pair(device=str(self.state.device))
+        self._has_warned = False
         self.stopwatch = RunStopwatch(self.output_dir, START_TIME, float(os.environ.get("NABLA_SETUP_SECONDS", "0")))
         self.train_problems, self.callback_problems, self.held_out_problems = self._load_problems()
         if args.dtype == "bfloat16" and not {"bf16", "fp16"} & set(given_options):
@@ -209,16 +209,15 @@ class DistillRun:
         return {"dtype": args.dtype, "bf16": config.bf16, **chosen}
 
     def load_models(self) -> tuple[Policy, Reward]:
-        """Return the policy and the reward, which the first call loads."""
-        if self._models is None:
-            policy, reward = self.args.load_models(4 * self.search_config.batch_size, device=str(self.state.device))
-            if self.state.is_main_process:
-                stages = self.args.list_stages()
-                methods = parse_methods(self.args.eval_methods) if "evaluate" in stages else []
-                searches = "traces" in stages or has_search(methods)
-                warn_past_limits(reward, self.search_config if searches else None, get_max_selection_size(methods))
-            self._models = policy, reward
-        return self._models
+        """Return the policy and the reward. The first call loads them, and warns past validated limits."""
+        policy, reward = self.models.load(4 * self.search_config.batch_size)
+        if not self._has_warned and self.state.is_main_process:
+            stages = self.args.list_stages()
+            methods = parse_methods(self.args.eval_methods) if "evaluate" in stages else []
+            searches = "traces" in stages or has_search(methods)
+            warn_past_limits(reward, self.search_config if searches else None, get_max_selection_size(methods))
+        self._has_warned = True
+        return policy, reward
 
     def print_once(self, text: str) -> None:
         """Print a line in the main process."""
@@ -263,14 +262,12 @@ class DistillRun:
         """Audit in the main process if the reward ranks samples of the policy, and write audit.json."""
         path = self.output_dir / "audit.json"
         if self.state.is_main_process and self.args.max_audit_problems and not path.exists():
-            policy, reward = self.load_models()
-            audit = audit_reward(
+            self.load_models()
+            audit = audit_samples(
                 [problem for problem in self.train_problems if problem.answer][: self.args.max_audit_problems],
-                self.args.audit_samples,
-                policy=policy,
-                reward=reward,
-                sampling=self.search_config.get_sampling(),
-                batch_size=4 * self.search_config.batch_size,
+                self.models,
+                config=self.search_config,
+                samples=self.args.audit_samples,
                 checker=self.checker,
             )
             write_atomic(path, json.dumps(audit, indent=1))
@@ -283,33 +280,24 @@ class DistillRun:
             self.print_once(f"traces: not needed for {', '.join(self.args.train_methods)}")
             return
         share = self._select_process_share(self.train_problems)
-        seeds = range(self.args.seeds[0], self.args.seeds[0] + self.args.traces_per_problem)
-        unfinished = {seed: find_unfinished_problems(share, self.traces_dir, seed) for seed in seeds}
-        if any(unfinished.values()):
-            self.load_models()  # before the settings are claimed: a mistyped model must not claim the folder
-        settings = self._collect_trace_settings()
-        claim_settings(self.output_dir / "traces.settings.json", settings)
-        for path in self.output_dir.glob("*/traces.settings.json"):  # of shards in folders of their own
-            claim_settings(path, settings)
-        for seed, problems in unfinished.items():
-            if not problems:
-                self.print_once(f"traces: {len(share)} problems are already done")
-                continue
-            policy, reward = self.load_models()
-            tally = generate_traces(
-                problems,
-                self.traces_dir,
-                policy=policy,
-                reward=reward,
+        scope = " of this process" if self.state.num_processes > 1 else ""
+        for seed in range(self.args.seeds[0], self.args.seeds[0] + self.args.traces_per_problem):
+            summary = fill_traces(
+                share,
+                self.models,
+                self.output_dir,
                 config=self.search_config,
                 seed=seed,
+                settings=self._collect_trace_settings(),
+                load=self.load_models,
                 checker=self.checker,
                 rank=self.state.process_index,
                 show_progress=self.state.is_main_process,
-                num_done=len(share) - len(problems),
             )
-            scope = " of this process" if self.state.num_processes > 1 else ""
-            self.print_once(f"traces{scope}: {tally}")
+            if summary.totals is None:
+                self.print_once(f"traces: {len(share)} problems are already done")
+            else:
+                self.print_once(f"traces{scope}: {summary.totals}")
 
     def check_settings(self) -> None:
         """Check the settings of the output folder before anything in it is written.
@@ -327,21 +315,21 @@ class DistillRun:
             check_settings(self.output_dir / EVAL_SETTINGS_FILE, self._collect_eval_settings())
 
     def _collect_trace_settings(self) -> dict[str, str]:
-        settings = self._collect_search_settings() | {"adapter": "", "split": self._describe_split("train_split")}
-        return settings | get_task_settings(self.args.dataset)
+        split = {"split": self._describe_split("train_split")}
+        return collect_trace_settings(self.models, self.search_config, get_task_settings(self.args.dataset) | split)
 
     def _collect_eval_settings(self) -> dict[str, str]:
-        settings = self._collect_search_settings() | {"split": self._describe_split("eval_split")}
-        return settings | get_task_settings(self.args.eval_dataset or self.args.dataset)
+        return collect_eval_settings(self.models, self.search_config, self._get_eval_task_settings())
+
+    def _get_eval_task_settings(self) -> dict[str, str]:
+        task_settings = get_task_settings(self.args.eval_dataset or self.args.dataset)
+        return task_settings | {"split": self._describe_split("eval_split")}
 
     def _describe_split(self, name: str) -> str:
         split = str(getattr(self.args, name))
         if not self._divides_dataset():
             return split
         return f"{split}, test_fraction {self.args.test_fraction:g}, split_seed {self.args.split_seed}"
-
-    def _collect_search_settings(self) -> dict[str, str]:
-        return self.args.get_settings() | self.search_config.get_settings()
 
     def check_train_methods(self) -> None:
         """Check the training options before hours are spent on traces.
@@ -370,7 +358,9 @@ class DistillRun:
             lora=self.lora_arguments,
             sft_config=self.sft_config,
             load_models=self.load_models,
-            search_settings=self._collect_search_settings() | get_task_settings(self.args.dataset),
+            search_settings=self.models.get_settings()
+            | self.search_config.get_settings()
+            | get_task_settings(self.args.dataset),
             checker=self.checker,
             process_state=self.state,
             command_options=self.all_options,
@@ -395,10 +385,17 @@ class DistillRun:
 
     def evaluate(self) -> None:
         """Evaluate every method on the held-out problems. Budgets are fractions of best-of-16's measured FLOPs."""
-        policy, reward = self.load_models()  # before the settings are claimed, as in `generate_traces`
-        evaluation = self._open_evaluation()
-        setup = EvaluationSetup(
-            policy, reward, self.search_config, tuple(self.args.seeds), baseline_config=self.baseline_config
+        _, reward = self.load_models()
+        evaluation, setup = open_evaluation(
+            self.held_out_problems,
+            self.models,
+            self.output_dir,
+            task_settings=self._get_eval_task_settings(),
+            config=self.search_config,
+            seeds=self.args.seeds,
+            baseline_config=self.baseline_config,
+            settings_file=EVAL_SETTINGS_FILE,
+            rank=self.state.process_index,
         )
         methods = parse_methods(self.args.eval_methods)
         trained_policies = self._load_trained_policies(methods, evaluation)
@@ -432,14 +429,7 @@ class DistillRun:
                 path = find_trained_weights(self.output_dir, method)
                 # Rows of an earlier training must not pass for those of this one.
                 evaluation.claim(method, {"weights": hash_weights(path)})
-                model, adapter = (str(path), None) if path.name == "model" else (self.args.policy, str(path))
-                trained_policies[get_policy_label(method)] = load_policy(
-                    model,
-                    dtype=self.args.dtype,
-                    device=str(self.state.device),
-                    adapter=adapter,
-                    prompt_options=self.args.get_prompt_options(),
-                )
+                trained_policies[get_policy_label(method)] = self.models.load_trained_policy(path)
         return trained_policies
 
     def _select_process_share(self, problems: list[Problem]) -> list[Problem]:
@@ -459,7 +449,7 @@ class DistillRun:
             self.print_once(incomplete)
         facts = self.build_facts()
         store_results(self.output_dir, rows, facts)
-        print_summary_table(write_report(self.output_dir, rows, facts))
+        print_summary_table(write_report_files(self.output_dir, rows, facts))
         for remark in list_remarks(self.output_dir, rows):
             print(remark)
         for name, path in self.list_files().items():
@@ -471,7 +461,7 @@ class DistillRun:
         """Return the facts of the run for its report (see `nabla_trl.report.text`)."""
         args, audit_path = self.args, self.output_dir / "audit.json"
         audit = read_json_file(audit_path) if audit_path.exists() else None
-        facts = args.build_run_facts(
+        facts = self.models.build_run_facts(
             title=args.title,
             command=self.command,
             task=args.eval_dataset or args.dataset,

@@ -227,6 +227,16 @@ def _loading_weights(sharded: bool) -> Iterator[bool]:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
+def get_dtype_name(dtype: str | torch.dtype | None) -> str:
+    """Return the name of a data type that an option gives as text or as torch's object. None is float32."""
+    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def get_device_name(device: str | torch.device | None) -> str | None:
+    """Return the name of a device that an option gives as text or as torch's object. None stays None."""
+    return None if device is None else str(device)
+
+
 def resolve_device(device: str | None) -> str:
     """Return `device`, or the default device for None.
 

@@ -82,6 +82,7 @@ def render_svg(figure: Figure, name: str, summary: Summary) -> tuple[str, str, s
     svg = re.sub(
         r"font: (?:(\w+) )?([\d.]+px)[^;\"]*", lambda m: f"font: {m[1] or '400'} {m[2]} system-ui, sans-serif", svg
     )
+    svg = re.sub(r' (?:d|x|y|transform)="[^"]*"', _round_numbers, svg)
     svg = re.sub(r"#[0-9a-f]{6}\b", use_css_variable, svg)
     svg = re.sub(r'<g id="method ([^"]+)">', render_tooltip, svg)
     used_ids = set(re.findall(r"#([\w-]+)", svg))
@@ -89,6 +90,11 @@ def render_svg(figure: Figure, name: str, summary: Summary) -> tuple[str, str, s
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     attributes = f'xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{html.escape(title)}"'
     return title, subject, f"<svg {view_box} {attributes}>{svg[svg.index('>') + 1 :].rstrip()}"
+
+
+def _round_numbers(match: re.Match[str]) -> str:
+    """Return an attribute with hundredths of a point, which nobody sees and which halve a page."""
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", match[0])
 
 
 def collect_figure_data(

@@ -26,7 +26,7 @@ from nabla_trl.report.groups import describe_method, group_methods, list_familie
 from nabla_trl.report.html import viewer
 from nabla_trl.report.html.figures import FigureRecord, collect_figure_data, get_css_color, render_svg
 from nabla_trl.report.markdown import markdown_to_html
-from nabla_trl.report.summary import Summary, find_pareto_front, group_problems_by_level
+from nabla_trl.report.summary import Summary, find_pareto_front, get_value, group_problems_by_level
 from nabla_trl.tasks.shards import list_run_folders
 from nabla_trl.traces.storage import EVAL_TRACES_DIR, TRACES_DIR
 from nabla_trl.utils.formatting import format_count, format_interval, format_seconds, format_si
@@ -62,6 +62,7 @@ def render_page(
             summary=summary,
             facts=dict(facts),
             methods=list_methods(summary),
+            has_errors=any(get_value(summary, "errors", method) for method in list_methods(summary)),
             groups=group_methods(list_methods(summary)),
             extra_costs=[
                 cost for cost in ("calls", "dollars") if any(name.startswith(f"{cost}.") for name in summary)

@@ -26,7 +26,7 @@ from nabla_trl.grading.notation import THINK_OPENING
 from nabla_trl.report.summary import Summary
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import read_traces
-from nabla_trl.utils.files import read_json_file
+from nabla_trl.traces.texts import TokenTable
 from nabla_trl.utils.formatting import finite_or_none
 
 DATA_FOLDER = "report_data"
@@ -38,44 +38,6 @@ _MAX_SNIPPET_CHARS = 90  # characters of a question in the list
 _UNGRADED_RESULTS = (MatchResult.NO_GOLD, MatchResult.BAD_GOLD)
 
 Location = tuple[int, int]  # number of a chunk, and the index of a value in it
-
-
-@dataclass(frozen=True)
-class TokenTable:
-    """Texts of tokens by id, as `nabla_trl.search.generate_traces` writes them beside traces. Empty: not known."""
-
-    tokenizer_hash: str = ""
-    special_ids: frozenset[int] = frozenset()
-    texts: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, folder: Path) -> TokenTable:
-        """Read the table of a folder of traces. Empty if there is none.
-
-        Raises:
-            ValueError: The table is damaged.
-        """
-        path = folder / "tokens.json"
-        if not path.exists():
-            return cls()
-        try:
-            table = read_json_file(path)
-            texts = tuple(table["tokens"])
-            if not isinstance(table["tokenizer"], str) or not all(isinstance(text, str) for text in texts):
-                raise ValueError("its values are no texts")
-            return cls(table["tokenizer"], frozenset(table["special"]), texts)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is not a table of tokens ({error}): delete the file and generate traces again"
-            ) from error
-
-    def matches(self, trace: Trace) -> bool:
-        """Return whether the texts belong to the trace's tokenizer."""
-        return bool(self.texts) and trace.meta.get("tokenizer_hash", self.tokenizer_hash) == self.tokenizer_hash
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of tokens, without special tokens and ids that have no text."""
-        return "".join(self.texts[i] for i in ids if i not in self.special_ids and 0 <= i < len(self.texts))
 
 
 @dataclass

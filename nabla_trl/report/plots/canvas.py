@@ -56,7 +56,12 @@ METHOD_STYLES = {
     "weighted_best_of": MethodStyle(INDIGO, "h", (0, (5, 1.5)), marker_scale=1.2),
     "self_consistency": MethodStyle(TEAL, "p", (0, (3, 1.5)), marker_scale=1.2),
     "adaptive_consistency": MethodStyle(OLIVE, "v", (0, (1, 1))),
-    "confidence_vote": MethodStyle(BROWN, "d", (0, (3, 1, 1, 1)), marker_scale=1.2),
+    "dirichlet_consistency": MethodStyle(BROWN, "^", (0, (5, 1.5))),
+    "confidence_vote": MethodStyle(PINK, "d", (0, (3, 1, 1, 1)), marker_scale=1.2),
+    "self_certainty": MethodStyle(RED, "s", (0, (2, 1))),
+    "deepconf_tail": MethodStyle(PLUM, "<", (0, (8, 2)), marker_scale=1.2),
+    "deepconf_bottom": MethodStyle(ORANGE, ">", (0, (1, 1)), marker_scale=1.2),
+    "deepconf_online": MethodStyle("#000000", "P", (0, (6, 1.5, 1, 1.5)), marker_scale=1.2),
     "nabla": MethodStyle(VERMILION, "s"),
     "control": MethodStyle(ORANGE, "^", (0, (4, 2))),
     "shuffled": MethodStyle(OLIVE, "v", (0, (2, 1))),
@@ -68,6 +73,13 @@ METHOD_STYLES = {
     "tot": MethodStyle(BROWN, "P", (0, (1, 1)), marker_scale=1.3),
     "rap": MethodStyle(TEAL, "H", (0, (8, 2)), marker_scale=1.2),
     "particle_filter": MethodStyle(OLIVE, ">", (0, (3, 1.5)), marker_scale=1.2),
+    "entropic_particle_filter": MethodStyle(INDIGO, "p", (0, (8, 2)), marker_scale=1.2),
+    "low_temperature": MethodStyle(TEAL, "p", (0, (3, 1.5)), marker_scale=1.2),
+    "power_smc": MethodStyle(PLUM, ">", (0, (5, 1.5)), marker_scale=1.2),
+    "power_uniform": MethodStyle(BROWN, "v", (0, (1, 1))),
+    "power_entropy": MethodStyle(OLIVE, "^", (0, (4, 2))),
+    "power_jump": MethodStyle(RED, "d", (0, (3, 1, 1, 1)), marker_scale=1.2),
+    "power_gradient": MethodStyle(INDIGO, "s"),
 }
 _TRAINED_STYLES = {
     "distilled": MethodStyle(GREEN, "*", (0, (6, 1.5, 1, 1.5)), marker_scale=1.9),
@@ -139,16 +151,18 @@ def fill_unknown_ends(entry: Mapping[str, Any]) -> dict[str, float]:
 def draw_marker(axes: Axes, point: PlotPoint, style: MethodStyle, size: float) -> None:
     """Draw a marker. The page finds it by its id."""
     x, y = point.xy
-    axes.plot([x], [y], zorder=3, clip_on=False, gid=f"method {point.method}", **style.get_marker_options(size))
+    axes.plot([x], [y], ls="", zorder=3, clip_on=False, gid=f"method {point.method}", **style.get_marker_options(size))
 
 
-def draw_point(axes: Axes, point: PlotPoint, style: MethodStyle, *, size: float = 6, x_bar: bool = False) -> None:
+def draw_point(
+    axes: Axes, point: PlotPoint, style: MethodStyle, *, size: float = 6, x_bar: bool = False, bar_alpha: float = 0.5
+) -> None:
     """Draw a marker with the interval of y as a bar, and with that of x if asked for."""
     (x, y), ends = point.xy, point.y
     bars = {"yerr": [[y - ends["low"]], [ends["high"] - y]]}
     if x_bar:
         bars["xerr"] = [[x - point.x["low"]], [point.x["high"] - x]]
-    axes.errorbar(x, y, **bars, fmt="none", ecolor=style.color, elinewidth=1, alpha=0.5)
+    axes.errorbar(x, y, **bars, fmt="none", ecolor=style.color, elinewidth=1, alpha=bar_alpha)
     draw_marker(axes, point, style, size)
 
 
@@ -225,6 +239,12 @@ def format_si_axis(axis: Axis, unit: str, *, max_ticks: int = 7) -> None:
     axis.set_major_locator(LogLocator(subs=subs, numticks=12 if max_ticks > 6 else max_ticks + 2))
     axis.set_major_formatter(EngFormatter(unit=unit, sep=" " if unit else ""))
     axis.set_minor_formatter(NullFormatter())
+
+
+def limit_to_shares(axes: Axes) -> None:
+    """End an axis of accuracies, which are from 0 to 1, just beyond these values."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -0.03), min(high, 1.03))
 
 
 class LabelPlacer:

@@ -32,6 +32,7 @@ from nabla_trl.report.plots.canvas import (
     format_si_axis,
     get_style,
     label_curve_ends,
+    limit_to_shares,
     shorten_method,
 )
 from nabla_trl.report.plots.panels import is_crowded, plot_panels
@@ -118,6 +119,7 @@ def plot_accuracy(summary: Summary, cost: str, titles: Mapping[str, str], size: 
         line = [point.xy for point in curve]
         axes.plot(*zip(*line, strict=True), ls=style.line_style, color=style.color, lw=1.5, zorder=2)
     axes.margins(x=0.1, y=0.1)
+    limit_to_shares(axes)
     format_si_axis(axes.xaxis, unit if size == WIDE else "", max_ticks=7 if size == WIDE else 5)
     _label_points(LabelPlacer(figure, axes), points, curves, label_budgets=size == WIDE)
     return figure
@@ -192,6 +194,8 @@ def plot_scaling(summary: Summary, subject: str, size: FigureSize = WIDE) -> Fig
             for method in methods:
                 draw_marker(axes, points[method], get_style(method), 5)
         axes.margins(x=0.12, y=0.1)
+        if metric == "accuracy":
+            limit_to_shares(axes)
         format_si_axis(axes.xaxis, "FLOPs" if size == WIDE else "", max_ticks=7 if size == WIDE else 5)
         axes.tick_params(labelbottom=metric == "reward")
         label_curve_ends(figure, axes, lines, size=8)
@@ -224,6 +228,7 @@ def plot_reward_accuracy(summary: Summary, subject: str, size: FigureSize = WIDE
     for name, line in lines.items():
         axes.plot(*zip(*line, strict=True), color=get_style(curves[name][0]).color, lw=1.2, alpha=0.8, zorder=2)
     axes.margins(x=0.12, y=0.1)
+    limit_to_shares(axes)
     labels = LabelPlacer(figure, axes)
     for point in points.values():
         labels.avoid_bar(point)
@@ -252,7 +257,7 @@ def plot_reward_rounds(
         return None
     num_rounds = max(map(len, curves.values())) - 1
     changes = [f"{method} {curve[0].value:.2f} to {curve[-1].value:.2f}" for method, curve in curves.items()]
-    title = f"Mean reward over {num_rounds} rounds: {', '.join(changes)}"
+    title = f"Mean reward over {num_rounds} round{'s' * (num_rounds > 1)}: {', '.join(changes)}"
     figure, axes = create_figure_with_axes(title, f"{subject}; {_BANDS}", size)
     axes.set_xlabel("round of search (0: before the first round)")
     axes.set_ylabel("mean reward of the selected response")
@@ -307,5 +312,6 @@ def plot_samples(summary: Summary, subject: str, size: FigureSize = WIDE) -> Fig
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.15, y=0.1)
+    limit_to_shares(axes)
     label_curve_ends(figure, axes, lines, size=8)
     return figure

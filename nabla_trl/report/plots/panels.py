@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nabla_trl.report.groups import MethodGroup, get_method_group, list_families
+from nabla_trl.report.groups import METHOD_GROUPS, MethodGroup, get_method_group, list_families
 from nabla_trl.report.plots.canvas import (
     GRAY,
     HEADER,
@@ -24,11 +25,13 @@ from nabla_trl.report.plots.canvas import (
     draw_point,
     format_si_axis,
     get_style,
+    limit_to_shares,
 )
 
 MAX_CURVES, MAX_POINTS = 8, 24  # of one pair of axes
-_PANEL_WIDTH, _PANEL_HEIGHT, _TITLE_HEIGHT = NARROW.width, 1.75, 0.24  # inches
-_LEFT, _RIGHT, _AXIS_HEIGHT = 0.48, 1.12, 0.5  # margins in inches: numbers, names of curves, the axis at the bottom
+_PANEL_HEIGHT, _TITLE_HEIGHT = 1.75, 0.24  # inches
+_LEFT, _AXIS_HEIGHT = 0.48, 0.5  # margins in inches: numbers, and the axis at the bottom
+_CHARACTER_WIDTH = 0.062  # inches of a character in the name of a curve
 _LINE_HEIGHT = 0.125  # inches between names of curves
 
 Curves = Mapping[str, Sequence[PlotPoint]]  # family -> its points
@@ -56,23 +59,25 @@ def plot_panels(
     y_label: str,
     log_x: bool = True,
 ) -> Figure:
-    """Plot the points of each group in a panel of its own. Panels stand in columns that fit the width of `size`."""
+    """Plot the points of each group in a panel of its own, one below the other on a phone, else in two columns."""
     curves = group_points(points)
-    groups: dict[MethodGroup, list[str]] = {}
+    groups: dict[MethodGroup, list[str]] = {group: [] for group in METHOD_GROUPS}
     for family, curve in curves.items():
-        groups.setdefault(get_method_group(curve[-1].method), []).append(family)
-    num_columns = max(1, int(size.width / _PANEL_WIDTH))
+        groups[get_method_group(curve[-1].method)].append(family)
+    groups = {group: families for group, families in groups.items() if families}
+    right = 0.2 + _CHARACTER_WIDTH * max(map(len, curves))  # the margin for names of curves
+    num_columns, panel_width = (1, size.width) if size == NARROW else (2, 4.1)
     num_rows = math.ceil(len(groups) / num_columns)
     height = HEADER + num_rows * _PANEL_HEIGHT + _AXIS_HEIGHT
-    figure = create_figure(title, subject, FigureSize(size.width, height))
+    figure = create_figure(title, subject, FigureSize(num_columns * panel_width, height))
     first: Axes | None = None
     for number, (group, families) in enumerate(groups.items()):
         row, column = divmod(number, num_columns)
         axes = add_axes(
             figure,
-            column * _PANEL_WIDTH + _LEFT,
+            column * panel_width + _LEFT,
             row * _PANEL_HEIGHT + _TITLE_HEIGHT,
-            _PANEL_WIDTH - _LEFT - _RIGHT,
+            panel_width - _LEFT - right,
             _PANEL_HEIGHT - _TITLE_HEIGHT - 0.22,
         )
         axes.set_title(group.title, fontsize=9, fontweight="bold", color=INK, loc="left", pad=4)
@@ -84,24 +89,30 @@ def plot_panels(
             axes.sharex(first)
             axes.sharey(first)
         first = first or axes
-        for family, curve in curves.items():
-            if family not in families:
-                axes.plot(*zip(*(point.xy for point in curve), strict=True), color=GRAY, lw=0.8, alpha=0.35, zorder=1)
-                single = len(curve) == 1
-                axes.plot(
-                    *zip(*(point.xy for point in curve), strict=True), ".", color=GRAY, ms=3, alpha=0.35 + single / 4
-                )
+        _draw_context(axes, [curve for family, curve in curves.items() if family not in families])
         for family in families:
             _draw_curve(axes, curves[family])
         if number >= len(groups) - num_columns:  # nothing below
             axes.set_xlabel(x_label, fontsize=8)
     for axes in figure.axes:
         axes.margins(x=0.06, y=0.08)
+        if y_label == "accuracy":
+            limit_to_shares(axes)
         if log_x:
             format_si_axis(axes.xaxis, "", max_ticks=4)
     for axes, families in zip(figure.axes, groups.values(), strict=True):
         _name_curves(axes, {family: curves[family] for family in families})
     return figure
+
+
+def _draw_context(axes: Axes, curves: Sequence[Sequence[PlotPoint]]) -> None:
+    """Draw curves in gray, all as one line with gaps, which keeps the page small."""
+    look = {"color": GRAY, "alpha": 0.4, "zorder": 1}
+    gap = (math.nan, math.nan)
+    lines = [xy for curve in curves for xy in (*(point.xy for point in curve), gap) if len(curve) > 1]
+    dots = [curve[0].xy for curve in curves if len(curve) == 1]
+    axes.plot(*np.reshape(lines, (-1, 2)).T, lw=0.8, **look)
+    axes.plot(*np.reshape(dots, (-1, 2)).T, "o", ms=2.5, mew=0, **look)
 
 
 def _draw_curve(axes: Axes, curve: Sequence[PlotPoint]) -> None:
@@ -110,7 +121,7 @@ def _draw_curve(axes: Axes, curve: Sequence[PlotPoint]) -> None:
         *zip(*(point.xy for point in curve), strict=True), ls=style.line_style, color=style.color, lw=1.4, zorder=2
     )
     for point in curve:
-        draw_point(axes, point, get_style(point.method), size=4)
+        draw_point(axes, point, get_style(point.method), size=4, bar_alpha=0.3)
 
 
 def _name_curves(axes: Axes, curves: Curves) -> None:

@@ -35,6 +35,7 @@ from nabla_trl.report.plots.canvas import (
     draw_point,
     format_si_axis,
     get_style,
+    limit_to_shares,
     shorten_method,
 )
 from nabla_trl.report.summary import (
@@ -179,6 +180,7 @@ def _plot_totals(figure: Figure, axes: Axes, summary: Summary, queries: int) -> 
     best = find_best_by_total(summary, queries)
     corners = [points[method].xy for _, method in best]
     axes.margins(x=0.12, y=0.16)
+    limit_to_shares(axes)
     end = axes.get_xlim()[1]
     axes.set_xlim(right=end)
     stairs = [corners[0]]
@@ -218,12 +220,12 @@ def plot_break_even(summary: Summary, subject: str, size: FigureSize = WIDE) -> 
         title,
         f"{subject}; training once, then FLOPs per query; trained policies decode greedily",
         size,
-        left=1.08 if size == WIDE else 0.9,
+        left=1.08 if size == WIDE else 0.72,
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("queries answered (log scale)")
-    axes.set_ylabel("total FLOPs, training included (log scale)")
+    axes.set_ylabel("total FLOPs, training included (log scale)" if size == WIDE else "total FLOPs (log scale)")
     queries = np.logspace(0, math.log10(MAX_QUERIES), 61)
     methods = [*baselines, *trained]
     totals = {m: trained.get(m, 0.0) + queries * get_value(summary, "flops", m) for m in methods}
@@ -235,7 +237,7 @@ def plot_break_even(summary: Summary, subject: str, size: FigureSize = WIDE) -> 
         axes.plot(queries[first::10], total[first::10], ls="", clip_on=False, zorder=3, **style.get_marker_options(5))
     axes.set_xlim(1, MAX_QUERIES)
     format_si_axis(axes.xaxis, "")
-    format_si_axis(axes.yaxis, "FLOPs")
+    format_si_axis(axes.yaxis, "FLOPs" if size == WIDE else "")
     labels = LabelPlacer(figure, axes)
     for total in totals.values():
         labels.avoid_line(list(zip(queries, total, strict=True)))

@@ -13,7 +13,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -22,8 +22,8 @@ from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nabla_trl.export.checkpoint import Checkpoint, check_weight_files
-from nabla_trl.export.model_card import Provenance, build_model_card, find_base_license
+from nabla_trl.exporting.checkpoint import Checkpoint, check_weight_files
+from nabla_trl.exporting.model_card import Provenance, build_model_card, find_base_license
 from nabla_trl.models.loading import (
     ADAPTER_CONFIG_FILE,
     load_causal_lm,
@@ -48,12 +48,18 @@ _CUSTOM_GENERATE_DIR = Path(__file__).parent / "custom_generate"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An exported folder and the results of its check (see `Provenance`)."""
+    """An exported folder, the results of its check (see `Provenance`), and the URL that it was pushed to."""
 
     output_dir: Path
     method: str
     logit_tolerance: float
     provenance: Provenance
+    run_dir: Path
+    url: str = ""
+
+    def with_url(self, url: str) -> ExportResult:
+        """Return the result of an export that was pushed."""
+        return replace(self, url=url)
 
 
 def export_checkpoint(
@@ -115,7 +121,7 @@ def export_checkpoint(
         shutil.copytree(
             _CUSTOM_GENERATE_DIR, draft / _CUSTOM_GENERATE_DIR.name, ignore=shutil.ignore_patterns("__pycache__")
         )
-    return ExportResult(output_dir, checkpoint.method, check.tolerance, provenance)
+    return ExportResult(output_dir, checkpoint.method, check.tolerance, provenance, checkpoint.run_dir)
 
 
 def check_export_folder(output_dir: Path) -> None:
@@ -124,7 +130,7 @@ def check_export_folder(output_dir: Path) -> None:
         raise ValueError(f"{output_dir} is not an empty folder: choose another --output_dir, or delete it")
 
 
-def push_to_hub(folder: Path, repo_id: str, *, private: bool) -> str:
+def push_exported_folder(folder: Path, repo_id: str, *, private: bool) -> str:
     """Push an exported folder to the Hub and return its URL."""
     api = HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the default of the account

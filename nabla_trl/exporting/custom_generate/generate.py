@@ -6,11 +6,11 @@
         tokenizer=tokenizer, reward=REWARD, max_new_tokens=512,
     )
 
-The installed package does the work. `nabla_trl.export.custom_generation.generate` describes the arguments.
+The installed package does the work. `nabla_trl.exporting.custom_generation.generate` describes the arguments.
 """
 
 try:
-    from nabla_trl.export.custom_generation import generate  # noqa: F401  (transformers looks this name up)
+    from nabla_trl.exporting.custom_generation import generate  # noqa: F401  (transformers looks this name up)
 except ImportError as error:
     raise ImportError(
         f"this custom generation method needs the package nabla-trl, which is missing or too old: {error}"

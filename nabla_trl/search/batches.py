@@ -1,11 +1,12 @@
-"""Generation of a folder of traces: search many problems, and grade and write their traces batch by batch."""
+"""Search many problems batch by batch: grade their traces, and write each batch to disk before the next begins."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
@@ -17,6 +18,7 @@ from nabla_trl.tasks.shards import list_run_folders
 from nabla_trl.traces.build import grade_traces
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TraceWriter, read_finished_meta
+from nabla_trl.traces.texts import TOKENS_FILE
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.interrupts import finish_current_batch
 from nabla_trl.utils.progress import ProgressDisplay
@@ -75,42 +77,37 @@ def find_unfinished_problems(problems: Sequence[Problem], folder: Path, seed: in
     return [problem for problem in problems if (problem.id, seed) not in meta_by_trace]
 
 
-def generate_traces(
+def search_in_batches(
     problems: Sequence[Problem],
-    folder: Path,
+    store: Callable[[list[Trace]], None],
     *,
     policy: Policy,
     reward: Reward,
     config: SearchConfig,
     seed: int,
     checker: AnswerChecker,
-    rank: int = 0,
     show_progress: bool = True,
     num_done: int = 0,
 ) -> TraceTotals:
-    """Search a response to each problem and write graded traces, one shard per `config.batch_size` problems.
+    """Search a response to each problem and store the graded traces, `config.batch_size` problems at a time.
 
-    A batch is on disk before the next one begins, so that an early end loses one batch at most. The `meta` of a trace
+    A batch is stored before the next one begins, so that an early end loses one batch at most. The `meta` of a trace
     holds the hash of its problem.
 
     Args:
-        rank: number of this process. Processes that write to the same folder need different numbers.
+        store: takes the traces of a batch.
         show_progress: show the progress on stderr.
-        num_done: traces that the folder holds already, for the progress.
+        num_done: traces that exist already, for the progress.
 
     Raises:
-        StoppedBySignal: a signal arrived, and the current batch is on disk (see `utils.interrupts`).
-        ValueError: as `run_search` and `TraceWriter`.
-        OSError: a shard cannot be written.
+        StoppedBySignal: a signal arrived, and the current batch is stored (see `utils.interrupts`).
+        ValueError: as `run_search` and `store`.
+        OSError: as `store`.
     """
     totals, size = TraceTotals(), config.batch_size
-    write_token_texts(folder, policy)
-    with (
-        TraceWriter(folder, rank=rank, chunk_size=size) as writer,
-        ProgressDisplay(
-            "traces", num_done + len(problems), num_done=num_done, show_progress=show_progress
-        ) as progress,
-    ):
+    with ProgressDisplay(
+        "traces", num_done + len(problems), num_done=num_done, show_progress=show_progress
+    ) as progress:
         for begin in range(0, len(problems), size):
             batch = problems[begin : begin + size]
             with finish_current_batch(
@@ -119,12 +116,44 @@ def generate_traces(
                 traces = grade_traces(
                     run_search(batch, policy=policy, reward=reward, config=config, seed=seed), checker
                 )
-                for problem, trace in zip(batch, traces, strict=True):
-                    writer.add(replace(trace, meta=trace.meta | {PROBLEM_HASH_KEY: compute_content_hash(problem)}))
+                traces = [
+                    replace(trace, meta=trace.meta | {PROBLEM_HASH_KEY: compute_content_hash(problem)})
+                    for problem, trace in zip(batch, traces, strict=True)
+                ]
+                store(traces)
+                for trace in traces:
                     totals.add(trace)
-                writer.flush()
                 progress.add_items((trace.problem_id, trace.correct, trace.cost.flops) for trace in traces)
     return totals
+
+
+def search_to_folder(
+    problems: Sequence[Problem],
+    folder: Path,
+    *,
+    policy: Policy,
+    config: SearchConfig,
+    rank: int = 0,
+    **options: Any,
+) -> TraceTotals:
+    """Search a response to each problem and write the traces to a folder, one shard per batch.
+
+    Args:
+        rank: number of this process. Processes that write to the same folder need different numbers.
+        options: further arguments of `search_in_batches`.
+
+    Raises:
+        StoppedBySignal, ValueError, OSError: as `search_in_batches` and `TraceWriter`.
+    """
+    write_token_texts(folder, policy)
+    with TraceWriter(folder, rank=rank, chunk_size=config.batch_size) as writer:
+
+        def store(traces: list[Trace]) -> None:
+            for trace in traces:
+                writer.add(trace)
+            writer.flush()
+
+        return search_in_batches(problems, store, policy=policy, config=config, **options)
 
 
 def write_token_texts(folder: Path, policy: Policy) -> None:
@@ -133,7 +162,7 @@ def write_token_texts(folder: Path, policy: Policy) -> None:
     It holds {"tokenizer": hash, "special": [ids], "tokens": [text by id]}. A token that is only part of a character
     has the text of a replacement character.
     """
-    path, tokenizer = folder / "tokens.json", policy.tokenizer
+    path, tokenizer = folder / TOKENS_FILE, policy.tokenizer
     if path.exists():
         return
     # Tokens are decoded after a letter, because some tokenizers drop the space at the beginning of a text.

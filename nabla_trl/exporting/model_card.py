@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from nabla_trl.evaluation.grids import ResultGrid, build_grids
-from nabla_trl.export.checkpoint import Checkpoint
+from nabla_trl.exporting.checkpoint import Checkpoint
 from nabla_trl.tasks.yaml_task import find_hub_task_config
 from nabla_trl.utils import statistics
 from nabla_trl.utils.formatting import format_interval, format_si

@@ -29,10 +29,10 @@ from nabla_trl.cli.main import main
 from nabla_trl.evaluation.grids import build_grids
 from nabla_trl.evaluation.results import store_results
 from nabla_trl.evaluation.rows import RowStore, build_row
-from nabla_trl.export import export
-from nabla_trl.export.checkpoint import Checkpoint, find_checkpoint
-from nabla_trl.export.export import ExportResult, export_checkpoint
-from nabla_trl.export.model_card import Provenance, build_model_card, find_base_license
+from nabla_trl.exporting import export
+from nabla_trl.exporting.checkpoint import Checkpoint, find_checkpoint
+from nabla_trl.exporting.export import ExportResult, export_checkpoint
+from nabla_trl.exporting.model_card import Provenance, build_model_card, find_base_license
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.loading import load_policy
 from nabla_trl.traces.build import build_response_trace, build_trace_meta, get_package_versions

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from nabla_trl.export import custom_generation
+from nabla_trl.exporting import custom_generation
 from nabla_trl.models.loading import freeze_policy
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.loading import build_log_ratio_reward
