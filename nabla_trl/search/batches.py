@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+<<<<<<< HEAD:nabla_trl/search/batches.py
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+=======
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+>>>>>>> 1490e72 (Traces that teach nothing are noticed while they are made):nabla_trl/search/generate_traces.py
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +29,18 @@ from nabla_trl.utils.interrupts import finish_current_batch
 from nabla_trl.utils.progress import ProgressDisplay
 
 PROBLEM_HASH_KEY = "problem_hash"  # key of a trace's `meta`
+MIN_WARNING_TRACES = 8  # fewer may look odd by chance
 
 
 @dataclass
 class TraceTotals:
-    """Totals over the traces written so far. Rewards are summed over traces without an error."""
+    """Totals over the traces written so far. Rewards are summed over traces without an error.
+
+    Attributes:
+        num_unfinished: responses without an end.
+        num_unreadable: responses with an end, in which no answer is found.
+        rewards, responses: distinct ones, the first two at most. More say no more.
+    """
 
     num_traces: int = 0
     num_errors: int = 0
@@ -37,6 +49,10 @@ class TraceTotals:
     num_accepted: int = 0
     reward_before_sum: float = 0.0
     reward_after_sum: float = 0.0
+    num_unfinished: int = 0
+    num_unreadable: int = 0
+    rewards: set[float] = field(default_factory=set)
+    responses: set[tuple[int, ...]] = field(default_factory=set)
 
     def add(self, trace: Trace) -> None:
         self.num_traces += 1
@@ -45,9 +61,44 @@ class TraceTotals:
         if trace.error is not None:
             self.num_errors += 1
             self.first_error = self.first_error or trace.error
-        else:
-            self.reward_before_sum += trace.reward_initial
-            self.reward_after_sum += trace.reward
+            return
+        self.reward_before_sum += trace.reward_initial
+        self.reward_after_sum += trace.reward
+        self.num_unfinished += not trace.finished
+        self.num_unreadable += trace.finished and trace.answer is None
+        if len(self.rewards) < 2:
+            self.rewards |= {trace.reward, trace.reward_initial}
+        if len(self.responses) < 2:
+            self.responses.add(tuple(trace.response_ids))
+
+    def list_warnings(self, max_new_tokens: int) -> dict[str, str]:
+        """Return what looks wrong with most or all traces, as a sentence by kind. A few traces say nothing."""
+        num_valid = self.num_traces - self.num_errors
+        warnings = {}
+        if self.num_traces >= MIN_WARNING_TRACES and 2 * self.num_errors > self.num_traces:
+            warnings["failed"] = (
+                f"{self.num_errors} of {self.num_traces} problems failed, the first: {self.first_error}"
+            )
+        if num_valid < MIN_WARNING_TRACES:
+            return warnings
+        if 2 * self.num_unfinished > num_valid:
+            warnings["unfinished"] = (
+                f"{self.num_unfinished} of {num_valid} responses were cut off before their end: raise max_new_tokens "
+                f"({max_new_tokens}), or check that the prompt shows the policy how to end"
+            )
+        if 2 * self.num_unreadable > num_valid:
+            warnings["unreadable"] = (
+                f"no answer is found in {self.num_unreadable} of {num_valid} responses: check the prompt, "
+                "its instruction and the chat template"
+            )
+        if len(self.responses) == 1:
+            warnings["equal"] = f"all {num_valid} responses are the same: is the prompt right, and the temperature?"
+        elif len(self.rewards) == 1:
+            [value] = self.rewards
+            warnings["equal"] = (
+                f"all {num_valid} responses have the reward {value:.4g}, so nothing can be preferred: audit the reward"
+            )
+        return warnings
 
     def __str__(self) -> str:
         num_valid = max(self.num_traces - self.num_errors, 1)
@@ -105,9 +156,20 @@ def search_in_batches(
         OSError: as `store`.
     """
     totals, size = TraceTotals(), config.batch_size
+<<<<<<< HEAD:nabla_trl/search/batches.py
     with ProgressDisplay(
         "traces", num_done + len(problems), num_done=num_done, show_progress=show_progress
     ) as progress:
+=======
+    warned: set[str] = set()
+    write_token_texts(folder, policy)
+    with (
+        TraceWriter(folder, rank=rank, chunk_size=size) as writer,
+        ProgressDisplay(
+            "traces", num_done + len(problems), num_done=num_done, show_progress=show_progress
+        ) as progress,
+    ):
+>>>>>>> 1490e72 (Traces that teach nothing are noticed while they are made):nabla_trl/search/generate_traces.py
         for begin in range(0, len(problems), size):
             batch = problems[begin : begin + size]
             with finish_current_batch(
@@ -124,6 +186,10 @@ def search_in_batches(
                 for trace in traces:
                     totals.add(trace)
                 progress.add_items((trace.problem_id, trace.correct, trace.cost.flops) for trace in traces)
+            for kind, text in totals.list_warnings(config.max_new_tokens).items():
+                if kind not in warned:
+                    progress.warn(text)
+                    warned.add(kind)
     return totals
 
 
