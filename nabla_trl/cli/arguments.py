@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,6 +253,24 @@ def collect_output_faults(
     for name, get_settings in settings_files.items():
         with checks.collect():
             check_settings(Path(output_dir, name), get_settings())
+
+
+def check_choices(kind: str, names: Sequence[str], choices: Sequence[str]) -> None:
+    """Raise Faults with every name that is no choice, and the similar one.
+
+    Args:
+        kind: what the names are of, such as "stage".
+    """
+    checks = Checks()
+    for name in names:
+        if name not in choices:
+            similar = get_close_matches(name, choices, n=1)
+            hint = f" (did you mean {similar[0]}?)" if similar else ""
+            checks.add(
+                [f"unknown {kind} {name!r}: choose from {', '.join(choices)}{hint}"],
+                {name: similar[0]} if similar else {},
+            )
+    checks.raise_faults()
 
 
 def check_distinct(name: str, values: Sequence[Any]) -> None:

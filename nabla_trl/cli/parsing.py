@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
@@ -32,6 +33,7 @@ from nabla_trl.utils.formatting import hide_userinfo, make_printable
 from nabla_trl.utils.interrupts import StoppedBySignal, get_current_command, handle_stop_signals, is_main_process
 from nabla_trl.utils.renamed import describe_new_flag
 
+_OTHER_PROCESS_SECONDS = 10.0
 Presets = Mapping[str, Mapping[str, Any]]
 
 
@@ -430,6 +432,9 @@ def run_main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the last flush fails too
         return 141
     except (ValueError, OSError) as error:
+        if isinstance(error, Faults) and not is_main_process():
+            # The first process says the same, and its end is the end of the launch.
+            time.sleep(_OTHER_PROCESS_SECONDS)
         _print_error(error, command or resume_command)
         return 2 if isinstance(error, Faults) else 1
     except KeyboardInterrupt as error:

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-<<<<<<< HEAD:nabla_trl/search/batches.py
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-=======
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
->>>>>>> 1490e72 (Traces that teach nothing are noticed while they are made):nabla_trl/search/generate_traces.py
 from pathlib import Path
 from typing import Any
 
@@ -156,20 +151,10 @@ def search_in_batches(
         OSError: as `store`.
     """
     totals, size = TraceTotals(), config.batch_size
-<<<<<<< HEAD:nabla_trl/search/batches.py
+    warned: set[str] = set()
     with ProgressDisplay(
         "traces", num_done + len(problems), num_done=num_done, show_progress=show_progress
     ) as progress:
-=======
-    warned: set[str] = set()
-    write_token_texts(folder, policy)
-    with (
-        TraceWriter(folder, rank=rank, chunk_size=size) as writer,
-        ProgressDisplay(
-            "traces", num_done + len(problems), num_done=num_done, show_progress=show_progress
-        ) as progress,
-    ):
->>>>>>> 1490e72 (Traces that teach nothing are noticed while they are made):nabla_trl/search/generate_traces.py
         for begin in range(0, len(problems), size):
             batch = problems[begin : begin + size]
             with finish_current_batch(

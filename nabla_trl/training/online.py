@@ -134,7 +134,7 @@ def train_online(
             finite or does not differ, weights that did not change, a full disk, or what `check_reference_model`
             refuses.
     """
-    check_online_options(config, sampling, options)
+    check_online_options(config, sampling.temperature, options)
     check_stop_strings(base_policy, problems)
     check_reference_model(base_policy.name, options.tuning)
     is_graded = options.online_reward == "verifier"
@@ -221,7 +221,7 @@ def check_stop_strings(base_policy: Policy, problems: Sequence[Problem]) -> None
         )
 
 
-def check_online_options(config: SFTConfig, sampling: Sampling, options: TrainOptions) -> None:
+def check_online_options(config: SFTConfig, temperature: float, options: TrainOptions) -> None:
     """Refuse steps that do not hold whole groups, and responses that cannot differ, before anything is loaded."""
     checks = Checks()
     batch = _count_responses_per_step(config)
@@ -230,7 +230,7 @@ def check_online_options(config: SFTConfig, sampling: Sampling, options: TrainOp
         f"a step's {batch} responses (per_device_train_batch_size × gradient_accumulation_steps × processes) are "
         f"not whole groups of num_generations {options.num_generations}",
     )
-    checks.require(sampling.temperature != 0, "rloo and grpo need responses that differ: temperature must be above 0")
+    checks.require(temperature != 0, "rloo and grpo need responses that differ: temperature must be above 0")
     checks.raise_faults()
 
 

@@ -200,7 +200,7 @@ class TrainStage:
                 check_reference_model(self.policy, self.options.tuning)
         if method in ONLINE_METHODS:
             with checks.collect():
-                check_online_options(self.sft_config, self.search_config.get_sampling(), self.options)
+                check_online_options(self.sft_config, self.search_config.temperature, self.options)
             with checks.collect():
                 self.options.check(self.policy, self.process_state.num_processes)
         with checks.collect():

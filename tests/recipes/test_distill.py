@@ -18,6 +18,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import load_dataset
 
+from nabla_trl.cli.parsing import UsageError
 from nabla_trl.distill import main
 from nabla_trl.evaluation.rows import read_rows
 from nabla_trl.evaluation.runner import Evaluation
@@ -166,7 +167,7 @@ def list_contents(folder):
 
 def test_other_settings_on_the_same_folder_are_refused(finished):
     before = list_contents(finished)
-    _, err = distill(finished, "--beta", "0.5", "--stages", "traces", code=1)
+    _, err = distill(finished, "--beta", "0.5", "--stages", "traces", code=2)
     assert "beta '0.5' (was '1.0')" in err.splitlines()[-1]
     assert list_contents(finished) == before
 
@@ -258,6 +259,34 @@ def test_nonsense_is_refused(options, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_eight_faults_of_eight_kinds_are_one_refusal(tmp_path):
+    """Options, methods, models, data, groups, β, the machine, the folder and what reports: nothing is written."""
+    (tmp_path / "file").touch()
+    options = ["--stages", "traces,train", "--max_ruonds", "3", "--eval_methods", "greedy,nabla@0.3"]
+    options += ["--eval_dataset", str(tmp_path / "nope.jsonl"), "--reward", "data/tiny/clean", "--beta", "1e9"]
+    options += ["--train_methods", "rloo", "--num_generations", "7", "--max_new_tokens", "4000", "--dtype", "float17"]
+    options += ["--report_to", "no_such_service", "--push_to_hub", "true", "--solver.steps", "3"]
+    with pytest.raises(UsageError) as caught:
+        distill_here(tmp_path / "file" / "out", *options)
+    lines = caught.value.lines
+    for words in (
+        "unknown option --max_ruonds (did you mean --max_rounds?)",
+        "steps belongs to ste: add --solver ste",
+        "add best_of_16 to the methods",
+        "cannot read",
+        "data/tiny/clean is a causal LM",
+        "beta must be from",
+        "are not whole groups of num_generations 7",
+        "max_new_tokens 4000 is more than data/tiny/policy can write",
+        "dtype must be one of",
+        "report_to no_such_service is unknown",
+        "push_to_hub needs hub_model_id",
+        f"{tmp_path / 'file'} is a file",
+    ):
+        assert sum(words in line for line in lines) == 1, (words, lines)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_a_refusal_is_one_line_without_a_traceback(tmp_path):
     _, err = distill(tmp_path / "out", "--stages", "traces,cook", code=2)
     assert err.strip().splitlines()[-1].startswith("error: unknown stage 'cook'")
@@ -269,7 +298,7 @@ def test_problems_trained_on_cannot_be_held_out(tmp_path):
     (tmp_path / "mine.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "other.jsonl").write_text(lines[4] + "\n")
     files = ["--dataset", str(tmp_path / "mine.jsonl"), "--eval_dataset", str(tmp_path / "other.jsonl")]
-    with pytest.raises(ValueError, match=r"held-out problem\(s\) are also trained on"):
+    with pytest.raises(ValueError, match=r"1 held-out problem is also trained on"):
         distill_here(tmp_path / "out", *files)
 
 

@@ -197,7 +197,7 @@ def test_overlap_of_train_and_held_out_ignores_case_and_white_space() -> None:
     train = [Problem("a/0", "What is\n 2+2?"), Problem("a/1", "Why?")]
     check_disjoint(train, [Problem("b/0", "What is 2+3?")])
     asked = Problem("b/1", "what is 2+2? ", messages=({"role": "user", "content": "what is 2+2?\nThink."},))
-    with pytest.raises(ValueError, match=r"1 held-out problem\(s\) .* 'a/0' = 'b/1'"):
+    with pytest.raises(ValueError, match=r"1 held-out problem is .* 'a/0' = 'b/1'"):
         check_disjoint(train, [Problem("b/0", "What is 2+3?"), asked])
 
 

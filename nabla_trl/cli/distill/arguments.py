@@ -10,6 +10,7 @@ from nabla_trl.cli.arguments import (
     DOLLARS_HELP,
     SEEDS_HELP,
     PolicyRewardArguments,
+    check_choices,
     check_distinct,
     check_dollars_per_gpu_hour,
 )
@@ -17,6 +18,7 @@ from nabla_trl.cli.launch import DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP, chec
 from nabla_trl.evaluation.method import METHOD_SYNTAX, parse_methods
 from nabla_trl.training.checkpoints import get_policy_label
 from nabla_trl.training.offline import TRAIN_METHODS
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
 # Options of the training that --help shows beside the common ones of this module and of the search.
@@ -113,29 +115,36 @@ class DistillArguments(PolicyRewardArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_stall_minutes(self.stall_minutes)
-        if not 0 < self.test_fraction < 1:
-            raise ValueError(f"test_fraction must be between 0 and 1, not {self.test_fraction:g}")
-        for stage in self.list_stages():
-            if stage not in STAGES:
-                raise ValueError(f"unknown stage {stage!r}: choose from {', '.join(STAGES)}")
-        check_distinct("seeds", self.seeds)
-        check_distinct("train_methods", self.train_methods)
-        check_dollars_per_gpu_hour(self.dollars_per_gpu_hour)
-        for method in self.train_methods:
-            if method not in TRAIN_METHODS:
-                raise ValueError(f"unknown training method {method!r}: choose from {', '.join(TRAIN_METHODS)}")
-        if self.traces_per_problem < 1:
-            raise ValueError("traces_per_problem must be at least 1")
+        checks = Checks()
+        for check in (
+            super().__post_init__,
+            lambda: check_stall_minutes(self.stall_minutes),
+            lambda: check_distinct("seeds", self.seeds),
+            lambda: check_distinct("train_methods", self.train_methods),
+            lambda: check_dollars_per_gpu_hour(self.dollars_per_gpu_hour),
+        ):
+            with checks.collect():
+                check()
+        checks.require(
+            0 < self.test_fraction < 1, f"test_fraction must be between 0 and 1, not {self.test_fraction:g}"
+        )
+        for name in ("max_train_problems", "max_eval_problems", "traces_per_problem"):
+            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        with checks.collect():
+            check_choices("stage", self.list_stages(), STAGES)
+        with checks.collect():
+            check_choices("training method", self.train_methods, TRAIN_METHODS)
         if not self.eval_methods:
             trained = [
                 f"{get_policy_label(train_method)}_{method}"
                 for train_method in self.train_methods
+                if train_method in TRAIN_METHODS
                 for method in DEFAULT_TRAINED_POLICY_METHODS
             ]
             self.eval_methods = ",".join([DEFAULT_DISTILL_EVAL_METHODS, *trained])
-        parse_methods(self.eval_methods)
+        with checks.collect():
+            parse_methods(self.eval_methods)
+        checks.raise_faults()
 
     def list_stages(self) -> list[str]:
         """Return the stages to run, in the order of the option."""

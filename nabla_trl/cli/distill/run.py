@@ -36,8 +36,10 @@ from nabla_trl.cli.distill.arguments import (
     DistillArguments,
 )
 from nabla_trl.cli.distill.machine import Machine, choose_batches
+from nabla_trl.cli.distill.preflight import collect_faults
 from nabla_trl.cli.launch import watch_for_stalls
-from nabla_trl.cli.parsing import Parser, collect_given_options, quiet_libraries
+from nabla_trl.cli.parsing import Parser, UsageError, collect_given_options, quiet_libraries
+from nabla_trl.cli.quiet import log_to_folder
 from nabla_trl.evaluation.method import (
     REWARD_MODEL_SAMPLING,
     Method,
@@ -50,7 +52,7 @@ from nabla_trl.evaluation.results import list_remarks, store_results
 from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts
 from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.loading import set_trust_remote_code
+from nabla_trl.models.loading import DTYPES, set_trust_remote_code
 from nabla_trl.models.policy import Policy
 from nabla_trl.pipeline.audit import audit_samples
 from nabla_trl.pipeline.evaluation import collect_eval_settings, open_evaluation
@@ -64,11 +66,11 @@ from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, get_policy_label, list_trained_methods
 from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
-from nabla_trl.training.reporting import check_reporting
 from nabla_trl.training.stage import TrainStage
-from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options, list_trl_faults
+from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.files import read_json_file, write_atomic
-from nabla_trl.utils.formatting import hide_userinfo
+from nabla_trl.utils.formatting import hide_userinfo, pluralize
 from nabla_trl.utils.identity import check_settings, hash_weights, is_same_model
 from nabla_trl.utils.interrupts import end_with_launcher, get_current_command
 from nabla_trl.utils.locks import lock_folder
@@ -89,13 +91,18 @@ def main(argv: Sequence[str]) -> None:
         machine = Machine.detect(PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1)))
         quiet_libraries()
         parser = build_parser(machine)
-        options = parser.parse_options(argv)[: len(DATACLASSES)]
-        run = DistillRun(collect_given_options(argv, options, PRESETS), machine, *options)
+        checks = Checks()
+        options = parser.parse_options(argv, checks)[: len(DATACLASSES)]
+        given_options = {} if checks.faults else collect_given_options(argv, options, PRESETS)
+        run = DistillRun(given_options, machine, *options, checks=checks)
+        collect_faults(run, checks)
+        checks.raise_faults(UsageError)
         if stall_watch:
             stall_watch.limit_seconds = 60 * run.args.stall_minutes
-        run.check_train_methods()
+        run.print_once(machine.describe(run.args.dtype, run.search_config.batch_size, run.sft_config))
         with run.lock_output_dir(), run.checker:
             run.check_settings()
+            log_to_folder(run.output_dir)
             run.write_config()
             for stage in run.args.list_stages():
                 run.run_stage(stage)
@@ -126,6 +133,8 @@ class DistillRun:
         lora_arguments: LoraArguments,
         sft_config: Any,  # TrainerConfig, whose base is untyped for mypy
         trl_options: Any,
+        *,
+        checks: Checks,
     ):
         self.given_options = hide_userinfo(given_options)  # as `--config` takes them
         self.command = get_current_command()
@@ -138,36 +147,51 @@ class DistillRun:
         if self.state.num_processes != world_size:
             raise ValueError(f"WORLD_SIZE is {world_size}, but {self.state.num_processes} processes started")
         self.output_dir = Path(sft_config.output_dir)
-        use_recorded_date(self.output_dir, args.template_date)
+        with checks.collect():
+            use_recorded_date(self.output_dir, args.template_date)
         self.checker = AnswerChecker()
-        self.models = args.build_pair(device=str(self.state.device))
+        with checks.collect():
+            self.models = args.build_pair(device=str(self.state.device))
         self._has_warned = False
         self.stopwatch = RunStopwatch(self.output_dir, START_TIME, float(os.environ.get("NABLA_SETUP_SECONDS", "0")))
-        self.train_problems, self.callback_problems, self.held_out_problems = self._load_problems()
+        self.train_problems, self.callback_problems, self.held_out_problems = self._load_problems(checks)
         if args.dtype == "bfloat16" and not {"bf16", "fp16"} & set(given_options):
-            self.sft_config = replace(sft_config, bf16=True)  # an adapter on a half-precision base needs it
-        self.all_options = self._choose_batches(machine) | self.given_options
+            with checks.collect():  # an adapter on a half-precision base needs it
+                self.sft_config = replace(sft_config, bf16=True)
+        self.all_options = self.given_options
+        if args.dtype in DTYPES:
+            with checks.collect():
+                self.all_options = self._choose_batches(machine) | self.given_options
 
-    def _load_problems(self) -> tuple[list[Problem], list[Problem], list[Problem]]:
+    def _load_problems(self, checks: Checks) -> tuple[list[Problem], list[Problem], list[Problem]]:
         """Load the training problems, those of the evaluation during training, and the held-out problems."""
         args = self.args
         limit = args.max_train_problems + self.train_options.max_callback_problems
-        if self._divides_dataset():
-            train, held_out = load_divided_problems(args.dataset, args.test_fraction, args.split_seed)
-            self.print_once(
-                f"{args.dataset} has no splits: {len(train)} problems to train on, {len(held_out)} held out (by a "
-                f"hash of each question; test_fraction {args.test_fraction:g}, split_seed {args.split_seed})"
-            )
-            train, held_out = train[:limit], held_out[: args.max_eval_problems]
-        else:
-            train = load_problems(args.dataset, split=args.train_split, max_problems=limit)
-            held_out = load_problems(
-                args.eval_dataset or args.dataset, split=args.eval_split, max_problems=args.max_eval_problems
-            )
-        args.get_prompt_options().check_problems([*train, *held_out])
-        check_disjoint(train, held_out)
-        if {"evaluate", "report"} & {*args.list_stages()}:
-            held_out = filter_with_gold_answer(held_out, verbose=self.state.is_main_process)
+        train: list[Problem] = []
+        held_out: list[Problem] = []
+        divides: bool | None = None  # None: what is named cannot be read
+        with checks.collect():
+            divides = self._divides_dataset()
+            if divides:
+                train, held_out = load_divided_problems(args.dataset, args.test_fraction, args.split_seed)
+                self.print_once(
+                    f"{args.dataset} has no splits: {pluralize(len(train), 'problem')} to train on, {len(held_out)} "
+                    f"held out (by a hash of each question; test_fraction {args.test_fraction:g}, split_seed "
+                    f"{args.split_seed})"
+                )
+                train, held_out = train[:limit], held_out[: args.max_eval_problems]
+        if divides is False:
+            with checks.collect():
+                train = load_problems(args.dataset, split=args.train_split, max_problems=limit)
+            with checks.collect():
+                held_out = load_problems(
+                    args.eval_dataset or args.dataset, split=args.eval_split, max_problems=args.max_eval_problems
+                )
+        with checks.collect():
+            check_disjoint(train, held_out)
+        if held_out and {"evaluate", "report"} & {*args.list_stages()}:
+            with checks.collect():
+                held_out = filter_with_gold_answer(held_out, verbose=self.state.is_main_process)
         return train[: args.max_train_problems], train[args.max_train_problems :], held_out
 
     def _divides_dataset(self) -> bool:
@@ -189,7 +213,7 @@ class DistillRun:
         return True
 
     def _choose_batches(self, machine: Machine) -> dict[str, Any]:
-        """Fill in the batch sizes that the options leave out, say where the run computes, return what is chosen."""
+        """Fill in the batch sizes that the options leave out, and return what is chosen."""
         args, config = self.args, self.sft_config
         chosen = choose_batches(
             machine,
@@ -205,7 +229,6 @@ class DistillRun:
         )
         for name, value in chosen.items():
             setattr(self.search_config if name == "batch_size" else config, name, value)
-        self.print_once(machine.describe(args.dtype, self.search_config.batch_size, config))
         return {"dtype": args.dtype, "bf16": config.bf16, **chosen}
 
     def load_models(self) -> tuple[Policy, Reward]:
@@ -331,21 +354,6 @@ class DistillRun:
             return split
         return f"{split}, test_fraction {self.args.test_fraction:g}, split_seed {self.args.split_seed}"
 
-    def check_train_methods(self) -> None:
-        """Check the training options before hours are spent on traces.
-
-        Raises:
-            ValueError: a method that cannot be trained with these options, or results that cannot be reported or
-                pushed where the options ask for.
-        """
-        if "train" in self.args.list_stages():
-            if self.state.is_main_process:
-                check_reporting(self.sft_config, len(self.args.train_methods))
-            if faults := list_trl_faults(self.args.train_methods, self.trl_options):
-                raise ValueError("; ".join(faults))
-            for method in self.args.train_methods:
-                self._make_train_stage().check_method(method)
-
     def _make_train_stage(self) -> TrainStage:
         return TrainStage(
             run_dir=self.output_dir,
@@ -470,7 +478,8 @@ class DistillRun:
             problems=self.held_out_problems,
             dollars_per_gpu_hour=args.dollars_per_gpu_hour,
         )
-        sizes = f"{len(self.train_problems)} training and {len(self.held_out_problems)} held-out problems, disjoint"
+        held_out = pluralize(len(self.held_out_problems), "held-out problem")
+        sizes = f"{len(self.train_problems)} training and {held_out}, disjoint"
         return facts | {
             "setup_seconds": self.stopwatch.setup_seconds,
             "total_seconds": self.stopwatch.total_seconds,
