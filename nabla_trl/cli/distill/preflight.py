@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from nabla_trl.evaluation.method import REWARD_MODEL_SAMPLING, Method, parse_methods
 from nabla_trl.evaluation.plan import check_method_options
@@ -20,15 +20,16 @@ from nabla_trl.training.reporting import check_reporting
 from nabla_trl.training.trl_options import list_trl_faults
 from nabla_trl.utils.faults import Checks
 
-if TYPE_CHECKING:
-    from nabla_trl.cli.distill.run import DistillRun
-
 # Bytes of a full weight and of Adam's two moments, all in float32.
 _WEIGHT_BYTES, _CHECKPOINT_BYTES = 4, 12
 
 
-def collect_faults(run: DistillRun, checks: Checks) -> None:
-    """Collect what is wrong with the models, the output folder, the methods, the machine and the integrations."""
+def collect_faults(run: Any, checks: Checks) -> None:
+    """Collect what is wrong with the models, the output folder, the methods, the machine and the integrations.
+
+    Args:
+        run: a `DistillRun`, whose module imports this one.
+    """
     args, stages = run.args, run.args.list_stages()
     if set(stages) - {"report"}:
         args.check_models(
@@ -58,7 +59,7 @@ def collect_faults(run: DistillRun, checks: Checks) -> None:
         run.check_settings()
 
 
-def _estimate_disk_bytes(run: DistillRun) -> float:
+def _estimate_disk_bytes(run: Any) -> float:
     """Return what the trained weights and a checkpoint take at least. Adapters are small."""
     if run.train_options.tuning != "full":
         return MIN_FREE_BYTES
@@ -68,7 +69,7 @@ def _estimate_disk_bytes(run: DistillRun) -> float:
     return MIN_FREE_BYTES + per_weight * num_params * len(run.args.train_methods)
 
 
-def _collect_memory_faults(run: DistillRun, checks: Checks) -> None:
+def _collect_memory_faults(run: Any, checks: Checks) -> None:
     """Compare what a training needs before any activation with the memory of the device.
 
     Nothing is said about sharded trainings, whose devices share the weights, and where the plan cannot be made.
@@ -99,5 +100,5 @@ def _collect_memory_faults(run: DistillRun, checks: Checks) -> None:
             check_memory(models, dtype=dtype, device=str(run.state.device), extra_bytes=extra)
 
 
-def _is_sharded_launch(run: DistillRun) -> bool:
+def _is_sharded_launch(run: Any) -> bool:
     return run.state.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
