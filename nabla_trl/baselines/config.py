@@ -17,7 +17,7 @@ PILOT_RESPONSES = 2
 MAX_ALLOCATION_RATIO = 4  # a problem gets at most this many times the responses of a uniform split
 _STEP_OPTIONS = (
     *("step_delimiter", "max_step_tokens", "steps_per_prefix", "exploration"),
-    *("particle_beta", "particle_potential"),
+    *("particle_beta", "particle_potential", "entropy_threshold"),
 )
 _POWER_OPTIONS = ("power_alpha", "power_select", "smc_block_tokens", "smc_ess_threshold", "smc_ramp_tokens")
 _VOTE_OPTIONS = (
@@ -75,6 +75,19 @@ class BaselineConfig:
         "power_smc: tokens over which the exponent rises from 1 to α. Set it where few particles survive the first "
         "blocks.",
     )
+    entropy_threshold: float = option(
+        1.5,
+        "entropy_branching and ggro: entropy of the policy, in nats, from which on it counts as uncertain. Lower it "
+        "where steps are hardly ever branched.",
+    )
+    wait_text: str = option(
+        "Wait", "budget_forcing: text that is written in place of the end of a thought, so that the policy goes on."
+    )
+    max_thinking_tokens: int = option(
+        0,
+        "budget_forcing: longest thought, in tokens. The end of the thought is written there. 0 leaves a quarter of "
+        "max_new_tokens for the answer.",
+    )
     confidence_top_k: int = option(
         20, "deepconf: number of likeliest tokens whose mean log-probability is the confidence of a token."
     )
@@ -129,6 +142,11 @@ class BaselineConfig:
         alpha, threshold, ramp = self.power_alpha, self.smc_ess_threshold, self.smc_ramp_tokens
         checks.require(1 < alpha < math.inf, f"power_alpha must be a number above 1, not {alpha}")
         checks.require(0 <= threshold <= 1, f"smc_ess_threshold must be in [0, 1], not {threshold}")
+        checks.require(
+            self.entropy_threshold >= 0, f"entropy_threshold must not be negative: {self.entropy_threshold}"
+        )
+        checks.require(bool(self.wait_text.strip()), "wait_text must not be empty")
+        checks.require(self.max_thinking_tokens >= 0, "max_thinking_tokens must not be negative")
         checks.require(ramp >= 0, f"smc_ramp_tokens must not be negative, not {ramp}")
         for name in ("particle_beta", "confidence_temperature"):
             value = getattr(self, name)
@@ -160,6 +178,10 @@ class BaselineConfig:
     def get_power_settings(self) -> dict[str, str]:
         """Return all that can change the trace of a sampler of π^α, for `claim_settings`."""
         return self.select_settings(_POWER_OPTIONS)
+
+    def get_thinking_settings(self) -> dict[str, str]:
+        """Return all that can change the trace of budget forcing, for `claim_settings`."""
+        return self.select_settings(("wait_text", "max_thinking_tokens"))
 
     def select_settings(self, names: Sequence[str]) -> dict[str, str]:
         """Return the values of options as text."""

@@ -100,7 +100,7 @@ async def _run_population(tree: StepTree, num_particles: int, choose_exponent: C
             Particle(child, particle.log_weight + compute_log_weight(particle.node, child, tree))
             for particle, child in zip(moving, children, strict=True)
         ]
-        if tree.config.particle_potential == "score" and not tree.settings.is_power_sampling:
+        if tree.config.particle_potential == "score" and not tree.settings.drawing.is_power_sampling:
             population = [Particle(one.node, one.node.reward / tree.config.particle_beta) for one in population]
         if max(particle.log_weight for particle in population) == -math.inf:  # the reward can read none of them
             return []
@@ -117,7 +117,7 @@ def compute_log_weight(parent: StepNode, child: StepNode, tree: StepTree) -> flo
 
     The root, whose reward is not known, counts as 0: all particles share it.
     """
-    if not tree.settings.is_power_sampling:
+    if not tree.settings.drawing.is_power_sampling:
         return (child.reward - (0.0 if math.isnan(parent.reward) else parent.reward)) / tree.config.particle_beta
     ramp = tree.config.smc_ramp_tokens
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -28,7 +28,7 @@ from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.gradient.step_ends import StepEndDetector, StepFinder
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
-from nabla_trl.models.sampling import make_rng
+from nabla_trl.models.sampling import TokenStatistic, find_token_columns, make_rng
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
@@ -36,6 +36,7 @@ from nabla_trl.traces.build import build_error_trace, build_response_trace, buil
 from nabla_trl.traces.schema import Trace
 
 UNLIMITED = sys.maxsize
+MIN_SEGMENT_TOKENS = 4  # before a step may end at its entropy, the uncertain token included, as in GGRO's code
 
 
 @dataclass(eq=False)
@@ -51,6 +52,8 @@ class StepNode:
         policy_cache, score_caches: caches of the prefix in policy and reward. Released when no step is drawn from it.
         reward: reward of a complete response, else what the reward gives a turn that is not closed yet.
         log_importance_weight: log π − log q of the last step, where q is the sampler. 0 if it was not asked for.
+        num_scored: tokens that the score caches hold. None: all of them.
+        output: what the decoder returned of the last step. None of the root, and of a fork.
         num_drawn: steps drawn from this node.
         hidden_states: [T, d] the policy's hidden states that predicted the ids. None: the reward reads none.
         children: the distinct steps drawn from this node, in the order of their first draw.
@@ -65,13 +68,40 @@ class StepNode:
     score_caches: list[ScoreCache]
     reward: float = math.nan
     log_importance_weight: float = 0.0
+    num_scored: int | None = None
+    output: GenerationOutput | None = None
     num_drawn: int = 0
     hidden_states: Tensor | None = None
     children: list[StepNode] = field(default_factory=list)
 
     def release_caches(self) -> None:
         """Release what is needed to draw from this node."""
-        self.policy_cache, self.score_caches = None, []
+        self.policy_cache, self.score_caches, self.output = None, [], None
+
+    def get_output(self) -> GenerationOutput:
+        """Return what the decoder returned of the last step of a node that was drawn and not released."""
+        if self.output is None:
+            raise RuntimeError("the node was not drawn, or its caches are released")
+        return self.output
+
+
+@dataclass(frozen=True)
+class StepDrawing:
+    """What a method needs of its draws.
+
+    Attributes:
+        is_power_sampling: the reward is (α − 1)·log π. Steps are blocks of `smc_block_tokens` with importance weights.
+        top_k_candidates: K, tokens recorded per position.
+        records_entropy: record the entropy of every distribution.
+        stops_at_entropy: a step ends before the first token whose distribution has at least `entropy_threshold`.
+        keeps_caches: complete nodes keep their caches, which the method releases.
+    """
+
+    is_power_sampling: bool = False
+    top_k_candidates: int = 1
+    records_entropy: bool = False
+    stops_at_entropy: bool = False
+    keeps_caches: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +112,7 @@ class StepSearchSettings:
         step_finder: finds the ends of steps. None: a step is a block of `max_step_tokens`.
         max_step_tokens: longest step.
         max_flops: budget of FLOPs per problem. 0: none.
-        is_power_sampling: the reward is (α − 1)·log π, and steps record their importance weights.
+        drawing: what the method needs of its draws.
     """
 
     engine: Engine
@@ -92,7 +122,7 @@ class StepSearchSettings:
     max_step_tokens: int
     max_flops: float
     seed: int
-    is_power_sampling: bool = False
+    drawing: StepDrawing
 
 
 @dataclass(eq=False)
@@ -171,7 +201,7 @@ class StepTree:
         Raises:
             StepSearchError: the reward is NaN or +∞.
         """
-        settings, policy = self.settings, self.settings.engine.policy
+        settings, policy, drawing = self.settings, self.settings.engine.policy, self.settings.drawing
         requests, paths, detectors = [], [], []
         for node in nodes:
             paths.append((*node.tree_path, node.num_drawn))
@@ -188,17 +218,23 @@ class StepTree:
                     stop_strings=policy.get_stop_strings(self.problem),
                     response_tokens_in_prefix=len(node.token_ids),
                     should_stop=detectors[-1],
+                    stop_entropy=self.config.entropy_threshold if drawing.stops_at_entropy else math.inf,
+                    stop_entropy_after=MIN_SEGMENT_TOKENS,
                 )
             )
         outputs = await settings.engine.generate(
             requests,
             settings.sampling,
+            top_k_candidates=drawing.top_k_candidates,
             return_cache=True,
-            return_log_importance_weight=settings.is_power_sampling,
+            return_log_importance_weight=drawing.is_power_sampling,
+            statistics_top_k=int(drawing.records_entropy or drawing.stops_at_entropy),
         )
         children, new_children = [], []
         for node, path, detector, output in zip(nodes, paths, detectors, outputs, strict=True):
             self.num_tokens, self.num_steps = self.num_tokens + len(output.ids), self.num_steps + 1
+            if drawing.stops_at_entropy:
+                output = self._drop_uncertain_end(node, output)
             token_ids = node.token_ids + output.ids
             child = next((child for child in node.children if child.token_ids == token_ids), None)
             if child is None:
@@ -214,17 +250,70 @@ class StepTree:
     ) -> StepNode:
         token_ids = parent.token_ids + output.ids
         is_complete = output.finished or len(token_ids) >= self.max_new_tokens
-        logp = torch.cat((parent.logp, output.logp[:, 0]))
+        own_columns = find_token_columns(output.candidates, output.ids)
+        logp = torch.cat((parent.logp, output.logp.gather(1, own_columns[:, None])[:, 0]))
         states = output.hidden_states
         if states is not None and parent.hidden_states is not None:
             states = torch.cat((parent.hidden_states, states))
         child = StepNode(
             tree_path, token_ids, logp, partial_delimiter, is_complete, output.cache, [], hidden_states=states
         )
+        if self.settings.drawing.keeps_caches:
+            child.output = replace(output, cache=None)
         if output.log_importance_weight is not None:
             child.log_importance_weight = float(output.log_importance_weight[:, 0].double().sum())
         parent.children.append(child)
         return child
+
+    def _drop_uncertain_end(self, parent: StepNode, output: GenerationOutput) -> GenerationOutput:
+        """Return a step without the token at which it became uncertain, if that is why it ended."""
+        assert output.statistics is not None
+        limit = self.max_new_tokens - len(parent.token_ids)
+        is_uncertain = output.statistics[-1, TokenStatistic.ENTROPY] >= self.config.entropy_threshold
+        if output.finished or len(output.ids) < MIN_SEGMENT_TOKENS or len(output.ids) >= limit or not is_uncertain:
+            return output
+        kept = slice(len(output.ids) - 1)
+        cache = output.get_cache()
+        return replace(
+            output,
+            ids=output.ids[kept],
+            candidates=output.candidates[kept],
+            logp=output.logp[kept],
+            statistics=output.statistics[kept],
+            hidden_states=None if output.hidden_states is None else output.hidden_states[kept],
+            cache=cache.cut(cache.length - 1),
+        )
+
+    def fork(self, parent: StepNode, child: StepNode, position: int, token: int | None = None) -> StepNode:
+        """Return the prefix of a drawn child up to a position, to draw another continuation from.
+
+        Args:
+            position: response tokens of the child that are kept, at least those of its parent.
+            token: put behind them in place of the child's own. It is a recorded candidate, and no stop token.
+        """
+        kept, row, output = slice(position), position - len(parent.token_ids), child.get_output()
+        token_ids, logp = child.token_ids[kept], child.logp[kept]
+        if token is not None:
+            column = int((output.candidates[row] == token).nonzero()[0])
+            token_ids, logp = [*token_ids, token], torch.cat((logp, output.logp[row, column : column + 1]))
+        assert child.policy_cache is not None
+        finder, pending_text = self.settings.step_finder, ""
+        if finder is not None:
+            detector = StepEndDetector(finder, parent.partial_delimiter)
+            for own_token in token_ids[len(parent.token_ids) :]:
+                detector(own_token)
+            pending_text = detector.pending_text
+        return StepNode(
+            (*child.tree_path, -1 - position, -1 if token is None else token),
+            token_ids,
+            logp,
+            pending_text,
+            False,
+            child.policy_cache.cut(len(self.prompt_ids) + len(token_ids) - 1),
+            child.score_caches,
+            num_scored=position,
+            hidden_states=None if child.hidden_states is None else child.hidden_states[: len(token_ids)],
+        )
 
     async def _score_children(self, new_children: Sequence[tuple[StepNode, StepNode]]) -> None:
         """Score new children (parent, child), each from the cache of its parent."""
@@ -247,13 +336,13 @@ class StepTree:
         scored = await engine.score(
             samples,
             [parent.score_caches for parent, _ in new_children],
-            [len(parent.token_ids) for parent, _ in new_children],
+            [len(parent.token_ids) if parent.num_scored is None else parent.num_scored for parent, _ in new_children],
         )
         for (_, child), (reward, caches) in zip(new_children, scored, strict=True):
             child.reward, child.score_caches = reward, caches
             if child.is_complete and reward > -math.inf:
                 self.responses.append(child)
-            if child.is_complete or reward == -math.inf:
+            if (child.is_complete and not self.settings.drawing.keeps_caches) or reward == -math.inf:
                 child.release_caches()
         broken = next(
             (child.reward for _, child in new_children if child.reward == math.inf or math.isnan(child.reward)), None
@@ -302,7 +391,7 @@ def run_step_search(
     max_flops: float = 0.0,
     seed: int = 0,
     batch_size: int = 256,
-    is_power_sampling: bool = False,
+    drawing: StepDrawing = StepDrawing(),  # it is frozen
 ) -> list[Trace]:
     """Return the response with the highest reward that a step-level search finds, for each problem.
 
@@ -315,26 +404,29 @@ def run_step_search(
             is drawn only if the rest of its response is expected to fit.
         method_name: name of the method in the traces.
         batch_size: prefixes drawn and scored together.
-        is_power_sampling: draw blocks of `smc_block_tokens` with their importance weights, in place of steps. The
-            reward is (α − 1)·log π.
+        drawing: what the method needs of its draws.
 
     Raises:
         ValueError: neither size nor budget, or both. Also as `create_step_finder`.
     """
     if (size is None) == (not max_flops) or max_flops < 0:
         raise ValueError(f"{method_name} needs a size or a budget of FLOPs, one of them")
-    step_finder = None
-    if not is_power_sampling:
+    step_finder, max_step_tokens = None, step_config.max_step_tokens
+    if drawing.is_power_sampling:
+        max_step_tokens = step_config.smc_block_tokens
+    elif drawing.stops_at_entropy:
+        max_step_tokens = sampling.max_new_tokens
+    else:
         step_finder = create_step_finder(policy, step_config.resolve_delimiter(reward.step_delimiter))
     settings = StepSearchSettings(
         Engine(policy, reward, num_slots=batch_size),
         sampling,
         step_config,
         step_finder,
-        step_config.smc_block_tokens if is_power_sampling else step_config.max_step_tokens,
+        max_step_tokens,
         max_flops,
         seed,
-        is_power_sampling,
+        drawing,
     )
     meta = build_trace_meta(policy, reward.name, f"{sampling} {step_config.get_settings(reward.step_delimiter)}")
     tasks = (Task(one.id, _search_problem(one, method, size, settings, method_name, meta)) for one in problems)

@@ -17,11 +17,15 @@ from nabla_trl.baselines.config import MAX_ALLOCATION_RATIO
 from nabla_trl.utils.faults import Faults
 
 REWARD_MODEL_SAMPLING = "reward_model_sampling"
+BUDGET_FORCING = "budget_forcing"
 # Metropolis chains on π^α, which need no reward. They differ in how they choose where to cut a response.
 POWER_SEARCHES = ("power_gradient", "power_jump", "power_entropy", "power_uniform")
 SEARCHES = ("nabla", "control", "shuffled", "paper", "released", "qalign")
-# Step-level searches. Their sizes are beams, subtrees, states, rollouts and particles.
-STEP_SEARCHES = ("beam_search", "dvts", "tot", "rap", "particle_filter", "entropic_particle_filter")
+# Step-level searches. Their sizes are beams, subtrees, states, rollouts, particles and candidates per segment.
+STEP_SEARCHES = (
+    *("beam_search", "dvts", "tot", "rap", "particle_filter", "entropic_particle_filter"),
+    *("entropy_branching", "ggro"),
+)
 # Samplers of π^α that draw responses from the beginning. Their sizes are samples and particles.
 POWER_SAMPLERS = ("low_temperature", "power_smc")
 # Methods that vote among the responses of one pool, without a reward.
@@ -36,7 +40,7 @@ ALLOCATED_METHODS = ("allocated_vote", "allocated_best_of", "allocated_weighted_
 # Trained policies: one from an adapter made elsewhere, and one for each way to train.
 POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 _REWARD_FREE_METHODS = (
-    *("greedy", "samples", "allocated_vote", REWARD_MODEL_SAMPLING),
+    *("greedy", "samples", "allocated_vote", BUDGET_FORCING, REWARD_MODEL_SAMPLING),
     *(*VOTE_METHODS, *POWER_SAMPLERS, *POWER_SEARCHES),
 )
 
@@ -45,10 +49,12 @@ METHOD_SYNTAX = (
     f"without a reward {', '.join(VOTE_METHODS)}, each as self_consistency_N, self_consistency@best_of_N (at that "
     "method's FLOPs) or self_consistency@F (at F times best_of_16's). The searches nabla, control (without the "
     "gradient), shuffled (its gradient rows shuffled), paper, released and qalign (presets), each also with such a "
-    "budget, as nabla@F. The step-level searches beam_search and dvts (N beams), tot (N states), rap (N rollouts), "
-    "particle_filter and entropic_particle_filter (N particles), each as tot_N, tot@best_of_N or tot@F. Samplers of "
-    "π^α without a reward: low_temperature and power_smc (N particles), each as power_smc_N or power_smc@F, and the "
+    "budget, as nabla@F. The step-level searches beam_search, dvts and entropy_branching (N beams), tot (N states), "
+    "rap (N rollouts), particle_filter and entropic_particle_filter (N particles) and ggro (N candidates), each as "
+    "tot_N, tot@best_of_N or tot@F. Samplers of π^α without a reward: low_temperature and power_smc (N particles), "
+    "each as power_smc_N or power_smc@F, and the "
     f"chains {', '.join(POWER_SEARCHES)}, each also with a budget. "
+    f"{BUDGET_FORCING}_N (thinking models, N more thoughts) or {BUDGET_FORCING}@F. "
     f"{', '.join(ALLOCATED_METHODS)}, each as allocated_vote@best_of_N or allocated_vote@F (one budget, spread over "
     f"all problems by what they gain). {REWARD_MODEL_SAMPLING} (for log-ratio rewards). Of a trained policy L_greedy, "
     "L_best_of_N, L_samples_N, and L_nabla and L_control, also with a budget, where L is one of "
@@ -58,8 +64,8 @@ METHOD_SYNTAX = (
 MAX_SAMPLES = 999  # the estimators of pass@k and maj@k overflow with more
 _TRAINED_POLICY_METHODS = ("greedy", "best_of", "samples", "nabla", "control")
 _REPORT_ORDER = (
-    *("greedy", *VOTE_METHODS, *POWER_SAMPLERS, *reversed(POWER_SEARCHES), "best_of", "weighted_best_of"),
-    *(*ALLOCATED_METHODS, *STEP_SEARCHES, *reversed(SEARCHES)),
+    *("greedy", BUDGET_FORCING, *VOTE_METHODS, *POWER_SAMPLERS, *reversed(POWER_SEARCHES)),
+    *("best_of", "weighted_best_of", *ALLOCATED_METHODS, *STEP_SEARCHES, *reversed(SEARCHES)),
 )
 _METHOD = re.compile(
     rf"(?:(?P<policy>{'|'.join(POLICY_LABELS)})_)?(?P<name>.*?)(?:_(?P<n>0|[1-9]\d*))?(?:@(?P<budget>.+))?", re.DOTALL
@@ -193,7 +199,7 @@ class Method:
             return (self.n is None) == bool(self.budget)
         if self.is_search:
             return self.n is None
-        if self.is_vote or self.is_power_sampler:
+        if self.is_vote or self.is_power_sampler or self.name == BUDGET_FORCING:
             return (self.n is None) == bool(self.budget)
         if self.is_allocated:
             return self.n is None and bool(self.budget)

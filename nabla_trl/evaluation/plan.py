@@ -9,11 +9,13 @@ from typing import Any
 
 from nabla_trl.baselines import allocation
 from nabla_trl.baselines import sampling as pools
+from nabla_trl.baselines.budget_forcing import check_thinking, run_budget_forcing
 from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.baselines.particles import power_smc
 from nabla_trl.baselines.sampling import PoolEntry, ResponsePool
 from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS
-from nabla_trl.baselines.step_tree import StepSearchMethod, create_step_finder, run_step_search
+from nabla_trl.baselines.step_tree import StepDrawing, StepSearchMethod, create_step_finder, run_step_search
+from nabla_trl.baselines.uncertainty import UNCERTAINTY_METHODS
 from nabla_trl.baselines.votes import (
     STATISTICS_VOTES,
     VOTES,
@@ -23,6 +25,7 @@ from nabla_trl.baselines.votes import (
 )
 from nabla_trl.evaluation.kl import KLMeasure, build_sample_kl_measure, skip_kl
 from nabla_trl.evaluation.method import (
+    BUDGET_FORCING,
     POOL_METHODS,
     REWARD_MODEL_SAMPLING,
     Method,
@@ -147,8 +150,26 @@ class EvaluationSetup:
             self.build_power_reward(),
             Sampling(1 / self.baseline_config.power_alpha, max_new_tokens=self.config.max_new_tokens),
             max_flops,
-            is_power_sampling=True,
+            drawing=StepDrawing(is_power_sampling=True),
         )
+
+    def plan_budget_forcing(self, method: Method, max_flops: float = 0.0) -> Job:
+        """Return the job of longer thoughts, at the size in its name or at a budget of FLOPs per problem."""
+
+        def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            return run_budget_forcing(
+                problems,
+                size=method.n,
+                policy=self.policy,
+                sampling=self.config.get_sampling(),
+                config=self.baseline_config,
+                method_name=str(method),
+                max_flops=max_flops,
+                seed=seed,
+                batch_size=self.config.batch_size,
+            )
+
+        return self._build_job([str(method)], run, self.config.batch_size)
 
     def build_power_reward(self) -> Reward:
         """Return the reward whose optimum is π^α: (α − 1)·log π, which costs nothing to score."""
@@ -276,8 +297,12 @@ class EvaluationSetup:
 
     def plan_step_search(self, method: Method, max_flops: float = 0.0) -> Job:
         """Return the job of a step-level search, at the size in its name or at a budget of FLOPs per problem."""
-        search = STEP_SEARCH_METHODS[method.name]
-        return self._plan_tree_search(method, search, self.reward, self.config.get_sampling(), max_flops)
+        if method.name in UNCERTAINTY_METHODS:
+            search, drawing = UNCERTAINTY_METHODS[method.name]
+        else:
+            search, drawing = STEP_SEARCH_METHODS[method.name], StepDrawing()
+        sampling = self.config.get_sampling()
+        return self._plan_tree_search(method, search, self.reward, sampling, max_flops, drawing=drawing)
 
     def _plan_tree_search(
         self,
@@ -418,6 +443,8 @@ def _plan_policy_jobs(
             yield setup.plan_power_smc(method, get_max_flops(method))
         elif method.is_allocated:
             yield setup.plan_allocation(method, get_max_flops(method))
+        elif method.name == BUDGET_FORCING:
+            yield setup.plan_budget_forcing(method, get_max_flops(method))
     if REWARD_MODEL_SAMPLING in names:
         yield setup.plan_reward_model_sampling()
 
@@ -485,8 +512,10 @@ def get_baseline_settings(names: Sequence[str], setup: EvaluationSetup) -> dict[
         ValueError: the policy cannot write the delimiter of steps, or its back end lacks what a vote needs.
     """
     methods, config, settings = [Method.parse(name) for name in names], setup.baseline_config, {}
-    if any(method.is_step_search for method in methods):
+    step_searches = [method for method in methods if method.is_step_search]
+    if any(method.name != "ggro" for method in step_searches):  # its segments end by entropy
         create_step_finder(setup.policy, config.resolve_delimiter(setup.reward.step_delimiter))
+    if step_searches:
         settings["step_search"] = config.get_settings(setup.reward.step_delimiter)
     if any(method.name in ("confidence_vote", *STATISTICS_VOTES) for method in methods):
         settings["votes"] = config.get_vote_settings()
@@ -494,10 +523,13 @@ def get_baseline_settings(names: Sequence[str], setup: EvaluationSetup) -> dict[
         settings["power"] = config.get_power_settings()
     if any(method.is_allocated for method in methods):
         settings["allocation"] = config.select_settings(("allocation_pilot",))
+    if any(method.name == BUDGET_FORCING for method in methods):
+        check_thinking(setup.policy, config)
+        settings["thinking"] = config.get_thinking_settings()
     whole = [
         str(method)
         for method in methods
-        if method.name in (*WHOLE_DISTRIBUTION_VOTES, "power_smc") or method.is_power_search
+        if method.name in (*WHOLE_DISTRIBUTION_VOTES, *UNCERTAINTY_METHODS, "power_smc") or method.is_power_search
     ]
     if whole and not setup.policy.backend.knows_distributions:
         raise ValueError(

@@ -16,6 +16,7 @@ batch. Both give the same tokens where they overlap (tests/models/test_generatio
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -131,6 +132,8 @@ class SlotDecoder:
         """
         if self.sampling.temperature > 0:
             request.get_rng()
+        if request.stop_entropy < math.inf and not self.statistics_top_k:
+            raise ValueError("stop_entropy needs a session that records statistics: set statistics_top_k")
         self.waiting.append((tag, request))
 
     def list_requests(self) -> list[tuple[Hashable, GenerationRequest]]:
@@ -154,7 +157,7 @@ class SlotDecoder:
             self.drawn[:, offset] = self.latest
         if self.return_cache and self.layout.is_recurrent:
             self._take_snapshots()
-        ended = [slot for slot, ids in enumerate(self.drawn[:count].tolist()) if self._append(self.active[slot], ids)]
+        ended = [slot for slot, ids in enumerate(self.drawn[:count].tolist()) if self._append(slot, ids)]
         # From the last one on, so that the slot that moves into a freed one holds a sequence that goes on.
         return [self._take(slot) for slot in reversed(ended)]
 
@@ -229,10 +232,15 @@ class SlotDecoder:
         self.counts[:count] += 1
         self.positions[:count] += 1
 
-    def _append(self, sequence: _Sequence, ids: list[int]) -> bool:
-        """Give a sequence its next tokens up to its end, and return whether it has ended."""
+    def _append(self, slot: int, ids: list[int]) -> bool:
+        """Give the sequence of a slot its next tokens up to its end, and return whether it has ended."""
+        sequence = self.active[slot]
         request = sequence.request
-        for token in ids:
+        entropies = [0.0] * len(ids)
+        if request.stop_entropy < math.inf:
+            span = slice(len(sequence.ids), len(sequence.ids) + len(ids))
+            entropies = self.outputs[-1][slot, span, TokenStatistic.ENTROPY].tolist()
+        for token, entropy in zip(ids, entropies, strict=True):
             if token < 0:
                 sequence.failed = True
                 return True
@@ -241,6 +249,7 @@ class SlotDecoder:
             stops = request.should_stop is not None and request.should_stop(token)  # told every token, in order
             if (
                 stops
+                or (entropy >= request.stop_entropy and len(sequence.ids) >= request.stop_entropy_after)
                 or token in self.policy.stop_ids
                 or len(sequence.ids) >= request.max_new_tokens
                 or (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from nabla_trl.grading.notation import THINK_OPENING
+from nabla_trl.grading.notation import THINK_CLOSING, THINK_OPENING, is_think_tag, normalize_think_tags
 from nabla_trl.models.chat.thinking import ThinkingFormat, decode_with_thinking
 from nabla_trl.models.flops import ModelSize
 from nabla_trl.models.heads import OutputHead
@@ -48,6 +49,9 @@ class GenerationRequest:
         response_tokens_in_prefix: how many tokens at the end of the prefix belong to the response. A stop string may
             begin in them.
         should_stop: called once with every new token, in order. True ends the continuation, as a stop token does.
+        stop_entropy: end with the first token whose distribution has at least this entropy (nats). Needs a session
+            that records statistics.
+        stop_entropy_after: tokens before which `stop_entropy` does not end the continuation.
     """
 
     cost_key: str
@@ -58,6 +62,8 @@ class GenerationRequest:
     stop_strings: tuple[str, ...] = ()
     response_tokens_in_prefix: int = 0
     should_stop: Callable[[int], bool] | None = None
+    stop_entropy: float = math.inf
+    stop_entropy_after: int = 1
 
     def get_rng(self) -> np.random.Generator:
         """Return the random numbers of a sampled continuation."""
@@ -280,6 +286,14 @@ class Policy:
     def think_token_ids(self) -> frozenset[int]:
         """Return the special tokens that begin or end a thought."""
         return self._thinking[0].token_ids
+
+    @cached_property
+    def thought_closings(self) -> tuple[str, ...]:
+        """Return the texts that close a thought, the one that the policy writes first. Empty: it does not think."""
+        written = [text for text, tag in self._thinking[0].delimiters if tag == THINK_CLOSING]
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        tags = [text for text in tokens if is_think_tag(text) and normalize_think_tags(text) == THINK_CLOSING]
+        return tuple(dict.fromkeys([*written, *tags]))
 
     def get_stop_strings(self, problem: Problem) -> tuple[str, ...]:
         """Return the strings that end a response to this problem, besides the stop tokens."""

@@ -171,7 +171,7 @@ class VllmSession:
         return list(self._requests.items())
 
     def submit(self, tag: Hashable, request: GenerationRequest) -> None:
-        if request.should_stop:
+        if request.should_stop or request.stop_entropy < math.inf:
             raise ValueError("a vLLM server generates whole responses, and cannot stop after a step: omit vllm_url")
         if self.sampling.temperature > 0:
             request.get_rng()

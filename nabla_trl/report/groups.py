@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from nabla_trl.evaluation.method import (
     ALLOCATED_METHODS,
+    BUDGET_FORCING,
     POOL_METHODS,
     POWER_SAMPLERS,
     POWER_SEARCHES,
@@ -41,6 +42,7 @@ _DESCRIPTIONS = {
     "weighted_best_of": "N samples, a vote weighted by the reward",
     "self_consistency": "N samples, the most frequent answer",
     "adaptive_consistency": "a vote that stops when its result is clear",
+    BUDGET_FORCING: "one response whose thought is made longer",
     "dirichlet_consistency": "a vote that stops when its result is clear, whatever the other answers are",
     "confidence_vote": "N samples, a vote weighted by the policy's likelihood",
     "allocated_vote": "a vote, more samples where they may change the answer, one budget for all problems",
@@ -63,6 +65,8 @@ _DESCRIPTIONS = {
     "rap": "reasoning via planning: Monte Carlo tree search",
     "particle_filter": "resamples partial responses by their reward",
     "entropic_particle_filter": "the same, but keeps them diverse at the beginning",
+    "entropy_branching": "beam search that branches where the policy is uncertain",
+    "ggro": "writes segments, each behind the token that the reward's gradient prefers",
     "nabla": "the search: changes tokens where the gradient of the reward points to",
     "control": "the same search without the gradient",
     "shuffled": "the same search, its gradient shuffled over the positions",
@@ -85,7 +89,7 @@ def get_method_group(method: str) -> MethodGroup:
     parsed = Method.parse(method)
     if parsed.policy:
         return TRAINED
-    if method == "best_of_1" or parsed.name in ("greedy", REWARD_MODEL_SAMPLING):
+    if method == "best_of_1" or parsed.name in ("greedy", BUDGET_FORCING, REWARD_MODEL_SAMPLING):
         return SINGLE_PASS
     groups = {
         TOKEN_LEVEL: SEARCHES,

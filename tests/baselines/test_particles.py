@@ -24,7 +24,7 @@ from nabla_trl.baselines.particles import (
     resample,
     resample_particles,
 )
-from nabla_trl.baselines.step_tree import StepNode, run_step_search
+from nabla_trl.baselines.step_tree import StepDrawing, StepNode, run_step_search
 from nabla_trl.evaluation.method import POWER_SAMPLERS, POWER_SEARCHES, Method, has_search, parse_methods
 from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_baseline_settings, plan_jobs
 from nabla_trl.evaluation.rows import RowStore
@@ -138,7 +138,7 @@ def run_smc(policy: Policy, size: int | None, count: int, **options: Any) -> Cou
         step_config=config,
         method_name="power_smc",
         max_flops=max_flops,
-        is_power_sampling=True,
+        drawing=StepDrawing(is_power_sampling=True),
     )
     assert all(trace.error is None for trace in traces)
     assert {name for trace in traces for name in trace.cost.tokens} == {"policy/prefill", "policy/decode"}
