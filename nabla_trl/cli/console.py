@@ -1,7 +1,7 @@
 """Print a trace as text for people.
 
-A color terminal shows a replaced token struck out, the new token in bold, and the regenerated suffix in color.
-Otherwise marks take the place of styles, `[-old-]{+new+}`, and the output contains no control character.
+A color terminal shows what is gone struck out, what is new in bold, and what was sampled again and came out the same
+in color. Without colors (no terminal, or NO_COLOR is set) marks take the place of styles, `[-old-]{+new+}`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import SequenceMatcher
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +22,9 @@ from nabla_trl.traces.texts import Decode, compute_text_change, format_token, na
 from nabla_trl.utils.formatting import format_si, make_printable
 
 MAX_WIDTH = 100  # columns, because longer lines are hard to read
+MAX_DIFF_CELLS = 1_000_000  # pairs of words of two texts, beyond which they are not compared word by word
+MIN_COMMON_SHARE = 0.5  # of the words, below which marks word by word would be hard to read
+_CHANGE_STYLES = {"same": ("cyan", "{}"), "gone": ("strike red", "[-{}-]"), "new": ("bold green", "{{+{}+}}")}
 MAX_PREFIX_CHARACTERS = 160  # of the unchanged text before a revision
 # What progress bars of libraries write beside text: they go to the beginning of a line, or up some lines.
 _BAR_MOVES = re.compile(r"\r?(?:\x1b\[A|\n)*")
@@ -94,12 +98,15 @@ class TraceFormatter:
     def __init__(self, decode: Decode, console: Console):
         self.decode, self.console = decode, console
         self.width = min(console.width, MAX_WIDTH)
-        self.use_marks = not console.is_terminal or console.color_system is None
+        self.text_width = self.width if console.is_terminal else console.width  # a pipe has no end of a line
+        self.use_marks = not console.is_terminal or console.color_system is None or console.no_color
 
     def format_trace(self, trace: Trace, question: str) -> Iterator[list[Text]]:
         """Yield the parts of a trace as blocks of lines."""
         yield [*self.wrap_text(Text.assemble(("question  ", "bold"), make_printable(question)), ""), Text()]
         yield self.format_response("first response", f"reward {trace.reward_initial:.3f}", trace.initial_ids)
+        if self.use_marks and any(revision.accepted for revision in trace.revisions):
+            yield [Text("In revisions, [-this-] is gone and {+this+} is new.", "dim"), Text()]
         accepted = rejected = 0
         for revision, base_ids in trace.replay_revisions():
             if not revision.accepted:
@@ -135,7 +142,10 @@ class TraceFormatter:
         text.append(f"{{+{new}+}}" if self.use_marks else new, "bold green")
         if change.new_token.endswith("\n"):
             text.append("\n")
-        text.append(make_printable(change.suffix), "cyan")
+        old_suffix = self.decode(base_ids)[len(self.decode(base_ids[: revision.position + 1])) :]
+        for kind, part in diff_texts(make_printable(old_suffix), make_printable(change.suffix)):
+            style, mark = _CHANGE_STYLES[kind]
+            text.append(mark.format(part) if self.use_marks else part, style)
         return self.wrap_text(text)
 
     def format_rejected_count(self, count: int) -> list[Text]:
@@ -175,10 +185,29 @@ class TraceFormatter:
 
     def wrap_text(self, text: Text, indent: str = "  ") -> list[Text]:
         """Return the lines of a text, wrapped at the width of the console and indented."""
-        lines = text.wrap(self.console, self.width - len(indent), overflow="fold")
+        lines = text.wrap(self.console, self.text_width - len(indent), overflow="fold")
         for line in lines:
             line.rstrip()
         return [Text(indent).append_text(line) if line else line for line in lines]
+
+
+def diff_texts(old: str, new: str) -> list[tuple[str, str]]:
+    """Return the parts of two texts in reading order, each with its kind: "same", "gone" or "new".
+
+    Texts are compared by words. Texts of which little is the same, and very long ones, are one part each.
+    """
+    old_words, new_words = (re.findall(r"\s*(?:\w+|[^\w\s])|\s+", text) for text in (old, new))
+    matcher = SequenceMatcher(None, old_words, new_words, autojunk=False)
+    short = len(old_words) * len(new_words) <= MAX_DIFF_CELLS
+    if not short or matcher.ratio() < MIN_COMMON_SHARE:
+        parts = [("same", new)] if old == new else [("gone", old), ("new", new)]
+    else:
+        parts = []
+        for tag, old_start, old_end, new_start, new_end in matcher.get_opcodes():
+            if tag != "equal":
+                parts.append(("gone", "".join(old_words[old_start:old_end])))
+            parts.append(("same" if tag == "equal" else "new", "".join(new_words[new_start:new_end])))
+    return [(kind, part) for kind, part in parts if part]
 
 
 def format_reward_change(before: float, after: float) -> str:

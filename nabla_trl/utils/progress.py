@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from rich.console import Console, Group
@@ -26,6 +27,7 @@ from nabla_trl.utils.statistics import Interval, proportion_interval
 _LINE_SECONDS, _OFTEN_SECONDS, _INTERVAL_GROWTH, _MAX_INTERVAL_SECONDS = 10.0, 600.0, 1.1, 900.0
 _ANNOUNCE_SECONDS, _BEAT_SECONDS = 3.0, 10.0
 
+_UNLIMITED_WIDTH = 100_000  # columns of a pipe or a file
 # Of one item: its problem, whether it is right (None = not graded), FLOPs.
 ProgressItem = tuple[str, float | None, float]
 
@@ -48,8 +50,14 @@ def enable_progress() -> None:
 class PrintableConsole(Console):
     """A console on which control characters of texts become replacement characters, and styles stay.
 
-    It writes to the stream behind a `PrintableStream`, because its own control sequences must pass.
+    It writes to the stream behind a `PrintableStream`, because its own control sequences must pass. Where it is no
+    terminal, lines and tables have the length that they need, unless COLUMNS or `width` limits them.
     """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        if not self.is_terminal and options.get("width") is None and "COLUMNS" not in os.environ:
+            self.width = _UNLIMITED_WIDTH
 
     @property
     def file(self) -> IO[str]:

@@ -12,7 +12,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from nabla_trl.cli.console import guard_terminal, print_trace
+from nabla_trl.cli.console import diff_texts, guard_terminal, print_trace
 from nabla_trl.cli.parsing import run_main
 from nabla_trl.models.flops import Cost
 from nabla_trl.traces.schema import Revision, Trace
@@ -88,10 +88,12 @@ STORY = trace_of("1+2=4;#4", (4, "3;#3", False), (0, "1+2=5;#5", False), (4, "3;
 def test_the_story_in_plain_lines():
     lines = [line for line in shown(STORY).splitlines() if line]
     head = "first response" + " " * 54 + "reward 0.000"
-    assert lines[:4] == ["question  1+2?", head, "  1+2=4;#4", "2 proposals rejected"]
+    legend = "In revisions, [-this-] is gone and {+this+} is new."
+    assert lines[:5] == ["question  1+2?", head, "  1+2=4;#4", legend, "2 proposals rejected"]
+    del lines[3]
     assert lines[4].startswith("revision 1 at position 4 ") and lines[4].endswith(" reward 0.000 → 1.000")
-    assert lines[5] == "  1+2=[-4-]{+3+};#9"
-    assert lines[7] == "  1+2=3;[-#-]{+#+}7"
+    assert lines[5] == "  1+2=[-4-]{+3+};#[-4-]{+9+}"
+    assert lines[7] == "  1+2=3;[-#-]{+#+}[-9-]{+7+}"
     assert lines[8].startswith("final response ") and lines[9] == "  1+2=3;#7"
     assert lines[10:] == [
         "answer  9",
@@ -105,7 +107,29 @@ def test_styles_take_the_place_of_marks_on_a_terminal():
     text = shown(STORY, terminal=True)
     assert "[-" not in text and "{+" not in text
     struck = re.findall(r"\x1b\[[0-9;]*\b9\b[0-9;]*m(.*?)\x1b\[0m", text)
-    assert struck == ["4", "#"]
+    assert struck == ["4", "4", "#", "9"]
+
+
+def test_changes_are_marked_on_a_terminal_without_colors(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "1+2=[-4-]{+3+};#[-4-]{+9+}" in re.sub(r"\x1b\[[0-9;]*m", "", shown(STORY, terminal=True))
+
+
+def test_a_new_suffix_shows_what_changed_in_it():
+    parts = diff_texts(" the sum is 12, so 12.", " the sum is 13, so 13.")
+    changes = [("gone", " 12"), ("new", " 13")]
+    assert parts == [("same", " the sum is"), *changes, ("same", ", so"), *changes, ("same", ".")]
+    assert diff_texts("1+2=3", "we add one") == [("gone", "1+2=3"), ("new", "we add one")], "little is the same"
+    assert diff_texts("", "a b") == [("new", "a b")] and diff_texts("a b", "a b") == [("same", "a b")]
+    long = " ".join(map(str, range(2_000)))
+    assert diff_texts(long, long) == [("same", long)] and len(diff_texts(long, long + " x")) == 2
+
+
+def test_a_pipe_gets_lines_and_tables_without_breaks():
+    console = PrintableConsole(file=io.StringIO())
+    print_trace(trace_of("ab " * 100, (3, "c " * 150, True)), "1+2? " * 60, decode, console)
+    lines = console.file.getvalue().splitlines()
+    assert "  " + ("ab " * 100).rstrip() in lines and max(map(len, lines)) > 300
 
 
 def test_special_tokens_are_named_where_they_are_exchanged_and_hidden_elsewhere():
