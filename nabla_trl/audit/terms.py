@@ -39,7 +39,7 @@ AUDIT_TERMS = {
         _format_share,
     ),
     "correct_with_errors": AuditTerm(
-        "correct by luck", "share of the correct samples that contain a wrong step", _format_share
+        "correct despite an error", "share of the correct samples that contain a wrong step", _format_share
     ),
     "correlation": AuditTerm(
         "correlation with correct", "of reward and correctness, within problems", _format_correlation

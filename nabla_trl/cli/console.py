@@ -106,7 +106,7 @@ class TraceFormatter:
         yield [*self.wrap_text(Text.assemble(("question  ", "bold"), make_printable(question)), ""), Text()]
         yield self.format_response("first response", f"reward {trace.reward_initial:.3f}", trace.initial_ids)
         if self.use_marks and any(revision.accepted for revision in trace.revisions):
-            yield [Text("In revisions, [-this-] is gone and {+this+} is new.", "dim"), Text()]
+            yield [*self.wrap_text(Text("In revisions, [-this-] is gone and {+this+} is new.", "dim"), ""), Text()]
         accepted = rejected = 0
         for revision, base_ids in trace.replay_revisions():
             if not revision.accepted:
@@ -132,21 +132,28 @@ class TraceFormatter:
         return self.wrap_text(Text(make_printable(self.decode(token_ids)) or "(empty)"))
 
     def format_change(self, revision: Revision, base_ids: list[int]) -> list[Text]:
-        """Return the text of a revised response with the changed token marked."""
+        """Return the text of a revised response in which the changed token and all changes after it are marked."""
         change = compute_text_change(revision, base_ids, self.decode)
         prefix = make_printable(change.prefix)
         text = Text("… " + prefix[-MAX_PREFIX_CHARACTERS:] if len(prefix) > MAX_PREFIX_CHARACTERS else prefix)
         names = name_special_tokens(revision, base_ids)
         old, new = format_token(change.old_token, names[0]), format_token(change.new_token, names[1])
-        text.append(f"[-{old}-]" if self.use_marks else old, "strike red")
-        text.append(f"{{+{new}+}}" if self.use_marks else new, "bold green")
+        old_suffix = self.decode(base_ids)[len(self.decode(base_ids[: revision.position + 1])) :]
+        parts = diff_texts(make_printable(old_suffix), make_printable(change.suffix))
+        while parts and parts[0][0] != "same" and not change.new_token.isspace():  # a space stands alone to be seen
+            kind, part = parts.pop(0)
+            old, new = (old + part, new) if kind == "gone" else (old, new + part)
+        self._append_part(text, "gone", old)
+        self._append_part(text, "new", new)
         if change.new_token.endswith("\n"):
             text.append("\n")
-        old_suffix = self.decode(base_ids)[len(self.decode(base_ids[: revision.position + 1])) :]
-        for kind, part in diff_texts(make_printable(old_suffix), make_printable(change.suffix)):
-            style, mark = _CHANGE_STYLES[kind]
-            text.append(mark.format(part) if self.use_marks else part, style)
+        for kind, part in parts:
+            self._append_part(text, kind, part)
         return self.wrap_text(text)
+
+    def _append_part(self, text: Text, kind: str, part: str) -> None:
+        style, mark = _CHANGE_STYLES[kind]
+        text.append(mark.format(part) if self.use_marks else part, style)
 
     def format_rejected_count(self, count: int) -> list[Text]:
         """Return a line with the number of rejected proposals, or nothing for zero."""

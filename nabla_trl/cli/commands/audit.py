@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from nabla_trl.audit.terms import AUDIT_TERMS, describe_audit
 from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments, check_distinct
 from nabla_trl.cli.parsing import Parser, UsageError
 from nabla_trl.models.options import GradientPoint
@@ -29,6 +30,21 @@ if TYPE_CHECKING:
     from nabla_trl.audit.ranking import RankingAudit
     from nabla_trl.pipeline.audit import AuditResult
     from nabla_trl.utils.statistics import Interval
+
+_GRADIENT_LEGEND = {
+    "direction": "share of exchanged tokens whose change of reward has the predicted sign (by chance: 50%)",
+    "correl.": "correlation of predicted and measured changes of reward",
+    "first error": "share of wrong responses in which the position that is ranked first is the first error",
+    "repair": "share of wrong responses in which the exchange that is ranked first corrects the first error",
+    "effect": "what the gradient adds to the ranking without it, (none), beyond chance",
+    "swaps": "exchanges of one token. Informative ones change the reward noticeably",
+}
+_OVEROPTIMIZATION_LEGEND = {
+    "nabla": "accuracy of the search after so many rounds",
+    "control": "accuracy of the same search without the gradient",
+    "reward": "mean reward of the selected responses. Over-optimization: it rises and the accuracy falls",
+    "validated": "as far as accuracy was measured to rise",
+}
 
 AUDIT_HELP = """--json prints one object. --output_file writes the same object after each part:
   policy, reward              names on the command line
@@ -229,17 +245,11 @@ def _print_ranking_audit(audit: RankingAudit, console: Console) -> None:
     for n, accuracy in audit.best_of_n_accuracy.items():
         table.add_row(str(n), format_interval(accuracy), f"{audit.best_of_n_reward[n]:.3f}")
     console.print(table)
-    lines = {
-        "correct samples": f"{audit.accuracy:.3f} of {audit.problems} × {audit.samples}",
-        "AUC within problems": format_interval(audit.auc_interval.to_dict()),
-    }
-    if audit.step_auc is not None:
-        lines["AUC of error-free"] = f"{audit.step_auc:.3f}"
-    if audit.correct_with_errors is not None:
-        lines["correct by luck"] = f"{audit.correct_with_errors:.3f} of the correct samples"
-    lines["correlation with correct"] = f"{audit.correlation:+.3f}"
-    lines["correlation with length"] = f"{audit.length_correlation:+.3f}"
-    _print_fields(lines, audit.conclusion, console)
+    values = {key: value for key, value in audit.to_dict().items() if key in AUDIT_TERMS}
+    lines = describe_audit(values)
+    _print_fields({label: value for label, value, _ in lines}, audit.conclusion, console)
+    best_of = "accuracy and mean reward of the highest reward among so many samples"
+    _print_legend({"best of": best_of} | {label: meaning for label, _, meaning in lines if meaning}, console)
 
 
 def _print_gradient_audit(audit: GradientAudit, console: Console) -> None:
@@ -269,6 +279,8 @@ def _print_gradient_audit(audit: GradientAudit, console: Console) -> None:
         or f"{audit.wrong_responses}, {audit.repairable_responses} with a correct token among the candidates",
     }
     _print_fields(lines, audit.conclusion, console)
+    shown = [*headings[1:], *lines]
+    _print_legend({label: meaning for label, meaning in _GRADIENT_LEGEND.items() if label in shown}, console)
 
 
 def _print_overoptimization_audit(audit: OveroptimizationAudit, console: Console) -> None:
@@ -282,6 +294,13 @@ def _print_overoptimization_audit(audit: OveroptimizationAudit, console: Console
     limits = audit.validated_limits
     lines = {"validated": f"up to {limits.max_samples} samples, {limits.max_rounds} rounds"}
     _print_fields(lines, audit.conclusion, console)
+    _print_legend(_OVEROPTIMIZATION_LEGEND, console)
+
+
+def _print_legend(meanings: Mapping[str, str], console: Console) -> None:
+    console.print("\nwhat it means:", style="dim", highlight=False)
+    for label, meaning in meanings.items():
+        console.print(f"  {label}: {meaning}", style="dim", highlight=False, markup=False)
 
 
 def _make_table(*headings: str) -> Table:
@@ -301,5 +320,5 @@ def _format_percent_interval(interval: Interval | None) -> str:
 
 def _print_fields(fields: dict[str, str], conclusion: str, console: Console) -> None:
     for label, value in fields.items():
-        console.print(f"{label:<24}{value}", highlight=False, markup=False)
+        console.print(f"{label:<26}{value}", highlight=False, markup=False)
     console.print(f"conclusion: {conclusion}", highlight=False, markup=False)
