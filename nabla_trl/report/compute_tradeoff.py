@@ -192,8 +192,8 @@ def _has_reward_cost(summary: Summary) -> bool:
 
 def _format_method_table(summary: Summary) -> str:
     heads = [
-        "kind",
         "method",
+        "kind",
         "accuracy",
         "reward",
         "KL to base",
@@ -206,8 +206,8 @@ def _format_method_table(summary: Summary) -> str:
         training = compute_total_flops(summary, method, 0)
         lines.append(
             [
-                get_method_kind(method),
                 method,
+                get_method_kind(method),
                 format_accuracy(summary, method),
                 format_reward(summary, method),
                 format_kl(summary, method),
@@ -281,7 +281,11 @@ def _format_break_even(summary: Summary, grids: Mapping[str, ResultGrid], facts:
             tables += [f"By {UNIT_WORDS[unit]}:", table]
     if not tables:
         return ["Missing: a trained policy's greedy decode, or the cost of training."]
-    head = "Number of queries after which a trained policy has cost less in total, training included, than a baseline."
+    accuracies = ", ".join(f"{method} {format_accuracy(summary, method)}" for method in trained)
+    head = (
+        "Number of queries after which a trained policy has cost less in total, training included, than a baseline. "
+        f"Accuracy of the trained policies: {accuracies}."
+    )
     legend = [_BREAK_EVEN_LEGEND, *([_REWARD_COST_LEGEND] if _has_reward_cost(summary) else [])]
     return [head, *tables, " ".join(legend)]
 
@@ -304,11 +308,11 @@ def _format_break_even_table(
     lines = []
     for baseline in baselines:
         for words, own_prices in versions.items():
-            cells = [f"{baseline}{words}" if words else f"{baseline} {format_accuracy(summary, baseline)}"]
+            cells = [f"{baseline}{words}", format_accuracy(summary, baseline)]
             for method, price in own_prices.items():
                 amount = price.get_amount(unit, rate)
                 result = compute_break_even(grids[method], grids[baseline], unit, amount, rate)
                 cells.append(format_break_even(result, sides[method, baseline]))
             lines.append(cells)
-    heads = ["baseline", *(f"{method} {format_accuracy(summary, method)}" for method in trained)]
+    heads = ["baseline", "its accuracy", *trained]
     return format_table(heads, lines)
