@@ -16,6 +16,10 @@ The gain of one more response, by how the answer is chosen:
   one of its own n rewards otherwise (a Dirichlet process). Own rewards raise no maximum. The bounded scale keeps a
   problem of very low rewards from taking all.
 - Weighted best-of-N: as best-of-N. The answer with the largest weight is chosen in the end.
+
+The search (`run_search_with_shared_budget`) spends rounds instead of responses. All problems are searched side by side
+within one budget. A search ends once no proposal was accepted for some rounds, and what it leaves goes to those whose
+reward still rises.
 """
 
 from __future__ import annotations
@@ -34,13 +38,18 @@ from nabla_trl.baselines.sampling import PoolEntry, ResponsePool, begin_entry, d
 from nabla_trl.engine.engine import Engine
 from nabla_trl.engine.scheduler import Task
 from nabla_trl.grading.equivalence import normalize_answer
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import Search
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.traces.schema import Trace
 
 ROUND_SHARE = 8  # one in so many problems gets a response before gains are estimated again
 HORIZON = 16  # votes that are looked ahead
+DEFAULT_PATIENCE = 4  # rounds without an accepted proposal, of searches that share a budget
 NUM_QUANTILES = 64  # of the rewards of all problems
 
 # The problems with their responses so far -> the expected gain of one more response to each of them [problems].
@@ -233,3 +242,64 @@ def build_gain_estimator(uses_reward: bool, beta: float) -> EstimateGains:
         beta: as in `estimate_reward_gains`.
     """
     return (lambda entries: estimate_reward_gains(entries, beta)) if uses_reward else estimate_vote_gains
+
+
+# --- the search ---------------------------------------------------------------------------------------
+
+
+def run_search_with_shared_budget(
+    problems: Sequence[Problem],
+    *,
+    policy: Policy,
+    reward: Reward,
+    config: SearchConfig,
+    max_flops: float,
+    seed: int = 0,
+) -> list[Trace]:
+    """Return one trace per problem. All searches run side by side, and share one budget.
+
+    A search ends after `config.patience` rounds without an accepted proposal, or `DEFAULT_PATIENCE` of them. It begins
+    no second chain.
+
+    Args:
+        max_flops: total FLOPs of all problems. A round begins if it is expected to fit, as every round of the searches
+            that are under way is.
+    """
+    config = replace(
+        config,
+        max_flops=max_flops / max(1, len(problems)),
+        max_rounds=0,
+        max_rollouts=0,
+        patience=config.patience or DEFAULT_PATIENCE,
+        restarts=False,
+    )
+    engine = Engine(policy, reward, num_slots=config.batch_size)
+    budget = _SharedBudget(engine.flop_counter, max_flops)
+    tasks = (Task(one.id, Search(one, engine, config, seed, budget.grant_round).run()) for one in problems)
+    traces = {task.key: task.result for task in engine.run(tasks, max_concurrent=max(1, len(problems)))}
+    return [traces[problem.id] for problem in problems]
+
+
+class _SharedBudget:
+    """A budget of FLOPs from which searches take their rounds."""
+
+    def __init__(self, flop_counter: FlopCounter, max_flops: float):
+        self.flop_counter, self.max_flops = flop_counter, max_flops
+        self._spent_before: dict[str, float] = {}  # by problem, FLOPs before its round
+        self._reserved: dict[str, float] = {}  # by problem, FLOPs that its round is expected to cost
+        self._total_reserved = 0.0
+
+    def grant_round(self, search: Search) -> None:
+        """Let a search spend all that the others have not reserved. Called before each of its rounds, and at its end.
+
+        A round is expected to cost what the last one did.
+        """
+        key = search.problem.id
+        spent = search.count_flops()
+        self._total_reserved -= self._reserved.pop(key, 0.0)
+        unreserved = self.max_flops - self.flop_counter.total_flops - self._total_reserved
+        search.config = replace(search.config, max_flops=max(1.0, spent + unreserved))
+        if any(not chain.stop_reason for chain in search.chains):
+            self._reserved[key] = spent - self._spent_before.get(key, 0.0)
+            self._total_reserved += self._reserved[key]
+        self._spent_before[key] = spent

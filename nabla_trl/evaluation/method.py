@@ -35,8 +35,8 @@ VOTE_METHODS = (
 )
 # Methods that choose among the responses of one pool, or keep them all.
 POOL_METHODS = ("best_of", *VOTE_METHODS, "weighted_best_of", "samples")
-# Methods that spread one budget over all problems: a vote, best-of-N and weighted best-of-N.
-ALLOCATED_METHODS = ("allocated_vote", "allocated_best_of", "allocated_weighted_best_of")
+# Methods that spread one budget over all problems: a vote, best-of-N, weighted best-of-N and the search.
+ALLOCATED_METHODS = ("allocated_vote", "allocated_best_of", "allocated_weighted_best_of", "allocated_nabla")
 # Trained policies: one from an adapter made elsewhere, and one for each way to train.
 POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 _REWARD_FREE_METHODS = (
@@ -172,7 +172,7 @@ class Method:
         """Return among how many samples the method chooses by the reward. 1: the method does not choose."""
         if self.is_step_search:
             return self.population_size
-        if self.is_allocated and self.needs_reward:
+        if self.name in ("allocated_best_of", "allocated_weighted_best_of"):
             return MAX_ALLOCATION_RATIO * math.ceil(16 * self.size)
         return self.n or 1 if self.name in ("best_of", "weighted_best_of") else 1
 
@@ -271,7 +271,9 @@ def _is_runnable_name(name: str) -> bool:
 def has_search(names: Iterable[str]) -> bool:
     """Return whether one of these methods refines responses by the reward, other than step by step."""
     methods = [Method.parse(name) for name in names]
-    return any(method.is_search and not method.is_power_search for method in methods)
+    return any(
+        (method.is_search and not method.is_power_search) or method.name == "allocated_nabla" for method in methods
+    )
 
 
 def get_max_selection_size(names: Iterable[str]) -> int:

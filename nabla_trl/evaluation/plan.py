@@ -236,6 +236,17 @@ class EvaluationSetup:
         """
         beta = 1 / self.config.reward_weight
 
+        def run_search(problems: Sequence[Problem], seed: int) -> list[Trace]:
+            traces = allocation.run_search_with_shared_budget(
+                problems,
+                policy=self.policy,
+                reward=self.reward,
+                config=self.config,
+                max_flops=max_flops * len(problems),
+                seed=seed,
+            )
+            return [replace(trace, method=str(method)) for trace in traces]
+
         def run(problems: Sequence[Problem], seed: int) -> list[Trace]:
             pool = allocation.draw_allocated_pool(
                 problems,
@@ -255,7 +266,9 @@ class EvaluationSetup:
                 return pools.select_weighted_best_of_n(pool, size, beta, name)
             return vote_in_pool(pool, "self_consistency", size, config=self.baseline_config, method_name=name)
 
-        return replace(self._build_job([str(method)], run, self.config.batch_size), needs_all_problems=True)
+        run_method = run_search if method.name == "allocated_nabla" else run
+        job = self._build_job([str(method)], run_method, self.config.batch_size)
+        return replace(job, needs_all_problems=True)
 
     def _vote(self, name: str, pool: ResponsePool, size: int) -> list[Trace]:
         return vote_in_pool(pool, name, size, config=self.baseline_config)
@@ -604,7 +617,7 @@ def check_method_options(
     )
     searches = {method.name for method in methods}
     checks.require(
-        not isinstance(config.solver, NoGradient) or "nabla" not in searches,
+        not isinstance(config.solver, NoGradient) or searches.isdisjoint(("nabla", "allocated_nabla")),
         "solver none is the control: ask for control instead of nabla, or choose another solver",
     )
     checks.require(

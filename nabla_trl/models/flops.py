@@ -146,9 +146,13 @@ class FlopCounter:
 
     Wasted and rejected work is charged like any other. Work that belongs to no problem (training, an audit)
     gets a key of its own, and so counts in `get_total_cost`.
+
+    Attributes:
+        total_flops: FLOPs charged so far, those of forgotten keys included.
     """
 
     def __init__(self) -> None:
+        self.total_flops = 0.0
         self._costs: dict[str, Cost] = {}
         self._nested_seconds: list[float] = []  # per open clock, the seconds of clocks inside it
 
@@ -185,6 +189,7 @@ class FlopCounter:
             flops += size.compute_backward_flops(start, num_tokens, num_head_positions, frozen)
         cost = self._get_or_create_cost(key)
         cost.flops += flops
+        self.total_flops += flops
         name = f"{size.name}/{kind}"
         cost.tokens[name] = cost.tokens.get(name, 0) + num_tokens
         # The output head alone, which reads no token, is no call.

@@ -48,6 +48,7 @@ _DESCRIPTIONS = {
     "allocated_vote": "a vote, more samples where they may change the answer, one budget for all problems",
     "allocated_best_of": "best-of-N, more samples where the reward may still rise, one budget for all problems",
     "allocated_weighted_best_of": "the same with a vote weighted by the reward",
+    "allocated_nabla": "the search, more rounds where the reward still rises, one budget for all problems",
     "self_certainty": "N samples, a vote ranked by how far the policy is from guessing",
     "deepconf_tail": "a vote of the samples that end most confidently",
     "deepconf_bottom": "a vote of the samples whose weakest passages are most confident",
@@ -92,7 +93,7 @@ def get_method_group(method: str) -> MethodGroup:
     if method == "best_of_1" or parsed.name in ("greedy", BUDGET_FORCING, REWARD_MODEL_SAMPLING):
         return SINGLE_PASS
     groups = {
-        TOKEN_LEVEL: SEARCHES,
+        TOKEN_LEVEL: (*SEARCHES, "allocated_nabla"),
         STEP_LEVEL: STEP_SEARCHES,
         VOTES: (*POOL_METHODS, *ALLOCATED_METHODS),
         SAMPLERS: (*POWER_SAMPLERS, *POWER_SEARCHES),

@@ -11,6 +11,7 @@ import worlds
 from scipy import stats
 
 from nabla_trl.baselines import allocation
+from nabla_trl.baselines.allocation import run_search_with_shared_budget
 from nabla_trl.baselines.config import MAX_ALLOCATION_RATIO
 from nabla_trl.baselines.sampling import PooledResponse, PoolEntry, draw_pool
 from nabla_trl.evaluation.method import Method, parse_methods
@@ -18,6 +19,7 @@ from nabla_trl.evaluation.plan import EvaluationSetup, plan_jobs
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.options import Sampling
 from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem
 
 
@@ -175,12 +177,12 @@ def test_responses_are_those_of_any_pool_whatever_the_batch(problems, policy, sc
 
 def test_the_methods_run_at_a_budget_of_all_problems(problems, policy, scalar_reward):
     names = ["best_of_4", *(f"{name}@best_of_4" for name in ("allocated_vote", "allocated_best_of"))]
-    names += ["allocated_weighted_best_of@best_of_4"]
+    names += ["allocated_weighted_best_of@best_of_4", "allocated_nabla@best_of_4"]
     assert parse_methods(",".join(names)) == names
     setup = EvaluationSetup(policy, scalar_reward, SearchConfig(max_new_tokens=6), (0,))
     mean_flops = {}
     best_of, *jobs = stepwise(plan_jobs(names, setup, {}, mean_flops.__getitem__), problems, mean_flops)
-    assert [job.needs_all_problems for job, _ in (best_of, *jobs)] == [False, True, True, True]
+    assert [job.needs_all_problems for job, _ in (best_of, *jobs)] == [False, True, True, True, True]
     for job, traces in jobs:
         assert [trace.problem_id for trace in traces] == [problem.id for problem in problems]
         assert {trace.method for trace in traces} == set(job.methods)
@@ -195,6 +197,21 @@ def stepwise(jobs, problems, mean_flops):
         traces = job.run(problems, 0)
         mean_flops[job.methods[0]] = sum(trace.cost.flops for trace in traces) / len(problems)
         yield job, traces
+
+
+def test_a_search_that_no_longer_rises_leaves_its_budget_to_others(problems, policy, scalar_reward):
+    """Alone within an even share, no search may spend more than it. Side by side, some do, and the total holds."""
+    config = SearchConfig(max_new_tokens=8, patience=1, batch_size=2)
+    shared = {"policy": policy, "reward": scalar_reward}
+    unlimited = run_search(problems, config=replace(config, restarts=False), **shared)
+    max_flops = 0.7 * sum(trace.cost.flops for trace in unlimited)
+    traces = run_search_with_shared_budget(problems, config=config, max_flops=max_flops, **shared)
+    costs = [trace.cost.flops for trace in traces]
+    assert sum(costs) <= 1.05 * max_flops and max(costs) > 1.2 * max_flops / len(problems)
+    assert {trace.stop_reason for trace in traces} <= {"patience", "exhausted", "max_flops"}
+    plenty = run_search_with_shared_budget(problems, config=config, max_flops=1e15, **shared)
+    assert [trace.response_ids for trace in plenty] == [trace.response_ids for trace in unlimited]
+    assert [trace.cost.flops for trace in plenty] == [trace.cost.flops for trace in unlimited]
 
 
 @pytest.mark.parametrize("name", ["allocated_vote", "allocated_vote_8", "sft_allocated_vote@0.5"])
