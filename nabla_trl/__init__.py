@@ -24,6 +24,7 @@ if _typing.TYPE_CHECKING:
     from nabla_trl.tasks.registry import load_problems
     from nabla_trl.traces.schema import Trace
     from nabla_trl.traces.storage import read_traces
+    from nabla_trl.training.tracking import track_metrics
     from nabla_trl.utils.progress import disable_progress, enable_progress
 
 __version__ = "0.2.0"
@@ -50,6 +51,7 @@ _MODULES = {
     "read_traces": "nabla_trl.traces.storage",
     "to_preference_dataset": "nabla_trl.pipeline.datasets",
     "to_sft_dataset": "nabla_trl.pipeline.datasets",
+    "track_metrics": "nabla_trl.training.tracking",
     "write_report": "nabla_trl.pipeline.report",
 }
 __all__ = [
@@ -75,6 +77,7 @@ __all__ = [
     "read_traces",
     "to_preference_dataset",
     "to_sft_dataset",
+    "track_metrics",
     "write_report",
 ]
 

@@ -39,6 +39,10 @@ TRUST_REMOTE_CODE_HELP = (
     "it can do whatever you can (default: false)."
 )
 DEVICE_HELP = "Device to run on, such as cpu or cuda:1 (default: a GPU if there is one, else the CPU)."
+REPORT_TO_HELP = (
+    "Experiment trackers to send figures to while they are made, such as trackio, wandb or tensorboard. Files of "
+    "trackers go to logs/ of --output_dir (default: none)."
+)
 SEEDS_HELP = (
     "Seeds of every method that samples. Each seed repeats the whole evaluation. Use more seeds for narrower "
     "confidence intervals."

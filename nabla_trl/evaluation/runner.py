@@ -29,7 +29,7 @@ from nabla_trl.utils.formatting import format_error, hide_userinfo
 from nabla_trl.utils.identity import check_settings, claim_settings, hash_json
 from nabla_trl.utils.interrupts import finish_current_batch
 from nabla_trl.utils.locks import hold_lock
-from nabla_trl.utils.progress import ProgressDisplay, ProgressItem
+from nabla_trl.utils.progress import ProgressDisplay, ProgressItem, report_metrics
 
 SETTINGS_FILE = "eval.settings.json"
 # By which share the cost that sets a budget may change. A search ends further from its budget than this.
@@ -238,7 +238,24 @@ def run_job(
                     store.append(rows)
                     added += rows
                     progress.add_items(_build_progress_items(job, batch, seed, store))
+                    _report_job(name, progress, [row for row in added if row.method == name])
     return added
+
+
+def _report_job(name: str, progress: ProgressDisplay, rows: Sequence[Row]) -> None:
+    """Report what is known of a method until now to the experiment trackers.
+
+    Args:
+        rows: those that this call added.
+    """
+    values = {
+        "accuracy": progress.compute_mean_score(),
+        "flops_per_problem": progress.flops / progress.num_completed,
+        "unfinished_rate": sum(not row.finished for row in rows) / len(rows),
+        "error_rate": sum(row.error is not None for row in rows) / len(rows),
+        "problems": float(progress.num_completed),
+    }
+    report_metrics(f"eval/{name}", values | progress.compute_rate())
 
 
 def _build_rows(job: Job, batch: Sequence[Problem], traces: Sequence[Trace], settings_hash: str) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,90 +18,13 @@ from nabla_trl.tasks.shards import list_run_folders
 from nabla_trl.traces.build import grade_traces
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TraceWriter, read_finished_meta
+from nabla_trl.traces.summary import TraceTotals
 from nabla_trl.traces.texts import TOKENS_FILE
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.interrupts import finish_current_batch
-from nabla_trl.utils.progress import ProgressDisplay
+from nabla_trl.utils.progress import ProgressDisplay, report_metrics
 
 PROBLEM_HASH_KEY = "problem_hash"  # key of a trace's `meta`
-MIN_WARNING_TRACES = 8  # fewer may look odd by chance
-
-
-@dataclass
-class TraceTotals:
-    """Totals over the traces written so far. Rewards are summed over traces without an error.
-
-    Attributes:
-        num_unfinished: responses without an end.
-        num_unreadable: responses with an end, in which no answer is found.
-        rewards, responses: distinct ones, the first two at most. More say no more.
-    """
-
-    num_traces: int = 0
-    num_errors: int = 0
-    first_error: str = ""
-    num_proposed: int = 0
-    num_accepted: int = 0
-    reward_before_sum: float = 0.0
-    reward_after_sum: float = 0.0
-    num_unfinished: int = 0
-    num_unreadable: int = 0
-    rewards: set[float] = field(default_factory=set)
-    responses: set[tuple[int, ...]] = field(default_factory=set)
-
-    def add(self, trace: Trace) -> None:
-        self.num_traces += 1
-        self.num_proposed += len(trace.revisions)
-        self.num_accepted += sum(revision.accepted for revision in trace.revisions)
-        if trace.error is not None:
-            self.num_errors += 1
-            self.first_error = self.first_error or trace.error
-            return
-        self.reward_before_sum += trace.reward_initial
-        self.reward_after_sum += trace.reward
-        self.num_unfinished += not trace.finished
-        self.num_unreadable += trace.finished and trace.answer is None
-        if len(self.rewards) < 2:
-            self.rewards |= {trace.reward, trace.reward_initial}
-        if len(self.responses) < 2:
-            self.responses.add(tuple(trace.response_ids))
-
-    def list_warnings(self, max_new_tokens: int) -> dict[str, str]:
-        """Return what looks wrong with most or all traces, as a sentence by kind. A few traces say nothing."""
-        num_valid = self.num_traces - self.num_errors
-        warnings = {}
-        if self.num_traces >= MIN_WARNING_TRACES and 2 * self.num_errors > self.num_traces:
-            warnings["failed"] = (
-                f"{self.num_errors} of {self.num_traces} problems failed, the first: {self.first_error}"
-            )
-        if num_valid < MIN_WARNING_TRACES:
-            return warnings
-        if 2 * self.num_unfinished > num_valid:
-            warnings["unfinished"] = (
-                f"{self.num_unfinished} of {num_valid} responses were cut off before their end: raise max_new_tokens "
-                f"({max_new_tokens}), or check that the prompt shows the policy how to end"
-            )
-        if 2 * self.num_unreadable > num_valid:
-            warnings["unreadable"] = (
-                f"no answer is found in {self.num_unreadable} of {num_valid} responses: check the prompt, "
-                "its instruction and the chat template"
-            )
-        if len(self.responses) == 1:
-            warnings["equal"] = f"all {num_valid} responses are the same: is the prompt right, and the temperature?"
-        elif len(self.rewards) == 1:
-            [value] = self.rewards
-            warnings["equal"] = (
-                f"all {num_valid} responses have the reward {value:.4g}, so nothing can be preferred: audit the reward"
-            )
-        return warnings
-
-    def __str__(self) -> str:
-        num_valid = max(self.num_traces - self.num_errors, 1)
-        text = (
-            f"{self.num_accepted} of {self.num_proposed} revisions accepted, "
-            f"mean reward {self.reward_before_sum / num_valid:.2f} → {self.reward_after_sum / num_valid:.2f}"
-        )
-        return f"{text}, {self.num_errors} failed (the first: {self.first_error})" if self.num_errors else text
 
 
 def find_unfinished_problems(problems: Sequence[Problem], folder: Path, seed: int) -> list[Problem]:
@@ -171,6 +94,7 @@ def search_in_batches(
                 for trace in traces:
                     totals.add(trace)
                 progress.add_items((trace.problem_id, trace.correct, trace.cost.flops) for trace in traces)
+            report_metrics("traces", totals.compute_metrics() | progress.compute_rate())
             for kind, text in totals.list_warnings(config.max_new_tokens).items():
                 if kind not in warned:
                     progress.warn(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -29,17 +30,7 @@ def check_reporting(config: Any, num_trained: int = 1) -> None:
         ValueError: a service of `report_to` is unknown, not installed or not logged in to, or `push_to_hub` cannot
             work. The message names everything that is wrong.
     """
-    errors = []
-    installed = get_available_reporting_integrations()
-    for name in config.report_to or []:
-        if name not in INTEGRATION_TO_CALLBACK:
-            errors.append(
-                f"report_to {name} is unknown: choose from none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
-            )
-        elif name not in installed:
-            errors.append(f"report_to {name} needs a package that is not installed: {name.replace('_', '-')}")
-        elif name == "wandb" and not _is_logged_in_to_wandb():
-            errors.append("report_to wandb needs a login: run wandb login, or set WANDB_API_KEY or WANDB_MODE=offline")
+    errors = _find_service_errors(config.report_to or [])
     if config.push_to_hub:
         if not config.hub_model_id:
             errors.append("push_to_hub needs hub_model_id, the repository as NAME/MODEL")
@@ -52,6 +43,31 @@ def check_reporting(config: Any, num_trained: int = 1) -> None:
                 errors.append(str(error))
     if errors:
         raise Faults(*errors)
+
+
+def check_services(names: Iterable[str]) -> None:
+    """Check that experiment trackers can be used.
+
+    Raises:
+        ValueError: one is unknown, not installed or not logged in to. The message names all of them.
+    """
+    if errors := _find_service_errors(names):
+        raise ValueError("; ".join(errors))
+
+
+def _find_service_errors(names: Iterable[str]) -> list[str]:
+    errors = []
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            errors.append(
+                f"report_to {name} is unknown: choose from none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        elif name not in installed:
+            errors.append(f"report_to {name} needs a package that is not installed: {name.replace('_', '-')}")
+        elif name == "wandb" and not _is_logged_in_to_wandb():
+            errors.append("report_to wandb needs a login: run wandb login, or set WANDB_API_KEY or WANDB_MODE=offline")
+    return errors
 
 
 def check_hub_repository(repo_id: str, api: HfApi) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import IO, Any
@@ -224,10 +224,20 @@ class ProgressDisplay:
             return None
         return (self._last_counted_at - self._started_at) / self.num_new * num_items
 
+    def compute_rate(self) -> dict[str, float | None]:
+        """Return the measured number of items per hour by its name. None before the first new item."""
+        seconds = self.estimate_seconds(1)
+        return {"problems_per_hour": 3600 / seconds if seconds else None}
+
     def estimate_seconds_left(self) -> float | None:
         """Return the remaining time in seconds. Before the first new item return None."""
         seconds = self.estimate_seconds(self.total - self.num_completed)
         return None if seconds is None else max(0.0, seconds - (time.monotonic() - self._last_counted_at))
+
+    def compute_mean_score(self) -> float | None:
+        """Return the accuracy so far without its interval. None before anything was graded."""
+        means = [sum(scores) / len(scores) for scores in self._scores_by_problem.values()]
+        return sum(means) / len(means) if means else None
 
     def format_metrics(self) -> str:
         """Return rate, accuracy and FLOPs as text, as far as they are known."""
@@ -346,3 +356,31 @@ def _format_rate(seconds_per_item: float) -> str:
         return f"{seconds_per_item:.3g} s/problem"
     rate = 1 / max(seconds_per_item, 1e-9)
     return f"{rate:,.0f} problems/s" if rate >= 100 else f"{rate:.3g} problems/s"
+
+
+# --- figures for experiment trackers ----------------------------------------------------------------------
+
+MetricsReceiver = Callable[[dict[str, float]], None]  # takes values by name
+
+_receivers: list[MetricsReceiver] = []
+
+
+def report_metrics(stage: str, values: Mapping[str, float | None]) -> None:
+    """Hand values to all receivers under names STAGE/NAME. Nothing happens without a receiver.
+
+    Args:
+        values: those that are not known are None, and are left out.
+    """
+    known = {f"{stage}/{name}": float(value) for name, value in values.items() if value is not None}
+    for receive in list(_receivers):
+        receive(known)
+
+
+@contextmanager
+def receive_metrics(receiver: MetricsReceiver) -> Iterator[None]:
+    """Hand the values that are reported in the `with` block to a receiver."""
+    _receivers.append(receiver)
+    try:
+        yield
+    finally:
+        _receivers.remove(receiver)

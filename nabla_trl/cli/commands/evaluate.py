@@ -12,6 +12,7 @@ from nabla_trl.cli.arguments import (
     DATASET_HELP,
     DEFAULT_SEEDS,
     DOLLARS_HELP,
+    REPORT_TO_HELP,
     SEEDS_HELP,
     ModelArguments,
     check_distinct,
@@ -62,6 +63,7 @@ class EvalArguments:
     )
     dollars_per_gpu_hour: float | None = option(None, DOLLARS_HELP)
     title: str = option("Evaluation", "Title of the report.")
+    report_to: list[str] = field(default_factory=list, metadata={"help": REPORT_TO_HELP})
 
     def __post_init__(self) -> None:
         checks = Checks()
@@ -98,6 +100,7 @@ def main(argv: Sequence[str]) -> int:
     from nabla_trl.report.text import print_summary_table
     from nabla_trl.rewards.spec import parse_reward_spec
     from nabla_trl.tasks.problem import filter_with_gold_answer
+    from nabla_trl.training.tracking import check_trackers, track_metrics
 
     default_methods = (
         [DEFAULT_EVAL_METHODS, DEFAULT_ADAPTER_EVAL_METHODS] if models.adapter else [DEFAULT_EVAL_METHODS]
@@ -121,23 +124,26 @@ def main(argv: Sequence[str]) -> int:
         return collect_eval_settings(models.build_pair(use_adapter=False), config, problem_set.settings)
 
     collect_output_faults(checks, args.output_dir, {SETTINGS_FILE: get_settings})
+    with checks.collect():
+        check_trackers(args.report_to)
     checks.raise_faults(UsageError)
     output_dir, shard = Path(args.output_dir), Shard.parse(args.shard)
-    result = run_evaluation(
-        problem_set,
-        models.build_pair(use_adapter=False),
-        output_dir,
-        methods=methods,
-        seeds=args.seeds,
-        config=config,
-        baseline_config=baseline_config,
-        trained_policies={ADAPTER_LABEL: models.adapter} if models.adapter else {},
-        shard=shard,
-        title=args.title,
-        command=shlex.join(["nabla-trl", "eval", *argv]),
-        template_date=models.template_date,
-        dollars_per_gpu_hour=args.dollars_per_gpu_hour,
-    )
+    with track_metrics(args.report_to, stage="eval", output_dir=output_dir, settings=get_settings()):
+        result = run_evaluation(
+            problem_set,
+            models.build_pair(use_adapter=False),
+            output_dir,
+            methods=methods,
+            seeds=args.seeds,
+            config=config,
+            baseline_config=baseline_config,
+            trained_policies={ADAPTER_LABEL: models.adapter} if models.adapter else {},
+            shard=shard,
+            title=args.title,
+            command=shlex.join(["nabla-trl", "eval", *argv]),
+            template_date=models.template_date,
+            dollars_per_gpu_hour=args.dollars_per_gpu_hour,
+        )
     if result.missing:
         print(f"shard {shard}: rows of {result.num_shard_problems} problems are in {output_dir / 'rows'}")
         print(f"rows are still missing of {result.missing}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments, collect_output_faults
+from nabla_trl.cli.arguments import DATASET_HELP, REPORT_TO_HELP, ModelArguments, collect_output_faults
 from nabla_trl.cli.parsing import Parser, UsageError
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.tasks.shards import SHARD_HELP, Shard
@@ -30,6 +30,7 @@ class TracesArguments:
     )
     seed: int = option(0, "Random seed of the search. Traces of several seeds can be in the same folder.", common=True)
     shard: str | None = option(None, SHARD_HELP, common=True)
+    report_to: list[str] = field(default_factory=list, metadata={"help": REPORT_TO_HELP})
 
     def __post_init__(self) -> None:
         Shard.parse(self.shard)  # refuses a wrong value before anything is loaded
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
     from nabla_trl.pipeline.problems import ProblemSet, collect_problems
     from nabla_trl.pipeline.traces import SETTINGS_FILE, collect_trace_settings, write_traces
+    from nabla_trl.training.tracking import check_trackers, track_metrics
 
     problem_set = ProblemSet([], "", {})
     if args.dataset:
@@ -62,17 +64,20 @@ def main(argv: Sequence[str]) -> int:
         return collect_trace_settings(models.build_pair(), config, problem_set.settings)
 
     collect_output_faults(checks, args.output_dir, {SETTINGS_FILE: get_settings})
+    with checks.collect():
+        check_trackers(args.report_to)
     checks.raise_faults(UsageError)
-    summary = write_traces(
-        problem_set.problems,
-        models.build_pair(),
-        Path(args.output_dir),
-        config=config,
-        seed=args.seed,
-        task_settings=problem_set.settings,
-        shard=Shard.parse(args.shard),
-        template_date=models.template_date,
-    )
+    with track_metrics(args.report_to, stage="traces", output_dir=args.output_dir, settings=get_settings()):
+        summary = write_traces(
+            problem_set.problems,
+            models.build_pair(),
+            Path(args.output_dir),
+            config=config,
+            seed=args.seed,
+            task_settings=problem_set.settings,
+            shard=Shard.parse(args.shard),
+            template_date=models.template_date,
+        )
     if summary.totals is not None:
         print(summary.totals)
     print(f"{summary.num_written} traces written, {summary.num_existing} existed: {summary.folder}")

@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -67,6 +67,7 @@ from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, ge
 from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.stage import TrainStage
+from nabla_trl.training.tracking import list_trackers, track_metrics
 from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.files import read_json_file, write_atomic
@@ -272,14 +273,27 @@ class DistillRun:
         """Run one stage, and wait for all processes."""
         if stage == "traces":
             self.audit_reward()  # does the reward rank the policy's responses?
-            self.generate_traces()  # refine the training problems by gradient search
+            with self.track("traces", self._collect_trace_settings()):
+                self.generate_traces()  # refine the training problems by gradient search
         elif stage == "train":
             self.train()  # one policy per training method
         elif stage == "evaluate":
-            self.evaluate()  # every method on the held-out problems
+            with self.track("eval", self._collect_eval_settings()):
+                self.evaluate()  # every method on the held-out problems
         elif stage == "report":
             self.write_report()  # tables, plots and conclusions
         self.finish_stage()
+
+    def track(self, stage: str, settings: Mapping[str, str]) -> AbstractContextManager[None]:
+        """Send the figures of a stage to the experiment trackers of the training, from the main process alone."""
+        config = self.sft_config
+        return track_metrics(
+            list_trackers(config.report_to) if self.state.is_main_process else None,
+            stage=stage,
+            output_dir=self.output_dir,
+            settings=settings,
+            project=config.project,
+        )
 
     def audit_reward(self) -> None:
         """Audit in the main process if the reward ranks samples of the policy, and write audit.json."""
