@@ -15,6 +15,7 @@ from typing import Any
 
 from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.engine.logprobs import compute_token_logprobs
+from nabla_trl.evaluation.lm_eval_logs import read_lm_eval_rows
 from nabla_trl.evaluation.method import METHOD_SYNTAX, Method
 from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_baseline_settings, plan_jobs
 from nabla_trl.evaluation.results import load_results, store_results
@@ -571,26 +572,18 @@ def grade_log(
         the number of rows that have a verdict now.
 
     Raises:
-        ValueError: no samples, an unknown metric, or values outside [0, 1].
+        ValueError: no rows of the method, no samples of its tasks, or a metric that is no number from 0 to 1.
     """
     rows, facts = load_results(Path(log_dir))
-    verdicts: dict[str, float] = {}
-    paths = sorted(Path(samples).rglob("samples_*.jsonl"))  # a later run replaces an earlier one
-    for path in paths:
-        task = path.stem.removeprefix("samples_").rpartition("_")[0]
-        first_filter = filter_name
-        for line in path.read_text(encoding="utf-8").splitlines():
-            sample = json.loads(line)
-            first_filter = first_filter or sample["filter"]
-            name = metric or sample["metrics"][0]
-            if name not in sample:
-                raise ValueError(f"{path} has no metric {name}: choose from {', '.join(sample['metrics'])}")
-            if sample["filter"] == first_filter:
-                verdicts[f"{task}/{sample['doc_id']}"] = float(sample[name])
-    if not verdicts:
-        raise ValueError(f"{samples} has no samples: run lm_eval with --output_path and --log_samples")
-    if wrong := next((value for value in verdicts.values() if not 0 <= value <= 1), None):
-        raise ValueError(f"a verdict must be from 0 to 1, not {wrong}: name another metric")
+    tasks = dict.fromkeys(row.task for row in rows if row.method == method)
+    if not tasks:
+        methods = ", ".join(dict.fromkeys(row.method for row in rows))
+        raise ValueError(f"{log_dir} has no rows of {method}: its methods are {methods}")
+    verdicts = {
+        f"{task}/{row.problem.partition('/')[0]}": row.correct
+        for task in tasks
+        for row in read_lm_eval_rows(Path(samples), method, task=task, metric=metric, filter_name=filter_name)
+    }
     graded = [
         replace(row, correct=verdicts[row.problem]) if row.method == method and row.problem in verdicts else row
         for row in rows

@@ -169,7 +169,7 @@ def test_a_log_is_an_evaluation_and_sets_budgets(policy, scalar_reward, tmp_path
     verdicts = [(row.method, row.correct) for row in load_results(tmp_path)[0]]
     assert [correct for method, correct in verdicts if method == "best_of_4"] == [1.0, 0.0, 1.0, 1.0]
     assert {correct for method, correct in verdicts if method != "best_of_4"} == {None}
-    refused(lambda: grade_log(tmp_path, tmp_path / "out", method="best_of_4", metric="bleu"), "no metric bleu")
+    refused(lambda: grade_log(tmp_path, tmp_path / "out", method="best_of_4", metric="bleu"), "metric bleu")
     refused(lambda: grade_log(tmp_path, tmp_path / "rows", method="best_of_4"), "--log_samples")
 
 
