@@ -14,6 +14,7 @@ if _typing.TYPE_CHECKING:
     from nabla_trl.pipeline.evaluation import EvaluationResult, evaluate
     from nabla_trl.pipeline.export import export
     from nabla_trl.pipeline.report import write_report
+    from nabla_trl.pipeline.trace_dataset import export_traces, push_traces
     from nabla_trl.pipeline.traces import generate_traces
     from nabla_trl.report.breakeven import compute_breakeven
     from nabla_trl.rewards.loading import load_reward
@@ -44,10 +45,12 @@ _MODULES = {
     "enable_progress": "nabla_trl.utils.progress",
     "evaluate": "nabla_trl.pipeline.evaluation",
     "export": "nabla_trl.pipeline.export",
+    "export_traces": "nabla_trl.pipeline.trace_dataset",
     "generate_traces": "nabla_trl.pipeline.traces",
     "load_policy": "nabla_trl.models.loading.policies",
     "load_problems": "nabla_trl.tasks.registry",
     "load_reward": "nabla_trl.rewards.loading",
+    "push_traces": "nabla_trl.pipeline.trace_dataset",
     "read_traces": "nabla_trl.traces.storage",
     "to_preference_dataset": "nabla_trl.pipeline.datasets",
     "to_sft_dataset": "nabla_trl.pipeline.datasets",
@@ -70,10 +73,12 @@ __all__ = [
     "enable_progress",
     "evaluate",
     "export",
+    "export_traces",
     "generate_traces",
     "load_policy",
     "load_problems",
     "load_reward",
+    "push_traces",
     "read_traces",
     "to_preference_dataset",
     "to_sft_dataset",

@@ -95,7 +95,7 @@ def export_checkpoint(
     if merge and not checkpoint.is_adapter:
         raise ValueError(f"{checkpoint.checkpoint_dir} holds full weights: there is nothing to merge")
     check = _LogitCheck(checkpoint, dtype or checkpoint.dtype, device)
-    with _temporary_folder(output_dir) as draft:
+    with temporary_folder(output_dir) as draft:
         differences = check.write_and_compare(draft, merge)
         provenance = Provenance(
             model_name=model_name or output_dir.name,
@@ -299,7 +299,7 @@ def _compute_max_difference(logits: Sequence[Tensor], other_logits: Sequence[Ten
 
 
 @contextmanager
-def _temporary_folder(output_dir: Path) -> Iterator[Path]:
+def temporary_folder(output_dir: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `output_dir` at the end, or deleted after an error."""
     _remove_leftovers(output_dir)
     draft = output_dir.with_name(f"{output_dir.name}.{socket.gethostname()}-{os.getpid()}.tmp")

@@ -40,7 +40,7 @@ def to_sft_dataset(traces: TraceSource, *, selection: str = "best", include_unfi
     Raises:
         ValueError: no response can be trained on, or an unknown selection.
     """
-    found = _collect_traces(traces)
+    found = collect_traces(traces)
     rows = build_training_rows("sft", found, sft_selection=selection, beta=1.0, include_unfinished=include_unfinished)
     return _build_dataset(rows, "SFT")
 
@@ -62,7 +62,7 @@ def to_preference_dataset(traces: TraceSource, tokenizer: PreTrainedTokenizerBas
     Raises:
         ValueError: no proposal was accepted, no pair can be trained on, or the tokenizer is not known.
     """
-    found = _collect_traces(traces)
+    found = collect_traces(traces)
     rows = build_training_rows("dpo", found, sft_selection="best", beta=1.0)
     resolved = _resolve_tokenizer(found, tokenizer)
     written, skipped = [], Counter(rows.skipped)
@@ -79,7 +79,12 @@ def to_preference_dataset(traces: TraceSource, tokenizer: PreTrainedTokenizerBas
     return _build_dataset(TrainingRows(written, skipped), "DPO")
 
 
-def _collect_traces(traces: TraceSource) -> list[Trace]:
+def collect_traces(traces: TraceSource) -> list[Trace]:
+    """Return traces in memory, or those in the folder of a run.
+
+    Raises:
+        ValueError: there are none, or something else than a trace is among them.
+    """
     if isinstance(traces, Trace):
         return [traces]
     if not isinstance(traces, str | Path):

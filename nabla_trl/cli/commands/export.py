@@ -1,4 +1,4 @@
-"""`nabla-trl export`: write a trained checkpoint to a folder, or a Hub repository, that others can load."""
+"""`nabla-trl export`: write a trained checkpoint, or the traces, to a folder or a Hub repository for others."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ class ExportArguments:
 
     run_dir: str = required_option("Folder of a run of recipes/distill.py that has trained and evaluated a policy.")
     output_dir: str = required_option("Folder to write the exported model to. It must be empty or not exist.")
+    traces: bool = option(
+        False,
+        "Export the traces of the run in place of a checkpoint: a data set with a card, which datasets.load_dataset "
+        "and TRL's trainers read (default: false).",
+        common=True,
+    )
     train_method: str | None = option(
         None,
         "Training method of the checkpoint to export, such as sft or dpo. Needed if the run has several checkpoints "
@@ -42,14 +48,14 @@ class ExportArguments:
     )
     license: str | None = option(
         None,
-        "License of the checkpoint, such as apache-2.0. Set it if the base model's card is not available (default: "
-        "the base model's license).",
+        "License of what is exported, such as apache-2.0. Set it if the base model's card is not available (default: "
+        "the base model's license, and none for traces).",
         common=True,
     )
     push_to_hub: str | None = option(
         None,
-        "Also push the folder to this model repository of the Hugging Face Hub, written NAME/MODEL (default: do not "
-        "push).",
+        "Also push the folder to this repository of the Hugging Face Hub, written NAME/MODEL. With --traces it is a "
+        "repository of data sets (default: do not push).",
         common=True,
     )
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE_HELP)
@@ -58,8 +64,15 @@ class ExportArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.private and not self.push_to_hub:
-            raise ValueError("private needs push_to_hub: nothing is pushed")
+        checks = Checks()
+        with checks.collect():
+            if self.private and not self.push_to_hub:
+                raise ValueError("private needs push_to_hub: nothing is pushed")
+        given = [name for name in ("train_method", "merge", "dtype", "device") if getattr(self, name)]
+        with checks.collect():
+            if self.traces and given:
+                raise ValueError(f"{', '.join(given)} belong to a checkpoint: leave them out, or leave out traces")
+        checks.raise_faults()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,10 +83,12 @@ def main(argv: Sequence[str]) -> int:
         usage="nabla-trl export --run_dir RUN --output_dir DIR [options]",
         description="Write a trained checkpoint to a folder: weights, tokenizer, training configuration, and a model\n"
         "card with the results of the run. The export is checked before it is written: the folder is loaded again,\n"
-        "and must give the logits of the trained model.",
+        "and must give the logits of the trained model. With --traces: a data set of the run's traces.",
     )
     checks = Checks()
     args = parser.parse_options(argv, checks)[0]
+    if args.traces:
+        return _export_traces(args, checks)
 
     from nabla_trl.models.loading import set_trust_remote_code
     from nabla_trl.pipeline.export import collect_export_faults, export
@@ -112,4 +127,28 @@ def main(argv: Sequence[str]) -> int:
     print(f"{result.method} of {result.run_dir}: {result.output_dir}")
     if result.url:
         print(f"pushed: {result.url}")
+    return 0
+
+
+def _export_traces(args: ExportArguments, checks: Checks) -> int:
+    """Write the traces of a run as a data set, and push it if that was asked for."""
+    from nabla_trl.models.loading import set_trust_remote_code
+    from nabla_trl.pipeline.trace_dataset import collect_trace_export_faults, export_traces, push_trace_folder
+    from nabla_trl.planning.preflight import check_output_dir
+
+    quiet_libraries()
+    set_trust_remote_code(args.trust_remote_code)
+    if args.output_dir:
+        with checks.collect():
+            check_output_dir(args.output_dir)
+    if args.run_dir and args.output_dir:
+        collect_trace_export_faults(checks, args.run_dir, args.output_dir, args.push_to_hub)
+    checks.raise_faults(UsageError)
+    with redirect_stdout(sys.stderr):
+        folder = export_traces(args.run_dir, args.output_dir, license=args.license, name=args.push_to_hub)
+    if args.license is None:
+        print("license: not set; --license names one")
+    print(f"traces of {args.run_dir}: {folder}")
+    if args.push_to_hub:
+        print(f"pushed: {push_trace_folder(folder, args.push_to_hub, private=args.private)}")
     return 0
