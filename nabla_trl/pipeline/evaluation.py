@@ -68,7 +68,7 @@ class EvaluationResult:
         num_shard_problems: problems of this shard.
     """
 
-    rows: list[Row]
+    rows: list[Row] = field(repr=False)
     facts: dict[str, Any] = field(repr=False)
     output_dir: Path | None = None
     remarks: tuple[str, ...] = ()
