@@ -25,7 +25,7 @@ if _typing.TYPE_CHECKING:
     from nabla_trl.tasks.registry import load_problems
     from nabla_trl.traces.schema import Trace
     from nabla_trl.traces.storage import read_traces
-    from nabla_trl.training.tracking import track_metrics
+    from nabla_trl.training.reporting import track_metrics
     from nabla_trl.utils.progress import disable_progress, enable_progress
 
 __version__ = "0.2.0"
@@ -54,7 +54,7 @@ _MODULES = {
     "read_traces": "nabla_trl.traces.storage",
     "to_preference_dataset": "nabla_trl.pipeline.datasets",
     "to_sft_dataset": "nabla_trl.pipeline.datasets",
-    "track_metrics": "nabla_trl.training.tracking",
+    "track_metrics": "nabla_trl.training.reporting",
     "write_report": "nabla_trl.pipeline.report",
 }
 __all__ = [

@@ -24,7 +24,7 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.summary import TraceTotals
 from nabla_trl.training import reporting
-from nabla_trl.training.tracking import list_trackers, track_metrics
+from nabla_trl.training.reporting import list_trackers, track_metrics
 from nabla_trl.utils.progress import report_metrics
 
 PROBLEMS = [Problem(f"q{index}", question, "7") for index, question in enumerate(worlds.QUESTIONS)]

@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     from nabla_trl.report.text import print_summary_table
     from nabla_trl.rewards.spec import parse_reward_spec
     from nabla_trl.tasks.problem import filter_with_gold_answer
-    from nabla_trl.training.tracking import check_trackers, track_metrics
+    from nabla_trl.training.reporting import check_trackers, track_metrics
 
     default_methods = (
         [DEFAULT_EVAL_METHODS, DEFAULT_ADAPTER_EVAL_METHODS] if models.adapter else [DEFAULT_EVAL_METHODS]

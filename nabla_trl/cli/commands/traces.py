@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
     from nabla_trl.pipeline.problems import ProblemSet, collect_problems
     from nabla_trl.pipeline.traces import SETTINGS_FILE, collect_trace_settings, write_traces
-    from nabla_trl.training.tracking import check_trackers, track_metrics
+    from nabla_trl.training.reporting import check_trackers, track_metrics
 
     problem_set = ProblemSet([], "", {})
     if args.dataset:

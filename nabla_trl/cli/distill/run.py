@@ -66,8 +66,8 @@ from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, get_policy_label, list_trained_methods
 from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
+from nabla_trl.training.reporting import list_trackers, track_metrics
 from nabla_trl.training.stage import TrainStage
-from nabla_trl.training.tracking import list_trackers, track_metrics
 from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.files import read_json_file, write_atomic
