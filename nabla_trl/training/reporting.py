@@ -67,7 +67,7 @@ def check_services(names: Iterable[str]) -> None:
         ValueError: one is unknown, not installed or not logged in to. The message names all of them.
     """
     if errors := _find_service_errors(names):
-        raise Faults(errors)
+        raise Faults(*errors)
 
 
 def _find_service_errors(names: Iterable[str]) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nabla_trl.models.flops import Cost
-from nabla_trl.traces.summary import MIN_WARNING_TRACES, TraceTotals
 from nabla_trl.traces.schema import Trace
+from nabla_trl.traces.summary import MIN_WARNING_TRACES, TraceTotals
 
 GOOD = Trace("p", "t", "nabla", 0, "q", "r", [1], [2], [2], 0.5, 1.0, "3", None, None, [], Cost(), "x", True, {})
 
