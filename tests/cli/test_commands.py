@@ -114,8 +114,7 @@ def test_solve_prints_plain_lines_where_there_is_no_terminal(capsys, models):
     lines = out.splitlines()
     assert lines[0] == "question  1+2" and any(line.startswith("answer  ") for line in lines)
     assert all(character == "\n" or character.isprintable() for character in out)
-    assert max(map(len, lines)) <= 80
-    assert "<|" not in out
+    assert "first response" in out and "<|" not in out
 
 
 def test_solve_json(capsys, models):
@@ -493,7 +492,7 @@ def test_audit_as_table_and_as_json(capsys, models, dataset):
     assert err == "" and result["problems"] == 6 and list(result["best_of_n_accuracy"]) == ["1", "2", "4", "8", "16"]
     assert main(argv) == 0
     table = capsys.readouterr().out
-    assert f"AUC within problems     {result['auc']:.3f}" in table
+    assert f"AUC within problems       {result['auc']:.3f}" in table
     assert " ".join(result["conclusion"].split()) in " ".join(table.split())
 
 
