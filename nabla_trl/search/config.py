@@ -29,9 +29,9 @@ from nabla_trl.search.options import (
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import (
     OptionGroup,
-    check_option_names,
     coerce_fields,
     get_option_groups,
+    merge_options,
     name_unknown_options,
     option,
 )
@@ -270,8 +270,10 @@ class SearchConfig:
                 raise ValueError("beta and target_kl both set the size of the step: set one of them")
         elif self.beta is None and isinstance(solver, MirrorSolver) and takes_target:
             self.solver = replace(solver, target_kl=DEFAULT_TARGET_KL)
+            vars(self)["_default_name"] = "target_kl"  # for `with_options`
         elif self.beta is None:
             self.beta = DEFAULT_BETA
+            vars(self)["_default_name"] = "beta"
         if self.beta is not None and not 1 / MAX_REWARD_WEIGHT <= self.beta <= MAX_REWARD_WEIGHT:
             bounds = f"{1 / MAX_REWARD_WEIGHT:g} to {MAX_REWARD_WEIGHT:g}"
             raise ValueError(f"beta must be from {bounds}, not {self.beta}")
@@ -319,19 +321,41 @@ class SearchConfig:
     def from_preset(cls, name: str, **overrides: Any) -> SearchConfig:
         """Return a named setting with overrides. An override of a group without a name changes the preset's member.
 
+        Args:
+            overrides: options by name. One of a group may be written as **{"solver.step_size": 0.5}.
+
         Raises:
             ValueError: unknown preset or option.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
-        check_option_names(overrides, cls)
-        preset = PRESETS[name]
-        merged = {
-            option_name: group.merge(preset.get(option_name), overrides[option_name])
-            for option_name, group in get_option_groups(cls).items()
-            if option_name in overrides
-        }
-        return cls(**{**preset, **overrides, **merged})
+        return cls(**merge_options(PRESETS[name], overrides, cls))
+
+    def with_options(self, **overrides: Any) -> SearchConfig:
+        """Return the same search with other values of some options.
+
+        Defaults that depend on other options are chosen anew. β replaces a KL target, and a KL target replaces β.
+
+        Args:
+            overrides: as for `from_preset`.
+
+        Raises:
+            ValueError: unknown option, or options that do not go together.
+        """
+        options = self.to_dict()
+        default_name = vars(self).get("_default_name")
+        if default_name == "beta":
+            options["beta"] = None
+        elif default_name == "target_kl":
+            options["solver"] = {**options["solver"], "target_kl": None}
+        merged = merge_options(options, overrides, type(self))
+        solver = merged["solver"]
+        sets_target = options["solver"].get("target_kl") != solver.get("target_kl")
+        if overrides.get("beta") is not None and not sets_target:
+            merged["solver"] = {name: value for name, value in solver.items() if name != "target_kl"}
+        elif sets_target and solver.get("target_kl") is not None and "beta" not in overrides:
+            merged["beta"] = None
+        return type(self)(**merged)
 
     def with_beta(self, beta: float) -> SearchConfig:
         """Return the same search at this β, without a KL target."""

@@ -70,13 +70,55 @@ def check_option_names(options: Iterable[str], dataclass: type) -> None:
     """
     names = [field.name for field in fields(dataclass)]
     every_name = f": {dataclass.__name__} has {', '.join(names)}"
-    mistakes = [
-        f"unknown option {name!r}{describe_new_key(name, names) or format_suggestion(name, names) or every_name}"
-        for name in options
-        if name not in names
-    ]
+    mistakes = []
+    for name in options:
+        if name not in names:
+            hint = describe_new_key(name, names) or _describe_owner(name, dataclass) or format_suggestion(name, names)
+            mistakes.append(f"unknown option {name!r}{hint or every_name}")
     if mistakes:
         raise Faults(*mistakes)
+
+
+def _describe_owner(name: str, dataclass: type) -> str:
+    """Return how an option of a group's member is written, and an empty text if no group has it."""
+    for group_name, group in get_option_groups(dataclass).items():
+        for member in group.members.values():
+            if name in _get_init_names(member):
+                return f": it is an option of {group_name}, as in {group_name}={{{name!r}: …}}"
+    return ""
+
+
+def merge_options(base: Mapping[str, Any], overrides: Mapping[str, Any], dataclass: type) -> dict[str, Any]:
+    """Return options with overrides. Those of a group are merged with the group's, unless its member changes.
+
+    Args:
+        base: options by name.
+        overrides: options by name. One of a group may be written as "solver.step_size".
+
+    Raises:
+        ValueError: an unknown option, which the message names with the most similar one.
+    """
+    groups = get_option_groups(dataclass)
+    plain: dict[str, Any] = {}
+    layers: dict[str, list[Any]] = {}
+    for name, value in overrides.items():
+        group_name, _, option_name = name.partition(".")
+        if option_name and group_name in groups:
+            layers.setdefault(group_name, []).append({option_name: value})
+        elif name in groups:
+            layers.setdefault(name, []).insert(0, value)
+        else:
+            plain[name] = value
+    checks = Checks()
+    with checks.collect():
+        check_option_names(plain, dataclass)
+    merged = {}
+    for name, values in layers.items():
+        with checks.collect():
+            merged[name] = groups[name].merge(base.get(name), *values)
+            groups[name].build(merged[name])
+    checks.raise_faults()
+    return {**base, **plain, **merged}
 
 
 class OptionGroup(Generic[MemberT]):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import worlds
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from nabla_trl import NablaReasoner, Problem, Trace
 from nabla_trl.search.config import SearchConfig
@@ -119,6 +121,76 @@ def test_no_questions_give_no_traces(reasoner: NablaReasoner) -> None:
 def test_a_question_that_cannot_be_run_gives_an_error_trace(reasoner: NablaReasoner) -> None:
     good, bad = reasoner.solve(["1+2", "what is love"])
     assert good.error is None and "question/1" in bad.error and bad.stop_reason == "error"
+
+
+# --- options of one call ----------------------------------------------------------------------------------
+
+
+def test_options_of_one_call_are_those_of_another_reasoner(reasoner: NablaReasoner) -> None:
+    before = reasoner.config.to_dict()
+    trace = reasoner.solve("1+2", max_rounds=1, **{"solver.step_size": 0.5})
+    config = replace(reasoner.config, max_rounds=1, solver=replace(reasoner.config.solver, step_size=0.5))
+    other = NablaReasoner(reasoner.policy, reasoner.reward, config)
+    assert trace == replace(other.solve("1+2"), cost=trace.cost) and trace.meta != reasoner.solve("1+2").meta
+    assert reasoner.config.to_dict() == before
+    both = reasoner.solve(["1+2", {"question": "3", "answer": "3"}], config=config, num_starts=2)
+    assert [trace.gold for trace in both] == [None, "3"] and both[0].meta == reasoner.solve("1+2", **OTHER).meta
+
+
+OTHER = {"max_rounds": 1, "solver": {"step_size": 0.5}, "num_starts": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_round": 2}, ["unknown option 'max_round' (did you mean max_rounds?)"]),
+        ({"solver.step_sise": 2}, ["has no option 'step_sise' (did you mean step_size?)"]),
+        ({"sovler.step_size": 2}, ["unknown option 'sovler.step_size'"]),
+        ({"step_size": 2}, ["it is an option of solver"]),
+        ({"solver": "stee"}, ["solver must be one of", "did you mean ste?"]),
+        ({"solver.steps": 3}, ["steps belongs to ste"]),
+        ({"max_rounds": -1}, ["max_rounds must not be negative"]),
+        ({"max_round": 2, "solver.steps": 3}, ["max_round", "steps belongs to ste"]),
+    ],
+)
+def test_options_of_one_call_that_are_refused(
+    reasoner: NablaReasoner, options: dict[str, Any], words: list[str]
+) -> None:
+    worlds.refused(lambda: reasoner.solve("1+2", **options), *words)
+
+
+@pytest.mark.parametrize(
+    ("first", "overrides", "same_as"),
+    [
+        ({}, {"beta": 0.5}, {"beta": 0.5}),
+        ({"beta": 0.5}, {"solver.target_kl": 1.0}, {"solver": {"target_kl": 1.0}}),
+        ({"solver": {"target_kl": 1.0}}, {"beta": 0.5}, {"beta": 0.5}),
+        ({}, {"solver": "none"}, {"solver": "none"}),
+        ({"solver": "none"}, {"solver": "mirror"}, {}),
+        ({}, {"acceptance": "metropolis"}, {"acceptance": "metropolis"}),
+        ({"acceptance": "metropolis"}, {"acceptance": "greedy"}, {}),
+        ({"solver": "ste"}, {"solver.steps": 3}, {"solver": {"name": "ste", "steps": 3}}),
+        ({"solver": {"target_kl": 1.0}}, {"solver.step_size": 0.5}, {"solver": {"target_kl": 1.0, "step_size": 0.5}}),
+        ({"beta": 3.0}, {"max_rounds": 2}, {"beta": 3.0, "max_rounds": 2}),
+    ],
+)
+def test_defaults_that_depend_on_others_are_chosen_anew(
+    first: dict[str, Any], overrides: dict[str, Any], same_as: dict[str, Any]
+) -> None:
+    assert SearchConfig(**first).with_options(**overrides) == SearchConfig(**same_as)
+
+
+# --- models in memory -------------------------------------------------------------------------------------
+
+
+def test_models_in_memory_solve_as_those_on_disk(folders: dict[str, str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["policy"])
+    reward = AutoModelForSequenceClassification.from_pretrained(folders["scorer"])
+    options = {"max_rounds": 2, "max_new_tokens": 6}
+    by_name = NablaReasoner.from_pretrained(folders["policy"], reward=folders["scorer"], **options).solve("1+2")
+    in_memory = NablaReasoner.from_pretrained(model, reward=reward, **options).solve("1+2")
+    assert in_memory.response_ids == by_name.response_ids and in_memory.reward == by_name.reward
+    assert "(in memory, " in in_memory.meta["policy"]
 
 
 # --- loading ----------------------------------------------------------------------------------------------
