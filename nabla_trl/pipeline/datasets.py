@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nabla_trl.models.loading import find_tokenizer
-from nabla_trl.traces.datasets import TrainingRows
+from nabla_trl.traces.datasets import SFT_SELECTIONS, TrainingRows
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import list_trace_files, read_traces
 from nabla_trl.training.offline import build_training_rows
+from nabla_trl.utils.fields import format_suggestion
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +41,9 @@ def to_sft_dataset(traces: TraceSource, *, selection: str = "best", include_unfi
     Raises:
         ValueError: no response can be trained on, or an unknown selection.
     """
+    if selection not in SFT_SELECTIONS:
+        near = format_suggestion(selection, SFT_SELECTIONS)
+        raise ValueError(f"selection must be one of {', '.join(SFT_SELECTIONS)}, not {selection!r}{near}")
     found = collect_traces(traces)
     rows = build_training_rows("sft", found, sft_selection=selection, beta=1.0, include_unfinished=include_unfinished)
     return _build_dataset(rows, "SFT")

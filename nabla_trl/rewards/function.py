@@ -136,11 +136,12 @@ def build_function_reward(
     """
     name = name_function(function)
     parameters: frozenset[str] | None = None
+    signature: list[inspect.Parameter] | None
     try:
         signature = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # built-in functions have none
-        signature = []
-    if signature and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature):
+    except (TypeError, ValueError):  # built-in functions may have none
+        signature = None
+    if signature is not None and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature):
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         parameters = frozenset(parameter.name for parameter in signature if parameter.kind in kinds)
         if not parameters & {"completions", "completion_ids"}:

@@ -1,0 +1,141 @@
+"""Traces and data sets from Python, with models in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import worlds
+from datasets import Dataset, DatasetDict
+
+import nabla_trl
+from nabla_trl import generate_traces, to_preference_dataset, to_sft_dataset
+from nabla_trl.models.policy import Policy
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.traces.schema import Trace
+
+CONFIG = {"max_rounds": 4, "max_new_tokens": 8}
+ROWS = [{"question": f"{n}+{n}", "answer": str(2 * n)} for n in range(1, 5)]
+
+
+@pytest.fixture(scope="module")
+def traces(policy: Policy, scalar_reward: Reward) -> list[Trace]:
+    return generate_traces(ROWS, policy, scalar_reward, config=CONFIG, show_progress=False)
+
+
+def test_rows_in_memory_give_graded_traces_in_their_order(traces: list[Trace]) -> None:
+    assert [trace.problem_id for trace in traces] == [f"custom/{n}" for n in range(4)]
+    assert all(trace.correct is not None and trace.error is None for trace in traces)
+
+
+def test_a_folder_is_filled_once_and_read_back_with_its_texts(
+    traces: list[Trace], policy: Policy, scalar_reward: Reward, tmp_path: Path, caplog: Any
+) -> None:
+    def run(rows: Any, **options: Any) -> list[Trace]:
+        return generate_traces(rows, policy, scalar_reward, output_dir=tmp_path, show_progress=False, **options)
+
+    first = run(Dataset.from_list(ROWS[:2]), config=CONFIG)
+    with caplog.at_level(logging.INFO, "nabla_trl"):
+        again = run(DatasetDict(train=Dataset.from_list(ROWS)), config=CONFIG)
+    assert "2 traces written, 2 existed" in caplog.text
+    for trace, stored, in_memory in zip(first, again, traces, strict=False):
+        assert trace == stored and stored.response_ids == in_memory.response_ids
+    assert repr(again[3]).count("[-") == repr(traces[3]).count("[-") and "⟨1" not in repr(again)
+    message = worlds.refused(lambda: run(ROWS, config={**CONFIG, "max_rounds": 3, "top_k": 5}), "other settings")
+    assert "max_rounds '3' (was '4')" in message and "top_k '5' (was '0')" in message
+    worlds.refused(lambda: run([{"question": "9", "answer": "1"}], config=CONFIG), "another problem 'custom/0'")
+
+
+def test_a_running_loop_is_no_hindrance(traces: list[Trace], policy: Policy, scalar_reward: Reward) -> None:
+    async def notebook() -> list[Trace]:
+        return generate_traces(ROWS[:1], policy, scalar_reward, config=CONFIG, show_progress=False)
+
+    assert asyncio.run(notebook())[0].response_ids == traces[0].response_ids
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        ([], {}, ["there are no problems"]),
+        (Dataset.from_list([]), {}, ["there are no problems"]),
+        (
+            Dataset.from_list([{"Problem": "1", "gold": "1"}]),
+            {},
+            ["row 0 of the problems: no question", "Its columns are Problem, gold", "columns={'question': COLUMN"],
+        ),
+        ([7], {}, ["Problem objects or dicts with a question, and not int"]),
+        (ROWS[0], {}, ["one problem is a dict in a list"]),
+        ({"question": ["1"]}, {}, ["not a dict of columns"]),
+        ({"test": ROWS}, {}, ["has the splits test, and not 'train'"]),
+        ([*ROWS, ROWS[0]], {}, ["the question is already on row 0"]),
+        ([{"question": "1", "answer": 1.5}], {}, ["answer must be a string"]),
+        ("no/such/task", {}, ["no/such/task"]),
+        (ROWS, {"config": "papr"}, ["unknown preset 'papr'"]),
+        (ROWS, {"config": {"max_round": 1}}, ["max_round", "did you mean max_rounds?"]),
+        (ROWS, {"config": 3}, ["config is a SearchConfig"]),
+        (ROWS, {"max_rounds": 1}, ["unknown option 'max_rounds'", "config={'max_rounds': …}"]),
+        (ROWS, {"tokeniser": 1}, ["unknown option 'tokeniser' (did you mean tokenizer?)"]),
+        (ROWS, {"shard": "0/2"}, ["shard needs output_dir"]),
+        (ROWS, {"tokenizer": "x"}, ["is loaded already"]),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    policy: Policy, scalar_reward: Reward, rows: Any, options: dict[str, Any], words: list[str]
+) -> None:
+    worlds.refused(lambda: generate_traces(rows, policy, scalar_reward, **options), *words)
+
+
+def test_columns_may_have_other_names() -> None:
+    rows = Dataset.from_list([{"Problem": "1+1", "gold": "2", "topic": "sums"}])
+    [problem] = nabla_trl.load_problems(rows, columns={"question": "Problem", "answer": "gold"})
+    assert (problem.question, problem.answer, problem.columns) == ("1+1", "2", {"topic": "sums"})
+    worlds.refused(lambda: nabla_trl.load_problems(rows, columns={"qestion": "Problem"}), "did you mean question?")
+    worlds.refused(lambda: nabla_trl.load_problems(rows, columns={"question": "problem"}), "no column 'problem'")
+    chat = [{"prompt": [{"role": "user", "content": "1+1"}], "answer": "2"}]  # as in TRL's data sets
+    assert nabla_trl.load_problems(chat)[0].messages == ({"role": "user", "content": "1+1"},)
+
+
+# --- data sets --------------------------------------------------------------------------------------------
+
+
+def test_rows_for_sft_are_those_of_the_package(traces: list[Trace], tmp_path: Path) -> None:
+    rows = to_sft_dataset(traces, include_unfinished=True)
+    assert rows.column_names == ["input_ids", "labels"] and len(rows) == len(traces)
+    first, trace = rows[0], traces[0]
+    assert first["input_ids"] == trace.prompt_ids + trace.response_ids
+    assert first["labels"] == [-100] * len(trace.prompt_ids) + trace.response_ids
+    worlds.refused(lambda: to_sft_dataset([]), "there are no traces")
+    worlds.refused(lambda: to_sft_dataset([{"response": "1"}]), "Trace.from_dict")
+    worlds.refused(lambda: to_sft_dataset(traces, selection="bast"), "selection", "bast")
+
+
+def test_pairs_have_the_tokens_that_trl_reads_from_their_texts(traces: list[Trace], policy: Policy) -> None:
+    pairs = to_preference_dataset(traces)
+    for pair in pairs:
+        for name in ("chosen", "rejected"):
+            ids = policy.tokenizer(pair["prompt"] + pair[name])["input_ids"]
+            assert ids == pair["prompt_ids"] + pair[f"{name}_ids"]
+            assert pair[name].endswith(policy.tokenizer.eos_token)
+    copies = [Trace.from_dict(trace.to_dict()) for trace in traces]
+    assert to_preference_dataset(copies, policy.tokenizer)[:] == pairs[:]
+    worlds.refused(lambda: to_preference_dataset(copies), "policy")
+
+
+@pytest.mark.slow
+def test_plain_trainers_of_trl_take_both(traces: list[Trace], policy: Policy, tmp_path: Path) -> None:
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    options = worlds.TRAINER | {"max_steps": 1, "output_dir": str(tmp_path)}
+    common: dict[str, Any] = {"processing_class": policy.tokenizer}
+    sft, pairs = to_sft_dataset(traces, include_unfinished=True), to_preference_dataset(traces)
+    trainer = SFTTrainer(worlds.tiny_model(), args=SFTConfig(**options), train_dataset=sft, **common)
+    assert [row["labels"] for row in trainer.train_dataset] == [row["labels"] for row in sft]
+    trainer.train()
+    dpo = DPOTrainer(
+        worlds.tiny_model(), worlds.tiny_model(), args=DPOConfig(**options), train_dataset=pairs, **common
+    )
+    assert [row["chosen_ids"] for row in dpo.train_dataset] == [row["chosen_ids"] for row in pairs]
+    dpo.train()
