@@ -9,8 +9,8 @@ they cannot tell, and validate nothing.
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +37,8 @@ from nabla_trl.utils.statistics import (
     proportion_interval,
     to_json_values,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ def conclude_overoptimization(
 
 
 def warn_past_limits(reward: Reward, config: SearchConfig | None, num_samples: int = 1) -> None:
-    """Warn on stderr of a search beyond the limits that the reward's audit validated, or by an unhelpful gradient.
+    """Warn by `logging` of a search beyond the limits that the reward's audit validated, or by an unhelpful gradient.
 
     Args:
         config: the search, None where there is none.
@@ -284,4 +286,4 @@ def warn_past_limits(reward: Reward, config: SearchConfig | None, num_samples: i
             )
     for warning in warnings:
         if warning is not None:
-            print(f"warning: {warning}", file=sys.stderr)
+            logger.warning("%s", warning)

@@ -115,6 +115,6 @@ def compute_reward_training_cost(reward: str) -> dict[str, float]:
     """Return the FLOPs and seconds of training a reward, as its folder records them. Empty if nothing is recorded."""
     folder = parse_reward_spec(reward).folder
     rounds = read_manifest(folder).training_rounds if folder else []
-    stages = [stage for training_round in rounds for stage in training_round["training"]]
+    stages = [stage for training_round in rounds for stage in training_round.get("training", ())]
     totals = {f"reward_train_{unit}": sum(stage.get(unit) or 0.0 for stage in stages) for unit in ("flops", "seconds")}
     return {name: total for name, total in totals.items() if total}

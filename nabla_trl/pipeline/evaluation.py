@@ -16,7 +16,7 @@ from rich.console import Console
 
 from nabla_trl.audit.overoptimization import warn_past_limits
 from nabla_trl.baselines.config import BaselineConfig
-from nabla_trl.evaluation.grids import build_grids
+from nabla_trl.evaluation.grids import METRICS, build_grids
 from nabla_trl.evaluation.method import (
     POLICY_LABELS,
     get_max_selection_size,
@@ -107,6 +107,9 @@ class EvaluationResult:
         Raises:
             ValueError: a method was not evaluated, or there is no such metric.
         """
+        if metric not in METRICS:
+            near = format_suggestion(metric, METRICS)
+            raise ValueError(f"there is no metric {metric!r}{near}: choose from {', '.join(METRICS)}")
         return compare_grids(build_grids(self.rows), metric, self._check_method(method), self._check_method(other))
 
     def _check_method(self, method: str) -> str:

@@ -8,8 +8,8 @@ ends as rows of ids in the reward's vocabulary and chat template. Text is not to
 from __future__ import annotations
 
 import json
+import logging
 import random
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,8 @@ from nabla_trl.states.batch import pad_sequences
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.files import write_atomic
+
+logger = logging.getLogger(__name__)
 
 # Most logits (float32) in memory at once.
 MAX_FORWARD_LOGITS = 2**26
@@ -143,9 +145,8 @@ def filter_encodable(
             "with the policy's vocabulary"
         )
     if not quiet:
-        print(
-            f"warning: {num_unreadable} of {total} responses hold tokens that {model_name} lacks: they are left out",
-            file=sys.stderr,
+        logger.warning(
+            "%d of %d responses hold tokens that %s lacks: they are left out", num_unreadable, total, model_name
         )
     check_both_classes(readable)
     return readable

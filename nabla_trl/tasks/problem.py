@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nabla_trl.utils.formatting import pluralize
 from nabla_trl.utils.identity import hash_json
+
+logger = logging.getLogger(__name__)
 
 BOXED_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 DEFAULT_NUM_PROBLEMS = {"train": 1000, "test": 300}  # of each split of a generated task
@@ -80,7 +82,7 @@ def filter_with_gold_answer(problems: list[Problem], *, verbose: bool = True) ->
         raise ValueError("no problem has a gold answer: nothing could be compared")
     if verbose and len(with_gold) < len(problems):
         count = pluralize(len(problems) - len(with_gold), "problem")
-        print(f"{count} without a gold answer left out", file=sys.stderr)
+        logger.warning("%s without a gold answer left out", count)
     return with_gold
 
 

@@ -12,7 +12,7 @@ instruction: Put your final answer within \boxed{}.
 from __future__ import annotations
 
 import csv
-import sys
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -29,6 +29,8 @@ from nabla_trl.utils.fields import coerce_fields
 from nabla_trl.utils.files import read_yaml, read_yaml_value, refuse_unreadable
 from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.identity import hash_files, hash_json
+
+logger = logging.getLogger(__name__)
 
 BENCHMARKS_DIR = Path(__file__).with_name("benchmarks")
 ALL_PROBLEMS = "all"  # the split of a data set in one piece that a caller divides
@@ -325,10 +327,10 @@ def _tell_of_one_split(name: str) -> None:
     """Say once that a task in one piece has the same problems in every split."""
     if name not in _TOLD_OF_ONE_SPLIT:
         _TOLD_OF_ONE_SPLIT.add(name)
-        print(
-            f"note: task {name!r} is one file, so its train and test problems are the same; test_fraction: 0.2 in its "
-            "description divides them",
-            file=sys.stderr,
+        logger.warning(
+            "task %r is one file, so its train and test problems are the same; test_fraction: 0.2 in its description "
+            "divides them",
+            name,
         )
 
 

@@ -9,15 +9,17 @@ would otherwise hold a lock that no other process sees.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
 
 # Errors of file systems without locks, such as Lustre without its mount option flock.
 _LOCKS_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -37,7 +39,7 @@ def lock_folder(folder: str | Path, rank: int = 0, num_shards: int = 1) -> Itera
     A folder that is created here is removed again if the block raises an error before it has written a result.
 
     In a launch of several processes rank 0 must be the first (`PartialState.main_process_first`), because it also
-    checks the locks of all other ranks. On a file system without locks it prints a warning on stderr.
+    checks the locks of all other ranks. On a file system without locks it logs a warning.
 
     Args:
         rank: rank of this process in its launch, or number of its shard. The processes of one launch share a folder.
@@ -64,7 +66,7 @@ def lock_folder(folder: str | Path, rank: int = 0, num_shards: int = 1) -> Itera
         except OSError as error:
             if error.errno not in _LOCKS_UNSUPPORTED:
                 raise
-            print(f"{folder} cannot be locked ({error.strerror}): let no other process write there", file=sys.stderr)
+            logger.warning("%s cannot be locked (%s): let no other process write there", folder, error.strerror)
         try:
             yield
         except BaseException:

@@ -104,7 +104,7 @@ def test_what_is_wrong_is_one_line(
 
 
 def test_progress_and_messages_are_silenced_as_those_of_libraries(
-    policy: Policy, scalar_reward: Reward, capsys: Any
+    policy: Policy, scalar_reward: Reward, capsys: Any, caplog: Any
 ) -> None:
     rows = [*ROWS, {"question": "9"}]  # without a gold answer
     options: dict[str, Any] = {"methods": "greedy", "seeds": [0], "config": CONFIG}
@@ -113,13 +113,13 @@ def test_progress_and_messages_are_silenced_as_those_of_libraries(
     logger.setLevel(logging.ERROR)
     try:
         evaluate(rows, policy, scalar_reward, **options)
-        assert capsys.readouterr() == ("", "")
+        assert capsys.readouterr() == ("", "") and caplog.text == ""
     finally:
         enable_progress()
         logger.setLevel(logging.NOTSET)
     evaluate(rows, policy, scalar_reward, **options)
     out, err = capsys.readouterr()
-    assert out == "" and "greedy: 3 of 3" in err
+    assert out == "" and "greedy: 3 of 3" in err and "1 problem without a gold answer left out" in caplog.text
 
 
 # --- audit ------------------------------------------------------------------------------------------------

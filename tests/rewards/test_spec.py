@@ -398,20 +398,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_folders_limits_reach_the_reward_and_the_warning(world: Path, policy: Policy, capsys: Any) -> None:
+def test_a_folders_limits_reach_the_reward_and_the_warning(world: Path, policy: Policy, caplog: Any) -> None:
     reward = load_reward(str(world / "audited"), policy=policy)
     assert reward.validated_limits == ValidatedLimits(8, 2)
     assert load_reward(str(world / "scorer"), policy=policy).validated_limits is None
-    capsys.readouterr()  # bars of loading
+    caplog.clear()
     warn_past_limits(reward, SearchConfig(max_rounds=2))
-    assert capsys.readouterr() == ("", "")
+    assert caplog.messages == []
     warn_past_limits(reward, SearchConfig(max_rounds=3))
-    assert capsys.readouterr() == ("", f"warning: {past_limits(ValidatedLimits(8, 2), 3)}\n")
+    assert caplog.messages == [past_limits(ValidatedLimits(8, 2), 3)]
+    caplog.clear()
     warn_past_limits(reward, None, 8)
-    assert capsys.readouterr() == ("", "")
+    assert caplog.messages == []
     warn_past_limits(reward, SearchConfig(max_rounds=2, num_starts=9))
     warn_past_limits(reward, None, 9)
-    assert capsys.readouterr() == ("", f"warning: {past_sample_limit(ValidatedLimits(8, 2), 9)}\n" * 2)
+    assert caplog.messages == [past_sample_limit(ValidatedLimits(8, 2), 9)] * 2
 
 
 def audit_file(folder: Path, **changes: Any) -> Path:

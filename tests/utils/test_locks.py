@@ -86,7 +86,7 @@ def test_a_refused_launch_leaves_no_new_folder_and_a_stopped_one_leaves_its_resu
 
 
 def test_where_there_are_no_locks_it_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_flock(path: Path, **options: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -94,5 +94,5 @@ def test_where_there_are_no_locks_it_is_said(
     monkeypatch.setattr(locks, "FileLock", no_flock)
     with lock_folder(tmp_path):
         pass
-    err = capsys.readouterr().err
-    assert err == f"{tmp_path} cannot be locked (Function not implemented): let no other process write there\n"
+    line = f"{tmp_path} cannot be locked (Function not implemented): let no other process write there"
+    assert caplog.messages == [line]
