@@ -42,6 +42,8 @@ class OutputHead:
         self._model.__dict__["_modules"] = {
             name: _GivenStates(child) if child is backbone else child for name, child in model._modules.items()
         }
+        # A trainer binds a forward of its own to its model. On the copy it would still call the model.
+        self._model.__dict__.pop("forward", None)
         self.is_plain = False
         name = model.name_or_path or type(model).__name__
         with torch.no_grad():

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nabla_trl.models.loading import find_tokenizer
+from nabla_trl.models.loading import find_tokenizer, get_loaded_name
+from nabla_trl.models.policy import hash_vocabulary
 from nabla_trl.traces.datasets import SFT_SELECTIONS, TrainingRows
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import list_trace_files, read_traces
@@ -112,16 +113,24 @@ def _build_dataset(rows: TrainingRows, what: str) -> Dataset:
 
 
 def _resolve_tokenizer(traces: Sequence[Trace], tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the traces' policy.
+
+    Raises:
+        ValueError: it is not known, cannot be loaded, or has another vocabulary than the traces.
+    """
     if tokenizer is None:
         decoders = [trace.decoder for trace in traces if trace.decoder is not None]
         tokenizer = next((decoder.tokenizer for decoder in decoders if decoder.tokenizer is not None), None)
-    if tokenizer is not None:
-        return find_tokenizer(tokenizer, "")
-    names = {trace.meta.get("policy", "") for trace in traces}
-    if len(names) > 1 or not any(names):
-        raise ValueError("the traces do not say which tokenizer they need: give to_preference_dataset a tokenizer")
-    [name] = names
-    return find_tokenizer(None, name.partition("+")[0])
+    if tokenizer is None:
+        names = {get_loaded_name(trace.meta.get("policy", "")) for trace in traces}
+        if len(names) > 1 or not any(names):
+            raise ValueError("the traces do not say which tokenizer they need: give to_preference_dataset a tokenizer")
+        [tokenizer] = names
+    resolved = find_tokenizer(tokenizer, "")
+    vocabulary = hash_vocabulary(resolved)
+    if any(trace.meta.get("tokenizer_hash", vocabulary) != vocabulary for trace in traces):
+        raise ValueError("the traces were made with another tokenizer: give to_preference_dataset the policy's")
+    return resolved
 
 
 def _write_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str] | None:

@@ -121,7 +121,9 @@ def test_pairs_have_the_tokens_that_trl_reads_from_their_texts(traces: list[Trac
             assert pair[name].endswith(policy.tokenizer.eos_token)
     copies = [Trace.from_dict(trace.to_dict()) for trace in traces]
     assert to_preference_dataset(copies, policy.tokenizer)[:] == pairs[:]
-    worlds.refused(lambda: to_preference_dataset(copies), "policy")
+    worlds.refused(lambda: to_preference_dataset(copies), "cannot load a tokenizer from 'policy'")
+    other, _ = worlds.permuted_tokenizer(policy.tokenizer)
+    worlds.refused(lambda: to_preference_dataset(traces, other), "made with another tokenizer")
 
 
 @pytest.mark.slow
