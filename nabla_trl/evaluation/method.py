@@ -254,9 +254,8 @@ def _find_similar_method(name: str) -> str:
         method = Method.parse(name)
     except ValueError:
         return ""
-    match = get_close_matches(
-        method.name, ("greedy", *POOL_METHODS, *ALLOCATED_METHODS, *STEP_SEARCHES, *SEARCHES), n=1, cutoff=0.7
-    )
+    names = (*POOL_METHODS, *ALLOCATED_METHODS, *STEP_SEARCHES, *SEARCHES, *POWER_SAMPLERS, *POWER_SEARCHES)
+    match = get_close_matches(method.name, ("greedy", BUDGET_FORCING, *names), n=1, cutoff=0.7)
     similar = replace(method, name=match[0]) if match else method
     return str(similar) if similar.is_runnable else ""
 

@@ -6,7 +6,7 @@
 A budget is what best-of-N costs. Compared there are best-of-N, weighted best-of-N, self-consistency (with as many
 samples as fit), the search, the same search without the gradient, with the gradient's rows shuffled over the
 positions, and the paper's search. The last one scans one response, and begins again from a new one until the budget is
-spent. `--baselines` adds step-level searches: beam search, diverse verifier tree search, tree of thoughts, RAP.
+spent. `--baselines` adds step-level searches, votes without a reward, and samplers of the power distribution.
 OUT/compare.md holds the tables and says where the search is ahead. Rows that exist are not made again.
 """
 
@@ -26,7 +26,13 @@ from nabla_trl.audit.overoptimization import warn_past_limits
 from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
-from nabla_trl.evaluation.method import REWARD_MODEL_SAMPLING, STEP_SEARCHES
+from nabla_trl.evaluation.method import (
+    POWER_SAMPLERS,
+    POWER_SEARCHES,
+    REWARD_MODEL_SAMPLING,
+    STEP_SEARCHES,
+    VOTE_METHODS,
+)
 from nabla_trl.evaluation.plan import EvaluationSetup, Job, check_methods, limit_to_flops
 from nabla_trl.evaluation.results import store_results
 from nabla_trl.evaluation.runner import Evaluation
@@ -40,7 +46,10 @@ from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import hide_userinfo
 from nabla_trl.utils.locks import lock_folder
 
-BASELINES = ("control", "shuffled", "paper", "released", "qalign", *STEP_SEARCHES)
+BASELINES = (
+    *("control", "shuffled", "paper", "released", "qalign", *STEP_SEARCHES),
+    *(*VOTE_METHODS, *POWER_SAMPLERS, *POWER_SEARCHES),
+)
 
 
 @dataclass
@@ -60,7 +69,7 @@ class CompareArguments:
     )
     baselines: list[str] = field(
         default_factory=lambda: ["control", "shuffled", "paper"],
-        metadata={"help": f"Other searches at each budget: {', '.join(BASELINES)}."},
+        metadata={"help": f"Other methods at each budget: {', '.join(BASELINES)}."},
     )
     reward_weights: list[float] = field(
         default_factory=list,

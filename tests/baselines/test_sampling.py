@@ -321,4 +321,4 @@ def test_it_reads_the_pool_of_the_others(problems, policy, reward):
 
 @pytest.mark.parametrize("name", ["weighted_best_of", "weighted_best_of_0", "weighted_self_consistency_4"])
 def test_names_that_mean_nothing(name):
-    worlds.refused(lambda: parse_methods(name), name, "weighted_best_of_N")
+    worlds.refused(lambda: parse_methods(name), f"unknown method {name!r}")
