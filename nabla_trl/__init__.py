@@ -16,6 +16,7 @@ if _typing.TYPE_CHECKING:
     from nabla_trl.pipeline.report import write_report
     from nabla_trl.pipeline.trace_dataset import export_traces, push_traces
     from nabla_trl.pipeline.traces import generate_traces
+    from nabla_trl.pipeline.train import train
     from nabla_trl.report.breakeven import compute_breakeven
     from nabla_trl.rewards.loading import load_reward
     from nabla_trl.rewards.reward import Reward
@@ -55,6 +56,7 @@ _MODULES = {
     "to_preference_dataset": "nabla_trl.pipeline.datasets",
     "to_sft_dataset": "nabla_trl.pipeline.datasets",
     "track_metrics": "nabla_trl.training.reporting",
+    "train": "nabla_trl.pipeline.train",
     "write_report": "nabla_trl.pipeline.report",
 }
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "to_preference_dataset",
     "to_sft_dataset",
     "track_metrics",
+    "train",
     "write_report",
 ]
 

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from nabla_trl.utils.interrupts import end_with_launcher
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -123,6 +125,23 @@ class StallWatch:
 
     def _describe(self, rank: int) -> str:
         return self._last_beats.get(rank, b"").decode().partition("|")[0] or "never started"
+
+
+@contextmanager
+def join_launch() -> Iterator[StallWatch | None]:
+    """Take part in a launch for the length of a `with` block, as its only process or as one of several.
+
+    The process ends with its launcher, and notices processes that stall. Enter the block before anything of
+    accelerate, because the first state chooses the back end.
+    """
+    import torch
+    from accelerate import PartialState
+
+    end_with_launcher()
+    with watch_for_stalls() as watch:
+        # A process may wait for hours for another process that draws longer responses.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+        yield watch
 
 
 @contextmanager

@@ -33,6 +33,9 @@ COMMANDS = {
     "traces": Command(
         "commands.traces", "refine the answers to many problems and store the traces to train on", resumable=True
     ),
+    "train": Command(
+        "commands.train", "train policies on traces (sft, dpo) or on problems (rloo, grpo)", resumable=True
+    ),
     "eval": Command(
         "commands.evaluate", "run methods on held-out problems and compare accuracy and cost", resumable=True
     ),

@@ -88,6 +88,7 @@ class TrainStage:
         command: the command line of this call, stored with the weights, too.
         traces_run_dir: folder of the run that holds traces/. None: `run_dir`.
         trl_options: further options of TRL's trainers (see `collect_trl_options`).
+        only_traces_of_problems: leave out traces of other problems, which the folder may hold.
     """
 
     run_dir: Path
@@ -107,6 +108,7 @@ class TrainStage:
     command: str
     traces_run_dir: Path | None = None
     trl_options: Mapping[str, Any] = field(default_factory=dict)
+    only_traces_of_problems: bool = True
 
     @property
     def beta(self) -> float:
@@ -221,7 +223,9 @@ class TrainStage:
         return self.traces_run_dir or self.run_dir
 
     def _get_problem_ids(self) -> set[str] | None:
-        return None if self.problems is None else {problem.id for problem in self.problems}
+        if self.problems is None or not self.only_traces_of_problems:
+            return None
+        return {problem.id for problem in self.problems}
 
     def _collect_settings(self, method: str) -> dict[str, str]:
         config = self.build_config(method)

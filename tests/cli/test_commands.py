@@ -89,7 +89,7 @@ def test_help_of_a_command(capsys, name):
     out, err = capsys.readouterr()
     assert stop.value.code == 0 and err == ""
     assert out.startswith(f"usage: nabla-trl {name}") and "--config FILE" in out
-    assert ("--preset" in out) == (name in ("solve", "traces", "eval", "distill", "serve"))
+    assert ("--preset" in out) == (name in ("solve", "traces", "train", "eval", "distill", "serve"))
 
 
 @pytest.mark.parametrize(("name", "resumable"), [("traces", True), ("eval", True), ("solve", False)])

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from nabla_trl.cli.distill import run as distill
-from nabla_trl.cli.distill.machine import Machine
 from nabla_trl.cli.init import DEMO_PATTERNS, find_demo_files
 from nabla_trl.cli.main import main
+from nabla_trl.planning.machine import Machine
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = Machine("cpu", 16e9, has_bfloat16=False, num_processes=1, num_gpus=0)

@@ -314,7 +314,7 @@ def first_run(folder: Path, *options: str) -> None:
 
 
 def test_a_first_run_needs_models_and_a_file(tmp_path, capsys):
-    """No configuration, no splits, no GPU, bfloat16 asked for. The file may grow afterwards."""
+    """No configuration, no splits, no GPU, bfloat16 asked for."""
     first_run(tmp_path, "--stages", "traces,evaluate", "--bf16", "true")
     out = capsys.readouterr().out
     assert "mine.jsonl has no splits: 8 problems to train on, 2 held out (by a hash of each question" in out
@@ -324,14 +324,6 @@ def test_a_first_run_needs_models_and_a_file(tmp_path, capsys):
     assert (config["batch_size"], config["per_device_train_batch_size"], config["dtype"]) == (64, 8, "float32")
     held_out = {row.problem for row in read_rows(tmp_path / "out/rows/rows-00000.jsonl")}
     assert len(held_out) == 2 and not held_out & {t.problem_id for t in read_traces(tmp_path / "out/traces")}
-    more = make_digit_chain_problems("train", 20, 1)
-    with (tmp_path / "mine.jsonl").open("a") as file:
-        file.writelines(
-            "\n" + json.dumps({"question": problem.question, "answer": problem.answer}) for problem in more
-        )
-    first_run(tmp_path, "--stages", "traces")
-    train = {trace.problem_id for trace in read_traces(tmp_path / "out/traces")}
-    assert not held_out & train and len(train) > 8
 
 
 @pytest.mark.parametrize(

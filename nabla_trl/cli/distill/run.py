@@ -19,11 +19,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import PartialState
 
@@ -35,9 +33,8 @@ from nabla_trl.cli.distill.arguments import (
     DEFAULT_SPLITS,
     DistillArguments,
 )
-from nabla_trl.cli.distill.machine import Machine, choose_batches
 from nabla_trl.cli.distill.preflight import collect_faults
-from nabla_trl.cli.launch import watch_for_stalls
+from nabla_trl.cli.launch import join_launch
 from nabla_trl.cli.parsing import Parser, UsageError, collect_given_options, quiet_libraries
 from nabla_trl.cli.quiet import log_to_folder
 from nabla_trl.evaluation.method import (
@@ -57,6 +54,8 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.pipeline.audit import audit_samples
 from nabla_trl.pipeline.evaluation import collect_eval_settings, open_evaluation
 from nabla_trl.pipeline.traces import collect_trace_settings, fill_traces
+from nabla_trl.pipeline.train import run_training
+from nabla_trl.planning.machine import Machine, choose_batches
 from nabla_trl.report.text import print_summary_table, write_report_files
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import PRESETS, SearchConfig
@@ -73,7 +72,7 @@ from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.formatting import hide_userinfo, pluralize
 from nabla_trl.utils.identity import check_settings, hash_weights, is_same_model
-from nabla_trl.utils.interrupts import end_with_launcher, get_current_command
+from nabla_trl.utils.interrupts import get_current_command
 from nabla_trl.utils.locks import lock_folder
 
 START_TIME = time.perf_counter()
@@ -85,11 +84,8 @@ DATACLASSES = (DistillArguments, SearchConfig, BaselineConfig, TrainOptions, Lor
 
 def main(argv: Sequence[str]) -> None:
     """Run the stages of a command line in this process, alone or one of those that a launcher started."""
-    end_with_launcher()
-    with watch_for_stalls() as stall_watch:
-        # Before everything else, because the first state chooses the back end. A process may wait for hours for
-        # another process that draws longer responses.
-        machine = Machine.detect(PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1)))
+    with join_launch() as stall_watch:
+        machine = Machine.detect(PartialState())
         quiet_libraries()
         parser = build_parser(machine)
         checks = Checks()
@@ -392,18 +388,7 @@ class DistillRun:
 
     def train(self) -> None:
         """Train one policy per method, as an adapter or as a full model."""
-        stage = self._make_train_stage()
-        for method in self.args.train_methods:
-            if defaults := stage.describe_defaults(method):
-                self.print_once(f"train {method}: {defaults}")
-            result = stage.train_method(method)
-            if result is None:
-                self.print_once(f"train {method}: already done")
-                continue
-            figures = f"{result.rows} rows, {result.steps} steps, loss {result.loss:.3f}, {result.seconds:.0f} s"
-            self.print_once(f"train {method}: {figures}")
-            if result.stop_reason:
-                self.print_once(f"train {method}: {result.stop_reason}")
+        run_training(self._make_train_stage(), self.args.train_methods, self.print_once)
 
     def evaluate(self) -> None:
         """Evaluate every method on the held-out problems. Budgets are fractions of best-of-16's measured FLOPs."""

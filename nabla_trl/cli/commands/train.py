@@ -1,0 +1,124 @@
+"""`nabla-trl train`: train policies on the traces of a folder, or on problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nabla_trl.cli.arguments import DATASET_HELP, POLICY_HELP, REWARD_HELP, PolicyRewardArguments, check_distinct
+from nabla_trl.cli.distill.arguments import COMMON_TRAIN_OPTIONS
+from nabla_trl.cli.launch import DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP, check_stall_minutes, join_launch
+from nabla_trl.cli.parsing import Parser, UsageError, collect_given_options, quiet_libraries
+from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.training.offline import TRAIN_METHODS, TrainOptions
+from nabla_trl.training.peft import LoraArguments
+from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options
+from nabla_trl.utils.fields import option
+
+
+@dataclass
+class TrainArguments(PolicyRewardArguments):
+    """Options of `nabla-trl train`."""
+
+    policy: str = option("", f"{POLICY_HELP} Default: the policy that the traces were made with.", common=True)
+    reward: str = option("", f"For rloo and grpo. {REWARD_HELP}", common=True)
+    dtype: str = option(
+        "float32",
+        "Data type of frozen weights: float32, bfloat16 or float16 (default: bfloat16 on a GPU that has it, else "
+        "float32).",
+        common=True,
+    )
+    train_methods: list[str] = field(
+        default_factory=lambda: ["sft"],
+        metadata={
+            "help": f"Training methods, which each give one trained policy: {', '.join(TRAIN_METHODS)}.",
+            "common": True,
+        },
+    )
+    traces_dir: str = option(
+        "",
+        "Folder of the run that holds traces/, for sft, reward-weighted and dpo (default: --output_dir).",
+        common=True,
+    )
+    dataset: str = option("", f"For rloo and grpo. {DATASET_HELP}", common=True)
+    train_split: str = option("train", "Split of --dataset to train on.")
+    max_train_problems: int = option(1000, "Maximum number of problems for rloo and grpo.", common=True)
+    stall_minutes: float = option(DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_stall_minutes(self.stall_minutes)
+        check_distinct("train_methods", self.train_methods)
+
+
+DATACLASSES = (TrainArguments, SearchConfig, TrainOptions, LoraArguments, TrainerConfig, TrlOptions)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command in this process, alone or one of those that a launcher started, and return its exit code."""
+    with join_launch() as stall_watch:
+        from accelerate import PartialState
+
+        from nabla_trl.pipeline.train import TrainingCall
+        from nabla_trl.planning.machine import Machine
+        from nabla_trl.utils.interrupts import get_current_command
+
+        quiet_libraries()
+        state = PartialState()
+        machine = Machine.detect(state)
+        parser = Parser(
+            DATACLASSES,
+            presets=PRESETS,
+            common=COMMON_TRAIN_OPTIONS,
+            prog="nabla-trl train",
+            usage="nabla-trl train --traces_dir RUN --output_dir DIR [--train_methods sft dpo] [options]\n"
+            "       nabla-trl train --train_methods rloo --policy P --reward R --dataset D --output_dir DIR\n"
+            "       accelerate launch -m nabla_trl.cli train [options]",
+            description="Train one policy per method with TRL's trainers, as nabla-trl distill does. sft,\n"
+            "reward-weighted and dpo learn from traces, rloo and grpo from what they sample to problems.\n"
+            "The same command continues where it was interrupted.",
+        )
+        parser.set_defaults_with_config(max_length=None, **machine.get_defaults())
+        parsed = parser.parse_options(argv)[: len(DATACLASSES)]
+        args, search_config, options, lora, sft_config, trl_options = parsed
+        given = collect_given_options(argv, parsed, PRESETS)
+        if stall_watch:
+            stall_watch.limit_seconds = 60 * args.stall_minutes
+        output_dir = given.get("output_dir") or args.traces_dir
+        if not output_dir:
+            raise UsageError("where to? give --output_dir, or --traces_dir to train in the folder of the traces")
+
+        def say(text: str) -> None:
+            if state.is_main_process:
+                print(text, flush=True)
+
+        call = TrainingCall(
+            methods=args.train_methods,
+            policy=args.policy or None,
+            traces=args.traces_dir or None,
+            problems=args.dataset or None,
+            output_dir=Path(output_dir),
+            reward=args.reward or None,
+            tokenizer=None,
+            options=options,
+            sft_config=sft_config,
+            trl_options=collect_trl_options(trl_options, sft_config, given),
+            lora=lora,
+            search_config=search_config,
+            given_options=given,
+            split=args.train_split,
+            max_problems=args.max_train_problems,
+            model_options={
+                "dtype": args.dtype,
+                "device": str(state.device),
+                "prompt_options": args.get_prompt_options(),
+                "vllm_url": args.vllm_url,
+                "vllm_timeout": args.vllm_timeout,
+                "trust_remote_code": sft_config.trust_remote_code,
+            },
+            command=get_current_command(),
+        )
+        for method in call.run(say):
+            say(f"{method}: {Path(output_dir) / 'trained' / method}")
+    return 0

@@ -1,0 +1,434 @@
+"""The stage train: one trained policy per method, on traces or on problems, in the folder of a run."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.loading import describe_dtype, get_dtype_name, is_name_in_memory, load_policy
+from nabla_trl.models.options import PromptOptions
+from nabla_trl.models.policy import Policy
+from nabla_trl.pipeline.models import ModelPair, PolicySource, RewardSource, check_model_options
+from nabla_trl.pipeline.problems import collect_problems
+from nabla_trl.pipeline.traces import make_search_config
+from nabla_trl.planning.machine import Machine, choose_batches
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.tasks.problem import Problem
+from nabla_trl.tasks.registry import Problems
+from nabla_trl.traces.schema import Trace
+from nabla_trl.traces.storage import TRACES_DIR, TraceWriter, list_trace_files, read_traces
+from nabla_trl.training.offline import OFFLINE_METHODS, TRAIN_METHODS, TrainingResult, TrainOptions
+from nabla_trl.training.peft import LoraArguments
+from nabla_trl.training.stage import TrainStage
+from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options, list_trl_faults
+from nabla_trl.utils.faults import Checks
+from nabla_trl.utils.fields import coerce_fields, format_suggestion
+from nabla_trl.utils.files import read_json_file
+from nabla_trl.utils.identity import hash_json
+from nabla_trl.utils.locks import lock_folder
+
+logger = logging.getLogger(__name__)
+
+# PEFT's names of the options of `LoraArguments`.
+_PEFT_NAMES = {"r": "lora_r", "target_modules": "lora_target_modules"}
+
+
+def train(
+    method: str,
+    policy: PolicySource,
+    traces_or_problems: Iterable[Trace] | Problems,
+    *,
+    output_dir: str | Path,
+    reward: RewardSource | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    config: SFTConfig | Mapping[str, Any] | None = None,
+    lora: LoraArguments | Mapping[str, Any] | Any = None,
+    search: SearchConfig | Mapping[str, Any] | str | None = None,
+    split: str = "train",
+    max_problems: int | None = None,
+    **model_options: Any,
+) -> TrainingResult:
+    """Train a policy on traces (sft, reward-weighted, dpo) or on problems (rloo, grpo), with TRL's trainers.
+
+    The weights are in `output_dir`/trained/METHOD/adapter, or …/model for full weights. The same call continues an
+    interrupted training, and returns the record of a finished one. Several processes may make the call together, under
+    `accelerate launch`.
+
+    Args:
+        method: "sft", "reward-weighted", "dpo", "rloo" or "grpo".
+        policy: hub id or folder of a causal LM, a model in memory, or a `Policy`. A model in memory is written to
+            `output_dir`, where the trained adapter finds it again, and stays as it is.
+        traces_or_problems: for methods on traces, a list of `Trace` or the folder of a run that holds traces/. For
+            the others, what `load_problems` takes.
+        output_dir: folder of the run.
+        reward: what rloo and grpo maximize (see `load_reward`). A function is enough, since no gradient is needed.
+        tokenizer: tokenizer of a model in memory, or its name. None: that of the model's name.
+        config: options of the training, by name: those of TRL's `SFTConfig` and of the trainer of the method
+            (learning_rate, num_train_epochs, label_smoothing, …), and of `TrainOptions` (tuning, sft_selection,
+            num_generations, …). Or an `SFTConfig`. None: defaults, which the log says.
+        lora: options of the adapter: `LoraArguments`, a mapping of its options, or PEFT's `LoraConfig`.
+        search: β, and how rloo and grpo sample (beta, temperature, max_new_tokens, …). None: for traces of a folder
+            the β that they were made with.
+        split: split of a task's name.
+        max_problems: maximum number of problems. None: all.
+        model_options: options of `ModelPair`, such as dtype and device.
+
+    Returns:
+        The record of the training: rows, steps, tokens, FLOPs, seconds and loss.
+
+    Raises:
+        ValueError: an unknown method or option, traces for a method on problems or problems for a method on traces, a
+            model that cannot be trained, or `output_dir` was trained with other settings. What can be checked is
+            checked before anything is loaded.
+    """
+    check_model_options(model_options)
+    state = PartialState() if PartialState._shared_state else PartialState(cpu=not torch.cuda.is_available())
+    options, sft_config, trl_options, given = _split_config(config, Path(output_dir), Machine.detect(state))
+    learns_from_traces = method in OFFLINE_METHODS
+    call = TrainingCall(
+        methods=[method],
+        policy=policy,
+        traces=traces_or_problems if learns_from_traces else None,
+        problems=None if learns_from_traces else traces_or_problems,
+        output_dir=Path(output_dir),
+        reward=reward,
+        tokenizer=tokenizer,
+        options=options,
+        sft_config=sft_config,
+        trl_options=trl_options,
+        lora=_make_lora(lora),
+        search_config=make_search_config(search),
+        given_options=given,
+        split=split,
+        max_problems=max_problems,
+        model_options=model_options,
+        command=f"nabla_trl.train({method!r}, …)",
+    )
+    return call.run(logger.info)[method]
+
+
+@dataclass
+class TrainingCall:
+    """A call of the stage train, from Python or the shell.
+
+    Attributes:
+        methods: training methods.
+        traces: traces, or the folder of a run that holds them. None: those of `output_dir`.
+        problems: what `load_problems` takes, for methods on problems. None: no such method is trained.
+        sft_config: options of the trainer.
+        trl_options: further options of TRL's trainers (see `collect_trl_options`).
+        given_options: the options that were given, as a YAML file can hold them.
+        model_options: options of `ModelPair`.
+        command: what is stored with the weights as the command that made them.
+    """
+
+    methods: Sequence[str]
+    policy: PolicySource
+    traces: Any
+    problems: Any
+    output_dir: Path
+    reward: RewardSource | None
+    tokenizer: Any
+    options: TrainOptions
+    sft_config: Any
+    trl_options: Mapping[str, Any]
+    lora: LoraArguments
+    search_config: SearchConfig
+    given_options: Mapping[str, Any]
+    split: str
+    max_problems: int | None
+    model_options: Mapping[str, Any]
+    command: str
+
+    def run(self, say: Callable[[str], None]) -> dict[str, TrainingResult]:
+        """Check everything, then train a policy per method. Returns the records by method.
+
+        Args:
+            say: prints a line about what was chosen or done.
+
+        Raises:
+            ValueError: as `train`.
+        """
+        self._check_methods()
+        state = PartialState()
+        with ExitStack() as stack:
+            with state.main_process_first():
+                stack.enter_context(lock_folder(self.output_dir, state.process_index))
+                traces_run_dir = self._prepare_traces(state.is_main_process)
+            stage = self._build_stage(state, traces_run_dir, stack.enter_context(AnswerChecker()))
+            checks = Checks()
+            for method in self.methods:
+                with checks.collect():
+                    stage.check_method(method)
+                with checks.collect():
+                    stage.check_settings(method)
+            checks.raise_faults()
+            return run_training(stage, self.methods, say)
+
+    def _check_methods(self) -> None:
+        checks = Checks()
+        for method in self.methods:
+            if method not in TRAIN_METHODS:
+                near = format_suggestion(method, TRAIN_METHODS)
+                checks.add([f"unknown training method {method!r}{near}: choose from {', '.join(TRAIN_METHODS)}"])
+        checks.raise_faults()
+        checks.add(list_trl_faults(self.methods, self.trl_options))
+        online = ", ".join(method for method in self.methods if method not in OFFLINE_METHODS)
+        if online and self.reward is None and self.options.online_reward == "reward":
+            checks.add([f"{online} needs a reward to maximize: give reward, or set online_reward verifier"])
+        if online and self.problems is None:
+            checks.add([f"{online} learns from problems: give a data set"])
+        if not online and self.options.max_callback_problems:
+            checks.add(["max_callback_problems evaluates during rloo and grpo here: leave it out, or use distill"])
+        checks.raise_faults()
+
+    def _prepare_traces(self, is_main_process: bool) -> Path:
+        """Return the folder of the run that holds the traces. Traces in memory are written to `output_dir`."""
+        if self.traces is None or not any(method in OFFLINE_METHODS for method in self.methods):
+            run_dir = self.output_dir
+        elif isinstance(self.traces, str | Path):
+            folder = Path(self.traces)
+            run_dir = folder.parent if folder.name == TRACES_DIR and not (folder / TRACES_DIR).exists() else folder
+        else:
+            if is_main_process:
+                _store_traces(list(self.traces), self.output_dir)
+            return self.output_dir
+        if any(method in OFFLINE_METHODS for method in self.methods) and not list_trace_files(run_dir):
+            raise ValueError(
+                f"{run_dir} holds no traces to train {', '.join(self.methods)} on: make them by nabla-trl traces or "
+                "generate_traces, or name their folder"
+            )
+        return run_dir
+
+    def _build_stage(self, state: PartialState, traces_run_dir: Path, checker: AnswerChecker) -> TrainStage:
+        source, name, dtype = self._find_policy(traces_run_dir, state)
+        self._choose_batches(state, name, dtype)
+        problems = None
+        prompt_options = self.model_options.get("prompt_options") or PromptOptions()
+        if self.problems is not None:
+            size = None if self.max_problems is None else self.max_problems + self.options.max_callback_problems
+            problems = collect_problems(
+                self.problems, split=self.split, max_problems=size, prompt_options=prompt_options
+            )
+        load_models, model_settings = self._plan_models(source, {"policy": name, "dtype": dtype})
+        search_config = self.search_config
+        if search_config.beta is None and (beta := _read_beta(traces_run_dir)) is not None:
+            search_config = search_config.with_beta(beta)
+        is_online = problems is not None
+        search_settings = search_config.get_settings() if is_online else {"beta": str(search_config.beta)}
+        rows = problems.problems if problems is not None else None
+        limit = self.max_problems if self.max_problems is not None else _count_training(rows, self.options)
+        return TrainStage(
+            run_dir=self.output_dir,
+            policy=name,
+            dtype=dtype,
+            problems=None if rows is None else rows[:limit],
+            callback_problems=[] if rows is None else rows[limit:],
+            search_config=search_config,
+            options=self.options,
+            lora=self.lora,
+            sft_config=self.sft_config,
+            load_models=load_models,
+            search_settings=model_settings | search_settings | (problems.settings if problems is not None else {}),
+            checker=checker,
+            process_state=state,
+            command_options=self.given_options,
+            command=self.command,
+            traces_run_dir=traces_run_dir,
+            trl_options=self.trl_options,
+            only_traces_of_problems=False,
+        )
+
+    def _choose_batches(self, state: PartialState, policy: str, dtype: str) -> None:
+        """Fill in the batch sizes that were not given, for the memory of this machine."""
+        chosen = choose_batches(
+            Machine.detect(state),
+            {**self.given_options, "batch_size": self.search_config.batch_size},
+            policy=policy,
+            reward="",
+            methods=list(self.methods),
+            dtype=dtype,
+            search_config=self.search_config,
+            train_options=self.options,
+            lora=self.lora,
+            sft_config=self.sft_config,
+        )
+        for option_name, value in chosen.items():
+            setattr(self.sft_config, option_name, value)
+
+    def _find_policy(self, traces_run_dir: Path, state: PartialState) -> tuple[PolicySource, str, str]:
+        """Return what loads the policy, its name (that of a folder for a model in memory), and its data type."""
+        dtype = get_dtype_name(self.model_options.get("dtype"))
+        if self.policy is None:
+            settings_file = traces_run_dir / f"{TRACES_DIR}.settings.json"
+            if not settings_file.exists():
+                raise ValueError(f"which policy? {settings_file} does not exist, so name it")
+            settings = read_json_file(settings_file)
+            return settings["policy"], str(settings["policy"]), dtype
+        if isinstance(self.policy, str | Path):
+            return self.policy, str(self.policy), dtype
+        model = self.policy
+        if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
+            model = deepcopy(model).merge_and_unload()
+        policy = load_policy(model) if isinstance(model, Policy) else load_policy(model, self.tokenizer)
+        name = policy.name
+        if is_name_in_memory(name) or name != policy.model.name_or_path:
+            name = str(_write_policy(policy, self.output_dir, state))
+        return replace(policy, name=name), name, describe_dtype(policy.model)
+
+    def _plan_models(
+        self, source: PolicySource, policy_settings: dict[str, str]
+    ) -> tuple[Callable[[], tuple[Policy, Reward]], dict[str, str]]:
+        """Return what loads the frozen policy and the reward, and the settings of both."""
+        if self.problems is None:
+
+            def refuse() -> tuple[Policy, Reward]:
+                raise ValueError("training on traces loads no frozen policy")
+
+            return refuse, policy_settings
+        options = dict(self.model_options)
+        if isinstance(source, Policy):
+            options = {name: value for name, value in options.items() if name.startswith(("reward", "trust"))}
+        reward = _reward_nothing if self.reward is None else self.reward
+        models = ModelPair.build(source, reward, options)
+        settings = models.get_settings() | policy_settings
+        return partial(models.load, 4 * self.search_config.batch_size), settings
+
+
+def run_training(stage: TrainStage, methods: Sequence[str], say: Callable[[str], None]) -> dict[str, TrainingResult]:
+    """Train a policy per method, continue what was interrupted, and skip what is finished. Returns the records.
+
+    Args:
+        say: prints a line.
+
+    Raises:
+        ValueError: as `TrainStage.train_method`.
+    """
+    results = {}
+    for method in methods:
+        if defaults := stage.describe_defaults(method):
+            say(f"train {method}: {defaults}")
+        result = stage.train_method(method)
+        if result is None:
+            say(f"train {method}: already done")
+            result = _read_result(stage.run_dir, method)
+        else:
+            figures = f"{result.rows} rows, {result.steps} steps, loss {result.loss:.3f}, {result.seconds:.0f} s"
+            say(f"train {method}: {figures}")
+            if result.stop_reason:
+                say(f"train {method}: {result.stop_reason}")
+        results[method] = result
+    return results
+
+
+def _read_result(run_dir: Path, method: str) -> TrainingResult:
+    record = read_json_file(run_dir / "trained" / method / "train.json")
+    return TrainingResult(**{item.name: record[item.name] for item in fields(TrainingResult) if item.name in record})
+
+
+def _split_config(
+    config: SFTConfig | Mapping[str, Any] | None, output_dir: Path, machine: Machine
+) -> tuple[TrainOptions, Any, dict[str, Any], dict[str, Any]]:
+    """Return the options of training, of the trainer and of single methods, and all that were given."""
+    if isinstance(config, SFTConfig):
+        defaults = type(config)(output_dir="", use_cpu=True, bf16=False)
+        given = {
+            item.name: getattr(config, item.name)
+            for item in fields(config)
+            if item.init and getattr(config, item.name) != getattr(defaults, item.name)
+        }
+        chosen_by_caller = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+        given |= {name: getattr(config, name) for name in chosen_by_caller}
+        return TrainOptions(), config, collect_trl_options(TrlOptions(), config, given), given
+    if config is not None and not isinstance(config, Mapping):
+        raise ValueError(f"config is a mapping of options or an SFTConfig, not {type(config).__name__}")
+    given = coerce_fields(config or {}, [TrainOptions, TrainerConfig, TrlOptions], source="config")
+    machine_defaults = {name: value for name, value in machine.get_defaults().items() if name != "dtype"}
+    trainer_values = {"max_length": None, **machine_defaults, **_select(given, TrainerConfig)}
+    sft_config = TrainerConfig(**trainer_values | {"output_dir": str(output_dir)})
+    trl_options = collect_trl_options(TrlOptions(**_select(given, TrlOptions)), sft_config, given)
+    return TrainOptions(**_select(given, TrainOptions)), sft_config, trl_options, given
+
+
+def _select(values: Mapping[str, Any], dataclass_type: Any) -> dict[str, Any]:
+    names = {item.name for item in fields(dataclass_type)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _make_lora(lora: Any) -> LoraArguments:
+    """Return the options of the adapter from a mapping or PEFT's `LoraConfig`."""
+    if lora is None or isinstance(lora, LoraArguments):
+        return lora or LoraArguments()
+    if not isinstance(lora, Mapping):
+        names = ("r", "lora_alpha", "lora_dropout", "target_modules")
+        lora = {name: getattr(lora, name) for name in names if getattr(lora, name, None) is not None}
+    values = {_PEFT_NAMES.get(name, name): value for name, value in lora.items()}
+    modules = values.get("lora_target_modules", [])
+    values |= {"lora_target_modules": [modules] if isinstance(modules, str) else sorted(modules)} if modules else {}
+    return LoraArguments(**coerce_fields(values, [LoraArguments], source="lora"))
+
+
+def _store_traces(traces: Sequence[Any], output_dir: Path) -> None:
+    """Write traces in memory to the folder of a run, unless it holds them already.
+
+    Raises:
+        ValueError: objects that are no traces, or the folder holds other traces.
+    """
+    if not traces or not all(isinstance(trace, Trace) for trace in traces):
+        kinds = ", ".join(sorted({type(trace).__name__ for trace in traces})) or "none"
+        raise ValueError(f"this method learns from traces, which generate_traces makes, and got {kinds}")
+    files = list_trace_files(output_dir)
+    if files:
+        if list(map(_identify, read_traces(files))) != sorted(map(_identify, traces)):
+            raise ValueError(f"{output_dir} holds other traces than these: use another output_dir")
+        return
+    with TraceWriter(output_dir / TRACES_DIR, chunk_size=len(traces)) as writer:
+        for trace in traces:
+            writer.add(trace)
+
+
+def _identify(trace: Trace) -> tuple[Any, ...]:
+    return trace.problem_id, trace.seed, trace.method, tuple(trace.response_ids), len(trace.revisions)
+
+
+def _read_beta(run_dir: Path) -> float | None:
+    """Return the β that the traces of a run were made with, None where a KL target set the steps or none is known."""
+    path = run_dir / f"{TRACES_DIR}.settings.json"
+    beta = read_json_file(path).get("beta", "None") if path.exists() else "None"
+    return None if beta == "None" else float(beta)
+
+
+def _count_training(problems: Sequence[Problem] | None, options: TrainOptions) -> int:
+    return max(0, len(problems or ()) - options.max_callback_problems)
+
+
+def _write_policy(policy: Policy, output_dir: Path, state: PartialState) -> Path:
+    """Write a policy in memory to the folder of a run, from where an adapter finds it again. Its name has a hash."""
+    match = re.search(r"in memory, (\w+)", policy.name)
+    folder = output_dir / f"policy-{match[1] if match else hash_json(policy.name)}"
+    if state.is_main_process and not folder.exists():
+        draft = folder.with_name(f"{folder.name}.tmp")
+        policy.model.save_pretrained(draft)
+        policy.tokenizer.save_pretrained(draft)
+        draft.rename(folder)
+    state.wait_for_everyone()
+    return folder
+
+
+def _reward_nothing(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """Return 0 for every response, where a verifier gives the rewards."""
+    return [0.0] * len(completions)

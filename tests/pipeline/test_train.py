@@ -1,0 +1,139 @@
+"""Training from Python and from the shell: traces and models in memory or by name, resumed, refused at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import worlds
+from peft import LoraConfig
+
+import nabla_trl
+from nabla_trl.cli.main import main
+from nabla_trl.models.policy import Policy
+from nabla_trl.rewards.reward import Reward
+from nabla_trl.search.loop import run_search
+from nabla_trl.traces.schema import Trace
+from nabla_trl.traces.storage import TraceWriter
+
+CONFIG = {"use_cpu": True, "bf16": False, "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3}
+LORA = {"r": 4, "lora_alpha": 8}
+pytestmark = pytest.mark.usefixtures("little_to_collect")
+
+
+@pytest.fixture(scope="module")
+def traces(policy: Policy, scalar_reward: Reward) -> list[Trace]:
+    config = worlds.search_config(max_rounds=6, max_new_tokens=8)
+    searched = run_search(worlds.tiny_problems(), policy=policy, reward=scalar_reward, config=config)
+    for trace in searched:
+        trace.finished = trace.finished or bool(trace.response_ids)
+    return searched
+
+
+def train(*args: Any, **options: Any) -> Any:
+    return nabla_trl.train(*args, **{"config": CONFIG, "lora": LORA, **options})
+
+
+def test_a_model_and_traces_in_memory_become_a_run(
+    policy: Policy, traces: list[Trace], tmp_path: Path, caplog: Any
+) -> None:
+    """The model stays as it is, the adapter finds a copy of it, and the same call goes on or returns the record."""
+    before = [weight.clone() for weight in policy.model.parameters()]
+    with caplog.at_level(logging.INFO, logger="nabla_trl"):
+        result = train("sft", policy.model, traces, tokenizer=policy.tokenizer, output_dir=tmp_path)
+        again = train("sft", policy.model, traces, tokenizer=policy.tokenizer, output_dir=tmp_path)
+    assert result == again and (result.method, result.steps, result.tuning) == ("sft", 2, "lora")
+    assert "train sft: already done" in caplog.messages
+    assert all(torch.equal(old, new) for old, new in zip(before, policy.model.parameters(), strict=True))
+    assert not hasattr(policy.model, "peft_config")
+    adapter = tmp_path / "trained/sft/adapter"
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    trained = nabla_trl.load_policy(base, adapter=str(adapter))
+    assert trained.tokenizer_hash == policy.tokenizer_hash
+    worlds.refused(
+        lambda: train("sft", policy.model, traces[:1], tokenizer=policy.tokenizer, output_dir=tmp_path),
+        "holds other traces than these",
+    )
+    worlds.refused(
+        lambda: train(
+            "sft",
+            policy.model,
+            traces,
+            tokenizer=policy.tokenizer,
+            output_dir=tmp_path,
+            lora=LoraConfig(r=2, target_modules=["q_proj"]),
+        ),
+        "made with other settings",
+        "lora_r '2' (was '4')",
+    )
+
+
+def test_a_function_is_enough_of_a_reward_for_online_training(policy: Policy, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def count_fives(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+        calls.append(len(completions))
+        return [float(sum(ids) % 5) for ids in completion_ids]
+
+    rows = [{"question": problem.question, "answer": "1"} for problem in worlds.tiny_problems()]
+    config = {**CONFIG, "num_generations": 4, "max_steps": 2, "epsilon": 0.3}
+    options = {"reward": count_fives, "search": {"max_new_tokens": 4, "beta": 0.5}, "tokenizer": policy.tokenizer}
+    result = train("rloo", policy.model, rows, output_dir=tmp_path, config=config, **options)
+    assert sum(calls) == 8 and (result.beta, result.method_metrics["responses"]) == (0.5, 8.0)
+    settings = json.loads((tmp_path / "trained/rloo/settings.json").read_text())
+    assert settings["epsilon"] == "0.3"
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "options", "words"),
+    [
+        ("sfft", [], {}, ["unknown training method 'sfft' (did you mean sft?)"]),
+        ("rloo", [{"question": "1+1"}], {}, ["rloo needs a reward to maximize"]),
+        ("sft", [{"question": "1+1"}], {}, ["learns from traces, which generate_traces makes, and got dict"]),
+        ("dpo", "nowhere", {}, ["nowhere holds no traces to train dpo on"]),
+        (
+            "sft",
+            [],
+            {"config": {"learning_rat": 1}},
+            ["config: unknown key 'learning_rat' (did you mean learning_rate?)"],
+        ),
+        ("sft", [], {"config": {**CONFIG, "epsilon": 0.2}}, ["epsilon belongs to rloo and grpo"]),
+        ("sft", [], {"lora": {"rank": 4}}, ["lora: unknown key 'rank'"]),
+        ("sft", [], {"dtyp": "float32"}, ["unknown option 'dtyp' (did you mean dtype?)"]),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(
+    method: str, data: Any, options: dict[str, Any], words: list[str], tmp_path: Path, bases: dict[str, str]
+) -> None:
+    worlds.refused(lambda: train(method, bases["llama"], data, output_dir=tmp_path / "new", **options), *words)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_the_shell_trains_on_the_traces_of_a_folder(
+    policy: Policy, traces: list[Trace], tmp_path: Path, capsys: Any
+) -> None:
+    """Policy and β are those of the traces. A method is added later, and finished ones are skipped."""
+    policy.model.save_pretrained(tmp_path / "policy")
+    policy.tokenizer.save_pretrained(tmp_path / "policy")
+    with TraceWriter(tmp_path / "run/traces", chunk_size=len(traces)) as writer:
+        for trace in traces:
+            writer.add(trace)
+    settings = {"policy": str(tmp_path / "policy"), "beta": "0.25"}
+    (tmp_path / "run/traces.settings.json").write_text(json.dumps(settings))
+    flags = ["--use_cpu", "true", "--bf16", "false", "--max_steps", "2", "--lora_r", "4", "--warmup_steps", "0"]
+    command = ["train", "--traces_dir", str(tmp_path / "run"), "--output_dir", str(tmp_path / "out"), *flags]
+    assert main([*command, "--train_methods", "reward-weighted"]) == 0
+    out = capsys.readouterr().out
+    assert "train reward-weighted: learning_rate 0.0002" in out and "beta 1" not in out
+    record = json.loads((tmp_path / "out/trained/reward-weighted/train.json").read_text())
+    assert record["beta"] == 0.25 and record["rows"] > 0
+    assert main([*command, "--train_methods", "reward-weighted", "sft"]) == 0
+    out = capsys.readouterr().out
+    assert "train reward-weighted: already done" in out and (tmp_path / "out/trained/sft/adapter").is_dir()
+    assert main(["train", "--train_methods", "sft", *flags]) == 2
+    assert "give --output_dir, or --traces_dir" in capsys.readouterr().err
