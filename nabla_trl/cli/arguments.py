@@ -31,8 +31,8 @@ REWARD_HELP = (
     "power:ALPHA, or ensemble[@K]:A,B,… (mean − K·std of reward models or of heads, K is 1 by default)."
 )
 DATASET_HELP = (
-    "Data set: gsm8k, math500, amc, aime24, aime25, digit_chains, reasoning_gym:FAMILY, the path of a .jsonl file of "
-    "problems, or the path of a .yaml file that describes a data set."
+    "Data set: gsm8k, math500, amc, aime24, aime25, digit_chains, reasoning_gym:FAMILY, the path of a .jsonl, .csv, "
+    ".json or .parquet file of problems, or the path of a .yaml file that describes a data set."
 )
 TRUST_REMOTE_CODE_HELP = (
     "Run Python code from the repositories of the models, where transformers has none for them. Read that code first: "

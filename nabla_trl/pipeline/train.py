@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.loading import describe_dtype, get_dtype_name, is_name_in_memory, load_policy
+from nabla_trl.models.loading import describe_dtype, get_dtype_name, load_policy
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.policy import Policy
 from nabla_trl.pipeline.models import ModelPair, PolicySource, RewardSource, check_model_options
@@ -286,7 +286,7 @@ class TrainingCall:
             model = deepcopy(model).merge_and_unload()
         policy = load_policy(model) if isinstance(model, Policy) else load_policy(model, self.tokenizer)
         name = policy.name
-        if is_name_in_memory(name) or name != policy.model.name_or_path:
+        if name != policy.model.name_or_path:  # in memory, or with an adapter: no files hold these weights
             name = str(_write_policy(policy, self.output_dir, state))
         return replace(policy, name=name), name, describe_dtype(policy.model)
 

@@ -1,8 +1,8 @@
-r"""Problems of rows: the lines of a JSONL file, or dicts in memory. `nabla_trl.tasks.registry` lists the fields."""
+r"""Problems of rows: of a JSONL, JSON, CSV or Parquet file, or in memory. `tasks.registry` lists the fields."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,43 @@ from nabla_trl.grading.extraction import detect_answer_format
 from nabla_trl.tasks.gold_answers import parse_hashes
 from nabla_trl.tasks.problem import Problem, append_instruction, get_question_identity
 from nabla_trl.utils.fields import format_suggestion
-from nabla_trl.utils.files import read_jsonl_file
+from nabla_trl.utils.files import read_csv_file, read_json_rows, read_jsonl_file, refuse_unreadable
 from nabla_trl.utils.identity import hash_files
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 FIELDS = (*QUESTION_FIELDS, "answer", "solution", "id", "level", "instruction", "messages")
 
 
-def load_jsonl_problems(path: Path) -> list[Problem]:
-    """Load the problems of a file.
+def load_file_problems(path: Path) -> list[Problem]:
+    """Load the problems of a file: .jsonl, .json (a list of objects), .csv (with a header) or .parquet.
 
     Raises:
         ValueError: if the file cannot be read, is empty, or has a wrong line or a duplicate, which the message names.
     """
-    rows = ((f"{path}, line {line}", row) for line, row in read_jsonl_file(path))
-    problems = parse_rows(rows, path.stem, hash_files([path]))
+    problems = parse_rows(_read_rows(path), path.stem, hash_files([path]))
     if not problems:
-        raise ValueError(f"{path} holds no problems: write one JSON object per line")
+        content = "one JSON object per line" if path.suffix == ".jsonl" else "one row per problem"
+        raise ValueError(f"{path} holds no problems: write {content}")
     return problems
+
+
+def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a file, each with its place for messages."""
+    if path.suffix == ".jsonl":
+        yield from ((f"{path}, line {line}", row) for line, row in read_jsonl_file(path))
+        return
+    if path.suffix == ".json":
+        rows = read_json_rows(path)
+    elif path.suffix == ".csv":
+        with refuse_unreadable(str(path)):
+            rows = [{name: cell or None for name, cell in row.items()} for row in read_csv_file(path)[1]]
+    else:
+        from pyarrow import parquet
+
+        with refuse_unreadable(str(path)):
+            rows = parquet.read_table(path).to_pylist()
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
 
 
 def build_problems(

@@ -4,7 +4,7 @@ r"""Load problems by the name of a task.
     load_problems("digit_chains", split="test")                      # generated, needs no file
     load_problems("svamp.yaml", split="test")                        # any data set, read as a YAML file says
     load_problems("reasoning_gym:chain_sum")                         # a generated family of reasoning-gym
-    load_problems("my_problems.jsonl")                               # one JSON object per line
+    load_problems("my_problems.jsonl")                               # one JSON object per line; .csv, .json, .parquet
     load_problems([{"question": "1+1", "answer": "2"}])              # rows in memory, also a datasets.Dataset
 
 See `nabla_trl.tasks.yaml_task.TaskConfig` for the YAML file. A line of a JSONL file holds `question` (or `problem`, or
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla_trl.tasks.digit_chains import GENERATOR_VERSION, make_digit_chain_problems
-from nabla_trl.tasks.jsonl_task import build_problems, load_jsonl_problems
+from nabla_trl.tasks.jsonl_task import FILE_SUFFIXES, build_problems, load_file_problems
 from nabla_trl.tasks.problem import Problem, divide_problems, select_problems
 from nabla_trl.tasks.reasoning_gym_task import REASONING_GYM_PREFIX, get_generator_version, make_reasoning_gym_problems
 from nabla_trl.tasks.yaml_task import ALL_PROBLEMS, load_task_config, load_task_problems
@@ -52,8 +52,8 @@ TASK_SOURCES = {
         lambda name: GENERATOR_VERSION,
     ),
     f"{REASONING_GYM_PREFIX}.*": TaskSource(make_reasoning_gym_problems, get_generator_version),
-    r".*\.jsonl": TaskSource(
-        lambda name, split, max_problems, seed: select_problems(load_jsonl_problems(Path(name)), max_problems, seed),
+    r".*\.(jsonl|json|csv|parquet)": TaskSource(
+        lambda name, split, max_problems, seed: select_problems(load_file_problems(Path(name)), max_problems, seed),
         lambda name: hash_files([Path(name)]),
     ),
     ".*": TaskSource(
@@ -154,7 +154,7 @@ def get_task_settings(name_or_path: str | Path) -> dict[str, str]:
     A JSONL file may grow. Its version is left out, because its problems are compared one by one by their hashes.
     """
     name_or_path = str(name_or_path)
-    if Path(name_or_path).suffix == ".jsonl":
+    if Path(name_or_path).suffix in FILE_SUFFIXES:
         return {"dataset": name_or_path}
     return {"dataset": name_or_path, "task_version": compute_task_version(name_or_path)}
 
@@ -165,7 +165,7 @@ def is_one_split(name_or_path: str) -> bool:
     if path.suffix in (".yaml", ".yml"):
         task = load_task_config(name_or_path)
         return task.test_fraction is None and Path(task.path).is_file()
-    return path.suffix == ".jsonl"
+    return path.suffix in FILE_SUFFIXES
 
 
 def load_divided_problems(name_or_path: str, test_fraction: float, seed: int) -> tuple[list[Problem], list[Problem]]:

@@ -11,7 +11,6 @@ instruction: Put your final answer within \boxed{}.
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, append_instructi
 from nabla_trl.tasks.template_worker import format_value
 from nabla_trl.tasks.templates import TemplateFailure, list_variables, render_columns
 from nabla_trl.utils.fields import coerce_fields
-from nabla_trl.utils.files import read_yaml, read_yaml_value, refuse_unreadable
+from nabla_trl.utils.files import read_csv_file, read_yaml, read_yaml_value, refuse_unreadable
 from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.identity import hash_files, hash_json
 
@@ -169,7 +168,7 @@ def load_task_config(name_or_path: str) -> TaskConfig:
         return _read_benchmark(name_or_path)
     raise ValueError(
         f"unknown task {name_or_path!r}: use one of {', '.join(list_benchmarks())}, digit_chains, "
-        "reasoning_gym:FAMILY, or the path of a .jsonl or .yaml file"
+        "reasoning_gym:FAMILY, or the path of a .jsonl, .csv, .json, .parquet or .yaml file"
     )
 
 
@@ -303,7 +302,7 @@ def _load_rows(task: TaskConfig, split: str) -> tuple[list[str], Sequence[Mappin
         raise ValueError(f"task {task.name!r}: {file.name} must end in one of {', '.join(_DATASET_BUILDERS)}")
     with _refuse_data(f"task {task.name!r} could not be read from {task.path}"):
         if file.suffix == ".csv":
-            return _read_csv(file)
+            return read_csv_file(file)
         import datasets
 
         rows = datasets.load_dataset(_DATASET_BUILDERS[file.suffix], data_files=str(file), split="train")
@@ -332,27 +331,6 @@ def _tell_of_one_split(name: str) -> None:
             "divides them",
             name,
         )
-
-
-def _read_csv(file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the columns and the rows of a CSV file with a header. Every cell stays the text that it is.
-
-    Raises:
-        ValueError: the file is no CSV, or a row has more or fewer cells than the header.
-    """
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        lines = csv.reader(stream, strict=True)
-        columns = next(lines, [])
-        if len(set(columns)) < len(columns) or not columns:
-            raise ValueError("its first line must name the columns, each once")
-        rows: list[dict[str, str]] = []
-        for cells in lines:
-            if not cells:
-                continue
-            if len(cells) != len(columns):
-                raise ValueError(f"row {len(rows)} has {len(cells)} cells, and the header names {len(columns)}")
-            rows.append(dict(zip(columns, cells, strict=True)))
-    return columns, rows
 
 
 def _check_columns(task: TaskConfig, columns: Sequence[str]) -> None:

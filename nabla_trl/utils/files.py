@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import json
 import os
 import uuid
@@ -94,6 +95,40 @@ def read_jsonl_file(path: Path, *, complete_lines_only: bool = False) -> Iterato
     for number, line in enumerate(lines[:-1] if complete_lines_only else lines, start=1):
         if line.strip():
             yield number, _parse_json_object(line, f"{path}, line {number}")
+
+
+def read_csv_file(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns and the rows of a CSV file with a header. Every cell stays the text that it is.
+
+    Raises:
+        ValueError: the file is no CSV, or a row has more or fewer cells than the header.
+    """
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        lines = csv.reader(stream, strict=True)
+        columns = next(lines, [])
+        if len(set(columns)) < len(columns) or not columns:
+            raise ValueError("its first line must name the columns, each once")
+        rows: list[dict[str, str]] = []
+        for cells in lines:
+            if not cells:
+                continue
+            if len(cells) != len(columns):
+                raise ValueError(f"row {len(rows)} has {len(cells)} cells, and the header names {len(columns)}")
+            rows.append(dict(zip(columns, cells, strict=True)))
+    return columns, rows
+
+
+def read_json_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a file that holds a list of JSON objects.
+
+    Raises:
+        ValueError: if the file cannot be read, is not JSON, or holds another JSON value.
+    """
+    with refuse_unreadable(str(path)):
+        rows = parse_json(_read_bytes(path))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} must hold a list of JSON objects")
+    return rows
 
 
 def parse_json(text: str | bytes) -> Any:

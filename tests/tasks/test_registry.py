@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import worlds
+from pyarrow import parquet
 
 from nabla_trl.tasks.problem import BOXED_INSTRUCTION, Problem, check_disjoint, divide_problems
-from nabla_trl.tasks.registry import compute_task_version, load_problems
+from nabla_trl.tasks.registry import compute_task_version, get_task_settings, is_one_split, load_problems
 from nabla_trl.tasks.yaml_task import assign_split
 
 SOLVED = "He sells 9 - 2 = 7 apples.\n#### 7"
@@ -75,6 +77,45 @@ def test_reads_every_optional_field(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "own.jsonl", row)
     expected = Problem("12", "9-5=?", "4", "9-5=4", task="own", level="5", columns={"unknown": [1]})
     assert [bare(one) for one in load_problems(path)] == [expected]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_files_of_other_kinds_hold_the_same_problems(tmp_path: Path, suffix: str) -> None:
+    rows = [{"question": "1+1, please", "answer": "2", "level": "007"}, {"question": "open", "answer": None}]
+    path = tmp_path / f"mine.{suffix}"
+    if suffix == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        lines = {
+            "jsonl": "\n".join(map(json.dumps, rows)),
+            "json": json.dumps(rows),
+            "csv": 'question,answer,level\n"1+1, please",2,007\nopen,,\n',
+        }
+        path.write_text(lines[suffix], encoding="utf-8")
+    first, second = load_problems(str(path))
+    assert (first.id, first.question, first.answer, first.level) == ("mine/0", "1+1, please", "2", "007")
+    assert (second.id, second.answer, second.level) == ("mine/1", None, None)
+    assert is_one_split(str(path)) and get_task_settings(str(path)) == {"dataset": str(path)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "q,a\n1,2\n", ["a.csv, row 0: no question", "Its columns are q, a"]),
+        ("a.csv", "question,answer\n1,2,3\n", ["a.csv: row 0 has 3 cells, and the header names 2"]),
+        ("a.csv", "question,answer\n", ["a.csv holds no problems: write one row per problem"]),
+        ("a.json", '{"question": "1"}', ["a.json must hold a list of JSON objects"]),
+        ("a.json", "[", ["a.json: "]),
+        ("a.parquet", "no parquet", ["a.parquet: "]),
+        ("nowhere/a.csv", None, ["nowhere/a.csv", "No such file"]),
+    ],
+)
+def test_a_bad_file_of_another_kind_is_named_in_one_line(
+    tmp_path: Path, name: str, text: str | None, words: list[str]
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    worlds.refused(lambda: load_problems(str(tmp_path / name)), *words)
 
 
 def test_messages_are_the_chat_and_their_last_turn_the_question(tmp_path: Path) -> None:
@@ -173,7 +214,7 @@ def test_limit_keeps_the_order_and_seed_shuffles_before_it(tmp_path: Path) -> No
 
 def test_unknown_names_splits_and_limits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"unknown task 'gsm9k': use one of .*gsm8k, .*digit_chains, .*\.jsonl or \.yaml"
+        ValueError, match=r"unknown task 'gsm9k': use one of .*gsm8k, .*digit_chains, .*\.jsonl, .* or \.yaml"
     ):
         load_problems("gsm9k")
     for action in (load_problems, compute_task_version):
