@@ -29,11 +29,11 @@ from nabla_trl.cli.telemetry import disable_telemetry
 from nabla_trl.utils.faults import Checks, Faults
 from nabla_trl.utils.fields import coerce_fields, format_suggestion, get_option_groups
 from nabla_trl.utils.files import read_yaml
-from nabla_trl.utils.formatting import hide_userinfo, make_printable
+from nabla_trl.utils.formatting import format_error, hide_userinfo, make_printable
 from nabla_trl.utils.interrupts import StoppedBySignal, get_current_command, handle_stop_signals, is_main_process
 from nabla_trl.utils.renamed import describe_new_flag
 
-_OTHER_PROCESS_SECONDS = 10.0
+_OTHER_PROCESS_SECONDS = 60.0
 Presets = Mapping[str, Mapping[str, Any]]
 
 
@@ -437,6 +437,11 @@ def run_main(
             time.sleep(_OTHER_PROCESS_SECONDS)
         _print_error(error, command or resume_command)
         return 2 if isinstance(error, Faults) else 1
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        print(f"error: {_describe_full_memory(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         if is_main_process():
             position = (
@@ -445,6 +450,13 @@ def run_main(
             resume = f"; to go on: {hide_userinfo(resume_command)}" if resume_command else ""
             print(make_printable(f"stopped{position}{resume}"), file=sys.stderr)
         return 128 + (error.signal_number if isinstance(error, StoppedBySignal) else signal.SIGINT)
+
+
+def _describe_full_memory(error: RuntimeError) -> str:
+    """Return what PyTorch says about a device without memory, and what helps."""
+    reason = format_error(error, 300)
+    hint = "lower batch_size, per_device_train_batch_size or max_new_tokens, or use dtype bfloat16"
+    return f"{reason} To fit: {hint} (nabla-trl plan estimates what fits). The same command then goes on"
 
 
 def _print_error(error: ValueError | OSError, command: str) -> None:

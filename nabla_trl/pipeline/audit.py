@@ -23,6 +23,8 @@ from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
 from nabla_trl.tasks.registry import Problems
 from nabla_trl.utils.files import write_atomic
+from nabla_trl.utils.formatting import pluralize
+from nabla_trl.utils.progress import announce
 
 DEFAULT_GRADIENT_POINTS = ("direct", "hard", "mixture:0.5", "direct+mixture:0.5")
 DEFAULT_CANDIDATE_MIN_P = 0.02
@@ -172,31 +174,33 @@ def run_audit(
         result = AuditResult(models.policy_name, models.reward_name, audit_ranking(pool, checker))
         result.write(output_file)
         if gradient_at:
-            result.gradient = audit_gradient(
-                problems,
-                policy=policy,
-                reward=reward,
-                gradient_at=gradient_at,
-                sampling=config.get_sampling(),
-                samples_per_problem=samples,
-                num_swaps=num_swaps,
-                top_k_candidates=config.top_k_candidates,
-                candidate_min_p=config.candidate_min_p,
-                reward_weight=config.reward_weight,
-                seed=seed,
-                batch_size=batch_size,
-            )
+            with announce("auditing the gradient of the reward"):
+                result.gradient = audit_gradient(
+                    problems,
+                    policy=policy,
+                    reward=reward,
+                    gradient_at=gradient_at,
+                    sampling=config.get_sampling(),
+                    samples_per_problem=samples,
+                    num_swaps=num_swaps,
+                    top_k_candidates=config.top_k_candidates,
+                    candidate_min_p=config.candidate_min_p,
+                    reward_weight=config.reward_weight,
+                    seed=seed,
+                    batch_size=batch_size,
+                )
             result.write(output_file)
         if over_optimization:
-            result.over_optimization = audit_overoptimization(
-                problems,
-                policy=policy,
-                reward=reward,
-                config=config if reward.has_gradient else config.with_no_gradient(),
-                checker=checker,
-                validated_samples=result.ranking.validated_samples,
-                seeds=(seed,),
-            )
+            with announce("auditing over-optimization: searches of several sizes"):
+                result.over_optimization = audit_overoptimization(
+                    problems,
+                    policy=policy,
+                    reward=reward,
+                    config=config if reward.has_gradient else config.with_no_gradient(),
+                    checker=checker,
+                    validated_samples=result.ranking.validated_samples,
+                    seeds=(seed,),
+                )
             result.write(output_file)
     return result
 
@@ -230,6 +234,7 @@ def _draw_samples(
 ) -> ResponsePool:
     policy, reward = models.load(batch_size)
     sampling = config.get_sampling()
-    return draw_pool(
-        problems, samples, policy=policy, reward=reward, sampling=sampling, seed=seed, batch_size=batch_size
-    )
+    with announce(f"auditing the reward on {pluralize(len(problems), 'problem')} × {samples} responses"):
+        return draw_pool(
+            problems, samples, policy=policy, reward=reward, sampling=sampling, seed=seed, batch_size=batch_size
+        )

@@ -20,12 +20,15 @@ from nabla_trl.models.loading import (
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.vllm_backend import connect_vllm
+from nabla_trl.planning.preflight import check_policy, check_reward
 from nabla_trl.rewards.function import RewardFunction
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import compute_reward_identity, get_reward_name, read_validated_limits
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import format_suggestion
 from nabla_trl.utils.identity import identify_adapter
+from nabla_trl.utils.progress import announce
 
 # A hub id or folder, a model of transformers or PEFT in memory, or what `load_policy` and `load_reward` return.
 PolicySource: TypeAlias = str | Path | PreTrainedModel | Policy | Any
@@ -116,14 +119,37 @@ class ModelPair:
             reward_batch_size: responses that the reward scores together, if it is loaded here.
 
         Raises:
+            Faults: files that are missing or do not fit, of the policy and of the reward.
             ValueError: a model that cannot be loaded or used, or an audit file of another reward.
         """
+        self._check_files()
         limits = None
         if self.audit_file:  # before the models are loaded
             limits = read_validated_limits(self.audit_file, policy=self.policy_name, reward=self.reward_name)
-        policy, reward = self._load_policy(), self._load_reward(reward_batch_size)
+        with announce(f"loading the policy {self.policy_source}", show=None if self._policy is None else False):
+            policy = self._load_policy()
+        with announce(f"loading the reward {self.reward_source}", show=None if self._reward is None else False):
+            reward = self._load_reward(reward_batch_size)
         reward.validated_limits = limits or reward.validated_limits
         return policy, reward
+
+    def _check_files(self) -> None:
+        """Refuse models whose files cannot be loaded, all of them at once, before any of them is loaded.
+
+        Raises:
+            Faults: see `check_policy` and `check_reward`.
+        """
+        checks = Checks()
+        with trusting_remote_code(self.trust_remote_code):
+            if self._policy is None and self.tokenizer is None:
+                with checks.collect():
+                    check_policy(
+                        str(self.policy_source), prompt_options=self.get_prompt_options(), adapter=self.adapter
+                    )
+            if self._reward is None and isinstance(self.policy_source, str | Path):
+                with checks.collect():
+                    check_reward(self.reward_name, policy=str(self.policy_source), audit_file=self.audit_file)
+        checks.raise_faults()
 
     def _load_policy(self) -> Policy:
         if self._policy is None:

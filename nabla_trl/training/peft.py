@@ -25,6 +25,7 @@ from nabla_trl.models.loading import (
 from nabla_trl.utils.fields import option
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.formatting import format_error
+from nabla_trl.utils.progress import announce
 
 TUNING_MODES = ("full", "lora", "qlora")
 
@@ -68,11 +69,11 @@ def load_trainable_model(name: str, *, tuning: str, dtype: str, config: Training
             base without mixed precision.
     """
     check_precision(tuning, dtype, config)
-    if tuning == "qlora":
-        return _load_four_bit(name, dtype, config)
-    model = load_causal_lm(
-        name, dtype="float32" if tuning == "full" else dtype, device=str(config.device), sharded=True
-    )
+    with announce(f"loading {name} to train it"):
+        if tuning == "qlora":
+            return _load_four_bit(name, dtype, config)
+        weights_dtype = "float32" if tuning == "full" else dtype
+        model = load_causal_lm(name, dtype=weights_dtype, device=str(config.device), sharded=True)
     if has_adapter_beside(model):
         raise ValueError(f"{name} is an adapter beside quantized weights: train from whole weights")
     return model

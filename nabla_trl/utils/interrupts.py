@@ -23,6 +23,8 @@ import psutil
 
 from nabla_trl.utils.formatting import format_duration, hide_userinfo
 
+# Environment variable with the command that started this process, set by a command that starts others.
+COMMAND_VARIABLE = "NABLA_COMMAND"
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A scheduler signals the launcher and its processes, and the launcher passes its signal on. The processes receive the
 # same request twice.
@@ -135,6 +137,8 @@ def get_current_command() -> str:
 
     Passwords in URLs are hidden, because the command is printed and stored with results.
     """
+    if COMMAND_VARIABLE in os.environ:
+        return os.environ[COMMAND_VARIABLE]
     command = list(sys.orig_argv)
     try:
         parent = psutil.Process().parent()

@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from nabla_trl.utils.formatting import format_duration, format_interval, format_si, make_printable
+from nabla_trl.utils.interrupts import is_main_process
 from nabla_trl.utils.statistics import Interval, proportion_interval
 
 # A line comes every ten seconds for ten minutes. Later ones come whenever the time has grown by a tenth, and at least
@@ -114,14 +115,14 @@ class Heartbeat:
 
 
 @contextmanager
-def announce(activity: str, *, show: bool = True, console: Console | None = None) -> Iterator[None]:
+def announce(activity: str, *, show: bool | None = None, console: Console | None = None) -> Iterator[None]:
     """Say what the block is doing, if it takes more than a moment, and that it still does, every ten seconds.
 
     Args:
         activity: such as "loading the policy P".
-        show: False says nothing, as in a process that is not the first of its launch.
+        show: False says nothing. None: only the first process of a launch says something.
     """
-    if not show:
+    if not (is_main_process() if show is None else show):
         yield
         return
     console = PrintableConsole(stderr=True) if console is None else console

@@ -20,6 +20,7 @@ from nabla_trl.cli.arguments import (
     collect_output_faults,
 )
 from nabla_trl.cli.parsing import Parser, UsageError
+from nabla_trl.cli.quiet import log_to_folder
 from nabla_trl.evaluation.method import METHOD_SYNTAX, parse_methods
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.tasks.shards import SHARD_HELP, Shard
@@ -127,6 +128,7 @@ def main(argv: Sequence[str]) -> int:
     with checks.collect():
         check_trackers(args.report_to)
     checks.raise_faults(UsageError)
+    log_to_folder(Path(args.output_dir))
     output_dir, shard = Path(args.output_dir), Shard.parse(args.shard)
     with track_metrics(args.report_to, stage="eval", output_dir=output_dir, settings=get_settings()):
         result = run_evaluation(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nabla_trl.cli.arguments import DATASET_HELP, REPORT_TO_HELP, ModelArguments, collect_output_faults
 from nabla_trl.cli.parsing import Parser, UsageError
+from nabla_trl.cli.quiet import log_to_folder
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.tasks.shards import SHARD_HELP, Shard
 from nabla_trl.utils.faults import Checks
@@ -67,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     with checks.collect():
         check_trackers(args.report_to)
     checks.raise_faults(UsageError)
+    log_to_folder(Path(args.output_dir))
     with track_metrics(args.report_to, stage="traces", output_dir=args.output_dir, settings=get_settings()):
         summary = write_traces(
             problem_set.problems,

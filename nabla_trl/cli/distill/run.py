@@ -33,6 +33,7 @@ from nabla_trl.cli.distill.arguments import (
     DEFAULT_SPLITS,
     DistillArguments,
 )
+from nabla_trl.cli.distill.launcher import LAUNCH_OPTIONS, split_launch_options, start_processes
 from nabla_trl.cli.distill.preflight import collect_faults
 from nabla_trl.cli.launch import join_launch
 from nabla_trl.cli.parsing import Parser, UsageError, collect_given_options, quiet_libraries
@@ -74,6 +75,7 @@ from nabla_trl.utils.formatting import hide_userinfo, pluralize
 from nabla_trl.utils.identity import check_settings, hash_weights, is_same_model
 from nabla_trl.utils.interrupts import get_current_command
 from nabla_trl.utils.locks import lock_folder
+from nabla_trl.utils.progress import announce
 
 START_TIME = time.perf_counter()
 EVAL_SETTINGS_FILE = "rows/eval.settings.json"
@@ -82,8 +84,14 @@ EVAL_SETTINGS_FILE = "rows/eval.settings.json"
 DATACLASSES = (DistillArguments, SearchConfig, BaselineConfig, TrainOptions, LoraArguments, TrainerConfig, TrlOptions)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the stages of a command line in this process, alone or one of those that a launcher started."""
+def main(argv: Sequence[str]) -> int:
+    """Run the stages of a command line in this process, alone or one of those that a launcher started.
+
+    With --num_processes or --accelerate_config, start these processes and return the exit code.
+    """
+    launch_words, argv = split_launch_options(argv)
+    if launch_words and "WORLD_SIZE" not in os.environ and not {"-h", "--help", "--help-all"} & {*argv}:
+        return start_processes(launch_words, argv)
     with join_launch() as stall_watch:
         machine = Machine.detect(PartialState())
         quiet_libraries()
@@ -103,6 +111,7 @@ def main(argv: Sequence[str]) -> None:
             run.write_config()
             for stage in run.args.list_stages():
                 run.run_stage(stage)
+    return 0
 
 
 def build_parser(machine: Machine) -> Parser:
@@ -112,6 +121,8 @@ def build_parser(machine: Machine) -> Parser:
         "       accelerate launch -m nabla_trl.distill --config FILE [options]"
     )
     parser = Parser(DATACLASSES, presets=PRESETS, common=COMMON_TRAIN_OPTIONS, usage=usage, description=__doc__)
+    for name, (_, text) in LAUNCH_OPTIONS.items():
+        parser.add_argument(name, help=text)
     parser.set_defaults_with_config(output_dir=DEFAULT_OUTPUT_DIR, max_length=None, **machine.get_defaults())
     return parser
 
@@ -456,7 +467,9 @@ class DistillRun:
             self.print_once(incomplete)
         facts = self.build_facts()
         store_results(self.output_dir, rows, facts)
-        print_summary_table(write_report_files(self.output_dir, rows, facts))
+        with announce(f"writing the report to {self.output_dir}"):
+            summary = write_report_files(self.output_dir, rows, facts)
+        print_summary_table(summary)
         for remark in list_remarks(self.output_dir, rows):
             print(remark)
         for name, path in self.list_files().items():
