@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nabla_trl.cli import quiet
+from nabla_trl.cli.distill.launcher import split_launch_options, start_processes
 from nabla_trl.cli.parsing import run_main
 
 ROOT = Path(__file__).parents[2]
@@ -80,26 +81,75 @@ OUR_LINES = re.compile(
 )
 
 
-@pytest.mark.slow
-def test_a_real_launch_prints_lines_of_ours_only(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "recipes/accelerate/multi_cpu.yaml",
-    ]
-    command += ["--num_cpu_threads_per_process", "1"]
-    command += ["--main_process_port", "0", "recipes/distill.py"]
-    command += ["--config", "recipes/tiny/distill.yaml", "--output_dir", str(tmp_path), "--max_train_problems", "8"]
-    command += ["--max_eval_problems", "4", "--max_audit_problems", "4", "--audit_samples", "4", "--max_rounds", "2"]
-    command += ["--seeds", "0", "--eval_methods", "greedy,nabla,sft_greedy", "--train_methods", "sft", "rloo"]
-    command += ["--max_steps", "3", "--num_generations", "4", "--per_device_train_batch_size", "4"]
-    environ = {name: value for name, value in os.environ.items() if name != quiet.VERBOSE_VARIABLE}
+SMALL_RUN = (
+    *("--config", "recipes/tiny/distill.yaml", "--max_train_problems", "8", "--max_eval_problems", "4"),
+    *("--max_audit_problems", "4", "--audit_samples", "4", "--max_rounds", "2", "--seeds", "0", "--max_steps", "3"),
+    *("--eval_methods", "greedy,nabla,sft_greedy", "--train_methods", "sft", "rloo", "--num_generations", "4"),
+    *("--per_device_train_batch_size", "4"),
+)
+LAUNCHERS = {
+    "accelerate": [
+        *("accelerate.commands.launch", "--config_file", "recipes/accelerate/multi_cpu.yaml"),
+        *("--num_cpu_threads_per_process", "1", "--main_process_port", "0", "recipes/distill.py"),
+    ],
+    "ours": ["nabla_trl.cli.main", "distill", "--accelerate_config", "recipes/accelerate/multi_cpu.yaml"],
+}
+
+
+def launch(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    environ = {key: value for key, value in os.environ.items() if key != quiet.VERBOSE_VARIABLE}
     environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", *LAUNCHERS[name], *SMALL_RUN, *options]
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_real_launch_prints_lines_of_ours_only(name: str, tmp_path: Path) -> None:
+    ran = launch(name, "--output_dir", str(tmp_path))
     lines = [*ran.stdout.splitlines(), *ran.stderr.splitlines()]
     assert ran.returncode == 0, ran.stderr
     strange = [line for line in lines if not OUR_LINES.match(line)]
     assert not strange, "\n".join(strange)
     assert any(line.startswith("train rloo: ") for line in lines)
+
+
+@pytest.mark.slow
+def test_a_refused_launch_ends_without_a_traceback(tmp_path: Path) -> None:
+    ran = launch("ours", "--output_dir", str(tmp_path / "out"), "--max_ruonds", "3", "--top_p", "7")
+    lines = ran.stderr.splitlines()
+    assert ran.returncode == 2 and ran.stdout == "" and len(lines) == 4, ran.stderr
+    assert lines[0] == "error: unknown option --max_ruonds (did you mean --max_rounds?)"
+    assert "--max_rounds 3" in lines[-1] and not (tmp_path / "out").exists()
+
+
+def test_options_of_the_launch_are_split_off() -> None:
+    argv = ["--num-processes", "2", "--beta", "1", "--accelerate_config=a.yaml", "--config", "b.yaml"]
+    assert split_launch_options(argv) == (
+        ["--num_processes", "2", "--config_file", "a.yaml"],
+        ["--beta", "1", "--config", "b.yaml"],
+    )
+    assert split_launch_options(["--beta", "1"]) == ([], ["--beta", "1"])
+
+
+@pytest.mark.parametrize(("code", "expected"), [(2, 2), (130, 130), (-9, 137)])
+def test_the_exit_code_of_a_process_is_that_of_the_launch(
+    monkeypatch: pytest.MonkeyPatch, code: int, expected: int
+) -> None:
+    import accelerate.commands.launch as accelerate_launch
+
+    def fail(args: object) -> None:
+        raise subprocess.CalledProcessError(code, "x")
+
+    monkeypatch.setattr(accelerate_launch, "launch_command", fail)
+    assert start_processes(["--num_processes", "2"], ["--beta", "1"]) == expected
+
+
+def test_a_full_device_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    assert run_main(main, [], resume_command="") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: CUDA out of memory. Tried to allocate 20.00 GiB. To fit: lower batch_size")
+    assert err.count("\n") == 1
