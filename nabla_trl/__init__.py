@@ -90,15 +90,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Import a public name on first use (PEP 562)."""
-    if name == "ReasonerConfig":
-        raise ImportError("nabla_trl.ReasonerConfig is now nabla_trl.SearchConfig")
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_importlib.import_module(_MODULES[name]), name)
-    globals()[name] = value  # the next look-up skips this function
-    return value
+if not _typing.TYPE_CHECKING:  # else no name would be unknown to a type checker
+
+    def __getattr__(name: str) -> object:
+        """Import a public name on first use (PEP 562)."""
+        if name == "ReasonerConfig":
+            raise ImportError("nabla_trl.ReasonerConfig is now nabla_trl.SearchConfig")
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(_importlib.import_module(_MODULES[name]), name)
+        globals()[name] = value  # the next look-up skips this function
+        return value
 
 
 def __dir__() -> list[str]:

@@ -40,7 +40,7 @@ class Checkpoint:
         method: training method: sft, reward-weighted, dpo, rloo or grpo.
         checkpoint_dir: folder with weights and tokenizer.
         training: content of train.json: method, tuning, beta, steps, flops and others.
-        run_config: configuration of the run's last call, which evaluated.
+        run_config: configuration of the run's last call, which evaluated. Empty: it was made from Python.
         rows: result rows of the run. Methods of this checkpoint begin with `row_prefix`.
         facts: facts of the run (see `nabla_trl.report.text`).
         other_prefixes: row prefixes of the run's other checkpoints.
@@ -115,16 +115,15 @@ def find_checkpoint(run_dir: Path, method: str | None) -> Checkpoint:
     if not any(row.method.startswith(get_row_prefix(method)) for row in rows):
         raise ValueError(f"{run_dir} holds no rows of {method}: evaluate it first, because the card needs its results")
     train_dir = run_dir / "trained" / method
-    for folder in (run_dir, train_dir):
-        if not (folder / CONFIG_FILE).is_file():
-            raise ValueError(f"{folder} holds no {CONFIG_FILE}: its training configuration is not known")
+    if not (train_dir / CONFIG_FILE).is_file():
+        raise ValueError(f"{train_dir} holds no {CONFIG_FILE}: its training configuration is not known")
     require_keys(_FACT_KEYS, facts, run_dir / "facts.json")
     return Checkpoint(
         run_dir=run_dir,
         method=method,
         checkpoint_dir=find_trained_weights(run_dir, method),
         training=require_keys(_RECORD_KEYS, read_training_record(run_dir, method), train_dir / "train.json"),
-        run_config=read_yaml(run_dir / CONFIG_FILE),
+        run_config=read_yaml(run_dir / CONFIG_FILE) if (run_dir / CONFIG_FILE).is_file() else {},
         rows=rows,
         facts=facts,
         other_prefixes=tuple(get_row_prefix(other) for other in methods if other != method),

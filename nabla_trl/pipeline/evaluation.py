@@ -21,12 +21,14 @@ from nabla_trl.evaluation.method import (
     POLICY_LABELS,
     get_max_selection_size,
     has_search,
+    list_policy_labels,
     parse_methods,
     sort_methods,
 )
 from nabla_trl.evaluation.plan import EvaluationSetup
 from nabla_trl.evaluation.results import list_remarks, store_facts, store_results
 from nabla_trl.evaluation.rows import Row
+from nabla_trl.evaluation.run_facts import collect_training_facts
 from nabla_trl.evaluation.runner import SETTINGS_FILE, Evaluation
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
@@ -42,6 +44,7 @@ from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
 from nabla_trl.tasks.registry import Problems
 from nabla_trl.tasks.shards import Shard
 from nabla_trl.tasks.templates import use_recorded_date
+from nabla_trl.training.checkpoints import find_trained_weights, get_policy_label, list_trained_methods
 from nabla_trl.utils.fields import format_suggestion
 from nabla_trl.utils.identity import identify_adapter
 from nabla_trl.utils.locks import lock_folder
@@ -173,7 +176,7 @@ def evaluate(
             be repeated. None: the rows are in memory alone.
         adapter: adapter of the policy, or a trained model in memory. Its methods are named distilled_greedy and so on.
         trained_policies: adapters or models that were trained from the policy, by label: sft, reward_weighted, dpo,
-            rloo or grpo.
+            rloo or grpo. Those that `output_dir` holds as trained/ need not be named.
         split: split of a task's name.
         max_problems: maximum number of problems. None: all.
         shard: share of the problems, written I/N. Needs `output_dir`. There are no rows before all shards have theirs.
@@ -251,6 +254,7 @@ def run_evaluation(
     """
     names = None if methods is None else parse_methods(methods if isinstance(methods, str) else ",".join(methods))
     problems = filter_with_gold_answer(problem_set.problems)
+    trained_policies = {**_find_trained_weights(output_dir, names or ()), **trained_policies}
     with lock_folder(output_dir, shard.index, shard.count):
         use_recorded_date(output_dir, template_date)
         _, reward = models.load(4 * config.batch_size)
@@ -284,6 +288,8 @@ def run_evaluation(
             dollars_per_gpu_hour=dollars_per_gpu_hour,
         )
         facts["files"] = {"rows": "rows.jsonl", "facts": "facts.json"}
+        if list_trained_methods(output_dir):
+            facts["trained"] = collect_training_facts(output_dir, {})
         if shard.count > 1:  # before the work, so that a report needs the rows of all shards and no more
             facts["command"] = command.replace(f"--shard {shard}", f"--shard I/{shard.count}")
             store_facts(output_dir, facts)
@@ -296,6 +302,13 @@ def run_evaluation(
         store_results(output_dir, rows, facts)
     remarks = tuple(filter(None, [incomplete, *list_remarks(output_dir, rows)]))
     return EvaluationResult(rows, facts, output_dir, remarks)
+
+
+def _find_trained_weights(output_dir: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Return the weights in the folder of a run that methods need, by the label of their policy."""
+    labels = list_policy_labels(names)
+    methods = {get_policy_label(method): method for method in list_trained_methods(output_dir)}
+    return {label: find_trained_weights(output_dir, methods[label]) for label in labels if label in methods}
 
 
 def _identify(weights: PolicySource, policy: Policy) -> str:

@@ -15,6 +15,7 @@ from nabla_trl.models.loading.in_memory import (
     describe_dtype,
     find_tokenizer,
     get_loaded_name,
+    is_name_in_memory,
     name_model,
     unwrap_model,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "get_loaded_name",
     "has_adapter_beside",
     "is_adapter",
+    "is_name_in_memory",
     "load_architecture",
     "load_causal_lm",
     "load_model",

@@ -90,6 +90,11 @@ def name_model(model: PreTrainedModel) -> str:
     return f"{model.name_or_path or type(model).__name__}{_IN_MEMORY}{_hash_model(model)})"
 
 
+def is_name_in_memory(name: str) -> bool:
+    """Return whether a name is that of a model in memory (see `name_model`), so that no files hold the weights."""
+    return _IN_MEMORY in name
+
+
 def get_loaded_name(name: str) -> str:
     """Return the name of the files that a policy in memory or with an adapter was loaded from, if it was."""
     return name.partition(_IN_MEMORY)[0] if _IN_MEMORY in name else name.partition("+")[0]
