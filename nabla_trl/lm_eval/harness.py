@@ -138,6 +138,7 @@ class HarnessModel:
 
     Attributes:
         rows: the row of every answer of this process, with its cost.
+        wait_for_all: called after the answers and before the log is written. It waits for the other processes.
         loglikelihood_flops: FLOPs of scoring texts, which has no rows.
 
     Raises:
@@ -166,6 +167,7 @@ class HarnessModel:
         check_methods([method], self._build_setup(self.config), {})
         self.fixed_options, self.chat_template_kwargs = frozenset(fixed_options), dict(chat_template_kwargs or {})
         self.rows: list[Row] = []
+        self.wait_for_all: Callable[[], None] = _do_nothing
         self.loglikelihood_flops = 0.0
         self._chats: dict[str, list[dict[str, str]]] = {}
         self._store: RowStore | None = None
@@ -428,6 +430,7 @@ class HarnessModel:
 
     def _finish(self, requests: Sequence[HarnessRequest]) -> None:
         """Warn about requests that failed, and write the log as an evaluation that a report can read."""
+        self.wait_for_all()
         asked = {request.problem_id for request in requests}
         failed = [row for row in self.rows if row.error and row.problem in asked]
         if failed and len(failed) == len(asked):
@@ -590,6 +593,10 @@ def grade_log(
     ]
     store_results(Path(log_dir), graded, facts)
     return sum(row.method == method and row.problem in verdicts for row in rows)
+
+
+def _do_nothing() -> None:
+    """Wait for nobody: there is one process."""
 
 
 def _to_json(value: str | Mapping[str, Any] | None) -> str | None:

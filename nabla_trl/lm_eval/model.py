@@ -58,6 +58,7 @@ class NablaLM(TemplateLM):
             self._rank, self._world_size = self._state.process_index, self._state.num_processes
             device = str(self._state.device)
         self.harness = HarnessModel.load(device=device, rank=self._rank, **model_args)
+        self.harness.wait_for_all = self.barrier
         self.tokenizer = self.harness.policy.tokenizer
         self._device = self.harness.policy.device
         self._rows: list[Row] = []

@@ -173,6 +173,15 @@ def test_a_log_is_an_evaluation_and_sets_budgets(policy, scalar_reward, tmp_path
     refused(lambda: grade_log(tmp_path, tmp_path / "rows", method="best_of_4"), "--log_samples")
 
 
+def test_the_log_has_the_rows_of_all_processes(policy, scalar_reward, tmp_path) -> None:
+    options = {"method": "greedy", "config": CONFIG, "log_dir": tmp_path}
+    first, second = (HarnessModel(policy, scalar_reward, rank=rank, **options) for rank in (0, 1))
+    requests = make_requests()
+    first.wait_for_all = lambda: second.generate(requests[1::2]) and None  # slower than the main process
+    first.generate(requests[::2])
+    assert [row.problem for row in load_results(tmp_path)[0]] == [f"sums/{index}" for index in range(4)]
+
+
 def write_samples(folder: Path, values: list[float]) -> None:
     folder.mkdir(parents=True)
     lines = [
