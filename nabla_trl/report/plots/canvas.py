@@ -51,6 +51,7 @@ BLUE, VERMILION, ORANGE, TEAL, PINK, PLUM = "#0072b2", "#b84a00", "#8f5e00", "#0
 GREEN, INDIGO, OLIVE, RED, BROWN = "#007a58", "#4b4fc4", "#6b7000", "#b3261e", "#8a4b2a"
 METHOD_STYLES = {
     "greedy": MethodStyle("#000000", "D", (0, (1, 1.5))),
+    "budget_forcing": MethodStyle(TEAL, "^", (0, (4, 2))),
     "reward_model_sampling": MethodStyle(PINK, "X", marker_scale=1.35),
     "best_of": MethodStyle(BLUE, "o"),
     "weighted_best_of": MethodStyle(INDIGO, "h", (0, (5, 1.5)), marker_scale=1.2),
@@ -74,6 +75,8 @@ METHOD_STYLES = {
     "rap": MethodStyle(TEAL, "H", (0, (8, 2)), marker_scale=1.2),
     "particle_filter": MethodStyle(OLIVE, ">", (0, (3, 1.5)), marker_scale=1.2),
     "entropic_particle_filter": MethodStyle(INDIGO, "p", (0, (8, 2)), marker_scale=1.2),
+    "entropy_branching": MethodStyle(PINK, "d", (0, (2, 1)), marker_scale=1.2),
+    "ggro": MethodStyle(ORANGE, "^", (0, (4, 2))),
     "low_temperature": MethodStyle(TEAL, "p", (0, (3, 1.5)), marker_scale=1.2),
     "power_smc": MethodStyle(PLUM, ">", (0, (5, 1.5)), marker_scale=1.2),
     "power_uniform": MethodStyle(BROWN, "v", (0, (1, 1))),
