@@ -33,6 +33,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
+from nabla_trl.evaluation.plan import EvaluationSetup, plan_jobs
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.models.loading import freeze_policy
 from nabla_trl.models.policy import Policy
@@ -40,6 +41,7 @@ from nabla_trl.rewards.loading import build_log_ratio_reward, build_scalar_rewar
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.fields import get_option_groups
 
 CHARS = "0123456789+-*=;#abcdef"
@@ -82,6 +84,22 @@ def search_options(**options: Any) -> dict[str, Any]:
 
 def search_config(**options: Any) -> SearchConfig:
     return SearchConfig(**search_options(**options))
+
+
+def run_plan(
+    names: Sequence[str], setup: EvaluationSetup, problems: Sequence[Problem]
+) -> tuple[dict[str, float], list[tuple[str, ...]], list[Trace]]:
+    """The mean FLOPs of every method of an evaluation, the methods of each job, and all traces, ungraded."""
+    flops, jobs, traces = dict[str, float](), [], []
+    for job in plan_jobs(names, setup, {}, flops.__getitem__):
+        jobs.append(job.methods)
+        new = job.run(problems, 0)
+        assert not any(trace.error for trace in new)
+        for name in job.methods:
+            costs = [trace.cost.flops for trace in new if trace.method == name]
+            flops[name] = sum(costs) / len(costs)
+        traces += new
+    return flops, jobs, traces
 
 
 def char_tokenizer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import worlds
@@ -11,10 +10,7 @@ import worlds
 from nabla_trl.baselines.budget_forcing import run_budget_forcing
 from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.evaluation.method import parse_methods
-from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_baseline_settings, plan_jobs
-from nabla_trl.evaluation.rows import RowStore
-from nabla_trl.evaluation.runner import compute_mean_flops, run_jobs
-from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_baseline_settings
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
@@ -78,21 +74,12 @@ def test_what_is_drawn_does_not_depend_on_the_batch_and_every_token_is_charged_o
         assert set(one.cost.tokens) == {"policy/prefill", "policy/decode"}
 
 
-def test_it_runs_at_sizes_and_budgets(thinker: Policy, tmp_path: Path) -> None:
+def test_it_runs_at_sizes_and_budgets(thinker: Policy) -> None:
     names = parse_methods("best_of_2,best_of_4,budget_forcing_1,budget_forcing@best_of_2,budget_forcing@best_of_4")
     reward: Reward = worlds.tiny_scalar(thinker)
     setup = EvaluationSetup(thinker, reward, SearchConfig(max_new_tokens=LIMIT, batch_size=4), (0,),
                             baseline_config=CONFIG)  # fmt: skip
-    store = RowStore(tmp_path, "run")
-    with AnswerChecker() as checker:
-        run_jobs(
-            plan_jobs(names, setup, {}, lambda name: compute_mean_flops(store.read(), name)),
-            PROBLEMS,
-            store,
-            checker,
-            show_progress=False,
-        )
-    flops = {name: compute_mean_flops(store.read(), name) for name in names}
+    flops, _, _ = worlds.run_plan(names, setup, PROBLEMS)
     assert flops["budget_forcing@best_of_4"] >= flops["budget_forcing@best_of_2"]
     assert flops["budget_forcing@best_of_4"] < 1.1 * flops["best_of_4"]
     assert get_baseline_settings(["budget_forcing_1"], setup)["thinking"]["wait_text"] == "ab"

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,11 +24,8 @@ from nabla_trl.baselines.particles import (
     resample_particles,
 )
 from nabla_trl.baselines.step_tree import StepDrawing, StepNode, run_step_search
-from nabla_trl.evaluation.method import POWER_SAMPLERS, POWER_SEARCHES, Method, has_search, parse_methods
-from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_baseline_settings, plan_jobs
-from nabla_trl.evaluation.rows import RowStore
-from nabla_trl.evaluation.runner import compute_mean_flops, run_jobs
-from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.evaluation.method import POWER_SAMPLERS, Method, has_search, parse_methods
+from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_baseline_settings
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.loading import build_power_reward
@@ -186,24 +182,17 @@ def test_the_vote_of_a_population_returns_its_heaviest_answer(small: Policy) -> 
 # --- in an evaluation -----------------------------------------------------------------------------------
 
 
-def test_samplers_of_one_target_run_side_by_side_at_equal_flops(
-    policy: Policy, scalar_reward: Reward, tmp_path: Path
-) -> None:
-    budgets = [f"{name}@best_of_4" for name in (*POWER_SAMPLERS, *POWER_SEARCHES)]
+def test_samplers_of_one_target_run_side_by_side_at_equal_flops(policy: Policy, scalar_reward: Reward) -> None:
+    budgets = [f"{name}@best_of_4" for name in (*POWER_SAMPLERS, "power_uniform", "power_gradient")]
     names = parse_methods(",".join(["best_of_4", "low_temperature_1", "low_temperature_3", "power_smc_3", *budgets]))
     config = SearchConfig(max_new_tokens=6, batch_size=4, max_rounds=3)
     setup = EvaluationSetup(policy, scalar_reward, config, (0,))
     problems = [Problem(id=f"p{number}", question=text, answer="1") for number, text in enumerate(("1+2", "7"))]
-    store, jobs = RowStore(tmp_path, "run"), []
-    with AnswerChecker() as checker:
-        for job in plan_jobs(names, setup, {}, lambda name: compute_mean_flops(store.read(), name)):
-            jobs.append(job.methods)
-            run_jobs([job], problems, store, checker, show_progress=False)
+    flops, jobs, traces = worlds.run_plan(names, setup, problems)
     assert ("low_temperature_1", "low_temperature_3") in jobs, "one pool"
-    flops = {name: compute_mean_flops(store.read(), name) for name in names}
     assert all(0.5 < flops[name] / flops["best_of_4"] < 1.25 for name in budgets), flops
     assert flops["low_temperature_1"] < flops["low_temperature_3"] < flops["best_of_4"]
-    assert not any("reward" in name for row in store.read() if row.method != "best_of_4" for name in row.tokens)
+    assert not any("reward" in name for one in traces if one.method != "best_of_4" for name in one.cost.tokens)
     assert get_baseline_settings(budgets, setup)["power"]["power_alpha"] == "4.0"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +14,8 @@ from nabla_trl.baselines.step_methods import beam_search
 from nabla_trl.baselines.step_tree import MIN_SEGMENT_TOKENS, StepNode, StepTree, run_step_search
 from nabla_trl.baselines.uncertainty import UNCERTAINTY_METHODS, find_uncertain_token
 from nabla_trl.evaluation.method import parse_methods
-from nabla_trl.evaluation.plan import EvaluationSetup, get_baseline_settings, plan_jobs
-from nabla_trl.evaluation.rows import RowStore
-from nabla_trl.evaluation.runner import compute_mean_flops, run_jobs
+from nabla_trl.evaluation.plan import EvaluationSetup, get_baseline_settings
 from nabla_trl.gradient.objectives import DrawInfo, Sample
-from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.options import Sampling
@@ -212,22 +208,13 @@ def test_ggro_is_that_of_its_authors_decoded_greedily(small: Policy, small_rewar
 # --- in an evaluation -----------------------------------------------------------------------------------
 
 
-def test_they_run_at_sizes_and_budgets(policy: Policy, scalar_reward: Reward, tmp_path: Path) -> None:
+def test_they_run_at_sizes_and_budgets(policy: Policy, scalar_reward: Reward) -> None:
     names = parse_methods("best_of_6,entropy_branching_2,ggro_2,entropy_branching@best_of_6,ggro@best_of_6")
     config = SearchConfig(max_new_tokens=8, batch_size=4)
     setup = EvaluationSetup(policy, scalar_reward, config, (0,), baseline_config=replace(STEPS, step_delimiter="#"))
     problems = [Problem(id=f"p{number}", question=text, answer="1") for number, text in enumerate(("1+2", "7"))]
-    store = RowStore(tmp_path, "run")
-    with AnswerChecker() as checker:
-        run_jobs(
-            plan_jobs(names, setup, {}, lambda name: compute_mean_flops(store.read(), name)),
-            problems,
-            store,
-            checker,
-            show_progress=False,
-        )
-    flops = {name: compute_mean_flops(store.read(), name) for name in names}
-    assert len(store.read()) == 10 and all(math.isfinite(row.reward) for row in store.read())
+    flops, _, traces = worlds.run_plan(names, setup, problems)
+    assert len(traces) == 10 and all(math.isfinite(trace.reward) for trace in traces)
     for name in ("entropy_branching", "ggro"):
         assert 0.4 < flops[f"{name}@best_of_6"] / flops["best_of_6"] < 1.3, flops
     assert get_baseline_settings(["ggro_2"], setup)["step_search"]["entropy_threshold"] == "1.0"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import worlds
 from scipy.stats import beta
 
 from nabla_trl.baselines import confidence
@@ -26,10 +26,7 @@ from nabla_trl.baselines.votes import (
     vote_in_pool,
 )
 from nabla_trl.evaluation.method import VOTE_METHODS, Method, parse_methods
-from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, plan_jobs
-from nabla_trl.evaluation.rows import RowStore
-from nabla_trl.evaluation.runner import compute_mean_flops, run_jobs
-from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.evaluation.plan import EvaluationSetup, check_methods
 from nabla_trl.grading.voting import vote
 from nabla_trl.models.flops import Cost, FlopCounter
 from nabla_trl.models.options import Sampling
@@ -273,21 +270,14 @@ def test_wrong_options_are_refused() -> None:
             BaselineConfig(**options)
 
 
-def test_votes_at_one_budget_share_a_pool_of_an_evaluation(
-    policy: Policy, scalar_reward: Reward, tmp_path: Path
-) -> None:
+def test_votes_at_one_budget_share_a_pool_of_an_evaluation(policy: Policy, scalar_reward: Reward) -> None:
     votes = ["self_consistency@best_of_4", "deepconf_online@best_of_4", "self_certainty@best_of_4"]
     names = parse_methods(",".join(["best_of_4", "deepconf_tail_4", *votes]))
     config = SearchConfig(max_new_tokens=6, batch_size=4)
     setup = EvaluationSetup(policy, scalar_reward, config, (0,), baseline_config=WINDOWS)
     problems = [Problem(id=f"p{number}", question=text, answer="1") for number, text in enumerate(("1+2", "7"))]
-    store, methods = RowStore(tmp_path, "run"), []
-    with AnswerChecker() as checker:
-        for job in plan_jobs(names, setup, {}, lambda name: compute_mean_flops(store.read(), name)):
-            methods.append(job.methods)
-            run_jobs([job], problems, store, checker, show_progress=False)
+    flops, methods, _ = worlds.run_plan(names, setup, problems)
     assert methods == [("best_of_4", "deepconf_tail_4"), tuple(votes)]
-    flops = {name: compute_mean_flops(store.read(), name) for name in names}
     assert 0.6 < flops["self_certainty@best_of_4"] / flops["best_of_4"] < 1.2
     assert flops["deepconf_tail_4"] < flops["best_of_4"], "no reward is charged"
     served = replace(policy, backend=SimpleNamespace(knows_distributions=False))
