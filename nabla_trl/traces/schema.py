@@ -12,7 +12,13 @@ from typing import Any
 import pyarrow as pa
 
 from nabla_trl.models.flops import Cost
-from nabla_trl.traces.texts import TextChange, TextDecoder, compute_text_change, name_special_tokens
+from nabla_trl.traces.texts import (
+    TextChange,
+    TextDecoder,
+    compute_text_change,
+    name_special_tokens,
+    write_token_numbers,
+)
 from nabla_trl.utils.formatting import format_error, format_si, make_printable
 
 FORMAT_VERSION = "2"
@@ -189,7 +195,7 @@ class Trace:
         """
         if self.texts is not None and len(self.texts.changes) == len(self.revisions):
             return self.texts
-        decode = self.decoder or _write_numbers
+        decode = self.decoder or write_token_numbers
         changes = tuple(compute_text_change(revision, base, decode) for revision, base in self.replay_revisions())
         return TraceTexts(decode(self.initial_ids), changes)
 
@@ -327,10 +333,6 @@ def _shorten(text: str) -> str:
     text = make_printable(text).replace("\n", "⏎")
     half = _MAX_REPR_CHARS // 2
     return text if len(text) <= _MAX_REPR_CHARS else f"{text[:half]} … {text[-half:]}"
-
-
-def _write_numbers(ids: Sequence[int]) -> str:
-    return "".join(f"⟨{token}⟩" for token in ids)
 
 
 def _to_json(value: Any) -> Any:

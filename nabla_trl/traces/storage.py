@@ -130,9 +130,11 @@ def read_traces(path_or_paths: str | Path | Iterable[str | Path], columns: Seque
     traces: list[Trace] = []
     for path in _list_shards(path_or_paths):
         table = _read_table(path, table_columns)
-        decoder = make_folder_decoder(path.parent)
         with refuse_unreadable(f"{path}: damaged trace shard"):
-            traces += [replace(_from_row(row), decoder=decoder) for row in table.to_pylist()]
+            read = [_from_row(row) for row in table.to_pylist()]
+        hashes = {trace.meta.get("tokenizer_hash") for trace in read}
+        decoders = {tokenizer_hash: make_folder_decoder(path.parent, tokenizer_hash) for tokenizer_hash in hashes}
+        traces += [replace(trace, decoder=decoders[trace.meta.get("tokenizer_hash")]) for trace in read]
     traces.sort(key=_get_trace_key)
     for before, after in pairwise(traces):
         if _get_trace_key(before) == _get_trace_key(after):

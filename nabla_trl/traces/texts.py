@@ -175,13 +175,34 @@ class TokenTable:
         return "".join(self.texts[i] for i in ids if i not in self.special_ids and 0 <= i < len(self.texts))
 
 
-def make_folder_decoder(folder: Path) -> TextDecoder | None:
-    """Return a decoder by the table of tokens in a folder of traces, read when needed. None: there is no table."""
-    if not (folder / TOKENS_FILE).exists():
+def write_token_numbers(ids: Sequence[int]) -> str:
+    """Return token ids as text where no text of them is known, such as ⟨17⟩."""
+    return "".join(f"⟨{token}⟩" for token in ids)
+
+
+def make_folder_decoder(folder: Path, tokenizer_hash: str | None) -> TextDecoder | None:
+    """Return a decoder by the table of tokens in a folder of traces, read when needed. None: there is no table.
+
+    It writes numbers if the table is damaged or belongs to another tokenizer.
+
+    Args:
+        tokenizer_hash: of the trace. None: not known.
+    """
+    path = folder / TOKENS_FILE
+    if not path.exists():
         return None
-    return TextDecoder(lambda ids: _read_table(folder).decode(ids))
+
+    def decode(ids: list[int]) -> str:
+        try:
+            table = _read_table(folder, path.stat().st_mtime_ns)
+        except (ValueError, OSError):
+            table = TokenTable()
+        is_known = bool(table.texts) and tokenizer_hash in (None, table.tokenizer_hash)
+        return table.decode(ids) if is_known else write_token_numbers(ids)
+
+    return TextDecoder(decode)
 
 
 @lru_cache(maxsize=4)
-def _read_table(folder: Path) -> TokenTable:
+def _read_table(folder: Path, modified_at: int) -> TokenTable:
     return TokenTable.read(folder)

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import worlds
 
 from nabla_trl.models.flops import Cost
 from nabla_trl.traces.schema import Revision, Trace
+from nabla_trl.traces.storage import TraceWriter, read_traces
 from nabla_trl.traces.texts import TextDecoder
 
 END = 0
@@ -147,3 +149,16 @@ def test_traces_of_a_search_know_their_texts(policy: Any, scalar_reward: Any) ->
     assert Trace.from_dict(trace.to_dict()) == trace and "⟨" not in repr(trace).replace("⟨end⟩", "").replace(
         "⟨special⟩", ""
     )
+
+
+def test_a_table_of_another_tokenizer_gives_no_texts(tmp_path: Path) -> None:
+    texts = [chr(index) for index in range(128)]
+    for name in ("mine", "other"):
+        with TraceWriter(tmp_path / name) as writer:
+            writer.add(replace(STORY, meta={"tokenizer_hash": "mine"}))
+        table = {"tokenizer": name, "special": [END], "tokens": texts}
+        (tmp_path / name / "tokens.json").write_text(json.dumps(table), encoding="utf-8")
+    assert "1+2=[-4-]{+3+}" in repr(read_traces(tmp_path / "mine"))
+    assert "[-⟨52⟩-]{+⟨51⟩+}" in repr(read_traces(tmp_path / "other"))
+    (tmp_path / "mine" / "tokens.json").write_text("{", encoding="utf-8")
+    assert "[-⟨52⟩-]{+⟨51⟩+}" in repr(read_traces(tmp_path / "mine"))
