@@ -27,10 +27,7 @@ from nabla_trl.report.plots.canvas import METHOD_STYLES, get_style
 from nabla_trl.report.plots.panels import spread_out
 
 FAMILIES = (
-    "greedy",
-    *SEARCHES,
-    *STEP_SEARCHES,
-    *POWER_SAMPLERS,
+    *("greedy", BUDGET_FORCING, REWARD_MODEL_SAMPLING, *SEARCHES, *STEP_SEARCHES, *POWER_SAMPLERS, *POWER_SEARCHES),
     *(name for name in POOL_METHODS if name != "samples"),
 )
 
