@@ -237,6 +237,10 @@ def add_axes(figure: Figure, left: float, top: float, width: float, height: floa
 def format_si_axis(axis: Axis, unit: str, *, max_ticks: int = 7) -> None:
     """Use SI prefixes on a logarithmic axis, and ticks at 2 and 5 as well as at 1 where it spans little."""
     low, high = axis.get_view_interval()
+    if high < 1.1 * low:  # equal costs up to rounding, between which no place can be computed
+        low, high = low / 1.5, high * 1.5
+        set_limits = axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim
+        set_limits(low, high)
     decades = math.log10(high / low)
     subs = (1, 2, 5) if 3 * decades <= max_ticks + 0.5 else (1, 3) if 2 * decades <= max_ticks else (1,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=12 if max_ticks > 6 else max_ticks + 2))
