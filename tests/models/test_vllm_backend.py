@@ -710,7 +710,7 @@ def test_traces_of_two_samplers_do_not_mix(capsys, options: list[str], world: Pa
     assert [trace.error for trace in made] == [None, None]
     capsys.readouterr()
     at = command.index("--vllm_url")
-    assert main(command[:at] + command[at + 2 :]) == 1
+    assert main(command[:at] + command[at + 2 :]) == 2
     assert "sampler None (was 'vllm')" in _error_line(capsys)
 
 
