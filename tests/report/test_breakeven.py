@@ -164,7 +164,8 @@ def test_without_a_trained_policy_one_must_be_named():
         compute_breakeven(rows)
 
 
-def test_the_command_prints_and_writes_all_numbers(folder, tmp_path, capsys):
+def test_the_command_prints_and_writes_all_numbers(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     output = tmp_path / "breakeven.json"
     arguments = ["breakeven", str(folder), "--dollars_per_gpu_hour", "2.5", "--output_file", str(output)]
     assert main([*arguments, "--baselines", "nabla", "best_of_32"]) == 0
