@@ -40,11 +40,11 @@ def read_lm_eval_rows(
     results_path = path.with_name(f"results_{_get_date(path)}.json")
     results = read_json_file(results_path) if results_path.exists() else {}
     samples = _read_samples(path, metric, filter_name)
-    recorded = results.get("config", {}).get("nabla") or {}
+    recorded = _get_object(_get_object(results, "config"), "nabla")
     flops, seconds = _get_mean_costs(results, recorded, task, len(samples))
     return [
         Row(
-            method=method or recorded.get("method") or folder.name,
+            method=method or str(recorded.get("method") or folder.name),
             task=task,
             problem=problem,
             seed=0,
@@ -80,16 +80,17 @@ def _read_samples(path: Path, metric: str, filter_name: str) -> dict[str, float]
     filters: set[str] = set()
     for number, sample in read_jsonl_file(path):
         where = f"{path}, line {number}"
-        if "doc_id" not in sample or not sample.get("metrics"):
+        metrics = sample.get("metrics")
+        if "doc_id" not in sample or not isinstance(metrics, list) or not metrics:
             raise ValueError(f"{where}: no sample of lm-eval, as it lacks doc_id or metrics")
         filters.add(str(sample.get("filter", "none")))
         filter_name = filter_name or str(sample.get("filter", "none"))
-        name = metric or sample["metrics"][0]
+        name = metric or str(metrics[0])
         value = sample.get(name)
         if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
             raise ValueError(
                 f"{where}: metric {name} is no number from 0 to 1 ({format_error(repr(value), 40)}); choose from "
-                f"{', '.join(map(str, sample['metrics']))}"
+                f"{', '.join(map(str, metrics))}"
             )
         if str(sample.get("filter", "none")) == filter_name:
             verdicts[f"{sample['doc_id']}/{str(sample.get('doc_hash', ''))[:12]}"] = float(value)
@@ -102,10 +103,22 @@ def _get_mean_costs(
     results: Mapping[str, Any], recorded: Mapping[str, Any], task: str, num_answers: int
 ) -> tuple[float, float]:
     """Return FLOPs and seconds per answer, NaN where they are not known."""
-    costs = recorded.get("costs", {}).get(task)
-    if costs:
-        return float(costs["flops_per_answer"]), float(costs["seconds_per_answer"])
-    total = results.get("total_evaluation_time_seconds")
-    if total is None or len(results.get("results", {})) != 1:
+    if costs := _get_object(_get_object(recorded, "costs"), task):
+        return _to_number(costs.get("flops_per_answer")), _to_number(costs.get("seconds_per_answer"))
+    if len(_get_object(results, "results")) != 1:
         return math.nan, math.nan
-    return math.nan, float(total) / num_answers
+    return math.nan, _to_number(results.get("total_evaluation_time_seconds")) / num_answers
+
+
+def _get_object(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = values.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _to_number(value: Any) -> float:
+    """Return a number that may be written as text, as lm-eval does. NaN for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return number if 0 <= number < math.inf else math.nan

@@ -36,7 +36,7 @@ class TrainingCost:
     @property
     def price(self) -> Price:
         seconds = self.train_seconds
-        return Price(self.train_flops, seconds, None if seconds is None else seconds * self.processes)
+        return Price(self.train_flops, seconds, None if seconds is None else seconds * (self.processes or 1))
 
 
 @dataclass(frozen=True)

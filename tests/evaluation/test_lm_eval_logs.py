@@ -60,6 +60,20 @@ def test_seconds_of_several_tasks_cannot_be_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "results",
+    [
+        {"config": None, "total_evaluation_time_seconds": None},
+        {"config": {"nabla": {"costs": {"gsm8k": {"flops_per_answer": "many"}}}}},
+        {"config": {"nabla": []}, "results": [], "total_evaluation_time_seconds": "soon"},
+    ],
+)
+def test_costs_that_cannot_be_read_are_not_known(tmp_path, results):
+    write_log(tmp_path, [1, 0], results=results)
+    [row, _] = read_lm_eval_rows(tmp_path)
+    assert math.isnan(row.flops) and math.isnan(row.seconds)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"task": "aime"}, "no samples of task 'aime': choose from gsm8k"),
