@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nabla_trl.evaluation.results import load_results
 from nabla_trl.evaluation.rows import Row
-from nabla_trl.models.loading import ADAPTER_CONFIG_FILE, read_adapter_info
+from nabla_trl.models.loading import ADAPTER_CONFIG_FILE, is_name_in_memory, read_adapter_info
 from nabla_trl.training.checkpoints import (
     ADAPTER_WEIGHTS_FILE,
     CONFIG_FILE,
@@ -22,7 +22,7 @@ from nabla_trl.training.checkpoints import (
     read_training_record,
     require_keys,
 )
-from nabla_trl.utils.files import read_yaml
+from nabla_trl.utils.files import read_json_file, read_yaml
 from nabla_trl.utils.formatting import format_error
 from nabla_trl.utils.identity import is_same_model
 
@@ -57,8 +57,12 @@ class Checkpoint:
 
     @property
     def base_policy(self) -> str:
-        """Return the name of the model that the training started from."""
-        return self.facts["policy"]
+        """Return the name of the model that the training started from, or the folder of one that was in memory."""
+        name: str = self.facts["policy"]
+        if not is_name_in_memory(name):
+            return name
+        settings = read_json_file(self.checkpoint_dir.parent / "settings.json")
+        return str(self.run_dir / Path(settings["policy"]).name)
 
     @property
     def is_adapter(self) -> bool:

@@ -27,6 +27,7 @@ from nabla_trl.gradient.objectives import (
     Objective,
     Sample,
     ScoreCache,
+    get_prompt_ids,
     widen_dtype,
 )
 from nabla_trl.gradient.relaxation import RelaxedResponse
@@ -197,6 +198,6 @@ def policy_likelihood(policy: Policy, weight: float = 1.0) -> LikelihoodObjectiv
         policy.size,
         vocab_map=torch.arange(policy.forbidden_mask.shape[0]),
         weight=weight,
-        encode_prompt=lambda problem, prompt_ids: prompt_ids,
+        encode_prompt=get_prompt_ids,
         head=policy.head,
     )

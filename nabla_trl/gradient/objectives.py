@@ -39,6 +39,11 @@ from nabla_trl.tasks.problem import Problem
 # --- samples --------------------------------------------------------------------------------------------
 
 
+def get_prompt_ids(problem: Problem, prompt_ids: list[int]) -> list[int]:
+    """Return the policy's prompt ids, for an objective that reads the policy's own tokens."""
+    return prompt_ids
+
+
 @dataclass(frozen=True)
 class DrawInfo:
     """What is known from generating a response of T tokens: `model` gave `candidates` [T, K] the log-probabilities

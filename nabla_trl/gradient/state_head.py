@@ -16,7 +16,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nabla_trl.gradient.objectives import EncodedSample, Sample, ScoreCache
+from nabla_trl.gradient.objectives import EncodedSample, Sample, ScoreCache, get_prompt_ids
 from nabla_trl.gradient.score import ScoreObjective
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.policy import Policy
@@ -146,7 +145,7 @@ class HeadObjective(ScoreObjective):
             policy.model,
             replace(policy.size, name="reward", head_params=head.num_params),
             vocab_map=torch.arange(policy.forbidden_mask.shape[0]),
-            encode_prompt=_get_prompt_ids,
+            encode_prompt=get_prompt_ids,
             turn_end_ids=[],
             stop_ids=policy.stop_ids,
         )
@@ -190,7 +189,3 @@ class HeadObjective(ScoreObjective):
 
     def apply_head(self, states: Tensor) -> Tensor:
         return self.head(states)
-
-
-def _get_prompt_ids(problem: Any, prompt_ids: list[int]) -> list[int]:
-    return prompt_ids

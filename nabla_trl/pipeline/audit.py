@@ -18,10 +18,10 @@ from nabla_trl.models.flops import Cost
 from nabla_trl.models.options import GradientPoint
 from nabla_trl.pipeline.models import ModelPair, PolicySource, RewardSource
 from nabla_trl.pipeline.problems import collect_problems
-from nabla_trl.pipeline.traces import make_search_config
-from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.config import SearchConfig, make_search_config
 from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
 from nabla_trl.tasks.registry import Problems
+from nabla_trl.utils.fields import check_whole_number
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import pluralize
 from nabla_trl.utils.progress import announce
@@ -70,7 +70,7 @@ def audit_reward(
     *,
     samples: int = 16,
     gradient: bool = False,
-    gradient_at: Sequence[str] = DEFAULT_GRADIENT_POINTS,
+    gradient_at: str | Sequence[str] = DEFAULT_GRADIENT_POINTS,
     num_swaps: int = 1000,
     over_optimization: bool = False,
     config: SearchConfig | Mapping[str, Any] | str | None = None,
@@ -89,7 +89,7 @@ def audit_reward(
         reward: name, model in memory, function or `Reward` (see `load_reward`).
         samples: responses per problem, at least 2.
         gradient: also audit if the gradient shows which token to change. Not for a reward that is a function.
-        gradient_at: gradients to audit, the cheapest first.
+        gradient_at: gradient to audit, or several, the cheapest first.
         num_swaps: single-token swaps that the gradient audit compares.
         over_optimization: also audit if accuracy falls as the search goes on, up to `config.max_rounds` rounds.
         config: the search, for its sampling and for the two further audits. None: the defaults, with
@@ -110,8 +110,10 @@ def audit_reward(
     if config is None:
         config = {"candidate_min_p": DEFAULT_CANDIDATE_MIN_P}
     search_config = make_search_config(config)
+    gradient_at = [gradient_at] if isinstance(gradient_at, str) else gradient_at
+    check_whole_number("seed", seed)
     check_audit_options(samples, gradient_at, num_swaps)
-    models = ModelPair.build(policy, reward, model_options)
+    models = ModelPair.build(policy, reward, model_options, stage=audit_reward)
     problem_set = collect_problems(
         problems, split=split, max_problems=max_problems, prompt_options=models.get_prompt_options()
     )
@@ -139,8 +141,8 @@ def check_audit_options(samples: int, gradient_at: Sequence[str], num_swaps: int
         raise ValueError("gradient_at must be distinct values, at least one")
     for text in gradient_at:
         GradientPoint.parse(text)
-    if num_swaps < 1:
-        raise ValueError("num_swaps must be at least 1")
+    check_whole_number("num_swaps", num_swaps, 1)
+    check_whole_number("samples", samples)
     if samples < 2:
         raise ValueError("audit_samples must be at least 2: the audit compares samples of the same problem")
 

@@ -16,6 +16,7 @@ from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import list_trace_files, read_traces
 from nabla_trl.training.offline import build_training_rows
 from nabla_trl.utils.fields import format_suggestion
+from nabla_trl.utils.formatting import format_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,6 +93,8 @@ def collect_traces(traces: TraceSource) -> list[Trace]:
     """
     if isinstance(traces, Trace):
         return [traces]
+    if not isinstance(traces, Iterable | str | Path):
+        raise ValueError(f"traces are Trace objects or the folder of a run, not {type(traces).__name__}")
     if not isinstance(traces, str | Path):
         found = list(traces)
     else:
@@ -126,7 +129,14 @@ def _resolve_tokenizer(traces: Sequence[Trace], tokenizer: Any) -> PreTrainedTok
         if len(names) > 1 or not any(names):
             raise ValueError("the traces do not say which tokenizer they need: give to_preference_dataset a tokenizer")
         [tokenizer] = names
-    resolved = find_tokenizer(tokenizer, "")
+        try:
+            resolved = find_tokenizer(tokenizer, "")
+        except ValueError as error:  # the policy was in memory, and its name may be that of its class
+            raise ValueError(
+                f"give to_preference_dataset the tokenizer of the policy {tokenizer}: {format_error(error)}"
+            ) from error
+    else:
+        resolved = find_tokenizer(tokenizer, "")
     vocabulary = hash_vocabulary(resolved)
     if any(trace.meta.get("tokenizer_hash", vocabulary) != vocabulary for trace in traces):
         raise ValueError("the traces were made with another tokenizer: give to_preference_dataset the policy's")

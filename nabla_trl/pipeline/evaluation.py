@@ -34,18 +34,17 @@ from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
 from nabla_trl.pipeline.models import ModelPair, PolicySource, RewardSource
 from nabla_trl.pipeline.problems import ProblemSet, collect_problems
-from nabla_trl.pipeline.traces import make_search_config
 from nabla_trl.report.summary import Summary, compare_grids, summarize
 from nabla_trl.report.text import print_summary_table
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.config import SearchConfig, make_search_config
 from nabla_trl.search.options import NoGradient
 from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
 from nabla_trl.tasks.registry import Problems
 from nabla_trl.tasks.shards import Shard
 from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.training.checkpoints import find_trained_weights, get_policy_label, list_trained_methods
-from nabla_trl.utils.fields import format_suggestion
+from nabla_trl.utils.fields import check_whole_number, coerce_fields, format_suggestion
 from nabla_trl.utils.identity import identify_adapter
 from nabla_trl.utils.locks import lock_folder
 from nabla_trl.utils.statistics import Interval, PairedDifference
@@ -146,9 +145,9 @@ def evaluate(
     reward: RewardSource,
     *,
     methods: str | Iterable[str] | None = None,
-    seeds: Sequence[int] = DEFAULT_SEEDS,
+    seeds: int | Iterable[int] = DEFAULT_SEEDS,
     config: SearchConfig | Mapping[str, Any] | str | None = None,
-    baseline_config: BaselineConfig | None = None,
+    baseline_config: BaselineConfig | Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
     adapter: PolicySource | None = None,
     trained_policies: Mapping[str, PolicySource] | None = None,
@@ -171,7 +170,7 @@ def evaluate(
             policy.
         seeds: of every method that samples.
         config: the search: a `SearchConfig`, a mapping of its options, or the name of a preset.
-        baseline_config: options of the baselines.
+        baseline_config: options of the baselines: a `BaselineConfig` or a mapping of its options.
         output_dir: folder for rows/, rows.jsonl and facts.json. Rows that exist are kept, so an interrupted call can
             be repeated. None: the rows are in memory alone.
         adapter: adapter of the policy, or a trained model in memory. Its methods are named distilled_greedy and so on.
@@ -193,7 +192,12 @@ def evaluate(
             serve, or `output_dir` was made with other settings, which the message names.
     """
     search_config = make_search_config(config)
-    models = ModelPair.build(policy, reward, model_options)
+    if isinstance(baseline_config, Mapping):
+        baseline_config = BaselineConfig(**coerce_fields(baseline_config, [BaselineConfig], source="baseline_config"))
+    seeds = _read_seeds(seeds)
+    if not isinstance(methods, str | Iterable | None):
+        raise ValueError(f"methods are names, as a list or separated by commas, not {methods!r}")
+    models = ModelPair.build(policy, reward, model_options, stage=evaluate)
     trained = dict(trained_policies or {})
     if adapter is not None:
         trained[ADAPTER_LABEL] = adapter
@@ -203,8 +207,6 @@ def evaluate(
             raise ValueError(
                 f"unknown label {label!r} of a trained policy{near}: choose from {', '.join(POLICY_LABELS)}"
             )
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError("seeds must be distinct values, at least one")
     problem_set = collect_problems(
         problems, split=split, max_problems=max_problems, prompt_options=models.get_prompt_options()
     )
@@ -212,7 +214,7 @@ def evaluate(
         raise ValueError("shard needs output_dir: shards share a folder")
     options: dict[str, Any] = {
         "methods": methods,
-        "seeds": tuple(seeds),
+        "seeds": seeds,
         "config": search_config,
         "baseline_config": baseline_config or BaselineConfig(),
         "trained_policies": trained,
@@ -227,6 +229,16 @@ def evaluate(
     with TemporaryDirectory() as folder:
         result = run_evaluation(problem_set, models, Path(folder), **options)
     return EvaluationResult(result.rows, result.facts, None, result.remarks)
+
+
+def _read_seeds(seeds: Any) -> tuple[int, ...]:
+    """Return seeds as a tuple. One seed is a list of one."""
+    values = tuple(seeds) if isinstance(seeds, Iterable) else (seeds,)
+    for seed in values:
+        check_whole_number("a seed", seed)
+    if not values or len(set(values)) < len(values):
+        raise ValueError("seeds must be distinct values, at least one")
+    return values
 
 
 def run_evaluation(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +15,9 @@ from nabla_trl.models.loading import (
     describe_dtype,
     find_adapter_folder,
     get_dtype_name,
+    get_saved_folder_name,
     load_policy,
+    read_adapter_info,
     trusting_remote_code,
 )
 from nabla_trl.models.options import PromptOptions
@@ -90,6 +93,11 @@ class ModelPair:
             raise ValueError(
                 "a vLLM server draws from the policy without an adapter: leave out --vllm_url or --adapter"
             )
+        is_named = isinstance(policy, str | Path) or isinstance(reward, str | Path | Mapping)
+        if placed := [name for name, value in (("dtype", dtype), ("device", device)) if value and not is_named]:
+            raise ValueError(
+                f"{' and '.join(placed)}: nothing is loaded by name here, so convert or move the models before"
+            )
         self.dtype, self.device, self.adapter = dtype, device, adapter
         self.tokenizer, self.reward_tokenizer, self.prompt_options = tokenizer, reward_tokenizer, prompt_options
         self.vllm_url, self.vllm_timeout, self.audit_file = vllm_url, vllm_timeout, audit_file
@@ -103,13 +111,23 @@ class ModelPair:
             self._load_reward(256)
 
     @classmethod
-    def build(cls, policy: PolicySource, reward: RewardSource, options: Mapping[str, Any]) -> ModelPair:
+    def build(
+        cls,
+        policy: PolicySource,
+        reward: RewardSource,
+        options: Mapping[str, Any],
+        *,
+        stage: Callable[..., Any] | None = None,
+    ) -> ModelPair:
         """Return a pair with options by name.
+
+        Args:
+            stage: the function that was called with these options, whose own arguments a message may suggest.
 
         Raises:
             ValueError: an unknown option, which the message names with the most similar one.
         """
-        check_model_options(options)
+        check_model_options(options, stage)
         return cls(policy, reward, **options)
 
     def load(self, reward_batch_size: int = 256) -> tuple[Policy, Reward]:
@@ -198,12 +216,19 @@ class ModelPair:
             return load_policy(weights, self.tokenizer if not isinstance(weights, Policy) else None)
         shared: dict[str, Any] = {"prompt_options": options, "trust_remote_code": self.trust_remote_code}
         with trusting_remote_code(self.trust_remote_code):
-            is_adapter = must_be_adapter or find_adapter_folder(str(weights)) is not None
-        if isinstance(self.policy_source, str | Path) or not is_adapter:
+            folder = find_adapter_folder(str(weights))
+        is_adapter = must_be_adapter or folder is not None
+        if isinstance(self.policy_source, str | Path):
             base = self.policy_source if is_adapter else weights
             adapter = str(weights) if is_adapter else None
             return load_policy(base, dtype=self.dtype, device=self.device, adapter=adapter, **shared)
         policy = self._load_policy()
+        placed = {"dtype": describe_dtype(policy.model), "device": policy.device, **shared}
+        if not is_adapter:
+            return load_policy(weights, **placed)
+        base = read_adapter_info(folder).base_model if folder else ""
+        if Path(base).is_dir() and Path(base).name == get_saved_folder_name(policy.model):  # what `train` has written
+            return load_policy(base, adapter=str(weights), **placed)
         return load_policy(policy.model, policy.tokenizer, adapter=str(weights), **shared)
 
     # --- names --------------------------------------------------------------------------------------------
@@ -247,21 +272,27 @@ class ModelPair:
         return build_run_facts(policy=self.policy_name, reward=self.reward_name, reward_kind=kind, **facts)
 
 
-def check_model_options(options: Iterable[str]) -> None:
+def check_model_options(options: Iterable[str], stage: Callable[..., Any] | None = None) -> None:
     """Refuse names that are no options of `ModelPair`.
 
+    Args:
+        stage: the function that was called with these options.
+
     Raises:
-        ValueError: names all of them, each with the most similar option.
+        ValueError: names all of them, each with the most similar option or argument of the stage.
     """
     from nabla_trl.search.config import SearchConfig
 
+    arguments = [] if stage is None else [name for name in signature(stage).parameters if name != "model_options"]
+    search = "search" if "search" in arguments else "config"
     unknown = []
     for name in options:
         if name in ModelPair.OPTIONS:
             continue
-        is_search_option = name.partition(".")[0] in SearchConfig.__dataclass_fields__
-        hint = f": it is an option of the search, as in config={{{name!r}: …}}" if is_search_option else ""
-        unknown.append(f"unknown option {name!r}{hint or format_suggestion(name, ModelPair.OPTIONS)}")
+        hint = format_suggestion(name, [*arguments, *ModelPair.OPTIONS])
+        if name.partition(".")[0] in SearchConfig.__dataclass_fields__:
+            hint = f": it is an option of the search, as in {search}={{{name!r}: …}}"
+        unknown.append(f"unknown option {name!r}{hint}")
     if unknown:
         raise ValueError(f"{'; '.join(unknown)}; the models have the options {', '.join(ModelPair.OPTIONS)}")
 

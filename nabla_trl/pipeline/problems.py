@@ -37,7 +37,7 @@ def collect_problems(
     Raises:
         ValueError: as `load_problems`, or problems that cannot be written as prompts.
     """
-    problems = load_problems(source, split=split, max_problems=max_problems or None)
+    problems = load_problems(source, split=split, max_problems=max_problems)
     if prompt_options is not None:
         prompt_options.check_problems(problems)
     if isinstance(source, str | Path):

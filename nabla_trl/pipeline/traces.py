@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from nabla_trl.pipeline.models import ModelPair, PolicySource, RewardSource
 from nabla_trl.pipeline.problems import collect_problems
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.batches import TraceTotals, find_unfinished_problems, search_in_batches, search_to_folder
-from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.config import SearchConfig, make_search_config
 from nabla_trl.search.loop import check_gradient
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import Problems
 from nabla_trl.tasks.shards import Shard, ShardPlan
 from nabla_trl.tasks.templates import use_recorded_date
+from nabla_trl.traces.build import make_decoder
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import (
     TRACES_DIR,
@@ -30,6 +31,7 @@ from nabla_trl.traces.storage import (
     list_trace_files,
     read_traces,
 )
+from nabla_trl.utils.fields import check_whole_number
 from nabla_trl.utils.identity import claim_settings
 from nabla_trl.utils.locks import lock_folder
 
@@ -76,7 +78,8 @@ def generate_traces(
             other settings, which the message names.
     """
     search_config = make_search_config(config)
-    models = ModelPair.build(policy, reward, model_options)
+    check_whole_number("seed", seed)
+    models = ModelPair.build(policy, reward, model_options, stage=generate_traces)
     problem_set = collect_problems(
         problems, split=split, max_problems=max_problems, prompt_options=models.get_prompt_options()
     )
@@ -98,23 +101,11 @@ def generate_traces(
     by_id = {
         trace.problem_id: trace for trace in read_traces(list_trace_files(Path(output_dir))) if trace.seed == seed
     }
-    return [by_id[problem.id] for problem in share]
-
-
-def make_search_config(config: SearchConfig | Mapping[str, Any] | str | None) -> SearchConfig:
-    """Return a configuration of the search from its options, the name of a preset, or None for the defaults.
-
-    Raises:
-        ValueError: an unknown preset or option, or another type.
-    """
-    if isinstance(config, SearchConfig):
-        return config
-    if isinstance(config, Mapping):
-        options = dict(config)
-        return SearchConfig.from_preset(str(options.pop("preset", "default")), **options)
-    if config is None or isinstance(config, str):
-        return SearchConfig.from_preset(config or "default")
-    raise ValueError(f"config is a SearchConfig, a mapping of its options or a preset, not {type(config).__name__}")
+    traces = [by_id[problem.id] for problem in share]
+    if isinstance(policy, str | Path):
+        return traces
+    decoder = make_decoder(models.load()[0])  # with the tokenizer of a policy that no files hold
+    return [replace(trace, decoder=decoder) for trace in traces]
 
 
 def _search_in_memory(

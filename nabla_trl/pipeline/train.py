@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
@@ -18,15 +17,20 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.loading import describe_dtype, get_dtype_name, load_policy
+from nabla_trl.models.loading import (
+    describe_dtype,
+    get_dtype_name,
+    get_saved_folder_name,
+    load_policy,
+    unwrap_model,
+)
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.policy import Policy
 from nabla_trl.pipeline.models import ModelPair, PolicySource, RewardSource, check_model_options
 from nabla_trl.pipeline.problems import collect_problems
-from nabla_trl.pipeline.traces import make_search_config
 from nabla_trl.planning.machine import Machine, choose_batches
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.config import SearchConfig, make_search_config
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import Problems
 from nabla_trl.traces.schema import Trace
@@ -38,7 +42,6 @@ from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_tr
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import coerce_fields, format_suggestion
 from nabla_trl.utils.files import read_json_file
-from nabla_trl.utils.identity import hash_json
 from nabla_trl.utils.locks import lock_folder
 
 logger = logging.getLogger(__name__)
@@ -95,9 +98,16 @@ def train(
             model that cannot be trained, or `output_dir` was trained with other settings. What can be checked is
             checked before anything is loaded.
     """
-    check_model_options(model_options)
+    check_model_options(model_options, train)
+    if unused := [name for name in ("adapter", "vllm_url", "audit_file") if model_options.get(name)]:
+        raise ValueError(f"train takes no {', '.join(unused)}: to train an adapter further, give its folder as policy")
+    is_named = isinstance(policy, str | Path | None) or isinstance(reward, str | Path | Mapping)
+    if placed := [name for name in ("dtype", "device") if model_options.get(name) and not is_named]:
+        raise ValueError(f"{' and '.join(placed)}: nothing is loaded by name here, so convert the model before")
     state = PartialState() if PartialState._shared_state else PartialState(cpu=not torch.cuda.is_available())
-    options, sft_config, trl_options, given = _split_config(config, Path(output_dir), Machine.detect(state))
+    options, sft_config, trl_options, given = _split_config(
+        config, Path(output_dir), Machine.detect(state), _get_dtype(policy, model_options.get("dtype"))
+    )
     learns_from_traces = method in OFFLINE_METHODS
     call = TrainingCall(
         methods=[method],
@@ -183,7 +193,7 @@ class TrainingCall:
         checks = Checks()
         for method in self.methods:
             if method not in TRAIN_METHODS:
-                near = format_suggestion(method, TRAIN_METHODS)
+                near = format_suggestion(str(method), TRAIN_METHODS)
                 checks.add([f"unknown training method {method!r}{near}: choose from {', '.join(TRAIN_METHODS)}"])
         checks.raise_faults()
         checks.add(list_trl_faults(self.methods, self.trl_options))
@@ -287,7 +297,8 @@ class TrainingCall:
         policy = load_policy(model) if isinstance(model, Policy) else load_policy(model, self.tokenizer)
         name = policy.name
         if name != policy.model.name_or_path:  # in memory, or with an adapter: no files hold these weights
-            name = str(_write_policy(policy, self.output_dir, state))
+            given = policy.model if isinstance(model, Policy) else unwrap_model(self.policy)
+            name = str(_write_policy(policy, self.output_dir / get_saved_folder_name(given), state))
         return replace(policy, name=name), name, describe_dtype(policy.model)
 
     def _plan_models(
@@ -302,7 +313,8 @@ class TrainingCall:
             return refuse, policy_settings
         options = dict(self.model_options)
         if isinstance(source, Policy):
-            options = {name: value for name, value in options.items() if name.startswith(("reward", "trust"))}
+            kept = ("reward_tokenizer", "trust_remote_code", "dtype", "device")  # of a reward that is loaded by name
+            options = {name: value for name, value in options.items() if name in kept}
         reward = _reward_nothing if self.reward is None else self.reward
         models = ModelPair.build(source, reward, options)
         settings = models.get_settings() | policy_settings
@@ -341,7 +353,7 @@ def _read_result(run_dir: Path, method: str) -> TrainingResult:
 
 
 def _split_config(
-    config: SFTConfig | Mapping[str, Any] | None, output_dir: Path, machine: Machine
+    config: SFTConfig | Mapping[str, Any] | None, output_dir: Path, machine: Machine, dtype: str
 ) -> tuple[TrainOptions, Any, dict[str, Any], dict[str, Any]]:
     """Return the options of training, of the trainer and of single methods, and all that were given."""
     if isinstance(config, SFTConfig):
@@ -358,10 +370,19 @@ def _split_config(
         raise ValueError(f"config is a mapping of options or an SFTConfig, not {type(config).__name__}")
     given = coerce_fields(config or {}, [TrainOptions, TrainerConfig, TrlOptions], source="config")
     machine_defaults = {name: value for name, value in machine.get_defaults().items() if name != "dtype"}
+    if dtype == "bfloat16" and given.get("tuning") != "full" and "fp16" not in given:
+        machine_defaults["bf16"] = True  # the adapter is in float32, beside weights that are not
     trainer_values = {"max_length": None, **machine_defaults, **_select(given, TrainerConfig)}
     sft_config = TrainerConfig(**trainer_values | {"output_dir": str(output_dir)})
     trl_options = collect_trl_options(TrlOptions(**_select(given, TrlOptions)), sft_config, given)
     return TrainOptions(**_select(given, TrainOptions)), sft_config, trl_options, given
+
+
+def _get_dtype(policy: Any, dtype: Any) -> str:
+    """Return the data type of a policy's weights before it is loaded."""
+    if policy is None or isinstance(policy, str | Path):
+        return get_dtype_name(dtype)
+    return describe_dtype(policy.model if isinstance(policy, Policy) else unwrap_model(policy))
 
 
 def _select(values: Mapping[str, Any], dataclass_type: Any) -> dict[str, Any]:
@@ -375,6 +396,8 @@ def _make_lora(lora: Any) -> LoraArguments:
         return lora or LoraArguments()
     if not isinstance(lora, Mapping):
         names = ("r", "lora_alpha", "lora_dropout", "target_modules")
+        if not hasattr(lora, "lora_alpha"):
+            raise ValueError(f"lora is LoraArguments, a mapping of its options or a LoraConfig, not {lora!r}")
         lora = {name: getattr(lora, name) for name in names if getattr(lora, name, None) is not None}
     values = {_PEFT_NAMES.get(name, name): value for name, value in lora.items()}
     modules = values.get("lora_target_modules", [])
@@ -416,10 +439,8 @@ def _count_training(problems: Sequence[Problem] | None, options: TrainOptions) -
     return max(0, len(problems or ()) - options.max_callback_problems)
 
 
-def _write_policy(policy: Policy, output_dir: Path, state: PartialState) -> Path:
-    """Write a policy in memory to the folder of a run, from where an adapter finds it again. Its name has a hash."""
-    match = re.search(r"in memory, (\w+)", policy.name)
-    folder = output_dir / f"policy-{match[1] if match else hash_json(policy.name)}"
+def _write_policy(policy: Policy, folder: Path, state: PartialState) -> Path:
+    """Write a policy in memory to the folder of a run, from where an adapter finds it again."""
     if state.is_main_process and not folder.exists():
         draft = folder.with_name(f"{folder.name}.tmp")
         policy.model.save_pretrained(draft)

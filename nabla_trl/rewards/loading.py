@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -45,15 +46,17 @@ from nabla_trl.models.loading import (
 from nabla_trl.models.policy import Policy, get_context_length
 from nabla_trl.models.prompts import tokenize_prompt
 from nabla_trl.rewards.function import RewardFunction, build_function_reward, is_reward_function
-from nabla_trl.rewards.prompts import get_turn_end_ids, make_mapped_prompt_encoder, make_template_prompt_encoder
+from nabla_trl.rewards.prompts import MappedPromptEncoder, get_turn_end_ids, make_template_prompt_encoder
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import (
     LOG_RATIO_PREFIX,
+    MANIFEST_FILE,
     SAME_MODELS,
     RewardSpec,
     check_ensemble_members,
     check_uncertainty_penalty,
     parse_reward_spec,
+    read_manifest,
 )
 from nabla_trl.states.layout import find_backbone
 from nabla_trl.states.probe import get_layout
@@ -126,6 +129,8 @@ def load_reward(
     models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
     named_spec = _name_models_in_memory(spec, tokenizer, models, dtype, device)
     plan = parse_reward_spec(named_spec)
+    if isinstance(spec, torch.nn.Module):
+        plan = _add_audit_of_files(plan, models[plan.name][0])
     with trusting_remote_code(trust_remote_code):
         reward = _Loader(policy, get_dtype_name(dtype), get_device_name(device), models).load(plan)
     reward.batch_size, reward.validated_limits = batch_size, plan.validated_limits
@@ -167,6 +172,26 @@ def _name_models_in_memory(
     model_name = name_model(model)
     models[model_name] = model, find_tokenizer(tokenizer, model.name_or_path)
     return model_name
+
+
+def _add_audit_of_files(plan: RewardSpec, model: PreTrainedModel) -> RewardSpec:
+    """Return the spec of a classifier in memory with the audit in the folder that it was loaded from.
+
+    A model that was trained since then has another score head, and the audit does not count for it.
+    """
+    folder = Path(model.name_or_path)
+    if not model.name_or_path or not (folder / MANIFEST_FILE).is_file():
+        return plan
+    manifest = read_manifest(folder)
+    score = next((weight for name, weight in model.named_parameters() if name.endswith(SCORE_HEAD_WEIGHT)), None)
+    if manifest.kind != "scalar" or score is None:
+        return plan
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            stored = {name: tensors.get_tensor(name) for name in tensors.keys() if name.endswith(SCORE_HEAD_WEIGHT)}  # noqa: SIM118
+        if any(torch.equal(weight.to(score), score) for weight in stored.values() if weight.shape == score.shape):
+            return replace(plan, validated_limits=manifest.validated_limits, gradient_at=manifest.gradient_at)
+    return plan
 
 
 @dataclass(frozen=True)
@@ -249,7 +274,7 @@ def build_log_ratio_reward(
                 measure_model_size(model.model, label),
                 vocab_map=vocab_map,
                 weight=weight,
-                encode_prompt=make_mapped_prompt_encoder(vocab_map, name),
+                encode_prompt=MappedPromptEncoder(vocab_map.tolist(), name),
                 head=model.head,
             )
         )

@@ -19,23 +19,29 @@ _RESPONSE_SENTINEL = "\x02response\x03"
 _THINK_TAG = re.compile(r"(</?think>)")
 
 
-def make_mapped_prompt_encoder(vocab_map: Tensor, name: str) -> Callable[[Problem, list[int]], list[int]]:
-    """Return an encoder that maps the policy's prompt ids to a reward's ids.
+@dataclass(frozen=True)
+class MappedPromptEncoder:
+    """Maps the policy's prompt ids to a reward's ids.
 
-    Args:
-        vocab_map: [policy rows] the reward's id of each policy token, −1 where it has none.
+    Attributes:
+        reward_ids: the reward's id of each policy token, −1 where it has none.
         name: of the reward, for error messages.
     """
-    reward_ids = vocab_map.tolist()
 
-    def encode(problem: Problem, prompt_ids: list[int]) -> list[int]:
-        ids = [reward_ids[index] for index in prompt_ids]
+    reward_ids: list[int]
+    name: str
+
+    def __call__(self, problem: Problem, prompt_ids: list[int]) -> list[int]:
+        """Return the reward's ids of a prompt.
+
+        Raises:
+            ValueError: the reward has no token for one of the prompt.
+        """
+        ids = [self.reward_ids[index] for index in prompt_ids]
         if min(ids) < 0:
             missing = prompt_ids[ids.index(min(ids))]
-            raise ValueError(f"{problem.id}: {name} has no token for policy id {missing} of the prompt")
+            raise ValueError(f"{problem.id}: {self.name} has no token for policy id {missing} of the prompt")
         return ids
-
-    return encode
 
 
 @dataclass
@@ -107,11 +113,12 @@ def make_template_prompt_encoder(
 
     Args:
         tokenizer: the reward's.
-        vocab_map, name: as for `make_mapped_prompt_encoder`.
+        vocab_map: [policy rows] the reward's id of each policy token, −1 where it has none.
+        name: of the reward, for error messages.
         context_length: most tokens that the reward can read.
     """
     if tokenizer.chat_template is None:
-        return make_mapped_prompt_encoder(vocab_map, name)
+        return MappedPromptEncoder(vocab_map.tolist(), name)
     return TurnEncoder(tokenizer, name, context_length)
 
 

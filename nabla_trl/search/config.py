@@ -5,6 +5,7 @@ Nothing here needs torch, so that `--help` answers at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -447,3 +448,19 @@ class SearchConfig:
     def compute_hash(self) -> str:
         """Return a hash of everything that can change a trace."""
         return hash_json(self.get_settings(), length=16)
+
+
+def make_search_config(config: SearchConfig | Mapping[str, Any] | str | None) -> SearchConfig:
+    """Return a configuration of the search from its options, the name of a preset, or None for the defaults.
+
+    Raises:
+        ValueError: an unknown preset or option, or another type.
+    """
+    if isinstance(config, SearchConfig):
+        return config
+    if isinstance(config, Mapping):
+        options = dict(config)
+        return SearchConfig.from_preset(str(options.pop("preset", "default")), **options)
+    if config is None or isinstance(config, str):
+        return SearchConfig.from_preset(config or "default")
+    raise ValueError(f"config is a SearchConfig, a mapping of its options or a preset, not {type(config).__name__}")

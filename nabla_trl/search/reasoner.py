@@ -17,11 +17,12 @@ from nabla_trl.models.vllm_backend import connect_vllm
 from nabla_trl.rewards.function import RewardFunction
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.config import SearchConfig, make_search_config
 from nabla_trl.search.loop import Search, check_gradient, run_search
 from nabla_trl.tasks.jsonl_task import build_problems
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
+from nabla_trl.utils.fields import check_whole_number
 
 Question = str | list[dict[str, str]] | Mapping[str, Any] | Problem
 
@@ -37,7 +38,7 @@ class NablaReasoner:
     Args:
         policy: what `load_policy` takes: a policy, a model in memory or a name.
         reward: what `load_reward` takes: a reward, a model in memory, a function or a name.
-        config: the search. None: the defaults.
+        config: the search: a `SearchConfig`, a mapping of its options, or the name of a preset. None: the defaults.
         tokenizer: of a policy in memory. None: that of the model's name.
         reward_tokenizer: of a reward model in memory. None: that of the model's name.
 
@@ -49,14 +50,14 @@ class NablaReasoner:
         self,
         policy: Policy | PreTrainedModel | str | Any,
         reward: Reward | PreTrainedModel | RewardFunction | str | Any,
-        config: SearchConfig | None = None,
+        config: SearchConfig | Mapping[str, Any] | str | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         reward_tokenizer: PreTrainedTokenizerBase | str | None = None,
     ):
         self.policy = load_policy(policy, tokenizer)
         self.reward = load_reward(reward, reward_tokenizer, policy=self.policy)
-        self.config = config if config is not None else SearchConfig()
+        self.config = make_search_config(config)
         check_gradient(self.reward, self.config)
 
     @classmethod
@@ -126,7 +127,7 @@ class NablaReasoner:
         *,
         seed: int = 0,
         on_round: Callable[[Search], None] | None = None,
-        config: SearchConfig | None = None,
+        config: SearchConfig | Mapping[str, Any] | str | None = None,
         **overrides: Any,
     ) -> Trace: ...
 
@@ -137,7 +138,7 @@ class NablaReasoner:
         *,
         seed: int = 0,
         on_round: Callable[[Search], None] | None = None,
-        config: SearchConfig | None = None,
+        config: SearchConfig | Mapping[str, Any] | str | None = None,
         **overrides: Any,
     ) -> list[Trace]: ...
 
@@ -147,7 +148,7 @@ class NablaReasoner:
         *,
         seed: int = 0,
         on_round: Callable[[Search], None] | None = None,
-        config: SearchConfig | None = None,
+        config: SearchConfig | Mapping[str, Any] | str | None = None,
         **overrides: Any,
     ) -> Trace | list[Trace]:
         """Search a response to each question.
@@ -168,14 +169,17 @@ class NablaReasoner:
             ValueError: an empty question, an object that is not a question, duplicate problem ids, or an unknown
                 option, which the message names with the most similar one.
         """
-        config = (self.config if config is None else config).with_options(**overrides)
+        check_whole_number("seed", seed)
+        search_config = (self.config if config is None else make_search_config(config)).with_options(**overrides)
         is_single = isinstance(problems, str | Mapping | Problem) or _is_chat(problems)
+        if not is_single and not isinstance(problems, Iterable):
+            raise ValueError(f"expected a question or a list of questions, not {type(problems).__name__}")
         items = [problems] if is_single else list(problems)
         traces = run_search(
             [as_problem(question, index) for index, question in enumerate(items)],
             policy=self.policy,
             reward=self.reward,
-            config=config,
+            config=search_config,
             seed=seed,
             on_round=on_round,
         )

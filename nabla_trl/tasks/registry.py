@@ -29,6 +29,7 @@ from nabla_trl.tasks.jsonl_task import FILE_SUFFIXES, build_problems, load_file_
 from nabla_trl.tasks.problem import Problem, divide_problems, select_problems
 from nabla_trl.tasks.reasoning_gym_task import REASONING_GYM_PREFIX, get_generator_version, make_reasoning_gym_problems
 from nabla_trl.tasks.yaml_task import ALL_PROBLEMS, load_task_config, load_task_problems
+from nabla_trl.utils.fields import check_whole_number
 from nabla_trl.utils.identity import hash_files
 
 
@@ -95,8 +96,8 @@ def load_problems(
         ValueError: if the task or split is unknown, the hub cannot be reached, a line, row or description is wrong, or
             there are no rows.
     """
-    if max_problems is not None and max_problems < 1:
-        raise ValueError(f"max_problems must be at least 1, got {max_problems}")
+    if max_problems is not None:
+        check_whole_number("max_problems", max_problems, 1)
     if not isinstance(name_or_rows, str | Path):
         return select_problems(_build_from_rows(name_or_rows, split, columns), max_problems, seed)
     if columns:

@@ -119,11 +119,11 @@ def build_response_trace(
         meta=meta | _build_problem_meta(problem),
         error=error,
         predicted_gain=list(predicted_gain),
-        decoder=_make_decoder(policy),
+        decoder=make_decoder(policy),
     )
 
 
-def _make_decoder(policy: Policy) -> TextDecoder:
+def make_decoder(policy: Policy) -> TextDecoder:
     """Return the decoder of a policy's traces. It holds the tokenizer and not the model."""
     tokenizer, token_ids = policy.tokenizer, policy.think_token_ids
     return TextDecoder(lambda ids: decode_with_thinking(tokenizer, ids, token_ids), tokenizer)

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -262,14 +263,17 @@ class Trace:
         caption = f"<div>{escape(self._describe_outcome())}</div>" if self.error is None else ""
         return f"<div><b>{text(self.describe())}</b><table>{''.join(rows)}</table>{caption}</div>"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *, infinite_as_none: bool = False) -> dict[str, Any]:
         """Return the trace as JSON values, with the texts of its responses and revisions.
 
-        A number that is not finite becomes None (NaN) or the text "inf" or "-inf". `from_dict` reads it again.
+        Args:
+            infinite_as_none: write None for every number that is not finite, so that no text stands among numbers.
+                False: None for NaN alone, and the texts "inf" and "-inf", which `from_dict` reads again.
         """
+        to_json = partial(_to_json, infinite_as_none=infinite_as_none)
         texts = self.get_texts()
         revisions = [
-            _to_json(vars(revision))
+            to_json(vars(revision))
             | {
                 "old_text": change.old_token,
                 "new_text": change.new_token,
@@ -279,7 +283,7 @@ class Trace:
             for revision, change in zip(self.revisions, texts.changes, strict=True)
         ]
         values = {name: value for name, value in vars(self).items() if name not in _UNSTORED_FIELDS}
-        return _to_json(values | {"cost": asdict(self.cost), "revisions": ()}) | {
+        return to_json(values | {"cost": asdict(self.cost), "revisions": ()}) | {
             "initial": texts.initial,
             "revisions": revisions,
         }
@@ -335,12 +339,12 @@ def _shorten(text: str) -> str:
     return text if len(text) <= _MAX_REPR_CHARS else f"{text[:half]} … {text[-half:]}"
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: Any, infinite_as_none: bool) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
+        return None if infinite_as_none or math.isnan(value) else str(value)
     if isinstance(value, Mapping):
-        return {key: _to_json(item) for key, item in value.items()}
-    return [_to_json(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _to_json(item, infinite_as_none) for key, item in value.items()}
+    return [_to_json(item, infinite_as_none) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _read_numbers(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

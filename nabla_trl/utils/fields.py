@@ -297,3 +297,15 @@ def format_suggestion(name: str, valid_names: Iterable[str], prefix: str = "") -
     """Return " (did you mean X?)", X after a prefix, if a valid name is close to the name, else an empty text."""
     match = get_close_matches(name, valid_names, n=1)
     return f" (did you mean {prefix}{match[0]}?)" if match else ""
+
+
+def check_whole_number(name: str, value: Any, minimum: int | None = None) -> None:
+    """Refuse a value that is no whole number, or below a minimum. Numbers of NumPy are whole numbers, too.
+
+    Raises:
+        ValueError: names the argument and the value.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, not {format_error(repr(value), 60)}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")

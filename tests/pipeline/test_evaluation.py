@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,18 @@ from typing import Any
 import pytest
 import worlds
 
-from nabla_trl import EvaluationResult, audit_reward, disable_progress, enable_progress, evaluate, write_report
+from nabla_trl import (
+    EvaluationResult,
+    SearchConfig,
+    audit_reward,
+    disable_progress,
+    enable_progress,
+    evaluate,
+    load_problems,
+    load_reward,
+    write_report,
+)
+from nabla_trl.baselines.sampling import draw_pool
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 
@@ -126,15 +138,20 @@ def test_progress_and_messages_are_silenced_as_those_of_libraries(
 
 
 def test_an_audit_is_a_dict_and_of_a_function_without_the_gradient(policy: Policy, tmp_path: Path) -> None:
-    rows = [{"question": f"{n}+{n}", "answer": str(n % 3)} for n in range(1, 7)]
-    options: dict[str, Any] = {"samples": 6, "config": {"max_new_tokens": 3, "max_rounds": 2, "solver": "none"}}
+    """The gold answers are those of some samples, so that a random policy is right now and then."""
+    config: dict[str, Any] = {"max_new_tokens": 3, "max_rounds": 2, "solver": "none"}
+    rows = [{"question": f"{n}+{n}", "answer": "0"} for n in range(1, 7)]
+    sampling = SearchConfig(**config).get_sampling()
+    reward = load_reward(by_length, policy=policy)
+    pool = draw_pool(load_problems(rows), 6, policy=policy, reward=reward, sampling=sampling, seed=0)
+    for row, entry in zip(rows, pool.entries, strict=True):
+        row["answer"] = next((response.answer for response in entry.responses if response.answer), "0")
     file = tmp_path / "audit.json"
-    try:
-        audit = audit_reward(rows, policy, by_length, over_optimization=True, output_file=file, **options)
-    except ValueError as error:  # random models may be all wrong
-        assert "the audit" in str(error)
-        return
-    assert file.exists() and audit["gradient"] is None and list(audit["over_optimization"]["curves"]) == ["control"]
+    options: dict[str, Any] = {"samples": 6, "config": config, "output_file": file, "over_optimization": True}
+    audit = audit_reward(rows, policy, by_length, **options)
+    assert 0 < audit["accuracy"] < 1 and audit["gradient"] is None
+    assert list(audit["over_optimization"]["curves"]) == ["control"]
+    assert json.loads(file.read_text())["conclusion"] == audit["conclusion"]
 
 
 def test_audits_that_cannot_be_are_refused(policy: Policy, scalar_reward: Reward) -> None:
@@ -142,5 +159,27 @@ def test_audits_that_cannot_be_are_refused(policy: Policy, scalar_reward: Reward
         return lambda: audit_reward(ROWS, policy, reward, **options)
 
     worlds.refused(run(samples=1), "at least 2")
+    worlds.refused(run(samples="8"), "samples must be a whole number, not '8'")
     worlds.refused(run(gradient=True, gradient_at=["soft"]), "gradient_at must be direct")
+    worlds.refused(run(gradient=True, gradient_at="soft"), "not 'soft'")
     worlds.refused(run(config={"max_new_tokens": 2}, samples=2, output_fil="x"), "did you mean", "output_fil")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"methods": 3}, ["methods are names", "not 3"]),
+        ({"seeds": ["a"]}, ["a seed must be a whole number, not 'a'"]),
+        ({"seeds": 1.5}, ["a seed must be a whole number, not 1.5"]),
+        ({"seeds": []}, ["seeds must be distinct values"]),
+        ({"max_problems": 0}, ["max_problems must be at least 1"]),
+        ({"max_problems": "3"}, ["max_problems must be a whole number"]),
+        ({"method": "greedy"}, ["unknown option 'method' (did you mean methods?)"]),
+        ({"baseline_config": {"step_delimitr": "x"}}, ["baseline_config", "did you mean step_delimiter?"]),
+        ({"dtype": "bfloat16", "device": "cuda"}, ["dtype and device: nothing is loaded by name here"]),
+    ],
+)
+def test_wrong_types_are_named(
+    policy: Policy, scalar_reward: Reward, options: dict[str, Any], words: list[str]
+) -> None:
+    worlds.refused(lambda: evaluate(ROWS, policy, scalar_reward, **{"config": CONFIG, **options}), *words)

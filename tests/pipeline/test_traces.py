@@ -80,6 +80,9 @@ def test_a_running_loop_is_no_hindrance(traces: list[Trace], policy: Policy, sca
         (ROWS, {"tokeniser": 1}, ["unknown option 'tokeniser' (did you mean tokenizer?)"]),
         (ROWS, {"shard": "0/2"}, ["shard needs output_dir"]),
         (ROWS, {"tokenizer": "x"}, ["is loaded already"]),
+        (ROWS, {"seed": "a"}, ["seed must be a whole number, not 'a'"]),
+        (ROWS, {"max_problem": 1}, ["unknown option 'max_problem' (did you mean max_problems?)"]),
+        (ROWS, {"dtype": "bfloat16"}, ["dtype: nothing is loaded by name here"]),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -108,6 +111,7 @@ def test_rows_for_sft_are_those_of_the_package(traces: list[Trace], tmp_path: Pa
     assert first["input_ids"] == trace.prompt_ids + trace.response_ids
     assert first["labels"] == [-100] * len(trace.prompt_ids) + trace.response_ids
     worlds.refused(lambda: to_sft_dataset([]), "there are no traces")
+    worlds.refused(lambda: to_sft_dataset(None), "Trace objects or the folder of a run, not NoneType")  # type: ignore[arg-type]
     worlds.refused(lambda: to_sft_dataset([{"response": "1"}]), "Trace.from_dict")
     worlds.refused(lambda: to_sft_dataset(traces, selection="bast"), "selection", "bast")
 
@@ -124,6 +128,16 @@ def test_pairs_have_the_tokens_that_trl_reads_from_their_texts(traces: list[Trac
     worlds.refused(lambda: to_preference_dataset(copies), "cannot load a tokenizer from 'policy'")
     other, _ = worlds.permuted_tokenizer(policy.tokenizer)
     worlds.refused(lambda: to_preference_dataset(traces, other), "made with another tokenizer")
+
+
+def test_pairs_of_stored_traces_know_the_tokenizer_of_a_model_without_a_name(
+    policy: Policy, scalar_reward: Reward, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"config": CONFIG, "output_dir": tmp_path, "show_progress": False}
+    stored = generate_traces(ROWS, policy.model, scalar_reward, tokenizer=policy.tokenizer, **options)
+    assert to_preference_dataset(stored)[:] == to_preference_dataset(tmp_path, policy.tokenizer)[:]
+    words = ["give to_preference_dataset the tokenizer of the policy", "LlamaForCausalLM"]
+    worlds.refused(lambda: to_preference_dataset(tmp_path), *words)
 
 
 @pytest.mark.slow

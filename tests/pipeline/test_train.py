@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import worlds
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 import nabla_trl
 from nabla_trl.cli.main import main
+from nabla_trl.exporting.checkpoint import check_weight_files, find_checkpoint
 from nabla_trl.models.policy import Policy
+from nabla_trl.pipeline.train import _split_config
+from nabla_trl.planning.machine import Machine
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.loop import run_search
 from nabla_trl.traces.schema import Trace
@@ -104,6 +108,11 @@ def test_a_function_is_enough_of_a_reward_for_online_training(policy: Policy, tm
         ("sft", [], {"config": {**CONFIG, "epsilon": 0.2}}, ["epsilon belongs to rloo and grpo"]),
         ("sft", [], {"lora": {"rank": 4}}, ["lora: unknown key 'rank'"]),
         ("sft", [], {"dtyp": "float32"}, ["unknown option 'dtyp' (did you mean dtype?)"]),
+        ("sft", [], {"lora": 3}, ["lora is LoraArguments, a mapping of its options or a LoraConfig, not 3"]),
+        ("sft", [], {"adapter": "x"}, ["train takes no adapter"]),
+        ("sft", [], {"split_": "x"}, ["unknown option 'split_' (did you mean split?)"]),
+        ("sft", [], {"max_rounds": 2}, ["it is an option of the search, as in search={'max_rounds': …}"]),
+        (3, [], {}, ["unknown training method 3"]),
     ],
 )
 def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(
@@ -111,6 +120,45 @@ def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(
 ) -> None:
     worlds.refused(lambda: train(method, bases["llama"], data, output_dir=tmp_path / "new", **options), *words)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["plain", pytest.param("peft", marks=pytest.mark.slow)])
+def test_what_was_trained_from_a_model_in_memory_is_evaluated_and_exported(
+    kind: str, policy: Policy, scalar_reward: Reward, traces: list[Trace], tmp_path: Path
+) -> None:
+    """The adapter belongs to the copy of the model in the folder of the run."""
+    model: Any = deepcopy(policy.model).to(torch.bfloat16)
+    if kind == "peft":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    run = tmp_path / "run"
+    train("sft", model, traces, tokenizer=policy.tokenizer, output_dir=run, config={**CONFIG, "bf16": True})
+    rows = [{"question": problem.question, "answer": "1"} for problem in worlds.tiny_problems()]
+    options: dict[str, Any] = {"seeds": [0], "config": {"max_new_tokens": 4}, "show_progress": False}
+    names = {"tokenizer": policy.tokenizer, "output_dir": run}
+    nabla_trl.evaluate(rows, model, scalar_reward, methods="greedy,sft_greedy", **names, **options)
+    checkpoint = find_checkpoint(run, "sft")
+    check_weight_files(checkpoint)
+    assert Path(checkpoint.base_policy).parent == run
+    other: Any = worlds.tiny_model(seed=7)
+    other.name_or_path = str(tmp_path)
+    words = ["was made for", str(checkpoint.base_policy)]
+    adapter = str(run / "trained/sft/adapter")
+    worlds.refused(lambda: nabla_trl.load_policy(other, policy.tokenizer, adapter=adapter), *words)
+    if kind == "peft":
+        result = nabla_trl.export(run, tmp_path / "exported", merge=True)
+        assert nabla_trl.load_policy(str(result.output_dir / "merged")).tokenizer_hash == policy.tokenizer_hash
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "expected"),
+    [("bfloat16", {}, True), ("bfloat16", {"tuning": "full"}, False), ("float32", {}, False)],
+)
+def test_an_adapter_of_a_policy_in_bfloat16_is_trained_in_mixed_precision(
+    dtype: str, given: dict[str, Any], expected: bool
+) -> None:
+    machine = Machine("cpu", memory=1e9, has_bfloat16=False, num_processes=1, num_gpus=0)
+    _, trainer, _, _ = _split_config({"use_cpu": True, **given}, Path("out"), machine, dtype)
+    assert trainer.bf16 is expected
 
 
 @pytest.mark.slow

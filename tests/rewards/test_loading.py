@@ -542,6 +542,17 @@ def test_the_point_of_a_reward_is_that_of_its_folder_or_of_its_kind(policy: Poli
         assert load_reward(folder, policy=policy).gradient_at == own[folder]
 
 
+def test_a_reward_in_memory_has_the_audit_of_its_folder_until_it_is_trained(policy: Policy, tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", scorer())
+    write_manifest(folder, RewardManifest("scalar", gradient_at="direct"))
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    reward = load_reward(model, policy.tokenizer, policy=policy)
+    assert reward.gradient_at == "direct" and reward.gradient_at == load_reward(folder, policy=policy).gradient_at
+    with torch.no_grad():
+        model.score.weight += 0.1
+    assert load_reward(model, policy.tokenizer, policy=policy).gradient_at == "mixture:0.5"
+
+
 def test_a_member_that_cannot_be_trusted_is_named(base: str, policy: Policy, tmp_path: Path) -> None:
     good, bad = save(tmp_path / "good", scorer()), scorer(seed=2)
     with torch.no_grad():

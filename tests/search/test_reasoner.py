@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -103,6 +104,8 @@ def test_a_chat_is_scored_whole_also_after_another_with_the_same_ending(folders:
         (" \n", ["question 0", "empty"]),
         (["1+2", ""], ["question 1", "empty"]),
         (["1+2", []], ["question 1", "messages"]),
+        (None, ["a question or a list of questions, not NoneType"]),
+        (7, ["a question or a list of questions, not int"]),
         (["1+2", 7], ["question 1", "messages"]),
         ([["1", "2"]], ["question 0", "messages"]),
         ([[{"role": "user"}]], ["question 0", "'content'"]),
@@ -112,6 +115,11 @@ def test_a_chat_is_scored_whole_also_after_another_with_the_same_ending(folders:
 )
 def test_what_is_no_question_is_refused(reasoner: NablaReasoner, question: Any, words: list[str]) -> None:
     worlds.refused(lambda: reasoner.solve(question), *words)
+
+
+def test_a_reasoner_is_pickled_and_solves_the_same(reasoner: NablaReasoner) -> None:
+    copied = pickle.loads(pickle.dumps(reasoner))
+    assert copied.solve("1+2").response_ids == reasoner.solve("1+2").response_ids
 
 
 def test_no_questions_give_no_traces(reasoner: NablaReasoner) -> None:
@@ -133,6 +141,8 @@ def test_options_of_one_call_are_those_of_another_reasoner(reasoner: NablaReason
     other = NablaReasoner(reasoner.policy, reasoner.reward, config)
     assert trace == replace(other.solve("1+2"), cost=trace.cost) and trace.meta != reasoner.solve("1+2").meta
     assert reasoner.config.to_dict() == before
+    options = {name: value for name, value in config.to_dict().items() if name != "batch_size"}
+    assert reasoner.solve("1+2", config=options).meta == trace.meta
     both = reasoner.solve(["1+2", {"question": "3", "answer": "3"}], config=config, num_starts=2)
     assert [trace.gold for trace in both] == [None, "3"] and both[0].meta == reasoner.solve("1+2", **OTHER).meta
 
@@ -150,6 +160,8 @@ OTHER = {"max_rounds": 1, "solver": {"step_size": 0.5}, "num_starts": 2}
         ({"solver": "stee"}, ["solver must be one of", "did you mean ste?"]),
         ({"solver.steps": 3}, ["steps belongs to ste"]),
         ({"max_rounds": -1}, ["max_rounds must not be negative"]),
+        ({"config": 3}, ["config is a SearchConfig", "not int"]),
+        ({"seed": 1.5}, ["seed must be a whole number, not 1.5"]),
         ({"max_round": 2, "solver.steps": 3}, ["max_round", "steps belongs to ste"]),
     ],
 )

@@ -20,8 +20,8 @@ from nabla_trl.utils.progress import PrintableConsole
 SOLVE_HELP = """--json prints one object:
   problem_id, task, method, seed, prompt, response, answer, gold, correct, error
   initial, prompt_ids, initial_ids, response_ids   first response, token ids
-  reward_initial, reward      null for NaN, "-inf" where the reward cannot read
-                              the response
+  reward_initial, reward      null where the reward has no finite value, as for a
+                              response that it cannot read
   revisions                   [{round, position, old_token, new_token, suffix,
                               old_text, new_text, prefix_text, suffix_text,
                               reward_before, reward_after, accepted,
@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
             with AnswerChecker() as checker:
                 [trace] = grade_traces([trace], checker)
     if extra.json:
-        text = json.dumps(trace.to_dict(), allow_nan=False)
+        text = json.dumps(trace.to_dict(infinite_as_none=True), allow_nan=False)
         print(text.replace("\x7f", "\\u007f"))  # the only control character that json.dumps does not escape
     elif trace.error is None:
         print_trace(trace, problem.question, policy.decode, console)

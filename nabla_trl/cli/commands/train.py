@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
             search_config=search_config,
             given_options=given,
             split=args.train_split,
-            max_problems=args.max_train_problems,
+            max_problems=args.max_train_problems or None,
             model_options={
                 "dtype": args.dtype,
                 "device": str(state.device),

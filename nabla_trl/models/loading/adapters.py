@@ -116,7 +116,9 @@ def resolve_adapters(name: str, revision: str | None = None) -> AdapterChain:
     return AdapterChain(tuple(adapters), name, revision)
 
 
-def merge_adapter(model: PreTrainedModel, adapter: str, *, required_head: str | None = None) -> PreTrainedModel:
+def merge_adapter(
+    model: PreTrainedModel, adapter: str, *, required_head: str | None = None, saved_folder: str = ""
+) -> PreTrainedModel:
     """Merge a LoRA adapter into the weights, in their own dtype, so that the logits are those of the trained model.
 
     A weight that serves as embedding and as head is split first if the adapter changes it. On a quantized base the
@@ -124,15 +126,17 @@ def merge_adapter(model: PreTrainedModel, adapter: str, *, required_head: str | 
 
     Args:
         required_head: name of the score head's weight, random in `model`, that the adapter must hold ("score.weight").
+        saved_folder: name of the folder that a training of this model in memory has written it to. The base of an
+            adapter may be such a folder.
 
     Raises:
         ValueError: not an adapter folder, or an adapter for another base, without effect, without the head, or of a
             kind that cannot be merged.
     """
-    base = model.name_or_path
+    base = model.name_or_path or type(model).__name__
     if not is_adapter(adapter) and Path(adapter).exists():
         raise ValueError(f"{adapter} is not an adapter: it has no {ADAPTER_CONFIG_FILE}")
-    _check_base_model(adapter, base)
+    _check_base_model(adapter, model, saved_folder)
     with _wrap_load_errors(adapter, base):
         has_head = required_head is None or _has_weight(adapter, required_head)
     if not has_head:
@@ -256,10 +260,13 @@ def _check_merged_logits(trained: Tensor, merged: Tensor, share: float, adapter:
         )
 
 
-def _check_base_model(adapter: str, base: str) -> None:
+def _check_base_model(adapter: str, model: PreTrainedModel, saved_folder: str) -> None:
     """Refuse an adapter for another base. A hub id and a local copy cannot be told apart, and are accepted."""
-    if not is_adapter(adapter):
+    base = model.name_or_path
+    if not is_adapter(adapter) or not base:  # a model that was made in memory has no name
         return
     expected = read_json_file(Path(adapter, ADAPTER_CONFIG_FILE)).get("base_model_name_or_path") or base
-    if not is_same_model(base, expected) and Path(base).exists() == Path(expected).exists():
+    if is_same_model(base, expected) or Path(base).exists() != Path(expected).exists():
+        return
+    if Path(expected).name != saved_folder:
         raise ValueError(f"adapter {adapter} was made for {expected}, not for {base}")

@@ -63,8 +63,8 @@ def find_tokenizer(tokenizer: Any, name: str, revision: str | None = None) -> Pr
         raise ValueError(f"expected a tokenizer of transformers or the name of one, not {type(tokenizer).__name__}")
     if not (tokenizer or name):
         raise ValueError(
-            "the model in memory has no name by which its tokenizer could be found: give the tokenizer, too, as in "
-            "load_policy(model, tokenizer)"
+            "the model in memory has no name by which its tokenizer could be found: give the tokenizer, too "
+            "(tokenizer of a policy, reward_tokenizer of a reward), as in load_policy(model, tokenizer)"
         )
     return load_tokenizer(name, revision) if tokenizer is None else load_tokenizer(tokenizer)
 
@@ -88,6 +88,11 @@ def check_stays_as_loaded(model: PreTrainedModel, *, dtype: Any, device: Any) ->
 def name_model(model: PreTrainedModel) -> str:
     """Return a name for a model in memory, with a hash of its weights: they may be others than those of its files."""
     return f"{model.name_or_path or type(model).__name__}{_IN_MEMORY}{_hash_model(model)})"
+
+
+def get_saved_folder_name(model: PreTrainedModel) -> str:
+    """Return the name of the folder that holds a model in memory once a training has written it to its run."""
+    return f"policy-{_hash_model(model)}"
 
 
 def is_name_in_memory(name: str) -> bool:

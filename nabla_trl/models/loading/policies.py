@@ -14,7 +14,13 @@ from nabla_trl.models.decoding import TransformersBackend
 from nabla_trl.models.flops import measure_model_size
 from nabla_trl.models.heads import OutputHead
 from nabla_trl.models.loading.adapters import merge_adapter, resolve_adapters
-from nabla_trl.models.loading.in_memory import check_stays_as_loaded, find_tokenizer, name_model, unwrap_model
+from nabla_trl.models.loading.in_memory import (
+    check_stays_as_loaded,
+    find_tokenizer,
+    get_saved_folder_name,
+    name_model,
+    unwrap_model,
+)
 from nabla_trl.models.loading.pretrained import get_device_name, get_dtype_name, load_model, trusting_remote_code
 from nabla_trl.models.loading.quantization import fix_quantized_gradients
 from nabla_trl.models.options import PromptOptions
@@ -76,7 +82,8 @@ def load_policy(
         check_prompt_options(options, own_tokenizer, name)
         model = model if adapter is None else deepcopy(model)
     if adapter is not None:
-        model = merge_adapter(model, adapter)
+        saved_folder = "" if isinstance(name_or_model, str | Path) else get_saved_folder_name(model)
+        model = merge_adapter(model, adapter, saved_folder=saved_folder)
     policy = freeze_policy(model, own_tokenizer, name if adapter is None else f"{name}+{adapter}")
     return replace(policy, prompt_options=options)
 
