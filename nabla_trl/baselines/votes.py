@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -78,7 +79,9 @@ def read_dirichlet_consistency(responses: Sequence[PooledResponse], config: Base
     return Reading(_choose(responses[:num_read]), num_read)
 
 
-def count_responses_to_read(answers: Sequence[str | None], compute_probability: Callable[[list[int]], float]) -> int:
+def count_responses_to_read(
+    answers: Sequence[str | None], compute_probability: Callable[[tuple[int, ...]], float]
+) -> int:
     """Return after how many answers adaptive consistency stops.
 
     Args:
@@ -88,7 +91,7 @@ def count_responses_to_read(answers: Sequence[str | None], compute_probability: 
     for number, answer in enumerate(answers, 1):
         if answer is not None:
             votes[normalize_answer(answer)] += 1
-        if votes and compute_probability([count for _, count in votes.most_common()]) > STOP_PROBABILITY:
+        if votes and compute_probability(tuple(count for _, count in votes.most_common())) > STOP_PROBABILITY:
             return number
     return len(answers)
 
@@ -97,10 +100,13 @@ def compute_majority_probability(votes: Sequence[int]) -> float:
     """Return P(p > 1/2) for p ~ Beta(v1 + 1, v2 + 1) of the two most common answers, by the equal binomial tail."""
     first, second = [*votes, 0][:2]
     num_trials = first + second + 1
-    return math.fsum(math.comb(num_trials, count) for count in range(first + 1)) / 2**num_trials
+    return (
+        sum(math.comb(num_trials, count) for count in range(first + 1)) / 2**num_trials
+    )  # whole numbers: no overflow
 
 
-def compute_lead_probability(votes: Sequence[int]) -> float:
+@lru_cache(maxsize=100_000)  # a budget reads the same responses again for each further one
+def compute_lead_probability(votes: tuple[int, ...]) -> float:
     """Return P(p1 > max of the others) for p ~ Dirichlet(v + 1). A single answer is compared with one of no votes.
 
     A Dirichlet vector is a vector of Gamma variables divided by their sum. So the probability is ∫ f1(x)·Π Fj(x) dx,
@@ -118,11 +124,9 @@ def compute_lead_probability(votes: Sequence[int]) -> float:
 
 def _compute_gamma_cdf(x: np.ndarray, count: int) -> np.ndarray:
     """Return P(X ≤ x) for X ~ Gamma(count + 1): 1 − Σ_{k ≤ count} x^k·e^−x/k!."""
-    term = np.exp(-x)
-    upper_tail = term.copy()
-    for k in range(1, count + 1):
-        term = term * x / k
-        upper_tail += term
+    upper_tail, log_x = np.zeros_like(x), np.log(x)
+    for k in range(count + 1):  # each term by its logarithm, since e^−x alone vanishes where x is above 745
+        upper_tail += np.exp(k * log_x - x - math.lgamma(k + 1))
     return 1 - upper_tail
 
 

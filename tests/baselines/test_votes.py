@@ -60,13 +60,20 @@ def test_the_probability_of_a_majority_is_that_of_the_beta_distribution(first: i
     assert compute_majority_probability([first, second]) == pytest.approx(beta.sf(0.5, first + 1, second + 1))
 
 
+@pytest.mark.parametrize(("first", "second"), [(700, 650), (900, 899), (3000, 2950)])
+def test_many_votes_neither_overflow_nor_vanish(first: int, second: int) -> None:
+    expected = pytest.approx(beta.sf(0.5, first + 1, second + 1), abs=1e-4)
+    assert compute_majority_probability((first, second)) == expected
+    assert compute_lead_probability((first, second)) == expected
+
+
 @pytest.mark.parametrize("votes", [[1], [5], [4, 2], [3, 2, 2], [6, 3, 1, 1], [200, 180, 5]])
 def test_the_probability_of_a_lead_is_that_of_the_dirichlet_distribution(votes: list[int]) -> None:
     parameters = np.array([*votes, 0] if len(votes) == 1 else votes) + 1
     draws = np.random.default_rng(0).dirichlet(parameters, size=200_000)
-    assert compute_lead_probability(votes) == pytest.approx((draws.argmax(1) == 0).mean(), abs=4e-3)
+    assert compute_lead_probability(tuple(votes)) == pytest.approx((draws.argmax(1) == 0).mean(), abs=4e-3)
     if len(votes) < 3:  # then it is the Beta criterion, as in the authors' code
-        assert compute_lead_probability(votes) == pytest.approx(compute_majority_probability(votes), abs=1e-4)
+        assert compute_lead_probability(tuple(votes)) == pytest.approx(compute_majority_probability(votes), abs=1e-4)
 
 
 @pytest.mark.parametrize(
