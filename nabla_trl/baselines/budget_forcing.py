@@ -41,7 +41,8 @@ def run_budget_forcing(
 
     Args:
         size: how often the end of the thought is suppressed. None: as long as the budget leaves tokens for a thought.
-        max_flops: budget per problem, the prompt included. It shortens the longest thought.
+        max_flops: budget per problem, the prompt included. It shortens the longest thought, and an answer that would
+            go beyond it. A quarter of the longest response is left for the answer, whatever the budget.
         method_name: name of the method in the traces.
         batch_size: problems worked on together.
 
@@ -100,20 +101,27 @@ async def _think_and_answer(draft: _Draft, size: int | None, config: BaselineCon
         num_extensions, is_closed = num_extensions + 1, False
     if not is_closed:
         await draft.write(closing_ids)
-    if len(draft.ids) < draft.limit:
-        await draft.draw(draft.limit - len(draft.ids), ())
+    num_left = draft.limit - len(draft.ids)
+    if max_flops:  # a thought that the budget cut short leaves no more tokens for the answer
+        num_left = min(num_left, max(_count_affordable_tokens(draft, max_flops), draft.limit - thought_limit))
+    if num_left > 0:
+        await draft.draw(num_left, ())
 
 
 def _count_thought_tokens(draft: _Draft, thought_limit: int, max_flops: float) -> int:
     """Return how many more tokens the thought may have, so that an answer still fits into limit and budget."""
     num_left = thought_limit - len(draft.ids)
     if max_flops:
-        policy, counter = draft.engine.policy, draft.engine.flop_counter
-        token_flops = policy.size.compute_forward_flops(len(draft.prompt_ids) + len(draft.ids), 1)
-        affordable = (max_flops - counter.get_cost(draft.problem.id).flops) / token_flops
-        num_left = min(num_left, int(affordable) - (draft.limit - thought_limit))
+        num_left = min(num_left, _count_affordable_tokens(draft, max_flops) - (draft.limit - thought_limit))
     # The first thought has at least one token, whatever is left.
     return num_left if draft.ids else max(1, num_left)
+
+
+def _count_affordable_tokens(draft: _Draft, max_flops: float) -> int:
+    """Return how many more tokens fit into the budget, each at the cost of the next one."""
+    policy, counter = draft.engine.policy, draft.engine.flop_counter
+    token_flops = policy.size.compute_forward_flops(len(draft.prompt_ids) + len(draft.ids), 1)
+    return int((max_flops - counter.get_cost(draft.problem.id).flops) / token_flops)
 
 
 @dataclass

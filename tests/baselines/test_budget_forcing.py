@@ -85,6 +85,16 @@ def test_it_runs_at_sizes_and_budgets(thinker: Policy) -> None:
     assert get_baseline_settings(["budget_forcing_1"], setup)["thinking"]["wait_text"] == "ab"
 
 
+def test_an_answer_stays_within_the_budget_that_cut_its_thought(thinker: Policy) -> None:
+    """A policy that hardly ever ends its turn would answer up to the longest response."""
+    talker = worlds.tiny_policy(tokenizer=thinker.tokenizer, seed=5)
+    free = force(talker, 1, sampling=Sampling(max_new_tokens=200))
+    assert max(len(trace.response_ids) for trace in free) > 100
+    max_flops = 70 * talker.size.compute_forward_flops(20, 1)  # 50 tokens are left for the answer
+    for trace in force(talker, None, sampling=Sampling(max_new_tokens=200), max_flops=max_flops):
+        assert trace.cost.flops <= 1.15 * max_flops
+
+
 def test_a_policy_that_does_not_think_is_refused(policy: Policy, thinker: Policy, scalar_reward: Reward) -> None:
     setup = EvaluationSetup(policy, scalar_reward, SearchConfig(), (0,))
     worlds.refused(lambda: check_methods(["budget_forcing_1"], setup, {}), "needs a policy that thinks")
