@@ -166,6 +166,11 @@ class StepTree:
     def spent_flops(self) -> float:
         return self.settings.engine.flop_counter.get_cost(self.problem.id).flops
 
+    @property
+    def is_budget_spent(self) -> bool:
+        """Return whether nothing is left of the budget, if there is one."""
+        return 0 < self.settings.max_flops <= self.spent_flops
+
     def count_affordable_responses(self, nodes: Sequence[StepNode] | None = None) -> int:
         """Return how many responses are expected to fit into the rest of the budget.
 

@@ -31,7 +31,7 @@ async def entropy_branching(tree: StepTree, size: int | None) -> None:
     response keeps its place as long as it is one of the best. At a budget, the number of beams is what fits.
 
     Differences from the paper: The threshold is given and not learned. All beams begin with the empty response, where
-    the paper begins with one beam. Equal steps from one place count once.
+    the paper begins with one beam. Equal prefixes count once.
     """
     await run_with_size(tree, size, lambda num_beams: _branch_where_uncertain(tree, num_beams))
 
@@ -48,13 +48,18 @@ async def _branch_where_uncertain(tree: StepTree, num_beams: int) -> None:
             for parent, child in dict.fromkeys(zip(active, children, strict=True))
             if (fork := _fork_where_uncertain(tree, parent, child)) is not None
         ]
-        requests = [fork for fork in forks for _ in range(tree.config.steps_per_prefix - 1)]
+        num_branches = 0 if tree.is_budget_spent else tree.config.steps_per_prefix - 1  # the first response goes on
+        requests = [fork for fork in forks for _ in range(num_branches)]
         requests = requests[: tree.count_affordable_responses(requests)] if requests else []
         branches = await tree.draw_steps(requests) if requests else []
         complete = [node for node in beams if node.is_complete]
-        nodes = [node for node in dict.fromkeys([*complete, *children, *branches]) if node.reward > -math.inf]
+        # A branch may write what its step wrote. Their rewards differ by rounding, which must not decide what goes on.
+        distinct: dict[tuple[int, ...], StepNode] = {}
+        for node in (*complete, *children, *branches):
+            distinct.setdefault(tuple(node.token_ids), node)
+        nodes = [node for node in distinct.values() if node.reward > -math.inf]
         previous, beams = beams, sorted(nodes, key=lambda node: -node.reward)[:num_beams]
-        for node in {*previous, *forks, *nodes}:
+        for node in {*previous, *forks, *children, *branches}:
             if node.is_complete or node not in beams:
                 node.release_caches()
 

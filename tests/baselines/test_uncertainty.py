@@ -99,6 +99,31 @@ def test_rewards_are_those_of_whole_responses_and_batches_do_not_matter(
     assert (alone.response_ids, alone.cost.flops) == (together[1].response_ids, together[1].cost.flops)
 
 
+def test_a_branch_that_writes_what_its_step_wrote_counts_once(monkeypatch: pytest.MonkeyPatch, small: Policy) -> None:
+    """Else rounding, which depends on the batch, would decide which of the two goes on."""
+    reward, kept = worlds.tiny_scalar(small, context=64), list[list[StepNode]]()
+    draw_steps = StepTree.draw_steps
+
+    async def note_beams(tree: StepTree, nodes: list[StepNode]) -> list[StepNode]:
+        kept.append([node for node in nodes if node.tree_path[-1] >= 0])  # no forks
+        return await draw_steps(tree, nodes)
+
+    monkeypatch.setattr(StepTree, "draw_steps", note_beams)
+    run("entropy_branching", small, reward, 6, replace(STEPS, max_step_tokens=1, entropy_threshold=0.0))
+    assert any(len(set(beams)) > 1 for beams in kept)
+    for beams in kept:
+        assert len({tuple(node.token_ids) for node in beams}) == len(set(beams))
+
+
+def test_branches_are_drawn_only_from_a_budget_that_is_left(small: Policy, small_reward: Reward) -> None:
+    """The first response is drawn whatever it costs, and nothing beside it."""
+    config = replace(STEPS, entropy_threshold=0.0)
+    spent = run("entropy_branching", small, small_reward, None, config, max_flops=1.0)
+    plain = run("entropy_branching", small, small_reward, 1, replace(STEPS, entropy_threshold=100.0))
+    for trace, alone in zip(spent, plain, strict=True):
+        assert (trace.response_ids, trace.cost.flops) == (alone.response_ids, alone.cost.flops)
+
+
 def test_a_fork_goes_on_as_its_prefix_would(small: Policy, small_reward: Reward) -> None:
     """With its own token, or with another one in its place."""
     seen: list[tuple[StepNode, StepNode]] = []
