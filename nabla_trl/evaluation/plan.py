@@ -259,7 +259,8 @@ class EvaluationSetup:
                 batch_size=self._get_pool_batch_size(1),
                 pilot=self.baseline_config.allocation_pilot,
             )
-            size, name = max(len(entry.responses) for entry in pool.entries), str(method)
+            # At least 2, because a choice among one response is not charged the reward, which the allocation has read.
+            size, name = max(2, *(len(entry.responses) for entry in pool.entries)), str(method)
             if method.name == "allocated_best_of":
                 return pools.select_best_of_n(pool, size, name)
             if method.name == "allocated_weighted_best_of":

@@ -191,6 +191,15 @@ def test_the_methods_run_at_a_budget_of_all_problems(problems, policy, scalar_re
         assert has_reward_cost == Method.parse(job.methods[0]).needs_reward
 
 
+def test_the_reward_is_charged_even_where_no_problem_gets_a_second_response(problems, policy, scalar_reward):
+    names = ["best_of_1", *(f"{name}@best_of_1" for name in ("allocated_best_of", "allocated_weighted_best_of"))]
+    setup = EvaluationSetup(policy, scalar_reward, SearchConfig(max_new_tokens=6), (0,))
+    single, *allocated = stepwise(plan_jobs(names, setup, {}, (mean_flops := {}).__getitem__), problems, mean_flops)
+    for _, traces in allocated:
+        for trace, one in zip(traces, single[1], strict=True):
+            assert trace.response_ids == one.response_ids and trace.cost.flops > one.cost.flops
+
+
 def stepwise(jobs, problems, mean_flops):
     """Run each job before the next one is planned, and note what its first method costs."""
     for job in jobs:
