@@ -106,8 +106,11 @@ def compute_breakeven(
         lm_eval_options: `task`, `metric` and `filter_name` of `read_lm_eval_rows`.
 
     Raises:
-        ValueError: rows that cannot be read, unknown methods, or methods without a common problem.
+        ValueError: rows that cannot be read, unknown methods, methods without a common problem, or a price that is not
+            positive.
     """
+    if dollars_per_gpu_hour is not None and not 0 < dollars_per_gpu_hour < math.inf:
+        raise ValueError(f"dollars_per_gpu_hour must be positive, not {dollars_per_gpu_hour:g}")
     source = load_sources(results, **lm_eval_options)
     trained, baselines = _select_methods(source.rows, trained, baselines)
     rate = source.dollars_per_gpu_hour if dollars_per_gpu_hour is None else dollars_per_gpu_hour

@@ -41,11 +41,21 @@ class TrainingCost:
 
 @dataclass(frozen=True)
 class Price:
-    """FLOPs, wall seconds, and seconds of devices, which are what is paid for. None: not known."""
+    """FLOPs, wall seconds, and seconds of devices, which are what is paid for. None: not known.
+
+    Raises:
+        ValueError: an amount that is negative or not finite.
+    """
 
     flops: float | None = None
     seconds: float | None = None
     device_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            amount = getattr(self, item.name)
+            if amount is not None and not 0 <= amount < math.inf:
+                raise ValueError(f"a price must be a finite number of at least 0, not {amount} {item.name}")
 
     def __add__(self, other: Price) -> Price:
         names = [field.name for field in fields(self)]

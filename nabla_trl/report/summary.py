@@ -102,7 +102,8 @@ def _compute_means(grids: Mapping[str, ResultGrid], dollars_per_gpu_hour: float 
     }
     if dollars_per_gpu_hour is not None:
         for method in grids:
-            means[f"dollars.{method}"] = _scale(means[f"seconds.{method}"], dollars_per_gpu_hour / SECONDS_PER_HOUR)
+            if (seconds := means.get(f"seconds.{method}")) is not None:  # an lm-eval log may not know them
+                means[f"dollars.{method}"] = _scale(seconds, dollars_per_gpu_hour / SECONDS_PER_HOUR)
     errors = {
         f"errors.{method}": Interval.exact(grid.num_errors, len(grid.seeds), len(grid.problems))
         for method, grid in grids.items()

@@ -112,6 +112,12 @@ def test_options_win_over_the_facts_and_leave_the_rest(folder):
     assert values(pairs, "dollars")["nabla"] == pytest.approx(10)
 
 
+@pytest.mark.parametrize("rate", [0.0, -2.5, float("nan")])
+def test_the_price_of_a_gpu_hour_is_positive(folder, rate):
+    with pytest.raises(ValueError, match="dollars_per_gpu_hour must be positive"):
+        compute_breakeven(folder, dollars_per_gpu_hour=rate)
+
+
 def test_rows_of_several_files_meet_on_the_problems_that_both_have(tmp_path):
     trained = tmp_path / "trained.jsonl"
     trained.write_text(format_rows(make_rows({"sft_greedy": WORLD["sft_greedy"]}, range(20, 80))))

@@ -67,6 +67,13 @@ def test_dollars_follow_the_seconds_of_devices():
     assert result.queries is not None and result.queries.value == pytest.approx(2.0 / (20 * 0.1))
 
 
+@pytest.mark.parametrize("amount", [-1.0, float("nan"), float("inf")])
+def test_a_price_is_a_number_of_at_least_zero(amount):
+    for name in ("flops", "seconds", "device_seconds"):
+        with pytest.raises(ValueError, match=f"a price must be .*, not {amount} {name}"):
+            Price(**{name: amount})
+
+
 def test_prices_are_read_from_the_facts_of_a_run():
     entry = {"label": "sft", "method": "sft", "beta": None, "tuning": "lora", "train_flops": 5.0, "train_seconds": 3.0}
     facts = {"trained": [entry | {"processes": 4}], "reward_train_flops": 7.0}

@@ -191,6 +191,13 @@ def test_summary_equals_plain_means_of_the_rows(summary):
     assert summary["pgr_nabla.sft_greedy"]["value"] == pytest.approx(0.75)
 
 
+def test_dollars_are_left_out_where_seconds_are_not_known():
+    rows = [replace(row, seconds=math.nan) if row.method == "greedy" else row for row in make_rows()]
+    summary = summarize(rows, FACTS | {"dollars_per_gpu_hour": 3600.0})
+    assert "accuracy.greedy" in summary and not {"seconds.greedy", "dollars.greedy"} & summary.keys()
+    assert summary["dollars.nabla"]["value"] == pytest.approx(summary["seconds.nabla"]["value"])
+
+
 def test_break_even_pays_the_training_back(summary):
     queries = summary["break_even.sft_greedy-best_of_16"]["value"]
     assert 9.2e9 + queries * 4e6 == pytest.approx(queries * 96e6)
