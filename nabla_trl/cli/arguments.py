@@ -60,9 +60,10 @@ class PolicyRewardArguments:
 
     policy: str = required_option(POLICY_HELP)
     reward: str = required_option(REWARD_HELP)
-    dtype: str = option(
-        "float32",
-        "Data type of the frozen models' weights: float32, bfloat16 or float16. Use bfloat16 on a GPU to save memory.",
+    dtype: str | None = option(
+        None,
+        "Data type of the frozen models' weights: float32, bfloat16 or float16. bfloat16 takes half the memory of "
+        "float32 (default: bfloat16 on a GPU that has it, else float32).",
         common=True,
     )
     vllm_url: str | None = option(
@@ -124,6 +125,7 @@ class PolicyRewardArguments:
             problems: whose prompts are written.
             max_new_tokens: longest response. 0: not checked.
         """
+        from nabla_trl.models.loading import get_dtype_name
         from nabla_trl.planning import preflight
 
         quiet_libraries()
@@ -148,7 +150,8 @@ class PolicyRewardArguments:
             if len(checks.faults) == num_faults:
                 with checks.collect():
                     models = preflight.list_frozen_models(self.policy, self.reward)
-                    preflight.check_memory(models, dtype=self.dtype, device=device)
+                    dtype = get_dtype_name(self.dtype, device)
+                    preflight.check_memory(models, dtype=dtype, device=device)
 
     def build_pair(self, **options: Any) -> ModelPair:
         """Return the policy and the reward, which are loaded when they are first needed.

@@ -21,7 +21,7 @@ from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_baseli
 from nabla_trl.evaluation.results import load_results, store_results
 from nabla_trl.evaluation.rows import Row, RowStore, build_row, read_rows
 from nabla_trl.evaluation.runner import compute_mean_flops
-from nabla_trl.models.loading import load_policy, set_trust_remote_code
+from nabla_trl.models.loading import get_dtype_name, load_policy, set_trust_remote_code
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.vllm_backend import connect_vllm
@@ -197,7 +197,7 @@ class HarnessModel:
         preset: str = "default",
         method: str = "nabla",
         adapter: str | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         device: str | None = None,
         vllm_url: str | None = None,
         trust_remote_code: bool = False,
@@ -229,6 +229,7 @@ class HarnessModel:
         if enable_thinking is not None:
             keywords = {**keywords, "enable_thinking": enable_thinking}
         set_trust_remote_code(trust_remote_code)
+        dtype = get_dtype_name(dtype, device)
         loaded = load_policy(
             policy,
             dtype=dtype,

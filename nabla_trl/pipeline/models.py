@@ -46,7 +46,8 @@ class ModelPair:
         reward: what `load_reward` takes.
         tokenizer: of a policy in memory, or its name. None: that of the model's name.
         reward_tokenizer: of a reward model in memory, or its name. None: that of the model's name.
-        dtype: data type of models that are loaded by name: float32 (None), bfloat16 or float16.
+        dtype: data type of models that are loaded by name: float32, bfloat16 or float16. None: bfloat16 on a GPU that
+            has it, else float32.
         device: device of models that are loaded by name. None: that of the policy if it is in memory, else a GPU if
             there is one, else the CPU.
         adapter: LoRA adapter of the policy, as a hub id or folder.
@@ -254,7 +255,7 @@ class ModelPair:
     def get_settings(self) -> dict[str, str]:
         """Return the settings of the models that results depend on, without the adapter (see `claim_settings`)."""
         is_named = isinstance(self.policy_source, str | Path)
-        dtype = get_dtype_name(self.dtype) if is_named else describe_dtype(self._load_policy().model)
+        dtype = get_dtype_name(self.dtype, self.device) if is_named else describe_dtype(self._load_policy().model)
         is_function = self._reward is not None and not self._reward.has_gradient
         identity = self.reward_name if is_function else compute_reward_identity(self.reward_name)
         models = {"policy": self.policy_name, "reward": identity, "dtype": dtype}

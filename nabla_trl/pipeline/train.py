@@ -282,7 +282,7 @@ class TrainingCall:
 
     def _find_policy(self, traces_run_dir: Path, state: PartialState) -> tuple[PolicySource, str, str]:
         """Return what loads the policy, its name (that of a folder for a model in memory), and its data type."""
-        dtype = get_dtype_name(self.model_options.get("dtype"))
+        dtype = get_dtype_name(self.model_options.get("dtype"), state.device)
         if self.policy is None:
             settings_file = traces_run_dir / f"{TRACES_DIR}.settings.json"
             if not settings_file.exists():
@@ -369,7 +369,7 @@ def _split_config(
     if config is not None and not isinstance(config, Mapping):
         raise ValueError(f"config is a mapping of options or an SFTConfig, not {type(config).__name__}")
     given = coerce_fields(config or {}, [TrainOptions, TrainerConfig, TrlOptions], source="config")
-    machine_defaults = {name: value for name, value in machine.get_defaults().items() if name != "dtype"}
+    machine_defaults = machine.get_defaults()
     if dtype == "bfloat16" and given.get("tuning") != "full" and "fp16" not in given:
         machine_defaults["bf16"] = True  # the adapter is in float32, beside weights that are not
     trainer_values = {"max_length": None, **machine_defaults, **_select(given, TrainerConfig)}

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from trl import SFTConfig
 
-from nabla_trl.models.loading import DTYPES
+from nabla_trl.models.loading import DTYPES, has_bfloat16
 from nabla_trl.planning.batches import choose_search_batch_size, choose_train_batch_size
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.training.offline import TrainOptions
@@ -49,8 +49,7 @@ class Machine:
         """Return the machine of this process. The total memory counts, so that a resumed run chooses alike."""
         if state.device.type == "cuda":
             memory: float = torch.cuda.mem_get_info(state.device)[1]
-            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            return cls("cuda", memory, has_bfloat16, state.num_processes, torch.cuda.device_count())
+            return cls("cuda", memory, has_bfloat16(state.device), state.num_processes, torch.cuda.device_count())
         memory = psutil.virtual_memory().total
         if _CGROUP_LIMIT_FILE.exists() and (limit := _CGROUP_LIMIT_FILE.read_text().strip()).isdigit():
             memory = min(memory, int(limit))  # of a container
@@ -59,10 +58,9 @@ class Machine:
 
     def get_defaults(self) -> dict[str, Any]:
         """Return the options that depend on the machine alone. An option of the run wins over them."""
-        dtype = "bfloat16" if self.has_bfloat16 else "float32"
         device = {"use_cpu": True} if self.device == "cpu" else {}
         # TRL's default of bf16 is true without fp16, on any machine.
-        return {"dtype": dtype, **device} | ({} if self.has_bfloat16 else {"bf16": False})
+        return device | ({} if self.has_bfloat16 else {"bf16": False})
 
     def describe(self, dtype: str, search_batch: int, config: SFTConfig) -> str:
         """Return the line that says where and how a run computes."""

@@ -21,6 +21,7 @@ from nabla_trl.models.loading import (
     ADAPTER_CONFIG_FILE,
     DTYPES,
     find_adapter_folder,
+    has_bfloat16,
     is_adapter,
     load_tokenizer,
     resolve_adapters,
@@ -107,7 +108,7 @@ def check_device(device: str | None, dtype: str | None = None) -> None:
     checks.require(dtype is None or dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     with checks.collect():
         resolved = resolve_device(device)
-        if dtype == "bfloat16" and resolved.startswith("cuda") and not torch.cuda.is_bf16_supported(False):
+        if dtype == "bfloat16" and resolved.startswith("cuda") and not has_bfloat16(resolved):
             raise ValueError(f"{torch.cuda.get_device_name(resolved)} does not compute in bfloat16: use float16")
     checks.raise_faults()
 

@@ -109,7 +109,7 @@ def load_reward(
             The models of a Python mapping may be in memory too.
         tokenizer: of models in memory, or its name. None: that of the model's name.
         policy: its tokens and prompts are what the reward reads.
-        dtype: None: float32, and for a model in memory its own.
+        dtype: None: bfloat16 on a GPU that has it, else float32, and for a model in memory its own.
         device: None: a GPU if there is one, and for a model in memory where it is.
         batch_size: responses that are scored together (default: 256).
         conversational: how a function gets texts (see `FunctionReward`).
@@ -132,7 +132,7 @@ def load_reward(
     if isinstance(spec, torch.nn.Module):
         plan = _add_audit_of_files(plan, models[plan.name][0])
     with trusting_remote_code(trust_remote_code):
-        reward = _Loader(policy, get_dtype_name(dtype), get_device_name(device), models).load(plan)
+        reward = _Loader(policy, get_dtype_name(dtype, device), get_device_name(device), models).load(plan)
     reward.batch_size, reward.validated_limits = batch_size, plan.validated_limits
     reward.gradient_at = plan.gradient_at or reward.gradient_at
     reward.gradient_unhelpful = plan.validated_limits is not None and plan.gradient_at is None

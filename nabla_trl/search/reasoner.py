@@ -87,7 +87,7 @@ class NablaReasoner:
             tokenizer: of a policy in memory. None: that of the model's name.
             reward_tokenizer: of a reward model in memory. None: that of the model's name.
             adapter: folder of a LoRA adapter of the policy.
-            dtype: data type of models that are loaded by name. None: float32.
+            dtype: data type of models that are loaded by name. None: bfloat16 on a GPU that has it, else float32.
             device: device of models that are loaded by name. None: a GPU if there is one.
             vllm_url: address of a vLLM server that generates the responses. It does not support an adapter.
             prompt_options: how the policy is prompted. None: with its chat template.

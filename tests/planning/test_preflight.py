@@ -13,7 +13,12 @@ import pytest
 import torch
 import worlds
 
+from nabla_trl.cli.arguments import ModelArguments
+from nabla_trl.cli.commands.train import TrainArguments
+from nabla_trl.cli.distill.arguments import DistillArguments
+from nabla_trl.models.loading import get_dtype_name
 from nabla_trl.models.options import PromptOptions
+from nabla_trl.pipeline.models import ModelPair
 from nabla_trl.planning import preflight
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.utils.faults import Checks, Faults
@@ -137,3 +142,19 @@ def test_a_server_that_is_not_there() -> None:
     with pytest.raises(Faults) as caught:
         preflight.check_vllm_server("http://127.0.0.1:9,nonsense", POLICY)
     assert len(caught.value.lines) == 2
+
+
+@pytest.mark.parametrize(("has_bfloat16", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_every_stage_chooses_the_same_dtype_on_a_gpu(
+    has_bfloat16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traces of `nabla-trl traces` have the settings that `nabla-trl distill` has on the same GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: has_bfloat16)
+    for device in ("cuda", "cuda:0", torch.device("cuda", 1), None):
+        assert ModelPair(POLICY, "power:2", device=device).get_settings()["dtype"] == expected
+        assert get_dtype_name(None, device) == expected
+        assert get_dtype_name("float16", device) == get_dtype_name(torch.float16, device) == "float16"
+    assert ModelPair(POLICY, "power:2", device="cpu").get_settings()["dtype"] == "float32"
+    for command in (ModelArguments, DistillArguments, TrainArguments):
+        assert command.__dataclass_fields__["dtype"].default is None

@@ -23,12 +23,6 @@ class TrainArguments(PolicyRewardArguments):
 
     policy: str = option("", f"{POLICY_HELP} Default: the policy that the traces were made with.", common=True)
     reward: str = option("", f"For rloo and grpo. {REWARD_HELP}", common=True)
-    dtype: str = option(
-        "float32",
-        "Data type of frozen weights: float32, bfloat16 or float16 (default: bfloat16 on a GPU that has it, else "
-        "float32).",
-        common=True,
-    )
     train_methods: list[str] = field(
         default_factory=lambda: ["sft"],
         metadata={

@@ -51,12 +51,6 @@ DEFAULT_TRAINED_POLICY_METHODS = ("greedy", "best_of_1", "best_of_8", "samples_8
 class DistillArguments(PolicyRewardArguments):
     """Models, problems, stages and methods."""
 
-    dtype: str = option(
-        "float32",
-        "Data type of the frozen models' weights: float32, bfloat16 or float16 (default: bfloat16 on a GPU that has "
-        "it, else float32).",
-        common=True,
-    )
     dataset: str = option("digit_chains", f"{DATASET_HELP} The traces and the training use it.", common=True)
     eval_dataset: str = option(
         "",

@@ -74,7 +74,7 @@ def _collect_memory_faults(run: Any, checks: Checks) -> None:
 
     Nothing is said about sharded trainings, whose devices share the weights, and where the plan cannot be made.
     """
-    dtype, config, tuning = run.args.dtype, run.sft_config, run.train_options.tuning
+    dtype, config, tuning = run.dtype, run.sft_config, run.train_options.tuning
     is_sharded = getattr(config, "fsdp", None) or getattr(config, "deepspeed", None) or _is_sharded_launch(run)
     if checks.faults or is_sharded or dtype not in DTYPES or tuning == "qlora":
         return

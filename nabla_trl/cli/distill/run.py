@@ -50,7 +50,7 @@ from nabla_trl.evaluation.results import list_remarks, store_results
 from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts
 from nabla_trl.evaluation.runner import Evaluation
 from nabla_trl.grading.checker import AnswerChecker
-from nabla_trl.models.loading import DTYPES, set_trust_remote_code
+from nabla_trl.models.loading import DTYPES, get_dtype_name, set_trust_remote_code
 from nabla_trl.models.policy import Policy
 from nabla_trl.pipeline.audit import audit_samples
 from nabla_trl.pipeline.evaluation import collect_eval_settings, open_evaluation
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         checks.raise_faults(UsageError)
         if stall_watch:
             stall_watch.limit_seconds = 60 * run.args.stall_minutes
-        run.print_once(machine.describe(run.args.dtype, run.search_config.batch_size, run.sft_config))
+        run.print_once(machine.describe(run.dtype, run.search_config.batch_size, run.sft_config))
         with run.lock_output_dir(), run.checker:
             run.check_settings()
             log_to_folder(run.output_dir)
@@ -151,6 +151,7 @@ class DistillRun:
         self.trl_options = collect_trl_options(trl_options, sft_config, given_options)
         set_trust_remote_code(sft_config.trust_remote_code)
         self.state = PartialState()
+        self.dtype = get_dtype_name(args.dtype, self.state.device)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if self.state.num_processes != world_size:
             raise ValueError(f"WORLD_SIZE is {world_size}, but {self.state.num_processes} processes started")
@@ -163,11 +164,11 @@ class DistillRun:
         self._has_warned = False
         self.stopwatch = RunStopwatch(self.output_dir, START_TIME, float(os.environ.get("NABLA_SETUP_SECONDS", "0")))
         self.train_problems, self.callback_problems, self.held_out_problems = self._load_problems(checks)
-        if args.dtype == "bfloat16" and not {"bf16", "fp16"} & set(given_options):
+        if self.dtype == "bfloat16" and not {"bf16", "fp16"} & set(given_options):
             with checks.collect():  # an adapter on a half-precision base needs it
                 self.sft_config = replace(sft_config, bf16=True)
         self.all_options = self.given_options
-        if args.dtype in DTYPES:
+        if self.dtype in DTYPES:
             with checks.collect():
                 self.all_options = self._choose_batches(machine) | self.given_options
 
@@ -229,7 +230,7 @@ class DistillRun:
             policy=args.policy,
             reward=args.reward,
             methods=args.train_methods,
-            dtype=args.dtype,
+            dtype=self.dtype,
             search_config=self.search_config,
             train_options=self.train_options,
             lora=self.lora_arguments,
@@ -237,7 +238,7 @@ class DistillRun:
         )
         for name, value in chosen.items():
             setattr(self.search_config if name == "batch_size" else config, name, value)
-        return {"dtype": args.dtype, "bf16": config.bf16, **chosen}
+        return {"dtype": self.dtype, "bf16": config.bf16, **chosen}
 
     def load_models(self) -> tuple[Policy, Reward]:
         """Return the policy and the reward. The first call loads them, and warns past validated limits."""
@@ -379,7 +380,7 @@ class DistillRun:
         return TrainStage(
             run_dir=self.output_dir,
             policy=self.args.policy,
-            dtype=self.args.dtype,
+            dtype=self.dtype,
             problems=self.train_problems,
             callback_problems=self.callback_problems,
             search_config=self.search_config,

@@ -47,7 +47,8 @@ def load_policy(
             of transformers or PEFT in memory, which is put in eval mode and frozen. Or a policy, which is returned.
         tokenizer: tokenizer of a model in memory, or its name. None: that of the model's name. Of a model that is
             loaded by name: another tokenizer than its own.
-        dtype: data type of the weights. None: float32, and for a model in memory its own.
+        dtype: data type of the weights. None: bfloat16 on a GPU that has it, else float32, and for a model in memory
+            its own.
         device: None: a GPU if there is one, and for a model in memory where it is.
         adapter: LoRA adapter to merge into the model in memory. A model that the caller has loaded is copied before.
         trust_remote_code: run code from the model's repository where transformers has none of its own. None: as set
@@ -73,7 +74,7 @@ def load_policy(
             own_tokenizer = find_tokenizer(tokenizer, name, revision)
             check_prompt_options(options, own_tokenizer, name)
             model = load_causal_lm(
-                name, dtype=get_dtype_name(dtype), device=get_device_name(device), revision=revision
+                name, dtype=get_dtype_name(dtype, device), device=get_device_name(device), revision=revision
             )
     else:
         model = unwrap_model(name_or_model)

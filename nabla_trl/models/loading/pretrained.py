@@ -227,9 +227,24 @@ def _loading_weights(sharded: bool) -> Iterator[bool]:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
-def get_dtype_name(dtype: str | torch.dtype | None) -> str:
-    """Return the name of a data type that an option gives as text or as torch's object. None is float32."""
-    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
+def get_dtype_name(dtype: str | torch.dtype | None, device: str | torch.device | None = None) -> str:
+    """Return the name of the data type of frozen weights that an option gives, or leaves out.
+
+    Every command and function chooses by this rule, so that they can continue each other's results.
+
+    Args:
+        dtype: as text or as torch's object. None: bfloat16 on a GPU that computes in it, else float32.
+        device: that the weights are loaded to. None: a GPU if there is one, else the CPU.
+    """
+    if dtype is not None:
+        return str(dtype).removeprefix("torch.")
+    return "bfloat16" if has_bfloat16(device) else "float32"
+
+
+def has_bfloat16(device: str | torch.device | None) -> bool:
+    """Return whether a device is a GPU that computes in bfloat16 without emulation. None: the default device."""
+    is_gpu = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
+    return is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def get_device_name(device: str | torch.device | None) -> str | None:
