@@ -27,17 +27,20 @@ from nabla_trl.models.loading import (
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.policy import Policy
 from nabla_trl.pipeline.models import ModelPair, PolicySource, RewardSource, check_model_options
-from nabla_trl.pipeline.problems import collect_problems
+from nabla_trl.pipeline.problems import ProblemSet, collect_problems
 from nabla_trl.planning.machine import Machine, choose_batches
+from nabla_trl.planning.preflight import check_output_dir
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig, make_search_config
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import Problems
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TRACES_DIR, TraceWriter, list_trace_files, read_traces
-from nabla_trl.training.offline import OFFLINE_METHODS, TRAIN_METHODS, TrainingResult, TrainOptions
+from nabla_trl.training.offline import OFFLINE_METHODS, ONLINE_METHODS, TRAIN_METHODS, TrainingResult, TrainOptions
 from nabla_trl.training.peft import LoraArguments
+from nabla_trl.training.reporting import check_reporting
 from nabla_trl.training.stage import TrainStage
+from nabla_trl.training.trainers import check_amounts
 from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options, list_trl_faults
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import coerce_fields, format_suggestion
@@ -106,7 +109,7 @@ def train(
         raise ValueError(f"{' and '.join(placed)}: nothing is loaded by name here, so convert the model before")
     state = PartialState() if PartialState._shared_state else PartialState(cpu=not torch.cuda.is_available())
     options, sft_config, trl_options, given = _split_config(
-        config, Path(output_dir), Machine.detect(state), _get_dtype(policy, model_options.get("dtype"))
+        config, Path(output_dir), Machine.detect(state), _get_dtype(policy, model_options.get("dtype"), state)
     )
     learns_from_traces = method in OFFLINE_METHODS
     call = TrainingCall(
@@ -128,6 +131,9 @@ def train(
         model_options=model_options,
         command=f"nabla_trl.train({method!r}, …)",
     )
+    checks = Checks()
+    call.collect_faults(checks)
+    checks.raise_faults()
     return call.run(logger.info)[method]
 
 
@@ -165,7 +171,7 @@ class TrainingCall:
     command: str
 
     def run(self, say: Callable[[str], None]) -> dict[str, TrainingResult]:
-        """Check everything, then train a policy per method. Returns the records by method.
+        """Train a policy per method, after `collect_faults` found nothing. Returns the records by method.
 
         Args:
             say: prints a line about what was chosen or done.
@@ -173,7 +179,6 @@ class TrainingCall:
         Raises:
             ValueError: as `train`.
         """
-        self._check_methods()
         state = PartialState()
         with ExitStack() as stack:
             with state.main_process_first():
@@ -181,33 +186,50 @@ class TrainingCall:
                 traces_run_dir = self._prepare_traces(state.is_main_process)
             stage = self._build_stage(state, traces_run_dir, stack.enter_context(AnswerChecker()))
             checks = Checks()
-            for method in self.methods:
-                with checks.collect():
-                    stage.check_method(method)
-                with checks.collect():
-                    stage.check_settings(method)
+            _check_stage(stage, self.methods, checks)
             checks.raise_faults()
             return run_training(stage, self.methods, say)
 
-    def _check_methods(self) -> None:
-        checks = Checks()
+    def collect_faults(self, checks: Checks) -> None:
+        """Collect what is wrong with the methods, their options, the folders and the problems. Writes nothing."""
         for method in self.methods:
             if method not in TRAIN_METHODS:
                 near = format_suggestion(str(method), TRAIN_METHODS)
                 checks.add([f"unknown training method {method!r}{near}: choose from {', '.join(TRAIN_METHODS)}"])
-        checks.raise_faults()
-        checks.add(list_trl_faults(self.methods, self.trl_options))
-        online = ", ".join(method for method in self.methods if method not in OFFLINE_METHODS)
+        known = [method for method in self.methods if method in TRAIN_METHODS]
+        checks.add(list_trl_faults(known, self.trl_options))
+        online = ", ".join(method for method in known if method in ONLINE_METHODS)
         if online and self.reward is None and self.options.online_reward == "reward":
             checks.add([f"{online} needs a reward to maximize: give reward, or set online_reward verifier"])
         if online and self.problems is None:
             checks.add([f"{online} learns from problems: give a data set"])
         if not online and self.options.max_callback_problems:
             checks.add(["max_callback_problems evaluates during rloo and grpo here: leave it out, or use distill"])
-        checks.raise_faults()
+        for check in (partial(check_amounts, self.sft_config), partial(check_output_dir, self.output_dir)):
+            with checks.collect():
+                check()
+        if PartialState().is_main_process:
+            with checks.collect():
+                check_reporting(self.sft_config, len(self.methods))
+        with checks.collect():
+            self._collect_problems()
+        if self.traces is not None and not isinstance(self.traces, str | Path):
+            return
+        traces_run_dir = self.output_dir
+        with checks.collect():
+            traces_run_dir = self._prepare_traces(is_main_process=False)
+        if self.policy is None or isinstance(self.policy, str | Path):  # one in memory would be written
+            with checks.collect():
+                try:
+                    stage = self._build_stage(PartialState(), traces_run_dir, AnswerChecker())
+                except ValueError:
+                    if not checks.faults:
+                        raise
+                    return  # what it needs is among the faults already
+                _check_stage(stage, known, checks)
 
     def _prepare_traces(self, is_main_process: bool) -> Path:
-        """Return the folder of the run that holds the traces. Traces in memory are written to `output_dir`."""
+        """Return the folder that holds the traces. The main process writes those in memory to `output_dir`."""
         if self.traces is None or not any(method in OFFLINE_METHODS for method in self.methods):
             run_dir = self.output_dir
         elif isinstance(self.traces, str | Path):
@@ -227,13 +249,7 @@ class TrainingCall:
     def _build_stage(self, state: PartialState, traces_run_dir: Path, checker: AnswerChecker) -> TrainStage:
         source, name, dtype = self._find_policy(traces_run_dir, state)
         self._choose_batches(state, name, dtype)
-        problems = None
-        prompt_options = self.model_options.get("prompt_options") or PromptOptions()
-        if self.problems is not None:
-            size = None if self.max_problems is None else self.max_problems + self.options.max_callback_problems
-            problems = collect_problems(
-                self.problems, split=self.split, max_problems=size, prompt_options=prompt_options
-            )
+        problems = self._collect_problems()
         load_models, model_settings = self._plan_models(source, {"policy": name, "dtype": dtype})
         search_config = self.search_config
         if search_config.beta is None and (beta := _read_beta(traces_run_dir)) is not None:
@@ -262,6 +278,13 @@ class TrainingCall:
             trl_options=self.trl_options,
             only_traces_of_problems=False,
         )
+
+    def _collect_problems(self) -> ProblemSet | None:
+        if self.problems is None:
+            return None
+        size = None if self.max_problems is None else self.max_problems + self.options.max_callback_problems
+        prompt_options = self.model_options.get("prompt_options") or PromptOptions()
+        return collect_problems(self.problems, split=self.split, max_problems=size, prompt_options=prompt_options)
 
     def _choose_batches(self, state: PartialState, policy: str, dtype: str) -> None:
         """Fill in the batch sizes that were not given, for the memory of this machine."""
@@ -347,6 +370,15 @@ def run_training(stage: TrainStage, methods: Sequence[str], say: Callable[[str],
     return results
 
 
+def _check_stage(stage: TrainStage, methods: Sequence[str], checks: Checks) -> None:
+    """Collect what a stage refuses of each method, and settings that differ from those of its earlier training."""
+    for method in methods:
+        with checks.collect():
+            stage.check_method(method)
+        with checks.collect():
+            stage.check_settings(method)
+
+
 def _read_result(run_dir: Path, method: str) -> TrainingResult:
     record = read_json_file(run_dir / "trained" / method / "train.json")
     return TrainingResult(**{item.name: record[item.name] for item in fields(TrainingResult) if item.name in record})
@@ -378,10 +410,10 @@ def _split_config(
     return TrainOptions(**_select(given, TrainOptions)), sft_config, trl_options, given
 
 
-def _get_dtype(policy: Any, dtype: Any) -> str:
+def _get_dtype(policy: Any, dtype: Any, state: PartialState) -> str:
     """Return the data type of a policy's weights before it is loaded."""
     if policy is None or isinstance(policy, str | Path):
-        return get_dtype_name(dtype)
+        return get_dtype_name(dtype, state.device)
     return describe_dtype(policy.model if isinstance(policy, Policy) else unwrap_model(policy))
 
 

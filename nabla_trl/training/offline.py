@@ -163,9 +163,10 @@ def build_training_rows(
     else:
         training_rows = build_sft_rows(traces, sft_selection, include_unfinished=include_unfinished)
     if not training_rows.rows:
-        skipped = json.dumps(dict(training_rows.skipped)) if training_rows.skipped else "there are none"
+        reasons = ", ".join(f"{number} {reason}" for reason, number in training_rows.skipped.items())
         raise ValueError(
-            f"no trace can be trained on ({skipped}): raise max_new_tokens, max_rounds or the number of problems"
+            f"no trace can be trained on ({reasons or 'there are none'}): raise max_new_tokens, max_rounds or the "
+            "number of problems"
         )
     return training_rows
 

@@ -22,6 +22,7 @@ from nabla_trl.models.loading import (
     load_model,
     load_tokenizer,
 )
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.formatting import format_error
@@ -41,6 +42,16 @@ class LoraArguments:
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Modules to adapt. all-linear adapts all linear layers but the head."},
     )
+
+    def __post_init__(self) -> None:
+        checks = Checks()
+        checks.require(self.lora_r >= 1, f"lora_r must be at least 1, not {self.lora_r}")
+        checks.require(self.lora_alpha >= 1, f"lora_alpha must be at least 1, not {self.lora_alpha}")
+        checks.require(
+            0 <= self.lora_dropout < 1, f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout:g}"
+        )
+        checks.require(bool(self.lora_target_modules), "lora_target_modules names no module")
+        checks.raise_faults()
 
 
 def build_lora_config(lora: LoraArguments, task_type: str, modules_to_save: list[str] | None = None) -> Any:

@@ -35,7 +35,7 @@ from nabla_trl.training.offline import (
 from nabla_trl.training.online import check_online_options, train_online
 from nabla_trl.training.peft import LoraArguments, check_precision, check_reference_model, find_last_checkpoint
 from nabla_trl.training.rollouts import RolloutOptions
-from nabla_trl.training.trainers import check_seeds
+from nabla_trl.training.trainers import check_amounts, check_seeds
 from nabla_trl.training.trl_options import list_trl_faults, select_trl_options
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.files import write_atomic
@@ -191,6 +191,8 @@ class TrainStage:
         checks = Checks()
         with checks.collect():
             check_seeds(self.sft_config)
+        with checks.collect():
+            check_amounts(self.sft_config)
         checks.add(list_trl_faults([method], select_trl_options(method, self.trl_options)))
         trains_on_samples = method == "sft" and self.options.sft_selection == "samples"
         checks.require(

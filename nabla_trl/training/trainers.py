@@ -54,6 +54,28 @@ def convert_config(config_class: type[Config], config: TrainingArguments, **opti
     return config_class(**{name: getattr(config, name) for name in shared} | options)
 
 
+def check_amounts(config: TrainingArguments) -> None:
+    """Refuse epochs, batches and step sizes that a trainer takes, but cannot train with.
+
+    Raises:
+        ValueError: names all of them.
+    """
+    checks = Checks()
+    checks.require(
+        config.max_steps > 0 or 0 < config.num_train_epochs < math.inf,
+        f"num_train_epochs must be positive, not {config.num_train_epochs:g}",
+    )
+    checks.require(
+        0 <= config.learning_rate < math.inf, f"learning_rate must be at least 0, not {config.learning_rate:g}"
+    )
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = getattr(config, name)
+        checks.require(value >= 1, f"{name} must be at least 1, not {value}")
+    if str(getattr(config.save_strategy, "value", config.save_strategy)) == "steps":
+        checks.require(config.save_steps > 0, f"save_steps must be positive, not {config.save_steps:g}")
+    checks.raise_faults()
+
+
 def check_seeds(config: TrainingArguments, *, num_derived: int = 1) -> None:
     """Refuse seeds that a trainer cannot take, before anything is loaded.
 

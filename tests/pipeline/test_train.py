@@ -23,6 +23,7 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.loop import run_search
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TraceWriter
+from nabla_trl.training.peft import LoraArguments
 
 CONFIG = {"use_cpu": True, "bf16": False, "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3}
 LORA = {"r": 4, "lora_alpha": 8}
@@ -185,3 +186,39 @@ def test_the_shell_trains_on_the_traces_of_a_folder(
     assert "train reward-weighted: already done" in out and (tmp_path / "out/trained/sft/adapter").is_dir()
     assert main(["train", "--train_methods", "sft", *flags]) == 2
     assert "give --output_dir, or --traces_dir" in capsys.readouterr().err
+
+
+def test_the_shell_names_everything_that_is_wrong_with_a_training_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["--policy", f"{tmp_path}/no", "--dataset", f"{tmp_path}/no.jsonl", "--traces_dir", f"{tmp_path}/none"]
+    wrong += ["--train_methods", "sft", "ppo", "grpo", "--num_generations", "1", "--lora_r", "0", "--dtype", "int4"]
+    wrong += ["--report_to", "wandbb", "--learning_rate", "-1", "--per_device_train_batch_size", "0", "--beta", "0"]
+    assert main(["train", *wrong, "--output_dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    for word in (
+        "ppo",
+        "int4",
+        "wandbb",
+        "no.jsonl",
+        "none holds no traces",
+        "grpo needs a reward",
+        f"{tmp_path}/no'",
+    ):
+        assert word in error
+    for name in ("num_generations", "lora_r", "learning_rate", "per_device_train_batch_size", "beta"):
+        assert f"error: {name} must be " in error
+    assert "12 faults" in error and not (tmp_path / "out").exists()
+    assert main(["train"]) == 2
+    assert "error: where to? give --output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora_r": -2, "lora_dropout": 1.0, "lora_alpha": 0}, ("lora_r", "lora_dropout", "lora_alpha")),
+        ({"lora_target_modules": []}, ("names no module",)),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(options: dict[str, Any], words: tuple[str, ...]) -> None:
+    worlds.refused(lambda: LoraArguments(**options), *words)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
+from nabla_trl.cli.quiet import quiet_libraries
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter
@@ -648,6 +649,7 @@ def test_a_training_prints_its_progress_and_nothing_else(
     bases: dict[str, str], traces: list[Trace], tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    quiet_libraries()  # as every command does
     offline("sft", bases["llama"], build_sft_rows(traces), tmp_path / "quiet", max_steps=3)
     out, err = capfd.readouterr()
     assert out == "" and [line.partition(",")[0] for line in err.splitlines()] == [

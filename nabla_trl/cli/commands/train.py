@@ -14,6 +14,7 @@ from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.training.offline import TRAIN_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
 
@@ -41,9 +42,15 @@ class TrainArguments(PolicyRewardArguments):
     stall_minutes: float = option(DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_stall_minutes(self.stall_minutes)
-        check_distinct("train_methods", self.train_methods)
+        checks = Checks()
+        for check in (
+            super().__post_init__,
+            lambda: check_stall_minutes(self.stall_minutes),
+            lambda: check_distinct("train_methods", self.train_methods),
+        ):
+            with checks.collect():
+                check()
+        checks.raise_faults()
 
 
 DATACLASSES = (TrainArguments, SearchConfig, TrainOptions, LoraArguments, TrainerConfig, TrlOptions)
@@ -73,15 +80,17 @@ def main(argv: Sequence[str]) -> int:
             "reward-weighted and dpo learn from traces, rloo and grpo from what they sample to problems.\n"
             "The same command continues where it was interrupted.",
         )
-        parser.set_defaults_with_config(max_length=None, **machine.get_defaults())
-        parsed = parser.parse_options(argv)[: len(DATACLASSES)]
+        parser.set_defaults_with_config(output_dir="", max_length=None, **machine.get_defaults())
+        checks = Checks()
+        parsed = parser.parse_options(argv, checks)[: len(DATACLASSES)]
         args, search_config, options, lora, sft_config, trl_options = parsed
-        given = collect_given_options(argv, parsed, PRESETS)
+        given = {} if checks.faults else collect_given_options(argv, parsed, PRESETS)
         if stall_watch:
             stall_watch.limit_seconds = 60 * args.stall_minutes
-        output_dir = given.get("output_dir") or args.traces_dir
-        if not output_dir:
-            raise UsageError("where to? give --output_dir, or --traces_dir to train in the folder of the traces")
+        output_dir = sft_config.output_dir or args.traces_dir
+        checks.require(
+            bool(output_dir), "where to? give --output_dir, or --traces_dir to train in the folder of the traces"
+        )
 
         def say(text: str) -> None:
             if state.is_main_process:
@@ -113,6 +122,10 @@ def main(argv: Sequence[str]) -> int:
             },
             command=get_current_command(),
         )
+        args.check_models(checks, max_new_tokens=search_config.max_new_tokens, device=str(state.device))
+        if output_dir:
+            call.collect_faults(checks)
+        checks.raise_faults(UsageError)
         for method in call.run(say):
             say(f"{method}: {Path(output_dir) / 'trained' / method}")
     return 0
