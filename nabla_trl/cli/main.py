@@ -86,12 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     from nabla_trl.cli.parsing import run_main
+    from nabla_trl.cli.quiet import announce_startup, stop_announcing_startup
 
     command = COMMANDS[name]
+    announce_startup()
     module = importlib.import_module(f"nabla_trl.cli.{command.module}")
     command_line = shlex.join(["nabla-trl", name, *arguments])
     resume_command = command_line if command.resumable else ""
-    return run_main(module.main, arguments, resume_command=resume_command, command=command_line)
+    try:
+        return run_main(module.main, arguments, resume_command=resume_command, command=command_line)
+    finally:
+        stop_announcing_startup()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import sysconfig
+import threading
 import time
 import warnings
 from collections.abc import MutableMapping, Sequence
@@ -54,8 +55,35 @@ def prepare_environment(argv: Sequence[str], environ: MutableMapping[str, str] =
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported, by whichever library
 
 
+class _Startup:
+    """The line that `announce_startup` may print."""
+
+    timer: threading.Timer | None = None
+
+
+def announce_startup(seconds: float = 4.0) -> None:
+    """Say on a terminal that libraries are being loaded, if that takes longer than some seconds.
+
+    The thread that says so is stopped by the first `quiet_libraries` after torch is there.
+    """
+    if not sys.stderr.isatty():
+        return
+    line = "loading torch, transformers and trl …"
+    _Startup.timer = threading.Timer(seconds, lambda: print(line, file=sys.stderr, flush=True))
+    _Startup.timer.daemon = True
+    _Startup.timer.start()
+
+
+def stop_announcing_startup() -> None:
+    """Do not say any more that libraries are being loaded."""
+    if _Startup.timer is not None:
+        _Startup.timer.cancel()
+
+
 def quiet_libraries() -> None:
     """Hide loading bars and warnings of the libraries that are imported by now. Without effect with --verbose."""
+    if "torch" in sys.modules:
+        stop_announcing_startup()
     if is_verbose():
         return
     warnings.showwarning = _show_warning

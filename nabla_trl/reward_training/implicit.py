@@ -35,6 +35,7 @@ from nabla_trl.training.peft import (
     save_model_atomically,
 )
 from nabla_trl.training.trainers import TokenIdsDPOTrainer, TokenIdsSFTTrainer, convert_config
+from nabla_trl.utils.formatting import pluralize
 
 REFERENCE_BATCH_SIZE = 64  # responses that the reference reads together
 
@@ -88,7 +89,8 @@ def train_implicit_reward(
     result = run_training(trainer)
     if not any(weight.any() for name, weight in trainer.model.named_parameters() if "lora_B" in name):
         raise ValueError(
-            f"{trainer.state.global_step} steps of training changed nothing: raise learning_rate or max_steps"
+            f"{pluralize(trainer.state.global_step, 'step')} of training changed nothing: raise learning_rate or "
+            "max_steps"
         )
     save_model_atomically(trainer, output_dir)
     lengths = [len(response.sample.prompt_ids) + len(response.sample.response_ids) for response in readable]

@@ -79,7 +79,10 @@ def filter_with_gold_answer(problems: list[Problem], *, verbose: bool = True) ->
     """
     with_gold = [problem for problem in problems if problem.answer]
     if not with_gold:
-        raise ValueError("no problem has a gold answer: nothing could be compared")
+        raise ValueError(
+            "no problem has a gold answer, so nothing could be compared: give the data a column named answer, or name "
+            "its column in a YAML file"
+        )
     if verbose and len(with_gold) < len(problems):
         count = pluralize(len(problems) - len(with_gold), "problem")
         logger.warning("%s without a gold answer left out", count)

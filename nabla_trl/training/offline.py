@@ -43,6 +43,7 @@ from nabla_trl.training.peft import (
 from nabla_trl.training.rollouts import RolloutOptions
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
+from nabla_trl.utils.formatting import pluralize
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -338,7 +339,7 @@ def run_trainer(
     stop_reason = "" if callback is None else callback.restore_best_weights(trainer)
     if torch.equal(initial_sums, _compute_weight_sums(trainer.model)):
         raise ValueError(
-            f"{trainer.state.global_step} steps of training changed nothing: lower warmup_steps or raise "
+            f"{pluralize(trainer.state.global_step, 'step')} of training changed nothing: lower warmup_steps or raise "
             "num_train_epochs"
         )
     save_model_atomically(trainer, output_dir)

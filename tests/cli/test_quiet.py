@@ -153,3 +153,22 @@ def test_a_full_device_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     err = capsys.readouterr().err
     assert err.startswith("error: CUDA out of memory. Tried to allocate 20.00 GiB. To fit: lower batch_size")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("is_terminal", "expected"), [(True, "loading torch, transformers and trl …\n"), (False, "")])
+def test_a_slow_start_is_said_on_a_terminal_until_torch_is_there(
+    is_terminal: bool, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quiet._Startup, "timer", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    quiet.announce_startup(seconds=60)
+    quiet.quiet_libraries()  # torch is there
+    if quiet._Startup.timer is not None:
+        quiet._Startup.timer.join(timeout=5)
+        assert not quiet._Startup.timer.is_alive()
+    assert capsys.readouterr().err == ""
+    quiet.announce_startup(seconds=0)
+    if quiet._Startup.timer is not None:
+        quiet._Startup.timer.join(timeout=5)
+    assert capsys.readouterr().err == expected
+    quiet.stop_announcing_startup()
