@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,33 +124,24 @@ class PolicyRewardArguments:
             problems: whose prompts are written.
             max_new_tokens: longest response. 0: not checked.
         """
-        from nabla_trl.models.loading import get_dtype_name
-        from nabla_trl.planning import preflight
+        from nabla_trl.planning.preflight import collect_model_faults
 
         quiet_libraries()
         with checks.collect():
-            preflight.check_device(device, self.dtype)
-        if self.policy:
-            with checks.collect():
-                preflight.check_policy(
-                    self.policy,
-                    prompt_options=self.get_prompt_options(),
-                    problems=problems,
-                    max_new_tokens=max_new_tokens,
-                    adapter=adapter,
-                )
-            if self.vllm_url:
-                with checks.collect():
-                    preflight.check_vllm_server(self.vllm_url, self.policy)
-        if self.policy and self.reward:
-            num_faults = len(checks.faults)
-            with checks.collect():
-                preflight.check_reward(self.reward, policy=self.policy, audit_file=audit_file)
-            if len(checks.faults) == num_faults:
-                with checks.collect():
-                    models = preflight.list_frozen_models(self.policy, self.reward)
-                    dtype = get_dtype_name(self.dtype, device)
-                    preflight.check_memory(models, dtype=dtype, device=device)
+            prompt_options = self.get_prompt_options()
+            collect_model_faults(
+                checks,
+                policy=self.policy,
+                reward=self.reward,
+                dtype=self.dtype,
+                device=device,
+                prompt_options=prompt_options,
+                vllm_url=self.vllm_url,
+                problems=problems,
+                max_new_tokens=max_new_tokens,
+                adapter=adapter,
+                audit_file=audit_file,
+            )
 
     def build_pair(self, **options: Any) -> ModelPair:
         """Return the policy and the reward, which are loaded when they are first needed.
@@ -260,24 +250,6 @@ def collect_output_faults(
     for name, get_settings in settings_files.items():
         with checks.collect():
             check_settings(Path(output_dir, name), get_settings())
-
-
-def check_choices(kind: str, names: Sequence[str], choices: Sequence[str]) -> None:
-    """Raise Faults with every name that is no choice, and the similar one.
-
-    Args:
-        kind: what the names are of, such as "stage".
-    """
-    checks = Checks()
-    for name in names:
-        if name not in choices:
-            similar = get_close_matches(name, choices, n=1)
-            hint = f" (did you mean {similar[0]}?)" if similar else ""
-            checks.add(
-                [f"unknown {kind} {name!r}: choose from {', '.join(choices)}{hint}"],
-                {name: similar[0]} if similar else {},
-            )
-    checks.raise_faults()
 
 
 def check_distinct(name: str, values: Sequence[Any]) -> None:

@@ -354,7 +354,7 @@ def collect_given_options(
     Args:
         parsed_dataclasses: the dataclasses filled from `argv`, which have the values of flags.
     """
-    _, preset, values = _read_sources(argv, argparse.ArgumentParser(add_help=False))
+    _, preset, values = _read_sources(argv, _RaisingArgumentParser(add_help=False))
     preset = preset or values.pop("preset", None)
     preset_values = (presets or {}).get(str(preset), {})
     owners = {field.name: filled for filled in parsed_dataclasses for field in fields(filled) if field.init}
@@ -365,7 +365,8 @@ def collect_given_options(
         chosen = getattr(owners[name], name)
         options = {flag.partition(".")[2] for flag in flags if flag.startswith(f"{name}.")}
         if options or name in flags or name in values or name in preset_values:
-            flag_values = {option: getattr(chosen, option) for option in options}
+            # Options of another choice are a fault, which the parser has noted.
+            flag_values = {option: getattr(chosen, option) for option in options if hasattr(chosen, option)}
             values[name] = group.merge(preset_values.get(name), values.get(name), {"name": chosen.name, **flag_values})
     values = {**preset_values, **values}
     for flag in flags:

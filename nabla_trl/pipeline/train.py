@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from trl import SFTConfig
 
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.loading import (
+    DTYPES,
     describe_dtype,
     get_dtype_name,
     get_saved_folder_name,
     load_policy,
+    trusting_remote_code,
     unwrap_model,
 )
 from nabla_trl.models.options import PromptOptions
@@ -29,21 +31,28 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.pipeline.models import ModelPair, PolicySource, RewardSource, check_model_options
 from nabla_trl.pipeline.problems import ProblemSet, collect_problems
 from nabla_trl.planning.machine import Machine, choose_batches
-from nabla_trl.planning.preflight import check_output_dir
+from nabla_trl.planning.preflight import check_output_dir, collect_model_faults, list_frozen_models
+from nabla_trl.planning.training import collect_training_faults
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig, make_search_config
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import Problems
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TRACES_DIR, TraceWriter, list_trace_files, read_traces
-from nabla_trl.training.offline import OFFLINE_METHODS, ONLINE_METHODS, TRAIN_METHODS, TrainingResult, TrainOptions
+from nabla_trl.training.offline import (
+    OFFLINE_METHODS,
+    ONLINE_METHODS,
+    TRAIN_METHODS,
+    TrainingResult,
+    TrainOptions,
+)
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.reporting import check_reporting
 from nabla_trl.training.stage import TrainStage
-from nabla_trl.training.trainers import check_amounts
+from nabla_trl.training.trainers import check_amounts, check_seeds
 from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options, list_trl_faults
 from nabla_trl.utils.faults import Checks
-from nabla_trl.utils.fields import coerce_fields, format_suggestion
+from nabla_trl.utils.fields import check_choices, coerce_fields
 from nabla_trl.utils.files import read_json_file
 from nabla_trl.utils.locks import lock_folder
 
@@ -131,9 +140,6 @@ def train(
         model_options=model_options,
         command=f"nabla_trl.train({method!r}, …)",
     )
-    checks = Checks()
-    call.collect_faults(checks)
-    checks.raise_faults()
     return call.run(logger.info)[method]
 
 
@@ -150,6 +156,8 @@ class TrainingCall:
         given_options: the options that were given, as a YAML file can hold them.
         model_options: options of `ModelPair`.
         command: what is stored with the weights as the command that made them.
+        problem_set: problems that `collect_faults` has read.
+        stage: what `collect_faults` or `run` has made of all this.
     """
 
     methods: Sequence[str]
@@ -169,6 +177,51 @@ class TrainingCall:
     max_problems: int | None
     model_options: Mapping[str, Any]
     command: str
+    problem_set: ProblemSet | None = field(default=None, init=False)
+    stage: TrainStage | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self._has_traces_in_memory():
+            self.traces = list(self.traces)
+
+    def collect_faults(self, checks: Checks) -> None:
+        """Collect everything that would stop the call later. Nothing is loaded or written.
+
+        A policy in memory is written to the folder of the run first, so what needs its files is checked in `run`.
+        """
+        with trusting_remote_code(self.model_options.get("trust_remote_code")):
+            self._collect_faults(checks)
+
+    def _collect_faults(self, checks: Checks) -> None:
+        self._collect_method_faults(checks)
+        traces_run_dir, policy = self.output_dir, ""
+        with checks.collect():
+            traces_run_dir = self._find_traces_run_dir()
+            if self._has_named_policy():
+                policy = self._find_policy_name(traces_run_dir)
+        with checks.collect():
+            self.problem_set = self._collect_problems()
+        policy = policy or str(self.policy or "") if self._has_named_policy() else ""
+        options, is_online = self.model_options, self.problems is not None
+        device = options.get("device")
+        dtype = get_dtype_name(options.get("dtype"), PartialState().device if device is None else device)
+        with checks.collect():
+            collect_model_faults(
+                checks,
+                policy=policy,
+                reward=str(self.reward) if is_online and isinstance(self.reward, str | Path) else "",
+                dtype=dtype,
+                device=None if device is None else str(device),
+                prompt_options=options.get("prompt_options"),
+                vllm_url=options.get("vllm_url") if is_online else None,
+                problems=self.problem_set.problems[:100] if self.problem_set is not None else [],
+                max_new_tokens=self.search_config.max_new_tokens if is_online else 0,
+            )
+        if self._has_named_policy():
+            with checks.collect():
+                stage = self._build_stage(traces_run_dir, checks, policy, policy, dtype)
+                self._collect_stage_faults(checks, stage)
+                self.stage = stage
 
     def run(self, say: Callable[[str], None]) -> dict[str, TrainingResult]:
         """Train a policy per method, after `collect_faults` found nothing. Returns the records by method.
@@ -179,83 +232,112 @@ class TrainingCall:
         Raises:
             ValueError: as `train`.
         """
-        state = PartialState()
+        checks, state = Checks(), PartialState()
+        if self.stage is None:
+            self.collect_faults(checks)
+            checks.raise_faults()
         with ExitStack() as stack:
             with state.main_process_first():
                 stack.enter_context(lock_folder(self.output_dir, state.process_index))
-                traces_run_dir = self._prepare_traces(state.is_main_process)
-            stage = self._build_stage(state, traces_run_dir, stack.enter_context(AnswerChecker()))
-            checks = Checks()
-            _check_stage(stage, self.methods, checks)
-            checks.raise_faults()
-            return run_training(stage, self.methods, say)
+                if self._has_traces_in_memory() and state.is_main_process:
+                    _store_traces(list(self.traces), self.output_dir)
+            if self.stage is None:
+                with trusting_remote_code(self.model_options.get("trust_remote_code")):
+                    source, name, dtype = self._write_policy(state)
+                    self.stage = self._build_stage(self._find_traces_run_dir(), checks, source, name, dtype)
+                    self._collect_stage_faults(checks, self.stage)
+                checks.raise_faults()
+            stack.enter_context(self.stage.checker)
+            return run_training(self.stage, self.methods, say)
 
-    def collect_faults(self, checks: Checks) -> None:
-        """Collect what is wrong with the methods, their options, the folders and the problems. Writes nothing."""
-        for method in self.methods:
-            if method not in TRAIN_METHODS:
-                near = format_suggestion(str(method), TRAIN_METHODS)
-                checks.add([f"unknown training method {method!r}{near}: choose from {', '.join(TRAIN_METHODS)}"])
-        known = [method for method in self.methods if method in TRAIN_METHODS]
-        checks.add(list_trl_faults(known, self.trl_options))
-        online = ", ".join(method for method in known if method in ONLINE_METHODS)
+    def _has_named_policy(self) -> bool:
+        return self.policy is None or isinstance(self.policy, str | Path)
+
+    def _has_traces_in_memory(self) -> bool:
+        learns_from_traces = any(method in OFFLINE_METHODS for method in self.methods)
+        return learns_from_traces and self.traces is not None and not isinstance(self.traces, str | Path)
+
+    def _collect_method_faults(self, checks: Checks) -> None:
+        with checks.collect():
+            check_choices("training method", self.methods, TRAIN_METHODS)
+        online = ", ".join(method for method in self.methods if method in ONLINE_METHODS)
         if online and self.reward is None and self.options.online_reward == "reward":
             checks.add([f"{online} needs a reward to maximize: give reward, or set online_reward verifier"])
         if online and self.problems is None:
             checks.add([f"{online} learns from problems: give a data set"])
         if not online and self.options.max_callback_problems:
             checks.add(["max_callback_problems evaluates during rloo and grpo here: leave it out, or use distill"])
-        for check in (partial(check_amounts, self.sft_config), partial(check_output_dir, self.output_dir)):
-            with checks.collect():
-                check()
-        if PartialState().is_main_process:
-            with checks.collect():
-                check_reporting(self.sft_config, len(self.methods))
-        with checks.collect():
-            self._collect_problems()
-        if self.traces is not None and not isinstance(self.traces, str | Path):
+        if self._has_named_policy():
             return
-        traces_run_dir = self.output_dir
-        with checks.collect():
-            traces_run_dir = self._prepare_traces(is_main_process=False)
-        if self.policy is None or isinstance(self.policy, str | Path):  # one in memory would be written
+        # The stage checks this too, but comes after the policy is written.
+        checks.add(list_trl_faults(self.methods, self.trl_options))
+        for check in (check_amounts, check_seeds, check_reporting):
             with checks.collect():
-                try:
-                    stage = self._build_stage(PartialState(), traces_run_dir, AnswerChecker())
-                except ValueError:
-                    if not checks.faults:
-                        raise
-                    return  # what it needs is among the faults already
-                _check_stage(stage, known, checks)
+                check(self.sft_config)
+        with checks.collect():
+            check_output_dir(self.output_dir)
 
-    def _prepare_traces(self, is_main_process: bool) -> Path:
-        """Return the folder that holds the traces. The main process writes those in memory to `output_dir`."""
-        if self.traces is None or not any(method in OFFLINE_METHODS for method in self.methods):
-            run_dir = self.output_dir
-        elif isinstance(self.traces, str | Path):
+    def _collect_stage_faults(self, checks: Checks, stage: TrainStage) -> None:
+        frozen_models: list[str] = []
+        if self.problems is not None and self._has_named_policy() and isinstance(self.reward, str | Path):
+            with checks.collect():
+                frozen_models = list_frozen_models(stage.policy, str(self.reward))
+        with checks.collect():
+            collect_training_faults(checks, stage, self.methods, frozen_models=frozen_models)
+        if not self._has_traces_in_memory():
+            for method in self.methods:
+                with checks.collect():
+                    stage.check_traces(method)
+
+    def _find_traces_run_dir(self) -> Path:
+        """Return the folder of the run that holds the traces, or will hold those in memory.
+
+        Raises:
+            ValueError: a method learns from traces, and there are none.
+        """
+        offline = [method for method in self.methods if method in OFFLINE_METHODS]
+        if self._has_traces_in_memory():
+            _check_traces(self.traces)
+            return self.output_dir
+        run_dir = self.output_dir
+        if self.traces is not None and offline:
             folder = Path(self.traces)
             run_dir = folder.parent if folder.name == TRACES_DIR and not (folder / TRACES_DIR).exists() else folder
-        else:
-            if is_main_process:
-                _store_traces(list(self.traces), self.output_dir)
-            return self.output_dir
-        if any(method in OFFLINE_METHODS for method in self.methods) and not list_trace_files(run_dir):
+        if offline and not list_trace_files(run_dir):
             raise ValueError(
-                f"{run_dir} holds no traces to train {', '.join(self.methods)} on: make them by nabla-trl traces or "
+                f"{run_dir} holds no traces to train {', '.join(offline)} on: make them by nabla-trl traces or "
                 "generate_traces, or name their folder"
             )
         return run_dir
 
-    def _build_stage(self, state: PartialState, traces_run_dir: Path, checker: AnswerChecker) -> TrainStage:
-        source, name, dtype = self._find_policy(traces_run_dir, state)
-        self._choose_batches(state, name, dtype)
-        problems = self._collect_problems()
-        load_models, model_settings = self._plan_models(source, {"policy": name, "dtype": dtype})
-        search_config = self.search_config
-        if search_config.beta is None and (beta := _read_beta(traces_run_dir)) is not None:
-            search_config = search_config.with_beta(beta)
-        is_online = problems is not None
-        search_settings = search_config.get_settings() if is_online else {"beta": str(search_config.beta)}
+    def _collect_problems(self) -> ProblemSet | None:
+        if self.problems is None:
+            return None
+        size = None if self.max_problems is None else self.max_problems + self.options.max_callback_problems
+        prompt_options = self.model_options.get("prompt_options") or PromptOptions()
+        return collect_problems(self.problems, split=self.split, max_problems=size, prompt_options=prompt_options)
+
+    def _build_stage(
+        self, traces_run_dir: Path, checks: Checks, source: PolicySource, name: str, dtype: str
+    ) -> TrainStage:
+        """Return the stage, as far as what it needs can be read.
+
+        Args:
+            source: what loads the policy.
+            name: of the policy, or of the folder that it was written to.
+        """
+        if name and dtype in DTYPES:
+            with checks.collect():
+                self._choose_batches(PartialState(), name, dtype)
+        load_models, settings = self._refuse_to_load, {"policy": name, "dtype": dtype}
+        search_config, problems = self.search_config, self.problem_set
+        with checks.collect():
+            load_models, settings = self._plan_models(source, settings)
+        with checks.collect():
+            if search_config.beta is None and (beta := _read_beta(traces_run_dir)) is not None:
+                search_config = search_config.with_beta(beta)
+        is_online = self.problems is not None
+        settings |= search_config.get_settings() if is_online else {"beta": str(search_config.beta)}
         rows = problems.problems if problems is not None else None
         limit = self.max_problems if self.max_problems is not None else _count_training(rows, self.options)
         return TrainStage(
@@ -269,22 +351,15 @@ class TrainingCall:
             lora=self.lora,
             sft_config=self.sft_config,
             load_models=load_models,
-            search_settings=model_settings | search_settings | (problems.settings if problems is not None else {}),
-            checker=checker,
-            process_state=state,
+            search_settings=settings | (problems.settings if problems is not None else {}),
+            checker=AnswerChecker(),
+            process_state=PartialState(),
             command_options=self.given_options,
             command=self.command,
             traces_run_dir=traces_run_dir,
             trl_options=self.trl_options,
             only_traces_of_problems=False,
         )
-
-    def _collect_problems(self) -> ProblemSet | None:
-        if self.problems is None:
-            return None
-        size = None if self.max_problems is None else self.max_problems + self.options.max_callback_problems
-        prompt_options = self.model_options.get("prompt_options") or PromptOptions()
-        return collect_problems(self.problems, split=self.split, max_problems=size, prompt_options=prompt_options)
 
     def _choose_batches(self, state: PartialState, policy: str, dtype: str) -> None:
         """Fill in the batch sizes that were not given, for the memory of this machine."""
@@ -303,17 +378,18 @@ class TrainingCall:
         for option_name, value in chosen.items():
             setattr(self.sft_config, option_name, value)
 
-    def _find_policy(self, traces_run_dir: Path, state: PartialState) -> tuple[PolicySource, str, str]:
-        """Return what loads the policy, its name (that of a folder for a model in memory), and its data type."""
-        dtype = get_dtype_name(self.model_options.get("dtype"), state.device)
-        if self.policy is None:
-            settings_file = traces_run_dir / f"{TRACES_DIR}.settings.json"
-            if not settings_file.exists():
-                raise ValueError(f"which policy? {settings_file} does not exist, so name it")
-            settings = read_json_file(settings_file)
-            return settings["policy"], str(settings["policy"]), dtype
-        if isinstance(self.policy, str | Path):
-            return self.policy, str(self.policy), dtype
+    def _find_policy_name(self, traces_run_dir: Path) -> str:
+        """Return the name of a policy that is given by name, or that the traces were made with."""
+        if self.policy is not None:
+            return str(self.policy)
+        settings_file = traces_run_dir / f"{TRACES_DIR}.settings.json"
+        settings = read_json_file(settings_file) if settings_file.exists() else {}
+        if "policy" not in settings:
+            raise ValueError(f"which policy? {settings_file} names none, so give policy")
+        return str(settings["policy"])
+
+    def _write_policy(self, state: PartialState) -> tuple[PolicySource, str, str]:
+        """Write a policy in memory to the folder of the run. Returns what loads it, its folder and its data type."""
         model = self.policy
         if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
             model = deepcopy(model).merge_and_unload()
@@ -324,16 +400,16 @@ class TrainingCall:
             name = str(_write_policy(policy, self.output_dir / get_saved_folder_name(given), state))
         return replace(policy, name=name), name, describe_dtype(policy.model)
 
+    @staticmethod
+    def _refuse_to_load() -> tuple[Policy, Reward]:
+        raise ValueError("training on traces loads no frozen policy")
+
     def _plan_models(
         self, source: PolicySource, policy_settings: dict[str, str]
     ) -> tuple[Callable[[], tuple[Policy, Reward]], dict[str, str]]:
         """Return what loads the frozen policy and the reward, and the settings of both."""
         if self.problems is None:
-
-            def refuse() -> tuple[Policy, Reward]:
-                raise ValueError("training on traces loads no frozen policy")
-
-            return refuse, policy_settings
+            return self._refuse_to_load, policy_settings
         options = dict(self.model_options)
         if isinstance(source, Policy):
             kept = ("reward_tokenizer", "trust_remote_code", "dtype", "device")  # of a reward that is loaded by name
@@ -368,15 +444,6 @@ def run_training(stage: TrainStage, methods: Sequence[str], say: Callable[[str],
                 say(f"train {method}: {result.stop_reason}")
         results[method] = result
     return results
-
-
-def _check_stage(stage: TrainStage, methods: Sequence[str], checks: Checks) -> None:
-    """Collect what a stage refuses of each method, and settings that differ from those of its earlier training."""
-    for method in methods:
-        with checks.collect():
-            stage.check_method(method)
-        with checks.collect():
-            stage.check_settings(method)
 
 
 def _read_result(run_dir: Path, method: str) -> TrainingResult:
@@ -437,15 +504,19 @@ def _make_lora(lora: Any) -> LoraArguments:
     return LoraArguments(**coerce_fields(values, [LoraArguments], source="lora"))
 
 
+def _check_traces(traces: Sequence[Any]) -> None:
+    """Refuse objects that are no traces."""
+    if not traces or not all(isinstance(trace, Trace) for trace in traces):
+        kinds = ", ".join(sorted({type(trace).__name__ for trace in traces})) or "none"
+        raise ValueError(f"this method learns from traces, which generate_traces makes, and got {kinds}")
+
+
 def _store_traces(traces: Sequence[Any], output_dir: Path) -> None:
     """Write traces in memory to the folder of a run, unless it holds them already.
 
     Raises:
-        ValueError: objects that are no traces, or the folder holds other traces.
+        ValueError: the folder holds other traces.
     """
-    if not traces or not all(isinstance(trace, Trace) for trace in traces):
-        kinds = ", ".join(sorted({type(trace).__name__ for trace in traces})) or "none"
-        raise ValueError(f"this method learns from traces, which generate_traces makes, and got {kinds}")
     files = list_trace_files(output_dir)
     if files:
         if list(map(_identify, read_traces(files))) != sorted(map(_identify, traces)):

@@ -21,6 +21,7 @@ from nabla_trl.models.loading import (
     ADAPTER_CONFIG_FILE,
     DTYPES,
     find_adapter_folder,
+    get_dtype_name,
     has_bfloat16,
     is_adapter,
     load_tokenizer,
@@ -46,6 +47,50 @@ MIN_FREE_BYTES = 50e6  # rows, traces and a report of a small run
 _NUM_CHECKED_PROMPTS = 16
 _SERVER_SECONDS = 3.0
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def collect_model_faults(
+    checks: Checks,
+    *,
+    policy: str,
+    reward: str,
+    dtype: str | None,
+    device: str | None,
+    prompt_options: PromptOptions | None = None,
+    vllm_url: str | None = None,
+    problems: Sequence[Problem] = (),
+    max_new_tokens: int = 0,
+    adapter: str | None = None,
+    audit_file: str | None = None,
+) -> None:
+    """Collect what is wrong with the models of a run, before they are loaded.
+
+    Args:
+        policy: its name. Empty: not checked.
+        reward: its name. Empty: not checked.
+        dtype: data type of their weights. None: that of `get_dtype_name`.
+        problems: whose prompts are written.
+        max_new_tokens: longest response. 0: not checked.
+    """
+    with checks.collect():
+        check_device(device, dtype)
+    if not policy:
+        return
+    with checks.collect():
+        check_policy(
+            policy, prompt_options=prompt_options, problems=problems, max_new_tokens=max_new_tokens, adapter=adapter
+        )
+    if vllm_url:
+        with checks.collect():
+            check_vllm_server(vllm_url, policy)
+    if reward:
+        num_faults = len(checks.faults)
+        with checks.collect():
+            check_reward(reward, policy=policy, audit_file=audit_file)
+        if len(checks.faults) == num_faults:
+            with checks.collect():
+                dtype = get_dtype_name(dtype, device)
+                check_memory(list_frozen_models(policy, reward), dtype=dtype, device=device)
 
 
 # --- folders and disk -----------------------------------------------------------------------------------
@@ -329,8 +374,11 @@ def check_memory(models: Sequence[str], *, dtype: str, device: str | None, extra
         available, total = memory.available, memory.total
     if needed > available:
         halved = " or dtype bfloat16" if dtype == "float32" else ""
+        frozen = f"{pluralize(len(models), 'model')} with {format_si(num_params)} parameters in {dtype}"
+        training = "a training" if extra_bytes else ""
+        parts = [part for part in (frozen if models else "", training) if part]
+        verb = "needs" if len(models) < 2 and len(parts) == 1 else "need"
         raise ValueError(
-            f"{pluralize(len(models), 'model')} with {format_si(num_params)} parameters in {dtype} "
-            f"{'and a training ' if extra_bytes else ''}need {format_si(needed, 'B')} before any activation, and "
-            f"{resolved} has {format_si(available, 'B')} of {format_si(total, 'B')} free: use smaller models{halved}"
+            f"{' and '.join(parts)} {verb} {format_si(needed, 'B')} before any activation, and {resolved} has "
+            f"{format_si(available, 'B')} of {format_si(total, 'B')} free: use smaller models{halved}"
         )

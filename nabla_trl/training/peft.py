@@ -92,7 +92,7 @@ def load_trainable_model(name: str, *, tuning: str, dtype: str, config: Training
 
 def check_precision(tuning: str, dtype: str, config: TrainingArguments) -> None:
     """Refuse a half-precision base with a float32 adapter without autocast: their matrices cannot be multiplied."""
-    if tuning == "lora" and dtype != "float32" and not (config.bf16 or config.fp16):
+    if tuning == "lora" and dtype in {*DTYPES} - {"float32"} and not (config.bf16 or config.fp16):
         raise ValueError(
             f"a {dtype} base under a float32 adapter needs mixed precision: set bf16 true, or dtype float32"
         )

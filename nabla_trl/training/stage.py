@@ -150,8 +150,7 @@ class TrainStage:
         if not has_begun and self.process_state.is_main_process:
             settings_file.unlink(missing_ok=True)  # of an attempt that left nothing
         self.process_state.wait_for_everyone()
-        if method in OFFLINE_METHODS and not is_finished:
-            self._check_shards()
+        self.check_traces(method)
         traces_hash = hash_traces(self._get_traces_run_dir()) if method in OFFLINE_METHODS else None
         settings = self._collect_settings(method) | ({} if traces_hash is None else {"traces_hash": traces_hash})
         claim_settings(settings_file, settings)
@@ -213,13 +212,22 @@ class TrainStage:
             self._select_callback_problems()
         checks.raise_faults()
 
-    def _check_shards(self) -> None:
-        """Refuse to train on the traces of some shards only."""
+    def check_traces(self, method: str) -> None:
+        """Refuse traces of some shards only, or of another tokenizer, for a method that has still to learn from them.
+
+        Raises:
+            ValueError: missing traces of shards, a damaged file, or ids that mean other tokens than the policy's.
+        """
+        is_finished = (self.run_dir / "trained" / method / "train.json").exists()
+        if method not in OFFLINE_METHODS or is_finished:
+            return
         if missing := describe_missing_shards(self._get_traces_run_dir(), self._get_problem_ids()):
             raise ValueError(
                 f"{self._get_traces_run_dir()} lacks the traces of {missing}: run nabla-trl traces again with these "
                 "values of --shard, or let the stage traces make them"
             )
+        if files := list_trace_files(self._get_traces_run_dir()):
+            check_tokenizer(read_traces(files[:1]), self.policy)  # the training reads the others
 
     def _get_traces_run_dir(self) -> Path:
         return self.traces_run_dir or self.run_dir

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
 from functools import wraps
@@ -309,3 +309,24 @@ def check_whole_number(name: str, value: Any, minimum: int | None = None) -> Non
         raise ValueError(f"{name} must be a whole number, not {format_error(repr(value), 60)}")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_choices(kind: str, names: Iterable[str], choices: Sequence[str]) -> None:
+    """Refuse names that are no choices.
+
+    Args:
+        kind: what the names are of, such as "stage".
+
+    Raises:
+        Faults: names all of them, each with the most similar choice.
+    """
+    checks = Checks()
+    for name in names:
+        if name not in choices:
+            similar = get_close_matches(str(name), choices, n=1)
+            hint = f" (did you mean {similar[0]}?)" if similar else ""
+            checks.add(
+                [f"unknown {kind} {name!r}{hint}: choose from {', '.join(choices)}"],
+                {str(name): similar[0]} if similar else {},
+            )
+    checks.raise_faults()

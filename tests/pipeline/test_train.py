@@ -14,7 +14,9 @@ import worlds
 from peft import LoraConfig, get_peft_model
 
 import nabla_trl
+from nabla_trl.cli.commands.train import main as run_command
 from nabla_trl.cli.main import main
+from nabla_trl.cli.parsing import UsageError
 from nabla_trl.exporting.checkpoint import check_weight_files, find_checkpoint
 from nabla_trl.models.policy import Policy
 from nabla_trl.pipeline.train import _split_config
@@ -160,6 +162,60 @@ def test_an_adapter_of_a_policy_in_bfloat16_is_trained_in_mixed_precision(
     machine = Machine("cpu", memory=1e9, has_bfloat16=False, num_processes=1, num_gpus=0)
     _, trainer, _, _ = _split_config({"use_cpu": True, **given}, Path("out"), machine, dtype)
     assert trainer.bf16 is expected
+
+
+def test_all_faults_of_a_training_are_one_refusal_before_anything_is_loaded(tmp_path: Path, monkeypatch: Any) -> None:
+    """Options, methods, models, data, traces, β, groups, memory, the folder and what reports: nothing is written."""
+    (tmp_path / "file").touch()
+    command = ["--traces_dir", str(tmp_path), "--output_dir", str(tmp_path / "file" / "out"), "--max_ruonds", "3"]
+    command += ["--policy", "data/tiny/policy", "--reward", "data/tiny/clean", "--max_new_tokens", "4000"]
+    command += ["--dataset", str(tmp_path / "nope.jsonl"), "--train_methods", "sft", "rlooo", "grpo", "--beta", "1e9"]
+    command += ["--per_device_train_batch_size", "8", "--num_generations", "7", "--sft_selection", "samples"]
+    command += [
+        "--report_to",
+        "no_such_service",
+        "--push_to_hub",
+        "true",
+        "--solver.steps",
+        "3",
+        "--label_smoothing",
+        "1",
+    ]
+    monkeypatch.setattr("nabla_trl.models.loading.pretrained.load_model", None)
+    with pytest.raises(UsageError) as caught:
+        run_command(command)
+    lines = caught.value.lines
+    for words in (
+        "unknown option --max_ruonds (did you mean --max_rounds?)",
+        "unknown training method 'rlooo' (did you mean rloo?)",
+        "steps belongs to ste: add --solver ste",
+        "beta must be from",
+        "holds no traces to train sft on",
+        "nope.jsonl: No such file",
+        "data/tiny/clean is a causal LM",
+        "max_new_tokens 4000 is more than data/tiny/policy can write",
+        "are not whole groups of num_generations 7",
+        "sft_selection samples takes samples of π*",
+        "label_smoothing belongs to dpo",
+        "report_to no_such_service is unknown",
+        "push_to_hub needs hub_model_id",
+        f"{tmp_path / 'file'} is a file",
+    ):
+        assert sum(words in line for line in lines) == 1, (words, lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_traces_of_another_tokenizer_are_refused_before_anything_is_written(
+    traces: list[Trace], tmp_path: Path
+) -> None:
+    with TraceWriter(tmp_path / "run/traces", chunk_size=len(traces)) as writer:
+        for trace in traces:
+            writer.add(trace)
+    worlds.refused(
+        lambda: train("sft", "data/tiny/policy", tmp_path / "run", output_dir=tmp_path / "out"),
+        "was made with another tokenizer",
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

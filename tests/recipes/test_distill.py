@@ -264,7 +264,8 @@ def test_eight_faults_of_eight_kinds_are_one_refusal(tmp_path):
     (tmp_path / "file").touch()
     options = ["--stages", "traces,train", "--max_ruonds", "3", "--eval_methods", "greedy,nabla@0.3"]
     options += ["--eval_dataset", str(tmp_path / "nope.jsonl"), "--reward", "data/tiny/clean", "--beta", "1e9"]
-    options += ["--train_methods", "rloo", "--num_generations", "7", "--max_new_tokens", "4000", "--dtype", "float17"]
+    options += ["--train_methods", "rloo", "--num_generations", "7", "--max_new_tokens", "4000", "--dtype", "bfloat16"]
+    options += ["--per_device_train_batch_size", "8", "--test_fraction", "2"]
     options += ["--report_to", "no_such_service", "--push_to_hub", "true", "--solver.steps", "3"]
     with pytest.raises(UsageError) as caught:
         distill_here(tmp_path / "file" / "out", *options)
@@ -278,7 +279,7 @@ def test_eight_faults_of_eight_kinds_are_one_refusal(tmp_path):
         "beta must be from",
         "are not whole groups of num_generations 7",
         "max_new_tokens 4000 is more than data/tiny/policy can write",
-        "dtype must be one of",
+        "test_fraction must be between 0 and 1",
         "report_to no_such_service is unknown",
         "push_to_hub needs hub_model_id",
         f"{tmp_path / 'file'} is a file",

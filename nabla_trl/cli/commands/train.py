@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nabla_trl.cli.arguments import DATASET_HELP, POLICY_HELP, REWARD_HELP, PolicyRewardArguments, check_distinct
 from nabla_trl.cli.distill.arguments import COMMON_TRAIN_OPTIONS
@@ -15,7 +16,7 @@ from nabla_trl.training.offline import TRAIN_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options
 from nabla_trl.utils.faults import Checks
-from nabla_trl.utils.fields import option
+from nabla_trl.utils.fields import check_choices, option
 
 
 @dataclass
@@ -47,6 +48,7 @@ class TrainArguments(PolicyRewardArguments):
             super().__post_init__,
             lambda: check_stall_minutes(self.stall_minutes),
             lambda: check_distinct("train_methods", self.train_methods),
+            lambda: check_choices("training method", self.train_methods, TRAIN_METHODS),
         ):
             with checks.collect():
                 check()
@@ -84,9 +86,9 @@ def main(argv: Sequence[str]) -> int:
         checks = Checks()
         parsed = parser.parse_options(argv, checks)[: len(DATACLASSES)]
         args, search_config, options, lora, sft_config, trl_options = parsed
-        given = {} if checks.faults else collect_given_options(argv, parsed, PRESETS)
-        if stall_watch:
-            stall_watch.limit_seconds = 60 * args.stall_minutes
+        given: dict[str, Any] = {}
+        with checks.collect():
+            given = collect_given_options(argv, parsed, PRESETS)
         output_dir = sft_config.output_dir or args.traces_dir
         checks.require(
             bool(output_dir), "where to? give --output_dir, or --traces_dir to train in the folder of the traces"
@@ -122,10 +124,10 @@ def main(argv: Sequence[str]) -> int:
             },
             command=get_current_command(),
         )
-        args.check_models(checks, max_new_tokens=search_config.max_new_tokens, device=str(state.device))
-        if output_dir:
-            call.collect_faults(checks)
+        call.collect_faults(checks)
         checks.raise_faults(UsageError)
+        if stall_watch:
+            stall_watch.limit_seconds = 60 * args.stall_minutes
         for method in call.run(say):
             say(f"{method}: {Path(output_dir) / 'trained' / method}")
     return 0

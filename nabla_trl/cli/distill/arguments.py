@@ -10,7 +10,6 @@ from nabla_trl.cli.arguments import (
     DOLLARS_HELP,
     SEEDS_HELP,
     PolicyRewardArguments,
-    check_choices,
     check_distinct,
     check_dollars_per_gpu_hour,
 )
@@ -19,7 +18,7 @@ from nabla_trl.evaluation.method import METHOD_SYNTAX, parse_methods
 from nabla_trl.training.checkpoints import get_policy_label
 from nabla_trl.training.offline import TRAIN_METHODS
 from nabla_trl.utils.faults import Checks
-from nabla_trl.utils.fields import option
+from nabla_trl.utils.fields import check_choices, option
 
 # Options of the training that --help shows beside the common ones of this module and of the search.
 COMMON_TRAIN_OPTIONS = (

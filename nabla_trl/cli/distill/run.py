@@ -34,7 +34,6 @@ from nabla_trl.cli.distill.arguments import (
     DistillArguments,
 )
 from nabla_trl.cli.distill.launcher import LAUNCH_OPTIONS, split_launch_options, start_processes
-from nabla_trl.cli.distill.preflight import collect_faults
 from nabla_trl.cli.launch import join_launch
 from nabla_trl.cli.parsing import Parser, UsageError, collect_given_options, quiet_libraries
 from nabla_trl.cli.quiet import log_to_folder
@@ -46,6 +45,7 @@ from nabla_trl.evaluation.method import (
     list_policy_labels,
     parse_methods,
 )
+from nabla_trl.evaluation.plan import check_method_options
 from nabla_trl.evaluation.results import list_remarks, store_results
 from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts
 from nabla_trl.evaluation.runner import Evaluation
@@ -57,6 +57,8 @@ from nabla_trl.pipeline.evaluation import collect_eval_settings, open_evaluation
 from nabla_trl.pipeline.traces import collect_trace_settings, fill_traces
 from nabla_trl.pipeline.train import run_training
 from nabla_trl.planning.machine import Machine, choose_batches
+from nabla_trl.planning.preflight import check_output_dir, list_frozen_models
+from nabla_trl.planning.training import collect_training_faults
 from nabla_trl.report.text import print_summary_table, write_report_files
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import PRESETS, SearchConfig
@@ -98,9 +100,11 @@ def main(argv: Sequence[str]) -> int:
         parser = build_parser(machine)
         checks = Checks()
         options = parser.parse_options(argv, checks)[: len(DATACLASSES)]
-        given_options = {} if checks.faults else collect_given_options(argv, options, PRESETS)
+        given_options: dict[str, Any] = {}
+        with checks.collect():
+            given_options = collect_given_options(argv, options, PRESETS)
         run = DistillRun(given_options, machine, *options, checks=checks)
-        collect_faults(run, checks)
+        run.collect_faults(checks)
         checks.raise_faults(UsageError)
         if stall_watch:
             stall_watch.limit_seconds = 60 * run.args.stall_minutes
@@ -239,6 +243,44 @@ class DistillRun:
         for name, value in chosen.items():
             setattr(self.search_config if name == "batch_size" else config, name, value)
         return {"dtype": self.dtype, "bf16": config.bf16, **chosen}
+
+    def collect_faults(self, checks: Checks) -> None:
+        """Collect what would stop the stages later. Nothing is loaded or written."""
+        args, stages = self.args, self.args.list_stages()
+        if set(stages) - {"report"}:
+            args.check_models(
+                checks,
+                problems=[*self.train_problems[:50], *self.held_out_problems[:50]],
+                max_new_tokens=self.search_config.max_new_tokens,
+                device=str(self.state.device),
+            )
+        if "evaluate" in stages:
+            with checks.collect():
+                methods = [Method.parse(name) for name in parse_methods(args.eval_methods)]
+                # Methods of policies that are not trained here, and of models that a reward lacks, are left out later.
+                names = [
+                    str(method) for method in methods if not method.policy and method.name != REWARD_MODEL_SAMPLING
+                ]
+                check_method_options(
+                    names, self.search_config, [], has_better_model=True, baseline_config=self.baseline_config
+                )
+        if "train" in stages:
+            frozen_models: list[str] = []
+            with checks.collect():
+                frozen_models = list_frozen_models(args.policy, args.reward)
+            with checks.collect():
+                collect_training_faults(
+                    checks,
+                    self._make_train_stage(),
+                    args.train_methods,
+                    frozen_models=frozen_models,
+                    keeps_frozen_models="traces" in stages,
+                )
+        else:
+            with checks.collect():
+                check_output_dir(self.output_dir)
+        with checks.collect():
+            self.check_settings()
 
     def load_models(self) -> tuple[Policy, Reward]:
         """Return the policy and the reward. The first call loads them, and warns past validated limits."""
