@@ -39,10 +39,17 @@ from nabla_trl.cli.launch import (
     check_stall_minutes,
     watch_for_stalls,
 )
-from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
+from nabla_trl.cli.parsing import Parser, UsageError, quiet_libraries, run_main
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.loading import load_policy, set_trust_remote_code
+from nabla_trl.planning.preflight import (
+    check_memory,
+    check_output_dir,
+    check_weight_files,
+    collect_model_faults,
+    read_model_config,
+)
 from nabla_trl.reward_training.card import write_reward_readme
 from nabla_trl.reward_training.data import (
     LabeledResponse,
@@ -68,14 +75,16 @@ from nabla_trl.tasks.problem import Problem, check_disjoint
 from nabla_trl.tasks.registry import get_task_settings, load_problems
 from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.traces.build import get_package_versions
-from nabla_trl.training.peft import LoraArguments
+from nabla_trl.training.peft import LoraArguments, check_precision
 from nabla_trl.training.reporting import check_reporting
 from nabla_trl.training.trainers import check_seeds
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import write_atomic
-from nabla_trl.utils.identity import claim_settings
+from nabla_trl.utils.identity import check_settings, claim_settings
 from nabla_trl.utils.interrupts import end_with_launcher
 from nabla_trl.utils.locks import lock_folder
+from nabla_trl.utils.progress import announce
 
 NUM_BEST_RESPONSES = 4  # responses of highest reward that best-of-N adds per problem
 AUDIT_SAMPLES_PER_PROBLEM = 4  # of the gradient audit
@@ -123,9 +132,12 @@ class RewardArguments:
     stall_minutes: float = option(DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP)
 
     def __post_init__(self) -> None:
-        check_stall_minutes(self.stall_minutes)
-        if self.labels not in LABEL_CHOICES:
-            raise ValueError(f"labels must be one of {', '.join(LABEL_CHOICES)}, not {self.labels!r}")
+        checks = Checks()
+        with checks.collect():
+            check_stall_minutes(self.stall_minutes)
+        checks.require(
+            self.labels in LABEL_CHOICES, f"labels must be one of {', '.join(LABEL_CHOICES)}, not {self.labels!r}"
+        )
         for name in (
             "max_train_problems",
             "samples_per_problem",
@@ -134,14 +146,19 @@ class RewardArguments:
             "max_audit_problems",
             "max_audit_rounds",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if self.audit_samples < 2 or self.max_adversarial_rounds < 0:
-            raise ValueError("audit_samples must be at least 2, max_adversarial_rounds not negative")
+            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        checks.require(self.audit_samples >= 2, "audit_samples must be at least 2")
+        checks.require(self.max_adversarial_rounds >= 0, "max_adversarial_rounds must not be negative")
+        checks.raise_faults()
 
 
 class RewardRun:
-    """One run: its options, its output folder and its policy."""
+    """One run: its options, its output folder and its policy.
+
+    Args:
+        checks: what is wrong with the options already. Everything else that is wrong is added, and all of it raised,
+            before the policy is loaded or anything is written.
+    """
 
     def __init__(
         self,
@@ -150,23 +167,46 @@ class RewardRun:
         search_config: SearchConfig,
         lora_arguments: LoraArguments,
         trainer_config: RewardConfig,
+        checks: Checks,
     ):
         self.args, self.reward_options, self.search_config = args, reward_options, search_config
         self.lora_arguments, self.trainer_config = lora_arguments, trainer_config
-        check_seeds(trainer_config, num_derived=reward_options.num_members)
         self.state = PartialState()
-        self.output_dir = Path(trainer_config.output_dir)
-        use_recorded_date(self.output_dir)
+        self.output_dir = Path(trainer_config.output_dir or "")
+        self.samples_dir = Path(args.samples_dir or self.output_dir)
         self.checker = AnswerChecker()
         # Best-of-N and scoring take four times as many responses at once as the search has problems.
         self.batch_size = 4 * search_config.batch_size
+        self.base_model = reward_options.base_model or args.policy
+        set_trust_remote_code(trainer_config.trust_remote_code)
+        self.train_problems: list[Problem] = []
+        self.audit_problems: list[Problem] = []
+        self.use_step_labels = False
+        with checks.collect():
+            use_recorded_date(self.output_dir)
+        with checks.collect():
+            self._load_problems()
+        self._collect_faults(checks)
+        checks.raise_faults(UsageError)
+        with announce(f"loading the policy {args.policy}"):
+            self.policy = load_policy(args.policy, dtype=args.dtype, device=str(self.state.device))
+        for file, settings in self._collect_settings().items():
+            claim_settings(file, settings)
+
+    def _load_problems(self) -> None:
+        """Load the problems of the training and of the audits.
+
+        Raises:
+            ValueError: they cannot be read, overlap, leave none to train on, or have no step labels.
+        """
+        args = self.args
         num_audit_problems = 0 if args.audit_dataset else args.max_audit_problems
         problems = load_problems(
             args.dataset, split=args.split, max_problems=args.max_train_problems + num_audit_problems
         )
         problems = [problem for problem in problems if problem.answer]
         # The audits take the last problems: the first ones are more likely to have been used before.
-        self.train_problems = problems[: len(problems) - num_audit_problems]
+        self.train_problems = problems[: max(0, len(problems) - num_audit_problems)]
         self.audit_problems = problems[len(self.train_problems) :]
         if args.audit_dataset:
             others = load_problems(args.audit_dataset, split=args.split, max_problems=args.max_audit_problems)
@@ -179,15 +219,52 @@ class RewardRun:
         )
         if self.use_step_labels and not has_step_labels(self.train_problems):
             raise ValueError(f"{args.dataset} has no step labels: use labels outcome")
-        self.base_model = reward_options.base_model or args.policy
-        set_trust_remote_code(trainer_config.trust_remote_code)
-        self.policy = load_policy(args.policy, dtype=args.dtype, device=str(self.state.device))
-        claim_settings(self.output_dir / "settings.json", self.get_settings())
-        self.samples_dir = Path(args.samples_dir or self.output_dir)
+
+    def _collect_faults(self, checks: Checks) -> None:
+        """Collect what would stop the run later. Nothing is loaded or written."""
+        args, config = self.args, self.trainer_config
+        with checks.collect():
+            collect_model_faults(
+                checks,
+                policy=args.policy,
+                reward="",
+                dtype=args.dtype,
+                device=str(self.state.device),
+                problems=[*self.train_problems[:50], *self.audit_problems[:50]],
+                max_new_tokens=self.search_config.max_new_tokens,
+            )
+        if self.base_model != args.policy:
+            with checks.collect():
+                read_model_config(self.base_model)
+                check_weight_files(self.base_model)
+        for folder in {self.output_dir, self.samples_dir}:
+            with checks.collect():
+                check_output_dir(folder)
+        with checks.collect():
+            check_seeds(config, num_derived=self.reward_options.num_members)
+        if self.reward_options.kind != "head":  # a head is float32, and reads states of any type
+            with checks.collect():
+                check_precision(self.reward_options.tuning, args.dtype, config)
+        if self.state.is_main_process:
+            with checks.collect():
+                check_reporting(config)
+        if not checks.faults:
+            with checks.collect():
+                check_memory([args.policy], dtype=args.dtype, device=str(self.state.device))
+            for file, settings in self._collect_settings().items():
+                with checks.collect():
+                    check_settings(file, settings)
+
+    def _collect_settings(self) -> dict[Path, dict[str, str]]:
+        """Return the settings that the files of the output folder, and shared answers of round 0, depend on."""
+        args, files = self.args, {self.output_dir / "settings.json": self.get_settings()}
         if args.samples_dir:
-            sampling = asdict(search_config.get_sampling()) | {name: getattr(args, name) for name in SAMPLE_SETTINGS}
-            facts = {name: str(value) for name, value in sampling.items()} | {"seed": str(trainer_config.seed)}
-            claim_settings(self.samples_dir / "samples.json", get_task_settings(args.dataset) | facts)
+            sampling = asdict(self.search_config.get_sampling()) | {
+                name: getattr(args, name) for name in SAMPLE_SETTINGS
+            }
+            facts = {name: str(value) for name, value in sampling.items()} | {"seed": str(self.trainer_config.seed)}
+            files[self.samples_dir / "samples.json"] = get_task_settings(args.dataset) | facts
+        return files
 
     def get_settings(self) -> dict[str, str]:
         """Return the options that the result depends on."""
@@ -546,12 +623,10 @@ def main(argv: Sequence[str]) -> None:
         if state.num_processes != num_requested:
             raise ValueError(f"{num_requested} processes were requested, but {state.num_processes} started")
         quiet_libraries()
-        parts = parse_dataclasses(
-            [RewardArguments, RewardOptions, SearchConfig, LoraArguments, RewardConfig], argv, presets=PRESETS
-        )
-        if state.is_main_process:
-            check_reporting(parts[-1])
-        run = RewardRun(*parts)
+        checks = Checks()
+        dataclasses = (RewardArguments, RewardOptions, SearchConfig, LoraArguments, RewardConfig)
+        parts = Parser(dataclasses, presets=PRESETS).parse_options(argv, checks)[: len(dataclasses)]
+        run = RewardRun(*parts, checks=checks)
         if stall_watch:
             stall_watch.limit_seconds = 60 * run.args.stall_minutes
         with ExitStack() as stack:

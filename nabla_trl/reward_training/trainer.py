@@ -37,6 +37,7 @@ from nabla_trl.training.peft import (
     load_padded_tokenizer,
     save_model_atomically,
 )
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
 REWARD_KINDS = ("scalar", "head", "implicit")
@@ -95,35 +96,41 @@ class RewardOptions:
     )
 
     def __post_init__(self) -> None:
+        checks = Checks()
         for name, choices in (
             ("kind", REWARD_KINDS),
             ("loss_type", LOSS_TYPES),
             ("implicit_loss", IMPLICIT_LOSSES),
             ("tuning", TUNING_MODES),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if not 0 <= self.relaxed_fraction <= 1:
-            raise ValueError("relaxed_fraction must be in [0, 1]")
-        if self.head_width < 0 or not 0 <= self.ranking_weight < math.inf:
-            raise ValueError("head_width and ranking_weight must be numbers of at least 0")
-        if not 0 <= self.gradient_matching < math.inf or not 0 <= self.margin < math.inf:
-            raise ValueError("gradient_matching and margin must be numbers of at least 0")
-        if min(self.target_samples, self.pairs_per_problem, self.num_members) < 1 or self.grow_layers < 0:
-            raise ValueError(
-                "target_samples, pairs_per_problem and num_members must be at least 1, grow_layers not negative"
-            )
-        check_uncertainty_penalty(self.uncertainty_penalty)
-        if not 0 < self.implicit_beta < math.inf:
-            raise ValueError("implicit_beta must be a positive number")
-        if self.kind == "head" and self.base_model:
-            raise ValueError("a head reads the policy's own states: base_model must not be set")
-        if self.kind == "implicit" and (self.num_members > 1 or self.tuning != "lora"):
-            raise ValueError("an implicit reward is one adapter: num_members must be 1 and tuning lora")
-        if self.loss_type == "pairs" and self.gradient_matching:
-            raise ValueError("gradient_matching belongs to the loss_type tokens")
-        if self.grow_layers and self.tuning != "full":
-            raise ValueError("grow_layers needs tuning full: an adapter cannot hold new layers")
+            value = getattr(self, name)
+            checks.require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        checks.require(0 <= self.relaxed_fraction <= 1, "relaxed_fraction must be in [0, 1]")
+        for name in ("head_width", "ranking_weight", "gradient_matching", "margin"):
+            checks.require(0 <= getattr(self, name) < math.inf, f"{name} must be a number of at least 0")
+        for name in ("target_samples", "pairs_per_problem", "num_members"):
+            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        checks.require(self.grow_layers >= 0, "grow_layers must not be negative")
+        with checks.collect():
+            check_uncertainty_penalty(self.uncertainty_penalty)
+        checks.require(0 < self.implicit_beta < math.inf, "implicit_beta must be a positive number")
+        checks.require(
+            self.kind != "head" or not self.base_model,
+            "a head reads the policy's own states: base_model must not be set",
+        )
+        checks.require(
+            self.kind != "implicit" or (self.num_members == 1 and self.tuning == "lora"),
+            "an implicit reward is one adapter: num_members must be 1 and tuning lora",
+        )
+        checks.require(
+            self.loss_type != "pairs" or not self.gradient_matching,
+            "gradient_matching belongs to the loss_type tokens",
+        )
+        checks.require(
+            not self.grow_layers or self.tuning == "full",
+            "grow_layers needs tuning full: an adapter cannot hold new layers",
+        )
+        checks.raise_faults()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import worlds
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from nabla_trl.cli.parsing import UsageError
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.policy import Policy
@@ -277,7 +278,7 @@ def test_problems_that_leave_none_to_train_on_are_refused(count: int, recipe: Mo
         ({"labels": "maybe"}, ["labels must be one of auto, steps, outcome"]),
         ({"samples_per_problem": 0}, ["samples_per_problem must be at least 1"]),
         ({"audit_samples": 1}, ["audit_samples must be at least 2"]),
-        ({"max_adversarial_rounds": -1}, ["max_adversarial_rounds not negative"]),
+        ({"max_adversarial_rounds": -1}, ["max_adversarial_rounds must not be negative"]),
         ({"tuning": "lora"}, ["grow_layers needs tuning full"]),
         ({"policy": "nowhere/at-all"}, ["nowhere/at-all"]),
         ({"dataset": "no-such-task"}, ["unknown task 'no-such-task'"]),
@@ -285,3 +286,31 @@ def test_problems_that_leave_none_to_train_on_are_refused(count: int, recipe: Mo
 )
 def test_nonsense_is_refused(options: dict[str, object], words: list[str], recipe: ModuleType, tmp_path: Path) -> None:
     worlds.refused(lambda: train(recipe, tmp_path / "out", **options), *words)
+
+
+def test_all_faults_are_one_refusal_before_anything_is_loaded(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(recipe, "load_policy", None)
+    options = {"labels": "maybe", "audit_samples": 1, "margin": -1, "grow_layers": 1, "tuning": "lora", "beta": 1e9}
+    options |= {"dataset": str(tmp_path / "nope.jsonl"), "max_new_tokens": 4000, "base_model": "nowhere/at-all"}
+    options |= {"report_to": "no_such_service", "max_ruonds": 3, "dtype": "bfloat16"}
+    with pytest.raises(UsageError) as caught:
+        train(recipe, tmp_path / "file" / "out", **options)
+    for words in (
+        "unknown option --max_ruonds (did you mean --max_rounds?)",
+        "labels must be one of",
+        "audit_samples must be at least 2",
+        "margin must be a number",
+        "grow_layers needs tuning full",
+        "beta must be from",
+        "nope.jsonl: No such file",
+        "max_new_tokens 4000 is more than",
+        "nowhere/at-all",
+        "a bfloat16 base under a float32 adapter needs mixed precision",
+        "report_to no_such_service is unknown",
+        f"{tmp_path / 'file'} is a file",
+    ):
+        assert sum(words in line for line in caught.value.lines) == 1, (words, caught.value.lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
