@@ -625,8 +625,8 @@ def main(argv: Sequence[str]) -> None:
         quiet_libraries()
         checks = Checks()
         dataclasses = (RewardArguments, RewardOptions, SearchConfig, LoraArguments, RewardConfig)
-        parts = Parser(dataclasses, presets=PRESETS).parse_options(argv, checks)[: len(dataclasses)]
-        run = RewardRun(*parts, checks=checks)
+        args, *parts = Parser(dataclasses, presets=PRESETS).parse_options(argv, checks)[: len(dataclasses)]
+        run = RewardRun(args, *parts, checks=checks)
         if stall_watch:
             stall_watch.limit_seconds = 60 * run.args.stall_minutes
         with ExitStack() as stack:

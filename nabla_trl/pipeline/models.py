@@ -145,10 +145,7 @@ class ModelPair:
         limits = None
         if self.audit_file:  # before the models are loaded
             limits = read_validated_limits(self.audit_file, policy=self.policy_name, reward=self.reward_name)
-        with announce(f"loading the policy {self.policy_source}", show=None if self._policy is None else False):
-            policy = self._load_policy()
-        with announce(f"loading the reward {self.reward_source}", show=None if self._reward is None else False):
-            reward = self._load_reward(reward_batch_size)
+        policy, reward = self._load_policy(), self._load_reward(reward_batch_size)
         reward.validated_limits = limits or reward.validated_limits
         return policy, reward
 
@@ -173,15 +170,17 @@ class ModelPair:
     def _load_policy(self) -> Policy:
         if self._policy is None:
             is_named = isinstance(self.policy_source, str | Path)
-            policy = load_policy(
-                self.policy_source,
-                self.tokenizer,
-                dtype=self.dtype if is_named else None,
-                device=self.device if is_named else None,
-                adapter=self.adapter,
-                prompt_options=self.prompt_options,
-                trust_remote_code=self.trust_remote_code,
-            )
+            name = self.policy_source if is_named else "in memory"
+            with announce(f"loading the policy {name}"):
+                policy = load_policy(
+                    self.policy_source,
+                    self.tokenizer,
+                    dtype=self.dtype if is_named else None,
+                    device=self.device if is_named else None,
+                    adapter=self.adapter,
+                    prompt_options=self.prompt_options,
+                    trust_remote_code=self.trust_remote_code,
+                )
             if self.vllm_url:
                 policy = connect_vllm(policy, self.vllm_url, timeout=self.vllm_timeout)
             self._policy = policy
@@ -194,15 +193,16 @@ class ModelPair:
             device = self.device
             if device is None and not isinstance(self.policy_source, str | Path):
                 device = policy.device
-            self._reward = load_reward(
-                self.reward_source,
-                self.reward_tokenizer,
-                policy=policy,
-                dtype=self.dtype if is_named else None,
-                device=device if is_named else None,
-                batch_size=None if isinstance(self.reward_source, Reward) else batch_size,
-                trust_remote_code=self.trust_remote_code,
-            )
+            with announce(f"loading the reward {self.reward_source if is_named else 'in memory'}"):
+                self._reward = load_reward(
+                    self.reward_source,
+                    self.reward_tokenizer,
+                    policy=policy,
+                    dtype=self.dtype if is_named else None,
+                    device=device if is_named else None,
+                    batch_size=None if isinstance(self.reward_source, Reward) else batch_size,
+                    trust_remote_code=self.trust_remote_code,
+                )
         return self._reward
 
     def load_trained_policy(self, weights: PolicySource, *, must_be_adapter: bool = False) -> Policy:
@@ -216,21 +216,23 @@ class ModelPair:
         if not isinstance(weights, str | Path):
             return load_policy(weights, self.tokenizer if not isinstance(weights, Policy) else None)
         shared: dict[str, Any] = {"prompt_options": options, "trust_remote_code": self.trust_remote_code}
-        with trusting_remote_code(self.trust_remote_code):
+        with announce(f"loading the trained policy {weights}"), trusting_remote_code(self.trust_remote_code):
             folder = find_adapter_folder(str(weights))
-        is_adapter = must_be_adapter or folder is not None
-        if isinstance(self.policy_source, str | Path):
-            base = self.policy_source if is_adapter else weights
-            adapter = str(weights) if is_adapter else None
-            return load_policy(base, dtype=self.dtype, device=self.device, adapter=adapter, **shared)
-        policy = self._load_policy()
-        placed = {"dtype": describe_dtype(policy.model), "device": policy.device, **shared}
-        if not is_adapter:
-            return load_policy(weights, **placed)
-        base = read_adapter_info(folder).base_model if folder else ""
-        if Path(base).is_dir() and Path(base).name == get_saved_folder_name(policy.model):  # what `train` has written
-            return load_policy(base, adapter=str(weights), **placed)
-        return load_policy(policy.model, policy.tokenizer, adapter=str(weights), **shared)
+            is_adapter = must_be_adapter or folder is not None
+            if isinstance(self.policy_source, str | Path):
+                base = self.policy_source if is_adapter else weights
+                adapter = str(weights) if is_adapter else None
+                return load_policy(base, dtype=self.dtype, device=self.device, adapter=adapter, **shared)
+            policy = self._load_policy()
+            placed = {"dtype": describe_dtype(policy.model), "device": policy.device, **shared}
+            if not is_adapter:
+                return load_policy(weights, **placed)
+            base = read_adapter_info(folder).base_model if folder else ""
+            if Path(base).is_dir() and Path(base).name == get_saved_folder_name(
+                policy.model
+            ):  # what `train` has written
+                return load_policy(base, adapter=str(weights), **placed)
+            return load_policy(policy.model, policy.tokenizer, adapter=str(weights), **shared)
 
     # --- names --------------------------------------------------------------------------------------------
 

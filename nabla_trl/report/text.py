@@ -54,7 +54,7 @@ from nabla_trl.report.paper_claim import compute_paper_claims, describe_paper_cl
 from nabla_trl.report.summary import Summary, get_value, parse_pairs, summarize
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import format_count, format_error, format_interval, format_seconds
-from nabla_trl.utils.progress import PrintableConsole
+from nabla_trl.utils.progress import PrintableConsole, announce
 from nabla_trl.utils.statistics import INTERVAL_NOTE, SIGNIFICANCE_LEVEL
 
 NO_OVEROPTIMIZATION = "No run with the most FLOPs is worse than a cheaper run of its family, beyond chance."
@@ -142,20 +142,21 @@ def write_report_files(folder: str | Path, rows: Sequence[Row], facts: Mapping) 
     from nabla_trl.report.plots.figures import plot_figures, save_figures
 
     check_facts(facts)
-    summary = summarize(rows, facts)
     folder = Path(folder)
-    grids = build_grids(rows)
-    searches = {name: grid for name, grid in grids.items() if Method.parse(name).family in ("nabla", "control")}
-    reward_by_round = {name: compute_mean_reward_by_round(grid) for name, grid in searches.items()}
-    titles = build_plot_titles(summary, facts)
-    figures, narrow_figures = (plot_figures(summary, reward_by_round, titles, size) for size in (WIDE, NARROW))
-    plot_paths = save_figures(folder / "plots", {name: figures[name] for name in ALL_FIGURES})
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    sections = build_sections(summary, rows, grids, facts, folder, plot_paths)
-    blocks = [block for name, texts in sections.items() for block in ([f"## {name}"] if name else []) + texts]
-    write_atomic(folder / "report.md", "\n\n".join(blocks) + "\n")
-    html = render_page(folder, sections, summary, rows, facts, reward_by_round, figures, narrow_figures)
-    write_atomic(folder / "report.html", html)
+    with announce(f"writing the report to {folder}"):
+        summary = summarize(rows, facts)
+        grids = build_grids(rows)
+        searches = {name: grid for name, grid in grids.items() if Method.parse(name).family in ("nabla", "control")}
+        reward_by_round = {name: compute_mean_reward_by_round(grid) for name, grid in searches.items()}
+        titles = build_plot_titles(summary, facts)
+        figures, narrow_figures = (plot_figures(summary, reward_by_round, titles, size) for size in (WIDE, NARROW))
+        plot_paths = save_figures(folder / "plots", {name: figures[name] for name in ALL_FIGURES})
+        write_atomic(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        sections = build_sections(summary, rows, grids, facts, folder, plot_paths)
+        blocks = [block for name, texts in sections.items() for block in ([f"## {name}"] if name else []) + texts]
+        write_atomic(folder / "report.md", "\n\n".join(blocks) + "\n")
+        html = render_page(folder, sections, summary, rows, facts, reward_by_round, figures, narrow_figures)
+        write_atomic(folder / "report.html", html)
     return summary
 
 

@@ -18,6 +18,7 @@ from nabla_trl.pipeline.models import ModelPair
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.registry import compute_task_version
 from nabla_trl.traces.storage import read_traces
+from nabla_trl.utils import progress
 
 SEARCH = ["--max_rounds", "3", "--max_new_tokens", "10"]
 
@@ -327,8 +328,11 @@ def test_eval_then_report(capsys, models, dataset, tmp_path, monkeypatch):
         raise AssertionError("a report needs no models")
 
     monkeypatch.setattr(ModelPair, "load", refuse)
+    monkeypatch.setattr(progress, "_ANNOUNCE_SECONDS", 0.0)
     assert main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith(table[: table.index("rows: ")])
+    printed = capsys.readouterr()
+    assert printed.out.startswith(table[: table.index("rows: ")])
+    assert f"writing the report to {tmp_path} …" in printed.err
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     right = [bool(row["correct"]) for row in rows if row["method"] == "nabla"]
     assert summary["accuracy.nabla"]["value"] == pytest.approx(sum(right) / len(right))

@@ -23,7 +23,9 @@ from nabla_trl import (
 )
 from nabla_trl.baselines.sampling import draw_pool
 from nabla_trl.models.policy import Policy
+from nabla_trl.pipeline.models import ModelPair
 from nabla_trl.rewards.reward import Reward
+from nabla_trl.utils import progress
 
 CONFIG = {"max_rounds": 2, "max_new_tokens": 6}
 ROWS = [{"question": f"{n}+{n}", "answer": str(2 * n % 10)} for n in range(1, 4)]
@@ -183,3 +185,10 @@ def test_wrong_types_are_named(
     policy: Policy, scalar_reward: Reward, options: dict[str, Any], words: list[str]
 ) -> None:
     worlds.refused(lambda: evaluate(ROWS, policy, scalar_reward, **{"config": CONFIG, **options}), *words)
+
+
+def test_loading_of_models_and_trained_policies_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(progress, "_ANNOUNCE_SECONDS", 0.0)
+    ModelPair("data/tiny/policy", "data/tiny/reward").load_trained_policy("data/tiny/clean")
+    err = capsys.readouterr().err
+    assert "loading the policy data/tiny/policy …" in err and "loading the trained policy data/tiny/clean …" in err

@@ -489,7 +489,8 @@ class DistillRun:
             if get_policy_label(method) in list_policy_labels(eval_methods):
                 path = find_trained_weights(self.output_dir, method)
                 # Rows of an earlier training must not pass for those of this one.
-                evaluation.claim(method, {"weights": hash_weights(path)})
+                with announce(f"reading the weights of {path}"):
+                    evaluation.claim(method, {"weights": hash_weights(path)})
                 trained_policies[get_policy_label(method)] = self.models.load_trained_policy(path)
         return trained_policies
 
@@ -510,8 +511,7 @@ class DistillRun:
             self.print_once(incomplete)
         facts = self.build_facts()
         store_results(self.output_dir, rows, facts)
-        with announce(f"writing the report to {self.output_dir}"):
-            summary = write_report_files(self.output_dir, rows, facts)
+        summary = write_report_files(self.output_dir, rows, facts)
         print_summary_table(summary)
         for remark in list_remarks(self.output_dir, rows):
             print(remark)
