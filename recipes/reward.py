@@ -625,8 +625,9 @@ def main(argv: Sequence[str]) -> None:
         quiet_libraries()
         checks = Checks()
         dataclasses = (RewardArguments, RewardOptions, SearchConfig, LoraArguments, RewardConfig)
-        args, *parts = Parser(dataclasses, presets=PRESETS).parse_options(argv, checks)[: len(dataclasses)]
-        run = RewardRun(args, *parts, checks=checks)
+        parsed = Parser(dataclasses, presets=PRESETS).parse_options(argv, checks)
+        args, options, search_config, lora, config = parsed[: len(dataclasses)]
+        run = RewardRun(args, options, search_config, lora, config, checks)
         if stall_watch:
             stall_watch.limit_seconds = 60 * run.args.stall_minutes
         with ExitStack() as stack:

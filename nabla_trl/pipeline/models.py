@@ -228,9 +228,8 @@ class ModelPair:
             if not is_adapter:
                 return load_policy(weights, **placed)
             base = read_adapter_info(folder).base_model if folder else ""
-            if Path(base).is_dir() and Path(base).name == get_saved_folder_name(
-                policy.model
-            ):  # what `train` has written
+            # What `train` has written of a model in memory.
+            if Path(base).is_dir() and Path(base).name == get_saved_folder_name(policy.model):
                 return load_policy(base, adapter=str(weights), **placed)
             return load_policy(policy.model, policy.tokenizer, adapter=str(weights), **shared)
 
