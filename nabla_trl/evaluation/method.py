@@ -238,6 +238,9 @@ def parse_methods(text: str) -> list[str]:
         if method.budget and method.budget_reference not in names:
             reference = method.budget_reference
             mistakes.append(f"the FLOP budget of {method} equals {reference}'s FLOPs: add {reference} to the methods")
+    incomplete = {name: reason for name in unknown if (reason := _describe_incomplete(name))}
+    mistakes += [f"unknown method {name!r}: {reason}" for name, reason in incomplete.items()]
+    unknown = [name for name in unknown if name not in incomplete]
     replacements = {name: similar for name in unknown if (similar := _find_similar_method(name))}
     mistakes += [f"unknown method {name!r} (did you mean {similar}?)" for name, similar in replacements.items()]
     if others := [repr(name) for name in unknown if name not in replacements]:
@@ -246,6 +249,23 @@ def parse_methods(text: str) -> list[str]:
     if mistakes:
         raise Faults(*mistakes, replacements=replacements)
     return names
+
+
+def _describe_incomplete(text: str) -> str:
+    """Return how a method of a known name is written, where its size or budget is missing or wrong. Empty: unknown."""
+    try:
+        method = Method.parse(text)
+    except ValueError:
+        return ""
+    if method.name not in (*_REPORT_ORDER, "samples", REWARD_MODEL_SAMPLING):
+        return ""
+    if method.policy and method.name not in _TRAINED_POLICY_METHODS:
+        return f"of a trained policy there are {', '.join(_TRAINED_POLICY_METHODS)}"
+    if method.name == "samples" and (method.n or 0) > MAX_SAMPLES:
+        return f"at most samples_{MAX_SAMPLES}"
+    bare = replace(method, n=None, budget="")
+    forms = (bare, replace(bare, n=8), replace(bare, budget="best_of_8"), replace(bare, budget="0.5"))
+    return f"write {' or '.join(str(form) for form in forms if form.is_runnable)}"
 
 
 def _find_similar_method(name: str) -> str:

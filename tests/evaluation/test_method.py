@@ -76,5 +76,20 @@ def test_names_that_mean_nothing_are_refused(name):
     worlds.refused(lambda: parse_methods(name), f"unknown method {name!r}")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("allocated_vote_4", "write allocated_vote@best_of_8 or allocated_vote@0.5"),
+        ("power_smc", "write power_smc_8 or power_smc@best_of_8 or power_smc@0.5"),
+        ("sft_nabla_8", "write sft_nabla or sft_nabla@best_of_8 or sft_nabla@0.5"),
+        ("greedy_3", "write greedy"),
+        ("samples_1000", "at most samples_999"),
+        ("sft_allocated_vote@best_of_4", "of a trained policy there are greedy, best_of, samples, nabla, control"),
+    ],
+)
+def test_a_known_name_without_its_size_or_budget_says_how_it_is_written(name, words):
+    worlds.refused(lambda: parse_methods(name), f"unknown method {name!r}: {words}")
+
+
 def test_a_trained_search_needs_the_method_that_sets_its_budget():
     worlds.refused(lambda: parse_methods("sft_nabla@best_of_4"), "add best_of_4 to the methods")

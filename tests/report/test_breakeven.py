@@ -188,7 +188,7 @@ def test_the_command_prints_and_writes_all_numbers(folder, tmp_path, capsys, mon
     [
         ([], "name at least one source"),
         (["nowhere"], "nowhere: no such file or folder"),
-        (["nowhere", "--train_flops", "-1"], "train_flops must not be negative"),
+        (["nowhere", "--train_flops", "-1"], "train_flops must be a finite number of at least 0"),
         (["nowhere", "--dollars_per_gpu_hour", "0"], "dollars_per_gpu_hour must be positive"),
     ],
 )
@@ -196,3 +196,12 @@ def test_mistakes_are_one_line(arguments, words, capsys):
     assert main(["breakeven", *arguments]) in (1, 2)
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_all_wrong_amounts_are_said_at_once(capsys):
+    wrong = {"train_flops": "-1", "reward_train_seconds": "nan", "dollars_per_gpu_hour": "0"}
+    assert (
+        main(["breakeven", "nowhere", *(word for name, value in wrong.items() for word in (f"--{name}", value))]) == 2
+    )
+    error = capsys.readouterr().err
+    assert all(f"{name} must be" in error for name in wrong)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nabla_trl.cli.arguments import DOLLARS_HELP, check_dollars_per_gpu_hour
 from nabla_trl.cli.parsing import Parser, UsageError
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
 if TYPE_CHECKING:
@@ -57,11 +58,14 @@ class BreakEvenArguments:
     output_file: str = option("", "JSON file to write all numbers to (default: none).")
 
     def __post_init__(self) -> None:
-        check_dollars_per_gpu_hour(self.dollars_per_gpu_hour)
+        checks = Checks()
+        with checks.collect():
+            check_dollars_per_gpu_hour(self.dollars_per_gpu_hour)
         for item in fields(self):
             value = getattr(self, item.name)
-            if "train_" in item.name and value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{item.name} must not be negative, not {value:g}")
+            is_valid = "train_" not in item.name or value is None or 0 <= value < math.inf
+            checks.require(is_valid, f"{item.name} must be a finite number of at least 0, not {value}")
+        checks.raise_faults()
 
 
 def main(argv: Sequence[str]) -> int:
