@@ -83,8 +83,11 @@ def _read_samples(path: Path, metric: str, filter_name: str) -> dict[str, float]
         metrics = sample.get("metrics")
         if "doc_id" not in sample or not isinstance(metrics, list) or not metrics:
             raise ValueError(f"{where}: no sample of lm-eval, as it lacks doc_id or metrics")
-        filters.add(str(sample.get("filter", "none")))
-        filter_name = filter_name or str(sample.get("filter", "none"))
+        own_filter = str(sample.get("filter", "none"))
+        filters.add(own_filter)
+        filter_name = filter_name or own_filter
+        if own_filter != filter_name:
+            continue
         name = metric or str(metrics[0])
         value = sample.get(name)
         if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
@@ -92,8 +95,12 @@ def _read_samples(path: Path, metric: str, filter_name: str) -> dict[str, float]
                 f"{where}: metric {name} is no number from 0 to 1 ({format_error(repr(value), 40)}); choose from "
                 f"{', '.join(map(str, metrics))}"
             )
-        if str(sample.get("filter", "none")) == filter_name:
-            verdicts[f"{sample['doc_id']}/{str(sample.get('doc_hash', ''))[:12]}"] = float(value)
+        document = f"{sample['doc_id']}/{str(sample.get('doc_hash', ''))[:12]}"
+        if document in verdicts:
+            raise ValueError(f"{where}: document {sample['doc_id']} stands twice")
+        verdicts[document] = float(value)
+    if not filters:
+        raise ValueError(f"{path} holds no samples")
     if not verdicts:
         raise ValueError(f"{path} has no samples of filter {filter_name!r}: choose from {', '.join(sorted(filters))}")
     return verdicts

@@ -95,3 +95,13 @@ def test_other_files_are_no_samples(tmp_path):
     assert has_lm_eval_logs(tmp_path)
     with pytest.raises(ValueError, match="line 1: no sample of lm-eval"):
         read_lm_eval_rows(tmp_path)
+
+
+def test_a_log_without_samples_and_one_with_a_repeated_document_are_refused(tmp_path):
+    path = write_log(tmp_path, []) / f"samples_gsm8k_{NEW}.jsonl"
+    with pytest.raises(ValueError, match="holds no samples"):
+        read_lm_eval_rows(tmp_path)
+    write_log(tmp_path, [1, 0])
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(ValueError, match="line 5: document 0 stands twice"):
+        read_lm_eval_rows(tmp_path)
