@@ -24,7 +24,7 @@ from nabla_trl.rewards.limits import ValidatedLimits, past_limits, past_sample_l
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
-from nabla_trl.search.options import MirrorSolver
+from nabla_trl.search.options import MirrorSolver, RewardSelection
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.formatting import format_interval
@@ -278,6 +278,11 @@ def warn_past_limits(reward: Reward, config: SearchConfig | None, num_samples: i
     warnings = [past_sample_limit(limits, num_samples)]
     if config is not None:
         warnings.append(past_limits(limits, config.max_rounds))
+        if limits is not None and config.candidate_min_p == 0 and isinstance(config.select, RewardSelection):
+            warnings.append(
+                "audits validate searches with candidate_min_p 0.02 by default, and this search has 0: it may find "
+                "unlikely text that misleads the reward. Set candidate_min_p 0.02, or select weighted_vote"
+            )
         solver = config.solver
         if reward.gradient_unhelpful and isinstance(solver, MirrorSolver) and solver.gradient_at is None:
             warnings.append(

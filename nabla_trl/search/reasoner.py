@@ -123,13 +123,24 @@ class NablaReasoner:
     @overload  # a str is an Iterable[str] to the type checker; here it is one question
     def solve(
         self,
-        problems: Question,
+        problems: str | Mapping[str, Any] | Problem,
         *,
         seed: int = 0,
         on_round: Callable[[Search], None] | None = None,
         config: SearchConfig | Mapping[str, Any] | str | None = None,
         **overrides: Any,
     ) -> Trace: ...
+
+    @overload  # one chat or several rows: only their keys tell
+    def solve(
+        self,
+        problems: list[dict[str, Any]],
+        *,
+        seed: int = 0,
+        on_round: Callable[[Search], None] | None = None,
+        config: SearchConfig | Mapping[str, Any] | str | None = None,
+        **overrides: Any,
+    ) -> Any: ...
 
     @overload
     def solve(

@@ -403,16 +403,20 @@ def test_a_folders_limits_reach_the_reward_and_the_warning(world: Path, policy: 
     assert reward.validated_limits == ValidatedLimits(8, 2)
     assert load_reward(str(world / "scorer"), policy=policy).validated_limits is None
     caplog.clear()
-    warn_past_limits(reward, SearchConfig(max_rounds=2))
-    assert caplog.messages == []
-    warn_past_limits(reward, SearchConfig(max_rounds=3))
-    assert caplog.messages == [past_limits(ValidatedLimits(8, 2), 3)]
-    caplog.clear()
-    warn_past_limits(reward, None, 8)
-    assert caplog.messages == []
-    warn_past_limits(reward, SearchConfig(max_rounds=2, num_starts=9))
-    warn_past_limits(reward, None, 9)
-    assert caplog.messages == [past_sample_limit(ValidatedLimits(8, 2), 9)] * 2
+
+    def warn(config: SearchConfig | None, num_samples: int = 1) -> list[str]:
+        caplog.clear()
+        warn_past_limits(reward, config, num_samples)
+        return list(caplog.messages)
+
+    config = SearchConfig(max_rounds=2, candidate_min_p=0.02)
+    assert warn(config) == [] and warn(None, 8) == []
+    assert warn(config.with_options(max_rounds=3)) == [past_limits(ValidatedLimits(8, 2), 3)]
+    past_samples = [past_sample_limit(ValidatedLimits(8, 2), 9)]
+    assert warn(config.with_options(num_starts=9)) == warn(None, 9) == past_samples
+    [message] = warn(config.with_options(candidate_min_p=0.0))
+    assert "Set candidate_min_p 0.02" in message
+    assert warn(config.with_options(candidate_min_p=0.0, select="weighted_vote")) == []
 
 
 def audit_file(folder: Path, **changes: Any) -> Path:
@@ -444,6 +448,9 @@ def test_the_limits_of_an_audit(world: Path, tmp_path: Path) -> None:
     worlds.refused(lambda: read_validated_limits(tmp_path / "none.json", **models), "none.json", "cannot be read")
 
 
+SHORT = ["--max_new_tokens", "6", "--candidate_min_p", "0.02"]
+
+
 def warnings(capsys: Any, *argv: str) -> list[str]:
     """Warnings of a command that succeeds."""
     assert main(list(argv)) == 0
@@ -456,7 +463,7 @@ def warnings(capsys: Any, *argv: str) -> list[str]:
 def test_commands_warn_once_of_a_search_past_the_limits(
     command: str, world: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    models = ["--policy", str(world / "policy"), "--reward", str(world / "audited"), "--max_new_tokens", "6"]
+    models = ["--policy", str(world / "policy"), "--reward", str(world / "audited"), *SHORT]
     data = ["--dataset", str(world / "problems.jsonl")]
     arguments = {"solve": ["1+2"], "traces": data, "eval": [*data, "--seeds", "0", "--eval_methods", "greedy,nabla"]}[
         command
@@ -479,7 +486,7 @@ def test_commands_warn_once_of_a_search_past_the_limits(
 
 
 def test_an_audit_file_gives_the_limits_of_a_reward_without_folder(world: Path, capsys: Any) -> None:
-    models = ["--policy", str(world / "policy"), "--reward", str(world / "scorer"), "--max_new_tokens", "6"]
+    models = ["--policy", str(world / "policy"), "--reward", str(world / "scorer"), *SHORT]
     audited = ["--audit_file", str(audit_file(world))]
     assert warnings(capsys, "solve", "1+2", *models, "--max_rounds", "3") == []
     assert warnings(capsys, "solve", "1+2", *models, "--max_rounds", "3", *audited) == [
