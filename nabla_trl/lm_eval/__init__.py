@@ -4,5 +4,5 @@ Releases of lm-eval after 0.4.13 find the model by the entry point `lm_eval.mode
 model of another package. For them `python -m nabla_trl.lm_eval` registers it, and then runs lm-eval's own command.
 
 Hands out: `NablaLM`, `HarnessModel`, `grade_log`.
-May import: utils, tasks, models, rewards, engine, traces, search, baselines, evaluation, serving.
+May import: utils, tasks, models, rewards, engine, traces, search, baselines, audit, evaluation, serving.
 """

@@ -13,10 +13,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nabla_trl.audit.overoptimization import warn_past_limits
 from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.engine.logprobs import compute_token_logprobs
 from nabla_trl.evaluation.lm_eval_logs import read_lm_eval_rows
-from nabla_trl.evaluation.method import METHOD_SYNTAX, Method
+from nabla_trl.evaluation.method import METHOD_SYNTAX, Method, get_max_selection_size, has_search
 from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_baseline_settings, plan_jobs
 from nabla_trl.evaluation.results import load_results, store_results
 from nabla_trl.evaluation.rows import Row, RowStore, build_row, read_rows
@@ -241,6 +242,7 @@ class HarnessModel:
             loaded = connect_vllm(loaded, vllm_url)
         batch_size = 4 * config.batch_size
         loaded_reward = load_reward(reward, policy=loaded, dtype=dtype, device=device, batch_size=batch_size)
+        warn_past_limits(loaded_reward, config if has_search([method]) else None, get_max_selection_size([method]))
         settings = {"policy": policy, "reward": compute_reward_identity(reward), "dtype": dtype}
         settings |= {"adapter": identify_adapter(adapter)} if adapter else {}
         return cls(
