@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import time
 from dataclasses import replace
@@ -287,3 +288,9 @@ def test_token_texts_join_to_what_the_tokenizer_decodes(tmp_path: Path, policy: 
     written = (tmp_path / "tokens.json").stat().st_mtime_ns
     write_token_texts(tmp_path, policy)
     assert (tmp_path / "tokens.json").stat().st_mtime_ns == written
+
+
+def test_costs_that_are_not_known_can_be_written_for_a_browser():
+    row = Row(method="m", task="t", problem="p", seed=0, correct=True, flops=math.nan, seconds=math.nan)
+    encoded = json.loads(viewer.to_script_json(viewer._encode_row(row)))
+    assert encoded["flops"] is None and encoded["seconds"] is None

@@ -13,6 +13,7 @@ const formatSigned = (value) => (value === null ? "–" : `${value >= 0 ? "+" : 
 const difference = (a, b) => (a === null || b === null ? null : a - b);
 const PREFIXES = ["n", "µ", "m", "", "k", "M", "G", "T", "P", "E"];
 function formatSi(value, unit) {
+  if (value === null) return "–";
   if (!value) return `0 ${unit}`;
   const power = Math.min(Math.max(Math.floor(Math.log10(Math.abs(value)) / 3), -3), 6);
   return `${Number((value / 1000 ** power).toPrecision(3))} ${PREFIXES[power + 3]}${unit}`;
