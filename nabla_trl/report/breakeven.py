@@ -277,8 +277,9 @@ def _describe_method(name: str, pairs: Sequence[PairBreakEven]) -> str:
     baseline = f"{pair.baseline} ({pair.baseline_accuracy.value:.3f}), {role}"
     plain, full = (_describe_units(units) for units in (pair.by_unit, pair.by_unit_with_reward))
     if not plain:
-        reason = _REASONS[next(iter(pair.by_unit.values())).outcome]
-        return f"{head} does not pay against {baseline}: {reason}."
+        outcomes = [result.outcome for result in pair.by_unit.values()]
+        outcome = next((outcome for outcome in outcomes if outcome != "not known"), "not known")
+        return f"{head} does not pay against {baseline}: {_REASONS[outcome]}."
     with_reward = f". With the training of the reward: after {full}" if full else ""
     return f"{head} pays against {baseline}: after {plain}{with_reward}."
 

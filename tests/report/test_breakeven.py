@@ -106,6 +106,13 @@ def test_every_way_to_pay_or_not_has_words(world, words):
     assert re.search(words, describe_breakeven(pairs)[0])
 
 
+def test_the_reason_is_that_of_a_unit_whose_costs_are_known():
+    """A log of lm-eval knows no FLOPs."""
+    world = {"nabla": (50, math.nan, 0.5), "sft_greedy": (50, math.nan, 1.0)}
+    [sentence] = describe_breakeven(compute_breakeven(make_rows(world), training=Price(5000.0, 40.0)))
+    assert sentence.endswith("a query costs no less.")
+
+
 def test_options_win_over_the_facts_and_leave_the_rest(folder):
     pairs = compute_breakeven(folder, training=Price(flops=10_000.0), dollars_per_gpu_hour=3600.0)
     assert values(pairs)["nabla"] == pytest.approx(200) and values(pairs, "seconds")["nabla"] == pytest.approx(10)
