@@ -19,6 +19,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.baselines.sampling import encode_prompts
@@ -488,8 +489,24 @@ def create_step_finder(policy: Policy, delimiter: str) -> StepFinder:
     """
     if not policy.backend.supports_should_stop:
         raise ValueError("step-level searches draw step by step, which a vLLM server cannot: leave out vllm_url")
-    finder = StepFinder(policy.tokenizer, delimiter)
-    delimiter_ids = policy.tokenizer(delimiter, add_special_tokens=False)["input_ids"]
-    if policy.forbidden_mask[delimiter_ids].any() or not finder.find_step_ends(delimiter_ids):
-        raise ValueError(f"no step could end, as no tokens of {policy.name} write {delimiter!r}: give step_delimiter")
+    return check_step_delimiter(policy.tokenizer, delimiter, policy.name, policy.forbidden_mask)
+
+
+def check_step_delimiter(
+    tokenizer: PreTrainedTokenizerBase, delimiter: str, name: str, forbidden_mask: Tensor | None = None
+) -> StepFinder:
+    """Return the finder of the ends of steps. A tokenizer is enough, so that this can be checked before loading.
+
+    Args:
+        name: of the policy.
+        forbidden_mask: [V] bool, tokens that are never sampled. None: not known yet.
+
+    Raises:
+        ValueError: no tokens write the delimiter.
+    """
+    finder = StepFinder(tokenizer, delimiter)
+    delimiter_ids = tokenizer(delimiter, add_special_tokens=False)["input_ids"]
+    is_forbidden = forbidden_mask is not None and bool(forbidden_mask[delimiter_ids].any())
+    if is_forbidden or not finder.find_step_ends(delimiter_ids):
+        raise ValueError(f"no step could end, as no tokens of {name} write {delimiter!r}: give step_delimiter")
     return finder

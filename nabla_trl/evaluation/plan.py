@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from nabla_trl.baselines import allocation
@@ -14,7 +15,13 @@ from nabla_trl.baselines.config import BaselineConfig
 from nabla_trl.baselines.particles import power_smc
 from nabla_trl.baselines.sampling import PoolEntry, ResponsePool
 from nabla_trl.baselines.step_methods import STEP_SEARCH_METHODS
-from nabla_trl.baselines.step_tree import StepDrawing, StepSearchMethod, create_step_finder, run_step_search
+from nabla_trl.baselines.step_tree import (
+    StepDrawing,
+    StepSearchMethod,
+    check_step_delimiter,
+    create_step_finder,
+    run_step_search,
+)
 from nabla_trl.baselines.uncertainty import UNCERTAINTY_METHODS
 from nabla_trl.baselines.votes import (
     STATISTICS_VOTES,
@@ -32,16 +39,19 @@ from nabla_trl.evaluation.method import (
     get_main_search,
     list_policy_labels,
 )
+from nabla_trl.models.loading import load_tokenizer
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.loading import build_power_reward
 from nabla_trl.rewards.reward import Reward
+from nabla_trl.rewards.spec import parse_reward_spec
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.search.options import MirrorSolver, NoGradient
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 from nabla_trl.utils.faults import Checks
+from nabla_trl.utils.identity import check_settings
 
 # The problems of one batch and the seed -> the traces of every method of the job.
 RunBatch = Callable[[Sequence[Problem], int], list[Trace]]
@@ -525,21 +535,11 @@ def get_baseline_settings(names: Sequence[str], setup: EvaluationSetup) -> dict[
     Raises:
         ValueError: the policy cannot write the delimiter of steps, or its back end lacks what a vote needs.
     """
-    methods, config, settings = [Method.parse(name) for name in names], setup.baseline_config, {}
-    step_searches = [method for method in methods if method.is_step_search]
-    if any(method.name != "ggro" for method in step_searches):  # its segments end by entropy
+    methods, config = [Method.parse(name) for name in names], setup.baseline_config
+    if any(map(_needs_delimiter, methods)):
         create_step_finder(setup.policy, config.resolve_delimiter(setup.reward.step_delimiter))
-    if step_searches:
-        settings["step_search"] = config.get_settings(setup.reward.step_delimiter)
-    if any(method.name in ("confidence_vote", *STATISTICS_VOTES) for method in methods):
-        settings["votes"] = config.get_vote_settings()
-    if any(method.is_power_search or method.is_power_sampler for method in methods):
-        settings["power"] = config.get_power_settings()
-    if any(method.is_allocated for method in methods):
-        settings["allocation"] = config.select_settings(("allocation_pilot",))
     if any(method.name == BUDGET_FORCING for method in methods):
         check_thinking(setup.policy, config)
-        settings["thinking"] = config.get_thinking_settings()
     whole = [
         str(method)
         for method in methods
@@ -549,6 +549,53 @@ def get_baseline_settings(names: Sequence[str], setup: EvaluationSetup) -> dict[
         raise ValueError(
             f"{whole[0]} reads whole distributions, which a vLLM server does not return: leave out vllm_url"
         )
+    return _collect_baseline_settings(methods, config, setup.reward.step_delimiter)
+
+
+def check_baselines(
+    names: Sequence[str], config: BaselineConfig, *, policy: str, reward: str, settings_dir: str | Path
+) -> None:
+    """Refuse what `get_baseline_settings` and the rows of a folder would, as far as it is known before models load.
+
+    Args:
+        policy: its name.
+        reward: its name.
+        settings_dir: folder that holds the settings of baselines whose rows are there.
+
+    Raises:
+        Faults: no tokens of the policy write the delimiter of steps, or the folder's baselines have other settings.
+    """
+    methods, checks = [Method.parse(name) for name in names], Checks()
+    spec = parse_reward_spec(reward)
+    if spec.members and config.step_delimiter is None:
+        return  # the delimiter is that of the members, which are not read here
+    if any(map(_needs_delimiter, methods)):
+        with checks.collect():
+            check_step_delimiter(load_tokenizer(policy), config.resolve_delimiter(spec.step_delimiter), policy)
+    for name, settings in _collect_baseline_settings(methods, config, spec.step_delimiter).items():
+        with checks.collect():
+            check_settings(Path(settings_dir, f"{name}.settings.json"), settings)
+    checks.raise_faults()
+
+
+def _needs_delimiter(method: Method) -> bool:
+    return method.is_step_search and method.name != "ggro"  # whose segments end by entropy
+
+
+def _collect_baseline_settings(
+    methods: Sequence[Method], config: BaselineConfig, reward_delimiter: str
+) -> dict[str, dict[str, str]]:
+    settings = {}
+    if any(method.is_step_search for method in methods):
+        settings["step_search"] = config.get_settings(reward_delimiter)
+    if any(method.name in ("confidence_vote", *STATISTICS_VOTES) for method in methods):
+        settings["votes"] = config.get_vote_settings()
+    if any(method.is_power_search or method.is_power_sampler for method in methods):
+        settings["power"] = config.get_power_settings()
+    if any(method.is_allocated for method in methods):
+        settings["allocation"] = config.select_settings(("allocation_pilot",))
+    if any(method.name == BUDGET_FORCING for method in methods):
+        settings["thinking"] = config.get_thinking_settings()
     return settings
 
 

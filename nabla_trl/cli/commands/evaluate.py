@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     checks = Checks()
     models, args, config, baseline_config = parser.parse_options(argv, checks)[:4]
 
-    from nabla_trl.evaluation.plan import check_method_options
+    from nabla_trl.evaluation.plan import check_baselines, check_method_options
     from nabla_trl.evaluation.runner import SETTINGS_FILE
     from nabla_trl.pipeline.evaluation import ADAPTER_LABEL, collect_eval_settings, run_evaluation
     from nabla_trl.pipeline.problems import ProblemSet, collect_problems
@@ -113,6 +113,14 @@ def main(argv: Sequence[str]) -> int:
         has_better_model = parse_reward_spec(models.reward).kind == "log-ratio"
         check_method_options(
             methods, config, labels, has_better_model=has_better_model, baseline_config=baseline_config
+        )
+    with checks.collect():
+        check_baselines(
+            methods,
+            baseline_config,
+            policy=models.policy,
+            reward=models.reward,
+            settings_dir=Path(args.output_dir, SETTINGS_FILE).parent,
         )
     problem_set = ProblemSet([], "", {})
     if args.dataset:

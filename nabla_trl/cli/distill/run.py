@@ -45,7 +45,7 @@ from nabla_trl.evaluation.method import (
     list_policy_labels,
     parse_methods,
 )
-from nabla_trl.evaluation.plan import check_method_options
+from nabla_trl.evaluation.plan import check_baselines, check_method_options
 from nabla_trl.evaluation.results import list_remarks, store_results
 from nabla_trl.evaluation.run_facts import RunStopwatch, collect_training_facts
 from nabla_trl.evaluation.runner import Evaluation
@@ -263,6 +263,14 @@ class DistillRun:
                 ]
                 check_method_options(
                     names, self.search_config, [], has_better_model=True, baseline_config=self.baseline_config
+                )
+            with checks.collect():
+                check_baselines(
+                    names,
+                    self.baseline_config,
+                    policy=args.policy,
+                    reward=args.reward,
+                    settings_dir=(self.output_dir / EVAL_SETTINGS_FILE).parent,
                 )
         if "train" in stages:
             frozen_models: list[str] = []
