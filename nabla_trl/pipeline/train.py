@@ -54,6 +54,7 @@ from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_tr
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import check_choices, coerce_fields
 from nabla_trl.utils.files import read_json_file
+from nabla_trl.utils.formatting import pluralize
 from nabla_trl.utils.locks import lock_folder
 
 logger = logging.getLogger(__name__)
@@ -438,7 +439,8 @@ def run_training(stage: TrainStage, methods: Sequence[str], say: Callable[[str],
             say(f"train {method}: already done")
             result = _read_result(stage.run_dir, method)
         else:
-            figures = f"{result.rows} rows, {result.steps} steps, loss {result.loss:.3f}, {result.seconds:.0f} s"
+            counts = f"{pluralize(result.rows, 'row')}, {pluralize(result.steps, 'step')}"
+            figures = f"{counts}, loss {result.loss:.3f}, {result.seconds:.0f} s"
             say(f"train {method}: {figures}")
             if result.stop_reason:
                 say(f"train {method}: {result.stop_reason}")

@@ -71,6 +71,8 @@ def check_amounts(config: TrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         value = getattr(config, name)
         checks.require(value >= 1, f"{name} must be at least 1, not {value}")
+    max_length = getattr(config, "max_length", None)
+    checks.require(max_length is None or max_length >= 1, f"max_length must be at least 1, not {max_length}")
     if str(getattr(config.save_strategy, "value", config.save_strategy)) == "steps":
         checks.require(config.save_steps > 0, f"save_steps must be positive, not {config.save_steps:g}")
     checks.raise_faults()

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from nabla_trl.utils.formatting import format_error
+from nabla_trl.utils.formatting import format_error, pluralize
 
 MAX_YAML_BYTES = 2**20  # a configuration or a description of a task. PyYAML reads about 100 kB per second
 MAX_YAML_NODES = 100_000  # with every alias written out
@@ -113,7 +113,9 @@ def read_csv_file(file: Path) -> tuple[list[str], list[dict[str, str]]]:
             if not cells:
                 continue
             if len(cells) != len(columns):
-                raise ValueError(f"row {len(rows)} has {len(cells)} cells, and the header names {len(columns)}")
+                raise ValueError(
+                    f"line {lines.line_num} has {pluralize(len(cells), 'cell')}, and the header names {len(columns)}"
+                )
             rows.append(dict(zip(columns, cells, strict=True)))
     return columns, rows
 

@@ -250,6 +250,7 @@ def test_the_shell_names_everything_that_is_wrong_with_a_training_at_once(
     wrong = ["--policy", f"{tmp_path}/no", "--dataset", f"{tmp_path}/no.jsonl", "--traces_dir", f"{tmp_path}/none"]
     wrong += ["--train_methods", "sft", "ppo", "grpo", "--num_generations", "1", "--lora_r", "0", "--dtype", "int4"]
     wrong += ["--report_to", "wandbb", "--learning_rate", "-1", "--per_device_train_batch_size", "0", "--beta", "0"]
+    wrong += ["--max_length", "-4"]
     assert main(["train", *wrong, "--output_dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     for word in (
@@ -262,9 +263,9 @@ def test_the_shell_names_everything_that_is_wrong_with_a_training_at_once(
         f"{tmp_path}/no'",
     ):
         assert word in error
-    for name in ("num_generations", "lora_r", "learning_rate", "per_device_train_batch_size", "beta"):
+    for name in ("num_generations", "lora_r", "learning_rate", "per_device_train_batch_size", "beta", "max_length"):
         assert f"error: {name} must be " in error
-    assert "12 faults" in error and not (tmp_path / "out").exists()
+    assert "13 faults" in error and not (tmp_path / "out").exists()
     assert main(["train"]) == 2
     assert "error: where to? give --output_dir" in capsys.readouterr().err
 

@@ -102,7 +102,7 @@ def test_files_of_other_kinds_hold_the_same_problems(tmp_path: Path, suffix: str
     ("name", "text", "words"),
     [
         ("a.csv", "q,a\n1,2\n", ["a.csv, row 0: no question", "Its columns are q, a"]),
-        ("a.csv", "question,answer\n1,2,3\n", ["a.csv: row 0 has 3 cells, and the header names 2"]),
+        ("a.csv", "question,answer\n1,2,3\n", ["a.csv: line 2 has 3 cells, and the header names 2"]),
         ("a.csv", "question,answer\n", ["a.csv holds no problems: write one row per problem"]),
         ("a.json", '{"question": "1"}', ["a.json must hold a list of JSON objects"]),
         ("a.json", "[", ["a.json: "]),

@@ -387,8 +387,8 @@ def test_cells_of_a_csv_stay_the_text_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("q,a\nx,1\ny\n", ["row 1 has 1 cells"]),
-        ("q,a\nx,1,2\n", ["row 0 has 3 cells"]),
+        ("q,a\nx,1\ny\n", ["line 3 has 1 cell,"]),
+        ("q,a\nx,1,2\n", ["line 2 has 3 cells"]),
         ("q,q\n1,2\n", ["each once"]),
         ('q,a\n"x,1\n', ["could not be read"]),
         ("q,a\n,1\n", ["row 0", "question is empty"]),
