@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nabla_trl import enable_progress
 from nabla_trl.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -32,11 +35,14 @@ def list_commands() -> list[tuple[str, str, list[str]]]:
 
 
 @pytest.fixture
-def scratch(tmp_path, monkeypatch) -> Path:
+def scratch(tmp_path, monkeypatch) -> Iterator[Path]:
     for folder in INPUTS:
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    level = logging.getLogger("nabla_trl").level
+    yield tmp_path
+    enable_progress()  # a snippet may have silenced this process
+    logging.getLogger("nabla_trl").setLevel(level)
 
 
 def test_the_first_snippet_of_the_readme_prints_a_refined_response(scratch, capsys) -> None:

@@ -107,6 +107,8 @@ def test_numbers_that_are_not_finite_come_back() -> None:
     trace = replace(STORY, revisions=[unread, *STORY.revisions[1:]], cost=Cost(1.0, math.nan, {}))
     data = trace.to_dict()
     assert data["revisions"][0]["reward_after"] == "-inf" and data["cost"]["seconds"] is None
+    plain = trace.to_dict(infinite_as_none=True)  # as solve --json writes it
+    assert plain["revisions"][0]["reward_after"] is None and plain["initial"] == data["initial"]
     assert Trace.from_dict(json.loads(json.dumps(data, allow_nan=False))).revisions[0].reward_after == -math.inf
 
 
