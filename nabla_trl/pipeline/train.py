@@ -121,12 +121,11 @@ def train(
     options, sft_config, trl_options, given = _split_config(
         config, Path(output_dir), Machine.detect(state), _get_dtype(policy, model_options.get("dtype"), state)
     )
-    learns_from_traces = method in OFFLINE_METHODS
     call = TrainingCall(
         methods=[method],
         policy=policy,
-        traces=traces_or_problems if learns_from_traces else None,
-        problems=None if learns_from_traces else traces_or_problems,
+        traces=traces_or_problems if method in OFFLINE_METHODS else None,
+        problems=traces_or_problems if method in ONLINE_METHODS else None,
         output_dir=Path(output_dir),
         reward=reward,
         tokenizer=tokenizer,
