@@ -125,7 +125,8 @@ def test_a_new_suffix_shows_what_changed_in_it():
     assert diff_texts(long, long) == [("same", long)] and len(diff_texts(long, long + " x")) == 2
 
 
-def test_a_pipe_gets_lines_and_tables_without_breaks():
+def test_a_pipe_gets_lines_and_tables_without_breaks(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest's workers may set it
     console = PrintableConsole(file=io.StringIO())
     print_trace(trace_of("ab " * 100, (3, "c " * 150, True)), "1+2? " * 60, decode, console)
     lines = console.file.getvalue().splitlines()
