@@ -222,7 +222,7 @@ def undisturbed(tmp_path_factory) -> list[tuple]:
     return comparable(folder)
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("blow", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
 def test_traces_that_are_interrupted_go_on_where_they_stopped(blow, tmp_path, undisturbed):
     process = start(*traces(tmp_path))
     deadline = time.monotonic() + 120

@@ -190,6 +190,7 @@ def test_an_implicit_reward_by_the_recipe(recipe: ModuleType, policy: Policy, tm
     assert len(set(scores(reward, policy))) > 6
 
 
+@pytest.mark.slow
 def test_an_ensemble_by_the_recipe(recipe: ModuleType, policy: Policy, tmp_path: Path) -> None:
     """Its score is the members' mean − k·std; they were trained on outcomes, with a seed of their own each."""
     train(recipe, tmp_path, num_members=2, uncertainty_penalty=0.5, labels="outcome", **SHORT)
