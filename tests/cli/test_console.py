@@ -9,65 +9,21 @@ import sys
 from dataclasses import replace
 
 import pytest
+from refined_traces import END, STORY, decode, trace_of
 from rich.cells import cell_len
 from rich.console import Console
 
 from nabla_trl.cli.console import diff_texts, guard_terminal, print_trace
 from nabla_trl.cli.parsing import run_main
-from nabla_trl.models.flops import Cost
 from nabla_trl.traces.schema import Revision, Trace
 from nabla_trl.traces.texts import compute_text_change
 from nabla_trl.utils.formatting import format_error, make_printable
 from nabla_trl.utils.progress import PrintableConsole, ProgressDisplay
 
-END = 0
-
-
-def decode(ids: list[int]) -> str:
-    """Characters by their code point; END is special."""
-    return "".join(chr(index) for index in ids if index != END)
-
 
 def utf8(ids: list[int]) -> str:
     """One token per byte: a character may need several tokens."""
     return bytes(index for index in ids if index != END).decode("utf-8", errors="replace")
-
-
-def ids_of(text: str) -> list[int]:
-    return [*map(ord, text), END]
-
-
-def trace_of(first: str, *proposals: tuple[int, str, bool]) -> Trace:
-    """Proposals (position, suffix, accepted), each a round of its own; the reward counts the accepted ones."""
-    base, reward, revisions = ids_of(first), 0.0, []
-    for number, (at, suffix, accepted) in enumerate(proposals):
-        new, after = ids_of(suffix), reward + (1 if accepted else -1)
-        revisions.append(Revision(number, at, base[at], new[0], tuple(new), reward, after, accepted, 1e6))
-        if accepted:
-            base, reward = base[:at] + new, after
-    trace = Trace(
-        problem_id="question/0",
-        task="custom",
-        method="nabla",
-        seed=0,
-        prompt="<|user|>?",
-        response=decode(base),
-        prompt_ids=[1],
-        initial_ids=ids_of(first),
-        response_ids=base,
-        reward_initial=0.0,
-        reward=reward,
-        answer="9",
-        gold=None,
-        correct=None,
-        revisions=revisions,
-        cost=Cost(1.2e9, 0.25, {"policy/decode": 3}),
-        stop_reason="max_rounds",
-        finished=True,
-        meta={"policy": "p"},
-    )
-    trace.validate()
-    return trace
 
 
 def shown(trace: Trace, *, terminal: bool = False, width: int = 80) -> str:
@@ -80,9 +36,6 @@ def shown(trace: Trace, *, terminal: bool = False, width: int = 80) -> str:
     )
     print_trace(trace, "1+2?", decode, console)
     return console.file.getvalue()
-
-
-STORY = trace_of("1+2=4;#4", (4, "3;#3", False), (0, "1+2=5;#5", False), (4, "3;#9", True), (6, "#7", True))
 
 
 def test_the_story_in_plain_lines():
