@@ -45,8 +45,8 @@ from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.loading import load_policy, set_trust_remote_code
 from nabla_trl.planning.preflight import (
     check_memory,
+    check_model_weights,
     check_output_dir,
-    check_weight_files,
     collect_model_faults,
     read_model_config,
 )
@@ -236,7 +236,7 @@ class RewardRun:
         if self.base_model != args.policy:
             with checks.collect():
                 read_model_config(self.base_model)
-                check_weight_files(self.base_model)
+                check_model_weights(self.base_model)
         for folder in {self.output_dir, self.samples_dir}:
             with checks.collect():
                 check_output_dir(folder)

@@ -23,7 +23,7 @@ from nabla_trl.models.loading import (
 from nabla_trl.models.options import PromptOptions
 from nabla_trl.models.policy import Policy
 from nabla_trl.models.vllm_backend import connect_vllm
-from nabla_trl.planning.preflight import check_policy, check_reward
+from nabla_trl.planning.preflight import check_policy_files, check_reward_files
 from nabla_trl.rewards.function import RewardFunction
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
@@ -153,18 +153,18 @@ class ModelPair:
         """Refuse models whose files cannot be loaded, all of them at once, before any of them is loaded.
 
         Raises:
-            Faults: see `check_policy` and `check_reward`.
+            Faults: see `check_policy_files` and `check_reward_files`.
         """
         checks = Checks()
         with trusting_remote_code(self.trust_remote_code):
             if self._policy is None and self.tokenizer is None:
                 with checks.collect():
-                    check_policy(
+                    check_policy_files(
                         str(self.policy_source), prompt_options=self.get_prompt_options(), adapter=self.adapter
                     )
             if self._reward is None and isinstance(self.policy_source, str | Path):
                 with checks.collect():
-                    check_reward(self.reward_name, policy=str(self.policy_source), audit_file=self.audit_file)
+                    check_reward_files(self.reward_name, policy=str(self.policy_source), audit_file=self.audit_file)
         checks.raise_faults()
 
     def _load_policy(self) -> Policy:

@@ -77,7 +77,7 @@ def collect_model_faults(
     if not policy:
         return
     with checks.collect():
-        check_policy(
+        check_policy_files(
             policy, prompt_options=prompt_options, problems=problems, max_new_tokens=max_new_tokens, adapter=adapter
         )
     if vllm_url:
@@ -86,7 +86,7 @@ def collect_model_faults(
     if reward:
         num_faults = len(checks.faults)
         with checks.collect():
-            check_reward(reward, policy=policy, audit_file=audit_file)
+            check_reward_files(reward, policy=policy, audit_file=audit_file)
         if len(checks.faults) == num_faults:
             with checks.collect():
                 dtype = get_dtype_name(dtype, device)
@@ -178,7 +178,7 @@ def check_vllm_server(urls: str, policy: str) -> None:
 # --- models ---------------------------------------------------------------------------------------------
 
 
-def check_policy(
+def check_policy_files(
     name: str,
     *,
     prompt_options: PromptOptions | None = None,
@@ -206,7 +206,7 @@ def check_policy(
         return
     with checks.collect():
         config = read_model_config(name)
-        check_weight_files(name)
+        check_model_weights(name)
         if tokenizer is not None:
             _check_prompts(name, config, tokenizer, options, problems, max_new_tokens)
     with checks.collect():
@@ -219,7 +219,7 @@ def check_policy(
     checks.raise_faults()
 
 
-def check_reward(reward: str, *, policy: str, audit_file: str | None = None) -> None:
+def check_reward_files(reward: str, *, policy: str, audit_file: str | None = None) -> None:
     """Check the name of a reward, the files of its models, and the audit that sets its limits.
 
     Args:
@@ -254,7 +254,7 @@ def _check_reward_model(spec: RewardSpec, model: str, policy: str) -> None:
     if spec.kind in ("scalar", "process") and not resolve_adapters(model).adapters:
         check_classifier(model)
     read_model_config(model)
-    check_weight_files(model)
+    check_model_weights(model)
 
 
 def read_model_config(name: str) -> PreTrainedConfig:
@@ -267,7 +267,7 @@ def read_model_config(name: str) -> PreTrainedConfig:
     return call_from_pretrained(AutoConfig, "a model config", chain.base_model, revision=chain.revision)
 
 
-def check_weight_files(name: str) -> None:
+def check_model_weights(name: str) -> None:
     """Check that the folders of a model, an adapter and its base hold weights. A hub id is not checked.
 
     Raises:

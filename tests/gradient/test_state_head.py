@@ -24,7 +24,7 @@ from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.options import GradientPoint, Sampling
 from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import compute_top_candidates, make_rng
-from nabla_trl.planning.preflight import check_reward as check_reward_files
+from nabla_trl.planning.preflight import check_reward_files
 from nabla_trl.rewards.loading import build_ensemble_reward, build_head_reward, check_reward, load_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import RewardManifest, compute_reward_identity, parse_reward_spec, write_manifest

@@ -54,9 +54,9 @@ def test_checks_collect_and_go_on() -> None:
 
 
 def test_good_models_pass() -> None:
-    preflight.check_policy(POLICY, problems=problems("1+1", "2+2*3"), max_new_tokens=64)
-    preflight.check_reward(REWARD, policy=POLICY)
-    preflight.check_reward("logratio:data/tiny/clean", policy=POLICY)
+    preflight.check_policy_files(POLICY, problems=problems("1+1", "2+2*3"), max_new_tokens=64)
+    preflight.check_reward_files(REWARD, policy=POLICY)
+    preflight.check_reward_files("logratio:data/tiny/clean", policy=POLICY)
     preflight.check_device("cpu", "bfloat16")
     preflight.check_memory(preflight.list_frozen_models(POLICY, REWARD), dtype="float32", device="cpu")
     assert preflight.count_model_params(POLICY) == worlds_size(POLICY)
@@ -70,27 +70,29 @@ def worlds_size(folder: str) -> int:
 
 
 def test_files_of_models(broken: Path, tmp_path: Path) -> None:
-    worlds.refused(lambda: preflight.check_policy(str(broken)), "holds no weights (*.safetensors, *.bin, *.gguf)")
+    worlds.refused(
+        lambda: preflight.check_policy_files(str(broken)), "holds no weights (*.safetensors, *.bin, *.gguf)"
+    )
     (broken / "model.safetensors").touch()
-    worlds.refused(lambda: preflight.check_policy(str(broken)), "holds no weights")
+    worlds.refused(lambda: preflight.check_policy_files(str(broken)), "holds no weights")
     (broken / "model-00001-of-00002.safetensors").write_text("x")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (broken / "model.safetensors.index.json").write_text(json.dumps(index))
-    worlds.refused(lambda: preflight.check_policy(str(broken)), "lacks model-00002-of-00002.safetensors")
-    worlds.refused(lambda: preflight.check_policy("no/policy"), "cannot load a tokenizer from 'no/policy'")
-    worlds.refused(lambda: preflight.check_policy(POLICY, adapter=str(tmp_path)), "is not an adapter")
-    worlds.refused(lambda: preflight.check_reward("data/tiny/clean", policy=POLICY), "is a causal LM")
-    worlds.refused(lambda: preflight.check_reward(f"logratio:{POLICY}", policy=POLICY), "against itself")
+    worlds.refused(lambda: preflight.check_policy_files(str(broken)), "lacks model-00002-of-00002.safetensors")
+    worlds.refused(lambda: preflight.check_policy_files("no/policy"), "cannot load a tokenizer from 'no/policy'")
+    worlds.refused(lambda: preflight.check_policy_files(POLICY, adapter=str(tmp_path)), "is not an adapter")
+    worlds.refused(lambda: preflight.check_reward_files("data/tiny/clean", policy=POLICY), "is a causal LM")
+    worlds.refused(lambda: preflight.check_reward_files(f"logratio:{POLICY}", policy=POLICY), "against itself")
 
 
 def test_all_members_of_a_reward_are_named(broken: Path) -> None:
     with pytest.raises(Faults) as caught:
-        preflight.check_reward(f"ensemble:no/a,{broken}", policy=POLICY, audit_file="no/audit.json")
+        preflight.check_reward_files(f"ensemble:no/a,{broken}", policy=POLICY, audit_file="no/audit.json")
     assert [word in line for word, line in zip(("no/a", "causal LM", "audit.json"), caught.value.lines, strict=True)]
 
 
 def test_prompts_and_contexts() -> None:
-    check = preflight.check_policy
+    check = preflight.check_policy_files
     long = problems("1+" * 300)
     worlds.refused(lambda: check(POLICY, problems=long), "the context of")
     worlds.refused(
