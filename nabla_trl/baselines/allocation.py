@@ -17,9 +17,8 @@ The gain of one more response, by how the answer is chosen:
   problem of very low rewards from taking all.
 - Weighted best-of-N: as best-of-N. The answer with the largest weight is chosen in the end.
 
-The search (`run_search_with_shared_budget`) spends rounds instead of responses. All problems are searched side by side
-within one budget. A search ends once no proposal was accepted for some rounds, and what it leaves goes to those whose
-reward still rises.
+The search (`run_search_with_shared_budget`) spends rounds instead of responses, by the same gain: a round goes to a
+problem whose highest reward is low among those of all problems. A chain that no longer rises makes way for a new one.
 """
 
 from __future__ import annotations
@@ -38,68 +37,67 @@ from nabla_trl.baselines.sampling import PoolEntry, ResponsePool, begin_entry, d
 from nabla_trl.engine.engine import Engine
 from nabla_trl.engine.scheduler import Task
 from nabla_trl.grading.equivalence import normalize_answer
-from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import Search
+from nabla_trl.search.options import GreedyAcceptance
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
 
 ROUND_SHARE = 8  # one in so many problems gets a response before gains are estimated again
 HORIZON = 16  # votes that are looked ahead
-DEFAULT_PATIENCE = 4  # rounds without an accepted proposal, of searches that share a budget
+DEFAULT_PATIENCE = (
+    4  # rounds without an accepted proposal, after which a search with a shared budget begins a new chain
+)
 NUM_QUANTILES = 64  # of the rewards of all problems
 
 # The problems with their responses so far -> the expected gain of one more response to each of them [problems].
 EstimateGains = Callable[[Sequence[PoolEntry]], np.ndarray]
-# Draws so many more responses to each of the problems.
-DrawResponses = Callable[[Sequence[int]], None]
 
 
-def allocate_responses(
-    entries: Sequence[PoolEntry],
-    draw: DrawResponses,
-    estimate_gains: EstimateGains,
+def allocate(
+    draw: Callable[[np.ndarray], None],
+    count: Callable[[], tuple[np.ndarray, np.ndarray]],
+    estimate_gains: Callable[[], np.ndarray],
     *,
     max_flops: float,
-    with_reward: bool,
     pilot: int = PILOT_RESPONSES,
 ) -> None:
     """Draw responses to problems until a total of FLOPs is spent, or until no problem gains from another one.
 
     Args:
-        entries: the problems, without responses. `draw` adds responses to them.
+        draw: draws so many more responses to each of the problems. A problem that cannot be run gets none.
+        count: returns the responses so far [problems] and the FLOPs so far [problems].
+        estimate_gains: returns the expected gain of one more response to each of them [problems].
         max_flops: total FLOPs of all problems.
-        with_reward: the reward's FLOPs count too.
         pilot: responses to each problem that come first, or fewer where they would cost more than half of the total.
     """
-    is_open = np.array([entry.error is None for entry in entries])
-    if not is_open.any():
+    prompt_flops = count()[1]
+    draw(np.ones(len(prompt_flops), dtype=int))
+    counts, flops = count()
+    if not (flops > prompt_flops).any():
         return
-
-    def count_spent() -> float:
-        return sum(count_flops(entry, with_reward) for entry in entries)
-
-    prompt_flops = count_spent()
-    draw(is_open.astype(int).tolist())
-    num_uniform = max(1, round((max_flops - prompt_flops) / (count_spent() - prompt_flops)))
+    num_uniform = max(1, round((max_flops - prompt_flops.sum()) / (flops - prompt_flops).sum()))
     num_pilot = max(1, min(pilot, num_uniform // 2))
-    draw(((num_pilot - 1) * is_open).tolist())
-    round_size = math.ceil(is_open.sum() / ROUND_SHARE)
+    draw(np.full(len(counts), num_pilot - 1))
+    round_size = math.ceil((counts > 0).sum() / ROUND_SHARE)
     while True:
-        counts = np.array([len(entry.responses) for entry in entries])
-        costs = np.array([estimate_response_flops(entry, with_reward) for entry in entries])
-        gains = np.where(is_open & (counts < MAX_ALLOCATION_RATIO * num_uniform), estimate_gains(entries), 0.0)
+        counts, flops = count()
+        costs = np.where(counts > 0, np.maximum(1.0, (flops - prompt_flops) / np.maximum(counts, 1)), math.inf)
+        gains = np.where((counts > 0) & (counts < MAX_ALLOCATION_RATIO * num_uniform), estimate_gains(), 0.0)
         order = np.lexsort((counts, -gains / costs))[:round_size]  # of equal gains, those with fewer responses first
         order = order[gains[order] > 0]
-        chosen = order[np.cumsum(costs[order]) <= max_flops - count_spent()]
+        chosen = order[np.cumsum(costs[order]) <= max_flops - flops.sum()]
         if not len(chosen):
             return
-        more = np.zeros(len(entries), dtype=int)
+        more = np.zeros(len(counts), dtype=int)
         more[chosen] = 1
-        draw(more.tolist())
+        draw(more)
+
+
+# --- responses from the beginning ---------------------------------------------------------------------
 
 
 def count_flops(entry: PoolEntry, with_reward: bool) -> float:
@@ -109,17 +107,6 @@ def count_flops(entry: PoolEntry, with_reward: bool) -> float:
         response.generation_cost.flops + (response.scoring_cost.flops if with_reward else 0.0)
         for response in entry.responses
     )
-
-
-def estimate_response_flops(entry: PoolEntry, with_reward: bool) -> float:
-    """Return the mean FLOPs of the responses of a problem, which the next one is expected to cost."""
-    if not entry.responses:
-        return math.inf
-    costs = [
-        response.generation_cost.flops + (response.scoring_cost.flops if with_reward else 0.0)
-        for response in entry.responses
-    ]
-    return max(1.0, sum(costs) / len(costs))
 
 
 def draw_allocated_pool(
@@ -134,7 +121,7 @@ def draw_allocated_pool(
     batch_size: int = 256,
     pilot: int = PILOT_RESPONSES,
 ) -> ResponsePool:
-    """Draw a pool whose problems have as many responses as they gain from (`allocate_responses`).
+    """Draw a pool whose problems have as many responses as they gain from (`allocate`).
 
     Response i of a problem is that of any other pool with this seed. How many there are depends on all problems. The
     caches of all prompts are kept until the end.
@@ -155,14 +142,18 @@ def draw_allocated_pool(
     begun = run(Task(problem.id, begin_entry(problem, engine, sampling)) for problem in problems)
     entries = [begun[problem.id] for problem in problems]
 
-    def draw(counts: Sequence[int]) -> None:
+    def draw(counts: np.ndarray) -> None:
         run(
-            Task(entry.problem.id, draw_responses(entry, count, engine, sampling, seed))
+            Task(entry.problem.id, draw_responses(entry, int(count), engine, sampling, seed))
             for entry, count in zip(entries, counts, strict=True)
-            if count
+            if count and entry.error is None
         )
 
-    allocate_responses(entries, draw, estimate_gains, max_flops=max_flops, with_reward=reward is not None, pilot=pilot)
+    def count() -> tuple[np.ndarray, np.ndarray]:
+        flops = [count_flops(entry, with_reward=reward is not None) for entry in entries]
+        return np.array([len(entry.responses) for entry in entries]), np.array(flops)
+
+    allocate(draw, count, lambda: estimate_gains(entries), max_flops=max_flops, pilot=pilot)
     entries = [replace(entry, policy_cache=None, score_caches=[]) for entry in entries]
     return ResponsePool(policy, "none" if reward is None else reward.name, seed, f"{sampling}", entries)
 
@@ -213,25 +204,24 @@ def compute_beta_binomial(successes: int, trials: int, a: int, b: int) -> float:
 # --- rewards ------------------------------------------------------------------------------------------
 
 
-def estimate_reward_gains(entries: Sequence[PoolEntry], beta: float) -> np.ndarray:
+def estimate_reward_gains(rewards: Sequence[Sequence[float]], beta: float) -> np.ndarray:
     """Return per problem by how much one more response is expected to raise tanh of the highest reward.
 
     Args:
+        rewards: of the responses so far, for each problem. A problem with a NaN or without rewards gains nothing.
         beta: differences of rewards count in units of 2β.
     """
-    rewards = np.array([response.reward for entry in entries for response in entry.responses])
-    rewards = rewards[np.isfinite(rewards)]
-    if not len(rewards):
-        return np.zeros(len(entries))
-    quantiles = np.quantile(rewards, (np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES, method="inverted_cdf")
-    highest = np.array([_get_highest_reward(entry) for entry in entries])
+    finite = [reward for of_problem in rewards for reward in of_problem if math.isfinite(reward)]
+    if not finite:
+        return np.zeros(len(rewards))
+    quantiles = np.quantile(finite, (np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES, method="inverted_cdf")
+    highest = np.array([_get_highest(of_problem) for of_problem in rewards])
     rises = np.tanh(np.maximum(quantiles - highest[:, None], 0.0) / (2 * beta)).mean(axis=1)
-    return rises / (np.array([len(entry.responses) for entry in entries]) + 1)
+    return rises / (np.array([len(of_problem) for of_problem in rewards]) + 1)
 
 
-def _get_highest_reward(entry: PoolEntry) -> float:
+def _get_highest(rewards: Sequence[float]) -> float:
     """Return the highest reward, infinite where a reward is NaN: the problem has failed, and more would not help."""
-    rewards = [response.reward for response in entry.responses]
     return math.inf if any(map(math.isnan, rewards)) else max(rewards, default=math.inf)
 
 
@@ -241,7 +231,9 @@ def build_gain_estimator(uses_reward: bool, beta: float) -> EstimateGains:
     Args:
         beta: as in `estimate_reward_gains`.
     """
-    return (lambda entries: estimate_reward_gains(entries, beta)) if uses_reward else estimate_vote_gains
+    if not uses_reward:
+        return estimate_vote_gains
+    return lambda entries: estimate_reward_gains([[one.reward for one in entry.responses] for entry in entries], beta)
 
 
 # --- the search ---------------------------------------------------------------------------------------
@@ -255,51 +247,50 @@ def run_search_with_shared_budget(
     config: SearchConfig,
     max_flops: float,
     seed: int = 0,
+    pilot: int = PILOT_RESPONSES,
 ) -> list[Trace]:
-    """Return one trace per problem. All searches run side by side, and share one budget.
+    """Return one trace per problem. The searches share one budget, from which rounds go where the reward may rise.
 
-    A search ends after `config.patience` rounds without an accepted proposal, or `DEFAULT_PATIENCE` of them. It begins
-    no second chain.
+    A chain ends after `config.patience` rounds without an accepted proposal, or `DEFAULT_PATIENCE` of them, and the
+    next round begins a new one. With Metropolis acceptance it goes on instead.
 
     Args:
-        max_flops: total FLOPs of all problems. A round begins if it is expected to fit, as every round of the searches
-            that are under way is.
+        max_flops: total FLOPs of all problems.
+        pilot: the first response and the rounds that each problem gets at least, together.
     """
-    config = replace(
-        config,
-        max_flops=max_flops / max(1, len(problems)),
-        max_rounds=0,
-        max_rollouts=0,
-        patience=config.patience or DEFAULT_PATIENCE,
-        restarts=False,
-    )
+    if isinstance(config.acceptance, GreedyAcceptance):
+        config = replace(config, patience=config.patience or DEFAULT_PATIENCE)
+    config = replace(config, max_flops=max_flops, max_rounds=0, max_rollouts=0, restarts=True)
     engine = Engine(policy, reward, num_slots=config.batch_size)
-    budget = _SharedBudget(engine.flop_counter, max_flops)
-    tasks = (Task(one.id, Search(one, engine, config, seed, budget.grant_round).run()) for one in problems)
-    traces = {task.key: task.result for task in engine.run(tasks, max_concurrent=max(1, len(problems)))}
-    return [traces[problem.id] for problem in problems]
+    searches = [Search(problem, engine, config, seed) for problem in problems]
+    index = {problem.id: number for number, problem in enumerate(problems)}
+    num_rounds, has_ended = np.zeros(len(searches), dtype=int), np.zeros(len(searches), dtype=bool)
+
+    def draw(counts: np.ndarray) -> None:
+        for round_number in range(counts.max(initial=0)):
+            chosen = np.flatnonzero((counts > round_number) & ~has_ended)
+            tasks = (Task(problems[number].id, searches[number].advance()) for number in chosen)
+            for task in engine.run(tasks, max_concurrent=config.batch_size):
+                has_ended[index[task.key]] = not task.result
+            num_rounds[chosen] += ~has_ended[chosen]
+
+    def count() -> tuple[np.ndarray, np.ndarray]:
+        return num_rounds.copy(), np.array([search.count_flops() for search in searches])
+
+    def estimate_gains() -> np.ndarray:
+        gains = estimate_reward_gains([list_rewards(search) for search in searches], 1 / config.reward_weight)
+        return np.where(has_ended, 0.0, gains)
+
+    allocate(draw, count, estimate_gains, max_flops=max_flops, pilot=pilot)
+    for chain in (chain for search in searches for chain in search.chains if not chain.stop_reason):
+        chain.stop_reason = "max_flops"
+    return [search.build_trace() for search in searches]
 
 
-class _SharedBudget:
-    """A budget of FLOPs from which searches take their rounds."""
-
-    def __init__(self, flop_counter: FlopCounter, max_flops: float):
-        self.flop_counter, self.max_flops = flop_counter, max_flops
-        self._spent_before: dict[str, float] = {}  # by problem, FLOPs before its round
-        self._reserved: dict[str, float] = {}  # by problem, FLOPs that its round is expected to cost
-        self._total_reserved = 0.0
-
-    def grant_round(self, search: Search) -> None:
-        """Let a search spend all that the others have not reserved. Called before each of its rounds, and at its end.
-
-        A round is expected to cost what the last one did.
-        """
-        key = search.problem.id
-        spent = search.count_flops()
-        self._total_reserved -= self._reserved.pop(key, 0.0)
-        unreserved = self.max_flops - self.flop_counter.total_flops - self._total_reserved
-        search.config = replace(search.config, max_flops=max(1.0, spent + unreserved))
-        if any(not chain.stop_reason for chain in search.chains):
-            self._reserved[key] = spent - self._spent_before.get(key, 0.0)
-            self._total_reserved += self._reserved[key]
-        self._spent_before[key] = spent
+def list_rewards(search: Search) -> list[float]:
+    """Return the rewards of the first responses of a search's chains, and of all its proposals."""
+    return [
+        reward
+        for chain in search.chains
+        for reward in (chain.initial.reward, *(revision.reward_after for revision in chain.revisions))
+    ]

@@ -254,6 +254,7 @@ class EvaluationSetup:
                 config=self.config,
                 max_flops=max_flops * len(problems),
                 seed=seed,
+                pilot=self.baseline_config.allocation_pilot,
             )
             return [replace(trace, method=str(method)) for trace in traces]
 

@@ -48,7 +48,7 @@ _DESCRIPTIONS = {
     "allocated_vote": "a vote, more samples where they may change the answer, one budget for all problems",
     "allocated_best_of": "best-of-N, more samples where the reward may still rise, one budget for all problems",
     "allocated_weighted_best_of": "the same with a vote weighted by the reward",
-    "allocated_nabla": "the search, more rounds where the reward still rises, one budget for all problems",
+    "allocated_nabla": "the search, more rounds where the reward may still rise, one budget for all problems",
     "self_certainty": "N samples, a vote ranked by how far the policy is from guessing",
     "deepconf_tail": "a vote of the samples that end most confidently",
     "deepconf_bottom": "a vote of the samples whose weakest passages are most confident",

@@ -116,6 +116,7 @@ class Search:
         rng_id: selects the random numbers together with the seed. None: the problem's id, which pays for the work.
 
     Attributes:
+        error: why the prompt cannot be read. None: it can.
         chains: in the order in which they began. A search within a budget begins new ones while some of it is left.
         num_first_responses: whole responses drawn from the prompt.
         voters: what votes for the answer, if the configuration asks for a vote: every scored response. With
@@ -138,6 +139,7 @@ class Search:
         self.config = config = config.with_default_gradient_at(self.reward.gradient_at)
         self.is_metropolis = isinstance(config.acceptance, MetropolisAcceptance)
         self.is_sequential = isinstance(config.proposals, SequentialProposals)
+        self.error: str | None = None
         self.chains: list[SearchState] = []
         self.num_first_responses = 0
         self.recompute_flops = 0.0  # of the last position whose scores were computed again
@@ -147,6 +149,22 @@ class Search:
 
     async def run(self) -> Trace:
         """Draw first responses, refine them round by round until a limit is reached, and return the trace."""
+        while await self.advance():
+            pass
+        return self.build_trace()
+
+    async def advance(self) -> bool:
+        """Draw the first responses, or take the search one round further. False: it has ended."""
+        if self.error is None and not self.chains:
+            await self.begin()
+            return self.error is None
+        active = [] if self.error else await self.update_active_chains()
+        if active:
+            await self.run_round(active)
+        return bool(active)
+
+    async def begin(self) -> None:
+        """Read the prompt and begin chains from first responses. Set `error` if the prompt cannot be read."""
         try:
             ids = self.policy.encode(self.problem)
             max_new_tokens = min(
@@ -155,13 +173,11 @@ class Search:
                 self.reward.compute_max_new_tokens(self.problem, ids),
             )
         except ValueError as error:
-            return build_error_trace(self.problem, self.config.method, self.seed, str(error), self.trace_meta)
+            self.error = str(error)
+            return
         self.prompt_cache, score_caches = await self.engine.read_prompt(Sample(self.problem, ids, []))
         self.prompt = EncodedPrompt(self.problem, ids, max_new_tokens, score_caches)
         self.chains = self.begin_chains(await self.draw_starts())
-        while active := await self.update_active_chains():
-            await self.run_round(active)
-        return self.build_trace()
 
     # --- first responses --------------------------------------------------------------------------------
 
@@ -603,6 +619,8 @@ class Search:
         without revisions if it is not. The meta counts what all chains did: first responses, proposals and accepted
         proposals.
         """
+        if self.error is not None:
+            return build_error_trace(self.problem, self.config.method, self.seed, self.error, self.trace_meta)
         accepted = [revision.accepted for chain in self.chains for revision in chain.revisions]
         counts = {"starts": self.num_first_responses, "proposals": len(accepted), "accepted": sum(accepted)}
         failed = next((chain for chain in self.chains if chain.error is not None), None)

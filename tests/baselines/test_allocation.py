@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ class WrittenWorld:
         self.entries = [PoolEntry(problem, [], [], Cost(), Cost()) for problem in problems]
 
     def draw(self, counts):
+        counts = [0 if entry.error else count for entry, count in zip(self.entries, counts, strict=True)]
         for entry, written, flops, count in zip(self.entries, self.written, self.flops, counts, strict=True):
             first = len(entry.responses)
             for answer, reward in written[first : first + count]:
@@ -44,10 +46,12 @@ class WrittenWorld:
 
     def allocate(self, max_flops, *, with_reward=True, pilot=4):
         estimate = allocation.build_gain_estimator(with_reward, 1.0)
-        allocation.allocate_responses(
-            self.entries, self.draw, estimate, max_flops=max_flops, with_reward=with_reward, pilot=pilot
-        )
+        allocation.allocate(self.draw, self.count, lambda: estimate(self.entries), max_flops=max_flops, pilot=pilot)
         return [len(entry.responses) for entry in self.entries]
+
+    def count(self):
+        counts = np.array([len(entry.responses) for entry in self.entries])
+        return counts, counts * np.array(self.flops)
 
 
 def entry(*responses):
@@ -89,15 +93,14 @@ def test_a_close_vote_gains_more_than_a_safe_one():
 
 def test_the_gain_of_a_reward_is_its_closed_form():
     """Rewards 0 and 4 are equally likely. Only the problem that has seen no 4 can rise, by tanh(2)/2/(n + 1)."""
-    entries = [entry(("1", 0.0), ("2", 0.0)), entry(("1", 4.0), ("2", 4.0))]
-    assert allocation.estimate_reward_gains(entries, 1.0) == pytest.approx([math.tanh(2) / 2 / 3, 0.0])
+    rewards = [[0.0, 0.0], [4.0, 4.0]]
+    assert allocation.estimate_reward_gains(rewards, 1.0) == pytest.approx([math.tanh(2) / 2 / 3, 0.0])
 
 
 def test_rewards_that_are_no_numbers_gain_nothing_and_unreadable_ones_something():
-    entries = [entry(("1", math.nan)), entry(("1", -math.inf)), entry(("1", 1.0)), entry(("1", -1.0))]
-    gains = allocation.estimate_reward_gains(entries, 1.0)
+    gains = allocation.estimate_reward_gains([[math.nan], [-math.inf], [1.0], [-1.0]], 1.0)
     assert gains[0] == gains[2] == 0 and gains[1] > gains[3] > 0
-    assert allocation.estimate_reward_gains([entry(("1", math.nan))], 1.0) == [0.0]
+    assert allocation.estimate_reward_gains([[math.nan]], 1.0) == [0.0]
 
 
 # --- a world whose best split is known ------------------------------------------------------------------
@@ -208,19 +211,32 @@ def stepwise(jobs, problems, mean_flops):
         yield job, traces
 
 
-def test_a_search_that_no_longer_rises_leaves_its_budget_to_others(problems, policy, scalar_reward):
-    """Alone within an even share, no search may spend more than it. Side by side, some do, and the total holds."""
-    config = SearchConfig(max_new_tokens=8, patience=1, batch_size=2)
+def test_rounds_go_to_searches_whose_reward_is_low(problems, policy, scalar_reward):
+    """An even share limits each search. One budget for all is spent unevenly, most on a search of a low reward."""
+    config = SearchConfig(max_new_tokens=8, patience=2, batch_size=2)
     shared = {"policy": policy, "reward": scalar_reward}
-    unlimited = run_search(problems, config=replace(config, restarts=False), **shared)
-    max_flops = 0.7 * sum(trace.cost.flops for trace in unlimited)
-    traces = run_search_with_shared_budget(problems, config=config, max_flops=max_flops, **shared)
-    costs = [trace.cost.flops for trace in traces]
-    assert sum(costs) <= 1.05 * max_flops and max(costs) > 1.2 * max_flops / len(problems)
-    assert {trace.stop_reason for trace in traces} <= {"patience", "exhausted", "max_flops"}
-    plenty = run_search_with_shared_budget(problems, config=config, max_flops=1e15, **shared)
-    assert [trace.response_ids for trace in plenty] == [trace.response_ids for trace in unlimited]
-    assert [trace.cost.flops for trace in plenty] == [trace.cost.flops for trace in unlimited]
+    share = sum(trace.cost.flops for trace in run_search(problems, config=replace(config, max_rounds=6), **shared))
+    run = partial(run_search_with_shared_budget, problems, max_flops=share, **shared)
+    traces = run(config=config)
+    costs, rewards = [trace.cost.flops for trace in traces], [trace.reward for trace in traces]
+    assert 0.8 * share < sum(costs) <= 1.1 * share
+    assert max(costs) > 1.2 * share / len(problems)
+    assert stats.spearmanr(costs, rewards).statistic < 0
+    assert {trace.stop_reason for trace in traces} == {"max_flops"}
+    again = run(config=replace(config, batch_size=64))
+    assert [(one.response_ids, one.cost.flops) for one in again] == [
+        (one.response_ids, one.cost.flops) for one in traces
+    ]
+
+
+def test_a_prompt_that_cannot_be_read_takes_nothing(problems, policy, scalar_reward):
+    long = Problem(id="long", question="1+" * 5000)
+    config = SearchConfig(max_new_tokens=8)
+    traces = run_search_with_shared_budget(
+        [long, *problems[:2]], policy=policy, reward=scalar_reward, config=config, max_flops=1e9
+    )
+    assert traces[0].error and not any(trace.error for trace in traces[1:])
+    assert traces[0].cost.flops == 0 < traces[1].cost.flops
 
 
 @pytest.mark.parametrize("name", ["allocated_vote", "allocated_vote_8", "sft_allocated_vote@0.5"])
