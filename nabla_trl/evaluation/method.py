@@ -35,8 +35,9 @@ VOTE_METHODS = (
 )
 # Methods that choose among the responses of one pool, or keep them all.
 POOL_METHODS = ("best_of", *VOTE_METHODS, "weighted_best_of", "samples")
-# Methods that spread one budget over all problems: a vote, best-of-N, weighted best-of-N and the search.
-ALLOCATED_METHODS = ("allocated_vote", "allocated_best_of", "allocated_weighted_best_of", "allocated_nabla")
+# Methods that spread one budget over all problems: a vote, best-of-N, weighted best-of-N, the search and its control.
+ALLOCATED_SEARCHES = ("allocated_nabla", "allocated_control")
+ALLOCATED_METHODS = ("allocated_vote", "allocated_best_of", "allocated_weighted_best_of", *ALLOCATED_SEARCHES)
 # Trained policies: one from an adapter made elsewhere, and one for each way to train.
 POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
 _REWARD_FREE_METHODS = (
@@ -291,7 +292,7 @@ def has_search(names: Iterable[str]) -> bool:
     """Return whether one of these methods refines responses by the reward, other than step by step."""
     methods = [Method.parse(name) for name in names]
     return any(
-        (method.is_search and not method.is_power_search) or method.name == "allocated_nabla" for method in methods
+        (method.is_search and not method.is_power_search) or method.name in ALLOCATED_SEARCHES for method in methods
     )
 
 

@@ -32,6 +32,7 @@ from nabla_trl.baselines.votes import (
 )
 from nabla_trl.evaluation.kl import KLMeasure, build_sample_kl_measure, skip_kl
 from nabla_trl.evaluation.method import (
+    ALLOCATED_SEARCHES,
     BUDGET_FORCING,
     POOL_METHODS,
     REWARD_MODEL_SAMPLING,
@@ -245,13 +246,14 @@ class EvaluationSetup:
             max_flops: mean FLOPs per problem.
         """
         beta = 1 / self.config.reward_weight
+        config = self.config.with_no_gradient() if method.name == "allocated_control" else self.config
 
         def run_search(problems: Sequence[Problem], seed: int) -> list[Trace]:
             traces = allocation.run_search_with_shared_budget(
                 problems,
                 policy=self.policy,
                 reward=self.reward,
-                config=self.config,
+                config=config,
                 max_flops=max_flops * len(problems),
                 seed=seed,
                 pilot=self.baseline_config.allocation_pilot,
@@ -278,7 +280,7 @@ class EvaluationSetup:
                 return pools.select_weighted_best_of_n(pool, size, beta, name)
             return vote_in_pool(pool, "self_consistency", size, config=self.baseline_config, method_name=name)
 
-        run_method = run_search if method.name == "allocated_nabla" else run
+        run_method = run_search if method.name in ALLOCATED_SEARCHES else run
         job = self._build_job([str(method)], run_method, self.config.batch_size)
         return replace(job, needs_all_problems=True)
 
@@ -668,6 +670,10 @@ def check_method_options(
     checks.require(
         not isinstance(config.solver, NoGradient) or searches.isdisjoint(("nabla", "allocated_nabla")),
         "solver none is the control: ask for control instead of nabla, or choose another solver",
+    )
+    checks.require(
+        has_gradient or "allocated_nabla" not in searches,
+        "allocated_nabla follows the gradient of the reward, and a function has none: use allocated_control",
     )
     checks.require(
         isinstance(config.solver, MirrorSolver) or "shuffled" not in searches,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from nabla_trl.evaluation.method import (
     ALLOCATED_METHODS,
+    ALLOCATED_SEARCHES,
     BUDGET_FORCING,
     POOL_METHODS,
     POWER_SAMPLERS,
@@ -49,6 +50,7 @@ _DESCRIPTIONS = {
     "allocated_best_of": "best-of-N, more samples where the reward may still rise, one budget for all problems",
     "allocated_weighted_best_of": "the same with a vote weighted by the reward",
     "allocated_nabla": "the search, more rounds where the reward may still rise, one budget for all problems",
+    "allocated_control": "the same without the gradient",
     "self_certainty": "N samples, a vote ranked by how far the policy is from guessing",
     "deepconf_tail": "a vote of the samples that end most confidently",
     "deepconf_bottom": "a vote of the samples whose weakest passages are most confident",
@@ -93,7 +95,7 @@ def get_method_group(method: str) -> MethodGroup:
     if method == "best_of_1" or parsed.name in ("greedy", BUDGET_FORCING, REWARD_MODEL_SAMPLING):
         return SINGLE_PASS
     groups = {
-        TOKEN_LEVEL: (*SEARCHES, "allocated_nabla"),
+        TOKEN_LEVEL: (*SEARCHES, *ALLOCATED_SEARCHES),
         STEP_LEVEL: STEP_SEARCHES,
         VOTES: (*POOL_METHODS, *ALLOCATED_METHODS),
         SAMPLERS: (*POWER_SAMPLERS, *POWER_SEARCHES),

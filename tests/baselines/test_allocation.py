@@ -180,12 +180,12 @@ def test_responses_are_those_of_any_pool_whatever_the_batch(problems, policy, sc
 
 def test_the_methods_run_at_a_budget_of_all_problems(problems, policy, scalar_reward):
     names = ["best_of_4", *(f"{name}@best_of_4" for name in ("allocated_vote", "allocated_best_of"))]
-    names += ["allocated_weighted_best_of@best_of_4", "allocated_nabla@best_of_4"]
+    names += ["allocated_weighted_best_of@best_of_4", "allocated_nabla@best_of_4", "allocated_control@best_of_4"]
     assert parse_methods(",".join(names)) == names
     setup = EvaluationSetup(policy, scalar_reward, SearchConfig(max_new_tokens=6), (0,))
     mean_flops = {}
     best_of, *jobs = stepwise(plan_jobs(names, setup, {}, mean_flops.__getitem__), problems, mean_flops)
-    assert [job.needs_all_problems for job, _ in (best_of, *jobs)] == [False, True, True, True, True]
+    assert [job.needs_all_problems for job, _ in (best_of, *jobs)] == [False, *[True] * 5]
     for job, traces in jobs:
         assert [trace.problem_id for trace in traces] == [problem.id for problem in problems]
         assert {trace.method for trace in traces} == set(job.methods)
