@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -124,17 +124,16 @@ class RewardArguments:
     audit_samples: int = option(64, "answers per problem of the best-of-N audit, and the largest N to validate")
     max_audit_rounds: int = option(32, "rounds of the over-optimization audit, and the largest number to validate")
     num_swaps: int = option(600, "token swaps of the gradient audit")
-    audit_gradient_at: list[str] = field(
-        default_factory=lambda: ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
-        metadata={"help": "gradients to audit, the cheapest first: direct, hard, mixture:A or direct+ one of these"},
+    audit_gradient_at: list[str] = option(
+        ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
+        "gradients to audit, the cheapest first: direct, hard, mixture:A or direct+ one of these",
     )
     dtype: str = option("float32", "of the weights: float32, bfloat16 or float16")
     stall_minutes: float = option(DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP)
 
     def __post_init__(self) -> None:
         checks = Checks()
-        with checks.collect():
-            check_stall_minutes(self.stall_minutes)
+        checks.call(check_stall_minutes, self.stall_minutes)
         checks.require(
             self.labels in LABEL_CHOICES, f"labels must be one of {', '.join(LABEL_CHOICES)}, not {self.labels!r}"
         )
@@ -182,10 +181,8 @@ class RewardRun:
         self.train_problems: list[Problem] = []
         self.audit_problems: list[Problem] = []
         self.use_step_labels = False
-        with checks.collect():
-            use_recorded_date(self.output_dir)
-        with checks.collect():
-            self._load_problems()
+        checks.call(use_recorded_date, self.output_dir)
+        checks.call(self._load_problems)
         self._collect_faults(checks)
         checks.raise_faults(UsageError)
         with announce(f"loading the policy {args.policy}"):
@@ -238,22 +235,16 @@ class RewardRun:
                 read_model_config(self.base_model)
                 check_model_weights(self.base_model)
         for folder in {self.output_dir, self.samples_dir}:
-            with checks.collect():
-                check_output_dir(folder)
-        with checks.collect():
-            check_seeds(config, num_derived=self.reward_options.num_members)
+            checks.call(check_output_dir, folder)
+        checks.call(check_seeds, config, num_derived=self.reward_options.num_members)
         if self.reward_options.kind != "head":  # a head is float32, and reads states of any type
-            with checks.collect():
-                check_precision(self.reward_options.tuning, args.dtype, config)
+            checks.call(check_precision, self.reward_options.tuning, args.dtype, config)
         if self.state.is_main_process:
-            with checks.collect():
-                check_reporting(config)
+            checks.call(check_reporting, config)
         if not checks.faults:
-            with checks.collect():
-                check_memory([args.policy], dtype=args.dtype, device=str(self.state.device))
+            checks.call(check_memory, [args.policy], dtype=args.dtype, device=str(self.state.device))
             for file, settings in self._collect_settings().items():
-                with checks.collect():
-                    check_settings(file, settings)
+                checks.call(check_settings, file, settings)
 
     def _collect_settings(self) -> dict[Path, dict[str, str]]:
         """Return the settings that the files of the output folder, and shared answers of round 0, depend on."""

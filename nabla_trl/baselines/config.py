@@ -121,8 +121,7 @@ class BaselineConfig:
     def __post_init__(self) -> None:
         checks = Checks()
         if self.step_delimiter is not None:
-            with checks.collect():
-                parse_delimiter(self.step_delimiter)
+            checks.call(parse_delimiter, self.step_delimiter)
         checks.require(
             self.max_step_tokens >= 1 and self.steps_per_prefix >= 1,
             "max_step_tokens and steps_per_prefix must be at least 1",

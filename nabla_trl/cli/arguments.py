@@ -94,10 +94,8 @@ class PolicyRewardArguments:
 
     def __post_init__(self) -> None:
         checks = Checks()
-        with checks.collect():
-            self.get_prompt_options()  # refuses wrong values before anything is loaded
-        with checks.collect():
-            pin_template_date(self.template_date)
+        checks.call(self.get_prompt_options)  # refuses wrong values before anything is loaded
+        checks.call(pin_template_date, self.template_date)
         checks.raise_faults()
 
     def get_prompt_options(self) -> PromptOptions:
@@ -245,8 +243,7 @@ def collect_output_faults(
 
     if not output_dir:
         return
-    with checks.collect():
-        check_output_dir(output_dir)
+    checks.call(check_output_dir, output_dir)
     for name, get_settings in settings_files.items():
         with checks.collect():
             check_settings(Path(output_dir, name), get_settings())

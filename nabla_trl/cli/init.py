@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import nabla_trl
@@ -33,9 +33,7 @@ class InitArguments:
     dataset: str = option(
         "gsm8k", "Data set: the name of a benchmark, or a .jsonl, .csv, .json, .parquet or .yaml file of your own."
     )
-    train_methods: list[str] = field(
-        default_factory=lambda: ["sft"], metadata={"help": "Training methods: sft, reward-weighted, dpo, rloo, grpo."}
-    )
+    train_methods: list[str] = option(["sft"], "Training methods: sft, reward-weighted, dpo, rloo, grpo.")
     output_file: str = option("distill.yaml", "File to write. One that exists is never overwritten.")
     demo: bool = option(
         False,

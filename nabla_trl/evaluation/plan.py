@@ -576,8 +576,7 @@ def check_baselines(
         with checks.collect():
             check_step_delimiter(load_tokenizer(policy), config.resolve_delimiter(spec.step_delimiter), policy)
     for name, settings in _collect_baseline_settings(methods, config, spec.step_delimiter).items():
-        with checks.collect():
-            check_settings(Path(settings_dir, f"{name}.settings.json"), settings)
+        checks.call(check_settings, Path(settings_dir, f"{name}.settings.json"), settings)
     checks.raise_faults()
 
 
@@ -610,22 +609,21 @@ def check_methods(names: Sequence[str], setup: EvaluationSetup, trained_policies
             searches over steps that the policy cannot make.
     """
     checks = Checks()
-    with checks.collect():
-        check_method_options(
-            names,
-            setup.config,
-            list(trained_policies),
-            has_better_model=setup.reward.preferred_model is not None,
-            baseline_config=setup.baseline_config,
-            has_gradient=setup.reward.has_gradient,
-        )
+    checks.call(
+        check_method_options,
+        names,
+        setup.config,
+        list(trained_policies),
+        has_better_model=setup.reward.preferred_model is not None,
+        baseline_config=setup.baseline_config,
+        has_gradient=setup.reward.has_gradient,
+    )
     for label, policy in trained_policies.items():
         checks.require(
             policy.model is not setup.policy.model,
             f"the trained policy {label} is the policy itself: there is nothing to compare",
         )
-    with checks.collect():
-        get_baseline_settings(names, setup)
+    checks.call(get_baseline_settings, names, setup)
     checks.raise_faults()
 
 

@@ -89,13 +89,11 @@ def collect_export_faults(
     merge: bool,
 ) -> Checkpoint | None:
     """Collect what is wrong with an export, before any model is loaded. Return its checkpoint if there is one."""
-    with checks.collect():
-        check_export_folder(Path(output_dir))
+    checks.call(check_export_folder, Path(output_dir))
     checkpoint = None
     with checks.collect():
         checkpoint = _find_checkpoint(Path(run_dir), train_method)
-        with checks.collect():
-            check_weight_files(checkpoint)
+        checks.call(check_weight_files, checkpoint)
         if push_to_hub:
             check_push_to_hub(checkpoint, push_to_hub, merge=merge)
     return checkpoint

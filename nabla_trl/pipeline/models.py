@@ -158,13 +158,12 @@ class ModelPair:
         checks = Checks()
         with trusting_remote_code(self.trust_remote_code):
             if self._policy is None and self.tokenizer is None:
-                with checks.collect():
-                    check_policy_files(
-                        str(self.policy_source), prompt_options=self.get_prompt_options(), adapter=self.adapter
-                    )
+                options = self.get_prompt_options()
+                checks.call(check_policy_files, str(self.policy_source), prompt_options=options, adapter=self.adapter)
             if self._reward is None and isinstance(self.policy_source, str | Path):
-                with checks.collect():
-                    check_reward_files(self.reward_name, policy=str(self.policy_source), audit_file=self.audit_file)
+                checks.call(
+                    check_reward_files, self.reward_name, policy=str(self.policy_source), audit_file=self.audit_file
+                )
         checks.raise_faults()
 
     def _load_policy(self) -> Policy:

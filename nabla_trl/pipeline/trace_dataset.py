@@ -145,8 +145,7 @@ def push_trace_folder(folder: Path, repo_id: str, *, private: bool) -> str:
 
 def collect_trace_export_faults(checks: Checks, run_dir: str, output_dir: str, repo_id: str | None) -> None:
     """Collect what stands in the way of an export of traces, before any work."""
-    with checks.collect():
-        check_export_folder(Path(output_dir))
+    checks.call(check_export_folder, Path(output_dir))
     with checks.collect():
         if not list_trace_files(Path(run_dir)):
             raise ValueError(f"{run_dir} holds no traces: name the folder of a run of nabla-trl traces or distill")

@@ -72,21 +72,22 @@ def collect_model_faults(
         problems: whose prompts are written.
         max_new_tokens: longest response. 0: not checked.
     """
-    with checks.collect():
-        check_device(device, dtype)
+    checks.call(check_device, device, dtype)
     if not policy:
         return
-    with checks.collect():
-        check_policy_files(
-            policy, prompt_options=prompt_options, problems=problems, max_new_tokens=max_new_tokens, adapter=adapter
-        )
+    checks.call(
+        check_policy_files,
+        policy,
+        prompt_options=prompt_options,
+        problems=problems,
+        max_new_tokens=max_new_tokens,
+        adapter=adapter,
+    )
     if vllm_url:
-        with checks.collect():
-            check_vllm_server(vllm_url, policy)
+        checks.call(check_vllm_server, vllm_url, policy)
     if reward:
         num_faults = len(checks.faults)
-        with checks.collect():
-            check_reward_files(reward, policy=policy, audit_file=audit_file)
+        checks.call(check_reward_files, reward, policy=policy, audit_file=audit_file)
         if len(checks.faults) == num_faults:
             with checks.collect():
                 dtype = get_dtype_name(dtype, device)
@@ -237,14 +238,11 @@ def check_reward_files(reward: str, *, policy: str, audit_file: str | None = Non
             raise ValueError(f"{spec.name}: {SAME_MODELS}; name a better model than the policy {policy}")
         for member in spec.members or (spec,):
             for model in member.model_names:
-                with checks.collect():
-                    _check_reward_model(member, model, policy)
+                checks.call(_check_reward_model, member, model, policy)
             if member.kind == "head":
-                with checks.collect():
-                    StateHead.load(str(member.folder))
+                checks.call(StateHead.load, str(member.folder))
     if audit_file:
-        with checks.collect():
-            read_validated_limits(audit_file, policy=policy, reward=reward)
+        checks.call(read_validated_limits, audit_file, policy=policy, reward=reward)
     checks.raise_faults()
 
 
@@ -298,10 +296,8 @@ def _check_prompts(
 ) -> None:
     """Write the prompts of the first and of the longest problems, and compare them with the context."""
     checks = Checks()
-    with checks.collect():
-        check_prompt_options(options, tokenizer, name)
-    with checks.collect():
-        options.check_problems(problems)
+    checks.call(check_prompt_options, options, tokenizer, name)
+    checks.call(options.check_problems, problems)
     if checks.faults:
         checks.raise_faults()
     context_length = read_context_length(config)

@@ -37,10 +37,8 @@ def collect_training_faults(
         check_output_dir(stage.run_dir, _estimate_disk_bytes(stage, len(methods)))
     checks.add(list_trl_faults(methods, stage.trl_options))
     for method in methods:
-        with checks.collect():
-            stage.check_method(method)
-        with checks.collect():
-            stage.check_settings(method)
+        checks.call(stage.check_method, method)
+        checks.call(stage.check_settings, method)
     if stage.process_state.is_main_process:
         with checks.collect():
             check_reporting(stage.sft_config, len(methods))

@@ -111,8 +111,7 @@ class RewardOptions:
         for name in ("target_samples", "pairs_per_problem", "num_members"):
             checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
         checks.require(self.grow_layers >= 0, "grow_layers must not be negative")
-        with checks.collect():
-            check_uncertainty_penalty(self.uncertainty_penalty)
+        checks.call(check_uncertainty_penalty, self.uncertainty_penalty)
         checks.require(0 < self.implicit_beta < math.inf, "implicit_beta must be a positive number")
         checks.require(
             self.kind != "head" or not self.base_model,

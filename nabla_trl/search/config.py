@@ -235,10 +235,8 @@ class SearchConfig:
             bool(self.max_rounds or self.max_rollouts or self.max_flops or self.patience or sequential),
             "the search would never end: set max_rounds, max_rollouts, max_flops or patience",
         )
-        with checks.collect():
-            self.get_sampling()  # refuses invalid sampling options
-        with checks.collect():
-            self._set_beta_or_target_kl()
+        checks.call(self.get_sampling)  # refuses invalid sampling options
+        checks.call(self._set_beta_or_target_kl)
         checks.require(
             not self.proposals.min_gradient_norm or isinstance(self.solver, SteSolver),
             "min_gradient_norm needs solver ste, because no other solver computes that gradient",

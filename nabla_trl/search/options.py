@@ -52,8 +52,7 @@ class MirrorSolver:
     def __post_init__(self) -> None:
         checks = Checks()
         if self.gradient_at is not None:
-            with checks.collect():
-                GradientPoint.parse(self.gradient_at)
+            checks.call(GradientPoint.parse, self.gradient_at)
         checks.require(0 < self.step_size < math.inf, f"step_size must be a positive number, not {self.step_size}")
         checks.require(
             self.target_kl is None or 0 < self.target_kl < math.inf,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+ParamsT = ParamSpec("ParamsT")
+ResultT = TypeVar("ResultT")
 
 
 class Faults(ValueError):
@@ -28,8 +32,7 @@ class Checks:
 
         checks = Checks()
         checks.require(beta > 0, f"beta must be positive, not {beta}")
-        with checks.collect():
-            parse_methods(methods)  # raises ValueError
+        checks.call(parse_methods, methods)  # raises ValueError
         checks.raise_faults()
 
     Attributes:
@@ -70,6 +73,14 @@ class Checks:
         except Exception:
             if not self.faults:
                 raise
+
+    def call(
+        self, function: Callable[ParamsT, ResultT], *args: ParamsT.args, **options: ParamsT.kwargs
+    ) -> ResultT | None:
+        """Return the result of a function, or None if it raises an error, which becomes faults (see `collect`)."""
+        with self.collect():
+            return function(*args, **options)
+        return None
 
     def raise_faults(self, error_class: type[Faults] = Faults) -> None:
         """Raise all faults as one error, if there are any."""

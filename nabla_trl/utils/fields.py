@@ -25,9 +25,13 @@ def option(default: Any, help_text: str, *, common: bool = False) -> Any:
     """Return a dataclass field with a default value and its text for `--help`.
 
     Args:
+        default: a list is copied for each instance.
         common: `--help` shows it. Other options are shown by `--help-all` only.
     """
-    return field(default=default, metadata={"help": help_text, "common": common})
+    metadata = {"help": help_text, "common": common}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def required_option(help_text: str) -> Any:
@@ -46,16 +50,14 @@ def name_unknown_options(dataclass: type[ClassT]) -> type[ClassT]:
     @wraps(init)
     def checked_init(self: Any, *args: Any, **options: Any) -> None:
         checks = Checks()
-        with checks.collect():
-            check_option_names(options, dataclass)
+        checks.call(check_option_names, options, dataclass)
         valid_options = {name: value for name, value in options.items() if name in names}
         for name, group in get_option_groups(dataclass).items():
             with checks.collect():
                 if name in options:
                     valid_options[name] = group.default  # in case the next line raises an error
                     valid_options[name] = group.build(options[name])
-        with checks.collect():
-            init(self, *args, **valid_options)
+        checks.call(init, self, *args, **valid_options)
         checks.raise_faults()
 
     setattr(dataclass, "__init__", checked_init)  # noqa: B010  # an assignment is an error to mypy
@@ -110,8 +112,7 @@ def merge_options(base: Mapping[str, Any], overrides: Mapping[str, Any], datacla
         else:
             plain[name] = value
     checks = Checks()
-    with checks.collect():
-        check_option_names(plain, dataclass)
+    checks.call(check_option_names, plain, dataclass)
     merged = {}
     for name, values in layers.items():
         with checks.collect():

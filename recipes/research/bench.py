@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,8 @@ class BenchArguments:
     )
     max_rollouts: int = option(8, "Part plain: maximum number of responses per problem.")
     max_new_tokens: int = option(64, "Parts plain and scaling: maximum length of a response in tokens.")
-    problem_counts: list[int] = field(
-        default_factory=lambda: [8, 16, 32], metadata={"help": "Part scaling: numbers of problems to measure."}
-    )
-    round_counts: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Part scaling: numbers of rounds to measure."}
-    )
+    problem_counts: list[int] = option([8, 16, 32], "Part scaling: numbers of problems to measure.")
+    round_counts: list[int] = option([1, 2, 4, 8], "Part scaling: numbers of rounds to measure.")
     vocab_size: int = option(151936, "Parts memory and gradient: vocabulary size of the random models.")
     batch_size: int = option(8, "Parts memory and gradient: responses per batch.")
     response_length: int = option(
@@ -86,12 +82,9 @@ class BenchArguments:
         64, "Parts memory and gradient: length of a prompt in tokens. Prompts are in the key-value cache."
     )
     num_layers: int = option(4, "Parts memory and gradient: number of layers of the random models.")
-    hidden_sizes: list[int] = field(
-        default_factory=lambda: [256],
-        metadata={
-            "help": "Hidden sizes of the random models, multiples of 64. Part memory uses the first, part gradient "
-            "all of them."
-        },
+    hidden_sizes: list[int] = option(
+        [256],
+        "Hidden sizes of the random models, multiples of 64. Part memory uses the first, part gradient all of them.",
     )
     num_repeats: int = option(3, "Part gradient: number of timed calls. The fastest one counts.")
     dtype: str = option(

@@ -60,20 +60,13 @@ class CompareArguments:
     dataset: str = option("digit_chains", DATASET_HELP)
     split: str = option("test", "Split of the data set.")
     max_problems: int = option(300, "Maximum number of problems. 0: all.")
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds of everything that samples."}
+    seeds: list[int] = option([0, 1, 2], "Random seeds of everything that samples.")
+    best_of_n: list[int] = option([4, 8, 16, 32], "N of the best-of-N methods whose FLOPs are the budgets.")
+    baselines: list[str] = option(
+        ["control", "shuffled", "paper"], f"Other methods at each budget: {', '.join(BASELINES)}."
     )
-    best_of_n: list[int] = field(
-        default_factory=lambda: [4, 8, 16, 32],
-        metadata={"help": "N of the best-of-N methods whose FLOPs are the budgets."},
-    )
-    baselines: list[str] = field(
-        default_factory=lambda: ["control", "shuffled", "paper"],
-        metadata={"help": f"Other methods at each budget: {', '.join(BASELINES)}."},
-    )
-    reward_weights: list[float] = field(
-        default_factory=list,
-        metadata={"help": "Values of λ = 1/β to search with, at the FLOPs of the largest best-of-N, for a curve."},
+    reward_weights: list[float] = option(
+        [], "Values of λ = 1/β to search with, at the FLOPs of the largest best-of-N, for a curve."
     )
     title: str = option("Methods at equal FLOPs", "Title of the page.")
 

@@ -23,7 +23,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import duality_report
@@ -87,10 +87,7 @@ class DualityArguments:
         MAX_RESPONSES,
         "Maximum number of responses per prompt that are enumerated. Increase it if memory allows.",
     )
-    best_of_n: list[int] = field(
-        default_factory=lambda: [2, 4, 8, 16, 32],
-        metadata={"help": "Values of N of best-of-N, in increasing order, at least 2."},
-    )
+    best_of_n: list[int] = option([2, 4, 8, 16, 32], "Values of N of best-of-N, in increasing order, at least 2.")
     num_chains: int = option(300, "Independent chains per prompt and search. Increase it for less sampling noise.")
     max_rounds: int = option(32, "Number of rounds of every chain.")
     gradient_at: str = option(

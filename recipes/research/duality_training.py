@@ -15,7 +15,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,12 +46,8 @@ TRAINED_METHODS = ("sft", "reward-weighted", "dpo", SOFT_DPO, "rloo", "grpo")
 class DualityTrainingArguments:
     """How the policies are trained."""
 
-    train_methods: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Training methods: sft, reward-weighted, dpo (with both kinds of labels), rloo, grpo "
-            "(default: none)."
-        },
+    train_methods: list[str] = option(
+        [], "Training methods: sft, reward-weighted, dpo (with both kinds of labels), rloo, grpo (default: none)."
     )
     train_samples_per_prompt: int = option(
         8000, "Responses per prompt for methods that train on traces. Increase it for less sampling noise."

@@ -22,7 +22,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,7 @@ class GpuBenchArguments:
     reward: str = option(RANDOM_REWARD, f"random (the policy's body with a random score head), or {REWARD_HELP}")
     dataset: str = option("digit_chains", DATASET_HELP)
     parts: str = option(",".join(GPU_PARTS), "Parts to measure, separated by commas.")
-    slot_counts: list[int] = field(
-        default_factory=lambda: [1, 16, 64, 256], metadata={"help": "Part decode: numbers of slots to measure."}
-    )
+    slot_counts: list[int] = option([1, 16, 64, 256], "Part decode: numbers of slots to measure.")
     max_problems: int = option(64, "Parts throughput, precision and plain: number of problems.")
     max_new_tokens: int = option(256, "Maximum length of a response in tokens.")
     max_rounds: int = option(8, "Parts throughput and precision: maximum number of rounds of a search.")

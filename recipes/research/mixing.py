@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mixing_statistics import MixingStatistics, measure_mixing
@@ -41,19 +41,14 @@ class MixingArguments:
     dataset: str = option("digit_chains", DATASET_HELP)
     split: str = option("test", "Split of the data set.")
     max_problems: int = option(60, "Maximum number of problems. Each has one chain. 0 uses all problems.")
-    compare_cuts: list[str] = field(
-        default_factory=lambda: ["token"],
-        metadata={"help": "Cuts to compare, without the gradient: token, uniform, entropy, jump (see --solver.cut)."},
+    compare_cuts: list[str] = option(
+        ["token"], "Cuts to compare, without the gradient: token, uniform, entropy, jump (see --solver.cut)."
     )
-    compare_gradient_at: list[str] = field(
-        default_factory=lambda: ["direct", "mixture:0.5"],
-        metadata={"help": "Gradients to compare. See --solver.gradient_at of the search."},
+    compare_gradient_at: list[str] = option(
+        ["direct", "mixture:0.5"], "Gradients to compare. See --solver.gradient_at of the search."
     )
-    compare_step_sizes: list[float] = field(
-        default_factory=lambda: [1.0, 0.5],
-        metadata={
-            "help": "Step sizes to compare, as fractions of the full mirror-descent step. 0.5 is locally balanced."
-        },
+    compare_step_sizes: list[float] = option(
+        [1.0, 0.5], "Step sizes to compare, as fractions of the full mirror-descent step. 0.5 is locally balanced."
     )
     max_chain_rounds: int = option(
         0,

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -103,12 +103,10 @@ class AuditArguments:
         "solver mirror (default: false).",
         common=True,
     )
-    gradient_at: list[str] = field(
-        default_factory=lambda: ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
-        metadata={
-            "help": "Gradients to audit, cheapest first. See --solver.gradient_at of the search. Needs --gradient.",
-            "common": True,
-        },
+    gradient_at: list[str] = option(
+        ["direct", "hard", "mixture:0.5", "direct+mixture:0.5"],
+        "Gradients to audit, cheapest first. See --solver.gradient_at of the search. Needs --gradient.",
+        common=True,
     )
     num_swaps: int = option(
         1000,
@@ -144,18 +142,15 @@ class AuditArguments:
 
     def __post_init__(self) -> None:
         checks = Checks()
-        with checks.collect():
-            check_distinct("gradient_at", self.gradient_at)
+        checks.call(check_distinct, "gradient_at", self.gradient_at)
         for text in self.gradient_at:
-            with checks.collect():
-                GradientPoint.parse(text)
+            checks.call(GradientPoint.parse, text)
         for name in ("num_swaps", "max_rounds"):
             checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
         checks.require(
             self.audit_samples >= 2, "audit_samples must be at least 2: the audit compares samples of the same problem"
         )
-        with checks.collect():
-            self.build_search_config()
+        checks.call(self.build_search_config)
         checks.raise_faults()
 
     def build_search_config(self) -> SearchConfig:
@@ -203,8 +198,7 @@ def main(argv: Sequence[str]) -> int:
             problems = filter_with_gold_answer(problems)
     models.preflight(checks, problems=problems, max_new_tokens=args.max_new_tokens)
     if args.output_file:
-        with checks.collect():
-            check_output_file(args.output_file)
+        checks.call(check_output_file, args.output_file)
     checks.raise_faults(UsageError)
     with redirect_stdout(sys.stderr):  # libraries must not print into the JSON
         result = run_audit(

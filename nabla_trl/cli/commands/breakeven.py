@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,14 +33,12 @@ _LEGEND = (
 class BreakEvenArguments:
     """Options of `nabla-trl breakeven`."""
 
-    sources: list[str] = field(default_factory=list, metadata={"help": argparse.SUPPRESS})
-    trained: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Methods that needed the training (default: the greedy decodes of trained policies)."},
+    sources: list[str] = option([], argparse.SUPPRESS)
+    trained: list[str] = option(
+        [], "Methods that needed the training (default: the greedy decodes of trained policies)."
     )
-    baselines: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Methods to compare with (default: all methods of policies that were not trained)."},
+    baselines: list[str] = option(
+        [], "Methods to compare with (default: all methods of policies that were not trained)."
     )
     train_flops: float | None = option(
         None,
@@ -59,8 +57,7 @@ class BreakEvenArguments:
 
     def __post_init__(self) -> None:
         checks = Checks()
-        with checks.collect():
-            check_dollars_per_gpu_hour(self.dollars_per_gpu_hour)
+        checks.call(check_dollars_per_gpu_hour, self.dollars_per_gpu_hour)
         for item in fields(self):
             value = getattr(self, item.name)
             is_valid = "train_" not in item.name or value is None or 0 <= value < math.inf

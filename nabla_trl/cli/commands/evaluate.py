@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from nabla_trl.baselines.config import BaselineConfig
@@ -53,9 +53,7 @@ class EvalArguments:
         "Maximum number of problems. Increase it for narrower confidence intervals. 0 uses all problems.",
         common=True,
     )
-    seeds: list[int] = field(
-        default_factory=lambda: list(DEFAULT_SEEDS), metadata={"help": SEEDS_HELP, "common": True}
-    )
+    seeds: list[int] = option(list(DEFAULT_SEEDS), SEEDS_HELP, common=True)
     shard: str | None = option(
         None,
         f"{SHARD_HELP} A method with a budget, such as nabla@best_of_16, needs the rows of all shards of "
@@ -64,19 +62,15 @@ class EvalArguments:
     )
     dollars_per_gpu_hour: float | None = option(None, DOLLARS_HELP)
     title: str = option("Evaluation", "Title of the report.")
-    report_to: list[str] = field(default_factory=list, metadata={"help": REPORT_TO_HELP})
+    report_to: list[str] = option([], REPORT_TO_HELP)
 
     def __post_init__(self) -> None:
         checks = Checks()
-        with checks.collect():
-            Shard.parse(self.shard)
-        with checks.collect():
-            check_distinct("seeds", self.seeds)
-        with checks.collect():
-            check_dollars_per_gpu_hour(self.dollars_per_gpu_hour)
+        checks.call(Shard.parse, self.shard)
+        checks.call(check_distinct, "seeds", self.seeds)
+        checks.call(check_dollars_per_gpu_hour, self.dollars_per_gpu_hour)
         if self.eval_methods:
-            with checks.collect():
-                parse_methods(self.eval_methods)
+            checks.call(parse_methods, self.eval_methods)
         checks.raise_faults()
 
 
@@ -114,14 +108,14 @@ def main(argv: Sequence[str]) -> int:
         check_method_options(
             methods, config, labels, has_better_model=has_better_model, baseline_config=baseline_config
         )
-    with checks.collect():
-        check_baselines(
-            methods,
-            baseline_config,
-            policy=models.policy,
-            reward=models.reward,
-            settings_dir=Path(args.output_dir, SETTINGS_FILE).parent,
-        )
+    checks.call(
+        check_baselines,
+        methods,
+        baseline_config,
+        policy=models.policy,
+        reward=models.reward,
+        settings_dir=Path(args.output_dir, SETTINGS_FILE).parent,
+    )
     problem_set = ProblemSet([], "", {})
     if args.dataset:
         with checks.collect():
@@ -133,8 +127,7 @@ def main(argv: Sequence[str]) -> int:
         return collect_eval_settings(models.build_pair(use_adapter=False), config, problem_set.settings)
 
     collect_output_faults(checks, args.output_dir, {SETTINGS_FILE: get_settings})
-    with checks.collect():
-        check_trackers(args.report_to)
+    checks.call(check_trackers, args.report_to)
     checks.raise_faults(UsageError)
     log_to_folder(Path(args.output_dir))
     output_dir, shard = Path(args.output_dir), Shard.parse(args.shard)

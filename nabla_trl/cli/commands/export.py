@@ -65,13 +65,12 @@ class ExportArguments:
 
     def __post_init__(self) -> None:
         checks = Checks()
-        with checks.collect():
-            if self.private and not self.push_to_hub:
-                raise ValueError("private needs push_to_hub: nothing is pushed")
+        checks.require(not self.private or bool(self.push_to_hub), "private needs push_to_hub: nothing is pushed")
         given = [name for name in ("train_method", "merge", "dtype", "device") if getattr(self, name)]
-        with checks.collect():
-            if self.traces and given:
-                raise ValueError(f"{', '.join(given)} belong to a checkpoint: leave them out, or leave out traces")
+        checks.require(
+            not (self.traces and given),
+            f"{', '.join(given)} belong to a checkpoint: leave them out, or leave out traces",
+        )
         checks.raise_faults()
 
 
@@ -96,11 +95,9 @@ def main(argv: Sequence[str]) -> int:
 
     quiet_libraries()
     set_trust_remote_code(args.trust_remote_code)
-    with checks.collect():
-        check_device(args.device, args.dtype)
+    checks.call(check_device, args.device, args.dtype)
     if args.output_dir:
-        with checks.collect():
-            check_output_dir(args.output_dir)
+        checks.call(check_output_dir, args.output_dir)
     if args.run_dir and args.output_dir:
         collect_export_faults(checks, args.run_dir, args.output_dir, args.train_method, args.push_to_hub, args.merge)
     checks.raise_faults(UsageError)
@@ -139,8 +136,7 @@ def _export_traces(args: ExportArguments, checks: Checks) -> int:
     quiet_libraries()
     set_trust_remote_code(args.trust_remote_code)
     if args.output_dir:
-        with checks.collect():
-            check_output_dir(args.output_dir)
+        checks.call(check_output_dir, args.output_dir)
     if args.run_dir and args.output_dir:
         collect_trace_export_faults(checks, args.run_dir, args.output_dir, args.push_to_hub)
     checks.raise_faults(UsageError)

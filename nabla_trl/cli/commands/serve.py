@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nabla_trl.cli.arguments import ModelArguments
 from nabla_trl.cli.parsing import Parser, UsageError
@@ -94,12 +94,10 @@ class ServeArguments:
     shutdown_timeout: float = option(
         60.0, "Seconds that running requests have after Ctrl-C or SIGTERM. Then they get status 503."
     )
-    cors_origins: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Origins whose pages may ask this server from a browser, such as http://localhost:3000, or * for "
-            "all (default: none)."
-        },
+    cors_origins: list[str] = option(
+        [],
+        "Origins whose pages may ask this server from a browser, such as http://localhost:3000, or * for "
+        "all (default: none).",
     )
     access_log: bool = option(True, "Write one line per request on stderr.")
 
@@ -139,8 +137,7 @@ def main(argv: Sequence[str]) -> int:
     )
     checks = Checks()
     models, args, config = parser.parse_options(argv, checks)[:3]
-    with checks.collect():
-        _check_packages()
+    checks.call(_check_packages)
     api_key = args.api_key or os.environ.get(API_KEY_ENV_VAR) or None
     checks.require(
         api_key is None or (api_key.isascii() and api_key.isprintable() and " " not in api_key),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from nabla_trl.cli.arguments import DATASET_HELP, REPORT_TO_HELP, ModelArguments, collect_output_faults
@@ -31,7 +31,7 @@ class TracesArguments:
     )
     seed: int = option(0, "Random seed of the search. Traces of several seeds can be in the same folder.", common=True)
     shard: str | None = option(None, SHARD_HELP, common=True)
-    report_to: list[str] = field(default_factory=list, metadata={"help": REPORT_TO_HELP})
+    report_to: list[str] = option([], REPORT_TO_HELP)
 
     def __post_init__(self) -> None:
         Shard.parse(self.shard)  # refuses a wrong value before anything is loaded
@@ -65,8 +65,7 @@ def main(argv: Sequence[str]) -> int:
         return collect_trace_settings(models.build_pair(), config, problem_set.settings)
 
     collect_output_faults(checks, args.output_dir, {SETTINGS_FILE: get_settings})
-    with checks.collect():
-        check_trackers(args.report_to)
+    checks.call(check_trackers, args.report_to)
     checks.raise_faults(UsageError)
     log_to_folder(Path(args.output_dir))
     with track_metrics(args.report_to, stage="traces", output_dir=args.output_dir, settings=get_settings()):

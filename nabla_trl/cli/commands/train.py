@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,8 @@ class TrainArguments(PolicyRewardArguments):
 
     policy: str = option("", f"{POLICY_HELP} Default: the policy that the traces were made with.", common=True)
     reward: str = option("", f"For rloo and grpo. {REWARD_HELP}", common=True)
-    train_methods: list[str] = field(
-        default_factory=lambda: ["sft"],
-        metadata={
-            "help": f"Training methods, which each give one trained policy: {', '.join(TRAIN_METHODS)}.",
-            "common": True,
-        },
+    train_methods: list[str] = option(
+        ["sft"], f"Training methods, which each give one trained policy: {', '.join(TRAIN_METHODS)}.", common=True
     )
     traces_dir: str = option(
         "",
@@ -44,14 +40,10 @@ class TrainArguments(PolicyRewardArguments):
 
     def __post_init__(self) -> None:
         checks = Checks()
-        for check in (
-            super().__post_init__,
-            lambda: check_stall_minutes(self.stall_minutes),
-            lambda: check_distinct("train_methods", self.train_methods),
-            lambda: check_choices("training method", self.train_methods, TRAIN_METHODS),
-        ):
-            with checks.collect():
-                check()
+        checks.call(super().__post_init__)
+        checks.call(check_stall_minutes, self.stall_minutes)
+        checks.call(check_distinct, "train_methods", self.train_methods)
+        checks.call(check_choices, "training method", self.train_methods, TRAIN_METHODS)
         checks.raise_faults()
 
 

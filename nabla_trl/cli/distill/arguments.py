@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nabla_trl.cli.arguments import (
     DATASET_HELP,
@@ -65,12 +65,8 @@ class DistillArguments(PolicyRewardArguments):
         "each question decides, so that a question keeps its side when the file grows.",
     )
     split_seed: int = option(0, "Seed of that division. Another seed holds out other problems.")
-    train_methods: list[str] = field(
-        default_factory=lambda: ["sft"],
-        metadata={
-            "help": f"Training methods, which each give one trained policy: {', '.join(TRAIN_METHODS)}.",
-            "common": True,
-        },
+    train_methods: list[str] = option(
+        ["sft"], f"Training methods, which each give one trained policy: {', '.join(TRAIN_METHODS)}.", common=True
     )
     max_train_problems: int = option(
         1000, "Maximum number of training problems. Lower it for a quick test.", common=True
@@ -84,9 +80,7 @@ class DistillArguments(PolicyRewardArguments):
     stages: str = option(
         ",".join(STAGES), "Stages to run, separated by commas. Finished work is skipped.", common=True
     )
-    seeds: list[int] = field(
-        default_factory=lambda: list(DEFAULT_SEEDS), metadata={"help": SEEDS_HELP, "common": True}
-    )
+    seeds: list[int] = option(list(DEFAULT_SEEDS), SEEDS_HELP, common=True)
     eval_methods: str = option(
         "",
         f"Methods to evaluate, separated by commas: {METHOD_SYNTAX} (default: {DEFAULT_DISTILL_EVAL_METHODS}, and for "
@@ -109,24 +103,18 @@ class DistillArguments(PolicyRewardArguments):
 
     def __post_init__(self) -> None:
         checks = Checks()
-        for check in (
-            super().__post_init__,
-            lambda: check_stall_minutes(self.stall_minutes),
-            lambda: check_distinct("seeds", self.seeds),
-            lambda: check_distinct("train_methods", self.train_methods),
-            lambda: check_dollars_per_gpu_hour(self.dollars_per_gpu_hour),
-        ):
-            with checks.collect():
-                check()
+        checks.call(super().__post_init__)
+        checks.call(check_stall_minutes, self.stall_minutes)
+        checks.call(check_distinct, "seeds", self.seeds)
+        checks.call(check_distinct, "train_methods", self.train_methods)
+        checks.call(check_dollars_per_gpu_hour, self.dollars_per_gpu_hour)
         checks.require(
             0 < self.test_fraction < 1, f"test_fraction must be between 0 and 1, not {self.test_fraction:g}"
         )
         for name in ("max_train_problems", "max_eval_problems", "traces_per_problem"):
             checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        with checks.collect():
-            check_choices("stage", self.list_stages(), STAGES)
-        with checks.collect():
-            check_choices("training method", self.train_methods, TRAIN_METHODS)
+        checks.call(check_choices, "stage", self.list_stages(), STAGES)
+        checks.call(check_choices, "training method", self.train_methods, TRAIN_METHODS)
         if not self.eval_methods:
             trained = [
                 f"{get_policy_label(train_method)}_{method}"
@@ -135,8 +123,7 @@ class DistillArguments(PolicyRewardArguments):
                 for method in DEFAULT_TRAINED_POLICY_METHODS
             ]
             self.eval_methods = ",".join([DEFAULT_DISTILL_EVAL_METHODS, *trained])
-        with checks.collect():
-            parse_methods(self.eval_methods)
+        checks.call(parse_methods, self.eval_methods)
         checks.raise_faults()
 
     def list_stages(self) -> list[str]:

@@ -160,8 +160,7 @@ class DistillRun:
         if self.state.num_processes != world_size:
             raise ValueError(f"WORLD_SIZE is {world_size}, but {self.state.num_processes} processes started")
         self.output_dir = Path(sft_config.output_dir)
-        with checks.collect():
-            use_recorded_date(self.output_dir, args.template_date)
+        checks.call(use_recorded_date, self.output_dir, args.template_date)
         self.checker = AnswerChecker()
         with checks.collect():
             self.models = args.build_pair(device=str(self.state.device))
@@ -200,8 +199,7 @@ class DistillRun:
                 held_out = load_problems(
                     args.eval_dataset or args.dataset, split=args.eval_split, max_problems=args.max_eval_problems
                 )
-        with checks.collect():
-            check_disjoint(train, held_out)
+        checks.call(check_disjoint, train, held_out)
         if held_out and {"evaluate", "report"} & {*args.list_stages()}:
             with checks.collect():
                 held_out = filter_with_gold_answer(held_out, verbose=self.state.is_main_process)
@@ -264,14 +262,14 @@ class DistillRun:
                 check_method_options(
                     names, self.search_config, [], has_better_model=True, baseline_config=self.baseline_config
                 )
-            with checks.collect():
-                check_baselines(
-                    names,
-                    self.baseline_config,
-                    policy=args.policy,
-                    reward=args.reward,
-                    settings_dir=(self.output_dir / EVAL_SETTINGS_FILE).parent,
-                )
+            checks.call(
+                check_baselines,
+                names,
+                self.baseline_config,
+                policy=args.policy,
+                reward=args.reward,
+                settings_dir=(self.output_dir / EVAL_SETTINGS_FILE).parent,
+            )
         if "train" in stages:
             frozen_models: list[str] = []
             with checks.collect():
@@ -285,10 +283,8 @@ class DistillRun:
                     keeps_frozen_models="traces" in stages,
                 )
         else:
-            with checks.collect():
-                check_output_dir(self.output_dir)
-        with checks.collect():
-            self.check_settings()
+            checks.call(check_output_dir, self.output_dir)
+        checks.call(self.check_settings)
 
     def load_models(self) -> tuple[Policy, Reward]:
         """Return the policy and the reward. The first call loads them, and warns past validated limits."""
