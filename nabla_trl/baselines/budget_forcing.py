@@ -199,11 +199,7 @@ class _Draft:
 
 
 def check_thinking(policy: Policy, config: BaselineConfig) -> None:
-    """Refuse a policy that does not think, or that cannot write the text that goes on with a thought.
-
-    Raises:
-        ValueError: says which.
-    """
+    """Refuse a policy that does not think, or that cannot write the text that goes on with a thought."""
     if not policy.thought_closings:
         raise ValueError(f"budget_forcing needs a policy that thinks: {policy.name} has no token that ends a thought")
     if not policy.backend.returns_caches:

@@ -197,10 +197,6 @@ class StepTree:
         needed_tokens = accumulate(max(mean_length - len(node.token_ids), min_tokens) for node in nodes)
         return sum(tokens <= affordable_tokens for tokens in needed_tokens)
 
-    def get_best_response(self) -> StepNode | None:
-        """Return the chosen response, or that of the highest reward, the first among equals. None: there is none."""
-        return self.chosen or max(self.responses, key=lambda response: response.reward, default=None)
-
     async def draw_steps(self, nodes: Sequence[StepNode]) -> list[StepNode]:
         """Draw a step from each of these nodes and score the new ones. Equal steps of a node share one child.
 
@@ -463,7 +459,10 @@ async def _search_problem(
         await method(tree, size)
     except StepSearchError as failure:
         error = str(failure)
-    best, cost = tree.get_best_response(), engine.flop_counter.get_cost(problem.id)
+    best, cost = (
+        tree.chosen or max(tree.responses, key=lambda response: response.reward, default=None),
+        engine.flop_counter.get_cost(problem.id),
+    )
     if best is None or error:
         message = error or f"the reward {engine.reward.name} cannot read any response"
         return build_error_trace(problem, method_name, settings.seed, message, meta, cost)

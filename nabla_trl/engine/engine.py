@@ -50,7 +50,7 @@ class Engine(Scheduler):
         policy_call = self.batch("policy prompts", self._read_policy_prompts, [(sample.cost_key, sample.prompt_ids)])
         if self.reward and self.reward.reads_states_of(self.policy) and self.policy.backend.returns_caches:
             [policy_cache] = await policy_call
-            return policy_cache, self.reward.make_prompt_caches(policy_cache)
+            return policy_cache, [objective.make_prompt_cache(policy_cache) for objective in self.reward.objectives]
         reward_call = (
             None if self.reward is None else self.batch("reward prompts", self._read_reward_prompts, [reward_sample])
         )

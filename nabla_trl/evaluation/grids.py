@@ -135,7 +135,10 @@ def _build_grid(method: str, cells: Mapping[tuple[str, int], Row], problems: tup
     seeds, rows = arrange_by_problem(method, cells, problems)
     has_strict = any(row.correct_strict is not None for row in rows)
     numbers = {
-        "tokens": [_count_generated_tokens(row.tokens) for row in rows],
+        "tokens": [
+            sum(count for name, count in row.tokens.items() if name.endswith("/decode")) if row.tokens else None
+            for row in rows
+        ],
         "calls": [count_model_calls(row.calls) for row in rows],
         "flops": [row.flops for row in rows],
         "seconds": [row.seconds for row in rows],
@@ -153,11 +156,6 @@ def _build_grid(method: str, cells: Mapping[tuple[str, int], Row], problems: tup
         num_errors=sum(row.error is not None for row in rows),
         num_ungraded=sum(row.correct is None and row.error is None for row in rows),
     )
-
-
-def _count_generated_tokens(tokens: Mapping[str, float]) -> float | None:
-    """Return the tokens that models generated, which leaves out prompts and scored tokens. None without counts."""
-    return sum(count for name, count in tokens.items() if name.endswith("/decode")) if tokens else None
 
 
 def _describe_cell(method: str, problem: str, seed: int) -> str:

@@ -564,9 +564,6 @@ def check_baselines(
         policy: its name.
         reward: its name.
         settings_dir: folder that holds the settings of baselines whose rows are there.
-
-    Raises:
-        Faults: no tokens of the policy write the delimiter of steps, or the folder's baselines have other settings.
     """
     methods, checks = [Method.parse(name) for name in names], Checks()
     spec = parse_reward_spec(reward)
@@ -643,9 +640,6 @@ def check_method_options(
         has_better_model: the reward compares the policy with a model that can be sampled from.
         baseline_config: how the baselines are set. None: the defaults.
         has_gradient: of the reward.
-
-    Raises:
-        Faults: methods that lack the policy, the solver or the model that they need, or cannot be given a budget.
     """
     checks = Checks()
     methods = [Method.parse(name) for name in names]

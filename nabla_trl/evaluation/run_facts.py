@@ -12,7 +12,6 @@ from typing import Any
 from nabla_trl.models.options import Sampling
 from nabla_trl.rewards.spec import compute_reward_identity, parse_reward_spec, read_manifest
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.tasks.registry import collect_problem_facts
 from nabla_trl.traces.build import describe_hardware, find_hub_revision, get_package_versions
 from nabla_trl.training.checkpoints import get_policy_label, list_trained_methods, read_training_record
 from nabla_trl.utils.files import read_json_file, write_atomic
@@ -85,7 +84,7 @@ def build_run_facts(
         },
         "seeds": list(seeds),
         "sampling": asdict(sampling),
-        "problems": collect_problem_facts(problems),
+        "problems": {problem.id: {"question": problem.question, "level": problem.level} for problem in problems},
         **compute_reward_training_cost(reward),
         **({} if dollars_per_gpu_hour is None else {"dollars_per_gpu_hour": dollars_per_gpu_hour}),
     }

@@ -70,11 +70,6 @@ class Checkpoint:
         return self.checkpoint_dir.name == "adapter"
 
     @property
-    def training_config_path(self) -> Path:
-        """Return the path of the configuration that trained this checkpoint."""
-        return self.checkpoint_dir.parent / CONFIG_FILE
-
-    @property
     def row_prefix(self) -> str:
         """Return the beginning of the method names of this checkpoint's rows."""
         return get_row_prefix(self.method)
@@ -83,10 +78,6 @@ class Checkpoint:
     def dtype(self) -> str:
         """Return the data type of the run's evaluation."""
         return self.run_config.get("dtype", "float32")
-
-    def select_comparable_rows(self) -> list[Row]:
-        """Return the rows of this checkpoint and of methods that use the base policy."""
-        return [row for row in self.rows if not row.method.startswith(self.other_prefixes)]
 
 
 def get_row_prefix(method: str) -> str:

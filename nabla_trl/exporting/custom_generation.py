@@ -117,11 +117,7 @@ def generate(
 
 
 def _select_search_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the search options, without the arguments of transformers that ask for nothing else.
-
-    Raises:
-        ValueError: another argument that is not None.
-    """
+    """Return the search options, without the arguments of transformers that ask for nothing else."""
     names = {option.name for option in fields(SearchConfig)}
     options = {
         name: value

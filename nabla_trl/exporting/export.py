@@ -13,7 +13,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -56,10 +56,6 @@ class ExportResult:
     provenance: Provenance
     run_dir: Path
     url: str = ""
-
-    def with_url(self, url: str) -> ExportResult:
-        """Return the result of an export that was pushed."""
-        return replace(self, url=url)
 
 
 def export_checkpoint(
@@ -247,7 +243,7 @@ def _copy_files(checkpoint: Checkpoint, draft: Path) -> None:
     for file in files:
         shutil.copyfile(file, draft / file.name)
     make_base_path_absolute(draft)
-    shutil.copyfile(checkpoint.training_config_path, draft / CONFIG_FILE)
+    shutil.copyfile(checkpoint.checkpoint_dir.parent / CONFIG_FILE, draft / CONFIG_FILE)
 
 
 def _check_vocabulary(

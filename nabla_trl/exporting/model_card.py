@@ -57,7 +57,7 @@ def build_model_card(checkpoint: Checkpoint, provenance: Provenance) -> ModelCar
     Raises:
         ValueError: rows are missing or occur twice (see `evaluation.grids.build_grids`).
     """
-    grids = build_grids(checkpoint.select_comparable_rows())
+    grids = build_grids([row for row in checkpoint.rows if not row.method.startswith(checkpoint.other_prefixes)])
     parts = [
         f"# {provenance.model_name}",
         _write_description(checkpoint, provenance),

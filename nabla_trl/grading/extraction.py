@@ -282,7 +282,11 @@ def _extract_from_sentence(text: str) -> str | None:
 
 def _choose_in_sentence(line: str, formulas: list[Span]) -> str | None:
     """Return the answer of a sentence with formulas: what "is", "equals" or "=" points to, else the first formula."""
-    ends = [match.start() for match in _SENTENCE_END.finditer(line) if not _is_inside(match.start(), formulas)]
+    ends = [
+        match.start()
+        for match in _SENTENCE_END.finditer(line)
+        if not any(span.start <= match.start() < span.end for span in formulas)
+    ]
     sentence = line[: ends[0]] if ends else line
     values = [formula for formula in formulas if formula.start < len(sentence) and has_value(str(formula.text))]
     numbers = _find_numbers(sentence, 0, len(sentence), formulas)
@@ -365,10 +369,6 @@ def _outside(spans: list[Span], taken: list[Span]) -> list[Span]:
         if bound is None or span.end <= bound.start:
             outside.append(span)
     return outside
-
-
-def _is_inside(position: int, spans: list[Span]) -> bool:
-    return any(span.start <= position < span.end for span in spans)
 
 
 def has_value(formula: str) -> bool:

@@ -127,11 +127,7 @@ class PromptOptions:
         return cls(style, keywords)
 
     def check_problems(self, problems: Iterable[Problem]) -> None:
-        """Refuse problems that cannot be written so, before any work is done.
-
-        Raises:
-            ValueError: worked examples are requested, and a problem has none.
-        """
+        """Refuse problems that cannot be written so, before any work is done."""
         if self.style != "few_shot":
             return
         for problem in problems:

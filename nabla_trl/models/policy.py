@@ -249,9 +249,6 @@ class Policy:
 
         Args:
             name: begins the message of an error.
-
-        Raises:
-            PromptTooLong: the text is longer than the context.
         """
         context_length, num_bytes = self.context_length, len(text.encode(errors="replace"))
         is_too_long = num_bytes > context_length * self._max_token_bytes

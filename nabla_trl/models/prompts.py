@@ -24,11 +24,7 @@ class PromptTooLong(ValueError):
 
 
 def check_prompt_options(options: PromptOptions, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse options that a model's chat template does not support, and would ignore.
-
-    Raises:
-        ValueError: there is no template, or a keyword does not occur in it.
-    """
+    """Refuse options that a model's chat template does not support, and would ignore."""
     template = tokenizer.chat_template
     if template is None and (options.style == "chat" or options.chat_template_kwargs):
         option = "prompt_style chat" if options.style == "chat" else "chat_template_kwargs"

@@ -116,11 +116,7 @@ def _build_dataset(rows: TrainingRows, what: str) -> Dataset:
 
 
 def _resolve_tokenizer(traces: Sequence[Trace], tokenizer: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the traces' policy.
-
-    Raises:
-        ValueError: it is not known, cannot be loaded, or has another vocabulary than the traces.
-    """
+    """Return the tokenizer of the traces' policy."""
     if tokenizer is None:
         decoders = [trace.decoder for trace in traces if trace.decoder is not None]
         tokenizer = next((decoder.tokenizer for decoder in decoders if decoder.tokenizer is not None), None)

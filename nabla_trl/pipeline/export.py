@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from nabla_trl.exporting.checkpoint import Checkpoint, check_weight_files, find_checkpoint
@@ -73,7 +74,7 @@ def export(
     if not push_to_hub:
         return result
     try:
-        return result.with_url(push_exported_folder(result.output_dir, push_to_hub, private=private))
+        return replace(result, url=push_exported_folder(result.output_dir, push_to_hub, private=private))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{result.output_dir} is ready, but was not pushed to {push_to_hub}: {format_error(error)}"

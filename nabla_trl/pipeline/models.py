@@ -150,11 +150,7 @@ class ModelPair:
         return policy, reward
 
     def _check_files(self) -> None:
-        """Refuse models whose files cannot be loaded, all of them at once, before any of them is loaded.
-
-        Raises:
-            Faults: see `check_policy_files` and `check_reward_files`.
-        """
+        """Refuse models whose files cannot be loaded, all of them at once, before any of them is loaded."""
         checks = Checks()
         with trusting_remote_code(self.trust_remote_code):
             if self._policy is None and self.tokenizer is None:
@@ -243,7 +239,9 @@ class ModelPair:
     def reward_name(self) -> str:
         """Return the name of the reward: its spec as text, or that of a model or function in memory."""
         if isinstance(self.reward_source, str | Path | Mapping) and self._reward is None:
-            return _name_reward(self.reward_source)
+            return get_reward_name(
+                str(self.reward_source) if isinstance(self.reward_source, Path) else self.reward_source
+            )
         return self._load_reward(256).name
 
     def get_prompt_options(self) -> PromptOptions:
@@ -278,9 +276,6 @@ def check_model_options(options: Iterable[str], stage: Callable[..., Any] | None
 
     Args:
         stage: the function that was called with these options.
-
-    Raises:
-        ValueError: names all of them, each with the most similar option or argument of the stage.
     """
     from nabla_trl.search.config import SearchConfig
 
@@ -296,7 +291,3 @@ def check_model_options(options: Iterable[str], stage: Callable[..., Any] | None
         unknown.append(f"unknown option {name!r}{hint}")
     if unknown:
         raise ValueError(f"{'; '.join(unknown)}; the models have the options {', '.join(ModelPair.OPTIONS)}")
-
-
-def _name_reward(source: Any) -> str:
-    return get_reward_name(str(source) if isinstance(source, Path) else source)

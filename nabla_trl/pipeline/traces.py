@@ -27,7 +27,6 @@ from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import (
     TRACES_DIR,
     describe_missing_shards,
-    get_shard_plan_path,
     list_trace_files,
     read_traces,
 )
@@ -232,7 +231,7 @@ def fill_traces(
     for path in output_dir.glob(f"*/{SETTINGS_FILE}"):  # of shards in folders of their own
         claim_settings(path, settings)
     if plan is not None:
-        plan.write(get_shard_plan_path(folder, seed))
+        plan.write(folder / f"shards-{seed}.json")
     totals, num_existing = None, len(problems) - len(unfinished)
     if unfinished:
         if load is None:

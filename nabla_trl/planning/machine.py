@@ -67,17 +67,15 @@ class Machine:
         devices = f"{self.num_processes} × {'GPU' if self.device == 'cuda' else 'CPU process'}"
         unused = self.num_gpus - self.num_processes
         hint = (
-            f" ({unused} more GPUs are idle: accelerate launch uses all)" if unused > 0 and not _is_launched() else ""
+            f" ({unused} more GPUs are idle: accelerate launch uses all)"
+            if unused > 0 and not ("WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ)
+            else ""
         )
         rows = f"{config.per_device_train_batch_size} rows × {config.gradient_accumulation_steps}"
         mixed = "bf16" if config.bf16 else "fp16" if config.fp16 else ""
         training = f"training in batches of {rows}{f' with {mixed}' if mixed else ''}"
         slow = "; bfloat16 and float16 are slow on most CPUs" if self.device == "cpu" and dtype != "float32" else ""
         return f"running on {devices}{hint}: {dtype}, search in batches of {search_batch} problems, {training}{slow}"
-
-
-def _is_launched() -> bool:
-    return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def choose_batches(

@@ -126,11 +126,7 @@ def check_output_dir(folder: str | Path, num_bytes: float = MIN_FREE_BYTES) -> N
 
 
 def check_output_file(file: str | Path) -> None:
-    """Check that a file can be written. Nothing is made.
-
-    Raises:
-        Faults: the file is a folder, or its folder cannot be written to.
-    """
+    """Check that a file can be written. Nothing is made."""
     checks = Checks()
     checks.require(not Path(file).is_dir(), f"{file} is a folder: give the path of a file")
     with checks.collect():
@@ -146,9 +142,6 @@ def check_device(device: str | None, dtype: str | None = None) -> None:
 
     Args:
         device: such as "cuda:1". None: a GPU if there is one, else the CPU.
-
-    Raises:
-        Faults: neither.
     """
     checks = Checks()
     checks.require(dtype is None or dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -356,9 +349,6 @@ def check_memory(models: Sequence[str], *, dtype: str, device: str | None, extra
 
     Args:
         extra_bytes: what a training needs beside the frozen models.
-
-    Raises:
-        ValueError: they do not fit.
     """
     num_params = sum(map(count_model_params, models))
     needed = num_params * DTYPES[dtype].itemsize + extra_bytes

@@ -63,9 +63,6 @@ def _check_training_memory(stage: TrainStage, method: str, frozen_models: Sequen
     """Compare what a training needs before any activation with the memory of the device.
 
     Nothing is said about sharded trainings, whose devices share the weights, and where the plan cannot be made.
-
-    Raises:
-        ValueError: the weights do not fit.
     """
     config, state, tuning = stage.sft_config, stage.process_state, stage.options.tuning
     is_sharded_launch = state.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM")

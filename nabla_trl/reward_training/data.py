@@ -116,11 +116,7 @@ def label_responses(
 
 
 def check_both_classes(labeled_responses: Sequence[LabeledResponse]) -> None:
-    """Refuse labels of a single class.
-
-    Raises:
-        ValueError: no responses, or all of them correct or all wrong.
-    """
+    """Refuse labels of a single class."""
     num_correct = sum(response.correct for response in labeled_responses)
     if not 0 < num_correct < len(labeled_responses):
         label = "correct" if num_correct else "wrong"

@@ -217,11 +217,7 @@ def _await(awaitable: Any) -> Any:
 
 
 def _read_values(result: Any, count: int, name: str) -> list[float]:
-    """Return one number per response from what a function returned.
-
-    Raises:
-        ValueError: another number of values, or values that are no numbers.
-    """
+    """Return one number per response from what a function returned."""
     if isinstance(result, torch.Tensor):
         result = result.detach().float().cpu().numpy()
     expected = f"the reward function {name} must return one number per response, a list of {count}"

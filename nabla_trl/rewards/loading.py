@@ -146,11 +146,7 @@ def _name_models_in_memory(
     dtype: Any,
     device: Any,
 ) -> str | Mapping[str, Any]:
-    """Return a spec with names in place of models in memory, which are put into `models` by their names.
-
-    Raises:
-        ValueError: an object that is no reward.
-    """
+    """Return a spec with names in place of models in memory, which are put into `models` by their names."""
     if isinstance(spec, str | Path):
         return str(spec)
     if isinstance(spec, Mapping):

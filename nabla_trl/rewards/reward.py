@@ -26,7 +26,6 @@ from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint
 from nabla_trl.models.policy import Policy, get_context_length
 from nabla_trl.models.prompts import PromptTooLong
 from nabla_trl.rewards.limits import ValidatedLimits
-from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 
 
@@ -88,10 +87,6 @@ class Reward:
         return all(
             isinstance(objective, HeadObjective) and objective.model is policy.model for objective in self.objectives
         )
-
-    def make_prompt_caches(self, policy_state: PrefixState) -> list[ScoreCache]:
-        """Return one cache per objective of a prompt that the policy has read, if the reward reads its states."""
-        return [objective.make_prompt_cache(policy_state) for objective in self.objectives]
 
     def compute_prompt_caches(self, samples: Sequence[Sample], flop_counter: FlopCounter) -> list[list[ScoreCache]]:
         """Return per sample one cache of its prompt per objective. Responses are ignored."""

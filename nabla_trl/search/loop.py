@@ -93,11 +93,7 @@ def stream_search(
 
 
 def check_gradient(reward: Reward, config: SearchConfig) -> None:
-    """Refuse a solver that needs the gradient of a reward without one.
-
-    Raises:
-        ValueError: the reward is a function.
-    """
+    """Refuse a solver that needs the gradient of a reward without one."""
     if not reward.has_gradient and not isinstance(config.solver, NoGradient):
         raise ValueError(
             f"the reward {reward.name} is a function, which has no gradient: search with solver none (in Python: "

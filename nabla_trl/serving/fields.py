@@ -199,11 +199,7 @@ class FieldReader:
         return text
 
     def raise_errors(self) -> None:
-        """Raise one ApiError that names every mistake, with the status, the parameter and the code of the first.
-
-        Raises:
-            ApiError: there is a mistake.
-        """
+        """Raise one ApiError that names every mistake, with the status, the parameter and the code of the first."""
         if not self.errors:
             return
         first, body = self.errors[0], self.errors[0].body["error"]

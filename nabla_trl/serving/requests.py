@@ -367,7 +367,9 @@ def _read_search_config(reader: FieldReader, limits: ServerLimits) -> SearchConf
         "top_p": reader.read_number("top_p", above=0, maximum=1),
         "top_k": reader.read_integer("top_k", minimum=-1),
         "min_p": reader.read_number("min_p", minimum=0, below=1),
-        "max_flops": reader.read_number("max_flops", above=0, maximum=_finite_or_none(limits.flops_limit)),
+        "max_flops": reader.read_number(
+            "max_flops", above=0, maximum=limits.flops_limit if math.isfinite(limits.flops_limit) else None
+        ),
         "beta": reader.read_number("beta", minimum=1 / MAX_REWARD_WEIGHT, maximum=MAX_REWARD_WEIGHT),
         "target_kl": reader.read_number("target_kl", above=0, maximum=MAX_REWARD_WEIGHT),
         "max_rounds": reader.read_integer("max_rounds", minimum=0, maximum=limits.rounds_limit),
@@ -403,10 +405,6 @@ def _read_search_config(reader: FieldReader, limits: ServerLimits) -> SearchConf
         named = [name for name in given if re.search(rf"\b{name}\b", str(error))]
         reader.refuse([*named, *given][0], f"{error}.")
         return default
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _read_include_usage(reader: FieldReader, stream: bool) -> bool:

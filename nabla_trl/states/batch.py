@@ -19,11 +19,6 @@ from nabla_trl.states.prefix import PrefixState
 from nabla_trl.states.writers import BatchWriter
 
 
-def make_empty_state(layout: StateLayout) -> PrefixState:
-    """Return the state of an empty prefix."""
-    return PrefixState(0, snapshots={} if layout.is_recurrent else None)
-
-
 def stack_states(layout: StateLayout, states: Sequence[PrefixState], device: torch.device) -> tuple[Cache, Tensor]:
     """Stack prefixes into one left-padded cache.
 
@@ -197,7 +192,7 @@ def prefill_sequences(
     models with position biases, because in float64 some of them give NaN for padding.
     """
     by_length = layout.is_recurrent or layout.mask_style == "padding"
-    states = [make_empty_state(layout)] * len(sequences)
+    states = [PrefixState(0, snapshots={} if layout.is_recurrent else None)] * len(sequences)
     batches: dict[int, list[int]] = defaultdict(list)
     for index, sequence in enumerate(sequences):
         if len(sequence):

@@ -98,11 +98,7 @@ def select_problems(problems: list[Problem], max_problems: int | None, seed: int
 
 
 def check_generated_split(task: str, split: str) -> None:
-    """Check the name of a split of a generated task.
-
-    Raises:
-        ValueError: if the task has no such split.
-    """
+    """Check the name of a split of a generated task."""
     if split not in DEFAULT_NUM_PROBLEMS:
         raise ValueError(f"{task} has the splits {', '.join(DEFAULT_NUM_PROBLEMS)}, not {split!r}")
 

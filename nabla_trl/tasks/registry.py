@@ -26,9 +26,9 @@ from typing import Any
 
 from nabla_trl.tasks.digit_chains import GENERATOR_VERSION, make_digit_chain_problems
 from nabla_trl.tasks.jsonl_task import FILE_SUFFIXES, build_problems, load_file_problems
-from nabla_trl.tasks.problem import Problem, divide_problems, select_problems
+from nabla_trl.tasks.problem import Problem, select_problems
 from nabla_trl.tasks.reasoning_gym_task import REASONING_GYM_PREFIX, get_generator_version, make_reasoning_gym_problems
-from nabla_trl.tasks.yaml_task import ALL_PROBLEMS, load_task_config, load_task_problems
+from nabla_trl.tasks.yaml_task import load_task_config, load_task_problems
 from nabla_trl.utils.fields import check_whole_number
 from nabla_trl.utils.identity import hash_files
 
@@ -167,17 +167,3 @@ def is_one_split(name_or_path: str) -> bool:
         task = load_task_config(name_or_path)
         return task.test_fraction is None and Path(task.path).is_file()
     return path.suffix in FILE_SUFFIXES
-
-
-def load_divided_problems(name_or_path: str, test_fraction: float, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Return the training and the test problems of a data set that is one file (see `divide_problems`).
-
-    Raises:
-        ValueError: as `load_problems` and `divide_problems`.
-    """
-    return divide_problems(load_problems(name_or_path, split=ALL_PROBLEMS), test_fraction, seed)
-
-
-def collect_problem_facts(problems: Iterable[Problem]) -> dict[str, dict[str, str | None]]:
-    """Return the question and level of each problem by its id, for a report."""
-    return {problem.id: {"question": problem.question, "level": problem.level} for problem in problems}

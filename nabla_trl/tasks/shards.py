@@ -156,9 +156,6 @@ def check_same_settings(run_folders: Iterable[Path], pattern: str) -> None:
 
     Args:
         pattern: glob pattern of the settings files in each folder.
-
-    Raises:
-        ValueError: two files of the same name differ.
     """
     first: dict[str, Path] = {}
     for folder in run_folders:

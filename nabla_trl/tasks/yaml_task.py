@@ -354,11 +354,7 @@ def _list_template_variables(template: str) -> list[str]:
 
 
 def _read_value(source: str, row: Mapping[str, Any], where: str) -> str | None:
-    """Return a column or a template of columns as text, None for a missing value.
-
-    Raises:
-        ValueError: a value that has no certain text (`format_value`), or a template that fails.
-    """
+    """Return a column or a template of columns as text, None for a missing value."""
     if _is_template(source):
         return _render_template(source, row, where)
     try:

@@ -157,11 +157,6 @@ def read_finished_meta(folder: str | Path) -> dict[tuple[str, int], dict[str, st
     return meta
 
 
-def get_shard_plan_path(traces_dir: Path, seed: int) -> Path:
-    """Return the file with the plan of the shards that generate the traces of a seed."""
-    return traces_dir / f"shards-{seed}.json"
-
-
 def list_trace_files(run_dir: Path, name: str = TRACES_DIR) -> list[Path]:
     """Return the parquet files of a run's traces, and of shards that have folders of their own inside the run's.
 

@@ -65,11 +65,7 @@ def name_unknown_options(dataclass: type[ClassT]) -> type[ClassT]:
 
 
 def check_option_names(options: Iterable[str], dataclass: type) -> None:
-    """Refuse names that are no options of a dataclass.
-
-    Raises:
-        ValueError: names all of them, each with its new name, or the most similar one.
-    """
+    """Refuse names that are no options of a dataclass."""
     names = [field.name for field in fields(dataclass)]
     every_name = f": {dataclass.__name__} has {', '.join(names)}"
     mistakes = []
@@ -190,9 +186,6 @@ class OptionGroup(Generic[MemberT]):
 
         Args:
             how_to_choose: text with a place for the name of the member that has the option, such as "--solver {}".
-
-        Raises:
-            ValueError: names the option, those that the member has, and the member that has it.
         """
         names = [field.name for field in fields(self.members[name])]
         mistakes = []
@@ -301,11 +294,7 @@ def format_suggestion(name: str, valid_names: Iterable[str], prefix: str = "") -
 
 
 def check_whole_number(name: str, value: Any, minimum: int | None = None) -> None:
-    """Refuse a value that is no whole number, or below a minimum. Numbers of NumPy are whole numbers, too.
-
-    Raises:
-        ValueError: names the argument and the value.
-    """
+    """Refuse a value that is no whole number, or below a minimum. Numbers of NumPy are whole numbers, too."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name} must be a whole number, not {format_error(repr(value), 60)}")
     if minimum is not None and value < minimum:
@@ -317,9 +306,6 @@ def check_choices(kind: str, names: Iterable[str], choices: Sequence[str]) -> No
 
     Args:
         kind: what the names are of, such as "stage".
-
-    Raises:
-        Faults: names all of them, each with the most similar choice.
     """
     checks = Checks()
     for name in names:

@@ -182,11 +182,7 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_depth(value: Any) -> None:
-    """Refuse a JSON value that nests so deeply that printing, copying or comparing it could fail.
-
-    Raises:
-        ValueError: it nests more than `MAX_DEPTH` levels.
-    """
+    """Refuse a JSON value that nests so deeply that printing, copying or comparing it could fail."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

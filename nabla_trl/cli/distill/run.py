@@ -62,9 +62,10 @@ from nabla_trl.planning.training import collect_training_faults
 from nabla_trl.report.text import print_summary_table, write_report_files
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import PRESETS, SearchConfig
-from nabla_trl.tasks.problem import Problem, check_disjoint, filter_with_gold_answer
-from nabla_trl.tasks.registry import get_task_settings, is_one_split, load_divided_problems, load_problems
+from nabla_trl.tasks.problem import Problem, check_disjoint, divide_problems, filter_with_gold_answer
+from nabla_trl.tasks.registry import get_task_settings, is_one_split, load_problems
 from nabla_trl.tasks.templates import use_recorded_date
+from nabla_trl.tasks.yaml_task import ALL_PROBLEMS
 from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, get_policy_label, list_trained_methods
 from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
@@ -185,7 +186,9 @@ class DistillRun:
         with checks.collect():
             divides = self._divides_dataset()
             if divides:
-                train, held_out = load_divided_problems(args.dataset, args.test_fraction, args.split_seed)
+                train, held_out = divide_problems(
+                    load_problems(args.dataset, split=ALL_PROBLEMS), args.test_fraction, args.split_seed
+                )
                 self.print_once(
                     f"{args.dataset} has no splits: {pluralize(len(train), 'problem')} to train on, {len(held_out)} "
                     f"held out (by a hash of each question; test_fraction {args.test_fraction:g}, split_seed "
@@ -206,11 +209,7 @@ class DistillRun:
         return train[: args.max_train_problems], train[args.max_train_problems :], held_out
 
     def _divides_dataset(self) -> bool:
-        """Return whether the data set is one file, which gives both the training and the held-out problems.
-
-        Raises:
-            ValueError: a split of such a file is named.
-        """
+        """Return whether the data set is one file, which gives both the training and the held-out problems."""
         args = self.args
         is_eval_dataset = not args.eval_dataset or is_same_model(args.eval_dataset, args.dataset)
         if not is_eval_dataset or not is_one_split(args.dataset):

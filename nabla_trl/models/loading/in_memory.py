@@ -70,11 +70,7 @@ def find_tokenizer(tokenizer: Any, name: str, revision: str | None = None) -> Pr
 
 
 def check_stays_as_loaded(model: PreTrainedModel, *, dtype: Any, device: Any) -> None:
-    """Refuse options of loading that differ from what a model in memory has.
-
-    Raises:
-        ValueError: another data type or device than the model's.
-    """
+    """Refuse options of loading that differ from what a model in memory has."""
     if dtype is not None and str(dtype).removeprefix("torch.") != describe_dtype(model):
         raise ValueError(
             f"the model in memory is in {describe_dtype(model)}: leave out dtype, or convert the model before "

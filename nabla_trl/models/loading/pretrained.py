@@ -153,11 +153,7 @@ def load_architecture(name: str, revision: str | None = None) -> str:
 def _select_text_model(
     auto_class: Any, config: PreTrainedConfig, name: str, config_options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the options of `from_pretrained` by which a model's text part is loaded alone, if it has several parts.
-
-    Raises:
-        ValueError: the parts are loaded together only.
-    """
+    """Return the options of `from_pretrained` that load the text part of a model of several parts alone."""
     if not is_composite(config):
         return {"config": config}
     text_config, mapping = config.get_text_config(), auto_class._model_mapping
