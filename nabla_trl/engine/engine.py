@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from nabla_trl.engine.logprobs import TokenLogprobs, compute_token_logprobs
 from nabla_trl.engine.scheduler import Scheduler
@@ -59,40 +60,25 @@ class Engine(Scheduler):
         return policy_cache, score_caches
 
     async def generate(
-        self,
-        requests: Sequence[GenerationRequest],
-        sampling: Sampling,
-        *,
-        top_k_candidates: int = 1,
-        return_cache: bool = False,
-        return_log_importance_weight: bool = False,
-        statistics_top_k: int = 0,
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, **options: Any
     ) -> list[GenerationOutput]:
-        """Draw continuations; every request holds the cache of its prefix.
+        """Draw continuations. Every request holds the cache of its prefix.
 
         Outputs have hidden states if the reward reads them, and if the policy's back end gives them.
 
         Args:
-            top_k_candidates: K, tokens to record per position.
-            return_log_importance_weight: record how the sampler differs from π, if it does.
-            statistics_top_k: record statistics of π at every position, with this k (`TokenStatistic`). 0: none.
+            options: what is recorded of the outputs, as for `GenerationBackend.open_session`.
         """
         # Every request has its own limit of tokens, so requests of other limits are decoded together.
-        lane = (
-            replace(sampling, max_new_tokens=1),
-            *(top_k_candidates, return_cache, return_log_importance_weight, statistics_top_k),
-        )
+        lane = (replace(sampling, max_new_tokens=1), *sorted(options.items()))
 
         def open_session() -> GenerationSession:
             return self.policy.backend.open_session(
                 self.policy,
                 sampling,
                 max_sequences=self.num_slots,
-                top_k_candidates=top_k_candidates,
-                return_cache=return_cache,
-                return_log_importance_weight=return_log_importance_weight,
-                statistics_top_k=statistics_top_k,
                 return_hidden_states=self.reward is not None and self.reward.reads_states_of(self.policy),
+                **options,
             )
 
         outputs = await self.generate_together(lane, open_session, requests)

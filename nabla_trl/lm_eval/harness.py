@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +170,7 @@ class HarnessModel:
         check_methods([method], self._build_setup(self.config), {})
         self.fixed_options, self.chat_template_kwargs = frozenset(fixed_options), dict(chat_template_kwargs or {})
         self.rows: list[Row] = []
-        self.wait_for_all: Callable[[], None] = _do_nothing
+        self.wait_for_all: Callable[[], None] = lambda: None
         self.loglikelihood_flops = 0.0
         self._chats: dict[str, list[dict[str, str]]] = {}
         self._store: RowStore | None = None
@@ -400,14 +402,12 @@ class HarnessModel:
     # --- the log --------------------------------------------------------------------------------------
 
     def _open_log(self, folder: Path, settings: Mapping[str, str], rank: int) -> RowStore:
-        try:
+        with _naming_log():
             check_settings(folder / SETTINGS_FILE, settings)
             store = RowStore(folder / "rows", self.settings_hash, rank)
             claim_settings(folder / SETTINGS_FILE, settings)
             for name, own in get_baseline_settings([str(self.method)], self._build_setup(self.config)).items():
                 claim_settings(folder / f"{name}.settings.json", own)
-        except ValueError as error:
-            raise ValueError(str(error).replace("--output_dir", "log")) from error
         return store
 
     def _get_flops(self, reference: str, requests: Sequence[HarnessRequest]) -> float:
@@ -426,10 +426,8 @@ class HarnessModel:
     def _check_log(self, problems: Mapping[str, Problem]) -> None:
         """Refuse a log with rows of the same name and of other prompts, before any work."""
         if self._store:
-            try:
+            with _naming_log():
                 self._store.find_missing([str(self.method)], list(problems.values()), self.seed)
-            except ValueError as error:
-                raise ValueError(str(error).replace("--output_dir", "log")) from error
 
     def _finish(self, requests: Sequence[HarnessRequest]) -> None:
         """Warn about requests that failed, and write the log as an evaluation that a report can read."""
@@ -550,16 +548,12 @@ def build_configs(preset: str, options: Mapping[str, Any]) -> tuple[SearchConfig
             search_options[group] = present | ({option: value} if option else {"name": value})
         else:
             search_options[name] = value
-    known = {field.name for field in fields(SearchConfig)} | baseline_names | _MODEL_ARGS
+    known = {field.name for field in fields(SearchConfig)} | baseline_names
+    known |= signature(HarnessModel.load).parameters.keys() - {"rank", "options"}
     unknown = [f"{name!r}{format_suggestion(name, known)}" for name in search_options if name not in known]
     if unknown:
         raise ValueError(f"model_args: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return SearchConfig.from_preset(preset, **search_options), BaselineConfig(**baseline_options)
-
-
-_MODEL_ARGS = frozenset(
-    ("policy", "reward", "preset", "method", "adapter", "dtype", "device", "vllm_url", "trust_remote_code")
-) | {"chat_template_kwargs", "enable_thinking", "log", "seed"}
 
 
 def grade_log(
@@ -598,8 +592,13 @@ def grade_log(
     return sum(row.method == method and row.problem in verdicts for row in rows)
 
 
-def _do_nothing() -> None:
-    """Wait for nobody: there is one process."""
+@contextmanager
+def _naming_log() -> Iterator[None]:
+    """Name the option log in errors, which is --output_dir elsewhere."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("--output_dir", "log")) from error
 
 
 def _to_json(value: str | Mapping[str, Any] | None) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import Sampling
@@ -25,33 +26,19 @@ def generate_continuations(
     sampling: Sampling,
     *,
     flop_counter: FlopCounter,
-    top_k_candidates: int = 1,
-    return_cache: bool = False,
-    return_log_importance_weight: bool = False,
-    statistics_top_k: int = 0,
     batch_size: int = 256,
+    **options: Any,
 ) -> list[GenerationOutput]:
     """Generate the continuation of every request, at most `batch_size` of them together.
 
     Args:
-        top_k_candidates: K, how many candidates to record per position (capped at the vocabulary).
-        return_cache: return each output's state. Outputs of a server have empty rows.
-        return_log_importance_weight: record log π − log q of the candidates, unless the sampler q is π.
-        statistics_top_k: record statistics of π at every position, with this k (`TokenStatistic`). 0: none.
+        options: what is recorded of the outputs, as for `GenerationBackend.open_session`.
 
     Raises:
         ValueError: NaN or infinite logits, or an option that the back end does not support.
         ConnectionError: a server fails or does not answer.
     """
-    session = policy.backend.open_session(
-        policy,
-        sampling,
-        max_sequences=batch_size,
-        top_k_candidates=top_k_candidates,
-        return_cache=return_cache,
-        return_log_importance_weight=return_log_importance_weight,
-        statistics_top_k=statistics_top_k,
-    )
+    session = policy.backend.open_session(policy, sampling, max_sequences=batch_size, **options)
     prefix_caches: dict[_PrefixKey, PrefixState] = {}
     for begin in range(0, len(requests), batch_size):
         batch = requests[begin : begin + batch_size]

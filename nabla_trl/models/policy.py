@@ -160,7 +160,9 @@ class GenerationBackend(Protocol):
 
         Args:
             max_sequences: sequences that are generated together at most.
-            top_k_candidates, return_cache, return_log_importance_weight: as for `generate_continuations`.
+            top_k_candidates: K, how many candidates to record per position (capped at the vocabulary).
+            return_cache: return each output's state. Outputs of a server have empty rows.
+            return_log_importance_weight: record log π − log q of the candidates, unless the sampler q is π.
             statistics_top_k: record `GenerationOutput.statistics` with this k. 0 records none, and costs nothing.
             return_hidden_states: return the hidden states that predicted the tokens. A server returns none.
 

@@ -21,6 +21,7 @@ from nabla_trl.pipeline.problems import collect_problems
 from nabla_trl.search.config import SearchConfig, make_search_config
 from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
 from nabla_trl.tasks.registry import Problems
+from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import check_whole_number
 from nabla_trl.utils.files import write_atomic
 from nabla_trl.utils.formatting import pluralize
@@ -137,14 +138,17 @@ def check_audit_options(samples: int, gradient_at: Sequence[str], num_swaps: int
     Raises:
         ValueError: fewer than two samples or than one swap, or a malformed, repeated or missing gradient.
     """
-    if not gradient_at or len(set(gradient_at)) < len(gradient_at):
-        raise ValueError("gradient_at must be distinct values, at least one")
+    checks = Checks()
+    is_distinct = bool(gradient_at) and len(set(gradient_at)) == len(gradient_at)
+    checks.require(is_distinct, "gradient_at must be distinct values, at least one")
     for text in gradient_at:
-        GradientPoint.parse(text)
-    check_whole_number("num_swaps", num_swaps, 1)
-    check_whole_number("samples", samples)
-    if samples < 2:
-        raise ValueError("audit_samples must be at least 2: the audit compares samples of the same problem")
+        checks.call(GradientPoint.parse, text)
+    checks.call(check_whole_number, "num_swaps", num_swaps, 1)
+    with checks.collect():
+        check_whole_number("samples", samples)
+        if samples < 2:
+            raise ValueError("audit_samples must be at least 2: the audit compares samples of the same problem")
+    checks.raise_faults()
 
 
 def run_audit(

@@ -146,27 +146,51 @@ class Answer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", f"{self.id_prefix}-{uuid.uuid4().hex}")
 
-    def build_choice(self, choice: Choice) -> dict[str, Any]:
-        """Return one choice of the whole answer."""
+    def write_text(self, text: str) -> dict[str, Any]:
+        """Return the fields of a choice that hold its text."""
+        raise NotImplementedError
+
+    def write_delta(self, text: str | None) -> dict[str, Any]:
+        """Return the fields of a chunk that hold new text. None: there is none."""
+        raise NotImplementedError
+
+    def write_logprobs(self, tokens: list[TokenText]) -> dict[str, Any]:
+        """Return the log-probabilities of a choice."""
         raise NotImplementedError
 
     def build_first_chunks(self, index: int) -> list[dict[str, Any]]:
         """Return what a stream sends of a choice before there is any text."""
-        raise NotImplementedError
+        return []
 
     def build_progress_chunk(self, index: int, progress: SearchProgress) -> dict[str, Any]:
         """Return a chunk without text, because a client cannot take back text that later changes."""
-        raise NotImplementedError
+        rewards = {name: finite_or_none(getattr(progress, name)) for name in ("reward_before", "reward")}
+        text = {"text": cut_at_stop_string(progress.text, self.request.stop)}
+        return self._build_chunk(index, self.write_delta(None), nabla=asdict(progress) | rewards | text)
 
     def build_final_chunks(self, choice: Choice) -> list[dict[str, Any]]:
         """Return chunks with the text of a choice and its finish reason."""
-        raise NotImplementedError
+        text = self.write_delta(choice.text) | {"logprobs": self._build_logprobs(choice)}
+        end = self.write_delta(None) | {"finish_reason": choice.finish_reason}
+        return [
+            self._build_chunk(choice.index, text),
+            self._build_chunk(choice.index, end, nabla=choice.describe_search()),
+        ]
 
     def build(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """Return the answer as one object."""
         return {
             **self._build_header(self.object_type),
-            "choices": [self.build_choice(choice) for choice in choices],
+            "choices": [
+                {
+                    "index": choice.index,
+                    **self.write_text(choice.text),
+                    "logprobs": self._build_logprobs(choice),
+                    "finish_reason": choice.finish_reason,
+                    "nabla": choice.describe_search(),
+                }
+                for choice in choices
+            ],
             "usage": build_usage(choices, self.request.num_choices),
             "nabla": choices[0].describe_search(),
         }
@@ -185,15 +209,13 @@ class Answer:
             "system_fingerprint": self.fingerprint,
         }
 
-    def _build_chunk(self, choice: dict[str, Any], **extra_fields: Any) -> dict[str, Any]:
+    def _build_chunk(self, index: int, fields: dict[str, Any], **extra_fields: Any) -> dict[str, Any]:
+        choice = {"index": index, "logprobs": None, "finish_reason": None} | fields
         empty_usage = {"usage": None} if self.request.include_usage else {}
         return {**self._build_header(self.chunk_type), "choices": [choice], **empty_usage, **extra_fields}
 
-
-def describe_progress(progress: SearchProgress, stop: Sequence[str]) -> dict[str, Any]:
-    """Return the progress of a search as JSON, with its text cut as the answer's."""
-    rewards = {name: finite_or_none(getattr(progress, name)) for name in ("reward_before", "reward")}
-    return asdict(progress) | rewards | {"text": cut_at_stop_string(progress.text, stop)}
+    def _build_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        return None if choice.tokens is None else self.write_logprobs(choice.tokens)
 
 
 class ChatAnswer(Answer):
@@ -201,25 +223,24 @@ class ChatAnswer(Answer):
 
     object_type, chunk_type, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def build_choice(self, choice: Choice) -> dict[str, Any]:
-        return {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": _build_chat_logprobs(choice),
-            "finish_reason": choice.finish_reason,
-            "nabla": choice.describe_search(),
-        }
+    def write_text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def write_delta(self, text: str | None) -> dict[str, Any]:
+        return {"delta": {} if text is None else {"content": text}}
 
     def build_first_chunks(self, index: int) -> list[dict[str, Any]]:
-        return [self._build_chunk(_build_delta(index, {"role": "assistant", "content": ""}))]
+        return [self._build_chunk(index, {"delta": {"role": "assistant", "content": ""}})]
 
-    def build_progress_chunk(self, index: int, progress: SearchProgress) -> dict[str, Any]:
-        return self._build_chunk(_build_delta(index, {}), nabla=describe_progress(progress, self.request.stop))
+    def write_logprobs(self, tokens: list[TokenText]) -> dict[str, Any]:
+        def describe(text: str, logprob: float | None) -> dict[str, Any]:
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode(errors="replace"))}
 
-    def build_final_chunks(self, choice: Choice) -> list[dict[str, Any]]:
-        text = {**_build_delta(choice.index, {"content": choice.text}), "logprobs": _build_chat_logprobs(choice)}
-        end = {**_build_delta(choice.index, {}), "finish_reason": choice.finish_reason}
-        return [self._build_chunk(text), self._build_chunk(end, nabla=choice.describe_search())]
+        content = [
+            {**describe(token.text, token.logprob), "top_logprobs": [describe(*entry) for entry in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
 
 
 class CompletionAnswer(Answer):
@@ -227,65 +248,24 @@ class CompletionAnswer(Answer):
 
     object_type, chunk_type, id_prefix = "text_completion", "text_completion", "cmpl"
 
-    def build_choice(self, choice: Choice) -> dict[str, Any]:
+    def write_text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def write_delta(self, text: str | None) -> dict[str, Any]:
+        return {"text": text or ""}
+
+    def write_logprobs(self, tokens: list[TokenText]) -> dict[str, Any]:
+        tops: list[dict[str, float] | None] = []
+        for token in tokens:
+            tops.append(None if token.logprob is None else dict(token.top))
+            if tops[-1] is not None and token.logprob is not None:
+                tops[-1].setdefault(token.text, token.logprob)  # the token itself is there, as in OpenAI's answers
         return {
-            "index": choice.index,
-            "text": choice.text,
-            "logprobs": _build_completion_logprobs(choice),
-            "finish_reason": choice.finish_reason,
-            "nabla": choice.describe_search(),
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": tops,
+            "text_offset": [token.offset for token in tokens],
         }
-
-    def build_first_chunks(self, index: int) -> list[dict[str, Any]]:
-        return []
-
-    def build_progress_chunk(self, index: int, progress: SearchProgress) -> dict[str, Any]:
-        return self._build_chunk(_build_text(index, ""), nabla=describe_progress(progress, self.request.stop))
-
-    def build_final_chunks(self, choice: Choice) -> list[dict[str, Any]]:
-        text = {**_build_text(choice.index, choice.text), "logprobs": _build_completion_logprobs(choice)}
-        end = {**_build_text(choice.index, ""), "finish_reason": choice.finish_reason}
-        return [self._build_chunk(text), self._build_chunk(end, nabla=choice.describe_search())]
-
-
-def _build_delta(index: int, delta: dict[str, str]) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-
-def _build_text(index: int, text: str) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
-
-
-def _build_chat_logprobs(choice: Choice) -> dict[str, Any] | None:
-    if choice.tokens is None:
-        return None
-
-    def describe(text: str, logprob: float | None) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode(errors="replace"))}
-
-    content = [
-        {**describe(token.text, token.logprob), "top_logprobs": [describe(*entry) for entry in token.top]}
-        for token in choice.tokens
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _build_completion_logprobs(choice: Choice) -> dict[str, Any] | None:
-    if choice.tokens is None:
-        return None
-    return {
-        "tokens": [token.text for token in choice.tokens],
-        "token_logprobs": [token.logprob for token in choice.tokens],
-        # The token itself is one of them, as in OpenAI's answers.
-        "top_logprobs": [
-            None if token.logprob is None else {**dict(token.top), **_add_missing(token)} for token in choice.tokens
-        ],
-        "text_offset": [token.offset for token in choice.tokens],
-    }
-
-
-def _add_missing(token: TokenText) -> dict[str, float | None]:
-    return {} if token.text in dict(token.top) else {token.text: token.logprob}
 
 
 def build_model_entry(name: str, created: int, context_length: int) -> dict[str, Any]:

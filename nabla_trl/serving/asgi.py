@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -283,13 +284,15 @@ class ChatService:
 
     def build_app(self) -> ASGIApp:
         """Return the application with its routes and error handlers."""
+        chat = partial(self.answer, parse=parse_chat_request, answer_type=ChatAnswer)
+        completions = partial(self.answer, parse=parse_completion_request, answer_type=CompletionAnswer)
         routes = [
             Route("/health", self.get_health),
             Route("/metrics", self.get_metrics),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.get_model),
-            Route("/v1/chat/completions", self.create_chat_completion, methods=["POST"]),
-            Route("/v1/completions", self.create_completion, methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {
             ApiError: _respond_api_error,
@@ -335,14 +338,6 @@ class ChatService:
     def build_model_entry(self) -> dict[str, Any]:
         """Return the model of this server as GET /v1/models lists it."""
         return build_model_entry(self.limits.model_name, self.created, self.searches.policy.context_length)
-
-    async def create_chat_completion(self, request: Request) -> Response:
-        """Answer POST /v1/chat/completions with one object or a stream."""
-        return await self.answer(request, parse_chat_request, ChatAnswer)
-
-    async def create_completion(self, request: Request) -> Response:
-        """Answer POST /v1/completions with one object or a stream."""
-        return await self.answer(request, parse_completion_request, CompletionAnswer)
 
     async def answer(self, request: Request, parse: ParseRequest, answer_type: type[Answer]) -> Response:
         """Answer a request for a search.

@@ -82,6 +82,10 @@ class FieldReader:
         if len(self.errors) >= MAX_MISTAKES:
             raise TooManyMistakes
 
+    def refuse_missing(self, field: str) -> None:
+        """Note a field that is needed."""
+        self.refuse(field, f"Missing required parameter: '{self.name(field)}'.", "missing_required_parameter")
+
     def refuse_type(self, field: str, expected: str, value: Any) -> None:
         """Note a value of another type than expected."""
         kind = "a decimal number" if isinstance(value, float) and expected == "an integer" else _KINDS[type(value)]

@@ -14,7 +14,8 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -248,8 +249,7 @@ def parse_chat_request(body: Any, limits: ServerLimits) -> SearchRequest:
     Raises:
         ApiError: 404 for another model, 400 for any other wrong field. The message names all wrong fields.
     """
-    reader = _open_request(body)
-    try:
+    with _read_fields(body) as reader:
         supported = [*COMMON_FIELDS, *CHAT_FIELDS, *IGNORED_FIELDS, *CHAT_NEUTRAL_VALUES]
         options = _read_common_fields(reader, limits, supported, CHAT_NEUTRAL_VALUES)
         messages = _read_messages(reader)
@@ -269,10 +269,6 @@ def parse_chat_request(body: Any, limits: ServerLimits) -> SearchRequest:
             template_kwargs=_read_template_kwargs(reader),
             **options,
         )
-    except TooManyMistakes:
-        reader.raise_errors()
-        raise
-    reader.raise_errors()
     return request
 
 
@@ -282,8 +278,7 @@ def parse_completion_request(body: Any, limits: ServerLimits) -> SearchRequest:
     Raises:
         ApiError: 404 for another model, 400 for any other wrong field. The message names all wrong fields.
     """
-    reader = _open_request(body)
-    try:
+    with _read_fields(body) as reader:
         supported = [*COMMON_FIELDS, *COMPLETION_FIELDS, *IGNORED_FIELDS, *COMPLETION_NEUTRAL_VALUES]
         if reader.fields.get("best_of") == reader.fields.get("n"):
             reader.fields.pop("best_of", None)
@@ -308,10 +303,6 @@ def parse_completion_request(body: Any, limits: ServerLimits) -> SearchRequest:
             only_prompt=only_prompt,
             **options,
         )
-    except TooManyMistakes:
-        reader.raise_errors()
-        raise
-    reader.raise_errors()
     return request
 
 
@@ -322,10 +313,15 @@ def check_model_name(name: str, limits: ServerLimits) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _open_request(body: Any) -> FieldReader:
+@contextmanager
+def _read_fields(body: Any) -> Iterator[FieldReader]:
+    """Read the fields of a request in a `with` block, at whose end all mistakes are raised as one error."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_type")
-    return FieldReader(body)
+    reader = FieldReader(body)
+    with suppress(TooManyMistakes):
+        yield reader
+    reader.raise_errors()
 
 
 def _read_common_fields(
@@ -455,9 +451,7 @@ def _read_template_kwargs(reader: FieldReader) -> dict[str, Any]:
         if name in TEMPLATE_PARAMETERS or name in ("messages", "eos_token", "bos_token") or not name.isidentifier():
             field = f"chat_template_kwargs.{shorten(name)}"
             reader.refuse(field, f"Invalid '{field}': it is no keyword of a chat template.")
-    if (
-        len(json.dumps(keywords)) > MAX_KEYWORD_CHARS
-    ):  # a template may write them, and its text is tokenized as a whole
+    if len(json.dumps(keywords)) > MAX_KEYWORD_CHARS:  # a template may write them, and tokenizing takes that long
         message = f"Invalid 'chat_template_kwargs': it has more than {MAX_KEYWORD_CHARS} characters as JSON."
         reader.refuse("chat_template_kwargs", message, "string_above_max_length")
     return keywords
@@ -470,7 +464,7 @@ def _read_prompts(reader: FieldReader) -> tuple[Any, ...]:
     """Return prompts, each a text or a list of token ids."""
     value = reader.fields.get("prompt")
     if value is None:
-        reader.refuse("prompt", "Missing required parameter: 'prompt'.", "missing_required_parameter")
+        reader.refuse_missing("prompt")
         return ()
     if not isinstance(value, str | list):
         reader.refuse_type("prompt", "a string or an array", value)
@@ -503,7 +497,7 @@ def _read_prompts(reader: FieldReader) -> tuple[Any, ...]:
 def _read_messages(reader: FieldReader) -> list[dict[str, str]]:
     value = reader.fields.get("messages")
     if value is None:
-        reader.refuse("messages", "Missing required parameter: 'messages'.", "missing_required_parameter")
+        reader.refuse_missing("messages")
         return []
     if not isinstance(value, list):
         reader.refuse_type("messages", "an array of objects", value)
@@ -522,7 +516,7 @@ def _read_message(message: Any, path: str, reader: FieldReader) -> dict[str, str
     inner = FieldReader(message, path, reader)
     role = inner.fields.get("role")
     if role is None:
-        inner.refuse("role", f"Missing required parameter: '{path}.role'.", "missing_required_parameter")
+        inner.refuse_missing("role")
     elif not isinstance(role, str):
         inner.refuse_type("role", "a string", role)
     elif role not in ROLES:
@@ -555,7 +549,7 @@ def _read_content(reader: FieldReader) -> str:
     value = reader.fields.get("content")
     path = reader.name("content")
     if value is None:
-        reader.refuse("content", f"Missing required parameter: '{path}'.", "missing_required_parameter")
+        reader.refuse_missing("content")
         return ""
     if isinstance(value, str):
         return reader.check_text("content", value)

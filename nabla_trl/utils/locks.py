@@ -93,17 +93,8 @@ def hold_lock(path: Path, seconds: float = 60.0) -> Iterator[None]:
         FolderInUse: if another process holds it for longer than `seconds`.
         OSError: if the file cannot be written, or the file system has no locks.
     """
-    lock = FileLock(path, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        raise FolderInUse(
-            f"{path} has been locked for {seconds:.0f} s: is the process that holds it stopped?"
-        ) from None
-    try:
+    with _acquire_lock(path, seconds):
         yield
-    finally:
-        lock.release()
 
 
 def _describe_process(rank: int, num_shards: int) -> str:
@@ -124,15 +115,17 @@ def _check_other_lock(path: Path, num_shards: int) -> None:
 
 
 @contextmanager
-def _acquire_lock(path: Path) -> Iterator[None]:
+def _acquire_lock(path: Path, seconds: float = 0.0) -> Iterator[None]:
     # filelock's fallback, a lock by the existence of a file, would outlive its process.
-    lock = FileLock(path, fallback_to_soft=False)
+    lock = FileLock(path, timeout=seconds, fallback_to_soft=False)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire()
     except Timeout:
         holder = path.read_text(encoding="utf-8", errors="replace") or "another process"
         raise FolderInUse(
-            f"{path.parent} is in use by {holder}: wait for it, stop it, or use another --output_dir"
+            f"{path} has been locked for {seconds:.0f} s: is the process that holds it stopped?"
+            if seconds
+            else f"{path.parent} is in use by {holder}: wait for it, stop it, or use another --output_dir"
         ) from None
     try:
         yield

@@ -311,22 +311,10 @@ class ProgressDisplay:
 
 
 class StepDisplay(ProgressDisplay):
-    """Progress of a training: steps, and what its log says, such as the loss.
+    """Progress of a training: steps, and what its log says, such as the loss. Arguments are in steps."""
 
-    Args:
-        name, total, num_done, show_progress, console: as for `ProgressDisplay`, in steps.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        total: int,
-        *,
-        num_done: int = 0,
-        show_progress: bool = True,
-        console: Console | None = None,
-    ):
-        super().__init__(name, total, num_done=num_done, show_progress=show_progress, console=console)
+    def __init__(self, name: str, total: int, **options: Any):
+        super().__init__(name, total, **options)
         self.metrics: dict[str, float] = {}
 
     def set_step(self, step: int) -> None:

@@ -6,16 +6,15 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from nabla_trl.audit.terms import AUDIT_TERMS, describe_audit
-from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments, check_distinct
+from nabla_trl.cli.arguments import DATASET_HELP, ModelArguments
 from nabla_trl.cli.parsing import Parser, UsageError
-from nabla_trl.models.options import GradientPoint
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.tasks.problem import Problem, filter_with_gold_answer
 from nabla_trl.tasks.registry import load_problems
@@ -141,32 +140,18 @@ class AuditArguments:
     )
 
     def __post_init__(self) -> None:
+        from nabla_trl.pipeline.audit import check_audit_options
+
         checks = Checks()
-        checks.call(check_distinct, "gradient_at", self.gradient_at)
-        for text in self.gradient_at:
-            checks.call(GradientPoint.parse, text)
-        for name in ("num_swaps", "max_rounds"):
-            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        checks.require(
-            self.audit_samples >= 2, "audit_samples must be at least 2: the audit compares samples of the same problem"
-        )
+        checks.call(check_audit_options, self.audit_samples, self.gradient_at, self.num_swaps)
+        checks.require(self.max_rounds >= 1, "max_rounds must be at least 1")
         checks.call(self.build_search_config)
         checks.raise_faults()
 
     def build_search_config(self) -> SearchConfig:
         """Return the search that the options describe, with defaults for everything else."""
-        return SearchConfig(
-            beta=self.beta,
-            max_rounds=self.max_rounds,
-            top_k_candidates=self.top_k_candidates,
-            candidate_min_p=self.candidate_min_p,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-        )
+        names = {field.name for field in fields(SearchConfig)} & vars(self).keys()
+        return SearchConfig(**{name: getattr(self, name) for name in names})
 
 
 def main(argv: Sequence[str]) -> int:
