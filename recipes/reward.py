@@ -33,12 +33,7 @@ from nabla_trl.audit.gradient import audit_gradient
 from nabla_trl.audit.overoptimization import audit_overoptimization
 from nabla_trl.audit.ranking import audit_ranking
 from nabla_trl.baselines.sampling import draw_pool
-from nabla_trl.cli.launch import (
-    DEFAULT_STALL_MINUTES,
-    STALL_MINUTES_HELP,
-    check_stall_minutes,
-    watch_for_stalls,
-)
+from nabla_trl.cli.launch import DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP, check_stall_minutes, watch_for_stalls
 from nabla_trl.cli.parsing import Parser, UsageError, quiet_libraries, run_main
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker

@@ -48,11 +48,7 @@ FACTS = {
     "trained": [
         {"label": "sft", "method": "sft", "beta": 1.0, "tuning": "lora", "train_flops": 9.2e9, "train_seconds": 61.5}
     ],
-    "audit": {
-        "conclusion": "Sound.",
-        "auc": 0.97,
-        "best_of_n_accuracy": {2: {"value": 0.5, "low": 0.4, "high": 0.6}},
-    },
+    "audit": {"conclusion": "Sound.", "auc": 0.97, "best_of_n_accuracy": {2: {"value": 0.5, "low": 0.4, "high": 0.6}}},
     "show_targets": True,
     "notes": [HOSTILE],
 }

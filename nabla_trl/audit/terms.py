@@ -34,9 +34,7 @@ AUDIT_TERMS = {
         lambda auc: _format_share(auc) if isinstance(auc, float) else format_interval(auc),
     ),
     "step_auc": AuditTerm(
-        "AUC of error-free",
-        "the same for samples without any wrong step against all others",
-        _format_share,
+        "AUC of error-free", "the same for samples without any wrong step against all others", _format_share
     ),
     "correct_with_errors": AuditTerm(
         "correct despite an error", "share of the correct samples that contain a wrong step", _format_share

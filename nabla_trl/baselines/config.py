@@ -97,8 +97,7 @@ class BaselineConfig:
         "a response shorter than the window is a single group.",
     )
     deepconf_keep: float = option(
-        0.1,
-        "deepconf: share of the most confident responses that vote. Raise it where few responses are drawn.",
+        0.1, "deepconf: share of the most confident responses that vote. Raise it where few responses are drawn."
     )
     deepconf_warmup: int = option(
         16, "deepconf_online: responses drawn whole, from which the threshold for stopping others comes."

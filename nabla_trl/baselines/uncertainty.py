@@ -164,8 +164,5 @@ async def _find_nudging_token(tree: StepTree, child: StepNode, options: Tensor, 
 
 UNCERTAINTY_METHODS: dict[str, tuple[StepSearchMethod, StepDrawing]] = {
     "entropy_branching": (entropy_branching, StepDrawing(records_entropy=True, keeps_caches=True)),
-    "ggro": (
-        ggro,
-        StepDrawing(stops_at_entropy=True, top_k_candidates=NUDGE_CANDIDATES, keeps_caches=True),
-    ),
+    "ggro": (ggro, StepDrawing(stops_at_entropy=True, top_k_candidates=NUDGE_CANDIDATES, keeps_caches=True)),
 }

@@ -105,10 +105,7 @@ class LikelihoodObjective(Objective):
         return [
             # Without shared tokens, the width of the cache's empty states is not known to be that of the head's input.
             ScoreCache(
-                state,
-                logp,
-                torch.cat((cache.hidden_states[:count], hidden)) if count else hidden,
-                cache.prefix_scores,
+                state, logp, torch.cat((cache.hidden_states[:count], hidden)) if count else hidden, cache.prefix_scores
             )
             for state, logp, hidden, cache, count in zip(
                 states, values, hidden_states, caches, batch.num_shared, strict=True

@@ -302,9 +302,7 @@ class HarnessModel:
     # --- answers --------------------------------------------------------------------------------------
 
     def generate(
-        self,
-        requests: Sequence[HarnessRequest],
-        on_answer: Callable[[HarnessRequest, str], None] | None = None,
+        self, requests: Sequence[HarnessRequest], on_answer: Callable[[HarnessRequest, str], None] | None = None
     ) -> list[str]:
         """Return the answer to each request. The answers do not depend on the order or the batches.
 

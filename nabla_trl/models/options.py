@@ -100,8 +100,7 @@ class PromptOptions:
     def __post_init__(self) -> None:
         checks = Checks()
         checks.require(
-            self.style in PROMPT_STYLES,
-            f"prompt_style must be one of {', '.join(PROMPT_STYLES)}, not {self.style!r}",
+            self.style in PROMPT_STYLES, f"prompt_style must be one of {', '.join(PROMPT_STYLES)}, not {self.style!r}"
         )
         checks.require(
             self.style != "few_shot" or not self.chat_template_kwargs,

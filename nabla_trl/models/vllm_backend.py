@@ -144,12 +144,7 @@ class VllmSession:
     """
 
     def __init__(
-        self,
-        backend: VllmBackend,
-        policy: Policy,
-        sampling: Sampling,
-        num_candidates: int,
-        statistics_top_k: int = 0,
+        self, backend: VllmBackend, policy: Policy, sampling: Sampling, num_candidates: int, statistics_top_k: int = 0
     ):
         self.backend, self.policy, self.sampling, self.num_candidates = backend, policy, sampling, num_candidates
         self.statistics_top_k = statistics_top_k
@@ -271,11 +266,7 @@ def _build_request_body(request: GenerationRequest, sampling: Sampling) -> dict[
 
 
 def _parse_output(
-    policy: Policy,
-    request: GenerationRequest,
-    answer: dict[str, Any],
-    num_candidates: int,
-    statistics_top_k: int = 0,
+    policy: Policy, request: GenerationRequest, answer: dict[str, Any], num_candidates: int, statistics_top_k: int = 0
 ) -> GenerationOutput:
     """Return the output in a server's answer.
 

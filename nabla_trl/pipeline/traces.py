@@ -24,12 +24,7 @@ from nabla_trl.tasks.shards import Shard, ShardPlan
 from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.traces.build import make_decoder
 from nabla_trl.traces.schema import Trace
-from nabla_trl.traces.storage import (
-    TRACES_DIR,
-    describe_missing_shards,
-    list_trace_files,
-    read_traces,
-)
+from nabla_trl.traces.storage import TRACES_DIR, describe_missing_shards, list_trace_files, read_traces
 from nabla_trl.utils.fields import check_whole_number
 from nabla_trl.utils.identity import claim_settings
 from nabla_trl.utils.locks import lock_folder

@@ -191,16 +191,7 @@ def _has_reward_cost(summary: Summary) -> bool:
 
 
 def _format_method_table(summary: Summary) -> str:
-    heads = [
-        "method",
-        "kind",
-        "accuracy",
-        "reward",
-        "KL to base",
-        "FLOPs / query",
-        "time / query",
-        "training FLOPs",
-    ]
+    heads = ["method", "kind", "accuracy", "reward", "KL to base", "FLOPs / query", "time / query", "training FLOPs"]
     lines = []
     for method in sorted(list_methods(summary), key=lambda method: METHOD_KINDS.index(get_method_kind(method))):
         training = compute_total_flops(summary, method, 0)

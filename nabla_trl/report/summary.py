@@ -14,13 +14,7 @@ import numpy as np
 
 from nabla_trl.evaluation import metrics
 from nabla_trl.evaluation.grids import METRICS, ResultGrid, build_grids
-from nabla_trl.evaluation.method import (
-    REWARD_MODEL_SAMPLING,
-    STEP_SEARCHES,
-    Method,
-    list_methods,
-    list_policy_labels,
-)
+from nabla_trl.evaluation.method import REWARD_MODEL_SAMPLING, STEP_SEARCHES, Method, list_methods, list_policy_labels
 from nabla_trl.evaluation.rows import Row
 from nabla_trl.report.paper_claim import compute_paper_claims, list_claim_intervals
 from nabla_trl.report.prices import (

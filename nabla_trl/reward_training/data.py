@@ -312,10 +312,7 @@ def build_pair_rows(
         `chosen_ids` and `rejected_ids` (prompt, response, turn end), and `margin` unless it is 0.
     """
     rows = [
-        {
-            "chosen_ids": objective.encode(chosen).sequence_ids,
-            "rejected_ids": objective.encode(rejected).sequence_ids,
-        }
+        {"chosen_ids": objective.encode(chosen).sequence_ids, "rejected_ids": objective.encode(rejected).sequence_ids}
         for chosen, rejected in choose_pairs(labeled_responses, pairs_per_problem, seed)
     ]
     return [row | ({"margin": margin} if margin else {}) for row in rows]

@@ -94,10 +94,7 @@ def train_state_head(
 
 
 def collect_states(
-    labeled_responses: Sequence[LabeledResponse],
-    policy: Policy,
-    token_labels: TokenLabeler | None,
-    batch_size: int,
+    labeled_responses: Sequence[LabeledResponse], policy: Policy, token_labels: TokenLabeler | None, batch_size: int
 ) -> tuple[StateData, int, float]:
     """Return states and targets, the number of tokens that the policy has read, and its FLOPs."""
     distinct = {id(response): response.sample for response in labeled_responses}

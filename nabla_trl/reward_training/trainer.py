@@ -55,8 +55,7 @@ class RewardOptions:
         "implicit: β·(log π_φ − log π_base) of a LoRA adapter",
     )
     base_model: str | None = option(
-        None,
-        "initial model: a reward model, or a causal LM with the policy's tokens. Default: the policy",
+        None, "initial model: a reward model, or a causal LM with the policy's tokens. Default: the policy"
     )
     head_width: int = option(0, "head: units of a hidden layer. 0 is a linear map")
     ranking_weight: float = option(

@@ -279,13 +279,7 @@ def build_log_ratio_reward(
     if not stop_ids:
         raise ValueError(f"{name} has none of the policy's stop tokens, so it has no likelihood that a response ends")
     return Reward(
-        name,
-        "log-ratio",
-        objectives,
-        in_vocabulary,
-        stop_ids,
-        preferred_model=preferred_model,
-        gradient_at="direct",
+        name, "log-ratio", objectives, in_vocabulary, stop_ids, preferred_model=preferred_model, gradient_at="direct"
     )
 
 

@@ -103,13 +103,7 @@ def search_in_batches(
 
 
 def search_to_folder(
-    problems: Sequence[Problem],
-    folder: Path,
-    *,
-    policy: Policy,
-    config: SearchConfig,
-    rank: int = 0,
-    **options: Any,
+    problems: Sequence[Problem], folder: Path, *, policy: Policy, config: SearchConfig, rank: int = 0, **options: Any
 ) -> TraceTotals:
     """Search a response to each problem and write the traces to a folder, one shard per batch.
 

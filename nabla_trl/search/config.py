@@ -175,13 +175,10 @@ class SearchConfig:
         "to refine one response only.",
     )
     patience: int = option(
-        0,
-        "Stop after this many rounds without an accepted proposal. Set it to save compute. 0 never stops early.",
+        0, "Stop after this many rounds without an accepted proposal. Set it to save compute. 0 never stops early."
     )
     top_k_candidates: int = option(
-        16,
-        "Tokens of the policy considered at each position. Increase it if good tokens are missing.",
-        common=True,
+        16, "Tokens of the policy considered at each position. Increase it if good tokens are missing.", common=True
     )
     candidate_min_p: float = option(
         0.0,
@@ -193,12 +190,10 @@ class SearchConfig:
     )
     top_k: int = option(0, "Sample from the k most likely tokens. 0 uses all tokens.")
     top_p: float = option(
-        1.0,
-        "Nucleus sampling: sample from the smallest set of tokens with this total probability. 1 uses all tokens.",
+        1.0, "Nucleus sampling: sample from the smallest set of tokens with this total probability. 1 uses all tokens."
     )
     min_p: float = option(
-        0.0,
-        "Do not sample tokens whose probability is below this fraction of the most likely token's. 0 disables it.",
+        0.0, "Do not sample tokens whose probability is below this fraction of the most likely token's. 0 disables it."
     )
     max_new_tokens: int = option(
         512, "Maximum length of a response in tokens. Increase it if responses are cut off.", common=True
@@ -286,8 +281,7 @@ class SearchConfig:
             "num_chains)",
         )
         checks.require(
-            self.temperature != 0,
-            "metropolis needs a sampler that can draw any response: temperature must be above 0",
+            self.temperature != 0, "metropolis needs a sampler that can draw any response: temperature must be above 0"
         )
         checks.require(
             not isinstance(self.select, WeightedVoteSelection),

@@ -33,8 +33,7 @@ class MirrorSolver:
         common=True,
     )
     step_size: float = option(
-        1.0,
-        "Fraction of the full mirror-descent step. 0.5 is the locally balanced proposal of a Metropolis chain.",
+        1.0, "Fraction of the full mirror-descent step. 0.5 is the locally balanced proposal of a Metropolis chain."
     )
     target_kl: float | None = option(
         None,

@@ -103,12 +103,7 @@ class NablaReasoner:
         named: dict[str, Any] = {"dtype": dtype, "device": device}
         is_named = isinstance(policy, str | Path)
         loaded_policy = load_policy(
-            policy,
-            tokenizer,
-            adapter=adapter,
-            prompt_options=prompt_options,
-            **(named if is_named else {}),
-            **shared,
+            policy, tokenizer, adapter=adapter, prompt_options=prompt_options, **(named if is_named else {}), **shared
         )
         if vllm_url is not None:
             loaded_policy = connect_vllm(loaded_policy, vllm_url)

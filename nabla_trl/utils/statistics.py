@@ -256,9 +256,7 @@ def clustered_correlation(x: np.ndarray, y: np.ndarray, problems: np.ndarray, nu
 
 
 def performance_gap_recovered(
-    trained: Mapping[str, Sequence[float]],
-    ceiling: Mapping[str, Sequence[float]],
-    base: Mapping[str, Sequence[float]],
+    trained: Mapping[str, Sequence[float]], ceiling: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]]
 ) -> Interval | None:
     """Return the performance gap recovered, (trained − base) / (ceiling − base), with its interval.
 

@@ -154,10 +154,7 @@ class Benchmark:
         policy, reward = self.load_models()
         problems = self.load_first_problems(args.max_problems)
         config = SearchConfig.from_preset(
-            "paper",
-            max_rollouts=args.max_rollouts,
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.max_problems,
+            "paper", max_rollouts=args.max_rollouts, max_new_tokens=args.max_new_tokens, batch_size=args.max_problems
         )
         search = PlainSearch(policy, reward, config, args.seed)
         plain_problems = problems[: args.max_plain_problems]

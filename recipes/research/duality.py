@@ -84,8 +84,7 @@ class DualityArguments:
         5, "Maximum length of a response in tokens. The number of responses grows exponentially with it."
     )
     max_responses: int = option(
-        MAX_RESPONSES,
-        "Maximum number of responses per prompt that are enumerated. Increase it if memory allows.",
+        MAX_RESPONSES, "Maximum number of responses per prompt that are enumerated. Increase it if memory allows."
     )
     best_of_n: list[int] = option([2, 4, 8, 16, 32], "Values of N of best-of-N, in increasing order, at least 2.")
     num_chains: int = option(300, "Independent chains per prompt and search. Increase it for less sampling noise.")

@@ -183,10 +183,7 @@ class DualityTrainer:
         traces = self._draw_traces(
             "draws",
             replace(
-                self.search_config.with_no_gradient(),
-                acceptance=GreedyAcceptance(),
-                max_rounds=0,
-                max_rollouts=1,
+                self.search_config.with_no_gradient(), acceptance=GreedyAcceptance(), max_rounds=0, max_rollouts=1
             ),
         )
         if method == "reward-weighted":
@@ -246,10 +243,6 @@ def _make_preference_rows(traces: Sequence[Trace], *, bradley_terry_labels: bool
         is_first_chosen = rng.random() < 1 / (1 + math.exp(-gap)) if bradley_terry_labels else gap > 0
         chosen, rejected = (first, second) if is_first_chosen else (second, first)
         rows.append(
-            {
-                "prompt_ids": first.prompt_ids,
-                "chosen_ids": chosen.response_ids,
-                "rejected_ids": rejected.response_ids,
-            }
+            {"prompt_ids": first.prompt_ids, "chosen_ids": chosen.response_ids, "rejected_ids": rejected.response_ids}
         )
     return TrainingRows(rows, skipped)

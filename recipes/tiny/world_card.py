@@ -75,10 +75,7 @@ def decode_responses(tokenizer: PreTrainedTokenizerFast, responses: list[list[in
 
 @torch.no_grad()
 def compute_log_likelihoods(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    problems: list[Problem],
-    responses: list[list[int]],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], responses: list[list[int]]
 ) -> torch.Tensor:
     """Return [rows] log p(response | prompt) in nats."""
     prompts = [

@@ -13,12 +13,7 @@ import worlds
 from torch import Tensor
 
 from nabla_trl.audit.first_errors import WrongResponse, find_wrong_responses
-from nabla_trl.audit.gradient import (
-    GradientAudit,
-    audit_gradient,
-    classify_effect,
-    conclude_gradient_audit,
-)
+from nabla_trl.audit.gradient import GradientAudit, audit_gradient, classify_effect, conclude_gradient_audit
 from nabla_trl.audit.swaps import SampledResponse, choose_swaps, draw_responses, measure_swaps
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.models.flops import FlopCounter

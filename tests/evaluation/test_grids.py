@@ -14,12 +14,7 @@ def row(method="greedy", problem="p0", seed=0, **changes):
 
 
 def test_a_failed_or_ungraded_row_counts_as_wrong():
-    rows = [
-        row(problem="p0"),
-        row(problem="p1", error="boom"),
-        row(problem="p2", correct=None),
-        row(problem="p3"),
-    ]
+    rows = [row(problem="p0"), row(problem="p1", error="boom"), row(problem="p2", correct=None), row(problem="p3")]
     grid = build_grids(rows)["greedy"]
     assert grid.columns["accuracy"].ravel().tolist() == [1, 0, 0, 1]
     assert (grid.num_errors, grid.num_ungraded) == (1, 1)
@@ -39,10 +34,7 @@ def test_grids_do_not_depend_on_the_order_of_rows_within_a_method():
     [
         ([], "no result rows"),
         ([row(), row()], "two rows for method 'greedy', problem 'p0', seed 0"),
-        (
-            [row(), row("nabla"), row("nabla", "p1")],
-            "no row for method 'greedy', problem 'p1', seed 0: finish",
-        ),
+        ([row(), row("nabla"), row("nabla", "p1")], "no row for method 'greedy', problem 'p1', seed 0: finish"),
         ([row("nabla", "p0", 0), row("nabla", "p1", 1)], r"method 'nabla', problem 'p0', seed 1 and 1 more"),
         ([row(), row(problem="p1", task="amc")], "rows of 2 tasks \\('amc', 'chains'\\)"),
     ],

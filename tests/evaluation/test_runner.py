@@ -80,11 +80,7 @@ def test_no_seed_has_to_be_the_first(bench, asked, checker, tmp_path):
     elsewhere = replace(bench, seeds=(3, 5))
     for step in (elsewhere.plan_greedy(), elsewhere.plan_sample_pool(best_of=[1])):
         assert run_job(step, asked, store, checker) and not run_job(step, asked, store, checker)
-    assert {(row.method, row.seed) for row in store.read()} == {
-        ("greedy", 3),
-        ("best_of_1", 3),
-        ("best_of_1", 5),
-    }
+    assert {(row.method, row.seed) for row in store.read()} == {("greedy", 3), ("best_of_1", 3), ("best_of_1", 5)}
 
 
 def test_samples_are_the_pool_that_others_choose_from(bench, asked, checker, tmp_path):

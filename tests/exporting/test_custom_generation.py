@@ -49,12 +49,7 @@ def prompts(policy: Policy, questions: tuple[str, ...] = worlds.QUESTIONS) -> di
 def generate(model: PreTrainedModel, inputs: dict[str, Tensor], policy: Policy, reward: Any, **options: Any) -> Tensor:
     settings = {**SEARCH, **options}
     return model.generate(
-        **inputs,
-        custom_generate=FOLDER,
-        trust_remote_code=True,
-        tokenizer=policy.tokenizer,
-        reward=reward,
-        **settings,
+        **inputs, custom_generate=FOLDER, trust_remote_code=True, tokenizer=policy.tokenizer, reward=reward, **settings
     )
 
 

@@ -72,10 +72,7 @@ def reference(
 
 
 def gradients(
-    parts: Sequence[Objective],
-    samples: Sequence[Sample],
-    candidates: Sequence[Tensor] | None = None,
-    **switches: Any,
+    parts: Sequence[Objective], samples: Sequence[Sample], candidates: Sequence[Tensor] | None = None, **switches: Any
 ) -> list[Tensor]:
     """`token_gradient` with fresh prompt caches."""
     columns = [term.compute_prompt_caches(samples, FlopCounter()) for term in parts]
@@ -479,10 +476,7 @@ def test_never_holds_a_whole_response_times_vocabulary(monkeypatch: pytest.Monke
         [
             *worlds.tiny_scalar(policy, vocab=vocab).objectives,
             LikelihoodObjective(
-                policy.model,
-                policy.size,
-                vocab_map=torch.arange(vocab),
-                encode_prompt=lambda problem, prompt: prompt,
+                policy.model, policy.size, vocab_map=torch.arange(vocab), encode_prompt=lambda problem, prompt: prompt
             ),
         ]
     )
@@ -549,27 +543,9 @@ def closing(policy: Policy, tail: str, knows_stop: bool = True) -> tuple[Reward,
 @pytest.mark.parametrize(
     ("tail", "knows_stop", "finished", "own_stop", "read"),
     [
-        (
-            "<|end|>;",
-            True,
-            True,
-            True,
-            ["<|end|>", ";"],
-        ),  # the stop token opens the tail, and is the response's
-        (
-            "<|end|>;",
-            True,
-            False,
-            False,
-            ["<|end|>", ";"],
-        ),  # cut off at the limit: the template closes the turn
-        (
-            "<|close|>;",
-            True,
-            True,
-            False,
-            ["<|close|>", ";"],
-        ),  # a stop token of which the template knows nothing
+        ("<|end|>;", True, True, True, ["<|end|>", ";"]),  # the stop token opens the tail, and is the response's
+        ("<|end|>;", True, False, False, ["<|end|>", ";"]),  # cut off at the limit: the template closes the turn
+        ("<|close|>;", True, True, False, ["<|close|>", ";"]),  # a stop token of which the template knows nothing
         ("<|close|>;", False, True, False, ["<|close|>", ";"]),  # one that the reward cannot even read
         ("<|close|>;", False, False, False, ["<|close|>", ";"]),
         ("", True, True, True, ["<|end|>"]),  # no template: the stop token is a token like others

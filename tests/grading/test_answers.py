@@ -159,16 +159,7 @@ def test_extracts_from_realistic_responses(response: str, answer: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "  \n",
-        "I do not know.",
-        "<think>so 5, \\boxed{5}",
-        "<think>5</think>",
-        "\\boxed{}",
-        "#",
-        "The answer is",
-    ],
+    ["", "  \n", "I do not know.", "<think>so 5, \\boxed{5}", "<think>5</think>", "\\boxed{}", "#", "The answer is"],
 )
 def test_no_answer_in_it(text: str) -> None:
     assert extract_answer(text) is None
@@ -198,20 +189,7 @@ def test_box_content_with_balanced_braces_is_kept_whole() -> None:
 
 def test_extraction_stays_fast_on_endless_repetition() -> None:
     """Degenerate samples repeat a token up to the length limit; none of the patterns may blow up on them."""
-    for piece in [
-        "answer ",
-        "####",
-        "$",
-        "\\boxed{",
-        "1,",
-        "{",
-        "<think>",
-        "the answer is ",
-        " ",
-        "\\(",
-        "-",
-        "1/",
-    ]:
+    for piece in ["answer ", "####", "$", "\\boxed{", "1,", "{", "<think>", "the answer is ", " ", "\\(", "-", "1/"]:
         began = time.process_time()
         extract_answer(piece * (8192 // len(piece) + 1))
         assert time.process_time() - began < 5

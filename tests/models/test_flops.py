@@ -54,12 +54,7 @@ def _qwen2() -> PreTrainedModel:
 def _gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCAB,
-            n_embd=HIDDEN,
-            n_layer=LAYERS,
-            n_head=HEADS,
-            n_positions=64,
-            attn_implementation="eager",
+            vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=64, attn_implementation="eager"
         )
     )
 
@@ -171,11 +166,7 @@ def test_adapters_count_and_a_replaced_head_counts_once() -> None:
 
 def test_models_without_a_known_head_are_refused() -> None:
     bert = BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_hidden_layers=1,
-        num_attention_heads=HEADS,
-        intermediate_size=INNER,
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=HEADS, intermediate_size=INNER
     )
     for headless in (LlamaModel(LlamaConfig(**SMALL)), BertForSequenceClassification(bert)):
         with pytest.raises(ValueError, match="no lm_head and no `score` head"):

@@ -101,11 +101,7 @@ def test_totals_hold_the_training_once(summary):
 
 
 @pytest.mark.parametrize(
-    ("queries", "expected"),
-    [
-        (1, [(10, "reward_model_sampling")]),
-        (100, [(1000, "reward_model_sampling")]),
-    ],
+    ("queries", "expected"), [(1, [(10, "reward_model_sampling")]), (100, [(1000, "reward_model_sampling")])]
 )
 def test_a_better_model_to_sample_from_is_best_under_every_total(summary, queries, expected):
     assert [(one.total_flops, one.method) for one in compute_tradeoff.find_best_by_total(summary, queries)] == expected

@@ -55,11 +55,7 @@ FACTS = {
     "trained": [SFT],
     "setup_seconds": 100.0,
     "total_seconds": 250.0,
-    "audit": {
-        "conclusion": "Sound.",
-        "auc": 0.97,
-        "best_of_n_accuracy": {2: {"value": 0.5, "low": 0.4, "high": 0.6}},
-    },
+    "audit": {"conclusion": "Sound.", "auc": 0.97, "best_of_n_accuracy": {2: {"value": 0.5, "low": 0.4, "high": 0.6}}},
     "show_targets": True,
     "files": {"rows": "rows.jsonl"},
     "notes": ["A note."],
@@ -226,12 +222,7 @@ def test_targets_reached_and_not_reached_follow_the_numbers():
     assert results(make_rows()) == ["too few to tell", "reached", "too few to tell", "too few to tell"]
     far = {**WORLD, "nabla@0.33": (0.95, 31e6), "sft_greedy": (1.0, 4e6), "reward_model_sampling": (0.9, 6e6)}
     assert results(make_rows(far)) == ["reached"] * 4
-    swapped = {
-        **WORLD,
-        "nabla@0.33": (0.45, 31e6),
-        "control@0.33": (0.70, 30e6),
-        "sft_greedy": (0.5, 4e6),
-    }
+    swapped = {**WORLD, "nabla@0.33": (0.45, 31e6), "control@0.33": (0.70, 30e6), "sft_greedy": (0.5, 4e6)}
     assert results(make_rows(swapped)) == ["NOT reached"] * 4
     dear = {**WORLD, "nabla@0.33": (0.9, 40e6), "nabla": (0.9, 61e6)}
     assert results(make_rows(dear))[0] == "not measured", "no run was within the budget of the target"
@@ -310,10 +301,7 @@ def test_what_is_not_there_is_named_and_its_old_figure_removed(tmp_path):
     (tmp_path / "plots" / "break_even.png").write_bytes(b"of an earlier run")
     few = make_rows(without=[name for name in WORLD if name not in ("greedy", "best_of_16")])
     report.write_report_files(tmp_path, few, {**FACTS, "audit": None})
-    assert sorted(path.stem for path in (tmp_path / "plots").iterdir()) == [
-        "accuracy_flops",
-        "accuracy_seconds",
-    ]
+    assert sorted(path.stem for path in (tmp_path / "plots").iterdir()) == ["accuracy_flops", "accuracy_seconds"]
     absent = section(tmp_path, "Plots").split("Not drawn, because rows or facts are missing: ")[1]
     assert "Reward over rounds" in absent and "Break-even" in absent and "Accuracy against FLOPs" not in absent
     assert section(tmp_path, TRADE).strip() == "Missing: no trained policy was evaluated."

@@ -382,15 +382,7 @@ def test_samples_come_back_from_their_file(labeled: list[LabeledResponse], tmp_p
     assert [file.name for file in tmp_path.iterdir()] == ["some.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"problem_id": "chains/tra',
-        '{"problem_id": "chains/train/0"}',
-        "[]",
-        "null",
-    ],
-)
+@pytest.mark.parametrize("line", ['{"problem_id": "chains/tra', '{"problem_id": "chains/train/0"}', "[]", "null"])
 def test_a_broken_line_is_refused_and_named(line: str, labeled: list[LabeledResponse], tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     write_samples(file, [labeled[0].sample])

@@ -403,13 +403,7 @@ def test_qlora_saves_an_adapter_with_the_head_that_was_trained(
     assert float(near) > 0.7
 
 
-@pytest.mark.parametrize(
-    "difference",
-    [
-        0.05,
-        1e-3,
-    ],
-)
+@pytest.mark.parametrize("difference", [0.05, 1e-3])
 def test_a_second_round_of_qlora_starts_from_the_first(
     difference: float, train: Callable[..., Any], trained: list[Any], data: Any, tmp_path: Path
 ) -> None:

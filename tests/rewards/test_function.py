@@ -56,11 +56,7 @@ def test_chats_are_messages_as_in_trl_unless_texts_are_asked_for(policy: Policy)
         kinds.update(map(type, [*prompts, *completions]))
         return [float(len(one) if isinstance(one, str) else len(one[0]["content"])) for one in completions]
 
-    for problem, option, expected in (
-        (mixed, None, {str, list}),
-        (mixed, False, {str}),
-        (mixed, True, {list}),
-    ):
+    for problem, option, expected in ((mixed, None, {str, list}), (mixed, False, {str}), (mixed, True, {list})):
         kinds.clear()
         draw(policy, reward, problem, conversational=option)
         assert kinds == expected

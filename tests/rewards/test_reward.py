@@ -11,10 +11,7 @@ from typing import Any
 import pytest
 import torch
 import worlds
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
@@ -168,12 +165,7 @@ def test_an_encoder_is_refused(policy: Policy) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        vocab_size=27,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=1,
+        vocab_size=27, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1
     )
     model = BertForSequenceClassification(config)
     worlds.refused(lambda: build_scalar_reward(policy, model, worlds.char_tokenizer(), "bert"), "score")
@@ -506,11 +498,7 @@ def test_an_empty_response_and_one_of_a_stop_token_alone(policy: Policy, scalar_
 
 
 def test_the_verifier_labels_texts() -> None:
-    problems = [
-        Problem(id="a", question="", answer="8"),
-        Problem(id="b", question="", answer="9"),
-        Problem("c", ""),
-    ]
+    problems = [Problem(id="a", question="", answer="8"), Problem(id="b", question="", answer="9"), Problem("c", "")]
     with AnswerChecker() as checker:
         labels = Verifier(checker)(problems, ["3+5=8;#8", "#8", "#8"])
     assert labels == [("8", MatchResult.CORRECT), ("8", MatchResult.INCORRECT), ("8", MatchResult.NO_GOLD)]

@@ -126,15 +126,7 @@ def all_states(
         done = response[-1] in policy.stop_ids
         states.append(
             ScoredResponse(
-                prompt,
-                response,
-                done,
-                table,
-                logits.log_softmax(-1),
-                None,
-                state,
-                prompt.score_caches,
-                0.0,
+                prompt, response, done, table, logits.log_softmax(-1), None, state, prompt.score_caches, 0.0
             )
         )
     samples = [
@@ -243,9 +235,7 @@ def test_detailed_balance(options: dict[str, Any], proposals: str, world: World)
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [{"temperature": 0.7}, {"temperature": 1.4}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.2}],
-    ids=name,
+    "sampling", [{"temperature": 0.7}, {"temperature": 1.4}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.2}], ids=name
 )
 @pytest.mark.parametrize("few", [False, True])
 def test_detailed_balance_with_another_sampler_and_fewer_candidates(

@@ -52,11 +52,7 @@ def test_one_text_gives_one_trace(reasoner: NablaReasoner) -> None:
 
 
 def test_texts_chats_and_problems_mix_and_come_back_in_order(reasoner: NablaReasoner) -> None:
-    chat = [
-        {"role": "user", "content": "7"},
-        {"role": "assistant", "content": "8"},
-        {"role": "user", "content": "9"},
-    ]
+    chat = [{"role": "user", "content": "7"}, {"role": "assistant", "content": "8"}, {"role": "user", "content": "9"}]
     problem = Problem(id="mine", question="3*4", answer="12", task="tables")
     traces = reasoner.solve(["1+2", chat, problem, "1+2"])
     assert [trace.problem_id for trace in traces] == ["question/0", "question/1", "mine", "question/3"]

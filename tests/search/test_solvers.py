@@ -659,11 +659,7 @@ def test_sequential_scan_resamples_from_left_to_right() -> None:
             chain.incumbent.proposal_scores == 9.0, 2.0
         )
         counts[tuple(proposals.draw_sequential_branch(chain, stream, readable, config, fresh))] += 1
-    weights = [
-        {1: 0.5, None: 2.0, 3: -1.0, 4: 0.0},
-        {None: 2.0, 3: 1.0},
-        {5: 0.2, 6: -2.0, 7: 1.5, None: 2.0},
-    ]
+    weights = [{1: 0.5, None: 2.0, 3: -1.0, 4: 0.0}, {None: 2.0, 3: 1.0}, {5: 0.2, 6: -2.0, 7: 1.5, None: 2.0}]
     expected, arrived = {}, 1.0
     for position, row in enumerate(weights):
         mass = {token: math.exp(score / temperature) for token, score in row.items()}

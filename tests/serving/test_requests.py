@@ -283,12 +283,7 @@ def complete(**fields: Any) -> SearchRequest:
 
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
-    [
-        ("1+2", ("1+2",)),
-        (["1+2", "3"], ("1+2", "3")),
-        ([5, 6], ([5, 6],)),
-        ([[5], [6, 7]], ([5], [6, 7])),
-    ],
+    [("1+2", ("1+2",)), (["1+2", "3"], ("1+2", "3")), ([5, 6], ([5, 6],)), ([[5], [6, 7]], ([5], [6, 7]))],
 )
 def test_prompts_are_texts_or_tokens_one_or_many(prompt: Any, prompts: tuple[Any, ...]) -> None:
     request = complete(prompt=prompt)

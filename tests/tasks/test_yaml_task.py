@@ -30,13 +30,7 @@ def bare(problem: Problem) -> Problem:
 HUB_ROWS: dict[str, tuple[dict[str, Any], Problem]] = {
     "gsm8k": ({"question": "How many? ", "answer": SOLVED}, Problem("", "How many?", "7", SOLVED)),
     "math500": (
-        {
-            "problem": "Find $x$.",
-            "solution": r"\boxed{p - q}",
-            "answer": "p - q",
-            "level": 2,
-            "subject": "Algebra",
-        },
+        {"problem": "Find $x$.", "solution": r"\boxed{p - q}", "answer": "p - q", "level": 2, "subject": "Algebra"},
         Problem("", "Find $x$.", "p - q", r"\boxed{p - q}", level="2"),
     ),
     "amc": ({"id": 0, "problem": "Find $x$.", "answer": 142.0, "url": ""}, Problem("", "Find $x$.", "142")),
@@ -92,8 +86,7 @@ def test_the_data_sets_of_a_model_card_are_those_on_the_hub(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
-    [("025", "25"), ("142.0", "142"), ("-4.0", "-4"), ("000", "0"), ("2.5", "2.5"), (" ", None)],
+    ("text", "answer"), [("025", "25"), ("142.0", "142"), ("-4.0", "-4"), ("000", "0"), ("2.5", "2.5"), (" ", None)]
 )
 def test_an_integer_is_read_as_one_writes_it(text: str, answer: str | None) -> None:
     assert parse_integer(text) == (answer, None)

@@ -80,12 +80,10 @@ class AuditArguments:
     temperature: float = option(1.0, "Sampling temperature. Use the value of the search.", common=True)
     top_k: int = option(0, "Sample from the k most likely tokens. 0 uses all tokens.")
     top_p: float = option(
-        1.0,
-        "Nucleus sampling: sample from the smallest set of tokens with this total probability. 1 uses all tokens.",
+        1.0, "Nucleus sampling: sample from the smallest set of tokens with this total probability. 1 uses all tokens."
     )
     min_p: float = option(
-        0.0,
-        "Do not sample tokens whose probability is below this fraction of the most likely token's. 0 disables it.",
+        0.0, "Do not sample tokens whose probability is below this fraction of the most likely token's. 0 disables it."
     )
     max_new_tokens: int = option(
         512, "Maximum length of a response in tokens. Increase it if responses are cut off.", common=True

@@ -74,8 +74,7 @@ class ServeArguments:
     )
     max_queue: int = option(1000, "Maximum number of waiting requests. Further requests get status 429.")
     request_timeout: float = option(
-        600.0,
-        "Seconds from a request to its answer, including the time in the queue. Increase it for long searches.",
+        600.0, "Seconds from a request to its answer, including the time in the queue. Increase it for long searches."
     )
     max_running: int = option(
         64,
@@ -184,11 +183,7 @@ def serve(
         write_access_log()
     service = asgi.ChatService(
         SearchService(
-            policy,
-            reward,
-            max_queue=args.max_queue,
-            max_running=args.max_running,
-            num_slots=4 * config.batch_size,
+            policy, reward, max_queue=args.max_queue, max_running=args.max_running, num_slots=4 * config.batch_size
         ),
         limits,
         api_key=api_key,

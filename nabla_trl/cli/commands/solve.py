@@ -40,9 +40,7 @@ class SolveArguments:
     """Options of `nabla-trl solve`."""
 
     seed: int = option(
-        0,
-        "Random seed. The same seed and options give the same answer. Change it to get another answer.",
-        common=True,
+        0, "Random seed. The same seed and options give the same answer. Change it to get another answer.", common=True
     )
     answer: str | None = option(
         None,

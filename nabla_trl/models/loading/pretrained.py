@@ -14,12 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from nabla_trl.models.loading.quantization import fix_quantized_gradients
 from nabla_trl.utils.formatting import format_error, format_load_error
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # Names of the weights of a text model inside a checkpoint that also reads images or sound, and their names on its own.
 _TEXT_KEY_MAPPING = {
     r"^language_model\.model\.": "model.",

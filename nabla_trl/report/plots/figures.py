@@ -126,11 +126,7 @@ def plot_accuracy(summary: Summary, cost: str, titles: Mapping[str, str], size: 
 
 
 def _label_points(
-    labels: LabelPlacer,
-    points: Sequence[PlotPoint],
-    curves: Sequence[Sequence[PlotPoint]],
-    *,
-    label_budgets: bool,
+    labels: LabelPlacer, points: Sequence[PlotPoint], curves: Sequence[Sequence[PlotPoint]], *, label_budgets: bool
 ) -> None:
     """Write the full names first, as they need most space: one per curve and per single point. Then the budgets."""
     for point in points:

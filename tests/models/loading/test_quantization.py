@@ -9,12 +9,7 @@ import pytest
 import torch
 import worlds
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
 from nabla_trl.gradient.likelihood import policy_likelihood
 from nabla_trl.gradient.token_gradient import compute_token_gradient
