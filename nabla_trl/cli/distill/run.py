@@ -252,6 +252,7 @@ class DistillRun:
                 device=str(self.state.device),
             )
         if "evaluate" in stages:
+            names: list[str] = []
             with checks.collect():
                 methods = [Method.parse(name) for name in parse_methods(args.eval_methods)]
                 # Methods of policies that are not trained here, and of models that a reward lacks, are left out later.
