@@ -18,7 +18,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import load_dataset
 
+from nabla_trl.cli.main import main as run_command
 from nabla_trl.cli.parsing import UsageError
+from nabla_trl.cli.quiet import log_to_folder
 from nabla_trl.distill import main
 from nabla_trl.evaluation.rows import read_rows
 from nabla_trl.evaluation.runner import Evaluation
@@ -72,12 +74,14 @@ def distill_here(folder: Path, *options: str) -> None:
 
 def traces(folder: Path) -> list[str]:
     where = ["--dataset", "digit_chains", "--output_dir", str(folder), "--max_problems", "40", "--batch_size", "4"]
-    return ["-m", "nabla_trl.cli.main", "traces", *MODELS, *where, *SEARCH]
+    return ["traces", *MODELS, *where, *SEARCH]
 
 
 @pytest.fixture(autouse=True)
 def in_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)  # the settings name models relative to it
+    yield
+    log_to_folder(None)  # else warnings of later tests go to the folder of this one
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +120,12 @@ def test_the_adapter_is_not_inert(finished):
     load_policy(str(ROOT / "data/tiny/policy"), adapter=str(finished / "trained/sft/adapter"))
 
 
-def test_the_config_of_a_run_gives_the_same_run_again(finished, tmp_path):
+def test_the_config_of_a_run_gives_the_same_run_again(finished, tmp_path, capsys):
     """Flags and file together, as `--config` takes them: the traces of that folder are taken for its own."""
     shutil.copytree(finished, tmp_path / "again", dirs_exist_ok=True)
     options = ["--config", str(tmp_path / "again/config.yaml"), "--output_dir", str(tmp_path / "again")]
-    out, _ = run("recipes/distill.py", *options, "--stages", "traces,train")
+    main([*options, "--stages", "traces,train"])
+    out = capsys.readouterr().out
     assert "24 problems are already done" in out and "train sft: already done" in out
 
 
@@ -152,10 +157,11 @@ def test_training_that_changes_nothing_is_refused(finished, tmp_path):
     assert adapter.exists(), "a failed attempt must not stand in the way"
 
 
-def test_finished_stages_are_skipped(finished):
+def test_finished_stages_are_skipped(finished, capsys):
     stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")}
     rows = (finished / "rows" / "rows-00000.jsonl").read_bytes()
-    out, _ = distill(finished, "--stages", "traces,train,evaluate")
+    distill_here(finished, "--stages", "traces,train,evaluate")
+    out = capsys.readouterr().out
     assert "24 problems are already done" in out and "train sft: already done" in out
     assert (finished / "rows" / "rows-00000.jsonl").read_bytes() == rows
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.parquet")} == stamps
@@ -167,8 +173,8 @@ def list_contents(folder):
 
 def test_other_settings_on_the_same_folder_are_refused(finished):
     before = list_contents(finished)
-    _, err = distill(finished, "--beta", "0.5", "--stages", "traces", code=2)
-    assert "beta '0.5' (was '1.0')" in err.splitlines()[-1]
+    with pytest.raises(ValueError, match=r"beta '0.5' \(was '1.0'\)"):
+        distill_here(finished, "--beta", "0.5", "--stages", "traces")
     assert list_contents(finished) == before
 
 
@@ -218,13 +224,13 @@ def comparable(folder: Path) -> list[tuple]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list[tuple]:
     folder = tmp_path_factory.mktemp("whole")
-    run(*traces(folder))
+    assert run_command(traces(folder)) == 0
     return comparable(folder)
 
 
 @pytest.mark.parametrize("blow", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
 def test_traces_that_are_interrupted_go_on_where_they_stopped(blow, tmp_path, undisturbed):
-    process = start(*traces(tmp_path))
+    process = start("-m", "nabla_trl.cli.main", *traces(tmp_path))
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("traces/*.parquet"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -237,8 +243,8 @@ def test_traces_that_are_interrupted_go_on_where_they_stopped(blow, tmp_path, un
     if blow == signal.SIGINT:
         last = err.splitlines()[-1]
         assert last.startswith(f"stopped at traces: {done} of 40; to go on: nabla-trl traces ")
-        again = ["-m", "nabla_trl.cli.main", *shlex.split(last)[last.split().index("nabla-trl") + 1 :]]
-    run(*again)
+        again = shlex.split(last)[last.split().index("nabla-trl") + 1 :]
+    assert run_command(again) == 0
     assert comparable(tmp_path) == undisturbed
 
 
