@@ -33,7 +33,10 @@ class InitArguments:
     dataset: str = option(
         "gsm8k", "Data set: the name of a benchmark, or a .jsonl, .csv, .json, .parquet or .yaml file of your own."
     )
-    train_methods: list[str] = option(["sft"], "Training methods: sft, reward-weighted, dpo, rloo, grpo.")
+    train_methods: list[str] = option(
+        ["sft"],
+        "Training methods: sft, reward-weighted, dpo, soft-targets, rloo, grpo, on-policy-distillation.",
+    )
     output_file: str = option("distill.yaml", "File to write. One that exists is never overwritten.")
     demo: bool = option(
         False,

@@ -39,7 +39,9 @@ POOL_METHODS = ("best_of", *VOTE_METHODS, "weighted_best_of", "samples")
 ALLOCATED_SEARCHES = ("allocated_nabla", "allocated_control")
 ALLOCATED_METHODS = ("allocated_vote", "allocated_best_of", "allocated_weighted_best_of", *ALLOCATED_SEARCHES)
 # Trained policies: one from an adapter made elsewhere, and one for each way to train.
-POLICY_LABELS = ("distilled", "sft", "reward_weighted", "dpo", "rloo", "grpo")
+POLICY_LABELS = (
+    *("distilled", "sft", "reward_weighted", "dpo", "soft_targets", "rloo", "grpo", "on_policy_distillation"),
+)
 _REWARD_FREE_METHODS = (
     *("greedy", "samples", "allocated_vote", BUDGET_FORCING, REWARD_MODEL_SAMPLING),
     *(*VOTE_METHODS, *POWER_SAMPLERS, *POWER_SEARCHES),

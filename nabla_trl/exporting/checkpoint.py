@@ -37,7 +37,7 @@ class Checkpoint:
 
     Attributes:
         run_dir: folder of the run.
-        method: training method: sft, reward-weighted, dpo, rloo or grpo.
+        method: training method, such as sft or rloo.
         checkpoint_dir: folder with weights and tokenizer.
         training: content of train.json: method, tuning, beta, steps, flops and others.
         run_config: configuration of the run's last call, which evaluated. Empty: it was made from Python.

@@ -37,11 +37,14 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig, make_search_config
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import Problems
+from nabla_trl.traces.datasets import build_soft_target_rows
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TRACES_DIR, TraceWriter, list_trace_files, read_traces
 from nabla_trl.training.offline import (
     OFFLINE_METHODS,
+    ON_POLICY,
     ONLINE_METHODS,
+    SOFT_TARGETS,
     TRAIN_METHODS,
     TrainingResult,
     TrainOptions,
@@ -78,27 +81,30 @@ def train(
     max_problems: int | None = None,
     **model_options: Any,
 ) -> TrainingResult:
-    """Train a policy on traces (sft, reward-weighted, dpo) or on problems (rloo, grpo), with TRL's trainers.
+    """Train a policy on traces (sft, reward-weighted, dpo, soft-targets) or on problems, with TRL's trainers.
 
     The weights are in `output_dir`/trained/METHOD/adapter, or …/model for full weights. The same call continues an
     interrupted training, and returns the record of a finished one. Several processes may make the call together, under
     `accelerate launch`.
 
     Args:
-        method: "sft", "reward-weighted", "dpo", "rloo" or "grpo".
+        method: "sft", "reward-weighted", "dpo" or "soft-targets" on traces, "rloo", "grpo" or "on-policy-distillation"
+            on problems.
         policy: hub id or folder of a causal LM, a model in memory, or a `Policy`. A model in memory is written to
             `output_dir`, where the trained adapter finds it again, and stays as it is.
         traces_or_problems: for methods on traces, a list of `Trace` or the folder of a run that holds traces/. For
             the others, what `load_problems` takes.
         output_dir: folder of the run.
         reward: what rloo and grpo maximize (see `load_reward`). A function is enough, since no gradient is needed.
+            on-policy-distillation follows its gradient.
         tokenizer: tokenizer of a model in memory, or its name. None: that of the model's name.
         config: options of the training, by name: those of TRL's `SFTConfig` and of the trainer of the method
             (learning_rate, num_train_epochs, label_smoothing, …), and of `TrainOptions` (tuning, sft_selection,
             num_generations, …). Or an `SFTConfig`. None: defaults, which the log says.
         lora: options of the adapter: `LoraArguments`, a mapping of its options, or PEFT's `LoraConfig`.
-        search: β, and how rloo and grpo sample (beta, temperature, max_new_tokens, …). None: for traces of a folder
-            the β that they were made with.
+        search: β, and how methods on problems sample (beta, temperature, max_new_tokens, …). The teacher of
+            on-policy-distillation is the step of its solver. None: for traces of a folder the β that they were made
+            with.
         split: split of a task's name.
         max_problems: maximum number of problems. None: all.
         model_options: options of `ModelPair`, such as dtype and device.
@@ -263,10 +269,13 @@ class TrainingCall:
         online = ", ".join(method for method in self.methods if method in ONLINE_METHODS)
         if online and self.reward is None and self.options.online_reward == "reward":
             checks.add([f"{online} needs a reward to maximize: give reward, or set online_reward verifier"])
+        if ON_POLICY in self.methods and self.options.online_reward != "reward" and self.reward is None:
+            checks.add([f"{ON_POLICY} needs a reward with a gradient: give reward"])
         if online and self.problems is None:
             checks.add([f"{online} learns from problems: give a data set"])
         if not online and self.options.max_callback_problems:
-            checks.add(["max_callback_problems evaluates during rloo and grpo here: leave it out, or use distill"])
+            methods = ", ".join(ONLINE_METHODS)
+            checks.add([f"max_callback_problems evaluates during {methods} here: leave it out, or use distill"])
         if self._has_named_policy():
             return
         # The stage checks this too, but comes after the policy is written.
@@ -298,6 +307,8 @@ class TrainingCall:
         offline = [method for method in self.methods if method in OFFLINE_METHODS]
         if self._has_traces_in_memory():
             _check_traces(self.traces)
+            if SOFT_TARGETS in self.methods:
+                build_soft_target_rows(self.traces)  # refuses traces without soft targets
             return self.output_dir
         run_dir = self.output_dir
         if self.traces is not None and offline:

@@ -8,6 +8,7 @@ from nabla_trl.models.loading import DTYPES
 from nabla_trl.planning.memory import build_empty_model, count_params, measure_saved_bytes, measure_shape
 from nabla_trl.planning.plan import USABLE_SHARE, Hardware, Workload, plan_launch
 from nabla_trl.rewards.spec import parse_reward_spec
+from nabla_trl.training.offline import GROUP_METHODS, ONLINE_METHODS
 from nabla_trl.training.peft import LoraArguments
 
 MAX_SEARCH_BATCH = 64  # problems; more do not decode faster
@@ -72,7 +73,7 @@ def choose_train_batch_size(
     hardware = Hardware(num_devices=1, memory=memory, flops=1.0, bandwidth=1.0, utilization=1.0)
     sizes = []
     for method in methods:
-        is_online = method in ("rloo", "grpo")
+        is_online = method in ONLINE_METHODS
         plan = plan_launch(
             shape,
             Workload(method, 1, num_tokens, 0, 0, num_generations, 1),
@@ -84,7 +85,7 @@ def choose_train_batch_size(
             activation_checkpointing=activation_checkpointing,
         )
         sizes.append(plan.max_batch_size)
-    rows = num_generations if any(method in ("rloo", "grpo") for method in methods) else TRAIN_BATCH
+    rows = num_generations if any(method in GROUP_METHODS for method in methods) else TRAIN_BATCH
     size = next(size for size in range(max(1, min(TRAIN_BATCH, *sizes, rows)), 0, -1) if rows % size == 0)
     return size, rows // size
 

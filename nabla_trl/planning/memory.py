@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from nabla_trl.models.flops import ModelSize, measure_model_size
 from nabla_trl.models.loading import DTYPES, find_adapter_folder, read_adapter_info
 from nabla_trl.models.loading.pretrained import call_from_pretrained
+from nabla_trl.training.offline import GROUP_METHODS, ONLINE_METHODS
 from nabla_trl.training.peft import LoraArguments, build_lora_config
 from nabla_trl.utils.formatting import format_load_error
 
@@ -199,7 +200,7 @@ def plan_memory(
         num_tokens: of a prompt with its response.
         frozen_params: parameters of the frozen policy and the reward, where they stay in memory.
     """
-    is_online = method in ("rloo", "grpo")
+    is_online = method in ONLINE_METHODS
     item_size = DTYPES[dtype].itemsize
     shards = 1 if sharding == "ddp" else num_processes
     full = tuning == "full"
@@ -215,7 +216,7 @@ def plan_memory(
         gradients=4 * trained / shards * (2 if sharding == "ddp" and num_processes > 1 else 1),
         optimizer=8 * trained / shards,
         gathered=0 if shards == 1 else shape.largest_layer * (2 * item_size + (4 if full else 0)),
-        reference=base_bytes / shards if full and method in ("dpo", "rloo", "grpo") else 0.0,
+        reference=base_bytes / shards if full and method in ("dpo", *GROUP_METHODS) else 0.0,
         frozen=float(frozen_params * item_size),
         activations=tokens * (saved + logits),
         kv_cache=shape.kv_bytes * num_tokens * batch_size if is_online else 0.0,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nabla_trl.models.flops import ModelSize, measure_model_size
 from nabla_trl.planning.memory import ModelShape, build_empty_model, count_params, measure_shape, plan_memory
 from nabla_trl.rewards.spec import RewardSpec, parse_reward_spec
+from nabla_trl.training.offline import GROUP_METHODS, ON_POLICY
 from nabla_trl.training.peft import LoraArguments, compute_training_flops
 from nabla_trl.utils.formatting import format_si
 
@@ -166,14 +167,25 @@ def plan_training(
     item_size: int,
     batch_size: int,
 ) -> StageCost:
-    """Return the cost of training on a response per problem (dpo: a pair), or on sampled groups (rloo, grpo)."""
+    """Return the cost of training on a response per problem (dpo: a pair), or on what the policy samples.
+
+    The teacher of on-policy distillation reads a response with the policy and the reward. Its gradient has a backward
+    pass of the reward, which `gradient_at direct` does not need.
+    """
     length = workload.num_tokens
     is_frozen = tuning != "full"
     step = compute_training_flops(policy.size, policy.adapter_params, length, frozen=is_frozen)
     forward = policy.size.compute_forward_flops(0, length)
     num_rows = workload.num_problems * workload.num_epochs
     num_tokens = 0.0
-    if workload.method in ("rloo", "grpo"):
+    if workload.method == ON_POLICY:
+        num_tokens = num_rows * workload.response_tokens
+        teacher = sum(
+            2 * size.compute_forward_flops(0, length, 1) + size.compute_backward_flops(0, length, 1)
+            for size, _ in rewards
+        )
+        flops = num_rows * (step + 2 * forward + teacher)
+    elif workload.method in GROUP_METHODS:
         num_rows *= workload.num_generations
         num_tokens = num_rows * workload.response_tokens
         score = sum(size.compute_forward_flops(0, length, 1) for size, _ in rewards)

@@ -31,7 +31,7 @@ def collect_training_faults(
         stage: whose policy is given by name.
         methods: training methods.
         frozen_models: names of the policy and the models of the reward.
-        keeps_frozen_models: they are in memory during every training, and not only in those of rloo and grpo.
+        keeps_frozen_models: they are in memory during every training, and not only in those of methods that sample.
     """
     with checks.collect():
         check_output_dir(stage.run_dir, _estimate_disk_bytes(stage, len(methods)))

@@ -82,8 +82,10 @@ _TRAININGS = {
     "sft": "SFT on the responses that the search selected",
     "reward_weighted": "SFT weighted by the reward",
     "dpo": "DPO on pairs from the traces",
+    "soft_targets": "distillation of the search's refined distributions",
     "rloo": "RLOO on the reward",
     "grpo": "GRPO on the reward",
+    "on_policy_distillation": "distillation of the refined distributions at the policy's own prefixes",
 }
 
 

@@ -34,6 +34,7 @@ from nabla_trl.search.options import (
     SteSolver,
     VoteSelection,
 )
+from nabla_trl.search.refinement import SoftTargetRecorder
 from nabla_trl.search.state import EncodedPrompt, Proposal, ScoredResponse, SearchState, Voter
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
@@ -140,6 +141,7 @@ class Search:
         self.num_first_responses = 0
         self.recompute_flops = 0.0  # of the last position whose scores were computed again
         self.voters: list[Voter] = []
+        self.recorder = SoftTargetRecorder(self.reward, config) if config.soft_target_top_k else None
         self.solve_kind = self.find_solve_kind()
         self.trace_meta = build_trace_meta(self.policy, self.reward.name, config.compute_hash())
 
@@ -338,6 +340,8 @@ class Search:
                 chain.predicted_gain.append(
                     proposals.compute_predicted_gain(chain.incumbent, self.reward.in_vocabulary, self.config)
                 )
+                if self.recorder:
+                    self.recorder.add_incumbent(chain)
 
     def draw_proposals(self, chain: SearchState) -> list[Proposal]:
         """Return the next proposals of a chain. Without any the chain stops, or a new sweep begins."""
@@ -534,6 +538,8 @@ class Search:
         )
         for response, (reward, score_caches) in zip(responses, scored, strict=True):
             response.reward, response.score_caches = reward, score_caches
+        if self.recorder:
+            self.recorder.learn(responses)
 
     async def solve(self, responses: Sequence[ScoredResponse], betas: Sequence[float | None]) -> None:
         """Set the proposal scores of responses, together with other problems' under the same configuration."""
@@ -653,6 +659,7 @@ class Search:
             reward_initial=chain.initial.reward,
             revisions=chain.revisions,
             predicted_gain=chain.predicted_gain,
+            soft_targets=self.recorder.build(chain) if self.recorder else (),
             error=chain.error,
             **shared,
         )

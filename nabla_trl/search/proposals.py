@@ -129,12 +129,31 @@ def _compute_mirror_scores(
     if solver.shuffle_gradient:
         order = make_rng(0, response.problem.id, "shuffle", *response.response_ids).permutation(len(columns))
         advantages = solvers.shuffle_advantages(advantages, columns, torch.from_numpy(order))
+    weight = _compute_step_weight(response, advantages, beta, reward, config, solver)
+    return solvers.solve_mirror(response.logp, advantages, columns, weight)
+
+
+def _compute_step_weight(
+    response: ScoredResponse,
+    advantages: Tensor,
+    beta: float | None,
+    reward: Reward,
+    config: SearchConfig,
+    solver: MirrorSolver,
+) -> float:
+    """Return step_size·λ, with λ = 1/β or from the KL target."""
     if beta is not None:
-        lam = 1 / beta
-    else:
-        mask = compute_proposable_mask(response, reward.in_vocabulary, config)
-        lam = solvers.find_reward_weight_for_kl(response.logp, advantages, mask, solver.target_kl or 0.0)
-    return solvers.solve_mirror(response.logp, advantages, columns, solver.step_size * lam)
+        return solver.step_size / beta
+    mask = compute_proposable_mask(response, reward.in_vocabulary, config)
+    lam = solvers.find_reward_weight_for_kl(response.logp, advantages, mask, solver.target_kl or 0.0)
+    return solver.step_size * lam
+
+
+def compute_gain_weight(response: ScoredResponse, beta: float | None, reward: Reward, config: SearchConfig) -> float:
+    """Return the factor step_size·λ of the advantages in the mirror step of a response with a gradient."""
+    assert response.reward_gradient is not None and isinstance(config.solver, MirrorSolver)
+    advantages = solvers.compute_advantages(response.reward_gradient, response.find_response_columns())
+    return _compute_step_weight(response, advantages, beta, reward, config, config.solver)
 
 
 def compute_predicted_gain(response: ScoredResponse, in_vocabulary: Tensor, config: SearchConfig) -> list[float]:

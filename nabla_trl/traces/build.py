@@ -23,7 +23,7 @@ from nabla_trl.models.flops import Cost
 from nabla_trl.models.policy import Policy
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.templates import get_template_date, is_dated
-from nabla_trl.traces.schema import Revision, Trace
+from nabla_trl.traces.schema import Revision, SoftTargets, Trace
 from nabla_trl.traces.texts import TextDecoder
 
 PACKAGES = ("nabla-trl", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "math-verify")
@@ -83,6 +83,7 @@ def build_response_trace(
     reward_initial: float | None = None,
     revisions: Sequence[Revision] = (),
     predicted_gain: Sequence[list[float]] = (),
+    soft_targets: Sequence[SoftTargets] = (),
     answer: str | None = None,
     error: str | None = None,
 ) -> Trace:
@@ -119,6 +120,7 @@ def build_response_trace(
         meta=meta | _build_problem_meta(problem),
         error=error,
         predicted_gain=list(predicted_gain),
+        soft_targets=list(soft_targets),
         decoder=make_decoder(policy),
     )
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from nabla_trl.traces.schema import Revision, Trace
 
 IGNORE_INDEX = -100  # the label that a loss skips
-SFT_SELECTIONS = ("best", "improved", "samples")
+SFT_SELECTIONS = ("best", "improved", "samples", "correct")
 
 
 class TrainingRows(NamedTuple):
@@ -34,12 +34,13 @@ def build_sft_rows(
     """Return rows of `input_ids` = prompt + response and `labels` = -100 over the prompt, then the response.
 
     Skipped and counted are traces with an "error", responses that are "unfinished", "empty" or "unscorable" for the
-    reward, and what is "not the best" or "not improved".
+    reward, and what is "not the best", "not improved", "not correct" or "duplicate".
 
     Args:
         selection: which responses. "best": per problem the last response with the highest reward. "improved": per
             trace every accepted response whose reward is above the first one's. "samples": the last response of every
-            trace, which is what Metropolis chains sample.
+            trace, which is what Metropolis chains sample. "correct": per problem every distinct last response with the
+            right answer, whatever its reward.
         include_unfinished: take responses that were cut at the limit, too. Without them, samples are those of π* given
             that the response ends.
 
@@ -60,6 +61,12 @@ def build_sft_rows(
         candidates = [(trace, response) for trace in trainable for response in _list_responses(trace)]
         responses = [response for trace, response in candidates if response.reward > trace.reward_initial]
         skipped["not improved"] = len(candidates) - len(responses)
+    elif selection == "correct":
+        correct = [trace for trace in trainable if trace.correct]
+        distinct = {(trace.task, trace.problem_id, tuple(trace.response_ids)): trace for trace in correct}
+        skipped["not correct"] = len(trainable) - len(correct)
+        skipped["duplicate"] = len(correct) - len(distinct)
+        responses = [_list_responses(trace)[-1] for trace in distinct.values()]
     else:
         responses = [_list_responses(trace)[-1] for trace in trainable]
     finished = [response for response in responses if include_unfinished or response.response_ids[-1] in end_tokens]
@@ -92,6 +99,37 @@ def build_weighted_rows(traces: Iterable[Trace], beta: float, *, include_unfinis
             _build_sft_row(response) | {"weight": scale * weight}
             for response, weight in zip(responses, weights, strict=True)
         ]
+    return TrainingRows(rows, +skipped)
+
+
+def build_soft_target_rows(traces: Iterable[Trace]) -> TrainingRows:
+    """Return a row for each response along which a search recorded refined distributions.
+
+    A row has `input_ids` = prompt + response, `labels` = -100 over the prompt, then the response, and the targets of
+    the T response tokens: `target_ids` and `target_logp`, [T·k] each, and `top_k` = k. A response that was cut at the
+    limit is taken too, since every prefix has its own target. Skipped and counted are traces with an "error" and those
+    "without soft targets".
+
+    Raises:
+        ValueError: no trace has soft targets.
+    """
+    rows: list[dict[str, Any]] = []
+    skipped: Counter[str] = Counter()
+    for trace in traces:
+        if trace.error is not None:
+            skipped["error"] += 1
+            continue
+        skipped["without soft targets"] += not trace.soft_targets
+        for targets, (response_ids, reward) in zip(trace.soft_targets, trace.list_incumbents(), strict=False):
+            if response_ids:
+                ids, logp = targets.to_arrays()
+                row = _build_sft_row(RewardedResponse(trace.prompt_ids, response_ids, reward))
+                rows.append(row | {"target_ids": ids.ravel(), "target_logp": logp.ravel(), "top_k": targets.top_k})
+    if not rows:
+        raise ValueError(
+            "soft-targets needs refined distributions in the traces, and these hold none: generate them again with "
+            "soft_target_top_k 16"
+        )
     return TrainingRows(rows, +skipped)
 
 

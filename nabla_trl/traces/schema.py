@@ -10,6 +10,7 @@ from functools import partial
 from html import escape
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from nabla_trl.models.flops import Cost
@@ -64,6 +65,38 @@ class TraceTexts:
     changes: tuple[TextChange, ...]
 
 
+@dataclass(frozen=True)
+class SoftTargets:
+    """Refined distributions of the next token along a response of T tokens: the k likeliest tokens at each position.
+
+    All other tokens together have the rest of the probability. The arrays are stored as little-endian bytes, which
+    take a fraction of the memory of lists.
+
+    Attributes:
+        top_k: k.
+        ids: [T, k] int32 token ids.
+        logp: [T, k] float32 log-probabilities in nats. -inf where there are fewer than k tokens.
+    """
+
+    top_k: int
+    ids: bytes
+    logp: bytes
+
+    @classmethod
+    def from_arrays(cls, ids: Any, logp: Any) -> SoftTargets:
+        """Return the record of two arrays [T, k]."""
+        ids_Tk, logp_Tk = np.asarray(ids, dtype="<i4"), np.asarray(logp, dtype="<f4")
+        if ids_Tk.ndim != 2 or ids_Tk.shape != logp_Tk.shape:
+            raise ValueError(f"soft targets need two arrays [T, k], not {ids_Tk.shape} and {logp_Tk.shape}")
+        return cls(ids_Tk.shape[1], ids_Tk.tobytes(), logp_Tk.tobytes())
+
+    def to_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and log-probabilities, [T, k] each."""
+        arrays = np.frombuffer(self.ids, dtype="<i4"), np.frombuffer(self.logp, dtype="<f4")
+        ids, logp = (array.reshape(-1, self.top_k) for array in arrays)
+        return ids, logp
+
+
 def replay_revisions(initial: Sequence[int], revisions: Iterable[Revision]) -> Iterator[tuple[Revision, list[int]]]:
     """Yield each revision of a chain with the response ids it was proposed against (the incumbent of its round)."""
     incumbent = base = list(initial)
@@ -95,6 +128,8 @@ class Trace:
         predicted_gain: entry k is about the k-th incumbent. Its value t is the largest increase of the reward that the
             gradient predicts for another token at position t. The gradient at the last incumbents is not always
             computed, so there may be fewer entries than incumbents.
+        soft_targets: entry k is about the k-th incumbent: the refined distributions along it. Empty unless the search
+            recorded them (`SearchConfig.soft_target_top_k`). There may be fewer entries than incumbents, as above.
         decoder: turns token ids into text, if the tokenizer or a table of its tokens is at hand. Not stored.
         texts: of a trace from `from_dict`. `get_texts` returns those of any trace.
     """
@@ -123,6 +158,7 @@ class Trace:
     answer_strict: str | None = None
     correct_strict: bool | None = None
     match_result: str | None = None
+    soft_targets: list[SoftTargets] = field(default_factory=list)
     decoder: TextDecoder | None = field(default=None, repr=False, compare=False)
     texts: TraceTexts | None = field(default=None, repr=False, compare=False)
 
@@ -173,6 +209,9 @@ class Trace:
         lengths = [len(ids) for ids, _ in incumbents]
         if [len(gains) for gains in self.predicted_gain] != lengths[: len(self.predicted_gain)]:
             raise ValueError(f"{self.describe()}: predicted_gain does not fit its incumbents of {lengths} tokens")
+        num_tokens = [len(targets.to_arrays()[0]) for targets in self.soft_targets]
+        if num_tokens != lengths[: len(num_tokens)]:
+            raise ValueError(f"{self.describe()}: soft_targets do not fit its incumbents of {lengths} tokens")
 
     def _check_revision(self, revision: Revision, base: list[int]) -> None:
         where = f"{self.describe()}: revision at position {revision.position} of round {revision.round}"
@@ -283,6 +322,8 @@ class Trace:
             for revision, change in zip(self.revisions, texts.changes, strict=True)
         ]
         values = {name: value for name, value in vars(self).items() if name not in _UNSTORED_FIELDS}
+        targets = [dict(zip(_TARGET_KEYS, one.to_arrays(), strict=True)) for one in self.soft_targets]
+        values["soft_targets"] = [{key: array.tolist() for key, array in one.items()} for one in targets]
         return to_json(values | {"cost": asdict(self.cost), "revisions": ()}) | {
             "initial": texts.initial,
             "revisions": revisions,
@@ -315,6 +356,10 @@ class Trace:
             values = _read_numbers(values, ("reward_initial", "reward")) | {
                 "revisions": revisions,
                 "cost": Cost(**values["cost"]),
+                "soft_targets": [
+                    SoftTargets.from_arrays(*(one[key] for key in _TARGET_KEYS))
+                    for one in values.get("soft_targets", ())
+                ],
             }
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"this is no trace: {format_error(error)}") from error
@@ -327,6 +372,7 @@ class Trace:
 _MAX_CONTEXT = 60  # characters before and after a change in `repr`
 _MAX_REPR_CHARS = 160
 _UNSTORED_FIELDS = ("decoder", "texts")
+_TARGET_KEYS = ("ids", "logp")
 _TEXT_KEYS = ("old_text", "new_text", "suffix_text", "prefix_text")
 _REVISION_NUMBERS = ("reward_before", "reward_after", "cumulative_flops")
 STORED_FIELDS = tuple(one.name for one in fields(Trace) if one.name not in _UNSTORED_FIELDS)
@@ -367,6 +413,8 @@ _REVISION = pa.struct(
         ("cumulative_flops", pa.float64()),
     ]
 )
+# Columns that shards of earlier versions lack. They hold empty lists there.
+ADDED_COLUMNS = ("soft_targets",)
 SCHEMA = pa.schema(
     [
         ("problem_id", pa.string()),
@@ -395,6 +443,7 @@ SCHEMA = pa.schema(
         ("answer_strict", pa.string()),
         ("correct_strict", pa.bool_()),
         ("match_result", pa.string()),
+        ("soft_targets", pa.list_(pa.struct([("top_k", pa.int32()), ("ids", pa.binary()), ("logp", pa.binary())]))),
     ],
     metadata={VERSION_KEY: FORMAT_VERSION.encode()},
 )

@@ -24,7 +24,16 @@ import pyarrow.parquet as pq
 
 from nabla_trl.models.flops import Cost
 from nabla_trl.tasks.shards import check_same_settings, list_run_folders, read_shard_plan
-from nabla_trl.traces.schema import FORMAT_VERSION, SCHEMA, STORED_FIELDS, VERSION_KEY, Revision, Trace
+from nabla_trl.traces.schema import (
+    ADDED_COLUMNS,
+    FORMAT_VERSION,
+    SCHEMA,
+    STORED_FIELDS,
+    VERSION_KEY,
+    Revision,
+    SoftTargets,
+    Trace,
+)
 from nabla_trl.traces.texts import make_folder_decoder
 from nabla_trl.utils.files import fsync_folder, parse_json, refuse_unreadable
 from nabla_trl.utils.formatting import format_error
@@ -201,6 +210,7 @@ def _to_row(trace: Trace) -> dict[str, Any]:
     row = {name: getattr(trace, name) for name in STORED_FIELDS}
     cost = row.pop("cost")
     row["revisions"] = [vars(revision) for revision in trace.revisions]
+    row["soft_targets"] = [vars(targets) for targets in trace.soft_targets]
     row |= {"flops": cost.flops, "seconds": cost.seconds, "tokens": json.dumps(cost.tokens)}
     row["meta"] = json.dumps(trace.meta, ensure_ascii=False)
     return row
@@ -209,9 +219,8 @@ def _to_row(trace: Trace) -> dict[str, Any]:
 def _from_row(row: dict[str, Any]) -> Trace:
     """Return a trace from the columns that were read. Fields of other columns hold empty values."""
     texts = dict.fromkeys(("task", "prompt", "response", "stop_reason"), "")
-    lists: dict[str, Any] = {
-        name: [] for name in ("prompt_ids", "initial_ids", "response_ids", "revisions", "predicted_gain")
-    }
+    list_names = ("prompt_ids", "initial_ids", "response_ids", "revisions", "predicted_gain", "soft_targets")
+    lists: dict[str, Any] = {name: [] for name in list_names}
     rewards = dict.fromkeys(("reward_initial", "reward"), math.nan)
     unknown = dict.fromkeys(("answer", "gold", "correct", "error"))
     cost = {"flops": 0.0, "seconds": 0.0, "tokens": "{}"}
@@ -220,6 +229,7 @@ def _from_row(row: dict[str, Any]) -> Trace:
     if missing:
         raise ValueError(f"no value of {', '.join(missing)}")
     row["revisions"] = [Revision(**{**entry, "suffix": tuple(entry["suffix"])}) for entry in row["revisions"]]
+    row["soft_targets"] = [SoftTargets(**entry) for entry in row["soft_targets"]]
     row["cost"] = Cost(row.pop("flops"), row.pop("seconds"), _parse_object(row.pop("tokens")))
     row["meta"] = _parse_object(row["meta"])
     return Trace(**row)
@@ -254,8 +264,10 @@ def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             version = (file.schema_arrow.metadata or {}).get(VERSION_KEY, b"none").decode()
-            if version == FORMAT_VERSION and file.schema_arrow.equals(SCHEMA):
-                return file.read(columns)
+            absent = {*ADDED_COLUMNS} - {*file.schema_arrow.names}
+            schema = pa.schema([column for column in SCHEMA if column.name not in absent])
+            if version == FORMAT_VERSION and file.schema_arrow.equals(schema):
+                return file.read(None if columns is None else [name for name in columns if name not in absent])
     except Exception as error:  # Arrow raises errors of many kinds for a damaged file
         reason = format_error(error)
         raise ValueError(f"{path}: damaged trace shard ({reason}); delete it and run again") from error

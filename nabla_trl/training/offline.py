@@ -1,4 +1,4 @@
-"""Train a policy on traces by SFT, reward-weighted regression or DPO, as token ids."""
+"""Train a policy on traces by SFT, reward-weighted regression, DPO or soft targets, as token ids."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from nabla_trl.traces.datasets import (
     TrainingRows,
     build_preference_rows,
     build_sft_rows,
+    build_soft_target_rows,
     build_weighted_rows,
 )
 from nabla_trl.traces.schema import Trace
@@ -50,10 +51,14 @@ if TYPE_CHECKING:
 
     from nabla_trl.training.callbacks import EvaluationCallback
 
-OFFLINE_METHODS = ("sft", "reward-weighted", "dpo")  # on traces
-ONLINE_METHODS = ("rloo", "grpo")  # on samples of the policy in training
+SOFT_TARGETS, ON_POLICY = "soft-targets", "on-policy-distillation"
+OFFLINE_METHODS = ("sft", "reward-weighted", "dpo", SOFT_TARGETS)  # on traces
+GROUP_METHODS = ("rloo", "grpo")  # on groups of samples of the policy in training
+ONLINE_METHODS = (*GROUP_METHODS, ON_POLICY)  # on samples of the policy in training
 TRAIN_METHODS = (*OFFLINE_METHODS, *ONLINE_METHODS)
 ONLINE_REWARDS = ("reward", "verifier")
+FORWARD_KL, REVERSE_KL = "forward_kl", "reverse_kl"
+DEFAULT_DIVERGENCES = {SOFT_TARGETS: FORWARD_KL, ON_POLICY: REVERSE_KL}
 
 
 @dataclass
@@ -64,7 +69,14 @@ class TrainOptions(RolloutOptions):
     sft_selection: str = option(
         "best",
         "Responses that sft trains on: best (the best of each problem), improved (all accepted responses above the "
-        "first one's reward) or samples (the last response of every Metropolis chain).",
+        "first one's reward), samples (the last response of every Metropolis chain) or correct (every distinct last "
+        "response with the right answer).",
+    )
+    divergence: str | None = option(
+        None,
+        "KL that soft-targets and on-policy-distillation minimize between the policy p and the refined distribution "
+        "q. forward_kl is KL(q ‖ p) and covers all that q holds likely. reverse_kl is KL(p ‖ q) and avoids what q "
+        "holds unlikely (default: forward_kl for soft-targets, reverse_kl for on-policy-distillation).",
     )
     num_generations: int = option(8, "Responses that rloo and grpo sample per problem.")
     num_iterations: int = option(1, "Optimizer steps of rloo and grpo on the same responses.")
@@ -90,9 +102,13 @@ class TrainOptions(RolloutOptions):
             ("tuning", TUNING_MODES),
             ("sft_selection", SFT_SELECTIONS),
             ("online_reward", ONLINE_REWARDS),
+            ("divergence", (FORWARD_KL, REVERSE_KL)),
         ):
             value = getattr(self, name)
-            checks.require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+            is_default = name == "divergence" and value is None
+            checks.require(
+                is_default or value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}"
+            )
         checks.require(
             self.num_generations >= 2,
             "num_generations must be at least 2: a response is compared with others to its problem",
@@ -106,6 +122,10 @@ class TrainOptions(RolloutOptions):
             "stop_on_overoptimization needs evaluations during training: set max_callback_problems",
         )
         checks.raise_faults()
+
+    def get_divergence(self, method: str) -> str:
+        """Return the KL that a distillation minimizes."""
+        return self.divergence or DEFAULT_DIVERGENCES[method]
 
 
 @dataclass(frozen=True)
@@ -150,9 +170,12 @@ def build_training_rows(
     Raises:
         ValueError: there are none, or no proposal was accepted, so that the search teaches nothing.
     """
-    needs_acceptance = method == "dpo" or (method == "sft" and sft_selection != "samples")
-    if needs_acceptance and not any(revision.accepted for trace in traces for revision in trace.revisions):
-        num_proposals = sum(len(trace.revisions) for trace in traces)
+    takes_accepted = method == "dpo" or (method == "sft" and sft_selection in ("best", "improved"))
+    num_proposals = sum(len(trace.revisions) for trace in traces)
+    # Traces without any proposal are samples of the policy: the best of them is rejection sampling.
+    is_search = num_proposals or method == "dpo" or sft_selection == "improved"
+    has_accepted = any(revision.accepted for trace in traces for revision in trace.revisions)
+    if takes_accepted and is_search and not has_accepted:
         raise ValueError(
             f"none of {num_proposals} proposals in {len(traces)} traces was accepted, so there is nothing to learn "
             "from: raise max_rounds or top_k_candidates, choose another solver.gradient_at, or audit the reward"
@@ -161,6 +184,8 @@ def build_training_rows(
         training_rows = build_preference_rows(traces)
     elif method == "reward-weighted":
         training_rows = build_weighted_rows(traces, beta, include_unfinished=include_unfinished)
+    elif method == SOFT_TARGETS:
+        training_rows = build_soft_target_rows(traces)
     else:
         training_rows = build_sft_rows(traces, sft_selection, include_unfinished=include_unfinished)
     if not training_rows.rows:
@@ -197,16 +222,18 @@ def train_on_traces(
     dtype: str,
     callback: EvaluationCallback | None = None,
     trl_options: Mapping[str, Any] | None = None,
+    divergence: str = FORWARD_KL,
 ) -> TrainingResult:
     """Train a policy on rows of traces and write the adapter, or the full model, whole or not at all.
 
     Checkpoints are the trainer's, in `config.output_dir`. Training continues from the last complete one.
 
     Args:
-        method: "sft", "reward-weighted" or "dpo".
-        beta: of DPO.
+        method: "sft", "reward-weighted", "dpo" or "soft-targets".
+        beta: of DPO. For soft-targets the β of the search, which is in the targets.
         dtype: of a frozen base.
         trl_options: further options of TRL's trainer (see `trl_options.select_trl_options`).
+        divergence: of soft-targets, "forward_kl" or "reverse_kl".
 
     Raises:
         ValueError: no row within `max_length`, a loss that is not finite, weights that did not change, a disk that is
@@ -220,7 +247,7 @@ def train_on_traces(
     model = load_trainable_model(policy, tuning=tuning, dtype=dtype, config=config)
     peft_config = build_lora_config(lora, "CAUSAL_LM") if is_frozen else None
     trainer = _build_offline_trainer(
-        method, policy, model, training_rows, beta, peft_config, config, trl_options or {}
+        method, policy, model, training_rows, beta, peft_config, config, trl_options or {}, divergence
     )
     size = measure_model_size(model, "policy")
     outcome = run_trainer(trainer, output_dir, tuning=tuning, callback=callback, name=f"train {method}")
@@ -269,11 +296,18 @@ def _build_offline_trainer(
     peft_config: Any,
     config: SFTConfig,
     trl_options: Mapping[str, Any],
+    divergence: str,
 ) -> Any:
     from datasets import Dataset
     from trl import DPOConfig
 
-    from nabla_trl.training.trainers import TokenIdsDPOTrainer, TokenIdsSFTTrainer, WeightedSFTTrainer, convert_config
+    from nabla_trl.training.trainers import (
+        SoftTargetTrainer,
+        TokenIdsDPOTrainer,
+        TokenIdsSFTTrainer,
+        WeightedSFTTrainer,
+        convert_config,
+    )
 
     common = {
         "model": model,
@@ -285,6 +319,8 @@ def _build_offline_trainer(
         # Without max_length no response is cut: its end decides whether it is chosen.
         dpo_config = convert_config(DPOConfig, config, **{"max_length": None, "beta": beta, **trl_options})
         return TokenIdsDPOTrainer(args=dpo_config, **common)
+    if method == SOFT_TARGETS:
+        return SoftTargetTrainer(args=config, divergence=divergence, **common)
     trainer_class = WeightedSFTTrainer if method == "reward-weighted" else TokenIdsSFTTrainer
     return trainer_class(args=config, **common)
 

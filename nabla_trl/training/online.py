@@ -1,9 +1,13 @@
-"""Train a policy by KL-regularized RL (RLOO, GRPO) on the reward that the search maximizes.
+"""Train a policy by KL-regularized RL (RLOO, GRPO) or by on-policy distillation of the refined distribution.
 
 Both maximize E_q[r] − β KL(q ‖ π) from π itself, with the same r, the same β and the same token ids as the search.
 RLOO (Ahmadian et al., arXiv 2402.14740) takes the KL as β · (log q − log π) of the whole response, inside its reward.
 Its optimum is π* ∝ π exp(r/β). GRPO (Shao et al., arXiv 2402.03300) has the KL in the loss, token by token, where it
 depends on the current token alone.
+
+On-policy distillation (Agarwal et al., arXiv 2306.13649) has a teacher for each token in place of one reward for a
+response. The teacher at a prefix that the policy has sampled is the distribution that the search would propose from
+there: one mirror step from π along the reward's gradient, by the same functions. The policy minimizes the KL to it.
 """
 
 from __future__ import annotations
@@ -11,22 +15,40 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
-from trl import GRPOConfig, RLOOConfig, SFTConfig
+from torch import Tensor
+from trl import DistillationConfig, GRPOConfig, RLOOConfig, SFTConfig
 
-from nabla_trl.gradient.objectives import Sample
+from nabla_trl.gradient.likelihood import policy_likelihood
+from nabla_trl.gradient.objectives import DrawInfo, Sample
+from nabla_trl.gradient.relaxation import compute_replaceable_mask
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter, ModelSize, measure_model_size
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
+from nabla_trl.models.sampling import compute_top_candidates, find_token_columns
 from nabla_trl.rewards.reward import Reward, Verifier
+from nabla_trl.search import solvers
+from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.options import MirrorSolver
+from nabla_trl.search.refinement import compute_refined_logp, is_own_token_gradient
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.training.callbacks import EvaluationCallback
-from nabla_trl.training.offline import TrainerOutcome, TrainingResult, TrainOptions, run_trainer
+from nabla_trl.training.offline import (
+    GROUP_METHODS,
+    ON_POLICY,
+    ONLINE_METHODS,
+    REVERSE_KL,
+    TrainerOutcome,
+    TrainingResult,
+    TrainOptions,
+    run_trainer,
+)
 from nabla_trl.training.peft import (
     LoraArguments,
     build_lora_config,
@@ -36,7 +58,14 @@ from nabla_trl.training.peft import (
     load_trainable_model,
 )
 from nabla_trl.training.rollouts import build_generation_kwargs
-from nabla_trl.training.trainers import ResponseScorer, TokenIdsGRPOTrainer, TokenIdsRLOOTrainer, convert_config
+from nabla_trl.training.trainers import (
+    ResponseScorer,
+    TeacherTargets,
+    TokenIdsDistillationTrainer,
+    TokenIdsGRPOTrainer,
+    TokenIdsRLOOTrainer,
+    convert_config,
+)
 from nabla_trl.utils.faults import Checks
 
 
@@ -102,6 +131,120 @@ class VerifierScorer:
         return 0.0
 
 
+@dataclass
+class RefinedTeacher:
+    """Teacher of sampled responses: at each prefix the distribution that the search's mirror step makes of π.
+
+    The direct gradient of a score is known for the sampled token alone. There the teacher is π, and the token's λ·A is
+    its advantage. In expectation over the samples, the gradient of the loss is the same as if A of all tokens were
+    known and the KL to π·exp(λ·A) reversed.
+
+    Args:
+        policy: the frozen π.
+        config: of the search, with solver mirror, its `gradient_at`, and β.
+        divergence: "forward_kl" or "reverse_kl". A forward KL needs a distribution, so it takes what is known of it.
+    """
+
+    policy: Policy
+    reward: Reward
+    problems: dict[str, Problem]
+    prompt_ids: dict[str, list[int]]
+    config: SearchConfig
+    divergence: str
+    flop_counter: FlopCounter = field(default_factory=FlopCounter)
+    num_read: int = 0
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[TeacherTargets]:
+        """Return the targets along each response. A response that the reward cannot read has none.
+
+        Raises:
+            ValueError: a reward or a gradient is not a number.
+        """
+        samples = self._add_draw_info(
+            [
+                Sample(self.problems[name], self.prompt_ids[name], ids)
+                for name, ids in zip(prompts, responses, strict=True)
+            ]
+        )
+        distinct = dict(zip(prompts, samples, strict=True))
+        caches = self.reward.compute_prompt_caches(list(distinct.values()), self.flop_counter)
+        by_prompt = dict(zip(distinct, caches, strict=True))
+        prompt_caches = [by_prompt[name] for name in prompts]
+        rewards, response_caches = self.reward.score(
+            samples, prompt_caches, flop_counter=self.flop_counter, return_caches=True
+        )
+        if invalid := [value for value in rewards if math.isnan(value) or value == math.inf]:
+            raise ValueError(f"the reward {self.reward.name} became {invalid[0]}")
+        rows = [row for row, value in enumerate(rewards) if value > -math.inf]
+        gradients = self.reward.compute_gradient(
+            [samples[row] for row in rows],
+            [prompt_caches[row] for row in rows],
+            [response_caches[row] for row in rows],
+            [_get_draw_info(samples[row]).candidates for row in rows],
+            flop_counter=self.flop_counter,
+            gradient_at=self.config.get_gradient_point(),
+        )
+        self.num_read += len(samples)
+        by_row = dict(zip(rows, gradients, strict=True))
+        return [self._make_targets(sample, by_row.get(row)) for row, sample in enumerate(samples)]
+
+    @torch.no_grad()
+    def _add_draw_info(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return the samples with π's candidates along them, as if π had drawn them."""
+        likelihood = policy_likelihood(self.policy)
+        caches = likelihood.compute_prompt_caches(samples, self.flop_counter)
+        _, caches = likelihood.score(samples, caches, [0] * len(samples), self.flop_counter, return_caches=True)
+        completed = []
+        for sample, cache in zip(samples, caches, strict=True):
+            ids = torch.tensor(sample.response_ids, device=cache.hidden_states.device)
+            candidates, logp = compute_top_candidates(
+                self.policy.head(cache.hidden_states).float(),
+                ids,
+                self.policy.forbidden_mask,
+                self.config.top_k_candidates,
+            )
+            states = cache.hidden_states.float().cpu()
+            completed.append(
+                replace(sample, draw_info=DrawInfo(self.policy.model, candidates.cpu(), logp.cpu(), states))
+            )
+        return completed
+
+    def _make_targets(self, sample: Sample, gradient: Tensor | None) -> TeacherTargets:
+        draw_info = _get_draw_info(sample)
+        ids, logp = draw_info.candidates, draw_info.logp
+        advantages = torch.zeros(len(ids))
+        if gradient is None:
+            return TeacherTargets(ids, torch.full_like(logp, -torch.inf), advantages)
+        if gradient.isnan().any():
+            raise ValueError(f"the token gradient of {self.reward.name} holds NaN")
+        solver = self.config.solver
+        assert isinstance(solver, MirrorSolver) and self.config.beta is not None
+        weight, columns = solver.step_size / self.config.beta, find_token_columns(ids, sample.response_ids)
+        if self.is_policy_gradient:
+            return TeacherTargets(ids, logp, weight * gradient.gather(1, columns[:, None]).squeeze(1))
+        mask = compute_replaceable_mask(
+            sample.response_ids, ids, logp, self.reward.in_vocabulary, self.config.candidate_min_p
+        )
+        mask |= torch.nn.functional.one_hot(columns, ids.shape[1]).bool()
+        gains = weight * solvers.compute_advantages(gradient, columns)
+        return TeacherTargets(ids, compute_refined_logp(logp, gains, mask), advantages)
+
+    @property
+    def is_policy_gradient(self) -> bool:
+        """Tell whether the sampled tokens have advantages, beside a KL to π."""
+        is_own_token = is_own_token_gradient(self.reward, self.config.get_gradient_point())
+        return self.divergence == REVERSE_KL and is_own_token
+
+    def compute_flops_per_response(self) -> float:
+        """Return the mean FLOPs of the teacher for one response: π, the reward and its gradient."""
+        return self.flop_counter.get_total_cost().flops / max(self.num_read, 1)
+
+
+def _get_draw_info(sample: Sample) -> DrawInfo:
+    assert sample.draw_info is not None
+    return sample.draw_info
+
+
 def train_online(
     method: str,
     base_policy: Policy,
@@ -118,32 +261,47 @@ def train_online(
     dtype: str,
     callback: EvaluationCallback | None = None,
     trl_options: Mapping[str, Any] | None = None,
+    search_config: SearchConfig | None = None,
 ) -> TrainingResult:
-    """Train a policy by RLOO or GRPO and write the adapter, or the full model, whole or not at all.
+    """Train a policy by RLOO, GRPO or on-policy distillation, and write the adapter or model, whole or not at all.
 
     Args:
-        method: "rloo" or "grpo".
+        method: "rloo", "grpo" or "on-policy-distillation".
         base_policy: the frozen policy π that training starts from, and the reference of the KL.
         sampling: how responses are sampled. π* is the optimum only where that is π itself.
         config: `per_device_train_batch_size` responses per process and step, times the accumulated steps.
         dtype: of a frozen base.
         trl_options: further options of TRL's trainer (see `trl_options.select_trl_options`).
+        search_config: of the mirror step that makes the teacher of on-policy distillation. None: the default one.
 
     Raises:
         ValueError: no problem that can be trained on, a batch that does not hold whole groups, a reward that is not
             finite or does not differ, weights that did not change, a full disk, or what `check_reference_model`
             refuses.
     """
-    check_online_options(config, sampling.temperature, options)
+    check_online_options(method, config, sampling.temperature, options)
+    teacher_config = (
+        _make_teacher_config(search_config or SearchConfig(), reward, beta) if method == ON_POLICY else None
+    )
     check_stop_strings(base_policy, problems)
     check_reference_model(base_policy.name, options.tuning)
     is_graded = options.online_reward == "verifier"
     trainable, prompt_ids, skipped = _select_trainable_problems(
         problems, base_policy, reward, sampling, needs_answer=is_graded
     )
-    scorer: ResponseScorer = (
-        VerifierScorer(base_policy, trainable, checker) if is_graded else RewardScorer(reward, trainable, prompt_ids)
-    )
+    judge: ResponseScorer | RefinedTeacher
+    extra: dict[str, Any]
+    if teacher_config is not None:
+        divergence = options.get_divergence(method)
+        judge = RefinedTeacher(base_policy, reward, trainable, prompt_ids, teacher_config, divergence)
+        extra = {"teacher": judge, "divergence": divergence}
+    else:
+        judge = (
+            VerifierScorer(base_policy, trainable, checker)
+            if is_graded
+            else RewardScorer(reward, trainable, prompt_ids)
+        )
+        extra = {"scorer": judge, "reward_name": options.online_reward, "allow_constant_rewards": is_graded}
     model = load_trainable_model(base_policy.name, tuning=options.tuning, dtype=dtype, config=config)
     trainer_class, trainer_config = _choose_trainer(
         method, config, len(trainable), base_policy, beta, sampling, options, trl_options or {}
@@ -151,18 +309,16 @@ def train_online(
     trainer = trainer_class(
         model=model,
         args=trainer_config,
-        train_dataset=Dataset.from_dict({"prompt": _order_problems(list(trainable), trainer_config, options)}),
+        train_dataset=Dataset.from_dict({"prompt": _order_problems(method, list(trainable), trainer_config, options)}),
         processing_class=load_padded_tokenizer(base_policy.name),
         peft_config=None if options.tuning == "full" else build_lora_config(lora, "CAUSAL_LM"),
         prompt_ids=prompt_ids,
-        scorer=scorer,
-        reward_name=options.online_reward,
-        allow_constant_rewards=is_graded,
+        **extra,
     )
     size = measure_model_size(model, "policy")
     outcome = run_trainer(trainer, output_dir, tuning=options.tuning, callback=callback, name=f"train {method}")
     return _build_result(
-        method, beta, trainer, outcome, size, scorer.compute_flops_per_response(), skipped, len(trainable), options
+        method, beta, trainer, outcome, size, judge.compute_flops_per_response(), skipped, len(trainable), options
     )
 
 
@@ -192,13 +348,45 @@ def _select_trainable_problems(
     return trainable, prompt_ids, skipped
 
 
-def _order_problems(names: Sequence[str], config: Any, options: TrainOptions) -> list[str]:
+def _make_teacher_config(config: SearchConfig, reward: Reward, beta: float) -> SearchConfig:
+    """Return the configuration of the mirror step that makes the teacher.
+
+    Raises:
+        ValueError: a search without that step, or a reward without a gradient.
+    """
+    check_teacher_options(config)
+    if not reward.has_gradient:
+        raise ValueError(
+            f"the reward {reward.name} is a function, which has no gradient for {ON_POLICY}: train by rloo or grpo"
+        )
+    return config.with_beta(beta).with_default_gradient_at(reward.gradient_at)
+
+
+def check_teacher_options(config: SearchConfig) -> None:
+    """Refuse a search without the mirror step that makes the teacher of on-policy distillation."""
+    if not isinstance(config.solver, MirrorSolver):
+        raise ValueError(
+            f"{ON_POLICY} takes the distribution of solver mirror, and solver {config.solver.name} has none"
+        )
+
+
+def _get_group_size(method: str, options: TrainOptions) -> int:
+    """Return the number of responses that a method samples to one problem at a time."""
+    return options.num_generations if method in GROUP_METHODS else 1
+
+
+def _get_num_iterations(method: str, options: TrainOptions) -> int:
+    """Return the optimizer steps of a method on the same responses."""
+    return options.num_iterations if method in GROUP_METHODS else 1
+
+
+def _order_problems(method: str, names: Sequence[str], config: Any, options: TrainOptions) -> list[str]:
     """Return the problems of all steps in their order: one permutation after the other, as one epoch.
 
     TRL draws each epoch's order from a generator that a resumed run restarts. Within one epoch the order is the same.
     """
-    num_batches = math.ceil(config.max_steps / options.num_iterations)
-    num_prompts = num_batches * _count_responses_per_step(config) // options.num_generations
+    num_batches = math.ceil(config.max_steps / _get_num_iterations(method, options))
+    num_prompts = num_batches * _count_responses_per_step(config) // _get_group_size(method, options)
     rng = random.Random(config.seed)
     ordered: list[str] = []
     while len(ordered) < num_prompts:
@@ -216,21 +404,26 @@ def check_stop_strings(base_policy: Policy, problems: Sequence[Problem]) -> None
     stop_strings = next((stops for problem in problems if (stops := base_policy.get_stop_strings(problem))), None)
     if stop_strings:
         raise ValueError(
-            f"rloo and grpo cannot end a response at {stop_strings[0]!r}, where this policy's responses end: train by "
+            f"{', '.join(ONLINE_METHODS[:-1])} and {ONLINE_METHODS[-1]} cannot end a response at {stop_strings[0]!r}, "
+            "where this policy's responses end: train by "
             "sft, reward-weighted or dpo, or use a policy with a chat template"
         )
 
 
-def check_online_options(config: SFTConfig, temperature: float, options: TrainOptions) -> None:
+def check_online_options(method: str, config: SFTConfig, temperature: float, options: TrainOptions) -> None:
     """Refuse steps that do not hold whole groups, and responses that cannot differ, before anything is loaded."""
     checks = Checks()
     batch = _count_responses_per_step(config)
     checks.require(
-        batch % options.num_generations == 0,
+        batch % _get_group_size(method, options) == 0,
         f"a step's {batch} responses (per_device_train_batch_size × gradient_accumulation_steps × processes) are "
         f"not whole groups of num_generations {options.num_generations}",
     )
-    checks.require(temperature != 0, "rloo and grpo need responses that differ: temperature must be above 0")
+    checks.require(temperature != 0, f"{method} needs responses that differ: temperature must be above 0")
+    checks.require(
+        method != ON_POLICY or options.online_reward == "reward",
+        f"{ON_POLICY} needs the gradient of a reward: online_reward must be reward, not {options.online_reward}",
+    )
     checks.raise_faults()
 
 
@@ -245,17 +438,13 @@ def _choose_trainer(
     trl_options: Mapping[str, Any],
 ) -> tuple[type[Any], Any]:
     """Return the trainer's class and its configuration."""
-    steps_per_epoch = (
-        num_problems * options.num_generations * options.num_iterations / _count_responses_per_step(config)
-    )
+    responses_per_epoch = num_problems * _get_group_size(method, options)
+    steps_per_epoch = responses_per_epoch * _get_num_iterations(method, options) / _count_responses_per_step(config)
     common = {
         "max_steps": config.max_steps
         if config.max_steps > 0
         else math.ceil(config.num_train_epochs * steps_per_epoch),
         "shuffle_dataset": False,
-        "beta": beta,
-        "num_generations": options.num_generations,
-        "num_iterations": options.num_iterations,
         "max_completion_length": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
@@ -265,6 +454,14 @@ def _choose_trainer(
         **options.get_trainer_options(),
         "disable_dropout": True,
         "remove_unused_columns": False,
+    }
+    if method == ON_POLICY:
+        # TRL's β chooses the divergence, which the trainer's own loss knows already.
+        return TokenIdsDistillationTrainer, convert_config(DistillationConfig, config, **{**common, **trl_options})
+    common |= {
+        "beta": beta,
+        "num_generations": options.num_generations,
+        "num_iterations": options.num_iterations,
     }
     if method == "rloo":
         return TokenIdsRLOOTrainer, convert_config(RLOOConfig, config, **{**common, **trl_options})
@@ -285,15 +482,16 @@ def _build_result(
     num_problems: int,
     options: TrainOptions,
 ) -> TrainingResult:
-    num_responses = outcome.steps * _count_responses_per_step(trainer.args) / options.num_iterations
+    num_iterations, group_size = _get_num_iterations(method, options), _get_group_size(method, options)
+    num_responses = outcome.steps * _count_responses_per_step(trainer.args) / num_iterations
     tokens = trainer.state.num_input_tokens_seen  # prompts and responses, of all processes
     length = round(tokens / max(num_responses, 1))
     is_frozen = options.tuning != "full"
     forward = size.compute_forward_flops(0, length)
     step = compute_training_flops(size, outcome.trainable_parameters if is_frozen else 0, length, frozen=is_frozen)
     # Forward passes that score the sampled tokens: by π, and by q as it was when it sampled.
-    num_scoring_passes = 2 if method == "rloo" or options.num_iterations > 1 else 1
-    flops_per_response = (1 + num_scoring_passes) * forward + scoring_flops + options.num_iterations * step
+    num_scoring_passes = 0 if method == ON_POLICY else 2 if method == "rloo" or num_iterations > 1 else 1
+    flops_per_response = (1 + num_scoring_passes) * forward + scoring_flops + num_iterations * step
     return TrainingResult(
         method=method,
         tuning=options.tuning,
@@ -301,28 +499,27 @@ def _build_result(
         rows=num_problems,
         skipped=skipped,
         steps=outcome.steps,
-        epochs=num_responses / options.num_generations / num_problems,
+        epochs=num_responses / group_size / num_problems,
         tokens=tokens,
         flops=num_responses * flops_per_response,
         seconds=outcome.seconds,
         loss=outcome.loss,
         stop_reason=outcome.stop_reason,
-        method_metrics=_compute_method_metrics(outcome.log_history, num_responses, options),
+        method_metrics=_compute_method_metrics(outcome.log_history, num_responses, group_size),
     )
 
 
-def _compute_method_metrics(
-    log: Sequence[dict[str, Any]], num_responses: float, options: TrainOptions
-) -> dict[str, float]:
+def _compute_method_metrics(log: Sequence[dict[str, Any]], num_responses: float, group_size: int) -> dict[str, float]:
     """Count groups without variance, clipped and unscorable responses from the shares in the log."""
 
     def mean(name: str) -> float:
         values = [entry[name] for entry in log if entry.get(name) is not None]
         return sum(values) / len(values) if values else 0.0
 
+    constant_groups = mean("frac_reward_zero_std") * num_responses / group_size
     return {
         "responses": num_responses,
-        "groups_without_variance": round(mean("frac_reward_zero_std") * num_responses / options.num_generations),
+        **({"groups_without_variance": round(constant_groups)} if group_size > 1 else {}),
         "clipped_responses": round(mean("completions/clipped_ratio") * num_responses),
         "unscorable_responses": round(mean("unscorable_ratio") * num_responses),
     }

@@ -20,19 +20,24 @@ from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import DEFAULT_BETA, SearchConfig
 from nabla_trl.search.options import MetropolisAcceptance
 from nabla_trl.tasks.problem import Problem
+from nabla_trl.traces.datasets import build_soft_target_rows
+from nabla_trl.traces.schema import STORED_FIELDS
 from nabla_trl.traces.storage import TRACES_DIR, describe_missing_shards, list_trace_files, read_traces
 from nabla_trl.training.callbacks import EvaluationCallback
 from nabla_trl.training.checkpoints import CONFIG_FILE, hash_traces
 from nabla_trl.training.offline import (
+    DEFAULT_DIVERGENCES,
     OFFLINE_METHODS,
+    ON_POLICY,
     ONLINE_METHODS,
+    SOFT_TARGETS,
     TrainingResult,
     TrainOptions,
     build_training_rows,
     check_tokenizer,
     train_on_traces,
 )
-from nabla_trl.training.online import check_online_options, train_online
+from nabla_trl.training.online import check_online_options, check_teacher_options, train_online
 from nabla_trl.training.peft import LoraArguments, check_precision, check_reference_model, find_last_checkpoint
 from nabla_trl.training.rollouts import RolloutOptions
 from nabla_trl.training.trainers import check_amounts, check_seeds
@@ -68,7 +73,10 @@ TRAINER_OPTIONS = (
 )
 
 # TRL's default learning rate of each method, for full weights. An adapter needs about ten times as much.
-DEFAULT_LEARNING_RATES = {"sft": 2e-5, "reward-weighted": 2e-5, "dpo": 1e-6, "rloo": 1e-6, "grpo": 1e-6}
+DEFAULT_LEARNING_RATES = {
+    **dict.fromkeys(("sft", "reward-weighted", SOFT_TARGETS), 2e-5),
+    **dict.fromkeys(("dpo", *ONLINE_METHODS), 1e-6),
+}
 ADAPTER_LEARNING_RATE_FACTOR = 10
 
 
@@ -127,7 +135,9 @@ class TrainStage:
     def describe_defaults(self, method: str) -> str:
         """Return what was not given and is chosen for a method, with its source. Empty where all was given."""
         parts = []
-        if method != "sft" and self.search_config.beta is None:
+        if method in DEFAULT_DIVERGENCES and self.options.divergence is None:
+            parts.append(f"divergence {DEFAULT_DIVERGENCES[method]}")
+        if method not in ("sft", SOFT_TARGETS) and self.search_config.beta is None:
             parts.append(f"beta {DEFAULT_BETA:g} (the search has a KL target, and no beta for the training)")
         if "learning_rate" not in self.command_options:
             source = f"TRL's for {method}" if method in ("dpo", *ONLINE_METHODS) else "TRL's for sft"
@@ -203,9 +213,15 @@ class TrainStage:
                 check_reference_model(self.policy, self.options.tuning)
         if method in ONLINE_METHODS:
             with checks.collect():
-                check_online_options(self.sft_config, self.search_config.temperature, self.options)
+                check_online_options(method, self.sft_config, self.search_config.temperature, self.options)
             with checks.collect():
                 self.options.check(self.policy, self.process_state.num_processes)
+        if method == ON_POLICY:
+            with checks.collect():
+                check_teacher_options(self.search_config)
+        if method in ("reward-weighted", SOFT_TARGETS):
+            joined = [name for name in ("packing", "padding_free") if getattr(self.sft_config, name, False)]
+            checks.require(not joined, f"{method} trains on rows of their own, without {' or '.join(joined)}")
         with checks.collect():
             check_precision(self.options.tuning, self.dtype, self.sft_config)
         with checks.collect():
@@ -227,7 +243,10 @@ class TrainStage:
                 "values of --shard, or let the stage traces make them"
             )
         if files := list_trace_files(self._get_traces_run_dir()):
-            check_tokenizer(read_traces(files[:1]), self.policy)  # the training reads the others
+            traces = read_traces(files[:1])  # the training reads the others
+            check_tokenizer(traces, self.policy)
+            if method == SOFT_TARGETS and any(trace.error is None for trace in traces):
+                build_soft_target_rows(traces)  # refuses traces without soft targets
 
     def _get_traces_run_dir(self) -> Path:
         return self.traces_run_dir or self.run_dir
@@ -242,6 +261,9 @@ class TrainStage:
         trainer_options = {name: getattr(config, name) for name in TRAINER_OPTIONS}
         trl_options = select_trl_options(method, self.trl_options)
         options = {**trainer_options, **trl_options, **asdict(self.lora), **asdict(self.options), "method": method}
+        del options["divergence"]
+        if method in DEFAULT_DIVERGENCES:
+            options["divergence"] = self.options.get_divergence(method)
         for name in (item.name for item in fields(RolloutOptions)):
             del options[name]  # where responses are sampled does not matter, only by what
         if self.options.use_vllm and method in ONLINE_METHODS:
@@ -264,13 +286,17 @@ class TrainStage:
             # The folder may hold traces of other problems, also of those that are held out now.
             problem_ids, traces_run_dir = self._get_problem_ids(), self._get_traces_run_dir()
             files = list_trace_files(traces_run_dir)
+            # Soft targets are larger than all other columns together.
+            columns = None if method == SOFT_TARGETS else [name for name in STORED_FIELDS if name != "soft_targets"]
             traces = [
                 trace
-                for trace in read_traces(files or traces_run_dir / TRACES_DIR)
+                for trace in read_traces(files or traces_run_dir / TRACES_DIR, columns)
                 if problem_ids is None or trace.problem_id in problem_ids
             ]
             check_tokenizer(traces, self.policy)
             rows = build_training_rows(method, traces, sft_selection=self.options.sft_selection, beta=self.beta)
+            if method == SOFT_TARGETS:
+                shared["divergence"] = self.options.get_divergence(method)
             result = train_on_traces(method, self.policy, rows, output_dir, tuning=self.options.tuning, **shared)
             return result, sum((trace.cost for trace in traces), Cost())
         base_policy, reward = self.load_models()
@@ -283,6 +309,7 @@ class TrainStage:
             checker=self.checker,
             sampling=self.search_config.get_sampling(),
             options=self.options,
+            search_config=self.search_config,
             **shared,
         )
         return result, Cost()

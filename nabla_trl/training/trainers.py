@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
+from trl import DistillationTrainer, DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 
 from nabla_trl.traces.datasets import IGNORE_INDEX
 from nabla_trl.training.peft import find_last_checkpoint
@@ -27,6 +27,8 @@ Config = TypeVar("Config", bound=TrainingArguments)
 
 # Training stops after so many steps in a row whose responses differ while all their rewards are the same.
 MAX_CONSTANT_REWARD_STEPS = 10
+# Probability of all other tokens that counts as none, since 1 − Σ p is not more exact in float32.
+MIN_REST = 1e-6
 
 
 class ResponseScorer(Protocol):
@@ -180,6 +182,75 @@ class WeightedSFTTrainer(TokenIdsSFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def compute_lumped_kl(student_logp: Tensor, target_ids: Tensor, target_logp: Tensor, *, is_reverse: bool) -> Tensor:
+    """Return the KL [...] in nats between the policy p and a target q, where all tokens without a target are one.
+
+    It is at most the KL over the whole vocabulary (data processing), and equal to it if every token has a target.
+
+    Args:
+        student_logp: [..., V] log p.
+        target_ids: [..., K] distinct tokens.
+        target_logp: [..., K] log q of these tokens. -inf: no target, the token counts to the rest.
+        is_reverse: KL(p ‖ q) in place of KL(q ‖ p).
+    """
+    has_target = target_logp > -torch.inf
+    logp = student_logp.gather(-1, target_ids)
+    probs, target_probs = logp.exp() * has_target, target_logp.exp()
+    log_ratio = (logp - target_logp).masked_fill(~has_target, 0.0)
+    rest, target_rest = ((1 - values.sum(-1)).clamp(min=0) for values in (probs, target_probs))
+    rest_log_ratio = rest.clamp(min=MIN_REST).log() - target_rest.clamp(min=MIN_REST).log()
+    if is_reverse:
+        return (probs * log_ratio).sum(-1) + rest * rest_log_ratio
+    return -(target_probs * log_ratio).sum(-1) - target_rest * rest_log_ratio
+
+
+class SoftTargetTrainer(TokenIdsSFTTrainer):
+    """TokenIdsSFTTrainer on rows with a target distribution for each response token: the loss is the mean KL to it.
+
+    Args:
+        divergence: "forward_kl" or "reverse_kl".
+        kwargs: as for TRL's trainer. The rows are those of `build_soft_target_rows`.
+    """
+
+    def __init__(self, *args: Any, divergence: str, **kwargs: Any):
+        self.is_reverse = divergence == "reverse_kl"
+        super().__init__(*args, **kwargs)
+        collate: Any = self.data_collator  # type: ignore[has-type]
+
+        def with_targets(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+            batch: dict[str, Tensor] = collate(rows)
+            shape = (*batch["labels"].shape, max(row["top_k"] for row in rows))
+            ids, logp = torch.zeros(shape, dtype=torch.long), torch.full(shape, -torch.inf)
+            for index, row in enumerate(rows):
+                end, top_k = len(row["input_ids"]), row["top_k"]
+                span = slice(end - len(row["target_ids"]) // top_k, end)
+                ids[index, span, :top_k] = torch.tensor(row["target_ids"]).view(-1, top_k)
+                logp[index, span, :top_k] = torch.tensor(row["target_logp"]).view(-1, top_k)
+            return batch | {"target_ids": ids, "target_logp": logp}
+
+        self.data_collator = with_targets
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        return dataset  # TRL would cut the targets to max_length entries
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, "target_ids", "target_logp", "top_k"]  # type: ignore[has-type]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        is_trained = inputs["labels"][:, 1:] != IGNORE_INDEX
+        logp = outputs.logits[:, :-1][is_trained].float().log_softmax(-1)
+        targets = (inputs[name][:, 1:][is_trained] for name in ("target_ids", "target_logp"))
+        total = compute_lumped_kl(logp, *targets, is_reverse=self.is_reverse).sum()
+        loss = total / (is_trained.sum() if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # tokens are summed, gradients averaged
+        return (loss, outputs) if return_outputs else loss
+
+
 class TokenIdsDPOTrainer(AtomicCheckpointMixin, FiniteLossMixin, DPOTrainer):
     """TRL's DPOTrainer on rows of ids (`prompt_ids`, `chosen_ids`, `rejected_ids`)."""
 
@@ -187,7 +258,20 @@ class TokenIdsDPOTrainer(AtomicCheckpointMixin, FiniteLossMixin, DPOTrainer):
         return dataset
 
 
-class _OnlineTrainerMixin(AtomicCheckpointMixin, FiniteLossMixin):
+class _PromptIdsMixin(AtomicCheckpointMixin, FiniteLossMixin):
+    """Trainer mix-in for methods that sample: prompts are problem ids, whose token ids `prompt_ids` holds."""
+
+    prompt_ids: dict[str, list[int]]
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [self.prompt_ids[prompt] for prompt in prompts], None, {}
+
+    def _generate_single_turn(self, *args: Any) -> Any:
+        with default_generation_config(self.accelerator.unwrap_model(self.model)):  # type: ignore[attr-defined]
+            return super()._generate_single_turn(*args)  # type: ignore[misc]
+
+
+class _OnlineTrainerMixin(_PromptIdsMixin):
     """Trainer mix-in for RLOO and GRPO: prompts are problem ids, rewards are of the sampled token ids.
 
     Args:
@@ -220,13 +304,6 @@ class _OnlineTrainerMixin(AtomicCheckpointMixin, FiniteLossMixin):
 
         score.__name__ = reward_name  # what TRL logs it under
         super().__init__(*args, reward_funcs=[score], **kwargs)  # type: ignore[call-arg]
-
-    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [self.prompt_ids[prompt] for prompt in prompts], None, {}
-
-    def _generate_single_turn(self, *args: Any) -> Any:
-        with default_generation_config(self.accelerator.unwrap_model(self.model)):  # type: ignore[attr-defined]
-            return super()._generate_single_turn(*args)  # type: ignore[misc]
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[str], completions: list[Any], completion_ids_list: list[list[int]]
@@ -273,3 +350,86 @@ class TokenIdsRLOOTrainer(_OnlineTrainerMixin, RLOOTrainer):
 
 class TokenIdsGRPOTrainer(_OnlineTrainerMixin, GRPOTrainer):
     """TRL's GRPOTrainer: the KL is a term of the loss, token by token."""
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """What a teacher says about a response of T tokens.
+
+    Attributes:
+        ids, logp: [T, K] tokens and the teacher's log-probabilities of them, -inf for none (see `compute_lumped_kl`).
+        advantages: [T] advantages of the response's own tokens, in nats, that are not in the log-probabilities.
+    """
+
+    ids: Tensor
+    logp: Tensor
+    advantages: Tensor
+
+
+class ResponseTeacher(Protocol):
+    """Teacher of the responses that a policy samples in training."""
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[list[int]]) -> list[TeacherTargets]:
+        """Return the targets along each response. A response that cannot be judged has no target."""
+
+
+class TokenIdsDistillationTrainer(_PromptIdsMixin, DistillationTrainer):
+    """TRL's DistillationTrainer with a teacher that depends on the sampled response, and knows K tokens a position.
+
+    The loss of a response token is the KL to the teacher, less the token's advantage times its likelihood ratio, which
+    is 1. So the gradient of an advantage is that of the policy gradient.
+
+    Args:
+        prompt_ids: problem id → prompt ids.
+        teacher: gives the targets along the sampled token ids.
+        divergence: "forward_kl" or "reverse_kl".
+        kwargs: as for TRL's trainer. The dataset holds the column `prompt`, problem ids.
+    """
+
+    def __init__(
+        self, *args: Any, prompt_ids: dict[str, list[int]], teacher: ResponseTeacher, divergence: str, **kwargs: Any
+    ):
+        self.prompt_ids, self.teacher, self.is_reverse = prompt_ids, teacher, divergence == "reverse_kl"
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        ids, mask = output["completion_ids"], output["completion_mask"]
+        responses = [row[row_mask != 0].tolist() for row, row_mask in zip(ids, mask, strict=True)]
+        targets = self.teacher([entry["prompt"] for entry in inputs], responses)
+        shape = (*ids.shape, max(row.ids.shape[1] for row in targets))
+        output["teacher_ids"] = torch.zeros(shape, dtype=torch.long, device=ids.device)
+        output["teacher_logp"] = torch.full(shape, -torch.inf, device=ids.device)
+        output["advantages"] = torch.zeros(ids.shape, device=ids.device)
+        for index, row in enumerate(targets):
+            length, width = row.ids.shape
+            output["teacher_ids"][index, :length, :width] = row.ids
+            output["teacher_logp"][index, :length, :width] = row.logp
+            output["advantages"][index, :length] = row.advantages
+        unscorable = torch.tensor([not bool(row.logp.isfinite().any()) for row in targets], device=ids.device)
+        ratio = self.accelerator.gather(unscorable).float().mean().item()
+        self._metrics["train" if self.model.training else "eval"]["unscorable_ratio"].append(ratio)
+        return output
+
+    def _compute_loss(
+        self, unwrapped_student: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        completion_ids, is_trained = inputs["completion_ids"], inputs["completion_mask"] != 0
+        mask = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)
+        options: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
+        if "position_ids" in self.model_kwarg_keys:  # prompts are padded on the left
+            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        if "logits_to_keep" in self.model_kwarg_keys:
+            options["logits_to_keep"] = completion_ids.shape[1] + 1
+        output = unwrapped_student(input_ids=torch.cat((inputs["prompt_ids"], completion_ids), 1), **options)
+        logits = output.logits[:, :-1][:, -completion_ids.shape[1] :]
+        logp = logits[is_trained].float().log_softmax(-1)
+        targets = (inputs[name][is_trained] for name in ("teacher_ids", "teacher_logp"))
+        kl = compute_lumped_kl(logp, *targets, is_reverse=self.is_reverse)
+        own_logp = logp.gather(1, completion_ids[is_trained][:, None]).squeeze(1)
+        total = (kl - inputs["advantages"][is_trained] * (own_logp - own_logp.detach()).exp()).sum()
+        count = is_trained.sum()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["teacher_kl"].append(kl.detach().mean().item())
+        entropy = -(logp.exp() * logp).detach().sum()
+        return total / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), entropy, count

@@ -8,10 +8,10 @@ from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
-from trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
+from trl import DistillationConfig, DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
 
 from nabla_trl.search.config import SearchConfig
-from nabla_trl.training.offline import TrainOptions
+from nabla_trl.training.offline import ON_POLICY, SOFT_TARGETS, TrainOptions
 
 CONFIG_CLASSES: dict[str, type[TrainingArguments]] = {
     "sft": SFTConfig,
@@ -19,6 +19,8 @@ CONFIG_CLASSES: dict[str, type[TrainingArguments]] = {
     "dpo": DPOConfig,
     "rloo": RLOOConfig,
     "grpo": GRPOConfig,
+    SOFT_TARGETS: SFTConfig,
+    ON_POLICY: DistillationConfig,
 }
 # Options of TRL that cannot be chosen here: responses are drawn from π alone, as the search draws them, in steps of
 # whole groups, and one reward scores them.
@@ -29,6 +31,8 @@ _FIXED = (
     *("vllm_structured_outputs_regex", "vllm_server_host", "vllm_server_port", "vllm_importance_sampling_cap"),
     *("reward_weights", "multi_objective_aggregation", "max_tool_calling_iterations"),
     *("log_multimodal", "log_completions_hub_repo"),
+    # The teacher of on-policy distillation is made of the policy and the reward.
+    *("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs"),
 )
 # Options of `SFTConfig` that other trainers have too and that they get from it, if they are given.
 _SHARED_WITH_SFT = (
@@ -139,6 +143,8 @@ def _list_loss_types(method: str) -> list[str]:
     """Return the losses that TRL's help names for a method."""
     if method == "reward-weighted":
         return ["nll"]
+    if method == SOFT_TARGETS:
+        return []
     item = next((item for item in fields(CONFIG_CLASSES[method]) if item.name == "loss_type"), None)
     text = "" if item is None else str(item.metadata.get("help", ""))
     return list(dict.fromkeys(re.findall(r"[`'](\w+)[`']", text)))

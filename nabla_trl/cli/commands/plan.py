@@ -19,7 +19,11 @@ class PlanArguments:
     reward: str = required_option(REWARD_HELP)
     gpus: int = option(1, "Number of GPUs, of all nodes together.", common=True)
     memory: float = option(80.0, "Memory of one GPU in GB.", common=True)
-    train_method: str = option("sft", "Training method: sft, reward-weighted, dpo, rloo or grpo.", common=True)
+    train_method: str = option(
+        "sft",
+        "Training method: sft, reward-weighted, dpo, soft-targets, rloo, grpo or on-policy-distillation.",
+        common=True,
+    )
     max_problems: int = option(10_000, "Number of training problems.", common=True)
     prompt_tokens: int = option(256, "Tokens of a prompt.", common=True)
     response_tokens: int = option(768, "Tokens of a response.", common=True)

@@ -12,7 +12,7 @@ from nabla_trl.cli.distill.arguments import COMMON_TRAIN_OPTIONS
 from nabla_trl.cli.launch import DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP, check_stall_minutes, join_launch
 from nabla_trl.cli.parsing import Parser, UsageError, collect_given_options, quiet_libraries
 from nabla_trl.search.config import PRESETS, SearchConfig
-from nabla_trl.training.offline import TRAIN_METHODS, TrainOptions
+from nabla_trl.training.offline import OFFLINE_METHODS, ONLINE_METHODS, TRAIN_METHODS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options
 from nabla_trl.utils.faults import Checks
@@ -24,18 +24,18 @@ class TrainArguments(PolicyRewardArguments):
     """Options of `nabla-trl train`."""
 
     policy: str = option("", f"{POLICY_HELP} Default: the policy that the traces were made with.", common=True)
-    reward: str = option("", f"For rloo and grpo. {REWARD_HELP}", common=True)
+    reward: str = option("", f"For {', '.join(ONLINE_METHODS)}. {REWARD_HELP}", common=True)
     train_methods: list[str] = option(
         ["sft"], f"Training methods, which each give one trained policy: {', '.join(TRAIN_METHODS)}.", common=True
     )
     traces_dir: str = option(
         "",
-        "Folder of the run that holds traces/, for sft, reward-weighted and dpo (default: --output_dir).",
+        f"Folder of the run that holds traces/, for {', '.join(OFFLINE_METHODS)} (default: --output_dir).",
         common=True,
     )
-    dataset: str = option("", f"For rloo and grpo. {DATASET_HELP}", common=True)
+    dataset: str = option("", f"For {', '.join(ONLINE_METHODS)}. {DATASET_HELP}", common=True)
     train_split: str = option("train", "Split of --dataset to train on.")
-    max_train_problems: int = option(1000, "Maximum number of problems for rloo and grpo.", common=True)
+    max_train_problems: int = option(1000, f"Maximum number of problems for {', '.join(ONLINE_METHODS)}.", common=True)
     stall_minutes: float = option(DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP)
 
     def __post_init__(self) -> None:
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
             "       nabla-trl train --train_methods rloo --policy P --reward R --dataset D --output_dir DIR\n"
             "       accelerate launch -m nabla_trl.cli train [options]",
             description="Train one policy per method with TRL's trainers, as nabla-trl distill does. sft,\n"
-            "reward-weighted and dpo learn from traces, rloo and grpo from what they sample to problems.\n"
+            "reward-weighted, dpo and soft-targets learn from traces. rloo, grpo and\n"
+            "on-policy-distillation learn from what they sample to problems.\n"
             "The same command continues where it was interrupted.",
         )
         parser.set_defaults_with_config(output_dir="", max_length=None, **machine.get_defaults())

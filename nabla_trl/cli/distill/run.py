@@ -3,8 +3,8 @@ r"""Distill test-time gradient search into a policy, and compare both at equal c
 The run has four stages:
 
     traces     audit the reward, and refine the answers to the training problems
-    train      train one policy per training method: sft, reward-weighted and dpo on the traces, rloo and grpo on
-               responses that the policy draws
+    train      train one policy per training method: sft, reward-weighted, dpo and soft-targets on the traces, rloo,
+               grpo and on-policy-distillation on responses that the policy draws
     evaluate   run every method on the held-out problems
     report     write tables, plots and conclusions
 
@@ -66,8 +66,9 @@ from nabla_trl.tasks.problem import Problem, check_disjoint, divide_problems, fi
 from nabla_trl.tasks.registry import get_task_settings, is_one_split, load_problems
 from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.tasks.yaml_task import ALL_PROBLEMS
+from nabla_trl.traces.storage import list_trace_files
 from nabla_trl.training.checkpoints import CONFIG_FILE, find_trained_weights, get_policy_label, list_trained_methods
-from nabla_trl.training.offline import OFFLINE_METHODS, TrainOptions
+from nabla_trl.training.offline import OFFLINE_METHODS, SOFT_TARGETS, TrainOptions
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.reporting import list_trackers, track_metrics
 from nabla_trl.training.stage import TrainStage
@@ -282,9 +283,21 @@ class DistillRun:
                     frozen_models=frozen_models,
                     keeps_frozen_models="traces" in stages,
                 )
+            checks.call(self._check_soft_targets)
         else:
             checks.call(check_output_dir, self.output_dir)
         checks.call(self.check_settings)
+
+    def _check_soft_targets(self) -> None:
+        """Refuse to train soft targets on traces that have none, and that this run would make without."""
+        if SOFT_TARGETS not in self.args.train_methods:
+            return
+        if list_trace_files(self.output_dir):
+            self._make_train_stage().check_traces(SOFT_TARGETS)
+        elif "traces" in self.args.list_stages() and not self.search_config.soft_target_top_k:
+            raise ValueError(
+                f"{SOFT_TARGETS} needs refined distributions in the traces: set soft_target_top_k 16, say"
+            )
 
     def load_models(self) -> tuple[Policy, Reward]:
         """Return the policy and the reward. The first call loads them, and warns past validated limits."""
@@ -410,7 +423,10 @@ class DistillRun:
         return collect_trace_settings(self.models, self.search_config, get_task_settings(self.args.dataset) | split)
 
     def _collect_eval_settings(self) -> dict[str, str]:
-        return collect_eval_settings(self.models, self.search_config, self._get_eval_task_settings())
+        return collect_eval_settings(self.models, self._get_eval_config(), self._get_eval_task_settings())
+
+    def _get_eval_config(self) -> SearchConfig:
+        return replace(self.search_config, soft_target_top_k=0)  # nothing is trained on these traces
 
     def _get_eval_task_settings(self) -> dict[str, str]:
         task_settings = get_task_settings(self.args.eval_dataset or self.args.dataset)
@@ -456,7 +472,7 @@ class DistillRun:
             self.models,
             self.output_dir,
             task_settings=self._get_eval_task_settings(),
-            config=self.search_config,
+            config=self._get_eval_config(),
             seeds=self.args.seeds,
             baseline_config=self.baseline_config,
             settings_file=EVAL_SETTINGS_FILE,

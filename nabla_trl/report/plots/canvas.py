@@ -89,8 +89,10 @@ _TRAINED_STYLES = {
     "sft": MethodStyle(GREEN, "*", (0, (6, 1.5, 1, 1.5)), marker_scale=1.9),
     "reward_weighted": MethodStyle(GREEN, "P", (0, (6, 1.5, 1, 1.5, 1, 1.5)), marker_scale=1.35),
     "dpo": MethodStyle(GREEN, "X", (0, (3, 1.5)), marker_scale=1.35),
+    "soft_targets": MethodStyle(GREEN, "h", (0, (1, 1)), marker_scale=1.25),
     "rloo": MethodStyle(GREEN, "d", (0, (8, 2)), marker_scale=1.25),
     "grpo": MethodStyle(GREEN, ">", (0, (2, 1)), marker_scale=1.2),
+    "on_policy_distillation": MethodStyle(GREEN, "p", (0, (4, 1, 1, 1)), marker_scale=1.25),
 }
 # Of families without a style of their own. The name decides, so that a family looks the same in every report.
 _OTHER_STYLES = [
