@@ -41,6 +41,7 @@ from nabla_trl.traces.datasets import build_soft_target_rows
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import TRACES_DIR, TraceWriter, list_trace_files, read_traces
 from nabla_trl.training.offline import (
+    GROUP_METHODS,
     OFFLINE_METHODS,
     ON_POLICY,
     ONLINE_METHODS,
@@ -267,9 +268,10 @@ class TrainingCall:
         with checks.collect():
             check_choices("training method", self.methods, TRAIN_METHODS)
         online = ", ".join(method for method in self.methods if method in ONLINE_METHODS)
-        if online and self.reward is None and self.options.online_reward == "reward":
-            checks.add([f"{online} needs a reward to maximize: give reward, or set online_reward verifier"])
-        if ON_POLICY in self.methods and self.options.online_reward != "reward" and self.reward is None:
+        groups = ", ".join(method for method in self.methods if method in GROUP_METHODS)
+        if groups and self.reward is None and self.options.online_reward == "reward":
+            checks.add([f"{groups} needs a reward to maximize: give reward, or set online_reward verifier"])
+        if ON_POLICY in self.methods and self.reward is None:
             checks.add([f"{ON_POLICY} needs a reward with a gradient: give reward"])
         if online and self.problems is None:
             checks.add([f"{online} learns from problems: give a data set"])

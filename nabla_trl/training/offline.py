@@ -230,7 +230,7 @@ def train_on_traces(
 
     Args:
         method: "sft", "reward-weighted", "dpo" or "soft-targets".
-        beta: of DPO. For soft-targets the β of the search, which is in the targets.
+        beta: of DPO. That of soft targets is in the targets.
         dtype: of a frozen base.
         trl_options: further options of TRL's trainer (see `trl_options.select_trl_options`).
         divergence: of soft-targets, "forward_kl" or "reverse_kl".
@@ -259,7 +259,7 @@ def train_on_traces(
     return TrainingResult(
         method=method,
         tuning=tuning,
-        beta=None if method == "sft" else beta,
+        beta=None if method in ("sft", SOFT_TARGETS) else beta,
         rows=len(training_rows.rows),
         skipped=dict(training_rows.skipped),
         steps=outcome.steps,

@@ -352,6 +352,18 @@ class TokenIdsGRPOTrainer(_OnlineTrainerMixin, GRPOTrainer):
     """TRL's GRPOTrainer: the KL is a term of the loss, token by token."""
 
 
+def compute_advantage_gains(student_logp: Tensor, own_ids: Tensor, advantages: Tensor) -> Tensor:
+    """Return [N] each sampled token's advantage times its likelihood ratio p/p, which has the policy gradient.
+
+    Args:
+        student_logp: [N, V] log p.
+        own_ids: [N] the sampled tokens.
+        advantages: [N] in nats.
+    """
+    own_logp = student_logp.gather(1, own_ids[:, None]).squeeze(1)
+    return advantages * (own_logp - own_logp.detach()).exp()
+
+
 @dataclass(frozen=True)
 class TeacherTargets:
     """What a teacher says about a response of T tokens.
@@ -376,8 +388,7 @@ class ResponseTeacher(Protocol):
 class TokenIdsDistillationTrainer(_PromptIdsMixin, DistillationTrainer):
     """TRL's DistillationTrainer with a teacher that depends on the sampled response, and knows K tokens a position.
 
-    The loss of a response token is the KL to the teacher, less the token's advantage times its likelihood ratio, which
-    is 1. So the gradient of an advantage is that of the policy gradient.
+    The loss of a response token is the KL to the teacher, less what `compute_advantage_gains` returns.
 
     Args:
         prompt_ids: problem id → prompt ids.
@@ -426,8 +437,8 @@ class TokenIdsDistillationTrainer(_PromptIdsMixin, DistillationTrainer):
         logp = logits[is_trained].float().log_softmax(-1)
         targets = (inputs[name][is_trained] for name in ("teacher_ids", "teacher_logp"))
         kl = compute_lumped_kl(logp, *targets, is_reverse=self.is_reverse)
-        own_logp = logp.gather(1, completion_ids[is_trained][:, None]).squeeze(1)
-        total = (kl - inputs["advantages"][is_trained] * (own_logp - own_logp.detach()).exp()).sum()
+        gains = compute_advantage_gains(logp, completion_ids[is_trained], inputs["advantages"][is_trained])
+        total = (kl - gains).sum()
         count = is_trained.sum()
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["teacher_kl"].append(kl.detach().mean().item())

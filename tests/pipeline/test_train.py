@@ -109,6 +109,18 @@ def test_a_function_is_enough_of_a_reward_for_online_training(policy: Policy, tm
             ["config: unknown key 'learning_rat' (did you mean learning_rate?)"],
         ),
         ("sft", [], {"config": {**CONFIG, "epsilon": 0.2}}, ["epsilon belongs to rloo and grpo"]),
+        (
+            "on-policy-distillation",
+            [{"question": "1+1"}],
+            {"search": {"solver": "none"}, "config": {**CONFIG, "online_reward": "verifier"}},
+            ["solver none has none", "online_reward must be reward, not verifier", "needs a reward with a gradient"],
+        ),
+        (
+            "on-policy-distillation",
+            [{"question": "1+1"}],
+            {},
+            ["on-policy-distillation needs a reward with a gradient"],
+        ),
         ("sft", [], {"lora": {"rank": 4}}, ["lora: unknown key 'rank'"]),
         ("sft", [], {"dtyp": "float32"}, ["unknown option 'dtyp' (did you mean dtype?)"]),
         ("sft", [], {"lora": 3}, ["lora is LoraArguments, a mapping of its options or a LoraConfig, not 3"]),
@@ -219,6 +231,28 @@ def test_traces_of_another_tokenizer_are_refused_before_anything_is_written(
         "was made with another tokenizer",
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_soft_targets_are_recorded_and_trained_on_from_python(
+    policy: Policy, scalar_reward: Reward, traces: list[Trace], tmp_path: Path
+) -> None:
+    """Traces without them are refused before anything is written. The divergence is a setting of these methods."""
+    shared: dict[str, Any] = {"tokenizer": policy.tokenizer, "output_dir": tmp_path / "out"}
+    worlds.refused(
+        lambda: train("soft-targets", policy.model, traces, **shared),
+        "soft-targets needs refined distributions in the traces",
+    )
+    assert not (tmp_path / "out").exists()
+    config = worlds.search_config(max_rounds=2, max_new_tokens=6, soft_target_top_k=4)
+    recorded = run_search(worlds.tiny_problems(), policy=policy, reward=scalar_reward, config=config)
+    result = train("soft-targets", policy.model, recorded, **shared)
+    assert result.rows == sum(len(trace.soft_targets) for trace in recorded) and result.beta is None
+    settings = json.loads((tmp_path / "out/trained/soft-targets/settings.json").read_text())
+    assert settings["divergence"] == "forward_kl"
+    worlds.refused(
+        lambda: train("soft-targets", policy.model, recorded, config={**CONFIG, "divergence": "reverse_kl"}, **shared),
+        "divergence 'reverse_kl' (was 'forward_kl')",
+    )
 
 
 @pytest.mark.slow

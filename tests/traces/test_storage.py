@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -19,7 +20,7 @@ import worlds
 
 from nabla_trl.models.flops import Cost
 from nabla_trl.traces.datasets import build_preference_rows, build_sft_rows
-from nabla_trl.traces.schema import VERSION_KEY, Revision, Trace
+from nabla_trl.traces.schema import VERSION_KEY, Revision, SoftTargets, Trace
 from nabla_trl.traces.storage import TraceWriter, read_finished_meta, read_traces
 
 AWKWARD_FLOATS = [0.1 + 0.2, -0.0, 5e-324, 1.7976931348623157e308, 1e16 + 2]
@@ -475,6 +476,26 @@ def test_the_predicted_gain_can_be_read_alone_and_no_column_may_be_missing(tmp_p
         pq.write_table(whole.drop_columns([column]), path)
         with pytest.raises(ValueError, match="not a trace shard of format 2"):
             read_traces(tmp_path)
+
+
+def test_soft_targets_are_stored_and_shards_without_them_are_read(tmp_path: Path) -> None:
+    trace = make_trace(0)
+    length = len(trace.initial_ids)
+    targets = SoftTargets.from_arrays([[number, 7] for number in range(length)], [[-0.5, -math.inf]] * length)
+    stored = replace(trace, soft_targets=[targets])
+    write(tmp_path / "new", [stored])
+    [read] = read_traces(tmp_path / "new")
+    assert read == stored and read.soft_targets[0].to_arrays()[0].tolist()[-1] == [length - 1, 7]
+    assert read_traces(tmp_path / "new", columns=["reward"])[0].soft_targets == []
+    assert Trace.from_dict(json.loads(json.dumps(stored.to_dict()))).soft_targets == [targets]
+    with pytest.raises(ValueError, match="soft_targets do not fit its incumbents"):
+        write(tmp_path / "new", [replace(trace, soft_targets=[SoftTargets.from_arrays([[1]], [[0.0]])])])
+
+    write(tmp_path / "old", [trace])
+    path = tmp_path / "old" / names(tmp_path / "old")[0]
+    pq.write_table(pq.read_table(path).drop_columns(["soft_targets"]), path)  # as earlier versions wrote it
+    assert read_traces(tmp_path / "old") == [trace]
+    assert read_traces(tmp_path / "old", columns=["soft_targets", "reward"])[0].soft_targets == []
 
 
 def test_a_shard_of_format_1_is_refused_in_one_line(tmp_path: Path) -> None:
