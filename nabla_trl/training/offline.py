@@ -172,10 +172,11 @@ def build_training_rows(
     """
     takes_accepted = method == "dpo" or (method == "sft" and sft_selection in ("best", "improved"))
     num_proposals = sum(len(trace.revisions) for trace in traces)
-    # Traces without any proposal are samples of the policy: the best of them is rejection sampling.
-    is_search = num_proposals or method == "dpo" or sft_selection == "improved"
+    # Several draws of the policy for a problem, and no proposals: the best of them is rejection sampling.
+    has_draws = not num_proposals and len({(trace.task, trace.problem_id) for trace in traces}) < len(traces)
+    is_rejection_sampling = has_draws and method == "sft" and sft_selection == "best"
     has_accepted = any(revision.accepted for trace in traces for revision in trace.revisions)
-    if takes_accepted and is_search and not has_accepted:
+    if takes_accepted and not is_rejection_sampling and not has_accepted:
         raise ValueError(
             f"none of {num_proposals} proposals in {len(traces)} traces was accepted, so there is nothing to learn "
             "from: raise max_rounds or top_k_candidates, choose another solver.gradient_at, or audit the reward"
