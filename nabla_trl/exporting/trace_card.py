@@ -39,11 +39,11 @@ TRACE_COLUMNS = {
     "meta": "JSON: policy, reward, hash of the settings and of the tokenizer, versions",
     "error": "null, as problems that could not be run are left out",
     "predicted_gain": "per accepted response and position, the largest gain of the reward that the gradient predicts",
-    "soft_targets": "per accepted response the refined distributions along it: `ids` (int32) and `logp` (float32, "
-    "nats) as bytes of arrays [tokens, `top_k`]. Empty where none were recorded",
     "answer_strict": "the answer in the form that the task asks for alone",
     "correct_strict": "whether that answer is correct",
     "match_result": "how the answers were compared",
+    "soft_targets": "per accepted response the refined distributions along it: `ids` (int32) and `logp` (float32, "
+    "nats) as bytes of arrays [tokens, `top_k`]. Empty where none were recorded",
 }
 ROW_COLUMNS = {
     "sft": {

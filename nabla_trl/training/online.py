@@ -41,6 +41,7 @@ from nabla_trl.tasks.problem import Problem
 from nabla_trl.training.callbacks import EvaluationCallback
 from nabla_trl.training.offline import (
     GROUP_METHODS,
+    OFFLINE_METHODS,
     ON_POLICY,
     ONLINE_METHODS,
     REVERSE_KL,
@@ -404,9 +405,8 @@ def check_stop_strings(base_policy: Policy, problems: Sequence[Problem]) -> None
     stop_strings = next((stops for problem in problems if (stops := base_policy.get_stop_strings(problem))), None)
     if stop_strings:
         raise ValueError(
-            f"{', '.join(ONLINE_METHODS[:-1])} and {ONLINE_METHODS[-1]} cannot end a response at {stop_strings[0]!r}, "
-            "where this policy's responses end: train by "
-            "sft, reward-weighted or dpo, or use a policy with a chat template"
+            f"{', '.join(ONLINE_METHODS)} cannot end a response at {stop_strings[0]!r}, where this policy's responses "
+            f"end: train by {', '.join(OFFLINE_METHODS)}, or use a policy with a chat template"
         )
 
 

@@ -217,8 +217,7 @@ class TrainStage:
             with checks.collect():
                 self.options.check(self.policy, self.process_state.num_processes)
         if method == ON_POLICY:
-            with checks.collect():
-                check_teacher_options(self.search_config)
+            checks.call(check_teacher_options, self.search_config)
         if method in ("reward-weighted", SOFT_TARGETS):
             joined = [name for name in ("packing", "padding_free") if getattr(self.sft_config, name, False)]
             checks.require(not joined, f"{method} trains on rows of their own, without {' or '.join(joined)}")

@@ -263,4 +263,4 @@ def test_answers_are_looked_for_before_the_string() -> None:
 
 def test_training_that_draws_by_trl_is_refused_where_strings_end_responses() -> None:
     check_stop_strings(base_policy(template=worlds.TEMPLATE), [SHOWN])
-    worlds.refused(lambda: check_stop_strings(base_policy(), [SHOWN]), "rloo and grpo", "Question:", "chat template")
+    worlds.refused(lambda: check_stop_strings(base_policy(), [SHOWN]), "rloo, grpo", "Question:", "chat template")
