@@ -63,7 +63,7 @@ from nabla_trl.reward_training.trainer import RewardOptions, RewardTrainingStats
 from nabla_trl.rewards.limits import ValidatedLimits
 from nabla_trl.rewards.loading import load_reward
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.rewards.spec import RewardManifest, write_manifest
+from nabla_trl.rewards.spec import NO_REFERENCE, RewardManifest, write_manifest
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem, check_disjoint
@@ -419,6 +419,7 @@ class RewardRun:
                 output_dir,
                 beta=self.reward_options.implicit_beta,
                 loss_type=self.reward_options.implicit_loss,
+                has_reference=self.reward_options.implicit_reference == "base",
                 pairs_per_problem=self.reward_options.pairs_per_problem,
                 **common,
             )
@@ -460,9 +461,8 @@ class RewardRun:
         options = self.reward_options
         fields: dict[str, Any] = {"base_model": self.base_model, "policy": self.args.policy, **audit_fields}
         if options.kind == "implicit":
-            return RewardManifest(
-                kind="log_ratio", scale=options.implicit_beta, reference_model=self.base_model, **fields
-            )
+            reference = self.base_model if options.implicit_reference == "base" else NO_REFERENCE
+            return RewardManifest(kind="log_ratio", scale=options.implicit_beta, reference_model=reference, **fields)
         if options.num_members > 1:
             members = [folder.name for folder in self._list_member_dirs(self.output_dir)]
             return RewardManifest(

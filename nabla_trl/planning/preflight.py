@@ -227,7 +227,8 @@ def check_reward_files(reward: str, *, policy: str, audit_file: str | None = Non
     checks = Checks()
     with checks.collect():
         spec = parse_reward_spec(reward)
-        if spec.kind == "log-ratio" and len(spec.model_names) == 1 and is_same_model(spec.model_names[0], policy):
+        against_policy = spec.kind == "log-ratio" and spec.has_reference and len(spec.model_names) == 1
+        if against_policy and is_same_model(spec.model_names[0], policy):
             raise ValueError(f"{spec.name}: {SAME_MODELS}; name a better model than the policy {policy}")
         for member in spec.members or (spec,):
             for model in member.model_names:

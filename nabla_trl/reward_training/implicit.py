@@ -4,11 +4,17 @@ The training is DPO (Rafailov et al., arXiv 2305.18290) on pairs of a correct an
 the cross-entropy of outcomes with the reward as logit (Yuan et al., arXiv 2412.01981), which also uses problems whose
 answers are all correct or all wrong. Both need answer labels alone. The reward costs one adapter and has a dense
 gradient at every token.
+
+Cross-entropy may also go without a reference. Then the logit is β·log π_φ(y|x) + b, and the reward β·log π_φ begins as
+the base's likelihood, which ranks answers already. In a search it multiplies π by π_φ^β. Answers to the same problem
+are read in one row after one copy of their prompt (`PromptGroupCollator`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import set_seed
 from trl import DPOConfig, RewardConfig, SFTConfig
 
@@ -26,6 +33,7 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.reward_training.data import LabeledResponse, choose_pairs, filter_encodable
 from nabla_trl.reward_training.trainer import RewardTrainingStats, build_training_stats, run_training
 from nabla_trl.rewards.loading import build_log_ratio_reward
+from nabla_trl.states.probe import get_layout
 from nabla_trl.traces.datasets import IGNORE_INDEX
 from nabla_trl.training.peft import (
     LoraArguments,
@@ -52,6 +60,7 @@ def train_implicit_reward(
     config: RewardConfig,
     dtype: str,
     loss_type: str = "dpo",
+    has_reference: bool = True,
 ) -> RewardTrainingStats:
     """Train an adapter and write it to a folder, whole or not at all.
 
@@ -60,6 +69,7 @@ def train_implicit_reward(
         beta: β of the loss, and the scale of the reward.
         pairs_per_problem: of DPO.
         loss_type: "dpo" or "outcome".
+        has_reference: False: the reward is β·log π_φ. Needs loss_type "outcome".
 
     Raises:
         ValueError: no pairs that the base can read, vocabularies that cannot be matched, a loss that is not finite, or
@@ -83,8 +93,17 @@ def train_implicit_reward(
         )
     else:
         rows = _build_outcome_rows(readable, objective)
+        if not has_reference:
+            intercept = fit_intercept([beta * row["reference_logp"] for row in rows], [row["outcome"] for row in rows])
+            rows = [row | {"reference_logp": -intercept / beta} for row in rows]
         sft_config = convert_config(SFTConfig, config, max_length=None)
-        trainer = OutcomeTrainer(beta=beta, args=sft_config, train_dataset=Dataset.from_list(rows), **common)
+        trainer = OutcomeTrainer(
+            beta=beta,
+            share_prompts=takes_group_masks(base),
+            args=sft_config,
+            train_dataset=Dataset.from_list(rows),
+            **common,
+        )
     size = measure_model_size(model, "reward")
     result = run_training(trainer)
     if not any(weight.any() for name, weight in trainer.model.named_parameters() if "lora_B" in name):
@@ -138,40 +157,166 @@ def _build_outcome_rows(labeled_responses: Sequence[LabeledResponse], objective:
     return rows
 
 
+def takes_group_masks(policy: Policy) -> bool:
+    """Tell whether a model's layers all attend by one mask that may come from outside, at given positions."""
+    layout = get_layout(policy.model)
+    return (
+        policy.model.config._attn_implementation in ("eager", "sdpa")
+        and layout.mask_style == "one"
+        and layout.takes_positions
+        and not (layout.is_recurrent or layout.window or layout.chunk)
+    )
+
+
+def fit_intercept(logits: Sequence[float], outcomes: Sequence[float]) -> float:
+    """Return b such that the mean of sigmoid(logit + b) is the mean outcome, by bisection.
+
+    It minimizes the cross-entropy over b. Outcomes that are all the same have no minimum and get an end of the range.
+    """
+    values, target = torch.tensor(logits, dtype=torch.float64), sum(outcomes) / len(outcomes)
+    low, high = -50.0 - float(values.max()), 50.0 - float(values.min())
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((values + middle).sigmoid().mean()) < target else (low, middle)
+    return (low + high) / 2
+
+
+@dataclass
+class PromptGroupCollator:
+    """Rows of `_build_outcome_rows` → one batch, in which the responses to the same prompt share one copy of it.
+
+    A row of the batch is a prompt, padded on the left to a common width, and its responses one after another. Each
+    response attends to the prompt and to itself, at the positions that it has alone. So a prompt is read once and not
+    once per response, and logits are needed from the last prompt token on.
+
+    Args:
+        share: False: every response has a row of its own, for models whose layers take no mask from outside.
+    """
+
+    pad_id: int
+    share: bool
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch.
+
+        - `input_ids`, `position_ids` [G, L], and `attention_mask` [G, 1, L, L] bool, or [G, L] without sharing.
+        - `targets` [N]: the tokens of all responses. `sources` [N, 2]: row and column whose logits predict each.
+          `responses` [N]: which response each belongs to.
+        - `reference_logp`, `outcome` [B].
+        """
+        lengths = [row["labels"].count(IGNORE_INDEX) for row in rows]
+        groups: dict[Any, list[int]] = {}
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            groups.setdefault(tuple(row["input_ids"][:length]) if self.share else index, []).append(index)
+        ids: list[list[int]] = []
+        positions: list[list[int]] = []
+        owners: list[list[int]] = []  # the response of each token, −1 for a prompt and −2 for padding
+        targets, sources, responses = [], [], []
+        for number, (first, *_) in enumerate(groups.values()):
+            length, padding = lengths[first], max(lengths) - lengths[first] if self.share else 0
+            ids.append([self.pad_id] * padding + rows[first]["input_ids"][:length])
+            positions.append([0] * padding + list(range(length)))
+            owners.append([-2] * padding + [-1] * length)
+            prompt_end = padding + length - 1
+            for index in list(groups.values())[number]:
+                response, begin = rows[index]["labels"][length:], len(ids[number])
+                ids[number] += response
+                positions[number] += range(length, length + len(response))
+                owners[number] += [index] * len(response)
+                targets += response
+                sources += [(number, column) for column in (prompt_end, *range(begin, begin + len(response) - 1))]
+                responses += [index] * len(response)
+        owner = _pad(owners, -2)
+        return {
+            "input_ids": _pad(ids, self.pad_id),
+            "position_ids": _pad(positions, 0),
+            "attention_mask": _build_group_mask(owner) if self.share else (owner > -2).long(),
+            "targets": torch.tensor(targets),
+            "sources": torch.tensor(sources),
+            "responses": torch.tensor(responses),
+            "reference_logp": torch.tensor([row["reference_logp"] for row in rows]),
+            "outcome": torch.tensor([row["outcome"] for row in rows]),
+        }
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+def _build_group_mask(owner: Tensor) -> Tensor:
+    """Return [G, 1, L, L] which tokens each token reads: earlier ones of its prompt and of its own response.
+
+    Padding reads padding, because a token that reads nothing would be NaN.
+    """
+    readable = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
+    return (readable & torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool).tril())[:, None]
+
+
+class PromptGroupSampler(Sampler[int]):
+    """Sampler that shuffles prompts at each epoch and keeps the responses to a prompt together."""
+
+    def __init__(self, prompts: Sequence[tuple[int, ...]], seed: int):
+        self.groups: dict[tuple[int, ...], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            self.groups.setdefault(prompt, []).append(index)
+        self.num_rows, self.generator = len(prompts), torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        groups = list(self.groups.values())
+        for number in torch.randperm(len(groups), generator=self.generator).tolist():
+            yield from groups[number]
+
+
 class OutcomeTrainer(TokenIdsSFTTrainer):
     """Trainer of the cross-entropy of outcomes, with β·(log π_φ(y|x) − log π_ref(y|x)) as logit of a correct answer.
 
     Args:
         beta: β.
+        share_prompts: read the responses to a prompt after one copy of it.
     """
 
-    COLUMNS = ("reference_logp", "outcome")
-
-    def __init__(self, *args: Any, beta: float, **kwargs: Any):
+    def __init__(self, *args: Any, beta: float, share_prompts: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.reward_beta, collate = beta, self.data_collator  # type: ignore[has-type]
+        self.reward_beta = beta
         self.model_accepts_loss_kwargs = False  # the loss is a mean over responses, not over tokens
-
-        def with_columns(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-            return collate(rows) | {name: torch.tensor([row[name] for row in rows]) for name in self.COLUMNS}
-
-        self.data_collator = with_columns
+        base = self.accelerator.unwrap_model(self.model).get_base_model()
+        self.model_inputs = {"position_ids", "logits_to_keep"} & set(inspect.signature(base.forward).parameters)
+        self.data_collator = PromptGroupCollator(self.processing_class.pad_token_id, share_prompts)  # type: ignore[union-attr]
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, *self.COLUMNS]  # type: ignore[has-type]
+        self._signature_columns = ["input_ids", "labels", "reference_logp", "outcome"]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PromptGroupSampler:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        prompts = [tuple(row["input_ids"][: row["labels"].count(IGNORE_INDEX)]) for row in rows]
+        return PromptGroupSampler(prompts, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-        logp = -F.cross_entropy(
-            outputs.logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
-        ).sum(1)
+        logp = self.compute_response_logp(model, inputs)
         logits = self.reward_beta * (logp - inputs["reference_logp"])
         loss = F.binary_cross_entropy_with_logits(logits, inputs["outcome"])
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def compute_response_logp(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return [B] log π_φ of the responses of a batch of `PromptGroupCollator`."""
+        rows, columns = inputs["sources"].T
+        num_kept = inputs["input_ids"].shape[1] - int(columns.min())  # nothing is predicted inside prompts
+        options = {"position_ids": inputs["position_ids"], "logits_to_keep": num_kept}
+        logits = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            use_cache=False,
+            **{name: options[name] for name in self.model_inputs},
+        ).logits[:, -num_kept:]
+        token_logp = -F.cross_entropy(
+            logits[rows, columns - int(columns.min())].float(), inputs["targets"], reduction="none"
+        )
+        return torch.zeros_like(inputs["outcome"]).index_add(0, inputs["responses"], token_logp)
 
 
 def make_dpo_config(config: RewardConfig, beta: float) -> DPOConfig:

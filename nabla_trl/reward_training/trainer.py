@@ -43,6 +43,7 @@ from nabla_trl.utils.fields import option
 REWARD_KINDS = ("scalar", "head", "implicit")
 LOSS_TYPES = ("tokens", "pairs")
 IMPLICIT_LOSSES = ("dpo", "outcome")
+IMPLICIT_REFERENCES = ("base", "none")
 
 
 @dataclass
@@ -69,6 +70,11 @@ class RewardOptions:
         "of a correct answer (arXiv 2412.01981), which needs no pairs",
     )
     implicit_beta: float = option(0.1, "implicit: β of the loss and scale of the reward")
+    implicit_reference: str = option(
+        "base",
+        "implicit: base, or none with the loss outcome. Without a reference the reward β·log π_φ begins as the base's "
+        "likelihood, so training only has to improve on the ranking by likelihood",
+    )
     tuning: str = option("lora", "full, lora or qlora (LoRA on a 4-bit base)")
     loss_type: str = option(
         "tokens",
@@ -100,6 +106,7 @@ class RewardOptions:
             ("kind", REWARD_KINDS),
             ("loss_type", LOSS_TYPES),
             ("implicit_loss", IMPLICIT_LOSSES),
+            ("implicit_reference", IMPLICIT_REFERENCES),
             ("tuning", TUNING_MODES),
         ):
             value = getattr(self, name)
@@ -119,6 +126,10 @@ class RewardOptions:
         checks.require(
             self.kind != "implicit" or (self.num_members == 1 and self.tuning == "lora"),
             "an implicit reward is one adapter: num_members must be 1 and tuning lora",
+        )
+        checks.require(
+            self.implicit_reference != "none" or self.implicit_loss == "outcome",
+            "implicit_reference none needs implicit_loss outcome: DPO compares with a reference",
         )
         checks.require(
             self.loss_type != "pairs" or not self.gradient_matching,

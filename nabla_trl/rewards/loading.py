@@ -94,7 +94,8 @@ def load_reward(
                 kind (`nabla_trl.rewards.spec.RewardManifest`).
             logratio:A[,B] or {kind: log_ratio, model: A, reference: B, scale: 1.0}: scale · (log p_A(y|x) −
                 log p_B(y|x)) of two causal LMs or adapter folders of causal LMs. B is the policy by default. A model
-                of the policy's name is the policy itself and is not loaded again.
+                of the policy's name is the policy itself and is not loaded again. With B = none, the reward is
+                scale · log p_A(y|x).
             process:NAME, process@DELIMITER:NAME or {kind: process, model: NAME, step_delimiter: "\\n\\n"}: the sum of
                 the scalar reward's score over the ends of reasoning steps and the end of the response. A step ends
                 with the delimiter, a blank line by default. In text, `parse_delimiter` reads its escapes.
@@ -209,7 +210,7 @@ class _Loader:
             return build_power_reward(policy, spec.scale + 1, spec.name)
         if spec.kind == "log-ratio":
             models = [self._load_causal_lm(name) for name in spec.model_names]
-            reference = models[1] if len(models) > 1 else policy
+            reference = models[1] if len(models) > 1 else policy if spec.has_reference else None
             if models[0] is reference:
                 raise ValueError(f"{spec.name}: {SAME_MODELS}; name a better model than the policy {policy.name}")
             reward = build_log_ratio_reward(policy, models[0], reference, spec.name, scale=spec.scale)
@@ -245,11 +246,12 @@ class _Loader:
 
 
 def build_log_ratio_reward(
-    policy: Policy, preferred_model: Policy, reference_model: Policy, name: str, *, scale: float = 1.0
+    policy: Policy, preferred_model: Policy, reference_model: Policy | None, name: str, *, scale: float = 1.0
 ) -> Reward:
     """Build scale · (log p_preferred(y|x) − log p_reference(y|x)) from models in memory.
 
     Args:
+        reference_model: None: the reward is scale · log p_preferred(y|x).
         scale: β where `preferred_model` was tuned from `reference_model` under a KL penalty of strength β. The reward
             is then the one that it was tuned for, up to a function of x (Rafailov et al., arXiv 2305.18290).
 
@@ -258,6 +260,8 @@ def build_log_ratio_reward(
     """
     objectives: list[Objective] = []
     for model, weight, label in ((preferred_model, scale, "reward"), (reference_model, -scale, "reference")):
+        if model is None:
+            continue
         vocab_map = map_vocabulary(
             policy.tokenizer,
             model.tokenizer,
@@ -501,7 +505,7 @@ def check_reward(reward: Reward, policy: Policy, *, step_delimiter: str = "") ->
                 raise ValueError(
                     f"{reward.name} scores a test input {from_ids:.4f} from ids but {value:.4f} through {label}"
                 )
-    if reward.kind == "log-ratio" and values[0] == values[1]:
+    if reward.kind == "log-ratio" and len(values) == 2 and values[0] == values[1]:
         raise ValueError(f"{reward.name} compares two models with the same weights: {SAME_MODELS}")
 
 

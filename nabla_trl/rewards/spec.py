@@ -23,6 +23,7 @@ from nabla_trl.utils.identity import is_same_model
 
 LOG_RATIO_PREFIX = "logratio:"
 POWER_PREFIX = "power:"
+NO_REFERENCE = "none"  # in place of the name of a log-ratio's reference: r = scale · log p_A
 SAME_MODELS = "a log-ratio of a model against itself is 0 for every response, so it rewards nothing"
 MANIFEST_FILE = "reward.json"
 MANIFEST_FORMAT = 2
@@ -71,13 +72,13 @@ class RewardManifest:
         kind: "scalar" (a sequence classifier with one label, or a LoRA adapter of one, in this folder), "process" (the
             sum of such a score over the ends of reasoning steps), "head" (a head on the policy's hidden states, in
             this folder), "log_ratio" (a causal LM or its adapter in this folder: r = scale · (log π −
-            log π_reference)) or "ensemble".
+            log π_reference), or scale · log π without a reference) or "ensemble".
         base_model: the model that training began from. None = none.
         step_delimiter: process only: the text that ends a reasoning step.
         members: ensemble only: folders of scalar, process or head rewards, relative to this one.
         uncertainty_penalty: ensemble only: k of mean − k·std.
         scale: log_ratio only: β > 0.
-        reference_model: log_ratio only: name of the reference model.
+        reference_model: log_ratio only: name of the reference model. "none" = no reference.
         policy: the policy that the reward was trained and audited for.
         validated_limits: how far the audit allows a search to go. None = not audited.
         gradient_at: the gradient that the audit recommends (`GradientPoint.parse`). None = not audited, or no
@@ -205,6 +206,7 @@ class RewardSpec:
         model_names: models to load: the classifier, the preferred model and (unless it is the policy) the reference,
             or the classifiers of an ensemble's members. Empty for a power of the policy and for heads.
         members: of an ensemble.
+        has_reference: of a log-ratio. False: the reward is the likelihood of the preferred model alone.
         scale: factor of a log-ratio, or α − 1 of a power.
         uncertainty_penalty: k of an ensemble's mean − k·std.
         step_delimiter: of a process reward, else empty.
@@ -217,6 +219,7 @@ class RewardSpec:
     kind: str
     model_names: tuple[str, ...]
     members: tuple[RewardSpec, ...] = ()
+    has_reference: bool = True
     scale: float = 1.0
     uncertainty_penalty: float = 1.0
     step_delimiter: str = ""
@@ -243,8 +246,7 @@ def parse_reward_spec(spec: str | Mapping[str, Any]) -> RewardSpec:
         names = _split_names(spec.removeprefix(LOG_RATIO_PREFIX))
         if not 1 <= len(names) <= 2 or not all(names):
             raise ValueError(f"{spec!r}: expected {LOG_RATIO_PREFIX}BETTER or {LOG_RATIO_PREFIX}BETTER,REFERENCE")
-        _check_two_models(spec, names)
-        return RewardSpec(spec, "log-ratio", names)
+        return _build_log_ratio_spec(spec, names)
     if spec.startswith(POWER_PREFIX):
         return _build_power_spec(spec, spec.removeprefix(POWER_PREFIX))
     if spec.startswith(HEAD_PREFIX):
@@ -348,8 +350,7 @@ def _parse_mapping(data: Mapping[str, Any]) -> RewardSpec:
     if kind == "log_ratio":
         _check_scale(data.get("scale", 1.0))
         models = tuple(data[key] for key in ("model", "reference") if key in data)
-        _check_two_models(name, models)
-        return RewardSpec(name, "log-ratio", models, scale=float(data.get("scale", 1.0)))
+        return _build_log_ratio_spec(name, models, float(data.get("scale", 1.0)))
     return _parse_scalar(name, model)
 
 
@@ -360,13 +361,21 @@ def _parse_folder(folder: str) -> RewardSpec:
         members = [str(Path(folder, name)) for name in manifest.members]
         spec = _build_ensemble_spec(folder, members, manifest.uncertainty_penalty)
     elif manifest.kind == "log_ratio":
-        _check_two_models(folder, (folder, manifest.reference_model))
-        spec = RewardSpec(folder, "log-ratio", (folder, manifest.reference_model), scale=manifest.scale)
+        spec = _build_log_ratio_spec(folder, (folder, manifest.reference_model), manifest.scale)
     else:
         delimiter = manifest.step_delimiter if manifest.kind == "process" else ""
         models = () if manifest.kind == "head" else (folder,)
         spec = RewardSpec(folder, manifest.kind, models, step_delimiter=delimiter)
     return replace(spec, folder=folder, validated_limits=manifest.validated_limits, gradient_at=manifest.gradient_at)
+
+
+def _build_log_ratio_spec(name: str, models: tuple[str, ...], scale: float = 1.0) -> RewardSpec:
+    """Return the spec of a preferred model and its reference, which is the policy unless it is named."""
+    if models[1:] == (NO_REFERENCE,):
+        return RewardSpec(name, "log-ratio", models[:1], has_reference=False, scale=scale)
+    if len(models) == 2 and is_same_model(*models):
+        raise ValueError(f"{name}: {SAME_MODELS}")
+    return RewardSpec(name, "log-ratio", models, scale=scale)
 
 
 def _build_power_spec(name: str, alpha: Any) -> RewardSpec:
@@ -503,11 +512,6 @@ def check_uncertainty_penalty(value: Any, name: str = "uncertainty_penalty") -> 
 def _check_scale(value: Any) -> None:
     if not (_is_finite_number(value) and value > 0):
         raise ValueError(f"scale must be a positive number, not {value!r}")
-
-
-def _check_two_models(name: str, models: Sequence[str]) -> None:
-    if len(models) == 2 and is_same_model(*models):
-        raise ValueError(f"{name}: {SAME_MODELS}")
 
 
 def _check_model_name(key: str, value: Any) -> None:

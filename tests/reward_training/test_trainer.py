@@ -285,6 +285,7 @@ def test_a_base_that_cannot_be_loaded_is_refused(train: Callable[..., Any], tmp_
         ({"grow_layers": -1, "tuning": "full"}, ["grow_layers must not be negative"]),
         ({"uncertainty_penalty": -1.0}, ["uncertainty_penalty must be a number of at least 0"]),
         ({"implicit_beta": 0.0}, ["implicit_beta must be a positive number"]),
+        ({"implicit_reference": "none"}, ["implicit_reference none needs implicit_loss outcome"]),
         ({"kind": "implicit", "num_members": 2}, ["an implicit reward is one adapter"]),
         ({"kind": "implicit", "tuning": "full"}, ["an implicit reward is one adapter"]),
         ({"loss_type": "pairs", "gradient_matching": 0.1}, ["gradient_matching belongs to the loss_type tokens"]),
@@ -459,6 +460,47 @@ def test_an_implicit_reward_is_the_difference_that_training_made(
     pairs = choose_pairs(labeled, 2, 0)
     gaps = [a - b for a, b in zip(*[scores(reward, list(side)) for side in zip(*pairs, strict=True)], strict=True)]
     assert sum(gaps) / len(gaps) > 0.1 and sum(gap > 0 for gap in gaps) >= 0.8 * len(gaps)
+
+
+@pytest.mark.parametrize(("architecture", "share"), [("llama", True), ("gpt2", True), ("llama", False)])
+def test_responses_that_share_a_prompt_have_the_likelihoods_that_they_have_alone(
+    architecture: str, share: bool, policies: Any, data: Any
+) -> None:
+    policy, items = policies[architecture], samples_of(data[architecture])
+    assert implicit.takes_group_masks(policy)
+    rows = [
+        {"input_ids": ids + answer, "labels": [-100] * len(ids) + answer, "reference_logp": 0.0, "outcome": 1.0}
+        for ids, answer in ((item.prompt_ids, item.response_ids) for item in items)
+    ]
+    batch = implicit.PromptGroupCollator(0, share)(rows)
+    assert len(batch["input_ids"]) == (len({tuple(item.prompt_ids) for item in items}) if share else len(items))
+    stub: Any = type("Trainer", (), {"model_inputs": {"position_ids", "logits_to_keep"}})
+    with torch.no_grad():
+        logp = implicit.OutcomeTrainer.compute_response_logp(stub, policy.model, batch)
+    assert logp.tolist() == pytest.approx([plain_logp(policy.model, item) for item in items], rel=1e-4)
+
+
+def test_a_likelihood_begins_as_that_of_the_base_with_the_best_intercept(
+    bases: Any, policies: Any, data: Any, trained: list[Any], tmp_path: Path
+) -> None:
+    base, policy, labeled = bases["llama"], policies["llama"], data["llama"]
+    config = settings(tmp_path, max_steps=1, learning_rate=1e-3, per_device_train_batch_size=len(labeled))
+    common: dict[str, Any] = {"policy": policy, "pairs_per_problem": 1, "lora": LORA, "dtype": "float32"}
+    stats = train_implicit_reward(
+        base, labeled, tmp_path / "r", beta=0.02, config=config, loss_type="outcome", has_reference=False, **common
+    )
+    logits, outcomes = zip(
+        *[(0.02 * plain_logp(policy.model, row.sample), float(row.correct)) for row in labeled], strict=True
+    )
+    losses = [
+        torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor(logits) + b, torch.tensor(outcomes)).item()
+        for b in (implicit.fit_intercept(logits, outcomes) + shift for shift in (-0.1, 0.0, 0.1))
+    ]
+    assert losses[1] == min(losses) and stats.loss == pytest.approx(losses[1], rel=1e-3)
+    write_manifest(tmp_path / "r", RewardManifest(kind="log_ratio", scale=0.02, reference_model="none"))
+    reward = load_reward(str(tmp_path / "r"), policy=policy)
+    items = samples_of(labeled)
+    assert scores(reward, items) == pytest.approx([0.02 * plain_logp(trained[0], item) for item in items], rel=1e-3)
 
 
 def test_an_implicit_reward_needs_pairs_and_a_finite_loss(
