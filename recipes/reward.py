@@ -296,8 +296,8 @@ class RewardRun:
             samples,
             policy=self.policy,
             checker=self.checker,
-            # A head reads states alone.
-            top_k_candidates=0 if self.reward_options.kind == "head" else self.search_config.top_k_candidates,
+            # Only mixtures are made of candidates. Heads and implicit rewards read the tokens alone.
+            top_k_candidates=self.search_config.top_k_candidates if self.reward_options.kind == "scalar" else 0,
             batch_size=self.batch_size,
         )
 

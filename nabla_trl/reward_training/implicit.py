@@ -26,7 +26,7 @@ from torch.utils.data import Sampler
 from transformers import set_seed
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from nabla_trl.gradient.objectives import Objective
+from nabla_trl.gradient.objectives import Objective, Sample
 from nabla_trl.models.flops import FlopCounter, measure_model_size
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.policy import Policy
@@ -46,6 +46,7 @@ from nabla_trl.training.trainers import TokenIdsDPOTrainer, TokenIdsSFTTrainer, 
 from nabla_trl.utils.formatting import pluralize
 
 REFERENCE_BATCH_SIZE = 64  # responses that the reference reads together
+MAX_INTERCEPT_RESPONSES = 1024  # responses by which the intercept is set
 
 
 def train_implicit_reward(
@@ -92,10 +93,7 @@ def train_implicit_reward(
             args=make_dpo_config(config, beta), train_dataset=Dataset.from_list(rows), **common
         )
     else:
-        rows = _build_outcome_rows(readable, objective)
-        if not has_reference:
-            intercept = fit_intercept([beta * row["reference_logp"] for row in rows], [row["outcome"] for row in rows])
-            rows = [row | {"reference_logp": -intercept / beta} for row in rows]
+        rows = _build_outcome_rows(readable, objective, beta, has_reference=has_reference)
         sft_config = convert_config(SFTConfig, config, max_length=None)
         trainer = OutcomeTrainer(
             beta=beta,
@@ -136,25 +134,49 @@ def _build_pair_rows(
     ]
 
 
-def _build_outcome_rows(labeled_responses: Sequence[LabeledResponse], objective: Objective) -> list[dict[str, Any]]:
-    """Return rows of `input_ids`, `labels`, `reference_logp` (log π_ref of the response) and `outcome` (0 or 1)."""
+def _build_outcome_rows(
+    labeled_responses: Sequence[LabeledResponse], objective: Objective, beta: float, *, has_reference: bool
+) -> list[dict[str, Any]]:
+    """Return rows of `input_ids`, `labels`, `reference_logp` (log π_ref of the response) and `outcome` (0 or 1).
+
+    Without a reference, `reference_logp` is the constant that makes it an intercept of the logit.
+    """
+    outcomes = [float(response.correct) for response in labeled_responses]
+    samples = [response.sample for response in labeled_responses]
+    if has_reference:
+        reference_logps = _compute_logps(samples, objective)
+    else:
+        chosen = slice(None, None, -(-len(samples) // MAX_INTERCEPT_RESPONSES))
+        intercept = fit_intercept(
+            [beta * logp for logp in _compute_logps(samples[chosen], objective)], outcomes[chosen]
+        )
+        reference_logps = [-intercept / beta] * len(samples)
     rows = []
-    for begin in range(0, len(labeled_responses), REFERENCE_BATCH_SIZE):
-        batch = labeled_responses[begin : begin + REFERENCE_BATCH_SIZE]
-        samples = [response.sample for response in batch]
-        caches = objective.compute_prompt_caches(samples, FlopCounter())
-        logps, _ = objective.score(samples, caches, [0] * len(samples), FlopCounter())
-        for response, logp in zip(batch, logps, strict=True):
-            encoded = objective.encode(response.sample)
-            rows.append(
-                {
-                    "input_ids": encoded.prompt_ids + encoded.response_ids,
-                    "labels": [IGNORE_INDEX] * len(encoded.prompt_ids) + encoded.response_ids,
-                    "reference_logp": logp,
-                    "outcome": float(response.correct),
-                }
-            )
+    for sample, logp, outcome in zip(samples, reference_logps, outcomes, strict=True):
+        encoded = objective.encode(sample)
+        rows.append(
+            {
+                "input_ids": encoded.prompt_ids + encoded.response_ids,
+                "labels": [IGNORE_INDEX] * len(encoded.prompt_ids) + encoded.response_ids,
+                "reference_logp": logp,
+                "outcome": outcome,
+            }
+        )
     return rows
+
+
+def _compute_logps(samples: Sequence[Sample], objective: Objective) -> list[float]:
+    """Return log π_ref of responses. A prompt is read once for its responses in a batch."""
+    logps: list[float] = []
+    for begin in range(0, len(samples), REFERENCE_BATCH_SIZE):
+        batch = samples[begin : begin + REFERENCE_BATCH_SIZE]
+        prompts = {sample.problem.id: sample for sample in batch}
+        caches = dict(
+            zip(prompts, objective.compute_prompt_caches(list(prompts.values()), FlopCounter()), strict=True)
+        )
+        by_sample = [caches[sample.problem.id] for sample in batch]
+        logps += objective.score(batch, by_sample, [0] * len(batch), FlopCounter())[0]
+    return logps
 
 
 def takes_group_masks(policy: Policy) -> bool:
