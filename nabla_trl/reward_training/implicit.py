@@ -306,7 +306,7 @@ class OutcomeTrainer(TokenIdsSFTTrainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over responses, not over tokens
         base = self.accelerator.unwrap_model(self.model).get_base_model()
         self.model_inputs = {"position_ids", "logits_to_keep"} & set(inspect.signature(base.forward).parameters)
-        self.data_collator = PromptGroupCollator(self.processing_class.pad_token_id, share_prompts)  # type: ignore[union-attr]
+        self.data_collator = PromptGroupCollator(self.processing_class.pad_token_id, share_prompts)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "reference_logp", "outcome"]
