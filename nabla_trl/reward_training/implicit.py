@@ -46,7 +46,7 @@ from nabla_trl.training.trainers import TokenIdsDPOTrainer, TokenIdsSFTTrainer, 
 from nabla_trl.utils.formatting import pluralize
 
 REFERENCE_BATCH_SIZE = 64  # responses that the reference reads together
-MAX_INTERCEPT_RESPONSES = 1024  # responses by which the intercept is set
+MAX_INTERCEPT_RESPONSES = 512  # responses by which the intercept is set
 
 
 def train_implicit_reward(
@@ -146,10 +146,12 @@ def _build_outcome_rows(
     if has_reference:
         reference_logps = _compute_logps(samples, objective)
     else:
-        chosen = slice(None, None, -(-len(samples) // MAX_INTERCEPT_RESPONSES))
-        intercept = fit_intercept(
-            [beta * logp for logp in _compute_logps(samples[chosen], objective)], outcomes[chosen]
-        )
+        # Whole problems, evenly spread: their responses share prompts.
+        problems = list(dict.fromkeys(sample.problem.id for sample in samples))
+        chosen = set(problems[:: -(-len(samples) // MAX_INTERCEPT_RESPONSES)])
+        indices = [index for index, sample in enumerate(samples) if sample.problem.id in chosen]
+        logps = _compute_logps([samples[index] for index in indices], objective)
+        intercept = fit_intercept([beta * logp for logp in logps], [outcomes[index] for index in indices])
         reference_logps = [-intercept / beta] * len(samples)
     rows = []
     for sample, logp, outcome in zip(samples, reference_logps, outcomes, strict=True):

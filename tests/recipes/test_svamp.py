@@ -12,6 +12,7 @@ import prepare
 import pytest
 import worlds
 
+from nabla_trl.cli.main import main
 from nabla_trl.tasks.registry import load_problems
 
 PROBLEM = """<Problem ID="n{number}"><Body>{body} {number}.</Body><Question>How many?</Question>
@@ -136,3 +137,11 @@ def test_the_tables_of_measured_answers() -> None:
     assert at(written, "best by r", 4) == 0.5 and at(written, "best by log π", 4) == 1
     assert at(written, "vote by r", 4) == 0.5  # the first problem is won by its weight, the second lost by it
     assert at(computed, "vote by r", 4) == 1
+
+
+def test_the_comparison_has_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """Models and data that are not there are all that is wrong with the configuration."""
+    root = Path(__file__).parents[2]
+    assert main(["eval", "--config", str(root / "recipes/svamp/eval.yaml"), "--dataset", "no-such.jsonl"]) == 2
+    faults = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert faults and not [line for line in faults if "unknown" in line]
