@@ -46,7 +46,7 @@ from nabla_trl.training.trainers import TokenIdsDPOTrainer, TokenIdsSFTTrainer, 
 from nabla_trl.utils.formatting import pluralize
 
 REFERENCE_BATCH_SIZE = 64  # responses that the reference reads together
-MAX_INTERCEPT_RESPONSES = 512  # responses by which the intercept is set
+MAX_INTERCEPT_RESPONSES = 256  # responses by which the intercept is set
 
 
 def train_implicit_reward(
