@@ -5,11 +5,13 @@ Nothing here is trained, but weights are drawn wide, so that outputs differ visi
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -34,9 +37,10 @@ from transformers import (
 )
 
 from nabla_trl.evaluation.plan import EvaluationSetup, plan_jobs
-from nabla_trl.gradient.objectives import Sample
+from nabla_trl.gradient.objectives import DrawInfo, Sample
 from nabla_trl.models.loading import freeze_policy
 from nabla_trl.models.policy import Policy
+from nabla_trl.models.sampling import compute_top_candidates
 from nabla_trl.rewards.loading import build_log_ratio_reward, build_scalar_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
@@ -209,6 +213,28 @@ def permuted_model(model: PreTrainedModel, new_ids: Tensor, rows: int) -> PreTra
     return moved
 
 
+def save(
+    folder: Path,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> str:
+    """Save a model (`tiny_model`) and its tokenizer (`char_tokenizer(**options)`) to a folder, and return its name."""
+    (tiny_model() if model is None else model).save_pretrained(folder)
+    (char_tokenizer(**options) if tokenizer is None else tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def save_world(folder: Path, num_problems: int) -> list[str]:
+    """Save policy/, better/ and problems.jsonl to a folder, and return the flags of models and problems."""
+    for name, seed in (("policy", 0), ("better", 2)):
+        save(folder / name, tiny_policy(seed=seed).model)
+    lines = [json.dumps({"question": f"{n}+{n}", "answer": str(n)}) for n in range(1, num_problems + 1)]
+    (folder / "problems.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    models = ["--policy", str(folder / "policy"), "--reward", f"logratio:{folder / 'better'}"]
+    return [*models, "--dataset", str(folder / "problems.jsonl")]
+
+
 def tiny_policy(
     architecture: str = "llama",
     *,
@@ -260,6 +286,24 @@ def sample(policy: Policy, problem: Problem, text: str, *, finished: bool = True
     """A response to a problem, written out as text; `finished` adds the stop token."""
     ids = list(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
     return Sample(problem, policy.encode(problem), ids + [policy.tokenizer.eos_token_id] * finished)
+
+
+def known(policy: Policy, item: Sample, width: int = 6) -> Sample:
+    """The sample with the `width` likeliest candidates of the policy (its own tokens among them)."""
+    logits = policy.model(torch.tensor([item.prompt_ids + item.response_ids])).logits.detach()
+    ids, logp = compute_top_candidates(
+        logits[0, len(item.prompt_ids) - 1 : -1], torch.tensor(item.response_ids), policy.forbidden_mask, width
+    )
+    return replace(item, draw_info=DrawInfo(policy.model, ids, logp))
+
+
+def mixed(item: Sample, alpha: float, rows: int, min_p: float = 0.0) -> Tensor:
+    """(1−α)·onehot + α·π over the candidates, dense [T, V] in float64, from the definition."""
+    logp = item.draw_info.logp
+    weights = logp.exp() * (logp.exp() >= min_p * logp.exp().amax(-1, keepdim=True))
+    policy = torch.zeros(len(item.response_ids), rows, dtype=torch.float64)
+    policy.scatter_add_(1, item.draw_info.candidates, (weights / weights.sum(-1, keepdim=True)).double())
+    return (1 - alpha) * nn.functional.one_hot(torch.tensor(item.response_ids), rows).double() + alpha * policy
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

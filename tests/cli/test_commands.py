@@ -27,14 +27,9 @@ SEARCH = ["--max_rounds", "3", "--max_new_tokens", "10"]
 def world(tmp_path_factory) -> Path:
     """policy/, better/, adapter/ and problems.jsonl."""
     folder = tmp_path_factory.mktemp("world")
-    for name, seed in (("policy", 0), ("better", 2)):
-        policy = worlds.tiny_policy(seed=seed)
-        policy.model.save_pretrained(folder / name)
-        policy.tokenizer.save_pretrained(folder / name)
+    worlds.save_world(folder, 6)
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(worlds.tiny_policy().model, lora).save_pretrained(folder / "adapter")
-    lines = [json.dumps({"question": f"{n}+{n}", "answer": str(n)}) for n in range(1, 7)]
-    (folder / "problems.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
 

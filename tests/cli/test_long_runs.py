@@ -302,15 +302,8 @@ def test_a_full_disk_keeps_whole_rows_and_the_store_goes_on(
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of an evaluation by `nabla-trl` of models on disk, but for the folder."""
-    folder = tmp_path_factory.mktemp("world")
-    for name, seed in (("policy", 0), ("better", 2)):
-        policy = worlds.tiny_policy(seed=seed)
-        policy.model.save_pretrained(folder / name)
-        policy.tokenizer.save_pretrained(folder / name)
-    lines = [json.dumps({"question": f"{n}+{n}", "answer": str(n)}) for n in range(1, 9)]
-    (folder / "problems.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    models = ["--policy", str(folder / "policy"), "--reward", f"logratio:{folder / 'better'}"]
-    return [*models, "--dataset", str(folder / "problems.jsonl"), "--max_rounds", "1", "--max_new_tokens", "8"]
+    flags = worlds.save_world(tmp_path_factory.mktemp("world"), 8)
+    return [*flags, "--max_rounds", "1", "--max_new_tokens", "8"]
 
 
 def evaluation(world: list[str], folder: Path, *more: str) -> list[str]:

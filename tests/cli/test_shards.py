@@ -31,16 +31,8 @@ METHODS = "greedy,best_of_2,control@best_of_2,control"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of models and problems on disk."""
-    folder = tmp_path_factory.mktemp("world")
-    for name, seed in (("policy", 0), ("better", 2)):
-        policy = worlds.tiny_policy(seed=seed)
-        policy.model.save_pretrained(folder / name)
-        policy.tokenizer.save_pretrained(folder / name)
-    lines = [json.dumps({"question": f"{n}+{n}", "answer": str(n)}) for n in range(1, 8)]
-    (folder / "problems.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    models = ["--policy", str(folder / "policy"), "--reward", f"logratio:{folder / 'better'}"]
-    limits = ["--max_rounds", "2", "--max_new_tokens", "8", "--batch_size", "2"]
-    return [*models, "--dataset", str(folder / "problems.jsonl"), *limits]
+    flags = worlds.save_world(tmp_path_factory.mktemp("world"), 7)
+    return [*flags, "--max_rounds", "2", "--max_new_tokens", "8", "--batch_size", "2"]
 
 
 def run_eval(world: list[str], folder: Path, *more: str, methods: str = METHODS) -> int:

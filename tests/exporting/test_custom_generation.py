@@ -119,8 +119,7 @@ def test_an_adapter_beside_its_base_counts(policy: Policy) -> None:
 def test_a_reward_that_names_the_base_means_the_base(policy: Policy, tmp_path: Path) -> None:
     """And not the model in memory that an adapter has changed: log p_base − log p_base is zero."""
     base = worlds.tiny_model()
-    base.save_pretrained(tmp_path)
-    policy.tokenizer.save_pretrained(tmp_path)
+    worlds.save(tmp_path, base, policy.tokenizer)
     adapted = AutoModelForCausalLM.from_pretrained(tmp_path)
     wrapped = get_peft_model(adapted, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     settings = {**SEARCH, "solver": "none", "num_starts": 4}
@@ -248,8 +247,7 @@ def test_sampling_options_of_transformers_count(policy: Policy, scalar_reward: R
 def test_without_a_tokenizer_that_of_the_models_folder_is_taken(
     policy: Policy, scalar_reward: Reward, tmp_path: Path
 ) -> None:
-    policy.model.save_pretrained(tmp_path)
-    policy.tokenizer.save_pretrained(tmp_path)
+    worlds.save(tmp_path, policy.model, policy.tokenizer)
     model, inputs = AutoModelForCausalLM.from_pretrained(tmp_path), prompts(policy)
     call: dict[str, Any] = {"custom_generate": FOLDER, "trust_remote_code": True, "reward": scalar_reward}
     output = model.generate(**inputs, **call, **SEARCH)

@@ -53,8 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/ and better/: models on disk."""
     folder = tmp_path_factory.mktemp("world")
     for name, seed in (("base", 0), ("better", 2)):
-        worlds.tiny_model(seed=seed).save_pretrained(folder / name)
-        worlds.char_tokenizer().save_pretrained(folder / name)
+        worlds.save(folder / name, worlds.tiny_model(seed=seed))
     return folder
 
 
@@ -300,8 +299,7 @@ def test_full_weights_are_the_model_itself(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_adapter_of_a_tied_weight_is_exported_as_it_was_trained(target: str, tmp_path: Path) -> None:
-    worlds.tiny_model("qwen2", tied=True).save_pretrained(tmp_path / "base")
-    worlds.char_tokenizer().save_pretrained(tmp_path / "base")
+    worlds.save(tmp_path / "base", worlds.tiny_model("qwen2", tied=True))
     run = make_run(tmp_path / "run", tmp_path)
     trained = adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), target_modules=["q_proj", target])
     for name, weight in trained.named_parameters():

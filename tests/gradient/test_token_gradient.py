@@ -21,14 +21,13 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, P
 from nabla_trl.gradient import likelihood as likelihood_module
 from nabla_trl.gradient import token_gradient as token_gradient_module
 from nabla_trl.gradient.likelihood import LikelihoodObjective, policy_likelihood
-from nabla_trl.gradient.objectives import DrawInfo, Objective, Sample
+from nabla_trl.gradient.objectives import Objective, Sample
 from nabla_trl.gradient.relaxation import RelaxedResponse
 from nabla_trl.gradient.token_gradient import compute_token_gradient
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.loading import freeze_policy
 from nabla_trl.models.options import GradientPoint
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.sampling import compute_top_candidates
 from nabla_trl.rewards.loading import build_log_ratio_reward, build_scalar_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.problem import Problem
@@ -231,40 +230,19 @@ def test_equals_central_differences_of_the_relaxed_objective(architecture: str) 
 # --- at a mixture ------------------------------------------------------------------------------------------
 
 
-def known(policy: Policy, item: Sample, width: int) -> Sample:
-    """The sample with the `width` likeliest candidates of the policy (its own tokens among them)."""
-    logits = (
-        policy.model(torch.tensor([item.prompt_ids + item.response_ids]))
-        .logits[0, len(item.prompt_ids) - 1 : -1]
-        .detach()
-    )
-    ids, logp = compute_top_candidates(logits, torch.tensor(item.response_ids), policy.forbidden_mask, width)
-    return replace(item, draw_info=DrawInfo(policy.model, ids, logp))
-
-
-def mixed(item: Sample, alpha: float, min_p: float, rows: int) -> Tensor:
-    """(1−α)·onehot + α·π over the candidates, dense [T, V], from the definition."""
-    logp = item.draw_info.logp
-    plausible = logp.exp() >= min_p * logp.exp().amax(-1, keepdim=True)
-    weights = logp.exp() * plausible
-    policy = torch.zeros(len(item.response_ids), rows, dtype=DOUBLE)
-    policy.scatter_add_(1, item.draw_info.candidates, (weights / weights.sum(-1, keepdim=True)).to(DOUBLE))
-    return (1 - alpha) * F.one_hot(torch.tensor(item.response_ids), rows) + alpha * policy
-
-
 @pytest.mark.parametrize("min_p", [0.0, 0.3])
 @pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
 def test_at_a_mixture_equals_autograd_there(architecture: str, min_p: float) -> None:
     """For scores and log-likelihoods, direct parts included; each sample of the batch at a mixture of its own."""
     policy = worlds.tiny_policy(architecture, dtype=DOUBLE)
     parts = all_terms(policy, architecture)
-    samples = [known(policy, worlds.sample(policy, PROBLEM, text), 6) for text in ("12-5=7;#7", "4")]
+    samples = [worlds.known(policy, worlds.sample(policy, PROBLEM, text), 6) for text in ("12-5=7;#7", "4")]
     points = [item.relax(alpha, min_p) for item, alpha in zip(samples, (0.7, 1.0), strict=True)]
     ours = gradients(parts, samples, relaxed_responses=points)
     for item, alpha, found in zip(samples, (0.7, 1.0), ours, strict=True):
         rows = one_hot(policy.model, item.prompt_ids + item.response_ids).detach()
         begin = len(item.prompt_ids)
-        rows[begin:] = mixed(item, alpha, min_p, rows.shape[1])
+        rows[begin:] = worlds.mixed(item, alpha, rows.shape[1], min_p)
         rows.requires_grad_(True)
         value = sum(term.weight * relaxed(term.model, rows, begin, len(rows)) for term in parts)
         assert_close(found, torch.autograd.grad(value, rows)[0][begin:], relative=1e-6)  # π is float32
@@ -279,7 +257,7 @@ def test_share_zero_is_the_hard_point_and_needs_no_candidates(double: Policy) ->
 
 def test_the_mean_over_shares(double: Policy) -> None:
     reward = worlds.tiny_scalar(double)
-    items = [known(double, worlds.sample(double, PROBLEM, text), 5) for text in ("4-5=9;#9", "7")]
+    items = [worlds.known(double, worlds.sample(double, PROBLEM, text), 5) for text in ("4-5=9;#9", "7")]
     caches = reward.compute_prompt_caches(items, FlopCounter())
     one, two, both = (
         reward.compute_backward_gradient(
@@ -296,7 +274,7 @@ def test_a_mixture_over_shuffled_ids(double: Policy) -> None:
     model = worlds.tiny_model(kind="score", seed=6, dtype=DOUBLE)
     plain = build_scalar_reward(double, model, double.tokenizer, "plain")
     moved = build_scalar_reward(double, *shuffled(model, double.tokenizer, len(double.tokenizer) + 5), "moved")
-    item = known(double, worlds.sample(double, PROBLEM, "4-5=9;#9"), 6)
+    item = worlds.known(double, worlds.sample(double, PROBLEM, "4-5=9;#9"), 6)
     table = [item.draw_info.candidates]
     ours, theirs = (
         gradients(r.objectives, [item], table, relaxed_responses=[item.relax(0.5)])[0] for r in (moved, plain)
@@ -307,7 +285,7 @@ def test_a_mixture_over_shuffled_ids(double: Policy) -> None:
 def test_candidates_the_reward_lacks_leave_the_mixture(double: Policy) -> None:
     """Their weight goes to the others of their position."""
     parts = worlds.tiny_scalar(double).objectives
-    item = known(double, worlds.sample(double, PROBLEM, "4-5"), 4)
+    item = worlds.known(double, worlds.sample(double, PROBLEM, "4-5"), 4)
     point = item.relax(0.5)
     lost = int(next(v for v in item.draw_info.candidates[1].tolist() if v not in item.response_ids))
     rows, columns = (point.ids == lost).nonzero(as_tuple=True)
@@ -673,7 +651,7 @@ def plain_score(model: PreTrainedModel, ids: Sequence[int]) -> float:
 def test_the_slope_is_the_sum_of_what_its_point_names(double: Policy, kind: str, text: str) -> None:
     """The direct part counts once: backward passes leave that of log-likelihoods out where it is there already."""
     reward = (worlds.tiny_scalar if kind == "scalar" else worlds.tiny_logratio)(double)
-    items = [known(double, worlds.sample(double, PROBLEM, words), 6) for words in ("4-5=9;#9", "7")]
+    items = [worlds.known(double, worlds.sample(double, PROBLEM, words), 6) for words in ("4-5=9;#9", "7")]
     prompts, tables = reward.compute_prompt_caches(items, FlopCounter()), [item.draw_info.candidates for item in items]
     _, scored = reward.score(
         [replace(i, draw_info=None) for i in items], prompts, flop_counter=FlopCounter(), return_caches=True

@@ -29,16 +29,10 @@ from nabla_trl.tasks.problem import Problem
 QUESTION = Problem(id="q", question="1+2")
 
 
-def _save(folder: Path, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
-    (worlds.tiny_model() if model is None else model).save_pretrained(folder)
-    (worlds.char_tokenizer() if tokenizer is None else tokenizer).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with the default tiny policy; not to be changed."""
-    return _save(tmp_path_factory.mktemp("policy"))
+    return worlds.save(tmp_path_factory.mktemp("policy"))
 
 
 def _edit(path: Path, **values: Any) -> None:
@@ -51,7 +45,7 @@ def _edit(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
 def test_a_loaded_policy_is_the_saved_model_frozen(architecture: str, tmp_path: Path) -> None:
     model = worlds.tiny_model(architecture)
-    policy = load_policy(_save(tmp_path, model))
+    policy = load_policy(worlds.save(tmp_path, model))
     ids = torch.tensor([policy.encode(QUESTION)])
     assert torch.equal(policy.model(ids).logits, model(ids).logits)
     assert not policy.model.training and not any(weight.requires_grad for weight in policy.model.parameters())
@@ -68,7 +62,7 @@ def test_dtype_is_what_was_asked_for(saved: str) -> None:
 def test_stop_tokens_are_all_eos_of_model_and_tokenizer(tmp_path: Path) -> None:
     model = worlds.tiny_model(eos=1)
     model.generation_config.eos_token_id = [1, 3]
-    policy = load_policy(_save(tmp_path, model))
+    policy = load_policy(worlds.save(tmp_path, model))
     assert policy.stop_ids == {1, 3, policy.tokenizer.eos_token_id}
 
 
@@ -104,7 +98,7 @@ def test_a_tokenizer_without_model(tmp_path: Path) -> None:
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
-    name = _save(tmp_path)
+    name = worlds.save(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -113,13 +107,13 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 0.5])
 def test_cut_off_weights_are_refused(tmp_path: Path, keep: float) -> None:
-    name, file = _save(tmp_path), tmp_path / "model.safetensors"
+    name, file = worlds.save(tmp_path), tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
     worlds.refused(lambda: load_policy(name), "cannot load a model", name)
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
-    name = _save(tmp_path)
+    name = worlds.save(tmp_path)
     _edit(tmp_path / "config.json", intermediate_size=80)
     worlds.refused(lambda: load_policy(name), "cannot load a model", "mismatched")
 
@@ -133,7 +127,7 @@ def test_no_eos_token(tmp_path: Path) -> None:
     model = worlds.tiny_model(eos=None)
     tokenizer = worlds.char_tokenizer()
     tokenizer.eos_token = None
-    name = _save(tmp_path, model, tokenizer)
+    name = worlds.save(tmp_path, model, tokenizer)
     worlds.refused(lambda: load_policy(name), "no eos token", name)
 
 
@@ -157,7 +151,7 @@ SHAPE = {
 @pytest.mark.parametrize("kind", WINDOWED)
 def test_sliding_windows_are_welcome(kind: str, tmp_path: Path) -> None:
     config, model, options = WINDOWED[kind]
-    name = _save(tmp_path, model(config(**SHAPE, **options)))
+    name = worlds.save(tmp_path, model(config(**SHAPE, **options)))
     assert get_layout(load_policy(name).model).window == 8
 
 
@@ -204,7 +198,7 @@ def test_an_inert_adapter_is_refused(saved: str, tmp_path: Path) -> None:
     ids=["wider", "shallower", "deeper", "other architecture"],
 )
 def test_an_adapter_of_another_base_is_refused(made_for: dict, architecture: str, tmp_path: Path) -> None:
-    base = _save(tmp_path / "base", worlds.tiny_model(architecture))
+    base = worlds.save(tmp_path / "base", worlds.tiny_model(architecture))
     _adapter(tmp_path / "adapter", worlds.tiny_model(**made_for))
     adapter = str(tmp_path / "adapter")
     worlds.refused(lambda: load_policy(base, adapter=adapter), f"adapter {adapter}", base)

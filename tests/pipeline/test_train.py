@@ -260,8 +260,7 @@ def test_the_shell_trains_on_the_traces_of_a_folder(
     policy: Policy, traces: list[Trace], tmp_path: Path, capsys: Any
 ) -> None:
     """Policy and β are those of the traces. A method is added later, and finished ones are skipped."""
-    policy.model.save_pretrained(tmp_path / "policy")
-    policy.tokenizer.save_pretrained(tmp_path / "policy")
+    worlds.save(tmp_path / "policy", policy.model, policy.tokenizer)
     with TraceWriter(tmp_path / "run/traces", chunk_size=len(traces)) as writer:
         for trace in traces:
             writer.add(trace)

@@ -41,12 +41,6 @@ LORA = LoraArguments(lora_r=4, lora_alpha=8)
 SMALL = {"width": 64}  # 4-bit weights come in blocks of 64
 
 
-def save(folder: Path, model: PreTrainedModel) -> str:
-    model.save_pretrained(folder)
-    worlds.char_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 pytestmark = pytest.mark.usefixtures("little_to_collect")
 
 
@@ -265,7 +259,7 @@ def test_a_training_that_fails_writes_nothing_over_what_was_there(
 
 def test_a_base_that_cannot_be_loaded_is_refused(train: Callable[..., Any], tmp_path: Path) -> None:
     worlds.refused(lambda: train(tmp_path / "reward", start="nowhere/at-all"), "nowhere/at-all", "taken for a hub id")
-    two = save(tmp_path / "two", worlds.tiny_model(kind="score", labels=2, **SMALL))
+    two = worlds.save(tmp_path / "two", worlds.tiny_model(kind="score", labels=2, **SMALL))
     worlds.refused(lambda: train(tmp_path / "reward", start=two), two)
 
 

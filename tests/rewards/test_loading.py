@@ -12,18 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import worlds
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from nabla_trl.gradient.objectives import DrawInfo, Sample
+from nabla_trl.gradient.objectives import Sample
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.sampling import compute_top_candidates
 from nabla_trl.rewards.loading import (
     build_ensemble_reward,
     build_log_ratio_reward,
@@ -39,12 +37,6 @@ from nabla_trl.search.loop import run_search
 DOUBLE = torch.float64
 TEXTS = ("1+2=3", "3*4=12;12-5=7#7", "7", "12-3=9;4*5=20;9+20=29#29")
 WEIGHTS = "adapter_model.safetensors"
-
-
-def save(folder: Path, model: PreTrainedModel, **tokenizer: Any) -> str:
-    model.save_pretrained(folder)
-    worlds.char_tokenizer(**tokenizer).save_pretrained(folder)
-    return str(folder)
 
 
 def scorer(**options: Any) -> PreTrainedModel:
@@ -85,7 +77,7 @@ def plain_logp(model: PreTrainedModel, item: Sample) -> float:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A causal LM on disk that adapters are made for; its config has transformers' default of two labels."""
-    return save(tmp_path_factory.mktemp("base"), worlds.tiny_model(seed=3, labels=2))
+    return worlds.save(tmp_path_factory.mktemp("base"), worlds.tiny_model(seed=3, labels=2))
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +93,8 @@ def adapted(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, P
 @pytest.mark.parametrize("kind", ["causal", "score"])
 def test_an_adapter_equals_its_merged_model(kind: str, policy: Policy, tmp_path: Path) -> None:
     """Also where the base is a classifier with a head of its own: the adapter's head is the one that counts."""
-    wrapped = adapter(tmp_path / "adapter", save(tmp_path / "base", worlds.tiny_model(kind=kind, seed=3)))
-    full = save(tmp_path / "full", deepcopy(wrapped).merge_and_unload())
+    wrapped = adapter(tmp_path / "adapter", worlds.save(tmp_path / "base", worlds.tiny_model(kind=kind, seed=3)))
+    full = worlds.save(tmp_path / "full", deepcopy(wrapped).merge_and_unload())
     ours, merged = load_reward(str(tmp_path / "adapter"), policy=policy), load_reward(full, policy=policy)
     assert (ours.kind, ours.name, ours.preferred_model, ours.validated_limits) == (
         "scalar",
@@ -172,7 +164,7 @@ def test_an_inert_adapter_is_refused_whatever_its_head(base: str, policy: Policy
 
 @pytest.mark.parametrize("made_for", [{"width": 64}, {"layers": 1}, {"layers": 3}], ids=str)
 def test_an_adapter_of_another_shape_is_refused(made_for: dict, base: str, policy: Policy, tmp_path: Path) -> None:
-    other = save(tmp_path / "other", worlds.tiny_model(**made_for))
+    other = worlds.save(tmp_path / "other", worlds.tiny_model(**made_for))
     folder = edited(tmp_path / "adapter", other, {"base_model_name_or_path": base})
     worlds.refused(lambda: load_reward(folder, policy=policy), f"adapter {folder}", base)
 
@@ -221,7 +213,7 @@ def test_heads_that_are_not_finite_are_refused(bad: float, base: str, policy: Po
     model = scorer()
     with torch.no_grad():
         model.score.weight[0, 0] = bad
-    full = save(tmp_path / "full", model)
+    full = worlds.save(tmp_path / "full", model)
     worlds.refused(lambda: load_reward(full, policy=policy), full, "score head", "not finite")
     folder = edited(tmp_path / "adapter", base)
     weights = load_file(tmp_path / "adapter" / WEIGHTS)
@@ -261,7 +253,7 @@ def implicit(folder: Path, reference: str, scale: float = 0.25) -> str:
 def test_an_implicit_reward_is_beta_times_a_difference(form: str, base: str, policy: Policy, tmp_path: Path) -> None:
     tuned = adapter(tmp_path, base, "CAUSAL_LM") if form == "adapter" else worlds.tiny_model(seed=7)
     if form == "full":
-        save(tmp_path, tuned)
+        worlds.save(tmp_path, tuned)
     reward = load_reward(implicit(tmp_path, base), policy=policy)
     reference = worlds.tiny_model(seed=3)
     expected = [0.25 * (plain_logp(tuned, item) - plain_logp(reference, item)) for item in samples(policy)]
@@ -273,7 +265,7 @@ def test_an_implicit_reward_is_beta_times_a_difference(form: str, base: str, pol
 
 
 def test_a_reference_of_the_policys_name_is_the_policy(base: str, tmp_path: Path) -> None:
-    save(tmp_path / "tuned", worlds.tiny_model(seed=7))
+    worlds.save(tmp_path / "tuned", worlds.tiny_model(seed=7))
     policy = worlds.tiny_policy(seed=3, name=base)
     same = base + "/../" + Path(base).name
     for reference in (base, same):
@@ -291,8 +283,7 @@ def test_a_smaller_pair_guides_a_larger_policy(tmp_path: Path) -> None:
     ids = {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     tuned, untuned = (worlds.tiny_model(seed=seed, width=32, **ids) for seed in (5, 6))
     for name, model in (("tuned", tuned), ("untuned", untuned)):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        worlds.save(tmp_path / name, model, tokenizer)
     reward = load_reward(implicit(tmp_path / "tuned", str(tmp_path / "untuned"), 2.0), policy=policy)
     moved = [
         replace(i, prompt_ids=new_ids[i.prompt_ids].tolist(), response_ids=new_ids[i.response_ids].tolist())
@@ -348,24 +339,6 @@ def test_an_ensemble_scores_its_lower_bound_and_a_batch_like_singles(uncertainty
     check_reward(reward, policy)
 
 
-def known(policy: Policy, item: Sample) -> Sample:
-    """The sample with the policy's six likeliest candidates (its own tokens among them)."""
-    logits = (
-        policy.model(torch.tensor([item.prompt_ids + item.response_ids]))
-        .logits[0, len(item.prompt_ids) - 1 : -1]
-        .detach()
-    )
-    ids, logp = compute_top_candidates(logits, torch.tensor(item.response_ids), policy.forbidden_mask, 6)
-    return replace(item, draw_info=DrawInfo(policy.model, ids, logp))
-
-
-def dense(item: Sample, alpha: float, rows: int) -> Tensor:
-    """(1−α)·onehot + α·π over the candidates, [T, V], from the definition."""
-    policy = torch.zeros(len(item.response_ids), rows, dtype=DOUBLE)
-    policy.scatter_add_(1, item.draw_info.candidates, item.draw_info.logp.softmax(-1).to(DOUBLE))
-    return (1 - alpha) * F.one_hot(torch.tensor(item.response_ids), rows).to(DOUBLE) + alpha * policy
-
-
 def lower_bound_at(members: Sequence[Reward], item: Sample, rows: Tensor, uncertainty_penalty: float) -> Tensor:
     """The bound at token weights [T, V], by each classifier's own forward."""
     values = []
@@ -384,13 +357,13 @@ def test_the_gradient_is_that_of_the_lower_bound(
 ) -> None:
     policy, members = trio
     reward = build_ensemble_reward(members, uncertainty_penalty, "three")
-    items = [known(policy, item) for item in samples(policy)[::2]]
+    items = [worlds.known(policy, item) for item in samples(policy)[::2]]
     point = GradientPoint((alpha,)) if alpha else HARD_GRADIENT_POINT
     gradients = reward.compute_backward_gradient(
         items, reward.compute_prompt_caches(items, FlopCounter()), None, flop_counter=FlopCounter(), gradient_at=point
     )
     for item, ours in zip(items, gradients, strict=True):
-        rows = dense(item, alpha, ours.shape[1]).requires_grad_(True)
+        rows = worlds.mixed(item, alpha, ours.shape[1]).requires_grad_(True)
         theirs = torch.autograd.grad(lower_bound_at(members, item, rows, uncertainty_penalty), rows)[0]
         readable = reward.in_vocabulary
         scale = float(theirs.abs().max())
@@ -408,7 +381,7 @@ def test_the_gradient_is_that_of_the_lower_bound(
 def test_the_gradient_equals_central_differences(trio: Any) -> None:
     policy, members = trio
     reward = build_ensemble_reward(members, 1.5, "three")
-    item = known(policy, samples(policy)[2])
+    item = worlds.known(policy, samples(policy)[2])
     [ours] = reward.compute_backward_gradient(
         [item],
         reward.compute_prompt_caches([item], FlopCounter()),
@@ -416,7 +389,7 @@ def test_the_gradient_equals_central_differences(trio: Any) -> None:
         flop_counter=FlopCounter(),
         gradient_at=GradientPoint((0.5,)),
     )
-    rows, step = dense(item, 0.5, ours.shape[1]), 1e-4
+    rows, step = worlds.mixed(item, 0.5, ours.shape[1]), 1e-4
     for place in [(0, 3), (2, 11), (5, 0), (len(item.response_ids) - 1, 7)]:
         with torch.no_grad():
             shift = torch.zeros_like(rows)
@@ -500,8 +473,8 @@ def test_a_search_raises_the_lower_bound(point: str, trio: Any) -> None:
 
 def test_loaded_ensembles_by_spec_and_by_folder(adapted: tuple[str, Any], policy: Policy, tmp_path: Path) -> None:
     """Members may be full models, adapters, or folders with a card of their own."""
-    first = save(tmp_path / "a", scorer())
-    save(tmp_path / "b", scorer(seed=2))
+    first = worlds.save(tmp_path / "a", scorer())
+    worlds.save(tmp_path / "b", scorer(seed=2))
     write_manifest(tmp_path / "b", RewardManifest("scalar"))
     names = [first, str(tmp_path / "b"), adapted[0]]
     parts = [score(load_reward(name, policy=policy), samples(policy)) for name in names]
@@ -526,8 +499,8 @@ def test_loaded_ensembles_by_spec_and_by_folder(adapted: tuple[str, Any], policy
 
 
 def test_the_point_of_a_reward_is_that_of_its_folder_or_of_its_kind(policy: Policy, tmp_path: Path) -> None:
-    classifier, causal = save(tmp_path / "a", scorer()), save(tmp_path / "b", worlds.tiny_model(seed=2))
-    reference = save(tmp_path / "c", worlds.tiny_model(seed=3))
+    classifier, causal = worlds.save(tmp_path / "a", scorer()), worlds.save(tmp_path / "b", worlds.tiny_model(seed=2))
+    reference = worlds.save(tmp_path / "c", worlds.tiny_model(seed=3))
     assert load_reward(classifier, policy=policy).gradient_at == "mixture:0.5"
     assert load_reward(LOG_RATIO_PREFIX + causal, policy=policy).gradient_at == "direct"
     cards = {
@@ -543,7 +516,7 @@ def test_the_point_of_a_reward_is_that_of_its_folder_or_of_its_kind(policy: Poli
 
 
 def test_a_reward_in_memory_has_the_audit_of_its_folder_until_it_is_trained(policy: Policy, tmp_path: Path) -> None:
-    folder = save(tmp_path / "a", scorer())
+    folder = worlds.save(tmp_path / "a", scorer())
     write_manifest(folder, RewardManifest("scalar", gradient_at="direct"))
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     reward = load_reward(model, policy.tokenizer, policy=policy)
@@ -554,10 +527,10 @@ def test_a_reward_in_memory_has_the_audit_of_its_folder_until_it_is_trained(poli
 
 
 def test_a_member_that_cannot_be_trusted_is_named(base: str, policy: Policy, tmp_path: Path) -> None:
-    good, bad = save(tmp_path / "good", scorer()), scorer(seed=2)
+    good, bad = worlds.save(tmp_path / "good", scorer()), scorer(seed=2)
     with torch.no_grad():
         bad.base_model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
-    name = save(tmp_path / "bad", bad)
+    name = worlds.save(tmp_path / "bad", bad)
     worlds.refused(lambda: load_reward(f"ensemble:{good},{name}", policy=policy), f"{name} gives nan")
     worlds.refused(lambda: load_reward(f"ensemble:{good},{base}", policy=policy), base, "causal LM")
 

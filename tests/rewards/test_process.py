@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import worlds
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -19,13 +18,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from nabla_trl.audit.gradient import audit_gradient
 from nabla_trl.audit.ranking import audit_ranking
 from nabla_trl.baselines.sampling import draw_pool
-from nabla_trl.gradient.objectives import DrawInfo, Sample
+from nabla_trl.gradient.objectives import Sample
 from nabla_trl.gradient.score import ProcessObjective
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.options import HARD_GRADIENT_POINT, GradientPoint, Sampling
 from nabla_trl.models.policy import Policy
-from nabla_trl.models.sampling import compute_top_candidates
 from nabla_trl.reward_training.card import render_reward_readme
 from nabla_trl.rewards.limits import ValidatedLimits
 from nabla_trl.rewards.loading import (
@@ -264,24 +262,6 @@ def test_an_open_turn_is_read_at_its_last_token(architecture: str, closing: str,
 # --- gradients --------------------------------------------------------------------------------------------
 
 
-def known(policy: Policy, item: Sample) -> Sample:
-    """The sample with the policy's six likeliest candidates (its own tokens among them)."""
-    logits = (
-        policy.model(torch.tensor([item.prompt_ids + item.response_ids]))
-        .logits[0, len(item.prompt_ids) - 1 : -1]
-        .detach()
-    )
-    ids, logp = compute_top_candidates(logits, torch.tensor(item.response_ids), policy.forbidden_mask, 6)
-    return replace(item, draw_info=DrawInfo(policy.model, ids, logp))
-
-
-def dense(item: Sample, alpha: float, rows: int) -> Tensor:
-    """(1−α)·onehot + α·π over the candidates, [T, V], from the definition."""
-    policy = torch.zeros(len(item.response_ids), rows, dtype=DOUBLE)
-    policy.scatter_add_(1, item.draw_info.candidates, item.draw_info.logp.softmax(-1).to(DOUBLE))
-    return (1 - alpha) * F.one_hot(torch.tensor(item.response_ids), rows).to(DOUBLE) + alpha * policy
-
-
 def value_at(reward: Reward, item: Sample, rows: Tensor, delimiter: str, closing: str) -> Tensor:
     """The reward at token weights [T, V], by the model's own forward; the steps are the response's."""
     [term] = reward.objectives
@@ -304,7 +284,7 @@ def test_the_gradient_equals_autograd_through_the_one_hot(
     """In a batch as alone, and at candidates as everywhere."""
     policy = worlds.tiny_policy(architecture, dtype=DOUBLE)
     reward, _ = rewards(policy, architecture, closing=closing)
-    items = [known(policy, item) for item in samples(policy)[2:6]]
+    items = [worlds.known(policy, item) for item in samples(policy)[2:6]]
     point = GradientPoint((alpha,)) if alpha else HARD_GRADIENT_POINT
     prompt_caches = reward.compute_prompt_caches(items, FlopCounter())
     gradients = reward.compute_backward_gradient(
@@ -315,7 +295,7 @@ def test_the_gradient_equals_autograd_through_the_one_hot(
         items, prompt_caches, tables, flop_counter=FlopCounter(), gradient_at=point
     )
     for item, memo, ours, few, table in zip(items, prompt_caches, gradients, at_candidates, tables, strict=True):
-        rows = dense(item, alpha, ours.shape[1]).requires_grad_(True)
+        rows = worlds.mixed(item, alpha, ours.shape[1]).requires_grad_(True)
         theirs = torch.autograd.grad(value_at(reward, item, rows, ";", closing), rows)[0]
         readable = reward.in_vocabulary
         scale = float(theirs.abs().max())
@@ -329,14 +309,14 @@ def test_the_gradient_equals_autograd_through_the_one_hot(
 
 def test_the_gradient_equals_central_differences(double: Policy) -> None:
     reward, whole = rewards(double)
-    item = known(double, samples(double)[2])
+    item = worlds.known(double, samples(double)[2])
     [ours], [other] = (
         r.compute_backward_gradient(
             [item], r.compute_prompt_caches([item], FlopCounter()), None, flop_counter=FlopCounter()
         )
         for r in (reward, whole)
     )
-    rows, step = dense(item, 0.0, ours.shape[1]), 1e-4
+    rows, step = worlds.mixed(item, 0.0, ours.shape[1]), 1e-4
     for place in [(0, 3), (6, 11), (7, 0), (len(item.response_ids) - 1, 7)]:
         with torch.no_grad():
             shift = torch.zeros_like(rows)
@@ -410,7 +390,7 @@ def test_an_ensemble_of_process_rewards(double: Policy) -> None:
     members = [rewards(double, seed=seed)[0] for seed in (1, 2, 3)]
     reward, items = (
         build_ensemble_reward(members, 1.5, "three"),
-        [known(double, item) for item in samples(double)[2:6]],
+        [worlds.known(double, item) for item in samples(double)[2:6]],
     )
     check_reward(reward, double, step_delimiter=";")
     sums = torch.tensor([score(one, items) for one in members], dtype=DOUBLE)
@@ -420,7 +400,7 @@ def test_an_ensemble_of_process_rewards(double: Policy) -> None:
         items, reward.compute_prompt_caches(items, FlopCounter()), None, flop_counter=FlopCounter()
     )
     for item, ours, parts in zip(items, gradients, direct(reward, items), strict=True):
-        rows = dense(item, 0.0, ours.shape[1]).requires_grad_(True)
+        rows = worlds.mixed(item, 0.0, ours.shape[1]).requires_grad_(True)
         values = torch.stack([value_at(one, item, rows, ";", worlds.END) for one in members])
         theirs = torch.autograd.grad(values.mean(0) - 1.5 * values.std(0, correction=0), rows)[0]
         torch.testing.assert_close(
@@ -507,10 +487,7 @@ def test_audits_of_a_process_reward(double: Policy) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("saved")
-    worlds.tiny_model(kind="score", seed=1).save_pretrained(folder)
-    worlds.char_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return worlds.save(tmp_path_factory.mktemp("saved"), worlds.tiny_model(kind="score", seed=1))
 
 
 def copied(saved: str, folder: Path, card: RewardManifest) -> str:
@@ -630,8 +607,7 @@ def test_a_delimiter_that_no_tokens_write(delimiter: str, saved: str, policy: Po
 
 
 def test_models_that_are_refused(saved: str, policy: Policy, tmp_path: Path) -> None:
-    worlds.tiny_model(kind="score", labels=2).save_pretrained(tmp_path / "two")
-    worlds.char_tokenizer().save_pretrained(tmp_path / "two")
+    worlds.save(tmp_path / "two", worlds.tiny_model(kind="score", labels=2))
     worlds.tiny_model().save_pretrained(tmp_path / "causal")
     note = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(tmp_path / "causal")}
     (tmp_path / "lora").mkdir()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import worlds
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
@@ -25,12 +25,6 @@ from nabla_trl.tasks.problem import Problem
 
 TEXTS = ("1+2=3", "3*4=12;12-5=7#7", "7", "12-3=9;4*5=20;9+20=29#29")
 END, PAD = worlds.TOKENS.index(worlds.END), worlds.TOKENS.index(worlds.PAD)
-
-
-def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
-    model.save_pretrained(folder)
-    (worlds.char_tokenizer() if tokenizer is None else tokenizer).save_pretrained(folder)
-    return str(folder)
 
 
 def _scorer(architecture: str = "llama", **options: Any) -> PreTrainedModel:
@@ -70,7 +64,7 @@ def _plain_logp(model: PreTrainedModel, prompt: Sequence[int], response: Sequenc
 @pytest.mark.parametrize("architecture", worlds.ARCHITECTURES)
 def test_a_loaded_scalar_reward_scores_like_the_plain_model(architecture: str, policy: Policy, tmp_path: Path) -> None:
     model = _scorer(architecture)
-    reward = load_reward(_save(tmp_path, model), policy=policy)
+    reward = load_reward(worlds.save(tmp_path, model), policy=policy)
     assert (reward.kind, reward.name) == ("scalar", str(tmp_path))
     samples = _samples(policy)
     scores = _score(reward, samples)
@@ -86,7 +80,7 @@ def test_a_loaded_log_ratio_is_the_difference_of_summed_log_likelihoods(
     architecture: str, policy: Policy, tmp_path: Path
 ) -> None:
     better, reference = worlds.tiny_model(architecture, seed=2), worlds.tiny_model(architecture, seed=3)
-    names = [_save(tmp_path / "a", better), _save(tmp_path / "b", reference)]
+    names = [worlds.save(tmp_path / "a", better), worlds.save(tmp_path / "b", reference)]
     against_policy = load_reward(LOG_RATIO_PREFIX + names[0], policy=policy)
     against_other = load_reward(f"{LOG_RATIO_PREFIX}{names[0]}, {names[1]}", policy=policy)
     assert against_policy.kind == against_other.kind == "log-ratio"
@@ -120,7 +114,7 @@ def test_a_missing_score_head_is_refused(policy: Policy, tmp_path: Path) -> None
     """A causal LM's weights under a classifier's name: transformers would draw the head at random."""
     model = worlds.tiny_model()
     model.config.architectures = ["LlamaForSequenceClassification"]
-    name = _save(tmp_path, model)
+    name = worlds.save(tmp_path, model)
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace("ForCausalLM", "ForSequenceClassification"))
     worlds.refused(lambda: load_reward(name, policy=policy), "score.weight", "random", "SequenceClassification")
@@ -128,12 +122,12 @@ def test_a_missing_score_head_is_refused(policy: Policy, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_causal_lm_as_scalar_reward_is_refused(architecture: str, policy: Policy, tmp_path: Path) -> None:
-    name = _save(tmp_path, worlds.tiny_model(architecture))
+    name = worlds.save(tmp_path, worlds.tiny_model(architecture))
     worlds.refused(lambda: load_reward(name, policy=policy), "causal LM", f"{LOG_RATIO_PREFIX}{name}")
 
 
 def test_two_labels_are_refused(policy: Policy, tmp_path: Path) -> None:
-    name = _save(tmp_path, _scorer(labels=2))
+    name = worlds.save(tmp_path, _scorer(labels=2))
     worlds.refused(lambda: load_reward(name, policy=policy), name, "2 labels")
 
 
@@ -143,7 +137,7 @@ def test_weights_that_are_no_numbers_are_refused(kind: str, bad: float, policy: 
     model = worlds.tiny_model(kind=kind)
     with torch.no_grad():
         model.base_model.layers[0].mlp.down_proj.weight[0, 0] = bad
-    spec = ("" if kind == "score" else LOG_RATIO_PREFIX) + _save(tmp_path, model)
+    spec = ("" if kind == "score" else LOG_RATIO_PREFIX) + worlds.save(tmp_path, model)
     worlds.refused(lambda: load_reward(spec, policy=policy), spec, "not finite")
 
 
@@ -152,7 +146,7 @@ def test_no_common_vocabulary_is_refused(kind: str, policy: Policy, tmp_path: Pa
     tokenizer = worlds.char_tokenizer(["α", "β", "γ", *worlds.TOKENS[len(worlds.CHARS) :]])
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = worlds.tiny_model(kind=kind, vocab=len(tokenizer), eos=eos, pad=pad)
-    spec = ("" if kind == "score" else LOG_RATIO_PREFIX) + _save(tmp_path, model, tokenizer)
+    spec = ("" if kind == "score" else LOG_RATIO_PREFIX) + worlds.save(tmp_path, model, tokenizer)
     worlds.refused(lambda: load_reward(spec, policy=policy), "vocabulary lacks 22", "'0', '1', '2', '3', '4' …")
 
 
@@ -414,7 +408,7 @@ def test_a_reward_whose_padding_is_its_eos(architecture: str, policy: Policy, tm
     """transformers pools ids at the last token that is not padding; the reward must read the eos itself."""
     tokenizer = worlds.char_tokenizer(pad=worlds.END)
     model = _scorer(architecture, pad=END)
-    reward = load_reward(_save(tmp_path, model, tokenizer), policy=policy)
+    reward = load_reward(worlds.save(tmp_path, model, tokenizer), policy=policy)
     samples = _samples(policy)[::2]
     for sample, score in zip(samples, _score(reward, samples), strict=True):
         ids = sample.prompt_ids + sample.response_ids

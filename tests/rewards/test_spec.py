@@ -392,8 +392,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     models = {"policy": worlds.tiny_model(), "scorer": worlds.tiny_model(kind="score", seed=1)}
     for name, model in (*models.items(), ("audited", models["scorer"])):
-        model.save_pretrained(folder / name)
-        worlds.char_tokenizer().save_pretrained(folder / name)
+        worlds.save(folder / name, model)
     write_manifest(folder / "audited", MANIFESTS["scalar"])
     lines = [json.dumps({"question": f"{n}+{n}", "answer": str(2 * n)}) for n in (1, 2)]
     (folder / "problems.jsonl").write_text("\n".join(lines))

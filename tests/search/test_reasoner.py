@@ -28,10 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "scorer": worlds.tiny_model(kind="score", seed=1),
     }
     root = tmp_path_factory.mktemp("models")
-    for name, model in models.items():
-        model.save_pretrained(root / name)
-        worlds.char_tokenizer().save_pretrained(root / name)
-    return {name: str(root / name) for name in models}
+    return {name: worlds.save(root / name, model) for name, model in models.items()}
 
 
 @pytest.fixture(scope="module")

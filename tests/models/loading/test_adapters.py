@@ -37,12 +37,6 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
-def save(folder: Path, model: PreTrainedModel) -> str:
-    model.save_pretrained(folder)
-    worlds.char_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 def train_adapter(base: PreTrainedModel, **options: Any) -> PeftModel:
     """An adapter whose trained weights are all random."""
     with torch.random.fork_rng():
@@ -56,7 +50,7 @@ def train_adapter(base: PreTrainedModel, **options: Any) -> PeftModel:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_adapters_of_tied_weights_give_the_trained_logits(target: str, tmp_path: Path) -> None:
-    base = save(tmp_path / "base", worlds.tiny_model("qwen2", tied=True))
+    base = worlds.save(tmp_path / "base", worlds.tiny_model("qwen2", tied=True))
     trained = train_adapter(AutoModelForCausalLM.from_pretrained(base), **TARGETS[target])
     expected = trained(IDS).logits
     trained.save_pretrained(tmp_path / "adapter")
@@ -74,7 +68,7 @@ def test_adapters_of_tied_weights_give_the_trained_logits(target: str, tmp_path:
 
 @pytest.mark.parametrize("target", ["head alone", "embeddings"])
 def test_an_untrained_adapter_of_a_tied_weight_is_inert(target: str, tmp_path: Path) -> None:
-    base = save(tmp_path / "base", worlds.tiny_model("qwen2", tied=True))
+    base = worlds.save(tmp_path / "base", worlds.tiny_model("qwen2", tied=True))
     model = AutoModelForCausalLM.from_pretrained(base)
     untrained = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **TARGETS[target]))
     untrained.save_pretrained(tmp_path / "adapter")
@@ -82,7 +76,7 @@ def test_an_untrained_adapter_of_a_tied_weight_is_inert(target: str, tmp_path: P
 
 
 def test_a_merge_that_would_change_the_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = save(tmp_path / "base", worlds.tiny_model("qwen2", tied=True))
+    base = worlds.save(tmp_path / "base", worlds.tiny_model("qwen2", tied=True))
     train_adapter(AutoModelForCausalLM.from_pretrained(base), **TARGETS["head"]).save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr(adapters_module, "_untie_adapted_weights", lambda wrapped: None)
     worlds.refused(lambda: load_policy(base, adapter=str(tmp_path / "adapter")), "cannot be merged", base, "logits")
@@ -117,7 +111,7 @@ def test_an_adapter_that_names_its_folder_by_another_path(tmp_path: Path) -> Non
 
 
 def test_an_adapter_of_an_adapter(tmp_path: Path) -> None:
-    base = save(tmp_path / "base", worlds.tiny_model())
+    base = worlds.save(tmp_path / "base", worlds.tiny_model())
     first = make_adapter_folder(tmp_path / "first", base)
     second = make_adapter_folder(tmp_path / "second", first)
     chain = resolve_adapters(second)
@@ -145,7 +139,7 @@ def test_adapters_of_other_kinds_give_the_trained_logits(kind: str, tmp_path: Pa
         "oft": peft.OFTConfig(r=0, oft_block_size=4, **task),
         "pissa": peft.LoraConfig(r=2, init_lora_weights="pissa", **task),
     }
-    base = save(tmp_path / "base", worlds.tiny_model("qwen2", tied=True))
+    base = worlds.save(tmp_path / "base", worlds.tiny_model("qwen2", tied=True))
     trained = get_peft_model(AutoModelForCausalLM.from_pretrained(base), configs[kind]).eval()
     for weight in trained.parameters():
         if weight.requires_grad:
@@ -159,7 +153,7 @@ def test_adapters_of_other_kinds_give_the_trained_logits(kind: str, tmp_path: Pa
 def test_adapters_that_are_no_weights_are_refused(kind: str, tmp_path: Path) -> None:
     from peft import PrefixTuningConfig, PromptTuningConfig
 
-    base = save(tmp_path / "base", worlds.tiny_model())
+    base = worlds.save(tmp_path / "base", worlds.tiny_model())
     make_config = PromptTuningConfig if kind == "prompt" else PrefixTuningConfig
     config = make_config(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")

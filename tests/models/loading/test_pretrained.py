@@ -39,12 +39,6 @@ ROOT = Path(__file__).parents[3]
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
-def save(folder: Path, model: PreTrainedModel) -> str:
-    model.save_pretrained(folder)
-    worlds.char_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     """Add weights to a checkpoint, or remove those that are None. `__` stands for a dot."""
     file = folder / "model.safetensors"
@@ -71,14 +65,14 @@ def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     ],
 )
 def test_weights_without_a_place_are_refused(name: str, tmp_path: Path) -> None:
-    folder = save(tmp_path, worlds.tiny_model())
+    folder = worlds.save(tmp_path, worlds.tiny_model())
     load_policy(folder)
     edit_weights(tmp_path, **{name: torch.ones(32)})
     worlds.refused(lambda: load_policy(folder), folder, name.replace("__", "."), "LlamaForCausalLM", "no place")
 
 
 def test_weights_that_never_matter_are_no_reason_to_refuse(tmp_path: Path) -> None:
-    folder = save(tmp_path, worlds.tiny_model())
+    folder = worlds.save(tmp_path, worlds.tiny_model())
     edit_weights(
         tmp_path,
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4),  # written by old versions
@@ -90,7 +84,7 @@ def test_weights_that_never_matter_are_no_reason_to_refuse(tmp_path: Path) -> No
 def test_attention_biases_that_the_config_denies(tmp_path: Path) -> None:
     config = worlds.tiny_model().config
     config.attention_bias = True
-    folder = save(tmp_path, transformers.LlamaForCausalLM(config))
+    folder = worlds.save(tmp_path, transformers.LlamaForCausalLM(config))
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_bias": False}))
     worlds.refused(lambda: load_policy(folder), "bias", "no place")
@@ -98,14 +92,14 @@ def test_attention_biases_that_the_config_denies(tmp_path: Path) -> None:
 
 def test_a_head_beside_tied_embeddings_is_used(tmp_path: Path) -> None:
     model = worlds.tiny_model(tied=False)
-    folder = save(tmp_path, model)
+    folder = worlds.save(tmp_path, model)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
     torch.testing.assert_close(load_policy(folder).model(IDS).logits, model(IDS).logits)
 
 
 def test_a_missing_bias_is_refused(tmp_path: Path) -> None:
-    folder = save(tmp_path, worlds.tiny_model("qwen2"))
+    folder = worlds.save(tmp_path, worlds.tiny_model("qwen2"))
     edit_weights(tmp_path, model__layers__1__self_attn__k_proj__bias=None)
     worlds.refused(lambda: load_policy(folder), "model.layers.1.self_attn.k_proj.bias", "random")
 
@@ -114,7 +108,7 @@ def test_the_bias_of_a_token_classifier_counts_in_every_step(tmp_path: Path) -> 
     policy = worlds.tiny_policy("qwen2")
     model = transformers.Qwen2ForTokenClassification(worlds.tiny_model("qwen2", kind="score").config).eval()
     model.score.bias.data.fill_(5.0)
-    reward = load_reward(f"process@;:{save(tmp_path, model)}", policy=policy)
+    reward = load_reward(f"process@;:{worlds.save(tmp_path, model)}", policy=policy)
     problem = worlds.tiny_problems()[0]
     item = worlds.sample(policy, problem, "9-5=4;4+1=5;#5")
     row = reward.objectives[0].encode(item)
@@ -128,7 +122,7 @@ def test_the_bias_of_a_token_classifier_counts_in_every_step(tmp_path: Path) -> 
 
 
 def test_a_score_bias_of_a_sequence_classifier_is_refused(tmp_path: Path) -> None:
-    folder = save(tmp_path, worlds.tiny_model(kind="score"))
+    folder = worlds.save(tmp_path, worlds.tiny_model(kind="score"))
     load_reward(folder, policy=worlds.tiny_policy())
     edit_weights(tmp_path, score__bias=torch.ones(1))
     worlds.refused(lambda: load_reward(folder, policy=worlds.tiny_policy()), "score.bias", "no place")
@@ -222,7 +216,7 @@ def test_the_text_part_of_a_vision_language_model_is_a_causal_lm(class_name: str
     if class_name.startswith("Qwen3_5") and not supports_recurrent_layers:
         pytest.skip("recurrent layers need a newer transformers")
     whole = make_composite(class_name)
-    folder = save(tmp_path, whole)
+    folder = worlds.save(tmp_path, whole)
     text = load_model(AutoModelForCausalLM, folder, dtype="float32", device="cpu")
     assert type(text).__name__.endswith("ForCausalLM")
     assert not [name for name, _ in text.named_parameters() if "vision" in name or "visual" in name]
@@ -241,12 +235,12 @@ def test_a_vision_language_model_whose_text_part_is_none_is_refused(tmp_path: Pa
     config = transformers.Qwen3VLConfig(
         text_config=TEXT | rope, vision_config={**QWEN_VISION, "deepstack_visual_indexes": []}
     )
-    folder = save(tmp_path, transformers.Qwen3VLForConditionalGeneration(config))
+    folder = worlds.save(tmp_path, transformers.Qwen3VLForConditionalGeneration(config))
     worlds.refused(lambda: load_policy(folder), folder, "qwen3_vl", "no CausalLM class", "text part")
 
 
 def test_a_policy_from_a_vision_language_model(tmp_path: Path) -> None:
-    folder = save(tmp_path, make_composite("Mistral3ForConditionalGeneration"))
+    folder = worlds.save(tmp_path, make_composite("Mistral3ForConditionalGeneration"))
     policy = load_policy(folder)
     assert policy.context_length == 64 and policy.head.is_plain
 
@@ -309,7 +303,7 @@ def test_models_without_position_embeddings_decode_as_transformers_does(family: 
         for weight in model.parameters():
             if weight.ndim == 2:
                 weight.data.normal_(std=0.3)
-    policy = load_policy(save(tmp_path, model))
+    policy = load_policy(worlds.save(tmp_path, model))
     prompts = [policy.encode(problem) for problem in worlds.tiny_problems()]
     requests = [GenerationRequest(str(number), prompt, None, 6) for number, prompt in enumerate(prompts)]
     sampling = Sampling(temperature=0, max_new_tokens=6)
@@ -342,7 +336,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]
     """A repository that needs its own code, and the file that this code writes. Consent is piped in, as by `yes`."""
     folder, marker = tmp_path / "repository", tmp_path / "ran"
     model = worlds.tiny_model()
-    save(folder, model)
+    worlds.save(folder, model)
     (folder / "foreign.py").write_text(CODE.format(marker=str(marker)))
     config = json.loads((folder / "config.json").read_text())
     auto_map = {"AutoConfig": "foreign.ForeignConfig", "AutoModelForCausalLM": "foreign.ForeignLM"}
@@ -439,7 +433,7 @@ def test_whole_weights_are_loaded_where_zero_3_is_on(
 
     zero3 = Zero3()
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: zero3)
-    folder, seen = save(tmp_path, worlds.tiny_model()), []
+    folder, seen = worlds.save(tmp_path, worlds.tiny_model()), []
     original = transformers.LlamaForCausalLM.__init__
 
     def record(self: Any, config: Any) -> None:
