@@ -13,20 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nabla_trl.report.groups import METHOD_GROUPS, MethodGroup, get_method_group, list_families
-from nabla_trl.report.plots.canvas import (
-    GRAY,
-    HEADER,
-    INK,
-    NARROW,
-    FigureSize,
-    PlotPoint,
-    add_axes,
-    create_figure,
-    draw_point,
-    format_si_axis,
-    get_style,
-    limit_to_shares,
-)
+from nabla_trl.report.plots import canvas
 
 MAX_CURVES, MAX_POINTS = 8, 24  # of one pair of axes
 _PANEL_HEIGHT, _TITLE_HEIGHT = 1.75, 0.24  # inches
@@ -34,26 +21,26 @@ _LEFT, _AXIS_HEIGHT = 0.48, 0.5  # margins in inches: numbers, and the axis at t
 _CHARACTER_WIDTH = 0.062  # inches of a character in the name of a curve
 _LINE_HEIGHT = 0.125  # inches between names of curves
 
-Curves = Mapping[str, Sequence[PlotPoint]]  # family -> its points
+Curves = Mapping[str, Sequence[canvas.PlotPoint]]  # family -> its points
 
 
-def group_points(points: Sequence[PlotPoint]) -> Curves:
+def group_points(points: Sequence[canvas.PlotPoint]) -> Curves:
     """Return family -> its points, from left to right."""
     by_method = {point.method: point for point in points}
     curves = {family: [by_method[name] for name in names] for family, names in list_families(by_method).items()}
     return {family: sorted(curve, key=lambda point: point.xy[0]) for family, curve in curves.items()}
 
 
-def is_crowded(points: Sequence[PlotPoint]) -> bool:
+def is_crowded(points: Sequence[canvas.PlotPoint]) -> bool:
     """Return whether one pair of axes is too small for all points."""
     return len(points) > MAX_POINTS or len(group_points(points)) > MAX_CURVES
 
 
 def plot_panels(
-    points: Sequence[PlotPoint],
+    points: Sequence[canvas.PlotPoint],
     title: str,
     subject: str,
-    size: FigureSize,
+    size: canvas.FigureSize,
     *,
     x_label: str,
     y_label: str,
@@ -66,21 +53,21 @@ def plot_panels(
         groups[get_method_group(curve[-1].method)].append(family)
     groups = {group: families for group, families in groups.items() if families}
     right = 0.2 + _CHARACTER_WIDTH * max(map(len, curves))  # the margin for names of curves
-    num_columns, panel_width = (1, size.width) if size == NARROW else (2, 4.1)
+    num_columns, panel_width = (1, size.width) if size == canvas.NARROW else (2, 4.1)
     num_rows = math.ceil(len(groups) / num_columns)
-    height = HEADER + num_rows * _PANEL_HEIGHT + _AXIS_HEIGHT
-    figure = create_figure(title, subject, FigureSize(num_columns * panel_width, height))
+    height = canvas.HEADER + num_rows * _PANEL_HEIGHT + _AXIS_HEIGHT
+    figure = canvas.create_figure(title, subject, canvas.FigureSize(num_columns * panel_width, height))
     first: Axes | None = None
     for number, (group, families) in enumerate(groups.items()):
         row, column = divmod(number, num_columns)
-        axes = add_axes(
+        axes = canvas.add_axes(
             figure,
             column * panel_width + _LEFT,
             row * _PANEL_HEIGHT + _TITLE_HEIGHT,
             panel_width - _LEFT - right,
             _PANEL_HEIGHT - _TITLE_HEIGHT - 0.22,
         )
-        axes.set_title(group.title, fontsize=9, fontweight="bold", color=INK, loc="left", pad=4)
+        axes.set_title(group.title, fontsize=9, fontweight="bold", color=canvas.INK, loc="left", pad=4)
         if log_x:
             axes.set_xscale("log")
         if first is None:
@@ -97,17 +84,17 @@ def plot_panels(
     for axes in figure.axes:
         axes.margins(x=0.06, y=0.08)
         if y_label == "accuracy":
-            limit_to_shares(axes)
+            canvas.limit_to_shares(axes)
         if log_x:
-            format_si_axis(axes.xaxis, "", max_ticks=4)
+            canvas.format_si_axis(axes.xaxis, "", max_ticks=4)
     for axes, families in zip(figure.axes, groups.values(), strict=True):
         _name_curves(axes, {family: curves[family] for family in families})
     return figure
 
 
-def _draw_context(axes: Axes, curves: Sequence[Sequence[PlotPoint]]) -> None:
+def _draw_context(axes: Axes, curves: Sequence[Sequence[canvas.PlotPoint]]) -> None:
     """Draw curves in gray, all as one line with gaps, which keeps the page small."""
-    look = {"color": GRAY, "alpha": 0.4, "zorder": 1}
+    look = {"color": canvas.GRAY, "alpha": 0.4, "zorder": 1}
     gap = (math.nan, math.nan)
     lines = [xy for curve in curves for xy in (*(point.xy for point in curve), gap) if len(curve) > 1]
     dots = [curve[0].xy for curve in curves if len(curve) == 1]
@@ -115,13 +102,13 @@ def _draw_context(axes: Axes, curves: Sequence[Sequence[PlotPoint]]) -> None:
     axes.plot(*np.reshape(dots, (-1, 2)).T, "o", ms=2.5, mew=0, **look)
 
 
-def _draw_curve(axes: Axes, curve: Sequence[PlotPoint]) -> None:
-    style = get_style(curve[-1].method)
+def _draw_curve(axes: Axes, curve: Sequence[canvas.PlotPoint]) -> None:
+    style = canvas.get_style(curve[-1].method)
     axes.plot(
         *zip(*(point.xy for point in curve), strict=True), ls=style.line_style, color=style.color, lw=1.4, zorder=2
     )
     for point in curve:
-        draw_point(axes, point, get_style(point.method), size=4, bar_alpha=0.3)
+        canvas.draw_point(axes, point, canvas.get_style(point.method), size=4, bar_alpha=0.3)
 
 
 def _name_curves(axes: Axes, curves: Curves) -> None:
@@ -132,7 +119,7 @@ def _name_curves(axes: Axes, curves: Curves) -> None:
     places = spread_out(list(ends.values()), _LINE_HEIGHT, height)
     width = axes.get_window_extent().width / axes.figure.dpi
     for (family, curve), place in zip(curves.items(), places, strict=True):
-        color = get_style(curve[-1].method).color
+        color = canvas.get_style(curve[-1].method).color
         axes.annotate(
             family,
             curve[-1].xy,
