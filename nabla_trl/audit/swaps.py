@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nabla_trl.baselines.sampling import encode_prompts
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.gradient.relaxation import compute_replaceable_mask
 from nabla_trl.models.flops import FlopCounter
@@ -22,7 +21,7 @@ from nabla_trl.models.generation import generate_continuations
 from nabla_trl.models.options import GradientPoint, Sampling
 from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import find_token_columns, make_rng
-from nabla_trl.rewards.reward import Reward
+from nabla_trl.rewards.reward import Reward, encode_prompt
 from nabla_trl.tasks.problem import Problem
 
 
@@ -89,9 +88,17 @@ def draw_responses(
     Raises:
         ValueError: no problem can be read, with the first one's reason.
     """
-    prompts, limits, errors = encode_prompts(problems, policy, reward, sampling)
+    prompts, limits, errors = [], [], []
+    for problem in problems:
+        try:
+            ids, limit = encode_prompt(problem, policy, reward, sampling.max_new_tokens)
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            prompts.append((problem, ids))
+            limits.append(limit)
     if not prompts:
-        raise ValueError(f"no problem can be run: {next(iter(errors.values()), 'there are none')}")
+        raise ValueError(f"no problem can be run: {errors[0] if errors else 'there are none'}")
     requests = [
         GenerationRequest(
             problem.id,

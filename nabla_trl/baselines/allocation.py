@@ -25,10 +25,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import numpy as np
 
@@ -135,19 +134,14 @@ def draw_allocated_pool(
         ValueError: two problems have the same id.
     """
     engine = Engine(policy, reward, num_slots=batch_size)
-
-    def run(tasks: Iterable[Task]) -> dict[str, Any]:
-        return {task.key: task.result for task in engine.run(tasks, max_concurrent=2 * batch_size)}
-
-    begun = run(Task(problem.id, begin_entry(problem, engine, sampling)) for problem in problems)
-    entries = [begun[problem.id] for problem in problems]
+    run = partial(engine.run_problems, max_concurrent=2 * batch_size)
+    entries = run(problems, lambda problem: begin_entry(problem, engine, sampling))
 
     def draw(counts: np.ndarray) -> None:
-        run(
-            Task(entry.problem.id, draw_responses(entry, int(count), engine, sampling, seed))
-            for entry, count in zip(entries, counts, strict=True)
-            if count and entry.error is None
-        )
+        pairs = zip(entries, counts, strict=True)
+        missing = {entry.problem.id: (entry, int(count)) for entry, count in pairs if count and entry.error is None}
+        chosen = [entry.problem for entry, _ in missing.values()]
+        run(chosen, lambda problem: draw_responses(*missing[problem.id], engine, sampling, seed))
 
     def count() -> tuple[np.ndarray, np.ndarray]:
         flops = [count_flops(entry, with_reward=reward is not None) for entry in entries]

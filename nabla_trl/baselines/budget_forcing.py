@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nabla_trl.baselines.config import BaselineConfig
-from nabla_trl.baselines.sampling import encode_prompts
 from nabla_trl.engine.engine import Engine
-from nabla_trl.engine.scheduler import Task
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import make_rng
+from nabla_trl.rewards.reward import encode_prompt
 from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
@@ -56,10 +55,10 @@ def run_budget_forcing(
     meta = build_trace_meta(policy, "none", f"{sampling} {config.get_thinking_settings()}")
 
     async def force(problem: Problem) -> Trace:
-        prompts, limits, errors = encode_prompts([problem], policy, None, sampling)
-        if errors:
-            return build_error_trace(problem, method_name, seed, errors[problem.id], meta)
-        [(_, prompt_ids)], [limit] = prompts, limits
+        try:
+            prompt_ids, limit = encode_prompt(problem, policy, None, sampling.max_new_tokens)
+        except ValueError as error:
+            return build_error_trace(problem, method_name, seed, str(error), meta)
         draft = _Draft(problem, engine, sampling, seed, prompt_ids, limit)
         draft.cache, _ = await engine.read_prompt(Sample(problem, prompt_ids, []))
         await _think_and_answer(draft, size, config, max_flops)
@@ -76,9 +75,7 @@ def run_budget_forcing(
             stop_reason="max_flops" if max_flops else "single",
         )
 
-    tasks = (Task(problem.id, force(problem)) for problem in problems)
-    traces = {task.key: task.result for task in engine.run(tasks, max_concurrent=batch_size)}
-    return [traces[problem.id] for problem in problems]
+    return engine.run_problems(problems, force, max_concurrent=batch_size)
 
 
 async def _think_and_answer(draft: _Draft, size: int | None, config: BaselineConfig, max_flops: float) -> None:

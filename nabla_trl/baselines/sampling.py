@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from nabla_trl.engine.engine import Engine
-from nabla_trl.engine.scheduler import Task
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.grading.voting import vote
@@ -22,7 +21,7 @@ from nabla_trl.models.flops import Cost
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationRequest, Policy
 from nabla_trl.models.sampling import find_token_columns, make_response_rng
-from nabla_trl.rewards.reward import Reward
+from nabla_trl.rewards.reward import Reward, encode_prompt
 from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
@@ -131,20 +130,17 @@ def draw_pool(
             num_missing = count_missing(entry) if count_missing else 0
         return replace(entry, policy_cache=None, score_caches=[])
 
-    tasks = (Task(problem.id, draw_entry(problem)) for problem in problems)
     # Twice the problems that fill the slots, so that slots stay occupied while others are scored.
-    max_concurrent = max(1, 2 * batch_size // num_responses)
-    entries = {task.key: task.result for task in engine.run(tasks, max_concurrent=max_concurrent)}
-    reward_name = "none" if reward is None else reward.name
-    return ResponsePool(policy, reward_name, seed, f"{sampling}", [entries[problem.id] for problem in problems])
+    entries = engine.run_problems(problems, draw_entry, max_concurrent=max(1, 2 * batch_size // num_responses))
+    return ResponsePool(policy, "none" if reward is None else reward.name, seed, f"{sampling}", entries)
 
 
 async def begin_entry(problem: Problem, engine: Engine, sampling: Sampling) -> PoolEntry:
     """Return an entry without responses, with the caches of its prompt."""
-    prompts, limits, errors = encode_prompts([problem], engine.policy, engine.reward, sampling)
-    if errors:
-        return PoolEntry(problem, [], [], Cost(), Cost(), errors[problem.id])
-    [(_, ids)], [limit] = prompts, limits
+    try:
+        ids, limit = encode_prompt(problem, engine.policy, engine.reward, sampling.max_new_tokens)
+    except ValueError as error:
+        return PoolEntry(problem, [], [], Cost(), Cost(), str(error))
     prompt_key, scoring_key = f"{problem.id}/prompt", f"{problem.id}/reward prompt"
     caches = await engine.read_prompt(Sample(problem, ids, [], prompt_key), reward_cost_key=scoring_key)
     costs = [engine.flop_counter.get_cost(key) for key in (prompt_key, scoring_key)]
@@ -188,27 +184,6 @@ async def draw_responses(
         entry.responses.append(
             PooledResponse(output.ids, reward, answer, mean_logp, *costs, statistics=output.statistics)
         )
-
-
-def encode_prompts(
-    problems: Sequence[Problem], policy: Policy, reward: Reward | None, sampling: Sampling
-) -> tuple[list[tuple[Problem, list[int]]], list[int], dict[str, str]]:
-    """Encode prompts, and find the longest response that policy and reward can read after each of them.
-
-    Returns:
-        The problems that can be run with their prompt ids, the most new tokens for each of these, and problem id ->
-        message for those that cannot be run.
-    """
-    prompts, limits, errors = [], [], {}
-    for problem in problems:
-        try:
-            ids = policy.encode(problem)
-            limit = min(sampling.max_new_tokens, policy.context_length - len(ids))
-            limits.append(limit if reward is None else min(limit, reward.compute_max_new_tokens(problem, ids)))
-            prompts.append((problem, ids))
-        except ValueError as error:
-            errors[problem.id] = str(error)
-    return prompts, limits, errors
 
 
 def decode_greedily(

@@ -22,15 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nabla_trl.baselines.config import BaselineConfig
-from nabla_trl.baselines.sampling import encode_prompts
 from nabla_trl.engine.engine import Engine
-from nabla_trl.engine.scheduler import Task
 from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.gradient.step_ends import StepEndDetector, StepFinder
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 from nabla_trl.models.sampling import TokenStatistic, find_token_columns, make_rng
-from nabla_trl.rewards.reward import Reward
+from nabla_trl.rewards.reward import Reward, encode_prompt
 from nabla_trl.states.prefix import PrefixState
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.build import build_error_trace, build_response_trace, build_trace_meta
@@ -431,10 +429,11 @@ def run_step_search(
         drawing,
     )
     meta = build_trace_meta(policy, reward.name, f"{sampling} {step_config.get_settings(reward.step_delimiter)}")
-    tasks = (Task(one.id, _search_problem(one, method, size, settings, method_name, meta)) for one in problems)
-    max_concurrent = max(1, batch_size // (size or 1))
-    traces = {task.key: task.result for task in settings.engine.run(tasks, max_concurrent=max_concurrent)}
-    return [traces[problem.id] for problem in problems]
+    return settings.engine.run_problems(
+        problems,
+        lambda problem: _search_problem(problem, method, size, settings, method_name, meta),
+        max_concurrent=max(1, batch_size // (size or 1)),
+    )
 
 
 async def _search_problem(
@@ -447,10 +446,10 @@ async def _search_problem(
 ) -> Trace:
     engine = settings.engine
     assert engine.reward is not None
-    prompts, limits, errors = encode_prompts([problem], engine.policy, engine.reward, settings.sampling)
-    if errors:
-        return build_error_trace(problem, method_name, settings.seed, errors[problem.id], meta)
-    [(_, ids)], [limit] = prompts, limits
+    try:
+        ids, limit = encode_prompt(problem, engine.policy, engine.reward, settings.sampling.max_new_tokens)
+    except ValueError as failure:
+        return build_error_trace(problem, method_name, settings.seed, str(failure), meta)
     policy_cache, score_caches = await engine.read_prompt(Sample(problem, ids, []))
     prompt_flops = engine.flop_counter.get_cost(problem.id).flops
     tree = StepTree(problem, ids, limit, policy_cache, score_caches, settings, prompt_flops)

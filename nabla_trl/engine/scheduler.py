@@ -134,6 +134,14 @@ class Scheduler:
                 session.cancel([tag for tag, _ in session.list_requests() if tag[0].task is task])  # type: ignore[index]
         self._end(task)
 
+    def run_problems(
+        self, problems: Sequence[Any], search: Callable[[Any], Coroutine[Any, Any, Any]], *, max_concurrent: int
+    ) -> list[Any]:
+        """Run one coroutine for each problem, and return their results in the order of the problems (see `run`)."""
+        tasks = (Task(problem.id, search(problem)) for problem in problems)
+        results = {task.key: task.result for task in self.run(tasks, max_concurrent=max_concurrent)}
+        return [results[problem.id] for problem in problems]
+
     def run(self, tasks: Iterable[Task], *, max_concurrent: int) -> Iterator[Task]:
         """Run tasks, `max_concurrent` of them at a time, and give back each one as it ends.
 

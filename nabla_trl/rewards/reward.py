@@ -321,6 +321,19 @@ class Reward:
         return all(_count_remaining_tokens(objective, objective.encode(sample)) >= 0 for objective in self.objectives)
 
 
+def encode_prompt(
+    problem: Problem, policy: Policy, reward: Reward | None, max_new_tokens: int
+) -> tuple[list[int], int]:
+    """Return a prompt's ids, and the longest response up to `max_new_tokens` that policy and reward can read after it.
+
+    Raises:
+        ValueError: the problem cannot be run, because it cannot be written as a prompt or fills a context.
+    """
+    ids = policy.encode(problem)
+    limit = min(max_new_tokens, policy.context_length - len(ids))
+    return ids, limit if reward is None else min(limit, reward.compute_max_new_tokens(problem, ids))
+
+
 def _count_remaining_tokens(objective: Objective, encoded: EncodedSample) -> int:
     """Return how many tokens could still be added to an encoded sample."""
     return get_context_length(objective.model) - len(encoded.sequence_ids)

@@ -23,7 +23,7 @@ from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.grading.voting import vote
 from nabla_trl.models.policy import GenerationOutput, GenerationRequest, Policy
 from nabla_trl.models.sampling import make_response_rng, make_rng
-from nabla_trl.rewards.reward import Reward
+from nabla_trl.rewards.reward import Reward, encode_prompt
 from nabla_trl.search import acceptance, proposals
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.options import (
@@ -164,12 +164,7 @@ class Search:
     async def begin(self) -> None:
         """Read the prompt and begin chains from first responses. Set `error` if the prompt cannot be read."""
         try:
-            ids = self.policy.encode(self.problem)
-            max_new_tokens = min(
-                self.config.max_new_tokens,
-                self.policy.context_length - len(ids),
-                self.reward.compute_max_new_tokens(self.problem, ids),
-            )
+            ids, max_new_tokens = encode_prompt(self.problem, self.policy, self.reward, self.config.max_new_tokens)
         except ValueError as error:
             self.error = str(error)
             return
