@@ -1,8 +1,7 @@
-"""What an accelerator would be asked to do, checked on a pretended one: `python accelerator_checks.py NAME`."""
+"""What an accelerator would be asked to do, checked on a pretended one: `python accelerator_checks.py`."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import torch
@@ -55,4 +54,4 @@ def decoding() -> None:
 
 
 if __name__ == "__main__":
-    {"decoding": decoding}[sys.argv[1]]()
+    decoding()

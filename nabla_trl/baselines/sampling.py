@@ -192,13 +192,12 @@ def decode_greedily(
     policy: Policy,
     reward: Reward | None,
     max_new_tokens: int,
-    method_name: str = "greedy",
     batch_size: int = 256,
 ) -> list[Trace]:
     """Return one greedy response per problem. Its reward is recorded but not charged."""
     sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
     pool = draw_pool(problems, 1, policy=policy, reward=reward, sampling=sampling, batch_size=batch_size)
-    return select_best_of_n(pool, 1, method_name)
+    return select_best_of_n(pool, 1, "greedy")
 
 
 def build_sample_traces(pool: ResponsePool, num_responses: int) -> list[Trace]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from nabla_trl.models.policy import Policy
     from nabla_trl.pipeline.models import ModelPair
     from nabla_trl.rewards.reward import Reward
-    from nabla_trl.tasks.problem import Problem
 
 POLICY_HELP = "Hub id or path of the policy, a causal language model."
 REWARD_HELP = (
@@ -106,21 +105,11 @@ class PolicyRewardArguments:
         """
         return PromptOptions.parse(self.prompt_style, self.chat_template_kwargs)
 
-    def check_models(
-        self,
-        checks: Checks,
-        *,
-        problems: Sequence[Problem] = (),
-        max_new_tokens: int = 0,
-        device: str | None = None,
-        adapter: str | None = None,
-        audit_file: str | None = None,
-    ) -> None:
+    def check_models(self, checks: Checks, **options: Any) -> None:
         """Collect what is wrong with the models, before they are loaded.
 
         Args:
-            problems: whose prompts are written.
-            max_new_tokens: longest response. 0: not checked.
+            options: further ones of `collect_model_faults`, such as the device.
         """
         from nabla_trl.planning.preflight import collect_model_faults
 
@@ -132,13 +121,9 @@ class PolicyRewardArguments:
                 policy=self.policy,
                 reward=self.reward,
                 dtype=self.dtype,
-                device=device,
                 prompt_options=prompt_options,
                 vllm_url=self.vllm_url,
-                problems=problems,
-                max_new_tokens=max_new_tokens,
-                adapter=adapter,
-                audit_file=audit_file,
+                **options,
             )
 
     def build_pair(self, **options: Any) -> ModelPair:
@@ -180,7 +165,7 @@ class ModelArguments(PolicyRewardArguments):
         "(default: none).",
     )
 
-    def preflight(self, checks: Checks, *, problems: Sequence[Problem] = (), max_new_tokens: int = 0) -> None:
+    def preflight(self, checks: Checks, **options: Any) -> None:
         """Collect what is wrong with the models and their options (see `check_models`)."""
         from nabla_trl.models.loading import set_trust_remote_code
 
@@ -189,14 +174,7 @@ class ModelArguments(PolicyRewardArguments):
             not (self.vllm_url and self.adapter),
             "a vLLM server draws from the policy without an adapter: leave out --vllm_url or --adapter",
         )
-        self.check_models(
-            checks,
-            problems=problems,
-            max_new_tokens=max_new_tokens,
-            device=self.device,
-            adapter=self.adapter,
-            audit_file=self.audit_file,
-        )
+        self.check_models(checks, device=self.device, adapter=self.adapter, audit_file=self.audit_file, **options)
 
     def build_pair(self, *, use_adapter: bool = True, **options: Any) -> ModelPair:
         """Return the policy and the reward, which are loaded when they are first needed.

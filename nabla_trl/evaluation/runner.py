@@ -168,20 +168,6 @@ class Evaluation:
         return select_complete_rows(self.store.read(), self.problems)
 
 
-def run_jobs(
-    jobs: Iterable[Job],
-    problems: Sequence[Problem],
-    store: RowStore,
-    checker: AnswerChecker,
-    *,
-    eval_traces_dir: Path | None = None,
-    show_progress: bool = True,
-) -> None:
-    """Run jobs where rows are missing. Arguments and errors are those of `run_job`."""
-    for job in jobs:
-        run_job(job, problems, store, checker, eval_traces_dir=eval_traces_dir, show_progress=show_progress)
-
-
 def run_job(
     job: Job,
     problems: Sequence[Problem],

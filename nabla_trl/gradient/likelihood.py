@@ -76,16 +76,11 @@ class LikelihoodObjective(Objective):
     def has_draw_logp(self, sample: Sample) -> bool:
         return sample.draw_info is not None and sample.draw_info.model is self.model
 
-    def score(
-        self,
-        samples: Sequence[Sample],
-        caches: Sequence[ScoreCache],
-        num_shared: Sequence[int],
-        flop_counter: FlopCounter,
-        return_caches: bool = False,
-    ) -> tuple[list[float], list[ScoreCache]]:
+    def score_drawn(
+        self, samples: Sequence[Sample], caches: Sequence[ScoreCache], flop_counter: FlopCounter, return_caches: bool
+    ) -> tuple[list[float], list[ScoreCache]] | None:
         if not all(self.has_draw_logp(sample) for sample in samples):
-            return super().score(samples, caches, num_shared, flop_counter, return_caches)
+            return None
         # Generation gave the log-probabilities already: no forward, and nothing new to remember.
         totals = [
             float(sample.draw_info.gather_response_logp(sample.response_ids).double().sum())

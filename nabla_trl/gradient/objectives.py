@@ -263,6 +263,12 @@ class Objective(ABC):
         """Return whether f is known from generating the sample."""
         return False
 
+    def score_drawn(
+        self, samples: Sequence[Sample], caches: Sequence[ScoreCache], flop_counter: FlopCounter, return_caches: bool
+    ) -> tuple[list[float], list[ScoreCache]] | None:
+        """Return what `score` does, if all of it is known from generating the samples. None: it takes a forward."""
+        return None
+
     # --- relaxed tokens ---
 
     def embed_ids(self, ids: Tensor) -> Tensor:
@@ -397,6 +403,8 @@ class Objective(ABC):
         Args:
             caches: of responses that share their first `num_shared` tokens with the samples.
         """
+        if (drawn := self.score_drawn(samples, caches, flop_counter, return_caches)) is not None:
+            return drawn
         encoded = [self.encode(sample) for sample in samples]
         caches, num_shared = self.fit_caches(samples, encoded, caches, num_shared, flop_counter)
         num_shared = [self.count_reusable(*row) for row in zip(encoded, caches, num_shared, strict=True)]

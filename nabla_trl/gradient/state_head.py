@@ -159,19 +159,13 @@ class HeadObjective(ScoreObjective):
         info = sample.draw_info
         return info is not None and info.hidden_states is not None and info.model is self.model
 
-    @torch.no_grad()
-    def score(
-        self,
-        samples: Sequence[Sample],
-        caches: Sequence[ScoreCache],
-        num_shared: Sequence[int],
-        flop_counter: FlopCounter,
-        return_caches: bool = False,
-    ) -> tuple[list[float], list[ScoreCache]]:
+    def score_drawn(
+        self, samples: Sequence[Sample], caches: Sequence[ScoreCache], flop_counter: FlopCounter, return_caches: bool
+    ) -> tuple[list[float], list[ScoreCache]] | None:
         states = [sample.draw_info.hidden_states for sample in samples if self.has_draw_logp(sample)]  # type: ignore[union-attr]
         known = [state for state in states if state is not None]
         if len(known) < len(samples) or not all(len(state) for state in known):
-            return super().score(samples, caches, num_shared, flop_counter, return_caches)
+            return None
         lengths = [len(state) for state in known]
         scores = self.apply_head(torch.cat(known).to(self.model.device)).split(lengths)
         for sample, length in zip(samples, lengths, strict=True):

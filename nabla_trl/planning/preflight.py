@@ -55,7 +55,7 @@ def collect_model_faults(
     policy: str,
     reward: str,
     dtype: str | None,
-    device: str | None,
+    device: str | None = None,
     prompt_options: PromptOptions | None = None,
     vllm_url: str | None = None,
     problems: Sequence[Problem] = (),

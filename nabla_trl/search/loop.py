@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from nabla_trl.engine.engine import Engine
-from nabla_trl.engine.scheduler import Task
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.grading.voting import vote
@@ -66,31 +65,16 @@ def run_search(
     Raises:
         ValueError: two problems have the same id, or the solver needs a gradient and the reward is a function.
     """
-    traces = {
-        trace.problem_id: trace
-        for trace in stream_search(problems, policy=policy, reward=reward, config=config, seed=seed, on_round=on_round)
-    }
-    return [traces[problem.id] for problem in problems]
-
-
-def stream_search(
-    problems: Sequence[Problem],
-    *,
-    policy: Policy,
-    reward: Reward,
-    config: SearchConfig,
-    seed: int = 0,
-    on_round: SearchCallback | None = None,
-) -> Iterator[Trace]:
-    """Yield the traces of `run_search` as they are completed, in any order."""
     check_gradient(reward, config)
     name, count = Counter(problem.id for problem in problems).most_common(1)[0] if problems else ("", 0)
     if count > 1:
         raise ValueError(f"problem id {name!r} occurs {count} times")
     engine = Engine(policy, reward, num_slots=config.batch_size)
-    tasks = (Task(problem.id, Search(problem, engine, config, seed, on_round).run()) for problem in problems)
-    for task in engine.run(tasks, max_concurrent=config.batch_size):
-        yield task.result
+    return engine.run_problems(
+        problems,
+        lambda problem: Search(problem, engine, config, seed, on_round).run(),
+        max_concurrent=config.batch_size,
+    )
 
 
 def check_gradient(reward: Reward, config: SearchConfig) -> None:

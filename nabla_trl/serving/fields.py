@@ -117,54 +117,54 @@ class FieldReader:
                 )
                 self.refuse(field, f"{message}server. Only {supported} is supported.", "unsupported_value")
 
+    def _read(self, field: str, expected: str, *types: type) -> Any:
+        """Return a value of these types. None if it is missing or, as a mistake, of another type."""
+        value = self.fields.get(field)
+        if value is None or (isinstance(value, types) and (bool in types or not isinstance(value, bool))):
+            return value
+        self.refuse_type(field, expected, value)
+        return None
+
     def read_integer(
         self, field: str, default: Any = None, *, minimum: int | None = None, maximum: int | None = None
     ) -> Any:
         """Return an integer within bounds, or the default."""
-        value = self.fields.get(field)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int):
-            self.refuse_type(field, "an integer", value)
-            return default
-        return value if self._check_bounds(field, value, minimum, maximum, "integer") else default
+        value = self._read(field, "an integer", int)
+        is_valid = value is not None and self._check_bounds(field, value, minimum, maximum, "integer")
+        return value if is_valid else default
 
     def read_number(
         self,
         field: str,
-        default: Any = None,
         *,
         minimum: float | None = None,
         maximum: float | None = None,
         above: float | None = None,
         below: float | None = None,
-    ) -> Any:
-        """Return a finite number within bounds as a float, or the default.
+    ) -> float | None:
+        """Return a finite number within bounds as a float, or None.
 
         Args:
             above, below: bounds that the number must not reach.
         """
-        value = self.fields.get(field)
+        value = self._read(field, "a number", int, float)
         if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.refuse_type(field, "a number", value)
-            return default
+            return None
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
             self.refuse(field, f"Invalid '{self.name(field)}': expected a finite number.", "decimal_above_max_value")
-            return default
+            return None
         if not self._check_bounds(field, value, minimum, maximum, "decimal"):
-            return default
+            return None
         if (above is not None and number <= above) or (below is not None and number >= below):
             low = above is not None and number <= above
             bound = f"above {above:g}" if low else f"below {below:g}"
             message = f"Invalid '{self.name(field)}': expected a value {bound}, but got {quote(value)} instead."
             self.refuse(field, message, f"decimal_{'below_min' if low else 'above_max'}_value")
-            return default
+            return None
         return number
 
     def _check_bounds(self, field: str, value: float, minimum: float | None, maximum: float | None, kind: str) -> bool:
@@ -177,21 +177,13 @@ class FieldReader:
             self.refuse(field, f"{message}, but got {quote(value)} instead.", code)
         return not (too_small or too_large)
 
-    def read_boolean(self, field: str, default: bool = False) -> bool:
-        """Return a boolean, or the default."""
-        value = self.fields.get(field)
-        if value is None or isinstance(value, bool):
-            return default if value is None else value
-        self.refuse_type(field, "a boolean", value)
-        return default
+    def read_boolean(self, field: str) -> bool:
+        """Return a boolean, false where it is missing."""
+        return bool(self._read(field, "a boolean", bool))
 
     def read_object(self, field: str) -> dict[str, Any]:
         """Return an object, or an empty one."""
-        value = self.fields.get(field)
-        if value is None or isinstance(value, dict):
-            return value or {}
-        self.refuse_type(field, "an object", value)
-        return {}
+        return self._read(field, "an object", dict) or {}
 
     def check_text(self, field: str, text: str) -> str:
         """Return a text, and an empty one for a text that is no Unicode."""

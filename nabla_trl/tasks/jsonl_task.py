@@ -49,13 +49,10 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
 
 
-def build_problems(
-    rows: Iterable[Mapping[str, Any]], *, task: str = "custom", columns: Mapping[str, str] | None = None
-) -> list[Problem]:
+def build_problems(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> list[Problem]:
     """Return the problems of dicts, or of the rows of a data set.
 
     Args:
-        task: name of the task, which begins the ids of problems that have none.
         columns: field → name of the column that holds it, where the two differ.
 
     Raises:
@@ -75,7 +72,7 @@ def build_problems(
         return renamed | {field: row[column] for field, column in columns.items()}
 
     numbered = ((f"row {number} of the problems", row) for number, row in enumerate(rows))
-    return parse_rows(((where, rename(row, where)) for where, row in numbered), task, "")
+    return parse_rows(((where, rename(row, where)) for where, row in numbered), "custom", "")
 
 
 def parse_rows(rows: Iterable[tuple[str, dict[str, Any]]], task: str, version: str) -> list[Problem]:

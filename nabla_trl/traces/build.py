@@ -84,7 +84,6 @@ def build_response_trace(
     revisions: Sequence[Revision] = (),
     predicted_gain: Sequence[list[float]] = (),
     soft_targets: Sequence[SoftTargets] = (),
-    answer: str | None = None,
     error: str | None = None,
 ) -> Trace:
     """Return the trace of a response, not graded yet.
@@ -93,7 +92,6 @@ def build_response_trace(
         prompt_ids: the encoded prompt.
         initial_ids: the first response, None where it is the last one.
         reward_initial: reward of the first response, None where it is the last one.
-        answer: replaces the answer that is extracted from the response (self-consistency).
     """
     stops = policy.get_stop_strings(problem)
     text = policy.decode_response(response_ids, stops)
@@ -109,7 +107,7 @@ def build_response_trace(
         response_ids=response_ids,
         reward_initial=reward if reward_initial is None else reward_initial,
         reward=reward,
-        answer=extract_answer(text) if answer is None else answer,
+        answer=extract_answer(text),
         answer_strict=extract_strict_answer(text, problem.answer_format) if problem.answer_format else None,
         gold=problem.answer,
         correct=None,

@@ -166,13 +166,10 @@ def read_finished_meta(folder: str | Path) -> dict[tuple[str, int], dict[str, st
     return meta
 
 
-def list_trace_files(run_dir: Path, name: str = TRACES_DIR) -> list[Path]:
-    """Return the parquet files of a run's traces, and of shards that have folders of their own inside the run's.
-
-    Args:
-        name: `TRACES_DIR` or `EVAL_TRACES_DIR`.
-    """
-    return [file for folder in list_run_folders(run_dir) for file in sorted(folder.glob(f"{name}/traces-*.parquet"))]
+def list_trace_files(run_dir: Path) -> list[Path]:
+    """Return the parquet files of a run's traces, and of shards that have folders of their own inside the run's."""
+    pattern = f"{TRACES_DIR}/traces-*.parquet"
+    return [file for folder in list_run_folders(run_dir) for file in sorted(folder.glob(pattern))]
 
 
 def describe_missing_shards(run_dir: Path, problem_ids: Collection[str] | None = None) -> str:

@@ -58,7 +58,7 @@ def lock_folder(folder: str | Path, rank: int = 0, num_shards: int = 1) -> Itera
         try:
             # One process starts at a time, because a process that looks at a lock holds it for a moment.
             with hold_lock(folder / ".start.lock"):
-                stack.enter_context(_acquire_lock(own_file))
+                stack.enter_context(hold_lock(own_file, 0))
                 for other_file in folder.glob(".rank-*.lock") if rank == 0 or num_shards > 1 else ():
                     if other_file != own_file:
                         _check_other_lock(other_file, num_shards)
@@ -85,18 +85,6 @@ def _remove_folders_without_results(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-@contextmanager
-def hold_lock(path: Path, seconds: float = 60.0) -> Iterator[None]:
-    """Hold a lock that processes need for a moment only.
-
-    Raises:
-        FolderInUse: if another process holds it for longer than `seconds`.
-        OSError: if the file cannot be written, or the file system has no locks.
-    """
-    with _acquire_lock(path, seconds):
-        yield
-
-
 def _describe_process(rank: int, num_shards: int) -> str:
     shard = _SHARD_NOTE.format(rank, num_shards) if num_shards > 1 else ""
     start = time.strftime("%Y-%m-%d %H:%M")
@@ -106,7 +94,7 @@ def _describe_process(rank: int, num_shards: int) -> str:
 def _check_other_lock(path: Path, num_shards: int) -> None:
     """Refuse the lock of another process, unless it is another shard of as many."""
     try:
-        with _acquire_lock(path):
+        with hold_lock(path, 0):
             pass
     except FolderInUse:
         note = _SHARD_NOTE.format(int(path.stem.rpartition("-")[2]), num_shards)
@@ -115,7 +103,16 @@ def _check_other_lock(path: Path, num_shards: int) -> None:
 
 
 @contextmanager
-def _acquire_lock(path: Path, seconds: float = 0.0) -> Iterator[None]:
+def hold_lock(path: Path, seconds: float = 60.0) -> Iterator[None]:
+    """Hold a lock for the length of a `with` block.
+
+    Args:
+        seconds: how long to wait for it.
+
+    Raises:
+        FolderInUse: if another process holds it for longer.
+        OSError: if the file cannot be written, or the file system has no locks.
+    """
     # filelock's fallback, a lock by the existence of a file, would outlive its process.
     lock = FileLock(path, timeout=seconds, fallback_to_soft=False)
     try:

@@ -21,7 +21,7 @@ from nabla_trl.engine.engine import Engine
 from nabla_trl.evaluation.method import Method, get_max_selection_size, parse_methods, sort_methods
 from nabla_trl.evaluation.plan import EvaluationSetup, check_methods, get_baseline_settings, plan_jobs
 from nabla_trl.evaluation.rows import Row, RowStore
-from nabla_trl.evaluation.runner import compute_mean_flops, run_jobs
+from nabla_trl.evaluation.runner import compute_mean_flops, run_job
 from nabla_trl.gradient.objectives import Sample
 from nabla_trl.gradient.step_ends import StepFinder
 from nabla_trl.grading.checker import AnswerChecker
@@ -544,9 +544,8 @@ def test_rows_at_sizes_and_budgets_survive_a_kill(bench: EvaluationSetup, tmp_pa
 
     def run_all(store: RowStore) -> list[Row]:
         with AnswerChecker() as checker:
-            run_jobs(
-                plan_jobs(names, bench, {}, lambda name: compute_mean_flops(store.read(), name)), asked, store, checker
-            )
+            for job in plan_jobs(names, bench, {}, lambda name: compute_mean_flops(store.read(), name)):
+                run_job(job, asked, store, checker)
         rows = [replace(row, seconds=0.0, reward_by_round=[]) for row in store.read()]
         return [replace(row, reward=round(row.reward, 6)) for row in rows]
 

@@ -24,7 +24,7 @@ from lock_holder import holder
 from nabla_trl.cli.main import main
 from nabla_trl.evaluation.plan import EvaluationSetup
 from nabla_trl.evaluation.rows import Row, RowStore, read_rows, select_complete_rows
-from nabla_trl.evaluation.runner import get_budget_flops, run_job, run_jobs
+from nabla_trl.evaluation.runner import get_budget_flops, run_job
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
@@ -68,13 +68,8 @@ class Run:
         share = list(self.problems if problems is None else problems)[rank::processes]
         store = RowStore(self.folder / "rows", "run", rank)
         with AnswerChecker() as checker:
-            run_jobs(
-                [self.bench.plan_greedy(), self.bench.plan_search("nabla", self.config)],
-                share,
-                store,
-                checker,
-                show_progress=False,
-            )
+            for job in (self.bench.plan_greedy(), self.bench.plan_search("nabla", self.config)):
+                run_job(job, share, store, checker)
 
     def traces(self, rank: int = 0, processes: int = 1, problems: Sequence[Problem] | None = None) -> None:
         share = list(self.problems if problems is None else problems)[rank::processes]

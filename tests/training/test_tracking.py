@@ -17,7 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from nabla_trl.evaluation.plan import EvaluationSetup, plan_jobs
 from nabla_trl.evaluation.rows import RowStore
-from nabla_trl.evaluation.runner import run_jobs
+from nabla_trl.evaluation.runner import run_job
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.search.batches import search_in_batches
 from nabla_trl.tasks.problem import Problem
@@ -88,7 +88,8 @@ def test_traces_and_evaluations_are_tracked_and_a_broken_tracker_is_dropped(
             )
         with track_metrics("trackio", stage="eval", output_dir=tmp_path, project="mine"):
             jobs = plan_jobs(["best_of_2"], EvaluationSetup(policy, scalar_reward, config, (0,)), {}, lambda name: 0.0)
-            run_jobs(jobs, PROBLEMS, RowStore(tmp_path, "x"), checker, show_progress=False)
+            for job in jobs:
+                run_job(job, PROBLEMS, RowStore(tmp_path, "x"), checker)
     assert caplog.text.count("wandb does not work any more") == 1 and "no route to the tracker" in caplog.text
     traces, _, evaluation = runs
     assert (traces.project, traces.options, traces.config) == ("nabla-trl", {"name": "demo-traces"}, {"policy": "P"})

@@ -140,9 +140,9 @@ def _load_config(name: str, revision: str | None = None, **options: Any) -> PreT
     return call_from_pretrained(AutoConfig, "a model config", name, revision=revision, **options)
 
 
-def load_architecture(name: str, revision: str | None = None) -> str:
+def load_architecture(name: str) -> str:
     """Return the class name in a model's config, "" where the config has none."""
-    return (_load_config(name, revision).architectures or [""])[0]
+    return (_load_config(name, None).architectures or [""])[0]
 
 
 def _select_text_model(
