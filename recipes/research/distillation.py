@@ -157,7 +157,7 @@ class DistillationStudy:
         config |= {"divergence": run.divergence} if run.divergence else {}
         if run.method == EXPERT_ITERATION:
             config["sft_selection"] = "correct"
-            return train("sft", self.args.policy, traces, output_dir=folder, config=config)
+            return train("sft", self.args.policy, traces or [], output_dir=folder, config=config)
         if is_offline:
             return train(run.method, self.args.policy, self.get_traces(), output_dir=folder, config=config)
         return train(

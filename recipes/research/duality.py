@@ -8,7 +8,8 @@
 - best-of-N, exactly,
 - Metropolis chains and greedy refinement, with and without the gradient. Their distributions are empirical ones of
   independent chains, next to those of as many samples of π*.
-- policies trained from π by sft, reward-weighted sft, dpo, rloo and grpo, exactly.
+- policies trained from π by sft, reward-weighted sft, dpo, soft targets, rloo, grpo and on-policy distillation,
+  exactly.
 
 OUT/duality.md has the table, duality.json its numbers, duality.png the figure and OUT/world the models. Chains and
 trained policies that already exist are kept.
@@ -314,6 +315,7 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(args.output_dir)
     claim_settings(folder / "duality.settings.json", collect_chain_settings(args))
     rows = study.compute_sampling_rows() + study.compute_search_rows(folder / "chains")
+    configs = args.make_search_configs(len(study.policy.forbidden_mask))
     trainer = DualityTrainer(
         folder / "trained",
         training,
@@ -321,7 +323,8 @@ def main(argv: Sequence[str]) -> None:
         reward=study.reward,
         problems=[enumerated.problem for enumerated in study.enumerated],
         # Without the gradient, because the reward of a generated world is untrained and its gradient does not help.
-        search_config=args.make_search_configs(len(study.policy.forbidden_mask))["metropolis"],
+        search_config=configs["metropolis"],
+        gradient_config=configs["metropolis + gradient"],
         seed=args.seed + 1,  # other chains than those that are measured
     )
     checkpoints = [checkpoint for method in training.list_methods() for checkpoint in trainer.train(method)]

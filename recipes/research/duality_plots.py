@@ -30,8 +30,11 @@ _METHOD_STYLES = {
     "reward-weighted": MethodStyle("#0072B2", "P", (0, (6, 1.5)), marker_scale=1.35),
     "dpo": MethodStyle("#CC79A7", "X", (0, (3, 1.5)), marker_scale=1.35),
     "dpo, Bradley-Terry labels": MethodStyle("#CC79A7", "v", (0, (1, 1.5)), marker_scale=1.2),
+    "soft-targets": MethodStyle("#332288", "h", (0, (1, 1)), marker_scale=1.25),
+    "soft-targets, reverse KL": MethodStyle("#332288", "H", (0, (4, 1, 1, 1)), marker_scale=1.25),
     "rloo": MethodStyle("#D55E00", "d", marker_scale=1.25),
     "grpo": MethodStyle("#B07500", ">", (0, (4, 2)), marker_scale=1.2),
+    "on-policy-distillation": MethodStyle("#882255", "p", (0, (6, 1.5, 1, 1.5)), marker_scale=1.25),
 }
 
 MethodCurves = Mapping[str, Sequence[tuple[float, float]]]

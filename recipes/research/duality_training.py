@@ -6,7 +6,9 @@ The methods train on
 - reward-weighted: samples of π, weighted by exp(r/β).
 - dpo: pairs of samples of π, of which the one with the higher reward is chosen.
 - dpo, Bradley-Terry labels: the same pairs, chosen with probability σ(r − r'), as DPO's loss assumes.
+- soft-targets: the distributions of the mirror step along Metropolis chains, with the KL in both directions.
 - rloo, grpo: samples of the policy in training.
+- on-policy-distillation: the distributions of the mirror step along samples of the policy in training.
 """
 
 from __future__ import annotations
@@ -29,9 +31,17 @@ from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.search.options import GreedyAcceptance
 from nabla_trl.tasks.problem import Problem
-from nabla_trl.traces.datasets import TrainingRows, build_sft_rows, build_weighted_rows
+from nabla_trl.traces.datasets import TrainingRows, build_sft_rows, build_soft_target_rows, build_weighted_rows
 from nabla_trl.traces.schema import Trace
-from nabla_trl.training.offline import ONLINE_METHODS, TrainingResult, TrainOptions, train_on_traces
+from nabla_trl.training.offline import (
+    FORWARD_KL,
+    ONLINE_METHODS,
+    REVERSE_KL,
+    SOFT_TARGETS,
+    TrainingResult,
+    TrainOptions,
+    train_on_traces,
+)
 from nabla_trl.training.online import train_online
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.utils.fields import option
@@ -39,7 +49,10 @@ from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.identity import claim_settings
 
 SOFT_DPO = "dpo, Bradley-Terry labels"
-TRAINED_METHODS = ("sft", "reward-weighted", "dpo", SOFT_DPO, "rloo", "grpo")
+REVERSE_SOFT_TARGETS = "soft-targets, reverse KL"
+# Methods that are trained in two ways, and the second one.
+VARIANTS = {"dpo": SOFT_DPO, SOFT_TARGETS: REVERSE_SOFT_TARGETS}
+TRAINED_METHODS = ("sft", "reward-weighted", "dpo", SOFT_DPO, SOFT_TARGETS, REVERSE_SOFT_TARGETS, *ONLINE_METHODS)
 
 
 @dataclass
@@ -47,7 +60,9 @@ class DualityTrainingArguments:
     """How the policies are trained."""
 
     train_methods: list[str] = option(
-        [], "Training methods: sft, reward-weighted, dpo (with both kinds of labels), rloo, grpo (default: none)."
+        [],
+        "Training methods: sft, reward-weighted, dpo (with both kinds of labels), soft-targets (with both "
+        "divergences), rloo, grpo, on-policy-distillation (default: none).",
     )
     train_samples_per_prompt: int = option(
         8000, "Responses per prompt for methods that train on traces. Increase it for less sampling noise."
@@ -70,7 +85,7 @@ class DualityTrainingArguments:
 
     def __post_init__(self) -> None:
         for method in self.train_methods:
-            if method == SOFT_DPO or method not in TRAINED_METHODS:
+            if method in VARIANTS.values() or method not in TRAINED_METHODS:
                 raise ValueError(f"train_methods: unknown method {method!r}")
         for name in ("samples_per_prompt", "max_rounds", "steps", "batch_size", "num_checkpoints"):
             if getattr(self, f"train_{name}") < 1:
@@ -81,8 +96,8 @@ class DualityTrainingArguments:
             raise ValueError("train_batch_size must be a multiple of train_num_generations")
 
     def list_methods(self) -> list[str]:
-        """Return the methods in a fixed order, with both kinds of labels for dpo."""
-        methods = {*self.train_methods, *([SOFT_DPO] if "dpo" in self.train_methods else [])}
+        """Return the methods in a fixed order, with the variants of those that have one."""
+        methods = {*self.train_methods, *(VARIANTS[method] for method in self.train_methods if method in VARIANTS)}
         return [method for method in TRAINED_METHODS if method in methods]
 
 
@@ -107,8 +122,10 @@ class DualityTrainer:
         reward: Reward,
         problems: Sequence[Problem],
         search_config: SearchConfig,
+        gradient_config: SearchConfig,
         seed: int,
     ):
+        self.gradient_config = gradient_config
         self.folder, self.args, self.policy, self.reward = folder, args, policy, reward
         self.problems, self.search_config, self.seed = list(problems), search_config, seed
         self._traces_by_name: dict[str, list[Trace]] = {}
@@ -155,6 +172,7 @@ class DualityTrainer:
                     checker=checker,
                     beta=self.beta,
                     sampling=self.search_config.get_sampling(),
+                    search_config=self.gradient_config,
                     options=options,
                     lora=lora,
                     config=config,
@@ -163,7 +181,7 @@ class DualityTrainer:
             return result, Cost()
         rows, traces = self._make_rows(method)
         result = train_on_traces(
-            "dpo" if method == SOFT_DPO else method,
+            next((name for name, variant in VARIANTS.items() if variant == method), method),
             self.policy.name,
             rows,
             method_dir / "model",
@@ -172,6 +190,7 @@ class DualityTrainer:
             lora=lora,
             config=config,
             dtype="float32",
+            divergence=REVERSE_KL if method == REVERSE_SOFT_TARGETS else FORWARD_KL,
         )
         return result, sum((trace.cost for trace in traces), Cost())
 
@@ -180,6 +199,11 @@ class DualityTrainer:
         if method == "sft":
             traces = self._draw_traces("samples", replace(self.search_config, max_rounds=self.args.train_max_rounds))
             return build_sft_rows(traces, "samples", include_unfinished=True), traces
+        if method in (SOFT_TARGETS, REVERSE_SOFT_TARGETS):
+            rounds, top_k = self.args.train_max_rounds, self.gradient_config.top_k_candidates
+            config = replace(self.gradient_config, max_rounds=rounds, soft_target_top_k=top_k)
+            traces = self._draw_traces("refined", config)
+            return build_soft_target_rows(traces), traces
         traces = self._draw_traces(
             "draws",
             replace(

@@ -96,14 +96,16 @@ def test_policies_are_trained_once_and_stand_by_what_they_cost(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(folder, tmp_path / "again")
-    train = "--train_methods sft reward-weighted dpo rloo grpo --train_batch_size 8 --train_num_generations 4 "
+    train = "--train_methods sft reward-weighted dpo soft-targets rloo grpo on-policy-distillation "
+    train += "--train_batch_size 8 --train_num_generations 4 "
     train += "--train_steps 4 --train_num_checkpoints 2 --train_samples_per_prompt 16 --train_max_rounds 2"
     command = [*RUN, "--output_dir", str(tmp_path / "again"), *train.split()]
     module = recipe()
     module.main(command)
     before = json.loads((tmp_path / "again/duality.json").read_text(encoding="utf-8"))["rows"]
     trained = [row for row in before if row["kind"] == "trained"]
-    methods = ["sft", "reward-weighted", "dpo", "dpo, Bradley-Terry labels", "rloo", "grpo"]
+    methods = ["sft", "reward-weighted", "dpo", "dpo, Bradley-Terry labels", "soft-targets"]
+    methods += ["soft-targets, reverse KL", "rloo", "grpo", "on-policy-distillation"]
     assert [row["method"] for row in trained] == [name for name in methods for _ in range(2)]
     for first, last in zip(trained[::2], trained[1::2], strict=True):
         assert 0 < first["training_flops"] < last["training_flops"]
