@@ -175,7 +175,8 @@ def evaluate(
             be repeated. None: the rows are in memory alone.
         adapter: adapter of the policy, or a trained model in memory. Its methods are named distilled_greedy and so on.
         trained_policies: adapters or models that were trained from the policy, by label: sft, reward_weighted, dpo,
-            rloo or grpo. Those that `output_dir` holds as trained/ need not be named.
+            soft_targets, rloo, grpo or on_policy_distillation. Those that `output_dir` holds as trained/ need not be
+            named.
         split: split of a task's name.
         max_problems: maximum number of problems. None: all.
         shard: share of the problems, written I/N. Needs `output_dir`. There are no rows before all shards have theirs.

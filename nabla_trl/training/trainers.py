@@ -207,6 +207,8 @@ def compute_lumped_kl(student_logp: Tensor, target_ids: Tensor, target_logp: Ten
 class SoftTargetTrainer(TokenIdsSFTTrainer):
     """TokenIdsSFTTrainer on rows with a target distribution for each response token: the loss is the mean KL to it.
 
+    TRL's GKDTrainer does not fit, since it computes its targets by a teacher model in each step.
+
     Args:
         divergence: "forward_kl" or "reverse_kl".
         kwargs: as for TRL's trainer. The rows are those of `build_soft_target_rows`.

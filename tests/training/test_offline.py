@@ -42,6 +42,8 @@ from nabla_trl.training import offline as offline_module
 from nabla_trl.training.callbacks import EvaluationCallback, PolicyMeasurement, evaluation_mode, is_overoptimized
 from nabla_trl.training.checkpoints import hash_traces
 from nabla_trl.training.offline import (
+    ON_POLICY,
+    ONLINE_METHODS,
     TrainingResult,
     TrainOptions,
     build_training_rows,
@@ -379,7 +381,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arm
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "rloo"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "rloo", pytest.param(ON_POLICY, marks=pytest.mark.slow)])
 def test_a_resumed_training_ends_with_the_same_weights(
     method: str,
     bases: dict[str, str],
@@ -392,7 +394,7 @@ def test_a_resumed_training_ends_with_the_same_weights(
 ) -> None:
     def train(folder: Path) -> TrainingResult:
         options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "lr_scheduler_type": "linear"}
-        if method == "rloo":
+        if method in ONLINE_METHODS:
             return online(method, base, reward, folder, **options)
         training_rows = build_training_rows(method, traces, sft_selection="best", beta=1.0)
         return offline(method, bases["llama"], training_rows, folder, **options, per_device_train_batch_size=2)
