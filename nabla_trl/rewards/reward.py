@@ -246,8 +246,12 @@ class Reward:
                 )
             return [self._compute_score_increments(*args) for args in zip(samples, caches, candidates, strict=True)]
 
-    def _compute_score_increments(self, sample: Sample, caches: Sequence[ScoreCache], candidates: Tensor) -> Tensor:
-        """Return [T, K]: what each response token added to the reward. The first one has nothing before it: 0."""
+    def compute_running_rewards(self, sample: Sample, caches: Sequence[ScoreCache]) -> Tensor:
+        """Return [T + 1] the reward after none, one, … of the tokens of a response. All objectives must be scores.
+
+        Args:
+            caches: of the scored response, one per objective.
+        """
         length = len(sample.response_ids) + 1
         running_values = [
             objective.compute_running_values(sample, cache).cpu()
@@ -255,7 +259,16 @@ class Reward:
         ]
         # A stop token that a template drops has no score: it adds nothing.
         running_values = [torch.cat((row, row[-1:].expand(length - len(row)))) for row in running_values]
-        increments = self._combine_objective_values(torch.stack(running_values)).diff()
+        return self._combine_objective_values(torch.stack(running_values))
+
+    @property
+    def scores_every_token(self) -> bool:
+        """Tell whether all objectives are scores of a sequence classifier, which can be read after any token."""
+        return all(type(objective) is ScoreObjective for objective in self.objectives)
+
+    def _compute_score_increments(self, sample: Sample, caches: Sequence[ScoreCache], candidates: Tensor) -> Tensor:
+        """Return [T, K]: what each response token added to the reward. The first one has nothing before it: 0."""
+        increments = self.compute_running_rewards(sample, caches).diff()
         increments[:1] = 0
         is_response_token = candidates == torch.tensor(sample.response_ids)[:, None]
         return torch.where(is_response_token, increments[:, None], 0.0).float()

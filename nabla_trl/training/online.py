@@ -25,7 +25,7 @@ from torch import Tensor
 from trl import DistillationConfig, GRPOConfig, RLOOConfig, SFTConfig
 
 from nabla_trl.gradient.likelihood import policy_likelihood
-from nabla_trl.gradient.objectives import DrawInfo, Sample
+from nabla_trl.gradient.objectives import DrawInfo, Sample, ScoreCache
 from nabla_trl.gradient.relaxation import compute_replaceable_mask
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.flops import FlopCounter, ModelSize, measure_model_size
@@ -136,9 +136,10 @@ class VerifierScorer:
 class RefinedTeacher:
     """Teacher of sampled responses: at each prefix the distribution that the search's mirror step makes of π.
 
-    The direct gradient of a score is known for the sampled token alone. There the teacher is π, and the token's λ·A is
-    its advantage. In expectation over the samples, the gradient of the loss is the same as if A of all tokens were
-    known and the KL to π·exp(λ·A) reversed.
+    The direct gradient of a score is known for the sampled token alone. So a reward model scores every token that the
+    search may propose, which costs one token each. Other scores (of steps, or of hidden states) cannot be read after
+    another token. With them the teacher is π, and the sampled token's λ·A is its advantage. In expectation over the
+    samples, the gradient of the loss is then that of the reverse KL to π·exp(λ·A) with A known for every token.
 
     Args:
         policy: the frozen π.
@@ -161,12 +162,8 @@ class RefinedTeacher:
         Raises:
             ValueError: a reward or a gradient is not a number.
         """
-        samples = self._add_draw_info(
-            [
-                Sample(self.problems[name], self.prompt_ids[name], ids)
-                for name, ids in zip(prompts, responses, strict=True)
-            ]
-        )
+        pairs = zip(prompts, responses, strict=True)
+        samples = self._add_draw_info([Sample(self.problems[name], self.prompt_ids[name], ids) for name, ids in pairs])
         distinct = dict(zip(prompts, samples, strict=True))
         caches = self.reward.compute_prompt_caches(list(distinct.values()), self.flop_counter)
         by_prompt = dict(zip(distinct, caches, strict=True))
@@ -174,20 +171,35 @@ class RefinedTeacher:
         rewards, response_caches = self.reward.score(
             samples, prompt_caches, flop_counter=self.flop_counter, return_caches=True
         )
-        if invalid := [value for value in rewards if math.isnan(value) or value == math.inf]:
-            raise ValueError(f"the reward {self.reward.name} became {invalid[0]}")
+        self._check_finite(rewards)
         rows = [row for row, value in enumerate(rewards) if value > -math.inf]
-        gradients = self.reward.compute_gradient(
-            [samples[row] for row in rows],
-            [prompt_caches[row] for row in rows],
-            [response_caches[row] for row in rows],
-            [_get_draw_info(samples[row]).candidates for row in rows],
-            flop_counter=self.flop_counter,
-            gradient_at=self.config.get_gradient_point(),
+        scorable, scored = [samples[row] for row in rows], [response_caches[row] for row in rows]
+        advantages = (
+            self._score_candidates(scorable, scored)
+            if self.scores_candidates
+            else self._compute_advantages(scorable, [prompt_caches[row] for row in rows], scored)
         )
         self.num_read += len(samples)
-        by_row = dict(zip(rows, gradients, strict=True))
+        by_row = dict(zip(rows, advantages, strict=True))
         return [self._make_targets(sample, by_row.get(row)) for row, sample in enumerate(samples)]
+
+    @property
+    def has_own_token_gradient(self) -> bool:
+        return is_own_token_gradient(self.reward, self.config.get_gradient_point())
+
+    @property
+    def scores_candidates(self) -> bool:
+        """Tell whether the reward is read after every token that the search may propose."""
+        return self.has_own_token_gradient and self.reward.scores_every_token
+
+    @property
+    def is_policy_gradient(self) -> bool:
+        """Tell whether the sampled tokens have advantages, beside a KL to π."""
+        return self.divergence == REVERSE_KL and self.has_own_token_gradient and not self.scores_candidates
+
+    def _check_finite(self, rewards: Sequence[float]) -> None:
+        if invalid := [value for value in rewards if math.isnan(value) or value == math.inf]:
+            raise ValueError(f"the reward {self.reward.name} became {invalid[0]}")
 
     @torch.no_grad()
     def _add_draw_info(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -210,31 +222,81 @@ class RefinedTeacher:
             )
         return completed
 
-    def _make_targets(self, sample: Sample, gradient: Tensor | None) -> TeacherTargets:
+    def _compute_advantages(
+        self,
+        samples: Sequence[Sample],
+        prompt_caches: Sequence[Sequence[ScoreCache]],
+        response_caches: Sequence[Sequence[ScoreCache]],
+    ) -> list[Tensor]:
+        """Return A [T, K] of the candidates along each response, by the gradient of the reward."""
+        gradients = self.reward.compute_gradient(
+            samples,
+            prompt_caches,
+            response_caches,
+            [_get_draw_info(sample).candidates for sample in samples],
+            flop_counter=self.flop_counter,
+            gradient_at=self.config.get_gradient_point(),
+        )
+        if any(gradient.isnan().any() for gradient in gradients):
+            raise ValueError(f"the token gradient of {self.reward.name} holds NaN")
+        if self.is_policy_gradient:
+            return gradients
+        columns = [find_token_columns(_get_draw_info(sample).candidates, sample.response_ids) for sample in samples]
+        return [solvers.compute_advantages(*pair) for pair in zip(gradients, columns, strict=True)]
+
+    def _score_candidates(
+        self, samples: Sequence[Sample], response_caches: Sequence[Sequence[ScoreCache]]
+    ) -> list[Tensor]:
+        """Return A [T, K]: the reward after a candidate less that after the response's own token. −inf: not known."""
+        tables = [torch.full(_get_draw_info(sample).candidates.shape, -torch.inf) for sample in samples]
+        places: list[tuple[int, int, int]] = []  # sample, position, column
+        variants = []
+        for index, sample in enumerate(samples):
+            candidates = _get_draw_info(sample).candidates
+            for position, column in self._find_replaceable(sample).nonzero().tolist():
+                token = int(candidates[position, column])
+                if token not in self.policy.stop_ids:  # whose score is that of a whole response
+                    places.append((index, position, column))
+                    ids = [*sample.response_ids[:position], token]
+                    variants.append(replace(sample, response_ids=ids, draw_info=None, is_partial=True))
+        values, _ = self.reward.score(
+            variants,
+            [response_caches[index] for index, _, _ in places],
+            num_shared=[position for _, position, _ in places],
+            flop_counter=self.flop_counter,
+        )
+        self._check_finite(values)
+        pairs = zip(samples, response_caches, strict=True)
+        own_rewards = [self.reward.compute_running_rewards(sample, caches)[1:].tolist() for sample, caches in pairs]
+        for (index, position, column), value in zip(places, values, strict=True):
+            tables[index][position, column] = value - own_rewards[index][position]
+        for table, sample in zip(tables, samples, strict=True):
+            columns = find_token_columns(_get_draw_info(sample).candidates, sample.response_ids)
+            table.scatter_(1, columns[:, None], 0.0)
+        return tables
+
+    def _find_replaceable(self, sample: Sample) -> Tensor:
+        """Return [T, K] which candidates the search may propose in place of the response's own tokens."""
+        info, vocabulary = _get_draw_info(sample), self.reward.in_vocabulary
+        return compute_replaceable_mask(
+            sample.response_ids, info.candidates, info.logp, vocabulary, self.config.candidate_min_p
+        )
+
+    def _make_targets(self, sample: Sample, advantages: Tensor | None) -> TeacherTargets:
         draw_info = _get_draw_info(sample)
         ids, logp = draw_info.candidates, draw_info.logp
-        advantages = torch.zeros(len(ids))
-        if gradient is None:
-            return TeacherTargets(ids, torch.full_like(logp, -torch.inf), advantages)
-        if gradient.isnan().any():
-            raise ValueError(f"the token gradient of {self.reward.name} holds NaN")
+        nothing = torch.zeros(len(ids))
+        if advantages is None:
+            return TeacherTargets(ids, torch.full_like(logp, -torch.inf), nothing)
         solver = self.config.solver
         assert isinstance(solver, MirrorSolver) and self.config.beta is not None
         weight, columns = solver.step_size / self.config.beta, find_token_columns(ids, sample.response_ids)
         if self.is_policy_gradient:
-            return TeacherTargets(ids, logp, weight * gradient.gather(1, columns[:, None]).squeeze(1))
-        mask = compute_replaceable_mask(
-            sample.response_ids, ids, logp, self.reward.in_vocabulary, self.config.candidate_min_p
-        )
-        mask |= torch.nn.functional.one_hot(columns, ids.shape[1]).bool()
-        gains = weight * solvers.compute_advantages(gradient, columns)
-        return TeacherTargets(ids, compute_refined_logp(logp, gains, mask), advantages)
-
-    @property
-    def is_policy_gradient(self) -> bool:
-        """Tell whether the sampled tokens have advantages, beside a KL to π."""
-        is_own_token = is_own_token_gradient(self.reward, self.config.get_gradient_point())
-        return self.divergence == REVERSE_KL and is_own_token
+            return TeacherTargets(ids, logp, weight * advantages.gather(1, columns[:, None]).squeeze(1))
+        is_own = torch.nn.functional.one_hot(columns, ids.shape[1]).bool()
+        is_refined = (self._find_replaceable(sample) | is_own) & advantages.isfinite()
+        gains = weight * advantages.masked_fill(~is_refined, 0.0)
+        return TeacherTargets(ids, compute_refined_logp(logp, gains, is_refined), nothing)
 
     def compute_flops_per_response(self) -> float:
         """Return the mean FLOPs of the teacher for one response: π, the reward and its gradient."""

@@ -12,7 +12,9 @@ import torch
 import worlds
 from trl import SFTConfig
 
+from nabla_trl.gradient.objectives import Sample
 from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.flops import FlopCounter
 from nabla_trl.models.loading import load_policy
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
@@ -223,11 +225,23 @@ def test_samples_are_selected_by_their_answers_or_their_reward(traces: list[Trac
 # --------------------------------------------------------------------------------------- on-policy distillation
 
 
-def make_teacher(base: Policy, reward: Reward, gradient_at: str, divergence: str = "reverse_kl") -> RefinedTeacher:
+class SampledTokenTeacher(RefinedTeacher):
+    """A teacher that knows what the sampled tokens alone add to the score, as of a process reward or a head."""
+
+    scores_candidates = False
+
+
+def make_teacher(
+    base: Policy,
+    reward: Reward,
+    gradient_at: str,
+    divergence: str = "reverse_kl",
+    teacher_class: type[RefinedTeacher] = RefinedTeacher,
+) -> RefinedTeacher:
     problems = {problem.id: problem for problem in worlds.tiny_problems()}
     config = SearchConfig(solver={"gradient_at": gradient_at}, beta=0.5, top_k_candidates=VOCAB)
     prompt_ids = {name: base.encode(problem) for name, problem in problems.items()}
-    return RefinedTeacher(base, reward, problems, prompt_ids, config, divergence)
+    return teacher_class(base, reward, problems, prompt_ids, config, divergence)
 
 
 def test_the_minimizer_is_the_refined_distribution(base: Policy) -> None:
@@ -236,7 +250,7 @@ def test_the_minimizer_is_the_refined_distribution(base: Policy) -> None:
     It is 0 at p ∝ π·exp(λ·A), where A is what each token adds to the score, and nowhere near it at π.
     """
     scalar = worlds.tiny_scalar(base)
-    teacher = make_teacher(base, scalar, "direct")
+    teacher = make_teacher(base, scalar, "direct", teacher_class=SampledTokenTeacher)
     vocabulary = [token for token in range(VOCAB) if not base.forbidden_mask[token] and token not in base.stop_ids]
     responses = [[5, token] for token in vocabulary]
     targets = teacher(["q0"] * len(responses), responses)
@@ -256,6 +270,28 @@ def test_the_minimizer_is_the_refined_distribution(base: Policy) -> None:
 
     assert float(compute_expected_gradient(base_logp).abs().max()) > 0.01
     assert float(compute_expected_gradient((base_logp + gains).log_softmax(-1)).abs().max()) < 1e-6
+
+
+def test_the_teacher_of_a_score_does_not_depend_on_the_sampled_token(base: Policy) -> None:
+    """At a prefix it is π·exp(λ·score) over the tokens that do not end the response, whichever of them was sampled."""
+    scalar = worlds.tiny_scalar(base)
+    teacher = make_teacher(base, scalar, "direct")
+    vocabulary = [token for token in range(VOCAB) if not base.forbidden_mask[token] and token not in base.stop_ids]
+    rows = teacher(["q0"] * len(vocabulary), [[5, token] for token in vocabulary])
+    ids, logp = rows[0].ids[1], rows[0].logp[1]
+    for row in rows[1:]:
+        assert torch.equal(row.ids[1], ids) and not row.advantages.any()
+        torch.testing.assert_close(row.logp[1], logp, atol=1e-4, rtol=1e-4)
+    partial = [
+        Sample(teacher.problems["q0"], teacher.prompt_ids["q0"], [5, token], is_partial=True) for token in vocabulary
+    ]
+    caches = scalar.compute_prompt_caches(partial, FlopCounter())
+    scores = torch.tensor(scalar.score(partial, caches, flop_counter=FlopCounter())[0]).float()
+    prompt_and_prefix = torch.tensor([teacher.prompt_ids["q0"] + [5]])
+    policy_logp = base.model(prompt_and_prefix).logits[0, -1].log_softmax(-1)[vocabulary].detach()
+    expected = (policy_logp + 2 * scores).log_softmax(-1) + policy_logp.logsumexp(-1)
+    found = torch.full((VOCAB,), -torch.inf).scatter(0, ids, logp)[vocabulary]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
