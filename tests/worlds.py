@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from nabla_trl.evaluation.plan import EvaluationSetup, plan_jobs
+from nabla_trl.evaluation.rows import Row
 from nabla_trl.gradient.objectives import DrawInfo, Sample
 from nabla_trl.models.loading import freeze_policy
 from nabla_trl.models.policy import Policy
@@ -286,6 +287,11 @@ def sample(policy: Policy, problem: Problem, text: str, *, finished: bool = True
     """A response to a problem, written out as text; `finished` adds the stop token."""
     ids = list(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
     return Sample(problem, policy.encode(problem), ids + [policy.tokenizer.eos_token_id] * finished)
+
+
+def result_row(method: str, number: int, **values: Any) -> Row:
+    """A row of a problem with this number."""
+    return Row(**{"method": method, "task": "t", "problem": f"p{number}", "seed": 0} | values)
 
 
 def known(policy: Policy, item: Sample, width: int = 6) -> Sample:

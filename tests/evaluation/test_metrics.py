@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import worlds
 
 from nabla_trl.evaluation import metrics
 from nabla_trl.evaluation.metrics import compute_maj_at_k, compute_pass_at_k
@@ -63,18 +64,9 @@ def test_writings_of_one_answer_vote_together() -> None:
 
 def row(method: str, problem: str, seed: int, samples: list[Sample], error: str | None = None) -> Row:
     right = [correct for _, correct in samples]
-    return Row(
-        method=method,
-        task="t",
-        problem=problem,
-        seed=seed,
-        correct=sum(right) / len(right) if right else None,
-        reward=0.0,
-        flops=1.0,
-        seconds=1.0,
-        error=error,
-        samples=[list(sample) for sample in samples],
-    )
+    values = {"problem": problem, "seed": seed, "error": error, "samples": [list(sample) for sample in samples]}
+    correct = sum(right) / len(right) if right else None
+    return worlds.result_row(method, 0, correct=correct, reward=0.0, flops=1.0, seconds=1.0, **values)
 
 
 def test_rows_of_samples_are_measured_by_policy_with_problems_as_the_unit() -> None:

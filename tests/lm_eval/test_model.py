@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval_tasks import write_tasks
 
 from nabla_trl.engine.logprobs import compute_token_logprobs
 from nabla_trl.evaluation.results import load_results
@@ -23,41 +24,16 @@ pytest.importorskip("lm_eval.api", reason="lm-eval is not installed: pip install
 
 ROOT = Path(__file__).parents[2]
 POLICY, REWARD = ROOT / "data/tiny/policy", ROOT / "data/tiny/reward"
-GENERATION_TASK = """
-task: tiny_chains
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-output_type: generate_until
-test_split: test
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["++"], do_sample: false, temperature: 0.0, max_gen_toks: 48}
-filter_list: [{name: last, filter: [{function: regex, regex_pattern: "#(\\\\d)"}, {function: take_first}]}]
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1.0}
-"""
-CHOICE_TASK = """
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{question}}="
-target_delimiter: ""
-doc_to_choice: ["3", "7"]
-doc_to_target: 0
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1.0}
-"""
+LAST_NUMBER = (
+    r'filter_list: [{name: last, filter: [{function: regex, regex_pattern: "#(\\d)"}, {function: take_first}]}]'
+)
 
 
 def run(folder: Path, tasks: str, model_args: str, *options: str) -> subprocess.CompletedProcess[str]:
     if not (folder / "data.jsonl").exists():
         problems = load_problems("digit_chains", split="test", max_problems=8)
         rows = [{"question": problem.question, "answer": problem.answer} for problem in problems]
-        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name, text in (("generation", GENERATION_TASK), ("choice", CHOICE_TASK)):
-            (folder / f"{name}.yaml").write_text(text.replace("DATA", str(folder / "data.jsonl")))
+        write_tasks(folder, rows, "tiny_chains", until=["++"], target="0", more=LAST_NUMBER)
     command = [sys.executable, "-m", "nabla_trl.lm_eval", "--model", "nabla", "--include_path", str(folder)]
     command += ["--model_args", f"policy={POLICY},reward={REWARD},{model_args}", "--tasks", tasks, *options]
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")}

@@ -5,10 +5,11 @@ import math
 import re
 
 import pytest
+import worlds
 
 from nabla_trl.cli.main import main
 from nabla_trl.evaluation.results import store_results
-from nabla_trl.evaluation.rows import Row, format_rows
+from nabla_trl.evaluation.rows import format_rows
 from nabla_trl.report.breakeven import compute_breakeven, describe_breakeven
 from nabla_trl.report.prices import Price
 
@@ -36,15 +37,7 @@ FACTS = {
 
 def make_rows(world=WORLD, problems=range(PROBLEMS)):
     return [
-        Row(
-            method=method,
-            task="t",
-            problem=f"p{number}",
-            seed=0,
-            correct=number < right,
-            flops=flops + number % 2 - 0.5,
-            seconds=seconds,
-        )
+        worlds.result_row(method, number, correct=number < right, flops=flops + number % 2 - 0.5, seconds=seconds)
         for method, (right, flops, seconds) in world.items()
         for number in problems
     ]

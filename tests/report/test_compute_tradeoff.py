@@ -8,7 +8,6 @@ import pytest
 import worlds
 
 from nabla_trl.evaluation.grids import build_grids
-from nabla_trl.evaluation.rows import Row
 from nabla_trl.report import compute_tradeoff
 from nabla_trl.report import summary as summaries
 from nabla_trl.report.compute_tradeoff import describe_best_for_budget
@@ -37,17 +36,7 @@ FACTS = {"reward_kind": "log-ratio", "trained": [SFT, DPO]}
 
 def make_rows(world=WORLD):
     return [
-        Row(
-            method=method,
-            task="t",
-            problem=f"p{number}",
-            seed=0,
-            correct=number < right,
-            kl=kl,
-            reward=reward,
-            flops=flops,
-            seconds=flops,
-        )
+        worlds.result_row(method, number, correct=number < right, kl=kl, reward=reward, flops=flops, seconds=flops)
         for method, (right, flops, reward, kl) in world.items()
         for number in range(PROBLEMS)
     ]

@@ -1,9 +1,9 @@
 """The paper's headline, judged on rows whose calls and answers are made by hand."""
 
 import pytest
+import worlds
 
 from nabla_trl.evaluation.grids import build_grids
-from nabla_trl.evaluation.rows import Row
 from nabla_trl.report.paper_claim import CLAIM_NOTE, compute_paper_claims, describe_paper_claims, list_claim_intervals
 
 PROBLEMS = 60
@@ -13,11 +13,9 @@ def make_grids(**methods):
     """Each method: problems solved (the first so many), decoded tokens per problem, and whether calls were counted."""
     return build_grids(
         [
-            Row(
-                method=method.replace("__", "@"),
-                task="t",
-                problem=f"p{number}",
-                seed=0,
+            worlds.result_row(
+                method.replace("__", "@"),
+                number,
                 correct=number < right,
                 flops=1.0,
                 seconds=1.0,

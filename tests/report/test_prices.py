@@ -1,9 +1,9 @@
 """Break-even between two methods, with every way in which there is none."""
 
 import pytest
+import worlds
 
 from nabla_trl.evaluation.grids import build_grids
-from nabla_trl.evaluation.rows import Row
 from nabla_trl.report.prices import BreakEven, Price, compute_break_even, read_reward_price, read_training_costs
 
 
@@ -13,14 +13,8 @@ def costs(trained, baseline, seconds=1.0):
     pairs = {name: value if isinstance(value, tuple) else (value, value) for name, value in flops.items()}
     grids = build_grids(
         [
-            Row(
-                method=name,
-                task="t",
-                problem=f"p{number}",
-                seed=0,
-                correct=True,
-                flops=float(pair[number % 2]),
-                seconds=seconds * pair[number % 2],
+            worlds.result_row(
+                name, number, correct=True, flops=float(pair[number % 2]), seconds=seconds * pair[number % 2]
             )
             for name, pair in pairs.items()
             for number in range(20)

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import worlds
 from rich.console import Console
 
 from nabla_trl.evaluation.method import list_methods
-from nabla_trl.evaluation.rows import Row
 from nabla_trl.report import text as report
 from nabla_trl.report.conclusions import (
     REWARD_MODEL_SAMPLING_NOTE,
@@ -72,10 +72,10 @@ def make_rows(world=WORLD, without=()):
             for seed in range(1 if method in SINGLE else SEEDS):
                 right = (number * 37 % PROBLEMS) < share * PROBLEMS - 1e-9
                 rounds = [0.0, share] if method.startswith(("nabla", "control")) else []
-                row = Row(
-                    method=method,
+                row = worlds.result_row(
+                    method,
+                    number,
                     task="digit_chains",
-                    problem=f"p{number}",
                     seed=seed,
                     correct=right,
                     reward=math.nan if method == "greedy" else share,

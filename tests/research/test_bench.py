@@ -178,6 +178,7 @@ def test_the_recipe_measures_every_part(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process is read from /proc")
+@pytest.mark.slow
 def test_peaks_are_of_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass of T × V floats more, and nothing of what this process holds; a failure is one line."""
     passes = recipe("passes")

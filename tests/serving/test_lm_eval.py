@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from chat_server import Running, direct, serving
+from lm_eval_tasks import write_tasks
 
 from nabla_trl.engine.logprobs import compute_token_logprobs
 from nabla_trl.models.loading import load_policy
@@ -26,31 +27,6 @@ ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "data/tiny/policy")
 QUESTIONS = ("9-5*4+7*2-6", "1+2*3", "7-4+2", "8*2-9+3")
 CHOICES = ("3", "7")
-CHAT_TASK = """
-task: tiny_chat
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-output_type: generate_until
-test_split: test
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["#", ";;", "++"], do_sample: false, temperature: 0.0, max_gen_toks: 48}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1.0}
-"""
-CHOICE_TASK = """
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{question}}="
-target_delimiter: ""
-doc_to_choice: ["3", "7"]
-doc_to_target: "{{label}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1.0}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +45,7 @@ def server(policy: Policy) -> Iterator[Running]:
 def evaluate(folder: Path, model: str, task: str, url: str, *options: str) -> list[dict[str, Any]]:
     """Run lm_eval as a user does, and return its log of samples."""
     rows = [{"question": question, "answer": "7", "label": 1} for question in QUESTIONS]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, text in (("tiny_chat", CHAT_TASK), ("tiny_choice", CHOICE_TASK)):
-        (folder / f"{name}.yaml").write_text(text.replace("DATA", str(folder / "data.jsonl")))
+    write_tasks(folder, rows, "tiny_chat", until=["#", ";;", "++"], target='"{{label}}"')
     arguments = f"base_url={url},model={MODEL},num_concurrent=2,max_retries=1,timeout=120"
     command = [sys.executable, "-m", "lm_eval", "--model", model, "--tasks", task, "--include_path", str(folder)]
     command += ["--output_path", str(folder / "out"), "--log_samples", "--model_args", arguments, *options]
