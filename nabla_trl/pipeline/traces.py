@@ -81,16 +81,8 @@ def generate_traces(
         if shard is not None:
             raise ValueError("shard needs output_dir: shards share a folder")
         return _search_in_memory(problem_set.problems, models, search_config, seed, show_progress)
-    write_traces(
-        problem_set.problems,
-        models,
-        Path(output_dir),
-        config=search_config,
-        seed=seed,
-        task_settings=problem_set.settings,
-        shard=Shard.parse(shard),
-        show_progress=show_progress,
-    )
+    run = TraceRun(models, Path(output_dir), search_config, seed, problem_set.settings, show_progress=show_progress)
+    run.write(problem_set.problems, Shard.parse(shard))
     share = Shard.parse(shard).select(problem_set.problems)
     by_id = {
         trace.problem_id: trace for trace in read_traces(list_trace_files(Path(output_dir))) if trace.seed == seed
@@ -126,7 +118,7 @@ def _search_in_memory(
 
 @dataclass(frozen=True)
 class TracesSummary:
-    """What a call of `write_traces` did.
+    """What a call of `TraceRun` did.
 
     Attributes:
         num_written: traces that this call wrote.
@@ -142,47 +134,85 @@ class TracesSummary:
     missing: str
 
 
-def write_traces(
-    problems: Sequence[Problem],
-    models: ModelPair,
-    output_dir: Path,
-    *,
-    config: SearchConfig,
-    seed: int,
-    task_settings: Mapping[str, str],
-    shard: Shard | None = None,
-    template_date: str | None = None,
-    show_progress: bool = True,
-) -> TracesSummary:
-    """Write the traces of problems to the folder of a run, which is locked for that time.
+@dataclass(frozen=True)
+class TraceRun:
+    """The traces of one seed in the folder of a run, as one process makes them.
 
-    Args:
+    Attributes:
         task_settings: task, version and split, which the folder is claimed with.
-        shard: the share of the problems that this process works on. None: all.
-        template_date: date that chat templates print. None: that of the folder.
-
-    Raises:
-        ValueError: the folder was made with other settings, or holds traces of other problems with the same ids.
-        FolderInUse: another process works on it.
+        load: returns the models and warns of searches beyond the limits that the reward's audit validated. None: done
+            here.
+        checker: grades the answers. None: one for each call.
+        rank: number of this process. A shard has its own.
     """
-    shard = shard or Shard()
-    share = shard.select(problems)
-    with lock_folder(output_dir, shard.index, shard.count):
-        use_recorded_date(output_dir, template_date)
-        plan = ShardPlan.build(shard, problems, [seed]) if shard.count > 1 else None
-        summary = fill_traces(
-            share,
-            models,
-            output_dir,
-            config=config,
-            seed=seed,
-            settings=collect_trace_settings(models, config, task_settings),
-            plan=plan,
-            rank=shard.index,
-            show_progress=show_progress,
-        )
-    logger.info("%d traces written, %d existed: %s", summary.num_written, summary.num_existing, summary.folder)
-    return summary
+
+    models: ModelPair
+    output_dir: Path
+    config: SearchConfig
+    seed: int
+    task_settings: Mapping[str, str]
+    load: Callable[[], tuple[Policy, Reward]] | None = None
+    checker: AnswerChecker | None = None
+    rank: int = 0
+    show_progress: bool = True
+
+    def write(
+        self, problems: Sequence[Problem], shard: Shard | None = None, template_date: str | None = None
+    ) -> TracesSummary:
+        """Write the traces of problems to the folder, which is locked for that time.
+
+        Args:
+            shard: the share of the problems that this process works on. None: all.
+            template_date: date that chat templates print. None: that of the folder.
+
+        Raises:
+            ValueError: the folder was made with other settings, or holds traces of other problems with the same ids.
+            FolderInUse: another process works on it.
+        """
+        shard = shard or Shard()
+        with lock_folder(self.output_dir, shard.index, shard.count):
+            use_recorded_date(self.output_dir, template_date)
+            plan = ShardPlan.build(shard, problems, [self.seed]) if shard.count > 1 else None
+            summary = replace(self, rank=shard.index).fill(shard.select(problems), plan)
+        logger.info("%d traces written, %d existed: %s", summary.num_written, summary.num_existing, summary.folder)
+        return summary
+
+    def fill(self, problems: Sequence[Problem], plan: ShardPlan | None = None) -> TracesSummary:
+        """Write the traces that the locked folder lacks.
+
+        Args:
+            problems: the share of this process.
+            plan: of all shards, if there are several.
+        """
+        settings = collect_trace_settings(self.models, self.config, self.task_settings)
+        folder = self.output_dir / TRACES_DIR
+        unfinished = find_unfinished_problems(problems, folder, self.seed)
+        if unfinished:  # load before the settings are claimed: a mistyped model must not claim the folder
+            policy, reward = self.load() if self.load else self.models.load(4 * self.config.batch_size)
+            check_gradient(reward, self.config)
+        claim_settings(self.output_dir / SETTINGS_FILE, settings)
+        for path in self.output_dir.glob(f"*/{SETTINGS_FILE}"):  # of shards in folders of their own
+            claim_settings(path, settings)
+        if plan is not None:
+            plan.write(folder / f"shards-{self.seed}.json")
+        totals, num_existing = None, len(problems) - len(unfinished)
+        if unfinished:
+            if self.load is None:
+                warn_past_limits(reward, self.config)
+            with nullcontext(self.checker) if self.checker else AnswerChecker() as checker:
+                totals = search_to_folder(
+                    unfinished,
+                    folder,
+                    policy=policy,
+                    reward=reward,
+                    config=self.config,
+                    seed=self.seed,
+                    checker=checker,
+                    rank=self.rank,
+                    show_progress=self.show_progress,
+                    num_done=num_existing,
+                )
+        return TracesSummary(folder, len(unfinished), num_existing, totals, describe_missing_shards(self.output_dir))
 
 
 def collect_trace_settings(
@@ -190,58 +220,3 @@ def collect_trace_settings(
 ) -> dict[str, str]:
     """Return the settings that the traces of a folder depend on."""
     return {**models.get_settings(), **models.get_adapter_settings(), **task_settings, **config.get_settings()}
-
-
-def fill_traces(
-    problems: Sequence[Problem],
-    models: ModelPair,
-    output_dir: Path,
-    *,
-    config: SearchConfig,
-    seed: int,
-    settings: Mapping[str, str],
-    plan: ShardPlan | None = None,
-    load: Callable[[], tuple[Policy, Reward]] | None = None,
-    checker: AnswerChecker | None = None,
-    rank: int = 0,
-    show_progress: bool = True,
-) -> TracesSummary:
-    """Write the traces that the locked folder of a run lacks, as one of its processes.
-
-    Args:
-        problems: the share of this process.
-        settings: as `collect_trace_settings` returns them.
-        plan: of all shards, if there are several.
-        load: returns the models and warns of searches beyond the limits that the reward's audit validated. None: done
-            here.
-        checker: grades the answers. None: one for this call.
-        rank: number of this process.
-    """
-    folder = output_dir / TRACES_DIR
-    unfinished = find_unfinished_problems(problems, folder, seed)
-    if unfinished:  # load before the settings are claimed: a mistyped model must not claim the folder
-        policy, reward = load() if load else models.load(4 * config.batch_size)
-        check_gradient(reward, config)
-    claim_settings(output_dir / SETTINGS_FILE, settings)
-    for path in output_dir.glob(f"*/{SETTINGS_FILE}"):  # of shards in folders of their own
-        claim_settings(path, settings)
-    if plan is not None:
-        plan.write(folder / f"shards-{seed}.json")
-    totals, num_existing = None, len(problems) - len(unfinished)
-    if unfinished:
-        if load is None:
-            warn_past_limits(reward, config)
-        with nullcontext(checker) if checker else AnswerChecker() as answer_checker:
-            totals = search_to_folder(
-                unfinished,
-                folder,
-                policy=policy,
-                reward=reward,
-                config=config,
-                seed=seed,
-                checker=answer_checker,
-                rank=rank,
-                show_progress=show_progress,
-                num_done=num_existing,
-            )
-    return TracesSummary(folder, len(unfinished), num_existing, totals, describe_missing_shards(output_dir))

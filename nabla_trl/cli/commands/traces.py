@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     models, args, config = parser.parse_options(argv, checks)[:3]
 
     from nabla_trl.pipeline.problems import ProblemSet, collect_problems
-    from nabla_trl.pipeline.traces import SETTINGS_FILE, collect_trace_settings, write_traces
+    from nabla_trl.pipeline.traces import SETTINGS_FILE, TraceRun, collect_trace_settings
     from nabla_trl.training.reporting import check_trackers, track_metrics
 
     problem_set = ProblemSet([], "", {})
@@ -69,16 +69,8 @@ def main(argv: Sequence[str]) -> int:
     checks.raise_faults(UsageError)
     log_to_folder(Path(args.output_dir))
     with track_metrics(args.report_to, stage="traces", output_dir=args.output_dir, settings=get_settings()):
-        summary = write_traces(
-            problem_set.problems,
-            models.build_pair(),
-            Path(args.output_dir),
-            config=config,
-            seed=args.seed,
-            task_settings=problem_set.settings,
-            shard=Shard.parse(args.shard),
-            template_date=models.template_date,
-        )
+        run = TraceRun(models.build_pair(), Path(args.output_dir), config, args.seed, problem_set.settings)
+        summary = run.write(problem_set.problems, Shard.parse(args.shard), models.template_date)
     if summary.totals is not None:
         print(summary.totals)
     print(f"{summary.num_written} traces written, {summary.num_existing} existed: {summary.folder}")

@@ -54,7 +54,7 @@ from nabla_trl.models.loading import DTYPES, get_dtype_name, set_trust_remote_co
 from nabla_trl.models.policy import Policy
 from nabla_trl.pipeline.audit import audit_samples
 from nabla_trl.pipeline.evaluation import collect_eval_settings, open_evaluation
-from nabla_trl.pipeline.traces import collect_trace_settings, fill_traces
+from nabla_trl.pipeline.traces import TraceRun, collect_trace_settings
 from nabla_trl.pipeline.train import run_training
 from nabla_trl.planning.machine import Machine, choose_batches
 from nabla_trl.planning.preflight import check_output_dir, list_frozen_models
@@ -386,18 +386,18 @@ class DistillRun:
         share = self._select_process_share(self.train_problems)
         scope = " of this process" if self.state.num_processes > 1 else ""
         for seed in range(self.args.seeds[0], self.args.seeds[0] + self.args.traces_per_problem):
-            summary = fill_traces(
-                share,
+            run = TraceRun(
                 self.models,
                 self.output_dir,
-                config=self.search_config,
-                seed=seed,
-                settings=self._collect_trace_settings(),
+                self.search_config,
+                seed,
+                self._get_trace_task_settings(),
                 load=self.load_models,
                 checker=self.checker,
                 rank=self.state.process_index,
                 show_progress=self.state.is_main_process,
             )
+            summary = run.fill(share)
             if summary.totals is None:
                 self.print_once(f"traces: {len(share)} problems are already done")
             else:
@@ -419,8 +419,10 @@ class DistillRun:
             check_settings(self.output_dir / EVAL_SETTINGS_FILE, self._collect_eval_settings())
 
     def _collect_trace_settings(self) -> dict[str, str]:
-        split = {"split": self._describe_split("train_split")}
-        return collect_trace_settings(self.models, self.search_config, get_task_settings(self.args.dataset) | split)
+        return collect_trace_settings(self.models, self.search_config, self._get_trace_task_settings())
+
+    def _get_trace_task_settings(self) -> dict[str, str]:
+        return get_task_settings(self.args.dataset) | {"split": self._describe_split("train_split")}
 
     def _collect_eval_settings(self) -> dict[str, str]:
         return collect_eval_settings(self.models, self._get_eval_config(), self._get_eval_task_settings())
