@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import json
 import shutil
-import sys
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -45,12 +44,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reward_recipe", ROOT / "recipes" / "reward.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reward_recipe"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("reward")
 
 
 @pytest.fixture(autouse=True)

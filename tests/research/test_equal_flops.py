@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -135,12 +134,7 @@ def test_the_curve_of_the_step_tells_hacking_from_help(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_recipe", ROOT / "recipes" / "research" / "compare.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare_recipe"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("compare")
 
 
 def test_the_recipe_compares_on_the_embedded_world(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import worlds
-from mixing import count_needed_rounds
+from mixing import count_needed_rounds, main
 from mixing_statistics import (
     MixingStatistics,
     _compute_per_gflop_interval,
@@ -109,11 +107,6 @@ def test_short_chains_are_run_again_up_to_a_limit() -> None:
 
 
 def test_the_recipe_measures_every_proposal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("mixing_recipe", ROOT / "recipes" / "research" / "mixing.py")
-    assert spec is not None and spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules["mixing_recipe"] = recipe
-    spec.loader.exec_module(recipe)
     monkeypatch.chdir(ROOT)
     argv = [
         "--config",
@@ -125,10 +118,10 @@ def test_the_recipe_measures_every_proposal(tmp_path: Path, monkeypatch: pytest.
         "--max_rounds",
         "4",
     ]
-    recipe.main(argv)
+    main(argv)
     results = json.loads((tmp_path / "mixing.json").read_text())
     assert list(results) == [
         "no gradient, cut token",
         *(f"{p}, step size {s}" for p in ("direct", "mixture:0.5") for s in ("1", "0.5")),
     ]
-    worlds.refused(lambda: recipe.main([*argv, "--acceptance", "greedy"]), "acceptance metropolis")
+    worlds.refused(lambda: main([*argv, "--acceptance", "greedy"]), "acceptance metropolis")

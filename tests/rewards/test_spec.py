@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import json
 import random
 import shutil
-import sys
 from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -509,10 +508,7 @@ def test_the_recipe_names_an_implicit_reward_and_its_rival(tmp_path: Path, monke
         "log_ratio", scale=0.5, reference_model="data/tiny/policy", validated_limits=ValidatedLimits(16, 1)
     )
     write_manifest(tmp_path / "tuned", card)
-    source = importlib.util.spec_from_file_location("distill", ROOT / "recipes" / "distill.py")
-    module = importlib.util.module_from_spec(source)
-    monkeypatch.setitem(sys.modules, "distill", module)
-    source.loader.exec_module(module)
+    module = importlib.import_module("nabla_trl.distill")
     argv = ["--config", "recipes/tiny/distill.yaml", "--reward", str(tmp_path / "tuned"), "--seeds", "0"]
     argv += [
         "--output_dir",
