@@ -129,19 +129,10 @@ class RewardArguments:
     def __post_init__(self) -> None:
         checks = Checks()
         checks.call(check_stall_minutes, self.stall_minutes)
-        checks.require(
-            self.labels in LABEL_CHOICES, f"labels must be one of {', '.join(LABEL_CHOICES)}, not {self.labels!r}"
-        )
-        for name in (
-            "max_train_problems",
-            "samples_per_problem",
-            "max_steps_per_round",
-            "max_search_problems",
-            "max_audit_problems",
-            "max_audit_rounds",
-        ):
-            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        checks.require(self.audit_samples >= 2, "audit_samples must be at least 2")
+        checks.require_choice(self, labels=LABEL_CHOICES)
+        checks.require_minimum(self, 1, "max_train_problems", "max_search_problems", "max_audit_problems")
+        checks.require_minimum(self, 1, "samples_per_problem", "max_steps_per_round", "max_audit_rounds")
+        checks.require_minimum(self, 2, "audit_samples")
         checks.require(self.max_adversarial_rounds >= 0, "max_adversarial_rounds must not be negative")
         checks.raise_faults()
 

@@ -121,22 +121,9 @@ class BaselineConfig:
         checks = Checks()
         if self.step_delimiter is not None:
             checks.call(parse_delimiter, self.step_delimiter)
-        checks.require(
-            self.max_step_tokens >= 1 and self.steps_per_prefix >= 1,
-            "max_step_tokens and steps_per_prefix must be at least 1",
-        )
-        for name in (
-            "confidence_top_k",
-            "confidence_window",
-            "deepconf_warmup",
-            "smc_block_tokens",
-            "allocation_pilot",
-        ):
-            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        choices = {"particle_potential": ("difference", "score"), "power_select": ("vote", "sample")}
-        for name, values in choices.items():
-            value = getattr(self, name)
-            checks.require(value in values, f"{name} must be one of {', '.join(values)}, not {value!r}")
+        checks.require_minimum(self, 1, "max_step_tokens", "steps_per_prefix", "smc_block_tokens", "allocation_pilot")
+        checks.require_minimum(self, 1, "confidence_top_k", "confidence_window", "deepconf_warmup")
+        checks.require_choice(self, particle_potential=("difference", "score"), power_select=("vote", "sample"))
         alpha, threshold, ramp = self.power_alpha, self.smc_ess_threshold, self.smc_ramp_tokens
         checks.require(1 < alpha < math.inf, f"power_alpha must be a number above 1, not {alpha}")
         checks.require(0 <= threshold <= 1, f"smc_ess_threshold must be in [0, 1], not {threshold}")

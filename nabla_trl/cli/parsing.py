@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import MISSING, Field, fields
-from difflib import get_close_matches
 from enum import Enum
 from typing import Any, NoReturn, get_type_hints
 
@@ -27,7 +26,7 @@ from nabla_trl.cli.console import guard_terminal
 from nabla_trl.cli.quiet import VERBOSE_HELP, prepare_environment, quiet_libraries
 from nabla_trl.cli.telemetry import disable_telemetry
 from nabla_trl.utils.faults import Checks, Faults
-from nabla_trl.utils.fields import coerce_fields, format_suggestion, get_option_groups
+from nabla_trl.utils.fields import check_choices, coerce_fields, format_suggestion, get_option_groups
 from nabla_trl.utils.files import read_yaml
 from nabla_trl.utils.formatting import format_error, hide_userinfo, make_printable
 from nabla_trl.utils.interrupts import StoppedBySignal, get_current_command, handle_stop_signals, is_main_process
@@ -249,12 +248,7 @@ class Parser(TrlParser, _RaisingArgumentParser):
         name = file_preset if flag is None else flag
         if name is None or str(name) in self.presets:
             return {} if name is None else self.presets[name]
-        match = get_close_matches(str(name), self.presets, n=1)
-        hint = f" (did you mean {match[0]}?)" if match else ""
-        choices = ", ".join(self.presets)
-        self._checks.add(
-            [f"unknown preset {name!r}: choose from {choices}{hint}"], {str(name): match[0]} if match else {}
-        )
+        self._checks.call(check_choices, "preset", [str(name)], list(self.presets))
         return {}
 
     def _parse_words(self, argv: Sequence[str]) -> argparse.Namespace:

@@ -102,20 +102,12 @@ class RewardOptions:
 
     def __post_init__(self) -> None:
         checks = Checks()
-        for name, choices in (
-            ("kind", REWARD_KINDS),
-            ("loss_type", LOSS_TYPES),
-            ("implicit_loss", IMPLICIT_LOSSES),
-            ("implicit_reference", IMPLICIT_REFERENCES),
-            ("tuning", TUNING_MODES),
-        ):
-            value = getattr(self, name)
-            checks.require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        checks.require_choice(self, kind=REWARD_KINDS, loss_type=LOSS_TYPES, implicit_loss=IMPLICIT_LOSSES)
+        checks.require_choice(self, implicit_reference=IMPLICIT_REFERENCES, tuning=TUNING_MODES)
         checks.require(0 <= self.relaxed_fraction <= 1, "relaxed_fraction must be in [0, 1]")
         for name in ("head_width", "ranking_weight", "gradient_matching", "margin"):
             checks.require(0 <= getattr(self, name) < math.inf, f"{name} must be a number of at least 0")
-        for name in ("target_samples", "pairs_per_problem", "num_members"):
-            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        checks.require_minimum(self, 1, "target_samples", "pairs_per_problem", "num_members")
         checks.require(self.grow_layers >= 0, "grow_layers must not be negative")
         checks.call(check_uncertainty_penalty, self.uncertainty_penalty)
         checks.require(0 < self.implicit_beta < math.inf, "implicit_beta must be a positive number")

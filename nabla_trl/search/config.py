@@ -217,8 +217,7 @@ class SearchConfig:
         checks = Checks()
         for name in ("max_rounds", "max_rollouts", "max_flops", "patience", "soft_target_top_k"):
             checks.require(getattr(self, name) >= 0, f"{name} must not be negative")
-        for name in ("num_starts", "num_chains", "top_k_candidates", "batch_size"):
-            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        checks.require_minimum(self, 1, "num_starts", "num_chains", "top_k_candidates", "batch_size")
         checks.require(
             self.num_chains <= self.num_starts,
             f"num_chains must be at most num_starts: {self.num_starts} first responses cannot start "

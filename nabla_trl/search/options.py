@@ -105,13 +105,8 @@ class SteSolver:
             self.steps >= 1 and self.learning_rate > 0 and self.final_learning_rate >= 0 and self.tau > 0,
             "solver ste needs steps >= 1, learning_rate > 0, final_learning_rate >= 0 and tau > 0",
         )
-        for name, choices in (
-            ("optimize_positions", ("all", "first")),
-            ("hard_tokens", ("response", "argmax")),
-            ("schedule", ("cosine", "clipped_cosine")),
-        ):
-            value = getattr(self, name)
-            checks.require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        checks.require_choice(self, optimize_positions=("all", "first"), hard_tokens=("response", "argmax"))
+        checks.require_choice(self, schedule=("cosine", "clipped_cosine"))
         checks.raise_faults()
 
     def compute_learning_rate(self, step: int) -> float:

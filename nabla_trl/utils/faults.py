@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
@@ -53,6 +53,18 @@ class Checks:
         """Add a fault if a condition does not hold."""
         if not condition:
             self.add([fault])
+
+    def require_minimum(self, options: object, minimum: float, *names: str) -> None:
+        """Add a fault for each of these options that is below a minimum."""
+        for name in names:
+            value = getattr(options, name)
+            self.require(value >= minimum, f"{name} must be at least {minimum:g}, not {value}")
+
+    def require_choice(self, options: object, **choices: Collection[str]) -> None:
+        """Add a fault for each of these options that has none of its choices."""
+        for name, values in choices.items():
+            value = getattr(options, name)
+            self.require(value in values, f"{name} must be one of {', '.join(values)}, not {value!r}")
 
     @contextmanager
     def collect(self, prefix: str = "") -> Iterator[None]:

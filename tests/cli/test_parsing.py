@@ -152,7 +152,9 @@ def test_arguments_added_by_hand_come_last():
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="unknown preset 'papr': choose from default, paper"):
+    with pytest.raises(
+        ValueError, match=r"unknown preset 'papr' \(did you mean paper\?\): choose from default, paper"
+    ):
         parse_dataclasses([SearchConfig], ["--preset", "papr"], presets=PRESETS)
 
 

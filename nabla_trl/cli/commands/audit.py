@@ -142,7 +142,7 @@ class AuditArguments:
 
         checks = Checks()
         checks.call(check_audit_options, self.audit_samples, self.gradient_at, self.num_swaps)
-        checks.require(self.max_rounds >= 1, "max_rounds must be at least 1")
+        checks.require_minimum(self, 1, "max_rounds")
         checks.call(self.build_search_config)
         checks.raise_faults()
 

@@ -46,11 +46,9 @@ class PlanArguments:
         from nabla_trl.training.offline import TRAIN_METHODS
 
         checks = Checks()
-        for name, choices in (("train_method", TRAIN_METHODS), ("dtype", tuple(DTYPES))):
-            value = getattr(self, name)
-            checks.require(value in choices, f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        for name in ("gpus", "max_problems", "prompt_tokens", "response_tokens", "num_generations", "lora_r"):
-            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        checks.require_choice(self, train_method=TRAIN_METHODS, dtype=DTYPES)
+        checks.require_minimum(self, 1, "gpus", "max_problems", "prompt_tokens", "response_tokens")
+        checks.require_minimum(self, 1, "num_generations", "lora_r")
         for name in ("memory", "num_train_epochs", "gpu_tflops", "bandwidth"):
             checks.require(getattr(self, name) > 0, f"{name} must be above 0")
         checks.require(

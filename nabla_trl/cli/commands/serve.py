@@ -107,8 +107,7 @@ class ServeArguments:
             self.max_queue >= 1 and self.max_running >= 1 and 0 < self.request_timeout < math.inf,
             "a server needs max_queue >= 1, max_running >= 1 and a finite request_timeout > 0",
         )
-        for name in ("max_request_rounds", "max_request_starts", "max_connections"):
-            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        checks.require_minimum(self, 1, "max_request_rounds", "max_request_starts", "max_connections")
         for name in ("header_timeout", "body_timeout", "shutdown_timeout"):
             seconds = getattr(self, name)
             checks.require(0 < seconds < math.inf, f"{name} must be a positive number of seconds, not {seconds}")

@@ -111,8 +111,7 @@ class DistillArguments(PolicyRewardArguments):
         checks.require(
             0 < self.test_fraction < 1, f"test_fraction must be between 0 and 1, not {self.test_fraction:g}"
         )
-        for name in ("max_train_problems", "max_eval_problems", "traces_per_problem"):
-            checks.require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        checks.require_minimum(self, 1, "max_train_problems", "max_eval_problems", "traces_per_problem")
         checks.call(check_choices, "stage", self.list_stages(), STAGES)
         checks.call(check_choices, "training method", self.train_methods, TRAIN_METHODS)
         if not self.eval_methods:
