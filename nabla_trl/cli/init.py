@@ -11,7 +11,8 @@ from pathlib import Path
 import nabla_trl
 from nabla_trl.cli.parsing import Parser
 from nabla_trl.tasks.registry import load_problems
-from nabla_trl.utils.fields import option
+from nabla_trl.utils.faults import Checks
+from nabla_trl.utils.fields import check_choices, option
 from nabla_trl.utils.files import write_atomic
 
 TEMPLATE_FILE = Path(__file__).with_name("init_template.yaml")
@@ -71,22 +72,16 @@ def write_config(args: InitArguments) -> None:
     from nabla_trl.training.offline import TRAIN_METHODS
 
     path = Path(args.output_file)
-    errors = [f"{path} exists: choose another --output_file, or delete it"] if path.exists() else []
-    errors += [
-        f"unknown training method {method!r}: choose from {', '.join(TRAIN_METHODS)}"
-        for method in args.train_methods
-        if method not in TRAIN_METHODS
-    ]
+    checks = Checks()
+    checks.require(not path.exists(), f"{path} exists: choose another --output_file, or delete it")
+    checks.call(check_choices, "training method", args.train_methods, TRAIN_METHODS)
     size = ""
     if Path(args.dataset).suffix:  # a file: a benchmark of the hub is not downloaded here
-        try:
+        with checks.collect():
             problems = load_problems(args.dataset, split="train")
             num_graded = sum(problem.answer is not None for problem in problems)
             size = f"{args.dataset}: {len(problems)} problems, {num_graded} with a gold answer"
-        except ValueError as error:
-            errors.append(str(error))
-    if errors:
-        raise ValueError("; ".join(errors))
+    checks.raise_faults()
     text = TEMPLATE_FILE.read_text(encoding="utf-8")
     values = {
         "FILE": str(path),

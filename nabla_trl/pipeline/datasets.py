@@ -15,7 +15,7 @@ from nabla_trl.traces.datasets import SFT_SELECTIONS, TrainingRows
 from nabla_trl.traces.schema import Trace
 from nabla_trl.traces.storage import list_trace_files, read_traces
 from nabla_trl.training.offline import build_training_rows
-from nabla_trl.utils.fields import format_suggestion
+from nabla_trl.utils.fields import check_choices
 from nabla_trl.utils.formatting import format_error
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def to_sft_dataset(traces: TraceSource, *, selection: str = "best", include_unfi
     Raises:
         ValueError: no response can be trained on, or an unknown selection.
     """
-    if selection not in SFT_SELECTIONS:
-        near = format_suggestion(selection, SFT_SELECTIONS)
-        raise ValueError(f"selection must be one of {', '.join(SFT_SELECTIONS)}, not {selection!r}{near}")
+    check_choices("selection", [selection], SFT_SELECTIONS)
     found = collect_traces(traces)
     rows = build_training_rows("sft", found, sft_selection=selection, beta=1.0, include_unfinished=include_unfinished)
     return _build_dataset(rows, "SFT")

@@ -44,7 +44,7 @@ from nabla_trl.tasks.registry import Problems
 from nabla_trl.tasks.shards import Shard
 from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.training.checkpoints import find_trained_weights, get_policy_label, list_trained_methods
-from nabla_trl.utils.fields import check_whole_number, coerce_fields, format_suggestion
+from nabla_trl.utils.fields import check_choices, check_whole_number, coerce_fields, format_suggestion
 from nabla_trl.utils.identity import identify_adapter
 from nabla_trl.utils.locks import lock_folder
 from nabla_trl.utils.statistics import Interval, PairedDifference
@@ -109,9 +109,7 @@ class EvaluationResult:
         Raises:
             ValueError: a method was not evaluated, or there is no such metric.
         """
-        if metric not in METRICS:
-            near = format_suggestion(metric, METRICS)
-            raise ValueError(f"there is no metric {metric!r}{near}: choose from {', '.join(METRICS)}")
+        check_choices("metric", [metric], METRICS)
         return compare_grids(build_grids(self.rows), metric, self._check_method(method), self._check_method(other))
 
     def _check_method(self, method: str) -> str:
@@ -202,12 +200,7 @@ def evaluate(
     trained = dict(trained_policies or {})
     if adapter is not None:
         trained[ADAPTER_LABEL] = adapter
-    for label in trained:
-        if label not in POLICY_LABELS:
-            near = format_suggestion(label, POLICY_LABELS)
-            raise ValueError(
-                f"unknown label {label!r} of a trained policy{near}: choose from {', '.join(POLICY_LABELS)}"
-            )
+    check_choices("label", trained, POLICY_LABELS)
     problem_set = collect_problems(
         problems, split=split, max_problems=max_problems, prompt_options=models.get_prompt_options()
     )

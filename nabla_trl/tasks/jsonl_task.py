@@ -9,7 +9,7 @@ from typing import Any
 from nabla_trl.grading.extraction import detect_answer_format
 from nabla_trl.tasks.gold_answers import parse_hashes
 from nabla_trl.tasks.problem import Problem, append_instruction, get_question_identity
-from nabla_trl.utils.fields import format_suggestion
+from nabla_trl.utils.fields import check_choices
 from nabla_trl.utils.files import read_csv_file, read_json_rows, read_jsonl_file, refuse_unreadable
 from nabla_trl.utils.identity import hash_files
 
@@ -60,10 +60,7 @@ def build_problems(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]
             duplicate.
     """
     columns = columns or {}
-    for name in columns:
-        if name not in FIELDS:
-            near = format_suggestion(name, FIELDS)
-            raise ValueError(f"columns: {name!r} is no field of a problem{near}: choose from {', '.join(FIELDS)}")
+    check_choices("field of a problem in columns", columns, FIELDS)
 
     def rename(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if missing := [column for column in columns.values() if column not in row]:
