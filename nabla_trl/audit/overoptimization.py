@@ -280,8 +280,8 @@ def warn_past_limits(reward: Reward, config: SearchConfig | None, num_samples: i
         warnings.append(past_limits(limits, config.max_rounds))
         if limits is not None and config.candidate_min_p == 0 and isinstance(config.select, RewardSelection):
             warnings.append(
-                "audits validate searches with candidate_min_p 0.02 by default, and this search has 0: it may find "
-                "unlikely text that misleads the reward. Set candidate_min_p 0.02, or select weighted_vote"
+                "candidate_min_p 0 lets the search find unlikely text that misleads the reward: set 0.02, the "
+                "default, or select weighted_vote"
             )
         solver = config.solver
         if reward.gradient_unhelpful and isinstance(solver, MirrorSolver) and solver.gradient_at is None:

@@ -28,7 +28,6 @@ from nabla_trl.utils.formatting import pluralize
 from nabla_trl.utils.progress import announce
 
 DEFAULT_GRADIENT_POINTS = ("direct", "hard", "mixture:0.5", "direct+mixture:0.5")
-DEFAULT_CANDIDATE_MIN_P = 0.02
 
 
 @dataclass
@@ -93,8 +92,7 @@ def audit_reward(
         gradient_at: gradient to audit, or several, the cheapest first.
         num_swaps: single-token swaps that the gradient audit compares.
         over_optimization: also audit if accuracy falls as the search goes on, up to `config.max_rounds` rounds.
-        config: the search, for its sampling and for the two further audits. None: the defaults, with
-            candidate_min_p 0.02.
+        config: the search, for its sampling and for the two further audits. None: the defaults.
         seed: of the samples.
         output_file: JSON file to write the result to, after each part. Searches read it by `audit_file`.
         split: split of a task's name.
@@ -108,8 +106,6 @@ def audit_reward(
     Raises:
         ValueError: no problem with a gold answer, too few samples, or samples that are all right or all wrong.
     """
-    if config is None:
-        config = {"candidate_min_p": DEFAULT_CANDIDATE_MIN_P}
     search_config = make_search_config(config)
     gradient_at = [gradient_at] if isinstance(gradient_at, str) else gradient_at
     check_whole_number("seed", seed)

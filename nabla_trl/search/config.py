@@ -64,6 +64,7 @@ _PAPER_OPTIONS: dict[str, Any] = {
     "restarts": False,
     "max_rounds": 0,
     "temperature": 0.7,
+    "candidate_min_p": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -97,12 +98,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "acceptance": "metropolis",
         "select": "vote",
         "beta": 1.0,
+        "candidate_min_p": 0.0,
     },
     # Samples of π·exp(r), meant for rewards power:ALPHA, with locally balanced proposals (Zanella 2020).
     "power": {
         "solver": {"name": "mirror", "gradient_at": "direct", "step_size": 0.5},
         "acceptance": {"name": "metropolis", "independence_prob": 0.0},
         "beta": 1.0,
+        "candidate_min_p": 0.0,
     },
 }
 
@@ -181,9 +184,9 @@ class SearchConfig:
         16, "Tokens of the policy considered at each position. Increase it if good tokens are missing.", common=True
     )
     candidate_min_p: float = option(
-        0.0,
+        0.02,
         "Drop candidates whose probability is below this fraction of the most likely token's. 0 keeps all candidates, "
-        "and then a search may find unlikely text that misleads a reward. Set 0.02, as audits and recipes do.",
+        "and then a search may find unlikely text that misleads a reward.",
     )
     soft_target_top_k: int = option(
         0,

@@ -213,7 +213,7 @@ def stepwise(jobs, problems, mean_flops):
 
 def test_rounds_go_to_searches_whose_reward_is_low(problems, policy, scalar_reward):
     """An even share limits each search. One budget for all is spent unevenly, most on a search of a low reward."""
-    config = SearchConfig(max_new_tokens=8, patience=2, batch_size=2)
+    config = SearchConfig(max_new_tokens=8, patience=2, batch_size=2, candidate_min_p=0.0)
     shared = {"policy": policy, "reward": scalar_reward}
     share = sum(trace.cost.flops for trace in run_search(problems, config=replace(config, max_rounds=6), **shared))
     run = partial(run_search_with_shared_budget, problems, max_flops=share, **shared)

@@ -433,7 +433,7 @@ def test_a_search_raises_the_reward_whatever_the_batch(setting: str, double: Pol
         "none": {"solver": "none"},
         "sequential": {"proposals": {"name": "sequential", "confidence": 1.0}, "solver": {"gradient_at": "hard"}},
     }.get(setting, {"solver": {"gradient_at": setting}})
-    config = SearchConfig(max_rounds=5, max_new_tokens=10, **options)
+    config = SearchConfig(max_rounds=5, max_new_tokens=10, candidate_min_p=0.0, **options)
     problems = worlds.tiny_problems()
     traces = run_search(problems, policy=double, reward=reward, config=config, seed=0)
     assert any(revision.accepted for trace in traces for revision in trace.revisions)

@@ -20,6 +20,7 @@ from nabla_trl.traces.schema import Trace
 
 VOCAB = len(worlds.TOKENS)
 OPTIONS = {"beta": 0.5, "max_rounds": 4, "max_new_tokens": 6, "top_k_candidates": VOCAB, "soft_target_top_k": VOCAB}
+OPTIONS["candidate_min_p"] = 0.0
 
 
 def compute_logp(policy: Policy, trace: Trace, response_ids: list[int]) -> Tensor:

@@ -337,7 +337,7 @@ def test_mirror_reads_the_reward_alone(world: tuple[Policy, Reward], point: str)
     already, so that "direct+hard" is the same. Of a score, "direct+hard" is the sum of two gradients."""
     reward = world[1]
     states, meter = real_states(*world), FlopCounter()
-    config = SearchConfig(solver=MirrorSolver(gradient_at=point), beta=1 / LAM)
+    config = SearchConfig(solver=MirrorSolver(gradient_at=point), beta=1 / LAM, candidate_min_p=0.0)
     proposals.compute_proposal_scores(states, *world, config, meter)
     for state in states:
         rows = F.one_hot(torch.tensor(state.response_ids), state.logp.shape[1]).to(DOUBLE).requires_grad_(True)
@@ -853,7 +853,7 @@ def test_the_point_belongs_to_mirror(solver: str) -> None:
 
 def test_the_control_has_no_options_of_a_gradient() -> None:
     assert worlds.search_config(gradient_at="direct", max_rounds=3).with_no_gradient() == SearchConfig(
-        solver="none", max_rounds=3
+        candidate_min_p=0.0, solver="none", max_rounds=3
     )
     assert SearchConfig(max_rounds=3).with_no_gradient() == SearchConfig(solver="none", max_rounds=3)
     assert SearchConfig(solver="ste", max_rounds=3).with_no_gradient() == SearchConfig(solver="none", max_rounds=3)
