@@ -214,10 +214,10 @@ def test_model_args_name_options_and_methods() -> None:
 
 def test_a_search_that_keeps_all_candidates_of_an_audited_reward_says_so(caplog) -> None:
     shared = {"policy": "data/tiny/policy", "reward": "data/tiny/reward", "max_new_tokens": 4}
-    HarnessModel.load(**shared, candidate_min_p=0.02)
-    assert "candidate_min_p" not in caplog.text
     HarnessModel.load(**shared)
-    assert "Set candidate_min_p 0.02" in caplog.text
+    assert "candidate_min_p" not in caplog.text
+    HarnessModel.load(**shared, candidate_min_p=0.0)
+    assert "candidate_min_p 0 lets" in caplog.text
 
 
 def test_a_budget_belongs_to_a_search(policy, scalar_reward) -> None:

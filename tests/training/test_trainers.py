@@ -239,7 +239,7 @@ def make_teacher(
     teacher_class: type[RefinedTeacher] = RefinedTeacher,
 ) -> RefinedTeacher:
     problems = {problem.id: problem for problem in worlds.tiny_problems()}
-    config = SearchConfig(solver={"gradient_at": gradient_at}, beta=0.5, top_k_candidates=VOCAB)
+    config = SearchConfig(solver={"gradient_at": gradient_at}, beta=0.5, top_k_candidates=VOCAB, candidate_min_p=0.0)
     prompt_ids = {name: base.encode(problem) for name, problem in problems.items()}
     return teacher_class(base, reward, problems, prompt_ids, config, divergence)
 
