@@ -64,6 +64,7 @@ class MeasureArguments:
     max_new_tokens: int = option(64, "longest answer")
     temperature: float = option(1.0, "of the samples")
     beta: float = option(1.0, "β of weighted votes, exp(r/β)")
+    logp_weight: float = option(0.75, "weight w of votes by the policy's likelihood, π^w")
     seed: int = option(0, "seed of the samples")
     dtype: str = option("float32", "data type of the models: float32 or bfloat16")
     batch_size: int = option(128, "responses drawn together")
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     problems = load_problems(args.problems, split=args.split, max_problems=args.max_problems)
     with AnswerChecker() as checker:
         rows = draw_samples(args, problems, checker, folder / "samples")
-    result = summarize([rows[problem.id] for problem in problems], args.beta)
+    result = summarize([rows[problem.id] for problem in problems], args.beta, args.logp_weight)
     write_atomic(folder / "measured.json", json.dumps(vars(args) | result, indent=1) + "\n")
     print_result(result)
 
@@ -165,7 +166,7 @@ def score_rows(
     return reward.score(samples, [caches[sample.problem.id] for sample in samples], flop_counter=FlopCounter())[0]
 
 
-def summarize(rows: Sequence[Sequence[dict[str, Any]]], beta: float) -> dict[str, Any]:
+def summarize(rows: Sequence[Sequence[dict[str, Any]]], beta: float, logp_weight: float) -> dict[str, Any]:
     """Return slips, ranking and accuracies of P problems with N samples each."""
     correct, computed = (to_array(rows, name).astype(bool) for name in ("correct", "computed_correct"))
     false_equation = to_array(rows, "false_equation").astype(bool)
@@ -198,8 +199,8 @@ def summarize(rows: Sequence[Sequence[dict[str, Any]]], beta: float) -> dict[str
         }
         for name, values in scores.items():
             methods[f"best by {name}"] = partial(compute_best_of_n_values, values, labels.astype(float))
-            if name != "log π":
-                methods[f"vote by {name}"] = partial(compute_vote_accuracy, answers, labels, values / beta)
+            log_weights = logp_weight * values if name == "log π" else values / beta
+            methods[f"vote by {name}"] = partial(compute_vote_accuracy, answers, labels, log_weights)
         result["accuracy"][label] = {
             method: {n: mean_interval(accuracy(n)[:, None]).to_dict() for n in sizes}
             for method, accuracy in methods.items()

@@ -117,7 +117,7 @@ def test_the_tables_of_measured_answers() -> None:
         ]
         for p in range(2)
     ]
-    result = measure.summarize(rows, beta=1.0)
+    result = measure.summarize(rows, beta=1.0, logp_weight=50.0)
     slips = result["slips"]
     assert (slips["wrong"], slips["wrong with a false equation"], slips["of these right once computed"]) == (
         5 / 8,
@@ -137,6 +137,9 @@ def test_the_tables_of_measured_answers() -> None:
     assert at(written, "best by r", 4) == 0.5 and at(written, "best by log π", 4) == 1
     assert at(written, "vote by r", 4) == 0.5  # the first problem is won by its weight, the second lost by it
     assert at(computed, "vote by r", 4) == 1
+    assert at(written, "vote by log π", 4) == at(written, "best by log π", 4)  # a large weight leaves one voter
+    unweighted = measure.summarize(rows, beta=1.0, logp_weight=0.0)["accuracy"]["as written"]
+    assert at(unweighted, "vote by log π", 4) == at(written, "self-consistency", 4)
 
 
 def test_the_comparison_has_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
