@@ -175,7 +175,7 @@ class RefinedTeacher:
         rows = [row for row, value in enumerate(rewards) if value > -math.inf]
         scorable, scored = [samples[row] for row in rows], [response_caches[row] for row in rows]
         advantages = (
-            self._score_candidates(scorable, scored)
+            self._score_candidates(scorable, scored, [rewards[row] for row in rows])
             if self.scores_candidates
             else self._compute_advantages(scorable, [prompt_caches[row] for row in rows], scored)
         )
@@ -245,20 +245,22 @@ class RefinedTeacher:
         return [solvers.compute_advantages(*pair) for pair in zip(gradients, columns, strict=True)]
 
     def _score_candidates(
-        self, samples: Sequence[Sample], response_caches: Sequence[Sequence[ScoreCache]]
+        self, samples: Sequence[Sample], response_caches: Sequence[Sequence[ScoreCache]], rewards: Sequence[float]
     ) -> list[Tensor]:
-        """Return A [T, K]: the reward after a candidate less that after the response's own token. −inf: not known."""
+        """Return A [T, K]: the reward after a candidate less that after the response's own token. −inf: not known.
+
+        After a stop token it is that of the whole response.
+        """
         tables = [torch.full(_get_draw_info(sample).candidates.shape, -torch.inf) for sample in samples]
         places: list[tuple[int, int, int]] = []  # sample, position, column
         variants = []
         for index, sample in enumerate(samples):
             candidates = _get_draw_info(sample).candidates
             for position, column in self._find_replaceable(sample).nonzero().tolist():
-                token = int(candidates[position, column])
-                if token not in self.policy.stop_ids:  # whose score is that of a whole response
-                    places.append((index, position, column))
-                    ids = [*sample.response_ids[:position], token]
-                    variants.append(replace(sample, response_ids=ids, draw_info=None, is_partial=True))
+                places.append((index, position, column))
+                ids = [*sample.response_ids[:position], int(candidates[position, column])]
+                is_partial = ids[-1] not in self.policy.stop_ids
+                variants.append(replace(sample, response_ids=ids, draw_info=None, is_partial=is_partial))
         values, _ = self.reward.score(
             variants,
             [response_caches[index] for index, _, _ in places],
@@ -266,8 +268,11 @@ class RefinedTeacher:
             flop_counter=self.flop_counter,
         )
         self._check_finite(values)
-        pairs = zip(samples, response_caches, strict=True)
-        own_rewards = [self.reward.compute_running_rewards(sample, caches)[1:].tolist() for sample, caches in pairs]
+        own_rewards = []
+        for sample, caches, reward in zip(samples, response_caches, rewards, strict=True):
+            own = self.reward.compute_running_rewards(sample, caches)[1:].tolist()
+            is_ended = sample.response_ids[-1] in self.policy.stop_ids
+            own_rewards.append([*own[:-1], reward] if is_ended else own)
         for (index, position, column), value in zip(places, values, strict=True):
             tables[index][position, column] = value - own_rewards[index][position]
         for table, sample in zip(tables, samples, strict=True):

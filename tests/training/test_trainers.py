@@ -273,17 +273,18 @@ def test_the_minimizer_is_the_refined_distribution(base: Policy) -> None:
 
 
 def test_the_teacher_of_a_score_does_not_depend_on_the_sampled_token(base: Policy) -> None:
-    """At a prefix it is π·exp(λ·score) over the tokens that do not end the response, whichever of them was sampled."""
+    """At a prefix it is π·exp(λ·score), whichever token was sampled. After a stop token the score is the reward."""
     scalar = worlds.tiny_scalar(base)
     teacher = make_teacher(base, scalar, "direct")
-    vocabulary = [token for token in range(VOCAB) if not base.forbidden_mask[token] and token not in base.stop_ids]
+    vocabulary = [token for token in range(VOCAB) if not base.forbidden_mask[token]]
     rows = teacher(["q0"] * len(vocabulary), [[5, token] for token in vocabulary])
     ids, logp = rows[0].ids[1], rows[0].logp[1]
     for row in rows[1:]:
         assert torch.equal(row.ids[1], ids) and not row.advantages.any()
         torch.testing.assert_close(row.logp[1], logp, atol=1e-4, rtol=1e-4)
     partial = [
-        Sample(teacher.problems["q0"], teacher.prompt_ids["q0"], [5, token], is_partial=True) for token in vocabulary
+        Sample(teacher.problems["q0"], teacher.prompt_ids["q0"], [5, token], is_partial=token not in base.stop_ids)
+        for token in vocabulary
     ]
     caches = scalar.compute_prompt_caches(partial, FlopCounter())
     scores = torch.tensor(scalar.score(partial, caches, flop_counter=FlopCounter())[0]).float()
