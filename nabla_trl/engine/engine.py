@@ -49,7 +49,7 @@ class Engine(Scheduler):
         """
         reward_sample = replace(sample, cost_key_override=reward_cost_key or sample.cost_key_override)
         policy_call = self.batch("policy prompts", self._read_policy_prompts, [(sample.cost_key, sample.prompt_ids)])
-        if self.reward and self.reward.reads_states_of(self.policy) and self.policy.backend.returns_caches:
+        if self.reward and self.reward.uses_model_of(self.policy) and self.policy.backend.returns_caches:
             [policy_cache] = await policy_call
             return policy_cache, [objective.make_prompt_cache(policy_cache) for objective in self.reward.objectives]
         reward_call = (

@@ -84,9 +84,12 @@ class Reward:
 
     def reads_states_of(self, policy: Policy) -> bool:
         """Tell whether all objectives read the hidden states that this policy computes when it draws a response."""
-        return all(
-            isinstance(objective, HeadObjective) and objective.model is policy.model for objective in self.objectives
-        )
+        are_heads = all(isinstance(objective, HeadObjective) for objective in self.objectives)
+        return are_heads and self.uses_model_of(policy)
+
+    def uses_model_of(self, policy: Policy) -> bool:
+        """Tell whether all objectives read with this policy's model, so that its caches of prompts are theirs."""
+        return all(objective.model is policy.model for objective in self.objectives)
 
     def compute_prompt_caches(self, samples: Sequence[Sample], flop_counter: FlopCounter) -> list[list[ScoreCache]]:
         """Return per sample one cache of its prompt per objective. Responses are ignored."""

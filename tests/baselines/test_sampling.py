@@ -19,6 +19,7 @@ from nabla_trl.grading.equivalence import normalize_answer
 from nabla_trl.grading.extraction import extract_answer
 from nabla_trl.models.flops import Cost, FlopCounter
 from nabla_trl.models.options import Sampling
+from nabla_trl.rewards.loading import build_power_reward
 from nabla_trl.search.config import SearchConfig
 from nabla_trl.search.loop import run_search
 
@@ -54,6 +55,18 @@ def test_best_of_n_is_the_highest_reward_among_the_first_n(problems, policy, rew
             assert trace.response_ids in [
                 draw.response_ids for draw in entry.responses[:count] if draw.reward == trace.reward
             ]
+
+
+def test_a_likelihood_of_the_policy_itself_costs_nothing(problems, policy):
+    """Drawing has read the prompt and knows the likelihood of every response, so neither is computed again."""
+    power = build_power_reward(policy, 3.0, "power:3")
+    for entry in pool(problems, 3, policy, power).entries:
+        assert entry.reward_prefill_cost.flops == 0
+        for draw in entry.responses:
+            assert draw.scoring_cost.flops == 0
+            fresh = [Sample(entry.problem, entry.prompt_ids, draw.response_ids)]
+            caches = power.compute_prompt_caches(fresh, FlopCounter())
+            assert draw.reward == pytest.approx(power.score(fresh, caches, flop_counter=FlopCounter())[0][0], abs=1e-4)
 
 
 def test_recorded_rewards_are_those_of_the_responses(problems, policy, reward):
