@@ -34,13 +34,13 @@ import numpy as np
 from nabla_trl.baselines.config import MAX_ALLOCATION_RATIO, PILOT_RESPONSES
 from nabla_trl.baselines.sampling import PoolEntry, ResponsePool, begin_entry, draw_responses
 from nabla_trl.engine.engine import Engine
-from nabla_trl.engine.scheduler import Task
+from nabla_trl.engine.scheduler import Task, check_distinct_ids
 from nabla_trl.grading.equivalence import normalize_answer
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig
-from nabla_trl.search.loop import Search
+from nabla_trl.search.loop import Search, check_gradient
 from nabla_trl.search.options import GreedyAcceptance
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.traces.schema import Trace
@@ -251,10 +251,14 @@ def run_search_with_shared_budget(
     Args:
         max_flops: total FLOPs of all problems.
         pilot: the first response and the rounds that each problem gets at least, together.
+
+    Raises:
+        ValueError: two problems have the same id, the solver needs a gradient and the reward is a function, or a
+            configuration that cannot have a budget of FLOPs.
     """
-    if isinstance(config.acceptance, GreedyAcceptance):
-        config = replace(config, patience=config.patience or DEFAULT_PATIENCE)
-    config = replace(config, max_flops=max_flops, max_rounds=0, max_rollouts=0, restarts=True)
+    check_distinct_ids(problems)
+    check_gradient(reward, config)
+    config = make_shared_budget_config(config, max_flops)
     engine = Engine(policy, reward, num_slots=config.batch_size)
     searches = [Search(problem, engine, config, seed) for problem in problems]
     index = {problem.id: number for number, problem in enumerate(problems)}
@@ -279,6 +283,17 @@ def run_search_with_shared_budget(
     for chain in (chain for search in searches for chain in search.chains if not chain.stop_reason):
         chain.stop_reason = "max_flops"
     return [search.build_trace() for search in searches]
+
+
+def make_shared_budget_config(config: SearchConfig, max_flops: float) -> SearchConfig:
+    """Return the configuration of searches that share a budget of FLOPs, which alone ends them.
+
+    Raises:
+        ValueError: a configuration that cannot have a budget of FLOPs.
+    """
+    if isinstance(config.acceptance, GreedyAcceptance):
+        config = replace(config, patience=config.patience or DEFAULT_PATIENCE)
+    return replace(config, max_flops=max_flops, max_rounds=0, max_rollouts=0, restarts=True)
 
 
 def list_rewards(search: Search) -> list[float]:

@@ -35,6 +35,13 @@ _Sequences = OrderedDict[Hashable, deque[tuple["Call", int, GenerationRequest]]]
 BatchFunction = Callable[[list[Any]], Sequence[Any]]
 
 
+def check_distinct_ids(problems: Sequence[Any]) -> None:
+    """Refuse two problems with the same id, by which results and costs are known."""
+    for name, count in Counter(problem.id for problem in problems).most_common(1):
+        if count > 1:
+            raise ValueError(f"problem id {name!r} occurs {count} times")
+
+
 @dataclass(eq=False)
 class Task:
     """One coroutine and how it ended.
@@ -137,7 +144,12 @@ class Scheduler:
     def run_problems(
         self, problems: Sequence[Any], search: Callable[[Any], Coroutine[Any, Any, Any]], *, max_concurrent: int
     ) -> list[Any]:
-        """Run one coroutine for each problem, and return their results in the order of the problems (see `run`)."""
+        """Run one coroutine for each problem, and return their results in the order of the problems (see `run`).
+
+        Raises:
+            ValueError: two problems have the same id.
+        """
+        check_distinct_ids(problems)
         tasks = (Task(problem.id, search(problem)) for problem in problems)
         results = {task.key: task.result for task in self.run(tasks, max_concurrent=max_concurrent)}
         return [results[problem.id] for problem in problems]

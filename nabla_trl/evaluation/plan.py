@@ -675,6 +675,8 @@ def check_method_options(
         with checks.collect(f"{method}: "):
             if method.is_power_search:
                 build_power_config(method, config, baseline_config or BaselineConfig(), float(bool(method.budget)))
+            elif method.name in ALLOCATED_SEARCHES:
+                allocation.make_shared_budget_config(config, max_flops=1.0)
             elif method.is_search and (method.budget or not has_gradient):
                 method_config = build_search_config(method, config, max_flops=1.0 if method.budget else 0.0)
                 checks.require(

@@ -309,7 +309,7 @@ class SearchConfig:
         by_vote = isinstance(self.select, VoteSelection)
         checks.require(
             by_vote or not (self.max_flops or (self.max_rollouts and sequential)),
-            "metropolis samples are biased if a chain ends by its cost: limit it by max_rounds",
+            "metropolis samples are biased if a chain ends by its cost: limit it by max_rounds, or use select vote",
         )
         checks.require(
             not sequential or bool(self.max_rounds),

@@ -8,7 +8,6 @@ random numbers of its own, so in float32 a trace depends on seed, problem and co
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -66,9 +65,6 @@ def run_search(
         ValueError: two problems have the same id, or the solver needs a gradient and the reward is a function.
     """
     check_gradient(reward, config)
-    name, count = Counter(problem.id for problem in problems).most_common(1)[0] if problems else ("", 0)
-    if count > 1:
-        raise ValueError(f"problem id {name!r} occurs {count} times")
     engine = Engine(policy, reward, num_slots=config.batch_size)
     return engine.run_problems(
         problems,

@@ -12,11 +12,11 @@ import worlds
 from scipy import stats
 
 from nabla_trl.baselines import allocation
-from nabla_trl.baselines.allocation import run_search_with_shared_budget
+from nabla_trl.baselines.allocation import draw_allocated_pool, estimate_vote_gains, run_search_with_shared_budget
 from nabla_trl.baselines.config import MAX_ALLOCATION_RATIO
 from nabla_trl.baselines.sampling import PooledResponse, PoolEntry, draw_pool
 from nabla_trl.evaluation.method import Method, parse_methods
-from nabla_trl.evaluation.plan import EvaluationSetup, plan_jobs
+from nabla_trl.evaluation.plan import EvaluationSetup, check_method_options, plan_jobs
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.options import Sampling
 from nabla_trl.search.config import SearchConfig
@@ -237,6 +237,22 @@ def test_a_prompt_that_cannot_be_read_takes_nothing(problems, policy, scalar_rew
     )
     assert traces[0].error and not any(trace.error for trace in traces[1:])
     assert traces[0].cost.flops == 0 < traces[1].cost.flops
+
+
+def test_problems_of_one_budget_have_ids_of_their_own(problems, policy, scalar_reward):
+    twice, shared = [problems[0], problems[0]], {"policy": policy, "reward": scalar_reward, "max_flops": 1e9}
+    pool_options = {"sampling": Sampling(max_new_tokens=8), "estimate_gains": estimate_vote_gains}
+    with pytest.raises(ValueError, match="occurs 2 times"):
+        run_search_with_shared_budget(twice, config=SearchConfig(max_new_tokens=8), **shared)
+    with pytest.raises(ValueError, match="occurs 2 times"):
+        draw_allocated_pool(twice, **pool_options, **shared)
+
+
+def test_a_search_that_no_budget_may_end_is_refused_before_models_are_loaded():
+    config = SearchConfig(acceptance="metropolis", max_rounds=4)
+    check = partial(check_method_options, ["allocated_nabla@0.5"], policy_labels=[], has_better_model=False)
+    worlds.refused(lambda: check(config=config), "allocated_nabla@0.5: metropolis samples are biased")
+    check(config=replace(config, select="vote"))
 
 
 @pytest.mark.parametrize("name", ["allocated_vote", "allocated_vote_8", "sft_allocated_vote@0.5"])
