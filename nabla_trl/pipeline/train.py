@@ -33,6 +33,7 @@ from nabla_trl.pipeline.problems import ProblemSet, collect_problems
 from nabla_trl.planning.machine import Machine, choose_batches
 from nabla_trl.planning.preflight import check_output_dir, collect_model_faults, list_frozen_models
 from nabla_trl.planning.training import collect_training_faults
+from nabla_trl.rewards.function import is_reward_function
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import SearchConfig, make_search_config
 from nabla_trl.tasks.problem import Problem
@@ -271,8 +272,9 @@ class TrainingCall:
         groups = ", ".join(method for method in self.methods if method in GROUP_METHODS)
         if groups and self.reward is None and self.options.online_reward == "reward":
             checks.add([f"{groups} needs a reward to maximize: give reward, or set online_reward verifier"])
-        if ON_POLICY in self.methods and self.reward is None:
-            checks.add([f"{ON_POLICY} needs a reward with a gradient: give reward"])
+        if ON_POLICY in self.methods and (self.reward is None or is_reward_function(self.reward)):
+            reason = "give reward" if self.reward is None else "a function has none, so train by rloo or grpo"
+            checks.add([f"{ON_POLICY} needs a reward with a gradient: {reason}"])
         if online and self.problems is None:
             checks.add([f"{online} learns from problems: give a data set"])
         if not online and self.options.max_callback_problems:

@@ -121,6 +121,12 @@ def test_a_function_is_enough_of_a_reward_for_online_training(policy: Policy, tm
             {},
             ["on-policy-distillation needs a reward with a gradient"],
         ),
+        (
+            "on-policy-distillation",
+            [{"question": "1+1"}],
+            {"reward": len, "search": {"solver": "ste"}},
+            ["a function has none, so train by rloo or grpo", "solver ste has none"],
+        ),
         ("sft", [], {"lora": {"rank": 4}}, ["lora: unknown key 'rank'"]),
         ("sft", [], {"dtyp": "float32"}, ["unknown option 'dtyp' (did you mean dtype?)"]),
         ("sft", [], {"lora": 3}, ["lora is LoraArguments, a mapping of its options or a LoraConfig, not 3"]),
