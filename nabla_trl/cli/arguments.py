@@ -26,7 +26,8 @@ REWARD_HELP = (
     "with a reward.json, process[@DELIMITER]:NAME (sum of a reward model's scores at the ends of reasoning steps, "
     r"which DELIMITER ends, \n\n by default), logratio:A[,B] (log p_A − log p_B of two causal LMs or adapters, B is "
     "the policy by default, and none leaves it out), head:FOLDER (a head on the policy's own hidden states, whose "
-    "scores cost nothing), power:ALPHA, or ensemble[@K]:A,B,… (mean − K·std of reward models or of heads, K is 1 by default)."
+    "scores cost nothing), power:ALPHA, or ensemble[@K]:A,B,… (mean − K·std of reward models or of heads, K is 1 by "
+    "default)."
 )
 DATASET_HELP = (
     "Data set: gsm8k, math500, amc, aime24, aime25, digit_chains, reasoning_gym:FAMILY, the path of a .jsonl, .csv, "
