@@ -249,7 +249,7 @@ def run_search_with_shared_budget(
     next round begins a new one. With Metropolis acceptance it goes on instead.
 
     Args:
-        max_flops: total FLOPs of all problems.
+        max_flops: total FLOPs of all problems. First responses of a problem stay within an even share of them.
         pilot: the first response and the rounds that each problem gets at least, together.
 
     Raises:
@@ -260,7 +260,8 @@ def run_search_with_shared_budget(
     check_gradient(reward, config)
     config = make_shared_budget_config(config, max_flops)
     engine = Engine(policy, reward, num_slots=config.batch_size)
-    searches = [Search(problem, engine, config, seed) for problem in problems]
+    share = max_flops / max(1, len(problems))  # first responses are drawn before any search is known to need more
+    searches = [Search(problem, engine, config, seed, start_flops=share) for problem in problems]
     index = {problem.id: number for number, problem in enumerate(problems)}
     num_rounds, has_ended = np.zeros(len(searches), dtype=int), np.zeros(len(searches), dtype=bool)
 

@@ -91,6 +91,8 @@ class Search:
 
     Args:
         rng_id: selects the random numbers together with the seed. None: the problem's id, which pays for the work.
+        start_flops: FLOPs within which the prompt and all first responses but one have to stay. None: the budget of
+            the configuration.
 
     Attributes:
         error: why the prompt cannot be read. None: it can.
@@ -108,12 +110,14 @@ class Search:
         seed: int,
         on_round: SearchCallback | None = None,
         rng_id: str | None = None,
+        start_flops: float | None = None,
     ):
         assert engine.reward is not None
         self.rng_id = problem.id if rng_id is None else rng_id
         self.problem, self.engine, self.seed, self.on_round = problem, engine, seed, on_round
         self.policy, self.reward, self.flop_counter = engine.policy, engine.reward, engine.flop_counter
         self.config = config = config.with_default_gradient_at(self.reward.gradient_at)
+        self.start_flops = config.max_flops if start_flops is None else start_flops
         self.is_metropolis = isinstance(config.acceptance, MetropolisAcceptance)
         self.is_sequential = isinstance(config.proposals, SequentialProposals)
         self.error: str | None = None
@@ -159,11 +163,11 @@ class Search:
 
         The first one tells what a response costs.
         """
-        if not self.config.max_flops:
+        if not self.start_flops:
             return await self.draw_first_responses(self.config.num_starts)
         responses = await self.draw_first_responses(1)
         cost = proposals.estimate_first_response_flops(responses[0], self.policy, self.reward)
-        affordable = 1 + max(0, int((self.config.max_flops - self.count_flops()) // cost))
+        affordable = 1 + max(0, int((self.start_flops - self.count_flops()) // cost))
         return responses + await self.draw_first_responses(min(self.config.num_starts, affordable) - 1)
 
     async def draw_first_responses(self, count: int) -> list[ScoredResponse]:

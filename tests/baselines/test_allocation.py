@@ -12,7 +12,12 @@ import worlds
 from scipy import stats
 
 from nabla_trl.baselines import allocation
-from nabla_trl.baselines.allocation import draw_allocated_pool, estimate_vote_gains, run_search_with_shared_budget
+from nabla_trl.baselines.allocation import (
+    count_flops,
+    draw_allocated_pool,
+    estimate_vote_gains,
+    run_search_with_shared_budget,
+)
 from nabla_trl.baselines.config import MAX_ALLOCATION_RATIO
 from nabla_trl.baselines.sampling import PooledResponse, PoolEntry, draw_pool
 from nabla_trl.evaluation.method import Method, parse_methods
@@ -237,6 +242,15 @@ def test_a_prompt_that_cannot_be_read_takes_nothing(problems, policy, scalar_rew
     )
     assert traces[0].error and not any(trace.error for trace in traces[1:])
     assert traces[0].cost.flops == 0 < traces[1].cost.flops
+
+
+def test_first_responses_stay_within_the_even_share(problems, policy, scalar_reward):
+    """Each search could pay for more first responses from the budget of all. Together they would overspend it."""
+    config, shared = SearchConfig(max_new_tokens=8, num_starts=6, num_chains=2), {"reward": scalar_reward}
+    pool = draw_pool(problems, 2, policy=policy, sampling=config.get_sampling(), **shared)
+    budget = sum(count_flops(entry, with_reward=True) for entry in pool.entries)
+    traces = run_search_with_shared_budget(problems, policy=policy, config=config, max_flops=budget, **shared)
+    assert sum(trace.cost.flops for trace in traces) <= 1.1 * budget
 
 
 def test_problems_of_one_budget_have_ids_of_their_own(problems, policy, scalar_reward):
