@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nabla_trl import evaluate, generate_traces, load_policy, train
+from nabla_trl import evaluate, generate_traces, load_policy, load_problems, load_reward, train
+from nabla_trl.baselines.allocation import run_search_with_shared_budget
 from nabla_trl.cli.arguments import DATASET_HELP, POLICY_HELP, REWARD_HELP
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
 from nabla_trl.report.markdown import format_table
@@ -56,6 +57,11 @@ class DistillationArguments:
     )
     training_tflops: float = option(0.5, "TFLOPs of each training for which no other number is given.")
     max_train_problems: int = option(600, "Training problems.")
+    shared_gflops: float = option(
+        0.0,
+        "GFLOPs per problem of searches that share one budget: rounds go where the reward may rise. 0: each search "
+        "ends by its own limits.",
+    )
     max_eval_problems: int = option(300, "Held-out problems.")
     train_batch_size: int = option(32, "Rows or responses of an optimizer step.")
     offline_learning_rate: float = option(2e-3, "Learning rate of methods on traces, and of expert iteration.")
@@ -67,6 +73,7 @@ class DistillationArguments:
 
     def __post_init__(self) -> None:
         checks = Checks()
+        checks.require(self.shared_gflops >= 0, f"shared_gflops must not be negative: {self.shared_gflops}")
         for run in self.runs:
             checks.call(Run.parse, run, self.training_tflops)
         checks.raise_faults()
@@ -122,14 +129,26 @@ class DistillationStudy:
 
     def get_traces(self) -> list[Trace]:
         """Return the traces of the search, which is run once."""
+        args = self.args
+        if not self.traces and args.shared_gflops:
+            policy = load_policy(args.policy)
+            problems = load_problems(args.dataset, split="train", max_problems=args.max_train_problems)
+            self.traces = run_search_with_shared_budget(
+                problems,
+                policy=policy,
+                reward=load_reward(args.reward, policy=policy),
+                config=self.search_config,
+                max_flops=args.shared_gflops * 1e9 * len(problems),
+                seed=args.seed,
+            )
         if not self.traces:
             self.traces = generate_traces(
-                self.args.dataset,
-                self.args.policy,
-                self.args.reward,
+                args.dataset,
+                args.policy,
+                args.reward,
                 config=self.search_config,
-                seed=self.args.seed,
-                max_problems=self.args.max_train_problems,
+                seed=args.seed,
+                max_problems=args.max_train_problems,
                 output_dir=self.folder,
             )
         return self.traces
