@@ -830,7 +830,7 @@ def test_points_that_are_refused(text: str) -> None:
 
 
 def test_without_a_point_it_is_the_rewards_own() -> None:
-    left, told = SearchConfig(max_rounds=7), worlds.search_config(max_rounds=7, gradient_at="direct+hard")
+    left, told = worlds.search_config(max_rounds=7), worlds.search_config(max_rounds=7, gradient_at="direct+hard")
     assert left.solver.gradient_at is None
     with pytest.raises(RuntimeError, match="has no gradient_at"):
         left.get_gradient_point()
