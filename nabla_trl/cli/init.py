@@ -69,7 +69,7 @@ def write_config(args: InitArguments) -> None:
     Raises:
         ValueError: the file exists, an unknown training method, or a data set that cannot be read.
     """
-    from nabla_trl.training.offline import TRAIN_METHODS
+    from nabla_trl.training.offline import SOFT_TARGETS, TRAIN_METHODS
 
     path = Path(args.output_file)
     checks = Checks()
@@ -89,6 +89,7 @@ def write_config(args: InitArguments) -> None:
         "REWARD": json.dumps(args.reward),
         "DATASET": json.dumps(args.dataset),
         "TRAIN_METHODS": json.dumps(args.train_methods),
+        "SOFT_TARGETS": "soft_target_top_k: 16" if SOFT_TARGETS in args.train_methods else "# soft_target_top_k: 0",
         "OUTPUT_DIR": json.dumps(f"outputs/{path.stem}"),
     }
     for name, value in values.items():

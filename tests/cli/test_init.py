@@ -59,6 +59,11 @@ def test_without_options_there_is_an_example_to_change(here: Path) -> None:
     assert parse("--config", "distill.yaml")[0].dataset == "gsm8k"
 
 
+def test_a_method_that_needs_an_option_of_the_search_gets_it(here: Path) -> None:
+    assert main(["init", "--train_methods", "soft-targets"]) == 0
+    assert parse("--config", "distill.yaml")[1].soft_target_top_k == 16
+
+
 def test_everything_in_the_way_is_said_at_once_and_nothing_is_written(here: Path, capsys: Any) -> None:
     (here / "distill.yaml").write_text("mine: true\n")
     flags = ["--dataset", "nowhere.jsonl", "--train_methods", "ppo"]
