@@ -8,7 +8,7 @@ from typing import Any
 
 from nabla_trl.rewards.reward import Reward
 
-PATIENCE = 30.0  # seconds until a test gives up
+PATIENCE = 120.0  # seconds until a test gives up. A crowded machine may need most of them
 
 
 class Watched(Reward):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 
 import openai
 import pytest
 from chat_server import CONFIG, NAME, Running, ask, serving
 from prometheus_client.parser import text_string_to_metric_families
+from watched_reward import PATIENCE
 
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
@@ -64,12 +66,18 @@ def test_every_answer_has_the_clients_id_or_a_new_one(server, given: str | None,
         assert (request_id == given) == is_kept and request_id.isascii() and 0 < len(request_id) <= 128
 
 
+def list_lines(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "nabla_trl.access"]
+
+
 def test_the_log_has_one_line_per_request(server, caplog) -> None:
     with caplog.at_level(logging.INFO, "nabla_trl.access"):
         server.ask("1+2")
         server.get("/nothing?key=secret", headers={"Authorization": "Bearer secret", "X-Request-Id": "mine"})
         server.get("/%0a%1b[2Jfake%20line")
-    lines = [record.getMessage() for record in caplog.records if record.name == "nabla_trl.access"]
+        deadline = time.monotonic() + PATIENCE
+        while len(lines := list_lines(caplog)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)  # a line is written after its response was sent
     assert len(lines) == 3 and all(line.isprintable() and "secret" not in line for line in lines)
     assert lines[0].startswith("127.0.0.1 POST /v1/chat/completions 200 ")
     assert lines[1].startswith("127.0.0.1 GET /nothing 404 ") and lines[1].endswith(" mine")
