@@ -34,7 +34,7 @@ import numpy as np
 from nabla_trl.baselines.config import MAX_ALLOCATION_RATIO, PILOT_RESPONSES
 from nabla_trl.baselines.sampling import PoolEntry, ResponsePool, begin_entry, draw_responses
 from nabla_trl.engine.engine import Engine
-from nabla_trl.engine.scheduler import Task, check_distinct_ids
+from nabla_trl.engine.scheduler import check_distinct_ids
 from nabla_trl.grading.equivalence import normalize_answer
 from nabla_trl.models.options import Sampling
 from nabla_trl.models.policy import Policy
@@ -47,9 +47,7 @@ from nabla_trl.traces.schema import Trace
 
 ROUND_SHARE = 8  # one in so many problems gets a response before gains are estimated again
 HORIZON = 16  # votes that are looked ahead
-DEFAULT_PATIENCE = (
-    4  # rounds without an accepted proposal, after which a search with a shared budget begins a new chain
-)
+DEFAULT_PATIENCE = 4  # rounds without an accepted proposal, before a search with a shared budget begins a new chain
 NUM_QUANTILES = 64  # of the rewards of all problems
 
 # The problems with their responses so far -> the expected gain of one more response to each of them [problems].
@@ -262,16 +260,19 @@ def run_search_with_shared_budget(
     engine = Engine(policy, reward, num_slots=config.batch_size)
     share = max_flops / max(1, len(problems))  # first responses are drawn before any search is known to need more
     searches = [Search(problem, engine, config, seed, start_flops=share) for problem in problems]
-    index = {problem.id: number for number, problem in enumerate(problems)}
+    by_id = {search.problem.id: search for search in searches}
     num_rounds, has_ended = np.zeros(len(searches), dtype=int), np.zeros(len(searches), dtype=bool)
 
     def draw(counts: np.ndarray) -> None:
         for round_number in range(counts.max(initial=0)):
             chosen = np.flatnonzero((counts > round_number) & ~has_ended)
-            tasks = (Task(problems[number].id, searches[number].advance()) for number in chosen)
-            for task in engine.run(tasks, max_concurrent=config.batch_size):
-                has_ended[index[task.key]] = not task.result
-            num_rounds[chosen] += ~has_ended[chosen]
+            goes_on = engine.run_problems(
+                [problems[number] for number in chosen],
+                lambda problem: by_id[problem.id].advance(),
+                max_concurrent=config.batch_size,
+            )
+            num_rounds[chosen] += np.array(goes_on, dtype=bool)
+            has_ended[chosen] = ~np.array(goes_on, dtype=bool)
 
     def count() -> tuple[np.ndarray, np.ndarray]:
         return num_rounds.copy(), np.array([search.count_flops() for search in searches])
