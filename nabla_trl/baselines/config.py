@@ -9,12 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nabla_trl.engine.allocation import PILOT_RESPONSES
 from nabla_trl.gradient.step_ends import BLANK_LINE, parse_delimiter
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option
 
-PILOT_RESPONSES = 2
-MAX_ALLOCATION_RATIO = 4  # a problem gets at most this many times the responses of a uniform split
 _STEP_OPTIONS = (
     *("step_delimiter", "max_step_tokens", "steps_per_prefix", "exploration"),
     *("particle_beta", "particle_potential", "entropy_threshold"),

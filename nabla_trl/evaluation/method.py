@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 
-from nabla_trl.baselines.config import MAX_ALLOCATION_RATIO
+from nabla_trl.engine.allocation import MAX_ALLOCATION_RATIO
 from nabla_trl.utils.faults import Faults
 
 REWARD_MODEL_SAMPLING = "reward_model_sampling"

@@ -46,6 +46,7 @@ from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.loading import build_power_reward
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.rewards.spec import parse_reward_spec
+from nabla_trl.search.batches import run_search_with_shared_budget
 from nabla_trl.search.config import PRESETS, SearchConfig
 from nabla_trl.search.loop import run_search
 from nabla_trl.search.options import MirrorSolver, NoGradient
@@ -249,7 +250,7 @@ class EvaluationSetup:
         config = self.config.with_no_gradient() if method.name == "allocated_control" else self.config
 
         def run_search(problems: Sequence[Problem], seed: int) -> list[Trace]:
-            traces = allocation.run_search_with_shared_budget(
+            traces = run_search_with_shared_budget(
                 problems,
                 policy=self.policy,
                 reward=self.reward,
@@ -676,7 +677,7 @@ def check_method_options(
             if method.is_power_search:
                 build_power_config(method, config, baseline_config or BaselineConfig(), float(bool(method.budget)))
             elif method.name in ALLOCATED_SEARCHES:
-                allocation.make_shared_budget_config(config, max_flops=1.0)
+                config.with_shared_budget(max_flops=1.0)
             elif method.is_search and (method.budget or not has_gradient):
                 method_config = build_search_config(method, config, max_flops=1.0 if method.budget else 0.0)
                 checks.require(

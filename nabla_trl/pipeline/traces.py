@@ -16,7 +16,7 @@ from nabla_trl.pipeline.models import ModelPair, PolicySource, RewardSource
 from nabla_trl.pipeline.problems import collect_problems
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.batches import TraceTotals, find_unfinished_problems, search_in_batches, search_to_folder
-from nabla_trl.search.config import SearchConfig, make_search_config
+from nabla_trl.search.config import NO_BUDGET, SearchConfig, SharedBudget, make_search_config
 from nabla_trl.search.loop import check_gradient
 from nabla_trl.tasks.problem import Problem
 from nabla_trl.tasks.registry import Problems
@@ -45,6 +45,8 @@ def generate_traces(
     split: str = "train",
     max_problems: int | None = None,
     shard: str | None = None,
+    shared_flops: float = 0.0,
+    problems_per_budget: int = SharedBudget.problems_per_budget,
     show_progress: bool = True,
     **model_options: Any,
 ) -> list[Trace]:
@@ -61,6 +63,9 @@ def generate_traces(
         split: split of a task's name.
         max_problems: maximum number of problems. None: all.
         shard: share of the problems, written I/N. Needs `output_dir`. The traces of this share are returned.
+        shared_flops: FLOPs per problem of a budget that many problems share, in place of the limits of `config`. 0:
+            each search ends by its own limits.
+        problems_per_budget: problems that share one budget. Their traces are stored together.
         show_progress: show the progress on stderr (see also `disable_progress`).
         model_options: options of `ModelPair`, such as tokenizer, dtype, device and adapter.
 
@@ -71,7 +76,8 @@ def generate_traces(
         ValueError: there are no problems, a model or an option that cannot be used, or `output_dir` was made with
             other settings, which the message names.
     """
-    search_config = make_search_config(config)
+    search_config, budget = make_search_config(config), SharedBudget(shared_flops, problems_per_budget)
+    budget.limit(search_config)  # refuses what no budget may end
     check_whole_number("seed", seed)
     models = ModelPair.build(policy, reward, model_options, stage=generate_traces)
     problem_set = collect_problems(
@@ -80,14 +86,15 @@ def generate_traces(
     if output_dir is None:
         if shard is not None:
             raise ValueError("shard needs output_dir: shards share a folder")
-        return _search_in_memory(problem_set.problems, models, search_config, seed, show_progress)
-    run = TraceRun(models, Path(output_dir), search_config, seed, problem_set.settings, show_progress=show_progress)
-    run.write(problem_set.problems, Shard.parse(shard))
-    share = Shard.parse(shard).select(problem_set.problems)
+        return _search_in_memory(problem_set.problems, models, search_config, budget, seed, show_progress)
+    run = TraceRun(
+        models, Path(output_dir), search_config, seed, problem_set.settings, budget, show_progress=show_progress
+    )
+    run.write(problem_set.problems, share := Shard.parse(shard, budget.block_size))
     by_id = {
         trace.problem_id: trace for trace in read_traces(list_trace_files(Path(output_dir))) if trace.seed == seed
     }
-    traces = [by_id[problem.id] for problem in share]
+    traces = [by_id[problem.id] for problem in share.select(problem_set.problems)]
     if isinstance(policy, str | Path):
         return traces
     decoder = make_decoder(models.load()[0])  # with the tokenizer of a policy that no files hold
@@ -95,11 +102,16 @@ def generate_traces(
 
 
 def _search_in_memory(
-    problems: Sequence[Problem], models: ModelPair, config: SearchConfig, seed: int, show_progress: bool
+    problems: Sequence[Problem],
+    models: ModelPair,
+    config: SearchConfig,
+    budget: SharedBudget,
+    seed: int,
+    show_progress: bool,
 ) -> list[Trace]:
     policy, reward = models.load(4 * config.batch_size)
     check_gradient(reward, config)
-    warn_past_limits(reward, config)
+    warn_past_limits(reward, budget.limit(config))
     traces: list[Trace] = []
     with AnswerChecker() as checker:
         totals = search_in_batches(
@@ -110,6 +122,7 @@ def _search_in_memory(
             config=config,
             seed=seed,
             checker=checker,
+            budget=budget,
             show_progress=show_progress,
         )
     logger.info("traces: %s", totals)
@@ -140,6 +153,7 @@ class TraceRun:
 
     Attributes:
         task_settings: task, version and split, which the folder is claimed with.
+        budget: what the searches share. Shards then need its block size.
         load: returns the models and warns of searches beyond the limits that the reward's audit validated. None: done
             here.
         checker: grades the answers. None: one for each call.
@@ -151,6 +165,7 @@ class TraceRun:
     config: SearchConfig
     seed: int
     task_settings: Mapping[str, str]
+    budget: SharedBudget = NO_BUDGET
     load: Callable[[], tuple[Policy, Reward]] | None = None
     checker: AnswerChecker | None = None
     rank: int = 0
@@ -184,7 +199,7 @@ class TraceRun:
             problems: the share of this process.
             plan: of all shards, if there are several.
         """
-        settings = collect_trace_settings(self.models, self.config, self.task_settings)
+        settings = collect_trace_settings(self.models, self.config, self.task_settings, self.budget)
         folder = self.output_dir / TRACES_DIR
         unfinished = find_unfinished_problems(problems, folder, self.seed)
         if unfinished:  # load before the settings are claimed: a mistyped model must not claim the folder
@@ -198,7 +213,7 @@ class TraceRun:
         totals, num_existing = None, len(problems) - len(unfinished)
         if unfinished:
             if self.load is None:
-                warn_past_limits(reward, self.config)
+                warn_past_limits(reward, self.budget.limit(self.config))
             with nullcontext(self.checker) if self.checker else AnswerChecker() as checker:
                 totals = search_to_folder(
                     unfinished,
@@ -208,6 +223,7 @@ class TraceRun:
                     config=self.config,
                     seed=self.seed,
                     checker=checker,
+                    budget=self.budget,
                     rank=self.rank,
                     show_progress=self.show_progress,
                     num_done=num_existing,
@@ -216,7 +232,8 @@ class TraceRun:
 
 
 def collect_trace_settings(
-    models: ModelPair, config: SearchConfig, task_settings: Mapping[str, str]
+    models: ModelPair, config: SearchConfig, task_settings: Mapping[str, str], budget: SharedBudget
 ) -> dict[str, str]:
     """Return the settings that the traces of a folder depend on."""
-    return {**models.get_settings(), **models.get_adapter_settings(), **task_settings, **config.get_settings()}
+    of_models = models.get_settings() | models.get_adapter_settings()
+    return {**of_models, **task_settings, **config.get_settings(), **budget.get_settings()}

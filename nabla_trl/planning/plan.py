@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nabla_trl.models.flops import ModelSize, measure_model_size
 from nabla_trl.planning.memory import ModelShape, build_empty_model, count_params, measure_shape, plan_memory
 from nabla_trl.rewards.spec import RewardSpec, parse_reward_spec
+from nabla_trl.search.config import NO_BUDGET, SharedBudget
 from nabla_trl.training.offline import GROUP_METHODS, ON_POLICY
 from nabla_trl.training.peft import LoraArguments, compute_training_flops
 from nabla_trl.utils.formatting import format_si
@@ -26,6 +27,7 @@ class Workload:
         response_tokens: mean length of a response.
         max_rounds: rounds of the search for each problem.
         num_generations: responses of rloo and grpo per problem.
+        budget: what the searches share, in place of `max_rounds`.
     """
 
     method: str
@@ -35,6 +37,7 @@ class Workload:
     max_rounds: int
     num_generations: int
     num_epochs: float
+    budget: SharedBudget = NO_BUDGET
 
     @property
     def num_tokens(self) -> int:
@@ -139,7 +142,8 @@ def plan_search(
     """Return the cost of the traces: a first response, then rounds that draw half a response each.
 
     Each round scores its response, and has one backward pass of the reward. Gradients without a backward pass
-    (`gradient_at direct`) and searches that end early cost less.
+    (`gradient_at direct`) and searches that end early cost less. Searches that share a budget have as many rounds as
+    it pays for. They do not fit where the memory cannot hold a response to each problem of a budget.
     """
     start, length = workload.prompt_tokens, workload.response_tokens
     prompt = policy.size.compute_forward_flops(0, start, 1)
@@ -147,13 +151,19 @@ def plan_search(
     suffix = policy.size.compute_forward_flops(start + length // 2, length - length // 2)
     score = sum(size.compute_forward_flops(start, length, 1) for size, _ in rewards)
     gradient = score + sum(size.compute_backward_flops(start, length, 1) for size, _ in rewards)
-    flops = workload.num_problems * (prompt + response + score + workload.max_rounds * (suffix + score + gradient))
-    num_tokens = workload.num_problems * length * (1 + workload.max_rounds / 2)
+    first_flops, round_flops = prompt + response + score, suffix + score + gradient
+    num_rounds: float = workload.max_rounds
+    if workload.budget.shared_flops:
+        num_rounds = max(0.0, workload.budget.shared_flops - first_flops) / round_flops
+    flops = workload.num_problems * (first_flops + num_rounds * round_flops)
+    num_tokens = workload.num_problems * length * (1 + num_rounds / 2)
     frozen = policy.num_params + sum(params for _, params in rewards)
     room = max(USABLE_SHARE * hardware.memory - frozen * item_size, 0.0)
     # A model without keys and values keeps a state of fixed size, of one token's width at least.
     state = max(policy.kv_bytes * workload.num_tokens, policy.layer_input_bytes * policy.num_layers)
     slots = math.floor(room / state)
+    if slots < workload.budget.block_size:
+        slots = 0
     return StageCost("traces", flops, _compute_hours(flops, num_tokens, slots, policy, hardware, item_size))
 
 

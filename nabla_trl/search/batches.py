@@ -1,4 +1,8 @@
-"""Search many problems batch by batch: grade their traces, and write each batch to disk before the next begins."""
+"""Search many problems batch by batch: grade their traces, and write each batch to disk before the next begins.
+
+The searches of a batch may share a budget of FLOPs (`run_search_with_shared_budget`). Then rounds go to problems whose
+highest reward is low among those of all problems. A chain that no longer rises makes way for a new one.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nabla_trl.engine.allocation import PILOT_RESPONSES, allocate, estimate_reward_gains
+from nabla_trl.engine.engine import Engine
+from nabla_trl.engine.scheduler import check_distinct_ids
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import SearchConfig
-from nabla_trl.search.loop import run_search
+from nabla_trl.search.config import NO_BUDGET, SearchConfig, SharedBudget
+from nabla_trl.search.loop import Search, check_gradient, run_search
 from nabla_trl.tasks.problem import Problem, compute_content_hash
 from nabla_trl.tasks.shards import list_run_folders
 from nabla_trl.traces.build import grade_traces
@@ -55,10 +64,13 @@ def search_in_batches(
     config: SearchConfig,
     seed: int,
     checker: AnswerChecker,
+    budget: SharedBudget = NO_BUDGET,
     show_progress: bool = True,
     num_done: int = 0,
 ) -> TraceTotals:
-    """Search a response to each problem and store the graded traces, `config.batch_size` problems at a time.
+    """Search a response to each problem and store the graded traces, a batch at a time.
+
+    A batch has `config.batch_size` problems, or those that share a budget.
 
     A batch is stored before the next one begins, so that an early end loses one batch at most. The `meta` of a trace
     holds the hash of its problem.
@@ -73,7 +85,14 @@ def search_in_batches(
         ValueError: as `run_search` and `store`.
         OSError: as `store`.
     """
-    totals, size = TraceTotals(), config.batch_size
+    totals, size = TraceTotals(), budget.problems_per_budget if budget.shared_flops else config.batch_size
+    shared: dict[str, Any] = {"policy": policy, "reward": reward, "config": config, "seed": seed}
+
+    def search(batch: Sequence[Problem]) -> list[Trace]:
+        if budget.shared_flops:
+            return run_search_with_shared_budget(batch, max_flops=budget.shared_flops * len(batch), **shared)
+        return run_search(batch, **shared)
+
     warned: set[str] = set()
     with ProgressDisplay(
         "traces", num_done + len(problems), num_done=num_done, show_progress=show_progress
@@ -83,12 +102,9 @@ def search_in_batches(
             with finish_current_batch(
                 f"{len(batch)} problems", progress.format_position, progress.estimate_seconds(len(batch))
             ):
-                traces = grade_traces(
-                    run_search(batch, policy=policy, reward=reward, config=config, seed=seed), checker
-                )
                 traces = [
                     replace(trace, meta=trace.meta | {PROBLEM_HASH_KEY: compute_content_hash(problem)})
-                    for problem, trace in zip(batch, traces, strict=True)
+                    for problem, trace in zip(batch, grade_traces(search(batch), checker), strict=True)
                 ]
                 store(traces)
                 for trace in traces:
@@ -103,9 +119,16 @@ def search_in_batches(
 
 
 def search_to_folder(
-    problems: Sequence[Problem], folder: Path, *, policy: Policy, config: SearchConfig, rank: int = 0, **options: Any
+    problems: Sequence[Problem],
+    folder: Path,
+    *,
+    policy: Policy,
+    config: SearchConfig,
+    budget: SharedBudget = NO_BUDGET,
+    rank: int = 0,
+    **options: Any,
 ) -> TraceTotals:
-    """Search a response to each problem and write the traces to a folder, one shard per batch.
+    """Search a response to each problem and write the traces to a folder, one file per batch.
 
     Args:
         rank: number of this process. Processes that write to the same folder need different numbers.
@@ -115,14 +138,14 @@ def search_to_folder(
         StoppedBySignal, ValueError, OSError: as `search_in_batches` and `TraceWriter`.
     """
     write_token_texts(folder, policy)
-    with TraceWriter(folder, rank=rank, chunk_size=config.batch_size) as writer:
+    with TraceWriter(folder, rank=rank, chunk_size=max(config.batch_size, budget.block_size)) as writer:
 
         def store(traces: list[Trace]) -> None:
             for trace in traces:
                 writer.add(trace)
             writer.flush()
 
-        return search_in_batches(problems, store, policy=policy, config=config, **options)
+        return search_in_batches(problems, store, policy=policy, config=config, budget=budget, **options)
 
 
 def write_token_texts(folder: Path, policy: Policy) -> None:
@@ -145,3 +168,71 @@ def write_token_texts(folder: Path, policy: Policy) -> None:
     special = sorted({*tokenizer.all_special_ids} - policy.think_token_ids)
     table = {"tokenizer": policy.tokenizer_hash, "special": special, "tokens": tokens}
     write_atomic(path, json.dumps(table))  # several processes may write it, all of them the same text
+
+
+# --- one budget for many problems ----------------------------------------------------------------------
+
+
+def run_search_with_shared_budget(
+    problems: Sequence[Problem],
+    *,
+    policy: Policy,
+    reward: Reward,
+    config: SearchConfig,
+    max_flops: float,
+    seed: int = 0,
+    pilot: int = PILOT_RESPONSES,
+) -> list[Trace]:
+    """Return one trace per problem. The searches share one budget, which alone ends them.
+
+    Args:
+        config: how a search goes on. Its limits do not apply (see `SearchConfig.with_shared_budget`).
+        max_flops: total FLOPs of all problems. First responses of a problem stay within an even share of them.
+        pilot: the first response and the rounds that each problem gets at least, together.
+
+    Raises:
+        ValueError: two problems have the same id, the solver needs a gradient and the reward is a function, or a
+            configuration that cannot have a budget of FLOPs.
+    """
+    check_distinct_ids(problems)
+    check_gradient(reward, config)
+    config = config.with_shared_budget(max_flops)
+    engine = Engine(policy, reward, num_slots=config.batch_size)
+    share = max_flops / max(1, len(problems))  # first responses are drawn before any search is known to need more
+    searches = [Search(problem, engine, config, seed, start_flops=share) for problem in problems]
+    by_id = {search.problem.id: search for search in searches}
+    num_rounds, has_ended = np.zeros(len(searches), dtype=int), np.zeros(len(searches), dtype=bool)
+    rewards: list[list[float]] = [[] for _ in searches]
+
+    def draw(counts: np.ndarray) -> None:
+        for round_number in range(counts.max(initial=0)):
+            chosen = np.flatnonzero((counts > round_number) & ~has_ended)
+            goes_on = engine.run_problems(
+                [problems[number] for number in chosen],
+                lambda problem: by_id[problem.id].advance(),
+                max_concurrent=config.batch_size,
+            )
+            num_rounds[chosen] += np.array(goes_on, dtype=bool)
+            has_ended[chosen] = ~np.array(goes_on, dtype=bool)
+            for number in chosen:
+                rewards[number] = _list_rewards(searches[number])
+
+    def count() -> tuple[np.ndarray, np.ndarray]:
+        return num_rounds.copy(), np.array([search.count_flops() for search in searches])
+
+    def estimate_gains() -> np.ndarray:
+        return np.where(has_ended, 0.0, estimate_reward_gains(rewards, 1 / config.reward_weight))
+
+    allocate(draw, count, estimate_gains, max_flops=max_flops, pilot=pilot)
+    for chain in (chain for search in searches for chain in search.chains if not chain.stop_reason):
+        chain.stop_reason = "max_flops"
+    return [search.build_trace() for search in searches]
+
+
+def _list_rewards(search: Search) -> list[float]:
+    """Return the rewards of the first responses of a search's chains, and of all its proposals."""
+    return [
+        reward
+        for chain in search.chains
+        for reward in (chain.initial.reward, *(revision.reward_after for revision in chain.revisions))
+    ]

@@ -5,6 +5,7 @@ Nothing here needs torch, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -39,6 +40,7 @@ from nabla_trl.utils.fields import (
 from nabla_trl.utils.identity import hash_json
 
 DEFAULT_BETA = 1.0  # where no KL target sets the steps
+DEFAULT_PATIENCE = 4  # of searches that share a budget: rounds without an accepted proposal, before a new chain begins
 # Of β and 1/β: rewards that are multiplied by more are no numbers in float32 before long.
 MAX_REWARD_WEIGHT = 1e6
 
@@ -370,6 +372,22 @@ class SearchConfig:
         """Return the same search without the gradient."""
         return replace(self, solver=NoGradient(), soft_target_top_k=0)
 
+    def with_shared_budget(self, max_flops: float) -> SearchConfig:
+        """Return the configuration of searches that share a budget, which alone ends them.
+
+        A chain ends after `patience` rounds without an accepted proposal, or `DEFAULT_PATIENCE` of them, and another
+        one begins. With Metropolis acceptance it goes on instead.
+
+        Args:
+            max_flops: total FLOPs of all problems.
+
+        Raises:
+            ValueError: a configuration that cannot have a budget of FLOPs.
+        """
+        is_greedy = isinstance(self.acceptance, GreedyAcceptance)
+        patience = self.patience or (DEFAULT_PATIENCE if is_greedy else 0)
+        return replace(self, max_flops=max_flops, max_rounds=0, max_rollouts=0, patience=patience, restarts=True)
+
     def with_shuffled_gradient(self) -> SearchConfig:
         """Return the same search with the rows of the gradient shuffled over the positions.
 
@@ -451,6 +469,57 @@ class SearchConfig:
     def compute_hash(self) -> str:
         """Return a hash of everything that can change a trace."""
         return hash_json(self.get_settings(), length=16)
+
+
+@dataclass(frozen=True)
+class SharedBudget:
+    """Budget of traces: searches of many problems may share their FLOPs.
+
+    Raises:
+        ValueError: a value of another type or out of range.
+    """
+
+    shared_flops: float = option(
+        0.0,
+        "FLOPs per problem of a budget that many problems share. Their searches end by it alone, not by --max_rounds, "
+        "--max_rollouts or --max_flops. Rounds go to problems whose reward may still rise. Set it for traces at a "
+        "lower cost. 0 lets each search end by its own limits.",
+        common=True,
+    )
+    problems_per_budget: int = option(
+        256,
+        "Problems that share one budget of --shared_flops. Their traces are stored at its end, and until then all of "
+        "them take memory. Lower it if memory runs out, or if there are fewer budgets than processes.",
+    )
+
+    def __post_init__(self) -> None:
+        vars(self).update(coerce_fields(vars(self), [type(self)], source="budget"))
+        checks = Checks()
+        checks.require(
+            0 <= self.shared_flops < math.inf, f"shared_flops must be a number of at least 0, not {self.shared_flops}"
+        )
+        checks.require_minimum(self, 2, "problems_per_budget")
+        checks.raise_faults()
+
+    @property
+    def block_size(self) -> int:
+        """Problems that stay together where problems are shared out. 1: each search is on its own."""
+        return self.problems_per_budget if self.shared_flops else 1
+
+    def limit(self, config: SearchConfig) -> SearchConfig:
+        """Return how searches of this configuration end within the budget. Without one it stays as it is.
+
+        Raises:
+            ValueError: a configuration that cannot have a budget of FLOPs.
+        """
+        return config.with_shared_budget(self.shared_flops) if self.shared_flops else config
+
+    def get_settings(self) -> dict[str, str]:
+        """Return every option that can change a trace. Without a shared budget there is none, as in earlier traces."""
+        return {name: str(value) for name, value in vars(self).items()} if self.shared_flops else {}
+
+
+NO_BUDGET = SharedBudget()  # every search ends by its own limits
 
 
 def make_search_config(config: SearchConfig | Mapping[str, Any] | str | None) -> SearchConfig:

@@ -1,8 +1,9 @@
 """Shards: independent processes that share the problems of one output, without knowing of each other.
 
 Shard I of N has the problems I, I + N, I + 2N, … of the data set. Every result depends on its problem and seed alone,
-so the results of N shards are those of one process. A plan beside the results says what all shards do together, so
-that whoever reads the results can name the shards that are missing.
+so the results of N shards are those of one process. Where results depend on those of other problems too, because these
+share a budget, all problems of a budget are in one shard: it has the blocks I, I + N, … of the data set. A plan beside
+the results says what all shards do together, so that whoever reads the results can name the shards that are missing.
 """
 
 from __future__ import annotations
@@ -26,33 +27,40 @@ SHARD_HELP = (
 
 @dataclass(frozen=True)
 class Shard:
-    """Share `index` of `count` of the problems of an output. The default is all of them."""
+    """Share `index` of `count` of the problems of an output. The default is all of them.
+
+    Attributes:
+        block_size: so many problems after each other stay together.
+    """
 
     index: int = 0
     count: int = 1
+    block_size: int = 1
 
     @classmethod
-    def parse(cls, text: str | None) -> Shard:
+    def parse(cls, text: str | None, block_size: int = 1) -> Shard:
         """Return the shard of a text such as "2/8". None is the only shard, with all problems.
 
         Raises:
             ValueError: the text is not I/N with 0 <= I < N.
         """
         if text is None:
-            return cls()
+            return cls(block_size=block_size)
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         if not match or not int(match[1]) < int(match[2]):
             raise ValueError(
                 f"shard must be I/N with I from 0 to N-1, such as 0/4, 1/4, 2/4 and 3/4 for four shards, not {text!r}"
             )
-        return cls(int(match[1]), int(match[2]))
+        return cls(int(match[1]), int(match[2]), block_size)
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
     def select(self, problems: Sequence[Problem]) -> list[Problem]:
         """Return the problems of this shard."""
-        return list(problems[self.index :: self.count])
+        return [
+            problem for number, problem in enumerate(problems) if number // self.block_size % self.count == self.index
+        ]
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,14 @@ class ShardPlan:
     Attributes:
         problems: (task, id) of all problems, in the order in which they are shared out.
         methods: methods of an evaluation. Empty: traces.
+        block_size: so many problems after each other are in the same shard.
     """
 
     num_shards: int
     problems: tuple[tuple[str, str], ...]
     seeds: tuple[int, ...]
     methods: tuple[str, ...] = ()
+    block_size: int = 1
 
     @classmethod
     def build(
@@ -75,7 +85,7 @@ class ShardPlan:
     ) -> ShardPlan:
         """Return the plan of a shard and all others."""
         keys = tuple((problem.task, problem.id) for problem in problems)
-        return cls(shard.count, keys, tuple(seeds), tuple(methods))
+        return cls(shard.count, keys, tuple(seeds), tuple(methods), shard.block_size)
 
     @classmethod
     def read(cls, path: Path) -> ShardPlan:
@@ -91,11 +101,13 @@ class ShardPlan:
                 problems=tuple((str(task), str(problem_id)) for task, problem_id in values["problems"]),
                 seeds=tuple(map(int, values["seeds"])),
                 methods=tuple(map(str, values["methods"])),
+                block_size=int(values.get("block_size", 1)),  # plans of earlier versions have none
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} holds no plan of shards: delete it, and run a shard again") from error
-        if plan.num_shards < 1:
-            raise ValueError(f"{path} holds no plan of shards: num_shards is {plan.num_shards}")
+        for name in ("num_shards", "block_size"):
+            if getattr(plan, name) < 1:
+                raise ValueError(f"{path} holds no plan of shards: {name} is {getattr(plan, name)}")
         return plan
 
     def write(self, path: Path) -> None:
@@ -120,9 +132,9 @@ class ShardPlan:
         Args:
             finished: (task, id) of the problems that have all results.
         """
-        totals = Counter(number % self.num_shards for number in range(len(self.problems)))
-        missing = (number for number, key in enumerate(self.problems) if key not in finished)
-        counts = Counter(number % self.num_shards for number in missing)
+        owners = [number // self.block_size % self.num_shards for number in range(len(self.problems))]
+        totals = Counter(owners)
+        counts = Counter(owner for owner, key in zip(owners, self.problems, strict=True) if key not in finished)
         return ", ".join(
             f"shard {index}/{self.num_shards} ({counts[index]} of {totals[index]} problems)"
             for index in sorted(counts)

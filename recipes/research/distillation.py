@@ -21,12 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nabla_trl import evaluate, generate_traces, load_policy, load_problems, load_reward, train
-from nabla_trl.baselines.allocation import run_search_with_shared_budget
+from nabla_trl import evaluate, generate_traces, load_policy, train
 from nabla_trl.cli.arguments import DATASET_HELP, POLICY_HELP, REWARD_HELP
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
 from nabla_trl.report.markdown import format_table
-from nabla_trl.search.config import SearchConfig
+from nabla_trl.search.config import SearchConfig, SharedBudget
 from nabla_trl.traces.schema import Trace
 from nabla_trl.training.offline import DEFAULT_DIVERGENCES, OFFLINE_METHODS, TRAIN_METHODS, TrainingResult
 from nabla_trl.utils.faults import Checks
@@ -57,11 +56,6 @@ class DistillationArguments:
     )
     training_tflops: float = option(0.5, "TFLOPs of each training for which no other number is given.")
     max_train_problems: int = option(600, "Training problems.")
-    shared_gflops: float = option(
-        0.0,
-        "GFLOPs per problem of searches that share one budget: rounds go where the reward may rise. 0: each search "
-        "ends by its own limits.",
-    )
     max_eval_problems: int = option(300, "Held-out problems.")
     train_batch_size: int = option(32, "Rows or responses of an optimizer step.")
     offline_learning_rate: float = option(2e-3, "Learning rate of methods on traces, and of expert iteration.")
@@ -73,7 +67,6 @@ class DistillationArguments:
 
     def __post_init__(self) -> None:
         checks = Checks()
-        checks.require(self.shared_gflops >= 0, f"shared_gflops must not be negative: {self.shared_gflops}")
         for run in self.runs:
             checks.call(Run.parse, run, self.training_tflops)
         checks.raise_faults()
@@ -106,8 +99,9 @@ class Run:
 class DistillationStudy:
     """The traces of a search, and what is trained on them or beside them."""
 
-    def __init__(self, args: DistillationArguments, search_config: SearchConfig):
-        self.args, self.search_config, self.folder = args, search_config, Path(args.output_dir)
+    def __init__(self, args: DistillationArguments, search_config: SearchConfig, budget: SharedBudget):
+        self.args, self.search_config, self.budget = args, search_config, budget
+        self.folder = Path(args.output_dir)
         self.traces: list[Trace] = []
 
     def run(self, run: Run) -> dict[str, Any]:
@@ -130,17 +124,6 @@ class DistillationStudy:
     def get_traces(self) -> list[Trace]:
         """Return the traces of the search, which is run once."""
         args = self.args
-        if not self.traces and args.shared_gflops:
-            policy = load_policy(args.policy)
-            problems = load_problems(args.dataset, split="train", max_problems=args.max_train_problems)
-            self.traces = run_search_with_shared_budget(
-                problems,
-                policy=policy,
-                reward=load_reward(args.reward, policy=policy),
-                config=self.search_config,
-                max_flops=args.shared_gflops * 1e9 * len(problems),
-                seed=args.seed,
-            )
         if not self.traces:
             self.traces = generate_traces(
                 args.dataset,
@@ -150,6 +133,7 @@ class DistillationStudy:
                 seed=args.seed,
                 max_problems=args.max_train_problems,
                 output_dir=self.folder,
+                **vars(self.budget),
             )
         return self.traces
 
@@ -256,11 +240,12 @@ def format_results(records: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     quiet_libraries()
-    args, search_config = parse_dataclasses([DistillationArguments, SearchConfig], argv)
+    args, search_config, budget = parse_dataclasses([DistillationArguments, SearchConfig, SharedBudget], argv)
     folder = Path(args.output_dir)
     settings = {name: str(value) for name, value in asdict(args).items() if name not in ("runs", "output_dir")}
-    claim_settings(folder / "distillation.settings.json", settings | search_config.get_settings())
-    study = DistillationStudy(args, search_config)
+    settings |= search_config.get_settings() | budget.get_settings()
+    claim_settings(folder / "distillation.settings.json", settings)
+    study = DistillationStudy(args, search_config, budget)
     records = []
     for text in args.runs:
         records.append(study.run(Run.parse(text, args.training_tflops)))

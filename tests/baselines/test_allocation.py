@@ -12,20 +12,15 @@ import worlds
 from scipy import stats
 
 from nabla_trl.baselines import allocation
-from nabla_trl.baselines.allocation import (
-    count_flops,
-    draw_allocated_pool,
-    estimate_vote_gains,
-    run_search_with_shared_budget,
-)
-from nabla_trl.baselines.config import MAX_ALLOCATION_RATIO
+from nabla_trl.baselines.allocation import draw_allocated_pool, estimate_vote_gains
 from nabla_trl.baselines.sampling import PooledResponse, PoolEntry, draw_pool
+from nabla_trl.engine.allocation import MAX_ALLOCATION_RATIO, allocate, estimate_reward_gains
 from nabla_trl.evaluation.method import Method, parse_methods
 from nabla_trl.evaluation.plan import EvaluationSetup, check_method_options, plan_jobs
 from nabla_trl.models.flops import Cost
 from nabla_trl.models.options import Sampling
+from nabla_trl.search.batches import run_search_with_shared_budget
 from nabla_trl.search.config import SearchConfig
-from nabla_trl.search.loop import run_search
 from nabla_trl.tasks.problem import Problem
 
 
@@ -51,7 +46,7 @@ class WrittenWorld:
 
     def allocate(self, max_flops, *, with_reward=True, pilot=4):
         estimate = allocation.build_gain_estimator(with_reward, 1.0)
-        allocation.allocate(self.draw, self.count, lambda: estimate(self.entries), max_flops=max_flops, pilot=pilot)
+        allocate(self.draw, self.count, lambda: estimate(self.entries), max_flops=max_flops, pilot=pilot)
         return [len(entry.responses) for entry in self.entries]
 
     def count(self):
@@ -99,13 +94,13 @@ def test_a_close_vote_gains_more_than_a_safe_one():
 def test_the_gain_of_a_reward_is_its_closed_form():
     """Rewards 0 and 4 are equally likely. Only the problem that has seen no 4 can rise, by tanh(2)/2/(n + 1)."""
     rewards = [[0.0, 0.0], [4.0, 4.0]]
-    assert allocation.estimate_reward_gains(rewards, 1.0) == pytest.approx([math.tanh(2) / 2 / 3, 0.0])
+    assert estimate_reward_gains(rewards, 1.0) == pytest.approx([math.tanh(2) / 2 / 3, 0.0])
 
 
 def test_rewards_that_are_no_numbers_gain_nothing_and_unreadable_ones_something():
-    gains = allocation.estimate_reward_gains([[math.nan], [-math.inf], [1.0], [-1.0]], 1.0)
+    gains = estimate_reward_gains([[math.nan], [-math.inf], [1.0], [-1.0]], 1.0)
     assert gains[0] == gains[2] == 0 and gains[1] > gains[3] > 0
-    assert allocation.estimate_reward_gains([[math.nan]], 1.0) == [0.0]
+    assert estimate_reward_gains([[math.nan]], 1.0) == [0.0]
 
 
 # --- a world whose best split is known ------------------------------------------------------------------
@@ -214,43 +209,6 @@ def stepwise(jobs, problems, mean_flops):
         traces = job.run(problems, 0)
         mean_flops[job.methods[0]] = sum(trace.cost.flops for trace in traces) / len(problems)
         yield job, traces
-
-
-def test_rounds_go_to_searches_whose_reward_is_low(problems, policy, scalar_reward):
-    """An even share limits each search. One budget for all is spent unevenly, most on a search of a low reward."""
-    config = SearchConfig(max_new_tokens=8, patience=2, batch_size=2, candidate_min_p=0.0)
-    shared = {"policy": policy, "reward": scalar_reward}
-    share = sum(trace.cost.flops for trace in run_search(problems, config=replace(config, max_rounds=6), **shared))
-    run = partial(run_search_with_shared_budget, problems, max_flops=share, **shared)
-    traces = run(config=config)
-    costs, rewards = [trace.cost.flops for trace in traces], [trace.reward for trace in traces]
-    assert 0.8 * share < sum(costs) <= 1.1 * share
-    assert max(costs) > 1.2 * share / len(problems)
-    assert stats.spearmanr(costs, rewards).statistic < 0
-    assert {trace.stop_reason for trace in traces} == {"max_flops"}
-    again = run(config=replace(config, batch_size=64))
-    assert [(one.response_ids, one.cost.flops) for one in again] == [
-        (one.response_ids, one.cost.flops) for one in traces
-    ]
-
-
-def test_a_prompt_that_cannot_be_read_takes_nothing(problems, policy, scalar_reward):
-    long = Problem(id="long", question="1+" * 5000)
-    config = SearchConfig(max_new_tokens=8)
-    traces = run_search_with_shared_budget(
-        [long, *problems[:2]], policy=policy, reward=scalar_reward, config=config, max_flops=1e9
-    )
-    assert traces[0].error and not any(trace.error for trace in traces[1:])
-    assert traces[0].cost.flops == 0 < traces[1].cost.flops
-
-
-def test_first_responses_stay_within_the_even_share(problems, policy, scalar_reward):
-    """Each search could pay for more first responses from the budget of all. Together they would overspend it."""
-    config, shared = SearchConfig(max_new_tokens=8, num_starts=6, num_chains=2), {"reward": scalar_reward}
-    pool = draw_pool(problems, 2, policy=policy, sampling=config.get_sampling(), **shared)
-    budget = sum(count_flops(entry, with_reward=True) for entry in pool.entries)
-    traces = run_search_with_shared_budget(problems, policy=policy, config=config, max_flops=budget, **shared)
-    assert sum(trace.cost.flops for trace in traces) <= 1.1 * budget
 
 
 def test_problems_of_one_budget_have_ids_of_their_own(problems, policy, scalar_reward):

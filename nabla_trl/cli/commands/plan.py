@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nabla_trl.cli.arguments import POLICY_HELP, REWARD_HELP
 from nabla_trl.cli.parsing import Parser, UsageError, quiet_libraries
+from nabla_trl.search.config import SharedBudget
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
 
@@ -61,14 +62,14 @@ class PlanArguments:
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     parser = Parser(
-        [PlanArguments],
+        [PlanArguments, SharedBudget],
         prog="nabla-trl plan",
         usage="nabla-trl plan --policy P --reward R --gpus 8 --memory 80 [options]",
         description="Estimate what fits into memory, at which batch, and the FLOPs and hours of each stage.\n"
         "Reads configs only, loads no weights and needs no GPU.",
     )
     checks = Checks()
-    args = parser.parse_options(argv, checks)[0]
+    args, budget = parser.parse_options(argv, checks)[:2]
     checks.raise_faults(UsageError)
 
     from nabla_trl.planning.plan import GB, Hardware, Workload, format_plan, make_plan
@@ -83,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
         args.max_rounds,
         args.num_generations,
         args.num_train_epochs,
+        budget,
     )
     hardware = Hardware(args.gpus, args.memory * GB, args.gpu_tflops * 1e12, args.bandwidth * 1e12, args.utilization)
     with checks.collect():

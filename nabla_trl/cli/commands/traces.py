@@ -9,7 +9,7 @@ from pathlib import Path
 from nabla_trl.cli.arguments import DATASET_HELP, REPORT_TO_HELP, ModelArguments, collect_output_faults
 from nabla_trl.cli.parsing import Parser, UsageError
 from nabla_trl.cli.quiet import log_to_folder
-from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.search.config import PRESETS, SearchConfig, SharedBudget
 from nabla_trl.tasks.shards import SHARD_HELP, Shard
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
@@ -40,7 +40,7 @@ class TracesArguments:
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     parser = Parser(
-        [ModelArguments, TracesArguments, SearchConfig],
+        [ModelArguments, TracesArguments, SearchConfig, SharedBudget],
         presets=PRESETS,
         prog="nabla-trl traces",
         usage="nabla-trl traces --policy P --reward R --dataset D --output_dir DIR [options]",
@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
         "traces on several devices of one launch, and then trains on them.",
     )
     checks = Checks()
-    models, args, config = parser.parse_options(argv, checks)[:3]
+    models, args, config, budget = parser.parse_options(argv, checks)[:4]
+    checks.call(budget.limit, config)
 
     from nabla_trl.pipeline.problems import ProblemSet, collect_problems
     from nabla_trl.pipeline.traces import SETTINGS_FILE, TraceRun, collect_trace_settings
@@ -62,15 +63,16 @@ def main(argv: Sequence[str]) -> int:
     models.preflight(checks, problems=problem_set.problems, max_new_tokens=config.max_new_tokens)
 
     def get_settings() -> dict[str, str]:
-        return collect_trace_settings(models.build_pair(), config, problem_set.settings)
+        return collect_trace_settings(models.build_pair(), config, problem_set.settings, budget)
 
     collect_output_faults(checks, args.output_dir, {SETTINGS_FILE: get_settings})
     checks.call(check_trackers, args.report_to)
     checks.raise_faults(UsageError)
     log_to_folder(Path(args.output_dir))
     with track_metrics(args.report_to, stage="traces", output_dir=args.output_dir, settings=get_settings()):
-        run = TraceRun(models.build_pair(), Path(args.output_dir), config, args.seed, problem_set.settings)
-        summary = run.write(problem_set.problems, Shard.parse(args.shard), models.template_date)
+        run = TraceRun(models.build_pair(), Path(args.output_dir), config, args.seed, problem_set.settings, budget)
+        shard = Shard.parse(args.shard, budget.block_size)
+        summary = run.write(problem_set.problems, shard, models.template_date)
     if summary.totals is not None:
         print(summary.totals)
     print(f"{summary.num_written} traces written, {summary.num_existing} existed: {summary.folder}")

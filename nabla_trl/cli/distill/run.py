@@ -61,9 +61,10 @@ from nabla_trl.planning.preflight import check_output_dir, list_frozen_models
 from nabla_trl.planning.training import collect_training_faults
 from nabla_trl.report.text import print_summary_table, write_report_files
 from nabla_trl.rewards.reward import Reward
-from nabla_trl.search.config import PRESETS, SearchConfig
+from nabla_trl.search.config import PRESETS, SearchConfig, SharedBudget
 from nabla_trl.tasks.problem import Problem, check_disjoint, divide_problems, filter_with_gold_answer
 from nabla_trl.tasks.registry import get_task_settings, is_one_split, load_problems
+from nabla_trl.tasks.shards import Shard
 from nabla_trl.tasks.templates import use_recorded_date
 from nabla_trl.tasks.yaml_task import ALL_PROBLEMS
 from nabla_trl.traces.storage import list_trace_files
@@ -85,7 +86,10 @@ START_TIME = time.perf_counter()
 EVAL_SETTINGS_FILE = "rows/eval.settings.json"
 
 
-DATACLASSES = (DistillArguments, SearchConfig, BaselineConfig, TrainOptions, LoraArguments, TrainerConfig, TrlOptions)
+DATACLASSES = (
+    *(DistillArguments, SearchConfig, BaselineConfig, TrainOptions, LoraArguments, TrainerConfig, TrlOptions),
+    SharedBudget,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -147,12 +151,13 @@ class DistillRun:
         lora_arguments: LoraArguments,
         sft_config: Any,  # TrainerConfig, whose base is untyped for mypy
         trl_options: Any,
+        budget: SharedBudget,
         *,
         checks: Checks,
     ):
         self.given_options = hide_userinfo(given_options)  # as `--config` takes them
         self.command = get_current_command()
-        self.args, self.search_config, self.baseline_config = args, search_config, baseline_config
+        self.args, self.search_config, self.budget, self.baseline_config = args, search_config, budget, baseline_config
         self.train_options, self.lora_arguments, self.sft_config = train_options, lora_arguments, sft_config
         self.trl_options = collect_trl_options(trl_options, sft_config, given_options)
         set_trust_remote_code(sft_config.trust_remote_code)
@@ -286,6 +291,8 @@ class DistillRun:
             checks.call(self._check_soft_targets)
         else:
             checks.call(check_output_dir, self.output_dir)
+        if "traces" in stages:
+            checks.call(self.budget.limit, self.search_config)
         checks.call(self.check_settings)
 
     def _check_soft_targets(self) -> None:
@@ -305,8 +312,9 @@ class DistillRun:
         if not self._has_warned and self.state.is_main_process:
             stages = self.args.list_stages()
             methods = parse_methods(self.args.eval_methods) if "evaluate" in stages else []
-            searches = "traces" in stages or has_search(methods)
-            warn_past_limits(reward, self.search_config if searches else None, get_max_selection_size(methods))
+            config = self.search_config if has_search(methods) else None
+            config = self.budget.limit(self.search_config) if "traces" in stages else config
+            warn_past_limits(reward, config, get_max_selection_size(methods))
         self._has_warned = True
         return policy, reward
 
@@ -383,7 +391,7 @@ class DistillRun:
         if not any(method in OFFLINE_METHODS for method in self.args.train_methods):
             self.print_once(f"traces: not needed for {', '.join(self.args.train_methods)}")
             return
-        share = self._select_process_share(self.train_problems)
+        share = self._select_process_share(self.train_problems, self.budget.block_size)
         scope = " of this process" if self.state.num_processes > 1 else ""
         for seed in range(self.args.seeds[0], self.args.seeds[0] + self.args.traces_per_problem):
             run = TraceRun(
@@ -392,6 +400,7 @@ class DistillRun:
                 self.search_config,
                 seed,
                 self._get_trace_task_settings(),
+                self.budget,
                 load=self.load_models,
                 checker=self.checker,
                 rank=self.state.process_index,
@@ -419,7 +428,7 @@ class DistillRun:
             check_settings(self.output_dir / EVAL_SETTINGS_FILE, self._collect_eval_settings())
 
     def _collect_trace_settings(self) -> dict[str, str]:
-        return collect_trace_settings(self.models, self.search_config, self._get_trace_task_settings())
+        return collect_trace_settings(self.models, self.search_config, self._get_trace_task_settings(), self.budget)
 
     def _get_trace_task_settings(self) -> dict[str, str]:
         return get_task_settings(self.args.dataset) | {"split": self._describe_split("train_split")}
@@ -516,9 +525,9 @@ class DistillRun:
                 trained_policies[get_policy_label(method)] = self.models.load_trained_policy(path)
         return trained_policies
 
-    def _select_process_share(self, problems: list[Problem]) -> list[Problem]:
+    def _select_process_share(self, problems: list[Problem], block_size: int = 1) -> list[Problem]:
         """Return the problems of this process."""
-        return problems[self.state.process_index :: self.state.num_processes]
+        return Shard(self.state.process_index, self.state.num_processes, block_size).select(problems)
 
     def write_report(self) -> None:
         """Write the report of the rows of all processes, in the main process."""
