@@ -12,7 +12,7 @@ import nabla_trl
 from nabla_trl.cli.parsing import Parser
 from nabla_trl.tasks.registry import load_problems
 from nabla_trl.utils.faults import Checks
-from nabla_trl.utils.fields import check_choices, option
+from nabla_trl.utils.fields import check_choices, option, split_names
 from nabla_trl.utils.files import write_atomic
 
 TEMPLATE_FILE = Path(__file__).with_name("init_template.yaml")
@@ -36,7 +36,8 @@ class InitArguments:
     )
     train_methods: list[str] = option(
         ["sft"],
-        "Training methods: sft, reward-weighted, dpo, soft-targets, rloo, grpo, on-policy-distillation.",
+        "Training methods, separated by commas or spaces: sft, reward-weighted, dpo, soft-targets, rloo, grpo, "
+        "on-policy-distillation.",
     )
     output_file: str = option("distill.yaml", "File to write. One that exists is never overwritten.")
     demo: bool = option(
@@ -71,10 +72,10 @@ def write_config(args: InitArguments) -> None:
     """
     from nabla_trl.training.offline import SOFT_TARGETS, TRAIN_METHODS
 
-    path = Path(args.output_file)
+    path, train_methods = Path(args.output_file), split_names(args.train_methods)
     checks = Checks()
     checks.require(not path.exists(), f"{path} exists: choose another --output_file, or delete it")
-    checks.call(check_choices, "training method", args.train_methods, TRAIN_METHODS)
+    checks.call(check_choices, "training method", train_methods, TRAIN_METHODS)
     size = ""
     if Path(args.dataset).suffix:  # a file: a benchmark of the hub is not downloaded here
         with checks.collect():
@@ -88,8 +89,8 @@ def write_config(args: InitArguments) -> None:
         "POLICY": json.dumps(args.policy),
         "REWARD": json.dumps(args.reward),
         "DATASET": json.dumps(args.dataset),
-        "TRAIN_METHODS": json.dumps(args.train_methods),
-        "SOFT_TARGETS": "soft_target_top_k: 16" if SOFT_TARGETS in args.train_methods else "# soft_target_top_k: 0",
+        "TRAIN_METHODS": json.dumps(train_methods),
+        "SOFT_TARGETS": "soft_target_top_k: 16" if SOFT_TARGETS in train_methods else "# soft_target_top_k: 0",
         "OUTPUT_DIR": json.dumps(f"outputs/{path.stem}"),
     }
     for name, value in values.items():

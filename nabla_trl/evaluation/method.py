@@ -15,6 +15,7 @@ from functools import cache
 
 from nabla_trl.engine.allocation import MAX_ALLOCATION_RATIO
 from nabla_trl.utils.faults import Faults
+from nabla_trl.utils.fields import split_names
 
 REWARD_MODEL_SAMPLING = "reward_model_sampling"
 BUDGET_FORCING = "budget_forcing"
@@ -226,13 +227,16 @@ def _parse(text: str) -> Method:
     return method
 
 
-def parse_methods(text: str) -> list[str]:
-    """Return the names of a comma-separated list, each once.
+def parse_methods(methods: str | Iterable[str]) -> list[str]:
+    """Return the names of methods, each once.
+
+    Args:
+        methods: one or several texts, in which commas or spaces separate names.
 
     Raises:
         ValueError: no name, unknown ones, or a budget without the method that sets it. The message has all mistakes.
     """
-    names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    names = list(dict.fromkeys(split_names(methods)))
     if not names:
         raise ValueError(f"no methods: choose from {METHOD_SYNTAX}")
     mistakes = []

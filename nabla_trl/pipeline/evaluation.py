@@ -258,7 +258,7 @@ def run_evaluation(
         command: what a report names as its origin.
         template_date: date that chat templates print. None: that of the folder.
     """
-    names = None if methods is None else parse_methods(methods if isinstance(methods, str) else ",".join(methods))
+    names = None if methods is None else parse_methods(methods)
     problems = filter_with_gold_answer(problem_set.problems)
     trained_policies = {**_find_trained_weights(output_dir, names or ()), **trained_policies}
     with lock_folder(output_dir, shard.index, shard.count):

@@ -134,8 +134,8 @@ def list_trl_faults(methods: Sequence[str], options: Mapping[str, Any]) -> list[
         choices = _list_loss_types(method)
         unknown = [loss for loss in options["loss_type"].split(",") if loss not in choices]
         if unknown:
-            known = f"choose from {', '.join(choices)}" if choices else "it has one loss"
-            faults.append(f"loss_type {', '.join(unknown)} is none of {method}'s ({known}): train other methods apart")
+            known = f"which has {', '.join(choices)}" if choices else "which has one loss"
+            faults.append(f"loss_type {', '.join(unknown)} is unknown to {method}, {known}: train other methods apart")
     return faults
 
 

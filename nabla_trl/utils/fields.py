@@ -39,6 +39,12 @@ def required_option(help_text: str) -> Any:
     return field(metadata={"help": help_text})
 
 
+def split_names(names: str | Iterable[str]) -> list[str]:
+    """Return the names of one or several texts, in which commas or spaces separate them."""
+    texts = [names] if isinstance(names, str) else names
+    return [name for text in texts for name in text.replace(",", " ").split()]
+
+
 def name_unknown_options(dataclass: type[ClassT]) -> type[ClassT]:
     """Decorate a dataclass so that an unknown keyword is a ValueError with the option's new name or the most similar.
 
@@ -218,7 +224,8 @@ def coerce_fields(
     """Return option values in the types of the dataclasses' fields (1 for a float becomes 1.0).
 
     Values of bool, int, float and str fields are converted, also in a list or with None. Others stay as they are.
-    A mapping for a text option becomes a JSON object, as `--reward` and `--chat_template_kwargs` read it.
+    A mapping for a text option becomes a JSON object, as `--reward` and `--chat_template_kwargs` read it. A text for a
+    list of texts becomes its only item.
 
     Args:
         source: begins the message of an error, such as the name of the file.
@@ -280,6 +287,8 @@ def _coerce_value(value: Any, hint: Any) -> Any:
 
 def _coerce_list(value: Any, hint: Any) -> list[Any]:
     try:
+        if hint is str and isinstance(value, str):
+            return [value]
         if not isinstance(value, list):
             raise TypeError(_TYPE_DESCRIPTIONS.get(hint, "values"))
         return [_coerce_value(item, hint) for item in value]

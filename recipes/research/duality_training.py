@@ -44,7 +44,7 @@ from nabla_trl.training.offline import (
 )
 from nabla_trl.training.online import train_online
 from nabla_trl.training.peft import LoraArguments
-from nabla_trl.utils.fields import option
+from nabla_trl.utils.fields import option, split_names
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.identity import claim_settings
 
@@ -84,6 +84,7 @@ class DualityTrainingArguments:
     )
 
     def __post_init__(self) -> None:
+        self.train_methods = split_names(self.train_methods)
         for method in self.train_methods:
             if method in VARIANTS.values() or method not in TRAINED_METHODS:
                 raise ValueError(f"train_methods: unknown method {method!r}")

@@ -159,6 +159,19 @@ def test_shards_make_the_traces_of_one_process(
     assert list(map(comparable_trace, merged)) == list(map(comparable_trace, read_traces(one_process / "traces")))
 
 
+def test_problems_that_share_a_budget_are_in_one_shard(world: list[str], tmp_path: Path, capsys: Any) -> None:
+    """Of 7 problems, 3, 3 and 1 share a budget. Two shards have the first and the last, and the second one."""
+    budget = ["--shared_flops", "4e6", "--problems_per_budget", "3"]
+    assert run_traces(world, tmp_path / "one", *budget) == 0
+    assert run_traces(world, tmp_path / "two", *budget, "--shard", "0/2") == 0
+    assert "traces are still missing of shard 1/2 (3 of 3 problems)" in capsys.readouterr().out
+    assert run_traces(world, tmp_path / "two", *budget, "--shard", "1/2") == 0
+    one, two = (list(map(comparable_trace, read_traces(tmp_path / name / "traces"))) for name in ("one", "two"))
+    assert one == two and len(one) == 7
+    assert run_traces(world, tmp_path / "two", "--shard", "1/2") == 2
+    assert "shared_flops None (was '4000000.0')" in capsys.readouterr().err
+
+
 # --- locks ------------------------------------------------------------------------------------------------
 
 
@@ -186,20 +199,22 @@ TINY += ["--batch_size", "2", "--max_new_tokens", "48", "--candidate_min_p", "0.
 
 def command(name: str, folder: Path, *more: str) -> list[str]:
     more = ("--max_problems", "24", *more)
+    if name == "traces with shared budgets":
+        name, more = "traces", (*more, "--shared_flops", "1.9e8", "--problems_per_budget", "3")
     if name == "eval":
         more += ("--seeds", "0", "--eval_methods", "greedy,best_of_4,nabla,control@best_of_4")
     return [sys.executable, "-m", "nabla_trl.cli.main", name, *TINY, *more, "--output_dir", str(folder)]
 
 
 def count_results(name: str, folder: Path, shard: int) -> int:
-    if name == "traces":
+    if name != "eval":
         return len(list(folder.glob(f"traces/traces-{shard:05d}-*.parquet")))
     path = folder / f"rows/rows-{shard:05d}.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["eval", "traces"])
+@pytest.mark.parametrize("name", ["eval", "traces", "traces with shared budgets"])
 def test_four_processes_of_which_one_is_killed(tmp_path: Path, name: str) -> None:
     """Four at once on one folder. Shard 2 is killed (-9), a second process on shard 3 is refused."""
     quiet: dict[str, Any] = {"cwd": ROOT, "env": ENV, "text": True}
@@ -221,7 +236,7 @@ def test_four_processes_of_which_one_is_killed(tmp_path: Path, name: str) -> Non
     for process in processes:
         process.communicate()
     assert processes[2].returncode == -9
-    if name == "traces":
+    if name != "eval":
         assert "shard 2/4" in describe_missing_shards(parts)
     for index in (2, 0, 1, 3):  # those that waited for the budget go on as well
         subprocess.run(command(name, parts, "--shard", f"{index}/4"), check=True, capture_output=True, **quiet)

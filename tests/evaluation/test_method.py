@@ -65,7 +65,8 @@ def test_methods_are_ordered_by_policy_then_kind_then_budget():
 
 def test_names_of_trained_policies_are_read():
     names = ["best_of_16", *(f"{label}_{rest}" for label in POLICY_LABELS for rest in RESTS), "best_of_8"]
-    assert parse_methods(",".join(names)) == list(dict.fromkeys(names))
+    assert parse_methods(",".join(names)) == parse_methods(names) == list(dict.fromkeys(names))
+    assert parse_methods(["greedy, best_of_8", "nabla control,greedy"]) == ["greedy", "best_of_8", "nabla", "control"]
     assert has_search(["sft_nabla"]) and not has_search(["sft_greedy", "sft_best_of_8"])
     trained = Method.parse("rloo_control@0.5")
     assert (trained.budget_reference, trained.budget_factor) == ("best_of_16", 0.5), "budgets are the base policy's"

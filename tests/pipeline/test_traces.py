@@ -15,7 +15,9 @@ import nabla_trl
 from nabla_trl import generate_traces, to_preference_dataset, to_sft_dataset
 from nabla_trl.models.policy import Policy
 from nabla_trl.rewards.reward import Reward
+from nabla_trl.search import batches
 from nabla_trl.traces.schema import Trace
+from nabla_trl.traces.storage import read_traces
 
 CONFIG = {"max_rounds": 4, "max_new_tokens": 8}
 ROWS = [{"question": f"{n}+{n}", "answer": str(2 * n)} for n in range(1, 5)]
@@ -49,6 +51,42 @@ def test_a_folder_is_filled_once_and_read_back_with_its_texts(
     worlds.refused(lambda: run([{"question": "9", "answer": "1"}], config=CONFIG), "another problem 'custom/0'")
 
 
+def test_problems_share_budgets_and_a_budget_that_was_cut_off_begins_again(
+    traces: list[Trace], policy: Policy, scalar_reward: Reward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(**options: Any) -> list[Trace]:
+        options = {"config": CONFIG, "problems_per_budget": 2, "show_progress": False, **options}
+        return generate_traces(ROWS, policy, scalar_reward, **options)
+
+    def compare(found: list[Trace]) -> list[Any]:
+        return [(trace.problem_id, trace.response_ids, trace.cost.flops, trace.correct) for trace in found]
+
+    share = 1.5 * sum(trace.cost.flops for trace in traces) / len(traces)
+    whole = run(shared_flops=share, config={**CONFIG, "batch_size": 1})  # the batch changes nothing
+    assert compare(whole) != compare(traces) and "max_rounds" not in {trace.stop_reason for trace in whole}
+    for pair in (whole[:2], whole[2:]):
+        assert 0.7 * 2 * share < sum(trace.cost.flops for trace in pair) <= 1.1 * 2 * share
+    assert compare(run(shared_flops=share, problems_per_budget=3)) != compare(whole)
+
+    search, calls = batches.run_search_with_shared_budget, []
+
+    def fail_later(*args: Any, **options: Any) -> list[Trace]:
+        calls.append(options["max_flops"])
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return search(*args, **options)
+
+    monkeypatch.setattr(batches, "run_search_with_shared_budget", fail_later)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(shared_flops=share, output_dir=tmp_path)
+    assert compare(read_traces(tmp_path / "traces")) == compare(whole[:2])
+    assert compare(run(shared_flops=share, output_dir=tmp_path)) == compare(whole)
+    assert calls == [2 * share] * 3 and len(list(tmp_path.glob("traces/*.parquet"))) == 2
+    other = worlds.refused(lambda: run(shared_flops=2 * share, output_dir=tmp_path), "made with other settings")
+    assert f"shared_flops '{2 * share}' (was '{share}')" in other
+    worlds.refused(lambda: run(output_dir=tmp_path), "problems_per_budget None (was '2')")
+
+
 def test_a_running_loop_is_no_hindrance(traces: list[Trace], policy: Policy, scalar_reward: Reward) -> None:
     async def notebook() -> list[Trace]:
         return generate_traces(ROWS[:1], policy, scalar_reward, config=CONFIG, show_progress=False)
@@ -79,6 +117,10 @@ def test_a_running_loop_is_no_hindrance(traces: list[Trace], policy: Policy, sca
         (ROWS, {"max_rounds": 1}, ["unknown option 'max_rounds'", "config={'max_rounds': …}"]),
         (ROWS, {"tokeniser": 1}, ["unknown option 'tokeniser' (did you mean tokenizer?)"]),
         (ROWS, {"shard": "0/2"}, ["shard needs output_dir"]),
+        (ROWS, {"shared_flops": -1}, ["shared_flops must be a number of at least 0, not -1.0"]),
+        (ROWS, {"shared_flops": "a lot"}, ["shared_flops must be a number, not 'a lot'"]),
+        (ROWS, {"shared_flops": 1e9, "problems_per_budget": 1}, ["problems_per_budget must be at least 2, not 1"]),
+        (ROWS, {"shared_flops": 1e9, "config": {"acceptance": "metropolis"}}, ["biased if a chain ends by its cost"]),
         (ROWS, {"tokenizer": "x"}, ["is loaded already"]),
         (ROWS, {"seed": "a"}, ["seed must be a whole number, not 'a'"]),
         (ROWS, {"max_problem": 1}, ["unknown option 'max_problem' (did you mean max_problems?)"]),

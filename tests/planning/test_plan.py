@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from nabla_trl.cli.main import main
 from nabla_trl.models.loading import load_policy
 from nabla_trl.planning.memory import build_empty_model, count_params, measure_shape, plan_memory
 from nabla_trl.planning.plan import Hardware, Workload, make_plan
+from nabla_trl.search.config import SharedBudget
 from nabla_trl.training.peft import LoraArguments
 
 LORA = LoraArguments(lora_r=4)
@@ -110,6 +113,20 @@ def test_what_does_not_fit_is_said(bases: dict[str, str]) -> None:
     assert costs[1].flops < costs[2].flops and all(0 < cost.hours < 1 for cost in costs)
     assert {launch.sharding for launch in plan(1e9, 8)[0]} == {"ddp", "fsdp2", "zero3"}
     assert all(launch.max_batch_size == 0 for launch in plan(1e5)[0])
+
+
+def test_a_shared_budget_is_what_the_traces_cost(bases: dict[str, str]) -> None:
+    def plan(shared_flops: float, memory: float = 1e9) -> tuple[float, float]:
+        workload = replace(WORKLOAD, budget=SharedBudget(shared_flops, 50))
+        options = {"dtype": "float32", "lora": LORA, "activation_checkpointing": True}
+        cost = make_plan(bases["llama"], f"logratio:{bases['qwen3']}", workload, hardware(memory), **options)[1][0]
+        return cost.flops, cost.hours
+
+    assert plan(0.0, 1e6)[1] < math.inf, "nothing is shared"
+    flops, hours = plan(1e9)
+    assert flops == pytest.approx(100 * 1e9) and plan(2e9)[1] > hours
+    assert 0 < plan(1.0)[0] < plan(0.0)[0], "first responses are drawn whatever they cost"
+    assert math.isinf(plan(1e9, 1e6)[1]), "50 responses at a time do not fit"
 
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,7 +249,8 @@ def test_traces_that_are_interrupted_go_on_where_they_stopped(blow, tmp_path, un
     [
         (["--stages", "traces,cook"], "unknown stage 'cook'"),
         (["--seeds", "1", "1"], "seeds must be distinct"),
-        (["--eval_methods", "nabla@0.3"], "add best_of_16"),
+        (["--eval_methods", "greedy", "nabla@0.3"], "add best_of_16"),
+        (["--shared_flops", "1e9", "--acceptance", "metropolis"], "metropolis samples are biased"),
         (["--policy", "nowhere/at-all"], "nowhere/at-all"),
         (["--reward", "data/tiny/clean"], "is a causal LM"),
         (["--dataset", "no-such-task"], "unknown task 'no-such-task'"),
@@ -264,9 +265,10 @@ def test_nonsense_is_refused(options, message, tmp_path):
 def test_eight_faults_of_eight_kinds_are_one_refusal(tmp_path):
     """Options, methods, models, data, groups, β, the machine, the folder and what reports: nothing is written."""
     (tmp_path / "file").touch()
-    options = ["--stages", "traces,train", "--max_ruonds", "3", "--eval_methods", "greedy,nabla@0.3"]
+    options = ["--stages", "traces", "train", "--max_ruonds", "3", "--eval_methods", "greedy,nabla@0.3"]
     options += ["--eval_dataset", str(tmp_path / "nope.jsonl"), "--reward", "data/tiny/clean", "--beta", "1e9"]
-    options += ["--train_methods", "rloo", "--num_generations", "7", "--max_new_tokens", "4000", "--dtype", "bfloat16"]
+    options += ["--train_methods", "rloo,rloo-less", "--num_generations", "7", "--max_new_tokens", "4000"]
+    options += ["--dtype", "bfloat16"]
     options += ["--per_device_train_batch_size", "8", "--test_fraction", "2"]
     options += ["--report_to", "no_such_service", "--push_to_hub", "true", "--solver.steps", "3"]
     with pytest.raises(UsageError) as caught:
@@ -280,6 +282,7 @@ def test_eight_faults_of_eight_kinds_are_one_refusal(tmp_path):
         "data/tiny/clean is a causal LM",
         "beta must be from",
         "are not whole groups of num_generations 7",
+        "unknown training method 'rloo-less' (did you mean rloo?)",
         "max_new_tokens 4000 is more than data/tiny/policy can write",
         "test_fraction must be between 0 and 1",
         "report_to no_such_service is unknown",

@@ -76,9 +76,9 @@ def test_options_reach_the_trainers_configuration_and_win_over_ours() -> None:
         (["dpo"], {"loss_type": "hinge,bco_pair"}, []),
         (["grpo"], {"loss_type": "dapo"}, []),
         (["sft"], {"loss_type": "dft"}, []),
-        (["dpo"], {"loss_type": "hinge,nll"}, ["loss_type nll is none of dpo's (choose from sigmoid, hinge"]),
-        (["sft", "dpo"], {"loss_type": "hinge"}, ["loss_type hinge is none of sft's"]),
-        (["rloo"], {"loss_type": "dapo"}, ["loss_type dapo is none of rloo's (it has one loss)"]),
+        (["dpo"], {"loss_type": "hinge,nll"}, ["loss_type nll is unknown to dpo, which has sigmoid, hinge"]),
+        (["sft", "dpo"], {"loss_type": "hinge"}, ["loss_type hinge is unknown to sft, which has "]),
+        (["rloo"], {"loss_type": "dapo"}, ["loss_type dapo is unknown to rloo, which has one loss"]),
     ],
 )
 def test_options_of_other_methods_are_named_with_their_method(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nabla_trl.cli.arguments import DOLLARS_HELP, check_dollars_per_gpu_hour
 from nabla_trl.cli.parsing import Parser, UsageError
 from nabla_trl.utils.faults import Checks
-from nabla_trl.utils.fields import option
+from nabla_trl.utils.fields import option, split_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,10 +35,14 @@ class BreakEvenArguments:
 
     sources: list[str] = option([], argparse.SUPPRESS)
     trained: list[str] = option(
-        [], "Methods that needed the training (default: the greedy decodes of trained policies)."
+        [],
+        "Methods that needed the training, separated by commas or spaces (default: the greedy decodes of trained "
+        "policies).",
     )
     baselines: list[str] = option(
-        [], "Methods to compare with (default: all methods of policies that were not trained)."
+        [],
+        "Methods to compare with, separated by commas or spaces (default: all methods of policies that were not "
+        "trained).",
     )
     train_flops: float | None = option(
         None,
@@ -93,8 +97,8 @@ def main(argv: Sequence[str]) -> int:
 
     pairs = compute_breakeven(
         sources,
-        trained=args.trained,
-        baselines=args.baselines,
+        trained=split_names(args.trained),
+        baselines=split_names(args.baselines),
         training=Price(args.train_flops, args.train_seconds, args.train_seconds),
         reward_training=Price(args.reward_train_flops, args.reward_train_seconds, args.reward_train_seconds),
         dollars_per_gpu_hour=args.dollars_per_gpu_hour,

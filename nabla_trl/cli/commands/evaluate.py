@@ -39,10 +39,10 @@ class EvalArguments:
     output_dir: str = required_option(
         "Folder to write the result rows to. Rows that already exist are kept, so an interrupted run can continue."
     )
-    eval_methods: str = option(
-        "",
-        f"Methods to evaluate, separated by commas: {METHOD_SYNTAX}. L is distilled here, the policy with --adapter "
-        f"(default: {DEFAULT_EVAL_METHODS}, and with an adapter also {DEFAULT_ADAPTER_EVAL_METHODS}).",
+    eval_methods: list[str] = option(
+        [],
+        f"Methods to evaluate, separated by commas or spaces: {METHOD_SYNTAX}. L is distilled here, the policy with "
+        f"--adapter (default: {DEFAULT_EVAL_METHODS}, and with an adapter also {DEFAULT_ADAPTER_EVAL_METHODS}).",
         common=True,
     )
     split: str = option(
@@ -97,12 +97,10 @@ def main(argv: Sequence[str]) -> int:
     from nabla_trl.tasks.problem import filter_with_gold_answer
     from nabla_trl.training.reporting import check_trackers, track_metrics
 
-    default_methods = (
-        [DEFAULT_EVAL_METHODS, DEFAULT_ADAPTER_EVAL_METHODS] if models.adapter else [DEFAULT_EVAL_METHODS]
-    )
+    default_methods = [DEFAULT_EVAL_METHODS, *([DEFAULT_ADAPTER_EVAL_METHODS] if models.adapter else [])]
     methods: list[str] = []
     with checks.collect():
-        methods = parse_methods(args.eval_methods or ",".join(default_methods))
+        methods = parse_methods(args.eval_methods or default_methods)
         labels = [ADAPTER_LABEL] if models.adapter else []
         has_better_model = parse_reward_spec(models.reward).kind == "log-ratio"
         check_method_options(

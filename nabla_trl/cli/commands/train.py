@@ -16,7 +16,7 @@ from nabla_trl.training.offline import OFFLINE_METHODS, ONLINE_METHODS, TRAIN_ME
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.training.trl_options import TrainerConfig, TrlOptions, collect_trl_options
 from nabla_trl.utils.faults import Checks
-from nabla_trl.utils.fields import check_choices, option
+from nabla_trl.utils.fields import check_choices, option, split_names
 
 
 @dataclass
@@ -26,7 +26,10 @@ class TrainArguments(PolicyRewardArguments):
     policy: str = option("", f"{POLICY_HELP} Default: the policy that the traces were made with.", common=True)
     reward: str = option("", f"For {', '.join(ONLINE_METHODS)}. {REWARD_HELP}", common=True)
     train_methods: list[str] = option(
-        ["sft"], f"Training methods, which each give one trained policy: {', '.join(TRAIN_METHODS)}.", common=True
+        ["sft"],
+        "Training methods, separated by commas or spaces, which each give one trained policy: "
+        f"{', '.join(TRAIN_METHODS)}.",
+        common=True,
     )
     traces_dir: str = option(
         "",
@@ -39,6 +42,7 @@ class TrainArguments(PolicyRewardArguments):
     stall_minutes: float = option(DEFAULT_STALL_MINUTES, STALL_MINUTES_HELP)
 
     def __post_init__(self) -> None:
+        self.train_methods = split_names(self.train_methods)
         checks = Checks()
         checks.call(super().__post_init__)
         checks.call(check_stall_minutes, self.stall_minutes)

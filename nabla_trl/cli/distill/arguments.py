@@ -18,7 +18,7 @@ from nabla_trl.evaluation.method import METHOD_SYNTAX, parse_methods
 from nabla_trl.training.checkpoints import get_policy_label
 from nabla_trl.training.offline import TRAIN_METHODS
 from nabla_trl.utils.faults import Checks
-from nabla_trl.utils.fields import check_choices, option
+from nabla_trl.utils.fields import check_choices, option, split_names
 
 # Options of the training that --help shows beside the common ones of this module and of the search.
 COMMON_TRAIN_OPTIONS = (
@@ -66,7 +66,10 @@ class DistillArguments(PolicyRewardArguments):
     )
     split_seed: int = option(0, "Seed of that division. Another seed holds out other problems.")
     train_methods: list[str] = option(
-        ["sft"], f"Training methods, which each give one trained policy: {', '.join(TRAIN_METHODS)}.", common=True
+        ["sft"],
+        "Training methods, separated by commas or spaces, which each give one trained policy: "
+        f"{', '.join(TRAIN_METHODS)}.",
+        common=True,
     )
     max_train_problems: int = option(
         1000, "Maximum number of training problems. Lower it for a quick test.", common=True
@@ -77,14 +80,14 @@ class DistillArguments(PolicyRewardArguments):
     max_eval_problems: int = option(
         300, "Maximum number of evaluation problems. Increase it for narrower confidence intervals.", common=True
     )
-    stages: str = option(
-        ",".join(STAGES), "Stages to run, separated by commas. Finished work is skipped.", common=True
+    stages: list[str] = option(
+        list(STAGES), "Stages to run, separated by commas or spaces. Finished work is skipped.", common=True
     )
     seeds: list[int] = option(list(DEFAULT_SEEDS), SEEDS_HELP, common=True)
-    eval_methods: str = option(
-        "",
-        f"Methods to evaluate, separated by commas: {METHOD_SYNTAX} (default: {DEFAULT_DISTILL_EVAL_METHODS}, and for "
-        f"every trained policy {', '.join(DEFAULT_TRAINED_POLICY_METHODS)}).",
+    eval_methods: list[str] = option(
+        [],
+        f"Methods to evaluate, separated by commas or spaces: {METHOD_SYNTAX} (default: "
+        f"{DEFAULT_DISTILL_EVAL_METHODS}, and for every trained policy {', '.join(DEFAULT_TRAINED_POLICY_METHODS)}).",
         common=True,
     )
     max_audit_problems: int = option(
@@ -102,6 +105,7 @@ class DistillArguments(PolicyRewardArguments):
     )
 
     def __post_init__(self) -> None:
+        self.train_methods, self.stages = split_names(self.train_methods), split_names(self.stages)
         checks = Checks()
         checks.call(super().__post_init__)
         checks.call(check_stall_minutes, self.stall_minutes)
@@ -112,7 +116,7 @@ class DistillArguments(PolicyRewardArguments):
             0 < self.test_fraction < 1, f"test_fraction must be between 0 and 1, not {self.test_fraction:g}"
         )
         checks.require_minimum(self, 1, "max_train_problems", "max_eval_problems", "traces_per_problem")
-        checks.call(check_choices, "stage", self.list_stages(), STAGES)
+        checks.call(check_choices, "stage", self.stages, STAGES)
         checks.call(check_choices, "training method", self.train_methods, TRAIN_METHODS)
         if not self.eval_methods:
             trained = [
@@ -121,10 +125,6 @@ class DistillArguments(PolicyRewardArguments):
                 if train_method in TRAIN_METHODS
                 for method in DEFAULT_TRAINED_POLICY_METHODS
             ]
-            self.eval_methods = ",".join([DEFAULT_DISTILL_EVAL_METHODS, *trained])
+            self.eval_methods = [DEFAULT_DISTILL_EVAL_METHODS, *trained]
         checks.call(parse_methods, self.eval_methods)
         checks.raise_faults()
-
-    def list_stages(self) -> list[str]:
-        """Return the stages to run, in the order of the option."""
-        return self.stages.split(",")

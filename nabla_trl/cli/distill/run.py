@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
             run.check_settings()
             log_to_folder(run.output_dir)
             run.write_config()
-            for stage in run.args.list_stages():
+            for stage in run.args.stages:
                 run.run_stage(stage)
     return 0
 
@@ -209,7 +209,7 @@ class DistillRun:
                     args.eval_dataset or args.dataset, split=args.eval_split, max_problems=args.max_eval_problems
                 )
         checks.call(check_disjoint, train, held_out)
-        if held_out and {"evaluate", "report"} & {*args.list_stages()}:
+        if held_out and {"evaluate", "report"} & {*args.stages}:
             with checks.collect():
                 held_out = filter_with_gold_answer(held_out, verbose=self.state.is_main_process)
         return train[: args.max_train_problems], train[args.max_train_problems :], held_out
@@ -249,7 +249,7 @@ class DistillRun:
 
     def collect_faults(self, checks: Checks) -> None:
         """Collect what would stop the stages later. Nothing is loaded or written."""
-        args, stages = self.args, self.args.list_stages()
+        args, stages = self.args, self.args.stages
         if set(stages) - {"report"}:
             args.check_models(
                 checks,
@@ -301,7 +301,7 @@ class DistillRun:
             return
         if list_trace_files(self.output_dir):
             self._make_train_stage().check_traces(SOFT_TARGETS)
-        elif "traces" in self.args.list_stages() and not self.search_config.soft_target_top_k:
+        elif "traces" in self.args.stages and not self.search_config.soft_target_top_k:
             raise ValueError(
                 f"{SOFT_TARGETS} needs refined distributions in the traces: set soft_target_top_k 16, say"
             )
@@ -310,7 +310,7 @@ class DistillRun:
         """Return the policy and the reward. The first call loads them, and warns past validated limits."""
         policy, reward = self.models.load(4 * self.search_config.batch_size)
         if not self._has_warned and self.state.is_main_process:
-            stages = self.args.list_stages()
+            stages = self.args.stages
             methods = parse_methods(self.args.eval_methods) if "evaluate" in stages else []
             config = self.search_config if has_search(methods) else None
             config = self.budget.limit(self.search_config) if "traces" in stages else config
@@ -418,7 +418,7 @@ class DistillRun:
         Raises:
             ValueError: a stage of this call would continue an output of other settings.
         """
-        stages, methods = self.args.list_stages(), self.args.train_methods
+        stages, methods = self.args.stages, self.args.train_methods
         if "traces" in stages and any(method in OFFLINE_METHODS for method in methods):
             check_settings(self.output_dir / "traces.settings.json", self._collect_trace_settings())
         if "train" in stages:
