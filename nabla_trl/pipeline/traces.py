@@ -77,7 +77,7 @@ def generate_traces(
             other settings, which the message names.
     """
     search_config, budget = make_search_config(config), SharedBudget(shared_flops, problems_per_budget)
-    budget.limit(search_config)  # refuses what no budget may end
+    budget.check(search_config)
     check_whole_number("seed", seed)
     models = ModelPair.build(policy, reward, model_options, stage=generate_traces)
     problem_set = collect_problems(
@@ -111,7 +111,7 @@ def _search_in_memory(
 ) -> list[Trace]:
     policy, reward = models.load(4 * config.batch_size)
     check_gradient(reward, config)
-    warn_past_limits(reward, budget.limit(config))
+    warn_past_limits(reward, config)
     traces: list[Trace] = []
     with AnswerChecker() as checker:
         totals = search_in_batches(
@@ -213,7 +213,7 @@ class TraceRun:
         totals, num_existing = None, len(problems) - len(unfinished)
         if unfinished:
             if self.load is None:
-                warn_past_limits(reward, self.budget.limit(self.config))
+                warn_past_limits(reward, self.config)
             with nullcontext(self.checker) if self.checker else AnswerChecker() as checker:
                 totals = search_to_folder(
                     unfinished,

@@ -19,6 +19,7 @@ from nabla_trl.engine.engine import Engine
 from nabla_trl.engine.scheduler import check_distinct_ids
 from nabla_trl.grading.checker import AnswerChecker
 from nabla_trl.models.policy import Policy
+from nabla_trl.rewards.limits import past_limits
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search.config import NO_BUDGET, SearchConfig, SharedBudget
 from nabla_trl.search.loop import Search, check_gradient, run_search
@@ -70,10 +71,8 @@ def search_in_batches(
 ) -> TraceTotals:
     """Search a response to each problem and store the graded traces, a batch at a time.
 
-    A batch has `config.batch_size` problems, or those that share a budget.
-
-    A batch is stored before the next one begins, so that an early end loses one batch at most. The `meta` of a trace
-    holds the hash of its problem.
+    A batch has `config.batch_size` problems, or those that share a budget. It is stored before the next one begins, so
+    that an early end loses one batch at most. The `meta` of a trace holds the hash of its problem.
 
     Args:
         store: takes the traces of a batch.
@@ -111,8 +110,12 @@ def search_in_batches(
                     totals.add(trace)
                 progress.add_items((trace.problem_id, trace.correct, trace.cost.flops) for trace in traces)
             report_metrics("traces", totals.compute_metrics() | progress.compute_rate())
-            for kind, text in totals.list_warnings(config.max_new_tokens).items():
-                if kind not in warned:
+            warnings = totals.list_warnings(config.max_new_tokens)
+            if budget.shared_flops:  # how many rounds a search has is known only now
+                num_rounds = max((revision.round + 1 for trace in traces for revision in trace.revisions), default=1)
+                warnings["rounds"] = past_limits(reward.validated_limits, num_rounds) or ""
+            for kind, text in warnings.items():
+                if text and kind not in warned:
                     progress.warn(text)
                     warned.add(kind)
     return totals

@@ -506,13 +506,14 @@ class SharedBudget:
         """Problems that stay together where problems are shared out. 1: each search is on its own."""
         return self.problems_per_budget if self.shared_flops else 1
 
-    def limit(self, config: SearchConfig) -> SearchConfig:
-        """Return how searches of this configuration end within the budget. Without one it stays as it is.
+    def check(self, config: SearchConfig) -> None:
+        """Refuse searches that no budget may end.
 
         Raises:
             ValueError: a configuration that cannot have a budget of FLOPs.
         """
-        return config.with_shared_budget(self.shared_flops) if self.shared_flops else config
+        if self.shared_flops:
+            config.with_shared_budget(self.shared_flops)
 
     def get_settings(self) -> dict[str, str]:
         """Return every option that can change a trace. Without a shared budget there is none, as in earlier traces."""

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     )
     checks = Checks()
     models, args, config, budget = parser.parse_options(argv, checks)[:4]
-    checks.call(budget.limit, config)
+    checks.call(budget.check, config)
 
     from nabla_trl.pipeline.problems import ProblemSet, collect_problems
     from nabla_trl.pipeline.traces import SETTINGS_FILE, TraceRun, collect_trace_settings

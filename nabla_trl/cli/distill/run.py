@@ -292,7 +292,7 @@ class DistillRun:
         else:
             checks.call(check_output_dir, self.output_dir)
         if "traces" in stages:
-            checks.call(self.budget.limit, self.search_config)
+            checks.call(self.budget.check, self.search_config)
         checks.call(self.check_settings)
 
     def _check_soft_targets(self) -> None:
@@ -312,9 +312,8 @@ class DistillRun:
         if not self._has_warned and self.state.is_main_process:
             stages = self.args.stages
             methods = parse_methods(self.args.eval_methods) if "evaluate" in stages else []
-            config = self.search_config if has_search(methods) else None
-            config = self.budget.limit(self.search_config) if "traces" in stages else config
-            warn_past_limits(reward, config, get_max_selection_size(methods))
+            searches = "traces" in stages or has_search(methods)
+            warn_past_limits(reward, self.search_config if searches else None, get_max_selection_size(methods))
         self._has_warned = True
         return policy, reward
 
