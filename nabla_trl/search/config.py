@@ -513,7 +513,7 @@ class SharedBudget:
             ValueError: a configuration that cannot have a budget of FLOPs.
         """
         if self.shared_flops:
-            config.with_shared_budget(self.shared_flops)
+            config.with_shared_budget(max_flops=1.0)
 
     def get_settings(self) -> dict[str, str]:
         """Return every option that can change a trace. Without a shared budget there is none, as in earlier traces."""

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import worlds
 
+from nabla_trl.traces.storage import read_traces
+
 
 def recipe() -> Any:
     return importlib.import_module("distillation")
@@ -27,6 +29,7 @@ def test_a_run_is_a_method_a_divergence_and_a_budget() -> None:
 @pytest.mark.slow
 def test_runs_cost_what_they_may_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = "--max_train_problems 12 --max_eval_problems 6 --training_tflops 0.02 --train_batch_size 8"
+    sizes += " --shared_flops 1.9e8"
     command = f"--config recipes/tiny/distillation.yaml --output_dir {tmp_path} {sizes} --runs soft-targets "
     command += "expert-iteration on-policy-distillation"
     module = recipe()
@@ -38,7 +41,8 @@ def test_runs_cost_what_they_may_and_are_kept(tmp_path: Path, monkeypatch: pytes
         "on-policy-distillation-reverse_kl-0.02T",
     ]
     assert all(0.014e12 < record["training_flops"] < 0.026e12 for record in records)
-    assert [record["search_flops"] > 0 for record in records] == [True, False, False]
+    stored = sum(trace.cost.flops for trace in read_traces(tmp_path / "traces"))
+    assert [record["search_flops"] for record in records] == [stored, 0, 0] and 0 < stored < 1.1 * 12 * 1.9e8
     monkeypatch.setattr(module, "train", None)
     module.main(command.split())
     assert json.loads((tmp_path / "distillation.json").read_text()) == records
