@@ -225,6 +225,8 @@ class Search:
         ended = all(chain.stop_reason in RESTARTABLE_STOP_REASONS for chain in self.chains)
         if ended and self.config.restarts_enabled and self.can_restart():
             [response] = await self.draw_first_responses(1)
+            for chain in self.chains:
+                chain.incumbent.drop_caches()
             index = self.chains[-1].index + 1
             self.chains.append(SearchState(response, initial=response, index=index, beta=self.chains[0].beta))
             self.stop_on_invalid_reward(self.chains[-1], response.reward)

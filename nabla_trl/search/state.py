@@ -84,6 +84,10 @@ class ScoredResponse:
             raise RuntimeError(f"{self.problem.id}: run the solver before making proposals")
         return self.proposal_scores
 
+    def drop_caches(self) -> None:
+        """Free the memory that only a search which goes on from this response needs."""
+        self.policy_cache, self.score_caches, self.hidden_states = PrefixState(0), [], None
+
     def make_sample(self, response_ids: list[int] | None = None) -> Sample:
         """Return the sample to score or differentiate, with other tokens in place of the response's if given."""
         return Sample(self.problem, self.prompt.ids, self.response_ids if response_ids is None else response_ids)
@@ -143,6 +147,7 @@ class SearchState:
 
     def replace_incumbent(self, response: ScoredResponse) -> None:
         """Make an accepted response the incumbent."""
+        self.incumbent.drop_caches()
         self.incumbent, self.rejected_branches = response, set()
         self.rounds_since_acceptance = 0
         self.num_accepted += 1

@@ -11,7 +11,7 @@ from nabla_trl.baselines.allocation import count_flops
 from nabla_trl.baselines.sampling import draw_pool
 from nabla_trl.search.batches import run_search_with_shared_budget
 from nabla_trl.search.config import SearchConfig
-from nabla_trl.search.loop import run_search
+from nabla_trl.search.loop import Search, run_search
 from nabla_trl.tasks.problem import Problem
 
 
@@ -50,3 +50,16 @@ def test_first_responses_stay_within_the_even_share(problems, policy, scalar_rew
     budget = sum(count_flops(entry, with_reward=True) for entry in pool.entries)
     traces = run_search_with_shared_budget(problems, policy=policy, config=config, max_flops=budget, **shared)
     assert sum(trace.cost.flops for trace in traces) <= 1.1 * budget
+
+
+def test_only_the_response_that_a_search_goes_on_from_takes_memory(problems, policy, scalar_reward, monkeypatch):
+    searches, build_trace = [], Search.build_trace
+    monkeypatch.setattr(Search, "build_trace", lambda search: searches.append(search) or build_trace(search))
+    config = SearchConfig(max_new_tokens=8, patience=1, candidate_min_p=0.0)
+    run_search_with_shared_budget(problems, policy=policy, reward=scalar_reward, config=config, max_flops=2e7)
+    assert max(len(search.chains) for search in searches) > 1
+    assert any(chain.num_accepted for search in searches for chain in search.chains)
+    for search in searches:
+        responses = [response for chain in search.chains for response in (chain.initial, chain.incumbent)]
+        kept = {id(response) for response in responses if response.policy_cache.length or response.score_caches}
+        assert kept == {id(search.chains[-1].incumbent)}

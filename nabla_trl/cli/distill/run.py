@@ -14,6 +14,7 @@ Each stage continues where it was interrupted and skips finished work. `--stages
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -390,6 +391,12 @@ class DistillRun:
         if not any(method in OFFLINE_METHODS for method in self.args.train_methods):
             self.print_once(f"traces: not needed for {', '.join(self.args.train_methods)}")
             return
+        num_blocks = math.ceil(len(self.train_problems) / self.budget.block_size)
+        if self.budget.shared_flops and num_blocks < self.state.num_processes:
+            self.print_once(
+                f"traces: {num_blocks} of {self.state.num_processes} processes have a budget to spend: lower "
+                f"problems_per_budget ({self.budget.problems_per_budget}) to use all of them"
+            )
         share = self._select_process_share(self.train_problems, self.budget.block_size)
         scope = " of this process" if self.state.num_processes > 1 else ""
         for seed in range(self.args.seeds[0], self.args.seeds[0] + self.args.traces_per_problem):
