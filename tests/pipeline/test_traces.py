@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from datasets import Dataset, DatasetDict
 import nabla_trl
 from nabla_trl import generate_traces, to_preference_dataset, to_sft_dataset
 from nabla_trl.models.policy import Policy
+from nabla_trl.rewards.limits import ValidatedLimits
 from nabla_trl.rewards.reward import Reward
 from nabla_trl.search import batches
 from nabla_trl.traces.schema import Trace
@@ -85,6 +87,17 @@ def test_problems_share_budgets_and_a_budget_that_was_cut_off_begins_again(
     other = worlds.refused(lambda: run(shared_flops=2 * share, output_dir=tmp_path), "made with other settings")
     assert f"shared_flops '{2 * share}' (was '{share}')" in other
     worlds.refused(lambda: run(output_dir=tmp_path), "problems_per_budget None (was '2')")
+
+
+def test_a_budget_that_leads_past_the_validated_rounds_is_said(
+    policy: Policy, scalar_reward: Reward, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = replace(scalar_reward, validated_limits=ValidatedLimits(max_samples=1, max_rounds=1))
+    options: dict[str, Any] = {"config": {**CONFIG, "max_rounds": 1}, "shared_flops": 6e6}
+    traces = generate_traces(ROWS, policy, reward, **options)
+    num_rounds = max(trace.revisions[-1].round + 1 for trace in traces if trace.revisions)
+    words = f"validated this reward up to 1 rounds, but a search of {num_rounds} rounds is requested"
+    assert num_rounds > 1 and words in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_running_loop_is_no_hindrance(traces: list[Trace], policy: Policy, scalar_reward: Reward) -> None:
