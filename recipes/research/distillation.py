@@ -6,9 +6,11 @@
 A run is METHOD[:DIVERGENCE][@TFLOPS]. Each trains a LoRA adapter until its training has cost --training_tflops, or
 what stands behind @. FLOPs of training are those of `train.json`: samples, rewards, teachers and steps. The search
 that made the traces is counted apart. expert-iteration draws --num_draws responses to each problem, trains the
-original policy on the right ones, and draws again from it. Its draws are part of its budget.
+original policy on the right ones, and draws again from it. Its draws are part of its budget. With --answers_dir it
+trains once, on answers that recipes/reward.py has drawn.
 
-OUT/distillation.json has the results, and OUT/RUN/ each adapter and its evaluation. Runs that exist are kept.
+OUT/distillation.json has the results, OUT/base the evaluation of the policy itself, and OUT/RUN/ each adapter and its
+evaluation, from where `nabla-trl export` takes both. Runs that exist are kept.
 """
 
 from __future__ import annotations
@@ -16,31 +18,34 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nabla_trl import evaluate, generate_traces, load_policy, train
+from nabla_trl import EvaluationResult, evaluate, generate_traces, load_policy, load_problems, train
 from nabla_trl.cli.arguments import DATASET_HELP, POLICY_HELP, REWARD_HELP
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
+from nabla_trl.grading.checker import AnswerChecker
+from nabla_trl.models.flops import FlopCounter, measure_model_size
+from nabla_trl.models.policy import Policy
 from nabla_trl.report.markdown import format_table
+from nabla_trl.reward_training.data import read_samples
 from nabla_trl.search.config import SearchConfig, SharedBudget
+from nabla_trl.traces.build import build_response_trace, grade_traces
 from nabla_trl.traces.schema import Trace
+from nabla_trl.training.checkpoints import find_trained_weights, get_policy_label
 from nabla_trl.training.offline import DEFAULT_DIVERGENCES, OFFLINE_METHODS, TRAIN_METHODS, TrainingResult
+from nabla_trl.training.peft import LoraArguments
 from nabla_trl.utils.faults import Checks
 from nabla_trl.utils.fields import option, required_option
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.identity import claim_settings
+from nabla_trl.utils.statistics import adjust_differences, paired_difference
 
 EXPERT_ITERATION = "expert-iteration"
-METRICS = {
-    "greedy": "accuracy.distilled_greedy",
-    "sampled": "accuracy.distilled_best_of_1",
-    "pass@4": "pass@4.distilled",
-    "reward": "reward.distilled_best_of_1",
-    "KL to base": "kl.distilled_best_of_1",
-}
+BASE = "base"
 
 
 @dataclass
@@ -56,13 +61,26 @@ class DistillationArguments:
     )
     training_tflops: float = option(0.5, "TFLOPs of each training for which no other number is given.")
     max_train_problems: int = option(600, "Training problems.")
+    eval_dataset: str = option("", "Data set of the held-out problems (default: the test split of --dataset).")
     max_eval_problems: int = option(300, "Held-out problems.")
+    max_kl_problems: int = option(
+        300, "Held-out problems of the KL to the base policy and of the reward, which both cost a reading each."
+    )
+    num_eval_samples: int = option(4, "Responses to each held-out problem, for the sampled accuracy and pass@k.")
+    dtype: str | None = option(
+        None, "Data type of frozen models: float32, bfloat16 or float16 (default: float32 on CPUs)."
+    )
     train_batch_size: int = option(32, "Rows or responses of an optimizer step.")
     offline_learning_rate: float = option(2e-3, "Learning rate of methods on traces, and of expert iteration.")
     online_learning_rate: float = option(1e-3, "Learning rate of methods that sample.")
     dpo_learning_rate: float = option(3e-4, "Learning rate of dpo.")
     num_draws: int = option(4, "Responses per problem and iteration of expert iteration.")
     num_iterations: int = option(2, "Iterations of expert iteration.")
+    answers_dir: str = option(
+        "",
+        "Folder of answers of the policy that recipes/reward.py has drawn (its --samples_dir). Expert iteration takes "
+        "them in place of its own draws, for one iteration, and is charged for drawing them.",
+    )
     seed: int = option(0, "Seed of searches, trainings and evaluations.")
 
     def __post_init__(self) -> None:
@@ -99,25 +117,35 @@ class Run:
 class DistillationStudy:
     """The traces of a search, and what is trained on them or beside them."""
 
-    def __init__(self, args: DistillationArguments, search_config: SearchConfig, budget: SharedBudget):
-        self.args, self.search_config, self.budget = args, search_config, budget
+    def __init__(
+        self, args: DistillationArguments, lora: LoraArguments, search_config: SearchConfig, budget: SharedBudget
+    ):
+        self.args, self.lora, self.search_config, self.budget = args, lora, search_config, budget
         self.folder = Path(args.output_dir)
         self.traces: list[Trace] = []
 
-    def run(self, run: Run) -> dict[str, Any]:
-        """Return the record of a run: FLOPs of training and of the search, and the metrics of the trained policy."""
-        folder = self.folder / run.name
+    def run(self, run: Run | None) -> dict[str, Any]:
+        """Return the record of a run: FLOPs of training and of the search, and the metrics of the trained policy.
+
+        Args:
+            run: None for the policy itself.
+        """
+        folder = self.folder / (run.name if run else BASE)
         file = folder / "result.json"
         if file.exists():
             return dict(read_json_file(file))
-        if run.method == EXPERT_ITERATION:
-            training_flops, adapter = self.iterate(run, folder)
+        if run is None:
+            record: dict[str, Any] = {"run": BASE, "training_flops": 0.0, "search_flops": 0.0}
+            record |= self.evaluate("", folder)
+        elif run.method == EXPERT_ITERATION:
+            training_flops, last = self.iterate(run, folder)
+            record = {"run": run.name, "training_flops": training_flops, "search_flops": 0.0}
+            record |= self.evaluate("sft", last)
         else:
             result = self.train(run, folder, self.find_num_steps(run))
-            training_flops, adapter = result.flops, folder / "trained" / run.method / "adapter"
-        search_flops = sum(trace.cost.flops for trace in self.traces) if run.method in OFFLINE_METHODS else 0.0
-        record = {"run": run.name, "training_flops": training_flops, "search_flops": search_flops}
-        record |= self.evaluate(adapter, folder / "eval")
+            search_flops = sum(trace.cost.flops for trace in self.traces) if run.method in OFFLINE_METHODS else 0.0
+            record = {"run": run.name, "training_flops": result.flops, "search_flops": search_flops}
+            record |= self.evaluate(get_policy_label(run.method), folder)
         write_atomic(file, json.dumps(record, indent=1))
         return record
 
@@ -133,6 +161,7 @@ class DistillationStudy:
                 seed=args.seed,
                 max_problems=args.max_train_problems,
                 output_dir=self.folder,
+                dtype=args.dtype,
                 **vars(self.budget),
             )
         return self.traces
@@ -158,65 +187,142 @@ class DistillationStudy:
             "seed": self.args.seed,
         }
         config |= {"divergence": run.divergence} if run.divergence else {}
+        options: dict[str, Any] = {"output_dir": folder, "config": config, "lora": self.lora, "dtype": self.args.dtype}
         if run.method == EXPERT_ITERATION:
             config["sft_selection"] = "correct"
-            return train("sft", self.args.policy, traces or [], output_dir=folder, config=config)
+            return train("sft", self.args.policy, traces or [], **options)
         if is_offline:
-            return train(run.method, self.args.policy, self.get_traces(), output_dir=folder, config=config)
+            return train(run.method, self.args.policy, self.get_traces(), **options)
+        search = {name: value for name, value in self.search_config.to_dict().items() if name != "soft_target_top_k"}
         return train(
             run.method,
             self.args.policy,
             self.args.dataset,
             reward=self.args.reward,
-            search={
-                name: value for name, value in self.search_config.to_dict().items() if name != "soft_target_top_k"
-            },
+            search=search,
             max_problems=self.args.max_train_problems,
-            output_dir=folder,
-            config=config,
+            **options,
         )
 
     def iterate(self, run: Run, folder: Path) -> tuple[float, Path]:
-        """Run expert iteration within a budget. Returns its FLOPs and the last adapter."""
-        args, spent, policy = self.args, 0.0, load_policy(self.args.policy)
-        draws = self.search_config.with_no_gradient().with_options(max_rounds=0, max_rollouts=1, patience=0)
-        for iteration in range(args.num_iterations):
+        """Run expert iteration within a budget. Returns its FLOPs and the folder of the last training."""
+        args, spent = self.args, 0.0
+        policy = load_policy(args.policy, dtype=args.dtype)
+        num_iterations = 1 if args.answers_dir else args.num_iterations
+        for iteration in range(num_iterations):
             part = folder / f"iteration{iteration}"
-            traces = [
-                trace
-                for number in range(args.num_draws)
-                for trace in generate_traces(
-                    args.dataset,
-                    policy,
-                    _give_no_reward,
-                    config=draws,
-                    seed=1000 * args.seed + number,
-                    max_problems=args.max_train_problems,
-                )
-            ]
+            traces = self.read_answers(policy) if args.answers_dir else self.draw_answers(policy)
             spent += sum(trace.cost.flops for trace in traces)
             probe = self.train(run, part / "probe", 2, traces)
-            budget = run.tflops * 1e12 * (iteration + 1) / args.num_iterations - spent
+            budget = run.tflops * 1e12 * (iteration + 1) / num_iterations - spent
             result = self.train(run, part, max(1, round(budget * probe.steps / probe.flops)), traces)
             spent += result.flops
             adapter = part / "trained" / "sft" / "adapter"
-            policy = load_policy(args.policy, adapter=str(adapter))
-        return spent, adapter
+            policy = load_policy(args.policy, adapter=str(adapter), dtype=args.dtype)
+        return spent, part
 
-    def evaluate(self, adapter: Path, folder: Path) -> dict[str, Any]:
-        """Return the metrics of a trained policy on held-out problems, each with its 95% interval."""
-        result = evaluate(
-            self.args.dataset,
+    def draw_answers(self, policy: Policy) -> list[Trace]:
+        """Return `num_draws` answers of a policy to each training problem, as traces without rounds."""
+        draws = self.search_config.with_no_gradient().with_options(
+            max_rounds=0, max_rollouts=1, patience=0, num_starts=1, num_chains=1, soft_target_top_k=0
+        )
+        return [
+            trace
+            for number in range(self.args.num_draws)
+            for trace in generate_traces(
+                self.args.dataset,
+                policy,
+                _give_no_reward,
+                config=draws,
+                seed=1000 * self.args.seed + number,
+                max_problems=self.args.max_train_problems,
+            )
+        ]
+
+    def read_answers(self, policy: Policy) -> list[Trace]:
+        """Return the answers of --answers_dir as traces, each problem's prompt charged once."""
+        problems = load_problems(self.args.dataset, split="train", max_problems=self.args.max_train_problems)
+        by_id = {problem.id: problem for problem in problems}
+        file = Path(self.args.answers_dir, "round-0.0.jsonl")
+        every_id = {problem.id: problem for problem in load_problems(self.args.dataset, split="train")}
+        samples = [sample for sample in read_samples(file, every_id) if sample.problem.id in by_id]
+        if missing := by_id.keys() - {sample.problem.id for sample in samples}:
+            raise ValueError(f"{file} has no answers to {len(missing)} of {len(problems)} training problems")
+        size = measure_model_size(policy.model, "policy")
+        num_answers: Counter[str] = Counter()
+        traces = []
+        for sample in samples:
+            counter, num_prompt = FlopCounter(), len(sample.prompt_ids)
+            if not num_answers[sample.problem.id]:
+                counter.add_flops("draw", size, "prefill", 0, num_prompt - 1, num_head_positions=0)
+            counter.add_flops("draw", size, "decode", num_prompt - 1, len(sample.response_ids))
+            traces.append(
+                build_response_trace(
+                    policy,
+                    sample.problem,
+                    method="samples",
+                    seed=num_answers[sample.problem.id],
+                    prompt_ids=sample.prompt_ids,
+                    response_ids=sample.response_ids,
+                    reward=0.0,
+                    cost=counter.get_total_cost(),
+                    meta={"tokenizer_hash": policy.tokenizer_hash},
+                )
+            )
+            num_answers[sample.problem.id] += 1
+        with AnswerChecker() as checker:
+            return grade_traces(traces, checker)
+
+    def evaluate(self, label: str, folder: Path) -> dict[str, Any]:
+        """Return the metrics of a policy on held-out problems with their intervals, and its values by problem.
+
+        Args:
+            label: of the trained policy in `folder`, or "" for the policy itself.
+        """
+        prefix, n = f"{label}_" if label else "", self.args.num_eval_samples
+        adapter = str(find_trained_weights(folder, label.replace("_", "-"))) if label else None
+        result = self.evaluate_methods(
+            [f"{prefix}greedy", f"{prefix}samples_{n}"], folder, self.args.max_eval_problems
+        )
+        summary = dict(result.summary)
+        summary |= self.evaluate_methods(
+            ["distilled_best_of_1" if label else "best_of_1"],
+            folder / "kl",
+            self.args.max_kl_problems,
+            adapter=adapter,
+        ).summary
+        drawn = "distilled_best_of_1" if label else "best_of_1"
+        keys = {
+            "greedy": f"accuracy.{prefix}greedy",
+            "sampled": f"avg@{n}.{label or BASE}",
+            f"pass@{n}": f"pass@{n}.{label or BASE}",
+            "reward": f"reward.{drawn}",
+            "KL to base": f"kl.{drawn}",
+        }
+        greedy = {row.problem: float(bool(row.correct)) for row in result.rows if row.method == f"{prefix}greedy"}
+        sampled = {
+            row.problem: sum(bool(correct) for _, correct in row.samples) / n
+            for row in result.rows
+            if row.samples is not None
+        }
+        return {name: summary[key] for name, key in keys.items()} | {"values": [greedy, sampled]}
+
+    def evaluate_methods(
+        self, methods: list[str], folder: Path, max_problems: int, adapter: str | None = None
+    ) -> EvaluationResult:
+        """Evaluate methods on held-out problems."""
+        return evaluate(
+            self.args.eval_dataset or self.args.dataset,
             self.args.policy,
             self.args.reward,
-            adapter=str(adapter),
-            methods=["distilled_greedy", "distilled_best_of_1", "distilled_samples_4"],
+            adapter=adapter,
+            methods=methods,
             seeds=[self.args.seed],
             config=self.search_config.with_options(soft_target_top_k=0),
-            max_problems=self.args.max_eval_problems,
+            max_problems=max_problems,
             output_dir=folder,
+            dtype=self.args.dtype,
         )
-        return {name: result.summary[key] for name, key in METRICS.items()}
 
 
 def _give_no_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -224,33 +330,58 @@ def _give_no_reward(prompts: Sequence[Any], completions: Sequence[Any], **column
     return [0.0] * len(completions)
 
 
-def format_results(records: Sequence[dict[str, Any]]) -> str:
-    """Return the records as a Markdown table."""
+def format_results(records: Sequence[dict[str, Any]], num_samples: int) -> str:
+    """Return the records as a Markdown table, each accuracy with its paired difference from the policy itself.
+
+    Args:
+        records: the first one is that of the policy itself. P-values of all differences are adjusted together (Holm).
+        num_samples: responses to each problem of the sampled accuracy.
+    """
+    base = records[0]
+    columns = ("greedy", "sampled")
+    differences = {
+        (record["run"], name): paired_difference(
+            *(
+                {problem: [value] for problem, value in values[column].items()}
+                for values in (record["values"], base["values"])
+            ),
+            trials_per_cell=num_samples if column else 1,
+        )
+        for record in records[1:]
+        for column, name in enumerate(columns)
+    }
+    differences = adjust_differences(differences)
+    metrics = [name for name in base if isinstance(base[name], dict)]
     lines = []
     for record in records:
         total = record["training_flops"] + record["search_flops"]
         cells = [record["run"], f"{record['training_flops'] / 1e12:.2f}", f"{total / 1e12:.2f}"]
-        for name in METRICS:
+        for name in metrics:
             value, low, high = (record[name][key] for key in ("value", "low", "high"))
             known = all(map(math.isfinite, (low, high)))
             cells.append(f"{value:.3f} [{low:.3f}, {high:.3f}]" if known else f"{value:.3f}")
+            if (difference := differences.get((record["run"], name))) is not None:
+                ends = f"[{difference.low:+.3f}, {difference.high:+.3f}]"
+                cells[-1] += f", {difference.value:+.3f} {ends}, p = {difference.p_value:.3f}"
         lines.append(cells)
-    return format_table(["run", "TFLOPs of training", "with the search", *METRICS], lines)
+    return format_table(["run", "TFLOPs of training", "with the search", *metrics], lines)
 
 
 def main(argv: Sequence[str]) -> None:
     quiet_libraries()
-    args, search_config, budget = parse_dataclasses([DistillationArguments, SearchConfig, SharedBudget], argv)
+    dataclasses = [DistillationArguments, LoraArguments, SearchConfig, SharedBudget]
+    args, lora, search_config, budget = parse_dataclasses(dataclasses, argv)
     folder = Path(args.output_dir)
-    settings = {name: str(value) for name, value in asdict(args).items() if name not in ("runs", "output_dir")}
+    kept = ("runs", "output_dir", "training_tflops")
+    settings = {name: str(value) for name, value in (asdict(args) | asdict(lora)).items() if name not in kept}
     settings |= search_config.get_settings() | budget.get_settings()
     claim_settings(folder / "distillation.settings.json", settings)
-    study = DistillationStudy(args, search_config, budget)
-    records = []
+    study = DistillationStudy(args, lora, search_config, budget)
+    records = [study.run(None)]
     for text in args.runs:
         records.append(study.run(Run.parse(text, args.training_tflops)))
         write_atomic(folder / "distillation.json", json.dumps(records, indent=1))
-        print(format_results(records), flush=True)
+        print(format_results(records, args.num_eval_samples), flush=True)
 
 
 if __name__ == "__main__":
