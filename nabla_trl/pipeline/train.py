@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
@@ -521,10 +522,17 @@ def _make_lora(lora: Any) -> LoraArguments:
 
 
 def _check_traces(traces: Sequence[Any]) -> None:
-    """Refuse objects that are no traces."""
+    """Refuse objects that are no traces, and a trace that is there twice, before any is written."""
     if not traces or not all(isinstance(trace, Trace) for trace in traces):
         kinds = ", ".join(sorted({type(trace).__name__ for trace in traces})) or "none"
         raise ValueError(f"this method learns from traces, which generate_traces makes, and got {kinds}")
+    keys = Counter((trace.problem_id, trace.seed, trace.method) for trace in traces)
+    [((problem_id, seed, method), number)] = keys.most_common(1)
+    if number > 1:
+        raise ValueError(
+            f"{number} traces are of problem {problem_id!r} with seed {seed} ({method}): each response to a problem "
+            "needs a seed of its own"
+        )
 
 
 def _store_traces(traces: Sequence[Any], output_dir: Path) -> None:

@@ -244,8 +244,8 @@ class DistillationStudy:
         problems = load_problems(self.args.dataset, split="train", max_problems=self.args.max_train_problems)
         by_id = {problem.id: problem for problem in problems}
         file = Path(self.args.answers_dir, "round-0.0.jsonl")
-        every_id = {problem.id: problem for problem in load_problems(self.args.dataset, split="train")}
-        samples = [sample for sample in read_samples(file, every_id) if sample.problem.id in by_id]
+        known = {problem.id: problem for problem in load_problems(self.args.dataset, split="train")}
+        samples = [sample for sample in read_samples(file, known) if sample.problem.id in by_id]
         if missing := by_id.keys() - {sample.problem.id for sample in samples}:
             raise ValueError(f"{file} has no answers to {len(missing)} of {len(problems)} training problems")
         size = measure_model_size(policy.model, "policy")
@@ -281,31 +281,24 @@ class DistillationStudy:
         """
         prefix, n = f"{label}_" if label else "", self.args.num_eval_samples
         adapter = str(find_trained_weights(folder, label.replace("_", "-"))) if label else None
-        result = self.evaluate_methods(
-            [f"{prefix}greedy", f"{prefix}samples_{n}"], folder, self.args.max_eval_problems
-        )
-        summary = dict(result.summary)
-        summary |= self.evaluate_methods(
-            ["distilled_best_of_1" if label else "best_of_1"],
-            folder / "kl",
-            self.args.max_kl_problems,
-            adapter=adapter,
-        ).summary
+        methods = [f"{prefix}greedy", f"{prefix}samples_{n}"]
+        answered = self.evaluate_methods(methods, folder, self.args.max_eval_problems)
         drawn = "distilled_best_of_1" if label else "best_of_1"
-        keys = {
-            "greedy": f"accuracy.{prefix}greedy",
-            "sampled": f"avg@{n}.{label or BASE}",
-            f"pass@{n}": f"pass@{n}.{label or BASE}",
-            "reward": f"reward.{drawn}",
-            "KL to base": f"kl.{drawn}",
-        }
-        greedy = {row.problem: float(bool(row.correct)) for row in result.rows if row.method == f"{prefix}greedy"}
+        scored = self.evaluate_methods([drawn], folder / "kl", self.args.max_kl_problems, adapter=adapter)
+        greedy = {row.problem: float(bool(row.correct)) for row in answered.rows if row.samples is None}
         sampled = {
             row.problem: sum(bool(correct) for _, correct in row.samples) / n
-            for row in result.rows
+            for row in answered.rows
             if row.samples is not None
         }
-        return {name: summary[key] for name, key in keys.items()} | {"values": [greedy, sampled]}
+        return {
+            "greedy": answered.summary[f"accuracy.{prefix}greedy"],
+            "sampled": answered.summary[f"avg@{n}.{label or BASE}"],
+            f"pass@{n}": answered.summary[f"pass@{n}.{label or BASE}"],
+            "reward": scored.summary[f"reward.{drawn}"],
+            "KL to base": scored.summary[f"kl.{drawn}"],
+            "values": [greedy, sampled],
+        }
 
     def evaluate_methods(
         self, methods: list[str], folder: Path, max_problems: int, adapter: str | None = None
@@ -338,18 +331,11 @@ def format_results(records: Sequence[dict[str, Any]], num_samples: int) -> str:
         num_samples: responses to each problem of the sampled accuracy.
     """
     base = records[0]
-    columns = ("greedy", "sampled")
-    differences = {
-        (record["run"], name): paired_difference(
-            *(
-                {problem: [value] for problem, value in values[column].items()}
-                for values in (record["values"], base["values"])
-            ),
-            trials_per_cell=num_samples if column else 1,
-        )
-        for record in records[1:]
-        for column, name in enumerate(columns)
-    }
+    differences = {}
+    for record in records[1:]:
+        for column, (name, trials) in enumerate((("greedy", 1), ("sampled", num_samples))):
+            values = [{key: [value] for key, value in item["values"][column].items()} for item in (record, base)]
+            differences[record["run"], name] = paired_difference(*values, trials_per_cell=trials)
     differences = adjust_differences(differences)
     metrics = [name for name in base if isinstance(base[name], dict)]
     lines = []

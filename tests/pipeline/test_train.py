@@ -65,6 +65,13 @@ def test_a_model_and_traces_in_memory_become_a_run(
         lambda: train("sft", policy.model, traces[:1], tokenizer=policy.tokenizer, output_dir=tmp_path),
         "holds other traces than these",
     )
+    twice = [traces[0], traces[0]]
+    worlds.refused(
+        lambda: train("sft", policy.model, twice, tokenizer=policy.tokenizer, output_dir=tmp_path / "twice"),
+        "2 traces are of problem",
+        "a seed of its own",
+    )
+    assert not (tmp_path / "twice").exists()
     worlds.refused(
         lambda: train(
             "sft",

@@ -82,8 +82,25 @@ def test_a_merge_that_would_change_the_logits_is_refused(tmp_path: Path, monkeyp
     worlds.refused(lambda: load_policy(base, adapter=str(tmp_path / "adapter")), "cannot be merged", base, "logits")
 
 
-def make_adapter_folder(folder: Path, base: str, **changes: Any) -> str:
-    train_adapter(worlds.tiny_model(), target_modules=["q_proj"]).save_pretrained(folder)
+def test_a_merge_is_checked_on_tokens_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = worlds.tiny_model("llama", vocab=64)
+    model.get_input_embeddings().weight.data[:8] *= 1e-15  # special tokens that were never trained: small logits
+    base = worlds.save(tmp_path / "base", model)
+    adapter = make_adapter_folder(tmp_path / "adapter", base, model)
+    merge = adapters_module._merge
+
+    def merge_wrongly(wrapped: Any) -> Any:
+        merged = merge(wrapped)
+        merged.model.layers[0].mlp.up_proj.weight.data *= 2
+        return merged
+
+    load_policy(base, adapter=adapter)
+    monkeypatch.setattr(adapters_module, "_merge", merge_wrongly)
+    worlds.refused(lambda: load_policy(base, adapter=adapter), "cannot be merged", base, "logits")
+
+
+def make_adapter_folder(folder: Path, base: str, model: Any = None, **changes: Any) -> str:
+    train_adapter(model or worlds.tiny_model(), target_modules=["q_proj"]).save_pretrained(folder)
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base, **changes}))
     return str(folder)
