@@ -181,6 +181,7 @@ class DistillationStudy:
             "learning_rate": self.args.dpo_learning_rate if run.method == "dpo" else rates[is_offline],
             "lr_scheduler_type": "cosine",
             "warmup_steps": min(10, num_steps // 4),
+            "gradient_checkpointing": False,  # it saves memory that short responses do not need
             "save_strategy": "no",
             "report_to": "none",
             "logging_steps": max(1, num_steps // 20),
