@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from nabla_trl.evaluation.grids import ResultGrid, build_grids
+from nabla_trl.evaluation.metrics import estimate_sample_metrics
 from nabla_trl.exporting.checkpoint import Checkpoint
 from nabla_trl.tasks.yaml_task import find_hub_task_config
 from nabla_trl.utils import statistics
 from nabla_trl.utils.formatting import format_interval, format_si
-from nabla_trl.utils.statistics import PairedDifference
+from nabla_trl.utils.statistics import Interval, PairedDifference
 
 UNKNOWN_LICENSE = "unknown"
 # `subfolder` does not work here: transformers sees the adapter beside it first, and looks for the folder in the base.
@@ -57,12 +59,13 @@ def build_model_card(checkpoint: Checkpoint, provenance: Provenance) -> ModelCar
     Raises:
         ValueError: rows are missing or occur twice (see `evaluation.grids.build_grids`).
     """
-    grids = build_grids([row for row in checkpoint.rows if not row.method.startswith(checkpoint.other_prefixes)])
+    rows = [row for row in checkpoint.rows if not row.method.startswith(checkpoint.other_prefixes)]
+    grids, sample_metrics = build_grids(rows), estimate_sample_metrics(rows)
     parts = [
         f"# {provenance.model_name}",
         _write_description(checkpoint, provenance),
         "## Results",
-        _write_results(checkpoint, grids),
+        _write_results(checkpoint, grids, sample_metrics),
         "## Training cost",
         _write_cost(checkpoint),
         "## How to load",
@@ -161,22 +164,41 @@ def _format_beta(checkpoint: Checkpoint) -> str:
     return "none was set" if search_beta is None else f"{search_beta:g} in the search for the traces, none in training"
 
 
-def _write_results(checkpoint: Checkpoint, grids: Mapping[str, ResultGrid]) -> str:
-    any_grid = next(iter(grids.values()))
+def _write_results(
+    checkpoint: Checkpoint, grids: Mapping[str, ResultGrid], sample_metrics: Mapping[str, Interval]
+) -> str:
     lines = [
-        f"{len(any_grid.problems)} held-out problems of {checkpoint.facts['task']}. {statistics.INTERVAL_NOTE} "
+        f"{_count_problems(checkpoint)} held-out problems of {checkpoint.facts['task']}. {statistics.INTERVAL_NOTE} "
         "FLOPs and seconds are per query. This model is bold, the other rows are the base.",
         "",
         "| method | accuracy | reward | FLOPs | seconds | errors |",
         "| --- |" + " --- |" * 5,
     ]
     lines += [_write_table_row(checkpoint, method, grid) for method, grid in grids.items()]
+    lines += _write_sample_table(checkpoint, sample_metrics)
     gap = _compute_greedy_gain(checkpoint, grids)
     if gap is not None:
         p_value = f"p = {gap.p_value:.3f}" if gap.p_value >= 0.001 else "p < 0.001"
         difference = format_interval(gap.to_dict(), "+.3f")
         lines += ["", f"Greedy accuracy of this model minus that of the base: {difference}, {p_value}."]
     return "\n".join(lines)
+
+
+def _write_sample_table(checkpoint: Checkpoint, metrics: Mapping[str, Interval]) -> list[str]:
+    """Return the lines of a table of independent samples: one sample, the share of problems solved, and votes."""
+    averages = [re.fullmatch(r"avg@(\d+)\.(\w+)", name) for name in metrics]
+    lines = []
+    for match in filter(None, averages):
+        n, label = match.groups()
+        name = f"**{label}**" if checkpoint.row_prefix == f"{label}_" else label
+        values = (metrics[f"{kind}@{n}.{label}"].to_dict() for kind in ("avg", "pass", "maj"))
+        lines.append(f"| {name} | {n} | {' | '.join(map(format_interval, values))} |")
+    header = ["", "| policy | samples n | one sample | pass@n | maj@n |", "| --- |" + " --- |" * 4]
+    return header + lines if lines else []
+
+
+def _count_problems(checkpoint: Checkpoint) -> int:
+    return len({row.problem for row in checkpoint.rows})
 
 
 def _write_table_row(checkpoint: Checkpoint, method: str, grid: ResultGrid) -> str:
@@ -256,11 +278,10 @@ def _write_usage(checkpoint: Checkpoint, provenance: Provenance) -> str:
 
 
 def _write_limits(checkpoint: Checkpoint, grids: Mapping[str, ResultGrid]) -> str:
-    problems = len(next(iter(grids.values())).problems)
     lines = [
         f"For questions like those of {checkpoint.facts['task']}, in the tokenizer's own chat template.",
-        f"Measured on {problems} of them and on nothing else: not on other tasks, languages, longer inputs, safety or "
-        "bias. This model may repeat other mistakes of the base.",
+        f"Measured on {_count_problems(checkpoint)} of them and on nothing else: not on other tasks, languages, "
+        "longer inputs, safety or bias. This model may repeat other mistakes of the base.",
         "It was trained to increase a reward, so it also follows the reward's errors. Compare accuracy and reward "
         "above.",
     ]

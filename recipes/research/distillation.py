@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -283,22 +284,24 @@ class DistillationStudy:
         prefix, n = f"{label}_" if label else "", self.args.num_eval_samples
         adapter = str(find_trained_weights(folder, label.replace("_", "-"))) if label else None
         methods = [f"{prefix}greedy", f"{prefix}samples_{n}"]
+        if label:  # the rows of the policy itself, with which an exported model's card compares
+            if not (folder / "rows").exists():
+                shutil.copytree(self.folder / BASE / "rows", folder / "rows")
+            methods += ["greedy", f"samples_{n}"]
         answered = self.evaluate_methods(methods, folder, self.args.max_eval_problems)
         drawn = "distilled_best_of_1" if label else "best_of_1"
         scored = self.evaluate_methods([drawn], folder / "kl", self.args.max_kl_problems, adapter=adapter)
-        greedy = {row.problem: float(bool(row.correct)) for row in answered.rows if row.samples is None}
-        sampled = {
-            row.problem: sum(bool(correct) for _, correct in row.samples) / n
-            for row in answered.rows
-            if row.samples is not None
-        }
+        greedy, sampled = ([row for row in answered.rows if row.method == method] for method in methods[:2])
         return {
             "greedy": answered.summary[f"accuracy.{prefix}greedy"],
             "sampled": answered.summary[f"avg@{n}.{label or BASE}"],
             f"pass@{n}": answered.summary[f"pass@{n}.{label or BASE}"],
             "reward": scored.summary[f"reward.{drawn}"],
             "KL to base": scored.summary[f"kl.{drawn}"],
-            "values": [greedy, sampled],
+            "values": [
+                {row.problem: float(bool(row.correct)) for row in greedy},
+                {row.problem: sum(bool(correct) for _, correct in row.samples or ()) / n for row in sampled},
+            ],
         }
 
     def evaluate_methods(

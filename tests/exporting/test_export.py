@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -440,6 +441,21 @@ def test_the_code_of_the_card_runs(
     response = namespace["ids"][0, namespace["inputs"]["input_ids"].shape[1] :]
     written = namespace["tokenizer"].decode(response, skip_special_tokens=True)
     assert written and capsys.readouterr().out == written + "\n"
+
+
+def test_the_card_has_a_table_of_independent_samples(run: Path) -> None:
+    checkpoint = find_checkpoint(run, None)
+    greedy = [row for row in checkpoint.rows if row.method == "sft_greedy"]
+    samples = (("1", True), ("1", True), ("2", False), ("3", False))
+    rows = [replace(row, method="sft_samples_4", samples=samples) for row in greedy]
+    rows += [replace(row, method="samples_2", samples=samples[1:3]) for row in greedy]
+    result = Provenance("me/model", None, None, None, "float32", False, 1.0, {"folder": 0.0})
+    for all_rows in ([*checkpoint.rows, *rows], rows):
+        lines = str(build_model_card(replace(checkpoint, rows=all_rows), result)).splitlines()
+        header = lines.index("| policy | samples n | one sample | pass@n | maj@n |")
+        sft, base = (re.sub(r" \[[^]]*\]", "", line) for line in lines[header + 2 : header + 4])
+        assert sft == "| **sft** | 4 | 0.500 | 1.000 | 1.000 |" and base == "| base | 2 | 0.500 | 1.000 | 0.500 |"
+    assert "one sample" not in str(build_model_card(checkpoint, result))
 
 
 def test_a_base_on_the_hub_is_linked(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -94,8 +94,7 @@ def test_runs_cost_what_they_may_and_are_kept(tmp_path: Path, monkeypatch: pytes
     assert all(len(values) == 6 for record in records for values in record["values"])
     checkpoint = find_checkpoint(tmp_path / "on-policy-distillation-reverse_kl-0.02T", None)
     assert {row.method for row in checkpoint.rows} == {
-        "on_policy_distillation_greedy",
-        "on_policy_distillation_samples_4",
+        *("greedy", "on_policy_distillation_greedy", "samples_4", "on_policy_distillation_samples_4"),
     }
     monkeypatch.setattr(module, "train", None)
     module.main(command.split())
