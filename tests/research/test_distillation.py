@@ -60,7 +60,9 @@ def test_stored_answers_are_graded_and_the_prompt_is_charged_once(tmp_path: Path
 
     def read(max_train_problems: int) -> list[Any]:
         args = module.DistillationArguments(**options, max_train_problems=max_train_problems)
-        traces: list[Any] = module.DistillationStudy(args, LoraArguments(), SearchConfig(), SharedBudget()).read_answers(policy)
+        traces: list[Any] = module.DistillationStudy(
+            args, LoraArguments(), SearchConfig(), SharedBudget()
+        ).read_answers(policy)
         return traces
 
     traces = read(2)
