@@ -266,18 +266,22 @@ def conclude_overoptimization(
     )
 
 
-def warn_past_limits(reward: Reward, config: SearchConfig | None, num_samples: int = 1) -> None:
+def warn_past_limits(
+    reward: Reward, config: SearchConfig | None, num_samples: int = 1, *, limits_rounds: bool = True
+) -> None:
     """Warn by `logging` of a search beyond the limits that the reward's audit validated, or by an unhelpful gradient.
 
     Args:
         config: the search, None where there is none.
         num_samples: the largest N of best-of-N by this reward.
+        limits_rounds: `max_rounds` limits the search. False: a budget that searches share ends it, and how many rounds
+            it has is known later (see `search_in_batches`).
     """
     limits = reward.validated_limits
     num_samples = num_samples if config is None else max(num_samples, config.num_starts)
     warnings = [past_sample_limit(limits, num_samples)]
     if config is not None:
-        warnings.append(past_limits(limits, config.max_rounds))
+        warnings.append(past_limits(limits, config.max_rounds) if limits_rounds else None)
         if limits is not None and config.candidate_min_p == 0 and isinstance(config.select, RewardSelection):
             warnings.append(
                 "candidate_min_p 0 lets the search find unlikely text that misleads the reward: set 0.02, the "

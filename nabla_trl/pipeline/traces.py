@@ -111,7 +111,7 @@ def _search_in_memory(
 ) -> list[Trace]:
     policy, reward = models.load(4 * config.batch_size)
     check_gradient(reward, config)
-    warn_past_limits(reward, config)
+    warn_past_limits(reward, config, limits_rounds=not budget.shared_flops)
     traces: list[Trace] = []
     with AnswerChecker() as checker:
         totals = search_in_batches(
@@ -213,7 +213,7 @@ class TraceRun:
         totals, num_existing = None, len(problems) - len(unfinished)
         if unfinished:
             if self.load is None:
-                warn_past_limits(reward, self.config)
+                warn_past_limits(reward, self.config, limits_rounds=not self.budget.shared_flops)
             with nullcontext(self.checker) if self.checker else AnswerChecker() as checker:
                 totals = search_to_folder(
                     unfinished,

@@ -162,7 +162,7 @@ def plan_search(
     # A model without keys and values keeps a state of fixed size, of one token's width at least.
     state = max(policy.kv_bytes * workload.num_tokens, policy.layer_input_bytes * policy.num_layers)
     slots = math.floor(room / state)
-    if slots < workload.budget.block_size:
+    if slots < min(workload.budget.block_size, workload.num_problems):
         slots = 0
     return StageCost("traces", flops, _compute_hours(flops, num_tokens, slots, policy, hardware, item_size))
 

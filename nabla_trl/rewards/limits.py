@@ -63,15 +63,17 @@ def past_sample_limit(limits: ValidatedLimits | None, num_samples: int) -> str |
     )
 
 
-def past_limits(limits: ValidatedLimits | None, max_rounds: int) -> str | None:
+def past_limits(limits: ValidatedLimits | None, max_rounds: int, *, by_budget: bool = False) -> str | None:
     """Return a one-line warning if a search has more rounds than the audit validated.
 
     Args:
         limits: None = the reward was not audited, so there is nothing to warn of.
         max_rounds: the most rounds of the search. 0 = unlimited, which is more than any limit.
+        by_budget: a budget that searches share has led to these rounds. Nobody asked for them.
     """
     if limits is None or 0 < max_rounds <= limits.max_rounds:
         return None
     validated = f"up to {limits.max_rounds} rounds" if limits.max_rounds else "for no search at all"
     requested = f"a search of {max_rounds} rounds" if max_rounds else "a search without a limit of rounds"
-    return f"the audit validated this reward {validated}, but {requested} is requested: answers may get worse"
+    reason = f"the shared budget led to {requested}" if by_budget else f"{requested} is requested"
+    return f"the audit validated this reward {validated}, but {reason}: answers may get worse"

@@ -113,7 +113,7 @@ def search_in_batches(
             warnings = totals.list_warnings(config.max_new_tokens)
             if budget.shared_flops:  # how many rounds a search has is known only now
                 num_rounds = max((revision.round + 1 for trace in traces for revision in trace.revisions), default=1)
-                warnings["rounds"] = past_limits(reward.validated_limits, num_rounds) or ""
+                warnings["rounds"] = past_limits(reward.validated_limits, num_rounds, by_budget=True) or ""
             for kind, text in warnings.items():
                 if text and kind not in warned:
                     progress.warn(text)
@@ -188,6 +188,8 @@ def run_search_with_shared_budget(
 ) -> list[Trace]:
     """Return one trace per problem. The searches share one budget, which alone ends them.
 
+    A problem alone has nobody to share with, so its search spends the whole budget.
+
     Args:
         config: how a search goes on. Its limits do not apply (see `SearchConfig.with_shared_budget`).
         max_flops: total FLOPs of all problems. First responses of a problem stay within an even share of them.
@@ -200,6 +202,8 @@ def run_search_with_shared_budget(
     check_distinct_ids(problems)
     check_gradient(reward, config)
     config = config.with_shared_budget(max_flops)
+    if len(problems) == 1:
+        return run_search(problems, policy=policy, reward=reward, config=config, seed=seed)
     engine = Engine(policy, reward, num_slots=config.batch_size)
     share = max_flops / max(1, len(problems))  # first responses are drawn before any search is known to need more
     searches = [Search(problem, engine, config, seed, start_flops=share) for problem in problems]

@@ -5,7 +5,6 @@ Nothing here needs torch, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -43,6 +42,7 @@ DEFAULT_BETA = 1.0  # where no KL target sets the steps
 DEFAULT_PATIENCE = 4  # of searches that share a budget: rounds without an accepted proposal, before a new chain begins
 # Of β and 1/β: rewards that are multiplied by more are no numbers in float32 before long.
 MAX_REWARD_WEIGHT = 1e6
+MAX_SHARED_FLOPS = 1e30  # the sum over all problems of a budget is a finite number
 
 # The paper's settings (arXiv 2603.04948): one response is scanned from left to right, with eight rollouts at most. The
 # logits of the scanned position and of all later ones are optimized. In a comparison at equal FLOPs (paper@…) the
@@ -496,7 +496,8 @@ class SharedBudget:
         vars(self).update(coerce_fields(vars(self), [type(self)], source="budget"))
         checks = Checks()
         checks.require(
-            0 <= self.shared_flops < math.inf, f"shared_flops must be a number of at least 0, not {self.shared_flops}"
+            0 <= self.shared_flops <= MAX_SHARED_FLOPS,
+            f"shared_flops must be from 0 to {MAX_SHARED_FLOPS:g}, not {self.shared_flops:g}",
         )
         checks.require_minimum(self, 2, "problems_per_budget")
         checks.raise_faults()
@@ -513,7 +514,10 @@ class SharedBudget:
             ValueError: a configuration that cannot have a budget of FLOPs.
         """
         if self.shared_flops:
-            config.with_shared_budget(max_flops=1.0)
+            try:
+                config.with_shared_budget(max_flops=1.0)
+            except ValueError as error:
+                raise ValueError(f"these searches cannot share a budget, so set shared_flops 0: {error}") from error
 
     def get_settings(self) -> dict[str, str]:
         """Return every option that can change a trace. Without a shared budget there is none, as in earlier traces."""

@@ -116,8 +116,8 @@ def test_what_does_not_fit_is_said(bases: dict[str, str]) -> None:
 
 
 def test_a_shared_budget_is_what_the_traces_cost(bases: dict[str, str]) -> None:
-    def plan(shared_flops: float, memory: float = 1e9) -> tuple[float, float]:
-        workload = replace(WORKLOAD, budget=SharedBudget(shared_flops, 50))
+    def plan(shared_flops: float, memory: float = 1e9, num_problems: int = 100) -> tuple[float, float]:
+        workload = replace(WORKLOAD, budget=SharedBudget(shared_flops, 50), num_problems=num_problems)
         options = {"dtype": "float32", "lora": LORA, "activation_checkpointing": True}
         cost = make_plan(bases["llama"], f"logratio:{bases['qwen3']}", workload, hardware(memory), **options)[1][0]
         return cost.flops, cost.hours
@@ -127,6 +127,7 @@ def test_a_shared_budget_is_what_the_traces_cost(bases: dict[str, str]) -> None:
     assert flops == pytest.approx(100 * 1e9) and plan(2e9)[1] > hours
     assert 0 < plan(1.0)[0] < plan(0.0)[0], "first responses are drawn whatever they cost"
     assert math.isinf(plan(1e9, 1e6)[1]), "50 responses at a time do not fit"
+    assert plan(1e9, 1e6, num_problems=1)[1] < math.inf, "no budget has more problems than there are"
 
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -412,6 +412,8 @@ def test_a_folders_limits_reach_the_reward_and_the_warning(world: Path, policy: 
     config = SearchConfig(max_rounds=2)
     assert warn(config) == [] and warn(None, 8) == []
     assert warn(config.with_options(max_rounds=3)) == [past_limits(ValidatedLimits(8, 2), 3)]
+    warn_past_limits(reward, config.with_options(max_rounds=3), limits_rounds=False)
+    assert caplog.messages == [past_limits(ValidatedLimits(8, 2), 3)], "no second one"
     past_samples = [past_sample_limit(ValidatedLimits(8, 2), 9)]
     assert warn(config.with_options(num_starts=9)) == warn(None, 9) == past_samples
     [message] = warn(config.with_options(candidate_min_p=0.0))

@@ -314,7 +314,12 @@ class DistillRun:
             stages = self.args.stages
             methods = parse_methods(self.args.eval_methods) if "evaluate" in stages else []
             searches = "traces" in stages or has_search(methods)
-            warn_past_limits(reward, self.search_config if searches else None, get_max_selection_size(methods))
+            warn_past_limits(
+                reward,
+                self.search_config if searches else None,
+                get_max_selection_size(methods),
+                limits_rounds=has_search(methods) or not self.budget.shared_flops,
+            )
         self._has_warned = True
         return policy, reward
 
