@@ -248,6 +248,7 @@ def test_traces_that_are_interrupted_go_on_where_they_stopped(blow, tmp_path, un
     ("options", "message"),
     [
         (["--stages", "traces,cook"], "unknown stage 'cook'"),
+        (["--stages", ","], "stages must be distinct values, at least one"),
         (["--seeds", "1", "1"], "seeds must be distinct"),
         (["--eval_methods", "greedy", "nabla@0.3"], "add best_of_16"),
         (["--shared_flops", "1e9", "--acceptance", "metropolis"], "metropolis samples are biased"),

@@ -111,6 +111,7 @@ class DistillArguments(PolicyRewardArguments):
         checks.call(check_stall_minutes, self.stall_minutes)
         checks.call(check_distinct, "seeds", self.seeds)
         checks.call(check_distinct, "train_methods", self.train_methods)
+        checks.call(check_distinct, "stages", self.stages)
         checks.call(check_dollars_per_gpu_hour, self.dollars_per_gpu_hour)
         checks.require(
             0 < self.test_fraction < 1, f"test_fraction must be between 0 and 1, not {self.test_fraction:g}"
