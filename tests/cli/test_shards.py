@@ -161,7 +161,9 @@ def test_shards_make_the_traces_of_one_process(
 
 def test_problems_that_share_a_budget_are_in_one_shard(world: list[str], tmp_path: Path, capsys: Any) -> None:
     """Of 7 problems, 3, 3 and 1 share a budget. Two shards have the first and the last, and the second one."""
-    budget = ["--shared_flops", "2e6", "--problems_per_budget", "3"]
+    questions = tmp_path / "questions.jsonl"  # without answers, whose grading starts a process
+    questions.write_text("\n".join(json.dumps({"question": f"{n}+{n}"}) for n in range(7)))
+    budget = ["--shared_flops", "2e6", "--problems_per_budget", "3", "--dataset", str(questions)]
     assert run_traces(world, tmp_path / "one", *budget) == 0
     assert run_traces(world, tmp_path / "two", *budget, "--shard", "0/2") == 0
     assert "traces are still missing of shard 1/2 (3 of 3 problems)" in capsys.readouterr().out
