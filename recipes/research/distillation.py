@@ -21,6 +21,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,16 @@ from nabla_trl.search.config import SearchConfig, SharedBudget
 from nabla_trl.traces.build import build_response_trace, grade_traces
 from nabla_trl.traces.schema import Trace
 from nabla_trl.training.checkpoints import find_trained_weights, get_policy_label
-from nabla_trl.training.offline import DEFAULT_DIVERGENCES, OFFLINE_METHODS, TRAIN_METHODS, TrainingResult
+from nabla_trl.training.offline import (
+    DEFAULT_DIVERGENCES,
+    OFFLINE_METHODS,
+    TRAIN_METHODS,
+    TrainingResult,
+    TrainOptions,
+)
 from nabla_trl.training.peft import LoraArguments
 from nabla_trl.utils.faults import Checks
-from nabla_trl.utils.fields import option, required_option
+from nabla_trl.utils.fields import option, required_option, split_names
 from nabla_trl.utils.files import read_json_file, write_atomic
 from nabla_trl.utils.identity import claim_settings
 from nabla_trl.utils.statistics import adjust_differences, paired_difference
@@ -58,7 +65,8 @@ class DistillationArguments:
     reward: str = required_option(REWARD_HELP)
     dataset: str = required_option(DATASET_HELP)
     runs: list[str] = option(
-        ["sft", "soft-targets", "on-policy-distillation"], "Runs, each METHOD[:DIVERGENCE][@TFLOPS]."
+        ["sft", "soft-targets", "on-policy-distillation"],
+        "Runs, separated by commas or spaces, each METHOD[:DIVERGENCE][@TFLOPS].",
     )
     training_tflops: float = option(0.5, "TFLOPs of each training for which no other number is given.")
     max_train_problems: int = option(600, "Training problems.")
@@ -85,6 +93,7 @@ class DistillationArguments:
     seed: int = option(0, "Seed of searches, trainings and evaluations.")
 
     def __post_init__(self) -> None:
+        self.runs = split_names(self.runs)
         checks = Checks()
         for run in self.runs:
             checks.call(Run.parse, run, self.training_tflops)
@@ -108,7 +117,12 @@ class Run:
             raise ValueError(f"unknown method {method!r}: choose from {', '.join((*TRAIN_METHODS, EXPERT_ITERATION))}")
         if divergence and method not in DEFAULT_DIVERGENCES:
             raise ValueError(f"{method} has no divergence")
-        return cls(method, divergence or DEFAULT_DIVERGENCES.get(method, ""), float(budget or tflops))
+        TrainOptions(divergence=divergence or None)  # refuses what is no divergence
+        with suppress(ValueError):
+            tflops = float(budget or tflops)
+            if 0 < tflops < math.inf:
+                return cls(method, divergence or DEFAULT_DIVERGENCES.get(method, ""), tflops)
+        raise ValueError(f"{text}: the TFLOPs of a training must be a number above 0, not {budget or tflops}")
 
     @property
     def name(self) -> str:

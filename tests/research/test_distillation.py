@@ -30,6 +30,9 @@ def test_a_run_is_a_method_a_divergence_and_a_budget() -> None:
     assert parse("on-policy-distillation", 2).divergence == "reverse_kl"
     worlds.refused(lambda: parse("sfft", 1.0), "unknown method 'sfft'", "expert-iteration")
     worlds.refused(lambda: parse("rloo:forward_kl", 1.0), "rloo has no divergence")
+    worlds.refused(lambda: parse("soft-targets:kl", 1.0), "divergence must be one of forward_kl, reverse_kl, not 'kl'")
+    for budget in ("much", "0", "-1", "nan", "inf"):
+        worlds.refused(lambda budget=budget: parse(f"sft@{budget}", 1.0), f"above 0, not {budget}")
 
 
 def test_accuracies_are_compared_with_the_policy_itself_on_the_same_problems() -> None:
