@@ -9,8 +9,8 @@ from fractions import Fraction
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 MAX_EXPRESSION = 200  # characters
 _EQUATION = re.compile(r"^(?P<left>[\d.+\-*/() ]*\d[\d.+\-*/() ]*?)\s*=\s*(?P<right>-?\d+(?:\.\d+)?)\s*$")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
-_FINAL = re.compile(r"^#### *(-?\d+(?:\.\d+)?)\s*$", re.MULTILINE)
+_NUMBER = re.compile(r"^-?\d+(?:\.\d+)?|\d+(?:\.\d+)?")  # a sign belongs to the first number alone
+_FINAL = re.compile(r"^(#### *|\\boxed\{)(-?\d+(?:\.\d+)?)(\}?)\s*$", re.MULTILINE)
 
 
 def compute(left: Fraction, operator: str, right: Fraction) -> Fraction:
@@ -88,7 +88,7 @@ def compute_response(response: str) -> str:
         if match is None:
             lines.append(line)
             continue
-        left = _NUMBER.sub(lambda number: values.get(number[0], number[0]), match["left"])
+        left = _NUMBER.sub(lambda number: values.get(number[0], number[0]), match["left"].strip())
         try:
             value = format_number(evaluate(parse_expression(left)))
         except ValueError:
@@ -97,4 +97,4 @@ def compute_response(response: str) -> str:
             values[match["right"]] = value
         lines.append(f"{left} = {value or match['right']}")
     text = "\n".join(lines)
-    return _FINAL.sub(lambda final: f"#### {values.get(final[1], final[1])}", text)
+    return _FINAL.sub(lambda final: f"{final[1]}{values.get(final[2], final[2])}{final[3]}", text)

@@ -88,6 +88,8 @@ def test_the_files_of_the_data(tmp_path: Path) -> None:
         ("apples = 2\n#### 2", False, "apples = 2\n#### 2"),
         ("012 + 1 = 13\n#### 13", False, "012 + 1 = 13\n#### 13"),
         ("9**9 = 3\n#### 3", False, "9**9 = 3\n#### 3"),
+        ("4 - 9 = -6\n-6 - 1 = -7\n\\boxed{-7}", True, "4 - 9 = -5\n-5 - 1 = -6\n\\boxed{-6}"),
+        ("9 - 6 = 2\n-6 - 2 = -8\n#### -8", True, "9 - 6 = 3\n-6 - 3 = -9\n#### -9"),  # 6 and −6 differ
         (f"{'1+' * 200}1 = 3", False, f"{'1+' * 200}1 = 3"),
         ("", False, ""),
     ],
