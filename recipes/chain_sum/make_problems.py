@@ -57,7 +57,7 @@ def write_problems(file: Path, problems: Sequence[Problem]) -> None:
     rows = [
         {
             "id": problem.id,
-            "messages": list(problem.messages),
+            "messages": problem.build_messages(),
             "answer": problem.answer,
         }
         | ({"solution": problem.solution} if problem.solution else {})

@@ -66,14 +66,26 @@ def evaluate(node: ast.expr) -> Fraction:
 
 def has_false_equation(response: str) -> bool:
     """Tell whether a line of a response states an equation that is not true."""
-    for line in response.splitlines():
+    return find_false_equation(response) is not None
+
+
+def find_false_equation(response: str) -> tuple[int, str] | None:
+    """Return where the first false equation states its result, and the result that is right.
+
+    Returns:
+        The index of a character, and the number (empty if it has no short form). None: no line is a false equation.
+    """
+    begin = 0
+    for line in response.splitlines(keepends=True):
         if match := _EQUATION.match(line):
             try:
-                if evaluate(parse_expression(match["left"])) != Fraction(match["right"]):
-                    return True
+                value = evaluate(parse_expression(match["left"]))
+                if value != Fraction(match["right"]):
+                    return begin + match.start("right"), format_number(value)
             except ValueError:
-                continue
-    return False
+                pass
+        begin += len(line)
+    return None
 
 
 def compute_response(response: str) -> str:

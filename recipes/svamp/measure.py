@@ -227,7 +227,7 @@ def describe_ranking(scores: np.ndarray, correct: np.ndarray, *, is_logit: bool)
     }
     if is_logit:
         probability = 1 / (1 + np.exp(-flat))
-        tenths = np.array_split(order, 10)
+        tenths = [tenth for tenth in np.array_split(order, 10) if len(tenth)]
         gaps = [abs(probability[tenth].mean() - labels[tenth].mean()) * len(tenth) for tenth in tenths]
         result |= {
             "calibration_error": float(sum(gaps) / len(flat)),

@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 
 import arithmetic
+import gradient
 import measure
 import numpy as np
 import prepare
 import pytest
+import torch
 import worlds
 
 from nabla_trl.cli.main import main
+from nabla_trl.models.policy import Policy
+from nabla_trl.reward_training.data import add_draw_info
+from nabla_trl.rewards.reward import Reward
 from nabla_trl.tasks.registry import load_problems
 
 PROBLEM = """<Problem ID="n{number}"><Body>{body} {number}.</Body><Question>How many?</Question>
@@ -97,6 +102,48 @@ def test_the_files_of_the_data(tmp_path: Path) -> None:
 def test_the_calculator(response: str, is_false: bool, computed: str) -> None:
     assert arithmetic.has_false_equation(response) == is_false
     assert arithmetic.compute_response(response) == computed
+
+
+class CharacterPolicy:
+    """Characters are tokens."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def tokenizer(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": list(map(ord, text))}
+
+
+@pytest.mark.parametrize(
+    ("response", "position", "repair"),
+    [
+        ("6 + 2 = 8\n8 * 8 = 60\n#### 60", 19, "4"),
+        ("12 + 3 = 1\n#### 1", 10, "5"),  # a digit is missing
+        ("6 + 2 = 85\n#### 85", 9, "\n"),  # a digit is too many
+        ("6 + 2 = 85", 9, "\n"),
+        ("6 + 2 = 8\n#### 9", None, None),  # no false equation
+        ("7 / 3 = 2\n#### 2", None, None),  # no short form
+    ],
+)
+def test_the_first_wrong_token_and_its_repair(response: str, position: int | None, repair: str | None) -> None:
+    wrong = gradient.find_wrong_token(CharacterPolicy(), list(map(ord, response)))
+    assert wrong == (None if position is None else gradient.WrongToken(position, ord(repair)))
+
+
+def test_gains_of_changes_are_relative_to_the_own_token(policy: Policy, logratio_reward: Reward) -> None:
+    [problem] = load_problems("digit_chains", max_problems=1)
+    [sample] = add_draw_info(policy, [worlds.sample(policy, problem, problem.solution)], 4, 8)
+    info = sample.draw_info
+    [gains] = gradient.compute_gains(logratio_reward, [sample], [info], "direct")
+    is_own = info.candidates == torch.tensor(sample.response_ids)[:, None]
+    assert gains.shape == info.candidates.shape and torch.equal(gains.isinf(), is_own)
+    best = gains.flatten().argmax()
+    position, column = divmod(int(best), gains.shape[1])
+    repair = int(info.candidates[position, column])
+    assert gradient.judge(gains, info, gradient.WrongToken(position, repair)) == [True, True, True]
+    assert gradient.judge(gains, info, gradient.WrongToken(position, -1)) == [True, False, False]
+    other = (position + 1) % len(gains)
+    assert gradient.judge(gains, info, gradient.WrongToken(other, -1)) == [False, False, False]
 
 
 def test_the_tables_of_measured_answers() -> None:
