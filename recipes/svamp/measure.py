@@ -7,7 +7,8 @@ The script draws and scores samples, 32 problems at a time (OUT/samples/), and g
 writes OUT/measured.json and prints it:
 
 - slips: the share of wrong answers with a false equation, and how many of them would be right once computed,
-- ranking by each reward and by log π: AUC within problems and over all, and the calibration of a score as logit,
+- ranking by each reward and by log π: AUC within problems and over all, and the calibration of a score as logit up to
+  a constant,
 - accuracy of one sample, self-consistency, best-of-n and weighted votes, each also with computed answers. A calculator
   costs nothing, so a reward or a search has to be better than what it gives.
 """
@@ -214,7 +215,11 @@ def to_array(rows: Sequence[Sequence[dict[str, Any]]], name: str) -> np.ndarray:
 
 
 def describe_ranking(scores: np.ndarray, correct: np.ndarray, *, is_logit: bool) -> dict[str, Any]:
-    """Return AUC within problems and over all, and the calibration of scores that are logits of correctness."""
+    """Return AUC within problems and over all, and the calibration of scores that are logits of correctness.
+
+    Rewards are known up to a constant. So the constant is added that makes the mean probability the share of right
+    answers, as a logistic regression does.
+    """
     flat, labels = scores.ravel(), correct.ravel()
     order = flat.argsort(kind="stable")
     ranks = np.empty(len(flat))
@@ -226,7 +231,7 @@ def describe_ranking(scores: np.ndarray, correct: np.ndarray, *, is_logit: bool)
         "auc_over_all": float(over_all),
     }
     if is_logit:
-        probability = 1 / (1 + np.exp(-flat))
+        probability = sigmoid(flat + fit_constant(flat, labels))
         tenths = [tenth for tenth in np.array_split(order, 10) if len(tenth)]
         gaps = [abs(probability[tenth].mean() - labels[tenth].mean()) * len(tenth) for tenth in tenths]
         result |= {
@@ -234,6 +239,21 @@ def describe_ranking(scores: np.ndarray, correct: np.ndarray, *, is_logit: bool)
             "tenths": [[float(probability[t].mean()), float(labels[t].mean())] for t in tenths],
         }
     return result
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(logits / 2))  # without overflow
+
+
+def fit_constant(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the constant b with mean σ(logit + b) = mean label, by bisection. 0 where all labels are equal."""
+    if labels.all() or not labels.any():
+        return 0.0
+    low, high = -logits.max() - 50.0, -logits.min() + 50.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sigmoid(logits + middle).mean() < labels.mean() else (low, middle)
+    return (low + high) / 2
 
 
 def compute_vote_accuracy(

@@ -191,6 +191,18 @@ def test_the_tables_of_measured_answers() -> None:
     assert at(unweighted, "vote by log π", 4) == at(written, "self-consistency", 4)
 
 
+def test_a_constant_does_not_change_the_calibration() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, size=(50, 40))
+    correct = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
+    errors = [
+        measure.describe_ranking(scores, correct, is_logit=True)["calibration_error"]
+        for scores in (logits, logits - 7, 3 * logits)
+    ]
+    assert errors[0] < 0.03 and errors[1] == pytest.approx(errors[0], abs=1e-6) and errors[2] > 0.08
+    assert measure.fit_constant(logits.ravel(), np.ones(2000, dtype=bool)) == 0
+
+
 def test_the_comparison_has_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
     """Models and data that are not there are all that is wrong with the configuration."""
     root = Path(__file__).parents[2]
