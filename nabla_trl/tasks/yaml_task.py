@@ -56,7 +56,7 @@ class TaskConfig:
             the instruction on the next line.
         answer_format: the format that `extract_strict_answer` reads. None means the one that the instruction names.
         few_shot: worked examples for models without a chat template, [{question, answer}], or a YAML file of them.
-        stop_strings: strings that end a response.
+        stop_strings: strings that end a response, or one such text.
         version: increase it after a change that the other fields do not show.
         name: name of the task. None means the file's name without its ending.
 

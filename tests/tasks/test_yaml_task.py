@@ -228,6 +228,11 @@ def test_an_answer_that_is_missing_is_none(tmp_path: Path) -> None:
     assert [p.answer for p in load_problems(described(tmp_path, [ROWS[0], ROWS[0] | {"Answer": None}]))] == ["3", None]
 
 
+def test_a_lone_stop_string_is_a_list_of_one(tmp_path: Path) -> None:
+    [problem, *_] = load_problems(described(tmp_path, stop_strings="Q: a, b"))
+    assert problem.stop_strings == ("Q: a, b",)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -235,7 +240,7 @@ def test_an_answer_that_is_missing_is_none(tmp_path: Path) -> None:
         ({"form": "boxed"}, ["unknown key 'form': it is now 'answer_format'"]),
         ({"stop": ["Q:"]}, ["unknown key 'stop': it is now 'stop_strings'"]),
         ({"question": None}, ["question must be given"]),
-        ({"stop_strings": "Q:"}, ["stop_strings must be a list"]),
+        ({"stop_strings": 7}, ["stop_strings must be a list"]),
         ({"parse": "number"}, ["parse must be one of plain, hashes, boxed, integer, regex"]),
         ({"parse": "regex"}, ["pattern"]),
         ({"parse": "regex", "pattern": "("}, ["'('", "no regular expression"]),
