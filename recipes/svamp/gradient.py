@@ -29,6 +29,8 @@ import torch
 from arithmetic import find_false_equation
 from torch import Tensor
 
+from nabla_trl.audit.first_errors import WrongResponse
+from nabla_trl.audit.swaps import SampledResponse
 from nabla_trl.cli.parsing import parse_dataclasses, quiet_libraries, run_main
 from nabla_trl.gradient.objectives import DrawInfo, Sample
 from nabla_trl.models.flops import FlopCounter
@@ -88,17 +90,12 @@ def main(argv: Sequence[str]) -> None:
     samples, wrong_tokens = read_wrong_answers(args, policy, problems)
     samples = add_draw_info(policy, samples, args.top_k_candidates, args.batch_size)
     infos = [sample.draw_info for sample in samples if sample.draw_info is not None]
+    responses = list(map(describe_wrong_response, samples, infos, wrong_tokens))
     result: dict[str, Any] = {
         "answers": len(samples),
         "chance": sum(1 / len(sample.response_ids) for sample in samples) / len(samples),
-        "right token among the candidates": mean(
-            bool((info.candidates[wrong.position] == wrong.repair).any())
-            for info, wrong in zip(infos, wrong_tokens, strict=True)
-        ),
-        "largest entropy": mean(
-            int(compute_entropy(info).argmax()) == wrong.position
-            for info, wrong in zip(infos, wrong_tokens, strict=True)
-        ),
+        "right token among the candidates": mean(response.is_repairable for response in responses),
+        "largest entropy": mean(response.rank_error_by_entropy() == 0 for response in responses),
         "least likely token": mean(
             int(info.gather_response_logp(sample.response_ids).argmin()) == wrong.position
             for sample, info, wrong in zip(samples, infos, wrong_tokens, strict=True)
@@ -108,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
         reward = load_reward(name, policy=policy, dtype=args.dtype, batch_size=args.batch_size)
         for point in args.gradient_at:
             gains = compute_gains(reward, samples, infos, point)
-            judged = [judge(gain, info, wrong) for gain, info, wrong in zip(gains, infos, wrong_tokens, strict=True)]
+            judged = list(map(judge, gains, responses))
             result[f"{name}, {point}"] = {
                 share: proportion_interval(np.array(values, dtype=float)[:, None]).to_dict()
                 for share, values in zip(("found", "repaired", "both"), zip(*judged, strict=True), strict=True)
@@ -179,16 +176,18 @@ def compute_gains(
         yield gains.scatter(1, columns, -torch.inf)
 
 
-def compute_entropy(info: DrawInfo) -> Tensor:
-    """Return [T] the entropy of the policy over the candidates in nats."""
-    return -(info.logp.exp() * info.logp).sum(1)
+def describe_wrong_response(sample: Sample, info: DrawInfo, wrong: WrongToken) -> WrongResponse:
+    """Return the answer as the audit of gradients judges it. Every candidate but the token itself may be proposed."""
+    columns = find_token_columns(info.candidates, sample.response_ids)[:, None]
+    allowed = torch.ones_like(info.candidates, dtype=torch.bool).scatter(1, columns, False)
+    response = SampledResponse(sample, info, 0, finished=True, allowed_swaps=allowed, prompt_caches=[])
+    return WrongResponse(0, response, wrong.position, info.candidates[wrong.position] == wrong.repair)
 
 
-def judge(gains: Tensor, info: DrawInfo, wrong: WrongToken) -> list[bool]:
+def judge(gains: Tensor, response: WrongResponse) -> list[bool]:
     """Return if the largest gain is at the wrong token, if it is the repair there, and both."""
-    is_found = int(gains.max(1).values.argmax()) == wrong.position
-    is_repaired = int(info.candidates[wrong.position, int(gains[wrong.position].argmax())]) == wrong.repair
-    return [is_found, is_repaired, is_found and is_repaired]
+    is_found = response.rank_error_by_swap(gains) == 0
+    return [is_found, response.is_repaired_at_error(gains), response.is_repaired(gains)]
 
 
 if __name__ == "__main__":

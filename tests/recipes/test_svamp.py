@@ -140,10 +140,14 @@ def test_gains_of_changes_are_relative_to_the_own_token(policy: Policy, logratio
     best = gains.flatten().argmax()
     position, column = divmod(int(best), gains.shape[1])
     repair = int(info.candidates[position, column])
-    assert gradient.judge(gains, info, gradient.WrongToken(position, repair)) == [True, True, True]
-    assert gradient.judge(gains, info, gradient.WrongToken(position, -1)) == [True, False, False]
-    other = (position + 1) % len(gains)
-    assert gradient.judge(gains, info, gradient.WrongToken(other, -1)) == [False, False, False]
+
+    def judge(position: int, repair: int) -> list[bool]:
+        wrong = gradient.WrongToken(position, repair)
+        return gradient.judge(gains, gradient.describe_wrong_response(sample, info, wrong))
+
+    assert judge(position, repair) == [True, True, True]
+    assert judge(position, -1) == [True, False, False]
+    assert judge((position + 1) % len(gains), -1) == [False, False, False]
 
 
 def test_the_tables_of_measured_answers() -> None:
